@@ -1,0 +1,66 @@
+"""loratool: merge, inspect and manage LoRA adapters on checkpoint files.
+
+    import loratool
+
+    report = loratool.merge("base", ["adapter"], "merged")
+    print(report)
+
+Names are imported on first use, so that `import loratool` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+EXPORTS = {
+    "Adapter": "adapter",
+    "Checkpoint": "checkpoint",
+    "FitError": "errors",
+    "HubError": "errors",
+    "InputError": "errors",
+    "LoratoolError": "errors",
+    "MergePlan": "planning",
+    "MergeReport": "merging",
+    "StorageError": "errors",
+    "UsageError": "errors",
+    "VerificationError": "errors",
+    "inspect": "inspecting",
+    "merge": "merging",
+    "open_checkpoint": "checkpoint",
+    "plan": "merging",
+    "plan_merge": "planning",
+    "read_adapter": "formats",
+}
+__all__ = [*EXPORTS, "__version__"]  # noqa: PLE0604 (every name of EXPORTS is resolved below)
+
+if TYPE_CHECKING:
+    from loratool.adapter import Adapter as Adapter
+    from loratool.checkpoint import Checkpoint as Checkpoint
+    from loratool.checkpoint import open_checkpoint as open_checkpoint
+    from loratool.errors import FitError as FitError
+    from loratool.errors import HubError as HubError
+    from loratool.errors import InputError as InputError
+    from loratool.errors import LoratoolError as LoratoolError
+    from loratool.errors import StorageError as StorageError
+    from loratool.errors import UsageError as UsageError
+    from loratool.errors import VerificationError as VerificationError
+    from loratool.formats import read_adapter as read_adapter
+    from loratool.inspecting import inspect as inspect
+    from loratool.merging import MergeReport as MergeReport
+    from loratool.merging import merge as merge
+    from loratool.merging import plan as plan
+    from loratool.planning import MergePlan as MergePlan
+    from loratool.planning import plan_merge as plan_merge
+
+
+def __getattr__(name: str) -> Any:
+    if name in EXPORTS:
+        return getattr(import_module(f"loratool.{EXPORTS[name]}"), name)
+    raise AttributeError(f"module 'loratool' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,167 @@
+"""`Adapter`: for each target the update to make, whatever file it came from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from loratool.errors import InputError, printable
+from loratool.safefile import FLOAT_NAMES, Identity, SafeFile, TensorInfo, open_regular, read_exactly
+from loratool.updates import LowRank, Replace
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from loratool.updates import Update
+
+AnyUpdate = TypeVar("AnyUpdate", bound="Update")
+
+# The bits that are all ones in an inf or a NaN, as (unsigned integer type, mask).
+EXPONENT = {
+    "F64": ("<u8", 0x7FF0_0000_0000_0000),
+    "F32": ("<u4", 0x7F80_0000),
+    "F16": ("<u2", 0x7C00),
+    "BF16": ("<u2", 0x7F80),
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that is still in its file: it has a shape and can be loaded, so it can be planned with."""
+
+    file: SafeFile
+    info: TensorInfo
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.info.shape[::-1] if self.transposed else self.info.shape
+
+    @property
+    def T(self) -> StoredTensor:  # noqa: N802 (the name tensors give it)
+        return dataclasses.replace(self, transposed=not self.transposed)
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """The values, on `device` in `dtype`, contiguous in the shape this has."""
+        import torch
+
+        raw = torch.empty(self.info.nbytes, dtype=torch.uint8)
+        with self.file.open() as descriptor:
+            read_exactly(descriptor, raw.numpy().data, self.file.position(self.info), self.file.path)
+        stored = raw.view(getattr(torch, FLOAT_NAMES[self.info.dtype])).reshape(self.info.shape)
+        loaded = stored.to(device, dtype)
+        return loaded.T.contiguous() if self.transposed else loaded
+
+    def load_rows(self, first: int, count: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """Rows `first` … `first + count` as a (count, columns) matrix; nothing else is read."""
+        import torch
+
+        row_bytes = self.info.nbytes // max(self.info.rows, 1)
+        raw = torch.empty(count * row_bytes, dtype=torch.uint8)
+        with self.file.open() as descriptor:
+            start = self.file.position(self.info) + first * row_bytes
+            read_exactly(descriptor, raw.numpy().data, start, self.file.path)
+        stored = raw.view(getattr(torch, FLOAT_NAMES[self.info.dtype])).reshape(count, -1)
+        return stored.to(device, dtype)
+
+    def bits(self) -> tuple[NDArray[Any], int]:
+        """The values as unsigned integers, and the mask of their exponent."""
+        import numpy as np
+
+        kind, mask = EXPONENT[self.info.dtype]
+        raw = bytearray(self.info.nbytes)
+        with self.file.open() as descriptor:
+            read_exactly(descriptor, memoryview(raw), self.file.position(self.info), self.file.path)
+        return np.frombuffer(raw, dtype=kind), mask
+
+
+def stored_tensors(update: Update) -> Iterator[StoredTensor]:
+    """The tensors of `update` that are still in their file."""
+    for field in dataclasses.fields(update):  # type: ignore[arg-type]  # every update is a dataclass
+        value = getattr(update, field.name)
+        if isinstance(value, StoredTensor):
+            yield value
+
+
+def load_update(update: AnyUpdate, device: torch.device, dtype: torch.dtype) -> AnyUpdate:
+    """The same update with its tensors read from disk."""
+    tensors = {
+        field.name: value.load(device, dtype)
+        for field in dataclasses.fields(update)  # type: ignore[arg-type]
+        if isinstance(value := getattr(update, field.name), StoredTensor)
+    }
+    return dataclasses.replace(update, **tensors)  # type: ignore[type-var]
+
+
+def load_rows(update: Replace, first: int, count: int, device: torch.device, dtype: torch.dtype) -> Replace:
+    """The part of a replacement that gives rows `first` … `first + count`; only they are read from disk."""
+    value: StoredTensor | torch.Tensor = update.value
+    if isinstance(value, StoredTensor):
+        return Replace(value.load_rows(first, count, device, dtype))
+    return Replace(value[first : first + count].to(device, dtype))
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A fine-tuned change to a model. Scaling is already in the updates: alpha, rank and rsLoRA ended in the reader.
+
+    A target is the name of a weight as the model that was trained calls it in memory, such as
+    `model.layers.0.self_attn.q_proj.weight`; `binding` finds the base's tensor for it.
+    """
+
+    name: str
+    format: str
+    folder: Path
+    file: SafeFile
+    config: Mapping[str, Any]
+    config_file: Path
+    updates: Mapping[str, Update]
+    sources: Mapping[str, tuple[str, ...]]  # target → the tensors of the file it was made of
+    unsupported: tuple[str, ...] = ()  # features that are recognised and not merged
+    unused: tuple[str, ...] = ()  # tensors that no rule gives a place
+    notes: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        return sum(t.elements for t in self.file.tensors.values())
+
+    def check_values(self) -> bool:
+        """Whether any value can change a model; raises `InputError` naming every tensor with NaN or inf.
+
+        An adapter whose updates are all zero (B = 0, as before the first training step) gives False.
+        """
+        broken: list[str] = []
+        effective = False
+        for update in self.updates.values():
+            changes = True
+            for tensor in stored_tensors(update):
+                bits, mask = tensor.bits()
+                if ((bits & mask) == mask).any():
+                    broken.append(f"{printable(tensor.info.name)} holds NaN or infinite values")
+                if isinstance(update, LowRank) and not (bits << 1).any():  # shifted, so that −0 is zero too
+                    changes = False
+            effective = effective or changes
+        if broken:
+            raise InputError(f"{printable(self.file.path)}: the adapter is broken:", broken)
+        return effective
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the weights and of the config, by file name."""
+        return {path.name: sha256_of(path) for path in (self.file.path, self.config_file)}
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(open_regular(path), "rb", buffering=0) as stream:
+        before = Identity.of(path.stat())
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+        if Identity.of(path.stat()) != before:
+            raise InputError(f"{printable(path)}: the file changed while it was being read; start again")
+    return digest.hexdigest()

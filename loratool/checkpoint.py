@@ -1,0 +1,362 @@
+"""A model folder or a single file: its shards, its index, and the files beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from loratool.errors import InputError, printable
+from loratool.safefile import SafeFile, TensorInfo, open_regular, read_safefile, strict_json, unreadable
+
+INDEX_SUFFIX = ".safetensors.index.json"
+SINGLE = "model.safetensors"
+NUMBERED = re.compile(r"^(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors$")
+LARGEST_INDEX = 256 << 20  # bytes
+
+# Weights in another form than the shards that are merged: stale after a merge, so left out of it.
+TWIN_FOLDERS = ("original", "onnx", "openvino", "coreml", "gguf", "mlx", "metal", "tflite", "flax")
+TWIN_FILES = (
+    *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.ggml", "*.onnx", "*.onnx_data", "*.ot"),
+    *("*.tflite", "*.mlmodel", "*.mlpackage", "*.pkl", "*.pickle", "*.npz", "*.nemo", "*.bin.index.json"),
+    *("consolidated*", "flax_model*", "tf_model*", "rust_model*", "params.json"),
+)
+# What training and tools leave beside a model, never part of it.
+TRAINING_FOLDERS = ("checkpoint-*", "global_step*", "runs", "wandb", "logs", "__pycache__")
+TRAINING_FILES = ("optimizer*", "scheduler.pt", "rng_state*", "scaler.pt", "trainer_state.json", "*.pyc", "adapter_*")
+PROVENANCE = "loratool.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk. Headers are read, tensors are not."""
+
+    root: Path
+    shards: tuple[SafeFile, ...]  # in file order
+    index: Path | None = None
+    index_metadata: Mapping[str, Any] | None = None
+    side_files: tuple[str, ...] = ()  # carried into a merged model; paths relative to `root`
+    left_out: tuple[str, ...] = ()  # seen and not carried over, with the reason
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return printable(self.root.resolve().name)
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor by name, shard after shard."""
+        return {name: info for shard in self.shards for name, info in shard.tensors.items()}
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """`config.json`, or an empty mapping where there is none that can be read."""
+        if "config.json" not in self.side_files:
+            return {}
+        path = self.root / "config.json"
+        try:
+            return strict_json(read_small(path))
+        except ValueError as error:
+            raise InputError(f"{printable(path)}: {error}") from None
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a folder of shards with or without an index, or one `.safetensors` file.
+
+    Raises `InputError` when there are no weights, when a shard is malformed or missing, or when the
+    index and the shards disagree: all faulty shards at once.
+    """
+    root = Path(path)
+    try:
+        is_folder = root.is_dir() if root.stat() else False
+    except OSError as error:
+        raise unreadable(root, error) from error
+    if not is_folder:
+        if root.name.endswith(INDEX_SUFFIX):
+            return open_folder(root.parent, root)
+        refuse_pickle(root)
+        return Checkpoint(root, (read_safefile(root),), notes=("BASE is a single file: only weights are written",))
+    return open_folder(root, None)
+
+
+def open_folder(root: Path, index: Path | None) -> Checkpoint:
+    notes: list[str] = []
+    try:
+        names = sorted(entry.name for entry in os.scandir(root) if not entry.is_dir())
+    except OSError as error:
+        raise unreadable(root, error) from error
+    if index is None:
+        index = choose_index(root, names, notes)
+    metadata: Mapping[str, Any] | None = None
+    if index is not None:
+        weight_map, metadata = read_index(index)
+        shard_names = list(dict.fromkeys(weight_map.values()))
+        check_links(root, shard_names)
+        shards = order_shards(read_shards(root, shard_names))
+        check_index(index, weight_map, root, shards)
+    else:
+        shard_names = choose_shards(root, names, notes)
+        check_links(root, shard_names)
+        shards = order_shards(read_shards(root, shard_names))
+        check_unique(root, shards)
+    if index is not None and (stray := [n for n in names if n.endswith(".safetensors") and n not in shard_names]):
+        notes.append(f"not in the index and not used: {', '.join(map(printable, stray))}")
+    side_files, left_out = sort_side_files(root, {*shard_names, index.name if index else ""})
+    return Checkpoint(root, tuple(shards), index, metadata, tuple(side_files), tuple(left_out), tuple(notes))
+
+
+def choose_index(root: Path, names: list[str], notes: list[str]) -> Path | None:
+    """The index to go by, or None where a single file or bare shards are the model."""
+    indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
+    if not indexes:
+        return None
+    if len(indexes) > 1 and SINGLE + ".index.json" in indexes:
+        indexes = [SINGLE + ".index.json"]
+    if len(indexes) > 1:
+        raise InputError(
+            f"{printable(root)}: several indexes ({', '.join(map(printable, indexes))}); give the path of one as BASE"
+        )
+    index = root / indexes[0]
+    if SINGLE in names and SINGLE not in read_index(index)[0].values():
+        notes.append(f"both {SINGLE} and {printable(index.name)} are there; {SINGLE} is used, as transformers does")
+        return None
+    return index
+
+
+def choose_shards(root: Path, names: list[str], notes: list[str]) -> list[str]:
+    """The weight files of a folder without an index."""
+    found = [n for n in names if n.endswith(".safetensors")]
+    if SINGLE in found:
+        if len(found) > 1:
+            others = ", ".join(printable(n) for n in found if n != SINGLE)
+            notes.append(f"{SINGLE} is the model; not used: {others}")
+        return [SINGLE]
+    shards = [n for n in found if not n.startswith(("adapter_", "consolidated"))] or [
+        n for n in found if n.startswith("consolidated")
+    ]
+    if not shards:
+        if "adapter_model.safetensors" in found or "adapter_config.json" in names:
+            raise InputError(f"{printable(root)}: this is an adapter; BASE is the model it was trained on")
+        for name in names:
+            refuse_pickle(root / name)
+        raise InputError(f"{printable(root)}: no .safetensors file is in it")
+    if len(shards) > 1:
+        check_numbering(root, shards)
+        notes.append(f"no index: all {len(shards)} .safetensors files are taken as shards of one model")
+    return shards
+
+
+def check_numbering(root: Path, shards: list[str]) -> None:
+    """Shards that say `-00001-of-00003` must all be there."""
+    series: dict[tuple[str, int], set[int]] = {}
+    for name in shards:
+        if match := NUMBERED.match(name):
+            series.setdefault((match["stem"], int(match["count"])), set()).add(int(match["number"]))
+    if len(series) > 1:
+        raise InputError(f"{printable(root)}: shards of several models and no index; name one file, or add the index")
+    for (stem, count), numbers in series.items():
+        if count <= 100_000 and (missing := sorted(set(range(1, count + 1)) - numbers)):
+            raise InputError(
+                f"{printable(root)}: shards {missing[:20]} of the {count} of {printable(stem)} are missing"
+            )
+
+
+def refuse_pickle(path: Path) -> None:
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        code = (
+            "from transformers import AutoModelForCausalLM as M; "
+            "M.from_pretrained('.', dtype='auto').save_pretrained('converted')"
+        )
+        raise InputError(
+            f"{printable(path)}: pickled weights are never loaded here; if you trust them, convert the model "
+            f'in its folder with: python -c "{code}" (or the Auto class of its task)'
+        )
+
+
+def read_index(path: Path) -> tuple[dict[str, str], Mapping[str, Any] | None]:
+    """`weight_map` and `metadata` of an index whose every shard name is a plain path inside the folder."""
+    shown = printable(path)
+    try:
+        table = strict_json(read_small(path))
+    except ValueError as error:
+        raise InputError(f"{shown}: {error}") from None
+    weight_map = table.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{shown}: weight_map is missing, empty or no object")
+    wrong = {repr(name): reason for name in weight_map.values() if (reason := why_no_shard_name(name))}
+    if wrong:
+        raise InputError(
+            f"{shown}: weight_map names files that cannot be shards of this model:",
+            (f"{printable(name)}: {reason}" for name, reason in wrong.items()),
+        )
+    metadata = table.get("metadata")
+    return weight_map, metadata if isinstance(metadata, dict) else None
+
+
+def why_no_shard_name(name: object) -> str:
+    """Empty where `name` is a plain relative path to a .safetensors file; else what is wrong with it."""
+    if not isinstance(name, str):
+        return "no text"
+    if "\0" in name or "\\" in name or "://" in name:
+        return "no plain path"
+    parts = name.split("/")
+    if name.startswith("/") or ".." in parts or "." in parts or "" in parts:
+        return "leaves the folder or is no plain relative path"
+    if not name.endswith(".safetensors"):
+        return "no .safetensors file"
+    return ""
+
+
+def check_links(root: Path, names: list[str]) -> None:
+    """Refuse weight files that lead out of the folder, but for the links of a Hub cache to its own blobs."""
+    outside = [f"{printable(name)} is a link out of the folder" for name in names if leaves(root, name)]
+    if outside:
+        raise InputError(f"{printable(root)}: weights outside the folder are not read:", outside)
+
+
+def leaves(root: Path, name: str) -> bool:
+    """Whether the file `name` of `root` really lies elsewhere."""
+    home, target = root.resolve(), Path(os.path.realpath(root / name))
+    if target.is_relative_to(home):
+        return False
+    for folder in (home, *home.parents):
+        if folder.name == "snapshots":  # models--org--name/snapshots/COMMIT/… → models--org--name/blobs/…
+            return not target.is_relative_to(folder.parent / "blobs")
+    return True
+
+
+def read_shards(root: Path, names: list[str]) -> list[SafeFile]:
+    """The headers of all shards; every faulty one is told at once."""
+    shards: list[SafeFile] = []
+    errors: list[InputError] = []
+    for name in names:
+        try:
+            shards.append(read_safefile(root / name))
+        except InputError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise InputError(
+            f"{printable(root)}: {len(errors)} of {len(names)} shards cannot be read:", (str(error) for error in errors)
+        )
+    return shards
+
+
+def order_shards(shards: list[SafeFile]) -> list[SafeFile]:
+    return sorted(shards, key=lambda shard: str(shard.path))
+
+
+def check_index(index: Path, weight_map: Mapping[str, str], root: Path, shards: list[SafeFile]) -> None:
+    """The index and the headers must say the same about which tensor lies where."""
+    by_name = {shard.path.relative_to(root).as_posix(): shard for shard in shards}
+    problems: list[str] = []
+    for tensor, name in weight_map.items():
+        if tensor not in by_name[name].tensors:
+            actual = [other for other, shard in by_name.items() if tensor in shard.tensors]
+            where = f"it is in {printable(actual[0])}" if actual else "no shard has it"
+            problems.append(f"{printable(tensor)}: not in {printable(name)}, as the index says; {where}")
+    for name, shard in by_name.items():
+        for tensor in shard.tensors:
+            if tensor not in weight_map:
+                problems.append(f"{printable(tensor)}: in {printable(name)}, but not in the index")
+            elif weight_map[tensor] != name and tensor in by_name[weight_map[tensor]].tensors:
+                problems.append(f"{printable(tensor)}: in {printable(name)} and in {printable(weight_map[tensor])}")
+    if problems:
+        raise InputError(f"{printable(index)}: the index and the shards disagree:", problems)
+
+
+def check_unique(root: Path, shards: list[SafeFile]) -> None:
+    home: dict[str, str] = {}
+    problems: list[str] = []
+    for shard in shards:
+        for tensor in shard.tensors:
+            if tensor in home:
+                problems.append(
+                    f"{printable(tensor)}: in {printable(home[tensor])} and in {printable(shard.path.name)}"
+                )
+            home[tensor] = shard.path.name
+    if problems:
+        raise InputError(f"{printable(root)}: tensors are there twice, and no index says which counts:", problems)
+
+
+def sort_side_files(root: Path, weights: set[str]) -> tuple[list[str], list[str]]:
+    """Files to carry over, and files to leave out with the reason; hidden ones are in neither."""
+    carried: list[str] = []
+    left_out: list[str] = []
+    for name in walk(root, left_out):
+        path = PurePosixPath(name)
+        if name in weights:
+            continue
+        reason = why_left_out(root, path)
+        if reason:
+            left_out.append(f"{printable(name)} ({reason})")
+        else:
+            carried.append(name)
+    return sorted(carried), sorted(left_out)
+
+
+def walk(root: Path, left_out: list[str], inside: str = "") -> Iterator[str]:
+    """Relative paths of all files below `root`, hidden and training folders passed over."""
+    for entry in os.scandir(root / inside):
+        name = f"{inside}{entry.name}"
+        if entry.name.startswith("."):
+            continue
+        if not entry.is_dir():
+            yield name
+        elif any(fnmatch(entry.name, pattern) for pattern in TRAINING_FOLDERS):
+            left_out.append(f"{printable(name)}/ (left by training)")
+        elif not inside and entry.name in TWIN_FOLDERS:
+            left_out.append(f"{printable(name)}/ (the unmerged weights in another form)")
+        elif entry.is_symlink() and leaves(root, name):
+            left_out.append(f"{printable(name)}/ (a link out of the folder)")
+        else:
+            yield from walk(root, left_out, f"{name}/")
+
+
+def why_left_out(root: Path, path: PurePosixPath) -> str:
+    """Empty for a file that belongs into a merged model; else the reason it is left out."""
+    name = path.name
+    at_top = len(path.parts) == 1
+    if name == PROVENANCE:
+        return "made by an earlier merge"
+    if not os.path.isfile(root / path):
+        return "no regular file"
+    if leaves(root, str(path)):
+        return "a link out of the folder"
+    if any(fnmatch(name, pattern) for pattern in TRAINING_FILES):
+        return "left by training"
+    if at_top and (name.endswith((".safetensors", INDEX_SUFFIX)) or is_twin(name)):
+        return "the unmerged weights in another form"
+    # a module of its own in a subfolder, such as 2_Dense/, is part of the model: only its twins go
+    if not at_top and is_twin(name) and any((root / path).parent.glob("*.safetensors")):
+        return "the unmerged weights in another form"
+    return ""
+
+
+def is_twin(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in TWIN_FILES)
+
+
+def read_small(path: Path) -> bytes:
+    """The bytes of a JSON file; errors as for every input."""
+    try:
+        with open(open_regular(path), "rb") as stream:
+            raw = stream.read(LARGEST_INDEX + 1)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if len(raw) > LARGEST_INDEX:
+        raise InputError(f"{printable(path)}: more than {LARGEST_INDEX} bytes; no file of this kind is so large")
+    return raw
+
+
+def index_text(weight_map: Mapping[str, str], total_size: int, metadata: Mapping[str, Any] | None) -> bytes:
+    """An index as transformers writes it: `total_size` in bytes of tensor data, names sorted."""
+    table = {"metadata": {**(metadata or {}), "total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(table, indent=2) + "\n").encode()

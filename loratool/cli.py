@@ -1,0 +1,264 @@
+"""The command line: parse words, call one library function, print its report."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from loratool import __version__
+from loratool.errors import LoratoolError, printable
+
+Command = TypeVar("Command", bound=Callable[..., None])
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+EXIT_CODES = """\b
+Exit codes: 0 done · 1 a bug · 2 wrong usage · 3 an input is malformed or unsupported ·
+4 the adapter does not fit the base · 5 verification failed · 6 the disk said no ·
+7 the Hub said no · 130 interrupted"""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: stop as for Ctrl-C, with its own exit status."""
+
+
+class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A number of bytes: 5GB, 512MiB, 1000000."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", str(value).strip().lower())
+        if not match or match[2] not in UNITS:
+            self.fail(f"{printable(repr(value))} is no size such as 5GB, 512MiB or 1000000", param, ctx)
+        return int(float(match[1]) * UNITS[match[2]])
+
+
+def output_options(command: Command) -> Command:
+    """`--json`, `-q` and `-v`, which every command has."""
+    for option in (
+        click.option("-v", "--verbose", is_flag=True, expose_value=False, help="Show the traceback of a bug."),
+        click.option("-q", "--quiet", is_flag=True, help="No progress and no report, errors only."),
+        click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, all else on stderr."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=EXIT_CODES)
+@click.version_option(__version__, prog_name="loratool")
+def cli() -> None:
+    """Merge and inspect LoRA adapters on checkpoint files, without loading the model.
+
+    \b
+    Example: loratool merge ./Llama-3.2-1B ./my-adapter -o ./merged
+    """
+
+
+@cli.command()
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("adapters", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="ADAPTER...")
+@click.option(
+    "-o", "--output", "out", type=click.Path(path_type=Path), required=True, metavar="OUT", help="Folder to make."
+)
+@click.option(
+    "-w", "--weight", "weights", type=float, multiple=True, help="Strength, once per adapter in order [default: 1]."
+)
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to compute.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["keep", "float32", "bfloat16", "float16"]),
+    default="keep",
+    show_default=True,
+    help="Dtype of every float tensor written.",
+)
+@click.option(
+    "--shard-size", type=Size(), help="Tensor bytes per output file, such as 5GB [default: the base's shards]."
+)
+@click.option("--workers", type=click.IntRange(1, 1024), help="Threads [default: one per core, at most 16].")
+@click.option("--max-memory", type=Size(), help="Resident memory to stay under, such as 400MB.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and touch nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT where it is a model already.")
+@output_options
+def merge(
+    base: Path,
+    adapters: tuple[Path, ...],
+    out: Path,
+    weights: tuple[float, ...],
+    device: str,
+    dtype: str,
+    shard_size: int | None,
+    workers: int | None,
+    max_memory: int | None,
+    dry_run: bool,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Fold adapters into a base model, shard by shard.
+
+    BASE is a model folder or one .safetensors file, ADAPTER a folder as PEFT saves it. OUT becomes
+    a complete model folder: weights, index, config, tokenizer. Nothing of it exists under its name
+    until everything does; the same command after an interruption continues.
+
+    \b
+    Examples:
+      loratool merge ./Llama-3.2-1B ./my-adapter -o ./merged
+      loratool merge ./base ./style ./facts -w 0.7 -w 1.2 -o ./merged --shard-size 5GB
+      loratool merge ./merged ./my-adapter -w -1 -o ./base-again
+    """
+    from loratool.merging import merge, plan
+
+    if dry_run:
+        planned = plan(base, adapters, out, weights=weights, dtype=dtype, shard_size=shard_size, overwrite=overwrite)
+        from loratool.engine import estimated_memory
+        from loratool.report import plan_data, plan_text
+
+        memory = estimated_memory(planned, device, workers, max_memory)
+        show(plan_data(planned, memory), lambda: plan_text(planned, memory), as_json, quiet)
+        return
+    with progress_bar(quiet) as progress:
+        report = merge(
+            base,
+            adapters,
+            out,
+            weights=weights,
+            device=device,
+            dtype=dtype,
+            shard_size=shard_size,
+            workers=workers,
+            max_memory=max_memory,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    show(report, lambda: str(report), as_json, quiet)
+
+
+@cli.command()
+@click.argument("paths", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="PATH...")
+@output_options
+def inspect(paths: tuple[Path, ...], as_json: bool, quiet: bool) -> None:
+    """Tell what is in an adapter or a checkpoint, from headers alone.
+
+    \b
+    Example: loratool inspect ./my-adapter ./Llama-3.2-1B
+    """
+    from loratool.inspecting import inspect
+
+    facts = [inspect(path) for path in paths]
+    show({"results": facts}, lambda: "\n\n".join(map(str, facts)), as_json, quiet)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path), default=Path("loratool-demo"), metavar="[DIR]")
+@click.option("--overwrite", is_flag=True, help="Replace what an earlier demo left in DIR.")
+@output_options
+def demo(folder: Path, overwrite: bool, as_json: bool, quiet: bool) -> None:
+    """Build a small base and an adapter, merge them, and check the result against the formula.
+
+    \b
+    Example: loratool demo ./loratool-demo
+    """
+    from loratool.demo import demo
+
+    result = demo(folder, overwrite=overwrite)
+    show(result, lambda: str(result), as_json, quiet)
+
+
+def show(data: Any, text: Callable[[], str], as_json: bool, quiet: bool) -> None:
+    """Print a report on stdout, as JSON or as text."""
+    from loratool.report import plain
+
+    if as_json:
+        click.echo(json.dumps(plain(data), indent=2))
+    elif not quiet:
+        click.echo(text())
+
+
+@contextmanager
+def progress_bar(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A tqdm bar in bytes on stderr, or None where nobody is looking."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(unit="B", unit_scale=True, desc="merging", file=sys.stderr, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
+
+
+def on_terminate(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+def main() -> None:
+    """Run the command line and end the process with the contract's exit code."""
+    signal.signal(signal.SIGTERM, on_terminate)
+    code = run(sys.argv[1:])
+    if code in (130, 143):  # background threads may be deep in an import or a sync: do not wait for them
+        os._exit(code)
+    sys.exit(code)
+
+
+def run(arguments: list[str]) -> int:
+    """The exit code of `loratool ARGUMENTS`; reports go to stdout, errors to stderr."""
+    try:
+        cli.main(args=arguments, prog_name="loratool", standalone_mode=False)
+        sys.stdout.flush()
+        return 0
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except LoratoolError as error:
+        click.echo(f"Error: {error}", err=True)
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort) as error:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
+        again = "; the same command continues with the files that are finished"
+        click.echo(f"Interrupted{again}.", err=True)
+        return 143 if isinstance(error, Terminated) else 130
+    except BrokenPipeError:
+        silence_stdout()
+        return 141
+    except OSError as error:
+        silence_stdout()
+        where = f"{printable(error.filename)}: " if error.filename else ""
+        click.echo(f"Error: {where}{error.strerror or error}", err=True)
+        return 6
+    except MemoryError:
+        click.echo("Error: out of memory; --max-memory and --workers make a merge smaller", err=True)
+        return 6
+    except Exception as error:
+        if {"-v", "--verbose"} & set(arguments):
+            import traceback
+
+            traceback.print_exc()
+        click.echo(f"Error: this is a bug in loratool: {type(error).__name__}: {printable(error)}", err=True)
+        click.echo("Run it again with -v for the traceback, and please report it.", err=True)
+        return 1
+
+
+def silence_stdout() -> None:
+    """Let the interpreter's last flush go nowhere, for stdout is closed or full."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+if __name__ == "__main__":
+    main()

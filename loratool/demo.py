@@ -1,0 +1,189 @@
+"""A small Llama-shaped base and a rank-8 adapter from nothing, merged and checked against the formula."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratool.errors import UsageError, VerificationError, printable
+from loratool.merging import MergeReport, merge
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HIDDEN, MLP, LAYERS, VOCABULARY, HEADS = 256, 688, 6, 2048, 4
+RANK, ALPHA, SHARDS = 8, 16, 3
+TARGETS = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (HIDDEN // 2, HIDDEN),
+    "self_attn.v_proj": (HIDDEN // 2, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (MLP, HIDDEN),
+    "mlp.up_proj": (MLP, HIDDEN),
+    "mlp.down_proj": (HIDDEN, MLP),
+}
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo made and what the check found."""
+
+    folder: Path
+    merge: MergeReport
+    elements: int  # of edited weights
+    equal: int  # that are the float64 formula rounded once
+    one_step: int  # that are its neighbour
+    copied: int  # tensors compared byte for byte
+
+    def __str__(self) -> str:
+        share = 100 * self.equal / self.elements
+        checked = (
+            f"checked       {self.elements:,} edited weights against W + (α/r)·BA in float64, rounded once:\n"
+            f"              {share:.4f} % equal, {self.one_step} off by the last bit, none by more; "
+            f"{self.copied} other tensors equal byte for byte"
+        )
+        home = printable(self.folder)
+        again = f"loratool merge {home}/base {home}/adapter -o {home}/again"
+        return f"{self.merge}\n{checked}\nby hand       {again}"
+
+
+def demo(folder: Path | str = "loratool-demo", *, overwrite: bool = False) -> DemoResult:
+    """Make `folder` with `base/`, `adapter/` and `merged/` in it.
+
+    Raises:
+        UsageError: `folder` is there already and `overwrite` is not given.
+        VerificationError: the merged model is not what the formula says.
+    """
+    home = Path(folder)
+    if home.exists():
+        if not overwrite:
+            raise UsageError(f"{printable(home)}: is there already; give --overwrite or another folder")
+        if not {entry.name for entry in home.iterdir()} <= {"base", "adapter", "merged", "again"}:
+            raise UsageError(f"{printable(home)}: holds more than a demo leaves; give another folder")
+        shutil.rmtree(home)
+    base, adapter = home / "base", home / "adapter"
+    for path in (base, adapter):
+        path.mkdir(parents=True)
+    make_base(base)
+    make_adapter(adapter)
+    report = merge(base, [adapter], home / "merged")
+    return check(home, report)
+
+
+def make_base(folder: Path) -> None:
+    """A bfloat16 Llama with random weights, in three shards with an index."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(0)
+
+    def weight(*shape: int) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * 0.02).bfloat16()
+
+    tensors = {"model.embed_tokens.weight": weight(VOCABULARY, HIDDEN)}
+    for layer in range(LAYERS):
+        for name, shape in TARGETS.items():
+            tensors[f"model.layers.{layer}.{name}.weight"] = weight(*shape)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"model.layers.{layer}.{norm}.weight"] = torch.ones(HIDDEN).bfloat16()
+    tensors |= {"model.norm.weight": torch.ones(HIDDEN).bfloat16(), "lm_head.weight": weight(VOCABULARY, HIDDEN)}
+    names = list(tensors)
+    step = -(-len(names) // SHARDS)
+    weight_map: dict[str, str] = {}
+    for number in range(SHARDS):
+        part = names[number * step : (number + 1) * step]
+        file = f"model-{number + 1:05d}-of-{SHARDS:05d}.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    total = sum(t.nbytes for t in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": MLP,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS // 2,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def make_adapter(folder: Path) -> None:
+    """A rank-8 adapter in PEFT's layout, as if training had moved B away from zero."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for layer in range(LAYERS):
+        for name, (out, into) in TARGETS.items():
+            key = f"base_model.model.model.layers.{layer}.{name}"
+            tensors[f"{key}.lora_A.weight"] = torch.randn(RANK, into, generator=generator) / into**0.5
+            tensors[f"{key}.lora_B.weight"] = torch.randn(out, RANK, generator=generator) * 0.005
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "target_modules": sorted(name.split(".")[1] for name in TARGETS),
+        "bias": "none",
+        "fan_in_fan_out": False,
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def check(home: Path, report: MergeReport) -> DemoResult:
+    """Compare the merged model with the formula, read by the safetensors package and computed in float64."""
+    import torch
+
+    base, merged = tensors_of(home / "base"), tensors_of(home / "merged")
+    adapter = tensors_of(home / "adapter")
+    elements = equal = one_step = copied = 0
+    for name, before in base.items():
+        after = merged[name]
+        key = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{key}.lora_A.weight" not in adapter:
+            if not torch.equal(before.view(torch.uint8), after.view(torch.uint8)):
+                raise VerificationError(f"{name}: was to be copied and is different")
+            copied += 1
+            continue
+        down, up = adapter[f"{key}.lora_A.weight"].double(), adapter[f"{key}.lora_B.weight"].double()
+        wanted = (before.double() + ALPHA / RANK * (up @ down)).to(before.dtype)
+        steps = (ordered(after) - ordered(wanted)).abs()
+        if int(steps.max()) > 1:
+            raise VerificationError(f"{name}: differs from the formula by more than the last bit")
+        elements += steps.numel()
+        equal += int((steps == 0).sum())
+        one_step += int((steps == 1).sum())
+    return DemoResult(home, report, elements, equal, one_step, copied)
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a folder, read by the safetensors package."""
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def ordered(values: Tensor) -> Tensor:
+    """bfloat16 values as integers in the order of their size, so that neighbours differ by 1."""
+    import torch
+
+    bits = values.view(torch.int16).int()
+    return torch.where(bits < 0, -32768 - bits, bits)

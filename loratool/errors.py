@@ -1,0 +1,88 @@
+"""What can go wrong, and the exit code each kind ends the command line with.
+
+LoratoolError            1   (never raised itself: a bug is any other exception)
+├── UsageError           2   the call asks for something that cannot be meant
+├── InputError           3   an input is malformed or of an unsupported kind
+├── FitError             4   the adapter does not fit the base, or changes nothing
+├── VerificationError    5   the result is not what the formula says
+├── StorageError         6   the disk or the file system said no
+└── HubError             7   the Hub said no
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+LONGEST_SHOWN = 200  # characters of a foreign name that a message repeats
+MOST_SHOWN = 20  # problems of one input that a message lists
+
+
+def printable(text: object) -> str:
+    """`text` as it may safely be shown: control and unprintable characters escaped, length capped.
+
+    Tensor names, paths and config values come from files that anyone may have written.
+    """
+    raw = os.fsdecode(text) if isinstance(text, (bytes, os.PathLike)) else str(text)
+    if len(raw) > LONGEST_SHOWN:
+        raw = f"{raw[:LONGEST_SHOWN]}… ({len(raw)} characters)"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in raw)
+
+
+class LoratoolError(Exception):
+    """One sentence that says what is wrong, and below it every problem of that input.
+
+    `problems` are sentences too; each names the tensor or the field, what was found and what was
+    wanted. Foreign text in either has been through `printable`.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
+        self.message = message
+        self.problems = tuple(problems)
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        shown = self.problems[:MOST_SHOWN]
+        more = len(self.problems) - len(shown)
+        lines = [self.message, *(f"  {problem}" for problem in shown)]
+        if more:
+            lines.append(f"  … and {more} more")
+        return "\n".join(lines)
+
+
+class UsageError(LoratoolError):
+    """The call asks for something that cannot be meant."""
+
+    exit_code = 2
+
+
+class InputError(LoratoolError):
+    """An input is malformed, or of a kind that is not supported."""
+
+    exit_code = 3
+
+
+class FitError(LoratoolError):
+    """The adapter does not fit the base, is not used whole, or changes nothing."""
+
+    exit_code = 4
+
+
+class VerificationError(LoratoolError):
+    """A merged model is not what the formula says."""
+
+    exit_code = 5
+
+
+class StorageError(LoratoolError):
+    """The disk or the file system said no."""
+
+    exit_code = 6
+
+
+class HubError(LoratoolError):
+    """The Hub said no."""
+
+    exit_code = 7

@@ -1,0 +1,1 @@
+"""Tables of how models name and arrange their weights: data, no logic."""

@@ -1,0 +1,234 @@
+"""`merge()`: plan → stage → stream → finish."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+from loratool import __version__
+from loratool.checkpoint import PROVENANCE, open_checkpoint
+from loratool.engine import Engine, Resources, Runtime, Totals, start_torch
+from loratool.errors import FitError, LoratoolError, UsageError, printable
+from loratool.formats import read_adapter
+from loratool.planning import MergePlan, plan_merge
+from loratool.staging import Stage, check_target, staged
+
+PathLike = str | os.PathLike[str]  # what every path argument takes
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did. Sizes are bytes, times seconds, norms Frobenius."""
+
+    out: Path
+    edited: int  # tensors
+    copied: int  # tensors carried over byte for byte
+    converted: int  # tensors that only changed dtype
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    startup_seconds: float  # of `seconds`: until torch and the devices were ready, bytes being copied meanwhile
+    device: str
+    workers: int
+    peak_memory: int  # resident set of the whole process
+    gpu_memory: int
+    resumed: tuple[str, ...]  # output files that an earlier, interrupted run had finished
+    relative_norms: dict[str, float]  # tensor → ‖ΔW‖/‖W‖, where ΔW is low-rank
+    nonfinite: dict[str, int]  # edited tensor → NaN and inf that the base itself holds
+    left_out: tuple[str, ...]  # files of the base that are no part of the output
+    notes: tuple[str, ...]
+    digests: dict[str, str]  # output file → SHA-256
+
+    def __str__(self) -> str:
+        from loratool.report import merge_text
+
+        return merge_text(self)
+
+
+def merge(
+    base: PathLike,
+    adapters: Sequence[PathLike] | PathLike,
+    out: PathLike,
+    *,
+    weights: Sequence[float] | None = None,
+    device: str = "auto",
+    dtype: str = "keep",
+    shard_size: int | None = None,
+    workers: int | None = None,
+    max_memory: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Write W' = W + Σ weight · ΔW as a complete model folder `out`, shard by shard.
+
+    Each tensor is accumulated in float32 (a float64 base in float64) and rounded once to its own
+    dtype. An interrupted merge is continued by the same call.
+
+    Args:
+        base: a model folder or one `.safetensors` file.
+        adapters: one adapter or several, each a folder.
+        out: the folder to make.
+        weights: a strength for each adapter, 1 by default; negative ones take an adapter out again.
+        device: "auto" (CUDA where there is one), "cpu", "cuda" (all GPUs) or "cuda:N".
+        dtype: "keep", "float32", "bfloat16" or "float16" for every float tensor of the output.
+        shard_size: bytes of tensor data per output file; by default the base's own shards.
+        workers: threads; by default one per core, at most 16.
+        max_memory: bytes that the process may keep resident.
+        overwrite: replace `out` where it is a model folder already, in one step at the end.
+        progress: called with (bytes done, bytes in all), from any thread, one call at a time.
+
+    Raises:
+        UsageError: the arguments contradict each other, or `out` is there or inside an input.
+        InputError: a file is malformed or of an unsupported kind, or changed during the merge.
+        FitError: an adapter does not fit, is not used whole, overflows the dtype or changes nothing.
+        StorageError: the disk or the file system said no.
+    """
+    started = time.monotonic()
+    check_arguments(device, workers, max_memory)
+    plan, target = prepare(base, adapters, out, weights, dtype, shard_size, overwrite)
+    runtime = start_torch(device)
+    try:
+        check_values(plan)
+        digests = [adapter.digests() for adapter in plan.adapters]
+        with staged(target, plan.fingerprint(digests, device), plan.bytes_written, overwrite) as stage:
+            resumed = tuple(stage.finished)
+            engine = Engine(plan, stage, runtime, workers, max_memory, progress)
+            totals = engine.run()
+            if not any(shard.changed for shard in stage.finished.values()):
+                raise FitError(
+                    f"{printable(out)}: not written, for every weight rounds to what it was: nothing changes"
+                )
+            write_side_files(stage, plan)
+            stage.write(PROVENANCE, provenance(plan, digests, stage, engine.resources()))
+    except LoratoolError:
+        runtime.exception()  # wait for the import: a process that ends in the middle of it may crash
+        raise
+    return make_report(plan, stage, resumed, totals, engine.resources(), runtime, started)
+
+
+def plan(
+    base: PathLike,
+    adapters: Sequence[PathLike] | PathLike,
+    out: PathLike,
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str = "keep",
+    shard_size: int | None = None,
+    overwrite: bool = False,
+) -> MergePlan:
+    """What `merge` with the same arguments would do; nothing is touched. Raises as `merge` does."""
+    return prepare(base, adapters, out, weights, dtype, shard_size, overwrite)[0]
+
+
+def prepare(
+    base: PathLike,
+    adapters: Sequence[PathLike] | PathLike,
+    out: PathLike,
+    weights: Sequence[float] | None,
+    dtype: str,
+    shard_size: int | None,
+    overwrite: bool,
+) -> tuple[MergePlan, Path]:
+    """The plan and the real path of the output, after every check that headers and `stat` allow."""
+    paths = [Path(p) for p in ([adapters] if isinstance(adapters, (str, os.PathLike)) else adapters)]
+    target = check_target(Path(out), [Path(base), *paths], overwrite)
+    read = [read_adapter(path) for path in paths]
+    return plan_merge(open_checkpoint(Path(base)), read, weights=weights, dtype=dtype, shard_size=shard_size), target
+
+
+def check_arguments(device: str, workers: int | None, max_memory: int | None) -> None:
+    if device not in ("auto", "cpu", "cuda") and not (device.startswith("cuda:") and device[5:].isdigit()):
+        raise UsageError(f"device {printable(repr(device))} is none of auto, cpu, cuda, cuda:N")
+    if workers is not None and not 1 <= workers <= 1024:
+        raise UsageError(f"{workers} workers cannot be meant; 1 to 1024 can")
+    if max_memory is not None and max_memory <= 0:
+        raise UsageError(f"a memory limit of {max_memory} bytes cannot be kept")
+
+
+def check_values(plan: MergePlan) -> None:
+    """No NaN or inf in any adapter, and not all of them without effect."""
+    effective = [
+        adapter.check_values() and bool(weight) for adapter, weight in zip(plan.adapters, plan.weights, strict=True)
+    ]
+    if not any(effective):
+        raise FitError("nothing to merge: every update is zero (an untrained adapter has B = 0) or has the weight 0")
+
+
+def write_side_files(stage: Stage, plan: MergePlan) -> None:
+    for file in plan.side_files:
+        if file.source is not None:
+            stage.copy(file.name, file.source)
+        else:
+            stage.write(file.name, file.content or b"")
+
+
+def provenance(plan: MergePlan, digests: Sequence[dict[str, str]], stage: Stage, resources: Resources) -> bytes:
+    """`loratool.json`: what made this model. The same inputs and settings give the same bytes."""
+    import torch
+
+    table = {
+        "made_by": "loratool merge",
+        "versions": {"loratool": __version__, "torch": str(torch.__version__)},
+        "base": {"name": plan.base.name, "files": {s.path.name: s.layout.size for s in plan.base.shards}},
+        "adapters": [
+            {"name": adapter.name, "format": adapter.format, "weight": weight, "sha256": files}
+            for adapter, weight, files in zip(plan.adapters, plan.weights, digests, strict=True)
+        ],
+        "dtype": plan.dtype,
+        "dtypes": dict(Counter(span.placed.dtype for span in plan.spans)),
+        "device": "cuda" if resources.on_gpu else "cpu",
+        "tensors": {"edited": len(plan.edited), "copied": plan.copied, "all": len(plan.spans)},
+        "shards": {s.name: {"size": s.size, "sha256": s.sha256} for _, s in sorted(stage.finished.items())},
+    }
+    return (json.dumps(table, indent=2) + "\n").encode()
+
+
+def make_report(
+    plan: MergePlan,
+    stage: Stage,
+    resumed: tuple[str, ...],
+    totals: Totals,
+    resources: Resources,
+    runtime: Future[Runtime],
+    started: float,
+) -> MergeReport:
+    norms = {
+        name: delta / totals.weight_norm[name]
+        for name, delta in totals.delta_norm.items()
+        if math.isfinite(delta) and math.isfinite(totals.weight_norm[name]) and totals.weight_norm[name] > 0
+    }
+    return MergeReport(
+        out=stage.out,
+        edited=len(plan.edited),
+        copied=plan.copied,
+        converted=sum(not span.edits and not span.untouched for span in plan.spans),
+        bytes_read=plan.bytes_read,
+        bytes_written=plan.bytes_written,
+        seconds=time.monotonic() - started,
+        startup_seconds=runtime.result().seconds,
+        device=", ".join(resources.devices),
+        workers=resources.workers,
+        peak_memory=peak_memory(),
+        gpu_memory=totals.gpu_memory,
+        resumed=resumed,
+        relative_norms=norms,
+        nonfinite=totals.nonfinite,
+        left_out=plan.left_out,
+        notes=plan.notes,
+        digests={s.name: s.sha256 for _, s in sorted(stage.finished.items())},
+    )
+
+
+def peak_memory() -> int:
+    """The largest resident set this process has had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

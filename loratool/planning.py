@@ -1,0 +1,490 @@
+"""Decide a whole merge from headers alone: every edit, every error, the place of every output byte.
+
+A plan is plain data. Making one reads no tensor and writes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratool import __version__
+from loratool.binding import Binding, bind, nearest
+from loratool.checkpoint import INDEX_SUFFIX, NUMBERED, SINGLE, Checkpoint, index_text
+from loratool.errors import FitError, InputError, UsageError, printable
+from loratool.layouts.architectures import (
+    CONV1D_MODEL_TYPES,
+    CONV1D_MODULES,
+    GENERATIVE,
+    INPUT_EMBEDDINGS,
+    OUTPUT_HEADS,
+)
+from loratool.safefile import FLOAT_NAMES, Layout, SafeFile, TensorInfo
+from loratool.updates import LowRank, Replace, Update
+
+if TYPE_CHECKING:
+    from loratool.adapter import Adapter
+
+DTYPES = ("keep", "float32", "bfloat16", "float16")
+MOST_NAMED = 8  # places of one kind that a problem names before it counts the rest
+
+# What a tokenizer is made of; an adapter that ships its own was trained with it.
+TOKENIZER_FILES = frozenset(
+    [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "spiece.model",
+        "sentencepiece.bpe.model",
+        "tekken.json",
+        "chat_template.jinja",
+        "chat_template.json",
+    ]
+)
+CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One update on rows `first_row` … `first_row + rows` of one weight."""
+
+    weight: str
+    first_row: int
+    rows: int
+    update: Update
+    strength: float
+    adapter: int  # which of the merge's adapters
+    target: str  # what that adapter calls the weight
+    rule: str  # how its tensor was found
+
+
+@dataclass(frozen=True)
+class Span:
+    """One tensor's way from a base file to its place in an output file."""
+
+    source: SafeFile
+    info: TensorInfo  # in the source
+    placed: TensorInfo  # in the output
+    edits: tuple[Edit, ...] = ()
+
+    @property
+    def untouched(self) -> bool:
+        return not self.edits and self.info.dtype == self.placed.dtype
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One output file: its head, and its spans in the order of their bytes."""
+
+    name: str
+    layout: Layout
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A small file of the output: the copy of a file, or new content."""
+
+    name: str
+    source: Path | None = None
+    content: bytes | None = None
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """All that a merge will do."""
+
+    base: Checkpoint
+    adapters: tuple[Adapter, ...]
+    weights: tuple[float, ...]
+    dtype: str
+    shards: tuple[ShardPlan, ...]
+    side_files: tuple[OutputFile, ...]
+    left_out: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @cached_property
+    def spans(self) -> tuple[Span, ...]:
+        return tuple(span for shard in self.shards for span in shard.spans)
+
+    @cached_property
+    def edited(self) -> tuple[Span, ...]:
+        return tuple(span for span in self.spans if span.edits)
+
+    @property
+    def copied(self) -> int:
+        """Tensors that are carried over byte for byte."""
+        return sum(span.untouched for span in self.spans)
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(span.info.nbytes for span in self.spans) + sum(a.file.layout.size for a in self.adapters)
+
+    @cached_property
+    def bytes_written(self) -> int:
+        small = sum(len(f.content) if f.content is not None else file_size(f.source) for f in self.side_files)
+        return sum(shard.layout.size for shard in self.shards) + small
+
+    def fingerprint(self, digests: Sequence[Mapping[str, str]], device: str) -> str:
+        """SHA-256 of everything the output depends on; `digests` are those of the adapters' files."""
+        facts = {
+            "loratool": __version__,
+            "base": [(str(s.path.resolve()), *vars_of(s.identity)) for s in self.base.shards],
+            "adapters": list(digests),
+            "weights": self.weights,
+            "device": device,
+            "shards": [(s.name, hashlib.sha256(s.layout.header).hexdigest()) for s in self.shards],
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode(errors="surrogateescape")).hexdigest()
+
+
+def plan_merge(
+    base: Checkpoint,
+    adapters: Sequence[Adapter],
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str = "keep",
+    shard_size: int | None = None,
+) -> MergePlan:
+    """Plan `base` + Σ weight · adapter.
+
+    Args:
+        base: the model to merge into.
+        adapters: one or more adapters trained on it.
+        weights: a strength for each adapter, 1 by default; negative ones take an adapter out again.
+        dtype: "keep", or the dtype that every float tensor of the output gets.
+        shard_size: bytes of tensor data per output file; by default the base's own shards.
+
+    Raises:
+        UsageError: the arguments contradict each other.
+        InputError: an adapter uses a feature, or the base a dtype, that is not supported.
+        FitError: an adapter tensor has no place in the base, or two claim one place.
+    """
+    strengths = check_arguments(adapters, weights, dtype, shard_size)
+    check_supported(adapters)
+    notes = [*base.notes, *(f"{a.name}: {note}" for a in adapters for note in a.notes)]
+    edits = find_edits(base, adapters, strengths, notes)
+    shards = place(base, edits, dtype, shard_size)
+    side_files, left_out = plan_side_files(base, adapters, shards, dtype, notes)
+    check_names([*(s.name for s in shards), *(f.name for f in side_files)])
+    return MergePlan(base, tuple(adapters), strengths, dtype, shards, side_files, left_out, tuple(notes))
+
+
+def check_arguments(
+    adapters: Sequence[Adapter], weights: Sequence[float] | None, dtype: str, shard_size: int | None
+) -> tuple[float, ...]:
+    if not adapters:
+        raise UsageError("a merge needs at least one adapter")
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {printable(repr(dtype))} is none of {', '.join(DTYPES)}")
+    if shard_size is not None and shard_size <= 0:
+        raise UsageError(f"a shard size of {shard_size} bytes is too small")
+    strengths = tuple(float(w) for w in weights) if weights else (1.0,) * len(adapters)
+    if len(strengths) != len(adapters):
+        raise UsageError(f"{len(strengths)} weights for {len(adapters)} adapters; give each adapter one, in order")
+    if not all(math.isfinite(w) for w in strengths):
+        raise UsageError("a weight must be a finite number")
+    return strengths
+
+
+def check_supported(adapters: Sequence[Adapter]) -> None:
+    """Everything recognised and not merged, of all adapters at once; then everything unrecognised."""
+    if missing := [f"{a.name}: {feature}" for a in adapters for feature in a.unsupported]:
+        raise InputError("this version of loratool does not merge:", missing)
+    if unused := [f"{a.name}: {printable(tensor)}" for a in adapters for tensor in a.unused]:
+        raise FitError("no rule gives these adapter tensors a place, so nothing is merged:", unused)
+
+
+def find_edits(
+    base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], notes: list[str]
+) -> dict[str, tuple[Edit, ...]]:
+    """Tensor of the base → its edits, replacements first. All misfits are told in one `FitError`."""
+    names = list(base.tensors)
+    edits: dict[str, list[Edit]] = {}
+    problems: list[str] = []
+    unsupported: list[str] = []
+    for number, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
+        bound = bind(adapter.updates, names)
+        turned = orientation(adapter, bound, base)
+        taken: dict[str, str] = {}
+        for target, given in adapter.updates.items():
+            where = f"{adapter.name}: {printable(target)}"
+            if target not in bound:
+                problems.append(f"{where}: {why_unbound(target, names)}")
+                continue
+            tensor = bound[target].tensor
+            info = base.tensors[tensor]
+            update = given.turned if target in turned and isinstance(given, LowRank) else given
+            if info.dtype not in FLOAT_NAMES:
+                unsupported.append(
+                    f"{where}: {printable(tensor)} is stored as {info.dtype}; only {', '.join(FLOAT_NAMES)} weights "
+                    "can be edited, so give the model before its quantisation as BASE"
+                )
+            elif tensor in taken:
+                problems.append(f"{where}: {printable(tensor)} is edited by {printable(taken[tensor])} already")
+            elif misfit := why_misfit(target, update, weight, info, base):
+                problems.append(f"{where}: {misfit}")
+            else:
+                edit = Edit(tensor, 0, info.rows, update, weight, number, target, bound[target].rule)
+                edits.setdefault(tensor, []).append(edit)
+            taken[tensor] = target
+        if weight not in (0.0, 1.0) and any(isinstance(u, Replace) for u in adapter.updates.values()):
+            notes.append(f"{adapter.name}: saved modules replace the base's whole, whatever the weight ({weight:g})")
+    problems += rivals(edits, adapters)
+    if unsupported:
+        raise InputError("the base stores weights in a form that cannot be edited:", unsupported)
+    if problems:
+        owners = ", ".join(dict.fromkeys(a.name for a in adapters))
+        raise FitError(f"{owners} does not fit the base {base.name}:", problems)
+    live = {tensor: [edit for edit in found if edit.strength] for tensor, found in edits.items()}
+    return {tensor: tuple(sorted(found, key=replaces_first)) for tensor, found in live.items() if found}
+
+
+def why_misfit(target: str, update: Update, weight: float, info: TensorInfo, base: Checkpoint) -> str:
+    """Empty where `update` can be made on the tensor `info`; else why it cannot."""
+    if tied := why_tied(target, base):
+        return tied
+    if update.shape != info.shape:
+        return f"update is {list(update.shape)}, {printable(info.name)} is {list(info.shape)}"
+    if isinstance(update, Replace) and weight < 0:
+        return f"replaces the weight outright, which a weight of {weight:g} cannot take back"
+    return ""
+
+
+def rivals(edits: Mapping[str, Sequence[Edit]], adapters: Sequence[Adapter]) -> list[str]:
+    """The tensors that more than one adapter replaces."""
+    problems = []
+    for tensor, found in edits.items():
+        owners = [adapters[e.adapter].name for e in found if isinstance(e.update, Replace) and e.strength]
+        if len(owners) > 1:
+            problems.append(
+                f"{printable(tensor)}: replaced by several adapters ({', '.join(owners)}); only one can win"
+            )
+    return problems
+
+
+def replaces_first(edit: Edit) -> bool:
+    return not isinstance(edit.update, Replace)
+
+
+def why_unbound(target: str, names: Sequence[str]) -> str:
+    module = target.rpartition(".")[0].rpartition(".")[2]
+    if module in OUTPUT_HEADS:
+        return "the base has no such weight; its head is tied to the input embedding, and untying is not supported yet"
+    near = nearest(target, names)
+    return "the base has no such weight" + (f"; nearest is {printable(near)}" if near else "")
+
+
+def why_tied(target: str, base: Checkpoint) -> str:
+    """Empty where editing `target` edits nothing else; else the reason it cannot be done.
+
+    Where the head shares the input embedding's tensor, the adapter changed one of the two only.
+    """
+    module = target.rpartition(".")[0].rpartition(".")[2]
+    classes = base.config.get("architectures") or []
+    generative = any(part in str(name) for name in classes for part in GENERATIVE)
+    if module in INPUT_EMBEDDINGS | OUTPUT_HEADS and generative and base.config.get("tie_word_embeddings", True):
+        return "the base ties its head to this embedding, and editing one of the two is not supported yet"
+    return ""
+
+
+def orientation(adapter: Adapter, bound: Mapping[str, Binding], base: Checkpoint) -> set[str]:
+    """The targets whose weight is stored (in, out), as Conv1D of GPT-2 does.
+
+    Shapes decide; square weights go by the base's architecture, else by the adapter's other
+    weights, else by the config's `fan_in_fan_out`.
+    """
+    turned: set[str] = set()
+    straight = 0
+    square: list[str] = []
+    for target, update in adapter.updates.items():
+        if not isinstance(update, LowRank) or not update.turnable or target not in bound:
+            continue
+        shape = base.tensors[bound[target].tensor].shape
+        fits, fits_turned = update.shape == shape, update.turned.shape == shape
+        if fits and fits_turned:
+            square.append(target)
+        elif fits_turned:
+            turned.add(target)
+        else:
+            straight += fits
+    if square:
+        turned.update(t for t in square if stored_in_out(t, adapter, base, bool(turned), bool(straight)))
+    return turned
+
+
+def stored_in_out(target: str, adapter: Adapter, base: Checkpoint, any_turned: bool, any_straight: bool) -> bool:
+    """Whether a square weight is stored (in, out)."""
+    module = target.rpartition(".")[0].rpartition(".")[2]
+    if model_type := base.config.get("model_type"):
+        return model_type in CONV1D_MODEL_TYPES and module in CONV1D_MODULES
+    if any_turned != any_straight:
+        return any_turned
+    return bool(adapter.config.get("fan_in_fan_out", False))
+
+
+def place(
+    base: Checkpoint, edits: Mapping[str, tuple[Edit, ...]], dtype: str, shard_size: int | None
+) -> tuple[ShardPlan, ...]:
+    """Every tensor's place in the output."""
+    wanted = {name: key for key, name in FLOAT_NAMES.items()}.get(dtype)
+    files: list[tuple[str, list[tuple[SafeFile, TensorInfo]]]] = []
+    for shard in base.shards:
+        tensors = sorted(shard.tensors.values(), key=lambda t: (t.start, t.stop))
+        files.append((shard_name(base, shard), [(shard, t) for t in tensors]))
+    if shard_size is not None:
+        every = [entry for _, entries in files for entry in entries]
+        files = repack(every, lambda t: new_size(t, wanted), shard_size, stem_of(files[0][0]))
+    plans: list[ShardPlan] = []
+    for name, entries in files:
+        sources = {id(source): source for source, _ in entries}.values()
+        changes_dtype = any(new_dtype(t, wanted) != t.dtype for _, t in entries)
+        if shard_size is None and not changes_dtype:
+            layout = base.shards[len(plans)].layout
+        else:
+            metadata = next((source.layout.metadata for source in sources), None)
+            layout = Layout.of(((t.name, new_dtype(t, wanted), t.shape) for _, t in entries), metadata)
+        spans = tuple(Span(source, t, layout.tensors[t.name], edits.get(t.name, ())) for source, t in entries)
+        plans.append(ShardPlan(name, layout, spans))
+    return tuple(plans)
+
+
+def shard_name(base: Checkpoint, shard: SafeFile) -> str:
+    return shard.path.relative_to(base.root).as_posix() if base.root.is_dir() else shard.path.name
+
+
+def new_dtype(tensor: TensorInfo, wanted: str | None) -> str:
+    return wanted if wanted and tensor.dtype in FLOAT_NAMES else tensor.dtype
+
+
+def new_size(tensor: TensorInfo, wanted: str | None) -> int:
+    return Layout.of([(tensor.name, new_dtype(tensor, wanted), tensor.shape)]).tensors[tensor.name].nbytes
+
+
+def repack(
+    entries: Sequence[tuple[SafeFile, TensorInfo]], size: Any, limit: int, stem: str
+) -> list[tuple[str, list[tuple[SafeFile, TensorInfo]]]]:
+    """Fill files up to `limit` bytes in the given order; a larger tensor gets a file of its own."""
+    groups: list[list[tuple[SafeFile, TensorInfo]]] = [[]]
+    filled = 0
+    for source, tensor in entries:
+        nbytes = size(tensor)
+        if groups[-1] and filled + nbytes > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append((source, tensor))
+        filled += nbytes
+    if len(groups) == 1:
+        return [(f"{stem}.safetensors", groups[0])]
+    return [(f"{stem}-{n:05d}-of-{len(groups):05d}.safetensors", group) for n, group in enumerate(groups, 1)]
+
+
+def stem_of(name: str) -> str:
+    match = NUMBERED.match(name)
+    return match["stem"] if match else name.removesuffix(".safetensors")
+
+
+def plan_side_files(
+    base: Checkpoint, adapters: Sequence[Adapter], shards: Sequence[ShardPlan], dtype: str, notes: list[str]
+) -> tuple[tuple[OutputFile, ...], tuple[str, ...]]:
+    """The files beside the weights: the base's, the adapters' tokenizer over them, config edits, the index."""
+    files = {name: OutputFile(name, base.root / name) for name in base.side_files}
+    left_out = list(base.left_out)
+    for name, source in tokenizer_files(adapters, notes).items():
+        files[name] = OutputFile(name, source)
+    tokenizer = files.get("tokenizer_config.json", OutputFile("")).source
+    if tokenizer and tokenizer.parent != base.root and b'"chat_template"' in tokenizer.read_bytes():
+        # a template in a file of its own would win over the one that the adapter's config holds
+        for name in CHAT_TEMPLATES:
+            if name in files and files[name].source == base.root / name:
+                del files[name]
+                left_out.append(f"{name} (the adapter's tokenizer_config.json brings its own)")
+    if dtype != "keep" and (edited := config_with_dtype(base.config, dtype)) is not None:
+        files["config.json"] = OutputFile("config.json", content=edited)
+        notes.append(f"config.json: dtype set to {dtype}")
+    if (index := plan_index(base, shards)) is not None:
+        files[index.name] = index
+    return tuple(files[name] for name in sorted(files)), tuple(left_out)
+
+
+def tokenizer_files(adapters: Sequence[Adapter], notes: list[str]) -> dict[str, Path]:
+    """Tokenizer and chat template files that adapters ship; of several adapters the first one's win."""
+    found: dict[str, Path] = {}
+    owner = ""
+    for adapter in adapters:
+        own = {p.name: p for p in sorted(adapter.folder.iterdir()) if p.name in TOKENIZER_FILES and p.is_file()}
+        templates = adapter.folder / "additional_chat_templates"
+        own.update({f"{templates.name}/{p.name}": p for p in sorted(templates.glob("*.jinja")) if p.is_file()})
+        if not own:
+            continue
+        if not owner:
+            found, owner = own, adapter.name
+            notes.append(f"{owner}: its {', '.join(map(printable, own))} win over the base's")
+        elif any(name not in found or found[name].read_bytes() != p.read_bytes() for name, p in own.items()):
+            notes.append(f"{adapter.name}: its tokenizer differs from that of {owner}, which is used")
+    return found
+
+
+def config_with_dtype(config: Mapping[str, Any], dtype: str) -> bytes | None:
+    """`config.json` with every dtype entry set, or None where it has none."""
+    changed = False
+
+    def visit(node: Mapping[str, Any]) -> dict[str, Any]:
+        nonlocal changed
+        result: dict[str, Any] = {}
+        for key, value in node.items():
+            if key in ("torch_dtype", "dtype") and isinstance(value, str):
+                changed = changed or value != dtype
+                result[key] = dtype
+            else:
+                result[key] = visit(value) if isinstance(value, dict) else value
+        return result
+
+    table = visit(config)
+    return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode() if changed else None
+
+
+def plan_index(base: Checkpoint, shards: Sequence[ShardPlan]) -> OutputFile | None:
+    """The output's index: the base's bytes where they still hold, a new one, or None for a single file."""
+    weight_map = {span.placed.name: shard.name for shard in shards for span in shard.spans}
+    total = sum(span.placed.nbytes for shard in shards for span in shard.spans)
+    if base.index is None and len(shards) == 1:
+        return None
+    if base.index is not None:
+        same_files = weight_map == {t: shard_name(base, s) for s in base.shards for t in s.tensors}
+        if same_files and (base.index_metadata or {}).get("total_size") == total:
+            return OutputFile(base.index.name, base.index)
+        if len(shards) == 1 and shards[0].name == SINGLE:
+            return None
+        name = base.index.name if same_files else f"{stem_of(shards[0].name)}{INDEX_SUFFIX}"
+        return OutputFile(name, content=index_text(weight_map, total, base.index_metadata))
+    return OutputFile(f"{stem_of(shards[0].name)}{INDEX_SUFFIX}", content=index_text(weight_map, total, None))
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Names that some file systems take for one and the same must not meet in the output."""
+    folded = Counter(unicodedata.normalize("NFC", name).casefold() for name in names)
+    clashing = [name for name, count in folded.items() if count > 1]
+    if clashing:
+        raise InputError("files of the output differ by upper and lower case only:", map(printable, clashing))
+
+
+def file_size(path: Path | None) -> int:
+    return path.stat().st_size if path else 0
+
+
+def vars_of(identity: Any) -> tuple[int, int]:
+    return identity.size, identity.modified

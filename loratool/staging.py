@@ -1,0 +1,309 @@
+"""The output folder: staged beside its final name, made durable, then renamed.
+
+    OUT.partial/            locked for the length of the run
+        journal             the plan's fingerprint, then a line for each finished shard
+        model/              becomes OUT in one rename
+
+Whatever happens, OUT is absent, as it was, or complete. A journal of the same plan is continued;
+one of another plan is cleared away.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loratool.errors import StorageError, UsageError, printable
+from loratool.safefile import copy_bytes, open_regular
+
+JOURNAL = "journal"
+MODEL = "model"
+LEFT_BY_OTHERS = "is there, and was not made by loratool; move it away"
+
+
+@dataclass(frozen=True)
+class FinishedShard:
+    """An output file that is complete and on stable storage."""
+
+    name: str
+    size: int  # bytes
+    sha256: str
+    changed: bool  # whether any weight, here or in a file before, differs from the base's
+
+
+@dataclass
+class Stage:
+    """A folder that will become `out`."""
+
+    out: Path
+    home: Path  # OUT.partial
+    finished: dict[str, FinishedShard] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return self.home / MODEL
+
+    def record(self, shard: FinishedShard) -> None:
+        """Note a shard whose bytes are on stable storage already."""
+        line = json.dumps(asdict(shard)) + "\n"
+        write_durably(self.home / JOURNAL, line.encode(), append=True)
+        self.finished[shard.name] = shard
+
+    def write(self, name: str, content: bytes) -> None:
+        """A small file of the output."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, content)
+
+    def copy(self, name: str, source: Path) -> None:
+        """A side file of an input, byte for byte."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        reading = open_regular(source)
+        try:
+            writing = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            try:
+                copy_bytes(reading, writing, os.fstat(reading).st_size, 0, 0, source)
+                os.fsync(writing)
+            finally:
+                os.close(writing)
+        finally:
+            os.close(reading)
+
+    def drop_unfinished(self) -> None:
+        """Remove every file that the journal does not vouch for."""
+        for path in [p for p in self.folder.rglob("*") if not p.is_dir()]:
+            if path.relative_to(self.folder).as_posix() not in self.finished:
+                path.unlink()
+
+    def publish(self, overwrite: bool) -> None:
+        """Give the folder its final name, in one step."""
+        for folder in [p for p in self.folder.rglob("*") if p.is_dir()]:
+            sync_folder(folder)
+        sync_folder(self.folder)
+        if os.path.lexists(self.out):
+            if not overwrite:
+                raise StorageError(f"{printable(self.out)}: appeared during the merge; it is left as it is")
+            exchange(self.folder, self.out)
+        else:
+            os.rename(self.folder, self.out)
+        sync_folder(self.out.parent)
+
+    def remove(self) -> None:
+        """Clear the stage away; the journal goes last, so that a torn removal is still known as ours."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):
+            for path in self.home.iterdir():
+                if path.name != JOURNAL:
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            (self.home / JOURNAL).unlink(missing_ok=True)
+            self.home.rmdir()
+
+
+def check_target(out: Path, inputs: Sequence[Path], overwrite: bool) -> Path:
+    """`out` as it will be written, after every check that can be made before any work.
+
+    Raises:
+        UsageError: it exists and `overwrite` is not given, or it is, holds or lies in an input.
+        StorageError: its parent is missing or cannot be written.
+    """
+    shown = printable(out)
+    if out.suffix == ".safetensors":
+        raise UsageError(f"{shown}: OUT is a folder; {printable(out.with_suffix(''))} would do")
+    try:
+        out = Path(os.path.realpath(out))
+        out.parent.stat()
+    except OSError as error:
+        raise StorageError(f"{shown}: {error.strerror}: {printable(out.parent)}") from error
+    for path in inputs:
+        if inside(out, path) or inside(path, out):
+            raise UsageError(
+                f"{shown}: is, holds or lies inside the input {printable(path)}, which is never written to"
+            )
+    if os.path.lexists(out):
+        if not out.is_dir():
+            raise UsageError(f"{shown}: is there and is no folder")
+        if not overwrite:
+            raise UsageError(f"{shown}: is there already; give --overwrite to replace it")
+        if not looks_like_a_model(out):
+            raise UsageError(f"{shown}: holds no model, so --overwrite does not replace it; remove it yourself")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise StorageError(f"{shown}: the folder {printable(out.parent)} cannot be written to")
+    return out
+
+
+def inside(path: Path, folder: Path) -> bool:
+    """Whether `path` is `folder`, or lies in it, whatever the links on the way."""
+    try:
+        wanted = folder.stat()
+    except OSError:
+        return False
+    for place in (path, *Path(os.path.realpath(path)).parents):
+        with suppress(OSError):
+            if os.path.samestat(place.stat(), wanted):
+                return True
+    return False
+
+
+def looks_like_a_model(folder: Path) -> bool:
+    names = [entry.name for entry in os.scandir(folder)]
+    return not names or any(n.endswith(".safetensors") or n in ("config.json", "loratool.json") for n in names)
+
+
+@contextmanager
+def staged(out: Path, fingerprint: str, needed: int, overwrite: bool) -> Iterator[Stage]:
+    """A stage for `out`, published when the block ends well.
+
+    An interrupt keeps the finished shards for the next run of the same plan; any other failure
+    leaves nothing. `needed` is the size of the whole output in bytes.
+    """
+    home = out.with_name(out.name + ".partial")
+    try:
+        with locked(home):
+            stage = open_stage(out, home, fingerprint)
+            try:
+                check_space(home, needed - sum(shard.size for shard in stage.finished.values()))
+                yield stage
+                stage.publish(overwrite)
+            except KeyboardInterrupt:
+                if stage.finished and stage.folder.is_dir():
+                    stage.drop_unfinished()
+                else:
+                    stage.remove()
+                raise
+            except BaseException:
+                stage.remove()
+                raise
+            stage.remove()
+    except OSError as error:
+        raise storage_error(error, out) from error
+
+
+def storage_error(error: OSError, path: Path) -> StorageError:
+    """The sentence for an `OSError` met while writing."""
+    where = printable(error.filename) if error.filename else printable(path)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(path.parent).free
+        return StorageError(f"{where}: the disk is full ({free} bytes are free); nothing was left behind")
+    return StorageError(f"{where}: {error.strerror or error}")
+
+
+@contextmanager
+def locked(home: Path) -> Iterator[None]:
+    """Create `home` and hold its lock, which ends with the process however it ends."""
+    for _ in range(100):
+        with suppress(FileExistsError):
+            os.mkdir(home)
+        try:
+            descriptor = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # another run published it just now
+        except OSError as error:
+            if error.errno in (errno.ENOTDIR, errno.ELOOP):
+                raise UsageError(f"{printable(home)}: {LEFT_BY_OTHERS}") from error
+            raise
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"{printable(home)}: another run is writing this output; wait for it to end") from None
+            except OSError as error:  # a file system without locks: go on without
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL):
+                    raise
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(home)):
+                    yield
+                    return
+        finally:
+            os.close(descriptor)
+    raise StorageError(f"{printable(home)}: keeps vanishing; is another run at work on it?")
+
+
+def open_stage(out: Path, home: Path, fingerprint: str) -> Stage:
+    """Continue what a run of the same plan left, else begin afresh."""
+    stage = Stage(out, home)
+    names = {entry.name for entry in os.scandir(home)}
+    if names and JOURNAL not in names:
+        raise UsageError(f"{printable(home)}: {LEFT_BY_OTHERS}")
+    journal = read_journal(home / JOURNAL) if names else []
+    if journal and journal[0].get("plan") == fingerprint and stage.folder.is_dir():
+        for line in journal[1:]:
+            shard = FinishedShard(**line)
+            path = stage.folder / shard.name
+            if path.is_file() and path.stat().st_size == shard.size:
+                stage.finished[shard.name] = shard
+        stage.drop_unfinished()
+    else:
+        if names:
+            shutil.rmtree(stage.folder, ignore_errors=True)
+        write_durably(home / JOURNAL, (json.dumps({"plan": fingerprint}) + "\n").encode())
+        os.mkdir(stage.folder)
+        sync_folder(home)
+    return stage
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """The journal's lines up to the first that is torn."""
+    lines: list[dict[str, Any]] = []
+    for raw in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            lines.append(json.loads(raw))
+        except ValueError:
+            break
+    return lines
+
+
+def check_space(home: Path, needed: int) -> None:
+    free = shutil.disk_usage(home).free
+    if free < needed:
+        raise StorageError(
+            f"{printable(home)}: the output needs {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free"
+        )
+
+
+def write_durably(path: Path, content: bytes, append: bool = False) -> None:
+    """Write a small file; it is on stable storage when this returns."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_APPEND if append else os.O_TRUNC)
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        view = memoryview(content)
+        while view:
+            view = view[os.write(descriptor, view) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+RENAME_EXCHANGE = 2
+AT_FDCWD = -100
+
+
+def exchange(new: Path, old: Path) -> None:
+    """Swap two folders' names in one step where the system can; else the old one steps aside first."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None:
+        failed = renameat2(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(old), RENAME_EXCHANGE)
+        if not failed:
+            return
+        if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(old))
+    os.rename(old, new.with_name("replaced"))
+    os.rename(new, old)
