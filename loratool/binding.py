@@ -1,4 +1,4 @@
-"""Which tensor of the base does a target mean?
+"""Which tensor of the base a target means.
 
 Decided from names on disk: the exact name, a rename that a release of transformers made while
 loading, or one prefix for the whole adapter (a checkpoint saved without its head has no

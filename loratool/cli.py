@@ -121,8 +121,8 @@ def merge(
 
     if dry_run:
         planned = plan(base, adapters, out, weights=weights, dtype=dtype, shard_size=shard_size, overwrite=overwrite)
-        from loratool.engine import estimated_memory
         from loratool.report import plan_data, plan_text
+        from loratool.resources import estimated_memory
 
         memory = estimated_memory(planned, device, workers, max_memory)
         show(plan_data(planned, memory), lambda: plan_text(planned, memory), as_json, quiet)

@@ -13,14 +13,19 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratool import __version__
 from loratool.checkpoint import PROVENANCE, open_checkpoint
-from loratool.engine import Engine, Resources, Runtime, Totals, start_torch
+from loratool.engine import Engine
 from loratool.errors import FitError, LoratoolError, UsageError, printable
 from loratool.formats import read_adapter
 from loratool.planning import MergePlan, plan_merge
+from loratool.resources import Resources, Runtime, start_torch
 from loratool.staging import Stage, check_target, staged
+
+if TYPE_CHECKING:
+    from loratool.computing import Totals
 
 PathLike = str | os.PathLike[str]  # what every path argument takes
 Progress = Callable[[int, int], None]

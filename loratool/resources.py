@@ -1,0 +1,170 @@
+"""What a merge may use: devices, workers and the size of a block, within a memory limit."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratool.errors import UsageError, printable
+from loratool.updates import LowRank
+
+if TYPE_CHECKING:
+    from loratool.planning import MergePlan, Span
+    from loratool.safefile import TensorInfo
+
+CPU_BLOCK = 2 << 20  # bytes of weight: near a core's cache
+CUDA_BLOCK = 16 << 20  # bytes of weight: hides the latency of a transfer
+SMALLEST_BLOCK = 64 << 10
+MOST_WORKERS = 16
+GPU_WORKERS = 4  # per GPU
+RUNTIME_MEMORY = 256 << 20  # bytes: Python, torch and its libraries, before any work
+CUDA_MEMORY = 600 << 20  # bytes of host memory that the CUDA libraries take besides
+WORKING_MEMORY = 32 << 20  # bytes: hashing, small files and the libraries' own buffers
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a merge may use."""
+
+    devices: tuple[str, ...]  # "cpu", or one or more of "cuda:0", …
+    workers: int
+    block: int  # bytes of weight that pass at a time, at least one row
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.devices[0] != "cpu"
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Torch, ready to work."""
+
+    devices: tuple[str, ...]
+    seconds: float  # that the import and the devices took
+
+
+def start_torch(device: str) -> Future[Runtime]:
+    """Import torch and wake `device` in the background: that takes seconds in which bytes can be copied."""
+    future: Future[Runtime] = Future()
+
+    def load() -> None:
+        started = time.monotonic()
+        try:
+            future.set_result(Runtime(find_devices(device), time.monotonic() - started))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=load, name="loratool-torch", daemon=True).start()
+    return future
+
+
+def find_devices(device: str) -> tuple[str, ...]:
+    """The devices that "auto", "cpu", "cuda" or "cuda:N" mean here, each ready for work."""
+    import torch
+
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return ("cpu",)
+    count = torch.cuda.device_count()
+    if not count:
+        raise UsageError(f"--device {printable(device)}: torch {torch.__version__} finds no CUDA device here")
+    every = tuple(f"cuda:{n}" for n in range(count))
+    if device.startswith("cuda:") and device not in every:
+        raise UsageError(f"--device {printable(device)}: there are {', '.join(every)}")
+    devices = (device,) if device.startswith("cuda:") else every
+    for name in devices:
+        torch.zeros(1, device=name)
+    return devices
+
+
+@contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """Float32 products in full float32, without TF32, for as long as this lasts."""
+    import torch
+
+    before, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.set_num_threads(threads)  # workers set it to 1
+
+
+def choose_resources(
+    plan: MergePlan, devices: tuple[str, ...], workers: int | None, max_memory: int | None, used: int
+) -> Resources:
+    """Workers and block size that keep the process within `max_memory` bytes, of which `used` are gone.
+
+    Raises `UsageError` with the smallest limit that would do.
+    """
+    on_gpu = devices[0] != "cpu"
+    chosen = workers or min(cores(), GPU_WORKERS * len(devices) if on_gpu else MOST_WORKERS)
+    block = CUDA_BLOCK if on_gpu else CPU_BLOCK
+    if max_memory is None:
+        return Resources(devices, chosen, block)
+    while (needed := used + work_memory(plan, chosen, block, on_gpu)) > max_memory:
+        if block > SMALLEST_BLOCK:
+            block //= 2
+        elif chosen > 1:
+            chosen -= 1
+        else:
+            raise UsageError(f"--max-memory: {max_memory} bytes are too little; {needed} is the least that works here")
+    return Resources(devices, chosen, block)
+
+
+def estimated_memory(plan: MergePlan, device: str, workers: int | None, max_memory: int | None) -> int:
+    """Bytes that a merge is expected to keep resident, told without importing torch."""
+    devices = ("cuda:0",) if device.startswith("cuda") else ("cpu",)
+    used = RUNTIME_MEMORY + (CUDA_MEMORY if devices[0] != "cpu" else 0)
+    chosen = choose_resources(plan, devices, workers, max_memory, used)
+    return used + work_memory(plan, chosen.workers, chosen.block, chosen.on_gpu)
+
+
+def work_memory(plan: MergePlan, workers: int, block: int, on_gpu: bool) -> int:
+    """Bytes of host memory that `workers` need besides what Python and torch take."""
+    touched = [span for span in plan.spans if not span.untouched]
+    buffers = max((block_memory(span, block, on_gpu) for span in touched), default=0)
+    factors = max((factor_memory(span) for span in touched), default=0)
+    return WORKING_MEMORY + workers * (buffers + factors)
+
+
+def block_memory(span: Span, block: int, on_gpu: bool) -> int:
+    """Bytes of one worker's buffers for this span: the raw block, and on the CPU its float32 copy."""
+    elements = rows_of_block(span, block) * span.info.width
+    raw = elements * max(itemsize(span.info), itemsize(span.placed))
+    return raw if on_gpu else raw + elements * (8 if span.info.dtype == "F64" else 4)
+
+
+def factor_memory(span: Span) -> int:
+    """Bytes of the loaded factors of one span, twice: as read and stacked."""
+    ranks = sum(e.update.rank for e in span.edits if isinstance(e.update, LowRank))
+    return 2 * ranks * (span.info.rows + span.info.width) * (8 if span.info.dtype == "F64" else 4)
+
+
+def rows_of_block(span: Span, block: int) -> int:
+    row = max(1, span.info.width * max(itemsize(span.info), itemsize(span.placed)))
+    return max(1, min(span.info.rows, block // row))
+
+
+def itemsize(info: TensorInfo) -> int:
+    return {"F64": 8, "F32": 4}.get(info.dtype, 2)
+
+
+def resident_memory() -> int:
+    """Bytes of this process in memory now."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError):
+        return RUNTIME_MEMORY
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
