@@ -143,7 +143,7 @@ class Worker:
         block = self.scratch[: count * width * compute.itemsize].view(compute).view(count, width)
         block.copy_(self.raw[:read].view(stored).view(count, width))
         norm = torch.linalg.vector_norm(block)
-        untouched = None if work.totals.changed or not span.edits else block.to(rounded)
+        untouched = None if work.totals.changed or not span.edits else block.to(rounded, copy=True)
         edits = work.edits_on(self.device, compute)
         for edit in edits:
             edit.apply(block, first)

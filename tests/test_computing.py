@@ -1,0 +1,121 @@
+"""Row blocks: whatever the blocks, the workers and the limits, a weight is W + Σ strength · ΔW, rounded once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import loratool
+from loratool import resources
+from loratool.computing import LoadedEdit
+from loratool.updates import LowRank, Replace
+
+
+def make_pair(
+    folder: Path, rows: int = 96, columns: int = 80, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Path, Path]:
+    """A base with one weight and an adapter for it."""
+    base, adapter = folder / "base", folder / "adapter"
+    base.mkdir()
+    adapter.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    save_file({"q.weight": weight.to(dtype), "norm.weight": torch.ones(columns).to(dtype)}, base / "model.safetensors")
+    factors = {
+        "base_model.model.q.lora_A.weight": torch.randn(4, columns, generator=generator),
+        "base_model.model.q.lora_B.weight": torch.randn(rows, 4, generator=generator),
+    }
+    save_file(factors, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 6}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    return base, adapter
+
+
+def formula(base: Path, adapter: Path) -> torch.Tensor:
+    weight = load_file(base / "model.safetensors")["q.weight"]
+    factors = load_file(adapter / "adapter_model.safetensors")
+    up, down = (factors[f"base_model.model.q.lora_{x}.weight"].double() for x in "BA")
+    return (weight.double() + 6 / 4 * (up @ down)).to(weight.dtype)
+
+
+@pytest.mark.parametrize("block", [1, 160, 1000, 1 << 20])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_block_size_and_workers_do_not_show_in_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, workers: int
+) -> None:
+    base, adapter = make_pair(tmp_path, dtype=torch.float32)
+    monkeypatch.setattr(resources, "CPU_BLOCK", block)
+    loratool.merge(base, [adapter], tmp_path / "out", workers=workers)
+    merged = load_file(tmp_path / "out" / "model.safetensors")["q.weight"]
+    torch.testing.assert_close(merged, formula(base, adapter), rtol=3e-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("first", range(7))
+@pytest.mark.parametrize("count", [1, 3, 7])
+@pytest.mark.parametrize("kind", ["low rank", "replacement"])
+def test_an_edit_of_some_rows_leaves_the_others_alone(first: int, count: int, kind: str) -> None:
+    weight = torch.randn(7, 5, dtype=torch.float64)
+    up, down = torch.randn(3, 2, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
+    update = LowRank(up, down, 0.5) if kind == "low rank" else Replace(up @ down)
+    wanted = weight.clone()
+    wanted[2:5] = weight[2:5] + 0.5 * up @ down if kind == "low rank" else up @ down
+    block = weight[first : first + count].clone()
+    LoadedEdit(first_row=2, rows=3, update=update, norm=1.0).apply(block, first)
+    torch.testing.assert_close(block, wanted[first : first + count])
+
+
+def test_float32_products_ignore_a_setting_that_would_round_them(tmp_path: Path) -> None:
+    base, adapter = make_pair(tmp_path)
+    before = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        loratool.merge(base, [adapter], tmp_path / "out")
+        assert torch.get_float32_matmul_precision() == "medium"  # and it is given back
+        assert torch.get_num_threads() == before[1]
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+    merged = load_file(tmp_path / "out" / "model.safetensors")["q.weight"]
+    assert float((merged != formula(base, adapter)).double().mean()) < 1e-3
+
+
+def test_a_memory_limit_that_cannot_be_kept_names_one_that_can(tmp_path: Path) -> None:
+    base, adapter = make_pair(tmp_path)
+    with pytest.raises(loratool.UsageError, match=r"max-memory: 1000 bytes are too little; (\d+) is the least"):
+        loratool.merge(base, [adapter], tmp_path / "out", max_memory=1000)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_a_process_stays_within_its_memory_limit(tmp_path: Path) -> None:
+    base, adapter = make_pair(tmp_path, rows=16384, columns=2048)
+    limit = 420_000_000  # bytes; torch alone takes most of it
+    command = [sys.executable, "-m", "loratool", "merge", str(base), str(adapter), "-o", str(tmp_path / "out")]
+    answer = subprocess.run(
+        [*command, "--max-memory", str(limit), "--json"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(answer.stdout)["peak_memory"] <= limit
+
+
+def test_an_absent_cuda_device_is_told(tmp_path: Path) -> None:
+    base, adapter = make_pair(tmp_path)
+    missing = f"cuda:{torch.cuda.device_count()}"
+    with pytest.raises(loratool.UsageError, match=missing):
+        loratool.merge(base, [adapter], tmp_path / "out", device=missing)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_cuda_gives_the_formula_too(tmp_path: Path, dtype: torch.dtype) -> None:
+    base, adapter = make_pair(tmp_path, rows=3000, columns=700, dtype=dtype)
+    report = loratool.merge(base, [adapter], tmp_path / "out", device="cuda")
+    merged = load_file(tmp_path / "out" / "model.safetensors")["q.weight"]
+    assert report.device.startswith("cuda:0")
+    if dtype in (torch.bfloat16, torch.float16):
+        assert float((merged != formula(base, adapter)).double().mean()) < 1e-4
+    torch.testing.assert_close(merged, formula(base, adapter))
