@@ -61,9 +61,12 @@ class Checkpoint:
             return {}
         path = self.root / "config.json"
         try:
-            return strict_json(read_small(path))
-        except ValueError as error:
-            raise InputError(f"{printable(path)}: {error}") from None
+            config = json.loads(read_small(path))  # leniently: some models' configs hold Infinity
+        except (ValueError, RecursionError):
+            raise InputError(f"{printable(path)}: no JSON in UTF-8") from None
+        if not isinstance(config, dict):
+            raise InputError(f"{printable(path)}: an object is wanted, found {type(config).__name__}")
+        return config
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

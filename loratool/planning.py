@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
 from loratool.binding import Binding, bind, nearest
-from loratool.checkpoint import INDEX_SUFFIX, NUMBERED, SINGLE, Checkpoint, index_text
+from loratool.checkpoint import INDEX_SUFFIX, NUMBERED, SINGLE, Checkpoint, index_text, leaves
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.layouts.architectures import (
     CONV1D_MODEL_TYPES,
@@ -54,6 +54,7 @@ TOKENIZER_FILES = frozenset(
         "chat_template.json",
     ]
 )
+MORE_TEMPLATES = "additional_chat_templates"
 CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 
@@ -425,9 +426,9 @@ def tokenizer_files(adapters: Sequence[Adapter], notes: list[str]) -> dict[str, 
     found: dict[str, Path] = {}
     owner = ""
     for adapter in adapters:
-        own = {p.name: p for p in sorted(adapter.folder.iterdir()) if p.name in TOKENIZER_FILES and p.is_file()}
-        templates = adapter.folder / "additional_chat_templates"
-        own.update({f"{templates.name}/{p.name}": p for p in sorted(templates.glob("*.jinja")) if p.is_file()})
+        names = [p.name for p in sorted(adapter.folder.iterdir()) if p.name in TOKENIZER_FILES]
+        names += [f"{MORE_TEMPLATES}/{p.name}" for p in sorted((adapter.folder / MORE_TEMPLATES).glob("*.jinja"))]
+        own = {n: adapter.folder / n for n in names if (adapter.folder / n).is_file() and not leaves(adapter.folder, n)}
         if not own:
             continue
         if not owner:

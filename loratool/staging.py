@@ -93,6 +93,9 @@ class Stage:
         if os.path.lexists(self.out):
             if not overwrite:
                 raise StorageError(f"{printable(self.out)}: appeared during the merge; it is left as it is")
+            # once swapped, the stage holds the old model: nothing in it may pass for a finished shard
+            write_durably(self.home / JOURNAL, b'{"plan": "published"}\n')
+            self.finished = {}
             exchange(self.folder, self.out)
         else:
             os.rename(self.folder, self.out)
