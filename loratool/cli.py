@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
@@ -210,9 +210,9 @@ def main() -> None:
     """Run the command line and end the process with the contract's exit code."""
     signal.signal(signal.SIGTERM, on_terminate)
     code = run(sys.argv[1:])
-    if code in (130, 143):  # background threads may be deep in an import or a sync: do not wait for them
-        os._exit(code)
-    sys.exit(code)
+    with suppress(OSError):
+        sys.stderr.flush()
+    os._exit(code)  # taking torch down in order costs half a second, and threads may be deep in a sync
 
 
 def run(arguments: list[str]) -> int:

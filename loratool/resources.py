@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -56,10 +57,15 @@ def start_torch(device: str) -> Future[Runtime]:
 
     def load() -> None:
         started = time.monotonic()
+        collecting = gc.isenabled()
+        gc.disable()  # the import makes a million objects that all stay
         try:
             future.set_result(Runtime(find_devices(device), time.monotonic() - started))
         except BaseException as error:
             future.set_exception(error)
+        finally:
+            if collecting:
+                gc.enable()
 
     threading.Thread(target=load, name="loratool-torch", daemon=True).start()
     return future
@@ -136,10 +142,10 @@ def work_memory(plan: MergePlan, workers: int, block: int, on_gpu: bool) -> int:
 
 
 def block_memory(span: Span, block: int, on_gpu: bool) -> int:
-    """Bytes of one worker's buffers for this span: the raw block, and on the CPU its float32 copy."""
+    """Bytes of one worker's host buffers: the raw block, and on the CPU its float32 copy, the merged block and marks."""
     elements = rows_of_block(span, block) * span.info.width
     raw = elements * max(itemsize(span.info), itemsize(span.placed))
-    return raw if on_gpu else raw + elements * (8 if span.info.dtype == "F64" else 4)
+    return raw if on_gpu else 2 * raw + elements * (3 + (8 if span.info.dtype == "F64" else 4))
 
 
 def factor_memory(span: Span) -> int:
