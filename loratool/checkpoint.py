@@ -68,6 +68,18 @@ class Checkpoint:
             raise InputError(f"{printable(path)}: an object is wanted, found {type(config).__name__}")
         return config
 
+    @property
+    def model_type(self) -> str:
+        """The family that `config.json` names, such as "llama"; empty where it names none."""
+        value = self.config.get("model_type")
+        return value if isinstance(value, str) else ""
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """The model classes that `config.json` names."""
+        value = self.config.get("architectures")
+        return tuple(v for v in value if isinstance(v, str)) if isinstance(value, list) else ()
+
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a folder of shards with or without an index, or one `.safetensors` file.
@@ -91,7 +103,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def open_folder(root: Path, index: Path | None) -> Checkpoint:
     notes: list[str] = []
     try:
-        names = sorted(entry.name for entry in os.scandir(root) if not entry.is_dir())
+        names = sorted(entry.name for entry in os.scandir(root) if not is_folder(entry))
     except OSError as error:
         raise unreadable(root, error) from error
     if index is None:
@@ -149,8 +161,8 @@ def choose_shards(root: Path, names: list[str], notes: list[str]) -> list[str]:
         for name in names:
             refuse_pickle(root / name)
         raise InputError(f"{printable(root)}: no .safetensors file is in it")
+    check_numbering(root, shards)
     if len(shards) > 1:
-        check_numbering(root, shards)
         notes.append(f"no index: all {len(shards)} .safetensors files are taken as shards of one model")
     return shards
 
@@ -311,7 +323,7 @@ def walk(root: Path, left_out: list[str], inside: str = "") -> Iterator[str]:
         name = f"{inside}{entry.name}"
         if entry.name.startswith("."):
             continue
-        if not entry.is_dir():
+        if not is_folder(entry):
             yield name
         elif any(fnmatch(entry.name, pattern) for pattern in TRAINING_FOLDERS):
             left_out.append(f"{printable(name)}/ (left by training)")
@@ -321,6 +333,14 @@ def walk(root: Path, left_out: list[str], inside: str = "") -> Iterator[str]:
             left_out.append(f"{printable(name)}/ (a link out of the folder)")
         else:
             yield from walk(root, left_out, f"{name}/")
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder; a link that leads to itself or nowhere is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def why_left_out(root: Path, path: PurePosixPath) -> str:

@@ -20,10 +20,11 @@ from loratool.errors import LoratoolError, printable
 
 Command = TypeVar("Command", bound=Callable[..., None])
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+PATH = click.Path(path_type=Path, readable=False)  # what is wrong with a path, the library says better
 EXIT_CODES = """\b
 Exit codes: 0 done · 1 a bug · 2 wrong usage · 3 an input is malformed or unsupported ·
 4 the adapter does not fit the base · 5 verification failed · 6 the disk said no ·
-7 the Hub said no · 130 interrupted"""
+7 the Hub said no · 130 interrupted · 143 terminated"""
 
 
 class Terminated(KeyboardInterrupt):
@@ -66,11 +67,9 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("base", type=click.Path(path_type=Path))
-@click.argument("adapters", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="ADAPTER...")
-@click.option(
-    "-o", "--output", "out", type=click.Path(path_type=Path), required=True, metavar="OUT", help="Folder to make."
-)
+@click.argument("base", type=PATH)
+@click.argument("adapters", type=PATH, nargs=-1, required=True, metavar="ADAPTER...")
+@click.option("-o", "--output", "out", type=PATH, required=True, metavar="OUT", help="Folder to make.")
 @click.option(
     "-w", "--weight", "weights", type=float, multiple=True, help="Strength, once per adapter in order [default: 1]."
 )
@@ -145,7 +144,7 @@ def merge(
 
 
 @cli.command()
-@click.argument("paths", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="PATH...")
+@click.argument("paths", type=PATH, nargs=-1, required=True, metavar="PATH...")
 @output_options
 def inspect(paths: tuple[Path, ...], as_json: bool, quiet: bool) -> None:
     """Tell what is in an adapter or a checkpoint, from headers alone.
@@ -159,8 +158,8 @@ def inspect(paths: tuple[Path, ...], as_json: bool, quiet: bool) -> None:
     show({"results": facts}, lambda: "\n\n".join(map(str, facts)), as_json, quiet)
 
 
-@cli.command()
-@click.argument("folder", type=click.Path(path_type=Path), default=Path("loratool-demo"), metavar="[DIR]")
+@cli.command(short_help="Make, merge and check a small model from nothing.")
+@click.argument("folder", type=PATH, default=Path("loratool-demo"), metavar="[DIR]")
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier demo left in DIR.")
 @output_options
 def demo(folder: Path, overwrite: bool, as_json: bool, quiet: bool) -> None:
@@ -208,11 +207,27 @@ def on_terminate(_number: int, _frame: FrameType | None) -> NoReturn:
 
 def main() -> None:
     """Run the command line and end the process with the contract's exit code."""
+    open_streams()
     signal.signal(signal.SIGTERM, on_terminate)
     code = run(sys.argv[1:])
     with suppress(OSError):
         sys.stderr.flush()
     os._exit(code)  # taking torch down in order costs half a second, and threads may be deep in a sync
+
+
+def open_streams() -> None:
+    """Give closed standard streams to the null device; else the next file opened would get their number."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def complain(text: str) -> None:
+    """A sentence on stderr, if anybody can read it."""
+    with suppress(OSError):
+        click.echo(text, err=True)
 
 
 def run(arguments: list[str]) -> int:
@@ -224,34 +239,35 @@ def run(arguments: list[str]) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:
-        error.show()
+        with suppress(OSError):
+            error.show()
         return error.exit_code
     except LoratoolError as error:
-        click.echo(f"Error: {error}", err=True)
+        complain(f"Error: {error}")
         return error.exit_code
     except (KeyboardInterrupt, click.Abort) as error:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
         again = "; the same command continues with the files that are finished"
-        click.echo(f"Interrupted{again}.", err=True)
+        complain(f"Interrupted{again}.")
         return 143 if isinstance(error, Terminated) else 130
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # Click turns a broken pipe into an exit of its own
         silence_stdout()
         return 141
     except OSError as error:
         silence_stdout()
         where = f"{printable(error.filename)}: " if error.filename else ""
-        click.echo(f"Error: {where}{error.strerror or error}", err=True)
+        complain(f"Error: {where}{error.strerror or error}")
         return 6
     except MemoryError:
-        click.echo("Error: out of memory; --max-memory and --workers make a merge smaller", err=True)
+        complain("Error: out of memory; --max-memory and --workers make a merge smaller")
         return 6
     except Exception as error:
         if {"-v", "--verbose"} & set(arguments):
             import traceback
 
             traceback.print_exc()
-        click.echo(f"Error: this is a bug in loratool: {type(error).__name__}: {printable(error)}", err=True)
-        click.echo("Run it again with -v for the traceback, and please report it.", err=True)
+        complain(f"Error: this is a bug in loratool: {type(error).__name__}: {printable(error)}")
+        complain("Run it again with -v for the traceback, and please report it.")
         return 1
 
 

@@ -25,7 +25,8 @@ def printable(text: object) -> str:
     """
     raw = os.fsdecode(text) if isinstance(text, (bytes, os.PathLike)) else str(text)
     if len(raw) > LONGEST_SHOWN:
-        raw = f"{raw[:LONGEST_SHOWN]}… ({len(raw)} characters)"
+        half = LONGEST_SHOWN // 2
+        raw = f"{raw[:half]}…{raw[-half:]}"  # of a path the end tells most
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in raw)
 
 

@@ -109,7 +109,7 @@ def adapter_facts(adapter: Adapter, path: Path) -> AdapterFacts:
 
 
 def checkpoint_facts(checkpoint: Checkpoint, path: Path) -> CheckpointFacts:
-    classes = checkpoint.config.get("architectures") or [checkpoint.config.get("model_type", "")]
+    classes = checkpoint.architectures or (checkpoint.model_type,)
     return CheckpointFacts(
         kind="checkpoint",
         path=printable(path),

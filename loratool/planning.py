@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
 from loratool.binding import Binding, bind, nearest
-from loratool.checkpoint import INDEX_SUFFIX, NUMBERED, SINGLE, Checkpoint, index_text, leaves
+from loratool.checkpoint import INDEX_SUFFIX, NUMBERED, PROVENANCE, SINGLE, Checkpoint, index_text, leaves
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.layouts.architectures import (
     CONV1D_MODEL_TYPES,
@@ -180,7 +180,7 @@ def plan_merge(
     edits = find_edits(base, adapters, strengths, notes)
     shards = place(base, edits, dtype, shard_size)
     side_files, left_out = plan_side_files(base, adapters, shards, dtype, notes)
-    check_names([*(s.name for s in shards), *(f.name for f in side_files)])
+    check_names([PROVENANCE, *(s.name for s in shards), *(f.name for f in side_files)])
     return MergePlan(base, tuple(adapters), strengths, dtype, shards, side_files, left_out, tuple(notes))
 
 
@@ -295,8 +295,7 @@ def why_tied(target: str, base: Checkpoint) -> str:
     Where the head shares the input embedding's tensor, the adapter changed one of the two only.
     """
     module = target.rpartition(".")[0].rpartition(".")[2]
-    classes = base.config.get("architectures") or []
-    generative = any(part in str(name) for name in classes for part in GENERATIVE)
+    generative = any(part in name for name in base.architectures for part in GENERATIVE)
     if module in INPUT_EMBEDDINGS | OUTPUT_HEADS and generative and base.config.get("tie_word_embeddings", True):
         return "the base ties its head to this embedding, and editing one of the two is not supported yet"
     return ""
@@ -330,8 +329,8 @@ def orientation(adapter: Adapter, bound: Mapping[str, Binding], base: Checkpoint
 def stored_in_out(target: str, adapter: Adapter, base: Checkpoint, any_turned: bool, any_straight: bool) -> bool:
     """Whether a square weight is stored (in, out)."""
     module = target.rpartition(".")[0].rpartition(".")[2]
-    if model_type := base.config.get("model_type"):
-        return model_type in CONV1D_MODEL_TYPES and module in CONV1D_MODULES
+    if base.model_type:
+        return base.model_type in CONV1D_MODEL_TYPES and module in CONV1D_MODULES
     if any_turned != any_straight:
         return any_turned
     return bool(adapter.config.get("fan_in_fan_out", False))
@@ -472,7 +471,13 @@ def plan_index(base: Checkpoint, shards: Sequence[ShardPlan]) -> OutputFile | No
             return None
         name = base.index.name if same_files else f"{stem_of(shards[0].name)}{INDEX_SUFFIX}"
         return OutputFile(name, content=index_text(weight_map, total, base.index_metadata))
+    if unwritable := {s.name for s in shards if not s.name.isprintable() and not is_utf8(s.name)}:
+        raise InputError("an index cannot hold file names that are no UTF-8:", map(printable, sorted(unwritable)))
     return OutputFile(f"{stem_of(shards[0].name)}{INDEX_SUFFIX}", content=index_text(weight_map, total, None))
+
+
+def is_utf8(name: str) -> bool:
+    return name == name.encode(errors="replace").decode()
 
 
 def check_names(names: Iterable[str]) -> None:

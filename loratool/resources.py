@@ -121,7 +121,9 @@ def choose_resources(
         elif chosen > 1:
             chosen -= 1
         else:
-            raise UsageError(f"--max-memory: {max_memory} bytes are too little; {needed} is the least that works here")
+            raise UsageError(
+                f"--max-memory: {max_memory} bytes are too little; {-(-needed // 10**6)} MB is the least that works"
+            )
     return Resources(devices, chosen, block)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -48,13 +49,14 @@ DTYPE_BITS: Mapping[str, int] = {
 FLOAT_NAMES: Mapping[str, str] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 LONGEST_HEADER = 100_000_000  # bytes; the reference parser's limit
+FIELDS = ("dtype", "shape", "data_offsets")
+DEEPEST = 125  # levels below a tensor's entry; the reference parser stops at 128 in all
 LARGEST_INT = 2**63 - 1
 PREFIX = 8  # bytes: the header's length, little-endian
 COPY_CHUNK = 16 << 20  # bytes a single copy call moves, so that an interrupt is seen soon
 
 FOREIGN_STARTS = (
     (b"version https://git-lfs", "a git-lfs pointer, not the file it points to; run `git lfs pull`"),
-    (b"<!DOCTYPE", "an HTML page, probably an error page saved by a download; download the file again"),
     (b"<!doctype", "an HTML page, probably an error page saved by a download; download the file again"),
     (b"<html", "an HTML page, probably an error page saved by a download; download the file again"),
     (b"\x1f\x8b", "gzip-compressed; unpack it first"),
@@ -206,6 +208,7 @@ def open_regular(path: Path) -> int:
     return descriptor
 
 
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # organisation/name
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -222,7 +225,8 @@ def unreadable(path: Path, error: OSError) -> InputError | StorageError:
         case errno.ENOENT if path.is_symlink():
             return InputError(f"{shown}: is a link to {printable(os.readlink(path))}, which does not exist")
         case errno.ENOENT | errno.ENOTDIR:
-            return InputError(f"{shown}: no such file or folder")
+            hint = f"; for a repository of the Hub run `hf download {path}` and give the folder it prints"
+            return InputError(f"{shown}: no such file or folder{hint if HUB_ID.fullmatch(str(path)) else ''}")
         case errno.EACCES | errno.EPERM:
             return InputError(f"{shown}: permission denied")
         case errno.ELOOP:
@@ -260,8 +264,9 @@ def header_length(path: Path, head: bytes, size: int) -> int:
     shown = printable(path)
     if size == 0:
         raise InputError(f"{shown}: the file is empty, as a failed download or a full disk leaves it")
-    for start, what in FOREIGN_STARTS:
-        if head.startswith(start):
+    begins_as_ours = head[PREFIX : PREFIX + 1] == b"{"  # a length of 640 reads like the start of a pickle
+    for start, what in () if begins_as_ours else FOREIGN_STARTS:
+        if head.startswith(start) or head.lstrip().lower().startswith(start):
             raise InputError(f"{shown}: no safetensors file: it is {what}")
     if size < PREFIX:
         raise InputError(f"{shown}: {size} bytes are too few for a safetensors header; the file was cut off")
@@ -310,8 +315,10 @@ def parse_entry(name: str, entry: object) -> TensorInfo:
     """One tensor of the header; `ValueError` says what is wrong with it."""
     if not isinstance(entry, dict):
         raise ValueError("the entry is no object with dtype, shape and data_offsets")
-    if missing := [field for field in ("dtype", "shape", "data_offsets") if field not in entry]:
+    if missing := [field for field in FIELDS if field not in entry]:
         raise ValueError(f"{' and '.join(missing)} missing")
+    if any(nesting(value) > DEEPEST for field, value in entry.items() if field not in FIELDS):
+        raise ValueError("a field is nested too deeply")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise ValueError(f"unknown dtype {printable(repr(dtype))}; known are {', '.join(DTYPE_BITS)}")
@@ -353,6 +360,12 @@ def check_tiling(shown: str, tensors: Iterable[TensorInfo], data_size: int) -> N
         raise InputError(f"{shown}: {data_size - at} bytes follow the last tensor; the file is damaged or forged")
 
 
+def nesting(value: object) -> int:
+    """Levels of arrays and objects in a JSON value."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(nesting, inner), default=0) if isinstance(value, (dict, list)) else 0
+
+
 def is_count(value: object) -> bool:
     """A non-negative integer of the format: no bool, no float, at most 63 bits."""
     return type(value) is int and 0 <= value <= LARGEST_INT
@@ -372,6 +385,9 @@ def strict_json(raw: bytes) -> dict[str, Any]:
             found[key] = value
         return found
 
+    def no_minus_zero(literal: str) -> int:
+        return -1 if literal == "-0" else int(literal)  # a count it is not
+
     def refuse(literal: str) -> Any:
         raise ValueError(f"{literal} is no JSON")
 
@@ -380,7 +396,8 @@ def strict_json(raw: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 (byte {error.start})") from None
     try:
-        parsed = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        whole = no_minus_zero if "-0" in text else None
+        parsed = json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_int=whole)
     except json.JSONDecodeError as error:
         raise ValueError(f"no JSON (character {error.pos}: {error.msg})") from None
     except RecursionError:

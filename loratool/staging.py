@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -124,11 +125,12 @@ def check_target(out: Path, inputs: Sequence[Path], overwrite: bool) -> Path:
         raise UsageError(f"{shown}: OUT is a folder; {printable(out.with_suffix(''))} would do")
     try:
         out = Path(os.path.realpath(out))
-        out.parent.stat()
+        if not stat.S_ISDIR(out.parent.stat().st_mode):
+            raise StorageError(f"{shown}: {printable(out.parent)} is no folder")
     except OSError as error:
         raise StorageError(f"{shown}: {error.strerror}: {printable(out.parent)}") from error
     for path in inputs:
-        if inside(out, path) or inside(path, out):
+        if inside(out, path) or inside(path, out) or inside(path, stage_of(out)):
             raise UsageError(
                 f"{shown}: is, holds or lies inside the input {printable(path)}, which is never written to"
             )
@@ -142,6 +144,11 @@ def check_target(out: Path, inputs: Sequence[Path], overwrite: bool) -> Path:
     if not os.access(out.parent, os.W_OK | os.X_OK):
         raise StorageError(f"{shown}: the folder {printable(out.parent)} cannot be written to")
     return out
+
+
+def stage_of(out: Path) -> Path:
+    """The folder in which `out` is staged."""
+    return out.with_name(f"{out.name}.partial")
 
 
 def inside(path: Path, folder: Path) -> bool:
@@ -169,7 +176,7 @@ def staged(out: Path, fingerprint: str, needed: int, overwrite: bool) -> Iterato
     An interrupt keeps the finished shards for the next run of the same plan; any other failure
     leaves nothing. `needed` is the size of the whole output in bytes.
     """
-    home = out.with_name(out.name + ".partial")
+    home = stage_of(out)
     try:
         with locked(home):
             stage = open_stage(out, home, fingerprint)

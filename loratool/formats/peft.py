@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter, StoredTensor
-from loratool.errors import InputError, printable
+from loratool.errors import InputError, LoratoolError, printable
 from loratool.safefile import FLOAT_NAMES, SafeFile, open_regular, read_safefile, unreadable
 from loratool.updates import LowRank, Replace
 
@@ -93,16 +93,12 @@ def nested(path: Path) -> list[Path]:
         return []
 
 
-def not_an_adapter(path: Path) -> InputError:
+def not_an_adapter(path: Path) -> LoratoolError:
     """The error for a path that no format recognises."""
     try:
         path.stat()
     except OSError as error:
-        problem = unreadable(path, error)
-        hint = ""
-        if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(:[\w./-]+)?", str(path)):
-            hint = f"; for a repository of the Hub run `hf download {path}` and give the folder it prints"
-        return InputError(f"{problem.message}{hint}")
+        return unreadable(path, error)
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         return InputError(f"{printable(path)}: pickled weights are never loaded here; {conversion(path)}")
     return InputError(f"{printable(path)}: no adapter: neither {CONFIG} nor {WEIGHTS} is there")
