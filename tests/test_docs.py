@@ -1,0 +1,264 @@
+"""The documentation tells the truth: links lead somewhere, examples run, what is printed is what is shown."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import runpy
+import shlex
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+import loratool
+from loratool import cli, resources
+from loratool.demo import demo
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(path for folder in (".", "docs", "fixtures", "benchmarks") for path in (ROOT / folder).glob("*.md"))
+DEMO = "loratool-demo"  # the folder that examples which are run work in
+HOME = "/home/me"  # where the reader is imagined to be
+
+FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"!?\[[^\]]*\]\((?P<target>[^)\s]+)\)")
+HEADING = re.compile(r"^#+ (?P<text>.+)$", re.MULTILINE)
+
+
+@dataclass
+class Example:
+    """A command that a page shows after `$`, and the lines it shows below."""
+
+    words: list[str]
+    output: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return shlex.join(self.words)
+
+
+def fences(page: Path, language: str) -> list[str]:
+    return [
+        match["body"] for match in FENCE.finditer(page.read_text(encoding="utf-8")) if match["language"] == language
+    ]
+
+
+def examples(page: Path) -> list[Example]:
+    """Every `$ loratool …` of a page, in order."""
+    found: list[Example] = []
+    for block in fences(page, "console"):
+        current: Example | None = None
+        for line in block.splitlines():
+            if line.startswith("$ "):
+                words = shlex.split(line[2:], comments=True)
+                current = Example(words[1:]) if words[0] == "loratool" else None
+                found += [current] if current else []
+            elif current:
+                current.output.append(line)
+    return found
+
+
+def parse(example: Example) -> click.Context | None:
+    """The words as Click takes them, nothing run; None where they only ask for help."""
+    name, *rest = example.words
+    group = click.Context(cli.cli, info_name="loratool", **cli.cli.context_settings)
+    try:
+        return cli.cli.commands[name].make_context(name, rest, parent=group)
+    except click.exceptions.Exit:
+        return None
+
+
+def works_in_the_demo(example: Example) -> bool:
+    """Whether every path of the example lies in the demo's folder, so that it can be run."""
+    context = parse(example)
+    values = context.params.values() if context else ()
+    paths = [v for value in values for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, Path)]
+    return bool(paths) and all(path.parts[0] == DEMO for path in paths)
+
+
+def label(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def names(pages: list[Path]) -> list[Any]:
+    return [pytest.param(page, id=label(page)) for page in pages]
+
+
+EXAMPLES = [pytest.param(e, id=f"{label(page)}: {e}") for page in PAGES for e in examples(page)]
+RUN_PAGES = [page for page in PAGES if any(works_in_the_demo(e) for e in examples(page))]
+PYTHON_PAGES = [page for page in PAGES if any(DEMO in block for block in fences(page, "python"))]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A demo's folder, to be copied."""
+    folder = tmp_path_factory.mktemp("docs") / DEMO
+    demo(folder)
+    return folder
+
+
+@pytest.fixture
+def reader(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The reader's working folder, with the demo made."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(made, tmp_path / DEMO)
+    return tmp_path
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    return {re.sub(r"[^\w\- ]", "", m["text"].lower()).replace(" ", "-") for m in HEADING.finditer(text)}
+
+
+def links(page: Path) -> Iterator[str]:
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    return (match["target"] for match in LINK.finditer(text))
+
+
+@pytest.mark.parametrize("page", names(PAGES))
+def test_every_link_inside_the_docs_leads_somewhere(page: Path) -> None:
+    broken = []
+    for target in links(page):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        if not file.is_file() or not file.is_relative_to(ROOT) or (anchor and anchor not in anchors(file)):
+            broken.append(target)
+    assert broken == []
+
+
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    reached: set[Path] = set()
+    ahead = [ROOT / "README.md"]
+    while ahead:
+        page = ahead.pop()
+        if page in reached or page.suffix != ".md" or not page.is_file():
+            continue
+        reached.add(page)
+        ahead += [(page.parent / t.partition("#")[0]).resolve() for t in links(page) if not t.startswith("https://")]
+    assert {page for page in PAGES if page.parent.name == "docs"} <= reached
+
+
+def test_the_command_line_page_is_what_the_help_says_today() -> None:
+    fresh = runpy.run_path(str(ROOT / "docs" / "generate_cli.py"))["page"]()
+    assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == fresh, "run `make docs`"
+
+
+@pytest.mark.parametrize("command", sorted(cli.cli.commands))
+def test_every_command_and_option_is_documented_by_hand_too(command: str) -> None:
+    """docs/cli.md has them all by construction; a person has to have said what they are good for."""
+    by_hand = "\n".join(p.read_text(encoding="utf-8") for p in PAGES if p.name not in ("cli.md", "CHANGELOG.md"))
+    assert f"loratool {command}" in by_hand
+    options = [p.opts for p in cli.cli.commands[command].params if isinstance(p, click.Option)]
+    unexplained = [
+        spellings
+        for spellings in options
+        if not any(re.search(rf"{re.escape(s)}(?![\w-])", by_hand) for s in spellings)
+    ]
+    assert unexplained == []
+
+
+def test_every_exported_name_is_on_the_library_page() -> None:
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    assert [name for name in loratool.EXPORTS if not re.search(rf"\b{name}\b", page)] == []
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_every_shown_command_is_one_that_click_takes(example: Example) -> None:
+    parse(example)
+
+
+@pytest.mark.parametrize("page", names(RUN_PAGES))
+def test_shown_commands_print_what_is_shown(
+    page: Path, reader: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    shown = examples(page)
+    if any(parse(example) and example.words[0] == "demo" for example in shown):
+        shutil.rmtree(reader / DEMO)  # the page makes its own
+    for example in filter(works_in_the_demo, shown):
+        code = cli.run(example.words)
+        printed = capsys.readouterr()
+        assert (code != 0) == bool(printed.err), printed.err
+        assert (code != 0) == any(line.startswith("Error: ") for line in example.output), printed.err
+        if example.output:
+            text = (printed.out + printed.err).replace(str(reader.resolve()), HOME)
+            assert neutral(text.splitlines()) == neutral(example.output)
+
+
+def neutral(lines: list[str]) -> list[str]:
+    """Lines without what differs from run to run: numbers, and all that is said of device and memory."""
+    return [re.sub(r"\d[\d.,]*", "0", re.sub(r"^(device|peak memory) .*", r"\1", line)) for line in lines]
+
+
+@pytest.mark.parametrize("page", names(PYTHON_PAGES))
+def test_python_examples_on_the_demo_run(page: Path, reader: Path) -> None:
+    namespace: dict[str, Any] = {"__name__": "example"}
+    for block in fences(page, "python"):
+        if DEMO in block:
+            exec(compile(block, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", names([page for page in PAGES if fences(page, "python")]))
+def test_python_examples_call_what_there_is_with_arguments_it_takes(page: Path) -> None:
+    for block in fences(page, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "loratool":
+                assert node.attr in loratool.EXPORTS
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("loratool."):
+                function = getattr(loratool, ast.unparse(node.func).removeprefix("loratool."))
+                keywords = {keyword.arg: None for keyword in node.keywords if keyword.arg}
+                inspect.signature(function).bind(*node.args, **keywords)
+
+
+def test_numbers_in_the_text_are_the_code_s() -> None:
+    text = " ".join((ROOT / "docs" / "merging.md").read_text(encoding="utf-8").split())
+    assert f"{resources.CPU_BLOCK >> 20} MiB of weight for a CPU worker" in text
+    assert f"{resources.CUDA_BLOCK >> 20} MiB for a CUDA one" in text
+    assert f"one worker for each core and at most {resources.MOST_WORKERS}," in text
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    versions = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert versions[0] == loratool.__version__
+
+
+def test_the_readme_s_commands_are_targets_of_the_makefile() -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    asked = set(re.findall(r"\bmake (\w+)", "\n".join(re.findall(r"`[^`]+`", (ROOT / "README.md").read_text("utf-8")))))
+    shown = {
+        line.split()[2]
+        for block in fences(ROOT / "README.md", "console")
+        for line in block.splitlines()
+        if "$ make" in line
+    }
+    assert {"demo", "test"} <= shown
+    assert shown | asked <= targets
+
+
+def test_the_fixture_s_adapter_merges_into_the_model_that_peft_runs(tmp_path: Path) -> None:
+    """From a real training run to a merged model, with PEFT's own forward pass as the oracle."""
+    torch = pytest.importorskip("torch")
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    made = runpy.run_path(str(ROOT / "fixtures" / "make_tiny.py"))
+    losses = made["make_tiny"](tmp_path)
+    assert losses[-1] < losses[0]
+
+    loratool.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", device="cpu")
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    tuned = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        wanted, found = tuned(made["TOKENS"]).logits, merged(made["TOKENS"]).logits
+        untouched = tuned.get_base_model()
+        with tuned.disable_adapter():
+            before = untouched(made["TOKENS"]).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert (before - wanted).abs().max() > 0.1

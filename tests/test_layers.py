@@ -1,0 +1,167 @@
+"""Every arrow points one way: which module may import which, and what nothing may import."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "loratool"
+FILES = sorted(PACKAGE.rglob("*.py"))
+LONGEST_MODULE = 500  # lines
+
+# The design's table. A module imports only from rows above its own.
+ROWS = (
+    ("errors", "layouts"),
+    ("safefile", "updates"),
+    ("checkpoint", "adapter", "staging"),
+    ("formats", "binding"),
+    ("planning",),
+    ("resources", "computing", "writing", "inspecting"),
+    ("engine",),
+    ("merging",),
+    ("report", "demo"),
+    ("cli",),
+    ("__main__",),
+)
+ROW = {module: row for row, modules in enumerate(ROWS) for module in modules}
+
+# Those that work on headers and names. They never import torch, not even inside a function.
+WITHOUT_TORCH = (
+    *("errors", "layouts", "safefile", "checkpoint", "staging", "formats", "binding", "planning", "inspecting"),
+    *("report", "cli"),
+)
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import statement, and the function it stands in."""
+
+    path: Path
+    name: str  # dotted, as imported: `loratool.safefile.SafeFile`, `torch`
+    line: int
+    function: str  # empty at the top of a module
+    only_types: bool  # under `if TYPE_CHECKING`
+
+    @property
+    def importer(self) -> str:
+        return owner(".".join(("loratool", *self.path.relative_to(PACKAGE).with_suffix("").parts)))
+
+    @property
+    def imported(self) -> str:
+        """The row's name of a module of ours; empty for anything else."""
+        return owner(self.name) if self.name.startswith("loratool.") else ""
+
+    def __str__(self) -> str:
+        return f"{self.path.relative_to(PACKAGE.parent)}:{self.line}: {self.name}"
+
+
+def owner(dotted: str) -> str:
+    """`loratool.formats.peft` → `formats`: packages are one entry of the table."""
+    return dotted.split(".")[1]
+
+
+def imports(path: Path) -> Iterator[Import]:
+    """Every import of a file, wherever in it."""
+
+    def visit(node: ast.AST, function: str, only_types: bool) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                for alias in child.names:
+                    yield Import(path, alias.name, child.lineno, function, only_types)
+            elif isinstance(child, ast.ImportFrom):
+                for alias in child.names:
+                    yield Import(path, f"{child.module}.{alias.name}", child.lineno, function, only_types)
+            elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield from visit(child, child.name, only_types)
+            elif isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+                yield from visit(child, function, True)
+            else:
+                yield from visit(child, function, only_types)
+
+    yield from visit(ast.parse(path.read_text(encoding="utf-8")), "", False)
+
+
+EVERY = [found for path in FILES if path != PACKAGE / "__init__.py" for found in imports(path)]
+
+
+def test_every_module_is_in_the_table_and_every_row_is_a_module() -> None:
+    there = {path.name if path.is_dir() else path.stem for path in PACKAGE.iterdir() if path.suffix in (".py", "")}
+    assert set(ROW) == there - {"__init__", "__pycache__"}
+
+
+def test_a_module_imports_only_from_rows_above_its_own() -> None:
+    wrong = [
+        str(found)
+        for found in EVERY
+        if found.imported
+        and found.imported != found.importer
+        and found.name != "loratool.__version__"
+        and ROW.get(found.imported, 0) >= ROW.get(found.importer, 0)
+        # a result prints itself: `str(report)` asks `report` for its text at that moment
+        and (found.function, found.imported) != ("__str__", "report")
+    ]
+    assert wrong == []
+
+
+def test_no_import_cycle_between_files_when_they_are_loaded() -> None:
+    graph: dict[str, set[str]] = {}
+    known = {
+        ".".join(("loratool", *p.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__") for p in FILES
+    }
+    for path in FILES:
+        name = ".".join(("loratool", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+        loaded = (found.name for found in imports(path) if not found.function and not found.only_types)
+        targets = {dotted if dotted in known else dotted.rpartition(".")[0] for dotted in loaded} & known
+        graph[name] = targets - {name, "loratool"}
+    TopologicalSorter(graph).prepare()  # raises CycleError with the cycle
+
+
+def test_relative_imports_are_not_used() -> None:
+    relative = [
+        f"{path.name}:{node.lineno}"
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.level
+    ]
+    assert relative == []
+
+
+def test_only_the_command_line_loads_a_foreign_package_before_it_is_used() -> None:
+    foreign = {
+        str(found)
+        for found in EVERY
+        if not found.function
+        and not found.only_types
+        and found.name.split(".")[0] not in {*sys.stdlib_module_names, "loratool"}
+        and (found.importer, found.name) != ("cli", "click")
+    }
+    assert foreign == set()
+
+
+def test_modules_about_headers_and_names_never_import_torch() -> None:
+    wrong = [str(f) for f in EVERY if f.importer in WITHOUT_TORCH and f.name.split(".")[0] == "torch"]
+    assert wrong == []
+
+
+def test_updates_know_no_files_and_no_names() -> None:
+    known = {found.name.split(".")[0] for found in EVERY if found.importer == "updates"}
+    assert known <= {"__future__", "collections", "dataclasses", "math", "torch", "typing"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_module_is_longer_than_one_can_keep_in_mind(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST_MODULE
+
+
+@pytest.mark.parametrize("module", ["loratool", "loratool.cli", "loratool.planning", "loratool.inspecting"])
+def test_importing_loads_no_heavy_package(module: str) -> None:
+    code = f"import sys, {module}; print(*sorted({{'torch', 'numpy', 'huggingface_hub', 'safetensors'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
