@@ -136,8 +136,8 @@ class Engine:
                 self.stop.set()
 
         thread = threading.Thread(target=guarded, name=f"loratool-{target.__name__}", daemon=True)
-        self.threads.append(thread)
         thread.start()
+        self.threads.append(thread)  # after, for only a started thread can be joined
 
     def join(self) -> None:
         """Wait for all threads, those too that are started meanwhile; signals come through."""

@@ -22,7 +22,7 @@ from loratool.errors import FitError, LoratoolError, UsageError, printable
 from loratool.formats import read_adapter
 from loratool.planning import MergePlan, plan_merge
 from loratool.resources import Resources, Runtime, start_torch
-from loratool.staging import Stage, check_target, staged
+from loratool.staging import Stage, check_target, staged, sweep
 
 if TYPE_CHECKING:
     from loratool.computing import Totals
@@ -100,6 +100,7 @@ def merge(
     """
     started = time.monotonic()
     check_arguments(device, workers, max_memory)
+    sweep(Path(os.path.realpath(out)))
     plan, target = prepare(base, adapters, out, weights, dtype, shard_size, overwrite)
     runtime = start_torch(device)
     try:

@@ -28,6 +28,8 @@ from loratool.safefile import copy_bytes, open_regular
 
 JOURNAL = "journal"
 MODEL = "model"
+REPLACED = "replaced"  # the old output, where names cannot be exchanged
+PUBLISHED = "published"  # the journal's word once nothing in the stage is worth keeping
 LEFT_BY_OTHERS = "is there, and was not made by loratool; move it away"
 
 
@@ -48,6 +50,7 @@ class Stage:
     out: Path
     home: Path  # OUT.partial
     finished: dict[str, FinishedShard] = field(default_factory=dict)
+    published: bool = False  # or about to be
 
     @property
     def folder(self) -> Path:
@@ -55,7 +58,7 @@ class Stage:
 
     def record(self, shard: FinishedShard) -> None:
         """Note a shard whose bytes are on stable storage already."""
-        line = json.dumps(asdict(shard)) + "\n"
+        line = f"\n{json.dumps(asdict(shard))}\n"  # on a line of its own, even after one that a kill tore
         write_durably(self.home / JOURNAL, line.encode(), append=True)
         self.finished[shard.name] = shard
 
@@ -95,15 +98,24 @@ class Stage:
             if not overwrite:
                 raise StorageError(f"{printable(self.out)}: appeared during the merge; it is left as it is")
             # once swapped, the stage holds the old model: nothing in it may pass for a finished shard
-            write_durably(self.home / JOURNAL, b'{"plan": "published"}\n')
-            self.finished = {}
-            exchange(self.folder, self.out)
+            write_durably(self.home / JOURNAL, json.dumps({"plan": PUBLISHED}).encode())
+            self.published = True
+            exchange(self.folder, self.out, self.home / REPLACED)
         else:
             os.rename(self.folder, self.out)
         sync_folder(self.out.parent)
 
+    def restore(self) -> None:
+        """Give the old output its name back, where a run ended between its two renames."""
+        if not os.path.lexists(self.out) and (self.home / REPLACED).exists():
+            os.rename(self.home / REPLACED, self.out)
+
     def remove(self) -> None:
         """Clear the stage away; the journal goes last, so that a torn removal is still known as ours."""
+        with suppress(OSError):
+            self.restore()
+        if not os.path.lexists(self.out) and (self.home / REPLACED).exists():
+            return  # the old output is kept for the next run
         shutil.rmtree(self.folder, ignore_errors=True)
         with suppress(OSError):
             for path in self.home.iterdir():
@@ -176,16 +188,17 @@ def staged(out: Path, fingerprint: str, needed: int, overwrite: bool) -> Iterato
     An interrupt keeps the finished shards for the next run of the same plan; any other failure
     leaves nothing. `needed` is the size of the whole output in bytes.
     """
-    home = stage_of(out)
+    stage = Stage(out, stage_of(out))
     try:
-        with locked(home):
-            stage = open_stage(out, home, fingerprint)
+        with locked(stage.home):
+            check_owner(stage.home)
             try:
-                check_space(home, needed - sum(shard.size for shard in stage.finished.values()))
+                open_stage(stage, fingerprint)
+                check_space(stage.home, needed - sum(shard.size for shard in stage.finished.values()))
                 yield stage
                 stage.publish(overwrite)
             except KeyboardInterrupt:
-                if stage.finished and stage.folder.is_dir():
+                if stage.finished and not stage.published and stage.folder.is_dir():
                     stage.drop_unfinished()
                 else:
                     stage.remove()
@@ -196,6 +209,17 @@ def staged(out: Path, fingerprint: str, needed: int, overwrite: bool) -> Iterato
             stage.remove()
     except OSError as error:
         raise storage_error(error, out) from error
+
+
+def sweep(out: Path) -> None:
+    """Clear away what a run left that was killed after it had published `out`."""
+    home = stage_of(out)
+    if not os.path.lexists(out) or not (home / JOURNAL).is_file():
+        return
+    with suppress(OSError, UsageError), locked(home):
+        lines = read_journal(home / JOURNAL)
+        if not (home / MODEL).exists() or (lines and lines[0].get("plan") == PUBLISHED):
+            Stage(out, home).remove()
 
 
 def storage_error(error: OSError, path: Path) -> StorageError:
@@ -238,37 +262,40 @@ def locked(home: Path) -> Iterator[None]:
     raise StorageError(f"{printable(home)}: keeps vanishing; is another run at work on it?")
 
 
-def open_stage(out: Path, home: Path, fingerprint: str) -> Stage:
-    """Continue what a run of the same plan left, else begin afresh."""
-    stage = Stage(out, home)
+def check_owner(home: Path) -> None:
+    """Refuse a folder that merely has the stage's name."""
     names = {entry.name for entry in os.scandir(home)}
     if names and JOURNAL not in names:
         raise UsageError(f"{printable(home)}: {LEFT_BY_OTHERS}")
-    journal = read_journal(home / JOURNAL) if names else []
-    if journal and journal[0].get("plan") == fingerprint and stage.folder.is_dir():
-        for line in journal[1:]:
+
+
+def open_stage(stage: Stage, fingerprint: str) -> None:
+    """Continue what a run of the same plan left, else begin afresh."""
+    journal = stage.home / JOURNAL
+    lines = read_journal(journal) if journal.exists() else []
+    if lines and lines[0].get("plan") == fingerprint and stage.folder.is_dir():
+        for line in lines[1:]:
             shard = FinishedShard(**line)
             path = stage.folder / shard.name
             if path.is_file() and path.stat().st_size == shard.size:
                 stage.finished[shard.name] = shard
         stage.drop_unfinished()
-    else:
-        if names:
-            shutil.rmtree(stage.folder, ignore_errors=True)
-        write_durably(home / JOURNAL, (json.dumps({"plan": fingerprint}) + "\n").encode())
-        os.mkdir(stage.folder)
-        sync_folder(home)
-    return stage
+        return
+    stage.restore()
+    for path in stage.home.iterdir():
+        if path.name != JOURNAL:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    write_durably(journal, (json.dumps({"plan": fingerprint}) + "\n").encode())
+    os.mkdir(stage.folder)
+    sync_folder(stage.home)
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """The journal's lines up to the first that is torn."""
+    """The journal's lines, without those that a kill tore."""
     lines: list[dict[str, Any]] = []
-    for raw in path.read_bytes().split(b"\n")[:-1]:
-        try:
+    for raw in path.read_bytes().splitlines():
+        with suppress(ValueError):
             lines.append(json.loads(raw))
-        except ValueError:
-            break
     return lines
 
 
@@ -306,8 +333,8 @@ RENAME_EXCHANGE = 2
 AT_FDCWD = -100
 
 
-def exchange(new: Path, old: Path) -> None:
-    """Swap two folders' names in one step where the system can; else the old one steps aside first."""
+def exchange(new: Path, old: Path, aside: Path) -> None:
+    """Swap two folders' names in one step where the system can; else the old one steps `aside` first."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None:
         failed = renameat2(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(old), RENAME_EXCHANGE)
@@ -315,5 +342,5 @@ def exchange(new: Path, old: Path) -> None:
             return
         if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(old))
-    os.rename(old, new.with_name("replaced"))
+    os.rename(old, aside)
     os.rename(new, old)
