@@ -143,6 +143,7 @@ class Worker:
         self.raw = torch.empty(raw_bytes, dtype=torch.uint8, device=self.device) if on_gpu else self.host
         self.scratch = torch.empty(elements * (8 if wide else 4), dtype=torch.uint8, device=self.device)
         self.merged = torch.empty(raw_bytes, dtype=torch.uint8, device=self.device)
+        self.marks = torch.empty(0 if on_gpu else 3 * elements, dtype=torch.uint8)
         if not on_gpu:
             torch.set_num_threads(1)  # workers are the parallelism
 
@@ -174,7 +175,7 @@ class Worker:
             edit.apply(block, first)
         after.copy_(block)
         if loaded.cancelling:
-            settle(before, after, loaded, first)
+            self.settle(before, after, loaded, first)
         if not work.totals.changed and loaded.edits:
             work.totals.changed = not same_bits(before.to(rounded), after)
         host = self.merged
@@ -188,34 +189,37 @@ class Worker:
         write_fully(target, host[:written].numpy().data, offset + first * width * rounded.itemsize)
         work.seen(count, base_norm, loaded.norm, nonfinite)
 
+    def settle(self, before: torch.Tensor, after: torch.Tensor, loaded: LoadedEdits, first_row: int) -> None:
+        """Recompute in float64 the few values where W and ΔW cancel.
 
-def settle(before: torch.Tensor, after: torch.Tensor, loaded: LoadedEdits, first_row: int) -> None:
-    """Recompute in float64 the few values where W and ΔW cancel.
+        There the float32 sum has lost the digits that the result is made of; everywhere else its
+        error is far below half a step of a 16-bit dtype.
+        """
+        places = self.near_zero(after, loaded.cancelling)
+        if not len(places):
+            return
+        rows, columns = places // after.shape[1], places % after.shape[1]
+        exact = before[rows, columns].double()
+        for edit in loaded.edits:
+            exact += edit.at(first_row + rows, columns)
+        after[rows, columns] = exact.to(after.dtype)
 
-    There the float32 sum has lost the digits that the result is made of; everywhere else its
-    error is far below half a step of a 16-bit dtype.
-    """
-    places = near_zero(after, loaded.cancelling)
-    if not len(places):
-        return
-    rows, columns = places // after.shape[1], places % after.shape[1]
-    exact = before[rows, columns].double()
-    for edit in loaded.edits:
-        exact += edit.at(first_row + rows, columns)
-    after[rows, columns] = exact.to(after.dtype)
+    def near_zero(self, values: torch.Tensor, limit: float) -> torch.Tensor:
+        """Flat positions of the elements of a 16-bit `values` whose size is below `limit`."""
+        import torch
 
+        if self.stream is not None:
+            return torch.nonzero((values.abs() < limit).flatten()).flatten()
+        import numpy  # does this ten times faster than torch on a CPU
 
-def near_zero(values: torch.Tensor, limit: float) -> torch.Tensor:
-    """Flat positions of the elements of a 16-bit `values` whose size is below `limit`."""
-    import torch
-
-    if values.device.type != "cpu":
-        return (values.abs() < limit).flatten().nonzero().flatten()
-    import numpy  # does this ten times faster than torch on a CPU
-
-    bits = values.view(torch.int16).numpy().view(numpy.uint16).ravel()
-    highest = int(torch.tensor(limit, dtype=values.dtype).view(torch.int16))
-    return torch.from_numpy(numpy.flatnonzero((bits << 1) < (highest << 1)))  # shifted: without the sign
+        bits = values.view(torch.int16).numpy().view(numpy.uint16).ravel()
+        highest = int(torch.tensor(limit, dtype=values.dtype).view(torch.int16))
+        # fresh arrays of this size would be mapped and unmapped for every block
+        marks = self.marks.numpy()
+        size, small = marks[: 2 * bits.size].view(numpy.uint16), marks[2 * bits.size : 3 * bits.size].view(numpy.bool_)
+        numpy.left_shift(bits, 1, out=size)  # without the sign
+        numpy.less(size, highest << 1, out=small)
+        return torch.from_numpy(numpy.flatnonzero(small))
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

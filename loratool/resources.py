@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from loratool.safefile import TensorInfo
 
 CPU_BLOCK = 2 << 20  # bytes of weight: near a core's cache
-CUDA_BLOCK = 16 << 20  # bytes of weight: hides the latency of a transfer
+CUDA_BLOCK = 8 << 20  # bytes of weight: hides the latency of a transfer
 SMALLEST_BLOCK = 64 << 10
 MOST_WORKERS = 16
 GPU_WORKERS = 4  # per GPU
