@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from loratool.layouts.renames import RENAMES
 
-MOST_COMPARED = 2000  # names that a search for the nearest one looks at
+MOST_COMPARED = 500  # names that a search for the nearest one looks at
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class Checkpoint:
     def architectures(self) -> tuple[str, ...]:
         """The model classes that `config.json` names."""
         value = self.config.get("architectures")
-        return tuple(v for v in value if isinstance(v, str)) if isinstance(value, list) else ()
+        return tuple(v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str))
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -137,6 +137,7 @@ def choose_index(root: Path, names: list[str], notes: list[str]) -> Path | None:
         raise InputError(
             f"{printable(root)}: several indexes ({', '.join(map(printable, indexes))}); give the path of one as BASE"
         )
+    check_links(root, indexes)
     index = root / indexes[0]
     if SINGLE in names and SINGLE not in read_index(index)[0].values():
         notes.append(f"both {SINGLE} and {printable(index.name)} are there; {SINGLE} is used, as transformers does")

@@ -249,7 +249,8 @@ def run(arguments: list[str]) -> int:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
         again = "; the same command continues with the files that are finished"
         complain(f"Interrupted{again}.")
-        return 143 if isinstance(error, Terminated) else 130
+        # Click passes every interrupt on as an Abort
+        return 143 if isinstance(error.__cause__ or error, Terminated) else 130
     except (BrokenPipeError, SystemExit):  # Click turns a broken pipe into an exit of its own
         silence_stdout()
         return 141

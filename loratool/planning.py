@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from loratool import __version__
 from loratool.binding import Binding, bind, nearest
 from loratool.checkpoint import INDEX_SUFFIX, NUMBERED, PROVENANCE, SINGLE, Checkpoint, index_text, leaves
-from loratool.errors import FitError, InputError, UsageError, printable
+from loratool.errors import MOST_SHOWN, FitError, InputError, UsageError, printable
 from loratool.layouts.architectures import (
     CONV1D_MODEL_TYPES,
     CONV1D_MODULES,
@@ -224,7 +223,8 @@ def find_edits(
         for target, given in adapter.updates.items():
             where = f"{adapter.name}: {printable(target)}"
             if target not in bound:
-                problems.append(f"{where}: {why_unbound(target, names)}")
+                # looking for the nearest name takes a while: only for problems that will be shown
+                problems.append(f"{where}: {why_unbound(target, names if len(problems) < MOST_SHOWN else [])}")
                 continue
             tensor = bound[target].tensor
             info = base.tensors[tensor]
@@ -482,10 +482,11 @@ def is_utf8(name: str) -> bool:
 
 def check_names(names: Iterable[str]) -> None:
     """Names that some file systems take for one and the same must not meet in the output."""
-    folded = Counter(unicodedata.normalize("NFC", name).casefold() for name in names)
-    clashing = [name for name, count in folded.items() if count > 1]
-    if clashing:
-        raise InputError("files of the output differ by upper and lower case only:", map(printable, clashing))
+    folded: dict[str, list[str]] = {}
+    for name in names:
+        folded.setdefault(unicodedata.normalize("NFC", name).casefold(), []).append(printable(name))
+    if clashing := [" and ".join(alike) for alike in folded.values() if len(alike) > 1]:
+        raise InputError("files of the output differ by upper and lower case or Unicode form only:", clashing)
 
 
 def file_size(path: Path | None) -> int:

@@ -27,6 +27,7 @@ MOST_WORKERS = 16
 GPU_WORKERS = 4  # per GPU
 RUNTIME_MEMORY = 256 << 20  # bytes: Python, torch and its libraries, before any work
 CUDA_MEMORY = 600 << 20  # bytes of host memory that the CUDA libraries take besides
+CUDA_WORKING_MEMORY = 256 << 20  # bytes of host memory that kernels take when they first run
 WORKING_MEMORY = 32 << 20  # bytes: hashing, small files and the libraries' own buffers
 
 
@@ -140,7 +141,7 @@ def work_memory(plan: MergePlan, workers: int, block: int, on_gpu: bool) -> int:
     touched = [span for span in plan.spans if not span.untouched]
     buffers = max((block_memory(span, block, on_gpu) for span in touched), default=0)
     factors = max((factor_memory(span) for span in touched), default=0)
-    return WORKING_MEMORY + workers * (buffers + factors)
+    return WORKING_MEMORY + (CUDA_WORKING_MEMORY if on_gpu else 0) + workers * (buffers + factors)
 
 
 def block_memory(span: Span, block: int, on_gpu: bool) -> int:

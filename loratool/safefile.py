@@ -362,8 +362,11 @@ def check_tiling(shown: str, tensors: Iterable[TensorInfo], data_size: int) -> N
 
 def nesting(value: object) -> int:
     """Levels of arrays and objects in a JSON value."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return 1 + max(map(nesting, inner), default=0) if isinstance(value, (dict, list)) else 0
+    levels, nodes = 0, [value]
+    while nodes := [node for node in nodes if isinstance(node, (dict, list))]:  # level by level: no recursion
+        levels += 1
+        nodes = [inner for node in nodes for inner in (node.values() if isinstance(node, dict) else node)]
+    return levels
 
 
 def is_count(value: object) -> bool:

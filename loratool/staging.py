@@ -160,7 +160,7 @@ def check_target(out: Path, inputs: Sequence[Path], overwrite: bool) -> Path:
 
 def stage_of(out: Path) -> Path:
     """The folder in which `out` is staged."""
-    return out.with_name(f"{out.name}.partial")
+    return out.parent / f"{out.name}.partial"  # with_name refuses the root
 
 
 def inside(path: Path, folder: Path) -> bool:

@@ -31,6 +31,7 @@ PICKLED = ("adapter_model.bin", "adapter_model.pt")
 LARGEST_CONFIG = 64 << 20  # bytes
 LARGEST_SCALE = 3.4e38  # float32
 PATTERN_SECONDS = 10.0
+PLAIN_PATTERN = re.compile(r"[\w.$-]+")  # patterns of these characters compile and match at once
 
 PREFIX = "base_model.model."
 # The adapter's name may stand inside a key of a raw state dict: `.lora_A.default.weight`.
@@ -200,6 +201,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise InputError(f"{shown}: {error if isinstance(error, ValueError) else 'nested too deeply'}") from None
     if not isinstance(config, dict):
         raise InputError(f"{shown}: an object is wanted, found {type(config).__name__}")
+    if not {"peft_type", "r", "lora_alpha"} & set(config):
+        raise InputError(f"{shown}: no adapter config: neither peft_type nor r nor lora_alpha is in it")
     return config
 
 
@@ -225,7 +228,7 @@ class Draft:
             if is_set(self.config.get(setting)):
                 self.unsupported.append(name)
         init = self.config.get("init_lora_weights", True)
-        if not isinstance(init, bool) and init not in PLAIN_INITIALISATIONS:
+        if not isinstance(init, bool) and not (isinstance(init, str) and init in PLAIN_INITIALISATIONS):
             self.unsupported.append(f"init_lora_weights {printable(repr(init))}, for which the base weights were moved")
         modules = self.sort_tensors()
         scales = self.scales(modules)
@@ -376,10 +379,6 @@ class Draft:
             self.problems.append(f"{CONFIG}: {name} is no object")
             return {}
         for pattern, value in table.items():
-            try:
-                re.compile(pattern)
-            except (re.error, RecursionError, OverflowError):
-                self.problems.append(f"{CONFIG}: {name}: {printable(repr(pattern))} is no regular expression")
             if not valid(value):
                 self.problems.append(
                     f"{CONFIG}: {name}: {printable(repr(pattern))} has the value {printable(repr(value))}"
@@ -398,11 +397,11 @@ def is_alpha(value: object) -> bool:
 def match_patterns(patterns: Iterable[str], modules: Iterable[str]) -> dict[str, set[str]]:
     """Module → the patterns that PEFT would find to match it: the whole path, or a whole dotted tail of it.
 
-    A pattern with a quantifier may take for ever on some path, so those are tried in a process of
-    their own that ends with the time limit; `ValueError` names them then.
+    A pattern may take for ever to compile or to match, so all but plain ones are tried in a process
+    of their own that ends with the time limit. `ValueError` names those that took too long, or are none.
     """
     wanted, names = list(dict.fromkeys(patterns)), list(modules)
-    risky = [p for p in wanted if set(p) & set("*+?{(")]
+    risky = [p for p in wanted if not PLAIN_PATTERN.fullmatch(p)]
     found: dict[str, set[str]] = {name: set() for name in names}
     for pattern in wanted:
         if pattern not in risky:
@@ -422,8 +421,14 @@ def match_patterns(patterns: Iterable[str], modules: Iterable[str]) -> dict[str,
 MATCHER = """
 import json, re, sys
 patterns, names = json.load(sys.stdin)
-expressions = [(p, re.compile(rf"(.*\\.)?({p})$")) for p in patterns]
-json.dump([[p for p, e in expressions if e.match(n)] for n in names], sys.stdout)
+expressions, invalid = [], []
+for p in patterns:
+    try:
+        re.compile(p)
+        expressions.append((p, re.compile(rf"(.*\\.)?({p})$")))
+    except (re.error, RecursionError, OverflowError):
+        invalid.append(p)
+json.dump([invalid, [[p for p, e in expressions if e.match(n)] for n in names]], sys.stdout)
 """
 
 
@@ -439,11 +444,18 @@ def match_apart(patterns: list[str], names: list[str]) -> list[list[str]]:
             check=True,
         )
     except subprocess.TimeoutExpired:
-        shown = ", ".join(printable(repr(p)) for p in patterns)
         raise ValueError(
-            f"a pattern takes too long to match, one of {shown}; write it without nested repeats"
+            f"a pattern takes too long to match, one of {few(patterns)}; write it without nested repeats"
         ) from None
     except subprocess.CalledProcessError:
         raise ValueError("a pattern cannot be matched") from None
-    result: list[list[str]] = json.loads(answer.stdout)
+    result: list[list[str]]
+    invalid, result = json.loads(answer.stdout)
+    if invalid:
+        raise ValueError(f"no regular expression in rank_pattern or alpha_pattern: {few(invalid)}")
     return result
+
+
+def few(patterns: list[str]) -> str:
+    """The first patterns, for a message."""
+    return ", ".join(printable(repr(p)) for p in patterns[:3]) + (", …" if len(patterns) > 3 else "")
