@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -82,8 +82,8 @@ class StoredTensor:
 
 def stored_tensors(update: Update) -> Iterator[StoredTensor]:
     """The tensors of `update` that are still in their file."""
-    for field in dataclasses.fields(update):  # type: ignore[arg-type]  # every update is a dataclass
-        value = getattr(update, field.name)
+    for each in dataclasses.fields(update):  # type: ignore[arg-type]  # every update is a dataclass
+        value = getattr(update, each.name)
         if isinstance(value, StoredTensor):
             yield value
 
@@ -91,9 +91,9 @@ def stored_tensors(update: Update) -> Iterator[StoredTensor]:
 def load_update(update: AnyUpdate, device: torch.device, dtype: torch.dtype) -> AnyUpdate:
     """The same update with its tensors read from disk."""
     tensors = {
-        field.name: value.load(device, dtype)
-        for field in dataclasses.fields(update)  # type: ignore[arg-type]
-        if isinstance(value := getattr(update, field.name), StoredTensor)
+        each.name: value.load(device, dtype)
+        for each in dataclasses.fields(update)  # type: ignore[arg-type]
+        if isinstance(value := getattr(update, each.name), StoredTensor)
     }
     return dataclasses.replace(update, **tensors)  # type: ignore[type-var]
 
@@ -122,6 +122,7 @@ class Adapter:
     config_file: Path
     updates: Mapping[str, Update]
     sources: Mapping[str, tuple[str, ...]]  # target → the tensors of the file it was made of
+    bases: Mapping[str, Replace] = field(default_factory=dict)  # target → the weight its update was trained on top of
     unsupported: tuple[str, ...] = ()  # features that are recognised and not merged
     unused: tuple[str, ...] = ()  # tensors that no rule gives a place
     notes: tuple[str, ...] = ()
@@ -137,7 +138,7 @@ class Adapter:
         """
         broken: list[str] = []
         effective = False
-        for update in self.updates.values():
+        for update in (*self.updates.values(), *self.bases.values()):
             changes = True
             for tensor in stored_tensors(update):
                 bits, mask = tensor.bits()
@@ -153,6 +154,22 @@ class Adapter:
     def digests(self) -> dict[str, str]:
         """SHA-256 of the weights and of the config, by file name."""
         return {path.name: sha256_of(path) for path in (self.file.path, self.config_file)}
+
+
+def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors have the same dtype and the same bytes, compared piece by piece."""
+    if one.info.dtype != other.info.dtype or one.info.nbytes != other.info.nbytes:
+        return False
+    with one.file.open() as first, other.file.open() as second:
+        buffers = bytearray(1 << 20), bytearray(1 << 20)
+        for at in range(0, one.info.nbytes, 1 << 20):
+            count = min(1 << 20, one.info.nbytes - at)
+            for buffer, stored, descriptor in zip(buffers, (one, other), (first, second), strict=True):
+                start = stored.file.position(stored.info) + at
+                read_exactly(descriptor, memoryview(buffer)[:count], start, stored.file.path)
+            if buffers[0][:count] != buffers[1][:count]:
+                return False
+    return True
 
 
 def sha256_of(path: Path) -> str:

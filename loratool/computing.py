@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from loratool.planning import Span
 
+SETTLED_TOGETHER = 4096  # values that are recomputed at a time; each takes two rows of factors
+
 
 @dataclass
 class Totals:
@@ -195,14 +197,14 @@ class Worker:
         There the float32 sum has lost the digits that the result is made of; everywhere else its
         error is far below half a step of a 16-bit dtype.
         """
-        places = self.near_zero(after, loaded.cancelling)
-        if not len(places):
-            return
-        rows, columns = places // after.shape[1], places % after.shape[1]
-        exact = before[rows, columns].double()
-        for edit in loaded.edits:
-            exact += edit.at(first_row + rows, columns)
-        after[rows, columns] = exact.to(after.dtype)
+        found = self.near_zero(after, loaded.cancelling)
+        found = found[before.flatten()[found] != 0]  # where W is zero nothing cancels, and there may be many
+        for places in self.torch.split(found, SETTLED_TOGETHER):
+            rows, columns = places // after.shape[1], places % after.shape[1]
+            exact = before[rows, columns].double()
+            for edit in loaded.edits:
+                exact += edit.at(first_row + rows, columns)
+            after[rows, columns] = exact.to(after.dtype)
 
     def near_zero(self, values: torch.Tensor, limit: float) -> torch.Tensor:
         """Flat positions of the elements of a 16-bit `values` whose size is below `limit`."""

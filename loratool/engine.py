@@ -86,7 +86,7 @@ class Engine:
         self.choosing = threading.Lock()  # of the resources
         self.chosen: Resources | None = None
         self.failures: list[BaseException] = []
-        self.threads: list[threading.Thread] = []
+        self.ends: list[threading.Event] = []  # one a thread
 
     def run(self) -> Totals:
         """Write every shard that the stage has not; each is hashed, synced and then recorded in the stage."""
@@ -128,30 +128,37 @@ class Engine:
                 self.progress(self.bytes_done, self.bytes_all)
 
     def start(self, target: Callable[..., None], *arguments: object) -> None:
+        # not Thread.join: before CPython 3.13 an interrupted one takes a running thread for an ended one
+        end = threading.Event()
+
         def guarded() -> None:
             try:
                 target(*arguments)
             except BaseException as error:
                 self.failures.append(error)
                 self.stop.set()
+            finally:
+                end.set()
 
-        thread = threading.Thread(target=guarded, name=f"loratool-{target.__name__}", daemon=True)
-        thread.start()
-        self.threads.append(thread)  # after, for only a started thread can be joined
+        self.ends.append(end)
+        try:
+            threading.Thread(target=guarded, name=f"loratool-{target.__name__}", daemon=True).start()
+        except RuntimeError:  # no more threads are to be had
+            end.set()
+            raise
 
     def join(self) -> None:
         """Wait for all threads, those too that are started meanwhile; signals come through."""
         at = 0
-        while at < len(self.threads):
-            self.threads[at].join(0.1)
-            at += not self.threads[at].is_alive()
+        while at < len(self.ends):
+            at += self.ends[at].wait(0.1)
 
     def halt(self) -> None:
         """Ask every thread to end, and give them a moment."""
         self.stop.set()
         until = time.monotonic() + 0.8
-        for thread in list(self.threads):
-            thread.join(max(0.0, until - time.monotonic()))
+        for end in list(self.ends):
+            end.wait(max(0.0, until - time.monotonic()))
 
     def make_tasks(self, shards: Sequence[ShardPlan]) -> Iterator[Copy | Block]:
         """All tasks, in file order within a shard; on many cores some shards advance side by side.

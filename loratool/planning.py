@@ -1,6 +1,6 @@
 """Decide a whole merge from headers alone: every edit, every error, the place of every output byte.
 
-A plan is plain data. Making one reads no tensor and writes nothing.
+A plan is plain data, and making one writes nothing.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ import json
 import math
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
+from loratool.adapter import StoredTensor, same_bytes, stored_tensors
 from loratool.binding import Binding, bind, nearest
-from loratool.checkpoint import INDEX_SUFFIX, NUMBERED, PROVENANCE, SINGLE, Checkpoint, index_text, leaves
+from loratool.checkpoint import INDEX_SUFFIX, NUMBERED, PROVENANCE, SINGLE, Checkpoint, index_text
+from loratool.companions import OutputFile, companions
 from loratool.errors import MOST_SHOWN, FitError, InputError, UsageError, printable
 from loratool.layouts.architectures import (
     CONV1D_MODEL_TYPES,
@@ -34,27 +35,6 @@ if TYPE_CHECKING:
 
 DTYPES = ("keep", "float32", "bfloat16", "float16")
 MOST_NAMED = 8  # places of one kind that a problem names before it counts the rest
-
-# What a tokenizer is made of; an adapter that ships its own was trained with it.
-TOKENIZER_FILES = frozenset(
-    [
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "tokenizer.model",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-        "spiece.model",
-        "sentencepiece.bpe.model",
-        "tekken.json",
-        "chat_template.jinja",
-        "chat_template.json",
-    ]
-)
-MORE_TEMPLATES = "additional_chat_templates"
-CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 
 @dataclass(frozen=True)
@@ -95,15 +75,6 @@ class ShardPlan:
 
 
 @dataclass(frozen=True)
-class OutputFile:
-    """A small file of the output: the copy of a file, or new content."""
-
-    name: str
-    source: Path | None = None
-    content: bytes | None = None
-
-
-@dataclass(frozen=True)
 class MergePlan:
     """All that a merge will do."""
 
@@ -135,8 +106,7 @@ class MergePlan:
 
     @cached_property
     def bytes_written(self) -> int:
-        small = sum(len(f.content) if f.content is not None else file_size(f.source) for f in self.side_files)
-        return sum(shard.layout.size for shard in self.shards) + small
+        return sum(shard.layout.size for shard in self.shards) + sum(file.size for file in self.side_files)
 
     def fingerprint(self, digests: Sequence[Mapping[str, str]], device: str) -> str:
         """SHA-256 of everything the output depends on; `digests` are those of the adapters' files."""
@@ -178,9 +148,12 @@ def plan_merge(
     notes = [*base.notes, *(f"{a.name}: {note}" for a in adapters for note in a.notes)]
     edits = find_edits(base, adapters, strengths, notes)
     shards = place(base, edits, dtype, shard_size)
-    side_files, left_out = plan_side_files(base, adapters, shards, dtype, notes)
-    check_names([PROVENANCE, *(s.name for s in shards), *(f.name for f in side_files)])
-    return MergePlan(base, tuple(adapters), strengths, dtype, shards, side_files, left_out, tuple(notes))
+    files, left_out = companions(base, adapters, dtype, notes)
+    if (index := plan_index(base, shards)) is not None:
+        files[index.name] = index
+    side_files = tuple(files[name] for name in sorted(files))
+    check_names([PROVENANCE, *(s.name for s in shards), *files])
+    return MergePlan(base, tuple(adapters), strengths, dtype, shards, side_files, tuple(left_out), tuple(notes))
 
 
 def check_arguments(
@@ -241,6 +214,11 @@ def find_edits(
             else:
                 edit = Edit(tensor, 0, info.rows, update, weight, number, target, bound[target].rule)
                 edits.setdefault(tensor, []).append(edit)
+                if target in adapter.bases and not has_base(adapter, target, base, tensor):
+                    own = adapter.bases[target]
+                    if misfit := why_misfit(target, own, weight, info, base):
+                        problems.append(f"{where} was trained on top of a weight of its own: {misfit}")
+                    edits[tensor].append(replace(edit, update=own))
             taken[tensor] = target
         if weight not in (0.0, 1.0) and any(isinstance(u, Replace) for u in adapter.updates.values()):
             notes.append(f"{adapter.name}: saved modules replace the base's whole, whatever the weight ({weight:g})")
@@ -252,6 +230,16 @@ def find_edits(
         raise FitError(f"{owners} does not fit the base {base.name}:", problems)
     live = {tensor: [edit for edit in found if edit.strength] for tensor, found in edits.items()}
     return {tensor: tuple(sorted(found, key=replaces_first)) for tensor, found in live.items() if found}
+
+
+def has_base(adapter: Adapter, target: str, base: Checkpoint, tensor: str) -> bool:
+    """Whether the weight that the adapter saved under its update is the one that the base has anyway.
+
+    The one place where a plan reads values: PEFT saves the embedding of every adapter that targets it.
+    """
+    home = next(shard for shard in base.shards if tensor in shard.tensors)
+    (saved,) = stored_tensors(adapter.bases[target])
+    return same_bytes(saved, StoredTensor(home, home.tensors[tensor]))
 
 
 def why_misfit(target: str, update: Update, weight: float, info: TensorInfo, base: Checkpoint) -> str:
@@ -397,66 +385,6 @@ def stem_of(name: str) -> str:
     return match["stem"] if match else name.removesuffix(".safetensors")
 
 
-def plan_side_files(
-    base: Checkpoint, adapters: Sequence[Adapter], shards: Sequence[ShardPlan], dtype: str, notes: list[str]
-) -> tuple[tuple[OutputFile, ...], tuple[str, ...]]:
-    """The files beside the weights: the base's, the adapters' tokenizer over them, config edits, the index."""
-    files = {name: OutputFile(name, base.root / name) for name in base.side_files}
-    left_out = list(base.left_out)
-    for name, source in tokenizer_files(adapters, notes).items():
-        files[name] = OutputFile(name, source)
-    tokenizer = files.get("tokenizer_config.json", OutputFile("")).source
-    if tokenizer and tokenizer.parent != base.root and b'"chat_template"' in tokenizer.read_bytes():
-        # a template in a file of its own would win over the one that the adapter's config holds
-        for name in CHAT_TEMPLATES:
-            if name in files and files[name].source == base.root / name:
-                del files[name]
-                left_out.append(f"{name} (the adapter's tokenizer_config.json brings its own)")
-    if dtype != "keep" and (edited := config_with_dtype(base.config, dtype)) is not None:
-        files["config.json"] = OutputFile("config.json", content=edited)
-        notes.append(f"config.json: dtype set to {dtype}")
-    if (index := plan_index(base, shards)) is not None:
-        files[index.name] = index
-    return tuple(files[name] for name in sorted(files)), tuple(left_out)
-
-
-def tokenizer_files(adapters: Sequence[Adapter], notes: list[str]) -> dict[str, Path]:
-    """Tokenizer and chat template files that adapters ship; of several adapters the first one's win."""
-    found: dict[str, Path] = {}
-    owner = ""
-    for adapter in adapters:
-        names = [p.name for p in sorted(adapter.folder.iterdir()) if p.name in TOKENIZER_FILES]
-        names += [f"{MORE_TEMPLATES}/{p.name}" for p in sorted((adapter.folder / MORE_TEMPLATES).glob("*.jinja"))]
-        own = {n: adapter.folder / n for n in names if (adapter.folder / n).is_file() and not leaves(adapter.folder, n)}
-        if not own:
-            continue
-        if not owner:
-            found, owner = own, adapter.name
-            notes.append(f"{owner}: its {', '.join(map(printable, own))} win over the base's")
-        elif any(name not in found or found[name].read_bytes() != p.read_bytes() for name, p in own.items()):
-            notes.append(f"{adapter.name}: its tokenizer differs from that of {owner}, which is used")
-    return found
-
-
-def config_with_dtype(config: Mapping[str, Any], dtype: str) -> bytes | None:
-    """`config.json` with every dtype entry set, or None where it has none."""
-    changed = False
-
-    def visit(node: Mapping[str, Any]) -> dict[str, Any]:
-        nonlocal changed
-        result: dict[str, Any] = {}
-        for key, value in node.items():
-            if key in ("torch_dtype", "dtype") and isinstance(value, str):
-                changed = changed or value != dtype
-                result[key] = dtype
-            else:
-                result[key] = visit(value) if isinstance(value, dict) else value
-        return result
-
-    table = visit(config)
-    return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode() if changed else None
-
-
 def plan_index(base: Checkpoint, shards: Sequence[ShardPlan]) -> OutputFile | None:
     """The output's index: the base's bytes where they still hold, a new one, or None for a single file."""
     weight_map = {span.placed.name: shard.name for shard in shards for span in shard.spans}
@@ -487,10 +415,6 @@ def check_names(names: Iterable[str]) -> None:
         folded.setdefault(unicodedata.normalize("NFC", name).casefold(), []).append(printable(name))
     if clashing := [" and ".join(alike) for alike in folded.values() if len(alike) > 1]:
         raise InputError("files of the output differ by upper and lower case or Unicode form only:", clashing)
-
-
-def file_size(path: Path | None) -> int:
-    return path.stat().st_size if path else 0
 
 
 def vars_of(identity: Any) -> tuple[int, int]:

@@ -28,7 +28,8 @@ from loratool.safefile import copy_bytes, open_regular
 
 JOURNAL = "journal"
 MODEL = "model"
-REPLACED = "replaced"  # the old output, where names cannot be exchanged
+REPLACED = "replaced"  # the old output, whole, where names cannot be exchanged
+DISCARDED = "discarded"  # the same on its way out: half of it must never come back
 PUBLISHED = "published"  # the journal's word once nothing in the stage is worth keeping
 LEFT_BY_OTHERS = "is there, and was not made by loratool; move it away"
 
@@ -106,9 +107,9 @@ class Stage:
         sync_folder(self.out.parent)
 
     def restore(self) -> None:
-        """Give the old output its name back, where a run ended between its two renames."""
-        if not os.path.lexists(self.out) and (self.home / REPLACED).exists():
-            os.rename(self.home / REPLACED, self.out)
+        """Give the old output its name back, where a run ended between its two renames; else let it go."""
+        if (self.home / REPLACED).exists():
+            os.rename(self.home / REPLACED, self.home / DISCARDED if os.path.lexists(self.out) else self.out)
 
     def remove(self) -> None:
         """Clear the stage away; the journal goes last, so that a torn removal is still known as ours."""
@@ -208,26 +209,29 @@ def staged(out: Path, fingerprint: str, needed: int, overwrite: bool) -> Iterato
                 raise
             stage.remove()
     except OSError as error:
-        raise storage_error(error, out) from error
+        raise storage_error(error, out, needed) from error
 
 
 def sweep(out: Path) -> None:
-    """Clear away what a run left that was killed after it had published `out`."""
+    """Clear away what a run left that was killed as it published `out`, or after it had."""
     home = stage_of(out)
-    if not os.path.lexists(out) or not (home / JOURNAL).is_file():
+    if not (home / JOURNAL).is_file():
         return
     with suppress(OSError, UsageError), locked(home):
+        Stage(out, home).restore()
+        if not os.path.lexists(out):
+            return
         lines = read_journal(home / JOURNAL)
         if not (home / MODEL).exists() or (lines and lines[0].get("plan") == PUBLISHED):
             Stage(out, home).remove()
 
 
-def storage_error(error: OSError, path: Path) -> StorageError:
+def storage_error(error: OSError, path: Path, needed: int) -> StorageError:
     """The sentence for an `OSError` met while writing."""
     where = printable(error.filename) if error.filename else printable(path)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(path.parent).free
-        return StorageError(f"{where}: the disk is full ({free} bytes are free); nothing was left behind")
+        return StorageError(f"{where}: the disk is full: the output needs {needed} bytes, {free} are free")
     return StorageError(f"{where}: {error.strerror or error}")
 
 

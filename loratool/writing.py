@@ -25,7 +25,8 @@ class OutputShard:
     def __init__(self, plan: ShardPlan, folder: Path, stop: threading.Event) -> None:
         self.plan, self.stop = plan, stop
         path = folder / plan.name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.parent != folder:  # never `folder` itself: a run that was stopped may have removed it
+            path.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
         self.path = path
         self.descriptor = os.open(path, flags, 0o666)

@@ -21,7 +21,7 @@ ROWS = (
     ("errors", "layouts"),
     ("safefile", "updates"),
     ("checkpoint", "adapter", "staging"),
-    ("formats", "binding"),
+    ("formats", "binding", "companions"),
     ("planning",),
     ("resources", "computing", "writing", "inspecting"),
     ("engine",),
@@ -34,8 +34,8 @@ ROW = {module: row for row, modules in enumerate(ROWS) for module in modules}
 
 # Those that work on headers and names. They never import torch, not even inside a function.
 WITHOUT_TORCH = (
-    *("errors", "layouts", "safefile", "checkpoint", "staging", "formats", "binding", "planning", "inspecting"),
-    *("report", "cli"),
+    *("errors", "layouts", "safefile", "checkpoint", "staging", "formats", "binding", "companions", "planning"),
+    *("inspecting", "report", "cli"),
 )
 
 

@@ -41,12 +41,15 @@ SLOTS = (
     (re.compile(r"^(?P<module>.+)\.lora_embedding_A(\.[^.]+)?$"), "embedding_A"),
     (re.compile(r"^(?P<module>.+)\.lora_embedding_B(\.[^.]+)?$"), "embedding_B"),
 )
+WRAPPED_BIAS = re.compile(r"\.base_layer\.bias$")
+EMBEDDING_BASE = re.compile(r"^(?P<module>.+)\.base_layer\.weight$")
 SAVED = re.compile(r"^(?P<module>.+)\.modules_to_save(\.[^.]+)?\.(?P<parameter>[^.]+)$")
 UNSUPPORTED_TENSORS = (
     (re.compile(r"\.lora_magnitude_vector(\.|$)"), "DoRA"),
     (re.compile(r"\.lora_B(\.[^.]+)?\.bias$"), "lora_bias"),
     (re.compile(r"\.lora_diag(\.|$)"), "KaSA"),
-    (re.compile(r"\.base_layer\."), "a wrapped base layer (bias, resized embedding or expert parameters)"),
+    (re.compile(r"\.base_layer\.bias$"), "a trained bias"),
+    (re.compile(r"\.base_layer\."), "a wrapped base layer, as nn.MultiheadAttention and expert parameters have"),
     (re.compile(r"trainable_tokens_delta$|\.token_adapter\."), "trainable tokens"),
     (re.compile(r"\.lora_E(\.|$)|\.ranknum(\.|$)|\.lora_[AB]$"), "AdaLoRA"),
     (re.compile(r"\.lora_velora|\.lora_monteclora"), "VeLoRA or MonteCLoRA"),
@@ -131,7 +134,7 @@ def read(path: Path) -> Adapter:
     config = read_config(config_file)
     draft = Draft(file, config, notes)
     draft.read()
-    if draft.problems:
+    if draft.problems and not draft.unsupported:  # else it is no wonder that the tensors look odd
         raise InputError(f"{printable(weights_path)}: malformed adapter:", draft.problems)
     return Adapter(
         name=printable(folder.resolve().name),
@@ -141,6 +144,7 @@ def read(path: Path) -> Adapter:
         config=config,
         config_file=config_file,
         updates=draft.updates,
+        bases=draft.bases,
         sources=draft.sources,
         unsupported=tuple(dict.fromkeys(draft.unsupported)),
         unused=tuple(draft.unused),
@@ -215,6 +219,7 @@ class Draft:
     notes: list[str]
     updates: dict[str, Update] = field(default_factory=dict)
     sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    bases: dict[str, Replace] = field(default_factory=dict)
     unsupported: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -227,6 +232,8 @@ class Draft:
         for setting, is_set, name in UNSUPPORTED_SETTINGS:
             if is_set(self.config.get(setting)):
                 self.unsupported.append(name)
+        if any(WRAPPED_BIAS.search(name) for name in self.file.tensors):
+            self.unsupported.append(f"trained biases (bias={printable(repr(self.config.get('bias')))})")
         init = self.config.get("init_lora_weights", True)
         if not isinstance(init, bool) and not (isinstance(init, str) and init in PLAIN_INITIALISATIONS):
             self.unsupported.append(f"init_lora_weights {printable(repr(init))}, for which the base weights were moved")
@@ -257,6 +264,10 @@ class Draft:
         return modules
 
     def sort_other(self, name: str, key: str) -> None:
+        if (match := EMBEDDING_BASE.match(key)) and self.is_embedding(name):  # PEFT saves it whole beside its factors
+            if (stored := self.stored(name)) is not None:
+                self.bases[f"{match['module']}.weight"] = Replace(stored)  # type: ignore[arg-type]  # loaded later
+            return
         for pattern, feature in UNSUPPORTED_TENSORS:
             if pattern.search(key):
                 self.unsupported.append(f"{feature} (tensor {printable(name)})")
@@ -274,6 +285,10 @@ class Draft:
         if (stored := self.stored(name)) is not None:
             self.updates[key] = Replace(stored)  # type: ignore[arg-type]  # loaded later
             self.sources[key] = (name,)
+
+    def is_embedding(self, name: str) -> bool:
+        module = name.removesuffix(".base_layer.weight")
+        return any(tensor.startswith(f"{module}.lora_embedding_A") for tensor in self.file.tensors)
 
     def is_saved_module(self, key: str) -> bool:
         saved = self.config.get("modules_to_save") or []
