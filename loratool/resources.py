@@ -27,7 +27,7 @@ MOST_WORKERS = 16
 GPU_WORKERS = 4  # per GPU
 RUNTIME_MEMORY = 256 << 20  # bytes: Python, torch and its libraries, before any work
 CUDA_MEMORY = 600 << 20  # bytes of host memory that the CUDA libraries take besides
-CUDA_WORKING_MEMORY = 256 << 20  # bytes of host memory that kernels take when they first run
+CUDA_WORKING_MEMORY = 512 << 20  # bytes of host memory that kernels take when they first run
 WORKING_MEMORY = 32 << 20  # bytes: hashing, small files and the libraries' own buffers
 
 
