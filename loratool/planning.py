@@ -112,7 +112,7 @@ class MergePlan:
         """SHA-256 of everything the output depends on; `digests` are those of the adapters' files."""
         facts = {
             "loratool": __version__,
-            "base": [(str(s.path.resolve()), *vars_of(s.identity)) for s in self.base.shards],
+            "base": [(str(s.path.resolve()), s.identity.size, s.identity.modified) for s in self.base.shards],
             "adapters": list(digests),
             "weights": self.weights,
             "device": device,
@@ -415,7 +415,3 @@ def check_names(names: Iterable[str]) -> None:
         folded.setdefault(unicodedata.normalize("NFC", name).casefold(), []).append(printable(name))
     if clashing := [" and ".join(alike) for alike in folded.values() if len(alike) > 1]:
         raise InputError("files of the output differ by upper and lower case or Unicode form only:", clashing)
-
-
-def vars_of(identity: Any) -> tuple[int, int]:
-    return identity.size, identity.modified

@@ -23,7 +23,7 @@ from loratool.demo import demo
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(path for folder in (".", "docs", "fixtures", "benchmarks") for path in (ROOT / folder).glob("*.md"))
 DEMO = "loratool-demo"  # the folder that examples which are run work in
-HOME = "/home/me"  # where the reader is imagined to be
+HOME = "/projects"  # where the reader is imagined to be
 
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\((?P<target>[^)\s]+)\)")
