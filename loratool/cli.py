@@ -201,14 +201,18 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
         yield progress
 
 
-def on_terminate(_number: int, _frame: FrameType | None) -> NoReturn:
-    raise Terminated
+def on_signal(number: int, _frame: FrameType | None) -> NoReturn:
+    """Stop in good order; a second one ends the process there and then, whatever it is doing."""
+    signal.signal(number, signal.SIG_DFL)
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
 def main() -> None:
     """Run the command line and end the process with the contract's exit code."""
     open_streams()
-    signal.signal(signal.SIGTERM, on_terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, on_signal)
     code = run(sys.argv[1:])
     with suppress(OSError):
         sys.stderr.flush()
@@ -246,7 +250,6 @@ def run(arguments: list[str]) -> int:
         complain(f"Error: {error}")
         return error.exit_code
     except (KeyboardInterrupt, click.Abort) as error:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
         again = "; the same command continues with the files that are finished"
         complain(f"Interrupted{again}.")
         # Click passes every interrupt on as an Abort

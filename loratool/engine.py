@@ -86,7 +86,7 @@ class Engine:
         self.choosing = threading.Lock()  # of the resources
         self.chosen: Resources | None = None
         self.failures: list[BaseException] = []
-        self.ends: list[threading.Event] = []  # one a thread
+        self.ends: list[threading.Lock] = []  # one a thread, which holds it for as long as it runs
 
     def run(self) -> Totals:
         """Write every shard that the stage has not; each is hashed, synced and then recorded in the stage."""
@@ -128,8 +128,10 @@ class Engine:
                 self.progress(self.bytes_done, self.bytes_all)
 
     def start(self, target: Callable[..., None], *arguments: object) -> None:
-        # not Thread.join: before CPython 3.13 an interrupted one takes a running thread for an ended one
-        end = threading.Event()
+        # Neither Thread.join nor an Event stands an interrupt at every moment of a wait: the first may take a
+        # running thread for an ended one (before CPython 3.13), the other may keep its inner lock for ever.
+        end = threading.Lock()
+        end.acquire()
 
         def guarded() -> None:
             try:
@@ -138,27 +140,27 @@ class Engine:
                 self.failures.append(error)
                 self.stop.set()
             finally:
-                end.set()
+                end.release()
 
         self.ends.append(end)
         try:
             threading.Thread(target=guarded, name=f"loratool-{target.__name__}", daemon=True).start()
         except RuntimeError:  # no more threads are to be had
-            end.set()
+            end.release()
             raise
 
     def join(self) -> None:
         """Wait for all threads, those too that are started meanwhile; signals come through."""
         at = 0
         while at < len(self.ends):
-            at += self.ends[at].wait(0.1)
+            at += self.ends[at].acquire(timeout=0.1)
 
     def halt(self) -> None:
         """Ask every thread to end, and give them a moment."""
         self.stop.set()
         until = time.monotonic() + 0.8
         for end in list(self.ends):
-            end.wait(max(0.0, until - time.monotonic()))
+            end.acquire(timeout=max(0.0, until - time.monotonic()))
 
     def make_tasks(self, shards: Sequence[ShardPlan]) -> Iterator[Copy | Block]:
         """All tasks, in file order within a shard; on many cores some shards advance side by side.
