@@ -84,7 +84,7 @@ def cli() -> None:
 @click.option(
     "--shard-size", type=Size(), help="Tensor bytes per output file, such as 5GB [default: the base's shards]."
 )
-@click.option("--workers", type=click.IntRange(1, 1024), help="Threads [default: one per core, at most 16].")
+@click.option("--workers", type=click.IntRange(1, 1024), help="Threads [default: two more than cores, at most 16].")
 @click.option("--max-memory", type=Size(), help="Resident memory to stay under, such as 400MB.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and touch nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT where it is a model already.")

@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING
 
 from loratool.adapter import load_rows, load_update
 from loratool.errors import FitError, printable
-from loratool.safefile import FLOAT_NAMES, read_exactly, write_fully
+from loratool.safefile import FLOAT_NAMES, read_exactly
 from loratool.updates import LowRank, Replace, stack
+from loratool.writing import PAGE
 
 if TYPE_CHECKING:
     import torch
 
     from loratool.planning import Span
+    from loratool.writing import OutputShard
 
+LOOKED_AT = 1 << 19  # elements that are searched for small values at a time
 SETTLED_TOGETHER = 4096  # values that are recomputed at a time; each takes two rows of factors
 
 
@@ -145,16 +148,19 @@ class Worker:
         self.raw = torch.empty(raw_bytes, dtype=torch.uint8, device=self.device) if on_gpu else self.host
         self.scratch = torch.empty(elements * (8 if wide else 4), dtype=torch.uint8, device=self.device)
         self.merged = torch.empty(raw_bytes, dtype=torch.uint8, device=self.device)
-        self.marks = torch.empty(0 if on_gpu else 3 * elements, dtype=torch.uint8)
+        self.outgoing = pages_of(torch.empty(raw_bytes + 2 * PAGE, dtype=torch.uint8, pin_memory=on_gpu))
         if not on_gpu:
+            import numpy
+
+            self.sizes, self.small = numpy.empty(LOOKED_AT, numpy.uint16), numpy.empty(LOOKED_AT, numpy.bool_)
             torch.set_num_threads(1)  # workers are the parallelism
 
-    def carry(self, work: EditedSpan, first: int, count: int, source: int, target: int, offset: int) -> None:
-        """Rows `first` … `first + count` of a span, from one descriptor to the other."""
+    def carry(self, work: EditedSpan, first: int, count: int, source: int, target: OutputShard, position: int) -> None:
+        """Rows `first` … `first + count` of a span, from a descriptor to their place in an output file."""
         with self.torch.inference_mode(), self.torch.cuda.stream(self.stream):
-            self._carry(work, first, count, source, target, offset)
+            self._carry(work, first, count, source, target, position)
 
-    def _carry(self, work: EditedSpan, first: int, count: int, source: int, target: int, offset: int) -> None:
+    def _carry(self, work: EditedSpan, first: int, count: int, source: int, target: OutputShard, position: int) -> None:
         torch, span = self.torch, work.span
         width, file = span.info.width, span.source
         stored, rounded = (getattr(torch, FLOAT_NAMES[t.dtype]) for t in (span.info, span.placed))
@@ -168,7 +174,10 @@ class Worker:
             self.raw[:read].copy_(self.host[:read], non_blocking=True)
         before = self.raw[:read].view(stored).view(count, width)
         block = self.scratch[: count * width * compute.itemsize].view(compute).view(count, width)
-        after = self.merged[:written].view(rounded).view(count, width)
+        shift = position % PAGE  # memory and file in step, as a direct write wants them
+        ready = self.outgoing[shift : shift + written]
+        in_place = self.stream is None and shift % rounded.itemsize == 0
+        after = (ready if in_place else self.merged[:written]).view(rounded).view(count, width)
 
         block.copy_(before)
         norm = torch.linalg.vector_norm(block)
@@ -180,15 +189,14 @@ class Worker:
             self.settle(before, after, loaded, first)
         if not work.totals.changed and loaded.edits:
             work.totals.changed = not same_bits(before.to(rounded), after)
-        host = self.merged
+        if not in_place:
+            ready.copy_(self.merged[:written], non_blocking=True)
         if self.stream is not None:
-            self.host[:written].copy_(self.merged[:written], non_blocking=True)
             self.stream.synchronize()
-            host = self.host
         base_norm, nonfinite = float(norm), 0
         if not base_norm + loaded.norm <= torch.finfo(rounded).max:  # else |w + δ| ≤ ‖W‖ + ‖ΔW‖ fits
             nonfinite = check_finite(span, before, after)
-        write_fully(target, host[:written].numpy().data, offset + first * width * rounded.itemsize)
+        target.put(self.outgoing[: shift + written].numpy().data, position)
         work.seen(count, base_norm, loaded.norm, nonfinite)
 
     def settle(self, before: torch.Tensor, after: torch.Tensor, loaded: LoadedEdits, first_row: int) -> None:
@@ -216,17 +224,27 @@ class Worker:
         import numpy  # does this ten times faster than torch on a CPU
 
         bits = values.view(torch.int16).numpy().view(numpy.uint16)
-        highest = int(torch.tensor(limit, dtype=values.dtype).view(torch.int16))
-        # fresh arrays of this size would be mapped and unmapped for every block
-        marks = self.marks.numpy()
-        size, small = marks[: 2 * bits.size].view(numpy.uint16), marks[2 * bits.size : 3 * bits.size].view(numpy.bool_)
-        numpy.left_shift(bits, 1, out=size)  # without the sign
-        numpy.less(size, highest << 1, out=small)
-        words = small[: small.size // 8 * 8].view(numpy.uint64)  # few are: look at eight at a time
-        eights = numpy.flatnonzero(words != 0)[:, None] * 8 + numpy.arange(8)
-        rest = numpy.arange(words.size * 8, small.size)
-        candidates = numpy.concatenate([eights.ravel(), rest])
-        return torch.from_numpy(candidates[small[candidates]])
+        highest = int(torch.tensor(limit, dtype=values.dtype).view(torch.int16)) << 1
+        found = []
+        for start in range(
+            0, bits.size, LOOKED_AT
+        ):  # a piece at a time stays in the cache, and in memory that is there
+            piece = bits[start : start + LOOKED_AT]
+            small = self.small[: piece.size]
+            numpy.add(piece, piece, out=self.sizes[: piece.size])  # without the sign
+            numpy.less(self.sizes[: piece.size], highest, out=small)
+            if piece.size % 8 == 0:  # few are small: look at eight at a time
+                eights = numpy.flatnonzero(small.view(numpy.uint64) != 0)[:, None] * 8 + numpy.arange(8)
+                places = eights[small[eights]]
+            else:
+                places = numpy.flatnonzero(small)
+            found.append(places + start)
+        return torch.from_numpy(numpy.concatenate(found))
+
+
+def pages_of(memory: torch.Tensor) -> torch.Tensor:
+    """`memory` from its first whole page on."""
+    return memory[-memory.data_ptr() % PAGE :]
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -10,45 +10,47 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
+from mmap import mmap
 from typing import TYPE_CHECKING
 
 from loratool.computing import EditedSpan, Totals, Worker
 from loratool.resources import (
-    MOST_WORKERS,
     Resources,
     Runtime,
     choose_resources,
     cores,
     exact_arithmetic,
     itemsize,
+    most_workers,
     resident_memory,
     rows_of_block,
 )
-from loratool.safefile import COPY_CHUNK, SafeFile, copy_bytes
 from loratool.staging import FinishedShard, Stage
-from loratool.writing import OutputShard
+from loratool.writing import PAGE, OutputShard
 
 if TYPE_CHECKING:
-    from loratool.planning import MergePlan, ShardPlan
+    from loratool.planning import MergePlan, ShardPlan, Span
+    from loratool.safefile import SafeFile
 
+COPY_CHUNK = 4 << 20  # bytes of one copy
 MOST_LANES = 4  # output files that are written at the same time
 FINISHING_SHARDS = 2  # output files besides that are being hashed or synced
 
 
 @dataclass(frozen=True)
 class Copy:
-    """A run of bytes that no edit touches."""
+    """Bytes that no edit touches."""
 
     shard: OutputShard
     file: SafeFile
     start: int  # in the source file
-    stop: int
     target: int  # in the output file
+    count: int
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Engine:
         self.tell(self.bytes_all - sum(span.placed.nbytes for shard in todo for span in shard.spans))
         self.tasks = self.make_tasks(todo)
         try:
-            for number in range(self.workers or min(cores(), MOST_WORKERS)):
+            for number in range(self.workers or most_workers()):
                 self.start(self.work, number)
             self.join()
             if self.failures:
@@ -179,18 +181,20 @@ class Engine:
                 yield task
 
     def tasks_of(self, plan: ShardPlan) -> Iterator[Copy | Block]:
-        """One shard's tasks: its copies first, since they need no torch."""
+        """One shard's tasks in the file's order, which is the order in which its bytes are hashed."""
         while not self.slots.acquire(timeout=0.1):
             if self.stop.is_set():
                 return
         shard = OutputShard(plan, self.stage.folder, self.stop)
         self.start(self.finish, shard)
-        yield from copies(shard)
-        for span in plan.spans:
-            if not span.untouched and span.info.nbytes:
+        for untouched, spans in groupby(plan.spans, lambda span: span.untouched):
+            if untouched:
+                yield from copies(shard, spans)
+                continue
+            for span in spans:
                 work = EditedSpan(span, self.totals)
                 step = rows_of_block(span, self.resources().block)
-                for first in range(0, span.info.rows, step):
+                for first in range(0, span.info.rows if span.info.nbytes else 0, step):
                     yield Block(shard, work, first, min(step, span.info.rows - first))
 
     def take(self, number: int) -> Copy | Block | None:
@@ -205,12 +209,11 @@ class Engine:
     def work(self, number: int) -> None:
         """A worker's life: take the next task until there are none."""
         worker: Worker | None = None
+        memory = memoryview(mmap(-1, COPY_CHUNK + PAGE))
         while not self.stop.is_set() and (task := self.take(number)) is not None:
             if isinstance(task, Copy):
-                source = task.shard.source(task.file)
-                count = task.stop - task.start
-                copy_bytes(source, task.shard.descriptor, count, task.start, task.target, task.file.path)
-                task.shard.wrote(task.target, task.target + count)
+                count = task.count
+                task.shard.copy(task.file, task.start, memory[: task.target % PAGE + count], task.target)
             else:
                 worker = worker or self.make_worker(number)
                 count = self.carry(worker, task)
@@ -229,52 +232,38 @@ class Engine:
 
     def carry(self, worker: Worker, task: Block) -> int:
         span, shard = task.work.span, task.shard
-        offset = shard.plan.layout.data_start + span.placed.start
-        worker.carry(task.work, task.first, task.count, shard.source(span.source), shard.descriptor, offset)
         row = span.placed.nbytes // span.info.rows
-        shard.wrote(offset + task.first * row, offset + (task.first + task.count) * row)
+        position = shard.plan.layout.data_start + span.placed.start + task.first * row
+        worker.carry(task.work, task.first, task.count, shard.source(span.source), shard, position)
         return task.count * row
 
     def finish(self, shard: OutputShard) -> None:
-        """See one output file to its end: hash it and sync it at the same time, then report it."""
-        syncing: Future[None] = Future()
-
-        def sync() -> None:
-            try:
-                shard.sync()
-                syncing.set_result(None)
-            except BaseException as error:
-                syncing.set_exception(error)
-                self.stop.set()
-
-        threading.Thread(target=sync, name="loratool-sync", daemon=True).start()
-        digest = shard.hash()
-        syncing.result()  # a failed sync is final: the kernel may have dropped the bytes
-        if self.stop.is_set():
-            return  # descriptors stay open: a worker may still be writing
+        """See one output file to its end on the disk, then report it."""
+        if not shard.sync():
+            return  # stopped; descriptors stay open: a worker may still be writing
         for file, descriptor in shard.sources.values():
             file.check_unchanged(descriptor)
         shard.close()
         with self.telling:
-            finished = FinishedShard(shard.plan.name, shard.plan.layout.size, digest, self.totals.changed)
-            self.stage.record(finished)
+            digest = shard.digest.hexdigest()
+            self.stage.record(FinishedShard(shard.plan.name, shard.plan.layout.size, digest, self.totals.changed))
         self.slots.release()
 
 
-def copies(shard: OutputShard) -> Iterator[Copy]:
-    """The untouched bytes of a shard, neighbours joined, cut into pieces an interrupt can wait for."""
-    run: list[int] = []  # source start, source stop, target start
+def copies(shard: OutputShard, spans: Iterable[Span]) -> Iterator[Copy]:
+    """The bytes of untouched spans, neighbours joined, in pieces."""
     file: SafeFile | None = None
-    for span in (*shard.plan.spans, None):
-        if span is not None and span.untouched:
-            start = span.source.position(span.info)
-            target = shard.plan.layout.data_start + span.placed.start
-            if file is span.source and run[1] == start and run[2] + run[1] - run[0] == target:
-                run[1] += span.info.nbytes
-                continue
-        if file is not None:
-            for at in range(run[0], run[1], COPY_CHUNK):
-                yield Copy(shard, file, at, min(at + COPY_CHUNK, run[1]), run[2] + at - run[0])
-            file = None
-        if span is not None and span.untouched:
-            file, run = span.source, [start, start + span.info.nbytes, target]
+    start = stop = target = 0  # of what is not cut yet; the first two in the source file
+    for span in spans:
+        at = span.source.position(span.info)
+        if span.source is not file or at != stop:
+            yield from pieces(shard, file, start, stop, target)
+            file, start, target = span.source, at, shard.plan.layout.data_start + span.placed.start
+        stop = at + span.info.nbytes
+    yield from pieces(shard, file, start, stop, target)
+
+
+def pieces(shard: OutputShard, file: SafeFile | None, start: int, stop: int, target: int) -> Iterator[Copy]:
+    for at in range(start, stop, COPY_CHUNK):
+        assert file is not None
+        yield Copy(shard, file, at, target + at - start, min(COPY_CHUNK, stop - at))

@@ -87,7 +87,7 @@ def merge(
         device: "auto" (CUDA where there is one), "cpu", "cuda" (all GPUs) or "cuda:N".
         dtype: "keep", "float32", "bfloat16" or "float16" for every float tensor of the output.
         shard_size: bytes of tensor data per output file; by default the base's own shards.
-        workers: threads; by default one per core, at most 16.
+        workers: threads; by default two more than cores, at most 16.
         max_memory: bytes that the process may keep resident.
         overwrite: replace `out` where it is a model folder already, in one step at the end.
         progress: called with (bytes done, bytes in all), from any thread, one call at a time.

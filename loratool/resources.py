@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from loratool.planning import MergePlan, Span
     from loratool.safefile import TensorInfo
 
-CPU_BLOCK = 2 << 20  # bytes of weight: near a core's cache
+CPU_BLOCK = 4 << 20  # bytes of weight: near a core's cache
 CUDA_BLOCK = 8 << 20  # bytes of weight: hides the latency of a transfer
 SMALLEST_BLOCK = 64 << 10
-MOST_WORKERS = 16
+MOST_WORKERS = 16  # more than this a disk seldom keeps up with
 GPU_WORKERS = 4  # per GPU
 RUNTIME_MEMORY = 256 << 20  # bytes: Python, torch and its libraries, before any work
 CUDA_MEMORY = 600 << 20  # bytes of host memory that the CUDA libraries take besides
@@ -112,7 +112,7 @@ def choose_resources(
     Raises `UsageError` with the smallest limit that would do.
     """
     on_gpu = devices[0] != "cpu"
-    chosen = workers or min(cores(), GPU_WORKERS * len(devices) if on_gpu else MOST_WORKERS)
+    chosen = workers or (min(cores(), GPU_WORKERS * len(devices)) if on_gpu else most_workers())
     block = CUDA_BLOCK if on_gpu else CPU_BLOCK
     if max_memory is None:
         return Resources(devices, chosen, block)
@@ -148,7 +148,7 @@ def block_memory(span: Span, block: int, on_gpu: bool) -> int:
     """Bytes of one worker's host buffers: the raw block, and on the CPU its float32 copy, the merged block and marks."""
     elements = rows_of_block(span, block) * span.info.width
     raw = elements * max(itemsize(span.info), itemsize(span.placed))
-    return raw if on_gpu else 2 * raw + elements * (3 + (8 if span.info.dtype == "F64" else 4))
+    return 2 * raw if on_gpu else 2 * raw + elements * (8 if span.info.dtype == "F64" else 4)
 
 
 def factor_memory(span: Span) -> int:
@@ -173,6 +173,11 @@ def resident_memory() -> int:
     except (OSError, ValueError):
         return RUNTIME_MEMORY
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def most_workers() -> int:
+    """Threads that keep the processor busy: two of them wait for the disk."""
+    return min(cores() + 2, MOST_WORKERS)
 
 
 def cores() -> int:

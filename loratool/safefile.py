@@ -53,7 +53,6 @@ FIELDS = ("dtype", "shape", "data_offsets")
 DEEPEST = 125  # levels below a tensor's entry; the reference parser stops at 128 in all
 LARGEST_INT = 2**63 - 1
 PREFIX = 8  # bytes: the header's length, little-endian
-COPY_CHUNK = 16 << 20  # bytes a single copy call moves, so that an interrupt is seen soon
 
 FOREIGN_STARTS = (
     (b"version https://git-lfs", "a git-lfs pointer, not the file it points to; run `git lfs pull`"),

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
-import heapq
+import mmap
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.safefile import SafeFile, open_regular, read_exactly, write_fully
+from loratool.safefile import SafeFile, copy_bytes, open_regular, read_exactly, write_fully
 
 if TYPE_CHECKING:
     from loratool.planning import ShardPlan
 
-HASH_CHUNK = 4 << 20
-SYNC_CHUNK = 256 << 20  # bytes after which what was written is sent to the disk
+PAGE = max(4096, mmap.PAGESIZE)  # what a direct write begins and ends at, in the file and in memory
+SYNC_CHUNK = 256 << 20  # bytes after which what lies in the page cache is sent to the disk
+NOT_DIRECT = {errno.EINVAL, errno.EFAULT, errno.EOPNOTSUPP, errno.ENOSYS}
 send = getattr(os, "fdatasync", os.fsync)
 
 
 class OutputShard:
-    """One output file while it is being written, hashed and synced."""
+    """One output file. Any thread may put any part of it; what was put is hashed in the file's order.
+
+    Where the file system allows, parts go straight to the disk (O_DIRECT): the page cache would take a copy of
+    every byte, and throw out the base for it.
+    """
 
     def __init__(self, plan: ShardPlan, folder: Path, stop: threading.Event) -> None:
         self.plan, self.stop = plan, stop
@@ -28,17 +37,19 @@ class OutputShard:
         if path.parent != folder:  # never `folder` itself: a run that was stopped may have removed it
             path.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
-        self.path = path
         self.descriptor = os.open(path, flags, 0o666)
+        os.truncate(self.descriptor, plan.layout.size)
+        self.opened = self.direct = open_direct(path, self.descriptor, plan.layout.size)
         self.sources: dict[Path, tuple[SafeFile, int]] = {}
         self.changed = threading.Condition()
-        self.ready = 0  # bytes from the file's start that are all written
-        self.written = 0  # bytes written anywhere
-        self.waiting: list[tuple[int, int]] = []  # written ranges beyond `ready`
-        self.goals = {"ready": plan.layout.size, "written": plan.layout.size}  # what someone waits for
-        os.truncate(self.descriptor, plan.layout.size)
-        write_fully(self.descriptor, plan.layout.header, 0)
-        self.wrote(0, plan.layout.data_start)
+        self.digest = hashlib.sha256()
+        self.hashed = self.written = 0  # bytes: from the file's start, and anywhere
+        self.rest = b""  # hashed bytes since the last whole page, which the next part's write begins with
+        header = memoryview(bytearray(plan.layout.header))
+        write_fully(self.descriptor, header, 0)
+        with self.turn(header, 0):
+            self.rest = bytes(header[len(header) // PAGE * PAGE :])
+        self.wrote(len(header))
 
     def source(self, file: SafeFile) -> int:
         """A descriptor of an input of this shard, open until the shard is closed."""
@@ -49,47 +60,104 @@ class OutputShard:
                 file.check_unchanged(descriptor)
             return self.sources[file.path][1]
 
-    def wrote(self, start: int, stop: int) -> None:
-        with self.changed:
-            heapq.heappush(self.waiting, (start, stop))
-            while self.waiting and self.waiting[0][0] <= self.ready:
-                self.ready = max(self.ready, heapq.heappop(self.waiting)[1])
-            self.written += stop - start
-            if self.ready >= self.goals["ready"] or self.written >= self.goals["written"]:
+    def put(self, memory: memoryview, at: int) -> None:
+        """Hash and write the part at byte `at` of the file; all parts before it have been put or are on their way.
+
+        `memory` begins with a page, and the part at byte `at % PAGE` of it; the bytes before get overwritten.
+        """
+        before = at % PAGE
+        part = memory[before:]
+        if self.opened is None:
+            write_fully(self.descriptor, part, at)
+        with self.turn(part, at) as mine:
+            if mine and self.opened is not None:
+                memory[:before] = self.rest
+                self.rest = bytes(memory[len(memory) // PAGE * PAGE :])
+        if mine and self.opened is not None:
+            last = at + len(part) == self.plan.layout.size
+            pages = len(memory) // PAGE * PAGE
+            self.write_pages(memory[:pages], at - before)
+            write_fully(self.descriptor, memory[pages:] if last else b"", at - before + pages)
+        self.wrote(len(part))
+
+    def copy(self, file: SafeFile, start: int, memory: memoryview, at: int) -> None:
+        """Put a part that is found at byte `start` of an input; `memory` as for `put`."""
+        source, part = self.source(file), memory[at % PAGE :]
+        read_exactly(source, part, start, file.path)
+        if self.opened is not None:
+            self.put(memory, at)
+            return
+        copy_bytes(source, self.descriptor, len(part), start, at, file.path)
+        with self.turn(part, at):
+            pass
+        self.wrote(len(part))
+        return
+
+    @contextmanager
+    def turn(self, part: memoryview, at: int) -> Iterator[bool]:
+        """Hash a part when all before it is hashed, and hold up those after it; False when the merge is being stopped."""
+        mine = self.wait("hashed", at)
+        if mine:
+            self.digest.update(part)
+        yield mine
+        if mine:
+            with self.changed:
+                self.hashed = at + len(part)
                 self.changed.notify_all()
 
-    def wait(self, what: str, amount: int) -> bool:
-        """Until `ready` or `written` has come to `amount`; False when the merge is being stopped."""
+    def write_pages(self, pages: memoryview, at: int) -> None:
+        """Write straight to the disk, or through the page cache once the file system has refused that."""
+        if self.direct is not None:
+            try:
+                write_fully(self.direct, pages, at)
+                return
+            except OSError as error:
+                if error.errno not in NOT_DIRECT:
+                    raise
+                self.direct = None
+        write_fully(self.descriptor, pages, at)
+        return
+
+    def wrote(self, count: int) -> None:
         with self.changed:
-            self.goals[what] = amount
+            self.written += count
+            self.changed.notify_all()
+
+    def wait(self, what: str, amount: int) -> bool:
+        """Until `hashed` or `written` has come to `amount`; False when the merge is being stopped."""
+        with self.changed:
             while getattr(self, what) < amount and not self.stop.is_set():
                 self.changed.wait(0.2)
-            self.goals[what] = self.plan.layout.size
             return not self.stop.is_set()
 
-    def hash(self) -> str:
-        """SHA-256 of the file, read back behind the workers; empty when stopped."""
-        digest, at, size = hashlib.sha256(), 0, self.plan.layout.size
-        buffer = memoryview(bytearray(min(HASH_CHUNK, size)))
-        while at < size:
-            piece = buffer[: size - at]
-            if not self.wait("ready", at + len(piece)):
-                return ""
-            read_exactly(self.descriptor, piece, at, self.path)
-            digest.update(piece)
-            at += len(piece)
-        return digest.hexdigest()
-
-    def sync(self) -> None:
-        """Send what was written to the disk while more is being written, and all of it in the end."""
+    def sync(self) -> bool:
+        """Bring the file to stable storage while it is being written, and all of it in the end."""
         synced, size = 0, self.plan.layout.size
         while synced < size and self.wait("written", min(synced + SYNC_CHUNK, size)):
             synced = self.written
-            send(self.descriptor)
+            if synced < size:
+                send(self.descriptor)
         if synced >= size:
             os.fsync(self.descriptor)
+        return synced >= size
 
     def close(self) -> None:
         for _, descriptor in self.sources.values():
             os.close(descriptor)
         os.close(self.descriptor)
+        if self.opened is not None:
+            os.close(self.opened)
+
+
+def open_direct(path: Path, descriptor: int, size: int) -> int | None:
+    """A descriptor of a file that is open already which writes past the page cache; None where there is none."""
+    if not hasattr(os, "O_DIRECT") or size < PAGE:
+        return None
+    try:
+        direct = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    with suppress(AttributeError, OSError):  # without blocks of its own each direct write would lock the whole file
+        reserve = ctypes.CDLL(None, use_errno=True).fallocate64
+        reserve(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size))
+    return direct
