@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from loratool.errors import InputError, printable
 from loratool.safefile import FLOAT_NAMES, Identity, SafeFile, TensorInfo, open_regular, read_exactly
-from loratool.updates import LowRank, Replace
+from loratool.updates import LowRank, Replace, Update
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
+    from torch import Tensor
 
-    from loratool.updates import Update
-
-AnyUpdate = TypeVar("AnyUpdate", bound="Update")
+AnyUpdate = TypeVar("AnyUpdate", bound=Update)
 
 # The bits that are all ones in an inf or a NaN, as (unsigned integer type, mask).
 EXPONENT = {
@@ -80,22 +79,52 @@ class StoredTensor:
         return np.frombuffer(raw, dtype=kind), mask
 
 
-def stored_tensors(update: Update) -> Iterator[StoredTensor]:
-    """The tensors of `update` that are still in their file."""
-    for each in dataclasses.fields(update):  # type: ignore[arg-type]  # every update is a dataclass
-        value = getattr(update, each.name)
-        if isinstance(value, StoredTensor):
-            yield value
+@dataclass(frozen=True)
+class Derived:
+    """A tensor that is computed from stored ones when it is loaded."""
+
+    shape: tuple[int, ...]
+    parts: tuple[StoredTensor | Derived, ...]
+    formula: Callable[..., Tensor]  # of the parts, each loaded
+
+    @property
+    def T(self) -> Derived:  # noqa: N802 (the name tensors give it)
+        return Derived(self.shape[::-1], (self,), turned)
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The values, on `device` in `dtype`."""
+        return self.formula(*(part.load(device, dtype) for part in self.parts)).to(dtype).contiguous()
+
+
+def turned(tensor: Tensor) -> Tensor:
+    return tensor.T
+
+
+def stored_tensors(node: object) -> Iterator[StoredTensor]:
+    """The tensors of an update, or of a part of one, that are still in their file."""
+    if isinstance(node, StoredTensor):
+        yield node
+    elif isinstance(node, Derived):
+        for part in node.parts:
+            yield from stored_tensors(part)
+    elif isinstance(node, Update):
+        for value in fields_of(node).values():
+            yield from stored_tensors(value)
 
 
 def load_update(update: AnyUpdate, device: torch.device, dtype: torch.dtype) -> AnyUpdate:
-    """The same update with its tensors read from disk."""
-    tensors = {
-        each.name: value.load(device, dtype)
-        for each in dataclasses.fields(update)  # type: ignore[arg-type]
-        if isinstance(value := getattr(update, each.name), StoredTensor)
-    }
-    return dataclasses.replace(update, **tensors)  # type: ignore[type-var]
+    """The same update with its tensors read from disk, those of the updates within it too."""
+    loaded: dict[str, object] = {}
+    for name, value in fields_of(update).items():
+        if isinstance(value, (StoredTensor, Derived)):
+            loaded[name] = value.load(device, dtype)
+        elif isinstance(value, Update):
+            loaded[name] = load_update(value, device, dtype)
+    return dataclasses.replace(update, **loaded)  # type: ignore[type-var]
+
+
+def fields_of(update: Update) -> dict[str, object]:
+    return {each.name: getattr(update, each.name) for each in dataclasses.fields(update)}  # type: ignore[arg-type]
 
 
 def load_rows(update: Replace, first: int, count: int, device: torch.device, dtype: torch.dtype) -> Replace:
@@ -139,14 +168,17 @@ class Adapter:
         broken: list[str] = []
         effective = False
         for update in (*self.updates.values(), *self.bases.values()):
-            changes = True
+            zero = set[int]()
             for tensor in stored_tensors(update):
+                if tensor.info.dtype not in EXPONENT:
+                    continue  # indices
                 bits, mask = tensor.bits()
                 if ((bits & mask) == mask).any():
                     broken.append(f"{printable(tensor.info.name)} holds NaN or infinite values")
-                if isinstance(update, LowRank) and not (bits << 1).any():  # shifted, so that −0 is zero too
-                    changes = False
-            effective = effective or changes
+                if not (bits << 1).any():  # shifted, so that −0 is zero too
+                    zero.add(tensor.info.start)
+            products = (update.up, update.down) if isinstance(update, LowRank) else ()
+            effective = effective or not any(all(t.info.start in zero for t in stored_tensors(p)) for p in products)
         if broken:
             raise InputError(f"{printable(self.file.path)}: the adapter is broken:", broken)
         return effective

@@ -8,26 +8,85 @@ loading, or one prefix for the whole adapter (a checkpoint saved without its hea
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+from loratool.errors import MOST_SHOWN, printable
+from loratool.layouts.architectures import CONV1D_MODEL_TYPES, CONV1D_MODULES, OUTPUT_HEADS
 from loratool.layouts.renames import RENAMES
+from loratool.updates import LowRank
 
+if TYPE_CHECKING:
+    from loratool.adapter import Adapter
+    from loratool.checkpoint import Checkpoint
+    from loratool.updates import Update
+
+ALL = slice(None)
 MOST_COMPARED = 500  # names that a search for the nearest one looks at
 
 
 @dataclass(frozen=True)
-class Binding:
-    """A tensor of the base, and the rule that found it."""
+class Place:
+    """Where an update, or some rows of one, goes.
+
+    The tensor is seen as a matrix whose rows are its first `fold` dimensions together: rows `first_row` …
+    `first_row + rows` of it, at `columns`, take the rows of `update` from `update_row` on.
+    """
 
     tensor: str
-    rule: str
+    rule: str  # how it was found
+    update: Update  # fitted to the tensor, or to the part of it
+    first_row: int
+    rows: int
+    update_row: int = 0
+    columns: slice = field(default_factory=lambda: ALL)
+    fold: int = 1
 
 
-def bind(targets: Iterable[str], tensors: Sequence[str]) -> dict[str, Binding]:
-    """Target → its tensor, for every target that has exactly one; the others are absent."""
+@dataclass(frozen=True)
+class Bound:
+    """What became of an adapter's targets: each is a key of `places` or of `problems`."""
+
+    places: Mapping[str, tuple[Place, ...]]
+    problems: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+
+def bind(adapter: Adapter, base: Checkpoint, *, fan_in_fan_out: bool | None = None) -> Bound:
+    """Find the place of every target of `adapter`, from the names and shapes of the base's tensors alone.
+
+    Args:
+        adapter: its updates are fitted here to how the base stores its weights.
+        base: only its headers and its config are looked at.
+        fan_in_fan_out: whether linear weights that shapes and architecture leave open are stored (in, out).
+    """
+    names = list(base.tensors)
+    found = match_names(adapter.updates, names)
+    turned = orientation(adapter, found, base, fan_in_fan_out)
+    places: dict[str, tuple[Place, ...]] = {}
+    problems: dict[str, str] = {}
+    for target, given in adapter.updates.items():
+        if target not in found:
+            # looking for the nearest name takes a while: only for problems that will be shown
+            problems[target] = why_unbound(target, names if len(problems) < MOST_SHOWN else [])
+            continue
+        tensor, rule = found[target]
+        info = base.tensors[tensor]
+        update = given.turned if target in turned and isinstance(given, LowRank) else given
+        if (fitted := update.fit(info.shape)) is None:
+            problems[target] = f"update is {list(update.shape)}, {printable(tensor)} is {list(info.shape)}"
+            continue
+        rows = math.prod(info.shape[: fitted.fold]) if fitted.fold > 1 else info.rows
+        places[target] = (Place(tensor, rule, fitted, 0, rows, fold=fitted.fold),)
+    return Bound(places, problems)
+
+
+def match_names(targets: Iterable[str], tensors: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Target → (tensor, rule), for every target that has exactly one; the others are absent."""
     names = aliases(tensors)
     wanted = list(targets)
     bound = {target: names[target] for target in wanted if target in names}
@@ -38,13 +97,60 @@ def bind(targets: Iterable[str], tensors: Sequence[str]) -> dict[str, Binding]:
             name = added + target.removeprefix(removed)
             if target.startswith(removed) and name in names:
                 rule = f"prefix {added}… added" if added else f"prefix {removed}… removed"
-                bound[target] = Binding(names[name].tensor, rule)
+                bound[target] = (names[name][0], rule)
     return bound
 
 
-def aliases(tensors: Sequence[str]) -> dict[str, Binding]:
+def why_unbound(target: str, names: Sequence[str]) -> str:
+    module = target.rpartition(".")[0].rpartition(".")[2]
+    if module in OUTPUT_HEADS:
+        return "the base has no such weight; its head is tied to the input embedding, and untying is not supported yet"
+    near = nearest(target, names)
+    return "the base has no such weight" + (f"; nearest is {printable(near)}" if near else "")
+
+
+def orientation(
+    adapter: Adapter, found: Mapping[str, tuple[str, str]], base: Checkpoint, given: bool | None
+) -> set[str]:
+    """The targets whose weight is stored (in, out), as Conv1D of GPT-2 does.
+
+    Shapes decide; square weights go by the base's architecture, else by the adapter's other
+    weights, else by what the caller says, else by the config's `fan_in_fan_out`.
+    """
+    turned: set[str] = set()
+    straight = 0
+    square: list[str] = []
+    for target, update in adapter.updates.items():
+        if not isinstance(update, LowRank) or not update.turnable or target not in found:
+            continue
+        shape = base.tensors[found[target][0]].shape
+        fits, fits_turned = update.shape == shape, update.turned.shape == shape
+        if fits and fits_turned:
+            square.append(target)
+        elif fits_turned:
+            turned.add(target)
+        else:
+            straight += fits
+    if square:
+        turned.update(t for t in square if stored_in_out(t, adapter, base, bool(turned), bool(straight), given))
+    return turned
+
+
+def stored_in_out(
+    target: str, adapter: Adapter, base: Checkpoint, any_turned: bool, any_straight: bool, given: bool | None
+) -> bool:
+    """Whether a square weight is stored (in, out)."""
+    module = target.rpartition(".")[0].rpartition(".")[2]
+    if base.model_type:
+        return base.model_type in CONV1D_MODEL_TYPES and module in CONV1D_MODULES
+    if any_turned != any_straight:
+        return any_turned
+    return bool(adapter.config.get("fan_in_fan_out", False)) if given is None else given
+
+
+def aliases(tensors: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Every name that a tensor may go by. A name that two tensors could go by is nobody's."""
-    names = {tensor: Binding(tensor, "exact") for tensor in tensors}
+    names = {tensor: (tensor, "exact") for tensor in tensors}
     twice: set[str] = set()
     renames = [(re.compile(pattern), replacement) for pattern, replacement in RENAMES]
     for tensor in tensors:
@@ -53,7 +159,7 @@ def aliases(tensors: Sequence[str]) -> dict[str, Binding]:
             if count and alias != tensor:
                 if alias in names:
                     twice.add(alias)
-                names[alias] = Binding(tensor, "renamed by transformers 5")
+                names[alias] = (tensor, "renamed by transformers 5")
     for alias in twice - set(tensors):
         del names[alias]
     return names

@@ -7,22 +7,27 @@ staging buffer, a twin of it on the device, and a stream of its own.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from loratool.adapter import load_rows, load_update
 from loratool.errors import FitError, printable
 from loratool.safefile import FLOAT_NAMES, read_exactly
-from loratool.updates import LowRank, Replace, stack
+from loratool.updates import LowRank, Replace, Update, stack
 from loratool.writing import PAGE
 
 if TYPE_CHECKING:
     import torch
 
-    from loratool.planning import Span
+    from loratool.planning import Edit, Span
     from loratool.writing import OutputShard
 
 LOOKED_AT = 1 << 19  # elements that are searched for small values at a time
+MOST_SHELVED = 4  # updates that are kept in memory for the next span
+READ_AT_ONCE = 16 << 20  # bytes of a weight that is looked at before it is edited
+ALL = slice(None)
 SETTLED_TOGETHER = 4096  # values that are recomputed at a time; each takes two rows of factors
 
 
@@ -37,23 +42,39 @@ class Totals:
     gpu_memory: int = 0  # bytes
 
 
+class Shelf:
+    """Loaded updates that edits of several spans share, such as the factors of all experts; the last used ones."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.kept: dict[tuple[int, str, torch.dtype], tuple[Update, Update]] = {}
+
+    def load(self, update: Update, device: torch.device, dtype: torch.dtype) -> Update:
+        key = (id(update), str(device), dtype)
+        with self.lock:
+            pair = self.kept.pop(key, None) or (update, load_update(update, device, dtype))
+            self.kept[key] = pair
+            while len(self.kept) > MOST_SHELVED:
+                del self.kept[next(iter(self.kept))]
+            return pair[1]
+
+
 class EditedSpan:
     """A span on its way through the workers, with its factors loaded once per device."""
 
-    def __init__(self, span: Span, totals: Totals) -> None:
-        self.span = span
-        self.totals = totals
+    def __init__(self, span: Span, totals: Totals, shelf: Shelf) -> None:
+        self.span, self.totals, self.shelf = span, totals, shelf
         self.lock = threading.Lock()
         self.loaded: dict[str, LoadedEdits] = {}
         self.squared = 0.0  # of the rows seen so far
-        self.rows_left = span.info.rows
+        self.rows_left = span.rows
 
     def edits_on(self, device: torch.device, dtype: torch.dtype) -> LoadedEdits:
         """The edits ready to apply on `device`."""
         with self.lock:
             key = str(device)
             if key not in self.loaded:
-                self.loaded[key] = load_edits(self.span, device, dtype)
+                self.loaded[key] = load_edits(self.span, self.shelf, device, dtype)
             return self.loaded[key]
 
     def seen(self, rows: int, norm: float, change: float, nonfinite: int) -> None:
@@ -73,33 +94,37 @@ class EditedSpan:
 class LoadedEdit:
     """An edit with its factors in memory, or a replacement whose rows are read as they are needed."""
 
-    first_row: int
-    rows: int
-    update: LowRank | Replace
-    parts: tuple[tuple[LowRank, float], ...] = ()  # what `update` was stacked of, with strengths
+    edit: Edit
+    update: Update
+    strength: float
+    parts: tuple[tuple[LowRank, float], ...] = ()  # what a low-rank `update` was stacked of, with strengths
 
-    def apply(self, block: torch.Tensor, first_row: int) -> None:
-        """Change the rows of `block`, which begins at `first_row` of the weight, that this edit covers."""
-        start = max(first_row, self.first_row)
-        stop = min(first_row + block.shape[0], self.first_row + self.rows)
+    def apply(self, block: torch.Tensor, first_row: int, base: torch.Tensor) -> None:
+        """Change what this edit covers of `block`, which begins at `first_row` of the weight."""
+        start = max(first_row, self.edit.first_row)
+        stop = min(first_row + block.shape[0], self.edit.first_row + self.edit.rows)
         if start >= stop:
             return
-        rows = block[start - first_row : stop - first_row]
-        own = start - self.first_row
+        rows = block[start - first_row : stop - first_row, self.edit.columns]
+        unmerged = base[start - first_row : stop - first_row, self.edit.columns]
+        own = start - self.edit.first_row + self.edit.update_row
         if isinstance(self.update, Replace):
             part = load_rows(self.update, own, stop - start, block.device, block.dtype)
-            part.add_rows(rows, 0, 1.0)
+            part.add_rows(rows, 0, 1.0, unmerged)
         else:
-            self.update.add_rows(rows, own, 1.0)
+            self.update.add_rows(rows, own, self.strength, unmerged)
 
     def at(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        """The change of single elements of the weight, in float64."""
-        own = (rows - self.first_row).clamp(0, self.rows - 1)
+        """The change of single elements of the weight, in float64; for low-rank edits."""
+        start, step = self.edit.columns.start or 0, self.edit.columns.step or 1
+        own = (rows - self.edit.first_row).clamp(0, self.edit.rows - 1)
+        width = self.update.shape[1] if self.edit.columns != ALL else None
+        across = ((columns - start) // step).clamp(0, None if width is None else width - 1)
+        inside = (own == rows - self.edit.first_row) & (across * step + start == columns)
         change = own.double() * 0
         for update, strength in self.parts:
-            up, down = update.up.index_select(0, own).double(), update.down.index_select(1, columns).double()
-            change += (up.T * down).sum(0) * (update.scale * strength)
-        return change * (own == rows - self.first_row)
+            change += update.elements(own + self.edit.update_row, across) * strength
+        return change * inside
 
 
 @dataclass(frozen=True)
@@ -107,31 +132,65 @@ class LoadedEdits:
     """All edits of one span on one device."""
 
     edits: tuple[LoadedEdit, ...]
-    norm: float  # ‖ΔW‖ of all of them; no element changes by more; infinite where a weight is replaced
+    norm: float  # ‖ΔW‖ of all of them; no element changes by more; infinite where that depends on the weight
     cancelling: float  # values smaller than this may be what is left where W and ΔW cancel; 0 for none
 
+    @property
+    def look_at_base(self) -> bool:
+        return any(edit.update.looks_at_base for edit in self.edits)
 
-def load_edits(span: Span, device: torch.device, dtype: torch.dtype) -> LoadedEdits:
-    """Read the factors; all low-rank edits of the same rows become one product."""
+
+def load_edits(span: Span, shelf: Shelf, device: torch.device, dtype: torch.dtype) -> LoadedEdits:
+    """Read the factors; all low-rank edits of the same place become one product."""
     import torch
 
     result: list[LoadedEdit] = []
-    groups: dict[tuple[int, int], list[tuple[LowRank, float]]] = {}
+    groups: dict[tuple[object, ...], list[tuple[Edit, LowRank, float]]] = {}
+
+    def close_groups() -> None:
+        for group in groups.values():
+            parts = tuple((update, strength) for _, update, strength in group)
+            result.append(LoadedEdit(group[0][0], stack(parts), 1.0, parts))
+        groups.clear()
+
     for edit in span.edits:
         if isinstance(edit.update, Replace):
-            result.append(LoadedEdit(edit.first_row, edit.rows, edit.update))
-        elif isinstance(edit.update, LowRank):
-            loaded = load_update(edit.update, device, dtype)
-            groups.setdefault((edit.first_row, edit.rows), []).append((loaded, edit.strength))
-    for (first_row, rows), updates in groups.items():
-        result.append(LoadedEdit(first_row, rows, stack(updates), tuple(updates)))
+            close_groups()
+            result.append(LoadedEdit(edit, edit.update, 1.0))
+            continue
+        update = shelf.load(edit.update, device, dtype) if edit.shared else load_update(edit.update, device, dtype)
+        if update.needs_weight:
+            update = update.prepared(partial(weight_rows, span, edit, device, dtype))
+        if isinstance(update, LowRank):
+            place = (edit.first_row, edit.rows, edit.update_row, str(edit.columns))
+            groups.setdefault(place, []).append((edit, update, edit.strength))
+        else:  # what adds up may be done together, in any order; others wait for what came before
+            close_groups()
+            result.append(LoadedEdit(edit, update, edit.strength))
+    close_groups()
     # the norms come back to the host, so the factors are complete for the streams of other workers too
-    norm = sum(edit.update.norm() for edit in result)
+    norm = sum(edit.update.norm() * abs(edit.strength) for edit in result)
     rounded = torch.finfo(getattr(torch, FLOAT_NAMES[span.placed.dtype]))
     cancelling = 0.0
-    if rounded.bits == 16 and 0 < norm < float("inf"):
+    if rounded.bits == 16 and 0 < norm < float("inf") and all(edit.parts for edit in result):
         cancelling = norm / span.info.elements**0.5 * 2**-16 / rounded.eps
     return LoadedEdits(tuple(result), norm, cancelling)
+
+
+def weight_rows(span: Span, edit: Edit, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
+    """The rows that an edit covers as they are in the base, block by block."""
+    import torch
+
+    stored = getattr(torch, FLOAT_NAMES[span.info.dtype])
+    step = max(1, READ_AT_ONCE // (span.width * stored.itemsize))
+    with span.source.open() as descriptor:
+        for first in range(edit.first_row, edit.first_row + edit.rows, step):
+            count = min(step, edit.first_row + edit.rows - first)
+            raw = torch.empty(count * span.width * stored.itemsize, dtype=torch.uint8)
+            start = span.source.position(span.info) + first * span.width * stored.itemsize
+            read_exactly(descriptor, raw.numpy().data, start, span.source.path)
+            block = raw.view(stored).view(count, span.width).to(device, dtype)
+            yield first - edit.first_row + edit.update_row, block[:, edit.columns]
 
 
 class Worker:
@@ -162,7 +221,7 @@ class Worker:
 
     def _carry(self, work: EditedSpan, first: int, count: int, source: int, target: OutputShard, position: int) -> None:
         torch, span = self.torch, work.span
-        width, file = span.info.width, span.source
+        width, file = span.width, span.source
         stored, rounded = (getattr(torch, FLOAT_NAMES[t.dtype]) for t in (span.info, span.placed))
         compute = torch.float64 if stored == torch.float64 else torch.float32
         read = count * width * stored.itemsize
@@ -182,8 +241,9 @@ class Worker:
         block.copy_(before)
         norm = torch.linalg.vector_norm(block)
         loaded = work.edits_on(self.device, compute)
+        base = block.clone() if loaded.look_at_base else block
         for edit in loaded.edits:
-            edit.apply(block, first)
+            edit.apply(block, first, base)
         after.copy_(block)
         if loaded.cancelling:
             self.settle(before, after, loaded, first)

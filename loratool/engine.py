@@ -18,7 +18,7 @@ from itertools import chain, groupby
 from mmap import mmap
 from typing import TYPE_CHECKING
 
-from loratool.computing import EditedSpan, Totals, Worker
+from loratool.computing import EditedSpan, Shelf, Totals, Worker
 from loratool.resources import (
     Resources,
     Runtime,
@@ -78,6 +78,7 @@ class Engine:
         self.plan, self.stage, self.runtime = plan, stage, runtime
         self.workers, self.max_memory, self.progress = workers, max_memory, progress
         self.totals = Totals(changed=any(shard.changed for shard in stage.finished.values()))
+        self.shelf = Shelf()
         self.bytes_all = sum(span.placed.nbytes for span in plan.spans)
         self.bytes_done = 0
         self.stop = threading.Event()
@@ -192,10 +193,10 @@ class Engine:
                 yield from copies(shard, spans)
                 continue
             for span in spans:
-                work = EditedSpan(span, self.totals)
+                work = EditedSpan(span, self.totals, self.shelf)
                 step = rows_of_block(span, self.resources().block)
-                for first in range(0, span.info.rows if span.info.nbytes else 0, step):
-                    yield Block(shard, work, first, min(step, span.info.rows - first))
+                for first in range(0, span.rows if span.info.nbytes else 0, step):
+                    yield Block(shard, work, first, min(step, span.rows - first))
 
     def take(self, number: int) -> Copy | Block | None:
         """The next task for worker `number`; None when there is none for it."""
@@ -222,17 +223,16 @@ class Engine:
     def make_worker(self, number: int) -> Worker:
         resources = self.resources()
         touched = [span for span in self.plan.spans if not span.untouched]
-        elements = max(rows_of_block(s, resources.block) * s.info.width for s in touched)
+        elements = max(rows_of_block(s, resources.block) * s.width for s in touched)
         raw = max(
-            rows_of_block(s, resources.block) * s.info.width * max(itemsize(s.info), itemsize(s.placed))
-            for s in touched
+            rows_of_block(s, resources.block) * s.width * max(itemsize(s.info), itemsize(s.placed)) for s in touched
         )
         wide = any(s.info.dtype == "F64" for s in touched)
         return Worker(resources.devices[number % len(resources.devices)], raw, elements, wide)
 
     def carry(self, worker: Worker, task: Block) -> int:
         span, shard = task.work.span, task.shard
-        row = span.placed.nbytes // span.info.rows
+        row = span.placed.nbytes // span.rows
         position = shard.plan.layout.data_start + span.placed.start + task.first * row
         worker.carry(task.work, task.first, task.count, shard.source(span.source), shard, position)
         return task.count * row

@@ -10,36 +10,32 @@ import json
 import math
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from loratool import __version__
 from loratool.adapter import StoredTensor, same_bytes, stored_tensors
-from loratool.binding import Binding, bind, nearest
+from loratool.binding import Place, bind
 from loratool.checkpoint import INDEX_SUFFIX, NUMBERED, PROVENANCE, SINGLE, Checkpoint, index_text
 from loratool.companions import OutputFile, companions
-from loratool.errors import MOST_SHOWN, FitError, InputError, UsageError, printable
-from loratool.layouts.architectures import (
-    CONV1D_MODEL_TYPES,
-    CONV1D_MODULES,
-    GENERATIVE,
-    INPUT_EMBEDDINGS,
-    OUTPUT_HEADS,
-)
+from loratool.errors import FitError, InputError, UsageError, printable
+from loratool.layouts.architectures import GENERATIVE, INPUT_EMBEDDINGS, OUTPUT_HEADS
 from loratool.safefile import FLOAT_NAMES, Layout, SafeFile, TensorInfo
-from loratool.updates import LowRank, Replace, Update
+from loratool.updates import Replace, ReplaceRows, Update
 
 if TYPE_CHECKING:
     from loratool.adapter import Adapter
 
 DTYPES = ("keep", "float32", "bfloat16", "float16")
+LARGEST_WIDTH = 1 << 62  # columns
 MOST_NAMED = 8  # places of one kind that a problem names before it counts the rest
 
 
 @dataclass(frozen=True)
 class Edit:
-    """One update on rows `first_row` … `first_row + rows` of one weight."""
+    """One update, or some rows of one, on rows `first_row` … `first_row + rows` of one weight."""
 
     weight: str
     first_row: int
@@ -49,6 +45,11 @@ class Edit:
     adapter: int  # which of the merge's adapters
     target: str  # what that adapter calls the weight
     rule: str  # how its tensor was found
+    update_row: int = 0  # the update's row that goes to `first_row`
+    columns: slice = field(default_factory=lambda: slice(None))  # those of the weight that the update's columns go to
+    fold: int = 1  # leading dimensions of the weight that make up its rows
+
+    shared: bool = False  # other edits take other rows of the same update
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,16 @@ class Span:
     @property
     def untouched(self) -> bool:
         return not self.edits and self.info.dtype == self.placed.dtype
+
+    @cached_property
+    def rows(self) -> int:
+        """Of the matrix that the edits see; a row's elements are next to each other in the file."""
+        fold = max((edit.fold for edit in self.edits), default=1)
+        return math.prod(self.info.shape[:fold]) if fold > 1 else self.info.rows
+
+    @cached_property
+    def width(self) -> int:
+        return self.info.elements // max(self.rows, 1)
 
 
 @dataclass(frozen=True)
@@ -185,41 +196,57 @@ def find_edits(
     base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], notes: list[str]
 ) -> dict[str, tuple[Edit, ...]]:
     """Tensor of the base → its edits, replacements first. All misfits are told in one `FitError`."""
-    names = list(base.tensors)
     edits: dict[str, list[Edit]] = {}
     problems: list[str] = []
     unsupported: list[str] = []
     for number, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
-        bound = bind(adapter.updates, names)
-        turned = orientation(adapter, bound, base)
-        taken: dict[str, str] = {}
-        for target, given in adapter.updates.items():
+        bound = bind(adapter, base)
+        notes += [f"{adapter.name}: {note}" for note in bound.notes]
+        problems += [f"{adapter.name}: {printable(target)}: {why}" for target, why in bound.problems.items()]
+        taken: dict[str, list[tuple[Place, str]]] = {}
+        for target, places in bound.places.items():
             where = f"{adapter.name}: {printable(target)}"
-            if target not in bound:
-                # looking for the nearest name takes a while: only for problems that will be shown
-                problems.append(f"{where}: {why_unbound(target, names if len(problems) < MOST_SHOWN else [])}")
-                continue
-            tensor = bound[target].tensor
-            info = base.tensors[tensor]
-            update = given.turned if target in turned and isinstance(given, LowRank) else given
-            if info.dtype not in FLOAT_NAMES:
-                unsupported.append(
-                    f"{where}: {printable(tensor)} is stored as {info.dtype}; only {', '.join(FLOAT_NAMES)} weights "
-                    "can be edited, so give the model before its quantisation as BASE"
-                )
-            elif tensor in taken:
-                problems.append(f"{where}: {printable(tensor)} is edited by {printable(taken[tensor])} already")
-            elif misfit := why_misfit(target, update, weight, info, base):
-                problems.append(f"{where}: {misfit}")
-            else:
-                edit = Edit(tensor, 0, info.rows, update, weight, number, target, bound[target].rule)
-                edits.setdefault(tensor, []).append(edit)
-                if target in adapter.bases and not has_base(adapter, target, base, tensor):
-                    own = adapter.bases[target]
-                    if misfit := why_misfit(target, own, weight, info, base):
-                        problems.append(f"{where} was trained on top of a weight of its own: {misfit}")
-                    edits[tensor].append(replace(edit, update=own))
-            taken[tensor] = target
+            for place in places:
+                tensor, info = place.tensor, base.tensors[place.tensor]
+                others = [owner for other, owner in taken.get(tensor, ()) if overlap(place, other)]
+                taken.setdefault(tensor, []).append((place, target))
+                if info.dtype not in FLOAT_NAMES:
+                    unsupported.append(
+                        f"{where}: {printable(tensor)} is stored as {info.dtype}; only {', '.join(FLOAT_NAMES)} "
+                        "weights can be edited, so give the model before its quantisation as BASE"
+                    )
+                elif others:
+                    problems.append(f"{where}: {printable(tensor)} is edited by {printable(others[0])} already")
+                elif tied := why_tied(target, base):
+                    problems.append(f"{where}: {tied}")
+                elif isinstance(place.update, (Replace, ReplaceRows)) and weight < 0:
+                    problems.append(
+                        f"{where}: replaces the weight outright, which a weight of {weight:g} cannot take back"
+                    )
+                else:
+                    edit = Edit(
+                        weight=tensor,
+                        first_row=place.first_row,
+                        rows=place.rows,
+                        update=place.update,
+                        strength=weight,
+                        adapter=number,
+                        target=target,
+                        rule=place.rule,
+                        update_row=place.update_row,
+                        columns=place.columns,
+                        fold=place.fold,
+                        shared=len(places) > 1,
+                    )
+                    if target in adapter.bases and not has_base(adapter, target, base, tensor):
+                        own = adapter.bases[target]
+                        if own.shape != info.shape:
+                            problems.append(
+                                f"{where} was trained on top of a weight of its own: it is {list(own.shape)}, "
+                                f"{printable(tensor)} is {list(info.shape)}"
+                            )
+                        edits.setdefault(tensor, []).append(replace(edit, update=own))
+                    edits.setdefault(tensor, []).append(edit)
         if weight not in (0.0, 1.0) and any(isinstance(u, Replace) for u in adapter.updates.values()):
             notes.append(f"{adapter.name}: saved modules replace the base's whole, whatever the weight ({weight:g})")
     problems += rivals(edits, adapters)
@@ -232,6 +259,18 @@ def find_edits(
     return {tensor: tuple(sorted(found, key=replaces_first)) for tensor, found in live.items() if found}
 
 
+def overlap(one: Place, other: Place) -> bool:
+    """Whether two places of one tensor have an element in common."""
+    apart = one.first_row + one.rows <= other.first_row or other.first_row + other.rows <= one.first_row
+    if apart or one.fold != other.fold:
+        return not apart
+    columns = [slice.indices(place.columns, LARGEST_WIDTH) for place in (one, other)]
+    (start, stop, step), (start2, stop2, step2) = columns
+    if step == step2 and (start - start2) % step:
+        return False
+    return start < stop2 and start2 < stop
+
+
 def has_base(adapter: Adapter, target: str, base: Checkpoint, tensor: str) -> bool:
     """Whether the weight that the adapter saved under its update is the one that the base has anyway.
 
@@ -240,17 +279,6 @@ def has_base(adapter: Adapter, target: str, base: Checkpoint, tensor: str) -> bo
     home = next(shard for shard in base.shards if tensor in shard.tensors)
     (saved,) = stored_tensors(adapter.bases[target])
     return same_bytes(saved, StoredTensor(home, home.tensors[tensor]))
-
-
-def why_misfit(target: str, update: Update, weight: float, info: TensorInfo, base: Checkpoint) -> str:
-    """Empty where `update` can be made on the tensor `info`; else why it cannot."""
-    if tied := why_tied(target, base):
-        return tied
-    if update.shape != info.shape:
-        return f"update is {list(update.shape)}, {printable(info.name)} is {list(info.shape)}"
-    if isinstance(update, Replace) and weight < 0:
-        return f"replaces the weight outright, which a weight of {weight:g} cannot take back"
-    return ""
 
 
 def rivals(edits: Mapping[str, Sequence[Edit]], adapters: Sequence[Adapter]) -> list[str]:
@@ -269,14 +297,6 @@ def replaces_first(edit: Edit) -> bool:
     return not isinstance(edit.update, Replace)
 
 
-def why_unbound(target: str, names: Sequence[str]) -> str:
-    module = target.rpartition(".")[0].rpartition(".")[2]
-    if module in OUTPUT_HEADS:
-        return "the base has no such weight; its head is tied to the input embedding, and untying is not supported yet"
-    near = nearest(target, names)
-    return "the base has no such weight" + (f"; nearest is {printable(near)}" if near else "")
-
-
 def why_tied(target: str, base: Checkpoint) -> str:
     """Empty where editing `target` edits nothing else; else the reason it cannot be done.
 
@@ -289,92 +309,74 @@ def why_tied(target: str, base: Checkpoint) -> str:
     return ""
 
 
-def orientation(adapter: Adapter, bound: Mapping[str, Binding], base: Checkpoint) -> set[str]:
-    """The targets whose weight is stored (in, out), as Conv1D of GPT-2 does.
+@dataclass(frozen=True)
+class Source:
+    """Where the bytes of an output tensor come from before any edit: a tensor of the base, or of an adapter."""
 
-    Shapes decide; square weights go by the base's architecture, else by the adapter's other
-    weights, else by the config's `fan_in_fan_out`.
-    """
-    turned: set[str] = set()
-    straight = 0
-    square: list[str] = []
-    for target, update in adapter.updates.items():
-        if not isinstance(update, LowRank) or not update.turnable or target not in bound:
-            continue
-        shape = base.tensors[bound[target].tensor].shape
-        fits, fits_turned = update.shape == shape, update.turned.shape == shape
-        if fits and fits_turned:
-            square.append(target)
-        elif fits_turned:
-            turned.add(target)
-        else:
-            straight += fits
-    if square:
-        turned.update(t for t in square if stored_in_out(t, adapter, base, bool(turned), bool(straight)))
-    return turned
-
-
-def stored_in_out(target: str, adapter: Adapter, base: Checkpoint, any_turned: bool, any_straight: bool) -> bool:
-    """Whether a square weight is stored (in, out)."""
-    module = target.rpartition(".")[0].rpartition(".")[2]
-    if base.model_type:
-        return base.model_type in CONV1D_MODEL_TYPES and module in CONV1D_MODULES
-    if any_turned != any_straight:
-        return any_turned
-    return bool(adapter.config.get("fan_in_fan_out", False))
+    file: SafeFile
+    info: TensorInfo
+    name: str  # in the output
+    dtype: str  # in the output, where no dtype is asked for
 
 
 def place(
-    base: Checkpoint, edits: Mapping[str, tuple[Edit, ...]], dtype: str, shard_size: int | None
+    base: Checkpoint,
+    edits: Mapping[str, tuple[Edit, ...]],
+    dtype: str,
+    shard_size: int | None,
+    moved: Mapping[str, Source] = MappingProxyType({}),
+    added: Sequence[Source] = (),
 ) -> tuple[ShardPlan, ...]:
-    """Every tensor's place in the output."""
+    """Every tensor's place in the output.
+
+    `moved` gives tensors of the base another source, with another shape perhaps; `added` are tensors that the base
+    has not, which go to the end of its last file.
+    """
     wanted = {name: key for key, name in FLOAT_NAMES.items()}.get(dtype)
-    files: list[tuple[str, list[tuple[SafeFile, TensorInfo]]]] = []
+    files: list[tuple[str, list[Source]]] = []
     for shard in base.shards:
-        tensors = sorted(shard.tensors.values(), key=lambda t: (t.start, t.stop))
-        files.append((shard_name(base, shard), [(shard, t) for t in tensors]))
+        entries = [moved.get(t.name) or Source(shard, t, t.name, t.dtype) for t in in_file_order(shard.layout)]
+        files.append((shard_name(base, shard), entries))
+    files[-1][1].extend(added)
     if shard_size is not None:
         every = [entry for _, entries in files for entry in entries]
-        files = repack(every, lambda t: new_size(t, wanted), shard_size, stem_of(files[0][0]))
+        files = repack(every, wanted, shard_size, stem_of(files[0][0]))
     plans: list[ShardPlan] = []
     for name, entries in files:
-        sources = {id(source): source for source, _ in entries}.values()
-        changes_dtype = any(new_dtype(t, wanted) != t.dtype for _, t in entries)
-        if shard_size is None and not changes_dtype:
-            layout = base.shards[len(plans)].layout
+        head = [(e.name, new_dtype(e.dtype, wanted), e.info.shape) for e in entries]
+        own = base.shards[len(plans)].layout if shard_size is None else None
+        if own is not None and head == [(t.name, t.dtype, t.shape) for t in in_file_order(own)]:
+            layout = own
         else:
-            metadata = next((source.layout.metadata for source in sources), None)
-            layout = Layout.of(((t.name, new_dtype(t, wanted), t.shape) for _, t in entries), metadata)
-        spans = tuple(Span(source, t, layout.tensors[t.name], edits.get(t.name, ())) for source, t in entries)
+            layout = Layout.of(head, next((entry.file.layout.metadata for entry in entries), None))
+        spans = tuple(Span(e.file, e.info, layout.tensors[e.name], edits.get(e.name, ())) for e in entries)
         plans.append(ShardPlan(name, layout, spans))
     return tuple(plans)
+
+
+def in_file_order(layout: Layout) -> list[TensorInfo]:
+    return sorted(layout.tensors.values(), key=lambda t: (t.start, t.stop))
 
 
 def shard_name(base: Checkpoint, shard: SafeFile) -> str:
     return shard.path.relative_to(base.root).as_posix() if base.root.is_dir() else shard.path.name
 
 
-def new_dtype(tensor: TensorInfo, wanted: str | None) -> str:
-    return wanted if wanted and tensor.dtype in FLOAT_NAMES else tensor.dtype
+def new_dtype(dtype: str, wanted: str | None) -> str:
+    return wanted if wanted and dtype in FLOAT_NAMES else dtype
 
 
-def new_size(tensor: TensorInfo, wanted: str | None) -> int:
-    return Layout.of([(tensor.name, new_dtype(tensor, wanted), tensor.shape)]).tensors[tensor.name].nbytes
-
-
-def repack(
-    entries: Sequence[tuple[SafeFile, TensorInfo]], size: Any, limit: int, stem: str
-) -> list[tuple[str, list[tuple[SafeFile, TensorInfo]]]]:
+def repack(entries: Sequence[Source], wanted: str | None, limit: int, stem: str) -> list[tuple[str, list[Source]]]:
     """Fill files up to `limit` bytes in the given order; a larger tensor gets a file of its own."""
-    groups: list[list[tuple[SafeFile, TensorInfo]]] = [[]]
+    groups: list[list[Source]] = [[]]
     filled = 0
-    for source, tensor in entries:
-        nbytes = size(tensor)
-        if groups[-1] and filled + nbytes > limit:
+    for entry in entries:
+        (placed,) = Layout.of([(entry.name, new_dtype(entry.dtype, wanted), entry.info.shape)]).tensors.values()
+        if groups[-1] and filled + placed.nbytes > limit:
             groups.append([])
             filled = 0
-        groups[-1].append((source, tensor))
-        filled += nbytes
+        groups[-1].append(entry)
+        filled += placed.nbytes
     if len(groups) == 1:
         return [(f"{stem}.safetensors", groups[0])]
     return [(f"{stem}-{n:05d}-of-{len(groups):05d}.safetensors", group) for n, group in enumerate(groups, 1)]

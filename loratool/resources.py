@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.errors import UsageError, printable
-from loratool.updates import LowRank
 
 if TYPE_CHECKING:
     from loratool.planning import MergePlan, Span
@@ -146,20 +145,20 @@ def work_memory(plan: MergePlan, workers: int, block: int, on_gpu: bool) -> int:
 
 def block_memory(span: Span, block: int, on_gpu: bool) -> int:
     """Bytes of one worker's host buffers: the raw block, and on the CPU its float32 copy, the merged block and marks."""
-    elements = rows_of_block(span, block) * span.info.width
+    elements = rows_of_block(span, block) * span.width
     raw = elements * max(itemsize(span.info), itemsize(span.placed))
     return 2 * raw if on_gpu else 2 * raw + elements * (8 if span.info.dtype == "F64" else 4)
 
 
 def factor_memory(span: Span) -> int:
     """Bytes of the loaded factors of one span, twice: as read and stacked."""
-    ranks = sum(e.update.rank for e in span.edits if isinstance(e.update, LowRank))
-    return 2 * ranks * (span.info.rows + span.info.width) * (8 if span.info.dtype == "F64" else 4)
+    elements = sum(e.update.rank * (e.rows + span.width) for e in span.edits)
+    return 2 * elements * (8 if span.info.dtype == "F64" else 4)
 
 
 def rows_of_block(span: Span, block: int) -> int:
-    row = max(1, span.info.width * max(itemsize(span.info), itemsize(span.placed)))
-    return max(1, min(span.info.rows, block // row))
+    row = max(1, span.width * max(itemsize(span.info), itemsize(span.placed)))
+    return max(1, min(span.rows, block // row))
 
 
 def itemsize(info: TensorInfo) -> int:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import loratool
 from loratool import resources
 from loratool.computing import LoadedEdit
+from loratool.planning import Edit
 from loratool.updates import LowRank, Replace
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -69,7 +70,7 @@ def test_an_edit_of_some_rows_leaves_the_others_alone(first: int, count: int, ki
     wanted = weight.clone()
     wanted[2:5] = weight[2:5] + 0.5 * up @ down if kind == "low rank" else up @ down
     block = weight[first : first + count].clone()
-    LoadedEdit(first_row=2, rows=3, update=update).apply(block, first)
+    LoadedEdit(Edit("w", 2, 3, update, 1.0, 0, "w", "exact"), update, 1.0).apply(block, first, block)
     torch.testing.assert_close(block, wanted[first : first + count])
 
 

@@ -39,14 +39,14 @@ def test_rows_change_as_the_definition_says(
     assert update.shape == tuple(weight.shape)
     first = min(first, rows - 1)
     block = weight[first : first + count].clone()
-    update.add_rows(block, first, 1.0)
+    update.add_rows(block, first, 1.0, weight[first : first + count])
     torch.testing.assert_close(block, (weight + update.delta(weight))[first : first + count])
 
 
 def test_strength_scales_a_low_rank_update() -> None:
     update = low_rank(torch.Generator().manual_seed(0), 5, 4, 2)
     block = torch.zeros(5, 4, dtype=torch.float64)
-    update.add_rows(block, 0, -0.25)
+    update.add_rows(block, 0, -0.25, block)
     torch.testing.assert_close(block, -0.25 * update.scale * (update.up @ update.down))
 
 

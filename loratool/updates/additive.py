@@ -1,41 +1,20 @@
-"""What an adapter does to one weight, as algebra on blocks of its rows.
-
-An update knows no names and no files. A weight of any shape is seen as a matrix: its first
-dimension gives the rows, all others together the columns. `delta` is the definition;
-`add_rows` is the same change made in place on some of the rows, and the only way the engine
-takes. A property test holds the two together for every kind.
-"""
+"""Updates that add to the weight, whatever it is."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
+
+from loratool.updates.base import Update
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Update(Protocol):
-    """A change to one weight. Fields may hold tensors, or their descriptions until they are loaded."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight this fits."""
-
-    def delta(self, weight: Tensor) -> Tensor:
-        """The change to `weight` (of `shape`, float32 or float64), at strength 1, in its dtype."""
-
-    def add_rows(self, rows: Tensor, first_row: int, strength: float) -> None:
-        """Change `rows` in place: a (n, columns) block of the weight that begins at row `first_row`."""
-
-    def norm(self) -> float:
-        """Frobenius norm of the change at strength 1; infinite where that depends on the weight."""
-
-
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(Update):
     """ΔW = scale · up @ down, the LoRA update (Hu et al. 2021, arXiv:2106.09685).
 
     `up` is PEFT's B and `down` its A where the weight is stored (out, in); the other way round,
@@ -46,10 +25,12 @@ class LowRank:
     down: Tensor  # (rank, columns)
     scale: float
     turnable: bool = False  # the factors of a linear layer, whose weight may be stored (in, out)
+    kernel: tuple[int, ...] = ()  # of a convolution, whose weight is stored (out, in, *kernel)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.up.shape[0], self.down.shape[1])
+        rows, columns = self.up.shape[0], self.down.shape[1]
+        return (rows, columns // math.prod(self.kernel), *self.kernel)
 
     @property
     def rank(self) -> int:
@@ -61,9 +42,9 @@ class LowRank:
         return LowRank(self.down.T, self.up.T, self.scale, self.turnable)
 
     def delta(self, weight: Tensor) -> Tensor:
-        return self.scale * (self.up.to(weight.dtype) @ self.down.to(weight.dtype))
+        return (self.scale * (self.up.to(weight.dtype) @ self.down.to(weight.dtype))).reshape(weight.shape)
 
-    def add_rows(self, rows: Tensor, first_row: int, strength: float) -> None:
+    def add_rows(self, rows: Tensor, first_row: int, strength: float, base: Tensor) -> None:  # noqa: ARG002
         up = self.up[first_row : first_row + rows.shape[0]]
         rows.addmm_(up, self.down, alpha=self.scale * strength)
 
@@ -73,25 +54,31 @@ class LowRank:
         squared = float(((up.T @ up) * (down @ down.T)).sum())
         return abs(self.scale) * math.sqrt(max(squared, 0.0))
 
+    def elements(self, rows: Tensor, columns: Tensor) -> Tensor:
+        up, down = self.up.index_select(0, rows).double(), self.down.index_select(1, columns).double()
+        return (up.T * down).sum(0) * self.scale
+
 
 @dataclass(frozen=True)
-class Replace:
-    """W becomes `value`, whatever it was: `modules_to_save` of PEFT. Strength does not scale it."""
+class Add(Update):
+    """ΔW = scale · value: a bias beside lora_B, or a change that is known in full."""
 
     value: Tensor  # any shape
+    scale: float = 1.0
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.value.shape)
 
     def delta(self, weight: Tensor) -> Tensor:
-        return self.value.to(weight.dtype) - weight
+        return self.scale * self.value.to(weight.dtype)
 
-    def add_rows(self, rows: Tensor, first_row: int, strength: float) -> None:  # noqa: ARG002
-        rows.copy_(self.value.reshape(-1, rows.shape[1])[first_row : first_row + rows.shape[0]])
+    def add_rows(self, rows: Tensor, first_row: int, strength: float, base: Tensor) -> None:  # noqa: ARG002
+        part = self.value.reshape(-1, rows.shape[1])[first_row : first_row + rows.shape[0]]
+        rows.add_(part, alpha=self.scale * strength)
 
     def norm(self) -> float:
-        return math.inf
+        return abs(self.scale) * float(self.value.double().norm())
 
 
 def stack(updates: Sequence[tuple[LowRank, float]]) -> LowRank:
@@ -100,7 +87,7 @@ def stack(updates: Sequence[tuple[LowRank, float]]) -> LowRank:
 
     if len(updates) == 1:
         (update, strength), *_ = updates
-        return LowRank(update.up, update.down, update.scale * strength)
+        return LowRank(update.up, update.down, update.scale * strength, kernel=update.kernel)
     up = torch.cat([u.up * (u.scale * strength) for u, strength in updates], dim=1)
     down = torch.cat([u.down for u, _ in updates], dim=0)
-    return LowRank(up, down, 1.0)
+    return LowRank(up, down, 1.0, kernel=updates[0][0].kernel)

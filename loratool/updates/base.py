@@ -1,0 +1,67 @@
+"""What every update has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ANY = -1  # a size that the weight decides
+
+# Calls give the rows of the unmerged weight again and again, as (first row, block of rows).
+WeightRows = Callable[[], "Iterator[tuple[int, Tensor]]"]
+
+
+class Update:
+    """A change to one weight, which is seen as a matrix: its first `fold` dimensions together are the rows.
+
+    `delta` is the definition. `add_rows` is the same change made in place on some of the rows, and the
+    only way the engine takes. A property test holds the two together for every kind.
+    """
+
+    fold: ClassVar[int] = 1
+    looks_at_base: ClassVar[bool] = False  # `add_rows` wants the unmerged rows as well
+    needs_weight: ClassVar[bool] = False  # `prepared` must be called, with the whole weight at hand
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight this fits, as it is stored; `ANY` for a size that the weight decides."""
+        raise NotImplementedError
+
+    @property
+    def rank(self) -> int:
+        """Columns of the factors that are in memory at a time; 0 where there are none."""
+        return 0
+
+    def fit(self, shape: tuple[int, ...]) -> Update | None:
+        """Make the update fit a weight stored in `shape`; None where it cannot."""
+        mine = self.shape
+        fits = len(mine) == len(shape) and all(size in (ANY, given) for size, given in zip(mine, shape, strict=True))
+        return self if fits else None
+
+    def prepared(self, weight: WeightRows) -> Update:  # noqa: ARG002
+        """The same update with all that it must know of the unmerged weight. Its tensors are loaded already."""
+        return self
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """The change to `weight` (of the fitted shape, float32 or float64), at strength 1, in its dtype."""
+        raise NotImplementedError
+
+    def add_rows(self, rows: Tensor, first_row: int, strength: float, base: Tensor) -> None:
+        """Change `rows` in place: a (n, columns) block that begins at row `first_row`.
+
+        `rows` may have been changed by other updates; `base` is the block before any of them (the same
+        tensor where `looks_at_base` is false).
+        """
+        raise NotImplementedError
+
+    def norm(self) -> float:
+        """Frobenius norm of the change at strength 1; infinite where that depends on the weight."""
+        return math.inf
+
+    def elements(self, rows: Tensor, columns: Tensor) -> Tensor | None:  # noqa: ARG002
+        """The change of single elements in float64, at strength 1; None where that is not known."""
+        return None
