@@ -152,6 +152,7 @@ class Adapter:
     updates: Mapping[str, Update]
     sources: Mapping[str, tuple[str, ...]]  # target → the tensors of the file it was made of
     bases: Mapping[str, Replace] = field(default_factory=dict)  # target → the weight its update was trained on top of
+    optional: frozenset[str] = frozenset()  # targets that a base may be without, as a layer without a bias is
     unsupported: tuple[str, ...] = ()  # features that are recognised and not merged
     unused: tuple[str, ...] = ()  # tensors that no rule gives a place
     notes: tuple[str, ...] = ()
@@ -167,18 +168,17 @@ class Adapter:
         """
         broken: list[str] = []
         effective = False
+        zero: dict[str, bool] = {}  # tensor → whether all of it is zero; some are shared by all updates
         for update in (*self.updates.values(), *self.bases.values()):
-            zero = set[int]()
             for tensor in stored_tensors(update):
-                if tensor.info.dtype not in EXPONENT:
-                    continue  # indices
+                if tensor.info.name in zero or tensor.info.dtype not in EXPONENT:  # or indices
+                    continue
                 bits, mask = tensor.bits()
                 if ((bits & mask) == mask).any():
                     broken.append(f"{printable(tensor.info.name)} holds NaN or infinite values")
-                if not (bits << 1).any():  # shifted, so that −0 is zero too
-                    zero.add(tensor.info.start)
+                zero[tensor.info.name] = not (bits << 1).any()  # shifted, so that −0 is zero too
             products = (update.up, update.down) if isinstance(update, LowRank) else ()
-            effective = effective or not any(all(t.info.start in zero for t in stored_tensors(p)) for p in products)
+            effective = effective or not any(all(zero.get(t.info.name) for t in stored_tensors(p)) for p in products)
         if broken:
             raise InputError(f"{printable(self.file.path)}: the adapter is broken:", broken)
         return effective

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 from loratool.errors import MOST_SHOWN, printable
 from loratool.layouts.architectures import CONV1D_MODEL_TYPES, CONV1D_MODULES, OUTPUT_HEADS
 from loratool.layouts.renames import RENAMES
-from loratool.updates import LowRank
 
 if TYPE_CHECKING:
     from loratool.adapter import Adapter
@@ -49,7 +48,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Bound:
-    """What became of an adapter's targets: each is a key of `places` or of `problems`."""
+    """What became of an adapter's targets: each is a key of `places` or of `problems`, but for optional ones."""
 
     places: Mapping[str, tuple[Place, ...]]
     problems: Mapping[str, str]
@@ -71,12 +70,14 @@ def bind(adapter: Adapter, base: Checkpoint, *, fan_in_fan_out: bool | None = No
     problems: dict[str, str] = {}
     for target, given in adapter.updates.items():
         if target not in found:
+            if target in adapter.optional:
+                continue
             # looking for the nearest name takes a while: only for problems that will be shown
             problems[target] = why_unbound(target, names if len(problems) < MOST_SHOWN else [])
             continue
         tensor, rule = found[target]
         info = base.tensors[tensor]
-        update = given.turned if target in turned and isinstance(given, LowRank) else given
+        update = given.turned if target in turned else given
         if (fitted := update.fit(info.shape)) is None:
             problems[target] = f"update is {list(update.shape)}, {printable(tensor)} is {list(info.shape)}"
             continue
@@ -121,10 +122,10 @@ def orientation(
     straight = 0
     square: list[str] = []
     for target, update in adapter.updates.items():
-        if not isinstance(update, LowRank) or not update.turnable or target not in found:
+        if not update.turnable or target not in found:
             continue
         shape = base.tensors[found[target][0]].shape
-        fits, fits_turned = update.shape == shape, update.turned.shape == shape
+        fits, fits_turned = bool(update.fit(shape)), bool(update.turned.fit(shape))
         if fits and fits_turned:
             square.append(target)
         elif fits_turned:

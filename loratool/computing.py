@@ -6,6 +6,7 @@ staging buffer, a twin of it on the device, and a stream of its own.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -118,7 +119,7 @@ class LoadedEdit:
         """The change of single elements of the weight, in float64; for low-rank edits."""
         start, step = self.edit.columns.start or 0, self.edit.columns.step or 1
         own = (rows - self.edit.first_row).clamp(0, self.edit.rows - 1)
-        width = self.update.shape[1] if self.edit.columns != ALL else None
+        width = math.prod(self.update.shape[1:]) if self.edit.columns != ALL else None
         across = ((columns - start) // step).clamp(0, None if width is None else width - 1)
         inside = (own == rows - self.edit.first_row) & (across * step + start == columns)
         change = own.double() * 0
@@ -178,7 +179,7 @@ def load_edits(span: Span, shelf: Shelf, device: torch.device, dtype: torch.dtyp
 
 
 def weight_rows(span: Span, edit: Edit, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
-    """The rows that an edit covers as they are in the base, block by block."""
+    """The rows that an edit covers as no update but a replacement has left them, block by block."""
     import torch
 
     stored = getattr(torch, FLOAT_NAMES[span.info.dtype])
@@ -190,6 +191,9 @@ def weight_rows(span: Span, edit: Edit, device: torch.device, dtype: torch.dtype
             start = span.source.position(span.info) + first * span.width * stored.itemsize
             read_exactly(descriptor, raw.numpy().data, start, span.source.path)
             block = raw.view(stored).view(count, span.width).to(device, dtype)
+            for other in span.edits:
+                if isinstance(other.update, Replace):
+                    LoadedEdit(other, other.update, 1.0).apply(block, first, block)
             yield first - edit.first_row + edit.update_row, block[:, edit.columns]
 
 
@@ -241,8 +245,11 @@ class Worker:
         block.copy_(before)
         norm = torch.linalg.vector_norm(block)
         loaded = work.edits_on(self.device, compute)
+        replaced = sum(isinstance(edit.update, Replace) for edit in loaded.edits)  # they come first
+        for edit in loaded.edits[:replaced]:
+            edit.apply(block, first, block)
         base = block.clone() if loaded.look_at_base else block
-        for edit in loaded.edits:
+        for edit in loaded.edits[replaced:]:
             edit.apply(block, first, base)
         after.copy_(block)
         if loaded.cancelling:

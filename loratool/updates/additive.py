@@ -24,7 +24,7 @@ class LowRank(Update):
     up: Tensor  # (rows, rank)
     down: Tensor  # (rank, columns)
     scale: float
-    turnable: bool = False  # the factors of a linear layer, whose weight may be stored (in, out)
+    turnable: bool = False  # the factors of a linear layer
     kernel: tuple[int, ...] = ()  # of a convolution, whose weight is stored (out, in, *kernel)
 
     @property

@@ -24,7 +24,21 @@ class Update:
 
     fold: ClassVar[int] = 1
     looks_at_base: ClassVar[bool] = False  # `add_rows` wants the unmerged rows as well
-    needs_weight: ClassVar[bool] = False  # `prepared` must be called, with the whole weight at hand
+
+    @property
+    def needs_weight(self) -> bool:
+        """Whether `prepared` must be called before `add_rows`."""
+        return False
+
+    @property
+    def turnable(self) -> bool:
+        """Whether this is for a linear layer, whose weight may be stored (in, out) as well as (out, in)."""
+        return False
+
+    @property
+    def turned(self) -> Update:
+        """The same update for the weight stored the other way round; only where it is `turnable`."""
+        raise NotImplementedError
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -37,10 +51,11 @@ class Update:
         return 0
 
     def fit(self, shape: tuple[int, ...]) -> Update | None:
-        """Make the update fit a weight stored in `shape`; None where it cannot."""
-        mine = self.shape
-        fits = len(mine) == len(shape) and all(size in (ANY, given) for size, given in zip(mine, shape, strict=True))
-        return self if fits else None
+        """Make the update fit a weight stored in `shape`; None where it cannot.
+
+        What acts on a matrix also fits a weight of more dimensions, such as a convolution's, as (rows, all else).
+        """
+        return self if agree(self.shape, shape) else None
 
     def prepared(self, weight: WeightRows) -> Update:  # noqa: ARG002
         """The same update with all that it must know of the unmerged weight. Its tensors are loaded already."""
@@ -65,3 +80,9 @@ class Update:
     def elements(self, rows: Tensor, columns: Tensor) -> Tensor | None:  # noqa: ARG002
         """The change of single elements in float64, at strength 1; None where that is not known."""
         return None
+
+
+def agree(wanted: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a weight of `shape` is what an update of shape `wanted` is for."""
+    seen = (shape[0], math.prod(shape[1:])) if len(wanted) == 2 < len(shape) else shape
+    return len(wanted) == len(seen) and all(size in (ANY, given) for size, given in zip(wanted, seen, strict=True))

@@ -28,8 +28,16 @@ class Magnitude(Update):
     looks_at_base = True
 
     @property
-    def needs_weight(self) -> bool:  # type: ignore[override]  # a constant for the other kinds
+    def needs_weight(self) -> bool:
         return self.by_column
+
+    @property
+    def turnable(self) -> bool:
+        return self.inner.turnable
+
+    @property
+    def turned(self) -> Magnitude:
+        return replace(self, inner=self.inner.turned, by_column=not self.by_column)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -38,6 +46,11 @@ class Magnitude(Update):
     @property
     def rank(self) -> int:
         return self.inner.rank
+
+    def fit(self, shape: tuple[int, ...]) -> Update | None:
+        inner = self.inner.fit(shape)
+        fits = self.magnitude.shape[0] == (shape[1] if self.by_column else shape[0])
+        return replace(self, inner=inner) if inner and fits else None
 
     def prepared(self, weight: WeightRows) -> Update:
         if not self.by_column:
