@@ -187,8 +187,8 @@ class Worker:
         after.copy_(block)
         if loaded.cancelling:
             self.settle(before, after, loaded, first)
-        if not work.totals.changed and loaded.edits:
-            work.totals.changed = not same_bits(before.to(rounded), after)
+        if not work.totals.changed and loaded.edits and not same_bits(before.to(rounded), after):
+            work.totals.changed = True  # never set to False: another worker may have seen a change meanwhile
         if not in_place:
             ready.copy_(self.merged[:written], non_blocking=True)
         if self.stream is not None:
