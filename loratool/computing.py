@@ -207,11 +207,12 @@ class Worker:
         self.device = torch.device(device)
         on_gpu = self.device.type == "cuda"
         self.stream = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
-        self.host = torch.empty(raw_bytes, dtype=torch.uint8, pin_memory=on_gpu)
+        self.outgoing = pages_of(torch.empty(raw_bytes + 2 * PAGE, dtype=torch.uint8, pin_memory=on_gpu))
+        # on CUDA a block has left the host's memory before its result comes there
+        self.host = self.outgoing if on_gpu else torch.empty(raw_bytes, dtype=torch.uint8)
         self.raw = torch.empty(raw_bytes, dtype=torch.uint8, device=self.device) if on_gpu else self.host
         self.scratch = torch.empty(elements * (8 if wide else 4), dtype=torch.uint8, device=self.device)
         self.merged = torch.empty(raw_bytes, dtype=torch.uint8, device=self.device)
-        self.outgoing = pages_of(torch.empty(raw_bytes + 2 * PAGE, dtype=torch.uint8, pin_memory=on_gpu))
         if not on_gpu:
             import numpy
 
@@ -254,8 +255,8 @@ class Worker:
         after.copy_(block)
         if loaded.cancelling:
             self.settle(before, after, loaded, first)
-        if not work.totals.changed and loaded.edits:
-            work.totals.changed = not same_bits(before.to(rounded), after)
+        if not work.totals.changed and loaded.edits and not same_bits(before.to(rounded), after):
+            work.totals.changed = True  # never set to False: another worker may have seen a change meanwhile
         if not in_place:
             ready.copy_(self.merged[:written], non_blocking=True)
         if self.stream is not None:
@@ -293,9 +294,7 @@ class Worker:
         bits = values.view(torch.int16).numpy().view(numpy.uint16)
         highest = int(torch.tensor(limit, dtype=values.dtype).view(torch.int16)) << 1
         found = []
-        for start in range(
-            0, bits.size, LOOKED_AT
-        ):  # a piece at a time stays in the cache, and in memory that is there
+        for start in range(0, bits.size, LOOKED_AT):  # a piece at a time stays in the cache
             piece = bits[start : start + LOOKED_AT]
             small = self.small[: piece.size]
             numpy.add(piece, piece, out=self.sizes[: piece.size])  # without the sign

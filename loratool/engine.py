@@ -1,8 +1,8 @@
 """Carry a plan's bytes into a stage: a stream of tasks, worked off by threads.
 
-Untouched spans are copied inside the kernel; edited ones pass through `computing` as blocks of
-rows. Memory is workers × block, whatever the size of a tensor or a file. Behind the workers each
-output file has a thread that hashes it and one that syncs it.
+Untouched spans pass in pieces as they are, edited ones through `computing` as blocks of rows, all
+of them in file order. Memory is workers × block, whatever the size of a tensor or a file. Behind
+the workers each output file has a thread that syncs it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from loratool.computing import EditedSpan, Shelf, Totals, Worker
 from loratool.resources import (
+    COPY_CHUNK,
     Resources,
     Runtime,
     choose_resources,
@@ -37,9 +38,8 @@ if TYPE_CHECKING:
     from loratool.planning import MergePlan, ShardPlan, Span
     from loratool.safefile import SafeFile
 
-COPY_CHUNK = 4 << 20  # bytes of one copy
 MOST_LANES = 4  # output files that are written at the same time
-FINISHING_SHARDS = 2  # output files besides that are being hashed or synced
+FINISHING_SHARDS = 2  # output files besides that are being synced
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Engine:
     def make_tasks(self, shards: Sequence[ShardPlan]) -> Iterator[Copy | Block]:
         """All tasks, in file order within a shard; on many cores some shards advance side by side.
 
-        One file is hashed by one thread and written under one lock, which bounds its speed.
+        One file is hashed by one worker at a time, which bounds its speed.
         """
         waiting, lanes = iter(shards), deque[Iterator[Copy | Block]]()
         while True:

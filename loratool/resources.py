@@ -14,14 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.errors import UsageError, printable
+from loratool.writing import PAGE
 
 if TYPE_CHECKING:
     from loratool.planning import MergePlan, Span
     from loratool.safefile import TensorInfo
 
 CPU_BLOCK = 4 << 20  # bytes of weight: near a core's cache
-CUDA_BLOCK = 8 << 20  # bytes of weight: hides the latency of a transfer
+# bytes of weight: hides the latency of a transfer. Pinned memory comes in powers of two, and a block has pages around it
+CUDA_BLOCK = (8 << 20) - 2 * PAGE
+COPY_CHUNK = 4 << 20  # bytes of one copy
 SMALLEST_BLOCK = 64 << 10
+WAITING_WORKERS = 2  # for the disk, at any time
 MOST_WORKERS = 16  # more than this a disk seldom keeps up with
 GPU_WORKERS = 4  # per GPU
 RUNTIME_MEMORY = 256 << 20  # bytes: Python, torch and its libraries, before any work
@@ -140,14 +144,17 @@ def work_memory(plan: MergePlan, workers: int, block: int, on_gpu: bool) -> int:
     touched = [span for span in plan.spans if not span.untouched]
     buffers = max((block_memory(span, block, on_gpu) for span in touched), default=0)
     factors = max((factor_memory(span) for span in touched), default=0)
-    return WORKING_MEMORY + (CUDA_WORKING_MEMORY if on_gpu else 0) + workers * (buffers + factors)
+    return WORKING_MEMORY + (CUDA_WORKING_MEMORY if on_gpu else 0) + workers * (COPY_CHUNK + buffers + factors)
 
 
 def block_memory(span: Span, block: int, on_gpu: bool) -> int:
-    """Bytes of one worker's host buffers: the raw block, and on the CPU its float32 copy, the merged block and marks."""
+    """Bytes of one worker's host buffers: the raw block, and on the CPU its float32 copy and the merged block.
+
+    The merged block counts twice: at an odd byte of the file it takes a step in between.
+    """
     elements = rows_of_block(span, block) * span.width
     raw = elements * max(itemsize(span.info), itemsize(span.placed))
-    return 2 * raw if on_gpu else 2 * raw + elements * (8 if span.info.dtype == "F64" else 4)
+    return raw if on_gpu else 3 * raw + elements * (8 if span.info.dtype == "F64" else 4)
 
 
 def factor_memory(span: Span) -> int:
@@ -175,8 +182,8 @@ def resident_memory() -> int:
 
 
 def most_workers() -> int:
-    """Threads that keep the processor busy: two of them wait for the disk."""
-    return min(cores() + 2, MOST_WORKERS)
+    """Threads that keep the processor busy."""
+    return min(cores() + WAITING_WORKERS, MOST_WORKERS)
 
 
 def cores() -> int:

@@ -91,7 +91,6 @@ class OutputShard:
         with self.turn(part, at):
             pass
         self.wrote(len(part))
-        return
 
     @contextmanager
     def turn(self, part: memoryview, at: int) -> Iterator[bool]:
@@ -107,16 +106,16 @@ class OutputShard:
 
     def write_pages(self, pages: memoryview, at: int) -> None:
         """Write straight to the disk, or through the page cache once the file system has refused that."""
-        if self.direct is not None:
+        direct = self.direct  # another worker may drop it meanwhile
+        if direct is not None:
             try:
-                write_fully(self.direct, pages, at)
-                return
+                write_fully(direct, pages, at)
             except OSError as error:
                 if error.errno not in NOT_DIRECT:
                     raise
-                self.direct = None
-        write_fully(self.descriptor, pages, at)
-        return
+                self.direct = direct = None
+        if direct is None:
+            write_fully(self.descriptor, pages, at)
 
     def wrote(self, count: int) -> None:
         with self.changed:
@@ -131,15 +130,19 @@ class OutputShard:
             return not self.stop.is_set()
 
     def sync(self) -> bool:
-        """Bring the file to stable storage while it is being written, and all of it in the end."""
+        """Bring the file to stable storage while it is being written, and all of it in the end.
+
+        False when the merge is being stopped: the file may be gone by then.
+        """
         synced, size = 0, self.plan.layout.size
         while synced < size and self.wait("written", min(synced + SYNC_CHUNK, size)):
             synced = self.written
             if synced < size:
                 send(self.descriptor)
-        if synced >= size:
-            os.fsync(self.descriptor)
-        return synced >= size
+        if synced < size:
+            return False
+        os.fsync(self.descriptor)
+        return not self.stop.is_set()
 
     def close(self) -> None:
         for _, descriptor in self.sources.values():

@@ -2,9 +2,10 @@
 
     outcome = merge(arguments, root=where_the_output_goes, fault=Fault("ENOSPC", 7), scratch=tmp_path)
 
-Everything loratool writes goes through `os.*`, and through `renameat2` by way of ctypes. The child
-replaces those functions with counting ones: one counter for all threads, and only calls below `root`
-count; for an interrupt, the starts of threads do too. Also here: a small model and adapter to merge, and pictures of folders to compare.
+Everything loratool writes goes through `os.*`, and through `C_FUNCTIONS` by way of ctypes. The child replaces
+those functions with counting ones: one counter for all threads, and only calls below `root` count; for an
+interrupt, the starts of threads do too. Also here: a small model and adapter to merge, and pictures of
+folders to compare.
 """
 
 from __future__ import annotations
@@ -66,16 +67,17 @@ TARGETS: dict[str, tuple[int, ...]] = {
     "pwritev": (0,),
     "sendfile": (0,),
     "copy_file_range": (1,),
-    "posix_fallocate": (0,),
+    "fallocate64": (0,),
     "truncate": (0,),
     "ftruncate": (0,),
     "fsync": (0,),
     "fdatasync": (0,),
     "renameat2": (1, 3),
 }
+C_FUNCTIONS = {"fallocate64", "renameat2"}  # these by way of ctypes
 WRITING = {"write", "writev", "pwrite", "pwritev", "sendfile", "copy_file_range"}
 # What a full disk can refuse; opening counts where it creates a file.
-ALLOCATING = WRITING | {"open", "mkdir", "rename", "replace", "link", "symlink", "posix_fallocate", "truncate"}
+ALLOCATING = WRITING | {"open", "mkdir", "rename", "replace", "link", "symlink", "fallocate64", "truncate"}
 ALLOCATING |= {"ftruncate", "fsync", "fdatasync", "renameat2"}
 CLEARING = {"unlink", "remove", "rmdir"}
 
@@ -152,13 +154,13 @@ class Injector:
             real_close(descriptor)
 
         class Library:
-            """The C library with its renameat2 counted."""
+            """The C library with some of its functions counted."""
 
             def __init__(self, *args: Any, **named: Any) -> None:
                 self.real = real_cdll(*args, **named)
 
             def __getattr__(self, name: str) -> Any:
-                return injector.c_function(name, getattr(self.real, name)) if name == "renameat2" else self.real[name]
+                return injector.c_function(name, self.real[name]) if name in C_FUNCTIONS else self.real[name]
 
         originals: dict[Any, Any] = {}
         for name in TARGETS:
@@ -210,9 +212,9 @@ class Injector:
 
     def c_function(self, name: str, real: Callable[..., int]) -> Callable[..., int]:
         def counted(*args: Any) -> int:
-            targets = [self.resolve(args[i], args[i - 1]) for i in TARGETS[name]]
+            targets = [self.resolve(args[i], args[i - 1] if i else None) for i in TARGETS[name]]
             try:
-                if not self.exchange:
+                if name == "renameat2" and not self.exchange:
                     raise OSError(errno.ENOSYS, "the system has no renameat2")
                 return int(self.pass_on(name, targets, False, real, args, {}))
             except OSError as error:  # as C says it
@@ -404,8 +406,8 @@ def picture(folder: Path) -> Picture:
     return found
 
 
-def make_base(folder: Path, shards: int = 2, hidden: int = 16, layers_per_shard: int = 1) -> Path:
-    """A bfloat16 model in `shards` files with an index, a config and a side file in a folder."""
+def make_base(folder: Path, shards: int = 2, hidden: int = 32, layers_per_shard: int = 1) -> Path:
+    """A bfloat16 model in `shards` files of several pages, with an index, a config and a side file in a folder."""
     generator = torch.Generator().manual_seed(0)
     square = (torch.randn(hidden, hidden, generator=generator) * 0.02).bfloat16()
     wide = (torch.randn(2 * hidden, hidden, generator=generator) * 0.02).bfloat16()
@@ -428,7 +430,7 @@ def make_base(folder: Path, shards: int = 2, hidden: int = 16, layers_per_shard:
     return folder
 
 
-def make_adapter(folder: Path, layers: int = 2, hidden: int = 16, rank: int = 2) -> Path:
+def make_adapter(folder: Path, layers: int = 2, hidden: int = 32, rank: int = 2) -> Path:
     """A PEFT adapter on `q_proj` and `up_proj` of every layer, α = 2r."""
     generator = torch.Generator().manual_seed(1)
     folder.mkdir(parents=True)

@@ -6,14 +6,16 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import loratool
-from loratool import resources
+from loratool import computing, resources
 from loratool.computing import LoadedEdit
 from loratool.planning import Edit
 from loratool.updates import LowRank, Replace
@@ -72,6 +74,37 @@ def test_an_edit_of_some_rows_leaves_the_others_alone(first: int, count: int, ki
     block = weight[first : first + count].clone()
     LoadedEdit(Edit("w", 2, 3, update, 1.0, 0, "w", "exact"), update, 1.0).apply(block, first, block)
     torch.testing.assert_close(block, wanted[first : first + count])
+
+
+def test_one_changed_block_is_a_change_whenever_the_others_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two blocks side by side: the one that stays as it was is compared last."""
+    base, adapter = make_pair(tmp_path)
+    factors = load_file(adapter / "adapter_model.safetensors")
+    factors["base_model.model.q.lora_B.weight"][48:] = 0
+    save_file(factors, adapter / "adapter_model.safetensors")
+    comparing, changed = threading.Event(), threading.Event()
+    same, seen = computing.same_bits, computing.EditedSpan.seen
+
+    def slowly(one: torch.Tensor, other: torch.Tensor) -> bool:
+        if same(one, other):
+            comparing.set()
+            changed.wait(10)
+            return True
+        comparing.wait(10)
+        return False
+
+    def noted(work: computing.EditedSpan, *block: Any) -> None:
+        seen(work, *block)
+        changed.set()
+
+    monkeypatch.setattr(resources, "CPU_BLOCK", 48 * 80 * 2)
+    monkeypatch.setattr(computing, "same_bits", slowly)
+    monkeypatch.setattr(computing.EditedSpan, "seen", noted)
+    loratool.merge(base, [adapter], tmp_path / "out", device="cpu", workers=2)  # which is refused if nothing changed
+    merged = load_file(tmp_path / "out" / "model.safetensors")["q.weight"]
+    assert float((merged != formula(base, adapter)).double().mean()) < 1e-3
 
 
 def test_float32_products_ignore_a_setting_that_would_round_them(tmp_path: Path) -> None:

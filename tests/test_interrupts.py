@@ -168,6 +168,25 @@ def test_a_second_ctrl_c_ends_the_run_at_once_and_does_no_harm(workshop: Worksho
     assert workshop.check(out)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_the_caller_has_set_aside_does_not_end_the_run(
+    workshop: Workshop, out: Path, number: signal.Signals
+) -> None:
+    """As under `nohup`, or in the background of a script."""
+    process = subprocess.Popen(
+        workshop.command(out),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_IGN),
+    )
+    wait_for(out.with_name(PARTIAL), process, finished=2)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert workshop.check(out)
+
+
 def test_kills_at_random_moments_leave_the_output_absent_or_complete(workshop: Workshop, out: Path) -> None:
     """15 kills, each of a run that goes on with what the one before has left."""
     chance = random.Random(0)

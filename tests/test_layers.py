@@ -23,7 +23,8 @@ ROWS = (
     ("checkpoint", "adapter", "staging"),
     ("formats", "binding", "companions"),
     ("planning",),
-    ("resources", "computing", "writing", "inspecting"),
+    ("writing", "inspecting"),
+    ("resources", "computing"),
     ("engine",),
     ("merging",),
     ("report", "demo"),
@@ -35,7 +36,7 @@ ROW = {module: row for row, modules in enumerate(ROWS) for module in modules}
 # Those that work on headers and names. They never import torch, not even inside a function.
 WITHOUT_TORCH = (
     *("errors", "layouts", "safefile", "checkpoint", "staging", "formats", "binding", "companions", "planning"),
-    *("inspecting", "report", "cli"),
+    *("writing", "inspecting", "report", "cli"),
 )
 
 
