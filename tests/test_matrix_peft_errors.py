@@ -153,7 +153,7 @@ OLD: Mapping[str, tuple[Architecture, str]] = {
         r"block_sparse_moe\.(experts\.\d+\.w[123]|gate)",
     ),
     "one expert of mixtral": (ARCHITECTURES["mixtral"], r"experts\.2\.w[12]"),
-    "the experts of olmoe": (ARCHITECTURES["qwen3_moe"], r"1\.mlp\.experts\.\d+\.(gate|up|down)_proj"),
+    "only the experts of qwen3-moe": (ARCHITECTURES["qwen3_moe"], r"1\.mlp\.experts\.\d+\.(gate|up|down)_proj"),
     "vit": (ARCHITECTURES["vit"], r"(query|attention\.output\.dense|intermediate\.dense)"),
     "a module of dinov2 whose name contains weight": (ARCHITECTURES["dinov2"], r"(weights_in|weights_out|query)"),
     "llava with its projector": (ARCHITECTURES["llava"], r"(q_proj|linear_1|fc1)"),
