@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 PREFIX = "base_model.model."
-FACTOR = re.compile(r"(?P<module>.+)\.(?P<kind>lora_A\.weight|lora_embedding_A)")
+FACTOR = re.compile(r"(?P<module>.+)\.(?P<kind>lora_A\.weight|lora_A|lora_embedding_A)")
 INTEGERS = {
     torch.float64: torch.int64,
     torch.float32: torch.int32,
@@ -84,8 +84,10 @@ def raw_tensors(model: Path) -> dict[str, bytes]:
 
 
 def config_scale(adapter: Path) -> float:
-    """α/r, or α/√r with rsLoRA, of an adapter without patterns."""
+    """α/r, or α/√r with rsLoRA, of an adapter without patterns. AdaLoRA divides by the rank it began with."""
     config = json.loads((adapter / "adapter_config.json").read_text())
+    if config["peft_type"] == "ADALORA":
+        return float(config["lora_alpha"]) / (int(config["init_r"]) + 1e-5)
     alpha, rank = float(config["lora_alpha"]), int(config["r"])
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
@@ -129,6 +131,8 @@ def exact_merge(
             if target not in base:
                 continue
             up = tensors[key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")]
+            if (values := tensors.get(key.replace("lora_A", "lora_E"))) is not None and values is not down:
+                down = down.double() * values.double()  # AdaLoRA: B diag(E) A
             turned = in_out(module) or "embedding" in match["kind"]
             factor = weight * (scale(module) if scale else default)
             before = edited.get(target) or unchanged(base[target])

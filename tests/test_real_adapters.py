@@ -45,7 +45,7 @@ def headless(module: str) -> str:
 
 def some_layers(tensor: str) -> bool:
     """Whether `tensor` is in one of some layers, all of a large model being too many to compare in a test."""
-    return not re.search(r"(^|\.)(h|layers)\.(?!(0|4|11|23)\.)\d+\.", tensor)
+    return not re.search(r"(^|\.)(h|layers?|block|up_blocks)\.(?!(0|11)\.)\d+\.", tensor)
 
 
 def conv1d(module: str) -> bool:
@@ -64,7 +64,7 @@ class Base:
     others: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # tensors that no adapter touches
     weights: tuple[float, ...] = (1.0,)
     shards: int = 1
-    checked: Callable[[str], bool] = lambda _: True  # tensors held to the formula; all others to be there
+    checked: Callable[[str], bool] = some_layers  # tensors held to the formula; all others to be there
     file: str = "model.safetensors"
 
 
@@ -92,6 +92,12 @@ BASES = {
         others={"bert.embeddings.word_embeddings.weight": (300, 768), "bert.pooler.dense.weight": (768, 768)},
         shards=3,
     ),
+    "roberta under AdaLoRA": Base(
+        ("roberta-adalora",),
+        FP16,
+        {"model_type": "roberta", "architectures": ["RobertaForSequenceClassification"]},
+        others={"roberta.embeddings.word_embeddings.weight": (300, 768)},
+    ),
     "gpt2 classifier whose score no config mentions": Base(
         ("gpt2-seqcls-score",),
         FP32,
@@ -99,7 +105,7 @@ BASES = {
         in_out=conv1d,
         others={"transformer.wte.weight": (300, 768)},
     ),
-    "gpt2, three modules, one of them square": gpt2("gpt2-tigrinya", BF16, shards=2, checked=some_layers),
+    "gpt2, three modules, one of them square": gpt2("gpt2-tigrinya", BF16, shards=2),
     "gpt2 trained by TRL": gpt2("gpt2-kto-trl", FP32),
     "distilgpt2 with the wrong fan_in_fan_out": gpt2(
         "distilgpt2-sanaear-fifofalse", FP16, on_disk=weight_of, others={}
@@ -114,7 +120,6 @@ BASES = {
         on_disk=headless,
         others={"word_embeddings.weight": (300, 1024)},
         weights=(0.75, -0.5),
-        checked=some_layers,
     ),
     "open-calm, rank 1, float16, scale 32": Base(
         ("opencalm1b-rank1-f16",),
@@ -122,7 +127,6 @@ BASES = {
         {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], "tie_word_embeddings": False},
         others={"embed_out.weight": (300, 2048)},
         shards=2,
-        checked=some_layers,
     ),
     "gemma 3, two seeds averaged": Base(
         ("gemma3-270m-svg-seed42", "gemma3-270m-svg-seed123"),
@@ -243,20 +247,51 @@ def test_the_file_of_one_adapter_can_be_named_itself(scratch: Path, pool: dict[t
     assert found == (scratch / "by-folder" / base.file).read_bytes()
 
 
-def test_a_wrong_fan_in_fan_out_flag_changes_nothing(scratch: Path, pool: dict[torch.dtype, Tensor]) -> None:
-    for name in ("distilgpt2 with the wrong fan_in_fan_out", "gpt2, three modules, one of them square"):
-        base = BASES[name]
-        folder = write_base(scratch / f"base-{base.adapters[0]}", base, pool)
-        results = []
-        for flag in (False, True):
-            adapter = scratch / f"{base.adapters[0]}-{flag}"
-            adapter.mkdir()
-            shutil.copy(REAL / base.adapters[0] / "adapter_model.safetensors", adapter)
-            config = json.loads((REAL / base.adapters[0] / "adapter_config.json").read_text())
-            (adapter / "adapter_config.json").write_text(json.dumps({**config, "fan_in_fan_out": flag}))
-            out = scratch / f"out-{base.adapters[0]}-{flag}"
-            results.append(loratool.merge(folder, [adapter], out).digests)
-        assert results[0] == results[1]
+GPT2 = [name for name, base in BASES.items() if base.in_out is conv1d]
+
+
+@pytest.mark.parametrize("name", GPT2)
+def test_a_wrong_fan_in_fan_out_flag_changes_nothing_and_is_told(
+    scratch: Path, pool: dict[torch.dtype, Tensor], name: str
+) -> None:
+    base = BASES[name]
+    folder = write_base(scratch / "base", base, pool)
+    (original,) = base.adapters
+    results = []
+    for flag in (False, True):
+        adapter = scratch / f"adapter-{flag}"
+        adapter.mkdir()
+        shutil.copy(REAL / original / "adapter_model.safetensors", adapter)
+        config = json.loads((REAL / original / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "fan_in_fan_out": flag}))
+        report = loratool.merge(folder, [adapter], scratch / f"out-{flag}")
+        results.append(report.digests)
+        assert any("fan_in_fan_out" in note for note in report.notes) == (not flag), report.notes
+    assert results[0] == results[1]
+
+
+def test_no_published_adapter_is_left_out() -> None:
+    merged = {adapter for base in BASES.values() for adapter in base.adapters}
+    refused = {name.partition("/")[0] for name in REFUSED}
+    assert merged | refused == {path.name for path in REAL.iterdir() if path.is_dir()}
+    assert not merged & refused
+
+
+@pytest.mark.parametrize("name", ["bloom, two adapters", "gpt2 of two dimensions, under rank 4"])
+def test_biases_that_the_config_promises_and_the_file_has_not_are_told(
+    scratch: Path, pool: dict[torch.dtype, Tensor], name: str
+) -> None:
+    folder = write_base(scratch / "base", BASES[name], pool)
+    report = loratool.merge(folder, REAL / BASES[name].adapters[0], scratch / "out")
+    assert any("lora_only" in note for note in report.notes), report.notes
+
+
+def test_a_target_that_the_config_names_and_the_file_has_not_is_told(
+    scratch: Path, pool: dict[torch.dtype, Tensor]
+) -> None:
+    folder = write_base(scratch / "base", BASES["flan-t5"], pool)
+    report = loratool.merge(folder, REAL / BASES["flan-t5"].adapters[0], scratch / "out")
+    assert any(re.search(r"\bV\b", note) for note in report.notes), report.notes
 
 
 def test_an_adapter_with_a_head_is_refused_by_a_base_that_has_none(
@@ -277,7 +312,6 @@ def test_an_adapter_with_a_head_is_refused_by_a_base_that_has_none(
 
 # path below `real-adapters` → (exit code, what the message must name)
 REFUSED: dict[str, tuple[int, str]] = {
-    "roberta-adalora": (3, "ADALORA"),
     "mlx-qwen0.5b": (3, "mlx"),
     "mlx-qwen0.5b/adapters.safetensors": (3, "mlx"),
     "sd-lycoris-lokr-4": (3, "LyCORIS"),
