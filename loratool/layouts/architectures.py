@@ -6,6 +6,76 @@ from __future__ import annotations
 CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 CONV1D_MODULES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
+# What a model's own class puts before the names of the model that it wraps.
+PREFIXES = (
+    *("model", "transformer", "gpt_neox", "bert", "roberta", "vit", "backbone", "encoder", "decoder", "language_model"),
+    *(
+        "distilbert",
+        "albert",
+        "electra",
+        "deberta",
+        "xlm_roberta",
+        "mpnet",
+        "camembert",
+        "esm",
+        "layoutlm",
+        "longformer",
+    ),
+    *(
+        "rembert",
+        "nezha",
+        "ernie",
+        "convbert",
+        "funnel",
+        "mobilebert",
+        "squeezebert",
+        "big_bird",
+        "fnet",
+        "nystromformer",
+    ),
+    *("wav2vec2", "hubert", "wavlm", "unispeech", "data2vec_audio", "whisper", "audio_spectrogram_transformer"),
+    *(
+        "deit",
+        "beit",
+        "dinov2",
+        "dinov2_with_registers",
+        "dinov3",
+        "swin",
+        "swinv2",
+        "segformer",
+        "convnext",
+        "vit_mae",
+    ),
+    *("clip", "siglip", "vision_model", "text_model", "model.decoder", "thinker", "rwkv", "mamba", "opt", "new", "vlm"),
+    *("timm_model", "audio_tower", "ast", "vivit", "videomae", "ijepa", "radio_model", "base_model"),
+)
+
+# Wrappers that training leaves in names; a name means the same without them.
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+LEADING_WRAPPERS = frozenset({"module"})
+
+# Components that tell which tower of a multimodal model a name belongs to.
+TOWERS = {
+    "vision": frozenset(
+        {
+            "visual",
+            "vision_tower",
+            "vision_model",
+            "vision_encoder",
+            "image_tower",
+            "video_tower",
+            "vit",
+            "image_encoder",
+        }
+    ),
+    "audio": frozenset({"audio_tower", "audio_model", "audio_encoder", "sound_encoder", "speech_encoder", "audio"}),
+    "text": frozenset({"language_model", "text_model", "text_encoder", "llm"}),
+}
+
+# What stands beside the place of `X.weight` where X is packed.
+PACKED_WEIGHTS = ("qweight", "weight_packed", "W_q", "weight_qdata", "_weight_qdata")
+PACKED_PARAMETERS = ("_blocks",)
+
 # Modules that hold the input embedding, and those that turn hidden states into logits.
 INPUT_EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings"})
 OUTPUT_HEADS = frozenset({"lm_head", "embed_out", "proj_out", "output_projection"})

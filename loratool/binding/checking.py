@@ -1,0 +1,120 @@
+"""What must hold of all places of an adapter together, and what its reader should know of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from loratool.binding.names import Numbers, fill, template_of
+from loratool.binding.places import ALL, Place
+from loratool.binding.telling import grouped
+from loratool.errors import printable
+
+if TYPE_CHECKING:
+    from loratool.adapter import Adapter
+    from loratool.safefile import TensorInfo
+
+LARGEST_WIDTH = 1 << 62  # columns
+MOST_NAMED = 4  # groups of names that a note lists
+
+
+def overlap(one: Place, other: Place) -> bool:
+    """Whether two places of one tensor have an element in common."""
+    apart = one.first_row + one.rows <= other.first_row or other.first_row + other.rows <= one.first_row
+    if apart or one.fold != other.fold:
+        return not apart or one.fold != other.fold
+    columns = [slice.indices(place.columns, LARGEST_WIDTH) for place in (one, other)]
+    (start, stop, step), (start2, stop2, step2) = columns
+    if step == step2 and (start - start2) % step:
+        return False
+    return start < stop2 and start2 < stop
+
+
+def rivals(places: Mapping[str, Sequence[Place]]) -> dict[str, str]:
+    """Targets that edit what another one edits: target → the other, the first of them by name."""
+    tensors: dict[str, list[tuple[int, str, Place]]] = {}
+    for target, every in places.items():
+        for place in every:
+            tensors.setdefault(place.tensor, []).append((place.first_row, target, place))
+    found: dict[str, str] = {}
+    for edits in tensors.values():
+        if len(edits) == 1:
+            continue
+        edits.sort(key=lambda edit: edit[:2])
+        open_ones: list[tuple[str, Place]] = []  # those that may reach into what follows
+        for first, target, place in edits:
+            open_ones = [(t, p) for t, p in open_ones if p.first_row + p.rows > first or p.fold != place.fold]
+            for other, taken in open_ones:
+                if other != target and overlap(place, taken):
+                    found.setdefault(max(target, other), min(target, other))
+            open_ones.append((target, place))
+    return found
+
+
+def uncut(places: Sequence[Place]) -> str:
+    """Empty where the places may take what they take of their update; else why they may not."""
+    update = places[0].update
+    if not update.needs_weight:
+        if update.looks_at_base and any(place.columns != ALL for place in places):
+            return "an update that depends on whole rows of the weight cannot go into some of its columns"
+        return ""
+    if len(places) > 1 or places[0].update_row:
+        return "an update that depends on the whole weight cannot be divided among several places"
+    return ""
+
+
+def holes(adapter: Adapter, places: Mapping[str, Sequence[Place]], tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Notes on weights that the adapter leaves out though its config targets them and the base has them.
+
+    The base's tensors of the same template as one that is edited tell what could have been adapted.
+    """
+    of_target: dict[str, set[Numbers]] = {}
+    of_tensor: dict[str, tuple[str, Sequence[Place]]] = {}
+    for target, every in places.items():
+        template, numbers = template_of(target)
+        if "#" in target or len({place.tensor for place in every}) != 1:
+            continue
+        there, others = template_of(every[0].tensor)
+        if others == numbers:
+            of_target.setdefault(template, set()).add(numbers)
+            of_tensor[template] = (there, every)
+    wanted = {there for there, _ in of_tensor.values()}
+    known: dict[str, set[Numbers]] = {there: set() for there in wanted}
+    for name in tensors:
+        there, numbers = template_of(name)
+        if there in known:
+            known[there].add(numbers)
+    left_out = [
+        name.removesuffix(".weight")
+        for template, present in of_target.items()
+        for numbers in sorted(known[of_tensor[template][0]] - present)
+        if is_targeted(name := fill(template, numbers)[1:-1], adapter.config)
+    ]
+    if not left_out:
+        return []
+    lines = grouped(left_out)
+    shown = ", ".join(printable(line) for line in lines[:MOST_NAMED]) + (", …" if len(lines) > MOST_NAMED else "")
+    return [f"it has nothing for {shown}, though its config targets that and the base has it"]
+
+
+def is_targeted(weight: str, config: Mapping[str, object]) -> bool:
+    """Whether the lists of an adapter's config ask for a module, as PEFT reads them.
+
+    A pattern in place of the list of targets says less than the tensors do, so nothing is then said to be missing.
+    """
+    module = weight.rpartition(".")[0]
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    if not isinstance(targets, list) or not names(module, targets):
+        return False
+    excluded = config.get("exclude_modules")
+    if isinstance(excluded, str) or (isinstance(excluded, list) and names(module, excluded)):
+        return False
+    if layers is None:
+        return True
+    chosen = {str(layer) for layer in (layers if isinstance(layers, list) else [layers])}
+    return next(iter(template_of(module)[1]), "") in chosen
+
+
+def names(module: str, entries: Sequence[object]) -> bool:
+    """Whether an entry is the module's path, or a whole dotted end of it."""
+    return any(isinstance(e, str) and e and (module == e or module.endswith(f".{e}")) for e in entries)

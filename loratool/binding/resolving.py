@@ -1,0 +1,297 @@
+"""From a target's name and shape to the tensors of the base that it means.
+
+The names that the tables make of a target's are tried breadth first. At each, the tensor itself counts, and the
+fused tensor that it is a part of, and the parts or experts that it is made of. The first depth with a fit decides;
+two fits there are one too many.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from loratool.binding import fusing
+from loratool.binding.fusing import Misfit
+from loratool.binding.names import Alias, Disk, Numbers, aliases, template_of, unwrapped
+from loratool.binding.places import Landing, Place
+from loratool.errors import printable
+from loratool.layouts.architectures import PACKED_PARAMETERS, PACKED_WEIGHTS, TOWERS
+from loratool.safefile import FLOAT_NAMES, TensorInfo
+
+if TYPE_CHECKING:
+    from loratool.checkpoint import Checkpoint
+    from loratool.layouts.fusions import Fusion
+    from loratool.updates import Update
+
+DEEPEST = 3  # renames in a row
+Renaming = tuple[re.Pattern[str], str]  # `--map`: a pattern of names, and what its match becomes
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way from a template of the adapter's to templates of the base's."""
+
+    alias: Alias
+    templates: tuple[str, ...]  # in the base
+    fusion: Fusion | None = None
+    part: int = -1  # which part of the fused tensor the target is; −1 where it is the fused one
+    position: int = -1  # of the expert among the numbers
+
+
+class Resolver:
+    """Finds the places of targets in one base."""
+
+    def __init__(self, base: Checkpoint) -> None:
+        self.tensors: Mapping[str, TensorInfo] = base.tensors
+        self.config = base.config
+        self.disk = Disk(base.tensors)
+        self.fusions = fusing.fusions_of(base.config)
+        self.interleaved = fusing.is_interleaved(base.config)
+        self.levels: dict[str, tuple[list[list[Way]], Iterator[list[Alias]]]] = {}
+
+    def land(self, target: str, update: Update, renamings: Sequence[Renaming] = ()) -> Landing:
+        """The target's places; raises `Misfit` with the reason where there is none, or more than one."""
+        for pattern, replacement in renamings:
+            if pattern.search(target):
+                return relabelled(self.find(pattern.sub(replacement, target, count=1), update), "map")
+        return self.find(target, update)
+
+    def find(self, name: str, update: Update) -> Landing:
+        if (info := self.tensors.get(name)) is not None:
+            return self.whole(info, update, "exact")
+        if "#" in name:
+            raise Misfit("")
+        template, numbers = template_of(unwrapped(name))
+        reason: Misfit | None = None
+        for depth in range(DEEPEST + 1):
+            found: dict[object, Landing] = {}
+            for way in self.ways(template, depth):
+                try:
+                    landing = self.follow(way, numbers, update)
+                except Misfit as misfit:
+                    reason = reason or misfit
+                    continue
+                if landing is not None:
+                    found.setdefault(identity(landing), landing)
+            if len(found) > 1:
+                where = sorted(" + ".join(sorted(landing.tensors)[:2]) for landing in found.values())
+                raise Misfit(f"it may be any of {', '.join(map(printable, where))}")
+            if found:
+                (landing,) = found.values()
+                return landing
+        raise reason or Misfit("")
+
+    def ways(self, template: str, depth: int) -> list[Way]:
+        """The ways from a template that take `depth` renames."""
+        if template not in self.levels:
+            self.levels[template] = ([], aliases(template, self.disk, DEEPEST))
+        done, coming = self.levels[template]
+        while len(done) <= depth:
+            done.append([way for alias in next(coming) for way in self.ways_at(alias)])
+        return done[depth]
+
+    def ways_at(self, alias: Alias) -> Iterator[Way]:
+        """The ways from a template that take no more renames."""
+        template = alias.template
+        if there := self.on_disk(template):
+            yield Way(alias, (there,))
+        for fusion in self.fusions:
+            dotted = f".{fusion.fused}."
+            if (at := template.rfind(dotted)) >= 0:
+                every = [self.on_disk(template[:at] + f".{p}." + template[at + len(dotted) :]) for p in fusion.parts]
+                if all(every):
+                    position = template[:at].count("#") + fusion.fused.count("#") if fusion.of_experts else -1
+                    yield Way(alias, tuple(every), fusion, -1, position)
+            for number, part in enumerate(fusion.parts):
+                dotted_part = f".{part}."
+                if (at := template.rfind(dotted_part)) >= 0:
+                    there = self.on_disk(template[:at] + dotted + template[at + len(dotted_part) :])
+                    if there:
+                        position = template[:at].count("#") if fusion.of_experts else -1
+                        yield Way(alias, (there,), fusion, number, position)
+
+    def on_disk(self, template: str) -> str:
+        """The template, or that of its packed weight, where the base has tensors of it; else nothing."""
+        if template in self.disk.templates:
+            return template
+        packed = [
+            template.removesuffix("weight.") + f"{name}." for name in PACKED_WEIGHTS if template.endswith(".weight.")
+        ]
+        packed += [template.removesuffix(".") + f"{name}." for name in PACKED_PARAMETERS]
+        return next((name for name in packed if name in self.disk.templates), "")
+
+    def follow(self, way: Way, numbers: Numbers, update: Update) -> Landing | None:
+        """Where a way leads for some numbers; None where the base has no such tensor."""
+        fusion, rule = way.fusion, ", ".join(way.alias.moves)
+        if fusion is None:
+            info = self.tensor(way.templates[0], numbers)
+            return None if info is None else self.whole(info, update, rule or "exact")
+        if way.part >= 0:
+            rule = joined(rule, f"{short(fusion.parts[way.part])} of {short(fusion.fused)}")
+            return self.join(way, fusion, numbers, update, rule)
+        rule = joined(rule, f"split into {' + '.join(map(short, fusion.parts))}")
+        if way.position >= 0:
+            return self.spread(way, numbers, update, rule)
+        parts = [self.tensor(template, numbers) for template in way.templates]
+        infos = [info for info in parts if info is not None]
+        if not infos:
+            return None
+        if len(infos) < len(parts):
+            raise Misfit(f"the base has {printable(infos[0].name)} but not all of {' + '.join(fusion.parts)}")
+        if packed := packed_landing(infos, update, rule):
+            return packed
+        if len(infos[0].shape) == 3:
+            return fusing.stacked(infos, update, rule)
+        return fusing.out_of_fused(infos, fusing.repeats(fusion, self.config), update, rule)
+
+    def join(self, way: Way, fusion: Fusion, numbers: Numbers, update: Update, rule: str) -> Landing | None:
+        """A part into the fused tensor."""
+        at = way.position
+        info = self.tensor(way.templates[0], numbers if at < 0 else numbers[:at] + numbers[at + 1 :])
+        if info is None:
+            return None
+        if packed := packed_landing([info], update, rule):
+            return packed
+        try:
+            if at < 0:
+                return fusing.into_fused(fusion, way.part, info, self.config, update, rule)
+            stored = self.stored_in_out(info)
+            expert = int(numbers[at])
+            return fusing.into_experts(fusion, way.part, expert, info, stored, self.interleaved, update, rule)
+        except Misfit as misfit:
+            raise Misfit(f"{misfit}, {printable(info.name)} is {list(info.shape)}") from None
+
+    def spread(self, way: Way, numbers: Numbers, update: Update, rule: str) -> Landing | None:
+        """The fused tensor of all experts into the tensors of each."""
+        assert way.fusion is not None
+        lists = [self.disk.members(template, way.position).get(numbers, []) for template in way.templates]
+        if not any(lists):
+            return None
+        count = max(fusing.expert_count(self.config) or 0, *(1 + max(map(int, found), default=0) for found in lists))
+        for part, found in zip(way.fusion.parts, lists, strict=True):
+            missing = sorted(set(map(str, range(count))) - set(found), key=int)
+            if missing:
+                shown = ", ".join(missing[:4]) + (", …" if len(missing) > 4 else "")
+                raise Misfit(f"the base lacks {printable(part)} of expert {shown} of {count}")
+        at = way.position
+        every = [[*numbers[:at], str(expert), *numbers[at:]] for expert in range(count)]
+        experts = [
+            [self.tensors[self.disk.templates[template][tuple(each)]] for template in way.templates] for each in every
+        ]
+        if packed := packed_landing([info for parts in experts for info in parts], update, rule):
+            return packed
+        return fusing.out_of_experts(experts, update, rule, self.interleaved)
+
+    def stored_in_out(self, info: TensorInfo) -> bool | None:
+        """Whether an expert tensor whose shape leaves it open is (experts, in, out); its sibling's shape tells.
+
+        A gate_up is (experts, 2·I, H) or turned and its down (experts, H, I): both are never square.
+        """
+        parent, _, leaf = info.name.rpartition(".")
+        other = {"gate_up_proj": "down_proj", "down_proj": "gate_up_proj"}.get(leaf)
+        sibling = self.tensors.get(f"{parent}.{other}")
+        if sibling is None or len(sibling.shape) != 3 or len(info.shape) != 3 or info.shape[1] != info.shape[2]:
+            return None
+        hidden = info.shape[1]
+        if leaf == "down_proj":  # H = I: the gate_up is (experts, 2·H, H) or (experts, H, 2·H)
+            return sibling.shape[1:] == (hidden, 2 * hidden)
+        return sibling.shape[1:] == (hidden // 2, hidden)  # 2·I = H: the down is (experts, H, I) or (experts, I, H)
+
+    def tensor(self, template: str, numbers: Numbers) -> TensorInfo | None:
+        name = self.disk.templates[template].get(numbers)
+        return None if name is None else self.tensors[name]
+
+    def whole(self, info: TensorInfo, update: Update, rule: str) -> Landing:
+        try:
+            return packed_landing([info], update, rule) or fusing.whole(update, info, rule)
+        except Misfit:
+            described = fusing.described(update)
+            raise Misfit(f"update is {described}, {printable(info.name)} is {list(info.shape)}") from None
+
+    def by_suffix(self, targets: Mapping[str, Update]) -> tuple[dict[str, Landing], str]:
+        """Places of targets whose beginning alone is unknown, by the one change of prefix that explains most of them.
+
+        Nothing where two changes explain as many, and never from one tower of a multimodal model to another.
+        """
+        members: dict[str, list[tuple[str, Numbers]]] = {}
+        for target in targets:
+            template, numbers = template_of(unwrapped(target))
+            members.setdefault(template, []).append((target, numbers))
+        scores: dict[tuple[str, str], dict[str, Landing]] = {}
+        for removed, added in self.substitutions(members):
+            landed: dict[str, Landing] = {}
+            for template, every in members.items():
+                there = added + template.removeprefix(removed)
+                if not template.startswith(removed) or there not in self.disk.templates:
+                    continue
+                if tower(template) != tower(there):
+                    continue
+                for target, numbers in every:
+                    info = self.tensor(there, numbers)
+                    if info is None:
+                        continue
+                    try:
+                        landed[target] = self.whole(info, targets[target], f"suffix {removed}… → {added}…")
+                    except Misfit:
+                        continue
+            scores[removed, added] = landed
+        best = max(map(len, scores.values()), default=0)
+        winners = {
+            frozenset((target, landing.tensors) for target, landing in landed.items()): (change, landed)
+            for change, landed in scores.items()
+            if best and len(landed) == best
+        }
+        if len(winners) != 1:
+            return {}, ""
+        (((removed, added), landed),) = winners.values()
+        return landed, f"{removed.strip('.') or 'nothing'} → {added.strip('.') or 'nothing'}"
+
+    def substitutions(self, templates: Iterable[str]) -> list[tuple[str, str]]:
+        """Changes of prefix that give some template a tensor of the base."""
+        found: set[tuple[str, str]] = set()
+        for template in templates:
+            parts = template.split(".")
+            ahead = parts.index("#") if "#" in parts else len(parts) - 3
+            for cut in range(1, ahead):  # the rest begins with a component that is no number
+                rest = "." + ".".join(parts[cut:])
+                removed = template[: len(template) - len(rest)]
+                found.update((removed, there[: -len(rest)]) for there in self.disk.templates if there.endswith(rest))
+        return sorted((removed, added) for removed, added in found if removed != added)
+
+
+def tower(template: str) -> str:
+    """The tower of a multimodal model that a name belongs to."""
+    parts = set(template.split("."))
+    return next((name for name, marks in TOWERS.items() if name != "text" and marks & parts), "text")
+
+
+def short(name: str) -> str:
+    """A name of the table without what every weight's name ends with."""
+    return name.replace("#.", "").removesuffix(".weight").rpartition(".")[2]
+
+
+def joined(*rules: str) -> str:
+    return ", ".join(rule for rule in rules if rule)
+
+
+def relabelled(landing: Landing, rule: str) -> Landing:
+    """The same places, found by another rule first."""
+
+    def relabel(place: Place) -> Place:
+        return replace(place, rule=rule if place.rule == "exact" else joined(rule, place.rule))
+
+    return Landing(tuple(map(relabel, landing.straight)), tuple(map(relabel, landing.turned)))
+
+
+def identity(landing: Landing) -> object:
+    """What two landings have in common that change the same elements."""
+    places = landing.straight or landing.turned
+    return frozenset((p.tensor, p.first_row, p.rows, p.update_row, str(p.columns)) for p in places)
+
+
+def packed_landing(infos: Sequence[TensorInfo], update: Update, rule: str) -> Landing | None:
+    """The place of an update whose weight is quantised, unfitted: the plan refuses to edit such a tensor."""
+    packed = next((info for info in infos if info.dtype not in FLOAT_NAMES), None)
+    return None if packed is None else Landing((Place(packed.name, rule, update, 0, packed.rows),))
