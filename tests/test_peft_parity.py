@@ -25,10 +25,8 @@ from oracle import (
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import (
     FAMILIES,
-    HIDDEN,
     LAYERS,
     RENAMED,
-    VOCABULARY,
     Case,
     Family,
     adapt,
@@ -478,81 +476,57 @@ def refusal(base: Path, adapter: Path, out: Path, capsys: pytest.CaptureFixture[
     return code, said.err
 
 
-@pytest.mark.parametrize("target", ["model.embed_tokens", "lm_head"])
-def test_one_side_of_tied_embeddings_alone_is_not_changed(
-    tmp_path: Path, unwritten: Path, capsys: pytest.CaptureFixture[str], target: str
-) -> None:
-    family = FAMILIES["tied llama"]
-    base = build_base(tmp_path / "base", family)
-    wrapped = adapt(load(family, base), target_modules=[target, "q_proj"])
-    wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    code, message = refusal(base, tmp_path / "adapter", unwritten, capsys)
-    assert code == 4
-    assert target in message
-    assert "tie" in message
-
-
-@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
-def test_one_side_of_tied_embeddings_saved_whole_is_refused_too(
-    tmp_path: Path, unwritten: Path, capsys: pytest.CaptureFixture[str], target: str
-) -> None:
-    family = FAMILIES["tied llama"]
-    base = build_base(tmp_path / "base", family)
-    ways: list[dict[str, Any]] = [
-        {"target_modules": [target, "q_proj"]},
-        {"modules_to_save": [target], "target_modules": ["q_proj"]},
-    ]
-    for settings in ways:
-        shutil.rmtree(tmp_path / "adapter", ignore_errors=True)
-        adapt(load(family, base), **settings).save_pretrained(tmp_path / "adapter")
-        code, message = refusal(base, tmp_path / "adapter", unwritten, capsys)
-        assert code in (3, 4)
-        assert target in message
-
+# -- every type and option of PEFT -------------------------------------------------------------------
 
 QV: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"]}
 TOKENS_OF_A_PROMPT: dict[str, Any] = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
-# what PEFT can train on the Llama that is no plain LoRA: (its name in the message, its config)
-OTHERS: dict[str, Callable[[], Any]] = {
-    "DoRA": lambda: LoraConfig(use_dora=True, **QV),
+DOWN: dict[str, Any] = {"target_modules": ["q_proj", "down_proj"]}
+PARAMETERS: dict[str, Any] = {"target_modules": [], "target_parameters": ["self_attn.q_proj.weight"]}
+# what PEFT can train on the Llama, and what merging its files must reproduce
+MERGED: dict[str, Callable[[], Any]] = {
+    "DoRA": lambda: LoraConfig(use_dora=True, **DOWN),
+    "DoRA and rsLoRA": lambda: LoraConfig(use_dora=True, use_rslora=True, **QV),
     "lora_bias": lambda: LoraConfig(lora_bias=True, **QV),
     "bias='all'": lambda: LoraConfig(bias="all", **QV),
     "bias='lora_only'": lambda: LoraConfig(bias="lora_only", **QV),
-    "target_parameters": lambda: LoraConfig(target_modules=[], target_parameters=["self_attn.q_proj.weight"]),
-    "trainable tokens": lambda: LoraConfig(trainable_token_indices=[1, 5], **QV),
-    "layer_replication": lambda: LoraConfig(layer_replication=[[0, 2], [0, 2]], **QV),
-    "aLoRA": lambda: LoraConfig(alora_invocation_tokens=[1], task_type="CAUSAL_LM", **QV),
+    "target_parameters": lambda: LoraConfig(**PARAMETERS),
+    "trainable tokens": lambda: LoraConfig(trainable_token_indices=[5, 1], **QV),
     "BD-LoRA": lambda: LoraConfig(use_bdlora=peft.BdLoraConfig(["q_proj"], ["v_proj"], nblocks=2), **QV),
-    "KaSA": lambda: LoraConfig(kasa_config=peft.tuners.lora.config.KasaConfig(), **QV),
+    "KaSA": lambda: LoraConfig(kasa_config=peft.tuners.lora.config.KasaConfig(), r=4, **QV),
     "VeLoRA": lambda: LoraConfig(velora_config=peft.tuners.lora.config.VeloraConfig(), **QV),
     "MonteCLoRA": lambda: LoraConfig(monteclora_config=peft.tuners.lora.config.MontecloraConfig(), **QV),
-    "'pissa'": lambda: LoraConfig(init_lora_weights="pissa", **QV),
-    "'pissa_niter_4'": lambda: LoraConfig(init_lora_weights="pissa_niter_4", **QV),
-    "'olora'": lambda: LoraConfig(init_lora_weights="olora", **QV),
-    "'mica'": lambda: LoraConfig(init_lora_weights="mica", **QV),
-    "ADALORA": lambda: peft.AdaLoraConfig(total_step=10, **QV),
-    "BOFT": lambda: peft.BOFTConfig(boft_block_size=4, **QV),
+    "PiSSA": lambda: LoraConfig(init_lora_weights="pissa", r=4, lora_alpha=6, **DOWN),
+    "OLoRA": lambda: LoraConfig(init_lora_weights="olora", r=4, lora_alpha=6, **DOWN),
+    "MiCA": lambda: LoraConfig(init_lora_weights="mica", **QV),
+    "AdaLoRA": lambda: peft.AdaLoraConfig(total_step=10, init_r=6, target_r=3, **QV),
     "C3A": lambda: peft.C3AConfig(block_size=8, **QV),
-    "DELORA": lambda: peft.DeloraConfig(r=4, **QV),
-    "FOURIERFT": lambda: peft.FourierFTConfig(n_frequency=20, **QV),
-    "GRALORA": lambda: peft.GraloraConfig(r=8, **QV),
-    "HIRA": lambda: peft.HiraConfig(r=4, **QV),
+    "DeLoRA": lambda: peft.DeloraConfig(r=4, **QV),
+    "FourierFT": lambda: peft.FourierFTConfig(n_frequency=20, **QV),
+    "GraLoRA": lambda: peft.GraloraConfig(r=8, **QV),
+    "HiRA": lambda: peft.HiraConfig(r=4, **QV),
     "HRA": lambda: peft.HRAConfig(r=4, **QV),
-    "IA3": lambda: peft.IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"]),
-    "LN_TUNING": lambda: peft.LNTuningConfig(target_modules=["input_layernorm"]),
-    "LOHA": lambda: peft.LoHaConfig(**QV),
-    "LOKR": lambda: peft.LoKrConfig(**QV),
-    "MISS": lambda: peft.MissConfig(r=4, **QV),
+    "(IA)3": lambda: peft.IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "LN tuning": lambda: peft.LNTuningConfig(target_modules=["input_layernorm"]),
+    "LoHa": lambda: peft.LoHaConfig(r=4, alpha=6, **DOWN),
+    "LoKr": lambda: peft.LoKrConfig(r=4, alpha=6, **DOWN),
+    "MiSS": lambda: peft.MissConfig(r=4, **DOWN),
     "OFT": lambda: peft.OFTConfig(oft_block_size=4, **QV),
+    "OFT, exact": lambda: peft.OFTConfig(oft_block_size=4, use_cayley_neumann=False, **QV),
+    "SHiRA": lambda: peft.ShiraConfig(r=2, **QV),
+    "tokens alone": lambda: peft.TrainableTokensConfig(token_indices=[2, 1], target_modules=["embed_tokens"]),
+    "VeRA": lambda: peft.VeraConfig(r=4, **QV),
+}
+# what cannot be merged from its files: (its name in the message, its config)
+REFUSED: dict[str, Callable[[], Any]] = {
+    "layer_replication": lambda: LoraConfig(layer_replication=[[0, 2], [0, 2]], **QV),
+    "aLoRA": lambda: LoraConfig(alora_invocation_tokens=[1], task_type="CAUSAL_LM", **QV),
     "P_TUNING": lambda: peft.PromptEncoderConfig(**TOKENS_OF_A_PROMPT),
     "PREFIX_TUNING": lambda: peft.PrefixTuningConfig(**TOKENS_OF_A_PROMPT),
     "PROMPT_TUNING": lambda: peft.PromptTuningConfig(**TOKENS_OF_A_PROMPT),
+    "BOFT": lambda: peft.BOFTConfig(boft_block_size=4, **QV),
     "RANDLORA": lambda: peft.RandLoraConfig(r=4, **QV),
     "ROAD": lambda: peft.RoadConfig(group_size=8, **QV),
-    "SHIRA": lambda: peft.ShiraConfig(r=2, **QV),
-    "TRAINABLE_TOKENS": lambda: peft.TrainableTokensConfig(token_indices=[1, 2], target_modules=["embed_tokens"]),
     "VBLORA": lambda: peft.VBLoRAConfig(num_vectors=16, vector_length=8, topk=2, r=2, **QV),
-    "VERA": lambda: peft.VeraConfig(r=4, **QV),
     "WAVEFT": lambda: peft.WaveFTConfig(n_frequency=20, **QV),
 }
 
@@ -564,64 +538,68 @@ def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_base(tmp_path_factory.mktemp("biased") / "base", family)
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_what_is_no_plain_lora_is_refused_by_its_name(
+def trained(base: Path, config: Any, folder: Path) -> Any:
+    """The base under an adapter of any type, moved away from where it began, and saved."""
+    torch.manual_seed(0)
+    wrapped = get_peft_model(load(LLAMA, base), config).eval()
+    randomise(wrapped, 0)
+    wrapped.save_pretrained(folder)
+    return wrapped
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_every_type_that_its_files_determine_merges_to_what_the_adapter_said(
+    biased: Path, tmp_path: Path, name: str
+) -> None:
+    plain = output_of(load(LLAMA, biased), LLAMA.inputs())
+    wrapped = trained(biased, MERGED[name](), tmp_path / "adapter")
+    # as a user would: PEFT begins anew from the files
+    reloaded = PeftModel.from_pretrained(load(LLAMA, biased), tmp_path / "adapter").eval()
+    said = output_of(reloaded, LLAMA.inputs())
+    assert float((said - output_of(wrapped, LLAMA.inputs())).abs().max()) <= 1e-5, "PEFT itself does not come back"
+    loratool.merge(biased, tmp_path / "adapter", tmp_path / "out")
+    found = output_of(load(LLAMA, tmp_path / "out"), LLAMA.inputs())
+    largest = float(said.abs().max())
+    assert float((found - said).abs().max()) <= 1e-5 * largest
+    assert float((plain - said).abs().max()) > 1e-3 * largest, "the adapter says nothing"
+    reloaded.merge_and_unload().save_pretrained(tmp_path / "by-peft")
+    ours, theirs = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "by-peft")
+    assert set(ours) == set(theirs)
+    for tensor, wanted in theirs.items():
+        assert float((ours[tensor] - wanted).abs().max()) <= 1e-5, tensor
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_its_files_do_not_determine_is_refused_by_its_name(
     biased: Path, tmp_path: Path, unwritten: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    wrapped = get_peft_model(load(LLAMA, biased), OTHERS[name]())
-    randomise(wrapped, 0)
-    wrapped.save_pretrained(tmp_path / "adapter")
+    trained(biased, REFUSED[name](), tmp_path / "adapter")
     code, message = refusal(biased, tmp_path / "adapter", unwritten, capsys)
     assert code in (3, 4)
     assert name in message
 
 
-@pytest.mark.parametrize("init", ["corda", "lora_ga", "loftq"])
-def test_an_initialisation_that_moved_the_base_is_refused_by_its_name(
-    llama: Path, adapted: Case, tmp_path: Path, unwritten: Path, capsys: pytest.CaptureFixture[str], init: str
-) -> None:
-    shutil.copytree(adapted.adapter, tmp_path / "adapter")  # PEFT itself needs data or other packages for these
-    edit_config(tmp_path / "adapter", init_lora_weights=init)
-    code, message = refusal(llama, tmp_path / "adapter", unwritten, capsys)
-    assert code in (3, 4)
-    assert init in message
+def test_lora_on_the_patches_of_a_vit_merges(tmp_path: Path) -> None:
+    case = build_case(tmp_path, FAMILIES["vit"], target_modules=["projection", "q_proj"])
+    loratool.merge(case.base, [case.adapter], tmp_path / "out")
+    assert_like_peft(tmp_path / "out", case.by_peft)
+    assert_speaks_like(tmp_path / "out", case)
 
 
-def test_lora_on_a_convolution_is_refused_by_its_name(
-    tmp_path: Path, unwritten: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    family = FAMILIES["vit"]
-    base = build_base(tmp_path / "base", family)
-    adapt(load(family, base), target_modules=["projection"]).save_pretrained(tmp_path / "adapter")
-    code, message = refusal(base, tmp_path / "adapter", unwritten, capsys)
-    assert code in (3, 4)
-    assert "convolution" in message
+def test_several_dora_adapters_each_take_the_norm_of_the_unmerged_weight(llama: Path, tmp_path: Path) -> None:
+    for number in range(2):
+        wrapped = adapt(load(LLAMA, llama), seed=number, use_dora=True, **QV)
+        wrapped.save_pretrained(tmp_path / str(number))
+    together = PeftModel.from_pretrained(load(LLAMA, llama), tmp_path / "0", adapter_name="0")
+    together.load_adapter(tmp_path / "1", adapter_name="1")
+    together.base_model.set_adapter(["0", "1"])
+    said = output_of(together.eval(), LLAMA.inputs())
+    loratool.merge(llama, [tmp_path / "0", tmp_path / "1"], tmp_path / "out")
+    found = output_of(load(LLAMA, tmp_path / "out"), LLAMA.inputs())
+    assert float((found - said).abs().max()) <= 1e-5 * float(said.abs().max())
 
 
-def test_lora_on_fused_experts_is_refused_by_its_name(
-    tmp_path: Path, unwritten: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import transformers
-
-    family = Family(
-        lambda: transformers.MixtralConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=HIDDEN,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            num_local_experts=2,
-        ),
-        "MixtralForCausalLM",
-        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
-    )
-    base = build_base(tmp_path / "base", family)
-    assert any(".experts.0." in name for name in raw_tensors(base)), "shards keep experts apart"
-    adapt(load(family, base), **family.targets).save_pretrained(tmp_path / "adapter")
-    code, message = refusal(base, tmp_path / "adapter", unwritten, capsys)
-    assert code in (3, 4)
-    assert "target_parameters" in message
+# -- what does not fit -------------------------------------------------------------------------------
 
 
 def test_an_adapter_of_another_model_is_refused_with_every_tensor_that_has_no_place(
