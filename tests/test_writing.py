@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import mmap
 import os
 import random
 import shutil
@@ -33,7 +34,7 @@ from loratool import engine, resources, writing
 from loratool.planning import ShardPlan
 from loratool.safefile import Layout
 
-PAGE, SECTOR = 4096, 512
+PAGE, SECTOR = max(4096, mmap.PAGESIZE), 512
 BF16, F16, F32, F64, U8 = torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.uint8
 NAMES = {BF16: "BF16", F16: "F16", F32: "F32", F64: "F64", U8: "U8"}
 
