@@ -82,6 +82,18 @@ def cli() -> None:
     help="Dtype of every float tensor written.",
 )
 @click.option(
+    "--map",
+    "maps",
+    multiple=True,
+    metavar="REGEX=TEMPLATE",
+    help="Another name for the adapters' weights in which REGEX is found, as in re.sub; may be repeated.",
+)
+@click.option(
+    "--fan-in-fan-out/--no-fan-in-fan-out",
+    default=None,
+    help="Whether square weights that nothing else decides are stored (in, out).",
+)
+@click.option(
     "--shard-size", type=Size(), help="Tensor bytes per output file, such as 5GB [default: the base's shards]."
 )
 @click.option("--workers", type=click.IntRange(1, 1024), help="Threads [default: two more than cores, at most 16].")
@@ -96,6 +108,8 @@ def merge(
     weights: tuple[float, ...],
     device: str,
     dtype: str,
+    maps: tuple[str, ...],
+    fan_in_fan_out: bool | None,
     shard_size: int | None,
     workers: int | None,
     max_memory: int | None,
@@ -115,11 +129,22 @@ def merge(
       loratool merge ./Llama-3.2-1B ./my-adapter -o ./merged
       loratool merge ./base ./style ./facts -w 0.7 -w 1.2 -o ./merged --shard-size 5GB
       loratool merge ./merged ./my-adapter -w -1 -o ./base-again
+      loratool merge ./base ./my-adapter -o ./merged --map '^model[.]text[.]=model.'
     """
     from loratool.merging import merge, plan
 
     if dry_run:
-        planned = plan(base, adapters, out, weights=weights, dtype=dtype, shard_size=shard_size, overwrite=overwrite)
+        planned = plan(
+            base,
+            adapters,
+            out,
+            weights=weights,
+            dtype=dtype,
+            maps=maps,
+            fan_in_fan_out=fan_in_fan_out,
+            shard_size=shard_size,
+            overwrite=overwrite,
+        )
         from loratool.report import plan_data, plan_text
         from loratool.resources import estimated_memory
 
@@ -134,6 +159,8 @@ def merge(
             weights=weights,
             device=device,
             dtype=dtype,
+            maps=maps,
+            fan_in_fan_out=fan_in_fan_out,
             shard_size=shard_size,
             workers=workers,
             max_memory=max_memory,

@@ -68,6 +68,8 @@ def merge(
     weights: Sequence[float] | None = None,
     device: str = "auto",
     dtype: str = "keep",
+    maps: Sequence[str] = (),
+    fan_in_fan_out: bool | None = None,
     shard_size: int | None = None,
     workers: int | None = None,
     max_memory: int | None = None,
@@ -86,6 +88,9 @@ def merge(
         weights: a strength for each adapter, 1 by default; negative ones take an adapter out again.
         device: "auto" (CUDA where there is one), "cpu", "cuda" (all GPUs) or "cuda:N".
         dtype: "keep", "float32", "bfloat16" or "float16" for every float tensor of the output.
+        maps: `REGEX=TEMPLATE` each; the first whose pattern is found in the name of an adapter's weight makes another
+            name of it, for a base whose names nothing else explains.
+        fan_in_fan_out: whether square weights that neither shapes nor architecture decide are stored (in, out).
         shard_size: bytes of tensor data per output file; by default the base's own shards.
         workers: threads; by default two more than cores, at most 16.
         max_memory: bytes that the process may keep resident.
@@ -101,7 +106,7 @@ def merge(
     started = time.monotonic()
     check_arguments(device, workers, max_memory)
     sweep(Path(os.path.realpath(out)))
-    plan, target = prepare(base, adapters, out, weights, dtype, shard_size, overwrite)
+    plan, target = prepare(base, adapters, out, weights, dtype, maps, fan_in_fan_out, shard_size, overwrite)
     runtime = start_torch(device)
     try:
         check_values(plan)
@@ -129,11 +134,13 @@ def plan(
     *,
     weights: Sequence[float] | None = None,
     dtype: str = "keep",
+    maps: Sequence[str] = (),
+    fan_in_fan_out: bool | None = None,
     shard_size: int | None = None,
     overwrite: bool = False,
 ) -> MergePlan:
     """What `merge` with the same arguments would do; nothing is touched. Raises as `merge` does."""
-    return prepare(base, adapters, out, weights, dtype, shard_size, overwrite)[0]
+    return prepare(base, adapters, out, weights, dtype, maps, fan_in_fan_out, shard_size, overwrite)[0]
 
 
 def prepare(
@@ -142,6 +149,8 @@ def prepare(
     out: PathLike,
     weights: Sequence[float] | None,
     dtype: str,
+    maps: Sequence[str],
+    fan_in_fan_out: bool | None,
     shard_size: int | None,
     overwrite: bool,
 ) -> tuple[MergePlan, Path]:
@@ -149,7 +158,16 @@ def prepare(
     paths = [Path(p) for p in ([adapters] if isinstance(adapters, (str, os.PathLike)) else adapters)]
     target = check_target(Path(out), [Path(base), *paths], overwrite)
     read = [read_adapter(path) for path in paths]
-    return plan_merge(open_checkpoint(Path(base)), read, weights=weights, dtype=dtype, shard_size=shard_size), target
+    planned = plan_merge(
+        open_checkpoint(Path(base)),
+        read,
+        weights=weights,
+        dtype=dtype,
+        maps=[maps] if isinstance(maps, str) else maps,
+        fan_in_fan_out=fan_in_fan_out,
+        shard_size=shard_size,
+    )
+    return planned, target
 
 
 def check_arguments(device: str, workers: int | None, max_memory: int | None) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from loratool import __version__
 from loratool.adapter import StoredTensor, same_bytes, stored_tensors
-from loratool.binding import Place, bind
+from loratool.binding import bind, tell
 from loratool.checkpoint import INDEX_SUFFIX, NUMBERED, PROVENANCE, SINGLE, Checkpoint, index_text
 from loratool.companions import OutputFile, companions
 from loratool.errors import FitError, InputError, UsageError, printable
@@ -27,9 +27,9 @@ from loratool.updates import Replace, ReplaceRows, Update
 
 if TYPE_CHECKING:
     from loratool.adapter import Adapter
+    from loratool.binding import Bound
 
 DTYPES = ("keep", "float32", "bfloat16", "float16")
-LARGEST_WIDTH = 1 << 62  # columns
 MOST_NAMED = 8  # places of one kind that a problem names before it counts the rest
 
 
@@ -97,6 +97,7 @@ class MergePlan:
     side_files: tuple[OutputFile, ...]
     left_out: tuple[str, ...]
     notes: tuple[str, ...]
+    naming: tuple[object, ...] = ()  # what the caller said about names and orientation
 
     @cached_property
     def spans(self) -> tuple[Span, ...]:
@@ -126,6 +127,7 @@ class MergePlan:
             "base": [(str(s.path.resolve()), s.identity.size, s.identity.modified) for s in self.base.shards],
             "adapters": list(digests),
             "weights": self.weights,
+            "naming": self.naming,
             "device": device,
             "shards": [(s.name, hashlib.sha256(s.layout.header).hexdigest()) for s in self.shards],
         }
@@ -139,6 +141,8 @@ def plan_merge(
     weights: Sequence[float] | None = None,
     dtype: str = "keep",
     shard_size: int | None = None,
+    maps: Sequence[str] = (),
+    fan_in_fan_out: bool | None = None,
 ) -> MergePlan:
     """Plan `base` + Σ weight · adapter.
 
@@ -148,6 +152,8 @@ def plan_merge(
         weights: a strength for each adapter, 1 by default; negative ones take an adapter out again.
         dtype: "keep", or the dtype that every float tensor of the output gets.
         shard_size: bytes of tensor data per output file; by default the base's own shards.
+        maps: `REGEX=TEMPLATE` each, other names for the weights of adapters.
+        fan_in_fan_out: whether square weights that nothing else decides are stored (in, out).
 
     Raises:
         UsageError: the arguments contradict each other.
@@ -157,14 +163,16 @@ def plan_merge(
     strengths = check_arguments(adapters, weights, dtype, shard_size)
     check_supported(adapters)
     notes = [*base.notes, *(f"{a.name}: {note}" for a in adapters for note in a.notes)]
-    edits = find_edits(base, adapters, strengths, notes)
+    bounds = [bind(adapter, base, maps=maps, fan_in_fan_out=fan_in_fan_out) for adapter in adapters]
+    edits = find_edits(base, adapters, strengths, bounds, notes)
     shards = place(base, edits, dtype, shard_size)
     files, left_out = companions(base, adapters, dtype, notes)
     if (index := plan_index(base, shards)) is not None:
         files[index.name] = index
     side_files = tuple(files[name] for name in sorted(files))
     check_names([PROVENANCE, *(s.name for s in shards), *files])
-    return MergePlan(base, tuple(adapters), strengths, dtype, shards, side_files, tuple(left_out), tuple(notes))
+    naming = (*maps, fan_in_fan_out)
+    return MergePlan(base, tuple(adapters), strengths, dtype, shards, side_files, tuple(left_out), tuple(notes), naming)
 
 
 def check_arguments(
@@ -193,30 +201,24 @@ def check_supported(adapters: Sequence[Adapter]) -> None:
 
 
 def find_edits(
-    base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], notes: list[str]
+    base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], bounds: Sequence[Bound], notes: list[str]
 ) -> dict[str, tuple[Edit, ...]]:
     """Tensor of the base → its edits, replacements first. All misfits are told in one `FitError`."""
     edits: dict[str, list[Edit]] = {}
     problems: list[str] = []
     unsupported: list[str] = []
-    for number, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
-        bound = bind(adapter, base)
+    for number, (adapter, weight, bound) in enumerate(zip(adapters, weights, bounds, strict=True)):
         notes += [f"{adapter.name}: {note}" for note in bound.notes]
-        problems += [f"{adapter.name}: {printable(target)}: {why}" for target, why in bound.problems.items()]
-        taken: dict[str, list[tuple[Place, str]]] = {}
+        problems += [f"{adapter.name}: {line}" for line in tell(bound.problems)]
         for target, places in bound.places.items():
             where = f"{adapter.name}: {printable(target)}"
             for place in places:
                 tensor, info = place.tensor, base.tensors[place.tensor]
-                others = [owner for other, owner in taken.get(tensor, ()) if overlap(place, other)]
-                taken.setdefault(tensor, []).append((place, target))
                 if info.dtype not in FLOAT_NAMES:
                     unsupported.append(
                         f"{where}: {printable(tensor)} is stored as {info.dtype}; only {', '.join(FLOAT_NAMES)} "
                         "weights can be edited, so give the model before its quantisation as BASE"
                     )
-                elif others:
-                    problems.append(f"{where}: {printable(tensor)} is edited by {printable(others[0])} already")
                 elif tied := why_tied(target, base):
                     problems.append(f"{where}: {tied}")
                 elif isinstance(place.update, (Replace, ReplaceRows)) and weight < 0:
@@ -257,18 +259,6 @@ def find_edits(
         raise FitError(f"{owners} does not fit the base {base.name}:", problems)
     live = {tensor: [edit for edit in found if edit.strength] for tensor, found in edits.items()}
     return {tensor: tuple(sorted(found, key=replaces_first)) for tensor, found in live.items() if found}
-
-
-def overlap(one: Place, other: Place) -> bool:
-    """Whether two places of one tensor have an element in common."""
-    apart = one.first_row + one.rows <= other.first_row or other.first_row + other.rows <= one.first_row
-    if apart or one.fold != other.fold:
-        return not apart
-    columns = [slice.indices(place.columns, LARGEST_WIDTH) for place in (one, other)]
-    (start, stop, step), (start2, stop2, step2) = columns
-    if step == step2 and (start - start2) % step:
-        return False
-    return start < stop2 and start2 < stop
 
 
 def has_base(adapter: Adapter, target: str, base: Checkpoint, tensor: str) -> bool:
