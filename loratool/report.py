@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loratool.inspecting import AdapterFacts, CheckpointFacts
     from loratool.merging import MergeReport
-    from loratool.planning import MergePlan
+    from loratool.planning import Edit, MergePlan, Span
 
 MOST_LINES = 40  # rows of a listing before the rest is counted
 
@@ -77,8 +76,6 @@ def merge_text(report: MergeReport) -> str:
 
 def plan_text(plan: MergePlan, memory: int) -> str:
     """What a merge would do, for people."""
-    from loratool.errors import printable
-
     rows: list[tuple[str, object]] = [
         ("base", f"{plan.base.name}: {len(plan.base.shards)} files, {len(plan.spans)} tensors"),
         *(
@@ -96,18 +93,50 @@ def plan_text(plan: MergePlan, memory: int) -> str:
     ]
     rows += [("left out", name) for name in plan.left_out]
     rows += [("note", note) for note in plan.notes]
-    edits = Counter(
-        (pattern(e.target), e.rule, pattern(span.placed.name), "×".join(map(str, span.info.shape)), span.placed.dtype)
-        for span in plan.edited
-        for e in span.edits
-    )
-    listing = [
-        f"  {printable(target)} → {rule} → {printable(tensor)}  {shape} {dtype}  ×{count}"
-        for (target, rule, tensor, shape, dtype), count in list(edits.items())[:MOST_LINES]
-    ]
-    if len(edits) > MOST_LINES:
-        listing.append(f"  … and {len(edits) - MOST_LINES} more patterns")
-    return "\n".join([aligned(rows), "edits:", *listing])
+    listing = edit_lines(plan)
+    if len(listing) > MOST_LINES:
+        listing = [*listing[:MOST_LINES], f"… and {len(listing) - MOST_LINES} more patterns"]
+    return "\n".join([aligned(rows), "edits:", *(f"  {line}" for line in listing)])
+
+
+def edit_lines(plan: MergePlan) -> list[str]:
+    """*adapter's name → rule → tensor[rows]*; edits that differ in numbers alone share a line.
+
+    Rows are those of the tensor seen as a matrix, and shown for the first of a line where they differ.
+    """
+    from loratool.binding import grouped, template_of
+    from loratool.errors import printable
+
+    parts: dict[tuple[int, str, str, str, str], list[str]] = {}
+    for span in plan.edited:
+        about = f"{'×'.join(map(str, span.info.shape))} {span.placed.dtype}"
+        for edit in span.edits:
+            key = (edit.adapter, edit.target, edit.rule, span.placed.name, about)
+            parts.setdefault(key, []).append(part_of(edit, span))
+    lines: dict[tuple[int, str, str, str, str], list[tuple[str, str, str]]] = {}
+    for (adapter, target, rule, tensor, about), where in parts.items():
+        shown = ", ".join(where[:2]) + (", …" if len(where) > 2 else "")
+        like = (adapter, template_of(target)[0], rule, template_of(tensor)[0], about)
+        lines.setdefault(like, []).append((target.removesuffix(".weight"), tensor, shown))
+
+    def line(like: tuple[int, str, str, str, str], members: Sequence[tuple[str, str, str]]) -> str:
+        targets, tensors = (grouped(dict.fromkeys(m[side] for m in members)) for side in (0, 1))
+        rows = members[0][2] + (", …" if any(m[2] != members[0][2] for m in members) else "")
+        whose = f"{plan.adapters[like[0]].name}: " if len(plan.adapters) > 1 else ""
+        found = " + ".join(map(printable, tensors)) + (f"[{rows}]" if rows else "")
+        return f"{whose}{' + '.join(map(printable, targets))} → {like[2]} → {found}  {like[4]}  ×{len(members)}"
+
+    return [line(like, members) for like, members in lines.items()]
+
+
+def part_of(edit: Edit, span: Span) -> str:
+    """The rows and columns that an edit covers, as a slice; nothing for all of them."""
+    rows = "" if edit.rows == span.rows else f"{edit.first_row}:{edit.first_row + edit.rows}"
+    if edit.columns == slice(None):
+        return rows
+    start, stop, step = edit.columns.start or 0, edit.columns.stop, edit.columns.step
+    columns = f"{start}:{'' if stop is None else stop}" + (f":{step}" if step else "")
+    return f"{rows or ':'}, {columns}"
 
 
 def plan_data(plan: MergePlan, memory: int) -> dict[str, Any]:
@@ -119,7 +148,13 @@ def plan_data(plan: MergePlan, memory: int) -> dict[str, Any]:
             for a, w in zip(plan.adapters, plan.weights, strict=True)
         ],
         "edits": [
-            {"adapter": plan.adapters[e.adapter].name, "target": e.target, "rule": e.rule, "tensor": span.placed.name}
+            {
+                "adapter": plan.adapters[e.adapter].name,
+                "target": e.target,
+                "rule": e.rule,
+                "tensor": span.placed.name,
+                "part": part_of(e, span),
+            }
             for span in plan.edited
             for e in span.edits
         ],
@@ -132,11 +167,6 @@ def plan_data(plan: MergePlan, memory: int) -> dict[str, Any]:
         "left_out": list(plan.left_out),
         "notes": list(plan.notes),
     }
-
-
-def pattern(name: str) -> str:
-    """A tensor name with its layer number replaced, so that layers can be counted together."""
-    return ".".join("N" if part.isdigit() else part for part in name.split("."))
 
 
 def adapter_text(facts: AdapterFacts) -> str:
