@@ -204,6 +204,16 @@ def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
     return True
 
 
+def same_values(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors have the same dtype and the same values in the same places, however they lie on disk."""
+    if one.shape != other.shape or one.transposed == other.transposed:
+        return one.shape == other.shape and same_bytes(one, other)
+    if one.info.dtype != other.info.dtype or one.info.dtype not in EXPONENT:
+        return False
+    first, second = (each.bits()[0].reshape(each.info.shape) for each in (one, other))
+    return bool((first == second.T).all())
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()

@@ -100,6 +100,7 @@ def cli() -> None:
 @click.option("--max-memory", type=Size(), help="Resident memory to stay under, such as 400MB.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and touch nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT where it is a model already.")
+@click.option("--allow-new-tensors", is_flag=True, help="Add heads that an adapter saved and BASE has not.")
 @output_options
 def merge(
     base: Path,
@@ -115,6 +116,7 @@ def merge(
     max_memory: int | None,
     dry_run: bool,
     overwrite: bool,
+    allow_new_tensors: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -144,6 +146,7 @@ def merge(
             fan_in_fan_out=fan_in_fan_out,
             shard_size=shard_size,
             overwrite=overwrite,
+            allow_new_tensors=allow_new_tensors,
         )
         from loratool.report import plan_data, plan_text
         from loratool.resources import estimated_memory
@@ -165,6 +168,7 @@ def merge(
             workers=workers,
             max_memory=max_memory,
             overwrite=overwrite,
+            allow_new_tensors=allow_new_tensors,
             progress=progress,
         )
     show(report, lambda: str(report), as_json, quiet)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.checkpoint import Checkpoint, leaves
 from loratool.errors import printable
+from loratool.layouts.architectures import CLASS_ENDS, IRREGULAR_CLASSES, LABEL_HEADS, TASK_CLASSES
+from loratool.layouts.ties import TEXT_CONFIGS, TIE_FLAGS
 
 if TYPE_CHECKING:
     from loratool.adapter import Adapter
@@ -37,6 +40,18 @@ CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 
 @dataclass(frozen=True)
+class ConfigEdit:
+    """A value of `config.json` that the output has another for."""
+
+    path: tuple[str, ...]  # keys from the top
+    value: Any
+
+    def __str__(self) -> str:
+        shown = json.dumps(self.value) if not isinstance(self.value, dict) else f"{len(self.value)} entries"
+        return f"config.json: {'.'.join(map(printable, self.path))} set to {shown}"
+
+
+@dataclass(frozen=True)
 class OutputFile:
     """A small file of the output: the copy of a file, or new content."""
 
@@ -51,7 +66,7 @@ class OutputFile:
 
 
 def companions(
-    base: Checkpoint, adapters: Sequence[Adapter], dtype: str, notes: list[str]
+    base: Checkpoint, adapters: Sequence[Adapter], dtype: str, notes: list[str], edits: Sequence[ConfigEdit] = ()
 ) -> tuple[dict[str, OutputFile], list[str]]:
     """The files of the output by name, and those left out: the base's, the adapters' tokenizer over them, config edits."""
     files = {name: OutputFile(name, base.root / name) for name in base.side_files}
@@ -65,9 +80,12 @@ def companions(
             if name in files and files[name].source == base.root / name:
                 del files[name]
                 left_out.append(f"{name} (the adapter's tokenizer_config.json brings its own)")
-    if dtype != "keep" and (edited := config_with_dtype(base.config, dtype)) is not None:
-        files["config.json"] = OutputFile("config.json", content=edited)
-        notes.append(f"config.json: dtype set to {dtype}")
+    edits = [*edits, *(dtype_edits(base.config, dtype) if dtype != "keep" else ())]
+    if edits and base.config:
+        files["config.json"] = OutputFile("config.json", content=edited_config(base.config, edits))
+    elif edits:
+        notes.append("the base has no config.json; the one that is put beside the output must say so:")
+    notes += map(str, edits)
     return files, left_out
 
 
@@ -89,20 +107,103 @@ def tokenizer_files(adapters: Sequence[Adapter], notes: list[str]) -> dict[str, 
     return found
 
 
-def config_with_dtype(config: Mapping[str, Any], dtype: str) -> bytes | None:
-    """`config.json` with every dtype entry set, or None where it has none."""
-    changed = False
+def edited_config(config: Mapping[str, Any], edits: Sequence[ConfigEdit]) -> bytes:
+    """`config.json` with some values set; keys stay in their order, new ones go to the end."""
 
-    def visit(node: Mapping[str, Any]) -> dict[str, Any]:
-        nonlocal changed
-        result: dict[str, Any] = {}
-        for key, value in node.items():
-            if key in ("torch_dtype", "dtype") and isinstance(value, str):
-                changed = changed or value != dtype
-                result[key] = dtype
-            else:
-                result[key] = visit(value) if isinstance(value, dict) else value
-        return result
+    def put(node: Mapping[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
+        key, *rest = path
+        return {**node, key: put(node[key], tuple(rest), value) if rest else value}
 
-    table = visit(config)
-    return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode() if changed else None
+    for edit in edits:
+        config = put(config, edit.path, edit.value)
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def parts_of(
+    config: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    """The config and every config within it, each with the keys that lead there."""
+    yield path, config
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from parts_of(value, (*path, key))
+
+
+def dtype_edits(config: Mapping[str, Any], dtype: str) -> list[ConfigEdit]:
+    """Every entry that tells the dtype and tells another one."""
+    return [
+        ConfigEdit((*path, key), dtype)
+        for path, part in parts_of(config)
+        for key in ("torch_dtype", "dtype")
+        if isinstance(part.get(key), str) and part[key] != dtype
+    ]
+
+
+def tie_edits(config: Mapping[str, Any]) -> list[ConfigEdit]:
+    """The flag that ties, off: at the top and for the language model, whether it is there or not, and where it is on.
+
+    Releases of transformers differ in which of them they read, and in what they take a missing one for.
+    """
+    return [
+        ConfigEdit((*path, key), False)
+        for path, part in parts_of(config)
+        for key in TIE_FLAGS
+        if part.get(key) is True
+        or (key == TIE_FLAGS[0] and key not in part and all(name in TEXT_CONFIGS for name in path))
+    ]
+
+
+def vocabulary_edits(config: Mapping[str, Any], sizes: Set[int]) -> list[ConfigEdit]:
+    """The number of tokens, at the top and for the language model, where it is there and another."""
+    return [
+        ConfigEdit((*path, "vocab_size"), size)
+        for size in sizes
+        for path, part in parts_of(config)
+        if all(name in TEXT_CONFIGS for name in path) and part.get("vocab_size", size) != size
+    ]
+
+
+def head_edits(
+    base: Checkpoint, trained: Mapping[str, Any], heads: Mapping[str, tuple[int, ...]], new: Set[str]
+) -> list[ConfigEdit]:
+    """What the config must say of heads that an adapter brings: the class of the model, and the labels.
+
+    Args:
+        base: whose config it is.
+        trained: the adapter's config.
+        heads: their tensors and shapes.
+        new: those of them that the base has not.
+    """
+    edits: list[ConfigEdit] = []
+    if new and (name := class_with_head(base, trained)) and [name] != list(base.architectures):
+        edits.append(ConfigEdit(("architectures",), [name]))
+    counts = {
+        shape[0]
+        for tensor, shape in heads.items()
+        if tensor.endswith(".weight") and len(shape) == 2 and tensor.split(".")[-2] in LABEL_HEADS
+    }
+    if len(counts) == 1 and (count := counts.pop()) != labels_of(base.config):
+        names = {str(number): f"LABEL_{number}" for number in range(count)}
+        edits.append(ConfigEdit(("id2label",), names))
+        edits.append(ConfigEdit(("label2id",), {label: int(number) for number, label in names.items()}))
+        if "num_labels" in base.config:
+            edits.append(ConfigEdit(("num_labels",), count))
+    return edits
+
+
+def class_with_head(base: Checkpoint, trained: Mapping[str, Any]) -> str:
+    """The class of transformers that was trained; empty where neither the adapter nor the base tells."""
+    mapping, task = trained.get("auto_mapping"), trained.get("task_type")
+    if isinstance(mapping, dict) and isinstance(named := mapping.get("base_model_class"), str):
+        return named
+    end = TASK_CLASSES.get(task, "") if isinstance(task, str) else ""
+    if not end or not base.architectures:
+        return ""
+    regular = re.sub(CLASS_ENDS, "", base.architectures[0]) + end
+    return IRREGULAR_CLASSES.get((base.model_type, end), regular)
+
+
+def labels_of(config: Mapping[str, Any]) -> int:
+    """How many labels the config knows; transformers takes a missing entry for two."""
+    labels, count = config.get("id2label"), config.get("num_labels")
+    return len(labels) if isinstance(labels, dict) else count if isinstance(count, int) else 2

@@ -22,7 +22,7 @@ from loratool.writing import PAGE
 if TYPE_CHECKING:
     import torch
 
-    from loratool.planning import Edit, Span
+    from loratool.placing import Edit, Span
     from loratool.writing import OutputShard
 
 LOOKED_AT = 1 << 19  # elements that are searched for small values at a time

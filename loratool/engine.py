@@ -35,7 +35,8 @@ from loratool.staging import FinishedShard, Stage
 from loratool.writing import PAGE, OutputShard
 
 if TYPE_CHECKING:
-    from loratool.planning import MergePlan, ShardPlan, Span
+    from loratool.placing import ShardPlan, Span
+    from loratool.planning import MergePlan
     from loratool.safefile import SafeFile
 
 MOST_LANES = 4  # output files that are written at the same time
@@ -77,7 +78,7 @@ class Engine:
     ) -> None:
         self.plan, self.stage, self.runtime = plan, stage, runtime
         self.workers, self.max_memory, self.progress = workers, max_memory, progress
-        self.totals = Totals(changed=any(shard.changed for shard in stage.finished.values()))
+        self.totals = Totals(changed=plan.replaces or any(shard.changed for shard in stage.finished.values()))
         self.shelf = Shelf()
         self.bytes_all = sum(span.placed.nbytes for span in plan.spans)
         self.bytes_done = 0

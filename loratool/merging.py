@@ -74,6 +74,7 @@ def merge(
     workers: int | None = None,
     max_memory: int | None = None,
     overwrite: bool = False,
+    allow_new_tensors: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Write W' = W + Σ weight · ΔW as a complete model folder `out`, shard by shard.
@@ -95,6 +96,7 @@ def merge(
         workers: threads; by default two more than cores, at most 16.
         max_memory: bytes that the process may keep resident.
         overwrite: replace `out` where it is a model folder already, in one step at the end.
+        allow_new_tensors: add the heads that an adapter saved where the base has none, or others.
         progress: called with (bytes done, bytes in all), from any thread, one call at a time.
 
     Raises:
@@ -106,7 +108,9 @@ def merge(
     started = time.monotonic()
     check_arguments(device, workers, max_memory)
     sweep(Path(os.path.realpath(out)))
-    plan, target = prepare(base, adapters, out, weights, dtype, maps, fan_in_fan_out, shard_size, overwrite)
+    plan, target = prepare(
+        base, adapters, out, weights, dtype, maps, fan_in_fan_out, shard_size, overwrite, allow_new_tensors
+    )
     runtime = start_torch(device)
     try:
         check_values(plan)
@@ -115,7 +119,7 @@ def merge(
             resumed = tuple(stage.finished)
             engine = Engine(plan, stage, runtime, workers, max_memory, progress)
             totals = engine.run()
-            if not any(shard.changed for shard in stage.finished.values()):
+            if not (plan.replaces or any(shard.changed for shard in stage.finished.values())):
                 raise FitError(
                     f"{printable(out)}: not written, for every weight rounds to what it was: nothing changes"
                 )
@@ -138,9 +142,12 @@ def plan(
     fan_in_fan_out: bool | None = None,
     shard_size: int | None = None,
     overwrite: bool = False,
+    allow_new_tensors: bool = False,
 ) -> MergePlan:
     """What `merge` with the same arguments would do; nothing is touched. Raises as `merge` does."""
-    return prepare(base, adapters, out, weights, dtype, maps, fan_in_fan_out, shard_size, overwrite)[0]
+    return prepare(base, adapters, out, weights, dtype, maps, fan_in_fan_out, shard_size, overwrite, allow_new_tensors)[
+        0
+    ]
 
 
 def prepare(
@@ -153,6 +160,7 @@ def prepare(
     fan_in_fan_out: bool | None,
     shard_size: int | None,
     overwrite: bool,
+    allow_new_tensors: bool,
 ) -> tuple[MergePlan, Path]:
     """The plan and the real path of the output, after every check that headers and `stat` allow."""
     paths = [Path(p) for p in ([adapters] if isinstance(adapters, (str, os.PathLike)) else adapters)]
@@ -166,6 +174,7 @@ def prepare(
         maps=[maps] if isinstance(maps, str) else maps,
         fan_in_fan_out=fan_in_fan_out,
         shard_size=shard_size,
+        allow_new_tensors=allow_new_tensors,
     )
     return planned, target
 

@@ -8,81 +8,29 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from types import MappingProxyType
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, NoReturn
 
 from loratool import __version__
-from loratool.adapter import StoredTensor, same_bytes, stored_tensors
+from loratool.adapter import same_values
 from loratool.binding import bind, tell
-from loratool.checkpoint import INDEX_SUFFIX, NUMBERED, PROVENANCE, SINGLE, Checkpoint, index_text
-from loratool.companions import OutputFile, companions
+from loratool.checkpoint import PROVENANCE, Checkpoint
+from loratool.companions import ConfigEdit, OutputFile, companions, head_edits, tie_edits, vocabulary_edits
 from loratool.errors import FitError, InputError, UsageError, printable
-from loratool.layouts.architectures import GENERATIVE, INPUT_EMBEDDINGS, OUTPUT_HEADS
-from loratool.safefile import FLOAT_NAMES, Layout, SafeFile, TensorInfo
-from loratool.updates import Replace, ReplaceRows, Update
+from loratool.placing import Edit, ShardPlan, Source, Span, check_names, place_all, plan_index
+from loratool.safefile import FLOAT_NAMES
+from loratool.tying import Saved, Ties, find_ties, is_generative, on_disk, settle
+from loratool.updates import Replace, ReplaceRows
+from loratool.vocabulary import Trained, as_trained, is_of_tokens, saved_whole, unequal_vocabularies, usual_dtype
 
 if TYPE_CHECKING:
-    from loratool.adapter import Adapter
-    from loratool.binding import Bound
+    from loratool.adapter import Adapter, StoredTensor
+    from loratool.binding import Place
+    from loratool.vocabulary import Binder
 
 DTYPES = ("keep", "float32", "bfloat16", "float16")
-MOST_NAMED = 8  # places of one kind that a problem names before it counts the rest
-
-
-@dataclass(frozen=True)
-class Edit:
-    """One update, or some rows of one, on rows `first_row` … `first_row + rows` of one weight."""
-
-    weight: str
-    first_row: int
-    rows: int
-    update: Update
-    strength: float
-    adapter: int  # which of the merge's adapters
-    target: str  # what that adapter calls the weight
-    rule: str  # how its tensor was found
-    update_row: int = 0  # the update's row that goes to `first_row`
-    columns: slice = field(default_factory=lambda: slice(None))  # those of the weight that the update's columns go to
-    fold: int = 1  # leading dimensions of the weight that make up its rows
-
-    shared: bool = False  # other edits take other rows of the same update
-
-
-@dataclass(frozen=True)
-class Span:
-    """One tensor's way from a base file to its place in an output file."""
-
-    source: SafeFile
-    info: TensorInfo  # in the source
-    placed: TensorInfo  # in the output
-    edits: tuple[Edit, ...] = ()
-
-    @property
-    def untouched(self) -> bool:
-        return not self.edits and self.info.dtype == self.placed.dtype
-
-    @cached_property
-    def rows(self) -> int:
-        """Of the matrix that the edits see; a row's elements are next to each other in the file."""
-        fold = max((edit.fold for edit in self.edits), default=1)
-        return math.prod(self.info.shape[:fold]) if fold > 1 else self.info.rows
-
-    @cached_property
-    def width(self) -> int:
-        return self.info.elements // max(self.rows, 1)
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """One output file: its head, and its spans in the order of their bytes."""
-
-    name: str
-    layout: Layout
-    spans: tuple[Span, ...]
 
 
 @dataclass(frozen=True)
@@ -111,6 +59,12 @@ class MergePlan:
     def copied(self) -> int:
         """Tensors that are carried over byte for byte."""
         return sum(span.untouched for span in self.spans)
+
+    @property
+    def replaces(self) -> bool:
+        """Whether a tensor begins as what an adapter saved, so that the output is not the base."""
+        own = {id(shard) for shard in self.base.shards}
+        return any(id(span.source) not in own for span in self.spans)
 
     @property
     def bytes_read(self) -> int:
@@ -143,6 +97,7 @@ def plan_merge(
     shard_size: int | None = None,
     maps: Sequence[str] = (),
     fan_in_fan_out: bool | None = None,
+    allow_new_tensors: bool = False,
 ) -> MergePlan:
     """Plan `base` + Σ weight · adapter.
 
@@ -154,6 +109,7 @@ def plan_merge(
         shard_size: bytes of tensor data per output file; by default the base's own shards.
         maps: `REGEX=TEMPLATE` each, other names for the weights of adapters.
         fan_in_fan_out: whether square weights that nothing else decides are stored (in, out).
+        allow_new_tensors: whether heads that an adapter saved are added where the base has none, or others.
 
     Raises:
         UsageError: the arguments contradict each other.
@@ -163,10 +119,10 @@ def plan_merge(
     strengths = check_arguments(adapters, weights, dtype, shard_size)
     check_supported(adapters)
     notes = [*base.notes, *(f"{a.name}: {note}" for a in adapters for note in a.notes)]
-    bounds = [bind(adapter, base, maps=maps, fan_in_fan_out=fan_in_fan_out) for adapter in adapters]
-    edits = find_edits(base, adapters, strengths, bounds, notes)
-    shards = place(base, edits, dtype, shard_size)
-    files, left_out = companions(base, adapters, dtype, notes)
+    binder = partial(bind, maps=maps, fan_in_fan_out=fan_in_fan_out)
+    changes = find_changes(base, adapters, strengths, binder, allow_new_tensors, notes)
+    shards = place_all(base, changes.edits, dtype, shard_size, changes.moved, changes.added)
+    files, left_out = companions(base, adapters, dtype, notes, changes.config)
     if (index := plan_index(base, shards)) is not None:
         files[index.name] = index
     side_files = tuple(files[name] for name in sorted(files))
@@ -200,210 +156,185 @@ def check_supported(adapters: Sequence[Adapter]) -> None:
         raise FitError("no rule gives these adapter tensors a place, so nothing is merged:", unused)
 
 
-def find_edits(
-    base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], bounds: Sequence[Bound], notes: list[str]
-) -> dict[str, tuple[Edit, ...]]:
-    """Tensor of the base → its edits, replacements first. All misfits are told in one `FitError`."""
-    edits: dict[str, list[Edit]] = {}
-    problems: list[str] = []
-    unsupported: list[str] = []
-    for number, (adapter, weight, bound) in enumerate(zip(adapters, weights, bounds, strict=True)):
-        notes += [f"{adapter.name}: {note}" for note in bound.notes]
-        problems += [f"{adapter.name}: {line}" for line in tell(bound.problems)]
-        for target, places in bound.places.items():
-            where = f"{adapter.name}: {printable(target)}"
-            for place in places:
-                tensor, info = place.tensor, base.tensors[place.tensor]
-                if info.dtype not in FLOAT_NAMES:
-                    unsupported.append(
-                        f"{where}: {printable(tensor)} is stored as {info.dtype}; only {', '.join(FLOAT_NAMES)} "
-                        "weights can be edited, so give the model before its quantisation as BASE"
-                    )
-                elif tied := why_tied(target, base):
-                    problems.append(f"{where}: {tied}")
-                elif isinstance(place.update, (Replace, ReplaceRows)) and weight < 0:
-                    problems.append(
-                        f"{where}: replaces the weight outright, which a weight of {weight:g} cannot take back"
-                    )
-                else:
-                    edit = Edit(
-                        weight=tensor,
-                        first_row=place.first_row,
-                        rows=place.rows,
-                        update=place.update,
-                        strength=weight,
-                        adapter=number,
-                        target=target,
-                        rule=place.rule,
-                        update_row=place.update_row,
-                        columns=place.columns,
-                        fold=place.fold,
-                        shared=len(places) > 1,
-                    )
-                    if target in adapter.bases and not has_base(adapter, target, base, tensor):
-                        own = adapter.bases[target]
-                        if own.shape != info.shape:
-                            problems.append(
-                                f"{where} was trained on top of a weight of its own: it is {list(own.shape)}, "
-                                f"{printable(tensor)} is {list(info.shape)}"
-                            )
-                        edits.setdefault(tensor, []).append(replace(edit, update=own))
-                    edits.setdefault(tensor, []).append(edit)
-        if weight not in (0.0, 1.0) and any(isinstance(u, Replace) for u in adapter.updates.values()):
-            notes.append(f"{adapter.name}: saved modules replace the base's whole, whatever the weight ({weight:g})")
-    problems += rivals(edits, adapters)
-    if unsupported:
-        raise InputError("the base stores weights in a form that cannot be edited:", unsupported)
-    if problems:
-        owners = ", ".join(dict.fromkeys(a.name for a in adapters))
-        raise FitError(f"{owners} does not fit the base {base.name}:", problems)
-    live = {tensor: [edit for edit in found if edit.strength] for tensor, found in edits.items()}
-    return {tensor: tuple(sorted(found, key=replaces_first)) for tensor, found in live.items() if found}
-
-
-def has_base(adapter: Adapter, target: str, base: Checkpoint, tensor: str) -> bool:
-    """Whether the weight that the adapter saved under its update is the one that the base has anyway.
-
-    The one place where a plan reads values: PEFT saves the embedding of every adapter that targets it.
-    """
-    home = next(shard for shard in base.shards if tensor in shard.tensors)
-    (saved,) = stored_tensors(adapter.bases[target])
-    return same_bytes(saved, StoredTensor(home, home.tensors[tensor]))
-
-
-def rivals(edits: Mapping[str, Sequence[Edit]], adapters: Sequence[Adapter]) -> list[str]:
-    """The tensors that more than one adapter replaces."""
-    problems = []
-    for tensor, found in edits.items():
-        owners = [adapters[e.adapter].name for e in found if isinstance(e.update, Replace) and e.strength]
-        if len(owners) > 1:
-            problems.append(
-                f"{printable(tensor)}: replaced by several adapters ({', '.join(owners)}); only one can win"
-            )
-    return problems
-
-
-def replaces_first(edit: Edit) -> bool:
-    return not isinstance(edit.update, Replace)
-
-
-def why_tied(target: str, base: Checkpoint) -> str:
-    """Empty where editing `target` edits nothing else; else the reason it cannot be done.
-
-    Where the head shares the input embedding's tensor, the adapter changed one of the two only.
-    """
-    module = target.rpartition(".")[0].rpartition(".")[2]
-    generative = any(part in name for name in base.architectures for part in GENERATIVE)
-    if module in INPUT_EMBEDDINGS | OUTPUT_HEADS and generative and base.config.get("tie_word_embeddings", True):
-        return "the base ties its head to this embedding, and editing one of the two is not supported yet"
-    return ""
-
-
 @dataclass(frozen=True)
-class Source:
-    """Where the bytes of an output tensor come from before any edit: a tensor of the base, or of an adapter."""
+class Changes:
+    """What becomes of the base's tensors and of its config."""
 
-    file: SafeFile
-    info: TensorInfo
-    name: str  # in the output
-    dtype: str  # in the output, where no dtype is asked for
+    edits: Mapping[str, tuple[Edit, ...]]  # tensor of the output → its edits, replacements first
+    moved: Mapping[str, Source]  # tensors that begin as what an adapter saved
+    added: Sequence[Source]  # tensors that the base has not
+    config: Sequence[ConfigEdit]
 
 
-def place(
+def find_changes(
     base: Checkpoint,
-    edits: Mapping[str, tuple[Edit, ...]],
-    dtype: str,
-    shard_size: int | None,
-    moved: Mapping[str, Source] = MappingProxyType({}),
-    added: Sequence[Source] = (),
-) -> tuple[ShardPlan, ...]:
-    """Every tensor's place in the output.
-
-    `moved` gives tensors of the base another source, with another shape perhaps; `added` are tensors that the base
-    has not, which go to the end of its last file.
-    """
-    wanted = {name: key for key, name in FLOAT_NAMES.items()}.get(dtype)
-    files: list[tuple[str, list[Source]]] = []
-    for shard in base.shards:
-        entries = [moved.get(t.name) or Source(shard, t, t.name, t.dtype) for t in in_file_order(shard.layout)]
-        files.append((shard_name(base, shard), entries))
-    files[-1][1].extend(added)
-    if shard_size is not None:
-        every = [entry for _, entries in files for entry in entries]
-        files = repack(every, wanted, shard_size, stem_of(files[0][0]))
-    plans: list[ShardPlan] = []
-    for name, entries in files:
-        head = [(e.name, new_dtype(e.dtype, wanted), e.info.shape) for e in entries]
-        own = base.shards[len(plans)].layout if shard_size is None else None
-        if own is not None and head == [(t.name, t.dtype, t.shape) for t in in_file_order(own)]:
-            layout = own
-        else:
-            layout = Layout.of(head, next((entry.file.layout.metadata for entry in entries), None))
-        spans = tuple(Span(e.file, e.info, layout.tensors[e.name], edits.get(e.name, ())) for e in entries)
-        plans.append(ShardPlan(name, layout, spans))
-    return tuple(plans)
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    binder: Binder,
+    new_tensors: bool,
+    notes: list[str],
+) -> Changes:
+    """Every edit and every new tensor. All misfits are told in one `FitError`."""
+    draft = Draft(base, adapters, find_ties(base, adapters), notes)
+    for number, weight in enumerate(weights):
+        draft.add(number, weight, as_trained(adapters[number], base, draft.ties, binder, new_tensors))
+    draft.problems += draft.rivals()
+    if draft.unsupported or draft.problems:
+        draft.refuse()
+    changes = draft.changes()
+    if draft.problems:
+        draft.refuse()
+    return changes
 
 
-def in_file_order(layout: Layout) -> list[TensorInfo]:
-    return sorted(layout.tensors.values(), key=lambda t: (t.start, t.stop))
+@dataclass
+class Draft:
+    """What the adapters do to the tensors of the output, while it is being found out."""
+
+    base: Checkpoint
+    adapters: Sequence[Adapter]
+    ties: Ties
+    notes: list[str]
+    edits: dict[str, list[Edit]] = field(default_factory=dict)  # tensor → its edits
+    saved: Saved = field(default_factory=dict)  # tensor → adapter → what that adapter puts in its place to begin from
+    problems: list[str] = field(default_factory=list)
+    unsupported: list[str] = field(default_factory=list)
+
+    def add(self, number: int, weight: float, trained: Trained) -> None:
+        """Note the places of one adapter's targets, and every reason why one has none."""
+        adapter, bound = self.adapters[number], trained.bound
+        self.notes += [f"{adapter.name}: {note}" for note in bound.notes]
+        self.problems += [f"{adapter.name}: {line}" for line in tell({**bound.problems, **trained.refused})]
+        for target, places in bound.places.items():
+            for place in places:
+                if why := self.why_not(place, trained, weight):
+                    self.problems.append(f"{adapter.name}: {printable(target)}: {why}")
+                elif weight:
+                    self.put(number, target, place, weight, len(places) > 1, trained)
+        if weight not in (0.0, 1.0) and any(isinstance(u, Replace) for u in adapter.updates.values()):
+            self.notes.append(
+                f"{adapter.name}: saved modules replace the base's whole, whatever the weight ({weight:g})"
+            )
+
+    def why_not(self, place: Place, trained: Trained, weight: float) -> str:
+        """Empty where an update may go to its place; else the reason it may not."""
+        tensor, info = printable(place.tensor), trained.base.tensors[place.tensor]
+        if info.dtype not in FLOAT_NAMES:
+            self.unsupported.append(
+                f"{tensor} is stored as {info.dtype}; only {', '.join(FLOAT_NAMES)} weights can be edited, so give the "
+                "model before its quantisation as BASE"
+            )
+        if weight < 0 and (isinstance(place.update, (Replace, ReplaceRows)) or place.tensor in trained.saved):
+            return f"replaces the weight outright, which a weight of {weight:g} cannot take back"
+        return ""
+
+    def put(self, number: int, target: str, place: Place, weight: float, shared: bool, trained: Trained) -> None:
+        """Note an update at its place, and what the weight there was when it was trained."""
+        adapter, tensor = self.adapters[number], place.tensor
+        edit = Edit(
+            weight=tensor,
+            first_row=place.first_row,
+            rows=place.rows,
+            update=place.update,
+            strength=weight,
+            adapter=number,
+            target=target,
+            rule=place.rule,
+            update_row=place.update_row,
+            columns=place.columns,
+            fold=place.fold,
+            shared=shared,
+        )
+        if tensor in trained.saved:
+            self.saved.setdefault(tensor, {})[number] = trained.saved[tensor]
+            if isinstance(place.update, Replace):
+                return
+        elif target in adapter.bases and weight > 0 and (own := saved_whole(adapter, target)) is not None:
+            shape = trained.base.tensors[tensor].shape
+            if own.shape != shape:
+                self.problems.append(
+                    f"{adapter.name}: {printable(target)}: was trained on top of a weight of its own: it is "
+                    f"{list(own.shape)}, {printable(tensor)} is {list(shape)}"
+                )
+            elif not same_values(own, self.unedited(tensor)):
+                self.saved.setdefault(tensor, {})[number] = own
+        self.edits.setdefault(tensor, []).append(edit)
+
+    def unedited(self, tensor: str) -> StoredTensor:
+        """What the base holds of a tensor, by the name of that or of what it is tied to."""
+        tied = (group.names[0] for group in self.ties.groups if tensor in group.missing)
+        return on_disk(self.base, next(tied, tensor))
+
+    def rivals(self) -> list[str]:
+        """The tensors that more than one adapter replaces."""
+        problems = []
+        for tensor in {**self.edits, **self.saved}:
+            saved = self.saved.get(tensor, {})
+            owners = set(saved)
+            if len(saved) > 1 and all(same_values(value, next(iter(saved.values()))) for value in saved.values()):
+                owners = {min(saved)}  # trained on top of the same weight
+            rows: dict[int, int] = {}
+            for edit in self.edits.get(tensor, ()):
+                if isinstance(edit.update, Replace):
+                    owners.add(edit.adapter)
+                elif isinstance(edit.update, ReplaceRows):
+                    owners |= {
+                        a for row in edit.update.index if (a := rows.setdefault(row, edit.adapter)) != edit.adapter
+                    }
+                    owners |= {edit.adapter} if owners else set()
+            if len(owners) > 1:
+                names = ", ".join(self.adapters[owner].name for owner in sorted(owners))
+                problems.append(f"{printable(tensor)}: replaced by several adapters ({names}); only one can win")
+        return problems
+
+    def changes(self) -> Changes:
+        """The edits in their order, the sources of tensors that are not the base's, and what the config must say."""
+        base, tied = self.base.tensors, {name for group in self.ties.groups for name in group.missing}
+        heads = {
+            tensor: value
+            for tensor, by in self.saved.items()
+            for value in by.values()
+            if tensor not in tied and (tensor not in base or not is_of_tokens(tensor, base[tensor].shape, self.ties))
+        }
+        config: list[ConfigEdit] = []
+        for adapter in self.adapters:
+            own = {tensor: value.shape for tensor, value in heads.items() if value.file is adapter.file}
+            config += head_edits(self.base, adapter.config, own, {tensor for tensor in own if tensor not in base})
+        classes = [edit.value[0] for edit in config if edit.path == ("architectures",)]
+        settled = settle(self.ties, self.edits, self.saved, len(self.adapters), not classes or is_generative(classes))
+        self.problems += settled.problems
+        first = {tensor: next(iter(by.values())) for tensor, by in self.saved.items()}
+        grown = {t: v.shape for t, v in first.items() if t not in heads and self.unedited(t).shape != v.shape}
+        self.problems += unequal_vocabularies(self.ties, grown)
+        config += vocabulary_edits(self.base.config, {shape[0] for shape in grown.values()})
+        config += tie_edits(self.base.config) if settled.untied else []
+        moved: dict[str, Source] = {}
+        added: list[Source] = []
+        for name, of in settled.added:
+            value = first.get(name) or on_disk(self.base, of)
+            added.append(Source(value.file, value.info, name, base[of].dtype))
+            self.notes.append(f"{printable(name)}: written beside {printable(of)}, to which the base ties it")
+        for tensor, value in first.items():
+            what = f"{printable(tensor)}: {list(value.shape)} as the adapter saved it"
+            if tensor in base:
+                moved[tensor] = Source(value.file, value.info, tensor, base[tensor].dtype)
+                self.notes.append(f"{what}, in place of the base's {list(base[tensor].shape)}")
+            elif tensor not in tied:
+                added.append(Source(value.file, value.info, tensor, usual_dtype(base)))
+                self.notes.append(f"{what}, which the base has not")
+        edits = {tensor: tuple(sorted(found, key=replaces_first)) for tensor, found in self.edits.items()}
+        return Changes(edits, moved, added, config)
+
+    def refuse(self) -> NoReturn:
+        """Tell all misfits of all adapters in one error."""
+        owners = ", ".join(dict.fromkeys(a.name for a in self.adapters))
+        if self.unsupported:
+            raise InputError(
+                "the base stores weights in a form that cannot be edited:", dict.fromkeys(self.unsupported)
+            )
+        raise FitError(f"{owners} does not fit the base {self.base.name}:", self.problems)
 
 
-def shard_name(base: Checkpoint, shard: SafeFile) -> str:
-    return shard.path.relative_to(base.root).as_posix() if base.root.is_dir() else shard.path.name
-
-
-def new_dtype(dtype: str, wanted: str | None) -> str:
-    return wanted if wanted and dtype in FLOAT_NAMES else dtype
-
-
-def repack(entries: Sequence[Source], wanted: str | None, limit: int, stem: str) -> list[tuple[str, list[Source]]]:
-    """Fill files up to `limit` bytes in the given order; a larger tensor gets a file of its own."""
-    groups: list[list[Source]] = [[]]
-    filled = 0
-    for entry in entries:
-        (placed,) = Layout.of([(entry.name, new_dtype(entry.dtype, wanted), entry.info.shape)]).tensors.values()
-        if groups[-1] and filled + placed.nbytes > limit:
-            groups.append([])
-            filled = 0
-        groups[-1].append(entry)
-        filled += placed.nbytes
-    if len(groups) == 1:
-        return [(f"{stem}.safetensors", groups[0])]
-    return [(f"{stem}-{n:05d}-of-{len(groups):05d}.safetensors", group) for n, group in enumerate(groups, 1)]
-
-
-def stem_of(name: str) -> str:
-    match = NUMBERED.match(name)
-    return match["stem"] if match else name.removesuffix(".safetensors")
-
-
-def plan_index(base: Checkpoint, shards: Sequence[ShardPlan]) -> OutputFile | None:
-    """The output's index: the base's bytes where they still hold, a new one, or None for a single file."""
-    weight_map = {span.placed.name: shard.name for shard in shards for span in shard.spans}
-    total = sum(span.placed.nbytes for shard in shards for span in shard.spans)
-    if base.index is None and len(shards) == 1:
-        return None
-    if base.index is not None:
-        same_files = weight_map == {t: shard_name(base, s) for s in base.shards for t in s.tensors}
-        if same_files and (base.index_metadata or {}).get("total_size") == total:
-            return OutputFile(base.index.name, base.index)
-        if len(shards) == 1 and shards[0].name == SINGLE:
-            return None
-        name = base.index.name if same_files else f"{stem_of(shards[0].name)}{INDEX_SUFFIX}"
-        return OutputFile(name, content=index_text(weight_map, total, base.index_metadata))
-    if unwritable := {s.name for s in shards if not s.name.isprintable() and not is_utf8(s.name)}:
-        raise InputError("an index cannot hold file names that are no UTF-8:", map(printable, sorted(unwritable)))
-    return OutputFile(f"{stem_of(shards[0].name)}{INDEX_SUFFIX}", content=index_text(weight_map, total, None))
-
-
-def is_utf8(name: str) -> bool:
-    return name == name.encode(errors="replace").decode()
-
-
-def check_names(names: Iterable[str]) -> None:
-    """Names that some file systems take for one and the same must not meet in the output."""
-    folded: dict[str, list[str]] = {}
-    for name in names:
-        folded.setdefault(unicodedata.normalize("NFC", name).casefold(), []).append(printable(name))
-    if clashing := [" and ".join(alike) for alike in folded.values() if len(alike) > 1]:
-        raise InputError("files of the output differ by upper and lower case or Unicode form only:", clashing)
+def replaces_first(edit: Edit) -> int:
+    """The place of an edit in the order: what replaces the weight, what replaces rows of it, what changes it."""
+    return 0 if isinstance(edit.update, Replace) else 1 if isinstance(edit.update, ReplaceRows) else 2

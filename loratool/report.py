@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loratool.inspecting import AdapterFacts, CheckpointFacts
     from loratool.merging import MergeReport
-    from loratool.planning import Edit, MergePlan, Span
+    from loratool.placing import Edit, Span
+    from loratool.planning import MergePlan
 
 MOST_LINES = 40  # rows of a listing before the rest is counted
 

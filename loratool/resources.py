@@ -17,7 +17,8 @@ from loratool.errors import UsageError, printable
 from loratool.writing import PAGE
 
 if TYPE_CHECKING:
-    from loratool.planning import MergePlan, Span
+    from loratool.placing import Span
+    from loratool.planning import MergePlan
     from loratool.safefile import TensorInfo
 
 CPU_BLOCK = 4 << 20  # bytes of weight: near a core's cache

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from loratool.safefile import SafeFile, copy_bytes, open_regular, read_exactly, write_fully
 
 if TYPE_CHECKING:
-    from loratool.planning import ShardPlan
+    from loratool.placing import ShardPlan
 
 PAGE = max(4096, mmap.PAGESIZE)  # what a direct write begins and ends at, in the file and in memory
 SYNC_CHUNK = 256 << 20  # bytes after which what lies in the page cache is sent to the disk

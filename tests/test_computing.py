@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import loratool
 from loratool import computing, resources
 from loratool.computing import LoadedEdit
-from loratool.planning import Edit
+from loratool.placing import Edit
 from loratool.updates import LowRank, Replace
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")

@@ -22,6 +22,9 @@ ROWS = (
     ("safefile", "updates"),
     ("checkpoint", "adapter", "staging"),
     ("formats", "binding", "companions"),
+    ("placing",),
+    ("tying",),
+    ("vocabulary",),
     ("planning",),
     ("writing", "inspecting"),
     ("resources", "computing"),
@@ -35,8 +38,8 @@ ROW = {module: row for row, modules in enumerate(ROWS) for module in modules}
 
 # Those that work on headers and names. They never import torch, not even inside a function.
 WITHOUT_TORCH = (
-    *("errors", "layouts", "safefile", "checkpoint", "staging", "formats", "binding", "companions", "planning"),
-    *("writing", "inspecting", "report", "cli"),
+    *("errors", "layouts", "safefile", "checkpoint", "staging", "formats", "binding", "companions", "placing", "tying"),
+    *("vocabulary", "planning", "writing", "inspecting", "report", "cli"),
 )
 
 

@@ -81,4 +81,34 @@ INPUT_EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "shared"
 OUTPUT_HEADS = frozenset({"lm_head", "embed_out", "proj_out", "output_projection"})
 
 # Parts of the class names of models that turn hidden states into token logits, so that a head may be tied.
-GENERATIVE = ("ForCausalLM", "LMHead", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
+GENERATIVE = (
+    *("ForCausalLM", "LMHead", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining", "DoubleHeads", "MTModel"),
+    *("ForImageTextToText", "Vision2Seq", "Vision2Text", "ForSpeechSeq2Seq", "SpeechToText", "TextToText"),
+    *("EncoderDecoder", "GenerationDecoder"),
+)
+
+# task_type of an adapter → the end of the class of transformers that was trained.
+TASK_CLASSES = {
+    "CAUSAL_LM": "ForCausalLM",
+    "SEQ_2_SEQ_LM": "ForConditionalGeneration",
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+}
+CLASS_ENDS = r"(?:For[A-Z]\w*|LMHeadModel|WithLMHeadModel|DoubleHeadsModel|MTModel|Model)$"
+# Where taking one end off and putting the other on does not give the class of the task.
+IRREGULAR_CLASSES = {
+    ("gemma3_text", "ForSequenceClassification"): "Gemma3TextForSequenceClassification",
+    ("qwen3_5_text", "ForSequenceClassification"): "Qwen3_5TextForSequenceClassification",
+    ("cohere_compass_text", "ForSequenceClassification"): "CohereCompassTextForSequenceClassification",
+    ("reformer", "ForSequenceClassification"): "ReformerForSequenceClassification",
+    ("reformer", "ForQuestionAnswering"): "ReformerForQuestionAnswering",
+    ("funnel", "ForSequenceClassification"): "FunnelForSequenceClassification",
+    ("funnel", "ForTokenClassification"): "FunnelForTokenClassification",
+    ("funnel", "ForQuestionAnswering"): "FunnelForQuestionAnswering",
+    ("flaubert", "ForQuestionAnswering"): "FlaubertForQuestionAnsweringSimple",
+    ("xlm", "ForQuestionAnswering"): "XLMForQuestionAnsweringSimple",
+    ("xlnet", "ForQuestionAnswering"): "XLNetForQuestionAnsweringSimple",
+}
+# The last modules of classifiers: a row of their weight is a label.
+LABEL_HEADS = frozenset({"score", "classifier", "out_proj", "qa_outputs", "classification_head", "fc", "summary"})

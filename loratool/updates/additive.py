@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from loratool.updates.base import Update
@@ -24,7 +24,7 @@ class LowRank(Update):
     up: Tensor  # (rows, rank)
     down: Tensor  # (rank, columns)
     scale: float
-    turnable: bool = False  # the factors of a linear layer
+    turnable: bool = field(default=False, compare=False)  # the factors of a linear layer
     kernel: tuple[int, ...] = ()  # of a convolution, whose weight is stored (out, in, *kernel)
 
     @property
