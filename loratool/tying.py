@@ -163,7 +163,7 @@ def settle(ties: Ties, edits: Edits, saved: Saved, adapters: int, keeps_head: bo
         adapters: their number.
         keeps_head: whether the class of the output still turns hidden states into tokens.
     """
-    untied: list[str] = []
+    untied: list[Group] = []
     for group in ties.groups:
         if not any(name in edits or name in saved for name in group.names):
             continue
@@ -176,7 +176,7 @@ def settle(ties: Ties, edits: Edits, saved: Saved, adapters: int, keeps_head: bo
                 edits.pop(name, None)
                 saved.pop(name, None)
         else:
-            untied.append(group.names[0])
+            untied.append(group)
     problems = [*untieable(ties, untied), *unknown_heads(ties, edits)]
     if not untied or problems:
         return Settled(problems=tuple(problems))
@@ -238,14 +238,14 @@ def same_change(one: object, other: object) -> bool:
     return bool(one == other)
 
 
-def untieable(ties: Ties, untied: Sequence[str]) -> list[str]:
+def untieable(ties: Ties, untied: Sequence[Group]) -> list[str]:
     """Why what must be untied cannot be."""
     if ties.base.model_type not in TIED_FOREVER:
         return []
     return [
-        f"{printable(tensor)}: the adapter changes one of the tensors that are tied to it and not the others alike, and "
-        f"a {ties.base.model_type} computes otherwise when they are untied"
-        for tensor in untied
+        f"the base ties {', '.join(map(printable, group.names))}; the adapter does not change them all alike, and a "
+        f"{ties.base.model_type} computes otherwise when they are untied"
+        for group in untied
     ]
 
 

@@ -110,7 +110,7 @@ def as_trained(adapter: Adapter, base: Checkpoint, ties: Ties, binder: Binder, n
                 name = place.tensor
                 reason = why_not_this_size(name, value.shape, seen.tensors[name].shape, ties, new_tensors)
             case () if target in adapter.updates and target.partition(".")[0] not in trained_parts:
-                name, allowed = target, f"the base has no such tensor; {NEW_TENSORS} adds it to the output"
+                name, allowed = target, f"the base has no such weight; {NEW_TENSORS} adds it to the output"
                 reason = "" if new_tensors else allowed
             case _:  # inside the body of the model a name is wrong, as binding has said
                 continue
@@ -175,7 +175,7 @@ def unequal_vocabularies(ties: Ties, shapes: Mapping[str, Shape]) -> list[str]:
         rows = shapes[grown[0]][0]
         for name in (*group.names, *biases):
             now = shapes[name][0] if name in shapes else before
-            if now != rows and (name not in base or before in base[name].shape):
+            if now != rows and name in base and before in base[name].shape:  # what is tied has grown along
                 problems.append(
                     f"{printable(grown[0])} has {rows} tokens in the adapter, {printable(name)} has {now} in the base, and "
                     "the adapter does not hold its new rows; save it again with save_embedding_layers=True"

@@ -273,13 +273,13 @@ def scaled_product(adapter: Path, module: str) -> Tensor:
     return scale * (tensors[f"{stem}lora_embedding_B"].double() @ tensors[f"{stem}lora_embedding_A"].double()).T
 
 
-AWAITED = pytest.mark.xfail(reason="names of models with pictures are bound elsewhere", strict=False)
+AWAITED = pytest.mark.xfail(reason="the weight that PEFT saves under a head is not read yet", strict=False)
 SAVES = {"with the embeddings saved": {}, "without": {"save_embedding_layers": False}}
 SIDES = {"head": ["head"], "embedding": ["embedding"], "both": ["embedding", "head"]}
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[AWAITED] * ("pict" in n)) for n in TIED_FAMILIES])
+@pytest.mark.parametrize("name", TIED_FAMILIES)
 def test_lora_on_tied_embeddings_gives_each_side_its_own_tensor(tmp_path: Path, name: str, side: str) -> None:
     tied = TIED_FAMILIES[name]
     targets = [getattr(tied, part) for part in SIDES[side]]
@@ -325,7 +325,6 @@ def test_the_flag_is_off_wherever_the_config_ties_and_the_rest_of_it_stays(
     assert (tmp_path / "out/config.json").read_text() == json.dumps(after, indent=2) + "\n"
 
 
-@AWAITED
 def test_a_flag_that_the_config_does_not_name_is_written(tmp_path: Path) -> None:
     tied = TIED_FAMILIES["gemma3 with pictures"]
     case = train(tmp_path, tied.family, target_modules=["lm_head", "q_proj"], save=SAVES["without"])
