@@ -27,6 +27,7 @@ EXPONENT = {
     "F16": ("<u2", 0x7C00),
     "BF16": ("<u2", 0x7F80),
 }
+INTEGER_NAMES = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}  # of indices
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,16 @@ class StoredTensor:
         return dataclasses.replace(self, transposed=not self.transposed)
 
     def load(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """The values, on `device` in `dtype`, contiguous in the shape this has."""
+        """The values, on `device` in `dtype` (whole numbers as they are), contiguous in the shape this has."""
         import torch
 
         raw = torch.empty(self.info.nbytes, dtype=torch.uint8)
         with self.file.open() as descriptor:
             read_exactly(descriptor, raw.numpy().data, self.file.position(self.info), self.file.path)
-        stored = raw.view(getattr(torch, FLOAT_NAMES[self.info.dtype])).reshape(self.info.shape)
-        loaded = stored.to(device, dtype)
+        if self.info.dtype in FLOAT_NAMES:
+            loaded = raw.view(getattr(torch, FLOAT_NAMES[self.info.dtype])).reshape(self.info.shape).to(device, dtype)
+        else:
+            loaded = raw.view(getattr(torch, INTEGER_NAMES[self.info.dtype])).reshape(self.info.shape).to(device)
         return loaded.T.contiguous() if self.transposed else loaded
 
     def load_rows(self, first: int, count: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -91,6 +94,11 @@ class Derived:
     def T(self) -> Derived:  # noqa: N802 (the name tensors give it)
         return Derived(self.shape[::-1], (self,), turned)
 
+    @property
+    def mT(self) -> Derived:  # noqa: N802 (the same)
+        *stacked, rows, columns = self.shape
+        return Derived((*stacked, columns, rows), (self,), turned_each)
+
     def load(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The values, on `device` in `dtype`."""
         return self.formula(*(part.load(device, dtype) for part in self.parts)).to(dtype).contiguous()
@@ -98,6 +106,10 @@ class Derived:
 
 def turned(tensor: Tensor) -> Tensor:
     return tensor.T
+
+
+def turned_each(tensor: Tensor) -> Tensor:
+    return tensor.mT
 
 
 def stored_tensors(node: object) -> Iterator[StoredTensor]:

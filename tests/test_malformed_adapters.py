@@ -45,7 +45,7 @@ from malformed import (
 )
 from workbench import Workbench, check_is_merged, check_refusal, command, is_clean, run_apart, snapshot
 
-from loratool.formats import peft
+from loratool.formats.peft import patterns
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_a_pattern_that_never_ends_ends_in_bounded_time(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch, case: tuple[str, str]
 ) -> None:
     """Row 37. The incumbent hangs. The limit is shortened here, so that the test is quick."""
-    monkeypatch.setattr(peft, "PATTERN_SECONDS", 0.7)
+    monkeypatch.setattr(patterns, "PATTERN_SECONDS", 0.7)
     field, pattern = case
     module = "encoder.embeddings.projection.intermediate.dense"  # letters and dots alone, or the patterns give up early
     write_base(bench.base, {f"{module}.weight": BASE[WEIGHT]})
@@ -188,7 +188,7 @@ def test_patterns_that_take_minutes_to_compile_end_in_bounded_time(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Row 37, before anything is matched: classes of many ranges, compared without regard to case."""
-    monkeypatch.setattr(peft, "PATTERN_SECONDS", 0.7)
+    monkeypatch.setattr(patterns, "PATTERN_SECONDS", 0.7)
     ranges = "".join(f"{chr(first)}-{chr(first + 600)}" for first in range(0x100, 0xD000, 3))
     write_adapter(bench.adapter, alpha_pattern={f"(?i:[{ranges}]{n})": 4 for n in range(40)})
     outcome = bench.refuses_to_merge(ADAPTER_CONFIG, "too long")
@@ -197,7 +197,7 @@ def test_patterns_that_take_minutes_to_compile_end_in_bounded_time(
 
 def test_the_time_limit_for_patterns_is_a_few_seconds() -> None:
     """Row 37, for the limit that holds outside of this test."""
-    assert 1 <= peft.PATTERN_SECONDS <= 10
+    assert 1 <= patterns.PATTERN_SECONDS <= 10
 
 
 @pytest.mark.parametrize("field", ["target_modules", "modules_to_save", "layers_pattern", "exclude_modules"])
@@ -298,7 +298,6 @@ MALFORMED_FACTORS: dict[str, dict[str, Stored]] = {
     "rank of A and of B differ": factors(A2, f32(values(HIDDEN, 3, seed=6))),
     "both transposed": factors(f32(A_VALUES.T), f32(B_VALUES.T)),
     "A transposed": factors(f32(A_VALUES.T), B2),
-    "three dimensions": factors(f32(values(2, HIDDEN, 1, seed=6)), f32(values(HIDDEN, 2, 1, seed=7))),
     "A of three dimensions": factors(f32(values(1, 2, HIDDEN, seed=6)), B2),
     "one dimension": factors(f32(values(2 * HIDDEN, seed=6)), f32(values(2 * HIDDEN, seed=7))),
     "scalars": factors(f32(np.array(1.0)), f32(np.array(1.0))),
@@ -322,6 +321,10 @@ MISFITS: dict[str, tuple[dict[str, Stored], str]] = {
     "in too large": (factors(f32(values(2, 16, seed=6)), B2), "[8, 16]"),
     "out too large": (factors(A2, f32(values(9, 2, seed=6))), "[9, 8]"),
     "B of one row": (factors(A2, f32(values(1, 2, seed=6))), "[1, 8]"),
+    "kernels of a convolution": (
+        factors(f32(values(2, HIDDEN, 1, seed=6)), f32(values(HIDDEN, 2, 1, seed=7))),
+        "[8, 8, 1]",
+    ),
     "A of one column": (factors(f32(values(2, 1, seed=6)), B2), "[8, 1]"),
 }
 

@@ -3,51 +3,226 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from loratool.updates import LowRank, Replace, Update, stack
-
-
-def low_rank(generator: torch.Generator, rows: int, columns: int, rank: int) -> LowRank:
-    up = torch.randn(rows, rank, generator=generator, dtype=torch.float64)
-    return LowRank(up, torch.randn(rank, columns, generator=generator, dtype=torch.float64), scale=1.7)
-
-
-def replace(generator: torch.Generator, rows: int, columns: int, rank: int) -> Replace:
-    return Replace(torch.randn(rows, columns, generator=generator, dtype=torch.float64))
-
-
-KINDS: dict[str, Callable[[torch.Generator, int, int, int], Update]] = {"LowRank": low_rank, "Replace": replace}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=50, deadline=None)
-@given(
-    st.integers(1, 9), st.integers(1, 7), st.integers(1, 12), st.integers(0, 8), st.integers(1, 9), st.integers(0, 99)
+from loratool.updates import (
+    ANY,
+    Add,
+    BlockAffine,
+    Chain,
+    Circulant,
+    ExpertFactors,
+    ExpertLowRank,
+    Grid,
+    Hadamard,
+    Kronecker,
+    LowRank,
+    Magnitude,
+    Modulated,
+    Pooled,
+    Reflections,
+    Replace,
+    ReplaceRows,
+    Residual,
+    Rotation,
+    Scale,
+    Scatter,
+    Shared,
+    Spectrum,
+    Tiled,
+    Update,
+    formulas,
+    residual,
+    stack,
 )
-def test_rows_change_as_the_definition_says(
-    kind: str, rows: int, columns: int, rank: int, first: int, count: int, seed: int
-) -> None:
+
+Random = Callable[..., Tensor]  # sizes → a float64 tensor
+
+
+def random(seed: int) -> Random:
     generator = torch.Generator().manual_seed(seed)
-    update = KINDS[kind](generator, rows, columns, rank)
-    weight = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
-    assert update.shape == tuple(weight.shape)
-    first = min(first, rows - 1)
-    block = weight[first : first + count].clone()
-    update.add_rows(block, first, 1.0, weight[first : first + count])
-    torch.testing.assert_close(block, (weight + update.delta(weight))[first : first + count])
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator, dtype=torch.float64)
+
+    return draw
 
 
-def test_strength_scales_a_low_rank_update() -> None:
-    update = low_rank(torch.Generator().manual_seed(0), 5, 4, 2)
-    block = torch.zeros(5, 4, dtype=torch.float64)
-    update.add_rows(block, 0, -0.25, block)
-    torch.testing.assert_close(block, -0.25 * update.scale * (update.up @ update.down))
+def low_rank(draw: Random, rows: int, columns: int, rank: int) -> LowRank:
+    return LowRank(draw(rows, rank), draw(rank, columns), 1.7)
+
+
+def scatter(draw: Random, rows: int, columns: int) -> Scatter:
+    index = torch.stack([draw(9).mul(9).long().abs() % rows, draw(9).mul(9).long().abs() % columns])
+    return Scatter(index.int(), draw(9))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to make an update and the shape of a weight that it is for, from three small numbers."""
+
+    make: Callable[[Random, int, int, int], tuple[Update, tuple[int, ...]]]
+    of_base: bool = False  # its change is that of the unmerged weight, whatever updates came before
+    scaled: bool = True  # strength counts
+
+
+def kernel(draw: Random, n: int, m: int, r: int) -> tuple[Update, tuple[int, ...]]:
+    return LowRank(draw(n, r), draw(r, m * 6), 0.3, kernel=(2, 3)), (n, m, 2, 3)
+
+
+def experts(transposed: bool) -> Kind:
+    def make(draw: Random, n: int, m: int, r: int) -> tuple[Update, tuple[int, ...]]:
+        update = ExpertLowRank(draw(3 * r, m), draw(n, 3 * r), 3, 0.7, transposed)
+        return update, (3, m, n) if transposed else (3, n, m)
+
+    return Kind(make)
+
+
+def residue(part: str, turned: bool) -> Kind:
+    def make(draw: Random, n: int, m: int, r: int) -> tuple[Update, tuple[int, ...]]:
+        r = min(r, n, m)
+        update = Residual(low_rank(draw, n, m, r), part)
+        return (update.turned, (m, n)) if turned else (update, (n, m))
+
+    return Kind(make, of_base=True)
+
+
+KINDS: dict[str, Kind] = {
+    "LowRank": Kind(lambda d, n, m, r: (low_rank(d, n, m, r), (n, m))),
+    "LowRank, turned": Kind(lambda d, n, m, r: (low_rank(d, n, m, r).turned, (m, n))),
+    "LowRank of a convolution": Kind(kernel),
+    "LowRank of matrices on a convolution": Kind(lambda d, n, m, r: (low_rank(d, n, m * 6, r), (n, m, 3, 2))),
+    "Add": Kind(lambda d, n, m, r: (Add(d(n, m), 0.4), (n, m))),
+    "Add to a bias": Kind(lambda d, n, m, r: (Add(d(n), 0.4), (n,))),
+    "Replace": Kind(lambda d, n, m, r: (Replace(d(n, m)), (n, m)), scaled=False),
+    "ReplaceRows": Kind(lambda d, n, m, r: (ReplaceRows((n, 0, n - 1), d(3, m)), (n + 1, m)), scaled=False),
+    "ExpertLowRank": experts(False),
+    "ExpertLowRank, transposed": experts(True),
+    "ExpertFactors of a matrix": Kind(lambda d, n, m, r: (ExpertFactors(d(r, m), d(n, r), 3.0), (n, m))),
+    "ExpertFactors of one expert": Kind(lambda d, n, m, r: (ExpertFactors(d(r, m + 9), d(n, r), 3.0), (1, n, m + 9))),
+    "Magnitude": Kind(lambda d, n, m, r: (Magnitude(low_rank(d, n, m, r), d(n)), (n, m)), of_base=True),
+    "Magnitude by column": Kind(
+        lambda d, n, m, r: (Magnitude(low_rank(d, n, m, r), d(m), by_column=True), (n, m)), of_base=True
+    ),
+    "Magnitude, turned": Kind(lambda d, n, m, r: (Magnitude(low_rank(d, n, m, r), d(n)).turned, (m, n)), of_base=True),
+    "Magnitude of a convolution": Kind(
+        lambda d, n, m, r: (Magnitude(LowRank(d(n, r), d(r, m * 4), 1.0, kernel=(2, 2)), d(n)), (n, m, 2, 2)),
+        of_base=True,
+    ),
+    "Hadamard": Kind(lambda d, n, m, r: (Hadamard(d(n, r), d(r, m), d(n, 2), d(2, m), 1.3), (n, m))),
+    "Hadamard of a convolution": Kind(
+        lambda d, n, m, r: (Hadamard(d(n, r), d(r, m * 6), d(n, 2), d(2, m * 6), 1.3, kernel=(3, 2)), (n, m, 3, 2))
+    ),
+    "Kronecker": Kind(lambda d, n, m, r: (Kronecker(d(n, r), d(2, m), 0.6), (2 * n, m * r))),
+    "Kronecker of a convolution": Kind(
+        lambda d, n, m, r: (Kronecker(d(n, r), d(2, m * 4), 0.6, kernel=(2, 2)), (2 * n, m * r, 2, 2))
+    ),
+    "Kronecker of three dimensions": Kind(
+        lambda d, n, m, r: (Kronecker(d(n, r), d(2, m, 3), 0.6, kernel=(3,)), (2 * n, m * r, 3))
+    ),
+    "Grid": Kind(lambda d, n, m, r: (Grid(d(3, n, 3 * r), d(3, 3 * r, m), 0.9), (3 * n, 3 * m))),
+    "Grid, turned": Kind(lambda d, n, m, r: (Grid(d(3, n, 3 * r), d(3, 3 * r, m), 0.9).turned, (3 * m, 3 * n))),
+    "Circulant": Kind(lambda d, n, m, r: (Circulant(d(n, m, r)), (n * r, m * r))),
+    "Tiled": Kind(lambda d, n, m, r: (Tiled(d(r, n)), (n, m + r))),
+    "Tiled over rows too": Kind(lambda d, n, m, r: (Tiled(d(r, n), repeated=True), (3 * n, m + r))),
+    "BlockAffine": Kind(lambda d, n, m, r: (BlockAffine(d(n, r, r)), (n * r, m * r))),
+    "Pooled": Kind(lambda d, n, m, r: (Pooled(d(n, r), d(r, m), 0.8, 4), (n, 4 * m))),
+    "Pooled that is plain": Kind(lambda d, n, m, r: (Pooled(d(n, r), d(r, m), 0.8, 4), (n, m))),
+    "Scatter": Kind(lambda d, n, m, r: (scatter(d, n, m), (n, m))),
+    "Spectrum": Kind(lambda d, n, m, r: (Spectrum(d(min(r, n * m)), 3.0, 7), (n, m))),
+    "Spectrum, turned": Kind(lambda d, n, m, r: (Spectrum(d(min(r, n * m)), 3.0, 7).turned, (n, m))),
+    "Shared": Kind(lambda d, n, m, r: (Shared(d(n, r), d(r, m + 2)), (n, m))),
+    "Shared, turned": Kind(lambda d, n, m, r: (Shared(d(n, r), d(r, m + 2)).turned, (m, n))),
+    "Scale": Kind(lambda d, n, m, r: (Scale(d(n)), (n, m))),
+    "Scale by column": Kind(lambda d, n, m, r: (Scale(d(m), by_column=True), (n, m))),
+    "Scale, turned": Kind(lambda d, n, m, r: (Scale(d(m), turnable=True).turned, (n, m))),
+    "Scale of a bias": Kind(lambda d, n, m, r: (Scale(d(n), dimensions=1), (n,))),
+    "Scale of output channels": Kind(lambda d, n, m, r: (Scale(d(n), dimensions=4), (n, m, 2, 3))),
+    "Scale of input channels": Kind(lambda d, n, m, r: (Scale(d(m), True, dimensions=4), (n, m, 2, 3))),
+    "Modulated": Kind(lambda d, n, m, r: (Modulated(low_rank(d, n, m, r)), (n, m)), of_base=True),
+    "Rotation": Kind(lambda d, n, m, r: (Rotation(d(m, r, r)), (n, m * r))),
+    "Rotation by one block": Kind(lambda d, n, m, r: (Rotation(d(1, r, r), shared=True), (n, m * r))),
+    "Rotation of a convolution": Kind(lambda d, n, m, r: (Rotation(d(2 * m, r, r)), (n, m * r, 2, 1))),
+    "Reflections": Kind(lambda d, n, m, r: (Reflections(formulas.units(d(m, r))), (n, m))),
+    "Chain": Kind(lambda d, n, m, r: (Chain(Rotation(d(m, r, r)), Scale(d(n))), (n, m * r))),
+    **{f"Residual, {part}": residue(part, False) for part in (residual.PRINCIPAL, residual.MINOR, residual.TRIANGULAR)},
+    "Residual, triangular, turned": residue(residual.TRIANGULAR, True),
+}
+SIZES = st.integers(1, 5)
+
+
+def blocks_of(weight: Tensor, fold: int, size: int) -> Callable[[], Iterator[tuple[int, Tensor]]]:
+    matrix = as_matrix(weight, fold)
+    return lambda: ((first, matrix[first : first + size]) for first in range(0, matrix.shape[0], size))
+
+
+def as_matrix(weight: Tensor, fold: int) -> Tensor:
+    return weight.reshape(math.prod(weight.shape[:fold]), -1)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@settings(max_examples=40, deadline=None)
+@given(SIZES, SIZES, SIZES, st.integers(0, 20), st.integers(1, 20), st.floats(-2, 2), st.booleans(), st.integers(0, 99))
+def test_rows_change_as_the_definition_says(
+    name: str, n: int, m: int, r: int, first: int, count: int, strength: float, changed: bool, seed: int
+) -> None:
+    """Any block of rows, at any strength, of a weight that other updates may have changed before."""
+    kind, draw = KINDS[name], random(seed)
+    given, shape = kind.make(draw, n, m, r)
+    base = draw(*shape)
+    fitted = given.fit(shape)
+    assert fitted is not None
+    fitted = fitted.prepared(blocks_of(base, fitted.fold, 3)) if fitted.needs_weight else fitted
+    weight = base + draw(*shape) if changed else base
+    strength = strength if kind.scaled else 1.0
+    of = base if kind.of_base else weight
+    definition = fitted.delta(of) if not isinstance(given, Residual) else given.delta(of)
+    wanted = as_matrix(weight + strength * definition, fitted.fold)
+    if isinstance(given, Magnitude) and changed:
+        wanted = as_matrix(weight.lerp(dora(given, base, weight), strength), 1)
+    first = min(first, wanted.shape[0] - 1)
+    part = slice(first, first + count)
+    block = as_matrix(weight, fitted.fold)[part].clone()
+    fitted.add_rows(block, first, strength, as_matrix(base, fitted.fold)[part])
+    torch.testing.assert_close(block, wanted[part])
+
+
+def dora(update: Magnitude, base: Tensor, weight: Tensor) -> Tensor:
+    """m/‖W + ΔW‖ ⊙ (weight + ΔW), the norm being that of the unmerged W."""
+    change = update.inner.delta(base)
+    moved, matrix = (base + change).reshape(base.shape[0], -1), (weight + change).reshape(base.shape[0], -1)
+    norms = moved.norm(dim=0 if update.by_column else 1)
+    factors: Tensor = update.magnitude / norms
+    return (matrix * (factors if update.by_column else factors[:, None])).reshape(base.shape)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_an_update_fits_no_weight_of_another_size(name: str) -> None:
+    given, shape = KINDS[name].make(random(1), 4, 3, 2)
+    assert given.fit(shape) is not None
+    assert given.fit(()) is None
+    for at, size in enumerate(given.shape):
+        if size != ANY and name != "Pooled that is plain":
+            changed = (*shape[:at], shape[at] + 1, *shape[at + 1 :])
+            assert given.fit(changed) is None, changed
+
+
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.make(random(0), 3, 2, 2)[0].turnable])
+def test_a_turned_update_is_the_transpose(name: str) -> None:
+    given, shape = KINDS[name].make(random(4), 5, 3, 2)
+    weight = random(6)(*shape)
+    one, other = given.fit(shape), given.turned.fit(shape[::-1])
+    assert one
+    assert other
+    one, other = one.prepared(blocks_of(weight, 1, 2)), other.prepared(blocks_of(weight.T, 1, 2))
+    torch.testing.assert_close(other.delta(weight.T), one.delta(weight).T)
 
 
 def test_definition_is_the_formula_of_lora() -> None:
@@ -60,23 +235,51 @@ def test_definition_is_the_formula_of_lora() -> None:
 
 
 def test_stacked_updates_are_the_sum_of_all() -> None:
-    generator = torch.Generator().manual_seed(3)
-    updates = [(low_rank(generator, 6, 5, rank), strength) for rank, strength in ((2, 1.0), (3, -0.5), (1, 4.0))]
+    draw = random(3)
+    updates = [(low_rank(draw, 6, 5, rank), strength) for rank, strength in ((2, 1.0), (3, -0.5), (1, 4.0))]
     zero = torch.zeros(6, 5, dtype=torch.float64)
     stacked = stack(updates)
     assert stacked.rank == 6
     torch.testing.assert_close(stacked.delta(zero), sum(strength * u.delta(zero) for u, strength in updates))
 
 
-def test_turned_update_is_the_transpose() -> None:
-    update = low_rank(torch.Generator().manual_seed(4), 6, 5, 2)
-    zero = torch.zeros(6, 5, dtype=torch.float64)
-    torch.testing.assert_close(update.turned.delta(zero.T), update.delta(zero).T)
-
-
 def test_norm_is_that_of_the_product() -> None:
-    update = low_rank(torch.Generator().manual_seed(5), 40, 30, 4)
+    update = low_rank(random(5), 40, 30, 4)
     product = update.delta(torch.zeros(40, 30, dtype=torch.float64))
     assert update.norm() == pytest.approx(float(torch.linalg.matrix_norm(product)), rel=1e-12)
     assert LowRank(torch.zeros(3, 2), torch.ones(2, 3), 1.0).norm() == 0.0
     assert math.isinf(Replace(product).norm())
+
+
+@pytest.mark.parametrize("by_column", [False, True])
+def test_a_row_or_column_of_zeros_stays_zero_under_dora(by_column: bool) -> None:
+    draw = random(8)
+    update, weight = low_rank(draw, 6, 5, 2), draw(6, 5)
+    update.up[2], weight[2] = 0.0, 0.0
+    update.down[:, 3], weight[:, 3] = 0.0, 0.0
+    dora = Magnitude(update, torch.ones(5 if by_column else 6, dtype=torch.float64), by_column)
+    dora_ready = dora.prepared(blocks_of(weight, 1, 4))
+    merged = weight.clone()
+    dora_ready.add_rows(merged, 0, 1.0, weight)
+    assert bool(merged.isfinite().all())
+    assert not merged[2].any()
+    assert not merged[:, 3].any()
+    norms = merged.norm(dim=0 if by_column else 1)
+    torch.testing.assert_close(norms[norms > 0], torch.ones(4 if by_column else 5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("part", [residual.PRINCIPAL, residual.MINOR, residual.TRIANGULAR])
+def test_what_a_residual_takes_away_comes_back_when_the_factors_are_those_of_the_start(part: str) -> None:
+    """An adapter that was never trained leaves the weight as it was: the initialisation keeps W = W − part + part."""
+    weight = random(9)(7, 5)
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    q, r = torch.linalg.qr(weight)
+    starts = {
+        residual.PRINCIPAL: (u[:, :2] * s[:2], v[:2]),
+        residual.MINOR: (u[:, 3:] * s[3:], v[3:]),
+        residual.TRIANGULAR: (q[:, :2], r[:2]),
+    }
+    update = Residual(LowRank(*starts[part], 1.0), part).prepared(blocks_of(weight, 1, 2))
+    merged = weight.clone()
+    update.add_rows(merged, 0, 1.0, weight)
+    torch.testing.assert_close(merged, weight)

@@ -49,8 +49,9 @@ class Magnitude(Update):
 
     def fit(self, shape: tuple[int, ...]) -> Update | None:
         inner = self.inner.fit(shape)
-        fits = self.magnitude.shape[0] == (shape[1] if self.by_column else shape[0])
-        return replace(self, inner=inner) if inner and fits else None
+        if inner is None or self.magnitude.shape[0] != (shape[1] if self.by_column else shape[0]):
+            return None
+        return replace(self, inner=inner)
 
     def prepared(self, weight: WeightRows) -> Update:
         if not self.by_column:

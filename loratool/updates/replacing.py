@@ -40,8 +40,10 @@ class ReplaceRows(Update):
         return (ANY, self.values.shape[1])
 
     def fit(self, shape: tuple[int, ...]) -> Update | None:
+        if super().fit(shape) is None:
+            return None
         inside = not self.index or (min(self.index) >= 0 and max(self.index) < shape[0])
-        return self if super().fit(shape) and inside else None
+        return self if inside else None
 
     def delta(self, weight: Tensor) -> Tensor:
         result = weight * 0

@@ -1,0 +1,84 @@
+"""PEFT's layout: `adapter_config.json` beside `adapter_model.safetensors`.
+
+How PEFT names, scales and applies what it saves (PEFT 0.21). `support` is the table of what is merged. What is not is
+refused by its name, and a tensor that nothing recognises is reported as unused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from loratool.adapter import Adapter
+from loratool.errors import InputError, printable
+from loratool.formats.peft import lora, support
+from loratool.formats.peft.draft import Draft, Module
+from loratool.formats.peft.files import (
+    CONFIG,
+    PICKLED,
+    WEIGHTS,
+    locate,
+    not_an_adapter,
+    read_config,
+    recognises,
+)
+from loratool.formats.peft.methods import METHODS
+from loratool.safefile import read_safefile
+
+__all__ = ["CONFIG", "PICKLED", "WEIGHTS", "not_an_adapter", "read", "recognises"]
+
+
+def read(path: Path) -> Adapter:
+    """Read a PEFT adapter's headers and config; tensor values stay on disk.
+
+    Raises `InputError` when the config or the file is malformed, all problems of each at once.
+    """
+    notes: list[str] = []
+    folder, weights_path = locate(path, notes)
+    file = read_safefile(weights_path)
+    config_file = folder / CONFIG
+    draft = Draft(file, read_config(config_file), notes)
+    read_updates(draft)
+    if draft.problems and not draft.unsupported:  # else it is no wonder that the tensors look odd
+        raise InputError(f"{printable(weights_path)}: malformed adapter:", draft.problems)
+    return Adapter(
+        name=printable(folder.resolve().name),
+        format="peft",
+        folder=folder,
+        file=file,
+        config=draft.config,
+        config_file=config_file,
+        updates=draft.updates,
+        bases=draft.bases,
+        sources=draft.sources,
+        optional=frozenset(draft.optional),
+        unsupported=tuple(dict.fromkeys(draft.unsupported)),
+        unused=tuple(draft.unused),
+        notes=tuple(draft.notes),
+    )
+
+
+def read_updates(draft: Draft) -> None:
+    """Take every tensor of the file up, as its type of adapter means it."""
+    kind = draft.config.get("peft_type", "LORA")
+    row = support.TYPES.get(kind) if isinstance(kind, str) else None
+    if row is None or row.refused:
+        reason = f": {row.refused}" if row else ", which loratool does not know"
+        draft.unsupported.append(f"peft_type {printable(kind)}{reason}")
+        return
+    if kind == "LORA":
+        draft.sort(kind, lora.SLOTS, lora.ONLY_TRAINING)
+        lora.read_lora(draft)
+        draft.place_tokens(lora.token_numbers)
+    else:
+        method = METHODS[kind]
+        draft.sort(kind, method.slots, method.ignored)
+        draft.each(method.reader(draft))
+        draft.place_tokens(standalone_tokens)
+    draft.place_saved()
+    if not (draft.updates or draft.problems or draft.unsupported or draft.unused):
+        draft.problems.append("there is no adapter tensor in it")
+
+
+def standalone_tokens(module: Module) -> object:
+    """The numbers of the token rows of a TRAINABLE_TOKENS adapter."""
+    return module.draft.config.get("token_indices")

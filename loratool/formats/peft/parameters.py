@@ -1,0 +1,106 @@
+"""`target_parameters`: LoRA on parameters that are no layer's weight, such as those of all experts in one tensor.
+
+A key names the module only. PEFT wraps a module once for each of its parameters, in the order in which the model
+registers them: the first one lies innermost, behind the most `base_layer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from loratool.errors import printable
+from loratool.formats.peft.draft import Draft, Module, UnusableError
+from loratool.formats.peft.files import CONFIG
+from loratool.updates import ExpertFactors
+
+if TYPE_CHECKING:
+    from loratool.formats.peft.scaling import Scaling
+    from loratool.updates import Update
+
+# The order in which transformers registers the parameters of one module, for every such module it has.
+REGISTERED = (
+    ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"),
+    ("gate_proj", "up_proj", "down_proj"),
+    ("w1", "v1", "w2"),
+    ("weight", "bias"),
+)
+
+
+def named(draft: Draft, module: str) -> set[str]:
+    """The parameters of a module that the config targets by name."""
+    targets = draft.config.get("target_parameters") or []
+    found: set[str] = set()
+    for target in targets if isinstance(targets, list) else []:
+        tail, _, parameter = str(target).rpartition(".")
+        if not tail or module == tail or module.endswith(f".{tail}"):
+            found.add(parameter)
+    return found
+
+
+def levels(draft: Draft) -> dict[str, dict[int, Module]]:
+    """Module → depth → its factors there, for the modules of which parameters are adapted."""
+    found: dict[str, dict[int, Module]] = {}
+    for module in draft.modules.values():
+        if module.name and named(draft, module.name) and not module.slots.keys().isdisjoint({"lora_A", "lora_B"}):
+            parts = module.path.split(".")
+            depth = len(parts) - len(module.name.split("."))
+            found.setdefault(module.name, {})[depth] = module
+    return found
+
+
+def parameters_of(draft: Draft, module: str, wrapped: Mapping[int, Module]) -> dict[str, Module]:
+    """Parameter → its factors, outermost last."""
+    names = named(draft, module)
+    order = next((row for row in REGISTERED if names <= set(row)), None)
+    if len(wrapped) != len(names) or sorted(wrapped) != list(range(len(wrapped))):
+        raise UnusableError(
+            f"{printable(module)}: has factors for {len(wrapped)} parameters, {CONFIG} targets {len(names)} of it "
+            f"({', '.join(map(printable, sorted(names)))})"
+        )
+    if len(names) > 1 and order is None:
+        raise UnusableError(
+            f"{printable(module)}: nothing tells which factors are those of {', '.join(map(printable, sorted(names)))}; "
+            "known are modules with " + ", with ".join("/".join(row) for row in REGISTERED)
+        )
+    in_order = sorted(names, key=order.index) if order else list(names)
+    return {name: wrapped[depth] for name, depth in zip(in_order, sorted(wrapped, reverse=True), strict=True)}
+
+
+def paths(draft: Draft, wrapped: Mapping[str, Mapping[int, Module]]) -> list[str]:
+    """The paths that patterns are matched with: those of the parameters."""
+    return [f"{module}.{name}" for module in wrapped for name in named(draft, module)]
+
+
+def read_parameters(draft: Draft, wrapped: Mapping[str, Mapping[int, Module]], scaling: Scaling) -> None:
+    """Add the updates of all adapted parameters."""
+    for module, by_depth in wrapped.items():
+        try:
+            found = parameters_of(draft, module, by_depth)
+        except UnusableError as error:
+            draft.problems.append(str(error))
+            continue
+        for name, factors in found.items():
+            path = f"{module}.{name}"
+
+            def read(factors: Module, name: str = name, path: str = path) -> dict[str, Update]:
+                return {name: factors_of(factors, path, scaling)}
+
+            draft.attempt(factors, read)
+
+
+def factors_of(module: Module, path: str, scaling: Scaling) -> ExpertFactors:
+    a, b = module.tensor("lora_A"), module.tensor("lora_B")
+    extra = set(module.slots) - {"lora_A", "lora_B"}
+    module.require(not extra, f"{', '.join(sorted(extra))} on a parameter is nothing that PEFT makes")
+    module.require(b.shape[1] == a.shape[0], rank_is_one(a.shape[0], b.shape[1]))
+    ranks = scaling.expected(path)
+    module.require(
+        not ranks or any(a.shape[0] % rank == 0 for rank in ranks),
+        f"lora_A has {a.shape[0]} rows, no multiple of the rank {min(ranks, default=0)} that {CONFIG} says",
+    )
+    return ExpertFactors(a, b, scaling.alpha(path) if scaling.valid else 0.0, scaling.rslora)
+
+
+def rank_is_one(rows: int, columns: int) -> str:
+    return f"lora_A has {rows} rows and lora_B {columns} columns; the rank is one"

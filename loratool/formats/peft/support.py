@@ -1,0 +1,200 @@
+"""What is supported of PEFT 0.21, as a table: how each type and each option is merged, or why it is refused.
+
+Reading goes by this table, the page "What is supported" is written from it, and a test holds both to PEFT's own
+lists. `test` names the test that compares a merge with PEFT's, or that sees the refusal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """One type of adapter, or one setting."""
+
+    title: str
+    merged: str = ""  # the merged weight, or what the setting does to it
+    refused: str = ""  # why it is not merged, and what to do instead
+    test: str = ""
+
+
+METHOD = "test_peft_methods.py::test_a_method_is_merged_as_peft_merges_it"
+VARIANT = "test_peft_lora.py::test_a_variant_of_lora_is_merged_as_peft_merges_it"
+REFUSAL = "test_peft_refusals.py::test_a_type_that_has_no_merged_weight_is_refused_with_its_reason"
+SETTING = "test_peft_refusals.py::test_a_setting_that_cannot_be_merged_is_refused_with_its_reason"
+NOT_TRIED = "test_peft_refusals.py::test_the_table_names_every_type_and_every_option_of_peft"
+
+PROMPT = "it adds virtual tokens or cached states, not weights, so there is nothing to merge; keep it beside the model"
+ROUTED = "what it adds depends on the input, so no one weight holds it; keep it beside the model"
+BY_PEFT = "its formula is not one that loratool has verified; merge it with PEFT's merge_and_unload"
+FROM_BASE = (
+    "it is defined in a decomposition of the base weight that is not stored; merge it with PEFT's merge_and_unload"
+)
+CONVERT = "convert it to LoRA with PEFT's convert_to_lora, or merge it with merge_and_unload"
+MOVED_BASE = (
+    "training began from a changed base that the adapter does not hold; save it in PEFT with "
+    "path_initial_model_for_weight_conversion, which makes plain LoRA of it"
+)
+
+TYPES: dict[str, Row] = {
+    "LORA": Row("LoRA", "W + α/r · BA, with the options below", test=VARIANT),
+    "ADALORA": Row("AdaLoRA", "W + α/(init_r + 1e-5) · B(E ⊙ A)", test=METHOD),
+    "BEFT": Row("BEFT", "bias + what was trained", test=METHOD),
+    "BOFT": Row(
+        "BOFT", "(W · blockdiag(R)ᵀ) ⊙ s for one butterfly factor; several are refused by their name", test=METHOD
+    ),
+    "C3A": Row("C3A", "W + block-circulant matrix / inputs", test=METHOD),
+    "DELORA": Row("DeLoRA", "W + B · diag(λ / (r‖aᵢ‖‖bᵢ‖)) · A · diag(‖w‖), with the stored norms", test=METHOD),
+    "FOURIERFT": Row("FourierFT", "W + scaling · Re(inverse Fourier transform of a sparse spectrum)", test=METHOD),
+    "GRALORA": Row("GraLoRA", "W + α/(r + hybrid_r) · (a grid of low-rank blocks + hybrid part)", test=METHOD),
+    "HIRA": Row("HiRA", "W + W ⊙ BA, with the unmerged W", test=METHOD),
+    "HRA": Row("HRA", "W · Π(I − 2uuᵀ), with apply_GS on orthogonalised u", test=METHOD),
+    "IA3": Row("(IA)³", "W ⊙ l; where outputs are scaled, the bias too", test=METHOD),
+    "LN_TUNING": Row("LN tuning", "norms replaced by the trained ones", test=METHOD),
+    "LOHA": Row("LoHa", "W + α/r · (w1a·w1b) ⊙ (w2a·w2b), Tucker cores on convolutions", test=METHOD),
+    "LOKR": Row("LoKr", "W + α/r · w1 ⊗ w2, each whole or a product, Tucker cores on convolutions", test=METHOD),
+    "MISS": Row("MiSS", "W[:, j] + block[j mod r]; its `bat` and `mini` forms too", test=METHOD),
+    "OFT": Row("OFT", "W · blockdiag(R)ᵀ, R by a Cayley transform, exact or as a Neumann series", test=METHOD),
+    "PVERA": Row("PVeRA", "as VeRA, with the means; refused without the saved projection", test=METHOD),
+    "SHIRA": Row("SHiRA", "W + values at stored places", test=METHOD),
+    "TRAINABLE_TOKENS": Row("Trainable tokens", "rows of the embedding replaced", test=METHOD),
+    "VBLORA": Row("VB-LoRA", "W + BA, both mixed from a bank of vectors by their largest logits", test=METHOD),
+    "VERA": Row("VeRA", "W + diag(λ_b)·B·diag(λ_d)·A; refused without the saved projection", test=METHOD),
+    "ADAMSS": Row("AdaMSS", refused=BY_PEFT, test=REFUSAL),
+    "ADAPTION_PROMPT": Row("Adaption prompt", refused=PROMPT, test=REFUSAL),
+    "BONE": Row(
+        "Bone",
+        refused="PEFT 0.19 dropped it for MiSS; merge it with the release of PEFT that wrote it",
+        test=REFUSAL,
+    ),
+    "CARTRIDGE": Row("Cartridge", refused=PROMPT, test=REFUSAL),
+    "CPT": Row("CPT", refused=PROMPT, test=REFUSAL),
+    "DEFT": Row("DEFT", refused=BY_PEFT, test=REFUSAL),
+    "FROD": Row("FRoD", refused=FROM_BASE, test=REFUSAL),
+    "GLORA": Row("GLoRA", refused=BY_PEFT, test=REFUSAL),
+    "LILY": Row("Lily", refused=ROUTED, test=REFUSAL),
+    "MULTITASK_PROMPT_TUNING": Row("Multitask prompt tuning", refused=PROMPT, test=REFUSAL),
+    "OSF": Row("OSF", refused=FROM_BASE, test=REFUSAL),
+    "PEANUT": Row("PEANuT", refused=BY_PEFT, test=REFUSAL),
+    "POLY": Row("Poly", refused=ROUTED, test=REFUSAL),
+    "PREFIX_TUNING": Row("Prefix tuning", refused=PROMPT, test=REFUSAL),
+    "PROMPT_TUNING": Row("Prompt tuning", refused=PROMPT, test=REFUSAL),
+    "PSOFT": Row("PSOFT", refused=f"its factors are not stored; {CONVERT}", test=REFUSAL),
+    "P_TUNING": Row("P-tuning", refused=PROMPT, test=REFUSAL),
+    "RANDLORA": Row("RandLoRA", refused=f"its bases are as large as the weights; {CONVERT}", test=REFUSAL),
+    "ROAD": Row("RoAd", refused="it mixes outputs; merge it with PEFT's merge_and_unload", test=REFUSAL),
+    "SHADOW": Row("Shadow", refused=ROUTED, test=REFUSAL),
+    "SUPERTUNING": Row("Supertuning", refused=BY_PEFT, test=REFUSAL),
+    "TINYLORA": Row("TinyLoRA", refused=f"its projections are drawn from seeds; {CONVERT}", test=REFUSAL),
+    "UNILORA": Row("UniLoRA", refused=f"its projections are drawn from seeds; {CONVERT}", test=REFUSAL),
+    "WAVEFT": Row("WaveFT", refused=f"its formula is not one that loratool has verified; {CONVERT}", test=REFUSAL),
+    "XLORA": Row(
+        "X-LoRA",
+        refused="a classifier mixes its adapters for each token; merge one of those that its config lists instead",
+        test=REFUSAL,
+    ),
+}
+
+READ = "says what was trained; the tensors tell"
+TRAINING = "only training needs it"
+FILED = "describes the adapter, not its weights"
+
+OPTIONS: dict[str, Row] = {
+    "r": Row("rank", "s = α/r; r is that of the tensors, and the config must agree", test=VARIANT),
+    "lora_alpha": Row("α", "s = α/r; 8 where it is missing, with a note", test=VARIANT),
+    "use_rslora": Row("rsLoRA", "s = α/√r", test=VARIANT),
+    "rank_pattern": Row(
+        "ranks by pattern", "first match in the file's order; one that matches nothing is noted", test=VARIANT
+    ),
+    "alpha_pattern": Row(
+        "α by pattern",
+        "first match in the file's order; where several match, a note says that saving sorted them",
+        test="test_peft_lora.py::test_of_several_alpha_patterns_the_first_in_the_file_counts_and_it_is_said",
+    ),
+    "use_dora": Row("DoRA", "m/‖W + sBA‖ ⊙ (W + sBA); rows or columns of norm 0 stay 0", test=VARIANT),
+    "lora_bias": Row("bias of lora_B", "bias + s · lora_B.bias", test=VARIANT),
+    "bias": Row("trained biases", "`lora_only` and `all`: the base's bias is replaced", test=VARIANT),
+    "modules_to_save": Row("modules saved whole", "the base's tensors are replaced", test=VARIANT),
+    "trainable_token_indices": Row("trained token rows", "rows of the embedding are replaced", test=VARIANT),
+    "target_parameters": Row(
+        "LoRA on parameters",
+        "W[e] + s · BₑAₑ for each expert of a parameter, or W + s · BA for a matrix",
+        test="test_peft_parameters.py::test_parameters_of_a_module_are_merged_as_peft_merges_them",
+    ),
+    "init_lora_weights": Row("initialisation", "see below"),
+    "use_bdlora": Row("BD-LoRA", "W + s · BA, the factor that is stored as blocks laid out", test=VARIANT),
+    "kasa_config": Row("KaSA", "W without its r smallest singular values + s · B·diag(d)·A", test=VARIANT),
+    "velora_config": Row("VeLoRA", f"W + s · BA; {TRAINING} otherwise", test=VARIANT),
+    "monteclora_config": Row("MonteCLoRA", f"W + s · BA; {TRAINING} otherwise", test=VARIANT),
+    "use_qalora": Row(
+        "QA-LoRA",
+        "W + s · B · (A spread over each group of inputs) · groups / group size",
+        test="test_peft_lora.py::test_qalora_is_merged_as_its_forward_computes",
+    ),
+    "qalora_group_size": Row("group size of QA-LoRA", "see use_qalora"),
+    "alora_invocation_tokens": Row("aLoRA", refused=f"it acts from its invocation tokens on; {ROUTED}", test=SETTING),
+    "arrow_config": Row("Arrow", refused=ROUTED, test=SETTING),
+    "layer_replication": Row(
+        "layer replication",
+        refused="the model that was trained repeats layers of the base; merge with a base in which they are copied out",
+        test=SETTING,
+    ),
+    "fan_in_fan_out": Row("weights stored (in, out)", "shapes and the base's architecture decide", test=VARIANT),
+    "target_modules": Row("targets", READ),
+    "exclude_modules": Row("exclusions", READ),
+    "layers_to_transform": Row("layers", READ),
+    "layers_pattern": Row("name of the layers", READ),
+    "megatron_config": Row("Megatron", "W + s · BA: its keys are LoRA's"),
+    "megatron_core": Row("module of Megatron", TRAINING),
+    "lora_dropout": Row("dropout", TRAINING),
+    "runtime_config": Row("runtime", TRAINING),
+    "loftq_config": Row("LoftQ", "see init_lora_weights"),
+    "eva_config": Row("EVA", TRAINING),
+    "corda_config": Row("CorDA", "see init_lora_weights"),
+    "lora_ga_config": Row("LoRA-GA", "see init_lora_weights"),
+    "ensure_weight_tying": Row("tied weights", "embedding and head change together, and once"),
+    "task_type": Row("task", FILED),
+    "peft_type": Row("type", "see above"),
+    "auto_mapping": Row("class of the base", FILED),
+    "peft_version": Row(
+        "release that saved it",
+        "up to 0.21.2 the update of an out_proj of nn.MultiheadAttention counts twice",
+        test=VARIANT,
+    ),
+    "base_model_name_or_path": Row("name of the base", FILED),
+    "revision": Row("revision of the base", FILED),
+    "inference_mode": Row("inference mode", FILED),
+}
+CHECKED_FLAGS = ("use_dora", "lora_bias", "use_qalora")  # options that are true or false
+
+# By the values of init_lora_weights.
+INITIALISATIONS: dict[str, Row] = {
+    "true, false": Row("Kaiming or none", "W + s · BA", test=VARIANT),
+    "gaussian": Row("Gaussian", "W + s · BA", test=VARIANT),
+    "orthogonal": Row("orthogonal", "W + s · BA", test=VARIANT),
+    "eva": Row("EVA", "W + s · BA", test=VARIANT),
+    "mica": Row("MiCA", "W + s · BA", test=VARIANT),
+    "pissa": Row("PiSSA", "W − its r largest singular values and vectors + s · BA", test=VARIANT),
+    "olora": Row("OLoRA", "W − s · Q[:, :r]R[:r] + s · BA, with W = QR", test=VARIANT),
+    "pissa_niter_N": Row(
+        "PiSSA by a randomised decomposition",
+        refused=f"what it took from the base depends on a random state that is not stored: {MOVED_BASE}",
+        test=SETTING,
+    ),
+    "corda": Row("CorDA", refused=MOVED_BASE, test=SETTING),
+    "lora_ga": Row("LoRA-GA", refused=MOVED_BASE, test=SETTING),
+    "loftq": Row(
+        "LoftQ",
+        refused="the adapter corrects a quantised base; give the base it was trained on, and merge with PEFT",
+        test=SETTING,
+    ),
+}
+
+
+def initialisation(value: object) -> Row | None:
+    """The row of a value of `init_lora_weights`; None where it is no value that PEFT knows."""
+    if value is None or isinstance(value, bool):
+        return INITIALISATIONS["true, false"]
+    name = value.lower() if isinstance(value, str) else ""
+    return INITIALISATIONS.get("pissa_niter_N" if name.startswith("pissa_niter_") else name)

@@ -1,0 +1,231 @@
+"""How the factors of updates are worked out of what files hold; each works on loaded tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Formula = Callable[..., "Tensor"]
+SMALLEST_NORM = 1e-4  # of DeLoRA
+
+
+def as_matrix(factor: Tensor) -> Tensor:
+    """(r, channels, *kernel) or (out, r, 1, …) as a matrix."""
+    return factor.reshape(factor.shape[0], -1)
+
+
+def flat(vector: Tensor) -> Tensor:
+    """(1, n, 1, …) as (n,)."""
+    return vector.reshape(-1)
+
+
+def scaled_columns(matrix: Tensor, factors: Tensor) -> Tensor:
+    """The product matrix · diag(factors)."""
+    return matrix * factors.reshape(1, -1)
+
+
+def scaled_rows(matrix: Tensor, factors: Tensor) -> Tensor:
+    """The product diag(factors) · matrix."""
+    return matrix * factors.reshape(-1, 1)
+
+
+def product(one: Tensor, other: Tensor) -> Tensor:
+    return one @ other
+
+
+def transposed_product(one: Tensor, other: Tensor) -> Tensor:
+    """(rank, p) and (rank, q) as (p, q)."""
+    return one.T @ other
+
+
+def along_kernel(core: Tensor, channels: Tensor) -> Tensor:
+    """Tucker core (r, r, *kernel) and (r, channels) as (r, channels · kernel): LoHa on a convolution."""
+    import torch
+
+    return torch.einsum("ijkl,jc->ickl", core, channels).flatten(1)
+
+
+def rebuilt(core: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Tucker core (r, r, *kernel), (r, p) and (r, q) as (p, q · kernel): LoKr on a convolution."""
+    import torch
+
+    return torch.einsum("ijkl,ip,jq->pqkl", core, left, right).flatten(1)
+
+
+def diagonal(blocks: Iterable[Tensor]) -> Tensor:
+    """One matrix with these on its diagonal."""
+    import torch
+
+    whole: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return whole
+
+
+def block_diagonal(blocks: int) -> Formula:
+    """The formula of BD-LoRA (Wang et al. 2025): pieces of the first dimension on the diagonal."""
+
+    def formula(factor: Tensor) -> Tensor:
+        return diagonal(factor.chunk(blocks, dim=0))
+
+    return formula
+
+
+def first_rows(rows: int) -> Formula:
+    """The product diag(factors) · the first rows of a shared matrix: VeRA's B."""
+
+    def formula(shared: Tensor, factors: Tensor) -> Tensor:
+        return scaled_rows(shared[:rows], factors)
+
+    return formula
+
+
+def first_both(rows: int) -> Formula:
+    """The same with the first of both: PVeRA's A, whose means come before its variances."""
+
+    def formula(shared: Tensor, factors: Tensor) -> Tensor:
+        return scaled_rows(shared[:rows], factors[:rows])
+
+    return formula
+
+
+def normalised_left(up: Tensor, down: Tensor, strength: Tensor) -> Tensor:
+    """DeLoRA's B · diag(λ / (r ‖a_i‖ ‖b_i‖)) (Bini et al. 2025, arXiv:2503.18225)."""
+    norms = down.norm(dim=1).clamp(min=SMALLEST_NORM) * up.norm(dim=0).clamp(min=SMALLEST_NORM)
+    return scaled_columns(up, strength / down.shape[0] / norms)
+
+
+def chosen(first: int) -> Formula:
+    """Vectors of a bank mixed by the softmax of the `first` largest logits.
+
+    VB-LoRA (Li et al. 2024, arXiv:2405.15179).
+    """
+
+    def formula(logits: Tensor, bank: Tensor) -> Tensor:
+        largest, index = logits.topk(first, dim=-1)
+        return mixed(largest.softmax(-1), index, bank)
+
+    return formula
+
+
+def given(weights: Tensor, index: Tensor, bank: Tensor) -> Tensor:
+    """The same from weights that are stored, but for the last one, with the numbers of the vectors."""
+    import torch
+
+    last = 1 - weights.sum(-1, keepdim=True)
+    return mixed(torch.cat([weights, last], dim=-1), index, bank)
+
+
+def mixed(weights: Tensor, index: Tensor, bank: Tensor) -> Tensor:
+    total: Tensor = (weights.unsqueeze(-1) * bank[index.long()]).sum(-2)
+    return total
+
+
+def bank_rows(formula: Formula) -> Formula:
+    """A of VB-LoRA, (r, in): its vectors side by side."""
+
+    def rows(*parts: Tensor) -> Tensor:
+        return as_matrix(formula(*parts))
+
+    return rows
+
+
+def bank_columns(formula: Formula) -> Formula:
+    """B of VB-LoRA, (out, r): its vectors below each other."""
+
+    def columns(*parts: Tensor) -> Tensor:
+        return transpose(formula(*parts)).flatten(0, 1)
+
+    return columns
+
+
+def skew(upper: Tensor, size: int) -> Tensor:
+    """(n, size(size − 1)/2) as n skew-symmetric matrices, their upper triangles by rows."""
+    import torch
+
+    matrix = upper.new_zeros(upper.shape[0], size, size)
+    rows, columns = torch.triu_indices(size, size, 1, device=upper.device)
+    matrix[:, rows, columns] = upper
+    return matrix - transpose(matrix)
+
+
+def cayley(skewed: Tensor) -> Tensor:
+    """(I − Q)(I + Q)⁻¹ of skew-symmetric matrices, in float64, for a rotation ought to be one."""
+    import torch
+
+    q = skewed.double()
+    identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    result: Tensor = torch.linalg.solve(identity + q, identity - q, left=False)
+    return result
+
+
+def neumann(skewed: Tensor, terms: int) -> Tensor:
+    """I + 2Q + 2Q² + … + Q^(terms − 1): the Cayley transform by a truncated Neumann series, its last term once.
+
+    As PEFT sums it, so that the square is there from three terms on even where it is the last.
+    """
+    import torch
+
+    total: Tensor = torch.eye(skewed.shape[-1], dtype=skewed.dtype, device=skewed.device).expand(skewed.shape).clone()
+    if terms > 1:
+        total += 2 * skewed
+    if terms > 2:
+        power = skewed @ skewed
+        total += 2 * power
+        for _ in range(3, terms - 1):
+            power = power @ skewed
+            total += 2 * power
+        total += power @ skewed
+    return total
+
+
+def rotations(size: int, terms: int | None, bound: float | None, transposed: bool) -> Formula:
+    """The formula of OFT's blocks: a Cayley transform, exact without `terms`.
+
+    `bound` is the most that a block's generator may measure (constrained OFT). For a linear layer, whose weight is
+    multiplied by the transpose, the blocks come `transposed`.
+    """
+
+    def formula(upper: Tensor) -> Tensor:
+        q = skew(upper, size)
+        if bound is not None:
+            limit = bound / math.sqrt(q.shape[0])
+            norms = q.norm(dim=(1, 2), keepdim=True)
+            q = q * (limit / norms.clamp(min=limit))
+        blocks = cayley(q) if terms is None else neumann(q, terms)
+        return transpose(blocks) if transposed else blocks
+
+    return formula
+
+
+def transpose(blocks: Tensor) -> Tensor:
+    """(…, p, q) as (…, q, p)."""
+    turned: Tensor = blocks.transpose(-1, -2)
+    return turned
+
+
+def butterfly(factor: Tensor) -> Tensor:
+    """BOFT's blocks of one factor (1, n, size, size), transposed (Liu et al. 2023, arXiv:2311.06243)."""
+    return transpose(cayley(0.5 * (factor[0] - transpose(factor[0]))))
+
+
+def units(vectors: Tensor) -> Tensor:
+    """Columns at length 1; a column of zeros stays as it is and reflects nothing."""
+    norms: Tensor = vectors.norm(dim=0)
+    return vectors / norms.masked_fill(norms == 0, 1.0)
+
+
+def orthogonal_units(vectors: Tensor) -> Tensor:
+    """Columns made orthogonal to those before them, at length 1 (Gram-Schmidt)."""
+    import torch
+
+    found: list[Tensor] = []
+    for vector in vectors.T:
+        rest = vector
+        for unit in found:
+            rest = rest - (unit @ rest) * unit
+        found.append(units(rest[:, None])[:, 0])
+    result: Tensor = torch.stack(found, dim=1)
+    return result
