@@ -499,6 +499,7 @@ MERGED: dict[str, Callable[[], Any]] = {
     "OLoRA": lambda: LoraConfig(init_lora_weights="olora", r=4, lora_alpha=6, **DOWN),
     "MiCA": lambda: LoraConfig(init_lora_weights="mica", **QV),
     "AdaLoRA": lambda: peft.AdaLoraConfig(total_step=10, init_r=6, target_r=3, **QV),
+    "BOFT": lambda: peft.BOFTConfig(boft_block_size=4, **QV),
     "C3A": lambda: peft.C3AConfig(block_size=8, **QV),
     "DeLoRA": lambda: peft.DeloraConfig(r=4, **QV),
     "FourierFT": lambda: peft.FourierFTConfig(n_frequency=20, **QV),
@@ -514,6 +515,7 @@ MERGED: dict[str, Callable[[], Any]] = {
     "OFT, exact": lambda: peft.OFTConfig(oft_block_size=4, use_cayley_neumann=False, **QV),
     "SHiRA": lambda: peft.ShiraConfig(r=2, **QV),
     "tokens alone": lambda: peft.TrainableTokensConfig(token_indices=[2, 1], target_modules=["embed_tokens"]),
+    "VB-LoRA": lambda: peft.VBLoRAConfig(num_vectors=16, vector_length=8, topk=2, r=2, **QV),
     "VeRA": lambda: peft.VeraConfig(r=4, **QV),
 }
 # what cannot be merged from its files: (its name in the message, its config)
@@ -523,10 +525,8 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "P_TUNING": lambda: peft.PromptEncoderConfig(**TOKENS_OF_A_PROMPT),
     "PREFIX_TUNING": lambda: peft.PrefixTuningConfig(**TOKENS_OF_A_PROMPT),
     "PROMPT_TUNING": lambda: peft.PromptTuningConfig(**TOKENS_OF_A_PROMPT),
-    "BOFT": lambda: peft.BOFTConfig(boft_block_size=4, **QV),
     "RANDLORA": lambda: peft.RandLoraConfig(r=4, **QV),
     "ROAD": lambda: peft.RoadConfig(group_size=8, **QV),
-    "VBLORA": lambda: peft.VBLoRAConfig(num_vectors=16, vector_length=8, topk=2, r=2, **QV),
     "WAVEFT": lambda: peft.WaveFTConfig(n_frequency=20, **QV),
 }
 

@@ -22,6 +22,7 @@ from loratool.formats.peft.files import (
     recognises,
 )
 from loratool.formats.peft.methods import METHODS
+from loratool.formats.peft.remarks import remark
 from loratool.safefile import read_safefile
 
 __all__ = ["CONFIG", "PICKLED", "WEIGHTS", "not_an_adapter", "read", "recognises"]
@@ -75,6 +76,7 @@ def read_updates(draft: Draft) -> None:
         draft.each(method.reader(draft))
         draft.place_tokens(standalone_tokens)
     draft.place_saved()
+    remark(draft)
     if not (draft.updates or draft.problems or draft.unsupported or draft.unused):
         draft.problems.append("there is no adapter tensor in it")
 
