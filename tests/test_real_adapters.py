@@ -48,6 +48,11 @@ def some_layers(tensor: str) -> bool:
     return not re.search(r"(^|\.)(h|layers?|block|up_blocks)\.(?!(0|11)\.)\d+\.", tensor)
 
 
+def few_layers(tensor: str) -> bool:
+    """Fewer still, of the widest models."""
+    return not re.search(r"(^|\.)(layers|(up|down)_blocks)\.(?!11\.|1\.attentions\.0\.)\d+\.", tensor)
+
+
 def conv1d(module: str) -> bool:
     return ".h." in module
 
@@ -127,6 +132,7 @@ BASES = {
         {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], "tie_word_embeddings": False},
         others={"embed_out.weight": (300, 2048)},
         shards=2,
+        checked=few_layers,
     ),
     "gemma 3, two seeds averaged": Base(
         ("gemma3-270m-svg-seed42", "gemma3-270m-svg-seed123"),
@@ -134,6 +140,7 @@ BASES = {
         {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "tie_word_embeddings": True},
         others={"model.embed_tokens.weight": (300, 640), "model.layers.0.self_attn.q_norm.weight": (256,)},
         weights=(0.5, 0.5),
+        checked=few_layers,
     ),
     "flan-t5": Base(
         ("flan-t5-base-medqa",),
@@ -147,6 +154,7 @@ BASES = {
         FP16,
         {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]},
         others={"model.encoder.conv1.weight": (768, 80, 3), "model.decoder.embed_tokens.weight": (300, 768)},
+        checked=few_layers,
     ),
     "the UNet of Stable Diffusion": Base(
         ("sd-peft-unet-anime",),
@@ -154,6 +162,7 @@ BASES = {
         {"_class_name": "UNet2DConditionModel"},
         others={"conv_in.weight": (320, 4, 3, 3), "time_embedding.linear_1.weight": (1280, 320)},
         file="diffusion_pytorch_model.safetensors",
+        checked=few_layers,
     ),
 }
 
