@@ -129,7 +129,7 @@ REFUSALS: dict[str, Refusal] = {
         3,
         ("hada_w1_a",),
     ),
-    "KaSA without its diagonal": Refusal(plain, {"kasa_config": {}}, 3, ("KaSA",)),
+    "KaSA without its diagonal": Refusal(plain, {"kasa_config": {}}, 3, ("lora_diag", "q_proj")),
     "another rank than the config's": Refusal(plain, {"r": RANK + 1}, 3, ("q_proj", str(RANK), str(RANK + 1))),
     "factors of different ranks": Refusal(
         lambda: {**plain(), f"{PREFIX}{ATTENTION[1]}.lora_B.weight": noise(WIDTH, RANK + 1)},
@@ -144,7 +144,7 @@ REFUSALS: dict[str, Refusal] = {
         lambda: {**plain(), f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": noise(3, WIDTH)},
         {"trainable_token_indices": [1, 5]},
         3,
-        ("trainable_token_indices", "3", "2"),
+        ("embed_tokens", "3 rows", "2 tokens"),
     ),
     "token rows that the vocabulary has not": Refusal(
         lambda: {**plain(), f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": noise(2, WIDTH)},
@@ -153,7 +153,7 @@ REFUSALS: dict[str, Refusal] = {
         ("embed_tokens", "20"),
     ),
     "experts that no target_parameters names": Refusal(
-        expert_pairs, {"target_modules": ["q_proj"], "peft_version": "0.21.2"}, 4, ("mlp.experts",), fused
+        expert_pairs, {"target_modules": ["q_proj"], "peft_version": "0.21.2"}, 3, ("mlp.experts", "rank"), fused
     ),
     # shards of a distributed training that were never gathered
     "empty factors of ZeRO-3": Refusal(
@@ -170,7 +170,7 @@ REFUSALS: dict[str, Refusal] = {
         lambda: expert_pairs(),
         PARAMETERS,
         4,
-        ("experts.1.",),
+        ("layers.1.mlp.experts.down_proj", "expert 1 of 3"),
         lambda: without(mixtral(), "1.block_sparse_moe.experts.1.w2"),
         MIXTRAL,
     ),
@@ -231,7 +231,7 @@ REFUSALS: dict[str, Refusal] = {
             f"{PREFIX}conv.lora_B.weight": noise(WIDTH, 2, 1),
         },
         {"r": 4},
-        4,
+        3,
         ("conv", "group"),
         lambda: {"conv.weight": noise(WIDTH, WIDTH // 2, 3)},
         {},
@@ -243,7 +243,7 @@ REFUSALS: dict[str, Refusal] = {
         lambda: {"base_model.internal_xlora_classifier.last.weight": noise(2, WIDTH)},
         {"peft_type": "XLORA", "adapters": {"0": "one", "1": "two"}},
         3,
-        ("X-LoRA",),
+        ("XLORA", "classifier"),
     ),
     "layer replication": Refusal(plain, {"layer_replication": [[0, 2], [0, 2]]}, 3, ("layer_replication",)),
     "LoRA-GA": Refusal(
