@@ -254,7 +254,7 @@ class Resolver:
         for template in templates:
             parts = template.split(".")
             ahead = parts.index("#") if "#" in parts else len(parts) - 3
-            for cut in range(1, ahead):  # the rest begins with a component that is no number
+            for cut in range(1, ahead + 1):
                 rest = "." + ".".join(parts[cut:])
                 removed = template[: len(template) - len(rest)]
                 found.update((removed, there[: -len(rest)]) for there in self.disk.templates if there.endswith(rest))
