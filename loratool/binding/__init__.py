@@ -62,6 +62,7 @@ def bind(adapter: Adapter, base: Checkpoint, *, maps: Sequence[str] = (), fan_in
     for text, (pattern, _) in zip(maps, renamings, strict=True):
         if not any(map(pattern.search, adapter.updates)):
             notes.append(f"--map {printable(repr(text))} matches none of its names")
+    template_of.cache_clear()
     return Bound({t: places[t] for t in adapter.updates if t in places}, problems, tuple(notes), missing)
 
 

@@ -68,6 +68,8 @@ def holes(adapter: Adapter, places: Mapping[str, Sequence[Place]], tensors: Mapp
 
     The base's tensors of the same template as one that is edited tell what could have been adapted.
     """
+    if not isinstance(adapter.config.get("target_modules"), list):
+        return []
     of_target: dict[str, set[Numbers]] = {}
     of_tensor: dict[str, tuple[str, Sequence[Place]]] = {}
     for target, every in places.items():

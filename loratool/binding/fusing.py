@@ -107,26 +107,33 @@ def all_of(update: Update, info: TensorInfo, rule: str) -> Place:
 
 
 def into_fused(
-    fusion: Fusion, part: int, info: TensorInfo, config: Mapping[str, Any], update: Update, rule: str
+    fusion: Fusion,
+    part: int,
+    info: TensorInfo,
+    times: int,
+    heads: tuple[int, int] | None,
+    update: Update,
+    rule: str,
 ) -> Landing:
-    """A part's update into some rows of the fused tensor, or into some columns where that is stored (in, out)."""
+    """A part's update into some rows of the fused tensor, or into some columns where that is stored (in, out).
+
+    `times` the order of parts repeats; `heads` are those of queries and of keys, where the config tells.
+    """
     mine, shape = update.shape, info.shape
     if len(mine) != len(shape) or len(shape) > 2 or ANY in mine:
         raise Misfit(f"update of a part is {list(mine)}")
+    other = update.turned if update.turnable and len(shape) == 2 and mine[1] == shape[0] else None
     places: list[tuple[Place, ...]] = [(), ()]
     reason: Misfit | None = None
     if mine[1:] == shape[1:]:
         try:
-            sizes = check_heads(fusion, sizes_from(fusion, part, mine[0], shape[0]), config)
-            stretches = runs(sizes, part, repeats(fusion, config))
+            stretches = stretches_of(fusion, part, mine[0], shape[0], times, heads)
             places[0] = tuple(Place(info.name, rule, update, at, rows, own) for at, own, rows in stretches)
         except Misfit as misfit:
             reason = misfit
-    other = update.turned if update.turnable else None
-    if len(shape) == 2 and other is not None and mine[1] == shape[0]:
+    if other is not None:
         try:
-            sizes = check_heads(fusion, sizes_from(fusion, part, mine[0], shape[1]), config)
-            stretches = runs(sizes, part, repeats(fusion, config))
+            stretches = stretches_of(fusion, part, mine[0], shape[1], times, heads)
             if len(stretches) > 1:
                 raise Misfit(f"{' + '.join(fusion.parts)} take turns in its columns, which is not supported")
             ((at, _, columns),) = stretches
@@ -138,18 +145,23 @@ def into_fused(
     return Landing(*places)
 
 
-def check_heads(fusion: Fusion, sizes: list[int], config: Mapping[str, Any]) -> list[int]:
-    """The sizes, which must agree with the heads that the config tells: all heads are equally wide."""
-    heads, key_heads = setting(config, ("num_attention_heads", "n_head", "n_heads")), setting(config, KEY_VALUE)
-    if fusion.sizes == "qkk" and heads and key_heads and sizes[0] * key_heads != sizes[1] * heads:
+def stretches_of(
+    fusion: Fusion, part: int, own: int, total: int, times: int, heads: tuple[int, int] | None
+) -> list[tuple[int, int, int]]:
+    """The rows of one part among all, as `runs` gives them. All heads are equally wide."""
+    sizes = sizes_from(fusion, part, own, total)
+    if heads and fusion.sizes == "qkk" and sizes[0] * heads[1] != sizes[1] * heads[0]:
         raise Misfit(
-            f"{sizes[0]} rows of queries beside {sizes[1]} of keys do not go with the config's {heads} heads "
-            f"and {key_heads} key heads"
+            f"{sizes[0]} rows of queries beside {sizes[1]} of keys do not go with the config's {heads[0]} heads "
+            f"and {heads[1]} key heads"
         )
-    return sizes
+    return runs(sizes, part, times)
 
 
-KEY_VALUE = ("num_key_value_heads",)
+def heads_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Heads of queries and of keys, where a config tells both."""
+    heads, key_heads = setting(config, ("num_attention_heads",)), setting(config, ("num_key_value_heads",))
+    return (heads, key_heads) if heads and key_heads else None
 
 
 def into_experts(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 from loratool.layouts.architectures import LEADING_WRAPPERS, PREFIXES, WRAPPERS
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from loratool.safefile import TensorInfo
 
 NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
+WRAPPED = re.compile("|".join(sorted(WRAPPERS | LEADING_WRAPPERS)))
 Numbers = tuple[str, ...]
 
 
+@lru_cache(maxsize=1 << 17)  # names of one model; emptied when its binding is done
 def template_of(name: str) -> tuple[str, Numbers]:
     """A name's template and its numbers."""
     dotted = f".{name}."
@@ -35,7 +37,7 @@ def shown(template: str) -> str:
 
 def unwrapped(name: str) -> str:
     """The name without the components that wrappers add in training."""
-    if not any(wrapper in name for wrapper in (*WRAPPERS, *LEADING_WRAPPERS)):
+    if not WRAPPED.search(name):
         return name
     parts = [part for part in name.split(".") if part not in WRAPPERS]
     while len(parts) > 1 and parts[0] in LEADING_WRAPPERS:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from loratool.binding import fusing
@@ -17,7 +18,7 @@ from loratool.binding.fusing import Misfit
 from loratool.binding.names import Alias, Disk, Numbers, aliases, template_of, unwrapped
 from loratool.binding.places import Landing, Place
 from loratool.errors import printable
-from loratool.layouts.architectures import PACKED_PARAMETERS, PACKED_WEIGHTS, TOWERS
+from loratool.layouts.architectures import CONV1D_MODULES, PACKED_PARAMETERS, PACKED_WEIGHTS, REORDERED, TOWERS
 from loratool.safefile import FLOAT_NAMES, TensorInfo
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class Resolver:
         self.disk = Disk(base.tensors)
         self.fusions = fusing.fusions_of(base.config)
         self.interleaved = fusing.is_interleaved(base.config)
+        types = fusing.model_types(base.config)
+        self.reordered = [name for kind, names in REORDERED if kind in types for name in names]
         self.levels: dict[str, tuple[list[list[Way]], Iterator[list[Alias]]]] = {}
 
     def land(self, target: str, update: Update, renamings: Sequence[Renaming] = ()) -> Landing:
@@ -89,8 +92,13 @@ class Resolver:
             self.levels[template] = ([], aliases(template, self.disk, DEEPEST))
         done, coming = self.levels[template]
         while len(done) <= depth:
-            done.append([way for alias in next(coming) for way in self.ways_at(alias)])
+            ways = (way for alias in next(coming) for way in self.ways_at(alias))
+            done.append([way for way in ways if not self.crosses(template, way.templates[0])])
         return done[depth]
+
+    def crosses(self, template: str, there: str) -> bool:
+        """Whether a way leads from one tower of a multimodal model to another; a base without the first has but one."""
+        return tower(template) != tower(there) and tower(template) in self.towers
 
     def ways_at(self, alias: Alias) -> Iterator[Way]:
         """The ways from a template that take no more renames."""
@@ -112,6 +120,11 @@ class Resolver:
                         position = template[:at].count("#") if fusion.of_experts else -1
                         yield Way(alias, (there,), fusion, number, position)
 
+    @cached_property
+    def towers(self) -> frozenset[str]:
+        """The towers that the base has layers of."""
+        return frozenset(tower(template) for template in self.disk.templates if "#" in template)
+
     def on_disk(self, template: str) -> str:
         """The template, or that of its packed weight, where the base has tensors of it; else nothing."""
         if template in self.disk.templates:
@@ -125,9 +138,19 @@ class Resolver:
     def follow(self, way: Way, numbers: Numbers, update: Update) -> Landing | None:
         """Where a way leads for some numbers; None where the base has no such tensor."""
         fusion, rule = way.fusion, ", ".join(way.alias.moves)
+        if self.reordered and any(f".{name}." in template for template in way.templates for name in self.reordered):
+            raise Misfit("its rows are in another order in the base (for rotary positions), which is not supported")
         if fusion is None:
             info = self.tensor(way.templates[0], numbers)
-            return None if info is None else self.whole(info, update, rule or "exact")
+            if info is None:
+                return None
+            landing = self.whole(info, update, rule or "exact")
+            if landing.turned and "renamed" in rule and not is_conv1d(info.name):
+                # a name that is only guessed at and a shape that fits the wrong way round are no match
+                landing = Landing(landing.straight)
+                if not landing.straight:
+                    raise Misfit(f"update is {list(update.shape)}, {printable(info.name)} is {list(info.shape)}")
+            return landing
         if way.part >= 0:
             rule = joined(rule, f"{short(fusion.parts[way.part])} of {short(fusion.fused)}")
             return self.join(way, fusion, numbers, update, rule)
@@ -156,7 +179,10 @@ class Resolver:
             return packed
         try:
             if at < 0:
-                return fusing.into_fused(fusion, way.part, info, self.config, update, rule)
+                heads = fusing.heads_of(self.config) if tower(way.templates[0]) == "text" else None
+                return fusing.into_fused(
+                    fusion, way.part, info, fusing.repeats(fusion, self.config), heads, update, rule
+                )
             stored = self.stored_in_out(info)
             expert = int(numbers[at])
             return fusing.into_experts(fusion, way.part, expert, info, stored, self.interleaved, update, rule)
@@ -265,6 +291,11 @@ def tower(template: str) -> str:
     """The tower of a multimodal model that a name belongs to."""
     parts = set(template.split("."))
     return next((name for name, marks in TOWERS.items() if name != "text" and marks & parts), "text")
+
+
+def is_conv1d(weight: str) -> bool:
+    """Whether a weight has the name of one that Conv1D layers keep (in, out)."""
+    return weight.rpartition(".")[0].rpartition(".")[2] in CONV1D_MODULES
 
 
 def short(name: str) -> str:

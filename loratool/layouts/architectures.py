@@ -47,7 +47,29 @@ PREFIXES = (
         "vit_mae",
     ),
     *("clip", "siglip", "vision_model", "text_model", "model.decoder", "thinker", "rwkv", "mamba", "opt", "new", "vlm"),
-    *("timm_model", "audio_tower", "ast", "vivit", "videomae", "ijepa", "radio_model", "base_model"),
+    *(
+        "timm_model",
+        "audio_tower",
+        "ast",
+        "vivit",
+        "videomae",
+        "ijepa",
+        "radio_model",
+        "base_model",
+        "ultrabert",
+        "tracker_model",
+        "video_tower",
+        "vision_encoder",
+    ),
+)
+
+# Weights whose rows lie in another order on disk than in memory, since rotary positions pair neighbours there and
+# halves here: (model type, names on disk).
+REORDERED = (
+    ("mistral_large4", ("transformer.layers.#.attention.wq", "transformer.layers.#.attention.wk")),
+    ("kimi_k25", ("wqkv",)),
+    ("step3p7", ("in_proj_weight", "in_proj_bias")),
+    ("gradium_phonon_tts", ("self_attn.in_proj",)),
 )
 
 # Wrappers that training leaves in names; a name means the same without them.
