@@ -126,8 +126,8 @@ class Draft:
             return
         before = self.saved.get(target)
         copies = {"modules_to_save", ""}
-        if before and target.endswith(".bias") and {before.wrapper, wrapper} == copies:
-            # bias="all" also saves what stands in the wrapper; the plain name is the one that is used
+        if before and {before.wrapper, wrapper} == copies:
+            # bias="all" and a vocabulary of another size also save what stands in the wrapper; the plain name counts
             passed_over.append(name if wrapper else before.name)
             if wrapper:
                 return

@@ -80,6 +80,12 @@ def plain(module: str) -> str:
     return ".".join(part for part in module.split(".") if part not in INNER)
 
 
+def tails(module: str) -> set[str]:
+    """The dotted tails of a module's path, the whole path among them."""
+    parts = module.split(".")
+    return {".".join(parts[at:]) for at in range(len(parts))}
+
+
 def saved_as(path: str) -> tuple[str, str]:
     """For a tensor that is saved whole: the parameter it is for, and what wrapped it (empty for nothing)."""
     parts = path.split(".")

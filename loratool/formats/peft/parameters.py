@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from loratool.errors import printable
+from loratool.formats.peft import keys
 from loratool.formats.peft.draft import Draft, Module, UnusableError
 from loratool.formats.peft.files import CONFIG
+from loratool.formats.peft.patterns import match_patterns
 from loratool.updates import ExpertFactors
 
 if TYPE_CHECKING:
@@ -38,11 +40,32 @@ def named(draft: Draft, module: str) -> set[str]:
     return found
 
 
+def layers(draft: Draft) -> set[str]:
+    """The modules that `target_modules` names: layers, which have no such parameters, whatever a bare name may match."""
+    targets = draft.config.get("target_modules") or []
+    names = {module.name for module in draft.modules.values()}
+    if not isinstance(targets, str):
+        listed = {target for target in targets if isinstance(target, str)} if isinstance(targets, list) else set()
+        return {name for name in names if not listed.isdisjoint(keys.tails(name))}
+    try:
+        return {name for name, matching in match_patterns([targets], names).items() if matching}
+    except ValueError as error:
+        draft.problems.append(f"{CONFIG}: target_modules: {error}")
+        return names
+
+
 def levels(draft: Draft) -> dict[str, dict[int, Module]]:
     """Module → depth → its factors there, for the modules of which parameters are adapted."""
     found: dict[str, dict[int, Module]] = {}
+    if not draft.config.get("target_parameters"):
+        return found
+    passed_over = {"", *layers(draft)}
     for module in draft.modules.values():
-        if module.name and named(draft, module.name) and not module.slots.keys().isdisjoint({"lora_A", "lora_B"}):
+        if (
+            module.name not in passed_over
+            and named(draft, module.name)
+            and not module.slots.keys().isdisjoint({"lora_A", "lora_B"})
+        ):
             parts = module.path.split(".")
             depth = len(parts) - len(module.name.split("."))
             found.setdefault(module.name, {})[depth] = module

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loratool.errors import printable
+from loratool.formats.peft import keys
 
 if TYPE_CHECKING:
     from loratool.formats.peft.draft import Draft
@@ -31,8 +32,5 @@ def idle_targets(draft: Draft) -> list[str]:
     listed = draft.config.get("target_modules")
     if not isinstance(listed, list):
         return []
-    tails: set[str] = set()
-    for module in draft.modules.values():
-        parts = module.name.split(".")
-        tails.update(".".join(parts[at:]) for at in range(len(parts)))
+    tails = set[str]().union(*(keys.tails(module.name) for module in draft.modules.values()))
     return [entry for entry in listed if isinstance(entry, str) and entry not in tails]

@@ -45,10 +45,11 @@ class Scaling:
             draft.problems.append(f"{CONFIG}: {error}")
             return
         self.valid = True
-        idle = set(patterns) - set[str]().union(*self.found.values())
-        if idle:
-            named = ", ".join(printable(repr(p)) for p in patterns if p in idle)
-            draft.notes.append(f"patterns of the config that match no adapted module: {named}")
+        used = set[str]().union(*self.found.values())
+        if idle := ", ".join(printable(repr(p)) for p in self.ranks if p not in used):
+            draft.problems.append(f"{CONFIG}: rank_pattern names what no module of the adapter is called: {idle}")
+        if idle := ", ".join(printable(repr(p)) for p in self.alphas if p not in used):
+            draft.notes.append(f"patterns of alpha_pattern that match no adapted module: {idle}")
         self.tell_rivals()
 
     def pattern(self, name: str, valid: Any) -> dict[str, Any]:
