@@ -1,7 +1,7 @@
 # make demo       build a small base and an adapter, merge them and check the result
 # make test       formatting, lint, types, tests and documentation
 # make benchmark  what a merge costs on this machine
-# make docs       write docs/cli.md anew from the command line's own help
+# make docs       write docs/cli.md anew from the command line's own help, and docs/supported.md from its table
 #
 # The first call sets up .venv. It is done again only when pyproject.toml or constraints.txt changes.
 
@@ -25,6 +25,7 @@ benchmark: .venv/development
 
 docs: .venv/development
 	$(BIN)/python docs/generate_cli.py
+	$(BIN)/python docs/generate_supported.py
 
 # torch comes first and alone: with its version settled, nothing later can ask for another build of it
 .venv/runtime: pyproject.toml constraints.txt

@@ -29,7 +29,7 @@ class Magnitude(Update):
 
     @property
     def needs_weight(self) -> bool:
-        return self.by_column
+        return self.by_column or self.inner.needs_weight
 
     @property
     def turnable(self) -> bool:
@@ -54,16 +54,17 @@ class Magnitude(Update):
         return replace(self, inner=inner)
 
     def prepared(self, weight: WeightRows) -> Update:
+        inner = self.inner.prepared(weight) if self.inner.needs_weight else self.inner
         if not self.by_column:
-            return self
+            return replace(self, inner=inner)
         squared: Tensor | None = None
         for first_row, base in weight():
             moved = base.clone()
-            self.inner.add_rows(moved, first_row, 1.0, base)
+            inner.add_rows(moved, first_row, 1.0, base)
             here = moved.double().square().sum(0)
             squared = here if squared is None else squared + here
         assert squared is not None, "a weight without rows has no update"
-        return replace(self, norms=squared.sqrt())
+        return replace(self, inner=inner, norms=squared.sqrt())
 
     def factor(self, norms: Tensor, magnitude: Tensor) -> Tensor:
         return (magnitude.to(norms.dtype) / norms).masked_fill(norms == 0, 0.0)

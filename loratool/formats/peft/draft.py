@@ -15,6 +15,7 @@ from loratool.updates import Add, Replace, ReplaceRows, Update
 
 TOKENS = "trainable_tokens_delta"
 LEFT_BEHIND = frozenset({"trainable_tokens_original"})  # beside it in a raw state dict
+UNGATHERED = "an empty or flat tensor is a shard that ZeRO-3 or FSDP did not gather before saving"
 
 
 class UnusableError(Exception):
@@ -145,8 +146,7 @@ class Draft:
         if dimensions and (len(info.shape) not in dimensions or 0 in info.shape):
             wanted = " or ".join(str(count) for count in sorted(dimensions))
             raise UnusableError(
-                f"{printable(name)}: is {list(info.shape)}; wanted are {wanted} dimensions (an empty or flat one is a "
-                "shard that ZeRO-3 or FSDP did not gather before saving)"
+                f"{printable(name)}: is {list(info.shape)}; wanted are {wanted} dimensions ({UNGATHERED})"
             )
         return StoredTensor(self.file, info)
 
@@ -199,7 +199,10 @@ class Draft:
         """Make replacements of what is saved whole; under an update it is the weight that this was trained on."""
         for target, saved in self.saved.items():
             try:
-                replacement = Replace(self.stored(saved.name))  # type: ignore[arg-type]  # loaded later
+                stored = self.stored(saved.name)
+                if 0 in stored.shape:
+                    raise UnusableError(f"{printable(saved.name)}: is {list(stored.shape)}; {UNGATHERED}")
+                replacement = Replace(stored)  # type: ignore[arg-type]  # loaded later
             except UnusableError as error:
                 self.problems.append(str(error))
                 continue

@@ -217,9 +217,7 @@ def oft(module: Module) -> Updates:
     """Blocks from the upper triangles of skew-symmetric matrices; an embedding is multiplied from the other side."""
     embedding = "oft_embedding_R" in module
     if "oft_R" not in module and not embedding:
-        raise UnsupportedError(
-            "OFT as PEFT stored it before 0.16 (oft_r): load it in the release that wrote it and merge it there"
-        )
+        raise UnsupportedError("OFT as an older PEFT stored it (oft_r): merge it in the release that wrote it")
     stored = module.tensor("oft_embedding_R" if embedding else "oft_R")
     count, elements = stored.shape
     size = (1 + math.isqrt(1 + 8 * elements)) // 2
@@ -269,7 +267,7 @@ def fourierft(module: Module) -> Updates:
 def shira(module: Module) -> Updates:
     if "shira_indices" not in module:
         raise UnsupportedError(
-            "SHiRA without its shira_indices, which an old PEFT left out: save it again with PEFT 0.15 or later"
+            "SHiRA without its shira_indices: save the adapter again with a newer PEFT, which stores them"
         )
     values, index = module.tensor("shira_weight", (1,)), module.indices("shira_indices", (2,))
     fits = index.shape == (2, values.shape[0])

@@ -65,7 +65,7 @@ TYPES: dict[str, Row] = {
     "ADAPTION_PROMPT": Row("Adaption prompt", refused=PROMPT, test=REFUSAL),
     "BONE": Row(
         "Bone",
-        refused="PEFT 0.19 dropped it for MiSS; merge it with the release of PEFT that wrote it",
+        refused="PEFT replaced it by MiSS; merge it with the release of PEFT that wrote it",
         test=REFUSAL,
     ),
     "CARTRIDGE": Row("Cartridge", refused=PROMPT, test=REFUSAL),
