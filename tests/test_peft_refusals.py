@@ -136,8 +136,8 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Tensors], Tensors] | None, dict[str, A
     "a saved module in two spellings": (
         lambda before: {
             **before,
-            "base_model.model.head.weight": ONES(5, 4),
-            "head.modules_to_save.weight": ONES(5, 4),
+            "base_model.model.head.modules_to_save.weight": ONES(5, 4),
+            "head.modules_to_save.default.weight": ONES(5, 4),
         },
         {},
         "head.weight is saved twice",

@@ -108,9 +108,8 @@ class Draft:
             else:
                 self.keep(name, key.module, passed_over)
         if passed_over:
-            self.notes.append(
-                f"{len(passed_over)} tensors that only training needs are left out, {printable(passed_over[0])} say"
-            )
+            more = f" and {len(passed_over) - 1} more" if len(passed_over) > 1 else ""
+            self.notes.append(f"left out, being for training only or a second copy: {printable(passed_over[0])}{more}")
 
     def stray(self, name: str, family: str, kind: str) -> None:
         """Account for a tensor that is spelled as one of a method and has no slot of this adapter's."""

@@ -105,7 +105,7 @@ OPTIONS: dict[str, Row] = {
     "lora_alpha": Row("α", "s = α/r; 8 where it is missing, with a note", test=VARIANT),
     "use_rslora": Row("rsLoRA", "s = α/√r", test=VARIANT),
     "rank_pattern": Row(
-        "ranks by pattern", "first match in the file's order; one that matches nothing is noted", test=VARIANT
+        "ranks by pattern", "first match in the file's order; one that matches nothing is refused", test=VARIANT
     ),
     "alpha_pattern": Row(
         "α by pattern",
