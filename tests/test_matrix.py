@@ -473,3 +473,29 @@ def write_split_adapter(folder: Path, path: str, sizes: dict[str, int], parts: s
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": names}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return factors
+
+
+def test_a_split_gate_and_up_are_added_to_the_halves_of_their_fused_weight(
+    fused: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = fused("phi3")
+    (tmp_path / "adapter").mkdir()
+    modules = [f"model.layers.{n}.mlp.{part}_proj" for n in range(LAYERS) for part in ("gate", "up")]
+    generator = torch.Generator().manual_seed(3)
+    factors: dict[str, Tensor] = {}
+    for module in modules:
+        factors[f"{PREFIX}{module}.lora_A.weight"] = torch.randn(RANK, HIDDEN, generator=generator) * 0.2
+        factors[f"{PREFIX}{module}.lora_B.weight"] = torch.randn(48, RANK, generator=generator) * 0.2
+    save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": ["gate_proj", "up_proj"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    loratool.merge(base, tmp_path / "adapter", tmp_path / "out")
+    before, after = read_tensors(base), read_tensors(tmp_path / "out")
+    wanted = {name: tensor.double() for name, tensor in before.items()}
+    for layer in range(LAYERS):
+        module = f"model.layers.{layer}.mlp"
+        for part, rows in (("gate", slice(0, 48)), ("up", slice(48, 96))):
+            a, b = (factors[f"{PREFIX}{module}.{part}_proj.lora_{side}.weight"].double() for side in "AB")
+            wanted[f"{module}.gate_up_proj.weight"][rows] += linear(a, b, ALPHA / RANK)
+    for name, tensor in wanted.items():
+        assert float((after[name].double() - tensor).abs().max()) <= 1e-6, name

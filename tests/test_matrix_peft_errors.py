@@ -18,7 +18,7 @@ from matrix_models import ALPHA, ARCHITECTURES, EXPERTS, RANK, Architecture, ada
 from oracle import PREFIX, Exact, assert_single_rounding, nearest, read_tensors, same_bits
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, build_base
+from tiny_models import FAMILIES, build_base, edit_config
 from torch import Tensor, nn
 
 import loratool
@@ -77,6 +77,25 @@ def test_the_output_projection_of_multihead_attention_gets_the_change_that_train
     assert float((merged_output(tmp_path, Attention(), given) - said).abs().max()) <= 1e-5
     report = loratool.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "again")
     assert any("out_proj" in note and "twice" in note.lower() for note in report.notes), report.notes
+
+
+@pytest.mark.parametrize(("version", "factor"), [("0.21.2", 2), ("0.22.0", 1), (None, 2)])
+def test_a_release_that_is_not_known_to_double_that_change_is_not_taken_to(
+    tmp_path: Path, version: str | None, factor: int
+) -> None:
+    torch.manual_seed(1)
+    adapted(tmp_path, Attention(), torch.randn(2, 5, 16), target_modules=["attn"])
+    edit_config(tmp_path / "adapter", peft_version=version)
+    loratool.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    before, after = read_tensors(tmp_path / "base"), read_tensors(tmp_path / "out")
+    saved = read_tensors(tmp_path / "adapter")
+    for module, weight, times in (
+        ("attn", "attn.in_proj_weight", 1),
+        ("attn.base_layer.out_proj", "attn.out_proj.weight", factor),
+    ):
+        a, b = (saved[f"{PREFIX}{module}.lora_{side}.weight"].double() for side in "AB")
+        wanted = before[weight].double() + linear(a, b, times * ALPHA / RANK)
+        assert float((after[weight].double() - wanted).abs().max()) <= 1e-6, weight
 
 
 @pytest.mark.parametrize(

@@ -522,6 +522,7 @@ MERGED: dict[str, Callable[[], Any]] = {
 REFUSED: dict[str, Callable[[], Any]] = {
     "layer_replication": lambda: LoraConfig(layer_replication=[[0, 2], [0, 2]], **QV),
     "aLoRA": lambda: LoraConfig(alora_invocation_tokens=[1], task_type="CAUSAL_LM", **QV),
+    "pissa_niter_4": lambda: LoraConfig(init_lora_weights="pissa_niter_4", r=4, **QV),
     "P_TUNING": lambda: peft.PromptEncoderConfig(**TOKENS_OF_A_PROMPT),
     "PREFIX_TUNING": lambda: peft.PrefixTuningConfig(**TOKENS_OF_A_PROMPT),
     "PROMPT_TUNING": lambda: peft.PromptTuningConfig(**TOKENS_OF_A_PROMPT),
@@ -581,6 +582,20 @@ def test_what_its_files_do_not_determine_is_refused_by_its_name(
 
 def test_lora_on_the_patches_of_a_vit_merges(tmp_path: Path) -> None:
     case = build_case(tmp_path, FAMILIES["vit"], target_modules=["projection", "q_proj"])
+    loratool.merge(case.base, [case.adapter], tmp_path / "out")
+    assert_like_peft(tmp_path / "out", case.by_peft)
+    assert_speaks_like(tmp_path / "out", case)
+
+
+def test_dora_on_weights_stored_the_other_way_round_takes_the_norm_of_columns(tmp_path: Path) -> None:
+    case = build_case(tmp_path, FAMILIES["gpt2"], use_dora=True)
+    loratool.merge(case.base, [case.adapter], tmp_path / "out")
+    assert_like_peft(tmp_path / "out", case.by_peft)
+    assert_speaks_like(tmp_path / "out", case)
+
+
+def test_dora_on_an_embedding_takes_the_norm_over_the_vocabulary(llama: Path, tmp_path: Path) -> None:
+    case = build_case(tmp_path, LLAMA, llama, use_dora=True, target_modules=["model.embed_tokens", "q_proj"])
     loratool.merge(case.base, [case.adapter], tmp_path / "out")
     assert_like_peft(tmp_path / "out", case.by_peft)
     assert_speaks_like(tmp_path / "out", case)
