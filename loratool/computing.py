@@ -184,6 +184,13 @@ def weight_rows(span: Span, edit: Edit, device: torch.device, dtype: torch.dtype
 
     stored = getattr(torch, FLOAT_NAMES[span.info.dtype])
     step = max(1, READ_AT_ONCE // (span.width * stored.itemsize))
+    before = [
+        LoadedEdit(
+            other, other.update if isinstance(other.update, Replace) else load_update(other.update, device, dtype), 1
+        )
+        for other in span.edits
+        if other.update.replaces
+    ]
     with span.source.open() as descriptor:
         for first in range(edit.first_row, edit.first_row + edit.rows, step):
             count = min(step, edit.first_row + edit.rows - first)
@@ -191,9 +198,8 @@ def weight_rows(span: Span, edit: Edit, device: torch.device, dtype: torch.dtype
             start = span.source.position(span.info) + first * span.width * stored.itemsize
             read_exactly(descriptor, raw.numpy().data, start, span.source.path)
             block = raw.view(stored).view(count, span.width).to(device, dtype)
-            for other in span.edits:
-                if isinstance(other.update, Replace):
-                    LoadedEdit(other, other.update, 1.0).apply(block, first, block)
+            for replacement in before:
+                replacement.apply(block, first, block)
             yield first - edit.first_row + edit.update_row, block[:, edit.columns]
 
 
@@ -246,7 +252,7 @@ class Worker:
         block.copy_(before)
         norm = torch.linalg.vector_norm(block)
         loaded = work.edits_on(self.device, compute)
-        replaced = sum(isinstance(edit.update, Replace) for edit in loaded.edits)  # they come first
+        replaced = sum(edit.update.replaces for edit in loaded.edits)  # they come first
         for edit in loaded.edits[:replaced]:
             edit.apply(block, first, block)
         base = block.clone() if loaded.look_at_base else block

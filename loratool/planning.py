@@ -224,7 +224,7 @@ class Draft:
                 f"{tensor} is stored as {info.dtype}; only {', '.join(FLOAT_NAMES)} weights can be edited, so give the "
                 "model before its quantisation as BASE"
             )
-        if weight < 0 and (isinstance(place.update, (Replace, ReplaceRows)) or place.tensor in trained.saved):
+        if weight < 0 and (place.update.replaces or place.tensor in trained.saved):
             return f"replaces the weight outright, which a weight of {weight:g} cannot take back"
         return ""
 
@@ -337,4 +337,4 @@ class Draft:
 
 def replaces_first(edit: Edit) -> int:
     """The place of an edit in the order: what replaces the weight, what replaces rows of it, what changes it."""
-    return 0 if isinstance(edit.update, Replace) else 1 if isinstance(edit.update, ReplaceRows) else 2
+    return 0 if isinstance(edit.update, Replace) else 1 if edit.update.replaces else 2

@@ -106,7 +106,7 @@ def find_tie(module: str, base: Checkpoint) -> tuple[Tie, tuple[str, ...], str] 
         beside = re.compile(tie.beside.replace("{at}", re.escape(at)))
         if tie.beside and not any(beside.match(name) for name in base.tensors):
             continue
-        if tie.model_type and tie.model_type not in model_types(base.config):
+        if tie.types and not model_types(base.config) & set(tie.types):
             continue
         return tie, tuple(head.replace("{at}", at) for head in tie.heads), tie.bias.replace("{at}", at)
     return None

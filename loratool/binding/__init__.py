@@ -66,9 +66,7 @@ def bind(adapter: Adapter, base: Checkpoint, *, maps: Sequence[str] = (), fan_in
     return Bound({t: places[t] for t in adapter.updates if t in places}, problems, tuple(notes), missing)
 
 
-TIED = {
-    "output head": "the base has no such weight; its head is tied to the input embedding, and untying is not supported yet"
-}
+TIED = {"output head": "the base has no such weight, and does not tie its head to an input embedding"}
 
 
 def read_maps(maps: Iterable[str]) -> list[Renaming]:
@@ -90,7 +88,9 @@ def read_maps(maps: Iterable[str]) -> list[Renaming]:
 def by_suffix(resolver: Resolver, adapter: Adapter, landings: dict[str, Landing], reasons: dict[str, str]) -> list[str]:
     """The last resort for targets with no trace in the base; what it finds is told as a note."""
     lost: dict[str, Update] = {t: adapter.updates[t] for t, why in reasons.items() if not why and not kind_of(t)}
-    found, change = resolver.by_suffix(lost) if lost else ({}, "")
+    if all(update.replaces for update in lost.values()):
+        return []  # a head of the adapter's own, whose name may end as some other's does
+    found, change = resolver.by_suffix(lost)
     for target, landing in found.items():
         landings[target] = landing
         del reasons[target]

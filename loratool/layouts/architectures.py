@@ -105,7 +105,7 @@ OUTPUT_HEADS = frozenset({"lm_head", "embed_out", "proj_out", "output_projection
 # Parts of the class names of models that turn hidden states into token logits, so that a head may be tied.
 GENERATIVE = (
     *("ForCausalLM", "LMHead", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining", "DoubleHeads", "MTModel"),
-    *("ForImageTextToText", "Vision2Seq", "Vision2Text", "ForSpeechSeq2Seq", "SpeechToText", "TextToText"),
+    *("ForImageTextToText", "Vision2Seq", "Vision2Text", "ForSpeechSeq2Seq", "SpeechToText", "TextToText", "Text2Text"),
     *("EncoderDecoder", "GenerationDecoder"),
 )
 

@@ -24,6 +24,7 @@ class Update:
 
     fold: ClassVar[int] = 1
     looks_at_base: ClassVar[bool] = False  # `add_rows` wants the unmerged rows as well
+    replaces: ClassVar[bool] = False  # puts saved values in the weight's place, so that others build on them
 
     @property
     def needs_weight(self) -> bool:

@@ -17,6 +17,8 @@ class Replace(Update):
 
     value: Tensor  # any shape
 
+    replaces = True
+
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.value.shape)
@@ -34,6 +36,8 @@ class ReplaceRows(Update):
 
     index: tuple[int, ...]  # row numbers, in the order of `values`
     values: Tensor  # (len(index), columns)
+
+    replaces = True
 
     @property
     def shape(self) -> tuple[int, ...]:
