@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Literal
 from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.errors import printable
 from loratool.formats import peft, read_adapter
+from loratool.formats.peft import support
 from loratool.updates import LowRank, Replace
 
 if TYPE_CHECKING:
     from loratool.adapter import Adapter
+    from loratool.updates import Update
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ def inspect(path: str | os.PathLike[str]) -> AdapterFacts | CheckpointFacts:
 
 
 def adapter_facts(adapter: Adapter, path: Path) -> AdapterFacts:
-    factors = {target: u for target, u in adapter.updates.items() if isinstance(u, LowRank)}
+    found = {target: low_rank_in(update) for target, update in adapter.updates.items()}
+    factors = {target: update for target, update in found.items() if update is not None}
     rslora = bool(adapter.config.get("use_rslora", False))
     alphas = (u.scale * (u.rank**0.5 if rslora else u.rank) for u in factors.values())
     shapes = Counter((t.split(".")[-2] if "." in t else t, "×".join(map(str, u.shape))) for t, u in factors.items())
@@ -92,7 +95,7 @@ def adapter_facts(adapter: Adapter, path: Path) -> AdapterFacts:
         path=printable(path),
         format=adapter.format,
         peft_type=printable(adapter.config.get("peft_type", "LORA")),
-        variants=("rsLoRA",) if rslora else (),
+        variants=support.variants(adapter.config),
         base=printable(adapter.config.get("base_model_name_or_path") or ""),
         ranks=count(str(u.rank) for u in factors.values()),
         alphas=count(f"{alpha:.6g}" for alpha in alphas),
@@ -106,6 +109,14 @@ def adapter_facts(adapter: Adapter, path: Path) -> AdapterFacts:
         unsupported=(*adapter.unsupported, *unused),
         notes=adapter.notes,
     )
+
+
+def low_rank_in(update: Update) -> LowRank | None:
+    """The low-rank update that this is, or that others are built around."""
+    inner = getattr(update, "inner", update)
+    if isinstance(inner, LowRank):
+        return inner
+    return None if inner is update else low_rank_in(inner)
 
 
 def checkpoint_facts(checkpoint: Checkpoint, path: Path) -> CheckpointFacts:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import loratool
+from loratool.inspecting import AdapterFacts
 
 
 @dataclass(frozen=True)
@@ -271,6 +272,22 @@ def test_a_rank_pattern_that_names_nothing_is_refused(tmp_path: Path) -> None:
     set_config(pair.adapter, rank_pattern={"nowhere": 2, "linear": 2})
     with pytest.raises(loratool.InputError, match=r"rank_pattern names .* 'nowhere'$"):
         loratool.merge(pair.base, [pair.adapter], tmp_path / "out")
+
+
+def test_a_field_of_the_config_that_nobody_knows_is_told(tmp_path: Path) -> None:
+    pair = train(tmp_path, make_zoo(), LoraConfig(r=2, target_modules=["linear"]))
+    set_config(pair.adapter, use_tomorrows_lora=True)
+    notes = loratool.merge(pair.base, [pair.adapter], tmp_path / "out").notes
+    assert sum("use_tomorrows_lora" in note for note in notes) == 1
+
+
+def test_inspect_tells_the_variant_and_the_ranks_within_it(tmp_path: Path) -> None:
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["linear", "square"], use_dora=True, use_rslora=True)
+    facts = loratool.inspect(train(tmp_path, make_zoo(), config).adapter)
+    assert isinstance(facts, AdapterFacts)
+    assert set(facts.variants) == {"DoRA", "rsLoRA"}
+    assert facts.ranks == {"3": 2}
+    assert facts.alphas == {"6": 2}
 
 
 def set_config(adapter: Path, **changes: Any) -> None:

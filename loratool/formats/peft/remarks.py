@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loratool.errors import printable
-from loratool.formats.peft import keys
+from loratool.formats.peft import keys, support
 
 if TYPE_CHECKING:
     from loratool.formats.peft.draft import Draft
@@ -19,6 +19,14 @@ def remark(draft: Draft) -> None:
     if bias not in (None, "none") and not any(target.endswith(".bias") for target in draft.saved):
         draft.notes.append(
             f"the config says bias={printable(repr(bias))}, and no bias is in the file: none was trained"
+        )
+    unknown = (
+        sorted(set(draft.config) - set(support.OPTIONS)) if draft.config.get("peft_type", "LORA") == "LORA" else []
+    )
+    if unknown:
+        shown = ", ".join(map(printable, unknown[:LONGEST_LIST])) + (", …" if len(unknown) > LONGEST_LIST else "")
+        draft.notes.append(
+            f"fields of the config that loratool does not know, and passes over as PEFT 0.21 does: {shown}"
         )
     if idle := idle_targets(draft):
         more = ", …" if len(idle) > LONGEST_LIST else ""

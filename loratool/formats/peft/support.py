@@ -6,6 +6,7 @@ lists. `test` names the test that compares a merge with PEFT's, or that sees the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -166,6 +167,11 @@ OPTIONS: dict[str, Row] = {
     "revision": Row("revision of the base", FILED),
     "inference_mode": Row("inference mode", FILED),
 }
+# The options that have a name of their own; an adapter with one of them is said to be it.
+VARIANTS = (
+    *("use_rslora", "use_dora", "lora_bias", "use_bdlora", "kasa_config", "velora_config", "monteclora_config"),
+    *("use_qalora", "target_parameters", "trainable_token_indices"),
+)
 CHECKED_FLAGS = ("use_dora", "lora_bias", "use_qalora")  # options that are true or false
 
 # By the values of init_lora_weights.
@@ -198,3 +204,8 @@ def initialisation(value: object) -> Row | None:
         return INITIALISATIONS["true, false"]
     name = value.lower() if isinstance(value, str) else ""
     return INITIALISATIONS.get("pissa_niter_N" if name.startswith("pissa_niter_") else name)
+
+
+def variants(config: Mapping[str, object]) -> tuple[str, ...]:
+    """What a config makes of LoRA, in words."""
+    return tuple(OPTIONS[name].title for name in VARIANTS if config.get(name) not in (None, False, [], {}))
