@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,11 @@ from typing import Any
 
 import peft
 import pytest
-from peft_zoo import assert_merged_alike, make_zoo, train
+import torch
+from peft_zoo import assert_merged_alike, make_zoo, save_base, shake, train
+from safetensors.torch import load_file
+
+import loratool
 
 
 @dataclass(frozen=True)
@@ -187,3 +192,27 @@ def test_a_method_is_merged_as_peft_merges_it(tmp_path: Path, name: str) -> None
     zoo = make_zoo()
     pair = train(tmp_path, zoo, CASES[name].config())
     assert_merged_alike(pair.merge(tmp_path / "out"), pair, *CASES[name].edited)
+
+
+def test_a_pruned_adalora_keeps_the_rank_that_it_began_with_below_its_alpha(tmp_path: Path) -> None:
+    """Pruning drops rows of the factors when the adapter is saved; PEFT reads it back with the first rank."""
+    zoo, adapter = make_zoo(), tmp_path / "adapter"
+    config = peft.AdaLoraConfig(target_modules=LINEAR, init_r=4, target_r=2, lora_alpha=7, total_step=10)
+    base = save_base(tmp_path / "base", zoo)
+    wrapped = peft.get_peft_model(copy.deepcopy(zoo), config)
+    shake(wrapped, 3, 0.3)
+    kept = {"linear": [True, False, True, True], "square": [False, False, True, False]}
+    start = "base_model.model"
+    wrapped.peft_config["default"].rank_pattern = {f"{name}.lora_E.default": rows for name, rows in kept.items()}
+    wrapped.save_pretrained(adapter)
+    stored = load_file(adapter / "adapter_model.safetensors")
+    assert stored[f"{start}.square.lora_A"].shape == (1, 24)
+    loratool.merge(base, [adapter], tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for name in kept:
+        a, b, e = (stored[f"{start}.{name}.lora_{side}"].double() for side in "ABE")
+        wanted = zoo.state_dict()[f"{name}.weight"] + 7 / (4 + 1e-5) * b @ (a * e)
+        torch.testing.assert_close(found[f"{name}.weight"].double(), wanted, rtol=1e-5, atol=1e-5)
+    reloaded = peft.PeftModel.from_pretrained(copy.deepcopy(zoo), adapter).merge_and_unload().state_dict()
+    for name in kept:
+        torch.testing.assert_close(found[f"{name}.weight"], reloaded[f"{name}.weight"], rtol=1e-5, atol=1e-5)
