@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from loratool.writing import OutputShard
 
 LOOKED_AT = 1 << 19  # elements that are searched for small values at a time
-MOST_SHELVED = 4  # updates that are kept in memory for the next span
 READ_AT_ONCE = 16 << 20  # bytes of a weight that is looked at before it is edited
 ALL = slice(None)
 SETTLED_TOGETHER = 4096  # values that are recomputed at a time; each takes two rows of factors
@@ -44,9 +43,10 @@ class Totals:
 
 
 class Shelf:
-    """Loaded updates that edits of several spans share, such as the factors of all experts; the last used ones."""
+    """Loaded updates that edits of several spans share, such as the factors of all experts; the `most` last used ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self.most = most
         self.lock = threading.Lock()
         self.kept: dict[tuple[int, str, torch.dtype], tuple[Update, Update]] = {}
 
@@ -55,7 +55,7 @@ class Shelf:
         with self.lock:
             pair = self.kept.pop(key, None) or (update, load_update(update, device, dtype))
             self.kept[key] = pair
-            while len(self.kept) > MOST_SHELVED:
+            while len(self.kept) > self.most:
                 del self.kept[next(iter(self.kept))]
             return pair[1]
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from loratool.computing import EditedSpan, Shelf, Totals, Worker
 from loratool.resources import (
     COPY_CHUNK,
+    MOST_SHELVED,
     Resources,
     Runtime,
     choose_resources,
@@ -79,7 +80,7 @@ class Engine:
         self.plan, self.stage, self.runtime = plan, stage, runtime
         self.workers, self.max_memory, self.progress = workers, max_memory, progress
         self.totals = Totals(changed=plan.replaces or any(shard.changed for shard in stage.finished.values()))
-        self.shelf = Shelf()
+        self.shelf = Shelf(MOST_SHELVED)
         self.bytes_all = sum(span.placed.nbytes for span in plan.spans)
         self.bytes_done = 0
         self.stop = threading.Event()

@@ -19,6 +19,7 @@ from loratool.binding import bind, tell
 from loratool.checkpoint import PROVENANCE, Checkpoint
 from loratool.companions import ConfigEdit, OutputFile, companions, head_edits, tie_edits, vocabulary_edits
 from loratool.errors import FitError, InputError, UsageError, printable
+from loratool.layouts.architectures import POOLED
 from loratool.placing import Edit, ShardPlan, Source, Span, check_names, place_all, plan_index
 from loratool.safefile import FLOAT_NAMES
 from loratool.tying import Saved, Ties, find_ties, is_generative, on_disk, settle
@@ -301,6 +302,12 @@ class Draft:
             own = {tensor: value.shape for tensor, value in heads.items() if value.file is adapter.file}
             config += head_edits(self.base, adapter.config, own, {tensor for tensor in own if tensor not in base})
         classes = [edit.value[0] for edit in config if edit.path == ("architectures",)]
+        pooled = any("pooler." in name for name in (*base, *heads))
+        if self.base.model_type in POOLED and not pooled and any("SequenceClassification" in name for name in classes):
+            self.notes.append(
+                f"a {classes[0]} reads a pooler, which neither the base nor the adapter holds: whoever loads the output "
+                "makes it up, as it was made up when the adapter was trained"
+            )
         settled = settle(self.ties, self.edits, self.saved, len(self.adapters), not classes or is_generative(classes))
         self.problems += settled.problems
         first = {tensor: next(iter(by.values())) for tensor, by in self.saved.items()}

@@ -6,18 +6,20 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratool.adapter import stored_tensors
 from loratool.errors import UsageError, printable
+from loratool.updates import Replace
 from loratool.writing import PAGE
 
 if TYPE_CHECKING:
-    from loratool.placing import Span
+    from loratool.placing import Edit, Span
     from loratool.planning import MergePlan
     from loratool.safefile import TensorInfo
 
@@ -25,6 +27,7 @@ CPU_BLOCK = 4 << 20  # bytes of weight: near a core's cache
 # bytes of weight: hides the latency of a transfer. Pinned memory comes in powers of two, and a block has pages around it
 CUDA_BLOCK = (8 << 20) - 2 * PAGE
 COPY_CHUNK = 4 << 20  # bytes of one copy
+MOST_SHELVED = 4  # updates that several spans share and that stay in memory for the next one
 SMALLEST_BLOCK = 64 << 10
 WAITING_WORKERS = 2  # for the disk, at any time
 MOST_WORKERS = 16  # more than this a disk seldom keeps up with
@@ -144,8 +147,8 @@ def work_memory(plan: MergePlan, workers: int, block: int, on_gpu: bool) -> int:
     """Bytes of host memory that `workers` need besides what Python and torch take."""
     touched = [span for span in plan.spans if not span.untouched]
     buffers = max((block_memory(span, block, on_gpu) for span in touched), default=0)
-    factors = max((factor_memory(span) for span in touched), default=0)
-    return WORKING_MEMORY + (CUDA_WORKING_MEMORY if on_gpu else 0) + workers * (COPY_CHUNK + buffers + factors)
+    kept = WORKING_MEMORY + (CUDA_WORKING_MEMORY if on_gpu else 0)
+    return kept + workers * (COPY_CHUNK + buffers) + factor_memory(touched, workers)
 
 
 def block_memory(span: Span, block: int, on_gpu: bool) -> int:
@@ -158,10 +161,24 @@ def block_memory(span: Span, block: int, on_gpu: bool) -> int:
     return raw if on_gpu else 3 * raw + elements * (8 if span.info.dtype == "F64" else 4)
 
 
-def factor_memory(span: Span) -> int:
-    """Bytes of the loaded factors of one span, twice: as read and stacked."""
-    elements = sum(e.update.rank * (e.rows + span.width) for e in span.edits)
-    return 2 * elements * (8 if span.info.dtype == "F64" else 4)
+def factor_memory(spans: Sequence[Span], workers: int) -> int:
+    """Bytes of the factors that are loaded at a time, twice: as read and stacked.
+
+    Each worker may be at another span, and of the updates that several spans share the last used ones stay loaded.
+    """
+    sizes = {id(e.update): update_memory(e, span) for span in spans for e in span.edits}
+    most = workers * max((len(span.edits) for span in spans), default=0)
+    if any(edit.shared for span in spans for edit in span.edits):
+        most += MOST_SHELVED
+    return 2 * sum(sorted(sizes.values(), reverse=True)[:most])
+
+
+def update_memory(edit: Edit, span: Span) -> int:
+    """Bytes of one loaded update. A replacement has none: its rows are read as they are needed."""
+    if isinstance(edit.update, Replace):
+        return 0
+    held = sum(tensor.info.elements for tensor in stored_tensors(edit.update))
+    return max(held, edit.update.rank * (edit.rows + span.width)) * (8 if span.info.dtype == "F64" else 4)
 
 
 def rows_of_block(span: Span, block: int) -> int:

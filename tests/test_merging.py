@@ -39,6 +39,7 @@ from torch import Tensor
 
 import loratool
 from loratool.cli import run
+from loratool.resources import estimated_memory
 
 QUERY = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.0.mlp.down_proj"
@@ -914,3 +915,25 @@ def test_merging_and_unmerging_returns_to_the_base_within_one_rounding(
         terms = exact[name].terms if name in exact else unchanged(before[name]).terms
         error = (found.double() - before[name].double()).abs() / terms.clamp_min(1e-300)
         assert float(error.max()) <= 4 * torch.finfo(torch.float32).eps
+
+
+def test_the_factors_of_all_experts_are_counted_once_however_many_rows_they_have(tmp_path: Path) -> None:
+    """As they are read and as they are used: twice the bytes of A and B, whatever the number of workers."""
+    base = tmp_path / "base"
+    base.mkdir()
+    name = "model.layers.0.mlp.experts"
+    save_file({f"{name}.gate_up_proj": randn(8, 48, 32, seed=1)}, base / "model.safetensors", {"format": "pt"})
+    expected = []
+    for rank in (2, 6):
+        a, b = randn(8 * rank, 32, seed=2), randn(48, rank * 8, seed=3)
+        adapter = write_adapter(
+            tmp_path / str(rank),
+            {name: (a, b)},
+            target_parameters=["mlp.experts.gate_up_proj"],
+            r=rank,
+            peft_version="0.21.2",
+        )
+        plan = loratool.plan(base, [adapter], tmp_path / "out")
+        expected.append([estimated_memory(plan, "cpu", workers, None) for workers in (1, 4)])
+    grown = 2 * 4 * (8 * 4 * 32 + 48 * 4 * 8)
+    assert [after - before for before, after in zip(*expected, strict=True)] == [grown, grown]

@@ -230,6 +230,16 @@ def test_a_new_head_is_refused_by_default_and_the_option_is_named(
     case.says(tmp_path / "home/out")
 
 
+def test_a_part_of_the_class_that_nobody_saved_is_told(tmp_path: Path) -> None:
+    """BERT's classifier reads a pooler; a masked language model is saved without one, and PEFT does not save it."""
+    case = train(tmp_path, dataclasses.replace(TASKS["bare bert, sequences"], base="BertForMaskedLM"))
+    report = loratool.merge(case.base, [case.adapter], tmp_path / "out", allow_new_tensors=True)
+    assert any("BertForSequenceClassification reads a pooler" in note for note in report.notes)
+    whole = train(tmp_path / "whole", TASKS["bare bert, sequences"])
+    report = loratool.merge(whole.base, [whole.adapter], tmp_path / "out2", allow_new_tensors=True)
+    assert not any("pooler" in note for note in report.notes)
+
+
 def test_a_body_of_other_names_is_not_added_whatever_is_allowed(tmp_path: Path) -> None:
     case = train(tmp_path, TASKS["llama, sequences"])
     file = case.adapter / "adapter_model.safetensors"

@@ -134,3 +134,11 @@ IRREGULAR_CLASSES = {
 }
 # The last modules of classifiers: a row of their weight is a label.
 LABEL_HEADS = frozenset({"score", "classifier", "out_proj", "qa_outputs", "classification_head", "fc", "summary"})
+
+# Model types whose classifier of whole sequences reads a pooler, which models with other heads are saved without.
+POOLED = frozenset(
+    [
+        *("albert", "bert", "big_bird", "canine", "deberta", "deberta-v2", "ernie", "fnet", "gte", "layoutlm", "luke"),
+        *("markuplm", "megatron-bert", "mobilebert", "nomic_bert", "rembert", "roc_bert", "squeezebert", "tapas"),
+    ]
+)

@@ -48,7 +48,7 @@ class Update:
 
     @property
     def rank(self) -> int:
-        """Columns of the factors that are in memory at a time; 0 where there are none."""
+        """Columns of factors, which take (rows + columns) · rank elements of memory; 0 where there are none such."""
         return 0
 
     def fit(self, shape: tuple[int, ...]) -> Update | None:

@@ -35,10 +35,6 @@ class ExpertLowRank(Update):
         p = (self.b.shape[0], self.a.shape[1])
         return (self.experts, *(p[::-1] if self.transposed else p))
 
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0] // 2  # of its memory: factors of (rows + columns) · rank elements
-
     def factors(self, expert: int) -> tuple[Tensor, Tensor]:
         """(up, down) of one expert's ΔW / scale."""
         each = self.a.shape[0] // self.experts
