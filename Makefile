@@ -18,7 +18,7 @@ test: .venv/development
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 benchmark: .venv/development
 	$(BIN)/python benchmarks/merge.py
