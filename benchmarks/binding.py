@@ -42,7 +42,7 @@ class Base(Checkpoint):
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def config(self) -> Mapping[str, Any]:  # type: ignore[override]
+    def config(self) -> Mapping[str, Any]:
         return self.settings
 
 

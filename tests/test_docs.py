@@ -179,6 +179,8 @@ def test_shown_commands_print_what_is_shown(
     page: Path, reader: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    # a reader's process is a fresh one; this has run other tests
+    monkeypatch.setattr("loratool.engine.resident_memory", lambda: resources.RUNTIME_MEMORY)
     shown = examples(page)
     if any(parse(example) and example.words[0] == "demo" for example in shown):
         shutil.rmtree(reader / DEMO)  # the page makes its own

@@ -236,7 +236,7 @@ class Trained:
     unmerged: Tensor
     plain: Tensor
 
-    def merged(self, out: Path, **settings: Any) -> loratool.merging.MergeReport:  # type: ignore[name-defined]
+    def merged(self, out: Path, **settings: Any) -> loratool.merging.MergeReport:
         report = loratool.merge(self.base, [self.adapter], out, **settings)
         found = output_of(load(self.family, out), self.family.inputs())
         largest = float(self.unmerged.abs().max())
@@ -266,13 +266,16 @@ def config_of(model: Path) -> dict[str, Any]:
 
 def scaled_product(adapter: Path, module: str) -> Tensor:
     """s·BA of a linear module, or (s·BA)ᵀ of an embedding, in float64."""
+    found: Tensor
     tensors = read_tensors(adapter / "adapter_model.safetensors")
     config = json.loads((adapter / "adapter_config.json").read_text())
     scale = config["lora_alpha"] / config["r"]
     stem = f"base_model.model.{module}."
     if f"{stem}lora_A.weight" in tensors:
-        return scale * tensors[f"{stem}lora_B.weight"].double() @ tensors[f"{stem}lora_A.weight"].double()
-    return scale * (tensors[f"{stem}lora_embedding_B"].double() @ tensors[f"{stem}lora_embedding_A"].double()).T
+        found = scale * tensors[f"{stem}lora_B.weight"].double() @ tensors[f"{stem}lora_A.weight"].double()
+    else:
+        found = scale * (tensors[f"{stem}lora_embedding_B"].double() @ tensors[f"{stem}lora_embedding_A"].double()).T
+    return found
 
 
 SAVES = {"with the embeddings saved": {}, "without": {"save_embedding_layers": False}}

@@ -31,7 +31,7 @@ from workbench import within
 
 import loratool
 from loratool import engine, resources, writing
-from loratool.planning import ShardPlan
+from loratool.placing import ShardPlan
 from loratool.safefile import Layout
 
 PAGE, SECTOR = max(4096, mmap.PAGESIZE), 512
