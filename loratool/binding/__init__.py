@@ -50,9 +50,9 @@ def bind(adapter: Adapter, base: Checkpoint, *, maps: Sequence[str] = (), fan_in
                 reasons[target] = str(misfit)
     notes = by_suffix(resolver, adapter, landings, reasons)
     places = settle(adapter, base, landings, fan_in_fan_out, reasons, notes)
-    for target, other in rivals(places).items():
-        (place, *_) = places.pop(target)
-        reasons[target] = f"{printable(place.tensor)} is edited by {printable(other)} already"
+    for target, (tensor, other) in rivals(places).items():
+        del places[target]
+        reasons[target] = f"{printable(tensor)} is edited by {printable(other)} already"
     missing = {t: kind for t in reasons if not reasons[t] and (kind := kind_of(t))}
     near = Nearest(resolver.disk.templates, base.tensors)
     problems = {

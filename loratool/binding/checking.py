@@ -30,24 +30,25 @@ def overlap(one: Place, other: Place) -> bool:
     return start < stop2 and start2 < stop
 
 
-def rivals(places: Mapping[str, Sequence[Place]]) -> dict[str, str]:
-    """Targets that edit what another one edits: target → the other, the first of them by name."""
+def rivals(places: Mapping[str, Sequence[Place]]) -> dict[str, tuple[str, str]]:
+    """Targets that edit what another one edits: target → (tensor, other), of each pair the later by name."""
     tensors: dict[str, list[tuple[int, str, Place]]] = {}
     for target, every in places.items():
         for place in every:
             tensors.setdefault(place.tensor, []).append((place.first_row, target, place))
-    found: dict[str, str] = {}
-    for edits in tensors.values():
+    found: dict[str, tuple[str, str]] = {}
+    for tensor, edits in tensors.items():
         if len(edits) == 1:
             continue
         edits.sort(key=lambda edit: edit[:2])
-        open_ones: list[tuple[str, Place]] = []  # those that may reach into what follows
+        reaching: list[tuple[str, Place]] = []  # those that may reach into what follows
         for first, target, place in edits:
-            open_ones = [(t, p) for t, p in open_ones if p.first_row + p.rows > first or p.fold != place.fold]
-            for other, taken in open_ones:
+            reaching = [(t, p) for t, p in reaching if p.first_row + p.rows > first or p.fold != place.fold]
+            for other, taken in reaching:
                 if other != target and overlap(place, taken):
-                    found.setdefault(max(target, other), min(target, other))
-            open_ones.append((target, place))
+                    one, later = sorted((target, other))
+                    found[later] = min(found.get(later, (tensor, one)), (tensor, one))
+            reaching.append((target, place))
     return found
 
 

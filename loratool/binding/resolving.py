@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 from loratool.binding import fusing
 from loratool.binding.fusing import Misfit
-from loratool.binding.names import Alias, Disk, Numbers, aliases, template_of, unwrapped
+from loratool.binding.names import Alias, Disk, Moves, Numbers, components, template_of, unwrapped
 from loratool.binding.places import Landing, Place
 from loratool.errors import printable
-from loratool.layouts.architectures import CONV1D_MODULES, PACKED_PARAMETERS, PACKED_WEIGHTS, REORDERED, TOWERS
+from loratool.layouts.architectures import CONV1D_MODULES, REORDERED, TOWERS
 from loratool.safefile import FLOAT_NAMES, TensorInfo
 
 if TYPE_CHECKING:
@@ -52,6 +52,15 @@ class Resolver:
         self.interleaved = fusing.is_interleaved(base.config)
         types = fusing.model_types(base.config)
         self.reordered = [name for kind, names in REORDERED if kind in types for name in names]
+        there = self.disk.components
+        self.splits = [f for f in self.fusions if all(components(part) <= there for part in f.parts)]
+        self.joins = [
+            (f, n, f".{part}.") for f in self.fusions if components(f.fused) <= there for n, part in enumerate(f.parts)
+        ]
+        wanted = there.union(
+            *(components(f.fused) for f in self.splits), *(components(part) for _, _, part in self.joins)
+        )
+        self.moves = Moves(wanted, self.disk.prefixes, DEEPEST)
         self.levels: dict[str, tuple[list[list[Way]], Iterator[list[Alias]]]] = {}
 
     def land(self, target: str, update: Update, renamings: Sequence[Renaming] = ()) -> Landing:
@@ -89,7 +98,7 @@ class Resolver:
     def ways(self, template: str, depth: int) -> list[Way]:
         """The ways from a template that take `depth` renames."""
         if template not in self.levels:
-            self.levels[template] = ([], aliases(template, self.disk, DEEPEST))
+            self.levels[template] = ([], self.moves.aliases(template))
         done, coming = self.levels[template]
         while len(done) <= depth:
             ways = (way for alias in next(coming) for way in self.ways_at(alias))
@@ -105,20 +114,19 @@ class Resolver:
         template = alias.template
         if there := self.on_disk(template):
             yield Way(alias, (there,))
-        for fusion in self.fusions:
+        for fusion in self.splits:
             dotted = f".{fusion.fused}."
             if (at := template.rfind(dotted)) >= 0:
                 every = [self.on_disk(template[:at] + f".{p}." + template[at + len(dotted) :]) for p in fusion.parts]
                 if all(every):
                     position = template[:at].count("#") + fusion.fused.count("#") if fusion.of_experts else -1
                     yield Way(alias, tuple(every), fusion, -1, position)
-            for number, part in enumerate(fusion.parts):
-                dotted_part = f".{part}."
-                if (at := template.rfind(dotted_part)) >= 0:
-                    there = self.on_disk(template[:at] + dotted + template[at + len(dotted_part) :])
-                    if there:
-                        position = template[:at].count("#") if fusion.of_experts else -1
-                        yield Way(alias, (there,), fusion, number, position)
+        for fusion, number, part in self.joins:
+            at = template.rfind(part)
+            there = self.on_disk(template[:at] + f".{fusion.fused}." + template[at + len(part) :]) if at >= 0 else ""
+            if there:
+                position = template[:at].count("#") if fusion.of_experts else -1
+                yield Way(alias, (there,), fusion, number, position)
 
     @cached_property
     def towers(self) -> frozenset[str]:
@@ -127,13 +135,7 @@ class Resolver:
 
     def on_disk(self, template: str) -> str:
         """The template, or that of its packed weight, where the base has tensors of it; else nothing."""
-        if template in self.disk.templates:
-            return template
-        packed = [
-            template.removesuffix("weight.") + f"{name}." for name in PACKED_WEIGHTS if template.endswith(".weight.")
-        ]
-        packed += [template.removesuffix(".") + f"{name}." for name in PACKED_PARAMETERS]
-        return next((name for name in packed if name in self.disk.templates), "")
+        return template if template in self.disk.templates else self.disk.packed.get(template, "")
 
     def follow(self, way: Way, numbers: Numbers, update: Update) -> Landing | None:
         """Where a way leads for some numbers; None where the base has no such tensor."""
@@ -145,7 +147,7 @@ class Resolver:
             if info is None:
                 return None
             landing = self.whole(info, update, rule or "exact")
-            if landing.turned and "renamed" in rule and not is_conv1d(info.name):
+            if landing.turned and update.turnable and "renamed" in rule and not is_conv1d(info.name):
                 # a name that is only guessed at and a shape that fits the wrong way round are no match
                 landing = Landing(landing.straight)
                 if not landing.straight:
@@ -195,7 +197,11 @@ class Resolver:
         lists = [self.disk.members(template, way.position).get(numbers, []) for template in way.templates]
         if not any(lists):
             return None
-        count = max(fusing.expert_count(self.config) or 0, *(1 + max(map(int, found), default=0) for found in lists))
+        every_part = self.disk.kin(way.templates[0], way.position)  # what the base has of any part counts
+        known = [
+            number for template in every_part for number in self.disk.members(template, way.position).get(numbers, ())
+        ]
+        count = max(fusing.expert_count(self.config) or 0, 1 + max(map(int, known), default=0))
         for part, found in zip(way.fusion.parts, lists, strict=True):
             missing = sorted(set(map(str, range(count))) - set(found), key=int)
             if missing:
@@ -264,11 +270,11 @@ class Resolver:
                         continue
             scores[removed, added] = landed
         best = max(map(len, scores.values()), default=0)
-        winners = {
-            frozenset((target, landing.tensors) for target, landing in landed.items()): (change, landed)
-            for change, landed in scores.items()
-            if best and len(landed) == best
-        }
+        winners: dict[object, tuple[tuple[str, str], dict[str, Landing]]] = {}
+        for change, landed in scores.items():  # of changes with the same result the shortest comes first
+            if best and len(landed) == best:
+                same = frozenset((target, landing.tensors) for target, landing in landed.items())
+                winners.setdefault(same, (change, landed))
         if len(winners) != 1:
             return {}, ""
         (((removed, added), landed),) = winners.values()

@@ -78,7 +78,7 @@ class Nearest:
         if there is None:
             return "the base has no such weight"
         members = self.templates[there]
-        near = members.get(numbers) or next(iter(members.values()))
+        near = members.get(numbers) or members[min(members, key=lambda found: tuple(map(int, found)))]
         told = f"the base has no such weight; nearest is {printable(near)} {list(self.tensors[near].shape)}"
         suggestion = map_to_try(template, there)
         return f"{told}; to use it, give {printable(suggestion)}" if suggestion else told

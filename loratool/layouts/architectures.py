@@ -88,15 +88,17 @@ TOWERS = {
             "video_tower",
             "vit",
             "image_encoder",
+            "sam_model",
+            "image_vit",
         }
     ),
     "audio": frozenset({"audio_tower", "audio_model", "audio_encoder", "sound_encoder", "speech_encoder", "audio"}),
     "text": frozenset({"language_model", "text_model", "text_encoder", "llm"}),
 }
 
-# What stands beside the place of `X.weight` where X is packed.
+# What stands in the place of `X.weight` where X is quantised, and what the name of a packed parameter ends with.
 PACKED_WEIGHTS = ("qweight", "weight_packed", "W_q", "weight_qdata", "_weight_qdata")
-PACKED_PARAMETERS = ("_blocks",)
+PACKED_ENDS = ("_blocks",)
 
 # Modules that hold the input embedding, and those that turn hidden states into logits.
 INPUT_EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings"})
