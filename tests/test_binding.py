@@ -587,3 +587,21 @@ def test_a_hole_in_the_layers_is_told_unless_the_config_explains_it(config: Mapp
 def test_names_are_told_with_ranges_of_their_numbers() -> None:
     names = [f"l.{n}.e.{e}.w" for n in range(3) for e in range(4)] + ["l.7.e.0.w", "head"]
     assert grouped(names) == ["l.{0-2}.e.{0-3}.w", "l.7.e.0.w", "head"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [".".join(["1"] * 5000)],
+        [f"layers.{'9' * 5000}.q.weight"],
+        [f"m{n}.x.weight" for n in range(3000)],
+        ["", ".", "..", "#", "#.1.#", "a.#.b.weight"],
+        ["layers.\u0663.q.weight", "layers.-1.q.weight", "layers.1e3.q.weight"],
+    ],
+    ids=["many numbers", "a long number", "many patterns", "no path", "no numbers"],
+)
+def test_strange_names_are_refused_in_no_time(names: list[str]) -> None:
+    adapter = adapter_of(dict.fromkeys(names, (H, H)))
+    bound = bind(adapter, base_of({**disk_of("model."), "layers.1.#.weight": (H, H)}))
+    assert set(bound.problems) == set(names)
+    assert len(tell(bound.problems)) == len(names)

@@ -55,9 +55,7 @@ def bind(adapter: Adapter, base: Checkpoint, *, maps: Sequence[str] = (), fan_in
         reasons[target] = f"{printable(tensor)} is edited by {printable(other)} already"
     missing = {t: kind for t in reasons if not reasons[t] and (kind := kind_of(t))}
     near = Nearest(resolver.disk.templates, base.tensors)
-    problems = {
-        t: reasons[t] or TIED.get(missing.get(t, "")) or near.reason(t) for t in adapter.updates if t in reasons
-    }
+    problems = {t: reasons[t] or TIED.get(missing.get(t, "")) or near.reason(t) for t in sorted(reasons)}
     notes += holes(adapter, places, base.tensors)
     for text, (pattern, _) in zip(maps, renamings, strict=True):
         if not any(map(pattern.search, adapter.updates)):

@@ -18,7 +18,7 @@ from loratool.layouts.renames import RENAMES
 if TYPE_CHECKING:
     from loratool.safefile import TensorInfo
 
-NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
+NUMBER = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.)")
 WRAPPED = re.compile("|".join(sorted(WRAPPERS | LEADING_WRAPPERS)))
 Numbers = tuple[str, ...]
 

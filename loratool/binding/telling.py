@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from loratool.safefile import TensorInfo
 
 MOST_COMPARED = 500  # templates that a search for the nearest one looks at
+MOST_SEARCHED = 64  # templates for which the nearest one is searched: more than a message shows
+MOST_NUMBERS = 8  # of a name that ranges are told of
 
 
 def spans(numbers: Iterable[str]) -> str:
@@ -45,6 +47,8 @@ def ranges(template: str, every: Sequence[Numbers]) -> list[str]:
     """The names of one template, in as few lines as ranges can tell them exactly."""
     if template.count("#") != len(every[0]) or not every[0]:
         return [template[1:-1]]
+    if len(every[0]) > MOST_NUMBERS:
+        return [fill(template, numbers)[1:-1] for numbers in dict.fromkeys(every)]
     if len(every[0]) == 1:
         return [fill(template, (braced(numbers[0] for numbers in every),))[1:-1]]
     firsts: dict[str, list[Numbers]] = {}
@@ -73,7 +77,8 @@ class Nearest:
         """That the base has no such weight, with the nearest it has and the `--map` that leads there."""
         template, numbers = template_of(target)
         if template not in self.found:
-            self.found[template] = nearest(template, sorted(self.templates))
+            searched = len(self.found) < MOST_SEARCHED
+            self.found[template] = nearest(template, sorted(self.templates)) if searched else None
         there = self.found[template]
         if there is None:
             return "the base has no such weight"
