@@ -72,7 +72,7 @@ def holes(adapter: Adapter, places: Mapping[str, Sequence[Place]], tensors: Mapp
     if not isinstance(adapter.config.get("target_modules"), list):
         return []
     of_target: dict[str, set[Numbers]] = {}
-    of_tensor: dict[str, tuple[str, Sequence[Place]]] = {}
+    of_tensor: dict[str, str] = {}
     for target, every in places.items():
         template, numbers = template_of(target)
         if "#" in target or len({place.tensor for place in every}) != 1:
@@ -80,17 +80,16 @@ def holes(adapter: Adapter, places: Mapping[str, Sequence[Place]], tensors: Mapp
         there, others = template_of(every[0].tensor)
         if others == numbers:
             of_target.setdefault(template, set()).add(numbers)
-            of_tensor[template] = (there, every)
-    wanted = {there for there, _ in of_tensor.values()}
-    known: dict[str, set[Numbers]] = {there: set() for there in wanted}
+            of_tensor[template] = min(there, of_tensor.get(template, there))
+    known: dict[str, set[Numbers]] = {there: set() for there in of_tensor.values()}
     for name in tensors:
         there, numbers = template_of(name)
         if there in known:
             known[there].add(numbers)
     left_out = [
         name.removesuffix(".weight")
-        for template, present in of_target.items()
-        for numbers in sorted(known[of_tensor[template][0]] - present)
+        for template, present in sorted(of_target.items())
+        for numbers in sorted(known[of_tensor[template]] - present)
         if is_targeted(name := fill(template, numbers)[1:-1], adapter.config)
     ]
     if not left_out:
