@@ -169,7 +169,8 @@ def load_edits(span: Span, shelf: Shelf, device: torch.device, dtype: torch.dtyp
             close_groups()
             result.append(LoadedEdit(edit, update, edit.strength))
     close_groups()
-    # the norms come back to the host, so the factors are complete for the streams of other workers too
+    if device.type == "cuda":  # the factors must be complete for the streams of other workers too
+        torch.cuda.current_stream(device).synchronize()
     norm = sum(edit.update.norm() * abs(edit.strength) for edit in result)
     rounded = torch.finfo(getattr(torch, FLOAT_NAMES[span.placed.dtype]))
     cancelling = 0.0
