@@ -101,9 +101,11 @@ TIE_FLAGS = ("tie_word_embeddings", "tie_embedding")
 # Parts of a config that describe the language model within a larger one.
 TEXT_CONFIGS = ("text_config", "language_config", "llm_config", "text_decoder", "decoder", "thinker_config")
 
-# Model types whose forward depends on the tie, whose config sets the flag whatever the file says, or whose layers are
-# tied by the same flag.
-TIED_FOREVER = frozenset(["t5", "mt5", "umt5", "longt5", "switch_transformers", "pop2piano", "udop", "zamba", "zamba2"])
+# Model types whose forward depends on the tie, whose config sets the flag whatever the file says, or in which the same
+# flag ties more than one tensor to the head, or layers to each other.
+TIED_FOREVER = frozenset(
+    ["t5", "mt5", "umt5", "longt5", "switch_transformers", "pop2piano", "udop", "zamba", "zamba2", "idefics"]
+)
 
 # Model types that tie where their config says nothing.
 TIED_BY_DEFAULT = frozenset(
