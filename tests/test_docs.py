@@ -200,7 +200,9 @@ def neutral(lines: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("page", names(PYTHON_PAGES))
-def test_python_examples_on_the_demo_run(page: Path, reader: Path) -> None:
+def test_python_examples_on_the_demo_run(page: Path, reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # a reader's process is a fresh one; this has run other tests
+    monkeypatch.setattr("loratool.engine.resident_memory", lambda: resources.RUNTIME_MEMORY)
     namespace: dict[str, Any] = {"__name__": "example"}
     for block in fences(page, "python"):
         if DEMO in block:

@@ -1,0 +1,123 @@
+"""The command line: parse words, call one library function, print its report."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from contextlib import suppress
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from loratool import __version__
+from loratool.cli.looking import demo, inspect
+from loratool.cli.merging import merge
+from loratool.errors import LoratoolError, printable
+
+EXIT_CODES = """\b
+Exit codes: 0 done · 1 a bug · 2 wrong usage · 3 an input is malformed or unsupported ·
+4 the adapter does not fit the base · 5 verification failed · 6 the disk said no ·
+7 the Hub said no · 130 interrupted · 143 terminated"""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: stop as for Ctrl-C, with its own exit status."""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=EXIT_CODES)
+@click.version_option(__version__, prog_name="loratool")
+def cli() -> None:
+    """Merge and inspect LoRA adapters on checkpoint files, without loading the model.
+
+    \b
+    Example: loratool merge ./Llama-3.2-1B ./my-adapter -o ./merged
+    """
+
+
+for command in (merge, inspect, demo):
+    cli.add_command(command)
+
+
+def on_signal(number: int, _frame: FrameType | None) -> NoReturn:
+    """Stop in good order; a second one ends the process there and then, whatever it is doing."""
+    signal.signal(number, signal.SIG_DFL)
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def main() -> None:
+    """Run the command line and end the process with the contract's exit code."""
+    open_streams()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, on_signal)
+    code = run(sys.argv[1:])
+    with suppress(OSError):
+        sys.stderr.flush()
+    os._exit(code)  # taking torch down in order costs half a second, and threads may be deep in a sync
+
+
+def open_streams() -> None:
+    """Give closed standard streams to the null device; else the next file opened would get their number."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def complain(text: str) -> None:
+    """A sentence on stderr, if anybody can read it."""
+    with suppress(OSError):
+        click.echo(text, err=True)
+
+
+def run(arguments: list[str]) -> int:
+    """The exit code of `loratool ARGUMENTS`; reports go to stdout, errors to stderr."""
+    try:
+        cli.main(args=arguments, prog_name="loratool", standalone_mode=False)
+        sys.stdout.flush()
+        return 0
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        with suppress(OSError):
+            error.show()
+        return error.exit_code
+    except LoratoolError as error:
+        complain(f"Error: {error}")
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort) as error:
+        again = "; the same command continues with the files that are finished"
+        complain(f"Interrupted{again}.")
+        # Click passes every interrupt on as an Abort
+        return 143 if isinstance(error.__cause__ or error, Terminated) else 130
+    except (BrokenPipeError, SystemExit):  # Click turns a broken pipe into an exit of its own
+        silence_stdout()
+        return 141
+    except OSError as error:
+        silence_stdout()
+        where = f"{printable(error.filename)}: " if error.filename else ""
+        complain(f"Error: {where}{error.strerror or error}")
+        return 6
+    except MemoryError:
+        complain("Error: out of memory; --max-memory and --workers make a merge smaller")
+        return 6
+    except Exception as error:
+        if {"-v", "--verbose"} & set(arguments):
+            import traceback
+
+            traceback.print_exc()
+        complain(f"Error: this is a bug in loratool: {type(error).__name__}: {printable(error)}")
+        complain("Run it again with -v for the traceback, and please report it.")
+        return 1
+
+
+def silence_stdout() -> None:
+    """Let the interpreter's last flush go nowhere, for stdout is closed or full."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""`loratool merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from loratool.cli.words import PATH, Size, output_options, progress_bar, show
+
+
+@click.command()
+@click.argument("base", type=PATH)
+@click.argument("adapters", type=PATH, nargs=-1, required=True, metavar="ADAPTER...")
+@click.option("-o", "--output", "out", type=PATH, required=True, metavar="OUT", help="Folder to make.")
+@click.option(
+    "-w", "--weight", "weights", type=float, multiple=True, help="Strength, once per adapter in order [default: 1]."
+)
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to compute.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["keep", "float32", "bfloat16", "float16"]),
+    default="keep",
+    show_default=True,
+    help="Dtype of every float tensor written.",
+)
+@click.option(
+    "--map",
+    "maps",
+    multiple=True,
+    metavar="REGEX=TEMPLATE",
+    help="Another name for the adapters' weights in which REGEX is found, as in re.sub; may be repeated.",
+)
+@click.option(
+    "--fan-in-fan-out/--no-fan-in-fan-out",
+    default=None,
+    help="Whether square weights that nothing else decides are stored (in, out).",
+)
+@click.option(
+    "--shard-size", type=Size(), help="Tensor bytes per output file, such as 5GB [default: the base's shards]."
+)
+@click.option("--workers", type=click.IntRange(1, 1024), help="Threads [default: two more than cores, at most 16].")
+@click.option("--max-memory", type=Size(), help="Resident memory to stay under, such as 400MB.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and touch nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT where it is a model already.")
+@click.option("--allow-new-tensors", is_flag=True, help="Add heads that an adapter saved and BASE has not.")
+@output_options
+def merge(
+    base: Path,
+    adapters: tuple[Path, ...],
+    out: Path,
+    weights: tuple[float, ...],
+    device: str,
+    dtype: str,
+    maps: tuple[str, ...],
+    fan_in_fan_out: bool | None,
+    shard_size: int | None,
+    workers: int | None,
+    max_memory: int | None,
+    dry_run: bool,
+    overwrite: bool,
+    allow_new_tensors: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Fold adapters into a base model, shard by shard.
+
+    BASE is a model folder or one .safetensors file, ADAPTER a folder as PEFT saves it. OUT becomes
+    a complete model folder: weights, index, config, tokenizer. Nothing of it exists under its name
+    until everything does; the same command after an interruption continues.
+
+    \b
+    Examples:
+      loratool merge ./Llama-3.2-1B ./my-adapter -o ./merged
+      loratool merge ./base ./style ./facts -w 0.7 -w 1.2 -o ./merged --shard-size 5GB
+      loratool merge ./merged ./my-adapter -w -1 -o ./base-again
+      loratool merge ./base ./my-adapter -o ./merged --map '^model[.]text[.]=model.'
+    """
+    from loratool.merging import merge, plan
+
+    if dry_run:
+        planned = plan(
+            base,
+            adapters,
+            out,
+            weights=weights,
+            dtype=dtype,
+            maps=maps,
+            fan_in_fan_out=fan_in_fan_out,
+            shard_size=shard_size,
+            overwrite=overwrite,
+            allow_new_tensors=allow_new_tensors,
+        )
+        from loratool.report import plan_data, plan_text
+        from loratool.resources import estimated_memory
+
+        memory = estimated_memory(planned, device, workers, max_memory)
+        show(plan_data(planned, memory), lambda: plan_text(planned, memory), as_json, quiet)
+        return
+    with progress_bar(quiet) as progress:
+        report = merge(
+            base,
+            adapters,
+            out,
+            weights=weights,
+            device=device,
+            dtype=dtype,
+            maps=maps,
+            fan_in_fan_out=fan_in_fan_out,
+            shard_size=shard_size,
+            workers=workers,
+            max_memory=max_memory,
+            overwrite=overwrite,
+            allow_new_tensors=allow_new_tensors,
+            progress=progress,
+        )
+    show(report, lambda: str(report), as_json, quiet)

@@ -1,0 +1,71 @@
+"""What commands have in common: kinds of words, the options of every output, progress and the printing of reports."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from loratool.errors import printable
+
+Command = TypeVar("Command", bound=Callable[..., None])
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+PATH = click.Path(path_type=Path, readable=False)  # what is wrong with a path, the library says better
+
+
+class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A number of bytes: 5GB, 512MiB, 1000000."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", str(value).strip().lower())
+        if not match or match[2] not in UNITS:
+            self.fail(f"{printable(repr(value))} is no size such as 5GB, 512MiB or 1000000", param, ctx)
+        return int(float(match[1]) * UNITS[match[2]])
+
+
+def output_options(command: Command) -> Command:
+    """`--json`, `-q` and `-v`, which every command has."""
+    for option in (
+        click.option("-v", "--verbose", is_flag=True, expose_value=False, help="Show the traceback of a bug."),
+        click.option("-q", "--quiet", is_flag=True, help="No progress and no report, errors only."),
+        click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, all else on stderr."),
+    ):
+        command = option(command)
+    return command
+
+
+def show(data: Any, text: Callable[[], str], as_json: bool, quiet: bool) -> None:
+    """Print a report on stdout, as JSON or as text."""
+    from loratool.report import plain
+
+    if as_json:
+        click.echo(json.dumps(plain(data), indent=2))
+    elif not quiet:
+        click.echo(text())
+
+
+@contextmanager
+def progress_bar(quiet: bool, word: str = "merging") -> Iterator[Callable[[int, int], None] | None]:
+    """A tqdm bar in bytes on stderr, or None where nobody is looking."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(unit="B", unit_scale=True, desc=word, file=sys.stderr, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
