@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,7 +19,7 @@ from loratool.engine import Engine
 from loratool.errors import FitError, LoratoolError, UsageError, printable
 from loratool.formats import read_adapter
 from loratool.planning import MergePlan, plan_merge
-from loratool.resources import Resources, Runtime, start_torch
+from loratool.resources import Resources, Runtime, check_device, peak_memory, start_torch
 from loratool.staging import Stage, check_target, staged, sweep
 
 if TYPE_CHECKING:
@@ -180,8 +178,7 @@ def prepare(
 
 
 def check_arguments(device: str, workers: int | None, max_memory: int | None) -> None:
-    if device not in ("auto", "cpu", "cuda") and not (device.startswith("cuda:") and device[5:].isdigit()):
-        raise UsageError(f"device {printable(repr(device))} is none of auto, cpu, cuda, cuda:N")
+    check_device(device)
     if workers is not None and not 1 <= workers <= 1024:
         raise UsageError(f"{workers} workers cannot be meant; 1 to 1024 can")
     if max_memory is not None and max_memory <= 0:
@@ -260,14 +257,3 @@ def make_report(
         notes=plan.notes,
         digests={s.name: s.sha256 for _, s in sorted(stage.finished.items())},
     )
-
-
-def peak_memory() -> int:
-    """The largest resident set this process has had, in bytes."""
-    try:  # the kernel's own mark: getrusage also counts the process that started this one
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

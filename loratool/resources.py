@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -77,6 +79,12 @@ def start_torch(device: str) -> Future[Runtime]:
 
     threading.Thread(target=load, name="loratool-torch", daemon=True).start()
     return future
+
+
+def check_device(device: str) -> None:
+    """Raise `UsageError` where `device` is no name of one."""
+    if device not in ("auto", "cpu", "cuda") and not (device.startswith("cuda:") and device[5:].isdigit()):
+        raise UsageError(f"device {printable(repr(device))} is none of auto, cpu, cuda, cuda:N")
 
 
 def find_devices(device: str) -> tuple[str, ...]:
@@ -197,6 +205,17 @@ def resident_memory() -> int:
     except (OSError, ValueError):
         return RUNTIME_MEMORY
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_memory() -> int:
+    """The largest resident set this process has had, in bytes."""
+    try:  # the kernel's own mark: getrusage also counts the process that started this one
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def most_workers() -> int:

@@ -133,8 +133,12 @@ class Layout:
         cls,
         tensors: Iterable[tuple[str, str, tuple[int, ...]]],
         metadata: Mapping[str, str] | None = None,
+        length: int = 0,
     ) -> Layout:
-        """Place (name, dtype, shape) triples one after the other, in the given order."""
+        """Place (name, dtype, shape) triples one after the other, in the given order.
+
+        The header is filled up with spaces to `length` bytes where it is shorter.
+        """
         placed: dict[str, TensorInfo] = {}
         at = 0
         for name, dtype, shape in tensors:
@@ -145,7 +149,7 @@ class Layout:
         for t in placed.values():
             table[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [t.start, t.stop]}
         text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * max(-len(text) % 8, length - PREFIX - len(text))
         return cls(len(text).to_bytes(PREFIX, "little") + text, placed, metadata)
 
 

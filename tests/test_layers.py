@@ -19,17 +19,19 @@ LONGEST_MODULE = 500  # lines
 # The design's table. A module imports only from rows above its own.
 ROWS = (
     ("errors", "layouts"),
-    ("safefile", "updates"),
-    ("checkpoint", "adapter", "staging"),
+    ("safefile", "updates", "lowrank"),
+    ("checkpoint", "adapter", "staging", "appending"),
+    ("contents",),
     ("formats", "binding", "companions"),
+    ("ranks",),
     ("placing",),
     ("tying",),
     ("vocabulary",),
     ("planning",),
     ("writing", "inspecting"),
-    ("resources", "computing"),
-    ("engine",),
-    ("merging",),
+    ("resources", "computing", "saving"),
+    ("engine", "working"),
+    ("merging", "resizing"),
     ("report", "demo"),
     ("cli",),
     ("__main__",),
@@ -39,7 +41,7 @@ ROW = {module: row for row, modules in enumerate(ROWS) for module in modules}
 # Those that work on headers and names. They never import torch, not even inside a function.
 WITHOUT_TORCH = (
     *("errors", "layouts", "safefile", "checkpoint", "staging", "formats", "binding", "companions", "placing", "tying"),
-    *("vocabulary", "planning", "writing", "inspecting", "report", "cli"),
+    *("vocabulary", "planning", "writing", "inspecting", "report", "cli", "appending", "ranks"),
 )
 
 

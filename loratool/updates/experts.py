@@ -80,6 +80,7 @@ class ExpertFactors(Update):
     b: Tensor  # (·, rank · experts)
     alpha: float
     rslora: bool = False
+    ranks: tuple[int, ...] = ()  # of one expert, as the config may mean them
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -123,7 +123,7 @@ class Reader:
             up, down = self.block_diagonal(module, up, down)
         module.require(up.shape[1] == down.shape[0], rank_is_one(down.shape[0], up.shape[1]))
         scale = self.scaling.scale(module.name, down.shape[0])
-        if module.path.endswith(OUT_PROJ) and self.doubles():
+        if module.path.endswith(OUT_PROJ) and doubles(self.draft.config):
             self.doubled += 1
             scale *= 2
         if self.draft.config.get("use_qalora") is True:
@@ -214,10 +214,11 @@ class Reader:
         )
         return {"bias": Add(bias, scale)}
 
-    def doubles(self) -> bool:
-        """Whether the release of PEFT that saved the adapter applies the update of an out_proj twice."""
-        match = VERSION.match(str(self.draft.config.get("peft_version") or ""))
-        return match is None or tuple(int(part or 0) for part in match.groups()) <= LAST_DOUBLING
+
+def doubles(config: Mapping[str, Any]) -> bool:
+    """Whether the release of PEFT that saved the adapter applies the update of an out_proj twice."""
+    match = VERSION.match(str(config.get("peft_version") or ""))
+    return match is None or tuple(int(part or 0) for part in match.groups()) <= LAST_DOUBLING
 
 
 def token_numbers(module: Module) -> object:

@@ -122,7 +122,8 @@ def factors_of(module: Module, path: str, scaling: Scaling) -> ExpertFactors:
         not ranks or any(a.shape[0] % rank == 0 for rank in ranks),
         f"lora_A has {a.shape[0]} rows, no multiple of the rank {min(ranks, default=0)} that {CONFIG} says",
     )
-    return ExpertFactors(a, b, scaling.alpha(path) if scaling.valid else 0.0, scaling.rslora)
+    alpha = scaling.alpha(path) if scaling.valid else 0.0
+    return ExpertFactors(a, b, alpha, scaling.rslora, tuple(rank for rank in ranks if a.shape[0] % rank == 0))
 
 
 def rank_is_one(rows: int, columns: int) -> str:

@@ -1,0 +1,210 @@
+"""What an adapter holds, sorted for those who rework it: low-rank updates by layer, and all that is beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from loratool.errors import FitError, InputError, printable
+from loratool.lowrank import Product
+from loratool.updates import Add, ExpertFactors, LowRank, Magnitude, Replace, ReplaceRows, Residual, Update
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from loratool.adapter import Adapter
+
+WAY_OUT = "convert it to LoRA with PEFT's convert_to_lora first"
+
+
+class Kind(Enum):
+    """How the factors of a layer are stored."""
+
+    LINEAR = "linear"
+    EMBEDDING = "embedding"
+    CONVOLUTION = "convolution"
+    PARAMETER = "parameter"  # a matrix for each expert; a batch of products, also where there is one
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The low-rank update of one weight, with its factors still on disk."""
+
+    target: str
+    kind: Kind
+    update: LowRank | ExpertFactors
+    experts: int = 1
+    magnitude: Magnitude | None = None  # of DoRA, around the update
+
+    @property
+    def module(self) -> str:
+        """What PEFT's patterns are matched with: the module, or the parameter itself."""
+        return self.target if self.kind is Kind.PARAMETER else self.target.rpartition(".")[0]
+
+    @property
+    def rank(self) -> int:
+        """Of one expert."""
+        if isinstance(self.update, LowRank):
+            return self.update.rank
+        return self.update.a.shape[0] // self.experts
+
+    @property
+    def rows(self) -> int:
+        return (self.update.up if isinstance(self.update, LowRank) else self.update.b).shape[0]
+
+    @property
+    def columns(self) -> int:
+        return (self.update.down if isinstance(self.update, LowRank) else self.update.a).shape[1]
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        return self.update.kernel if isinstance(self.update, LowRank) else ()
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        """What layers of several adapters must have in common to be one: all but the rank."""
+        return (self.kind, self.experts, self.rows, self.columns, self.kernel)
+
+    @property
+    def scale(self) -> float:
+        """α/r, or α/√r with rsLoRA."""
+        if isinstance(self.update, LowRank):
+            return self.update.scale
+        return self.update.alpha / (math.sqrt(self.rank) if self.update.rslora else self.rank)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that one rank of it takes."""
+        return self.experts * (self.rows + self.columns)
+
+    @property
+    def factors(self) -> tuple[Any, Any]:
+        """The stored (up, down)."""
+        if isinstance(self.update, LowRank):
+            return self.update.up, self.update.down
+        return self.update.b, self.update.a
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> Product:
+        """ΔW as a product, scaling included; for a parameter a batch of one product an expert.
+
+        Raises `InputError` where a value is no number.
+        """
+        up, down = (factor.load(device, dtype) for factor in self.factors)
+        if self.kind is Kind.PARAMETER:
+            up = up.reshape(self.rows, self.rank, self.experts).permute(2, 0, 1)  # rank-major
+            down = down.reshape(self.experts, self.rank, self.columns)  # expert-major
+        return Product(up, down).scaled(self.scale)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """An adapter, sorted."""
+
+    adapter: Adapter
+    layers: Mapping[str, Layer]  # by target, as all of these
+    biases: Mapping[str, Add]  # of lora_B
+    saved: Mapping[str, Replace]  # whole
+    bases: Mapping[str, Replace]  # weights that an update was trained on top of
+    rows: Mapping[str, ReplaceRows]  # of tokens
+
+    @property
+    def name(self) -> str:
+        return self.adapter.name
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.adapter.config
+
+    @property
+    def dora(self) -> bool:
+        return any(layer.magnitude for layer in self.layers.values())
+
+    def check_finite(self, product: Product) -> Product:
+        """The product; raises `InputError` naming every tensor of the adapter that holds what is no number."""
+        if not (bool(product.up.isfinite().all()) and bool(product.down.isfinite().all())):
+            self.adapter.check_values()
+            raise InputError(f"{printable(self.adapter.file.path)}: factors times their scaling overflow")
+        return product
+
+    def load(self, target: str, device: torch.device, dtype: torch.dtype) -> Product:
+        """The product of a layer, checked."""
+        return self.check_finite(self.layers[target].load(device, dtype))
+
+    def load_bias(self, target: str) -> Tensor:
+        """What a lora_B.bias adds, scaling included, in float64 on the CPU."""
+        import torch
+
+        bias = self.biases[target]
+        stored: Any = bias.value
+        loaded: Tensor = stored.load(torch.device("cpu"), torch.float64) * bias.scale
+        return loaded
+
+
+def contents_of(adapter: Adapter, verb: str) -> Contents:
+    """The adapter, sorted; raises `InputError` or `FitError` naming all that `verb` cannot be done to."""
+    shown = printable(adapter.file.path)
+    if adapter.unsupported:
+        raise InputError(f"{shown}: cannot {verb} this adapter:", adapter.unsupported)
+    if adapter.unused:
+        raise FitError(f"{shown}: no rule gives these tensors a place:", map(printable, adapter.unused))
+    layers: dict[str, Layer] = {}
+    biases: dict[str, Add] = {}
+    saved: dict[str, Replace] = {}
+    rows: dict[str, ReplaceRows] = {}
+    problems: dict[str, list[str]] = {}
+    for target, update in adapter.updates.items():
+        match update:
+            case Magnitude(inner=LowRank() as inner):
+                layers[target] = Layer(target, kind_of(inner), inner, magnitude=update)
+            case LowRank():
+                layers[target] = Layer(target, kind_of(update), update)
+            case ExpertFactors():
+                experts = expert_count(update)
+                if experts is None:
+                    problems.setdefault("the config does not tell the rank of its experts", []).append(target)
+                else:
+                    layers[target] = Layer(target, Kind.PARAMETER, update, experts)
+            case Add():
+                biases[target] = update
+            case Replace():
+                saved[target] = update
+            case ReplaceRows():
+                rows[target] = update
+            case _:
+                problems.setdefault(why_not(update, verb), []).append(target)
+    if problems:
+        raise InputError(
+            f"{shown}: cannot {verb} this adapter:",
+            (
+                f"{printable(targets[0])}{f' and {len(targets) - 1} more' if len(targets) > 1 else ''}: {reason}"
+                for reason, targets in problems.items()
+            ),
+        )
+    return Contents(adapter, layers, biases, saved, dict(adapter.bases), rows)
+
+
+def kind_of(update: LowRank) -> Kind:
+    if update.kernel:
+        return Kind.CONVOLUTION
+    return Kind.LINEAR if update.turnable else Kind.EMBEDDING
+
+
+def expert_count(update: ExpertFactors) -> int | None:
+    """How many experts the factors are of; None where the ranks that the config may mean disagree."""
+    found = {update.a.shape[0] // rank for rank in update.ranks}
+    return next(iter(found)) if len(found) == 1 else None
+
+
+def why_not(update: Update, verb: str) -> str:
+    """Why an update that is not low-rank stays as it is, and what to do."""
+    inner = update.inner if isinstance(update, Magnitude) else update
+    if isinstance(inner, Residual):
+        return (
+            "training began by taking a part out of the base (PiSSA, OLoRA or KaSA), so it is no low-rank change of the "
+            "base; save it in PEFT with path_initial_model_for_weight_conversion"
+        )
+    return f"its update ({type(inner).__name__}) is no product of two factors, which is what can be {verb}d; {WAY_OUT}"

@@ -1,0 +1,41 @@
+"""Numerics of low-rank matrices, which are known by their factors and never formed.
+
+Pure torch: no names, no files. Everything takes batches: leading dimensions are modules of one shape, or experts.
+"""
+
+from loratool.lowrank.core import Core, core_space
+from loratool.lowrank.products import (
+    Decomposition,
+    Product,
+    canonical,
+    decompose,
+    difference,
+    gram,
+    inner,
+    norm,
+    padded,
+    side_by_side,
+    singular_values,
+    working_dtype,
+)
+from loratool.lowrank.sketching import Rows, Sketch, sketch
+
+__all__ = [
+    "Core",
+    "Decomposition",
+    "Product",
+    "Rows",
+    "Sketch",
+    "canonical",
+    "core_space",
+    "decompose",
+    "difference",
+    "gram",
+    "inner",
+    "norm",
+    "padded",
+    "side_by_side",
+    "singular_values",
+    "sketch",
+    "working_dtype",
+]

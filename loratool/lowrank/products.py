@@ -1,0 +1,179 @@
+"""up @ down: its singular values, norms and inner products, from QR of the factors.
+
+With up = Qu Ru and downᵀ = Qd Rd, all of up @ down is in the small core Ru Rdᵀ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+FAST_FLOAT64 = frozenset({(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)})  # compute capabilities of data-centre GPUs
+SMALL_CORE = 512  # up to this size the processor decomposes a core faster than a GPU
+
+
+@dataclass(frozen=True)
+class Product:
+    """The matrix up @ down, or a batch of them."""
+
+    up: Tensor  # (..., rows, rank)
+    down: Tensor  # (..., rank, columns)
+
+    @property
+    def rank(self) -> int:
+        """Columns of `up`, whatever the rank of the matrix is."""
+        return self.up.shape[-1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of one matrix."""
+        return (self.up.shape[-2], self.down.shape[-1])
+
+    def scaled(self, factor: float) -> Product:
+        """`factor` times the matrix. `down` stays as it is: the fewer values change, the fewer are rounded later."""
+        return self if factor == 1.0 else Product(self.up * factor, self.down)
+
+    def to(self, dtype: torch.dtype) -> Product:
+        return Product(self.up.to(dtype), self.down.to(dtype))
+
+    def matrix(self) -> Tensor:
+        """The (..., rows, columns) matrix itself."""
+        return self.up @ self.down
+
+    def __getitem__(self, at: int | slice) -> Product:
+        """Of a batch: one matrix, or some."""
+        return Product(self.up[at], self.down[at])
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """The compact singular value decomposition U diag(S) Vᵀ of a product; S falls."""
+
+    left: Tensor  # U, (..., rows, k)
+    values: Tensor  # S, (..., k)
+    right: Tensor  # Vᵀ, (..., k, columns)
+
+    def truncated(self, rank: int) -> Decomposition:
+        """The nearest matrix of a rank, in the Frobenius and the spectral norm (Eckart and Young 1936)."""
+        return Decomposition(self.left[..., :rank], self.values[..., :rank], self.right[..., :rank, :])
+
+    def product(self) -> Product:
+        """As factors that share the singular values, up = U √S and down = √S Vᵀ: the canonical form."""
+        root = self.values.sqrt()
+        return Product(self.left * root[..., None, :], root[..., :, None] * self.right)
+
+    @property
+    def significant(self) -> int:
+        """How many singular values are more than rounding: the rank of the matrix (the largest of a batch)."""
+        if not self.values.numel():
+            return 0
+        return int((self.values > negligible(self.values) * self.values[..., :1]).sum(-1).max())
+
+
+def negligible(values: Tensor) -> float:
+    """The part of the largest singular value below which others are rounding: 1e-12 in float64, 1e-6 in float32."""
+    return 1e-12 if values.element_size() == 8 else 1e-6
+
+
+def working_dtype(device: torch.device) -> torch.dtype:
+    """float64, but float32 on GPUs that compute in float64 at a small part of their speed."""
+    import torch
+
+    slow = device.type == "cuda" and torch.cuda.get_device_capability(device) not in FAST_FLOAT64
+    return torch.float32 if slow or device.type == "mps" else torch.float64
+
+
+def decompose(product: Product) -> Decomposition:
+    """Compact SVD of up @ down in the dtype of the factors, k = min(rank, rows, columns); the core is float64.
+
+    The largest entry of each left singular vector is positive, so that signs do not depend on the library.
+    """
+    import torch
+
+    (left, left_core), (right, right_core) = torch.linalg.qr(product.up), torch.linalg.qr(product.down.mT)
+    core = left_core.double() @ right_core.double().mT
+    device = core.device
+    small = max(core.shape[-2:]) <= SMALL_CORE
+    u, s, vt = (part.to(device) for part in torch.linalg.svd(core.cpu() if small else core, full_matrices=False))
+    u, vt = left @ u.to(left.dtype), vt.to(right.dtype) @ right.mT
+    largest = u.abs().argmax(-2, keepdim=True)
+    signs = torch.where(u.gather(-2, largest) < 0, -1.0, 1.0).to(u.dtype)  # (..., 1, k)
+    return Decomposition(u * signs, s.to(u.dtype), vt * signs.mT)
+
+
+def singular_values(product: Product) -> Tensor:
+    """The values of `decompose`, without the vectors."""
+    import torch
+
+    left, right = (torch.linalg.qr(factor, mode="r").R for factor in (product.up, product.down.mT))
+    core = left.double() @ right.double().mT
+    values: Tensor = torch.linalg.svdvals(core.cpu() if max(core.shape[-2:]) <= SMALL_CORE else core)
+    return values
+
+
+def canonical(product: Product) -> Product:
+    """The same matrix by the factors U √S and √S Vᵀ, which do not depend on how `product` shared it.
+
+    (up G, G⁻¹ down) is the same matrix for every invertible G. What looks at entries of factors comes after this.
+    """
+    found = decompose(product)
+    return found.truncated(max(1, found.significant)).product()
+
+
+def inner(one: Product, other: Product) -> Tensor:
+    """⟨one, other⟩ = Σ (upᵀ up') ∘ (down down'ᵀ), in float64; one number for each of a batch."""
+    left = one.up.double().mT @ other.up.double()
+    right = one.down.double() @ other.down.double().mT
+    return (left * right).sum((-2, -1))
+
+
+def gram(products: Sequence[Product]) -> Tensor:
+    """The (n, n) inner products of all pairs, in float64, of a batch summed over it."""
+    import torch
+
+    table = torch.zeros(len(products), len(products), dtype=torch.float64)
+    for i, one in enumerate(products):
+        for j, other in enumerate(products[: i + 1]):
+            table[i, j] = table[j, i] = float(inner(one, other).sum())
+    return table
+
+
+def norm(product: Product) -> Tensor:
+    """Frobenius norms. By QR: right also where the columns of the factors cancel each other."""
+    import torch
+
+    left = torch.linalg.qr(product.up, mode="r").R
+    right = torch.linalg.qr(product.down.mT, mode="r").R
+    norms: Tensor = torch.linalg.matrix_norm(left.double() @ right.double().mT)
+    return norms
+
+
+def side_by_side(products: Sequence[Product]) -> Product:
+    """The sum of products, whose ranks add up: exact."""
+    import torch
+
+    if len(products) == 1:
+        return products[0]
+    return Product(torch.cat([p.up for p in products], -1), torch.cat([p.down for p in products], -2))
+
+
+def difference(one: Product, other: Product) -> Product:
+    """One − other. Its `norm` is right where that of a difference of squares has nothing left."""
+    return side_by_side([one, Product(other.up, -other.down)])
+
+
+def padded(product: Product, rank: int) -> Product:
+    """The same matrix with zeros up to a rank."""
+    import torch
+
+    missing = rank - product.rank
+    if missing <= 0:
+        return product
+    return Product(
+        torch.nn.functional.pad(product.up, (0, missing)), torch.nn.functional.pad(product.down, (0, 0, 0, missing))
+    )

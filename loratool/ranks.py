@@ -1,0 +1,194 @@
+"""Which rank each layer gets: by a fixed number, by what is lost, or by what all layers may have together."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from loratool.errors import UsageError, printable
+from loratool.formats.peft.patterns import match_patterns
+
+if TYPE_CHECKING:
+    from loratool.contents import Layer
+
+BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)(b?)", re.IGNORECASE)
+RULES = ("rank", "energy", "error", "ratio", "budget")
+
+
+@dataclass(frozen=True)
+class RankRule:
+    """One way to choose ranks. Energies are squares of singular values, of a layer's experts added up."""
+
+    kind: str  # one of RULES
+    number: float
+    in_bytes: bool = False  # a budget of bytes, not of numbers
+    weights: Mapping[str, float] = field(default_factory=dict)  # pattern → how much the error of a layer counts
+    uniform: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        rank: int | None,
+        energy: float | None,
+        error: float | None,
+        ratio: float | None,
+        budget: int | str | None,
+        weights: Mapping[str, float] | None = None,
+        uniform: bool = False,
+    ) -> RankRule:
+        """The rule that was asked for; raises `UsageError` where that is none, several, or out of range."""
+        given = {k: v for k, v in zip(RULES, (rank, energy, error, ratio, budget), strict=True) if v is not None}
+        if len(given) != 1:
+            said = " and ".join(f"--{kind}" for kind in given) or "none"
+            raise UsageError(f"one of {', '.join(f'--{kind}' for kind in RULES)} is wanted, given is {said}")
+        ((kind, value),) = given.items()
+        if kind == "budget":
+            number, in_bytes = read_budget(value)
+        else:
+            number, in_bytes = float(value), False
+        valid = {
+            "rank": number >= 1 and number.is_integer() if math.isfinite(number) else False,
+            "energy": 0 < number <= 1,
+            "error": 0 <= number < 1,
+            "ratio": number > 1,
+            "budget": number >= 1,
+        }[kind]
+        if not valid:
+            wanted = {
+                "rank": "a whole number from 1 on",
+                "energy": "a part of ‖ΔW‖² in (0, 1]",
+                "error": "a relative error in [0, 1)",
+                "ratio": "a number above 1",
+                "budget": "a number of parameters such as 4M, or of bytes such as 16MB",
+            }[kind]
+            raise UsageError(f"--{kind} {printable(value)}: wanted is {wanted}")
+        if weights and kind != "budget":
+            raise UsageError("weights of layers are for a --budget, which is shared among them")
+        if bad := [pattern for pattern, weight in (weights or {}).items() if not (0 <= weight < math.inf)]:
+            raise UsageError(f"the weight of {printable(bad[0])} is no number from 0 on")
+        return cls(kind, number, in_bytes, dict(weights or {}), uniform)
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether ranks depend on singular values."""
+        return self.kind != "rank"
+
+    def choose(
+        self, layers: Mapping[str, Layer], energies: Mapping[str, Sequence[float]], itemsize: int
+    ) -> dict[str, int]:
+        """The rank of each layer, 0 for one that a budget leaves nothing; `itemsize` is that of the stored factors."""
+        if self.kind == "rank":
+            self.check_limits(layers)
+            ranks = dict.fromkeys(layers, int(self.number))
+        elif self.kind == "budget":
+            ranks = self.spend(layers, energies, itemsize)
+        else:
+            ranks = {target: max(1, self.enough(energies[target])) for target in layers}
+        if self.uniform:
+            most = max(ranks.values())
+            ranks = {target: most if rank else 0 for target, rank in ranks.items()}
+        return ranks
+
+    def check_limits(self, layers: Mapping[str, Layer]) -> None:
+        """Refuse a rank that a weight cannot have; filled up with zeros it can."""
+        if self.uniform:
+            return
+        rank = int(self.number)
+        small = {t: layer for t, layer in layers.items() if min(layer.rows, layer.columns) < rank}
+        if small:
+            limit = min(min(layer.rows, layer.columns) for layer in small.values())
+            raise UsageError(
+                f"--rank {rank} is above what these weights allow; {limit} is the most that all of them do, and --uniform "
+                "fills smaller ones up with zeros:",
+                (f"{printable(t)}: {x.rows} × {x.columns}" for t, x in small.items()),
+            )
+
+    def enough(self, energies: Sequence[float]) -> int:
+        """The smallest rank that keeps to the rule."""
+        total = math.fsum(energies)
+        if self.kind == "ratio":
+            return sum(value > energies[0] / self.number**2 for value in energies)
+        allowed = (1 - self.number if self.kind == "energy" else self.number**2) * total
+        lost, rank = 0.0, len(energies)
+        while rank and lost + energies[rank - 1] <= allowed * (1 + 1e-12):
+            rank -= 1
+            lost += energies[rank]
+        return rank
+
+    def spend(
+        self, layers: Mapping[str, Layer], energies: Mapping[str, Sequence[float]], itemsize: int
+    ) -> dict[str, int]:
+        """Ranks where they keep most for their cost: one sort over all singular values of all layers."""
+        weights = self.weights_of(layers)
+        costs = {target: layer.parameters * (itemsize if self.in_bytes else 1) for target, layer in layers.items()}
+        items = sorted(
+            (
+                (-weights[target] * energy / costs[target], target, at)
+                for target, values in energies.items()
+                for at, energy in enumerate(values)
+                if weights[target] * energy > 0
+            ),
+        )
+        ranks = dict.fromkeys(layers, 0)
+        left, full = self.number, set[str]()
+        for _, target, at in items:
+            if target in full:
+                continue
+            if costs[target] > left:
+                full.add(target)  # its later ones are worth less still
+                continue
+            left -= costs[target]
+            ranks[target] = at + 1
+        if not any(ranks.values()):
+            raise UsageError(
+                f"--budget {self.told}: too little for rank 1 of any layer; the smallest takes "
+                f"{min(costs.values())}{' bytes' if self.in_bytes else ' parameters'}"
+            )
+        return ranks
+
+    def weights_of(self, layers: Mapping[str, Layer]) -> dict[str, float]:
+        """How much each layer counts: the first pattern that matches it, else 1."""
+        found = by_pattern(self.weights, layers, "weights of layers")
+        return {target: found.get(target, 1.0) for target in layers}
+
+    @property
+    def told(self) -> str:
+        """The rule in words, for reports and provenance."""
+        unit = (" bytes" if self.in_bytes else " parameters") if self.kind == "budget" else ""
+        return f"{self.kind} {self.number:g}{unit}" + (", uniform" if self.uniform else "")
+
+
+def by_pattern(table: Mapping[str, float], layers: Mapping[str, Layer], what: str) -> dict[str, float]:
+    """Target → the value of the first pattern that matches its module, as PEFT matches `rank_pattern`.
+
+    Raises `UsageError` for a pattern that is no regular expression, or that matches nothing.
+    """
+    modules = {target: layer.module for target, layer in layers.items()}
+    try:
+        matching = match_patterns(table, modules.values())
+    except ValueError as error:
+        raise UsageError(f"{what}: {str(error).replace(' in rank_pattern or alpha_pattern', '')}") from None
+    if idle := set(table) - set[str]().union(*matching.values()):
+        raise UsageError(
+            f"{what}: no adapted module is called what these patterns say: {', '.join(sorted(map(printable, idle)))}"
+        )
+    found = {}
+    for target, module in modules.items():
+        for pattern, value in table.items():
+            if pattern in matching[module]:
+                found[target] = value
+                break
+    return found
+
+
+def read_budget(value: int | float | str) -> tuple[float, bool]:
+    """A budget as a number, and whether it counts bytes."""
+    match = BUDGET.fullmatch(str(value).strip())
+    if not match:
+        return math.nan, False
+    number, power, binary, unit = match.groups()
+    base = 1024 if binary else 1000
+    return float(number) * base ** " kmgt".index(power.lower() or " "), bool(unit)

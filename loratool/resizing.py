@@ -1,0 +1,339 @@
+"""`resize()`: an adapter at other ranks, by the singular values of its updates."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratool.adapter import StoredTensor
+from loratool.contents import Contents, Kind, Layer, contents_of
+from loratool.errors import FitError, InputError, printable
+from loratool.formats import read_adapter
+from loratool.formats.peft.describing import describe
+from loratool.formats.peft.spelling import Names
+from loratool.lowrank import Decomposition, Product, decompose, difference, norm, padded, singular_values
+from loratool.ranks import RankRule
+from loratool.safefile import FLOAT_NAMES, read_safefile
+from loratool.saving import Form, adapter_output, carried_over, factor_tensors, files_beside, kept_dtype
+from loratool.staging import check_target
+from loratool.working import Batch, PathLike, Progress, Session, batches, session
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ResizedLayer:
+    """One layer, before and after. Errors are relative: ‖ΔW − ΔW'‖ / ‖ΔW‖, Frobenius."""
+
+    rank_before: int
+    rank: int
+    norm: float  # ‖ΔW‖
+    predicted: float  # error of the truncation, from the singular values
+    achieved: float  # error of what is stored, rounding included
+    activations: float | None = None  # predicted error of ΔW·x over the inputs of a calibration
+
+
+@dataclass(frozen=True)
+class ResizedTotals:
+    """All layers together; their norms add up as squares."""
+
+    norm: float
+    predicted: float
+    achieved: float
+    parameters_before: int
+    parameters: int
+    bytes_before: int  # of factors
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ResizeReport:
+    """What `resize` did. Sizes are bytes, times seconds."""
+
+    out: Path
+    written: bool
+    rule: str
+    totals: ResizedTotals
+    modules: Mapping[str, ResizedLayer]  # by target
+    dropped: tuple[str, ...]  # targets that a budget left nothing
+    dtype: str
+    device: str
+    seconds: float
+    startup_seconds: float  # of `seconds`: until torch and the device were ready
+    peak_memory: int
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        from loratool.report.algebra import resize_text
+
+        return resize_text(self)
+
+
+def resize(
+    adapter: PathLike,
+    out: PathLike,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    error: float | None = None,
+    ratio: float | None = None,
+    budget: int | str | None = None,
+    layer_weights: Mapping[str, float] | None = None,
+    calibration: PathLike | None = None,
+    uniform: bool = False,
+    dtype: str = "keep",
+    device: str = "auto",
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> ResizeReport:
+    """Write the adapter at other ranks: for each layer the nearest update of its new rank (Eckart and Young 1936).
+
+    One of `rank`, `energy`, `error`, `ratio` and `budget` is given. What stands beside the factors, such as saved
+    modules, is carried over. α becomes the rank, so that the scale is 1; singular values are shared by both factors.
+
+    Args:
+        adapter: a folder, or a `.safetensors` file with its config beside it.
+        out: the folder to make.
+        rank: the rank of every layer; a layer of a lower rank is filled up with zeros.
+        energy: the part of ‖ΔW‖² that each layer keeps, in (0, 1].
+        error: the relative error ‖ΔW − ΔW'‖ / ‖ΔW‖ that each layer may have, in [0, 1).
+        ratio: each layer keeps the singular values above its largest over this number.
+        budget: numbers that all factors may have together (an int, or text such as "4M"), or bytes ("16MB"); they are
+            spent where they keep most of Σ weight · ‖ΔW‖².
+        layer_weights: for a budget, how much the error of a layer counts, by patterns as in `rank_pattern`.
+        calibration: a `.safetensors` file with E[zzᵀ] of z = A·x, an (r, r) matrix for each module; the error of
+            ΔW·x over these inputs is what counts then.
+        uniform: fill every layer up to the largest rank, for servers that know one rank only.
+        dtype: of the factors: "keep", "float32", "bfloat16" or "float16".
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        overwrite: replace `out` where it is an adapter already.
+        dry_run: decide, measure and report, but write nothing.
+        progress: called with (layers done, layers in all).
+
+    Raises:
+        UsageError: no rule or several, a number out of range, a rank above what a weight can have.
+        InputError: a malformed adapter, one that is not low-rank, or a calibration that does not fit it.
+        FitError: every update is zero, or the dtype cannot hold the factors.
+        StorageError: the disk or the file system said no.
+    """
+    started = time.monotonic()
+    rule = RankRule.of(rank, energy, error, ratio, budget, layer_weights, uniform)
+    inputs = [Path(adapter), *([Path(calibration)] if calibration is not None else [])]
+    target = check_target(Path(out), inputs, overwrite or dry_run)
+    contents = contents_of(read_adapter(inputs[0]), "resize")
+    if not contents.layers:
+        raise InputError(f"{printable(contents.adapter.file.path)}: no low-rank update is in it")
+    grams = read_calibration(inputs[1], contents) if calibration is not None else {}
+    with session(device, [contents]) as at_work:
+        resizer = Resizer(contents, grams, at_work)
+        kept = kept_dtype([contents], dtype)
+        energies = resizer.energies() if rule.needs_values else {}
+        chosen = rule.choose(contents.layers, energies, kept.itemsize)
+        ranks = {t: r for t, r in chosen.items() if r}
+        kinds = {t: contents.layers[t].kind for t in ranks}
+        forms = {t: Form.of(contents.layers[t], r) for t, r in ranks.items()}
+        carried = carried_over(contents, Names(kinds))
+        with adapter_output(
+            target, forms, carried, kept, contents.config, overwrite=overwrite, dry_run=dry_run
+        ) as output:
+            modules: dict[str, ResizedLayer] = {}
+            for batch in batches({t: contents.layers[t] for t in ranks}, at_work.device):
+                for name, before, found in resizer.resized(batch, resizer.load(batch), ranks):
+                    stored = output.add(name, found.product)
+                    modules[name] = measure(contents.layers[name], before, found, stored, bool(grams))
+                if progress:
+                    progress(len(modules), len(ranks))
+            if not any(layer.norm for layer in modules.values()):
+                raise FitError("nothing to resize: every update is zero (an untrained adapter has B = 0)")
+            output.carry(carried)
+            config = describe(
+                [contents.config],
+                kinds,
+                ranks,
+                whole_names=len(ranks) < len(chosen),
+                dora=contents.dora,
+                lora_bias=bool(contents.biases),
+                tokens=carried.tokens,
+            )
+            provenance = {"made_by": "loratool resize", "adapter": at_work.origins[0], "rule": rule.told}
+            output.finish(config, provenance, files_beside(contents))
+    return ResizeReport(
+        out=target,
+        written=not dry_run,
+        rule=rule.told,
+        totals=total(contents, modules, sum(sum(energies[t]) for t, r in chosen.items() if not r), kept.itemsize),
+        modules=dict(sorted(modules.items())),
+        dropped=tuple(t for t, r in chosen.items() if not r),
+        dtype=str(kept).removeprefix("torch."),
+        notes=tuple(remarks(contents, modules)),
+        **at_work.told(started),
+    )
+
+
+@dataclass(frozen=True)
+class Resized:
+    """A layer at its new rank, and the squares of all its singular values; those of its output, where calibrated."""
+
+    product: Product
+    energies: Tensor
+    rank: int
+
+    @property
+    def lost(self) -> float:
+        """Relative error of the truncation."""
+        total = float(self.energies.sum())
+        return math.sqrt(float(self.energies[self.rank :].sum()) / total) if total else 0.0
+
+
+@dataclass
+class Resizer:
+    """The layers of one adapter, decomposed batch by batch."""
+
+    contents: Contents
+    grams: Mapping[str, Tensor]  # target → E[zzᵀ]
+    at_work: Session
+
+    def load(self, batch: Batch) -> Product:
+        """The products of a batch of layers, stacked."""
+        import torch
+
+        loaded = [self.contents.load(target, self.at_work.device, self.at_work.dtype) for target in batch.targets]
+        return Product(torch.stack([p.up for p in loaded]), torch.stack([p.down for p in loaded]))
+
+    def energies(self) -> dict[str, list[float]]:
+        """The squares of each layer's singular values, without its singular vectors."""
+        found: dict[str, list[float]] = {}
+        for batch in batches(self.contents.layers, self.at_work.device):
+            values = singular_values(self.weighed(batch, self.load(batch)))
+            found |= zip(batch.targets, added_up(values).tolist(), strict=True)
+        return found
+
+    def weighed(self, batch: Batch, whole: Product) -> Product:
+        """What is to be kept: ΔW, or ΔW·x in mean square over the inputs of a calibration, which is up G^½.
+
+        SVD-LLM (arXiv:2403.07378) whitens with the (in, in) second moment of x; that of z = A·x gives the same.
+        """
+        import torch
+
+        if not self.grams:
+            return whole
+        return Product(whole.up, torch.stack([root_of(self.grams[target].to(whole.up)) for target in batch.targets]))
+
+    def resized(self, batch: Batch, whole: Product, ranks: Mapping[str, int]) -> Iterator[tuple[str, Product, Resized]]:
+        """Each layer of a batch, before and at its rank."""
+        parts = decompose(self.weighed(batch, whole))
+        energies = added_up(parts.values)
+        for at, target in enumerate(batch.targets):
+            kept = Decomposition(parts.left[at], parts.values[at], parts.right[at]).truncated(ranks[target])
+            if self.grams:  # the outputs that matter most, and what ΔW has of them
+                one = whole[at]
+                kept = decompose(Product(kept.left, (kept.left.mT @ one.up) @ one.down))
+            yield target, whole[at], Resized(padded(kept.product(), ranks[target]), energies[at], ranks[target])
+
+
+def root_of(gram: Tensor) -> Tensor:
+    """G^½ of a positive semidefinite matrix, or of a batch."""
+    import torch
+
+    values, vectors = torch.linalg.eigh(gram)
+    root: Tensor = (vectors * values.clamp_min(0).sqrt()[..., None, :]) @ vectors.mT
+    return root
+
+
+def added_up(values: Tensor) -> Tensor:
+    """Squares of (layers, k) or (layers, experts, k) singular values, those of a layer's experts added up."""
+    squares = values.double().square()
+    return squares if squares.dim() == 2 else squares.sum(1)
+
+
+def measure(layer: Layer, before: Product, found: Resized, stored: Product, calibrated: bool) -> ResizedLayer:
+    """What became of a layer, from what is stored of it."""
+    size = float(norm(before).square().sum().sqrt())
+
+    def off(after: Product) -> float:
+        apart = norm(difference(before, after.to(before.up.dtype)))
+        return float(apart.square().sum().sqrt()) / size if size else 0.0
+
+    predicted = off(found.product) if calibrated else found.lost
+    return ResizedLayer(layer.rank, found.rank, size, predicted, off(stored), found.lost if calibrated else None)
+
+
+def total(contents: Contents, modules: Mapping[str, ResizedLayer], dropped: float, itemsize: int) -> ResizedTotals:
+    """All layers together; `dropped` is ‖ΔW‖² of those that are left out."""
+    squared = math.fsum(m.norm**2 for m in modules.values()) + dropped
+
+    def together(errors: Sequence[tuple[float, float]]) -> float:
+        lost = math.fsum((n * e) ** 2 for n, e in errors) + dropped
+        return math.sqrt(lost / squared) if squared else 0.0
+
+    after = sum(contents.layers[t].parameters * m.rank for t, m in modules.items())
+    stored = [tensor.info for layer in contents.layers.values() for tensor in factor_tensors(layer)]
+    return ResizedTotals(
+        norm=math.sqrt(squared),
+        predicted=together([(m.norm, m.predicted) for m in modules.values()]),
+        achieved=together([(m.norm, m.achieved) for m in modules.values()]),
+        parameters_before=sum(info.elements for info in stored),
+        parameters=after,
+        bytes_before=sum(info.nbytes for info in stored),
+        bytes=after * itemsize,
+    )
+
+
+def read_calibration(path: Path, contents: Contents) -> dict[str, Tensor]:
+    """E[zzᵀ] of every layer, by target; raises `InputError` telling all that is wrong with the file."""
+    import torch
+
+    file = read_safefile(path)
+    found: dict[str, Tensor] = {}
+    problems: list[str] = []
+    known = set[str]()
+    for target, layer in contents.layers.items():
+        name = next((n for n in (layer.module, target) if n in file.tensors), None)
+        if name is None:
+            problems.append(f"{printable(layer.module)}: missing")
+            continue
+        known.add(name)
+        info = file.tensors[name]
+        shapes = ((layer.rank, layer.rank), (layer.experts, layer.rank, layer.rank))
+        if info.dtype not in FLOAT_NAMES or info.shape not in shapes[: 1 + (layer.kind is Kind.PARAMETER)]:
+            wanted = " × ".join(map(str, shapes[layer.kind is Kind.PARAMETER]))
+            problems.append(f"{printable(name)}: is {info.dtype} {list(info.shape)}; {wanted} floats are wanted")
+            continue
+        gram = StoredTensor(file, info).load(torch.device("cpu"), torch.float64)
+        if not bool(gram.isfinite().all()):
+            problems.append(f"{printable(name)}: holds NaN or infinite values")
+        elif float((gram - gram.mT).abs().max()) > 1e-3 * float(gram.abs().max()):
+            problems.append(f"{printable(name)}: is not symmetric, as E[zzᵀ] is")
+        found[target] = (gram + gram.mT) / 2
+    problems += [f"{printable(name)}: no module of the adapter is called this" for name in set(file.tensors) - known]
+    if problems:
+        raise InputError(f"{printable(path)}: no calibration of this adapter:", sorted(problems))
+    return {
+        t: g.expand(layer.experts, *g.shape[-2:]) if (layer := contents.layers[t]).kind is Kind.PARAMETER else g
+        for t, g in found.items()
+    }
+
+
+def remarks(contents: Contents, modules: Mapping[str, ResizedLayer]) -> Iterator[str]:
+    """What a user of the result should know."""
+    yield from contents.adapter.notes
+    if contents.dora:
+        yield (
+            "DoRA: the magnitudes are kept and ΔW is truncated; how far the merged weight moves is no longer bounded by "
+            "the error of ΔW, since its rows are normalised"
+        )
+    if zero := [t for t, m in modules.items() if not m.norm]:
+        more = f" and {len(zero) - 1} more" if len(zero) > 1 else ""
+        yield f"{printable(zero[0])}{more}: the update is zero"
+    if len({m.rank for m in modules.values()}) > 1:
+        most = max(m.rank for m in modules.values())
+        yield (
+            f"ranks differ, as rank_pattern says; servers that know one rank take {most} for all of them: --uniform "
+            "writes that"
+        )

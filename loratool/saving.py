@@ -1,0 +1,234 @@
+"""An adapter on its way to its folder: weights as they come, then config, side files and provenance."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratool import __version__
+from loratool.adapter import StoredTensor, stored_tensors
+from loratool.appending import TensorFile, tensor_file
+from loratool.checkpoint import PROVENANCE, sort_side_files
+from loratool.errors import FitError, printable
+from loratool.formats.peft import CONFIG, WEIGHTS
+from loratool.formats.peft.lora import doubles
+from loratool.formats.peft.spelling import Names, saved_whole, shapes, stored, token_rows, was_inside
+from loratool.safefile import FLOAT_NAMES, product
+from loratool.staging import Stage, staged
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from loratool.appending import Triple
+    from loratool.contents import Contents, Kind, Layer
+    from loratool.lowrank import Product
+
+SPELLED = {name: dtype for dtype, name in FLOAT_NAMES.items()}  # float32 → F32
+WIDTH = {"F64": 4, "F32": 3, "BF16": 2, "F16": 1}
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is known of a layer that is to be written: all but its factors."""
+
+    kind: Kind
+    rows: int
+    columns: int
+    rank: int  # the largest it may have
+    experts: int = 1
+    kernel: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, layer: Layer, rank: int) -> Form:
+        return cls(layer.kind, layer.rows, layer.columns, rank, layer.experts, layer.kernel)
+
+
+@dataclass
+class Carried:
+    """Tensors beside the factors, which are written as they are: name → where they lie, or their values."""
+
+    tensors: dict[str, StoredTensor | Tensor] = field(default_factory=dict)
+    tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)  # target → rows, in the order they are stored
+
+    def announced(self) -> Iterator[Triple]:
+        for name, tensor in self.tensors.items():
+            if isinstance(tensor, StoredTensor):
+                yield name, tensor.info.dtype, tensor.info.shape
+            else:
+                yield name, dtype_name(tensor), tuple(tensor.shape)
+
+
+@dataclass
+class Output:
+    """The weights of an adapter that is being written; without a file, those of one that would be."""
+
+    file: TensorFile | None
+    stage: Stage | None
+    names: Names
+    forms: Mapping[str, Form]
+    dtype: torch.dtype
+    halved: bool  # PEFT applies some updates twice
+
+    def add(self, target: str, found: Product) -> Product:
+        """Round the factors of a layer, write them, and give them back as they are read again, in float64.
+
+        Raises `FitError` where the dtype cannot hold them.
+        """
+        import torch
+
+        factor = 0.5 if self.halved and self.names.doubled(target) else 1.0
+        rounded = found.scaled(factor).to(self.dtype)
+        if not (bool(rounded.up.isfinite().all()) and bool(rounded.down.isfinite().all())):
+            raise FitError(
+                f"{printable(target)}: the factors overflow {str(self.dtype).removeprefix('torch.')}; give another --dtype"
+            )
+        if self.file is not None:
+            form = self.forms[target]
+            for name, tensor in zip(self.names.factors(target), stored(form.kind, form.kernel, rounded), strict=True):
+                self.write(name, tensor)
+        return rounded.to(torch.float64).scaled(1 / factor)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        if self.file is not None:
+            import torch
+
+            content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            self.file.add(name, dtype_name(tensor), tuple(tensor.shape), content)
+
+    def carry(self, carried: Carried) -> None:
+        """Write what stands beside the factors."""
+        for name, tensor in carried.tensors.items():
+            if not isinstance(tensor, StoredTensor):
+                self.write(name, tensor)
+            elif self.file is not None:
+                self.file.copy(name, tensor.file, tensor.info)
+
+    def finish(self, config: Mapping[str, Any], provenance: Mapping[str, Any], beside: Mapping[str, Path]) -> None:
+        """Write everything but the weights; `beside` are files to copy, by name."""
+        if self.stage is None:
+            return
+        self.stage.write(CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+        for name, path in beside.items():
+            self.stage.copy(name, path)
+        table = {**provenance, "versions": versions()}
+        self.stage.write(PROVENANCE, (json.dumps(table, indent=2) + "\n").encode())
+
+
+@contextmanager
+def adapter_output(
+    out: Path,
+    forms: Mapping[str, Form],
+    carried: Carried,
+    dtype: torch.dtype,
+    config: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> Iterator[Output]:
+    """The output of layers with `forms`, published under `out` when the block ends well. `dry_run` writes nothing.
+
+    `config` is that of the first source: which release of PEFT will read the result.
+    """
+    names = Names({target: form.kind for target, form in forms.items()})
+    halved = doubles(config)
+    if dry_run:
+        yield Output(None, None, names, forms, dtype, halved)
+        return
+    announced = [*announced_factors(names, forms, dtype), *carried.announced()]
+    needed = sum(product(shape) * (8 if d == "F64" else 4) for _, d, shape in announced)
+    with (
+        staged(out, uuid.uuid4().hex, needed, overwrite) as stage,
+        tensor_file(stage.folder / WEIGHTS, announced) as file,
+    ):
+        yield Output(file, stage, names, forms, dtype, halved)
+
+
+def announced_factors(names: Names, forms: Mapping[str, Form], dtype: torch.dtype) -> Iterator[Triple]:
+    spelled = SPELLED[str(dtype).removeprefix("torch.")]
+    for target, form in forms.items():
+        both = shapes(form.kind, form.experts, form.rows, form.columns, form.kernel, form.rank)
+        for name, shape in zip(names.factors(target), both, strict=True):
+            yield name, spelled, shape
+
+
+def carried_over(source: Contents, names: Names) -> Carried:
+    """All of an adapter but its factors, as it is: magnitudes, saved tensors, token rows. Biases of lora_B: with scale 1."""
+    adapter = source.adapter
+    carried = Carried()
+    for target, layer in source.layers.items():
+        if layer.magnitude is not None and target in names.kinds:
+            (name,) = (n for n in adapter.sources[target] if "lora_magnitude_vector" in n)
+            carried.tensors[names.magnitude(target)] = StoredTensor(adapter.file, adapter.file.tensors[name])
+    for target, bias in source.biases.items():
+        weight = f"{target.removesuffix('bias')}weight"
+        value: Any = bias.value
+        loaded = source.load_bias(target)
+        carried.tensors[names.bias(weight)] = loaded.to(torch_dtype(value.info.dtype))
+    for target, replacement in (*source.saved.items(), *source.bases.items()):
+        inside = target in source.bases or was_inside(adapter.sources.get(target, ()))
+        stored_value: Any = replacement.value
+        carried.tensors[saved_whole(target, inside)] = stored_value
+    for target, rows in source.rows.items():
+        values: Any = rows.values
+        carried.tensors[token_rows(target)] = values
+        carried.tokens[target] = rows.index
+    return carried
+
+
+def kept_dtype(sources: Sequence[Contents], asked: str) -> torch.dtype:
+    """The dtype of the factors: as asked, or the one that holds those of every source."""
+    import torch
+
+    if asked != "keep":
+        dtype: torch.dtype = getattr(torch, asked)
+        return dtype
+    found = {
+        tensor.info.dtype for source in sources for layer in source.layers.values() for tensor in factor_tensors(layer)
+    }
+    if found == {"BF16", "F16"}:
+        return torch.float32
+    return torch_dtype(max(found, key=WIDTH.__getitem__, default="F32"))
+
+
+def factor_tensors(layer: Layer) -> Iterator[StoredTensor]:
+    """The stored tensors that its factors are made of."""
+    return stored_tensors(layer.update)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """F32 → torch.float32."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, FLOAT_NAMES[name])
+    return dtype
+
+
+def dtype_name(tensor: Tensor) -> str:
+    return SPELLED[str(tensor.dtype).removeprefix("torch.")]
+
+
+def files_beside(source: Contents) -> dict[str, Path]:
+    """What lies beside an adapter and belongs with it: tokenizer, licence, card; nothing that training left."""
+    folder = source.adapter.folder
+    if source.adapter.file.path.name != WEIGHTS:  # a single file that was named: its folder may hold anything
+        return {}
+    names, _ = sort_side_files(folder, {WEIGHTS})
+    return {name: folder / name for name in names if os.sep not in name and name != PROVENANCE}
+
+
+def versions() -> dict[str, str]:
+    import torch
+
+    return {"loratool": __version__, "torch": str(torch.__version__)}
+
+
+def described(source: Contents) -> dict[str, Any]:
+    """An input, as provenance names it."""
+    return {"name": source.name, "format": source.adapter.format, "sha256": source.adapter.digests()}
