@@ -18,21 +18,29 @@ __version__ = "0.1.0"
 EXPORTS = {
     "Adapter": "adapter",
     "Checkpoint": "checkpoint",
+    "CombineReport": "combining",
+    "CompareReport": "comparing",
     "FitError": "errors",
     "HubError": "errors",
     "InputError": "errors",
     "LoratoolError": "errors",
     "MergePlan": "planning",
     "MergeReport": "merging",
+    "RescaleReport": "rescaling",
+    "ResizeReport": "resizing",
     "StorageError": "errors",
     "UsageError": "errors",
     "VerificationError": "errors",
+    "combine": "combining",
+    "compare": "comparing",
     "inspect": "inspecting",
     "merge": "merging",
     "open_checkpoint": "checkpoint",
     "plan": "merging",
     "plan_merge": "planning",
     "read_adapter": "formats",
+    "rescale": "rescaling",
+    "resize": "resizing",
 }
 __all__ = [*EXPORTS, "__version__"]  # noqa: PLE0604 (every name of EXPORTS is resolved below)
 
@@ -40,6 +48,10 @@ if TYPE_CHECKING:
     from loratool.adapter import Adapter as Adapter
     from loratool.checkpoint import Checkpoint as Checkpoint
     from loratool.checkpoint import open_checkpoint as open_checkpoint
+    from loratool.combining import CombineReport as CombineReport
+    from loratool.combining import combine as combine
+    from loratool.comparing import CompareReport as CompareReport
+    from loratool.comparing import compare as compare
     from loratool.errors import FitError as FitError
     from loratool.errors import HubError as HubError
     from loratool.errors import InputError as InputError
@@ -54,6 +66,10 @@ if TYPE_CHECKING:
     from loratool.merging import plan as plan
     from loratool.planning import MergePlan as MergePlan
     from loratool.planning import plan_merge as plan_merge
+    from loratool.rescaling import RescaleReport as RescaleReport
+    from loratool.rescaling import rescale as rescale
+    from loratool.resizing import ResizeReport as ResizeReport
+    from loratool.resizing import resize as resize
 
 
 def __getattr__(name: str) -> Any:

@@ -112,13 +112,17 @@ class Output:
 
     def finish(self, config: Mapping[str, Any], provenance: Mapping[str, Any], beside: Mapping[str, Path]) -> None:
         """Write everything but the weights; `beside` are files to copy, by name."""
-        if self.stage is None:
-            return
-        self.stage.write(CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-        for name, path in beside.items():
-            self.stage.copy(name, path)
-        table = {**provenance, "versions": versions()}
-        self.stage.write(PROVENANCE, (json.dumps(table, indent=2) + "\n").encode())
+        if self.stage is not None:
+            finish(self.stage, config, provenance, beside)
+
+
+def finish(stage: Stage, config: Mapping[str, Any], provenance: Mapping[str, Any], beside: Mapping[str, Path]) -> None:
+    """Write the config, what lies beside an adapter, and how it was made."""
+    stage.write(CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    for name, path in beside.items():
+        stage.copy(name, path)
+    table = {**provenance, "versions": versions()}
+    stage.write(PROVENANCE, (json.dumps(table, indent=2) + "\n").encode())
 
 
 @contextmanager
@@ -150,6 +154,17 @@ def adapter_output(
         yield Output(file, stage, names, forms, dtype, halved)
 
 
+def copied_output(
+    out: Path, source: Contents, config: Mapping[str, Any], provenance: Mapping[str, Any], overwrite: bool
+) -> None:
+    """An adapter with the same weights, byte for byte, under another config."""
+    weights = source.adapter.file.path
+    with staged(out, uuid.uuid4().hex, source.adapter.file.layout.size, overwrite) as stage:
+        stage.copy(WEIGHTS, weights)
+        source.adapter.file.check_unchanged()
+        finish(stage, config, provenance, files_beside(source))
+
+
 def announced_factors(names: Names, forms: Mapping[str, Form], dtype: torch.dtype) -> Iterator[Triple]:
     spelled = SPELLED[str(dtype).removeprefix("torch.")]
     for target, form in forms.items():
@@ -158,8 +173,11 @@ def announced_factors(names: Names, forms: Mapping[str, Form], dtype: torch.dtyp
             yield name, spelled, shape
 
 
-def carried_over(source: Contents, names: Names) -> Carried:
-    """All of an adapter but its factors, as it is: magnitudes, saved tensors, token rows. Biases of lora_B: with scale 1."""
+def carried_over(source: Contents, names: Names, factors: Mapping[str, float] | None = None) -> Carried:
+    """All of an adapter but its factors, as it is: magnitudes, saved tensors, token rows.
+
+    Biases of lora_B get the scale 1, and those of a layer that is multiplied are too.
+    """
     adapter = source.adapter
     carried = Carried()
     for target, layer in source.layers.items():
@@ -169,7 +187,7 @@ def carried_over(source: Contents, names: Names) -> Carried:
     for target, bias in source.biases.items():
         weight = f"{target.removesuffix('bias')}weight"
         value: Any = bias.value
-        loaded = source.load_bias(target)
+        loaded = source.load_bias(target) * (factors or {}).get(weight, 1.0)
         carried.tensors[names.bias(weight)] = loaded.to(torch_dtype(value.info.dtype))
     for target, replacement in (*source.saved.items(), *source.bases.items()):
         inside = target in source.bases or was_inside(adapter.sources.get(target, ()))

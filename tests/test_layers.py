@@ -20,6 +20,7 @@ LONGEST_MODULE = 500  # lines
 ROWS = (
     ("errors", "layouts"),
     ("safefile", "updates", "lowrank"),
+    ("methods",),
     ("checkpoint", "adapter", "staging", "appending"),
     ("contents",),
     ("formats", "binding", "companions"),
@@ -31,7 +32,9 @@ ROWS = (
     ("writing", "inspecting"),
     ("resources", "computing", "saving"),
     ("engine", "working"),
-    ("merging", "resizing"),
+    ("merging", "rescaling", "resizing", "extracting", "gathering"),
+    ("comparing", "recipes"),
+    ("combining",),
     ("report", "demo"),
     ("cli",),
     ("__main__",),

@@ -12,6 +12,7 @@ from typing import NoReturn
 import click
 
 from loratool import __version__
+from loratool.cli.algebra import combine, compare, rescale, resize
 from loratool.cli.looking import demo, inspect
 from loratool.cli.merging import merge
 from loratool.errors import LoratoolError, printable
@@ -36,7 +37,7 @@ def cli() -> None:
     """
 
 
-for command in (merge, inspect, demo):
+for command in (merge, inspect, rescale, combine, resize, compare, demo):
     cli.add_command(command)
 
 
@@ -89,7 +90,8 @@ def run(arguments: list[str]) -> int:
         complain(f"Error: {error}")
         return error.exit_code
     except (KeyboardInterrupt, click.Abort) as error:
-        again = "; the same command continues with the files that are finished"
+        goes_on = arguments[:1] == ["merge"]
+        again = "; the same command continues with the files that are finished" if goes_on else "; nothing is written"
         complain(f"Interrupted{again}.")
         # Click passes every interrupt on as an Abort
         return 143 if isinstance(error.__cause__ or error, Terminated) else 130

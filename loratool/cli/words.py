@@ -55,17 +55,30 @@ def show(data: Any, text: Callable[[], str], as_json: bool, quiet: bool) -> None
 
 
 @contextmanager
-def progress_bar(quiet: bool, word: str = "merging") -> Iterator[Callable[[int, int], None] | None]:
+def progress_bar(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
     """A tqdm bar in bytes on stderr, or None where nobody is looking."""
+    with bar(quiet, "merging", unit="B", unit_scale=True) as progress:
+        yield progress
+
+
+@contextmanager
+def counter(quiet: bool, word: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A tqdm bar in layers on stderr, or None where nobody is looking."""
+    with bar(quiet, word, unit=" layers") as progress:
+        yield progress
+
+
+@contextmanager
+def bar(quiet: bool, word: str, **looks: Any) -> Iterator[Callable[[int, int], None] | None]:
     if quiet or not sys.stderr.isatty():
         yield None
         return
     from tqdm import tqdm
 
-    with tqdm(unit="B", unit_scale=True, desc=word, file=sys.stderr, leave=False) as bar:
+    with tqdm(desc=word, file=sys.stderr, leave=False, **looks) as shown:
 
         def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+            shown.total = total
+            shown.update(done - shown.n)
 
         yield progress

@@ -18,12 +18,14 @@ from loratool.lowrank.products import (
     singular_values,
     working_dtype,
 )
+from loratool.lowrank.relations import Relation, relate
 from loratool.lowrank.sketching import Rows, Sketch, sketch
 
 __all__ = [
     "Core",
     "Decomposition",
     "Product",
+    "Relation",
     "Rows",
     "Sketch",
     "canonical",
@@ -34,6 +36,7 @@ __all__ = [
     "inner",
     "norm",
     "padded",
+    "relate",
     "side_by_side",
     "singular_values",
     "sketch",

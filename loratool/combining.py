@@ -1,0 +1,443 @@
+"""`combine()`: several adapters into one, on their factors."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratool.comparing import Meeting, meetings
+from loratool.contents import Contents, Kind, contents_of
+from loratool.errors import FitError, InputError, UsageError, printable
+from loratool.formats import read_adapter
+from loratool.formats.peft.describing import describe
+from loratool.formats.peft.spelling import Names
+from loratool.gathering import Beside, Share, Weight, gather, named_apart
+from loratool.lowrank import Product, decompose, difference, gram, norm, padded
+from loratool.methods.coefficients import LEAST_ALIKE, mean_cosine
+from loratool.methods.mixture import Mixture, Recipe, mix, mix_factors
+from loratool.methods.table import FACTORWISE, GRAM, METHODS
+from loratool.recipes import make_recipe, told
+from loratool.saving import Form, adapter_output, files_beside, kept_dtype
+from loratool.staging import check_target
+from loratool.working import PathLike, Progress, Session, session
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Part:
+    """What became of one adapter in one layer."""
+
+    weight: float
+    norm: float  # ‖ΔW‖, weight not included
+    energy_kept: float | None  # ‖U'U'ᵀ ΔW V'V'ᵀ‖² / ‖ΔW‖² with the singular vectors of the result
+    norm_ratio: float | None  # ‖result‖ / ‖w ΔW‖
+
+
+@dataclass(frozen=True)
+class CombinedLayer:
+    """One layer of the result. Errors are relative to what the method gives at full rank, Frobenius."""
+
+    rank: int
+    norm: float
+    truncated: float  # error of the cut to `rank`
+    stored: float  # error of rounding to the stored dtype, relative to the cut result
+    error: float  # both together
+    parts: Mapping[str, Part]  # by adapter
+    meetings: Mapping[str, Meeting]  # "one × other"
+
+
+@dataclass(frozen=True)
+class CombinedTotals:
+    """All layers together; norms add up as squares."""
+
+    norm: float
+    truncated: float
+    stored: float
+    error: float
+    energy_kept: Mapping[str, float | None]  # by adapter
+    norm_ratio: Mapping[str, float | None]
+    cosine: Mapping[str, float | None]  # "one × other"
+    parameters: int
+    bytes: int  # of factors
+
+
+@dataclass(frozen=True)
+class CombineReport:
+    """What `combine` did. Sizes are bytes, times seconds."""
+
+    out: Path
+    written: bool
+    method: str
+    settings: Mapping[str, Any]
+    adapters: tuple[str, ...]
+    totals: CombinedTotals
+    modules: Mapping[str, CombinedLayer]  # by target
+    dtype: str
+    device: str
+    seconds: float
+    startup_seconds: float
+    peak_memory: int
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        from loratool.report.algebra import combine_text
+
+        return combine_text(self)
+
+
+def combine(
+    adapters: Sequence[PathLike] | PathLike,
+    out: PathLike,
+    *,
+    method: str = "linear",
+    weights: Sequence[Weight] | None = None,
+    space: str | None = None,
+    rank: int | None = None,
+    rank_policy: str = "truncate",
+    density: float | None = None,
+    window: float = 0.15,
+    outliers: float = 0.01,
+    factor: float = 1.0,
+    match_norm: str = "none",
+    sign: str = "total",
+    normalize: bool | None = None,
+    iso_beta: float = 1.0,
+    row_wise: bool = False,
+    svc: bool = False,
+    seed: int = 0,
+    saved: str = "refuse",
+    dtype: str = "keep",
+    device: str = "auto",
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> CombineReport:
+    """Write several adapters of one base as one adapter.
+
+    A layer that some adapters do not have is combined of those that do. Biases of lora_B add up with the weights;
+    saved modules and token rows are kept where adapters do not differ about them. The result is plain LoRA with α = rank.
+
+    Args:
+        adapters: folders, or `.safetensors` files with their config beside them.
+        out: the folder to make.
+        method: a key of `loratool.methods.table.METHODS`.
+        weights: of each adapter, 1 by default: a number, or numbers by pattern with "default" for the rest.
+        space: where elementwise methods work: on the entries of the weight ("dense", the default), in "core" space
+            or on "knots".
+        rank: of the result; by default what the method gives, and for dense methods the ranks added up.
+        rank_policy: "truncate" cuts the result; "ctm" chooses directions first that keep a part of every adapter.
+        density: part of the entries that is kept, in (0, 1].
+        window: of della, how far chances lie around `density`.
+        outliers: of breadcrumbs, the part of the entries, the largest, that is dropped.
+        factor: λ, which multiplies the result.
+        match_norm: give each layer the "mean", "max" or "sum" of the norms of the weighted updates.
+        sign: the majority counts sizes ("total") or adapters ("frequency").
+        normalize: divide by the weights; by default as the method is defined.
+        iso_beta: how far iso_c draws singular values to their mean, 0 to 1.
+        row_wise: nuslerp with an angle for each row.
+        svc: calibrate singular values afterwards.
+        seed: of random numbers, which depend on nothing else.
+        saved: where adapters have saved different values for a tensor, "refuse", take the "first" or their "mean".
+        dtype: of the factors: "keep", "float32", "bfloat16" or "float16".
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        overwrite: replace `out` where it is an adapter already.
+        dry_run: compute and report, but write nothing.
+        progress: called with (layers done, layers in all).
+
+    Raises:
+        UsageError: arguments out of range or at odds with the method.
+        InputError: a malformed adapter, or one that is not low-rank.
+        FitError: adapters of different bases, DoRA, saved values that differ, or nothing but zeros.
+        StorageError: the disk or the file system said no.
+    """
+    started = time.monotonic()
+    paths = [Path(p) for p in ([adapters] if isinstance(adapters, (str, os.PathLike)) else adapters)]
+    recipe = make_recipe(
+        method, len(paths), space, rank, rank_policy, density, window, outliers, factor, match_norm, sign, normalize,
+        iso_beta, row_wise, svc, seed, saved,
+    )  # fmt: skip
+    shares = list(weights) if weights else [1.0] * len(paths)
+    if len(shares) != len(paths):
+        raise UsageError(f"{len(shares)} weights for {len(paths)} adapters; give one for each, or none")
+    target = check_target(Path(out), paths, overwrite or dry_run)
+    sources = named_apart([contents_of(read_adapter(path), "combine") for path in paths])
+    layers = gather(sources, shares)
+    refuse(sources, layers, recipe)
+    with session(device, sources) as at_work:
+        dtype_kept = kept_dtype(sources, dtype)
+        combiner = Combiner(sources, layers, recipe, at_work)
+        kinds = {t: found[0].layer.kind for t, found in layers.items()}
+        beside = Beside(sources, shares, Names(kinds), saved, recipe.setting.normalize and method == "linear")
+        carried = beside.collect()
+        forms = {t: Form.of(found[0].layer, combiner.most(t)) for t, found in layers.items()}
+        with adapter_output(
+            target, forms, carried, dtype_kept, sources[0].config, overwrite=overwrite, dry_run=dry_run
+        ) as output:
+            modules: dict[str, CombinedLayer] = {}
+            for name in layers:
+                whole, products = combiner.combined(name)
+                modules[name] = combiner.measure(name, whole, output.add(name, whole.product), products)
+                if progress:
+                    progress(len(modules), len(layers))
+            combiner.check()
+            output.carry(carried)
+            config = describe(
+                [source.config for source in sources],
+                kinds,
+                {t: m.rank for t, m in modules.items()},
+                dora=sources[0].dora,
+                lora_bias=any(source.biases for source in sources),
+                tokens=carried.tokens,
+            )
+            provenance = {"made_by": "loratool combine", "adapters": list(at_work.origins), **told(recipe, shares)}
+            output.finish(config, provenance, common_files(sources))
+    return CombineReport(
+        out=target,
+        written=not dry_run,
+        method=method,
+        settings=told(recipe, shares),
+        adapters=tuple(source.name for source in sources),
+        totals=combiner.totals(modules, dtype_kept),
+        modules=dict(sorted(modules.items())),
+        dtype=str(dtype_kept).removeprefix("torch."),
+        notes=tuple(remarks(sources, layers, beside.notes)),
+        **at_work.told(started),
+    )
+
+
+def refuse(sources: Sequence[Contents], layers: Mapping[str, Sequence[Share]], recipe: Recipe) -> None:
+    """Raise for adapters that this cannot be done to."""
+    if not layers:
+        raise InputError("there is no low-rank update in these adapters")
+    if dora := [source.name for source in sources if source.dora]:
+        alone = len(sources) == 1 and METHODS[recipe.method].family == GRAM and recipe.factor == 1
+        if not alone or any(share.weight != 1 for found in layers.values() for share in found):
+            raise FitError(
+                f"{', '.join(dora)}: DoRA divides by the norm of W + ΔW, so its update is none without the base, and no "
+                "sum of updates is the sum of what they do. `loratool merge` applies several DoRA adapters to a base; "
+                "`loratool extract` makes plain LoRA of what comes out"
+            )
+    if recipe.rank is not None and METHODS[recipe.method].family != FACTORWISE:
+        small = {t: f[0].layer for t, f in layers.items() if min(f[0].layer.rows, f[0].layer.columns) < recipe.rank}
+        if small:
+            limit = min(min(layer.rows, layer.columns) for layer in small.values())
+            raise UsageError(
+                f"--rank {recipe.rank} is above what these weights allow; {limit} is the most that all of them do:",
+                (f"{printable(t)}: {layer.rows} × {layer.columns}" for t, layer in small.items()),
+            )
+    if METHODS[recipe.method].family == FACTORWISE:
+        uneven = [t for t, found in layers.items() if len({share.layer.rank for share in found}) > 1]
+        if uneven:
+            raise FitError(
+                f"{recipe.method} adds A to A and B to B, which takes equal ranks; --method linear takes any:",
+                (f"{printable(t)}: ranks {', '.join(str(share.layer.rank) for share in layers[t])}" for t in uneven),
+            )
+
+
+@dataclass
+class Combiner:
+    """The layers of several adapters, combined one after the other."""
+
+    sources: Sequence[Contents]
+    layers: Mapping[str, Sequence[Share]]
+    recipe: Recipe
+    at_work: Session
+
+    def __post_init__(self) -> None:
+        self.together = gram_of(len(self.sources))  # ⟨ΔWᵢ, ΔWⱼ⟩ over all layers so far
+
+    def most(self, target: str) -> int:
+        """The largest rank that the result of a layer may have."""
+        if METHODS[self.recipe.method].family == FACTORWISE:
+            return self.recipe.rank or self.layers[target][0].layer.rank
+        if self.recipe.method == "svd":
+            return self.cut(target)
+        return self.recipe.rank or max(1, sum(share.layer.rank for share in self.layers[target]))
+
+    def cut(self, target: str) -> int:
+        """Of `svd`: the largest rank of the adapters, as in PEFT, where none is given."""
+        ranks = [share.layer.rank for share in self.layers[target]]
+        form = self.layers[target][0].layer
+        return self.recipe.rank or min(max(ranks), form.rows, form.columns)
+
+    def combined(self, target: str) -> tuple[Mixture, list[Product]]:
+        """The result for a layer, and the adapters' own updates."""
+        found = self.layers[target]
+        products = [share.load(self.sources, self.at_work.device, self.at_work.dtype) for share in found]
+        recipe = dataclasses.replace(
+            self.recipe, setting=dataclasses.replace(self.recipe.setting, key=f"{self.recipe.setting.key}/{target}")
+        )
+        if recipe.method == "svd":
+            recipe = dataclasses.replace(recipe, rank=self.cut(target))
+        if len(found) < METHODS[recipe.method].least:  # of those that have the layer
+            recipe = dataclasses.replace(recipe, method="linear")
+        if found[0].layer.kind is not Kind.PARAMETER:
+            return self.one(recipe, found, products), products
+        every = [self.one(expert(recipe, at), found, [p[at] for p in products]) for at in range(found[0].layer.experts)]
+        return stacked(every), products
+
+    def one(self, recipe: Recipe, found: Sequence[Share], products: Sequence[Product]) -> Mixture:
+        if METHODS[recipe.method].family == FACTORWISE:
+            scales = [share.layer.scale for share in found]
+            ups = [p.up / s if s else p.up for p, s in zip(products, scales, strict=True)]
+            strengths = [share.weight * s for share, s in zip(found, scales, strict=True)]
+            return mix_factors(ups, [p.down for p in products], strengths, recipe)
+        return mix(products, [share.weight for share in found], recipe)
+
+    def measure(self, target: str, whole: Mixture, stored: Product, products: Sequence[Product]) -> CombinedLayer:
+        """What became of a layer and of each adapter in it, from what is stored."""
+        found = self.layers[target]
+        stored = stored.to(whole.product.up.dtype)
+        size = length(whole.product)
+        rounding = length(difference(whole.product, stored)) / size if size else 0.0
+        table = gram(products)
+        for i, one in enumerate(found):
+            for j, other in enumerate(found):
+                self.together[one.adapter, other.adapter] += table[i, j]
+        result = decompose(stored)
+        sizes = [math.sqrt(max(0.0, float(table[i, i]))) for i in range(len(found))]
+        names = [self.sources[share.adapter].name for share in found]
+        reached = length(stored)
+        parts = {
+            name: Part(
+                weight=share.weight,
+                norm=own,
+                energy_kept=kept(product, result.left, result.right, own),
+                norm_ratio=reached / (abs(share.weight) * own) if share.weight * own else None,
+            )
+            for name, share, product, own in zip(names, found, products, sizes, strict=True)
+        }
+        # what the method gave at full rank has the norm size / √(1 − lost²), for the cut is a projection of it
+        error = math.hypot(whole.lost, rounding * math.sqrt(max(0.0, 1 - whole.lost**2)))
+        return CombinedLayer(
+            rank=whole.product.rank,
+            norm=reached,
+            truncated=whole.lost,
+            stored=rounding,
+            error=error,
+            parts=parts,
+            meetings=meetings(names, products),
+        )
+
+    def check(self) -> None:
+        """What can be said only when all layers have been seen."""
+        if not bool(self.together.diagonal().any()):
+            raise FitError("nothing to combine: every update is zero (an untrained adapter has B = 0)")
+        if self.recipe.method == "model_stock":
+            cosine = mean_cosine(self.together)
+            if cosine < LEAST_ALIKE:
+                raise FitError(
+                    f"model_stock averages several runs of one task; the mean cosine of these adapters is {cosine:.3f}, "
+                    f"below {LEAST_ALIKE}, and the result would be next to nothing. --method linear adds them up"
+                )
+
+    def totals(self, modules: Mapping[str, CombinedLayer], dtype: torch.dtype) -> CombinedTotals:
+        squared = math.fsum(m.norm**2 for m in modules.values())
+
+        def together(errors: Iterator[tuple[float, float]]) -> float:
+            return math.sqrt(math.fsum((n * e) ** 2 for n, e in errors) / squared) if squared else 0.0
+
+        names = [source.name for source in self.sources]
+        energy: dict[str, float | None] = {}
+        ratio: dict[str, float | None] = {}
+        for name in names:
+            own = [(m.parts[name], m) for m in modules.values() if name in m.parts]
+            mass = math.fsum(part.norm**2 for part, _ in own)
+            weighed = math.fsum((part.weight * part.norm) ** 2 for part, _ in own)
+            energy[name] = math.fsum((p.energy_kept or 0.0) * p.norm**2 for p, _ in own) / mass if mass else None
+            ratio[name] = math.sqrt(math.fsum(m.norm**2 for _, m in own) / weighed) if weighed else None
+        norms = self.together.diagonal().sqrt()
+        parameters = sum(self.layers[t][0].layer.parameters * m.rank for t, m in modules.items())
+        return CombinedTotals(
+            norm=math.sqrt(squared),
+            truncated=together((m.norm, m.truncated) for m in modules.values()),
+            stored=together((m.norm, m.stored) for m in modules.values()),
+            error=together((m.norm, m.error) for m in modules.values()),
+            energy_kept=energy,
+            norm_ratio=ratio,
+            cosine={
+                f"{names[i]} × {names[j]}": float(self.together[i, j] / (norms[i] * norms[j]))
+                if norms[i] * norms[j]
+                else None
+                for i in range(len(names))
+                for j in range(i + 1, len(names))
+            },
+            parameters=parameters,
+            bytes=parameters * dtype.itemsize,
+        )
+
+
+def gram_of(count: int) -> torch.Tensor:
+    import torch
+
+    return torch.zeros(count, count, dtype=torch.float64)
+
+
+def length(product: Product) -> float:
+    """Frobenius norm, of a batch together."""
+    return float(norm(product).square().sum().sqrt())
+
+
+def expert(recipe: Recipe, at: int) -> Recipe:
+    """The recipe for one expert, whose random numbers are its own."""
+    return dataclasses.replace(recipe, setting=dataclasses.replace(recipe.setting, key=f"{recipe.setting.key}/{at}"))
+
+
+def stacked(every: Sequence[Mixture]) -> Mixture:
+    """The results of all experts as one, at the largest of their ranks."""
+    import torch
+
+    rank = max(mixture.product.rank for mixture in every)
+    even = [padded(mixture.product, rank) for mixture in every]
+    product = Product(torch.stack([p.up for p in even]), torch.stack([p.down for p in even]))
+    # norms at full rank, of which each lost its part
+    wholes = [length(m.product) ** 2 / max(1e-300, 1 - m.lost**2) for m in every]
+    lost = math.fsum(w * m.lost**2 for w, m in zip(wholes, every, strict=True))
+    return Mixture(product, math.sqrt(lost / total) if (total := math.fsum(wholes)) else 0.0)
+
+
+def kept(product: Product, left: torch.Tensor, right: torch.Tensor, size: float) -> float | None:
+    """The part of ‖ΔW‖² that lies in the spaces of the result."""
+    if not size:
+        return None
+    inside = (left.mT @ product.up) @ (product.down @ right.mT)
+    return min(1.0, float(inside.double().square().sum()) / size**2)
+
+
+def common_files(sources: Sequence[Contents]) -> dict[str, Path]:
+    """Files beside the adapters, such as a tokenizer, that all which have one have the same."""
+    every = [files_beside(source) for source in sources]
+    found: dict[str, Path] = {}
+    for files in every:
+        for name, path in files.items():
+            content = path.read_bytes()
+            if all(name not in other or other[name].read_bytes() == content for other in every):
+                found.setdefault(name, path)
+    return found
+
+
+def remarks(sources: Sequence[Contents], layers: Mapping[str, Sequence[Share]], found: Sequence[str]) -> Iterator[str]:
+    """What a user of the result should know."""
+    if len(sources) == 1:
+        yield "one adapter only: there is nothing to combine it with"
+    bases = {str(source.config.get("base_model_name_or_path") or "") for source in sources} - {""}
+    if len(bases) > 1:
+        yield f"the adapters name different bases ({', '.join(sorted(map(printable, bases)))}); their shapes agree"
+    for at, source in enumerate(sources):
+        zero = not any(share.adapter == at for shares in layers.values() for share in shares)
+        if zero:
+            yield f"{source.name} has no low-rank update"
+    partial = [t for t, shares in layers.items() if len(shares) < len(sources)]
+    if partial:
+        yield f"{len(partial)} of {len(layers)} layers are not in all adapters, {printable(partial[0])} for one; each is combined of those that have it"
+    yield from found
+    for source in sources:
+        yield from (f"{source.name}: {note}" for note in source.adapter.notes)

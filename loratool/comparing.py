@@ -1,0 +1,206 @@
+"""`compare()`: how alike adapters are, and how much in each other's way."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratool.contents import contents_of
+from loratool.errors import FitError, UsageError, printable
+from loratool.formats import read_adapter
+from loratool.gathering import gather, named_apart
+from loratool.lowrank import Decomposition, Product, Relation, decompose, gram, relate
+from loratool.working import PathLike, Progress, session
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """The part of a `Relation` that says how much two adapters are in each other's way."""
+
+    cosine: float | None
+    overlap_out: float | None  # of output directions; `random_out` is that of random subspaces
+    random_out: float
+    overlap_in: float | None
+    random_in: float
+    interference: float | None
+    sign_conflict: float | None
+
+
+@dataclass(frozen=True)
+class PairTotals:
+    """Two adapters, all layers that both have together; overlaps and conflicts are means over those layers."""
+
+    layers: int  # that both have
+    cosine: float | None
+    norm_ratio: float | None
+    overlap_out: float | None
+    random_out: float | None
+    overlap_in: float | None
+    random_in: float | None
+    clash: float | None
+    transfer: float | None
+    interference: float | None
+    sign_conflict: float | None
+    weighted_conflict: float | None
+
+
+@dataclass(frozen=True)
+class CompareReport:
+    """What `compare` found. Pairs are named "one × other"."""
+
+    adapters: tuple[str, ...]
+    norms: Mapping[str, float]  # ‖ΔW‖ of each adapter, all layers together
+    totals: Mapping[str, PairTotals]
+    modules: Mapping[str, Mapping[str, Relation]]  # target → pair
+    alone: Mapping[str, tuple[str, ...]]  # adapter → layers that no other has
+    device: str
+    seconds: float
+    startup_seconds: float
+    peak_memory: int
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        from loratool.report.algebra import compare_text
+
+        return compare_text(self)
+
+
+def compare(adapters: Sequence[PathLike], *, device: str = "auto", progress: Progress | None = None) -> CompareReport:
+    """Relate every two of some adapters of one base, layer by layer and in all.
+
+    Args:
+        adapters: two or more, folders or `.safetensors` files with their config beside them.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        progress: called with (layers done, layers in all).
+
+    Raises:
+        UsageError: fewer than two adapters.
+        InputError: a malformed adapter, or one that is not low-rank.
+        FitError: they have no layer in common, or see one in different shapes.
+    """
+    started = time.monotonic()
+    paths = [Path(path) for path in adapters]
+    if len(paths) < 2:
+        raise UsageError("two adapters or more are compared")
+    sources = named_apart([contents_of(read_adapter(path), "compare") for path in paths])
+    layers = gather(sources, [1.0] * len(sources))
+    if not any(len(found) > 1 for found in layers.values()):
+        raise FitError(
+            "these adapters have no layer in common:",
+            (f"{s.name}: {printable(next(iter(s.layers), 'no low-rank update'))}, …" for s in sources),
+        )
+    names = [source.name for source in sources]
+    together: torch.Tensor | None = None
+    common: dict[str, list[float]] = {}
+    modules: dict[str, dict[str, Relation]] = {}
+    with session(device, ()) as at_work:
+        for at, (target, found) in enumerate(layers.items()):
+            products = [share.load(sources, at_work.device, at_work.dtype) for share in found]
+            table = gram(products)
+            if together is None:
+                together = table.new_zeros(len(names), len(names))
+            for i, share in enumerate(found):
+                for j, other in enumerate(found):
+                    together[share.adapter, other.adapter] += table[i, j]
+            modules[target] = relations([names[share.adapter] for share in found], products)
+            for pair, (i, j) in pairs([share.adapter for share in found], names).items():
+                both = common.setdefault(pair, [0.0, 0.0])
+                both[0] += float(table[i, i])
+                both[1] += float(table[j, j])
+            if progress:
+                progress(at + 1, len(layers))
+    assert together is not None, "there is a layer"
+    totals = {}
+    for i, one in enumerate(names):
+        for j in range(i + 1, len(names)):
+            pair = f"{one} × {names[j]}"
+            if pair in common:
+                first, second = (math.sqrt(max(0.0, value)) for value in common[pair])
+                every = [found[pair] for found in modules.values() if pair in found]
+                totals[pair] = total(every, float(together[i, j]), first, second)
+    bases = {str(source.config.get("base_model_name_or_path") or "") for source in sources} - {""}
+    notes = [f"the adapters name different bases: {', '.join(sorted(map(printable, bases)))}"] if len(bases) > 1 else []
+    if dora := [source.name for source in sources if source.dora]:
+        notes.append(f"{', '.join(dora)}: of DoRA only ΔW = s·BA is compared, without the magnitudes")
+    return CompareReport(
+        adapters=tuple(names),
+        norms={name: math.sqrt(max(0.0, float(together[i, i]))) for i, name in enumerate(names)},
+        totals=totals,
+        modules=dict(sorted(modules.items())),
+        alone={
+            name: targets
+            for i, name in enumerate(names)
+            if (targets := tuple(t for t, found in layers.items() if [s.adapter for s in found] == [i]))
+        },
+        notes=tuple(notes),
+        **at_work.told(started),
+    )
+
+
+def pairs(which: Sequence[int], names: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """The pairs of some adapters, and where each lies in `which`."""
+    return {f"{names[a]} × {names[b]}": (i, j) for i, a in enumerate(which) for j, b in enumerate(which) if i < j}
+
+
+def relations(names: Sequence[str], products: Sequence[Product]) -> dict[str, Relation]:
+    """The relation of every two of a layer's updates; of a batch of experts their mean."""
+    parts = [decompose(product) for product in products]
+    return {
+        pair: related(products[i], products[j], parts[i], parts[j])
+        for pair, (i, j) in pairs(range(len(names)), names).items()
+    }
+
+
+def related(one: Product, other: Product, first: Decomposition, second: Decomposition) -> Relation:
+    if one.up.dim() == 2:
+        return relate(one, other, first, second)
+    every = [relate(one[at], other[at], piece(first, at), piece(second, at), seed=at) for at in range(one.up.shape[0])]
+    found: dict[str, Any] = {}
+    for field in fields(Relation):
+        values = [getattr(relation, field.name) for relation in every]
+        if field.name.startswith("angles"):
+            shortest = min(map(len, values))
+            found[field.name] = tuple(statistics.fmean(v[k] for v in values) for k in range(shortest))
+        else:
+            found[field.name] = mean_of(values)
+    return Relation(**found)
+
+
+def piece(whole: Decomposition, at: int) -> Decomposition:
+    return Decomposition(whole.left[at], whole.values[at], whole.right[at])
+
+
+def meetings(names: Sequence[str], products: Sequence[Product]) -> dict[str, Meeting]:
+    """How much every two of a layer's updates are in each other's way."""
+    return {
+        pair: Meeting(**{field.name: getattr(relation, field.name) for field in fields(Meeting)})
+        for pair, relation in relations(names, products).items()
+    }
+
+
+def total(every: Sequence[Relation], product: float, first: float, second: float) -> PairTotals:
+    """All layers of a pair, with the inner product of all and the norms over the layers that both have."""
+    means = {
+        field.name: mean_of([getattr(relation, field.name) for relation in every])
+        for field in fields(PairTotals)
+        if field.name not in ("layers", "cosine", "norm_ratio")
+    }
+    return PairTotals(
+        layers=len(every),
+        cosine=max(-1.0, min(1.0, product / (first * second))) if first * second else None,
+        norm_ratio=second / first if first and second else None,
+        **means,
+    )
+
+
+def mean_of(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None

@@ -1,0 +1,91 @@
+"""Methods whose result is Σ cᵢ ΔWᵢ: the coefficients, from inner products alone.
+
+`gram` holds ⟨ΔWᵢ, ΔWⱼ⟩, an (n, n) tensor in float64, or (rows, n, n) where each row of the weight has its own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NEARLY_PARALLEL = 0.9995  # |cosine| from which slerp is linear, as in mergekit
+LEAST_ALIKE = 0.2  # mean cosine below which Model Stock means nothing
+KARCHER_STEPS = 10
+KARCHER_TOLERANCE = 1e-5
+
+
+def linear(weights: Tensor, normalize: bool) -> Tensor:
+    """cᵢ = wᵢ, or wᵢ / Σw (Wortsman et al. 2022, arXiv:2203.05482; Ilharco et al. 2022, arXiv:2212.04089)."""
+    return weights / weights.sum() if normalize else weights
+
+
+def slerp(gram: Tensor, t: float, nearly_parallel: float = NEARLY_PARALLEL) -> Tensor:
+    """Spherical interpolation of two: sin((1 − t)θ)/sin θ and sin(tθ)/sin θ, linear where they are nearly parallel.
+
+    With `gram` (rows, 2, 2) each row has an angle of its own; the result is (..., 2).
+    """
+    import torch
+
+    lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt().prod(-1)
+    cosine = torch.where(lengths > 0, gram[..., 0, 1] / lengths.clamp_min(1e-300), 1.0).clamp(-1, 1)
+    angle = torch.acos(cosine)
+    both = torch.stack([torch.sin((1 - t) * angle), torch.sin(t * angle)], -1) / torch.sin(angle)[..., None]
+    straight = torch.tensor([1 - t, t], dtype=gram.dtype).expand(both.shape)
+    return torch.where((cosine.abs() > nearly_parallel)[..., None], straight, both)
+
+
+def karcher(gram: Tensor, weights: Tensor) -> Tensor:
+    """The mean on the sphere, of length Σ wᵢ‖ΔWᵢ‖ (the Karcher mean of mergekit), found in coefficients.
+
+    Weights are normalised to sum 1. Updates that are zero take no part.
+    """
+    import torch
+
+    norms = gram.diagonal().sqrt()
+    alive = norms > 0
+    if not bool(alive.any()):
+        return torch.zeros_like(weights)
+    shares = torch.where(alive, weights, 0.0)
+    shares = shares / shares.sum()
+    inverse = torch.where(alive, 1 / norms.clamp_min(1e-300), 0.0)
+    unit = gram * inverse[:, None] * inverse[None, :]  # of the updates at length 1
+
+    def length(coefficients: Tensor) -> float:
+        return math.sqrt(max(0.0, float(coefficients @ unit @ coefficients)))
+
+    mean = shares.clone()
+    if length(mean) < KARCHER_TOLERANCE:  # they cancel: begin at the first
+        mean = torch.zeros_like(shares)
+        mean[int(alive.nonzero()[0])] = 1.0
+    mean = mean / length(mean)
+    for _ in range(KARCHER_STEPS):
+        cosines = (unit @ mean).clamp(-1, 1)
+        angles = torch.acos(cosines)
+        factors = torch.where(angles > KARCHER_TOLERANCE, angles / torch.sin(angles).clamp_min(1e-12), 0.0) * shares
+        step = factors - (factors * cosines).sum() * mean
+        size = length(step)
+        if size < KARCHER_TOLERANCE:
+            break
+        mean = math.cos(size) * mean + math.sin(size) * step / size
+        mean = mean / length(mean)
+    return mean * inverse * (shares * norms).sum()
+
+
+def mean_cosine(gram: Tensor) -> float:
+    """Mean cosine of all pairs; 0 where an update is zero."""
+    count = gram.shape[0]
+    norms = gram.diagonal().sqrt()
+    table = gram / (norms[:, None] * norms[None, :]).clamp_min(1e-300)
+    return float((table.sum() - table.diagonal().sum()) / (count * (count - 1)))
+
+
+def model_stock(gram: Tensor) -> Tensor:
+    """t/n each, with t = n c / (1 + (n − 1) c) of the mean cosine c (Jang et al. 2024, arXiv:2403.19522)."""
+    import torch
+
+    count, cosine = gram.shape[0], mean_cosine(gram)
+    ratio = max(0.0, count * cosine / (1 + (count - 1) * cosine))
+    return torch.full((count,), ratio / count, dtype=gram.dtype)

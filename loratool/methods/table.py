@@ -1,0 +1,46 @@
+"""All methods of `combine`: what each needs, and what its dials are when nobody turns them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GRAM, SPECTRAL, ELEMENTWISE, FACTORWISE = "gram", "spectral", "elementwise", "factorwise"
+SPACES = ("dense", "core", "knots")  # in which elementwise methods may work
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row."""
+
+    family: str
+    title: str
+    least: int = 1  # adapters it takes
+    most: int = 1000
+    density: float | None = None  # of entries kept; None where it has none
+    normalize: bool = False  # divide by weights
+
+
+METHODS: dict[str, Method] = {
+    "linear": Method(GRAM, "Σ w ΔW, exact: ranks add up"),
+    "cat": Method(GRAM, "the same, as PEFT calls it"),
+    "svd": Method(GRAM, "the same, cut to the largest rank of the adapters, or to --rank"),
+    "slerp": Method(GRAM, "interpolation on the sphere between two", 2, 2),
+    "nuslerp": Method(GRAM, "the same without a linear part; --row-wise for each row of the weight by itself", 2, 2),
+    "karcher": Method(GRAM, "the mean on the sphere of any number", 2),
+    "model_stock": Method(GRAM, "the mean of several runs of one task, as long as their cosine says", 2),
+    "ties": Method(ELEMENTWISE, "the largest entries, the sign of the majority, their mean", 1, 1000, 0.2, True),
+    "dare_linear": Method(ELEMENTWISE, "entries kept at random, their sum", 1, 1000, 0.9),
+    "dare_ties": Method(ELEMENTWISE, "entries kept at random, the sign of the majority", 1, 1000, 0.9, True),
+    "della": Method(ELEMENTWISE, "the same with better chances for large entries", 1, 1000, 0.7, True),
+    "breadcrumbs": Method(ELEMENTWISE, "the sum without the largest and the smallest entries", 1, 1000, 0.9),
+    "sce": Method(ELEMENTWISE, "entries that differ most, weighted by energy, one sign", 1, 1000, 1.0, True),
+    "magnitude_prune": Method(ELEMENTWISE, "the sum of the largest entries", 1, 1000, 0.2),
+    "tsv": Method(SPECTRAL, "singular vectors of all, orthogonalised"),
+    "iso_c": Method(SPECTRAL, "the sum with equal singular values; --iso-beta for a part of the way"),
+    "iso_cts": Method(SPECTRAL, "common directions and each adapter's own, equally strong", 2),
+    "linear-factors": Method(FACTORWISE, "PEFT's linear: sums of A and of B, with cross terms"),
+    "ties-factors": Method(FACTORWISE, "PEFT's ties", 1, 1000, 0.2),
+    "dare_linear-factors": Method(FACTORWISE, "PEFT's dare_linear", 1, 1000, 0.9),
+    "dare_ties-factors": Method(FACTORWISE, "PEFT's dare_ties", 1, 1000, 0.9),
+    "magnitude_prune-factors": Method(FACTORWISE, "PEFT's magnitude_prune", 1, 1000, 0.2),
+}

@@ -1,0 +1,127 @@
+"""The recipe that the words of `combine` mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from loratool.errors import UsageError, printable
+from loratool.gathering import SAVED
+from loratool.methods.elementwise import Setting
+from loratool.methods.mixture import Recipe
+from loratool.methods.table import ELEMENTWISE, FACTORWISE, GRAM, METHODS, SPACES
+
+if TYPE_CHECKING:
+    from loratool.gathering import Weight
+
+MATCHES = ("none", "mean", "max", "sum")
+POLICIES = ("truncate", "ctm")
+SIGNS = ("total", "frequency")
+
+
+def make_recipe(
+    method: str,
+    count: int,
+    space: str | None,
+    rank: int | None,
+    rank_policy: str,
+    density: float | None,
+    window: float,
+    outliers: float,
+    factor: float,
+    match_norm: str,
+    sign: str,
+    normalize: bool | None,
+    iso_beta: float,
+    row_wise: bool,
+    svc: bool,
+    seed: int,
+    saved: str,
+) -> Recipe:
+    """The recipe that the arguments mean; raises `UsageError` for the first that means nothing."""
+    if method not in METHODS:
+        raise UsageError(f"--method {printable(method)} is none of {', '.join(METHODS)}")
+    row = METHODS[method]
+    if not row.least <= count <= row.most:
+        wanted = str(row.least) if row.least == row.most else f"{row.least} or more"
+        raise UsageError(f"{method} takes {wanted} adapters, given are {count}")
+    if not count:
+        raise UsageError("no adapter is given")
+    for name, value, known in (
+        ("space", space, (None, *SPACES)),
+        ("rank-policy", rank_policy, POLICIES),
+        ("match-norm", match_norm, MATCHES),
+        ("sign", sign, SIGNS),
+        ("saved", saved, SAVED),
+    ):
+        if value not in known:
+            raise UsageError(f"--{name} {printable(value)} is none of {', '.join(k for k in known if k)}")
+    if space and row.family != ELEMENTWISE:
+        raise UsageError(f"--space is for methods that look at entries; {method} does not")
+    if rank_policy == "ctm" and (rank is None or row.family == FACTORWISE or space in ("dense", "knots")):
+        raise UsageError(
+            "--rank-policy ctm chooses that many directions in core space first: it needs --rank and no other space"
+        )
+    if rank is not None and rank < 1:
+        raise UsageError(f"--rank {rank}: a whole number from 1 on is wanted")
+    if density is not None and row.density is None:
+        raise UsageError(f"--density is for methods that drop entries; {method} keeps all")
+    part = row.density or 1.0 if density is None else density
+    if not 0 < part <= 1:
+        raise UsageError(f"--density {part:g}: the part of the entries that is kept lies in (0, 1]")
+    if method == "della" and not (0 <= window < part and part + window <= 1):
+        raise UsageError(f"--window {window:g}: chances around a density of {part:g} have to stay in (0, 1]")
+    if method == "breadcrumbs" and not (outliers >= 0 and outliers + part <= 1):
+        raise UsageError(f"--outliers {outliers:g} and a density of {part:g} are more than all entries")
+    if not math.isfinite(factor) or factor == 0:
+        raise UsageError(f"--lambda {factor:g}: a finite number that is not 0 is wanted")
+    if not 0 <= iso_beta <= 1:
+        raise UsageError(f"--iso-beta {iso_beta:g}: a number from 0 to 1 is wanted")
+    if row_wise and method != "nuslerp":
+        raise UsageError("--row-wise is for nuslerp")
+    if row.family == FACTORWISE and svc:
+        raise UsageError("--svc is for methods on updates, not on factors")
+    return Recipe(
+        method=method,
+        space="core" if rank_policy == "ctm" else space or "dense",
+        setting=Setting(
+            density=part,
+            window=window,
+            outliers=outliers,
+            by_count=sign == "frequency",
+            normalize=row.normalize if normalize is None else normalize,
+            key=str(seed),
+        ),
+        rank=rank,
+        ctm=rank_policy == "ctm",
+        svc=svc,
+        iso_beta=iso_beta,
+        row_wise=row_wise,
+        factor=factor,
+        match=match_norm,
+    )
+
+
+def told(recipe: Recipe, weights: Sequence[Weight]) -> dict[str, Any]:
+    """The recipe as provenance and reports name it."""
+    table: dict[str, Any] = {"method": recipe.method, "weights": list(weights), "rank": recipe.rank}
+    method = METHODS[recipe.method]
+    if method.family == ELEMENTWISE:
+        table["space"] = recipe.space
+    if method.density is not None:
+        table["density"] = recipe.setting.density
+    shown = {
+        "rank_policy": "ctm" if recipe.ctm else None,
+        "window": recipe.setting.window if recipe.method == "della" else None,
+        "outliers": recipe.setting.outliers if recipe.method == "breadcrumbs" else None,
+        "lambda": recipe.factor if recipe.factor != 1 else None,
+        "match_norm": recipe.match if recipe.match != "none" else None,
+        "sign": "frequency" if recipe.setting.by_count else None,
+        "normalize": recipe.setting.normalize if method.family in (ELEMENTWISE, GRAM) else None,
+        "iso_beta": recipe.iso_beta if recipe.method == "iso_c" else None,
+        "row_wise": recipe.row_wise or None,
+        "svc": recipe.svc or None,
+        "seed": recipe.setting.key if recipe.method.startswith(("dare", "della")) else None,
+    }
+    return table | {name: value for name, value in shown.items() if value is not None}

@@ -1,0 +1,338 @@
+"""`rescale()`: an adapter at another strength, by its α, or baked into its factors."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratool.contents import Contents, Layer, contents_of
+from loratool.errors import FitError, InputError, UsageError, printable
+from loratool.formats import read_adapter
+from loratool.formats.peft.describing import anchored, describe, module_of
+from loratool.formats.peft.lora import doubles
+from loratool.formats.peft.patterns import match_patterns
+from loratool.formats.peft.spelling import Names
+from loratool.lowrank import singular_values
+from loratool.saving import Form, adapter_output, carried_over, copied_output, files_beside, kept_dtype
+from loratool.staging import check_target
+from loratool.updates import ExpertFactors
+from loratool.working import PathLike, Progress, Session, session
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True)
+class RescaledLayer:
+    """The scale of a layer before and after: α/r, or α/√r with rsLoRA."""
+
+    before: float
+    after: float
+    factor: float  # by which its update is multiplied
+
+
+@dataclass(frozen=True)
+class RescaleReport:
+    """What `rescale` did. Sizes are bytes, times seconds."""
+
+    out: Path
+    written: bool
+    baked: bool
+    modules: Mapping[str, RescaledLayer]  # by target
+    norm: float | None  # ‖ΔW‖ of all layers after it, where norms were asked for
+    device: str
+    seconds: float
+    startup_seconds: float
+    peak_memory: int
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        from loratool.report.algebra import rescale_text
+
+        return rescale_text(self)
+
+
+def rescale(
+    adapter: PathLike,
+    out: PathLike,
+    *,
+    scale: float | None = None,
+    alpha: float | None = None,
+    frobenius: float | None = None,
+    spectral: float | None = None,
+    each: bool = False,
+    match: Mapping[str, float] | Sequence[str] = (),
+    bake: bool = False,
+    dtype: str = "keep",
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> RescaleReport:
+    """Write the adapter at another strength.
+
+    Without `bake` no tensor changes: α is multiplied, and α patterns with it. At most one of `scale`, `alpha`,
+    `frobenius` and `spectral` is given; `match` multiplies what they make of a module.
+
+    Args:
+        adapter: a folder, or a `.safetensors` file with its config beside it.
+        out: the folder to make.
+        scale: a factor for every update; negative ones turn the adapter round.
+        alpha: α of every module.
+        frobenius: the Frobenius norm that all updates together get, all by one factor.
+        spectral: the largest singular value that any update gets, all by one factor.
+        each: give each module that norm, by a factor of its own.
+        match: factors of modules by pattern, `REGEX=FACTOR` each or a mapping. A pattern is looked for anywhere in a
+            module's name, and the first that is found counts.
+        bake: put the strength into the factors, so that α = r and the scale is 1 for whoever reads only α and r.
+        dtype: of baked factors: "keep", "float32", "bfloat16" or "float16".
+        overwrite: replace `out` where it is an adapter already.
+        dry_run: report, but write nothing.
+        progress: called with (layers done, layers in all).
+
+    Raises:
+        UsageError: nothing is asked for, too much, or what cannot be meant.
+        InputError: a malformed adapter, or one without a scale.
+        FitError: a norm is asked for and an update is zero, or the dtype cannot hold the factors.
+        StorageError: the disk or the file system said no.
+    """
+    started = time.monotonic()
+    asked = {"scale": scale, "alpha": alpha, "frobenius": frobenius, "spectral": spectral}
+    factors = read_factors(match)
+    check(asked, factors, each, bake)
+    target = check_target(Path(out), [Path(adapter)], overwrite or dry_run)
+    contents = contents_of(read_adapter(Path(adapter)), "rescale")
+    if not contents.layers:
+        raise InputError(f"{printable(contents.adapter.file.path)}: no update is in it that has a strength")
+    with session("cpu", [contents]) as at_work:
+        norm: float | None = None
+        if frobenius is not None or spectral is not None:
+            sizes = measured(contents, at_work, spectral is not None, progress)
+            wanted = factors_to(contents, sizes, frobenius, spectral, each)
+        else:
+            wanted = {t: to_alpha(contents, t, alpha) if alpha is not None else scale or 1.0 for t in contents.layers}
+        matched = by_search(factors, contents.layers)
+        modules = {
+            t: RescaledLayer(layer.scale, layer.scale * f, f)
+            for t, layer in contents.layers.items()
+            for f in [wanted[t] * matched.get(t, 1.0)]
+        }
+        if frobenius is not None:
+            norm = math.sqrt(math.fsum((sizes[t] * m.factor) ** 2 for t, m in modules.items()))
+        provenance = {
+            "made_by": "loratool rescale",
+            "adapter": at_work.origins[0],
+            "asked": {name: value for name, value in asked.items() if value is not None},
+            "match": factors,
+            "bake": bake,
+        }
+        if bake:
+            write_baked(target, contents, modules, at_work, dtype, provenance, overwrite, dry_run)
+        elif not dry_run:
+            write_alphas(target, contents, modules, alpha is not None, provenance, overwrite)
+    return RescaleReport(
+        out=target,
+        written=not dry_run,
+        baked=bake,
+        modules=dict(sorted(modules.items())),
+        norm=norm,
+        notes=tuple(remarks(contents, modules)),
+        **at_work.told(started),
+    )
+
+
+def read_factors(match: Mapping[str, float] | Sequence[str]) -> dict[str, float]:
+    """Pattern → factor; raises `UsageError` for what is none."""
+    if isinstance(match, Mapping):
+        return {str(pattern): float(factor) for pattern, factor in match.items()}
+    found: dict[str, float] = {}
+    for word in [match] if isinstance(match, str) else match:
+        pattern, equals, number = word.rpartition("=")
+        try:
+            factor = float(number)
+        except ValueError:
+            equals = ""
+            factor = math.nan
+        if not equals or not pattern or not math.isfinite(factor):
+            raise UsageError(f"--match {printable(word)}: REGEX=FACTOR is wanted, such as 'q_proj=0.5'")
+        found[pattern] = factor
+    return found
+
+
+def check(asked: Mapping[str, float | None], factors: Mapping[str, float], each: bool, bake: bool) -> None:
+    """Raise `UsageError` where the arguments do not mean one thing."""
+    given = {name: value for name, value in asked.items() if value is not None}
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(f'--{name}' for name in given)} say two things; give one of them")
+    if not given and not factors and not bake:
+        raise UsageError(
+            "nothing to do: one of --scale, --alpha, --frobenius, --spectral, --match and --bake is wanted"
+        )
+    if each and not {"frobenius", "spectral"} & set(given):
+        raise UsageError("--each is for --frobenius or --spectral")
+    for name, value in given.items():
+        positive = name in ("frobenius", "spectral")
+        if not math.isfinite(value) or value == 0 or (positive and value < 0):
+            wanted = "above 0" if positive else "that is not 0"
+            raise UsageError(f"--{name} {value:g}: a finite number {wanted} is wanted")
+    if zero := [pattern for pattern, factor in factors.items() if factor == 0 or not math.isfinite(factor)]:
+        raise UsageError(f"--match {printable(zero[0])}: a finite factor that is not 0 is wanted")
+
+
+def by_search(factors: Mapping[str, float], layers: Mapping[str, Layer]) -> dict[str, float]:
+    """Target → the factor of the first pattern that is found in its module's name; one that is found nowhere is wrong."""
+    modules = {target: layer.module for target, layer in layers.items()}
+    try:
+        # anywhere in the name: what stands around it is part of the pattern that PEFT's way of matching gets
+        around = {f"(?:.*(?:{pattern}).*)": pattern for pattern in factors}
+        matching = match_patterns(around, modules.values())
+    except ValueError as error:
+        raise UsageError(f"--match: {str(error).replace(' in rank_pattern or alpha_pattern', '')}") from None
+    found: dict[str, float] = {}
+    for target, module in modules.items():
+        hits = [pattern for whole, pattern in around.items() if whole in matching[module]]
+        if hits:
+            found[target] = factors[hits[0]]
+    if idle := [p for w, p in around.items() if not any(w in hits for hits in matching.values())]:
+        raise UsageError(
+            f"--match: found in no adapted module: {', '.join(map(printable, idle))}; one of them is called "
+            f"{printable(next(iter(modules.values())))}"
+        )
+    return found
+
+
+def measured(contents: Contents, at_work: Session, spectral: bool, progress: Progress | None) -> dict[str, float]:
+    """The Frobenius norm of each update, or its largest singular value; experts together."""
+    sizes: dict[str, float] = {}
+    for target in contents.layers:
+        values = singular_values(contents.load(target, at_work.device, at_work.dtype))
+        sizes[target] = float(values.max()) if spectral else float(values.square().sum().sqrt())
+        if progress:
+            progress(len(sizes), len(contents.layers))
+    return sizes
+
+
+def factors_to(
+    contents: Contents, sizes: Mapping[str, float], frobenius: float | None, spectral: float | None, each: bool
+) -> dict[str, float]:
+    """The factor of each layer that brings the norms to what was asked for."""
+    wanted = frobenius if frobenius is not None else spectral
+    assert wanted is not None, "one of them is given"
+    if each:
+        if zero := [target for target, size in sizes.items() if not size]:
+            raise FitError("no factor gives an update that is zero a norm:", map(printable, zero))
+        return {target: wanted / size for target, size in sizes.items()}
+    whole = math.sqrt(math.fsum(s**2 for s in sizes.values())) if frobenius is not None else max(sizes.values())
+    if not whole:
+        raise FitError("no factor gives it a norm: every update is zero (an untrained adapter has B = 0)")
+    return dict.fromkeys(contents.layers, wanted / whole)
+
+
+def to_alpha(contents: Contents, target: str, alpha: float) -> float:
+    """The factor that brings a layer to an α."""
+    before = alpha_of(contents, target)
+    if before == 0:
+        raise InputError(f"{printable(target)}: its α is 0, which no factor changes; train or merge it otherwise")
+    return alpha / before
+
+
+def alpha_of(contents: Contents, target: str) -> float:
+    """α of a layer, as the config has it."""
+    layer = contents.layers[target]
+    if isinstance(layer.update, ExpertFactors):
+        return layer.update.alpha
+    if contents.config.get("peft_type") == "ADALORA":
+        return float(contents.config.get("lora_alpha", 8))
+    names = Names({t: x.kind for t, x in contents.layers.items()})
+    twice = 2.0 if doubles(contents.config) and names.doubled(target) else 1.0
+    return layer.scale / twice * (math.sqrt(layer.rank) if contents.config.get("use_rslora") else layer.rank)
+
+
+def write_alphas(
+    out: Path,
+    contents: Contents,
+    modules: Mapping[str, RescaledLayer],
+    reset: bool,
+    provenance: Mapping[str, Any],
+    overwrite: bool,
+) -> None:
+    """The same tensors under another α; `reset` gives up the patterns that there were."""
+    kind = contents.config.get("peft_type", "LORA")
+    factors = {m.factor for m in modules.values()}
+    uneven = max(factors) - min(factors) > 1e-12 * abs(max(factors, key=abs))
+    if kind != "LORA" and (kind != "ADALORA" or uneven):
+        raise InputError(
+            f"{printable(contents.adapter.file.path)}: peft_type {printable(kind)} has no α for each module; --bake writes "
+            "plain LoRA of it"
+        )
+    config = dict(contents.config)
+    patterns = config.get("alpha_pattern") or {}
+    if uneven or reset:
+        alphas = {
+            module_of(t, contents.layers[t].kind): tidy(alpha_of(contents, t) * m.factor) for t, m in modules.items()
+        }
+        usual = Counter(alphas.values()).most_common(1)[0][0]
+        config["lora_alpha"] = usual
+        config["alpha_pattern"] = {anchored(m, alphas): a for m, a in sorted(alphas.items()) if a != usual}
+    else:
+        factor = next(iter(factors))
+        config["lora_alpha"] = tidy(float(config.get("lora_alpha", 8)) * factor)
+        config["alpha_pattern"] = {pattern: tidy(alpha * factor) for pattern, alpha in patterns.items()}
+    copied_output(out, contents, config, provenance, overwrite)
+
+
+def tidy(alpha: float) -> float | int:
+    """α as configs have it: a whole number where it is one."""
+    near = round(alpha)
+    return near if abs(alpha - near) <= 1e-9 * max(1.0, abs(alpha)) else alpha
+
+
+def write_baked(
+    out: Path,
+    contents: Contents,
+    modules: Mapping[str, RescaledLayer],
+    at_work: Session,
+    asked: str,
+    provenance: Mapping[str, Any],
+    overwrite: bool,
+    dry_run: bool,
+) -> None:
+    """The strength in the factors: B takes it, A stays as it is."""
+    kinds = {t: layer.kind for t, layer in contents.layers.items()}
+    forms = {t: Form.of(layer, layer.rank) for t, layer in contents.layers.items()}
+    carried = carried_over(contents, Names(kinds), {t: m.factor for t, m in modules.items()})
+    dtype = kept_dtype([contents], asked)
+    with adapter_output(out, forms, carried, dtype, contents.config, overwrite=overwrite, dry_run=dry_run) as output:
+        for target, module in modules.items():
+            found = contents.load(target, at_work.device, at_work.dtype)
+            output.add(target, found.scaled(module.factor))
+        output.carry(carried)
+        config = describe(
+            [contents.config],
+            kinds,
+            {t: layer.rank for t, layer in contents.layers.items()},
+            dora=contents.dora,
+            lora_bias=bool(contents.biases),
+            tokens=carried.tokens,
+        )
+        output.finish(config, provenance, files_beside(contents))
+
+
+def remarks(contents: Contents, modules: Mapping[str, RescaledLayer]) -> Iterator[str]:
+    """What a user of the result should know."""
+    changed = any(m.factor != 1 for m in modules.values())
+    if contents.dora and changed:
+        yield (
+            "DoRA: W' = m ⊙ (W + sBA)/‖W + sBA‖, so a scale turns the direction of each row and leaves its length m; the "
+            "adapter does not get stronger or weaker in proportion. `loratool merge -w` does that"
+        )
+    whole = len(contents.saved) + len(contents.bases) + len(contents.rows)
+    if whole and changed:
+        yield f"{whole} tensors that are saved whole, or as rows of tokens, have no strength: they stay as they are"
+    if any(m.factor < 0 for m in modules.values()):
+        yield "a negative factor turns updates round: the adapter takes out what it put in"
+    yield from contents.adapter.notes
