@@ -48,7 +48,7 @@ class TensorFile:
 @contextmanager
 def tensor_file(path: Path, announced: Iterable[Triple]) -> Iterator[TensorFile]:
     """A file to append to; `announced` are all tensors that may come, none of them smaller than it will be."""
-    reserved = Layout.of(announced, {"format": "pt"}).data_start
+    reserved = room_for(Layout.of(announced, {"format": "pt"}))
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
         file = TensorFile(path, descriptor, reserved)
@@ -56,3 +56,10 @@ def tensor_file(path: Path, announced: Iterable[Triple]) -> Iterator[TensorFile]
         file.finish()
     finally:
         os.close(descriptor)
+
+
+def room_for(layout: Layout) -> int:
+    """Bytes that are enough for the header of these tensors in whatever order they come."""
+    most = len(str(layout.size))  # digits of the largest position
+    digits = sum(2 * most - len(str(t.start)) - len(str(t.stop)) for t in layout.tensors.values())
+    return layout.data_start + digits + -digits % 8

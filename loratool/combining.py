@@ -23,7 +23,7 @@ from loratool.methods.coefficients import LEAST_ALIKE, mean_cosine
 from loratool.methods.mixture import Mixture, Recipe, mix, mix_factors
 from loratool.methods.table import FACTORWISE, GRAM, METHODS
 from loratool.recipes import make_recipe, told
-from loratool.saving import Form, adapter_output, files_beside, kept_dtype
+from loratool.saving import Form, Rounded, adapter_output, files_beside, kept_dtype
 from loratool.staging import check_target
 from loratool.working import PathLike, Progress, Session, session
 
@@ -181,10 +181,18 @@ def combine(
         with adapter_output(
             target, forms, carried, dtype_kept, sources[0].config, overwrite=overwrite, dry_run=dry_run
         ) as output:
-            modules: dict[str, CombinedLayer] = {}
-            for name in layers:
+
+            def work(name: str) -> tuple[Rounded, CombinedLayer, torch.Tensor]:
                 whole, products = combiner.combined(name)
-                modules[name] = combiner.measure(name, whole, output.add(name, whole.product), products)
+                rounded = output.rounded(name, whole.product)
+                table = gram(products)
+                return rounded, combiner.measure(name, whole, rounded.read_back, products, table), table
+
+            modules: dict[str, CombinedLayer] = {}
+            for rounded, layer, table in at_work.spread(work, layers):
+                output.add(rounded)
+                modules[rounded.target] = layer
+                combiner.note(rounded.target, table)
                 if progress:
                     progress(len(modules), len(layers))
             combiner.check()
@@ -292,16 +300,14 @@ class Combiner:
             return mix_factors(ups, [p.down for p in products], strengths, recipe)
         return mix(products, [share.weight for share in found], recipe)
 
-    def measure(self, target: str, whole: Mixture, stored: Product, products: Sequence[Product]) -> CombinedLayer:
-        """What became of a layer and of each adapter in it, from what is stored."""
+    def measure(
+        self, target: str, whole: Mixture, stored: Product, products: Sequence[Product], table: torch.Tensor
+    ) -> CombinedLayer:
+        """What became of a layer and of each adapter in it, from what is stored and the inner products `table`."""
         found = self.layers[target]
         stored = stored.to(whole.product.up.dtype)
         size = length(whole.product)
         rounding = length(difference(whole.product, stored)) / size if size else 0.0
-        table = gram(products)
-        for i, one in enumerate(found):
-            for j, other in enumerate(found):
-                self.together[one.adapter, other.adapter] += table[i, j]
         result = decompose(stored)
         sizes = [math.sqrt(max(0.0, float(table[i, i]))) for i in range(len(found))]
         names = [self.sources[share.adapter].name for share in found]
@@ -326,6 +332,13 @@ class Combiner:
             parts=parts,
             meetings=meetings(names, products),
         )
+
+    def note(self, target: str, table: torch.Tensor) -> None:
+        """Take up the inner products of a layer's updates."""
+        which = [share.adapter for share in self.layers[target]]
+        for i, one in enumerate(which):
+            for j, other in enumerate(which):
+                self.together[one, other] += table[i, j]
 
     def check(self) -> None:
         """What can be said only when all layers have been seen."""

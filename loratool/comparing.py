@@ -102,30 +102,35 @@ def compare(adapters: Sequence[PathLike], *, device: str = "auto", progress: Pro
     common: dict[str, list[float]] = {}
     modules: dict[str, dict[str, Relation]] = {}
     with session(device, ()) as at_work:
-        for at, (target, found) in enumerate(layers.items()):
+
+        def work(target: str) -> tuple[str, torch.Tensor, dict[str, Relation]]:
+            found = layers[target]
             products = [share.load(sources, at_work.device, at_work.dtype) for share in found]
-            table = gram(products)
+            return target, gram(products), relations([names[share.adapter] for share in found], products)
+
+        for target, table, found in at_work.spread(work, layers):
+            which = [share.adapter for share in layers[target]]
             if together is None:
                 together = table.new_zeros(len(names), len(names))
-            for i, share in enumerate(found):
-                for j, other in enumerate(found):
-                    together[share.adapter, other.adapter] += table[i, j]
-            modules[target] = relations([names[share.adapter] for share in found], products)
-            for pair, (i, j) in pairs([share.adapter for share in found], names).items():
+            for i, first in enumerate(which):
+                for j, second in enumerate(which):
+                    together[first, second] += table[i, j]
+            for pair, (i, j) in pairs(which, names).items():
                 both = common.setdefault(pair, [0.0, 0.0])
                 both[0] += float(table[i, i])
                 both[1] += float(table[j, j])
+            modules[target] = found
             if progress:
-                progress(at + 1, len(layers))
+                progress(len(modules), len(layers))
     assert together is not None, "there is a layer"
     totals = {}
     for i, one in enumerate(names):
         for j in range(i + 1, len(names)):
             pair = f"{one} × {names[j]}"
             if pair in common:
-                first, second = (math.sqrt(max(0.0, value)) for value in common[pair])
-                every = [found[pair] for found in modules.values() if pair in found]
-                totals[pair] = total(every, float(together[i, j]), first, second)
+                sizes = [math.sqrt(max(0.0, value)) for value in common[pair]]
+                every = [relation[pair] for relation in modules.values() if pair in relation]
+                totals[pair] = total(every, float(together[i, j]), sizes[0], sizes[1])
     bases = {str(source.config.get("base_model_name_or_path") or "") for source in sources} - {""}
     notes = [f"the adapters name different bases: {', '.join(sorted(map(printable, bases)))}"] if len(bases) > 1 else []
     if dora := [source.name for source in sources if source.dora]:

@@ -18,7 +18,7 @@ from loratool.formats.peft.lora import doubles
 from loratool.formats.peft.patterns import match_patterns
 from loratool.formats.peft.spelling import Names
 from loratool.lowrank import singular_values
-from loratool.saving import Form, adapter_output, carried_over, copied_output, files_beside, kept_dtype
+from loratool.saving import Form, Rounded, adapter_output, carried_over, copied_output, files_beside, kept_dtype
 from loratool.staging import check_target
 from loratool.updates import ExpertFactors
 from loratool.working import PathLike, Progress, Session, session
@@ -207,10 +207,14 @@ def by_search(factors: Mapping[str, float], layers: Mapping[str, Layer]) -> dict
 
 def measured(contents: Contents, at_work: Session, spectral: bool, progress: Progress | None) -> dict[str, float]:
     """The Frobenius norm of each update, or its largest singular value; experts together."""
-    sizes: dict[str, float] = {}
-    for target in contents.layers:
+
+    def work(target: str) -> tuple[str, float]:
         values = singular_values(contents.load(target, at_work.device, at_work.dtype))
-        sizes[target] = float(values.max()) if spectral else float(values.square().sum().sqrt())
+        return target, float(values.max()) if spectral else float(values.square().sum().sqrt())
+
+    sizes: dict[str, float] = {}
+    for target, found in at_work.spread(work, contents.layers):
+        sizes[target] = found
         if progress:
             progress(len(sizes), len(contents.layers))
     return sizes
@@ -307,9 +311,13 @@ def write_baked(
     carried = carried_over(contents, Names(kinds), {t: m.factor for t, m in modules.items()})
     dtype = kept_dtype([contents], asked)
     with adapter_output(out, forms, carried, dtype, contents.config, overwrite=overwrite, dry_run=dry_run) as output:
-        for target, module in modules.items():
+
+        def work(target: str) -> Rounded:
             found = contents.load(target, at_work.device, at_work.dtype)
-            output.add(target, found.scaled(module.factor))
+            return output.rounded(target, found.scaled(modules[target].factor))
+
+        for rounded in at_work.spread(work, modules):
+            output.add(rounded)
         output.carry(carried)
         config = describe(
             [contents.config],

@@ -18,7 +18,7 @@ from loratool.formats.peft.spelling import Names
 from loratool.lowrank import Decomposition, Product, decompose, difference, norm, padded, singular_values
 from loratool.ranks import RankRule
 from loratool.safefile import FLOAT_NAMES, read_safefile
-from loratool.saving import Form, adapter_output, carried_over, factor_tensors, files_beside, kept_dtype
+from loratool.saving import Form, Rounded, adapter_output, carried_over, factor_tensors, files_beside, kept_dtype
 from loratool.staging import check_target
 from loratool.working import Batch, PathLike, Progress, Session, batches, session
 
@@ -142,11 +142,21 @@ def resize(
         with adapter_output(
             target, forms, carried, kept, contents.config, overwrite=overwrite, dry_run=dry_run
         ) as output:
+
+            def work(batch: Batch) -> list[tuple[Rounded, ResizedLayer]]:
+                found = []
+                for name, before, layer in resizer.resized(batch, resizer.load(batch), ranks):
+                    rounded = output.rounded(name, layer.product)
+                    told = measure(contents.layers[name], before, layer, rounded.read_back, bool(grams))
+                    found.append((rounded, told))
+                return found
+
             modules: dict[str, ResizedLayer] = {}
-            for batch in batches({t: contents.layers[t] for t in ranks}, at_work.device):
-                for name, before, found in resizer.resized(batch, resizer.load(batch), ranks):
-                    stored = output.add(name, found.product)
-                    modules[name] = measure(contents.layers[name], before, found, stored, bool(grams))
+            kept_layers = {t: contents.layers[t] for t in ranks}
+            for found in at_work.spread(work, batches(kept_layers, at_work.device)):
+                for rounded, told in found:
+                    output.add(rounded)
+                    modules[rounded.target] = told
                 if progress:
                     progress(len(modules), len(ranks))
             if not any(layer.norm for layer in modules.values()):
@@ -209,9 +219,13 @@ class Resizer:
     def energies(self) -> dict[str, list[float]]:
         """The squares of each layer's singular values, without its singular vectors."""
         found: dict[str, list[float]] = {}
-        for batch in batches(self.contents.layers, self.at_work.device):
+
+        def work(batch: Batch) -> list[tuple[str, list[float]]]:
             values = singular_values(self.weighed(batch, self.load(batch)))
-            found |= zip(batch.targets, added_up(values).tolist(), strict=True)
+            return list(zip(batch.targets, added_up(values).tolist(), strict=True))
+
+        for some in self.at_work.spread(work, batches(self.contents.layers, self.at_work.device)):
+            found |= some
         return found
 
     def weighed(self, batch: Batch, whole: Product) -> Product:

@@ -65,6 +65,15 @@ class Carried:
                 yield name, dtype_name(tensor), tuple(tensor.shape)
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """The factors of a layer in the dtype they are stored in."""
+
+    target: str
+    factors: Product
+    read_back: Product  # what they mean to whoever reads them, in float64
+
+
 @dataclass
 class Output:
     """The weights of an adapter that is being written; without a file, those of one that would be."""
@@ -76,24 +85,25 @@ class Output:
     dtype: torch.dtype
     halved: bool  # PEFT applies some updates twice
 
-    def add(self, target: str, found: Product) -> Product:
-        """Round the factors of a layer, write them, and give them back as they are read again, in float64.
-
-        Raises `FitError` where the dtype cannot hold them.
-        """
+    def rounded(self, target: str, found: Product) -> Rounded:
+        """The factors of a layer as they will be stored; raises `FitError` where the dtype cannot hold them."""
         import torch
 
         factor = 0.5 if self.halved and self.names.doubled(target) else 1.0
-        rounded = found.scaled(factor).to(self.dtype)
-        if not (bool(rounded.up.isfinite().all()) and bool(rounded.down.isfinite().all())):
+        factors = found.scaled(factor).to(self.dtype)
+        if not (bool(factors.up.isfinite().all()) and bool(factors.down.isfinite().all())):
             raise FitError(
                 f"{printable(target)}: the factors overflow {str(self.dtype).removeprefix('torch.')}; give another --dtype"
             )
+        return Rounded(target, factors, factors.to(torch.float64).scaled(1 / factor))
+
+    def add(self, found: Rounded) -> None:
+        """Write the factors of a layer."""
         if self.file is not None:
-            form = self.forms[target]
-            for name, tensor in zip(self.names.factors(target), stored(form.kind, form.kernel, rounded), strict=True):
+            form = self.forms[found.target]
+            tensors = stored(form.kind, form.kernel, found.factors)
+            for name, tensor in zip(self.names.factors(found.target), tensors, strict=True):
                 self.write(name, tensor)
-        return rounded.to(torch.float64).scaled(1 / factor)
 
     def write(self, name: str, tensor: Tensor) -> None:
         if self.file is not None:

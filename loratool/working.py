@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from loratool.errors import LoratoolError
 from loratool.lowrank import working_dtype
-from loratool.resources import check_device, exact_arithmetic, peak_memory, start_torch
+from loratool.resources import check_device, cores, exact_arithmetic, peak_memory, start_torch
 from loratool.saving import described
 
 if TYPE_CHECKING:
@@ -19,10 +21,13 @@ if TYPE_CHECKING:
 
     from loratool.contents import Contents, Layer
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 PathLike = str | os.PathLike[str]  # what every path argument takes
 Progress = Callable[[int, int], None]
-CPU_BATCH = 32 << 20  # bytes of factors in float64 that are decomposed at a time
+CPU_BATCH = 1 << 20  # bytes of factors in float64 that are decomposed at a time
 CUDA_BATCH = 1 << 30
+MOST_WORKERS = 8  # on a CPU; each holds the factors of a batch
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,33 @@ class Session:
     dtype: torch.dtype  # to compute in
     startup_seconds: float
     origins: tuple[dict[str, Any], ...]  # the adapters, as provenance names them
+
+    @property
+    def workers(self) -> int:
+        return min(cores(), MOST_WORKERS) if self.device.type == "cpu" else 1
+
+    def spread(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """The results of all items in their order. On a CPU several threads work, each with one of its own.
+
+        Many small decompositions in threads of one core each are quicker than one after the other on all cores, and
+        far quicker on a machine that is busy: a library's threads wait for each other at every step.
+        """
+        import torch
+
+        if self.workers == 1:
+            yield from map(work, items)
+            return
+        with ThreadPoolExecutor(self.workers, "loratool-work", torch.set_num_threads, (1,)) as pool:
+            ahead: deque[Any] = deque()
+            try:
+                for item in items:
+                    ahead.append(pool.submit(work, item))
+                    if len(ahead) > self.workers:
+                        yield ahead.popleft().result()
+                while ahead:
+                    yield ahead.popleft().result()
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
 
     def told(self, started: float) -> dict[str, Any]:
         """What every report tells of the work that began at `started`."""
