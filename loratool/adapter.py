@@ -54,7 +54,8 @@ class StoredTensor:
         with self.file.open() as descriptor:
             read_exactly(descriptor, raw.numpy().data, self.file.position(self.info), self.file.path)
         if self.info.dtype in FLOAT_NAMES:
-            loaded = raw.view(getattr(torch, FLOAT_NAMES[self.info.dtype])).reshape(self.info.shape).to(device, dtype)
+            stored = raw.view(getattr(torch, FLOAT_NAMES[self.info.dtype])).reshape(self.info.shape)
+            loaded = stored.to(device).to(dtype)  # in this order: fewer bytes travel
         else:
             loaded = raw.view(getattr(torch, INTEGER_NAMES[self.info.dtype])).reshape(self.info.shape).to(device)
         return loaded.T.contiguous() if self.transposed else loaded

@@ -18,7 +18,7 @@ from loratool.formats import read_adapter
 from loratool.formats.peft.describing import describe
 from loratool.formats.peft.spelling import Names
 from loratool.gathering import Beside, Share, Weight, gather, named_apart
-from loratool.lowrank import Product, decompose, difference, gram, norm, padded
+from loratool.lowrank import Product, change, decompose, gram, inner, length, padded
 from loratool.methods.coefficients import LEAST_ALIKE, mean_cosine
 from loratool.methods.mixture import Mixture, Recipe, mix, mix_factors
 from loratool.methods.table import FACTORWISE, GRAM, METHODS
@@ -307,7 +307,8 @@ class Combiner:
         found = self.layers[target]
         stored = stored.to(whole.product.up.dtype)
         size = length(whole.product)
-        rounding = length(difference(whole.product, stored)) / size if size else 0.0
+        apart = change(whole.product, stored)
+        rounding = math.sqrt(max(0.0, float(inner(apart, apart).sum()))) / size if size else 0.0
         result = decompose(stored)
         sizes = [math.sqrt(max(0.0, float(table[i, i]))) for i in range(len(found))]
         names = [self.sources[share.adapter].name for share in found]
@@ -392,11 +393,6 @@ def gram_of(count: int) -> torch.Tensor:
     import torch
 
     return torch.zeros(count, count, dtype=torch.float64)
-
-
-def length(product: Product) -> float:
-    """Frobenius norm, of a batch together."""
-    return float(norm(product).square().sum().sqrt())
 
 
 def expert(recipe: Recipe, at: int) -> Recipe:

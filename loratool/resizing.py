@@ -15,7 +15,17 @@ from loratool.errors import FitError, InputError, printable
 from loratool.formats import read_adapter
 from loratool.formats.peft.describing import describe
 from loratool.formats.peft.spelling import Names
-from loratool.lowrank import Decomposition, Product, decompose, difference, norm, padded, singular_values
+from loratool.lowrank import (
+    Decomposition,
+    Product,
+    change,
+    decompose,
+    difference,
+    inner,
+    length,
+    padded,
+    singular_values,
+)
 from loratool.ranks import RankRule
 from loratool.safefile import FLOAT_NAMES, read_safefile
 from loratool.saving import Form, Rounded, adapter_output, carried_over, factor_tensors, files_beside, kept_dtype
@@ -268,14 +278,23 @@ def added_up(values: Tensor) -> Tensor:
 
 def measure(layer: Layer, before: Product, found: Resized, stored: Product, calibrated: bool) -> ResizedLayer:
     """What became of a layer, from what is stored of it."""
-    size = float(norm(before).square().sum().sqrt())
+    squared = summed(before, before) if calibrated else float(found.energies.sum())
+    size = math.sqrt(squared)
+    if not size:
+        return ResizedLayer(layer.rank, found.rank, 0.0, 0.0, 0.0, 0.0 if calibrated else None)
+    predicted = length(difference(before, found.product)) / size if calibrated else found.lost
+    # ‖ΔW − ΔW'‖² = ‖tail‖² + ‖rounding‖² − 2⟨tail, rounding⟩
+    rounding = change(found.product, stored.to(before.up.dtype))
+    between = summed(before, rounding) - summed(found.product, rounding)
+    achieved = predicted**2 + (summed(rounding, rounding) - 2 * between) / squared
+    return ResizedLayer(
+        layer.rank, found.rank, size, predicted, math.sqrt(max(0.0, achieved)), found.lost if calibrated else None
+    )
 
-    def off(after: Product) -> float:
-        apart = norm(difference(before, after.to(before.up.dtype)))
-        return float(apart.square().sum().sqrt()) / size if size else 0.0
 
-    predicted = off(found.product) if calibrated else found.lost
-    return ResizedLayer(layer.rank, found.rank, size, predicted, off(stored), found.lost if calibrated else None)
+def summed(one: Product, other: Product) -> float:
+    """⟨one, other⟩, of a batch together."""
+    return float(inner(one, other).sum())
 
 
 def total(contents: Contents, modules: Mapping[str, ResizedLayer], dropped: float, itemsize: int) -> ResizedTotals:

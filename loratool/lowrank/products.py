@@ -153,6 +153,11 @@ def norm(product: Product) -> Tensor:
     return norms
 
 
+def length(product: Product) -> float:
+    """The Frobenius norm, of a batch together."""
+    return float(norm(product).square().sum().sqrt())
+
+
 def side_by_side(products: Sequence[Product]) -> Product:
     """The sum of products, whose ranks add up: exact."""
     import torch
@@ -165,6 +170,14 @@ def side_by_side(products: Sequence[Product]) -> Product:
 def difference(one: Product, other: Product) -> Product:
     """One − other. Its `norm` is right where that of a difference of squares has nothing left."""
     return side_by_side([one, Product(other.up, -other.down)])
+
+
+def change(before: Product, after: Product) -> Product:
+    """after − before of two products whose factors are nearly the same, by the differences of these: exact, however small.
+
+    Its norm may be taken by `inner`, for nothing in it cancels.
+    """
+    return side_by_side([Product(after.up - before.up, after.down), Product(before.up, after.down - before.down)])
 
 
 def padded(product: Product, rank: int) -> Product:
