@@ -173,7 +173,7 @@ def difference(one: Product, other: Product) -> Product:
 
 
 def change(before: Product, after: Product) -> Product:
-    """after − before of two products whose factors are nearly the same, by the differences of these: exact, however small.
+    """The product after − before of two whose factors are nearly the same, by the differences of these: exact, however small.
 
     Its norm may be taken by `inner`, for nothing in it cancels.
     """

@@ -1,0 +1,235 @@
+"""W_tuned − W_base of one matrix, read some rows at a time; and the leading part of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loratool.adapter import StoredTensor, same_bytes
+from loratool.errors import UsageError, printable
+from loratool.lowrank import Decomposition, sketch
+from loratool.safefile import FLOAT_NAMES, read_exactly
+from loratool.saving import torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+EDGE = 1.02  # noise of that size reaches σ = √d + √k; a little more keeps it out
+ITERATIONS = 2  # of the power method: within 0.3 % of the least error on every spectrum that was tried
+SMALL = 256  # up to this many rows or columns a full decomposition is as fast as a sketch
+TILE = 8 << 20  # bytes of a difference that are worked on at a time
+MANTISSA = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7}  # bits
+COMPARED_AT_ONCE = 1 << 20  # values
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How many singular values a layer keeps."""
+
+    most: int
+    noise: bool  # only those above the noise
+    energy: float | None
+
+    @classmethod
+    def of(cls, rank: int | str | None, energy: float | None, max_rank: int) -> Rule:
+        """The rule that was asked for; raises `UsageError` for numbers out of range."""
+        if rank not in (None, "auto") and (isinstance(rank, (bool, str)) or not isinstance(rank, int) or rank < 1):
+            raise UsageError(f"--rank {printable(rank)}: wanted is a whole number from 1 on, or auto")
+        if energy is not None and not 0 < energy <= 1:
+            raise UsageError(f"--energy {printable(energy)}: wanted is a part of ‖M‖² in (0, 1]")
+        if isinstance(max_rank, bool) or max_rank < 1:
+            raise UsageError(f"--max-rank {printable(max_rank)}: wanted is a whole number from 1 on")
+        if isinstance(rank, int):
+            return cls(rank, False, energy)
+        return cls(max_rank, rank == "auto" or energy is None, energy)
+
+    def choose(self, parts: Sequence[Part], limit: int) -> int:
+        """The rank of a layer, from what is known of its matrices: one, or one an expert."""
+        rank = limit
+        if self.noise:
+            rank = min(rank, max(part.above_noise for part in parts))
+        if self.energy is not None:
+            wanted = self.energy * math.fsum(part.squared for part in parts) * (1 - 1e-12)
+            kept = [math.fsum(part.energies[at] for part in parts) for at in range(limit)]
+            rank = min(rank, next((at for at in range(limit) if math.fsum(kept[:at]) >= wanted), limit))
+        return rank
+
+    @property
+    def told(self) -> str:
+        """The rule in words."""
+        said = [f"above the noise, at most {self.most}" if self.noise else f"rank {self.most}"]
+        if self.energy is not None and not self.noise:
+            said = [f"at most {self.most}"]
+        return ", ".join([*([f"energy {self.energy:g}"] if self.energy is not None else []), *said])
+
+
+class NotFiniteError(Exception):
+    """A tile of a difference holds NaN or infinity."""
+
+
+@dataclass
+class Difference:
+    """W_tuned − W_base of one matrix, seen some rows at a time. The first pass measures, and keeps what is small."""
+
+    base: StoredTensor
+    tuned: StoredTensor
+    first: int  # value of the tensor with which the matrix begins
+    shape: tuple[int, int]
+    device: torch.device
+    room: int  # bytes of it in float32 that may stay in memory
+    weight: float = 0.0  # ‖W_base‖²
+    steps: float = 0.0  # Σ ulp², of W_tuned in the coarser of the two dtypes
+    held: Tensor | None = None
+    measured: bool = False
+
+    @property
+    def step(self) -> int:
+        """Rows of a tile."""
+        return max(1, TILE // (4 * self.shape[1]))
+
+    def tiles(self) -> Iterator[tuple[int, Tensor]]:
+        import torch
+
+        if self.held is None:
+            hold = not self.measured and 4 * self.shape[0] * self.shape[1] <= self.room
+            kept = torch.empty(self.shape, dtype=self.dtype, device=self.device) if hold else None
+            for first, tile in self.read():
+                if kept is not None:
+                    kept[first : first + tile.shape[0]] = tile
+                yield first, tile
+            self.measured, self.held = True, kept
+            return
+        for first in range(0, self.shape[0], self.step):
+            yield first, self.held[first : first + self.step]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        import torch
+
+        return torch.float64 if "F64" in (self.base.info.dtype, self.tuned.info.dtype) else torch.float32
+
+    def read(self) -> Iterator[tuple[int, Tensor]]:
+        """The tiles, from the files."""
+        rows, columns = self.shape
+        with self.base.file.open() as base, self.tuned.file.open() as tuned:
+            for first in range(0, rows, self.step):
+                count = min(self.step, rows - first)
+                before, tile = (
+                    read_values(tensor, descriptor, self.first + first * columns, count * columns)
+                    .to(self.device, self.dtype)
+                    .view(count, columns)
+                    for tensor, descriptor in ((self.base, base), (self.tuned, tuned))
+                )
+                if not self.measured:
+                    self.measure(before, tile)
+                yield first, tile.sub_(before)
+
+    def measure(self, before: Tensor, after: Tensor) -> None:
+        """Account for some rows; raises `NotFiniteError` for those that hold what is no number."""
+        import torch
+
+        for tile in (before, after):
+            if not bool(torch.stack(torch.aminmax(tile)).isfinite().all()):
+                raise NotFiniteError
+        self.weight += float(torch.linalg.vector_norm(before)) ** 2
+        coarser = min((self.base.info.dtype, self.tuned.info.dtype), key=MANTISSA.__getitem__)
+        powers = (after.float().view(torch.int32) & 0x7F80_0000).view(torch.float32)  # without the mantissa
+        powers.clamp_min_(torch.finfo(torch_dtype(coarser)).tiny)
+        self.steps += (float(torch.linalg.vector_norm(powers)) * 2.0 ** -MANTISSA[coarser]) ** 2
+
+    @property
+    def edge(self) -> float:
+        """What the largest singular value of rounding alone is: of a matrix of numbers with deviation s, s (√d + √k)."""
+        rows, columns = self.shape
+        deviation = math.sqrt(self.steps / (12 * rows * columns))
+        return EDGE * deviation * (math.sqrt(rows) + math.sqrt(columns))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One matrix, decomposed as far as is needed."""
+
+    found: Decomposition
+    energies: list[float]  # squares of singular values, in falling order; all there are where `complete`
+    squared: float  # ‖M‖²
+    complete: bool
+    above_noise: int
+    weight: float  # ‖W_base‖²
+
+    def lost(self, rank: int) -> float:
+        """‖M − M_k‖²."""
+        if self.complete:
+            return math.fsum(self.energies[rank:])
+        return max(0.0, self.squared - math.fsum(self.energies[:rank]))
+
+
+def decomposed(matrix: Difference, limit: int, exact: bool, seed: int) -> Part:
+    """The leading singular values and vectors: by a sketch, or in full where that is as fast or asked for."""
+    smaller = min(matrix.shape)
+    if exact or smaller <= SMALL or 4 * limit > smaller:
+        found, squared = in_full(matrix)
+    else:
+        sketched = sketch(matrix, limit, max(8, limit), ITERATIONS, seed)
+        found, squared = sketched.found, sketched.squared
+    complete = found.values.shape[0] == smaller
+    energies = found.values.double().square().tolist()
+    if not math.isfinite(squared):
+        raise NotFiniteError
+    edge = matrix.edge
+    above = sum(value > edge**2 for value in energies[:limit])
+    return Part(found.truncated(limit), energies, squared, complete, above, matrix.weight)
+
+
+def in_full(matrix: Difference) -> tuple[Decomposition, float]:
+    """All singular values and vectors in float64, and ‖M‖². Of a tall matrix only the triangle of its QR is formed."""
+    import torch
+
+    rows, columns = matrix.shape
+    if rows < 4 * columns:
+        dense = torch.empty(rows, columns, dtype=torch.float64, device=matrix.device)
+        for first, tile in matrix.tiles():
+            dense[first : first + tile.shape[0]] = tile
+        found = Decomposition(*torch.linalg.svd(dense, full_matrices=False))
+    else:
+        triangle = torch.empty(0, columns, dtype=torch.float64, device=matrix.device)
+        for _, tile in matrix.tiles():
+            triangle = torch.linalg.qr(torch.cat([triangle, tile.double()]), mode="r").R
+        _, values, right = torch.linalg.svd(triangle, full_matrices=False)
+        across = (right / values.clamp_min(torch.finfo(torch.float64).tiny)[:, None]).T
+        left = torch.cat([tile.double() @ across for _, tile in matrix.tiles()])
+        found = Decomposition(left, values, right)
+    return found, float(found.values.square().sum())
+
+
+def same_values(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors of one shape hold the same values; the same bytes, where the dtype is one."""
+    import torch
+
+    if one.info.dtype == other.info.dtype:
+        return same_bytes(one, other)
+    if not {one.info.dtype, other.info.dtype} <= set(FLOAT_NAMES):
+        return False
+    wide = torch.promote_types(torch_dtype(one.info.dtype), torch_dtype(other.info.dtype))
+    return all(torch.equal(a, b) for (_, a), (_, b) in zip(pieces(one, wide), pieces(other, wide), strict=True))
+
+
+def pieces(tensor: StoredTensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """(first, values) of a tensor in the order in which they lie, some at a time."""
+    with tensor.file.open() as descriptor:
+        for first in range(0, tensor.info.elements, COMPARED_AT_ONCE):
+            count = min(COMPARED_AT_ONCE, tensor.info.elements - first)
+            yield first, read_values(tensor, descriptor, first, count).to(dtype)
+
+
+def read_values(tensor: StoredTensor, descriptor: int, first: int, count: int) -> Tensor:
+    """Values `first` … `first + count` of a tensor, from an open file."""
+    import torch
+
+    itemsize = tensor.info.nbytes // tensor.info.elements
+    raw = torch.empty(count * itemsize, dtype=torch.uint8)
+    start = tensor.file.position(tensor.info) + first * itemsize
+    read_exactly(descriptor, raw.numpy().data, start, tensor.file.path)
+    return raw.view(torch_dtype(tensor.info.dtype))

@@ -1,0 +1,491 @@
+"""`extract()`: what fine-tuning did to a checkpoint, as an adapter: the leading part of every difference."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from loratool.binding.orientation import module_of
+from loratool.checkpoint import Checkpoint, open_checkpoint
+from loratool.contents import Kind
+from loratool.differences import Difference, NotFiniteError, Part, Rule, decomposed, pieces
+from loratool.errors import FitError, InputError, UsageError, printable
+from loratool.formats.peft.describing import describe
+from loratool.formats.peft.describing import module_of as described_module
+from loratool.formats.peft.files import CONFIG, WEIGHTS
+from loratool.formats.peft.spelling import Names
+from loratool.lowrank import Product, padded
+from loratool.pairing import Change, Pairing, is_table, pair
+from loratool.safefile import FLOAT_NAMES
+from loratool.saving import WIDTH, Form, Output, Rounded, adapter_output, torch_dtype
+from loratool.staging import check_target
+from loratool.working import PathLike, Progress, Session, session
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from loratool.adapter import StoredTensor
+
+MOST_RANK = 32  # where no number is given: what servers take by their defaults or nearly so, and noise seldom fills
+HELD = 512 << 20  # bytes of differences in float32 that stay in memory; larger ones are read again for every pass
+HELD_ON_GPU = 4 << 30
+PIECE = 8192  # rows of a factor that are compared at a time
+MADE_BY_PEFT = "0.21.2"  # whose way round the factors of experts are written
+
+
+@dataclass(frozen=True)
+class ExtractedLayer:
+    """One layer. Errors are relative: ‖M − ΔW‖ / ‖M‖, Frobenius, with M = W_tuned − W_base."""
+
+    rank: int
+    norm: float  # ‖M‖
+    relative: float  # ‖M‖ / ‖W_base‖
+    predicted: float  # error of the rank, from ‖M‖² and the singular values
+    achieved: float  # error of what is stored, rounding included
+    above_noise: int  # of the singular values that were looked for, those larger than rounding can make
+
+
+@dataclass(frozen=True)
+class ExtractedTotals:
+    """All layers together, those left out as noise among them; norms add up as squares."""
+
+    norm: float
+    predicted: float
+    achieved: float
+    parameters: int
+    bytes: int  # of factors
+
+
+@dataclass(frozen=True)
+class ExtractReport:
+    """What `extract` did. Sizes are bytes, times seconds."""
+
+    out: Path
+    written: bool
+    rule: str
+    totals: ExtractedTotals
+    modules: Mapping[str, ExtractedLayer]  # by target
+    noise: Mapping[str, ExtractedLayer]  # targets left out, since rounding alone explains what differs
+    identical: int  # tensors
+    excluded: int  # tensors that differ and were not asked for
+    saved: tuple[str, ...]  # tensors that are saved whole
+    left_out: Mapping[str, str]  # tensor that differs → why nothing of it is in the adapter
+    dtype: str
+    device: str
+    seconds: float
+    startup_seconds: float  # of `seconds`: until torch and the device were ready
+    peak_memory: int
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        from loratool.report.extract import extract_text
+
+        return extract_text(self)
+
+
+def extract(
+    base: PathLike,
+    tuned: PathLike,
+    out: PathLike,
+    *,
+    rank: int | Literal["auto"] | None = None,
+    energy: float | None = None,
+    max_rank: int = MOST_RANK,
+    exact: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    dtype: str = "keep",
+    device: str = "auto",
+    seed: int = 0,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> ExtractReport:
+    """Write the adapter that makes `tuned` of `base`, as nearly as its ranks allow.
+
+    Every weight's difference M = W_tuned − W_base gets the nearest ΔW = BA of its rank (Eckart and Young 1936), by a
+    randomised sketch that takes M row by row. What is no matrix, or changed its shape, is saved whole.
+
+    Args:
+        base: the model before, a folder or a file.
+        tuned: the model after; its files and dtypes may be others.
+        out: the folder to make.
+        rank: of every layer; or "auto", which keeps the singular values that rounding to the storage dtype cannot have
+            made, up to `max_rank`. "auto" where neither this nor `energy` is given.
+        energy: the part of ‖M‖² that each layer keeps, in (0, 1]; with `rank` the smaller of the two counts.
+        max_rank: of a layer, where `rank` is no number.
+        exact: decompose every matrix in full rather than sketch it.
+        include: regular expressions; only modules with a name in which one of them is found.
+        exclude: regular expressions; no module with a name in which one of them is found.
+        dtype: of the factors: "keep" (that of the tuned layers), "float32", "bfloat16" or "float16".
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        seed: of the sketch.
+        overwrite: replace `out` where it is an adapter already.
+        dry_run: decide, measure and report, but write nothing.
+        progress: called with (layers done, layers in all).
+
+    Raises:
+        UsageError: a number out of range, a pattern that is none or matches nothing.
+        InputError: a malformed checkpoint, an adapter, or values that are NaN or infinite.
+        FitError: nothing in common, nothing differs, or the dtype cannot hold the factors.
+        StorageError: the disk or the file system said no.
+    """
+    started = time.monotonic()
+    rule = Rule.of(rank, energy, max_rank)
+    paths = Path(base), Path(tuned)
+    target = check_target(Path(out), paths, overwrite or dry_run)
+    before, after = (open_model(path, role) for path, role in zip(paths, ("BASE", "TUNED"), strict=True))
+    with session(device, []) as at_work:
+        found = pair(before, after, include, exclude)
+        check_saved(found)
+        refuse_nothing(found)
+        extractor = Extractor(found, rule, exact, seed, at_work)
+        kept, forms = factor_dtype(found, dtype), extractor.forms()
+        carried = found.carried
+        experts = any(form.kind is Kind.PARAMETER for form in forms.values())
+        draft = {"peft_version": MADE_BY_PEFT} if experts else {}
+        with adapter_output(target, forms, carried, kept, draft, overwrite=overwrite, dry_run=dry_run) as output:
+            extractor.run(output, progress)
+            output.carry(carried)
+            written = {target: forms[target] for target in extractor.ranks}
+            config = config_of(found, {t: form.kind for t, form in written.items()}, extractor.ranks, draft)
+            provenance = {
+                "made_by": "loratool extract",
+                "base": origin(before),
+                "tuned": origin(after),
+                "rule": rule.told,
+                "exact": exact,
+                "seed": seed,
+            }
+            output.finish(config, provenance, {})
+    return ExtractReport(
+        out=target,
+        written=not dry_run,
+        rule=rule.told,
+        totals=total(extractor, written, kept.itemsize),
+        modules=dict(sorted(extractor.layers.items())),
+        noise=dict(sorted(extractor.noise.items())),
+        identical=found.identical + extractor.identical,
+        excluded=found.excluded,
+        saved=(*found.whole, *found.biases),
+        left_out=dict(sorted(found.left_out.items())),
+        dtype=str(kept).removeprefix("torch."),
+        notes=tuple(remarks(found, extractor, rule)),
+        **at_work.told(started),
+    )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A layer that has been worked on."""
+
+    change: Change
+    rank: int  # of the factors
+    told: ExtractedLayer | None  # none where nothing differs
+    factors: tuple[Rounded, ...]  # of it, and of heads that are tied to it
+
+
+@dataclass
+class Extractor:
+    """Goes through the layers that differ."""
+
+    pairing: Pairing
+    rule: Rule
+    exact: bool
+    seed: int
+    at_work: Session
+    layers: dict[str, ExtractedLayer] = field(default_factory=dict)
+    noise: dict[str, ExtractedLayer] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)  # of all that is written
+    mirrored: list[str] = field(default_factory=list)
+    identical: int = 0  # which differ in the sign of zeros, say
+
+    @property
+    def room(self) -> int:
+        """Bytes of a difference that may stay in memory."""
+        return HELD_ON_GPU if self.at_work.device.type == "cuda" else HELD // self.at_work.workers
+
+    def limit(self, change: Change) -> int:
+        """The largest rank that a layer may have."""
+        return min(self.rule.most, *change.shape)
+
+    def targets(self, change: Change) -> tuple[str, ...]:
+        """What is written for a change: its own factors, and the same for the heads that are tied to it."""
+        return (change.target, *self.pairing.mirrors.get(change.target, ()))
+
+    def forms(self) -> dict[str, Form]:
+        """What is known of every layer that may be written."""
+        found: dict[str, Form] = {}
+        for group in self.pairing.groups:
+            most = max(self.limit(change) for change in group)
+            for change in group:
+                for target in self.targets(change):
+                    kind = change.kind if target == change.target else kind_of_tied(target)
+                    found[target] = Form(kind, *change.layer, most, change.experts, change.kernel)
+        return found
+
+    def run(self, output: Output, progress: Progress | None) -> None:
+        """Write the factors of every layer: first of those that all threads work on together, then the others."""
+        large = [g for g in self.pairing.groups if any(4 * math.prod(change.shape) > self.room for change in g)]
+        others = [group for group in self.pairing.groups if group not in large]
+
+        def work(group: tuple[Change, ...]) -> list[Outcome]:
+            return list(self.outcomes(output, group))
+
+        done = 0
+        for outcomes in chain(map(work, large), self.at_work.spread(work, others)):
+            for outcome in outcomes:
+                self.take(outcome)
+                for factors in outcome.factors:
+                    output.add(factors)
+                done += 1
+            if progress:
+                progress(done, len(self.pairing.changes))
+        if not self.layers:
+            raise FitError(nothing_left(self.noise, self.rule))
+
+    def take(self, outcome: Outcome) -> None:
+        """Account for a layer."""
+        target, told = outcome.change.target, outcome.told
+        if told is None:
+            self.identical += not outcome.change.same
+        elif told.rank:
+            self.layers[target] = told
+            self.mirrored += [factors.target for factors in outcome.factors if factors.target != target]
+        else:
+            self.noise[target] = told
+        self.ranks |= {factors.target: outcome.rank for factors in outcome.factors}
+
+    def outcomes(self, output: Output, group: tuple[Change, ...]) -> Iterator[Outcome]:
+        """Layers that have one rank, decomposed and rounded."""
+        every = [self.parts(change) for change in group]
+        wanted = [self.rule.choose(p, self.limit(change)) for p, change in zip(every, group, strict=True)]
+        rank = max(1, *wanted)
+        for change, parts, own in zip(group, every, wanted, strict=True):
+            differs = any(part.squared for part in parts)
+            if not (differs and own) and not self.pairing.pinned(change):
+                yield Outcome(change, 0, told(parts, 0, 0.0) if differs else None, ())
+                continue
+            product = padded(joined(change, parts, own), rank)
+            factors = tuple(output.rounded(target, product) for target in self.targets(change))
+            yield Outcome(
+                change, rank, told(parts, own, apart(product, factors[0].read_back)) if differs else None, factors
+            )
+
+    def parts(self, change: Change) -> list[Part]:
+        """The matrices of a layer, decomposed."""
+        rows, columns = change.shape
+        matrices = (
+            Difference(change.base, change.tuned, at * rows * columns, change.shape, self.at_work.device, self.room)
+            for at in range(change.experts)
+        )
+        try:
+            return [decomposed(matrix, self.limit(change), self.exact, self.seed) for matrix in matrices]
+        except NotFiniteError:
+            raise InputError(
+                f"{self.pairing.base.name} and {self.pairing.tuned.name}: no difference can be made of all values:",
+                broken_tensors(self.pairing) or [f"{printable(change.target)}: the difference overflows"],
+            ) from None
+
+
+def kind_of_tied(target: str) -> Kind:
+    return Kind.EMBEDDING if is_table(target.rpartition(".")[0]) else Kind.LINEAR
+
+
+def joined(change: Change, parts: Sequence[Part], rank: int) -> Product:
+    """The update of a layer by its leading singular values, the way round in which PEFT has it."""
+    import torch
+
+    products = [part.found.truncated(rank).product() for part in parts]
+    if change.turned:
+        products = [Product(p.down.mT, p.up.mT) for p in products]
+    if change.kind is not Kind.PARAMETER:
+        return products[0]
+    return Product(torch.stack([p.up for p in products]), torch.stack([p.down for p in products]))
+
+
+def told(parts: Sequence[Part], rank: int, rounding: float) -> ExtractedLayer:
+    """What became of a layer; `rounding` is the square of what rounding the factors adds."""
+    squared = math.fsum(part.squared for part in parts)
+    lost = math.fsum(part.lost(rank) for part in parts)
+    weight = math.fsum(part.weight for part in parts)
+    return ExtractedLayer(
+        rank,
+        math.sqrt(squared),
+        math.sqrt(squared / weight) if weight else math.inf,
+        math.sqrt(lost / squared),
+        math.sqrt((lost + rounding) / squared),  # the one lies in the space that is kept, the other outside of it
+        max(part.above_noise for part in parts),
+    )
+
+
+def apart(one: Product, other: Product) -> float:
+    """‖one − other‖² of nearly equal factors: up·down − up'·down' = (up − up')·down + up'·(down − down')."""
+    left = gram_of(one.up, other.up, False)
+    right = gram_of(one.down.mT, other.down.mT, True)
+    return max(0.0, float((left * right).sum()))
+
+
+def gram_of(one: Tensor, other: Tensor, first: bool) -> Tensor:
+    """The inner products of the columns of [one − other, other], or of [one, one − other] with `first`."""
+    import torch
+
+    total: Tensor | None = None
+    for a, b in zip(torch.split(one, PIECE, -2), torch.split(other, PIECE, -2), strict=True):
+        off = a.double() - b.double()
+        both = torch.cat([a.double(), off] if first else [off, b.double()], -1)
+        part = both.mT @ both
+        total = part if total is None else total.add_(part)
+    assert total is not None, "no layer is empty"
+    return total
+
+
+def open_model(path: Path, role: str) -> Checkpoint:
+    """The checkpoint at `path`; raises `InputError` where that is an adapter."""
+    if path.is_dir() and (path / CONFIG).exists():
+        others = {entry.name for entry in os.scandir(path) if entry.name.endswith(".safetensors")} - {WEIGHTS}
+        if not others:
+            raise InputError(f"{printable(path)}: this is an adapter; {role} is a model, merge it first")
+    return open_checkpoint(path)
+
+
+def check_saved(found: Pairing) -> None:
+    """Raise `InputError` naming what is to be saved whole and holds NaN or infinite values."""
+    broken = [name for name, tensor in (found.whole | found.biases).items() if not finite(tensor)]
+    if broken:
+        raise InputError(
+            f"{found.tuned.name}: no adapter is made of these:",
+            (f"{printable(name)} holds NaN or infinite values" for name in broken),
+        )
+
+
+def broken_tensors(found: Pairing) -> list[str]:
+    """Every tensor that was to be subtracted and holds what is no number."""
+    return [
+        f"{printable(change.target)} of {role} holds NaN or infinite values"
+        for change in found.changes.values()
+        for role, tensor in (("BASE", change.base), ("TUNED", change.tuned))
+        if not finite(tensor)
+    ]
+
+
+def finite(tensor: StoredTensor) -> bool:
+    return all(bool(values.isfinite().all()) for _, values in pieces(tensor, torch_dtype(tensor.info.dtype)))
+
+
+def refuse_nothing(found: Pairing) -> None:
+    """Raise `FitError` where there is no difference that a low-rank update can be made of."""
+    if found.changes:
+        return
+    if not (found.whole or found.left_out or found.excluded):
+        raise FitError(f"{found.base.name} and {found.tuned.name} are the same: nothing differs")
+    reasons = [f"{printable(name)}: {reason}" for name, reason in found.left_out.items()]
+    reasons += [f"{printable(name)}: no matrix" for name in found.whole]
+    reasons += [f"{found.excluded} tensors that differ are not asked for"] if found.excluded else []
+    raise FitError("no matrix differs, so that no adapter can be made:", reasons)
+
+
+def nothing_left(noise: Mapping[str, ExtractedLayer], rule: Rule) -> str:
+    if not noise:
+        return "the two are the same: no value differs"
+    return f"all {len(noise)} matrices differ by no more than rounding to their dtype can; --rank {rule.most} takes them all"
+
+
+def factor_dtype(found: Pairing, asked: str) -> torch.dtype:
+    """The dtype of the factors: as asked, or the one that holds those of the tuned layers."""
+    import torch
+
+    if asked != "keep":
+        if asked not in FLOAT_NAMES.values():
+            raise UsageError(f"--dtype {printable(asked)}: wanted is keep, {', '.join(FLOAT_NAMES.values())}")
+        dtype: torch.dtype = getattr(torch, asked)
+        return dtype
+    dtypes = {change.tuned.info.dtype for change in found.changes.values()}
+    return torch.float32 if dtypes == {"BF16", "F16"} else torch_dtype(max(dtypes, key=WIDTH.__getitem__))
+
+
+def config_of(
+    found: Pairing, kinds: Mapping[str, Kind], ranks: Mapping[str, int], draft: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The `adapter_config.json`."""
+    base = found.base
+    named = base.config.get("_name_or_path")
+    words = target_words(found, kinds)
+    turned = any(change.turned and change.kind is Kind.LINEAR for change in found.changes.values())
+    config: dict[str, Any] = {
+        **draft,
+        "base_model_name_or_path": named if isinstance(named, str) and named else base.root.resolve().name,
+        "task_type": found.task,
+        "fan_in_fan_out": turned,
+        "bias": "lora_only" if found.biases else "none",
+        "modules_to_save": list(dict.fromkeys(found.modules)) or None,
+        "target_modules": words,
+    }
+    described = describe([config], kinds, ranks)
+    described["target_modules"] = words
+    return {"task_type": None, **described}
+
+
+def target_words(found: Pairing, kinds: Mapping[str, Kind]) -> list[str] | None:
+    """`target_modules`: the last part of a name where it means just these modules of the base, else whole names."""
+    names = Names(kinds)
+    layers = {
+        described_module(t, kind) for t, kind in kinds.items() if kind is not Kind.PARAMETER and not names.doubled(t)
+    }
+    known: dict[str, set[str]] = {}
+    for name in (*found.base.tensors, *(f"{layer}.weight" for layer in layers)):
+        parts = name.split(".")[:-1]
+        for at in range(1, len(parts) + 1):
+            known.setdefault(parts[at - 1], set()).add(".".join(parts[:at]))
+    words = set[str]()
+    for layer in layers:
+        leaf = module_of(f"{layer}.weight")
+        words.add(leaf if known[leaf] <= layers and not leaf.isdigit() else layer)
+    return sorted(words) or None
+
+
+def origin(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A checkpoint, as provenance names it."""
+    files = {shard.path.name: shard.identity.size for shard in checkpoint.shards}
+    return {"name": checkpoint.name, "files": files}
+
+
+def total(extractor: Extractor, forms: Mapping[str, Form], itemsize: int) -> ExtractedTotals:
+    """All layers together."""
+    every = [*extractor.layers.values(), *extractor.noise.values()]
+    squared = math.fsum(layer.norm**2 for layer in every)
+    parameters = sum(f.experts * (f.rows + f.columns) * extractor.ranks[t] for t, f in forms.items())
+    return ExtractedTotals(
+        norm=math.sqrt(squared),
+        predicted=math.sqrt(math.fsum((layer.norm * layer.predicted) ** 2 for layer in every) / squared),
+        achieved=math.sqrt(math.fsum((layer.norm * layer.achieved) ** 2 for layer in every) / squared),
+        parameters=parameters,
+        bytes=parameters * itemsize,
+    )
+
+
+def remarks(found: Pairing, extractor: Extractor, rule: Rule) -> Iterator[str]:
+    """What a user of the result should know."""
+    yield from (note for checkpoint in (found.base, found.tuned) for note in checkpoint.notes[1:])
+    if extractor.noise:
+        yield (
+            f"{len(extractor.noise)} layers differ by no more than rounding to their dtype can, and are left out; "
+            "--rank with a number takes them too"
+        )
+    full = [t for t, layer in extractor.layers.items() if layer.rank == layer.above_noise == rule.most]
+    if rule.noise and full:
+        yield f"{len(full)} layers have as many singular values above the noise as the limit of {rule.most}, or more"
+    if extractor.mirrored:
+        yield f"tied to its embedding, and changed with it: {', '.join(map(printable, extractor.mirrored))}"
+    if len(set(extractor.ranks.values())) > 1:
+        yield (
+            f"ranks differ, as rank_pattern says; servers that know one rank take {max(extractor.ranks.values())} for all of "
+            "them: loratool resize --uniform writes that"
+        )
