@@ -178,12 +178,17 @@ def combine(
         beside = Beside(sources, shares, Names(kinds), saved, recipe.setting.normalize and method == "linear")
         carried = beside.collect()
         forms = {t: Form.of(found[0].layer, combiner.most(t)) for t, found in layers.items()}
+        of_attention = {
+            target for pair in Names(kinds).attention_pairs() for target in pair
+        }  # PEFT gives both one rank
         with adapter_output(
             target, forms, carried, dtype_kept, sources[0].config, overwrite=overwrite, dry_run=dry_run
         ) as output:
 
             def work(name: str) -> tuple[Rounded, CombinedLayer, torch.Tensor]:
                 whole, products = combiner.combined(name)
+                if name in of_attention:
+                    whole = dataclasses.replace(whole, product=padded(whole.product, forms[name].rank))
                 rounded = output.rounded(name, whole.product)
                 table = gram(products)
                 return rounded, combiner.measure(name, whole, rounded.read_back, products, table), table

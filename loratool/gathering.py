@@ -175,7 +175,7 @@ class Beside:
         if total:  # PEFT gives every layer one, or none
             for target, kind in self.names.kinds.items():
                 name = self.names.bias(target)
-                if kind is Kind.LINEAR and name not in self.carried.tensors:
+                if kind in (Kind.LINEAR, Kind.CONVOLUTION) and name not in self.carried.tensors:
                     rows = next(s.layers[target].rows for s in self.sources if target in s.layers)
                     self.carried.tensors[name] = torch.zeros(rows, dtype=next(iter(dtypes.values())))
 

@@ -252,7 +252,7 @@ def alpha_of(contents: Contents, target: str) -> float:
     if contents.config.get("peft_type") == "ADALORA":
         return float(contents.config.get("lora_alpha", 8))
     names = Names({t: x.kind for t, x in contents.layers.items()})
-    twice = 2.0 if doubles(contents.config) and names.doubled(target) else 1.0
+    twice = 2.0 if doubles(contents.config) and names.inside_attention(target) else 1.0
     return layer.scale / twice * (math.sqrt(layer.rank) if contents.config.get("use_rslora") else layer.rank)
 
 

@@ -145,6 +145,8 @@ def resize(
         kept = kept_dtype([contents], dtype)
         energies = resizer.energies() if rule.needs_values else {}
         chosen = rule.choose(contents.layers, energies, kept.itemsize)
+        for pair in Names({t: layer.kind for t, layer in contents.layers.items()}).attention_pairs():
+            chosen |= dict.fromkeys(pair, max(chosen[t] for t in pair))  # PEFT gives both one rank
         ranks = {t: r for t, r in chosen.items() if r}
         kinds = {t: contents.layers[t].kind for t in ranks}
         forms = {t: Form.of(contents.layers[t], r) for t, r in ranks.items()}

@@ -89,7 +89,7 @@ class Output:
         """The factors of a layer as they will be stored; raises `FitError` where the dtype cannot hold them."""
         import torch
 
-        factor = 0.5 if self.halved and self.names.doubled(target) else 1.0
+        factor = 0.5 if self.halved and self.names.inside_attention(target) else 1.0
         factors = found.scaled(factor).to(self.dtype)
         if not (bool(factors.up.isfinite().all()) and bool(factors.down.isfinite().all())):
             raise FitError(

@@ -8,6 +8,7 @@ from typing import Any
 
 from loratool.contents import Kind
 from loratool.formats.peft import keys
+from loratool.formats.peft.spelling import Names
 
 # Fields that are carried over where all sources agree; of those that disagree the first source's counts.
 CARRIED = (
@@ -35,8 +36,10 @@ def describe(
     for name in CARRIED:
         if (value := next((c[name] for c in configs if c.get(name) is not None), None)) is not None:
             config[name] = value
-    config.update(scaling_fields({module_of(t, kinds[t]): rank for t, rank in ranks.items()}))
-    layers = [module_of(target, kind) for target, kind in kinds.items() if kind is not Kind.PARAMETER]
+    names = Names(kinds)
+    own = {target: module_of(target, kind) for target, kind in kinds.items() if not names.inside_attention(target)}
+    config.update(scaling_fields({own[t]: rank for t, rank in ranks.items() if t in own}))
+    layers = [module for target, module in own.items() if kinds[target] is not Kind.PARAMETER]
     config.update({"target_modules": sorted(layers) or None} if whole_names else target_fields(configs, layers))
     if parameters := sorted(target for target, kind in kinds.items() if kind is Kind.PARAMETER):
         config["target_parameters"] = parameters if whole_names else parameters_of(configs, parameters)

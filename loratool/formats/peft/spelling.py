@@ -37,10 +37,18 @@ class Names:
             order = next((row for row in REGISTERED if set(parameters) <= set(row)), tuple(parameters))
             parameters.sort(key=order.index)
 
-    def doubled(self, target: str) -> bool:
-        """Whether PEFT up to 0.21.2 applies the update twice."""
+    def inside_attention(self, target: str) -> bool:
+        """Whether it is the out_proj of an nn.MultiheadAttention, which PEFT adapts with the whole: at one rank.
+
+        PEFT up to 0.21.2 applies its update twice.
+        """
         module = target.removesuffix(".weight")
         return module.endswith(".out_proj") and module.removesuffix(".out_proj") in self.attentions
+
+    def attention_pairs(self) -> list[tuple[str, str]]:
+        """The two targets of each nn.MultiheadAttention."""
+        pairs = [(f"{module}{ATTENTION}", f"{module}.out_proj.weight") for module in sorted(self.attentions)]
+        return [pair for pair in pairs if pair[1] in self.kinds]
 
     def path(self, target: str) -> str:
         """The module that PEFT saves the factors of a target under."""
@@ -48,7 +56,7 @@ class Names:
         if self.kinds[target] is Kind.PARAMETER:
             inside = self.nested[module]
             return module + ".base_layer" * (len(inside) - 1 - inside.index(parameter))
-        if self.doubled(target):
+        if self.inside_attention(target):
             return f"{module.removesuffix('.out_proj')}.base_layer.out_proj"
         return module
 

@@ -1,0 +1,253 @@
+"""An adapter at another strength is what PEFT makes of the file that is written, times the factor."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import read_tensors
+from peft import LoraConfig, PeftModel
+from peft_zoo import Pair, make_zoo, output_of, train
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from workbench import Workbench
+
+import loratool
+
+LAYERS = ["embed", "linear", "c_attn", "square", "conv1", "conv2"]
+PLAIN: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": LAYERS}
+
+
+def made(folder: Path, **settings: Any) -> Pair:
+    return train(folder, make_zoo(), LoraConfig(**{**PLAIN, **settings}))
+
+
+def delta_by_peft(pair: Pair, adapter: Path) -> dict[str, Tensor]:
+    """What PEFT adds to each weight when it merges the adapter at a path."""
+    model = copy.deepcopy(make_zoo())
+    wrapped = PeftModel.from_pretrained(model, adapter)
+    merged = wrapped.merge_and_unload().state_dict()
+    return {name: merged[name].double() - before.double() for name, before in pair.before.items()}
+
+
+def assert_scaled(found: dict[str, Tensor], before: dict[str, Tensor], factor: float, only: str = "") -> None:
+    assert set(found) == set(before)
+    for name, delta in before.items():
+        wanted = delta * factor if only in name else delta
+        assert float((found[name] - wanted).abs().max()) <= 2e-6 * max(1.0, abs(factor)), name
+
+
+@pytest.mark.parametrize("factor", [0.5, 3, -1.25])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"conv.": 2, "^square": 5}, "alpha_pattern": {"c_attn": 1, "(linear|conv2)": 11}},
+        {"target_modules": ["attention"]},
+        {"target_modules": ["linear", "c_attn"], "lora_bias": True},
+    ],
+    ids=["plain", "rsLoRA", "patterns", "nn.MultiheadAttention", "lora_bias"],
+)
+@pytest.mark.parametrize("bake", [False, True], ids=["by alpha", "baked"])
+def test_peft_adds_the_factor_times_what_it_added_before(
+    settings: dict[str, Any], factor: float, bake: bool, tmp_path: Path
+) -> None:
+    pair = made(tmp_path, **settings)
+    report = loratool.rescale(pair.adapter, tmp_path / "out", scale=factor, bake=bake)
+    assert_scaled(delta_by_peft(pair, tmp_path / "out"), delta_by_peft(pair, pair.adapter), factor)
+    assert {round(layer.factor, 9) for layer in report.modules.values()} == {factor}
+
+
+def test_without_baking_no_byte_of_a_tensor_changes(tmp_path: Path) -> None:
+    pair = made(tmp_path, alpha_pattern={"linear": 7})
+    loratool.rescale(pair.adapter, tmp_path / "out", scale=0.3)
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (pair.adapter / name).read_bytes()
+    before, after = (json.loads((f / "adapter_config.json").read_text()) for f in (pair.adapter, tmp_path / "out"))
+    assert after["lora_alpha"] == pytest.approx(1.5)
+    assert after["alpha_pattern"] == {"linear": pytest.approx(2.1)}
+    assert {k: v for k, v in after.items() if "alpha" not in k} == {k: v for k, v in before.items() if "alpha" not in k}
+
+
+@pytest.mark.parametrize(
+    "settings", [{"use_rslora": True}, {"alpha_pattern": {"linear": 7}, "rank_pattern": {"c_attn": 2}}]
+)
+def test_who_reads_alpha_and_r_only_gets_a_baked_adapter_right(settings: dict[str, Any], tmp_path: Path) -> None:
+    pair = made(tmp_path, target_modules=["linear", "square", "c_attn"], **settings)
+    loratool.rescale(pair.adapter, tmp_path / "out", bake=True)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == config["r"]
+    assert config["use_rslora"] is False
+    assert config["alpha_pattern"] == config["rank_pattern"]
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    wanted = delta_by_peft(pair, pair.adapter)
+    for module in ("linear", "square", "c_attn"):
+        start = f"base_model.model.{module}.lora_"
+        product = tensors[f"{start}B.weight"].double() @ tensors[f"{start}A.weight"].double()  # at α/r = 1
+        delta = wanted[f"{module}.weight"]
+        torch.testing.assert_close(product, delta.T if module == "c_attn" else delta, rtol=0, atol=2e-6)
+
+
+def test_a_baked_adapter_keeps_its_a_bit_for_bit(tmp_path: Path) -> None:
+    pair = made(tmp_path)
+    loratool.rescale(pair.adapter, tmp_path / "out", bake=True, scale=0.7)
+    before, after = (load_file(f / "adapter_model.safetensors") for f in (pair.adapter, tmp_path / "out"))
+    for name in (n for n in before if "lora_A" in n):
+        assert torch.equal(before[name], after[name])
+
+
+def test_alpha_is_that_of_every_module_and_patterns_are_given_up(tmp_path: Path) -> None:
+    pair = made(tmp_path, alpha_pattern={"linear": 7, "conv1": 2})
+    loratool.rescale(pair.adapter, tmp_path / "out", alpha=6)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["lora_alpha"], config["alpha_pattern"]) == (6, {})
+    found, before = delta_by_peft(pair, tmp_path / "out"), delta_by_peft(pair, pair.adapter)
+    for name, alpha in (("linear.weight", 7), ("conv1.weight", 2), ("square.weight", 5)):
+        torch.testing.assert_close(found[name], before[name] * 6 / alpha, rtol=0, atol=2e-6)
+
+
+def test_the_first_pattern_that_is_found_multiplies_a_module(tmp_path: Path) -> None:
+    pair = made(tmp_path)
+    loratool.rescale(pair.adapter, tmp_path / "out", scale=2, match=["conv1=10", "conv=0.5", "^sq=-1"])
+    found, before = delta_by_peft(pair, tmp_path / "out"), delta_by_peft(pair, pair.adapter)
+    for name, factor in (("conv1", 20), ("conv2", 1), ("square", -2), ("linear", 2), ("embed", 2)):
+        torch.testing.assert_close(found[f"{name}.weight"], before[f"{name}.weight"] * factor, rtol=0, atol=2e-5)
+
+
+def test_norms_come_out_as_asked(tmp_path: Path) -> None:
+    pair = made(tmp_path, target_modules=["linear", "square", "c_attn"])
+    for at, (asked, each) in enumerate(
+        [("frobenius", False), ("frobenius", True), ("spectral", False), ("spectral", True)]
+    ):
+        out = tmp_path / str(at)
+        loratool.rescale(pair.adapter, out, **{asked: 0.75}, each=each)  # type: ignore[arg-type]
+        deltas = [d for name, d in delta_by_peft(pair, out).items() if bool(d.abs().max() > 1e-9)]
+        if asked == "frobenius":
+            sizes = torch.stack([d.norm() for d in deltas])
+            reached = sizes if each else sizes.norm()[None]
+        else:
+            sizes = torch.stack([torch.linalg.matrix_norm(d, 2) for d in deltas])
+            reached = sizes if each else sizes.max()[None]
+        torch.testing.assert_close(reached, torch.full_like(reached, 0.75), rtol=1e-5, atol=0)
+
+
+def test_a_baked_adalora_is_plain_lora(tmp_path: Path) -> None:
+    from peft import AdaLoraConfig
+
+    config = AdaLoraConfig(init_r=4, r=4, target_r=2, lora_alpha=6, target_modules=["linear", "square"], total_step=9)
+    pair = train(tmp_path, make_zoo(), config)
+    loratool.rescale(pair.adapter, tmp_path / "out", bake=True, scale=2)
+    assert_scaled(delta_by_peft(pair, tmp_path / "out"), delta_by_peft(pair, pair.adapter), 2)
+
+
+def test_of_dora_it_is_said_that_only_the_direction_changes(tmp_path: Path) -> None:
+    pair = made(tmp_path, target_modules=["linear", "square"], use_dora=True)
+    report = loratool.rescale(pair.adapter, tmp_path / "out", scale=0.5)
+    assert any("DoRA" in note and "length m" in note for note in report.notes)
+    norms = {name: tensor.norm(dim=1) for name, tensor in read_merged(pair, tmp_path).items()}
+    magnitudes = load_file(pair.adapter / "adapter_model.safetensors")
+    for name in ("linear", "square"):
+        wanted = magnitudes[f"base_model.model.{name}.lora_magnitude_vector"].abs()
+        torch.testing.assert_close(norms[f"{name}.weight"], wanted, rtol=1e-5, atol=1e-6)
+
+
+def read_merged(pair: Pair, folder: Path) -> dict[str, Tensor]:
+    merged = folder / "merged"
+    loratool.merge(pair.base, [folder / "out"], merged)
+    return {n: t for n, t in read_tensors(merged).items() if n in ("linear.weight", "square.weight")}
+
+
+def test_a_baked_dora_is_the_same_model(tmp_path: Path) -> None:
+    pair = made(tmp_path, target_modules=["linear", "square"], use_dora=True, use_rslora=True)
+    loratool.rescale(pair.adapter, tmp_path / "out", bake=True)
+    wrapped = PeftModel.from_pretrained(make_zoo(), tmp_path / "out").eval()
+    from peft_zoo import TOKENS
+
+    with torch.inference_mode():
+        torch.testing.assert_close(wrapped(TOKENS), pair.output, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_saved_whole_has_no_strength_and_it_is_said(tmp_path: Path) -> None:
+    pair = made(tmp_path, target_modules=["linear"], modules_to_save=["head"])
+    for bake in (False, True):
+        report = loratool.rescale(pair.adapter, tmp_path / str(bake), scale=0.5, bake=bake)
+        assert any("saved whole" in note for note in report.notes)
+        found = load_file(tmp_path / str(bake) / "adapter_model.safetensors")
+        before = load_file(pair.adapter / "adapter_model.safetensors")
+        for name in ("base_model.model.head.weight", "base_model.model.head.bias"):
+            assert torch.equal(found[name], before[name])
+
+
+def test_a_merge_of_the_rescaled_adapter_is_a_merge_with_that_weight(tmp_path: Path) -> None:
+    pair = made(tmp_path)
+    loratool.rescale(pair.adapter, tmp_path / "out", scale=0.4)
+    loratool.merge(pair.base, [tmp_path / "out"], tmp_path / "one")
+    loratool.merge(pair.base, [pair.adapter], tmp_path / "other", weights=[0.4])
+    one, other = read_tensors(tmp_path / "one"), read_tensors(tmp_path / "other")
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-6)
+    assert float((output_of(one, make_zoo()) - pair.output).abs().max()) > 1e-3
+
+
+@pytest.fixture
+def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Workbench:
+    return Workbench(tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "told", "code"),
+    [
+        ([], "nothing to do", 2),
+        (["--scale", "2", "--alpha", "3"], "--scale and --alpha say two things", 2),
+        (["--scale", "0"], "--scale 0", 2),
+        (["--scale", "nan"], "finite", 2),
+        (["--frobenius", "-1"], "above 0", 2),
+        (["--scale", "2", "--each"], "--each is for", 2),
+        (["--match", "nonsense"], "REGEX=FACTOR", 2),
+        (["--match", "(=2"], "no regular expression", 2),
+        (["--match", "nowhere=2"], "found in no adapted module", 2),
+        (["--match", "a=0"], "not 0", 2),
+        (["--scale", "1e30", "--bake", "--dtype", "float16"], "overflow", 4),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(bench: Workbench, options: list[str], told: str, code: int) -> None:
+    bench.refuses("rescale", bench.adapter, "-o", bench.out, *options, told=[told], code=code)
+
+
+def test_a_norm_of_nothing_is_refused(bench: Workbench) -> None:
+    path = bench.adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({n: t * 0 if "lora_B" in n else t for n, t in tensors.items()}, path)
+    bench.refuses("rescale", bench.adapter, "-o", bench.out, "--spectral", "1", told=["every update is zero"], code=4)
+    bench.refuses(
+        "rescale", bench.adapter, "-o", bench.out, "--spectral", "1", "--each", told=["is zero a norm"], code=4
+    )
+
+
+def test_nan_is_refused_and_nothing_written(bench: Workbench) -> None:
+    path = bench.adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    next(t for n, t in tensors.items() if "lora_A" in n)[0, 0] = float("nan")
+    save_file(tensors, path)
+    bench.refuses("rescale", bench.adapter, "-o", bench.out, "--bake", told=["holds NaN"], code=3)
+    bench.refuses("rescale", bench.adapter, "-o", bench.out, "--frobenius", "1", told=["holds NaN"], code=3)
+
+
+def test_a_dry_run_tells_the_same_and_writes_nothing(bench: Workbench) -> None:
+    dry = json.loads(
+        bench.run("rescale", bench.adapter, "-o", bench.out, "--scale", "2", "--bake", "--dry-run", "--json").out
+    )
+    assert not bench.out.exists()
+    wet = json.loads(bench.run("rescale", bench.adapter, "-o", bench.out, "--scale", "2", "--bake", "--json").out)
+    assert dry["modules"] == wet["modules"]
+    assert (dry["written"], wet["written"]) == (False, True)
+    assert sorted(p.name for p in bench.out.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "loratool.json",
+    ]
