@@ -33,6 +33,7 @@ ROWS = (
     ("report", "demo"),
     ("cli",),
     ("__main__",),
+    ("nn",),  # torch code for people who want LoRA itself; nothing imports it
 )
 ROW = {module: row for row, modules in enumerate(ROWS) for module in modules}
 
@@ -145,8 +146,13 @@ def test_only_the_command_line_loads_a_foreign_package_before_it_is_used() -> No
         and not found.only_types
         and found.name.split(".")[0] not in {*sys.stdlib_module_names, "loratool"}
         and (found.importer, found.name) != ("cli", "click")
+        and found.importer != "nn"  # layers of torch cannot be without torch
     }
     assert foreign == set()
+
+
+def test_nothing_imports_the_layers_of_torch() -> None:
+    assert [str(found) for found in EVERY if found.imported == "nn" and found.importer != "nn"] == []
 
 
 def test_modules_about_headers_and_names_never_import_torch() -> None:
