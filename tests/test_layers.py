@@ -26,7 +26,7 @@ ROWS = (
     ("tying",),
     ("vocabulary",),
     ("planning",),
-    ("writing", "inspecting"),
+    ("writing", "inspecting", "estimating"),
     ("resources", "computing"),
     ("engine",),
     ("merging",),
@@ -40,7 +40,7 @@ ROW = {module: row for row, modules in enumerate(ROWS) for module in modules}
 # Those that work on headers and names. They never import torch, not even inside a function.
 WITHOUT_TORCH = (
     *("errors", "layouts", "safefile", "checkpoint", "staging", "formats", "binding", "companions", "placing", "tying"),
-    *("vocabulary", "planning", "writing", "inspecting", "report", "cli"),
+    *("vocabulary", "planning", "writing", "inspecting", "estimating", "report", "cli"),
 )
 
 
@@ -172,7 +172,9 @@ def test_no_module_is_longer_than_one_can_keep_in_mind(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST_MODULE
 
 
-@pytest.mark.parametrize("module", ["loratool", "loratool.cli", "loratool.planning", "loratool.inspecting"])
+@pytest.mark.parametrize(
+    "module", ["loratool", "loratool.cli", "loratool.planning", "loratool.inspecting", "loratool.estimating"]
+)
 def test_importing_loads_no_heavy_package(module: str) -> None:
     code = f"import sys, {module}; print(*sorted({{'torch', 'numpy', 'huggingface_hub', 'safetensors'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

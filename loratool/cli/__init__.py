@@ -12,6 +12,7 @@ from typing import NoReturn
 import click
 
 from loratool import __version__
+from loratool.cli.estimating import estimate
 from loratool.cli.looking import demo, inspect
 from loratool.cli.merging import merge
 from loratool.errors import LoratoolError, printable
@@ -36,7 +37,7 @@ def cli() -> None:
     """
 
 
-for command in (merge, inspect, demo):
+for command in (merge, inspect, estimate, demo):
     cli.add_command(command)
 
 
