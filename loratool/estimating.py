@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loratool.checkpoint import INDEX_SUFFIX, Checkpoint, open_checkpoint, read_small
+from loratool.decoders import SHAPES
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.layouts.architectures import OUTPUT_HEADS, PACKED_WEIGHTS
-from loratool.layouts.decoders import SHAPES
 from loratool.layouts.ties import TIED_BY_DEFAULT
 from loratool.safefile import DTYPE_BITS, FLOAT_NAMES, Layout, strict_json
 from loratool.tying import find_ties, tie_flag
@@ -135,7 +135,7 @@ def estimate(
 
     Args:
         base: a model's folder or file, or a config.json (or a folder with nothing but one) of a family in
-            `loratool.layouts.decoders`.
+            `loratool.decoders`.
         ranks: one rank or several.
         targets: names as PEFT's `target_modules` takes them, each the end of a module's path, separated by commas
             where they are one text; `all-linear` for every linear layer but the output head.
@@ -425,9 +425,9 @@ def shapes_of(shown: str, model_type: str, config: Mapping[str, Any]) -> tuple[d
         sound = all(type(size) is int and size > 0 for shape in shapes.values() for size in shape)
     except KeyError as error:
         raise InputError(f"{shown}: {error.args[0]} is missing") from None
-    except (TypeError, ZeroDivisionError):
+    except (TypeError, ValueError, ZeroDivisionError):
         sound = False
     if not sound:
-        raise InputError(f"{shown}: its sizes are no whole numbers from 1 on")
+        raise InputError(f"{shown}: its sizes are no whole numbers from 1 on, or no model's")
     flag = tie_flag(config)
     return shapes, tied if flag is None else flag

@@ -19,8 +19,8 @@ from safetensors.numpy import save_file as save_arrays
 
 import loratool
 from loratool import FitError, InputError, UsageError, cli
+from loratool.decoders import SHAPES
 from loratool.estimating import full_memory
-from loratool.layouts.decoders import SHAPES
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 DOCS = Path(__file__).parent.parent / "docs"
@@ -64,6 +64,11 @@ DECODERS = [
     ("gpt2", {}),
     ("gpt2", {"n_inner": 40}),
 ]
+
+
+def sizes(vocabulary: int, hidden: int, inner: int, layers: int, heads: int, pairs: int) -> dict[str, int]:
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return {**dict(zip(names, (vocabulary, hidden, inner, layers, heads), strict=True)), "num_key_value_heads": pairs}
 
 
 def config_of(kind: str, changes: dict[str, Any]) -> Any:
@@ -172,6 +177,44 @@ def test_llama_2_7b_gives_the_line_that_peft_is_known_for(seven: Path, capsys: p
     assert line in capsys.readouterr().out.splitlines()
 
 
+PUBLISHED: list[
+    tuple[str, dict[str, Any], int]
+] = [  # sizes by the models' configs, parameters by their cards on the Hub
+    (
+        "Llama-3.2-1B",
+        {"model_type": "llama", "tie_word_embeddings": True, "head_dim": 64, **sizes(128256, 2048, 8192, 16, 32, 8)},
+        1_235_814_400,
+    ),
+    ("Mistral-7B-v0.1", {"model_type": "mistral", **sizes(32000, 4096, 14336, 32, 32, 8)}, 7_241_732_096),
+    (
+        "Qwen2.5-0.5B",
+        {"model_type": "qwen2", "tie_word_embeddings": True, **sizes(151936, 896, 4864, 24, 14, 2)},
+        494_032_768,
+    ),
+    (
+        "Qwen3-0.6B",
+        {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 128, **sizes(151936, 1024, 3072, 28, 16, 8)},
+        596_049_920,
+    ),
+    ("gemma-2b", {"model_type": "gemma", "head_dim": 256, **sizes(256000, 2048, 16384, 18, 8, 1)}, 2_506_172_416),
+    ("gemma-2-2b", {"model_type": "gemma2", "head_dim": 256, **sizes(256000, 2304, 9216, 26, 8, 4)}, 2_614_341_888),
+    ("gemma-3-1b", {"model_type": "gemma3_text", "head_dim": 256, **sizes(262144, 1152, 6912, 26, 4, 1)}, 999_885_952),
+    ("Phi-3-mini", {"model_type": "phi3", **sizes(32064, 3072, 8192, 32, 32, 32)}, 3_821_079_552),
+    (
+        "gpt2",
+        {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_positions": 1024, "vocab_size": 50257},
+        124_439_808,
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "parameters"), [p[1:] for p in PUBLISHED], ids=[p[0] for p in PUBLISHED])
+def test_published_models_have_the_parameters_that_they_are_known_for(
+    config: dict[str, Any], parameters: int, tmp_path: Path
+) -> None:
+    assert loratool.estimate(write_config(tmp_path, config), 8, "all-linear").parameters == parameters
+
+
 def test_a_shared_head_that_files_hold_twice_is_counted_once(tmp_path: Path) -> None:
     table: Any = np.zeros((10, 4), np.float32)
     tensors: dict[str, Any] = {
@@ -189,7 +232,7 @@ def test_a_shared_head_that_files_hold_twice_is_counted_once(tmp_path: Path) -> 
 
 def test_buffers_of_old_checkpoints_are_no_parameters(tmp_path: Path) -> None:
     """As `openai-community/gpt2` has them: the causal mask, and rotary frequencies of old Llamas."""
-    tensors = {
+    tensors: dict[str, Any] = {
         "h.0.attn.bias": np.zeros((1, 1, 6, 6), np.float32),
         "h.0.attn.masked_bias": np.zeros((), np.float32),
         "h.0.attn.c_attn.bias": np.zeros(12, np.float32),
@@ -364,6 +407,7 @@ WRONG_CONFIGS: list[tuple[str, str]] = [
     (json.dumps({**LLAMA_2_7B, "num_attention_heads": 0}), "no whole numbers"),
     (json.dumps({**LLAMA_2_7B, "intermediate_size": -1}), "no whole numbers"),
     (json.dumps({**LLAMA_2_7B, "num_hidden_layers": 2.5}), "no whole numbers"),
+    (json.dumps({**LLAMA_2_7B, "num_hidden_layers": 10**15}), "or no model's"),
     ('{"peft_type": "LORA", "r": 8}', "this is an adapter's config"),
     ("[]", "a JSON object is wanted"),
     ("{", "no JSON"),

@@ -19,7 +19,7 @@ LONGEST_MODULE = 500  # lines
 # The design's table. A module imports only from rows above its own.
 ROWS = (
     ("errors", "layouts"),
-    ("safefile", "updates"),
+    ("safefile", "updates", "decoders"),
     ("checkpoint", "adapter", "staging"),
     ("formats", "binding", "companions"),
     ("placing",),
@@ -40,7 +40,7 @@ ROW = {module: row for row, modules in enumerate(ROWS) for module in modules}
 # Those that work on headers and names. They never import torch, not even inside a function.
 WITHOUT_TORCH = (
     *("errors", "layouts", "safefile", "checkpoint", "staging", "formats", "binding", "companions", "placing", "tying"),
-    *("vocabulary", "planning", "writing", "inspecting", "estimating", "report", "cli"),
+    *("vocabulary", "planning", "writing", "inspecting", "estimating", "decoders", "report", "cli"),
 )
 
 

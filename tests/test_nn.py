@@ -420,3 +420,16 @@ def test_saving_needs_layers_with_lora_and_a_folder_without_an_adapter(trained: 
         save_adapter(trained, tmp_path / "one")
     assert (tmp_path / "one" / "adapter_config.json").read_text() == before
     assert json.loads(before)["peft_type"] == peft.PeftType.LORA.value
+
+
+def test_the_layer_counts_in_an_encoder_of_torch_once_its_fast_path_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `apply_lora` says of `nn.TransformerEncoderLayer`."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(WIDTH, 2, 24, batch_first=True).eval()
+    x = torch.randn(2, 3, WIDTH)
+    with torch.no_grad():
+        before = encoder(x)
+        randomise(apply_lora(encoder, ["linear1", "linear2"]))
+        monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        assert (encoder(x) - before).abs().max() > 0.01

@@ -15,6 +15,9 @@ INPUT_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
 SANDWICH = (INPUT_NORM, MLP_NORM, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
+MOST_LAYERS = 10_000  # a config is a foreign file: no number in it may keep us for ever
+
+
 @dataclass(frozen=True)
 class Family:
     """What sets one family apart from Llama."""
@@ -73,7 +76,7 @@ def like_llama(family: Family, config: Mapping[str, Any]) -> tuple[Shapes, bool]
     if family.head_norms:
         layer |= {f"self_attn.{norm}.weight": (size,) for norm in ("q_norm", "k_norm")}
     shapes: Shapes = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
-    for number in range(config["num_hidden_layers"]):
+    for number in range(some_layers(config["num_hidden_layers"])):
         shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
     return with_head(shapes, (vocabulary, hidden), config.get("tie_word_embeddings", family.tied))
 
@@ -97,9 +100,15 @@ def gpt2(config: Mapping[str, Any]) -> tuple[Shapes, bool]:
         "transformer.wpe.weight": (config["n_positions"], hidden),
         **{f"transformer.ln_f.{part}": shape for part, shape in norm.items()},
     }
-    for number in range(config["n_layer"]):
+    for number in range(some_layers(config["n_layer"])):
         shapes |= {f"transformer.h.{number}.{name}": shape for name, shape in layer.items()}
     return with_head(shapes, (vocabulary, hidden), config.get("tie_word_embeddings", True))
+
+
+def some_layers(count: int) -> int:
+    if not 0 < count <= MOST_LAYERS:
+        raise ValueError(f"{count} layers are none, or more than {MOST_LAYERS}")
+    return count
 
 
 def with_head(shapes: Shapes, head: tuple[int, int], tied: bool) -> tuple[Shapes, bool]:
@@ -111,7 +120,7 @@ def decoder(family: Family) -> Callable[[Mapping[str, Any]], tuple[Shapes, bool]
 
 
 # Model type → from a config the shapes of all parameters, the head last, and whether the head is the embedding.
-# `KeyError` names a field that is wanted and not there.
+# `KeyError` names a field that is wanted and not there; a number that is none is a `TypeError` or a `ValueError`.
 SHAPES: Mapping[str, Callable[[Mapping[str, Any]], tuple[Shapes, bool]]] = {
     **{name: decoder(family) for name, family in FAMILIES.items()},
     "gpt2": gpt2,
