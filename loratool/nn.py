@@ -45,9 +45,12 @@ class LoRALinear(nn.Module):
         sigma: float | None = None,
     ) -> None:
         super().__init__()
-        if rank < 1 or not 0 < alpha < math.inf or not 0 <= dropout < 1 or not weight.is_floating_point():
-            wanted = "a rank of 1 or more, an alpha above 0, a dropout from 0 to below 1 and a float weight are wanted"
-            raise UsageError(f"rank {rank}, alpha {alpha}, dropout {dropout}, weight {weight.dtype}: {wanted}")
+        matrix = weight.is_floating_point() and weight.dim() == 2
+        if rank < 1 or not 0 < alpha < math.inf or not 0 <= dropout < 1 or not matrix:
+            wanted = "a rank of 1 or more, an alpha above 0, a dropout from 0 to below 1 and a float matrix are wanted"
+            raise UsageError(
+                f"rank {rank}, alpha {alpha}, dropout {dropout}, weight {tuple(weight.shape)} of {weight.dtype}: {wanted}"
+            )
         self.rank, self.alpha, self.rslora = rank, float(alpha), rslora
         self.scale = alpha / (math.sqrt(rank) if rslora else rank)
         self.dropout = nn.Dropout(dropout)
@@ -123,7 +126,8 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None) 
     """
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, LoRALinear)}
     home, one = Path(folder), next(iter(layers.values()), None)
-    if one is None or any(layer.rslora != one.rslora for layer in layers.values()) or peft.recognises(home):
+    there = any((home / name).exists() for name in (peft.CONFIG, peft.WEIGHTS))
+    if one is None or any(layer.rslora != one.rslora for layer in layers.values()) or there:
         wanted = "layers with LoRA, rsLoRA in all of them or in none, and a folder without an adapter are wanted"
         raise UsageError(f"{printable(home)}: {wanted}")
     exact = {path: f"^{re.escape(path)}" for path in layers}  # PEFT takes a name for the end of a path

@@ -339,9 +339,10 @@ def test_settings_that_make_no_layer_are_refused(settings: dict[str, Any], sente
         LoRALinear.from_linear(nn.Linear(WIDTH, OUT), **settings)
 
 
-def test_a_weight_of_whole_numbers_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"weight torch\.int8"):
-        LoRALinear(torch.zeros(OUT, WIDTH, dtype=torch.int8))
+@pytest.mark.parametrize("weight", [torch.zeros(OUT, WIDTH, dtype=torch.int8), torch.zeros(OUT)])
+def test_a_weight_that_is_no_matrix_of_floats_is_refused(weight: Tensor) -> None:
+    with pytest.raises(UsageError, match=r"weight \(7,.*\) of torch\.\w+: .*a float matrix"):
+        LoRALinear(weight)
 
 
 @pytest.mark.parametrize(
