@@ -33,6 +33,7 @@ EXPORTS = {
     "VerificationError": "errors",
     "combine": "combining",
     "compare": "comparing",
+    "estimate": "estimating",
     "inspect": "inspecting",
     "merge": "merging",
     "open_checkpoint": "checkpoint",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from loratool.errors import StorageError as StorageError
     from loratool.errors import UsageError as UsageError
     from loratool.errors import VerificationError as VerificationError
+    from loratool.estimating import estimate as estimate
     from loratool.formats import read_adapter as read_adapter
     from loratool.inspecting import inspect as inspect
     from loratool.merging import MergeReport as MergeReport

@@ -19,7 +19,7 @@ LONGEST_MODULE = 500  # lines
 # The design's table. A module imports only from rows above its own.
 ROWS = (
     ("errors", "layouts"),
-    ("safefile", "updates", "lowrank"),
+    ("safefile", "updates", "lowrank", "decoders"),
     ("methods",),
     ("checkpoint", "adapter", "staging", "appending"),
     ("contents",),
@@ -29,22 +29,36 @@ ROWS = (
     ("tying",),
     ("vocabulary",),
     ("planning",),
-    ("writing", "inspecting"),
+    ("writing", "inspecting", "estimating"),
     ("resources", "computing", "saving"),
     ("engine", "working"),
+    ("differences", "selecting"),
+    ("pairing",),
     ("merging", "rescaling", "resizing", "extracting", "gathering"),
     ("comparing", "recipes"),
     ("combining",),
     ("report", "demo"),
     ("cli",),
     ("__main__",),
+    ("nn",),  # torch code for people who want LoRA itself; nothing imports it
 )
 ROW = {module: row for row, modules in enumerate(ROWS) for module in modules}
 
 # Those that work on headers and names. They never import torch, not even inside a function.
 WITHOUT_TORCH = (
     *("errors", "layouts", "safefile", "checkpoint", "staging", "formats", "binding", "companions", "placing", "tying"),
-    *("vocabulary", "planning", "writing", "inspecting", "report", "cli", "appending", "ranks"),
+    *(
+        "vocabulary",
+        "planning",
+        "writing",
+        "inspecting",
+        "estimating",
+        "decoders",
+        "report",
+        "cli",
+        "appending",
+        "ranks",
+    ),
 )
 
 
@@ -150,8 +164,13 @@ def test_only_the_command_line_loads_a_foreign_package_before_it_is_used() -> No
         and not found.only_types
         and found.name.split(".")[0] not in {*sys.stdlib_module_names, "loratool"}
         and (found.importer, found.name) != ("cli", "click")
+        and found.importer != "nn"  # layers of torch cannot be without torch
     }
     assert foreign == set()
+
+
+def test_nothing_imports_the_layers_of_torch() -> None:
+    assert [str(found) for found in EVERY if found.imported == "nn" and found.importer != "nn"] == []
 
 
 def test_modules_about_headers_and_names_never_import_torch() -> None:
@@ -173,7 +192,9 @@ def test_no_module_is_longer_than_one_can_keep_in_mind(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST_MODULE
 
 
-@pytest.mark.parametrize("module", ["loratool", "loratool.cli", "loratool.planning", "loratool.inspecting"])
+@pytest.mark.parametrize(
+    "module", ["loratool", "loratool.cli", "loratool.planning", "loratool.inspecting", "loratool.estimating"]
+)
 def test_importing_loads_no_heavy_package(module: str) -> None:
     code = f"import sys, {module}; print(*sorted({{'torch', 'numpy', 'huggingface_hub', 'safetensors'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

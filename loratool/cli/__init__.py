@@ -13,6 +13,7 @@ import click
 
 from loratool import __version__
 from loratool.cli.algebra import combine, compare, rescale, resize
+from loratool.cli.estimating import estimate
 from loratool.cli.looking import demo, inspect
 from loratool.cli.merging import merge
 from loratool.errors import LoratoolError, printable
@@ -37,7 +38,7 @@ def cli() -> None:
     """
 
 
-for command in (merge, inspect, rescale, combine, resize, compare, demo):
+for command in (merge, inspect, rescale, combine, resize, compare, estimate, demo):
     cli.add_command(command)
 
 

@@ -1,0 +1,433 @@
+"""What an adapter would have and what training it would take, before there is one: from headers or a config alone."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from loratool.checkpoint import INDEX_SUFFIX, Checkpoint, open_checkpoint, read_small
+from loratool.decoders import SHAPES
+from loratool.errors import FitError, InputError, UsageError, printable
+from loratool.layouts.architectures import OUTPUT_HEADS, PACKED_WEIGHTS
+from loratool.layouts.ties import TIED_BY_DEFAULT
+from loratool.safefile import DTYPE_BITS, FLOAT_NAMES, Layout, strict_json
+from loratool.tying import find_ties, tie_flag
+
+Shape = tuple[int, ...]
+
+ALL_LINEAR = "all-linear"
+DTYPES = {name: dtype for dtype, name in FLOAT_NAMES.items()}  # float32 → F32
+ADAM_BYTES = 8  # of one parameter: two moments in float32 (Kingma and Ba 2015, arXiv:1412.6980)
+# NF4 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314, section 3): 4 bits a weight, 8 bits for each
+# block of 64, and 32 bits for each 256 of those.
+QUANTISED_BITS = 4 + 8 / 64 + 32 / (64 * 256)
+
+EMBEDDINGS = re.compile(r".*embed.*|wte|wpe|shared|relative_attention_bias|position_embeddings")
+HEADS = re.compile(rf"(?:.*\.)?(?:{'|'.join(sorted(OUTPUT_HEADS))}|(?:cls\.predictions|lm_head|predictions)\.decoder)")
+BUFFERS = re.compile(  # kept in checkpoints, and no parameters
+    r"(?:.*\.)?(?:inv_freq|masked_bias|position_ids|token_type_ids|running_mean|running_var|num_batches_tracked)"
+)
+CAUSAL_MASK = re.compile(r"(?:.*\.)?attn\.bias")  # of four dimensions, in old checkpoints of GPT-2
+FACTORS = re.compile(r".*\.lora_(?:[AB]|embedding_[AB]|down|up|a|b)(?:\.|$)")
+EXPERT = re.compile(r"(?:.*\.)?experts\.\d+\.")
+CAUSAL = ("ForCausalLM", "LMHeadModel")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model without its values: what is trained, and what it is trained beside."""
+
+    path: str
+    architecture: str
+    source: Literal["headers", "config"]
+    weights: Mapping[str, Shape]  # every parameter by its tensor's name
+    dtypes: Mapping[str, str]  # and its dtype
+    shared: frozenset[str] = frozenset()  # those that are another one in memory, and counted there
+    stored_bytes: int = 0  # of all tensors that files hold
+    notes: tuple[str, ...] = ()
+
+    @property
+    def counted(self) -> dict[str, Shape]:
+        return {name: shape for name, shape in self.weights.items() if name not in self.shared}
+
+    @property
+    def parameters(self) -> int:
+        return sum(map(elements, self.counted.values()))
+
+    def bytes_of(self, names: Iterable[str]) -> int:
+        return sum(elements(self.weights[name]) * DTYPE_BITS[self.dtypes[name]] // 8 for name in names)
+
+
+@dataclass(frozen=True)
+class TargetEstimate:
+    """Weights of one name and shape that a target chooses."""
+
+    name: str  # the last part of their path
+    shape: Shape  # as the base stores it
+    count: int
+    per_rank: int  # parameters of all their factors together at rank 1; r times as many at rank r
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that training holds for parameters. Activations are not among them."""
+
+    weights: int
+    gradients: int
+    optimizer: int  # AdamW's two moments, float32
+    total: int
+
+
+@dataclass(frozen=True)
+class RankEstimate:
+    """What one rank makes of the targets."""
+
+    rank: int
+    trainable: int  # parameters
+    all_parameters: int  # of base and adapter
+    percent: float  # trainable of all
+    line: str  # the three as PEFT's `print_trainable_parameters` prints them
+    adapter_bytes: int  # of adapter_model.safetensors
+    lora: Memory
+    qlora: Memory
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Parameters, sizes and memory of LoRA on one base."""
+
+    kind: Literal["estimate"] = field(default="estimate", init=False)
+    path: str
+    architecture: str
+    source: Literal["headers", "config"]
+    parameters: int  # of the base
+    bytes: int  # of the base's weights in memory
+    dtypes: Mapping[str, int]  # of the base: dtype → parameters
+    quantisable: int  # parameters that QLoRA holds in 4 bits: all linear weights but the head
+    merged_bytes: int  # tensor data of the merged model, in the base's dtypes
+    dtype: str  # of the adapter
+    targets: tuple[TargetEstimate, ...]
+    per_rank: int  # parameters of the adapter at rank 1
+    ranks: tuple[RankEstimate, ...]
+    full: Memory
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        from loratool.report.estimate import estimate_text
+
+        return estimate_text(self)
+
+
+def estimate(
+    base: str | os.PathLike[str],
+    ranks: int | Sequence[int],
+    targets: str | Iterable[str],
+    *,
+    dtype: str = "float32",
+) -> Estimate:
+    """What LoRA of each of `ranks` on `targets` of `base` has and takes. No tensor is read.
+
+    Args:
+        base: a model's folder or file, or a config.json (or a folder with nothing but one) of a family in
+            `loratool.decoders`.
+        ranks: one rank or several.
+        targets: names as PEFT's `target_modules` takes them, each the end of a module's path, separated by commas
+            where they are one text; `all-linear` for every linear layer but the output head.
+        dtype: of the adapter's parameters, "float32" (as PEFT trains and saves them), "bfloat16" or "float16".
+
+    Memory is, for P parameters of b bytes, P·b for the weights, P·b for the gradients and P·8 for AdamW.
+
+    Raises:
+        UsageError: a rank below 1, no targets, or an unknown dtype.
+        InputError: the base is malformed, quantised, an adapter, or a config of an unknown family.
+        FitError: a target names no weight, or one that is neither a linear layer nor an embedding.
+    """
+    wanted_ranks = tuple(dict.fromkeys([ranks] if isinstance(ranks, int) else ranks))
+    wanted = tuple(dict.fromkeys(name for part in as_list(targets) for name in part.replace(",", " ").split()))
+    if wrong := [rank for rank in wanted_ranks if type(rank) is not int or rank < 1]:
+        raise UsageError(f"rank {', '.join(map(printable, wrong))}: a rank is a whole number from 1 on")
+    if not wanted_ranks or not wanted:
+        raise UsageError("a rank and a target are wanted, such as --rank 8 --target q_proj,v_proj")
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {printable(repr(dtype))} is not one of {', '.join(DTYPES)}")
+    return estimate_base(read_base(Path(base)), wanted_ranks, wanted, dtype)
+
+
+def as_list(values: str | Iterable[str]) -> list[str]:
+    return [values] if isinstance(values, str) else list(values)
+
+
+def estimate_base(base: Base, ranks: Sequence[int], targets: Sequence[str], dtype: str) -> Estimate:
+    chosen = choose(base, targets)
+    linear = [name for name in base.counted if is_linear(name, base.weights[name])]
+    plain = base.counted.keys() - set(linear)
+    weights, per_rank = base.bytes_of(base.counted), sum(map(rank_one, chosen.values()))
+    quantisable = sum(elements(base.weights[name]) for name in linear)
+    quantised = round(quantisable * QUANTISED_BITS / 8) + base.bytes_of(plain)
+    size = DTYPE_BITS[DTYPES[dtype]] // 8
+
+    def at(rank: int) -> RankEstimate:
+        trainable = rank * per_rank
+        everything = base.parameters + trainable
+        percent = 100 * trainable / everything
+        return RankEstimate(
+            rank,
+            trainable,
+            everything,
+            percent,
+            f"trainable params: {trainable:,} || all params: {everything:,} || trainable%: {percent:.4f}",
+            adapter_layout(chosen, rank, DTYPES[dtype]).size,
+            memory(weights, trainable, size),
+            memory(quantised, trainable, size),
+        )
+
+    groups: dict[tuple[str, Shape], list[Shape]] = {}
+    for name, shape in chosen.items():
+        groups.setdefault((leaf(name), shape), []).append(shape)
+    dtypes: Counter[str] = Counter()
+    for name, shape in base.counted.items():
+        dtypes[base.dtypes[name]] += elements(shape)
+    return Estimate(
+        path=base.path,
+        architecture=base.architecture,
+        source=base.source,
+        parameters=base.parameters,
+        bytes=weights,
+        dtypes=dict(dtypes.most_common()),
+        quantisable=quantisable,
+        merged_bytes=base.stored_bytes,
+        dtype=dtype,
+        targets=tuple(
+            TargetEstimate(printable(name), shape, len(members), sum(map(rank_one, members)))
+            for (name, shape), members in groups.items()
+        ),
+        per_rank=per_rank,
+        ranks=tuple(map(at, ranks)),
+        full=full_memory(base.parameters, weights),
+        notes=(*base.notes, *remarks(base, chosen)),
+    )
+
+
+def full_memory(parameters: int, weights: int) -> Memory:
+    """Bytes of training all `parameters`, whose weights take `weights` bytes: as much again for gradients."""
+    states = ADAM_BYTES * parameters
+    return Memory(weights, weights, states, 2 * weights + states)
+
+
+def memory(frozen: int, trainable: int, size: int) -> Memory:
+    """Bytes of training `trainable` parameters of `size` bytes each beside `frozen` bytes of weights."""
+    adapter, states = trainable * size, ADAM_BYTES * trainable
+    return Memory(frozen + adapter, adapter, states, frozen + 2 * adapter + states)
+
+
+def elements(shape: Shape) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def rank_one(shape: Shape) -> int:
+    """Parameters of A (1, in) and B (out, 1); the same for an embedding, and for a weight stored (in, out)."""
+    return sum(shape)
+
+
+def adapter_layout(chosen: Mapping[str, Shape], rank: int, dtype: str) -> Layout:
+    """The head of the file that PEFT would save."""
+    factors: list[tuple[str, str, Shape]] = []
+    for name, (rows, columns) in sorted(chosen.items()):
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        if is_embedding(name):
+            factors.append((f"{module}.lora_embedding_A", dtype, (rank, rows)))
+            factors.append((f"{module}.lora_embedding_B", dtype, (columns, rank)))
+        else:
+            factors.append((f"{module}.lora_A.weight", dtype, (rank, columns)))
+            factors.append((f"{module}.lora_B.weight", dtype, (rows, rank)))
+    return Layout.of(factors, {"format": "pt"})
+
+
+# Which weight is what
+
+
+def leaf(name: str) -> str:
+    """`model.layers.0.self_attn.q_proj.weight` → `q_proj`."""
+    return name.removesuffix(".weight").rpartition(".")[2]
+
+
+def is_matrix(name: str, shape: Shape) -> bool:
+    return name.endswith(".weight") and len(shape) == 2
+
+
+def is_embedding(name: str) -> bool:
+    return EMBEDDINGS.fullmatch(leaf(name)) is not None
+
+
+def is_linear(name: str, shape: Shape) -> bool:
+    """Whether PEFT's `all-linear` means it: a linear layer that is not the output head."""
+    return is_matrix(name, shape) and not is_embedding(name) and not HEADS.fullmatch(name.removesuffix(".weight"))
+
+
+def choose(base: Base, targets: Sequence[str]) -> dict[str, Shape]:
+    """The weights that `targets` name, in the base's order; raises `FitError` telling every one that names none."""
+    found: set[str] = set()
+    problems: list[str] = []
+    matrices = {name: shape for name, shape in base.weights.items() if is_matrix(name, shape)}
+    for target in targets:
+        if target == ALL_LINEAR:
+            named = [name for name, shape in matrices.items() if is_linear(name, shape)]
+        else:
+            named = [name for name in base.weights if f".{name}".endswith(f".{target}.weight")]
+        if odd := [name for name in named if name not in matrices]:
+            problems.append(
+                f"{printable(target)}: {printable(odd[0])} {list(base.weights[odd[0]])} is neither a linear layer nor "
+                "an embedding"
+            )
+        elif not named:
+            names = list(dict.fromkeys(map(leaf, matrices)))
+            near = difflib.get_close_matches(target, names, n=3, cutoff=0.5)
+            told = f"nearest is {', '.join(map(printable, near))}" if near else f"there are {some(names)}"
+            problems.append(f"{printable(target)}: the base has no such weight; {told}")
+        found.update(named)
+    if problems:
+        raise FitError(f"{base.path}: not every target is there:", problems)
+    return {name: shape for name, shape in matrices.items() if name in found}
+
+
+def some(names: Sequence[str]) -> str:
+    return ", ".join(map(printable, names[:12])) + (", …" if len(names) > 12 else "")
+
+
+def remarks(base: Base, chosen: Mapping[str, Shape]) -> list[str]:
+    """What a count from names on disk cannot show."""
+    told = []
+    if saved := {leaf(name) for name in chosen} & {"embed_tokens", "lm_head"}:
+        names = [name for name in chosen if leaf(name) in saved]
+        told.append(
+            f"PEFT saves all of {' and '.join(sorted(saved))} beside the adapter, "
+            f"{sum(elements(base.weights[name]) for name in names):,} parameters more; save_embedding_layers=False does not"
+        )
+    if any(name in base.shared for name in chosen):
+        told.append("the head is the embedding: LoRA on one of them is not on the other")
+    if any(EXPERT.match(name) for name in chosen):
+        told.append("experts are counted as layers of their own, as the files hold them; transformers 5 joins them")
+    return told
+
+
+# Where the shapes come from
+
+
+def read_base(path: Path) -> Base:
+    """The base at `path`, from the headers of its files or from its config alone."""
+    config = path if path.suffix == ".json" and not path.name.endswith(INDEX_SUFFIX) else None
+    if config is None and path.is_dir() and (path / "config.json").is_file() and not any(path.glob("*.safetensors")):
+        config = path / "config.json"
+    return base_of_headers(open_checkpoint(path), path) if config is None else base_of_config(config)
+
+
+def base_of_headers(checkpoint: Checkpoint, path: Path) -> Base:
+    held = checkpoint.tensors
+    if any(FACTORS.match(name) for name in held):
+        raise InputError(f"{printable(path)}: this is an adapter; BASE is the model that one is trained on")
+    packed = [
+        name
+        for name, info in held.items()
+        if name.rpartition(".")[2] in PACKED_WEIGHTS or (is_matrix(name, info.shape) and info.dtype not in FLOAT_NAMES)
+    ]
+    if packed:
+        raise InputError(
+            f"{printable(path)}: quantised ({printable(packed[0])} is {held[packed[0]].dtype}), so its shapes are not "
+            "those of its weights; give the model that it was made from, or its config.json"
+        )
+    tensors = {name: t for name, t in held.items() if t.dtype in FLOAT_NAMES and not is_buffer(name, t.shape)}
+    shapes = {name: info.shape for name, info in tensors.items()}
+    dtypes = {name: info.dtype for name, info in tensors.items()}
+    ties = find_ties(checkpoint, ())
+    tied = ties.flag if ties.flag is not None else checkpoint.model_type in TIED_BY_DEFAULT
+    shared: set[str] = set()
+    for group in ties.groups:
+        first, *others = group.names
+        for name in others:
+            if (name in group.missing and ties.flag is not False) or (name in shapes and tied):
+                shapes.setdefault(name, shapes[first])
+                dtypes.setdefault(name, dtypes[first])
+                shared.add(name)
+    return Base(
+        printable(path),
+        named(checkpoint.architectures, checkpoint.model_type),
+        "headers",
+        shapes,
+        dtypes,
+        frozenset(shared),
+        sum(info.nbytes for info in checkpoint.tensors.values()),
+        checkpoint.notes,
+    )
+
+
+def is_buffer(name: str, shape: Shape) -> bool:
+    return BUFFERS.fullmatch(name) is not None or (len(shape) == 4 and CAUSAL_MASK.fullmatch(name) is not None)
+
+
+def named(architectures: Iterable[str], model_type: str) -> str:
+    return ", ".join(map(printable, architectures)) or printable(model_type)
+
+
+def base_of_config(path: Path) -> Base:
+    """The shapes that a config of a known family stands for; raises `InputError` for any other."""
+    shown = printable(path)
+    try:
+        config = strict_json(read_small(path))
+    except ValueError as error:
+        raise InputError(f"{shown}: {error}") from None
+    if {"peft_type", "lora_alpha"} & config.keys():
+        raise InputError(f"{shown}: this is an adapter's config; BASE is the model that one is trained on")
+    model_type = config.get("model_type")
+    way_out = "give the folder with the weights, of which only the headers are read"
+    if not isinstance(model_type, str) or model_type not in SHAPES:
+        raise InputError(
+            f"{shown}: shapes are not worked out for model type {printable(repr(model_type))}, only for "
+            f"{', '.join(sorted(SHAPES))}; {way_out}"
+        )
+    classes = [name for name in as_list(config.get("architectures") or []) if isinstance(name, str)]
+    if classes and not any(name.endswith(CAUSAL) for name in classes):
+        raise InputError(
+            f"{shown}: shapes are worked out for causal language models, not for {some(classes)}; {way_out}"
+        )
+    shapes, tied = shapes_of(shown, model_type, config)
+    dtype, notes = config.get("dtype") or config.get("torch_dtype"), ["from the config alone"]
+    if dtype not in DTYPES:
+        dtype = "bfloat16"
+        notes.append("the config names no float dtype; bfloat16 is taken")
+    *_, head = shapes
+    shared = frozenset([head] if tied else [])
+    stored = sum(elements(shape) for name, shape in shapes.items() if name not in shared)
+    return Base(
+        shown,
+        named(classes, model_type),
+        "config",
+        shapes,
+        dict.fromkeys(shapes, DTYPES[dtype]),
+        shared,
+        stored * DTYPE_BITS[DTYPES[dtype]] // 8,
+        tuple(notes),
+    )
+
+
+def shapes_of(shown: str, model_type: str, config: Mapping[str, Any]) -> tuple[dict[str, Shape], bool]:
+    """Name → shape of every parameter, the head last, and whether the head is the embedding."""
+    try:
+        shapes, tied = SHAPES[model_type](config)
+        sound = all(type(size) is int and size > 0 for shape in shapes.values() for size in shape)
+    except KeyError as error:
+        raise InputError(f"{shown}: {error.args[0]} is missing") from None
+    except (TypeError, ValueError, ZeroDivisionError):
+        sound = False
+    if not sound:
+        raise InputError(f"{shown}: its sizes are no whole numbers from 1 on, or no model's")
+    flag = tie_flag(config)
+    return shapes, tied if flag is None else flag

@@ -1,0 +1,179 @@
+"""LoRA from its formula, to see how it works and for small experiments: y = W₀x + s·B(Ax), s = α/r.
+
+Hu et al. 2021, arXiv:2106.09685, section 4.1; s = α/√r is rsLoRA, Kalajdzievski 2023, arXiv:2312.03732.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loratool.adapter import load_update
+from loratool.errors import FitError, InputError, UsageError, printable
+from loratool.formats import peft, read_adapter
+from loratool.updates import LowRank
+
+
+class LoRALinear(nn.Module):
+    """A weight W₀ (out, in) that stays as it is, beside a product B A that is trained.
+
+    y (…, out) = x W₀ᵀ + bias + s · dropout(x) Aᵀ Bᵀ for x (…, in). A is drawn from N(0, `sigma`²) or, without `sigma`,
+    from Kaiming's uniform distribution as in PEFT; B is zero, so that training starts from W₀. A and B are float32 or
+    wider. Raises `UsageError` for a rank below 1 and what else cannot be meant.
+    """
+
+    unmerged: Tensor | None  # W₀ while the weight is W₀ + s·BA
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        rank: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        sigma: float | None = None,
+    ) -> None:
+        super().__init__()
+        matrix = weight.is_floating_point() and weight.dim() == 2
+        if rank < 1 or not 0 < alpha < math.inf or not 0 <= dropout < 1 or not matrix:
+            wanted = "a rank of 1 or more, an alpha above 0, a dropout from 0 to below 1 and a float matrix are wanted"
+            raise UsageError(
+                f"rank {rank}, alpha {alpha}, dropout {dropout}, weight {tuple(weight.shape)} of {weight.dtype}: {wanted}"
+            )
+        self.rank, self.alpha, self.rslora = rank, float(alpha), rslora
+        self.scale = alpha / (math.sqrt(rank) if rslora else rank)
+        self.dropout = nn.Dropout(dropout)
+        self.weight = nn.Parameter(weight.data, requires_grad=False)  # (out, in)
+        self.bias = None if bias is None else nn.Parameter(bias.data, requires_grad=False)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        self.lora_A = nn.Parameter(weight.new_empty(rank, weight.shape[1], dtype=wide))  # (r, in)
+        self.lora_B = nn.Parameter(weight.new_zeros(weight.shape[0], rank, dtype=wide))  # (out, r)
+        if sigma is None:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        else:
+            nn.init.normal_(self.lora_A, std=sigma)
+        self.register_buffer("unmerged", None, persistent=False)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, **settings: Any) -> LoRALinear:
+        """LoRA on the weight of `linear`, which is shared, not copied. `settings` are those of `LoRALinear`."""
+        return cls(linear.weight, linear.bias, **settings)
+
+    def forward(self, x: Tensor) -> Tensor:  # (…, in) → (…, out)
+        y = functional.linear(x, self.weight, self.bias)
+        if self.unmerged is not None:
+            return y
+        inner = functional.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)  # (…, r)
+        return (y + self.scale * functional.linear(inner, self.lora_B)).to(y.dtype)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Make W₀ + s·BA the weight, rounded once. W₀ is kept beside it, so memory for one more weight is taken."""
+        if self.unmerged is None:
+            self.unmerged = self.weight.data
+            self.weight.data = (self.unmerged + self.scale * (self.lora_B @ self.lora_A)).to(self.weight.dtype)
+
+    def unmerge(self) -> None:
+        """Make W₀ the weight again: the one that was kept, for taking s·BA away would leave a rounding error."""
+        if self.unmerged is not None:
+            self.weight.data, self.unmerged = self.unmerged, None
+
+
+def apply_lora(model: nn.Module, targets: str | Iterable[str], **settings: Any) -> dict[str, LoRALinear]:
+    """Freeze `model`, and put a `LoRALinear` in the place of each `nn.Linear` whose path is a target or ends in one.
+
+    `settings` are those of `LoRALinear`. Returns the new layers by path. Raises `UsageError` for targets that name no
+    such layer. `nn.TransformerEncoderLayer` reads weights past its layers when it does not train; after
+    `torch.backends.mha.set_fastpath_enabled(False)` it does not.
+    """
+    wanted, linears = [targets] if isinstance(targets, str) else list(targets), linears_of(model)
+    found = {target: [path for path in linears if f".{path}".endswith(f".{target}")] for target in wanted}
+    names = sorted({path.rpartition(".")[2] for path in linears})
+    near = {target: get_close_matches(target, names) or names[:9] for target in wanted if not found[target]}
+    if near or not wanted:
+        problems = (f"{printable(t)}: nearest are {', '.join(map(printable, n))}" for t, n in near.items())
+        raise UsageError("targets are wanted, each the name of an nn.Linear of the model:", problems)
+    return put(model, {p: LoRALinear.from_linear(linears[p], **settings) for each in found.values() for p in each})
+
+
+def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
+    return {path: layer for path, layer in model.named_modules() if path and type(layer) is nn.Linear}
+
+
+def put(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, LoRALinear]:
+    model.requires_grad_(False)
+    for path, layer in layers.items():
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, layer)
+    return layers
+
+
+def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None) -> None:
+    """Write the model's LoRA as PEFT does; `base` is the name or path of the model without it.
+
+    Raises `UsageError` where the model has no LoRA, or the folder has an adapter.
+    """
+    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+    home, one = Path(folder), next(iter(layers.values()), None)
+    there = any((home / name).exists() for name in (peft.CONFIG, peft.WEIGHTS))
+    if one is None or any(layer.rslora != one.rslora for layer in layers.values()) or there:
+        wanted = "layers with LoRA, rsLoRA in all of them or in none, and a folder without an adapter are wanted"
+        raise UsageError(f"{printable(home)}: {wanted}")
+    exact = {path: f"^{re.escape(path)}" for path in layers}  # PEFT takes a name for the end of a path
+    tails = any(p.endswith(f".{path}") for path in layers for p, _ in model.named_modules() if p not in layers)
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base,
+        "target_modules": "|".join(exact.values()) if tails else list(layers),
+        "r": one.rank,
+        "lora_alpha": one.alpha,
+        "use_rslora": one.rslora,
+        "lora_dropout": one.dropout.p,
+        "rank_pattern": {exact[path]: layer.rank for path, layer in layers.items() if layer.rank != one.rank},
+        "alpha_pattern": {exact[path]: layer.alpha for path, layer in layers.items() if layer.alpha != one.alpha},
+        "inference_mode": True,
+    }
+    factors = {f"{path}.{key}": getattr(layer, key) for path, layer in layers.items() for key in ("lora_A", "lora_B")}
+    tensors = {f"base_model.model.{key}.weight": t.detach().cpu().contiguous() for key, t in factors.items()}
+    home.mkdir(parents=True, exist_ok=True)
+    (home / peft.WEIGHTS).write_bytes(save(tensors, {"format": "pt"}))
+    (home / peft.CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, LoRALinear]:
+    """Freeze `model` and give it the LoRA in `folder`, as PEFT or `save_adapter` wrote it. Returns its layers by path.
+
+    Raises `InputError` for what is more than LoRA of linear layers, `FitError` for layers that the model has not so.
+    """
+    adapter, linears = read_adapter(folder), linears_of(model)
+    updates = {target.removesuffix(".weight"): update for target, update in adapter.updates.items()}
+    more = [path for path, update in updates.items() if type(update) is not LowRank or not update.turnable]
+    if more or adapter.unsupported or adapter.unused:
+        others = map(printable, (*adapter.unsupported, *adapter.unused, *more))
+        raise InputError(f"{printable(folder)}: holds more than LoRA of linear layers:", others)
+    shapes = {path: tuple(linear.weight.shape) for path, linear in linears.items()}
+    if wrong := [path for path, update in updates.items() if update.shape != shapes.get(path)]:
+        found = {path: shapes.get(path, "not there") for path in wrong}
+        problems = (f"{printable(p)}: update is {updates[p].shape}, nn.Linear is {found[p]}" for p in wrong)
+        raise FitError(f"{printable(folder)}: does not fit this model:", problems)
+    dropout, rslora = adapter.config.get("lora_dropout") or 0.0, adapter.config.get("use_rslora") is True
+    layers: dict[str, LoRALinear] = {}
+    for path, stored in updates.items():
+        update = cast("LowRank", load_update(stored, torch.device("cpu"), torch.float32))
+        alpha = update.scale * (math.sqrt(update.rank) if rslora else update.rank)
+        layers[path] = LoRALinear.from_linear(
+            linears[path], rank=update.rank, alpha=alpha, dropout=dropout, rslora=rslora
+        )
+        layers[path].load_state_dict({"lora_A": update.down, "lora_B": update.up}, strict=False)
+    return put(model, layers)

@@ -1,0 +1,90 @@
+"""An estimate as text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loratool.report import aligned, size
+
+if TYPE_CHECKING:
+    from loratool.estimating import Estimate, Memory
+
+SHOWN_RANKS = (8, 128)  # between which growth is shown where only one rank is asked for
+
+
+def estimate_text(result: Estimate) -> str:
+    """What LoRA on a base would have and take, for people."""
+    dtypes = ", ".join(result.dtypes)
+    rows: list[tuple[str, object]] = [
+        ("base", result.path),
+        ("architecture", result.architecture or "not named"),
+        ("parameters", f"{result.parameters:,} in {dtypes}, {size(result.bytes)}"),
+        *(("target", target_line(t.name, t.shape, t.count, t.per_rank)) for t in result.targets),
+        ("growth", growth(result)),
+        *(("note", note) for note in result.notes),
+    ]
+    lines = [one.line for one in result.ranks]
+    return "\n\n".join([aligned(rows), "\n".join(lines), table(side_by_side(result)), memory_text(result)])
+
+
+def target_line(name: str, shape: tuple[int, ...], count: int, per_rank: int) -> str:
+    rows, columns = shape
+    return f"{name}: {rows}×{columns} ×{count}, r·({rows} + {columns})·{count} = {per_rank:,}·r"
+
+
+def growth(result: Estimate) -> str:
+    ranks = sorted(one.rank for one in result.ranks)
+    low, high = (ranks[0], ranks[-1]) if len(ranks) > 1 else SHOWN_RANKS
+    return f"{result.per_rank:,}·r in all, so that r = {low} → {high} is {high / low:.4g}×"
+
+
+def side_by_side(result: Estimate) -> list[list[str]]:
+    """One column for each rank."""
+    ranks = result.ranks
+    return [
+        ["", *(f"r = {one.rank}" for one in ranks)],
+        ["trainable", *(f"{one.trainable:,}" for one in ranks)],
+        ["of all parameters", *(f"{one.percent:.4f} %" for one in ranks)],
+        [f"adapter, {result.dtype}", *(size(one.adapter_bytes) for one in ranks)],
+        ["merged model", *(size(result.merged_bytes) for _ in ranks)],
+        ["training with LoRA", *(size(one.lora.total) for one in ranks)],
+        ["training with QLoRA", *(size(one.qlora.total) for one in ranks)],
+        ["full fine-tuning", *(size(result.full.total) for _ in ranks)],
+    ]
+
+
+def table(rows: list[list[str]]) -> str:
+    """Cells in columns, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )
+
+
+def memory_text(result: Estimate) -> str:
+    """Where each kind of training spends its memory, with the formula."""
+    from loratool.estimating import ADAM_BYTES, DTYPES, QUANTISED_BITS
+    from loratool.safefile import DTYPE_BITS
+
+    each = f"{result.bytes / result.parameters:.3g}"
+    small = DTYPE_BITS[DTYPES[result.dtype]] // 8
+    trained = f"T·{small}) + T·{small} + T·{ADAM_BYTES}"
+    rows: list[tuple[str, object]] = [
+        ("full fine-tuning", f"P·{each} + P·{each} + P·{ADAM_BYTES} = {sum_of(result.full)}"),
+        ("LoRA", f"(P·{each} + {trained}"),
+        *((f"  r = {one.rank}", sum_of(one.lora)) for one in result.ranks),
+        ("QLoRA", f"(Q·{QUANTISED_BITS / 8:.3f} + (P − Q)·{each} + {trained}"),
+        *((f"  r = {one.rank}", sum_of(one.qlora)) for one in result.ranks),
+        ("P", f"{result.parameters:,} parameters of the base"),
+        ("Q", f"{result.quantisable:,} of them, those of linear layers, in 4 bits"),
+        ("T", "parameters that LoRA trains"),
+    ]
+    return "memory: weights + gradients + the two moments of AdamW; activations come on top\n" + aligned(rows)
+
+
+def sum_of(memory: Memory) -> str:
+    """`14.00 + 14.00 + 56.00 = 84.00 GB`."""
+    unit, scale = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6)) if memory.total >= s), ("kB", 1e3))
+    parts = " + ".join(f"{part / scale:.2f}" for part in (memory.weights, memory.gradients, memory.optimizer))
+    return f"{parts} = {memory.total / scale:.2f} {unit}"
