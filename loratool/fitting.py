@@ -114,12 +114,14 @@ def count_parameters(adapter: Adapter, in_base: set[str]) -> tuple[int, int]:
     PEFT trains a copy of what `modules_to_save` names, beside the module itself; biases it trains in place.
     """
     trainable = more = 0
+    seen: set[str] = set()  # the tensors of a module are sources of all its updates
     for target, update in adapter.updates.items():
         tensors = [
             adapter.file.tensors[name]
             for name in adapter.sources.get(target, ())
-            if not any(f".{buffer}" in name or name.startswith(buffer) for buffer in BUFFERS)
+            if name not in seen and not any(f".{buffer}" in name or name.startswith(buffer) for buffer in BUFFERS)
         ]
+        seen.update(adapter.sources.get(target, ()))
         size = sum(info.elements for info in tensors if info.dtype in FLOAT_NAMES)
         if not isinstance(update, Replace) or is_trained_copy(adapter, target):
             trainable += size

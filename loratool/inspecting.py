@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +18,7 @@ from loratool.formats import Foreign, find_foreign, looks_foreign, peft
 from loratool.formats.peft import support
 from loratool.health import Finding, examine, tell_unreadable
 from loratool.safefile import strict_json
-from loratool.updates import LowRank, Replace, ReplaceRows
+from loratool.updates import Add, LowRank, Replace, ReplaceRows
 
 if TYPE_CHECKING:
     from loratool.adapter import Adapter
@@ -298,6 +299,8 @@ def module_facts(
     adapter: Adapter, target: str, update: Update, layer: Layer | None, rslora: bool, fit: Fit | None
 ) -> ModuleFacts:
     names = adapter.sources.get(target, ())
+    if len(names) > 1:  # all of a module, and lora_B.bias is another update than its factors
+        names = tuple(name for name in names if name.endswith(".bias") == isinstance(update, Add))
     shape: tuple[int, ...] | None = update.shape if all(size > 0 for size in update.shape) else None
     if layer is not None:
         shape = (layer.experts, layer.rows, layer.columns) if layer.experts > 1 else (layer.rows, layer.columns)
@@ -455,7 +458,8 @@ def leaf(name: str) -> str:
 def numbers(value: object) -> dict[str, float]:
     """A pattern field of the config as far as it is one."""
     table = value if isinstance(value, Mapping) else {}
-    return {printable(k): v for k, v in table.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    known = {k: v for k, v in table.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    return {printable(k): v for k, v in known.items() if math.isfinite(v)}
 
 
 def texts(value: object) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from loratool.errors import printable
 from loratool.lowrank import singular_values
 from loratool.ranks import RankRule
 from loratool.saving import factor_tensors, torch_dtype
+from loratool.updates import Add
 from loratool.weighing import Weighed, weigh
 from loratool.working import Session, session
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 ENERGIES = (0.90, 0.95, 0.99)  # parts of ‖ΔW‖² that ranks are told for
 DEAD = 1e-6  # a component whose singular value is less than this part of the largest one
+ROUNDING = 1e-12  # one that is nothing but rounding
 UNKNOWN = ("norm", "spectral", "stable_rank", "entropy_rank", "condition", "energy_ranks", "dead", "balance")
 SPECTRUM = 1024  # singular values of a module that a report keeps
 
@@ -41,7 +43,7 @@ class Measured:
     spectral: float | None  # the largest singular value
     stable_rank: float | None  # ‖ΔW‖² / σ₁²; None for a zero update, as all ranks
     entropy_rank: float | None  # exp(−Σ p ln p), p = σ/Σσ (Roy and Vetterli 2007)
-    condition: float | None  # σ₁ / σ_r; None where σ_r is 0
+    condition: float | None  # σ₁ / σ_r; None where σ_r is nothing but rounding
     energy_ranks: tuple[int, ...] | None  # the smallest ranks that keep 90, 95 and 99 % of ‖ΔW‖²
     dead: int | None  # components below 1e-6 of σ₁
     zero_rows: int  # of A
@@ -93,7 +95,7 @@ def measure(
     for target, update in adapter.updates.items():
         if layer := layer_of(target, update):
             layers[target] = layer
-        elif not update.replaces:
+        elif not update.replaces and not isinstance(update, Add) and target not in adapter.optional:
             skipped[target] = f"{type(update).__name__}: no product of two factors"
     found: list[Measured] = []
     energies: dict[str, list[float]] = {}
@@ -169,7 +171,7 @@ def describe(spectra: Tensor, squares: Sequence[float], rank: int) -> dict[str, 
         "spectral": largest,
         "stable_rank": float((live.square().sum(1) / live[:, 0].square()).mean()),
         "entropy_rank": float(torch_entropy(live).exp().mean()),
-        "condition": largest / smallest if smallest > 0 else None,
+        "condition": largest / smallest if smallest > ROUNDING * largest else None,
         "energy_ranks": tuple(RankRule("energy", part).enough(squares) for part in ENERGIES),
         "dead": rank - min(int((each > DEAD * each[0]).sum()) for each in spectra),
     }

@@ -44,7 +44,7 @@ class Weighed:
 
 
 def weigh(target_norm: float, places: Sequence[Place], base: Checkpoint, device: torch.device) -> Weighed | None:
-    """Measure an update of a Frobenius norm where it lands; None where no file holds that weight as floats.
+    """Measure an update of a Frobenius norm where it lands; None where no file holds that weight as finite floats.
 
     Every byte of the weight is read once for the norms; rounding is tried on evenly spread rows.
     """
@@ -64,6 +64,8 @@ def weigh(target_norm: float, places: Sequence[Place], base: Checkpoint, device:
         squared += sums
         core = core + part
         rounding.try_on(place, matrix, device, SAMPLED_ENTRIES // len(places))
+    if not math.isfinite(squared):
+        return None
     projected = float(core.square().sum()) if basis is not None else 0.0
     return Weighed(
         tensor=printable(places[0].tensor),
@@ -73,7 +75,7 @@ def weigh(target_norm: float, places: Sequence[Place], base: Checkpoint, device:
         ratio=target_norm / math.sqrt(squared) if squared else None,
         amplification=target_norm / math.sqrt(projected) if projected else None,
         unchanged=rounding.same / rounding.changed if rounding.changed else None,
-        gain=rounding.product / rounding.squared if rounding.squared else None,
+        gain=rounding.gain,
         sampled_rows=rounding.rows,
     )
 
@@ -138,6 +140,11 @@ class Rounding:
     same: int = 0  # of those, the ones that are as before
     product: float = 0.0  # ⟨rounded − W0, ΔW⟩
     squared: float = 0.0  # ‖ΔW‖²
+
+    @property
+    def gain(self) -> float | None:
+        """The part of ΔW that comes through; None where ΔW is zero, or the sum leaves the dtype's range."""
+        return self.product / self.squared if self.squared and math.isfinite(self.product) else None
 
     def try_on(self, place: Place, matrix: StoredTensor, device: torch.device, entries: int) -> None:
         """Round some rows of a place, in the float32 arithmetic of a merge."""

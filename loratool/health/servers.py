@@ -173,7 +173,7 @@ def sglang(served: Served) -> Iterator[Finding]:
             yield note(
                 "sglang-fused",
                 f"SGLang fuses {', '.join(together)}; older releases fail where one of them has no factors "
-                f"({', '.join(sorted(lacking))} has none)",
+                f"(here {', '.join(sorted(lacking))})",
                 served.merge,
             )
     if served.patterned:
