@@ -17,7 +17,9 @@ __version__ = "0.1.0"
 
 EXPORTS = {
     "Adapter": "adapter",
+    "AdapterFacts": "inspecting",
     "Checkpoint": "checkpoint",
+    "CheckpointFacts": "inspecting",
     "CombineReport": "combining",
     "CompareReport": "comparing",
     "FitError": "errors",
@@ -34,6 +36,7 @@ EXPORTS = {
     "combine": "combining",
     "compare": "comparing",
     "estimate": "estimating",
+    "html_page": "report.page",
     "inspect": "inspecting",
     "merge": "merging",
     "open_checkpoint": "checkpoint",
@@ -62,12 +65,15 @@ if TYPE_CHECKING:
     from loratool.errors import VerificationError as VerificationError
     from loratool.estimating import estimate as estimate
     from loratool.formats import read_adapter as read_adapter
+    from loratool.inspecting import AdapterFacts as AdapterFacts
+    from loratool.inspecting import CheckpointFacts as CheckpointFacts
     from loratool.inspecting import inspect as inspect
     from loratool.merging import MergeReport as MergeReport
     from loratool.merging import merge as merge
     from loratool.merging import plan as plan
     from loratool.planning import MergePlan as MergePlan
     from loratool.planning import plan_merge as plan_merge
+    from loratool.report.page import html_page as html_page
     from loratool.rescaling import RescaleReport as RescaleReport
     from loratool.rescaling import rescale as rescale
     from loratool.resizing import ResizeReport as ResizeReport

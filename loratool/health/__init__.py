@@ -89,7 +89,7 @@ def look_at_names(adapter: Adapter, path: Path) -> Iterator[Finding]:
             "problem",
             "wrapper-prefix",
             f"names hold what a wrapper of training put there ({', '.join(words)}), so PEFT finds no module for "
-            f"{some(wrapped, 'tensors')}, and loads nothing of them without an error",
+            f"{some(wrapped)}, and loads nothing of them without an error",
             command("rescale", path, "--bake"),
             tuple(map(printable, wrapped)),
         )
@@ -97,7 +97,7 @@ def look_at_names(adapter: Adapter, path: Path) -> Iterator[Finding]:
         yield Finding(
             "problem",
             "unknown-tensor",
-            f"no rule gives {some(adapter.unused, 'tensors')} a place",
+            f"no rule gives a place to {some(adapter.unused)}",
             "",
             tuple(map(printable, adapter.unused)),
         )

@@ -24,11 +24,10 @@ class Finding:
     where: tuple[str, ...] = ()  # targets or tensors
 
 
-def some(names: Sequence[str], what: str = "") -> str:
-    """`a, b, c and 4 more`, with the number and the word for them first."""
+def some(names: Sequence[str]) -> str:
+    """`a, b, c and 4 more`."""
     shown = ", ".join(map(printable, names[:MOST_NAMED]))
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return f"{len(names)} {what}: {shown}{more}" if what else f"{shown}{more}"
+    return shown + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
 
 
 def command(verb: str, path: Path, options: str = "", out: str = "OUT") -> str:

@@ -94,7 +94,7 @@ def look_at_values(adapter: Adapter, path: Path) -> Iterator[Finding]:
         yield Finding(
             "problem",
             "not-finite",
-            some(broken, "tensors hold NaN or infinite values"),
+            f"NaN or infinite values in {some(broken)}",
             "take an earlier checkpoint of the training; what the values were is lost",
             tuple(map(printable, broken)),
         )
@@ -122,7 +122,7 @@ def look_at_training(adapter: Adapter, scans: dict[str, Scan]) -> Iterator[Findi
         return
     where = tuple(map(printable, idle))
     if len(idle) < len(products):
-        message = f"of {len(products)} modules {some(idle, 'have an update that is zero')}: they got no gradient"
+        message = f"the update is zero in {len(idle)} of {len(products)} modules, which got no gradient: {some(idle)}"
         yield Finding("note", "partly-untrained", message, "", where)
         return
     beside = any(isinstance(update, (Replace, ReplaceRows)) for update in adapter.updates.values())
@@ -156,7 +156,7 @@ def look_at_ranges(adapter: Adapter, scans: dict[str, Scan], path: Path) -> Iter
         yield Finding(
             "problem",
             "float16-overflow",
-            f"{some(large, 'tensors')} reach {most:.3g}, which is infinite in float16 (65504 at most)",
+            f"values reach {most:.3g}, which is infinite in float16 (65504 at most), in {some(large)}",
             balance,
             tuple(map(printable, large)),
         )
@@ -166,8 +166,8 @@ def look_at_ranges(adapter: Adapter, scans: dict[str, Scan], path: Path) -> Iter
         yield Finding(
             "note",
             "subnormal",
-            f"{some(small, f'tensors hold subnormal values of {dtypes}')} (up to {100 * share:.0f} % of one): these have "
-            "fewer digits, and some hardware takes them for 0",
+            f"subnormal values of {dtypes}, up to {100 * share:.0f} % of a tensor, in {some(small)}: they have fewer "
+            "digits, and some hardware takes them for 0",
             balance,
             tuple(map(printable, small)),
         )

@@ -107,7 +107,7 @@ def vllm(served: Served) -> Iterator[Finding]:
         yield note(
             "vllm-rank",
             f"vLLM serves ranks up to {VLLM_RANKS[-1]}, this has {largest}",
-            command("resize", served.path, f"--rank {VLLM_RANKS[-1]}"),
+            command("resize", served.path, f"--rank {VLLM_RANKS[-1]} --uniform"),
         )
     elif largest > VLLM_DEFAULT:
         enough = next(rank for rank in VLLM_RANKS if rank >= largest)
@@ -115,7 +115,7 @@ def vllm(served: Served) -> Iterator[Finding]:
             "vllm-rank",
             f"vLLM refuses rank {largest} unless it is started with --max-lora-rank {enough}; its default is "
             f"{VLLM_DEFAULT}, its choices {', '.join(map(str, VLLM_RANKS))}",
-            command("resize", served.path, f"--rank {VLLM_DEFAULT}"),
+            command("resize", served.path, f"--rank {VLLM_DEFAULT} --uniform"),
         )
     if len(served.ranks) > 1 or served.patterned or config.get("rank_pattern"):
         yield note(
@@ -173,7 +173,7 @@ def sglang(served: Served) -> Iterator[Finding]:
             yield note(
                 "sglang-fused",
                 f"SGLang fuses {', '.join(together)}; older releases fail where one of them has no factors "
-                f"(here {', '.join(sorted(lacking))})",
+                f"(here {' and '.join(sorted(lacking))})",
                 served.merge,
             )
     if served.patterned:
