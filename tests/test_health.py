@@ -222,7 +222,7 @@ CASES: dict[str, Case] = {
     ),
     "servers-base-moved": Case(config={"init_lora_weights": "pissa"}, level="note", told="original base"),
     "sglang-fused": Case(
-        lambda tensors: [tensors.pop(name) for name in list(tensors) if "k_proj" in name and "layers.1" in name],  # type: ignore[arg-type, return-value]
+        lambda tensors: [tensors.pop(name) for name in list(tensors) if "k_proj" in name and "layers.1" in name],  # type: ignore[arg-type]
         {},
         "note",
         r"older releases fail .* \(here k_proj\)",
@@ -318,7 +318,7 @@ def both(folder: Path) -> None:
     bad_config(folder)
 
 
-UNREADABLE = {
+UNREADABLE: dict[Callable[[Path], None], str] = {
     no_config: "adapter_config.json",
     bad_config: "no JSON",
     pointer: "git-lfs pointer",

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real-adapters"
-SCHEMA = jsonschema.Draft202012Validator(json.loads((ROOT / "docs" / "inspect.schema.json").read_text("utf-8")))
+DESCRIBED: dict[str, Any] = json.loads((ROOT / "docs" / "inspect.schema.json").read_text("utf-8"))
+SCHEMA = jsonschema.Draft202012Validator(DESCRIBED)
 PREFIX = "base_model.model."
 
 
@@ -453,8 +454,9 @@ def test_the_schema_forbids_fields_that_it_does_not_describe() -> None:
             for value in node.values():
                 check(value)
 
-    check(SCHEMA.schema)
-    described = SCHEMA.schema["$defs"]
+    jsonschema.Draft202012Validator.check_schema(DESCRIBED)
+    check(DESCRIBED)
+    described = DESCRIBED["$defs"]
     for name, kind in (("adapter", AdapterFacts), ("checkpoint", CheckpointFacts), ("measured", Measured)):
         assert set(described[name]["properties"]) == set(kind.__dataclass_fields__)
 
