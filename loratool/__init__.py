@@ -20,6 +20,7 @@ EXPORTS = {
     "Checkpoint": "checkpoint",
     "CombineReport": "combining",
     "CompareReport": "comparing",
+    "ExtractReport": "extracting",
     "FitError": "errors",
     "HubError": "errors",
     "InputError": "errors",
@@ -34,6 +35,7 @@ EXPORTS = {
     "combine": "combining",
     "compare": "comparing",
     "estimate": "estimating",
+    "extract": "extracting",
     "inspect": "inspecting",
     "merge": "merging",
     "open_checkpoint": "checkpoint",
@@ -61,6 +63,8 @@ if TYPE_CHECKING:
     from loratool.errors import UsageError as UsageError
     from loratool.errors import VerificationError as VerificationError
     from loratool.estimating import estimate as estimate
+    from loratool.extracting import ExtractReport as ExtractReport
+    from loratool.extracting import extract as extract
     from loratool.formats import read_adapter as read_adapter
     from loratool.inspecting import inspect as inspect
     from loratool.merging import MergeReport as MergeReport

@@ -254,7 +254,9 @@ class Sorter:
         """Give a tensor that differs a place: an update, a bias, or its module saved whole."""
         module, _, parameter = name.rpartition(".")
         heads = TASK_HEADS.get(self.found.task or "", frozenset())
-        if one is None or one.shape != two.shape or not heads.isdisjoint(module.split(".")):
+        if head := next((part for part in module.split(".") if part in heads), ""):
+            self.whole.add(f"{module[: f'.{module}.'.index(f'.{head}.')]}{head}")
+        elif one is None or one.shape != two.shape:
             self.whole.add(module)
         elif change := self.change(name, one, two):
             self.found.changes[name] = change
