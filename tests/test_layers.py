@@ -32,8 +32,6 @@ ROWS = (
     ("writing", "inspecting", "estimating"),
     ("resources", "computing", "saving"),
     ("engine", "working"),
-    ("differences", "selecting"),
-    ("pairing",),
     ("merging", "rescaling", "resizing", "extracting", "gathering"),
     ("comparing", "recipes"),
     ("combining",),

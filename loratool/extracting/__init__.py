@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from loratool.binding.orientation import module_of
 from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.contents import Kind
-from loratool.differences import Difference, NotFiniteError, Part, Rule, decomposed, pieces
 from loratool.errors import FitError, InputError, UsageError, printable
+from loratool.extracting.differences import Difference, NotFiniteError, Part, Rule, decomposed, pieces
+from loratool.extracting.pairing import Change, Pairing, is_table, pair
 from loratool.formats.peft.describing import describe
 from loratool.formats.peft.describing import module_of as described_module
 from loratool.formats.peft.files import CONFIG, WEIGHTS
 from loratool.formats.peft.spelling import Names
 from loratool.lowrank import Product, inner, padded
 from loratool.lowrank import change as change_of
-from loratool.pairing import Change, Pairing, is_table, pair
 from loratool.safefile import FLOAT_NAMES
 from loratool.saving import WIDTH, Form, Output, Rounded, adapter_output, torch_dtype
 from loratool.staging import check_target
