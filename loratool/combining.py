@@ -19,11 +19,12 @@ from loratool.formats.peft.describing import describe
 from loratool.formats.peft.spelling import Names
 from loratool.gathering import Beside, Share, Weight, gather, named_apart
 from loratool.lowrank import Product, change, decompose, gram, inner, length, padded
+from loratool.lowrank.products import negligible
 from loratool.methods.coefficients import LEAST_ALIKE, mean_cosine
 from loratool.methods.mixture import Mixture, Recipe, mix, mix_factors
 from loratool.methods.table import FACTORWISE, GRAM, METHODS
 from loratool.recipes import make_recipe, told
-from loratool.saving import Form, Rounded, adapter_output, files_beside, kept_dtype
+from loratool.saving import Form, Rounded, adapter_output, carried_over, files_beside, kept_dtype
 from loratool.staging import check_target
 from loratool.working import PathLike, Progress, Session, session
 
@@ -315,7 +316,12 @@ class Combiner:
             scales = [share.layer.scale for share in found]
             ups = [p.up / s if s else p.up for p, s in zip(products, scales, strict=True)]
             strengths = [share.weight * s for share, s in zip(found, scales, strict=True)]
-            return mix_factors(ups, [p.down for p in products], strengths, recipe)
+            downs = [p.down for p in products]
+            if found[0].layer.kind is not Kind.EMBEDDING:
+                return mix_factors(ups, downs, strengths, recipe)
+            mixture = mix_factors([d.mT for d in downs], [u.mT for u in ups], strengths, recipe)  # its A is `up`
+            turned = Product(mixture.product.down.mT, mixture.product.up.mT)
+            return dataclasses.replace(mixture, product=turned)
         return mix(products, [share.weight for share in found], recipe)
 
     def measure(

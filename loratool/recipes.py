@@ -80,6 +80,8 @@ def make_recipe(
         raise UsageError(f"--iso-beta {iso_beta:g}: a number from 0 to 1 is wanted")
     if row_wise and method != "nuslerp":
         raise UsageError("--row-wise is for nuslerp")
+    if row.family == FACTORWISE and match_norm != "none":
+        raise UsageError("--match-norm is for methods on updates, not on factors")
     if row.family == FACTORWISE and svc:
         raise UsageError("--svc is for methods on updates, not on factors")
     return Recipe(

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SKETCH_STEPS = 2
+WEIGHTED_SUMS = ("linear", "cat", "svd", "dare_linear", "breadcrumbs", "magnitude_prune")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,13 @@ class Recipe:
     row_wise: bool = False
     factor: float = 1.0  # λ
     match: str = "none"  # the norm of the result: none, or the mean, max or sum of those of the weighted updates
+
+    @property
+    def divides(self) -> bool:
+        """Whether weights are divided by their sum."""
+        if self.method in ("slerp", "nuslerp", "karcher"):
+            return True
+        return self.setting.normalize and self.method in WEIGHTED_SUMS
 
 
 @dataclass(frozen=True)
