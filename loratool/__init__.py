@@ -22,6 +22,7 @@ EXPORTS = {
     "CheckpointFacts": "inspecting",
     "CombineReport": "combining",
     "CompareReport": "comparing",
+    "ExtractReport": "extracting",
     "FitError": "errors",
     "HubError": "errors",
     "InputError": "errors",
@@ -36,6 +37,7 @@ EXPORTS = {
     "combine": "combining",
     "compare": "comparing",
     "estimate": "estimating",
+    "extract": "extracting",
     "html_page": "report.page",
     "inspect": "inspecting",
     "merge": "merging",
@@ -64,6 +66,8 @@ if TYPE_CHECKING:
     from loratool.errors import UsageError as UsageError
     from loratool.errors import VerificationError as VerificationError
     from loratool.estimating import estimate as estimate
+    from loratool.extracting import ExtractReport as ExtractReport
+    from loratool.extracting import extract as extract
     from loratool.formats import read_adapter as read_adapter
     from loratool.inspecting import AdapterFacts as AdapterFacts
     from loratool.inspecting import CheckpointFacts as CheckpointFacts

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from loratool.errors import InputError, printable
 from loratool.safefile import FLOAT_NAMES, Identity, SafeFile, TensorInfo, open_regular, read_exactly
-from loratool.updates import LowRank, Replace, Update
+from loratool.updates import Add, LowRank, Replace, Update
 
 if TYPE_CHECKING:
     import torch
@@ -199,6 +199,14 @@ class Adapter:
     def digests(self) -> dict[str, str]:
         """SHA-256 of the weights and of the config, by file name."""
         return {path.name: sha256_of(path) for path in (self.file.path, self.config_file)}
+
+
+def adds_zero(update: Update) -> bool:
+    """Whether it adds a stored tensor all of whose values are zero; they are read for it."""
+    value: object = update.value if isinstance(update, Add) else None
+    if not isinstance(value, StoredTensor) or value.info.dtype not in EXPONENT:
+        return False
+    return not (value.bits()[0] << 1).any()  # shifted, so that −0 is zero too
 
 
 def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:

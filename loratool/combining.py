@@ -19,11 +19,12 @@ from loratool.formats.peft.describing import describe
 from loratool.formats.peft.spelling import Names
 from loratool.gathering import Beside, Share, Weight, gather, named_apart
 from loratool.lowrank import Product, change, decompose, gram, inner, length, padded
+from loratool.lowrank.products import negligible
 from loratool.methods.coefficients import LEAST_ALIKE, mean_cosine
 from loratool.methods.mixture import Mixture, Recipe, mix, mix_factors
 from loratool.methods.table import FACTORWISE, GRAM, METHODS
 from loratool.recipes import make_recipe, told
-from loratool.saving import Form, Rounded, adapter_output, files_beside, kept_dtype
+from loratool.saving import Form, Rounded, adapter_output, carried_over, files_beside, kept_dtype
 from loratool.staging import check_target
 from loratool.working import PathLike, Progress, Session, session
 
@@ -47,6 +48,7 @@ class CombinedLayer:
 
     rank: int
     norm: float
+    whole: float  # ‖what the method gives at full rank‖
     truncated: float  # error of the cut to `rank`
     stored: float  # error of rounding to the stored dtype, relative to the cut result
     error: float  # both together
@@ -175,8 +177,11 @@ def combine(
         dtype_kept = kept_dtype(sources, dtype)
         combiner = Combiner(sources, layers, recipe, at_work)
         kinds = {t: found[0].layer.kind for t, found in layers.items()}
-        beside = Beside(sources, shares, Names(kinds), saved, recipe.setting.normalize and method == "linear")
+        mean = recipe.setting.normalize and METHODS[method].family == GRAM
+        beside = Beside(sources, shares, Names(kinds), saved, recipe.factor, mean)
         carried = beside.collect()
+        if sources[0].dora:  # it is the only one
+            carried.tensors.update(carried_over(sources[0], Names(kinds)).tensors)
         forms = {t: Form.of(found[0].layer, combiner.most(t)) for t, found in layers.items()}
         of_attention = {
             target for pair in Names(kinds).attention_pairs() for target in pair
@@ -231,7 +236,9 @@ def refuse(sources: Sequence[Contents], layers: Mapping[str, Sequence[Share]], r
     if not layers:
         raise InputError("there is no low-rank update in these adapters")
     if dora := [source.name for source in sources if source.dora]:
-        alone = len(sources) == 1 and METHODS[recipe.method].family == GRAM and recipe.factor == 1
+        plain = recipe.factor == 1 and recipe.match == "none" and not recipe.svc
+        alone = len(sources) == 1 and METHODS[recipe.method].family == GRAM and plain
+        alone = alone and all(recipe.rank is None or f[0].layer.rank <= recipe.rank for f in layers.values())
         if not alone or any(share.weight != 1 for found in layers.values() for share in found):
             raise FitError(
                 f"{', '.join(dora)}: DoRA divides by the norm of W + ΔW, so its update is none without the base, and no "
@@ -245,6 +252,12 @@ def refuse(sources: Sequence[Contents], layers: Mapping[str, Sequence[Share]], r
             raise UsageError(
                 f"--rank {recipe.rank} is above what these weights allow; {limit} is the most that all of them do:",
                 (f"{printable(t)}: {layer.rows} × {layer.columns}" for t, layer in small.items()),
+            )
+    if recipe.divides:
+        sums = {t: math.fsum(share.weight for share in f) for t, f in layers.items()}
+        if cancelling := [t for t, f in layers.items() if not sums[t] and (len(f) > 1 or f[0].weight)]:
+            raise UsageError(
+                f"{recipe.method} divides by the sum of the weights, which is 0 for:", map(printable, cancelling)
             )
     if METHODS[recipe.method].family == FACTORWISE:
         uneven = [t for t, found in layers.items() if len({share.layer.rank for share in found}) > 1]
@@ -291,7 +304,8 @@ class Combiner:
         if recipe.method == "svd":
             recipe = dataclasses.replace(recipe, rank=self.cut(target))
         if len(found) < METHODS[recipe.method].least:  # of those that have the layer
-            recipe = dataclasses.replace(recipe, method="linear")
+            mean = dataclasses.replace(recipe.setting, normalize=METHODS[recipe.method].family == GRAM)
+            recipe = dataclasses.replace(recipe, method="linear", setting=mean)
         if found[0].layer.kind is not Kind.PARAMETER:
             return self.one(recipe, found, products), products
         every = [self.one(expert(recipe, at), found, [p[at] for p in products]) for at in range(found[0].layer.experts)]
@@ -302,7 +316,12 @@ class Combiner:
             scales = [share.layer.scale for share in found]
             ups = [p.up / s if s else p.up for p, s in zip(products, scales, strict=True)]
             strengths = [share.weight * s for share, s in zip(found, scales, strict=True)]
-            return mix_factors(ups, [p.down for p in products], strengths, recipe)
+            downs = [p.down for p in products]
+            if found[0].layer.kind is not Kind.EMBEDDING:
+                return mix_factors(ups, downs, strengths, recipe)
+            mixture = mix_factors([d.mT for d in downs], [u.mT for u in ups], strengths, recipe)  # its A is `up`
+            turned = Product(mixture.product.down.mT, mixture.product.up.mT)
+            return dataclasses.replace(mixture, product=turned)
         return mix(products, [share.weight for share in found], recipe)
 
     def measure(
@@ -315,6 +334,8 @@ class Combiner:
         apart = change(whole.product, stored)
         rounding = math.sqrt(max(0.0, float(inner(apart, apart).sum()))) / size if size else 0.0
         result = decompose(stored)
+        there = result.values > negligible(result.values) * result.values[..., :1]  # others point anywhere
+        left, right = result.left * there[..., None, :], result.right * there[..., :, None]
         sizes = [math.sqrt(max(0.0, float(table[i, i]))) for i in range(len(found))]
         names = [self.sources[share.adapter].name for share in found]
         reached = length(stored)
@@ -322,16 +343,16 @@ class Combiner:
             name: Part(
                 weight=share.weight,
                 norm=own,
-                energy_kept=kept(product, result.left, result.right, own),
+                energy_kept=kept(product, left, right, own),
                 norm_ratio=reached / (abs(share.weight) * own) if share.weight * own else None,
             )
             for name, share, product, own in zip(names, found, products, sizes, strict=True)
         }
-        # what the method gave at full rank has the norm size / √(1 − lost²), for the cut is a projection of it
-        error = math.hypot(whole.lost, rounding * math.sqrt(max(0.0, 1 - whole.lost**2)))
+        error = math.hypot(whole.lost, rounding * size / whole.whole) if whole.whole else 0.0
         return CombinedLayer(
             rank=whole.product.rank,
             norm=reached,
+            whole=whole.whole,
             truncated=whole.lost,
             stored=rounding,
             error=error,
@@ -359,10 +380,9 @@ class Combiner:
                 )
 
     def totals(self, modules: Mapping[str, CombinedLayer], dtype: torch.dtype) -> CombinedTotals:
-        squared = math.fsum(m.norm**2 for m in modules.values())
-
-        def together(errors: Iterator[tuple[float, float]]) -> float:
-            return math.sqrt(math.fsum((n * e) ** 2 for n, e in errors) / squared) if squared else 0.0
+        def together(errors: Sequence[tuple[float, float]]) -> float:
+            squared = math.fsum(size**2 for size, _ in errors)
+            return math.sqrt(math.fsum((size * e) ** 2 for size, e in errors) / squared) if squared else 0.0
 
         names = [source.name for source in self.sources]
         energy: dict[str, float | None] = {}
@@ -373,13 +393,13 @@ class Combiner:
             weighed = math.fsum((part.weight * part.norm) ** 2 for part, _ in own)
             energy[name] = math.fsum((p.energy_kept or 0.0) * p.norm**2 for p, _ in own) / mass if mass else None
             ratio[name] = math.sqrt(math.fsum(m.norm**2 for _, m in own) / weighed) if weighed else None
-        norms = self.together.diagonal().sqrt()
+        norms = self.together.diagonal().clamp_min(0).sqrt()
         parameters = sum(self.layers[t][0].layer.parameters * m.rank for t, m in modules.items())
         return CombinedTotals(
-            norm=math.sqrt(squared),
-            truncated=together((m.norm, m.truncated) for m in modules.values()),
-            stored=together((m.norm, m.stored) for m in modules.values()),
-            error=together((m.norm, m.error) for m in modules.values()),
+            norm=math.sqrt(math.fsum(m.norm**2 for m in modules.values())),
+            truncated=together([(m.whole, m.truncated) for m in modules.values()]),
+            stored=together([(m.norm, m.stored) for m in modules.values()]),
+            error=together([(m.whole, m.error) for m in modules.values()]),
             energy_kept=energy,
             norm_ratio=ratio,
             cosine={
@@ -412,10 +432,9 @@ def stacked(every: Sequence[Mixture]) -> Mixture:
     rank = max(mixture.product.rank for mixture in every)
     even = [padded(mixture.product, rank) for mixture in every]
     product = Product(torch.stack([p.up for p in even]), torch.stack([p.down for p in even]))
-    # norms at full rank, of which each lost its part
-    wholes = [length(m.product) ** 2 / max(1e-300, 1 - m.lost**2) for m in every]
-    lost = math.fsum(w * m.lost**2 for w, m in zip(wholes, every, strict=True))
-    return Mixture(product, math.sqrt(lost / total) if (total := math.fsum(wholes)) else 0.0)
+    total = math.fsum(m.whole**2 for m in every)
+    lost = math.fsum((m.whole * m.lost) ** 2 for m in every)
+    return Mixture(product, math.sqrt(lost / total) if total else 0.0, math.sqrt(total))
 
 
 def kept(product: Product, left: torch.Tensor, right: torch.Tensor, size: float) -> float | None:

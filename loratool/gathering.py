@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapter import StoredTensor, same_values
+from loratool.adapter import EXPONENT, StoredTensor, same_values, stored_tensors
 from loratool.binding.orientation import peft_version
 from loratool.contents import Contents, Kind, Layer
 from loratool.errors import FitError, UsageError, printable
@@ -67,16 +67,21 @@ def gather(sources: Sequence[Contents], weights: Sequence[Weight]) -> dict[str, 
         each = weights_of(source, weight)
         for target, layer in source.layers.items():
             before = shares.setdefault(target, [])
-            turned = False
+            turned: bool | None = False
             if before:
-                first = before[0].layer
-                turned = is_turned(sources[before[0].adapter], source, first, layer)
-                if seen(layer, turned) != first.form:
+                first, other = before[0].layer, sources[before[0].adapter]
+                turned = is_turned(other, source, first, layer)
+                if turned is None:
+                    versions = [printable(s.config.get("peft_version")) for s in (other, source)]
                     problems.append(
-                        f"{printable(target)}: {shown(first)} in {sources[before[0].adapter].name}, "
-                        f"{shown(layer)} in {source.name}"
+                        f"{printable(target)}: {shown(first)}, which PEFT {' and '.join(versions)} may have stored the "
+                        "other way round; combine adapters of one release"
                     )
-            before.append(Share(at, layer, each[target], turned))
+                elif seen(layer, turned) != first.form:
+                    problems.append(
+                        f"{printable(target)}: {shown(first)} in {other.name}, {shown(layer)} in {source.name}"
+                    )
+            before.append(Share(at, layer, each[target], bool(turned)))
     problems += [
         f"{printable(target)}: saved whole in {', '.join(whole)}, adapted in others"
         for target in shares
@@ -92,14 +97,35 @@ def seen(layer: Layer, turned: bool) -> tuple[object, ...]:
     return (kind, experts, columns, rows, kernel) if turned else layer.form
 
 
-def is_turned(one: Contents, other: Contents, first: Layer, layer: Layer) -> bool:
-    """Whether two releases of PEFT gave the factors of a parameter the other sides, which shapes show."""
+def is_turned(one: Contents, other: Contents, first: Layer, layer: Layer) -> bool | None:
+    """Whether two releases of PEFT gave the factors of a parameter the other sides; None where nothing tells.
+
+    Shapes show it: its own, or, where it is square, those of the parameters beside it.
+    """
     if layer.kind is not Kind.PARAMETER or first.kind is not Kind.PARAMETER:
         return False
     if first.rows != first.columns:
-        return (layer.rows, layer.columns) == (first.columns, first.rows)
-    before, after = (peft_version(source.config.get("peft_version")) for source in (one, other))
-    return (before < (0, 19, 0)) != (after < (0, 19, 0)) and layer.experts > 1
+        return swapped(first, layer)
+    if layer.experts == 1 or release(one) == release(other):
+        return False
+    beside = layer.target.rpartition(".")[0]
+    shown = {
+        swapped(one.layers[target], found)
+        for target, found in other.layers.items()
+        if target.rpartition(".")[0] == beside and target in one.layers
+        if found.kind is Kind.PARAMETER and found.rows != found.columns
+    }
+    return shown.pop() if len(shown) == 1 else None
+
+
+def swapped(first: Layer, layer: Layer) -> bool:
+    return (layer.rows, layer.columns) == (first.columns, first.rows)
+
+
+def release(source: Contents) -> int:
+    """PEFT stored parameters one way before 0.19.0, another in it, and a third from then on."""
+    version = peft_version(source.config.get("peft_version"))
+    return (version >= (0, 19, 0)) + (version > (0, 19, 0))
 
 
 def shown(layer: Layer) -> str:
@@ -132,15 +158,18 @@ class Beside:
     weights: Sequence[Weight]
     names: Names
     policy: str
-    normalize: bool = False  # divide sums of biases by the weights
+    factor: float = 1.0  # of sums of biases
+    normalize: bool = False  # divide them by the weights of all that have the layer
     carried: Carried = field(default_factory=Carried)
     problems: list[str] = field(default_factory=list)
+    overflows: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def collect(self) -> Carried:
         """Biases of lora_B add up with the weights; what is saved whole or by rows stays, and where adapters differ
         about it, the policy decides. Raises `FitError` telling every difference that it refuses.
         """
+        self.check_values()
         self.add_biases()
         self.keep_saved()
         self.keep_rows()
@@ -151,8 +180,18 @@ class Beside:
             )
         return self.carried
 
+    def check_values(self) -> None:
+        """Raise `InputError` where a value that no layer's factors hold is no number."""
+        for source in self.sources:
+            for table in (source.biases, source.saved, source.bases, source.rows):
+                for tensor in (t for update in table.values() for t in stored_tensors(update)):
+                    if tensor.info.dtype in EXPONENT:
+                        bits, mask = tensor.bits()
+                        if ((bits & mask) == mask).any():
+                            source.adapter.check_values()
+
     def add_biases(self) -> None:
-        """Σ w · s · bias for every layer that has one."""
+        """λ Σ w · s · bias for every layer that has one."""
         import torch
 
         total: dict[str, Tensor] = {}
@@ -160,18 +199,33 @@ class Beside:
         dtypes: dict[str, torch.dtype] = {}
         for source, weight in zip(self.sources, self.weights, strict=True):
             each = weights_of(source, weight)
+            for target, own in each.items():
+                name = f"{target.removesuffix('weight')}bias"
+                divisors[name] = divisors.get(name, 0.0) + own if self.normalize else 1.0
             for target, bias in source.biases.items():
                 value: Any = bias.value
                 own = each.get(f"{target.removesuffix('bias')}weight", usual_weight(weight))
                 part = source.load_bias(target) * own
                 total[target] = total[target] + part if target in total else part
-                divisors[target] = divisors.get(target, 0.0) + own if self.normalize else 1.0
                 dtypes[target] = torch.promote_types(
                     dtypes.get(target, torch_dtype(value.info.dtype)), torch_dtype(value.info.dtype)
                 )
         for target, bias_sum in total.items():
             weight_target = f"{target.removesuffix('bias')}weight"
-            self.carried.tensors[self.names.bias(weight_target)] = (bias_sum / divisors[target]).to(dtypes[target])
+            bias_whole = (bias_sum * self.factor / (divisors.get(target) or 1.0)).to(dtypes[target])
+            if not bool(bias_whole.isfinite().all()):
+                dtype = str(dtypes[target]).removeprefix("torch.")
+                self.overflows.append(f"{printable(target)}: the sum of biases overflows {dtype}")
+            self.carried.tensors[self.names.bias(weight_target)] = bias_whole
+        if self.overflows:
+            raise FitError("biases are stored as the adapters have them, and do not fit:", self.overflows)
+        without = [t for t, kind in self.names.kinds.items() if kind in (Kind.EMBEDDING, Kind.PARAMETER)]
+        if total and without:
+            raise FitError(
+                "some adapters have biases (lora_bias), which PEFT does not have beside layers such as these; "
+                "`loratool merge` takes the adapters as they are:",
+                map(printable, without),
+            )
         if total:  # PEFT gives every layer one, or none
             for target, kind in self.names.kinds.items():
                 name = self.names.bias(target)

@@ -80,6 +80,8 @@ def make_recipe(
         raise UsageError(f"--iso-beta {iso_beta:g}: a number from 0 to 1 is wanted")
     if row_wise and method != "nuslerp":
         raise UsageError("--row-wise is for nuslerp")
+    if row.family == FACTORWISE and match_norm != "none":
+        raise UsageError("--match-norm is for methods on updates, not on factors")
     if row.family == FACTORWISE and svc:
         raise UsageError("--svc is for methods on updates, not on factors")
     return Recipe(
@@ -105,13 +107,14 @@ def make_recipe(
 
 def told(recipe: Recipe, weights: Sequence[Weight]) -> dict[str, Any]:
     """The recipe as provenance and reports name it."""
-    table: dict[str, Any] = {"method": recipe.method, "weights": list(weights), "rank": recipe.rank}
+    table: dict[str, Any] = {"method": recipe.method, "weights": list(weights)}
     method = METHODS[recipe.method]
     if method.family == ELEMENTWISE:
         table["space"] = recipe.space
     if method.density is not None:
         table["density"] = recipe.setting.density
     shown = {
+        "rank": recipe.rank,
         "rank_policy": "ctm" if recipe.ctm else None,
         "window": recipe.setting.window if recipe.method == "della" else None,
         "outliers": recipe.setting.outliers if recipe.method == "breadcrumbs" else None,

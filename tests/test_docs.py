@@ -19,6 +19,7 @@ import pytest
 import loratool
 from loratool import cli, resources
 from loratool.demo import demo
+from loratool.methods.table import METHODS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(path for folder in (".", "docs", "fixtures", "benchmarks") for path in (ROOT / folder).glob("*.md"))
@@ -162,6 +163,13 @@ def test_every_command_and_option_is_documented_by_hand_too(command: str) -> Non
         if not any(re.search(rf"{re.escape(s)}(?![\w-])", by_hand) for s in spellings)
     ]
     assert unexplained == []
+
+
+def test_every_method_of_combine_is_on_its_page_and_in_its_help() -> None:
+    page = (ROOT / "docs" / "algebra.md").read_text(encoding="utf-8")
+    help_text = " ".join(str(cli.cli.commands["combine"].help).split())
+    assert [name for name in METHODS if f"`{name}`" not in page] == []
+    assert [name for name in METHODS if not re.search(rf"(?<![\w-]){name}(?![\w-])", help_text)] == []
 
 
 def test_every_exported_name_is_on_the_library_page() -> None:

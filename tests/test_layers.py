@@ -32,8 +32,6 @@ ROWS = (
     ("writing", "estimating"),
     ("resources", "computing", "saving", "fitting"),
     ("engine", "working", "weighing", "health"),
-    ("differences", "selecting"),
-    ("pairing",),
     ("merging", "rescaling", "resizing", "extracting", "gathering", "measuring"),
     ("comparing", "recipes", "inspecting"),
     ("combining",),

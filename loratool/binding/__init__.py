@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from loratool.adapter import adds_zero
 from loratool.binding.checking import holes, overlap, rivals, uncut
 from loratool.binding.fusing import Misfit
 from loratool.binding.names import fill, template_of
@@ -46,7 +47,8 @@ def bind(adapter: Adapter, base: Checkpoint, *, maps: Sequence[str] = (), fan_in
         try:
             landings[target] = resolver.land(target, update, renamings)
         except Misfit as misfit:
-            if str(misfit) or target not in adapter.optional:
+            # a combined adapter has zeros for the biases of layers without one
+            if str(misfit) or not (target in adapter.optional or adds_zero(update)):
                 reasons[target] = str(misfit)
     notes = by_suffix(resolver, adapter, landings, reasons)
     places = settle(adapter, base, landings, fan_in_fan_out, reasons, notes)

@@ -12,7 +12,7 @@ from typing import NoReturn
 import click
 
 from loratool import __version__
-from loratool.cli.algebra import combine, compare, rescale, resize
+from loratool.cli.algebra import combine, compare, extract, rescale, resize
 from loratool.cli.estimating import estimate
 from loratool.cli.looking import demo, inspect
 from loratool.cli.merging import merge
@@ -38,7 +38,7 @@ def cli() -> None:
     """
 
 
-for command in (merge, inspect, rescale, combine, resize, compare, estimate, demo):
+for command in (merge, inspect, rescale, combine, resize, extract, compare, estimate, demo):
     cli.add_command(command)
 
 

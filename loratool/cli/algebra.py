@@ -1,34 +1,19 @@
-"""Commands that make adapters of adapters: `rescale`, `combine`, `resize`; `extract` and `compare` beside them."""
+"""Commands that make adapters, and that relate them: `rescale`, `combine`, `resize`, `extract`, `compare`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import click
 
 from loratool.cli.words import PATH, counter, output_options, show
+from loratool.errors import InputError, UsageError, printable
+from loratool.methods.table import METHODS
 
 Command = TypeVar("Command", bound=Callable[..., None])
-METHODS = (
-    *(
-        "linear",
-        "cat",
-        "svd",
-        "slerp",
-        "nuslerp",
-        "karcher",
-        "model_stock",
-        "ties",
-        "dare_linear",
-        "dare_ties",
-        "della",
-    ),
-    *("breadcrumbs", "sce", "magnitude_prune", "tsv", "iso_c", "iso_cts"),
-    *("linear-factors", "ties-factors", "dare_linear-factors", "dare_ties-factors", "magnitude_prune-factors"),
-)
 OUT = click.option("-o", "--output", "out", type=PATH, required=True, metavar="OUT", help="Folder to make.")
 DEVICE = click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to compute."
@@ -53,7 +38,6 @@ def read_json(path: Path | None, option: str, kind: type) -> Any:
     if path is None:
         return None
     from loratool.checkpoint import read_small
-    from loratool.errors import InputError, printable
 
     try:
         found = json.loads(read_small(path))
@@ -147,7 +131,7 @@ def rescale(
 )
 @click.option(
     "--method",
-    type=click.Choice(METHODS),
+    type=click.Choice(list(METHODS)),
     default="linear",
     show_default=True,
     metavar="METHOD",
@@ -247,7 +231,6 @@ def combine(
       loratool combine ./a ./b ./c -o ./ties --method ties --density 0.3 --space core
     """
     from loratool.combining import combine
-    from loratool.errors import UsageError
 
     if weights and weights_file:
         raise UsageError("-w and --weights say two things; give one of them")
@@ -348,6 +331,94 @@ def resize(
             uniform=uniform,
             dtype=dtype,
             device=device,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    show(report, lambda: str(report), as_json, quiet)
+
+
+class Rank(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A whole number, or auto."""
+
+    name = "rank"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        try:
+            return "auto" if value == "auto" else int(value)
+        except ValueError:
+            self.fail(f"{printable(repr(value))} is neither a whole number nor auto", param, ctx)
+
+
+@click.command()
+@click.argument("base", type=PATH)
+@click.argument("tuned", type=PATH)
+@OUT
+@click.option(
+    "--rank",
+    type=Rank(),
+    metavar="N|auto",
+    help="Rank of every layer, or what rounding cannot explain [default: auto].",
+)
+@click.option(
+    "--energy", type=float, help="Part of ‖W_tuned − W_base‖² that each layer keeps; with --rank the smaller counts."
+)
+@click.option(
+    "--max-rank", type=click.IntRange(min=1), default=32, show_default=True, help="Of a layer, with auto or --energy."
+)
+@click.option("--exact", is_flag=True, help="Decompose every matrix in full.")
+@click.option(
+    "--include", multiple=True, metavar="REGEX", help="Only modules in whose name it is found; may be repeated."
+)
+@click.option(
+    "--exclude", multiple=True, metavar="REGEX", help="No modules in whose name it is found; may be repeated."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the sketch.")
+@DEVICE
+@DTYPE
+@writing_options
+@output_options
+def extract(
+    base: Path,
+    tuned: Path,
+    out: Path,
+    rank: int | Literal["auto"] | None,
+    energy: float | None,
+    max_rank: int,
+    exact: bool,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    seed: int,
+    device: str,
+    dtype: str,
+    dry_run: bool,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """An adapter out of a full fine-tune: what makes TUNED of BASE, as nearly as its ranks allow.
+
+    \b
+    Examples:
+      loratool extract ./base ./fine-tuned -o ./adapter
+      loratool extract ./base ./fine-tuned -o ./adapter --rank 64 --exclude embed
+    """
+    from loratool.extracting import extract
+
+    with counter(quiet, "extracting") as progress:
+        report = extract(
+            base,
+            tuned,
+            out,
+            rank=rank,
+            energy=energy,
+            max_rank=max_rank,
+            exact=exact,
+            include=include,
+            exclude=exclude,
+            dtype=dtype,
+            device=device,
+            seed=seed,
             overwrite=overwrite,
             dry_run=dry_run,
             progress=progress,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 # Model types whose linear layers are Conv1D, with W stored (in, out), and what those layers are called.
 CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 CONV1D_MODULES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
@@ -143,4 +145,9 @@ POOLED = frozenset(
         *("albert", "bert", "big_bird", "canine", "deberta", "deberta-v2", "ernie", "fnet", "gte", "layoutlm", "luke"),
         *("markuplm", "megatron-bert", "mobilebert", "nomic_bert", "rembert", "roc_bert", "squeezebert", "tapas"),
     ]
+)
+
+# How modules that are tables of embeddings, of positions and relative biases too, are called besides.
+EMBEDDING_NAMES = re.compile(
+    r"(?:.+_)?emb(?:ed|edding)?s?|embed_(?:tokens|positions|in)(?:_.+)?|(?:tokens|positions)_embed|wte|wpe|w|relative_attention_bias"
 )

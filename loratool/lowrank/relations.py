@@ -11,7 +11,7 @@ from loratool.lowrank.products import Decomposition, Product, inner
 if TYPE_CHECKING:
     from torch import Tensor
 
-SAMPLES = 8192  # entries of a weight that are looked at for signs
+SAMPLES = 2048  # entries of a weight that are looked at for signs
 
 
 @dataclass(frozen=True)

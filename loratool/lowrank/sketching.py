@@ -88,9 +88,14 @@ def multiply_transposed(matrix: Rows, rows: Tensor) -> tuple[Tensor, float]:
     import torch
 
     total: Tensor | None = None
+    room: Tensor | None = None  # used again: new memory for every tile costs as much as the conversion
     squared = 0.0
     for first, tile in matrix.tiles():
-        wide = tile.to(torch.promote_types(tile.dtype, rows.dtype))
+        wide = tile
+        if tile.dtype != rows.dtype:
+            if room is None or room.shape[0] < tile.shape[0]:
+                room = torch.empty(tile.shape, dtype=torch.promote_types(tile.dtype, rows.dtype), device=tile.device)
+            wide = room[: tile.shape[0]].copy_(tile)
         part = rows[first : first + tile.shape[0]].to(wide.dtype).T @ wide  # quicker than its transpose
         total = part if total is None else total.add_(part)
         flat = wide.reshape(-1)
@@ -113,7 +118,8 @@ def whitened(columns: Tensor, rounds: int = 1) -> Tensor:
             wide = piece.double()
             gram.addmm_(wide.T, wide)
         values, vectors = torch.linalg.eigh(gram)
-        least = (values[-1] * 1e-14).clamp_min(torch.finfo(torch.float64).tiny)
+        floor = max(torch.finfo(columns.dtype).tiny ** 2, torch.finfo(torch.float64).tiny)  # of zeros zeros remain
+        least = (values[-1] * 1e-14).clamp_min(floor)
         scaled = (vectors * values.clamp_min(least).rsqrt()).to(columns.dtype)
         for piece in torch.split(columns, PIECE):
             piece.copy_(piece @ scaled)

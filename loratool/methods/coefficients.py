@@ -19,7 +19,7 @@ KARCHER_TOLERANCE = 1e-5
 
 def linear(weights: Tensor, normalize: bool) -> Tensor:
     """cᵢ = wᵢ, or wᵢ / Σw (Wortsman et al. 2022, arXiv:2203.05482; Ilharco et al. 2022, arXiv:2212.04089)."""
-    return weights / weights.sum() if normalize else weights
+    return weights / weights.sum() if normalize and bool(weights.any()) else weights
 
 
 def slerp(gram: Tensor, t: float, nearly_parallel: float = NEARLY_PARALLEL) -> Tensor:
@@ -44,11 +44,11 @@ def karcher(gram: Tensor, weights: Tensor) -> Tensor:
     """
     import torch
 
-    norms = gram.diagonal().sqrt()
+    norms = gram.diagonal().clamp_min(0).sqrt()
     alive = norms > 0
-    if not bool(alive.any()):
-        return torch.zeros_like(weights)
     shares = torch.where(alive, weights, 0.0)
+    if not bool(shares.any()):
+        return torch.zeros_like(weights)
     shares = shares / shares.sum()
     inverse = torch.where(alive, 1 / norms.clamp_min(1e-300), 0.0)
     unit = gram * inverse[:, None] * inverse[None, :]  # of the updates at length 1
@@ -77,7 +77,7 @@ def karcher(gram: Tensor, weights: Tensor) -> Tensor:
 def mean_cosine(gram: Tensor) -> float:
     """Mean cosine of all pairs; 0 where an update is zero."""
     count = gram.shape[0]
-    norms = gram.diagonal().sqrt()
+    norms = gram.diagonal().clamp_min(0).sqrt()
     table = gram / (norms[:, None] * norms[None, :]).clamp_min(1e-300)
     return float((table.sum() - table.diagonal().sum()) / (count * (count - 1)))
 

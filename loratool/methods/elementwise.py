@@ -100,8 +100,8 @@ def sce(stack: Stack, weights: Tensor, setting: Setting) -> Rule:
     energies = torch.zeros(stack.shape[0], dtype=torch.float64, device=stack.device)
     for _, tile in stack.tiles():
         energies += (select(tile) if select else tile).double().square().sum((1, 2))
-    shares = (weights * energies / energies.sum().clamp_min(1e-300)).to(weights.dtype)
-    return lambda _, tile: agreed(select(tile) if select else tile, shares, setting)
+    shares = (energies / energies.sum().clamp_min(1e-300)).to(weights.dtype)
+    return lambda _, tile: agreed(select(tile) if select else tile, weights, setting, shares)
 
 
 METHODS: dict[str, Callable[[Stack, Tensor, Setting], Rule]] = {
@@ -143,19 +143,23 @@ def kept_by_chance(first: int, tile: Tensor, setting: Setting, chances: Tensor |
 def summed(kept: Tensor, weights: Tensor, setting: Setting) -> Tensor:
     """Σ w·kept, over Σ w where that is asked for."""
     total = (kept * weights[:, None, None].to(kept.dtype)).sum(0)
-    return total / float(weights.sum()) if setting.normalize else total
+    return total / float(weights.sum()) if setting.normalize and bool(weights.any()) else total
 
 
-def agreed(kept: Tensor, weights: Tensor, setting: Setting) -> Tensor:
+def agreed(kept: Tensor, weights: Tensor, setting: Setting, after: Tensor | None = None) -> Tensor:
     """The sum, or the weighted mean, of the entries whose sign is that of the majority; where none is, plus counts.
 
-    The majority is that of the weighted entries, as in mergekit; PEFT leaves the weights out of it.
+    The majority is that of the weighted entries, as in mergekit; PEFT leaves the weights out of it. Weights `after` the
+    election count in the mean only.
     """
     shares = weights[:, None, None].to(kept.dtype)
     weighted = kept * shares
     votes = weighted.sign().sum(0) if setting.by_count else weighted.sum(0)
     majority = votes >= 0
     agree = ((weighted > 0) & majority) | ((weighted < 0) & ~majority)
+    if after is not None:
+        second = after[:, None, None].to(kept.dtype)
+        shares, weighted = shares * second, weighted * second
     total = (weighted * agree).sum(0)
     if not setting.normalize:
         return total

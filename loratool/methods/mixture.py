@@ -22,6 +22,7 @@ from loratool.lowrank import (
     side_by_side,
     sketch,
 )
+from loratool.lowrank.products import negligible
 from loratool.methods import coefficients, elementwise, factorwise, spectral
 from loratool.methods.elementwise import Merged, Setting
 from loratool.methods.stacks import Formed, Held
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SKETCH_STEPS = 2
+WEIGHTED_SUMS = ("linear", "cat", "svd", "dare_linear", "breadcrumbs", "magnitude_prune")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,13 @@ class Recipe:
     factor: float = 1.0  # λ
     match: str = "none"  # the norm of the result: none, or the mean, max or sum of those of the weighted updates
 
+    @property
+    def divides(self) -> bool:
+        """Whether weights are divided by their sum."""
+        if self.method in ("slerp", "nuslerp", "karcher"):
+            return True
+        return self.setting.normalize and self.method in WEIGHTED_SUMS
+
 
 @dataclass(frozen=True)
 class Mixture:
@@ -55,6 +64,7 @@ class Mixture:
 
     product: Product
     lost: float  # relative error of the cut to its rank
+    whole: float  # ‖what the method gives at full rank‖
 
 
 def mix(products: Sequence[Product], weights: Sequence[float], recipe: Recipe) -> Mixture:
@@ -71,21 +81,23 @@ def mix(products: Sequence[Product], weights: Sequence[float], recipe: Recipe) -
     if METHODS[recipe.method].family == ELEMENTWISE and recipe.space == "dense":
         found = dense(products, share, recipe)
         if recipe.svc:
-            found = Mixture(spectral.svc(decompose(found.product), products, weights).product(), found.lost)
+            calibrated = spectral.svc(decompose(found.product), products, weights).product()
+            found = Mixture(calibrated, found.lost, found.whole)
     else:
         whole, compact = uncut(products, share, recipe)
         if recipe.svc:
             whole, compact = spectral.svc(decompose(whole), products, weights).product(), True
         if recipe.ctm and recipe.rank is not None:
-            small = in_core(spectral.reduced(core_space(products), recipe.rank), products, share, recipe)
+            small = in_core(spectral.reduced(core_space(products), recipe.rank), recipe.rank, products, share, recipe)
             if recipe.svc:
                 small = spectral.svc(decompose(small), products, weights).product()
             size = float(norm(whole))
             found = cut(small, recipe.rank)
-            found = Mixture(found.product, float(norm(difference(whole, found.product))) / size if size else 0.0)
+            found = Mixture(found.product, float(norm(difference(whole, found.product))) / size if size else 0.0, size)
         else:
             found = cut(whole, recipe.rank, compact)
-    return Mixture(found.product.scaled(recipe.factor * matching(found.product, products, share, recipe)), found.lost)
+    factor = recipe.factor * matching(found.product, products, share, recipe)
+    return Mixture(found.product.scaled(factor), found.lost, abs(factor) * found.whole)
 
 
 def uncut(products: Sequence[Product], weights: Tensor, recipe: Recipe) -> tuple[Product, bool]:
@@ -96,7 +108,7 @@ def uncut(products: Sequence[Product], weights: Tensor, recipe: Recipe) -> tuple
     core = core_space(products)
     if method.family == ELEMENTWISE and recipe.space == "knots":
         return knots(core, weights, recipe), True
-    return in_core(core, products, weights, recipe), True
+    return in_core(core, min(products[0].shape), products, weights, recipe), True
 
 
 def weighted_sum(products: Sequence[Product], weights: Tensor, recipe: Recipe) -> Product:
@@ -143,13 +155,13 @@ def rows_gram(products: Sequence[Product], ups: Sequence[Tensor]) -> Tensor:
     return table
 
 
-def in_core(core: Core, products: Sequence[Product], weights: Tensor, recipe: Recipe) -> Product:
-    """The result of a method in core space."""
+def in_core(core: Core, room: int, products: Sequence[Product], weights: Tensor, recipe: Recipe) -> Product:
+    """The result of a method in core space; `room` is the largest rank that it may have."""
     share = weights.to(core.matrices)
     scaled = core.matrices * share[:, None, None]
     match recipe.method:
         case "tsv":
-            return core.product(spectral.tsv(scaled))
+            return core.product(spectral.tsv(scaled, room))
         case "iso_c":
             return core.product(spectral.iso_c(scaled.sum(0), recipe.iso_beta))
         case "iso_cts":
@@ -179,17 +191,18 @@ def dense(products: Sequence[Product], weights: Tensor, recipe: Recipe) -> Mixtu
     room = min(stack.shape[1:])
     rank = min(recipe.rank or sum(p.rank for p in products), room)
     found = sketch(Merged(stack, rule), rank, max(8, rank), SKETCH_STEPS)
-    return Mixture(padded(found.found.product(), recipe.rank or 0), found.error(rank))
+    return Mixture(padded(found.found.product(), recipe.rank or 0), found.error(rank), math.sqrt(found.squared))
 
 
 def cut(whole: Product, rank: int | None, compact: bool = False) -> Mixture:
     """The nearest product of a rank; without one as it is, or without its null directions (`compact`)."""
     if rank is None and not compact:
-        return Mixture(whole, 0.0)
+        return Mixture(whole, 0.0, float(norm(whole)))
     found = decompose(whole)
+    size = float(found.values.double().norm())
     if rank is None:
-        return Mixture(found.truncated(max(1, found.significant)).product(), 0.0)
-    return Mixture(padded(found.truncated(rank).product(), rank), tail(found, rank))
+        return Mixture(found.truncated(max(1, found.significant)).product(), 0.0, size)
+    return Mixture(padded(found.truncated(rank).product(), rank), tail(found, rank), size)
 
 
 def tail(found: Decomposition, rank: int) -> float:
@@ -206,7 +219,7 @@ def matching(result: Product, products: Sequence[Product], weights: Tensor, reci
     sizes = [abs(float(w)) * math.sqrt(max(0.0, float(inner(p, p)))) for p, w in zip(products, weights, strict=True)]
     wanted = {"mean": sum(sizes) / len(sizes), "max": max(sizes), "sum": sum(sizes)}[recipe.match]
     size = float(norm(result))
-    return wanted / size if size else 1.0
+    return wanted / size if size > negligible(result.up) * max(sizes) else 1.0  # updates that cancel leave rounding
 
 
 def mix_factors(ups: Sequence[Tensor], downs: Sequence[Tensor], strengths: Sequence[float], recipe: Recipe) -> Mixture:
@@ -227,4 +240,4 @@ def mix_factors(ups: Sequence[Tensor], downs: Sequence[Tensor], strengths: Seque
 
     whole = Product(one("B", ups, roots), one("A", downs, roots * strength.sign()))
     found = cut(whole, recipe.rank)
-    return Mixture(found.product.scaled(recipe.factor), found.lost)
+    return Mixture(found.product.scaled(recipe.factor), found.lost, abs(recipe.factor) * found.whole)

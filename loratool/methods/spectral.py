@@ -41,15 +41,18 @@ def polar(matrix: Tensor) -> Tensor:
     return u @ vt
 
 
-def tsv(matrices: Tensor) -> Tensor:
+def tsv(matrices: Tensor, room: int) -> Tensor:
     """TSV-M (Gargiulo et al. 2024, arXiv:2412.00081): singular vectors of all, orthogonalised, with their own values.
 
-    Each keeps its own rank, or an equal share where the ranks add up to more than there is room for.
+    Each keeps its own rank, or an equal share where the ranks add up to more than there is room for. Matrices that are
+    zero, or rounding beside the others, have no directions.
     """
     import torch
 
-    parts = [compact(matrix) for matrix in matrices]
-    room = min(matrices.shape[1:])
+    sizes = torch.linalg.matrix_norm(matrices)
+    parts = [compact(matrix) for matrix in matrices[sizes > negligible(sizes) * sizes.amax()]]
+    if not parts:
+        return torch.zeros_like(matrices[0])
     if sum(len(s) for _, s, _ in parts) > room:
         share = max(1, room // len(parts))
         parts = [(u[:, :share], s[:share], vt[:share]) for u, s, vt in parts]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from loratool.resizing import ResizedLayer, ResizeReport
 
 
-MOST_LAYERS = 12  # rows of a table before the rest is counted
+MOST_LAYERS = 8  # rows of a table before the rest is counted
 
 
 def resize_text(report: ResizeReport) -> str:
@@ -71,7 +71,7 @@ def table(header: list[str], cells: list[list[str]], more: int) -> list[str]:
 
 def percent(part: float) -> str:
     """A relative error."""
-    return f"{100 * part:.3g} %" if part >= 1e-5 else f"{part:.1e}"
+    return f"{100 * part:.3g} %" if part >= 1e-5 or part == 0 else f"{part:.1e}"
 
 
 def combine_text(report: CombineReport) -> str:

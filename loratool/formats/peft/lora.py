@@ -122,8 +122,10 @@ class Reader:
         if isinstance(self.draft.config.get("use_bdlora"), Mapping):
             up, down = self.block_diagonal(module, up, down)
         module.require(up.shape[1] == down.shape[0], rank_is_one(down.shape[0], up.shape[1]))
-        scale = self.scaling.scale(module.name, down.shape[0])
-        if module.path.endswith(OUT_PROJ) and doubles(self.draft.config):
+        projection = module.path.endswith(OUT_PROJ)
+        attention = module.name.removesuffix(".out_proj")  # whose r and α PEFT gives to its projection too
+        scale = self.scaling.scale(attention if projection else module.name, down.shape[0])
+        if projection and doubles(self.draft.config):
             self.doubled += 1
             scale *= 2
         if self.draft.config.get("use_qalora") is True:

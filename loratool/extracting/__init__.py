@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from loratool.binding.orientation import module_of
 from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.contents import Kind
-from loratool.differences import Difference, NotFiniteError, Part, Rule, decomposed, pieces
 from loratool.errors import FitError, InputError, UsageError, printable
+from loratool.extracting.differences import Difference, NotFiniteError, Part, Rule, decomposed, pieces
+from loratool.extracting.pairing import Change, Pairing, is_table, pair
 from loratool.formats.peft.describing import describe
 from loratool.formats.peft.describing import module_of as described_module
 from loratool.formats.peft.files import CONFIG, WEIGHTS
 from loratool.formats.peft.spelling import Names
-from loratool.lowrank import Product, padded
-from loratool.pairing import Change, Pairing, is_table, pair
+from loratool.lowrank import Product, inner, padded
+from loratool.lowrank import change as change_of
 from loratool.safefile import FLOAT_NAMES
 from loratool.saving import WIDTH, Form, Output, Rounded, adapter_output, torch_dtype
 from loratool.staging import check_target
@@ -29,14 +30,12 @@ from loratool.working import PathLike, Progress, Session, session
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from loratool.adapter import StoredTensor
 
 MOST_RANK = 32  # where no number is given: what servers take by their defaults or nearly so, and noise seldom fills
 HELD = 512 << 20  # bytes of differences in float32 that stay in memory; larger ones are read again for every pass
 HELD_ON_GPU = 4 << 30
-PIECE = 8192  # rows of a factor that are compared at a time
 MADE_BY_PEFT = "0.21.2"  # whose way round the factors of experts are written
 
 
@@ -274,10 +273,10 @@ class Extractor:
                 yield Outcome(change, 0, told(parts, 0, 0.0) if differs else None, ())
                 continue
             product = padded(joined(change, parts, own), rank)
-            factors = tuple(output.rounded(target, product) for target in self.targets(change))
-            yield Outcome(
-                change, rank, told(parts, own, apart(product, factors[0].read_back)) if differs else None, factors
-            )
+            rounded = output.rounded(change.target, product)
+            layer = told(parts, own, rounding_of(product, rounded)) if differs else None
+            heads = (output.rounded(head, product) for head in self.pairing.mirrors.get(change.target, ()))
+            yield Outcome(change, rank, layer, (rounded, *heads))
 
     def parts(self, change: Change) -> list[Part]:
         """The matrices of a layer, decomposed."""
@@ -311,6 +310,12 @@ def joined(change: Change, parts: Sequence[Part], rank: int) -> Product:
     return Product(torch.stack([p.up for p in products]), torch.stack([p.down for p in products]))
 
 
+def rounding_of(product: Product, rounded: Rounded) -> float:
+    """‖·‖² of what rounding changes."""
+    off = change_of(product, rounded.read_back)
+    return max(0.0, float(inner(off, off).sum()))
+
+
 def told(parts: Sequence[Part], rank: int, rounding: float) -> ExtractedLayer:
     """What became of a layer; `rounding` is the square of what rounding the factors adds."""
     squared = math.fsum(part.squared for part in parts)
@@ -324,27 +329,6 @@ def told(parts: Sequence[Part], rank: int, rounding: float) -> ExtractedLayer:
         math.sqrt((lost + rounding) / squared),  # the one lies in the space that is kept, the other outside of it
         max(part.above_noise for part in parts),
     )
-
-
-def apart(one: Product, other: Product) -> float:
-    """‖one − other‖² of nearly equal factors: up·down − up'·down' = (up − up')·down + up'·(down − down')."""
-    left = gram_of(one.up, other.up, False)
-    right = gram_of(one.down.mT, other.down.mT, True)
-    return max(0.0, float((left * right).sum()))
-
-
-def gram_of(one: Tensor, other: Tensor, first: bool) -> Tensor:
-    """The inner products of the columns of [one − other, other], or of [one, one − other] with `first`."""
-    import torch
-
-    total: Tensor | None = None
-    for a, b in zip(torch.split(one, PIECE, -2), torch.split(other, PIECE, -2), strict=True):
-        off = a.double() - b.double()
-        both = torch.cat([a.double(), off] if first else [off, b.double()], -1)
-        part = both.mT @ both
-        total = part if total is None else total.add_(part)
-    assert total is not None, "no layer is empty"
-    return total
 
 
 def open_model(path: Path, role: str) -> Checkpoint:
@@ -417,7 +401,6 @@ def config_of(
     """The `adapter_config.json`."""
     base = found.base
     named = base.config.get("_name_or_path")
-    words = target_words(found, kinds)
     turned = any(change.turned and change.kind is Kind.LINEAR for change in found.changes.values())
     config: dict[str, Any] = {
         **draft,
@@ -426,18 +409,18 @@ def config_of(
         "fan_in_fan_out": turned,
         "bias": "lora_only" if found.biases else "none",
         "modules_to_save": list(dict.fromkeys(found.modules)) or None,
-        "target_modules": words,
+        "target_modules": target_words(found, kinds),
     }
-    described = describe([config], kinds, ranks)
-    described["target_modules"] = words
-    return {"task_type": None, **described}
+    return dict(sorted({"task_type": None, **describe([config], kinds, ranks)}.items()))
 
 
 def target_words(found: Pairing, kinds: Mapping[str, Kind]) -> list[str] | None:
     """`target_modules`: the last part of a name where it means just these modules of the base, else whole names."""
     names = Names(kinds)
     layers = {
-        described_module(t, kind) for t, kind in kinds.items() if kind is not Kind.PARAMETER and not names.doubled(t)
+        described_module(t, kind)
+        for t, kind in kinds.items()
+        if kind is not Kind.PARAMETER and not names.inside_attention(t)
     }
     known: dict[str, set[str]] = {}
     for name in (*found.base.tensors, *(f"{layer}.weight" for layer in layers)):

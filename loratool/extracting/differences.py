@@ -95,12 +95,11 @@ class Difference:
 
         if self.held is None:
             hold = not self.measured and 4 * self.shape[0] * self.shape[1] <= self.room
-            kept = torch.empty(self.shape, dtype=self.dtype, device=self.device) if hold else None
-            for first, tile in self.read():
-                if kept is not None:
-                    kept[first : first + tile.shape[0]] = tile
-                yield first, tile
-            self.measured, self.held = True, kept
+            rows = self.shape[0] if hold else min(self.step, self.shape[0])
+            place = torch.empty(rows, self.shape[1], dtype=self.dtype, device=self.device)
+            yield from self.read(place)
+            self.measured = True
+            self.held = place if hold else None
             return
         for first in range(0, self.shape[0], self.step):
             yield first, self.held[first : first + self.step]
@@ -111,18 +110,25 @@ class Difference:
 
         return torch.float64 if "F64" in (self.base.info.dtype, self.tuned.info.dtype) else torch.float32
 
-    def read(self) -> Iterator[tuple[int, Tensor]]:
-        """The tiles, from the files."""
+    def read(self, place: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The tiles, from the files: one after the other into `place`, or one over the other where that is smaller."""
+        import torch
+
         rows, columns = self.shape
+        pair = (self.base, self.tuned)
+        most = min(self.step, rows) * columns
+        buffers = [torch.empty(most * torch_dtype(t.info.dtype).itemsize, dtype=torch.uint8) for t in pair]
         with self.base.file.open() as base, self.tuned.file.open() as tuned:
             for first in range(0, rows, self.step):
                 count = min(self.step, rows - first)
-                before, tile = (
-                    read_values(tensor, descriptor, self.first + first * columns, count * columns)
-                    .to(self.device, self.dtype)
+                before, after = (
+                    read_values(tensor, descriptor, self.first + first * columns, count * columns, buffer)
                     .view(count, columns)
-                    for tensor, descriptor in ((self.base, base), (self.tuned, tuned))
+                    .to(self.device)
+                    for tensor, descriptor, buffer in zip(pair, (base, tuned), buffers, strict=True)
                 )
+                tile = place[first : first + count] if place.shape[0] == rows else place[:count]
+                tile.copy_(after)
                 if not self.measured:
                     self.measure(before, tile)
                 yield first, tile.sub_(before)
@@ -132,9 +138,9 @@ class Difference:
         import torch
 
         for tile in (before, after):
-            if not bool(torch.stack(torch.aminmax(tile)).isfinite().all()):
+            if not all(bool(value.isfinite()) for value in torch.aminmax(tile)):
                 raise NotFiniteError
-        self.weight += float(torch.linalg.vector_norm(before)) ** 2
+        self.weight += float(torch.linalg.vector_norm(before, dtype=self.dtype)) ** 2
         coarser = min((self.base.info.dtype, self.tuned.info.dtype), key=MANTISSA.__getitem__)
         powers = (after.float().view(torch.int32) & 0x7F80_0000).view(torch.float32)  # without the mantissa
         powers.clamp_min_(torch.finfo(torch_dtype(coarser)).tiny)
@@ -224,12 +230,12 @@ def pieces(tensor: StoredTensor, dtype: torch.dtype) -> Iterator[tuple[int, Tens
             yield first, read_values(tensor, descriptor, first, count).to(dtype)
 
 
-def read_values(tensor: StoredTensor, descriptor: int, first: int, count: int) -> Tensor:
-    """Values `first` … `first + count` of a tensor, from an open file."""
+def read_values(tensor: StoredTensor, descriptor: int, first: int, count: int, buffer: Tensor | None = None) -> Tensor:
+    """Values `first` … `first + count` of a tensor, from an open file, in a buffer of bytes where one is given."""
     import torch
 
-    itemsize = tensor.info.nbytes // tensor.info.elements
-    raw = torch.empty(count * itemsize, dtype=torch.uint8)
-    start = tensor.file.position(tensor.info) + first * itemsize
+    dtype = torch_dtype(tensor.info.dtype)
+    raw = torch.empty(count * dtype.itemsize, dtype=torch.uint8) if buffer is None else buffer[: count * dtype.itemsize]
+    start = tensor.file.position(tensor.info) + first * dtype.itemsize
     read_exactly(descriptor, raw.numpy().data, start, tensor.file.path)
-    return raw.view(torch_dtype(tensor.info.dtype))
+    return raw.view(dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -11,12 +10,14 @@ from typing import TYPE_CHECKING
 from loratool.binding.fusing import model_types
 from loratool.binding.orientation import is_conv1d, module_of
 from loratool.contents import Kind
-from loratool.differences import same_values
 from loratool.errors import FitError, InputError, printable
+from loratool.extracting.differences import same_values
+from loratool.extracting.selecting import Selection
 from loratool.formats.peft.parameters import REGISTERED
 from loratool.formats.peft.spelling import ATTENTION, saved_whole
 from loratool.layouts.architectures import (
     CONV1D_MODEL_TYPES,
+    EMBEDDING_NAMES,
     INPUT_EMBEDDINGS,
     LABEL_HEADS,
     OUTPUT_HEADS,
@@ -25,7 +26,6 @@ from loratool.layouts.architectures import (
 from loratool.layouts.fusions import EXPERT_COUNTS, FLAGGED_EXPERTS
 from loratool.safefile import FLOAT_NAMES, product
 from loratool.saving import Carried
-from loratool.selecting import Selection
 from loratool.tying import find_ties, language_parts, on_disk
 
 if TYPE_CHECKING:
@@ -35,10 +35,6 @@ if TYPE_CHECKING:
     from loratool.checkpoint import Checkpoint
 
 # Modules that are tables of vectors, which PEFT adapts otherwise than matrices; nothing on disk tells them apart.
-TABLES = re.compile(
-    r"(?:.+_)?emb(?:ed|edding)?s?|embed_(?:tokens|positions|in)(?:_.+)?|(?:tokens|positions)_embed|wte|wpe|w"
-)
-BIASES = frozenset({"relative_attention_bias"})  # of T5: tables as well
 WIDEST_KERNEL = 64  # of a one-dimensional convolution; a third dimension that is longer is one of experts' weights
 # Heads that PEFT saves whole for a task, whatever the config says.
 TASK_HEADS = {
@@ -254,7 +250,9 @@ class Sorter:
         """Give a tensor that differs a place: an update, a bias, or its module saved whole."""
         module, _, parameter = name.rpartition(".")
         heads = TASK_HEADS.get(self.found.task or "", frozenset())
-        if one is None or one.shape != two.shape or not heads.isdisjoint(module.split(".")):
+        if head := next((part for part in module.split(".") if part in heads), ""):
+            self.whole.add(f"{module[: f'.{module}.'.index(f'.{head}.')]}{head}")
+        elif one is None or one.shape != two.shape:
             self.whole.add(module)
         elif change := self.change(name, one, two):
             self.found.changes[name] = change
@@ -387,7 +385,7 @@ def outer_modules(name: str) -> Iterator[str]:
 def is_table(module: str) -> bool:
     """Whether a module is an embedding, by its name."""
     leaf = module.rpartition(".")[2]
-    return leaf in INPUT_EMBEDDINGS | BIASES or (leaf not in OUTPUT_HEADS and bool(TABLES.fullmatch(leaf)))
+    return leaf in INPUT_EMBEDDINGS or (leaf not in OUTPUT_HEADS and bool(EMBEDDING_NAMES.fullmatch(leaf)))
 
 
 def task_of(checkpoint: Checkpoint) -> str | None:

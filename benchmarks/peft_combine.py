@@ -1,0 +1,33 @@
+"""PEFT as its documentation combines: load adapters into a model, `add_weighted_adapter`, save.
+
+python benchmarks/peft_combine.py CONFIG.json OUT RANK ADAPTER... prints the seconds of the call as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import torch
+from peft import PeftModel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+def main(config: str, out: str, rank: str, *adapters: str) -> None:
+    with open(config) as stream:
+        model = LlamaForCausalLM(LlamaConfig(**json.load(stream))).to(torch.bfloat16)
+    # an adapter called "0" would take layer 0 out of what PEFT saves
+    names = [f"part{number}" for number in range(len(adapters))]
+    wrapped = PeftModel.from_pretrained(model, adapters[0], adapter_name=names[0])
+    for name, path in zip(names[1:], adapters[1:], strict=True):
+        wrapped.load_adapter(path, adapter_name=name)
+    started = time.perf_counter()
+    wrapped.add_weighted_adapter(names, [1.0] * len(names), "combined", combination_type="svd", svd_rank=int(rank))
+    seconds = time.perf_counter() - started
+    wrapped.save_pretrained(out, selected_adapters=["combined"])
+    print(json.dumps({"seconds": seconds}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
