@@ -55,7 +55,11 @@ def examine(adapter: Adapter, problems: Sequence[str], path: Path, fit: Fit | No
         *(look_at_fit(fit, path) if fit else ()),
         *look_at_values(adapter, path),
         *look_at_servers(adapter, path, fit),
-        *(Finding("note", "remark", text) for text in adapter.notes if "alpha patterns match" not in text),
+        *(
+            Finding("note", "remark", text)
+            for text in (*adapter.notes, *(fit.notes if fit else ()))
+            if "alpha patterns match" not in text  # told with its repair
+        ),
     ]
     return tuple(sorted(found, key=lambda finding: finding.level != "problem"))
 

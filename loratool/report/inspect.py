@@ -62,7 +62,7 @@ def adapter_text(facts: AdapterFacts) -> str:
         ("size", size(facts.bytes)),
         ("dtypes", counted(facts.dtypes)),
         *(("not mergeable", reason) for reason in facts.unsupported),
-        *(("note", note) for note in facts.notes),
+        *(("note", note) for note in facts.notes if facts.findings is None),  # else a finding is made of it
     ]
     parts = [wrapped(rows)]
     if facts.against:
@@ -118,7 +118,7 @@ def checkpoint_text(facts: CheckpointFacts) -> str:
         *(("weight", line) for line in shortened([weight_line(weight) for weight in facts.weights])),
         *(("file", line) for line in shortened([f"{name}: {size(nbytes)}" for name, nbytes in facts.files.items()])),
         *(("left out", name) for name in facts.left_out),
-        *(("note", note) for note in facts.notes),
+        *(("note", note) for note in facts.notes if facts.findings is None),
     ]
     parts = [wrapped(rows)]
     if facts.listing is not None:
@@ -212,13 +212,8 @@ def values_text(values: Values) -> str:
             ("‖W0‖", f"{values.norm_base:.6g} of the weights it changes: {percent(values.norm / values.norm_base)}")
         )
     for kept in values.suggestions:
-        saved = f"{size(kept.bytes)} of {size(kept.bytes_now)}"
-        rows.append(
-            (
-                f"{100 * kept.energy:.0f} % energy",
-                f"rank {kept.rank} everywhere: {saved}; a rank for each layer: {size(kept.bytes_by_layer)}",
-            )
-        )
+        told = f"rank {kept.rank}: {size(kept.bytes)} of {size(kept.bytes_now)}; a rank a layer: {size(kept.bytes_by_layer)}"
+        rows.append((f"{100 * kept.energy:.0f} % energy", told))
     bad = [m for m in values.modules if m.nonfinite]
     rows += [("not finite", f"{m.nonfinite} values in {m.target}") for m in bad[:MOST_MODULES]]
     if subnormal := sum(m.subnormal for m in values.modules):
@@ -269,7 +264,7 @@ def by_name(modules: Sequence[Measured]) -> str:
 def largest(modules: Sequence[Measured]) -> str:
     """The modules that change most, by what their names do not have in common."""
     ordered = sorted(modules, key=lambda m: -(m.norm or 0.0))[:MOST_MODULES]
-    columns = [SIZES[at] for at in (0, 1, 2, 5)]
+    columns = [SIZES[at] for at in (0, 1, 2, 4, 5, 6)]
     names = [m.target.removesuffix(".weight") for m in ordered]
     start = common_start(names)
     rows = [
