@@ -243,6 +243,8 @@ def is_adapter(location: Path) -> bool:
 
 def foreign_adapter(location: Path) -> Foreign | None:
     """The adapter of a format that is not read, where its tensors are an adapter's."""
+    if (location / "config.json").is_file():  # a model
+        return None
     try:
         found = find_foreign(location)
     except LoratoolError:

@@ -97,6 +97,8 @@ def measure(
             layers[target] = layer
         elif not update.replaces and not isinstance(update, Add) and target not in adapter.optional:
             skipped[target] = f"{type(update).__name__}: no product of two factors"
+    groups = fit.ties.groups if fit and fit.ties else ()
+    tied = {name: group.names[0] for group in groups for name in group.missing}  # held under another name
     found: list[Measured] = []
     energies: dict[str, list[float]] = {}
     with session(device, ()) as at_work:
@@ -104,7 +106,7 @@ def measure(
         def work(target: str) -> tuple[Measured, list[float]]:
             told, squares = look_at(layers[target], at_work)
             if fit and fit.checkpoint and told.norm is not None:
-                places = fit.places.get(target, ())
+                places = [replace(p, tensor=tied.get(p.tensor, p.tensor)) for p in fit.places.get(target, ())]
                 told = replace(told, weight=weigh(told.norm, places, fit.checkpoint, at_work.device))
             return told, squares
 

@@ -69,6 +69,10 @@ def test_what_headers_can_answer_loads_no_heavy_package(arguments: list[str], fo
     assert loaded_by(arguments, folders) == set()
 
 
+def test_a_check_looks_at_values_without_torch(folders: Path) -> None:
+    assert loaded_by(["inspect", "--check", "adapter"], folders) == {"numpy"}
+
+
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 @pytest.mark.parametrize(
     "command", [[], *([name] for name in COMMANDS)], ids=lambda words: " ".join(words) or "loratool"

@@ -168,6 +168,7 @@ TWO_PATTERNS = {"layers.0.self_attn.q_proj": 4, "q_proj": 16}
 CASES: dict[str, Case] = {
     # what is wrong
     "untrained": Case(zero(), told="every update is zero .6 modules"),
+    "zero-scaling": Case(config={"lora_alpha": 0}, told="α is 0", repair="loratool rescale .* --alpha"),
     "partly-untrained": Case(zero("layers.1"), level="note", told="zero in 3 of 6 modules"),
     "ungathered": Case(put(A=torch.empty(0)), told="ZeRO-3", repair="gather"),
     "ungathered, both": Case(put(A=torch.empty(0), B=torch.empty(0))),

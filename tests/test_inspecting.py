@@ -230,6 +230,29 @@ def test_a_model_that_loratool_merged_says_of_what(tmp_path: Path) -> None:
     assert ("q_proj", (8, 8), 1) in [(w.name, w.shape, w.count) for w in facts.weights]
 
 
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("lora_unet_down_blocks_0.lora_down.weight", "kohya"),
+        ("model.layers.0.self_attn.q_proj.lora_a", "mlx"),
+        ("unet.down_blocks.0.attn1.to_k.lora.down.weight", "diffusers"),
+        ("lora_te_layers_0.lokr_w1_a", "LyCORIS"),
+    ],
+)
+def test_an_adapter_of_a_format_that_is_not_read_is_named_and_counted(name: str, form: str, tmp_path: Path) -> None:
+    save_file({name: torch.ones(4, 8)}, tmp_path / "weights.safetensors")
+    facts = adapter_facts(tmp_path / "weights.safetensors", tensors=True, check=True)
+    assert (facts.format, facts.parameters, facts.dtypes) == (form, 32, {"F32": 1})
+    assert form in facts.unsupported[0]
+    assert facts.tensors is not None
+    assert [tensor.name for tensor in facts.tensors] == [name]
+
+
+def test_a_model_whose_names_begin_as_those_of_an_adapter_is_a_checkpoint(tmp_path: Path) -> None:
+    save_file({"transformer.h.0.attn.c_attn.weight": torch.ones(4, 8)}, tmp_path / "gpt2.safetensors")
+    assert isinstance(loratool.inspect(tmp_path / "gpt2.safetensors"), CheckpointFacts)
+
+
 def test_a_base_and_its_config_are_not_both_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_base(tmp_path / "base")
     write_adapter(tmp_path / "adapter")
@@ -397,6 +420,39 @@ def test_what_is_no_low_rank_product_is_told_as_not_measured(tmp_path: Path) -> 
     assert values.modules == ()
     assert len(values.skipped) == 2
     SCHEMA.validate(as_json(tmp_path / "a", "--values", "--check"))
+
+
+def test_a_tied_head_is_weighed_against_the_embedding_that_holds_it(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    embedding = normal(30, 16, seed=2)
+    save_file({"model.embed_tokens.weight": embedding}, tmp_path / "base" / "model.safetensors")
+    settings = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(settings))
+    path = write_factors(tmp_path / "a", {"lm_head": (normal(30, 2), normal(2, 16))})
+    (found,) = values_of(path, base=tmp_path / "base").modules
+    assert found.weight is not None
+    assert found.weight.tensor == "model.embed_tokens.weight"
+    assert found.weight.norm == pytest.approx(float(embedding.norm()))
+
+
+def test_a_convolution_and_dora_are_measured_as_their_product(tmp_path: Path) -> None:
+    up, down = normal(6, 3, 1, 1, seed=1), normal(3, 4, 3, 3, seed=2)
+    linear = normal(8, 3, seed=3), normal(3, 5, seed=4)
+    path = write_factors(tmp_path / "a", {"conv": (up, down), "linear": linear}, use_dora=True)
+    tensors = load_file(path / "adapter_model.safetensors")
+    tensors[f"{PREFIX}conv.lora_magnitude_vector"] = torch.ones(1, 6, 1, 1)
+    tensors[f"{PREFIX}linear.lora_magnitude_vector"] = torch.ones(8)
+    save_file(tensors, path / "adapter_model.safetensors")
+    values = values_of(path)
+    found = {m.target: m.singular_values for m in values.modules}
+    dense = 2.0 * up.double().flatten(1) @ down.double().flatten(1)
+    assert found["conv.weight"] == pytest.approx(torch.linalg.svdvals(dense)[:3].tolist())
+    dense = 2.0 * linear[0].double() @ linear[1].double()
+    assert found["linear.weight"] == pytest.approx(torch.linalg.svdvals(dense)[:3].tolist())
+    assert any(note.startswith("DoRA") for note in values.notes)
+    facts = adapter_facts(path)
+    assert facts.dora
+    assert [(t.name, t.shape) for t in facts.targets] == [("conv", (6, 4, 3, 3)), ("linear", (8, 5))]
 
 
 # Output

@@ -99,6 +99,14 @@ def look_at_values(adapter: Adapter, path: Path) -> Iterator[Finding]:
             tuple(map(printable, broken)),
         )
     yield from look_at_training(adapter, scans)
+    if idle := [target for target, update in adapter.updates.items() if scale_of(update) == 0]:
+        yield Finding(
+            "problem",
+            "zero-scaling",
+            f"α is 0, so the update is zero whatever its factors are, in {some(idle)}; llama.cpp takes it for a scale of 1",
+            command("rescale", path, "--alpha ALPHA"),
+            tuple(map(printable, idle)),
+        )
     yield from look_at_ranges(adapter, scans, path)
 
 
@@ -140,6 +148,12 @@ def look_at_training(adapter: Adapter, scans: dict[str, Scan]) -> Iterator[Findi
             if there
         )
     yield Finding("problem", "untrained", message, "", where)
+
+
+def scale_of(update: object) -> float | None:
+    """The factor before BA; None where there is none."""
+    inner = getattr(update, "inner", update)
+    return inner.alpha if isinstance(inner, ExpertFactors) else getattr(inner, "scale", None)
 
 
 def is_zero(scans: dict[str, Scan], name: str) -> bool:

@@ -212,7 +212,7 @@ def values_text(values: Values) -> str:
             ("‖W0‖", f"{values.norm_base:.6g} of the weights it changes: {percent(values.norm / values.norm_base)}")
         )
     for kept in values.suggestions:
-        told = f"rank {kept.rank}: {size(kept.bytes)} of {size(kept.bytes_now)}; a rank a layer: {size(kept.bytes_by_layer)}"
+        told = f"rank {kept.rank}: {size(kept.bytes)} of {size(kept.bytes_now)}; each layer its own: {size(kept.bytes_by_layer)}"
         rows.append((f"{100 * kept.energy:.0f} % energy", told))
     bad = [m for m in values.modules if m.nonfinite]
     rows += [("not finite", f"{m.nonfinite} values in {m.target}") for m in bad[:MOST_MODULES]]
