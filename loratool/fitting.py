@@ -28,7 +28,8 @@ HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-BUFFERS = ("vera_A", "vera_B", "w_norm")  # saved beside the parameters of VeRA and DeLoRA, and not trained
+BUFFERS = ("vera_A", "vera_B", "delora_w_norm")  # saved beside the parameters of VeRA and DeLoRA, and not trained
+SHARED = "vblora_vector_bank"  # trained, and of no module
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,15 @@ def count_parameters(adapter: Adapter, in_base: set[str]) -> tuple[int, int]:
             more += 2 * size if isinstance(update, Replace) and target not in in_base else size
         elif target.endswith(".bias") and adapter.config.get("bias") in ("all", "lora_only"):
             trainable += size
-    return trainable, more
+    bank = sum(info.elements for name, info in adapter.file.tensors.items() if SHARED in name)
+    frozen = sum(".lora_E" in name for name in seen)  # AdaLoRA keeps each module's rank as a parameter of one number
+    return trainable + bank, more + bank + frozen
 
 
 def is_trained_copy(adapter: Adapter, target: str) -> bool:
     """Whether a tensor that is saved whole is of a module that PEFT trained a copy of; the name ends in an entry."""
+    if adapter.config.get("peft_type") == "LN_TUNING":
+        return True
     saved = adapter.config.get("modules_to_save")
     names = [name for name in saved if isinstance(name, str)] if isinstance(saved, list) else []
     names += HEADS.get(str(adapter.config.get("task_type")), ())

@@ -14,7 +14,18 @@ import jsonschema
 import pytest
 import torch
 from malformed import write_adapter, write_base
-from peft import LoraConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    DeloraConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoraConfig,
+    TrainableTokensConfig,
+    VBLoRAConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
@@ -70,6 +81,34 @@ def values_of(path: Path, **options: Any) -> Values:
 
 
 # Parameters, as PEFT prints them
+
+
+OTHERS: dict[str, Any] = {
+    "AdaLoRA": AdaLoraConfig(total_step=10, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    "VeRA": VeraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    "(IA)³": IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
+    "LoHa": LoHaConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    "VB-LoRA": VBLoRAConfig(r=2, num_vectors=8, vector_length=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    "DeLoRA": DeloraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    "LN tuning": LNTuningConfig(task_type="CAUSAL_LM"),
+    "tokens": TrainableTokensConfig(token_indices=[1, 2], task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_parameters_of_other_types_are_counted_as_peft_prints_them(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = AutoModelForCausalLM.from_config(llama())
+    model.save_pretrained(tmp_path / "base")
+    tuned = get_peft_model(model, OTHERS[kind])
+    capsys.readouterr()
+    tuned.print_trainable_parameters()
+    printed = capsys.readouterr().out.strip()
+    tuned.save_pretrained(tmp_path / "adapter")
+    against = adapter_facts(tmp_path / "adapter", base=tmp_path / "base").against
+    assert against is not None
+    assert against.line == printed
 
 
 def sequence_model(config: LlamaConfig) -> Any:
@@ -411,8 +450,6 @@ def test_a_conv1d_and_an_embedding_are_weighed_the_way_round_they_are_stored(tmp
 
 
 def test_what_is_no_low_rank_product_is_told_as_not_measured(tmp_path: Path) -> None:
-    from peft import IA3Config
-
     model = AutoModelForCausalLM.from_config(llama())
     config = IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
     get_peft_model(model, config).save_pretrained(tmp_path / "a")
