@@ -209,11 +209,11 @@ def common(names: Sequence[str]) -> str:
     return "".join(f"{part}." for part in shared)
 
 
-def order_of(name: str) -> tuple[str, int, str]:
-    """Where a module comes among those of its layer."""
+def order_of(name: str) -> tuple[bool, str, int, str]:
+    """Where a module comes among those of its layer: attention first."""
     parent, _, last = name.rpartition(".")
     rank = ORDER.index(last) if last in ORDER else len(ORDER)
-    return ("mlp" if "mlp" in parent else "attn" if "att" in parent.lower() else parent, rank, name)
+    return ("att" not in name.lower(), parent, rank, name)
 
 
 def short(value: float | None, digits: int = 5) -> float | None:
