@@ -17,7 +17,9 @@ __version__ = "0.1.0"
 
 EXPORTS = {
     "Adapter": "adapter",
+    "AdapterFacts": "inspecting",
     "Checkpoint": "checkpoint",
+    "CheckpointFacts": "inspecting",
     "CombineReport": "combining",
     "CompareReport": "comparing",
     "ExtractReport": "extracting",
@@ -36,6 +38,7 @@ EXPORTS = {
     "compare": "comparing",
     "estimate": "estimating",
     "extract": "extracting",
+    "html_page": "report.page",
     "inspect": "inspecting",
     "merge": "merging",
     "open_checkpoint": "checkpoint",
@@ -66,12 +69,15 @@ if TYPE_CHECKING:
     from loratool.extracting import ExtractReport as ExtractReport
     from loratool.extracting import extract as extract
     from loratool.formats import read_adapter as read_adapter
+    from loratool.inspecting import AdapterFacts as AdapterFacts
+    from loratool.inspecting import CheckpointFacts as CheckpointFacts
     from loratool.inspecting import inspect as inspect
     from loratool.merging import MergeReport as MergeReport
     from loratool.merging import merge as merge
     from loratool.merging import plan as plan
     from loratool.planning import MergePlan as MergePlan
     from loratool.planning import plan_merge as plan_merge
+    from loratool.report.page import html_page as html_page
     from loratool.rescaling import RescaleReport as RescaleReport
     from loratool.rescaling import rescale as rescale
     from loratool.resizing import ResizeReport as ResizeReport

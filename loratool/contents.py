@@ -94,6 +94,10 @@ class Layer:
         Raises `InputError` where a value is no number.
         """
         up, down = (factor.load(device, dtype) for factor in self.factors)
+        return self.product(up, down)
+
+    def product(self, up: Tensor, down: Tensor) -> Product:
+        """ΔW of the loaded factors."""
         if self.kind is Kind.PARAMETER:
             up = up.reshape(self.rows, self.rank, self.experts).permute(2, 0, 1)  # rank-major
             down = down.reshape(self.experts, self.rank, self.columns)  # expert-major
@@ -158,16 +162,6 @@ def contents_of(adapter: Adapter, verb: str) -> Contents:
     problems: dict[str, list[str]] = {}
     for target, update in adapter.updates.items():
         match update:
-            case Magnitude(inner=LowRank() as inner):
-                layers[target] = Layer(target, kind_of(inner), inner, magnitude=update)
-            case LowRank():
-                layers[target] = Layer(target, kind_of(update), update)
-            case ExpertFactors():
-                experts = expert_count(update)
-                if experts is None:
-                    problems.setdefault("the config does not tell the rank of its experts", []).append(target)
-                else:
-                    layers[target] = Layer(target, Kind.PARAMETER, update, experts)
             case Add():
                 biases[target] = update
             case Replace():
@@ -175,7 +169,10 @@ def contents_of(adapter: Adapter, verb: str) -> Contents:
             case ReplaceRows():
                 rows[target] = update
             case _:
-                problems.setdefault(why_not(update, verb), []).append(target)
+                if layer := layer_of(target, update):
+                    layers[target] = layer
+                else:
+                    problems.setdefault(why_not(update, verb), []).append(target)
     if problems:
         raise InputError(
             f"{shown}: cannot {verb} this adapter:",
@@ -185,6 +182,18 @@ def contents_of(adapter: Adapter, verb: str) -> Contents:
             ),
         )
     return Contents(adapter, layers, biases, saved, dict(adapter.bases), rows)
+
+
+def layer_of(target: str, update: Update) -> Layer | None:
+    """The layer that a low-rank update makes; None for any other, and for experts of unknown number."""
+    match update:
+        case Magnitude(inner=LowRank() as inner):
+            return Layer(target, kind_of(inner), inner, magnitude=update)
+        case LowRank():
+            return Layer(target, kind_of(update), update)
+        case ExpertFactors() if experts := expert_count(update):
+            return Layer(target, Kind.PARAMETER, update, experts)
+    return None
 
 
 def kind_of(update: LowRank) -> Kind:
@@ -202,6 +211,8 @@ def expert_count(update: ExpertFactors) -> int | None:
 def why_not(update: Update, verb: str) -> str:
     """Why an update that is not low-rank stays as it is, and what to do."""
     inner = update.inner if isinstance(update, Magnitude) else update
+    if isinstance(inner, ExpertFactors):
+        return "the config does not tell the rank of its experts"
     if isinstance(inner, Residual):
         return (
             "training began by taking a part out of the base (PiSSA, OLoRA or KaSA), so it is no low-rank change of the "

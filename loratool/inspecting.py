@@ -1,28 +1,83 @@
-"""What is in an adapter or a checkpoint, from headers and configs alone."""
+"""`inspect()`: what is in an adapter or a checkpoint, from headers and configs; values only where they are asked for."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from loratool.checkpoint import Checkpoint, open_checkpoint
-from loratool.errors import printable
-from loratool.formats import peft, read_adapter
+from loratool.checkpoint import INDEX_SUFFIX, PROVENANCE, Checkpoint, open_checkpoint, read_small
+from loratool.contents import Layer, layer_of
+from loratool.errors import InputError, LoratoolError, UsageError, printable
+from loratool.fitting import BaseFacts, Fit, fit_of
+from loratool.formats import Foreign, find_foreign, looks_foreign, peft
 from loratool.formats.peft import support
-from loratool.updates import LowRank, Replace
+from loratool.health import Finding, examine, tell_unreadable
+from loratool.safefile import strict_json
+from loratool.updates import Add, LowRank, Replace, ReplaceRows
 
 if TYPE_CHECKING:
     from loratool.adapter import Adapter
+    from loratool.measuring import Values
+    from loratool.safefile import SafeFile, TensorInfo
     from loratool.updates import Update
+
+Progress = Callable[[int, int], None]
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """One tensor of a file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    file: str
+
+
+@dataclass(frozen=True)
+class WeightFacts:
+    """Weights of one name and shape, such as every q_proj."""
+
+    name: str  # the last part of their path
+    shape: tuple[int, ...]  # as the adapter sees them, (out, in) for a linear layer
+    count: int
+    parameters: int  # of all of them; of an adapter: what it has for them
+
+
+@dataclass(frozen=True)
+class PlaceFacts:
+    """Where a base holds the weight that a module means."""
+
+    tensor: str
+    rows: tuple[int, int]  # first and last + 1, of the tensor as a matrix
+    rule: str  # how it was found
+
+
+@dataclass(frozen=True)
+class ModuleFacts:
+    """What an adapter does to one weight."""
+
+    target: str  # the weight, as the model that was trained calls it
+    kind: str  # "low-rank", "saved whole", "token rows", or the class of any other update
+    shape: tuple[int, ...] | None  # of the weight, where the factors tell
+    rank: int | None
+    alpha: float | None
+    scaling: float | None  # α/r or α/√r
+    parameters: int
+    tensors: tuple[str, ...]
+    places: tuple[PlaceFacts, ...] | None = None  # with a base
 
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """An adapter as its headers and config describe it."""
+    """An adapter as its headers and config describe it; `values` and `findings` where they were asked for."""
 
     kind: Literal["adapter"]
     path: str
@@ -30,20 +85,32 @@ class AdapterFacts:
     peft_type: str
     variants: tuple[str, ...]
     base: str
+    task: str
+    initialisation: str
     ranks: Mapping[str, int]  # rank → modules that have it
     alphas: Mapping[str, int]
     scalings: Mapping[str, int]  # α/r or α/√r → modules
     rslora: bool
-    targets: tuple[tuple[str, str, int], ...]  # (module name, shape of its weight, how many)
+    dora: bool
+    rank_pattern: Mapping[str, float]
+    alpha_pattern: Mapping[str, float]
+    modules_to_save: tuple[str, ...]
+    bias: str
+    targets: tuple[WeightFacts, ...]
     saved: tuple[str, ...]  # tensors that replace the base's
-    parameters: int
+    parameters: int  # numbers in the file
     bytes: int
     dtypes: Mapping[str, int]
+    modules: tuple[ModuleFacts, ...]
     unsupported: tuple[str, ...]
     notes: tuple[str, ...]
+    against: BaseFacts | None = None  # with a base, or a config of one
+    tensors: tuple[TensorFacts, ...] | None = None
+    values: Values | None = None
+    findings: tuple[Finding, ...] | None = None
 
     def __str__(self) -> str:
-        from loratool.report import adapter_text
+        from loratool.report.inspect import adapter_text
 
         return adapter_text(self)
 
@@ -55,80 +122,294 @@ class CheckpointFacts:
     kind: Literal["checkpoint"]
     path: str
     architecture: str
+    made_by: str  # where loratool made it: how, of what
+    quantisation: str  # what its config says; empty for none
     tensors: int
     parameters: int
     bytes: int  # of tensor data
     dtypes: Mapping[str, int]
+    weights: tuple[WeightFacts, ...]
     files: Mapping[str, int]  # weight file → bytes
     side_files: tuple[str, ...]
     left_out: tuple[str, ...]
     notes: tuple[str, ...]
+    listing: tuple[TensorFacts, ...] | None = None
+    findings: tuple[Finding, ...] | None = None
 
     def __str__(self) -> str:
-        from loratool.report import checkpoint_text
+        from loratool.report.inspect import checkpoint_text
 
         return checkpoint_text(self)
 
 
-def inspect(path: str | os.PathLike[str]) -> AdapterFacts | CheckpointFacts:
-    """Describe the adapter or checkpoint at `path` without reading a tensor.
+@dataclass(frozen=True)
+class UnreadableFacts:
+    """A path of which not even the headers can be told; only a check gives it, all else raises."""
 
-    Raises `InputError` when it is neither, or malformed.
+    kind: Literal["unreadable"]
+    path: str
+    findings: tuple[Finding, ...]
+
+    def __str__(self) -> str:
+        from loratool.report.inspect import unreadable_text
+
+        return unreadable_text(self)
+
+
+Facts = AdapterFacts | CheckpointFacts | UnreadableFacts
+
+
+def inspect(
+    path: PathLike,
+    *,
+    base: PathLike | None = None,
+    base_config: PathLike | None = None,
+    tensors: bool = False,
+    values: bool = False,
+    check: bool = False,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Facts:
+    """Describe the adapter or checkpoint at `path`. Without `values` and `check` no tensor is read.
+
+    Args:
+        path: a folder, a `.safetensors` file, or the index of a checkpoint.
+        base: the model that an adapter is for: how many parameters there are in all, which tensor each module means,
+            and with `values` how much of them changes.
+        base_config: its config.json, of a family that `estimate` knows, for the number of parameters alone.
+        tensors: list every tensor.
+        values: measure every module of an adapter; `loratool.measuring` says what.
+        check: look for what is wrong, which reads the values of an adapter once. What is malformed is then told as
+            findings, and nothing raised.
+        device: to measure on: "auto", "cpu", "cuda" or "cuda:N".
+        progress: called with (modules measured, modules in all).
+
+    Raises:
+        UsageError: a base and the config of one.
+        InputError: neither an adapter nor a checkpoint, or a malformed one.
+        FitError: the adapter does not fit the base.
     """
+    if base is not None and base_config is not None:
+        raise UsageError("--base and --base-config both say what the base is; one of them is wanted")
     location = Path(path)
-    if location.is_dir() and peft.recognises(location) and not (location / "config.json").exists():
-        return adapter_facts(read_adapter(location), location)
-    if location.is_file() and location.suffix == ".safetensors" and (location.parent / peft.CONFIG).is_file():
-        return adapter_facts(read_adapter(location), location)
-    return checkpoint_facts(open_checkpoint(location), location)
+    against = Path(base) if base is not None else Path(base_config) if base_config is not None else None
+    if foreign := foreign_adapter(location):
+        return foreign_facts(foreign, location, tensors, check)
+    if not is_adapter(location):
+        return look_at_checkpoint(location, tensors, check)
+    problems: tuple[str, ...] = ()
+    try:
+        if check:
+            adapter, problems = peft.read_what_is_sound(location)
+        else:
+            adapter = peft.read(location)
+    except LoratoolError as error:
+        if not check:
+            raise
+        return UnreadableFacts("unreadable", printable(location), tell_unreadable(error, location))
+    fit = fit_of(adapter, against, holds_weights(against)) if against else None
+    if fit and not check:
+        fit.require()
+    facts = adapter_facts(adapter, location, fit)
+    if tensors:
+        facts = replace(facts, tensors=tuple(listed([adapter.file])))
+    if check:
+        facts = replace(facts, findings=examine(adapter, problems, location, fit))
+    if values:
+        from loratool.measuring import measure
+
+        facts = replace(facts, values=measure(adapter, fit, device, progress))
+    return facts
 
 
-def adapter_facts(adapter: Adapter, path: Path) -> AdapterFacts:
-    found = {target: low_rank_in(update) for target, update in adapter.updates.items()}
-    factors = {target: update for target, update in found.items() if update is not None}
-    rslora = bool(adapter.config.get("use_rslora", False))
-    alphas = (u.scale * (u.rank**0.5 if rslora else u.rank) for u in factors.values())
-    shapes = Counter((t.split(".")[-2] if "." in t else t, "×".join(map(str, u.shape))) for t, u in factors.items())
+def is_unsound(facts: Facts) -> bool:
+    """Whether a check found a problem, and not notes alone."""
+    return any(finding.level == "problem" for finding in facts.findings or ())
+
+
+def holds_weights(path: Path) -> bool:
+    """Whether a base is more than a config."""
+    if path.suffix == ".json" and not path.name.endswith(INDEX_SUFFIX):
+        return False
+    return not (path.is_dir() and (path / "config.json").is_file() and not any(path.glob("*.safetensors")))
+
+
+def is_adapter(location: Path) -> bool:
+    """Whether a path is an adapter, and no model with one beside it."""
+    if location.is_dir():
+        return peft.recognises(location) and not (location / "config.json").exists()
+    return location.is_file() and location.suffix == ".safetensors" and (location.parent / peft.CONFIG).is_file()
+
+
+def foreign_adapter(location: Path) -> Foreign | None:
+    """The adapter of a format that is not read, where its tensors are an adapter's."""
+    if (location / "config.json").is_file():  # a model
+        return None
+    try:
+        found = find_foreign(location)
+    except LoratoolError:
+        return None
+    return found if found and looks_foreign(found.file) else None
+
+
+def adapter_facts(adapter: Adapter, path: Path, fit: Fit | None = None) -> AdapterFacts:
+    """What headers and config tell; with a `fit` also what the base tells."""
+    layers = {target: layer for target, update in adapter.updates.items() if (layer := layer_in(target, update))}
+    config = adapter.config
+    rslora = config.get("use_rslora") is True
+    modules = tuple(
+        module_facts(adapter, target, update, layers.get(target), rslora, fit)
+        for target, update in adapter.updates.items()
+    )
+    groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    for module in modules:
+        if module.rank is not None and module.shape is not None:
+            groups.setdefault((leaf(module.target), module.shape), []).append(module.parameters)
     unused = tuple(f"tensor {printable(name)} has no known place" for name in adapter.unused)
+    start = config.get("init_lora_weights", True)
     return AdapterFacts(
         kind="adapter",
         path=printable(path),
         format=adapter.format,
-        peft_type=printable(adapter.config.get("peft_type", "LORA")),
-        variants=support.variants(adapter.config),
-        base=printable(adapter.config.get("base_model_name_or_path") or ""),
-        ranks=count(str(u.rank) for u in factors.values()),
-        alphas=count(f"{alpha:.6g}" for alpha in alphas),
-        scalings=count(f"{u.scale:.6g}" for u in factors.values()),
+        peft_type=printable(config.get("peft_type", "LORA")),
+        variants=support.variants(config),
+        base=printable(config.get("base_model_name_or_path") or ""),
+        task=printable(config.get("task_type") or ""),
+        initialisation=printable(start) if isinstance(start, str) else "",
+        ranks=count(str(m.rank) for m in modules if m.rank is not None),
+        alphas=count(f"{m.alpha:.6g}" for m in modules if m.alpha is not None),
+        scalings=count(f"{m.scaling:.6g}" for m in modules if m.scaling is not None),
         rslora=rslora,
-        targets=tuple((printable(name), shape, n) for (name, shape), n in shapes.items()),
+        dora=config.get("use_dora") is True,
+        rank_pattern=numbers(config.get("rank_pattern")),
+        alpha_pattern=numbers(config.get("alpha_pattern")),
+        modules_to_save=texts(config.get("modules_to_save")),
+        bias=printable(config.get("bias") or "none"),
+        targets=weight_facts(groups),
         saved=tuple(printable(t) for t, u in adapter.updates.items() if isinstance(u, Replace)),
         parameters=adapter.parameters,
         bytes=adapter.file.layout.size,
         dtypes=count(t.dtype for t in adapter.file.tensors.values()),
+        modules=modules,
         unsupported=(*adapter.unsupported, *unused),
-        notes=adapter.notes,
+        notes=(*adapter.notes, *(fit.notes if fit else ())),
+        against=fit.base if fit else None,
     )
 
 
-def low_rank_in(update: Update) -> LowRank | None:
-    """The low-rank update that this is, or that others are built around."""
-    inner = getattr(update, "inner", update)
-    if isinstance(inner, LowRank):
-        return inner
-    return None if inner is update else low_rank_in(inner)
+def module_facts(
+    adapter: Adapter, target: str, update: Update, layer: Layer | None, rslora: bool, fit: Fit | None
+) -> ModuleFacts:
+    names = adapter.sources.get(target, ())
+    if len(names) > 1:  # all of a module, and lora_B.bias is another update than its factors
+        names = tuple(name for name in names if name.endswith(".bias") == isinstance(update, Add))
+    shape: tuple[int, ...] | None = update.shape if all(size > 0 for size in update.shape) else None
+    if layer is not None:
+        shape = (layer.experts, layer.rows, layer.columns) if layer.experts > 1 else (layer.rows, layer.columns)
+        if layer.kernel:
+            shape = layer.update.shape
+    return ModuleFacts(
+        target=printable(target),
+        kind=kind_of(update, layer),
+        shape=shape,
+        rank=layer.rank if layer else None,
+        alpha=layer.scale * (layer.rank**0.5 if rslora else layer.rank) if layer else None,
+        scaling=layer.scale if layer else None,
+        parameters=sum(adapter.file.tensors[name].elements for name in names),
+        tensors=tuple(map(printable, names)),
+        places=tuple(
+            PlaceFacts(printable(p.tensor), (p.first_row, p.first_row + p.rows), p.rule)
+            for p in fit.places.get(target, ())
+        )
+        if fit and fit.checkpoint
+        else None,
+    )
+
+
+def layer_in(target: str, update: Update) -> Layer | None:
+    """The low-rank layer that this update is, or that others are built around."""
+    layer = layer_of(target, update)
+    if layer is not None:
+        return layer
+    inner = getattr(update, "inner", None)
+    return layer_in(target, inner) if inner is not None else None
+
+
+def kind_of(update: Update, layer: Layer | None) -> str:
+    if layer is not None:
+        return "low-rank"
+    names = {Replace: "saved whole", ReplaceRows: "token rows", LowRank: "low-rank"}
+    return names.get(type(update), type(update).__name__)
+
+
+def foreign_facts(foreign: Foreign, path: Path, tensors: bool, check: bool) -> AdapterFacts:
+    """What the header alone tells of an adapter of a format that is not read."""
+    file = foreign.file
+    return AdapterFacts(
+        kind="adapter",
+        path=printable(path),
+        format=foreign.form,
+        peft_type="",
+        variants=(),
+        base="",
+        task="",
+        initialisation="",
+        ranks={},
+        alphas={},
+        scalings={},
+        rslora=False,
+        dora=False,
+        rank_pattern={},
+        alpha_pattern={},
+        modules_to_save=(),
+        bias="none",
+        targets=(),
+        saved=(),
+        parameters=sum(t.elements for t in file.tensors.values()),
+        bytes=file.layout.size,
+        dtypes=count(t.dtype for t in file.tensors.values()),
+        modules=(),
+        unsupported=(foreign.reason,),
+        notes=(),
+        tensors=tuple(listed([file])) if tensors else None,
+        findings=(Finding("note", "format", foreign.reason),) if check else None,
+    )
+
+
+def look_at_checkpoint(path: Path, tensors: bool, check: bool) -> CheckpointFacts | UnreadableFacts:
+    try:
+        checkpoint = open_checkpoint(path)
+        facts = checkpoint_facts(checkpoint, path)
+    except LoratoolError as error:
+        if not check:
+            raise
+        return UnreadableFacts("unreadable", printable(path), tell_unreadable(error, path))
+    if tensors:
+        facts = replace(facts, listing=tuple(listed(checkpoint.shards)))
+    if check:
+        facts = replace(facts, findings=tuple(Finding("note", "remark", note) for note in checkpoint.notes))
+    return facts
 
 
 def checkpoint_facts(checkpoint: Checkpoint, path: Path) -> CheckpointFacts:
+    """What the headers of a model tell."""
     classes = checkpoint.architectures or (checkpoint.model_type,)
+    groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    for name, info in checkpoint.tensors.items():
+        groups.setdefault((leaf(name), info.shape), []).append(info.elements)
+    quantised = checkpoint.config.get("quantization_config")
+    method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
     return CheckpointFacts(
         kind="checkpoint",
         path=printable(path),
         architecture=", ".join(printable(c) for c in classes if c),
+        made_by=made_by(checkpoint),
+        quantisation=printable(method or "by a method that is not named") if quantised else "",
         tensors=len(checkpoint.tensors),
         parameters=sum(t.elements for t in checkpoint.tensors.values()),
         bytes=sum(t.nbytes for t in checkpoint.tensors.values()),
         dtypes=count(t.dtype for t in checkpoint.tensors.values()),
+        weights=weight_facts(groups),
         files={printable(shard.path.name): shard.layout.size for shard in checkpoint.shards},
         side_files=tuple(map(printable, checkpoint.side_files)),
         left_out=checkpoint.left_out,
@@ -136,6 +417,57 @@ def checkpoint_facts(checkpoint: Checkpoint, path: Path) -> CheckpointFacts:
     )
 
 
-def count(values: object) -> dict[str, int]:
+def made_by(checkpoint: Checkpoint) -> str:
+    """What loratool.json says of a folder that loratool wrote; empty where there is none that can be read."""
+    path = checkpoint.root / PROVENANCE
+    if not path.is_file():
+        return ""
+    try:
+        table: dict[str, Any] = strict_json(read_small(path))
+    except (ValueError, InputError):
+        return ""
+    adapters = table.get("adapters")
+    named = [a for a in adapters if isinstance(a, dict)] if isinstance(adapters, list) else []
+    told = [f"{printable(a.get('name'))} × {printable(a.get('weight', 1))}" for a in named]
+    base = table.get("base")
+    of = printable(base.get("name")) if isinstance(base, dict) else ""
+    return " + ".join(filter(None, ["loratool merge: " + of if of else "loratool", *told]))
+
+
+def listed(files: Iterable[SafeFile]) -> Iterable[TensorFacts]:
+    """Every tensor of some files."""
+    for file in files:
+        name = printable(file.path.name)
+        for info in file.tensors.values():
+            yield tensor_facts(info, name)
+
+
+def tensor_facts(info: TensorInfo, file: str) -> TensorFacts:
+    return TensorFacts(printable(info.name), info.dtype, info.shape, info.nbytes, file)
+
+
+def weight_facts(groups: Mapping[tuple[str, tuple[int, ...]], list[int]]) -> tuple[WeightFacts, ...]:
+    """Groups of weights in the order they were found."""
+    return tuple(WeightFacts(printable(n), s, len(found), sum(found)) for (n, s), found in groups.items())
+
+
+def leaf(name: str) -> str:
+    """`model.layers.0.self_attn.q_proj.weight` → `q_proj`; a bias keeps its word."""
+    parts = name.removesuffix(".weight").split(".")
+    return ".".join(parts[-2:]) if parts[-1] == "bias" and len(parts) > 1 else parts[-1]
+
+
+def numbers(value: object) -> dict[str, float]:
+    """A pattern field of the config as far as it is one."""
+    table = value if isinstance(value, Mapping) else {}
+    known = {k: v for k, v in table.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    return {printable(k): v for k, v in known.items() if math.isfinite(v)}
+
+
+def texts(value: object) -> tuple[str, ...]:
+    return tuple(map(printable, value)) if isinstance(value, list) else ()
+
+
+def count(values: Iterable[str]) -> dict[str, int]:
     """How often each value occurs, the most frequent first."""
-    return dict(Counter(values).most_common())  # type: ignore[call-overload]
+    return dict(Counter(values).most_common())

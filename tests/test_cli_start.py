@@ -59,6 +59,7 @@ def loaded_by(arguments: Sequence[str], folder: Path) -> set[str]:
         ["merge", "--help"],
         ["inspect", "base", "adapter"],
         ["inspect", "--json", "adapter"],
+        ["inspect", "--tensors", "--base", "base", "adapter"],
         ["estimate", "base", "--rank", "8", "--target", "layer"],
         ["merge", "base", "adapter", "-o", "out", "--dry-run"],
     ],
@@ -66,6 +67,10 @@ def loaded_by(arguments: Sequence[str], folder: Path) -> set[str]:
 )
 def test_what_headers_can_answer_loads_no_heavy_package(arguments: list[str], folders: Path) -> None:
     assert loaded_by(arguments, folders) == set()
+
+
+def test_a_check_looks_at_values_without_torch(folders: Path) -> None:
+    assert loaded_by(["inspect", "--check", "adapter"], folders) == {"numpy"}
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
@@ -213,7 +218,7 @@ def test_quiet_says_nothing(
 def test_a_bug_ends_with_1_and_shows_its_traceback_only_when_asked(
     folders: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(_path: Path) -> None:
+    def broken(_path: Path, **_options: object) -> None:
         raise RuntimeError("what nobody thought of")
 
     monkeypatch.setattr("loratool.inspecting.inspect", broken)

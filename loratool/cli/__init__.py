@@ -78,9 +78,9 @@ def complain(text: str) -> None:
 def run(arguments: list[str]) -> int:
     """The exit code of `loratool ARGUMENTS`; reports go to stdout, errors to stderr."""
     try:
-        cli.main(args=arguments, prog_name="loratool", standalone_mode=False)
+        code = cli.main(args=arguments, prog_name="loratool", standalone_mode=False)
         sys.stdout.flush()
-        return 0
+        return code if isinstance(code, int) else 0  # what a command ended itself with
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:

@@ -6,22 +6,75 @@ from pathlib import Path
 
 import click
 
-from loratool.cli.words import PATH, output_options, show
+from loratool.cli.words import PATH, counter, output_options, show
+from loratool.errors import InputError
 
 
 @click.command()
 @click.argument("paths", type=PATH, nargs=-1, required=True, metavar="PATH...")
+@click.option("--base", type=PATH, metavar="BASE", help="Model that the adapters are for: parameters, places, sizes.")
+@click.option(
+    "--base-config",
+    type=PATH,
+    metavar="FILE",
+    help="Its config.json alone: parameters in all, where the family is known.",
+)
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option("--values", is_flag=True, help="Measure every module of an adapter: norms, ranks, spectra.")
+@click.option("--check", is_flag=True, help="Look for what is wrong; exit code 3 where something is.")
+@click.option("--html", type=PATH, metavar="FILE", help="Write one page with figures; measures as --values does.")
+@click.option("--overwrite", is_flag=True, help="Replace FILE where it is there already.")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to measure.")
 @output_options
-def inspect(paths: tuple[Path, ...], as_json: bool, quiet: bool) -> None:
-    """Tell what is in an adapter or a checkpoint, from headers alone.
+def inspect(
+    paths: tuple[Path, ...],
+    base: Path | None,
+    base_config: Path | None,
+    tensors: bool,
+    values: bool,
+    check: bool,
+    html: Path | None,
+    overwrite: bool,
+    device: str,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Tell what is in adapters and checkpoints, by default from headers alone.
 
     \b
-    Example: loratool inspect ./my-adapter ./Llama-3.2-1B
+    Examples:
+      loratool inspect ./my-adapter ./Llama-3.2-1B
+      loratool inspect ./my-adapter --base ./Llama-3.2-1B --values --check
+      loratool inspect ./my-adapter --html my-adapter.html
     """
-    from loratool.inspecting import inspect
+    from loratool.inspecting import inspect, is_unsound
 
-    facts = [inspect(path) for path in paths]
+    if html is not None:
+        from loratool.report.page import check_page
+
+        check_page(html, overwrite)
+    facts = []
+    for path in paths:
+        with counter(quiet, "measuring") as progress:
+            facts.append(
+                inspect(
+                    path,
+                    base=base,
+                    base_config=base_config,
+                    tensors=tensors,
+                    values=values or html is not None,
+                    check=check,
+                    device=device,
+                    progress=progress,
+                )
+            )
+    if html is not None:
+        from loratool.report.page import write_page
+
+        write_page(facts, html, overwrite)
     show({"results": facts}, lambda: "\n\n".join(map(str, facts)), as_json, quiet)
+    if any(map(is_unsound, facts)):
+        raise click.exceptions.Exit(InputError.exit_code)
 
 
 @click.command(short_help="Make, merge and check a small model from nothing.")

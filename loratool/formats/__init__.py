@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.errors import InputError, printable
 from loratool.formats import peft
-from loratool.safefile import read_safefile
+from loratool.safefile import SafeFile, read_safefile
 
 if TYPE_CHECKING:
     from loratool.adapter import Adapter
@@ -43,16 +44,44 @@ def read_adapter(path: str | Path) -> Adapter:
 
 def refuse_foreign(location: Path) -> None:
     """Raise `InputError` naming the format, where tensors are spelled as a format that is not read."""
+    if found := find_foreign(location):
+        raise InputError(f"{printable(found.file.path)}: {found.reason}")
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """An adapter whose tensors are spelled as a format that is not read."""
+
+    file: SafeFile
+    form: str
+    tensor: str  # that is spelled so
+
+    @property
+    def reason(self) -> str:
+        return (
+            f"spelled as a {self.form} adapter (tensor {printable(self.tensor)}); this version reads PEFT's layout, "
+            f"{peft.CONFIG} beside {peft.WEIGHTS}"
+        )
+
+
+ADAPTER_TENSOR = re.compile(r"lora|\.(hada|lokr|glora|oft|boft)_")
+
+
+def looks_foreign(file: SafeFile) -> bool:
+    """Whether the tensors of a file are those of an adapter; a model's may be spelled `transformer.` too."""
+    return any(map(ADAPTER_TENSOR.search, file.tensors))
+
+
+def find_foreign(location: Path) -> Foreign | None:
+    """The adapter at `location` where its format is one that is known and not read."""
     if location.is_dir():
         files = [] if (location / peft.WEIGHTS).exists() else sorted(location.glob("*.safetensors"))[:1]
     else:
         files = [location] if location.suffix == ".safetensors" and location.name != peft.WEIGHTS else []
-    for file in filter(Path.is_file, files):
-        names = list(read_safefile(file).tensors)
+    for path in filter(Path.is_file, files):
+        file = read_safefile(path)
         for pattern, form in FOREIGN:
-            for name in names:
+            for name in file.tensors:
                 if pattern.search(name):
-                    raise InputError(
-                        f"{printable(file)}: spelled as a {form} adapter (tensor {printable(name)}); this version reads "
-                        f"PEFT's layout, {peft.CONFIG} beside {peft.WEIGHTS}"
-                    )
+                    return Foreign(file, form, name)
+    return None

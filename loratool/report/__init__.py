@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loratool.inspecting import AdapterFacts, CheckpointFacts
     from loratool.merging import MergeReport
     from loratool.placing import Edit, Span
     from loratool.planning import MergePlan
@@ -168,42 +167,6 @@ def plan_data(plan: MergePlan, memory: int) -> dict[str, Any]:
         "left_out": list(plan.left_out),
         "notes": list(plan.notes),
     }
-
-
-def adapter_text(facts: AdapterFacts) -> str:
-    """What is in an adapter, for people."""
-    rows: list[tuple[str, object]] = [
-        ("adapter", facts.path),
-        ("format", f"{facts.format}, {facts.peft_type}" + "".join(f", {v}" for v in facts.variants)),
-        ("base", facts.base or "not named"),
-        ("rank", spread(facts.ranks)),
-        ("alpha", spread(facts.alphas)),
-        ("scaling", spread(facts.scalings) + (" (rsLoRA: alpha/√r)" if facts.rslora else "")),
-        *(("target", f"{name}: {shape} ×{count}") for name, shape, count in facts.targets),
-        *(("saved whole", name) for name in facts.saved),
-        ("parameters", f"{facts.parameters:,}"),
-        ("size", size(facts.bytes)),
-        ("dtypes", ", ".join(f"{dtype} ×{count}" for dtype, count in facts.dtypes.items())),
-        *(("not mergeable", reason) for reason in facts.unsupported),
-        *(("note", note) for note in facts.notes),
-    ]
-    return aligned(rows)
-
-
-def checkpoint_text(facts: CheckpointFacts) -> str:
-    """What is in a checkpoint, for people."""
-    rows: list[tuple[str, object]] = [
-        ("checkpoint", facts.path),
-        ("architecture", facts.architecture or "not named"),
-        ("tensors", f"{facts.tensors:,}"),
-        ("parameters", f"{facts.parameters:,}"),
-        ("size", size(facts.bytes)),
-        ("dtypes", ", ".join(f"{dtype} ×{count}" for dtype, count in facts.dtypes.items())),
-        *(("file", f"{name}: {size(nbytes)}") for name, nbytes in list(facts.files.items())[:MOST_LINES]),
-        *(("left out", name) for name in facts.left_out),
-        *(("note", note) for note in facts.notes),
-    ]
-    return aligned(rows)
 
 
 def spread(values: Mapping[str, int]) -> str:

@@ -25,7 +25,7 @@ from loratool.formats.peft.methods import METHODS
 from loratool.formats.peft.remarks import remark
 from loratool.safefile import read_safefile
 
-__all__ = ["CONFIG", "PICKLED", "WEIGHTS", "not_an_adapter", "read", "recognises"]
+__all__ = ["CONFIG", "PICKLED", "WEIGHTS", "not_an_adapter", "read", "read_what_is_sound", "recognises"]
 
 
 def read(path: Path) -> Adapter:
@@ -33,15 +33,24 @@ def read(path: Path) -> Adapter:
 
     Raises `InputError` when the config or the file is malformed, all problems of each at once.
     """
+    adapter, problems = read_what_is_sound(path)
+    if problems and not adapter.unsupported:  # else it is no wonder that the tensors look odd
+        raise InputError(f"{printable(adapter.file.path)}: malformed adapter:", problems)
+    return adapter
+
+
+def read_what_is_sound(path: Path) -> tuple[Adapter, tuple[str, ...]]:
+    """The updates that can be read of an adapter, and what is wrong with the others.
+
+    Raises `InputError` where there is no header or no config to go by.
+    """
     notes: list[str] = []
     folder, weights_path = locate(path, notes)
     file = read_safefile(weights_path)
     config_file = folder / CONFIG
     draft = Draft(file, read_config(config_file), notes)
     read_updates(draft)
-    if draft.problems and not draft.unsupported:  # else it is no wonder that the tensors look odd
-        raise InputError(f"{printable(weights_path)}: malformed adapter:", draft.problems)
-    return Adapter(
+    adapter = Adapter(
         name=printable(folder.resolve().name),
         format="peft",
         folder=folder,
@@ -56,6 +65,7 @@ def read(path: Path) -> Adapter:
         unused=tuple(draft.unused),
         notes=tuple(draft.notes),
     )
+    return adapter, tuple(draft.problems)
 
 
 def read_updates(draft: Draft) -> None:
