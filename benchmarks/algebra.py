@@ -32,9 +32,9 @@ from shapes import SHAPES
 from torch import Tensor
 
 TIMED_BY_SVD = ((1024, 4096), (4096, 1024), (4096, 4096))  # (out, in) of the modules whose dense SVD is timed
-SMALL = {  # one block of Llama-3.2-1B: the model that PEFT combines on
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
+SMALL = {  # one block of Llama-3-8B: the model that PEFT combines on
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
     "num_hidden_layers": 1,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
@@ -102,7 +102,7 @@ def distance(wanted: dict[str, Tensor], folder: Path) -> float:
 
 def combine(where: Path, device: str) -> list[Finding]:
     """Four adapters of rank 64 into one of rank 32, and the same by PEFT."""
-    sizes = linear_layers(SHAPES["llama-3.2-1b"], 1)
+    sizes = linear_layers(SHAPES["llama-3-8b"], 1)
     adapters = [write_adapter(where / f"part{n}", sizes, 64, n, torch.float32) for n in range(4)]
     loratool(device, "combine", *adapters, "-o", where / "sum")
     measured = loratool(device, "combine", *adapters, "-o", where / "ours", "--rank", "32")
@@ -166,7 +166,7 @@ def extract(where: Path, device: str, mergekit: Path | None) -> list[Finding]:
     ours, theirs = where / "extracted", where / "mergekit"
     found = [
         at_most("extract, 1B shape, r 64: whole command", measured.wall, None, seconds),
-        at_most("  peak memory", measured.peak_memory, 1e9, megabytes),
+        at_most("  peak memory", measured.peak_memory, 1e9 if device == "cpu" else None, megabytes),
     ]
     if mergekit is None:
         return [*found, Finding("  mergekit", "left out", 0, note=HOW_TO_GET_MERGEKIT)]

@@ -18,7 +18,7 @@ from loratool.formats import read_adapter
 from loratool.formats.peft.describing import describe
 from loratool.formats.peft.spelling import Names
 from loratool.gathering import Beside, Share, Weight, gather, named_apart
-from loratool.lowrank import Product, change, decompose, gram, inner, length, padded
+from loratool.lowrank import Joint, Product, change, decompose, gram, inner, joint, length, padded
 from loratool.lowrank.products import negligible
 from loratool.methods.coefficients import LEAST_ALIKE, mean_cosine
 from loratool.methods.mixture import Mixture, Recipe, mix, mix_factors
@@ -191,12 +191,12 @@ def combine(
         ) as output:
 
             def work(name: str) -> tuple[Rounded, CombinedLayer, torch.Tensor]:
-                whole, products = combiner.combined(name)
+                whole, shared = combiner.combined(name)
                 if name in of_attention:
                     whole = dataclasses.replace(whole, product=padded(whole.product, forms[name].rank))
                 rounded = output.rounded(name, whole.product)
-                table = gram(products)
-                return rounded, combiner.measure(name, whole, rounded.read_back, products, table), table
+                table = gram(shared.small)
+                return rounded, combiner.measure(name, whole, rounded.read_back, shared, table), table
 
             modules: dict[str, CombinedLayer] = {}
             for rounded, layer, table in at_work.spread(work, layers):
@@ -294,10 +294,10 @@ class Combiner:
         form = self.layers[target][0].layer
         return self.recipe.rank or min(max(ranks), form.rows, form.columns)
 
-    def combined(self, target: str) -> tuple[Mixture, list[Product]]:
+    def combined(self, target: str) -> tuple[Mixture, Joint]:
         """The result for a layer, and the adapters' own updates."""
         found = self.layers[target]
-        products = [share.load(self.sources, self.at_work.device, self.at_work.dtype) for share in found]
+        shared = joint([share.load(self.sources, self.at_work.device, self.at_work.dtype) for share in found])
         recipe = dataclasses.replace(
             self.recipe, setting=dataclasses.replace(self.recipe.setting, key=f"{self.recipe.setting.key}/{target}")
         )
@@ -307,11 +307,12 @@ class Combiner:
             mean = dataclasses.replace(recipe.setting, normalize=METHODS[recipe.method].family == GRAM)
             recipe = dataclasses.replace(recipe, method="linear", setting=mean)
         if found[0].layer.kind is not Kind.PARAMETER:
-            return self.one(recipe, found, products), products
-        every = [self.one(expert(recipe, at), found, [p[at] for p in products]) for at in range(found[0].layer.experts)]
-        return stacked(every), products
+            return self.one(recipe, found, shared), shared
+        every = [self.one(expert(recipe, at), found, shared[at]) for at in range(found[0].layer.experts)]
+        return stacked(every), shared
 
-    def one(self, recipe: Recipe, found: Sequence[Share], products: Sequence[Product]) -> Mixture:
+    def one(self, recipe: Recipe, found: Sequence[Share], shared: Joint) -> Mixture:
+        products = shared.products
         if METHODS[recipe.method].family == FACTORWISE:
             scales = [share.layer.scale for share in found]
             ups = [p.up / s if s else p.up for p, s in zip(products, scales, strict=True)]
@@ -322,10 +323,10 @@ class Combiner:
             mixture = mix_factors([d.mT for d in downs], [u.mT for u in ups], strengths, recipe)  # its A is `up`
             turned = Product(mixture.product.down.mT, mixture.product.up.mT)
             return dataclasses.replace(mixture, product=turned)
-        return mix(products, [share.weight for share in found], recipe)
+        return mix(shared, [share.weight for share in found], recipe)
 
     def measure(
-        self, target: str, whole: Mixture, stored: Product, products: Sequence[Product], table: torch.Tensor
+        self, target: str, whole: Mixture, stored: Product, shared: Joint, table: torch.Tensor
     ) -> CombinedLayer:
         """What became of a layer and of each adapter in it, from what is stored and the inner products `table`."""
         found = self.layers[target]
@@ -346,7 +347,7 @@ class Combiner:
                 energy_kept=kept(product, left, right, own),
                 norm_ratio=reached / (abs(share.weight) * own) if share.weight * own else None,
             )
-            for name, share, product, own in zip(names, found, products, sizes, strict=True)
+            for name, share, product, own in zip(names, found, shared.products, sizes, strict=True)
         }
         error = math.hypot(whole.lost, rounding * size / whole.whole) if whole.whole else 0.0
         return CombinedLayer(
@@ -357,7 +358,7 @@ class Combiner:
             stored=rounding,
             error=error,
             parts=parts,
-            meetings=meetings(names, products),
+            meetings=meetings(names, shared),
         )
 
     def note(self, target: str, table: torch.Tensor) -> None:

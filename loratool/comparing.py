@@ -14,7 +14,7 @@ from loratool.contents import contents_of
 from loratool.errors import FitError, UsageError, printable
 from loratool.formats import read_adapter
 from loratool.gathering import gather, named_apart
-from loratool.lowrank import Decomposition, Product, Relation, decompose, gram, relate
+from loratool.lowrank import Decomposition, Joint, Product, Relation, decompose, gram, joint, relate
 from loratool.working import PathLike, Progress, session
 
 if TYPE_CHECKING:
@@ -105,8 +105,8 @@ def compare(adapters: Sequence[PathLike], *, device: str = "auto", progress: Pro
 
         def work(target: str) -> tuple[str, torch.Tensor, dict[str, Relation]]:
             found = layers[target]
-            products = [share.load(sources, at_work.device, at_work.dtype) for share in found]
-            return target, gram(products), relations([names[share.adapter] for share in found], products)
+            shared = joint([share.load(sources, at_work.device, at_work.dtype) for share in found])
+            return target, gram(shared.small), relations([names[share.adapter] for share in found], shared)
 
         for target, table, found in at_work.spread(work, layers):
             which = [share.adapter for share in layers[target]]
@@ -155,11 +155,11 @@ def pairs(which: Sequence[int], names: Sequence[str]) -> dict[str, tuple[int, in
     return {f"{names[a]} × {names[b]}": (i, j) for i, a in enumerate(which) for j, b in enumerate(which) if i < j}
 
 
-def relations(names: Sequence[str], products: Sequence[Product]) -> dict[str, Relation]:
+def relations(names: Sequence[str], shared: Joint) -> dict[str, Relation]:
     """The relation of every two of a layer's updates; of a batch of experts their mean."""
-    parts = [decompose(product) for product in products]
+    parts = [decompose(product) for product in shared.small]
     return {
-        pair: related(products[i], products[j], parts[i], parts[j])
+        pair: related(shared.products[i], shared.products[j], parts[i], parts[j])
         for pair, (i, j) in pairs(range(len(names)), names).items()
     }
 
@@ -183,11 +183,11 @@ def piece(whole: Decomposition, at: int) -> Decomposition:
     return Decomposition(whole.left[at], whole.values[at], whole.right[at])
 
 
-def meetings(names: Sequence[str], products: Sequence[Product]) -> dict[str, Meeting]:
+def meetings(names: Sequence[str], shared: Joint) -> dict[str, Meeting]:
     """How much every two of a layer's updates are in each other's way."""
     return {
         pair: Meeting(**{field.name: getattr(relation, field.name) for field in fields(Meeting)})
-        for pair, relation in relations(names, products).items()
+        for pair, relation in relations(names, shared).items()
     }
 
 

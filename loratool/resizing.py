@@ -16,15 +16,16 @@ from loratool.formats import read_adapter
 from loratool.formats.peft.describing import describe
 from loratool.formats.peft.spelling import Names
 from loratool.lowrank import (
-    Decomposition,
     Product,
     change,
     decompose,
     difference,
     inner,
+    joint,
     length,
     padded,
     singular_values,
+    truncated,
 )
 from loratool.ranks import RankRule
 from loratool.safefile import FLOAT_NAMES, read_safefile
@@ -253,14 +254,16 @@ class Resizer:
 
     def resized(self, batch: Batch, whole: Product, ranks: Mapping[str, int]) -> Iterator[tuple[str, Product, Resized]]:
         """Each layer of a batch, before and at its rank."""
-        parts = decompose(self.weighed(batch, whole))
-        energies = added_up(parts.values)
+        found = joint([self.weighed(batch, whole)]).sum([1.0])
+        energies = added_up(found.values)
+        cut = found.product(max(ranks[target] for target in batch.targets))
         for at, target in enumerate(batch.targets):
-            kept = Decomposition(parts.left[at], parts.values[at], parts.right[at]).truncated(ranks[target])
+            rank, one = ranks[target], whole[at]
+            kept = Product(cut.up[at][..., :rank], cut.down[at][..., :rank, :])
             if self.grams:  # the outputs that matter most, and what ΔW has of them
-                one = whole[at]
-                kept = decompose(Product(kept.left, (kept.left.mT @ one.up) @ one.down))
-            yield target, whole[at], Resized(padded(kept.product(), ranks[target]), energies[at], ranks[target])
+                basis = decompose(kept).left
+                kept = truncated(Product(basis, (basis.mT @ one.up) @ one.down), rank)[0]
+            yield target, one, Resized(padded(kept, rank), energies[at], rank)
 
 
 def root_of(gram: Tensor) -> Tensor:

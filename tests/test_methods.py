@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loratool.lowrank import Product, padded, side_by_side
+from loratool.lowrank import Product, joint, padded, side_by_side
 from loratool.methods import stacks
 from loratool.methods.chance import uniform
 from loratool.methods.mixture import Mixture, Recipe, mix, mix_factors
@@ -78,7 +78,7 @@ def written_out(products: Sequence[Product]) -> list[Array]:
 
 
 def mixed(method: str, products: Sequence[Product], weights: Sequence[float] | None = None, **dials: Any) -> Mixture:
-    return mix(products, list(weights or [1.0] * len(products)), recipe_of(method, len(products), **dials))
+    return mix(joint(products), list(weights or [1.0] * len(products)), recipe_of(method, len(products), **dials))
 
 
 def result(method: str, products: Sequence[Product], weights: Sequence[float] | None = None, **dials: Any) -> Array:

@@ -4,6 +4,7 @@ Pure torch: no names, no files. Everything takes batches: leading dimensions are
 """
 
 from loratool.lowrank.core import Core, core_space
+from loratool.lowrank.joint import Joint, Spectrum, joint, truncated
 from loratool.lowrank.products import (
     Decomposition,
     Product,
@@ -26,10 +27,12 @@ from loratool.lowrank.sketching import Rows, Sketch, sketch
 __all__ = [
     "Core",
     "Decomposition",
+    "Joint",
     "Product",
     "Relation",
     "Rows",
     "Sketch",
+    "Spectrum",
     "canonical",
     "change",
     "core_space",
@@ -37,6 +40,7 @@ __all__ = [
     "difference",
     "gram",
     "inner",
+    "joint",
     "length",
     "norm",
     "padded",
@@ -44,5 +48,6 @@ __all__ = [
     "side_by_side",
     "singular_values",
     "sketch",
+    "truncated",
     "working_dtype",
 ]

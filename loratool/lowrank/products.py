@@ -96,14 +96,20 @@ def decompose(product: Product) -> Decomposition:
     import torch
 
     (left, left_core), (right, right_core) = torch.linalg.qr(product.up), torch.linalg.qr(product.down.mT)
-    core = left_core.double() @ right_core.double().mT
-    device = core.device
-    small = max(core.shape[-2:]) <= SMALL_CORE
-    u, s, vt = (part.to(device) for part in torch.linalg.svd(core.cpu() if small else core, full_matrices=False))
+    u, s, vt = small_svd(left_core.double() @ right_core.double().mT)
     u, vt = left @ u.to(left.dtype), vt.to(right.dtype) @ right.mT
     largest = u.abs().argmax(-2, keepdim=True)
     signs = torch.where(u.gather(-2, largest) < 0, -1.0, 1.0).to(u.dtype)  # (..., 1, k)
     return Decomposition(u * signs, s.to(u.dtype), vt * signs.mT)
+
+
+def small_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S, Vᵀ of a small matrix or a batch, on its device; the processor is quicker at it than a GPU."""
+    import torch
+
+    small = max(core.shape[-2:]) <= SMALL_CORE
+    u, s, vt = torch.linalg.svd(core.cpu() if small else core, full_matrices=False)
+    return u.to(core.device), s.to(core.device), vt.to(core.device)
 
 
 def singular_values(product: Product) -> Tensor:

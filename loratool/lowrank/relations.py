@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratool.lowrank.products import Decomposition, Product, inner
-
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from loratool.lowrank.products import Decomposition, Product
 
 SAMPLES = 2048  # entries of a weight that are looked at for signs
 
@@ -34,7 +34,10 @@ class Relation:
 
 
 def relate(one: Product, other: Product, first: Decomposition, second: Decomposition, seed: int = 0) -> Relation:
-    """The relation of two updates of one shape, given their decompositions too; nothing is batched."""
+    """The relation of two updates of one shape; nothing is batched.
+
+    Their decompositions may be in any coordinates that the two share.
+    """
     a, b = (d.truncated(d.significant) for d in (first, second))
     sizes = [float(d.values.double().norm()) for d in (a, b)]
     rows, columns = one.shape
@@ -42,7 +45,7 @@ def relate(one: Product, other: Product, first: Decomposition, second: Decomposi
         return nothing_shared(rows, columns, a, b)
     out, into = a.left.mT @ b.left, a.right @ b.right.mT
     least = min(len(a.values), len(b.values))
-    product = float(inner(one, other)) / (sizes[0] * sizes[1])
+    product = float((a.values[:, None] * out * into * b.values).double().sum()) / (sizes[0] * sizes[1])
     conflict, weighted = signs(one, other, sizes, seed)
     return Relation(
         cosine=max(-1.0, min(1.0, product)),

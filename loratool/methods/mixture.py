@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 
 from loratool.lowrank import (
     Core,
-    Decomposition,
+    Joint,
     Product,
+    Spectrum,
     canonical,
     core_space,
     decompose,
     difference,
     gram,
     inner,
+    joint,
     norm,
     padded,
     side_by_side,
@@ -67,18 +69,22 @@ class Mixture:
     whole: float  # ‖what the method gives at full rank‖
 
 
-def mix(products: Sequence[Product], weights: Sequence[float], recipe: Recipe) -> Mixture:
+def mix(shared: Joint, weights: Sequence[float], recipe: Recipe) -> Mixture:
     """Σ w ΔW of one weight as the recipe means it.
 
     Args:
-        products: ΔW of each adapter that has one, scaling included, without batches.
+        shared: ΔW of each adapter that has one, scaling included, without batches.
         weights: of each.
         recipe: what to do; its setting's key belongs to this weight.
     """
     import torch
 
-    share = torch.tensor(list(weights), dtype=torch.float64)
-    if METHODS[recipe.method].family == ELEMENTWISE and recipe.space == "dense":
+    products, share = shared.products, torch.tensor(list(weights), dtype=torch.float64)
+    method = METHODS[recipe.method]
+    if method.family == GRAM and recipe.rank is not None and not (recipe.row_wise or recipe.svc or recipe.ctm):
+        chosen = of_gram(gram(shared.small), share, recipe)
+        found = cut(shared.sum(chosen.tolist()), recipe.rank)
+    elif method.family == ELEMENTWISE and recipe.space == "dense":
         found = dense(products, share, recipe)
         if recipe.svc:
             calibrated = spectral.svc(decompose(found.product), products, weights).product()
@@ -92,10 +98,12 @@ def mix(products: Sequence[Product], weights: Sequence[float], recipe: Recipe) -
             if recipe.svc:
                 small = spectral.svc(decompose(small), products, weights).product()
             size = float(norm(whole))
-            found = cut(small, recipe.rank)
+            found = cut(spectrum_of(small), recipe.rank)
             found = Mixture(found.product, float(norm(difference(whole, found.product))) / size if size else 0.0, size)
+        elif recipe.rank is not None or compact:
+            found = cut(spectrum_of(whole), recipe.rank)
         else:
-            found = cut(whole, recipe.rank, compact)
+            found = Mixture(whole, 0.0, float(norm(whole)))
     factor = recipe.factor * matching(found.product, products, share, recipe)
     return Mixture(found.product.scaled(factor), found.lost, abs(factor) * found.whole)
 
@@ -194,22 +202,17 @@ def dense(products: Sequence[Product], weights: Tensor, recipe: Recipe) -> Mixtu
     return Mixture(padded(found.found.product(), recipe.rank or 0), found.error(rank), math.sqrt(found.squared))
 
 
-def cut(whole: Product, rank: int | None, compact: bool = False) -> Mixture:
-    """The nearest product of a rank; without one as it is, or without its null directions (`compact`)."""
-    if rank is None and not compact:
-        return Mixture(whole, 0.0, float(norm(whole)))
-    found = decompose(whole)
-    size = float(found.values.double().norm())
-    if rank is None:
-        return Mixture(found.truncated(max(1, found.significant)).product(), 0.0, size)
-    return Mixture(padded(found.truncated(rank).product(), rank), tail(found, rank), size)
+def spectrum_of(product: Product) -> Spectrum:
+    return joint([product]).sum([1.0])
 
 
-def tail(found: Decomposition, rank: int) -> float:
-    """Relative error of a truncation."""
+def cut(found: Spectrum, rank: int | None) -> Mixture:
+    """The nearest product of a rank; without one all of it but its null directions."""
     squares = found.values.double().square()
     total = float(squares.sum())
-    return math.sqrt(float(squares[rank:].sum()) / total) if total else 0.0
+    kept = max(1, found.significant) if rank is None else rank
+    lost = math.sqrt(float(squares[kept:].sum()) / total) if total and rank is not None else 0.0
+    return Mixture(padded(found.product(kept), kept), lost, math.sqrt(total))
 
 
 def matching(result: Product, products: Sequence[Product], weights: Tensor, recipe: Recipe) -> float:
@@ -239,5 +242,5 @@ def mix_factors(ups: Sequence[Tensor], downs: Sequence[Tensor], strengths: Seque
         )
 
     whole = Product(one("B", ups, roots), one("A", downs, roots * strength.sign()))
-    found = cut(whole, recipe.rank)
+    found = cut(spectrum_of(whole), recipe.rank) if recipe.rank else Mixture(whole, 0.0, float(norm(whole)))
     return Mixture(found.product.scaled(recipe.factor), found.lost, abs(recipe.factor) * found.whole)
