@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.comparing import Meeting, meetings
 from loratool.contents import Contents, Kind, contents_of
 from loratool.errors import FitError, InputError, UsageError, printable
+from loratool.fetching import local
 from loratool.formats import read_adapter
 from loratool.formats.peft.describing import describe
 from loratool.formats.peft.spelling import Names
@@ -159,7 +160,7 @@ def combine(
         StorageError: the disk or the file system said no.
     """
     started = time.monotonic()
-    paths = [Path(p) for p in ([adapters] if isinstance(adapters, (str, os.PathLike)) else adapters)]
+    paths = [local(p, "adapter") for p in ([adapters] if isinstance(adapters, (str, os.PathLike)) else adapters)]
     recipe = make_recipe(
         method, len(paths), space, rank, rank_policy, density, window, outliers, factor, match_norm, sign, normalize,
         iso_beta, row_wise, svc, seed, saved,

@@ -16,11 +16,13 @@ from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.contents import Kind
 from loratool.differences import Difference, NotFiniteError, Part, Rule, decomposed, pieces
 from loratool.errors import FitError, InputError, UsageError, printable
+from loratool.fetching import local
 from loratool.formats.peft.describing import describe
 from loratool.formats.peft.describing import module_of as described_module
 from loratool.formats.peft.files import CONFIG, WEIGHTS
 from loratool.formats.peft.spelling import Names
 from loratool.lowrank import Product, padded
+from loratool.origins import told_origin
 from loratool.pairing import Change, Pairing, is_table, pair
 from loratool.safefile import FLOAT_NAMES
 from loratool.saving import WIDTH, Form, Output, Rounded, adapter_output, torch_dtype
@@ -139,7 +141,7 @@ def extract(
     """
     started = time.monotonic()
     rule = Rule.of(rank, energy, max_rank)
-    paths = Path(base), Path(tuned)
+    paths = local(base, "model"), local(tuned, "model")
     target = check_target(Path(out), paths, overwrite or dry_run)
     before, after = (open_model(path, role) for path, role in zip(paths, ("BASE", "TUNED"), strict=True))
     with session(device, []) as at_work:
@@ -454,7 +456,7 @@ def target_words(found: Pairing, kinds: Mapping[str, Kind]) -> list[str] | None:
 def origin(checkpoint: Checkpoint) -> dict[str, Any]:
     """A checkpoint, as provenance names it."""
     files = {shard.path.name: shard.identity.size for shard in checkpoint.shards}
-    return {"name": checkpoint.name, "files": files}
+    return {"name": checkpoint.name, **told_origin(checkpoint.root), "files": files}
 
 
 def total(extractor: Extractor, forms: Mapping[str, Form], itemsize: int) -> ExtractedTotals:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.errors import printable
+from loratool.fetching import headers
 from loratool.formats import peft, read_adapter
 from loratool.formats.peft import support
 from loratool.updates import LowRank, Replace
@@ -75,12 +76,12 @@ def inspect(path: str | os.PathLike[str]) -> AdapterFacts | CheckpointFacts:
 
     Raises `InputError` when it is neither, or malformed.
     """
-    location = Path(path)
-    if location.is_dir() and peft.recognises(location) and not (location / "config.json").exists():
-        return adapter_facts(read_adapter(location), location)
-    if location.is_file() and location.suffix == ".safetensors" and (location.parent / peft.CONFIG).is_file():
-        return adapter_facts(read_adapter(location), location)
-    return checkpoint_facts(open_checkpoint(location), location)
+    with headers(path) as location:
+        if location.is_dir() and peft.recognises(location) and not (location / "config.json").exists():
+            return adapter_facts(read_adapter(location), Path(path))
+        if location.is_file() and location.suffix == ".safetensors" and (location.parent / peft.CONFIG).is_file():
+            return adapter_facts(read_adapter(location), Path(path))
+        return checkpoint_facts(open_checkpoint(location), Path(path))
 
 
 def adapter_facts(adapter: Adapter, path: Path) -> AdapterFacts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -17,7 +18,10 @@ from loratool import __version__
 from loratool.checkpoint import PROVENANCE, open_checkpoint
 from loratool.engine import Engine
 from loratool.errors import FitError, LoratoolError, UsageError, printable
+from loratool.fetching import local
+from loratool.fetching.bases import AUTO, base_of, unlike_bases
 from loratool.formats import read_adapter
+from loratool.origins import told_origin
 from loratool.planning import MergePlan, plan_merge
 from loratool.resources import Resources, Runtime, check_device, peak_memory, start_torch
 from loratool.staging import Stage, check_target, staged, sweep
@@ -161,11 +165,13 @@ def prepare(
     allow_new_tensors: bool,
 ) -> tuple[MergePlan, Path]:
     """The plan and the real path of the output, after every check that headers and `stat` allow."""
-    paths = [Path(p) for p in ([adapters] if isinstance(adapters, (str, os.PathLike)) else adapters)]
-    target = check_target(Path(out), [Path(base), *paths], overwrite)
+    words = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
+    check_target(Path(out), [Path(base), *map(Path, words)], overwrite)  # before anything is downloaded
+    paths, base = inputs_of(base, words)
+    target = check_target(Path(out), [base, *paths], overwrite)
     read = [read_adapter(path) for path in paths]
     planned = plan_merge(
-        open_checkpoint(Path(base)),
+        open_checkpoint(base),
         read,
         weights=weights,
         dtype=dtype,
@@ -174,7 +180,15 @@ def prepare(
         shard_size=shard_size,
         allow_new_tensors=allow_new_tensors,
     )
-    return planned, target
+    notes = unlike_bases(planned.base, planned.adapters)
+    return dataclasses.replace(planned, notes=(*planned.notes, *notes)), target
+
+
+def inputs_of(base: PathLike, adapters: Sequence[PathLike]) -> tuple[list[Path], Path]:
+    """The adapters and the base as local paths; the base "auto" is the one that the adapters name."""
+    paths = [local(adapter, "adapter") for adapter in adapters]
+    automatic = os.fspath(base) == AUTO and not os.path.lexists(AUTO)
+    return paths, local(base_of(paths) if automatic else base, "model")
 
 
 def check_arguments(device: str, workers: int | None, max_memory: int | None) -> None:
@@ -209,9 +223,19 @@ def provenance(plan: MergePlan, digests: Sequence[dict[str, str]], stage: Stage,
     table = {
         "made_by": "loratool merge",
         "versions": {"loratool": __version__, "torch": str(torch.__version__)},
-        "base": {"name": plan.base.name, "files": {s.path.name: s.layout.size for s in plan.base.shards}},
+        "base": {
+            "name": plan.base.name,
+            **told_origin(plan.base.root),
+            "files": {s.path.name: s.layout.size for s in plan.base.shards},
+        },
         "adapters": [
-            {"name": adapter.name, "format": adapter.format, "weight": weight, "sha256": files}
+            {
+                "name": adapter.name,
+                **told_origin(adapter.folder),
+                "format": adapter.format,
+                "weight": weight,
+                "sha256": files,
+            }
             for adapter, weight, files in zip(plan.adapters, plan.weights, digests, strict=True)
         ],
         "dtype": plan.dtype,

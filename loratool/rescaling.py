@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.contents import Contents, Layer, contents_of
 from loratool.errors import FitError, InputError, UsageError, printable
+from loratool.fetching import local
 from loratool.formats import read_adapter
 from loratool.formats.peft.describing import anchored, describe, module_of
 from loratool.formats.peft.lora import doubles
@@ -104,6 +105,7 @@ def rescale(
     asked = {"scale": scale, "alpha": alpha, "frobenius": frobenius, "spectral": spectral}
     factors = read_factors(match)
     check(asked, factors, each, bake)
+    adapter = local(adapter, "adapter")
     target = check_target(Path(out), [Path(adapter)], overwrite or dry_run)
     contents = contents_of(read_adapter(Path(adapter)), "rescale")
     if not contents.layers:

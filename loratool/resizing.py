@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from loratool.adapter import StoredTensor
 from loratool.contents import Contents, Kind, Layer, contents_of
 from loratool.errors import FitError, InputError, printable
+from loratool.fetching import local
 from loratool.formats import read_adapter
 from loratool.formats.peft.describing import describe
 from loratool.formats.peft.spelling import Names
@@ -134,7 +135,7 @@ def resize(
     """
     started = time.monotonic()
     rule = RankRule.of(rank, energy, error, ratio, budget, layer_weights, uniform)
-    inputs = [Path(adapter), *([Path(calibration)] if calibration is not None else [])]
+    inputs = [local(adapter, "adapter"), *([Path(calibration)] if calibration is not None else [])]
     target = check_target(Path(out), inputs, overwrite or dry_run)
     contents = contents_of(read_adapter(inputs[0]), "resize")
     if not contents.layers:

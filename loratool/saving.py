@@ -19,6 +19,7 @@ from loratool.errors import FitError, printable
 from loratool.formats.peft import CONFIG, WEIGHTS
 from loratool.formats.peft.lora import doubles
 from loratool.formats.peft.spelling import Names, saved_whole, shapes, stored, token_rows, was_inside
+from loratool.origins import told_origin
 from loratool.safefile import FLOAT_NAMES, product
 from loratool.staging import Stage, staged
 
@@ -259,4 +260,9 @@ def versions() -> dict[str, str]:
 
 def described(source: Contents) -> dict[str, Any]:
     """An input, as provenance names it."""
-    return {"name": source.name, "format": source.adapter.format, "sha256": source.adapter.digests()}
+    return {
+        "name": source.name,
+        **told_origin(source.adapter.folder),
+        "format": source.adapter.format,
+        "sha256": source.adapter.digests(),
+    }

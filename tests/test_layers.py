@@ -19,11 +19,12 @@ LONGEST_MODULE = 500  # lines
 # The design's table. A module imports only from rows above its own.
 ROWS = (
     ("errors", "layouts"),
-    ("safefile", "updates", "lowrank"),
+    ("safefile", "updates", "lowrank", "origins"),
     ("methods",),
     ("checkpoint", "adapter", "staging", "appending"),
     ("contents",),
     ("formats", "binding", "companions"),
+    ("fetching", "cards"),
     ("ranks",),
     ("placing",),
     ("tying",),
@@ -35,7 +36,7 @@ ROWS = (
     ("merging", "rescaling", "resizing", "extracting", "gathering"),
     ("comparing", "recipes"),
     ("combining",),
-    ("report", "demo"),
+    ("report", "demo", "hub"),
     ("cli",),
     ("__main__",),
 )
@@ -45,6 +46,7 @@ ROW = {module: row for row, modules in enumerate(ROWS) for module in modules}
 WITHOUT_TORCH = (
     *("errors", "layouts", "safefile", "checkpoint", "staging", "formats", "binding", "companions", "placing", "tying"),
     *("vocabulary", "planning", "writing", "inspecting", "report", "cli", "appending", "ranks"),
+    *("origins", "fetching", "cards"),
 )
 
 

@@ -23,6 +23,7 @@ from loratool.formats.peft.files import (
 )
 from loratool.formats.peft.methods import METHODS
 from loratool.formats.peft.remarks import remark
+from loratool.origins import name_of
 from loratool.safefile import read_safefile
 
 __all__ = ["CONFIG", "PICKLED", "WEIGHTS", "not_an_adapter", "read", "recognises"]
@@ -42,7 +43,7 @@ def read(path: Path) -> Adapter:
     if draft.problems and not draft.unsupported:  # else it is no wonder that the tensors look odd
         raise InputError(f"{printable(weights_path)}: malformed adapter:", draft.problems)
     return Adapter(
-        name=printable(folder.resolve().name),
+        name=name_of(folder),
         format="peft",
         folder=folder,
         file=file,
