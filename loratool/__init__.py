@@ -29,6 +29,8 @@ EXPORTS = {
     "RescaleReport": "rescaling",
     "ResizeReport": "resizing",
     "StorageError": "errors",
+    "PushReport": "hub",
+    "StreamReport": "hub",
     "UsageError": "errors",
     "VerificationError": "errors",
     "combine": "combining",
@@ -38,9 +40,11 @@ EXPORTS = {
     "open_checkpoint": "checkpoint",
     "plan": "merging",
     "plan_merge": "planning",
+    "push": "hub",
     "read_adapter": "formats",
     "rescale": "rescaling",
     "resize": "resizing",
+    "stream": "hub",
 }
 __all__ = [*EXPORTS, "__version__"]  # noqa: PLE0604 (every name of EXPORTS is resolved below)
 
@@ -60,6 +64,10 @@ if TYPE_CHECKING:
     from loratool.errors import UsageError as UsageError
     from loratool.errors import VerificationError as VerificationError
     from loratool.formats import read_adapter as read_adapter
+    from loratool.hub import PushReport as PushReport
+    from loratool.hub import StreamReport as StreamReport
+    from loratool.hub import push as push
+    from loratool.hub import stream as stream
     from loratool.inspecting import inspect as inspect
     from loratool.merging import MergeReport as MergeReport
     from loratool.merging import merge as merge

@@ -6,12 +6,13 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from loratool.binding.orientation import module_of
+from loratool.cards import command
 from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.contents import Kind
 from loratool.differences import Difference, NotFiniteError, Part, Rule, decomposed, pieces
@@ -142,6 +143,7 @@ def extract(
     started = time.monotonic()
     rule = Rule.of(rank, energy, max_rank)
     paths = local(base, "model"), local(tuned, "model")
+    words = command(extract, {**locals(), "base": paths[0], "tuned": paths[1]})
     target = check_target(Path(out), paths, overwrite or dry_run)
     before, after = (open_model(path, role) for path, role in zip(paths, ("BASE", "TUNED"), strict=True))
     with session(device, []) as at_work:
@@ -158,20 +160,23 @@ def extract(
             output.carry(carried)
             written = {target: forms[target] for target in extractor.ranks}
             config = config_of(found, {t: form.kind for t, form in written.items()}, extractor.ranks, draft)
+            totals = total(extractor, written, kept.itemsize)
             provenance = {
                 "made_by": "loratool extract",
+                "command": words,
                 "base": origin(before),
                 "tuned": origin(after),
                 "rule": rule.told,
                 "exact": exact,
                 "seed": seed,
+                "measured": asdict(totals),
             }
             output.finish(config, provenance, {})
     return ExtractReport(
         out=target,
         written=not dry_run,
         rule=rule.told,
-        totals=total(extractor, written, kept.itemsize),
+        totals=totals,
         modules=dict(sorted(extractor.layers.items())),
         noise=dict(sorted(extractor.noise.items())),
         identical=found.identical + extractor.identical,

@@ -14,6 +14,14 @@ SNAPSHOT = re.compile(
 )
 
 
+HUB_ID = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether `text` may be the name of a repository: `org/name`."""
+    return bool(HUB_ID.fullmatch(text))
+
+
 @dataclass(frozen=True)
 class Origin:
     """A commit of a repository, or a folder or file in it."""

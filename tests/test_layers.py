@@ -36,7 +36,8 @@ ROWS = (
     ("merging", "rescaling", "resizing", "extracting", "gathering"),
     ("comparing", "recipes"),
     ("combining",),
-    ("report", "demo", "hub"),
+    ("hub",),
+    ("report", "demo"),
     ("cli",),
     ("__main__",),
 )

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from loratool.cli.publishing import check_access, pushing_options
 from loratool.cli.words import PATH, counter, output_options, show
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -43,7 +44,8 @@ DTYPE = click.option(
 
 
 def writing_options(command: Command) -> Command:
-    """`--dry-run` and `--overwrite`."""
+    """`--dry-run`, `--overwrite` and `--push-to-hub`."""
+    command = pushing_options(command)
     command = click.option("--overwrite", is_flag=True, help="Replace OUT where it is an adapter already.")(command)
     return click.option("--dry-run", is_flag=True, help="Compute and report, but write nothing.")(command)
 
@@ -113,6 +115,7 @@ def rescale(
     """
     from loratool.rescaling import rescale
 
+    check_access()
     with counter(quiet, "measuring") as progress:
         report = rescale(
             adapter,
@@ -251,6 +254,7 @@ def combine(
 
     if weights and weights_file:
         raise UsageError("-w and --weights say two things; give one of them")
+    check_access()
     with counter(quiet, "combining") as progress:
         report = combine(
             adapters,
@@ -334,6 +338,7 @@ def resize(
     """
     from loratool.resizing import resize
 
+    check_access()
     with counter(quiet, "resizing") as progress:
         report = resize(
             adapter,

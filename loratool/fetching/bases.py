@@ -33,6 +33,11 @@ def named_base(path: Path) -> str:
     return f"{name}@{revision}" if named_revision else name
 
 
+def chosen_base(base: str | os.PathLike[str], adapters: Sequence[Path]) -> str | os.PathLike[str]:
+    """The base itself, or the one that the adapters name where it is called "auto"."""
+    return base_of(adapters) if os.fspath(base) == AUTO and not os.path.lexists(AUTO) else base
+
+
 def base_of(adapters: Sequence[Path]) -> str:
     """The one base that all these adapters name; raises `UsageError` where there is none, several, or it is not here."""
     names = list(dict.fromkeys(named_base(path) for path in adapters))
