@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 WAITS = (1.0, 2.0, 4.0, 8.0, 8.0)  # seconds between tries, as the client itself waits
 LONGEST_WAIT = 300.0  # seconds that a server may ask for
+FEW_WAITS = 2  # of them, where nothing listens at the other end
 PASSING = (408, 429, 500, 502, 503, 504)  # statuses that another try may not meet
 
 
@@ -47,14 +48,20 @@ def is_offline() -> bool:
 
 def patiently(call: Callable[[], Result]) -> Result:
     """What `call` returns, tried again where it fails for a reason that passes. It must be harmless to repeat."""
-    for wait in WAITS:
+    for number in range(len(WAITS) + 1):
         try:
             return call()
         except Exception as error:
-            if not passes(error):
-                raise
-            time.sleep(asked_wait(error) or wait)
-    return call()
+            wait_after(error, number)
+    raise AssertionError("the last try returns or raises")
+
+
+def wait_after(error: Exception, number: int) -> None:
+    """Wait before the next try after try `number`, from 0; raise the error where there is no use in another."""
+    refused = any(kind.__name__ == "ConnectError" for each in causes(error) for kind in type(each).__mro__)
+    if number >= (FEW_WAITS if refused else len(WAITS)) or not passes(error):
+        raise error
+    time.sleep(asked_wait(error) or WAITS[number])
 
 
 def passes(error: BaseException) -> bool:

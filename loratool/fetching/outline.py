@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from loratool.checkpoint import INDEX_SUFFIX, choose_index, choose_shards, read_index, sort_side_files
 from loratool.errors import InputError, LoratoolError, printable
-from loratool.fetching.client import WAITS, api, asked_wait, asking, passes, patiently
+from loratool.fetching.client import api, asking, patiently
 from loratool.formats.peft import CONFIG, PICKLED, WEIGHTS, recognises
 from loratool.safefile import PREFIX, header_length
 
@@ -185,19 +184,16 @@ def read_range(remote: Remote, name: str, start: int = 0, count: int | None = No
     url = hf_hub_url(remote.repo, name, revision=remote.commit)
     headers = {**build_hf_headers(library_name="loratool"), "Range": f"bytes={start}-{start + count - 1}"}
     headers["Accept-Encoding"] = "identity"
+
+    def read() -> bytes:
+        with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT) as response:
+            if response.status_code >= 400:
+                response.read()
+            hf_raise_for_status(response)
+            return take(response, start, count)
+
     with asking(remote.repo):
-        for wait in (*WAITS, None):
-            try:
-                with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT) as response:
-                    if response.status_code >= 400:
-                        response.read()
-                    hf_raise_for_status(response)
-                    return take(response, start, count)
-            except Exception as error:
-                if wait is None or not passes(error):
-                    raise
-                time.sleep(asked_wait(error) or wait)
-    raise AssertionError("a try returns or raises")
+        return patiently(read)
 
 
 def take(response: Any, start: int, count: int) -> bytes:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.errors import HubError, UsageError, VerificationError, printable
-from loratool.fetching.client import WAITS, api, asked_wait, asking, endpoint, passes, patiently
+from loratool.fetching.client import api, asking, endpoint, patiently, wait_after
 from loratool.fetching.outline import RemoteFile
 from loratool.origins import is_hub_id
 
@@ -166,7 +166,7 @@ def commit(
             *(CommitOperationDelete(name, is_folder=False) for name in gone),
         ]
         made = None
-        for wait in (*WAITS, None):
+        for number in count():
             try:
                 made = api().create_commit(
                     repo,
@@ -178,9 +178,9 @@ def commit(
                 )
                 break
             except Exception as error:
-                if wait is None or create_pr or not passes(error):
+                if create_pr:
                     raise
-                time.sleep(asked_wait(error) or wait)
+                wait_after(error, number)
                 there = files_of(repo, revision)
                 if not differing(uploads, there) and not set(gone) & set(there):
                     break
