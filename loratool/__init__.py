@@ -29,9 +29,11 @@ EXPORTS = {
     "LoratoolError": "errors",
     "MergePlan": "planning",
     "MergeReport": "merging",
+    "PushReport": "hub",
     "RescaleReport": "rescaling",
     "ResizeReport": "resizing",
     "StorageError": "errors",
+    "StreamReport": "hub",
     "UsageError": "errors",
     "VerificationError": "errors",
     "combine": "combining",
@@ -44,9 +46,11 @@ EXPORTS = {
     "open_checkpoint": "checkpoint",
     "plan": "merging",
     "plan_merge": "planning",
+    "push": "hub",
     "read_adapter": "formats",
     "rescale": "rescaling",
     "resize": "resizing",
+    "stream": "hub",
 }
 __all__ = [*EXPORTS, "__version__"]  # noqa: PLE0604 (every name of EXPORTS is resolved below)
 
@@ -69,6 +73,10 @@ if TYPE_CHECKING:
     from loratool.extracting import ExtractReport as ExtractReport
     from loratool.extracting import extract as extract
     from loratool.formats import read_adapter as read_adapter
+    from loratool.hub import PushReport as PushReport
+    from loratool.hub import StreamReport as StreamReport
+    from loratool.hub import push as push
+    from loratool.hub import stream as stream
     from loratool.inspecting import AdapterFacts as AdapterFacts
     from loratool.inspecting import CheckpointFacts as CheckpointFacts
     from loratool.inspecting import inspect as inspect

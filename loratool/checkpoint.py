@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loratool.errors import InputError, printable
+from loratool.origins import name_of
 from loratool.safefile import SafeFile, TensorInfo, open_regular, read_safefile, strict_json, unreadable
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -47,7 +48,7 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        return printable(self.root.resolve().name)
+        return name_of(self.root)
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:

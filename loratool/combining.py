@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratool.cards import command
 from loratool.comparing import Meeting, meetings
 from loratool.contents import Contents, Kind, contents_of
 from loratool.errors import FitError, InputError, UsageError, printable
+from loratool.fetching import local
 from loratool.formats import read_adapter
 from loratool.formats.peft.describing import describe
 from loratool.formats.peft.spelling import Names
@@ -161,7 +163,8 @@ def combine(
         StorageError: the disk or the file system said no.
     """
     started = time.monotonic()
-    paths = [Path(p) for p in ([adapters] if isinstance(adapters, (str, os.PathLike)) else adapters)]
+    paths = [local(p, "adapter") for p in ([adapters] if isinstance(adapters, (str, os.PathLike)) else adapters)]
+    words = command(combine, {**locals(), "adapters": paths})
     recipe = make_recipe(
         method, len(paths), space, rank, rank_policy, density, window, outliers, factor, match_norm, sign, normalize,
         iso_beta, row_wise, svc, seed, saved,
@@ -215,7 +218,14 @@ def combine(
                 lora_bias=any(source.biases for source in sources),
                 tokens=carried.tokens,
             )
-            provenance = {"made_by": "loratool combine", "adapters": list(at_work.origins), **told(recipe, shares)}
+            totals = combiner.totals(modules, dtype_kept)
+            provenance = {
+                "made_by": "loratool combine",
+                "command": words,
+                "adapters": list(at_work.origins),
+                **told(recipe, shares),
+                "measured": dataclasses.asdict(totals),
+            }
             output.finish(config, provenance, common_files(sources))
     return CombineReport(
         out=target,
@@ -223,7 +233,7 @@ def combine(
         method=method,
         settings=told(recipe, shares),
         adapters=tuple(source.name for source in sources),
-        totals=combiner.totals(modules, dtype_kept),
+        totals=totals,
         modules=dict(sorted(modules.items())),
         dtype=str(dtype_kept).removeprefix("torch."),
         notes=tuple(remarks(sources, layers, beside.notes)),

@@ -7,11 +7,11 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.contents import contents_of
 from loratool.errors import FitError, UsageError, printable
+from loratool.fetching import local
 from loratool.formats import read_adapter
 from loratool.gathering import gather, named_apart
 from loratool.lowrank import Decomposition, Joint, Product, Relation, decompose, gram, joint, relate
@@ -87,7 +87,7 @@ def compare(adapters: Sequence[PathLike], *, device: str = "auto", progress: Pro
         FitError: they have no layer in common, or see one in different shapes.
     """
     started = time.monotonic()
-    paths = [Path(path) for path in adapters]
+    paths = [local(path, "adapter") for path in adapters]
     if len(paths) < 2:
         raise UsageError("two adapters or more are compared")
     sources = named_apart([contents_of(read_adapter(path), "compare") for path in paths])

@@ -12,10 +12,12 @@ LoratoolError            1   (never raised itself: a bug is any other exception)
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 
 LONGEST_SHOWN = 200  # characters of a foreign name that a message repeats
 MOST_SHOWN = 20  # problems of one input that a message lists
+TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 def printable(text: object) -> str:
@@ -28,6 +30,14 @@ def printable(text: object) -> str:
         half = LONGEST_SHOWN // 2
         raw = f"{raw[:half]}…{raw[-half:]}"  # of a path the end tells most
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in raw)
+
+
+def without_tokens(text: str) -> str:
+    """`text` with everything that is, or looks like, an access token of the Hub taken out."""
+    for name in TOKEN_VARIABLES:
+        if token := os.environ.get(name, "").strip():
+            text = text.replace(token, "<TOKEN>")
+    return re.sub(r"\bhf_[A-Za-z0-9]{8,}", "<TOKEN>", text)
 
 
 class LoratoolError(Exception):

@@ -6,6 +6,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from loratool.checkpoint import INDEX_SUFFIX, PROVENANCE, Checkpoint, open_checkpoint, read_small
 from loratool.contents import Layer, layer_of
 from loratool.errors import InputError, LoratoolError, UsageError, printable
+from loratool.fetching import Role, headers, local
 from loratool.fitting import BaseFacts, Fit, fit_of
 from loratool.formats import Foreign, find_foreign, looks_foreign, peft
 from loratool.formats.peft import support
@@ -191,12 +193,32 @@ def inspect(
     """
     if base is not None and base_config is not None:
         raise UsageError("--base and --base-config both say what the base is; one of them is wanted")
-    location = Path(path)
-    against = Path(base) if base is not None else Path(base_config) if base_config is not None else None
+    with ExitStack() as stack:
+
+        def at(operand: PathLike, role: Role) -> Path:
+            """Where it is; of a place on the Hub all that is needed comes here only for its values."""
+            return local(operand, role) if values or check else stack.enter_context(headers(operand))
+
+        against = at(base, "model") if base is not None else Path(base_config) if base_config is not None else None
+        return look_at(at(path, "any"), path, against, tensors, values, check, device, progress)
+
+
+def look_at(
+    location: Path,
+    path: PathLike,
+    against: Path | None,
+    tensors: bool,
+    values: bool,
+    check: bool,
+    device: str,
+    progress: Progress | None,
+) -> Facts:
+    """What is at `location`, which was asked for as `path`."""
+    shown = Path(path)
     if foreign := foreign_adapter(location):
-        return foreign_facts(foreign, location, tensors, check)
+        return foreign_facts(foreign, shown, tensors, check)
     if not is_adapter(location):
-        return look_at_checkpoint(location, tensors, check)
+        return look_at_checkpoint(location, shown, tensors, check)
     problems: tuple[str, ...] = ()
     try:
         if check:
@@ -206,15 +228,15 @@ def inspect(
     except LoratoolError as error:
         if not check:
             raise
-        return UnreadableFacts("unreadable", printable(location), tell_unreadable(error, location))
+        return UnreadableFacts("unreadable", printable(shown), tell_unreadable(error, location))
     fit = fit_of(adapter, against, holds_weights(against)) if against else None
     if fit and not check:
         fit.require()
-    facts = adapter_facts(adapter, location, fit)
+    facts = adapter_facts(adapter, shown, fit)
     if tensors:
         facts = replace(facts, tensors=tuple(listed([adapter.file])))
     if check:
-        facts = replace(facts, findings=examine(adapter, problems, location, fit))
+        facts = replace(facts, findings=examine(adapter, problems, shown, fit))
     if values:
         from loratool.measuring import measure
 
@@ -376,14 +398,14 @@ def foreign_facts(foreign: Foreign, path: Path, tensors: bool, check: bool) -> A
     )
 
 
-def look_at_checkpoint(path: Path, tensors: bool, check: bool) -> CheckpointFacts | UnreadableFacts:
+def look_at_checkpoint(location: Path, path: Path, tensors: bool, check: bool) -> CheckpointFacts | UnreadableFacts:
     try:
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(location)
         facts = checkpoint_facts(checkpoint, path)
     except LoratoolError as error:
         if not check:
             raise
-        return UnreadableFacts("unreadable", printable(path), tell_unreadable(error, path))
+        return UnreadableFacts("unreadable", printable(path), tell_unreadable(error, location))
     if tensors:
         facts = replace(facts, listing=tuple(listed(checkpoint.shards)))
     if check:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
+from loratool.cards import CARD, card, command, is_ours, terms_of
 from loratool.checkpoint import PROVENANCE, open_checkpoint
 from loratool.engine import Engine
 from loratool.errors import FitError, LoratoolError, UsageError, printable
+from loratool.fetching import local
+from loratool.fetching.bases import chosen_base, unlike_bases
 from loratool.formats import read_adapter
+from loratool.origins import is_hub_id, told_origin
 from loratool.planning import MergePlan, plan_merge
 from loratool.resources import Resources, Runtime, check_device, peak_memory, start_torch
-from loratool.staging import Stage, check_target, staged, sweep
+from loratool.staging import FinishedShard, Stage, check_target, staged, sweep
 
 if TYPE_CHECKING:
     from loratool.computing import Totals
@@ -103,7 +108,7 @@ def merge(
         FitError: an adapter does not fit, is not used whole, overflows the dtype or changes nothing.
         StorageError: the disk or the file system said no.
     """
-    started = time.monotonic()
+    asked, started = locals(), time.monotonic()
     check_arguments(device, workers, max_memory)
     sweep(Path(os.path.realpath(out)))
     plan, target = prepare(
@@ -122,7 +127,12 @@ def merge(
                     f"{printable(out)}: not written, for every weight rounds to what it was: nothing changes"
                 )
             write_side_files(stage, plan)
-            stage.write(PROVENANCE, provenance(plan, digests, stage, engine.resources()))
+            inputs = {"base": plan.base.root, "adapters": [adapter.folder for adapter in plan.adapters]}
+            words = command(merge, {**asked, **inputs})
+            table = provenance(plan, digests, stage.finished, engine.resources().on_gpu, words)
+            stage.write(PROVENANCE, as_text(table))
+            if all(file.name != CARD or is_ours(file.source) for file in plan.side_files):
+                stage.write(CARD, merged_card(plan, table))
     except LoratoolError:
         runtime.exception()  # wait for the import: a process that ends in the middle of it may crash
         raise
@@ -161,11 +171,13 @@ def prepare(
     allow_new_tensors: bool,
 ) -> tuple[MergePlan, Path]:
     """The plan and the real path of the output, after every check that headers and `stat` allow."""
-    paths = [Path(p) for p in ([adapters] if isinstance(adapters, (str, os.PathLike)) else adapters)]
-    target = check_target(Path(out), [Path(base), *paths], overwrite)
+    words = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
+    check_target(Path(out), [Path(base), *map(Path, words)], overwrite)  # before anything is downloaded
+    paths, base = inputs_of(base, words)
+    target = check_target(Path(out), [base, *paths], overwrite)
     read = [read_adapter(path) for path in paths]
     planned = plan_merge(
-        open_checkpoint(Path(base)),
+        open_checkpoint(base),
         read,
         weights=weights,
         dtype=dtype,
@@ -174,7 +186,14 @@ def prepare(
         shard_size=shard_size,
         allow_new_tensors=allow_new_tensors,
     )
-    return planned, target
+    notes = unlike_bases(planned.base, planned.adapters)
+    return dataclasses.replace(planned, notes=(*planned.notes, *notes)), target
+
+
+def inputs_of(base: PathLike, adapters: Sequence[PathLike]) -> tuple[list[Path], Path]:
+    """The adapters and the base as local paths; the base "auto" is the one that the adapters name."""
+    paths = [local(adapter, "adapter") for adapter in adapters]
+    return paths, local(chosen_base(base, paths), "model")
 
 
 def check_arguments(device: str, workers: int | None, max_memory: int | None) -> None:
@@ -202,25 +221,56 @@ def write_side_files(stage: Stage, plan: MergePlan) -> None:
             stage.write(file.name, file.content or b"")
 
 
-def provenance(plan: MergePlan, digests: Sequence[dict[str, str]], stage: Stage, resources: Resources) -> bytes:
+def provenance(
+    plan: MergePlan,
+    digests: Sequence[Mapping[str, str]],
+    finished: Mapping[str, FinishedShard],
+    on_gpu: bool,
+    words: str,
+) -> dict[str, Any]:
     """`loratool.json`: what made this model. The same inputs and settings give the same bytes."""
     import torch
 
-    table = {
+    trained_on = {str(adapter.config.get("base_model_name_or_path")) for adapter in plan.adapters}
+    named = {"id": name} if len(trained_on) == 1 and is_hub_id(name := trained_on.pop()) else {}
+    return {
         "made_by": "loratool merge",
+        "command": words,
         "versions": {"loratool": __version__, "torch": str(torch.__version__)},
-        "base": {"name": plan.base.name, "files": {s.path.name: s.layout.size for s in plan.base.shards}},
+        "base": {
+            "name": plan.base.name,
+            **told_origin(plan.base.root),
+            **named,
+            "files": {s.path.name: s.layout.size for s in plan.base.shards},
+        },
         "adapters": [
-            {"name": adapter.name, "format": adapter.format, "weight": weight, "sha256": files}
+            {
+                "name": adapter.name,
+                **told_origin(adapter.folder),
+                "format": adapter.format,
+                "weight": weight,
+                "rank": adapter.config.get("r"),
+                "sha256": files,
+            }
             for adapter, weight, files in zip(plan.adapters, plan.weights, digests, strict=True)
         ],
         "dtype": plan.dtype,
         "dtypes": dict(Counter(span.placed.dtype for span in plan.spans)),
-        "device": "cuda" if resources.on_gpu else "cpu",
+        "device": "cuda" if on_gpu else "cpu",
         "tensors": {"edited": len(plan.edited), "copied": plan.copied, "all": len(plan.spans)},
-        "shards": {s.name: {"size": s.size, "sha256": s.sha256} for _, s in sorted(stage.finished.items())},
+        "shards": {s.name: {"size": s.size, "sha256": s.sha256} for _, s in sorted(finished.items())},
     }
+
+
+def as_text(table: Mapping[str, Any]) -> bytes:
     return (json.dumps(table, indent=2) + "\n").encode()
+
+
+def merged_card(plan: MergePlan, table: Mapping[str, Any], place: str = ".") -> bytes:
+    """README.md of the merged model; licence and task are those of the cards of base and adapters."""
+    terms = terms_of(plan.base.root, *(adapter.folder for adapter in plan.adapters))
+    edited = next((file.content for file in plan.side_files if file.name == "config.json" and file.content), None)
+    return card(table, json.loads(edited) if edited else plan.base.config, terms, place)
 
 
 def make_report(

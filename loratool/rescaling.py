@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratool.cards import command
 from loratool.contents import Contents, Layer, contents_of
 from loratool.errors import FitError, InputError, UsageError, printable
+from loratool.fetching import local
 from loratool.formats import read_adapter
 from loratool.formats.peft.describing import anchored, describe, module_of
 from loratool.formats.peft.lora import doubles
@@ -104,6 +106,8 @@ def rescale(
     asked = {"scale": scale, "alpha": alpha, "frobenius": frobenius, "spectral": spectral}
     factors = read_factors(match)
     check(asked, factors, each, bake)
+    adapter = local(adapter, "adapter")
+    words = command(rescale, locals())
     target = check_target(Path(out), [Path(adapter)], overwrite or dry_run)
     contents = contents_of(read_adapter(Path(adapter)), "rescale")
     if not contents.layers:
@@ -125,6 +129,7 @@ def rescale(
             norm = math.sqrt(math.fsum((sizes[t] * m.factor) ** 2 for t, m in modules.items()))
         provenance = {
             "made_by": "loratool rescale",
+            "command": words,
             "adapter": at_work.origins[0],
             "asked": {name: value for name, value in asked.items() if value is not None},
             "match": factors,

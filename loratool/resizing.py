@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.adapter import StoredTensor
+from loratool.cards import command
 from loratool.contents import Contents, Kind, Layer, contents_of
 from loratool.errors import FitError, InputError, printable
+from loratool.fetching import local
 from loratool.formats import read_adapter
 from loratool.formats.peft.describing import describe
 from loratool.formats.peft.spelling import Names
@@ -135,7 +138,9 @@ def resize(
     """
     started = time.monotonic()
     rule = RankRule.of(rank, energy, error, ratio, budget, layer_weights, uniform)
-    inputs = [Path(adapter), *([Path(calibration)] if calibration is not None else [])]
+    adapter = local(adapter, "adapter")
+    words = command(resize, locals())
+    inputs = [adapter, *([Path(calibration)] if calibration is not None else [])]
     target = check_target(Path(out), inputs, overwrite or dry_run)
     contents = contents_of(read_adapter(inputs[0]), "resize")
     if not contents.layers:
@@ -184,13 +189,21 @@ def resize(
                 lora_bias=bool(contents.biases),
                 tokens=carried.tokens,
             )
-            provenance = {"made_by": "loratool resize", "adapter": at_work.origins[0], "rule": rule.told}
+            dropped = sum(sum(energies[t]) for t, r in chosen.items() if not r)
+            totals = total(contents, modules, dropped, kept.itemsize)
+            provenance = {
+                "made_by": "loratool resize",
+                "command": words,
+                "adapter": at_work.origins[0],
+                "rule": rule.told,
+                "measured": dataclasses.asdict(totals),
+            }
             output.finish(config, provenance, files_beside(contents))
     return ResizeReport(
         out=target,
         written=not dry_run,
         rule=rule.told,
-        totals=total(contents, modules, sum(sum(energies[t]) for t, r in chosen.items() if not r), kept.itemsize),
+        totals=totals,
         modules=dict(sorted(modules.items())),
         dropped=tuple(t for t, r in chosen.items() if not r),
         dtype=str(kept).removeprefix("torch."),

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 from loratool import __version__
 from loratool.adapter import StoredTensor, stored_tensors
 from loratool.appending import TensorFile, tensor_file
+from loratool.cards import CARD, card, is_ours, terms_of
 from loratool.checkpoint import PROVENANCE, sort_side_files
 from loratool.errors import FitError, printable
 from loratool.formats.peft import CONFIG, WEIGHTS
 from loratool.formats.peft.lora import doubles
 from loratool.formats.peft.spelling import Names, saved_whole, shapes, stored, token_rows, was_inside
+from loratool.origins import told_origin
 from loratool.safefile import FLOAT_NAMES, product
 from loratool.staging import Stage, staged
 
@@ -133,6 +135,8 @@ def finish(stage: Stage, config: Mapping[str, Any], provenance: Mapping[str, Any
         stage.copy(name, path)
     table = {**provenance, "versions": versions()}
     stage.write(PROVENANCE, (json.dumps(table, indent=2) + "\n").encode())
+    if CARD not in beside or is_ours(beside[CARD]):
+        stage.write(CARD, card(table, config, terms_of()))
 
 
 @contextmanager
@@ -259,4 +263,9 @@ def versions() -> dict[str, str]:
 
 def described(source: Contents) -> dict[str, Any]:
     """An input, as provenance names it."""
-    return {"name": source.name, "format": source.adapter.format, "sha256": source.adapter.digests()}
+    return {
+        "name": source.name,
+        **told_origin(source.adapter.folder),
+        "format": source.adapter.format,
+        "sha256": source.adapter.digests(),
+    }

@@ -354,7 +354,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(workshop: W
 
 @needs_namespaces
 def test_a_disk_that_fills_up_during_the_merge_is_told_and_left_as_it_was(small: Workshop, tmp_path: Path) -> None:
-    """There is room for the bytes of the shards, and not for the rest of their last pages and of `loratool.json`."""
+    """There is room for the bytes of the shards, and not for the rest of their last pages and of the last small files."""
     sizes = [path.stat().st_size for path in (small.home / "reference" / OUT).rglob("*") if path.is_file()]
     pages = sum(-(-size // 4096) for size in sizes)
     end = merge_on_small_disk(small, tmp_path, (pages - 1) * 4096)

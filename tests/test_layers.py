@@ -19,11 +19,12 @@ LONGEST_MODULE = 500  # lines
 # The design's table. A module imports only from rows above its own.
 ROWS = (
     ("errors", "layouts"),
-    ("safefile", "updates", "lowrank", "decoders"),
+    ("safefile", "updates", "lowrank", "decoders", "origins"),
     ("methods",),
     ("checkpoint", "adapter", "staging", "appending"),
     ("contents",),
     ("formats", "binding", "companions"),
+    ("fetching", "cards"),
     ("ranks",),
     ("placing",),
     ("tying",),
@@ -35,6 +36,7 @@ ROWS = (
     ("merging", "rescaling", "resizing", "extracting", "gathering", "measuring"),
     ("comparing", "recipes", "inspecting"),
     ("combining",),
+    ("hub",),
     ("report", "demo"),
     ("cli",),
     ("__main__",),
@@ -59,6 +61,7 @@ WITHOUT_TORCH = (
         "appending",
         "ranks",
     ),
+    *("origins", "fetching", "cards"),
 )
 
 

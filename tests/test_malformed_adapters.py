@@ -636,7 +636,7 @@ def test_what_training_left_beside_an_adapter_or_a_base_is_not_carried_over(benc
             (folder / name).write_text(SECRET)
     tensors, _ = bench.merges()
     check_is_merged(tensors)
-    assert sorted(os.listdir(bench.out)) == ["config.json", "loratool.json", MODEL]
+    assert sorted(os.listdir(bench.out)) == ["README.md", "config.json", "loratool.json", MODEL]
 
 
 ODD_FIELDS: dict[str, dict[str, object]] = {

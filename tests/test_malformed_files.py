@@ -601,9 +601,9 @@ def test_strange_tensor_names_are_carried_over_exactly_and_shown_escaped(
     check_is_merged(tensors)
     for number, name in enumerate(case):
         assert np.array_equal(tensors[name], np.full(4, float(number)))
-    assert {p.name for p in bench.out.iterdir()} == {MODEL, "config.json", "loratool.json"}
+    assert {p.name for p in bench.out.iterdir()} == {MODEL, "README.md", "config.json", "loratool.json"}
     assert set(snapshot(bench.inputs.parent)) - set(before) == {
-        f"out/merged{tail}" for tail in ("", f"/{MODEL}", "/config.json", "/loratool.json")
+        f"out/merged{tail}" for tail in ("", f"/{MODEL}", "/README.md", "/config.json", "/loratool.json")
     }
     for operand in (bench.base, bench.out):
         assert is_clean(bench.run("inspect", operand).out)

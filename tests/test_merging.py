@@ -213,7 +213,7 @@ def test_a_header_length_that_looks_like_another_format_is_no_other_format(tmp_p
 def test_shards_index_order_and_metadata_are_the_bases(base: Path, adapter: Path, tmp_path: Path) -> None:
     loratool.merge(base, [adapter], tmp_path / "out")
     before, after = files_of(base), files_of(tmp_path / "out")
-    assert set(after) == set(before) | {"loratool.json"}
+    assert set(after) == set(before) | {"README.md", "loratool.json"}
     for name in before:
         if name.endswith(".safetensors"):
             assert header_bytes(tmp_path / "out" / name) == header_bytes(base / name)
@@ -467,7 +467,7 @@ def test_a_single_file_gives_a_folder_with_that_file(adapter: Path, tmp_path: Pa
     save_file(tensors, path)
     (tmp_path / "files" / "config.json").write_text("{}")
     loratool.merge(path, [adapter], tmp_path / "out")
-    assert sorted(files_of(tmp_path / "out")) == ["loratool.json", "my-model.safetensors"]
+    assert sorted(files_of(tmp_path / "out")) == ["README.md", "loratool.json", "my-model.safetensors"]
     assert header_bytes(tmp_path / "out" / path.name) == header_bytes(path)
     assert_exact_merge(tmp_path / "out", tensors, exact_merge(tensors, (adapter, 1.0)))
 
@@ -675,7 +675,7 @@ def test_a_dry_run_touches_nothing_tells_the_plan_and_imports_no_torch(
     loratool.merge(base, [adapter], tmp_path / "out", dtype="bfloat16")
     weights = {p.name: p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors")}
     assert table["files"] == weights
-    assert sorted([*table["side_files"], *weights, "loratool.json"]) == sorted(files_of(tmp_path / "out"))
+    assert sorted([*table["side_files"], *weights, "README.md", "loratool.json"]) == sorted(files_of(tmp_path / "out"))
 
 
 def test_a_dry_run_fails_where_the_merge_would(base: Path, tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_overwriting_leaves_the_new_model_and_nothing_of_the_old(bench: Workbenc
     an_older_model(bench.out)
     tensors, _ = bench.merges("--overwrite")
     check_is_merged(tensors)
-    assert sorted(os.listdir(bench.out)) == ["config.json", "loratool.json", MODEL]
+    assert sorted(os.listdir(bench.out)) == ["README.md", "config.json", "loratool.json", MODEL]
 
 
 def test_a_failed_merge_leaves_the_model_that_it_was_to_overwrite(bench: Workbench) -> None:

@@ -101,7 +101,7 @@ def test_transformers_runs_the_merged_model_as_peft_runs_the_adapter(case: Case,
 
 def test_output_has_the_shards_and_the_index_of_the_base(case: Case, merged: Path) -> None:
     before = {p.name for p in case.base.iterdir()}
-    assert {p.name for p in merged.iterdir()} == before | {"loratool.json"}
+    assert {p.name for p in merged.iterdir()} == before | {"README.md", "loratool.json"}
     for name in before - {p.name for p in case.base.glob("*.safetensors")}:
         assert (merged / name).read_bytes() == (case.base / name).read_bytes()
 

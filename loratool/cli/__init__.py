@@ -16,7 +16,8 @@ from loratool.cli.algebra import combine, compare, extract, rescale, resize
 from loratool.cli.estimating import estimate
 from loratool.cli.looking import demo, inspect
 from loratool.cli.merging import merge
-from loratool.errors import LoratoolError, printable
+from loratool.cli.publishing import push
+from loratool.errors import LoratoolError, printable, without_tokens
 
 EXIT_CODES = """\b
 Exit codes: 0 done · 1 a bug · 2 wrong usage · 3 an input is malformed or unsupported ·
@@ -38,7 +39,7 @@ def cli() -> None:
     """
 
 
-for command in (merge, inspect, rescale, combine, resize, extract, compare, estimate, demo):
+for command in (merge, inspect, rescale, combine, resize, extract, compare, estimate, push, demo):
     cli.add_command(command)
 
 
@@ -91,7 +92,7 @@ def run(arguments: list[str]) -> int:
         complain(f"Error: {error}")
         return error.exit_code
     except (KeyboardInterrupt, click.Abort) as error:
-        goes_on = arguments[:1] == ["merge"]
+        goes_on = arguments[:1] in (["merge"], ["push"])
         again = "; the same command continues with the files that are finished" if goes_on else "; nothing is written"
         complain(f"Interrupted{again}.")
         # Click passes every interrupt on as an Abort
@@ -111,8 +112,8 @@ def run(arguments: list[str]) -> int:
         if {"-v", "--verbose"} & set(arguments):
             import traceback
 
-            traceback.print_exc()
-        complain(f"Error: this is a bug in loratool: {type(error).__name__}: {printable(error)}")
+            complain(without_tokens(traceback.format_exc()))
+        complain(f"Error: this is a bug in loratool: {type(error).__name__}: {without_tokens(printable(error))}")
         complain("Run it again with -v for the traceback, and please report it.")
         return 1
 

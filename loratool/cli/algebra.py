@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import click
 
+from loratool.cli.publishing import check_access, pushing_options
 from loratool.cli.words import PATH, counter, output_options, show
 from loratool.errors import InputError, UsageError, printable
 from loratool.methods.table import METHODS
@@ -28,7 +29,8 @@ DTYPE = click.option(
 
 
 def writing_options(command: Command) -> Command:
-    """`--dry-run` and `--overwrite`."""
+    """`--dry-run`, `--overwrite` and `--push-to-hub`."""
+    command = pushing_options(command)
     command = click.option("--overwrite", is_flag=True, help="Replace OUT where it is an adapter already.")(command)
     return click.option("--dry-run", is_flag=True, help="Compute and report, but write nothing.")(command)
 
@@ -97,6 +99,7 @@ def rescale(
     """
     from loratool.rescaling import rescale
 
+    check_access()
     with counter(quiet, "measuring") as progress:
         report = rescale(
             adapter,
@@ -234,6 +237,7 @@ def combine(
 
     if weights and weights_file:
         raise UsageError("-w and --weights say two things; give one of them")
+    check_access()
     with counter(quiet, "combining") as progress:
         report = combine(
             adapters,
@@ -317,6 +321,7 @@ def resize(
     """
     from loratool.resizing import resize
 
+    check_access()
     with counter(quiet, "resizing") as progress:
         report = resize(
             adapter,

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from loratool.cli.words import PATH, Size, output_options, progress_bar, show
+from loratool.cli.publishing import asked_repo, check_access, pushing_options
+from loratool.cli.words import PATH, PUSH, Size, output_options, progress_bar, show
 
 
 @click.command()
 @click.argument("base", type=PATH)
-@click.argument("adapters", type=PATH, nargs=-1, required=True, metavar="ADAPTER...")
-@click.option("-o", "--output", "out", type=PATH, required=True, metavar="OUT", help="Folder to make.")
+@click.argument("adapters", type=PATH, nargs=-1, metavar="ADAPTER...")
+@click.option("-o", "--output", "out", type=PATH, metavar="OUT", help="Folder to make.")
+@click.option(
+    "--base",
+    "named_base",
+    type=PATH,
+    metavar="BASE",
+    help="BASE as an option, then every operand is an ADAPTER; auto is the base that the adapters name.",
+)
 @click.option(
     "-w", "--weight", "weights", type=float, multiple=True, help="Strength, once per adapter in order [default: 1]."
 )
@@ -44,11 +53,20 @@ from loratool.cli.words import PATH, Size, output_options, progress_bar, show
 @click.option("--dry-run", is_flag=True, help="Print the plan and touch nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT where it is a model already.")
 @click.option("--allow-new-tensors", is_flag=True, help="Add heads that an adapter saved and BASE has not.")
+@pushing_options
+@click.option(
+    "--stream",
+    "streamed",
+    is_flag=True,
+    help="Without OUT: fetch, merge and upload file by file, two on the disk at most.",
+)
+@click.option("--card", is_flag=True, help="With --stream: write a README.md though BASE brings one.")
 @output_options
 def merge(
     base: Path,
     adapters: tuple[Path, ...],
-    out: Path,
+    out: Path | None,
+    named_base: Path | None,
     weights: tuple[float, ...],
     device: str,
     dtype: str,
@@ -60,14 +78,16 @@ def merge(
     dry_run: bool,
     overwrite: bool,
     allow_new_tensors: bool,
+    streamed: bool,
+    card: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
     """Fold adapters into a base model, shard by shard.
 
-    BASE is a model folder or one .safetensors file, ADAPTER a folder as PEFT saves it. OUT becomes
-    a complete model folder: weights, index, config, tokenizer. Nothing of it exists under its name
-    until everything does; the same command after an interruption continues.
+    BASE is a model folder or one .safetensors file, ADAPTER a folder as PEFT saves it; either may be org/name[@revision]
+    of the Hub, and BASE auto. OUT becomes a complete model folder: weights, index, config, tokenizer. Nothing of it
+    exists under its name until everything does; the same command after an interruption continues.
 
     \b
     Examples:
@@ -75,7 +95,35 @@ def merge(
       loratool merge ./base ./style ./facts -w 0.7 -w 1.2 -o ./merged --shard-size 5GB
       loratool merge ./merged ./my-adapter -w -1 -o ./base-again
       loratool merge ./base ./my-adapter -o ./merged --map '^model[.]text[.]=model.'
+      loratool merge auto me/my-adapter -o ./merged --push-to-hub me/merged
+      loratool merge meta-llama/Llama-3.1-70B me/my-adapter --stream --push-to-hub me/merged
     """
+    base, adapters = operands(base, adapters, named_base)
+    if streamed:
+        stream_to_hub(
+            base,
+            adapters,
+            out,
+            shard_size,
+            as_json,
+            quiet,
+            weights=weights,
+            device=device,
+            dtype=dtype,
+            maps=maps,
+            fan_in_fan_out=fan_in_fan_out,
+            workers=workers,
+            max_memory=max_memory,
+            allow_new_tensors=allow_new_tensors,
+            overwrite=overwrite,
+            card=card,
+            dry_run=dry_run,
+        )
+        return
+    if out is None:
+        raise missing("out")
+    if card:
+        raise click.UsageError("--card goes with --stream; `loratool push --card` has it too")
     from loratool.merging import merge, plan
 
     if dry_run:
@@ -97,6 +145,7 @@ def merge(
         memory = estimated_memory(planned, device, workers, max_memory)
         show(plan_data(planned, memory), lambda: plan_text(planned, memory), as_json, quiet)
         return
+    check_access()
     with progress_bar(quiet) as progress:
         report = merge(
             base,
@@ -114,4 +163,42 @@ def merge(
             allow_new_tensors=allow_new_tensors,
             progress=progress,
         )
+    show(report, lambda: str(report), as_json, quiet)
+
+
+def operands(base: Path, adapters: tuple[Path, ...], named: Path | None) -> tuple[Path, tuple[Path, ...]]:
+    """BASE and the ADAPTERs; with `--base` every operand is one of the latter."""
+    if named is not None:
+        return named, (base, *adapters)
+    if not adapters:
+        raise missing("adapters")
+    return base, adapters
+
+
+def missing(name: str) -> click.MissingParameter:
+    """The error for a parameter that only some ways of calling can do without."""
+    context = click.get_current_context()
+    return click.MissingParameter(ctx=context, param=next(p for p in context.command.params if p.name == name))
+
+
+def stream_to_hub(
+    base: Path,
+    adapters: tuple[Path, ...],
+    out: Path | None,
+    shard_size: int | None,
+    as_json: bool,
+    quiet: bool,
+    **settings: Any,
+) -> None:
+    """`--stream`: no folder is made, and the files keep the base's sizes."""
+    repo, public = asked_repo()
+    if out is not None or shard_size is not None:
+        raise click.UsageError("--stream makes no folder and keeps the base's files: leave -o and --shard-size out")
+    if repo is None:
+        raise click.UsageError("--stream needs --push-to-hub REPO, where the files go")
+    del click.get_current_context().meta[PUSH]  # there is no folder to push
+    from loratool.hub import stream
+
+    with progress_bar(quiet) as progress:
+        report = stream(base, adapters, repo, public=public, progress=progress, **settings)
     show(report, lambda: str(report), as_json, quiet)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from loratool.errors import printable
 
 Command = TypeVar("Command", bound=Callable[..., None])
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+PUSH = "loratool.push"  # in a context's meta: what pushes the output
 PATH = click.Path(path_type=Path, readable=False)  # what is wrong with a path, the library says better
 
 
@@ -33,11 +35,20 @@ class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         return int(float(match[1]) * UNITS[match[2]])
 
 
+def silence_client(_ctx: click.Context, _param: click.Parameter, quiet: bool) -> bool:
+    """Keep the Hub's client from showing bars of its own, which it decides when it is imported."""
+    if quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    return quiet
+
+
 def output_options(command: Command) -> Command:
     """`--json`, `-q` and `-v`, which every command has."""
     for option in (
         click.option("-v", "--verbose", is_flag=True, expose_value=False, help="Show the traceback of a bug."),
-        click.option("-q", "--quiet", is_flag=True, help="No progress and no report, errors only."),
+        click.option(
+            "-q", "--quiet", is_flag=True, callback=silence_client, help="No progress and no report, errors only."
+        ),
         click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, all else on stderr."),
     ):
         command = option(command)
@@ -45,13 +56,16 @@ def output_options(command: Command) -> Command:
 
 
 def show(data: Any, text: Callable[[], str], as_json: bool, quiet: bool) -> None:
-    """Print a report on stdout, as JSON or as text."""
+    """Print a report on stdout, as JSON or as text; push what was written first, where that is asked for."""
     from loratool.report import plain
 
+    asked = click.get_current_context().meta.get(PUSH)
+    pushed = asked(quiet) if asked else None
     if as_json:
-        click.echo(json.dumps(plain(data), indent=2))
+        table = plain(data)
+        click.echo(json.dumps(table if pushed is None else {**table, "pushed": plain(pushed)}, indent=2))
     elif not quiet:
-        click.echo(text())
+        click.echo(text() if pushed is None else f"{text()}\n\n{pushed}")
 
 
 @contextmanager

@@ -6,23 +6,26 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from loratool.binding.orientation import module_of
+from loratool.cards import command
 from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.contents import Kind
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.extracting.differences import Difference, NotFiniteError, Part, Rule, decomposed, pieces
 from loratool.extracting.pairing import Change, Pairing, is_table, pair
+from loratool.fetching import local
 from loratool.formats.peft.describing import describe
 from loratool.formats.peft.describing import module_of as described_module
 from loratool.formats.peft.files import CONFIG, WEIGHTS
 from loratool.formats.peft.spelling import Names
 from loratool.lowrank import Product, inner, padded
 from loratool.lowrank import change as change_of
+from loratool.origins import told_origin
 from loratool.safefile import FLOAT_NAMES
 from loratool.saving import WIDTH, Form, Output, Rounded, adapter_output, torch_dtype
 from loratool.staging import check_target
@@ -138,7 +141,8 @@ def extract(
     """
     started = time.monotonic()
     rule = Rule.of(rank, energy, max_rank)
-    paths = Path(base), Path(tuned)
+    paths = local(base, "model"), local(tuned, "model")
+    words = command(extract, {**locals(), "base": paths[0], "tuned": paths[1]})
     target = check_target(Path(out), paths, overwrite or dry_run)
     before, after = (open_model(path, role) for path, role in zip(paths, ("BASE", "TUNED"), strict=True))
     with session(device, []) as at_work:
@@ -155,20 +159,23 @@ def extract(
             output.carry(carried)
             written = {target: forms[target] for target in extractor.ranks}
             config = config_of(found, {t: form.kind for t, form in written.items()}, extractor.ranks, draft)
+            totals = total(extractor, written, kept.itemsize)
             provenance = {
                 "made_by": "loratool extract",
+                "command": words,
                 "base": origin(before),
                 "tuned": origin(after),
                 "rule": rule.told,
                 "exact": exact,
                 "seed": seed,
+                "measured": asdict(totals),
             }
             output.finish(config, provenance, {})
     return ExtractReport(
         out=target,
         written=not dry_run,
         rule=rule.told,
-        totals=total(extractor, written, kept.itemsize),
+        totals=totals,
         modules=dict(sorted(extractor.layers.items())),
         noise=dict(sorted(extractor.noise.items())),
         identical=found.identical + extractor.identical,
@@ -437,7 +444,7 @@ def target_words(found: Pairing, kinds: Mapping[str, Kind]) -> list[str] | None:
 def origin(checkpoint: Checkpoint) -> dict[str, Any]:
     """A checkpoint, as provenance names it."""
     files = {shard.path.name: shard.identity.size for shard in checkpoint.shards}
-    return {"name": checkpoint.name, "files": files}
+    return {"name": checkpoint.name, **told_origin(checkpoint.root), "files": files}
 
 
 def total(extractor: Extractor, forms: Mapping[str, Form], itemsize: int) -> ExtractedTotals:

@@ -23,6 +23,7 @@ from loratool.formats.peft.files import (
 )
 from loratool.formats.peft.methods import METHODS
 from loratool.formats.peft.remarks import remark
+from loratool.origins import name_of
 from loratool.safefile import read_safefile
 
 __all__ = ["CONFIG", "PICKLED", "WEIGHTS", "not_an_adapter", "read", "read_what_is_sound", "recognises"]
@@ -51,7 +52,7 @@ def read_what_is_sound(path: Path) -> tuple[Adapter, tuple[str, ...]]:
     draft = Draft(file, read_config(config_file), notes)
     read_updates(draft)
     adapter = Adapter(
-        name=printable(folder.resolve().name),
+        name=name_of(folder),
         format="peft",
         folder=folder,
         file=file,

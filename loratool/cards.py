@@ -1,0 +1,333 @@
+"""Model cards: README.md from what `loratool.json` says of how a model or an adapter was made.
+
+The same provenance gives the same card. Foreign text reaches it escaped, and front matter only as quoted scalars.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratool.errors import printable
+from loratool.origins import is_hub_id, origin_of
+
+CARD = "README.md"
+MARK = "<!-- made by loratool from loratool.json; without this line it counts as written by hand -->"
+LARGEST_CARD = 1 << 20  # bytes of an input's card that are looked at
+TERMS = ("license", "license_name", "license_link", "pipeline_tag")
+OUT = "out"
+PASSING_OPTIONS = ("out", "overwrite", "dry_run", "progress", "workers", "max_memory")  # that no result depends on
+FLAGS = {"weights": "-w", "maps": "--map", "factor": "--lambda", "out": "-o"}
+MODELS_OF_TASKS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+DONE = {
+    "merge": "This model is a base with {adapters} folded into its weights.",
+    "rescale": "This adapter is another at another strength.",
+    "combine": "This adapter is {adapters} combined.",
+    "resize": "This adapter is another at other ranks.",
+    "extract": "This adapter is the difference of two models.",
+}
+MEASURED = {
+    "norm": "‖ΔW‖ (Frobenius)",
+    "predicted": "relative error of the ranks",
+    "achieved": "relative error as stored",
+    "truncated": "relative error of the cut",
+    "stored": "relative error of storing",
+    "error": "relative error as stored",
+    "parameters_before": "parameters before",
+    "parameters": "parameters",
+    "bytes_before": "bytes of factors before",
+    "bytes": "bytes of factors",
+    "energy_kept": "part of ‖ΔW‖² kept",
+}
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a card inherits of the cards of its inputs."""
+
+    fields: Mapping[str, str]
+    disputed: tuple[str, ...] = ()  # licences that differ, so that none is chosen
+
+
+def command(function: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
+    """The command line that calls a library function with these arguments; other names among them are passed over.
+
+    Inputs from the Hub are named with their commit, local ones by their last name: a card tells nobody's folders.
+    """
+    words, options = ["loratool", function.__name__], list[str]()
+    for name, parameter in inspect.signature(function).parameters.items():
+        value = arguments[name]
+        if name in PASSING_OPTIONS:
+            continue
+        if parameter.default is inspect.Parameter.empty:
+            many = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+            words += [operand(each) for each in many]
+        elif value not in (parameter.default, [], ()):
+            options += option(FLAGS.get(name, f"--{name.replace('_', '-')}"), value)
+    return shlex.join([*words, *options, "-o", OUT] if "out" in inspect.signature(function).parameters else words)
+
+
+def option(flag: str, value: Any) -> Iterator[str]:
+    """A flag as often as its value asks for."""
+    if value is True:
+        yield flag
+    elif value is False:
+        yield f"--no-{flag.removeprefix('--')}"
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from (flag, printable(f"{key}={item}"))
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for item in value:
+            yield from (flag, printable(json.dumps(item) if isinstance(item, Mapping) else item))
+    else:
+        yield from (flag, operand(value) if isinstance(value, os.PathLike) else printable(value))
+
+
+def operand(path: Any) -> str:
+    """An input as a card names it."""
+    origin = origin_of(Path(path))
+    return str(origin) if origin else f"./{printable(os.path.basename(os.path.abspath(path)))}"
+
+
+def terms_of(*folders: Path) -> Terms:
+    """What the cards of these folders say of licence and task; of a task the first that is told."""
+    found = [front_matter(folder / CARD) for folder in folders]
+    licences = dict.fromkeys((f.get("license", ""), f.get("license_name", "")) for f in found if "license" in f)
+    merged: dict[str, str] = {}
+    for fields in found:
+        for key, value in fields.items():
+            if len(licences) <= 1 or key == "pipeline_tag":
+                merged.setdefault(key, value)
+    return Terms(merged, tuple(name or licence for licence, name in licences) if len(licences) > 1 else ())
+
+
+def front_matter(card: Path) -> dict[str, str]:
+    """The plain entries of a card's front matter that others inherit."""
+    try:
+        with card.open("rb") as stream:
+            text = stream.read(LARGEST_CARD).decode("utf-8", "replace")
+    except OSError:
+        return {}
+    match = re.match(r"﻿?---[ \t]*\r?\n(.*?)\n---", text, re.DOTALL)
+    found: dict[str, str] = {}
+    for line in (match[1] if match else "").splitlines():
+        key, colon, value = line.partition(":")
+        value = value.split(" #")[0].strip().strip("'\"")
+        if colon and key in TERMS and value and value[0] not in "[{|>&*!":
+            found[key] = printable(value)
+    return found
+
+
+def card(provenance: Mapping[str, Any], config: Mapping[str, Any], terms: Terms, place: str = ".") -> bytes:
+    """README.md of a result. `config` is its config.json or adapter_config.json, `place` what it is loaded from."""
+    verb = str(provenance.get("made_by", "")).removeprefix("loratool ")
+    adapters = [a for a in (provenance.get("adapters") or [provenance.get("adapter")]) if isinstance(a, Mapping)]
+    base = base_id(provenance, config)
+    title = "Merged model" if verb == "merge" else "LoRA adapter"
+    parts = [
+        "---",
+        *front(verb, base, adapters, config, terms),
+        "---",
+        "",
+        f"# {title}",
+        "",
+        MARK,
+        "",
+        DONE.get(verb, "This adapter was trained with PEFT.").format(
+            adapters="an adapter" if len(adapters) == 1 else f"{len(adapters)} adapters"
+        ),
+        *section("Made of", lineage(provenance, adapters, base)),
+        *section("How", how(provenance)),
+        *section("Measured", measured(provenance, config)),
+        *section("Use", ["```python", *snippet(verb, base, config, place), "```"]),
+        *section("Licence", licence(terms)),
+    ]
+    return ("\n".join(parts) + "\n").encode()
+
+
+def section(title: str, lines: Sequence[str]) -> list[str]:
+    return ["", f"## {title}", "", *lines] if lines else []
+
+
+def base_id(provenance: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """The base's id on the Hub; empty where none is known."""
+    base = provenance.get("base")
+    told = [
+        str(base.get("hub", "")).split("@")[0] if isinstance(base, Mapping) else "",
+        str(base.get("id", "")) if isinstance(base, Mapping) else "",
+        str(config.get("base_model_name_or_path") or ""),
+        str(config.get("_name_or_path") or ""),
+    ]
+    return next((name for name in told if is_hub_id(name)), "")
+
+
+def front(
+    verb: str, base: str, adapters: Sequence[Mapping[str, Any]], config: Mapping[str, Any], terms: Terms
+) -> Iterator[str]:
+    """The lines of the front matter: YAML whose scalars are all JSON."""
+    fields: dict[str, Any] = {}
+    several = verb == "merge" and len(adapters) > 1
+    if base:
+        parts = [str(adapter.get("hub", "")).split("@")[0] for adapter in adapters] if several else []
+        fields["base_model"] = list(dict.fromkeys([base, *filter(is_hub_id, parts)]))
+        fields["base_model_relation"] = "adapter" if verb != "merge" else "merge" if several else "finetune"
+    if verb != "merge":
+        fields["library_name"] = "peft"
+    elif config.get("model_type") or config.get("architectures"):
+        fields["library_name"] = "transformers"
+    fields |= terms.fields
+    fields["tags"] = ["loratool", "lora", *(["peft"] if verb != "merge" else ["merge"])]
+    for key, value in sorted(fields.items()):
+        if isinstance(value, list):
+            yield f"{key}:"
+            yield from (f"- {quoted(item)}" for item in value)
+        else:
+            yield f"{key}: {quoted(value)}"
+
+
+def quoted(value: str) -> str:
+    return json.dumps(printable(value), ensure_ascii=False)
+
+
+def lineage(provenance: Mapping[str, Any], adapters: Sequence[Mapping[str, Any]], base: str) -> list[str]:
+    """A table of all inputs with their commits and checksums."""
+    models = {role: provenance.get(role) for role in ("base", "tuned")}
+    rows = [f"| {role} | {named(entry)} | | | |" for role, entry in models.items() if isinstance(entry, Mapping)]
+    if not rows and base:
+        rows.append(f"| base | {cell(base)} | | | |")
+    weights = provenance.get("weights")
+    for number, entry in enumerate(adapters):
+        weight = entry.get("weight", weights[number] if isinstance(weights, list) and number < len(weights) else "")
+        digests = entry.get("sha256")
+        sha256 = next(iter(digests.values()), "") if isinstance(digests, Mapping) else ""
+        shown = f"{weight:g}" if isinstance(weight, (int, float)) else cell(weight)
+        rows.append(
+            f"| adapter | {named(entry)} | {shown} | {cell(entry.get('rank', ''))} | {cell(str(sha256)[:16])} |"
+        )
+    return ["| | what | weight | rank | SHA-256 begins |", "|---|---|---|---|---|", *rows] if rows else []
+
+
+def named(entry: Mapping[str, Any]) -> str:
+    return cell(entry.get("hub") or entry.get("name") or "?")
+
+
+def cell(text: object) -> str:
+    """Text as a table's cell: nothing in it is markup."""
+    safe = printable(text).replace("`", "'").replace("|", "¦")
+    return f"`{safe}`" if safe else ""
+
+
+def plain(text: object) -> str:
+    """Text of ours as a table's cell; a name from a file is shown as code."""
+    label, colon, name = str(text).partition(": ")
+    return f"{label}: {cell(name)}" if colon else label
+
+
+def how(provenance: Mapping[str, Any]) -> list[str]:
+    lines: list[str] = []
+    if isinstance(words := provenance.get("command"), str):
+        lines += ["```console", f"$ {printable_command(words)}", "```", ""]
+    versions = provenance.get("versions")
+    rows = [(str(k), v) for k, v in versions.items()] if isinstance(versions, Mapping) else []
+    settings = {
+        key: provenance[key]
+        for key in ("method", "rule", "rank", "density", "seed", "dtype")
+        if provenance.get(key) not in (None, "keep")
+    }
+    lines += [f"- {cell(key)}: {cell(value)}" for key, value in (*settings.items(), *rows)]
+    return lines
+
+
+def printable_command(words: str) -> str:
+    """A command of any length on one line."""
+    return "".join(c if c.isprintable() else "?" for c in words).replace("```", "'''")
+
+
+def measured(provenance: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    rows: list[tuple[str, object]] = []
+    if isinstance(tensors := provenance.get("tensors"), Mapping):
+        rows += [(f"tensors {key}", value) for key, value in tensors.items()]
+    if isinstance(rank := config.get("r"), int):
+        pattern = config.get("rank_pattern")
+        ranks = (
+            sorted({rank, *(v for v in pattern.values() if isinstance(v, int))})
+            if isinstance(pattern, dict)
+            else [rank]
+        )
+        rows.append(("rank", rank if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"))
+    table = provenance.get("measured")
+    for key, value in table.items() if isinstance(table, Mapping) else ():
+        if isinstance(value, Mapping):
+            label = MEASURED.get(key, key.replace("_", " "))
+            rows += [(f"{label}: {name}", number) for name, number in value.items()]
+        else:
+            rows.append((MEASURED.get(key, key.replace("_", " ")), value))
+    shown = [(k, f"{v:.4g}" if isinstance(v, float) else str(v)) for k, v in rows if v is not None]
+    return ["| | |", "|---|---|", *(f"| {plain(k)} | {v} |" for k, v in shown)] if shown else []
+
+
+def snippet(verb: str, base: str, config: Mapping[str, Any], place: str) -> list[str]:
+    """Python that loads the result, from the folder it is in or from its repository."""
+    where = json.dumps(printable(place)) + ("  # this folder, or the repository's id" if place == "." else "")
+    if verb == "merge":
+        classes = config.get("architectures")
+        name = classes[0] if isinstance(classes, list) and classes and isinstance(classes[0], str) else "AutoModel"
+        name = name if name.isidentifier() else "AutoModel"
+        name = "AutoModelForCausalLM" if name.endswith(("ForCausalLM", "LMHeadModel")) else name
+        return [f"from transformers import {name}", "", f"place = {where}", f"model = {name}.from_pretrained(place)"]
+    name = MODELS_OF_TASKS.get(str(config.get("task_type")), "AutoModel")
+    return [
+        "from peft import PeftModel",
+        f"from transformers import {name}",
+        "",
+        f"base = {name}.from_pretrained({json.dumps(printable(base or 'BASE'))})",
+        f"place = {where}",
+        "model = PeftModel.from_pretrained(base, place)",
+    ]
+
+
+def licence(terms: Terms) -> list[str]:
+    if terms.disputed:
+        listed = ", ".join(map(cell, terms.disputed))
+        return [
+            f"The inputs have different licences ({listed}); which of them hold for this is for its publisher to say."
+        ]
+    if "license" in terms.fields:
+        return [f"{cell(terms.fields.get('license_name') or terms.fields['license'])}, as the inputs say."]
+    return []
+
+
+def is_ours(path: Path | None) -> bool:
+    """Whether a card was made here and nobody has taken it for their own: it tells of another result, so it is not kept."""
+    try:
+        return path is not None and MARK.encode() in path.read_bytes()[:LARGEST_CARD]
+    except OSError:
+        return False
+
+
+def card_of(folder: Path, place: str) -> bytes:
+    """The card of a finished model or adapter, from the files in its folder alone; raises no error for what is missing."""
+
+    def table(name: str) -> dict[str, Any]:
+        try:
+            found = json.loads((folder / name).read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    provenance = table("loratool.json")
+    adapter = (folder / "adapter_config.json").is_file()
+    return card(provenance, table("adapter_config.json" if adapter else "config.json"), terms_of(folder), place)

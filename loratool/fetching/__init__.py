@@ -1,0 +1,153 @@
+"""Operands that name a place on the Hub become local folders, here and nowhere else.
+
+    local("org/name@main", "model")  → …/models--org--name/snapshots/COMMIT, with the files that are needed
+
+What exists locally wins, and then the Hub's client is not even imported.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from loratool.adapter import sha256_of
+from loratool.errors import HubError, StorageError, printable
+from loratool.fetching.client import api, asking, is_offline
+from loratool.fetching.operands import HubPath, parse
+from loratool.fetching.outline import Remote, Role, look_up, needed, outlined, put_headers
+
+__all__ = ["HubPath", "Role", "headers", "local", "parse", "place_of"]
+
+MOST_MOVES = 3  # times that a branch may move while it is being read
+GLOB = {ord("["): "[[]", ord("*"): "[*]", ord("?"): "[?]"}
+
+
+def place_of(operand: str | os.PathLike[str]) -> HubPath | None:
+    """The place on the Hub that an operand names; None for one that is here, or can only be a path."""
+    return None if os.path.lexists(operand) else parse(operand)
+
+
+def local(operand: str | os.PathLike[str], role: Role = "any") -> Path:
+    """The folder or file that an operand means: itself, or a download of it that the Hub's cache keeps.
+
+    Args:
+        operand: a path, or a place on the Hub. Its revision is resolved to a commit, which the result's path names.
+        role: what it will be read as; of a repository that holds more than that the rest is not downloaded.
+
+    Raises:
+        UsageError: an address that can be neither.
+        InputError: the repository holds no such thing.
+        StorageError: the cache has no room for it.
+        HubError: missing, gated, private or out of reach; offline and not in the cache.
+    """
+    place = place_of(operand)
+    if place is None:
+        return Path(operand)
+    return cached(place) if is_offline() else download(place, role)
+
+
+@contextmanager
+def headers(operand: str | os.PathLike[str]) -> Iterator[Path]:
+    """A local operand itself; of a place on the Hub an outline with headers and configs, no tensor being moved.
+
+    Raises as `local` does.
+    """
+    place = place_of(operand)
+    if place is None:
+        yield Path(operand)
+    elif is_offline():
+        yield cached(place)
+    else:
+        remote = look_up(place)
+        with outlined(remote, place) as location:
+            root = root_of(location, place)
+            put_headers(remote, root, needed(root, location, "any").weights)
+            yield location
+
+
+def root_of(location: Path, place: HubPath) -> Path:
+    """The folder of the whole repository."""
+    return location.parents[place.inside.count("/")] if place.inside else location
+
+
+def download(place: HubPath, role: Role) -> Path:
+    """Bring what is needed of a repository into the Hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    for _ in range(MOST_MOVES):
+        remote = look_up(place)
+        with outlined(remote, place) as location:
+            names = needed(root_of(location, place), location, role).names
+        before = in_cache(remote, names)
+        check_room(remote, [name for name in names if name not in before])
+        api()  # which settles whether bars are shown
+        with asking(place.repo, place.revision):
+            snapshot = Path(
+                snapshot_download(
+                    place.repo,
+                    revision=place.revision,
+                    allow_patterns=[name.translate(GLOB) for name in names],
+                    library_name="loratool",
+                )
+            )
+        if snapshot.name == remote.commit:
+            check_content(remote, snapshot, [name for name in names if name not in before])
+            return snapshot / place.inside
+    raise HubError(f"{printable(place)}: the branch keeps moving; name a commit after an @")
+
+
+def cached(place: HubPath) -> Path:
+    """What the cache holds of a revision."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        snapshot = snapshot_download(
+            place.repo,
+            revision=place.revision,
+            local_files_only=True,
+            allow_patterns=["config.json", "adapter_config.json"],
+        )
+    except LocalEntryNotFoundError:
+        raise HubError(
+            f"{printable(place)}: no such folder or file here, not in the Hub's cache, and HF_HUB_OFFLINE forbids to ask "
+            f"the Hub; unset it, or run `hf download {place.repo}` where there is a network"
+        ) from None
+    return Path(snapshot) / place.inside
+
+
+def in_cache(remote: Remote, names: tuple[str, ...]) -> set[str]:
+    """Those of the files that the cache has already."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = {name: try_to_load_from_cache(remote.repo, name, revision=remote.commit) for name in names}
+    return {name for name, path in found.items() if isinstance(path, str) and os.path.exists(path)}
+
+
+def check_room(remote: Remote, names: list[str]) -> None:
+    """Raise `StorageError` where the cache's disk has no room for these files."""
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    there = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    wanted, free = sum(remote.files[name].size for name in names), shutil.disk_usage(there).free
+    if wanted > free:
+        raise StorageError(
+            f"{remote.repo}: takes {wanted / 1e9:.2f} GB of the cache {printable(cache)}, {free / 1e9:.2f} GB are free; "
+            "`loratool merge --stream` needs room for two files only"
+        )
+
+
+def check_content(remote: Remote, snapshot: Path, names: list[str]) -> None:
+    """Hold what was downloaded to the Hub's own SHA-256: plain HTTP compares sizes only."""
+    for name in names:
+        wanted, path = remote.files[name].sha256, snapshot / name
+        if wanted and sha256_of(path) != wanted:
+            Path(os.path.realpath(path)).unlink()
+            path.unlink(missing_ok=True)
+            raise HubError(
+                f"{remote.repo}: {printable(name)} arrived damaged and is removed; the same command gets it again"
+            )

@@ -1,0 +1,70 @@
+"""The base that an adapter says it was trained on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratool.errors import UsageError, printable
+from loratool.fetching.operands import parse
+from loratool.formats.peft import CONFIG
+from loratool.formats.peft.files import read_config
+from loratool.origins import origin_of
+
+if TYPE_CHECKING:
+    from loratool.adapter import Adapter
+    from loratool.checkpoint import Checkpoint
+
+AUTO = "auto"
+
+
+def named_base(path: Path) -> str:
+    """The base of the adapter at `path`, as `adapter_config.json` names it with its revision; empty where it does not."""
+    folder = path if path.is_dir() else path.parent
+    if not (folder / CONFIG).is_file() and len(inside := sorted(folder.glob(f"*/{CONFIG}"))) == 1:
+        folder = inside[0].parent
+    config = read_config(folder / CONFIG)
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(name, str) or not name.strip():
+        return ""
+    named_revision = isinstance(revision, str) and revision and "@" not in name and not os.path.lexists(name)
+    return f"{name}@{revision}" if named_revision else name
+
+
+def chosen_base(base: str | os.PathLike[str], adapters: Sequence[Path]) -> str | os.PathLike[str]:
+    """The base itself, or the one that the adapters name where it is called "auto"."""
+    return base_of(adapters) if os.fspath(base) == AUTO and not os.path.lexists(AUTO) else base
+
+
+def base_of(adapters: Sequence[Path]) -> str:
+    """The one base that all these adapters name; raises `UsageError` where there is none, several, or it is not here."""
+    names = list(dict.fromkeys(named_base(path) for path in adapters))
+    if "" in names or not names:
+        raise UsageError(
+            "no base is named by an adapter's config (base_model_name_or_path); give its path or id as BASE"
+        )
+    if len(names) > 1:
+        raise UsageError(f"the adapters name several bases ({', '.join(map(printable, names))}); give one as BASE")
+    if not os.path.lexists(names[0]) and parse(names[0]) is None:
+        raise UsageError(
+            f"the adapter names its base {printable(names[0])}, which is not here; give its path or id as BASE"
+        )
+    return names[0]
+
+
+def unlike_bases(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[str]:
+    """A note for each adapter that names another base, where both are known by an id of the Hub."""
+    origin, written = origin_of(base.root), base.config.get("_name_or_path")
+    known = origin.repo if origin else written if isinstance(written, str) else ""
+    if not (place := parse(known)) or os.path.lexists(known):
+        return
+    for adapter in adapters:
+        name = adapter.config.get("base_model_name_or_path")
+        named = parse(name) if isinstance(name, str) and name and not os.path.lexists(name) else None
+        if named and named.repo.lower() != place.repo.lower():
+            yield (
+                f"{adapter.name}: says it was trained on {printable(named.repo)}, and BASE is {printable(place.repo)}; "
+                "the shapes fit, but only the base it was trained on gives what was trained"
+            )

@@ -1,0 +1,173 @@
+"""The Hub's client as everything here uses it: patient where a fault passes, plain where one stays."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from loratool import __version__
+from loratool.errors import HubError, printable, without_tokens
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+Result = TypeVar("Result")
+WAITS = (1.0, 2.0, 4.0, 8.0, 8.0)  # seconds between tries, as the client itself waits
+LONGEST_WAIT = 300.0  # seconds that a server may ask for
+FEW_WAITS = 2  # of them, where nothing listens at the other end
+PASSING = (408, 429, 500, 502, 503, 504)  # statuses that another try may not meet
+
+
+def api() -> HfApi:
+    """The client; its bars are shown where somebody can see them."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not (sys.stderr and sys.stderr.isatty()):
+        disable_progress_bars()
+    return HfApi(library_name="loratool", library_version=__version__)
+
+
+def endpoint() -> str:
+    """The address of the Hub that is asked: the public one, or what HF_ENDPOINT names."""
+    from huggingface_hub import constants
+
+    return str(constants.ENDPOINT)
+
+
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE forbids to ask."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def patiently(call: Callable[[], Result]) -> Result:
+    """What `call` returns, tried again where it fails for a reason that passes. It must be harmless to repeat."""
+    for number in range(len(WAITS) + 1):
+        try:
+            return call()
+        except Exception as error:
+            wait_after(error, number)
+    raise AssertionError("the last try returns or raises")
+
+
+def wait_after(error: Exception, number: int) -> None:
+    """Wait before the next try after try `number`, from 0; raise the error where there is no use in another."""
+    refused = any(kind.__name__ == "ConnectError" for each in causes(error) for kind in type(each).__mro__)
+    if number >= (FEW_WAITS if refused else len(WAITS)) or not passes(error):
+        raise error
+    time.sleep(asked_wait(error) or WAITS[number])
+
+
+def passes(error: BaseException) -> bool:
+    """Whether a fault of the server or of the line is one that another try may not meet."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    for each in causes(error):
+        if isinstance(each, OfflineModeIsEnabled):
+            return False
+        if isinstance(each, HfHubHTTPError):
+            return each.response is not None and each.response.status_code in PASSING
+        if is_of_the_line(each):
+            return True
+    return False
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, and those it was raised from."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__
+
+
+def is_of_the_line(error: BaseException) -> bool:
+    """Whether no answer came: refused, dropped, timed out. The client is built on httpx or on httpx2."""
+    return any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
+
+
+def asked_wait(error: BaseException) -> float:
+    """Seconds that the server asks to wait, 0 where it does not say."""
+    response: Any = getattr(error, "response", None)
+    headers = getattr(response, "headers", {})
+    match = re.search(r"\bt=(\d+)", headers.get("ratelimit", "")) or re.match(r"(\d+)$", headers.get("retry-after", ""))
+    return min(float(match[1]), LONGEST_WAIT) if match else 0.0
+
+
+@contextmanager
+def asking(repo: str, revision: str | None = None) -> Iterator[None]:
+    """Turn what the client raises inside into a `HubError` that tells the next step."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        yield
+    except Exception as error:
+        for each in causes(error):
+            if isinstance(each, HFValidationError):
+                raise HubError(f"{printable(repo)}: no name of a repository: {told(each)}") from None
+            if isinstance(each, HfHubHTTPError):
+                raise HubError(f"{printable(repo)}: {refusal(each, repo, revision)}") from None
+            if is_of_the_line(each) or isinstance(each, ConnectionError):
+                raise HubError(f"{printable(repo)}: {unreachable(each)}") from None
+            if isinstance(each, LocalEntryNotFoundError) and each.__cause__ is None:
+                raise HubError(
+                    f"{printable(repo)}: {endpoint()} gave no answer, and the cache does not hold all that is needed; "
+                    "try again when the line is there"
+                ) from None
+        raise
+
+
+def unreachable(error: BaseException) -> str:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE forbids to ask the Hub; unset it"
+    return (
+        f"{endpoint()} cannot be reached ({type(error).__name__}: {told(error)}); the same command continues later, and "
+        "HF_HUB_OFFLINE=1 works with what the cache holds"
+    )
+
+
+def refusal(error: Any, repo: str, revision: str | None) -> str:
+    """Why the Hub refused, and what to do about it."""
+    from huggingface_hub import errors
+
+    page = f"{endpoint()}/{printable(repo)}"
+    status = error.response.status_code if error.response is not None else 0
+    said = without_tokens(printable(error.server_message or ""))
+    match error:
+        case errors.GatedRepoError():
+            return f"is gated: ask for access at {page}, and log in with `hf auth login` as who has it"
+        case errors.DisabledRepoError():
+            return f"is disabled by the Hub; {page} says why"
+        case errors.RepositoryNotFoundError():
+            return (
+                "no such folder or file here, and the Hub knows no such repository or does not show it to you; check the "
+                "spelling, or log in with `hf auth login` as who may see it"
+            )
+        case errors.RevisionNotFoundError():
+            return f"has no revision {printable(revision or '')}; {page}/tree/main lists the branches and tags"
+        case errors.EntryNotFoundError():
+            return f"a file of it is gone; {page}/tree/main lists what is there"
+    match status:
+        case 401:
+            return "the token is not valid; run `hf auth login`, or mend HF_TOKEN"
+        case 403:
+            return f"the token may not do this ({said or 'forbidden'}); log in with one that has write access"
+        case 413:
+            return f"a file is larger than the Hub takes ({said}); --shard-size makes smaller ones"
+        case 429:
+            return "the Hub asks for fewer requests; wait some minutes and run the same command, which continues"
+    if status >= 500:
+        return f"the Hub has a fault of its own (status {status}); the same command continues later"
+    return f"the Hub answered with status {status}: {said or told(error)}"
+
+
+def told(error: BaseException) -> str:
+    """The words of a foreign error, safe to show."""
+    return without_tokens(printable(str(error).strip().split("\n")[0]))

@@ -1,0 +1,50 @@
+"""The words that name a place on the Hub: `org/name[@revision][:subfolder]` and `hf://org/name[@revision][/subfolder]`."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+from loratool.errors import UsageError, printable
+
+ID = r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)"
+SHORT = re.compile(rf"{ID}(?:@(?P<revision>[^:@]+))?(?::(?P<inside>.+))?")
+URL = re.compile(rf"{ID}(?:@(?P<revision>refs/(?:pr|convert)/[^/:]+|[^/:@]+))?(?:[/:](?P<inside>.*))?")
+SCHEME = re.compile(r"hf:/{1,2}")  # a Path has lost one of its slashes
+
+
+@dataclass(frozen=True)
+class HubPath:
+    """A repository of the Hub, or a folder or file in it."""
+
+    repo: str
+    revision: str | None = None
+    inside: str = ""  # a plain relative path
+
+    def __str__(self) -> str:
+        at = f"@{self.revision}" if self.revision else ""
+        return self.repo + at + (f":{self.inside}" if self.inside else "")
+
+
+def parse(operand: str | os.PathLike[str]) -> HubPath | None:
+    """The place on the Hub that a word names; None for a word that can only be a path.
+
+    Raises `UsageError` for an `hf://` address of something else than a model, and for a subfolder that leads out.
+    """
+    text = os.fspath(operand)
+    scheme = SCHEME.match(text)
+    if scheme:
+        text = text[scheme.end() :].removeprefix("models/")
+        match = URL.fullmatch(text)
+        if match is None or text.startswith(("datasets/", "spaces/")):
+            raise UsageError(f"{printable(operand)}: no address of a model; hf://org/name@revision/subfolder is one")
+    else:
+        match = SHORT.fullmatch(text)
+        if match is None or (text.endswith(".safetensors") and ":" not in text):
+            return None
+    inside = (match["inside"] or "").strip("/")
+    if inside and {"", ".", ".."} & set(inside.split("/")):
+        raise UsageError(f"{printable(operand)}: {printable(inside)} is no plain path inside a repository")
+    revision = match["revision"]
+    return HubPath(match["repo"], revision.replace("%2F", "/") if revision and scheme else revision, inside)

@@ -1,0 +1,207 @@
+"""A repository without its content: a folder of empty files, on which the rules for local folders decide what is needed.
+
+Headers and small JSON files are put into it by range requests. What it is for is told from headers alone, or is to
+find out which files are worth a download.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from loratool.checkpoint import INDEX_SUFFIX, choose_index, choose_shards, read_index, sort_side_files
+from loratool.errors import InputError, LoratoolError, printable
+from loratool.fetching.client import api, asking, patiently
+from loratool.formats.peft import CONFIG, PICKLED, WEIGHTS, recognises
+from loratool.safefile import PREFIX, header_length
+
+if TYPE_CHECKING:
+    from loratool.fetching.operands import HubPath
+
+Role = Literal["model", "adapter", "any"]
+FIRST_READ = 8192  # bytes: a small header comes with the first request
+TIMEOUT = 30.0  # seconds without a byte
+READERS = 8  # headers that are asked for at the same time
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a commit."""
+
+    size: int  # bytes
+    blob: str  # SHA-1 as git makes it; of an LFS file that of its pointer
+    sha256: str = ""  # of an LFS file's content
+
+
+@dataclass(frozen=True)
+class Remote:
+    """One commit of a repository."""
+
+    repo: str
+    commit: str
+    files: dict[str, RemoteFile]
+    private: bool = False
+
+
+@dataclass(frozen=True)
+class Needed:
+    """The files that a command will read, by their names in the repository."""
+
+    weights: tuple[str, ...]
+    others: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.weights, *self.others)
+
+
+def look_up(place: HubPath) -> Remote:
+    """The commit that a revision is now, and its files. Raises `HubError`."""
+    with asking(place.repo, place.revision):
+        info: Any = patiently(lambda: api().model_info(place.repo, revision=place.revision, files_metadata=True))
+    files = {
+        each.rfilename: RemoteFile(each.size or 0, each.blob_id or "", each.lfs.sha256 if each.lfs else "")
+        for each in info.siblings or ()
+    }
+    if wrong := [name for name in files if {"", ".", ".."} & set(name.split("/")) or "\0" in name or "\\" in name]:
+        raise InputError(f"{place.repo}: has files whose names are no plain paths:", map(printable, wrong))
+    return Remote(place.repo, info.sha, files, bool(info.private))
+
+
+@contextmanager
+def outlined(remote: Remote, place: HubPath) -> Iterator[Path]:
+    """The outline's folder or file for `place`, for as long as the block runs. Its errors name the Hub's path."""
+    with tempfile.TemporaryDirectory(prefix="loratool-") as home:
+        # the names of a cache's folders, so that whoever asks a path where it comes from is told
+        root = Path(os.path.realpath(home), f"models--{remote.repo.replace('/', '--')}", "snapshots", remote.commit)
+        for name in remote.files:
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        location = root / place.inside if place.inside else root
+        if not location.exists():
+            raise InputError(f"{printable(place)}: the repository holds no such folder or file")
+        try:
+            for name in small_files(location):
+                content = read_range(remote, (location.parent / name).relative_to(root).as_posix())
+                (location.parent / name).write_bytes(content)
+            yield location
+        except LoratoolError as error:
+            raise type(error)(
+                error.message.replace(str(root), printable(place)),
+                (problem.replace(str(root), printable(place)) for problem in error.problems),
+            ) from None
+
+
+def small_files(location: Path) -> Iterator[str]:
+    """What decides what else is needed, as paths from the parent of `location`: configs and indexes."""
+    folder = location if location.is_dir() else location.parent
+    for path in (*folder.iterdir(), *folder.glob(f"*/{CONFIG}")):
+        if path.name in ("config.json", CONFIG) or path.name.endswith(INDEX_SUFFIX):
+            yield path.relative_to(location.parent).as_posix()
+
+
+def needed(root: Path, location: Path, role: Role) -> Needed:
+    """The files of the outline at `root` that reading `location` as a model or an adapter takes."""
+    weights, others = choose(location, role)
+    folder = location if location.is_dir() else location.parent
+
+    def named(names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((folder / name).relative_to(root).as_posix() for name in names))
+
+    missing = [name for name in weights if not (folder / name).is_file()]
+    if missing:
+        raise InputError(f"{printable(location)}: weights that belong to it are missing:", map(printable, missing))
+    return Needed(named(weights), named(others))
+
+
+def choose(location: Path, role: Role) -> tuple[list[str], list[str]]:
+    """Weights and other files, as paths in the folder."""
+    if not location.is_dir():
+        folder, name = location.parent, location.name
+        if name.endswith(INDEX_SUFFIX):
+            shards = list(dict.fromkeys(read_index(location)[0].values()))
+            return shards, [name, *sort_side_files(folder, {*shards, name})[0]]
+        beside = sort_side_files(folder, {name})[0] if role == "adapter" else []
+        return [name], [*(n for n in (CONFIG,) if (folder / n).is_file()), *beside]
+    names = sorted(path.name for path in location.iterdir() if not path.is_dir())
+    adapter = recognises(location)
+    if adapter and (role == "adapter" or (role == "any" and "config.json" not in names)):
+        inside = "" if CONFIG in names or WEIGHTS in names else f"{nested(location)}/"
+        side = sort_side_files(location / inside, {WEIGHTS})[0]
+        there = [n for n in (WEIGHTS, *PICKLED) if (location / inside / n).is_file()][:1]
+        return [f"{inside}{n}" for n in there if n == WEIGHTS], [f"{inside}{n}" for n in (CONFIG, *side)]
+    if role == "adapter":
+        found = [name for name in names if name.endswith(".safetensors")]
+        if len(found) > 1:
+            listed = ", ".join(map(printable, found))
+            raise InputError(f"{printable(location)}: holds several files ({listed}); name one after a colon")
+        return found, sort_side_files(location, set(found))[0]
+    index = choose_index(location, names, [])
+    shards = list(dict.fromkeys(read_index(index)[0].values())) if index else choose_shards(location, names, [])
+    own = {index.name} if index else set()
+    return shards, [*own, *sort_side_files(location, {*shards, *own})[0]]
+
+
+def nested(folder: Path) -> str:
+    """The one subfolder that holds an adapter, as PEFT writes it for an adapter with a name."""
+    found = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    if len(found) != 1:
+        listed = ", ".join(map(printable, found))
+        raise InputError(f"{printable(folder)}: holds several adapters ({listed}); name one after a colon")
+    return found[0]
+
+
+def put_headers(remote: Remote, root: Path, names: Iterable[str]) -> None:
+    """Give files of the outline their headers, and their size as a hole."""
+
+    def put(name: str) -> None:
+        size = remote.files[name].size
+        head = read_range(remote, name, 0, min(FIRST_READ, size))
+        length = PREFIX + header_length(root / name, head, size)
+        head += read_range(remote, name, len(head), length - len(head)) if length > len(head) else b""
+        (root / name).write_bytes(head[:length])
+        os.truncate(root / name, size)
+
+    with ThreadPoolExecutor(READERS) as readers:
+        list(readers.map(put, names))
+
+
+def read_range(remote: Remote, name: str, start: int = 0, count: int | None = None) -> bytes:
+    """`count` bytes of a file from `start` on, by a range request; nothing more is taken off the line."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    count = remote.files[name].size - start if count is None else count
+    if count <= 0:
+        return b""
+    url = hf_hub_url(remote.repo, name, revision=remote.commit)
+    headers = {**build_hf_headers(library_name="loratool"), "Range": f"bytes={start}-{start + count - 1}"}
+    headers["Accept-Encoding"] = "identity"
+
+    def read() -> bytes:
+        with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT) as response:
+            if response.status_code >= 400:
+                response.read()
+            hf_raise_for_status(response)
+            return take(response, start, count)
+
+    with asking(remote.repo):
+        return patiently(read)
+
+
+def take(response: Any, start: int, count: int) -> bytes:
+    """The bytes that were asked for, also from a server that knows no ranges and sends the whole file."""
+    skip = 0 if response.status_code == 206 else start
+    found = bytearray()
+    for piece in response.iter_bytes():
+        found += piece
+        if len(found) >= skip + count:
+            break
+    return bytes(found[skip : skip + count])

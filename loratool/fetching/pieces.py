@@ -1,0 +1,119 @@
+"""Single files of a repository, brought to a folder of their own and held to the Hub's SHA-256."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratool.adapter import sha256_of
+from loratool.checkpoint import Checkpoint, open_checkpoint
+from loratool.errors import HubError, InputError, printable
+from loratool.fetching import HubPath, local, place_of, root_of
+from loratool.fetching.client import api, asking, is_offline, patiently
+from loratool.fetching.outline import look_up, needed, outlined, put_headers
+from loratool.safefile import SafeFile, read_safefile
+
+if TYPE_CHECKING:
+    from loratool.fetching.outline import Remote
+
+MOST_TRIES = 3  # of a file that arrives damaged
+
+Fetch = Callable[[SafeFile], Path]
+
+
+@dataclass(frozen=True)
+class Shell(SafeFile):
+    """A weight file of which only the header is here. Whoever opens it has the whole file, until it is closed."""
+
+    fetch: Fetch
+    drop: Callable[[Path], None]
+
+    @contextmanager
+    def open(self) -> Iterator[int]:
+        path = self.fetch(self)
+        try:
+            with read_safefile(path).open() as descriptor:
+                yield descriptor
+        finally:
+            self.drop(path)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base of which the files come one by one."""
+
+    checkpoint: Checkpoint
+    fetch: Fetch  # a file of its own, whole, until it is dropped
+    drop: Callable[[Path], None]
+    identity: dict[str, str]  # weight file → what tells its content apart
+
+
+@contextmanager
+def opened(base: str | os.PathLike[str], home: Path) -> Iterator[Source]:
+    """A base, its weights still where they are: on the Hub, or on this disk, where they are never dropped.
+
+    `home` is the folder for files that are fetched. Raises as `local` does.
+    """
+    place = place_of(base)
+    if place is None or is_offline():
+        checkpoint = open_checkpoint(local(base, "model"))
+        identity = {str(s.path): f"{s.identity.size} {s.identity.modified}" for s in checkpoint.shards}
+        yield Source(checkpoint, lambda file: file.path, lambda _path: None, identity)
+        return
+    remote = look_up(place)
+    with outlined(remote, place) as location:
+        yield on_the_hub(remote, place, location, home)
+
+
+def on_the_hub(remote: Remote, place: HubPath, location: Path, home: Path) -> Source:
+    """The base of an outline: headers, and the small files beside them, are really there."""
+    root = root_of(location, place)
+    names = needed(root, location, "model")
+    for name in names.others:
+        os.replace(fetch_file(remote, name, home), root / name)
+    put_headers(remote, root, names.weights)
+    checkpoint = open_checkpoint(location)
+    for name in names.weights:
+        (root / name).unlink()  # a hole of the file's size: nobody shall count it as a file
+
+    def fetch(file: SafeFile) -> Path:
+        path = fetch_file(remote, file.path.relative_to(root).as_posix(), home)
+        if read_safefile(path).layout.header != file.layout.header:
+            raise InputError(f"{printable(path)}: its header is another one than before; start again")
+        return path
+
+    def drop(path: Path) -> None:
+        shutil.rmtree(path.parent)
+
+    shells = tuple(Shell(s.path, s.layout, s.identity, fetch, drop) for s in checkpoint.shards)
+    identity = {name: remote.files[name].sha256 or remote.files[name].blob for name in names.weights}
+    return Source(replace(checkpoint, shards=shells), fetch, drop, identity)
+
+
+def fetch_file(remote: Remote, name: str, home: Path) -> Path:
+    """A file of a commit, alone in a new folder of `home`. Raises `HubError`."""
+    from huggingface_hub import hf_hub_download
+
+    api()  # which settles whether bars are shown
+    for _ in range(MOST_TRIES):
+        folder = home / uuid.uuid4().hex
+        with asking(remote.repo):
+            found = patiently(partial(hf_hub_download, remote.repo, name, revision=remote.commit, local_dir=folder))
+        path = folder / "file" / Path(name).name
+        path.parent.mkdir()
+        os.replace(found, path)
+        wanted = remote.files[name].sha256
+        if not wanted or sha256_of(path) == wanted:
+            target = home / f"{folder.name}-file"
+            os.replace(path.parent, target)
+            shutil.rmtree(folder)
+            return target / path.name
+        shutil.rmtree(folder)
+    raise HubError(f"{remote.repo}: {printable(name)} arrived damaged {MOST_TRIES} times; try again later")

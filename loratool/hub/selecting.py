@@ -1,0 +1,182 @@
+"""Which files of a folder are a model or an adapter, and may be shown to others. All that is not known stays here."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Literal
+
+from loratool.cards import CARD, card_of
+from loratool.checkpoint import PROVENANCE, TRAINING_FOLDERS, leaves, open_checkpoint, sort_side_files
+from loratool.errors import InputError, UsageError, printable
+from loratool.formats import read_adapter
+from loratool.formats.peft import CONFIG, recognises
+from loratool.hub.committing import Upload
+from loratool.staging import JOURNAL, MODEL
+
+# What a model or an adapter is made of beside its weights; anything else is sent only where --include names it.
+KNOWN = (
+    *("*.json", "*.txt", "*.md", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.spm", "*.vocab", "*.yaml", "*.yml"),
+    *("*.safetensors", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp"),
+    *("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*"),
+)
+# What is never sent, whatever is included: secrets, what training left, and what is not finished.
+SECRET = (
+    *("*.env", "env", "token", "tokens", "*.token", "*_token", "*token.txt", "netrc", "_netrc", "id_rsa*", "id_dsa*"),
+    *("id_ecdsa*", "id_ed25519*", "*.pem", "*.key", "*.p12", "*.pfx", "credentials*", "secrets*", "*.secret"),
+)
+TRAINING = (
+    *(
+        "optimizer*",
+        "*optim_states*",
+        "scheduler.pt",
+        "rng_state*",
+        "scaler.pt",
+        "trainer_state.json",
+        "training_args.*",
+    ),
+    *("events.out.tfevents*", "*.distcp", "*.pyc", "latest", "zero_to_fp32.py"),
+)
+UNFINISHED = (
+    "*.partial",
+    "*.incomplete",
+    "*.lock",
+    "*.tmp",
+    "*.part",
+    "*.crdownload",
+    "*.swp",
+    "*~",
+    "cache",
+    "*.cache",
+)
+TOKENS = re.compile(rb"\bhf_[A-Za-z0-9]{20,}\b|-----BEGIN [A-Z ]*PRIVATE KEY-----")
+LARGEST_SCANNED = 64 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What would be sent."""
+
+    kind: Literal["model", "adapter"]
+    uploads: tuple[Upload, ...]
+    left_out: tuple[str, ...]  # with the reason
+    notes: tuple[str, ...]
+
+
+def select(root: Path, include: Sequence[str], exclude: Sequence[str], card: bool, place: str) -> Selection:
+    """The files of a finished model or adapter.
+
+    Args:
+        root: its folder.
+        include: patterns of more files, as in `fnmatch`; secrets and training states are not to be had.
+        exclude: patterns of files to leave out.
+        card: whether README.md is made from provenance though there is one.
+        place: the repository, for a card that is made.
+
+    Raises:
+        UsageError: no folder, or what makes it a model is excluded.
+        InputError: neither a model nor an adapter, unfinished, or a text file holds a secret.
+    """
+    if not root.is_dir():
+        raise UsageError(f"{printable(root)}: PATH is the folder of a model or of an adapter")
+    if (root / JOURNAL).is_file() or (root.name == MODEL and (root.parent / JOURNAL).is_file()):
+        raise InputError(f"{printable(root)}: the output of a merge that is not finished; run that merge again first")
+    kind, needed, others, left_out = contents(root)
+    names = list(dict.fromkeys([*needed, *others]))
+    extra = [name for name in walk(root) if matches(name, include) and name not in names]
+    chosen: list[str] = []
+    for name in [*names, *extra]:
+        reason = why_not(root, name, include, exclude)
+        if not reason:
+            chosen.append(name)
+        elif name in needed:
+            raise UsageError(f"{printable(name)}: left out ({reason}), without which this is no {kind}")
+        else:
+            left_out.append(f"{printable(name)} ({reason})")
+    taken = {*map(printable, extra)} & {*map(printable, chosen)}
+    left_out = [line for line in left_out if line.rpartition(" (")[0] not in taken]
+    uploads = {name: Upload(name, root / name) for name in chosen}
+    notes: list[str] = []
+    if CARD not in uploads or card:
+        if not matches(CARD, exclude):
+            uploads[CARD] = Upload(CARD, content=card_of(root, place))
+            notes.append(f"{CARD} is made from {PROVENANCE}" if (root / PROVENANCE).is_file() else f"{CARD} is made")
+    else:
+        notes.append(f"{CARD} is kept as it is; --card sends one made from {PROVENANCE}")
+    check_secrets(root, uploads.values())
+    hidden = [f"{printable(name)} (hidden)" for name in hidden_files(root)]
+    return Selection(kind, tuple(uploads[n] for n in sorted(uploads)), (*sorted([*left_out, *hidden]),), tuple(notes))
+
+
+def contents(root: Path) -> tuple[Literal["model", "adapter"], list[str], list[str], list[str]]:
+    """The kind, what it cannot do without, what belongs to it, and what does not with the reason."""
+    if recognises(root) and not (root / "config.json").exists():
+        adapter = read_adapter(root)
+        if adapter.folder != root:
+            raise UsageError(f"{printable(root)}: the adapter is in its subfolder; push {printable(adapter.folder)}")
+        weights = adapter.file.path.name
+        others, left_out = sort_side_files(root, {weights})
+        left_out = [line for line in left_out if not line.startswith(f"{CONFIG} (")]
+        kept, needed = [*others, PROVENANCE], [weights, CONFIG]
+        kind: Literal["model", "adapter"] = "adapter"
+    else:
+        checkpoint = open_checkpoint(root)
+        needed = [shard.path.relative_to(root).as_posix() for shard in checkpoint.shards]
+        needed += [checkpoint.index.name] if checkpoint.index else []
+        kept, left_out, kind = [*checkpoint.side_files, PROVENANCE], list(checkpoint.left_out), "model"
+    left_out = [line for line in left_out if not line.startswith(f"{PROVENANCE} (")]
+    return kind, needed, [name for name in kept if (root / name).is_file()], left_out
+
+
+def why_not(root: Path, name: str, include: Sequence[str], exclude: Sequence[str]) -> str:
+    """Empty for a file that may be sent; else the reason it is not."""
+    parts = name.split("/")
+    if any(part.startswith(".") for part in parts):
+        return "hidden"
+    if any(fnmatch(part.lower(), pattern) for part in parts for pattern in SECRET):
+        return "may hold a secret"
+    if any(fnmatch(part.lower(), pattern) for part in parts for pattern in (*TRAINING, *TRAINING_FOLDERS)):
+        return "left by training"
+    if any(fnmatch(part.lower(), pattern) for part in parts for pattern in UNFINISHED):
+        return "unfinished, or a cache"
+    if not (root / name).is_file() or leaves(root, name):
+        return "no file of this folder"
+    if matches(name, exclude):
+        return "excluded"
+    if not matches(name, (*KNOWN, *include)):
+        return "no file that models are made of; --include sends it"
+    return ""
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a pattern fits the path or its last part."""
+    return any(fnmatch(name, pattern) or fnmatch(name.rpartition("/")[2], pattern) for pattern in patterns)
+
+
+def walk(root: Path) -> Iterator[str]:
+    for folder, _, files in os.walk(root):
+        for name in sorted(files):
+            yield Path(folder, name).relative_to(root).as_posix()
+
+
+def hidden_files(root: Path) -> Iterator[str]:
+    """Hidden files and folders, not those inside hidden folders."""
+    for folder, folders, files in os.walk(root):
+        yield from (Path(folder, n).relative_to(root).as_posix() for n in (*folders, *files) if n.startswith("."))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+
+
+def check_secrets(root: Path, uploads: Iterable[Upload]) -> None:
+    """Raise `InputError` naming every file in which something looks like a token or a private key."""
+    texts = [u for u in uploads if not u.name.endswith(".safetensors") and u.size <= LARGEST_SCANNED]
+    found = [
+        f"{printable(text.name)}: take it out, or leave the file out with --exclude"
+        for text in texts
+        if TOKENS.search(text.read())
+    ]
+    if found:
+        raise InputError(f"{printable(root)}: files hold what looks like a token or a private key:", found)

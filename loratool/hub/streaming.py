@@ -1,0 +1,404 @@
+"""`stream()`: a merge whose output goes to the Hub file by file, for disks smaller than the model.
+
+For each output file: fetch its source, merge it, upload it, delete both. A journal in the repository tells which
+files of which plan are there, in the same commit as the file itself; the last commit brings index, config and card
+and takes the journal away. So the repository cannot be loaded before it is whole, and a run that was interrupted
+asks it what is left to do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratool import __version__
+from loratool.cards import CARD, OUT, command, is_ours
+from loratool.checkpoint import INDEX_SUFFIX, PROVENANCE
+from loratool.engine import Engine
+from loratool.errors import FitError, HubError, UsageError, VerificationError, printable
+from loratool.fetching import local
+from loratool.fetching.bases import chosen_base, unlike_bases
+from loratool.fetching.outline import Remote, RemoteFile, read_range
+from loratool.fetching.pieces import Source, opened
+from loratool.formats import read_adapter
+from loratool.hub.committing import Commit, Upload, check, commit, files_of, full_name, open_repo
+from loratool.merging import (
+    PathLike,
+    Progress,
+    as_text,
+    check_arguments,
+    check_values,
+    merge,
+    merged_card,
+    provenance,
+)
+from loratool.planning import MergePlan, plan_merge
+from loratool.resources import Runtime, start_torch
+from loratool.safefile import read_safefile
+from loratool.staging import (
+    JOURNAL,
+    FinishedShard,
+    Stage,
+    check_owner,
+    check_space,
+    locked,
+    stage_of,
+    write_durably,
+)
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from loratool.placing import ShardPlan
+    from loratool.safefile import SafeFile
+
+REMOTE_JOURNAL = "loratool-stream.json"  # in the repository, for as long as it is not complete
+
+
+@dataclass(frozen=True)
+class StreamReport:
+    """What a streaming merge did. Sizes are bytes, times seconds."""
+
+    repo: str
+    url: str
+    commit: str
+    private: bool
+    edited: int  # tensors
+    copied: int  # tensors carried over byte for byte
+    files: int  # of weights
+    bytes_written: int
+    resumed: tuple[str, ...]  # output files that were there already
+    most_on_disk: int  # bytes of weight files that were on this disk at one time
+    left_out: tuple[str, ...]
+    notes: tuple[str, ...]
+    digests: dict[str, str]  # output file → SHA-256
+    device: str
+    seconds: float
+    dry_run: bool
+
+    def __str__(self) -> str:
+        from loratool.report.hub import stream_text
+
+        return stream_text(self)
+
+
+def stream(
+    base: PathLike,
+    adapters: Sequence[PathLike] | PathLike,
+    repo: str,
+    *,
+    weights: Sequence[float] | None = None,
+    device: str = "auto",
+    dtype: str = "keep",
+    maps: Sequence[str] = (),
+    fan_in_fan_out: bool | None = None,
+    workers: int | None = None,
+    max_memory: int | None = None,
+    allow_new_tensors: bool = False,
+    overwrite: bool = False,
+    public: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+    card: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> StreamReport:
+    """Merge as `merge` does, and upload each output file before the next is made.
+
+    At most two weight files are on this disk at a time, in a folder of the working directory that goes when all is
+    done. The same call after an interruption continues with the files that the repository has not.
+
+    Args:
+        base: a model on the Hub, or a local one; "auto" for the one that the adapters name.
+        adapters: one adapter or several.
+        repo: `org/name` of the repository to make, or `name` for the account of the token.
+        weights: a strength for each adapter, as for `merge`.
+        device: as for `merge`, and so are the next six.
+        dtype: of the output.
+        maps: other names for adapters' weights.
+        fan_in_fan_out: whether square weights that nothing else decides are stored (in, out).
+        workers: threads.
+        max_memory: bytes.
+        allow_new_tensors: add heads that the base has not.
+        overwrite: replace the model that the repository holds.
+        public: make a new repository public; an existing one stays as it is.
+        revision: the branch to commit to; main by default.
+        message: of the last commit.
+        card: write README.md though the base brings one.
+        dry_run: plan from headers, report, and ask the repository nothing.
+        progress: called with (bytes done, bytes in all).
+
+    Raises:
+        UsageError: the arguments contradict each other, or the repository holds a model.
+        InputError, FitError: as for `merge`.
+        StorageError: there is no room for two files.
+        HubError: no token, no right, missing, gated or out of reach.
+        VerificationError: what arrived is not what was sent.
+    """
+    asked, started = locals(), time.monotonic()
+    check_arguments(device, workers, max_memory)
+    words = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
+    paths = [local(adapter, "adapter") for adapter in words]
+    repo = repo if dry_run else full_name(repo)  # so that a long way is not gone in vain
+    runtime = start_torch(device)
+    with workplace(repo) as home, opened(chosen_base(base, paths), home) as source:
+        planned = plan_merge(
+            source.checkpoint,
+            [read_adapter(path) for path in paths],
+            weights=weights,
+            dtype=dtype,
+            maps=[maps] if isinstance(maps, str) else maps,
+            fan_in_fan_out=fan_in_fan_out,
+            allow_new_tensors=allow_new_tensors,
+        )
+        check_values(planned)
+        streaming = Streaming(planned, source, home, repo, revision, runtime, workers, max_memory, progress)
+        notes = [*planned.notes, *unlike_bases(planned.base, planned.adapters)]
+        digests = [adapter.digests() for adapter in planned.adapters]
+        check_space(home, most_on_disk(planned))
+        if dry_run:
+            return streaming.report(Commit("", ""), not public, (), notes, started, dry_run)
+        private = open_repo(repo, public, revision, notes)[1]
+        wheres = {"base": planned.base.root, "adapters": [adapter.folder for adapter in planned.adapters]}
+        told = command(merge, {**asked, **wheres, "out": OUT, "shard_size": None})
+        told = f"{told.removesuffix(f' -o {OUT}')} --stream --push-to-hub {repo}"
+        streaming.plan_name = fingerprint(planned, source, digests, device)
+        done = streaming.begin(overwrite)
+        resumed = tuple(sorted(streaming.finished))
+        if done is None:
+            streaming.run()
+            on_gpu = any(name.startswith("cuda") for name in runtime.result().devices)
+            table = provenance(planned, digests, streaming.finished, on_gpu, told) | {"plan": streaming.plan_name}
+            done = streaming.end(last_files(planned, table, repo, card), message or "Merge with loratool")
+        return streaming.report(done, private, resumed, notes, started, dry_run)
+
+
+@contextmanager
+def workplace(repo: str) -> Iterator[Path]:
+    """A folder of this run alone, empty to begin with; a killed run's leftovers go first, its own at the end."""
+    home = stage_of(Path.cwd() / (Path(repo).name or "merged"))
+    with locked(home):
+        check_owner(home)
+        write_durably(home / JOURNAL, json.dumps({"plan": f"stream to {repo}"}).encode())
+        clear(home)
+        try:
+            yield home
+        finally:
+            clear(home)
+            (home / JOURNAL).unlink(missing_ok=True)
+            home.rmdir()
+
+
+def clear(home: Path) -> None:
+    for path in home.iterdir():
+        if path.name != JOURNAL:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def sources_of(plan: MergePlan, shard: ShardPlan) -> list[SafeFile]:
+    """The base's files that an output file is made of."""
+    own = {id(file): file for file in plan.base.shards}
+    return list({id(span.source): span.source for span in shard.spans if id(span.source) in own}.values())
+
+
+def most_on_disk(plan: MergePlan) -> int:
+    """Bytes of the largest output file and its source together."""
+    return max(s.layout.size + sum(int(file.layout.size) for file in sources_of(plan, s)) for s in plan.shards)
+
+
+def fingerprint(plan: MergePlan, source: Source, digests: Sequence[Mapping[str, str]], device: str) -> str:
+    """SHA-256 of everything the output depends on."""
+    facts = {
+        "loratool": __version__,
+        "base": source.identity,
+        "adapters": list(digests),
+        "weights": plan.weights,
+        "naming": plan.naming,
+        "dtype": plan.dtype,
+        "device": device,
+        "shards": [(s.name, hashlib.sha256(s.layout.header).hexdigest()) for s in plan.shards],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode(errors="surrogateescape")).hexdigest()
+
+
+def last_files(plan: MergePlan, table: Mapping[str, Any], repo: str, card: bool) -> list[Upload]:
+    """Everything but the weights: config, index, tokenizer, provenance, card."""
+    uploads = {f.name: Upload(f.name, f.source, f.content) for f in plan.side_files}
+    uploads[PROVENANCE] = Upload(PROVENANCE, content=as_text(table))
+    if card or CARD not in uploads or is_ours(uploads[CARD].path):
+        uploads[CARD] = Upload(CARD, content=merged_card(plan, table, repo))
+    return list(uploads.values())
+
+
+@dataclass
+class Streaming:
+    """One streaming merge on its way."""
+
+    plan: MergePlan
+    source: Source
+    home: Path
+    repo: str
+    revision: str | None
+    runtime: Future[Runtime]
+    workers: int | None
+    max_memory: int | None
+    progress: Progress | None
+    plan_name: str = ""
+    finished: dict[str, FinishedShard] = field(default_factory=dict)
+    most: int = 0  # bytes of weight files that were on this disk at one time
+    done: int = 0  # bytes of tensors
+
+    @property
+    def total(self) -> int:
+        return sum(span.placed.nbytes for span in self.plan.spans)
+
+    def begin(self, overwrite: bool) -> Commit | None:
+        """Find out what the repository holds, and begin or go on; the last commit where all is done already."""
+        there = files_of(self.repo, self.revision)
+        journal = self.read(REMOTE_JOURNAL, there)
+        if journal.get("plan") == self.plan_name:
+            self.finished = finished_in(journal.get("finished"), there)
+            return None
+        whole = self.read(PROVENANCE, there)
+        if whole.get("plan") == self.plan_name and not journal:
+            found = finished_in(whole.get("shards"), there)
+            if set(found) == {shard.name for shard in self.plan.shards}:
+                self.finished = found
+                head = self.head()
+                return Commit(head.commit, f"{self.page}/commit/{head.commit}")
+        model = [name for name in there if is_of_a_model(name)]
+        if model and not journal and not overwrite:
+            raise UsageError(f"{self.repo}: holds a model already; --overwrite replaces it")
+        # config and index go first: at no time do they stand beside weights they do not belong to
+        commit(self.repo, self.revision, [self.journal()], "Begin a merge with loratool", delete=model)
+        return None
+
+    @property
+    def page(self) -> str:
+        from loratool.fetching.client import endpoint
+
+        return f"{endpoint()}/{self.repo}"
+
+    def head(self) -> Remote:
+        from loratool.fetching import HubPath
+        from loratool.fetching.outline import look_up
+
+        return look_up(HubPath(self.repo, self.revision))
+
+    def read(self, name: str, there: Mapping[str, RemoteFile]) -> dict[str, Any]:
+        """A small JSON file of the repository; empty where there is none that can be read."""
+        if name not in there:
+            return {}
+        head = self.head()
+        try:
+            found = json.loads(read_range(head, name)) if name in head.files else {}
+        except ValueError:
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def journal(self) -> Upload:
+        table = {"plan": self.plan_name, "finished": {name: asdict(s) for name, s in sorted(self.finished.items())}}
+        return Upload(REMOTE_JOURNAL, content=as_text(table))
+
+    def run(self) -> None:
+        """Every output file that the repository has not: fetch, merge, upload, delete."""
+        for number, shard in enumerate(self.plan.shards, 1):
+            if shard.name not in self.finished:
+                self.carry(shard, f"{number} of {len(self.plan.shards)}")
+            self.done += sum(span.placed.nbytes for span in shard.spans)
+            if self.progress:
+                self.progress(self.done, self.total)
+        if not (self.plan.replaces or any(shard.changed for shard in self.finished.values())):
+            raise FitError(
+                f"{printable(self.repo)}: not completed, for every weight rounds to what it was: nothing changes; what is "
+                "there are copies of the base's weights, so delete the repository"
+            )
+
+    def carry(self, shard: ShardPlan, number: str) -> None:
+        """One output file's way: at its widest its source and itself are on the disk."""
+        stage = Stage(self.home / "out", self.home)
+        stage.folder.mkdir()
+        fetched = {id(file): self.source.fetch(file) for file in sources_of(self.plan, shard)}
+        here = {key: read_safefile(path) for key, path in fetched.items()}
+        spans = tuple(replace(span, source=here.get(id(span.source), span.source)) for span in shard.spans)
+        base = replace(self.plan.base, shards=tuple(here.values()))
+        part = replace(self.plan, base=base, shards=(replace(shard, spans=spans),))
+        before = self.done
+        tell: Callable[[int, int], None] = lambda done, _all: self.progress and self.progress(before + done, self.total)  # noqa: E731
+        Engine(part, stage, self.runtime, self.workers, self.max_memory, tell).run()
+        fetched_bytes = sum(path.stat().st_size for path in fetched.values())
+        self.most = max(self.most, fetched_bytes + shard.layout.size)
+        for path in fetched.values():
+            self.source.drop(path)
+        finished = stage.finished[shard.name]
+        upload = Upload(shard.name, stage.folder / shard.name)
+        if upload.sha256 != finished.sha256:
+            raise VerificationError(f"{printable(shard.name)}: changed on this disk after it was written; run it again")
+        self.finished[shard.name] = finished
+        commit(self.repo, self.revision, [upload, self.journal()], f"Merged weights {number}")
+        shutil.rmtree(stage.folder)
+
+    def end(self, uploads: Sequence[Upload], message: str) -> Commit:
+        """The commit that makes a model of the weights, and a look at all that is there."""
+        there = files_of(self.repo, self.revision)
+        names = {*self.finished, *(upload.name for upload in uploads)}
+        stale = [name for name in there if name not in names and (is_of_a_model(name) or name == REMOTE_JOURNAL)]
+        done = commit(self.repo, self.revision, uploads, message, delete=stale)
+        check(self.repo, done.oid, uploads)
+        there = files_of(self.repo, done.oid)
+        found = finished_in({name: asdict(shard) for name, shard in self.finished.items()}, there)
+        if missing := sorted(set(self.finished) - set(found)):
+            raise HubError(f"{self.repo}: weights are gone or others than were sent:", map(printable, missing))
+        return done
+
+    def report(
+        self,
+        done: Commit,
+        private: bool,
+        resumed: tuple[str, ...],
+        notes: Sequence[str],
+        started: float,
+        dry_run: bool,
+    ) -> StreamReport:
+        return StreamReport(
+            repo=self.repo,
+            url=done.url,
+            commit=done.oid,
+            private=private,
+            edited=len(self.plan.edited),
+            copied=self.plan.copied,
+            files=len(self.plan.shards),
+            bytes_written=self.plan.bytes_written,
+            resumed=resumed,
+            most_on_disk=most_on_disk(self.plan) if dry_run else self.most,
+            left_out=self.plan.left_out,
+            notes=tuple(notes),
+            digests={s.name: s.sha256 for _, s in sorted(self.finished.items())},
+            device=", ".join(self.runtime.result().devices),
+            seconds=time.monotonic() - started,
+            dry_run=dry_run,
+        )
+
+
+def is_of_a_model(name: str) -> bool:
+    """Whether a file at the top of a repository is what a loader takes for a model."""
+    return "/" not in name and (name == "config.json" or name.endswith((".safetensors", INDEX_SUFFIX)))
+
+
+def finished_in(table: object, there: Mapping[str, RemoteFile]) -> dict[str, FinishedShard]:
+    """The files of a journal or a provenance that are in the repository with the content it tells."""
+    found: dict[str, FinishedShard] = {}
+    for name, entry in table.items() if isinstance(table, dict) else ():
+        size, sha256 = entry.get("size"), entry.get("sha256")
+        file = there.get(name)
+        if file is not None and file.size == size and file.sha256 in ("", sha256):
+            found[name] = FinishedShard(name, size, str(sha256), bool(entry.get("changed", True)))
+    return found

@@ -1,0 +1,59 @@
+"""Where an input came from: the cache of the Hub names repository and commit in its paths."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from loratool.errors import printable
+
+SNAPSHOT = re.compile(
+    r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<commit>[0-9a-f]{40})(?:/(?P<inside>.+))?$"
+)
+
+
+HUB_ID = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether `text` may be the name of a repository: `org/name`."""
+    return bool(HUB_ID.fullmatch(text))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A commit of a repository, or a folder or file in it."""
+
+    repo: str
+    commit: str
+    inside: str = ""
+
+    @property
+    def name(self) -> str:
+        """Without the commit, for people."""
+        return self.repo + (f":{self.inside}" if self.inside else "")
+
+    def __str__(self) -> str:
+        return f"{self.repo}@{self.commit}" + (f":{self.inside}" if self.inside else "")
+
+
+def origin_of(path: Path) -> Origin | None:
+    """What a path in a cache of the Hub is; None for any other."""
+    match = SNAPSHOT.search(os.path.abspath(path))  # not resolved: the files of a snapshot are links to blobs
+    if match is None:
+        return None
+    return Origin(f"{match['owner']}/{match['name']}", match["commit"], printable(match["inside"] or ""))
+
+
+def name_of(path: Path) -> str:
+    """What an input is called: its repository, or the name of its folder or file."""
+    origin = origin_of(path)
+    return origin.name if origin else printable(path.resolve().name)
+
+
+def told_origin(path: Path) -> dict[str, str]:
+    """The entry of provenance that tells the commit; empty for what is not from the Hub."""
+    origin = origin_of(path)
+    return {"hub": str(origin)} if origin else {}

@@ -1,0 +1,139 @@
+"""The command line as a process of its own that takes a test's server for the Hub.
+
+Each run is a fork of a process that has imported torch already, for that import takes longer than all else. The
+Hub's client is not imported there: it reads its settings when it is, which are those of the run.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hub_server import HubServer
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Nursery:
+    """The process that forks."""
+
+    def __init__(self) -> None:
+        own = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+        own |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "NO_PROXY": "*"}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], env=own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        atexit.register(self.process.kill)
+
+    @property
+    def pipes(self) -> tuple[IO[str], IO[str]]:
+        assert self.process.stdin
+        assert self.process.stdout
+        return self.process.stdin, self.process.stdout
+
+    def fork(self, order: dict[str, Any]) -> int:
+        """The process id of a run."""
+        send, answers = self.pipes
+        send.write(json.dumps(order) + "\n")
+        send.flush()
+        return int(answers.readline())
+
+    def wait(self) -> int:
+        """The exit code of that run; negative is the signal that ended it."""
+        return int(self.pipes[1].readline())
+
+
+NURSERY: list[Nursery] = []
+
+
+@dataclass
+class Client:
+    """A user with a cache and perhaps a token."""
+
+    hub: HubServer
+    home: Path  # the cache, and where output is kept until it is read
+    token: str | None = None
+
+    def begin(self, *words: object, cwd: Path | None = None, **more: str) -> int:
+        """Start a command; the process id."""
+        self.home.mkdir(exist_ok=True)
+        if not NURSERY:
+            NURSERY.append(Nursery())
+        # without a Xet end point a client that has hf_xet fails to upload: it decides for itself, and asks no server
+        settings = {"HF_ENDPOINT": self.hub.endpoint, "HF_HOME": str(self.home), "HF_HUB_DISABLE_XET": "1"}
+        settings |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"} | (
+            {"HF_TOKEN": self.token} if self.token else {}
+        )
+        order = {"words": [str(word) for word in words], "settings": settings | more, "home": str(self.home)}
+        return NURSERY[0].fork(order | {"cwd": str(cwd or self.home)})
+
+    def end(self) -> Ran:
+        """How the command that was begun ended. Whatever it did, it told nobody a token."""
+        code = NURSERY[0].wait()
+        out, err = ((self.home / name).read_text() for name in ("stdout", "stderr"))
+        for text in (out, err):
+            assert not re.search(r"hf_[A-Za-z]{10}", text), text
+        return Ran(code, out, err)
+
+    def run(self, *words: object, cwd: Path | None = None, **more: str) -> Ran:
+        self.begin(*words, cwd=cwd, **more)
+        return self.end()
+
+    def works(self, *words: object, cwd: Path | None = None, **more: str) -> Ran:
+        """Run a command that must work."""
+        ran = self.run(*words, cwd=cwd, **more)
+        assert ran.code == 0, ran
+        return ran
+
+    def refused(self, *words: object, code: int = 7, cwd: Path | None = None, **more: str) -> str:
+        """Run a command that must end with `code` and one message, which is returned."""
+        ran = self.run(*words, cwd=cwd, **more)
+        assert ran.code == code, ran
+        assert ran.out == "", ran
+        assert [line.startswith("Error:") for line in ran.err.splitlines()].count(True) == 1, ran
+        assert "Traceback" not in ran.err, ran
+        assert "bug" not in ran.err, ran
+        return ran.err
+
+
+def serve() -> None:
+    """Fork for each order: print the process id, wait, print the exit code."""
+    import loratool.cli
+
+    for name in ("safetensors", "torch", "tqdm", "loratool.engine", "loratool.hub"):
+        import_module(name)
+    assert "huggingface_hub" not in sys.modules
+    for line in sys.stdin:
+        order = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            os.environ.update(order["settings"])
+            os.chdir(order["cwd"])
+            for number, name in ((1, "stdout"), (2, "stderr")):
+                file = os.open(Path(order["home"], name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+                os.dup2(file, number)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            sys.argv = ["loratool", *order["words"]]
+            loratool.cli.main()
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    serve()

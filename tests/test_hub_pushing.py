@@ -1,0 +1,408 @@
+"""What is sent to the Hub, what never is, and what is there after all that can go wrong on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import faults
+import pytest
+from hub_client import Client
+from hub_server import READER, STRANGER, WRITER, Fault, HubServer, tokens_on_other_origins
+
+from loratool.errors import InputError, UsageError
+from loratool.hub.selecting import select
+
+SHARDS, HIDDEN = 3, 64
+SECRETS = {
+    ".env": "HF_TOKEN=x",
+    "prod.env": "x",
+    "token": "x",
+    "id_rsa": "x",
+    "server.pem": "x",
+    "credentials.json": "{}",
+    ".ssh/id_ed25519": "x",
+    ".cache/huggingface/token": "x",
+}
+LEFT_BY_TRAINING = {
+    "optimizer.pt": "x",
+    "optimizer.safetensors": "x",
+    "rng_state.pth": "x",
+    "scheduler.pt": "x",
+    "trainer_state.json": "{}",
+    "training_args.bin": "x",
+    "checkpoint-5/adapter_model.safetensors": "x",
+    "runs/events.out.tfevents.1.2": "x",
+    "__pycache__/a.pyc": "x",
+}
+UNFINISHED = {"model-00001-of-00003.safetensors.partial": "x", "x.incomplete": "x", "a.lock": "x", "b.tmp": "x"}
+OTHERS = {"notes.docx": "x", "data.csv": "1,2", "pytorch_model.bin": "x", "original/model.pth": "x"}
+SENT = {"tokenizer.json": "{}", "LICENSE": "terms", "extra/notes.txt": "hello, world\n", "modeling_own.py": "x = 1\n"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("models")
+    faults.make_base(home / "model", shards=SHARDS, hidden=HIDDEN)
+    faults.make_adapter(home / "adapter", layers=SHARDS, hidden=HIDDEN, rank=4)
+    for folder in (home / "model", home / "adapter"):
+        for name, text in {**SECRETS, **LEFT_BY_TRAINING, **UNFINISHED, **OTHERS, **SENT}.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+        (folder / "README.md").write_text("---\nlicense: mit\n---\n# mine\n")
+    (home / "model" / "passwd").symlink_to("/etc/passwd")
+    return home
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture
+def client(hub: HubServer, tmp_path: Path) -> Client:
+    return Client(hub, tmp_path / "home", WRITER)
+
+
+def wanted(folder: Path) -> dict[str, bytes]:
+    """What a push of one of the models has to bring: by hand, not by the code's own rules."""
+    names = {*SENT, "README.md", "config.json", "model.safetensors.index.json", "adapter_config.json"}
+    names |= {path.name for path in folder.glob("model-*.safetensors")} | {"adapter_model.safetensors"}
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+
+
+def held(hub: HubServer, name: str, branch: str = "main") -> dict[str, bytes]:
+    return {path: content for path, content in hub.files(name, branch).items() if path != ".gitattributes"}
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter"])
+def test_a_push_brings_the_model_and_nothing_else(hub: HubServer, client: Client, models: Path, kind: str) -> None:
+    ran = client.works("push", models / kind, "alice/new", "--json")
+    report = json.loads(ran.out)
+    assert held(hub, "alice/new") == wanted(models / kind)
+    assert hub.repos["alice/new"].private
+    assert report["private"]
+    assert report["kind"] == kind
+    assert report["files"] == {name: len(content) for name, content in wanted(models / kind).items()}
+    assert tokens_on_other_origins(hub) == []
+
+
+def test_pushing_again_sends_nothing(hub: HubServer, client: Client, models: Path) -> None:
+    client.works("push", models / "model", "alice/new")
+    hub.log.clear()
+    ran = client.works("push", models / "model", "alice/new")
+    assert "nothing was missing" in ran.out
+    assert [r for r in hub.log if r.method in ("PUT", "POST")] == []
+    assert len(hub.repos["alice/new"].messages) == 2  # that of the server, and the push
+
+
+def test_after_a_change_only_what_changed_is_sent(hub: HubServer, client: Client, models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "model", tmp_path / "model", symlinks=True)
+    client.works("push", tmp_path / "model", "alice/new")
+    (tmp_path / "model" / "tokenizer.json").write_text('{"a": 1}')
+    hub.log.clear()
+    report = json.loads(client.works("push", tmp_path / "model", "alice/new", "--json", "-m", "Better words").out)
+    assert report["uploaded"] == ["tokenizer.json"]
+    assert hub.asked("PUT", "") == []
+    assert hub.repos["alice/new"].messages[-1] == "Better words"
+    assert held(hub, "alice/new") == wanted(tmp_path / "model")
+
+
+def test_the_old_weights_go_with_the_commit_that_brings_others(
+    hub: HubServer, client: Client, models: Path, tmp_path: Path
+) -> None:
+    """A loader would take a left model.safetensors for the model."""
+    old = tmp_path / "old"
+    old.mkdir()
+    shutil.copy(models / "model" / "model-00001-of-00003.safetensors", old / "model.safetensors")
+    (old / "kept.txt").write_text("mine")
+    hub.add("alice/new", old)
+    report = json.loads(client.works("push", models / "model", "alice/new", "--json").out)
+    assert report["replaced"] == ["model.safetensors"]
+    assert held(hub, "alice/new") == {**wanted(models / "model"), "kept.txt": b"mine"}
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter"])
+def test_a_dry_run_tells_what_would_be_sent_and_asks_nobody(
+    hub: HubServer, client: Client, models: Path, kind: str
+) -> None:
+    client.token = None
+    report = json.loads(client.works("push", models / kind, "alice/new", "--dry-run", "--json").out)
+    assert hub.log == []
+    assert report["files"] == {name: len(content) for name, content in wanted(models / kind).items()}
+    text = client.works("push", models / kind, "alice/new", "--dry-run").out
+    for name in ("optimizer.pt", ".env", "notes.docx", "token", "a.lock"):
+        assert f"left out           {name} (" in text or f"left out            {name} (" in text, text
+    assert "would be pushed to" in text
+
+
+def test_secrets_are_not_to_be_had_by_including_them(models: Path) -> None:
+    found = select(models / "model", ["*"], [], False, "alice/new")
+    names = {upload.name for upload in found.uploads}
+    assert names == set(wanted(models / "model")) | {
+        "notes.docx",
+        "data.csv",
+        "pytorch_model.bin",
+        "original/model.pth",
+    }
+    assert not names & {*SECRETS, *LEFT_BY_TRAINING, *UNFINISHED, "passwd"}
+
+
+def test_include_and_exclude(hub: HubServer, client: Client, models: Path) -> None:
+    client.works(
+        "push", models / "model", "alice/new", "--include", "*.csv", "--exclude", "extra/*", "--exclude", "*.py"
+    )
+    expected = {**wanted(models / "model"), "data.csv": b"1,2"}
+    del expected["extra/notes.txt"], expected["modeling_own.py"]
+    assert held(hub, "alice/new") == expected
+    told = client.refused("push", models / "model", "alice/new", "--exclude", "*.safetensors", code=2)
+    assert "without which this is no model" in told
+
+
+def test_a_text_file_with_a_token_is_refused_by_name(
+    hub: HubServer, client: Client, models: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(models / "adapter", tmp_path / "adapter")
+    (tmp_path / "adapter" / "config_of_run.yaml").write_text(f"token: {WRITER}\n")
+    (tmp_path / "adapter" / "key.txt").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\n")
+    told = client.refused("push", tmp_path / "adapter", "alice/new", code=3)
+    assert "config_of_run.yaml" in told
+    assert "key.txt" in told
+    assert hub.log == []
+
+
+@pytest.mark.parametrize("what", ["nothing", "text", "pickle", "half", "file", "partial"])
+def test_what_is_no_model_and_no_adapter_is_refused(models: Path, tmp_path: Path, what: str) -> None:
+    folder = tmp_path / "x"
+    shutil.copytree(models / "adapter", folder)
+    if what in ("nothing", "text", "pickle"):
+        shutil.rmtree(folder)
+        folder.mkdir()
+    if what == "text":
+        (folder / "README.md").write_text("# hello")
+    if what == "pickle":
+        (folder / "pytorch_model.bin").write_text("x")
+    if what == "half":
+        path = folder / "adapter_model.safetensors"
+        path.write_bytes(path.read_bytes()[:-10])
+    if what == "partial":
+        (folder / "journal").write_text("{}")
+    with pytest.raises(UsageError if what == "file" else InputError):
+        select(folder / "README.md" if what == "file" else folder, [], [], False, "alice/new")
+
+
+def test_public_is_asked_for(hub: HubServer, client: Client, models: Path) -> None:
+    client.works("push", models / "adapter", "alice/shown", "--public")
+    assert not hub.repos["alice/shown"].private
+    ran = client.works("push", models / "adapter", "alice/shown")
+    assert "is public, so that everybody sees" in ran.out
+
+
+def test_a_name_alone_is_a_repository_of_the_token_s_account(hub: HubServer, client: Client, models: Path) -> None:
+    client.works("push", models / "adapter", "mine")
+    assert "alice/mine" in hub.repos
+    assert "no name of a repository" in client.refused("push", models / "adapter", "a/b/c", code=2)
+
+
+def test_a_branch_is_made_where_it_is_missing(hub: HubServer, client: Client, models: Path) -> None:
+    client.works("push", models / "adapter", "alice/new", "--revision", "v2")
+    assert held(hub, "alice/new") == {}
+    assert held(hub, "alice/new", "v2") == wanted(models / "adapter")
+
+
+def test_a_pull_request_leaves_main_as_it_was(hub: HubServer, client: Client, models: Path) -> None:
+    report = json.loads(
+        client.works("push", models / "adapter", "org/theirs", "--create-pr", "-m", "Try", "--json").out
+    )
+    assert held(hub, "org/theirs") == {}
+    assert held(hub, "org/theirs", "refs/pr/1") == wanted(models / "adapter")
+    assert report["pull_request"].endswith("/org/theirs/discussions/1")
+    assert hub.repos["org/theirs"].pulls == {1: "Try"}
+
+
+@pytest.mark.parametrize(
+    ("token", "repo", "told"),
+    [
+        (None, "alice/new", "hf auth login"),
+        (READER, "alice/new", "may only read"),
+        (STRANGER, "alice/new", "may not do this"),
+        ("hf_wrongwrongwrongwrong", "alice/new", "the token is not valid"),
+        (STRANGER, "alice/there", "no such repository or does not show it to you|may not do this"),
+        (STRANGER, "alice/open", "may not do this"),
+    ],
+)
+def test_who_may_not_push_is_told_what_to_do(
+    hub: HubServer, client: Client, models: Path, token: str | None, repo: str, told: str
+) -> None:
+    hub.add("alice/there", models / "adapter" / "extra", private=True)
+    hub.add("alice/open", models / "adapter" / "extra")
+    client.token = token
+    message = client.refused("push", models / "adapter", repo)
+    assert any(part in message for part in told.split("|")), message
+
+
+def test_a_card_that_the_hub_refuses_is_told(hub: HubServer, client: Client, models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "adapter", tmp_path / "adapter")
+    (tmp_path / "adapter" / "README.md").write_text("---\nbase_model: /home/me/base\n---\n")
+    told = client.refused("push", tmp_path / "adapter", "alice/new")
+    assert "base_model is no id" in told
+    assert held(hub, "alice/new") == {}
+
+
+def test_a_large_file_is_sent_as_lfs_by_itself_and_arrives(hub: HubServer, client: Client, tmp_path: Path) -> None:
+    hub.lfs_from = 10_000_000
+    faults.make_base(tmp_path / "big", shards=1, hidden=1536)
+    (file,) = (tmp_path / "big").glob("*.safetensors")
+    assert file.stat().st_size > 10_000_000
+    hub.faults.append(Fault("PUT", "^/lfs/", cut=5_000_000))  # the line drops in the middle, once
+    client.works("push", tmp_path / "big", "alice/big")
+    assert [r.received for r in hub.asked("PUT", "^/lfs/")][-1] == file.stat().st_size
+    assert held(hub, "alice/big")[file.name] == file.read_bytes()
+    hub.log.clear()
+    client.works("push", tmp_path / "big", "alice/big")
+    assert hub.asked("PUT", "") == []
+
+
+FAULTS = {
+    "500 on whoami": [Fault("GET", "whoami", status=500)],
+    "503 on info": [Fault("GET", "^/api/models/alice/new$", status=503)],
+    "502 on create": [Fault("POST", "/repos/create", status=502)],
+    "429 on preupload": [Fault("POST", "/preupload/", status=429, headers={"Retry-After": "1"})],
+    "500 on batch": [Fault("POST", "/objects/batch", status=500)],
+    "dropped upload": [Fault("PUT", "^/lfs/", cut=10_000, skip=1)],
+    "503 on commit": [Fault("POST", "/commit/", status=503)],
+    "lost commit": [Fault("POST", "/commit/", lost=True)],
+    "lost create": [Fault("POST", "/repos/create", lost=True)],
+    "dropped listing": [Fault("GET", "/tree/", cut=3)],
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_faults_that_pass_end_in_one_whole_commit(hub: HubServer, client: Client, models: Path, case: str) -> None:
+    hub.faults += [
+        Fault(f.method, f.pattern, f.times, f.skip, f.status, f.headers, f.cut, f.lost) for f in FAULTS[case]
+    ]
+    client.works("push", models / "model", "alice/new")
+    assert [fault.times for fault in hub.faults] == [0] * len(hub.faults)
+    assert held(hub, "alice/new") == wanted(models / "model")
+    assert len(hub.repos["alice/new"].messages) == 2
+
+
+def test_a_fault_that_stays_is_told_and_the_next_run_goes_on(
+    hub: HubServer, client: Client, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.faults.append(Fault("POST", "/commit/", times=99, status=403, headers={"X-Error-Message": "quota"}))
+    assert "quota" in client.refused("push", models / "model", "alice/new")
+    hub.faults.clear()
+    hub.log.clear()
+    client.works("push", models / "model", "alice/new")
+    assert hub.asked("PUT", "") == []  # the objects were there already
+    assert held(hub, "alice/new") == wanted(models / "model")
+
+
+def test_what_arrives_as_something_else_is_found(hub: HubServer, client: Client, models: Path) -> None:
+    sha256 = hashlib.sha256((models / "model" / "model-00002-of-00003.safetensors").read_bytes()).hexdigest()
+    hub.objects[sha256] = b"something else, which the server takes for it"
+    told = client.refused("push", models / "model", "alice/new", code=5)
+    assert "model-00002-of-00003.safetensors: other content" in told
+
+
+def test_killed_at_any_moment_and_run_again_ends_in_the_same_state(
+    hub: HubServer, client: Client, models: Path
+) -> None:
+    hub.slow = 0.03
+    started = time.monotonic()
+    client.works("push", models / "model", "alice/reference")
+    length = time.monotonic() - started
+    chance = random.Random(6)
+    killed, stages = 0, set()
+    for number in range(20):
+        name = f"alice/killed{number}"
+        hub.objects.clear()
+        pid = client.begin("push", models / "model", name)
+        time.sleep(chance.uniform(0.3, 1.0) * length)
+        os.kill(pid, signal.SIGKILL)
+        killed += client.end().code == -signal.SIGKILL
+        stages.add((name in hub.repos, len(hub.objects), bool(name in hub.repos and held(hub, name))))
+        if name in hub.repos and held(hub, name):
+            assert held(hub, name) == held(hub, "alice/reference")  # whole or not at all
+        client.works("push", models / "model", name)
+        assert held(hub, name) == held(hub, "alice/reference") == wanted(models / "model")
+        assert len(hub.repos[name].messages) == 2
+    assert killed >= 8
+    assert len(stages) >= 3
+
+
+def test_interrupted_is_told_with_how_to_go_on(hub: HubServer, client: Client, models: Path) -> None:
+    hub.slow = 2
+    pid = client.begin("push", models / "model", "alice/new")
+    until = time.monotonic() + 20
+    while not hub.asked("PUT", "") and time.monotonic() < until:
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGINT)
+    ran = client.end()
+    assert ran.code == 130
+    assert "the same command continues" in ran.err
+
+
+def test_a_merge_and_a_resize_can_push_what_they_write(
+    hub: HubServer, client: Client, models: Path, tmp_path: Path
+) -> None:
+    ran = client.works(
+        "merge",
+        models / "model",
+        models / "adapter",
+        "-o",
+        tmp_path / "out",
+        "--push-to-hub",
+        "alice/m",
+        "--public",
+        "--json",
+    )
+    report = json.loads(ran.out)
+    assert report["pushed"]["repo"] == "alice/m"
+    assert not hub.repos["alice/m"].private
+    names = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert set(held(hub, "alice/m")) == names
+    client.works("resize", models / "adapter", "-o", tmp_path / "small", "--rank", "2", "--push-to-hub", "alice/small")
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= set(held(hub, "alice/small"))
+
+
+def test_without_a_token_nothing_is_merged_for_a_push_in_vain(client: Client, models: Path, tmp_path: Path) -> None:
+    client.token = None
+    words = ("merge", models / "model", models / "adapter", "-o", tmp_path / "out", "--push-to-hub", "alice/m")
+    assert "hf auth login" in client.refused(*words)
+    assert not (tmp_path / "out").exists()
+    client.works(*words, "--dry-run")
+
+
+def test_a_push_that_fails_after_a_merge_tells_where_the_output_is(
+    hub: HubServer, client: Client, models: Path, tmp_path: Path
+) -> None:
+    hub.faults.append(Fault("POST", "/repos/create", times=99, status=403))
+    words = ("merge", models / "model", models / "adapter", "-o", tmp_path / "out", "--push-to-hub", "alice/m")
+    told = client.refused(*words)
+    assert "is complete; `loratool push" in told
+    assert (tmp_path / "out" / "loratool.json").exists()
+
+
+def test_a_bug_s_traceback_shows_no_token(client: Client, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from loratool import cli
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "loratool.inspecting.inspect", lambda _path: (_ for _ in ()).throw(RuntimeError(f"Bearer {WRITER}"))
+        )
+        assert cli.run(["inspect", str(models / "adapter"), "-v"]) == 1
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown
+    assert WRITER not in shown
+    assert "<TOKEN>" in shown
