@@ -22,6 +22,7 @@ CARD = "README.md"
 MARK = "<!-- made by loratool from loratool.json; without this line it counts as written by hand -->"
 LARGEST_CARD = 1 << 20  # bytes of an input's card that are looked at
 TERMS = ("license", "license_name", "license_link", "pipeline_tag")
+TEMPLATE = b"# Model Card for Model ID"
 OUT = "out"
 PASSING_OPTIONS = ("out", "overwrite", "dry_run", "progress", "workers", "max_memory")  # that no result depends on
 FLAGS = {"weights": "-w", "maps": "--map", "factor": "--lambda", "out": "-o"}
@@ -116,11 +117,7 @@ def terms_of(*folders: Path) -> Terms:
 
 def front_matter(card: Path) -> dict[str, str]:
     """The plain entries of a card's front matter that others inherit."""
-    try:
-        with card.open("rb") as stream:
-            text = stream.read(LARGEST_CARD).decode("utf-8", "replace")
-    except OSError:
-        return {}
+    text = content_of(card).decode("utf-8", "replace")
     match = re.match(r"﻿?---[ \t]*\r?\n(.*?)\n---", text, re.DOTALL)
     found: dict[str, str] = {}
     for line in (match[1] if match else "").splitlines():
@@ -310,12 +307,22 @@ def licence(terms: Terms) -> list[str]:
     return []
 
 
-def is_ours(path: Path | None) -> bool:
-    """Whether a card was made here and nobody has taken it for their own: it tells of another result, so it is not kept."""
+def is_nobodys(path: Path | None) -> bool:
+    """Whether nobody has written a card or taken it for their own: one made here for another result, or a template."""
+    return path is not None and (MARK.encode() in (text := content_of(path)) or TEMPLATE in text)
+
+
+def is_template(path: Path) -> bool:
+    """Whether it is what PEFT and transformers put where a card belongs."""
+    return TEMPLATE in content_of(path)
+
+
+def content_of(path: Path) -> bytes:
     try:
-        return path is not None and MARK.encode() in path.read_bytes()[:LARGEST_CARD]
+        with path.open("rb") as stream:
+            return stream.read(LARGEST_CARD)
     except OSError:
-        return False
+        return b""
 
 
 def card_of(folder: Path, place: str) -> bytes:

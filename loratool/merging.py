@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
-from loratool.cards import CARD, card, command, is_ours, terms_of
+from loratool.cards import CARD, card, command, is_nobodys, terms_of
 from loratool.checkpoint import PROVENANCE, open_checkpoint
 from loratool.engine import Engine
 from loratool.errors import FitError, LoratoolError, UsageError, printable
@@ -131,7 +131,7 @@ def merge(
             words = command(merge, {**asked, **inputs})
             table = provenance(plan, digests, stage.finished, engine.resources().on_gpu, words)
             stage.write(PROVENANCE, as_text(table))
-            if all(file.name != CARD or is_ours(file.source) for file in plan.side_files):
+            if all(file.name != CARD or is_nobodys(file.source) for file in plan.side_files):
                 stage.write(CARD, merged_card(plan, table))
     except LoratoolError:
         runtime.exception()  # wait for the import: a process that ends in the middle of it may crash

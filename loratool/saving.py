@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from loratool import __version__
 from loratool.adapter import StoredTensor, stored_tensors
 from loratool.appending import TensorFile, tensor_file
-from loratool.cards import CARD, card, is_ours, terms_of
+from loratool.cards import CARD, card, is_nobodys, terms_of
 from loratool.checkpoint import PROVENANCE, sort_side_files
 from loratool.errors import FitError, printable
 from loratool.formats.peft import CONFIG, WEIGHTS
@@ -135,7 +135,7 @@ def finish(stage: Stage, config: Mapping[str, Any], provenance: Mapping[str, Any
         stage.copy(name, path)
     table = {**provenance, "versions": versions()}
     stage.write(PROVENANCE, (json.dumps(table, indent=2) + "\n").encode())
-    if CARD not in beside or is_ours(beside[CARD]):
+    if CARD not in beside or is_nobodys(beside[CARD]):
         stage.write(CARD, card(table, config, terms_of()))
 
 

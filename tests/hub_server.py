@@ -120,6 +120,7 @@ class HubServer:
         self.slow = 0.0  # seconds that an upload of an object takes at least
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
+        self.http.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that was killed
         self.http.hub = self  # type: ignore[attr-defined]
         self.port = self.http.server_address[1]
         self.endpoint = f"http://127.0.0.1:{self.port}"

@@ -11,11 +11,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from loratool.adapter import sha256_of
 from loratool.errors import HubError, StorageError, printable
-from loratool.fetching.client import api, asking, is_offline
+from loratool.fetching.client import api, asking, is_offline, patiently
 from loratool.fetching.operands import HubPath, parse
 from loratool.fetching.outline import Remote, Role, look_up, needed, outlined, put_headers
 
@@ -85,14 +86,15 @@ def download(place: HubPath, role: Role) -> Path:
         check_room(remote, [name for name in names if name not in before])
         api()  # which settles whether bars are shown
         with asking(place.repo, place.revision):
-            snapshot = Path(
-                snapshot_download(
-                    place.repo,
-                    revision=place.revision,
-                    allow_patterns=[name.translate(GLOB) for name in names],
-                    library_name="loratool",
-                )
+            patterns = [name.translate(GLOB) for name in names]
+            get = partial(
+                snapshot_download,
+                place.repo,
+                revision=place.revision,
+                allow_patterns=patterns,
+                library_name="loratool",
             )
+            snapshot = Path(patiently(get))
         if snapshot.name == remote.commit:
             check_content(remote, snapshot, [name for name in names if name not in before])
             return snapshot / place.inside

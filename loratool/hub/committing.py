@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,9 +157,7 @@ def commit(
     with asking(repo, revision):
         for upload in uploads:
             if upload.size >= LARGE:
-                api().preupload_lfs_files(
-                    repo, [upload.operation], revision=revision, create_pr=create_pr, free_memory=False, num_threads=1
-                )
+                patiently(partial(send, repo, upload, revision, create_pr))
             tell(upload.size)
         operations: list[Any] = [
             *(u.operation for u in uploads),
@@ -191,6 +189,13 @@ def commit(
             done = Commit(made.oid, str(made.commit_url), str(made.pr_url or ""))
     check(repo, done.oid, uploads)
     return done
+
+
+def send(repo: str, upload: Upload, revision: str | None, create_pr: bool) -> None:
+    """Bring the content of a large file to the Hub, where no commit has it yet; what is there is not sent."""
+    api().preupload_lfs_files(
+        repo, [upload.operation], revision=revision, create_pr=create_pr, free_memory=False, num_threads=1
+    )
 
 
 def differing(uploads: Iterable[Upload], there: Mapping[str, RemoteFile]) -> list[Upload]:

@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
-from loratool.cards import CARD, card_of
+from loratool.cards import CARD, card_of, is_template
 from loratool.checkpoint import PROVENANCE, TRAINING_FOLDERS, leaves, open_checkpoint, sort_side_files
 from loratool.errors import InputError, UsageError, printable
 from loratool.formats import read_adapter
@@ -101,7 +101,7 @@ def select(root: Path, include: Sequence[str], exclude: Sequence[str], card: boo
     left_out = [line for line in left_out if line.rpartition(" (")[0] not in taken]
     uploads = {name: Upload(name, root / name) for name in chosen}
     notes: list[str] = []
-    if CARD not in uploads or card:
+    if CARD not in uploads or card or is_template(root / CARD):
         if not matches(CARD, exclude):
             uploads[CARD] = Upload(CARD, content=card_of(root, place))
             notes.append(f"{CARD} is made from {PROVENANCE}" if (root / PROVENANCE).is_file() else f"{CARD} is made")
@@ -134,6 +134,22 @@ def contents(root: Path) -> tuple[Literal["model", "adapter"], list[str], list[s
 
 def why_not(root: Path, name: str, include: Sequence[str], exclude: Sequence[str]) -> str:
     """Empty for a file that may be sent; else the reason it is not."""
+    if reason := never(name):
+        return reason
+    if not (root / name).is_file() or leaves(root, name):
+        return "no file of this folder"
+    if matches(name, exclude):
+        return "excluded"
+    return "" if matches(name, include) else unknown(name)
+
+
+def unknown(name: str) -> str:
+    """Empty for a file that models are made of; else the reason why it stays here."""
+    return "" if matches(name, KNOWN) else "no file that models are made of; --include sends it"
+
+
+def never(name: str) -> str:
+    """Empty for a file that may be sent where it is asked for; else the reason why it never is."""
     parts = name.split("/")
     if any(part.startswith(".") for part in parts):
         return "hidden"
@@ -143,12 +159,6 @@ def why_not(root: Path, name: str, include: Sequence[str], exclude: Sequence[str
         return "left by training"
     if any(fnmatch(part.lower(), pattern) for part in parts for pattern in UNFINISHED):
         return "unfinished, or a cache"
-    if not (root / name).is_file() or leaves(root, name):
-        return "no file of this folder"
-    if matches(name, exclude):
-        return "excluded"
-    if not matches(name, (*KNOWN, *include)):
-        return "no file that models are made of; --include sends it"
     return ""
 
 

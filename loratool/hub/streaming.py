@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
-from loratool.cards import CARD, OUT, command, is_ours
+from loratool.cards import CARD, OUT, command, is_nobodys
 from loratool.checkpoint import INDEX_SUFFIX, PROVENANCE
 from loratool.engine import Engine
 from loratool.errors import FitError, HubError, UsageError, VerificationError, printable
@@ -30,6 +30,7 @@ from loratool.fetching.outline import Remote, RemoteFile, read_range
 from loratool.fetching.pieces import Source, opened
 from loratool.formats import read_adapter
 from loratool.hub.committing import Commit, Upload, check, commit, files_of, full_name, open_repo
+from loratool.hub.selecting import check_secrets, never, unknown
 from loratool.merging import (
     PathLike,
     Progress,
@@ -160,6 +161,7 @@ def stream(
             allow_new_tensors=allow_new_tensors,
         )
         check_values(planned)
+        last_files(planned, {}, repo, card)  # a secret in one of them is found before anything is sent
         streaming = Streaming(planned, source, home, repo, revision, runtime, workers, max_memory, progress)
         notes = [*planned.notes, *unlike_bases(planned.base, planned.adapters)]
         digests = [adapter.digests() for adapter in planned.adapters]
@@ -231,11 +233,20 @@ def fingerprint(plan: MergePlan, source: Source, digests: Sequence[Mapping[str, 
 
 def last_files(plan: MergePlan, table: Mapping[str, Any], repo: str, card: bool) -> list[Upload]:
     """Everything but the weights: config, index, tokenizer, provenance, card."""
-    uploads = {f.name: Upload(f.name, f.source, f.content) for f in plan.side_files}
+    sent = (file for file in plan.side_files if not (never(file.name) or unknown(file.name)))
+    uploads = {file.name: Upload(file.name, file.source, file.content) for file in sent}
+    check_secrets(plan.base.root, uploads.values())
     uploads[PROVENANCE] = Upload(PROVENANCE, content=as_text(table))
-    if card or CARD not in uploads or is_ours(uploads[CARD].path):
+    if card or CARD not in uploads or is_nobodys(uploads[CARD].path):
         uploads[CARD] = Upload(CARD, content=merged_card(plan, table, repo))
     return list(uploads.values())
+
+
+def kept_back(plan: MergePlan) -> Iterator[str]:
+    """Files beside the base that are not sent, with the reason."""
+    for file in plan.side_files:
+        if reason := never(file.name) or unknown(file.name):
+            yield f"{printable(file.name)} ({reason.partition(';')[0]})"
 
 
 @dataclass
@@ -379,7 +390,7 @@ class Streaming:
             bytes_written=self.plan.bytes_written,
             resumed=resumed,
             most_on_disk=most_on_disk(self.plan) if dry_run else self.most,
-            left_out=self.plan.left_out,
+            left_out=(*self.plan.left_out, *kept_back(self.plan)),
             notes=tuple(notes),
             digests={s.name: s.sha256 for _, s in sorted(self.finished.items())},
             device=", ".join(self.runtime.result().devices),
