@@ -169,6 +169,7 @@ def copied_output(
 ) -> None:
     """An adapter with the same weights, byte for byte, under another config."""
     weights = source.adapter.file.path
+    source.adapter.check_values()
     with staged(out, uuid.uuid4().hex, source.adapter.file.layout.size, overwrite) as stage:
         stage.copy(WEIGHTS, weights)
         source.adapter.file.check_unchanged()
@@ -189,6 +190,7 @@ def carried_over(source: Contents, names: Names, factors: Mapping[str, float] | 
     Biases of lora_B get the scale 1, and those of a layer that is multiplied are too.
     """
     adapter = source.adapter
+    source.check_beside()
     carried = Carried()
     for target, layer in source.layers.items():
         if layer.magnitude is not None and target in names.kinds:
