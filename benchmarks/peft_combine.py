@@ -1,6 +1,7 @@
 """PEFT as its documentation combines: load adapters into a model, `add_weighted_adapter`, save.
 
-python benchmarks/peft_combine.py CONFIG.json OUT RANK ADAPTER... prints the seconds of the call as JSON.
+python benchmarks/peft_combine.py CONFIG.json OUT RANK full|reduced ADAPTER... prints the seconds of the call as JSON.
+PEFT's own default is `full`: all singular vectors, most of which it then drops.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-def main(config: str, out: str, rank: str, *adapters: str) -> None:
+def main(config: str, out: str, rank: str, kind: str, *adapters: str) -> None:
     with open(config) as stream:
         model = LlamaForCausalLM(LlamaConfig(**json.load(stream))).to(torch.bfloat16)
     # an adapter called "0" would take layer 0 out of what PEFT saves
@@ -23,7 +24,14 @@ def main(config: str, out: str, rank: str, *adapters: str) -> None:
     for name, path in zip(names[1:], adapters[1:], strict=True):
         wrapped.load_adapter(path, adapter_name=name)
     started = time.perf_counter()
-    wrapped.add_weighted_adapter(names, [1.0] * len(names), "combined", combination_type="svd", svd_rank=int(rank))
+    wrapped.add_weighted_adapter(
+        names,
+        [1.0] * len(names),
+        "combined",
+        combination_type="svd",
+        svd_rank=int(rank),
+        svd_full_matrices=kind == "full",
+    )
     seconds = time.perf_counter() - started
     wrapped.save_pretrained(out, selected_adapters=["combined"])
     print(json.dumps({"seconds": seconds}))

@@ -27,6 +27,7 @@ EXPONENT = {
     "F16": ("<u2", 0x7C00),
     "BF16": ("<u2", 0x7F80),
 }
+PIECE = 4 << 20  # bytes that are looked at together
 INTEGER_NAMES = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}  # of indices
 
 
@@ -81,6 +82,12 @@ class StoredTensor:
         with self.file.open() as descriptor:
             read_exactly(descriptor, memoryview(raw), self.file.position(self.info), self.file.path)
         return np.frombuffer(raw, dtype=kind), mask
+
+    def finite(self) -> bool:
+        """Whether no value is NaN or infinite; whole numbers are none."""
+        if self.info.dtype not in EXPONENT:
+            return True
+        return not any(bool(((bits & mask) == mask).any()) for bits, mask in pieces(self.file, self.info))
 
 
 @dataclass(frozen=True)
@@ -199,6 +206,19 @@ class Adapter:
     def digests(self) -> dict[str, str]:
         """SHA-256 of the weights and of the config, by file name."""
         return {path.name: sha256_of(path) for path in (self.file.path, self.config_file)}
+
+
+def pieces(file: SafeFile, info: TensorInfo) -> Iterator[tuple[NDArray[Any], int]]:
+    """The values of a tensor as unsigned integers, with the mask of their exponent, some at a time."""
+    import numpy as np
+
+    kind, mask = EXPONENT[info.dtype]
+    raw = bytearray(min(PIECE, info.nbytes))
+    with file.open() as descriptor:
+        for at in range(0, info.nbytes, PIECE):
+            part = memoryview(raw)[: min(PIECE, info.nbytes - at)]
+            read_exactly(descriptor, part, file.position(info) + at, file.path)
+            yield np.frombuffer(part, dtype=kind), mask
 
 
 def adds_zero(update: Update) -> bool:

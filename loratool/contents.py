@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from loratool.adapter import stored_tensors
 from loratool.errors import FitError, InputError, printable
 from loratool.lowrank import Product
 from loratool.updates import Add, ExpertFactors, LowRank, Magnitude, Replace, ReplaceRows, Residual, Update
@@ -133,6 +134,16 @@ class Contents:
             self.adapter.check_values()
             raise InputError(f"{printable(self.adapter.file.path)}: factors times their scaling overflow")
         return product
+
+    def check_beside(self) -> None:
+        """Raise `InputError` naming every tensor that holds what is no number, where one beside the factors does."""
+        tables = (self.biases, self.saved, self.bases, self.rows)
+        updates = [
+            *(u for table in tables for u in table.values()),
+            *(layer.magnitude for layer in self.layers.values()),
+        ]
+        if not all(tensor.finite() for update in updates for tensor in stored_tensors(update)):
+            self.adapter.check_values()
 
     def load(self, target: str, device: torch.device, dtype: torch.dtype) -> Product:
         """The product of a layer, checked."""

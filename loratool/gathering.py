@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapter import EXPONENT, StoredTensor, same_values, stored_tensors
+from loratool.adapter import StoredTensor, same_values
 from loratool.binding.orientation import peft_version
 from loratool.contents import Contents, Kind, Layer
 from loratool.errors import FitError, UsageError, printable
-from loratool.formats.peft.spelling import Names, saved_whole, token_rows, was_inside
+from loratool.formats.peft.spelling import Names, token_rows, was_inside
 from loratool.ranks import by_pattern
 from loratool.saving import Carried, torch_dtype
 
@@ -169,7 +169,8 @@ class Beside:
         """Biases of lora_B add up with the weights; what is saved whole or by rows stays, and where adapters differ
         about it, the policy decides. Raises `FitError` telling every difference that it refuses.
         """
-        self.check_values()
+        for source in self.sources:
+            source.check_beside()
         self.add_biases()
         self.keep_saved()
         self.keep_rows()
@@ -179,16 +180,6 @@ class Beside:
                 self.problems,
             )
         return self.carried
-
-    def check_values(self) -> None:
-        """Raise `InputError` where a value that no layer's factors hold is no number."""
-        for source in self.sources:
-            for table in (source.biases, source.saved, source.bases, source.rows):
-                for tensor in (t for update in table.values() for t in stored_tensors(update)):
-                    if tensor.info.dtype in EXPONENT:
-                        bits, mask = tensor.bits()
-                        if ((bits & mask) == mask).any():
-                            source.adapter.check_values()
 
     def add_biases(self) -> None:
         """λ Σ w · s · bias for every layer that has one."""
@@ -242,7 +233,7 @@ class Beside:
                 inside = target in source.bases or was_inside(source.adapter.sources.get(target, ()))
                 everything.setdefault((target, inside), []).append((at, value))
         for (target, inside), found in everything.items():
-            name = saved_whole(target, inside)
+            name = self.names.whole(target, inside)
             first = found[0][1]
             if any(value.shape != first.shape for _, value in found):
                 self.problems.append(f"{printable(target)}: saved whole in several shapes")

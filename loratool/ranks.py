@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -77,18 +78,27 @@ class RankRule:
         return self.kind != "rank"
 
     def choose(
-        self, layers: Mapping[str, Layer], energies: Mapping[str, Sequence[float]], itemsize: int
+        self,
+        layers: Mapping[str, Layer],
+        energies: Mapping[str, Sequence[float]],
+        itemsize: int,
+        pairs: Sequence[tuple[str, str]] = (),
     ) -> dict[str, int]:
         """The rank of each layer, 0 for one that a budget leaves nothing; `itemsize` is that of the stored factors."""
         if self.kind == "rank":
             self.check_limits(layers)
             ranks = dict.fromkeys(layers, int(self.number))
         elif self.kind == "budget":
-            ranks = self.spend(layers, energies, itemsize)
+            ranks = self.spend(layers, energies, itemsize, pairs)
         else:
             ranks = {target: max(1, self.enough(energies[target])) for target in layers}
         if self.uniform:
             most = max(ranks.values())
+            if self.kind == "budget":
+                each = sum(layers[t].parameters for t, rank in ranks.items() if rank) * (
+                    itemsize if self.in_bytes else 1
+                )
+                most = min(most, int(self.number // each))
             ranks = {target: most if rank else 0 for target, rank in ranks.items()}
         return ranks
 
@@ -119,17 +129,25 @@ class RankRule:
         return rank
 
     def spend(
-        self, layers: Mapping[str, Layer], energies: Mapping[str, Sequence[float]], itemsize: int
+        self,
+        layers: Mapping[str, Layer],
+        energies: Mapping[str, Sequence[float]],
+        itemsize: int,
+        pairs: Sequence[tuple[str, str]] = (),
     ) -> dict[str, int]:
         """Ranks where they keep most for their cost: one sort over all singular values of all layers."""
         weights = self.weights_of(layers)
         costs = {target: layer.parameters * (itemsize if self.in_bytes else 1) for target, layer in layers.items()}
+        worth = {t: [weights[t] * energy for energy in values] for t, values in energies.items()}
+        for one, other in pairs:  # of one rank: bought together
+            worth[one] = [a + b for a, b in itertools.zip_longest(worth[one], worth.pop(other), fillvalue=0.0)]
+            costs[one] += costs.pop(other)
         items = sorted(
             (
-                (-weights[target] * energy / costs[target], target, at)
-                for target, values in energies.items()
+                (-energy / costs[target], target, at)
+                for target, values in worth.items()
                 for at, energy in enumerate(values)
-                if weights[target] * energy > 0
+                if energy > 0
             ),
         )
         ranks = dict.fromkeys(layers, 0)
@@ -142,9 +160,10 @@ class RankRule:
                 continue
             left -= costs[target]
             ranks[target] = at + 1
+        ranks |= {other: ranks[one] for one, other in pairs}
         if not any(ranks.values()):
             raise UsageError(
-                f"--budget {self.told}: too little for rank 1 of any layer; the smallest takes "
+                f"--{self.told}: too little for rank 1 of any layer; the smallest takes "
                 f"{min(costs.values())}{' bytes' if self.in_bytes else ' parameters'}"
             )
         return ranks

@@ -30,6 +30,7 @@ from loratool.lowrank import (
     singular_values,
     truncated,
 )
+from loratool.lowrank.products import negligible
 from loratool.ranks import RankRule
 from loratool.safefile import FLOAT_NAMES, read_safefile
 from loratool.saving import Form, Rounded, adapter_output, carried_over, factor_tensors, files_beside, kept_dtype
@@ -38,6 +39,8 @@ from loratool.working import Batch, PathLike, Progress, Session, batches, sessio
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+ZERO = "nothing to resize: every update is zero (an untrained adapter has B = 0)"
 
 
 @dataclass(frozen=True)
@@ -150,10 +153,16 @@ def resize(
         resizer = Resizer(contents, grams, at_work)
         kept = kept_dtype([contents], dtype)
         energies = resizer.energies() if rule.needs_values else {}
-        chosen = rule.choose(contents.layers, energies, kept.itemsize)
-        for pair in Names({t: layer.kind for t, layer in contents.layers.items()}).attention_pairs():
+        if energies and not grams and not any(map(any, energies.values())):
+            raise FitError(ZERO)
+        pairs = Names({t: layer.kind for t, layer in contents.layers.items()}).attention_pairs()
+        chosen = rule.choose(contents.layers, energies, kept.itemsize, pairs)
+        for pair in pairs:
             chosen |= dict.fromkeys(pair, max(chosen[t] for t in pair))  # PEFT gives both one rank
         ranks = {t: r for t, r in chosen.items() if r}
+        dropped = tuple(t for t, r in chosen.items() if not r)
+        # of ΔW itself, which `energies` is not under a calibration
+        left_out = sum(length(contents.load(t, at_work.device, at_work.dtype)) ** 2 for t in dropped)
         kinds = {t: contents.layers[t].kind for t in ranks}
         forms = {t: Form.of(contents.layers[t], r) for t, r in ranks.items()}
         carried = carried_over(contents, Names(kinds))
@@ -178,19 +187,19 @@ def resize(
                 if progress:
                     progress(len(modules), len(ranks))
             if not any(layer.norm for layer in modules.values()):
-                raise FitError("nothing to resize: every update is zero (an untrained adapter has B = 0)")
+                raise FitError(ZERO)
             output.carry(carried)
             config = describe(
                 [contents.config],
                 kinds,
                 ranks,
                 whole_names=len(ranks) < len(chosen),
+                dropped=dropped,
                 dora=contents.dora,
                 lora_bias=bool(contents.biases),
                 tokens=carried.tokens,
             )
-            dropped = sum(sum(energies[t]) for t, r in chosen.items() if not r)
-            totals = total(contents, modules, dropped, kept.itemsize)
+            totals = total(contents, modules, left_out, kept.itemsize)
             provenance = {
                 "made_by": "loratool resize",
                 "command": words,
@@ -205,9 +214,16 @@ def resize(
         rule=rule.told,
         totals=totals,
         modules=dict(sorted(modules.items())),
-        dropped=tuple(t for t, r in chosen.items() if not r),
+        dropped=dropped,
         dtype=str(kept).removeprefix("torch."),
-        notes=tuple(remarks(contents, modules)),
+        notes=(
+            *remarks(contents, modules),
+            *(
+                f"{printable(t)} is left out, and with it what its lora_B bias adds"
+                for t in dropped
+                if f"{t.removesuffix('weight')}bias" in contents.biases
+            ),
+        ),
         **at_work.told(started),
     )
 
@@ -243,11 +259,12 @@ class Resizer:
         return Product(torch.stack([p.up for p in loaded]), torch.stack([p.down for p in loaded]))
 
     def energies(self) -> dict[str, list[float]]:
-        """The squares of each layer's singular values, without its singular vectors."""
+        """The squares of each layer's singular values, without its singular vectors; rounding counts as zero."""
         found: dict[str, list[float]] = {}
 
         def work(batch: Batch) -> list[tuple[str, list[float]]]:
             values = singular_values(self.weighed(batch, self.load(batch)))
+            values = values * (values > negligible(values) * values[..., :1])
             return list(zip(batch.targets, added_up(values).tolist(), strict=True))
 
         for some in self.at_work.spread(work, batches(self.contents.layers, self.at_work.device)):
@@ -284,7 +301,9 @@ def root_of(gram: Tensor) -> Tensor:
     import torch
 
     values, vectors = torch.linalg.eigh(gram)
-    root: Tensor = (vectors * values.clamp_min(0).sqrt()[..., None, :]) @ vectors.mT
+    root: Tensor = (
+        vectors * torch.maximum(values, values[..., -1:].clamp_min(0) * 1e-16).sqrt()[..., None, :]
+    ) @ vectors.mT
     return root
 
 

@@ -19,7 +19,7 @@ from loratool.checkpoint import PROVENANCE, sort_side_files
 from loratool.errors import FitError, printable
 from loratool.formats.peft import CONFIG, WEIGHTS
 from loratool.formats.peft.lora import doubles
-from loratool.formats.peft.spelling import Names, saved_whole, shapes, stored, token_rows, was_inside
+from loratool.formats.peft.spelling import Names, shapes, stored, token_rows, was_inside
 from loratool.origins import told_origin
 from loratool.safefile import FLOAT_NAMES, product
 from loratool.staging import Stage, staged
@@ -173,6 +173,7 @@ def copied_output(
 ) -> None:
     """An adapter with the same weights, byte for byte, under another config."""
     weights = source.adapter.file.path
+    source.adapter.check_values()
     with staged(out, uuid.uuid4().hex, source.adapter.file.layout.size, overwrite) as stage:
         stage.copy(WEIGHTS, weights)
         source.adapter.file.check_unchanged()
@@ -193,6 +194,7 @@ def carried_over(source: Contents, names: Names, factors: Mapping[str, float] | 
     Biases of lora_B get the scale 1, and those of a layer that is multiplied are too.
     """
     adapter = source.adapter
+    source.check_beside()
     carried = Carried()
     for target, layer in source.layers.items():
         if layer.magnitude is not None and target in names.kinds:
@@ -200,13 +202,15 @@ def carried_over(source: Contents, names: Names, factors: Mapping[str, float] | 
             carried.tensors[names.magnitude(target)] = StoredTensor(adapter.file, adapter.file.tensors[name])
     for target, bias in source.biases.items():
         weight = f"{target.removesuffix('bias')}weight"
+        if weight not in names.kinds:
+            continue  # left out with its layer
         value: Any = bias.value
         loaded = source.load_bias(target) * (factors or {}).get(weight, 1.0)
         carried.tensors[names.bias(weight)] = loaded.to(torch_dtype(value.info.dtype))
     for target, replacement in (*source.saved.items(), *source.bases.items()):
         inside = target in source.bases or was_inside(adapter.sources.get(target, ()))
         stored_value: Any = replacement.value
-        carried.tensors[saved_whole(target, inside)] = stored_value
+        carried.tensors[names.whole(target, inside)] = stored_value
     for target, rows in source.rows.items():
         values: Any = rows.values
         carried.tensors[token_rows(target)] = values

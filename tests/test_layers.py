@@ -47,8 +47,8 @@ ROW = {module: row for row, modules in enumerate(ROWS) for module in modules}
 # Those that work on headers and names. They never import torch, not even inside a function.
 WITHOUT_TORCH = (
     *("errors", "layouts", "safefile", "checkpoint", "staging", "formats", "binding", "companions", "placing", "tying"),
-    *("vocabulary", "planning", "writing", "fitting", "health", "inspecting", "estimating", "decoders", "report", "cli"),
-    *("appending", "ranks", "origins", "fetching", "cards"),
+    *("vocabulary", "planning", "writing", "fitting", "health", "inspecting", "estimating", "decoders", "report"),
+    *("cli", "appending", "ranks", "origins", "fetching", "cards"),
 )
 
 

@@ -21,12 +21,14 @@ from loratool.lowrank import (
     difference,
     gram,
     inner,
+    joint,
     length,
     norm,
     padded,
     side_by_side,
     singular_values,
     sketch,
+    truncated,
 )
 
 
@@ -219,3 +221,168 @@ def test_a_sketch_of_zeros_is_zero() -> None:
     found = sketch(Cut(torch.zeros(30, 20), 8), 4, 4, 2)
     assert not bool(found.found.product().matrix().any())
     assert found.error(4) == 0
+
+
+@pytest.mark.parametrize("product", CASES.values(), ids=CASES)
+def test_a_product_cut_in_shared_coordinates_is_as_near_as_eckart_and_young_say(product: Product) -> None:
+    dense = product.matrix()
+    values = torch.linalg.svdvals(dense)
+    for rank in range(1, min(product.rank, *dense.shape) + 1):
+        cut, found = truncated(product, rank)
+        torch.testing.assert_close(found[: len(values)], values[: len(found)], rtol=1e-12, atol=1e-12)
+        assert cut.rank == rank
+        assert bool(cut.up.isfinite().all())
+        assert bool(cut.down.isfinite().all())
+        error, best = float((dense - cut.matrix()).norm()), float(values[rank:].norm())
+        assert error == pytest.approx(best, rel=1e-9, abs=1e-11 * (1 + float(values[0])))
+        torch.testing.assert_close(cut.up.norm(dim=0), cut.down.norm(dim=1), rtol=1e-9, atol=1e-9)
+    assert joint([product]).sum([1.0]).significant == int(torch.linalg.matrix_rank(dense))
+
+
+@given(st.integers(0, 10_000), st.lists(st.integers(1, 6), min_size=1, max_size=4))
+def test_a_sum_of_products_is_decomposed_as_the_dense_sum_whatever_their_ranks(seed: int, ranks: list[int]) -> None:
+    products = [made(13, 11, rank, seed + at) for at, rank in enumerate(ranks)]
+    coefficients = [(-1.0) ** at * (at + 0.5) for at in range(len(ranks))]
+    dense = torch.stack([c * p.matrix() for c, p in zip(coefficients, products, strict=True)]).sum(0)
+    u, s, vt = torch.linalg.svd(dense, full_matrices=False)
+    found = joint([gauged(p, seed) for p in products]).sum(coefficients)
+    k = min(len(s), len(found.values))
+    torch.testing.assert_close(found.values[:k], s[:k], rtol=1e-8, atol=1e-8 * float(s[0]))
+    kept = found.product(2).matrix()
+    assert float((dense - kept).norm()) == pytest.approx(float(s[2:].norm()), rel=1e-6, abs=1e-8 * float(s[0]))
+    if len(s) > 2 and float(s[1] - s[2]) > 1e-2 * float(s[0]):
+        best = (u[:, :2] * s[:2]) @ vt[:2]
+        assert float((kept - best).norm()) <= 1e-6 * float(s[0])
+
+
+def test_a_sum_that_cancels_is_zero_and_no_nan() -> None:
+    product = made(12, 9, 3)
+    for found in (joint([product, gauged(product)]).sum([1.0, -1.0]), joint([product]).sum([0.0])):
+        kept = found.product(2)
+        assert float(kept.matrix().norm()) <= 1e-10 * float(product.matrix().norm())
+        assert bool(kept.up.isfinite().all())
+        assert bool(kept.down.isfinite().all())
+
+
+def test_a_batch_with_zero_and_deficient_members_is_cut_as_its_members_are() -> None:
+    members = [made(30, 20, 8), deficient(30, 20, 8), Product(torch.zeros(30, 8).double(), made(30, 20, 8).down)]
+    batch = Product(torch.stack([m.up for m in members]), torch.stack([m.down for m in members]))
+    whole = joint([batch])
+    cut = whole.sum([1.0]).product(3)
+    found = decompose(batch)
+    assert bool(found.left.isfinite().all())
+    assert found.significant == 8
+    for at, member in enumerate(members):
+        values = torch.linalg.svdvals(member.matrix())
+        torch.testing.assert_close(found.values[at], values[:8], rtol=1e-12, atol=1e-11)
+        torch.testing.assert_close(cut.up[at] @ cut.down[at], truncated(member, 3)[0].matrix(), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(whole[at].sum([1.0]).values, values[:8], rtol=1e-12, atol=1e-11)
+        assert float(norm(batch)[at]) == pytest.approx(float(values.norm()), abs=1e-12)
+
+
+def test_one_call_gives_the_same_bits_as_another() -> None:
+    product = made(50, 40, 7)
+    for one, other in (
+        (decompose(product).product(), decompose(product).product()),
+        (truncated(product, 3)[0], truncated(product, 3)[0]),
+    ):
+        assert torch.equal(one.up, other.up)
+        assert torch.equal(one.down, other.down)
+        assert bool((one.up.gather(0, one.up.abs().argmax(0, keepdim=True)) > 0).all())
+
+
+@pytest.mark.parametrize("rank", [1, 5, 15])
+def test_float32_and_float64_cut_to_the_same_matrix(rank: int) -> None:
+    left = torch.linalg.qr(made(200, 16, 16).matrix()).Q * 0.6 ** torch.arange(16).double()  # gaps, so that it is one
+    product = Product(left, torch.linalg.qr(made(150, 16, 16, 1).matrix()).Q.T)
+    wanted = truncated(product, rank)[0].matrix()
+    rough = truncated(product.to(torch.float32), rank)[0]
+    assert rough.up.dtype == torch.float32
+    for found in (rough.matrix(), decompose(product.to(torch.float32)).truncated(rank).product().matrix()):
+        assert float((found.double() - wanted).norm()) <= 2e-6 * float(wanted.norm())
+
+
+def test_the_norm_of_factors_whose_columns_cancel_is_right() -> None:
+    one = made(40, 30, 4)
+    step = made(40, 4, 4, 8).matrix() * 1e-7
+    cancelling = Product(torch.cat([one.up + step, -one.up], 1), torch.cat([one.down, one.down]))
+    assert float(norm(cancelling)) == pytest.approx(float((step @ one.down).norm()), rel=1e-6)
+
+
+@pytest.mark.parametrize("distance", [1e-5, 1e-7, 1e-8, 1e-9])
+def test_a_change_of_both_factors_is_measured_where_squares_have_nothing_left(distance: float) -> None:
+    one = made(60, 50, 6)
+    up, down = made(60, 6, 6, 3).matrix() * distance, made(6, 50, 6, 4).matrix() * distance
+    other = Product(one.up + up, one.down + down)
+    wanted = float((up @ one.down + one.up @ down + up @ down).norm())
+    apart = change(one, other)
+    torch.testing.assert_close(apart.matrix(), up @ one.down + one.up @ down + up @ down, rtol=0, atol=1e-6 * wanted)
+    assert math.sqrt(float(inner(apart, apart))) == pytest.approx(wanted, rel=1e-6)
+    assert float(norm(difference(other, one))) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_inner_products_of_batches_add_up_over_their_members_and_are_bilinear() -> None:
+    ups, downs = (
+        [torch.stack([getattr(made(9, 7, 3, 4 * b + s), f) for s in range(3)]) for b in range(2)]
+        for f in ("up", "down")
+    )
+    batches = [Product(up, down) for up, down in zip(ups, downs, strict=True)]
+    dense = torch.stack([b.matrix().flatten() for b in batches])
+    torch.testing.assert_close(gram(batches), dense @ dense.T, rtol=1e-12, atol=1e-10)
+    one, other = batches
+    assert inner(one, other).shape == (3,)
+    torch.testing.assert_close(inner(one.scaled(-2.5), other), -2.5 * inner(one, other))
+    total = side_by_side([one, other])
+    torch.testing.assert_close(inner(total, total), inner(one, one) + 2 * inner(one, other) + inner(other, other))
+    torch.testing.assert_close(norm(total).square(), inner(total, total))
+
+
+@given(st.integers(0, 10_000), st.lists(st.integers(1, 9), min_size=1, max_size=4))
+def test_core_space_of_any_ranks_is_lossless_and_keeps_inner_products(seed: int, ranks: list[int]) -> None:
+    products = [made(8, 6, rank, seed + at) for at, rank in enumerate(ranks)]
+    core = core_space(products)
+    assert core.left.shape[1] <= 8
+    assert core.right.shape[0] <= 6
+    torch.testing.assert_close(core.left.T @ core.left, torch.eye(core.left.shape[1]).double(), rtol=0, atol=1e-10)
+    torch.testing.assert_close(core.right @ core.right.T, torch.eye(core.right.shape[0]).double(), rtol=0, atol=1e-10)
+    for product, matrix in zip(products, core.matrices, strict=True):
+        torch.testing.assert_close(core.product(matrix).matrix(), product.matrix(), rtol=1e-8, atol=1e-8)
+    flat = core.matrices.flatten(1)
+    torch.testing.assert_close(flat @ flat.T, gram(products), rtol=1e-8, atol=1e-7)
+
+
+def test_core_space_of_nothing_but_zeros_is_zero() -> None:
+    zero = Product(torch.zeros(10, 3, dtype=torch.float64), made(10, 8, 3).down)
+    core = core_space([zero, zero])
+    assert bool(core.left.isfinite().all())
+    assert bool(core.right.isfinite().all())
+    assert not bool(core.matrices.any())
+
+
+@pytest.mark.parametrize("shape", [(400, 300), (300, 400), (5, 60), (60, 5)], ids=str)
+def test_a_sketch_of_a_matrix_of_low_rank_finds_all_of_it(shape: tuple[int, int]) -> None:
+    rank = min(4, *shape)
+    dense = made(*shape, rank).matrix()
+    found = sketch(Cut(dense, 33), 12, 8, 2)
+    values = torch.linalg.svdvals(dense)
+    k = min(12, *shape)
+    torch.testing.assert_close(found.found.values, values[:k], rtol=1e-9, atol=1e-7 * float(values[0]))
+    assert found.error(rank) <= 1e-6
+    assert found.error(rank - 1) == pytest.approx(float(values[rank - 1 :].norm() / values.norm()), rel=1e-5)
+    torch.testing.assert_close(found.found.product().matrix(), dense, rtol=0, atol=1e-6 * float(values[0]))
+
+
+def test_a_sketch_knows_the_error_of_every_smaller_rank() -> None:
+    matrix = decaying(1.0, 3)
+    found = sketch(Cut(matrix, 100), 16, 16, 2)
+    size = float(matrix.double().norm())
+    for rank in (1, 5, 16):
+        error = float((matrix.double() - found.found.truncated(rank).product().matrix()).norm()) / size
+        assert found.error(rank) == pytest.approx(error, rel=1e-5)
+
+
+def test_sketches_of_other_seeds_differ_in_their_last_digits_only() -> None:
+    matrix = decaying(1.0)
+    one, other = (sketch(Cut(matrix, 64), 10, 10, 2, seed=seed) for seed in (1, 2))
+    assert not torch.equal(one.found.left, other.found.left)
+    torch.testing.assert_close(one.found.values[:5], other.found.values[:5], rtol=1e-3, atol=0)

@@ -171,3 +171,157 @@ def test_patterns_that_match_nothing_are_refused() -> None:
         choose(rule(budget=100, weights={"nowhere": 2.0}), {"a.weight": [1.0]})
     with pytest.raises(UsageError, match="regular expression"):
         choose(rule(budget=100, weights={"(": 2.0}), {"a.weight": [1.0]})
+
+
+def brute(values: list[float], fits: Any) -> int:
+    return next(rank for rank in range(1, len(values) + 1) if fits(rank))
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=7), st.sampled_from([0.25, 0.5, 0.75, 0.9, 1.0]))
+def test_rules_on_whole_numbers_are_those_of_brute_force(values: list[int], part: float) -> None:
+    """Whole numbers and dyadic parts, so that equality is met as often as not."""
+    squares = [float(v) for v in sorted(values, reverse=True)]
+    total = sum(squares)
+    (kept,) = choose(rule(energy=part), {"a.weight": squares}).values()
+    assert kept == brute(squares, lambda rank: sum(squares[:rank]) >= part * total - 1e-9)
+    (kept,) = choose(rule(error=math.sqrt(1 - part)), {"a.weight": squares}).values()
+    assert kept == brute(squares, lambda rank: sum(squares[rank:]) <= (1 - part) * total + 1e-9)
+    ratio = 1 / (1 - part / 2)
+    (kept,) = choose(rule(ratio=ratio), {"a.weight": squares}).values()
+    assert kept == max(1, sum(math.sqrt(v) > math.sqrt(squares[0]) / ratio * (1 + 1e-12) for v in squares))
+
+
+def test_equal_singular_values_are_kept_as_far_as_is_asked() -> None:
+    four = {"a.weight": [2.0, 2.0, 2.0, 2.0]}
+    assert choose(rule(energy=0.5), four) == {"a.weight": 2}
+    assert choose(rule(energy=0.51), four) == {"a.weight": 3}
+    assert choose(rule(error=0.5), four) == {"a.weight": 3}  # what is lost is a quarter of the squares
+    assert choose(rule(ratio=1.001), four) == {"a.weight": 4}
+    assert choose(rule(budget=60), four) == {"a.weight": 3}
+
+
+@given(st.lists(SPECTRA, min_size=1, max_size=4), st.integers(20, 400), st.sampled_from([1, 2, 4]))
+def test_a_budget_over_layers_of_one_size_is_spent_as_well_as_can_be(
+    spectra: list[list[float]], budget: int, itemsize: int
+) -> None:
+    energies = {f"{at}.weight": values for at, values in enumerate(spectra)}
+    layers: Any = {t: Layer(t.removesuffix(".weight")) for t in energies}
+    asked = rule(budget=f"{budget * itemsize}B") if itemsize > 1 else rule(budget=budget)
+    if not any(values[0] for values in spectra):
+        return
+    found = asked.choose(layers, energies, itemsize)
+    kept = math.fsum(v for t, values in energies.items() for v in values[: found[t]])
+    best = math.fsum(sorted((v for values in spectra for v in values), reverse=True)[: budget // 20])
+    assert kept == pytest.approx(best, rel=1e-12)
+    assert 20 * sum(found.values()) <= budget
+
+
+@given(st.lists(SPECTRA, min_size=1, max_size=3), st.integers(43, 300))
+def test_what_is_left_of_a_budget_buys_no_further_rank(spectra: list[list[float]], budget: int) -> None:
+    sizes = [(10, 10), (20, 5), (3, 40)]
+    energies = {f"{at}.weight": values for at, values in enumerate(spectra)}
+    if not any(values[0] for values in spectra):
+        return
+    found = choose(rule(budget=budget), energies, {f"{at}.weight": sizes[at] for at in range(len(spectra))})
+    costs = {f"{at}.weight": sum(sizes[at]) for at in range(len(spectra))}
+    left = budget - sum(found[t] * costs[t] for t in found)
+    assert left >= 0
+    for target, values in energies.items():
+        more = values[found[target] :]
+        assert not more or more[0] == 0 or costs[target] > left
+
+
+def test_a_budget_for_everything_takes_all_that_is_there_and_no_zeros() -> None:
+    energies = {"a.weight": [3.0, 1e-9, 0.0], "b.weight": [2.0, 1.0, 1.0], "c.weight": [0.0, 0.0]}
+    assert choose(rule(budget="1G"), energies) == {"a.weight": 2, "b.weight": 3, "c.weight": 0}
+
+
+def test_the_first_pattern_that_matches_weighs_a_layer_and_others_weigh_one() -> None:
+    energies = {f"model.{at}.{name}.weight": [1.0] for at in (0, 1) for name in ("q", "v")}
+
+    def first(weights: dict[str, float]) -> list[str]:
+        found = choose(rule(budget=20, weights=weights), energies)
+        return [target for target, rank in found.items() if rank]
+
+    assert first({"v": 2.0}) == ["model.0.v.weight"]
+    assert first({r"model\.1\.v": 3.0, "v": 2.0}) == ["model.1.v.weight"]
+    assert first({"v": 0.5, r"model\.1\.v": 3.0}) == ["model.0.q.weight"]  # the second pattern is never reached
+    assert first({"q": 0.0, r"model\.0\.v": 0.0}) == ["model.1.v.weight"]
+
+
+def test_the_squares_of_weights_are_not_taken() -> None:
+    energies = {"a.weight": [4.0], "b.weight": [1.5]}
+    assert choose(rule(budget=20, weights={"b": 2.0}), energies) == {"a.weight": 1, "b.weight": 0}
+    assert choose(rule(budget=20, weights={"b": 3.0}), energies) == {"a.weight": 0, "b.weight": 1}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "M", "-4M", "+4", "4Q", "1e3", "nan", "inf", "4 M B", "0x10", "1,5k", "4MBs", "MB4", "1.k", "½", "0.5"]
+)
+def test_a_budget_that_says_nothing_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="a number of parameters such as 4M, or of bytes such as 16MB"):
+        rule(budget=text)
+
+
+@pytest.mark.parametrize(
+    ("text", "number", "in_bytes"),
+    [
+        ("1T", 10**12, False),
+        ("2ki", 2048, False),
+        ("0.5MiB", 1 << 19, True),
+        ("100", 100, False),
+        (" 4m ", 4 * 10**6, False),
+        ("1gib", 1 << 30, True),
+    ],
+)
+def test_a_budget_is_read_whatever_its_case_and_spaces(text: str, number: float, in_bytes: bool) -> None:
+    found = rule(budget=text)
+    assert (found.number, found.in_bytes) == (number, in_bytes)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ({"rank": 2.5}, "--rank 2.5: wanted is a whole number"),
+        ({"rank": math.inf}, "a whole number from 1 on"),
+        ({"rank": math.nan}, "a whole number from 1 on"),
+        ({"energy": -0.1}, "--energy -0.1"),
+        ({"energy": math.inf}, "(0, 1]"),
+        ({"error": math.nan}, "[0, 1)"),
+        ({"error": 1.5}, "[0, 1)"),
+        ({"ratio": 0.5}, "above 1"),
+        ({"ratio": math.nan}, "above 1"),
+        ({"ratio": -3}, "above 1"),
+        ({"budget": -7}, "4M"),
+        ({"rank": 1, "energy": 0.5, "budget": 3}, "--rank and --energy and --budget"),
+        ({"energy": 0.5, "weights": {"q": 2.0}}, "for a --budget"),
+        ({"budget": 9, "weights": {"q": math.nan}}, "no number from 0 on"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_name(words: dict[str, Any], told: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(told)):
+        rule(**words)
+
+
+def test_a_budget_too_small_is_refused_with_the_least_that_is_enough() -> None:
+    sizes = {"a.weight": (30, 40), "b.weight": (10, 15)}
+    energies = {"a.weight": [9.0], "b.weight": [1.0]}
+    with pytest.raises(UsageError, match=r"^--budget 24 parameters: too little .* takes 25 parameters"):
+        choose(rule(budget=24), energies, sizes)
+    assert choose(rule(budget=25), energies, sizes) == {"a.weight": 0, "b.weight": 1}
+    with pytest.raises(UsageError, match="takes 50 bytes"):
+        choose(rule(budget="49B"), energies, sizes)
+
+
+@given(st.lists(SPECTRA, min_size=1, max_size=3), st.integers(43, 300))
+def test_a_budget_is_a_ceiling_also_where_all_layers_get_one_rank(spectra: list[list[float]], budget: int) -> None:
+    sizes = [(10, 10), (20, 5), (3, 40)]
+    energies = {f"{at}.weight": values for at, values in enumerate(spectra)}
+    try:
+        found = choose(
+            rule(budget=budget, uniform=True), energies, {f"{at}.weight": sizes[at] for at in range(len(spectra))}
+        )
+    except UsageError:
+        return
+    assert sum(found[f"{at}.weight"] * sum(sizes[at]) for at in range(len(spectra))) <= budget
+    assert len({rank for rank in found.values() if rank}) == 1

@@ -238,6 +238,29 @@ def test_nan_is_refused_and_nothing_written(bench: Workbench) -> None:
     bench.refuses("rescale", bench.adapter, "-o", bench.out, "--frobenius", "1", told=["holds NaN"], code=3)
 
 
+@pytest.mark.parametrize("command", ["rescale --scale 2", "rescale --scale 2 --bake", "resize --rank 2"])
+@pytest.mark.parametrize(
+    ("part", "settings"),
+    [
+        ("linear.lora_A.weight", {}),
+        ("head.weight", {"modules_to_save": ["head"]}),
+        ("linear.lora_B.bias", {"lora_bias": True}),
+        ("linear.lora_magnitude_vector", {"use_dora": True}),
+    ],
+)
+def test_nan_anywhere_in_an_adapter_is_refused(
+    part: str, settings: dict[str, Any], command: str, bench: Workbench, tmp_path: Path
+) -> None:
+    pair = train(tmp_path / "made", make_zoo(), LoraConfig(r=3, lora_alpha=5, target_modules=["linear"], **settings))
+    weights = pair.adapter / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    broken = next(name for name in tensors if name.endswith(part))
+    tensors[broken].view(-1)[-1] = float("nan")
+    save_file(tensors, weights)
+    name, *options = command.split()
+    bench.refuses(name, pair.adapter, "-o", bench.out, *options, told=[broken, "holds NaN"], code=3)
+
+
 def test_a_dry_run_tells_the_same_and_writes_nothing(bench: Workbench) -> None:
     dry = json.loads(
         bench.run("rescale", bench.adapter, "-o", bench.out, "--scale", "2", "--bake", "--dry-run", "--json").out

@@ -16,7 +16,7 @@ from loratool.cards import command
 from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.contents import Kind
 from loratool.errors import FitError, InputError, UsageError, printable
-from loratool.extracting.differences import Difference, NotFiniteError, Part, Rule, decomposed, pieces
+from loratool.extracting.differences import Difference, NotFiniteError, Part, Rule, decomposed
 from loratool.extracting.pairing import Change, Pairing, is_table, pair
 from loratool.fetching import local
 from loratool.formats.peft.describing import describe
@@ -34,7 +34,6 @@ from loratool.working import PathLike, Progress, Session, session
 if TYPE_CHECKING:
     import torch
 
-    from loratool.adapter import StoredTensor
 
 MOST_RANK = 32  # where no number is given: what servers take by their defaults or nearly so, and noise seldom fills
 HELD = 512 << 20  # bytes of differences in float32 that stay in memory; larger ones are read again for every pass
@@ -349,7 +348,7 @@ def open_model(path: Path, role: str) -> Checkpoint:
 
 def check_saved(found: Pairing) -> None:
     """Raise `InputError` naming what is to be saved whole and holds NaN or infinite values."""
-    broken = [name for name, tensor in (found.whole | found.biases).items() if not finite(tensor)]
+    broken = [name for name, tensor in (found.whole | found.biases).items() if not tensor.finite()]
     if broken:
         raise InputError(
             f"{found.tuned.name}: no adapter is made of these:",
@@ -363,12 +362,8 @@ def broken_tensors(found: Pairing) -> list[str]:
         f"{printable(change.target)} of {role} holds NaN or infinite values"
         for change in found.changes.values()
         for role, tensor in (("BASE", change.base), ("TUNED", change.tuned))
-        if not finite(tensor)
+        if not tensor.finite()
     ]
-
-
-def finite(tensor: StoredTensor) -> bool:
-    return all(bool(values.isfinite().all()) for _, values in pieces(tensor, torch_dtype(tensor.info.dtype)))
 
 
 def refuse_nothing(found: Pairing) -> None:

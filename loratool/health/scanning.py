@@ -6,21 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapter import EXPONENT, stored_tensors
+from loratool.adapter import EXPONENT, pieces, stored_tensors
 from loratool.errors import printable
 from loratool.health.findings import Finding, command, some
-from loratool.safefile import read_exactly
 from loratool.updates import ExpertFactors, LowRank, Replace, ReplaceRows
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from numpy.typing import NDArray
-
     from loratool.adapter import Adapter
     from loratool.safefile import SafeFile, TensorInfo
 
-PIECE = 4 << 20  # bytes that are looked at together
 LARGEST_FLOAT16 = 65504.0
 MANY = 0.01  # the part of a tensor's values from which on subnormal ones are told
 
@@ -51,19 +47,6 @@ def scan(file: SafeFile, info: TensorInfo) -> Scan:
         magnitudes[special] = 0
         largest = max(largest, value_of(int(magnitudes.max()), info.dtype))
     return Scan(info.elements, nonfinite, zeros, subnormal, largest)
-
-
-def pieces(file: SafeFile, info: TensorInfo) -> Iterator[tuple[NDArray[Any], int]]:
-    """The values of a tensor as unsigned integers, with the mask of their exponent."""
-    import numpy as np
-
-    kind, mask = EXPONENT[info.dtype]
-    raw = bytearray(min(PIECE, info.nbytes))
-    with file.open() as descriptor:
-        for at in range(0, info.nbytes, PIECE):
-            part = memoryview(raw)[: min(PIECE, info.nbytes - at)]
-            read_exactly(descriptor, part, file.position(info) + at, file.path)
-            yield np.frombuffer(part, dtype=kind), mask
 
 
 def value_of(bits: int, dtype: str) -> float:

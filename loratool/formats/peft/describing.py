@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ def describe(
     ranks: Mapping[str, int],
     *,
     whole_names: bool = False,
+    dropped: Sequence[str] = (),
     dora: bool = False,
     lora_bias: bool = False,
     tokens: Mapping[str, Sequence[int]] | None = None,
@@ -41,6 +43,9 @@ def describe(
     config.update(scaling_fields({own[t]: rank for t, rank in ranks.items() if t in own}))
     layers = [module for target, module in own.items() if kinds[target] is not Kind.PARAMETER]
     config.update({"target_modules": sorted(layers) or None} if whole_names else target_fields(configs, layers))
+    gone = [target.removesuffix(".weight") for target in dropped]
+    if any(module.endswith(f".{layer}") for module in gone for layer in layers):  # PEFT would adapt them again
+        config["target_modules"] = "|".join(re.escape(layer) for layer in sorted(layers))
     if parameters := sorted(target for target, kind in kinds.items() if kind is Kind.PARAMETER):
         config["target_parameters"] = parameters if whole_names else parameters_of(configs, parameters)
     biases = {c.get("bias") or "none" for c in configs}

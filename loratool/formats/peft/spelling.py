@@ -72,6 +72,15 @@ class Names:
         """The name of lora_B's bias, for the target of the weight."""
         return f"{PREFIX}{self.path(target)}.lora_B.bias"
 
+    def whole(self, target: str, inside: bool) -> str:
+        """The name of a tensor that is saved whole; `inside` a layer that was wrapped, if it still is."""
+        module, _, parameter = target.rpartition(".")
+        owners = (target, f"{module}.weight", module + ATTENTION)
+        owner = next((t for t in owners if self.kinds.get(t, Kind.PARAMETER) is not Kind.PARAMETER), None)
+        if inside and owner:
+            return f"{PREFIX}{self.path(owner)}.base_layer.{parameter}"
+        return saved_whole(target, inside and module in self.nested)
+
     def magnitude(self, target: str) -> str:
         return f"{PREFIX}{self.path(target)}.lora_magnitude_vector"
 
