@@ -369,6 +369,13 @@ def is_twin(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in TWIN_FILES)
 
 
+def holds_weights(path: Path) -> bool:
+    """Whether a base is more than a config."""
+    if path.suffix == ".json" and not path.name.endswith(INDEX_SUFFIX):
+        return False
+    return not (path.is_dir() and (path / "config.json").is_file() and not any(path.glob("*.safetensors")))
+
+
 def read_small(path: Path) -> bytes:
     """The bytes of a JSON file; errors as for every input."""
     try:

@@ -7,13 +7,14 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from loratool.checkpoint import INDEX_SUFFIX, Checkpoint, open_checkpoint, read_small
+from loratool.checkpoint import Checkpoint, holds_weights, open_checkpoint, read_small
 from loratool.decoders import SHAPES
 from loratool.errors import FitError, InputError, UsageError, printable
+from loratool.fetching import headers
 from loratool.layouts.architectures import OUTPUT_HEADS, PACKED_WEIGHTS
 from loratool.layouts.ties import TIED_BY_DEFAULT
 from loratool.safefile import DTYPE_BITS, FLOAT_NAMES, Layout, strict_json
@@ -156,7 +157,9 @@ def estimate(
         raise UsageError("a rank and a target are wanted, such as --rank 8 --target q_proj,v_proj")
     if dtype not in DTYPES:
         raise UsageError(f"dtype {printable(repr(dtype))} is not one of {', '.join(DTYPES)}")
-    return estimate_base(read_base(Path(base)), wanted_ranks, wanted, dtype)
+    with headers(base) as location:
+        found = estimate_base(read_base(location), wanted_ranks, wanted, dtype)
+    return replace(found, path=found.path.replace(printable(location), printable(base)))
 
 
 def as_list(values: str | Iterable[str]) -> list[str]:
@@ -324,10 +327,9 @@ def remarks(base: Base, chosen: Mapping[str, Shape]) -> list[str]:
 
 def read_base(path: Path) -> Base:
     """The base at `path`, from the headers of its files or from its config alone."""
-    config = path if path.suffix == ".json" and not path.name.endswith(INDEX_SUFFIX) else None
-    if config is None and path.is_dir() and (path / "config.json").is_file() and not any(path.glob("*.safetensors")):
-        config = path / "config.json"
-    return base_of_headers(open_checkpoint(path), path) if config is None else base_of_config(config)
+    if holds_weights(path):
+        return base_of_headers(open_checkpoint(path), path)
+    return base_of_config(path / "config.json" if path.is_dir() else path)
 
 
 def base_of_headers(checkpoint: Checkpoint, path: Path) -> Base:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from loratool.checkpoint import INDEX_SUFFIX, PROVENANCE, Checkpoint, open_checkpoint, read_small
+from loratool.checkpoint import PROVENANCE, Checkpoint, holds_weights, open_checkpoint, read_small
 from loratool.contents import Layer, layer_of
 from loratool.errors import InputError, LoratoolError, UsageError, printable
 from loratool.fetching import Role, headers, local
@@ -199,7 +199,9 @@ def inspect(
             """Where it is; of a place on the Hub all that is needed comes here only for its values."""
             return local(operand, role) if values or check else stack.enter_context(headers(operand))
 
-        against = at(base, "model") if base is not None else Path(base_config) if base_config is not None else None
+        against = at(base, "model") if base is not None else None
+        if base_config is not None:
+            against = stack.enter_context(headers(base_config))
         return look_at(at(path, "any"), path, against, tensors, values, check, device, progress)
 
 
@@ -247,13 +249,6 @@ def look_at(
 def is_unsound(facts: Facts) -> bool:
     """Whether a check found a problem, and not notes alone."""
     return any(finding.level == "problem" for finding in facts.findings or ())
-
-
-def holds_weights(path: Path) -> bool:
-    """Whether a base is more than a config."""
-    if path.suffix == ".json" and not path.name.endswith(INDEX_SUFFIX):
-        return False
-    return not (path.is_dir() and (path / "config.json").is_file() and not any(path.glob("*.safetensors")))
 
 
 def is_adapter(location: Path) -> bool:

@@ -410,6 +410,7 @@ def extract(
     """
     from loratool.extracting import extract
 
+    check_access()
     with counter(quiet, "extracting") as progress:
         report = extract(
             base,

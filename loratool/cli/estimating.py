@@ -33,7 +33,7 @@ def estimate(
 ) -> None:
     """Tell what an adapter would have and what training it would take, before there is one.
 
-    BASE is a model folder or file, of which only headers are read, or the config.json of a decoder.
+    BASE is a model folder or file or a place on the Hub, of which only headers are read, or the config.json of a decoder.
 
     \b
     Examples:

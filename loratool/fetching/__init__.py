@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from loratool.adapter import sha256_of
+from loratool.checkpoint import holds_weights
 from loratool.errors import HubError, StorageError, printable
 from loratool.fetching.client import api, asking, is_offline, patiently
 from loratool.fetching.operands import HubPath, parse
@@ -65,7 +66,8 @@ def headers(operand: str | os.PathLike[str]) -> Iterator[Path]:
         remote = look_up(place)
         with outlined(remote, place) as location:
             root = root_of(location, place)
-            put_headers(remote, root, needed(root, location, "any").weights)
+            if holds_weights(location):
+                put_headers(remote, root, needed(root, location, "any").weights)
             yield location
 
 
