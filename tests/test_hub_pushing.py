@@ -352,7 +352,7 @@ def test_interrupted_is_told_with_how_to_go_on(hub: HubServer, client: Client, m
     assert "the same command continues" in ran.err
 
 
-def test_a_merge_and_a_resize_can_push_what_they_write(
+def test_commands_that_write_can_push_what_they_wrote(
     hub: HubServer, client: Client, models: Path, tmp_path: Path
 ) -> None:
     ran = client.works(
@@ -373,7 +373,10 @@ def test_a_merge_and_a_resize_can_push_what_they_write(
     assert set(wanted(tmp_path / "out")) | {"loratool.json"} == set(held(hub, "alice/m"))
     assert names - set(held(hub, "alice/m")) <= {*SECRETS, *UNFINISHED, *OTHERS}
     client.works("resize", models / "adapter", "-o", tmp_path / "small", "--rank", "2", "--push-to-hub", "alice/small")
-    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= set(held(hub, "alice/small"))
+    words = ["extract", models / "model", tmp_path / "out", "-o", tmp_path / "back", "--push-to-hub", "alice/back"]
+    client.works(*words, "--rank", "4")
+    for repo in ("alice/small", "alice/back"):
+        assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= set(held(hub, repo))
 
 
 def test_without_a_token_nothing_is_merged_for_a_push_in_vain(client: Client, models: Path, tmp_path: Path) -> None:
@@ -399,7 +402,7 @@ def test_a_bug_s_traceback_shows_no_token(client: Client, models: Path, capsys: 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "loratool.inspecting.inspect", lambda _path: (_ for _ in ()).throw(RuntimeError(f"Bearer {WRITER}"))
+            "loratool.inspecting.inspect", lambda *_, **__: (_ for _ in ()).throw(RuntimeError(f"Bearer {WRITER}"))
         )
         assert cli.run(["inspect", str(models / "adapter"), "-v"]) == 1
     shown = capsys.readouterr().err

@@ -276,6 +276,45 @@ def test_inspect_of_a_large_model_moves_less_than_a_megabyte(hub: HubServer, cli
     assert not (tmp_path / "home" / "hub").exists()  # and nothing stays
 
 
+def test_an_adapter_is_held_against_a_base_by_headers_alone(hub: HubServer, client: Client, models: Path) -> None:
+    local = json.loads(client.works("inspect", "--json", models / "adapter", "--base", models / "base").out)
+    remote = json.loads(client.works("inspect", "--json", "org/adapter", "--base", "org/base").out)
+    here, there = (table["results"][0] for table in (local, remote))
+    assert [m["places"] for m in there["modules"]] == [m["places"] for m in here["modules"]]
+    assert there["against"]["parameters"] == here["against"]["parameters"]
+    assert all(r.range and r.sent <= 8192 for r in hub.asked("GET", r"\.safetensors$") if r.sent)
+
+
+def test_estimate_moves_headers_only(hub: HubServer, client: Client, models: Path) -> None:
+    words = ("--rank", "8", "--target", "all-linear", "--json")
+    local = json.loads(client.works("estimate", models / "base", *words).out)
+    hub.log.clear()
+    remote = json.loads(client.works("estimate", "org/base@main", *words).out)
+    assert remote.pop("path") == "org/base@main"
+    del local["path"]
+    assert remote == local
+    ranges = [r for r in hub.asked("GET", r"\.safetensors$") if r.sent]
+    assert ranges
+    assert all(r.range and r.sent <= 8192 for r in ranges)
+
+
+@pytest.mark.parametrize("operand", ["org/old", "org/old:config.json"])
+def test_estimate_of_a_repository_of_pickles_takes_its_config(
+    operand: str, hub: HubServer, client: Client, tmp_path: Path
+) -> None:
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 100, "hidden_size": 16}
+    config |= {"intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "old" / "pytorch_model.bin").write_bytes(b"pickled")
+    hub.add("org/old", tmp_path / "old")
+    told = json.loads(client.works("estimate", operand, "--rank", "4", "--target", "q_proj", "--json").out)
+    assert told["ranks"][0]["trainable"] == 2 * 4 * (16 + 16)
+    assert not hub.asked("GET", r"\.bin$")
+    told = json.loads(client.works("inspect", "org/adapter", "--base-config", operand, "--json").out)["results"][0]
+    assert told["against"]["parameters"] == 2 * 100 * 16 + 2 * (4 * 16 * 16 + 3 * 16 * 32 + 2 * 16) + 16
+
+
 def test_a_header_longer_than_the_first_read_is_read_whole(hub: HubServer, client: Client, tmp_path: Path) -> None:
     import numpy as np
 

@@ -270,6 +270,7 @@ def test_a_dry_run_tells_the_same_and_writes_nothing(bench: Workbench) -> None:
     assert dry["modules"] == wet["modules"]
     assert (dry["written"], wet["written"]) == (False, True)
     assert sorted(p.name for p in bench.out.iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "loratool.json",

@@ -883,7 +883,7 @@ def test_a_single_file_has_no_files_beside_it(tmp_path: Path) -> None:
     (adapter / "adapter_model.safetensors").rename(adapter / "mine.safetensors")
     loratool.resize(adapter / "mine.safetensors", tmp_path / "out", rank=2)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        *("adapter_config.json", "adapter_model.safetensors", "loratool.json")
+        *("README.md", "adapter_config.json", "adapter_model.safetensors", "loratool.json")
     ]
 
 
