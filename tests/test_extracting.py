@@ -395,6 +395,22 @@ def test_the_error_that_is_told_is_the_dense_error_and_next_to_the_least(
     assert report.totals.achieved == pytest.approx(layer.achieved)
 
 
+@pytest.mark.parametrize("falling", [0.0, 0.1, 0.5])
+def test_rank_64_is_next_to_the_least_error_where_the_spectrum_hardly_falls(falling: float, tmp_path: Path) -> None:
+    """0: a difference that is noise and nothing else."""
+    if falling:
+        change = spectrum(1100, 700, torch.arange(1, 701, dtype=torch.float64) ** -falling)
+    else:
+        change = torch.randn(1100, 700, generator=seeded(5), dtype=torch.float64) / 700
+    name = "m.q_proj.weight"
+    base = save(tmp_path / "b", {name: torch.zeros(1100, 700)})
+    tuned = save(tmp_path / "t", {name: change.float()})
+    report = extract(base, tuned, tmp_path / "out", rank=64)
+    values = torch.linalg.svdvals(change.float().double())
+    least = float(values[64:].square().sum().sqrt() / values.square().sum().sqrt())
+    assert report.modules[name].achieved <= 1.003 * least
+
+
 SPECTRA: Mapping[str, Tensor] = {
     "slow": torch.arange(1, 301, dtype=torch.float64) ** -0.5,
     "fast, then flat": torch.exp(-torch.arange(300, dtype=torch.float64) / 8) + 1e-2,
