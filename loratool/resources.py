@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 CPU_BLOCK = 4 << 20  # bytes of weight: near a core's cache
 # bytes of weight: hides the latency of a transfer. Pinned memory comes in powers of two, and a block has pages around it
-CUDA_BLOCK = (8 << 20) - 2 * PAGE
+CUDA_BLOCK = (4 << 20) - 2 * PAGE
 COPY_CHUNK = 4 << 20  # bytes of one copy
 MOST_SHELVED = 4  # updates that several spans share and that stay in memory for the next one
 SMALLEST_BLOCK = 64 << 10
 WAITING_WORKERS = 2  # for the disk, at any time
 MOST_WORKERS = 16  # more than this a disk seldom keeps up with
-GPU_WORKERS = 4  # per GPU
+GPU_WORKERS = 8  # per GPU: most of them wait for the disk
 RUNTIME_MEMORY = 256 << 20  # bytes: Python, torch and its libraries, before any work
 CUDA_MEMORY = 600 << 20  # bytes of host memory that the CUDA libraries take besides
 CUDA_WORKING_MEMORY = 512 << 20  # bytes of host memory that kernels take when they first run
