@@ -32,7 +32,7 @@ class Terminated(KeyboardInterrupt):
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=EXIT_CODES)
 @click.version_option(__version__, prog_name="loratool")
 def cli() -> None:
-    """Merge and inspect LoRA adapters on checkpoint files, without loading the model.
+    """Merge, inspect, resize, combine and publish LoRA adapters on checkpoint files, without loading the model.
 
     \b
     Example: loratool merge ./Llama-3.2-1B ./my-adapter -o ./merged
