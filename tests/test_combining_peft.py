@@ -208,6 +208,21 @@ def test_the_doubled_projection_of_an_attention_stays_what_its_release_makes_of_
             torch.testing.assert_close(tensor, wanted, rtol=1e-6, atol=2e-6)
 
 
+def test_a_trained_bias_inside_an_attention_is_found_again_by_peft(tmp_path: Path) -> None:
+    model = make_zoo()
+    one, other = (
+        adapt(tmp_path / name, model, at + 1, r=2, target_modules=["attention"], bias="lora_only")
+        for at, name in enumerate("ab")
+    )
+    loratool.combine([one, other], tmp_path / "out", saved="first")
+    wanted, found = (load_file(folder / "adapter_model.safetensors") for folder in (one, tmp_path / "out"))
+    biases = {name for name in wanted if name.endswith("bias")}
+    assert biases
+    assert biases == {name for name in found if name.endswith("bias")}
+    assert all(torch.equal(found[name], wanted[name]) for name in biases)
+    loaded(tmp_path / "out", model)
+
+
 def change_config(folder: Path, **fields: Any) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
