@@ -169,7 +169,7 @@ def combine(
         method, len(paths), space, rank, rank_policy, density, window, outliers, factor, match_norm, sign, normalize,
         iso_beta, row_wise, svc, seed, saved,
     )  # fmt: skip
-    shares = list(weights) if weights else [1.0] * len(paths)
+    shares = list(weights) if weights is not None else [1.0] * len(paths)
     if len(shares) != len(paths):
         raise UsageError(f"{len(shares)} weights for {len(paths)} adapters; give one for each, or none")
     target = check_target(Path(out), paths, overwrite or dry_run)
@@ -236,7 +236,7 @@ def combine(
         totals=totals,
         modules=dict(sorted(modules.items())),
         dtype=str(dtype_kept).removeprefix("torch."),
-        notes=tuple(remarks(sources, layers, beside.notes)),
+        notes=tuple(remarks(sources, layers, modules, beside.notes)),
         **at_work.told(started),
     )
 
@@ -263,6 +263,8 @@ def refuse(sources: Sequence[Contents], layers: Mapping[str, Sequence[Share]], r
                 f"--rank {recipe.rank} is above what these weights allow; {limit} is the most that all of them do:",
                 (f"{printable(t)}: {layer.rows} × {layer.columns}" for t, layer in small.items()),
             )
+    if recipe.method == "model_stock" and any(share.weight != 1 for found in layers.values() for share in found):
+        raise UsageError("model_stock is the mean of runs of one task and takes no weights")
     if recipe.divides:
         sums = {t: math.fsum(share.weight for share in f) for t, f in layers.items()}
         if cancelling := [t for t, f in layers.items() if not sums[t] and (len(f) > 1 or f[0].weight)]:
@@ -468,7 +470,12 @@ def common_files(sources: Sequence[Contents]) -> dict[str, Path]:
     return found
 
 
-def remarks(sources: Sequence[Contents], layers: Mapping[str, Sequence[Share]], found: Sequence[str]) -> Iterator[str]:
+def remarks(
+    sources: Sequence[Contents],
+    layers: Mapping[str, Sequence[Share]],
+    modules: Mapping[str, CombinedLayer],
+    found: Sequence[str],
+) -> Iterator[str]:
     """What a user of the result should know."""
     if len(sources) == 1:
         yield "one adapter only: there is nothing to combine it with"
@@ -476,11 +483,13 @@ def remarks(sources: Sequence[Contents], layers: Mapping[str, Sequence[Share]], 
     if len(bases) > 1:
         yield f"the adapters name different bases ({', '.join(sorted(map(printable, bases)))}); their shapes agree"
     for at, source in enumerate(sources):
-        zero = not any(share.adapter == at for shares in layers.values() for share in shares)
-        if zero:
+        if not any(share.adapter == at for shares in layers.values() for share in shares):
             yield f"{source.name} has no low-rank update"
-    partial = [t for t, shares in layers.items() if len(shares) < len(sources)]
-    if partial:
+        elif not any(m.parts[source.name].norm for m in modules.values() if source.name in m.parts):
+            yield f"{source.name}: every update is zero (an untrained adapter has B = 0), so it adds nothing"
+    if nothing := [t for t, m in modules.items() if not m.norm]:
+        yield f"{len(nothing)} of {len(modules)} layers come out as zero, {printable(nothing[0])} for one"
+    if partial := [t for t, shares in layers.items() if len(shares) < len(sources)]:
         yield f"{len(partial)} of {len(layers)} layers are not in all adapters, {printable(partial[0])} for one; each is combined of those that have it"
     yield from found
     for source in sources:

@@ -28,6 +28,8 @@ from loratool.working import PathLike, Progress, Session, session
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+LARGEST_SCALE = 3.4e38  # of a float32
+
 
 @dataclass(frozen=True)
 class RescaledLayer:
@@ -125,6 +127,8 @@ def rescale(
             for t, layer in contents.layers.items()
             for f in [wanted[t] * matched.get(t, 1.0)]
         }
+        if huge := [t for t, m in modules.items() if not bake and not abs(m.after) <= LARGEST_SCALE]:
+            raise UsageError("float32 has no scale as large as is asked for:", map(printable, huge))
         if frobenius is not None:
             norm = math.sqrt(math.fsum((sizes[t] * m.factor) ** 2 for t, m in modules.items()))
         provenance = {
@@ -137,8 +141,8 @@ def rescale(
         }
         if bake:
             write_baked(target, contents, modules, at_work, dtype, provenance, overwrite, dry_run)
-        elif not dry_run:
-            write_alphas(target, contents, modules, alpha is not None, provenance, overwrite)
+        else:
+            write_alphas(target, contents, modules, alpha is not None, provenance, overwrite, dry_run)
     return RescaleReport(
         out=target,
         written=not dry_run,
@@ -196,7 +200,8 @@ def by_search(factors: Mapping[str, float], layers: Mapping[str, Layer]) -> dict
         around = {f"(?:.*(?:{pattern}).*)": pattern for pattern in factors}
         matching = match_patterns(around, modules.values())
     except ValueError as error:
-        raise UsageError(f"--match: {str(error).replace(' in rank_pattern or alpha_pattern', '')}") from None
+        told = str(error).replace(" in rank_pattern or alpha_pattern", "")
+        raise UsageError(f"--match: {told.replace('(?:.*(?:', '').replace(').*)', '')}") from None
     found: dict[str, float] = {}
     for target, module in modules.items():
         hits = [pattern for whole, pattern in around.items() if whole in matching[module]]
@@ -268,6 +273,7 @@ def write_alphas(
     reset: bool,
     provenance: Mapping[str, Any],
     overwrite: bool,
+    dry_run: bool,
 ) -> None:
     """The same tensors under another α; `reset` gives up the patterns that there were."""
     kind = contents.config.get("peft_type", "LORA")
@@ -291,13 +297,16 @@ def write_alphas(
         factor = next(iter(factors))
         config["lora_alpha"] = tidy(float(config.get("lora_alpha", 8)) * factor)
         config["alpha_pattern"] = {pattern: tidy(alpha * factor) for pattern, alpha in patterns.items()}
-    copied_output(out, contents, config, provenance, overwrite)
+    if dry_run:
+        contents.adapter.check_values()
+    else:
+        copied_output(out, contents, config, provenance, overwrite)
 
 
 def tidy(alpha: float) -> float | int:
     """α as configs have it: a whole number where it is one."""
     near = round(alpha)
-    return near if abs(alpha - near) <= 1e-9 * max(1.0, abs(alpha)) else alpha
+    return near if abs(alpha - near) <= 1e-9 * abs(alpha) else alpha
 
 
 def write_baked(
@@ -319,7 +328,10 @@ def write_baked(
 
         def work(target: str) -> Rounded:
             found = contents.load(target, at_work.device, at_work.dtype)
-            return output.rounded(target, found.scaled(modules[target].factor))
+            rounded = output.rounded(target, found.scaled(modules[target].factor))
+            if bool(found.up.any()) and not bool(rounded.factors.up.any()):
+                raise FitError(f"{printable(target)}: all of B would be zero in {str(dtype).removeprefix('torch.')}")
+            return rounded
 
         for rounded in at_work.spread(work, modules):
             output.add(rounded)

@@ -228,8 +228,9 @@ def unreadable(path: Path, error: OSError) -> InputError | StorageError:
         case errno.ENOENT if path.is_symlink():
             return InputError(f"{shown}: is a link to {printable(os.readlink(path))}, which does not exist")
         case errno.ENOENT | errno.ENOTDIR:
+            named = HUB_ID.fullmatch(str(path)) and not path.parent.exists()
             hint = f"; for a repository of the Hub run `hf download {path}` and give the folder it prints"
-            return InputError(f"{shown}: no such file or folder{hint if HUB_ID.fullmatch(str(path)) else ''}")
+            return InputError(f"{shown}: no such file or folder{hint if named else ''}")
         case errno.EACCES | errno.EPERM:
             return InputError(f"{shown}: permission denied")
         case errno.ELOOP:

@@ -584,11 +584,24 @@ def test_how_adapters_meet_is_told_by_cosines_overlaps_and_signs(tmp_path: Path)
     assert meeting.sign_conflict == pytest.approx(float((one * other < 0).mean()), abs=0.03)
 
 
-def test_a_result_that_is_zero_keeps_nothing_of_what_went_in(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize("method", ["linear", "svd", "tsv", "iso_c", "magnitude_prune"])
+def test_a_result_that_is_zero_keeps_nothing_of_what_went_in(method: str, rank: int | None, tmp_path: Path) -> None:
+    """What is left of two copies is rounding, which is told neither as a norm nor as an error of the cut."""
     given = adapter(tmp_path / "a", 1)
-    report = loratool.combine([given, given], tmp_path / "out", weights=[1, -1])
-    assert report.totals.norm < 1e-6
-    assert all(np.abs(d).max() < 1e-6 for d in deltas(tmp_path / "out").values())
+    report = loratool.combine([given, given], tmp_path / "out", method=method, weights=[1, -1], rank=rank)
+    assert report.totals.norm == report.totals.error == 0
+    assert all(energy == 0 for energy in report.totals.energy_kept.values())
+    assert any("3 of 3 layers come out as zero" in note for note in report.notes)
+    assert all(np.abs(d).max() == 0 for d in deltas(tmp_path / "out").values())
+
+
+def test_an_adapter_that_was_not_trained_is_told(tmp_path: Path) -> None:
+    given, empty = adapter(tmp_path / "a", 1), adapter(tmp_path / "b", 2, size=0)
+    report = loratool.combine([given, empty], tmp_path / "out", weights=[0.5, 2])
+    assert_alike(deltas(tmp_path / "out"), summed([given], [0.5]))
+    (note,) = (note for note in report.notes if "zero" in note)
+    assert note.startswith("b: every update is zero")
 
 
 def test_energy_is_not_kept_in_directions_that_the_result_does_not_have(tmp_path: Path) -> None:
@@ -656,7 +669,8 @@ def test_a_mean_of_one_is_that_one(tmp_path: Path, method: str) -> None:
     tensors = tensors_of(adapter(tmp_path / "a", 1, {QUERY: 2, VALUE: 2}))
     near = {n: t * 1.1 for n, t in tensors.items() if QUERY in n}
     other = write(tmp_path / "b", near, r=2, lora_alpha=4, target_modules=["q_proj"])
-    loratool.combine([tmp_path / "a", other], tmp_path / "out", method=method, weights=[0.5, 1.5])
+    weights = None if method == "model_stock" else [0.5, 1.5]
+    loratool.combine([tmp_path / "a", other], tmp_path / "out", method=method, weights=weights)
     assert off(deltas(tmp_path / "out")[VALUE], deltas(tmp_path / "a")[VALUE]) < 1e-6
 
 
@@ -728,6 +742,7 @@ WRONG_WORDS: dict[str, tuple[str, list[str]]] = {
     "weights that cancel, slerp": ("--method slerp -w 1 -w -1", ["weights"]),
     "weights that cancel, nuslerp": ("--method nuslerp -w 2 -w -2", ["weights"]),
     "weights that cancel, karcher": ("--method karcher -w 1 -w -1", ["weights"]),
+    "weights without effect": ("--method model_stock -w 1 -w 2", ["model_stock", "no weights"]),
 }
 
 
@@ -749,6 +764,7 @@ def test_the_number_of_adapters_has_to_be_the_methods(bench: Bench) -> None:
 TABLES: dict[str, tuple[str, int, list[str]]] = {
     "no JSON": ("[1,", 3, ["no JSON"]),
     "no list": ('{"q_proj": 1}', 3, ["--weights takes a list"]),
+    "none": ("[]", 2, ["0 weights for 2 adapters"]),
     "too few": ("[1]", 2, ["1 weights for 2 adapters"]),
     "a pattern of nothing": ('[{"k_proj": 2}, 1]', 2, ["weights of one", "k_proj"]),
     "no pattern": ('[{"(": 2}, 1]', 2, ["weights of one", "("]),

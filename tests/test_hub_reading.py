@@ -13,6 +13,7 @@ from hub_client import Client
 from hub_server import STRANGER, WRITER, Fault, HubServer, tokens_on_other_origins
 from safetensors.numpy import load_file, save_file
 
+from loratool import cli
 from loratool.checkpoint import open_checkpoint
 from loratool.errors import InputError, UsageError, without_tokens
 from loratool.fetching import parse, place_of
@@ -117,6 +118,18 @@ def test_what_is_here_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     assert place_of("org/name") is None
     assert place_of("org/other") is not None
+
+
+@pytest.mark.parametrize(
+    "words", [["inspect"], ["resize", "-o", "out", "--rank", "2"], ["estimate", "--rank", "2", "--target", "q"]]
+)
+def test_what_begins_with_a_dot_is_never_asked_for(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A `Path` of ./org/name is org/name: a misspelt folder is none of the Hub's."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.run([*words, "./runs/adaptor"]) == 3
+    assert capsys.readouterr().err == f"Error: {tmp_path}/runs/adaptor: no such file or folder\n"
 
 
 def test_a_path_in_the_cache_tells_repository_and_commit(tmp_path: Path) -> None:

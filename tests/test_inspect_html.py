@@ -307,3 +307,26 @@ def test_a_page_goes_where_a_file_can_be(
 ) -> None:
     assert cli.run(["inspect", str(adapter), "--html", str(tmp_path / target), "-q"]) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("one_file", [False, True], ids=["folder", "file"])
+def test_no_file_of_an_input_becomes_a_page(
+    name: str, one_file: bool, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = tmp_path / "adapter"
+    shutil.copytree(adapter, copied)
+    before = (copied / name).read_bytes()
+    given = copied / name if one_file and name.endswith(".safetensors") else copied
+    words = ["inspect", str(given), "--html", str(copied / name), "--overwrite", "-q"]
+    assert cli.run(words) == 2
+    assert "is a file of an input" in capsys.readouterr().err
+    assert (copied / name).read_bytes() == before
+
+
+def test_a_page_that_lies_in_an_input_is_replaced(adapter: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "adapter"
+    shutil.copytree(adapter, copied)
+    words = ["inspect", str(copied), "--html", str(copied / "page.html"), "-q"]
+    assert cli.run(words) == 0
+    assert cli.run([*words, "--overwrite"]) == 0

@@ -606,3 +606,14 @@ def test_one_file_and_several_paths_are_taken_at_once(tmp_path: Path, capsys: py
     paths = [tmp_path / "other" / "adapter_model.safetensors", tmp_path / "base", tmp_path / "other"]
     assert cli.run(["inspect", "--json", *map(str, paths)]) == 0
     assert [r["kind"] for r in json.loads(capsys.readouterr().out)["results"]] == ["adapter", "checkpoint", "adapter"]
+
+
+def test_a_folder_of_weights_without_a_config_is_not_sent_to_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`folder/adapter_config.json` looks like a name of a repository."""
+    (tmp_path / "folder").mkdir()
+    save_file({"base_model.model.q.lora_A.weight": torch.ones(2, 3)}, tmp_path / "folder" / "adapter_model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["inspect", "folder"]) == 3
+    assert capsys.readouterr().err == "Error: folder/adapter_config.json: no such file or folder\n"

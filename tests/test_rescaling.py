@@ -275,3 +275,46 @@ def test_a_dry_run_tells_the_same_and_writes_nothing(bench: Workbench) -> None:
         "adapter_model.safetensors",
         "loratool.json",
     ]
+
+
+@pytest.mark.parametrize("factor", [1e-11, 1e-30])
+def test_however_weak_an_adapter_gets_its_alpha_is_not_rounded_away(factor: float, tmp_path: Path) -> None:
+    pair = made(tmp_path, alpha_pattern={"linear": 7})
+    loratool.rescale(pair.adapter, tmp_path / "out", scale=factor)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == pytest.approx(5 * factor, rel=1e-9)
+    assert config["alpha_pattern"] == {"linear": pytest.approx(7 * factor, rel=1e-9)}
+
+
+@pytest.mark.parametrize("factor", ["1e300", "1e308"])
+def test_a_scale_that_no_float32_holds_is_refused(factor: str, bench: Workbench) -> None:
+    told = ["float32 has no scale as large", "q_proj"]
+    bench.refuses("rescale", bench.adapter, "-o", bench.out, "--scale", factor, told=told, code=2)
+    bench.refuses(
+        "rescale", bench.adapter, "-o", bench.out, "--scale", factor, "--bake", told=["overflow float32"], code=4
+    )
+
+
+def test_factors_that_would_all_be_zero_are_not_written(bench: Workbench) -> None:
+    """2e-8 is the smallest that float16 has."""
+    words: list[str | Path] = ["rescale", bench.adapter, "-o", bench.out, "--scale", "1e-12", "--bake"]
+    bench.refuses(*words, "--dtype", "float16", told=["all of B would be zero in float16"], code=4)
+    bench.run(*words, "--dtype", "float32")
+    assert all(tensor.any() for tensor in load_file(bench.out / "adapter_model.safetensors").values())
+
+
+@pytest.mark.parametrize("options", [[], ["--bake"]])
+def test_a_dry_run_refuses_what_the_run_does(options: list[str], bench: Workbench) -> None:
+    weights = bench.adapter / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    name = next(iter(tensors))
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, weights)
+    words: list[str | Path] = ["rescale", bench.adapter, "-o", bench.out, "--scale", "2", "--dry-run", *options]
+    bench.refuses(*words, told=[name, "holds NaN"], code=3)
+
+
+@pytest.mark.parametrize("pattern", ["[", "(q_proj", "*"])
+def test_a_pattern_that_is_none_is_told_as_it_was_given(pattern: str, bench: Workbench) -> None:
+    words: list[str | Path] = ["rescale", bench.adapter, "-o", bench.out, "--match", f"{pattern}=2"]
+    bench.refuses(*words, told=[f"'{pattern}'"], code=2)

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 import click
 
 from loratool.cli.publishing import check_access, pushing_options
-from loratool.cli.words import PATH, counter, output_options, show
+from loratool.cli.words import OPERAND, PATH, counter, output_options, show
 from loratool.errors import InputError, UsageError, printable
 from loratool.methods.table import METHODS
 
@@ -52,7 +52,7 @@ def read_json(path: Path | None, option: str, kind: type) -> Any:
 
 
 @click.command()
-@click.argument("adapter", type=PATH)
+@click.argument("adapter", type=OPERAND)
 @OUT
 @click.option("--scale", type=float, help="Factor for every update.")
 @click.option("--alpha", type=float, help="α of every module.")
@@ -120,7 +120,7 @@ def rescale(
 
 
 @click.command()
-@click.argument("adapters", type=PATH, nargs=-1, required=True, metavar="ADAPTER...")
+@click.argument("adapters", type=OPERAND, nargs=-1, required=True, metavar="ADAPTER...")
 @OUT
 @click.option(
     "-w", "--weight", "weights", type=float, multiple=True, help="Weight, once per adapter in order [default: 1]."
@@ -243,7 +243,7 @@ def combine(
             adapters,
             out,
             method=method,
-            weights=read_json(weights_file, "--weights", list) or list(weights) or None,
+            weights=read_json(weights_file, "--weights", list) if weights_file else list(weights) or None,
             space=space,
             rank=rank,
             rank_policy=rank_policy,
@@ -269,7 +269,7 @@ def combine(
 
 
 @click.command()
-@click.argument("adapter", type=PATH)
+@click.argument("adapter", type=OPERAND)
 @OUT
 @click.option("--rank", type=int, help="Rank of every layer; above its own it is filled up with zeros.")
 @click.option("--energy", type=float, help="Part of ‖ΔW‖² that each layer keeps, such as 0.99.")
@@ -356,8 +356,8 @@ class Rank(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 
 
 @click.command()
-@click.argument("base", type=PATH)
-@click.argument("tuned", type=PATH)
+@click.argument("base", type=OPERAND)
+@click.argument("tuned", type=OPERAND)
 @OUT
 @click.option(
     "--rank",
@@ -433,7 +433,7 @@ def extract(
 
 
 @click.command()
-@click.argument("adapters", type=PATH, nargs=-1, required=True, metavar="ADAPTER ADAPTER...")
+@click.argument("adapters", type=OPERAND, nargs=-1, required=True, metavar="ADAPTER ADAPTER...")
 @DEVICE
 @output_options
 def compare(adapters: tuple[Path, ...], device: str, as_json: bool, quiet: bool) -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from loratool.cli.words import PATH, output_options, show
+from loratool.cli.words import OPERAND, output_options, show
 
 
 @click.command()
-@click.argument("base", type=PATH)
+@click.argument("base", type=OPERAND)
 @click.option("--rank", "ranks", type=int, multiple=True, required=True, metavar="R", help="Rank; may be repeated.")
 @click.option(
     "--target",

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import click
 
-from loratool.cli.words import PATH, counter, output_options, show
+from loratool.cli.words import OPERAND, PATH, counter, output_options, show
 from loratool.errors import InputError
 
 
 @click.command()
-@click.argument("paths", type=PATH, nargs=-1, required=True, metavar="PATH...")
-@click.option("--base", type=PATH, metavar="BASE", help="Model that the adapters are for: parameters, places, sizes.")
+@click.argument("paths", type=OPERAND, nargs=-1, required=True, metavar="PATH...")
+@click.option(
+    "--base", type=OPERAND, metavar="BASE", help="Model that the adapters are for: parameters, places, sizes."
+)
 @click.option(
     "--base-config",
     type=PATH,
@@ -52,7 +54,7 @@ def inspect(
     if html is not None:
         from loratool.report.page import check_page
 
-        check_page(html, overwrite)
+        check_page(html, overwrite, [path for path in (*paths, base, base_config) if path])
     facts = []
     for path in paths:
         with counter(quiet, "measuring") as progress:

@@ -8,17 +8,17 @@ from typing import Any
 import click
 
 from loratool.cli.publishing import asked_repo, check_access, pushing_options
-from loratool.cli.words import PATH, PUSH, Size, output_options, progress_bar, show
+from loratool.cli.words import OPERAND, PATH, PUSH, Size, output_options, progress_bar, show
 
 
 @click.command()
-@click.argument("base", type=PATH)
-@click.argument("adapters", type=PATH, nargs=-1, metavar="ADAPTER...")
+@click.argument("base", type=OPERAND)
+@click.argument("adapters", type=OPERAND, nargs=-1, metavar="ADAPTER...")
 @click.option("-o", "--output", "out", type=PATH, metavar="OUT", help="Folder to make.")
 @click.option(
     "--base",
     "named_base",
-    type=PATH,
+    type=OPERAND,
     metavar="BASE",
     help="BASE as an option, then every operand is an ADAPTER; auto is the base that the adapters name.",
 )

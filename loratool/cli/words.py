@@ -21,6 +21,18 @@ PUSH = "loratool.push"  # in a context's meta: what pushes the output
 PATH = click.Path(path_type=Path, readable=False)  # what is wrong with a path, the library says better
 
 
+class Operand(click.Path):
+    """A path, or a place on the Hub. What begins with `./` is a path, which a relative `Path` does not show any more."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and value.startswith("./") and not os.path.lexists(value):
+            value = os.path.abspath(value)
+        return super().convert(value, param, ctx)
+
+
+OPERAND = Operand(path_type=Path, readable=False)
+
+
 class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     """A number of bytes: 5GB, 512MiB, 1000000."""
 

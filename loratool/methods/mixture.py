@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SKETCH_STEPS = 2
+TINY = 1e-150  # the square of less is 0, and a norm says nothing any more
 WEIGHTED_SUMS = ("linear", "cat", "svd", "dare_linear", "breadcrumbs", "magnitude_prune")
 
 
@@ -104,6 +105,8 @@ def mix(shared: Joint, weights: Sequence[float], recipe: Recipe) -> Mixture:
             found = cut(spectrum_of(whole), recipe.rank)
         else:
             found = Mixture(whole, 0.0, float(norm(whole)))
+    if cancels(found, shared, weights, recipe):
+        return Mixture(found.product.scaled(0.0), 0.0, 0.0)
     factor = recipe.factor * matching(found.product, products, share, recipe)
     return Mixture(found.product.scaled(factor), found.lost, abs(factor) * found.whole)
 
@@ -213,6 +216,14 @@ def cut(found: Spectrum, rank: int | None) -> Mixture:
     kept = max(1, found.significant) if rank is None else rank
     lost = math.sqrt(float(squares[kept:].sum()) / total) if total and rank is not None else 0.0
     return Mixture(padded(found.product(kept), kept), lost, math.sqrt(total))
+
+
+def cancels(found: Mixture, shared: Joint, weights: Sequence[float], recipe: Recipe) -> bool:
+    """Whether a sum has nothing left but rounding, which would be told as if it were an update."""
+    if METHODS[recipe.method].family == ELEMENTWISE or recipe.divides or recipe.method == "model_stock":
+        return False
+    sizes = [abs(w) * math.sqrt(max(0.0, float(inner(p, p)))) for p, w in zip(shared.small, weights, strict=True)]
+    return max(sizes) > TINY and found.whole <= negligible(found.product.up) * max(sizes)
 
 
 def matching(result: Product, products: Sequence[Product], weights: Tensor, recipe: Recipe) -> float:

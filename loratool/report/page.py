@@ -61,14 +61,25 @@ def embedded(data: object) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def check_page(path: Path, overwrite: bool) -> None:
-    """Raise `UsageError` where a page may not be written to `path`."""
+def check_page(path: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
+    """Raise `UsageError` where a page may not be written to `path`; of inputs only pages are replaced."""
     if path.is_dir():
         raise UsageError(f"--html {printable(path)}: is a folder; a file is wanted")
     if (path.exists() or path.is_symlink()) and not overwrite:
         raise UsageError(f"--html {printable(path)}: is there already; --overwrite replaces it")
+    place = path.resolve()
+    if path.exists() and not is_page(path) and any(place.is_relative_to(each.resolve()) for each in inputs):
+        raise UsageError(f"--html {printable(path)}: is a file of an input, which is never written to")
     if not path.parent.is_dir():
         raise UsageError(f"--html {printable(path)}: there is no folder {printable(path.parent)}")
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file begins as the template does."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(15) == b"<!doctype html>"
 
 
 def write_page(results: Sequence[Facts], path: Path, overwrite: bool = False) -> None:
