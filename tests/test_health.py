@@ -413,3 +413,23 @@ def test_values_are_scanned_as_numpy_and_torch_see_them(tmp_path: Path) -> None:
         assert found.zeros == int((tensor == 0).sum())
         assert found.subnormal == int(((tensor != 0) & (tensor.abs() < tiny)).sum())
         assert found.largest == pytest.approx(float(finite.abs().max()))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_checkpoint_with_values_that_are_no_numbers_is_found(
+    value: float, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    base = write_base(tmp_path / "base")
+    (weights,) = base.glob("*.safetensors")
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(weights).items()}
+    tensors["model.layers.0.attention.masked_bias"] = torch.tensor([float("-inf")], dtype=torch.float16)
+    save_file(tensors, weights)
+    sound: Any = loratool.inspect(base, check=True)
+    assert not [finding for finding in sound.findings if finding.level == "problem"]
+    tensors["model.embed_tokens.weight"][3, 2] = value
+    save_file(tensors, weights)
+    facts: Any = loratool.inspect(base, check=True)
+    (finding,) = (finding for finding in facts.findings if finding.level == "problem")
+    assert (finding.code, finding.where) == ("not-finite", ("model.embed_tokens.weight",))
+    assert cli.run(["inspect", str(base), "--check", "-q"]) == 3

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapter import EXPONENT, pieces, stored_tensors
+from loratool.adapter import EXPONENT, StoredTensor, pieces, stored_tensors
 from loratool.errors import printable
 from loratool.health.findings import Finding, command, some
 from loratool.updates import ExpertFactors, LowRank, Replace, ReplaceRows
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from loratool.adapter import Adapter
+    from loratool.checkpoint import Checkpoint
     from loratool.safefile import SafeFile, TensorInfo
 
 LARGEST_FLOAT16 = 65504.0
@@ -91,6 +92,24 @@ def look_at_values(adapter: Adapter, path: Path) -> Iterator[Finding]:
             tuple(map(printable, idle)),
         )
     yield from look_at_ranges(adapter, scans, path)
+
+
+def look_at_model(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """What the values of a checkpoint say: NaN and infinity, but for the mask that float16 turns into infinity."""
+    broken = [
+        name
+        for shard in checkpoint.shards
+        for name, info in shard.tensors.items()
+        if not name.endswith("masked_bias") and not StoredTensor(shard, info).finite()
+    ]
+    if broken:
+        yield Finding(
+            "problem",
+            "not-finite",
+            f"NaN or infinite values in {some(broken)}",
+            "",
+            tuple(map(printable, broken)),
+        )
 
 
 def look_at_training(adapter: Adapter, scans: dict[str, Scan]) -> Iterator[Finding]:
