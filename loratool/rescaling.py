@@ -110,7 +110,7 @@ def rescale(
     check(asked, factors, each, bake)
     adapter = local(adapter, "adapter")
     words = command(rescale, locals())
-    target = check_target(Path(out), [Path(adapter)], overwrite or dry_run)
+    target = check_target(Path(out), [Path(adapter)], overwrite or dry_run, adapter=True)
     contents = contents_of(read_adapter(Path(adapter)), "rescale")
     if not contents.layers:
         raise InputError(f"{printable(contents.adapter.file.path)}: no update is in it that has a strength")
