@@ -172,7 +172,7 @@ def combine(
     shares = list(weights) if weights is not None else [1.0] * len(paths)
     if len(shares) != len(paths):
         raise UsageError(f"{len(shares)} weights for {len(paths)} adapters; give one for each, or none")
-    target = check_target(Path(out), paths, overwrite or dry_run)
+    target = check_target(Path(out), paths, overwrite or dry_run, adapter=True)
     sources = named_apart([contents_of(read_adapter(path), "combine") for path in paths])
     layers = gather(sources, shares)
     refuse(sources, layers, recipe)

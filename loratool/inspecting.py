@@ -18,7 +18,7 @@ from loratool.fetching import Role, headers, local
 from loratool.fitting import BaseFacts, Fit, fit_of
 from loratool.formats import Foreign, find_foreign, looks_foreign, peft
 from loratool.formats.peft import support
-from loratool.health import Finding, examine, tell_unreadable
+from loratool.health import Finding, examine, examine_model, tell_unreadable
 from loratool.safefile import strict_json
 from loratool.updates import Add, LowRank, Replace, ReplaceRows
 
@@ -181,7 +181,7 @@ def inspect(
         base_config: its config.json, of a family that `estimate` knows, for the number of parameters alone.
         tensors: list every tensor.
         values: measure every module of an adapter; `loratool.measuring` says what.
-        check: look for what is wrong, which reads the values of an adapter once. What is malformed is then told as
+        check: look for what is wrong, which reads all values once. What is malformed is then told as
             findings, and nothing raised.
         device: to measure on: "auto", "cpu", "cuda" or "cuda:N".
         progress: called with (modules measured, modules in all).
@@ -404,7 +404,7 @@ def look_at_checkpoint(location: Path, path: Path, tensors: bool, check: bool) -
     if tensors:
         facts = replace(facts, listing=tuple(listed(checkpoint.shards)))
     if check:
-        facts = replace(facts, findings=tuple(Finding("note", "remark", note) for note in checkpoint.notes))
+        facts = replace(facts, findings=examine_model(checkpoint))
     return facts
 
 

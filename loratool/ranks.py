@@ -68,7 +68,7 @@ class RankRule:
             raise UsageError(f"--{kind} {printable(value)}: wanted is {wanted}")
         if weights and kind != "budget":
             raise UsageError("weights of layers are for a --budget, which is shared among them")
-        if bad := [pattern for pattern, weight in (weights or {}).items() if not (0 <= weight < math.inf)]:
+        if bad := [pattern for pattern, weight in (weights or {}).items() if not is_weight(weight)]:
             raise UsageError(f"the weight of {printable(bad[0])} is no number from 0 on")
         return cls(kind, number, in_bytes, dict(weights or {}), uniform)
 
@@ -178,6 +178,11 @@ class RankRule:
         """The rule in words, for reports and provenance."""
         unit = (" bytes" if self.in_bytes else " parameters") if self.kind == "budget" else ""
         return f"{self.kind} {self.number:g}{unit}" + (", uniform" if self.uniform else "")
+
+
+def is_weight(value: object) -> bool:
+    """Whether it is a number from 0 on; a table from a file may hold anything."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def by_pattern(table: Mapping[str, float], layers: Mapping[str, Layer], what: str) -> dict[str, float]:

@@ -110,7 +110,7 @@ def rescale(
     check(asked, factors, each, bake)
     adapter = local(adapter, "adapter")
     words = command(rescale, locals())
-    target = check_target(Path(out), [Path(adapter)], overwrite or dry_run)
+    target = check_target(Path(out), [Path(adapter)], overwrite or dry_run, adapter=True)
     contents = contents_of(read_adapter(Path(adapter)), "rescale")
     if not contents.layers:
         raise InputError(f"{printable(contents.adapter.file.path)}: no update is in it that has a strength")
@@ -287,9 +287,20 @@ def write_alphas(
     config = dict(contents.config)
     patterns = config.get("alpha_pattern") or {}
     if uneven or reset:
-        alphas = {
-            module_of(t, contents.layers[t].kind): tidy(alpha_of(contents, t) * m.factor) for t, m in modules.items()
-        }
+        alphas: dict[str, float | int] = {}
+        torn: list[str] = []
+        names = Names({t: x.kind for t, x in contents.layers.items()})
+        for target, layer in modules.items():
+            module = module_of(target, contents.layers[target].kind)
+            if names.inside_attention(target):
+                module = module.removesuffix(".out_proj")  # whose α PEFT takes
+            wanted = alpha_of(contents, target) * layer.factor
+            if not math.isclose(alphas.setdefault(module, tidy(wanted)), wanted, rel_tol=1e-8):
+                torn.append(printable(target))
+        if torn:
+            raise InputError(
+                "PEFT has one α for several weights of a module, and these need others; --bake does it:", torn
+            )
         usual = Counter(alphas.values()).most_common(1)[0][0]
         config["lora_alpha"] = usual
         config["alpha_pattern"] = {anchored(m, alphas): a for m, a in sorted(alphas.items()) if a != usual}

@@ -144,7 +144,7 @@ def resize(
     adapter = local(adapter, "adapter")
     words = command(resize, locals())
     inputs = [adapter, *([Path(calibration)] if calibration is not None else [])]
-    target = check_target(Path(out), inputs, overwrite or dry_run)
+    target = check_target(Path(out), inputs, overwrite or dry_run, adapter=True)
     contents = contents_of(read_adapter(inputs[0]), "resize")
     if not contents.layers:
         raise InputError(f"{printable(contents.adapter.file.path)}: no low-rank update is in it")

@@ -126,8 +126,10 @@ class Stage:
             self.home.rmdir()
 
 
-def check_target(out: Path, inputs: Sequence[Path], overwrite: bool) -> Path:
+def check_target(out: Path, inputs: Sequence[Path], overwrite: bool, adapter: bool = False) -> Path:
     """`out` as it will be written, after every check that can be made before any work.
+
+    What will be an `adapter` replaces nothing but adapters.
 
     Raises:
         UsageError: it exists and `overwrite` is not given, or it is, holds or lies in an input.
@@ -154,6 +156,8 @@ def check_target(out: Path, inputs: Sequence[Path], overwrite: bool) -> Path:
             raise UsageError(f"{shown}: is there already; give --overwrite to replace it")
         if not looks_like_a_model(out):
             raise UsageError(f"{shown}: holds no model, so --overwrite does not replace it; remove it yourself")
+        if adapter and not looks_like_an_adapter(out):
+            raise UsageError(f"{shown}: is no adapter, so --overwrite does not replace it by one; remove it yourself")
     if not os.access(out.parent, os.W_OK | os.X_OK):
         raise StorageError(f"{shown}: the folder {printable(out.parent)} cannot be written to")
     return out
@@ -180,6 +184,11 @@ def inside(path: Path, folder: Path) -> bool:
 def looks_like_a_model(folder: Path) -> bool:
     names = [entry.name for entry in os.scandir(folder)]
     return not names or any(n.endswith(".safetensors") or n in ("config.json", "loratool.json") for n in names)
+
+
+def looks_like_an_adapter(folder: Path) -> bool:
+    names = [entry.name for entry in os.scandir(folder)]
+    return not names or ("adapter_config.json" in names and "config.json" not in names)
 
 
 @contextmanager

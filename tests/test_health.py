@@ -168,7 +168,7 @@ TWO_PATTERNS = {"layers.0.self_attn.q_proj": 4, "q_proj": 16}
 CASES: dict[str, Case] = {
     # what is wrong
     "untrained": Case(zero(), told="every update is zero .6 modules"),
-    "zero-scaling": Case(config={"lora_alpha": 0}, told="α is 0", repair="loratool rescale .* --alpha"),
+    "zero-scaling": Case(config={"lora_alpha": 0}, told="α is 0", repair="set α in adapter_config.json"),
     "partly-untrained": Case(zero("layers.1"), level="note", told="zero in 3 of 6 modules"),
     "ungathered": Case(put(A=torch.empty(0)), told="ZeRO-3", repair="gather"),
     "ungathered, both": Case(put(A=torch.empty(0), B=torch.empty(0))),
@@ -413,3 +413,35 @@ def test_values_are_scanned_as_numpy_and_torch_see_them(tmp_path: Path) -> None:
         assert found.zeros == int((tensor == 0).sum())
         assert found.subnormal == int(((tensor != 0) & (tensor.abs() < tiny)).sum())
         assert found.largest == pytest.approx(float(finite.abs().max()))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_checkpoint_with_values_that_are_no_numbers_is_found(
+    value: float, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    base = write_base(tmp_path / "base")
+    (weights,) = base.glob("*.safetensors")
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(weights).items()}
+    tensors["model.layers.0.attention.masked_bias"] = torch.tensor([float("-inf")], dtype=torch.float16)
+    save_file(tensors, weights)
+    sound: Any = loratool.inspect(base, check=True)
+    assert not [finding for finding in sound.findings if finding.level == "problem"]
+    tensors["model.embed_tokens.weight"][3, 2] = value
+    save_file(tensors, weights)
+    facts: Any = loratool.inspect(base, check=True)
+    (finding,) = (finding for finding in facts.findings if finding.level == "problem")
+    assert (finding.code, finding.where) == ("not-finite", ("model.embed_tokens.weight",))
+    assert cli.run(["inspect", str(base), "--check", "-q"]) == 3
+
+
+@pytest.mark.parametrize("config", [{"lora_alpha": "much"}, {"lora_alpha": None}, {"r": 0}])
+def test_an_alpha_that_cannot_be_read_is_not_told_as_zero(config: dict[str, Any], tmp_path: Path) -> None:
+    facts: Any = loratool.inspect(write(tmp_path / "adapter", sound_tensors(), **config), check=True)
+    assert {f.code for f in facts.findings if f.level == "problem"} == {"config-against-tensors"}
+
+
+def test_a_type_that_is_not_merged_is_not_sent_to_a_merge(tmp_path: Path) -> None:
+    facts: Any = loratool.inspect(write(tmp_path / "adapter", sound_tensors(), peft_type="SOUP"), check=True)
+    assert {f.code for f in facts.findings} == {"not-mergeable", "vllm-type"}
+    assert not [f.repair for f in facts.findings if "loratool merge" in f.repair]

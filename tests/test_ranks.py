@@ -296,6 +296,9 @@ def test_a_budget_is_read_whatever_its_case_and_spaces(text: str, number: float,
         ({"rank": 1, "energy": 0.5, "budget": 3}, "--rank and --energy and --budget"),
         ({"energy": 0.5, "weights": {"q": 2.0}}, "for a --budget"),
         ({"budget": 9, "weights": {"q": math.nan}}, "no number from 0 on"),
+        ({"budget": 9, "weights": {"q": "much"}}, "no number from 0 on"),
+        ({"budget": 9, "weights": {"q": None}}, "no number from 0 on"),
+        ({"budget": 9, "weights": {"q": True}}, "no number from 0 on"),
     ],
 )
 def test_numbers_out_of_range_are_refused_by_name(words: dict[str, Any], told: str) -> None:

@@ -318,3 +318,23 @@ def test_a_dry_run_refuses_what_the_run_does(options: list[str], bench: Workbenc
 def test_a_pattern_that_is_none_is_told_as_it_was_given(pattern: str, bench: Workbench) -> None:
     words: list[str | Path] = ["rescale", bench.adapter, "-o", bench.out, "--match", f"{pattern}=2"]
     bench.refuses(*words, told=[f"'{pattern}'"], code=2)
+
+
+@pytest.mark.parametrize(
+    "options", [{"frobenius": 1.5, "each": True}, {"match": ["out_proj=3"]}], ids=["norm", "match"]
+)
+def test_weights_that_share_an_alpha_get_factors_of_their_own_by_baking_only(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    """PEFT has one α for in_proj and out_proj of an attention."""
+    pair = made(tmp_path, target_modules=["attention", "linear"])
+    with pytest.raises(loratool.InputError, match="--bake") as caught:
+        loratool.rescale(pair.adapter, tmp_path / "out", **options)
+    assert "attention." in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    loratool.rescale(pair.adapter, tmp_path / "out", bake=True, **options)
+    before, after = (delta_by_peft(pair, path) for path in (pair.adapter, tmp_path / "out"))
+    for name in ("attention.in_proj_weight", "attention.out_proj.weight", "linear.weight"):
+        kept = 3.0 if "out_proj" in name else 1.0
+        wanted = 1.5 if "each" in options else kept * float(before[name].norm())
+        assert float(after[name].norm()) == pytest.approx(wanted, rel=1e-5)

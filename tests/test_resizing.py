@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from workbench import Workbench
 
 import loratool
+from loratool.cli import run
 from loratool.errors import FitError, InputError, UsageError
 
 LAYERS = ["embed", "linear", "c_attn", "square", "conv1", "conv2", "conv3"]
@@ -944,6 +945,23 @@ def test_a_folder_that_is_no_adapter_is_never_replaced(tmp_path: Path) -> None:
         with pytest.raises(UsageError):
             loratool.resize(adapter, tmp_path / "out", rank=2, overwrite=overwrite)
         assert picture(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "words", [["resize", "--rank", "2"], ["rescale", "--scale", "2"], ["combine"]], ids=lambda w: w[0]
+)
+def test_a_model_is_never_replaced_by_an_adapter(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = write(tmp_path / "adapter")
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    save_file({"w": torch.ones(2, 2)}, model / "model.safetensors")
+    before = picture(tmp_path)
+    assert run([*words, str(adapter), "-o", str(model), "--overwrite"]) == 2
+    assert "is no adapter" in capsys.readouterr().err
+    assert picture(tmp_path) == before
 
 
 def test_progress_counts_every_layer_once(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def extract(
     rule = Rule.of(rank, energy, max_rank)
     paths = local(base, "model"), local(tuned, "model")
     words = command(extract, {**locals(), "base": paths[0], "tuned": paths[1]})
-    target = check_target(Path(out), paths, overwrite or dry_run)
+    target = check_target(Path(out), paths, overwrite or dry_run, adapter=True)
     before, after = (open_model(path, role) for path, role in zip(paths, ("BASE", "TUNED"), strict=True))
     with session(device, []) as at_work:
         found = pair(before, after, include, exclude)

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING
 from loratool.errors import LoratoolError, printable
 from loratool.formats.peft import CONFIG, keys, patterns, support
 from loratool.health.findings import Finding, command, quoted, some
-from loratool.health.scanning import look_at_values
+from loratool.health.scanning import look_at_model, look_at_values
 from loratool.health.servers import look_at_servers
 from loratool.updates import Residual
 
 if TYPE_CHECKING:
     from loratool.adapter import Adapter
+    from loratool.checkpoint import Checkpoint
     from loratool.fitting import Fit
 
-__all__ = ["Finding", "examine", "tell_unreadable"]
+__all__ = ["Finding", "examine", "examine_model", "tell_unreadable"]
 
 # What a problem of reading is called, by the words that its sentence holds: (code, words, what to do).
 READING = (
@@ -62,6 +63,11 @@ def examine(adapter: Adapter, problems: Sequence[str], path: Path, fit: Fit | No
         ),
     ]
     return tuple(sorted(found, key=lambda finding: finding.level != "problem"))
+
+
+def examine_model(checkpoint: Checkpoint) -> tuple[Finding, ...]:
+    """Everything that is found in a checkpoint, problems first."""
+    return (*look_at_model(checkpoint), *(Finding("note", "remark", note) for note in checkpoint.notes))
 
 
 def as_finding(problem: str) -> Finding:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapter import EXPONENT, pieces, stored_tensors
+from loratool.adapter import EXPONENT, StoredTensor, pieces, stored_tensors
 from loratool.errors import printable
+from loratool.formats.peft import CONFIG
 from loratool.health.findings import Finding, command, some
 from loratool.updates import ExpertFactors, LowRank, Replace, ReplaceRows
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from loratool.adapter import Adapter
+    from loratool.checkpoint import Checkpoint
     from loratool.safefile import SafeFile, TensorInfo
 
 LARGEST_FLOAT16 = 65504.0
@@ -82,15 +84,34 @@ def look_at_values(adapter: Adapter, path: Path) -> Iterator[Finding]:
             tuple(map(printable, broken)),
         )
     yield from look_at_training(adapter, scans)
-    if idle := [target for target, update in adapter.updates.items() if scale_of(update) == 0]:
+    idle = [target for target, update in adapter.updates.items() if scale_of(update) == 0]
+    if idle and has_zero(adapter.config):
         yield Finding(
             "problem",
             "zero-scaling",
             f"α is 0, so the update is zero whatever its factors are, in {some(idle)}; llama.cpp takes it for a scale of 1",
-            command("rescale", path, "--alpha ALPHA"),
+            f"set α in {CONFIG} to what the adapter was trained with",
             tuple(map(printable, idle)),
         )
     yield from look_at_ranges(adapter, scans, path)
+
+
+def look_at_model(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """What the values of a checkpoint say: NaN and infinity, but for the mask that float16 turns into infinity."""
+    broken = [
+        name
+        for shard in checkpoint.shards
+        for name, info in shard.tensors.items()
+        if not name.endswith("masked_bias") and not StoredTensor(shard, info).finite()
+    ]
+    if broken:
+        yield Finding(
+            "problem",
+            "not-finite",
+            f"NaN or infinite values in {some(broken)}",
+            "",
+            tuple(map(printable, broken)),
+        )
 
 
 def look_at_training(adapter: Adapter, scans: dict[str, Scan]) -> Iterator[Finding]:
@@ -131,6 +152,13 @@ def look_at_training(adapter: Adapter, scans: dict[str, Scan]) -> Iterator[Findi
             if there
         )
     yield Finding("problem", "untrained", message, "", where)
+
+
+def has_zero(config: Mapping[str, Any]) -> bool:
+    """Whether an α of the config is 0; one that cannot be read is told by itself."""
+    table = config.get("alpha_pattern")
+    values = [config.get("lora_alpha"), config.get("alpha"), *(table.values() if isinstance(table, dict) else ())]
+    return any(value == 0 and not isinstance(value, bool) for value in values)
 
 
 def scale_of(update: object) -> float | None:

@@ -92,7 +92,7 @@ def look_at_servers(adapter: Adapter, path: Path, fit: Fit | None) -> Iterator[F
             "note",
             "vllm-type",
             f"vLLM and llama.cpp read LoRA's two factors; {kind} has others",
-            f"loratool merge BASE {quoted(path)} -o OUT",
+            "" if adapter.unsupported else f"loratool merge BASE {quoted(path)} -o OUT",
         )
         return
     served = Served(adapter, path, fit)
