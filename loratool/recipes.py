@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.errors import UsageError, printable
 from loratool.gathering import SAVED
 from loratool.methods.elementwise import Setting
-from loratool.methods.mixture import Recipe
+from loratool.methods.mixture import WEIGHTED_SUMS, Recipe
 from loratool.methods.table import ELEMENTWISE, FACTORWISE, GRAM, METHODS, SPACES
 
 if TYPE_CHECKING:
@@ -78,8 +78,7 @@ def make_recipe(
         raise UsageError(f"--lambda {factor:g}: a finite number that is not 0 is wanted")
     if not 0 <= iso_beta <= 1:
         raise UsageError(f"--iso-beta {iso_beta:g}: a number from 0 to 1 is wanted")
-    if row_wise and method != "nuslerp":
-        raise UsageError("--row-wise is for nuslerp")
+    refuse_idle(method, window, outliers, sign, normalize, iso_beta, row_wise)
     if row.family == FACTORWISE and match_norm != "none":
         raise UsageError("--match-norm is for methods on updates, not on factors")
     if row.family == FACTORWISE and svc:
@@ -103,6 +102,24 @@ def make_recipe(
         factor=factor,
         match=match_norm,
     )
+
+
+def refuse_idle(
+    method: str, window: float, outliers: float, sign: str, normalize: bool | None, iso_beta: float, row_wise: bool
+) -> None:
+    """Raise `UsageError` for an option that was set and would change nothing."""
+    elected = [name for name in METHODS if name.startswith(("ties", "dare_ties", "della", "sce"))]
+    divided = [name for name, row in METHODS.items() if row.family == ELEMENTWISE or name in WEIGHTED_SUMS]
+    for option, is_set, methods in (
+        ("--window", window != Setting.window, ["della"]),
+        ("--outliers", outliers != Setting.outliers, ["breadcrumbs"]),
+        ("--sign", sign != SIGNS[0], elected),
+        ("--normalize", normalize is not None, divided),
+        ("--iso-beta", iso_beta != Recipe.iso_beta, ["iso_c"]),
+        ("--row-wise", row_wise, ["nuslerp"]),
+    ):
+        if is_set and method not in methods:
+            raise UsageError(f"{option} is for {', '.join(methods)}; {method} has no use for it")
 
 
 def told(recipe: Recipe, weights: Sequence[Weight]) -> dict[str, Any]:

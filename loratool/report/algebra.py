@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from loratool.errors import printable
@@ -94,7 +94,7 @@ def combine_text(report: CombineReport) -> str:
              f"{number(totals.norm_ratio[name])}")
             for name in report.adapters
         ),
-        *(("cosine", f"{number(value)}  {pair}") for pair, value in totals.cosine.items()),
+        *(("together", f"{pair}: {met(report, pair)}") for pair in totals.cosine),
         ("took", f"{report.seconds:.2f} s on {report.device}, torch ready after {report.startup_seconds:.2f} s"),
         ("peak memory", size(report.peak_memory)),
         *(("note", note) for note in report.notes),
@@ -114,6 +114,22 @@ def combine_text(report: CombineReport) -> str:
     ]
     header = ["rank", "‖ΔW‖", "cut", "stored", "least kept", "cosine", "layer"]
     return "\n".join([aligned(rows), *table(header, cells, len(worst) - MOST_LAYERS)])
+
+
+def met(report: CombineReport, pair: str) -> str:
+    """How much two adapters are in each other's way: the cosine of all, and means over the layers that both have."""
+    found = [layer.meetings[pair] for layer in report.modules.values() if pair in layer.meetings]
+    overlap, by_chance = (mean(m.overlap_out for m in found), mean(m.random_out for m in found))
+    return (
+        f"cosine {number(report.totals.cosine[pair])}, overlap {number(overlap)} (random {number(by_chance)}), "
+        f"interference {number(mean(m.interference for m in found))}, "
+        f"signs {number(mean(m.sign_conflict for m in found))}"
+    )
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
 
 
 def rescale_text(report: RescaleReport) -> str:
