@@ -152,6 +152,7 @@ def test_a_signal_at_any_moment_ends_the_run_soon_and_leaves_no_half_output(
 
 def test_a_second_ctrl_c_ends_the_run_at_once_and_does_no_harm(workshop: Workshop, out: Path) -> None:
     for pause in (0.0, 0.05, 0.3):
+        shutil.rmtree(out.with_name(PARTIAL), ignore_errors=True)  # by which is seen that the run has begun
         process = workshop.begin(out)
         wait_for(out.with_name(PARTIAL), process, finished=2)
         process.send_signal(signal.SIGINT)
