@@ -85,6 +85,14 @@ def test_a_streamed_merge_is_the_merge(hub: HubServer, client: Client, models: P
     assert tokens_on_other_origins(hub) == []
 
 
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="takes a second file system")
+def test_temporary_files_may_be_on_another_file_system(hub: HubServer, client: Client, tmp_path: Path) -> None:
+    assert os.stat("/dev/shm").st_dev != os.stat(tmp_path).st_dev
+    client.works(*words("alice/new"), cwd=tmp_path / "work", TMPDIR="/dev/shm")
+    assert is_whole_or_cannot_be_loaded(hub, "alice/new")
+    assert os.listdir(tmp_path / "work") == []
+
+
 def test_config_index_and_card_come_last(hub: HubServer, client: Client, tmp_path: Path) -> None:
     client.works(*words("alice/new"), cwd=tmp_path / "work")
     for commit in list(hub.repos["alice/new"].commits.values())[:-1]:

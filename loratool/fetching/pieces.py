@@ -77,7 +77,9 @@ def on_the_hub(remote: Remote, place: HubPath, location: Path, home: Path) -> So
     root = root_of(location, place)
     names = needed(root, location, "model")
     for name in names.others:
-        os.replace(fetch_file(remote, name, home), root / name)
+        path = fetch_file(remote, name, home)
+        shutil.move(path, root / name)  # temporary files may be on another file system than `home`
+        path.parent.rmdir()
     put_headers(remote, root, names.weights)
     checkpoint = open_checkpoint(location)
     for name in names.weights:
