@@ -193,6 +193,12 @@ def test_offline_and_not_in_the_cache_is_told_with_the_way_out(hub: HubServer, c
     assert hub.log == []
 
 
+def test_offline_a_name_that_none_can_have_is_told_as_online(client: Client) -> None:
+    told = client.refused("inspect", "org/na--me", HF_HUB_OFFLINE="1")
+    assert "no name of a repository" in told
+    assert told == client.refused("inspect", "org/na--me")
+
+
 def test_a_revision_is_pinned_to_its_commit(hub: HubServer, client: Client, models: Path, tmp_path: Path) -> None:
     old = hub.repos["org/adapter"].branches["main"]
     changed = tmp_path / "changed"

@@ -108,18 +108,19 @@ def cached(place: HubPath) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    try:
-        snapshot = snapshot_download(
-            place.repo,
-            revision=place.revision,
-            local_files_only=True,
-            allow_patterns=["config.json", "adapter_config.json"],
-        )
-    except LocalEntryNotFoundError:
-        raise HubError(
-            f"{printable(place)}: no such folder or file here, not in the Hub's cache, and HF_HUB_OFFLINE forbids to ask "
-            f"the Hub; unset it, or run `hf download {place.repo}` where there is a network"
-        ) from None
+    with asking(place.repo, place.revision):
+        try:
+            snapshot = snapshot_download(
+                place.repo,
+                revision=place.revision,
+                local_files_only=True,
+                allow_patterns=["config.json", "adapter_config.json"],
+            )
+        except LocalEntryNotFoundError:
+            raise HubError(
+                f"{printable(place)}: no such folder or file here, not in the Hub's cache, and HF_HUB_OFFLINE forbids to "
+                f"ask the Hub; unset it, or run `hf download {place.repo}` where there is a network"
+            ) from None
     return Path(snapshot) / place.inside
 
 
