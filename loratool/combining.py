@@ -226,7 +226,7 @@ def combine(
                 **told(recipe, shares),
                 "measured": dataclasses.asdict(totals),
             }
-            output.finish(config, provenance, common_files(sources))
+            output.finish(config, provenance, common_files(sources), [source.adapter.folder for source in sources])
     return CombineReport(
         out=target,
         written=not dry_run,

@@ -355,7 +355,7 @@ def write_baked(
             lora_bias=bool(contents.biases),
             tokens=carried.tokens,
         )
-        output.finish(config, provenance, files_beside(contents))
+        output.finish(config, provenance, files_beside(contents), [contents.adapter.folder])
 
 
 def remarks(contents: Contents, modules: Mapping[str, RescaledLayer]) -> Iterator[str]:

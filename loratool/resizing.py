@@ -207,7 +207,7 @@ def resize(
                 "rule": rule.told,
                 "measured": dataclasses.asdict(totals),
             }
-            output.finish(config, provenance, files_beside(contents))
+            output.finish(config, provenance, files_beside(contents), [contents.adapter.folder])
     return ResizeReport(
         out=target,
         written=not dry_run,

@@ -122,13 +122,25 @@ class Output:
             elif self.file is not None:
                 self.file.copy(name, tensor.file, tensor.info)
 
-    def finish(self, config: Mapping[str, Any], provenance: Mapping[str, Any], beside: Mapping[str, Path]) -> None:
-        """Write everything but the weights; `beside` are files to copy, by name."""
+    def finish(
+        self,
+        config: Mapping[str, Any],
+        provenance: Mapping[str, Any],
+        beside: Mapping[str, Path],
+        inputs: Sequence[Path],
+    ) -> None:
+        """Write everything but the weights; `beside` are files to copy, by name, `inputs` the folders with cards."""
         if self.stage is not None:
-            finish(self.stage, config, provenance, beside)
+            finish(self.stage, config, provenance, beside, inputs)
 
 
-def finish(stage: Stage, config: Mapping[str, Any], provenance: Mapping[str, Any], beside: Mapping[str, Path]) -> None:
+def finish(
+    stage: Stage,
+    config: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    beside: Mapping[str, Path],
+    inputs: Sequence[Path],
+) -> None:
     """Write the config, what lies beside an adapter, and how it was made."""
     stage.write(CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     for name, path in beside.items():
@@ -136,7 +148,7 @@ def finish(stage: Stage, config: Mapping[str, Any], provenance: Mapping[str, Any
     table = {**provenance, "versions": versions()}
     stage.write(PROVENANCE, (json.dumps(table, indent=2) + "\n").encode())
     if CARD not in beside or is_nobodys(beside[CARD]):
-        stage.write(CARD, card(table, config, terms_of()))
+        stage.write(CARD, card(table, config, terms_of(*inputs)))
 
 
 @contextmanager
@@ -177,7 +189,7 @@ def copied_output(
     with staged(out, uuid.uuid4().hex, source.adapter.file.layout.size, overwrite) as stage:
         stage.copy(WEIGHTS, weights)
         source.adapter.file.check_unchanged()
-        finish(stage, config, provenance, files_beside(source))
+        finish(stage, config, provenance, files_beside(source), [source.adapter.folder])
 
 
 def announced_factors(names: Names, forms: Mapping[str, Form], dtype: torch.dtype) -> Iterator[Triple]:

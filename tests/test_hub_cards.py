@@ -130,6 +130,38 @@ def test_an_extracted_adapter_s_card(models: Path, tmp_path: Path) -> None:
     assert "relative error as stored" in text
 
 
+def test_an_extracted_adapter_names_its_base_by_the_id_it_came_by(models: Path, tmp_path: Path) -> None:
+    """Not by the folder's name, which in the Hub's cache is a commit."""
+    base = place(models, "org/base")
+    loratool.merge(base, [place(models, "me/style")], tmp_path / "tuned")
+    loratool.extract(base, tmp_path / "tuned", tmp_path / "out", rank=2, device="cpu")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/base"
+
+
+@pytest.mark.parametrize("verb", ["combine", "resize", "rescale", "extract"])
+def test_an_adapter_inherits_the_licence_of_what_it_is_made_of(models: Path, tmp_path: Path, verb: str) -> None:
+    names = ("base", "style", "facts")
+    base, style, facts = (
+        shutil.copytree(place(models, f"{'org' if n == 'base' else 'me'}/{n}"), tmp_path / n) for n in names
+    )
+    for name in names:
+        (tmp_path / name / CARD).write_text(f"---\nlicense: apache-2.0\n---\n# {name}, {MARK}\n")
+    out = tmp_path / "out"
+    if verb == "combine":
+        loratool.combine([style, facts], out, device="cpu")
+    elif verb == "resize":
+        loratool.resize(style, out, rank=2, device="cpu")
+    elif verb == "rescale":
+        loratool.rescale(style, out, scale=0.5)
+    else:
+        loratool.merge(base, [style], tmp_path / "tuned")
+        loratool.extract(base, tmp_path / "tuned", out, rank=2, device="cpu")
+    data, text = loaded(out)
+    assert data["license"] == "apache-2.0"
+    assert "`apache-2.0`, as the inputs say" in text
+
+
 def test_licence_and_task_are_inherited_and_a_quarrel_is_told(models: Path, tmp_path: Path) -> None:
     inputs = []
     for name, licence in (

@@ -25,7 +25,7 @@ from loratool.formats.peft.files import CONFIG, WEIGHTS
 from loratool.formats.peft.spelling import Names
 from loratool.lowrank import Product, inner, padded
 from loratool.lowrank import change as change_of
-from loratool.origins import told_origin
+from loratool.origins import origin_of, told_origin
 from loratool.safefile import FLOAT_NAMES
 from loratool.saving import WIDTH, Form, Output, Rounded, adapter_output, torch_dtype
 from loratool.staging import check_target
@@ -169,7 +169,7 @@ def extract(
                 "seed": seed,
                 "measured": asdict(totals),
             }
-            output.finish(config, provenance, {})
+            output.finish(config, provenance, {}, [before.root, after.root])
     return ExtractReport(
         out=target,
         written=not dry_run,
@@ -402,11 +402,12 @@ def config_of(
 ) -> dict[str, Any]:
     """The `adapter_config.json`."""
     base = found.base
-    named = base.config.get("_name_or_path")
+    origin, named = origin_of(base.root), base.config.get("_name_or_path")
+    written = named if isinstance(named, str) and named else base.root.resolve().name
     turned = any(change.turned and change.kind is Kind.LINEAR for change in found.changes.values())
     config: dict[str, Any] = {
         **draft,
-        "base_model_name_or_path": named if isinstance(named, str) and named else base.root.resolve().name,
+        "base_model_name_or_path": origin.repo if origin else written,
         "task_type": found.task,
         "fan_in_fan_out": turned,
         "bias": "lora_only" if found.biases else "none",
