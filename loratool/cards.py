@@ -24,6 +24,7 @@ LARGEST_CARD = 1 << 20  # bytes of an input's card that are looked at
 TERMS = ("license", "license_name", "license_link", "pipeline_tag")
 TEMPLATE = b"# Model Card for Model ID"
 OUT = "out"
+HERE = '"."  # this folder, or the repository\'s id'  # in a snippet, until it is known where it goes
 PASSING_OPTIONS = ("out", "overwrite", "dry_run", "progress", "workers", "max_memory")  # that no result depends on
 FLAGS = {"weights": "-w", "maps": "--map", "factor": "--lambda", "out": "-o"}
 MODELS_OF_TASKS = {
@@ -132,8 +133,10 @@ def card(provenance: Mapping[str, Any], config: Mapping[str, Any], terms: Terms,
     """README.md of a result. `config` is its config.json or adapter_config.json, `place` what it is loaded from."""
     verb = str(provenance.get("made_by", "")).removeprefix("loratool ")
     adapters = [a for a in (provenance.get("adapters") or [provenance.get("adapter")]) if isinstance(a, Mapping)]
-    base = base_id(provenance, config)
-    title = "Merged model" if verb == "merge" else "LoRA adapter"
+    plain_model = not verb and not config.get("peft_type")
+    base = "" if plain_model else base_id(provenance, config)  # what a config calls itself is no base
+    lora = config.get("peft_type") in (None, "LORA")
+    title = "Merged model" if verb == "merge" else "Model" if plain_model else f"{'LoRA' if lora else 'PEFT'} adapter"
     parts = [
         "---",
         *front(verb, base, adapters, config, terms),
@@ -143,13 +146,13 @@ def card(provenance: Mapping[str, Any], config: Mapping[str, Any], terms: Terms,
         "",
         MARK,
         "",
-        DONE.get(verb, "This adapter was trained with PEFT.").format(
-            adapters="an adapter" if len(adapters) == 1 else f"{len(adapters)} adapters"
-        ),
+        DONE.get(
+            verb, "Nobody has described this model yet." if plain_model else "This adapter was trained with PEFT."
+        ).format(adapters="an adapter" if len(adapters) == 1 else f"{len(adapters)} adapters"),
         *section("Made of", lineage(provenance, adapters, base)),
         *section("How", how(provenance)),
         *section("Measured", measured(provenance, config)),
-        *section("Use", ["```python", *snippet(verb, base, config, place), "```"]),
+        *section("Use", snippet("merge" if plain_model else verb, base, config, place)),
         *section("Licence", licence(terms)),
     ]
     return ("\n".join(parts) + "\n").encode()
@@ -177,16 +180,18 @@ def front(
     """The lines of the front matter: YAML whose scalars are all JSON."""
     fields: dict[str, Any] = {}
     several = verb == "merge" and len(adapters) > 1
+    model = verb == "merge" or not (verb or config.get("peft_type"))
     if base:
         parts = [str(adapter.get("hub", "")).split("@")[0] for adapter in adapters] if several else []
         fields["base_model"] = list(dict.fromkeys([base, *filter(is_hub_id, parts)]))
         fields["base_model_relation"] = "adapter" if verb != "merge" else "merge" if several else "finetune"
-    if verb != "merge":
+    if not model:
         fields["library_name"] = "peft"
     elif config.get("model_type") or config.get("architectures"):
         fields["library_name"] = "transformers"
     fields |= terms.fields
-    fields["tags"] = ["loratool", "lora", *(["peft"] if verb != "merge" else ["merge"])]
+    lora = ["lora"] if verb == "merge" or (not model and config.get("peft_type") in (None, "LORA")) else []
+    fields["tags"] = ["loratool", *lora, *(["merge"] if verb == "merge" else [] if model else ["peft"])]
     for key, value in sorted(fields.items()):
         if isinstance(value, list):
             yield f"{key}:"
@@ -277,23 +282,48 @@ def measured(provenance: Mapping[str, Any], config: Mapping[str, Any]) -> list[s
 
 
 def snippet(verb: str, base: str, config: Mapping[str, Any], place: str) -> list[str]:
-    """Python that loads the result, from the folder it is in or from its repository."""
-    where = json.dumps(printable(place)) + ("  # this folder, or the repository's id" if place == "." else "")
+    """Python that loads the result, from the folder it is in or from its repository; empty where none is known to."""
+    where = json.dumps(printable(place)) if place != "." else HERE
     if verb == "merge":
-        classes = config.get("architectures")
+        if not (config.get("model_type") or config.get("architectures")):
+            return []  # weights alone
+        classes, own = config.get("architectures"), config.get("auto_map")
         name = classes[0] if isinstance(classes, list) and classes and isinstance(classes[0], str) else "AutoModel"
         name = name if name.isidentifier() else "AutoModel"
         name = "AutoModelForCausalLM" if name.endswith(("ForCausalLM", "LMHeadModel")) else name
-        return [f"from transformers import {name}", "", f"place = {where}", f"model = {name}.from_pretrained(place)"]
-    name = MODELS_OF_TASKS.get(str(config.get("task_type")), "AutoModel")
+        trust = ""
+        if isinstance(own, Mapping):  # code of the model's own: its classes are not in transformers
+            named = [key for key in own if isinstance(key, str) and re.fullmatch(r"AutoModel\w*", key, re.ASCII)]
+            name = name if name in named or not named else named[-1]
+            trust = ", trust_remote_code=True" if named else ""
+        return [
+            "```python",
+            f"from transformers import {name}",
+            "",
+            f"place = {where}",
+            f"model = {name}.from_pretrained(place{trust})",
+            "```",
+        ]
+    name = MODELS_OF_TASKS.get(str(config.get("task_type"))) or trained_class(config) or "AutoModel"
     return [
+        "```python",
         "from peft import PeftModel",
         f"from transformers import {name}",
         "",
         f"base = {name}.from_pretrained({json.dumps(printable(base or 'BASE'))})",
         f"place = {where}",
         "model = PeftModel.from_pretrained(base, place)",
+        "```",
     ]
+
+
+def trained_class(config: Mapping[str, Any]) -> str:
+    """The class of transformers that PEFT notes for an adapter without a task; empty where it does not."""
+    noted = config.get("auto_mapping")
+    found = noted.get("base_model_class") if isinstance(noted, Mapping) else None
+    if not isinstance(found, str) or not found.isidentifier():
+        return ""
+    return found if str(noted and noted.get("parent_library")).startswith("transformers.") else ""
 
 
 def licence(terms: Terms) -> list[str]:
@@ -310,6 +340,14 @@ def licence(terms: Terms) -> list[str]:
 def is_nobodys(path: Path | None) -> bool:
     """Whether nobody has written a card or taken it for their own: one made here for another result, or a template."""
     return path is not None and (MARK.encode() in (text := content_of(path)) or TEMPLATE in text)
+
+
+def addressed(path: Path, place: str) -> bytes | None:
+    """A card of ours whose code loads from `place` in place of its own folder; None for any other."""
+    text, here = content_of(path), f"place = {HERE}\n".encode()
+    if MARK.encode() not in text or text.count(here) != 1 or len(text) == LARGEST_CARD:
+        return None
+    return text.replace(here, f"place = {json.dumps(printable(place))}\n".encode())
 
 
 def is_template(path: Path) -> bool:

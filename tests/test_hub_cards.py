@@ -270,6 +270,29 @@ def test_the_snippets_load_what_they_stand_beside(tmp_path: Path, monkeypatch: p
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
+def test_the_snippet_takes_the_class_that_is_known() -> None:
+    """Or tells none: code that cannot run is worse."""
+
+    def code(provenance: dict[str, Any], **config: object) -> str:
+        return "".join(re.findall(r"```python\n(.*?)```", card(provenance, config, terms_of()).decode(), re.DOTALL))
+
+    merged = {"made_by": "loratool merge"}
+    assert code(merged) == ""
+    own = code(merged, architectures=["OwnModel"], auto_map={"AutoConfig": "c.C", "AutoModelForCausalLM": "m.OwnModel"})
+    assert "import AutoModelForCausalLM\n" in own
+    assert "from_pretrained(place, trust_remote_code=True)" in own
+    noted = {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers.models.llama.modeling_llama"}
+    assert "base = LlamaForCausalLM.from_pretrained" in code({}, peft_type="LORA", task_type=None, auto_mapping=noted)
+    hostile = noted | {"base_model_class": "x; import os"}
+    assert "base = AutoModel.from_pretrained" in code({}, peft_type="LORA", auto_mapping=hostile)
+
+
+def test_other_methods_than_lora_are_not_called_so() -> None:
+    text = card({}, {"peft_type": "IA3", "task_type": "CAUSAL_LM"}, terms_of()).decode()
+    assert 'lora"' not in text
+    assert "# PEFT adapter" in text
+
+
 def test_the_command_of_a_card_is_one_that_the_command_line_takes(models: Path) -> None:
     import shlex
 

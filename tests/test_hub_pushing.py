@@ -155,6 +155,45 @@ def test_secrets_are_not_to_be_had_by_including_them(models: Path) -> None:
     assert not names & {*SECRETS, *LEFT_BY_TRAINING, *UNFINISHED, "passwd"}
 
 
+def test_a_model_that_nobody_described_is_no_adapter(
+    hub: HubServer, client: Client, models: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(models / "model", tmp_path / "model", symlinks=True)
+    (tmp_path / "model" / "README.md").unlink()
+    client.works("push", tmp_path / "model", "plain")
+    text = held(hub, "alice/plain")["README.md"].decode()
+    assert "adapter" not in text
+    assert "peft" not in text
+    assert 'library_name: "transformers"' in text
+    assert 'place = "alice/plain"\nmodel = AutoModel.from_pretrained(place)' in text
+
+
+def test_the_card_of_a_result_loads_it_from_where_it_was_pushed(
+    hub: HubServer, client: Client, models: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(models / "adapter", tmp_path / "adapter")
+    (tmp_path / "adapter" / "README.md").unlink()
+    words = ("resize", tmp_path / "adapter", "-o", tmp_path / "small", "--rank", "2", "--push-to-hub", "small")
+    client.works(*words)
+    here, there = (tmp_path / "small" / "README.md").read_text(), held(hub, "alice/small")["README.md"].decode()
+    assert 'place = "."  # this folder, or the repository\'s id\n' in here
+    assert there == here.replace('"."  # this folder, or the repository\'s id', '"alice/small"')
+    hub.log.clear()
+    assert "nothing was missing" in client.works("push", tmp_path / "small", "alice/small").out
+    (tmp_path / "small" / "README.md").write_text('# mine\nplace = "."\n')
+    client.works("push", tmp_path / "small", "alice/small")
+    assert held(hub, "alice/small")["README.md"] == b'# mine\nplace = "."\n'
+
+
+def test_a_model_pushed_over_a_streaming_merge_ends_it(hub: HubServer, client: Client, models: Path) -> None:
+    files = models / "adapter" / "extra"
+    hub.add("alice/new", files)
+    repo = hub.repos["alice/new"]
+    repo.commit("main", {"loratool-stream.json": hub.blob(b"{}")}, "Begin a merge with loratool")
+    client.works("push", models / "model", "alice/new")
+    assert held(hub, "alice/new") == wanted(models / "model")
+
+
 def test_include_and_exclude(hub: HubServer, client: Client, models: Path) -> None:
     client.works(
         "push", models / "model", "alice/new", "--include", "*.csv", "--exclude", "extra/*", "--exclude", "*.py"

@@ -18,6 +18,7 @@ from loratool.origins import is_hub_id
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
 
+REMOTE_JOURNAL = "loratool-stream.json"  # in the repository, for as long as a streaming merge is not complete
 LARGE = 1 << 20  # bytes from which a file is uploaded by itself, before the commit
 
 

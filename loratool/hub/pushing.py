@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.checkpoint import INDEX_SUFFIX
-from loratool.hub.committing import Commit, commit, differing, files_of, open_repo
+from loratool.hub.committing import REMOTE_JOURNAL, Commit, commit, differing, files_of, open_repo
 from loratool.hub.selecting import Selection, select
 
 if TYPE_CHECKING:
@@ -84,7 +84,10 @@ def push(
     sizes = {upload.name: upload.size for upload in selection.uploads}
     if dry_run:
         return report(repo, selection, Commit("", ""), not public, tuple(sizes), (), notes, started, dry_run)
+    named = repo
     repo, private = open_repo(repo, public, revision, notes)
+    if repo != named:
+        selection = select(Path(path), list(include), list(exclude), card, repo)  # for the card's code names it
     there = files_of(repo, revision)
     uploads = differing(selection.uploads, there)
     replaced = outdated(selection, set(there))
@@ -113,14 +116,18 @@ def push(
 
 
 def outdated(selection: Selection, there: set[str]) -> list[str]:
-    """Weights of another model at the top of the repository, which loaders would take for this one's."""
+    """Weights of another model at the top of the repository, which loaders would take for this one's.
+
+    A journal of a streaming merge goes too, for that merge would go on over this model.
+    """
     if selection.kind != "model":
         return []
     names = {upload.name for upload in selection.uploads}
     return sorted(
         name
         for name in there - names
-        if "/" not in name and name.endswith((".safetensors", INDEX_SUFFIX)) and not name.startswith("adapter_")
+        if ("/" not in name and name.endswith((".safetensors", INDEX_SUFFIX)) and not name.startswith("adapter_"))
+        or name == REMOTE_JOURNAL
     )
 
 

@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
-from loratool.cards import CARD, card_of, is_template
+from loratool.cards import CARD, addressed, card_of, is_template
 from loratool.checkpoint import PROVENANCE, TRAINING_FOLDERS, leaves, open_checkpoint, sort_side_files
 from loratool.errors import InputError, UsageError, printable
 from loratool.formats import read_adapter
@@ -105,6 +105,9 @@ def select(root: Path, include: Sequence[str], exclude: Sequence[str], card: boo
         if not matches(CARD, exclude):
             uploads[CARD] = Upload(CARD, content=card_of(root, place))
             notes.append(f"{CARD} is made from {PROVENANCE}" if (root / PROVENANCE).is_file() else f"{CARD} is made")
+    elif there := addressed(root / CARD, place):
+        uploads[CARD] = Upload(CARD, content=there)
+        notes.append(f"{CARD} is the one made here, with code that loads {printable(place)}")
     else:
         notes.append(f"{CARD} is kept as it is; --card sends one made from {PROVENANCE}")
     check_secrets(root, uploads.values())

@@ -29,7 +29,7 @@ from loratool.fetching.bases import chosen_base, unlike_bases
 from loratool.fetching.outline import Remote, RemoteFile, read_range
 from loratool.fetching.pieces import Source, opened
 from loratool.formats import read_adapter
-from loratool.hub.committing import Commit, Upload, check, commit, files_of, full_name, open_repo
+from loratool.hub.committing import REMOTE_JOURNAL, Commit, Upload, check, commit, files_of, full_name, open_repo
 from loratool.hub.selecting import check_secrets, never, unknown
 from loratool.merging import (
     PathLike,
@@ -60,8 +60,6 @@ if TYPE_CHECKING:
 
     from loratool.placing import ShardPlan
     from loratool.safefile import SafeFile
-
-REMOTE_JOURNAL = "loratool-stream.json"  # in the repository, for as long as it is not complete
 
 
 @dataclass(frozen=True)
