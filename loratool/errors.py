@@ -37,7 +37,9 @@ def without_tokens(text: str) -> str:
     for name in TOKEN_VARIABLES:
         if token := os.environ.get(name, "").strip():
             text = text.replace(token, "<TOKEN>")
-    return re.sub(r"\bhf_[A-Za-z0-9]{8,}", "<TOKEN>", text)
+    text = re.sub(r"\bhf_(?:oauth|jwt)_[\w.-]{8,}|\bhf_[A-Za-z0-9]{8,}", "<TOKEN>", text)
+    text = re.sub(r"(\w://)[^\s/@]+@", r"\1<TOKEN>@", text)
+    return re.sub(r"(\w://[^\s?'\"]+\?)[^\s'\"]+", r"\1…", text)  # a signed address is a key, too
 
 
 class LoratoolError(Exception):

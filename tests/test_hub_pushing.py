@@ -27,6 +27,12 @@ SECRETS = {
     "id_rsa": "x",
     "server.pem": "x",
     "credentials.json": "{}",
+    "hf_token.json": "{}",
+    "token.json": "{}",
+    "client_secret.json": "{}",
+    "aws_credentials.json": "{}",
+    "my_api_key.txt": "x",
+    "passwords.txt": "x",
     ".ssh/id_ed25519": "x",
     ".cache/huggingface/token": "x",
 }
@@ -38,12 +44,24 @@ LEFT_BY_TRAINING = {
     "trainer_state.json": "{}",
     "training_args.bin": "x",
     "checkpoint-5/adapter_model.safetensors": "x",
+    "last-checkpoint/config.json": "{}",
+    "tmp-checkpoint-5/config.json": "{}",
+    "pytorch_model_fsdp_0/meta.json": "{}",
     "runs/events.out.tfevents.1.2": "x",
     "__pycache__/a.pyc": "x",
 }
 UNFINISHED = {"model-00001-of-00003.safetensors.partial": "x", "x.incomplete": "x", "a.lock": "x", "b.tmp": "x"}
+CACHES = {"datasets_cache/a.json": "{}", "venv/lib/a.py": "x"}
 OTHERS = {"notes.docx": "x", "data.csv": "1,2", "pytorch_model.bin": "x", "original/model.pth": "x"}
-SENT = {"tokenizer.json": "{}", "LICENSE": "terms", "extra/notes.txt": "hello, world\n", "modeling_own.py": "x = 1\n"}
+SENT = {
+    "tokenizer.json": "{}",
+    "added_tokens.json": "{}",
+    "special_tokens_map.json": "{}",
+    "tokens.txt": "a",
+    "LICENSE": "terms",
+    "extra/notes.txt": "hello, world\n",
+    "modeling_own.py": "x = 1\n",
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +70,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     faults.make_base(home / "model", shards=SHARDS, hidden=HIDDEN)
     faults.make_adapter(home / "adapter", layers=SHARDS, hidden=HIDDEN, rank=4)
     for folder in (home / "model", home / "adapter"):
-        for name, text in {**SECRETS, **LEFT_BY_TRAINING, **UNFINISHED, **OTHERS, **SENT}.items():
+        for name, text in {**SECRETS, **LEFT_BY_TRAINING, **UNFINISHED, **CACHES, **OTHERS, **SENT}.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text)
         (folder / "README.md").write_text("---\nlicense: mit\n---\n# mine\n")
@@ -152,7 +170,8 @@ def test_secrets_are_not_to_be_had_by_including_them(models: Path) -> None:
         "pytorch_model.bin",
         "original/model.pth",
     }
-    assert not names & {*SECRETS, *LEFT_BY_TRAINING, *UNFINISHED, "passwd"}
+    assert not names & {*SECRETS, *LEFT_BY_TRAINING, *UNFINISHED, *CACHES, "passwd"}
+    assert len(set(found.left_out)) == len(found.left_out)
 
 
 def test_a_model_that_nobody_described_is_no_adapter(
@@ -210,9 +229,11 @@ def test_a_text_file_with_a_token_is_refused_by_name(
 ) -> None:
     shutil.copytree(models / "adapter", tmp_path / "adapter")
     (tmp_path / "adapter" / "config_of_run.yaml").write_text(f"token: {WRITER}\n")
+    (tmp_path / "adapter" / "login.json").write_text('{"t": "hf_oauth_eyJhbGciOi.J9eyJzdWIiOi_x-y.abc"}')
     (tmp_path / "adapter" / "key.txt").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\n")
     told = client.refused("push", tmp_path / "adapter", "alice/new", code=3)
     assert "config_of_run.yaml" in told
+    assert "login.json" in told
     assert "key.txt" in told
     assert hub.log == []
 
@@ -410,7 +431,7 @@ def test_commands_that_write_can_push_what_they_wrote(
     assert not hub.repos["alice/m"].private
     names = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert set(wanted(tmp_path / "out")) | {"loratool.json"} == set(held(hub, "alice/m"))
-    assert names - set(held(hub, "alice/m")) <= {*SECRETS, *UNFINISHED, *OTHERS}
+    assert names - set(held(hub, "alice/m")) <= {*SECRETS, *LEFT_BY_TRAINING, *UNFINISHED, *CACHES, *OTHERS}
     client.works("resize", models / "adapter", "-o", tmp_path / "small", "--rank", "2", "--push-to-hub", "alice/small")
     words = ["extract", models / "model", tmp_path / "out", "-o", tmp_path / "back", "--push-to-hub", "alice/back"]
     client.works(*words, "--rank", "4")

@@ -113,6 +113,19 @@ def test_an_address_that_can_be_no_model_is_wrong_usage(operand: str) -> None:
         parse(operand)
 
 
+def test_keys_in_addresses_are_not_shown() -> None:
+    assert without_tokens("for url 'https://cdn/x?X-Signature=abc&y=1' no") == "for url 'https://cdn/x?…' no"
+    assert without_tokens("http://me:word@host/x") == "http://<TOKEN>@host/x"
+    assert without_tokens("https://huggingface.co/org/name@main") == "https://huggingface.co/org/name@main"
+
+
+def test_what_may_not_be_read_is_not_a_matter_of_writing(hub: HubServer, client: Client) -> None:
+    hub.faults.append(Fault("GET", "^/cdn/", status=403, times=99))
+    told = client.refused("inspect", "org/base")
+    assert "you may not read it" in told
+    assert "write" not in told
+
+
 def test_what_is_here_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -141,10 +154,14 @@ def test_a_path_in_the_cache_tells_repository_and_commit(tmp_path: Path) -> None
     assert origin_of(tmp_path) is None
 
 
-@pytest.mark.parametrize("text", ["hf_abcdefghijklmnop in a sentence", "token=hf_ABCDEFGH12345678"])
+@pytest.mark.parametrize(
+    "text",
+    ["hf_abcdefghijklmnop in a sentence", "token=hf_ABCDEFGH12345678", "hf_oauth_eyJhb.ci_Oi-x", "hf_jwt_eyJhb.ciOi"],
+)
 def test_tokens_are_taken_out_of_texts(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "<TOKEN>" in without_tokens(text)
     assert "hf_" not in without_tokens(text)
+    assert without_tokens("hf_raise_for_status(hf_hub_download)") == "hf_raise_for_status(hf_hub_download)"
     monkeypatch.setenv("HF_TOKEN", "something else")
     assert without_tokens("it is something else") == "it is <TOKEN>"
 

@@ -33,10 +33,10 @@ def api() -> HfApi:
 
 
 def endpoint() -> str:
-    """The address of the Hub that is asked: the public one, or what HF_ENDPOINT names."""
+    """The address of the Hub that is asked, to be shown: the public one, or what HF_ENDPOINT names."""
     from huggingface_hub import constants
 
-    return str(constants.ENDPOINT)
+    return without_tokens(str(constants.ENDPOINT))
 
 
 def is_offline() -> bool:
@@ -157,6 +157,8 @@ def refusal(error: Any, repo: str, revision: str | None) -> str:
     match status:
         case 401:
             return "the token is not valid; run `hf auth login`, or mend HF_TOKEN"
+        case 403 if error.response.request.method in ("GET", "HEAD"):
+            return f"you may not read it ({said or 'forbidden'}); log in with `hf auth login` as who may"
         case 403:
             return f"the token may not do this ({said or 'forbidden'}); log in with one that has write access"
         case 413:

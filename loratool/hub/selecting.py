@@ -27,7 +27,8 @@ KNOWN = (
 # What is never sent, whatever is included: secrets, what training left, and what is not finished.
 SECRET = (
     *("*.env", "env", "token", "tokens", "*.token", "*_token", "*token.txt", "netrc", "_netrc", "id_rsa*", "id_dsa*"),
-    *("id_ecdsa*", "id_ed25519*", "*.pem", "*.key", "*.p12", "*.pfx", "credentials*", "secrets*", "*.secret"),
+    *("id_ecdsa*", "id_ed25519*", "*.pem", "*.key", "*.p12", "*.pfx", "*credential*", "*secret*", "*password*"),
+    *("token.*", "*[_-]token.json", "hf[_-]token*", "*api[_-]key*", "*private[_-]key*", "kaggle.json"),
 )
 TRAINING = (
     *(
@@ -39,7 +40,8 @@ TRAINING = (
         "trainer_state.json",
         "training_args.*",
     ),
-    *("events.out.tfevents*", "*.distcp", "*.pyc", "latest", "zero_to_fp32.py"),
+    *("events.out.tfevents*", "*.distcp", "*.pyc", "latest", "zero_to_fp32.py", "*[_-]checkpoint", "*-checkpoint-*"),
+    "pytorch_model_fsdp*",
 )
 UNFINISHED = (
     "*.partial",
@@ -52,8 +54,12 @@ UNFINISHED = (
     "*~",
     "cache",
     "*.cache",
+    "*[_-]cache",
+    "venv",
+    "site-packages",
+    "node_modules",
 )
-TOKENS = re.compile(rb"\bhf_[A-Za-z0-9]{20,}\b|-----BEGIN [A-Z ]*PRIVATE KEY-----")
+TOKENS = re.compile(rb"\bhf_(?:oauth|jwt)_[\w.-]{20,}|\bhf_[A-Za-z0-9]{20,}\b|-----BEGIN [A-Z ]*PRIVATE KEY-----")
 LARGEST_SCANNED = 64 << 20  # bytes
 
 
@@ -112,7 +118,7 @@ def select(root: Path, include: Sequence[str], exclude: Sequence[str], card: boo
         notes.append(f"{CARD} is kept as it is; --card sends one made from {PROVENANCE}")
     check_secrets(root, uploads.values())
     hidden = [f"{printable(name)} (hidden)" for name in hidden_files(root)]
-    return Selection(kind, tuple(uploads[n] for n in sorted(uploads)), (*sorted([*left_out, *hidden]),), tuple(notes))
+    return Selection(kind, tuple(uploads[n] for n in sorted(uploads)), (*sorted({*left_out, *hidden}),), tuple(notes))
 
 
 def contents(root: Path) -> tuple[Literal["model", "adapter"], list[str], list[str], list[str]]:
