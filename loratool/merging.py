@@ -6,10 +6,12 @@ import dataclasses
 import json
 import math
 import os
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,8 +188,29 @@ def prepare(
         shard_size=shard_size,
         allow_new_tensors=allow_new_tensors,
     )
-    notes = unlike_bases(planned.base, planned.adapters)
-    return dataclasses.replace(planned, notes=(*planned.notes, *notes)), target
+    return noted(planned), target
+
+
+def noted(planned: MergePlan) -> MergePlan:
+    """The plan, with what is to be said of the base that it has."""
+    return dataclasses.replace(planned, notes=(*planned.notes, *unlike_bases(planned.base, planned.adapters)))
+
+
+@contextmanager
+def outlook(
+    base: PathLike, adapters: Sequence[PathLike], out: PathLike, *, overwrite: bool = False, **settings: Any
+) -> Iterator[MergePlan]:
+    """What `plan` tells, for as long as the block runs: of a base on the Hub no weights are downloaded for it."""
+    from loratool.fetching.pieces import opened
+
+    check_target(Path(out), [Path(base), *map(Path, adapters)], overwrite)
+    paths = [local(adapter, "adapter") for adapter in adapters]
+    with (
+        tempfile.TemporaryDirectory(prefix="loratool-") as home,
+        opened(chosen_base(base, paths), Path(home)) as source,
+    ):
+        check_target(Path(out), [source.checkpoint.root, *paths], overwrite)
+        yield noted(plan_merge(source.checkpoint, [read_adapter(path) for path in paths], **settings))
 
 
 def inputs_of(base: PathLike, adapters: Sequence[PathLike]) -> tuple[list[Path], Path]:

@@ -191,6 +191,40 @@ def test_the_commits_of_the_inputs_stand_in_the_provenance(hub: HubServer, clien
     assert table["command"] == f"loratool merge org/base@{base} org/adapter@{adapter} -o out"
 
 
+def test_a_dry_run_downloads_no_weights_of_the_base(
+    hub: HubServer, client: Client, models: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "adapter").mkdir()
+    shutil.copytree(models / "adapter", tmp_path / "adapter", dirs_exist_ok=True)
+    (tmp_path / "adapter" / "tokenizer.json").write_text("{}")  # which is held against the base's
+    words = ("--dry-run", "--json", "-o", tmp_path / "out")
+    remote = json.loads(client.works("merge", "org/base", tmp_path / "adapter", *words).out)
+    assert all(r.range and r.sent <= 8192 for r in hub.asked("GET", r"^/cdn/.*\.safetensors$"))
+    local = json.loads(client.works("merge", models / "base", tmp_path / "adapter", *words).out)
+    assert remote.pop("base") == "org/base"
+    del local["base"]
+    assert remote == local
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_cannot_be_read_is_told_by_its_name_on_the_hub(
+    hub: HubServer, client: Client, models: Path, tmp_path: Path
+) -> None:
+    pickled, empty = tmp_path / "pickled", tmp_path / "empty"
+    pickled.mkdir()
+    empty.mkdir()
+    shutil.copy(models / "adapter" / "adapter_config.json", pickled)
+    (pickled / "adapter_model.bin").write_bytes(b"p" * 9000)
+    (empty / "README.md").write_text("# nothing\n")
+    hub.add("org/pickled", pickled)
+    hub.add("org/empty", empty)
+    told = client.refused("merge", "org/base", "org/pickled", "-o", tmp_path / "out", code=3)
+    assert "org/pickled/adapter_model.bin: pickled weights are never loaded" in told
+    told = client.refused("merge", "org/base", "org/empty", "-o", tmp_path / "out", code=3)
+    assert told.startswith("Error: org/empty: no adapter")
+    assert downloaded(hub, "org/base") | downloaded(hub, "org/empty") == set()
+
+
 def test_a_second_merge_takes_the_weights_from_the_cache(hub: HubServer, client: Client, tmp_path: Path) -> None:
     client.works("merge", "org/base", "org/adapter", "-o", tmp_path / "first")
     sent = hub.sent("GET", "^/cdn/")

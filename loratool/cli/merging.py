@@ -124,10 +124,13 @@ def merge(
         raise missing("out")
     if card:
         raise click.UsageError("--card goes with --stream; `loratool push --card` has it too")
-    from loratool.merging import merge, plan
+    from loratool.merging import merge, outlook
 
     if dry_run:
-        planned = plan(
+        from loratool.report import plan_data, plan_text
+        from loratool.resources import estimated_memory
+
+        with outlook(
             base,
             adapters,
             out,
@@ -138,12 +141,9 @@ def merge(
             shard_size=shard_size,
             overwrite=overwrite,
             allow_new_tensors=allow_new_tensors,
-        )
-        from loratool.report import plan_data, plan_text
-        from loratool.resources import estimated_memory
-
-        memory = estimated_memory(planned, device, workers, max_memory)
-        show(plan_data(planned, memory), lambda: plan_text(planned, memory), as_json, quiet)
+        ) as planned:
+            memory = estimated_memory(planned, device, workers, max_memory)
+            show(plan_data(planned, memory), lambda: plan_text(planned, memory), as_json, quiet)
         return
     check_access()
     with progress_bar(quiet) as progress:

@@ -80,10 +80,15 @@ def download(place: HubPath, role: Role) -> Path:
     """Bring what is needed of a repository into the Hub's cache."""
     from huggingface_hub import snapshot_download
 
+    from loratool.formats import read_adapter
+
     for _ in range(MOST_MOVES):
         remote = look_up(place)
         with outlined(remote, place) as location:
-            names = needed(root_of(location, place), location, role).names
+            found = needed(root_of(location, place), location, role)
+            if role == "adapter" and not found.weights:
+                read_adapter(location)  # which tells what is there in their place
+            names = found.names
         before = in_cache(remote, names)
         check_room(remote, [name for name in names if name not in before])
         api()  # which settles whether bars are shown
