@@ -146,6 +146,7 @@ def test_an_adapter_inherits_the_licence_of_what_it_is_made_of(models: Path, tmp
         shutil.copytree(place(models, f"{'org' if n == 'base' else 'me'}/{n}"), tmp_path / n) for n in names
     )
     for name in names:
+        (tmp_path / name / "LICENSE").write_text("terms")
         (tmp_path / name / CARD).write_text(f"---\nlicense: apache-2.0\n---\n# {name}, {MARK}\n")
     out = tmp_path / "out"
     if verb == "combine":
@@ -158,6 +159,7 @@ def test_an_adapter_inherits_the_licence_of_what_it_is_made_of(models: Path, tmp
         loratool.merge(base, [style], tmp_path / "tuned")
         loratool.extract(base, tmp_path / "tuned", out, rank=2, device="cpu")
     data, text = loaded(out)
+    assert (out / "LICENSE").read_text() == "terms"
     assert data["license"] == "apache-2.0"
     assert "`apache-2.0`, as the inputs say" in text
 

@@ -213,6 +213,15 @@ def test_a_model_pushed_over_a_streaming_merge_ends_it(hub: HubServer, client: C
     assert held(hub, "alice/new") == wanted(models / "model")
 
 
+def test_a_base_that_is_a_folder_of_this_machine_is_told(models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "adapter", tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    for base, told in (("/home/me/base", True), ("org/base", False)):
+        config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": base}))
+        notes = select(tmp_path / "adapter", [], [], False, "alice/new").notes
+        assert any("/home/me/base" in note for note in notes) is told
+
+
 def test_include_and_exclude(hub: HubServer, client: Client, models: Path) -> None:
     client.works(
         "push", models / "model", "alice/new", "--include", "*.csv", "--exclude", "extra/*", "--exclude", "*.py"

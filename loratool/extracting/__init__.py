@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 MOST_RANK = 32  # where no number is given: what servers take by their defaults or nearly so, and noise seldom fills
 HELD = 512 << 20  # bytes of differences in float32 that stay in memory; larger ones are read again for every pass
 HELD_ON_GPU = 4 << 30
+TERMS = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)[\w.-]*", re.ASCII)  # of a base, at its top
 MADE_BY_PEFT = "0.21.2"  # whose way round the factors of experts are written
 
 
@@ -169,7 +171,7 @@ def extract(
                 "seed": seed,
                 "measured": asdict(totals),
             }
-            output.finish(config, provenance, {}, [before.root, after.root])
+            output.finish(config, provenance, terms(before), [before.root, after.root])
     return ExtractReport(
         out=target,
         written=not dry_run,
@@ -435,6 +437,11 @@ def target_words(found: Pairing, kinds: Mapping[str, Kind]) -> list[str] | None:
         leaf = module_of(f"{layer}.weight")
         words.add(leaf if known[leaf] <= layers and not leaf.isdigit() else layer)
     return sorted(words) or None
+
+
+def terms(base: Checkpoint) -> dict[str, Path]:
+    """The files with the base's licence, which hold for its adapters too and which their cards may link."""
+    return {name: base.root / name for name in base.side_files if TERMS.fullmatch(name)}
 
 
 def origin(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from loratool.adapter import sha256_of
 from loratool.checkpoint import holds_weights
-from loratool.errors import HubError, StorageError, printable
+from loratool.errors import HubError, StorageError, UsageError, printable
 from loratool.fetching.client import api, asking, is_offline, patiently
-from loratool.fetching.operands import HubPath, parse
+from loratool.fetching.operands import PAGE, HubPath, parse
 from loratool.fetching.outline import Remote, Role, look_up, needed, outlined, put_headers
 
 __all__ = ["HubPath", "Role", "headers", "local", "parse", "place_of"]
@@ -29,7 +29,11 @@ GLOB = {ord("["): "[[]", ord("*"): "[*]", ord("?"): "[?]"}
 
 def place_of(operand: str | os.PathLike[str]) -> HubPath | None:
     """The place on the Hub that an operand names; None for one that is here, or can only be a path."""
-    return None if os.path.lexists(operand) else parse(operand)
+    if os.path.lexists(operand):
+        return None
+    if page := PAGE.match(os.fspath(operand)):
+        raise UsageError(f"{printable(operand)}: the address of a page; the model there is {page['repo']}")
+    return parse(operand)
 
 
 def local(operand: str | os.PathLike[str], role: Role = "any") -> Path:

@@ -11,6 +11,7 @@ from loratool.errors import UsageError, printable
 ID = r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)"
 SHORT = re.compile(rf"{ID}(?:@(?P<revision>[^:@]+))?(?::(?P<inside>.+))?")
 URL = re.compile(rf"{ID}(?:@(?P<revision>refs/(?:pr|convert)/[^/:]+|[^/:@]+))?(?:[/:](?P<inside>.*))?")
+PAGE = re.compile(rf"https?:/{{1,2}}(?:huggingface\.co|hf\.co)/(?!datasets/|spaces/){ID}")
 SCHEME = re.compile(r"hf:/{1,2}")  # a Path has lost one of its slashes
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 from loratool.cards import CARD, addressed, card_of, is_template
 from loratool.checkpoint import PROVENANCE, TRAINING_FOLDERS, leaves, open_checkpoint, sort_side_files
 from loratool.errors import InputError, UsageError, printable
+from loratool.fetching.bases import named_base
 from loratool.formats import read_adapter
 from loratool.formats.peft import CONFIG, recognises
 from loratool.hub.committing import Upload
@@ -117,6 +118,11 @@ def select(root: Path, include: Sequence[str], exclude: Sequence[str], card: boo
     else:
         notes.append(f"{CARD} is kept as it is; --card sends one made from {PROVENANCE}")
     check_secrets(root, uploads.values())
+    if kind == "adapter" and os.path.isabs(base := named_base(root)):
+        notes.append(
+            f"{CONFIG} names the base by a folder of this machine, which everybody reads and nobody finds: "
+            f"{printable(base)}; put its id on the Hub there"
+        )
     hidden = [f"{printable(name)} (hidden)" for name in hidden_files(root)]
     return Selection(kind, tuple(uploads[n] for n in sorted(uploads)), (*sorted({*left_out, *hidden}),), tuple(notes))
 
