@@ -421,6 +421,24 @@ def test_interrupted_is_told_with_how_to_go_on(hub: HubServer, client: Client, m
     assert "the same command continues" in ran.err
 
 
+def test_interrupted_after_the_output_was_written_is_told_so(
+    hub: HubServer, client: Client, models: Path, tmp_path: Path
+) -> None:
+    hub.slow = 2
+    words = ("resize", models / "adapter", "-o", tmp_path / "small", "--rank", "2", "--push-to-hub", "alice/small")
+    pid = client.begin(*words)
+    until = time.monotonic() + 20
+    while not hub.asked("PUT", "") and time.monotonic() < until:
+        time.sleep(0.01)
+    client.kill(pid, signal.SIGINT)
+    ran = client.end()
+    assert ran.code == 130
+    assert "nothing is written" not in ran.err
+    assert f"small is complete; `loratool push {tmp_path / 'small'} alice/small` goes on." in ran.err
+    hub.slow = 0
+    client.works("push", tmp_path / "small", "alice/small")
+
+
 def test_commands_that_write_can_push_what_they_wrote(
     hub: HubServer, client: Client, models: Path, tmp_path: Path
 ) -> None:

@@ -92,18 +92,18 @@ def run(arguments: list[str]) -> int:
         complain(f"Error: {error}")
         return error.exit_code
     except (KeyboardInterrupt, click.Abort) as error:
+        cause = error.__cause__ or error  # Click passes every interrupt on as an Abort
         goes_on = arguments[:1] in (["merge"], ["push"])
-        again = "; the same command continues with the files that are finished" if goes_on else "; nothing is written"
-        complain(f"Interrupted{again}.")
-        # Click passes every interrupt on as an Abort
-        return 143 if isinstance(error.__cause__ or error, Terminated) else 130
+        again = "the same command continues with the files that are finished" if goes_on else "nothing is written"
+        complain(f"Interrupted; {cause.args[0] if cause.args else again}.")
+        return 143 if isinstance(cause, Terminated) else 130
     except (BrokenPipeError, SystemExit):  # Click turns a broken pipe into an exit of its own
         silence_stdout()
         return 141
     except OSError as error:
         silence_stdout()
         where = f"{printable(error.filename)}: " if error.filename else ""
-        complain(f"Error: {where}{error.strerror or error}")
+        complain(f"Error: {where}{error.strerror or without_tokens(str(error))}")
         return 6
     except MemoryError:
         complain("Error: out of memory; --max-memory and --workers make a merge smaller")

@@ -68,14 +68,15 @@ def push_output(ctx: click.Context, repo: str, quiet: bool) -> Any:
     out = ctx.params["out"]
     if ctx.params.get("dry_run"):
         return None
+    goes_on = f"{printable(out)} is complete; `loratool push {printable(out)} {printable(repo)}` goes on"
     try:
         with bar(quiet, "pushing", unit="B", unit_scale=True) as progress:
             return push(out, repo, public=bool(ctx.meta.get(f"{REPO}.public")), progress=progress)
     except LoratoolError as error:
-        shown = printable(out)
-        raise type(error)(
-            f"{error.message} ({shown} is complete; `loratool push {shown} {printable(repo)}` goes on)", error.problems
-        ) from None
+        raise type(error)(f"{error.message} ({goes_on})", error.problems) from None
+    except KeyboardInterrupt as error:
+        error.args = (goes_on,)
+        raise
 
 
 @click.command()
