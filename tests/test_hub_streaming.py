@@ -250,6 +250,20 @@ def test_a_local_base_can_be_streamed_and_stays(hub: HubServer, client: Client, 
     assert is_whole_or_cannot_be_loaded(hub, "alice/new")
 
 
+def test_a_card_with_what_looks_like_a_token_is_refused_until_another_is_written(
+    hub: HubServer, client: Client, models: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(models / "base", tmp_path / "told")
+    (tmp_path / "told" / "README.md").write_text(f"# use {WRITER}\n")
+    hub.add("org/told", tmp_path / "told")
+    told = client.refused(*words("alice/new", "org/told"), code=3, cwd=tmp_path / "work")
+    assert "--card" in told
+    assert "--exclude" not in told
+    assert "alice/new" not in hub.repos
+    client.works(*words("alice/new", "org/told"), "--card", cwd=tmp_path / "work")
+    assert b"hf_" not in held(hub, "alice/new")["README.md"]
+
+
 def test_a_dry_run_moves_headers_and_sends_nothing(hub: HubServer, client: Client, tmp_path: Path) -> None:
     client.token = None
     ran = client.works(*words("alice/new"), "--dry-run", cwd=tmp_path / "work")

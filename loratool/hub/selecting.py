@@ -195,13 +195,11 @@ def hidden_files(root: Path) -> Iterator[str]:
         folders[:] = [name for name in folders if not name.startswith(".")]
 
 
-def check_secrets(root: Path, uploads: Iterable[Upload]) -> None:
+def check_secrets(
+    root: Path, uploads: Iterable[Upload], way_out: str = "take it out, or leave the file out with --exclude"
+) -> None:
     """Raise `InputError` naming every file in which something looks like a token or a private key."""
     texts = [u for u in uploads if not u.name.endswith(".safetensors") and u.size <= LARGEST_SCANNED]
-    found = [
-        f"{printable(text.name)}: take it out, or leave the file out with --exclude"
-        for text in texts
-        if TOKENS.search(text.read())
-    ]
+    found = [f"{printable(text.name)}: {way_out}" for text in texts if TOKENS.search(text.read())]
     if found:
         raise InputError(f"{printable(root)}: files hold what looks like a token or a private key:", found)

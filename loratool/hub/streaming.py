@@ -233,10 +233,12 @@ def last_files(plan: MergePlan, table: Mapping[str, Any], repo: str, card: bool)
     """Everything but the weights: config, index, tokenizer, provenance, card."""
     sent = (file for file in plan.side_files if not (never(file.name) or unknown(file.name)))
     uploads = {file.name: Upload(file.name, file.source, file.content) for file in sent}
-    check_secrets(plan.base.root, uploads.values())
     uploads[PROVENANCE] = Upload(PROVENANCE, content=as_text(table))
     if card or CARD not in uploads or is_nobodys(uploads[CARD].path):
         uploads[CARD] = Upload(CARD, content=merged_card(plan, table, repo))
+    check_secrets(
+        plan.base.root, uploads.values(), "--card writes another README.md; for other files merge to a folder"
+    )
     return list(uploads.values())
 
 
