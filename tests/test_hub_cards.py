@@ -197,7 +197,7 @@ def test_a_card_that_somebody_wrote_is_kept_and_one_of_ours_is_made_anew(models:
     assert MARK.encode() in card_of(tmp_path / "half", "me/half")
 
     (style / CARD).write_text(
-        "---\nbase_model: /home/me/base\n---\n# Model Card for Model ID\n[More Information Needed]\n"
+        "---\nbase_model: /srv/mine/base\n---\n# Model Card for Model ID\n[More Information Needed]\n"
     )
     loratool.rescale(style, tmp_path / "double", scale=2)
     assert "another strength" in (tmp_path / "double" / CARD).read_text()
@@ -303,8 +303,8 @@ def test_the_command_of_a_card_is_one_that_the_command_line_takes(models: Path) 
     words = command(
         loratool.combine,
         {
-            "adapters": [place(models, "me/style"), Path("/home/me/my adapter")],
-            "out": Path("/home/me/secret"),
+            "adapters": [place(models, "me/style"), Path("/srv/mine/my adapter")],
+            "out": Path("/srv/mine/secret"),
             "method": "ties",
             "weights": [1, {"mlp": 0.5, "default": 1}],
             "space": "core",
@@ -334,6 +334,6 @@ def test_the_command_of_a_card_is_one_that_the_command_line_takes(models: Path) 
         f"loratool combine me/style@{COMMIT} './my adapter' --method ties -w 1 -w '{{\"mlp\": 0.5, \"default\": 1}}' "
         "--space core --rank 8 --lambda 0.7 --match-norm mean --no-normalize --svc -o out"
     )
-    assert "/home/me" not in words
+    assert "/srv/mine" not in words
     plain = shlex.split(words.replace("""-w '{"mlp": 0.5, "default": 1}'""", "-w 1"))
     assert cli.cli.commands["combine"].make_context("combine", plain[2:]).params["factor"] == 0.7

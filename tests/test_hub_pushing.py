@@ -216,10 +216,10 @@ def test_a_model_pushed_over_a_streaming_merge_ends_it(hub: HubServer, client: C
 def test_a_base_that_is_a_folder_of_this_machine_is_told(models: Path, tmp_path: Path) -> None:
     shutil.copytree(models / "adapter", tmp_path / "adapter")
     config = tmp_path / "adapter" / "adapter_config.json"
-    for base, told in (("/home/me/base", True), ("org/base", False)):
+    for base, told in (("/srv/mine/base", True), ("org/base", False)):
         config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": base}))
         notes = select(tmp_path / "adapter", [], [], False, "alice/new").notes
-        assert any("/home/me/base" in note for note in notes) is told
+        assert any("/srv/mine/base" in note for note in notes) is told
 
 
 def test_include_and_exclude(hub: HubServer, client: Client, models: Path) -> None:
@@ -319,7 +319,7 @@ def test_who_may_not_push_is_told_what_to_do(
 
 def test_a_card_that_the_hub_refuses_is_told(hub: HubServer, client: Client, models: Path, tmp_path: Path) -> None:
     shutil.copytree(models / "adapter", tmp_path / "adapter")
-    (tmp_path / "adapter" / "README.md").write_text("---\nbase_model: /home/me/base\n---\n")
+    (tmp_path / "adapter" / "README.md").write_text("---\nbase_model: /srv/mine/base\n---\n")
     told = client.refused("push", tmp_path / "adapter", "alice/new")
     assert "base_model is no id" in told
     assert held(hub, "alice/new") == {}

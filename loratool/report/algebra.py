@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from loratool.comparing import mean_of
 from loratool.errors import printable
 from loratool.report import aligned, size, spread
 
@@ -119,17 +120,12 @@ def combine_text(report: CombineReport) -> str:
 def met(report: CombineReport, pair: str) -> str:
     """How much two adapters are in each other's way: the cosine of all, and means over the layers that both have."""
     found = [layer.meetings[pair] for layer in report.modules.values() if pair in layer.meetings]
-    overlap, by_chance = (mean(m.overlap_out for m in found), mean(m.random_out for m in found))
+    overlap, by_chance = mean_of([m.overlap_out for m in found]), mean_of([m.random_out for m in found])
     return (
         f"cosine {number(report.totals.cosine[pair])}, overlap {number(overlap)} (random {number(by_chance)}), "
-        f"interference {number(mean(m.interference for m in found))}, "
-        f"signs {number(mean(m.sign_conflict for m in found))}"
+        f"interference {number(mean_of([m.interference for m in found]))}, "
+        f"signs {number(mean_of([m.sign_conflict for m in found]))}"
     )
-
-
-def mean(values: Iterable[float | None]) -> float | None:
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there) if there else None
 
 
 def rescale_text(report: RescaleReport) -> str:
