@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
@@ -113,17 +113,18 @@ def open_folder(root: Path, index: Path | None) -> Checkpoint:
     if index is not None:
         weight_map, metadata = read_index(index)
         shard_names = list(dict.fromkeys(weight_map.values()))
-        check_links(root, shard_names)
         shards = order_shards(read_shards(root, shard_names))
         check_index(index, weight_map, root, shards)
     else:
         shard_names = choose_shards(root, names, notes)
-        check_links(root, shard_names)
         shards = order_shards(read_shards(root, shard_names))
         check_unique(root, shards)
     if index is not None and (stray := [n for n in names if n.endswith(".safetensors") and n not in shard_names]):
         notes.append(f"not in the index and not used: {', '.join(map(printable, stray))}")
-    side_files, left_out = sort_side_files(root, {*shard_names, index.name if index else ""})
+    weights = [*shard_names, *([index.name] if index else [])]
+    if links := told_links(root, weights):
+        notes.append(links)
+    side_files, left_out = sort_side_files(root, set(weights))
     return Checkpoint(root, tuple(shards), index, metadata, tuple(side_files), tuple(left_out), tuple(notes))
 
 
@@ -138,7 +139,6 @@ def choose_index(root: Path, names: list[str], notes: list[str]) -> Path | None:
         raise InputError(
             f"{printable(root)}: several indexes ({', '.join(map(printable, indexes))}); give the path of one as BASE"
         )
-    check_links(root, indexes)
     index = root / indexes[0]
     if SINGLE in names and SINGLE not in read_index(index)[0].values():
         notes.append(f"both {SINGLE} and {printable(index.name)} are there; {SINGLE} is used, as transformers does")
@@ -230,11 +230,16 @@ def why_no_shard_name(name: object) -> str:
     return ""
 
 
-def check_links(root: Path, names: list[str]) -> None:
-    """Refuse weight files that lead out of the folder, but for the links of a Hub cache to its own blobs."""
-    outside = [f"{printable(name)} is a link out of the folder" for name in names if leaves(root, name)]
-    if outside:
-        raise InputError(f"{printable(root)}: weights outside the folder are not read:", outside)
+def told_links(root: Path, names: list[str]) -> str:
+    """Where weight files are links out of the folder, the sentence that says where they lead; else nothing."""
+    away = [name for name in names if leaves(root, name)]
+    if not away:
+        return ""
+    more = f" (and {len(away) - 1} more)" if len(away) > 1 else ""
+    return (
+        f"weights are links out of the folder, and were followed: {printable(away[0])} → "
+        f"{printable(os.path.realpath(root / away[0]))}{more}"
+    )
 
 
 def leaves(root: Path, name: str) -> bool:
@@ -304,14 +309,18 @@ def check_unique(root: Path, shards: list[SafeFile]) -> None:
 
 
 def sort_side_files(root: Path, weights: set[str]) -> tuple[list[str], list[str]]:
-    """Files to carry over, and files to leave out with the reason; hidden ones are in neither."""
+    """Files to carry over, and files to leave out with the reason; hidden ones are in neither.
+
+    A link out of the folder is followed only to where the weights of the same model really lie.
+    """
     carried: list[str] = []
     left_out: list[str] = []
+    homes = {os.path.dirname(os.path.realpath(root / name)) for name in weights if name and leaves(root, name)}
     for name in walk(root, left_out):
         path = PurePosixPath(name)
         if name in weights:
             continue
-        reason = why_left_out(root, path)
+        reason = why_left_out(root, path, homes)
         if reason:
             left_out.append(f"{printable(name)} ({reason})")
         else:
@@ -345,15 +354,18 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def why_left_out(root: Path, path: PurePosixPath) -> str:
-    """Empty for a file that belongs into a merged model; else the reason it is left out."""
+def why_left_out(root: Path, path: PurePosixPath, homes: Set[str] = frozenset()) -> str:
+    """Empty for a file that belongs into a merged model; else the reason it is left out.
+
+    `homes` are the folders outside `root` in which weights of the model lie.
+    """
     name = path.name
     at_top = len(path.parts) == 1
     if name == PROVENANCE:
         return "made by an earlier merge"
     if not os.path.isfile(root / path):
         return "no regular file"
-    if leaves(root, str(path)):
+    if leaves(root, str(path)) and os.path.dirname(os.path.realpath(root / path)) not in homes:
         return "a link out of the folder"
     if any(fnmatch(name, pattern) for pattern in TRAINING_FILES):
         return "left by training"

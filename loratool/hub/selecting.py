@@ -97,7 +97,7 @@ def select(root: Path, include: Sequence[str], exclude: Sequence[str], card: boo
     extra = [name for name in walk(root) if matches(name, include) and name not in names]
     chosen: list[str] = []
     for name in [*names, *extra]:
-        reason = why_not(root, name, include, exclude)
+        reason = why_not(root, name, include, exclude, name in needed)
         if not reason:
             chosen.append(name)
         elif name in needed:
@@ -147,11 +147,11 @@ def contents(root: Path) -> tuple[Literal["model", "adapter"], list[str], list[s
     return kind, needed, [name for name in kept if (root / name).is_file()], left_out
 
 
-def why_not(root: Path, name: str, include: Sequence[str], exclude: Sequence[str]) -> str:
-    """Empty for a file that may be sent; else the reason it is not."""
+def why_not(root: Path, name: str, include: Sequence[str], exclude: Sequence[str], weights: bool = False) -> str:
+    """Empty for a file that may be sent; else the reason it is not. Links of `weights` have been followed and read."""
     if reason := never(name):
         return reason
-    if not (root / name).is_file() or leaves(root, name):
+    if not (root / name).is_file() or (leaves(root, name) and not weights):
         return "no file of this folder"
     if matches(name, exclude):
         return "excluded"
