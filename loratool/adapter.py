@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from loratool.digests import sha256_of
 from loratool.errors import InputError, printable
-from loratool.safefile import FLOAT_NAMES, Identity, SafeFile, TensorInfo, open_regular, read_exactly
+from loratool.safefile import FLOAT_NAMES, SafeFile, TensorInfo, read_exactly
 from loratool.updates import Add, LowRank, Replace, Update
 
 if TYPE_CHECKING:
@@ -253,15 +253,3 @@ def same_values(one: StoredTensor, other: StoredTensor) -> bool:
         return False
     first, second = (each.bits()[0].reshape(each.info.shape) for each in (one, other))
     return bool((first == second.T).all())
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(open_regular(path), "rb", buffering=0) as stream:
-        before = Identity.of(path.stat())
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-        if Identity.of(path.stat()) != before:
-            raise InputError(f"{printable(path)}: the file changed while it was being read; start again")
-    return digest.hexdigest()

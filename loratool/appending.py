@@ -47,13 +47,11 @@ class TensorFile:
 
 @contextmanager
 def tensor_file(path: Path, announced: Iterable[Triple]) -> Iterator[TensorFile]:
-    """A file to append to; `announced` are all tensors that may come, none of them smaller than it will be."""
+    """A file to append to, until it is finished; `announced` are all tensors that may come, none smaller than it will be."""
     reserved = room_for(Layout.of(announced, {"format": "pt"}))
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
-        file = TensorFile(path, descriptor, reserved)
-        yield file
-        file.finish()
+        yield TensorFile(path, descriptor, reserved)
     finally:
         os.close(descriptor)
 

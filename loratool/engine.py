@@ -247,8 +247,7 @@ class Engine:
             file.check_unchanged(descriptor)
         shard.close()
         with self.telling:
-            digest = shard.digest.hexdigest()
-            self.stage.record(FinishedShard(shard.plan.name, shard.plan.layout.size, digest, self.totals.changed))
+            self.stage.record(FinishedShard(shard.plan.name, shard.digest.digest(), self.totals.changed))
         self.slots.release()
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from loratool import __version__
 from loratool.cards import CARD, card, command, is_nobodys, terms_of
 from loratool.checkpoint import PROVENANCE, open_checkpoint
+from loratool.digests import recorded
 from loratool.engine import Engine
 from loratool.errors import FitError, LoratoolError, UsageError, printable
 from loratool.fetching import local
@@ -27,7 +28,7 @@ from loratool.formats import read_adapter
 from loratool.origins import is_hub_id, told_origin
 from loratool.planning import MergePlan, plan_merge
 from loratool.resources import Resources, Runtime, check_device, peak_memory, start_torch
-from loratool.staging import FinishedShard, Stage, check_target, staged, sweep
+from loratool.staging import Stage, check_target, staged, sweep
 
 if TYPE_CHECKING:
     from loratool.computing import Totals
@@ -131,10 +132,10 @@ def merge(
             write_side_files(stage, plan)
             inputs = {"base": plan.base.root, "adapters": [adapter.folder for adapter in plan.adapters]}
             words = command(merge, {**asked, **inputs})
-            table = provenance(plan, digests, stage.finished, engine.resources().on_gpu, words)
-            stage.write(PROVENANCE, as_text(table))
+            table = provenance(plan, digests, engine.resources().on_gpu, words)
             if all(file.name != CARD or is_nobodys(file.source) for file in plan.side_files):
                 stage.write(CARD, merged_card(plan, table))
+            stage.write(PROVENANCE, as_text({**table, "files": recorded(stage.files)}))
     except LoratoolError:
         runtime.exception()  # wait for the import: a process that ends in the middle of it may crash
         raise
@@ -244,14 +245,8 @@ def write_side_files(stage: Stage, plan: MergePlan) -> None:
             stage.write(file.name, file.content or b"")
 
 
-def provenance(
-    plan: MergePlan,
-    digests: Sequence[Mapping[str, str]],
-    finished: Mapping[str, FinishedShard],
-    on_gpu: bool,
-    words: str,
-) -> dict[str, Any]:
-    """`loratool.json`: what made this model. The same inputs and settings give the same bytes."""
+def provenance(plan: MergePlan, digests: Sequence[Mapping[str, str]], on_gpu: bool, words: str) -> dict[str, Any]:
+    """`loratool.json`, but for "files": what made this model. The same inputs and settings give the same bytes."""
     import torch
 
     trained_on = {str(adapter.config.get("base_model_name_or_path")) for adapter in plan.adapters}
@@ -281,7 +276,6 @@ def provenance(
         "dtypes": dict(Counter(span.placed.dtype for span in plan.spans)),
         "device": "cuda" if on_gpu else "cpu",
         "tensors": {"edited": len(plan.edited), "copied": plan.copied, "all": len(plan.spans)},
-        "shards": {s.name: {"size": s.size, "sha256": s.sha256} for _, s in sorted(finished.items())},
     }
 
 
@@ -328,5 +322,5 @@ def make_report(
         nonfinite=totals.nonfinite,
         left_out=plan.left_out,
         notes=plan.notes,
-        digests={s.name: s.sha256 for _, s in sorted(stage.finished.items())},
+        digests={s.name: str(s.digest) for _, s in sorted(stage.finished.items())},
     )

@@ -16,6 +16,7 @@ from loratool.adapter import StoredTensor, stored_tensors
 from loratool.appending import TensorFile, tensor_file
 from loratool.cards import CARD, card, is_nobodys, terms_of
 from loratool.checkpoint import PROVENANCE, sort_side_files
+from loratool.digests import recorded
 from loratool.errors import FitError, printable
 from loratool.formats.peft import CONFIG, WEIGHTS
 from loratool.formats.peft.lora import doubles
@@ -129,8 +130,10 @@ class Output:
         beside: Mapping[str, Path],
         inputs: Sequence[Path],
     ) -> None:
-        """Write everything but the weights; `beside` are files to copy, by name, `inputs` the folders with cards."""
-        if self.stage is not None:
+        """Complete the weights, and write everything else; `beside` are files to copy, by name, `inputs` the folders with cards."""
+        if self.stage is not None and self.file is not None:
+            self.file.finish()
+            self.stage.add(WEIGHTS)
             finish(self.stage, config, provenance, beside, inputs)
 
 
@@ -146,9 +149,9 @@ def finish(
     for name, path in beside.items():
         stage.copy(name, path)
     table = {**provenance, "versions": versions()}
-    stage.write(PROVENANCE, (json.dumps(table, indent=2) + "\n").encode())
     if CARD not in beside or is_nobodys(beside[CARD]):
         stage.write(CARD, card(table, config, terms_of(*inputs)))
+    stage.write(PROVENANCE, (json.dumps({**table, "files": recorded(stage.files)}, indent=2) + "\n").encode())
 
 
 @contextmanager

@@ -19,12 +19,13 @@ import shutil
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loratool.digests import Digest, Digester, digest_of, digest_of_bytes, parts_of
 from loratool.errors import StorageError, UsageError, printable
-from loratool.safefile import copy_bytes, open_regular
+from loratool.safefile import write_fully
 
 JOURNAL = "journal"
 MODEL = "model"
@@ -39,9 +40,17 @@ class FinishedShard:
     """An output file that is complete and on stable storage."""
 
     name: str
-    size: int  # bytes
-    sha256: str
+    digest: Digest
     changed: bool  # whether any weight, here or in a file before, differs from the base's
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.digest.size
+
+    def record(self) -> dict[str, Any]:
+        """The shard's line of a journal."""
+        return {"name": self.name, **self.digest.record(), "changed": self.changed}
 
 
 @dataclass
@@ -51,6 +60,7 @@ class Stage:
     out: Path
     home: Path  # OUT.partial
     finished: dict[str, FinishedShard] = field(default_factory=dict)
+    files: dict[str, Digest] = field(default_factory=dict)  # every file of the output so far
     published: bool = False  # or about to be
 
     @property
@@ -59,30 +69,40 @@ class Stage:
 
     def record(self, shard: FinishedShard) -> None:
         """Note a shard whose bytes are on stable storage already."""
-        line = f"\n{json.dumps(asdict(shard))}\n"  # on a line of its own, even after one that a kill tore
+        line = f"\n{json.dumps(shard.record())}\n"  # on a line of its own, even after one that a kill tore
         write_durably(self.home / JOURNAL, line.encode(), append=True)
+        self.keep(shard)
+
+    def keep(self, shard: FinishedShard) -> None:
+        """Count a shard that is there and recorded as part of the output."""
         self.finished[shard.name] = shard
+        self.files[shard.name] = shard.digest
 
     def write(self, name: str, content: bytes) -> None:
         """A small file of the output."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(path, content)
+        self.files[name] = digest_of_bytes(content)
 
     def copy(self, name: str, source: Path) -> None:
         """A side file of an input, byte for byte."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        reading = open_regular(source)
+        digester = Digester()
+        writing = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
-            writing = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-            try:
-                copy_bytes(reading, writing, os.fstat(reading).st_size, 0, 0, source)
-                os.fsync(writing)
-            finally:
-                os.close(writing)
+            for part in parts_of(source):
+                write_fully(writing, part, digester.size)
+                digester.update(part)
+            os.fsync(writing)
         finally:
-            os.close(reading)
+            os.close(writing)
+        self.files[name] = digester.digest()
+
+    def add(self, name: str) -> None:
+        """Count a file that was written by other means, and is complete, as part of the output."""
+        self.files[name] = digest_of(self.folder / name)
 
     def drop_unfinished(self) -> None:
         """Remove every file that the journal does not vouch for."""
@@ -296,10 +316,12 @@ def open_stage(stage: Stage, fingerprint: str) -> None:
     lines = read_journal(journal) if journal.exists() else []
     if lines and lines[0].get("plan") == fingerprint and stage.folder.is_dir():
         for line in lines[1:]:
-            shard = FinishedShard(**line)
-            path = stage.folder / shard.name
-            if path.is_file() and path.stat().st_size == shard.size:
-                stage.finished[shard.name] = shard
+            digest = Digest.of_record(line)
+            if digest is None:
+                continue
+            path = stage.folder / line["name"]
+            if path.is_file() and path.stat().st_size == digest.size:
+                stage.keep(FinishedShard(line["name"], digest, line["changed"]))
         stage.drop_unfinished()
         return
     stage.restore()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import hashlib
 import mmap
 import os
 import threading
@@ -13,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratool.digests import Digester
 from loratool.safefile import SafeFile, copy_bytes, open_regular, read_exactly, write_fully
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class OutputShard:
         self.opened = self.direct = open_direct(path, self.descriptor, plan.layout.size)
         self.sources: dict[Path, tuple[SafeFile, int]] = {}
         self.changed = threading.Condition()
-        self.digest = hashlib.sha256()
+        self.digest = Digester()
         self.hashed = self.written = 0  # bytes: from the file's start, and anywhere
         self.rest = b""  # hashed bytes since the last whole page, which the next part's write begins with
         header = memoryview(bytearray(plan.layout.header))

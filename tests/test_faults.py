@@ -19,7 +19,7 @@ from faults import Call, Fault, Mode, Outcome, Picture, picture
 from safetensors.torch import load_file
 
 OUT, PARTIAL = "out", "out.partial"
-LAST_FILE = "fsync(out.partial/model/README.md)"
+LAST_FILE = "fsync(out.partial/model/loratool.json)"
 KILLS = ("killed before", "killed after", "torn")
 
 

@@ -20,7 +20,7 @@ LONGEST_MODULE = 500  # lines
 ROWS = (
     ("errors", "layouts"),
     ("safefile", "updates", "lowrank", "decoders", "origins"),
-    ("methods",),
+    ("methods", "digests"),
     ("checkpoint", "adapter", "staging", "appending"),
     ("contents",),
     ("formats", "binding", "companions"),
@@ -48,7 +48,7 @@ ROW = {module: row for row, modules in enumerate(ROWS) for module in modules}
 WITHOUT_TORCH = (
     *("errors", "layouts", "safefile", "checkpoint", "staging", "formats", "binding", "companions", "placing", "tying"),
     *("vocabulary", "planning", "writing", "fitting", "health", "inspecting", "estimating", "decoders", "report"),
-    *("cli", "appending", "ranks", "origins", "fetching", "cards"),
+    *("cli", "appending", "ranks", "origins", "fetching", "cards", "digests"),
 )
 
 

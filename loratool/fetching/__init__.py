@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from loratool.adapter import sha256_of
 from loratool.checkpoint import holds_weights
+from loratool.digests import sha256_of
 from loratool.errors import HubError, StorageError, UsageError, printable
 from loratool.fetching.client import api, asking, is_offline, patiently
 from loratool.fetching.operands import PAGE, HubPath, parse

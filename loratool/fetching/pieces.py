@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.adapter import sha256_of
 from loratool.checkpoint import Checkpoint, open_checkpoint
+from loratool.digests import sha256_of
 from loratool.errors import HubError, InputError, printable
 from loratool.fetching import HubPath, local, place_of, root_of
 from loratool.fetching.client import api, asking, is_offline, patiently

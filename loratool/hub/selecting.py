@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Literal
 
 from loratool.cards import CARD, addressed, card_of, is_template
 from loratool.checkpoint import PROVENANCE, TRAINING_FOLDERS, leaves, open_checkpoint, sort_side_files
+from loratool.digests import digest_of_bytes, read_recorded, recorded
 from loratool.errors import InputError, UsageError, printable
 from loratool.fetching.bases import named_base
 from loratool.formats import read_adapter
@@ -117,6 +119,8 @@ def select(root: Path, include: Sequence[str], exclude: Sequence[str], card: boo
         notes.append(f"{CARD} is the one made here, with code that loads {printable(place)}")
     else:
         notes.append(f"{CARD} is kept as it is; --card sends one made from {PROVENANCE}")
+    if CARD in uploads and (made := uploads[CARD].content) is not None and PROVENANCE in uploads:
+        uploads[PROVENANCE] = Upload(PROVENANCE, content=listing(root / PROVENANCE, CARD, made))
     check_secrets(root, uploads.values())
     if kind == "adapter" and os.path.isabs(base := named_base(root)):
         notes.append(
@@ -125,6 +129,19 @@ def select(root: Path, include: Sequence[str], exclude: Sequence[str], card: boo
         )
     hidden = [f"{printable(name)} (hidden)" for name in hidden_files(root)]
     return Selection(kind, tuple(uploads[n] for n in sorted(uploads)), (*sorted({*left_out, *hidden}),), tuple(notes))
+
+
+def listing(path: Path, name: str, content: bytes) -> bytes:
+    """A `loratool.json` that lists a file with another content; as it is where it is none, or lists no side files."""
+    raw = path.read_bytes()
+    try:
+        table = json.loads(raw)
+    except (ValueError, RecursionError):
+        return raw
+    if not isinstance(table, dict) or not isinstance(table.get("files"), dict):
+        return raw
+    files = {**read_recorded(table), name: digest_of_bytes(content)}
+    return (json.dumps({**table, "files": recorded(files)}, indent=2) + "\n").encode()
 
 
 def contents(root: Path) -> tuple[Literal["model", "adapter"], list[str], list[str], list[str]]:

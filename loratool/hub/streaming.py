@@ -15,13 +15,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
 from loratool.cards import CARD, OUT, command, is_nobodys
 from loratool.checkpoint import INDEX_SUFFIX, PROVENANCE
+from loratool.digests import Digest, digest_of_bytes, read_recorded, recorded
 from loratool.engine import Engine
 from loratool.errors import FitError, HubError, UsageError, VerificationError, printable
 from loratool.fetching import local
@@ -159,7 +160,7 @@ def stream(
             allow_new_tensors=allow_new_tensors,
         )
         check_values(planned)
-        last_files(planned, {}, repo, card)  # a secret in one of them is found before anything is sent
+        last_files(planned, {}, {}, repo, card)  # a secret in one of them is found before anything is sent
         streaming = Streaming(planned, source, home, repo, revision, runtime, workers, max_memory, progress)
         notes = [*planned.notes, *unlike_bases(planned.base, planned.adapters)]
         digests = [adapter.digests() for adapter in planned.adapters]
@@ -176,8 +177,9 @@ def stream(
         if done is None:
             streaming.run()
             on_gpu = any(name.startswith("cuda") for name in runtime.result().devices)
-            table = provenance(planned, digests, streaming.finished, on_gpu, told) | {"plan": streaming.plan_name}
-            done = streaming.end(last_files(planned, table, repo, card), message or "Merge with loratool")
+            table = provenance(planned, digests, on_gpu, told) | {"plan": streaming.plan_name}
+            weights_sent = {name: shard.digest for name, shard in streaming.finished.items()}
+            done = streaming.end(last_files(planned, table, weights_sent, repo, card), message or "Merge with loratool")
         return streaming.report(done, private, resumed, notes, started, dry_run)
 
 
@@ -229,13 +231,16 @@ def fingerprint(plan: MergePlan, source: Source, digests: Sequence[Mapping[str, 
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode(errors="surrogateescape")).hexdigest()
 
 
-def last_files(plan: MergePlan, table: Mapping[str, Any], repo: str, card: bool) -> list[Upload]:
-    """Everything but the weights: config, index, tokenizer, provenance, card."""
+def last_files(
+    plan: MergePlan, table: Mapping[str, Any], weights: Mapping[str, Digest], repo: str, card: bool
+) -> list[Upload]:
+    """Everything but the weights, which are there already: config, index, tokenizer, card, provenance."""
     sent = (file for file in plan.side_files if not (never(file.name) or unknown(file.name)))
     uploads = {file.name: Upload(file.name, file.source, file.content) for file in sent}
-    uploads[PROVENANCE] = Upload(PROVENANCE, content=as_text(table))
     if card or CARD not in uploads or is_nobodys(uploads[CARD].path):
         uploads[CARD] = Upload(CARD, content=merged_card(plan, table, repo))
+    files = {**weights, **{name: digest_of_bytes(upload.read()) for name, upload in uploads.items()}}
+    uploads[PROVENANCE] = Upload(PROVENANCE, content=as_text({**table, "files": recorded(files)}))
     check_secrets(
         plan.base.root, uploads.values(), "--card writes another README.md; for other files merge to a folder"
     )
@@ -280,8 +285,10 @@ class Streaming:
             return None
         whole = self.read(PROVENANCE, there)
         if whole.get("plan") == self.plan_name and not journal:
-            found = finished_in(whole.get("shards"), there)
-            if set(found) == {shard.name for shard in self.plan.shards}:
+            weights = {shard.name for shard in self.plan.shards}
+            listed = {name: digest.record() for name, digest in read_recorded(whole).items() if name in weights}
+            found = finished_in(listed, there)
+            if set(found) == weights:
                 self.finished = found
                 head = self.head()
                 return Commit(head.commit, f"{self.page}/commit/{head.commit}")
@@ -316,7 +323,7 @@ class Streaming:
         return found if isinstance(found, dict) else {}
 
     def journal(self) -> Upload:
-        table = {"plan": self.plan_name, "finished": {name: asdict(s) for name, s in sorted(self.finished.items())}}
+        table = {"plan": self.plan_name, "finished": {name: s.record() for name, s in sorted(self.finished.items())}}
         return Upload(REMOTE_JOURNAL, content=as_text(table))
 
     def run(self) -> None:
@@ -351,7 +358,7 @@ class Streaming:
             self.source.drop(path)
         finished = stage.finished[shard.name]
         upload = Upload(shard.name, stage.folder / shard.name)
-        if upload.sha256 != finished.sha256:
+        if not finished.digest.has_sha256(upload.sha256):
             raise VerificationError(f"{printable(shard.name)}: changed on this disk after it was written; run it again")
         self.finished[shard.name] = finished
         commit(self.repo, self.revision, [upload, self.journal()], f"Merged weights {number}")
@@ -365,7 +372,7 @@ class Streaming:
         done = commit(self.repo, self.revision, uploads, message, delete=stale)
         check(self.repo, done.oid, uploads)
         there = files_of(self.repo, done.oid)
-        found = finished_in({name: asdict(shard) for name, shard in self.finished.items()}, there)
+        found = finished_in({name: shard.record() for name, shard in self.finished.items()}, there)
         if missing := sorted(set(self.finished) - set(found)):
             raise HubError(f"{self.repo}: weights are gone or others than were sent:", map(printable, missing))
         return done
@@ -392,7 +399,7 @@ class Streaming:
             most_on_disk=most_on_disk(self.plan) if dry_run else self.most,
             left_out=(*self.plan.left_out, *kept_back(self.plan)),
             notes=tuple(notes),
-            digests={s.name: s.sha256 for _, s in sorted(self.finished.items())},
+            digests={s.name: str(s.digest) for _, s in sorted(self.finished.items())},
             device=", ".join(self.runtime.result().devices),
             seconds=time.monotonic() - started,
             dry_run=dry_run,
@@ -408,8 +415,9 @@ def finished_in(table: object, there: Mapping[str, RemoteFile]) -> dict[str, Fin
     """The files of a journal or a provenance that are in the repository with the content it tells."""
     found: dict[str, FinishedShard] = {}
     for name, entry in table.items() if isinstance(table, dict) else ():
-        size, sha256 = entry.get("size"), entry.get("sha256")
-        file = there.get(name)
-        if file is not None and file.size == size and file.sha256 in ("", sha256):
-            found[name] = FinishedShard(name, size, str(sha256), bool(entry.get("changed", True)))
+        digest, file = Digest.of_record(entry), there.get(name)
+        if digest is None or file is None or file.size != digest.size:
+            continue
+        if not file.sha256 or digest.has_sha256(file.sha256):
+            found[name] = FinishedShard(name, digest, bool(entry.get("changed", True)))
     return found
