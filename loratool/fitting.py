@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -73,8 +73,12 @@ class Fit:
                 yield names
 
 
-def fit_of(adapter: Adapter, path: Path, weights: bool) -> Fit:
+def fit_of(
+    adapter: Adapter, path: Path, weights: bool, maps: Sequence[str] = (), fan_in_fan_out: bool | None = None
+) -> Fit:
     """Hold `adapter` against the base at `path`, which holds `weights` or is a config alone.
+
+    `maps` and `fan_in_fan_out` are those of a merge.
 
     Raises `InputError` where the base's shapes are not known: it is quantised, or a config of an unknown family.
     """
@@ -84,7 +88,7 @@ def fit_of(adapter: Adapter, path: Path, weights: bool) -> Fit:
         return Fit(base_facts(base, trainable, more, ()), adapter.name)
     checkpoint = open_checkpoint(path)
     ties = find_ties(checkpoint, [adapter])
-    trained = as_trained(adapter, checkpoint, ties, partial(bind, maps=(), fan_in_fan_out=None), True)
+    trained = as_trained(adapter, checkpoint, ties, partial(bind, maps=maps, fan_in_fan_out=fan_in_fan_out), True)
     bound = trained.bound
     problems = tuple(tell({**bound.problems, **trained.refused}))
     known = {target for target, places in bound.places.items() if any(p.tensor in base.weights for p in places)}

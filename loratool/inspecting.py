@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -169,6 +170,8 @@ def inspect(
     tensors: bool = False,
     values: bool = False,
     check: bool = False,
+    maps: Sequence[str] = (),
+    fan_in_fan_out: bool | None = None,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Facts:
@@ -183,6 +186,8 @@ def inspect(
         values: measure every module of an adapter; `loratool.measuring` says what.
         check: look for what is wrong, which reads all values once. What is malformed is then told as
             findings, and nothing raised.
+        maps: `REGEX=TEMPLATE` each, other names for the adapter's weights in `base`, as in a merge.
+        fan_in_fan_out: whether square weights of layers that may be Conv1D are stored (in, out), as in a merge.
         device: to measure on: "auto", "cpu", "cuda" or "cuda:N".
         progress: called with (modules measured, modules in all).
 
@@ -202,20 +207,22 @@ def inspect(
         against = at(base, "model") if base is not None else None
         if base_config is not None:
             against = stack.enter_context(headers(base_config))
-        return look_at(at(path, "any"), path, against, tensors, values, check, device, progress)
+        hold = partial(fit_of, maps=[maps] if isinstance(maps, str) else maps, fan_in_fan_out=fan_in_fan_out)
+        return look_at(at(path, "any"), path, against, hold, tensors, values, check, device, progress)
 
 
 def look_at(
     location: Path,
     path: PathLike,
     against: Path | None,
+    hold: Callable[[Adapter, Path, bool], Fit],
     tensors: bool,
     values: bool,
     check: bool,
     device: str,
     progress: Progress | None,
 ) -> Facts:
-    """What is at `location`, which was asked for as `path`."""
+    """What is at `location`, which was asked for as `path`; `hold` holds an adapter against the base at `against`."""
     shown = Path(path)
     if foreign := foreign_adapter(location):
         return foreign_facts(foreign, shown, tensors, check)
@@ -231,7 +238,7 @@ def look_at(
         if not check:
             raise
         return UnreadableFacts("unreadable", printable(shown), tell_unreadable(error, location))
-    fit = fit_of(adapter, against, holds_weights(against)) if against else None
+    fit = hold(adapter, against, holds_weights(against)) if against else None
     if fit and not check:
         fit.require()
     facts = adapter_facts(adapter, shown, fit)

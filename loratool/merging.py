@@ -97,7 +97,8 @@ def merge(
         dtype: "keep", "float32", "bfloat16" or "float16" for every float tensor of the output.
         maps: `REGEX=TEMPLATE` each; the first whose pattern is found in the name of an adapter's weight makes another
             name of it, for a base whose names nothing else explains.
-        fan_in_fan_out: whether square weights that neither shapes nor architecture decide are stored (in, out).
+        fan_in_fan_out: whether square weights of layers that may be Conv1D are stored (in, out); by default the class of
+            the model decides, then the config of the adapter.
         shard_size: bytes of tensor data per output file; by default the base's own shards.
         workers: threads; by default two more than cores, at most 16.
         max_memory: bytes that the process may keep resident.

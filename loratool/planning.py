@@ -109,7 +109,8 @@ def plan_merge(
         dtype: "keep", or the dtype that every float tensor of the output gets.
         shard_size: bytes of tensor data per output file; by default the base's own shards.
         maps: `REGEX=TEMPLATE` each, other names for the weights of adapters.
-        fan_in_fan_out: whether square weights that nothing else decides are stored (in, out).
+        fan_in_fan_out: whether square weights of layers that may be Conv1D are stored (in, out); by default the class of
+            the model decides, then the config of the adapter.
         allow_new_tensors: whether heads that an adapter saved are added where the base has none, or others.
 
     Raises:

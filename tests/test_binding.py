@@ -361,48 +361,6 @@ def is_turned(bound: Bound, target: str) -> bool:
     return bool(place.update.up.transposed)  # type: ignore[attr-defined]
 
 
-def gpt2_disk(in_out: bool) -> dict[str, Shape]:
-    """The layers of GPT-2, or of a model that has their names and linear layers."""
-    wide = (H, 3 * H) if in_out else (3 * H, H)
-    return {"h.0.attn.c_attn.weight": wide, "h.0.attn.c_attn.bias": (3 * H,), SQUARE: (H, H)}
-
-
-@pytest.mark.parametrize("in_out", [False, True])
-def test_a_square_weight_lies_as_the_others_of_the_adapter_whatever_the_flag(in_out: bool) -> None:
-    base = base_of({n: s for n, s in gpt2_disk(in_out).items() if n.endswith("weight")})
-    updates = {"h.0.attn.c_attn.weight": (3 * H, H), SQUARE: (H, H)}
-    bound = bind(adapter_of(updates, fan_in_fan_out=not in_out), base, fan_in_fan_out=not in_out)
-    assert is_turned(bound, SQUARE) == in_out
-    assert len(bound.notes) == 2, "the config and the caller are both overruled"
-    assert all("what the base shows counts" in note for note in bound.notes)
-    assert bind(adapter_of(updates, fan_in_fan_out=in_out), base).notes == ()
-
-
-@pytest.mark.parametrize(
-    ("settings", "biases", "in_out"),
-    [
-        ({"model_type": "gpt2"}, False, True),
-        ({"model_type": "gpt_bigcode"}, False, False),
-        ({}, True, True),
-        ({"model_type": "gpt2"}, True, True),
-    ],
-)
-def test_a_square_weight_alone_goes_by_the_base(settings: dict[str, Any], biases: bool, in_out: bool) -> None:
-    disk = {name: shape for name, shape in gpt2_disk(in_out).items() if biases or not name.endswith("bias")}
-    bound = bind(adapter_of({SQUARE: (H, H)}, fan_in_fan_out=not in_out), base_of(disk, **settings))
-    assert is_turned(bound, SQUARE) == in_out
-    assert len(bound.notes) == 1
-
-
-@pytest.mark.parametrize("flag", [None, False, True])
-def test_a_square_weight_that_nothing_decides_asks(flag: bool | None) -> None:
-    base = base_of({SQUARE: (H, H)})
-    adapter = adapter_of({SQUARE: (H, H)}, **({} if flag is None else {"fan_in_fan_out": flag}))
-    assert "--fan-in-fan-out or --no-fan-in-fan-out" in bind(adapter, base).problems[SQUARE]
-    for given in (False, True):
-        assert is_turned(bind(adapter, base, fan_in_fan_out=given), SQUARE) == given
-
-
 def test_a_square_weight_that_no_conv1d_is_called_needs_no_answer() -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     assert not is_turned(bind(adapter_of({name: (H, H)}), base_of({name: (H, H)})), name)
@@ -446,7 +404,7 @@ def test_wrappers_in_the_names_of_the_base_do_not_count(wrapper: str) -> None:
 
 
 def test_an_unknown_prefix_is_explained_once_for_all_and_told() -> None:
-    base = base_of(disk_of("strange.stack."))
+    base = base_of(disk_of("strange.stack."), model_type="llama")
     bound = bind(adapter_of(disk_of("model.")), base)
     assert landed(bound)["model." + Q.format(3)] == {"strange.stack." + Q.format(3)}
     assert len(bound.notes) == 1
@@ -481,7 +439,7 @@ def test_an_exact_name_whose_shape_does_not_fit_is_not_looked_for_elsewhere() ->
 
 
 def test_a_map_comes_before_the_exact_name() -> None:
-    base = base_of({**disk_of("model."), **disk_of("other.")})
+    base = base_of({**disk_of("model."), **disk_of("other.")}, model_type="llama")
     bound = bind(adapter_of(disk_of("model.")), base, maps=[r"^model\.=other.", "nowhere=x"])
     assert landed(bound)["model." + Q.format(1)] == {"other." + Q.format(1)}
     assert {place.rule for places in bound.places.values() for place in places} == {"map"}
@@ -579,7 +537,7 @@ LISTED = {"target_modules": ["q_proj"]}
 )
 def test_a_hole_in_the_layers_is_told_unless_the_config_explains_it(config: Mapping[str, Any], told: bool) -> None:
     updates = {name: shape for name, shape in disk_of("model.").items() if ".2." not in name}
-    bound = bind(adapter_of(updates, **config), base_of(disk_of("model.")))
+    bound = bind(adapter_of(updates, **config), base_of(disk_of("model."), model_type="llama"))
     assert [note for note in bound.notes if "model.layers.2.self_attn.q_proj" in note] == list(bound.notes)
     assert bool(bound.notes) == told
 

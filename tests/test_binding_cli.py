@@ -71,7 +71,7 @@ def test_a_map_that_is_none_is_wrong_usage(bench: Workbench, text: str) -> None:
 def square_conv1d(bench: Workbench) -> None:
     write_base(bench.base, {"h.0.attn.c_proj.weight": f32(np.ones((4, 4)))})
     (bench.base / "config.json").write_text("{}")
-    write_adapter(bench.adapter, factors(["h.0.attn.c_proj"], 4, 4), fan_in_fan_out=True)  # type: ignore[arg-type]
+    write_adapter(bench.adapter, factors(["h.0.attn.c_proj"], 4, 4), fan_in_fan_out=None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("option", "turned"), [("--fan-in-fan-out", True), ("--no-fan-in-fan-out", False)])

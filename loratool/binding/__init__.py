@@ -37,7 +37,8 @@ def bind(adapter: Adapter, base: Checkpoint, *, maps: Sequence[str] = (), fan_in
         adapter: its updates are fitted here to how the base stores its weights.
         base: only its headers and its config are looked at.
         maps: `REGEX=TEMPLATE` each; the first whose pattern is found in a target's name gives it another name.
-        fan_in_fan_out: whether square weights that nothing else decides are stored (in, out).
+        fan_in_fan_out: whether square weights of layers that may be Conv1D are stored (in, out); by default the class of
+            the model decides, then the config of the adapter.
     """
     renamings = read_maps(maps)
     resolver = Resolver(base)
@@ -112,7 +113,7 @@ def settle(
     orientation.watch(landings)
     places: dict[str, tuple[Place, ...]] = {}
     for target, landing in landings.items():
-        turned = orientation.decide(target) if landing.open else bool(landing.turned)
+        turned = orientation.decide(target, landing)
         if isinstance(turned, str):
             reasons[target] = turned
             continue

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 import click
 
 from loratool.cli.publishing import check_access, pushing_options
-from loratool.cli.words import OPERAND, PATH, counter, output_options, show
+from loratool.cli.words import OPERAND, ORIENTATION, PATH, counter, output_options, show
 from loratool.errors import InputError, UsageError, printable
 from loratool.methods.table import METHODS
 
@@ -378,6 +378,7 @@ class Rank(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 @click.option(
     "--exclude", multiple=True, metavar="REGEX", help="No modules in whose name it is found; may be repeated."
 )
+@ORIENTATION
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sketch.")
 @DEVICE
 @DTYPE
@@ -393,6 +394,7 @@ def extract(
     exact: bool,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
+    fan_in_fan_out: bool | None,
     seed: int,
     device: str,
     dtype: str,
@@ -422,6 +424,7 @@ def extract(
             exact=exact,
             include=include,
             exclude=exclude,
+            fan_in_fan_out=fan_in_fan_out,
             dtype=dtype,
             device=device,
             seed=seed,

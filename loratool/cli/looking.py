@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from loratool.cli.words import OPERAND, PATH, counter, output_options, show
+from loratool.cli.words import MAPS, OPERAND, ORIENTATION, PATH, counter, output_options, show
 from loratool.errors import InputError
 
 
@@ -21,6 +21,8 @@ from loratool.errors import InputError
     metavar="FILE",
     help="Its config.json alone: parameters in all, where the family is known.",
 )
+@MAPS
+@ORIENTATION
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--values", is_flag=True, help="Measure every module of an adapter: norms, ranks, spectra.")
 @click.option("--check", is_flag=True, help="Look for what is wrong; exit code 3 where something is.")
@@ -32,6 +34,8 @@ def inspect(
     paths: tuple[Path, ...],
     base: Path | None,
     base_config: Path | None,
+    maps: tuple[str, ...],
+    fan_in_fan_out: bool | None,
     tensors: bool,
     values: bool,
     check: bool,
@@ -66,6 +70,8 @@ def inspect(
                     tensors=tensors,
                     values=values or html is not None,
                     check=check,
+                    maps=maps,
+                    fan_in_fan_out=fan_in_fan_out,
                     device=device,
                     progress=progress,
                 )

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from loratool.cli.publishing import asked_repo, check_access, pushing_options
-from loratool.cli.words import OPERAND, PATH, PUSH, Size, output_options, progress_bar, show
+from loratool.cli.words import MAPS, OPERAND, ORIENTATION, PATH, PUSH, Size, output_options, progress_bar, show
 
 
 @click.command()
@@ -33,18 +33,8 @@ from loratool.cli.words import OPERAND, PATH, PUSH, Size, output_options, progre
     show_default=True,
     help="Dtype of every float tensor written.",
 )
-@click.option(
-    "--map",
-    "maps",
-    multiple=True,
-    metavar="REGEX=TEMPLATE",
-    help="Another name for the adapters' weights in which REGEX is found, as in re.sub; may be repeated.",
-)
-@click.option(
-    "--fan-in-fan-out/--no-fan-in-fan-out",
-    default=None,
-    help="Whether square weights that nothing else decides are stored (in, out).",
-)
+@MAPS
+@ORIENTATION
 @click.option(
     "--shard-size", type=Size(), help="Tensor bytes per output file, such as 5GB [default: the base's shards]."
 )

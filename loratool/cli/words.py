@@ -17,6 +17,18 @@ from loratool.errors import printable
 
 Command = TypeVar("Command", bound=Callable[..., None])
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+MAPS = click.option(
+    "--map",
+    "maps",
+    multiple=True,
+    metavar="REGEX=TEMPLATE",
+    help="Another name for the adapters' weights in which REGEX is found, as in re.sub; may be repeated.",
+)
+ORIENTATION = click.option(
+    "--fan-in-fan-out/--no-fan-in-fan-out",
+    default=None,
+    help="Whether square weights of layers that may be Conv1D are stored (in, out) [default: the class decides].",
+)
 PUSH = "loratool.push"  # in a context's meta: what pushes the output
 PATH = click.Path(path_type=Path, readable=False)  # what is wrong with a path, the library says better
 

@@ -104,6 +104,7 @@ def extract(
     exact: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    fan_in_fan_out: bool | None = None,
     dtype: str = "keep",
     device: str = "auto",
     seed: int = 0,
@@ -127,6 +128,8 @@ def extract(
         exact: decompose every matrix in full rather than sketch it.
         include: regular expressions; only modules with a name in which one of them is found.
         exclude: regular expressions; no module with a name in which one of them is found.
+        fan_in_fan_out: whether the matrices of layers that may be Conv1D are stored (in, out); by default the class of
+            the models and the biases decide.
         dtype: of the factors: "keep" (that of the tuned layers), "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda" or "cuda:N".
         seed: of the sketch.
@@ -137,7 +140,8 @@ def extract(
     Raises:
         UsageError: a number out of range, a pattern that is none or matches nothing.
         InputError: a malformed checkpoint, an adapter, or values that are NaN or infinite.
-        FitError: nothing in common, nothing differs, or the dtype cannot hold the factors.
+        FitError: nothing in common, nothing differs, nothing tells how a matrix is stored, or the dtype cannot hold
+            the factors.
         StorageError: the disk or the file system said no.
     """
     started = time.monotonic()
@@ -147,7 +151,7 @@ def extract(
     target = check_target(Path(out), paths, overwrite or dry_run, adapter=True)
     before, after = (open_model(path, role) for path, role in zip(paths, ("BASE", "TUNED"), strict=True))
     with session(device, []) as at_work:
-        found = pair(before, after, include, exclude)
+        found = pair(before, after, include, exclude, fan_in_fan_out)
         check_saved(found)
         refuse_nothing(found)
         extractor = Extractor(found, rule, exact, seed, at_work)

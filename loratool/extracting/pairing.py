@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from loratool.binding.fusing import model_types
-from loratool.binding.orientation import is_conv1d, module_of
+from loratool.binding.orientation import OPTION, bias_shows, class_says, is_conv1d, module_of, option, stored
 from loratool.contents import Kind
 from loratool.errors import FitError, InputError, printable
 from loratool.extracting.differences import same_values
@@ -16,7 +17,6 @@ from loratool.extracting.selecting import Selection
 from loratool.formats.peft.parameters import REGISTERED
 from loratool.formats.peft.spelling import ATTENTION, saved_whole
 from loratool.layouts.architectures import (
-    CONV1D_MODEL_TYPES,
     EMBEDDING_NAMES,
     INPUT_EMBEDDINGS,
     LABEL_HEADS,
@@ -130,13 +130,20 @@ class Pairing:
         return Carried(tensors)
 
 
-def pair(base: Checkpoint, tuned: Checkpoint, include: Sequence[str], exclude: Sequence[str]) -> Pairing:
-    """Compare every tensor and sort what differs.
+def pair(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    fan_in_fan_out: bool | None = None,
+) -> Pairing:
+    """Compare every tensor and sort what differs; `fan_in_fan_out` is what the caller says of how matrices are stored.
 
-    Raises `FitError` where the two have no tensor in common, `UsageError` for patterns that mean nothing.
+    Raises `FitError` where the two have no tensor in common or nothing tells how one is stored, `UsageError` for
+    patterns that mean nothing.
     """
     refuse_adapters(base, tuned)
-    return Sorter(base, tuned).sort(include, exclude)
+    return Sorter(base, tuned, fan_in_fan_out).sort(include, exclude)
 
 
 def refuse_adapters(base: Checkpoint, tuned: Checkpoint) -> None:
@@ -148,8 +155,8 @@ def refuse_adapters(base: Checkpoint, tuned: Checkpoint) -> None:
 class Sorter:
     """Decides about every tensor of two checkpoints, with what is known of the whole model."""
 
-    def __init__(self, base: Checkpoint, tuned: Checkpoint) -> None:
-        self.base, self.tuned = base, tuned
+    def __init__(self, base: Checkpoint, tuned: Checkpoint, fan_in_fan_out: bool | None = None) -> None:
+        self.base, self.tuned, self.fan_in_fan_out = base, tuned, fan_in_fan_out
         self.found = Pairing(base, tuned, task_of(tuned) or task_of(base))
         self.types = model_types(base.config) | model_types(tuned.config)
         self.tied = tied_heads(base), tied_heads(tuned)
@@ -157,6 +164,7 @@ class Sorter:
         self.pairs = {name: (self.resolved(0, name), self.resolved(1, name)) for name in names}
         self.containers = {outer for name in names for outer in outer_modules(name)}
         self.whole: set[str] = set()  # modules
+        self.unclear: dict[str, str] = {}  # matrices of which nobody knows how they are stored → why
 
     def resolved(self, side: int, name: str) -> StoredTensor | None:
         """The tensor that a checkpoint has under a name, or that is tied to it."""
@@ -192,6 +200,8 @@ class Sorter:
         self.check_parameters()
         self.save_whole()
         self.mirror()
+        if lost := [f"{printable(name)}: {why}" for name, why in self.unclear.items() if name in self.found.changes]:
+            raise FitError(f"no adapter can be made of {self.tuned.name}:", lost)
         return self.found
 
     def path(self, name: str) -> str:
@@ -272,22 +282,48 @@ class Sorter:
         return Change(name, kind, one, two, experts, turned, same)
 
     def is_in_out(self, name: str) -> bool:
-        """Whether a matrix is stored (in, out), as Conv1D of GPT-2 keeps it."""
-        if not is_conv1d(module_of(name)):
-            return False
-        own = self.shown_by_bias(name)
-        if own is None:
-            others = {shown for n in self.base.tensors if is_conv1d(module_of(n)) for shown in [self.shown_by_bias(n)]}
-            own = next(iter(others - {None})) if len(others - {None}) == 1 else None
-        return own if own is not None else bool(self.types & CONV1D_MODEL_TYPES)
+        """Whether a matrix is stored (in, out), as Conv1D of GPT-2 keeps it; what cannot be said goes to `unclear`.
 
-    def shown_by_bias(self, name: str) -> bool | None:
-        """A bias is as long as the output is wide."""
-        module = name.rpartition(".")[0]
-        weight, bias = (self.base.tensors.get(f"{module}.{each}") for each in ("weight", "bias"))
-        if not (weight and bias) or len(weight.shape) != 2 or weight.shape[0] == weight.shape[1]:
-            return None
-        return bias.shape == weight.shape[1:]
+        In the order in which it counts: the caller, the class of either model, the bias beside it, the other biases.
+        """
+        leaf, shown = module_of(name), bias_shows(self.base.tensors, name)
+        meant = is_conv1d(leaf) or not self.has_conv1d
+        by_class = (class_says(checkpoint.config, leaf) for checkpoint in (self.base, self.tuned))
+        for who, says in (
+            (option(bool(self.fan_in_fan_out)), self.fan_in_fan_out if meant else None),
+            ("the model's class", next((said for said in by_class if said is not None), None)),
+        ):
+            if says is not None:
+                if shown is not None and shown != says:
+                    self.unclear[name] = (
+                        f"{who} says that it is stored {stored(says)}, and its bias shows that it is stored "
+                        f"{stored(shown)}; if it is, say so with {option(shown)}"
+                    )
+                return says
+        if shown is not None:
+            return shown
+        if len(kin := self.shown_by_biases[is_conv1d(leaf)]) == 1:
+            return next(iter(kin))
+        if is_conv1d(leaf):
+            self.unclear[name] = (
+                "neither its shape nor a bias nor the model's class tells whether it is stored (in, out) as Conv1D "
+                f"does; say so with {OPTION}"
+            )
+        return False
+
+    @cached_property
+    def has_conv1d(self) -> bool:
+        """Whether any matrix has the name of one that Conv1D layers keep."""
+        return any(is_conv1d(module_of(n)) and len(info.shape) == 2 for n, info in self.base.tensors.items())
+
+    @cached_property
+    def shown_by_biases(self) -> Mapping[bool, set[bool]]:
+        """How matrices with Conv1D's names (True) and others (False) are stored, as far as their biases tell."""
+        found: dict[bool, set[bool]] = {False: set(), True: set()}
+        for name in self.base.tensors:
+            if name.endswith(".weight") and (shown := bias_shows(self.base.tensors, name)) is not None:
+                found[is_conv1d(module_of(name))].add(shown)
+        return found
 
     def place_bias(self, name: str) -> None:
         """A bias goes with the factors of its layer, which are zero where nothing else differs."""

@@ -124,7 +124,8 @@ def stream(
         device: as for `merge`, and so are the next six.
         dtype: of the output.
         maps: other names for adapters' weights.
-        fan_in_fan_out: whether square weights that nothing else decides are stored (in, out).
+        fan_in_fan_out: whether square weights of layers that may be Conv1D are stored (in, out); by default the class of
+            the model decides, then the config of the adapter.
         workers: threads.
         max_memory: bytes.
         allow_new_tensors: add heads that the base has not.

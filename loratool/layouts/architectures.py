@@ -4,9 +4,24 @@ from __future__ import annotations
 
 import re
 
-# Model types whose linear layers are Conv1D, with W stored (in, out), and what those layers are called.
-CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+# What Conv1D layers are called, which store W (in, out); other families give the same names to nn.Linear.
 CONV1D_MODULES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+# Model type → those of its modules that are Conv1D.
+CONV1D_TYPES = {
+    **dict.fromkeys(("gpt2", "gpt-sw3", "openai-gpt", "imagegpt", "decision_transformer", "jais"), CONV1D_MODULES),
+    **dict.fromkeys(("clvp", "clvp_decoder"), frozenset({"c_fc", "c_proj"})),
+}
+# What the names of classes begin with → their model type, for configs that name a class and no type.
+CONV1D_CLASSES = (
+    ("GPT2", "gpt2"),
+    ("OpenAIGPT", "openai-gpt"),
+    ("ImageGPT", "imagegpt"),
+    ("DecisionTransformer", "decision_transformer"),
+    ("JAIS", "jais"),
+    ("Clvp", "clvp"),
+)
+# Model types with code of their own that give Conv1D's names to nn.Linear.
+LINEAR_TYPES = frozenset({"qwen", "exaone", "codeshell"})
 
 # What a model's own class puts before the names of the model that it wraps.
 PREFIXES = (

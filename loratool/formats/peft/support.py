@@ -141,7 +141,7 @@ OPTIONS: dict[str, Row] = {
         refused="the model that was trained repeats layers of the base; merge with a base in which they are copied out",
         test=SETTING,
     ),
-    "fan_in_fan_out": Row("weights stored (in, out)", "shapes and the base's architecture decide", test=VARIANT),
+    "fan_in_fan_out": Row("weights stored (in, out)", "decides where the class is not known", test=VARIANT),
     "target_modules": Row("targets", READ),
     "exclude_modules": Row("exclusions", READ),
     "layers_to_transform": Row("layers", READ),
