@@ -17,18 +17,19 @@ __version__ = "0.1.0"
 
 EXPORTS = {
     "Adapter": "adapter",
-    "AdapterFacts": "inspecting",
+    "AdapterFacts": "inspecting.facts",
     "Checkpoint": "checkpoint",
-    "CheckpointFacts": "inspecting",
-    "CombineReport": "combining",
+    "CheckpointFacts": "inspecting.facts",
+    "CombineReport": "combining.results",
     "CompareReport": "comparing",
-    "ExtractReport": "extracting",
+    "ExtractReport": "extracting.results",
     "FitError": "errors",
     "HubError": "errors",
     "InputError": "errors",
     "LoratoolError": "errors",
     "MergePlan": "planning",
     "MergeReport": "merging",
+    "Note": "notes",
     "PushReport": "hub",
     "RescaleReport": "rescaling",
     "ResizeReport": "resizing",
@@ -58,8 +59,8 @@ if TYPE_CHECKING:
     from loratool.adapter import Adapter as Adapter
     from loratool.checkpoint import Checkpoint as Checkpoint
     from loratool.checkpoint import open_checkpoint as open_checkpoint
-    from loratool.combining import CombineReport as CombineReport
     from loratool.combining import combine as combine
+    from loratool.combining.results import CombineReport as CombineReport
     from loratool.comparing import CompareReport as CompareReport
     from loratool.comparing import compare as compare
     from loratool.errors import FitError as FitError
@@ -70,19 +71,20 @@ if TYPE_CHECKING:
     from loratool.errors import UsageError as UsageError
     from loratool.errors import VerificationError as VerificationError
     from loratool.estimating import estimate as estimate
-    from loratool.extracting import ExtractReport as ExtractReport
     from loratool.extracting import extract as extract
+    from loratool.extracting.results import ExtractReport as ExtractReport
     from loratool.formats import read_adapter as read_adapter
     from loratool.hub import PushReport as PushReport
     from loratool.hub import StreamReport as StreamReport
     from loratool.hub import push as push
     from loratool.hub import stream as stream
-    from loratool.inspecting import AdapterFacts as AdapterFacts
-    from loratool.inspecting import CheckpointFacts as CheckpointFacts
     from loratool.inspecting import inspect as inspect
+    from loratool.inspecting.facts import AdapterFacts as AdapterFacts
+    from loratool.inspecting.facts import CheckpointFacts as CheckpointFacts
     from loratool.merging import MergeReport as MergeReport
     from loratool.merging import merge as merge
     from loratool.merging import plan as plan
+    from loratool.notes import Note as Note
     from loratool.planning import MergePlan as MergePlan
     from loratool.planning import plan_merge as plan_merge
     from loratool.report.page import html_page as html_page

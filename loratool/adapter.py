@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from loratool.notes import Note
+
 AnyUpdate = TypeVar("AnyUpdate", bound=Update)
 
 # The bits that are all ones in an inf or a NaN, as (unsigned integer type, mask).
@@ -175,7 +177,7 @@ class Adapter:
     optional: frozenset[str] = frozenset()  # targets that a base may be without, as a layer without a bias is
     unsupported: tuple[str, ...] = ()  # features that are recognised and not merged
     unused: tuple[str, ...] = ()  # tensors that no rule gives a place
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
     @property
     def parameters(self) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loratool.errors import InputError, printable
+from loratool.notes import Note
 from loratool.origins import name_of
 from loratool.safefile import SafeFile, TensorInfo, open_regular, read_safefile, strict_json, unreadable
 
@@ -44,7 +45,7 @@ class Checkpoint:
     index_metadata: Mapping[str, Any] | None = None
     side_files: tuple[str, ...] = ()  # carried into a merged model; paths relative to `root`
     left_out: tuple[str, ...] = ()  # seen and not carried over, with the reason
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
     @property
     def name(self) -> str:
@@ -97,12 +98,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         if root.name.endswith(INDEX_SUFFIX):
             return open_folder(root.parent, root)
         refuse_pickle(root)
-        return Checkpoint(root, (read_safefile(root),), notes=("BASE is a single file: only weights are written",))
+        return Checkpoint(
+            root,
+            (read_safefile(root),),
+            notes=(Note("single-file", "BASE is a single file: only weights are written"),),
+        )
     return open_folder(root, None)
 
 
 def open_folder(root: Path, index: Path | None) -> Checkpoint:
-    notes: list[str] = []
+    notes: list[Note] = []
     try:
         names = sorted(entry.name for entry in os.scandir(root) if not is_folder(entry))
     except OSError as error:
@@ -120,15 +125,15 @@ def open_folder(root: Path, index: Path | None) -> Checkpoint:
         shards = order_shards(read_shards(root, shard_names))
         check_unique(root, shards)
     if index is not None and (stray := [n for n in names if n.endswith(".safetensors") and n not in shard_names]):
-        notes.append(f"not in the index and not used: {', '.join(map(printable, stray))}")
+        notes.append(Note("stray-weights", f"not in the index and not used: {', '.join(map(printable, stray))}"))
     weights = [*shard_names, *([index.name] if index else [])]
     if links := told_links(root, weights):
-        notes.append(links)
+        notes.append(Note("links-followed", links))
     side_files, left_out = sort_side_files(root, set(weights))
     return Checkpoint(root, tuple(shards), index, metadata, tuple(side_files), tuple(left_out), tuple(notes))
 
 
-def choose_index(root: Path, names: list[str], notes: list[str]) -> Path | None:
+def choose_index(root: Path, names: list[str], notes: list[Note]) -> Path | None:
     """The index to go by, or None where a single file or bare shards are the model."""
     indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
     if not indexes:
@@ -141,18 +146,23 @@ def choose_index(root: Path, names: list[str], notes: list[str]) -> Path | None:
         )
     index = root / indexes[0]
     if SINGLE in names and SINGLE not in read_index(index)[0].values():
-        notes.append(f"both {SINGLE} and {printable(index.name)} are there; {SINGLE} is used, as transformers does")
+        notes.append(
+            Note(
+                "index-unused",
+                f"both {SINGLE} and {printable(index.name)} are there; {SINGLE} is used, as transformers does",
+            )
+        )
         return None
     return index
 
 
-def choose_shards(root: Path, names: list[str], notes: list[str]) -> list[str]:
+def choose_shards(root: Path, names: list[str], notes: list[Note]) -> list[str]:
     """The weight files of a folder without an index."""
     found = [n for n in names if n.endswith(".safetensors")]
     if SINGLE in found:
         if len(found) > 1:
             others = ", ".join(printable(n) for n in found if n != SINGLE)
-            notes.append(f"{SINGLE} is the model; not used: {others}")
+            notes.append(Note("stray-weights", f"{SINGLE} is the model; not used: {others}"))
         return [SINGLE]
     shards = [n for n in found if not n.startswith(("adapter_", "consolidated"))] or [
         n for n in found if n.startswith("consolidated")
@@ -165,7 +175,9 @@ def choose_shards(root: Path, names: list[str], notes: list[str]) -> list[str]:
         raise InputError(f"{printable(root)}: no .safetensors file is in it")
     check_numbering(root, shards)
     if len(shards) > 1:
-        notes.append(f"no index: all {len(shards)} .safetensors files are taken as shards of one model")
+        notes.append(
+            Note("no-index", f"no index: all {len(shards)} .safetensors files are taken as shards of one model")
+        )
     return shards
 
 

@@ -13,6 +13,7 @@ from loratool.checkpoint import Checkpoint, leaves
 from loratool.errors import printable
 from loratool.layouts.architectures import CLASS_ENDS, IRREGULAR_CLASSES, LABEL_HEADS, TASK_CLASSES
 from loratool.layouts.ties import TEXT_CONFIGS, TIE_FLAGS
+from loratool.notes import Note
 
 if TYPE_CHECKING:
     from loratool.adapter import Adapter
@@ -66,7 +67,7 @@ class OutputFile:
 
 
 def companions(
-    base: Checkpoint, adapters: Sequence[Adapter], dtype: str, notes: list[str], edits: Sequence[ConfigEdit] = ()
+    base: Checkpoint, adapters: Sequence[Adapter], dtype: str, notes: list[Note], edits: Sequence[ConfigEdit] = ()
 ) -> tuple[dict[str, OutputFile], list[str]]:
     """The files of the output by name, and those left out: the base's, the adapters' tokenizer over them, config edits."""
     files = {name: OutputFile(name, base.root / name) for name in base.side_files}
@@ -84,12 +85,14 @@ def companions(
     if edits and base.config:
         files["config.json"] = OutputFile("config.json", content=edited_config(base.config, edits))
     elif edits:
-        notes.append("the base has no config.json; the one that is put beside the output must say so:")
-    notes += map(str, edits)
+        notes.append(
+            Note("no-config", "the base has no config.json; the one that is put beside the output must say so:")
+        )
+    notes += [Note("config-edit", str(edit)) for edit in edits]
     return files, left_out
 
 
-def tokenizer_files(adapters: Sequence[Adapter], notes: list[str]) -> dict[str, Path]:
+def tokenizer_files(adapters: Sequence[Adapter], notes: list[Note]) -> dict[str, Path]:
     """Tokenizer and chat template files that adapters ship; of several adapters the first one's win."""
     found: dict[str, Path] = {}
     owner = ""
@@ -101,9 +104,13 @@ def tokenizer_files(adapters: Sequence[Adapter], notes: list[str]) -> dict[str, 
             continue
         if not owner:
             found, owner = own, adapter.name
-            notes.append(f"{owner}: its {', '.join(map(printable, own))} win over the base's")
+            notes.append(
+                Note("tokenizer-replaced", f"{owner}: its {', '.join(map(printable, own))} win over the base's")
+            )
         elif any(name not in found or found[name].read_bytes() != p.read_bytes() for name, p in own.items()):
-            notes.append(f"{adapter.name}: its tokenizer differs from that of {owner}, which is used")
+            notes.append(
+                Note("tokenizer-differs", f"{adapter.name}: its tokenizer differs from that of {owner}, which is used")
+            )
     return found
 
 

@@ -15,6 +15,8 @@ from loratool.fetching import local
 from loratool.formats import read_adapter
 from loratool.gathering import gather, named_apart
 from loratool.lowrank import Decomposition, Joint, Product, Relation, decompose, gram, joint, relate
+from loratool.notes import Note
+from loratool.reading import readings
 from loratool.working import PathLike, Progress, session
 
 if TYPE_CHECKING:
@@ -65,7 +67,7 @@ class CompareReport:
     seconds: float
     startup_seconds: float
     peak_memory: int
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
 
     def __str__(self) -> str:
         from loratool.report.algebra import compare_text
@@ -73,12 +75,24 @@ class CompareReport:
         return compare_text(self)
 
 
-def compare(adapters: Sequence[PathLike], *, device: str = "auto", progress: Progress | None = None) -> CompareReport:
+def compare(
+    adapters: Sequence[PathLike],
+    *,
+    device: str = "auto",
+    expert_layout: str | Sequence[str] = (),
+    adapter_name: str | Sequence[str] = (),
+    input_alpha: float | Sequence[float] = (),
+    progress: Progress | None = None,
+) -> CompareReport:
     """Relate every two of some adapters of one base, layer by layer and in all.
 
     Args:
         adapters: two or more, folders or `.safetensors` files with their config beside them.
         device: "auto", "cpu", "cuda" or "cuda:N".
+        expert_layout: how the columns of a fused lora_B are ordered where the config does not say it: "rank-major" or
+            "grouped-by-expert"; one for all adapters or one for each, as the next two.
+        adapter_name: which adapter to read of a file or folder that holds several.
+        input_alpha: α of every module, for files that do not hold it.
         progress: called with (layers done, layers in all).
 
     Raises:
@@ -87,10 +101,13 @@ def compare(adapters: Sequence[PathLike], *, device: str = "auto", progress: Pro
         FitError: they have no layer in common, or see one in different shapes.
     """
     started = time.monotonic()
+    ways = readings(len(adapters), expert_layout, adapter_name, input_alpha)
     paths = [local(path, "adapter") for path in adapters]
     if len(paths) < 2:
         raise UsageError("two adapters or more are compared")
-    sources = named_apart([contents_of(read_adapter(path), "compare") for path in paths])
+    sources = named_apart(
+        [contents_of(read_adapter(path, way), "compare") for path, way in zip(paths, ways, strict=True)]
+    )
     layers = gather(sources, [1.0] * len(sources))
     if not any(len(found) > 1 for found in layers.values()):
         raise FitError(
@@ -132,9 +149,18 @@ def compare(adapters: Sequence[PathLike], *, device: str = "auto", progress: Pro
                 every = [relation[pair] for relation in modules.values() if pair in relation]
                 totals[pair] = total(every, float(together[i, j]), sizes[0], sizes[1])
     bases = {str(source.config.get("base_model_name_or_path") or "") for source in sources} - {""}
-    notes = [f"the adapters name different bases: {', '.join(sorted(map(printable, bases)))}"] if len(bases) > 1 else []
+    notes: list[Note] = []
+    if len(bases) > 1:
+        notes.append(
+            Note("base-mismatch", f"the adapters name different bases: {', '.join(sorted(map(printable, bases)))}")
+        )
     if dora := [source.name for source in sources if source.dora]:
-        notes.append(f"{', '.join(dora)}: of DoRA only ΔW = s·BA is compared, without the magnitudes")
+        notes.append(
+            Note(
+                "dora-magnitudes-left-out",
+                f"{', '.join(dora)}: of DoRA only ΔW = s·BA is compared, without the magnitudes",
+            )
+        )
     return CompareReport(
         adapters=tuple(names),
         norms={name: math.sqrt(max(0.0, float(together[i, i]))) for i, name in enumerate(names)},

@@ -17,6 +17,7 @@ from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.fetching import headers
 from loratool.layouts.architectures import OUTPUT_HEADS, PACKED_WEIGHTS
 from loratool.layouts.ties import TIED_BY_DEFAULT
+from loratool.notes import Note
 from loratool.safefile import DTYPE_BITS, FLOAT_NAMES, Layout, strict_json
 from loratool.tying import find_ties, tie_flag
 
@@ -51,7 +52,7 @@ class Base:
     dtypes: Mapping[str, str]  # and its dtype
     shared: frozenset[str] = frozenset()  # those that are another one in memory, and counted there
     stored_bytes: int = 0  # of all tensors that files hold
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
     @property
     def counted(self) -> dict[str, Shape]:
@@ -117,7 +118,7 @@ class Estimate:
     per_rank: int  # parameters of the adapter at rank 1
     ranks: tuple[RankEstimate, ...]
     full: Memory
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
 
     def __str__(self) -> str:
         from loratool.report.estimate import estimate_text
@@ -306,19 +307,27 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(map(printable, names[:12])) + (", …" if len(names) > 12 else "")
 
 
-def remarks(base: Base, chosen: Mapping[str, Shape]) -> list[str]:
+def remarks(base: Base, chosen: Mapping[str, Shape]) -> list[Note]:
     """What a count from names on disk cannot show."""
-    told = []
+    told: list[Note] = []
     if saved := {leaf(name) for name in chosen} & {"embed_tokens", "lm_head"}:
         names = [name for name in chosen if leaf(name) in saved]
         told.append(
-            f"PEFT saves all of {' and '.join(sorted(saved))} beside the adapter, "
-            f"{sum(elements(base.weights[name]) for name in names):,} parameters more; save_embedding_layers=False does not"
+            Note(
+                "saved-embeddings",
+                f"PEFT saves all of {' and '.join(sorted(saved))} beside the adapter, "
+                f"{sum(elements(base.weights[name]) for name in names):,} parameters more; save_embedding_layers=False does not",
+            )
         )
     if any(name in base.shared for name in chosen):
-        told.append("the head is the embedding: LoRA on one of them is not on the other")
+        told.append(Note("tied-head", "the head is the embedding: LoRA on one of them is not on the other"))
     if any(EXPERT.match(name) for name in chosen):
-        told.append("experts are counted as layers of their own, as the files hold them; transformers 5 joins them")
+        told.append(
+            Note(
+                "experts-split",
+                "experts are counted as layers of their own, as the files hold them; transformers 5 joins them",
+            )
+        )
     return told
 
 
@@ -401,10 +410,10 @@ def base_of_config(path: Path) -> Base:
             f"{shown}: shapes are worked out for causal language models, not for {some(classes)}; {way_out}"
         )
     shapes, tied = shapes_of(shown, model_type, config)
-    dtype, notes = config.get("dtype") or config.get("torch_dtype"), ["from the config alone"]
+    dtype, notes = config.get("dtype") or config.get("torch_dtype"), [Note("config-alone", "from the config alone")]
     if dtype not in DTYPES:
         dtype = "bfloat16"
-        notes.append("the config names no float dtype; bfloat16 is taken")
+        notes.append(Note("dtype-assumed", "the config names no float dtype; bfloat16 is taken"))
     *_, head = shapes
     shared = frozenset([head] if tied else [])
     stored = sum(elements(shape) for name, shape in shapes.items() if name not in shared)

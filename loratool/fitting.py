@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from loratool.adapter import Adapter
     from loratool.binding import Place
     from loratool.estimating import Base
+    from loratool.notes import Note
 
 # What PEFT adds to `modules_to_save` by itself.
 HEADS = {
@@ -56,7 +57,7 @@ class Fit:
     checkpoint: Checkpoint | None = None  # as the adapter was trained on it
     ties: Ties | None = None
     places: Mapping[str, tuple[Place, ...]] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
     def require(self) -> None:
         """Raise `FitError` naming every target that has no place."""

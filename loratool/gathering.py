@@ -13,6 +13,7 @@ from loratool.binding.orientation import peft_version
 from loratool.contents import Contents, Kind, Layer
 from loratool.errors import FitError, UsageError, printable
 from loratool.formats.peft.spelling import Names, token_rows, was_inside
+from loratool.notes import Note
 from loratool.ranks import by_pattern
 from loratool.saving import Carried, torch_dtype
 
@@ -163,7 +164,7 @@ class Beside:
     carried: Carried = field(default_factory=Carried)
     problems: list[str] = field(default_factory=list)
     overflows: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
 
     def collect(self) -> Carried:
         """Biases of lora_B add up with the weights; what is saved whole or by rows stays, and where adapters differ
@@ -245,7 +246,10 @@ class Beside:
                 self.problems.append(f"{printable(target)}: saved whole in {self.who(at for at, _ in found)}")
             if len(found) < len(self.sources):
                 self.notes.append(
-                    f"{printable(target)}: saved whole in {self.who(at for at, _ in found)} only, and kept"
+                    Note(
+                        "saved-in-some",
+                        f"{printable(target)}: saved whole in {self.who(at for at, _ in found)} only, and kept",
+                    )
                 )
 
     def keep_rows(self) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.contents import Kind, Layer, layer_of
 from loratool.errors import printable
 from loratool.lowrank import singular_values
+from loratool.notes import Note
 from loratool.ranks import RankRule
 from loratool.saving import factor_tensors, torch_dtype
 from loratool.updates import Add
@@ -79,7 +80,7 @@ class Values:
     seconds: float
     startup_seconds: float  # of `seconds`: until torch and the device were ready
     peak_memory: int  # bytes, of the whole process
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
 
 
 def measure(
@@ -217,13 +218,17 @@ def bytes_per_number(layers: Mapping[str, Layer]) -> float:
     return sum(info.nbytes for info in infos) / numbers if numbers else 0.0
 
 
-def remarks(layers: Mapping[str, Layer], found: Sequence[Measured]) -> Iterator[str]:
+def remarks(layers: Mapping[str, Layer], found: Sequence[Measured]) -> Iterator[Note]:
     """What a reader of the numbers should know."""
     if any(layer.magnitude for layer in layers.values()):
-        yield "DoRA: ΔW is s·BA, without the magnitudes"
+        yield Note("dora-magnitudes-left-out", "DoRA: ΔW is s·BA, without the magnitudes")
     if any(layer.kind is Kind.PARAMETER for layer in layers.values()):
-        yield "of experts: norms of all together, stable and entropy rank as means, energies added up"
+        yield Note(
+            "experts-together", "of experts: norms of all together, stable and entropy rank as means, energies added up"
+        )
     sampled = [m.weight for m in found if m.weight and m.weight.sampled_rows < m.weight.rows]
     if sampled:
         most = max(weight.sampled_rows for weight in sampled)
-        yield f"what survives rounding is measured on up to {most} rows of each weight, spread evenly"
+        yield Note(
+            "rows-sampled", f"what survives rounding is measured on up to {most} rows of each weight, spread evenly"
+        )

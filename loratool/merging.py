@@ -25,8 +25,10 @@ from loratool.errors import FitError, LoratoolError, UsageError, printable
 from loratool.fetching import local
 from loratool.fetching.bases import chosen_base, unlike_bases
 from loratool.formats import read_adapter
+from loratool.notes import Note, as_records
 from loratool.origins import is_hub_id, told_origin
 from loratool.planning import MergePlan, plan_merge
+from loratool.reading import readings
 from loratool.resources import Resources, Runtime, check_device, peak_memory, start_torch
 from loratool.staging import Stage, check_target, staged, sweep
 
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 PathLike = str | os.PathLike[str]  # what every path argument takes
 Progress = Callable[[int, int], None]
+Claims = tuple[str | Sequence[str], str | Sequence[str], float | Sequence[float]]  # what `readings` takes
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class MergeReport:
     relative_norms: dict[str, float]  # tensor → ‖ΔW‖/‖W‖, where ΔW is low-rank
     nonfinite: dict[str, int]  # edited tensor → NaN and inf that the base itself holds
     left_out: tuple[str, ...]  # files of the base that are no part of the output
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
     digests: dict[str, str]  # output file → SHA-256
 
     def __str__(self) -> str:
@@ -81,6 +84,9 @@ def merge(
     max_memory: int | None = None,
     overwrite: bool = False,
     allow_new_tensors: bool = False,
+    expert_layout: str | Sequence[str] = (),
+    adapter_name: str | Sequence[str] = (),
+    input_alpha: float | Sequence[float] = (),
     progress: Progress | None = None,
 ) -> MergeReport:
     """Write W' = W + Σ weight · ΔW as a complete model folder `out`, shard by shard.
@@ -104,6 +110,10 @@ def merge(
         max_memory: bytes that the process may keep resident.
         overwrite: replace `out` where it is a model folder already, in one step at the end.
         allow_new_tensors: add the heads that an adapter saved where the base has none, or others.
+        expert_layout: how the columns of a fused lora_B are ordered where the config does not say it: "rank-major" or
+            "grouped-by-expert"; one for all adapters or one for each, as the next two.
+        adapter_name: which adapter to read of a file or folder that holds several.
+        input_alpha: α of every module, for files that do not hold it.
         progress: called with (bytes done, bytes in all), from any thread, one call at a time.
 
     Raises:
@@ -116,7 +126,17 @@ def merge(
     check_arguments(device, workers, max_memory)
     sweep(Path(os.path.realpath(out)))
     plan, target = prepare(
-        base, adapters, out, weights, dtype, maps, fan_in_fan_out, shard_size, overwrite, allow_new_tensors
+        base,
+        adapters,
+        out,
+        overwrite,
+        (expert_layout, adapter_name, input_alpha),
+        weights=weights,
+        dtype=dtype,
+        maps=maps,
+        fan_in_fan_out=fan_in_fan_out,
+        shard_size=shard_size,
+        allow_new_tensors=allow_new_tensors,
     )
     runtime = start_torch(device)
     try:
@@ -155,42 +175,49 @@ def plan(
     shard_size: int | None = None,
     overwrite: bool = False,
     allow_new_tensors: bool = False,
+    expert_layout: str | Sequence[str] = (),
+    adapter_name: str | Sequence[str] = (),
+    input_alpha: float | Sequence[float] = (),
 ) -> MergePlan:
     """What `merge` with the same arguments would do; nothing is touched. Raises as `merge` does."""
-    return prepare(base, adapters, out, weights, dtype, maps, fan_in_fan_out, shard_size, overwrite, allow_new_tensors)[
-        0
-    ]
+    planned, _ = prepare(
+        base,
+        adapters,
+        out,
+        overwrite,
+        (expert_layout, adapter_name, input_alpha),
+        weights=weights,
+        dtype=dtype,
+        maps=maps,
+        fan_in_fan_out=fan_in_fan_out,
+        shard_size=shard_size,
+        allow_new_tensors=allow_new_tensors,
+    )
+    return planned
 
 
 def prepare(
     base: PathLike,
     adapters: Sequence[PathLike] | PathLike,
     out: PathLike,
-    weights: Sequence[float] | None,
-    dtype: str,
-    maps: Sequence[str],
-    fan_in_fan_out: bool | None,
-    shard_size: int | None,
     overwrite: bool,
-    allow_new_tensors: bool,
+    claims: Claims,
+    *,
+    maps: Sequence[str] = (),
+    **settings: Any,
 ) -> tuple[MergePlan, Path]:
-    """The plan and the real path of the output, after every check that headers and `stat` allow."""
+    """The plan and the real path of the output, after every check that headers and `stat` allow.
+
+    `claims` is what the caller says of the adapters, `settings` what `plan_merge` takes.
+    """
     words = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
+    ways = readings(len(words), *claims)
     check_target(Path(out), [Path(base), *map(Path, words)], overwrite)  # before anything is downloaded
     paths, base = inputs_of(base, words)
     target = check_target(Path(out), [base, *paths], overwrite)
-    read = [read_adapter(path) for path in paths]
-    planned = plan_merge(
-        open_checkpoint(base),
-        read,
-        weights=weights,
-        dtype=dtype,
-        maps=[maps] if isinstance(maps, str) else maps,
-        fan_in_fan_out=fan_in_fan_out,
-        shard_size=shard_size,
-        allow_new_tensors=allow_new_tensors,
-    )
-    return noted(planned), target
+    read = [read_adapter(path, way) for path, way in zip(paths, ways, strict=True)]
+    maps = [maps] if isinstance(maps, str) else maps
+    return noted(plan_merge(open_checkpoint(base), read, maps=maps, **settings)), target
 
 
 def noted(planned: MergePlan) -> MergePlan:
@@ -200,11 +227,20 @@ def noted(planned: MergePlan) -> MergePlan:
 
 @contextmanager
 def outlook(
-    base: PathLike, adapters: Sequence[PathLike], out: PathLike, *, overwrite: bool = False, **settings: Any
+    base: PathLike,
+    adapters: Sequence[PathLike],
+    out: PathLike,
+    *,
+    overwrite: bool = False,
+    expert_layout: str | Sequence[str] = (),
+    adapter_name: str | Sequence[str] = (),
+    input_alpha: float | Sequence[float] = (),
+    **settings: Any,
 ) -> Iterator[MergePlan]:
     """What `plan` tells, for as long as the block runs: of a base on the Hub no weights are downloaded for it."""
     from loratool.fetching.pieces import opened
 
+    ways = readings(len(adapters), expert_layout, adapter_name, input_alpha)
     check_target(Path(out), [Path(base), *map(Path, adapters)], overwrite)
     paths = [local(adapter, "adapter") for adapter in adapters]
     with (
@@ -212,7 +248,8 @@ def outlook(
         opened(chosen_base(base, paths), Path(home)) as source,
     ):
         check_target(Path(out), [source.checkpoint.root, *paths], overwrite)
-        yield noted(plan_merge(source.checkpoint, [read_adapter(path) for path in paths], **settings))
+        read = [read_adapter(path, way) for path, way in zip(paths, ways, strict=True)]
+        yield noted(plan_merge(source.checkpoint, read, **settings))
 
 
 def inputs_of(base: PathLike, adapters: Sequence[PathLike]) -> tuple[list[Path], Path]:
@@ -277,6 +314,7 @@ def provenance(plan: MergePlan, digests: Sequence[Mapping[str, str]], on_gpu: bo
         "dtypes": dict(Counter(span.placed.dtype for span in plan.spans)),
         "device": "cuda" if on_gpu else "cpu",
         "tensors": {"edited": len(plan.edited), "copied": plan.copied, "all": len(plan.spans)},
+        "notes": as_records(plan.notes),
     }
 
 

@@ -20,6 +20,7 @@ from loratool.checkpoint import PROVENANCE, Checkpoint
 from loratool.companions import ConfigEdit, OutputFile, companions, head_edits, tie_edits, vocabulary_edits
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.layouts.architectures import POOLED
+from loratool.notes import Note
 from loratool.placing import Edit, ShardPlan, Source, Span, check_names, place_all, plan_index
 from loratool.safefile import FLOAT_NAMES
 from loratool.tying import Saved, Ties, find_ties, is_generative, on_disk, settle
@@ -45,7 +46,7 @@ class MergePlan:
     shards: tuple[ShardPlan, ...]
     side_files: tuple[OutputFile, ...]
     left_out: tuple[str, ...]
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
     naming: tuple[object, ...] = ()  # what the caller said about names and orientation
 
     @cached_property
@@ -120,7 +121,7 @@ def plan_merge(
     """
     strengths = check_arguments(adapters, weights, dtype, shard_size)
     check_supported(adapters)
-    notes = [*base.notes, *(f"{a.name}: {note}" for a in adapters for note in a.notes)]
+    notes = [*base.notes, *(note.under(a.name) for a in adapters for note in a.notes)]
     binder = partial(bind, maps=maps, fan_in_fan_out=fan_in_fan_out)
     changes = find_changes(base, adapters, strengths, binder, allow_new_tensors, notes)
     shards = place_all(base, changes.edits, dtype, shard_size, changes.moved, changes.added)
@@ -174,7 +175,7 @@ def find_changes(
     weights: Sequence[float],
     binder: Binder,
     new_tensors: bool,
-    notes: list[str],
+    notes: list[Note],
 ) -> Changes:
     """Every edit and every new tensor. All misfits are told in one `FitError`."""
     draft = Draft(base, adapters, find_ties(base, adapters), notes)
@@ -196,7 +197,7 @@ class Draft:
     base: Checkpoint
     adapters: Sequence[Adapter]
     ties: Ties
-    notes: list[str]
+    notes: list[Note]
     edits: dict[str, list[Edit]] = field(default_factory=dict)  # tensor → its edits
     saved: Saved = field(default_factory=dict)  # tensor → adapter → what that adapter puts in its place to begin from
     problems: list[str] = field(default_factory=list)
@@ -205,7 +206,7 @@ class Draft:
     def add(self, number: int, weight: float, trained: Trained) -> None:
         """Note the places of one adapter's targets, and every reason why one has none."""
         adapter, bound = self.adapters[number], trained.bound
-        self.notes += [f"{adapter.name}: {note}" for note in bound.notes]
+        self.notes += [note.under(adapter.name) for note in bound.notes]
         self.problems += [f"{adapter.name}: {line}" for line in tell({**bound.problems, **trained.refused})]
         for target, places in bound.places.items():
             for place in places:
@@ -215,7 +216,10 @@ class Draft:
                     self.put(number, target, place, weight, len(places) > 1, trained)
         if weight not in (0.0, 1.0) and any(isinstance(u, Replace) for u in adapter.updates.values()):
             self.notes.append(
-                f"{adapter.name}: saved modules replace the base's whole, whatever the weight ({weight:g})"
+                Note(
+                    "weight-ignored",
+                    f"{adapter.name}: saved modules replace the base's whole, whatever the weight ({weight:g})",
+                )
             )
 
     def why_not(self, place: Place, trained: Trained, weight: float) -> str:
@@ -306,8 +310,11 @@ class Draft:
         pooled = any("pooler." in name for name in (*base, *heads))
         if self.base.model_type in POOLED and not pooled and any("SequenceClassification" in name for name in classes):
             self.notes.append(
-                f"a {classes[0]} reads a pooler, which neither the base nor the adapter holds: whoever loads the output "
-                "makes it up, as it was made up when the adapter was trained"
+                Note(
+                    "pooler-missing",
+                    f"a {classes[0]} reads a pooler, which neither the base nor the adapter holds: whoever loads the output "
+                    "makes it up, as it was made up when the adapter was trained",
+                )
             )
         settled = settle(self.ties, self.edits, self.saved, len(self.adapters), not classes or is_generative(classes))
         self.problems += settled.problems
@@ -321,15 +328,19 @@ class Draft:
         for name, of in settled.added:
             value = first.get(name) or on_disk(self.base, of)
             added.append(Source(value.file, value.info, name, base[of].dtype))
-            self.notes.append(f"{printable(name)}: written beside {printable(of)}, to which the base ties it")
+            self.notes.append(
+                Note(
+                    "tied-weight-split", f"{printable(name)}: written beside {printable(of)}, to which the base ties it"
+                )
+            )
         for tensor, value in first.items():
             what = f"{printable(tensor)}: {list(value.shape)} as the adapter saved it"
             if tensor in base:
                 moved[tensor] = Source(value.file, value.info, tensor, base[tensor].dtype)
-                self.notes.append(f"{what}, in place of the base's {list(base[tensor].shape)}")
+                self.notes.append(Note("tensor-replaced", f"{what}, in place of the base's {list(base[tensor].shape)}"))
             elif tensor not in tied:
                 added.append(Source(value.file, value.info, tensor, usual_dtype(base)))
-                self.notes.append(f"{what}, which the base has not")
+                self.notes.append(Note("tensor-added", f"{what}, which the base has not"))
         edits = {tensor: tuple(sorted(found, key=replaces_first)) for tensor, found in self.edits.items()}
         return Changes(edits, moved, added, config)
 

@@ -20,6 +20,8 @@ from loratool.formats.peft.lora import doubles
 from loratool.formats.peft.patterns import match_patterns
 from loratool.formats.peft.spelling import Names
 from loratool.lowrank import singular_values
+from loratool.notes import Note, as_records
+from loratool.reading import readings
 from loratool.saving import Form, Rounded, adapter_output, carried_over, copied_output, files_beside, kept_dtype
 from loratool.staging import check_target
 from loratool.updates import ExpertFactors
@@ -53,7 +55,7 @@ class RescaleReport:
     seconds: float
     startup_seconds: float
     peak_memory: int
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
 
     def __str__(self) -> str:
         from loratool.report.algebra import rescale_text
@@ -73,6 +75,9 @@ def rescale(
     match: Mapping[str, float] | Sequence[str] = (),
     bake: bool = False,
     dtype: str = "keep",
+    expert_layout: str | None = None,
+    adapter_name: str | None = None,
+    input_alpha: float | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -94,6 +99,10 @@ def rescale(
             module's name, and the first that is found counts.
         bake: put the strength into the factors, so that α = r and the scale is 1 for whoever reads only α and r.
         dtype: of baked factors: "keep", "float32", "bfloat16" or "float16".
+        expert_layout: how the columns of a fused lora_B are ordered where the config does not say it: "rank-major" or
+            "grouped-by-expert".
+        adapter_name: which adapter to read of a file or folder that holds several.
+        input_alpha: α of every module, for files that do not hold it.
         overwrite: replace `out` where it is an adapter already.
         dry_run: report, but write nothing.
         progress: called with (layers done, layers in all).
@@ -108,10 +117,11 @@ def rescale(
     asked = {"scale": scale, "alpha": alpha, "frobenius": frobenius, "spectral": spectral}
     factors = read_factors(match)
     check(asked, factors, each, bake)
+    (way,) = readings(1, expert_layout, adapter_name, input_alpha)
     adapter = local(adapter, "adapter")
     words = command(rescale, locals())
     target = check_target(Path(out), [Path(adapter)], overwrite or dry_run, adapter=True)
-    contents = contents_of(read_adapter(Path(adapter)), "rescale")
+    contents = contents_of(read_adapter(Path(adapter), way), "rescale")
     if not contents.layers:
         raise InputError(f"{printable(contents.adapter.file.path)}: no update is in it that has a strength")
     with session("cpu", [contents]) as at_work:
@@ -131,6 +141,7 @@ def rescale(
             raise UsageError("float32 has no scale as large as is asked for:", map(printable, huge))
         if frobenius is not None:
             norm = math.sqrt(math.fsum((sizes[t] * m.factor) ** 2 for t, m in modules.items()))
+        notes = tuple(remarks(contents, modules))
         provenance = {
             "made_by": "loratool rescale",
             "command": words,
@@ -138,6 +149,7 @@ def rescale(
             "asked": {name: value for name, value in asked.items() if value is not None},
             "match": factors,
             "bake": bake,
+            "notes": as_records(notes),
         }
         if bake:
             write_baked(target, contents, modules, at_work, dtype, provenance, overwrite, dry_run)
@@ -149,7 +161,7 @@ def rescale(
         baked=bake,
         modules=dict(sorted(modules.items())),
         norm=norm,
-        notes=tuple(remarks(contents, modules)),
+        notes=notes,
         **at_work.told(started),
     )
 
@@ -358,17 +370,23 @@ def write_baked(
         output.finish(config, provenance, files_beside(contents), [contents.adapter.folder])
 
 
-def remarks(contents: Contents, modules: Mapping[str, RescaledLayer]) -> Iterator[str]:
+def remarks(contents: Contents, modules: Mapping[str, RescaledLayer]) -> Iterator[Note]:
     """What a user of the result should know."""
     changed = any(m.factor != 1 for m in modules.values())
     if contents.dora and changed:
         yield (
-            "DoRA: W' = m ⊙ (W + sBA)/‖W + sBA‖, so a scale turns the direction of each row and leaves its length m; the "
-            "adapter does not get stronger or weaker in proportion. `loratool merge -w` does that"
+            Note(
+                "dora-direction-only",
+                "DoRA: W' = m ⊙ (W + sBA)/‖W + sBA‖, so a scale turns the direction of each row and leaves its length m; the "
+                "adapter does not get stronger or weaker in proportion. `loratool merge -w` does that",
+            )
         )
     whole = len(contents.saved) + len(contents.bases) + len(contents.rows)
     if whole and changed:
-        yield f"{whole} tensors that are saved whole, or as rows of tokens, have no strength: they stay as they are"
+        yield Note(
+            "no-strength",
+            f"{whole} tensors that are saved whole, or as rows of tokens, have no strength: they stay as they are",
+        )
     if any(m.factor < 0 for m in modules.values()):
-        yield "a negative factor turns updates round: the adapter takes out what it put in"
+        yield Note("negative-factor", "a negative factor turns updates round: the adapter takes out what it put in")
     yield from contents.adapter.notes

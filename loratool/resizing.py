@@ -31,7 +31,9 @@ from loratool.lowrank import (
     truncated,
 )
 from loratool.lowrank.products import negligible
+from loratool.notes import Note, as_records
 from loratool.ranks import RankRule
+from loratool.reading import readings
 from loratool.safefile import FLOAT_NAMES, read_safefile
 from loratool.saving import Form, Rounded, adapter_output, carried_over, factor_tensors, files_beside, kept_dtype
 from loratool.staging import check_target
@@ -83,7 +85,7 @@ class ResizeReport:
     seconds: float
     startup_seconds: float  # of `seconds`: until torch and the device were ready
     peak_memory: int
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
 
     def __str__(self) -> str:
         from loratool.report.algebra import resize_text
@@ -105,6 +107,9 @@ def resize(
     uniform: bool = False,
     dtype: str = "keep",
     device: str = "auto",
+    expert_layout: str | None = None,
+    adapter_name: str | None = None,
+    input_alpha: float | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -129,6 +134,10 @@ def resize(
         uniform: fill every layer up to the largest rank, for servers that know one rank only.
         dtype: of the factors: "keep", "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda" or "cuda:N".
+        expert_layout: how the columns of a fused lora_B are ordered where the config does not say it: "rank-major" or
+            "grouped-by-expert".
+        adapter_name: which adapter to read of a file or folder that holds several.
+        input_alpha: α of every module, for files that do not hold it.
         overwrite: replace `out` where it is an adapter already.
         dry_run: decide, measure and report, but write nothing.
         progress: called with (layers done, layers in all).
@@ -141,11 +150,12 @@ def resize(
     """
     started = time.monotonic()
     rule = RankRule.of(rank, energy, error, ratio, budget, layer_weights, uniform)
+    (way,) = readings(1, expert_layout, adapter_name, input_alpha)
     adapter = local(adapter, "adapter")
     words = command(resize, locals())
     inputs = [adapter, *([Path(calibration)] if calibration is not None else [])]
     target = check_target(Path(out), inputs, overwrite or dry_run, adapter=True)
-    contents = contents_of(read_adapter(inputs[0]), "resize")
+    contents = contents_of(read_adapter(inputs[0], way), "resize")
     if not contents.layers:
         raise InputError(f"{printable(contents.adapter.file.path)}: no low-rank update is in it")
     grams = read_calibration(inputs[1], contents) if calibration is not None else {}
@@ -200,12 +210,14 @@ def resize(
                 tokens=carried.tokens,
             )
             totals = total(contents, modules, left_out, kept.itemsize)
+            notes = tuple(remarks(contents, modules, dropped))
             provenance = {
                 "made_by": "loratool resize",
                 "command": words,
                 "adapter": at_work.origins[0],
                 "rule": rule.told,
                 "measured": dataclasses.asdict(totals),
+                "notes": as_records(notes),
             }
             output.finish(config, provenance, files_beside(contents), [contents.adapter.folder])
     return ResizeReport(
@@ -216,14 +228,7 @@ def resize(
         modules=dict(sorted(modules.items())),
         dropped=dropped,
         dtype=str(kept).removeprefix("torch."),
-        notes=(
-            *remarks(contents, modules),
-            *(
-                f"{printable(t)} is left out, and with it what its lora_B bias adds"
-                for t in dropped
-                if f"{t.removesuffix('weight')}bias" in contents.biases
-            ),
-        ),
+        notes=notes,
         **at_work.told(started),
     )
 
@@ -390,20 +395,30 @@ def read_calibration(path: Path, contents: Contents) -> dict[str, Tensor]:
     }
 
 
-def remarks(contents: Contents, modules: Mapping[str, ResizedLayer]) -> Iterator[str]:
+def remarks(contents: Contents, modules: Mapping[str, ResizedLayer], dropped: Sequence[str]) -> Iterator[Note]:
     """What a user of the result should know."""
     yield from contents.adapter.notes
     if contents.dora:
         yield (
-            "DoRA: the magnitudes are kept and ΔW is truncated; how far the merged weight moves is no longer bounded by "
-            "the error of ΔW, since its rows are normalised"
+            Note(
+                "dora-error-unbounded",
+                "DoRA: the magnitudes are kept and ΔW is truncated; how far the merged weight moves is no longer bounded by "
+                "the error of ΔW, since its rows are normalised",
+            )
         )
     if zero := [t for t, m in modules.items() if not m.norm]:
         more = f" and {len(zero) - 1} more" if len(zero) > 1 else ""
-        yield f"{printable(zero[0])}{more}: the update is zero"
+        yield Note("zero-update", f"{printable(zero[0])}{more}: the update is zero")
     if len({m.rank for m in modules.values()}) > 1:
         most = max(m.rank for m in modules.values())
         yield (
-            f"ranks differ, as rank_pattern says; servers that know one rank take {most} for all of them: --uniform "
-            "writes that"
+            Note(
+                "ranks-differ",
+                f"ranks differ, as rank_pattern says; servers that know one rank take {most} for all of them: --uniform "
+                "writes that",
+            )
         )
+    for target in dropped:
+        if f"{target.removesuffix('weight')}bias" in contents.biases:
+            text = f"{printable(target)} is left out, and with it what its lora_B bias adds"
+            yield Note("bias-left-out", text)

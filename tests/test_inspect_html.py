@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 import loratool
 from loratool import cli
-from loratool.inspecting import AdapterFacts
+from loratool.inspecting.facts import AdapterFacts
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = [

@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import loratool
 from loratool import cli
-from loratool.inspecting import AdapterFacts, CheckpointFacts
+from loratool.inspecting.facts import AdapterFacts, CheckpointFacts
 from loratool.measuring import Measured, Values
 
 if TYPE_CHECKING:
@@ -422,7 +422,7 @@ def test_a_large_weight_is_rounded_on_a_sample_of_rows_and_that_is_said(tmp_path
     applied = (weight.float() + (2.0 * up @ down)).to(torch.bfloat16).double() - weight.double()
     assert weighed.unchanged == pytest.approx(float((applied == 0).double().mean()), abs=0.02)
     assert weighed.norm == pytest.approx(float(weight.double().norm()))
-    assert any("up to 1024 rows" in note for note in values_of(tmp_path / "a", base=tmp_path / "base").notes)
+    assert any("up to 1024 rows" in note for note in map(str, values_of(tmp_path / "a", base=tmp_path / "base").notes))
 
 
 def test_a_conv1d_and_an_embedding_are_weighed_the_way_round_they_are_stored(tmp_path: Path) -> None:
@@ -486,7 +486,7 @@ def test_a_convolution_and_dora_are_measured_as_their_product(tmp_path: Path) ->
     assert found["conv.weight"] == pytest.approx(torch.linalg.svdvals(dense)[:3].tolist())
     dense = 2.0 * linear[0].double() @ linear[1].double()
     assert found["linear.weight"] == pytest.approx(torch.linalg.svdvals(dense)[:3].tolist())
-    assert any(note.startswith("DoRA") for note in values.notes)
+    assert any(note.startswith("DoRA") for note in map(str, values.notes))
     facts = adapter_facts(path)
     assert facts.dora
     assert [(t.name, t.shape) for t in facts.targets] == [("conv", (6, 4, 3, 3)), ("linear", (8, 5))]

@@ -18,8 +18,8 @@ LONGEST_MODULE = 500  # lines
 
 # The design's table. A module imports only from rows above its own.
 ROWS = (
-    ("errors", "layouts"),
-    ("safefile", "updates", "lowrank", "decoders", "origins"),
+    ("errors", "layouts", "notes"),
+    ("safefile", "updates", "lowrank", "decoders", "origins", "reading"),
     ("methods", "digests"),
     ("checkpoint", "adapter", "staging", "appending"),
     ("contents",),
@@ -48,7 +48,7 @@ ROW = {module: row for row, modules in enumerate(ROWS) for module in modules}
 WITHOUT_TORCH = (
     *("errors", "layouts", "safefile", "checkpoint", "staging", "formats", "binding", "companions", "placing", "tying"),
     *("vocabulary", "planning", "writing", "fitting", "health", "inspecting", "estimating", "decoders", "report"),
-    *("cli", "appending", "ranks", "origins", "fetching", "cards", "digests"),
+    *("cli", "appending", "ranks", "origins", "fetching", "cards", "digests", "notes", "reading"),
 )
 
 

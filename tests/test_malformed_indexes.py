@@ -247,7 +247,7 @@ def test_a_stale_extra_shard_is_told_and_not_copied(bench: Workbench) -> None:
     tensors, report = bench.merges()
     check_is_merged(tensors)
     assert stale not in os.listdir(bench.out)
-    assert any(stale in note for note in report["notes"])
+    assert any(stale in note["text"] for note in report["notes"])
     assert stale in bench.run("merge", bench.base, bench.adapter, "-o", bench.outputs / "again").out
 
 
@@ -258,7 +258,7 @@ def test_the_single_file_wins_over_an_index_and_that_is_said(bench: Workbench) -
     tensors, report = bench.merges()
     check_is_merged(tensors)
     assert {name for name in os.listdir(bench.out) if "safetensors" in name} == {MODEL}
-    assert any(MODEL in note and INDEX in note for note in report["notes"])
+    assert any(MODEL in note and INDEX in note["text"] for note in report["notes"])
     assert "used" in bench.run("inspect", bench.base).out
 
 

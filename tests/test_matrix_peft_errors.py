@@ -76,7 +76,7 @@ def test_the_output_projection_of_multihead_attention_gets_the_change_that_train
     said = adapted(tmp_path, Attention(), given, target_modules=["attn"])
     assert float((merged_output(tmp_path, Attention(), given) - said).abs().max()) <= 1e-5
     report = loratool.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "again")
-    assert any("out_proj" in note and "twice" in note.lower() for note in report.notes), report.notes
+    assert any("out_proj" in note and "twice" in note.lower() for note in map(str, report.notes)), report.notes
 
 
 @pytest.mark.parametrize(("version", "factor"), [("0.21.2", 2), ("0.22.0", 1), (None, 2)])
@@ -266,7 +266,7 @@ def test_patterns_whose_order_the_file_has_lost_are_reported_with_every_value(tm
     saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["alpha_pattern"]
     assert list(saved) == list(reversed(order)), "PEFT sorts what it saves"
     report = loratool.merge(base, tmp_path / "adapter", tmp_path / "out")
-    (note,) = [note for note in report.notes if "alpha" in note]
+    (note,) = [note for note in map(str, report.notes) if "alpha" in note]
     assert "layers.0.self_attn.q_proj" in note
     assert {"2", "3"} <= set(re.findall(r"\b\d\b", note))
 
@@ -282,7 +282,7 @@ def test_modules_that_peft_dropped_while_saving_are_reported(tmp_path: Path) -> 
     wrapped.save_pretrained(tmp_path / "adapter", selected_adapters=["default"])
     assert not any("v_proj" in key for key in read_tensors(tmp_path / "adapter" / "adapter_model.safetensors"))
     report = loratool.merge(base, tmp_path / "adapter" / "adapter_model.safetensors", tmp_path / "out")
-    assert any("v_proj" in note for note in report.notes), report.notes
+    assert any("v_proj" in note for note in map(str, report.notes)), report.notes
 
 
 # -- precision ---------------------------------------------------------------------------------------

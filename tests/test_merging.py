@@ -443,7 +443,7 @@ def test_a_saved_module_is_rounded_to_the_bases_dtype(tmp_path: Path) -> None:
         report = loratool.merge(base, [adapter], tmp_path / f"out{number}", weights=[weight])
         found = read_tensors(tmp_path / f"out{number}")["lm_head.weight"]
         assert same_bits(found, head.bfloat16())
-    assert any("whatever the weight" in note for note in report.notes)
+    assert any("whatever the weight" in note for note in map(str, report.notes))
 
 
 def test_two_adapters_that_replace_one_module_do_not_both_win(base: Path, tmp_path: Path) -> None:
@@ -477,7 +477,7 @@ def test_shards_without_an_index_merge_and_get_one(base: Path, adapter: Path, tm
     index = json.loads((base / "model.safetensors.index.json").read_text())
     (base / "model.safetensors.index.json").unlink()
     report = loratool.merge(base, [adapter], tmp_path / "without")
-    assert any("no index" in note for note in report.notes)
+    assert any("no index" in note for note in map(str, report.notes))
     with_index, without = files_of(tmp_path / "with"), files_of(tmp_path / "without")
     for name in with_index:
         if name.endswith(".safetensors"):
@@ -580,7 +580,7 @@ def test_the_adapters_tokenizer_and_chat_template_win(base: Path, adapter: Path,
         assert found[name] == (base / name).read_bytes()
     assert "training_args.bin" not in found
     assert "adapter_config.json" not in found
-    assert any("tokenizer.json" in note and "win" in note for note in report.notes)
+    assert any("tokenizer.json" in note and "win" in note for note in map(str, report.notes))
 
 
 def test_a_chat_template_inside_the_adapters_tokenizer_config_is_not_hidden_by_the_bases_file(

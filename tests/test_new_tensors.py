@@ -210,7 +210,7 @@ def test_a_new_head_is_added_and_the_config_names_its_class_and_its_labels(tmp_p
     assert {k: v for k, v in config.items() if k not in changed} == {
         k: v for k, v in config_of(case.base).items() if k not in changed
     }
-    assert f'config.json: architectures set to ["{task.model}"]' in report.notes
+    assert f'config.json: architectures set to ["{task.model}"]' in list(map(str, report.notes))
     case.says(tmp_path / "out")
 
 
@@ -234,10 +234,10 @@ def test_a_part_of_the_class_that_nobody_saved_is_told(tmp_path: Path) -> None:
     """BERT's classifier reads a pooler; a masked language model is saved without one, and PEFT does not save it."""
     case = train(tmp_path, dataclasses.replace(TASKS["bare bert, sequences"], base="BertForMaskedLM"))
     report = loratool.merge(case.base, [case.adapter], tmp_path / "out", allow_new_tensors=True)
-    assert any("BertForSequenceClassification reads a pooler" in note for note in report.notes)
+    assert any("BertForSequenceClassification reads a pooler" in note for note in map(str, report.notes))
     whole = train(tmp_path / "whole", TASKS["bare bert, sequences"])
     report = loratool.merge(whole.base, [whole.adapter], tmp_path / "out2", allow_new_tensors=True)
-    assert not any("pooler" in note for note in report.notes)
+    assert not any("pooler" in note for note in map(str, report.notes))
 
 
 def test_a_body_of_other_names_is_not_added_whatever_is_allowed(tmp_path: Path) -> None:
@@ -387,7 +387,7 @@ def test_new_tokens_come_in_every_form_that_peft_saves_them(tmp_path: Path, name
     report = loratool.merge(case.base, [case.adapter], tmp_path / "out")
     config = config_of(tmp_path / "out")
     assert config["vocab_size"] == MORE
-    assert f"config.json: vocab_size set to {MORE}" in report.notes
+    assert f"config.json: vocab_size set to {MORE}" in list(map(str, report.notes))
     after = read_tensors(tmp_path / "out")
     assert {len(after[n]) for n in ("model.embed_tokens.weight", "lm_head.weight") if n in after} == {MORE}
     assert config["tie_word_embeddings"] is ("lm_head.weight" not in after)

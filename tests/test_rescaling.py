@@ -148,7 +148,7 @@ def test_a_baked_adalora_is_plain_lora(tmp_path: Path) -> None:
 def test_of_dora_it_is_said_that_only_the_direction_changes(tmp_path: Path) -> None:
     pair = made(tmp_path, target_modules=["linear", "square"], use_dora=True)
     report = loratool.rescale(pair.adapter, tmp_path / "out", scale=0.5)
-    assert any("DoRA" in note and "length m" in note for note in report.notes)
+    assert any("DoRA" in note and "length m" in note for note in map(str, report.notes))
     norms = {name: tensor.norm(dim=1) for name, tensor in read_merged(pair, tmp_path).items()}
     magnitudes = load_file(pair.adapter / "adapter_model.safetensors")
     for name in ("linear", "square"):
@@ -176,7 +176,7 @@ def test_what_is_saved_whole_has_no_strength_and_it_is_said(tmp_path: Path) -> N
     pair = made(tmp_path, target_modules=["linear"], modules_to_save=["head"])
     for bake in (False, True):
         report = loratool.rescale(pair.adapter, tmp_path / str(bake), scale=0.5, bake=bake)
-        assert any("saved whole" in note for note in report.notes)
+        assert any("saved whole" in note for note in map(str, report.notes))
         found = load_file(tmp_path / str(bake) / "adapter_model.safetensors")
         before = load_file(pair.adapter / "adapter_model.safetensors")
         for name in ("base_model.model.head.weight", "base_model.model.head.bias"):

@@ -361,7 +361,7 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
 def test_of_dora_it_is_said_what_the_error_means(tmp_path: Path) -> None:
     pair = adapted(tmp_path, use_dora=True)
     report = loratool.resize(pair.adapter, tmp_path / "out", rank=1)
-    assert any("DoRA" in note for note in report.notes)
+    assert any("DoRA" in note for note in map(str, report.notes))
 
 
 def spoiled(adapter: Path, change: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]) -> Path:
@@ -411,7 +411,7 @@ def test_an_untrained_adapter_is_refused(tmp_path: Path) -> None:
 def test_a_layer_that_is_zero_beside_others_is_told_and_kept(tmp_path: Path) -> None:
     adapter = spoiled(write(tmp_path / "adapter"), lambda ts: {n: t * ("v.lora_B" not in n) for n, t in ts.items()})
     report = loratool.resize(adapter, tmp_path / "out", energy=0.9)
-    assert any("model.v.weight: the update is zero" in note for note in report.notes)
+    assert any("model.v.weight: the update is zero" in note for note in map(str, report.notes))
     assert report.modules["model.v.weight"].rank == 1
     assert all(bool(t.isfinite().all()) for t in load_file(tmp_path / "out" / "adapter_model.safetensors").values())
 
@@ -826,7 +826,7 @@ def test_layers_with_a_bias_of_their_own_can_be_left_out(tmp_path: Path) -> None
         assert "bias" in str(refusal)  # noqa: PT017
         return
     assert set(exact_deltas(make_zoo(), tmp_path / "out")) == set(report.modules)
-    assert not report.dropped or any("bias" in note for note in report.notes)
+    assert not report.dropped or any("bias" in note for note in map(str, report.notes))
 
 
 def test_a_dora_layer_that_is_left_out_takes_its_magnitude_along(tmp_path: Path) -> None:

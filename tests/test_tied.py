@@ -308,7 +308,7 @@ def test_lora_on_tied_embeddings_gives_each_side_its_own_tensor(tmp_path: Path, 
             assert float((after[tensor].double() - wanted).abs().max()) <= 1e-6
         else:
             assert same_bits(after[tensor], before[shared])
-    assert "config.json: tie_word_embeddings set to false" in report.notes
+    assert "config.json: tie_word_embeddings set to false" in list(map(str, report.notes))
 
 
 @pytest.mark.parametrize("save", SAVES)
@@ -532,8 +532,9 @@ def test_a_single_file_is_untied_and_the_config_that_it_lacks_is_told(tmp_path: 
     report = loratool.merge(case.base / "model.safetensors", [case.adapter], tmp_path / "out")
     after = read_tensors(tmp_path / "out")
     assert same_bits(after[HEAD], read_tensors(case.base)[EMBEDDING])
-    at = report.notes.index("the base has no config.json; the one that is put beside the output must say so:")
-    assert report.notes[at + 1 :] == ("config.json: tie_word_embeddings set to false",)
+    notes = tuple(map(str, report.notes))
+    at = notes.index("the base has no config.json; the one that is put beside the output must say so:")
+    assert notes[at + 1 :] == ("config.json: tie_word_embeddings set to false",)
 
 
 def test_an_embedding_with_a_head_of_unknown_name_is_refused(tmp_path: Path) -> None:
@@ -585,7 +586,7 @@ def test_an_embedding_that_training_began_with_is_both_sides_beginning(tmp_path:
     after = read_tensors(tmp_path / "out")
     (begun,) = [tensor for name, tensor in own.items() if name.endswith("base_layer.weight")]
     assert same_bits(after[HEAD if target == "embed_tokens" else EMBEDDING], begun)
-    assert any("as the adapter saved it, in place of the base's" in note for note in report.notes)
+    assert any("as the adapter saved it, in place of the base's" in note for note in map(str, report.notes))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

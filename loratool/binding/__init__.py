@@ -21,6 +21,7 @@ from loratool.binding.resolving import Renaming, Resolver
 from loratool.binding.telling import Nearest, grouped, tell
 from loratool.errors import UsageError, printable
 from loratool.layouts.architectures import INPUT_EMBEDDINGS, OUTPUT_HEADS
+from loratool.notes import Note
 
 if TYPE_CHECKING:
     from loratool.adapter import Adapter
@@ -62,7 +63,7 @@ def bind(adapter: Adapter, base: Checkpoint, *, maps: Sequence[str] = (), fan_in
     notes += holes(adapter, places, base.tensors)
     for text, (pattern, _) in zip(maps, renamings, strict=True):
         if not any(map(pattern.search, adapter.updates)):
-            notes.append(f"--map {printable(repr(text))} matches none of its names")
+            notes.append(Note("map-unused", f"--map {printable(repr(text))} matches none of its names"))
     template_of.cache_clear()
     return Bound({t: places[t] for t in adapter.updates if t in places}, problems, tuple(notes), missing)
 
@@ -86,7 +87,9 @@ def read_maps(maps: Iterable[str]) -> list[Renaming]:
     return found
 
 
-def by_suffix(resolver: Resolver, adapter: Adapter, landings: dict[str, Landing], reasons: dict[str, str]) -> list[str]:
+def by_suffix(
+    resolver: Resolver, adapter: Adapter, landings: dict[str, Landing], reasons: dict[str, str]
+) -> list[Note]:
     """The last resort for targets with no trace in the base; what it finds is told as a note."""
     lost: dict[str, Update] = {t: adapter.updates[t] for t, why in reasons.items() if not why and not kind_of(t)}
     if all(update.replaces for update in lost.values()):
@@ -97,7 +100,12 @@ def by_suffix(resolver: Resolver, adapter: Adapter, landings: dict[str, Landing]
         del reasons[target]
     if not found:
         return []
-    return [f"{len(found)} names match by their ends alone, with the prefix {printable(change)}: look at the plan"]
+    return [
+        Note(
+            "suffix-match",
+            f"{len(found)} names match by their ends alone, with the prefix {printable(change)}: look at the plan",
+        )
+    ]
 
 
 def settle(
@@ -106,7 +114,7 @@ def settle(
     landings: dict[str, Landing],
     fan_in_fan_out: bool | None,
     reasons: dict[str, str],
-    notes: list[str],
+    notes: list[Note],
 ) -> dict[str, tuple[Place, ...]]:
     """The places of every landing the way round that its weight is stored; what cannot be goes to `reasons`."""
     orientation = Orientation(adapter, base, fan_in_fan_out)

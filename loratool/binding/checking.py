@@ -9,6 +9,7 @@ from loratool.binding.names import Numbers, fill, template_of
 from loratool.binding.places import ALL, Place
 from loratool.binding.telling import grouped
 from loratool.errors import printable
+from loratool.notes import Note
 
 if TYPE_CHECKING:
     from loratool.adapter import Adapter
@@ -64,7 +65,7 @@ def uncut(places: Sequence[Place]) -> str:
     return ""
 
 
-def holes(adapter: Adapter, places: Mapping[str, Sequence[Place]], tensors: Mapping[str, TensorInfo]) -> list[str]:
+def holes(adapter: Adapter, places: Mapping[str, Sequence[Place]], tensors: Mapping[str, TensorInfo]) -> list[Note]:
     """Notes on weights that the adapter leaves out though its config targets them and the base has them.
 
     The base's tensors of the same template as one that is edited tell what could have been adapted.
@@ -96,7 +97,7 @@ def holes(adapter: Adapter, places: Mapping[str, Sequence[Place]], tensors: Mapp
         return []
     lines = grouped(left_out)
     shown = ", ".join(printable(line) for line in lines[:MOST_NAMED]) + (", …" if len(lines) > MOST_NAMED else "")
-    return [f"it has nothing for {shown}, though its config targets that and the base has it"]
+    return [Note("targets-left-out", f"it has nothing for {shown}, though its config targets that and the base has it")]
 
 
 def is_targeted(weight: str, config: Mapping[str, object]) -> bool:

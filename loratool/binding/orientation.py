@@ -17,6 +17,7 @@ from loratool.binding.fusing import model_types
 from loratool.layouts.architectures import CONV1D_CLASSES, CONV1D_MODULES, CONV1D_TYPES, LINEAR_TYPES
 from loratool.layouts.fusions import FLAGGED_EXPERTS, TWO_WAY_EXPERTS
 from loratool.layouts.native import NATIVE_TYPES
+from loratool.notes import Note
 from loratool.updates import ExpertFactors
 
 if TYPE_CHECKING:
@@ -215,20 +216,20 @@ class Orientation:
             f"and lora_B go; say so with {OPTION}"
         )
 
-    def notes(self) -> list[str]:
+    def notes(self) -> list[Note]:
         """What was guessed, and what the adapter's config says that is not so."""
-        notes = [f"{count} square weights {sentence}" for (_, sentence), count in self.remarks.items()]
+        notes = [
+            Note("orientation-guessed", f"{count} square weights {sentence}")
+            for (_, sentence), count in self.remarks.items()
+        ]
         flag, decided = self.adapter.config.get("fan_in_fan_out"), self.decided
+        said = ""
         if flag is False and decided[True]:
-            notes.append(
-                f"its config says that weights are stored (out, in), but {decided[True]} are stored (in, out): what the "
-                "base shows counts"
-            )
+            said = f"its config says that weights are stored (out, in), but {decided[True]} are stored (in, out)"
         elif flag is True and decided[False] and not decided[True]:
-            notes.append(
-                f"its config says that weights are stored (in, out), but all {decided[False]} are stored (out, in): "
-                "what the base shows counts"
-            )
+            said = f"its config says that weights are stored (in, out), but all {decided[False]} are stored (out, in)"
+        if said:
+            notes.append(Note("orientation-overruled", f"{said}: what the base shows counts"))
         return notes
 
 

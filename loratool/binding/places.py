@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from loratool.notes import Note
     from loratool.updates import Update
 
 ALL = slice(None)
@@ -37,7 +38,7 @@ class Bound:
 
     places: Mapping[str, tuple[Place, ...]]
     problems: Mapping[str, str]
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
     # those of `problems` whose weight the base has not and need not have: target → "input embedding" or "output head"
     missing: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 

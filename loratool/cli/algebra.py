@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 import click
 
 from loratool.cli.publishing import check_access, pushing_options
-from loratool.cli.words import OPERAND, ORIENTATION, PATH, counter, output_options, show
+from loratool.cli.words import OPERAND, ORIENTATION, PATH, counter, one, output_options, reading_options, show
 from loratool.errors import InputError, UsageError, printable
 from loratool.methods.table import METHODS
 
@@ -68,6 +68,7 @@ def read_json(path: Path | None, option: str, kind: type) -> Any:
 )
 @click.option("--bake", is_flag=True, help="Put the strength into the factors: α = r, no rsLoRA, no α patterns.")
 @DTYPE
+@reading_options
 @writing_options
 @output_options
 def rescale(
@@ -81,6 +82,9 @@ def rescale(
     matches: tuple[str, ...],
     bake: bool,
     dtype: str,
+    expert_layout: tuple[str, ...],
+    adapter_name: tuple[str, ...],
+    input_alpha: tuple[float, ...],
     dry_run: bool,
     overwrite: bool,
     as_json: bool,
@@ -112,6 +116,9 @@ def rescale(
             match=matches,
             bake=bake,
             dtype=dtype,
+            expert_layout=one(expert_layout, "--expert-layout"),
+            adapter_name=one(adapter_name, "--adapter-name"),
+            input_alpha=one(input_alpha, "--input-alpha"),
             overwrite=overwrite,
             dry_run=dry_run,
             progress=progress,
@@ -191,6 +198,7 @@ def rescale(
 )
 @DEVICE
 @DTYPE
+@reading_options
 @writing_options
 @output_options
 def combine(
@@ -216,6 +224,9 @@ def combine(
     saved: str,
     device: str,
     dtype: str,
+    expert_layout: tuple[str, ...],
+    adapter_name: tuple[str, ...],
+    input_alpha: tuple[float, ...],
     dry_run: bool,
     overwrite: bool,
     as_json: bool,
@@ -261,6 +272,9 @@ def combine(
             saved=saved,
             dtype=dtype,
             device=device,
+            expert_layout=expert_layout,
+            adapter_name=adapter_name,
+            input_alpha=input_alpha,
             overwrite=overwrite,
             dry_run=dry_run,
             progress=progress,
@@ -291,6 +305,7 @@ def combine(
 @click.option("--uniform", is_flag=True, help="Fill all layers up to the largest rank, for servers that know one.")
 @DEVICE
 @DTYPE
+@reading_options
 @writing_options
 @output_options
 def resize(
@@ -306,6 +321,9 @@ def resize(
     uniform: bool,
     device: str,
     dtype: str,
+    expert_layout: tuple[str, ...],
+    adapter_name: tuple[str, ...],
+    input_alpha: tuple[float, ...],
     dry_run: bool,
     overwrite: bool,
     as_json: bool,
@@ -336,6 +354,9 @@ def resize(
             uniform=uniform,
             dtype=dtype,
             device=device,
+            expert_layout=one(expert_layout, "--expert-layout"),
+            adapter_name=one(adapter_name, "--adapter-name"),
+            input_alpha=one(input_alpha, "--input-alpha"),
             overwrite=overwrite,
             dry_run=dry_run,
             progress=progress,
@@ -438,8 +459,17 @@ def extract(
 @click.command()
 @click.argument("adapters", type=OPERAND, nargs=-1, required=True, metavar="ADAPTER ADAPTER...")
 @DEVICE
+@reading_options
 @output_options
-def compare(adapters: tuple[Path, ...], device: str, as_json: bool, quiet: bool) -> None:
+def compare(
+    adapters: tuple[Path, ...],
+    device: str,
+    expert_layout: tuple[str, ...],
+    adapter_name: tuple[str, ...],
+    input_alpha: tuple[float, ...],
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """How alike adapters are, and how much in each other's way.
 
     \b
@@ -448,5 +478,12 @@ def compare(adapters: tuple[Path, ...], device: str, as_json: bool, quiet: bool)
     from loratool.comparing import compare
 
     with counter(quiet, "comparing") as progress:
-        report = compare(adapters, device=device, progress=progress)
+        report = compare(
+            adapters,
+            device=device,
+            expert_layout=expert_layout,
+            adapter_name=adapter_name,
+            input_alpha=input_alpha,
+            progress=progress,
+        )
     show(report, lambda: str(report), as_json, quiet)

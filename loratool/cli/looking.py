@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from loratool.cli.words import MAPS, OPERAND, ORIENTATION, PATH, counter, output_options, show
+from loratool.cli.words import MAPS, OPERAND, ORIENTATION, PATH, counter, output_options, reading_options, show
 from loratool.errors import InputError
+from loratool.reading import readings
 
 
 @click.command()
@@ -29,6 +30,7 @@ from loratool.errors import InputError
 @click.option("--html", type=PATH, metavar="FILE", help="Write one page with figures; measures as --values does.")
 @click.option("--overwrite", is_flag=True, help="Replace FILE where it is there already.")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to measure.")
+@reading_options
 @output_options
 def inspect(
     paths: tuple[Path, ...],
@@ -42,6 +44,9 @@ def inspect(
     html: Path | None,
     overwrite: bool,
     device: str,
+    expert_layout: tuple[str, ...],
+    adapter_name: tuple[str, ...],
+    input_alpha: tuple[float, ...],
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -60,7 +65,7 @@ def inspect(
 
         check_page(html, overwrite, [path for path in (*paths, base, base_config) if path])
     facts = []
-    for path in paths:
+    for path, way in zip(paths, readings(len(paths), expert_layout, adapter_name, input_alpha), strict=True):
         with counter(quiet, "measuring") as progress:
             facts.append(
                 inspect(
@@ -73,6 +78,9 @@ def inspect(
                     maps=maps,
                     fan_in_fan_out=fan_in_fan_out,
                     device=device,
+                    expert_layout=way.expert_layout,
+                    adapter_name=way.adapter_name,
+                    input_alpha=way.input_alpha,
                     progress=progress,
                 )
             )

@@ -8,7 +8,18 @@ from typing import Any
 import click
 
 from loratool.cli.publishing import asked_repo, check_access, pushing_options
-from loratool.cli.words import MAPS, OPERAND, ORIENTATION, PATH, PUSH, Size, output_options, progress_bar, show
+from loratool.cli.words import (
+    MAPS,
+    OPERAND,
+    ORIENTATION,
+    PATH,
+    PUSH,
+    Size,
+    output_options,
+    progress_bar,
+    reading_options,
+    show,
+)
 
 
 @click.command()
@@ -35,6 +46,7 @@ from loratool.cli.words import MAPS, OPERAND, ORIENTATION, PATH, PUSH, Size, out
 )
 @MAPS
 @ORIENTATION
+@reading_options
 @click.option(
     "--shard-size", type=Size(), help="Tensor bytes per output file, such as 5GB [default: the base's shards]."
 )
@@ -62,6 +74,9 @@ def merge(
     dtype: str,
     maps: tuple[str, ...],
     fan_in_fan_out: bool | None,
+    expert_layout: tuple[str, ...],
+    adapter_name: tuple[str, ...],
+    input_alpha: tuple[float, ...],
     shard_size: int | None,
     workers: int | None,
     max_memory: int | None,
@@ -104,6 +119,9 @@ def merge(
             fan_in_fan_out=fan_in_fan_out,
             workers=workers,
             max_memory=max_memory,
+            expert_layout=expert_layout,
+            adapter_name=adapter_name,
+            input_alpha=input_alpha,
             allow_new_tensors=allow_new_tensors,
             overwrite=overwrite,
             card=card,
@@ -130,6 +148,9 @@ def merge(
             fan_in_fan_out=fan_in_fan_out,
             shard_size=shard_size,
             overwrite=overwrite,
+            expert_layout=expert_layout,
+            adapter_name=adapter_name,
+            input_alpha=input_alpha,
             allow_new_tensors=allow_new_tensors,
         ) as planned:
             memory = estimated_memory(planned, device, workers, max_memory)
@@ -150,6 +171,9 @@ def merge(
             workers=workers,
             max_memory=max_memory,
             overwrite=overwrite,
+            expert_layout=expert_layout,
+            adapter_name=adapter_name,
+            input_alpha=input_alpha,
             allow_new_tensors=allow_new_tensors,
             progress=progress,
         )

@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 import click
 
 from loratool.errors import printable
+from loratool.reading import EXPERT_LAYOUTS
 
+Value = TypeVar("Value")
 Command = TypeVar("Command", bound=Callable[..., None])
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 MAPS = click.option(
@@ -59,6 +61,40 @@ class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         return int(float(match[1]) * UNITS[match[2]])
 
 
+def reading_options(command: Command) -> Command:
+    """What the caller says of adapters where their files do not: for all of them, or once per adapter."""
+    for option in (
+        click.option(
+            "--input-alpha",
+            type=float,
+            multiple=True,
+            metavar="FLOAT",
+            help="α of an adapter whose files do not hold it; once for all, or once per adapter in order.",
+        ),
+        click.option(
+            "--adapter-name",
+            multiple=True,
+            metavar="NAME",
+            help="Which adapter to read where one file or folder holds several; once for all, or once per adapter.",
+        ),
+        click.option(
+            "--expert-layout",
+            type=click.Choice(EXPERT_LAYOUTS),
+            multiple=True,
+            help="Order of the columns of a fused lora_B where the config does not say it; once for all, or once per adapter.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def one(values: tuple[Value, ...], name: str) -> Value | None:
+    """The value of an option that a command with one adapter takes at most once."""
+    if len(values) > 1:
+        raise click.UsageError(f"{name} is given {len(values)} times for one adapter")
+    return values[0] if values else None
+
+
 def silence_client(_ctx: click.Context, _param: click.Parameter, quiet: bool) -> bool:
     """Keep the Hub's client from showing bars of its own, which it decides when it is imported."""
     if quiet:
@@ -85,6 +121,10 @@ def show(data: Any, text: Callable[[], str], as_json: bool, quiet: bool) -> None
 
     asked = click.get_current_context().meta.get(PUSH)
     pushed = asked(quiet) if asked else None
+    if not quiet:
+        for note in getattr(data, "notes", ()):
+            if note.is_warning:
+                click.echo(f"warning: {note}", err=True)
     if as_json:
         table = plain(data)
         click.echo(json.dumps(table if pushed is None else {**table, "pushed": plain(pushed)}, indent=2))

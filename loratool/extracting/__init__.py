@@ -19,6 +19,7 @@ from loratool.contents import Kind
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.extracting.differences import Difference, NotFiniteError, Part, Rule, decomposed
 from loratool.extracting.pairing import Change, Pairing, is_table, pair
+from loratool.extracting.results import ExtractedLayer, ExtractedTotals, ExtractReport
 from loratool.fetching import local
 from loratool.formats.peft.describing import describe
 from loratool.formats.peft.describing import module_of as described_module
@@ -26,6 +27,7 @@ from loratool.formats.peft.files import CONFIG, WEIGHTS
 from loratool.formats.peft.spelling import Names
 from loratool.lowrank import Product, inner, padded
 from loratool.lowrank import change as change_of
+from loratool.notes import Note, as_records
 from loratool.origins import origin_of, told_origin
 from loratool.safefile import FLOAT_NAMES
 from loratool.saving import WIDTH, Form, Output, Rounded, adapter_output, torch_dtype
@@ -41,56 +43,6 @@ HELD = 512 << 20  # bytes of differences in float32 that stay in memory; larger 
 HELD_ON_GPU = 4 << 30
 TERMS = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)[\w.-]*", re.ASCII)  # of a base, at its top
 MADE_BY_PEFT = "0.21.2"  # whose way round the factors of experts are written
-
-
-@dataclass(frozen=True)
-class ExtractedLayer:
-    """One layer. Errors are relative: ‖M − ΔW‖ / ‖M‖, Frobenius, with M = W_tuned − W_base."""
-
-    rank: int
-    norm: float  # ‖M‖
-    relative: float  # ‖M‖ / ‖W_base‖
-    predicted: float  # error of the rank, from ‖M‖² and the singular values
-    achieved: float  # error of what is stored, rounding included
-    above_noise: int  # of the singular values that were looked for, those larger than rounding can make
-
-
-@dataclass(frozen=True)
-class ExtractedTotals:
-    """All layers together, those left out as noise among them; norms add up as squares."""
-
-    norm: float
-    predicted: float
-    achieved: float
-    parameters: int
-    bytes: int  # of factors
-
-
-@dataclass(frozen=True)
-class ExtractReport:
-    """What `extract` did. Sizes are bytes, times seconds."""
-
-    out: Path
-    written: bool
-    rule: str
-    totals: ExtractedTotals
-    modules: Mapping[str, ExtractedLayer]  # by target
-    noise: Mapping[str, ExtractedLayer]  # targets left out, since rounding alone explains what differs
-    identical: int  # tensors
-    excluded: int  # tensors that differ and were not asked for
-    saved: tuple[str, ...]  # tensors that are saved whole
-    left_out: Mapping[str, str]  # tensor that differs → why nothing of it is in the adapter
-    dtype: str
-    device: str
-    seconds: float
-    startup_seconds: float  # of `seconds`: until torch and the device were ready
-    peak_memory: int
-    notes: tuple[str, ...]
-
-    def __str__(self) -> str:
-        from loratool.report.extract import extract_text
-
-        return extract_text(self)
 
 
 def extract(
@@ -165,6 +117,7 @@ def extract(
             written = {target: forms[target] for target in extractor.ranks}
             config = config_of(found, {t: form.kind for t, form in written.items()}, extractor.ranks, draft)
             totals = total(extractor, written, kept.itemsize)
+            notes = tuple(remarks(found, extractor, rule))
             provenance = {
                 "made_by": "loratool extract",
                 "command": words,
@@ -174,6 +127,7 @@ def extract(
                 "exact": exact,
                 "seed": seed,
                 "measured": asdict(totals),
+                "notes": as_records(notes),
             }
             output.finish(config, provenance, terms(before), [before.root, after.root])
     return ExtractReport(
@@ -188,7 +142,7 @@ def extract(
         saved=(*found.whole, *found.biases),
         left_out=dict(sorted(found.left_out.items())),
         dtype=str(kept).removeprefix("torch."),
-        notes=tuple(remarks(found, extractor, rule)),
+        notes=notes,
         **at_work.told(started),
     )
 
@@ -468,21 +422,33 @@ def total(extractor: Extractor, forms: Mapping[str, Form], itemsize: int) -> Ext
     )
 
 
-def remarks(found: Pairing, extractor: Extractor, rule: Rule) -> Iterator[str]:
+def remarks(found: Pairing, extractor: Extractor, rule: Rule) -> Iterator[Note]:
     """What a user of the result should know."""
     yield from (note for checkpoint in (found.base, found.tuned) for note in checkpoint.notes[1:])
     if extractor.noise:
         yield (
-            f"{len(extractor.noise)} layers differ by no more than rounding to their dtype can, and are left out; "
-            "--rank with a number takes them too"
+            Note(
+                "below-rounding",
+                f"{len(extractor.noise)} layers differ by no more than rounding to their dtype can, and are left out; "
+                "--rank with a number takes them too",
+            )
         )
     full = [t for t, layer in extractor.layers.items() if layer.rank == layer.above_noise == rule.most]
     if rule.noise and full:
-        yield f"{len(full)} layers have as many singular values above the noise as the limit of {rule.most}, or more"
+        yield Note(
+            "rank-limit",
+            f"{len(full)} layers have as many singular values above the noise as the limit of {rule.most}, or more",
+        )
     if extractor.mirrored:
-        yield f"tied to its embedding, and changed with it: {', '.join(map(printable, extractor.mirrored))}"
+        yield Note(
+            "tied-weight-changed",
+            f"tied to its embedding, and changed with it: {', '.join(map(printable, extractor.mirrored))}",
+        )
     if len(set(extractor.ranks.values())) > 1:
         yield (
-            f"ranks differ, as rank_pattern says; servers that know one rank take {max(extractor.ranks.values())} for all of "
-            "them: loratool resize --uniform writes that"
+            Note(
+                "ranks-differ",
+                f"ranks differ, as rank_pattern says; servers that know one rank take {max(extractor.ranks.values())} for all of "
+                "them: loratool resize --uniform writes that",
+            )
         )

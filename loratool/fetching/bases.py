@@ -11,6 +11,7 @@ from loratool.errors import UsageError, printable
 from loratool.fetching.operands import parse
 from loratool.formats.peft import CONFIG
 from loratool.formats.peft.files import read_config
+from loratool.notes import Note
 from loratool.origins import origin_of
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def base_of(adapters: Sequence[Path]) -> str:
     return names[0]
 
 
-def unlike_bases(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[str]:
+def unlike_bases(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[Note]:
     """A note for each adapter that names another base, where both are known by an id of the Hub."""
     origin, written = origin_of(base.root), base.config.get("_name_or_path")
     known = origin.repo if origin else written if isinstance(written, str) else ""
@@ -65,6 +66,9 @@ def unlike_bases(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[str]
         named = parse(name) if isinstance(name, str) and name and not os.path.lexists(name) else None
         if named and named.repo.lower() != place.repo.lower():
             yield (
-                f"{adapter.name}: says it was trained on {printable(named.repo)}, and BASE is {printable(place.repo)}; "
-                "the shapes fit, but only the base it was trained on gives what was trained"
+                Note(
+                    "base-mismatch",
+                    f"{adapter.name}: says it was trained on {printable(named.repo)}, and BASE is {printable(place.repo)}; "
+                    "the shapes fit, but only the base it was trained on gives what was trained",
+                )
             )

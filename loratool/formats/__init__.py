@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from loratool.errors import InputError, printable
 from loratool.formats import peft
+from loratool.reading import AS_STORED, Reading
 from loratool.safefile import SafeFile, read_safefile
 
 if TYPE_CHECKING:
@@ -27,17 +28,17 @@ FOREIGN = (
 )
 
 
-def read_adapter(path: str | Path) -> Adapter:
+def read_adapter(path: str | Path, reading: Reading = AS_STORED) -> Adapter:
     """The adapter at `path`: a folder, or a `.safetensors` file with its config beside it.
 
-    Reads headers and configs only. Raises `InputError` when the path holds no adapter, a malformed
+    Reads headers and configs only; `reading` is what the caller says that these do not. Raises `InputError` when the path holds no adapter, a malformed
     one, or one of a format that is not read.
     """
     location = Path(path)
     refuse_foreign(location)
     for form in FORMATS:
         if form.recognises(location):
-            adapter: Adapter = form.read(location)
+            adapter: Adapter = form.read(location, reading)
             return adapter
     raise peft.not_an_adapter(location)
 

@@ -57,9 +57,9 @@ def examine(adapter: Adapter, problems: Sequence[str], path: Path, fit: Fit | No
         *look_at_values(adapter, path),
         *look_at_servers(adapter, path, fit),
         *(
-            Finding("note", "remark", text)
-            for text in (*adapter.notes, *(fit.notes if fit else ()))
-            if "alpha patterns match" not in text  # told with its repair
+            Finding("note", note.code, note.text)
+            for note in (*adapter.notes, *(fit.notes if fit else ()))
+            if note.code != "ambiguous-alpha"  # told with its repair
         ),
     ]
     return tuple(sorted(found, key=lambda finding: finding.level != "problem"))
@@ -67,7 +67,7 @@ def examine(adapter: Adapter, problems: Sequence[str], path: Path, fit: Fit | No
 
 def examine_model(checkpoint: Checkpoint) -> tuple[Finding, ...]:
     """Everything that is found in a checkpoint, problems first."""
-    return (*look_at_model(checkpoint), *(Finding("note", "remark", note) for note in checkpoint.notes))
+    return (*look_at_model(checkpoint), *(Finding("note", note.code, note.text) for note in checkpoint.notes))
 
 
 def as_finding(problem: str) -> Finding:

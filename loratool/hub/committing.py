@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.errors import HubError, UsageError, VerificationError, printable
 from loratool.fetching.client import api, asking, endpoint, patiently, wait_after
 from loratool.fetching.outline import RemoteFile
+from loratool.notes import Note
 from loratool.origins import is_hub_id
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def full_name(repo: str) -> str:
     return repo if "/" in repo else f"{who['name']}/{repo}"
 
 
-def open_repo(repo: str, public: bool, revision: str | None, notes: list[str]) -> tuple[str, bool]:
+def open_repo(repo: str, public: bool, revision: str | None, notes: list[Note]) -> tuple[str, bool]:
     """The full name of a repository that may be written to, and whether it is private; it is made where it is missing.
 
     Raises as `full_name` does, and `HubError` where there is no right to that name.
@@ -101,19 +102,23 @@ def open_repo(repo: str, public: bool, revision: str | None, notes: list[str]) -
         try:
             private = bool(patiently(lambda: api().model_info(repo)).private)
             if private and public:
-                notes.append(f"{repo} is there and stays private; its settings make it public")
+                notes.append(
+                    Note("repo-stays-private", f"{repo} is there and stays private; its settings make it public")
+                )
             elif not private and not public:
-                notes.append(f"{repo} is there and is public, so that everybody sees what is pushed")
+                notes.append(
+                    Note("repo-is-public", f"{repo} is there and is public, so that everybody sees what is pushed")
+                )
         except RepositoryNotFoundError:
             url = patiently(lambda: api().create_repo(repo, private=not public, exist_ok=True))
             repo, private = url.repo_id, not public
             if private:
-                notes.append(f"{repo} is new and private; --public makes a new one public")
+                notes.append(Note("repo-new-private", f"{repo} is new and private; --public makes a new one public"))
     if revision is not None and not revision.startswith("refs/"):
         with asking(repo, revision):
             patiently(lambda: api().create_branch(repo, branch=revision, exist_ok=True))
     if endpoint() != "https://huggingface.co":
-        notes.append(f"the Hub is {printable(endpoint())}, as HF_ENDPOINT says")
+        notes.append(Note("endpoint", f"the Hub is {printable(endpoint())}, as HF_ENDPOINT says"))
     return repo, private
 
 

@@ -14,6 +14,7 @@ from loratool.hub.selecting import Selection, select
 
 if TYPE_CHECKING:
     from loratool.merging import PathLike
+    from loratool.notes import Note
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class PushReport:
     uploaded: tuple[str, ...]
     replaced: tuple[str, ...]  # weights of an earlier model that were deleted in the same commit
     left_out: tuple[str, ...]
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
     seconds: float
     dry_run: bool
 
@@ -138,7 +139,7 @@ def report(
     private: bool,
     uploaded: tuple[str, ...],
     replaced: tuple[str, ...],
-    notes: Sequence[str],
+    notes: Sequence[Note],
     started: float,
     dry_run: bool,
 ) -> PushReport:

@@ -19,6 +19,7 @@ from loratool.fetching.bases import named_base
 from loratool.formats import read_adapter
 from loratool.formats.peft import CONFIG, recognises
 from loratool.hub.committing import Upload
+from loratool.notes import Note
 from loratool.staging import JOURNAL, MODEL
 
 # What a model or an adapter is made of beside its weights; anything else is sent only where --include names it.
@@ -73,7 +74,7 @@ class Selection:
     kind: Literal["model", "adapter"]
     uploads: tuple[Upload, ...]
     left_out: tuple[str, ...]  # with the reason
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
 
 
 def select(root: Path, include: Sequence[str], exclude: Sequence[str], card: bool, place: str) -> Selection:
@@ -109,23 +110,31 @@ def select(root: Path, include: Sequence[str], exclude: Sequence[str], card: boo
     taken = {*map(printable, extra)} & {*map(printable, chosen)}
     left_out = [line for line in left_out if line.rpartition(" (")[0] not in taken]
     uploads = {name: Upload(name, root / name) for name in chosen}
-    notes: list[str] = []
+    notes: list[Note] = []
     if CARD not in uploads or card or is_template(root / CARD):
         if not matches(CARD, exclude):
             uploads[CARD] = Upload(CARD, content=card_of(root, place))
-            notes.append(f"{CARD} is made from {PROVENANCE}" if (root / PROVENANCE).is_file() else f"{CARD} is made")
+            notes.append(
+                Note(
+                    "card-made",
+                    f"{CARD} is made from {PROVENANCE}" if (root / PROVENANCE).is_file() else f"{CARD} is made",
+                )
+            )
     elif there := addressed(root / CARD, place):
         uploads[CARD] = Upload(CARD, content=there)
-        notes.append(f"{CARD} is the one made here, with code that loads {printable(place)}")
+        notes.append(Note("card-made", f"{CARD} is the one made here, with code that loads {printable(place)}"))
     else:
-        notes.append(f"{CARD} is kept as it is; --card sends one made from {PROVENANCE}")
+        notes.append(Note("card-kept", f"{CARD} is kept as it is; --card sends one made from {PROVENANCE}"))
     if CARD in uploads and (made := uploads[CARD].content) is not None and PROVENANCE in uploads:
         uploads[PROVENANCE] = Upload(PROVENANCE, content=listing(root / PROVENANCE, CARD, made))
     check_secrets(root, uploads.values())
     if kind == "adapter" and os.path.isabs(base := named_base(root)):
         notes.append(
-            f"{CONFIG} names the base by a folder of this machine, which everybody reads and nobody finds: "
-            f"{printable(base)}; put its id on the Hub there"
+            Note(
+                "local-base-path",
+                f"{CONFIG} names the base by a folder of this machine, which everybody reads and nobody finds: "
+                f"{printable(base)}; put its id on the Hub there",
+            )
         )
     hidden = [f"{printable(name)} (hidden)" for name in hidden_files(root)]
     return Selection(kind, tuple(uploads[n] for n in sorted(uploads)), (*sorted({*left_out, *hidden}),), tuple(notes))

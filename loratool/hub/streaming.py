@@ -43,6 +43,7 @@ from loratool.merging import (
     provenance,
 )
 from loratool.planning import MergePlan, plan_merge
+from loratool.reading import readings
 from loratool.resources import Runtime, start_torch
 from loratool.safefile import read_safefile
 from loratool.staging import (
@@ -59,6 +60,7 @@ from loratool.staging import (
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+    from loratool.notes import Note
     from loratool.placing import ShardPlan
     from loratool.safefile import SafeFile
 
@@ -78,7 +80,7 @@ class StreamReport:
     resumed: tuple[str, ...]  # output files that were there already
     most_on_disk: int  # bytes of weight files that were on this disk at one time
     left_out: tuple[str, ...]
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
     digests: dict[str, str]  # output file → SHA-256
     device: str
     seconds: float
@@ -103,6 +105,9 @@ def stream(
     workers: int | None = None,
     max_memory: int | None = None,
     allow_new_tensors: bool = False,
+    expert_layout: str | Sequence[str] = (),
+    adapter_name: str | Sequence[str] = (),
+    input_alpha: float | Sequence[float] = (),
     overwrite: bool = False,
     public: bool = False,
     revision: str | None = None,
@@ -129,6 +134,10 @@ def stream(
         workers: threads.
         max_memory: bytes.
         allow_new_tensors: add heads that the base has not.
+        expert_layout: how the columns of a fused lora_B are ordered where the config does not say it: "rank-major" or
+            "grouped-by-expert"; one for all adapters or one for each, as the next two.
+        adapter_name: which adapter to read of a file or folder that holds several.
+        input_alpha: α of every module, for files that do not hold it.
         overwrite: replace the model that the repository holds.
         public: make a new repository public; an existing one stays as it is.
         revision: the branch to commit to; main by default.
@@ -147,13 +156,14 @@ def stream(
     asked, started = locals(), time.monotonic()
     check_arguments(device, workers, max_memory)
     words = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
+    ways = readings(len(words), expert_layout, adapter_name, input_alpha)
     paths = [local(adapter, "adapter") for adapter in words]
     repo = repo if dry_run else full_name(repo)  # so that a long way is not gone in vain
     runtime = start_torch(device)
     with workplace(repo) as home, opened(chosen_base(base, paths), home) as source:
         planned = plan_merge(
             source.checkpoint,
-            [read_adapter(path) for path in paths],
+            [read_adapter(path, way) for path, way in zip(paths, ways, strict=True)],
             weights=weights,
             dtype=dtype,
             maps=[maps] if isinstance(maps, str) else maps,
@@ -383,7 +393,7 @@ class Streaming:
         done: Commit,
         private: bool,
         resumed: tuple[str, ...],
-        notes: Sequence[str],
+        notes: Sequence[Note],
         started: float,
         dry_run: bool,
     ) -> StreamReport:

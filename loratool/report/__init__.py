@@ -165,7 +165,7 @@ def plan_data(plan: MergePlan, memory: int) -> dict[str, Any]:
         "files": {shard.name: shard.layout.size for shard in plan.shards},
         "side_files": [file.name for file in plan.side_files],
         "left_out": list(plan.left_out),
-        "notes": list(plan.notes),
+        "notes": plain(plan.notes),
     }
 
 

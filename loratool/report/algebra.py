@@ -11,7 +11,7 @@ from loratool.errors import printable
 from loratool.report import aligned, size, spread
 
 if TYPE_CHECKING:
-    from loratool.combining import CombineReport
+    from loratool.combining.results import CombineReport
     from loratool.comparing import CompareReport, PairTotals
     from loratool.lowrank import Relation
     from loratool.rescaling import RescaleReport

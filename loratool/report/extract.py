@@ -11,7 +11,7 @@ from loratool.report import aligned, size, spread
 from loratool.report.algebra import MOST_LAYERS, percent, table
 
 if TYPE_CHECKING:
-    from loratool.extracting import ExtractedLayer, ExtractReport
+    from loratool.extracting.results import ExtractedLayer, ExtractReport
 
 
 def extract_text(report: ExtractReport) -> str:

@@ -13,7 +13,7 @@ from loratool.report import MOST_LINES, size, spread
 if TYPE_CHECKING:
     from loratool.fitting import BaseFacts
     from loratool.health import Finding
-    from loratool.inspecting import (
+    from loratool.inspecting.facts import (
         AdapterFacts,
         CheckpointFacts,
         ModuleFacts,

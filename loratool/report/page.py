@@ -20,7 +20,7 @@ from loratool.errors import StorageError, UsageError, printable
 from loratool.report import size
 
 if TYPE_CHECKING:
-    from loratool.inspecting import AdapterFacts, Facts
+    from loratool.inspecting.facts import AdapterFacts, Facts
     from loratool.measuring import Measured
 
 MOST_POINTS = 250_000  # singular values that a page holds; of more, every second, third … one is kept
@@ -46,7 +46,7 @@ ORDER = (
 
 def html_page(results: Sequence[Facts]) -> str:
     """The page as text: a section for each of the results, figures where values were measured."""
-    from loratool.inspecting import AdapterFacts
+    from loratool.inspecting.facts import AdapterFacts
 
     data = [adapter_data(facts) if isinstance(facts, AdapterFacts) else other_data(facts) for facts in results]
     title = ", ".join(entry["title"] for entry in data) or "nothing"
@@ -109,7 +109,7 @@ def adapter_data(facts: AdapterFacts) -> dict[str, Any]:
             ["dtypes", ", ".join(f"{dtype} ×{count}" for dtype, count in facts.dtypes.items())],
             *([["parameters", facts.against.line]] if facts.against else []),
             *(["not mergeable", reason] for reason in facts.unsupported),
-            *(["note", note] for note in (*facts.notes, *(values.notes if values else ()))),
+            *(["note", str(note)] for note in (*facts.notes, *(values.notes if values else ()))),
             *(["not measured", f"{target}: {why}"] for target, why in (values.skipped if values else {}).items()),
         ],
         "tiles": tiles(facts),

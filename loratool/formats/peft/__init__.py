@@ -7,6 +7,7 @@ refused by its name, and a tensor that nothing recognises is reported as unused.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratool.adapter import Adapter
 from loratool.errors import InputError, printable
@@ -24,32 +25,36 @@ from loratool.formats.peft.files import (
 from loratool.formats.peft.methods import METHODS
 from loratool.formats.peft.remarks import remark
 from loratool.origins import name_of
+from loratool.reading import AS_STORED, Reading
 from loratool.safefile import read_safefile
+
+if TYPE_CHECKING:
+    from loratool.notes import Note
 
 __all__ = ["CONFIG", "PICKLED", "WEIGHTS", "not_an_adapter", "read", "read_what_is_sound", "recognises"]
 
 
-def read(path: Path) -> Adapter:
+def read(path: Path, reading: Reading = AS_STORED) -> Adapter:
     """Read a PEFT adapter's headers and config; tensor values stay on disk.
 
     Raises `InputError` when the config or the file is malformed, all problems of each at once.
     """
-    adapter, problems = read_what_is_sound(path)
+    adapter, problems = read_what_is_sound(path, reading)
     if problems and not adapter.unsupported:  # else it is no wonder that the tensors look odd
         raise InputError(f"{printable(adapter.file.path)}: malformed adapter:", problems)
     return adapter
 
 
-def read_what_is_sound(path: Path) -> tuple[Adapter, tuple[str, ...]]:
+def read_what_is_sound(path: Path, reading: Reading = AS_STORED) -> tuple[Adapter, tuple[str, ...]]:
     """The updates that can be read of an adapter, and what is wrong with the others.
 
     Raises `InputError` where there is no header or no config to go by.
     """
-    notes: list[str] = []
+    notes: list[Note] = []
     folder, weights_path = locate(path, notes)
     file = read_safefile(weights_path)
     config_file = folder / CONFIG
-    draft = Draft(file, read_config(config_file), notes)
+    draft = Draft(file, read_config(config_file), notes, reading)
     read_updates(draft)
     adapter = Adapter(
         name=name_of(folder),

@@ -10,6 +10,8 @@ from loratool.adapter import INTEGER_NAMES, Derived, StoredTensor
 from loratool.errors import printable
 from loratool.formats.peft import keys
 from loratool.formats.peft.files import CONFIG
+from loratool.notes import Note
+from loratool.reading import AS_STORED, Reading
 from loratool.safefile import FLOAT_NAMES, SafeFile
 from loratool.updates import Add, Replace, ReplaceRows, Update
 
@@ -74,7 +76,8 @@ class Draft:
 
     file: SafeFile
     config: Mapping[str, Any]
-    notes: list[str]
+    notes: list[Note]
+    reading: Reading = AS_STORED
     modules: dict[str, Module] = field(default_factory=dict)  # path → what a method has on it
     saved: dict[str, Saved] = field(default_factory=dict)  # target → tensor
     updates: dict[str, Update] = field(default_factory=dict)
@@ -109,7 +112,12 @@ class Draft:
                 self.keep(name, key.module, passed_over)
         if passed_over:
             more = f" and {len(passed_over) - 1} more" if len(passed_over) > 1 else ""
-            self.notes.append(f"left out, being for training only or a second copy: {printable(passed_over[0])}{more}")
+            self.notes.append(
+                Note(
+                    "training-only-tensors",
+                    f"left out, being for training only or a second copy: {printable(passed_over[0])}{more}",
+                )
+            )
 
     def stray(self, name: str, family: str, kind: str) -> None:
         """Account for a tensor that is spelled as one of a method and has no slot of this adapter's."""

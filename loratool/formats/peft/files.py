@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import InputError, LoratoolError, printable
+from loratool.notes import Note
 from loratool.safefile import open_regular, unreadable
 
 CONFIG = "adapter_config.json"
@@ -57,7 +58,7 @@ def printable_code(code: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in code)
 
 
-def locate(path: Path, notes: list[str]) -> tuple[Path, Path]:
+def locate(path: Path, notes: list[Note]) -> tuple[Path, Path]:
     """The folder and the weights file of the adapter at `path`."""
     if path.suffix == ".safetensors":
         return path.parent, path
@@ -69,7 +70,7 @@ def locate(path: Path, notes: list[str]) -> tuple[Path, Path]:
             raise InputError(f"{printable(path)}: holds several adapters ({names}); name the subfolder of one")
         if inside:
             folder = inside[0]
-            notes.append(f"read from the subfolder {printable(folder.name)}")
+            notes.append(Note("subfolder", f"read from the subfolder {printable(folder.name)}"))
     weights = folder / WEIGHTS
     if not weights.exists() and not weights.is_symlink():
         for name in PICKLED:

@@ -13,6 +13,7 @@ from loratool.formats.peft.draft import TOKENS, Draft, Module, UnsupportedError,
 from loratool.formats.peft.files import CONFIG
 from loratool.formats.peft.parameters import rank_is_one
 from loratool.formats.peft.scaling import Scaling
+from loratool.notes import Note
 from loratool.updates import Add, LowRank, Magnitude, Pooled, Residual, formulas, residual
 
 if TYPE_CHECKING:
@@ -96,12 +97,18 @@ class Reader:
         if self.doubled:
             version = self.draft.config.get("peft_version") or "no version"
             self.draft.notes.append(
-                f"the update of {self.doubled} out_proj of nn.MultiheadAttention counts twice, as in PEFT up to 0.21.2, "
-                f"under which it was trained ({CONFIG} names {printable(version)})"
+                Note(
+                    "attention-doubled",
+                    f"the update of {self.doubled} out_proj of nn.MultiheadAttention counts twice, as in PEFT up to 0.21.2, "
+                    f"under which it was trained ({CONFIG} names {printable(version)})",
+                )
             )
         if self.idle_biases:
             self.draft.notes.append(
-                f"{self.idle_biases} lora_B.bias of nn.MultiheadAttention are left out, as PEFT does"
+                Note(
+                    "attention-biases-left-out",
+                    f"{self.idle_biases} lora_B.bias of nn.MultiheadAttention are left out, as PEFT does",
+                )
             )
 
     def embedding(self, module: Module) -> Update:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from loratool.errors import printable
 from loratool.formats.peft import keys, support
+from loratool.notes import Note
 
 if TYPE_CHECKING:
     from loratool.formats.peft.draft import Draft
@@ -18,7 +19,10 @@ def remark(draft: Draft) -> None:
     bias = draft.config.get("bias", "none")
     if bias not in (None, "none") and not any(target.endswith(".bias") for target in draft.saved):
         draft.notes.append(
-            f"the config says bias={printable(repr(bias))}, and no bias is in the file: none was trained"
+            Note(
+                "bias-not-saved",
+                f"the config says bias={printable(repr(bias))}, and no bias is in the file: none was trained",
+            )
         )
     unknown = (
         sorted(set(draft.config) - set(support.OPTIONS)) if draft.config.get("peft_type", "LORA") == "LORA" else []
@@ -26,12 +30,18 @@ def remark(draft: Draft) -> None:
     if unknown:
         shown = ", ".join(map(printable, unknown[:LONGEST_LIST])) + (", …" if len(unknown) > LONGEST_LIST else "")
         draft.notes.append(
-            f"fields of the config that loratool does not know, and passes over as PEFT 0.21 does: {shown}"
+            Note(
+                "unknown-fields",
+                f"fields of the config that loratool does not know, and passes over as PEFT 0.21 does: {shown}",
+            )
         )
     if idle := idle_targets(draft):
         more = ", …" if len(idle) > LONGEST_LIST else ""
         draft.notes.append(
-            f"target_modules names {', '.join(map(printable, idle[:LONGEST_LIST]))}{more}, and the file has no tensor for it"
+            Note(
+                "idle-targets",
+                f"target_modules names {', '.join(map(printable, idle[:LONGEST_LIST]))}{more}, and the file has no tensor for it",
+            )
         )
 
 

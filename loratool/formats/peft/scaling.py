@@ -10,6 +10,7 @@ from loratool.errors import printable
 from loratool.formats.peft.draft import Draft, UnusableError, is_number, is_whole
 from loratool.formats.peft.files import CONFIG
 from loratool.formats.peft.patterns import match_patterns
+from loratool.notes import Note
 
 
 class Scaling:
@@ -29,7 +30,7 @@ class Scaling:
         self.found: dict[str, set[str]] = {}
         self.valid = False
         if alpha not in draft.config:
-            draft.notes.append(f"the config has no {alpha}; PEFT's default of 8 is used")
+            draft.notes.append(Note("alpha-missing", f"the config has no {alpha}; PEFT's default of 8 is used"))
         try:
             if "r" in draft.config:
                 draft.whole("r", 8)
@@ -49,7 +50,9 @@ class Scaling:
         if idle := ", ".join(printable(repr(p)) for p in self.ranks if p not in used):
             draft.problems.append(f"{CONFIG}: rank_pattern names what no module of the adapter is called: {idle}")
         if idle := ", ".join(printable(repr(p)) for p in self.alphas if p not in used):
-            draft.notes.append(f"patterns of alpha_pattern that match no adapted module: {idle}")
+            draft.notes.append(
+                Note("idle-alpha-patterns", f"patterns of alpha_pattern that match no adapted module: {idle}")
+            )
         self.tell_rivals()
 
     def pattern(self, name: str, valid: Any) -> dict[str, Any]:
@@ -85,8 +88,11 @@ class Scaling:
         for alphas, paths in rivals.items():
             more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
             self.draft.notes.append(
-                f"{printable(paths[0])}{more}: several alpha patterns match ({', '.join(map(str, alphas))}); {alphas[0]} "
-                "is used as PEFT does when it loads the adapter, training may have used another, since saving sorts them"
+                Note(
+                    "ambiguous-alpha",
+                    f"{printable(paths[0])}{more}: several alpha patterns match ({', '.join(map(str, alphas))}); {alphas[0]} "
+                    "is used as PEFT does when it loads the adapter, training may have used another, since saving sorts them",
+                )
             )
 
     def scale(self, path: str, rank: int) -> float:

@@ -9,10 +9,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loratool.cards import command
-from loratool.comparing import Meeting, meetings
+from loratool.combining.results import CombinedLayer, CombinedTotals, CombineReport, Part
+from loratool.comparing import meetings
 from loratool.contents import Contents, Kind, contents_of
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.fetching import local
@@ -25,6 +26,8 @@ from loratool.lowrank.products import negligible
 from loratool.methods.coefficients import LEAST_ALIKE, mean_cosine
 from loratool.methods.mixture import Mixture, Recipe, mix, mix_factors
 from loratool.methods.table import FACTORWISE, GRAM, METHODS
+from loratool.notes import Note, as_records
+from loratool.reading import readings
 from loratool.recipes import make_recipe, told
 from loratool.saving import Form, Rounded, adapter_output, carried_over, files_beside, kept_dtype
 from loratool.staging import check_target
@@ -32,69 +35,6 @@ from loratool.working import PathLike, Progress, Session, session
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class Part:
-    """What became of one adapter in one layer."""
-
-    weight: float
-    norm: float  # ‖ΔW‖, weight not included
-    energy_kept: float | None  # ‖U'U'ᵀ ΔW V'V'ᵀ‖² / ‖ΔW‖² with the singular vectors of the result
-    norm_ratio: float | None  # ‖result‖ / ‖w ΔW‖
-
-
-@dataclass(frozen=True)
-class CombinedLayer:
-    """One layer of the result. Errors are relative to what the method gives at full rank, Frobenius."""
-
-    rank: int
-    norm: float
-    whole: float  # ‖what the method gives at full rank‖
-    truncated: float  # error of the cut to `rank`
-    stored: float  # error of rounding to the stored dtype, relative to the cut result
-    error: float  # both together
-    parts: Mapping[str, Part]  # by adapter
-    meetings: Mapping[str, Meeting]  # "one × other"
-
-
-@dataclass(frozen=True)
-class CombinedTotals:
-    """All layers together; norms add up as squares."""
-
-    norm: float
-    truncated: float
-    stored: float
-    error: float
-    energy_kept: Mapping[str, float | None]  # by adapter
-    norm_ratio: Mapping[str, float | None]
-    cosine: Mapping[str, float | None]  # "one × other"
-    parameters: int
-    bytes: int  # of factors
-
-
-@dataclass(frozen=True)
-class CombineReport:
-    """What `combine` did. Sizes are bytes, times seconds."""
-
-    out: Path
-    written: bool
-    method: str
-    settings: Mapping[str, Any]
-    adapters: tuple[str, ...]
-    totals: CombinedTotals
-    modules: Mapping[str, CombinedLayer]  # by target
-    dtype: str
-    device: str
-    seconds: float
-    startup_seconds: float
-    peak_memory: int
-    notes: tuple[str, ...]
-
-    def __str__(self) -> str:
-        from loratool.report.algebra import combine_text
-
-        return combine_text(self)
 
 
 def combine(
@@ -120,6 +60,9 @@ def combine(
     saved: str = "refuse",
     dtype: str = "keep",
     device: str = "auto",
+    expert_layout: str | Sequence[str] = (),
+    adapter_name: str | Sequence[str] = (),
+    input_alpha: float | Sequence[float] = (),
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -152,6 +95,10 @@ def combine(
         saved: where adapters have saved different values for a tensor, "refuse", take the "first" or their "mean".
         dtype: of the factors: "keep", "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda" or "cuda:N".
+        expert_layout: how the columns of a fused lora_B are ordered where the config does not say it: "rank-major" or
+            "grouped-by-expert"; one for all adapters or one for each, as the next two.
+        adapter_name: which adapter to read of a file or folder that holds several.
+        input_alpha: α of every module, for files that do not hold it.
         overwrite: replace `out` where it is an adapter already.
         dry_run: compute and report, but write nothing.
         progress: called with (layers done, layers in all).
@@ -172,8 +119,11 @@ def combine(
     shares = list(weights) if weights is not None else [1.0] * len(paths)
     if len(shares) != len(paths):
         raise UsageError(f"{len(shares)} weights for {len(paths)} adapters; give one for each, or none")
+    ways = readings(len(paths), expert_layout, adapter_name, input_alpha)
     target = check_target(Path(out), paths, overwrite or dry_run, adapter=True)
-    sources = named_apart([contents_of(read_adapter(path), "combine") for path in paths])
+    sources = named_apart(
+        [contents_of(read_adapter(path, way), "combine") for path, way in zip(paths, ways, strict=True)]
+    )
     layers = gather(sources, shares)
     refuse(sources, layers, recipe)
     with session(device, sources) as at_work:
@@ -219,12 +169,14 @@ def combine(
                 tokens=carried.tokens,
             )
             totals = combiner.totals(modules, dtype_kept)
+            notes = tuple(remarks(sources, layers, modules, beside.notes))
             provenance = {
                 "made_by": "loratool combine",
                 "command": words,
                 "adapters": list(at_work.origins),
                 **told(recipe, shares),
                 "measured": dataclasses.asdict(totals),
+                "notes": as_records(notes),
             }
             output.finish(config, provenance, common_files(sources), [source.adapter.folder for source in sources])
     return CombineReport(
@@ -236,7 +188,7 @@ def combine(
         totals=totals,
         modules=dict(sorted(modules.items())),
         dtype=str(dtype_kept).removeprefix("torch."),
-        notes=tuple(remarks(sources, layers, modules, beside.notes)),
+        notes=notes,
         **at_work.told(started),
     )
 
@@ -474,23 +426,34 @@ def remarks(
     sources: Sequence[Contents],
     layers: Mapping[str, Sequence[Share]],
     modules: Mapping[str, CombinedLayer],
-    found: Sequence[str],
-) -> Iterator[str]:
+    found: Sequence[Note],
+) -> Iterator[Note]:
     """What a user of the result should know."""
     if len(sources) == 1:
-        yield "one adapter only: there is nothing to combine it with"
+        yield Note("single-adapter", "one adapter only: there is nothing to combine it with")
     bases = {str(source.config.get("base_model_name_or_path") or "") for source in sources} - {""}
     if len(bases) > 1:
-        yield f"the adapters name different bases ({', '.join(sorted(map(printable, bases)))}); their shapes agree"
+        yield Note(
+            "base-mismatch",
+            f"the adapters name different bases ({', '.join(sorted(map(printable, bases)))}); their shapes agree",
+        )
     for at, source in enumerate(sources):
         if not any(share.adapter == at for shares in layers.values() for share in shares):
-            yield f"{source.name} has no low-rank update"
+            yield Note("no-low-rank-update", f"{source.name} has no low-rank update")
         elif not any(m.parts[source.name].norm for m in modules.values() if source.name in m.parts):
-            yield f"{source.name}: every update is zero (an untrained adapter has B = 0), so it adds nothing"
+            yield Note(
+                "zero-update",
+                f"{source.name}: every update is zero (an untrained adapter has B = 0), so it adds nothing",
+            )
     if nothing := [t for t, m in modules.items() if not m.norm]:
-        yield f"{len(nothing)} of {len(modules)} layers come out as zero, {printable(nothing[0])} for one"
+        yield Note(
+            "layers-zero", f"{len(nothing)} of {len(modules)} layers come out as zero, {printable(nothing[0])} for one"
+        )
     if partial := [t for t, shares in layers.items() if len(shares) < len(sources)]:
-        yield f"{len(partial)} of {len(layers)} layers are not in all adapters, {printable(partial[0])} for one; each is combined of those that have it"
+        yield Note(
+            "layers-partial",
+            f"{len(partial)} of {len(layers)} layers are not in all adapters, {printable(partial[0])} for one; each is combined of those that have it",
+        )
     yield from found
     for source in sources:
-        yield from (f"{source.name}: {note}" for note in source.adapter.notes)
+        yield from (note.under(source.name) for note in source.adapter.notes)

@@ -7,159 +7,40 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from loratool.checkpoint import PROVENANCE, Checkpoint, holds_weights, open_checkpoint, read_small
 from loratool.contents import Layer, layer_of
 from loratool.errors import InputError, LoratoolError, UsageError, printable
 from loratool.fetching import Role, headers, local
-from loratool.fitting import BaseFacts, Fit, fit_of
+from loratool.fitting import Fit, fit_of
 from loratool.formats import Foreign, find_foreign, looks_foreign, peft
 from loratool.formats.peft import support
 from loratool.health import Finding, examine, examine_model, tell_unreadable
+from loratool.inspecting.facts import (
+    AdapterFacts,
+    CheckpointFacts,
+    Facts,
+    ModuleFacts,
+    PlaceFacts,
+    TensorFacts,
+    UnreadableFacts,
+    WeightFacts,
+)
+from loratool.reading import Reading, readings
 from loratool.safefile import strict_json
 from loratool.updates import Add, LowRank, Replace, ReplaceRows
 
 if TYPE_CHECKING:
     from loratool.adapter import Adapter
-    from loratool.measuring import Values
     from loratool.safefile import SafeFile, TensorInfo
     from loratool.updates import Update
 
 Progress = Callable[[int, int], None]
 PathLike = str | os.PathLike[str]
-
-
-@dataclass(frozen=True)
-class TensorFacts:
-    """One tensor of a file."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    bytes: int
-    file: str
-
-
-@dataclass(frozen=True)
-class WeightFacts:
-    """Weights of one name and shape, such as every q_proj."""
-
-    name: str  # the last part of their path
-    shape: tuple[int, ...]  # as the adapter sees them, (out, in) for a linear layer
-    count: int
-    parameters: int  # of all of them; of an adapter: what it has for them
-
-
-@dataclass(frozen=True)
-class PlaceFacts:
-    """Where a base holds the weight that a module means."""
-
-    tensor: str
-    rows: tuple[int, int]  # first and last + 1, of the tensor as a matrix
-    rule: str  # how it was found
-
-
-@dataclass(frozen=True)
-class ModuleFacts:
-    """What an adapter does to one weight."""
-
-    target: str  # the weight, as the model that was trained calls it
-    kind: str  # "low-rank", "saved whole", "token rows", or the class of any other update
-    shape: tuple[int, ...] | None  # of the weight, where the factors tell
-    rank: int | None
-    alpha: float | None
-    scaling: float | None  # α/r or α/√r
-    parameters: int
-    tensors: tuple[str, ...]
-    places: tuple[PlaceFacts, ...] | None = None  # with a base
-
-
-@dataclass(frozen=True)
-class AdapterFacts:
-    """An adapter as its headers and config describe it; `values` and `findings` where they were asked for."""
-
-    kind: Literal["adapter"]
-    path: str
-    format: str
-    peft_type: str
-    variants: tuple[str, ...]
-    base: str
-    task: str
-    initialisation: str
-    ranks: Mapping[str, int]  # rank → modules that have it
-    alphas: Mapping[str, int]
-    scalings: Mapping[str, int]  # α/r or α/√r → modules
-    rslora: bool
-    dora: bool
-    rank_pattern: Mapping[str, float]
-    alpha_pattern: Mapping[str, float]
-    modules_to_save: tuple[str, ...]
-    bias: str
-    targets: tuple[WeightFacts, ...]
-    saved: tuple[str, ...]  # tensors that replace the base's
-    parameters: int  # numbers in the file
-    bytes: int
-    dtypes: Mapping[str, int]
-    modules: tuple[ModuleFacts, ...]
-    unsupported: tuple[str, ...]
-    notes: tuple[str, ...]
-    against: BaseFacts | None = None  # with a base, or a config of one
-    tensors: tuple[TensorFacts, ...] | None = None
-    values: Values | None = None
-    findings: tuple[Finding, ...] | None = None
-
-    def __str__(self) -> str:
-        from loratool.report.inspect import adapter_text
-
-        return adapter_text(self)
-
-
-@dataclass(frozen=True)
-class CheckpointFacts:
-    """A checkpoint as its headers and config describe it."""
-
-    kind: Literal["checkpoint"]
-    path: str
-    architecture: str
-    made_by: str  # where loratool made it: how, of what
-    quantisation: str  # what its config says; empty for none
-    tensors: int
-    parameters: int
-    bytes: int  # of tensor data
-    dtypes: Mapping[str, int]
-    weights: tuple[WeightFacts, ...]
-    files: Mapping[str, int]  # weight file → bytes
-    side_files: tuple[str, ...]
-    left_out: tuple[str, ...]
-    notes: tuple[str, ...]
-    listing: tuple[TensorFacts, ...] | None = None
-    findings: tuple[Finding, ...] | None = None
-
-    def __str__(self) -> str:
-        from loratool.report.inspect import checkpoint_text
-
-        return checkpoint_text(self)
-
-
-@dataclass(frozen=True)
-class UnreadableFacts:
-    """A path of which not even the headers can be told; only a check gives it, all else raises."""
-
-    kind: Literal["unreadable"]
-    path: str
-    findings: tuple[Finding, ...]
-
-    def __str__(self) -> str:
-        from loratool.report.inspect import unreadable_text
-
-        return unreadable_text(self)
-
-
-Facts = AdapterFacts | CheckpointFacts | UnreadableFacts
 
 
 def inspect(
@@ -173,6 +54,9 @@ def inspect(
     maps: Sequence[str] = (),
     fan_in_fan_out: bool | None = None,
     device: str = "auto",
+    expert_layout: str | None = None,
+    adapter_name: str | None = None,
+    input_alpha: float | None = None,
     progress: Progress | None = None,
 ) -> Facts:
     """Describe the adapter or checkpoint at `path`. Without `values` and `check` no tensor is read.
@@ -189,6 +73,10 @@ def inspect(
         maps: `REGEX=TEMPLATE` each, other names for the adapter's weights in `base`, as in a merge.
         fan_in_fan_out: whether square weights of layers that may be Conv1D are stored (in, out), as in a merge.
         device: to measure on: "auto", "cpu", "cuda" or "cuda:N".
+        expert_layout: how the columns of a fused lora_B are ordered where the config does not say it: "rank-major" or
+            "grouped-by-expert".
+        adapter_name: which adapter to read of a file or folder that holds several.
+        input_alpha: α of every module, for files that do not hold it.
         progress: called with (modules measured, modules in all).
 
     Raises:
@@ -198,6 +86,7 @@ def inspect(
     """
     if base is not None and base_config is not None:
         raise UsageError("--base and --base-config both say what the base is; one of them is wanted")
+    (way,) = readings(1, expert_layout, adapter_name, input_alpha)
     with ExitStack() as stack:
 
         def at(operand: PathLike, role: Role) -> Path:
@@ -208,7 +97,7 @@ def inspect(
         if base_config is not None:
             against = stack.enter_context(headers(base_config))
         hold = partial(fit_of, maps=[maps] if isinstance(maps, str) else maps, fan_in_fan_out=fan_in_fan_out)
-        return look_at(at(path, "any"), path, against, hold, tensors, values, check, device, progress)
+        return look_at(at(path, "any"), path, against, hold, tensors, values, check, device, progress, way)
 
 
 def look_at(
@@ -221,6 +110,7 @@ def look_at(
     check: bool,
     device: str,
     progress: Progress | None,
+    way: Reading,
 ) -> Facts:
     """What is at `location`, which was asked for as `path`; `hold` holds an adapter against the base at `against`."""
     shown = Path(path)
@@ -231,9 +121,9 @@ def look_at(
     problems: tuple[str, ...] = ()
     try:
         if check:
-            adapter, problems = peft.read_what_is_sound(location)
+            adapter, problems = peft.read_what_is_sound(location, way)
         else:
-            adapter = peft.read(location)
+            adapter = peft.read(location, way)
     except LoratoolError as error:
         if not check:
             raise

@@ -1,0 +1,37 @@
+"""`Note`: something that a user should know and that is no reason to refuse.
+
+What was guessed, renamed, left out or assumed is a note of the report, of `--json` and of `loratool.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+# Codes of notes that the command line prints on stderr as warnings too.
+WARNINGS: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Note:
+    """One sentence for people, and a code for programs that stays the same when the sentence is improved."""
+
+    code: str  # a constant in kebab-case, never derived from the text
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    def under(self, name: str) -> Note:
+        """The same note of a named input."""
+        return Note(self.code, f"{name}: {self.text}")
+
+    @property
+    def is_warning(self) -> bool:
+        """Whether it says that the result is probably not what was wanted."""
+        return self.code in WARNINGS
+
+
+def as_records(notes: Iterable[Note]) -> list[dict[str, str]]:
+    """Notes as `loratool.json` and `--json` hold them."""
+    return [{"code": note.code, "text": note.text} for note in notes]
