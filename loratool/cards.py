@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratool.errors import printable
+from loratool.errors import LoratoolError, printable
+from loratool.inputs import open_regular, read_json
 from loratool.origins import is_hub_id, origin_of
 
 CARD = "README.md"
@@ -356,11 +357,11 @@ def is_template(path: Path) -> bool:
 
 
 def content_of(path: Path) -> bytes:
-    try:
-        with path.open("rb") as stream:
-            return stream.read(LARGEST_CARD)
-    except OSError:
+    """The text of a card, as far as it is looked at; empty where there is none."""
+    if not path.exists():
         return b""
+    with open(open_regular(path), "rb") as stream:
+        return stream.read(LARGEST_CARD)
 
 
 def card_of(folder: Path, place: str) -> bytes:
@@ -368,10 +369,9 @@ def card_of(folder: Path, place: str) -> bytes:
 
     def table(name: str) -> dict[str, Any]:
         try:
-            found = json.loads((folder / name).read_bytes())
-        except (OSError, ValueError, RecursionError):
+            return read_json(folder / name, repeated=True, lenient=True)
+        except LoratoolError:
             return {}
-        return found if isinstance(found, dict) else {}
 
     provenance = table("loratool.json")
     adapter = (folder / "adapter_config.json").is_file()

@@ -13,14 +13,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loratool.errors import InputError, printable
+from loratool.inputs import LARGEST_INDEX, read_json, special_files, unreadable
 from loratool.notes import Note
 from loratool.origins import name_of
-from loratool.safefile import SafeFile, TensorInfo, open_regular, read_safefile, strict_json, unreadable
+from loratool.safefile import SafeFile, TensorInfo, read_safefile
 
 INDEX_SUFFIX = ".safetensors.index.json"
 SINGLE = "model.safetensors"
 NUMBERED = re.compile(r"^(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors$")
-LARGEST_INDEX = 256 << 20  # bytes
 
 # Weights in another form than the shards that are merged: stale after a merge, so left out of it.
 TWIN_FOLDERS = ("original", "onnx", "openvino", "coreml", "gguf", "mlx", "metal", "tflite", "flax")
@@ -61,14 +61,7 @@ class Checkpoint:
         """`config.json`, or an empty mapping where there is none that can be read."""
         if "config.json" not in self.side_files:
             return {}
-        path = self.root / "config.json"
-        try:
-            config = json.loads(read_small(path))  # leniently: some models' configs hold Infinity
-        except (ValueError, RecursionError):
-            raise InputError(f"{printable(path)}: no JSON in UTF-8") from None
-        if not isinstance(config, dict):
-            raise InputError(f"{printable(path)}: an object is wanted, found {type(config).__name__}")
-        return config
+        return read_json(self.root / "config.json", repeated=True, lenient=True)
 
     @property
     def model_type(self) -> str:
@@ -211,10 +204,7 @@ def refuse_pickle(path: Path) -> None:
 def read_index(path: Path) -> tuple[dict[str, str], Mapping[str, Any] | None]:
     """`weight_map` and `metadata` of an index whose every shard name is a plain path inside the folder."""
     shown = printable(path)
-    try:
-        table = strict_json(read_small(path))
-    except ValueError as error:
-        raise InputError(f"{shown}: {error}") from None
+    table = read_json(path, LARGEST_INDEX)
     weight_map = table.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{shown}: weight_map is missing, empty or no object")
@@ -323,12 +313,16 @@ def check_unique(root: Path, shards: list[SafeFile]) -> None:
 def sort_side_files(root: Path, weights: set[str]) -> tuple[list[str], list[str]]:
     """Files to carry over, and files to leave out with the reason; hidden ones are in neither.
 
-    A link out of the folder is followed only to where the weights of the same model really lie.
+    A link out of the folder is followed only to where the weights of the same model really lie. Raises `InputError`
+    naming every pipe, socket and device that stands where a file does.
     """
     carried: list[str] = []
     left_out: list[str] = []
     homes = {os.path.dirname(os.path.realpath(root / name)) for name in weights if name and leaves(root, name)}
-    for name in walk(root, left_out):
+    names = list(walk(root, left_out))
+    if odd := special_files(root, names):
+        raise InputError(f"{printable(root)}: holds what is not a file; take it out:", odd)
+    for name in names:
         path = PurePosixPath(name)
         if name in weights:
             continue
@@ -398,18 +392,6 @@ def holds_weights(path: Path) -> bool:
     if path.suffix == ".json" and not path.name.endswith(INDEX_SUFFIX):
         return False
     return not (path.is_dir() and (path / "config.json").is_file() and not any(path.glob("*.safetensors")))
-
-
-def read_small(path: Path) -> bytes:
-    """The bytes of a JSON file; errors as for every input."""
-    try:
-        with open(open_regular(path), "rb") as stream:
-            raw = stream.read(LARGEST_INDEX + 1)
-    except OSError as error:
-        raise unreadable(path, error) from error
-    if len(raw) > LARGEST_INDEX:
-        raise InputError(f"{printable(path)}: more than {LARGEST_INDEX} bytes; no file of this kind is so large")
-    return raw
 
 
 def index_text(weight_map: Mapping[str, str], total_size: int, metadata: Mapping[str, Any] | None) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.checkpoint import Checkpoint, leaves
-from loratool.errors import printable
+from loratool.errors import InputError, printable
+from loratool.inputs import holds_text, special_files
 from loratool.layouts.architectures import CLASS_ENDS, IRREGULAR_CLASSES, LABEL_HEADS, TASK_CLASSES
 from loratool.layouts.ties import TEXT_CONFIGS, TIE_FLAGS
 from loratool.notes import Note
@@ -75,7 +77,7 @@ def companions(
     for name, source in tokenizer_files(adapters, notes).items():
         files[name] = OutputFile(name, source)
     tokenizer = files.get("tokenizer_config.json", OutputFile("")).source
-    if tokenizer and tokenizer.parent != base.root and b'"chat_template"' in tokenizer.read_bytes():
+    if tokenizer and tokenizer.parent != base.root and holds_text(tokenizer, b'"chat_template"'):
         # a template in a file of its own would win over the one that the adapter's config holds
         for name in CHAT_TEMPLATES:
             if name in files and files[name].source == base.root / name:
@@ -99,6 +101,8 @@ def tokenizer_files(adapters: Sequence[Adapter], notes: list[Note]) -> dict[str,
     for adapter in adapters:
         names = [p.name for p in sorted(adapter.folder.iterdir()) if p.name in TOKENIZER_FILES]
         names += [f"{MORE_TEMPLATES}/{p.name}" for p in sorted((adapter.folder / MORE_TEMPLATES).glob("*.jinja"))]
+        if odd := special_files(adapter.folder, names):
+            raise InputError(f"{printable(adapter.folder)}: holds what is not a file; take it out:", odd)
         own = {n: adapter.folder / n for n in names if (adapter.folder / n).is_file() and not leaves(adapter.folder, n)}
         if not own:
             continue
@@ -107,7 +111,7 @@ def tokenizer_files(adapters: Sequence[Adapter], notes: list[Note]) -> dict[str,
             notes.append(
                 Note("tokenizer-replaced", f"{owner}: its {', '.join(map(printable, own))} win over the base's")
             )
-        elif any(name not in found or found[name].read_bytes() != p.read_bytes() for name, p in own.items()):
+        elif any(name not in found or not filecmp.cmp(found[name], p, shallow=False) for name, p in own.items()):
             notes.append(
                 Note("tokenizer-differs", f"{adapter.name}: its tokenizer differs from that of {owner}, which is used")
             )

@@ -13,7 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loratool.errors import InputError, printable
-from loratool.safefile import Identity, open_regular
+from loratool.inputs import open_regular
+from loratool.safefile import Identity
 
 PIECE = 1 << 20  # bytes that are read at a time
 HEX = frozenset("0123456789abcdef")

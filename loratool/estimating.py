@@ -11,14 +11,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from loratool.checkpoint import Checkpoint, holds_weights, open_checkpoint, read_small
+from loratool.checkpoint import Checkpoint, holds_weights, open_checkpoint
 from loratool.decoders import SHAPES
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.fetching import headers
+from loratool.inputs import read_json
 from loratool.layouts.architectures import OUTPUT_HEADS, PACKED_WEIGHTS
 from loratool.layouts.ties import TIED_BY_DEFAULT
 from loratool.notes import Note
-from loratool.safefile import DTYPE_BITS, FLOAT_NAMES, Layout, strict_json
+from loratool.safefile import DTYPE_BITS, FLOAT_NAMES, Layout
 from loratool.tying import find_ties, tie_flag
 
 Shape = tuple[int, ...]
@@ -391,10 +392,7 @@ def named(architectures: Iterable[str], model_type: str) -> str:
 def base_of_config(path: Path) -> Base:
     """The shapes that a config of a known family stands for; raises `InputError` for any other."""
     shown = printable(path)
-    try:
-        config = strict_json(read_small(path))
-    except ValueError as error:
-        raise InputError(f"{shown}: {error}") from None
+    config = read_json(path)
     if {"peft_type", "lora_alpha"} & config.keys():
         raise InputError(f"{shown}: this is an adapter's config; BASE is the model that one is trained on")
     model_type = config.get("model_type")

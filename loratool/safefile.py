@@ -10,15 +10,14 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
-import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratool.errors import InputError, StorageError, printable
+from loratool.errors import InputError, printable
+from loratool.inputs import RepeatedKeyError, json_object, open_regular, unreadable
 
 # Every dtype of the format and the bits of one element.
 DTYPE_BITS: Mapping[str, int] = {
@@ -49,8 +48,8 @@ DTYPE_BITS: Mapping[str, int] = {
 FLOAT_NAMES: Mapping[str, str] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 LONGEST_HEADER = 100_000_000  # bytes; the reference parser's limit
+MOST_TENSORS = 250_000  # of one file: a merge of more takes minutes and gigabytes before the first byte is moved
 FIELDS = ("dtype", "shape", "data_offsets")
-DEEPEST = 125  # levels below a tensor's entry; the reference parser stops at 128 in all
 LARGEST_INT = 2**63 - 1
 PREFIX = 8  # bytes: the header's length, little-endian
 
@@ -193,54 +192,6 @@ def product(shape: Iterable[int]) -> int:
     return result
 
 
-def open_regular(path: Path) -> int:
-    """A read-only descriptor of a regular file; anything else is an `InputError`, found without blocking.
-
-    `stat` comes before `open`, since opening a device or a pipe may hang or have effects.
-    """
-    try:
-        kind = os.stat(path).st_mode
-        if not stat.S_ISREG(kind):
-            raise InputError(f"{printable(path)}: is {KINDS.get(stat.S_IFMT(kind), 'no regular file')}, not a file")
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
-    except OSError as error:
-        raise unreadable(path, error) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise InputError(f"{printable(path)}: was replaced while it was being opened")
-    return descriptor
-
-
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # organisation/name
-KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFSOCK: "a socket",
-}
-
-
-def unreadable(path: Path, error: OSError) -> InputError | StorageError:
-    """The sentence for an `OSError` met on opening an input."""
-    shown = printable(path)
-    match error.errno:
-        case errno.ENOENT if path.is_symlink():
-            return InputError(f"{shown}: is a link to {printable(os.readlink(path))}, which does not exist")
-        case errno.ENOENT | errno.ENOTDIR:
-            named = HUB_ID.fullmatch(str(path)) and not path.parent.exists()
-            hint = f"; for a repository of the Hub run `hf download {path}` and give the folder it prints"
-            return InputError(f"{shown}: no such file or folder{hint if named else ''}")
-        case errno.EACCES | errno.EPERM:
-            return InputError(f"{shown}: permission denied")
-        case errno.ELOOP:
-            return InputError(f"{shown}: is a link that leads to itself")
-        case errno.ENAMETOOLONG:
-            return InputError(f"{shown}: the name is too long for the file system")
-        case _:
-            return StorageError(f"{shown}: {error.strerror or error}")
-
-
 def read_safefile(path: Path) -> SafeFile:
     """Read and check the header of one safetensors file; no tensor data is touched.
 
@@ -293,10 +244,18 @@ def parse_header(path: Path, raw: bytes, data_size: int) -> tuple[dict[str, Tens
     shown = printable(path)
     if not raw.startswith(b"{"):
         raise InputError(f"{shown}: the header does not begin with '{{'")
+    if (count := raw.count(b'"data_offsets"')) > MOST_TENSORS:
+        raise InputError(
+            f"{shown}: the header describes {count} tensors, over the limit of {MOST_TENSORS} for one file"
+        )
     try:
-        table = strict_json(raw)
+        table = json_object(raw)
+    except RepeatedKeyError as error:
+        raise InputError(
+            f"{shown}: the header is not valid: the key {printable(repr(error.key))} is there twice"
+        ) from None
     except ValueError as error:
-        raise InputError(f"{shown}: the header is not valid: {error}") from error
+        raise InputError(f"{shown}: the header is not valid: {error}") from None
     metadata = table.pop("__metadata__", None)
     if metadata is not None and not (
         isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
@@ -321,8 +280,6 @@ def parse_entry(name: str, entry: object) -> TensorInfo:
         raise ValueError("the entry is no object with dtype, shape and data_offsets")
     if missing := [field for field in FIELDS if field not in entry]:
         raise ValueError(f"{' and '.join(missing)} missing")
-    if any(nesting(value) > DEEPEST for field, value in entry.items() if field not in FIELDS):
-        raise ValueError("a field is nested too deeply")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise ValueError(f"unknown dtype {printable(repr(dtype))}; known are {', '.join(DTYPE_BITS)}")
@@ -364,59 +321,9 @@ def check_tiling(shown: str, tensors: Iterable[TensorInfo], data_size: int) -> N
         raise InputError(f"{shown}: {data_size - at} bytes follow the last tensor; the file is damaged or forged")
 
 
-def nesting(value: object) -> int:
-    """Levels of arrays and objects in a JSON value."""
-    levels, nodes = 0, [value]
-    while nodes := [node for node in nodes if isinstance(node, (dict, list))]:  # level by level: no recursion
-        levels += 1
-        nodes = [inner for node in nodes for inner in (node.values() if isinstance(node, dict) else node)]
-    return levels
-
-
 def is_count(value: object) -> bool:
     """A non-negative integer of the format: no bool, no float, at most 63 bits."""
     return type(value) is int and 0 <= value <= LARGEST_INT
-
-
-def strict_json(raw: bytes) -> dict[str, Any]:
-    """One JSON object in UTF-8, as strictly as serde_json reads it; `ValueError` says what is wrong.
-
-    Python's own parser takes repeated keys, NaN and lone surrogates, and overflows on deep nesting.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise ValueError(f"the key {printable(repr(key))} is there twice")
-            found[key] = value
-        return found
-
-    def no_minus_zero(literal: str) -> int:
-        return -1 if literal == "-0" else int(literal)  # a count it is not
-
-    def refuse(literal: str) -> Any:
-        raise ValueError(f"{literal} is no JSON")
-
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.start})") from None
-    try:
-        whole = no_minus_zero if "-0" in text else None
-        parsed = json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_int=whole)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"no JSON (character {error.pos}: {error.msg})") from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(parsed, dict):
-        raise ValueError(f"a JSON object is wanted, found {type(parsed).__name__}")
-    if "\\u" in text:  # only an escape can smuggle in half a surrogate pair
-        try:
-            json.dumps(parsed, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError("a text holds half a surrogate pair") from None
-    return parsed
 
 
 def read_exactly(descriptor: int, buffer: memoryview, position: int, path: Path) -> None:

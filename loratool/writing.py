@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.digests import Digester
-from loratool.safefile import SafeFile, copy_bytes, open_regular, read_exactly, write_fully
+from loratool.inputs import open_regular
+from loratool.safefile import SafeFile, copy_bytes, read_exactly, write_fully
 
 if TYPE_CHECKING:
     from loratool.placing import ShardPlan

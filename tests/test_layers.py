@@ -19,6 +19,7 @@ LONGEST_MODULE = 500  # lines
 # The design's table. A module imports only from rows above its own.
 ROWS = (
     ("errors", "layouts", "notes"),
+    ("inputs",),
     ("safefile", "updates", "lowrank", "decoders", "origins", "reading"),
     ("methods", "digests"),
     ("checkpoint", "adapter", "staging", "appending"),
@@ -48,7 +49,7 @@ ROW = {module: row for row, modules in enumerate(ROWS) for module in modules}
 WITHOUT_TORCH = (
     *("errors", "layouts", "safefile", "checkpoint", "staging", "formats", "binding", "companions", "placing", "tying"),
     *("vocabulary", "planning", "writing", "fitting", "health", "inspecting", "estimating", "decoders", "report"),
-    *("cli", "appending", "ranks", "origins", "fetching", "cards", "digests", "notes", "reading"),
+    *("cli", "appending", "ranks", "origins", "fetching", "cards", "digests", "notes", "reading", "inputs"),
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -39,12 +38,12 @@ def read_json(path: Path | None, option: str, kind: type) -> Any:
     """A JSON file that an option names."""
     if path is None:
         return None
-    from loratool.checkpoint import read_small
+    from loratool.inputs import json_value, read_bounded
 
     try:
-        found = json.loads(read_small(path))
-    except (ValueError, RecursionError):
-        raise InputError(f"{printable(path)}: no JSON in UTF-8") from None
+        found = json_value(read_bounded(path))
+    except ValueError as error:
+        raise InputError(f"{printable(path)}: {error}") from None
     if not isinstance(found, kind):
         wanted = "a list" if kind is list else "an object"
         raise InputError(f"{printable(path)}: {option} takes {wanted}, found {type(found).__name__}")

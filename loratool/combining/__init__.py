@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 import math
 import os
 import time
@@ -416,8 +417,7 @@ def common_files(sources: Sequence[Contents]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for files in every:
         for name, path in files.items():
-            content = path.read_bytes()
-            if all(name not in other or other[name].read_bytes() == content for other in every):
+            if all(name not in other or filecmp.cmp(other[name], path, shallow=False) for other in every):
                 found.setdefault(name, path)
     return found
 

@@ -10,16 +10,17 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from loratool.checkpoint import PROVENANCE, Checkpoint, holds_weights, open_checkpoint, read_small
+from loratool.checkpoint import PROVENANCE, Checkpoint, holds_weights, open_checkpoint
 from loratool.contents import Layer, layer_of
-from loratool.errors import InputError, LoratoolError, UsageError, printable
+from loratool.errors import LoratoolError, UsageError, printable
 from loratool.fetching import Role, headers, local
 from loratool.fitting import Fit, fit_of
 from loratool.formats import Foreign, find_foreign, looks_foreign, peft
 from loratool.formats.peft import support
 from loratool.health import Finding, examine, examine_model, tell_unreadable
+from loratool.inputs import read_json
 from loratool.inspecting.facts import (
     AdapterFacts,
     CheckpointFacts,
@@ -31,7 +32,6 @@ from loratool.inspecting.facts import (
     WeightFacts,
 )
 from loratool.reading import Reading, readings
-from loratool.safefile import strict_json
 from loratool.updates import Add, LowRank, Replace, ReplaceRows
 
 if TYPE_CHECKING:
@@ -337,8 +337,8 @@ def made_by(checkpoint: Checkpoint) -> str:
     if not path.is_file():
         return ""
     try:
-        table: dict[str, Any] = strict_json(read_small(path))
-    except (ValueError, InputError):
+        table = read_json(path)
+    except LoratoolError:
         return ""
     adapters = table.get("adapters")
     named = [a for a in adapters if isinstance(a, dict)] if isinstance(adapters, list) else []

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from loratool.errors import InputError, LoratoolError, printable
+from loratool.inputs import read_json, unreadable
 from loratool.notes import Note
-from loratool.safefile import open_regular, unreadable
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = ("adapter_model.bin", "adapter_model.pt")
-LARGEST_CONFIG = 64 << 20  # bytes
 
 
 def recognises(path: Path) -> bool:
@@ -84,33 +82,7 @@ def locate(path: Path, notes: list[Note]) -> tuple[Path, Path]:
 
 def read_config(path: Path) -> dict[str, Any]:
     """`adapter_config.json` as a dict. Problems are told without repeating the file's text."""
-    shown = printable(path)
-    try:
-        with open(open_regular(path), "rb") as stream:
-            raw = stream.read(LARGEST_CONFIG + 1)
-    except OSError as error:
-        raise unreadable(path, error) from error
-    if len(raw) > LARGEST_CONFIG:
-        raise InputError(f"{shown}: {len(raw)} bytes and more are no adapter config")
-    if not raw.strip():
-        raise InputError(f"{shown}: the file is empty")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a field is there twice")
-        return found
-
-    try:
-        config = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{shown}: not UTF-8 (byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{shown}: no JSON (line {error.lineno}, column {error.colno})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{shown}: {error if isinstance(error, ValueError) else 'nested too deeply'}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{shown}: an object is wanted, found {type(config).__name__}")
+    config = read_json(path, lenient=True)
     if not {"peft_type", "r", "lora_alpha"} & set(config):
-        raise InputError(f"{shown}: no adapter config: neither peft_type nor r nor lora_alpha is in it")
+        raise InputError(f"{printable(path)}: no adapter config: neither peft_type nor r nor lora_alpha is in it")
     return config
