@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratool.errors import LoratoolError, printable
+from loratool.errors import printable
 from loratool.inputs import open_regular, read_json
 from loratool.origins import is_hub_id, origin_of
 
@@ -365,13 +365,14 @@ def content_of(path: Path) -> bytes:
 
 
 def card_of(folder: Path, place: str) -> bytes:
-    """The card of a finished model or adapter, from the files in its folder alone; raises no error for what is missing."""
+    """The card of a finished model or adapter, from the files in its folder alone, of which none must be there.
+
+    Raises `InputError` where one of them is malformed.
+    """
 
     def table(name: str) -> dict[str, Any]:
-        try:
-            return read_json(folder / name, repeated=True, lenient=True)
-        except LoratoolError:
-            return {}
+        path = folder / name
+        return read_json(path, repeated=True, lenient=True) if path.exists() else {}
 
     provenance = table("loratool.json")
     adapter = (folder / "adapter_config.json").is_file()

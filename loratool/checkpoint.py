@@ -370,7 +370,7 @@ def why_left_out(root: Path, path: PurePosixPath, homes: Set[str] = frozenset())
     if name == PROVENANCE:
         return "made by an earlier merge"
     if not os.path.isfile(root / path):
-        return "no regular file"
+        return "a link to nothing"
     if leaves(root, str(path)) and os.path.dirname(os.path.realpath(root / path)) not in homes:
         return "a link out of the folder"
     if any(fnmatch(name, pattern) for pattern in TRAINING_FILES):

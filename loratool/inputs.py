@@ -101,9 +101,14 @@ def read_bounded(path: Path, largest: int = LARGEST_CONFIG) -> bytes:
             raw = stream.read(largest + 1) if size <= largest else b""
     except OSError as error:
         raise unreadable(path, error) from error
-    if (size := max(size, len(raw))) > largest:
-        raise InputError(f"{printable(path)}: is {size} bytes, over the limit of {largest} for a file of this kind")
+    check_bound(printable(path), max(size, len(raw)), largest)
     return raw
+
+
+def check_bound(shown: str, size: int, largest: int) -> None:
+    """Raise `InputError` for a file that is larger than files of its kind are."""
+    if size > largest:
+        raise InputError(f"{shown}: is {size} bytes, over the limit of {largest} for a file of this kind")
 
 
 def holds_text(path: Path, words: bytes) -> bool:

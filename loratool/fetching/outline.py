@@ -12,13 +12,14 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
 from loratool.checkpoint import INDEX_SUFFIX, choose_index, choose_shards, read_index, sort_side_files
 from loratool.errors import InputError, LoratoolError, printable
 from loratool.fetching.client import api, asking, patiently
 from loratool.formats.peft import CONFIG, PICKLED, WEIGHTS, recognises
+from loratool.inputs import LARGEST_CONFIG, LARGEST_INDEX, check_bound
 from loratool.safefile import PREFIX, header_length
 
 if TYPE_CHECKING:
@@ -89,8 +90,7 @@ def outlined(remote: Remote, place: HubPath) -> Iterator[Path]:
             raise InputError(f"{printable(place)}: the repository holds no such folder or file")
         try:
             for name in small_files(location):
-                content = read_range(remote, (location.parent / name).relative_to(root).as_posix())
-                (location.parent / name).write_bytes(content)
+                (location.parent / name).write_bytes(read_small(remote, (location.parent / name).relative_to(root)))
             yield location
         except LoratoolError as error:
             raise type(error)(
@@ -171,6 +171,14 @@ def put_headers(remote: Remote, root: Path, names: Iterable[str]) -> None:
 
     with ThreadPoolExecutor(READERS) as readers:
         list(readers.map(put, names))
+
+
+def read_small(remote: Remote, path: PurePath) -> bytes:
+    """A JSON file of a repository, whole; raises `InputError` for one that is too large to be what it is called."""
+    name = path.as_posix()
+    largest = LARGEST_INDEX if name.endswith(INDEX_SUFFIX) else LARGEST_CONFIG
+    check_bound(f"{remote.repo}: {printable(name)}", remote.files[name].size, largest)
+    return read_range(remote, name)
 
 
 def read_range(remote: Remote, name: str, start: int = 0, count: int | None = None) -> bytes:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
@@ -24,14 +24,15 @@ from loratool.cards import CARD, OUT, command, is_nobodys
 from loratool.checkpoint import INDEX_SUFFIX, PROVENANCE
 from loratool.digests import Digest, digest_of_bytes, read_recorded, recorded
 from loratool.engine import Engine
-from loratool.errors import FitError, HubError, UsageError, VerificationError, printable
+from loratool.errors import FitError, HubError, InputError, UsageError, VerificationError, printable
 from loratool.fetching import local
 from loratool.fetching.bases import chosen_base, unlike_bases
-from loratool.fetching.outline import Remote, RemoteFile, read_range
+from loratool.fetching.outline import Remote, RemoteFile, read_small
 from loratool.fetching.pieces import Source, opened
 from loratool.formats import read_adapter
 from loratool.hub.committing import REMOTE_JOURNAL, Commit, Upload, check, commit, files_of, full_name, open_repo
 from loratool.hub.selecting import check_secrets, never, unknown
+from loratool.inputs import json_object
 from loratool.merging import (
     PathLike,
     Progress,
@@ -328,10 +329,9 @@ class Streaming:
             return {}
         head = self.head()
         try:
-            found = json.loads(read_range(head, name)) if name in head.files else {}
-        except ValueError:
+            return json_object(read_small(head, PurePath(name))) if name in head.files else {}
+        except (ValueError, InputError):
             return {}
-        return found if isinstance(found, dict) else {}
 
     def journal(self) -> Upload:
         table = {"plan": self.plan_name, "finished": {name: s.record() for name, s in sorted(self.finished.items())}}
