@@ -12,6 +12,7 @@ from loratool.binding import bind, tell
 from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.errors import FitError
 from loratool.estimating import read_base
+from loratool.formats.peft import keys
 from loratool.safefile import FLOAT_NAMES
 from loratool.tying import Ties, find_ties
 from loratool.updates import Replace
@@ -23,12 +24,6 @@ if TYPE_CHECKING:
     from loratool.estimating import Base
     from loratool.notes import Note
 
-# What PEFT adds to `modules_to_save` by itself.
-HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 BUFFERS = ("vera_A", "vera_B", "delora_w_norm")  # saved beside the parameters of VeRA and DeLoRA, and not trained
 SHARED = "vblora_vector_bank"  # trained, and of no module
 
@@ -145,7 +140,7 @@ def is_trained_copy(adapter: Adapter, target: str) -> bool:
         return True
     saved = adapter.config.get("modules_to_save")
     names = [name for name in saved if isinstance(name, str)] if isinstance(saved, list) else []
-    names += HEADS.get(str(adapter.config.get("task_type")), ())
+    names += keys.HEADS.get(str(adapter.config.get("task_type")), ())
     module = target.rpartition(".")[0]
     parts = module.split(".")
     paths = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]  # a module that is saved may hold others

@@ -15,6 +15,7 @@ from loratool.errors import FitError, UsageError, printable
 from loratool.formats.peft.spelling import Names, token_rows, was_inside
 from loratool.notes import Note
 from loratool.ranks import by_pattern
+from loratool.safefile import FLOAT_NAMES
 from loratool.saving import Carried, torch_dtype
 
 if TYPE_CHECKING:
@@ -231,7 +232,7 @@ class Beside:
         for at, source in enumerate(self.sources):
             for target, replacement in (*source.saved.items(), *source.bases.items()):
                 value: Any = replacement.value
-                inside = target in source.bases or was_inside(source.adapter.sources.get(target, ()))
+                inside = target in source.bases or was_inside(target, source.adapter.sources.get(target, ()))
                 everything.setdefault((target, inside), []).append((at, value))
         for (target, inside), found in everything.items():
             name = self.names.whole(target, inside)
@@ -240,6 +241,10 @@ class Beside:
                 self.problems.append(f"{printable(target)}: saved whole in several shapes")
             elif all(same_values(first, value) for _, value in found[1:]) or self.policy == "first":
                 self.carried.tensors[name] = first
+            elif self.policy == "mean" and first.info.dtype not in FLOAT_NAMES:
+                self.carried.tensors[name] = first
+                text = f"{printable(target)}: whole numbers have no mean here; those of the first are kept"
+                self.notes.append(Note("whole-numbers-kept", text))
             elif self.policy == "mean":
                 self.carried.tensors[name] = self.mean([(at, self.loaded(value)) for at, value in found], first)
             else:

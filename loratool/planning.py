@@ -11,10 +11,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from loratool import __version__
-from loratool.adapter import same_values
+from loratool.adapter import StoredTensor, same_values
 from loratool.binding import bind, tell
 from loratool.checkpoint import PROVENANCE, Checkpoint
 from loratool.companions import ConfigEdit, OutputFile, companions, head_edits, tie_edits, vocabulary_edits
@@ -28,7 +28,7 @@ from loratool.updates import Replace, ReplaceRows
 from loratool.vocabulary import Trained, as_trained, is_of_tokens, saved_whole, unequal_vocabularies, usual_dtype
 
 if TYPE_CHECKING:
-    from loratool.adapter import Adapter, StoredTensor
+    from loratool.adapter import Adapter
     from loratool.binding import Place
     from loratool.vocabulary import Binder
 
@@ -225,6 +225,10 @@ class Draft:
     def why_not(self, place: Place, trained: Trained, weight: float) -> str:
         """Empty where an update may go to its place; else the reason it may not."""
         tensor, info = printable(place.tensor), trained.base.tensors[place.tensor]
+        stored: Any = place.update.value if isinstance(place.update, Replace) else None
+        if isinstance(stored, StoredTensor) and {stored.info.dtype, info.dtype} - set(FLOAT_NAMES):
+            same = stored.info.dtype == info.dtype and trained.base.tensors[place.tensor].shape == stored.shape
+            return "" if same else f"is stored as {stored.info.dtype}, {tensor} as {info.dtype}"
         if info.dtype not in FLOAT_NAMES:
             self.unsupported.append(
                 f"{tensor} is stored as {info.dtype}; only {', '.join(FLOAT_NAMES)} weights can be edited, so give the "
@@ -237,6 +241,12 @@ class Draft:
     def put(self, number: int, target: str, place: Place, weight: float, shared: bool, trained: Trained) -> None:
         """Note an update at its place, and what the weight there was when it was trained."""
         adapter, tensor = self.adapters[number], place.tensor
+        if isinstance(place.update, Replace) and trained.base.tensors[tensor].dtype not in FLOAT_NAMES:
+            value: Any = (
+                place.update.value
+            )  # whole numbers, such as a count of batches: copied, for nothing is computed
+            self.saved.setdefault(tensor, {})[number] = value
+            return
         edit = Edit(
             weight=tensor,
             first_row=place.first_row,
@@ -337,7 +347,9 @@ class Draft:
             what = f"{printable(tensor)}: {list(value.shape)} as the adapter saved it"
             if tensor in base:
                 moved[tensor] = Source(value.file, value.info, tensor, base[tensor].dtype)
-                self.notes.append(Note("tensor-replaced", f"{what}, in place of the base's {list(base[tensor].shape)}"))
+                if value.shape != base[tensor].shape:
+                    text = f"{what}, in place of the base's {list(base[tensor].shape)}"
+                    self.notes.append(Note("tensor-replaced", text))
             elif tensor not in tied:
                 added.append(Source(value.file, value.info, tensor, usual_dtype(base)))
                 self.notes.append(Note("tensor-added", f"{what}, which the base has not"))

@@ -223,7 +223,7 @@ def carried_over(source: Contents, names: Names, factors: Mapping[str, float] | 
         loaded = source.load_bias(target) * (factors or {}).get(weight, 1.0)
         carried.tensors[names.bias(weight)] = loaded.to(torch_dtype(value.info.dtype))
     for target, replacement in (*source.saved.items(), *source.bases.items()):
-        inside = target in source.bases or was_inside(adapter.sources.get(target, ()))
+        inside = target in source.bases or was_inside(target, adapter.sources.get(target, ()))
         stored_value: Any = replacement.value
         carried.tensors[names.whole(target, inside)] = stored_value
     for target, rows in source.rows.items():

@@ -92,9 +92,9 @@ def tell_unreadable(error: LoratoolError, path: Path) -> tuple[Finding, ...]:
 
 def look_at_names(adapter: Adapter, path: Path) -> Iterator[Finding]:
     """Names that other readers do not take apart, and tensors that nobody knows."""
-    wrapped = [name for name in adapter.file.tensors if not keys.WRAPPERS.isdisjoint(name.split("."))]
+    wrapped = [name for name in adapter.file.tensors if keys.wrappers_in(name)]
     if wrapped:
-        words = sorted({part for name in wrapped for part in name.split(".") if part in keys.WRAPPERS})
+        words = sorted(set[str]().union(*map(keys.wrappers_in, wrapped)))
         yield Finding(
             "problem",
             "wrapper-prefix",

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratool.adapter import stored_tensors
 from loratool.checkpoint import PROVENANCE, Checkpoint, holds_weights, open_checkpoint
 from loratool.contents import Layer, layer_of
 from loratool.errors import LoratoolError, UsageError, printable
@@ -32,7 +33,7 @@ from loratool.inspecting.facts import (
     WeightFacts,
 )
 from loratool.reading import Reading, readings
-from loratool.updates import Add, LowRank, Replace, ReplaceRows
+from loratool.updates import LowRank, Replace, ReplaceRows
 
 if TYPE_CHECKING:
     from loratool.adapter import Adapter
@@ -171,8 +172,9 @@ def adapter_facts(adapter: Adapter, path: Path, fit: Fit | None = None) -> Adapt
     layers = {target: layer for target, update in adapter.updates.items() if (layer := layer_in(target, update))}
     config = adapter.config
     rslora = config.get("use_rslora") is True
+    counted = set[str]()
     modules = tuple(
-        module_facts(adapter, target, update, layers.get(target), rslora, fit)
+        module_facts(adapter, target, update, layers.get(target), rslora, fit, counted)
         for target, update in adapter.updates.items()
     )
     groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
@@ -205,6 +207,7 @@ def adapter_facts(adapter: Adapter, path: Path, fit: Fit | None = None) -> Adapt
         bytes=adapter.file.layout.size,
         dtypes=count(t.dtype for t in adapter.file.tensors.values()),
         modules=modules,
+        rest={printable(name): why for name, why in rest_of(adapter).items()},
         unsupported=(*adapter.unsupported, *unused),
         notes=(*adapter.notes, *(fit.notes if fit else ())),
         against=fit.base if fit else None,
@@ -212,16 +215,25 @@ def adapter_facts(adapter: Adapter, path: Path, fit: Fit | None = None) -> Adapt
 
 
 def module_facts(
-    adapter: Adapter, target: str, update: Update, layer: Layer | None, rslora: bool, fit: Fit | None
+    adapter: Adapter,
+    target: str,
+    update: Update,
+    layer: Layer | None,
+    rslora: bool,
+    fit: Fit | None,
+    counted: set[str],
 ) -> ModuleFacts:
+    """One weight. A tensor that several are made of counts for the first; `counted` are those that have been."""
     names = adapter.sources.get(target, ())
-    if len(names) > 1:  # all of a module, and lora_B.bias is another update than its factors
-        names = tuple(name for name in names if name.endswith(".bias") == isinstance(update, Add))
+    own = tuple(name for name in names if name.endswith(".bias") == target.endswith(".bias"))
+    names = own or names  # the sources are all of a module, and its bias has a target of its own
     shape: tuple[int, ...] | None = update.shape if all(size > 0 for size in update.shape) else None
     if layer is not None:
         shape = (layer.experts, layer.rows, layer.columns) if layer.experts > 1 else (layer.rows, layer.columns)
         if layer.kernel:
             shape = layer.update.shape
+    parameters = sum(adapter.file.tensors[name].elements for name in names if name not in counted)
+    counted.update(names)
     return ModuleFacts(
         target=printable(target),
         kind=kind_of(update, layer),
@@ -229,7 +241,7 @@ def module_facts(
         rank=layer.rank if layer else None,
         alpha=layer.scale * (layer.rank**0.5 if rslora else layer.rank) if layer else None,
         scaling=layer.scale if layer else None,
-        parameters=sum(adapter.file.tensors[name].elements for name in names),
+        parameters=parameters,
         tensors=tuple(map(printable, names)),
         places=tuple(
             PlaceFacts(printable(p.tensor), (p.first_row, p.first_row + p.rows), p.rule)
@@ -238,6 +250,18 @@ def module_facts(
         if fit and fit.checkpoint
         else None,
     )
+
+
+def rest_of(adapter: Adapter) -> dict[str, str]:
+    """The tensors that no target is made of, each with the reason."""
+    used = {name for names in adapter.sources.values() for name in names}
+    bases = {t.info.name for update in adapter.bases.values() for t in stored_tensors(update)}
+    reasons = {**dict.fromkeys(adapter.unused, "no known place"), **dict.fromkeys(bases, "weight under an update")}
+    return {
+        name: reasons.get(name, "for training only, or a second copy")
+        for name in adapter.file.tensors
+        if name not in used
+    }
 
 
 def layer_in(target: str, update: Update) -> Layer | None:
@@ -283,6 +307,7 @@ def foreign_facts(foreign: Foreign, path: Path, tensors: bool, check: bool) -> A
         bytes=file.layout.size,
         dtypes=count(t.dtype for t in file.tensors.values()),
         modules=(),
+        rest={printable(name): "spelled as a format that is not read" for name in file.tensors},
         unsupported=(foreign.reason,),
         notes=(),
         tensors=tuple(listed([file])) if tensors else None,

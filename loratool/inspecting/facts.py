@@ -85,6 +85,7 @@ class AdapterFacts:
     bytes: int
     dtypes: Mapping[str, int]
     modules: tuple[ModuleFacts, ...]
+    rest: Mapping[str, str]  # tensors that no module is made of → why; with the modules they are all there is
     unsupported: tuple[str, ...]
     notes: tuple[Note, ...]
     against: BaseFacts | None = None  # with a base, or a config of one

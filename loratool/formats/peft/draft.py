@@ -15,8 +15,9 @@ from loratool.reading import AS_STORED, Reading
 from loratool.safefile import FLOAT_NAMES, SafeFile
 from loratool.updates import Add, Replace, ReplaceRows, Update
 
-TOKENS = "trainable_tokens_delta"
+TOKENS = keys.TOKENS
 LEFT_BEHIND = frozenset({"trainable_tokens_original"})  # beside it in a raw state dict
+WHOLE = (*FLOAT_NAMES, *INTEGER_NAMES, "U16", "U32", "U64", "BOOL")  # what may be saved whole, a count of batches say
 UNGATHERED = "an empty or flat tensor is a shard that ZeRO-3 or FSDP did not gather before saving"
 
 
@@ -46,7 +47,7 @@ class Module:
 
     @property
     def name(self) -> str:
-        return keys.plain(self.path)
+        return self.draft.paths.plain(self.path)
 
     @property
     def shown(self) -> str:
@@ -87,29 +88,32 @@ class Draft:
     unsupported: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    copies: dict[str, list[str]] = field(default_factory=dict)  # module → factors of PEFT's copies of it
+    paths: keys.Paths = field(default_factory=lambda: keys.Paths(frozenset(), (), False))
 
     def sort(self, kind: str, slots: Collection[str], ignored: Collection[str]) -> None:
         """Put every tensor where it belongs: to its module, with those saved whole, or with those that nobody knows."""
         known = {*slots, *ignored, TOKENS, *LEFT_BEHIND}
+        found = {name: keys.split(name, known) for name in self.file.tensors}
+        self.paths = keys.Paths.of([key for key in found.values() if key], self.config)
         passed_over: list[str] = []
-        for name in self.file.tensors:
-            key = keys.split(name, known)
-            if key is None:
+        for name, key in found.items():
+            path = ".".join(keys.path_of(name))
+            if self.is_whole(path, key):
+                self.keep(name, path, passed_over)
+            elif key is None:
                 self.unused.append(name)
             elif key.slot.removesuffix(".bias") in {*ignored, *LEFT_BEHIND}:
                 passed_over.append(name)
+            elif key.slot and (original := self.paths.copied(key.module)):
+                self.copies.setdefault(original, []).append(name)
             elif key.slot:
-                module = self.modules.setdefault(key.module, Module(self, key.module))
-                if key.slot in module.slots:
-                    self.problems.append(
-                        f"{module.shown}: {printable(module.slots[key.slot])} and {printable(name)} are two spellings "
-                        "of the same factor"
-                    )
-                module.slots[key.slot] = name
-            elif family := keys.family_of(key.module):
+                self.assign(name, key)
+            elif family := keys.family_of(path):
                 self.stray(name, family, kind)
             else:
-                self.keep(name, key.module, passed_over)
+                self.keep(name, path, passed_over)
+        self.tell_copies()
         if passed_over:
             more = f" and {len(passed_over) - 1} more" if len(passed_over) > 1 else ""
             self.notes.append(
@@ -117,6 +121,34 @@ class Draft:
                     "training-only-tensors",
                     f"left out, being for training only or a second copy: {printable(passed_over[0])}{more}",
                 )
+            )
+
+    def is_whole(self, path: str, key: keys.Key | None) -> bool:
+        """Whether a tensor is saved whole though its module's name, or one around it, is spelled as PEFT's tensors are."""
+        if key is None or not key.slot:
+            return bool(keys.family_of(path)) and self.paths.is_saved(path)
+        if self.paths.names_module(path) and not path.rpartition(".")[0].endswith(key.slot.removesuffix(".bias")):
+            return True
+        return self.paths.biases and key.slot.endswith(".bias") and key.module not in self.paths.adapted
+
+    def assign(self, name: str, key: keys.Key) -> None:
+        """Give a factor to its module."""
+        module = self.modules.setdefault(key.module, Module(self, key.module))
+        if key.slot in module.slots:
+            self.problems.append(
+                f"{module.shown}: {printable(module.slots[key.slot])} and {printable(name)} are two spellings "
+                "of the same factor"
+            )
+        module.slots[key.slot] = name
+
+    def tell_copies(self) -> None:
+        """Refuse to merge modules of whose factors there are several copies: which one was at work, nothing says."""
+        for module, names in self.copies.items():
+            self.unsupported.append(
+                f"LoRA on {printable(module)}, which is saved whole as well: the file holds {len(names)} further factors "
+                f"for it, in PEFT's own copies of the module ({', '.join(map(printable, names[:2]))}, …), and nothing says "
+                "which of them the model ran with; PEFT 0.21 cannot load it either. Train again with the module either "
+                "in target_modules or in modules_to_save (task_type adds heads there by itself)"
             )
 
     def stray(self, name: str, family: str, kind: str) -> None:
@@ -128,7 +160,7 @@ class Draft:
 
     def keep(self, name: str, path: str, passed_over: list[str]) -> None:
         """Account for a tensor that is saved whole."""
-        target, wrapper = keys.saved_as(path)
+        target, wrapper = self.paths.saved_as(path)
         if wrapper == "original_module":
             passed_over.append(name)
             return
@@ -177,7 +209,7 @@ class Draft:
         try:
             for parameter, update in read(module).items():
                 target = f"{module.name}.{parameter}" if module.name else parameter
-                self.add(target, update, module.slots.values())
+                self.add(target, update, [*module.slots.values(), *self.copies.get(module.name, ())])
         except UnusableError as error:
             self.problems.append(str(error))
         except UnsupportedError as error:
@@ -206,7 +238,8 @@ class Draft:
         """Make replacements of what is saved whole; under an update it is the weight that this was trained on."""
         for target, saved in self.saved.items():
             try:
-                stored = self.stored(saved.name)
+                buffer = not target.endswith("weight")  # weights of whole numbers are packed, and mean nothing alone
+                stored = self.stored(saved.name, dtypes=WHOLE if buffer else FLOAT_NAMES)
                 if 0 in stored.shape:
                     raise UnusableError(f"{printable(saved.name)}: is {list(stored.shape)}; {UNGATHERED}")
                 replacement = Replace(stored)  # type: ignore[arg-type]  # loaded later

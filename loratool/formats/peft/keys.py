@@ -6,12 +6,22 @@ dict (`lora_A.default.weight`), and a wrapper of torch or of a training framewor
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 PREFIX = ("base_model", "model")
-WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"})
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+LEADING = "module"  # of a wrapper around the whole model; elsewhere it is a module that somebody called so
 INNER = frozenset({"base_layer", "token_adapter"})  # stand between a module and what PEFT wrapped
+TOKENS = "trainable_tokens_delta"
+COPIES = ("modules_to_save", "original_module")  # stand between a module that is saved whole and its two copies
+# What PEFT adds to `modules_to_save` by itself.
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 # What the slots of each method begin with.
 FAMILIES = {
@@ -70,34 +80,23 @@ def split(name: str, slots: Collection[str]) -> Key | None:
 def path_of(name: str) -> list[str]:
     """The components of a name without wrappers and without PEFT's prefix."""
     path = [part for part in name.split(".") if part not in WRAPPERS]
+    while path[:1] == [LEADING] and len(path) > 1:
+        del path[0]
     if tuple(path[:2]) == PREFIX:
         return path[2:]
     return path[1:] if path[:1] == ["base_model"] and len(path) > 1 else path
 
 
-def plain(module: str) -> str:
-    """The module as the model that was adapted called it."""
-    return ".".join(part for part in module.split(".") if part not in INNER)
+def wrappers_in(name: str) -> set[str]:
+    """The components of a name that wrappers of training put there."""
+    parts = name.split(".")
+    return {part for part in parts if part in WRAPPERS} | ({LEADING} if parts[0] == LEADING else set())
 
 
 def tails(module: str) -> set[str]:
     """The dotted tails of a module's path, the whole path among them."""
     parts = module.split(".")
     return {".".join(parts[at:]) for at in range(len(parts))}
-
-
-def saved_as(path: str) -> tuple[str, str]:
-    """For a tensor that is saved whole: the parameter it is for, and what wrapped it (empty for nothing)."""
-    parts = path.split(".")
-    if "original_module" in parts:
-        return path, "original_module"
-    if "modules_to_save" in parts:
-        at = parts.index("modules_to_save")
-        rest = parts[at + 1 :]
-        named = len(rest) == 2 or (len(rest) > 2 and rest[0] == "default")  # the adapter's name, in a raw state dict
-        return ".".join(parts[:at] + (rest[1:] if named else rest)), "modules_to_save"
-    wrapper = next((part for part in parts if part in INNER), "")
-    return plain(path), wrapper
 
 
 def family_of(path: str) -> str:
@@ -107,3 +106,93 @@ def family_of(path: str) -> str:
             if part.startswith(start):
                 return method
     return ""
+
+
+@dataclass(frozen=True)
+class Paths:
+    """What components such as `base_layer` are: wrappers of PEFT's, or modules of the model that have their names.
+
+    PEFT puts `base_layer` and `token_adapter` only into modules that it adapts, and `modules_to_save` only into those
+    that it saves whole. Everywhere else the name is one of the model's own.
+    """
+
+    adapted: frozenset[str]  # paths of modules that have factors, as the file spells them
+    saved: tuple[str, ...]  # what the paths of modules saved whole end with
+    biases: bool  # whether every bias of the model is saved
+
+    @classmethod
+    def of(cls, found: Collection[Key], config: Mapping[str, Any]) -> Paths:
+        """Of an adapter whose tensors have these keys."""
+        adapted = {key.module for key in found if key.slot and not key.slot.endswith(".bias")}
+        adapted |= {key.module.removesuffix(".token_adapter") for key in found if key.slot == TOKENS}
+        return cls(frozenset(adapted), saved_modules(config), config.get("bias") == "all")
+
+    def plain(self, module: str) -> str:
+        """The module as the model that was adapted called it."""
+        kept: list[str] = []
+        for part in module.split("."):
+            if part not in INNER or ".".join(kept) not in self.adapted:
+                kept.append(part)
+        return ".".join(kept)
+
+    def copied(self, module: str) -> str:
+        """The module that another is PEFT's copy of, with factors of its own; empty for one that is no copy."""
+        parts = module.split(".")
+        for at, part in enumerate(parts):
+            if part in COPIES:
+                head, rest = parts[:at], [p for p in parts[at + 1 :] if p != "default"]
+                others = [".".join([*head, other, *rest]) for other in COPIES if other != part]
+                whole = ".".join([*head, *rest])
+                if whole in self.adapted or any(other in self.adapted for other in others):
+                    return self.plain(whole)
+        return ""
+
+    def is_saved(self, path: str) -> bool:
+        """Whether a tensor belongs to a module that is saved whole, or is a bias where all of them are."""
+        if self.biases and path.endswith(".bias"):
+            return True
+        return any(module.endswith(self.saved) for module in beginnings(path)) if self.saved else False
+
+    def names_module(self, path: str) -> bool:
+        """Whether the module of a tensor is one that is saved whole by its own name."""
+        return bool(self.saved) and path.rpartition(".")[0].endswith(self.saved)
+
+    def saved_as(self, path: str) -> tuple[str, str]:
+        """For a tensor that is saved whole: the parameter it is for, and what wrapped it (empty for nothing)."""
+        parts = path.split(".")
+        for word in COPIES[::-1]:
+            if word in parts and self.is_copy(parts, at := parts.index(word)):
+                rest = parts[at + 1 :]
+                named = len(rest) == 2 or (len(rest) > 2 and rest[0] == "default")  # in a raw state dict
+                inner = path if word == "original_module" else ".".join(parts[:at] + (rest[1:] if named else rest))
+                return inner, word
+        kept: list[str] = []
+        wrapper = ""
+        for part in parts:
+            if part in INNER and (".".join(kept) in self.adapted or not self.is_saved(path)):
+                wrapper = wrapper or part
+            else:
+                kept.append(part)
+        return ".".join(kept), wrapper
+
+    def is_copy(self, parts: list[str], at: int) -> bool:
+        """Whether `modules_to_save` or `original_module` at a place of a path is PEFT's."""
+        head, through, path = ".".join(parts[:at]), ".".join(parts[: at + 1]), ".".join(parts)
+        if self.saved and through.endswith(self.saved):
+            return False
+        owned = bool(self.saved) and head.endswith(self.saved)
+        return owned or not self.is_saved(path)
+
+
+def saved_modules(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the paths of modules that are saved whole end with; a bare `endswith`, as in PEFT."""
+    listed, task = config.get("modules_to_save"), config.get("task_type")
+    names = [name for name in listed if isinstance(name, str) and name] if isinstance(listed, list) else []
+    return (*names, *(HEADS.get(task, ()) if isinstance(task, str) else ()))
+
+
+def beginnings(path: str) -> Iterator[str]:
+    """The modules that a tensor lies in, the outermost first."""
+    parts = path.split(".")
+    for end in range(1, len(parts)):
+        yield ".".join(parts[:end])

@@ -76,7 +76,7 @@ class Reader:
             "has factors of a linear layer and of an embedding",
         )
         module.require(
-            not module.path.endswith(".base_layer"),
+            not module.path.endswith(".base_layer") or module.name == module.path,
             f"its factors are those of a parameter, and {CONFIG} names none of it in target_parameters",
         )
         if embedding:

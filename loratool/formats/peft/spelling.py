@@ -96,9 +96,15 @@ def saved_whole(target: str, inside: bool) -> str:
     return f"{PREFIX}{module}.base_layer.{parameter}" if inside else PREFIX + target
 
 
-def was_inside(sources: Iterable[str]) -> bool:
-    """Whether a tensor that is saved whole stood in a wrapped layer."""
-    return any(keys.saved_as(".".join(keys.path_of(name)))[1] in keys.INNER for name in sources)
+def was_inside(target: str, sources: Iterable[str]) -> bool:
+    """Whether a tensor that is saved whole stood in a wrapped layer, whose name its target is without."""
+    own = wrappers(target.split("."))
+    return any(wrappers(keys.path_of(name)) > own for name in sources)
+
+
+def wrappers(parts: Iterable[str]) -> int:
+    """How many components are what PEFT calls its wrappers."""
+    return sum(part in keys.INNER for part in parts)
 
 
 def shapes(
