@@ -106,6 +106,17 @@ class Fault:
     lost: bool = False  # done, and the answer never arrives
 
 
+@dataclass(frozen=True)
+class Lie:
+    """What is said in place of the truth, to every request that matches."""
+
+    pattern: str  # of the request's path
+    headers: Mapping[str, str] = field(default_factory=dict)
+    change: Callable[[Any], object] | None = None  # of the answer's JSON
+    body: bytes | None = None
+    endless: bool = False  # more than 100 MB of body, of a length that is not announced
+
+
 class HubServer:
     """The server, its repositories and its log."""
 
@@ -115,6 +126,7 @@ class HubServer:
         self.objects: dict[str, bytes] = {}  # LFS, by SHA-256
         self.log: list[Request] = []
         self.faults: list[Fault] = []
+        self.lies: list[Lie] = []
         self.lock = threading.RLock()
         self.damage: set[str] = set()  # names of files that arrive with a wrong byte
         self.slow = 0.0  # seconds that an upload of an object takes at least
@@ -248,6 +260,13 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, status: int, body: bytes = b"", headers: Mapping[str, str] | None = None) -> None:
         if self.fault_ and self.fault_.lost:
             raise Dropped
+        for lie in [lie for lie in self.hub.lies if re.search(lie.pattern, self.path)]:
+            if lie.endless and self.command != "HEAD":
+                self.never_end()
+            if lie.change:
+                body = json.dumps(lie.change(json.loads(body))).encode()
+            body = body if lie.body is None else lie.body
+            headers = {**(headers or {}), **lie.headers}
         self.request_.status = status
         self.send_response(status)
         for key, value in (headers or {}).items():
@@ -263,6 +282,14 @@ class Handler(BaseHTTPRequestHandler):
             raise Dropped
         self.wfile.write(body)
         self.request_.sent += len(body)
+
+    def never_end(self) -> None:
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for _ in range(100):
+            self.wfile.write(b"100000\r\n" + b" " * (1 << 20) + b"\r\n")
+        raise Dropped
 
     def json(self, value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         self.answer(status, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})

@@ -476,12 +476,6 @@ def test_content_that_arrives_damaged_is_found_and_not_kept(hub: HubServer, clie
     client.works("merge", "org/base", "org/adapter", "-o", tmp_path / "out")
 
 
-def test_names_that_lead_out_of_a_repository_are_refused(hub: HubServer, client: Client) -> None:
-    repo = hub.repos["org/adapter"]
-    repo.commits[repo.branches["main"]]["../../evil"] = hub.blob(b"evil")
-    assert "no plain paths" in client.refused("inspect", "org/adapter", code=3)
-
-
 def test_outlines_are_held_to_the_rules_of_local_folders(models: Path) -> None:
     from loratool.fetching.outline import needed
 

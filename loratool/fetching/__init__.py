@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 from loratool.checkpoint import holds_weights
 from loratool.digests import sha256_of
 from loratool.errors import HubError, StorageError, UsageError, printable
+from loratool.fetching.answers import commit_of
 from loratool.fetching.client import api, asking, is_offline, patiently
 from loratool.fetching.operands import PAGE, HubPath, parse
 from loratool.fetching.outline import Remote, Role, look_up, needed, outlined, put_headers
 
 __all__ = ["HubPath", "Role", "headers", "local", "parse", "place_of"]
 
-MOST_MOVES = 3  # times that a branch may move while it is being read
-GLOB = {ord("["): "[[]", ord("*"): "[*]", ord("?"): "[?]"}
+DOWNLOADERS = 8  # files that are downloaded at the same time
 
 
 def place_of(operand: str | os.PathLike[str]) -> HubPath | None:
@@ -82,34 +84,61 @@ def root_of(location: Path, place: HubPath) -> Path:
 
 def download(place: HubPath, role: Role) -> Path:
     """Bring what is needed of a repository into the Hub's cache."""
-    from huggingface_hub import snapshot_download
-
     from loratool.formats import read_adapter
 
-    for _ in range(MOST_MOVES):
-        remote = look_up(place)
-        with outlined(remote, place) as location:
-            found = needed(root_of(location, place), location, role)
-            if role == "adapter" and not found.weights:
-                read_adapter(location)  # which tells what is there in their place
-            names = found.names
-        before = in_cache(remote, names)
-        check_room(remote, [name for name in names if name not in before])
-        api()  # which settles whether bars are shown
-        with asking(place.repo, place.revision):
-            patterns = [name.translate(GLOB) for name in names]
-            get = partial(
-                snapshot_download,
-                place.repo,
-                revision=place.revision,
-                allow_patterns=patterns,
-                library_name="loratool",
-            )
-            snapshot = Path(patiently(get))
-        if snapshot.name == remote.commit:
-            check_content(remote, snapshot, [name for name in names if name not in before])
-            return snapshot / place.inside
-    raise HubError(f"{printable(place)}: the branch keeps moving; name a commit after an @")
+    remote = look_up(place)
+    with outlined(remote, place) as location:
+        found = needed(root_of(location, place), location, role)
+        if role == "adapter" and not found.weights:
+            read_adapter(location)  # which tells what is there in their place
+        names = found.names
+    before = in_cache(remote, names)
+    new = [name for name in names if name not in before]
+    check_room(remote, new)
+    snapshot = snapshot_of(remote)
+    api()  # which settles whether bars are shown
+    largest = max((remote.files[name].size for name in new), default=0)
+    with asking(place.repo, place.revision, most=largest), ThreadPoolExecutor(DOWNLOADERS) as downloaders:
+        list(downloaders.map(partial(download_file, remote), new))
+    check_content(remote, snapshot, new)
+    remember(snapshot, place.revision or "main")
+    return snapshot / place.inside
+
+
+def snapshot_of(remote: Remote) -> Path:
+    """The folder in which the Hub's cache keeps a commit."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = repo_folder_name(repo_id=remote.repo, repo_type="model")
+    return Path(os.path.realpath(constants.HF_HUB_CACHE), folder, "snapshots", remote.commit)
+
+
+def download_file(remote: Remote, name: str) -> None:
+    """Bring one file of a commit into the cache.
+
+    It is asked for by its commit, so that of all that a server says only the answer's headers become paths; they are
+    checked as they arrive, and so is the place where the client has put the file.
+    """
+    from huggingface_hub import hf_hub_download
+
+    get = partial(hf_hub_download, remote.repo, name, revision=remote.commit, library_name="loratool")
+    if not is_of(remote, name, patiently(get)):
+        raise HubError(
+            f"{remote.repo}: {printable(name)} came from another commit than {remote.commit}; try again later"
+        )
+
+
+def remember(snapshot: Path, revision: str) -> None:
+    """Tell the cache which commit a revision is, as the client does: what it is asked for without a network."""
+    path = snapshot.parent.parent / "refs" / revision
+    if revision == snapshot.name or (path.is_file() and path.read_text() == snapshot.name):
+        return
+    with suppress(OSError):  # the cache may be one that is only read
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+        written.write_text(snapshot.name)
+        os.replace(written, path)
 
 
 def cached(place: HubPath) -> Path:
@@ -130,6 +159,7 @@ def cached(place: HubPath) -> Path:
                 f"{printable(place)}: no such folder or file here, not in the Hub's cache, and HF_HUB_OFFLINE forbids to "
                 f"ask the Hub; unset it, or run `hf download {place.repo}` where there is a network"
             ) from None
+    commit_of(place.repo, Path(snapshot).name)
     return Path(snapshot) / place.inside
 
 
@@ -138,7 +168,12 @@ def in_cache(remote: Remote, names: tuple[str, ...]) -> set[str]:
     from huggingface_hub import try_to_load_from_cache
 
     found = {name: try_to_load_from_cache(remote.repo, name, revision=remote.commit) for name in names}
-    return {name for name, path in found.items() if isinstance(path, str) and os.path.exists(path)}
+    return {name for name, path in found.items() if isinstance(path, str) and is_of(remote, name, path)}
+
+
+def is_of(remote: Remote, name: str, path: str) -> bool:
+    """Whether a path of the cache is that of a file of this commit, and the file is there."""
+    return Path(path).as_posix().endswith(f"/{remote.commit}/{name}") and os.path.exists(path)
 
 
 def check_room(remote: Remote, names: list[str]) -> None:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from loratool import __version__
-from loratool.errors import HubError, printable, without_tokens
+from loratool.errors import HubError, LoratoolError, printable, without_tokens
+from loratool.fetching.answers import LARGEST_ANSWER, LONGEST_WAIT, asked_wait, limited
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 Result = TypeVar("Result")
 WAITS = (1.0, 2.0, 4.0, 8.0, 8.0)  # seconds between tries, as the client itself waits
-LONGEST_WAIT = 300.0  # seconds that a server may ask for
 FEW_WAITS = 2  # of them, where nothing listens at the other end
 PASSING = (408, 429, 500, 502, 503, 504)  # statuses that another try may not meet
 
@@ -61,7 +61,9 @@ def wait_after(error: Exception, number: int) -> None:
     refused = any(kind.__name__ == "ConnectError" for each in causes(error) for kind in type(each).__mro__)
     if number >= (FEW_WAITS if refused else len(WAITS)) or not passes(error):
         raise error
-    time.sleep(asked_wait(error) or WAITS[number])
+    response: Any = getattr(error, "response", None)
+    asked = asked_wait(getattr(response, "headers", {}))
+    time.sleep(min(asked, LONGEST_WAIT) or WAITS[number])
 
 
 def passes(error: BaseException) -> bool:
@@ -91,21 +93,19 @@ def is_of_the_line(error: BaseException) -> bool:
     return any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
 
 
-def asked_wait(error: BaseException) -> float:
-    """Seconds that the server asks to wait, 0 where it does not say."""
-    response: Any = getattr(error, "response", None)
-    headers = getattr(response, "headers", {})
-    match = re.search(r"\bt=(\d+)", headers.get("ratelimit", "")) or re.match(r"(\d+)$", headers.get("retry-after", ""))
-    return min(float(match[1]), LONGEST_WAIT) if match else 0.0
-
-
 @contextmanager
-def asking(repo: str, revision: str | None = None) -> Iterator[None]:
-    """Turn what the client raises inside into a `HubError` that tells the next step."""
+def asking(repo: str, revision: str | None = None, most: int = LARGEST_ANSWER) -> Iterator[None]:
+    """Turn what the client raises inside into a `HubError` that tells the next step.
+
+    What a server answers is checked on its way to the client, and has at most `most` bytes.
+    """
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        yield
+        with limited(most):
+            yield
+    except LoratoolError:
+        raise
     except Exception as error:
         for each in causes(error):
             if isinstance(each, HFValidationError):
@@ -119,7 +119,22 @@ def asking(repo: str, revision: str | None = None) -> Iterator[None]:
                     f"{printable(repo)}: {endpoint()} gave no answer, and the cache does not hold all that is needed; "
                     "try again when the line is there"
                 ) from None
+        if is_of_the_answer(error):
+            kind = type(error).__name__
+            raise HubError(
+                f"{printable(repo)}: the Hub's client cannot read what {endpoint()} answers ({kind}: {told(error)}); check "
+                "HF_ENDPOINT, and any proxy on the way"
+            ) from None
         raise
+
+
+def is_of_the_answer(error: Exception) -> bool:
+    """Whether it was raised inside the client, and not by this disk: an answer that it cannot make anything of."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
+        return False
+    return any(
+        frame.f_globals.get("__name__", "").startswith("huggingface_hub") for frame, _ in walk_tb(error.__traceback__)
+    )
 
 
 def unreachable(error: BaseException) -> str:

@@ -12,6 +12,8 @@ ID = r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)"
 SHORT = re.compile(rf"{ID}(?:@(?P<revision>[^:@]+))?(?::(?P<inside>.+))?")
 URL = re.compile(rf"{ID}(?:@(?P<revision>refs/(?:pr|convert)/[^/:]+|[^/:@]+))?(?:[/:](?P<inside>.*))?")
 PAGE = re.compile(rf"https?:/{{1,2}}(?:huggingface\.co|hf\.co)/(?!datasets/|spaces/){ID}")
+# a name that Git takes, which becomes the name of a file in the Hub's cache
+REVISION = re.compile(r"(?!.*\.\.|.*//|.*/\.|[./-])[^\x00-\x20\x7f~^:?*\[\\]{1,200}(?<![./])")
 SCHEME = re.compile(r"hf:/{1,2}")  # a Path has lost one of its slashes
 
 
@@ -48,4 +50,8 @@ def parse(operand: str | os.PathLike[str]) -> HubPath | None:
     if inside and {"", ".", ".."} & set(inside.split("/")):
         raise UsageError(f"{printable(operand)}: {printable(inside)} is no plain path inside a repository")
     revision = match["revision"]
-    return HubPath(match["repo"], revision.replace("%2F", "/") if revision and scheme else revision, inside)
+    if revision and scheme:
+        revision = revision.replace("%2F", "/")
+    if revision and not REVISION.fullmatch(revision):
+        raise UsageError(f"{printable(operand)}: {printable(revision)} is no branch, tag or commit")
+    return HubPath(match["repo"], revision, inside)

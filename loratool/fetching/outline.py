@@ -16,7 +16,8 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
 from loratool.checkpoint import INDEX_SUFFIX, choose_index, choose_shards, read_index, sort_side_files
-from loratool.errors import InputError, LoratoolError, printable
+from loratool.errors import HubError, InputError, LoratoolError, printable
+from loratool.fetching.answers import RemoteFile, check_range, commit_of, files_of
 from loratool.fetching.client import api, asking, patiently
 from loratool.formats.peft import CONFIG, PICKLED, WEIGHTS, recognises
 from loratool.inputs import LARGEST_CONFIG, LARGEST_INDEX, check_bound
@@ -29,15 +30,6 @@ Role = Literal["model", "adapter", "any"]
 FIRST_READ = 8192  # bytes: a small header comes with the first request
 TIMEOUT = 30.0  # seconds without a byte
 READERS = 8  # headers that are asked for at the same time
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file of a commit."""
-
-    size: int  # bytes
-    blob: str  # SHA-1 as git makes it; of an LFS file that of its pointer
-    sha256: str = ""  # of an LFS file's content
 
 
 @dataclass(frozen=True)
@@ -66,13 +58,8 @@ def look_up(place: HubPath) -> Remote:
     """The commit that a revision is now, and its files. Raises `HubError`."""
     with asking(place.repo, place.revision):
         info: Any = patiently(lambda: api().model_info(place.repo, revision=place.revision, files_metadata=True))
-    files = {
-        each.rfilename: RemoteFile(each.size or 0, each.blob_id or "", each.lfs.sha256 if each.lfs else "")
-        for each in info.siblings or ()
-    }
-    if wrong := [name for name in files if {"", ".", ".."} & set(name.split("/")) or "\0" in name or "\\" in name]:
-        raise InputError(f"{place.repo}: has files whose names are no plain paths:", map(printable, wrong))
-    return Remote(place.repo, info.sha, files, bool(info.private))
+    entries = [(s.rfilename, s.size, s.blob_id, s.lfs.sha256 if s.lfs else None) for s in info.siblings or ()]
+    return Remote(place.repo, commit_of(place.repo, info.sha), files_of(place.repo, entries), bool(info.private))
 
 
 @contextmanager
@@ -186,7 +173,8 @@ def read_range(remote: Remote, name: str, start: int = 0, count: int | None = No
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-    count = remote.files[name].size - start if count is None else count
+    size = remote.files[name].size
+    count = size - start if count is None else count
     if count <= 0:
         return b""
     url = hf_hub_url(remote.repo, name, revision=remote.commit)
@@ -198,10 +186,16 @@ def read_range(remote: Remote, name: str, start: int = 0, count: int | None = No
             if response.status_code >= 400:
                 response.read()
             hf_raise_for_status(response)
+            check_range(f"{remote.repo}: {name}", response, start, count, size)
             return take(response, start, count)
 
-    with asking(remote.repo):
-        return patiently(read)
+    with asking(remote.repo, most=size):
+        found = patiently(read)
+    if len(found) != count:
+        raise HubError(
+            f"{remote.repo}: {printable(name)}: the server sent {len(found)} bytes of {count}; try again later"
+        )
+    return found
 
 
 def take(response: Any, start: int, count: int) -> bytes:

@@ -106,7 +106,7 @@ def fetch_file(remote: Remote, name: str, home: Path) -> Path:
     api()  # which settles whether bars are shown
     for _ in range(MOST_TRIES):
         folder = home / uuid.uuid4().hex
-        with asking(remote.repo):
+        with asking(remote.repo, most=remote.files[name].size):
             found = patiently(partial(hf_hub_download, remote.repo, name, revision=remote.commit, local_dir=folder))
         path = folder / "file" / Path(name).name
         path.parent.mkdir()

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.errors import HubError, UsageError, VerificationError, printable
+from loratool.fetching import answers
+from loratool.fetching.answers import RemoteFile, commit_of, wrong
 from loratool.fetching.client import api, asking, endpoint, patiently, wait_after
-from loratool.fetching.outline import RemoteFile
 from loratool.notes import Note
 from loratool.origins import is_hub_id
 
@@ -84,10 +85,24 @@ def full_name(repo: str) -> str:
     if not get_token():
         raise HubError("pushing takes a token with write access: run `hf auth login`, or set HF_TOKEN")
     with asking(repo):
-        who: Mapping[str, Any] = patiently(lambda: api().whoami())
-    if who.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        who: object = patiently(lambda: api().whoami())
+    if inside(who, "auth", "accessToken", "role") == "read":
         raise HubError("the token may only read: run `hf auth login` with one that has write access, or set HF_TOKEN")
-    return repo if "/" in repo else f"{who['name']}/{repo}"
+    return repo if "/" in repo else named_by_the_hub(f"{inside(who, 'name')}/{repo}")
+
+
+def inside(table: object, *keys: str) -> object:
+    """What an answer holds under these keys, one in the other; None where it does not."""
+    for key in keys:
+        table = table.get(key) if isinstance(table, Mapping) else None
+    return table
+
+
+def named_by_the_hub(repo: object) -> str:
+    """A repository as a server calls it; raises `HubError` for what none can be called."""
+    if isinstance(repo, str) and is_hub_id(repo):
+        return repo
+    raise wrong(endpoint(), "the name of a repository", repo, "org/name")
 
 
 def open_repo(repo: str, public: bool, revision: str | None, notes: list[Note]) -> tuple[str, bool]:
@@ -111,7 +126,7 @@ def open_repo(repo: str, public: bool, revision: str | None, notes: list[Note]) 
                 )
         except RepositoryNotFoundError:
             url = patiently(lambda: api().create_repo(repo, private=not public, exist_ok=True))
-            repo, private = url.repo_id, not public
+            repo, private = named_by_the_hub(url.repo_id), not public
             if private:
                 notes.append(Note("repo-new-private", f"{repo} is new and private; --public makes a new one public"))
     if revision is not None and not revision.startswith("refs/"):
@@ -126,15 +141,12 @@ def files_of(repo: str, revision: str | None) -> dict[str, RemoteFile]:
     """Every file of a revision of a repository."""
     from huggingface_hub.hf_api import RepoFile
 
-    def listed() -> dict[str, RemoteFile]:
-        return {
-            each.path: RemoteFile(each.size, each.blob_id, each.lfs.sha256 if each.lfs else "")
-            for each in api().list_repo_tree(repo, revision=revision, recursive=True)
-            if isinstance(each, RepoFile)
-        }
+    def listed() -> list[RepoFile]:
+        return [e for e in api().list_repo_tree(repo, revision=revision, recursive=True) if isinstance(e, RepoFile)]
 
     with asking(repo, revision):
-        return patiently(listed)
+        found = patiently(listed)
+    return answers.files_of(repo, ((f.path, f.size, f.blob_id, f.lfs.sha256 if f.lfs else None) for f in found))
 
 
 def commit(
@@ -189,10 +201,10 @@ def commit(
                 if not differing(uploads, there) and not set(gone) & set(there):
                     break
         if made is None:
-            head = str(patiently(lambda: api().model_info(repo, revision=revision)).sha)
+            head = commit_of(repo, patiently(lambda: api().model_info(repo, revision=revision)).sha)
             done = Commit(head, f"{endpoint()}/{repo}/commit/{head}")
         else:
-            done = Commit(made.oid, str(made.commit_url), str(made.pr_url or ""))
+            done = Commit(commit_of(repo, made.oid), str(made.commit_url), str(made.pr_url or ""))
     check(repo, done.oid, uploads)
     return done
 

@@ -27,7 +27,7 @@ from loratool.engine import Engine
 from loratool.errors import FitError, HubError, InputError, UsageError, VerificationError, printable
 from loratool.fetching import local
 from loratool.fetching.bases import chosen_base, unlike_bases
-from loratool.fetching.outline import Remote, RemoteFile, read_small
+from loratool.fetching.outline import Remote, read_small
 from loratool.fetching.pieces import Source, opened
 from loratool.formats import read_adapter
 from loratool.hub.committing import REMOTE_JOURNAL, Commit, Upload, check, commit, files_of, full_name, open_repo
@@ -61,6 +61,7 @@ from loratool.staging import (
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+    from loratool.fetching.answers import RemoteFile
     from loratool.notes import Note
     from loratool.placing import ShardPlan
     from loratool.safefile import SafeFile
