@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.adapter import stored_tensors
 from loratool.errors import FitError, InputError, printable
 from loratool.lowrank import Product
+from loratool.notes import Note
 from loratool.updates import Add, ExpertFactors, LowRank, Magnitude, Replace, ReplaceRows, Residual, Update
 
 if TYPE_CHECKING:
@@ -29,6 +30,11 @@ class Kind(Enum):
     EMBEDDING = "embedding"
     CONVOLUTION = "convolution"
     PARAMETER = "parameter"  # a matrix for each expert; a batch of products, also where there is one
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether PEFT gives it a lora_B.bias, where `lora_bias` is set."""
+        return self in (Kind.LINEAR, Kind.CONVOLUTION)
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,20 @@ class Contents:
     def dora(self) -> bool:
         return any(layer.magnitude for layer in self.layers.values())
 
+    @property
+    def remarks(self) -> tuple[Note, ...]:
+        """What a user of plain LoRA made of it should know."""
+        if self.config.get("peft_type") != "ADALORA":
+            return self.adapter.notes
+        return (
+            *self.adapter.notes,
+            Note(
+                "convolutions-unknown",
+                "AdaLoRA's file does not tell a Conv2d from a linear layer, and all are written as linear layers; if one is "
+                "a Conv2d, PEFT cannot load this: merge the adapter instead, and `loratool extract` makes LoRA of the result",
+            ),
+        )
+
     def check_finite(self, product: Product) -> Product:
         """The product; raises `InputError` naming every tensor of the adapter that holds what is no number."""
         if not (bool(product.up.isfinite().all()) and bool(product.down.isfinite().all())):
@@ -210,7 +230,7 @@ def layer_of(target: str, update: Update) -> Layer | None:
 def kind_of(update: LowRank) -> Kind:
     if update.kernel:
         return Kind.CONVOLUTION
-    return Kind.LINEAR if update.turnable else Kind.EMBEDDING
+    return Kind.EMBEDDING if update.table else Kind.LINEAR
 
 
 def expert_count(update: ExpertFactors) -> int | None:

@@ -16,7 +16,7 @@ from loratool.formats.peft.spelling import Names, token_rows, was_inside
 from loratool.notes import Note
 from loratool.ranks import by_pattern
 from loratool.safefile import FLOAT_NAMES
-from loratool.saving import Carried, torch_dtype
+from loratool.saving import Carried, add_copies, add_missing_biases, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -176,6 +176,7 @@ class Beside:
         self.add_biases()
         self.keep_saved()
         self.keep_rows()
+        add_copies(self.carried, self.sources)
         if self.problems:
             raise FitError(
                 "adapters have saved different values, which do not add up; --saved first or --saved mean decides:",
@@ -212,19 +213,16 @@ class Beside:
             self.carried.tensors[self.names.bias(weight_target)] = bias_whole
         if self.overflows:
             raise FitError("biases are stored as the adapters have them, and do not fit:", self.overflows)
-        without = [t for t, kind in self.names.kinds.items() if kind in (Kind.EMBEDDING, Kind.PARAMETER)]
+        without = [t for t, kind in self.names.kinds.items() if not kind.has_bias]
         if total and without:
             raise FitError(
                 "some adapters have biases (lora_bias), which PEFT does not have beside layers such as these; "
                 "`loratool merge` takes the adapters as they are:",
                 map(printable, without),
             )
-        if total:  # PEFT gives every layer one, or none
-            for target, kind in self.names.kinds.items():
-                name = self.names.bias(target)
-                if kind in (Kind.LINEAR, Kind.CONVOLUTION) and name not in self.carried.tensors:
-                    rows = next(s.layers[target].rows for s in self.sources if target in s.layers)
-                    self.carried.tensors[name] = torch.zeros(rows, dtype=next(iter(dtypes.values())))
+        if total:
+            lengths = {t: layer.rows for source in self.sources for t, layer in source.layers.items()}
+            add_missing_biases(self.carried, self.names, lengths, next(iter(dtypes.values())))
 
     def keep_saved(self) -> None:
         """What is saved whole: the one that there is, or what the policy makes of several."""

@@ -141,7 +141,7 @@ def rescale(
             raise UsageError("float32 has no scale as large as is asked for:", map(printable, huge))
         if frobenius is not None:
             norm = math.sqrt(math.fsum((sizes[t] * m.factor) ** 2 for t, m in modules.items()))
-        notes = tuple(remarks(contents, modules))
+        notes = tuple(remarks(contents, modules, bake))
         provenance = {
             "made_by": "loratool rescale",
             "command": words,
@@ -370,7 +370,7 @@ def write_baked(
         output.finish(config, provenance, files_beside(contents), [contents.adapter.folder])
 
 
-def remarks(contents: Contents, modules: Mapping[str, RescaledLayer]) -> Iterator[Note]:
+def remarks(contents: Contents, modules: Mapping[str, RescaledLayer], baked: bool) -> Iterator[Note]:
     """What a user of the result should know."""
     changed = any(m.factor != 1 for m in modules.values())
     if contents.dora and changed:
@@ -389,4 +389,4 @@ def remarks(contents: Contents, modules: Mapping[str, RescaledLayer]) -> Iterato
         )
     if any(m.factor < 0 for m in modules.values()):
         yield Note("negative-factor", "a negative factor turns updates round: the adapter takes out what it put in")
-    yield from contents.adapter.notes
+    yield from contents.remarks if baked else contents.adapter.notes

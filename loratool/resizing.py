@@ -348,7 +348,7 @@ def total(contents: Contents, modules: Mapping[str, ResizedLayer], dropped: floa
         return math.sqrt(lost / squared) if squared else 0.0
 
     after = sum(contents.layers[t].parameters * m.rank for t, m in modules.items())
-    stored = [tensor.info for layer in contents.layers.values() for tensor in factor_tensors(layer)]
+    stored = {tensor.info for layer in contents.layers.values() for tensor in factor_tensors(layer)}  # some are shared
     return ResizedTotals(
         norm=math.sqrt(squared),
         predicted=together([(m.norm, m.predicted) for m in modules.values()]),
@@ -397,7 +397,7 @@ def read_calibration(path: Path, contents: Contents) -> dict[str, Tensor]:
 
 def remarks(contents: Contents, modules: Mapping[str, ResizedLayer], dropped: Sequence[str]) -> Iterator[Note]:
     """What a user of the result should know."""
-    yield from contents.adapter.notes
+    yield from contents.remarks
     if contents.dora:
         yield (
             Note(

@@ -18,9 +18,9 @@ from loratool.cards import CARD, card, is_nobodys, terms_of
 from loratool.checkpoint import PROVENANCE, sort_side_files
 from loratool.digests import recorded
 from loratool.errors import FitError, printable
-from loratool.formats.peft import CONFIG, WEIGHTS
+from loratool.formats.peft import CONFIG, WEIGHTS, keys
 from loratool.formats.peft.lora import doubles
-from loratool.formats.peft.spelling import Names, shapes, stored, token_rows, was_inside
+from loratool.formats.peft.spelling import PREFIX, Names, shapes, stored, token_rows, was_inside
 from loratool.origins import told_origin
 from loratool.safefile import FLOAT_NAMES, product
 from loratool.staging import Stage, staged
@@ -222,6 +222,9 @@ def carried_over(source: Contents, names: Names, factors: Mapping[str, float] | 
         value: Any = bias.value
         loaded = source.load_bias(target) * (factors or {}).get(weight, 1.0)
         carried.tensors[names.bias(weight)] = loaded.to(torch_dtype(value.info.dtype))
+    if source.biases:  # that of an attention is read by nobody, and still asked for
+        lengths = {t: layer.rows for t, layer in source.layers.items()}
+        add_missing_biases(carried, names, lengths, kept_dtype([source], "keep"))
     for target, replacement in (*source.saved.items(), *source.bases.items()):
         inside = target in source.bases or was_inside(target, adapter.sources.get(target, ()))
         stored_value: Any = replacement.value
@@ -230,7 +233,34 @@ def carried_over(source: Contents, names: Names, factors: Mapping[str, float] | 
         values: Any = rows.values
         carried.tensors[token_rows(target)] = values
         carried.tokens[target] = rows.index
+    add_copies(carried, [source])
     return carried
+
+
+def add_missing_biases(carried: Carried, names: Names, lengths: Mapping[str, int], dtype: torch.dtype) -> None:
+    """Zeros where a layer has no lora_B.bias: PEFT gives every layer one, or none. `lengths` are by target."""
+    import torch
+
+    for target, kind in names.kinds.items():
+        if kind.has_bias:
+            carried.tensors.setdefault(names.bias(target), torch.zeros(lengths[target], dtype=dtype))
+
+
+def add_copies(carried: Carried, sources: Sequence[Contents]) -> None:
+    """The second copies of biases that PEFT saves with bias="all", where a module is saved whole: it asks for them.
+
+    That under `modules_to_save` is of the value that counts, that under `original_module` stays as it is.
+    """
+    for source in sources:
+        if source.config.get("bias") != "all":
+            continue
+        for name, info in source.adapter.file.tensors.items():
+            path = ".".join(keys.path_of(name))
+            target, wrapper = keys.saved_as(path)
+            if wrapper == "original_module":
+                carried.tensors.setdefault(PREFIX + path, StoredTensor(source.adapter.file, info))
+            elif wrapper == "modules_to_save" and PREFIX + target in carried.tensors:
+                carried.tensors.setdefault(PREFIX + path, carried.tensors[PREFIX + target])
 
 
 def kept_dtype(sources: Sequence[Contents], asked: str) -> torch.dtype:
@@ -240,9 +270,8 @@ def kept_dtype(sources: Sequence[Contents], asked: str) -> torch.dtype:
     if asked != "keep":
         dtype: torch.dtype = getattr(torch, asked)
         return dtype
-    found = {
-        tensor.info.dtype for source in sources for layer in source.layers.values() for tensor in factor_tensors(layer)
-    }
+    every = (tensor for source in sources for layer in source.layers.values() for tensor in factor_tensors(layer))
+    found = {tensor.info.dtype for tensor in every if tensor.info.dtype in WIDTH}  # indices are no floats
     if found == {"BF16", "F16"}:
         return torch.float32
     return torch_dtype(max(found, key=WIDTH.__getitem__, default="F32"))

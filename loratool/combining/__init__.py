@@ -456,4 +456,4 @@ def remarks(
         )
     yield from found
     for source in sources:
-        yield from (note.under(source.name) for note in source.adapter.notes)
+        yield from (note.under(source.name) for note in source.remarks)

@@ -333,7 +333,10 @@ def refuse_nothing(found: Pairing) -> None:
     if not (found.whole or found.left_out or found.excluded):
         raise FitError(f"{found.base.name} and {found.tuned.name} are the same: nothing differs")
     reasons = [f"{printable(name)}: {reason}" for name, reason in found.left_out.items()]
-    reasons += [f"{printable(name)}: no matrix" for name in found.whole]
+    reasons += [
+        f"{printable(name)}: {'its module is saved whole' if len(tensor.shape) > 1 else 'no matrix'}"
+        for name, tensor in found.whole.items()
+    ]
     reasons += [f"{found.excluded} tensors that differ are not asked for"] if found.excluded else []
     raise FitError("no matrix differs, so that no adapter can be made:", reasons)
 

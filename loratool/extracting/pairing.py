@@ -15,7 +15,7 @@ from loratool.errors import FitError, InputError, printable
 from loratool.extracting.differences import same_values
 from loratool.extracting.selecting import Selection
 from loratool.formats.peft.parameters import REGISTERED
-from loratool.formats.peft.spelling import ATTENTION, saved_whole
+from loratool.formats.peft.spelling import ATTENTION, Names, saved_whole
 from loratool.layouts.architectures import (
     EMBEDDING_NAMES,
     INPUT_EMBEDDINGS,
@@ -126,7 +126,8 @@ class Pairing:
         """What is written beside the factors."""
         tensors: dict[str, StoredTensor | Tensor] = {}
         tensors.update({saved_whole(target, False): tensor for target, tensor in self.whole.items()})
-        tensors.update({saved_whole(target, True): tensor for target, tensor in self.biases.items()})
+        names = Names({target: change.kind for target, change in self.changes.items()})
+        tensors.update({names.whole(target, True): tensor for target, tensor in self.biases.items()})
         return Carried(tensors)
 
 
@@ -199,6 +200,7 @@ class Sorter:
         self.complete_attention()
         self.check_parameters()
         self.save_whole()
+        self.complete_biases()
         self.mirror()
         if lost := [f"{printable(name)}: {why}" for name, why in self.unclear.items() if name in self.found.changes]:
             raise FitError(f"no adapter can be made of {self.tuned.name}:", lost)
@@ -344,9 +346,25 @@ class Sorter:
         else:
             self.whole.add(module)
 
+    def complete_biases(self) -> None:
+        """Where PEFT looks for the trained bias of one layer, it looks for those of all."""
+        for weight, change in self.found.changes.items() if self.found.biases else ():
+            name = f"{weight.removesuffix('weight')}bias"
+            tensor = self.pairs.get(name, (None, None))[1]
+            of_layer = weight.endswith(".weight") and change.kind is not Kind.PARAMETER
+            if of_layer and tensor and tensor.info.dtype in FLOAT_NAMES and name not in self.found.left_out:
+                self.found.biases.setdefault(name, tensor)
+
     def complete_attention(self) -> None:
-        """PEFT wraps an nn.MultiheadAttention as one layer: where one of its matrices has factors, both have."""
+        """PEFT wraps an nn.MultiheadAttention as one layer: where one of its matrices has factors, both have.
+
+        Beside a Conv1D it is saved whole: the one `fan_in_fan_out` of a config makes PEFT turn its out_proj as well.
+        """
+        conv1d = any(change.turned and change.kind is Kind.LINEAR for change in self.found.changes.values())
         for attention in dict.fromkeys(map(self.found.attention_of, list(self.found.changes))):
+            if attention and conv1d:
+                self.whole.add(attention)
+                continue
             for name in (f"{attention}{ATTENTION}", f"{attention}.out_proj.weight"):
                 one, two = self.pairs.get(name, (None, None))
                 if attention and name not in self.found.changes and one and two:

@@ -24,8 +24,9 @@ class LowRank(Update):
     up: Tensor  # (rows, rank)
     down: Tensor  # (rank, columns)
     scale: float
-    turnable: bool = field(default=False, compare=False)  # the factors of a linear layer
+    turnable: bool = field(default=False, compare=False)  # of a linear layer, whose weight may be stored (in, out)
     kernel: tuple[int, ...] = ()  # of a convolution, whose weight is stored (out, in, *kernel)
+    table: bool = field(default=False, compare=False)  # of an embedding
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -39,7 +40,7 @@ class LowRank(Update):
     @property
     def turned(self) -> LowRank:
         """The same update for the weight stored the other way round."""
-        return LowRank(self.down.T, self.up.T, self.scale, self.turnable)
+        return LowRank(self.down.T, self.up.T, self.scale, self.turnable, table=self.table)
 
     def delta(self, weight: Tensor) -> Tensor:
         return (self.scale * (self.up.to(weight.dtype) @ self.down.to(weight.dtype))).reshape(weight.shape)

@@ -115,7 +115,7 @@ class Reader:
         """Of a (vocabulary, dimension) table: the transpose of B @ A."""
         down, up = module.tensor("lora_embedding_A"), module.tensor("lora_embedding_B")
         module.require(up.shape[1] == down.shape[0], rank_is_one(down.shape[0], up.shape[1]))
-        return LowRank(up, down, self.scaling.scale(module.name, down.shape[0])).turned
+        return LowRank(up, down, self.scaling.scale(module.name, down.shape[0]), table=True).turned
 
     def layer(self, module: Module) -> Update:
         down, up = module.tensor("lora_A", (2, 3, 4, 5)), module.tensor("lora_B", (2, 3, 4, 5))
