@@ -254,9 +254,10 @@ def add_copies(carried: Carried, sources: Sequence[Contents]) -> None:
     for source in sources:
         if source.config.get("bias") != "all":
             continue
+        paths = keys.Paths(frozenset(), keys.saved_modules(source.config), biases=True)
         for name, info in source.adapter.file.tensors.items():
             path = ".".join(keys.path_of(name))
-            target, wrapper = keys.saved_as(path)
+            target, wrapper = paths.saved_as(path)
             if wrapper == "original_module":
                 carried.tensors.setdefault(PREFIX + path, StoredTensor(source.adapter.file, info))
             elif wrapper == "modules_to_save" and PREFIX + target in carried.tensors:

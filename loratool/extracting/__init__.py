@@ -308,7 +308,7 @@ def open_model(path: Path, role: str) -> Checkpoint:
 
 def check_saved(found: Pairing) -> None:
     """Raise `InputError` naming what is to be saved whole and holds NaN or infinite values."""
-    broken = [name for name, tensor in (found.whole | found.biases).items() if not tensor.finite()]
+    broken = [name for name, tensor in (found.whole | found.biases | found.same_biases).items() if not tensor.finite()]
     if broken:
         raise InputError(
             f"{found.tuned.name}: no adapter is made of these:",

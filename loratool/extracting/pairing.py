@@ -88,6 +88,7 @@ class Pairing:
     task: str | None
     changes: dict[str, Change] = field(default_factory=dict)  # by target
     biases: dict[str, StoredTensor] = field(default_factory=dict)  # of layers with a change
+    same_biases: dict[str, StoredTensor] = field(default_factory=dict)  # of the other layers, which PEFT asks for too
     whole: dict[str, StoredTensor] = field(default_factory=dict)  # tensors of modules that are saved whole
     modules: list[str] = field(default_factory=list)  # those modules
     mirrors: dict[str, tuple[str, ...]] = field(default_factory=dict)  # tensor → heads that are tied to it
@@ -127,7 +128,9 @@ class Pairing:
         tensors: dict[str, StoredTensor | Tensor] = {}
         tensors.update({saved_whole(target, False): tensor for target, tensor in self.whole.items()})
         names = Names({target: change.kind for target, change in self.changes.items()})
-        tensors.update({names.whole(target, True): tensor for target, tensor in self.biases.items()})
+        tensors.update(
+            {names.whole(target, True): tensor for target, tensor in (self.biases | self.same_biases).items()}
+        )
         return Carried(tensors)
 
 
@@ -348,12 +351,15 @@ class Sorter:
 
     def complete_biases(self) -> None:
         """Where PEFT looks for the trained bias of one layer, it looks for those of all."""
-        for weight, change in self.found.changes.items() if self.found.biases else ():
+        if not self.found.biases:
+            return
+        for weight, change in self.found.changes.items():
             name = f"{weight.removesuffix('weight')}bias"
             tensor = self.pairs.get(name, (None, None))[1]
             of_layer = weight.endswith(".weight") and change.kind is not Kind.PARAMETER
-            if of_layer and tensor and tensor.info.dtype in FLOAT_NAMES and name not in self.found.left_out:
-                self.found.biases.setdefault(name, tensor)
+            known = self.found.biases.keys() | self.found.left_out.keys()
+            if of_layer and tensor and tensor.info.dtype in FLOAT_NAMES and name not in known:
+                self.found.same_biases[name] = tensor
 
     def complete_attention(self) -> None:
         """PEFT wraps an nn.MultiheadAttention as one layer: where one of its matrices has factors, both have.
