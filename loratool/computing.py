@@ -27,8 +27,13 @@ if TYPE_CHECKING:
 
 LOOKED_AT = 1 << 19  # elements that are searched for small values at a time
 READ_AT_ONCE = 16 << 20  # bytes of a weight that is looked at before it is edited
+READ_AGAIN = 1 << 20  # bytes of a weight whose merged file an earlier run finished
 ALL = slice(None)
+LOOKED_AT_FIRST = 1 << 14  # elements in which the effect of an update is looked for at first; most show it there
 SETTLED_TOGETHER = 4096  # values that are recomputed at a time; each takes two rows of factors
+
+
+Effect = tuple[int, str]  # an update: the number of its adapter, and its target
 
 
 @dataclass
@@ -36,8 +41,10 @@ class Totals:
     """What was seen while the bytes went by."""
 
     weight_norm: dict[str, float] = field(default_factory=dict)  # ‖W‖ of every edited tensor
-    delta_norm: dict[str, float] = field(default_factory=dict)  # ‖ΔW‖ of every low-rank edit
+    delta_norm: dict[str, float] = field(default_factory=dict)  # ‖ΔW‖ of it; 0 where something replaces the weight
     nonfinite: dict[str, int] = field(default_factory=dict)  # NaN and inf that the base itself holds
+    measured: set[Effect] = field(default_factory=set)  # the updates that were looked at
+    effective: set[Effect] = field(default_factory=set)  # those of them that change an element by themselves
     changed: bool = False
     gpu_memory: int = 0  # bytes
 
@@ -67,8 +74,11 @@ class EditedSpan:
         self.span, self.totals, self.shelf = span, totals, shelf
         self.lock = threading.Lock()
         self.loaded: dict[str, LoadedEdits] = {}
-        self.squared = 0.0  # of the rows seen so far
+        self.squared = 0.0  # ‖W‖² of the rows seen so far
+        self.changed = 0.0  # ‖ΔW‖² of them, where it is not known beforehand
         self.rows_left = span.rows
+        self.waiting = {(edit.adapter, edit.target) for edit in span.edits}  # updates that have changed nothing so far
+        totals.measured |= self.waiting
 
     def edits_on(self, device: torch.device, dtype: torch.dtype) -> LoadedEdits:
         """The edits ready to apply on `device`."""
@@ -78,17 +88,31 @@ class EditedSpan:
                 self.loaded[key] = load_edits(self.span, self.shelf, device, dtype)
             return self.loaded[key]
 
-    def seen(self, rows: int, norm: float, change: float, nonfinite: int) -> None:
-        """Account for a block that has been written."""
+    def look_for_effects(self, loaded: LoadedEdits, block: torch.Tensor, first: int, rounded: torch.dtype) -> None:
+        """Note which updates change an element of `block`, which holds rows from `first` on as they are stored."""
+        effective = self.totals.effective
+        self.waiting = self.waiting - effective
+        for edit, update, strength in (alone for each in loaded.edits for alone in each.alone()):
+            effect, own = (edit.adapter, edit.target), LoadedEdit(edit, update, strength)
+            open_yet = effect in self.waiting and effect not in effective
+            if open_yet and has_effect(own, block, first, loaded.dtype, rounded):
+                effective.add(effect)
+
+    def seen(self, rows: int, norm: float, change: float, whole: float, nonfinite: int) -> None:
+        """Account for a block that has been written.
+
+        `norm` is ‖W‖ of it, `change` ‖ΔW‖ of it; `whole` is ‖ΔW‖ of all blocks, or infinite where nobody knows.
+        """
         name = self.span.placed.name
         with self.lock:
             self.squared += norm * norm
+            self.changed += change * change
             self.rows_left -= rows
             if nonfinite:
                 self.totals.nonfinite[name] = self.totals.nonfinite.get(name, 0) + nonfinite
             if not self.rows_left and self.span.edits:
                 self.totals.weight_norm[name] = self.squared**0.5
-                self.totals.delta_norm[name] = change
+                self.totals.delta_norm[name] = whole if math.isfinite(whole) else self.changed**0.5
 
 
 @dataclass(frozen=True)
@@ -99,6 +123,14 @@ class LoadedEdit:
     update: Update
     strength: float
     parts: tuple[tuple[LowRank, float], ...] = ()  # what a low-rank `update` was stacked of, with strengths
+    members: tuple[Edit, ...] = ()  # whose those are
+
+    def alone(self) -> Iterator[tuple[Edit, Update, float]]:
+        """Each edit with its own update and strength."""
+        if self.parts:
+            yield from ((edit, *part) for edit, part in zip(self.members, self.parts, strict=True))
+        else:
+            yield self.edit, self.update, self.strength
 
     def apply(self, block: torch.Tensor, first_row: int, base: torch.Tensor) -> None:
         """Change what this edit covers of `block`, which begins at `first_row` of the weight."""
@@ -135,10 +167,16 @@ class LoadedEdits:
     edits: tuple[LoadedEdit, ...]
     norm: float  # ‖ΔW‖ of all of them; no element changes by more; infinite where that depends on the weight
     cancelling: float  # values smaller than this may be what is left where W and ΔW cancel; 0 for none
+    dtype: torch.dtype  # that is computed in
 
     @property
     def look_at_base(self) -> bool:
         return any(edit.update.looks_at_base for edit in self.edits)
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether `norm` is no more than a bound of ‖ΔW‖ here: of several edits, or of one that goes on elsewhere."""
+        return not math.isfinite(self.norm) or len(self.edits) != 1 or self.edits[0].edit.shared
 
 
 def load_edits(span: Span, shelf: Shelf, device: torch.device, dtype: torch.dtype) -> LoadedEdits:
@@ -151,7 +189,7 @@ def load_edits(span: Span, shelf: Shelf, device: torch.device, dtype: torch.dtyp
     def close_groups() -> None:
         for group in groups.values():
             parts = tuple((update, strength) for _, update, strength in group)
-            result.append(LoadedEdit(group[0][0], stack(parts), 1.0, parts))
+            result.append(LoadedEdit(group[0][0], stack(parts), 1.0, parts, tuple(edit for edit, _, _ in group)))
         groups.clear()
 
     for edit in span.edits:
@@ -176,7 +214,45 @@ def load_edits(span: Span, shelf: Shelf, device: torch.device, dtype: torch.dtyp
     cancelling = 0.0
     if rounded.bits == 16 and 0 < norm < float("inf") and all(edit.parts for edit in result):
         cancelling = norm / span.info.elements**0.5 * 2**-16 / rounded.eps
-    return LoadedEdits(tuple(result), norm, cancelling)
+    return LoadedEdits(tuple(result), norm, cancelling, dtype)
+
+
+def has_effect(edit: LoadedEdit, block: torch.Tensor, first: int, compute: torch.dtype, rounded: torch.dtype) -> bool:
+    """Whether an edit by itself gives any element of a block another value, after rounding.
+
+    `block` holds rows from `first` on as they are stored. More of it is looked at only as long as nothing changes.
+    """
+    import torch
+
+    at, count = 0, max(1, LOOKED_AT_FIRST // block.shape[1])
+    while at < block.shape[0]:
+        before = block[at : at + count].to(compute)
+        after = before.clone()
+        edit.apply(after, first + at, before)
+        if not torch.equal(before.to(rounded).nan_to_num(), after.to(rounded).nan_to_num()):
+            return True
+        at, count = at + count, min(4 * count, max(1, LOOKED_AT // block.shape[1]))
+    return False
+
+
+def look_for_effects(work: EditedSpan, device: str) -> None:
+    """Note which updates of a span change an element of it, from the weight as it was before; nothing is written."""
+    import torch
+
+    span = work.span
+    stored, rounded = (getattr(torch, FLOAT_NAMES[info.dtype]) for info in (span.info, span.placed))
+    row_bytes = span.width * stored.itemsize
+    step = max(1, READ_AGAIN // row_bytes)
+    with torch.inference_mode(), span.source.open() as descriptor:
+        loaded = work.edits_on(torch.device(device), torch.float64 if stored == torch.float64 else torch.float32)
+        for first in range(0, span.rows, step):
+            raw = torch.empty(min(step, span.rows - first) * row_bytes, dtype=torch.uint8)
+            start = span.source.position(span.info) + first * row_bytes
+            read_exactly(descriptor, raw.numpy().data, start, span.source.path)
+            block = raw.view(stored).view(-1, span.width).to(device)
+            work.look_for_effects(loaded, block, first, rounded)
+            if not work.waiting - work.totals.effective:
+                return
 
 
 def weight_rows(span: Span, edit: Edit, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
@@ -264,15 +340,19 @@ class Worker:
             self.settle(before, after, loaded, first)
         if not work.totals.changed and loaded.edits and not same_bits(before.to(rounded), after):
             work.totals.changed = True  # never set to False: another worker may have seen a change meanwhile
+        if work.waiting:
+            work.look_for_effects(loaded, before, first, rounded)
         if not in_place:
             ready.copy_(self.merged[:written], non_blocking=True)
         if self.stream is not None:
             self.stream.synchronize()
         base_norm, nonfinite = float(norm), 0
+        measured = loaded.is_bound and not replaced
+        change = float(torch.linalg.vector_norm(block.sub_(before))) if measured else 0.0
         if not base_norm + loaded.norm <= torch.finfo(rounded).max:  # else |w + δ| ≤ ‖W‖ + ‖ΔW‖ fits
             nonfinite = check_finite(span, before, after)
         target.put(self.outgoing[: shift + written].numpy().data, position)
-        work.seen(count, base_norm, loaded.norm, nonfinite)
+        work.seen(count, base_norm, change, math.inf if measured or replaced else loaded.norm, nonfinite)
 
     def settle(self, before: torch.Tensor, after: torch.Tensor, loaded: LoadedEdits, first_row: int) -> None:
         """Recompute in float64 the few values where W and ΔW cancel.

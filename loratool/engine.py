@@ -18,7 +18,7 @@ from itertools import chain, groupby
 from mmap import mmap
 from typing import TYPE_CHECKING
 
-from loratool.computing import EditedSpan, Shelf, Totals, Worker
+from loratool.computing import EditedSpan, Shelf, Totals, Worker, look_for_effects
 from loratool.resources import (
     COPY_CHUNK,
     MOST_SHELVED,
@@ -98,6 +98,9 @@ class Engine:
         todo = [shard for shard in self.plan.shards if shard.name not in self.stage.finished]
         self.tell(self.bytes_all - sum(span.placed.nbytes for shard in todo for span in shard.spans))
         self.tasks = self.make_tasks(todo)
+        for shard in self.plan.shards:
+            if shard.name in self.stage.finished:
+                self.look_again(shard)
         try:
             for number in range(self.workers or most_workers()):
                 self.start(self.work, number)
@@ -115,6 +118,12 @@ class Engine:
 
             self.totals.gpu_memory = sum(torch.cuda.max_memory_reserved(d) for d in self.resources().devices)
         return self.totals
+
+    def look_again(self, shard: ShardPlan) -> None:
+        """Which updates have an effect in a file that an earlier run finished; most show it in their first rows."""
+        for span in shard.spans:
+            if span.edits and span.info.nbytes:
+                look_for_effects(EditedSpan(span, self.totals, self.shelf), self.runtime.result().devices[0])
 
     def resources(self) -> Resources:
         """Decided once torch is there, for only then is it known what memory is left."""

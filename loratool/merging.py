@@ -20,6 +20,7 @@ from loratool import __version__
 from loratool.cards import CARD, card, command, is_nobodys, terms_of
 from loratool.checkpoint import PROVENANCE, open_checkpoint
 from loratool.digests import recorded
+from loratool.effects import AdapterEffect, size_notes
 from loratool.engine import Engine
 from loratool.errors import FitError, LoratoolError, UsageError, printable
 from loratool.fetching import local
@@ -46,6 +47,7 @@ class MergeReport:
 
     out: Path
     edited: int  # tensors
+    adapters: tuple[AdapterEffect, ...]
     copied: int  # tensors carried over byte for byte
     converted: int  # tensors that only changed dtype
     bytes_read: int
@@ -57,7 +59,7 @@ class MergeReport:
     peak_memory: int  # resident set of the whole process
     gpu_memory: int
     resumed: tuple[str, ...]  # output files that an earlier, interrupted run had finished
-    relative_norms: dict[str, float]  # tensor → ‖ΔW‖/‖W‖, where ΔW is low-rank
+    relative_norms: dict[str, float]  # tensor → ‖ΔW‖/‖W‖, where nothing replaces W
     nonfinite: dict[str, int]  # edited tensor → NaN and inf that the base itself holds
     left_out: tuple[str, ...]  # files of the base that are no part of the output
     notes: tuple[Note, ...]
@@ -160,7 +162,7 @@ def merge(
     except LoratoolError:
         runtime.exception()  # wait for the import: a process that ends in the middle of it may crash
         raise
-    return make_report(plan, stage, resumed, totals, engine.resources(), runtime, started)
+    return make_report(plan, stage, resumed, totals, effects, engine.resources(), runtime, started)
 
 
 def plan(
@@ -283,7 +285,13 @@ def write_side_files(stage: Stage, plan: MergePlan) -> None:
             stage.write(file.name, file.content or b"")
 
 
-def provenance(plan: MergePlan, digests: Sequence[Mapping[str, str]], on_gpu: bool, words: str) -> dict[str, Any]:
+def provenance(
+    plan: MergePlan,
+    digests: Sequence[Mapping[str, str]],
+    effects: Sequence[AdapterEffect],
+    on_gpu: bool,
+    words: str,
+) -> dict[str, Any]:
     """`loratool.json`, but for "files": what made this model. The same inputs and settings give the same bytes."""
     import torch
 
@@ -306,9 +314,11 @@ def provenance(plan: MergePlan, digests: Sequence[Mapping[str, str]], on_gpu: bo
                 "format": adapter.format,
                 "weight": weight,
                 "rank": adapter.config.get("r"),
+                "modules": effect.modules,
+                "unchanged": len(effect.unchanged),
                 "sha256": files,
             }
-            for adapter, weight, files in zip(plan.adapters, plan.weights, digests, strict=True)
+            for adapter, weight, files, effect in zip(plan.adapters, plan.weights, digests, effects, strict=True)
         ],
         "dtype": plan.dtype,
         "dtypes": dict(Counter(span.placed.dtype for span in plan.spans)),
@@ -334,6 +344,7 @@ def make_report(
     stage: Stage,
     resumed: tuple[str, ...],
     totals: Totals,
+    effects: tuple[AdapterEffect, ...],
     resources: Resources,
     runtime: Future[Runtime],
     started: float,
@@ -346,6 +357,7 @@ def make_report(
     return MergeReport(
         out=stage.out,
         edited=len(plan.edited),
+        adapters=effects,
         copied=plan.copied,
         converted=sum(not span.edits and not span.untouched for span in plan.spans),
         bytes_read=plan.bytes_read,
@@ -360,6 +372,6 @@ def make_report(
         relative_norms=norms,
         nonfinite=totals.nonfinite,
         left_out=plan.left_out,
-        notes=plan.notes,
+        notes=(*plan.notes, *size_notes(plan, norms)),
         digests={s.name: str(s.digest) for _, s in sorted(stage.finished.items())},
     )

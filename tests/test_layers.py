@@ -33,7 +33,7 @@ ROWS = (
     ("planning",),
     ("writing", "estimating"),
     ("resources", "computing", "saving", "fitting"),
-    ("engine", "working", "weighing", "health"),
+    ("effects", "engine", "working", "weighing", "health"),
     ("merging", "rescaling", "resizing", "extracting", "gathering", "measuring"),
     ("comparing", "recipes", "inspecting"),
     ("combining",),

@@ -18,7 +18,7 @@ from loratool.binding.names import fill, template_of
 from loratool.binding.orientation import Orientation, module_of
 from loratool.binding.places import ALL, Bound, Landing, Place
 from loratool.binding.resolving import Renaming, Resolver
-from loratool.binding.telling import Nearest, grouped, tell
+from loratool.binding.telling import Nearest, grouped, listed, tell
 from loratool.errors import UsageError, printable
 from loratool.layouts.architectures import INPUT_EMBEDDINGS, OUTPUT_HEADS
 from loratool.notes import Note
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from loratool.checkpoint import Checkpoint
     from loratool.updates import Update
 
-__all__ = ["ALL", "Bound", "Place", "bind", "fill", "grouped", "overlap", "read_maps", "tell", "template_of"]
+__all__ = ["ALL", "Bound", "Place", "bind", "fill", "grouped", "listed", "overlap", "read_maps", "tell", "template_of"]
 
 
 def bind(adapter: Adapter, base: Checkpoint, *, maps: Sequence[str] = (), fan_in_fan_out: bool | None = None) -> Bound:

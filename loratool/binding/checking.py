@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from loratool.binding.names import Numbers, fill, template_of
 from loratool.binding.places import ALL, Place
-from loratool.binding.telling import grouped
-from loratool.errors import printable
+from loratool.binding.telling import listed
 from loratool.notes import Note
 
 if TYPE_CHECKING:
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from loratool.safefile import TensorInfo
 
 LARGEST_WIDTH = 1 << 62  # columns
-MOST_NAMED = 4  # groups of names that a note lists
 
 
 def overlap(one: Place, other: Place) -> bool:
@@ -95,9 +93,8 @@ def holes(adapter: Adapter, places: Mapping[str, Sequence[Place]], tensors: Mapp
     ]
     if not left_out:
         return []
-    lines = grouped(left_out)
-    shown = ", ".join(printable(line) for line in lines[:MOST_NAMED]) + (", …" if len(lines) > MOST_NAMED else "")
-    return [Note("targets-left-out", f"it has nothing for {shown}, though its config targets that and the base has it")]
+    text = f"it has nothing for {listed(left_out)}, though its config targets that and the base has it"
+    return [Note("targets-left-out", text)]
 
 
 def is_targeted(weight: str, config: Mapping[str, object]) -> bool:

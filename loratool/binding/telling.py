@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 MOST_COMPARED = 500  # templates that a search for the nearest one looks at
 MOST_SEARCHED = 64  # templates for which the nearest one is searched: more than a message shows
+MOST_NAMED = 4  # groups of names that a note lists
 MOST_NUMBERS = 8  # of a name that ranges are told of
 
 
@@ -41,6 +42,12 @@ def grouped(names: Iterable[str]) -> list[str]:
         template, numbers = template_of(name) if "#" not in name else (f".{name}.", ())
         templates.setdefault(template, []).append(numbers)
     return [line for template, every in templates.items() for line in ranges(template, every)]
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a note: in groups, the first few of them."""
+    lines = grouped(names)
+    return ", ".join(map(printable, lines[:MOST_NAMED])) + (", …" if len(lines) > MOST_NAMED else "")
 
 
 def ranges(template: str, every: Sequence[Numbers]) -> list[str]:

@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING, Any
 from loratool import __version__
 from loratool.cards import CARD, OUT, command, is_nobodys
 from loratool.checkpoint import INDEX_SUFFIX, PROVENANCE
+from loratool.computing import Totals
 from loratool.digests import Digest, digest_of_bytes, read_recorded, recorded
+from loratool.effects import AdapterEffect, effect_notes, effects_of
 from loratool.engine import Engine
 from loratool.errors import FitError, HubError, InputError, UsageError, VerificationError, printable
 from loratool.fetching import local
@@ -76,6 +78,7 @@ class StreamReport:
     commit: str
     private: bool
     edited: int  # tensors
+    adapters: tuple[AdapterEffect, ...]  # of the files that this run merged
     copied: int  # tensors carried over byte for byte
     files: int  # of weights
     bytes_written: int
@@ -190,7 +193,9 @@ def stream(
         if done is None:
             streaming.run()
             on_gpu = any(name.startswith("cuda") for name in runtime.result().devices)
-            table = provenance(planned, digests, on_gpu, told) | {"plan": streaming.plan_name}
+            effects = effects_of(planned, streaming.totals)
+            notes += effect_notes(effects)
+            table = provenance(planned, digests, effects, on_gpu, told) | {"plan": streaming.plan_name}
             weights_sent = {name: shard.digest for name, shard in streaming.finished.items()}
             done = streaming.end(last_files(planned, table, weights_sent, repo, card), message or "Merge with loratool")
         return streaming.report(done, private, resumed, notes, started, dry_run)
@@ -282,6 +287,7 @@ class Streaming:
     progress: Progress | None
     plan_name: str = ""
     finished: dict[str, FinishedShard] = field(default_factory=dict)
+    totals: Totals = field(default_factory=Totals)  # of the files of this run
     most: int = 0  # bytes of weight files that were on this disk at one time
     done: int = 0  # bytes of tensors
 
@@ -363,7 +369,9 @@ class Streaming:
         part = replace(self.plan, base=base, shards=(replace(shard, spans=spans),))
         before = self.done
         tell: Callable[[int, int], None] = lambda done, _all: self.progress and self.progress(before + done, self.total)  # noqa: E731
-        Engine(part, stage, self.runtime, self.workers, self.max_memory, tell).run()
+        totals = Engine(part, stage, self.runtime, self.workers, self.max_memory, tell).run()
+        self.totals.measured |= totals.measured
+        self.totals.effective |= totals.effective
         fetched_bytes = sum(path.stat().st_size for path in fetched.values())
         self.most = max(self.most, fetched_bytes + shard.layout.size)
         for path in fetched.values():
@@ -404,6 +412,7 @@ class Streaming:
             commit=done.oid,
             private=private,
             edited=len(self.plan.edited),
+            adapters=effects_of(self.plan, self.totals) if self.totals.measured else (),
             copied=self.plan.copied,
             files=len(self.plan.shards),
             bytes_written=self.plan.bytes_written,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loratool.effects import AdapterEffect
     from loratool.merging import MergeReport
     from loratool.placing import Edit, Span
     from loratool.planning import MergePlan
@@ -56,6 +57,7 @@ def merge_text(report: MergeReport) -> str:
             f"{report.edited} edited, {report.copied} copied"
             + (f", {report.converted} converted" if report.converted else ""),
         ),
+        *(("adapter", effect_line(effect)) for effect in report.adapters),
         ("written", f"{size(report.bytes_written)} in {report.seconds:.2f} s ({rate:.2f} GB/s)"),
         ("device", f"{report.device}, {report.workers} workers, torch ready after {report.startup_seconds:.2f} s"),
         ("peak memory", size(report.peak_memory) + (f", GPU {size(report.gpu_memory)}" if report.gpu_memory else "")),
@@ -72,6 +74,13 @@ def merge_text(report: MergeReport) -> str:
     rows += [("left out", name) for name in report.left_out]
     rows += [("note", note) for note in report.notes]
     return aligned(rows)
+
+
+def effect_line(effect: AdapterEffect) -> str:
+    """What an adapter did, in a line."""
+    changed = effect.modules - len(effect.unchanged)
+    some = f"{changed} of {effect.modules}" if effect.unchanged else f"{effect.modules}"
+    return f"{effect.name}: {some} modules changed, weight {effect.weight:g}"
 
 
 def plan_text(plan: MergePlan, memory: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loratool.errors import printable
-from loratool.report import MOST_LINES, aligned, size
+from loratool.report import MOST_LINES, aligned, effect_line, size
 
 if TYPE_CHECKING:
     from loratool.hub.pushing import PushReport
@@ -42,6 +42,7 @@ def stream_text(report: StreamReport) -> str:
     rows: list[tuple[str, object]] = [
         ("would be merged into" if report.dry_run else "merged into", printable(report.repo)),
         ("tensors", f"{report.edited} edited, {report.copied} copied"),
+        *(("adapter", effect_line(effect)) for effect in report.adapters),
         ("weights", f"{size(report.bytes_written)} in {report.files} files, {report.seconds:.2f} s"),
         ("on this disk", f"at most {size(report.most_on_disk)} of weights at a time"),
         ("device", report.device),
