@@ -226,9 +226,14 @@ def pieces(file: SafeFile, info: TensorInfo) -> Iterator[tuple[NDArray[Any], int
 def adds_zero(update: Update) -> bool:
     """Whether it adds a stored tensor all of whose values are zero; they are read for it."""
     value: object = update.value if isinstance(update, Add) else None
-    if not isinstance(value, StoredTensor) or value.info.dtype not in EXPONENT:
+    return isinstance(value, StoredTensor) and is_zero(value)
+
+
+def is_zero(tensor: StoredTensor) -> bool:
+    """Whether all values of a tensor of floats are zero; they are read for it."""
+    if tensor.info.dtype not in EXPONENT:
         return False
-    return not (value.bits()[0] << 1).any()  # shifted, so that −0 is zero too
+    return not (tensor.bits()[0] << 1).any()  # shifted, so that −0 is zero too
 
 
 def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:

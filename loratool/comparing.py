@@ -154,6 +154,10 @@ def compare(
         notes.append(
             Note("base-mismatch", f"the adapters name different bases: {', '.join(sorted(map(printable, bases)))}")
         )
+    norms = {name: math.sqrt(max(0.0, float(together[i, i]))) for i, name in enumerate(names)}
+    for name in (name for name, norm in norms.items() if not norm):
+        text = "every update is zero (an untrained adapter has B = 0, another may have an α of 0)"
+        notes.append(Note("adapter-without-effect", text).under(name))
     if dora := [source.name for source in sources if source.dora]:
         notes.append(
             Note(
@@ -163,7 +167,7 @@ def compare(
         )
     return CompareReport(
         adapters=tuple(names),
-        norms={name: math.sqrt(max(0.0, float(together[i, i]))) for i, name in enumerate(names)},
+        norms=norms,
         totals=totals,
         modules=dict(sorted(modules.items())),
         alone={
@@ -171,7 +175,7 @@ def compare(
             for i, name in enumerate(names)
             if (targets := tuple(t for t, found in layers.items() if [s.adapter for s in found] == [i]))
         },
-        notes=tuple(notes),
+        notes=(*notes, *(note.under(source.name) for source in sources for note in source.adapter.notes)),
         **at_work.told(started),
     )
 

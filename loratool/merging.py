@@ -20,7 +20,7 @@ from loratool import __version__
 from loratool.cards import CARD, card, command, is_nobodys, terms_of
 from loratool.checkpoint import PROVENANCE, open_checkpoint
 from loratool.digests import recorded
-from loratool.effects import AdapterEffect, size_notes
+from loratool.effects import AdapterEffect, effect_notes, effects_of, size_notes
 from loratool.engine import Engine
 from loratool.errors import FitError, LoratoolError, UsageError, printable
 from loratool.fetching import local
@@ -155,7 +155,9 @@ def merge(
             write_side_files(stage, plan)
             inputs = {"base": plan.base.root, "adapters": [adapter.folder for adapter in plan.adapters]}
             words = command(merge, {**asked, **inputs})
-            table = provenance(plan, digests, engine.resources().on_gpu, words)
+            effects = effects_of(plan, totals)
+            plan = dataclasses.replace(plan, notes=(*plan.notes, *effect_notes(effects)))
+            table = provenance(plan, digests, effects, engine.resources().on_gpu, words)
             if all(file.name != CARD or is_nobodys(file.source) for file in plan.side_files):
                 stage.write(CARD, merged_card(plan, table))
             stage.write(PROVENANCE, as_text({**table, "files": recorded(stage.files)}))

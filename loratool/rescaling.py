@@ -6,10 +6,11 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratool.adapter import is_zero, stored_tensors
 from loratool.cards import command
 from loratool.contents import Contents, Layer, contents_of
 from loratool.errors import FitError, InputError, UsageError, printable
@@ -24,7 +25,7 @@ from loratool.notes import Note, as_records
 from loratool.reading import readings
 from loratool.saving import Form, Rounded, adapter_output, carried_over, copied_output, files_beside, kept_dtype
 from loratool.staging import check_target
-from loratool.updates import ExpertFactors
+from loratool.updates import ExpertFactors, LowRank
 from loratool.working import PathLike, Progress, Session, session
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class RescaledLayer:
 
     before: float
     after: float
-    factor: float  # by which its update is multiplied
+    factor: float | None  # by which its update is multiplied; None where that was zero because of its α
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ def rescale(
     contents = contents_of(read_adapter(Path(adapter), way), "rescale")
     if not contents.layers:
         raise InputError(f"{printable(contents.adapter.file.path)}: no update is in it that has a strength")
+    contents, asleep = awakened(contents, alpha) if alpha is not None else (contents, frozenset[str]())
     with session("cpu", [contents]) as at_work:
         norm: float | None = None
         if frobenius is not None or spectral is not None:
@@ -140,8 +142,9 @@ def rescale(
         if huge := [t for t, m in modules.items() if not bake and not abs(m.after) <= LARGEST_SCALE]:
             raise UsageError("float32 has no scale as large as is asked for:", map(printable, huge))
         if frobenius is not None:
-            norm = math.sqrt(math.fsum((sizes[t] * m.factor) ** 2 for t, m in modules.items()))
-        notes = tuple(remarks(contents, modules, bake))
+            norm = math.sqrt(math.fsum((sizes[t] * m.after / m.before) ** 2 for t, m in modules.items() if m.before))
+        told = {t: RescaledLayer(0.0, m.after, None) if t in asleep else m for t, m in modules.items()}
+        notes = tuple(remarks(contents, told, bake))
         provenance = {
             "made_by": "loratool rescale",
             "command": words,
@@ -159,7 +162,7 @@ def rescale(
         out=target,
         written=not dry_run,
         baked=bake,
-        modules=dict(sorted(modules.items())),
+        modules=dict(sorted(told.items())),
         norm=norm,
         notes=notes,
         **at_work.told(started),
@@ -254,16 +257,51 @@ def factors_to(
         return {target: wanted / size for target, size in sizes.items()}
     whole = math.sqrt(math.fsum(s**2 for s in sizes.values())) if frobenius is not None else max(sizes.values())
     if not whole:
-        raise FitError("no factor gives it a norm: every update is zero (an untrained adapter has B = 0)")
+        raise FitError(
+            "no factor gives it a norm: every update is zero (an untrained adapter has B = 0); where α is 0 and B is not, "
+            "--alpha gives it a strength"
+        )
     return dict.fromkeys(contents.layers, wanted / whole)
 
 
 def to_alpha(contents: Contents, target: str, alpha: float) -> float:
     """The factor that brings a layer to an α."""
-    before = alpha_of(contents, target)
-    if before == 0:
-        raise InputError(f"{printable(target)}: its α is 0, which no factor changes; train or merge it otherwise")
-    return alpha / before
+    return alpha / alpha_of(contents, target)
+
+
+def awakened(contents: Contents, alpha: float) -> tuple[Contents, frozenset[str]]:
+    """The contents with `alpha` for the layers whose α is 0, which no factor changes, and those layers.
+
+    Raises `FitError` where all factors of these are zero too, so that no α gives the adapter any strength.
+    """
+    asleep = {t: layer for t, layer in contents.layers.items() if layer.scale == 0}
+    if not asleep:
+        return contents, frozenset()
+    if len(asleep) == len(contents.layers) and not any(map(is_trained, asleep.values())):
+        raise FitError(
+            f"{printable(contents.adapter.file.path)}: its α is 0, and all of B is 0 too: no α gives it any strength"
+        )
+    layers = {t: replace(layer, update=with_alpha(contents, layer, alpha)) for t, layer in asleep.items()}
+    return replace(contents, layers={**contents.layers, **layers}), frozenset(asleep)
+
+
+def is_trained(layer: Layer) -> bool:
+    """Whether neither of its factors is all zero; their values are read for it."""
+    return all(any(not is_zero(tensor) for tensor in stored_tensors(factor)) for factor in layer.factors)
+
+
+def with_alpha(contents: Contents, layer: Layer, alpha: float) -> LowRank | ExpertFactors:
+    """The update of a layer at an α."""
+    if isinstance(layer.update, ExpertFactors):
+        return replace(layer.update, alpha=alpha)
+    rank = math.sqrt(layer.rank) if contents.config.get("use_rslora") else layer.rank
+    return replace(layer.update, scale=alpha * times(contents, layer.target) / rank)
+
+
+def times(contents: Contents, target: str) -> float:
+    """How often PEFT applies a layer's update."""
+    names = Names({t: x.kind for t, x in contents.layers.items()})
+    return 2.0 if doubles(contents.config) and names.inside_attention(target) else 1.0
 
 
 def alpha_of(contents: Contents, target: str) -> float:
@@ -271,11 +309,11 @@ def alpha_of(contents: Contents, target: str) -> float:
     layer = contents.layers[target]
     if isinstance(layer.update, ExpertFactors):
         return layer.update.alpha
-    if contents.config.get("peft_type") == "ADALORA":
-        return float(contents.config.get("lora_alpha", 8))
-    names = Names({t: x.kind for t, x in contents.layers.items()})
-    twice = 2.0 if doubles(contents.config) and names.inside_attention(target) else 1.0
-    return layer.scale / twice * (math.sqrt(layer.rank) if contents.config.get("use_rslora") else layer.rank)
+    if contents.config.get("peft_type") == "ADALORA":  # which takes init_r for an α that is not positive
+        alpha = float(contents.config.get("lora_alpha", 8))
+        return alpha if alpha > 0 else float(contents.config.get("init_r", 12))
+    rank = math.sqrt(layer.rank) if contents.config.get("use_rslora") else layer.rank
+    return layer.scale / times(contents, target) * rank
 
 
 def write_alphas(
@@ -289,7 +327,7 @@ def write_alphas(
 ) -> None:
     """The same tensors under another α; `reset` gives up the patterns that there were."""
     kind = contents.config.get("peft_type", "LORA")
-    factors = {m.factor for m in modules.values()}
+    factors = {m.factor for m in modules.values() if m.factor is not None}
     uneven = max(factors) - min(factors) > 1e-12 * abs(max(factors, key=abs))
     if kind != "LORA" and (kind != "ADALORA" or uneven):
         raise InputError(
@@ -306,7 +344,7 @@ def write_alphas(
             module = module_of(target, contents.layers[target].kind)
             if names.inside_attention(target):
                 module = module.removesuffix(".out_proj")  # whose α PEFT takes
-            wanted = alpha_of(contents, target) * layer.factor
+            wanted = alpha_of(contents, target) * (layer.factor or 1.0)
             if not math.isclose(alphas.setdefault(module, tidy(wanted)), wanted, rel_tol=1e-8):
                 torn.append(printable(target))
         if torn:
@@ -345,13 +383,13 @@ def write_baked(
     """The strength in the factors: B takes it, A stays as it is."""
     kinds = {t: layer.kind for t, layer in contents.layers.items()}
     forms = {t: Form.of(layer, layer.rank) for t, layer in contents.layers.items()}
-    carried = carried_over(contents, Names(kinds), {t: m.factor for t, m in modules.items()})
+    carried = carried_over(contents, Names(kinds), {t: m.factor or 1.0 for t, m in modules.items()})
     dtype = kept_dtype([contents], asked)
     with adapter_output(out, forms, carried, dtype, contents.config, overwrite=overwrite, dry_run=dry_run) as output:
 
         def work(target: str) -> Rounded:
             found = contents.load(target, at_work.device, at_work.dtype)
-            rounded = output.rounded(target, found.scaled(modules[target].factor))
+            rounded = output.rounded(target, found.scaled(modules[target].factor or 1.0))
             if bool(found.up.any()) and not bool(rounded.factors.up.any()):
                 raise FitError(f"{printable(target)}: all of B would be zero in {str(dtype).removeprefix('torch.')}")
             return rounded
@@ -387,6 +425,10 @@ def remarks(contents: Contents, modules: Mapping[str, RescaledLayer], baked: boo
             "no-strength",
             f"{whole} tensors that are saved whole, or as rows of tokens, have no strength: they stay as they are",
         )
-    if any(m.factor < 0 for m in modules.values()):
+    if asleep := sum(m.factor is None for m in modules.values()):
+        yield Note("alpha-was-zero", f"{asleep} layers had an α of 0, so that they changed nothing")
+    if still := sum(m.after == 0 for m in modules.values()):
+        yield Note("alpha-is-zero", f"{still} layers have an α of 0, which no factor changes; --alpha sets it")
+    if any(m.factor is not None and m.factor < 0 for m in modules.values()):
         yield Note("negative-factor", "a negative factor turns updates round: the adapter takes out what it put in")
     yield from contents.remarks if baked else contents.adapter.notes

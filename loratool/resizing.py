@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.adapter import StoredTensor
+from loratool.binding import listed
 from loratool.cards import command
 from loratool.contents import Contents, Kind, Layer, contents_of
 from loratool.errors import FitError, InputError, printable
@@ -42,7 +43,10 @@ from loratool.working import Batch, PathLike, Progress, Session, batches, sessio
 if TYPE_CHECKING:
     from torch import Tensor
 
-ZERO = "nothing to resize: every update is zero (an untrained adapter has B = 0)"
+ZERO = (
+    "nothing to resize: every update is zero (an untrained adapter has B = 0); where α is 0 and B is not, "
+    "loratool rescale --alpha gives it a strength"
+)
 
 
 @dataclass(frozen=True)
@@ -407,8 +411,7 @@ def remarks(contents: Contents, modules: Mapping[str, ResizedLayer], dropped: Se
             )
         )
     if zero := [t for t, m in modules.items() if not m.norm]:
-        more = f" and {len(zero) - 1} more" if len(zero) > 1 else ""
-        yield Note("zero-update", f"{printable(zero[0])}{more}: the update is zero")
+        yield Note("modules-without-effect", f"{len(zero)} of {len(modules)} updates are zero: {listed(zero)}")
     if len({m.rank for m in modules.values()}) > 1:
         most = max(m.rank for m in modules.values())
         yield (

@@ -411,7 +411,7 @@ def test_an_untrained_adapter_is_refused(tmp_path: Path) -> None:
 def test_a_layer_that_is_zero_beside_others_is_told_and_kept(tmp_path: Path) -> None:
     adapter = spoiled(write(tmp_path / "adapter"), lambda ts: {n: t * ("v.lora_B" not in n) for n, t in ts.items()})
     report = loratool.resize(adapter, tmp_path / "out", energy=0.9)
-    assert any("model.v.weight: the update is zero" in note for note in map(str, report.notes))
+    assert any("updates are zero: model.v.weight" in note for note in map(str, report.notes))
     assert report.modules["model.v.weight"].rank == 1
     assert all(bool(t.isfinite().all()) for t in load_file(tmp_path / "out" / "adapter_model.safetensors").values())
 

@@ -218,10 +218,7 @@ class Orientation:
 
     def notes(self) -> list[Note]:
         """What was guessed, and what the adapter's config says that is not so."""
-        notes = [
-            Note(code, f"{count} square weights {sentence}")
-            for (code, sentence), count in self.remarks.items()
-        ]
+        notes = [Note(code, f"{count} square weights {sentence}") for (code, sentence), count in self.remarks.items()]
         flag, decided = self.adapter.config.get("fan_in_fan_out"), self.decided
         said = ""
         if flag is False and decided[True]:

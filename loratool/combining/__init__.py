@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratool.binding import listed
 from loratool.cards import command
 from loratool.combining.results import CombinedLayer, CombinedTotals, CombineReport, Part
 from loratool.comparing import meetings
@@ -336,7 +337,9 @@ class Combiner:
     def check(self) -> None:
         """What can be said only when all layers have been seen."""
         if not bool(self.together.diagonal().any()):
-            raise FitError("nothing to combine: every update is zero (an untrained adapter has B = 0)")
+            raise FitError("nothing to combine: every update is zero (an untrained adapter has B = 0, another α = 0)")
+        if not any(share.weight for shares in self.layers.values() for share in shares):
+            raise FitError("nothing to combine: every adapter has the weight 0")
         if self.recipe.method == "model_stock":
             cosine = mean_cosine(self.together)
             if cosine < LEAST_ALIKE:
@@ -440,10 +443,19 @@ def remarks(
     for at, source in enumerate(sources):
         if not any(share.adapter == at for shares in layers.values() for share in shares):
             yield Note("no-low-rank-update", f"{source.name} has no low-rank update")
-        elif not any(m.parts[source.name].norm for m in modules.values() if source.name in m.parts):
+            continue
+        parts = {t: m.parts[source.name] for t, m in modules.items() if source.name in m.parts}
+        still = [target for target, part in parts.items() if not part.norm * part.weight]
+        if still and len(still) == len(parts):
             yield Note(
-                "zero-update",
-                f"{source.name}: every update is zero (an untrained adapter has B = 0), so it adds nothing",
+                "adapter-without-effect",
+                f"{source.name}: every update is zero (an untrained adapter has B = 0) or has the weight 0, so it adds "
+                "nothing",
+            )
+        elif still:
+            yield Note(
+                "modules-without-effect",
+                f"{source.name}: {len(still)} of {len(parts)} updates are zero: {listed(still)}",
             )
     if nothing := [t for t, m in modules.items() if not m.norm]:
         yield Note(

@@ -90,7 +90,7 @@ def look_at_values(adapter: Adapter, path: Path) -> Iterator[Finding]:
             "problem",
             "zero-scaling",
             f"α is 0, so the update is zero whatever its factors are, in {some(idle)}; llama.cpp takes it for a scale of 1",
-            f"set α in {CONFIG} to what the adapter was trained with",
+            f"set α in {CONFIG} to what the adapter was trained with, as loratool rescale --alpha does",
             tuple(map(printable, idle)),
         )
     yield from look_at_ranges(adapter, scans, path)

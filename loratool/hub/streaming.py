@@ -195,7 +195,8 @@ def stream(
             on_gpu = any(name.startswith("cuda") for name in runtime.result().devices)
             effects = effects_of(planned, streaming.totals)
             notes += effect_notes(effects)
-            table = provenance(planned, digests, effects, on_gpu, told) | {"plan": streaming.plan_name}
+            whole = replace(planned, notes=tuple(notes))
+            table = provenance(whole, digests, effects, on_gpu, told) | {"plan": streaming.plan_name}
             weights_sent = {name: shard.digest for name, shard in streaming.finished.items()}
             done = streaming.end(last_files(planned, table, weights_sent, repo, card), message or "Merge with loratool")
         return streaming.report(done, private, resumed, notes, started, dry_run)

@@ -130,11 +130,14 @@ def met(report: CombineReport, pair: str) -> str:
 
 def rescale_text(report: RescaleReport) -> str:
     """What `rescale` did."""
-    alike = Counter((f"{m.before:.6g}", f"{m.after:.6g}", f"{m.factor:.6g}") for m in report.modules.values())
+    alike = Counter(
+        (f"{m.before:.6g}", f"{m.after:.6g}", "" if m.factor is None else f" (× {m.factor:.6g})")
+        for m in report.modules.values()
+    )
     rows: list[tuple[str, object]] = [
         ("rescaled into" if report.written else "would write", printable(report.out)),
         *(
-            ("scale", f"{before} → {after} (× {factor}) in {count} layers" + (", baked in" if report.baked else ""))
+            ("scale", f"{before} → {after}{factor} in {count} layers" + (", baked in" if report.baked else ""))
             for (before, after, factor), count in alike.most_common(MOST_LAYERS)
         ),
         *([("more", f"{len(alike) - MOST_LAYERS} other scales")] if len(alike) > MOST_LAYERS else []),
