@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
     from loratool.adapter import Adapter
 
-WAY_OUT = "convert it to LoRA with PEFT's convert_to_lora first"
+WAY_OUT = (
+    "make LoRA of it: loratool merge BASE ADAPTER -o MERGED, then loratool extract BASE MERGED -o LORA, with --rank for "
+    "one of your choice"
+)
 
 
 class Kind(Enum):
@@ -247,6 +250,6 @@ def why_not(update: Update, verb: str) -> str:
     if isinstance(inner, Residual):
         return (
             "training began by taking a part out of the base (PiSSA, OLoRA or KaSA), so it is no low-rank change of the "
-            "base; save it in PEFT with path_initial_model_for_weight_conversion"
+            f"base; {WAY_OUT}"
         )
     return f"its update ({type(inner).__name__}) is no product of two factors, which is what can be {verb}d; {WAY_OUT}"

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,7 +24,7 @@ from loratool.notes import Note
 from loratool.placing import Edit, ShardPlan, Source, Span, check_names, place_all, plan_index
 from loratool.safefile import FLOAT_NAMES
 from loratool.tying import Saved, Ties, find_ties, is_generative, on_disk, settle
-from loratool.updates import Replace, ReplaceRows
+from loratool.updates import Replace, ReplaceRows, images_in, with_weight
 from loratool.vocabulary import Trained, as_trained, is_of_tokens, saved_whole, unequal_vocabularies, usual_dtype
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class Draft:
         self.notes += [note.under(adapter.name) for note in bound.notes]
         self.problems += [f"{adapter.name}: {line}" for line in tell({**bound.problems, **trained.refused})]
         for target, places in bound.places.items():
-            for place in places:
+            for place in map(self.beside_weight, places):
                 if why := self.why_not(place, trained, weight):
                     self.problems.append(f"{adapter.name}: {printable(target)}: {why}")
                 elif weight:
@@ -221,6 +221,15 @@ class Draft:
                     f"{adapter.name}: saved modules replace the base's whole, whatever the weight ({weight:g})",
                 )
             )
+
+    def beside_weight(self, place: Place) -> Place:
+        """The place with its update complete, where the change of a bias depends on the weight of the same layer."""
+        images, name = images_in(place.update), place.tensor.removesuffix("bias") + "weight"
+        info = self.base.tensors.get(name)
+        if not images or info is None or info.shape[1:] != images[0].vector.shape or info.dtype not in FLOAT_NAMES:
+            return place
+        weight: Any = on_disk(self.base, name)
+        return replace(place, update=with_weight(place.update, weight, place.first_row - place.update_row))
 
     def why_not(self, place: Place, trained: Trained, weight: float) -> str:
         """Empty where an update may go to its place; else the reason it may not."""
@@ -234,6 +243,8 @@ class Draft:
                 f"{tensor} is stored as {info.dtype}; only {', '.join(FLOAT_NAMES)} weights can be edited, so give the "
                 "model before its quantisation as BASE"
             )
+        if images_in(place.update):
+            return f"depends on the weight of the same layer, and nothing that it fits is beside {tensor}"
         if weight < 0 and (place.update.replaces or place.tensor in trained.saved):
             return f"replaces the weight outright, which a weight of {weight:g} cannot take back"
         return ""

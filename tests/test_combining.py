@@ -889,7 +889,7 @@ def test_an_adapter_that_is_not_low_rank_is_refused_by_name(bench: Bench) -> Non
     sides = {"hada_w1_a": (20, 2), "hada_w1_b": (2, 20), "hada_w2_a": (20, 2), "hada_w2_b": (2, 20)}
     tensors = {f"{module}.{side}": draw(at, *size) for at, (side, size) in enumerate(sides.items())}
     loha = write(bench.root / "in" / "loha", tensors, r=2, alpha=4, target_modules=["q_proj"], peft_type="LOHA")
-    bench.refuses(told=["loha", "cannot combine", "convert_to_lora"], code=3, adapters=[bench.one, loha])
+    bench.refuses(told=["loha", "cannot combine", "loratool extract BASE MERGED"], code=3, adapters=[bench.one, loha])
 
 
 def test_nothing_is_given(bench: Bench) -> None:

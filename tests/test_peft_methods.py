@@ -54,6 +54,18 @@ CASES: dict[str, Case] = {
     "C3A by pattern": case(
         peft.C3AConfig, WEIGHTS, target_modules=LINEAR, block_size=4, block_size_pattern={"square": 8}
     ),
+    "DEFT": case(peft.DeftConfig, f"{WEIGHTS} c_attn.weight", target_modules=[*LINEAR, "c_attn"], r=3),
+    "DEFT with QR and alpha": case(
+        peft.DeftConfig,
+        f"{WEIGHTS} c_attn.weight",
+        target_modules=[*LINEAR, "c_attn"],
+        r=3,
+        decomposition_method="qr",
+        alpha=7,
+    ),
+    "DEFT without R": case(
+        peft.DeftConfig, f"{WEIGHTS} c_attn.weight", target_modules=[*LINEAR, "c_attn"], r=3, para=True
+    ),
     "DELORA": case(peft.DeloraConfig, WEIGHTS, target_modules=LINEAR, r=3, rank_pattern={"square": 5}),
     "FOURIERFT": case(
         peft.FourierFTConfig,
@@ -63,6 +75,24 @@ CASES: dict[str, Case] = {
         n_frequency_pattern={"square": 11},
         random_loc_seed=5,
         scaling=17.0,
+    ),
+    "FROD": case(peft.FrodConfig, f"{WEIGHTS} c_attn.weight", target_modules=[*LINEAR, "c_attn"], sparse_rate=0.3),
+    "GLORA": case(
+        peft.GloraConfig, f"{WEIGHTS} linear.bias head.weight head.bias", target_modules=[*LINEAR, "head"], r=3
+    ),
+    "GLORA with vectors": case(
+        peft.GloraConfig,
+        f"{WEIGHTS} linear.bias",
+        target_modules=LINEAR,
+        config_A_B="vector",
+        config_C="vector",
+        config_D_E="vector",
+    ),
+    "GLORA with numbers": case(
+        peft.GloraConfig, WEIGHTS, target_modules=LINEAR, config_A_B="constant", config_C="none", config_D_E="none"
+    ),
+    "GLORA on biases alone": case(
+        peft.GloraConfig, "linear.bias head.bias", target_modules=["linear", "head"], config_A_B="none"
     ),
     "GRALORA": case(
         peft.GraloraConfig,
@@ -169,10 +199,62 @@ CASES: dict[str, Case] = {
         peft.OFTConfig, WEIGHTS, target_modules=LINEAR, oft_block_size=4, block_share=True, use_cayley_neumann=False
     ),
     "OFT, constrained": case(peft.OFTConfig, WEIGHTS, target_modules=LINEAR, r=2, oft_block_size=0, coft=True, eps=0.3),
+    "OSF": case(peft.OSFConfig, WEIGHTS, target_modules=LINEAR, effective_rank=3, rank_pattern={"square": 0.2}),
+    "PEANUT": case(peft.PeanutConfig, WEIGHTS, target_modules=LINEAR, r=3, depth=1),
+    "PEANUT without layers": case(peft.PeanutConfig, WEIGHTS, target_modules=LINEAR, r=3, depth=0, act_fn="gelu"),
+    "PEANUT with three layers": case(
+        peft.PeanutConfig, WEIGHTS, target_modules=LINEAR, r=3, depth=3, act_fn="silu", scaling=2.5
+    ),
     "PVERA": case(peft.PveraConfig, f"{WEIGHTS} c_attn.weight", target_modules=[*LINEAR, "c_attn"], r=4),
+    "RANDLORA": case(
+        peft.RandLoraConfig, f"{WEIGHTS} c_attn.weight", target_modules=[*LINEAR, "c_attn"], r=4, randlora_alpha=9
+    ),
+    "RANDLORA, sparse": case(
+        peft.RandLoraConfig,
+        "linear.weight head.weight",
+        target_modules=["linear", "head"],
+        r=3,
+        randlora_alpha=9,
+        sparse=True,
+    ),
+    "ROAD": case(peft.RoadConfig, f"{WEIGHTS} linear.bias", target_modules=LINEAR, group_size=8),
+    "ROAD of variant 2": case(
+        peft.RoadConfig, f"{WEIGHTS} linear.bias", target_modules=LINEAR, group_size=4, variant="road_2"
+    ),
+    "ROAD of variant 4": case(
+        peft.RoadConfig, f"{WEIGHTS} linear.bias", target_modules=LINEAR, group_size=8, variant="road_4"
+    ),
     "SHIRA": case(peft.ShiraConfig, WEIGHTS, target_modules=LINEAR, r=2),
+    "SUPERTUNING": case(peft.SupertuningConfig, WEIGHTS, target_modules=LINEAR, sparsity=0.9),
+    "SUPERTUNING with LoRA": case(peft.SupertuningConfig, WEIGHTS, target_modules=LINEAR, sparsity=0.9, r=3),
+    "TINYLORA": case(
+        peft.TinyLoraConfig,
+        f"embed.weight {WEIGHTS} c_attn.weight",
+        target_modules=["embed", *LINEAR, "c_attn"],
+        r=9,
+        u=5,
+        projection_seed=3,
+    ),
+    "TINYLORA, two layers a vector": case(
+        peft.TinyLoraConfig,
+        f"embed.weight {WEIGHTS} c_attn.weight",
+        target_modules=["embed", *LINEAR, "c_attn"],
+        u=5,
+        weight_tying=0.5,
+    ),
+    "TINYLORA, one vector for all": case(
+        peft.TinyLoraConfig, f"{WEIGHTS} c_attn.weight", target_modules=[*LINEAR, "c_attn"], u=5, weight_tying=1.0
+    ),
     "TRAINABLE_TOKENS": case(
         peft.TrainableTokensConfig, "embed.weight", target_modules=["embed"], token_indices=[9, 2, 11]
+    ),
+    "UNILORA": case(
+        peft.UniLoraConfig,
+        f"{WEIGHTS} c_attn.weight",
+        target_modules=[*LINEAR, "c_attn"],
+        r=3,
+        theta_d_length=50,
+        save_indices=True,
     ),
     "VBLORA": case(
         peft.VBLoRAConfig,
@@ -184,6 +266,21 @@ CASES: dict[str, Case] = {
         topk=3,
     ),
     "VERA": case(peft.VeraConfig, f"{WEIGHTS} c_attn.weight", target_modules=[*LINEAR, "c_attn"], r=4),
+    **{
+        f"WAVEFT with {family}": case(
+            peft.WaveFTConfig,
+            f"{WEIGHTS} c_attn.weight",
+            target_modules=[*LINEAR, "c_attn"],
+            n_frequency=30,
+            n_frequency_pattern={"square": 11},
+            wavelet_family=family,
+            random_loc_seed=5,
+        )
+        for family in ("db1", "db2", "db5", "db10")
+    },
+    "WAVEFT without a transform": case(
+        peft.WaveFTConfig, WEIGHTS, target_modules=LINEAR, n_frequency=30, use_idwt=False, scaling=3.0
+    ),
 }
 
 

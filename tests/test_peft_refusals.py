@@ -13,7 +13,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, TinyLoraConfig
 from peft_zoo import make_zoo, train
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -227,6 +227,50 @@ MALFORMED: dict[str, tuple[Tensors, dict[str, Any], str]] = {
     "IA3": ({"ia3_l": ONES(16, 1)}, {"feedforward_modules": ["linear"]}, "feedforward_modules"),
     "VERA": ({"vera_lambda_b": ONES(16), "vera_lambda_d": ONES(4)}, {"r": 4}, "save_projection was false"),
     "PVERA": ({"pvera_lambda_b": ONES(16), "pvera_lambda_d": ONES(8)}, {"r": 4}, "save_projection was false"),
+    "RANDLORA": (
+        {"randlora_lambda": ONES(4, 2), "randlora_gamma": ONES(2, 8)},
+        {},
+        "config.save_projection being True",
+    ),
+    "RANDLORA, other bases": (
+        {
+            "randlora_lambda": ONES(4, 2),
+            "randlora_gamma": ONES(2, 8),
+            "randlora_A": ONES(4, 1, 7),
+            "randlora_B": ONES(16, 2, 4),
+        },
+        {},
+        "do not go with its diagonals",
+    ),
+    "TINYLORA": (
+        {"tinylora_A": ONES(2, 8), "tinylora_B": ONES(16, 2), "tinylora_v.0": ONES(3)},
+        {},
+        "config.save_projection being True",
+    ),
+    "UNILORA": ({"unilora_indices_A": torch.ones(2, 8, dtype=torch.int64)}, {}, "unilora_theta_d is missing"),
+    "WAVEFT": ({"waveft_spectrum": ONES(5)}, {"wavelet_family": "sym4"}, "other than db1 to db10"),
+    "SUPERTUNING": ({"supertuning_values": ONES(5)}, {}, "config.save_precomputed_indices being True"),
+    "DEFT": ({"deft_P": ONES(16, 2), "deft_R": ONES(3, 8)}, {}, "of different ranks"),
+    "DEFT, of next year": ({"deft_P": ONES(16, 2)}, {"decomposition_method": "svd"}, "'svd', which loratool does not"),
+    "PEANUT": ({"peanut_A": ONES(2, 16), "peanut_B": ONES(16, 2)}, {"depth": 1}, "has 0 encoders"),
+    "PEANUT, of next year": (
+        {"peanut_A": ONES(2, 16), "peanut_B": ONES(16, 2)},
+        {"act_fn": "snake"},
+        "act_fn 'snake'; known are relu",
+    ),
+    "ROAD": ({"road_theta": ONES(8), "road_alpha": ONES(8)}, {"group_size": 12}, "no whole number of groups of 12"),
+    "ROAD, of next year": (
+        {"road_theta": ONES(8), "road_alpha": ONES(8)},
+        {"variant": "road_8"},
+        "'road_8', which loratool does not know",
+    ),
+    "GLORA": ({"glora_A.Xd": ONES(16, 2), "glora_A.Xu": ONES(3, 8)}, {}, "of different ranks"),
+    "OSF": (
+        {"osf_svd_params.U_low": ONES(16, 2), "osf_svd_params.S_low": ONES(3), "osf_svd_params.V_low": ONES(2, 8)},
+        {},
+        "make no product",
+    ),
+    "FROD": ({"frod_lambda_l": ONES(8), "frod_lambda_s_values": ONES(2)}, {}, "decomposition of all layers"),
     "OFT": ({"oft_R.weight": ONES(2, 5)}, {}, "5 is the size of no upper triangle"),
     "OFT, of long ago": ({"oft_r": ONES(2, 4, 4), "oft_s": ONES(16, 1)}, {}, "an older PEFT"),
     "BOFT": ({"boft_R": ONES(2, 2, 4, 4), "boft_s": ONES(16, 1)}, {}, "several butterfly factors"),
@@ -278,6 +322,16 @@ def test_places_outside_of_the_weight_end_the_merge(
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "SHIRA"}')
     message = refusal(plain[0], tmp_path / "adapter", tmp_path / "out", capsys, code=4)
     assert "trained on another weight" in message
+
+
+def test_a_seed_that_gives_none_of_the_stored_projections_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TinyLoRA's vectors go by the order of layers, which only their projections tell: those of another seed do not."""
+    pair = train(tmp_path, make_zoo(), TinyLoraConfig(target_modules=["linear", "square"]))
+    adapter = changed(pair.adapter, tmp_path / "other", projection_seed=9)
+    told = refusal(pair.base, adapter, tmp_path / "out", capsys, code=4)
+    assert ": its tinylora_P is not one that projection_seed" in told
 
 
 def test_values_that_are_not_finite_are_found_in_the_tensors_of_any_type(

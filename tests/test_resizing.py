@@ -386,9 +386,9 @@ def refused(adapter: Path, out: Path, kind: type[Exception], **options: Any) -> 
 
 def test_adapters_that_are_not_low_rank_are_refused_with_a_way_out(tmp_path: Path) -> None:
     pissa = set_config(write(tmp_path / "pissa"), init_lora_weights="pissa")
-    assert "path_initial_model_for_weight_conversion" in refused(pissa, tmp_path / "out", InputError)
+    assert "loratool extract BASE MERGED -o LORA" in refused(pissa, tmp_path / "out", InputError)
     pair = train(tmp_path / "loha", make_zoo(), LoHaConfig(r=2, target_modules=["linear"]))
-    assert "convert_to_lora" in refused(pair.adapter, tmp_path / "out", InputError)
+    assert "loratool extract BASE MERGED -o LORA" in refused(pair.adapter, tmp_path / "out", InputError)
 
 
 def test_values_that_are_no_numbers_are_named_all_of_them(tmp_path: Path) -> None:
@@ -1051,9 +1051,11 @@ def test_words_that_cannot_be_meant_are_refused(bench: Workbench, options: list[
 
 def test_kinds_that_are_not_low_rank_are_refused_on_the_command_line(bench: Workbench) -> None:
     set_config(bench.adapter, init_lora_weights="pissa")
-    bench.refuses("resize", bench.adapter, "-o", bench.out, *RANK, told=["path_initial_model_for_weight_conversion"])
+    bench.refuses("resize", bench.adapter, "-o", bench.out, *RANK, told=["loratool extract BASE MERGED"])
     train(bench.inputs / "loha", make_zoo(), LoHaConfig(r=2, target_modules=["linear"]))
-    bench.refuses("resize", bench.inputs / "loha" / "adapter", "-o", bench.out, *RANK, told=["convert_to_lora"])
+    bench.refuses(
+        "resize", bench.inputs / "loha" / "adapter", "-o", bench.out, *RANK, told=["loratool extract BASE MERGED"]
+    )
 
 
 def test_an_output_inside_an_input_is_refused(bench: Workbench) -> None:

@@ -6,29 +6,40 @@ still on disk, so that it can be planned with before anything is read.
 
 from loratool.updates.additive import Add, LowRank, stack
 from loratool.updates.base import ANY, Update
+from loratool.updates.compound import Both, Fill, Image, images_in, with_weight
 from loratool.updates.dora import Magnitude
 from loratool.updates.experts import ExpertFactors, ExpertLowRank
 from loratool.updates.multiplying import BlockAffine, Chain, Modulated, Reflections, Rotation, Scale
-from loratool.updates.products import Circulant, Grid, Hadamard, Kronecker, Pooled, Shared, Tiled
+from loratool.updates.products import Bases, Circulant, Grid, Hadamard, Kronecker, Pooled, Shared, Tiled
 from loratool.updates.replacing import Replace, ReplaceRows
 from loratool.updates.residual import Residual
+from loratool.updates.rewriting import Injection, Network, Pairs, Recomposed
 from loratool.updates.sparse import Scatter, Spectrum
+from loratool.updates.wavelets import Wavelet
 
 __all__ = [
     "ANY",
     "Add",
+    "Bases",
     "BlockAffine",
+    "Both",
     "Chain",
     "Circulant",
     "ExpertFactors",
     "ExpertLowRank",
+    "Fill",
     "Grid",
     "Hadamard",
+    "Image",
+    "Injection",
     "Kronecker",
     "LowRank",
     "Magnitude",
     "Modulated",
+    "Network",
+    "Pairs",
     "Pooled",
+    "Recomposed",
     "Reflections",
     "Replace",
     "ReplaceRows",
@@ -40,5 +51,8 @@ __all__ = [
     "Spectrum",
     "Tiled",
     "Update",
+    "Wavelet",
+    "images_in",
     "stack",
+    "with_weight",
 ]

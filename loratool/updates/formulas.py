@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from loratool.errors import FitError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -229,3 +231,148 @@ def orthogonal_units(vectors: Tensor) -> Tensor:
         found.append(units(rest[:, None])[:, 0])
     result: Tensor = torch.stack(found, dim=1)
     return result
+
+
+def same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def positive(tensor: Tensor) -> Tensor:
+    return tensor.clamp(min=0)
+
+
+def times(factor: float) -> Formula:
+    """The product with a number."""
+
+    def formula(tensor: Tensor) -> Tensor:
+        return tensor * factor
+
+    return formula
+
+
+def orthogonal(directions: Tensor) -> Tensor:
+    """Orthonormal columns that span those of a matrix: Q of its QR decomposition, worked out in float32 as PEFT does."""
+    import torch
+
+    found: Tensor = torch.linalg.qr(directions.float())[0]
+    return found.to(directions.dtype)
+
+
+def flat_product(one: Tensor, other: Tensor) -> Tensor:
+    """(n, r) @ (r, 1) as (n,)."""
+    return (one @ other).reshape(-1)
+
+
+def stacked(*layers: Tensor) -> Tensor:
+    import torch
+
+    return torch.stack(layers)
+
+
+def first_bases(count: int) -> Formula:
+    """RandLoRA's B, (longest side, bases, r), as a matrix of its first bases."""
+
+    def formula(shared: Tensor) -> Tensor:
+        return shared[:, :count].flatten(1)
+
+    return formula
+
+
+def scaled_bases(shared: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """RandLoRA's A, (r, 1, longest of shorter sides), as (r · bases, side): base j with diagonals left[:, j], right[j]."""
+    return (left[:, :, None] * shared[:, :, : right.shape[1]] * right[None]).flatten(0, 1)
+
+
+def mixed_projections(layer: str, seed: int, layers: int, each: int) -> Formula:
+    """The product (Σ vᵢ Pᵢ) @ A of TinyLoRA, v being the vector of the layer's group of `each`.
+
+    Which of `layers` the layer is, its P tells: that of layer n is what torch draws from `seed` + n.
+    """
+
+    def formula(projections: Tensor, down: Tensor, *vectors: Tensor) -> Tensor:
+        import torch
+
+        number = 0
+        if len(vectors) > 1:
+            found = (n for n in range(layers) if is_projection(projections, seed + n))
+            number = next(found, -1)
+        if number < 0:
+            raise FitError(
+                f"{layer}: its tinylora_P is not one that projection_seed in the adapter's config gives a layer, so "
+                "nothing tells which of the vectors tinylora_v is its own"
+            )
+        vector = vectors[min(number // each, len(vectors) - 1)]
+        mixed: Tensor = torch.einsum("i,ijk->jk", vector, projections) @ down
+        return mixed
+
+    return formula
+
+
+def is_projection(stored: Tensor, seed: int) -> bool:
+    """Whether P is what TinyLoRA draws from a seed, as far as the dtype in which it was saved tells."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    fresh = torch.normal(0.0, stored.shape[-1] ** -0.5, tuple(stored.shape), generator=generator)
+    return bool((fresh - stored.float().cpu()).abs().max() <= 2**-7 * fresh.abs().max())
+
+
+def picked(vector: Tensor, index: Tensor, scale: Tensor) -> Tensor:
+    """The elements of a vector at `index`, each times its scale: a factor of Uni-LoRA."""
+    return vector[index.long()] * scale
+
+
+ROAD_ROWS = {"road_1": 2.0, "road_2": 1.0, "road_4": 0.5}  # rows of the weight for an angle, by variant
+
+
+def turns(variant: str, size: int, function: str) -> Formula:
+    """RoAd's factor of each row, length · cos(angle), or with `function` "sin" that of its partner.
+
+    In variant 1 the two halves of a group of `size` rows have their angles in common, in variant 2 each row has its
+    own, and in variant 4 cosines and sines are of different ones.
+    """
+
+    def formula(angles: Tensor, lengths: Tensor) -> Tensor:
+        import torch
+
+        parts = []
+        for each in (angles, lengths):
+            if variant == "road_1":
+                parts.append(each.reshape(-1, size // 2).repeat_interleave(2, dim=0).flatten())
+            elif variant == "road_2":
+                parts.append(each)
+            else:
+                parts.append(each.reshape(-1, 2, size)[:, 0 if function == "cos" else 1].flatten())
+        angle, length = parts
+        return length * (torch.cos(angle) if function == "cos" else torch.sin(angle))
+
+    return formula
+
+
+def activation(name: str, **settings: object) -> Formula:
+    """A function of torch.nn.functional."""
+
+    def formula(tensor: Tensor) -> Tensor:
+        import torch
+
+        result: Tensor = getattr(torch.nn.functional, name)(tensor, **settings)
+        return result
+
+    return formula
+
+
+# As transformers names them.
+ACTIVATIONS: dict[str, Formula] = {
+    "relu": activation("relu"),
+    "relu6": activation("relu6"),
+    "leaky_relu": activation("leaky_relu"),
+    "gelu": activation("gelu"),
+    "gelu_new": activation("gelu", approximate="tanh"),
+    "gelu_pytorch_tanh": activation("gelu", approximate="tanh"),
+    "silu": activation("silu"),
+    "swish": activation("silu"),
+    "mish": activation("mish"),
+    "sigmoid": activation("sigmoid"),
+    "tanh": activation("tanh"),
+    "linear": same,
+}

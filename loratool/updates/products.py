@@ -286,3 +286,54 @@ class Shared(Update):
         out, inputs = weight.T.shape if self.in_out else weight.shape
         product = self.up[:out] @ self.down[:, :inputs]
         return (product.T if self.in_out else product).to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class Bases(Update):
+    """ΔW = scale · large @ small, or (large @ small)ᵀ where the weight has more columns than rows: RandLoRA.
+
+    Albert et al. 2025, arXiv:2502.00987. `large` also serves layers whose longer side is longer than this one's.
+    """
+
+    large: Tensor  # (longest side, rank)
+    small: Tensor  # (rank, shorter side)
+    scale: float
+    size: tuple[int, ...] = (ANY, ANY)  # of the weight, once fitted
+    in_out: bool = False  # how the weight is stored, which counts where it is square
+    turnable: bool = True
+
+    needs_weight = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.size
+
+    @property
+    def rank(self) -> int:
+        return self.small.shape[0]
+
+    @property
+    def turned(self) -> Bases:
+        return replace(self, in_out=not self.in_out, size=self.size[::-1])
+
+    def fit(self, shape: tuple[int, ...]) -> Update | None:
+        fits = (
+            len(shape) == 2
+            and super().fit(shape) is not None
+            and min(shape) == self.small.shape[1]
+            and max(shape) <= self.large.shape[0]
+            and (shape[0] == shape[1] or not self.in_out)
+        )
+        return replace(self, size=shape) if fits else None
+
+    def plain(self) -> LowRank:
+        rows, columns = self.size
+        update = LowRank(self.large[: max(rows, columns)], self.small, self.scale)
+        return update.turned if rows < columns or self.in_out else update
+
+    def prepared(self, weight: WeightRows) -> Update:  # noqa: ARG002
+        """As a plain low-rank update, which adds up with others."""
+        return self.plain()
+
+    def delta(self, weight: Tensor) -> Tensor:
+        return self.plain().delta(weight)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Scatter(Update):
     """ΔW[index] = values, added up where an index is there twice: SHiRA (Bhardwaj et al. 2024, arXiv:2406.13175)."""
 
-    index: Tensor  # (2, n): rows and columns
+    index: Tensor  # (2, n): rows and columns; or (n,): numbers of elements, counted along rows
     values: Tensor  # (n,)
     size: tuple[int, ...] = (ANY, ANY)  # of the weight, once fitted
 
@@ -33,25 +33,35 @@ class Scatter(Update):
         return True
 
     def prepared(self, weight: WeightRows) -> Update:  # noqa: ARG002
-        """The same, with every index checked to be inside of the weight."""
-        rows, columns = self.index.long()
+        """The same by rows and columns, with every index checked to be inside of the weight."""
+        rows, columns = self.places()
         for at, size in ((rows, self.size[0]), (columns, self.size[1])):
             if at.numel() and not 0 <= int(at.min()) <= int(at.max()) < size:
                 raise FitError(
                     f"the adapter changes single elements from {int(at.min())} to {int(at.max())} of a dimension that "
                     f"has {size}: it was trained on another weight than this one of {list(self.size)}"
                 )
-        return self
+        import torch
+
+        return replace(self, index=torch.stack([rows, columns]))
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns."""
+        index = self.index.long()
+        if len(index.shape) == 2:
+            return index[0], index[1]
+        return index.div(self.size[1], rounding_mode="floor"), index % self.size[1]
 
     def delta(self, weight: Tensor) -> Tensor:
         result = weight * 0
-        rows, columns = self.index.long()
+        rows, columns = self.places()
         return result.index_put((rows, columns), self.values.to(weight.dtype), accumulate=True)
 
     def add_rows(self, rows: Tensor, first_row: int, strength: float, base: Tensor) -> None:  # noqa: ARG002
-        at = self.index[0].long() - first_row
+        own, columns = self.places()
+        at = own - first_row
         here = (at >= 0) & (at < rows.shape[0])
-        places = (at[here], self.index[1].long()[here])
+        places = (at[here], columns[here])
         rows.index_put_(places, (self.values[here] * strength).to(rows.dtype), accumulate=True)
 
 
@@ -92,12 +102,8 @@ class Spectrum(Update):
         return True
 
     def prepared(self, weight: WeightRows) -> Update:  # noqa: ARG002
-        import torch
-
         out_in = self.size[::-1] if self.in_out else self.size
-        generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.randperm(math.prod(out_in), generator=generator)[: self.spectrum.shape[0]]
-        places = torch.stack([drawn // out_in[1], drawn % out_in[1]])
+        places = drawn(out_in, self.spectrum.shape[0], self.seed)
         return replace(self, places=(places.flip(0) if self.in_out else places).to(self.spectrum.device))
 
     def delta(self, weight: Tensor) -> Tensor:
@@ -120,3 +126,12 @@ class Spectrum(Update):
         half = torch.zeros(rows.shape, dtype=terms.dtype, device=rows.device)
         half.index_add_(1, self.places[1], terms)
         rows.add_(torch.fft.ifft(half, dim=1).real, alpha=self.scale * strength / self.size[0])
+
+
+def drawn(shape: tuple[int, ...], count: int, seed: int) -> Tensor:
+    """(2, count): rows and columns of the first elements of a permutation of all, which torch draws from `seed`."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    elements = torch.randperm(math.prod(shape), generator=generator)[:count]
+    return torch.stack([elements // shape[1], elements % shape[1]])

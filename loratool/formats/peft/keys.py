@@ -1,7 +1,8 @@
 """What the name of a tensor says: `base_model.model.` + module + slot, and the many ways to spell it.
 
 A slot is what PEFT calls a tensor of a method, such as `lora_A`. The adapter's name stands behind it in a raw state
-dict (`lora_A.default.weight`), and a wrapper of torch or of a training framework may stand anywhere.
+dict (`lora_A.default.weight`), and a wrapper of torch or of a training framework may stand anywhere. A slot that is
+given as `glora_A.*` has members, each a tensor of its own: `glora_A.Xd`.
 """
 
 from __future__ import annotations
@@ -51,6 +52,15 @@ FAMILIES = {
     "waveft_": "WAVEFT",
     "psoft_": "PSOFT",
     "tinylora_": "TINYLORA",
+    "unilora_": "UNILORA",
+    "glora_": "GLORA",
+    "deft_": "DEFT",
+    "supertuning_": "SUPERTUNING",
+    "peanut_": "PEANUT",
+    "frod_": "FROD",
+    "osf_": "OSF",
+    "adamss_": "ADAMSS",
+    "lily_": "LILY",
 }
 
 
@@ -66,6 +76,8 @@ def split(name: str, slots: Collection[str]) -> Key | None:
     """The key that `name` spells; None where something unknown follows the slot."""
     path = path_of(name)
     for at in range(len(path) - 1, -1, -1):
+        if f"{path[at]}.*" in slots:
+            return member(path, at)
         if path[at] in slots:
             rest = path[at + 1 :]
             bias = bool(rest) and rest[-1] == "bias"
@@ -75,6 +87,16 @@ def split(name: str, slots: Collection[str]) -> Key | None:
                 return None
             return Key(".".join(path[:at]), f"{path[at]}.bias" if bias else path[at])
     return Key(".".join(path))
+
+
+def member(path: list[str], at: int) -> Key | None:
+    """The key of a member of the slot at `at` of a path."""
+    rest = path[at + 1 :]
+    if len(rest) > 1 and rest[-1] == "weight":
+        rest = rest[:-1]
+    if len(rest) not in (1, 2):  # the member, behind the adapter's name or not
+        return None
+    return Key(".".join(path[:at]), f"{path[at]}.{rest[-1]}")
 
 
 def path_of(name: str) -> list[str]:

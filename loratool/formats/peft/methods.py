@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from loratool.errors import printable
+from loratool.formats.peft import dependent, seeded
 from loratool.formats.peft.draft import Draft, Module, UnsupportedError, UnusableError, derived
 from loratool.formats.peft.files import CONFIG
+from loratool.formats.peft.method import MERGE_IN_PEFT, Method, Updates, always, low_rank, save_again, scaled
 from loratool.formats.peft.patterns import match_patterns
-from loratool.formats.peft.scaling import Scaling
 from loratool.updates import (
     Add,
     BlockAffine,
+    Both,
     Chain,
     Circulant,
     Grid,
@@ -39,43 +40,10 @@ from loratool.updates import (
 )
 
 if TYPE_CHECKING:
+    from loratool.formats.peft.scaling import Scaling
     from loratool.updates import Update
 
-Updates = Mapping[str, "Update"]
 SMALL = 1e-5  # that AdaLoRA adds to its rank
-
-
-Reader = Callable[[Module], Updates]
-
-
-@dataclass(frozen=True)
-class Method:
-    """A type of adapter: the slots that it saves, and what reads those of a module, made for an adapter."""
-
-    slots: tuple[str, ...]
-    reader: Callable[[Draft], Reader]
-    ignored: tuple[str, ...] = ()
-
-
-def always(read: Reader, *slots: str, ignored: tuple[str, ...] = ()) -> Method:
-    """A method whose reader is the same for every adapter."""
-    return Method(slots, lambda _: read, ignored)
-
-
-def scaled(read: Callable[[Module, Scaling], Updates], *slots: str) -> Method:
-    """A method with α and patterns."""
-
-    def reader(draft: Draft) -> Reader:
-        scaling = Scaling(draft, [module.name for module in draft.modules.values()], alpha="alpha")
-        return lambda module: read(module, scaling)
-
-    return Method(slots, reader)
-
-
-def low_rank(module: Module, up: Any, down: Any, scale: float, turnable: bool = True) -> LowRank:
-    """The update scale · up @ down of two stored matrices that agree."""
-    module.require(up.shape[1] == down.shape[0], f"a factor has {up.shape[1]} columns, the other {down.shape[0]} rows")
-    return LowRank(up, down, scale, turnable)
 
 
 def adalora(module: Module) -> Updates:
@@ -184,7 +152,7 @@ def vera(module: Module, prefix: str, halved: bool = False) -> Updates:
     if shared is None or f"{prefix}A" not in shared or f"{prefix}B" not in shared:
         raise UnsupportedError(
             f"{prefix}A and {prefix}B are not in the file (save_projection was false), and they cannot be drawn again "
-            "without every layer's shape; load the adapter in PEFT, set save_projection and save it again"
+            f"without every layer's shape; {MERGE_IN_PEFT}"
         )
     left, right = module.tensor(f"{prefix}lambda_b", (1,)), module.tensor(f"{prefix}lambda_d", (1,))
     a, b = shared.tensor(f"{prefix}A"), shared.tensor(f"{prefix}B")
@@ -273,6 +241,25 @@ def shira(module: Module) -> Updates:
     fits = index.shape == (2, values.shape[0])
     module.require(fits, f"shira_indices is {list(index.shape)} for {values.shape[0]} values")
     return {"weight": Scatter(index, values)}
+
+
+def supertuning(module: Module) -> Updates:
+    """Single elements by their numbers, and a low-rank update besides where the config has a rank."""
+    if "supertuning_indices" not in module:
+        raise UnsupportedError(
+            "Super-Tuning without its supertuning_indices (save_precomputed_indices was false): the order of equal "
+            f"weights decides which they are; {save_again('save_precomputed_indices')}"
+        )
+    values, index = module.tensor("supertuning_values", (1,)), module.indices("supertuning_indices", (1,))
+    module.require(
+        index.shape == values.shape, f"supertuning_indices is {list(index.shape)} for {values.shape[0]} values"
+    )
+    sparse = Scatter(index, values)
+    if "supertuning_lora_A" not in module and "supertuning_lora_B" not in module:
+        return {"weight": sparse}
+    down, up = module.tensor("supertuning_lora_A"), module.tensor("supertuning_lora_B")
+    scale = module.draft.number("lora_alpha", 2 * down.shape[0]) / down.shape[0]
+    return {"weight": Both(sparse, low_rank(module, up, down, scale, turnable=False))}
 
 
 def c3a(module: Module) -> Updates:
@@ -372,6 +359,9 @@ METHODS: Mapping[str, Method] = {
         partial(vera, prefix="pvera_", halved=True), "pvera_lambda_b", "pvera_lambda_d", "pvera_A", "pvera_B"
     ),
     "SHIRA": always(shira, "shira_weight", "shira_indices"),
+    "SUPERTUNING": always(
+        supertuning, "supertuning_values", "supertuning_indices", "supertuning_lora_A", "supertuning_lora_B"
+    ),
     "TRAINABLE_TOKENS": always(no_layers),
     "VBLORA": always(
         vblora,
@@ -384,4 +374,6 @@ METHODS: Mapping[str, Method] = {
         "vblora_vector_bank",
     ),
     "VERA": always(partial(vera, prefix="vera_"), "vera_lambda_b", "vera_lambda_d", "vera_A", "vera_B"),
+    **dependent.METHODS,
+    **seeded.METHODS,
 }

@@ -29,15 +29,31 @@ REGISTERED = (
 )
 
 
-def named(draft: Draft, module: str) -> set[str]:
-    """The parameters of a module that the config targets by name."""
+def named(draft: Draft, module: str) -> dict[str, bool]:
+    """The parameters of a module that the config may target: name → whether its entry names the module too.
+
+    An entry is the tail of a parameter's path. One without a module, such as `down_proj`, names that parameter of
+    every module that has one, and a file does not tell which modules do.
+    """
     targets = draft.config.get("target_parameters") or []
-    found: set[str] = set()
+    found: dict[str, bool] = {}
     for target in targets if isinstance(targets, list) else []:
         tail, _, parameter = str(target).rpartition(".")
         if not tail or module == tail or module.endswith(f".{tail}"):
-            found.add(parameter)
+            found[parameter] = found.get(parameter, False) or bool(tail)
     return found
+
+
+def chosen(draft: Draft, module: str, count: int) -> set[str]:
+    """The `count` parameters of a module that have factors; all that it may have where nothing tells which they are.
+
+    PEFT's "all-linear" on a mixture of experts writes `gate.weight`, `gate_up_proj` and `down_proj`. The last two are
+    no parameters of the router `gate`: those of one module are in one row of `REGISTERED`.
+    """
+    names = named(draft, module)
+    explicit = {name for name, whole in names.items() if whole}
+    rows = [names.keys() & set(row) for row in REGISTERED if explicit and explicit <= set(row)]
+    return next((some for some in (set(names), *rows, explicit) if len(some) == count), set(names))
 
 
 def layers(draft: Draft) -> set[str]:
@@ -74,7 +90,7 @@ def levels(draft: Draft) -> dict[str, dict[int, Module]]:
 
 def parameters_of(draft: Draft, module: str, wrapped: Mapping[int, Module]) -> dict[str, Module]:
     """Parameter → its factors, outermost last."""
-    names = named(draft, module)
+    names = chosen(draft, module, len(wrapped))
     order = next((row for row in REGISTERED if names <= set(row)), None)
     if len(wrapped) != len(names) or sorted(wrapped) != list(range(len(wrapped))):
         raise UnusableError(
@@ -92,7 +108,7 @@ def parameters_of(draft: Draft, module: str, wrapped: Mapping[int, Module]) -> d
 
 def paths(draft: Draft, wrapped: Mapping[str, Mapping[int, Module]]) -> list[str]:
     """The paths that patterns are matched with: those of the parameters."""
-    return [f"{module}.{name}" for module in wrapped for name in named(draft, module)]
+    return [f"{module}.{name}" for module, by_depth in wrapped.items() for name in chosen(draft, module, len(by_depth))]
 
 
 def read_parameters(draft: Draft, wrapped: Mapping[str, Mapping[int, Module]], scaling: Scaling) -> None:

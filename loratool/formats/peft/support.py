@@ -28,14 +28,10 @@ NOT_TRIED = "test_peft_refusals.py::test_the_table_names_every_type_and_every_op
 
 PROMPT = "it adds virtual tokens or cached states, not weights, so there is nothing to merge; keep it beside the model"
 ROUTED = "what it adds depends on the input, so no one weight holds it; keep it beside the model"
-BY_PEFT = "its formula is not one that loratool has verified; merge it with PEFT's merge_and_unload"
-FROM_BASE = (
-    "it is defined in a decomposition of the base weight that is not stored; merge it with PEFT's merge_and_unload"
-)
-CONVERT = "convert it to LoRA with PEFT's convert_to_lora, or merge it with merge_and_unload"
+THERE = "merge it with PEFT's merge_and_unload where it was trained"
 MOVED_BASE = (
     "training began from a changed base that the adapter does not hold; save it in PEFT with "
-    "path_initial_model_for_weight_conversion, which makes plain LoRA of it"
+    "path_initial_model_for_weight_conversion, the adapter as it was before training, which makes plain LoRA of it"
 )
 
 TYPES: dict[str, Row] = {
@@ -62,7 +58,11 @@ TYPES: dict[str, Row] = {
     "TRAINABLE_TOKENS": Row("Trainable tokens", "rows of the embedding replaced", test=METHOD),
     "VBLORA": Row("VB-LoRA", "W + BA, both mixed from a bank of vectors by their largest logits", test=METHOD),
     "VERA": Row("VeRA", "W + diag(λ_b)·B·diag(λ_d)·A; refused without the saved projection", test=METHOD),
-    "ADAMSS": Row("AdaMSS", refused=BY_PEFT, test=REFUSAL),
+    "ADAMSS": Row(
+        "AdaMSS",
+        refused=f"which rows it changes comes of a clustering by scikit-learn that is not stored; {THERE}",
+        test=REFUSAL,
+    ),
     "ADAPTION_PROMPT": Row("Adaption prompt", refused=PROMPT, test=REFUSAL),
     "BONE": Row(
         "Bone",
@@ -71,25 +71,48 @@ TYPES: dict[str, Row] = {
     ),
     "CARTRIDGE": Row("Cartridge", refused=PROMPT, test=REFUSAL),
     "CPT": Row("CPT", refused=PROMPT, test=REFUSAL),
-    "DEFT": Row("DEFT", refused=BY_PEFT, test=REFUSAL),
-    "FROD": Row("FRoD", refused=FROM_BASE, test=REFUSAL),
-    "GLORA": Row("GLoRA", refused=BY_PEFT, test=REFUSAL),
+    "DEFT": Row(
+        "DEFT",
+        "(I − PQᵀ) · W + α/r · PR, Q = relu(P), or both the Q of P's QR; without R where `para` is set",
+        test=METHOD,
+    ),
+    "FROD": Row(
+        "FRoD", "U(S + diag λ)Vᵀ, U being the directions of W · V⁻ᵀ; refused without the saved projection", test=METHOD
+    ),
+    "GLORA": Row("GLoRA", "W + W ⊙ A + B, bias + bias ⊙ D + E + WC", test=METHOD),
     "LILY": Row("Lily", refused=ROUTED, test=REFUSAL),
     "MULTITASK_PROMPT_TUNING": Row("Multitask prompt tuning", refused=PROMPT, test=REFUSAL),
-    "OSF": Row("OSF", refused=FROM_BASE, test=REFUSAL),
-    "PEANUT": Row("PEANuT", refused=BY_PEFT, test=REFUSAL),
+    "OSF": Row("OSF", "W without its smaller singular values + the trained ones with their vectors", test=METHOD),
+    "PEANUT": Row(
+        "PEANuT",
+        "W + scaling · B · f(A · W), f a small network; activations that loratool does not know are refused",
+        test=METHOD,
+    ),
     "POLY": Row("Poly", refused=ROUTED, test=REFUSAL),
     "PREFIX_TUNING": Row("Prefix tuning", refused=PROMPT, test=REFUSAL),
     "PROMPT_TUNING": Row("Prompt tuning", refused=PROMPT, test=REFUSAL),
-    "PSOFT": Row("PSOFT", refused=f"its factors are not stored; {CONVERT}", test=REFUSAL),
+    "PSOFT": Row(
+        "PSOFT",
+        refused="it turns singular vectors of the base whose signs are not stored, and which another library or device "
+        f"may choose otherwise; {THERE}",
+        test=REFUSAL,
+    ),
     "P_TUNING": Row("P-tuning", refused=PROMPT, test=REFUSAL),
-    "RANDLORA": Row("RandLoRA", refused=f"its bases are as large as the weights; {CONVERT}", test=REFUSAL),
-    "ROAD": Row("RoAd", refused="it mixes outputs; merge it with PEFT's merge_and_unload", test=REFUSAL),
+    "RANDLORA": Row(
+        "RandLoRA", "W + α/r · Σ B_j·diag(λ_j)·A·diag(γ_j); refused without the saved projection", test=METHOD
+    ),
+    "ROAD": Row("RoAd", "R · W and R · bias, R turning and scaling pairs of outputs", test=METHOD),
     "SHADOW": Row("Shadow", refused=ROUTED, test=REFUSAL),
-    "SUPERTUNING": Row("Supertuning", refused=BY_PEFT, test=REFUSAL),
-    "TINYLORA": Row("TinyLoRA", refused=f"its projections are drawn from seeds; {CONVERT}", test=REFUSAL),
-    "UNILORA": Row("UniLoRA", refused=f"its projections are drawn from seeds; {CONVERT}", test=REFUSAL),
-    "WAVEFT": Row("WaveFT", refused=f"its formula is not one that loratool has verified; {CONVERT}", test=REFUSAL),
+    "SUPERTUNING": Row(
+        "Super-Tuning", "W + values at stored places + α/r · BA; refused without the places", test=METHOD
+    ),
+    "TINYLORA": Row("TinyLoRA", "W + B(Σ v_i P_i)A; refused without the saved projection", test=METHOD),
+    "UNILORA": Row("Uni-LoRA", "W + BA, both picked from one vector; refused without the saved indices", test=METHOD),
+    "WAVEFT": Row(
+        "WaveFT",
+        "W + scaling · inverse wavelet transform of a sparse spectrum, db1 to db10; others are refused",
+        test=METHOD,
+    ),
     "XLORA": Row(
         "X-LoRA",
         refused="a classifier mixes its adapters for each token; merge one of those that its config lists instead",

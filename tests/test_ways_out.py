@@ -1,0 +1,167 @@
+"""What a refusal advises works: each way out is followed to its end, with PEFT where it names PEFT."""
+
+from __future__ import annotations
+
+import copy
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from oracle import read_tensors
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft_zoo import Pair, make_zoo, save_base, shake, train
+
+import loratool
+from loratool.cli import run
+from loratool.formats.peft import methods
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+ONE = ["linear"]
+# A config of each type on one layer whose update no command that reworks factors can take as it is.
+REWORKED: dict[str, Callable[[], Any]] = {
+    "ADALORA": lambda: peft.AdaLoraConfig(target_modules=ONE, init_r=4, target_r=2, total_step=10),
+    "BOFT": lambda: peft.BOFTConfig(target_modules=ONE, boft_block_size=4),
+    "C3A": lambda: peft.C3AConfig(target_modules=ONE, block_size=4),
+    "DEFT": lambda: peft.DeftConfig(target_modules=ONE, r=3),
+    "DELORA": lambda: peft.DeloraConfig(target_modules=ONE, r=3),
+    "FOURIERFT": lambda: peft.FourierFTConfig(target_modules=ONE, n_frequency=30),
+    "FROD": lambda: peft.FrodConfig(target_modules=ONE, progressbar=False),
+    "GLORA": lambda: peft.GloraConfig(target_modules=ONE, r=3),
+    "GRALORA": lambda: peft.GraloraConfig(target_modules=ONE, r=4, gralora_k=2),
+    "HIRA": lambda: peft.HiraConfig(target_modules=ONE, r=3),
+    "HRA": lambda: peft.HRAConfig(target_modules=ONE, r=4),
+    "IA3": lambda: peft.IA3Config(target_modules=ONE, feedforward_modules=[]),
+    "LOHA": lambda: peft.LoHaConfig(target_modules=ONE, r=3),
+    "LOKR": lambda: peft.LoKrConfig(target_modules=ONE, r=2),
+    "MISS": lambda: peft.MissConfig(target_modules=ONE, r=3),
+    "OFT": lambda: peft.OFTConfig(target_modules=ONE, oft_block_size=2),
+    "OSF": lambda: peft.OSFConfig(target_modules=ONE, effective_rank=3),
+    "PEANUT": lambda: peft.PeanutConfig(target_modules=ONE, r=3, depth=1),
+    "PVERA": lambda: peft.PveraConfig(target_modules=ONE, r=4),
+    "RANDLORA": lambda: peft.RandLoraConfig(target_modules=ONE, r=4, randlora_alpha=9),
+    "ROAD": lambda: peft.RoadConfig(target_modules=ONE, group_size=8),
+    "SHIRA": lambda: peft.ShiraConfig(target_modules=ONE, r=2),
+    "SUPERTUNING": lambda: peft.SupertuningConfig(target_modules=ONE, sparsity=0.9, r=3),
+    "TINYLORA": lambda: peft.TinyLoraConfig(target_modules=ONE),
+    "UNILORA": lambda: peft.UniLoraConfig(target_modules=ONE, r=3, save_indices=True),
+    "VBLORA": lambda: peft.VBLoRAConfig(target_modules=ONE, r=3, num_vectors=7, vector_length=4, topk=3),
+    "VERA": lambda: peft.VeraConfig(target_modules=ONE, r=4),
+    "WAVEFT": lambda: peft.WaveFTConfig(target_modules=ONE, n_frequency=30),
+    "PiSSA": lambda: LoraConfig(target_modules=ONE, init_lora_weights="pissa"),
+    "OLoRA": lambda: LoraConfig(target_modules=ONE, init_lora_weights="olora"),
+    "KaSA": lambda: LoraConfig(target_modules=ONE, r=3, kasa_config=peft.KasaConfig()),
+}
+WITHOUT_FACTORS = {"BEFT", "LN_TUNING", "TRAINABLE_TOKENS"}  # biases, norms and rows, which are carried over
+
+
+def test_every_type_that_is_merged_is_here() -> None:
+    """Types whose updates are replacements or biases alone need no way out: they have no factors to rework."""
+    types = {name for name in REWORKED if name.isupper()}
+    assert types == set(methods.METHODS) - WITHOUT_FACTORS
+
+
+@pytest.mark.parametrize("name", REWORKED)
+def test_an_update_that_cannot_be_reworked_is_once_it_was_merged_and_extracted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """`resize` either takes an adapter, or says which two commands make LoRA of it.
+
+    With the names put in these run as they stand, and what they make is resized, and merges to what PEFT merges.
+    """
+    pair = train(tmp_path, make_zoo(), REWORKED[name]())
+    if run(["resize", str(pair.adapter), "-o", str(tmp_path / "resized"), "--rank", "2"]) == 0:
+        return  # it has factors after all
+    message = capsys.readouterr().err
+    assert "loratool merge" in message, message
+    names = {"BASE": pair.base, "ADAPTER": pair.adapter, "MERGED": tmp_path / "m", "LORA": tmp_path / "lora"}
+    for command in ("loratool merge BASE ADAPTER -o MERGED", "loratool extract BASE MERGED -o LORA"):
+        assert command in message
+        words = [str(names.get(word, word)) for word in shlex.split(command)[1:]]
+        assert run([*words, *(["--rank", "8"] if words[0] == "extract" else [])]) == 0
+    assert run(["resize", str(names["LORA"]), "-o", str(tmp_path / "small"), "--rank", "2"]) == 0
+    loratool.merge(pair.base, [names["LORA"]], tmp_path / "again")
+    assert_close(read_tensors(tmp_path / "again"), pair)
+
+
+def assert_close(found: dict[str, torch.Tensor], pair: Pair) -> None:
+    for name, wanted in pair.merged.items():
+        assert float((found[name] - wanted).abs().max()) <= 1e-4, name
+
+
+# type → (a config that leaves out what the merge needs, the field that the message says to set)
+LEFT_OUT: dict[str, tuple[Callable[[], Any], str]] = {
+    "RANDLORA": (lambda: peft.RandLoraConfig(target_modules=ONE, r=4, save_projection=False), "save_projection"),
+    "TINYLORA": (lambda: peft.TinyLoraConfig(target_modules=ONE, save_projection=False), "save_projection"),
+    "UNILORA": (lambda: peft.UniLoraConfig(target_modules=ONE, r=3, save_indices=False), "save_indices"),
+    "SUPERTUNING": (
+        lambda: peft.SupertuningConfig(target_modules=ONE, sparsity=0.9, save_precomputed_indices=False),
+        "save_precomputed_indices",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_what_an_adapter_left_out_is_saved_by_the_config_that_the_message_asks_for(tmp_path: Path, name: str) -> None:
+    make, field = LEFT_OUT[name]
+    pair = train(tmp_path, make_zoo(), make())
+    with pytest.raises(loratool.InputError, match=rf"config\.{field} being True"):
+        pair.merge(tmp_path / "refused")
+    config = PeftConfig.from_pretrained(pair.adapter)
+    setattr(config, field, True)
+    PeftModel.from_pretrained(make_zoo(), pair.adapter, config=config).save_pretrained(tmp_path / "saved")
+    loratool.merge(pair.base, [tmp_path / "saved"], tmp_path / "out")
+    assert_close(read_tensors(tmp_path / "out"), pair)
+
+
+# What only PEFT can merge, and says so.
+BY_PEFT: dict[str, Callable[[], Any]] = {
+    "PSOFT": lambda: peft.PsoftConfig(target_modules=ONE, r=3),
+    "ADAMSS": lambda: peft.AdamssConfig(target_modules=ONE, r=3),
+    "VERA": lambda: peft.VeraConfig(target_modules=ONE, r=4, save_projection=False),
+    "PVERA": lambda: peft.PveraConfig(target_modules=ONE, r=4, save_projection=False),
+    "FROD": lambda: peft.FrodConfig(target_modules=ONE, save_projection=False, progressbar=False),
+    "WAVEFT": lambda: peft.WaveFTConfig(target_modules=ONE, n_frequency=30, wavelet_family="coif2"),
+    "PEANUT": lambda: peft.PeanutConfig(target_modules=ONE, r=3, act_fn="laplace"),
+}
+
+
+@pytest.mark.parametrize("name", BY_PEFT)
+def test_what_only_peft_merges_is_merged_by_peft(tmp_path: Path, name: str) -> None:
+    """The message names `merge_and_unload`; it runs on the files, and `extract` makes LoRA of its result."""
+    if name == "ADAMSS":
+        pytest.importorskip("sklearn")
+    pair = train(tmp_path, make_zoo(), BY_PEFT[name]())
+    with pytest.raises(loratool.InputError, match="merge it with PEFT's merge_and_unload"):
+        pair.merge(tmp_path / "refused")
+    merged = PeftModel.from_pretrained(make_zoo(), pair.adapter).merge_and_unload()
+    save_base(tmp_path / "merged", merged)
+    loratool.extract(pair.base, tmp_path / "merged", tmp_path / "lora", rank=8)
+    loratool.merge(pair.base, [tmp_path / "lora"], tmp_path / "again")
+    assert_close(read_tensors(tmp_path / "again"), pair)
+
+
+def test_a_random_pissa_is_plain_lora_where_peft_saves_it_with_the_adapter_before_training(tmp_path: Path) -> None:
+    """`path_initial_model_for_weight_conversion` takes the adapter as it was before training, and is what is merged."""
+    zoo = make_zoo()
+    base = save_base(tmp_path / "base", zoo)
+    torch.manual_seed(3)
+    wrapped = get_peft_model(copy.deepcopy(zoo), LoraConfig(target_modules=ONE, init_lora_weights="pissa_niter_4"))
+    wrapped.peft_config["default"].init_lora_weights = True
+    wrapped.save_pretrained(tmp_path / "before")
+    wrapped.peft_config["default"].init_lora_weights = "pissa_niter_4"
+    shake(wrapped, 3, 0.1)
+    wrapped.save_pretrained(tmp_path / "as it is")
+    with pytest.raises(
+        loratool.InputError, match="path_initial_model_for_weight_conversion, the adapter as it was before"
+    ):
+        loratool.merge(base, [tmp_path / "as it is"], tmp_path / "refused")
+    before = str(tmp_path / "before")
+    wrapped.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=before)
+    loratool.merge(base, [tmp_path / "plain"], tmp_path / "out")
+    wanted = wrapped.merge_and_unload().state_dict()
+    for name, tensor in read_tensors(tmp_path / "out").items():
+        assert float((tensor - wanted[name]).abs().max()) <= 1e-5, name
