@@ -18,6 +18,7 @@ from typing import Any
 from loratool.errors import printable
 from loratool.inputs import open_regular, read_json
 from loratool.origins import is_hub_id, origin_of
+from loratool.secrets import without_secrets
 
 CARD = "README.md"
 MARK = "<!-- made by loratool from loratool.json; without this line it counts as written by hand -->"
@@ -80,7 +81,8 @@ def command(function: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
             words += [operand(each) for each in many]
         elif value not in (parameter.default, [], ()):
             options += option(FLAGS.get(name, f"--{name.replace('_', '-')}"), value)
-    return shlex.join([*words, *options, "-o", OUT] if "out" in inspect.signature(function).parameters else words)
+    whole = [*words, *options, "-o", OUT] if "out" in inspect.signature(function).parameters else words
+    return without_secrets(shlex.join(whole))
 
 
 def option(flag: str, value: Any) -> Iterator[str]:

@@ -233,20 +233,6 @@ def test_include_and_exclude(hub: HubServer, client: Client, models: Path) -> No
     assert "without which this is no model" in told
 
 
-def test_a_text_file_with_a_token_is_refused_by_name(
-    hub: HubServer, client: Client, models: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(models / "adapter", tmp_path / "adapter")
-    (tmp_path / "adapter" / "config_of_run.yaml").write_text(f"token: {WRITER}\n")
-    (tmp_path / "adapter" / "login.json").write_text('{"t": "hf_oauth_eyJhbGciOi.J9eyJzdWIiOi_x-y.abc"}')
-    (tmp_path / "adapter" / "key.txt").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\n")
-    told = client.refused("push", tmp_path / "adapter", "alice/new", code=3)
-    assert "config_of_run.yaml" in told
-    assert "login.json" in told
-    assert "key.txt" in told
-    assert hub.log == []
-
-
 @pytest.mark.parametrize("what", ["nothing", "text", "pickle", "half", "file", "partial"])
 def test_what_is_no_model_and_no_adapter_is_refused(models: Path, tmp_path: Path, what: str) -> None:
     folder = tmp_path / "x"

@@ -18,7 +18,7 @@ LONGEST_MODULE = 500  # lines
 
 # The design's table. A module imports only from rows above its own.
 ROWS = (
-    ("errors", "layouts", "notes"),
+    ("errors", "layouts", "notes", "secrets"),
     ("inputs",),
     ("safefile", "updates", "lowrank", "decoders", "origins", "reading"),
     ("methods", "digests"),
@@ -49,7 +49,7 @@ ROW = {module: row for row, modules in enumerate(ROWS) for module in modules}
 WITHOUT_TORCH = (
     *("errors", "layouts", "safefile", "checkpoint", "staging", "formats", "binding", "companions", "placing", "tying"),
     *("vocabulary", "planning", "writing", "fitting", "health", "inspecting", "estimating", "decoders", "report"),
-    *("cli", "appending", "ranks", "origins", "fetching", "cards", "digests", "notes", "reading", "inputs"),
+    *("cli", "appending", "ranks", "origins", "fetching", "cards", "digests", "notes", "reading", "inputs", "secrets"),
 )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from loratool.cli.publishing import asked_repo, check_access, pushing_options
+from loratool.cli.publishing import asked_repo, check_access, keep_excluded, pushing_options, selecting
 from loratool.cli.words import (
     MAPS,
     OPERAND,
@@ -63,6 +63,14 @@ from loratool.cli.words import (
     help="Without OUT: fetch, merge and upload file by file, two on the disk at most.",
 )
 @click.option("--card", is_flag=True, help="With --stream: write a README.md though BASE brings one.")
+@click.option(
+    "--exclude",
+    multiple=True,
+    metavar="PATTERN",
+    expose_value=False,
+    callback=keep_excluded,
+    help="With --push-to-hub: leave these files out; may be repeated.",
+)
 @output_options
 def merge(
     base: Path,
@@ -214,5 +222,5 @@ def stream_to_hub(
     from loratool.hub import stream
 
     with progress_bar(quiet) as progress:
-        report = stream(base, adapters, repo, public=public, progress=progress, **settings)
+        report = stream(base, adapters, repo, public=public, **selecting(), progress=progress, **settings)
     show(report, lambda: str(report), as_json, quiet)

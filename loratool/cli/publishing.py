@@ -25,7 +25,18 @@ def pushing_options(command: Command) -> Command:
     def keep_public(ctx: click.Context, _param: click.Parameter, public: bool) -> None:
         ctx.meta[f"{REPO}.public"] = public
 
+    def keep_allowed(ctx: click.Context, _param: click.Parameter, patterns: tuple[str, ...]) -> None:
+        ctx.meta[f"{REPO}.allow-secret"] = patterns
+
     for option in (
+        click.option(
+            "--allow-secret",
+            multiple=True,
+            metavar="FILE",
+            expose_value=False,
+            callback=keep_allowed,
+            help="With --push-to-hub: FILE holds no secret although it looks so; may be repeated.",
+        ),
         click.option(
             "--public",
             is_flag=True,
@@ -51,6 +62,17 @@ def asked_repo() -> tuple[str | None, bool]:
     return meta.get(REPO), bool(meta.get(f"{REPO}.public"))
 
 
+def keep_excluded(ctx: click.Context, _param: click.Parameter, patterns: tuple[str, ...]) -> None:
+    """Of an option `--exclude` that is for what is pushed."""
+    ctx.meta[f"{REPO}.exclude"] = patterns
+
+
+def selecting() -> dict[str, Any]:
+    """The files that are left out, or may look as if they held a secret, as `push` and `stream` take them."""
+    meta = click.get_current_context().meta
+    return {"exclude": meta.get(f"{REPO}.exclude", ()), "allow_secret": meta.get(f"{REPO}.allow-secret", ())}
+
+
 def check_access() -> None:
     """Find out that a push is possible before the work for it is done."""
     repo, _ = asked_repo()
@@ -71,7 +93,7 @@ def push_output(ctx: click.Context, repo: str, quiet: bool) -> Any:
     goes_on = f"{printable(out)} is complete; `loratool push {printable(out)} {printable(repo)}` goes on"
     try:
         with bar(quiet, "pushing", unit="B", unit_scale=True) as progress:
-            return push(out, repo, public=bool(ctx.meta.get(f"{REPO}.public")), progress=progress)
+            return push(out, repo, public=bool(ctx.meta.get(f"{REPO}.public")), **selecting(), progress=progress)
     except LoratoolError as error:
         raise type(error)(f"{error.message} ({goes_on})", error.problems) from None
     except KeyboardInterrupt as error:
@@ -88,6 +110,12 @@ def push_output(ctx: click.Context, repo: str, quiet: bool) -> Any:
 @click.option("-m", "--message", help="Message of the commit.")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Send these files too; may be repeated.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave these files out; may be repeated.")
+@click.option(
+    "--allow-secret",
+    multiple=True,
+    metavar="FILE",
+    help="FILE, or files of a pattern, holds no secret although it looks so; may be repeated.",
+)
 @click.option("--card", is_flag=True, help="Send a README.md made from loratool.json though there is one.")
 @click.option("--dry-run", is_flag=True, help="Print what would be sent and what is left out; ask nobody.")
 @output_options
@@ -100,6 +128,7 @@ def push(
     message: str | None,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
+    allow_secret: tuple[str, ...],
     card: bool,
     dry_run: bool,
     as_json: bool,
@@ -128,6 +157,7 @@ def push(
             message=message,
             include=include,
             exclude=exclude,
+            allow_secret=allow_secret,
             card=card,
             dry_run=dry_run,
             progress=progress,

@@ -10,6 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratool.digests import parts_of
 from loratool.errors import HubError, UsageError, VerificationError, printable
 from loratool.fetching import answers
 from loratool.fetching.answers import RemoteFile, commit_of, wrong
@@ -40,6 +41,10 @@ class Upload:
     def read(self) -> bytes:
         return (self.content or b"") if self.path is None else self.path.read_bytes()
 
+    def parts(self) -> Iterable[bytes]:
+        """All of it, not at once."""
+        return [self.content or b""] if self.path is None else parts_of(self.path)
+
     @cached_property
     def operation(self) -> CommitOperationAdd:
         """The same for the client, which hashes it."""
@@ -54,8 +59,10 @@ class Upload:
     @cached_property
     def blob(self) -> str:
         """SHA-1 as git makes it."""
-        content = self.read()
-        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()  # noqa: S324 (git's own)
+        state = hashlib.sha1(b"blob %d\0" % self.size)  # noqa: S324 (git's own)
+        for part in self.parts():
+            state.update(part)
+        return state.hexdigest()
 
     def is_there(self, remote: RemoteFile | None) -> bool:
         """Whether a file of the repository has this content."""

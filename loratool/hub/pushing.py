@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.checkpoint import INDEX_SUFFIX
 from loratool.hub.committing import REMOTE_JOURNAL, Commit, commit, differing, files_of, open_repo
-from loratool.hub.selecting import Selection, select
+from loratool.hub.selecting import Selection, check_message, select
 
 if TYPE_CHECKING:
     from loratool.merging import PathLike
@@ -51,6 +52,7 @@ def push(
     message: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    allow_secret: Sequence[str] = (),
     card: bool = False,
     dry_run: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -69,18 +71,21 @@ def push(
         message: of the commit.
         include: patterns of more files, as in `fnmatch`.
         exclude: patterns of files to leave out.
+        allow_secret: patterns of files that hold no secret although it looks so.
         card: send a README.md made from `loratool.json` though there is one.
         dry_run: report what would be sent and ask nobody.
         progress: called with (bytes done, bytes in all).
 
     Raises:
         UsageError: `path` is no folder, or what makes it a model is excluded.
-        InputError: it is neither a model nor an adapter, is unfinished, or a text file holds a secret.
+        InputError: it is neither a model nor an adapter, is unfinished, or a file holds a secret.
         HubError: no token, no right, refused, or out of reach.
         VerificationError: what arrived is not what was sent.
     """
     started = time.monotonic()
-    selection = select(Path(path), list(include), list(exclude), card, repo)
+    check_message(message)
+    choice = partial(select, Path(path), list(include), list(exclude), card, allow_secret=list(allow_secret))
+    selection = choice(place=repo)
     notes = list(selection.notes)
     sizes = {upload.name: upload.size for upload in selection.uploads}
     if dry_run:
@@ -88,7 +93,7 @@ def push(
     named = repo
     repo, private = open_repo(repo, public, revision, notes)
     if repo != named:
-        selection = select(Path(path), list(include), list(exclude), card, repo)  # for the card's code names it
+        selection = choice(place=repo)  # for the card's code names it
     there = files_of(repo, revision)
     uploads = differing(selection.uploads, there)
     replaced = outdated(selection, set(there))

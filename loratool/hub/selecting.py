@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -20,6 +20,8 @@ from loratool.formats import read_adapter
 from loratool.formats.peft import CONFIG, recognises
 from loratool.hub.committing import Upload
 from loratool.notes import Note
+from loratool.safefile import PREFIX
+from loratool.secrets import secrets_in
 from loratool.staging import JOURNAL, MODEL
 
 # What a model or an adapter is made of beside its weights; anything else is sent only where --include names it.
@@ -63,8 +65,7 @@ UNFINISHED = (
     "site-packages",
     "node_modules",
 )
-TOKENS = re.compile(rb"\bhf_(?:oauth|jwt)_[\w.-]{20,}|\bhf_[A-Za-z0-9]{20,}\b|-----BEGIN [A-Z ]*PRIVATE KEY-----")
-LARGEST_SCANNED = 64 << 20  # bytes
+MOST_LINES = 5  # of one file with secrets that a message names
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,9 @@ class Selection:
     notes: tuple[Note, ...]
 
 
-def select(root: Path, include: Sequence[str], exclude: Sequence[str], card: bool, place: str) -> Selection:
+def select(
+    root: Path, include: Sequence[str], exclude: Sequence[str], card: bool, place: str, allow_secret: Sequence[str] = ()
+) -> Selection:
     """The files of a finished model or adapter.
 
     Args:
@@ -86,10 +89,11 @@ def select(root: Path, include: Sequence[str], exclude: Sequence[str], card: boo
         exclude: patterns of files to leave out.
         card: whether README.md is made from provenance though there is one.
         place: the repository, for a card that is made.
+        allow_secret: patterns of files that hold no secret although it looks so.
 
     Raises:
         UsageError: no folder, or what makes it a model is excluded.
-        InputError: neither a model nor an adapter, unfinished, or a text file holds a secret.
+        InputError: neither a model nor an adapter, unfinished, or a file holds a secret.
     """
     if not root.is_dir():
         raise UsageError(f"{printable(root)}: PATH is the folder of a model or of an adapter")
@@ -127,7 +131,7 @@ def select(root: Path, include: Sequence[str], exclude: Sequence[str], card: boo
         notes.append(Note("card-kept", f"{CARD} is kept as it is; --card sends one made from {PROVENANCE}"))
     if CARD in uploads and (made := uploads[CARD].content) is not None and PROVENANCE in uploads:
         uploads[PROVENANCE] = Upload(PROVENANCE, content=listing(root / PROVENANCE, CARD, made))
-    check_secrets(root, uploads.values())
+    notes += check_secrets(printable(root), uploads.values(), allow_secret)
     if kind == "adapter" and os.path.isabs(base := named_base(root)):
         notes.append(
             Note(
@@ -221,11 +225,51 @@ def hidden_files(root: Path) -> Iterator[str]:
         folders[:] = [name for name in folders if not name.startswith(".")]
 
 
-def check_secrets(
-    root: Path, uploads: Iterable[Upload], way_out: str = "take it out, or leave the file out with --exclude"
-) -> None:
-    """Raise `InputError` naming every file in which something looks like a token or a private key."""
-    texts = [u for u in uploads if not u.name.endswith(".safetensors") and u.size <= LARGEST_SCANNED]
-    found = [f"{printable(text.name)}: {way_out}" for text in texts if TOKENS.search(text.read())]
-    if found:
-        raise InputError(f"{printable(root)}: files hold what looks like a token or a private key:", found)
+def check_secrets(shown: str, uploads: Iterable[Upload], allowed: Sequence[str]) -> list[Note]:
+    """A note for each secret in files that the user allows; raises `InputError` naming file and line of all others.
+
+    Of weights the header is looked at, which holds what training wrote into it; of any other file everything.
+    """
+    problems: list[str] = []
+    notes: list[Note] = []
+    for upload in uploads:
+        found = list(dict.fromkeys(secrets_in(header_parts(upload) if is_weights(upload.name) else upload.parts())))
+        told = [f"{printable(upload.name)}, line {line}: {title}" for line, title in found[:MOST_LINES]]
+        if more := Counter(title for _, title in found[MOST_LINES:]):
+            listed = ", ".join(f"{title} ×{count}" for title, count in more.items())
+            told.append(f"{printable(upload.name)}, further lines: {listed}")
+        if matches(upload.name, allowed):
+            notes += [
+                Note("secret-allowed", f"{line} is sent, as --allow-secret says that it is none") for line in told
+            ]
+        else:
+            problems += told
+    if problems:
+        raise InputError(
+            f"{shown}: files hold what looks like a secret; take it out, leave the file out with --exclude FILE, or say "
+            "with --allow-secret FILE that it is none:",
+            problems,
+        )
+    return notes
+
+
+def check_message(message: str | None) -> None:
+    """Raise `UsageError` where a commit's message holds a secret."""
+    for _, title in secrets_in([(message or "").encode(errors="surrogateescape")]):
+        raise UsageError(f"the message of the commit holds what looks like {title}")
+
+
+def is_weights(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
+def header_parts(upload: Upload) -> Iterator[bytes]:
+    """The header of a safetensors file: its first 8 bytes tell how long it is."""
+    left = PREFIX
+    for part in upload.parts():
+        if left == PREFIX:
+            left += int.from_bytes(part[:PREFIX], "little")
+        yield part[:left]
+        left -= len(part)
+        if left <= 0:
+            return

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ from loratool.fetching.outline import Remote, read_small
 from loratool.fetching.pieces import Source, opened
 from loratool.formats import read_adapter
 from loratool.hub.committing import REMOTE_JOURNAL, Commit, Upload, check, commit, files_of, full_name, open_repo
-from loratool.hub.selecting import check_secrets, never, unknown
+from loratool.hub.selecting import check_message, check_secrets, matches, never, unknown
 from loratool.inputs import json_object
 from loratool.merging import (
     PathLike,
@@ -118,6 +119,8 @@ def stream(
     revision: str | None = None,
     message: str | None = None,
     card: bool = False,
+    exclude: Sequence[str] = (),
+    allow_secret: Sequence[str] = (),
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> StreamReport:
@@ -148,6 +151,8 @@ def stream(
         revision: the branch to commit to; main by default.
         message: of the last commit.
         card: write README.md though the base brings one.
+        exclude: patterns of files beside the weights that are not sent.
+        allow_secret: patterns of files that hold no secret although it looks so.
         dry_run: plan from headers, report, and ask the repository nothing.
         progress: called with (bytes done, bytes in all).
 
@@ -160,6 +165,7 @@ def stream(
     """
     asked, started = locals(), time.monotonic()
     check_arguments(device, workers, max_memory)
+    check_message(message)
     words = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
     ways = readings(len(words), expert_layout, adapter_name, input_alpha)
     paths = [local(adapter, "adapter") for adapter in words]
@@ -176,17 +182,20 @@ def stream(
             allow_new_tensors=allow_new_tensors,
         )
         check_values(planned)
-        last_files(planned, {}, {}, repo, card)  # a secret in one of them is found before anything is sent
-        streaming = Streaming(planned, source, home, repo, revision, runtime, workers, max_memory, progress)
-        notes = [*planned.notes, *unlike_bases(planned.base, planned.adapters)]
+        wheres = {"base": planned.base.root, "adapters": [adapter.folder for adapter in planned.adapters]}
+        told = command(merge, {**asked, **wheres, "out": OUT, "shard_size": None})
+        told = f"{told.removesuffix(f' -o {OUT}')} --stream --push-to-hub {repo}"
+        others = partial(last_files, planned, repo=repo, card=card, exclude=exclude)
+        headers = [Upload(shard.name, content=shard.layout.header) for shard in planned.shards]
+        early = [*others(table={"command": told}, weights={}), *headers]  # a secret is found before anything is sent
+        secrets = check_secrets(planned.base.name, early, allow_secret)
+        streaming = Streaming(planned, source, home, repo, revision, runtime, workers, max_memory, progress, exclude)
+        notes = [*planned.notes, *secrets, *unlike_bases(planned.base, planned.adapters)]
         digests = [adapter.digests() for adapter in planned.adapters]
         check_space(home, most_on_disk(planned))
         if dry_run:
             return streaming.report(Commit("", ""), not public, (), notes, started, dry_run)
         private = open_repo(repo, public, revision, notes)[1]
-        wheres = {"base": planned.base.root, "adapters": [adapter.folder for adapter in planned.adapters]}
-        told = command(merge, {**asked, **wheres, "out": OUT, "shard_size": None})
-        told = f"{told.removesuffix(f' -o {OUT}')} --stream --push-to-hub {repo}"
         streaming.plan_name = fingerprint(planned, source, digests, device)
         done = streaming.begin(overwrite)
         resumed = tuple(sorted(streaming.finished))
@@ -198,7 +207,7 @@ def stream(
             whole = replace(planned, notes=tuple(notes))
             table = provenance(whole, digests, effects, on_gpu, told) | {"plan": streaming.plan_name}
             weights_sent = {name: shard.digest for name, shard in streaming.finished.items()}
-            done = streaming.end(last_files(planned, table, weights_sent, repo, card), message or "Merge with loratool")
+            done = streaming.end(others(table=table, weights=weights_sent), message or "Merge with loratool")
         return streaming.report(done, private, resumed, notes, started, dry_run)
 
 
@@ -251,25 +260,33 @@ def fingerprint(plan: MergePlan, source: Source, digests: Sequence[Mapping[str, 
 
 
 def last_files(
-    plan: MergePlan, table: Mapping[str, Any], weights: Mapping[str, Digest], repo: str, card: bool
+    plan: MergePlan,
+    table: Mapping[str, Any],
+    weights: Mapping[str, Digest],
+    repo: str,
+    card: bool,
+    exclude: Sequence[str],
 ) -> list[Upload]:
     """Everything but the weights, which are there already: config, index, tokenizer, card, provenance."""
-    sent = (file for file in plan.side_files if not (never(file.name) or unknown(file.name)))
+    sent = (file for file in plan.side_files if not why_kept(file.name, exclude))
     uploads = {file.name: Upload(file.name, file.source, file.content) for file in sent}
-    if card or CARD not in uploads or is_nobodys(uploads[CARD].path):
+    unwanted = matches(CARD, exclude)
+    if not unwanted and (card or CARD not in uploads or is_nobodys(uploads[CARD].path)):
         uploads[CARD] = Upload(CARD, content=merged_card(plan, table, repo))
     files = {**weights, **{name: digest_of_bytes(upload.read()) for name, upload in uploads.items()}}
     uploads[PROVENANCE] = Upload(PROVENANCE, content=as_text({**table, "files": recorded(files)}))
-    check_secrets(
-        plan.base.root, uploads.values(), "--card writes another README.md; for other files merge to a folder"
-    )
     return list(uploads.values())
 
 
-def kept_back(plan: MergePlan) -> Iterator[str]:
+def why_kept(name: str, exclude: Sequence[str]) -> str:
+    """Empty for a file beside the base that is sent; else the reason it is not."""
+    return never(name) or unknown(name) or ("excluded" if matches(name, exclude) else "")
+
+
+def kept_back(plan: MergePlan, exclude: Sequence[str]) -> Iterator[str]:
     """Files beside the base that are not sent, with the reason."""
     for file in plan.side_files:
-        if reason := never(file.name) or unknown(file.name):
+        if reason := why_kept(file.name, exclude):
             yield f"{printable(file.name)} ({reason.partition(';')[0]})"
 
 
@@ -286,6 +303,7 @@ class Streaming:
     workers: int | None
     max_memory: int | None
     progress: Progress | None
+    exclude: Sequence[str] = ()
     plan_name: str = ""
     finished: dict[str, FinishedShard] = field(default_factory=dict)
     totals: Totals = field(default_factory=Totals)  # of the files of this run
@@ -419,7 +437,7 @@ class Streaming:
             bytes_written=self.plan.bytes_written,
             resumed=resumed,
             most_on_disk=most_on_disk(self.plan) if dry_run else self.most,
-            left_out=(*self.plan.left_out, *kept_back(self.plan)),
+            left_out=(*self.plan.left_out, *kept_back(self.plan, self.exclude)),
             notes=tuple(notes),
             digests={s.name: str(s.digest) for _, s in sorted(self.finished.items())},
             device=", ".join(self.runtime.result().devices),
