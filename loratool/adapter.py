@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from loratool.notes import Note
+    from loratool.weightfiles import WeightFile
 
 AnyUpdate = TypeVar("AnyUpdate", bound=Update)
 
@@ -178,6 +179,7 @@ class Adapter:
     unsupported: tuple[str, ...] = ()  # features that are recognised and not merged
     unused: tuple[str, ...] = ()  # tensors that no rule gives a place
     notes: tuple[Note, ...] = ()
+    beside: tuple[WeightFile, ...] = ()  # other files of weights in its folder
 
     @property
     def parameters(self) -> int:
@@ -207,7 +209,7 @@ class Adapter:
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of the weights and of the config, by file name."""
-        return {path.name: sha256_of(path) for path in (self.file.path, self.config_file)}
+        return {path.name: sha256_of(path) for path in dict.fromkeys((self.file.path, self.config_file))}
 
 
 def pieces(file: SafeFile, info: TensorInfo) -> Iterator[tuple[NDArray[Any], int]]:

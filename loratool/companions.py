@@ -16,6 +16,7 @@ from loratool.inputs import holds_text, special_files
 from loratool.layouts.architectures import CLASS_ENDS, IRREGULAR_CLASSES, LABEL_HEADS, TASK_CLASSES
 from loratool.layouts.ties import TEXT_CONFIGS, TIE_FLAGS
 from loratool.notes import Note
+from loratool.weightfiles import module_files
 
 if TYPE_CHECKING:
     from loratool.adapter import Adapter
@@ -74,7 +75,7 @@ def companions(
     """The files of the output by name, and those left out: the base's, the adapters' tokenizer over them, config edits."""
     files = {name: OutputFile(name, base.root / name) for name in base.side_files}
     left_out = list(base.left_out)
-    for name, source in tokenizer_files(adapters, notes).items():
+    for name, source in {**module_files_of(adapters, notes), **tokenizer_files(adapters, notes)}.items():
         files[name] = OutputFile(name, source)
     tokenizer = files.get("tokenizer_config.json", OutputFile("")).source
     if tokenizer and tokenizer.parent != base.root and holds_text(tokenizer, b'"chat_template"'):
@@ -115,6 +116,25 @@ def tokenizer_files(adapters: Sequence[Adapter], notes: list[Note]) -> dict[str,
             notes.append(
                 Note("tokenizer-differs", f"{adapter.name}: its tokenizer differs from that of {owner}, which is used")
             )
+    return found
+
+
+def module_files_of(adapters: Sequence[Adapter], notes: list[Note]) -> dict[str, Path]:
+    """What sentence-transformers reads besides the model, of the first adapter that brings it."""
+    found: dict[str, Path] = {}
+    for adapter in adapters:
+        own = {name: path for name, path in module_files(adapter.folder).items() if not leaves(adapter.folder, name)}
+        if odd := special_files(adapter.folder, own):
+            raise InputError(f"{printable(adapter.folder)}: holds what is not a file; take it out:", odd)
+        if not found and own:
+            found = own
+            shown = ", ".join(printable(name) for name in own)
+            notes.append(
+                Note("modules-carried-over", f"{adapter.name}: carried over for sentence-transformers: {shown}")
+            )
+        elif any(name not in found or not filecmp.cmp(found[name], path, shallow=False) for name, path in own.items()):
+            text = f"{adapter.name}: its modules for sentence-transformers differ from those of the first adapter"
+            notes.append(Note("modules-differ", f"{text}, which are used"))
     return found
 
 

@@ -17,6 +17,7 @@ from loratool.gathering import gather, named_apart
 from loratool.lowrank import Decomposition, Joint, Product, Relation, decompose, gram, joint, relate
 from loratool.notes import Note
 from loratool.reading import readings
+from loratool.weightfiles import fates
 from loratool.working import PathLike, Progress, session
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def compare(
                 every = [relation[pair] for relation in modules.values() if pair in relation]
                 totals[pair] = total(every, float(together[i, j]), sizes[0], sizes[1])
     bases = {str(source.config.get("base_model_name_or_path") or "") for source in sources} - {""}
-    notes: list[Note] = []
+    notes = [note.under(s.name) for s in sources for note in fates(s.adapter.beside, otherwise="not compared")]
     if len(bases) > 1:
         notes.append(
             Note("base-mismatch", f"the adapters name different bases: {', '.join(sorted(map(printable, bases)))}")

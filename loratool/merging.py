@@ -89,6 +89,8 @@ def merge(
     expert_layout: str | Sequence[str] = (),
     adapter_name: str | Sequence[str] = (),
     input_alpha: float | Sequence[float] = (),
+    also_load: Sequence[PathLike] | PathLike = (),
+    ignore_files: Sequence[str] | str = (),
     progress: Progress | None = None,
 ) -> MergeReport:
     """Write W' = W + Σ weight · ΔW as a complete model folder `out`, shard by shard.
@@ -116,6 +118,9 @@ def merge(
             "grouped-by-expert"; one for all adapters or one for each, as the next two.
         adapter_name: which adapter to read of a file or folder that holds several.
         input_alpha: α of every module, for files that do not hold it.
+        also_load: safetensors files of tensors that were trained along with an adapter, which replace the base's: names
+            in the adapter's folder, or paths.
+        ignore_files: names, or patterns as in `fnmatch`, of files in the adapters' folders whose weights may be lost.
         progress: called with (bytes done, bytes in all), from any thread, one call at a time.
 
     Raises:
@@ -139,6 +144,8 @@ def merge(
         fan_in_fan_out=fan_in_fan_out,
         shard_size=shard_size,
         allow_new_tensors=allow_new_tensors,
+        also_load=also_load,
+        ignore_files=ignore_files,
     )
     runtime = start_torch(device)
     try:
@@ -153,8 +160,7 @@ def merge(
                     f"{printable(out)}: not written, for every weight rounds to what it was: nothing changes"
                 )
             write_side_files(stage, plan)
-            inputs = {"base": plan.base.root, "adapters": [adapter.folder for adapter in plan.adapters]}
-            words = command(merge, {**asked, **inputs})
+            words = command(merge, {**asked, **inputs_as_told(plan, also_load)})
             effects = effects_of(plan, totals)
             plan = dataclasses.replace(plan, notes=(*plan.notes, *effect_notes(effects)))
             table = provenance(plan, digests, effects, engine.resources().on_gpu, words)
@@ -182,6 +188,8 @@ def plan(
     expert_layout: str | Sequence[str] = (),
     adapter_name: str | Sequence[str] = (),
     input_alpha: float | Sequence[float] = (),
+    also_load: Sequence[PathLike] | PathLike = (),
+    ignore_files: Sequence[str] | str = (),
 ) -> MergePlan:
     """What `merge` with the same arguments would do; nothing is touched. Raises as `merge` does."""
     planned, _ = prepare(
@@ -196,6 +204,8 @@ def plan(
         fan_in_fan_out=fan_in_fan_out,
         shard_size=shard_size,
         allow_new_tensors=allow_new_tensors,
+        also_load=also_load,
+        ignore_files=ignore_files,
     )
     return planned
 
@@ -327,6 +337,16 @@ def provenance(
         "device": "cuda" if on_gpu else "cpu",
         "tensors": {"edited": len(plan.edited), "copied": plan.copied, "all": len(plan.spans)},
         "notes": as_records(plan.notes),
+    }
+
+
+def inputs_as_told(plan: MergePlan, also_load: Sequence[PathLike] | PathLike) -> dict[str, Any]:
+    """The inputs as the command that is recorded names them."""
+    files = [also_load] if isinstance(also_load, (str, os.PathLike)) else also_load
+    return {
+        "base": plan.base.root,
+        "adapters": [adapter.folder for adapter in plan.given],
+        "also_load": [os.path.basename(file) for file in files],
     }
 
 

@@ -19,6 +19,8 @@ from loratool.binding import bind, tell
 from loratool.checkpoint import PROVENANCE, Checkpoint
 from loratool.companions import ConfigEdit, OutputFile, companions, head_edits, tie_edits, vocabulary_edits
 from loratool.errors import FitError, InputError, UsageError, printable
+from loratool.extras import PathLike, extras_of
+from loratool.formats.peft import TENSORS
 from loratool.layouts.architectures import POOLED
 from loratool.notes import Note
 from loratool.placing import Edit, ShardPlan, Source, Span, check_names, place_all, plan_index
@@ -48,6 +50,11 @@ class MergePlan:
     left_out: tuple[str, ...]
     notes: tuple[Note, ...]
     naming: tuple[object, ...] = ()  # what the caller said about names and orientation
+
+    @property
+    def given(self) -> tuple[Adapter, ...]:
+        """The adapters that were given, without the files that are loaded along with them."""
+        return tuple(adapter for adapter in self.adapters if adapter.format != TENSORS)
 
     @cached_property
     def spans(self) -> tuple[Span, ...]:
@@ -100,6 +107,8 @@ def plan_merge(
     maps: Sequence[str] = (),
     fan_in_fan_out: bool | None = None,
     allow_new_tensors: bool = False,
+    also_load: Sequence[PathLike] | PathLike = (),
+    ignore_files: Sequence[str] | str = (),
 ) -> MergePlan:
     """Plan `base` + Σ weight · adapter.
 
@@ -113,6 +122,8 @@ def plan_merge(
         fan_in_fan_out: whether square weights of layers that may be Conv1D are stored (in, out); by default the class of
             the model decides, then the config of the adapter.
         allow_new_tensors: whether heads that an adapter saved are added where the base has none, or others.
+        also_load: files of tensors that were trained along with an adapter: names in its folder, or paths.
+        ignore_files: names, or patterns of names, of files in the adapters' folders whose weights may be lost.
 
     Raises:
         UsageError: the arguments contradict each other.
@@ -120,10 +131,12 @@ def plan_merge(
         FitError: an adapter tensor has no place in the base, or two claim one place.
     """
     strengths = check_arguments(adapters, weights, dtype, shard_size)
-    check_supported(adapters)
-    notes = [*base.notes, *(note.under(a.name) for a in adapters for note in a.notes)]
     binder = partial(bind, maps=maps, fan_in_fan_out=fan_in_fan_out)
-    changes = find_changes(base, adapters, strengths, binder, allow_new_tensors, notes)
+    extras = extras_of(base, adapters, strengths, binder, also_load, ignore_files)
+    adapters, strengths = [*adapters, *extras.loaded], (*strengths, *extras.strengths)
+    check_supported(adapters)
+    notes = [*base.notes, *(note.under(a.name) for a in adapters for note in a.notes), *extras.notes]
+    changes = find_changes(base, adapters, strengths, binder, allow_new_tensors, notes, extras.problems)
     shards = place_all(base, changes.edits, dtype, shard_size, changes.moved, changes.added)
     files, left_out = companions(base, adapters, dtype, notes, changes.config)
     if (index := plan_index(base, shards)) is not None:
@@ -176,12 +189,16 @@ def find_changes(
     binder: Binder,
     new_tensors: bool,
     notes: list[Note],
+    lost: Sequence[str] = (),
 ) -> Changes:
-    """Every edit and every new tensor. All misfits are told in one `FitError`."""
-    draft = Draft(base, adapters, find_ties(base, adapters), notes)
+    """Every edit and every new tensor. All misfits are told in one `FitError`, and with them what would be `lost`."""
+    draft = Draft(base, adapters, find_ties(base, adapters), notes, problems=list(lost))
     for number, weight in enumerate(weights):
         draft.add(number, weight, as_trained(adapters[number], base, draft.ties, binder, new_tensors))
     draft.problems += draft.rivals()
+    if lost and draft.problems == [*lost] and not draft.unsupported:
+        owners = ", ".join(dict.fromkeys(adapter.name for adapter in adapters))
+        raise FitError(f"{owners}: weights that were trained along with it would be lost:", lost)
     if draft.unsupported or draft.problems:
         draft.refuse()
     changes = draft.changes()

@@ -23,7 +23,16 @@ from loratool.formats.peft.spelling import Names
 from loratool.lowrank import singular_values
 from loratool.notes import Note, as_records
 from loratool.reading import readings
-from loratool.saving import Form, Rounded, adapter_output, carried_over, copied_output, files_beside, kept_dtype
+from loratool.saving import (
+    Form,
+    Rounded,
+    adapter_output,
+    carried_over,
+    copied_output,
+    files_beside,
+    kept_dtype,
+    told_beside,
+)
 from loratool.staging import check_target
 from loratool.updates import ExpertFactors, LowRank
 from loratool.working import PathLike, Progress, Session, session
@@ -432,3 +441,4 @@ def remarks(contents: Contents, modules: Mapping[str, RescaledLayer], baked: boo
     if any(m.factor is not None and m.factor < 0 for m in modules.values()):
         yield Note("negative-factor", "a negative factor turns updates round: the adapter takes out what it put in")
     yield from contents.remarks if baked else contents.adapter.notes
+    yield from told_beside(contents)

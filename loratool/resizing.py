@@ -36,7 +36,16 @@ from loratool.notes import Note, as_records
 from loratool.ranks import RankRule
 from loratool.reading import readings
 from loratool.safefile import FLOAT_NAMES, read_safefile
-from loratool.saving import Form, Rounded, adapter_output, carried_over, factor_tensors, files_beside, kept_dtype
+from loratool.saving import (
+    Form,
+    Rounded,
+    adapter_output,
+    carried_over,
+    factor_tensors,
+    files_beside,
+    kept_dtype,
+    told_beside,
+)
 from loratool.staging import check_target
 from loratool.working import Batch, PathLike, Progress, Session, batches, session
 
@@ -402,6 +411,7 @@ def read_calibration(path: Path, contents: Contents) -> dict[str, Tensor]:
 def remarks(contents: Contents, modules: Mapping[str, ResizedLayer], dropped: Sequence[str]) -> Iterator[Note]:
     """What a user of the result should know."""
     yield from contents.remarks
+    yield from told_beside(contents)
     if contents.dora:
         yield (
             Note(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from loratool import __version__
 from loratool.adapter import StoredTensor, stored_tensors
 from loratool.appending import TensorFile, tensor_file
 from loratool.cards import CARD, card, is_nobodys, terms_of
-from loratool.checkpoint import PROVENANCE, sort_side_files
+from loratool.checkpoint import PROVENANCE, leaves, sort_side_files
 from loratool.digests import recorded
 from loratool.errors import FitError, printable
 from loratool.formats.peft import CONFIG, WEIGHTS, keys
@@ -24,6 +24,7 @@ from loratool.formats.peft.spelling import PREFIX, Names, shapes, stored, token_
 from loratool.origins import told_origin
 from loratool.safefile import FLOAT_NAMES, product
 from loratool.staging import Stage, staged
+from loratool.weightfiles import fates, module_files
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from loratool.appending import Triple
     from loratool.contents import Contents, Kind, Layer
     from loratool.lowrank import Product
+    from loratool.notes import Note
 
 SPELLED = {name: dtype for dtype, name in FLOAT_NAMES.items()}  # float32 → F32
 WIDTH = {"F64": 4, "F32": 3, "BF16": 2, "F16": 1}
@@ -296,12 +298,30 @@ def dtype_name(tensor: Tensor) -> str:
 
 
 def files_beside(source: Contents) -> dict[str, Path]:
-    """What lies beside an adapter and belongs with it: tokenizer, licence, card; nothing that training left."""
+    """What lies beside an adapter and belongs with it: tokenizer, licence, card, and weights that were trained along.
+
+    Nothing that training left, and no other form of the adapter itself.
+    """
     folder = source.adapter.folder
     if source.adapter.file.path.name != WEIGHTS:  # a single file that was named: its folder may hold anything
         return {}
-    names, _ = sort_side_files(folder, {WEIGHTS})
-    return {name: folder / name for name in names if os.sep not in name and name != PROVENANCE}
+    top, _ = sort_side_files(folder, {WEIGHTS})
+    trained = [file.name for file in source.adapter.beside if file.counts]
+    names = dict.fromkeys([*(name for name in top if os.sep not in name), *trained, *module_files(folder)])
+    for other in source.adapter.beside:
+        if not other.counts:
+            names.pop(other.name, None)
+    return {name: folder / name for name in names if name != PROVENANCE and is_own(folder, name)}
+
+
+def is_own(folder: Path, name: str) -> bool:
+    """Whether a file of a folder is a regular one that lies in it."""
+    return (folder / name).is_file() and not leaves(folder, name)
+
+
+def told_beside(source: Contents, carried: Collection[str] | None = None) -> Iterator[Note]:
+    """A note for each other file of weights in an adapter's folder; by default all that were trained are carried over."""
+    return fates(source.adapter.beside, carried=files_beside(source) if carried is None else carried)
 
 
 def versions() -> dict[str, str]:

@@ -21,7 +21,7 @@ ROWS = (
     ("errors", "layouts", "notes", "secrets"),
     ("inputs",),
     ("safefile", "updates", "lowrank", "decoders", "origins", "reading"),
-    ("methods", "digests"),
+    ("methods", "digests", "weightfiles"),
     ("checkpoint", "adapter", "staging", "appending"),
     ("contents",),
     ("formats", "binding", "companions"),
@@ -29,7 +29,7 @@ ROWS = (
     ("ranks",),
     ("placing",),
     ("tying",),
-    ("vocabulary",),
+    ("vocabulary", "extras"),
     ("planning",),
     ("writing", "estimating"),
     ("resources", "computing", "saving", "fitting"),
@@ -50,6 +50,7 @@ WITHOUT_TORCH = (
     *("errors", "layouts", "safefile", "checkpoint", "staging", "formats", "binding", "companions", "placing", "tying"),
     *("vocabulary", "planning", "writing", "fitting", "health", "inspecting", "estimating", "decoders", "report"),
     *("cli", "appending", "ranks", "origins", "fetching", "cards", "digests", "notes", "reading", "inputs", "secrets"),
+    *("weightfiles", "extras"),
 )
 
 

@@ -55,6 +55,18 @@ from loratool.cli.words import (
 @click.option("--dry-run", is_flag=True, help="Print the plan and touch nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT where it is a model already.")
 @click.option("--allow-new-tensors", is_flag=True, help="Add heads that an adapter saved and BASE has not.")
+@click.option(
+    "--also-load",
+    multiple=True,
+    metavar="FILE",
+    help="Merge the tensors of this safetensors file in an ADAPTER's folder too; may be repeated.",
+)
+@click.option(
+    "--ignore-files",
+    multiple=True,
+    metavar="NAME",
+    help="Leave out trained weights in an ADAPTER's folder that are not merged; may be repeated.",
+)
 @pushing_options
 @click.option(
     "--stream",
@@ -91,6 +103,8 @@ def merge(
     dry_run: bool,
     overwrite: bool,
     allow_new_tensors: bool,
+    also_load: tuple[str, ...],
+    ignore_files: tuple[str, ...],
     streamed: bool,
     card: bool,
     as_json: bool,
@@ -131,6 +145,8 @@ def merge(
             adapter_name=adapter_name,
             input_alpha=input_alpha,
             allow_new_tensors=allow_new_tensors,
+            also_load=also_load,
+            ignore_files=ignore_files,
             overwrite=overwrite,
             card=card,
             dry_run=dry_run,
@@ -160,6 +176,8 @@ def merge(
             adapter_name=adapter_name,
             input_alpha=input_alpha,
             allow_new_tensors=allow_new_tensors,
+            also_load=also_load,
+            ignore_files=ignore_files,
         ) as planned:
             memory = estimated_memory(planned, device, workers, max_memory)
             show(plan_data(planned, memory), lambda: plan_text(planned, memory), as_json, quiet)
@@ -183,6 +201,8 @@ def merge(
             adapter_name=adapter_name,
             input_alpha=input_alpha,
             allow_new_tensors=allow_new_tensors,
+            also_load=also_load,
+            ignore_files=ignore_files,
             progress=progress,
         )
     show(report, lambda: str(report), as_json, quiet)

@@ -31,7 +31,7 @@ from loratool.methods.table import FACTORWISE, GRAM, METHODS
 from loratool.notes import Note, as_records
 from loratool.reading import readings
 from loratool.recipes import make_recipe, told
-from loratool.saving import Form, Rounded, adapter_output, carried_over, files_beside, kept_dtype
+from loratool.saving import Form, Rounded, adapter_output, carried_over, files_beside, kept_dtype, told_beside
 from loratool.staging import check_target
 from loratool.working import PathLike, Progress, Session, session
 
@@ -432,6 +432,8 @@ def remarks(
     found: Sequence[Note],
 ) -> Iterator[Note]:
     """What a user of the result should know."""
+    carried = common_files(sources)
+    yield from (note.under(source.name) for source in sources for note in told_beside(source, carried))
     if len(sources) == 1:
         yield Note("single-adapter", "one adapter only: there is nothing to combine it with")
     bases = {str(source.config.get("base_model_name_or_path") or "") for source in sources} - {""}

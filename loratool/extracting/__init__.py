@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import math
 import os
 import re
@@ -32,6 +33,7 @@ from loratool.origins import origin_of, told_origin
 from loratool.safefile import FLOAT_NAMES
 from loratool.saving import WIDTH, Form, Output, Rounded, adapter_output, torch_dtype
 from loratool.staging import check_target
+from loratool.weightfiles import weight_files
 from loratool.working import PathLike, Progress, Session, session
 
 if TYPE_CHECKING:
@@ -411,6 +413,17 @@ def origin(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"name": checkpoint.name, **told_origin(checkpoint.root), "files": files}
 
 
+def not_compared(base: Checkpoint, tuned: Checkpoint) -> Iterator[Note]:
+    """A note for each file of weights of the tuned model that is no part of the model proper, and not the base's as it is."""
+    if not tuned.root.is_dir():
+        return
+    own = {shard.path.relative_to(tuned.root).as_posix() for shard in tuned.shards}
+    for file in weight_files(tuned.root, None, own):
+        before, after = base.root / file.name, tuned.root / file.name
+        if file.counts and file.is_safetensors and not (before.is_file() and filecmp.cmp(before, after, shallow=False)):
+            yield Note("file-not-used", f"{tuned.name}: {file}: not compared, and no part of the adapter")
+
+
 def total(extractor: Extractor, forms: Mapping[str, Form], itemsize: int) -> ExtractedTotals:
     """All layers together."""
     every = [*extractor.layers.values(), *extractor.noise.values()]
@@ -428,6 +441,7 @@ def total(extractor: Extractor, forms: Mapping[str, Form], itemsize: int) -> Ext
 def remarks(found: Pairing, extractor: Extractor, rule: Rule) -> Iterator[Note]:
     """What a user of the result should know."""
     yield from (note for checkpoint in (found.base, found.tuned) for note in checkpoint.notes[1:])
+    yield from not_compared(found.base, found.tuned)
     if extractor.noise:
         yield (
             Note(

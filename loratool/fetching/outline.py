@@ -22,6 +22,7 @@ from loratool.fetching.client import api, asking, patiently
 from loratool.formats.peft import CONFIG, PICKLED, WEIGHTS, recognises
 from loratool.inputs import LARGEST_CONFIG, LARGEST_INDEX, check_bound
 from loratool.safefile import PREFIX, header_length
+from loratool.weightfiles import weight_files
 
 if TYPE_CHECKING:
     from loratool.fetching.operands import HubPath
@@ -123,7 +124,12 @@ def choose(location: Path, role: Role) -> tuple[list[str], list[str]]:
         inside = "" if CONFIG in names or WEIGHTS in names else f"{nested(location)}/"
         side = sort_side_files(location / inside, {WEIGHTS})[0]
         there = [n for n in (WEIGHTS, *PICKLED) if (location / inside / n).is_file()][:1]
-        return [f"{inside}{n}" for n in there if n == WEIGHTS], [f"{inside}{n}" for n in (CONFIG, *side)]
+        if there != [WEIGHTS]:
+            return [], [f"{inside}{n}" for n in (CONFIG, *side)]
+        trained = [file for file in weight_files(location / inside, None, {WEIGHTS}) if file.counts]
+        heads = [file.name for file in trained if file.is_safetensors]  # what they hold is told by their headers
+        rest = dict.fromkeys([CONFIG, *side, *(file.name for file in trained)])
+        return [f"{inside}{n}" for n in (WEIGHTS, *heads)], [f"{inside}{n}" for n in rest if n not in heads]
     if role == "adapter":
         found = [name for name in names if name.endswith(".safetensors")]
         if len(found) > 1:

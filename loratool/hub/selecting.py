@@ -23,6 +23,7 @@ from loratool.notes import Note
 from loratool.safefile import PREFIX
 from loratool.secrets import secrets_in
 from loratool.staging import JOURNAL, MODEL
+from loratool.weightfiles import WeightFile, fates
 
 # What a model or an adapter is made of beside its weights; anything else is sent only where --include names it.
 KNOWN = (
@@ -99,7 +100,7 @@ def select(
         raise UsageError(f"{printable(root)}: PATH is the folder of a model or of an adapter")
     if (root / JOURNAL).is_file() or (root.name == MODEL and (root.parent / JOURNAL).is_file()):
         raise InputError(f"{printable(root)}: the output of a merge that is not finished; run that merge again first")
-    kind, needed, others, left_out = contents(root)
+    kind, needed, others, left_out, beside = contents(root)
     names = list(dict.fromkeys([*needed, *others]))
     extra = [name for name in walk(root) if matches(name, include) and name not in names]
     chosen: list[str] = []
@@ -114,7 +115,7 @@ def select(
     taken = {*map(printable, extra)} & {*map(printable, chosen)}
     left_out = [line for line in left_out if line.rpartition(" (")[0] not in taken]
     uploads = {name: Upload(name, root / name) for name in chosen}
-    notes: list[Note] = []
+    notes = [*fates(beside, carried=chosen, otherwise="not sent")]
     if CARD not in uploads or card or is_template(root / CARD):
         if not matches(CARD, exclude):
             uploads[CARD] = Upload(CARD, content=card_of(root, place))
@@ -157,8 +158,11 @@ def listing(path: Path, name: str, content: bytes) -> bytes:
     return (json.dumps({**table, "files": recorded(files)}, indent=2) + "\n").encode()
 
 
-def contents(root: Path) -> tuple[Literal["model", "adapter"], list[str], list[str], list[str]]:
-    """The kind, what it cannot do without, what belongs to it, and what does not with the reason."""
+def contents(
+    root: Path,
+) -> tuple[Literal["model", "adapter"], list[str], list[str], list[str], tuple[WeightFile, ...]]:
+    """The kind, what it cannot do without, what belongs to it, what does not with the reason, and other weights."""
+    beside: tuple[WeightFile, ...] = ()
     if recognises(root) and not (root / "config.json").exists():
         adapter = read_adapter(root)
         if adapter.folder != root:
@@ -166,7 +170,10 @@ def contents(root: Path) -> tuple[Literal["model", "adapter"], list[str], list[s
         weights = adapter.file.path.name
         others, left_out = sort_side_files(root, {weights})
         left_out = [line for line in left_out if not line.startswith(f"{CONFIG} (")]
-        kept, needed = [*others, PROVENANCE], [weights, CONFIG]
+        beside = adapter.beside
+        trained = [file.name for file in beside if file.counts and file.is_safetensors and file.name not in others]
+        left_out = [line for line in left_out if line.rpartition(" (")[0] not in map(printable, trained)]
+        kept, needed = [*others, *trained, PROVENANCE], [weights, CONFIG]
         kind: Literal["model", "adapter"] = "adapter"
     else:
         checkpoint = open_checkpoint(root)
@@ -174,7 +181,7 @@ def contents(root: Path) -> tuple[Literal["model", "adapter"], list[str], list[s
         needed += [checkpoint.index.name] if checkpoint.index else []
         kept, left_out, kind = [*checkpoint.side_files, PROVENANCE], list(checkpoint.left_out), "model"
     left_out = [line for line in left_out if not line.startswith(f"{PROVENANCE} (")]
-    return kind, needed, [name for name in kept if (root / name).is_file()], left_out
+    return kind, needed, [name for name in kept if (root / name).is_file()], left_out, beside
 
 
 def why_not(root: Path, name: str, include: Sequence[str], exclude: Sequence[str], weights: bool = False) -> str:

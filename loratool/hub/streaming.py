@@ -42,6 +42,7 @@ from loratool.merging import (
     as_text,
     check_arguments,
     check_values,
+    inputs_as_told,
     merge,
     merged_card,
     provenance,
@@ -114,6 +115,8 @@ def stream(
     expert_layout: str | Sequence[str] = (),
     adapter_name: str | Sequence[str] = (),
     input_alpha: float | Sequence[float] = (),
+    also_load: Sequence[PathLike] | PathLike = (),
+    ignore_files: Sequence[str] | str = (),
     overwrite: bool = False,
     public: bool = False,
     revision: str | None = None,
@@ -146,6 +149,8 @@ def stream(
             "grouped-by-expert"; one for all adapters or one for each, as the next two.
         adapter_name: which adapter to read of a file or folder that holds several.
         input_alpha: α of every module, for files that do not hold it.
+        also_load: files of tensors to merge along with the adapters, as for `merge`.
+        ignore_files: names of files in the adapters' folders whose weights may be lost.
         overwrite: replace the model that the repository holds.
         public: make a new repository public; an existing one stays as it is.
         revision: the branch to commit to; main by default.
@@ -180,9 +185,11 @@ def stream(
             maps=[maps] if isinstance(maps, str) else maps,
             fan_in_fan_out=fan_in_fan_out,
             allow_new_tensors=allow_new_tensors,
+            also_load=also_load,
+            ignore_files=ignore_files,
         )
         check_values(planned)
-        wheres = {"base": planned.base.root, "adapters": [adapter.folder for adapter in planned.adapters]}
+        wheres = inputs_as_told(planned, also_load)
         told = command(merge, {**asked, **wheres, "out": OUT, "shard_size": None})
         told = f"{told.removesuffix(f' -o {OUT}')} --stream --push-to-hub {repo}"
         others = partial(last_files, planned, repo=repo, card=card, exclude=exclude)

@@ -34,6 +34,7 @@ from loratool.inspecting.facts import (
 )
 from loratool.reading import Reading, readings
 from loratool.updates import LowRank, Replace, ReplaceRows
+from loratool.weightfiles import fates
 
 if TYPE_CHECKING:
     from loratool.adapter import Adapter
@@ -209,7 +210,7 @@ def adapter_facts(adapter: Adapter, path: Path, fit: Fit | None = None) -> Adapt
         modules=modules,
         rest={printable(name): why for name, why in rest_of(adapter).items()},
         unsupported=(*adapter.unsupported, *unused),
-        notes=(*adapter.notes, *(fit.notes if fit else ())),
+        notes=(*adapter.notes, *fates(adapter.beside, otherwise="no part of the adapter"), *(fit.notes if fit else ())),
         against=fit.base if fit else None,
     )
 

@@ -17,6 +17,7 @@ from loratool.formats.peft.files import (
     CONFIG,
     PICKLED,
     WEIGHTS,
+    conversion,
     locate,
     not_an_adapter,
     read_config,
@@ -27,11 +28,28 @@ from loratool.formats.peft.remarks import remark
 from loratool.origins import name_of
 from loratool.reading import AS_STORED, Reading
 from loratool.safefile import read_safefile
+from loratool.weightfiles import weight_files
 
 if TYPE_CHECKING:
     from loratool.notes import Note
 
-__all__ = ["CONFIG", "PICKLED", "WEIGHTS", "not_an_adapter", "read", "read_what_is_sound", "recognises"]
+# Fields of a config that say what model was trained, not how.
+OF_THE_MODEL = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
+
+TENSORS = "tensors"  # the format of a file of whole tensors
+
+__all__ = [
+    "CONFIG",
+    "PICKLED",
+    "TENSORS",
+    "WEIGHTS",
+    "conversion",
+    "not_an_adapter",
+    "read",
+    "read_saved",
+    "read_what_is_sound",
+    "recognises",
+]
 
 
 def read(path: Path, reading: Reading = AS_STORED) -> Adapter:
@@ -70,6 +88,7 @@ def read_what_is_sound(path: Path, reading: Reading = AS_STORED) -> tuple[Adapte
         unsupported=tuple(dict.fromkeys(draft.unsupported)),
         unused=tuple(draft.unused),
         notes=tuple(draft.notes),
+        beside=() if path.is_file() and path.name != WEIGHTS else weight_files(folder, file, {weights_path.name}),
     )
     return adapter, tuple(draft.problems)
 
@@ -95,6 +114,34 @@ def read_updates(draft: Draft) -> None:
     remark(draft)
     if not (draft.updates or draft.problems or draft.unsupported or draft.unused):
         draft.problems.append("there is no adapter tensor in it")
+
+
+def read_saved(path: Path, owner: Adapter) -> Adapter:
+    """A file of tensors that were trained whole, besides the adapter `owner`: each replaces the base's.
+
+    Raises `InputError` where it is malformed, or holds factors.
+    """
+    notes: list[Note] = []
+    file = read_safefile(path)
+    draft = Draft(file, {}, notes)
+    draft.sort("LORA", lora.SLOTS, lora.ONLY_TRAINING)
+    if draft.modules or draft.copies:
+        raise InputError(f"{printable(path)}: holds factors of an adapter; give it as an ADAPTER of its own")
+    draft.place_saved()
+    if draft.problems:
+        raise InputError(f"{printable(path)}: cannot be loaded along with {owner.name}:", draft.problems)
+    return Adapter(
+        name=f"{owner.name}: {printable(path.name)}",
+        format=TENSORS,
+        folder=owner.folder,
+        file=file,
+        config={name: owner.config[name] for name in OF_THE_MODEL if name in owner.config},
+        config_file=path,
+        updates=draft.updates,
+        sources=draft.sources,
+        unused=tuple(draft.unused),
+        notes=tuple(notes),
+    )
 
 
 def standalone_tokens(module: Module) -> object:
