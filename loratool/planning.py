@@ -375,7 +375,7 @@ class Draft:
             what = f"{printable(tensor)}: {list(value.shape)} as the adapter saved it"
             if tensor in base:
                 moved[tensor] = Source(value.file, value.info, tensor, base[tensor].dtype)
-                if value.shape != base[tensor].shape:
+                if base[tensor].dtype in FLOAT_NAMES:
                     text = f"{what}, in place of the base's {list(base[tensor].shape)}"
                     self.notes.append(Note("tensor-replaced", text))
             elif tensor not in tied:

@@ -109,6 +109,8 @@ def as_trained(adapter: Adapter, base: Checkpoint, ties: Ties, binder: Binder, n
             case (place,):
                 name = place.tensor
                 reason = why_not_this_size(name, value.shape, seen.tensors[name].shape, ties, new_tensors)
+            case () if target in bound.proposed:  # it is there under another name
+                continue
             case () if target in adapter.updates and target.partition(".")[0] not in trained_parts:
                 name, allowed = target, f"the base has no such weight; {NEW_TENSORS} adds it to the output"
                 reason = "" if new_tensors else allowed

@@ -534,7 +534,7 @@ def test_a_single_file_is_untied_and_the_config_that_it_lacks_is_told(tmp_path: 
     assert same_bits(after[HEAD], read_tensors(case.base)[EMBEDDING])
     notes = tuple(map(str, report.notes))
     at = notes.index("the base has no config.json; the one that is put beside the output must say so:")
-    assert notes[at + 1 :] == ("config.json: tie_word_embeddings set to false",)
+    assert notes[at + 1] == "config.json: tie_word_embeddings set to false"
 
 
 def test_an_embedding_with_a_head_of_unknown_name_is_refused(tmp_path: Path) -> None:

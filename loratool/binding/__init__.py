@@ -12,11 +12,12 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from loratool.adapter import adds_zero
-from loratool.binding.checking import holes, overlap, rivals, uncut
+from loratool.binding.checking import found_otherwise, holes, overlap, rivals, uncut
 from loratool.binding.fusing import Misfit
 from loratool.binding.names import fill, template_of
 from loratool.binding.orientation import Orientation, module_of
 from loratool.binding.places import ALL, Bound, Landing, Place
+from loratool.binding.proposing import proposals
 from loratool.binding.resolving import Renaming, Resolver
 from loratool.binding.telling import Nearest, grouped, listed, tell
 from loratool.errors import UsageError, printable
@@ -59,13 +60,20 @@ def bind(adapter: Adapter, base: Checkpoint, *, maps: Sequence[str] = (), fan_in
         reasons[target] = f"{printable(tensor)} is edited by {printable(other)} already"
     missing = {t: kind for t in reasons if not reasons[t] and (kind := kind_of(t))}
     near = Nearest(resolver.disk.templates, base.tensors)
-    problems = {t: reasons[t] or TIED.get(missing.get(t, "")) or near.reason(t) for t in sorted(reasons)}
-    notes += holes(adapter, places, base.tensors)
+    lost = {t: adapter.updates[t] for t, why in reasons.items() if not why}
+    taken = {place.tensor for every in places.values() for place in every}
+    proposed = proposals(lost, places, resolver.disk, taken)
+    problems = {
+        t: reasons[t] or (not proposed.get(t) and TIED.get(missing.get(t, ""))) or near.reason(t, proposed.get(t, ""))
+        for t in sorted(reasons)
+    }
+    notes += [*found_otherwise(places), *holes(adapter, places, base.tensors)]
     for text, (pattern, _) in zip(maps, renamings, strict=True):
         if not any(map(pattern.search, adapter.updates)):
             notes.append(Note("map-unused", f"--map {printable(repr(text))} matches none of its names"))
     template_of.cache_clear()
-    return Bound({t: places[t] for t in adapter.updates if t in places}, problems, tuple(notes), missing)
+    placed = {t: places[t] for t in adapter.updates if t in places}
+    return Bound(placed, problems, tuple(notes), missing, frozenset(proposed))
 
 
 TIED = {"output head": "the base has no such weight, and does not tie its head to an input embedding"}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from loratool.binding.names import Numbers, fill, template_of
+from loratool.binding.names import Numbers, fill, template_of, unwrapped
 from loratool.binding.places import ALL, Place
 from loratool.binding.telling import listed
+from loratool.errors import printable
 from loratool.notes import Note
 
 if TYPE_CHECKING:
@@ -61,6 +63,39 @@ def uncut(places: Sequence[Place]) -> str:
     if len(places) > 1 or places[0].update_row:
         return "an update that depends on the whole weight cannot be divided among several places"
     return ""
+
+
+# What a note says of weights that were not found by their own name, by the code of the rule's step.
+STEPS = {
+    "map-used": "weights have another name by --map",
+    "renamed": "weights were looked for under the names that other releases give to the same layers",
+    "prefix-dropped": "weights have fewer modules before their names in the base",
+    "prefix-added": "weights have more modules before their names in the base",
+    "part-of-fused": "weights are parts of fused tensors of the base",
+    "split-into-parts": "weights are fused tensors whose parts the base has apart",
+}
+MOST_STEPS = 4  # ways of renaming that a note tells
+
+
+def found_otherwise(places: Mapping[str, Sequence[Place]]) -> Iterator[Note]:
+    """Notes on weights that another rule than the exact name led to their place; suffixes have one of their own."""
+    words: dict[str, dict[str, None]] = {}
+    counts = Counter[str]()
+    wrapped = 0
+    for every in places.values():
+        steps = dict(step for place in every for step in place.rule.steps)
+        counts.update(steps.keys())
+        for code, said in steps.items():
+            words.setdefault(code, {})[said] = None
+        wrapped += any(unwrapped(place.tensor) != place.tensor for place in every)
+    for code, text in STEPS.items():
+        if code in counts:
+            found = list(words[code])
+            more = f", and {len(found) - MOST_STEPS} more" if len(found) > MOST_STEPS else ""
+            shown = f": {', '.join(map(printable, found[:MOST_STEPS]))}{more}" if code != "map-used" else ""
+            yield Note(code, f"{counts[code]} {text}{shown}")
+    if wrapped:
+        yield Note("wrapper-dropped", f"{wrapped} weights have a wrapper of training in their name in the base")
 
 
 def holes(adapter: Adapter, places: Mapping[str, Sequence[Place]], tensors: Mapping[str, TensorInfo]) -> list[Note]:

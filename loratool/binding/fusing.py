@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from loratool.binding.places import ALL, Landing, Place
+from loratool.binding.places import ALL, Landing, Place, Rule
 from loratool.layouts.fusions import EXPERT_COUNTS, FUSIONS, INTERLEAVED_EXPERTS, Fusion
 from loratool.updates import ExpertFactors, Update
 from loratool.updates.base import ANY
@@ -79,7 +79,7 @@ def runs(sizes: Sequence[int], part: int, times: int) -> list[tuple[int, int, in
     return [(n * period + before, n * own, own) for n in range(times)]
 
 
-def whole(update: Update, info: TensorInfo, rule: str) -> Landing:
+def whole(update: Update, info: TensorInfo, rule: Rule) -> Landing:
     """An update of a whole tensor."""
     shape = info.shape
     if isinstance(update, ExpertFactors) and len(shape) == 3:
@@ -99,7 +99,7 @@ def turned(update: Update, shape: tuple[int, ...]) -> Update | None:
     return update.turned.fit(shape) if update.turnable and possible else None
 
 
-def all_of(update: Update, info: TensorInfo, rule: str) -> Place:
+def all_of(update: Update, info: TensorInfo, rule: Rule) -> Place:
     rows = info.rows
     for size in info.shape[1 : update.fold]:
         rows *= size
@@ -113,7 +113,7 @@ def into_fused(
     times: int,
     heads: tuple[int, int] | None,
     update: Update,
-    rule: str,
+    rule: Rule,
 ) -> Landing:
     """A part's update into some rows of the fused tensor, or into some columns where that is stored (in, out).
 
@@ -172,7 +172,7 @@ def into_experts(
     stored: bool | None,
     interleaved: bool,
     update: Update,
-    rule: str,
+    rule: Rule,
 ) -> Landing:
     """One expert's part into the fused tensor of all: (experts, out, in), or (experts, in, out).
 
@@ -201,7 +201,7 @@ def into_experts(
     return Landing(*places)
 
 
-def out_of_fused(parts: Sequence[TensorInfo], times: int, update: Update, rule: str) -> Landing:
+def out_of_fused(parts: Sequence[TensorInfo], times: int, update: Update, rule: Rule) -> Landing:
     """An update of the fused tensor into the tensors of its parts, each of which takes its rows."""
     first = parts[0].shape
     if any(part.shape[1:] != first[1:] or not part.shape for part in parts):
@@ -219,7 +219,7 @@ def out_of_fused(parts: Sequence[TensorInfo], times: int, update: Update, rule: 
     )
 
 
-def out_of_experts(experts: Sequence[Sequence[TensorInfo]], update: Update, rule: str, interleaved: bool) -> Landing:
+def out_of_experts(experts: Sequence[Sequence[TensorInfo]], update: Update, rule: Rule, interleaved: bool) -> Landing:
     """An update of all experts' fused tensor into the tensors of each expert's parts, all (out, in)."""
     first = experts[0]
     shapes = [part.shape for part in first]
@@ -253,7 +253,7 @@ def out_of_experts(experts: Sequence[Sequence[TensorInfo]], update: Update, rule
     return landing
 
 
-def stacked(parts: Sequence[TensorInfo], update: Update, rule: str) -> Landing:
+def stacked(parts: Sequence[TensorInfo], update: Update, rule: Rule) -> Landing:
     """An update of all experts' fused tensor into tensors that hold one part of all experts: (experts, out, in) each."""
     shapes = [part.shape for part in parts]
     if any(len(s) != 3 or (s[0], s[2]) != (shapes[0][0], shapes[0][2]) for s in shapes):

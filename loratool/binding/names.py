@@ -16,6 +16,7 @@ from loratool.layouts.architectures import LEADING_WRAPPERS, PACKED_ENDS, PACKED
 from loratool.layouts.renames import RENAMES
 
 if TYPE_CHECKING:
+    from loratool.binding.places import Step
     from loratool.safefile import TensorInfo
 
 NUMBER = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.)")
@@ -107,7 +108,7 @@ class Alias:
     """A template that means the same as another, and the renames that lead to it."""
 
     template: str
-    moves: tuple[str, ...] = ()
+    moves: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Move:
     old: str  # with a dot at each end, as all that a template is compared with
     new: str
     at_start: bool
-    shown: str
+    step: Step
 
     @cached_property
     def brings(self) -> frozenset[str]:
@@ -130,7 +131,7 @@ def components(dotted: str) -> frozenset[str]:
 
 
 MOVES = tuple(
-    Move(f".{old}.", f".{new}.", one.startswith("^"), f"renamed {old} → {new}")
+    Move(f".{old}.", f".{new}.", one.startswith("^"), ("renamed", f"renamed {old} → {new}"))
     for pair in RENAMES
     for one, other in (pair, pair[::-1])
     for old, new in [(one.lstrip("^"), other.lstrip("^"))]
@@ -169,19 +170,19 @@ class Moves:
             level = list(following.values())
         yield level
 
-    def neighbours(self, template: str, index: Mapping[str, list[Move]]) -> Iterator[tuple[str, str]]:
+    def neighbours(self, template: str, index: Mapping[str, list[Move]]) -> Iterator[tuple[str, Step]]:
         """The templates that are one rename away, each with the rename."""
         parts = template.split(".")
         for first in dict.fromkeys(parts):
             for move in index.get(first, ()):
                 at = template.find(move.old)
                 if at == 0 or (at > 0 and not move.at_start):
-                    yield template[:at] + move.new + template[at + len(move.old) :], move.shown
+                    yield template[:at] + move.new + template[at + len(move.old) :], move.step
         for prefix in (parts[1], ".".join(parts[1:3])):
             if prefix in PREFIXES:
-                yield template[len(prefix) + 1 :], f"prefix {prefix}. dropped"
+                yield template[len(prefix) + 1 :], ("prefix-dropped", f"prefix {prefix}. dropped")
         for prefix in self.prefixes:
-            yield f".{prefix}{template}", f"prefix {prefix}. added"
+            yield f".{prefix}{template}", ("prefix-added", f"prefix {prefix}. added")
 
 
 def fill(template: str, numbers: Numbers) -> str:

@@ -14,6 +14,24 @@ if TYPE_CHECKING:
 ALL = slice(None)
 
 
+Step = tuple[str, str]  # of a rule: its code, and the same in words
+
+
+class Rule(str):
+    """How a place was found, in words: what was done to the name, and which part of the tensor is meant."""
+
+    steps: tuple[Step, ...]
+
+    def __new__(cls, *steps: Step) -> Rule:
+        self = super().__new__(cls, ", ".join(words for _, words in steps) or "exact")
+        self.steps = steps
+        return self
+
+    def then(self, code: str, words: str) -> Rule:
+        """The same with one step more."""
+        return Rule(*self.steps, (code, words))
+
+
 @dataclass(frozen=True)
 class Place:
     """Where an update, or some rows of one, goes.
@@ -23,7 +41,7 @@ class Place:
     """
 
     tensor: str
-    rule: str  # how it was found
+    rule: Rule  # how it was found
     update: Update  # fitted to the tensor, or to the part of it
     first_row: int
     rows: int
@@ -41,6 +59,7 @@ class Bound:
     notes: tuple[Note, ...] = ()
     # those of `problems` whose weight the base has not and need not have: target → "input embedding" or "output head"
     missing: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    proposed: frozenset[str] = frozenset()  # those of `problems` that name a `--map`
 
 
 @dataclass(frozen=True)

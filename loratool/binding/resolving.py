@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from loratool.binding import fusing
 from loratool.binding.fusing import Misfit
 from loratool.binding.names import Alias, Disk, Moves, Numbers, components, template_of, unwrapped
-from loratool.binding.places import Landing, Place
+from loratool.binding.places import Landing, Place, Rule
 from loratool.errors import printable
 from loratool.layouts.architectures import CONV1D_MODULES, REORDERED, TOWERS
 from loratool.safefile import FLOAT_NAMES, TensorInfo
@@ -67,12 +67,12 @@ class Resolver:
         """The target's places; raises `Misfit` with the reason where there is none, or more than one."""
         for pattern, replacement in renamings:
             if pattern.search(target):
-                return relabelled(self.find(pattern.sub(replacement, target, count=1), update), "map")
+                return mapped(self.find(pattern.sub(replacement, target, count=1), update))
         return self.find(target, update)
 
     def find(self, name: str, update: Update) -> Landing:
         if (info := self.tensors.get(name)) is not None:
-            return self.whole(info, update, "exact")
+            return self.whole(info, update, Rule())
         if "#" in name:
             raise Misfit("")
         template, numbers = template_of(unwrapped(name))
@@ -139,24 +139,25 @@ class Resolver:
 
     def follow(self, way: Way, numbers: Numbers, update: Update) -> Landing | None:
         """Where a way leads for some numbers; None where the base has no such tensor."""
-        fusion, rule = way.fusion, ", ".join(way.alias.moves)
+        fusion, rule = way.fusion, Rule(*way.alias.moves)
         if self.reordered and any(f".{name}." in template for template in way.templates for name in self.reordered):
             raise Misfit("its rows are in another order in the base (for rotary positions), which is not supported")
         if fusion is None:
             info = self.tensor(way.templates[0], numbers)
             if info is None:
                 return None
-            landing = self.whole(info, update, rule or "exact")
-            if landing.turned and update.turnable and "renamed" in rule and not is_conv1d(info.name):
+            landing = self.whole(info, update, rule)
+            renamed = any(code == "renamed" for code, _ in rule.steps)
+            if landing.turned and update.turnable and renamed and not is_conv1d(info.name):
                 # a name that is only guessed at and a shape that fits the wrong way round are no match
                 landing = Landing(landing.straight)
                 if not landing.straight:
                     raise Misfit(f"update is {list(update.shape)}, {printable(info.name)} is {list(info.shape)}")
             return landing
         if way.part >= 0:
-            rule = joined(rule, f"{short(fusion.parts[way.part])} of {short(fusion.fused)}")
+            rule = rule.then("part-of-fused", f"{short(fusion.parts[way.part])} of {short(fusion.fused)}")
             return self.join(way, fusion, numbers, update, rule)
-        rule = joined(rule, f"split into {' + '.join(map(short, fusion.parts))}")
+        rule = rule.then("split-into-parts", f"split into {' + '.join(map(short, fusion.parts))}")
         if way.position >= 0:
             return self.spread(way, numbers, update, rule)
         parts = [self.tensor(template, numbers) for template in way.templates]
@@ -171,7 +172,7 @@ class Resolver:
             return fusing.stacked(infos, update, rule)
         return fusing.out_of_fused(infos, fusing.repeats(fusion, self.config), update, rule)
 
-    def join(self, way: Way, fusion: Fusion, numbers: Numbers, update: Update, rule: str) -> Landing | None:
+    def join(self, way: Way, fusion: Fusion, numbers: Numbers, update: Update, rule: Rule) -> Landing | None:
         """A part into the fused tensor."""
         at = way.position
         info = self.tensor(way.templates[0], numbers if at < 0 else numbers[:at] + numbers[at + 1 :])
@@ -191,7 +192,7 @@ class Resolver:
         except Misfit as misfit:
             raise Misfit(f"{misfit}, {printable(info.name)} is {list(info.shape)}") from None
 
-    def spread(self, way: Way, numbers: Numbers, update: Update, rule: str) -> Landing | None:
+    def spread(self, way: Way, numbers: Numbers, update: Update, rule: Rule) -> Landing | None:
         """The fused tensor of all experts into the tensors of each."""
         assert way.fusion is not None
         lists = [self.disk.members(template, way.position).get(numbers, []) for template in way.templates]
@@ -235,7 +236,7 @@ class Resolver:
         name = self.disk.templates[template].get(numbers)
         return None if name is None else self.tensors[name]
 
-    def whole(self, info: TensorInfo, update: Update, rule: str) -> Landing:
+    def whole(self, info: TensorInfo, update: Update, rule: Rule) -> Landing:
         try:
             return packed_landing([info], update, rule) or fusing.whole(update, info, rule)
         except Misfit:
@@ -265,7 +266,9 @@ class Resolver:
                     if info is None:
                         continue
                     try:
-                        landed[target] = self.whole(info, targets[target], f"suffix {removed}… → {added}…")
+                        landed[target] = self.whole(
+                            info, targets[target], Rule(("suffix-match", f"suffix {removed}… → {added}…"))
+                        )
                     except Misfit:
                         continue
             scores[removed, added] = landed
@@ -309,15 +312,11 @@ def short(name: str) -> str:
     return name.replace("#.", "").removesuffix(".weight").rpartition(".")[2]
 
 
-def joined(*rules: str) -> str:
-    return ", ".join(rule for rule in rules if rule)
-
-
-def relabelled(landing: Landing, rule: str) -> Landing:
-    """The same places, found by another rule first."""
+def mapped(landing: Landing) -> Landing:
+    """The same places, found by a `--map` first."""
 
     def relabel(place: Place) -> Place:
-        return replace(place, rule=rule if place.rule == "exact" else joined(rule, place.rule))
+        return replace(place, rule=Rule(("map-used", "map"), *place.rule.steps))
 
     return Landing(tuple(map(relabel, landing.straight)), tuple(map(relabel, landing.turned)))
 
@@ -328,7 +327,7 @@ def identity(landing: Landing) -> object:
     return frozenset((p.tensor, p.first_row, p.rows, p.update_row, str(p.columns)) for p in places)
 
 
-def packed_landing(infos: Sequence[TensorInfo], update: Update, rule: str) -> Landing | None:
+def packed_landing(infos: Sequence[TensorInfo], update: Update, rule: Rule) -> Landing | None:
     """The place of an update whose weight is quantised, unfitted: the plan refuses to edit such a tensor."""
     packed = next((info for info in infos if info.dtype not in FLOAT_NAMES), None)
     return None if packed is None else Landing((Place(packed.name, rule, update, 0, packed.rows),))

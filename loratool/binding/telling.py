@@ -1,10 +1,9 @@
-"""Names for people: many in one line, the nearest to one, and the `--map` that would lead there."""
+"""Names for people: many in one line, and the nearest to one."""
 
 from __future__ import annotations
 
 import difflib
-import itertools
-import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -80,8 +79,12 @@ class Nearest:
         self.templates, self.tensors = templates, tensors
         self.found: dict[str, str | None] = {}
 
-    def reason(self, target: str) -> str:
-        """That the base has no such weight, with the nearest it has and the `--map` that leads there."""
+    def reason(self, target: str, proposal: str = "") -> str:
+        """That the base has no such weight, with the `--map` that leads to one, or else the nearest that it has."""
+        if proposal:
+            return (
+                f"the base has no such weight; if it is the same layer, give --map {printable(shlex.quote(proposal))}"
+            )
         template, numbers = template_of(target)
         if template not in self.found:
             searched = len(self.found) < MOST_SEARCHED
@@ -91,9 +94,7 @@ class Nearest:
             return "the base has no such weight"
         members = self.templates[there]
         near = members.get(numbers) or members[min(members, key=lambda found: tuple(map(int, found)))]
-        told = f"the base has no such weight; nearest is {printable(near)} {list(self.tensors[near].shape)}"
-        suggestion = map_to_try(template, there)
-        return f"{told}; to use it, give {printable(suggestion)}" if suggestion else told
+        return f"the base has no such weight; nearest is {printable(near)} {list(self.tensors[near].shape)}"
 
 
 def nearest(template: str, known: Sequence[str]) -> str | None:
@@ -105,19 +106,6 @@ def nearest(template: str, known: Sequence[str]) -> str | None:
             break
     found = difflib.get_close_matches(template, known[:MOST_COMPARED], n=1, cutoff=0.5)
     return found[0] if found else None
-
-
-def map_to_try(template: str, there: str) -> str | None:
-    """The `--map` that makes names of one template those of another: with the shortest pattern that does."""
-    if template == there or template.count("#") != there.count("#"):
-        return None
-    old, new = template[1:-1].split("."), there[1:-1].split(".")
-    while len(old) > 1 and len(new) > 1 and old[-1] == new[-1]:
-        del old[-1], new[-1]
-    pattern = "^" + r"\.".join(r"(\d+)" if part == "#" else re.escape(part) for part in old) + r"\b"
-    groups = itertools.count(1)
-    replacement = ".".join(rf"\{next(groups)}" if part == "#" else part for part in new)
-    return f"--map '{pattern}={replacement}'"
 
 
 def tell(problems: Mapping[str, str]) -> list[str]:
