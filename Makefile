@@ -1,5 +1,6 @@
 # make demo       build a small base and an adapter, merge them and check the result
 # make test       formatting, lint, types, tests and documentation
+# make test-cuda  the tests of the CUDA path, on a machine that has a GPU
 # make benchmark  what a merge costs on this machine
 # make docs       write docs/cli.md anew from the command line's own help, and docs/supported.md from its table
 #
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test benchmark docs
+.PHONY: demo test test-cuda benchmark docs
 
 demo: .venv/runtime
 	$(BIN)/loratool demo loratool-demo --overwrite
@@ -19,6 +20,9 @@ test: .venv/development
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+test-cuda: .venv/development
+	LORATOOL_TEST_CUDA=1 $(BIN)/pytest tests/test_computing.py tests/test_algebra_cuda.py
 
 benchmark: .venv/development
 	$(BIN)/python benchmarks/merge.py

@@ -91,9 +91,11 @@ def find_devices(device: str) -> tuple[str, ...]:
     """The devices that "auto", "cpu", "cuda" or "cuda:N" mean here, each ready for work."""
     import torch
 
-    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+    if device == "cpu":
         return ("cpu",)
-    count = torch.cuda.device_count()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count and device == "auto":  # a driver may be there and every device hidden
+        return ("cpu",)
     if not count:
         raise UsageError(f"--device {printable(device)}: torch {torch.__version__} finds no CUDA device here")
     every = tuple(f"cuda:{n}" for n in range(count))

@@ -1,4 +1,4 @@
-"""What every test runs with: no network, a quiet transformers, and few threads."""
+"""What every test runs with: no network, a quiet transformers, few threads, and no GPU unless it is asked for."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Tests compare bytes, fork and count memory, which a CUDA context gets in the way of; those of CUDA ask for it.
+if not os.environ.get("LORATOOL_TEST_CUDA"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # The same examples every time; HYPOTHESIS_PROFILE=default looks for new ones.
 settings.register_profile("repeatable", derandomize=True)

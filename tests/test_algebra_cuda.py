@@ -13,7 +13,9 @@ from torch import Tensor
 
 import loratool
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device here, or LORATOOL_TEST_CUDA=1 is not set"
+)
 
 SHAPES = {f"model.layers.{n}.{m}": s for n in range(3) for m, s in (("q_proj", (96, 80)), ("up_proj", (200, 80)))}
 

@@ -20,7 +20,9 @@ from loratool.computing import LoadedEdit
 from loratool.placing import Edit
 from loratool.updates import LowRank, Replace
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+needs_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device here, or LORATOOL_TEST_CUDA=1 is not set"
+)
 
 
 def make_pair(

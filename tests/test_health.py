@@ -197,7 +197,7 @@ CASES: dict[str, Case] = {
     "subnormal": Case(put(B=SMALL), level="note", told="subnormal values of F16, up to 100 %", repair="resize"),
     "base-not-named": Case(config={"base_model_name_or_path": None}, level="note"),
     "not-mergeable": Case(config={"alora_invocation_tokens": [1]}, level="note", told="aLoRA"),
-    "remark": Case(config={"target_modules": [*NAMES, "V"]}, level="note", told="target_modules names V"),
+    "idle-targets": Case(config={"target_modules": [*NAMES, "V"]}, level="note", told="target_modules names V"),
     # what servers make of it
     "vllm-rank": Case(ranks(24), {"r": 24}, "note", "--max-lora-rank 32", "loratool resize .* --rank 16"),
     "vllm-rank, above all": Case(ranks(513), {"r": 513}, "note", "up to 512", "--rank 512"),
