@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from loratool.adapter import stored_tensors
 from loratool.errors import FitError, InputError, printable
 from loratool.lowrank import Product
+from loratool.lowrank.products import ROUNDING
 from loratool.notes import Note
+from loratool.safefile import FLOAT_NAMES
 from loratool.updates import Add, ExpertFactors, LowRank, Magnitude, Replace, ReplaceRows, Residual, Update
 
 if TYPE_CHECKING:
@@ -111,7 +113,12 @@ class Layer:
         if self.kind is Kind.PARAMETER:
             up = up.reshape(self.rows, self.rank, self.experts).permute(2, 0, 1)  # rank-major
             down = down.reshape(self.experts, self.rank, self.columns)  # expert-major
-        return Product(up, down).scaled(self.scale)
+        return Product(up, down, self.rounding).scaled(self.scale)
+
+    @property
+    def rounding(self) -> float:
+        """The relative error of ΔW that comes of the dtype its factors are stored in; of several the largest."""
+        return max((ROUNDING[FLOAT_NAMES[t.info.dtype]] for t in stored_tensors(self.update)), default=0.0)
 
 
 @dataclass(frozen=True)

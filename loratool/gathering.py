@@ -42,7 +42,7 @@ class Share:
         from loratool.lowrank import Product
 
         found = sources[self.adapter].load(self.layer.target, device, dtype)
-        return Product(found.down.mT, found.up.mT) if self.turned else found
+        return Product(found.down.mT, found.up.mT, found.rounding) if self.turned else found
 
 
 def named_apart(sources: Sequence[Contents]) -> list[Contents]:

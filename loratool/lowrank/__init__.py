@@ -5,6 +5,7 @@ Pure torch: no names, no files. Everything takes batches: leading dimensions are
 
 from loratool.lowrank.core import Core, core_space
 from loratool.lowrank.joint import Joint, Spectrum, joint, truncated
+from loratool.lowrank.noise import floor, floor_of, is_noise, silenced
 from loratool.lowrank.products import (
     Decomposition,
     Product,
@@ -38,14 +39,18 @@ __all__ = [
     "core_space",
     "decompose",
     "difference",
+    "floor",
+    "floor_of",
     "gram",
     "inner",
+    "is_noise",
     "joint",
     "length",
     "norm",
     "padded",
     "relate",
     "side_by_side",
+    "silenced",
     "singular_values",
     "sketch",
     "truncated",

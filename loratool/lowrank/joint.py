@@ -27,11 +27,15 @@ class Joint:
         """Of a batch: one of them."""
         return Joint(tuple(p[at] for p in self.products), tuple(p[at] for p in self.small))
 
-    def sum(self, coefficients: Sequence[float]) -> Spectrum:
-        """Σ cᵢ of the products, decomposed."""
+    def core(self, coefficients: Sequence[float]) -> Tensor:
+        """Σ cᵢ of the products in shared coordinates, in float64: of the same norm."""
         core = sum((c * p.matrix().double() for c, p in zip(coefficients, self.small, strict=True)), start=0.0)
         assert not isinstance(core, float), "there is a product"
-        u, s, vt = small_svd(core)
+        return core
+
+    def sum(self, coefficients: Sequence[float]) -> Spectrum:
+        """Σ cᵢ of the products, decomposed."""
+        u, s, vt = small_svd(self.core(coefficients))
         return Spectrum(self, tuple(coefficients), u, s, vt)
 
 
@@ -87,7 +91,8 @@ def joint(products: Sequence[Product]) -> Joint:
     right = torch.linalg.qr(torch.cat([p.down for p in products], -2).mT, mode="r").R
     ranks = [p.rank for p in products]
     pairs = zip(left.split(ranks, -1), right.split(ranks, -1), strict=True)
-    return Joint(tuple(products), tuple(Product(one, other.mT) for one, other in pairs))
+    small = (Product(one, other.mT, p.rounding) for p, (one, other) in zip(products, pairs, strict=True))
+    return Joint(tuple(products), tuple(small))
 
 
 def truncated(product: Product, rank: int) -> tuple[Product, Tensor]:

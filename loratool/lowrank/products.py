@@ -6,13 +6,16 @@ With up = Qu Ru and downᵀ = Qd Rd, all of up @ down is in the small core Ru Rd
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+# Relative error of up @ down by the dtype its factors are stored in: of 16 bits as measured on trained adapters, of
+# wider ones with room for factors that were computed, rotated or decomposed in that dtype
+ROUNDING = {"bfloat16": 2.4e-3, "float16": 3e-4, "float32": 1e-6, "float64": 1e-12}
 FAST_FLOAT64 = frozenset({(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)})  # compute capabilities of data-centre GPUs
 SMALL_CORE = 512  # up to this size the processor decomposes a core faster than a GPU
 
@@ -23,6 +26,12 @@ class Product:
 
     up: Tensor  # (..., rows, rank)
     down: Tensor  # (..., rank, columns)
+    rounding: float = 0.0  # relative error of the factors as they were stored; 0 where they were computed
+
+    @property
+    def precision(self) -> float:
+        """The relative error that the update is known with, of storage or of the arithmetic: the larger."""
+        return max(self.rounding, ROUNDING[str(self.up.dtype).removeprefix("torch.")])
 
     @property
     def rank(self) -> int:
@@ -36,10 +45,10 @@ class Product:
 
     def scaled(self, factor: float) -> Product:
         """`factor` times the matrix. `down` stays as it is: the fewer values change, the fewer are rounded later."""
-        return self if factor == 1.0 else Product(self.up * factor, self.down)
+        return self if factor == 1.0 else replace(self, up=self.up * factor)
 
     def to(self, dtype: torch.dtype) -> Product:
-        return Product(self.up.to(dtype), self.down.to(dtype))
+        return replace(self, up=self.up.to(dtype), down=self.down.to(dtype))
 
     def matrix(self) -> Tensor:
         """The (..., rows, columns) matrix itself."""
@@ -47,7 +56,7 @@ class Product:
 
     def __getitem__(self, at: int | slice) -> Product:
         """Of a batch: one matrix, or some."""
-        return Product(self.up[at], self.down[at])
+        return replace(self, up=self.up[at], down=self.down[at])
 
 
 @dataclass(frozen=True)
@@ -128,7 +137,7 @@ def canonical(product: Product) -> Product:
     (up G, G⁻¹ down) is the same matrix for every invertible G. What looks at entries of factors comes after this.
     """
     found = decompose(product)
-    return found.truncated(max(1, found.significant)).product()
+    return replace(found.truncated(max(1, found.significant)).product(), rounding=product.rounding)
 
 
 def inner(one: Product, other: Product) -> Tensor:
@@ -170,12 +179,13 @@ def side_by_side(products: Sequence[Product]) -> Product:
 
     if len(products) == 1:
         return products[0]
-    return Product(torch.cat([p.up for p in products], -1), torch.cat([p.down for p in products], -2))
+    up, down = torch.cat([p.up for p in products], -1), torch.cat([p.down for p in products], -2)
+    return Product(up, down, max(p.rounding for p in products))
 
 
 def difference(one: Product, other: Product) -> Product:
     """One − other. Its `norm` is right where that of a difference of squares has nothing left."""
-    return side_by_side([one, Product(other.up, -other.down)])
+    return side_by_side([one, replace(other, down=-other.down)])
 
 
 def change(before: Product, after: Product) -> Product:
@@ -193,6 +203,5 @@ def padded(product: Product, rank: int) -> Product:
     missing = rank - product.rank
     if missing <= 0:
         return product
-    return Product(
-        torch.nn.functional.pad(product.up, (0, missing)), torch.nn.functional.pad(product.down, (0, 0, 0, missing))
-    )
+    pad = torch.nn.functional.pad
+    return replace(product, up=pad(product.up, (0, missing)), down=pad(product.down, (0, 0, 0, missing)))

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 NEARLY_PARALLEL = 0.9995  # |cosine| from which slerp is linear, as in mergekit
 LEAST_ALIKE = 0.2  # mean cosine below which Model Stock means nothing
+STRAIGHT_FROM = 1 - 1e-12  # |cosine| from which nuslerp is: nearer, an angle is arithmetic's rounding
 KARCHER_STEPS = 10
 KARCHER_TOLERANCE = 1e-5
 
@@ -22,10 +23,13 @@ def linear(weights: Tensor, normalize: bool) -> Tensor:
     return weights / weights.sum() if normalize and bool(weights.any()) else weights
 
 
-def slerp(gram: Tensor, t: float, nearly_parallel: float = NEARLY_PARALLEL) -> Tensor:
+def slerp(
+    gram: Tensor, t: float, nearly_parallel: float = NEARLY_PARALLEL, noise: Tensor | float = 0.0
+) -> tuple[Tensor, bool]:
     """Spherical interpolation of two: sin((1 − t)θ)/sin θ and sin(tθ)/sin θ, linear where they are nearly parallel.
 
-    With `gram` (rows, 2, 2) each row has an angle of its own; the result is (..., 2).
+    With `gram` (rows, 2, 2) each row has an angle of its own; the result is (..., 2). Where sin θ is at most `noise`,
+    the way between the two is rounding, and the result linear; whether that was so of opposites is told as well.
     """
     import torch
 
@@ -34,13 +38,16 @@ def slerp(gram: Tensor, t: float, nearly_parallel: float = NEARLY_PARALLEL) -> T
     angle = torch.acos(cosine)
     both = torch.stack([torch.sin((1 - t) * angle), torch.sin(t * angle)], -1) / torch.sin(angle)[..., None]
     straight = torch.tensor([1 - t, t], dtype=gram.dtype).expand(both.shape)
-    return torch.where((cosine.abs() > nearly_parallel)[..., None], straight, both)
+    unknown = torch.sin(angle) <= noise
+    found = torch.where((unknown | (cosine.abs() > nearly_parallel))[..., None], straight, both)
+    return found, bool((unknown & (cosine < 0)).any())
 
 
-def karcher(gram: Tensor, weights: Tensor) -> Tensor:
+def karcher(gram: Tensor, weights: Tensor, noise: float = 0.0) -> tuple[Tensor, bool]:
     """The mean on the sphere, of length Σ wᵢ‖ΔWᵢ‖ (the Karcher mean of mergekit), found in coefficients.
 
-    Weights are normalised to sum 1. Updates that are zero take no part.
+    Weights are normalised to sum 1. Updates that are zero take no part. Where the directions cancel to an angle of at
+    most `noise` there is no mean on the sphere, and the weighted mean takes its place; that this was so is told as well.
     """
     import torch
 
@@ -48,7 +55,7 @@ def karcher(gram: Tensor, weights: Tensor) -> Tensor:
     alive = norms > 0
     shares = torch.where(alive, weights, 0.0)
     if not bool(shares.any()):
-        return torch.zeros_like(weights)
+        return torch.zeros_like(weights), False
     shares = shares / shares.sum()
     inverse = torch.where(alive, 1 / norms.clamp_min(1e-300), 0.0)
     unit = gram * inverse[:, None] * inverse[None, :]  # of the updates at length 1
@@ -56,22 +63,22 @@ def karcher(gram: Tensor, weights: Tensor) -> Tensor:
     def length(coefficients: Tensor) -> float:
         return math.sqrt(max(0.0, float(coefficients @ unit @ coefficients)))
 
-    mean = shares.clone()
-    if length(mean) < KARCHER_TOLERANCE:  # they cancel: begin at the first
-        mean = torch.zeros_like(shares)
-        mean[int(alive.nonzero()[0])] = 1.0
-    mean = mean / length(mean)
+    noise = max(noise, KARCHER_TOLERANCE)
+    if length(shares) <= noise:
+        return shares, True
+    mean = shares / length(shares)
     for _ in range(KARCHER_STEPS):
         cosines = (unit @ mean).clamp(-1, 1)
         angles = torch.acos(cosines)
-        factors = torch.where(angles > KARCHER_TOLERANCE, angles / torch.sin(angles).clamp_min(1e-12), 0.0) * shares
+        known = (angles > KARCHER_TOLERANCE) & (angles < math.pi - noise)  # no way leads to an opposite
+        factors = torch.where(known, angles / torch.sin(angles).clamp_min(1e-12), 0.0) * shares
         step = factors - (factors * cosines).sum() * mean
         size = length(step)
         if size < KARCHER_TOLERANCE:
             break
         mean = math.cos(size) * mean + math.sin(size) * step / size
         mean = mean / length(mean)
-    return mean * inverse * (shares * norms).sum()
+    return mean * inverse * (shares * norms).sum(), False
 
 
 def mean_cosine(gram: Tensor) -> float:
@@ -87,5 +94,5 @@ def model_stock(gram: Tensor) -> Tensor:
     import torch
 
     count, cosine = gram.shape[0], mean_cosine(gram)
-    ratio = max(0.0, count * cosine / (1 + (count - 1) * cosine))
+    ratio = count * cosine / (1 + (count - 1) * cosine) if cosine > 0 else 0.0
     return torch.full((count,), ratio / count, dtype=gram.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loratool.lowrank import (
@@ -16,26 +16,29 @@ from loratool.lowrank import (
     core_space,
     decompose,
     difference,
+    floor,
     gram,
-    inner,
     joint,
     norm,
     padded,
     side_by_side,
+    silenced,
     sketch,
 )
-from loratool.lowrank.products import negligible
+from loratool.lowrank.noise import MARGIN
 from loratool.methods import coefficients, elementwise, factorwise, spectral
 from loratool.methods.elementwise import Merged, Setting
 from loratool.methods.stacks import Formed, Held
-from loratool.methods.table import ELEMENTWISE, FACTORWISE, GRAM, METHODS
+from loratool.methods.table import ELEMENTWISE, FACTORWISE, GRAM, METHODS, SPECTRAL
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SKETCH_STEPS = 2
 TINY = 1e-150  # the square of less is 0, and a norm says nothing any more
-WEIGHTED_SUMS = ("linear", "cat", "svd", "dare_linear", "breadcrumbs", "magnitude_prune")
+ZERO, UNSCALED = "zero", "unscaled"  # what becomes of a sum that is rounding
+SUMS = ("linear", "cat", "svd")
+WEIGHTED_SUMS = (*SUMS, "dare_linear", "breadcrumbs", "magnitude_prune")
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,13 @@ class Mixture:
     product: Product
     lost: float  # relative error of the cut to its rank
     whole: float  # ‖what the method gives at full rank‖
+    cancels: str = ""  # ZERO or UNSCALED where updates cancel and rounding is all that is left
 
 
 def mix(shared: Joint, weights: Sequence[float], recipe: Recipe) -> Mixture:
     """Σ w ΔW of one weight as the recipe means it.
+
+    Where the sum is no more than rounding, nothing that depends on its size or its directions is done to it.
 
     Args:
         shared: ΔW of each adapter that has one, scaling included, without batches.
@@ -80,72 +86,111 @@ def mix(shared: Joint, weights: Sequence[float], recipe: Recipe) -> Mixture:
     """
     import torch
 
-    products, share = shared.products, torch.tensor(list(weights), dtype=torch.float64)
+    share = torch.tensor(list(weights), dtype=torch.float64)
+    noise = floor(shared.small, weights)
+    left = float(torch.linalg.matrix_norm(shared.core(weights)))
+    if noise > TINY and left <= noise:
+        return cancelled(shared, share, recipe, left)
+    if recipe.method not in SUMS:
+        shared = silenced(shared)
+    found = made(shared, share, recipe, noise)
+    factor, told = matching(found.product, shared, share, recipe, noise)
+    whole = abs(recipe.factor * factor) * found.whole
+    return Mixture(found.product.scaled(recipe.factor * factor), found.lost, whole, found.cancels or told)
+
+
+def made(shared: Joint, weights: Tensor, recipe: Recipe, noise: float) -> Mixture:
+    """What the method gives, before λ and the norm that is asked for."""
+    products = shared.products
     method = METHODS[recipe.method]
+
+    def calibrated(product: Product) -> Product:
+        return spectral.svc(decompose(product), products, weights.tolist(), noise).product() if recipe.svc else product
+
     if method.family == GRAM and recipe.rank is not None and not (recipe.row_wise or recipe.svc or recipe.ctm):
-        chosen = of_gram(gram(shared.small), share, recipe)
-        found = cut(shared.sum(chosen.tolist()), recipe.rank)
-    elif method.family == ELEMENTWISE and recipe.space == "dense":
-        found = dense(products, share, recipe)
-        if recipe.svc:
-            calibrated = spectral.svc(decompose(found.product), products, weights).product()
-            found = Mixture(calibrated, found.lost, found.whole)
+        chosen, cancels = of_gram(gram(shared.small), weights, recipe, products)
+        return replace(cut(shared.sum(chosen.tolist()), recipe.rank), cancels=cancels)
+    if method.family == ELEMENTWISE and recipe.space == "dense":
+        found = dense(products, weights, recipe)
+        return replace(found, product=calibrated(found.product))
+    whole, compact, cancels = uncut(products, weights, recipe, noise)
+    whole, compact = calibrated(whole), compact or recipe.svc
+    if recipe.ctm and recipe.rank is not None:
+        core = spectral.reduced(core_space(products), recipe.rank)
+        small = calibrated(in_core(core, recipe.rank, products, weights, recipe, noise))
+        size = float(norm(whole))
+        found = cut(spectrum_of(small), recipe.rank)
+        lost = float(norm(difference(whole, found.product))) / size if size else 0.0
+        return Mixture(found.product, lost, size, cancels)
+    if recipe.rank is not None or compact:
+        return replace(cut(spectrum_of(whole), recipe.rank), cancels=cancels)
+    return Mixture(whole, 0.0, float(norm(whole)), cancels)
+
+
+def cancelled(shared: Joint, weights: Tensor, recipe: Recipe, left: float) -> Mixture:
+    """The result where Σ w ΔW is rounding of norm `left`: plain sums leave it as it is, other methods a zero.
+
+    It is a zero for all of them where it is the rounding of the arithmetic here.
+    """
+    arithmetic = floor([replace(small, rounding=0.0) for small in shared.small], weights.tolist())
+    if METHODS[recipe.method].family != GRAM or recipe.method == "model_stock" or left <= arithmetic:
+        first = shared.products[0]
+        rank = recipe.rank or 1
+        return Mixture(padded(Product(first.up[:, :rank] * 0.0, first.down[:rank]), rank), 0.0, 0.0, ZERO)
+    plain = coefficients.linear(weights, recipe.divides)
+    if recipe.rank is not None:
+        found = cut(shared.sum(plain.tolist()), recipe.rank)
     else:
-        whole, compact = uncut(products, share, recipe)
-        if recipe.svc:
-            whole, compact = spectral.svc(decompose(whole), products, weights).product(), True
-        if recipe.ctm and recipe.rank is not None:
-            small = in_core(spectral.reduced(core_space(products), recipe.rank), recipe.rank, products, share, recipe)
-            if recipe.svc:
-                small = spectral.svc(decompose(small), products, weights).product()
-            size = float(norm(whole))
-            found = cut(spectrum_of(small), recipe.rank)
-            found = Mixture(found.product, float(norm(difference(whole, found.product))) / size if size else 0.0, size)
-        elif recipe.rank is not None or compact:
-            found = cut(spectrum_of(whole), recipe.rank)
-        else:
-            found = Mixture(whole, 0.0, float(norm(whole)))
-    if cancels(found, shared, weights, recipe):
-        return Mixture(found.product.scaled(0.0), 0.0, 0.0)
-    factor = recipe.factor * matching(found.product, products, share, recipe)
-    return Mixture(found.product.scaled(factor), found.lost, abs(factor) * found.whole)
+        found = Mixture(
+            side_by_side([p.scaled(float(c)) for p, c in zip(shared.products, plain, strict=True)]), 0, left
+        )
+        found = replace(found, whole=float(norm(found.product)))
+    factor = recipe.factor
+    return Mixture(found.product.scaled(factor), found.lost, abs(factor) * found.whole, UNSCALED)
 
 
-def uncut(products: Sequence[Product], weights: Tensor, recipe: Recipe) -> tuple[Product, bool]:
-    """The result at the rank it has by itself, and whether there may be null directions in its factors."""
+def uncut(products: Sequence[Product], weights: Tensor, recipe: Recipe, noise: float) -> tuple[Product, bool, str]:
+    """The result at the rank it has by itself, whether its factors may have null directions, and what cancels."""
     method = METHODS[recipe.method]
     if method.family == GRAM:
-        return weighted_sum(products, weights, recipe), False
+        whole, cancels = weighted_sum(products, weights, recipe)
+        return whole, False, cancels
     core = core_space(products)
     if method.family == ELEMENTWISE and recipe.space == "knots":
-        return knots(core, weights, recipe), True
-    return in_core(core, min(products[0].shape), products, weights, recipe), True
+        return knots(core, weights, recipe), True, ""
+    return in_core(core, min(products[0].shape), products, weights, recipe, noise), True, ""
 
 
-def weighted_sum(products: Sequence[Product], weights: Tensor, recipe: Recipe) -> Product:
-    """Σ cᵢ ΔWᵢ by factors side by side."""
+def weighted_sum(products: Sequence[Product], weights: Tensor, recipe: Recipe) -> tuple[Product, str]:
+    """Σ cᵢ ΔWᵢ by factors side by side, and what cancels."""
     if recipe.row_wise:
         left = [p.up.double() for p in products]
         table = rows_gram(products, left)
-        each = coefficients.slerp(table, t_of(weights), 1 - 1e-12)
-        parts = [Product(p.up * each[:, i, None].to(p.up), p.down) for i, p in enumerate(products)]
-    else:
-        parts = [p.scaled(float(c)) for p, c in zip(products, of_gram(gram(products), weights, recipe), strict=True)]
-    return side_by_side(parts)
+        noise = rows_noise(products, table)
+        each, opposite = coefficients.slerp(table, t_of(weights), coefficients.STRAIGHT_FROM, noise)
+        parts = [replace(p, up=p.up * each[:, i, None].to(p.up)) for i, p in enumerate(products)]
+        return side_by_side(parts), UNSCALED if opposite else ""
+    chosen, cancels = of_gram(gram(products), weights, recipe, products)
+    return side_by_side([p.scaled(float(c)) for p, c in zip(products, chosen, strict=True)]), cancels
 
 
-def of_gram(table: Tensor, weights: Tensor, recipe: Recipe) -> Tensor:
-    """The coefficients of a method that needs inner products only."""
+def of_gram(table: Tensor, weights: Tensor, recipe: Recipe, products: Sequence[Product]) -> tuple[Tensor, str]:
+    """The coefficients of a method that needs inner products only, and what cancels."""
+    angle = MARGIN * math.hypot(
+        *sorted(p.precision for p in products)[-2:]
+    )  # between two that are one but for rounding
     match recipe.method:
         case "slerp":
-            return coefficients.slerp(table, t_of(weights))
+            chosen, opposite = coefficients.slerp(table, t_of(weights), noise=angle)
         case "nuslerp":
-            return coefficients.slerp(table, t_of(weights), 1 - 1e-12)
+            chosen, opposite = coefficients.slerp(table, t_of(weights), coefficients.STRAIGHT_FROM, angle)
         case "karcher":
-            return coefficients.karcher(table, weights)
+            chosen, opposite = coefficients.karcher(table, weights, angle)
         case "model_stock":
-            return coefficients.model_stock(table)
-    return coefficients.linear(weights, recipe.setting.normalize)
+            chosen, opposite = coefficients.model_stock(table), False
+        case _:
+            chosen, opposite = coefficients.linear(weights, recipe.setting.normalize), False
+    return chosen, UNSCALED if opposite else ""
 
 
 def t_of(weights: Tensor) -> float:
@@ -166,19 +211,34 @@ def rows_gram(products: Sequence[Product], ups: Sequence[Tensor]) -> Tensor:
     return table
 
 
-def in_core(core: Core, room: int, products: Sequence[Product], weights: Tensor, recipe: Recipe) -> Product:
+def rows_noise(products: Sequence[Product], table: Tensor) -> Tensor:
+    """The sine of the angle that rounding puts between two rows that are one: 1.5 √Σ (u · terms of the row / ‖row‖)²."""
+    import torch
+
+    squares = torch.zeros(table.shape[0], dtype=torch.float64)
+    for i, product in enumerate(products):
+        rounded = (product.up.double().square() @ product.down.double().square().sum(1)).cpu() * product.precision**2
+        squares += rounded / table[:, i, i].clamp_min(1e-300)
+    return MARGIN * squares.sqrt()
+
+
+def in_core(
+    core: Core, room: int, products: Sequence[Product], weights: Tensor, recipe: Recipe, noise: float
+) -> Product:
     """The result of a method in core space; `room` is the largest rank that it may have."""
     share = weights.to(core.matrices)
-    scaled = core.matrices * share[:, None, None]
-    match recipe.method:
-        case "tsv":
-            return core.product(spectral.tsv(scaled, room))
-        case "iso_c":
-            return core.product(spectral.iso_c(scaled.sum(0), recipe.iso_beta))
-        case "iso_cts":
-            return core.product(spectral.iso_cts(scaled))
+    if METHODS[recipe.method].family == SPECTRAL:
+        left, scaled, right = spectral.above(core.matrices * share[:, None, None], noise)
+        match recipe.method:
+            case "tsv":
+                merged = spectral.tsv(scaled, room, noise)
+            case "iso_c":
+                merged = spectral.iso_c(scaled.sum(0), recipe.iso_beta, noise)
+            case _:
+                merged = spectral.iso_cts(scaled, noise)
+        return core.product(left @ merged @ right)
     if METHODS[recipe.method].family == GRAM:
-        chosen = of_gram(gram(products), weights, recipe)
+        chosen, _ = of_gram(gram(products), weights, recipe, products)
         return core.product((core.matrices * chosen.to(share)[:, None, None]).sum(0))
     stack = Held(core.matrices)
     rule = elementwise.METHODS[recipe.method](stack, share, recipe.setting)
@@ -218,22 +278,16 @@ def cut(found: Spectrum, rank: int | None) -> Mixture:
     return Mixture(padded(found.product(kept), kept), lost, math.sqrt(total))
 
 
-def cancels(found: Mixture, shared: Joint, weights: Sequence[float], recipe: Recipe) -> bool:
-    """Whether a sum has nothing left but rounding, which would be told as if it were an update."""
-    if METHODS[recipe.method].family == ELEMENTWISE or recipe.divides or recipe.method == "model_stock":
-        return False
-    sizes = [abs(w) * math.sqrt(max(0.0, float(inner(p, p)))) for p, w in zip(shared.small, weights, strict=True)]
-    return max(sizes) > TINY and found.whole <= negligible(found.product.up) * max(sizes)
-
-
-def matching(result: Product, products: Sequence[Product], weights: Tensor, recipe: Recipe) -> float:
-    """The factor that gives the result the norm that was asked for."""
+def matching(result: Product, shared: Joint, weights: Tensor, recipe: Recipe, noise: float) -> tuple[float, str]:
+    """The factor that gives the result the norm that was asked for: 1 where the result is rounding, and that told."""
     if recipe.match == "none":
-        return 1.0
-    sizes = [abs(float(w)) * math.sqrt(max(0.0, float(inner(p, p)))) for p, w in zip(products, weights, strict=True)]
+        return 1.0, ""
+    sizes = [abs(float(w)) * float(norm(p)) for p, w in zip(shared.small, weights, strict=True)]
     wanted = {"mean": sum(sizes) / len(sizes), "max": max(sizes), "sum": sum(sizes)}[recipe.match]
     size = float(norm(result))
-    return wanted / size if size > negligible(result.up) * max(sizes) else 1.0  # updates that cancel leave rounding
+    if size > noise:
+        return wanted / size, ""
+    return 1.0, UNSCALED if size else ""
 
 
 def mix_factors(ups: Sequence[Tensor], downs: Sequence[Tensor], strengths: Sequence[float], recipe: Recipe) -> Mixture:

@@ -1,6 +1,7 @@
 """Methods on singular values and vectors, in core space: what they give there is what they give on the whole weight.
 
-Averages go over the rank that is there, never over null directions, whose vectors are rounding.
+Averages go over the rank that is there, never over null directions, whose vectors are rounding. Nor do they go over
+directions that hold no more than `noise`, the floor of `loratool.lowrank.noise`: what cancels leaves those.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from loratool.lowrank.core import Core
+from loratool.lowrank.noise import floor_of
 from loratool.lowrank.products import Decomposition, Product, negligible
 
 if TYPE_CHECKING:
@@ -26,12 +28,12 @@ def significant(values: Tensor) -> int:
     return int((values > negligible(values) * values[:1]).sum())
 
 
-def compact(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S, Vᵀ of a matrix without its null directions; one of them where it is zero."""
+def compact(matrix: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S, Vᵀ of a matrix without its null directions and those of at most `noise`; one where none is left."""
     import torch
 
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
-    kept = max(1, significant(s))
+    kept = max(1, min(significant(s), int((s > noise).sum())))
     return u[:, :kept], s[:kept], vt[:kept]
 
 
@@ -41,7 +43,14 @@ def polar(matrix: Tensor) -> Tensor:
     return u @ vt
 
 
-def tsv(matrices: Tensor, room: int) -> Tensor:
+def above(matrices: Tensor, noise: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Left basis, (n, R, R') matrices and right basis of what (n, ·, ·) matrices hold above `noise` together."""
+    left = compact(matrices.permute(1, 0, 2).flatten(1), noise)[0]
+    right = compact(matrices.flatten(0, 1), noise)[2]
+    return left, left.T @ matrices @ right.T, right
+
+
+def tsv(matrices: Tensor, room: int, noise: float = 0.0) -> Tensor:
     """TSV-M (Gargiulo et al. 2024, arXiv:2412.00081): singular vectors of all, orthogonalised, with their own values.
 
     Each keeps its own rank, or an equal share where the ranks add up to more than there is room for. Matrices that are
@@ -50,7 +59,8 @@ def tsv(matrices: Tensor, room: int) -> Tensor:
     import torch
 
     sizes = torch.linalg.matrix_norm(matrices)
-    parts = [compact(matrix) for matrix in matrices[sizes > negligible(sizes) * sizes.amax()]]
+    least = max(noise, negligible(sizes) * float(sizes.amax()))
+    parts = [compact(matrix, noise) for matrix in matrices[sizes > least]]
     if not parts:
         return torch.zeros_like(matrices[0])
     if sum(len(s) for _, s, _ in parts) > room:
@@ -61,17 +71,17 @@ def tsv(matrices: Tensor, room: int) -> Tensor:
     return (left * torch.cat([s for _, s, _ in parts])) @ right.T
 
 
-def iso_c(matrix: Tensor, beta: float) -> Tensor:
+def iso_c(matrix: Tensor, beta: float, noise: float = 0.0) -> Tensor:
     """Iso-C (Marczak et al. 2025, arXiv:2502.04959): singular values drawn towards their mean, all the way for β = 1."""
-    u, s, vt = compact(matrix)
+    u, s, vt = compact(matrix, noise)
     return (u * ((1 - beta) * s + beta * s.mean())) @ vt
 
 
-def iso_cts(matrices: Tensor) -> Tensor:
+def iso_cts(matrices: Tensor, noise: float = 0.0) -> Tensor:
     """Iso-CTS (the same paper): what the sum has in common, then what each has besides, all equally strong."""
     import torch
 
-    u, s, vt = compact(matrices.sum(0))
+    u, s, vt = compact(matrices.sum(0), noise)
     count, room = matrices.shape[0], min(matrices.shape[1:])
     own = max(1, round((room - int(room * COMMON_PART)) / count))
     common = min(len(s), max(1, room - own * count))
@@ -79,19 +89,21 @@ def iso_cts(matrices: Tensor) -> Tensor:
     lefts, values, rights = [u], [s], [vt]
     for matrix in matrices:
         rest = matrix - u @ (u.T @ matrix)
-        if float(rest.norm()) <= negligible(rest) ** 0.5 * float(matrix.norm()):
+        if float(rest.norm()) <= max(noise, negligible(rest) ** 0.5 * float(matrix.norm())):
             continue  # nothing but rounding is left of it
-        du, ds, dvt = compact(rest)
+        du, ds, dvt = compact(rest, noise)
         lefts, values, rights = [*lefts, du[:, :own]], [*values, ds[:own]], [*rights, dvt[:own]]
     merged: Tensor = polar(torch.cat(lefts, 1)) @ polar(torch.cat(rights, 0).T).T
     return merged * float(torch.cat(values).mean())
 
 
-def svc(merged: Decomposition, products: Sequence[Product], weights: Sequence[float]) -> Decomposition:
+def svc(
+    merged: Decomposition, products: Sequence[Product], weights: Sequence[float], noise: float = 0.0
+) -> Decomposition:
     """Singular Value Calibration (arXiv:2602.05536): directions that several share count once, not once for each.
 
     With aᵣ = uᵣᵀ merged and aᵣⁱ = uᵣᵀ wᵢΔWᵢ, σᵣ is multiplied by n / Σᵢ max(α, ⟨aᵣ, aᵣⁱ⟩ / ‖aᵣⁱ‖²). An update that has
-    nothing in a direction takes no part in that direction's mean.
+    nothing in a direction takes no part in that direction's mean. A direction of at most `noise` stays as it is.
     """
     import torch
 
@@ -101,12 +113,13 @@ def svc(merged: Decomposition, products: Sequence[Product], weights: Sequence[fl
         own = (u.mT @ product.up) * weight  # uᵣᵀ wᵢ up
         squares = ((own @ (product.down @ product.down.mT)) * own).sum(1)
         common = s * (own * (vt @ product.down.mT)).sum(1)
-        size = squares.amax().clamp_min(1e-300)
-        there.append(squares > negligible(s) * size)
+        own_noise = float(floor_of(product)) * abs(weight)
+        there.append(squares > (negligible(s) * squares.amax()).clamp_min(max(own_noise**2, 1e-300)))
         parts.append(common / torch.where(there[-1], squares, 1.0))
     counted = torch.stack(there)
     believed = torch.where(counted, torch.stack(parts).clamp_min(SVC_FLOOR), 0.0).sum(0)
-    values = s * torch.where(believed > 0, counted.sum(0) / believed.clamp_min(1e-300), 1.0)
+    known = (believed > 0) & (s > noise)
+    values = s * torch.where(known, counted.sum(0) / believed.clamp_min(1e-300), 1.0)
     order = values.argsort(descending=True, stable=True)
     return Decomposition(u[:, order], values[order], vt[order])
 
