@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from loratool.contents import contents_of
+from loratool.contents import ROUNDING_ONLY, contents_of
 from loratool.errors import FitError, UsageError, printable
 from loratool.fetching import local
 from loratool.formats import read_adapter
 from loratool.gathering import gather, named_apart
-from loratool.lowrank import Decomposition, Joint, Product, Relation, decompose, gram, joint, relate
+from loratool.lowrank import Decomposition, Joint, Product, Relation, decompose, gram, joint, relate, silenced
 from loratool.notes import Note
 from loratool.reading import readings
 from loratool.weightfiles import fates
@@ -119,14 +119,20 @@ def compare(
     together: torch.Tensor | None = None
     common: dict[str, list[float]] = {}
     modules: dict[str, dict[str, Relation]] = {}
+    rounded: dict[str, list[str]] = {}  # adapter → layers whose update is rounding
     with session(device, ()) as at_work:
 
-        def work(target: str) -> tuple[str, torch.Tensor, dict[str, Relation]]:
+        def work(target: str) -> tuple[str, torch.Tensor, dict[str, Relation], list[int]]:
             found = layers[target]
-            shared = joint([share.load(sources, at_work.device, at_work.dtype) for share in found])
-            return target, gram(shared.small), relations([names[share.adapter] for share in found], shared)
+            stored = joint([share.load(sources, at_work.device, at_work.dtype) for share in found])
+            shared = silenced(stored)
+            noise = [s.adapter for s, a, b in zip(found, stored.small, shared.small, strict=True) if a is not b]
+            related = relations([names[share.adapter] for share in found], shared)
+            return target, gram(shared.small), related, noise
 
-        for target, table, found in at_work.spread(work, layers):
+        for target, table, found, noise in at_work.spread(work, layers):
+            for at in noise:
+                rounded.setdefault(names[at], []).append(target)
             which = [share.adapter for share in layers[target]]
             if together is None:
                 together = table.new_zeros(len(names), len(names))
@@ -166,6 +172,9 @@ def compare(
                 f"{', '.join(dora)}: of DoRA only ΔW = s·BA is compared, without the magnitudes",
             )
         )
+    for name, noisy in rounded.items():
+        text = f"{len(noisy)} of {len(layers)} updates count as zero, {printable(noisy[0])} for one: each is {ROUNDING_ONLY}"
+        notes.append(Note("update-is-rounding", text).under(name))
     return CompareReport(
         adapters=tuple(names),
         norms=norms,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from loratool.adapter import Adapter
 
+ROUNDING_ONLY = "no larger than the rounding of its stored factors"  # said of an update that `lowrank.noise` finds so
 WAY_OUT = (
     "make LoRA of it: loratool merge BASE ADAPTER -o MERGED, then loratool extract BASE MERGED -o LORA, with --rank for "
     "one of your choice"

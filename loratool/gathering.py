@@ -13,6 +13,7 @@ from loratool.binding.orientation import peft_version
 from loratool.contents import Contents, Kind, Layer
 from loratool.errors import FitError, UsageError, printable
 from loratool.formats.peft.spelling import Names, token_rows, was_inside
+from loratool.methods.coefficients import cancel
 from loratool.notes import Note
 from loratool.ranks import by_pattern
 from loratool.safefile import FLOAT_NAMES
@@ -289,7 +290,7 @@ class Beside:
         """The mean by the adapters' weights, brought to a sum of 1."""
         shares = [usual_weight(self.weights[at]) for at, _ in found]
         total = math.fsum(shares)
-        if total <= 0:
+        if total <= 0 or cancel(shares):
             raise UsageError("--saved mean needs weights with a sum above 0")
         mixed = sum((value * (share / total) for (_, value), share in zip(found, shares, strict=True)), start=0)
         assert not isinstance(mixed, int), "there is at least one"

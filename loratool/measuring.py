@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from loratool.contents import Kind, Layer, layer_of
+from loratool.contents import ROUNDING_ONLY, Kind, Layer, layer_of
 from loratool.errors import printable
-from loratool.lowrank import singular_values
+from loratool.lowrank import floor_of, singular_values
 from loratool.notes import Note
 from loratool.ranks import RankRule
 from loratool.saving import factor_tensors, torch_dtype
@@ -102,16 +102,21 @@ def measure(
     tied = {name: group.names[0] for group in groups for name in group.missing}  # held under another name
     found: list[Measured] = []
     energies: dict[str, list[float]] = {}
+    rounded: list[str] = []  # targets whose update is rounding
     with session(device, ()) as at_work:
 
-        def work(target: str) -> tuple[Measured, list[float]]:
-            told, squares = look_at(layers[target], at_work)
+        def work(target: str) -> tuple[Measured, list[float], bool]:
+            told, squares, noise = look_at(layers[target], at_work)
             if fit and fit.checkpoint and told.norm is not None:
                 places = [replace(p, tensor=tied.get(p.tensor, p.tensor)) for p in fit.places.get(target, ())]
                 told = replace(told, weight=weigh(told.norm, places, fit.checkpoint, at_work.device))
-            return told, squares
+                if noise and told.weight:  # it points anywhere
+                    told = replace(told, weight=replace(told.weight, amplification=None))
+            return told, squares, noise
 
-        for told, squares in at_work.spread(work, layers):
+        for told, squares, noise in at_work.spread(work, layers):
+            if noise:
+                rounded.append(told.target)
             energies[list(layers)[len(found)]] = squares
             found.append(told)
             if progress:
@@ -123,13 +128,13 @@ def measure(
             suggestions=tuple(suggest(layers, energies, bytes_per_number(layers))),
             norm_base=math.sqrt(math.fsum(base_squared)) if base_squared else None,
             skipped={printable(target): why for target, why in skipped.items()},
-            notes=tuple(remarks(layers, found)),
+            notes=tuple(remarks(layers, found, rounded)),
             **at_work.told(started),
         )
 
 
-def look_at(layer: Layer, at_work: Session) -> tuple[Measured, list[float]]:
-    """One module: what is told of it, and σ² of its components."""
+def look_at(layer: Layer, at_work: Session) -> tuple[Measured, list[float], bool]:
+    """One module: what is told of it, σ² of its components, and whether all of it is rounding."""
     import torch
 
     up, down = (factor.load(at_work.device, at_work.dtype) for factor in layer.factors)
@@ -146,18 +151,22 @@ def look_at(layer: Layer, at_work: Session) -> tuple[Measured, list[float]]:
     finite = bool(product.up.isfinite().all()) and not counts["nonfinite"]
     if not finite:
         nothing: dict[str, Any] = dict.fromkeys(UNKNOWN)
-        return Measured(**nothing, singular_values=(), **counts), []
+        return Measured(**nothing, singular_values=(), **counts), [], False
     sizes = [float(torch.linalg.vector_norm(factor)) for factor in (up, down)]
     values = singular_values(product).double().cpu()
     spectra = values if values.dim() == 2 else values[None]  # (experts, k)
     squares = spectra.square().sum(0)
+    noise = 0 < float(squares.sum().sqrt()) <= float(floor_of(product).square().sum().sqrt())
+    facts = describe(spectra, squares.tolist(), layer.rank)
+    if noise:  # of which no rank can be told
+        facts |= dict.fromkeys(("stable_rank", "entropy_rank", "condition", "energy_ranks")) | {"dead": layer.rank}
     told = Measured(
         **counts,
-        **describe(spectra, squares.tolist(), layer.rank),
+        **facts,
         balance=sizes[0] / sizes[1] if sizes[1] else None,
         singular_values=tuple(squares.sqrt()[:SPECTRUM].tolist()),
     )
-    return told, squares.tolist()
+    return told, squares.tolist(), noise
 
 
 def describe(spectra: Tensor, squares: Sequence[float], rank: int) -> dict[str, Any]:
@@ -218,8 +227,11 @@ def bytes_per_number(layers: Mapping[str, Layer]) -> float:
     return sum(info.nbytes for info in infos) / numbers if numbers else 0.0
 
 
-def remarks(layers: Mapping[str, Layer], found: Sequence[Measured]) -> Iterator[Note]:
-    """What a reader of the numbers should know."""
+def remarks(layers: Mapping[str, Layer], found: Sequence[Measured], rounded: Sequence[str]) -> Iterator[Note]:
+    """What a reader of the numbers should know; `rounded` are targets whose update is rounding."""
+    if rounded:
+        text = f"of {len(rounded)} of {len(layers)} updates only the norm is told, {rounded[0]} for one: each is {ROUNDING_ONLY}"
+        yield Note("update-is-rounding", text)
     if any(layer.magnitude for layer in layers.values()):
         yield Note("dora-magnitudes-left-out", "DoRA: ΔW is s·BA, without the magnitudes")
     if any(layer.kind is Kind.PARAMETER for layer in layers.values()):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import is_zero, stored_tensors
 from loratool.cards import command
-from loratool.contents import Contents, Layer, contents_of
+from loratool.contents import ROUNDING_ONLY, Contents, Layer, contents_of
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.fetching import local
 from loratool.formats import read_adapter
@@ -20,7 +20,7 @@ from loratool.formats.peft.describing import anchored, describe, module_of
 from loratool.formats.peft.lora import doubles
 from loratool.formats.peft.patterns import match_patterns
 from loratool.formats.peft.spelling import Names
-from loratool.lowrank import singular_values
+from loratool.lowrank import floor_of, singular_values
 from loratool.notes import Note, as_records
 from loratool.reading import readings
 from loratool.saving import (
@@ -137,9 +137,11 @@ def rescale(
     contents, asleep = awakened(contents, alpha) if alpha is not None else (contents, frozenset[str]())
     with session("cpu", [contents]) as at_work:
         norm: float | None = None
+        rounded: list[str] = []
         if frobenius is not None or spectral is not None:
-            sizes = measured(contents, at_work, spectral is not None, progress)
-            wanted = factors_to(contents, sizes, frobenius, spectral, each)
+            sizes, noise = measured(contents, at_work, spectral is not None, progress)
+            wanted = factors_to(contents, sizes, noise, frobenius, spectral, each)
+            rounded = [t for t in contents.layers if each and sizes[t] <= noise[t]]
         else:
             wanted = {t: to_alpha(contents, t, alpha) if alpha is not None else scale or 1.0 for t in contents.layers}
         matched = by_search(factors, contents.layers)
@@ -153,7 +155,7 @@ def rescale(
         if frobenius is not None:
             norm = math.sqrt(math.fsum((sizes[t] * m.after / m.before) ** 2 for t, m in modules.items() if m.before))
         told = {t: RescaledLayer(0.0, m.after, None) if t in asleep else m for t, m in modules.items()}
-        notes = tuple(remarks(contents, told, bake))
+        notes = (*rounding_only(rounded, modules), *remarks(contents, told, bake))
         provenance = {
             "made_by": "loratool rescale",
             "command": words,
@@ -239,38 +241,52 @@ def by_search(factors: Mapping[str, float], layers: Mapping[str, Layer]) -> dict
     return found
 
 
-def measured(contents: Contents, at_work: Session, spectral: bool, progress: Progress | None) -> dict[str, float]:
-    """The Frobenius norm of each update, or its largest singular value; experts together."""
+def measured(
+    contents: Contents, at_work: Session, spectral: bool, progress: Progress | None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The Frobenius norm of each update, or its largest singular value, and what of it may be rounding; experts together."""
 
-    def work(target: str) -> tuple[str, float]:
-        values = singular_values(contents.load(target, at_work.device, at_work.dtype))
-        return target, float(values.max()) if spectral else float(values.square().sum().sqrt())
+    def work(target: str) -> tuple[str, float, float]:
+        found = contents.load(target, at_work.device, at_work.dtype)
+        values, rounding = singular_values(found), floor_of(found)
+        if spectral:
+            return target, float(values.max()), float(rounding.max())
+        return target, float(values.square().sum().sqrt()), float(rounding.square().sum().sqrt())
 
     sizes: dict[str, float] = {}
-    for target, found in at_work.spread(work, contents.layers):
-        sizes[target] = found
+    noise: dict[str, float] = {}
+    for target, size, rounding in at_work.spread(work, contents.layers):
+        sizes[target], noise[target] = size, rounding
         if progress:
             progress(len(sizes), len(contents.layers))
-    return sizes
+    return sizes, noise
 
 
 def factors_to(
-    contents: Contents, sizes: Mapping[str, float], frobenius: float | None, spectral: float | None, each: bool
+    contents: Contents,
+    sizes: Mapping[str, float],
+    noise: Mapping[str, float],
+    frobenius: float | None,
+    spectral: float | None,
+    each: bool,
 ) -> dict[str, float]:
-    """The factor of each layer that brings the norms to what was asked for."""
+    """The factor of each layer that brings the norms to what was asked for: 1 where an update is rounding."""
     wanted = frobenius if frobenius is not None else spectral
     assert wanted is not None, "one of them is given"
-    if each:
-        if zero := [target for target, size in sizes.items() if not size]:
-            raise FitError("no factor gives an update that is zero a norm:", map(printable, zero))
-        return {target: wanted / size for target, size in sizes.items()}
-    whole = math.sqrt(math.fsum(s**2 for s in sizes.values())) if frobenius is not None else max(sizes.values())
-    if not whole:
+    if zero := [target for target, size in sizes.items() if each and not size]:
+        raise FitError("no factor gives an update that is zero a norm:", map(printable, zero))
+
+    def whole(parts: Mapping[str, float]) -> float:
+        return math.hypot(*parts.values()) if frobenius is not None else max(parts.values())
+
+    if whole(sizes) <= whole(noise):
         raise FitError(
-            "no factor gives it a norm: every update is zero (an untrained adapter has B = 0); where α is 0 and B is not, "
-            "--alpha gives it a strength"
+            "no factor gives it a norm: every update is zero (an untrained adapter has B = 0) or "
+            f"{ROUNDING_ONLY}; where α is 0 and B is not, --alpha gives it a strength"
         )
-    return dict.fromkeys(contents.layers, wanted / whole)
+    if each:
+        return {target: wanted / size if size > noise[target] else 1.0 for target, size in sizes.items()}
+    return dict.fromkeys(contents.layers, wanted / whole(sizes))
 
 
 def to_alpha(contents: Contents, target: str, alpha: float) -> float:
@@ -415,6 +431,15 @@ def write_baked(
             tokens=carried.tokens,
         )
         output.finish(config, provenance, files_beside(contents), [contents.adapter.folder])
+
+
+def rounding_only(rounded: Sequence[str], modules: Mapping[str, RescaledLayer]) -> Iterator[Note]:
+    """What is to be told of layers that got no norm of their own."""
+    if rounded:
+        text = (
+            f"{len(rounded)} of {len(modules)} updates keep their strength, {printable(rounded[0])} for one: each is "
+        )
+        yield Note("update-is-rounding", f"{text}{ROUNDING_ONLY}, and a norm would make an update of noise")
 
 
 def remarks(contents: Contents, modules: Mapping[str, RescaledLayer], baked: bool) -> Iterator[Note]:

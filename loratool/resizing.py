@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from loratool.adapter import StoredTensor
 from loratool.binding import listed
 from loratool.cards import command
-from loratool.contents import Contents, Kind, Layer, contents_of
+from loratool.contents import ROUNDING_ONLY, Contents, Kind, Layer, contents_of
 from loratool.errors import FitError, InputError, printable
 from loratool.fetching import local
 from loratool.formats import read_adapter
@@ -24,6 +24,7 @@ from loratool.lowrank import (
     change,
     decompose,
     difference,
+    floor_of,
     inner,
     joint,
     length,
@@ -68,6 +69,7 @@ class ResizedLayer:
     predicted: float  # error of the truncation, from the singular values
     achieved: float  # error of what is stored, rounding included
     activations: float | None = None  # predicted error of ΔW·x over the inputs of a calibration
+    floor: float = 0.0  # an update with a norm up to this is no larger than the rounding of its stored factors
 
 
 @dataclass(frozen=True)
@@ -274,7 +276,8 @@ class Resizer:
         import torch
 
         loaded = [self.contents.load(target, self.at_work.device, self.at_work.dtype) for target in batch.targets]
-        return Product(torch.stack([p.up for p in loaded]), torch.stack([p.down for p in loaded]))
+        rounding = max(p.rounding for p in loaded)
+        return Product(torch.stack([p.up for p in loaded]), torch.stack([p.down for p in loaded]), rounding)
 
     def energies(self) -> dict[str, list[float]]:
         """The squares of each layer's singular values, without its singular vectors; rounding counts as zero."""
@@ -335,6 +338,7 @@ def measure(layer: Layer, before: Product, found: Resized, stored: Product, cali
     """What became of a layer, from what is stored of it."""
     squared = summed(before, before) if calibrated else float(found.energies.sum())
     size = math.sqrt(squared)
+    floor = float(floor_of(before).square().sum().sqrt())
     if not size:
         return ResizedLayer(layer.rank, found.rank, 0.0, 0.0, 0.0, 0.0 if calibrated else None)
     predicted = length(difference(before, found.product)) / size if calibrated else found.lost
@@ -343,7 +347,13 @@ def measure(layer: Layer, before: Product, found: Resized, stored: Product, cali
     between = summed(before, rounding) - summed(found.product, rounding)
     achieved = predicted**2 + (summed(rounding, rounding) - 2 * between) / squared
     return ResizedLayer(
-        layer.rank, found.rank, size, predicted, math.sqrt(max(0.0, achieved)), found.lost if calibrated else None
+        layer.rank,
+        found.rank,
+        size,
+        predicted,
+        math.sqrt(max(0.0, achieved)),
+        found.lost if calibrated else None,
+        floor,
     )
 
 
@@ -422,6 +432,9 @@ def remarks(contents: Contents, modules: Mapping[str, ResizedLayer], dropped: Se
         )
     if zero := [t for t, m in modules.items() if not m.norm]:
         yield Note("modules-without-effect", f"{len(zero)} of {len(modules)} updates are zero: {listed(zero)}")
+    if noise := [t for t, m in modules.items() if 0 < m.norm <= m.floor]:
+        text = f"ranks and errors of {len(noise)} of {len(modules)} updates say nothing, {printable(noise[0])} for one: each is {ROUNDING_ONLY}"
+        yield Note("update-is-rounding", text)
     if len({m.rank for m in modules.values()}) > 1:
         most = max(m.rank for m in modules.values())
         yield (

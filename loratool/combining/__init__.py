@@ -16,17 +16,17 @@ from loratool.binding import listed
 from loratool.cards import command
 from loratool.combining.results import CombinedLayer, CombinedTotals, CombineReport, Part
 from loratool.comparing import meetings
-from loratool.contents import Contents, Kind, contents_of
+from loratool.contents import ROUNDING_ONLY, Contents, Kind, contents_of
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.fetching import local
 from loratool.formats import read_adapter
 from loratool.formats.peft.describing import describe
 from loratool.formats.peft.spelling import Names
 from loratool.gathering import Beside, Share, Weight, gather, named_apart
-from loratool.lowrank import Joint, Product, change, decompose, gram, inner, joint, length, padded
+from loratool.lowrank import Joint, Product, change, decompose, gram, inner, joint, length, padded, silenced
 from loratool.lowrank.products import negligible
-from loratool.methods.coefficients import LEAST_ALIKE, mean_cosine
-from loratool.methods.mixture import Mixture, Recipe, mix, mix_factors
+from loratool.methods.coefficients import LEAST_ALIKE, cancel, mean_cosine
+from loratool.methods.mixture import UNSCALED, ZERO, Mixture, Recipe, mix, mix_factors
 from loratool.methods.table import FACTORWISE, GRAM, METHODS
 from loratool.notes import Note, as_records
 from loratool.reading import readings
@@ -150,8 +150,9 @@ def combine(
                 if name in of_attention:
                     whole = dataclasses.replace(whole, product=padded(whole.product, forms[name].rank))
                 rounded = output.rounded(name, whole.product)
-                table = gram(shared.small)
-                return rounded, combiner.measure(name, whole, rounded.read_back, shared, table), table
+                real = silenced(shared)
+                table = gram(real.small)
+                return rounded, combiner.measure(name, whole, rounded.read_back, real, table), table
 
             modules: dict[str, CombinedLayer] = {}
             for rounded, layer, table in at_work.spread(work, layers):
@@ -220,8 +221,8 @@ def refuse(sources: Sequence[Contents], layers: Mapping[str, Sequence[Share]], r
     if recipe.method == "model_stock" and any(share.weight != 1 for found in layers.values() for share in found):
         raise UsageError("model_stock is the mean of runs of one task and takes no weights")
     if recipe.divides:
-        sums = {t: math.fsum(share.weight for share in f) for t, f in layers.items()}
-        if cancelling := [t for t, f in layers.items() if not sums[t] and (len(f) > 1 or f[0].weight)]:
+        sums = {t: cancel([share.weight for share in f]) for t, f in layers.items()}
+        if cancelling := [t for t, f in layers.items() if sums[t] and (len(f) > 1 or f[0].weight)]:
             raise UsageError(
                 f"{recipe.method} divides by the sum of the weights, which is 0 for:", map(printable, cancelling)
             )
@@ -310,7 +311,7 @@ class Combiner:
             name: Part(
                 weight=share.weight,
                 norm=own,
-                energy_kept=kept(product, left, right, own),
+                energy_kept=kept(product, left, right, own) if not whole.cancels or not own else 0.0,
                 norm_ratio=reached / (abs(share.weight) * own) if share.weight * own else None,
             )
             for name, share, product, own in zip(names, found, shared.products, sizes, strict=True)
@@ -325,6 +326,7 @@ class Combiner:
             error=error,
             parts=parts,
             meetings=meetings(names, shared),
+            cancels=whole.cancels,
         )
 
     def note(self, target: str, table: torch.Tensor) -> None:
@@ -337,7 +339,10 @@ class Combiner:
     def check(self) -> None:
         """What can be said only when all layers have been seen."""
         if not bool(self.together.diagonal().any()):
-            raise FitError("nothing to combine: every update is zero (an untrained adapter has B = 0, another α = 0)")
+            raise FitError(
+                "nothing to combine: every update is zero (an untrained adapter has B = 0, another α = 0) or "
+                f"{ROUNDING_ONLY}"
+            )
         if not any(share.weight for shares in self.layers.values() for share in shares):
             raise FitError("nothing to combine: every adapter has the weight 0")
         if self.recipe.method == "model_stock":
@@ -403,7 +408,8 @@ def stacked(every: Sequence[Mixture]) -> Mixture:
     product = Product(torch.stack([p.up for p in even]), torch.stack([p.down for p in even]))
     total = math.fsum(m.whole**2 for m in every)
     lost = math.fsum((m.whole * m.lost) ** 2 for m in every)
-    return Mixture(product, math.sqrt(lost / total) if total else 0.0, math.sqrt(total))
+    cancels = max(m.cancels for m in every)
+    return Mixture(product, math.sqrt(lost / total) if total else 0.0, math.sqrt(total), cancels)
 
 
 def kept(product: Product, left: torch.Tensor, right: torch.Tensor, size: float) -> float | None:
@@ -451,18 +457,23 @@ def remarks(
         if still and len(still) == len(parts):
             yield Note(
                 "adapter-without-effect",
-                f"{source.name}: every update is zero (an untrained adapter has B = 0) or has the weight 0, so it adds "
-                "nothing",
+                f"{source.name}: every update is zero (an untrained adapter has B = 0), has the weight 0 or is "
+                f"{ROUNDING_ONLY}, so it adds nothing",
             )
         elif still:
             yield Note(
                 "modules-without-effect",
                 f"{source.name}: {len(still)} of {len(parts)} updates are zero: {listed(still)}",
             )
-    if nothing := [t for t, m in modules.items() if not m.norm]:
-        yield Note(
-            "layers-zero", f"{len(nothing)} of {len(modules)} layers come out as zero, {printable(nothing[0])} for one"
-        )
+    for became, code, said in (
+        (ZERO, "layers-cancel-to-zero", "come out as zero"),
+        ("", "layers-zero", "come out as zero"),
+        (UNSCALED, "layers-cancel-unscaled", "keep the size and the directions of their plain sum"),
+    ):
+        if which := [t for t, m in modules.items() if m.cancels == became and (became or not m.norm)]:
+            why = ": the updates cancel, and what remains is no larger than the rounding of the stored factors"
+            text = f"{len(which)} of {len(modules)} layers {said}, {printable(which[0])} for one{why if became else ''}"
+            yield Note(code, text)
     if partial := [t for t, shares in layers.items() if len(shares) < len(sources)]:
         yield Note(
             "layers-partial",

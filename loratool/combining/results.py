@@ -34,6 +34,7 @@ class CombinedLayer:
     error: float  # both together
     parts: Mapping[str, Part]  # by adapter
     meetings: Mapping[str, Meeting]  # "one × other"
+    cancels: str = ""  # "zero" or "unscaled": what became of a sum that is no more than the rounding of its factors
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from loratool.adapter import StoredTensor, same_bytes
 from loratool.errors import UsageError, printable
 from loratool.lowrank import Decomposition, sketch
+from loratool.lowrank.products import negligible
 from loratool.safefile import FLOAT_NAMES, read_exactly
 from loratool.saving import torch_dtype
 
@@ -205,7 +206,8 @@ def in_full(matrix: Difference) -> tuple[Decomposition, float]:
         for _, tile in matrix.tiles():
             triangle = torch.linalg.qr(torch.cat([triangle, tile.double()]), mode="r").R
         _, values, right = torch.linalg.svd(triangle, full_matrices=False)
-        across = (right / values.clamp_min(torch.finfo(torch.float64).tiny)[:, None]).T
+        there = values > negligible(values) * values[:1]  # of a null direction, left vectors would be rounding
+        across = (right * (there / torch.where(there, values, 1.0))[:, None]).T
         left = torch.cat([tile.double() @ across for _, tile in matrix.tiles()])
         found = Decomposition(left, values, right)
     return found, float(found.values.square().sum())

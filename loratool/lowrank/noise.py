@@ -49,15 +49,13 @@ def is_noise(product: Product, size: Tensor | None = None) -> Tensor:
 
 
 def silenced(shared: Joint) -> Joint:
-    """The same updates, with zeros for those that are rounding."""
-    found = [is_noise(small) for small in shared.small]
-    if not any(bool(noise.any()) for noise in found):
-        return shared
+    """The same updates, with zeros for those that are rounding; the others stay the same objects."""
+    noise = [is_noise(small) for small in shared.small]
 
     def silent(products: Sequence[Product]) -> tuple[Product, ...]:
         return tuple(
-            dataclasses.replace(p, up=p.up * ~noise.to(p.up.device)[..., None, None])
-            for p, noise in zip(products, found, strict=True)
+            dataclasses.replace(p, up=p.up * ~here.to(p.up.device)[..., None, None]) if bool(here.any()) else p
+            for p, here in zip(products, noise, strict=True)
         )
 
     return dataclasses.replace(shared, products=silent(shared.products), small=silent(shared.small))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,8 +15,14 @@ if TYPE_CHECKING:
 NEARLY_PARALLEL = 0.9995  # |cosine| from which slerp is linear, as in mergekit
 LEAST_ALIKE = 0.2  # mean cosine below which Model Stock means nothing
 STRAIGHT_FROM = 1 - 1e-12  # |cosine| from which nuslerp is: nearer, an angle is arithmetic's rounding
+NOTHING = 1e-12  # a sum of weights beside their sizes
 KARCHER_STEPS = 10
 KARCHER_TOLERANCE = 1e-5
+
+
+def cancel(weights: Sequence[float]) -> bool:
+    """Whether the sum of weights is zero but for the rounding of decimals, as that of 0.1, 0.2 and −0.3 is."""
+    return abs(math.fsum(weights)) <= NOTHING * math.fsum(map(abs, weights))
 
 
 def linear(weights: Tensor, normalize: bool) -> Tensor:

@@ -37,10 +37,15 @@ def compact(matrix: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor, Tensor]
     return u[:, :kept], s[:kept], vt[:kept]
 
 
-def polar(matrix: Tensor) -> Tensor:
-    """The nearest matrix with orthonormal columns, by SVD; of dependent columns the nearest partial isometry."""
-    u, _, vt = compact(matrix)
-    return u @ vt
+def polar(columns: Tensor, sizes: Tensor, noise: float) -> Tensor:
+    """The nearest matrix with orthonormal columns, by SVD; of dependent columns the nearest partial isometry.
+
+    Columns of length 1 are directions of something of these `sizes`: what tells them apart counts where it is more than
+    `noise` of that.
+    """
+    basis = compact(columns * sizes, noise)[0]
+    u, _, vt = compact(basis.T @ columns)
+    return basis @ (u @ vt)
 
 
 def above(matrices: Tensor, noise: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,9 +71,10 @@ def tsv(matrices: Tensor, room: int, noise: float = 0.0) -> Tensor:
     if sum(len(s) for _, s, _ in parts) > room:
         share = max(1, room // len(parts))
         parts = [(u[:, :share], s[:share], vt[:share]) for u, s, vt in parts]
-    left = polar(torch.cat([u for u, _, _ in parts], 1))
-    right = polar(torch.cat([vt for _, _, vt in parts], 0).T)
-    return (left * torch.cat([s for _, s, _ in parts])) @ right.T
+    values = torch.cat([s for _, s, _ in parts])
+    left = polar(torch.cat([u for u, _, _ in parts], 1), values, noise)
+    right = polar(torch.cat([vt for _, _, vt in parts], 0).T, values, noise)
+    return (left * values) @ right.T
 
 
 def iso_c(matrix: Tensor, beta: float, noise: float = 0.0) -> Tensor:
@@ -93,8 +99,9 @@ def iso_cts(matrices: Tensor, noise: float = 0.0) -> Tensor:
             continue  # nothing but rounding is left of it
         du, ds, dvt = compact(rest, noise)
         lefts, values, rights = [*lefts, du[:, :own]], [*values, ds[:own]], [*rights, dvt[:own]]
-    merged: Tensor = polar(torch.cat(lefts, 1)) @ polar(torch.cat(rights, 0).T).T
-    return merged * float(torch.cat(values).mean())
+    sizes = torch.cat(values)
+    merged: Tensor = polar(torch.cat(lefts, 1), sizes, noise) @ polar(torch.cat(rights, 0).T, sizes, noise).T
+    return merged * float(sizes.mean())
 
 
 def svc(
