@@ -6,16 +6,24 @@ that it holds on any processor. The oracle is the dense sum in float64 and the s
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import loratool
+from loratool.errors import FitError, UsageError
+from loratool.inspecting.facts import AdapterFacts
 from loratool.lowrank import Product, floor, floor_of, is_noise, joint
 from loratool.methods.mixture import Mixture, mix
 from loratool.methods.table import ELEMENTWISE, FACTORWISE, METHODS
@@ -282,3 +290,178 @@ def test_weights_that_cancel_but_for_decimals_are_no_divisor() -> None:
     assert cancel([1.0, -1.0])
     assert not cancel([0.1, 0.2, -0.299])
     assert not cancel([1e-9])
+
+
+# ---- files and commands ----
+
+TARGETS = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
+REAL = Path(__file__).resolve().parents[2] / "shared" / "real-adapters"
+
+
+def write(folder: Path, products: Sequence[Product], dtype: torch.dtype) -> Path:
+    """A PEFT adapter of one product for each target, α = r."""
+    rank = products[0].rank
+    tensors = {}
+    for target, product in zip(TARGETS, products, strict=True):
+        tensors[f"base_model.model.{target}.lora_A.weight"] = product.down.to(dtype).contiguous()
+        tensors[f"base_model.model.{target}.lora_B.weight"] = product.up.to(dtype).contiguous()
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def deltas(folder: Path) -> list[Array]:
+    """α/r · BA of each target, by the file and its config alone."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    found = []
+    for target in TARGETS:
+        down, up = (tensors[f"base_model.model.{target}.lora_{side}.weight"].double() for side in "AB")
+        patterns = (config.get("alpha_pattern") or {}, config.get("rank_pattern") or {})
+        alpha, rank = (
+            next((v for pattern, v in table.items() if re.search(rf"(^|\.)({pattern})$", target)), config[usual])
+            for table, usual in zip(patterns, ("lora_alpha", "r"), strict=True)
+        )
+        found.append(np.asarray(up @ down) * (alpha / rank))
+    return found
+
+
+def codes(report: Any) -> set[str]:
+    return {note.code for note in report.notes}
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def twins(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path, torch.dtype]:
+    """An adapter, and the same update by rotated factors, both stored in a dtype."""
+    dtype: torch.dtype = request.param
+    one = [some(70), some(71)]
+    other = [rotated(product, at) for at, product in enumerate(one)]
+    return write(tmp_path / "one", one, dtype), write(tmp_path / "other", other, dtype), dtype
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"match_norm": "mean"},
+        {"method": "svd", "match_norm": "max"},
+        {"method": "tsv"},
+        {"method": "iso_c"},
+        {"method": "ties", "density": 1.0},
+        {"method": "linear", "svc": True, "rank": 2},
+        {"method": "linear", "rank": 2, "rank_policy": "ctm"},
+    ],
+    ids=str,
+)
+def test_an_adapter_less_itself_is_no_adapter_of_noise(
+    options: dict[str, Any], twins: tuple[Path, Path, torch.dtype], tmp_path: Path
+) -> None:
+    """Of ‖ΔW‖ = 1 at most the rounding of the stored factors is left, the report names what became of the layers, and
+    so does loratool.json.
+    """
+    one, other, dtype = twins
+    report = loratool.combine([one, other], tmp_path / "out", weights=[1, -1], dtype="float32", **options)
+    left = [size(a - b) for a, b in zip(deltas(one), deltas(other), strict=True)]
+    for found, rest in zip(deltas(tmp_path / "out"), left, strict=True):
+        assert size(found) <= rest * (1 + 1e-3) + 1e-7 < 3 * ROUNDING[dtype]
+    assert codes(report) & {"layers-cancel-to-zero", "layers-cancel-unscaled"}
+    recorded = json.loads((tmp_path / "out" / "loratool.json").read_text())["notes"]
+    assert {note["code"] for note in recorded} == codes(report)
+
+
+@pytest.fixture
+def leftover(twins: tuple[Path, Path, torch.dtype], tmp_path: Path) -> Path:
+    """An adapter whose first update is what is left of a twin less the other, and whose second one is real."""
+    one, other, dtype = twins
+    a, b = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
+    name = f"base_model.model.{TARGETS[0]}.lora_{{}}.weight".format
+    ups, downs = ([tensors[name(side)].double() for tensors in (a, b)] for side in "BA")
+    rest = Product(torch.cat([ups[0], -ups[1]], 1), torch.cat(downs))
+    return write(tmp_path / "leftover", [rest, some(72, rest.rank)], dtype)
+
+
+@pytest.mark.parametrize("asked", [{"frobenius": 5.0}, {"spectral": 5.0}], ids=str)
+@pytest.mark.parametrize("bake", [False, True])
+def test_rescale_gives_no_norm_to_rounding(asked: dict[str, Any], bake: bool, leftover: Path, tmp_path: Path) -> None:
+    """With --each the update that is rounding keeps its strength, and the other one gets the norm that was asked for."""
+    report = loratool.rescale(leftover, tmp_path / "out", each=True, bake=bake, **asked)
+    before, after = deltas(leftover), deltas(tmp_path / "out")
+    assert size(after[0]) == pytest.approx(size(before[0]), rel=1e-2)
+    reached = size(after[1]) if "frobenius" in asked else float(np.linalg.norm(after[1], 2))
+    assert reached == pytest.approx(5.0, rel=1e-2)
+    assert "update-is-rounding" in codes(report)
+
+
+def test_rescale_refuses_an_adapter_that_is_rounding_altogether(leftover: Path, tmp_path: Path) -> None:
+    """No factor makes an adapter of it."""
+    path = leftover / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for side in "AB":
+        first, second = (f"base_model.model.{target}.lora_{side}.weight" for target in TARGETS)
+        tensors[second] = tensors[first].clone()
+    save_file(tensors, path)
+    every: list[dict[str, Any]] = [{"frobenius": 1.0}, {"spectral": 1.0}, {"frobenius": 1.0, "each": True}]
+    for asked in every:
+        with pytest.raises(FitError, match="no larger than the rounding of its stored factors"):
+            loratool.rescale(leftover, tmp_path / "out", **asked)
+        assert not (tmp_path / "out").exists()
+
+
+def test_other_commands_say_that_an_update_is_rounding(
+    leftover: Path, twins: tuple[Path, Path, torch.dtype], tmp_path: Path
+) -> None:
+    """compare has no cosine or angle of it, inspect no rank, resize says that its errors mean nothing, and combine takes
+    it for zero where directions count.
+    """
+    one, _, _ = twins
+    compared = loratool.compare([leftover, one])
+    (first,) = compared.modules[f"{TARGETS[0]}.weight"].values()
+    (second,) = compared.modules[f"{TARGETS[1]}.weight"].values()
+    assert (first.cosine, first.overlap_out, first.angles_out) == (None, None, ())
+    assert second.cosine is not None
+    assert "update-is-rounding" in codes(compared)
+
+    facts = loratool.inspect(leftover, values=True)
+    assert isinstance(facts, AdapterFacts)
+    values = facts.values
+    assert values is not None
+    assert [module.stable_rank is None for module in values.modules] == [True, False]
+    assert "update-is-rounding" in codes(values)
+
+    resized = loratool.resize(leftover, tmp_path / "resized", rank=2)
+    assert "update-is-rounding" in codes(resized)
+
+    loratool.combine([leftover, one], tmp_path / "out", method="tsv", dtype="float32")
+    alone = deltas(one)[0]
+    assert off(deltas(tmp_path / "out")[0], alone) < 1e-2
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"the published adapters are not here: {REAL} is missing")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_published_seeds_that_differ_by_6_percent_are_not_zeroed(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Their difference is real in every dtype that they may be stored in: it gets the norm that was asked for."""
+    each = []
+    for seed in (42, 123):
+        folder = tmp_path / str(seed)
+        shutil.copytree(REAL / f"gemma3-270m-svg-seed{seed}", folder)
+        path = folder / "adapter_model.safetensors"
+        save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path)
+        each.append(folder)
+    report = loratool.combine(each, tmp_path / "out", weights=[1, -1], match_norm="mean", dtype="float32")
+    assert not codes(report) & {"layers-cancel-to-zero", "layers-cancel-unscaled", "layers-zero"}
+    for layer in report.modules.values():
+        norms = [part.norm for part in layer.parts.values()]
+        assert layer.norm == pytest.approx(sum(norms) / 2, rel=1e-4)
+    turned = loratool.combine(each, tmp_path / "tsv", method="tsv", weights=[1, -1], dry_run=True)
+    assert not any(layer.cancels for layer in turned.modules.values())
+    assert all(layer.norm > 0 for layer in turned.modules.values())
+
+
+def test_weights_of_files_that_cancel_but_for_decimals_are_refused(
+    twins: tuple[Path, Path, torch.dtype], tmp_path: Path
+) -> None:
+    """Normalising divides by the sum of the weights, and 0.1 + 0.2 − 0.3 is zero."""
+    one, other, _ = twins
+    with pytest.raises(UsageError, match="sum of the weights, which is 0"):
+        loratool.combine([one, other, one], tmp_path / "out", weights=[0.1, 0.2, -0.3], normalize=True)
