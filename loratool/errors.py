@@ -4,7 +4,7 @@ LoratoolError            1   (never raised itself: a bug is any other exception)
 ├── UsageError           2   the call asks for something that cannot be meant
 ├── InputError           3   an input is malformed or of an unsupported kind
 ├── FitError             4   the adapter does not fit the base, or changes nothing
-├── VerificationError    5   the result is not what the formula says
+├── VerificationError    5   a file is not what its record says, or the result not what the formula says
 ├── StorageError         6   the disk or the file system said no
 └── HubError             7   the Hub said no
 """
@@ -84,7 +84,7 @@ class FitError(LoratoolError):
 
 
 class VerificationError(LoratoolError):
-    """A merged model is not what the formula says."""
+    """A file is not what its record says, or a merged model not what the formula says."""
 
     exit_code = 5
 

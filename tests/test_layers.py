@@ -23,7 +23,7 @@ ROWS = (
     ("safefile", "updates", "lowrank", "decoders", "origins", "reading"),
     ("methods", "digests", "weightfiles"),
     ("checkpoint", "adapter", "staging", "appending"),
-    ("contents",),
+    ("contents", "record"),
     ("formats", "binding", "companions"),
     ("fetching", "cards"),
     ("ranks",),
@@ -50,7 +50,7 @@ WITHOUT_TORCH = (
     *("errors", "layouts", "safefile", "checkpoint", "staging", "formats", "binding", "companions", "placing", "tying"),
     *("vocabulary", "planning", "writing", "fitting", "health", "inspecting", "estimating", "decoders", "report"),
     *("cli", "appending", "ranks", "origins", "fetching", "cards", "digests", "notes", "reading", "inputs", "secrets"),
-    *("weightfiles", "extras"),
+    *("weightfiles", "extras", "record"),
 )
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from loratool.cli.words import MAPS, OPERAND, ORIENTATION, PATH, counter, output_options, reading_options, show
-from loratool.errors import InputError
 from loratool.reading import readings
 
 
@@ -26,7 +25,7 @@ from loratool.reading import readings
 @ORIENTATION
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--values", is_flag=True, help="Measure every module of an adapter: norms, ranks, spectra.")
-@click.option("--check", is_flag=True, help="Look for what is wrong; exit code 3 where something is.")
+@click.option("--check", is_flag=True, help="Look for what is wrong; exit code 3 or 5 where something is.")
 @click.option("--html", type=PATH, metavar="FILE", help="Write one page with figures; measures as --values does.")
 @click.option("--overwrite", is_flag=True, help="Replace FILE where it is there already.")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to measure.")
@@ -58,7 +57,7 @@ def inspect(
       loratool inspect ./my-adapter --base ./Llama-3.2-1B --values --check
       loratool inspect ./my-adapter --html my-adapter.html
     """
-    from loratool.inspecting import inspect, is_unsound
+    from loratool.inspecting import exit_code_of, inspect
 
     if html is not None:
         from loratool.report.page import check_page
@@ -89,8 +88,8 @@ def inspect(
 
         write_page(facts, html, overwrite)
     show({"results": facts}, lambda: "\n\n".join(map(str, facts)), as_json, quiet)
-    if any(map(is_unsound, facts)):
-        raise click.exceptions.Exit(InputError.exit_code)
+    if codes := [code for code in map(exit_code_of, facts) if code]:
+        raise click.exceptions.Exit(min(codes))
 
 
 @click.command(short_help="Make, merge and check a small model from nothing.")

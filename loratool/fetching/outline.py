@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
-from loratool.checkpoint import INDEX_SUFFIX, choose_index, choose_shards, read_index, sort_side_files
+from loratool.checkpoint import INDEX_SUFFIX, PROVENANCE, choose_index, choose_shards, read_index, sort_side_files
 from loratool.errors import HubError, InputError, LoratoolError, printable
 from loratool.fetching.answers import RemoteFile, check_range, commit_of, files_of
 from loratool.fetching.client import api, asking, patiently
@@ -103,6 +103,8 @@ def needed(root: Path, location: Path, role: Role) -> Needed:
     def named(names: Iterable[str]) -> tuple[str, ...]:
         return tuple(dict.fromkeys((folder / name).relative_to(root).as_posix() for name in names))
 
+    if role == "any" and (folder / PROVENANCE).is_file():
+        others = [*others, PROVENANCE]  # it tells what was written
     missing = [name for name in weights if not (folder / name).is_file()]
     if missing:
         raise InputError(f"{printable(location)}: weights that belong to it are missing:", map(printable, missing))

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratool import record
 from loratool.checkpoint import INDEX_SUFFIX
 from loratool.hub.committing import REMOTE_JOURNAL, Commit, commit, differing, files_of, open_repo
 from loratool.hub.selecting import Selection, check_message, select
@@ -59,8 +60,9 @@ def push(
 ) -> PushReport:
     """Upload a finished model or adapter to the Hub in one commit, and check what is there afterwards.
 
-    Only what a model or an adapter is made of is sent, and of that only what the repository has not. The same call after
-    an interruption continues with the files that have not arrived. The token is the one of `hf auth login` or HF_TOKEN.
+    A folder that loratool made is compared with its `loratool.json` first. Only what a model or an adapter is made of is
+    sent, and of that only what the repository has not. The same call after an interruption continues with the files that
+    have not arrived. The token is the one of `hf auth login` or HF_TOKEN.
 
     Args:
         path: the folder.
@@ -80,13 +82,14 @@ def push(
         UsageError: `path` is no folder, or what makes it a model is excluded.
         InputError: it is neither a model nor an adapter, is unfinished, or a file holds a secret.
         HubError: no token, no right, refused, or out of reach.
-        VerificationError: what arrived is not what was sent.
+        VerificationError: the folder is not what loratool wrote, or what arrived is not what was sent.
     """
     started = time.monotonic()
     check_message(message)
+    unlike = record.check(Path(path))
     choice = partial(select, Path(path), list(include), list(exclude), card, allow_secret=list(allow_secret))
     selection = choice(place=repo)
-    notes = list(selection.notes)
+    notes = [*selection.notes, *unlike]
     sizes = {upload.name: upload.size for upload in selection.uploads}
     if dry_run:
         return report(repo, selection, Commit("", ""), not public, tuple(sizes), (), notes, started, dry_run)

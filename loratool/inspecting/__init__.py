@@ -12,10 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratool import record
 from loratool.adapter import stored_tensors
-from loratool.checkpoint import PROVENANCE, Checkpoint, holds_weights, open_checkpoint
+from loratool.checkpoint import INDEX_SUFFIX, PROVENANCE, Checkpoint, holds_weights, open_checkpoint
 from loratool.contents import Layer, layer_of
-from loratool.errors import LoratoolError, UsageError, printable
+from loratool.errors import InputError, LoratoolError, UsageError, VerificationError, printable
 from loratool.fetching import Role, headers, local
 from loratool.fitting import Fit, fit_of
 from loratool.formats import Foreign, find_foreign, looks_foreign, peft
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 PathLike = str | os.PathLike[str]
+NOT_AS_WRITTEN = "not-as-written"  # the code of a finding
 
 
 def inspect(
@@ -99,7 +101,18 @@ def inspect(
         if base_config is not None:
             against = stack.enter_context(headers(base_config))
         hold = partial(fit_of, maps=[maps] if isinstance(maps, str) else maps, fan_in_fan_out=fan_in_fan_out)
-        return look_at(at(path, "any"), path, against, hold, tensors, values, check, device, progress, way)
+        location = at(path, "any")
+        facts = look_at(location, path, against, hold, tensors, values, check, device, progress, way)
+        return with_record(facts, location) if check else facts
+
+
+def with_record(facts: Facts, location: Path) -> Facts:
+    """What a check found, and whether the files are still those that loratool wrote, where it did."""
+    whole = location.is_dir() or location.name.endswith(INDEX_SUFFIX)
+    found = record.compare(location if location.is_dir() else location.parent, "" if whole else location.name)
+    problems = [Finding("problem", NOT_AS_WRITTEN, text, record.WAY_OUT) for text in found.problems]
+    notes = [Finding("note", note.code, note.text) for note in found.notes]
+    return replace(facts, findings=(*problems, *(facts.findings or ()), *notes))
 
 
 def look_at(
@@ -145,9 +158,13 @@ def look_at(
     return facts
 
 
-def is_unsound(facts: Facts) -> bool:
-    """Whether a check found a problem, and not notes alone."""
-    return any(finding.level == "problem" for finding in facts.findings or ())
+def exit_code_of(facts: Facts) -> int:
+    """What a check comes to: 0 where it found notes alone, 5 where a file is not what was written, 3 for any other problem.
+
+    A file that was damaged may be malformed as well, and that it was damaged says more.
+    """
+    codes = {finding.code for finding in facts.findings or () if finding.level == "problem"}
+    return VerificationError.exit_code if NOT_AS_WRITTEN in codes else InputError.exit_code if codes else 0
 
 
 def is_adapter(location: Path) -> bool:
