@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -270,3 +271,14 @@ def train(folder: Path, architecture: Architecture, **settings: Any) -> Trained:
     merged.save_pretrained(folder / "by-peft")
     merged.save_pretrained(folder / "by-peft-in-memory", save_original_format=False)
     return Trained(architecture, folder)
+
+
+@cache
+def why_not_here(name: str) -> str:
+    """Why the installed transformers does not have what a case is about; empty where it has."""
+    if name == "dinov2":
+        with torch.device("meta"):
+            model = transformers.Dinov2Model(transformers.Dinov2Config(**vision(use_swiglu_ffn=True)))
+        if not any(".q_proj." in parameter for parameter in model.state_dict()):
+            return f"transformers {transformers.__version__} calls the layers of dinov2 in memory as on disk"
+    return ""

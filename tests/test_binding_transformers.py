@@ -48,6 +48,7 @@ UNCOVERED: tuple[tuple[str, str, str], ...] = (
     ("ernie4_5_vl_moe", r"text_moe|vision_moe", "text and vision experts share a list in the base"),
     ("ernie4_5_vl_moe", r"resampler_model", NUMBERED),
     ("RfDetr", r"", ONE_FAMILY),
+    ("(Conditional)?DetrForSegmentation", r"bbox_attention", ONE_FAMILY),  # with transformers 5.17
     ("d_fine", r"mlp\.layers", NUMBERED),
     ("cohere_asr", r"pos_emb", ONE_FAMILY),
     ("qianfan_ocr", r"multi_modal_projector", NUMBERED),

@@ -29,6 +29,7 @@ from matrix_models import (
     save_base,
     text,
     train,
+    why_not_here,
 )
 from oracle import PREFIX, read_tensors, same_bits
 from safetensors.torch import save_file
@@ -64,6 +65,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained
     made: dict[str, Trained] = {}
 
     def of(name: str) -> Trained:
+        if reason := why_not_here(name):
+            pytest.skip(reason)
         if name not in made:
             made[name] = train(tmp_path_factory.mktemp("trained"), ARCHITECTURES[name])
         return made[name]
