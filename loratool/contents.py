@@ -74,6 +74,11 @@ class Layer:
         return (self.update.down if isinstance(self.update, LowRank) else self.update.a).shape[1]
 
     @property
+    def most(self) -> int:
+        """The largest rank that its shape allows."""
+        return min(self.rows, self.columns)
+
+    @property
     def kernel(self) -> tuple[int, ...]:
         return self.update.kernel if isinstance(self.update, LowRank) else ()
 

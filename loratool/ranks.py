@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from loratool.errors import UsageError, printable
+from loratool.formats.peft.experts import lost_by_peft, stacked_by_peft
 from loratool.formats.peft.patterns import match_patterns
+from loratool.notes import Note
 
 if TYPE_CHECKING:
     from loratool.contents import Layer
@@ -82,18 +84,20 @@ class RankRule:
         layers: Mapping[str, Layer],
         energies: Mapping[str, Sequence[float]],
         itemsize: int,
-        pairs: Sequence[tuple[str, str]] = (),
+        groups: Sequence[tuple[str, ...]] = (),
     ) -> dict[str, int]:
-        """The rank of each layer, 0 for one that a budget leaves nothing; `itemsize` is that of the stored factors."""
+        """The rank of each layer, 0 for one that a budget leaves nothing; a budget gives those of a group one rank.
+
+        `itemsize` is that of the stored factors. A rank that was asked for is cut to what the layer's shape allows.
+        """
         if self.kind == "rank":
-            self.check_limits(layers)
-            ranks = dict.fromkeys(layers, int(self.number))
+            ranks = {target: min(int(self.number), layer.most) for target, layer in layers.items()}
         elif self.kind == "budget":
-            ranks = self.spend(layers, energies, itemsize, pairs)
+            ranks = self.spend(layers, energies, itemsize, groups)
         else:
             ranks = {target: max(1, self.enough(energies[target])) for target in layers}
         if self.uniform:
-            most = max(ranks.values())
+            most = int(self.number) if self.kind == "rank" else max(ranks.values())
             if self.kind == "budget":
                 each = sum(layers[t].parameters for t, rank in ranks.items() if rank) * (
                     itemsize if self.in_bytes else 1
@@ -101,20 +105,6 @@ class RankRule:
                 most = min(most, int(self.number // each))
             ranks = {target: most if rank else 0 for target, rank in ranks.items()}
         return ranks
-
-    def check_limits(self, layers: Mapping[str, Layer]) -> None:
-        """Refuse a rank that a weight cannot have; filled up with zeros it can."""
-        if self.uniform:
-            return
-        rank = int(self.number)
-        small = {t: layer for t, layer in layers.items() if min(layer.rows, layer.columns) < rank}
-        if small:
-            limit = min(min(layer.rows, layer.columns) for layer in small.values())
-            raise UsageError(
-                f"--rank {rank} is above what these weights allow; {limit} is the most that all of them do, and --uniform "
-                "fills smaller ones up with zeros:",
-                (f"{printable(t)}: {x.rows} × {x.columns}" for t, x in small.items()),
-            )
 
     def enough(self, energies: Sequence[float]) -> int:
         """The smallest rank that keeps to the rule."""
@@ -133,15 +123,16 @@ class RankRule:
         layers: Mapping[str, Layer],
         energies: Mapping[str, Sequence[float]],
         itemsize: int,
-        pairs: Sequence[tuple[str, str]] = (),
+        groups: Sequence[tuple[str, ...]] = (),
     ) -> dict[str, int]:
         """Ranks where they keep most for their cost: one sort over all singular values of all layers."""
         weights = self.weights_of(layers)
         costs = {target: layer.parameters * (itemsize if self.in_bytes else 1) for target, layer in layers.items()}
         worth = {t: [weights[t] * energy for energy in values] for t, values in energies.items()}
-        for one, other in pairs:  # of one rank: bought together
-            worth[one] = [a + b for a, b in itertools.zip_longest(worth[one], worth.pop(other), fillvalue=0.0)]
-            costs[one] += costs.pop(other)
+        for first, *others in groups:  # of one rank: bought together
+            every = [worth[first], *(worth.pop(other) for other in others)]
+            worth[first] = [math.fsum(values) for values in itertools.zip_longest(*every, fillvalue=0.0)]
+            costs[first] += sum(costs.pop(other) for other in others)
         items = sorted(
             (
                 (-energy / costs[target], target, at)
@@ -160,7 +151,7 @@ class RankRule:
                 continue
             left -= costs[target]
             ranks[target] = at + 1
-        ranks |= {other: ranks[one] for one, other in pairs}
+        ranks = evened(ranks, groups)
         if not any(ranks.values()):
             raise UsageError(
                 f"--{self.told}: too little for rank 1 of any layer; the smallest takes "
@@ -178,6 +169,39 @@ class RankRule:
         """The rule in words, for reports and provenance."""
         unit = (" bytes" if self.in_bytes else " parameters") if self.kind == "budget" else ""
         return f"{self.kind} {self.number:g}{unit}" + (", uniform" if self.uniform else "")
+
+
+def evened(ranks: Mapping[str, int], groups: Sequence[tuple[str, ...]]) -> dict[str, int]:
+    """The same ranks, but within each group the largest for all."""
+    return {**ranks, **{target: max(ranks[t] for t in group) for group in groups for target in group}}
+
+
+def told_of_cuts(asked: int | None, limits: Mapping[str, int], targets: Collection[str]) -> Iterator[Note]:
+    """What to say where the rank that was `asked` for is more than some layers can have."""
+    cut = [target for target in targets if asked is not None and limits.get(target, asked) < asked]
+    if cut:
+        yield Note(
+            "rank-cut",
+            f"{len(cut)} of {len(targets)} layers are too small for rank {asked} and get the largest rank that their shape "
+            f"allows, such as {limits[cut[0]]} of {printable(cut[0])}",
+        )
+
+
+def told_of_experts(own: Mapping[str, int], ranks: Mapping[str, int]) -> Iterator[Note]:
+    """What to say where experts whose `own` ranks differ were made one of rank."""
+    if filled := [target for target in stacked_by_peft(ranks) if own.get(target, 0) < ranks[target]]:
+        yield Note(
+            "experts-one-rank",
+            f"{len(filled)} experts and routers are filled up with zeros to rank {ranks[filled[0]]}, the largest of them: "
+            "PEFT stacks the experts of a model in parameters, which have one rank",
+        )
+    if lost := lost_by_peft(ranks):
+        yield Note(
+            "peft-loses-layers",
+            f"{len(lost)} layers outside of the experts have names of expert projections, such as {printable(lost[0])}; where "
+            "transformers 5 holds the experts in one parameter, PEFT 0.21 passes over these layers when it loads the "
+            "adapter (huggingface/peft #3711). `loratool merge` applies them",
+        )
 
 
 def is_weight(value: object) -> bool:

@@ -17,11 +17,13 @@ from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.fetching import local
 from loratool.formats import read_adapter
 from loratool.formats.peft.describing import anchored, describe, module_of
+from loratool.formats.peft.experts import stacked_by_peft
 from loratool.formats.peft.lora import doubles
 from loratool.formats.peft.patterns import match_patterns
 from loratool.formats.peft.spelling import Names
-from loratool.lowrank import floor_of, singular_values
+from loratool.lowrank import floor_of, padded, singular_values
 from loratool.notes import Note, as_records
+from loratool.ranks import evened, told_of_experts
 from loratool.reading import readings
 from loratool.saving import (
     Form,
@@ -156,6 +158,8 @@ def rescale(
             norm = math.sqrt(math.fsum((sizes[t] * m.after / m.before) ** 2 for t, m in modules.items() if m.before))
         told = {t: RescaledLayer(0.0, m.after, None) if t in asleep else m for t, m in modules.items()}
         notes = (*rounding_only(rounded, modules), *remarks(contents, told, bake))
+        if bake:
+            notes += tuple(told_of_experts({t: layer.rank for t, layer in contents.layers.items()}, ranks_of(contents)))
         provenance = {
             "made_by": "loratool rescale",
             "command": words,
@@ -376,7 +380,13 @@ def write_alphas(
             raise InputError(
                 "PEFT has one α for several weights of a module, and these need others; --bake does it:", torn
             )
-        usual = Counter(alphas.values()).most_common(1)[0][0]
+        stacked = {alphas[module_of(t, contents.layers[t].kind)] for t in stacked_by_peft(contents.layers)}
+        if len(stacked) > 1:
+            raise InputError(
+                f"PEFT gives all experts of a model one α, and these need {len(stacked)} different ones; pass --bake, which "
+                "puts the strength into the factors"
+            )
+        usual = stacked.pop() if stacked else Counter(alphas.values()).most_common(1)[0][0]
         config["lora_alpha"] = usual
         config["alpha_pattern"] = {anchored(m, alphas): a for m, a in sorted(alphas.items()) if a != usual}
     else:
@@ -395,6 +405,12 @@ def tidy(alpha: float) -> float | int:
     return near if abs(alpha - near) <= 1e-9 * abs(alpha) else alpha
 
 
+def ranks_of(contents: Contents) -> dict[str, int]:
+    """The ranks of its layers, one for those of which PEFT wants it."""
+    names = Names({target: layer.kind for target, layer in contents.layers.items()})
+    return evened({target: layer.rank for target, layer in contents.layers.items()}, names.of_one_rank())
+
+
 def write_baked(
     out: Path,
     contents: Contents,
@@ -407,14 +423,15 @@ def write_baked(
 ) -> None:
     """The strength in the factors: B takes it, A stays as it is."""
     kinds = {t: layer.kind for t, layer in contents.layers.items()}
-    forms = {t: Form.of(layer, layer.rank) for t, layer in contents.layers.items()}
+    ranks = ranks_of(contents)
+    forms = {t: Form.of(layer, ranks[t]) for t, layer in contents.layers.items()}
     carried = carried_over(contents, Names(kinds), {t: m.factor or 1.0 for t, m in modules.items()})
     dtype = kept_dtype([contents], asked)
     with adapter_output(out, forms, carried, dtype, contents.config, overwrite=overwrite, dry_run=dry_run) as output:
 
         def work(target: str) -> Rounded:
             found = contents.load(target, at_work.device, at_work.dtype)
-            rounded = output.rounded(target, found.scaled(modules[target].factor or 1.0))
+            rounded = output.rounded(target, padded(found.scaled(modules[target].factor or 1.0), ranks[target]))
             if bool(found.up.any()) and not bool(rounded.factors.up.any()):
                 raise FitError(f"{printable(target)}: all of B would be zero in {str(dtype).removeprefix('torch.')}")
             return rounded
@@ -425,7 +442,7 @@ def write_baked(
         config = describe(
             [contents.config],
             kinds,
-            {t: layer.rank for t, layer in contents.layers.items()},
+            ranks,
             dora=contents.dora,
             lora_bias=bool(contents.biases),
             tokens=carried.tokens,

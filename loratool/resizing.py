@@ -34,7 +34,7 @@ from loratool.lowrank import (
 )
 from loratool.lowrank.products import negligible
 from loratool.notes import Note, as_records
-from loratool.ranks import RankRule
+from loratool.ranks import RankRule, evened, told_of_cuts, told_of_experts
 from loratool.reading import readings
 from loratool.safefile import FLOAT_NAMES, read_safefile
 from loratool.saving import (
@@ -137,7 +137,7 @@ def resize(
     Args:
         adapter: a folder, or a `.safetensors` file with its config beside it.
         out: the folder to make.
-        rank: the rank of every layer; a layer of a lower rank is filled up with zeros.
+        rank: the rank of every layer, cut to what its shape allows; a layer of a lower rank is filled up with zeros.
         energy: the part of ‖ΔW‖² that each layer keeps, in (0, 1].
         error: the relative error ‖ΔW − ΔW'‖ / ‖ΔW‖ that each layer may have, in [0, 1).
         ratio: each layer keeps the singular values above its largest over this number.
@@ -158,7 +158,7 @@ def resize(
         progress: called with (layers done, layers in all).
 
     Raises:
-        UsageError: no rule or several, a number out of range, a rank above what a weight can have.
+        UsageError: no rule or several, or a number out of range.
         InputError: a malformed adapter, one that is not low-rank, or a calibration that does not fit it.
         FitError: every update is zero, or the dtype cannot hold the factors.
         StorageError: the disk or the file system said no.
@@ -180,10 +180,9 @@ def resize(
         energies = resizer.energies() if rule.needs_values else {}
         if energies and not grams and not any(map(any, energies.values())):
             raise FitError(ZERO)
-        pairs = Names({t: layer.kind for t, layer in contents.layers.items()}).attention_pairs()
-        chosen = rule.choose(contents.layers, energies, kept.itemsize, pairs)
-        for pair in pairs:
-            chosen |= dict.fromkeys(pair, max(chosen[t] for t in pair))  # PEFT gives both one rank
+        groups = Names({t: layer.kind for t, layer in contents.layers.items()}).of_one_rank()
+        own = rule.choose(contents.layers, energies, kept.itemsize, groups)
+        chosen = evened(own, groups)
         ranks = {t: r for t, r in chosen.items() if r}
         dropped = tuple(t for t, r in chosen.items() if not r)
         # of ΔW itself, which `energies` is not under a calibration
@@ -225,7 +224,11 @@ def resize(
                 tokens=carried.tokens,
             )
             totals = total(contents, modules, left_out, kept.itemsize)
-            notes = tuple(remarks(contents, modules, dropped))
+            notes = (
+                *remarks(contents, modules, dropped),
+                *told_of_cuts(None if uniform else rank, {t: contents.layers[t].most for t in ranks}, ranks),
+                *told_of_experts(own, ranks),
+            )
             provenance = {
                 "made_by": "loratool resize",
                 "command": words,

@@ -723,7 +723,6 @@ WRONG_WORDS: dict[str, tuple[str, list[str]]] = {
     "ctm in another space": ("--method ties --space knots --rank-policy ctm --rank 2", ["ctm", "space"]),
     "ctm of factors": ("--method linear-factors --rank-policy ctm --rank 2", ["ctm"]),
     "rank 0": ("--rank 0", ["0"]),
-    "a rank above the shape": ("--rank 13", ["--rank 13", "12", "v_proj.weight: 12 × 20"]),
     "a weight missing": ("-w 1", ["1 weights for 2 adapters"]),
     "a weight too many": ("-w 1 -w 2 -w 3", ["3 weights for 2 adapters"]),
     "a weight that is no number": ("-w 1 -w nan", ["other", "nan"]),
@@ -776,7 +775,7 @@ TABLES: dict[str, tuple[str, int, list[str]]] = {
     "no number": ('[1, {"q_proj": "much"}]', 2, ["other", "q_proj", "much"]),
     "a truth": ("[true, 1]", 2, ["one", "True"]),
     "nothing": ("[null, 1]", 2, ["one", "None"]),
-    "NaN": ('[{"default": NaN}, 1]', 2, ["one", "default", "nan"]),
+    "NaN": ('[{"default": NaN}, 1]', 3, ["weights.json", "NaN is no JSON"]),
     "a list in a list": ("[[1], 1]", 2, ["one", "[1]"]),
 }
 

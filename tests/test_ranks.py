@@ -28,6 +28,10 @@ class Layer:
     def parameters(self) -> int:
         return self.rows + self.columns
 
+    @property
+    def most(self) -> int:
+        return min(self.rows, self.columns)
+
 
 def rule(**given_rule: Any) -> RankRule:
     words = {"rank": None, "energy": None, "error": None, "ratio": None, "budget": None, **given_rule}
@@ -158,11 +162,10 @@ def test_what_cannot_be_meant_is_refused(words: dict[str, Any], told: str) -> No
         rule(**words)
 
 
-def test_a_rank_that_a_weight_cannot_have_is_refused_with_the_most_it_can() -> None:
+def test_a_rank_that_a_weight_cannot_have_is_cut_to_the_most_it_can() -> None:
+    """The smaller side of a layer bounds its rank; with `uniform` it is filled up to the rank all the same."""
     energies = {"a.weight": [1.0], "b.weight": [1.0]}
-    with pytest.raises(UsageError, match=r"4 is the most") as caught:
-        choose(rule(rank=6), energies, {"a.weight": (4, 100)})
-    assert caught.value.problems == ("a.weight: 4 × 100",)
+    assert choose(rule(rank=6), energies, {"a.weight": (4, 100)}) == {"a.weight": 4, "b.weight": 6}
     assert choose(rule(rank=6, uniform=True), energies, {"a.weight": (4, 100)}) == {"a.weight": 6, "b.weight": 6}
 
 

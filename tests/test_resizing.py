@@ -451,7 +451,6 @@ def test_the_command_s_refusals_have_the_contract_s_exit_codes(
         ([], "one of --rank", 2),
         (["--rank", "2", "--energy", "0.9"], "--rank and --energy", 2),
         (["--rank", "0"], "a whole number from 1 on", 2),
-        (["--rank", "41"], "40 is the most", 2),
         (["--energy", "2"], "(0, 1]", 2),
         (["--budget", "9"], "too little for rank 1", 2),
         (["--rank", "2", "--calibration", str(tmp_path / "nowhere")], "no such file", 3),
@@ -932,7 +931,7 @@ def test_what_fails_or_is_interrupted_leaves_the_old_output_as_it_was(tmp_path: 
         loratool.resize(adapter, tmp_path / "out", rank=2, overwrite=True, progress=interrupt)
     assert picture(tmp_path) == before
     with pytest.raises(UsageError):
-        loratool.resize(adapter, tmp_path / "out", rank=41, overwrite=True)
+        loratool.resize(adapter, tmp_path / "out", budget=9, overwrite=True)
     assert picture(tmp_path) == before
 
 
@@ -1035,7 +1034,6 @@ def test_tensors_that_cannot_be_resized_are_refused(
     [
         (["--rank", "0"], ["--rank 0", "a whole number from 1 on"]),
         (["--rank", "-2"], ["a whole number from 1 on"]),
-        (["--rank", "61"], ["--rank 61", "40 is the most", "model.q.weight: 60 × 50", "model.v.weight: 40 × 70"]),
         ([], ["one of --rank, --energy, --error, --ratio, --budget", "given is none"]),
         (["--rank", "2", "--budget", "9", "--ratio", "3"], ["--rank and --ratio and --budget"]),
         (["--energy", "nan"], ["(0, 1]"]),

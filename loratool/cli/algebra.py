@@ -149,7 +149,11 @@ def rescale(
 @click.option(
     "--space", type=click.Choice(["dense", "core", "knots"]), help="Where entries are looked at [default: dense]."
 )
-@click.option("--rank", type=click.IntRange(min=1), help="Rank of the result [default: what the method gives].")
+@click.option(
+    "--rank",
+    type=click.IntRange(min=1),
+    help="Rank of the result, cut to what a layer's shape allows [default: what the method gives].",
+)
 @click.option(
     "--rank-policy",
     type=click.Choice(["truncate", "ctm"]),
@@ -284,7 +288,11 @@ def combine(
 @click.command()
 @click.argument("adapter", type=OPERAND)
 @OUT
-@click.option("--rank", type=int, help="Rank of every layer; above its own it is filled up with zeros.")
+@click.option(
+    "--rank",
+    type=int,
+    help="Rank of every layer, cut to what its shape allows; above its own it is filled up with zeros.",
+)
 @click.option("--energy", type=float, help="Part of ‖ΔW‖² that each layer keeps, such as 0.99.")
 @click.option("--error", type=float, help="Relative error that each layer may have, such as 0.05.")
 @click.option("--ratio", type=float, help="Keep singular values above the largest over this number.")

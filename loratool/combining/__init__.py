@@ -29,6 +29,7 @@ from loratool.methods.coefficients import LEAST_ALIKE, cancel, mean_cosine
 from loratool.methods.mixture import UNSCALED, ZERO, Mixture, Recipe, mix, mix_factors
 from loratool.methods.table import FACTORWISE, GRAM, METHODS
 from loratool.notes import Note, as_records
+from loratool.ranks import evened, told_of_cuts, told_of_experts
 from loratool.reading import readings
 from loratool.recipes import make_recipe, told
 from loratool.saving import Form, Rounded, adapter_output, carried_over, files_beside, kept_dtype, told_beside
@@ -81,7 +82,8 @@ def combine(
         weights: of each adapter, 1 by default: a number, or numbers by pattern with "default" for the rest.
         space: where elementwise methods work: on the entries of the weight ("dense", the default), in "core" space
             or on "knots".
-        rank: of the result; by default what the method gives, and for dense methods the ranks added up.
+        rank: of the result, cut to what a layer's shape allows; by default what the method gives, and for dense methods
+            the ranks added up.
         rank_policy: "truncate" cuts the result; "ctm" chooses directions first that keep a part of every adapter.
         density: part of the entries that is kept, in (0, 1].
         window: of della, how far chances lie around `density`.
@@ -137,17 +139,18 @@ def combine(
         carried = beside.collect()
         if sources[0].dora:  # it is the only one
             carried.tensors.update(carried_over(sources[0], Names(kinds)).tensors)
-        forms = {t: Form.of(found[0].layer, combiner.most(t)) for t, found in layers.items()}
-        of_attention = {
-            target for pair in Names(kinds).attention_pairs() for target in pair
-        }  # PEFT gives both one rank
+        groups = Names(kinds).of_one_rank()
+        own = {t: combiner.most(t) for t in layers}
+        most = evened(own, groups)
+        forms = {t: Form.of(found[0].layer, most[t]) for t, found in layers.items()}
+        grouped = {target for group in groups for target in group}
         with adapter_output(
             target, forms, carried, dtype_kept, sources[0].config, overwrite=overwrite, dry_run=dry_run
         ) as output:
 
             def work(name: str) -> tuple[Rounded, CombinedLayer, torch.Tensor]:
                 whole, shared = combiner.combined(name)
-                if name in of_attention:
+                if name in grouped:
                     whole = dataclasses.replace(whole, product=padded(whole.product, forms[name].rank))
                 rounded = output.rounded(name, whole.product)
                 real = silenced(shared)
@@ -172,7 +175,12 @@ def combine(
                 tokens=carried.tokens,
             )
             totals = combiner.totals(modules, dtype_kept)
-            notes = tuple(remarks(sources, layers, modules, beside.notes))
+            asked = rank if METHODS[method].family != FACTORWISE else None
+            notes = (
+                *remarks(sources, layers, modules, beside.notes),
+                *told_of_cuts(asked, {t: found[0].layer.most for t, found in layers.items()}, layers),
+                *told_of_experts(own, most),
+            )
             provenance = {
                 "made_by": "loratool combine",
                 "command": words,
@@ -210,14 +218,6 @@ def refuse(sources: Sequence[Contents], layers: Mapping[str, Sequence[Share]], r
                 "sum of updates is the sum of what they do. `loratool merge` applies several DoRA adapters to a base; "
                 "`loratool extract` makes plain LoRA of what comes out"
             )
-    if recipe.rank is not None and METHODS[recipe.method].family != FACTORWISE:
-        small = {t: f[0].layer for t, f in layers.items() if min(f[0].layer.rows, f[0].layer.columns) < recipe.rank}
-        if small:
-            limit = min(min(layer.rows, layer.columns) for layer in small.values())
-            raise UsageError(
-                f"--rank {recipe.rank} is above what these weights allow; {limit} is the most that all of them do:",
-                (f"{printable(t)}: {layer.rows} × {layer.columns}" for t, layer in small.items()),
-            )
     if recipe.method == "model_stock" and any(share.weight != 1 for found in layers.values() for share in found):
         raise UsageError("model_stock is the mean of runs of one task and takes no weights")
     if recipe.divides:
@@ -251,15 +251,13 @@ class Combiner:
         """The largest rank that the result of a layer may have."""
         if METHODS[self.recipe.method].family == FACTORWISE:
             return self.recipe.rank or self.layers[target][0].layer.rank
-        if self.recipe.method == "svd":
-            return self.cut(target)
-        return self.recipe.rank or max(1, sum(share.layer.rank for share in self.layers[target]))
+        return self.cut(target) or max(1, sum(share.layer.rank for share in self.layers[target]))
 
-    def cut(self, target: str) -> int:
-        """Of `svd`: the largest rank of the adapters, as in PEFT, where none is given."""
+    def cut(self, target: str) -> int | None:
+        """The rank that was asked for, as far as the layer's shape allows; of `svd` by default the adapters' largest."""
         ranks = [share.layer.rank for share in self.layers[target]]
-        form = self.layers[target][0].layer
-        return self.recipe.rank or min(max(ranks), form.rows, form.columns)
+        asked = self.recipe.rank or (max(ranks) if self.recipe.method == "svd" else None)
+        return asked and min(asked, self.layers[target][0].layer.most)
 
     def combined(self, target: str) -> tuple[Mixture, Joint]:
         """The result for a layer, and the adapters' own updates."""
@@ -268,7 +266,7 @@ class Combiner:
         recipe = dataclasses.replace(
             self.recipe, setting=dataclasses.replace(self.recipe.setting, key=f"{self.recipe.setting.key}/{target}")
         )
-        if recipe.method == "svd":
+        if METHODS[recipe.method].family != FACTORWISE:
             recipe = dataclasses.replace(recipe, rank=self.cut(target))
         if len(found) < METHODS[recipe.method].least:  # of those that have the layer
             mean = dataclasses.replace(recipe.setting, normalize=METHODS[recipe.method].family == GRAM)

@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,12 +25,14 @@ from loratool.extracting.results import ExtractedLayer, ExtractedTotals, Extract
 from loratool.fetching import local
 from loratool.formats.peft.describing import describe
 from loratool.formats.peft.describing import module_of as described_module
+from loratool.formats.peft.experts import stacked_by_peft
 from loratool.formats.peft.files import CONFIG, WEIGHTS
 from loratool.formats.peft.spelling import Names
 from loratool.lowrank import Product, inner, padded
 from loratool.lowrank import change as change_of
 from loratool.notes import Note, as_records
 from loratool.origins import origin_of, told_origin
+from loratool.ranks import told_of_cuts, told_of_experts
 from loratool.safefile import FLOAT_NAMES
 from loratool.saving import WIDTH, Form, Output, Rounded, adapter_output, torch_dtype
 from loratool.staging import check_target
@@ -75,7 +78,7 @@ def extract(
         base: the model before, a folder or a file.
         tuned: the model after; its files and dtypes may be others.
         out: the folder to make.
-        rank: of every layer; or "auto", which keeps the singular values that rounding to the storage dtype cannot have
+        rank: of every layer, cut to what its shape allows; or "auto", which keeps the singular values that rounding to the storage dtype cannot have
             made, up to `max_rank`. "auto" where neither this nor `energy` is given.
         energy: the part of ‖M‖² that each layer keeps, in (0, 1]; with `rank` the smaller of the two counts.
         max_rank: of a layer, where `rank` is no number.
@@ -171,6 +174,7 @@ class Extractor:
     layers: dict[str, ExtractedLayer] = field(default_factory=dict)
     noise: dict[str, ExtractedLayer] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)  # of all that is written
+    stacked_rank: int = 0  # of all experts that PEFT stacks
     mirrored: list[str] = field(default_factory=list)
     identical: int = 0  # which differ in the sign of zeros, say
 
@@ -183,6 +187,24 @@ class Extractor:
         """The largest rank that a layer may have."""
         return min(self.rule.most, *change.shape)
 
+    @cached_property
+    def stacked(self) -> frozenset[str]:
+        """The changes that get one rank: experts that PEFT stacks, and routers beside them."""
+        return frozenset(stacked_by_peft(self.pairing.changes))
+
+    def find_stacked_rank(self) -> None:
+        """Decide the rank of the experts: the largest that one of them wants, for which all are looked at first."""
+        together = [self.pairing.changes[target] for target in self.stacked]
+        if not self.rule.by_value:
+            self.stacked_rank = max((self.limit(change) for change in together), default=0)
+            return
+
+        def work(change: Change) -> int:
+            parts = self.parts(change)
+            return self.rule.choose(parts, self.limit(change)) if any(part.squared for part in parts) else 0
+
+        self.stacked_rank = max(self.at_work.spread(work, [c for c in together if not c.same]), default=0)
+
     def targets(self, change: Change) -> tuple[str, ...]:
         """What is written for a change: its own factors, and the same for the heads that are tied to it."""
         return (change.target, *self.pairing.mirrors.get(change.target, ()))
@@ -192,6 +214,8 @@ class Extractor:
         found: dict[str, Form] = {}
         for group in self.pairing.groups:
             most = max(self.limit(change) for change in group)
+            if not self.stacked.isdisjoint(change.target for change in group):
+                most = max(self.limit(self.pairing.changes[target]) for target in self.stacked)
             for change in group:
                 for target in self.targets(change):
                     kind = change.kind if target == change.target else kind_of_tied(target)
@@ -200,6 +224,7 @@ class Extractor:
 
     def run(self, output: Output, progress: Progress | None) -> None:
         """Write the factors of every layer: first of those that all threads work on together, then the others."""
+        self.find_stacked_rank()
         large = [g for g in self.pairing.groups if any(4 * math.prod(change.shape) > self.room for change in g)]
         others = [group for group in self.pairing.groups if group not in large]
 
@@ -234,10 +259,11 @@ class Extractor:
         """Layers that have one rank, decomposed and rounded."""
         every = [self.parts(change) for change in group]
         wanted = [self.rule.choose(p, self.limit(change)) for p, change in zip(every, group, strict=True)]
-        rank = max(1, *wanted)
+        stacked = not self.stacked.isdisjoint(change.target for change in group)
+        rank = self.stacked_rank if stacked else max(1, *wanted)
         for change, parts, own in zip(group, every, wanted, strict=True):
             differs = any(part.squared for part in parts)
-            if not (differs and own) and not self.pairing.pinned(change):
+            if not rank or (not (differs and own) and not self.pairing.pinned(change)):
                 yield Outcome(change, 0, told(parts, 0, 0.0) if differs else None, ())
                 continue
             product = padded(joined(change, parts, own), rank)
@@ -469,3 +495,6 @@ def remarks(found: Pairing, extractor: Extractor, rule: Rule) -> Iterator[Note]:
                 "them: loratool resize --uniform writes that",
             )
         )
+    limits = {target: min(change.shape) for target, change in found.changes.items()}
+    yield from told_of_cuts(None if rule.by_value else rule.most, limits, extractor.layers)
+    yield from told_of_experts({target: layer.rank for target, layer in extractor.layers.items()}, extractor.ranks)

@@ -48,6 +48,11 @@ class Rule:
             return cls(rank, False, energy)
         return cls(max_rank, rank == "auto" or energy is None, energy)
 
+    @property
+    def by_value(self) -> bool:
+        """Whether ranks depend on what differs."""
+        return self.noise or self.energy is not None
+
     def choose(self, parts: Sequence[Part], limit: int) -> int:
         """The rank of a layer, from what is known of its matrices: one, or one an expert."""
         rank = limit

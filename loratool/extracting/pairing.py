@@ -14,6 +14,7 @@ from loratool.contents import Kind
 from loratool.errors import FitError, InputError, printable
 from loratool.extracting.differences import same_values
 from loratool.extracting.selecting import Selection
+from loratool.formats.peft.experts import is_expert
 from loratool.formats.peft.parameters import REGISTERED
 from loratool.formats.peft.spelling import ATTENTION, Names, saved_whole
 from loratool.layouts.architectures import (
@@ -120,7 +121,12 @@ class Pairing:
         siblings = change.kind is Kind.PARAMETER and any(
             c is not change and c.target.rpartition(".")[0] == module for c in parameters
         )
-        return siblings or f"{module}.bias" in self.biases or bool(self.attention_of(change.target))
+        return (
+            siblings
+            or is_expert(change.target)
+            or f"{module}.bias" in self.biases
+            or bool(self.attention_of(change.target))
+        )
 
     @property
     def carried(self) -> Carried:
@@ -201,6 +207,7 @@ class Sorter:
         for name in biases:
             self.place_bias(name)
         self.complete_attention()
+        self.complete_experts()
         self.check_parameters()
         self.save_whole()
         self.complete_biases()
@@ -376,6 +383,17 @@ class Sorter:
                 if attention and name not in self.found.changes and one and two:
                     change = self.change(name, one, two, same=True)
                     assert change, "it is a matrix"
+                    self.found.changes[name] = change
+
+    def complete_experts(self) -> None:
+        """PEFT stacks the experts of a model: where one of them has factors all have, those that do not differ zeros."""
+        if not any(map(is_expert, self.found.changes)):
+            return
+        for name, (one, two) in self.pairs.items():
+            both = one and two and one.shape == two.shape and {one.info.dtype, two.info.dtype} <= set(FLOAT_NAMES)
+            if is_expert(name) and name not in self.found.changes and both:
+                assert two, "both are there"
+                if change := self.change(name, two, two, same=True):
                     self.found.changes[name] = change
 
     def check_parameters(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from loratool.contents import Kind
 from loratool.formats.peft import keys
+from loratool.formats.peft.experts import stacked_by_peft
 from loratool.formats.peft.spelling import Names
 
 # Fields that are carried over where all sources agree; of those that disagree the first source's counts.
@@ -40,7 +41,9 @@ def describe(
             config[name] = value
     names = Names(kinds)
     own = {target: module_of(target, kind) for target, kind in kinds.items() if not names.inside_attention(target)}
-    config.update(scaling_fields({own[t]: rank for t, rank in ranks.items() if t in own}))
+    stacked = stacked_by_peft(ranks)  # whose rank PEFT takes from `r`, not from a pattern
+    usual = ranks[stacked[0]] if stacked else None
+    config.update(scaling_fields({own[t]: rank for t, rank in ranks.items() if t in own}, usual))
     layers = [module for target, module in own.items() if kinds[target] is not Kind.PARAMETER]
     config.update({"target_modules": sorted(layers) or None} if whole_names else target_fields(configs, layers))
     gone = [target.removesuffix(".weight") for target in dropped]
@@ -73,9 +76,9 @@ def module_of(target: str, kind: Kind) -> str:
     return target.removesuffix(".in_proj_weight").removesuffix(".weight")
 
 
-def scaling_fields(ranks: Mapping[str, int]) -> dict[str, Any]:
-    """Rank and α, the same number everywhere: the most frequent one, and patterns for the others."""
-    usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+def scaling_fields(ranks: Mapping[str, int], usual: int | None = None) -> dict[str, Any]:
+    """Rank and α, the same number everywhere: the usual or most frequent one, and patterns for the others."""
+    usual = usual or (Counter(ranks.values()).most_common(1)[0][0] if ranks else 1)
     others = {anchored(module, ranks): rank for module, rank in sorted(ranks.items()) if rank != usual}
     return {"r": usual, "lora_alpha": usual, "rank_pattern": others, "alpha_pattern": dict(others)}
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from loratool.contents import Kind
 from loratool.formats.peft import keys
+from loratool.formats.peft.experts import stacked_by_peft
 from loratool.formats.peft.parameters import REGISTERED
 
 if TYPE_CHECKING:
@@ -49,6 +50,11 @@ class Names:
         """The two targets of each nn.MultiheadAttention."""
         pairs = [(f"{module}{ATTENTION}", f"{module}.out_proj.weight") for module in sorted(self.attentions)]
         return [pair for pair in pairs if pair[1] in self.kinds]
+
+    def of_one_rank(self) -> list[tuple[str, ...]]:
+        """The targets that PEFT gives one rank: those of an nn.MultiheadAttention, and experts that it stacks."""
+        experts = stacked_by_peft(self.kinds)
+        return [*self.attention_pairs(), *([experts] if experts else [])]
 
     def path(self, target: str) -> str:
         """The module that PEFT saves the factors of a target under."""
