@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from loratool.computing import Totals
     from loratool.planning import MergePlan
 
+
 LARGEST_RATIO = 1.0  # ‖ΔW‖/‖W‖; fine-tuning stays far below it
 
 
@@ -65,8 +66,12 @@ def size_notes(plan: MergePlan, ratios: Mapping[str, float]) -> Iterator[Note]:
     matrices = {span.placed.name for span in plan.edited if len(span.info.shape) > 1}
     large = {name: ratio for name, ratio in ratios.items() if ratio > LARGEST_RATIO and name in matrices}
     if large:
-        yield Note(
-            "update-larger-than-weight",
-            f"‖ΔW‖ is up to {max(large.values()):.3g} times ‖W‖ in {listed(large)}; an α or a scale is probably wrong, or "
-            "this is not the base that the adapter was trained on",
-        )
+        yield Note("update-larger-than-weight", larger(large))
+
+
+def larger(ratios: Mapping[str, float]) -> str:
+    """What to say of updates that are larger than their weights; `ratios` are ‖ΔW‖/‖W‖ by name."""
+    return (
+        f"‖ΔW‖ is up to {max(ratios.values()):.3g} times ‖W‖ in {listed(ratios)}; an α or a scale is probably wrong, or "
+        "this is not the base that the adapter was trained on"
+    )

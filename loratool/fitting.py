@@ -12,6 +12,7 @@ from loratool.binding import bind, tell
 from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.errors import FitError
 from loratool.estimating import read_base
+from loratool.fetching.bases import unlike_bases
 from loratool.formats.peft import keys
 from loratool.safefile import FLOAT_NAMES
 from loratool.tying import Ties, find_ties
@@ -90,7 +91,8 @@ def fit_of(
     known = {target for target, places in bound.places.items() if any(p.tensor in base.weights for p in places)}
     trainable, more = count_parameters(adapter, known)
     facts = base_facts(base, trainable, more, problems)
-    return Fit(facts, adapter.name, trained.base, ties, bound.places, bound.notes)
+    notes = (*bound.notes, *unlike_bases(checkpoint, [adapter]))
+    return Fit(facts, adapter.name, trained.base, ties, bound.places, notes)
 
 
 def base_facts(base: Base, trainable: int, more: int, problems: tuple[str, ...]) -> BaseFacts:

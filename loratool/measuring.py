@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loratool.contents import ROUNDING_ONLY, Kind, Layer, layer_of
+from loratool.effects import LARGEST_RATIO, larger
 from loratool.errors import printable
 from loratool.lowrank import floor_of, singular_values
 from loratool.notes import Note
@@ -238,6 +239,9 @@ def remarks(layers: Mapping[str, Layer], found: Sequence[Measured], rounded: Seq
         yield Note(
             "experts-together", "of experts: norms of all together, stable and entropy rank as means, energies added up"
         )
+    ratios = {m.target: m.weight.ratio or 0.0 for m in found if m.weight}
+    if large := {target: ratio for target, ratio in ratios.items() if ratio > LARGEST_RATIO}:
+        yield Note("update-larger-than-weight", larger(large))
     sampled = [m.weight for m in found if m.weight and m.weight.sampled_rows < m.weight.rows]
     if sampled:
         most = max(weight.sampled_rows for weight in sampled)

@@ -363,6 +363,9 @@ class Draft:
         config += tie_edits(self.base.config) if settled.untied else []
         moved: dict[str, Source] = {}
         added: list[Source] = []
+        for name, of in settled.kept:
+            text = f"{printable(name)}: stays tied to {printable(of)}, both being changed alike"
+            self.notes.append(Note("tied-weight-kept", text))
         for name, of in settled.added:
             value = first.get(name) or on_disk(self.base, of)
             added.append(Source(value.file, value.info, name, base[of].dtype))

@@ -66,6 +66,7 @@ class Settled:
 
     untied: bool = False
     added: tuple[tuple[str, str], ...] = ()  # tensors that no file holds, each with the one that it was tied to
+    kept: tuple[tuple[str, str], ...] = ()  # tensors that change as the one does that they stay tied to
     problems: tuple[str, ...] = ()
 
 
@@ -164,6 +165,7 @@ def settle(ties: Ties, edits: Edits, saved: Saved, adapters: int, keeps_head: bo
         keeps_head: whether the class of the output still turns hidden states into tokens.
     """
     untied: list[Group] = []
+    kept: list[tuple[str, str]] = []
     for group in ties.groups:
         if not any(name in edits or name in saved for name in group.names):
             continue
@@ -172,6 +174,7 @@ def settle(ties: Ties, edits: Edits, saved: Saved, adapters: int, keeps_head: bo
         if not keeps_head and not any(name in edits or name in saved for name in names[1:]):
             continue
         if all(alike(names[0], name, edits, saved, adapters) for name in names[1:]):
+            kept += [(name, names[0]) for name in sorted(group.missing) if name in edits or name in saved]
             for name in group.missing:
                 edits.pop(name, None)
                 saved.pop(name, None)
@@ -179,11 +182,11 @@ def settle(ties: Ties, edits: Edits, saved: Saved, adapters: int, keeps_head: bo
             untied.append(group)
     problems = [*untieable(ties, untied), *unknown_heads(ties, edits)]
     if not untied or problems:
-        return Settled(problems=tuple(problems))
+        return Settled(problems=tuple(problems), kept=tuple(kept))
     for group in ties.groups:  # the flag is one for all of them
         share(ties.together(group), edits, saved, adapters, group.one_role)
     added = tuple((name, group.names[0]) for group in ties.groups for name in group.names if name in group.missing)
-    return Settled(True, added)
+    return Settled(True, added, kept=tuple(kept))
 
 
 def share(names: Sequence[str], edits: Edits, saved: Saved, adapters: int, one_role: bool) -> None:

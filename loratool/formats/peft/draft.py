@@ -10,6 +10,7 @@ from loratool.adapter import INTEGER_NAMES, Derived, StoredTensor
 from loratool.errors import printable
 from loratool.formats.peft import keys
 from loratool.formats.peft.files import CONFIG
+from loratool.formats.peft.remarks import tell_spelling
 from loratool.notes import Note
 from loratool.reading import AS_STORED, Reading
 from loratool.safefile import FLOAT_NAMES, SafeFile
@@ -96,6 +97,7 @@ class Draft:
         known = {*slots, *ignored, TOKENS, *LEFT_BEHIND}
         found = {name: keys.split(name, known) for name in self.file.tensors}
         self.paths = keys.Paths.of([key for key in found.values() if key], self.config)
+        tell_spelling(self, known)
         passed_over: list[str] = []
         for name, key in found.items():
             path = ".".join(keys.path_of(name))

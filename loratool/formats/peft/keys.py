@@ -99,6 +99,13 @@ def member(path: list[str], at: int) -> Key | None:
     return Key(".".join(path[:at]), f"{path[at]}.{rest[-1]}")
 
 
+def named_in(name: str, slots: Collection[str]) -> bool:
+    """Whether an adapter's name stands behind a slot, as in a raw state dict."""
+    path = path_of(name)
+    at = max((n for n, part in enumerate(path) if part in slots), default=len(path))
+    return len([part for part in path[at + 1 :] if part not in ("weight", "bias")]) == 1
+
+
 def path_of(name: str) -> list[str]:
     """The components of a name without wrappers and without PEFT's prefix."""
     path = [part for part in name.split(".") if part not in WRAPPERS]
