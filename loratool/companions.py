@@ -147,7 +147,12 @@ def edited_config(config: Mapping[str, Any], edits: Sequence[ConfigEdit]) -> byt
 
     for edit in edits:
         config = put(config, edit.path, edit.value)
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    if any(
+        "\ud800" <= character <= "\udfff" for character in text
+    ):  # half a surrogate pair, which UTF-8 has no bytes for
+        text = json.dumps(config, indent=2)
+    return (text + "\n").encode()
 
 
 def parts_of(

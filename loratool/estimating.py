@@ -402,14 +402,16 @@ def base_of_config(path: Path) -> Base:
             f"{shown}: shapes are not worked out for model type {printable(repr(model_type))}, only for "
             f"{', '.join(sorted(SHAPES))}; {way_out}"
         )
-    classes = [name for name in as_list(config.get("architectures") or []) if isinstance(name, str)]
+    named_classes = config.get("architectures")
+    listed = named_classes if isinstance(named_classes, list) else [named_classes]
+    classes = [name for name in listed if isinstance(name, str)]
     if classes and not any(name.endswith(CAUSAL) for name in classes):
         raise InputError(
             f"{shown}: shapes are worked out for causal language models, not for {some(classes)}; {way_out}"
         )
     shapes, tied = shapes_of(shown, model_type, config)
     dtype, notes = config.get("dtype") or config.get("torch_dtype"), [Note("config-alone", "from the config alone")]
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         dtype = "bfloat16"
         notes.append(Note("dtype-assumed", "the config names no float dtype; bfloat16 is taken"))
     *_, head = shapes

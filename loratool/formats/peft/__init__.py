@@ -13,6 +13,7 @@ from loratool.adapter import Adapter
 from loratool.errors import InputError, printable
 from loratool.formats.peft import lora, support
 from loratool.formats.peft.draft import Draft, Module
+from loratool.formats.peft.fields import wrong_fields
 from loratool.formats.peft.files import (
     CONFIG,
     PICKLED,
@@ -72,7 +73,10 @@ def read_what_is_sound(path: Path, reading: Reading = AS_STORED) -> tuple[Adapte
     folder, weights_path = locate(path, notes)
     file = read_safefile(weights_path)
     config_file = folder / CONFIG
-    draft = Draft(file, read_config(config_file), notes, reading)
+    config = read_config(config_file)
+    wrong = wrong_fields(config)
+    sound = {name: value for name, value in config.items() if name not in wrong}
+    draft = Draft(file, sound, notes, reading, problems=[*wrong.values()])
     read_updates(draft)
     adapter = Adapter(
         name=name_of(folder),

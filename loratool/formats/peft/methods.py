@@ -138,7 +138,11 @@ def feedforward(draft: Draft) -> Callable[[str], bool]:
     listed = draft.config.get("feedforward_modules") or []
     if isinstance(listed, str):
         whole = f"^(?:{listed})"  # anchored, so that the tails that rank patterns may match do not count
-        found = match_patterns([whole], (module.name for module in draft.modules.values()))
+        try:
+            found = match_patterns([whole], (module.name for module in draft.modules.values()))
+        except ValueError as error:
+            draft.problems.append(f"{CONFIG}: feedforward_modules: {error}")
+            return lambda _: False
         return lambda name: whole in found[name]
     return lambda name: any(isinstance(entry, str) and name.endswith(entry) for entry in listed)
 

@@ -72,7 +72,7 @@ def match_apart(patterns: list[str], names: list[str]) -> list[list[str]]:
     result: list[list[str]]
     invalid, result = json.loads(answer.stdout)
     if invalid:
-        raise ValueError(f"no regular expression in rank_pattern or alpha_pattern: {few(invalid)}")
+        raise ValueError(f"no regular expression: {few(invalid)}")
     return result
 
 

@@ -43,7 +43,7 @@ class Scaling:
             draft.problems.append(str(error))
             return
         except ValueError as error:
-            draft.problems.append(f"{CONFIG}: {error}")
+            draft.problems.append(f"{CONFIG}: rank_pattern or alpha_pattern: {error}")
             return
         self.valid = True
         used = set[str]().union(*self.found.values())
