@@ -53,7 +53,7 @@ def describe(
         config["target_parameters"] = parameters if whole_names else parameters_of(configs, parameters)
     biases = {c.get("bias") or "none" for c in configs}
     config["bias"] = next((word for word in ("all", "lora_only") if word in biases), "none")
-    modules = [name for c in configs for name in c.get("modules_to_save") or []]
+    modules = [name for c in configs for name in texts(c.get("modules_to_save"))]
     config["modules_to_save"] = list(dict.fromkeys(modules)) or None
     config["trainable_token_indices"] = {
         target.rpartition(".")[0]: list(rows) for target, rows in (tokens or {}).items()
@@ -67,6 +67,11 @@ def describe(
         "use_rslora": False,
     }
     return dict(sorted(config.items()))
+
+
+def texts(value: str | Sequence[str] | None) -> Sequence[str]:
+    """The entries of a field that is a list of texts, or one text."""
+    return [value] if isinstance(value, str) else value or []
 
 
 def module_of(target: str, kind: Kind) -> str:

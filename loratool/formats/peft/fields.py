@@ -32,9 +32,9 @@ TYPES: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "feedforward_modules": (is_text_or_list, "text or a list of texts"),
     "layers_pattern": (is_text_or_list, "text or a list of texts"),
     "layers_to_transform": (is_number_or_list, "a whole number or a list of them"),
-    "modules_to_save": (is_list_of_texts, "a list of texts"),
+    "modules_to_save": (is_text_or_list, "a list of texts"),
     "target_modules": (is_text_or_list, "text or a list of texts"),
-    "target_parameters": (is_list_of_texts, "a list of texts"),
+    "target_parameters": (is_text_or_list, "a list of texts"),
 }
 
 
