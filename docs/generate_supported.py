@@ -38,6 +38,19 @@ TAIL = """\
 | tensors that nothing recognises | passed over | refused |
 | adapters in half precision | rounded twice or more | rounded once |
 
+## How experts are packed
+
+| in the file | how it is read |
+|---|---|
+| `target_parameters`, `lora_A` (experts · r, in), `lora_B` (out, r · experts) | as PEFT packs them: row e·r + k of A, column k·experts + e of B |
+| the same with `"lora_B_layout": "grouped_by_expert"`, which Unsloth writes | column e·r + k of B |
+| the same without the field, where the config or README.md names Unsloth | as PEFT packs them, with a warning; `--expert-layout` decides |
+| `experts.gate_up_proj` and `down_proj`, or `w1`, `w3` and `w2`, with `lora_A` (experts, r, in) and `lora_B` (experts, out, r) | s · B[e] A[e]; a side of (1, …) is that of all experts |
+
+A value that loratool does not know, of any field of the config that says how tensors are packed, is refused. What is
+written is packed as PEFT packs it, without such a field; `rescale` then puts the strength into the factors, as `--bake`
+does.
+
 ## Not in files
 
 Prompt methods, X-LoRA, Arrow, aLoRA and the like add something that depends on the input; there is no weight that holds

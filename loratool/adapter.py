@@ -176,6 +176,7 @@ class Adapter:
     sources: Mapping[str, tuple[str, ...]]  # target → the tensors of the file it was made of
     bases: Mapping[str, Replace] = field(default_factory=dict)  # target → the weight its update was trained on top of
     optional: frozenset[str] = frozenset()  # targets that a base may be without, as a layer without a bias is
+    packing: str = ""  # how factors are packed in the file, where not as PEFT packs them
     unsupported: tuple[str, ...] = ()  # features that are recognised and not merged
     unused: tuple[str, ...] = ()  # tensors that no rule gives a place
     notes: tuple[Note, ...] = ()

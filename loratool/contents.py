@@ -14,7 +14,7 @@ from loratool.lowrank import Product
 from loratool.lowrank.products import ROUNDING
 from loratool.notes import Note
 from loratool.safefile import FLOAT_NAMES
-from loratool.updates import Add, ExpertFactors, LowRank, Magnitude, Replace, ReplaceRows, Residual, Update
+from loratool.updates import Add, ExpertFactors, LowRank, Magnitude, Replace, ReplaceRows, Residual, Update, downs, ups
 
 if TYPE_CHECKING:
     import torch
@@ -63,15 +63,15 @@ class Layer:
         """Of one expert."""
         if isinstance(self.update, LowRank):
             return self.update.rank
-        return self.update.a.shape[0] // self.experts
+        return self.update.rank_of(self.experts)
 
     @property
     def rows(self) -> int:
-        return (self.update.up if isinstance(self.update, LowRank) else self.update.b).shape[0]
+        return self.update.up.shape[0] if isinstance(self.update, LowRank) else self.update.sides[0]
 
     @property
     def columns(self) -> int:
-        return (self.update.down if isinstance(self.update, LowRank) else self.update.a).shape[1]
+        return self.update.down.shape[1] if isinstance(self.update, LowRank) else self.update.sides[1]
 
     @property
     def most(self) -> int:
@@ -116,15 +116,16 @@ class Layer:
 
     def product(self, up: Tensor, down: Tensor) -> Product:
         """ΔW of the loaded factors."""
-        if self.kind is Kind.PARAMETER:
-            up = up.reshape(self.rows, self.rank, self.experts).permute(2, 0, 1)  # rank-major
-            down = down.reshape(self.experts, self.rank, self.columns)  # expert-major
+        if isinstance(self.update, ExpertFactors):
+            up = ups(up, self.experts, self.update.grouped).expand(self.experts, -1, -1)
+            down = downs(down, self.experts).expand(self.experts, -1, -1)
         return Product(up, down, self.rounding).scaled(self.scale)
 
     @property
     def rounding(self) -> float:
         """The relative error of ΔW that comes of the dtype its factors are stored in; of several the largest."""
-        return max((ROUNDING[FLOAT_NAMES[t.info.dtype]] for t in stored_tensors(self.update)), default=0.0)
+        stored = (t.info.dtype for t in stored_tensors(self.update) if t.info.dtype in FLOAT_NAMES)  # and no indices
+        return max((ROUNDING[FLOAT_NAMES[dtype]] for dtype in stored), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,7 @@ def layer_of(target: str, update: Update) -> Layer | None:
             return Layer(target, kind_of(inner), inner, magnitude=update)
         case LowRank():
             return Layer(target, kind_of(update), update)
-        case ExpertFactors() if experts := expert_count(update):
+        case ExpertFactors() if experts := update.experts:
             return Layer(target, Kind.PARAMETER, update, experts)
     return None
 
@@ -249,17 +250,11 @@ def kind_of(update: LowRank) -> Kind:
     return Kind.EMBEDDING if update.table else Kind.LINEAR
 
 
-def expert_count(update: ExpertFactors) -> int | None:
-    """How many experts the factors are of; None where the ranks that the config may mean disagree."""
-    found = {update.a.shape[0] // rank for rank in update.ranks}
-    return next(iter(found)) if len(found) == 1 else None
-
-
 def why_not(update: Update, verb: str) -> str:
     """Why an update that is not low-rank stays as it is, and what to do."""
     inner = update.inner if isinstance(update, Magnitude) else update
     if isinstance(inner, ExpertFactors):
-        return "the config does not tell the rank of its experts"
+        return "neither its factors nor the config tell how many experts it has"
     if isinstance(inner, Residual):
         return (
             "training began by taking a part out of the base (PiSSA, OLoRA or KaSA), so it is no low-rank change of the "

@@ -9,7 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 # Codes of notes that the command line prints on stderr as warnings too.
-WARNINGS = frozenset({"adapter-without-effect", "alpha-is-zero", "file-not-used", "peft-loses-layers"})
+WARNINGS = frozenset(
+    {"adapter-without-effect", "alpha-is-zero", "expert-layout-assumed", "file-not-used", "peft-loses-layers"}
+)
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def plan_merge(
         files[index.name] = index
     side_files = tuple(files[name] for name in sorted(files))
     check_names([PROVENANCE, *(s.name for s in shards), *files])
-    naming = (*maps, fan_in_fan_out)
+    naming = (*maps, fan_in_fan_out, *(a.packing for a in adapters))
     return MergePlan(base, tuple(adapters), strengths, dtype, shards, side_files, tuple(left_out), tuple(notes), naming)
 
 

@@ -16,6 +16,7 @@ from loratool.contents import ROUNDING_ONLY, Contents, Layer, contents_of
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.fetching import local
 from loratool.formats import read_adapter
+from loratool.formats.peft import packing
 from loratool.formats.peft.describing import anchored, describe, module_of
 from loratool.formats.peft.experts import stacked_by_peft
 from loratool.formats.peft.lora import doubles
@@ -136,6 +137,7 @@ def rescale(
     contents = contents_of(read_adapter(Path(adapter), way), "rescale")
     if not contents.layers:
         raise InputError(f"{printable(contents.adapter.file.path)}: no update is in it that has a strength")
+    bake = bake or bool(contents.adapter.packing)  # what PEFT does not read is not copied
     contents, asleep = awakened(contents, alpha) if alpha is not None else (contents, frozenset[str]())
     with session("cpu", [contents]) as at_work:
         norm: float | None = None
@@ -363,7 +365,7 @@ def write_alphas(
             f"{printable(contents.adapter.file.path)}: peft_type {printable(kind)} has no α for each module; --bake writes "
             "plain LoRA of it"
         )
-    config = dict(contents.config)
+    config = {name: value for name, value in contents.config.items() if name not in packing.FIELDS}
     patterns = config.get("alpha_pattern") or {}
     if uneven or reset:
         alphas: dict[str, float | int] = {}
@@ -461,6 +463,12 @@ def rounding_only(rounded: Sequence[str], modules: Mapping[str, RescaledLayer]) 
 
 def remarks(contents: Contents, modules: Mapping[str, RescaledLayer], baked: bool) -> Iterator[Note]:
     """What a user of the result should know."""
+    if contents.adapter.packing:
+        yield Note(
+            "factors-repacked",
+            f"its factors are {contents.adapter.packing}, which PEFT does not read: they are written as PEFT packs them, "
+            "with their strength in them as --bake writes it",
+        )
     changed = any(m.factor != 1 for m in modules.values())
     if contents.dora and changed:
         yield (

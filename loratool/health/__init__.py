@@ -135,6 +135,14 @@ def look_at_config(adapter: Adapter, path: Path) -> Iterator[Finding]:
             f"loratool merge BASE {quoted(path)} -o OUT",
             tuple(map(printable, residual)),
         )
+    if adapter.packing:
+        yield Finding(
+            "problem",
+            "expert-packing",
+            f"the factors of its experts are {adapter.packing}, and PEFT reads them as if they were rank-major, without "
+            "an error; so do most servers",
+            f"loratool rescale {quoted(path)} -o OUT --bake",
+        )
     for reason in adapter.unsupported:
         if not moved or "init_lora_weights" not in reason:
             yield Finding("note", "not-mergeable", reason)

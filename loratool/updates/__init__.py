@@ -8,7 +8,7 @@ from loratool.updates.additive import Add, LowRank, stack
 from loratool.updates.base import ANY, Update
 from loratool.updates.compound import Both, Fill, Image, images_in, with_weight
 from loratool.updates.dora import Magnitude
-from loratool.updates.experts import ExpertFactors, ExpertLowRank
+from loratool.updates.experts import ExpertFactors, ExpertLowRank, downs, ups
 from loratool.updates.multiplying import BlockAffine, Chain, Modulated, Reflections, Rotation, Scale
 from loratool.updates.products import Bases, Circulant, Grid, Hadamard, Kronecker, Pooled, Shared, Tiled
 from loratool.updates.replacing import Replace, ReplaceRows
@@ -52,7 +52,9 @@ __all__ = [
     "Tiled",
     "Update",
     "Wavelet",
+    "downs",
     "images_in",
     "stack",
+    "ups",
     "with_weight",
 ]

@@ -15,30 +15,48 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def downs(a: Tensor, experts: int) -> Tensor:
+    """A of every expert, (experts, rank, ·): stored so, or expert-major as (experts · rank, ·) (row e·r + k).
+
+    One for all experts, (1, rank, ·), stays one.
+    """
+    return a if len(a.shape) == 3 else a.reshape(experts, -1, a.shape[1])
+
+
+def ups(b: Tensor, experts: int, grouped: bool) -> Tensor:
+    """B of every expert, (experts, ·, rank): stored so, or with the experts' columns side by side in one matrix.
+
+    In a matrix (·, rank · experts) they are rank-major (column k·E + e), or `grouped` by expert (column e·r + k).
+    """
+    if len(b.shape) == 3:
+        return b
+    if grouped:
+        return b.reshape(b.shape[0], experts, -1).permute(1, 0, 2)
+    return b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
+
+
 @dataclass(frozen=True)
 class ExpertLowRank(Update):
-    """ΔW[e] = scale · P_e, or its transpose, with P_e = B_e @ A_e (`target_parameters` of PEFT 0.21).
+    """ΔW[e] = scale · P_e, or its transpose, with P_e = B_e @ A_e (`target_parameters` of PEFT 0.21)."""
 
-    A is stored expert-major (row e·r + k), B rank-major (column k·E + e).
-    """
-
-    a: Tensor  # (experts · rank, ·)
-    b: Tensor  # (·, rank · experts)
+    a: Tensor  # as `downs` takes it
+    b: Tensor  # as `ups` takes it
     experts: int
     scale: float
     transposed: bool  # the weight of an expert is P_eᵀ
+    grouped: bool = False
 
     fold = 2
 
     @property
     def shape(self) -> tuple[int, ...]:
-        p = (self.b.shape[0], self.a.shape[1])
+        p = (self.b.shape[-2], self.a.shape[-1])
         return (self.experts, *(p[::-1] if self.transposed else p))
 
     def factors(self, expert: int) -> tuple[Tensor, Tensor]:
         """(up, down) of one expert's ΔW / scale."""
-        each = self.a.shape[0] // self.experts
-        down, up = self.a[expert * each : (expert + 1) * each], self.b[:, expert :: self.experts]
+        every = downs(self.a, self.experts), ups(self.b, self.experts, self.grouped)
+        down, up = (each[expert if each.shape[0] > 1 else 0] for each in every)
         return (down.T, up.T) if self.transposed else (up, down)
 
     def delta(self, weight: Tensor) -> Tensor:
@@ -76,30 +94,59 @@ class ExpertLowRank(Update):
 class ExpertFactors(Update):
     """A and B of a parameter before it is known how many experts it has; `fit` makes the update of them."""
 
-    a: Tensor  # (experts · rank, ·)
-    b: Tensor  # (·, rank · experts)
+    a: Tensor  # as `downs` takes it
+    b: Tensor  # as `ups` takes it
     alpha: float
     rslora: bool = False
     ranks: tuple[int, ...] = ()  # of one expert, as the config may mean them
+    grouped: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
         return (ANY, ANY, ANY)
 
+    @property
+    def stacked(self) -> bool:
+        """Whether both factors have a dimension for the experts."""
+        return len(self.a.shape) == 3
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Rows and columns of P_e."""
+        return self.b.shape[-2], self.a.shape[-1]
+
+    @property
+    def experts(self) -> int | None:
+        """How many there are, where that is known without the weight."""
+        if self.stacked:
+            count = max(self.a.shape[0], self.b.shape[0])
+            return count if count > 1 else None
+        found = {self.a.shape[0] // rank for rank in self.ranks}
+        return next(iter(found)) if len(found) == 1 else None
+
+    def rank_of(self, experts: int) -> int:
+        """Of one expert."""
+        return self.a.shape[1] if self.stacked else self.a.shape[0] // experts
+
+    def divides(self, experts: int) -> bool:
+        """Whether the factors can be those of so many experts."""
+        if self.stacked:
+            return experts > 0 and {self.a.shape[0], self.b.shape[0]} <= {1, experts}
+        return experts > 0 and self.a.shape[0] == self.b.shape[1] and self.a.shape[0] % experts == 0
+
     def orientations(self, shape: tuple[int, ...]) -> frozenset[bool]:
         """The values of `transposed` with which A and B fit a (experts, ·, ·) weight; both where it is square."""
-        p = (self.b.shape[0], self.a.shape[1])
-        divides = shape[0] > 0 and self.a.shape[0] == self.b.shape[1] and self.a.shape[0] % shape[0] == 0
+        p = self.sides
         found = [transposed for transposed in (False, True) if shape[1:] == (p[::-1] if transposed else p)]
-        return frozenset(found if divides else [])
+        return frozenset(found if self.divides(shape[0]) else [])
 
     def fit(self, shape: tuple[int, ...], transposed: bool | None = None) -> Update | None:
         """The update for a (experts, ·, ·) weight, or for a matrix; `transposed` decides where it is square.
 
         A square weight of unknown orientation gives None, as one that A and B do not fit.
         """
-        matrix = len(shape) == 2
-        found = self.orientations((1, *shape) if matrix else shape) if len(shape) in (2, 3) else frozenset()
+        matrix = len(shape) == 2 and not self.stacked
+        found = self.orientations((1, *shape) if matrix else shape) if matrix or len(shape) == 3 else frozenset()
         if transposed is not None:
             found &= {transposed}
         if matrix and False in found:
@@ -108,9 +155,9 @@ class ExpertFactors(Update):
             return None
         (turned,) = found
         experts = 1 if matrix else shape[0]
-        rank = self.a.shape[0] // experts
+        rank = self.rank_of(experts)
         scale = self.alpha / (math.sqrt(rank) if self.rslora else rank)
         if matrix:
             update = LowRank(self.b, self.a, scale)
             return update.turned if turned else update
-        return ExpertLowRank(self.a, self.b, experts, scale, turned)
+        return ExpertLowRank(self.a, self.b, experts, scale, turned, self.grouped)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from loratool.adapter import Adapter
 from loratool.errors import InputError, printable
-from loratool.formats.peft import lora, support
+from loratool.formats.peft import lora, packing, support
 from loratool.formats.peft.draft import Draft, Module
 from loratool.formats.peft.fields import wrong_fields
 from loratool.formats.peft.files import (
@@ -89,6 +89,7 @@ def read_what_is_sound(path: Path, reading: Reading = AS_STORED) -> tuple[Adapte
         bases=draft.bases,
         sources=draft.sources,
         optional=frozenset(draft.optional),
+        packing=draft.packing,
         unsupported=tuple(dict.fromkeys(draft.unsupported)),
         unused=tuple(draft.unused),
         notes=tuple(draft.notes),
@@ -105,6 +106,7 @@ def read_updates(draft: Draft) -> None:
         reason = f": {row.refused}" if row else ", which loratool does not know"
         draft.unsupported.append(f"peft_type {printable(kind)}{reason}")
         return
+    packing.check(draft)
     if kind == "LORA":
         draft.sort(kind, lora.SLOTS, lora.ONLY_TRAINING)
         lora.read_lora(draft)

@@ -17,6 +17,7 @@ CARRIED = (
     *("base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "fan_in_fan_out"),
     *("ensure_weight_tying", "megatron_config", "megatron_core"),
 )
+ALL_LINEAR = "all-linear"  # which PEFT replaces by names before it saves; others do not
 LIMITS = ("layers_to_transform", "layers_pattern", "exclude_modules")  # of what `target_modules` names
 
 
@@ -96,6 +97,8 @@ def anchored(module: str, every: Collection[str]) -> str:
 def target_fields(configs: Sequence[Mapping[str, Any]], modules: Collection[str]) -> dict[str, Any]:
     """What is adapted: in the sources' own words where these mean just these modules, else by whole names."""
     words = [config.get("target_modules") for config in configs]
+    if any(isinstance(word, str) and word.lower() == ALL_LINEAR for word in words):
+        return {"target_modules": sorted(modules) or None}
     limited = any(config.get(limit) not in (None, [], "") for config in configs for limit in LIMITS)
     first = configs[0]
     if all(config_fields(config) == config_fields(first) for config in configs) and (

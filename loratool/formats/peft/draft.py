@@ -80,6 +80,7 @@ class Draft:
     config: Mapping[str, Any]
     notes: list[Note]
     reading: Reading = AS_STORED
+    packing: str = ""  # how factors are packed, where not as PEFT packs them
     modules: dict[str, Module] = field(default_factory=dict)  # path → what a method has on it
     saved: dict[str, Saved] = field(default_factory=dict)  # target → tensor
     updates: dict[str, Update] = field(default_factory=dict)

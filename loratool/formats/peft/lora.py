@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loratool.errors import printable
-from loratool.formats.peft import parameters, support
+from loratool.formats.peft import parameters, stacked, support
 from loratool.formats.peft.draft import TOKENS, Draft, Module, UnsupportedError, UnusableError, derived
 from loratool.formats.peft.files import CONFIG
 from loratool.formats.peft.parameters import rank_is_one
@@ -34,6 +34,12 @@ def read_lora(draft: Draft) -> None:
     layers = [m for m in draft.modules.values() if m.name not in experts and set(m.slots) != {TOKENS}]
     scaling = Scaling(draft, [*(m.name for m in layers), *parameters.paths(draft, experts)])
     parameters.read_parameters(draft, experts, scaling)
+    stacks = stacked.stacks(draft)
+    stacked.read_stacks(draft, stacks, scaling)
+    if taken := {module.path for leaves in stacks.values() for module in leaves.values()}:
+        draft.packing = stacked.PACKING
+        draft.config = {**draft.config, "peft_version": stacked.LIKE_PEFT}
+        layers = [m for m in layers if m.path not in taken]
     reader = Reader(draft, scaling)
     for module in layers:
         draft.attempt(module, reader.read)

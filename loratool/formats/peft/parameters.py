@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from loratool.errors import printable
-from loratool.formats.peft import keys
+from loratool.formats.peft import keys, packing
 from loratool.formats.peft.draft import Draft, Module, UnusableError
 from loratool.formats.peft.files import CONFIG
 from loratool.formats.peft.patterns import match_patterns
@@ -113,6 +113,7 @@ def paths(draft: Draft, wrapped: Mapping[str, Mapping[int, Module]]) -> list[str
 
 def read_parameters(draft: Draft, wrapped: Mapping[str, Mapping[int, Module]], scaling: Scaling) -> None:
     """Add the updates of all adapted parameters."""
+    differing: set[str] = set()  # for which the order of columns makes a difference
     for module, by_depth in wrapped.items():
         try:
             found = parameters_of(draft, module, by_depth)
@@ -123,9 +124,15 @@ def read_parameters(draft: Draft, wrapped: Mapping[str, Mapping[int, Module]], s
             path = f"{module}.{name}"
 
             def read(factors: Module, name: str = name, path: str = path) -> dict[str, Update]:
-                return {name: factors_of(factors, path, scaling)}
+                update = factors_of(factors, path, scaling)
+                if update.experts != 1 and update.ranks != (1,):
+                    differing.add(name)
+                return {name: update}
 
             draft.attempt(factors, read)
+    packing.tell(draft, differing)
+    if any(packing.is_grouped(draft, name) for name in differing):
+        draft.packing = packing.GROUPED
 
 
 def factors_of(module: Module, path: str, scaling: Scaling) -> ExpertFactors:
@@ -138,8 +145,15 @@ def factors_of(module: Module, path: str, scaling: Scaling) -> ExpertFactors:
         not ranks or any(a.shape[0] % rank == 0 for rank in ranks),
         f"lora_A has {a.shape[0]} rows, no multiple of the rank {min(ranks, default=0)} that {CONFIG} says",
     )
+    parameter = path.rpartition(".")[2]
+    fitting = tuple(rank for rank in ranks if a.shape[0] % rank == 0)
+    if count := packing.expert_count(module.draft.config, parameter):
+        rank = a.shape[0] // count
+        agrees = a.shape[0] % count == 0 and (not fitting or rank in fitting)
+        module.require(agrees, f"lora_A has {a.shape[0]} rows, and {CONFIG} says that there are {count} experts")
+        fitting = (rank,)
     alpha = scaling.alpha(path) if scaling.valid else 0.0
-    return ExpertFactors(a, b, alpha, scaling.rslora, tuple(rank for rank in ranks if a.shape[0] % rank == 0))
+    return ExpertFactors(a, b, alpha, scaling.rslora, fitting, packing.is_grouped(module.draft, parameter))
 
 
 def rank_is_one(rows: int, columns: int) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from loratool.errors import printable
-from loratool.formats.peft import keys, support
+from loratool.formats.peft import keys, packing, support
 from loratool.notes import Note
 
 if TYPE_CHECKING:
@@ -26,7 +26,9 @@ def remark(draft: Draft) -> None:
             )
         )
     unknown = (
-        sorted(set(draft.config) - set(support.OPTIONS)) if draft.config.get("peft_type", "LORA") == "LORA" else []
+        sorted(set(draft.config) - {*support.OPTIONS, *packing.FIELDS})
+        if draft.config.get("peft_type", "LORA") == "LORA"
+        else []
     )
     if unknown:
         shown = ", ".join(map(printable, unknown[:LONGEST_LIST])) + (", …" if len(unknown) > LONGEST_LIST else "")
