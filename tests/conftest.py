@@ -11,7 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests compare bytes, fork and count memory, which a CUDA context gets in the way of; those of CUDA ask for it.
 if not os.environ.get("LORATOOL_TEST_CUDA"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
