@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import shutil
 import signal
 import time
@@ -373,16 +372,17 @@ def test_killed_at_any_moment_and_run_again_ends_in_the_same_state(
     hub: HubServer, client: Client, models: Path
 ) -> None:
     hub.slow = 0.03
-    started = time.monotonic()
     client.works("push", models / "model", "alice/reference")
-    length = time.monotonic() - started
-    chance = random.Random(6)
+    requests = len(hub.log)
     killed, stages = 0, set()
-    for number in range(20):
+    for number in range(0, requests, 2):
         name = f"alice/killed{number}"
         hub.objects.clear()
+        before = len(hub.log)
         pid = client.begin("push", models / "model", name)
-        time.sleep(chance.uniform(0.3, 1.0) * length)
+        until = time.monotonic() + 20
+        while len(hub.log) <= before + number and time.monotonic() < until:
+            time.sleep(0.002)
         client.kill(pid, signal.SIGKILL)
         killed += client.end().code == -signal.SIGKILL
         stages.add((name in hub.repos, len(hub.objects), bool(name in hub.repos and held(hub, name))))
@@ -391,7 +391,7 @@ def test_killed_at_any_moment_and_run_again_ends_in_the_same_state(
         client.works("push", models / "model", name)
         assert held(hub, name) == held(hub, "alice/reference") == wanted(models / "model")
         assert len(hub.repos[name].messages) == 2
-    assert killed >= 8
+    assert killed >= requests / 4
     assert len(stages) >= 3
 
 

@@ -90,6 +90,15 @@ BASES = {
         {"model_type": "distilbert", "architectures": ["DistilBertForSequenceClassification"]},
         others={"distilbert.embeddings.word_embeddings.weight": (300, 768)},
     ),
+    "distilbert of a task that PEFT does not know": Base(
+        ("seqcls-unknown-task-type",),
+        FP32,
+        {"model_type": "distilbert", "architectures": ["DistilBertForSequenceClassification"]},
+        others={"distilbert.embeddings.word_embeddings.weight": (300, 768)},
+    ),
+    "a transformer for signals, with a head of one row": Base(
+        ("eeg-one-row-head",), FP16, {"model_type": "signals"}, others={"patch_embed.weight": (200, 1, 1, 15)}
+    ),
     "bert with a head saved twice over": Base(
         ("bert-turkish-dupmts",),
         FP16,
@@ -331,6 +340,11 @@ REFUSED: dict[str, tuple[int, str]] = {
     "neg-lfs-pointer-gliner": (3, "git-lfs pointer"),
     "vit-lora-wa-only": (3, r"adapter_config\.json"),
     "vit-lora-wa-only/lora.safetensors": (3, r"adapter_config\.json"),
+    "flux-aitoolkit-transformer": (3, "diffusers"),
+    "mlx-npz": (3, r"adapters\.npz|neither adapter_config\.json"),
+    "mlx-medqa": (3, "mlx"),
+    "sam-lora-index-names": (3, r"adapter_config\.json"),
+    "seqcls-lora-on-saved-head": (3, "LoRA on classifier, which is saved whole as well"),
     "ih-bloomz560m-zeroB": (4, "zero"),
 }
 
