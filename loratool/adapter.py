@@ -210,7 +210,8 @@ class Adapter:
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of the weights and of the config, by file name."""
-        return {path.name: sha256_of(path) for path in dict.fromkeys((self.file.path, self.config_file))}
+        paths = dict.fromkeys([*(file.path for file in self.file.files), self.config_file])
+        return {path.name: sha256_of(path) for path in paths}
 
 
 def pieces(file: SafeFile, info: TensorInfo) -> Iterator[tuple[NDArray[Any], int]]:

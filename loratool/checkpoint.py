@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -20,6 +21,11 @@ from loratool.safefile import SafeFile, TensorInfo, read_safefile
 
 INDEX_SUFFIX = ".safetensors.index.json"
 SINGLE = "model.safetensors"
+# What PEFT puts into a layer that it wraps, of whichever type.
+FACTOR = re.compile(
+    r"\.(?:lora_(?:A|B|E|embedding_[AB]|magnitude_vector)|(?:hada|lokr)_[wt]\d\w*|ia3_l|vera_lambda_[bd]|b?oft_[rRPs]|hra_u"
+    r"|delora_(?:A|B|lambda)|miss_block|c3a_kernel|(?:hira|gralora)_[AB])\."
+)
 NUMBERED = re.compile(r"^(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors$")
 
 # Weights in another form than the shards that are merged: stale after a merge, so left out of it.
@@ -76,13 +82,38 @@ class Checkpoint:
         return tuple(v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str))
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, unmerged: bool = False) -> Checkpoint:
     """Open a folder of shards with or without an index, or one `.safetensors` file.
 
-    Raises `InputError` when there are no weights, when a shard is malformed or missing, or when the
-    index and the shards disagree: all faulty shards at once.
+    `unmerged` takes a model that was saved with its adapter unmerged too, with a note that it is one.
+
+    Raises `InputError` when there are no weights, when a shard is malformed or missing, when the index and the shards
+    disagree, or where an adapter is not merged: all faulty shards at once.
     """
-    root = Path(path)
+    checkpoint = open_files(Path(path))
+    wrapped = wrapped_modules(checkpoint.tensors)
+    if not wrapped:
+        return checkpoint
+    what = (
+        f"a model that was saved with its adapter unmerged: {len(wrapped)} modules hold PEFT's base_layer and factors, "
+        f"{printable(wrapped[0])} for one"
+    )
+    if not unmerged:
+        shown = printable(path)
+        raise InputError(f"{shown}: {what}; fold it first: loratool merge {shlex.quote(shown)} -o OUT")
+    return replace(checkpoint, notes=(*checkpoint.notes, Note("unmerged-model", what)))
+
+
+def wrapped_modules(names: Iterable[str]) -> list[str]:
+    """The modules of which both the `base_layer` and factors are there, under PEFT's names."""
+    every = list(names)
+    inner = {name[: name.index(".base_layer.")] for name in every if ".base_layer." in name}
+    factors = {name[: match.start()] for name in every if (match := FACTOR.search(name))}
+    return sorted(inner & factors)
+
+
+def open_files(root: Path) -> Checkpoint:
+    """The files of a checkpoint, whatever model they hold."""
     try:
         is_folder = root.is_dir() if root.stat() else False
     except OSError as error:

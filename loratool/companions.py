@@ -75,6 +75,9 @@ def companions(
     """The files of the output by name, and those left out: the base's, the adapters' tokenizer over them, config edits."""
     files = {name: OutputFile(name, base.root / name) for name in base.side_files}
     left_out = list(base.left_out)
+    adapters = [
+        adapter for adapter in adapters if adapter.folder != base.root
+    ]  # of a model saved unmerged they are one
     for name, source in {**module_files_of(adapters, notes), **tokenizer_files(adapters, notes)}.items():
         files[name] = OutputFile(name, source)
     tokenizer = files.get("tokenizer_config.json", OutputFile("")).source

@@ -18,14 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
 from loratool.cards import CARD, card, command, is_nobodys, terms_of
-from loratool.checkpoint import PROVENANCE, open_checkpoint
+from loratool.checkpoint import PROVENANCE, open_checkpoint, wrapped_modules
 from loratool.digests import recorded
 from loratool.effects import AdapterEffect, effect_notes, effects_of, size_notes
 from loratool.engine import Engine
 from loratool.errors import FitError, LoratoolError, UsageError, printable
 from loratool.fetching import local
-from loratool.fetching.bases import chosen_base, unlike_bases
+from loratool.fetching.bases import AUTO, chosen_base, unlike_bases
 from loratool.formats import read_adapter
+from loratool.formats.peft import is_adapter
+from loratool.formats.peft.unmerged import taken_apart
 from loratool.notes import Note, as_records
 from loratool.origins import is_hub_id, told_origin
 from loratool.planning import MergePlan, plan_merge
@@ -34,7 +36,10 @@ from loratool.resources import Resources, Runtime, check_device, peak_memory, st
 from loratool.staging import Stage, check_target, staged, sweep
 
 if TYPE_CHECKING:
+    from loratool.adapter import Adapter
+    from loratool.checkpoint import Checkpoint
     from loratool.computing import Totals
+    from loratool.reading import Reading
 
 PathLike = str | os.PathLike[str]  # what every path argument takes
 Progress = Callable[[int, int], None]
@@ -100,7 +105,8 @@ def merge(
 
     Args:
         base: a model folder or one `.safetensors` file.
-        adapters: one adapter or several, each a folder.
+        adapters: one adapter or several, each a folder. None where `base` is an adapter, which names its base, or a model
+            that was saved with its adapter unmerged.
         out: the folder to make.
         weights: a strength for each adapter, 1 by default; negative ones take an adapter out again.
         device: "auto" (CUDA where there is one), "cpu", "cuda" (all GPUs) or "cuda:N".
@@ -225,13 +231,32 @@ def prepare(
     `claims` is what the caller says of the adapters, `settings` what `plan_merge` takes.
     """
     words = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
-    ways = readings(len(words), *claims)
     check_target(Path(out), [Path(base), *map(Path, words)], overwrite)  # before anything is downloaded
+    base, words = as_base(base, words)
+    ways = readings(max(1, len(words)), *claims)
     paths, base = inputs_of(base, words)
     target = check_target(Path(out), [base, *paths], overwrite)
-    read = [read_adapter(path, way) for path, way in zip(paths, ways, strict=True)]
     maps = [maps] if isinstance(maps, str) else maps
-    return noted(plan_merge(open_checkpoint(base), read, maps=maps, **settings)), target
+    if words:
+        model, read = open_checkpoint(base), [read_adapter(path, way) for path, way in zip(paths, ways, strict=True)]
+    else:
+        model, read = unmerged(base, ways[0])
+    return noted(plan_merge(model, read, maps=maps, **settings)), target
+
+
+def as_base(base: PathLike, words: Sequence[PathLike]) -> tuple[PathLike, Sequence[PathLike]]:
+    """The base and the adapters that operands mean: of an adapter alone the base is the one that it names."""
+    return (AUTO, [base]) if not words and is_adapter(local(base, "any")) else (base, words)
+
+
+def unmerged(path: Path, reading: Reading) -> tuple[Checkpoint, list[Adapter]]:
+    """The base and the adapter in a model that was saved unmerged; raises `UsageError` for any other model."""
+    model = open_checkpoint(path, unmerged=True)
+    if not wrapped_modules(model.tensors):
+        shown = printable(path)
+        raise UsageError(f"{shown}: a merge needs an ADAPTER besides its BASE: loratool merge {shown} ADAPTER -o OUT")
+    base, adapter = taken_apart(model, reading)
+    return base, [adapter]
 
 
 def noted(planned: MergePlan) -> MergePlan:
@@ -254,9 +279,13 @@ def outlook(
     """What `plan` tells, for as long as the block runs: of a base on the Hub no weights are downloaded for it."""
     from loratool.fetching.pieces import opened
 
-    ways = readings(len(adapters), expert_layout, adapter_name, input_alpha)
     check_target(Path(out), [Path(base), *map(Path, adapters)], overwrite)
+    base, adapters = as_base(base, adapters)
+    ways = readings(max(1, len(adapters)), expert_layout, adapter_name, input_alpha)
     paths = [local(adapter, "adapter") for adapter in adapters]
+    if not paths:
+        yield noted(plan_merge(*unmerged(local(base, "model"), ways[0]), **settings))
+        return
     with (
         tempfile.TemporaryDirectory(prefix="loratool-") as home,
         opened(chosen_base(base, paths), Path(home)) as source,

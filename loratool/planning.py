@@ -53,8 +53,8 @@ class MergePlan:
 
     @property
     def given(self) -> tuple[Adapter, ...]:
-        """The adapters that were given, without the files that are loaded along with them."""
-        return tuple(adapter for adapter in self.adapters if adapter.format != TENSORS)
+        """The adapters that were given: neither files that are loaded along with them, nor what the base itself holds."""
+        return tuple(a for a in self.adapters if a.format != TENSORS and a.folder != self.base.root)
 
     @cached_property
     def spans(self) -> tuple[Span, ...]:
@@ -342,7 +342,11 @@ class Draft:
         }
         config: list[ConfigEdit] = []
         for adapter in self.adapters:
-            own = {tensor: value.shape for tensor, value in heads.items() if value.file is adapter.file}
+            own = {
+                tensor: value.shape
+                for tensor, value in heads.items()
+                if any(value.file is file for file in adapter.file.files)
+            }
             config += head_edits(self.base, adapter.config, own, {tensor for tensor in own if tensor not in base})
         classes = [edit.value[0] for edit in config if edit.path == ("architectures",)]
         pooled = any("pooler." in name for name in (*base, *heads))

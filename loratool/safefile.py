@@ -184,6 +184,59 @@ class SafeFile:
         """The byte of the file at which `tensor` begins."""
         return self.layout.data_start + tensor.start
 
+    @property
+    def files(self) -> tuple[SafeFile, ...]:
+        """The files it is made of: itself."""
+        return (self,)
+
+    def home(self, name: str) -> SafeFile:  # noqa: ARG002 (there is but one)
+        """The file that holds a tensor."""
+        return self
+
+
+@dataclass(frozen=True)
+class SafeFiles(SafeFile):
+    """Several files that are read as one. `path` is that of their index, `layout` that of one file with all tensors."""
+
+    parts: tuple[SafeFile, ...]
+
+    @classmethod
+    def of(cls, path: Path, parts: Iterable[SafeFile]) -> SafeFiles:
+        """These files, no two of which hold tensors of the same name."""
+        every = tuple(parts)
+        tensors = [(info.name, info.dtype, info.shape) for part in every for info in part.tensors.values()]
+        return cls(path, Layout.of(tensors), every[0].identity, every)
+
+    @property
+    def files(self) -> tuple[SafeFile, ...]:
+        return self.parts
+
+    def home(self, name: str) -> SafeFile:
+        return next(part for part in self.parts if name in part.tensors)
+
+    def check_unchanged(self, descriptor: int | None = None) -> None:  # noqa: ARG002 (of none of them)
+        for part in self.parts:
+            part.check_unchanged()
+
+
+@dataclass(frozen=True)
+class Selection(SafeFile):
+    """Some tensors of a file under other names; `layout` is that of a file with them alone, in the same order."""
+
+    original: SafeFile
+    names: Mapping[str, str]  # name here → name in the original
+
+    @classmethod
+    def of(cls, original: SafeFile, names: Mapping[str, str]) -> Selection:
+        """The tensors of `original` that `names` has, name here → name there."""
+        ordered = sorted(names, key=lambda name: original.tensors[names[name]].start)
+        infos = {name: original.tensors[names[name]] for name in ordered}
+        layout = Layout.of(((n, i.dtype, i.shape) for n, i in infos.items()), original.layout.metadata)
+        return cls(original.path, layout, original.identity, original, names)
+
+    def position(self, tensor: TensorInfo) -> int:
+        return self.original.position(self.original.tensors[self.names[tensor.name]])
+
 
 def product(shape: Iterable[int]) -> int:
     result = 1

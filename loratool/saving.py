@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from loratool.adapter import Adapter
     from loratool.appending import Triple
     from loratool.contents import Contents, Kind, Layer
     from loratool.lowrank import Product
@@ -189,11 +190,19 @@ def copied_output(
     out: Path, source: Contents, config: Mapping[str, Any], provenance: Mapping[str, Any], overwrite: bool
 ) -> None:
     """An adapter with the same weights, byte for byte, under another config."""
-    weights = source.adapter.file.path
+    weights = source.adapter.file
     source.adapter.check_values()
-    with staged(out, uuid.uuid4().hex, source.adapter.file.layout.size, overwrite) as stage:
-        stage.copy(WEIGHTS, weights)
-        source.adapter.file.check_unchanged()
+    with staged(out, uuid.uuid4().hex, weights.layout.size, overwrite) as stage:
+        if weights.files == (weights,):
+            stage.copy(WEIGHTS, weights.path)
+        else:  # of several one is made, which is what PEFT reads
+            announced = [(info.name, info.dtype, info.shape) for info in weights.tensors.values()]
+            with tensor_file(stage.folder / WEIGHTS, announced) as file:
+                for name, _, _ in announced:
+                    file.copy(name, weights.home(name), weights.home(name).tensors[name])
+                file.finish()
+            stage.add(WEIGHTS)
+        weights.check_unchanged()
         finish(stage, config, provenance, files_beside(source), [source.adapter.folder])
 
 
@@ -216,7 +225,7 @@ def carried_over(source: Contents, names: Names, factors: Mapping[str, float] | 
     for target, layer in source.layers.items():
         if layer.magnitude is not None and target in names.kinds:
             (name,) = (n for n in adapter.sources[target] if "lora_magnitude_vector" in n)
-            carried.tensors[names.magnitude(target)] = StoredTensor(adapter.file, adapter.file.tensors[name])
+            carried.tensors[names.magnitude(target)] = stored_tensor(adapter, name)
     for target, bias in source.biases.items():
         weight = f"{target.removesuffix('bias')}weight"
         if weight not in names.kinds:
@@ -264,6 +273,12 @@ def add_copies(carried: Carried, sources: Sequence[Contents]) -> None:
                 carried.tensors.setdefault(PREFIX + path, StoredTensor(source.adapter.file, info))
             elif wrapper == "modules_to_save" and PREFIX + target in carried.tensors:
                 carried.tensors.setdefault(PREFIX + path, carried.tensors[PREFIX + target])
+
+
+def stored_tensor(adapter: Adapter, name: str) -> StoredTensor:
+    """A tensor of an adapter's file, or of the one of its files that holds it."""
+    home = adapter.file.home(name)
+    return StoredTensor(home, home.tensors[name])
 
 
 def kept_dtype(sources: Sequence[Contents], asked: str) -> torch.dtype:

@@ -119,7 +119,8 @@ def test_the_module_runs_as_the_command_does() -> None:
     ("arguments", "sentence"),
     [
         (["bogus"], "No such command 'bogus'"),
-        (["merge", "base"], "Missing argument 'ADAPTER...'"),
+        (["merge", "base"], "Missing option '-o' / '--output'"),
+        (["merge", "base", "-o", "out"], "a merge needs an ADAPTER besides its BASE"),
         (["merge", "base", "adapter"], "Missing option '-o' / '--output'"),
         (["inspect"], "Missing argument 'PATH...'"),
         (["estimate", "base", "--target", "layer"], "Missing option '--rank'"),

@@ -113,7 +113,8 @@ def merge(
     """Fold adapters into a base model, shard by shard.
 
     BASE is a model folder or one .safetensors file, ADAPTER a folder as PEFT saves it; either may be org/name[@revision]
-    of the Hub, and BASE auto. OUT becomes a complete model folder: weights, index, config, tokenizer. Nothing of it
+    of the Hub, and BASE auto. An ADAPTER alone is merged into the base that it names, and a model that was saved with its
+    adapter unmerged is folded without one. OUT becomes a complete model folder: weights, index, config, tokenizer. Nothing of it
     exists under its name until everything does; the same command after an interruption continues.
 
     \b
@@ -122,6 +123,7 @@ def merge(
       loratool merge ./base ./style ./facts -w 0.7 -w 1.2 -o ./merged --shard-size 5GB
       loratool merge ./merged ./my-adapter -w -1 -o ./base-again
       loratool merge ./base ./my-adapter -o ./merged --map '^model[.]text[.]=model.'
+      loratool merge ./saved-unmerged -o ./merged --input-alpha 16
       loratool merge auto me/my-adapter -o ./merged --push-to-hub me/merged
       loratool merge meta-llama/Llama-3.1-70B me/my-adapter --stream --push-to-hub me/merged
     """
@@ -209,12 +211,8 @@ def merge(
 
 
 def operands(base: Path, adapters: tuple[Path, ...], named: Path | None) -> tuple[Path, tuple[Path, ...]]:
-    """BASE and the ADAPTERs; with `--base` every operand is one of the latter."""
-    if named is not None:
-        return named, (base, *adapters)
-    if not adapters:
-        raise missing("adapters")
-    return base, adapters
+    """BASE and the ADAPTERs; with `--base` every operand is one of the latter, and BASE alone may hold its adapter."""
+    return (base, adapters) if named is None else (named, (base, *adapters))
 
 
 def missing(name: str) -> click.MissingParameter:

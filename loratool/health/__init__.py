@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from loratool.checkpoint import Checkpoint
     from loratool.fitting import Fit
 
+UNMERGED = "unmerged-model"  # the code of a model that was saved with its adapter unmerged
+
 __all__ = ["Finding", "examine", "examine_model", "tell_unreadable"]
 
 # What a problem of reading is called, by the words that its sentence holds: (code, words, what to do).
@@ -65,9 +67,15 @@ def examine(adapter: Adapter, problems: Sequence[str], path: Path, fit: Fit | No
     return tuple(sorted(found, key=lambda finding: finding.level != "problem"))
 
 
-def examine_model(checkpoint: Checkpoint) -> tuple[Finding, ...]:
-    """Everything that is found in a checkpoint, problems first."""
-    return (*look_at_model(checkpoint), *(Finding("note", note.code, note.text) for note in checkpoint.notes))
+def examine_model(checkpoint: Checkpoint, path: Path) -> tuple[Finding, ...]:
+    """Everything that is found in a checkpoint, problems first; `path` is what commands are told with."""
+    notes = [note for note in checkpoint.notes if note.code != UNMERGED]
+    unmerged = [
+        Finding("problem", UNMERGED, note.text, command("merge", path))
+        for note in checkpoint.notes
+        if note.code == UNMERGED
+    ]
+    return (*unmerged, *look_at_model(checkpoint), *(Finding("note", note.code, note.text) for note in notes))
 
 
 def as_finding(problem: str) -> Finding:

@@ -69,7 +69,11 @@ def value_of(bits: int, dtype: str) -> float:
 def scan_all(adapter: Adapter) -> dict[str, Scan]:
     """Every tensor of floats of the file, by name."""
     tensors = adapter.file.tensors.items()
-    return {name: scan(adapter.file, info) for name, info in tensors if info.dtype in EXPONENT and info.elements}
+    return {
+        name: scan(home := adapter.file.home(name), home.tensors[name])
+        for name, info in tensors
+        if info.dtype in EXPONENT and info.elements
+    }
 
 
 def look_at_values(adapter: Adapter, path: Path) -> Iterator[Finding]:

@@ -131,7 +131,7 @@ def look_at(
     shown = Path(path)
     if foreign := foreign_adapter(location):
         return foreign_facts(foreign, shown, tensors, check)
-    if not is_adapter(location):
+    if not peft.is_adapter(location):
         return look_at_checkpoint(location, shown, tensors, check)
     problems: tuple[str, ...] = ()
     try:
@@ -165,13 +165,6 @@ def exit_code_of(facts: Facts) -> int:
     """
     codes = {finding.code for finding in facts.findings or () if finding.level == "problem"}
     return VerificationError.exit_code if NOT_AS_WRITTEN in codes else InputError.exit_code if codes else 0
-
-
-def is_adapter(location: Path) -> bool:
-    """Whether a path is an adapter, and no model with one beside it."""
-    if location.is_dir():
-        return peft.recognises(location) and not (location / "config.json").exists()
-    return location.is_file() and location.suffix == ".safetensors" and (location.parent / peft.CONFIG).is_file()
 
 
 def foreign_adapter(location: Path) -> Foreign | None:
@@ -335,7 +328,7 @@ def foreign_facts(foreign: Foreign, path: Path, tensors: bool, check: bool) -> A
 
 def look_at_checkpoint(location: Path, path: Path, tensors: bool, check: bool) -> CheckpointFacts | UnreadableFacts:
     try:
-        checkpoint = open_checkpoint(location)
+        checkpoint = open_checkpoint(location, unmerged=True)
         facts = checkpoint_facts(checkpoint, path)
     except LoratoolError as error:
         if not check:
@@ -344,7 +337,7 @@ def look_at_checkpoint(location: Path, path: Path, tensors: bool, check: bool) -
     if tensors:
         facts = replace(facts, listing=tuple(listed(checkpoint.shards)))
     if check:
-        facts = replace(facts, findings=examine_model(checkpoint))
+        facts = replace(facts, findings=examine_model(checkpoint, path))
     return facts
 
 

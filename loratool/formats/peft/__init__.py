@@ -7,7 +7,7 @@ refused by its name, and a tensor that nothing recognises is reported as unused.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter
 from loratool.errors import InputError, printable
@@ -19,6 +19,7 @@ from loratool.formats.peft.files import (
     PICKLED,
     WEIGHTS,
     conversion,
+    is_adapter,
     locate,
     not_an_adapter,
     read_config,
@@ -29,10 +30,13 @@ from loratool.formats.peft.remarks import remark
 from loratool.origins import name_of
 from loratool.reading import AS_STORED, Reading
 from loratool.safefile import read_safefile
-from loratool.weightfiles import weight_files
+from loratool.weightfiles import WeightFile, weight_files
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from loratool.notes import Note
+    from loratool.safefile import SafeFile
 
 # Fields of a config that say what model was trained, not how.
 OF_THE_MODEL = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
@@ -45,6 +49,8 @@ __all__ = [
     "TENSORS",
     "WEIGHTS",
     "conversion",
+    "draft_of",
+    "is_adapter",
     "not_an_adapter",
     "read",
     "read_saved",
@@ -73,16 +79,28 @@ def read_what_is_sound(path: Path, reading: Reading = AS_STORED) -> tuple[Adapte
     folder, weights_path = locate(path, notes)
     file = read_safefile(weights_path)
     config_file = folder / CONFIG
-    config = read_config(config_file)
+    draft = draft_of(file, read_config(config_file), notes, reading)
+    beside = () if path.is_file() and path.name != WEIGHTS else weight_files(folder, file, {weights_path.name})
+    return adapter_from(draft, folder, config_file, beside)
+
+
+def draft_of(file: SafeFile, config: Mapping[str, Any], notes: list[Note], reading: Reading) -> Draft:
+    """A draft under the fields of a config that are sound; the others are problems of it."""
     wrong = wrong_fields(config)
     sound = {name: value for name, value in config.items() if name not in wrong}
-    draft = Draft(file, sound, notes, reading, problems=[*wrong.values()])
+    return Draft(file, sound, notes, reading, problems=[*wrong.values()])
+
+
+def adapter_from(
+    draft: Draft, folder: Path, config_file: Path, beside: tuple[WeightFile, ...] = ()
+) -> tuple[Adapter, tuple[str, ...]]:
+    """The adapter of a draft, and what is wrong with the rest of it."""
     read_updates(draft)
     adapter = Adapter(
         name=name_of(folder),
         format="peft",
         folder=folder,
-        file=file,
+        file=draft.file,
         config=draft.config,
         config_file=config_file,
         updates=draft.updates,
@@ -93,7 +111,7 @@ def read_what_is_sound(path: Path, reading: Reading = AS_STORED) -> tuple[Adapte
         unsupported=tuple(dict.fromkeys(draft.unsupported)),
         unused=tuple(draft.unused),
         notes=tuple(draft.notes),
-        beside=() if path.is_file() and path.name != WEIGHTS else weight_files(folder, file, {weights_path.name}),
+        beside=beside,
     )
     return adapter, tuple(draft.problems)
 

@@ -190,7 +190,8 @@ class Draft:
             raise UnusableError(
                 f"{printable(name)}: is {list(info.shape)}; wanted are {wanted} dimensions ({UNGATHERED})"
             )
-        return StoredTensor(self.file, info)
+        home = self.file.home(name)
+        return StoredTensor(home, home.tensors[name])
 
     def add(self, target: str, update: Update, sources: Collection[str]) -> None:
         """Take up the update of a target."""

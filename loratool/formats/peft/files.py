@@ -23,6 +23,13 @@ def recognises(path: Path) -> bool:
     )
 
 
+def is_adapter(path: Path) -> bool:
+    """Whether a path is an adapter, and no model with one beside it."""
+    if path.is_dir():
+        return recognises(path) and not (path / "config.json").exists()
+    return path.is_file() and path.suffix == ".safetensors" and (path.parent / CONFIG).is_file()
+
+
 def nested(path: Path) -> list[Path]:
     """Direct subfolders that hold an adapter, as PEFT writes them for adapters with a name."""
     try:
