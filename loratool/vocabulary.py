@@ -18,7 +18,7 @@ from loratool.checkpoint import Checkpoint
 from loratool.errors import printable
 from loratool.layouts.architectures import INPUT_EMBEDDINGS, OUTPUT_HEADS
 from loratool.safefile import FLOAT_NAMES, TensorInfo
-from loratool.updates import Replace, Update
+from loratool.updates import Replace, ReplaceRows, Update
 
 if TYPE_CHECKING:
     from loratool.adapter import Adapter
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 Binder = Callable[["Adapter", Checkpoint], Bound]
 NEW_TENSORS = "--allow-new-tensors"
+RESIZED = (
+    "give as BASE the model that was trained, with its vocabulary resized: in the training script, "
+    "model.unload().save_pretrained(FOLDER)"
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def as_trained(adapter: Adapter, base: Checkpoint, ties: Ties, binder: Binder, n
     """
     heads = {name: base.tensors[group.names[0]].shape for group in ties.groups for name in group.missing}
     seen = assume(base, heads)
-    bound = binder(adapter, seen)
+    bound = without_rows(adapter, binder(adapter, seen), seen, ties, binder)
     whole = {target: value for target in bound.problems if (value := saved_whole(adapter, target)) is not None}
     if not whole:
         return Trained(seen, bound)
@@ -126,7 +130,46 @@ def as_trained(adapter: Adapter, base: Checkpoint, ties: Ties, binder: Binder, n
             for name in ties.together(group):
                 shapes.setdefault(name, found[0])
     seen = assume(base, {**heads, **shapes})
-    return Trained(seen, binder(adapter, seen), saved, refused)
+    return Trained(seen, without_rows(adapter, binder(adapter, seen), seen, ties, binder), saved, refused)
+
+
+def without_rows(adapter: Adapter, bound: Bound, seen: Checkpoint, ties: Ties, binder: Binder) -> Bound:
+    """The same, with the way out of updates of a vocabulary of another size whose rows the adapter does not hold."""
+    odd = {
+        target: rows
+        for target in bound.problems
+        if saved_whole(adapter, target) is None and (rows := tokens_of(adapter.updates[target]))
+    }
+    if not odd:
+        return bound
+    loose = {target: AnySize(Sized((rows, 1))) for target, rows in odd.items()}  # type: ignore[arg-type]
+    meant = binder(replace(adapter, updates={**adapter.updates, **loose}, bases={}), seen).places
+    problems = dict(bound.problems)
+    for target, rows in odd.items():
+        for place in meant.get(target, ())[:1]:
+            before = seen.tensors[place.tensor].shape
+            mine = adapter.updates[target].shape
+            grown = rows > before[0] if isinstance(adapter.updates[target], ReplaceRows) else rows != before[0]
+            if grown and mine[1:] == before[1:] and is_of_tokens(place.tensor, before, ties):
+                problems[target] = (
+                    f"was trained with {rows} tokens or more, {printable(place.tensor)} has {before[0]}, and the adapter "
+                    f"does not hold the other rows; {RESIZED}"
+                )
+    return replace(bound, problems=problems)
+
+
+@dataclass(frozen=True)
+class Sized:
+    """Something of a shape, to ask with."""
+
+    shape: Shape
+
+
+def tokens_of(update: Update) -> int:
+    """How many tokens an update of a matrix asks for, if it is one of an embedding or of a head; 0 for others."""
+    if isinstance(update, ReplaceRows):
+        return max(update.index, default=-1) + 1
+    return update.shape[0] if len(update.shape) == 2 and update.shape[0] > 0 else 0
 
 
 def saved_whole(adapter: Adapter, target: str) -> StoredTensor | None:
@@ -142,9 +185,7 @@ def why_not_this_size(tensor: str, shape: Shape, before: Shape, ties: Ties, allo
     if len(shape) != len(before) or shape[1:] != before[1:]:
         return sizes
     if is_of_tokens(tensor, before, ties):
-        if shape[0] > before[0]:
-            return ""
-        return f"{sizes}: it was trained with fewer tokens; cut the base to that vocabulary first"
+        return ""
     if allowed:
         return ""
     return f"{sizes}: the numbers of labels differ; {NEW_TENSORS} takes the adapter's and sets config.json to it"
@@ -180,6 +221,6 @@ def unequal_vocabularies(ties: Ties, shapes: Mapping[str, Shape]) -> list[str]:
             if now != rows and name in base and before in base[name].shape:  # what is tied has grown along
                 problems.append(
                     f"{printable(grown[0])} has {rows} tokens in the adapter, {printable(name)} has {now} in the base, and "
-                    "the adapter does not hold its new rows; save it again with save_embedding_layers=True"
+                    f"the adapter does not hold the rows of that; {RESIZED}"
                 )
     return problems

@@ -305,32 +305,6 @@ def test_a_tied_model_takes_the_new_rows_of_an_adapted_embedding_for_its_head_to
     assert_says(family, tmp_path / "out", said, NEW_TOKENS)
 
 
-@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
-def test_new_rows_for_one_side_of_an_untied_model_are_refused_with_both_sizes(
-    bases: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str
-) -> None:
-    tell(UNTIED, bases("untied"), tmp_path / "adapter", NEW_TOKENS, BIGGER, target_modules=["q_proj", target])
-    assert run(["merge", str(bases("untied")), str(tmp_path / "adapter"), "-o", str(tmp_path / "out")]) == 4
-    message = capsys.readouterr().err
-    assert str(BIGGER) in message
-    assert str(VOCABULARY) in message
-    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
-
-
-def test_fewer_rows_than_the_base_has_are_refused(
-    bases: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    smaller = VOCABULARY - 10
-    model = load(UNTIED, bases("untied"))
-    model.resize_token_embeddings(smaller)
-    adapt(model, target_modules=["q_proj"]).save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
-    assert run(["merge", str(bases("untied")), str(tmp_path / "adapter"), "-o", str(tmp_path / "out")]) == 4
-    message = capsys.readouterr().err
-    assert str(smaller) in message
-    assert str(VOCABULARY) in message
-    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
-
-
 # -- heads that a base has not -----------------------------------------------------------------------
 
 
