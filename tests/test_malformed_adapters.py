@@ -372,9 +372,10 @@ def test_all_misfits_are_told_at_once_with_the_nearest_name(bench: Workbench) ->
         "model.layers.{5,15}.self_attn.q_proj",
         "h.{0-1}.attn.c_attn",
         f"nearest is {WEIGHT}",
+        "--map REGEX=TEMPLATE",
     ]
     outcome = bench.refuses_to_merge(*told, code=4)
-    assert "--map" not in outcome.err  # no proposal maps all of them
+    assert "--map '" not in outcome.err  # no proposal maps all of them
     assert outcome.err.count("the base has no such weight") == 2
 
 

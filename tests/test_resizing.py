@@ -454,7 +454,7 @@ def test_the_command_s_refusals_have_the_contract_s_exit_codes(
         (["--energy", "2"], "(0, 1]", 2),
         (["--budget", "9"], "too little for rank 1", 2),
         (["--rank", "2", "--calibration", str(tmp_path / "nowhere")], "no such file", 3),
-        (["--budget", "99999", "--layer-weights", str(adapter / "adapter_model.safetensors")], "no JSON", 3),
+        (["--budget", "99999", "--layer-weights", str(adapter / "adapter_model.safetensors")], "not UTF-8", 3),
     ):
         bench.refuses("resize", adapter, "-o", bench.out, *options, told=[told], code=code)
     bench.refuses("resize", adapter, "-o", adapter / "inside", "--rank", "2", told=["never written to"], code=2)

@@ -79,18 +79,18 @@ MOST_STEPS = 4  # ways of renaming that a note tells
 
 def found_otherwise(places: Mapping[str, Sequence[Place]]) -> Iterator[Note]:
     """Notes on weights that another rule than the exact name led to their place; suffixes have one of their own."""
-    words: dict[str, dict[str, None]] = {}
+    words: dict[str, set[str]] = {}
     counts = Counter[str]()
     wrapped = 0
     for every in places.values():
-        steps = dict(step for place in every for step in place.rule.steps)
-        counts.update(steps.keys())
-        for code, said in steps.items():
-            words.setdefault(code, {})[said] = None
+        steps = {step for place in every for step in place.rule.steps}
+        counts.update({code for code, _ in steps})
+        for code, said in steps:
+            words.setdefault(code, set()).add(said)
         wrapped += any(unwrapped(place.tensor) != place.tensor for place in every)
     for code, text in STEPS.items():
         if code in counts:
-            found = list(words[code])
+            found = sorted(words[code])
             more = f", and {len(found) - MOST_STEPS} more" if len(found) > MOST_STEPS else ""
             shown = f": {', '.join(map(printable, found[:MOST_STEPS]))}{more}" if code != "map-used" else ""
             yield Note(code, f"{counts[code]} {text}{shown}")

@@ -94,7 +94,10 @@ class Nearest:
             return "the base has no such weight"
         members = self.templates[there]
         near = members.get(numbers) or members[min(members, key=lambda found: tuple(map(int, found)))]
-        return f"the base has no such weight; nearest is {printable(near)} {list(self.tensors[near].shape)}"
+        return (
+            f"the base has no such weight; nearest is {printable(near)} {list(self.tensors[near].shape)}; if a weight of "
+            "the base is the same layer under another name, --map REGEX=TEMPLATE says so"
+        )
 
 
 def nearest(template: str, known: Sequence[str]) -> str | None:

@@ -197,7 +197,8 @@ def stream(
         early = [*others(table={"command": told}, weights={}), *headers]  # a secret is found before anything is sent
         secrets = check_secrets(planned.base.name, early, allow_secret)
         streaming = Streaming(planned, source, home, repo, revision, runtime, workers, max_memory, progress, exclude)
-        notes = [*planned.notes, *secrets, *unlike_bases(planned.base, planned.adapters)]
+        made = (*planned.notes, *unlike_bases(planned.base, planned.adapters))
+        notes = [*made, *secrets]
         digests = [adapter.digests() for adapter in planned.adapters]
         check_space(home, most_on_disk(planned))
         if dry_run:
@@ -211,7 +212,7 @@ def stream(
             on_gpu = any(name.startswith("cuda") for name in runtime.result().devices)
             effects = effects_of(planned, streaming.totals)
             notes += effect_notes(effects)
-            whole = replace(planned, notes=tuple(notes))
+            whole = replace(planned, notes=(*made, *effect_notes(effects)))  # those on the repository are of this run
             table = provenance(whole, digests, effects, on_gpu, told) | {"plan": streaming.plan_name}
             weights_sent = {name: shard.digest for name, shard in streaming.finished.items()}
             done = streaming.end(others(table=table, weights=weights_sent), message or "Merge with loratool")
