@@ -489,7 +489,7 @@ def test_names_that_are_not_found_are_told_in_a_line_with_their_layers_and_the_n
     bound = bind(adapter_of(lost), base_of(disk_of("model."), model_type="llama"))
     assert tell(bound.problems) == [
         "decoder.{0-2,5}.attn.q.weight: the base has no such weight; nearest is model.layers.0.self_attn.q_proj.weight "
-        f"[{H}, {H}]"
+        f"[{H}, {H}]; if a weight of the base is the same layer under another name, --map REGEX=TEMPLATE says so"
     ]
 
 
