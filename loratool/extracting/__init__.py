@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 MOST_RANK = 32  # where no number is given: what servers take by their defaults or nearly so, and noise seldom fills
-HELD = 512 << 20  # bytes of differences in float32 that stay in memory; larger ones are read again for every pass
+HELD = 512 << 20  # bytes of differences that stay in memory; larger ones are read again for every pass
 HELD_ON_GPU = 4 << 30
 TERMS = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)[\w.-]*", re.ASCII)  # of a base, at its top
 MADE_BY_PEFT = "0.21.2"  # whose way round the factors of experts are written

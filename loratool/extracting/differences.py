@@ -88,20 +88,23 @@ class Difference:
     device: torch.device
     room: int  # bytes of it in float32 that may stay in memory
     weight: float = 0.0  # ‖W_base‖²
-    steps: float = 0.0  # Σ ulp², of W_tuned in the coarser of the two dtypes
+    row_steps: Tensor | None = (
+        None  # (rows,) Σ ulp² of each row of W_tuned in the coarser of the two dtypes, in float64
+    )
+    column_steps: Tensor | None = None  # (columns,) the same of each column
     held: Tensor | None = None
     measured: bool = False
 
     @property
     def step(self) -> int:
         """Rows of a tile."""
-        return max(1, TILE // (4 * self.shape[1]))
+        return max(1, TILE // (self.dtype.itemsize * self.shape[1]))
 
     def tiles(self) -> Iterator[tuple[int, Tensor]]:
         import torch
 
         if self.held is None:
-            hold = not self.measured and 4 * self.shape[0] * self.shape[1] <= self.room
+            hold = not self.measured and self.dtype.itemsize * self.shape[0] * self.shape[1] <= self.room
             rows = self.shape[0] if hold else min(self.step, self.shape[0])
             place = torch.empty(rows, self.shape[1], dtype=self.dtype, device=self.device)
             yield from self.read(place)
@@ -112,10 +115,17 @@ class Difference:
             yield first, self.held[first : first + self.step]
 
     @property
+    def coarser(self) -> str:
+        """The dtype of the two with the larger rounding."""
+        return min((self.base.info.dtype, self.tuned.info.dtype), key=MANTISSA.__getitem__)
+
+    @property
     def dtype(self) -> torch.dtype:
+        """That of the difference, whose own rounding has to be far below that of the stored values."""
         import torch
 
-        return torch.float64 if "F64" in (self.base.info.dtype, self.tuned.info.dtype) else torch.float32
+        pair = self.base.info.dtype, self.tuned.info.dtype
+        return torch.float64 if "F64" in pair or self.coarser == "F32" else torch.float32
 
     def read(self, place: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The tiles, from the files: one after the other into `place`, or one over the other where that is smaller."""
@@ -137,28 +147,45 @@ class Difference:
                 tile = place[first : first + count] if place.shape[0] == rows else place[:count]
                 tile.copy_(after)
                 if not self.measured:
-                    self.measure(before, tile)
+                    self.measure(first, before, tile)
                 yield first, tile.sub_(before)
 
-    def measure(self, before: Tensor, after: Tensor) -> None:
-        """Account for some rows; raises `NotFiniteError` for those that hold what is no number."""
+    def measure(self, first: int, before: Tensor, after: Tensor) -> None:
+        """Account for some rows, from `first` on; raises `NotFiniteError` for those that hold what is no number."""
         import torch
 
         for tile in (before, after):
             if not all(bool(value.isfinite()) for value in torch.aminmax(tile)):
                 raise NotFiniteError
         self.weight += float(torch.linalg.vector_norm(before, dtype=self.dtype)) ** 2
-        coarser = min((self.base.info.dtype, self.tuned.info.dtype), key=MANTISSA.__getitem__)
-        powers = (after.float().view(torch.int32) & 0x7F80_0000).view(torch.float32)  # without the mantissa
-        powers.clamp_min_(torch.finfo(torch_dtype(coarser)).tiny)
-        self.steps += (float(torch.linalg.vector_norm(powers)) * 2.0 ** -MANTISSA[coarser]) ** 2
+        squares = powers_of(after).clamp_min_(torch.finfo(torch_dtype(self.coarser)).tiny).square_()
+        if self.row_steps is None or self.column_steps is None:
+            self.row_steps, self.column_steps = (
+                torch.zeros(size, dtype=torch.float64, device=self.device) for size in self.shape
+            )
+        scale = 4.0 ** -MANTISSA[self.coarser]
+        self.row_steps[first : first + after.shape[0]] = squares.sum(1) * scale
+        self.column_steps += squares.sum(0) * scale
 
-    @property
-    def edge(self) -> float:
-        """What the largest singular value of rounding alone is: of a matrix of numbers with deviation s, s (√d + √k)."""
-        rows, columns = self.shape
-        deviation = math.sqrt(self.steps / (12 * rows * columns))
-        return EDGE * deviation * (math.sqrt(rows) + math.sqrt(columns))
+    def edges(self, found: Decomposition) -> Tensor:
+        """What rounding alone can make of each singular value, in float64.
+
+        A matrix of independent numbers with deviation s has singular values up to s √columns + s √rows. Where the
+        deviations differ, those that count are the ones of the rows and columns in which the singular vectors lie.
+        """
+        assert self.row_steps is not None, "the difference has been gone through"
+        assert self.column_steps is not None, "the same"
+        along = found.left.double().square().T @ (self.row_steps / 12)
+        across = found.right.double().square() @ (self.column_steps / 12)
+        return EDGE * (along.sqrt() + across.sqrt())
+
+
+def powers_of(values: Tensor) -> Tensor:
+    """2^exponent of each value, in float64; 0 of zeros and subnormal numbers."""
+    import torch
+
+    bits, mask = (torch.int64, 0x7FF0_0000_0000_0000) if values.dtype == torch.float64 else (torch.int32, 0x7F80_0000)
+    return (values.view(bits) & mask).view(values.dtype).double()
 
 
 @dataclass(frozen=True)
@@ -191,9 +218,18 @@ def decomposed(matrix: Difference, limit: int, exact: bool, seed: int) -> Part:
     energies = found.values.double().square().tolist()
     if not math.isfinite(squared):
         raise NotFiniteError
-    edge = matrix.edge
-    above = sum(value > edge**2 for value in energies[:limit])
-    return Part(found.truncated(limit), energies, squared, complete, above, matrix.weight)
+    kept = found.truncated(limit)
+    return Part(kept, energies, squared, complete, above_noise(kept, matrix.edges(kept)), matrix.weight)
+
+
+def above_noise(found: Decomposition, edges: Tensor) -> int:
+    """How many of the leading singular values there are up to the last that exceeds what rounding can make.
+
+    What the decomposition itself rounds, which is relative to the largest, does not count either.
+    """
+    values = found.values.double()
+    above = (values > edges) & (values > negligible(values) * values[:1])
+    return int(above.nonzero().max()) + 1 if bool(above.any()) else 0
 
 
 def in_full(matrix: Difference) -> tuple[Decomposition, float]:
