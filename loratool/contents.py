@@ -257,7 +257,7 @@ def why_not(update: Update, verb: str) -> str:
         return "neither its factors nor the config tell how many experts it has"
     if isinstance(inner, Residual):
         return (
-            "training began by taking a part out of the base (PiSSA, OLoRA or KaSA), so it is no low-rank change of the "
-            f"base; {WAY_OUT}"
+            "training began by taking a part out of the base (PiSSA, OLoRA or KaSA), and the adapter's change is its "
+            f"factors less that part, which only the base tells; {WAY_OUT}"
         )
     return f"its update ({type(inner).__name__}) is no product of two factors, which is what can be {verb}d; {WAY_OUT}"
