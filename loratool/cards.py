@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratool.errors import printable
+from loratool.errors import escaped, printable
 from loratool.inputs import open_regular, read_json
 from loratool.origins import is_hub_id, origin_of
 from loratool.secrets import without_secrets
@@ -23,8 +23,18 @@ from loratool.secrets import without_secrets
 CARD = "README.md"
 MARK = "<!-- made by loratool from loratool.json; without this line it counts as written by hand -->"
 LARGEST_CARD = 1 << 20  # bytes of an input's card that are looked at
-TERMS = ("license", "license_name", "license_link", "pipeline_tag")
+# What cards inherit, and what its values look like: words of the Hub, and a link that is an address or a file beside.
+TERMS = {
+    "license": re.compile(r"[A-Za-z0-9][\w.+-]{0,63}", re.ASCII),
+    "license_name": re.compile(r"[A-Za-z0-9][\w .+()-]{0,99}", re.ASCII),
+    "license_link": re.compile(
+        r"(?:https?://[\w.-]+(?::\d+)?(?:/[\w.~%/@?=&#+-]*)?|(?!.*\.\.)(?:\./)?\w[\w./-]*)", re.ASCII
+    ),
+    "pipeline_tag": re.compile(r"[a-z][a-z0-9-]{0,63}", re.ASCII),
+}
 TEMPLATE = b"# Model Card for Model ID"
+PLAIN_KEY = re.compile(r"[a-z][a-z_]{0,40}")  # of a measure that this release does not know
+CLASS = re.compile(r"[A-Za-z_]\w{0,100}", re.ASCII)
 OUT = "out"
 HERE = '"."  # this folder, or the repository\'s id'  # in a snippet, until it is known where it goes
 PASSING_OPTIONS = ("out", "overwrite", "dry_run", "progress", "workers", "max_memory")  # that no result depends on
@@ -127,8 +137,8 @@ def front_matter(card: Path) -> dict[str, str]:
     for line in (match[1] if match else "").splitlines():
         key, colon, value = line.partition(":")
         value = value.split(" #")[0].strip().strip("'\"")
-        if colon and key in TERMS and value and value[0] not in "[{|>&*!":
-            found[key] = printable(value)
+        if colon and key in TERMS and TERMS[key].fullmatch(value):
+            found[key] = value
     return found
 
 
@@ -218,7 +228,7 @@ def lineage(provenance: Mapping[str, Any], adapters: Sequence[Mapping[str, Any]]
         weight = entry.get("weight", weights[number] if isinstance(weights, list) and number < len(weights) else "")
         digests = entry.get("sha256")
         sha256 = next(iter(digests.values()), "") if isinstance(digests, Mapping) else ""
-        shown = f"{weight:g}" if isinstance(weight, (int, float)) else cell(weight)
+        shown = f"{weight:g}" if isinstance(weight, float) else figure(weight)
         rows.append(
             f"| adapter | {named(entry)} | {shown} | {cell(entry.get('rank', ''))} | {cell(str(sha256)[:16])} |"
         )
@@ -235,10 +245,9 @@ def cell(text: object) -> str:
     return f"`{safe}`" if safe else ""
 
 
-def plain(text: object) -> str:
-    """Text of ours as a table's cell; a name from a file is shown as code."""
-    label, colon, name = str(text).partition(": ")
-    return f"{label}: {cell(name)}" if colon else label
+def label(key: str) -> str:
+    """The name of a number as a table's cell: in words where it is one of ours, else as code."""
+    return MEASURED.get(key) or (key.replace("_", " ") if PLAIN_KEY.fullmatch(key) else cell(key))
 
 
 def how(provenance: Mapping[str, Any]) -> list[str]:
@@ -258,13 +267,13 @@ def how(provenance: Mapping[str, Any]) -> list[str]:
 
 def printable_command(words: str) -> str:
     """A command of any length on one line."""
-    return "".join(c if c.isprintable() else "?" for c in words).replace("```", "'''")
+    return escaped(words).replace("```", "'''")
 
 
 def measured(provenance: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    rows: list[tuple[str, object]] = []
+    rows: list[tuple[str, object]] = []  # cells
     if isinstance(tensors := provenance.get("tensors"), Mapping):
-        rows += [(f"tensors {key}", value) for key, value in tensors.items()]
+        rows += [(f"tensors {label(str(key))}", value) for key, value in tensors.items()]
     if isinstance(rank := config.get("r"), int):
         pattern = config.get("rank_pattern")
         ranks = (
@@ -276,12 +285,18 @@ def measured(provenance: Mapping[str, Any], config: Mapping[str, Any]) -> list[s
     table = provenance.get("measured")
     for key, value in table.items() if isinstance(table, Mapping) else ():
         if isinstance(value, Mapping):
-            label = MEASURED.get(key, key.replace("_", " "))
-            rows += [(f"{label}: {name}", number) for name, number in value.items()]
+            rows += [(f"{label(key)}: {cell(name)}", number) for name, number in value.items()]
         else:
-            rows.append((MEASURED.get(key, key.replace("_", " ")), value))
-    shown = [(k, f"{v:.4g}" if isinstance(v, float) else str(v)) for k, v in rows if v is not None]
-    return ["| | |", "|---|---|", *(f"| {plain(k)} | {v} |" for k, v in shown)] if shown else []
+            rows.append((label(key), value))
+    shown = [(key, figure(value)) for key, value in rows if value is not None]
+    return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in shown)] if shown else []
+
+
+def figure(value: object) -> str:
+    """A number as a table's cell; anything else as code."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value) if type(value) is int and abs(value) < 10**18 else cell(value)
 
 
 def snippet(verb: str, base: str, config: Mapping[str, Any], place: str) -> list[str]:
@@ -292,7 +307,7 @@ def snippet(verb: str, base: str, config: Mapping[str, Any], place: str) -> list
             return []  # weights alone
         classes, own = config.get("architectures"), config.get("auto_map")
         name = classes[0] if isinstance(classes, list) and classes and isinstance(classes[0], str) else "AutoModel"
-        name = name if name.isidentifier() else "AutoModel"
+        name = name if CLASS.fullmatch(name) else "AutoModel"
         name = "AutoModelForCausalLM" if name.endswith(("ForCausalLM", "LMHeadModel")) else name
         trust = ""
         if isinstance(own, Mapping):  # code of the model's own: its classes are not in transformers
@@ -324,7 +339,7 @@ def trained_class(config: Mapping[str, Any]) -> str:
     """The class of transformers that PEFT notes for an adapter without a task; empty where it does not."""
     noted = config.get("auto_mapping")
     found = noted.get("base_model_class") if isinstance(noted, Mapping) else None
-    if not isinstance(found, str) or not found.isidentifier():
+    if not isinstance(found, str) or not CLASS.fullmatch(found):
         return ""
     return found if str(noted and noted.get("parent_library")).startswith("transformers.") else ""
 

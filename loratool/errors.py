@@ -17,6 +17,10 @@ from collections.abc import Iterable
 
 LONGEST_SHOWN = 200  # characters of a foreign name that a message repeats
 MOST_SHOWN = 20  # problems of one input that a message lists
+# Printable by Unicode's categories, and yet not to be seen: joiners, fillers, blanks, variation selectors.
+INVISIBLE = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0") | frozenset(
+    map(chr, range(0xE0100, 0xE01F0))
+)
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
@@ -29,7 +33,23 @@ def printable(text: object) -> str:
     if len(raw) > LONGEST_SHOWN:
         half = LONGEST_SHOWN // 2
         raw = f"{raw[:half]}…{raw[-half:]}"  # of a path the end tells most
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in raw)
+    return escaped(raw)
+
+
+def escaped(text: str, keep: str = "") -> str:
+    """`text` without any character that a terminal, a browser or an editor obeys or hides; those in `keep` stay.
+
+    So are control characters, marks of direction, characters of no width, half surrogates, and letters that look like
+    nothing.
+    """
+    if text.isprintable() and INVISIBLE.isdisjoint(text):
+        return text
+    return "".join(
+        c
+        if c in keep or (c.isprintable() and c not in INVISIBLE)
+        else c.encode("unicode_escape", "surrogatepass").decode()
+        for c in text
+    )
 
 
 def without_tokens(text: str) -> str:
@@ -62,7 +82,7 @@ class LoratoolError(Exception):
         lines = [self.message, *(f"  {problem}" for problem in shown)]
         if more:
             lines.append(f"  … and {more} more")
-        return "\n".join(lines)
+        return escaped("\n".join(lines), keep="\n")
 
 
 class UsageError(LoratoolError):

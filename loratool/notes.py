@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from loratool.errors import escaped
+
 # Codes of notes that the command line prints on stderr as warnings too.
 WARNINGS = frozenset(
     {"adapter-without-effect", "alpha-is-zero", "expert-layout-assumed", "file-not-used", "peft-loses-layers"}
@@ -20,6 +22,9 @@ class Note:
 
     code: str  # a constant in kebab-case, never derived from the text
     text: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", escaped(self.text))  # it repeats what stands in files
 
     def __str__(self) -> str:
         return self.text

@@ -18,8 +18,8 @@ LONGEST_MODULE = 500  # lines
 
 # The design's table. A module imports only from rows above its own.
 ROWS = (
-    ("errors", "layouts", "notes", "secrets"),
-    ("inputs",),
+    ("errors", "layouts", "secrets"),
+    ("inputs", "notes"),
     ("safefile", "updates", "lowrank", "decoders", "origins", "reading"),
     ("methods", "digests", "weightfiles"),
     ("checkpoint", "adapter", "staging", "appending"),

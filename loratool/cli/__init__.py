@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from contextlib import suppress
+from io import StringIO
 from types import FrameType
 from typing import NoReturn
 
@@ -17,7 +19,7 @@ from loratool.cli.estimating import estimate
 from loratool.cli.looking import demo, inspect
 from loratool.cli.merging import merge
 from loratool.cli.publishing import push
-from loratool.errors import LoratoolError, printable, without_tokens
+from loratool.errors import LoratoolError, escaped, printable, without_tokens
 
 EXIT_CODES = """\b
 Exit codes: 0 done · 1 a bug · 2 wrong usage · 3 an input is malformed or unsupported ·
@@ -52,6 +54,7 @@ def on_signal(number: int, _frame: FrameType | None) -> NoReturn:
 def main() -> None:
     """Run the command line and end the process with the contract's exit code."""
     open_streams()
+    warnings.showwarning = show_warning
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, on_signal)
@@ -70,10 +73,15 @@ def open_streams() -> None:
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
+def show_warning(message: Warning | str, *_place: object, **_more: object) -> None:
+    """A warning of some library, which may repeat what a server says."""
+    complain(f"warning: {without_tokens(str(message))}")
+
+
 def complain(text: str) -> None:
     """A sentence on stderr, if anybody can read it."""
     with suppress(OSError):
-        click.echo(text, err=True)
+        click.echo(escaped(text, keep="\n"), err=True)
 
 
 def run(arguments: list[str]) -> int:
@@ -85,8 +93,9 @@ def run(arguments: list[str]) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:
-        with suppress(OSError):
-            error.show()
+        text = StringIO()
+        error.show(text)
+        complain(text.getvalue().removesuffix("\n"))
         return error.exit_code
     except LoratoolError as error:
         complain(f"Error: {error}")

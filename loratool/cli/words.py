@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
-from loratool.errors import printable
+from loratool.errors import escaped, printable
 from loratool.reading import EXPERT_LAYOUTS
 
 Value = TypeVar("Value")
@@ -129,7 +129,7 @@ def show(data: Any, text: Callable[[], str], as_json: bool, quiet: bool) -> None
         table = plain(data)
         click.echo(json.dumps(table if pushed is None else {**table, "pushed": plain(pushed)}, indent=2))
     elif not quiet:
-        click.echo(text() if pushed is None else f"{text()}\n\n{pushed}")
+        click.echo(escaped(text() if pushed is None else f"{text()}\n\n{pushed}", keep="\n"))
 
 
 @contextmanager

@@ -23,6 +23,7 @@ TAG = re.compile(r"(?:W/)?\"?[0-9A-Za-z_=+][0-9A-Za-z_=+.:-]{0,199}\"?")  # an E
 COUNT = re.compile(r"[0-9]{1,16}")
 ADDRESS = re.compile(r"https?://[^/\s]", re.IGNORECASE)
 DRIVE = re.compile(r"[A-Za-z]:")
+JOINERS = "\u200c\u200d"  # which some scripts and emoji need
 LONGEST_NAME = 255  # bytes of one part of a path
 LONGEST_PATH = 2048  # bytes
 LARGEST_FILE = 1 << 43  # bytes; file systems take no larger one
@@ -93,7 +94,7 @@ def why_no_name(name: str) -> str:
     parts = name.split("/")
     if not name or {"", ".", ".."} & set(parts) or "\\" in name or DRIVE.match(name):
         return "no empty part, '.', '..', drive or backslash"
-    if any(category(c) in ("Cc", "Cs") for c in name):
+    if any(category(c) in ("Cc", "Cs", "Cf") and c not in JOINERS for c in name):
         return "no control characters"
     encoded = [len(part.encode()) for part in parts]
     return "" if max(encoded) <= LONGEST_NAME and sum(encoded) <= LONGEST_PATH else "no longer than a file system takes"

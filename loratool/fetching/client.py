@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from loratool import __version__
-from loratool.errors import HubError, LoratoolError, printable, without_tokens
+from loratool.errors import HubError, LoratoolError, escaped, printable, without_tokens
 from loratool.fetching.answers import LARGEST_ANSWER, LONGEST_WAIT, asked_wait, limited
 
 if TYPE_CHECKING:
@@ -23,13 +24,23 @@ PASSING = (408, 429, 500, 502, 503, 504)  # statuses that another try may not me
 
 
 def api() -> HfApi:
-    """The client; its bars are shown where somebody can see them."""
+    """The client; its bars are shown where somebody can see them, and what it logs is safe to show."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars
 
     if not (sys.stderr and sys.stderr.isatty()):
         disable_progress_bars()
+    handlers = logging.getLogger("huggingface_hub").handlers
+    for handler in handlers:
+        if shown not in handler.filters:
+            handler.addFilter(shown)
     return HfApi(library_name="loratool", library_version=__version__)
+
+
+def shown(record: logging.LogRecord) -> bool:
+    """Let a message of the client pass that repeats what a server said, in characters that no terminal obeys."""
+    record.msg, record.args = escaped(without_tokens(record.getMessage()), keep="\n"), ()
+    return True
 
 
 def endpoint() -> str:

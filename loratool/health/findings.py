@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from loratool.errors import printable
+from loratool.errors import escaped, printable
 
 MOST_NAMED = 3  # names that a sentence repeats
 
@@ -22,6 +22,10 @@ class Finding:
     message: str
     repair: str = ""  # a command, or what to do where there is none; empty where nothing can be done
     where: tuple[str, ...] = ()  # targets or tensors
+
+    def __post_init__(self) -> None:
+        for name in ("message", "repair"):  # they repeat what stands in files
+            object.__setattr__(self, name, escaped(getattr(self, name)))
 
 
 def some(names: Sequence[str]) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratool.errors import escaped
+
 if TYPE_CHECKING:
     from loratool.effects import AdapterEffect
     from loratool.merging import MergeReport
@@ -29,7 +31,7 @@ def size(count: float) -> str:
 def aligned(rows: Sequence[tuple[str, object]]) -> str:
     """`name  value` lines with the values in one column."""
     width = max((len(name) for name, _ in rows), default=0)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    return "\n".join(f"{name:<{width}}  {escaped(str(value))}" for name, value in rows)
 
 
 def plain(value: Any) -> Any:

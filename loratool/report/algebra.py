@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from loratool.comparing import mean_of
-from loratool.errors import printable
+from loratool.errors import escaped, printable
 from loratool.report import aligned, size, spread
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def resized_lines(modules: Mapping[str, ResizedLayer]) -> list[str]:
 
 def table(header: list[str], cells: list[list[str]], more: int) -> list[str]:
     """Rows in columns, numbers to the right and the last column, a name, to the left."""
-    rows = [header, *cells]
+    rows = [header, *([escaped(cell) for cell in row] for row in cells)]
     widths = [max(len(row[at]) for row in rows) for at in range(len(header) - 1)]
     lines = ["  ".join([*(f"{c:>{w}}" for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
     return [*lines, *([f"… and {more} more"] if more > 0 else [])]

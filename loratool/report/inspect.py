@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING
 
-from loratool.errors import printable
+from loratool.errors import escaped, printable
 from loratool.report import MOST_LINES, size, spread
 
 if TYPE_CHECKING:
@@ -42,7 +42,12 @@ def wrapped(rows: Iterable[tuple[str, object]]) -> str:
 def fill(text: str, first: str, later: str) -> str:
     """Text in lines of 80 columns; a word that is longer, such as a path, stays whole."""
     found = textwrap.fill(
-        text, COLUMNS, initial_indent=first, subsequent_indent=later, break_long_words=False, break_on_hyphens=False
+        escaped(text),
+        COLUMNS,
+        initial_indent=first,
+        subsequent_indent=later,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
     return found or first.rstrip()
 
@@ -180,7 +185,7 @@ def tensors_text(tensors: Sequence[TensorFacts]) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], more: int = 0) -> str:
     """Cells in columns to the right, the last column, a name, to the left."""
-    every = [header, *rows]
+    every = [header, *([escaped(cell) for cell in row] for row in rows)]
     widths = [max(len(row[at]) for row in every) for at in range(len(header) - 1)]
     room = COLUMNS - sum(widths) - 2 * len(widths)
     lines = [

@@ -10,13 +10,13 @@ import html
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
-from loratool.errors import StorageError, UsageError, printable
+from loratool.errors import StorageError, UsageError, escaped, printable
 from loratool.report import size
 
 if TYPE_CHECKING:
@@ -51,14 +51,23 @@ def html_page(results: Sequence[Facts]) -> str:
     data = [adapter_data(facts) if isinstance(facts, AdapterFacts) else other_data(facts) for facts in results]
     title = ", ".join(entry["title"] for entry in data) or "nothing"
     template = files("loratool.report").joinpath("page.html").read_text(encoding="utf-8")
-    parts = {"TITLE": html.escape(title), "VERSION": html.escape(__version__), "DATA": embedded(data)}
+    parts = {"TITLE": html.escape(escaped(title)), "VERSION": html.escape(__version__), "DATA": embedded(data)}
     return re.sub("@@([A-Z]+)@@", lambda match: parts[match[1]], template)
 
 
 def embedded(data: object) -> str:
-    """JSON that no character of ends the script element it stands in."""
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    """JSON that no character of ends the script element it stands in, and no text of obeys or hides anything."""
+    text = json.dumps(cleaned(data), separators=(",", ":"), allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def cleaned(data: Any) -> Any:
+    """Plain data whose texts are safe to show."""
+    if isinstance(data, Mapping):
+        return {escaped(str(key)): cleaned(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [cleaned(item) for item in data]
+    return escaped(data) if isinstance(data, str) else data
 
 
 def check_page(path: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
