@@ -181,6 +181,7 @@ class Adapter:
     unused: tuple[str, ...] = ()  # tensors that no rule gives a place
     notes: tuple[Note, ...] = ()
     beside: tuple[WeightFile, ...] = ()  # other files of weights in its folder
+    alone: bool = False  # whether its file was named itself, so that its folder may hold anything
 
     @property
     def parameters(self) -> int:

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from loratool.containers import PICKLES, foreign_file, is_pointer, sharded_folder
 from loratool.errors import InputError, printable
 from loratool.inputs import LARGEST_INDEX, read_json, special_files, unreadable
 from loratool.notes import Note
@@ -194,6 +195,8 @@ def choose_shards(root: Path, names: list[str], notes: list[Note]) -> list[str]:
     if not shards:
         if "adapter_model.safetensors" in found or "adapter_config.json" in names:
             raise InputError(f"{printable(root)}: this is an adapter; BASE is the model it was trained on")
+        if told := sharded_folder(root):
+            raise InputError(f"{printable(root)}: no .safetensors file is in it; {told}")
         for name in names:
             refuse_pickle(root / name)
         raise InputError(f"{printable(root)}: no .safetensors file is in it")
@@ -221,15 +224,19 @@ def check_numbering(root: Path, shards: list[str]) -> None:
 
 
 def refuse_pickle(path: Path) -> None:
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-        code = (
-            "from transformers import AutoModelForCausalLM as M; "
-            "M.from_pretrained('.', dtype='auto').save_pretrained('converted')"
-        )
-        raise InputError(
-            f"{printable(path)}: pickled weights are never loaded here; if you trust them, convert the model "
-            f'in its folder with: python -c "{code}" (or the Auto class of its task)'
-        )
+    """Raise `InputError` for a file of weights in a form that is not read, with the way to safetensors."""
+    if path.suffix not in (*PICKLES, ".npz"):
+        return
+    if is_pointer(path) or path.suffix == ".npz" or not (path.parent / "config.json").is_file():
+        raise InputError(f"{printable(path)}: {foreign_file(path)}")
+    code = (
+        "from transformers import AutoModelForCausalLM as M; "
+        "M.from_pretrained('.', dtype='auto').save_pretrained('converted')"
+    )
+    raise InputError(
+        f"{printable(path)}: pickled weights are never loaded here; if you trust them, convert the model "
+        f'in its folder with: python -c "{code}" (or the Auto class of its task)'
+    )
 
 
 def read_index(path: Path) -> tuple[dict[str, str], Mapping[str, Any] | None]:

@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratool.containers import conversion
 from loratool.errors import InputError, LoratoolError, UsageError, printable
 from loratool.formats import peft
 from loratool.weightfiles import PICKLES, fates
@@ -127,7 +128,7 @@ def find(adapters: Sequence[Adapter], wanted: PathLike) -> tuple[int, Path, str]
 def load(path: Path, owner: Adapter) -> Adapter:
     """A file to merge, as an adapter whose every tensor replaces the base's."""
     if path.suffix in PICKLES:
-        raise InputError(f"{printable(path)}: pickled weights are never loaded here; {peft.conversion(path)}")
+        raise InputError(f"{printable(path)}: pickled weights are never loaded here; {conversion(path)}")
     return peft.read_saved(path, owner)
 
 
@@ -137,7 +138,7 @@ def told(file: WeightFile, adapter: Adapter, base: Checkpoint, binder: Callable[
     leave = f"{IGNORE} {printable(file.name)} leaves it out"
     if file.name.endswith(PICKLES):
         safe = printable(Path(file.name).with_suffix(".safetensors"))
-        way = peft.conversion(adapter.folder / file.name)
+        way = conversion(adapter.folder / file.name)
         return f"{start}; {leave}, and a safetensors file can be merged with {ALSO_LOAD} {safe}: {way}"
     if file.is_safetensors and (why := why_not_merged(file, adapter, base, binder)):
         return f"{start}: {why}; {leave}"

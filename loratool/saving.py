@@ -318,7 +318,7 @@ def files_beside(source: Contents) -> dict[str, Path]:
     Nothing that training left, and no other form of the adapter itself.
     """
     folder = source.adapter.folder
-    if source.adapter.file.path.name != WEIGHTS:  # a single file that was named: its folder may hold anything
+    if source.adapter.alone:
         return {}
     top, _ = sort_side_files(folder, {WEIGHTS})
     trained = [file.name for file in source.adapter.beside if file.counts]

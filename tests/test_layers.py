@@ -21,7 +21,7 @@ ROWS = (
     ("errors", "layouts", "secrets"),
     ("inputs", "notes"),
     ("safefile", "updates", "lowrank", "decoders", "origins", "reading"),
-    ("methods", "digests", "weightfiles"),
+    ("methods", "digests", "weightfiles", "containers"),
     ("checkpoint", "adapter", "staging", "appending"),
     ("contents", "record"),
     ("formats", "binding", "companions"),

@@ -19,7 +19,8 @@ from loratool.checkpoint import INDEX_SUFFIX, PROVENANCE, choose_index, choose_s
 from loratool.errors import HubError, InputError, LoratoolError, printable
 from loratool.fetching.answers import RemoteFile, check_range, commit_of, files_of
 from loratool.fetching.client import api, asking, patiently
-from loratool.formats.peft import CONFIG, PICKLED, WEIGHTS, recognises
+from loratool.formats.peft import CONFIG, INDEX, PICKLED, WEIGHTS, recognises
+from loratool.formats.peft.files import weight_names
 from loratool.inputs import LARGEST_CONFIG, LARGEST_INDEX, check_bound
 from loratool.safefile import PREFIX, header_length
 from loratool.weightfiles import weight_files
@@ -123,15 +124,17 @@ def choose(location: Path, role: Role) -> tuple[list[str], list[str]]:
     names = sorted(path.name for path in location.iterdir() if not path.is_dir())
     adapter = recognises(location)
     if adapter and (role == "adapter" or (role == "any" and "config.json" not in names)):
-        inside = "" if CONFIG in names or WEIGHTS in names else f"{nested(location)}/"
-        side = sort_side_files(location / inside, {WEIGHTS})[0]
-        there = [n for n in (WEIGHTS, *PICKLED) if (location / inside / n).is_file()][:1]
-        if there != [WEIGHTS]:
+        inside = "" if {CONFIG, WEIGHTS, INDEX} & set(names) else f"{nested(location)}/"
+        weights, listing = weight_names(location / inside)
+        if not weights and not any((location / inside / name).exists() for name in PICKLED):
+            weights = sorted(path.name for path in (location / inside).glob("*.safetensors"))  # by another name
+        side = sort_side_files(location / inside, {*weights})[0]
+        if not weights:
             return [], [f"{inside}{n}" for n in (CONFIG, *side)]
-        trained = [file for file in weight_files(location / inside, None, {WEIGHTS}) if file.counts]
+        trained = [file for file in weight_files(location / inside, None, {*weights}) if file.counts]
         heads = [file.name for file in trained if file.is_safetensors]  # what they hold is told by their headers
-        rest = dict.fromkeys([CONFIG, *side, *(file.name for file in trained)])
-        return [f"{inside}{n}" for n in (WEIGHTS, *heads)], [f"{inside}{n}" for n in rest if n not in heads]
+        rest = dict.fromkeys([CONFIG, *([listing] if listing else []), *side, *(file.name for file in trained)])
+        return [f"{inside}{n}" for n in (*weights, *heads)], [f"{inside}{n}" for n in rest if n not in heads]
     if role == "adapter":
         found = [name for name in names if name.endswith(".safetensors")]
         if len(found) > 1:

@@ -17,7 +17,7 @@ from loratool.digests import digest_of_bytes, read_recorded, recorded
 from loratool.errors import InputError, UsageError, printable
 from loratool.fetching.bases import named_base
 from loratool.formats import read_adapter
-from loratool.formats.peft import CONFIG, recognises
+from loratool.formats.peft import CONFIG, INDEX, recognises
 from loratool.hub.committing import Upload
 from loratool.notes import Note
 from loratool.safefile import PREFIX
@@ -167,13 +167,14 @@ def contents(
         adapter = read_adapter(root)
         if adapter.folder != root:
             raise UsageError(f"{printable(root)}: the adapter is in its subfolder; push {printable(adapter.folder)}")
-        weights = adapter.file.path.name
-        others, left_out = sort_side_files(root, {weights})
+        weights = [part.path.relative_to(root).as_posix() for part in adapter.file.files]
+        weights += [INDEX] if adapter.file.path.name == INDEX else []
+        others, left_out = sort_side_files(root, {*weights})
         left_out = [line for line in left_out if not line.startswith(f"{CONFIG} (")]
         beside = adapter.beside
         trained = [file.name for file in beside if file.counts and file.is_safetensors and file.name not in others]
         left_out = [line for line in left_out if line.rpartition(" (")[0] not in map(printable, trained)]
-        kept, needed = [*others, *trained, PROVENANCE], [weights, CONFIG]
+        kept, needed = [*others, *trained, PROVENANCE], [*weights, CONFIG]
         kind: Literal["model", "adapter"] = "adapter"
     else:
         checkpoint = open_checkpoint(root)

@@ -6,6 +6,7 @@ refused by its name, and a tensor that nothing recognises is reported as unused.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,12 @@ from loratool.formats.peft.draft import Draft, Module
 from loratool.formats.peft.fields import wrong_fields
 from loratool.formats.peft.files import (
     CONFIG,
+    INDEX,
     PICKLED,
     WEIGHTS,
-    conversion,
     is_adapter,
-    locate,
     not_an_adapter,
+    open_weights,
     read_config,
     recognises,
 )
@@ -30,7 +31,7 @@ from loratool.formats.peft.remarks import remark
 from loratool.origins import name_of
 from loratool.reading import AS_STORED, Reading
 from loratool.safefile import read_safefile
-from loratool.weightfiles import WeightFile, weight_files
+from loratool.weightfiles import weight_files
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -45,10 +46,10 @@ TENSORS = "tensors"  # the format of a file of whole tensors
 
 __all__ = [
     "CONFIG",
+    "INDEX",
     "PICKLED",
     "TENSORS",
     "WEIGHTS",
-    "conversion",
     "draft_of",
     "is_adapter",
     "not_an_adapter",
@@ -76,12 +77,13 @@ def read_what_is_sound(path: Path, reading: Reading = AS_STORED) -> tuple[Adapte
     Raises `InputError` where there is no header or no config to go by.
     """
     notes: list[Note] = []
-    folder, weights_path = locate(path, notes)
-    file = read_safefile(weights_path)
+    folder, file = open_weights(path, notes, reading.adapter_name)
     config_file = folder / CONFIG
     draft = draft_of(file, read_config(config_file), notes, reading)
-    beside = () if path.is_file() and path.name != WEIGHTS else weight_files(folder, file, {weights_path.name})
-    return adapter_from(draft, folder, config_file, beside)
+    alone = path.is_file() and path.name not in (WEIGHTS, INDEX)  # its folder may hold anything
+    own = {part.path.relative_to(folder).as_posix() for part in file.files}
+    adapter, problems = adapter_from(draft, folder, config_file)
+    return replace(adapter, alone=alone, beside=() if alone else weight_files(folder, file, own)), problems
 
 
 def draft_of(file: SafeFile, config: Mapping[str, Any], notes: list[Note], reading: Reading) -> Draft:
@@ -91,9 +93,7 @@ def draft_of(file: SafeFile, config: Mapping[str, Any], notes: list[Note], readi
     return Draft(file, sound, notes, reading, problems=[*wrong.values()])
 
 
-def adapter_from(
-    draft: Draft, folder: Path, config_file: Path, beside: tuple[WeightFile, ...] = ()
-) -> tuple[Adapter, tuple[str, ...]]:
+def adapter_from(draft: Draft, folder: Path, config_file: Path) -> tuple[Adapter, tuple[str, ...]]:
     """The adapter of a draft, and what is wrong with the rest of it."""
     read_updates(draft)
     adapter = Adapter(
@@ -111,7 +111,6 @@ def adapter_from(
         unsupported=tuple(dict.fromkeys(draft.unsupported)),
         unused=tuple(draft.unused),
         notes=tuple(draft.notes),
-        beside=beside,
     )
     return adapter, tuple(draft.problems)
 

@@ -5,22 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from loratool.checkpoint import INDEX_SUFFIX, NUMBERED, check_index, check_numbering, read_index, read_shards
+from loratool.containers import foreign_file, instead_of_weights
 from loratool.errors import InputError, LoratoolError, printable
+from loratool.formats.peft.keys import family_of, path_of
 from loratool.inputs import read_json, unreadable
 from loratool.notes import Note
+from loratool.safefile import SafeFile, SafeFiles, read_safefile
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+STEM = "adapter_model"
+INDEX = STEM + INDEX_SUFFIX  # PEFT writes one file; other tools cut it
 PICKLED = ("adapter_model.bin", "adapter_model.pt")
 
 
 def recognises(path: Path) -> bool:
     """Whether `path` looks like a PEFT adapter, its format's faults included."""
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or path.name == INDEX:
         return path.is_file() or path.is_symlink()
-    return any((path / name).is_symlink() or (path / name).exists() for name in (CONFIG, WEIGHTS, *PICKLED)) or bool(
-        nested(path)
-    )
+    return any(
+        (path / name).is_symlink() or (path / name).exists() for name in (CONFIG, WEIGHTS, INDEX, *PICKLED)
+    ) or bool(nested(path))
 
 
 def is_adapter(path: Path) -> bool:
@@ -44,47 +50,89 @@ def not_an_adapter(path: Path) -> LoratoolError:
         path.stat()
     except OSError as error:
         return unreadable(path, error)
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-        return InputError(f"{printable(path)}: pickled weights are never loaded here; {conversion(path)}")
+    if told := foreign_file(path):
+        return InputError(f"{printable(path)}: {told}")
+    if told := instead_of_weights(path):
+        return InputError(f"{printable(path)}: no adapter is there; {told}")
     return InputError(f"{printable(path)}: no adapter: neither {CONFIG} nor {WEIGHTS} is there")
 
 
-def conversion(path: Path) -> str:
-    """The command that turns a pickled state dict into safetensors, loading tensors only."""
-    code = (
-        "import torch; from safetensors.torch import save_file; "
-        f"d = torch.load({path.name!r}, map_location='cpu', weights_only=True); "
-        f"save_file({{k: v.clone().contiguous() for k, v in d.items()}}, {path.stem + '.safetensors'!r})"
-    )
-    return f'if you trust it, convert it where it lies with: python -c "{printable_code(code)}"'
+def open_weights(path: Path, notes: list[Note], adapter_name: str | None) -> tuple[Path, SafeFile]:
+    """The folder of the adapter at `path`, and its file, or its files as one.
 
-
-def printable_code(code: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in code)
-
-
-def locate(path: Path, notes: list[Note]) -> tuple[Path, Path]:
-    """The folder and the weights file of the adapter at `path`."""
+    Raises `InputError` where there are none, or others than safetensors, with the way to these.
+    """
+    if path.name.endswith(INDEX_SUFFIX):
+        return path.parent, joined(path)
     if path.suffix == ".safetensors":
-        return path.parent, path
-    folder = path
-    if not any((folder / name).exists() for name in (CONFIG, WEIGHTS)):
-        inside = nested(folder)
-        if len(inside) > 1:
-            names = ", ".join(printable(f.name) for f in inside)
-            raise InputError(f"{printable(path)}: holds several adapters ({names}); name the subfolder of one")
-        if inside:
-            folder = inside[0]
-            notes.append(Note("subfolder", f"read from the subfolder {printable(folder.name)}"))
-    weights = folder / WEIGHTS
-    if not weights.exists() and not weights.is_symlink():
-        for name in PICKLED:
-            if (folder / name).exists():
-                raise InputError(
-                    f"{printable(folder / name)}: pickled weights are never loaded here; {conversion(folder / name)}"
-                )
-        raise InputError(f"{printable(folder)}: {WEIGHTS} is missing")
-    return folder, weights
+        if (match := NUMBERED.match(path.name)) and int(match["count"]) > 1:
+            raise InputError(f"{printable(path)}: is one of {match['count']} files; name their folder")
+        return path.parent, read_safefile(path)
+    folder = folder_of(path, notes, adapter_name)
+    names, index = weight_names(folder)
+    if index:
+        return folder, joined(folder / index)
+    if len(names) > 1:
+        return folder, SafeFiles.of(folder / names[0], read_shards(folder, names))
+    if names:
+        return folder, read_safefile(folder / names[0])
+    for name in PICKLED:
+        if (folder / name).exists():
+            raise InputError(f"{printable(folder / name)}: {foreign_file(folder / name)}")
+    file = by_header(folder)
+    if file is None:
+        told = instead_of_weights(folder)
+        raise InputError(f"{printable(folder)}: {WEIGHTS} is missing{f'; {told}' if told else ''}")
+    notes.append(
+        Note("other-name", f"its weights were read from {printable(file.path.name)}; PEFT reads {WEIGHTS} only")
+    )
+    return folder, file
+
+
+def folder_of(path: Path, notes: list[Note], adapter_name: str | None) -> Path:
+    """The folder of the adapter: the one that is given, or the one in it that is meant."""
+    if any((path / name).exists() for name in (CONFIG, WEIGHTS)):
+        return path
+    inside = [folder for folder in nested(path) if adapter_name in (None, folder.name)] or nested(path)
+    if len(inside) > 1:
+        names = ", ".join(printable(f.name) for f in inside)
+        raise InputError(f"{printable(path)}: holds several adapters ({names}); name the subfolder of one")
+    if inside:
+        notes.append(Note("subfolder", f"read from the subfolder {printable(inside[0].name)}"))
+    return inside[0] if inside else path
+
+
+def weight_names(folder: Path) -> tuple[list[str], str]:
+    """The adapter's files of weights by their names alone, and the name of their index, if they have one."""
+    if (folder / WEIGHTS).exists() or (folder / WEIGHTS).is_symlink():
+        return [WEIGHTS], ""
+    if (folder / INDEX).is_file():
+        return list(dict.fromkeys(read_index(folder / INDEX)[0].values())), INDEX
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    parts = [name for name in found if (match := NUMBERED.match(name)) and match["stem"] == STEM]
+    if parts:
+        check_numbering(folder, parts)
+    return parts, ""
+
+
+def joined(index: Path) -> SafeFile:
+    """The files that an index names, as one."""
+    weight_map, _ = read_index(index)
+    shards = read_shards(index.parent, list(dict.fromkeys(weight_map.values())))
+    check_index(index, weight_map, index.parent, shards)
+    return SafeFiles.of(index, shards)
+
+
+def by_header(folder: Path) -> SafeFile | None:
+    """The one file with factors in a folder whose config says that there is an adapter; None where there is none."""
+    files = [read_safefile(path) for path in sorted(folder.glob("*.safetensors")) if path.is_file()]
+    found = [file for file in files if any(family_of(".".join(path_of(name))) for name in file.tensors)]
+    if len(found) > 1:
+        names = ", ".join(printable(file.path.name) for file in found)
+        raise InputError(
+            f"{printable(folder)}: {WEIGHTS} is missing, and several files hold factors ({names}); name one"
+        )
+    return found[0] if found else None
 
 
 def read_config(path: Path) -> dict[str, Any]:
