@@ -21,6 +21,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
+from loratool.adapter import moved, stored_tensors
 from loratool.cards import CARD, OUT, command, is_nobodys
 from loratool.checkpoint import INDEX_SUFFIX, PROVENANCE
 from loratool.computing import Totals
@@ -242,9 +243,13 @@ def clear(home: Path) -> None:
 
 
 def sources_of(plan: MergePlan, shard: ShardPlan) -> list[SafeFile]:
-    """The base's files that an output file is made of."""
+    """The base's files that an output file is made of, those with a weight on which a bias depends among them."""
     own = {id(file): file for file in plan.base.shards}
-    return list({id(span.source): span.source for span in shard.spans if id(span.source) in own}.values())
+    edits = (edit for span in shard.spans for edit in span.edits)
+    beside = (tensor.file for edit in edits for tensor in stored_tensors(edit.update))
+    return list(
+        {id(file): file for file in (*(span.source for span in shard.spans), *beside) if id(file) in own}.values()
+    )
 
 
 def most_on_disk(plan: MergePlan) -> int:
@@ -391,7 +396,14 @@ class Streaming:
         stage.folder.mkdir()
         fetched = {id(file): self.source.fetch(file) for file in sources_of(self.plan, shard)}
         here = {key: read_safefile(path) for key, path in fetched.items()}
-        spans = tuple(replace(span, source=here.get(id(span.source), span.source)) for span in shard.spans)
+        spans = tuple(
+            replace(
+                span,
+                source=here.get(id(span.source), span.source),
+                edits=tuple(replace(edit, update=moved(edit.update, here)) for edit in span.edits),
+            )
+            for span in shard.spans
+        )
         base = replace(self.plan.base, shards=tuple(here.values()))
         part = replace(self.plan, base=base, shards=(replace(shard, spans=spans),))
         before = self.done
