@@ -25,8 +25,12 @@ if TYPE_CHECKING:
     from loratool.estimating import Base
     from loratool.notes import Note
 
-BUFFERS = ("vera_A", "vera_B", "delora_w_norm")  # saved beside the parameters of VeRA and DeLoRA, and not trained
-SHARED = "vblora_vector_bank"  # trained, and of no module
+# Saved beside the parameters of some types, and not trained.
+BUFFERS = (
+    *("vera_A", "vera_B", "delora_w_norm", "randlora_A", "randlora_B", "tinylora_A", "tinylora_B", "tinylora_P"),
+    *("unilora_scales_A", "unilora_scales_B", *(f"glora_{part}.zeros" for part in "ABCDE")),
+)
+SHARED = ("vblora_vector_bank", "tinylora_v.", "unilora_theta_d")  # trained, and of no module
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ def count_parameters(adapter: Adapter, in_base: set[str]) -> tuple[int, int]:
             more += 2 * size if isinstance(update, Replace) and target not in in_base else size
         elif target.endswith(".bias") and adapter.config.get("bias") in ("all", "lora_only"):
             trainable += size
-    bank = sum(info.elements for name, info in adapter.file.tensors.items() if SHARED in name)
+    bank = sum(info.elements for name, info in adapter.file.tensors.items() if any(s in name for s in SHARED))
     frozen = sum(".lora_E" in name for name in seen)  # AdaLoRA keeps each module's rank as a parameter of one number
     return trainable + bank, more + bank + frozen
 

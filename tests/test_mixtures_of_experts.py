@@ -37,7 +37,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
     },
     "gpt_oss": {**EXPERTS, "head_dim": 8},  # whose experts PEFT does not take for linear layers: none are adapted
-    "granitemoe": EXPERTS,
 }
 
 

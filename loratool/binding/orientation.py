@@ -267,7 +267,8 @@ def bias_shows(tensors: Mapping[str, TensorInfo], weight: str) -> bool | None:
 
 def is_matrix(update: Update, landing: Landing) -> bool:
     """Whether an update is one of a whole matrix, or of a part of one, that may be stored either way."""
-    return update.turnable and (landing.straight or landing.turned)[0].fold == 1
+    place = (landing.straight or landing.turned)[0]
+    return update.turnable and place.update.turnable and place.fold == 1
 
 
 def leaf_of(landing: Landing) -> str:

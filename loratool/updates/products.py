@@ -324,7 +324,8 @@ class Bases(Update):
             and max(shape) <= self.large.shape[0]
             and (shape[0] == shape[1] or not self.in_out)
         )
-        return replace(self, size=shape) if fits else None
+        # where it is not square, its longer side tells which factor goes where, so that nothing is left to decide
+        return replace(self, size=shape, turnable=shape[0] == shape[1]) if fits else None
 
     def plain(self) -> LowRank:
         rows, columns = self.size
