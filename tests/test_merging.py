@@ -358,7 +358,8 @@ def test_other_shard_sizes_hold_the_same_tensors(llama: tuple[Path, Path], tmp_p
         table = json.loads(index.read_text())
         assert table["weight_map"] == {name: shard.name for shard in shards for name in raw_tensors(shard)}
         assert table["metadata"]["total_size"] == sum(map(len, raw_tensors(tmp_path / "out").values()))
-    assert torch.equal(logits(tmp_path / "out"), logits(tmp_path / "as-it-is"))
+    # the same weights, but at other places of memory, which decides how some processors add
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(tmp_path / "as-it-is"), rtol=1e-5, atol=1e-6)
 
 
 def test_shard_sizes_may_carry_a_unit(llama: tuple[Path, Path], tmp_path: Path) -> None:
