@@ -437,7 +437,7 @@ def test_a_sketch_comes_near_the_least_error_on_every_spectrum(name: str) -> Non
     least = float(values[12:].square().sum().sqrt() / values.square().sum().sqrt())
     error = float((matrix - found.found.product().matrix()).norm() / matrix.double().norm())
     assert error <= 1.003 * least + 1e-7
-    assert found.error(12) == pytest.approx(error, rel=1e-5, abs=3e-8)
+    assert found.error(12) == pytest.approx(error, rel=1e-5, abs=3e-7)  # less is rounding of float32
 
 
 def test_a_matrix_that_is_read_again_for_every_pass_gives_the_same(

@@ -1094,7 +1094,7 @@ def test_the_command_writes_what_the_function_does_and_tells_it_as_json(bench: W
 # ---- what people published ----
 
 LORA_TYPES = ("LORA", "ADALORA")
-REFUSED = ("ih-bloomz560m-zeroB", "neg-lfs-pointer-gliner")  # nothing in it; no tensors
+REFUSED = ("ih-bloomz560m-zeroB", "neg-lfs-pointer-gliner", "seqcls-lora-on-saved-head")  # all zero; no tensors; copies
 
 
 def is_lora(folder: Path) -> bool:
