@@ -73,6 +73,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text)
         (folder / "README.md").write_text("---\nlicense: mit\n---\n# mine\n")
+    for name in ("pytorch_model.bin", "original/model.pth"):
+        (home / "adapter" / name).unlink()  # beside an adapter they count as trained with it, and a merge refuses them
     (home / "model" / "passwd").symlink_to("/etc/passwd")
     return home
 

@@ -323,7 +323,9 @@ def test_another_base_than_the_adapter_names_is_a_warning(
     hub.add("other/base", models / "base")
     ran = client.works("merge", "other/base", "org/adapter", "-o", tmp_path / "out")
     assert "says it was trained on org/base, and BASE is other/base" in ran.out
-    assert "trained on" not in client.works("merge", "org/base", "org/adapter", "-o", tmp_path / "right").out
+    assert (
+        "says it was trained on" not in client.works("merge", "org/base", "org/adapter", "-o", tmp_path / "right").out
+    )
 
 
 def test_inspect_moves_headers_only(hub: HubServer, client: Client, models: Path) -> None:
