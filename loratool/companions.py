@@ -15,30 +15,13 @@ from loratool.errors import InputError, printable
 from loratool.inputs import holds_text, special_files
 from loratool.layouts.architectures import CLASS_ENDS, IRREGULAR_CLASSES, LABEL_HEADS, TASK_CLASSES
 from loratool.layouts.ties import TEXT_CONFIGS, TIE_FLAGS
+from loratool.modelfiles import TOKENIZER_FILES
 from loratool.notes import Note
 from loratool.weightfiles import module_files
 
 if TYPE_CHECKING:
     from loratool.adapter import Adapter
 
-# What a tokenizer is made of; an adapter that ships its own was trained with it.
-TOKENIZER_FILES = frozenset(
-    [
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "tokenizer.model",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-        "spiece.model",
-        "sentencepiece.bpe.model",
-        "tekken.json",
-        "chat_template.jinja",
-        "chat_template.json",
-    ]
-)
 MORE_TEMPLATES = "additional_chat_templates"
 CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from loratool.errors import UsageError, VerificationError, printable
 from loratool.merging import MergeReport, merge
+from loratool.outputs import replaceable_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,11 +60,7 @@ def demo(folder: Path | str = "loratool-demo", *, overwrite: bool = False) -> De
     """
     home = Path(folder)
     if home.exists():
-        if not overwrite:
-            raise UsageError(f"{printable(home)}: is there already; give --overwrite or another folder")
-        if not {entry.name for entry in home.iterdir()} <= {"base", "adapter", "merged", "again"}:
-            raise UsageError(f"{printable(home)}: holds more than a demo leaves; give another folder")
-        shutil.rmtree(home)
+        clear(home, overwrite)
     base, adapter = home / "base", home / "adapter"
     for path in (base, adapter):
         path.mkdir(parents=True)
@@ -71,6 +68,20 @@ def demo(folder: Path | str = "loratool-demo", *, overwrite: bool = False) -> De
     make_adapter(adapter)
     report = merge(base, [adapter], home / "merged")
     return check(home, report)
+
+
+def clear(home: Path, overwrite: bool) -> None:
+    """Remove what an earlier demo left; raises `UsageError` where anything else is there, and removes nothing then."""
+    if not overwrite:
+        raise UsageError(f"{printable(home)}: is there already; give --overwrite or another folder")
+    if not home.is_dir() or not {entry.name for entry in home.iterdir()} <= {"base", "adapter", "merged", "again"}:
+        raise UsageError(f"{printable(home)}: holds more than a demo leaves; give another folder")
+    for path in home.iterdir():
+        if path.is_symlink() or not path.is_dir():
+            raise UsageError(f"{printable(path)}: is no folder that a demo made; give another folder")
+        replaceable_files(path, printable(path))
+    for path in home.iterdir():
+        shutil.rmtree(path)
 
 
 def make_base(folder: Path) -> None:

@@ -19,6 +19,7 @@ from mmap import mmap
 from typing import TYPE_CHECKING
 
 from loratool.computing import EditedSpan, Shelf, Totals, Worker, look_for_effects
+from loratool.journal import FinishedShard
 from loratool.resources import (
     COPY_CHUNK,
     MOST_SHELVED,
@@ -32,13 +33,13 @@ from loratool.resources import (
     resident_memory,
     rows_of_block,
 )
-from loratool.staging import FinishedShard, Stage
 from loratool.writing import PAGE, OutputShard
 
 if TYPE_CHECKING:
     from loratool.placing import ShardPlan, Span
     from loratool.planning import MergePlan
     from loratool.safefile import SafeFile
+    from loratool.staging import Stage
 
 MOST_LANES = 4  # output files that are written at the same time
 FINISHING_SHARDS = 2  # output files besides that are being synced
@@ -256,7 +257,9 @@ class Engine:
             file.check_unchanged(descriptor)
         shard.close()
         with self.telling:
-            self.stage.record(FinishedShard(shard.plan.name, shard.digest.digest(), self.totals.changed))
+            device = "" if all(span.untouched for span in shard.plan.spans) else self.resources().kind
+            done = FinishedShard(shard.plan.name, shard.digest.digest(), self.totals.changed, device)
+            self.stage.record(done)
         self.slots.release()
 
 

@@ -25,15 +25,27 @@ from loratool.engine import Engine
 from loratool.errors import FitError, LoratoolError, UsageError, printable
 from loratool.fetching import local
 from loratool.fetching.bases import AUTO, chosen_base, unlike_bases
+from loratool.fingerprints import content_fingerprint, local_state
 from loratool.formats import read_adapter
 from loratool.formats.peft import is_adapter
 from loratool.formats.peft.unmerged import taken_apart
+from loratool.journal import Journal
 from loratool.notes import Note, as_records
 from loratool.origins import is_hub_id, told_origin
+from loratool.outputs import check_stage, check_target, stage_of
 from loratool.planning import MergePlan, plan_merge
 from loratool.reading import readings
-from loratool.resources import Resources, Runtime, check_device, peak_memory, start_torch
-from loratool.staging import Stage, check_target, staged, sweep
+from loratool.resources import (
+    Resources,
+    Runtime,
+    check_device,
+    choose_resources,
+    kind_of,
+    peak_memory,
+    resident_memory,
+    start_torch,
+)
+from loratool.staging import Stage, staged
 
 if TYPE_CHECKING:
     from loratool.adapter import Adapter
@@ -118,7 +130,7 @@ def merge(
         shard_size: bytes of tensor data per output file; by default the base's own shards.
         workers: threads; by default two more than cores, at most 16.
         max_memory: bytes that the process may keep resident.
-        overwrite: replace `out` where it is a model folder already, in one step at the end.
+        overwrite: replace `out`, in one step at the end, where it holds a model and nothing else.
         allow_new_tensors: add the heads that an adapter saved where the base has none, or others.
         expert_layout: how the columns of a fused lora_B are ordered where the config does not say it: "rank-major" or
             "grouped-by-expert"; one for all adapters or one for each, as the next two.
@@ -137,7 +149,6 @@ def merge(
     """
     asked, started = locals(), time.monotonic()
     check_arguments(device, workers, max_memory)
-    sweep(Path(os.path.realpath(out)))
     plan, target = prepare(
         base,
         adapters,
@@ -157,7 +168,12 @@ def merge(
     try:
         check_values(plan)
         digests = [adapter.digests() for adapter in plan.adapters]
-        with staged(target, plan.fingerprint(digests, device), plan.bytes_written, overwrite) as stage:
+        wanted = Journal(content_fingerprint(plan, digests), local_state(plan, device), output_names(plan))
+        if max_memory is not None or check_stage(stage_of(target)) is not None:  # refused before anything is touched
+            choose_resources(plan, runtime.result().devices, workers, max_memory, resident_memory())
+        with staged(target, wanted, plan.bytes_written, overwrite) as stage:
+            if stage.finished:
+                stage.keep_only(kind_of(runtime.result().devices))
             resumed = tuple(stage.finished)
             engine = Engine(plan, stage, runtime, workers, max_memory, progress)
             totals = engine.run()
@@ -288,7 +304,7 @@ def outlook(
         return
     with (
         tempfile.TemporaryDirectory(prefix="loratool-") as home,
-        opened(chosen_base(base, paths), Path(home)) as source,
+        opened(chosen_base(base, paths), lambda _name: Path(home)) as source,
     ):
         check_target(Path(out), [source.checkpoint.root, *paths], overwrite)
         read = [read_adapter(path, way) for path, way in zip(paths, ways, strict=True)]
@@ -316,6 +332,11 @@ def check_values(plan: MergePlan) -> None:
     ]
     if not any(effective):
         raise FitError("nothing to merge: every update is zero (an untrained adapter has B = 0) or has the weight 0")
+
+
+def output_names(plan: MergePlan) -> set[str]:
+    """Every file that the output may have."""
+    return {PROVENANCE, CARD, *(shard.name for shard in plan.shards), *(file.name for file in plan.side_files)}
 
 
 def write_side_files(stage: Stage, plan: MergePlan) -> None:
@@ -390,6 +411,14 @@ def merged_card(plan: MergePlan, table: Mapping[str, Any], place: str = ".") -> 
     return card(table, json.loads(edited) if edited else plan.base.config, terms, place)
 
 
+def of_resuming(stage: Stage) -> Iterator[Note]:
+    """What became of files that an interrupted run had finished. It is in the report only: the output is the same."""
+    for name, reason in sorted(stage.redone.items()):
+        yield Note(
+            "written-again", f"{printable(name)}: finished by an interrupted run, but {reason}; it is written again"
+        )
+
+
 def make_report(
     plan: MergePlan,
     stage: Stage,
@@ -423,6 +452,6 @@ def make_report(
         relative_norms=norms,
         nonfinite=totals.nonfinite,
         left_out=plan.left_out,
-        notes=(*plan.notes, *size_notes(plan, norms)),
+        notes=(*plan.notes, *size_notes(plan, norms), *of_resuming(stage)),
         digests={s.name: str(s.digest) for _, s in sorted(stage.finished.items())},
     )

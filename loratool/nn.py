@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -126,7 +127,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None) 
     """
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, LoRALinear)}
     home, one = Path(folder), next(iter(layers.values()), None)
-    there = any((home / name).exists() for name in (peft.CONFIG, peft.WEIGHTS))
+    there = any(os.path.lexists(home / name) for name in (peft.CONFIG, peft.WEIGHTS))
     if one is None or any(layer.rslora != one.rslora for layer in layers.values()) or there:
         wanted = "layers with LoRA, rsLoRA in all of them or in none, and a folder without an adapter are wanted"
         raise UsageError(f"{printable(home)}: {wanted}")

@@ -5,15 +5,12 @@ A plan is plain data, and making one writes nothing.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from loratool import __version__
 from loratool.adapter import StoredTensor, same_values
 from loratool.binding import bind, tell
 from loratool.checkpoint import PROVENANCE, Checkpoint
@@ -82,19 +79,6 @@ class MergePlan:
     @cached_property
     def bytes_written(self) -> int:
         return sum(shard.layout.size for shard in self.shards) + sum(file.size for file in self.side_files)
-
-    def fingerprint(self, digests: Sequence[Mapping[str, str]], device: str) -> str:
-        """SHA-256 of everything the output depends on; `digests` are those of the adapters' files."""
-        facts = {
-            "loratool": __version__,
-            "base": [(str(s.path.resolve()), s.identity.size, s.identity.modified) for s in self.base.shards],
-            "adapters": list(digests),
-            "weights": self.weights,
-            "naming": self.naming,
-            "device": device,
-            "shards": [(s.name, hashlib.sha256(s.layout.header).hexdigest()) for s in self.shards],
-        }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode(errors="surrogateescape")).hexdigest()
 
 
 def plan_merge(

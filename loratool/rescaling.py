@@ -24,6 +24,7 @@ from loratool.formats.peft.patterns import match_patterns
 from loratool.formats.peft.spelling import Names
 from loratool.lowrank import floor_of, padded, singular_values
 from loratool.notes import Note, as_records
+from loratool.outputs import check_target
 from loratool.ranks import evened, told_of_experts
 from loratool.reading import readings
 from loratool.saving import (
@@ -36,7 +37,6 @@ from loratool.saving import (
     kept_dtype,
     told_beside,
 )
-from loratool.staging import check_target
 from loratool.updates import ExpertFactors, LowRank
 from loratool.working import PathLike, Progress, Session, session
 
@@ -116,7 +116,7 @@ def rescale(
             "grouped-by-expert".
         adapter_name: which adapter to read of a file or folder that holds several.
         input_alpha: α of every module, for files that do not hold it.
-        overwrite: replace `out` where it is an adapter already.
+        overwrite: replace `out` where it holds an adapter and nothing else.
         dry_run: report, but write nothing.
         progress: called with (layers done, layers in all).
 

@@ -34,6 +34,7 @@ from loratool.lowrank import (
 )
 from loratool.lowrank.products import negligible
 from loratool.notes import Note, as_records
+from loratool.outputs import check_target
 from loratool.ranks import RankRule, evened, told_of_cuts, told_of_experts
 from loratool.reading import readings
 from loratool.safefile import FLOAT_NAMES, read_safefile
@@ -47,7 +48,6 @@ from loratool.saving import (
     kept_dtype,
     told_beside,
 )
-from loratool.staging import check_target
 from loratool.working import Batch, PathLike, Progress, Session, batches, session
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def resize(
             "grouped-by-expert".
         adapter_name: which adapter to read of a file or folder that holds several.
         input_alpha: α of every module, for files that do not hold it.
-        overwrite: replace `out` where it is an adapter already.
+        overwrite: replace `out` where it holds an adapter and nothing else.
         dry_run: decide, measure and report, but write nothing.
         progress: called with (layers done, layers in all).
 

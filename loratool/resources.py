@@ -52,6 +52,16 @@ class Resources:
     def on_gpu(self) -> bool:
         return self.devices[0] != "cpu"
 
+    @property
+    def kind(self) -> str:
+        """The kind of device."""
+        return kind_of(self.devices)
+
+
+def kind_of(devices: Sequence[str]) -> str:
+    """The kind of device that edited weights are computed on."""
+    return "cpu" if devices[0] == "cpu" else "cuda"
+
 
 @dataclass(frozen=True)
 class Runtime:

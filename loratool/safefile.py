@@ -104,10 +104,11 @@ class Identity:
     inode: int
     size: int
     modified: int  # nanoseconds
+    changed: int = 0  # nanoseconds; what nobody can set back
 
     @classmethod
     def of(cls, status: os.stat_result) -> Identity:
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @dataclass(frozen=True)

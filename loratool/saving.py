@@ -21,6 +21,7 @@ from loratool.errors import FitError, printable
 from loratool.formats.peft import CONFIG, WEIGHTS, keys
 from loratool.formats.peft.lora import doubles
 from loratool.formats.peft.spelling import PREFIX, Names, shapes, stored, token_rows, was_inside
+from loratool.journal import Journal
 from loratool.origins import told_origin
 from loratool.safefile import FLOAT_NAMES, product
 from loratool.staging import Stage, staged
@@ -148,6 +149,7 @@ def finish(
     inputs: Sequence[Path],
 ) -> None:
     """Write the config, what lies beside an adapter, and how it was made."""
+    stage.expect([CONFIG, CARD, PROVENANCE, *beside])
     stage.write(CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     for name, path in beside.items():
         stage.copy(name, path)
@@ -180,7 +182,7 @@ def adapter_output(
     announced = [*announced_factors(names, forms, dtype), *carried.announced()]
     needed = sum(product(shape) * (8 if d == "F64" else 4) for _, d, shape in announced)
     with (
-        staged(out, uuid.uuid4().hex, needed, overwrite) as stage,
+        staged(out, Journal(uuid.uuid4().hex, files={WEIGHTS}), needed, overwrite) as stage,
         tensor_file(stage.folder / WEIGHTS, announced) as file,
     ):
         yield Output(file, stage, names, forms, dtype, halved)
@@ -192,7 +194,8 @@ def copied_output(
     """An adapter with the same weights, byte for byte, under another config."""
     weights = source.adapter.file
     source.adapter.check_values()
-    with staged(out, uuid.uuid4().hex, weights.layout.size, overwrite) as stage:
+    wanted = Journal(uuid.uuid4().hex, files={WEIGHTS})
+    with staged(out, wanted, weights.layout.size, overwrite) as stage:
         if weights.files == (weights,):
             stage.copy(WEIGHTS, weights.path)
         else:  # of several one is made, which is what PEFT reads

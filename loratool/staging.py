@@ -1,11 +1,11 @@
 """The output folder: staged beside its final name, made durable, then renamed.
 
     OUT.partial/            locked for the length of the run
-        journal             the plan's fingerprint, then a line for each finished shard
+        journal             what is being made, and a line for each finished weight file
         model/              becomes OUT in one rename
 
-Whatever happens, OUT is absent, as it was, or complete. A journal of the same plan is continued;
-one of another plan is cleared away.
+Whatever happens, OUT is absent, as it was, or complete. A journal of the same work is continued; one of other work is
+cleared away. What no journal names is never touched.
 """
 
 from __future__ import annotations
@@ -21,36 +21,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from loratool.digests import Digest, Digester, digest_of, digest_of_bytes, parts_of
-from loratool.errors import StorageError, UsageError, printable
+from loratool.digests import Digest, Digester, digest_of, digest_of_bytes, parts_of, why_unlike
+from loratool.errors import LoratoolError, StorageError, UsageError, printable
+from loratool.journal import (
+    DISCARDED,
+    FETCHED,
+    JOURNAL,
+    MODEL,
+    NEW_JOURNAL,
+    REPLACED,
+    FinishedShard,
+    ForeignError,
+    Journal,
+    check_owned,
+    foreign,
+    look,
+    walk,
+)
+from loratool.outputs import BUSY, check_stage, replaceable_files, stage_of
 from loratool.safefile import write_fully
-
-JOURNAL = "journal"
-MODEL = "model"
-REPLACED = "replaced"  # the old output, whole, where names cannot be exchanged
-DISCARDED = "discarded"  # the same on its way out: half of it must never come back
-PUBLISHED = "published"  # the journal's word once nothing in the stage is worth keeping
-LEFT_BY_OTHERS = "is there, and was not made by loratool; move it away"
-
-
-@dataclass(frozen=True)
-class FinishedShard:
-    """An output file that is complete and on stable storage."""
-
-    name: str
-    digest: Digest
-    changed: bool  # whether any weight, here or in a file before, differs from the base's
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return self.digest.size
-
-    def record(self) -> dict[str, Any]:
-        """The shard's line of a journal."""
-        return {"name": self.name, **self.digest.record(), "changed": self.changed}
 
 
 @dataclass
@@ -59,18 +49,30 @@ class Stage:
 
     out: Path
     home: Path  # OUT.partial
-    finished: dict[str, FinishedShard] = field(default_factory=dict)
+    journal: Journal
+    finished: dict[str, FinishedShard] = field(default_factory=dict)  # of an earlier run and of this one
     files: dict[str, Digest] = field(default_factory=dict)  # every file of the output so far
-    published: bool = False  # or about to be
+    redone: dict[str, str] = field(default_factory=dict)  # finished by an earlier run, and why it is made again
 
     @property
     def folder(self) -> Path:
         return self.home / MODEL
 
+    def note(self, key: str, value: object) -> None:
+        """Add a line to the journal, on stable storage when this returns."""
+        line = {key: value}
+        raw = f"\n{json.dumps(line)}\n".encode()  # on a line of its own, even after one that a kill tore
+        write_durably(self.home / JOURNAL, raw, os.O_APPEND)
+        self.journal.take(line)
+
+    def expect(self, names: Sequence[str]) -> None:
+        """Note the names of files before the first of them is made: what the journal does not name is not ours."""
+        if new := sorted({*names} - self.journal.files):
+            self.note("files", new)
+
     def record(self, shard: FinishedShard) -> None:
         """Note a shard whose bytes are on stable storage already."""
-        line = f"\n{json.dumps(shard.record())}\n"  # on a line of its own, even after one that a kill tore
-        write_durably(self.home / JOURNAL, line.encode(), append=True)
+        self.note("finished", shard.record())
         self.keep(shard)
 
     def keep(self, shard: FinishedShard) -> None:
@@ -79,18 +81,18 @@ class Stage:
         self.files[shard.name] = shard.digest
 
     def write(self, name: str, content: bytes) -> None:
-        """A small file of the output."""
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(path, content)
+        """A small file of the output, in place of one that was written before."""
+        path = self.way_to(name)
+        if name in self.files:
+            path.unlink()
+        write_durably(path, content, os.O_EXCL)
         self.files[name] = digest_of_bytes(content)
 
     def copy(self, name: str, source: Path) -> None:
         """A side file of an input, byte for byte."""
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
         digester = Digester()
-        writing = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        writing = os.open(self.way_to(name), flags, 0o666)
         try:
             for part in parts_of(source):
                 write_fully(writing, part, digester.size)
@@ -100,27 +102,87 @@ class Stage:
             os.close(writing)
         self.files[name] = digester.digest()
 
+    def way_to(self, name: str) -> Path:
+        """Where a file of the output goes; the folders on the way to it are made."""
+        self.expect([name])
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
     def add(self, name: str) -> None:
         """Count a file that was written by other means, and is complete, as part of the output."""
         self.files[name] = digest_of(self.folder / name)
 
+    def place_for(self, name: str) -> Path:
+        """The folder into which a file of the Hub is fetched, in a folder of its own."""
+        if name not in self.journal.fetches:
+            self.note("fetches", [name])
+        (self.home / FETCHED).mkdir(exist_ok=True)
+        return self.home / FETCHED
+
+    def begin(self, found: Journal | None) -> None:
+        """Make an empty stage of what `found` describes, or of nothing."""
+        wanted, self.journal = self.journal, found or self.journal
+        self.restore()
+        self.clear()
+        self.journal = wanted
+        write_durably(self.home / NEW_JOURNAL, wanted.head(), os.O_TRUNC)
+        os.rename(self.home / NEW_JOURNAL, self.home / JOURNAL)
+        os.mkdir(self.folder)
+        sync_folder(self.home)
+
+    def go_on(self, found: Journal) -> None:
+        """Keep the finished shards that still hold what was written; nothing else is kept."""
+        wanted, self.journal = self.journal, found
+        for name, shard in found.finished.items():
+            try:
+                reason = why_unlike(self.folder / name, shard.digest)
+            except (LoratoolError, OSError) as error:  # a disk with a bad block, say
+                reason = f"cannot be read: {error}"
+            if reason:
+                self.redone[name] = reason
+            else:
+                self.keep(shard)
+        self.drop_unfinished()
+        self.expect(sorted(wanted.files))
+
+    def keep_only(self, device: str) -> None:
+        """Let go of finished shards that were computed on another kind of device, whose last bits may differ."""
+        for shard in list(self.finished.values()):
+            if shard.device not in ("", device):
+                self.redone[shard.name] = f"was computed on {shard.device}"
+                del self.finished[shard.name], self.files[shard.name]
+        self.drop_unfinished()
+
     def drop_unfinished(self) -> None:
-        """Remove every file that the journal does not vouch for."""
-        for path in [p for p in self.folder.rglob("*") if not p.is_dir()]:
-            if path.relative_to(self.folder).as_posix() not in self.finished:
-                path.unlink()
+        """Remove every file of the output that is not finished."""
+        self.clear(but={f"{MODEL}/{name}" for name in self.finished} | {MODEL, NEW_JOURNAL})
+
+    def clear(self, but: set[str] | frozenset[str] = frozenset()) -> None:
+        """Remove all that is ours `but` some files; the journal stays, and so does whatever it does not name."""
+        for path, status in reversed(list(walk(self.home))):
+            if path in but or path == JOURNAL:
+                continue
+            if not stat.S_ISDIR(status.st_mode):
+                if self.journal.owns(path):
+                    (self.home / path).unlink(missing_ok=True)
+            elif self.journal.owns_folder(path):
+                remove_folder(self.home / path)
 
     def publish(self, overwrite: bool) -> None:
         """Give the folder its final name, in one step."""
-        for folder in [p for p in self.folder.rglob("*") if p.is_dir()]:
-            sync_folder(folder)
+        for path, status in walk(self.folder):
+            if stat.S_ISDIR(status.st_mode):
+                sync_folder(self.folder / path)
         sync_folder(self.folder)
+        check_owned(
+            self.home, self.journal, walk(self.home), self.home.stat().st_uid
+        )  # what others put into it meanwhile is not published
         if os.path.lexists(self.out):
             if not overwrite:
                 raise StorageError(f"{printable(self.out)}: appeared during the merge; it is left as it is")
-            # once swapped, the stage holds the old model: nothing in it may pass for a finished shard
-            write_durably(self.home / JOURNAL, json.dumps({"plan": PUBLISHED}).encode())
-            self.published = True
+            # once swapped, the stage holds the old output: nothing in it may pass for a finished shard
+            self.note("replaces", replaceable_files(self.out, printable(self.out)))
             exchange(self.folder, self.out, self.home / REPLACED)
         else:
             os.rename(self.folder, self.out)
@@ -137,106 +199,42 @@ class Stage:
             self.restore()
         if not os.path.lexists(self.out) and (self.home / REPLACED).exists():
             return  # the old output is kept for the next run
-        shutil.rmtree(self.folder, ignore_errors=True)
         with suppress(OSError):
-            for path in self.home.iterdir():
-                if path.name != JOURNAL:
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            self.clear()
             (self.home / JOURNAL).unlink(missing_ok=True)
             self.home.rmdir()
 
 
-def check_target(out: Path, inputs: Sequence[Path], overwrite: bool, adapter: bool = False) -> Path:
-    """`out` as it will be written, after every check that can be made before any work.
-
-    What will be an `adapter` replaces nothing but adapters.
-
-    Raises:
-        UsageError: it exists and `overwrite` is not given, or it is, holds or lies in an input.
-        StorageError: its parent is missing or cannot be written.
-    """
-    shown = printable(out)
-    if out.suffix == ".safetensors":
-        raise UsageError(f"{shown}: OUT is a folder; {printable(out.with_suffix(''))} would do")
-    try:
-        out = Path(os.path.realpath(out))
-        if not stat.S_ISDIR(out.parent.stat().st_mode):
-            raise StorageError(f"{shown}: {printable(out.parent)} is no folder")
-    except OSError as error:
-        raise StorageError(f"{shown}: {error.strerror}: {printable(out.parent)}") from error
-    for path in (each for given in inputs for each in (given, *links_in(given))):
-        if inside(out, path) or inside(path, out) or inside(path, stage_of(out)):
-            raise UsageError(
-                f"{shown}: is, holds or lies inside the input {printable(path)}, which is never written to"
-            )
-    if os.path.lexists(out):
-        if not out.is_dir():
-            raise UsageError(f"{shown}: is there and is no folder")
-        if not overwrite:
-            raise UsageError(f"{shown}: is there already; give --overwrite to replace it")
-        if not looks_like_a_model(out):
-            raise UsageError(f"{shown}: holds no model, so --overwrite does not replace it; remove it yourself")
-        if adapter and not looks_like_an_adapter(out):
-            raise UsageError(f"{shown}: is no adapter, so --overwrite does not replace it by one; remove it yourself")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise StorageError(f"{shown}: the folder {printable(out.parent)} cannot be written to")
-    return out
-
-
-def links_in(folder: Path) -> list[Path]:
-    """The real files that links in an input's folder lead to, which are inputs too."""
-    try:
-        return [Path(os.path.realpath(entry.path)) for entry in os.scandir(folder) if entry.is_symlink()]
-    except OSError:
-        return []  # no folder; who reads it says so
-
-
-def stage_of(out: Path) -> Path:
-    """The folder in which `out` is staged."""
-    return out.parent / f"{out.name}.partial"  # with_name refuses the root
-
-
-def inside(path: Path, folder: Path) -> bool:
-    """Whether `path` is `folder`, or lies in it, whatever the links on the way."""
-    try:
-        wanted = folder.stat()
-    except OSError:
-        return False
-    for place in (path, *Path(os.path.realpath(path)).parents):
-        with suppress(OSError):
-            if os.path.samestat(place.stat(), wanted):
-                return True
-    return False
-
-
-def looks_like_a_model(folder: Path) -> bool:
-    names = [entry.name for entry in os.scandir(folder)]
-    return not names or any(n.endswith(".safetensors") or n in ("config.json", "loratool.json") for n in names)
-
-
-def looks_like_an_adapter(folder: Path) -> bool:
-    names = [entry.name for entry in os.scandir(folder)]
-    return not names or ("adapter_config.json" in names and "config.json" not in names)
-
-
 @contextmanager
-def staged(out: Path, fingerprint: str, needed: int, overwrite: bool) -> Iterator[Stage]:
+def staged(out: Path, wanted: Journal, needed: int, overwrite: bool) -> Iterator[Stage]:
     """A stage for `out`, published when the block ends well.
 
-    An interrupt keeps the finished shards for the next run of the same plan; any other failure
-    leaves nothing. `needed` is the size of the whole output in bytes.
+    An interrupt keeps the finished shards for the next run of the same work; any other failure leaves nothing of ours.
+
+    Args:
+        out: the folder to make.
+        wanted: what is to be made: its fingerprint, its inputs, and as many of its files as are known.
+        needed: bytes of the whole output.
+        overwrite: whether to replace what is at `out`.
+
+    Raises:
+        UsageError: another run is at work on it.
+        StorageError: the disk or the file system said no, or the stage holds what is not ours.
     """
-    stage = Stage(out, stage_of(out))
+    home = stage_of(out)
     try:
-        with locked(stage.home):
-            check_owner(stage.home)
+        check_space(out.parent, needed - kept_size(check_stage(home), wanted))
+        with locked(home) as owner:
+            stage, found = Stage(out, home, wanted), look(home, owner)
             try:
-                open_stage(stage, fingerprint)
-                check_space(stage.home, needed - sum(shard.size for shard in stage.finished.values()))
+                if found is not None and continues(found, wanted) and stage.folder.is_dir():
+                    stage.go_on(found)
+                else:
+                    stage.begin(found)
                 yield stage
                 stage.publish(overwrite)
-            except KeyboardInterrupt:
-                if stage.finished and not stage.published and stage.folder.is_dir():
+            except (KeyboardInterrupt, ForeignError):
+                if stage.finished and stage.journal.replaces is None and stage.folder.is_dir():
                     stage.drop_unfinished()
                 else:
                     stage.remove()
@@ -249,18 +247,35 @@ def staged(out: Path, fingerprint: str, needed: int, overwrite: bool) -> Iterato
         raise storage_error(error, out, needed) from error
 
 
-def sweep(out: Path) -> None:
-    """Clear away what a run left that was killed as it published `out`, or after it had."""
-    home = stage_of(out)
-    if not (home / JOURNAL).is_file():
-        return
-    with suppress(OSError, UsageError), locked(home):
-        Stage(out, home).restore()
-        if not os.path.lexists(out):
-            return
-        lines = read_journal(home / JOURNAL)
-        if not (home / MODEL).exists() or (lines and lines[0].get("plan") == PUBLISHED):
-            Stage(out, home).remove()
+@contextmanager
+def workplace(home: Path) -> Iterator[Stage]:
+    """A stage of which nothing is published or kept: empty to begin with, and gone at the end.
+
+    Raises as `staged` does.
+    """
+    try:
+        check_stage(home)
+        with locked(home) as owner:
+            stage, found = Stage(home, home, Journal(plan=home.name)), look(home, owner)
+            try:
+                stage.begin(found)
+                yield stage
+            finally:
+                stage.remove()
+    except OSError as error:
+        raise storage_error(error, home, 0) from error
+
+
+def continues(found: Journal, wanted: Journal) -> bool:
+    """Whether the finished files of a journal are files of the same work, of inputs that nobody touched since."""
+    return found.plan == wanted.plan and found.inputs == wanted.inputs and found.replaces is None
+
+
+def kept_size(found: Journal | None, wanted: Journal) -> int:
+    """Bytes of the output that are there already, as a journal says."""
+    if found is None or not continues(found, wanted):
+        return 0
+    return sum(shard.size for shard in found.finished.values())
 
 
 def storage_error(error: OSError, path: Path, needed: int) -> StorageError:
@@ -273,73 +288,43 @@ def storage_error(error: OSError, path: Path, needed: int) -> StorageError:
 
 
 @contextmanager
-def locked(home: Path) -> Iterator[None]:
-    """Create `home` and hold its lock, which ends with the process however it ends."""
+def locked(home: Path) -> Iterator[int]:
+    """Create `home` and hold its lock, which ends with the process however it ends; the user to whom it must belong."""
+    owner = os.geteuid()
     for _ in range(100):
         with suppress(FileExistsError):
             os.mkdir(home)
+            owner = home.stat().st_uid  # some file systems give all files to one user
         try:
             descriptor = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
             continue  # another run published it just now
         except OSError as error:
             if error.errno in (errno.ENOTDIR, errno.ELOOP):
-                raise UsageError(f"{printable(home)}: {LEFT_BY_OTHERS}") from error
+                raise foreign(home, [f"{printable(home.name)}: is not a folder"]) from error
             raise
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UsageError(f"{printable(home)}: another run is writing this output; wait for it to end") from None
+                raise UsageError(f"{printable(home)}: {BUSY}") from None
             except OSError as error:  # a file system without locks: go on without
                 if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL):
                     raise
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), os.stat(home)):
-                    yield
-                    return
+            if is_still(home, descriptor):
+                yield owner
+                return
         finally:
             os.close(descriptor)
     raise StorageError(f"{printable(home)}: keeps vanishing; is another run at work on it?")
 
 
-def check_owner(home: Path) -> None:
-    """Refuse a folder that merely has the stage's name."""
-    names = {entry.name for entry in os.scandir(home)}
-    if names and JOURNAL not in names:
-        raise UsageError(f"{printable(home)}: {LEFT_BY_OTHERS}")
-
-
-def open_stage(stage: Stage, fingerprint: str) -> None:
-    """Continue what a run of the same plan left, else begin afresh."""
-    journal = stage.home / JOURNAL
-    lines = read_journal(journal) if journal.exists() else []
-    if lines and lines[0].get("plan") == fingerprint and stage.folder.is_dir():
-        for line in lines[1:]:
-            digest = Digest.of_record(line)
-            if digest is None:
-                continue
-            path = stage.folder / line["name"]
-            if path.is_file() and path.stat().st_size == digest.size:
-                stage.keep(FinishedShard(line["name"], digest, line["changed"]))
-        stage.drop_unfinished()
-        return
-    stage.restore()
-    for path in stage.home.iterdir():
-        if path.name != JOURNAL:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    write_durably(journal, (json.dumps({"plan": fingerprint}) + "\n").encode())
-    os.mkdir(stage.folder)
-    sync_folder(stage.home)
-
-
-def read_journal(path: Path) -> list[dict[str, Any]]:
-    """The journal's lines, without those that a kill tore."""
-    lines: list[dict[str, Any]] = []
-    for raw in path.read_bytes().splitlines():
-        with suppress(ValueError):
-            lines.append(json.loads(raw))
-    return lines
+def is_still(folder: Path, descriptor: int) -> bool:
+    """Whether a folder that was opened is the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(folder))
+    except FileNotFoundError:
+        return False
 
 
 def check_space(home: Path, needed: int) -> None:
@@ -350,10 +335,9 @@ def check_space(home: Path, needed: int) -> None:
         )
 
 
-def write_durably(path: Path, content: bytes, append: bool = False) -> None:
-    """Write a small file; it is on stable storage when this returns."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_APPEND if append else os.O_TRUNC)
-    descriptor = os.open(path, flags, 0o666)
+def write_durably(path: Path, content: bytes, how: int) -> None:
+    """Write a small file, opened with a flag that says how; it is on stable storage when this returns."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | how, 0o666)
     try:
         view = memoryview(content)
         while view:
@@ -370,6 +354,15 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, unless there is something in it."""
+    try:
+        folder.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+            raise
 
 
 RENAME_EXCHANGE = 2

@@ -273,21 +273,33 @@ def test_an_old_output_that_comes_back_is_not_overwritten_unasked(overwriting: S
     killed = Fault("killed before", 1, since="rename(out.partial/model, out)")
     assert overwriting.merge("--overwrite", fault=killed, exchange=False).code == -9
     assert not (overwriting.root / OUT).exists()
+    left = picture(overwriting.root)
     again = overwriting.merge(exchange=False)
     assert again.code == 2, again.errors
     assert "--overwrite" in again.errors
-    assert picture(overwriting.root / OUT) == overwriting.old
+    assert picture(overwriting.root) == left
+    waiting = overwriting.root / PARTIAL / "replaced"
+    assert str(waiting) in again.errors
+    assert picture(waiting) == overwriting.old
+    waiting.rename(overwriting.root / OUT)  # which is the other way out that is told
+    again = overwriting.merge("--overwrite", exchange=False)
+    assert again.code == 0, again.errors
+    assert overwriting.is_complete()
 
 
-def test_a_rerun_after_a_kill_between_publishing_and_clearing_keeps_the_output_and_clears(fresh: Scene) -> None:
-    """OUT is complete then, so that the same command is refused for its sake; what lies beside it goes nevertheless."""
+def test_a_rerun_after_a_kill_between_publishing_and_clearing_is_refused_and_the_next_one_clears(fresh: Scene) -> None:
+    """OUT is complete then, so that the same command is refused, which changes nothing; with --overwrite all is cleared."""
     fresh.reset()
     outcome = fresh.merge(fault=Fault("killed after", 1, since="rename(out.partial/model, out)"))
     assert outcome.code == -9
     assert fresh.names() == {OUT, PARTIAL}
+    left = picture(fresh.root)
     again = fresh.merge()
     assert again.code == 2
     assert "--overwrite" in again.errors
+    assert picture(fresh.root) == left
+    assert picture(fresh.root / OUT) == fresh.new
+    assert fresh.merge("--overwrite").code == 0
     assert fresh.is_complete()
 
 
@@ -310,7 +322,7 @@ def test_kills_upon_kills_of_changing_plans_end_in_the_right_output(overwriting:
 def test_a_torn_line_of_the_journal_hides_none_of_the_lines_after_it(fresh: Scene) -> None:
     """Two interrupted runs: the first is killed while it notes its last file; the second finishes that file."""
     fresh.reset()
-    outcome = fresh.merge(fault=Fault("torn", 3, path="journal"))
+    outcome = fresh.merge(fault=Fault("torn", 2, path="journal"))
     assert outcome.code == -9
     outcome = fresh.merge("--json", fault=Fault("SIGINT", 1, since="open(out.partial/model/config.json)"))
     assert outcome.code == 130, outcome.errors
@@ -345,7 +357,7 @@ def test_everything_is_on_stable_storage_before_it_is_vouched_for(
         elif call.name in faults.WRITING | {"truncate", "ftruncate"}:
             dirty.add(path)
             written.add(path)
-            if path.endswith("journal") and not published:
+            if path.endswith(("journal", "journal.new")) and not published:
                 shards = {path for path in written if path.endswith(".safetensors")}
                 assert len(shards - dirty) >= min(lines, 2), f"line {lines} of the journal speaks of an unsynced file"
                 lines += 1

@@ -296,6 +296,8 @@ def test_a_page_is_not_overwritten_unless_that_is_said(
     assert cli.run(words) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert out.read_text() == "mine"
+    out.unlink()
+    assert cli.run(words) == 0
     assert cli.run([*words, "--overwrite"]) == 0
     assert out.read_text("utf-8").startswith("<!doctype html>")
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
@@ -320,7 +322,7 @@ def test_no_file_of_an_input_becomes_a_page(
     given = copied / name if one_file and name.endswith(".safetensors") else copied
     words = ["inspect", str(given), "--html", str(copied / name), "--overwrite", "-q"]
     assert cli.run(words) == 2
-    assert "is a file of an input" in capsys.readouterr().err
+    assert "is no page that loratool made" in capsys.readouterr().err
     assert (copied / name).read_bytes() == before
 
 

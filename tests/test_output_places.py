@@ -76,7 +76,7 @@ def a_folder_of_other_things(path: Path) -> None:
 
 def an_older_model(path: Path) -> None:
     write_base(path, {"old.weight": f32(W)})
-    (path / "old.txt").write_text("mine")
+    (path / "generation_config.json").write_text("{}")
 
 
 def a_dangling_link_in_a_loop(path: Path) -> None:
@@ -137,7 +137,8 @@ STRANGERS: dict[str, Callable[[Path], None]] = {
 def test_a_stranger_under_the_stage_s_name_is_not_touched(bench: Workbench, case: Callable[[Path], None]) -> None:
     """Row 53, for OUT.partial."""
     case(bench.outputs / "merged.partial")
-    bench.refuses_to_merge("merged.partial", code=2)
+    bench.refuses_to_merge("merged.partial", code=6)
+    bench.refuses_to_merge("merged.partial", code=6, options=["--dry-run"])
 
 
 def test_an_output_named_like_a_file_is_refused(bench: Workbench) -> None:

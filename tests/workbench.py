@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -27,7 +27,12 @@ from malformed import ADAPTER, BASE, MERGED, MODEL, WEIGHT, Array, Content, put,
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 
+import loratool
+from loratool import staging
 from loratool.cli import run
+
+if TYPE_CHECKING:
+    from loratool.journal import FinishedShard
 
 LONGEST_MESSAGE = 6000  # characters: a screenful or two, whatever the input holds
 LONGEST_WAIT = 15.0  # seconds until a command counts as hanging
@@ -208,3 +213,34 @@ def run_apart(words: Sequence[str], **options: Any) -> Outcome:
     started = time.monotonic()
     done = subprocess.run(words, check=False, text=True, errors="surrogateescape", **settings)
     return Outcome(done.returncode, done.stdout or "", done.stderr or "", time.monotonic() - started)
+
+
+def tree(root: Path) -> dict[str, tuple[object, ...]]:
+    """`root` and everything below it: kind, inode, time of the last change, and the bytes or the link's target."""
+    found: dict[str, tuple[object, ...]] = {}
+    for path in (root, *sorted(root.rglob("*"))):
+        status = path.lstat()
+        content = path.read_bytes() if stat.S_ISREG(status.st_mode) else None
+        link = os.readlink(path) if stat.S_ISLNK(status.st_mode) else None
+        found[str(path)] = (status.st_mode, status.st_ino, status.st_mtime_ns, content, link)
+    return found
+
+
+def interrupted(
+    base: Path, adapters: Path | Sequence[Path], out: Path, finished: int = 1, **settings: Any
+) -> list[str]:
+    """A merge that is interrupted when so many of its files are finished; the names of those that are."""
+    names: list[str] = []
+
+    class Interrupting(staging.Stage):
+        def record(self, shard: FinishedShard) -> None:
+            super().record(shard)
+            names.append(shard.name)
+            if len(names) >= finished:
+                raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(staging, "Stage", Interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            loratool.merge(base, adapters, out, workers=1, device="cpu", **settings)
+    return sorted(names)

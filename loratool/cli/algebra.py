@@ -30,7 +30,9 @@ DTYPE = click.option(
 def writing_options(command: Command) -> Command:
     """`--dry-run`, `--overwrite` and `--push-to-hub`."""
     command = pushing_options(command)
-    command = click.option("--overwrite", is_flag=True, help="Replace OUT where it is an adapter already.")(command)
+    command = click.option("--overwrite", is_flag=True, help="Replace OUT where it holds an adapter and nothing else.")(
+        command
+    )
     return click.option("--dry-run", is_flag=True, help="Compute and report, but write nothing.")(command)
 
 

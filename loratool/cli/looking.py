@@ -27,7 +27,7 @@ from loratool.reading import readings
 @click.option("--values", is_flag=True, help="Measure every module of an adapter: norms, ranks, spectra.")
 @click.option("--check", is_flag=True, help="Look for what is wrong; exit code 3 or 5 where something is.")
 @click.option("--html", type=PATH, metavar="FILE", help="Write one page with figures; measures as --values does.")
-@click.option("--overwrite", is_flag=True, help="Replace FILE where it is there already.")
+@click.option("--overwrite", is_flag=True, help="Replace FILE where it is a page made by inspect.")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to measure.")
 @reading_options
 @output_options
@@ -62,7 +62,7 @@ def inspect(
     if html is not None:
         from loratool.report.page import check_page
 
-        check_page(html, overwrite, [path for path in (*paths, base, base_config) if path])
+        check_page(html, overwrite)
     facts = []
     for path, way in zip(paths, readings(len(paths), expert_layout, adapter_name, input_alpha), strict=True):
         with counter(quiet, "measuring") as progress:

@@ -53,7 +53,7 @@ from loratool.cli.words import (
 @click.option("--workers", type=click.IntRange(1, 1024), help="Threads [default: two more than cores, at most 16].")
 @click.option("--max-memory", type=Size(), help="Resident memory to stay under, such as 400MB.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and touch nothing.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT where it is a model already.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT where it holds a model and nothing else.")
 @click.option("--allow-new-tensors", is_flag=True, help="Add heads that an adapter saved and BASE has not.")
 @click.option(
     "--also-load",

@@ -29,11 +29,11 @@ from loratool.methods.coefficients import LEAST_ALIKE, cancel, mean_cosine
 from loratool.methods.mixture import UNSCALED, ZERO, Mixture, Recipe, mix, mix_factors
 from loratool.methods.table import FACTORWISE, GRAM, METHODS
 from loratool.notes import Note, as_records
+from loratool.outputs import check_target
 from loratool.ranks import evened, told_of_cuts, told_of_experts
 from loratool.reading import readings
 from loratool.recipes import make_recipe, told
 from loratool.saving import Form, Rounded, adapter_output, carried_over, files_beside, kept_dtype, told_beside
-from loratool.staging import check_target
 from loratool.working import PathLike, Progress, Session, session
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def combine(
             "grouped-by-expert"; one for all adapters or one for each, as the next two.
         adapter_name: which adapter to read of a file or folder that holds several.
         input_alpha: α of every module, for files that do not hold it.
-        overwrite: replace `out` where it is an adapter already.
+        overwrite: replace `out` where it holds an adapter and nothing else.
         dry_run: compute and report, but write nothing.
         progress: called with (layers done, layers in all).
 

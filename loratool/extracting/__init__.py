@@ -32,10 +32,10 @@ from loratool.lowrank import Product, inner, padded
 from loratool.lowrank import change as change_of
 from loratool.notes import Note, as_records
 from loratool.origins import origin_of, told_origin
+from loratool.outputs import check_target
 from loratool.ranks import told_of_cuts, told_of_experts
 from loratool.safefile import FLOAT_NAMES
 from loratool.saving import WIDTH, Form, Output, Rounded, adapter_output, torch_dtype
-from loratool.staging import check_target
 from loratool.weightfiles import weight_files
 from loratool.working import PathLike, Progress, Session, session
 
@@ -90,7 +90,7 @@ def extract(
         dtype: of the factors: "keep" (that of the tuned layers), "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda" or "cuda:N".
         seed: of the sketch.
-        overwrite: replace `out` where it is an adapter already.
+        overwrite: replace `out` where it holds an adapter and nothing else.
         dry_run: decide, measure and report, but write nothing.
         progress: called with (layers done, layers in all).
 

@@ -52,33 +52,37 @@ class Source:
     checkpoint: Checkpoint
     fetch: Fetch  # a file of its own, whole, until it is dropped
     drop: Callable[[Path], None]
-    identity: dict[str, str]  # weight file → what tells its content apart
+    contents: Callable[[], list[str]]  # SHA-256 of each weight file, or what else the Hub tells of its content
 
 
 @contextmanager
-def opened(base: str | os.PathLike[str], home: Path) -> Iterator[Source]:
+def opened(base: str | os.PathLike[str], home: Callable[[str], Path]) -> Iterator[Source]:
     """A base, its weights still where they are: on the Hub, or on this disk, where they are never dropped.
 
-    `home` is the folder for files that are fetched. Raises as `local` does.
+    `home` gives the folder into which a file of that name is fetched. Raises as `local` does.
     """
     place = place_of(base)
     if place is None or is_offline():
         checkpoint = open_checkpoint(local(base, "model"))
-        identity = {str(s.path): f"{s.identity.size} {s.identity.modified}" for s in checkpoint.shards}
-        yield Source(checkpoint, lambda file: file.path, lambda _path: None, identity)
+        yield Source(
+            checkpoint,
+            lambda file: file.path,
+            lambda _path: None,
+            lambda: [sha256_of(shard.path) for shard in checkpoint.shards],
+        )
         return
     remote = look_up(place)
     with outlined(remote, place) as location:
         yield on_the_hub(remote, place, location, home)
 
 
-def on_the_hub(remote: Remote, place: HubPath, location: Path, home: Path) -> Source:
+def on_the_hub(remote: Remote, place: HubPath, location: Path, home: Callable[[str], Path]) -> Source:
     """The base of an outline: headers, and the small files beside them, are really there."""
     root = root_of(location, place)
     names = needed(root, location, "model")
     for name in names.others:
-        path = fetch_file(remote, name, home)
-        shutil.move(path, root / name)  # temporary files may be on another file system than `home`
+        path = fetch_file(remote, name, root.parent)
+        os.replace(path, root / name)
         path.parent.rmdir()
     put_headers(remote, root, names.weights)
     checkpoint = open_checkpoint(location)
@@ -86,7 +90,8 @@ def on_the_hub(remote: Remote, place: HubPath, location: Path, home: Path) -> So
         (root / name).unlink()  # a hole of the file's size: nobody shall count it as a file
 
     def fetch(file: SafeFile) -> Path:
-        path = fetch_file(remote, file.path.relative_to(root).as_posix(), home)
+        name = file.path.relative_to(root).as_posix()
+        path = fetch_file(remote, name, home(name))
         if read_safefile(path).layout.header != file.layout.header:
             raise InputError(f"{printable(path)}: its header is another one than before; start again")
         return path
@@ -95,8 +100,8 @@ def on_the_hub(remote: Remote, place: HubPath, location: Path, home: Path) -> So
         shutil.rmtree(path.parent)
 
     shells = tuple(Shell(s.path, s.layout, s.identity, fetch, drop) for s in checkpoint.shards)
-    identity = {name: remote.files[name].sha256 or remote.files[name].blob for name in names.weights}
-    return Source(replace(checkpoint, shards=shells), fetch, drop, identity)
+    told = [remote.files[shard.path.relative_to(root).as_posix()] for shard in shells]
+    return Source(replace(checkpoint, shards=shells), fetch, drop, lambda: [each.sha256 or each.blob for each in told])
 
 
 def fetch_file(remote: Remote, name: str, home: Path) -> Path:

@@ -19,10 +19,11 @@ from loratool.fetching.bases import named_base
 from loratool.formats import read_adapter
 from loratool.formats.peft import CONFIG, INDEX, recognises
 from loratool.hub.committing import Upload
+from loratool.inputs import json_object, read_bounded
+from loratool.journal import MODEL, is_stage
 from loratool.notes import Note
 from loratool.safefile import PREFIX
 from loratool.secrets import secrets_in
-from loratool.staging import JOURNAL, MODEL
 from loratool.weightfiles import WeightFile, fates
 
 # What a model or an adapter is made of beside its weights; anything else is sent only where --include names it.
@@ -52,6 +53,7 @@ TRAINING = (
 )
 UNFINISHED = (
     "*.partial",
+    "*.streaming",
     "*.incomplete",
     "*.lock",
     "*.tmp",
@@ -98,7 +100,7 @@ def select(
     """
     if not root.is_dir():
         raise UsageError(f"{printable(root)}: PATH is the folder of a model or of an adapter")
-    if (root / JOURNAL).is_file() or (root.name == MODEL and (root.parent / JOURNAL).is_file()):
+    if is_stage(root) or (root.name == MODEL and is_stage(root.parent)):
         raise InputError(f"{printable(root)}: the output of a merge that is not finished; run that merge again first")
     kind, needed, others, left_out, beside = contents(root)
     names = list(dict.fromkeys([*needed, *others]))
@@ -147,12 +149,12 @@ def select(
 
 def listing(path: Path, name: str, content: bytes) -> bytes:
     """A `loratool.json` that lists a file with another content; as it is where it is none, or lists no side files."""
-    raw = path.read_bytes()
+    raw = read_bounded(path)
     try:
-        table = json.loads(raw)
-    except (ValueError, RecursionError):
+        table = json_object(raw, lenient=True)
+    except ValueError:
         return raw
-    if not isinstance(table, dict) or not isinstance(table.get("files"), dict):
+    if not isinstance(table.get("files"), dict):
         return raw
     files = {**read_recorded(table), name: digest_of_bytes(content)}
     return (json.dumps({**table, "files": recorded(files)}, indent=2) + "\n").encode()

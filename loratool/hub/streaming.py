@@ -11,16 +11,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from loratool import __version__
 from loratool.adapter import moved, stored_tensors
 from loratool.cards import CARD, OUT, command, is_nobodys
 from loratool.checkpoint import INDEX_SUFFIX, PROVENANCE
@@ -33,10 +32,12 @@ from loratool.fetching import local
 from loratool.fetching.bases import chosen_base, unlike_bases
 from loratool.fetching.outline import Remote, read_small
 from loratool.fetching.pieces import Source, opened
+from loratool.fingerprints import content_fingerprint, installed
 from loratool.formats import read_adapter
 from loratool.hub.committing import REMOTE_JOURNAL, Commit, Upload, check, commit, files_of, full_name, open_repo
 from loratool.hub.selecting import check_message, check_secrets, matches, never, unknown
 from loratool.inputs import json_object
+from loratool.journal import FETCHED, MODEL, FinishedShard
 from loratool.merging import (
     PathLike,
     Progress,
@@ -48,20 +49,12 @@ from loratool.merging import (
     merged_card,
     provenance,
 )
+from loratool.outputs import check_stage
 from loratool.planning import MergePlan, plan_merge
 from loratool.reading import readings
-from loratool.resources import Runtime, start_torch
+from loratool.resources import Runtime, choose_resources, resident_memory, start_torch
 from loratool.safefile import read_safefile
-from loratool.staging import (
-    JOURNAL,
-    FinishedShard,
-    Stage,
-    check_owner,
-    check_space,
-    locked,
-    stage_of,
-    write_durably,
-)
+from loratool.staging import Stage, check_space, workplace
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -177,7 +170,9 @@ def stream(
     paths = [local(adapter, "adapter") for adapter in words]
     repo = repo if dry_run else full_name(repo)  # so that a long way is not gone in vain
     runtime = start_torch(device)
-    with workplace(repo) as home, opened(chosen_base(base, paths), home) as source:
+    with ExitStack() as stack:
+        place = Workplace.of(repo, stack, dry_run)
+        source = stack.enter_context(opened(chosen_base(base, paths), place.place_for))
         planned = plan_merge(
             source.checkpoint,
             [read_adapter(path, way) for path, way in zip(paths, ways, strict=True)],
@@ -197,13 +192,15 @@ def stream(
         headers = [Upload(shard.name, content=shard.layout.header) for shard in planned.shards]
         early = [*others(table={"command": told}, weights={}), *headers]  # a secret is found before anything is sent
         secrets = check_secrets(planned.base.name, early, allow_secret)
-        streaming = Streaming(planned, source, home, repo, revision, runtime, workers, max_memory, progress, exclude)
+        streaming = Streaming(planned, source, place, repo, revision, runtime, workers, max_memory, progress, exclude)
         made = (*planned.notes, *unlike_bases(planned.base, planned.adapters))
         notes = [*made, *secrets]
         digests = [adapter.digests() for adapter in planned.adapters]
-        check_space(home, most_on_disk(planned))
+        check_space(place.home.parent, most_on_disk(planned))
         if dry_run:
             return streaming.report(Commit("", ""), not public, (), notes, started, dry_run)
+        choose_resources(planned, runtime.result().devices, workers, max_memory, resident_memory())
+        place.open()
         private = open_repo(repo, public, revision, notes)[1]
         streaming.plan_name = fingerprint(planned, source, digests, device)
         done = streaming.begin(overwrite)
@@ -220,26 +217,36 @@ def stream(
         return streaming.report(done, private, resumed, notes, started, dry_run)
 
 
-@contextmanager
-def workplace(repo: str) -> Iterator[Path]:
-    """A folder of this run alone, empty to begin with; a killed run's leftovers go first, its own at the end."""
-    home = stage_of(Path.cwd() / (Path(repo).name or "merged"))
-    with locked(home):
-        check_owner(home)
-        write_durably(home / JOURNAL, json.dumps({"plan": f"stream to {repo}"}).encode())
-        clear(home)
-        try:
-            yield home
-        finally:
-            clear(home)
-            (home / JOURNAL).unlink(missing_ok=True)
-            home.rmdir()
+@dataclass
+class Workplace:
+    """The folder of a streaming merge, in the working directory; made when there is something to put into it.
 
+    It is no stage of a local merge, whatever that one's output is called: both can be interrupted side by side.
+    """
 
-def clear(home: Path) -> None:
-    for path in home.iterdir():
-        if path.name != JOURNAL:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    home: Path
+    stack: ExitStack  # of the run, at whose end the folder goes
+    dry_run: bool
+    stage: Stage | None = None
+
+    @classmethod
+    def of(cls, repo: str, stack: ExitStack, dry_run: bool) -> Workplace:
+        """That of a merge into a repository. Raises `StorageError` where its name is taken by what is not ours."""
+        home = Path.cwd() / f"{Path(repo).name or 'merged'}.streaming"
+        check_stage(home)
+        return cls(home, stack, dry_run)
+
+    def open(self) -> Stage:
+        """The folder, locked and empty to begin with: what a killed run left goes first."""
+        if self.stage is None:
+            self.stage = self.stack.enter_context(workplace(self.home))
+        return self.stage
+
+    def place_for(self, name: str) -> Path:
+        """Where a file of the Hub is fetched to."""
+        if self.dry_run:  # which makes nothing in the working directory
+            return Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix="loratool-")))
+        return self.open().place_for(name)
 
 
 def sources_of(plan: MergePlan, shard: ShardPlan) -> list[SafeFile]:
@@ -258,18 +265,9 @@ def most_on_disk(plan: MergePlan) -> int:
 
 
 def fingerprint(plan: MergePlan, source: Source, digests: Sequence[Mapping[str, str]], device: str) -> str:
-    """SHA-256 of everything the output depends on."""
-    facts = {
-        "loratool": __version__,
-        "base": source.identity,
-        "adapters": list(digests),
-        "weights": plan.weights,
-        "naming": plan.naming,
-        "dtype": plan.dtype,
-        "device": device,
-        "shards": [(s.name, hashlib.sha256(s.layout.header).hexdigest()) for s in plan.shards],
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode(errors="surrogateescape")).hexdigest()
+    """What the repository's journal knows a merge by: files of another machine are continued, those of other work not."""
+    facts = [content_fingerprint(plan, digests, source.contents()), device, installed("torch")]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def last_files(
@@ -309,7 +307,7 @@ class Streaming:
 
     plan: MergePlan
     source: Source
-    home: Path
+    place: Workplace
     repo: str
     revision: str | None
     runtime: Future[Runtime]
@@ -392,8 +390,8 @@ class Streaming:
 
     def carry(self, shard: ShardPlan, number: str) -> None:
         """One output file's way: at its widest its source and itself are on the disk."""
-        stage = Stage(self.home / "out", self.home)
-        stage.folder.mkdir()
+        stage = replace(self.place.open(), finished={}, files={})
+        stage.expect([shard.name])
         fetched = {id(file): self.source.fetch(file) for file in sources_of(self.plan, shard)}
         here = {key: read_safefile(path) for key, path in fetched.items()}
         spans = tuple(
@@ -421,7 +419,7 @@ class Streaming:
             raise VerificationError(f"{printable(shard.name)}: changed on this disk after it was written; run it again")
         self.finished[shard.name] = finished
         commit(self.repo, self.revision, [upload, self.journal()], f"Merged weights {number}")
-        shutil.rmtree(stage.folder)
+        stage.clear(but={MODEL, FETCHED})
 
     def end(self, uploads: Sequence[Upload], message: str) -> Commit:
         """The commit that makes a model of the weights, and a look at all that is there."""
@@ -478,6 +476,6 @@ def finished_in(table: object, there: Mapping[str, RemoteFile]) -> dict[str, Fin
         digest, file = Digest.of_record(entry), there.get(name)
         if digest is None or file is None or file.size != digest.size:
             continue
-        if not file.sha256 or digest.has_sha256(file.sha256):
+        if digest.has_sha256(file.sha256):
             found[name] = FinishedShard(name, digest, bool(entry.get("changed", True)))
     return found

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
-from loratool.errors import StorageError, UsageError, escaped, printable
+from loratool.errors import UsageError, escaped, printable
+from loratool.outputs import write_file
 from loratool.report import size
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from loratool.measuring import Measured
 
 MOST_POINTS = 250_000  # singular values that a page holds; of more, every second, third … one is kept
+LARGEST_HEAD = 1 << 16  # bytes in which a page's title ends
+PAGE_TITLE = re.compile(rb"<title>[^<]*\xc2\xb7 loratool inspect</title>")
 LAYER = re.compile(r"(?<![^.])\d+(?![^.])")
 # Modules of one layer in the order in which they are computed.
 ORDER = (
@@ -70,38 +73,33 @@ def cleaned(data: Any) -> Any:
     return escaped(data) if isinstance(data, str) else data
 
 
-def check_page(path: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
-    """Raise `UsageError` where a page may not be written to `path`; of inputs only pages are replaced."""
+def check_page(path: Path, overwrite: bool) -> None:
+    """Raise `UsageError` where a page may not be written to `path`; nothing but pages made here is replaced."""
     if path.is_dir():
         raise UsageError(f"--html {printable(path)}: is a folder; a file is wanted")
-    if (path.exists() or path.is_symlink()) and not overwrite:
+    if os.path.lexists(path) and not overwrite:
         raise UsageError(f"--html {printable(path)}: is there already; --overwrite replaces it")
-    place = path.resolve()
-    if path.exists() and not is_page(path) and any(place.is_relative_to(each.resolve()) for each in inputs):
-        raise UsageError(f"--html {printable(path)}: is a file of an input, which is never written to")
+    if path.exists() and not is_page(path):
+        raise UsageError(
+            f"--html {printable(path)}: is no page that loratool made, so --overwrite does not replace it; give another name"
+        )
     if not path.parent.is_dir():
         raise UsageError(f"--html {printable(path)}: there is no folder {printable(path.parent)}")
 
 
 def is_page(path: Path) -> bool:
-    """Whether a file begins as the template does."""
+    """Whether a file is a page made here, of this release or another."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        return file.read(15) == b"<!doctype html>"
+        start = file.read(LARGEST_HEAD)
+    return start.startswith(b"<!doctype html>") and PAGE_TITLE.search(start) is not None
 
 
 def write_page(results: Sequence[Facts], path: Path, overwrite: bool = False) -> None:
     """Write the page of some results; under its final name only when all of it is there."""
     check_page(path, overwrite)
-    text = html_page(results)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise StorageError(f"{printable(path)}: {error.strerror or error}") from None
+    write_file(path, html_page(results).encode(errors="backslashreplace"))
 
 
 def adapter_data(facts: AdapterFacts) -> dict[str, Any]:
