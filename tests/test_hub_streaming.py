@@ -309,3 +309,21 @@ def test_an_adapter_that_does_not_fit_is_refused_before_a_repository_is_made(
     client.refused(*words("alice/new", "org/base", tmp_path / "other"), code=4, cwd=tmp_path / "work")
     assert "alice/new" not in hub.repos
     assert os.listdir(tmp_path / "work") == []
+
+
+def test_a_dead_adapter_beside_a_live_one_is_warned_of_in_a_streamed_merge_too(
+    hub: HubServer, client: Client, models: Path, tmp_path: Path
+) -> None:
+    """Its modules are counted over all files, in the report and in the record that goes to the Hub."""
+    dead = tmp_path / "dead"
+    shutil.copytree(models / "adapter", dead)
+    config = json.loads((dead / "adapter_config.json").read_text())
+    (dead / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 0}))
+    ran = client.works(*words("alice/new", "org/base", "org/adapter", str(dead), "--json"), cwd=tmp_path / "work")
+    assert "warning: dead: changes no element" in ran.err
+    live, still = json.loads(ran.out)["adapters"]
+    assert live["modules"] == still["modules"] == len(still["unchanged"]) > 0
+    assert live["unchanged"] == []
+    record = json.loads(held(hub, "alice/new")["loratool.json"])
+    assert [a["unchanged"] for a in record["adapters"]] == [0, still["modules"]]
+    assert "adapter-without-effect" in [note["code"] for note in record["notes"]]

@@ -331,7 +331,9 @@ def test_extract_believes_whom_merge_believes(name: str, tmp_path: Path) -> None
         extract(*paths, rank=1, fan_in_fan_out=wanted == YES)
         wanted = wanted == YES
     else:
-        extract(*paths, rank=1, fan_in_fan_out=option)
+        report = extract(*paths, rank=1, fan_in_fan_out=option)
+        guessed = config["model_type"] == "mystery" and option is None
+        assert ("orientation-guessed" in [note.code for note in report.notes]) == guessed
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["fan_in_fan_out"] == wanted
     found = read_tensors(tmp_path / "out")
     product = found[f"{PREFIX}{SQUARE}.lora_B.weight"] @ found[f"{PREFIX}{SQUARE}.lora_A.weight"]

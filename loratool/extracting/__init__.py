@@ -467,7 +467,7 @@ def total(extractor: Extractor, forms: Mapping[str, Form], itemsize: int) -> Ext
 def remarks(found: Pairing, extractor: Extractor, rule: Rule) -> Iterator[Note]:
     """What a user of the result should know."""
     yield from (note for checkpoint in (found.base, found.tuned) for note in checkpoint.notes[1:])
-    yield from not_compared(found.base, found.tuned)
+    yield from (*not_compared(found.base, found.tuned), *found.told_guesses())
     if extractor.noise:
         yield (
             Note(

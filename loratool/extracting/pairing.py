@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from loratool.binding import listed
 from loratool.binding.fusing import model_types
 from loratool.binding.orientation import OPTION, bias_shows, class_says, is_conv1d, module_of, option, stored
 from loratool.contents import Kind
@@ -25,6 +26,7 @@ from loratool.layouts.architectures import (
     TASK_CLASSES,
 )
 from loratool.layouts.fusions import EXPERT_COUNTS, FLAGGED_EXPERTS
+from loratool.notes import Note
 from loratool.safefile import FLOAT_NAMES, product
 from loratool.saving import Carried
 from loratool.tying import find_ties, language_parts, on_disk
@@ -96,6 +98,7 @@ class Pairing:
     identical: int = 0
     excluded: int = 0
     left_out: dict[str, str] = field(default_factory=dict)  # tensor → reason
+    guessed: dict[str, bool] = field(default_factory=dict)  # square matrices taken (in, out) or not, as others lie
 
     @property
     def groups(self) -> list[tuple[Change, ...]]:
@@ -127,6 +130,13 @@ class Pairing:
             or f"{module}.bias" in self.biases
             or bool(self.attention_of(change.target))
         )
+
+    def told_guesses(self) -> Iterator[Note]:
+        """A note on square matrices of which only the others tell how they are stored."""
+        for way in (False, True):
+            if mine := [name for name, turned in self.guessed.items() if turned == way and name in self.changes]:
+                text = f"{len(mine)} square weights taken as stored {stored(way)}, as those with biases are: {listed(mine)}"
+                yield Note("orientation-guessed", text)
 
     @property
     def carried(self) -> Carried:
@@ -315,7 +325,8 @@ class Sorter:
         if shown is not None:
             return shown
         if len(kin := self.shown_by_biases[is_conv1d(leaf)]) == 1:
-            return next(iter(kin))
+            self.found.guessed[name] = next(iter(kin))
+            return self.found.guessed[name]
         if is_conv1d(leaf):
             self.unclear[name] = (
                 "neither its shape nor a bias nor the model's class tells whether it is stored (in, out) as Conv1D "
