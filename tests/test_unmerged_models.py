@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, build_base, randomise
 from torch import Tensor
@@ -222,3 +222,21 @@ def test_a_users_module_called_base_layer_makes_no_model_unmerged(tmp_path: Path
     tensors = {"encoder.base_layer.weight": torch.ones(2, 2), "encoder.lora_head.weight": torch.ones(2, 2)}
     facts: Any = loratool.inspect(save(tmp_path / "model", tensors), check=True)
     assert not facts.findings
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["alpha held", "alpha missing"])
+def test_an_adapter_whose_config_lacks_alpha_takes_the_one_that_is_given(
+    base: Path, adapter: Path, tmp_path: Path, held: bool
+) -> None:
+    """--input-alpha is α where the config has none; where it has one, that one counts and a note says so."""
+    copied = tmp_path / "adapter"
+    shutil.copytree(adapter, copied)
+    config = json.loads((copied / "adapter_config.json").read_text())
+    if not held:
+        del config["lora_alpha"]
+    (copied / "adapter_config.json").write_text(json.dumps(config))
+    given = 99.0 if held else ALPHA
+    report = loratool.merge(base, copied, tmp_path / "out", input_alpha=given)
+    assert any(note.code == "input-alpha-not-used" for note in report.notes) == held
+    loaded: Any = PeftModel.from_pretrained(LLAMA.cls.from_pretrained(base), adapter)
+    check_same(folded(tmp_path / "out"), by_peft(loaded, "default"))

@@ -28,6 +28,7 @@ from loratool.formats.peft.files import (
 )
 from loratool.formats.peft.methods import METHODS
 from loratool.formats.peft.remarks import remark
+from loratool.notes import Note
 from loratool.origins import name_of
 from loratool.reading import AS_STORED, Reading
 from loratool.safefile import read_safefile
@@ -36,7 +37,6 @@ from loratool.weightfiles import weight_files
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from loratool.notes import Note
     from loratool.safefile import SafeFile
 
 # Fields of a config that say what model was trained, not how.
@@ -88,9 +88,22 @@ def read_what_is_sound(path: Path, reading: Reading = AS_STORED) -> tuple[Adapte
 
 def draft_of(file: SafeFile, config: Mapping[str, Any], notes: list[Note], reading: Reading) -> Draft:
     """A draft under the fields of a config that are sound; the others are problems of it."""
+    config = with_alpha(config, reading.input_alpha, notes)
     wrong = wrong_fields(config)
     sound = {name: value for name, value in config.items() if name not in wrong}
     return Draft(file, sound, notes, reading, problems=[*wrong.values()])
+
+
+def with_alpha(config: Mapping[str, Any], alpha: float | None, notes: list[Note]) -> Mapping[str, Any]:
+    """The config with the α that the caller gives, where it does not hold its own."""
+    name = "lora_alpha" if config.get("peft_type", "LORA") in ("LORA", "ADALORA") else "alpha"
+    if alpha is None or config.get(name) is None:
+        return config if alpha is None else {**config, name: alpha}
+    held = printable(config[name])
+    notes.append(
+        Note("input-alpha-not-used", f"its config has {name} {held}, so the input alpha {alpha:g} is not used")
+    )
+    return config
 
 
 def adapter_from(draft: Draft, folder: Path, config_file: Path) -> tuple[Adapter, tuple[str, ...]]:

@@ -136,7 +136,6 @@ def assumed_config(
     notes.append(Note("config-assumed", f"no {CONFIG} is there: plain scaling by α/r is assumed, without rsLoRA"))
     return {
         "peft_type": "LORA",
-        "lora_alpha": reading.input_alpha,
         "use_dora": "lora_magnitude_vector" in parts,
         "lora_bias": any(name.endswith("lora_B.bias") for name in names),
     }
