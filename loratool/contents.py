@@ -29,6 +29,10 @@ WAY_OUT = (
 )
 
 
+# Types whose files have the same tensors for two kinds of layers: their name, and the kind that is not linear.
+UNTOLD = {"ADALORA": ("AdaLoRA", "a Conv2d"), "TINYLORA": ("TinyLoRA", "an embedding")}
+
+
 class Kind(Enum):
     """How the factors of a layer are stored."""
 
@@ -154,14 +158,17 @@ class Contents:
     @property
     def remarks(self) -> tuple[Note, ...]:
         """What a user of plain LoRA made of it should know."""
-        if self.config.get("peft_type") != "ADALORA":
+        kind = self.config.get("peft_type")
+        if not isinstance(kind, str) or kind not in UNTOLD:
             return self.adapter.notes
+        title, layer = UNTOLD[kind]
         return (
             *self.adapter.notes,
             Note(
-                "convolutions-unknown",
-                "AdaLoRA's file does not tell a Conv2d from a linear layer, and all are written as linear layers; if one is "
-                "a Conv2d, PEFT cannot load this: merge the adapter instead, and `loratool extract` makes LoRA of the result",
+                "layer-kind-unknown",
+                f"{title}'s file does not tell {layer} from a linear layer, and all are written as linear layers; if one is "
+                f"{layer}, PEFT cannot load this: merge the adapter instead, and `loratool extract` makes LoRA of the "
+                "result",
             ),
         )
 
