@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,8 @@ LIES_TO_DOWNLOADS = {
 LEADING_OUT = ("a commit that leads out", "a name that leads out", "a digest that leads out", "JSON without an end")
 CASES = [
     *(("inspect", name) for name in LIES_TO_ALL),  # every command begins with what inspect asks
-    *((command, name) for name in (*LEADING_OUT, *LIES_TO_DOWNLOADS) for command in ("merge", "stream")),
+    *(("merge", name) for name in (*LEADING_OUT, *LIES_TO_DOWNLOADS)),
+    *(("stream", name) for name in ("a digest that leads out", *LIES_TO_DOWNLOADS)),
 ]
 
 
@@ -273,3 +275,16 @@ def test_a_journal_of_a_stream_that_is_no_journal_counts_as_none(hub: HubServer,
         words = ("merge", "org/base", "org/adapter", "--stream", "--push-to-hub", repo, "--overwrite")
         client.works(*words, cwd=client.home)
         assert "config.json" in hub.files(repo)
+
+
+def test_what_a_server_warns_of_is_shown_as_text(hub: HubServer, client: Client, models: Path) -> None:
+    """The Hub's client repeats warnings of a server, by its log and by Python's warnings: without what terminals obey."""
+    evil = "\x1b[2J\x9b31m\u202eforged\u200b"
+    hub.lies += [
+        Lie("/validate-yaml", change=lambda _answer: {"warnings": [{"message": evil}]}),
+        Lie("/api/", headers={"X-HF-Warning": "topic; \x9b31mforged"}),
+    ]
+    ran = client.works("push", models / "adapter", "alice/new", cwd=client.home)
+    assert "forged" in ran.err
+    shown = ran.err + ran.out
+    assert [c for c in shown if c != "\n" and unicodedata.category(c) in ("Cc", "Cf")] == []
