@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cached_property
@@ -143,6 +143,7 @@ def open_folder(root: Path, index: Path | None) -> Checkpoint:
     if index is not None:
         weight_map, metadata = read_index(index)
         shard_names = list(dict.fromkeys(weight_map.values()))
+        check_any(index, root, shard_names)
         shards = order_shards(read_shards(root, shard_names))
         check_index(index, weight_map, root, shards)
     else:
@@ -291,6 +292,16 @@ def leaves(root: Path, name: str) -> bool:
         if folder.name == "snapshots":  # models--org--name/snapshots/COMMIT/… → models--org--name/blobs/…
             return not target.is_relative_to(folder.parent / "blobs")
     return True
+
+
+def check_any(index: Path, root: Path, names: Sequence[str]) -> None:
+    """Raise `InputError` where an index is all that is there of a model."""
+    if names and not any(os.path.lexists(root / name) for name in names):
+        few = ", ".join(map(printable, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        raise InputError(
+            f"{printable(index)}: only the index is here, and no such file as it names for the weights ({few}); "
+            "download or copy them into this folder"
+        )
 
 
 def read_shards(root: Path, names: list[str]) -> list[SafeFile]:

@@ -21,6 +21,13 @@ MOST_SHOWN = 20  # problems of one input that a message lists
 INVISIBLE = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0") | frozenset(
     map(chr, range(0xE0100, 0xE01F0))
 )
+MOST_NAMED = 3  # names that a folded problem repeats
+# A problem: whose it is (an adapter, say), the dotted name that it is about, and what is said of it.
+SUBJECT = re.compile(r"(?P<whose>[^:\s]+: )??(?P<name>[^\s:]*\.[^\s:]*): (?P<said>.+)", re.DOTALL)
+ALONE = re.compile(r"(?P<whose>)(?P<name>)(?P<said>.*)", re.DOTALL)  # one that is about no name
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer, within a name
+TENSOR_ENDS = frozenset({"weight", "bias"})
+FILE_ENDS = frozenset({"safetensors", "json"})
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
@@ -62,6 +69,36 @@ def without_tokens(text: str) -> str:
     return re.sub(r"(\w://[^\s?'\"]+\?)[^\s'\"]+", r"\1…", text)  # a signed address is a key, too
 
 
+def folded(problems: Iterable[str]) -> list[tuple[str, tuple[str, ...]]]:
+    """Problems, those that say the same of several modules, tensors or files as one; each with the names it is said of.
+
+    `model.layers.0.mlp: lora_B is missing` and 223 like it become `224 modules: lora_B is missing (model.layers.0.mlp,
+    … and 221 more)`. Names within a sentence may differ in the subject's own name and in the numbers of layers.
+    """
+    groups: dict[tuple[str, str], list[re.Match[str]]] = {}
+    for problem in problems:
+        match = SUBJECT.fullmatch(problem) or ALONE.fullmatch(problem)
+        assert match is not None
+        name, said = match["name"] or "", match["said"]
+        like = NUMBER.sub("*", said.replace(name, "…") if name else said)
+        groups.setdefault((match["whose"] or "", like if name else said), []).append(match)
+    found: list[tuple[str, tuple[str, ...]]] = []
+    for (whose, _), matches in groups.items():
+        names = [match["name"] for match in matches if match["name"]]
+        if len(set(names)) > MOST_NAMED:
+            listed = f"{', '.join(names[:MOST_NAMED])} and {len(names) - MOST_NAMED} more"
+            found.append((f"{whose}{len(names)} {kind_of(names)}: {matches[0]['said']} ({listed})", tuple(names)))
+        else:
+            found += [(match.string, (match["name"],) if match["name"] else ()) for match in matches]
+    return found
+
+
+def kind_of(names: Iterable[str]) -> str:
+    """What some names are names of."""
+    ends = {name.rpartition(".")[2] for name in names}
+    return "tensors" if ends <= TENSOR_ENDS else "files" if ends <= FILE_ENDS else "modules"
+
+
 class LoratoolError(Exception):
     """One sentence that says what is wrong, and below it every problem of that input.
 
@@ -77,8 +114,9 @@ class LoratoolError(Exception):
         super().__init__(message)
 
     def __str__(self) -> str:
-        shown = self.problems[:MOST_SHOWN]
-        more = len(self.problems) - len(shown)
+        every = [text for text, _ in folded(self.problems)]
+        shown = every[:MOST_SHOWN]
+        more = len(every) - len(shown)
         lines = [self.message, *(f"  {problem}" for problem in shown)]
         if more:
             lines.append(f"  … and {more} more")

@@ -31,6 +31,7 @@ SOUND: Mapping[str, Any] = {
     "r": 4,
     "lora_alpha": 8,
     "target_modules": list(NAMES),
+    "task_type": "CAUSAL_LM",
 }
 Tensors = dict[str, Tensor]
 
@@ -129,6 +130,21 @@ def wrapped(tensors: Tensors) -> None:
         tensors[name.replace("model.layers", "_orig_mod.model.layers")] = tensors.pop(name)
 
 
+def doubled(tensors: Tensors) -> None:
+    for name in list(tensors):
+        tensors[PREFIX + name] = tensors.pop(name)
+
+
+def named(tensors: Tensors) -> None:
+    for name in list(tensors):
+        tensors[name.replace(".weight", ".default.weight")] = tensors.pop(name)
+
+
+def halved(tensors: Tensors) -> None:
+    for name in [name for name in tensors if "lora_B" in name]:
+        del tensors[name]
+
+
 def ranks(rank: int, only: str = "") -> Callable[[Tensors], None]:
     def spoil(tensors: Tensors) -> None:
         for name, tensor in list(tensors.items()):
@@ -174,6 +190,10 @@ CASES: dict[str, Case] = {
     "ungathered, both": Case(put(A=torch.empty(0), B=torch.empty(0))),
     "ungathered, flat": Case(put(B=torch.ones(32)), told=r"\[32\]"),
     "wrapper-prefix": Case(wrapped, told="_orig_mod.*loads nothing", repair="loratool rescale .* --bake"),
+    "prefix-doubled": Case(doubled, told="prefix twice.*loads nothing", repair="loratool merge BASE"),
+    "adapter-name-in-names": Case(named, level="note", told="reads only …lora_A.weight", repair="loratool rescale .* --bake"),
+    "task-not-named": Case(config={"task_type": None}, level="note", told="no task_type", repair="CAUSAL_LM"),
+    "missing-partner, everywhere": Case(halved, told="^6 modules: lora_B is missing.* and 3 more.$"),
     "missing-partner": Case(drop(f"{FIRST}.lora_B.weight"), told="lora_B is missing"),
     "unknown-tensor": Case(add(f"{PREFIX}model.x.lora_C.weight", torch.ones(2, 2)), told="no rule gives a place to .*lora_C"),
     "config-against-tensors": Case(config={"r": 6}, told="says r = 6, the tensors have rank 4"),
@@ -364,6 +384,7 @@ def test_a_broken_checkpoint_is_a_finding_too(tmp_path: Path, capsys: pytest.Cap
 
 REPAIRED = {
     "wrapper-prefix": ("wrapper-prefix",),
+    "adapter-name-in-names": ("adapter-name-in-names",),
     "vllm-patterns": ("vllm-patterns", "llama.cpp-scaling", "sglang-patterns"),
     "vllm-patterns, alpha": ("vllm-patterns", "llama.cpp-scaling", "sglang-patterns"),
     "llama.cpp-scaling": ("llama.cpp-scaling",),
@@ -383,6 +404,51 @@ def test_the_command_that_a_finding_names_repairs_it(name: str, tmp_path: Path) 
     words[words.index("OUT")] = str(tmp_path / "out")
     assert cli.run([*words[1:], "-q"]) == 0
     assert not set(REPAIRED[name]) & set(check(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("spoil", [doubled, wrapped])
+def test_peft_loads_nothing_of_names_that_are_told_as_a_problem(spoil: Callable[[Tensors], None]) -> None:
+    """The oracle of these findings: the factors of PEFT's model stay what they were, with no error."""
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    layer = torch.nn.ModuleDict({name: torch.nn.Linear(8, 8) for name in NAMES})
+    model = torch.nn.Module()
+    model.model = torch.nn.Module()
+    model.model.layers = torch.nn.ModuleList(torch.nn.ModuleDict({"self_attn": layer}) for _ in range(2))
+    wrapped_model: Any = get_peft_model(model, LoraConfig(r=4, target_modules=list(NAMES)))
+    before = {name: tensor.clone() for name, tensor in wrapped_model.state_dict().items()}
+    tensors = sound_tensors()
+    spoil(tensors)
+    set_peft_model_state_dict(wrapped_model, tensors)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in wrapped_model.state_dict().items())
+    set_peft_model_state_dict(wrapped_model, sound_tensors())
+    assert not all(torch.equal(tensor, before[name]) for name, tensor in wrapped_model.state_dict().items())
+
+
+def test_names_with_a_double_prefix_are_merged_as_the_repair_says(tmp_path: Path) -> None:
+    base, tensors = write_base(tmp_path / "base"), sound_tensors()
+    doubled(tensors)
+    path = write(tmp_path / "adapter", tensors)
+    words = shlex.split(check(path, base)["prefix-doubled"].repair.replace("BASE", str(base)))
+    words[words.index("OUT")] = str(tmp_path / "out")
+    assert cli.run([*words[1:], "-q"]) == 0
+    first = f"{LAYERS[0]}q_proj.weight"
+    wanted = load_file(base / "model.safetensors")[first] + 2 * normal(8, 4, seed=1) @ normal(4, 8, seed=0)
+    (merged,) = (tmp_path / "out").glob("*.safetensors")
+    assert torch.allclose(load_file(merged)[first], wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 30])
+def test_a_folder_that_holds_an_index_only_is_told_what_is_missing(count: int, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    shards = [f"model-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)]
+    (base / "model.safetensors").unlink()
+    (base / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {f"t{n}": s for n, s in enumerate(shards)}})
+    )
+    finding = check(base)["unreadable"]
+    assert "only the index is here" in finding.message
+    assert shards[0] in finding.message
 
 
 def test_a_path_with_a_space_is_quoted_in_a_repair(tmp_path: Path) -> None:

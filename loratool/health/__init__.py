@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.errors import LoratoolError, printable
+from loratool.errors import LoratoolError, folded, printable
 from loratool.formats.peft import CONFIG, keys, patterns, support
 from loratool.health.findings import Finding, command, quoted, some
 from loratool.health.scanning import look_at_model, look_at_values
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 UNMERGED = "unmerged-model"  # the code of a model that was saved with its adapter unmerged
 
+PREFIX = "base_model.model."
+NAMED_FACTOR = re.compile(r"\.lora_(?:A|B|embedding_A|embedding_B)\.(?!weight$|bias$)\w+(?:\.weight|\.bias)?$")
 __all__ = ["Finding", "examine", "examine_model", "tell_unreadable"]
 
 # What a problem of reading is called, by the words that its sentence holds: (code, words, what to do).
@@ -39,6 +42,7 @@ READING = (
     ("config-against-tensors", " is set, and it has no ", f"correct {CONFIG}; the tensors tell what was trained"),
     ("config-against-tensors", "while ", f"correct {CONFIG}; the tensors tell what was trained"),
 )
+TOLD = ("ambiguous-alpha", "prefix-doubled", "adapter-name-in-names")  # codes of notes that are findings of their own
 MOVED = ("pissa_niter_", "corda", "lora_ga", "loftq")  # initialisations after which the base cannot be worked out
 
 
@@ -52,7 +56,7 @@ def examine(adapter: Adapter, problems: Sequence[str], path: Path, fit: Fit | No
         fit: the adapter held against its base, where that is known.
     """
     found = [
-        *(as_finding(problem) for problem in problems),
+        *as_findings(problems),
         *look_at_names(adapter, path),
         *look_at_config(adapter, path),
         *(look_at_fit(fit, path) if fit else ()),
@@ -61,7 +65,7 @@ def examine(adapter: Adapter, problems: Sequence[str], path: Path, fit: Fit | No
         *(
             Finding("note", note.code, note.text)
             for note in (*adapter.notes, *(fit.notes if fit else ()))
-            if note.code != "ambiguous-alpha"  # told with its repair
+            if note.code not in TOLD
         ),
     ]
     return tuple(sorted(found, key=lambda finding: finding.level != "problem"))
@@ -78,16 +82,17 @@ def examine_model(checkpoint: Checkpoint, path: Path) -> tuple[Finding, ...]:
     return (*unmerged, *look_at_model(checkpoint), *(Finding("note", note.code, note.text) for note in notes))
 
 
-def as_finding(problem: str) -> Finding:
-    """A problem of reading, by the kind that its words show."""
-    code, repair = next(((c, r) for c, words, r in READING if words in problem), ("malformed", ""))
-    return Finding("problem", code, problem, repair)
+def as_findings(problems: Sequence[str]) -> Iterator[Finding]:
+    """Problems of reading, each by the kind that its words show; those that are alike are one."""
+    for text, names in folded(problems):
+        code, repair = next(((c, r) for c, words, r in READING if words in text), ("malformed", ""))
+        yield Finding("problem", code, text, repair, names)
 
 
 def tell_unreadable(error: LoratoolError, path: Path) -> tuple[Finding, ...]:
     """What is wrong with a path of which nothing can be read."""
     found = [Finding("problem", "unreadable", error.message)]
-    found += [as_finding(problem) for problem in error.problems]
+    found += as_findings(error.problems)
     if path.is_dir() and (path / CONFIG).is_file() and CONFIG not in error.message:
         try:
             from loratool.formats.peft.files import read_config
@@ -110,6 +115,24 @@ def look_at_names(adapter: Adapter, path: Path) -> Iterator[Finding]:
             f"{some(wrapped)}, and loads nothing of them without an error",
             command("rescale", path, "--bake"),
             tuple(map(printable, wrapped)),
+        )
+    if doubled := [name for name in adapter.file.tensors if name.startswith(2 * PREFIX)]:
+        yield Finding(
+            "problem",
+            "prefix-doubled",
+            f"names begin with PEFT's prefix twice, so PEFT finds no module for {some(doubled)}, and loads nothing of them "
+            "without an error",
+            f"loratool merge BASE {quoted(path)} -o OUT",
+            tuple(map(printable, doubled)),
+        )
+    if named := [name for name in adapter.file.tensors if NAMED_FACTOR.search(name)]:
+        yield Finding(
+            "note",
+            "adapter-name-in-names",
+            f"names hold the adapter's name behind the factor's, as in a state dict of training ({some(named)}): PEFT 0.21.2 "
+            "takes them, vLLM 0.32.0 reads only …lora_A.weight",
+            command("rescale", path, "--bake"),
+            tuple(map(printable, named)),
         )
     if adapter.unused:
         yield Finding(
@@ -154,6 +177,14 @@ def look_at_config(adapter: Adapter, path: Path) -> Iterator[Finding]:
     for reason in adapter.unsupported:
         if not moved or "init_lora_weights" not in reason:
             yield Finding("note", "not-mergeable", reason)
+    if not adapter.config.get("task_type"):
+        yield Finding(
+            "note",
+            "task-not-named",
+            f"{CONFIG} names no task_type: AutoPeftModel cannot choose a class, and PEFT wraps the model without its methods "
+            "for generating",
+            f'set "task_type" in {CONFIG}, to "CAUSAL_LM" for a language model',
+        )
     if not adapter.config.get("base_model_name_or_path"):
         yield Finding("note", "base-not-named", "the config does not name the base that it was trained on")
     yield from look_at_patterns(adapter, path)
