@@ -221,10 +221,6 @@ CASES: dict[str, Case] = {
     # what servers make of it
     "vllm-rank": Case(ranks(24), {"r": 24}, "note", "--max-lora-rank 32", "loratool resize .* --rank 16"),
     "vllm-rank, above all": Case(ranks(513), {"r": 513}, "note", "up to 512", "--rank 512"),
-    "vllm-patterns": Case(
-        ranks(6, "q_proj"), {"rank_pattern": {"q_proj": 6}}, "note", "silently dropped", "resize .* --rank 6 --uniform"
-    ),
-    "vllm-patterns, alpha": Case(config={"alpha_pattern": {"q_proj": 2}}, level="note", repair="rescale .* --bake"),
     "vllm-dora": Case(with_magnitudes, {"use_dora": True}, "note", "refuses DoRA", "loratool merge BASE"),
     "vllm-saved": Case(
         add(f"{PREFIX}score.weight", torch.ones(2, 8)), {"modules_to_save": ["score"]}, "note", "score.weight"
@@ -232,23 +228,26 @@ CASES: dict[str, Case] = {
     "vllm-bias": Case(biases, {"lora_bias": True}, "note", "lora_bias"),
     "vllm-embeddings": Case(head, {}, "note", "lm_head"),
     "vllm-layers": Case(convolution, {}, "note", "convolutions"),
-    "vllm-layers, experts": Case(experts, {"target_parameters": ["experts.down_proj"]}, "note", "target_parameters"),
-    "vllm-rslora": Case(
-        experts, {"target_parameters": ["experts.down_proj"], "use_rslora": True}, "note", "rsLoRA", "--bake"
-    ),
+    "vllm-experts": Case(experts, {"target_parameters": ["experts.down_proj"]}, "note", "grouped by expert"),
+    "vllm-initialisation": Case(config={"init_lora_weights": "pissa"}, level="note", told="'pissa'", repair="merge"),
+    "vllm-variant": Case(config={"layer_replication": [[0, 1]]}, level="note", told="layer_replication"),
     "vllm-tokens": Case(
         add(f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta", torch.ones(2, 8)),
         {"trainable_token_indices": {"embed_tokens": [1, 5]}},
         "note",
     ),
-    "servers-base-moved": Case(config={"init_lora_weights": "pissa"}, level="note", told="original base"),
     "sglang-fused": Case(
         lambda tensors: [tensors.pop(name) for name in list(tensors) if "k_proj" in name and "layers.1" in name],  # type: ignore[arg-type]
         {},
         "note",
-        r"older releases fail .* \(here k_proj\)",
+        r"releases before fail .* \(here k_proj\)",
     ),
-    "sglang-patterns": Case(config={"alpha_pattern": {"q_proj": 2}}, level="note", repair="--bake"),
+    "sglang-scaling": Case(config={"use_rslora": True}, level="note", told="√r too weak", repair="--bake"),
+    "sglang-scaling, alpha": Case(config={"alpha_pattern": {"q_proj": 2}}, level="note", repair="--bake"),
+    "sglang-scaling, ranks": Case(
+        ranks(6, "q_proj"), {"rank_pattern": {"q_proj": 6}}, "note", "passes over rank_pattern", "resize .* --rank 6 --uniform"
+    ),
+    "sglang-dora": Case(with_magnitudes, {"use_dora": True}, "note", "refuses DoRA", "loratool merge BASE"),
     "llama.cpp-scaling": Case(config={"use_rslora": True}, level="note", told="ignores use_rslora", repair="--bake"),
     "llama.cpp-scaling, patterns": Case(config={"alpha_pattern": {"q_proj": 2}}, level="note", told="alpha_pattern"),
     "llama.cpp-tensors": Case(with_magnitudes, {"use_dora": True}, "note", "DoRA's magnitudes"),
@@ -274,6 +273,42 @@ def test_each_fault_is_found_told_and_given_its_repair(name: str, tmp_path: Path
 def test_a_sound_adapter_has_no_findings(tmp_path: Path) -> None:
     assert check(write(tmp_path / "adapter", sound_tensors())) == {}
     assert check(tmp_path / "adapter", write_base(tmp_path / "base")) == {}
+
+
+SERVERS = ("vllm-", "sglang-", "llama.cpp-")
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(SERVERS)])
+def test_what_is_said_of_a_server_names_its_release_and_the_month(name: str, tmp_path: Path) -> None:
+    """Servers change: a reader sees how old the fact is."""
+    tensors = sound_tensors()
+    CASES[name].spoil(tensors)
+    found = check(write(tmp_path / "adapter", tensors, **CASES[name].config))
+    for code, finding in found.items():
+        if code.startswith(SERVERS):
+            assert re.match(r"(vLLM|SGLang|llama\.cpp's converter) [\w .-]+ \(20\d\d-\d\d\) ", finding.message), finding
+
+
+def test_every_fact_about_a_server_is_tested() -> None:
+    from loratool.health.servers import FACTS
+
+    elsewhere = {"vllm-type", "llama.cpp-tied-head", "sglang-tokens"}  # in tests of their own
+    assert {name.partition(",")[0] for name in CASES if name.startswith(SERVERS)} | elsewhere == set(FACTS)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "gpt_oss", "mixtral"])
+def test_fused_experts_that_vllm_reads_are_no_finding(family: str, tmp_path: Path) -> None:
+    tensors = sound_tensors()
+    experts(tensors)
+    base = write_base(tmp_path / "base", model_type=family)
+    found = check(write(tmp_path / "a", tensors, target_parameters=["experts.down_proj"]), base)
+    assert ("vllm-experts" in found) == (family == "mixtral")
+
+
+def test_tokens_that_were_added_are_told_for_sglang(tmp_path: Path) -> None:
+    path = write(tmp_path / "a", sound_tensors())
+    (path / "added_tokens.json").write_text('{"<new>": 99}')
+    assert "added_tokens.json" in check(path)["sglang-tokens"].message
 
 
 def test_several_faults_are_told_at_once_problems_first(tmp_path: Path) -> None:
@@ -385,8 +420,9 @@ def test_a_broken_checkpoint_is_a_finding_too(tmp_path: Path, capsys: pytest.Cap
 REPAIRED = {
     "wrapper-prefix": ("wrapper-prefix",),
     "adapter-name-in-names": ("adapter-name-in-names",),
-    "vllm-patterns": ("vllm-patterns", "llama.cpp-scaling", "sglang-patterns"),
-    "vllm-patterns, alpha": ("vllm-patterns", "llama.cpp-scaling", "sglang-patterns"),
+    "sglang-scaling": ("sglang-scaling", "llama.cpp-scaling"),
+    "sglang-scaling, alpha": ("sglang-scaling", "llama.cpp-scaling"),
+    "sglang-scaling, ranks": ("sglang-scaling", "llama.cpp-scaling"),
     "llama.cpp-scaling": ("llama.cpp-scaling",),
     "vllm-rank": ("vllm-rank",),
     "sorted-patterns, ranks": ("sorted-patterns",),
