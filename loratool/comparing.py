@@ -17,6 +17,7 @@ from loratool.gathering import gather, named_apart
 from loratool.lowrank import Decomposition, Joint, Product, Relation, decompose, gram, joint, relate, silenced
 from loratool.notes import Note
 from loratool.reading import readings
+from loratool.results import Result
 from loratool.weightfiles import fates
 from loratool.working import PathLike, Progress, session
 
@@ -56,7 +57,7 @@ class PairTotals:
 
 
 @dataclass(frozen=True)
-class CompareReport:
+class CompareReport(Result):
     """What `compare` found. Pairs are named "one × other"."""
 
     adapters: tuple[str, ...]

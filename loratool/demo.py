@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from loratool.errors import UsageError, VerificationError, printable
 from loratool.merging import MergeReport, merge
 from loratool.outputs import replaceable_files
+from loratool.results import Result
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +30,7 @@ TARGETS = {
 
 
 @dataclass(frozen=True)
-class DemoResult:
+class DemoResult(Result):
     """What the demo made and what the check found."""
 
     folder: Path

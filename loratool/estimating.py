@@ -19,6 +19,7 @@ from loratool.inputs import read_json
 from loratool.layouts.architectures import OUTPUT_HEADS, PACKED_WEIGHTS
 from loratool.layouts.ties import TIED_BY_DEFAULT
 from loratool.notes import Note
+from loratool.results import Result
 from loratool.safefile import DTYPE_BITS, FLOAT_NAMES, Layout
 from loratool.tying import find_ties, tie_flag
 
@@ -102,7 +103,7 @@ class RankEstimate:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(Result):
     """Parameters, sizes and memory of LoRA on one base."""
 
     kind: Literal["estimate"] = field(default="estimate", init=False)

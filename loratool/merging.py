@@ -45,6 +45,7 @@ from loratool.resources import (
     resident_memory,
     start_torch,
 )
+from loratool.results import Result
 from loratool.staging import Stage, staged
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ Claims = tuple[str | Sequence[str], str | Sequence[str], float | Sequence[float]
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeReport(Result):
     """What a merge did. Sizes are bytes, times seconds, norms Frobenius."""
 
     out: Path

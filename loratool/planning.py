@@ -21,6 +21,7 @@ from loratool.formats.peft import TENSORS
 from loratool.layouts.architectures import POOLED
 from loratool.notes import Note
 from loratool.placing import Edit, ShardPlan, Source, Span, check_names, place_all, plan_index
+from loratool.results import Result
 from loratool.safefile import FLOAT_NAMES
 from loratool.tying import Saved, Ties, find_ties, is_generative, on_disk, settle
 from loratool.updates import Replace, ReplaceRows, images_in, with_weight
@@ -35,7 +36,7 @@ DTYPES = ("keep", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
-class MergePlan:
+class MergePlan(Result):
     """All that a merge will do."""
 
     base: Checkpoint
@@ -47,6 +48,14 @@ class MergePlan:
     left_out: tuple[str, ...]
     notes: tuple[Note, ...]
     naming: tuple[object, ...] = ()  # what the caller said about names and orientation
+
+    def to_dict(
+        self, device: str = "auto", workers: int | None = None, max_memory: int | None = None
+    ) -> dict[str, Any]:
+        """What `loratool merge --dry-run --json` prints; `peak_memory` is that of a merge with these settings."""
+        from loratool.report import plan_data
+
+        return plan_data(self, device, workers, max_memory)
 
     @property
     def given(self) -> tuple[Adapter, ...]:

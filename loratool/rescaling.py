@@ -27,11 +27,13 @@ from loratool.notes import Note, as_records
 from loratool.outputs import check_target
 from loratool.ranks import evened, told_of_experts
 from loratool.reading import readings
+from loratool.results import Result
 from loratool.saving import (
     Form,
     Rounded,
     adapter_output,
     carried_over,
+    check_dtype,
     copied_output,
     files_beside,
     kept_dtype,
@@ -56,7 +58,7 @@ class RescaledLayer:
 
 
 @dataclass(frozen=True)
-class RescaleReport:
+class RescaleReport(Result):
     """What `rescale` did. Sizes are bytes, times seconds."""
 
     out: Path
@@ -127,6 +129,7 @@ def rescale(
         StorageError: the disk or the file system said no.
     """
     started = time.monotonic()
+    check_dtype(dtype)
     asked = {"scale": scale, "alpha": alpha, "frobenius": frobenius, "spectral": spectral}
     factors = read_factors(match)
     check(asked, factors, each, bake)

@@ -37,12 +37,14 @@ from loratool.notes import Note, as_records
 from loratool.outputs import check_target
 from loratool.ranks import RankRule, evened, told_of_cuts, told_of_experts
 from loratool.reading import readings
+from loratool.results import Result
 from loratool.safefile import FLOAT_NAMES, read_safefile
 from loratool.saving import (
     Form,
     Rounded,
     adapter_output,
     carried_over,
+    check_dtype,
     factor_tensors,
     files_beside,
     kept_dtype,
@@ -86,7 +88,7 @@ class ResizedTotals:
 
 
 @dataclass(frozen=True)
-class ResizeReport:
+class ResizeReport(Result):
     """What `resize` did. Sizes are bytes, times seconds."""
 
     out: Path
@@ -164,6 +166,7 @@ def resize(
         StorageError: the disk or the file system said no.
     """
     started = time.monotonic()
+    check_dtype(dtype)
     rule = RankRule.of(rank, energy, error, ratio, budget, layer_weights, uniform)
     (way,) = readings(1, expert_layout, adapter_name, input_alpha)
     adapter = local(adapter, "adapter")

@@ -48,7 +48,7 @@ DTYPE_BITS: Mapping[str, int] = {
 FLOAT_NAMES: Mapping[str, str] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 LONGEST_HEADER = 100_000_000  # bytes; the reference parser's limit
-MOST_TENSORS = 250_000  # of one file: a merge of more takes minutes and gigabytes before the first byte is moved
+MOST_TENSORS = 200_000  # of one file: a merge of more takes minutes and gigabytes before the first byte is moved
 FIELDS = ("dtype", "shape", "data_offsets")
 LARGEST_INT = 2**63 - 1
 PREFIX = 8  # bytes: the header's length, little-endian

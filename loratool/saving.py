@@ -17,7 +17,7 @@ from loratool.appending import TensorFile, tensor_file
 from loratool.cards import CARD, card, is_nobodys, terms_of
 from loratool.checkpoint import PROVENANCE, leaves, sort_side_files
 from loratool.digests import recorded
-from loratool.errors import FitError, printable
+from loratool.errors import FitError, UsageError, printable
 from loratool.formats.peft import CONFIG, WEIGHTS, keys
 from loratool.formats.peft.lora import doubles
 from loratool.formats.peft.spelling import PREFIX, Names, shapes, stored, token_rows, was_inside
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from loratool.notes import Note
 
 SPELLED = {name: dtype for dtype, name in FLOAT_NAMES.items()}  # float32 → F32
+DTYPES = ("keep", "float32", "bfloat16", "float16")  # of factors, as they may be asked for
 WIDTH = {"F64": 4, "F32": 3, "BF16": 2, "F16": 1}
 
 
@@ -282,6 +283,12 @@ def stored_tensor(adapter: Adapter, name: str) -> StoredTensor:
     """A tensor of an adapter's file, or of the one of its files that holds it."""
     home = adapter.file.home(name)
     return StoredTensor(home, home.tensors[name])
+
+
+def check_dtype(asked: str) -> None:
+    """Raise `UsageError` for a dtype that factors cannot be asked to have."""
+    if asked not in DTYPES:
+        raise UsageError(f"dtype {printable(repr(asked))} is not one of {', '.join(DTYPES)}")
 
 
 def kept_dtype(sources: Sequence[Contents], asked: str) -> torch.dtype:

@@ -161,8 +161,7 @@ def merge(
     from loratool.merging import merge, outlook
 
     if dry_run:
-        from loratool.report import plan_data, plan_text
-        from loratool.resources import estimated_memory
+        from loratool.report import plan_text
 
         with outlook(
             base,
@@ -181,8 +180,8 @@ def merge(
             also_load=also_load,
             ignore_files=ignore_files,
         ) as planned:
-            memory = estimated_memory(planned, device, workers, max_memory)
-            show(plan_data(planned, memory), lambda: plan_text(planned, memory), as_json, quiet)
+            table = planned.to_dict(device, workers, max_memory)
+            show(table, lambda: plan_text(planned, table["peak_memory"]), as_json, quiet)
         return
     check_access()
     with progress_bar(quiet) as progress:

@@ -117,7 +117,7 @@ def output_options(command: Command) -> Command:
 
 def show(data: Any, text: Callable[[], str], as_json: bool, quiet: bool) -> None:
     """Print a report on stdout, as JSON or as text; push what was written first, where that is asked for."""
-    from loratool.report import plain
+    from loratool.results import plain
 
     asked = click.get_current_context().meta.get(PUSH)
     pushed = asked(quiet) if asked else None

@@ -33,7 +33,16 @@ from loratool.outputs import check_target
 from loratool.ranks import evened, told_of_cuts, told_of_experts
 from loratool.reading import readings
 from loratool.recipes import make_recipe, told
-from loratool.saving import Form, Rounded, adapter_output, carried_over, files_beside, kept_dtype, told_beside
+from loratool.saving import (
+    Form,
+    Rounded,
+    adapter_output,
+    carried_over,
+    check_dtype,
+    files_beside,
+    kept_dtype,
+    told_beside,
+)
 from loratool.working import PathLike, Progress, Session, session
 
 if TYPE_CHECKING:
@@ -114,6 +123,7 @@ def combine(
         StorageError: the disk or the file system said no.
     """
     started = time.monotonic()
+    check_dtype(dtype)
     paths = [local(p, "adapter") for p in ([adapters] if isinstance(adapters, (str, os.PathLike)) else adapters)]
     words = command(combine, {**locals(), "adapters": paths})
     recipe = make_recipe(

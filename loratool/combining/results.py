@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratool.results import Result
+
 if TYPE_CHECKING:
     from loratool.comparing import Meeting
     from loratool.notes import Note
@@ -53,7 +55,7 @@ class CombinedTotals:
 
 
 @dataclass(frozen=True)
-class CombineReport:
+class CombineReport(Result):
     """What `combine` did. Sizes are bytes, times seconds."""
 
     out: Path

@@ -18,7 +18,7 @@ from loratool.binding.orientation import module_of
 from loratool.cards import command
 from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.contents import Kind
-from loratool.errors import FitError, InputError, UsageError, printable
+from loratool.errors import FitError, InputError, printable
 from loratool.extracting.differences import Difference, NotFiniteError, Part, Rule, decomposed
 from loratool.extracting.pairing import Change, Pairing, is_table, pair
 from loratool.extracting.results import ExtractedLayer, ExtractedTotals, ExtractReport
@@ -34,8 +34,7 @@ from loratool.notes import Note, as_records
 from loratool.origins import origin_of, told_origin
 from loratool.outputs import check_target
 from loratool.ranks import told_of_cuts, told_of_experts
-from loratool.safefile import FLOAT_NAMES
-from loratool.saving import WIDTH, Form, Output, Rounded, adapter_output, torch_dtype
+from loratool.saving import WIDTH, Form, Output, Rounded, adapter_output, check_dtype, torch_dtype
 from loratool.weightfiles import weight_files
 from loratool.working import PathLike, Progress, Session, session
 
@@ -102,6 +101,7 @@ def extract(
         StorageError: the disk or the file system said no.
     """
     started = time.monotonic()
+    check_dtype(dtype)
     rule = Rule.of(rank, energy, max_rank)
     paths = local(base, "model"), local(tuned, "model")
     words = command(extract, {**locals(), "base": paths[0], "tuned": paths[1]})
@@ -380,8 +380,6 @@ def factor_dtype(found: Pairing, asked: str) -> torch.dtype:
     import torch
 
     if asked != "keep":
-        if asked not in FLOAT_NAMES.values():
-            raise UsageError(f"--dtype {printable(asked)}: wanted is keep, {', '.join(FLOAT_NAMES.values())}")
         dtype: torch.dtype = getattr(torch, asked)
         return dtype
     dtypes = {change.tuned.info.dtype for change in found.changes.values()}

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratool.results import Result
+
 if TYPE_CHECKING:
     from loratool.notes import Note
 
@@ -35,7 +37,7 @@ class ExtractedTotals:
 
 
 @dataclass(frozen=True)
-class ExtractReport:
+class ExtractReport(Result):
     """What `extract` did. Sizes are bytes, times seconds."""
 
     out: Path

@@ -80,6 +80,12 @@ class Commit:
     pull_request: str = ""
 
 
+def check_name(repo: str) -> None:
+    """Raise `UsageError` for what can be no name of a repository."""
+    if repo.count("/") > 1 or not is_hub_id(repo if "/" in repo else f"me/{repo}"):
+        raise UsageError(f"{printable(repo)}: no name of a repository; org/name is one")
+
+
 def full_name(repo: str) -> str:
     """The repository as `org/name`, for an account that may write; asks who the token belongs to.
 
@@ -87,8 +93,7 @@ def full_name(repo: str) -> str:
     """
     from huggingface_hub import get_token
 
-    if repo.count("/") > 1 or not is_hub_id(repo if "/" in repo else f"me/{repo}"):
-        raise UsageError(f"{printable(repo)}: no name of a repository; org/name is one")
+    check_name(repo)
     if not get_token():
         raise HubError("pushing takes a token with write access: run `hf auth login`, or set HF_TOKEN")
     with asking(repo):

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from loratool import record
 from loratool.checkpoint import INDEX_SUFFIX
-from loratool.hub.committing import REMOTE_JOURNAL, Commit, commit, differing, files_of, open_repo
+from loratool.hub.committing import REMOTE_JOURNAL, Commit, check_name, commit, differing, files_of, open_repo
 from loratool.hub.selecting import Selection, check_message, select
+from loratool.results import Result
 
 if TYPE_CHECKING:
     from loratool.merging import PathLike
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PushReport:
+class PushReport(Result):
     """What a push did. Sizes are bytes, times seconds."""
 
     repo: str
@@ -86,6 +87,7 @@ def push(
     """
     started = time.monotonic()
     check_message(message)
+    check_name(repo)
     unlike = record.check(Path(path))
     choice = partial(select, Path(path), list(include), list(exclude), card, allow_secret=list(allow_secret))
     selection = choice(place=repo)

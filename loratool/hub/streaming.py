@@ -53,6 +53,7 @@ from loratool.outputs import check_stage
 from loratool.planning import MergePlan, plan_merge
 from loratool.reading import readings
 from loratool.resources import Runtime, choose_resources, resident_memory, start_torch
+from loratool.results import Result
 from loratool.safefile import read_safefile
 from loratool.staging import Stage, check_space, workplace
 
@@ -66,7 +67,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class StreamReport:
+class StreamReport(Result):
     """What a streaming merge did. Sizes are bytes, times seconds."""
 
     repo: str

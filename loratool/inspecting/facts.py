@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from loratool.results import Result
+
 if TYPE_CHECKING:
     from loratool.fitting import BaseFacts
     from loratool.health import Finding
@@ -59,7 +61,7 @@ class ModuleFacts:
 
 
 @dataclass(frozen=True)
-class AdapterFacts:
+class AdapterFacts(Result):
     """An adapter as its headers and config describe it; `values` and `findings` where they were asked for."""
 
     kind: Literal["adapter"]
@@ -100,7 +102,7 @@ class AdapterFacts:
 
 
 @dataclass(frozen=True)
-class CheckpointFacts:
+class CheckpointFacts(Result):
     """A checkpoint as its headers and config describe it."""
 
     kind: Literal["checkpoint"]
@@ -127,7 +129,7 @@ class CheckpointFacts:
 
 
 @dataclass(frozen=True)
-class UnreadableFacts:
+class UnreadableFacts(Result):
     """A path of which not even the headers can be told; only a check gives it, all else raises."""
 
     kind: Literal["unreadable"]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.errors import escaped
+from loratool.results import plain
 
 if TYPE_CHECKING:
     from loratool.effects import AdapterEffect
@@ -32,19 +30,6 @@ def aligned(rows: Sequence[tuple[str, object]]) -> str:
     """`name  value` lines with the values in one column."""
     width = max((len(name) for name, _ in rows), default=0)
     return "\n".join(f"{name:<{width}}  {escaped(str(value))}" for name, value in rows)
-
-
-def plain(value: Any) -> Any:
-    """`value` as JSON takes it: dataclasses become objects, paths text."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, Path):
-        return os.fspath(value)
-    return value
 
 
 def merge_text(report: MergeReport) -> str:
@@ -150,8 +135,10 @@ def part_of(edit: Edit, span: Span) -> str:
     return f"{rows or ':'}, {columns}"
 
 
-def plan_data(plan: MergePlan, memory: int) -> dict[str, Any]:
+def plan_data(plan: MergePlan, device: str, workers: int | None, max_memory: int | None) -> dict[str, Any]:
     """What a merge would do, for scripts."""
+    from loratool.resources import estimated_memory
+
     return {
         "base": plan.base.name,
         "adapters": [
@@ -172,7 +159,7 @@ def plan_data(plan: MergePlan, memory: int) -> dict[str, Any]:
         "copied": plan.copied,
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
-        "peak_memory": memory,
+        "peak_memory": estimated_memory(plan, device, workers, max_memory),
         "files": {shard.name: shard.layout.size for shard in plan.shards},
         "side_files": [file.name for file in plan.side_files],
         "left_out": list(plan.left_out),
