@@ -17,6 +17,7 @@ from hub_server import READER, STRANGER, WRITER, Fault, HubServer, tokens_on_oth
 
 from loratool.errors import InputError, UsageError
 from loratool.hub.selecting import select
+from loratool.journal import Journal
 
 SHARDS, HIDDEN = 3, 64
 SECRETS = {
@@ -249,7 +250,7 @@ def test_what_is_no_model_and_no_adapter_is_refused(models: Path, tmp_path: Path
         path = folder / "adapter_model.safetensors"
         path.write_bytes(path.read_bytes()[:-10])
     if what == "partial":
-        (folder / "journal").write_text("{}")
+        (folder / "journal").write_bytes(Journal("x").head())
     with pytest.raises(UsageError if what == "file" else InputError):
         select(folder / "README.md" if what == "file" else folder, [], [], False, "alice/new")
 
