@@ -382,7 +382,7 @@ def test_new_tokens_come_in_every_form_that_peft_saves_them(tmp_path: Path, name
             loratool.merge(case.base, [case.adapter], tmp_path / "out")
         assert str(MORE) in str(refusal.value)
         assert str(VOCABULARY) in str(refusal.value)
-        assert "save_embedding_layers=True" in str(refusal.value)
+        assert "model.unload().save_pretrained(" in str(refusal.value)
         return
     report = loratool.merge(case.base, [case.adapter], tmp_path / "out")
     config = config_of(tmp_path / "out")
@@ -404,18 +404,6 @@ def test_new_tokens_are_written_in_the_dtype_of_the_base(tmp_path: Path, dtype: 
     after = read_tensors(tmp_path / "out")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert same_bits(after[name], saved[PREFIX + name].to(dtype))
-
-
-@pytest.mark.parametrize("name", ["tied llama", "llama"])
-def test_fewer_tokens_than_the_base_has_are_an_error_that_names_both_sizes(tmp_path: Path, name: str) -> None:
-    base = build_base(tmp_path / "base", FAMILIES[name])
-    model = load(FAMILIES[name], base)
-    model.resize_token_embeddings(VOCABULARY - 6)
-    adapt(model, target_modules=["q_proj"]).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(
-        loratool.FitError, match=r"the adapter's is \[90, 32\], model\.embed_tokens\.weight is \[96, 32\]"
-    ):
-        loratool.merge(base, [tmp_path / "adapter"], tmp_path / "out")
 
 
 def test_an_adapter_that_brought_tokens_cannot_be_taken_out_again(tmp_path: Path) -> None:

@@ -516,10 +516,13 @@ MERGED: dict[str, Callable[[], Any]] = {
     "MiSS": lambda: peft.MissConfig(r=4, **DOWN),
     "OFT": lambda: peft.OFTConfig(oft_block_size=4, **QV),
     "OFT, exact": lambda: peft.OFTConfig(oft_block_size=4, use_cayley_neumann=False, **QV),
+    "RandLoRA": lambda: peft.RandLoraConfig(r=4, **QV),
+    "RoAd": lambda: peft.RoadConfig(group_size=8, **QV),
     "SHiRA": lambda: peft.ShiraConfig(r=2, **QV),
     "tokens alone": lambda: peft.TrainableTokensConfig(token_indices=[2, 1], target_modules=["embed_tokens"]),
     "VB-LoRA": lambda: peft.VBLoRAConfig(num_vectors=16, vector_length=8, topk=2, r=2, **QV),
     "VeRA": lambda: peft.VeraConfig(r=4, **QV),
+    "WaveFT": lambda: peft.WaveFTConfig(n_frequency=20, **QV),
 }
 # what cannot be merged from its files: (its name in the message, its config)
 REFUSED: dict[str, Callable[[], Any]] = {
@@ -529,9 +532,6 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "P_TUNING": lambda: peft.PromptEncoderConfig(**TOKENS_OF_A_PROMPT),
     "PREFIX_TUNING": lambda: peft.PrefixTuningConfig(**TOKENS_OF_A_PROMPT),
     "PROMPT_TUNING": lambda: peft.PromptTuningConfig(**TOKENS_OF_A_PROMPT),
-    "RANDLORA": lambda: peft.RandLoraConfig(r=4, **QV),
-    "ROAD": lambda: peft.RoadConfig(group_size=8, **QV),
-    "WAVEFT": lambda: peft.WaveFTConfig(n_frequency=20, **QV),
 }
 
 

@@ -56,8 +56,12 @@ def proposals(lost: Mapping[str, Update], others: Iterable[str], disk: Disk, tak
     maps: dict[str, str] = {}
     wanted: dict[str, str] = {}  # target → the tensor it is led to
     for template, every in members.items():
-        if (there := only_place(template, every, lost, disk)) is None:
-            if all(lost[target].replaces for target, _ in every):
+        whole = all(lost[target].replaces for target, _ in every)
+        there = only_place(template, every, lost, disk)
+        if whole and there is not None and first_of(there) != first_of(template):
+            there = None  # a head of its own, whatever layer of another head has its shape
+        if there is None:
+            if whole:
                 continue  # a head that the base has not: it is another question whether it may be added
             return {}
         maps[template] = map_text(template, there)
@@ -66,6 +70,11 @@ def proposals(lost: Mapping[str, Update], others: Iterable[str], disk: Disk, tak
     if len(set(tensors)) < len(tensors) or taken & set(tensors) or not lead(maps.values(), wanted, others):
         return {}
     return {target: maps[template] for template, every in members.items() for target, _ in every if target in wanted}
+
+
+def first_of(template: str) -> str:
+    """The module at the top of the model that a weight belongs to."""
+    return template.lstrip(".").partition(".")[0]
 
 
 def only_place(

@@ -318,7 +318,7 @@ class Streaming:
     exclude: Sequence[str] = ()
     plan_name: str = ""
     finished: dict[str, FinishedShard] = field(default_factory=dict)
-    totals: Totals = field(default_factory=Totals)  # of the files of this run
+    totals: Totals = field(default_factory=Totals)  # what adapters did to the files that are finished
     most: int = 0  # bytes of weight files that were on this disk at one time
     done: int = 0  # bytes of tensors
 
@@ -332,6 +332,8 @@ class Streaming:
         journal = self.read(REMOTE_JOURNAL, there)
         if journal.get("plan") == self.plan_name:
             self.finished = finished_in(journal.get("finished"), there)
+            self.totals.measured |= effects_in(journal.get("measured"), self.plan)
+            self.totals.effective |= effects_in(journal.get("effective"), self.plan) & self.totals.measured
             return None
         whole = self.read(PROVENANCE, there)
         if whole.get("plan") == self.plan_name and not journal:
@@ -372,7 +374,12 @@ class Streaming:
             return {}
 
     def journal(self) -> Upload:
-        table = {"plan": self.plan_name, "finished": {name: s.record() for name, s in sorted(self.finished.items())}}
+        table = {
+            "plan": self.plan_name,
+            "finished": {name: s.record() for name, s in sorted(self.finished.items())},
+            "measured": sorted(self.totals.measured),
+            "effective": sorted(self.totals.effective),
+        }
         return Upload(REMOTE_JOURNAL, content=as_text(table))
 
     def run(self) -> None:
@@ -468,6 +475,14 @@ class Streaming:
 def is_of_a_model(name: str) -> bool:
     """Whether a file at the top of a repository is what a loader takes for a model."""
     return "/" not in name and (name == "config.json" or name.endswith((".safetensors", INDEX_SUFFIX)))
+
+
+def effects_in(table: object, plan: MergePlan) -> set[tuple[int, str]]:
+    """The updates, as (number of the adapter, target), that a journal lists and the plan has."""
+    known = {(number, target) for number, adapter in enumerate(plan.adapters) for target in adapter.updates}
+    entries = table if isinstance(table, list) else []
+    listed = {tuple(entry) for entry in entries if isinstance(entry, list) and [*map(type, entry)] == [int, str]}
+    return known & listed
 
 
 def finished_in(table: object, there: Mapping[str, RemoteFile]) -> dict[str, FinishedShard]:
