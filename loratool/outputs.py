@@ -39,7 +39,7 @@ def check_target(out: Path, inputs: Sequence[Path], overwrite: bool, adapter: bo
             raise StorageError(f"{shown}: {printable(out.parent)} is no folder")
     except OSError as error:
         raise StorageError(f"{shown}: {error.strerror}: {printable(out.parent)}") from error
-    for path in inputs:
+    for path in (each for given in inputs for each in (given, *links_in(given))):
         if inside(out, path) or inside(path, out) or inside(path, stage_of(out)):
             raise UsageError(
                 f"{shown}: is, holds or lies inside the input {printable(path)}, which is never written to"
@@ -49,6 +49,14 @@ def check_target(out: Path, inputs: Sequence[Path], overwrite: bool, adapter: bo
     if not os.access(out.parent, os.W_OK | os.X_OK):
         raise StorageError(f"{shown}: the folder {printable(out.parent)} cannot be written to")
     return out
+
+
+def links_in(folder: Path) -> list[Path]:
+    """The real files that links in an input's folder lead to, which are inputs too."""
+    try:
+        return [Path(os.path.realpath(entry.path)) for entry in os.scandir(folder) if entry.is_symlink()]
+    except OSError:
+        return []  # no folder; who reads it says so
 
 
 def check_place(out: Path, shown: str, overwrite: bool, adapter: bool) -> None:

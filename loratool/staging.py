@@ -180,7 +180,7 @@ class Stage:
         )  # what others put into it meanwhile is not published
         if os.path.lexists(self.out):
             if not overwrite:
-                raise StorageError(f"{printable(self.out)}: appeared during the merge; it is left as it is")
+                raise UsageError(f"{printable(self.out)}: appeared while it was being made, and is left as it is")
             # once swapped, the stage holds the old output: nothing in it may pass for a finished shard
             self.note("replaces", replaceable_files(self.out, printable(self.out)))
             exchange(self.folder, self.out, self.home / REPLACED)

@@ -188,7 +188,8 @@ def test_shown_commands_print_what_is_shown(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     # a reader's process is a fresh one; this has run other tests
-    monkeypatch.setattr("loratool.engine.resident_memory", lambda: resources.RUNTIME_MEMORY)
+    for module in ("loratool.engine", "loratool.merging"):
+        monkeypatch.setattr(f"{module}.resident_memory", lambda: resources.RUNTIME_MEMORY)
     shown = examples(page)
     if any(parse(example) and example.words[0] == "demo" for example in shown):
         shutil.rmtree(reader / DEMO)  # the page makes its own
@@ -210,7 +211,8 @@ def neutral(lines: list[str]) -> list[str]:
 @pytest.mark.parametrize("page", names(PYTHON_PAGES))
 def test_python_examples_on_the_demo_run(page: Path, reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # a reader's process is a fresh one; this has run other tests
-    monkeypatch.setattr("loratool.engine.resident_memory", lambda: resources.RUNTIME_MEMORY)
+    for module in ("loratool.engine", "loratool.merging"):
+        monkeypatch.setattr(f"{module}.resident_memory", lambda: resources.RUNTIME_MEMORY)
     namespace: dict[str, Any] = {"__name__": "example"}
     for block in fences(page, "python"):
         if DEMO in block:

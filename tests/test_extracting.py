@@ -541,7 +541,7 @@ def test_every_bad_input_gets_a_clear_answer_and_nothing_is_written(tmp_path: Pa
         (UsageError, ["--energy 0"], lambda: extract(base, tuned, tmp_path / "out", energy=0.0)),
         (UsageError, ["--energy 1.5"], lambda: extract(base, tuned, tmp_path / "out", energy=1.5)),
         (UsageError, ["--max-rank 0"], lambda: extract(base, tuned, tmp_path / "out", max_rank=0)),
-        (UsageError, ["--dtype int8"], lambda: extract(base, tuned, tmp_path / "out", dtype="int8")),
+        (UsageError, ["dtype 'int8'"], lambda: extract(base, tuned, tmp_path / "out", dtype="int8")),
         (UsageError, ["inside the input"], lambda: extract(base, tuned, base / "out")),
         (FitError, ["overflow float16"], lambda: extract(base, large, tmp_path / "out", dtype="float16")),
     ]

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -726,9 +727,18 @@ def huge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]
     shutil.rmtree(home)
 
 
+@cache
+def bare_memory() -> int:
+    """The largest resident set of a process that imports torch and does nothing, in bytes."""
+    code = "import resource, torch; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
 def test_a_memory_limit_below_one_weights_size_is_kept(huge: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = huge
     limit = 400_000_000
+    if bare_memory() > limit * 2 // 3:
+        pytest.skip("torch alone takes most of this limit here")
     done = command("merge", base, adapter, "-o", tmp_path / "out", "--max-memory", "400MB", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["peak_memory"] <= limit
@@ -771,7 +781,7 @@ def test_rows_that_an_adapter_leaves_alone_cost_no_memory(tmp_path: Path) -> Non
     done = command("merge", tmp_path / "model.safetensors", adapter, "-o", tmp_path / "out", "--json")
     assert done.returncode == 0, done.stderr
     table = json.loads(done.stdout)
-    assert table["peak_memory"] <= 450_000_000
+    assert table["peak_memory"] <= bare_memory() + 200_000_000
     assert table["seconds"] - table["startup_seconds"] < 5
 
 

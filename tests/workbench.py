@@ -234,6 +234,8 @@ def interrupted(
 
     class Interrupting(staging.Stage):
         def record(self, shard: FinishedShard) -> None:
+            if len(names) >= finished:  # of several that end at once
+                raise KeyboardInterrupt
             super().record(shard)
             names.append(shard.name)
             if len(names) >= finished:
