@@ -117,7 +117,7 @@ def shape_of(update: Update) -> object:
     return update.shape, getattr(update, "transposed", None), getattr(getattr(update, "up", None), "transposed", None)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(pair=pairs())
 def test_every_target_has_places_or_a_reason_and_no_element_is_edited_twice(pair: tuple[Modules, Headers]) -> None:
     targets, base = pair
@@ -136,7 +136,7 @@ def test_every_target_has_places_or_a_reason_and_no_element_is_edited_twice(pair
         assert covered == size, f"{target} is not used whole, or more than once: {places}"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(pair=pairs(), seed=st.integers(0, 1 << 30))
 def test_the_order_of_names_decides_nothing(pair: tuple[Modules, Headers], seed: int) -> None:
     targets, base = pair
@@ -149,7 +149,7 @@ def test_the_order_of_names_decides_nothing(pair: tuple[Modules, Headers], seed:
     assert essence(bind(adapter_for(dict(items)), base_of(dict(tensors), **base.settings))) == once
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(pair=pairs())
 def test_an_adapter_is_merged_whole_or_refused(pair: tuple[Modules, Headers]) -> None:
     targets, base = pair

@@ -193,7 +193,7 @@ def test_killed_at_any_moment_and_run_again_ends_in_the_same_state(
     requests = len(hub.log) - before
     chance = random.Random(10)
     killed, moments = 0, set()
-    for _ in range(12):
+    for _ in range(8):
         del hub.repos["alice/same"]
         hub.objects = {
             s: c for s, c in hub.objects.items() if s in {b.sha256 for b in blobs(hub, "org/base", "org/adapter")}
@@ -210,7 +210,7 @@ def test_killed_at_any_moment_and_run_again_ends_in_the_same_state(
         client.works(*words("alice/same"), cwd=tmp_path / "work")
         assert held(hub, "alice/same") == reference
         assert os.listdir(tmp_path / "work") == []
-    assert killed >= 6
+    assert killed >= 4
     assert len(moments) >= 3
 
 

@@ -189,10 +189,10 @@ def test_a_signal_that_the_caller_has_set_aside_does_not_end_the_run(
 
 
 def test_kills_at_random_moments_leave_the_output_absent_or_complete(workshop: Workshop, out: Path) -> None:
-    """10 kills, each of a run that goes on with what the one before has left."""
+    """6 kills, each of a run that goes on with what the one before has left."""
     chance = random.Random(0)
     inputs = picture(workshop.home / "inputs")
-    for _ in range(10):
+    for _ in range(6):
         process = workshop.begin(out)
         wait_for(out.with_name(PARTIAL), process)
         time.sleep(workshop.length * chance.random())
