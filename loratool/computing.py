@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -47,6 +47,15 @@ class Totals:
     effective: set[Effect] = field(default_factory=set)  # those of them that change an element by themselves
     changed: bool = False
     gpu_memory: int = 0  # bytes
+
+    def ratios(self, names: Iterable[str]) -> dict[str, float]:
+        """‖ΔW‖/‖W‖ of those of some tensors that were edited, where both are finite and W is not zero."""
+        found = {name: (self.delta_norm[name], self.weight_norm[name]) for name in names if name in self.delta_norm}
+        return {
+            name: delta / weight
+            for name, (delta, weight) in found.items()
+            if math.isfinite(delta) and math.isfinite(weight) and weight > 0
+        }
 
 
 class Shelf:
@@ -351,8 +360,9 @@ class Worker:
         change = float(torch.linalg.vector_norm(block.sub_(before))) if measured else 0.0
         if not base_norm + loaded.norm <= torch.finfo(rounded).max:  # else |w + δ| ≤ ‖W‖ + ‖ΔW‖ fits
             nonfinite = check_finite(span, before, after)
-        target.put(self.outgoing[: shift + written].numpy().data, position)
+        # before the bytes go: a file whose bytes are all there is recorded with what was seen of it
         work.seen(count, base_norm, change, math.inf if measured or replaced else loaded.norm, nonfinite)
+        target.put(self.outgoing[: shift + written].numpy().data, position)
 
     def settle(self, before: torch.Tensor, after: torch.Tensor, loaded: LoadedEdits, first_row: int) -> None:
         """Recompute in float64 the few values where W and ΔW cancel.

@@ -63,8 +63,8 @@ def effect_notes(effects: Sequence[AdapterEffect]) -> Iterator[Note]:
 
 def size_notes(plan: MergePlan, ratios: Mapping[str, float]) -> Iterator[Note]:
     """A note where updates are larger than the matrices that they change; `ratios` are ‖ΔW‖/‖W‖ by tensor."""
-    matrices = {span.placed.name for span in plan.edited if len(span.info.shape) > 1}
-    large = {name: ratio for name, ratio in ratios.items() if ratio > LARGEST_RATIO and name in matrices}
+    matrices = [span.placed.name for span in plan.edited if len(span.info.shape) > 1]
+    large = {name: ratios[name] for name in matrices if ratios.get(name, 0) > LARGEST_RATIO}
     if large:
         yield Note("update-larger-than-weight", larger(large))
 

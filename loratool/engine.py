@@ -258,8 +258,10 @@ class Engine:
         shard.close()
         with self.telling:
             device = "" if all(span.untouched for span in shard.plan.spans) else self.resources().kind
-            done = FinishedShard(shard.plan.name, shard.digest.digest(), self.totals.changed, device)
-            self.stage.record(done)
+            names = [span.placed.name for span in shard.plan.spans]
+            nonfinite = {name: self.totals.nonfinite[name] for name in names if name in self.totals.nonfinite}
+            seen = self.totals.ratios(names), nonfinite
+            self.stage.record(FinishedShard(shard.plan.name, shard.digest.digest(), self.totals.changed, device, *seen))
         self.slots.release()
 
 

@@ -49,6 +49,8 @@ class FinishedShard:
     digest: Digest
     changed: bool  # whether any weight, here or in a file before, differs from the base's
     device: str = ""  # the kind that its edited weights were computed on; empty where there are none
+    ratios: Mapping[str, float] = field(default_factory=dict)  # tensor → ‖ΔW‖/‖W‖, where nothing replaces W
+    nonfinite: Mapping[str, int] = field(default_factory=dict)  # edited tensor → NaN and inf that the base itself holds
 
     @property
     def size(self) -> int:
@@ -57,14 +59,22 @@ class FinishedShard:
 
     def record(self) -> dict[str, Any]:
         """Its entry of a journal."""
-        return {"name": self.name, **self.digest.record(), "changed": self.changed, "device": self.device}
+        seen = {"ratios": dict(self.ratios), "nonfinite": dict(self.nonfinite)}
+        return {"name": self.name, **self.digest.record(), "changed": self.changed, "device": self.device, **seen}
 
     @classmethod
     def of_record(cls, entry: Mapping[str, Any]) -> FinishedShard | None:
         name, digest = entry.get("name"), Digest.of_record(entry)
         if digest is None or not isinstance(name, str) or not is_plain(name):
             return None
-        return cls(name, digest, bool(entry.get("changed")), str(entry.get("device", "")))
+        seen = [numbers_in(entry.get(key)) for key in ("ratios", "nonfinite")]
+        return cls(name, digest, bool(entry.get("changed")), str(entry.get("device", "")), *seen)
+
+
+def numbers_in(table: object) -> dict[str, Any]:
+    """The entries of a table whose values are numbers, and no more."""
+    entries = table.items() if isinstance(table, Mapping) else ()
+    return {name: value for name, value in entries if type(value) in (int, float)}
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import tempfile
 import time
@@ -150,7 +149,7 @@ def merge(
     """
     asked, started = locals(), time.monotonic()
     check_arguments(device, workers, max_memory)
-    plan, target = prepare(
+    plan, target, paths = prepare(
         base,
         adapters,
         out,
@@ -183,7 +182,7 @@ def merge(
                     f"{printable(out)}: not written, for every weight rounds to what it was: nothing changes"
                 )
             write_side_files(stage, plan)
-            words = command(merge, {**asked, **inputs_as_told(plan, also_load)})
+            words = command(merge, {**asked, **inputs_as_told(plan, paths, also_load)})
             effects = effects_of(plan, totals)
             plan = dataclasses.replace(plan, notes=(*plan.notes, *effect_notes(effects)))
             table = provenance(plan, digests, effects, engine.resources().on_gpu, words)
@@ -215,7 +214,7 @@ def plan(
     ignore_files: Sequence[str] | str = (),
 ) -> MergePlan:
     """What `merge` with the same arguments would do; nothing is touched. Raises as `merge` does."""
-    planned, _ = prepare(
+    planned, _, _ = prepare(
         base,
         adapters,
         out,
@@ -242,8 +241,8 @@ def prepare(
     *,
     maps: Sequence[str] = (),
     **settings: Any,
-) -> tuple[MergePlan, Path]:
-    """The plan and the real path of the output, after every check that headers and `stat` allow.
+) -> tuple[MergePlan, Path, list[Path]]:
+    """The plan, the real path of the output and the adapters' places, after every check that headers and `stat` allow.
 
     `claims` is what the caller says of the adapters, `settings` what `plan_merge` takes.
     """
@@ -258,7 +257,7 @@ def prepare(
         model, read = open_checkpoint(base), [read_adapter(path, way) for path, way in zip(paths, ways, strict=True)]
     else:
         model, read = unmerged(base, ways[0])
-    return noted(plan_merge(model, read, maps=maps, **settings)), target
+    return noted(plan_merge(model, read, maps=maps, **settings)), target, paths
 
 
 def as_base(base: PathLike, words: Sequence[PathLike]) -> tuple[PathLike, Sequence[PathLike]]:
@@ -391,12 +390,14 @@ def provenance(
     }
 
 
-def inputs_as_told(plan: MergePlan, also_load: Sequence[PathLike] | PathLike) -> dict[str, Any]:
-    """The inputs as the command that is recorded names them."""
+def inputs_as_told(
+    plan: MergePlan, adapters: Sequence[Path], also_load: Sequence[PathLike] | PathLike
+) -> dict[str, Any]:
+    """The inputs as the command that is recorded names them: an adapter by where it was looked for, not by its subfolder."""
     files = [also_load] if isinstance(also_load, (str, os.PathLike)) else also_load
     return {
         "base": plan.base.root,
-        "adapters": [adapter.folder for adapter in plan.given],
+        "adapters": adapters,
         "also_load": [os.path.basename(file) for file in files],
     }
 
@@ -430,11 +431,8 @@ def make_report(
     runtime: Future[Runtime],
     started: float,
 ) -> MergeReport:
-    norms = {
-        name: delta / totals.weight_norm[name]
-        for name, delta in totals.delta_norm.items()
-        if math.isfinite(delta) and math.isfinite(totals.weight_norm[name]) and totals.weight_norm[name] > 0
-    }
+    finished = [stage.finished[shard.name] for shard in plan.shards]
+    ratios = {name: ratio for shard in finished for name, ratio in shard.ratios.items()}
     return MergeReport(
         out=stage.out,
         edited=len(plan.edited),
@@ -450,9 +448,9 @@ def make_report(
         peak_memory=peak_memory(),
         gpu_memory=totals.gpu_memory,
         resumed=resumed,
-        relative_norms=norms,
-        nonfinite=totals.nonfinite,
+        relative_norms=ratios,
+        nonfinite={name: count for shard in finished for name, count in shard.nonfinite.items()},
         left_out=plan.left_out,
-        notes=(*plan.notes, *size_notes(plan, norms), *of_resuming(stage)),
+        notes=(*plan.notes, *size_notes(plan, ratios), *of_resuming(stage)),
         digests={s.name: str(s.digest) for _, s in sorted(stage.finished.items())},
     )

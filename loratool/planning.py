@@ -17,7 +17,6 @@ from loratool.checkpoint import PROVENANCE, Checkpoint
 from loratool.companions import ConfigEdit, OutputFile, companions, head_edits, tie_edits, vocabulary_edits
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.extras import PathLike, extras_of
-from loratool.formats.peft import TENSORS
 from loratool.layouts.architectures import POOLED
 from loratool.notes import Note
 from loratool.placing import Edit, ShardPlan, Source, Span, check_names, place_all, plan_index
@@ -56,11 +55,6 @@ class MergePlan(Result):
         from loratool.report import plan_data
 
         return plan_data(self, device, workers, max_memory)
-
-    @property
-    def given(self) -> tuple[Adapter, ...]:
-        """The adapters that were given: neither files that are loaded along with them, nor what the base itself holds."""
-        return tuple(a for a in self.adapters if a.format != TENSORS and a.folder != self.base.root)
 
     @cached_property
     def spans(self) -> tuple[Span, ...]:

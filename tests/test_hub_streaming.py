@@ -83,6 +83,7 @@ def test_a_streamed_merge_is_the_merge(hub: HubServer, client: Client, models: P
     assert streamed == merged
     assert hub.repos["alice/new"].private
     assert "merged into" in ran.out
+    assert "‖ΔW‖ is up to" in ran.out  # as the merge says too; the test of continued merges knows the norms
     assert os.listdir(tmp_path / "work") == []
     assert tokens_on_other_origins(hub) == []
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from hub_server import WRITER, HubServer
 from safetensors.torch import load_file, save_file
 
 import loratool
+from loratool import cli
 from loratool.digests import Digest, digest_of_bytes, read_recorded
 
 LAYERS, HIDDEN = 2, 32
@@ -158,3 +161,23 @@ def test_entries_of_a_record_that_are_none_are_passed_over(case: str, key: str) 
 
 def test_the_digest_of_a_file_is_its_size_and_sha256() -> None:
     assert digest_of_bytes(b"abc") == Digest(3, hashlib.sha256(b"abc").hexdigest())
+
+
+@pytest.mark.parametrize("verb", ["merge", "combine", "rescale", "resize"])
+@pytest.mark.parametrize("chosen", [True, False], ids=["one of several", "the only one"])
+def test_the_recorded_command_makes_the_same_output_of_an_adapter_in_a_subfolder(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, chosen: bool
+) -> None:
+    """A folder that holds an adapter in a subfolder is named as it was given, with the name of the one that was read."""
+    shutil.copytree(inputs / "base", tmp_path / "base")
+    for name in ("first", "second") if chosen else ("second",):
+        shutil.copytree(inputs / "adapter", tmp_path / "run" / name)
+    monkeypatch.chdir(tmp_path)
+    words = {"merge": ["base", "run"], "combine": ["run", "run"]}.get(verb, ["run"])
+    options = {"rescale": ["--scale", "2"], "resize": ["--rank", "1"]}.get(verb, [])
+    options += ["--adapter-name", "second"] if chosen else []
+    assert cli.run([verb, *words, *options, "-o", "first-made"]) == 0
+    command = shlex.split(json.loads(Path("first-made", "loratool.json").read_text())["command"])
+    assert command[0] == "loratool"
+    assert cli.run(command[1:]) == 0
+    assert faults.picture(tmp_path / "out") == faults.picture(tmp_path / "first-made")

@@ -373,8 +373,8 @@ def test_files_that_another_kind_of_device_has_computed_are_not_kept(merge: Merg
     interrupted(merge.base, merge.adapter, merge.out)
     journal = merge.model.parent / "journal"
     text = journal.read_text()
-    assert text.count('"device": "cpu"}') >= 1
-    journal.write_text(text.replace('"device": "cpu"}', '"device": "cuda"}'))
+    assert text.count('"device": "cpu", "ratios"') >= 1
+    journal.write_text(text.replace('"device": "cpu", "ratios"', '"device": "cuda", "ratios"'))
     report = merge.check()
     assert report.resumed == ()
     assert any(note.code == "written-again" and "cuda" in note.text for note in report.notes)
@@ -384,6 +384,39 @@ def test_the_same_command_on_the_same_inputs_continues(merge: Merge) -> None:
     """So that what the tests above see is no merge that always begins anew."""
     finished = interrupted(merge.base, merge.adapter, merge.out, 2)
     assert set(merge.check().resumed) == set(finished)
+
+
+def test_the_report_of_a_continued_merge_tells_of_all_files(merge: Merge) -> None:
+    """Norms, NaN of the base and notes are those of a fresh run, wherever the first one was interrupted.
+
+    The norms are also those of W' - W in the files, and here all updates are larger than their weights.
+    """
+    file = merge.base / FIRST
+    tensors = load_file(file)
+    (name,) = [name for name in tensors if name.endswith("q_proj.weight")]
+    tensors[name].view(-1)[0] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+    fresh = merge.run(merge.out.with_name("fresh"))
+    assert fresh.nonfinite == {name: 1}
+    before, after = (
+        {
+            name: tensor.double()
+            for file in sorted(folder.glob("*.safetensors"))
+            for name, tensor in load_file(file).items()
+        }
+        for folder in (merge.base, fresh.out)
+    )
+    large = {n for n in before if (after[n] - before[n]).norm() > before[n].norm()}
+    assert large == set(fresh.relative_norms)
+    for finished in range(1, SHARDS):
+        names = interrupted(merge.base, merge.adapter, merge.out, finished)
+        report = merge.run(merge.out)
+        assert set(report.resumed) == set(names)
+        assert report.relative_norms == fresh.relative_norms
+        assert report.nonfinite == fresh.nonfinite
+        assert report.notes == fresh.notes
+        assert "update-larger-than-weight" in [note.code for note in report.notes]
+        shutil.rmtree(merge.out)
 
 
 # ---------------------------------------------------------------- the fingerprint of the content

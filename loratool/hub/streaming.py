@@ -25,7 +25,7 @@ from loratool.cards import CARD, OUT, command, is_nobodys
 from loratool.checkpoint import INDEX_SUFFIX, PROVENANCE
 from loratool.computing import Totals
 from loratool.digests import Digest, digest_of_bytes, read_recorded, recorded
-from loratool.effects import AdapterEffect, effect_notes, effects_of
+from loratool.effects import AdapterEffect, effect_notes, effects_of, size_notes
 from loratool.engine import Engine
 from loratool.errors import FitError, HubError, InputError, UsageError, VerificationError, printable
 from loratool.fetching import local
@@ -186,7 +186,7 @@ def stream(
             ignore_files=ignore_files,
         )
         check_values(planned)
-        wheres = inputs_as_told(planned, also_load)
+        wheres = inputs_as_told(planned, paths, also_load)
         told = command(merge, {**asked, **wheres, "out": OUT, "shard_size": None})
         told = f"{told.removesuffix(f' -o {OUT}')} --stream --push-to-hub {repo}"
         others = partial(last_files, planned, repo=repo, card=card, exclude=exclude)
@@ -210,7 +210,8 @@ def stream(
             streaming.run()
             on_gpu = any(name.startswith("cuda") for name in runtime.result().devices)
             effects = effects_of(planned, streaming.totals)
-            notes += effect_notes(effects)
+            ratios = {name: ratio for shard in streaming.finished.values() for name, ratio in shard.ratios.items()}
+            notes += [*effect_notes(effects), *size_notes(planned, ratios)]
             whole = replace(planned, notes=(*made, *effect_notes(effects)))  # those on the repository are of this run
             table = provenance(whole, digests, effects, on_gpu, told) | {"plan": streaming.plan_name}
             weights_sent = {name: shard.digest for name, shard in streaming.finished.items()}
@@ -489,9 +490,10 @@ def finished_in(table: object, there: Mapping[str, RemoteFile]) -> dict[str, Fin
     """The files of a journal or a provenance that are in the repository with the content it tells."""
     found: dict[str, FinishedShard] = {}
     for name, entry in table.items() if isinstance(table, dict) else ():
-        digest, file = Digest.of_record(entry), there.get(name)
-        if digest is None or file is None or file.size != digest.size:
+        shard = FinishedShard.of_record({"changed": True, **entry, "name": name}) if isinstance(entry, dict) else None
+        file = there.get(name)
+        if shard is None or file is None or file.size != shard.size:
             continue
-        if not file.sha256 or digest.has_sha256(file.sha256):  # of a small file the Hub tells the size alone
-            found[name] = FinishedShard(name, digest, bool(entry.get("changed", True)))
+        if not file.sha256 or shard.digest.has_sha256(file.sha256):  # of a small file the Hub tells the size alone
+            found[name] = shard
     return found
