@@ -6,10 +6,10 @@ still on disk, so that it can be planned with before anything is read.
 
 from loratool.updates.additive import Add, LowRank, stack
 from loratool.updates.base import ANY, Update
-from loratool.updates.compound import Both, Fill, Image, images_in, with_weight
+from loratool.updates.compound import Both, Chain, Fill, Image, images_in, with_weight
 from loratool.updates.dora import Magnitude
 from loratool.updates.experts import ExpertFactors, ExpertLowRank, downs, ups
-from loratool.updates.multiplying import BlockAffine, Chain, Modulated, Reflections, Rotation, Scale
+from loratool.updates.multiplying import BlockAffine, Modulated, Reflections, Rotation, Scale
 from loratool.updates.products import Bases, Circulant, Grid, Hadamard, Kronecker, Pooled, Shared, Tiled
 from loratool.updates.replacing import Replace, ReplaceRows
 from loratool.updates.residual import Residual

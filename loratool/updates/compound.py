@@ -1,4 +1,4 @@
-"""Updates made of others, each of which changes the weight as it was, and the small parts that they are made of."""
+"""Updates made of others, and the small parts that they are made of."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Both(Update):
-    """ΔW = first + second, each being the change of the unmerged weight; neither reads what the other has made."""
+class Pair(Update):
+    """Two updates of one weight; how they go together, its kinds say."""
 
     first: Update
     second: Update
@@ -28,7 +28,8 @@ class Both(Update):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(max(pair) for pair in zip(self.first.shape, self.second.shape, strict=True))
+        one, other = self.first.shape, self.second.shape
+        return tuple(max(pair) for pair in zip(one, other, strict=True)) if len(one) == len(other) else one
 
     @property
     def rank(self) -> int:
@@ -36,10 +37,15 @@ class Both(Update):
 
     def fit(self, shape: tuple[int, ...]) -> Update | None:
         first, second = self.first.fit(shape), self.second.fit(shape)
-        return Both(first, second) if first and second else None
+        return replace(self, first=first, second=second) if first and second else None
 
     def prepared(self, weight: WeightRows) -> Update:
-        return Both(self.first.prepared(weight), self.second.prepared(weight))
+        return replace(self, first=self.first.prepared(weight), second=self.second.prepared(weight))
+
+
+@dataclass(frozen=True)
+class Both(Pair):
+    """ΔW = first + second, each being the change of the unmerged weight; neither reads what the other has made."""
 
     def delta(self, weight: Tensor) -> Tensor:
         return self.first.delta(weight) + self.second.delta(weight)
@@ -47,6 +53,29 @@ class Both(Update):
     def add_rows(self, rows: Tensor, first_row: int, strength: float, base: Tensor) -> None:
         self.first.add_rows(rows, first_row, strength, base)
         self.second.add_rows(rows, first_row, strength, base)
+
+
+@dataclass(frozen=True)
+class Chain(Pair):
+    """Two updates of one weight, one after the other: a rotation, say, and then a scale for each row."""
+
+    @property
+    def turnable(self) -> bool:
+        return self.first.turnable and self.second.turnable
+
+    @property
+    def turned(self) -> Chain:
+        return Chain(self.first.turned, self.second.turned)
+
+    def delta(self, weight: Tensor) -> Tensor:
+        between = self.first.delta(weight)
+        return between + self.second.delta(weight + between)
+
+    def add_rows(self, rows: Tensor, first_row: int, strength: float, base: Tensor) -> None:
+        changed = rows.clone()
+        self.first.add_rows(changed, first_row, 1.0, base)
+        self.second.add_rows(changed, first_row, 1.0, base)
+        rows.lerp_(changed, strength)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from loratool.updates.base import ANY, Update, WeightRows
+from loratool.updates.base import ANY, Update
 from loratool.updates.formulas import diagonal
 
 if TYPE_CHECKING:
@@ -191,53 +191,3 @@ class BlockAffine(Update):
             part = rows[at : at + count].view(count, -1, size)
             part.add_(part @ block + block[within : within + count, None, :], alpha=strength)
             at += count
-
-
-@dataclass(frozen=True)
-class Chain(Update):
-    """Two updates of one weight, one after the other: a rotation, say, and then a scale for each row."""
-
-    first: Update
-    second: Update
-
-    @property
-    def looks_at_base(self) -> bool:  # type: ignore[override]  # a constant for the other kinds
-        return self.first.looks_at_base or self.second.looks_at_base
-
-    @property
-    def needs_weight(self) -> bool:
-        return self.first.needs_weight or self.second.needs_weight
-
-    @property
-    def turnable(self) -> bool:
-        return self.first.turnable and self.second.turnable
-
-    @property
-    def turned(self) -> Chain:
-        return Chain(self.first.turned, self.second.turned)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        one, other = self.first.shape, self.second.shape
-        return tuple(max(pair) for pair in zip(one, other, strict=True)) if len(one) == len(other) else one
-
-    @property
-    def rank(self) -> int:
-        return self.first.rank + self.second.rank
-
-    def fit(self, shape: tuple[int, ...]) -> Update | None:
-        first, second = self.first.fit(shape), self.second.fit(shape)
-        return Chain(first, second) if first and second else None
-
-    def prepared(self, weight: WeightRows) -> Update:
-        return Chain(self.first.prepared(weight), self.second.prepared(weight))
-
-    def delta(self, weight: Tensor) -> Tensor:
-        between = self.first.delta(weight)
-        return between + self.second.delta(weight + between)
-
-    def add_rows(self, rows: Tensor, first_row: int, strength: float, base: Tensor) -> None:
-        changed = rows.clone()
-        self.first.add_rows(changed, first_row, 1.0, base)
-        self.second.add_rows(changed, first_row, 1.0, base)
-        rows.lerp_(changed, strength)
