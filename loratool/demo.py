@@ -74,7 +74,7 @@ def demo(folder: Path | str = "loratool-demo", *, overwrite: bool = False) -> De
 def clear(home: Path, overwrite: bool) -> None:
     """Remove what an earlier demo left; raises `UsageError` where anything else is there, and removes nothing then."""
     if not overwrite:
-        raise UsageError(f"{printable(home)}: is there already; give --overwrite or another folder")
+        raise UsageError(f"{printable(home)} already exists; pass --overwrite to replace it, or give another folder")
     if not home.is_dir() or not {entry.name for entry in home.iterdir()} <= {"base", "adapter", "merged", "again"}:
         raise UsageError(f"{printable(home)}: holds more than a demo leaves; give another folder")
     for path in home.iterdir():

@@ -11,6 +11,7 @@ LoratoolError            1   (never raised itself: a bug is any other exception)
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -87,10 +88,19 @@ def folded(problems: Iterable[str]) -> list[tuple[str, tuple[str, ...]]]:
         names = [match["name"] for match in matches if match["name"]]
         if len(set(names)) > MOST_NAMED:
             listed = f"{', '.join(names[:MOST_NAMED])} and {len(names) - MOST_NAMED} more"
-            found.append((f"{whose}{len(names)} {kind_of(names)}: {matches[0]['said']} ({listed})", tuple(names)))
+            many = f"{sum(map(stands_for, names))} {kind_of(names)}"
+            found.append((f"{whose}{many}: {matches[0]['said']} ({listed})", tuple(names)))
         else:
             found += [(match.string, (match["name"],) if match["name"] else ()) for match in matches]
     return found
+
+
+def stands_for(name: str) -> int:
+    """How many names one with ranges of layers in braces stands for: `layers.{0-5}.q` for six."""
+    return math.prod(
+        sum(int(last or first) - int(first) + 1 for first, last in re.findall(r"(\d+)(?:-(\d+))?", inside))
+        for inside in re.findall(r"\{(\d[\d,-]*)\}", name)
+    )
 
 
 def kind_of(names: Iterable[str]) -> str:

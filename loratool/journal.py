@@ -207,7 +207,7 @@ class ForeignError(StorageError):
 def foreign(home: Path, odd: list[str]) -> ForeignError:
     """The refusal of a stage that holds what is not ours."""
     return ForeignError(
-        f"{printable(home)}: holds what loratool did not put there, so nothing in it is touched; move that away, or "
+        f"{printable(home)}: holds files that loratool did not put there, so nothing in it is touched; move them away, or "
         "give another OUT:",
         odd,
     )
@@ -219,10 +219,11 @@ def of_no_journal(home: Path, found: list[tuple[str, os.stat_result]], owner: in
         if path == JOURNAL:
             yield (
                 path,
-                why_odd(status, owner) or "is no journal of this release; if an earlier one left it, delete the folder",
+                why_odd(status, owner)
+                or "not a journal of this release; if an earlier release left it, delete the folder",
             )
         elif "/" not in path and not is_torn_head(home, path, owner):
-            yield path, "is in no journal"
+            yield path, "not listed in a journal of loratool"
 
 
 def why_foreign(journal: Journal, path: str, status: os.stat_result, owner: int) -> str:

@@ -36,13 +36,13 @@ def check_target(out: Path, inputs: Sequence[Path], overwrite: bool, adapter: bo
     try:
         out = Path(os.path.realpath(out))
         if not stat.S_ISDIR(out.parent.stat().st_mode):
-            raise StorageError(f"{shown}: {printable(out.parent)} is no folder")
+            raise StorageError(f"{shown}: {printable(out.parent)} is not a folder")
     except OSError as error:
         raise StorageError(f"{shown}: {error.strerror}: {printable(out.parent)}") from error
     for path in (each for given in inputs for each in (given, *links_in(given))):
         if inside(out, path) or inside(path, out) or inside(path, stage_of(out)):
             raise UsageError(
-                f"{shown}: is, holds or lies inside the input {printable(path)}, which is never written to"
+                f"{shown}: OUT is, contains or lies inside the input {printable(path)}, which is never written to; give another OUT"
             )
     check_place(out, shown, overwrite, adapter)
     check_stage(stage_of(out))
@@ -70,12 +70,12 @@ def check_place(out: Path, shown: str, overwrite: bool, adapter: bool) -> None:
             )
         return
     if not out.is_dir():
-        raise UsageError(f"{shown}: is there and is no folder")
+        raise UsageError(f"{shown} exists and is not a folder; give another OUT")
     if not overwrite:
-        raise UsageError(f"{shown}: is there already; give --overwrite to replace it")
+        raise UsageError(f"{shown} already exists; pass --overwrite to replace it")
     names = replaceable_files(out, shown)
     if adapter and names and ("adapter_config.json" not in names or "config.json" in names):
-        raise UsageError(f"{shown}: is no adapter, so --overwrite does not replace it by one; remove it yourself")
+        raise UsageError(f"{shown} is not an adapter, so --overwrite does not replace it with one; remove it yourself")
 
 
 def replaceable_files(folder: Path, shown: str) -> list[str]:
@@ -93,26 +93,26 @@ def replaceable_files(folder: Path, shown: str) -> list[str]:
     strange = [path for path, status in found.items() if stat.S_ISDIR(status.st_mode) and path not in ways]
     top = [path for path in strange if Path(path).parent.as_posix() not in strange]
     odd = {path: why for path, why in odd.items() if not any(path.startswith(f"{way}/") for way in top)}
-    odd |= {f"{path}/": "no folder of a model" for path in top}
+    odd |= {f"{path}/": "not a folder of a model" for path in top}
     if odd:
         raise UsageError(
-            f"{shown}: holds what is not part of a model or an adapter, so --overwrite does not replace it; "
-            "move that away, or give another OUT:",
+            f"{shown}: holds files that are not part of a model or an adapter, so --overwrite does not replace it; "
+            "move them away, or give another OUT:",
             (f"{printable(path)}: {why}" for path, why in sorted(odd.items())),
         )
     if files and not recorded and not any(WEIGHTS.fullmatch(path) for path in files):
-        raise UsageError(f"{printable(folder)}: holds no model, so --overwrite does not replace it; remove it yourself")
+        raise UsageError(f"{printable(folder)} holds no model, so --overwrite does not replace it; remove it yourself")
     return files
 
 
 def why_kept(folder: Path, path: str, status: os.stat_result, recorded: Mapping[str, Digest]) -> str:
     """Empty for a file that `--overwrite` may replace; else the reason it may not."""
     if not stat.S_ISREG(status.st_mode):
-        return "a link" if stat.S_ISLNK(status.st_mode) else "no regular file"
+        return "a link" if stat.S_ISLNK(status.st_mode) else "not a regular file"
     if is_model_file(path):
         return ""
     if path not in recorded:
-        return f"not listed in {PROVENANCE}, and no usual file of a model"
+        return f"not listed in {PROVENANCE}, and not a usual file of a model"
     return f"changed since {PROVENANCE} listed it" if why_unlike(folder / path, recorded[path]) else ""
 
 

@@ -140,7 +140,7 @@ def check_arguments(
     if not adapters:
         raise UsageError("a merge needs at least one adapter")
     if dtype not in DTYPES:
-        raise UsageError(f"dtype {printable(repr(dtype))} is none of {', '.join(DTYPES)}")
+        raise UsageError(f"dtype must be one of {', '.join(DTYPES)} (got {printable(repr(dtype))})")
     if shard_size is not None and shard_size <= 0:
         raise UsageError(f"a shard size of {shard_size} bytes is too small")
     strengths = tuple(float(w) for w in weights) if weights else (1.0,) * len(adapters)

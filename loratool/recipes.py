@@ -41,7 +41,7 @@ def make_recipe(
 ) -> Recipe:
     """The recipe that the arguments mean; raises `UsageError` for the first that means nothing."""
     if method not in METHODS:
-        raise UsageError(f"--method {printable(method)} is none of {', '.join(METHODS)}")
+        raise UsageError(f"--method must be one of {', '.join(METHODS)} (got {printable(method)})")
     row = METHODS[method]
     if not row.least <= count <= row.most:
         wanted = str(row.least) if row.least == row.most else f"{row.least} or more"
@@ -56,7 +56,7 @@ def make_recipe(
         ("saved", saved, SAVED),
     ):
         if value not in known:
-            raise UsageError(f"--{name} {printable(value)} is none of {', '.join(k for k in known if k)}")
+            raise UsageError(f"--{name} must be one of {', '.join(k for k in known if k)} (got {printable(value)})")
     if space and row.family != ELEMENTWISE:
         raise UsageError(f"--space is for methods that look at entries; {method} does not")
     if rank_policy == "ctm" and (rank is None or row.family == FACTORWISE or space in ("dense", "knots")):

@@ -75,7 +75,7 @@ def why_other(path: Path, digest: Digest) -> str:
     try:
         return why_unlike(path, digest)
     except InputError:
-        return "is no regular file, or changed while it was read"
+        return "is not a regular file, or it changed while it was read"
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
 

@@ -94,7 +94,7 @@ def start_torch(device: str) -> Future[Runtime]:
 def check_device(device: str) -> None:
     """Raise `UsageError` where `device` is no name of one."""
     if device not in ("auto", "cpu", "cuda") and not (device.startswith("cuda:") and device[5:].isdigit()):
-        raise UsageError(f"device {printable(repr(device))} is none of auto, cpu, cuda, cuda:N")
+        raise UsageError(f"device must be auto, cpu, cuda or cuda:N (got {printable(repr(device))})")
 
 
 def find_devices(device: str) -> tuple[str, ...]:
@@ -150,7 +150,7 @@ def choose_resources(
             chosen -= 1
         else:
             raise UsageError(
-                f"--max-memory: {max_memory} bytes are too little; {-(-needed // 10**6)} MB is the least that works"
+                f"--max-memory: {max_memory} bytes is too little; this merge needs at least {-(-needed // 10**6)} MB"
             )
     return Resources(devices, chosen, block)
 

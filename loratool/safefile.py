@@ -288,7 +288,7 @@ def header_length(path: Path, head: bytes, size: int) -> int:
         )
     if PREFIX + length > size:
         raise InputError(
-            f"{shown}: cut off inside its header: {PREFIX + length - size} bytes are missing (of a header of {length})"
+            f"{shown}: cut off inside its header: {PREFIX + length - size} bytes are missing (of a header of {length}); copy or download it again"
         )
     return length
 

@@ -73,6 +73,10 @@ ALIKE = [f"model.layers.{n}.q: stored as I8" for n in range(5)]
         (ALIKE[:3], ALIKE[:3]),
         ([f"ad: {line}" for line in ALIKE[:4]], ["ad: 4 modules: stored as I8 (model.layers.0.q, model.layers.1.q, model.layers.2.q and 1 more)"]),
         ([f"a.{n}.b: is [{n}, 2]" for n in range(5)], [f"a.{n}.b: is [{n}, 2]" for n in range(5)]),
+        (
+            [f"ad: m.{{0-2,5}}.{name}.weight: no place" for name in "abcd"],
+            ["ad: 16 tensors: no place (m.{0-2,5}.a.weight, m.{0-2,5}.b.weight, m.{0-2,5}.c.weight and 1 more)"],
+        ),
         (["one", "one: two", "", "a.b"], ["one", "one: two", "", "a.b"]),
         (
             [f"x.{n}.q.weight: x.{n}.q.lora_A.weight and y.{n}.lora_A are two spellings" for n in range(4)],
@@ -81,7 +85,9 @@ ALIKE = [f"model.layers.{n}.q: stored as I8" for n in range(5)]
     ],
 )  # fmt: skip
 def test_only_what_says_the_same_is_folded(problems: list[str], lines: list[str]) -> None:
-    """Three or fewer stay as they are, and so do sentences that differ in more than names and numbers of layers."""
+    """Three or fewer stay as they are, and so do sentences that differ in more than names and numbers of layers.
+
+    A range of layers in braces counts as so many names."""
     assert [text for text, _ in folded(problems)] == lines
     assert str(InputError("x:", problems)).splitlines()[1:] == [f"  {line}" for line in lines]
     assert InputError("x:", problems).problems == tuple(problems)

@@ -252,7 +252,7 @@ def test_offline_and_not_in_the_cache_is_told_with_the_way_out(hub: HubServer, c
 
 def test_offline_a_name_that_none_can_have_is_told_as_online(client: Client) -> None:
     told = client.refused("inspect", "org/na--me", HF_HUB_OFFLINE="1")
-    assert "no name of a repository" in told
+    assert "not the name of a repository" in told
     assert told == client.refused("inspect", "org/na--me")
 
 
@@ -309,7 +309,7 @@ def test_the_base_may_be_the_one_that_the_adapter_names(
 
 def test_an_adapter_that_names_no_base_or_one_that_is_not_here(client: Client, models: Path, tmp_path: Path) -> None:
     config = models / "adapter" / "adapter_config.json"
-    for name, told in ((None, "no base is named"), ("/somewhere/else", "/somewhere/else, which is not here")):
+    for name, told in ((None, "names no base"), ("/somewhere/else", "/somewhere/else, which is not here")):
         adapter = tmp_path / f"adapter-{name is None}"
         shutil.copytree(models / "adapter", adapter)
         table = json.loads(config.read_text()) | {"base_model_name_or_path": name}

@@ -143,7 +143,7 @@ def test_a_signal_at_any_moment_ends_the_run_soon_and_leaves_no_half_output(
         assert process.returncode == status, (percent, errors)
         assert took < SOON, f"{took:.1f} s from the signal at {percent} % to the end"
         assert output == ""
-        assert errors.strip() == "Interrupted; the same command continues with the files that are finished."
+        assert errors.strip() == "Interrupted; run the same command again to continue."
     code, _, errors = workshop.run(out)
     assert code == 0, errors
     assert workshop.check(out)

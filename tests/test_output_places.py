@@ -249,7 +249,7 @@ def test_of_two_runs_at_once_one_wins_and_the_other_says_why(bench: Workbench) -
     )
     assert winner.code == 0, winner
     check_refusal(loser, ["merged"], 2)
-    assert any(why in loser.err for why in ("another run", "is there already", "appeared while it was being made"))
+    assert any(why in loser.err for why in ("another run", "already exists", "appeared while it was being made"))
     assert os.listdir(bench.outputs) == ["merged"]
     check_is_merged(tensors_of(bench.out))
 
@@ -549,7 +549,7 @@ def test_an_output_may_have_any_name(bench: Workbench, case: bytes) -> None:
     outcome = bench.run("merge", bench.base, bench.adapter, "-o", bench.out, "--overwrite")
     assert outcome.code == 0
     assert is_clean(outcome.out + outcome.err)
-    bench.refuses_to_merge("is there already", code=2)
+    bench.refuses_to_merge("already exists", code=2)
 
 
 def test_shards_may_have_any_name(bench: Workbench) -> None:

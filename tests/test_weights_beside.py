@@ -181,6 +181,17 @@ def test_trained_weights_beside_an_adapter_are_named_with_what_they_hold(
     assert not (bench.adapter / "exploded").exists()
 
 
+@pytest.mark.parametrize("kind", TRAINED)
+@pytest.mark.parametrize("command", ["inspect", "check"])
+def test_what_a_reader_sees_names_them_too(bench: Workbench, command: str, kind: str) -> None:
+    """`inspect` as text, with --check and without, names each file beside the adapter with what it holds."""
+    told = TRAINED[kind](bench.adapter)
+    outcome = bench.run(*words_of(bench, command))
+    shown = "".join((outcome.out + outcome.err).split())
+    assert outcome.code == 0
+    assert all("".join(part.split()) in shown for part in told), shown
+
+
 @pytest.mark.parametrize("kind", HARMLESS)
 @pytest.mark.parametrize("command", ["merge", "combine", "resize", "inspect", "push"])
 def test_training_states_and_twins_are_named_and_do_not_count(bench: Workbench, command: str, kind: str) -> None:
@@ -237,6 +248,7 @@ def test_files_whose_tensors_are_the_bases_are_merged_with_also_load(
     assert not np.array_equal(tensors[WEIGHT], base[WEIGHT].double().numpy())
     recorded = (bench.out / "loratool.json").read_text()
     assert "trained.safetensors" in recorded
+    assert "prefix-missing" not in {note["code"] for note in report["notes"]}
     assert str(tmp_path) not in recorded
     if where != "elsewhere":
         assert any(note["code"] == "file-merged" for note in report["notes"])

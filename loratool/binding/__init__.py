@@ -86,7 +86,7 @@ def read_maps(maps: Iterable[str]) -> list[Renaming]:
         pattern, divided, replacement = text.rpartition("=")
         try:
             if not divided or not pattern:
-                raise re.error("there is no REGEX=TEMPLATE in it")
+                raise re.error("expected REGEX=TEMPLATE")
             expression = re.compile(pattern)
             re.compile(f"{pattern}|").sub(replacement, "")  # a template of groups that the pattern has not
             found.append((expression, replacement))

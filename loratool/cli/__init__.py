@@ -103,7 +103,7 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, click.Abort) as error:
         cause = error.__cause__ or error  # Click passes every interrupt on as an Abort
         goes_on = arguments[:1] in (["merge"], ["push"])
-        again = "the same command continues with the files that are finished" if goes_on else "nothing is written"
+        again = "run the same command again to continue" if goes_on else "nothing was written"
         complain(f"Interrupted; {cause.args[0] if cause.args else again}.")
         return 143 if isinstance(cause, Terminated) else 130
     except (BrokenPipeError, SystemExit):  # Click turns a broken pipe into an exit of its own

@@ -74,9 +74,13 @@ def selecting() -> dict[str, Any]:
 
 
 def check_access() -> None:
-    """Find out that a push is possible before the work for it is done."""
-    repo, _ = asked_repo()
-    if repo is not None and not click.get_current_context().params.get("dry_run"):
+    """Find out that a push is possible, where one is asked for, before the work for it is done."""
+    repo, public = asked_repo()
+    if repo is None:
+        given = {"--public": public, **{f"--{name.replace('_', '-')}": some for name, some in selecting().items()}}
+        if idle := [option for option, value in given.items() if value]:
+            raise click.UsageError(f"{', '.join(idle)}: only with --push-to-hub REPO, which is missing")
+    elif not click.get_current_context().params.get("dry_run"):
         from loratool.hub.committing import full_name
 
         full_name(repo)

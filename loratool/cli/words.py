@@ -57,7 +57,7 @@ class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
             return value
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", str(value).strip().lower())
         if not match or match[2] not in UNITS:
-            self.fail(f"{printable(repr(value))} is no size such as 5GB, 512MiB or 1000000", param, ctx)
+            self.fail(f"{printable(repr(value))} is not a size; write it like 5GB, 512MiB or 1000000", param, ctx)
         return int(float(match[1]) * UNITS[match[2]])
 
 

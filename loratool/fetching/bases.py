@@ -54,7 +54,7 @@ def base_of(adapters: Sequence[Path]) -> str:
     names = list(dict.fromkeys(named_base(path) for path in adapters))
     if "" in names or not names:
         raise UsageError(
-            "no base is named by an adapter's config (base_model_name_or_path); give its path or id as BASE"
+            "the adapter's config names no base (base_model_name_or_path); give the base's path or Hub id as BASE"
         )
     if len(names) > 1:
         raise UsageError(f"the adapters name several bases ({', '.join(map(printable, names))}); give one as BASE")

@@ -120,7 +120,7 @@ def asking(repo: str, revision: str | None = None, most: int = LARGEST_ANSWER) -
     except Exception as error:
         for each in causes(error):
             if isinstance(each, HFValidationError):
-                raise HubError(f"{printable(repo)}: no name of a repository: {told(each)}") from None
+                raise HubError(f"{printable(repo)}: not the name of a repository: {told(each)}") from None
             if isinstance(each, HfHubHTTPError):
                 raise HubError(f"{printable(repo)}: {refusal(each, repo, revision)}") from None
             if is_of_the_line(each) or isinstance(each, ConnectionError):

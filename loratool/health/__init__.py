@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from loratool.adapter import Adapter
     from loratool.checkpoint import Checkpoint
     from loratool.fitting import Fit
+    from loratool.notes import Note
 
 UNMERGED = "unmerged-model"  # the code of a model that was saved with its adapter unmerged
 
@@ -46,7 +47,9 @@ TOLD = ("ambiguous-alpha", "prefix-doubled", "adapter-name-in-names")  # codes o
 MOVED = ("pissa_niter_", "corda", "lora_ga", "loftq")  # initialisations after which the base cannot be worked out
 
 
-def examine(adapter: Adapter, problems: Sequence[str], path: Path, fit: Fit | None) -> tuple[Finding, ...]:
+def examine(
+    adapter: Adapter, problems: Sequence[str], path: Path, fit: Fit | None, notes: Sequence[Note]
+) -> tuple[Finding, ...]:
     """Everything that is found, problems first.
 
     Args:
@@ -54,6 +57,7 @@ def examine(adapter: Adapter, problems: Sequence[str], path: Path, fit: Fit | No
         problems: what could not, in sentences.
         path: what commands are told with.
         fit: the adapter held against its base, where that is known.
+        notes: on reading, on the base and on other files of the folder.
     """
     found = [
         *as_findings(problems),
@@ -62,11 +66,7 @@ def examine(adapter: Adapter, problems: Sequence[str], path: Path, fit: Fit | No
         *(look_at_fit(fit, path) if fit else ()),
         *look_at_values(adapter, path),
         *look_at_servers(adapter, path, fit),
-        *(
-            Finding("note", note.code, note.text)
-            for note in (*adapter.notes, *(fit.notes if fit else ()))
-            if note.code not in TOLD
-        ),
+        *(Finding("note", note.code, note.text) for note in notes if note.code not in TOLD),
     ]
     return tuple(sorted(found, key=lambda finding: finding.level != "problem"))
 

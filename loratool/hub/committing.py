@@ -83,7 +83,7 @@ class Commit:
 def check_name(repo: str) -> None:
     """Raise `UsageError` for what can be no name of a repository."""
     if repo.count("/") > 1 or not is_hub_id(repo if "/" in repo else f"me/{repo}"):
-        raise UsageError(f"{printable(repo)}: no name of a repository; org/name is one")
+        raise UsageError(f"{printable(repo)}: not the name of a repository; expected org/name")
 
 
 def full_name(repo: str) -> str:

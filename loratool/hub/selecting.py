@@ -99,7 +99,7 @@ def select(
         InputError: neither a model nor an adapter, unfinished, or a file holds a secret.
     """
     if not root.is_dir():
-        raise UsageError(f"{printable(root)}: PATH is the folder of a model or of an adapter")
+        raise UsageError(f"{printable(root)}: not a folder; PATH must be the folder of a model or an adapter")
     if is_stage(root) or (root.name == MODEL and is_stage(root.parent)):
         raise InputError(f"{printable(root)}: the output of a merge that is not finished; run that merge again first")
     kind, needed, others, left_out, beside = contents(root)

@@ -150,7 +150,7 @@ def look_at(
     if tensors:
         facts = replace(facts, tensors=tuple(listed([adapter.file])))
     if check:
-        facts = replace(facts, findings=examine(adapter, problems, shown, fit))
+        facts = replace(facts, findings=examine(adapter, problems, shown, fit, facts.notes))
     if values:
         from loratool.measuring import measure
 

@@ -78,7 +78,7 @@ def check_page(path: Path, overwrite: bool) -> None:
     if path.is_dir():
         raise UsageError(f"--html {printable(path)}: is a folder; a file is wanted")
     if os.path.lexists(path) and not overwrite:
-        raise UsageError(f"--html {printable(path)}: is there already; --overwrite replaces it")
+        raise UsageError(f"--html {printable(path)} already exists; pass --overwrite to replace it")
     if path.exists() and not is_page(path):
         raise UsageError(
             f"--html {printable(path)}: is no page that loratool made, so --overwrite does not replace it; give another name"

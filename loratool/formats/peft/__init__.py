@@ -176,7 +176,7 @@ def read_saved(path: Path, owner: Adapter) -> Adapter:
         updates=draft.updates,
         sources=draft.sources,
         unused=tuple(draft.unused),
-        notes=tuple(notes),
+        notes=tuple(note for note in notes if note.code != "prefix-missing"),  # its names are the base's
     )
 
 
