@@ -1,7 +1,7 @@
 """What can go wrong, and the exit code each kind ends the command line with.
 
 LoratoolError            1   (never raised itself: a bug is any other exception)
-├── UsageError           2   the call asks for something that cannot be meant
+├── UsageError           2   the call is wrong: an unknown value, options that exclude each other, an output that exists
 ├── InputError           3   an input is malformed or of an unsupported kind
 ├── FitError             4   the adapter does not fit the base, or changes nothing
 ├── VerificationError    5   a file is not what its record says, or the result not what the formula says
@@ -134,7 +134,7 @@ class LoratoolError(Exception):
 
 
 class UsageError(LoratoolError):
-    """The call asks for something that cannot be meant."""
+    """The call is wrong: an unknown value, options that exclude each other, an output that exists."""
 
     exit_code = 2
 

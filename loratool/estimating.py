@@ -157,7 +157,7 @@ def estimate(
     if wrong := [rank for rank in wanted_ranks if type(rank) is not int or rank < 1]:
         raise UsageError(f"rank {', '.join(map(printable, wrong))}: a rank is a whole number from 1 on")
     if not wanted_ranks or not wanted:
-        raise UsageError("a rank and a target are wanted, such as --rank 8 --target q_proj,v_proj")
+        raise UsageError("pass at least one rank and one target, such as --rank 8 --target q_proj,v_proj")
     if dtype not in DTYPES:
         raise UsageError(f"dtype {printable(repr(dtype))} is not one of {', '.join(DTYPES)}")
     with headers(base) as location:

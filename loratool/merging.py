@@ -320,7 +320,7 @@ def inputs_of(base: PathLike, adapters: Sequence[PathLike]) -> tuple[list[Path],
 def check_arguments(device: str, workers: int | None, max_memory: int | None) -> None:
     check_device(device)
     if workers is not None and not 1 <= workers <= 1024:
-        raise UsageError(f"{workers} workers cannot be meant; 1 to 1024 can")
+        raise UsageError(f"workers must be between 1 and 1024 (got {workers})")
     if max_memory is not None and max_memory <= 0:
         raise UsageError(f"a memory limit of {max_memory} bytes cannot be kept")
 

@@ -145,7 +145,9 @@ def check_arguments(
         raise UsageError(f"a shard size of {shard_size} bytes is too small")
     strengths = tuple(float(w) for w in weights) if weights else (1.0,) * len(adapters)
     if len(strengths) != len(adapters):
-        raise UsageError(f"{len(strengths)} weights for {len(adapters)} adapters; give each adapter one, in order")
+        raise UsageError(
+            f"{len(strengths)} weights for {len(adapters)} adapters; pass one weight per adapter, in order"
+        )
     if not all(math.isfinite(w) for w in strengths):
         raise UsageError("a weight must be a finite number")
     return strengths

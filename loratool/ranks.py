@@ -46,7 +46,7 @@ class RankRule:
         given = {k: v for k, v in zip(RULES, (rank, energy, error, ratio, budget), strict=True) if v is not None}
         if len(given) != 1:
             said = " and ".join(f"--{kind}" for kind in given) or "none"
-            raise UsageError(f"one of {', '.join(f'--{kind}' for kind in RULES)} is wanted, given is {said}")
+            raise UsageError(f"pass exactly one of {', '.join(f'--{kind}' for kind in RULES)} (got {said})")
         ((kind, value),) = given.items()
         if kind == "budget":
             number, in_bytes = read_budget(value)
@@ -61,17 +61,17 @@ class RankRule:
         }[kind]
         if not valid:
             wanted = {
-                "rank": "a whole number from 1 on",
+                "rank": "a whole number of at least 1",
                 "energy": "a part of ‖ΔW‖² in (0, 1]",
                 "error": "a relative error in [0, 1)",
                 "ratio": "a number above 1",
                 "budget": "a number of parameters such as 4M, or of bytes such as 16MB",
             }[kind]
-            raise UsageError(f"--{kind} {printable(value)}: wanted is {wanted}")
+            raise UsageError(f"--{kind} must be {wanted} (got {printable(value)})")
         if weights and kind != "budget":
             raise UsageError("weights of layers are for a --budget, which is shared among them")
         if bad := [pattern for pattern, weight in (weights or {}).items() if not is_weight(weight)]:
-            raise UsageError(f"the weight of {printable(bad[0])} is no number from 0 on")
+            raise UsageError(f"the weight of {printable(bad[0])} is not a number of at least 0")
         return cls(kind, number, in_bytes, dict(weights or {}), uniform)
 
     @property

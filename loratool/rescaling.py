@@ -202,7 +202,7 @@ def read_factors(match: Mapping[str, float] | Sequence[str]) -> dict[str, float]
             equals = ""
             factor = math.nan
         if not equals or not pattern or not math.isfinite(factor):
-            raise UsageError(f"--match {printable(word)}: REGEX=FACTOR is wanted, such as 'q_proj=0.5'")
+            raise UsageError(f"--match {printable(word)}: expected REGEX=FACTOR, such as 'q_proj=0.5'")
         found[pattern] = factor
     return found
 
@@ -211,20 +211,18 @@ def check(asked: Mapping[str, float | None], factors: Mapping[str, float], each:
     """Raise `UsageError` where the arguments do not mean one thing."""
     given = {name: value for name, value in asked.items() if value is not None}
     if len(given) > 1:
-        raise UsageError(f"{' and '.join(f'--{name}' for name in given)} say two things; give one of them")
+        raise UsageError(f"{' and '.join(f'--{name}' for name in given)} are mutually exclusive")
     if not given and not factors and not bake:
-        raise UsageError(
-            "nothing to do: one of --scale, --alpha, --frobenius, --spectral, --match and --bake is wanted"
-        )
+        raise UsageError("nothing to do: pass --scale, --alpha, --frobenius, --spectral, --match or --bake")
     if each and not {"frobenius", "spectral"} & set(given):
         raise UsageError("--each is for --frobenius or --spectral")
     for name, value in given.items():
         positive = name in ("frobenius", "spectral")
         if not math.isfinite(value) or value == 0 or (positive and value < 0):
-            wanted = "above 0" if positive else "that is not 0"
-            raise UsageError(f"--{name} {value:g}: a finite number {wanted} is wanted")
+            wanted = "above 0" if positive else "other than 0"
+            raise UsageError(f"--{name} must be a finite number {wanted} (got {value:g})")
     if zero := [pattern for pattern, factor in factors.items() if factor == 0 or not math.isfinite(factor)]:
-        raise UsageError(f"--match {printable(zero[0])}: a finite factor that is not 0 is wanted")
+        raise UsageError(f"--match {printable(zero[0])}: the factor must be a finite number other than 0")
 
 
 def by_search(factors: Mapping[str, float], layers: Mapping[str, Layer]) -> dict[str, float]:

@@ -759,9 +759,9 @@ def test_words_that_mean_nothing_are_refused(bench: Bench, name: str) -> None:
 def test_the_number_of_adapters_has_to_be_the_methods(bench: Bench) -> None:
     third = adapter(bench.root / "in" / "third", 3)
     for method, wanted in (("slerp", "2"), ("nuslerp", "2"), ("karcher", "2 or more"), ("iso_cts", "2 or more")):
-        told = [f"{method} takes {wanted} adapters, given are 1"]
+        told = [f"{method} takes {wanted} adapters (got 1)"]
         bench.refuses("--method", method, told=told, code=2, adapters=[bench.one])
-    told = ["slerp takes 2 adapters, given are 3"]
+    told = ["slerp takes 2 adapters (got 3)"]
     bench.refuses("--method", "slerp", told=told, code=2, adapters=[bench.one, bench.other, third])
 
 

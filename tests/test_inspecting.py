@@ -304,7 +304,7 @@ def test_a_base_and_its_config_are_not_both_taken(tmp_path: Path, capsys: pytest
     write_adapter(tmp_path / "adapter")
     words = ["inspect", str(tmp_path / "adapter"), "--base", str(tmp_path / "base"), "--base-config", "config.json"]
     assert cli.run(words) == 2
-    assert "one of them is wanted" in capsys.readouterr().err
+    assert "mutually exclusive" in capsys.readouterr().err
 
 
 # Facts from values

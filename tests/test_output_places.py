@@ -237,7 +237,8 @@ def test_an_output_that_another_process_is_writing_is_refused_until_that_process
 
 
 def test_of_two_runs_at_once_one_wins_and_the_other_says_why(bench: Workbench) -> None:
-    """Row 55."""
+    """The loser finds the output, the lock of the winner, or, having planned before the winner was done, an output that
+    appeared meanwhile: it says which, and leaves it alone."""
     runs = [
         subprocess.Popen(merge_words(bench), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(2)

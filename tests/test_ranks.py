@@ -140,10 +140,10 @@ def test_bytes_count_by_the_size_of_a_number() -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ({}, "given is none"),
+        ({}, "(got none)"),
         ({"rank": 4, "energy": 0.9}, "--rank and --energy"),
-        ({"rank": 0}, "a whole number from 1 on"),
-        ({"rank": -3}, "a whole number from 1 on"),
+        ({"rank": 0}, "a whole number of at least 1"),
+        ({"rank": -3}, "a whole number of at least 1"),
         ({"energy": 0}, "(0, 1]"),
         ({"energy": 1.5}, "(0, 1]"),
         ({"energy": math.nan}, "(0, 1]"),
@@ -285,9 +285,9 @@ def test_a_budget_is_read_whatever_its_case_and_spaces(text: str, number: float,
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ({"rank": 2.5}, "--rank 2.5: wanted is a whole number"),
-        ({"rank": math.inf}, "a whole number from 1 on"),
-        ({"rank": math.nan}, "a whole number from 1 on"),
+        ({"rank": 2.5}, "--rank must be a whole number"),
+        ({"rank": math.inf}, "a whole number of at least 1"),
+        ({"rank": math.nan}, "a whole number of at least 1"),
         ({"energy": -0.1}, "--energy -0.1"),
         ({"energy": math.inf}, "(0, 1]"),
         ({"error": math.nan}, "[0, 1)"),

@@ -450,7 +450,7 @@ def test_the_command_s_refusals_have_the_contract_s_exit_codes(
     for options, told, code in (
         ([], "one of --rank", 2),
         (["--rank", "2", "--energy", "0.9"], "--rank and --energy", 2),
-        (["--rank", "0"], "a whole number from 1 on", 2),
+        (["--rank", "0"], "a whole number of at least 1", 2),
         (["--energy", "2"], "(0, 1]", 2),
         (["--budget", "9"], "too little for rank 1", 2),
         (["--rank", "2", "--calibration", str(tmp_path / "nowhere")], "no such file", 3),
@@ -1032,9 +1032,9 @@ def test_tensors_that_cannot_be_resized_are_refused(
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--rank", "0"], ["--rank 0", "a whole number from 1 on"]),
-        (["--rank", "-2"], ["a whole number from 1 on"]),
-        ([], ["one of --rank, --energy, --error, --ratio, --budget", "given is none"]),
+        (["--rank", "0"], ["a whole number of at least 1"]),
+        (["--rank", "-2"], ["a whole number of at least 1"]),
+        ([], ["one of --rank, --energy, --error, --ratio, --budget", "(got none)"]),
         (["--rank", "2", "--budget", "9", "--ratio", "3"], ["--rank and --ratio and --budget"]),
         (["--energy", "nan"], ["(0, 1]"]),
         (["--error", "1"], ["[0, 1)"]),

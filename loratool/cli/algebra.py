@@ -252,7 +252,7 @@ def combine(
     from loratool.combining import combine
 
     if weights and weights_file:
-        raise UsageError("-w and --weights say two things; give one of them")
+        raise UsageError("-w and --weights are mutually exclusive")
     check_access()
     with counter(quiet, "combining") as progress:
         report = combine(

@@ -89,7 +89,7 @@ def inspect(
         FitError: the adapter does not fit the base.
     """
     if base is not None and base_config is not None:
-        raise UsageError("--base and --base-config both say what the base is; one of them is wanted")
+        raise UsageError("--base and --base-config are mutually exclusive")
     (way,) = readings(1, expert_layout, adapter_name, input_alpha)
     with ExitStack() as stack:
 

@@ -76,7 +76,7 @@ def cleaned(data: Any) -> Any:
 def check_page(path: Path, overwrite: bool) -> None:
     """Raise `UsageError` where a page may not be written to `path`; nothing but pages made here is replaced."""
     if path.is_dir():
-        raise UsageError(f"--html {printable(path)}: is a folder; a file is wanted")
+        raise UsageError(f"--html {printable(path)}: is a folder; expected a file")
     if os.path.lexists(path) and not overwrite:
         raise UsageError(f"--html {printable(path)} already exists; pass --overwrite to replace it")
     if path.exists() and not is_page(path):
