@@ -67,7 +67,7 @@ class RankRule:
                 "ratio": "a number above 1",
                 "budget": "a number of parameters such as 4M, or of bytes such as 16MB",
             }[kind]
-            raise UsageError(f"--{kind} must be {wanted} (got {printable(value)})")
+            raise UsageError(f"--{kind} {printable(value)}: must be {wanted}")
         if weights and kind != "budget":
             raise UsageError("weights of layers are for a --budget, which is shared among them")
         if bad := [pattern for pattern, weight in (weights or {}).items() if not is_weight(weight)]:

@@ -64,20 +64,20 @@ def make_recipe(
             "--rank-policy ctm chooses that many directions in core space first: it needs --rank and no other space"
         )
     if rank is not None and rank < 1:
-        raise UsageError(f"--rank must be a whole number of at least 1 (got {rank})")
+        raise UsageError(f"--rank {rank}: must be a whole number of at least 1")
     if density is not None and row.density is None:
         raise UsageError(f"--density is for methods that drop entries; {method} keeps all")
     part = row.density or 1.0 if density is None else density
     if not 0 < part <= 1:
-        raise UsageError(f"--density must be a part of the entries in (0, 1] (got {part:g})")
+        raise UsageError(f"--density {part:g}: must be a part of the entries in (0, 1]")
     if method == "della" and not (0 <= window < part and part + window <= 1):
         raise UsageError(f"--window {window:g}: chances around a density of {part:g} have to stay in (0, 1]")
     if method == "breadcrumbs" and not (outliers >= 0 and outliers + part <= 1):
         raise UsageError(f"--outliers {outliers:g} and a density of {part:g} are more than all entries")
     if not math.isfinite(factor) or factor == 0:
-        raise UsageError(f"--lambda must be a finite number other than 0 (got {factor:g})")
+        raise UsageError(f"--lambda {factor:g}: must be a finite number other than 0")
     if not 0 <= iso_beta <= 1:
-        raise UsageError(f"--iso-beta must be between 0 and 1 (got {iso_beta:g})")
+        raise UsageError(f"--iso-beta {iso_beta:g}: must be between 0 and 1")
     refuse_idle(method, window, outliers, sign, normalize, iso_beta, row_wise)
     if row.family == FACTORWISE and match_norm != "none":
         raise UsageError("--match-norm is for methods on updates, not on factors")

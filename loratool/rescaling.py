@@ -220,7 +220,7 @@ def check(asked: Mapping[str, float | None], factors: Mapping[str, float], each:
         positive = name in ("frobenius", "spectral")
         if not math.isfinite(value) or value == 0 or (positive and value < 0):
             wanted = "above 0" if positive else "other than 0"
-            raise UsageError(f"--{name} must be a finite number {wanted} (got {value:g})")
+            raise UsageError(f"--{name} {value:g}: must be a finite number {wanted}")
     if zero := [pattern for pattern, factor in factors.items() if factor == 0 or not math.isfinite(factor)]:
         raise UsageError(f"--match {printable(zero[0])}: the factor must be a finite number other than 0")
 

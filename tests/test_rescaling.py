@@ -211,7 +211,7 @@ def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Workbench:
         (["--match", "nonsense"], "REGEX=FACTOR", 2),
         (["--match", "(=2"], "no regular expression", 2),
         (["--match", "nowhere=2"], "found in no adapted module", 2),
-        (["--match", "a=0"], "not 0", 2),
+        (["--match", "a=0"], "other than 0", 2),
         (["--scale", "1e30", "--bake", "--dtype", "float16"], "overflow", 4),
     ],
 )

@@ -39,11 +39,11 @@ class Rule:
     def of(cls, rank: int | str | None, energy: float | None, max_rank: int) -> Rule:
         """The rule that was asked for; raises `UsageError` for numbers out of range."""
         if rank not in (None, "auto") and (isinstance(rank, (bool, str)) or not isinstance(rank, int) or rank < 1):
-            raise UsageError(f"--rank must be auto or a whole number of at least 1 (got {printable(rank)})")
+            raise UsageError(f"--rank {printable(rank)}: must be auto or a whole number of at least 1")
         if energy is not None and not 0 < energy <= 1:
-            raise UsageError(f"--energy must be a part of ‖M‖² in (0, 1] (got {printable(energy)})")
+            raise UsageError(f"--energy {printable(energy)}: must be a part of ‖M‖² in (0, 1]")
         if isinstance(max_rank, bool) or max_rank < 1:
-            raise UsageError(f"--max-rank must be a whole number of at least 1 (got {printable(max_rank)})")
+            raise UsageError(f"--max-rank {printable(max_rank)}: must be a whole number of at least 1")
         if isinstance(rank, int):
             return cls(rank, False, energy)
         return cls(max_rank, rank == "auto" or energy is None, energy)
