@@ -20,10 +20,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from loratool import plan_merge
 from loratool.adapter import Adapter, StoredTensor
 from loratool.binding import bind, tell
 from loratool.checkpoint import Checkpoint
-from loratool.planning import plan_merge
 from loratool.safefile import Identity, Layout, SafeFile
 from loratool.updates import ExpertFactors, LowRank, Update
 

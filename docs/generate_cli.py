@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from loratool.cli import cli
+from loratool.cli import COMMANDS, cli, command
 from loratool.errors import LoratoolError
 
 PAGE = Path(__file__).with_name("cli.md")
@@ -35,20 +35,20 @@ OTHER_CODES = {
 
 def page() -> str:
     """The whole page as Markdown."""
-    parts = [HEAD, *(section(name, command) for name, command in sorted(cli.commands.items())), exit_codes()]
+    parts = [HEAD, *(section(name, command(name)) for name in sorted(COMMANDS)), exit_codes()]
     return "\n".join(parts)
 
 
-def section(name: str, command: click.Command) -> str:
+def section(name: str, described: click.Command) -> str:
     """One command: what it does, an example, and a table of its words."""
     context = cli.make_context("loratool", [name], resilient_parsing=True)
-    context = click.Context(command, info_name=name, parent=context)
-    usage = " ".join(["loratool", name, *command.collect_usage_pieces(context)])
-    text, examples = split_help(command)
+    context = click.Context(described, info_name=name, parent=context)
+    usage = " ".join(["loratool", name, *described.collect_usage_pieces(context)])
+    text, examples = split_help(described)
     lines = [f"## loratool {name}", "", text, "", f"Usage: `{usage}`", "", "```console"]
     lines += [f"$ {example}" for example in examples]
     lines += ["```", "", "| option | what it does |", "|---|---|"]
-    for parameter in command.get_params(context):
+    for parameter in described.get_params(context):
         record = parameter.get_help_record(context)
         if isinstance(parameter, click.Option) and record is not None:
             words, meaning = (cell.replace("|", "\\|") for cell in record)

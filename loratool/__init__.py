@@ -37,21 +37,21 @@ EXPORTS = {
     "StreamReport": "hub",
     "UsageError": "errors",
     "VerificationError": "errors",
-    "combine": "combining",
-    "compare": "comparing",
-    "estimate": "estimating",
-    "extract": "extracting",
+    "combine": "commands.combine",
+    "compare": "commands.compare",
+    "estimate": "commands.estimate",
+    "extract": "commands.extract",
     "html_page": "report.page",
-    "inspect": "inspecting",
-    "merge": "merging",
+    "inspect": "commands.inspect",
+    "merge": "commands.merge",
     "open_checkpoint": "checkpoint",
-    "plan": "merging",
-    "plan_merge": "planning",
-    "push": "hub",
+    "plan": "commands.merge",
+    "plan_merge": "commands.merge",
+    "push": "commands.push",
     "read_adapter": "formats",
-    "rescale": "rescaling",
-    "resize": "resizing",
-    "stream": "hub",
+    "rescale": "commands.rescale",
+    "resize": "commands.resize",
+    "stream": "commands.merge",
 }
 __all__ = [*EXPORTS, "__version__"]  # noqa: PLE0604 (every name of EXPORTS is resolved below)
 
@@ -59,10 +59,20 @@ if TYPE_CHECKING:
     from loratool.adapter import Adapter as Adapter
     from loratool.checkpoint import Checkpoint as Checkpoint
     from loratool.checkpoint import open_checkpoint as open_checkpoint
-    from loratool.combining import combine as combine
     from loratool.combining.results import CombineReport as CombineReport
+    from loratool.commands.combine import combine as combine
+    from loratool.commands.compare import compare as compare
+    from loratool.commands.estimate import estimate as estimate
+    from loratool.commands.extract import extract as extract
+    from loratool.commands.inspect import inspect as inspect
+    from loratool.commands.merge import merge as merge
+    from loratool.commands.merge import plan as plan
+    from loratool.commands.merge import plan_merge as plan_merge
+    from loratool.commands.merge import stream as stream
+    from loratool.commands.push import push as push
+    from loratool.commands.rescale import rescale as rescale
+    from loratool.commands.resize import resize as resize
     from loratool.comparing import CompareReport as CompareReport
-    from loratool.comparing import compare as compare
     from loratool.errors import FitError as FitError
     from loratool.errors import HubError as HubError
     from loratool.errors import InputError as InputError
@@ -70,28 +80,18 @@ if TYPE_CHECKING:
     from loratool.errors import StorageError as StorageError
     from loratool.errors import UsageError as UsageError
     from loratool.errors import VerificationError as VerificationError
-    from loratool.estimating import estimate as estimate
-    from loratool.extracting import extract as extract
     from loratool.extracting.results import ExtractReport as ExtractReport
     from loratool.formats import read_adapter as read_adapter
     from loratool.hub import PushReport as PushReport
     from loratool.hub import StreamReport as StreamReport
-    from loratool.hub import push as push
-    from loratool.hub import stream as stream
-    from loratool.inspecting import inspect as inspect
     from loratool.inspecting.facts import AdapterFacts as AdapterFacts
     from loratool.inspecting.facts import CheckpointFacts as CheckpointFacts
     from loratool.merging import MergeReport as MergeReport
-    from loratool.merging import merge as merge
-    from loratool.merging import plan as plan
     from loratool.notes import Note as Note
     from loratool.planning import MergePlan as MergePlan
-    from loratool.planning import plan_merge as plan_merge
     from loratool.report.page import html_page as html_page
     from loratool.rescaling import RescaleReport as RescaleReport
-    from loratool.rescaling import rescale as rescale
     from loratool.resizing import ResizeReport as ResizeReport
-    from loratool.resizing import resize as resize
 
 
 def __getattr__(name: str) -> Any:

@@ -5,20 +5,22 @@ The same provenance gives the same card. Foreign text reaches it escaped, and fr
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratool.errors import escaped, printable
 from loratool.inputs import open_regular, read_json
 from loratool.origins import is_hub_id, origin_of
 from loratool.secrets import without_secrets
+
+if TYPE_CHECKING:
+    from loratool.options import Options
 
 CARD = "README.md"
 MARK = "<!-- made by loratool from loratool.json; without this line it counts as written by hand -->"
@@ -37,8 +39,6 @@ PLAIN_KEY = re.compile(r"[a-z][a-z_]{0,40}")  # of a measure that this release d
 CLASS = re.compile(r"[A-Za-z_]\w{0,100}", re.ASCII)
 OUT = "out"
 HERE = '"."  # this folder, or the repository\'s id'  # in a snippet, until it is known where it goes
-PASSING_OPTIONS = ("out", "overwrite", "dry_run", "progress", "workers", "max_memory")  # that no result depends on
-FLAGS = {"weights": "-w", "maps": "--map", "factor": "--lambda", "out": "-o"}
 MODELS_OF_TASKS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -76,39 +76,13 @@ class Terms:
     disputed: tuple[str, ...] = ()  # licences that differ, so that none is chosen
 
 
-def command(function: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
-    """The command line that calls a library function with these arguments; other names among them are passed over.
+def command(name: str, inputs: Sequence[str | os.PathLike[str]], options: Options, out: bool = True) -> str:
+    """The command line that repeats a run: `name` on these inputs, with these options.
 
     Inputs from the Hub are named with their commit, local ones by their last name: a card tells nobody's folders.
     """
-    words, options = ["loratool", function.__name__], list[str]()
-    for name, parameter in inspect.signature(function).parameters.items():
-        value = arguments[name]
-        if name in PASSING_OPTIONS:
-            continue
-        if parameter.default is inspect.Parameter.empty:
-            many = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-            words += [operand(each) for each in many]
-        elif value not in (parameter.default, [], ()):
-            options += option(FLAGS.get(name, f"--{name.replace('_', '-')}"), value)
-    whole = [*words, *options, "-o", OUT] if "out" in inspect.signature(function).parameters else words
-    return without_secrets(shlex.join(whole))
-
-
-def option(flag: str, value: Any) -> Iterator[str]:
-    """A flag as often as its value asks for."""
-    if value is True:
-        yield flag
-    elif value is False:
-        yield f"--no-{flag.removeprefix('--')}"
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from (flag, printable(f"{key}={item}"))
-    elif isinstance(value, Sequence) and not isinstance(value, str):
-        for item in value:
-            yield from (flag, printable(json.dumps(item) if isinstance(item, Mapping) else item))
-    else:
-        yield from (flag, operand(value) if isinstance(value, os.PathLike) else printable(value))
+    words = ["loratool", name, *map(operand, inputs), *options.words(), *(("-o", OUT) if out else ())]
+    return without_secrets(shlex.join(words))
 
 
 def operand(path: Any) -> str:

@@ -16,7 +16,8 @@ from loratool.formats import read_adapter
 from loratool.gathering import gather, named_apart
 from loratool.lowrank import Decomposition, Joint, Product, Relation, decompose, gram, joint, relate, silenced
 from loratool.notes import Note
-from loratool.reading import readings
+from loratool.reading import ReadingOptions
+from loratool.resources import DeviceOption
 from loratool.results import Result
 from loratool.weightfiles import fates
 from loratool.working import PathLike, Progress, session
@@ -77,33 +78,15 @@ class CompareReport(Result):
         return compare_text(self)
 
 
-def compare(
-    adapters: Sequence[PathLike],
-    *,
-    device: str = "auto",
-    expert_layout: str | Sequence[str] = (),
-    adapter_name: str | Sequence[str] = (),
-    input_alpha: float | Sequence[float] = (),
-    progress: Progress | None = None,
-) -> CompareReport:
-    """Relate every two of some adapters of one base, layer by layer and in all.
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(ReadingOptions, DeviceOption):
+    """Of `compare`."""
 
-    Args:
-        adapters: two or more, folders or `.safetensors` files with their config beside them.
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        expert_layout: how the columns of a fused lora_B are ordered where the config does not say it: "rank-major" or
-            "grouped-by-expert"; one for all adapters or one for each, as the next two.
-        adapter_name: which adapter to read of a file or folder that holds several.
-        input_alpha: α of every module, for files that do not hold it.
-        progress: called with (layers done, layers in all).
 
-    Raises:
-        UsageError: fewer than two adapters.
-        InputError: a malformed adapter, or one that is not low-rank.
-        FitError: they have no layer in common, or see one in different shapes.
-    """
+def compare(adapters: Sequence[PathLike], options: CompareOptions, progress: Progress | None = None) -> CompareReport:
+    """Relate every two of some adapters of one base; `loratool.commands.compare` says all of it."""
     started = time.monotonic()
-    ways = readings(len(adapters), expert_layout, adapter_name, input_alpha)
+    ways = options.readings(len(adapters))
     paths = [local(path, "adapter") for path in adapters]
     if len(paths) < 2:
         raise UsageError("two adapters or more are compared")
@@ -121,7 +104,7 @@ def compare(
     common: dict[str, list[float]] = {}
     modules: dict[str, dict[str, Relation]] = {}
     rounded: dict[str, list[str]] = {}  # adapter → layers whose update is rounding
-    with session(device, ()) as at_work:
+    with session(options.device, ()) as at_work:
 
         def work(target: str) -> tuple[str, torch.Tensor, dict[str, Relation], list[int]]:
             found = layers[target]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.errors import UsageError, VerificationError, printable
-from loratool.merging import MergeReport, merge
+from loratool.merging import MergeOptions, MergeReport, merge
 from loratool.outputs import replaceable_files
 from loratool.results import Result
 
@@ -67,7 +67,7 @@ def demo(folder: Path | str = "loratool-demo", *, overwrite: bool = False) -> De
         path.mkdir(parents=True)
     make_base(base)
     make_adapter(adapter)
-    report = merge(base, [adapter], home / "merged")
+    report = merge(base, [adapter], home / "merged", MergeOptions())
     return check(home, report)
 
 

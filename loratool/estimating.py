@@ -19,6 +19,7 @@ from loratool.inputs import read_json
 from loratool.layouts.architectures import OUTPUT_HEADS, PACKED_WEIGHTS
 from loratool.layouts.ties import TIED_BY_DEFAULT
 from loratool.notes import Note
+from loratool.options import Number, Options, dtypes, option
 from loratool.results import Result
 from loratool.safefile import DTYPE_BITS, FLOAT_NAMES, Layout
 from loratool.tying import find_ties, tie_flag
@@ -128,45 +129,42 @@ class Estimate(Result):
         return estimate_text(self)
 
 
-def estimate(
-    base: str | os.PathLike[str],
-    ranks: int | Sequence[int],
-    targets: str | Iterable[str],
-    *,
-    dtype: str = "float32",
-) -> Estimate:
-    """What LoRA of each of `ranks` on `targets` of `base` has and takes. No tensor is read.
+@dataclass(frozen=True, kw_only=True)
+class EstimateOptions(Options):
+    """Of `estimate`."""
 
-    Args:
-        base: a model's folder or file, or a config.json (or a folder with nothing but one) of a family in
-            `loratool.decoders`.
-        ranks: one rank or several.
-        targets: names as PEFT's `target_modules` takes them, each the end of a module's path, separated by commas
-            where they are one text; `all-linear` for every linear layer but the output head.
-        dtype: of the adapter's parameters, "float32" (as PEFT trains and saves them), "bfloat16" or "float16".
+    ranks: tuple[int, ...] = option(
+        "--rank",
+        help="Rank; may be repeated, or a comma list.",
+        default=(),
+        kind=Number(whole=True, low=1),
+        many=True,
+        commas=True,
+        metavar="R",
+        required=True,
+    )
+    targets: tuple[str, ...] = option(
+        "--target",
+        help="Layers to adapt: q_proj,v_proj or all-linear; may be repeated.",
+        default=(),
+        many=True,
+        metavar="NAME",
+        required=True,
+    )
+    dtype: str = option(
+        help="Dtype of the adapter's parameters.", default="float32", kind=dtypes("float32", "bfloat16", "float16")
+    )
 
-    Memory is, for P parameters of b bytes, P·b for the weights, P·b for the gradients and P·8 for AdamW.
 
-    Raises:
-        UsageError: a rank below 1, no targets, or an unknown dtype.
-        InputError: the base is malformed, quantised, an adapter, or a config of an unknown family.
-        FitError: a target names no weight, or one that is neither a linear layer nor an embedding.
-    """
-    wanted_ranks = tuple(dict.fromkeys([ranks] if isinstance(ranks, int) else ranks))
-    wanted = tuple(dict.fromkeys(name for part in as_list(targets) for name in part.replace(",", " ").split()))
-    if wrong := [rank for rank in wanted_ranks if type(rank) is not int or rank < 1]:
-        raise UsageError(f"rank {', '.join(map(printable, wrong))}: a rank is a whole number from 1 on")
-    if not wanted_ranks or not wanted:
+def estimate(base: str | os.PathLike[str], options: EstimateOptions) -> Estimate:
+    """What LoRA of some ranks on some targets of `base` has and takes; `loratool.commands.estimate` says all of it."""
+    ranks = tuple(dict.fromkeys(options.ranks))
+    targets = tuple(dict.fromkeys(name for part in options.targets for name in part.replace(",", " ").split()))
+    if not ranks or not targets:
         raise UsageError("pass at least one rank and one target, such as --rank 8 --target q_proj,v_proj")
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {printable(repr(dtype))} is not one of {', '.join(DTYPES)}")
     with headers(base) as location:
-        found = estimate_base(read_base(location), wanted_ranks, wanted, dtype)
+        found = estimate_base(read_base(location), ranks, targets, options.dtype)
     return replace(found, path=found.path.replace(printable(location), printable(base)))
-
-
-def as_list(values: str | Iterable[str]) -> list[str]:
-    return [values] if isinstance(values, str) else list(values)
 
 
 def estimate_base(base: Base, ranks: Sequence[int], targets: Sequence[str], dtype: str) -> Estimate:

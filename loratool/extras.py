@@ -46,8 +46,8 @@ def extras_of(
     adapters: Sequence[Adapter],
     strengths: Sequence[float],
     binder: Callable[[Adapter, Checkpoint], Bound],
-    also_load: Sequence[PathLike] | PathLike,
-    ignore: Sequence[str] | str,
+    also_load: Sequence[str],
+    ignore: Sequence[str],
 ) -> Extras:
     """Account for every file of weights in the adapters' folders.
 

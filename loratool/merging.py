@@ -31,20 +31,19 @@ from loratool.formats.peft.unmerged import taken_apart
 from loratool.journal import Journal
 from loratool.notes import Note, as_records
 from loratool.origins import is_hub_id, told_origin
-from loratool.outputs import check_stage, check_target, stage_of
-from loratool.planning import MergePlan, plan_merge
-from loratool.reading import readings
+from loratool.outputs import OverwriteOption, check_stage, check_target, stage_of
+from loratool.planning import MergePlan, PlanOptions, plan_merge
 from loratool.resources import (
     Resources,
+    RunOptions,
     Runtime,
-    check_device,
     choose_resources,
     kind_of,
     peak_memory,
     resident_memory,
     start_torch,
 )
-from loratool.results import Result
+from loratool.results import Written
 from loratool.staging import Stage, staged
 
 if TYPE_CHECKING:
@@ -55,11 +54,15 @@ if TYPE_CHECKING:
 
 PathLike = str | os.PathLike[str]  # what every path argument takes
 Progress = Callable[[int, int], None]
-Claims = tuple[str | Sequence[str], str | Sequence[str], float | Sequence[float]]  # what `readings` takes
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions(PlanOptions, RunOptions, OverwriteOption):
+    """All that a merge is told besides its operands."""
 
 
 @dataclass(frozen=True)
-class MergeReport(Result):
+class MergeReport(Written):
     """What a merge did. Sizes are bytes, times seconds, norms Frobenius."""
 
     out: Path
@@ -85,93 +88,28 @@ class MergeReport(Result):
     def __str__(self) -> str:
         from loratool.report import merge_text
 
-        return merge_text(self)
+        return self.with_push(merge_text(self))
 
 
 def merge(
     base: PathLike,
     adapters: Sequence[PathLike] | PathLike,
     out: PathLike,
-    *,
-    weights: Sequence[float] | None = None,
-    device: str = "auto",
-    dtype: str = "keep",
-    maps: Sequence[str] = (),
-    fan_in_fan_out: bool | None = None,
-    shard_size: int | None = None,
-    workers: int | None = None,
-    max_memory: int | None = None,
-    overwrite: bool = False,
-    allow_new_tensors: bool = False,
-    expert_layout: str | Sequence[str] = (),
-    adapter_name: str | Sequence[str] = (),
-    input_alpha: float | Sequence[float] = (),
-    also_load: Sequence[PathLike] | PathLike = (),
-    ignore_files: Sequence[str] | str = (),
+    options: MergeOptions,
     progress: Progress | None = None,
 ) -> MergeReport:
-    """Write W' = W + Σ weight · ΔW as a complete model folder `out`, shard by shard.
-
-    Each tensor is accumulated in float32 (a float64 base in float64) and rounded once to its own
-    dtype. An interrupted merge is continued by the same call.
-
-    Args:
-        base: a model folder or one `.safetensors` file.
-        adapters: one adapter or several, each a folder. None where `base` is an adapter, which names its base, or a model
-            that was saved with its adapter unmerged.
-        out: the folder to make.
-        weights: a strength for each adapter, 1 by default; negative ones take an adapter out again.
-        device: "auto" (CUDA where there is one), "cpu", "cuda" (all GPUs) or "cuda:N".
-        dtype: "keep", "float32", "bfloat16" or "float16" for every float tensor of the output.
-        maps: `REGEX=TEMPLATE` each; the first whose pattern is found in the name of an adapter's weight makes another
-            name of it, for a base whose names nothing else explains.
-        fan_in_fan_out: whether square weights of layers that may be Conv1D are stored (in, out); by default the class of
-            the model decides, then the config of the adapter.
-        shard_size: bytes of tensor data per output file; by default the base's own shards.
-        workers: threads; by default two more than cores, at most 16.
-        max_memory: bytes that the process may keep resident.
-        overwrite: replace `out`, in one step at the end, where it holds a model and nothing else.
-        allow_new_tensors: add the heads that an adapter saved where the base has none, or others.
-        expert_layout: how the columns of a fused lora_B are ordered where the config does not say it: "rank-major" or
-            "grouped-by-expert"; one for all adapters or one for each, as the next two.
-        adapter_name: which adapter to read of a file or folder that holds several.
-        input_alpha: α of every module, for files that do not hold it.
-        also_load: safetensors files of tensors that were trained along with an adapter, which replace the base's: names
-            in the adapter's folder, or paths.
-        ignore_files: names, or patterns as in `fnmatch`, of files in the adapters' folders whose weights may be lost.
-        progress: called with (bytes done, bytes in all), from any thread, one call at a time.
-
-    Raises:
-        UsageError: the arguments contradict each other, or `out` is there or inside an input.
-        InputError: a file is malformed or of an unsupported kind, or changed during the merge.
-        FitError: an adapter does not fit, is not used whole, overflows the dtype or changes nothing.
-        StorageError: the disk or the file system said no.
-    """
-    asked, started = locals(), time.monotonic()
-    check_arguments(device, workers, max_memory)
-    plan, target, paths = prepare(
-        base,
-        adapters,
-        out,
-        overwrite,
-        (expert_layout, adapter_name, input_alpha),
-        weights=weights,
-        dtype=dtype,
-        maps=maps,
-        fan_in_fan_out=fan_in_fan_out,
-        shard_size=shard_size,
-        allow_new_tensors=allow_new_tensors,
-        also_load=also_load,
-        ignore_files=ignore_files,
-    )
-    runtime = start_torch(device)
+    """Write W' = W + Σ weight · ΔW as a complete model folder `out`; `loratool.commands.merge` says all of it."""
+    started = time.monotonic()
+    plan, target, paths = prepare(base, adapters, out, options)
+    runtime = start_torch(options.device)
     try:
         check_values(plan)
         digests = [adapter.digests() for adapter in plan.adapters]
-        wanted = Journal(content_fingerprint(plan, digests), local_state(plan, device), output_names(plan))
+        wanted = Journal(content_fingerprint(plan, digests), local_state(plan, options.device), output_names(plan))
+        workers, max_memory = options.workers, options.max_memory
         if max_memory is not None or check_stage(stage_of(target)) is not None:  # refused before anything is touched
             choose_resources(plan, runtime.result().devices, workers, max_memory, resident_memory())
-        with staged(target, wanted, plan.bytes_written, overwrite) as stage:
+        with staged(target, wanted, plan.bytes_written, options.overwrite) as stage:
             if stage.finished:
                 stage.keep_only(kind_of(runtime.result().devices))
             resumed = tuple(stage.finished)
@@ -182,7 +120,7 @@ def merge(
                     f"{printable(out)}: not written, for every weight rounds to what it was: nothing changes"
                 )
             write_side_files(stage, plan)
-            words = command(merge, {**asked, **inputs_as_told(plan, paths, also_load)})
+            words = command("merge", [plan.base.root, *paths], options)
             effects = effects_of(plan, totals)
             plan = dataclasses.replace(plan, notes=(*plan.notes, *effect_notes(effects)))
             table = provenance(plan, digests, effects, engine.resources().on_gpu, words)
@@ -195,69 +133,21 @@ def merge(
     return make_report(plan, stage, resumed, totals, effects, engine.resources(), runtime, started)
 
 
-def plan(
-    base: PathLike,
-    adapters: Sequence[PathLike] | PathLike,
-    out: PathLike,
-    *,
-    weights: Sequence[float] | None = None,
-    dtype: str = "keep",
-    maps: Sequence[str] = (),
-    fan_in_fan_out: bool | None = None,
-    shard_size: int | None = None,
-    overwrite: bool = False,
-    allow_new_tensors: bool = False,
-    expert_layout: str | Sequence[str] = (),
-    adapter_name: str | Sequence[str] = (),
-    input_alpha: float | Sequence[float] = (),
-    also_load: Sequence[PathLike] | PathLike = (),
-    ignore_files: Sequence[str] | str = (),
-) -> MergePlan:
-    """What `merge` with the same arguments would do; nothing is touched. Raises as `merge` does."""
-    planned, _, _ = prepare(
-        base,
-        adapters,
-        out,
-        overwrite,
-        (expert_layout, adapter_name, input_alpha),
-        weights=weights,
-        dtype=dtype,
-        maps=maps,
-        fan_in_fan_out=fan_in_fan_out,
-        shard_size=shard_size,
-        allow_new_tensors=allow_new_tensors,
-        also_load=also_load,
-        ignore_files=ignore_files,
-    )
-    return planned
-
-
 def prepare(
-    base: PathLike,
-    adapters: Sequence[PathLike] | PathLike,
-    out: PathLike,
-    overwrite: bool,
-    claims: Claims,
-    *,
-    maps: Sequence[str] = (),
-    **settings: Any,
+    base: PathLike, adapters: Sequence[PathLike] | PathLike, out: PathLike, options: MergeOptions
 ) -> tuple[MergePlan, Path, list[Path]]:
-    """The plan, the real path of the output and the adapters' places, after every check that headers and `stat` allow.
-
-    `claims` is what the caller says of the adapters, `settings` what `plan_merge` takes.
-    """
+    """The plan, the real path of the output and the adapters' places, after every check that headers and `stat` allow."""
     words = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
-    check_target(Path(out), [Path(base), *map(Path, words)], overwrite)  # before anything is downloaded
+    check_target(Path(out), [Path(base), *map(Path, words)], options.overwrite)  # before anything is downloaded
     base, words = as_base(base, words)
-    ways = readings(max(1, len(words)), *claims)
+    ways = options.readings(max(1, len(words)))
     paths, base = inputs_of(base, words)
-    target = check_target(Path(out), [base, *paths], overwrite)
-    maps = [maps] if isinstance(maps, str) else maps
+    target = check_target(Path(out), [base, *paths], options.overwrite)
     if words:
         model, read = open_checkpoint(base), [read_adapter(path, way) for path, way in zip(paths, ways, strict=True)]
     else:
         model, read = unmerged(base, ways[0])
-    return noted(plan_merge(model, read, maps=maps, **settings)), target, paths
+    return noted(plan_merge(model, read, options)), target, paths
 
 
 def as_base(base: PathLike, words: Sequence[PathLike]) -> tuple[PathLike, Sequence[PathLike]]:
@@ -281,48 +171,30 @@ def noted(planned: MergePlan) -> MergePlan:
 
 
 @contextmanager
-def outlook(
-    base: PathLike,
-    adapters: Sequence[PathLike],
-    out: PathLike,
-    *,
-    overwrite: bool = False,
-    expert_layout: str | Sequence[str] = (),
-    adapter_name: str | Sequence[str] = (),
-    input_alpha: float | Sequence[float] = (),
-    **settings: Any,
-) -> Iterator[MergePlan]:
-    """What `plan` tells, for as long as the block runs: of a base on the Hub no weights are downloaded for it."""
+def outlook(base: PathLike, adapters: Sequence[PathLike], out: PathLike, options: MergeOptions) -> Iterator[MergePlan]:
+    """The plan of a merge, for as long as the block runs: of a base on the Hub no weights are downloaded for it."""
     from loratool.fetching.pieces import opened
 
-    check_target(Path(out), [Path(base), *map(Path, adapters)], overwrite)
+    check_target(Path(out), [Path(base), *map(Path, adapters)], options.overwrite)
     base, adapters = as_base(base, adapters)
-    ways = readings(max(1, len(adapters)), expert_layout, adapter_name, input_alpha)
+    ways = options.readings(max(1, len(adapters)))
     paths = [local(adapter, "adapter") for adapter in adapters]
     if not paths:
-        yield noted(plan_merge(*unmerged(local(base, "model"), ways[0]), **settings))
+        yield noted(plan_merge(*unmerged(local(base, "model"), ways[0]), options))
         return
     with (
         tempfile.TemporaryDirectory(prefix="loratool-") as home,
         opened(chosen_base(base, paths), lambda _name: Path(home)) as source,
     ):
-        check_target(Path(out), [source.checkpoint.root, *paths], overwrite)
+        check_target(Path(out), [source.checkpoint.root, *paths], options.overwrite)
         read = [read_adapter(path, way) for path, way in zip(paths, ways, strict=True)]
-        yield noted(plan_merge(source.checkpoint, read, **settings))
+        yield noted(plan_merge(source.checkpoint, read, options))
 
 
 def inputs_of(base: PathLike, adapters: Sequence[PathLike]) -> tuple[list[Path], Path]:
     """The adapters and the base as local paths; the base "auto" is the one that the adapters name."""
     paths = [local(adapter, "adapter") for adapter in adapters]
     return paths, local(chosen_base(base, paths), "model")
-
-
-def check_arguments(device: str, workers: int | None, max_memory: int | None) -> None:
-    check_device(device)
-    if workers is not None and not 1 <= workers <= 1024:
-        raise UsageError(f"workers must be between 1 and 1024 (got {workers})")
-    if max_memory is not None and max_memory <= 0:
-        raise UsageError(f"a memory limit of {max_memory} bytes cannot be kept")
 
 
 def check_values(plan: MergePlan) -> None:
@@ -387,18 +259,6 @@ def provenance(
         "device": "cuda" if on_gpu else "cpu",
         "tensors": {"edited": len(plan.edited), "copied": plan.copied, "all": len(plan.spans)},
         "notes": as_records(plan.notes),
-    }
-
-
-def inputs_as_told(
-    plan: MergePlan, adapters: Sequence[Path], also_load: Sequence[PathLike] | PathLike
-) -> dict[str, Any]:
-    """The inputs as the command that is recorded names them: an adapter by where it was looked for, not by its subfolder."""
-    files = [also_load] if isinstance(also_load, (str, os.PathLike)) else also_load
-    return {
-        "base": plan.base.root,
-        "adapters": adapters,
-        "also_load": [os.path.basename(file) for file in files],
     }
 
 

@@ -5,7 +5,6 @@ A plan is plain data, and making one writes nothing.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -16,10 +15,12 @@ from loratool.binding import bind, tell
 from loratool.checkpoint import PROVENANCE, Checkpoint
 from loratool.companions import ConfigEdit, OutputFile, companions, head_edits, tie_edits, vocabulary_edits
 from loratool.errors import FitError, InputError, UsageError, printable
-from loratool.extras import PathLike, extras_of
+from loratool.extras import extras_of
 from loratool.layouts.architectures import POOLED
 from loratool.notes import Note
+from loratool.options import FLAG, NUMBER, SIZE, SWITCH, PathKind, dtypes, option
 from loratool.placing import Edit, ShardPlan, Source, Span, check_names, place_all, plan_index
+from loratool.reading import ReadingOptions
 from loratool.results import Result
 from loratool.safefile import FLOAT_NAMES
 from loratool.tying import Saved, Ties, find_ties, is_generative, on_disk, settle
@@ -32,6 +33,51 @@ if TYPE_CHECKING:
     from loratool.vocabulary import Binder
 
 DTYPES = ("keep", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(ReadingOptions):
+    """What is merged, and how it is laid out."""
+
+    weights: tuple[float, ...] = option(
+        "-w",
+        "--weight",
+        help="Strength, once per adapter in order, or as a comma list; a negative one takes an adapter out again "
+        "[default: 1].",
+        default=(),
+        kind=NUMBER,
+        many=True,
+        commas=True,
+    )
+    dtype: str = option(help="Dtype of every float tensor written.", default="keep", kind=dtypes(*DTYPES))
+    maps: tuple[str, ...] = option(
+        "--map",
+        help="Another name for the adapters' weights in which REGEX is found, as in re.sub; may be repeated.",
+        default=(),
+        many=True,
+        metavar="REGEX=TEMPLATE",
+    )
+    fan_in_fan_out: bool | None = option(
+        "--fan-in-fan-out/--no-fan-in-fan-out",
+        help="Whether square weights of layers that may be Conv1D are stored (in, out) [default: the class decides].",
+        kind=SWITCH,
+    )
+    shard_size: int | None = option(
+        help="Tensor bytes per output file, such as 5GB [default: the base's shards].", kind=SIZE
+    )
+    allow_new_tensors: bool = option(help="Add heads that an adapter saved and BASE has not.", default=False, kind=FLAG)
+    also_load: tuple[str, ...] = option(
+        help="Merge the tensors of this safetensors file in an ADAPTER's folder too; may be repeated.",
+        default=(),
+        kind=PathKind("FILE", beside=True),
+        many=True,
+    )
+    ignore_files: tuple[str, ...] = option(
+        help="Leave out trained weights in an ADAPTER's folder that are not merged; may be repeated.",
+        default=(),
+        many=True,
+        metavar="NAME",
+    )
 
 
 @dataclass(frozen=True)
@@ -84,73 +130,40 @@ class MergePlan(Result):
         return sum(shard.layout.size for shard in self.shards) + sum(file.size for file in self.side_files)
 
 
-def plan_merge(
-    base: Checkpoint,
-    adapters: Sequence[Adapter],
-    *,
-    weights: Sequence[float] | None = None,
-    dtype: str = "keep",
-    shard_size: int | None = None,
-    maps: Sequence[str] = (),
-    fan_in_fan_out: bool | None = None,
-    allow_new_tensors: bool = False,
-    also_load: Sequence[PathLike] | PathLike = (),
-    ignore_files: Sequence[str] | str = (),
-) -> MergePlan:
+def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptions) -> MergePlan:
     """Plan `base` + Σ weight · adapter.
 
-    Args:
-        base: the model to merge into.
-        adapters: one or more adapters trained on it.
-        weights: a strength for each adapter, 1 by default; negative ones take an adapter out again.
-        dtype: "keep", or the dtype that every float tensor of the output gets.
-        shard_size: bytes of tensor data per output file; by default the base's own shards.
-        maps: `REGEX=TEMPLATE` each, other names for the weights of adapters.
-        fan_in_fan_out: whether square weights of layers that may be Conv1D are stored (in, out); by default the class of
-            the model decides, then the config of the adapter.
-        allow_new_tensors: whether heads that an adapter saved are added where the base has none, or others.
-        also_load: files of tensors that were trained along with an adapter: names in its folder, or paths.
-        ignore_files: names, or patterns of names, of files in the adapters' folders whose weights may be lost.
-
     Raises:
-        UsageError: the arguments contradict each other.
+        UsageError: the options contradict each other.
         InputError: an adapter uses a feature, or the base a dtype, that is not supported.
         FitError: an adapter tensor has no place in the base, or two claim one place.
     """
-    strengths = check_arguments(adapters, weights, dtype, shard_size)
-    binder = partial(bind, maps=maps, fan_in_fan_out=fan_in_fan_out)
-    extras = extras_of(base, adapters, strengths, binder, also_load, ignore_files)
+    strengths = strengths_of(adapters, options.weights)
+    binder = partial(bind, maps=options.maps, fan_in_fan_out=options.fan_in_fan_out)
+    extras = extras_of(base, adapters, strengths, binder, options.also_load, options.ignore_files)
     adapters, strengths = [*adapters, *extras.loaded], (*strengths, *extras.strengths)
     check_supported(adapters)
     notes = [*base.notes, *(note.under(a.name) for a in adapters for note in a.notes), *extras.notes]
-    changes = find_changes(base, adapters, strengths, binder, allow_new_tensors, notes, extras.problems)
-    shards = place_all(base, changes.edits, dtype, shard_size, changes.moved, changes.added)
-    files, left_out = companions(base, adapters, dtype, notes, changes.config)
+    changes = find_changes(base, adapters, strengths, binder, options.allow_new_tensors, notes, extras.problems)
+    shards = place_all(base, changes.edits, options.dtype, options.shard_size, changes.moved, changes.added)
+    files, left_out = companions(base, adapters, options.dtype, notes, changes.config)
     if (index := plan_index(base, shards)) is not None:
         files[index.name] = index
     side_files = tuple(files[name] for name in sorted(files))
     check_names([PROVENANCE, *(s.name for s in shards), *files])
-    naming = (*maps, fan_in_fan_out, *(a.packing for a in adapters))
-    return MergePlan(base, tuple(adapters), strengths, dtype, shards, side_files, tuple(left_out), tuple(notes), naming)
+    naming = (*options.maps, options.fan_in_fan_out, *(a.packing for a in adapters))
+    return MergePlan(
+        base, tuple(adapters), strengths, options.dtype, shards, side_files, tuple(left_out), tuple(notes), naming
+    )
 
 
-def check_arguments(
-    adapters: Sequence[Adapter], weights: Sequence[float] | None, dtype: str, shard_size: int | None
-) -> tuple[float, ...]:
+def strengths_of(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[float, ...]:
+    """The weight of each adapter: 1, or what was given for it."""
     if not adapters:
         raise UsageError("a merge needs at least one adapter")
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype must be one of {', '.join(DTYPES)} (got {printable(repr(dtype))})")
-    if shard_size is not None and shard_size <= 0:
-        raise UsageError(f"a shard size of {shard_size} bytes is too small")
-    strengths = tuple(float(w) for w in weights) if weights else (1.0,) * len(adapters)
-    if len(strengths) != len(adapters):
-        raise UsageError(
-            f"{len(strengths)} weights for {len(adapters)} adapters; pass one weight per adapter, in order"
-        )
-    if not all(math.isfinite(w) for w in strengths):
-        raise UsageError("a weight must be a finite number")
-    return strengths
+    if weights and len(weights) != len(adapters):
+        raise UsageError(f"{len(weights)} weights for {len(adapters)} adapters; pass one weight per adapter, in order")
+    return tuple(weights) or (1.0,) * len(adapters)
 
 
 def check_supported(adapters: Sequence[Adapter]) -> None:

@@ -7,18 +7,38 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loratool.errors import UsageError, printable
 from loratool.formats.peft.experts import lost_by_peft, stacked_by_peft
 from loratool.formats.peft.patterns import match_patterns
 from loratool.notes import Note
+from loratool.options import Kind
 
 if TYPE_CHECKING:
     from loratool.contents import Layer
 
 BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)(b?)", re.IGNORECASE)
+AMOUNT = "a number of parameters such as 4M, or of bytes such as 16MB"
 RULES = ("rank", "energy", "error", "ratio", "budget")
+
+
+@dataclass(frozen=True)
+class Amount(Kind):
+    """A number of parameters (4M) or of bytes (16MB)."""
+
+    @property
+    def metavar(self) -> str:
+        return "SIZE"
+
+    @property
+    def annotation(self) -> str:
+        return "int | str"
+
+    def taken(self, value: Any, flag: str) -> Any:
+        if not BUDGET.fullmatch(str(value).strip()):
+            raise UsageError(f"{flag} {printable(value)}: must be {AMOUNT}")
+        return str(value)
 
 
 @dataclass(frozen=True)
@@ -65,7 +85,7 @@ class RankRule:
                 "energy": "a part of ‖ΔW‖² in (0, 1]",
                 "error": "a relative error in [0, 1)",
                 "ratio": "a number above 1",
-                "budget": "a number of parameters such as 4M, or of bytes such as 16MB",
+                "budget": AMOUNT,
             }[kind]
             raise UsageError(f"--{kind} {printable(value)}: must be {wanted}")
         if weights and kind != "budget":

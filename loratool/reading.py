@@ -1,13 +1,13 @@
-"""`Reading`: what the caller says of an adapter where its files do not."""
+"""`Reading`: what the caller says of an adapter where its files do not, and the options it is said with."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from loratool.errors import UsageError, printable
+from loratool.errors import UsageError
+from loratool.options import NUMBER, TEXT, Choice, Options, option
 
 Value = TypeVar("Value", str, float)
 EXPERT_LAYOUTS = ("rank-major", "grouped-by-expert")
@@ -25,28 +25,38 @@ class Reading:
 AS_STORED = Reading()  # all is as the files say
 
 
-def readings(
-    count: int,
-    expert_layout: str | Sequence[str] | None = (),
-    adapter_name: str | Sequence[str] | None = (),
-    input_alpha: float | Sequence[float] | None = (),
-) -> tuple[Reading, ...]:
-    """One `Reading` for each of `count` adapters; of each setting one value for all of them, or one for each.
+@dataclass(frozen=True, kw_only=True)
+class ReadingOptions(Options):
+    """What is said of adapters where their files do not; of each option one value for all of them, or one for each."""
 
-    Raises `UsageError` for another number of values, an unknown layout, or an α that is not a finite number.
-    """
-    layouts = each(count, [expert_layout] if isinstance(expert_layout, str) else expert_layout, "expert layouts")
-    names = each(count, [adapter_name] if isinstance(adapter_name, str) else adapter_name, "adapter names")
-    alphas = each(count, [input_alpha] if isinstance(input_alpha, (int, float)) else input_alpha, "input alphas")
-    for layout in layouts:
-        if layout is not None and layout not in EXPERT_LAYOUTS:
-            raise UsageError(
-                f"expert layout {printable(repr(layout))} is unknown; expected one of {', '.join(EXPERT_LAYOUTS)}"
-            )
-    for alpha in alphas:
-        if alpha is not None and not math.isfinite(alpha):
-            raise UsageError(f"an input alpha must be a finite number (got {alpha})")
-    return tuple(Reading(*values) for values in zip(layouts, names, alphas, strict=True))
+    expert_layout: tuple[str, ...] = option(
+        help="Order of the columns of a fused lora_B where the config does not say it; once for all adapters, or once per "
+        "adapter.",
+        default=(),
+        kind=Choice(lambda: EXPERT_LAYOUTS),
+        many=True,
+    )
+    adapter_name: tuple[str, ...] = option(
+        help="Which adapter to read where one file or folder holds several; once for all, or once per adapter.",
+        default=(),
+        kind=TEXT,
+        many=True,
+        metavar="NAME",
+    )
+    input_alpha: tuple[float, ...] = option(
+        help="α of an adapter whose files do not hold it; once for all, or once per adapter in order.",
+        default=(),
+        kind=NUMBER,
+        many=True,
+        commas=True,
+    )
+
+    def readings(self, count: int) -> tuple[Reading, ...]:
+        """One `Reading` for each of `count` adapters; raises `UsageError` for another number of values."""
+        layouts = each(count, self.expert_layout, "expert layouts")
+        names = each(count, self.adapter_name, "adapter names")
+        alphas = each(count, self.input_alpha, "input alphas")
+        return tuple(Reading(*values) for values in zip(layouts, names, alphas, strict=True))
 
 
 def each(count: int, values: Sequence[Value] | None, what: str) -> list[Value | None]:

@@ -24,16 +24,17 @@ from loratool.formats.peft.patterns import match_patterns
 from loratool.formats.peft.spelling import Names
 from loratool.lowrank import floor_of, padded, singular_values
 from loratool.notes import Note, as_records
+from loratool.options import FLAG, NUMBER, Pairs, option
 from loratool.outputs import check_target
 from loratool.ranks import evened, told_of_experts
-from loratool.reading import readings
-from loratool.results import Result
+from loratool.reading import ReadingOptions
+from loratool.results import Written
 from loratool.saving import (
+    FactorOptions,
     Form,
     Rounded,
     adapter_output,
     carried_over,
-    check_dtype,
     copied_output,
     files_beside,
     kept_dtype,
@@ -58,7 +59,7 @@ class RescaledLayer:
 
 
 @dataclass(frozen=True)
-class RescaleReport(Result):
+class RescaleReport(Written):
     """What `rescale` did. Sizes are bytes, times seconds."""
 
     out: Path
@@ -75,82 +76,57 @@ class RescaleReport(Result):
     def __str__(self) -> str:
         from loratool.report.algebra import rescale_text
 
-        return rescale_text(self)
+        return self.with_push(rescale_text(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RescaleOptions(FactorOptions, ReadingOptions):
+    """Of `rescale`."""
+
+    scale: float | None = option(help="Factor for every update.", kind=NUMBER)
+    alpha: float | None = option(help="α of every module.", kind=NUMBER)
+    frobenius: float | None = option(help="Frobenius norm of all updates together.", kind=NUMBER, metavar="NORM")
+    spectral: float | None = option(help="Largest singular value of any update.", kind=NUMBER, metavar="NORM")
+    each: bool = option(help="Give each module that norm.", default=False, kind=FLAG)
+    match: tuple[str, ...] = option(
+        help="Factor of the modules in whose name REGEX is found; may be repeated, the first that is found counts.",
+        default=(),
+        kind=Pairs(),
+        many=True,
+    )
+    bake: bool = option(
+        help="Put the strength into the factors: α = r, no rsLoRA, no α patterns.", default=False, kind=FLAG
+    )
 
 
 def rescale(
-    adapter: PathLike,
-    out: PathLike,
-    *,
-    scale: float | None = None,
-    alpha: float | None = None,
-    frobenius: float | None = None,
-    spectral: float | None = None,
-    each: bool = False,
-    match: Mapping[str, float] | Sequence[str] = (),
-    bake: bool = False,
-    dtype: str = "keep",
-    expert_layout: str | None = None,
-    adapter_name: str | None = None,
-    input_alpha: float | None = None,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    progress: Progress | None = None,
+    adapter: PathLike, out: PathLike, options: RescaleOptions, progress: Progress | None = None
 ) -> RescaleReport:
-    """Write the adapter at another strength.
-
-    Without `bake` no tensor changes: α is multiplied, and α patterns with it. At most one of `scale`, `alpha`,
-    `frobenius` and `spectral` is given; `match` multiplies what they make of a module.
-
-    Args:
-        adapter: a folder, or a `.safetensors` file with its config beside it.
-        out: the folder to make.
-        scale: a factor for every update; negative ones turn the adapter round.
-        alpha: α of every module.
-        frobenius: the Frobenius norm that all updates together get, all by one factor.
-        spectral: the largest singular value that any update gets, all by one factor.
-        each: give each module that norm, by a factor of its own.
-        match: factors of modules by pattern, `REGEX=FACTOR` each or a mapping. A pattern is looked for anywhere in a
-            module's name, and the first that is found counts.
-        bake: put the strength into the factors, so that α = r and the scale is 1 for whoever reads only α and r.
-        dtype: of baked factors: "keep", "float32", "bfloat16" or "float16".
-        expert_layout: how the columns of a fused lora_B are ordered where the config does not say it: "rank-major" or
-            "grouped-by-expert".
-        adapter_name: which adapter to read of a file or folder that holds several.
-        input_alpha: α of every module, for files that do not hold it.
-        overwrite: replace `out` where it holds an adapter and nothing else.
-        dry_run: report, but write nothing.
-        progress: called with (layers done, layers in all).
-
-    Raises:
-        UsageError: nothing is asked for, too much, or what cannot be meant.
-        InputError: a malformed adapter, or one without a scale.
-        FitError: a norm is asked for and an update is zero, or the dtype cannot hold the factors.
-        StorageError: the disk or the file system said no.
-    """
+    """Write the adapter at another strength; `loratool.commands.rescale` says all of it."""
     started = time.monotonic()
-    check_dtype(dtype)
-    asked = {"scale": scale, "alpha": alpha, "frobenius": frobenius, "spectral": spectral}
-    factors = read_factors(match)
-    check(asked, factors, each, bake)
-    (way,) = readings(1, expert_layout, adapter_name, input_alpha)
-    adapter = local(adapter, "adapter")
-    words = command(rescale, locals())
-    target = check_target(Path(out), [Path(adapter)], overwrite or dry_run, adapter=True)
-    contents = contents_of(read_adapter(Path(adapter), way), "rescale")
+    alpha, frobenius, spectral = options.alpha, options.frobenius, options.spectral
+    asked = {"scale": options.scale, "alpha": alpha, "frobenius": frobenius, "spectral": spectral}
+    factors = read_factors(options.match)
+    check(asked, factors, options.each, options.bake)
+    (way,) = options.readings(1)
+    path = local(adapter, "adapter")
+    target = check_target(Path(out), [path], options.overwrite or options.dry_run, adapter=True)
+    contents = contents_of(read_adapter(path, way), "rescale")
     if not contents.layers:
         raise InputError(f"{printable(contents.adapter.file.path)}: no update is in it that has a strength")
-    bake = bake or bool(contents.adapter.packing)  # what PEFT does not read is not copied
+    bake = options.bake or bool(contents.adapter.packing)  # what PEFT does not read is not copied
     contents, asleep = awakened(contents, alpha) if alpha is not None else (contents, frozenset[str]())
     with session("cpu", [contents]) as at_work:
         norm: float | None = None
         rounded: list[str] = []
         if frobenius is not None or spectral is not None:
             sizes, noise = measured(contents, at_work, spectral is not None, progress)
-            wanted = factors_to(contents, sizes, noise, frobenius, spectral, each)
-            rounded = [t for t in contents.layers if each and sizes[t] <= noise[t]]
+            wanted = factors_to(contents, sizes, noise, frobenius, spectral, options.each)
+            rounded = [t for t in contents.layers if options.each and sizes[t] <= noise[t]]
         else:
-            wanted = {t: to_alpha(contents, t, alpha) if alpha is not None else scale or 1.0 for t in contents.layers}
+            wanted = {
+                t: to_alpha(contents, t, alpha) if alpha is not None else options.scale or 1.0 for t in contents.layers
+            }
         matched = by_search(factors, contents.layers)
         modules = {
             t: RescaledLayer(layer.scale, layer.scale * f, f)
@@ -167,7 +143,7 @@ def rescale(
             notes += tuple(told_of_experts({t: layer.rank for t, layer in contents.layers.items()}, ranks_of(contents)))
         provenance = {
             "made_by": "loratool rescale",
-            "command": words,
+            "command": command("rescale", [path], options),
             "adapter": at_work.origins[0],
             "asked": {name: value for name, value in asked.items() if value is not None},
             "match": factors,
@@ -175,12 +151,12 @@ def rescale(
             "notes": as_records(notes),
         }
         if bake:
-            write_baked(target, contents, modules, at_work, dtype, provenance, overwrite, dry_run)
+            write_baked(target, contents, modules, at_work, options, provenance)
         else:
-            write_alphas(target, contents, modules, alpha is not None, provenance, overwrite, dry_run)
+            write_alphas(target, contents, modules, options, provenance)
     return RescaleReport(
         out=target,
-        written=not dry_run,
+        written=not options.dry_run,
         baked=bake,
         modules=dict(sorted(told.items())),
         norm=norm,
@@ -189,22 +165,9 @@ def rescale(
     )
 
 
-def read_factors(match: Mapping[str, float] | Sequence[str]) -> dict[str, float]:
-    """Pattern → factor; raises `UsageError` for what is none."""
-    if isinstance(match, Mapping):
-        return {str(pattern): float(factor) for pattern, factor in match.items()}
-    found: dict[str, float] = {}
-    for word in [match] if isinstance(match, str) else match:
-        pattern, equals, number = word.rpartition("=")
-        try:
-            factor = float(number)
-        except ValueError:
-            equals = ""
-            factor = math.nan
-        if not equals or not pattern or not math.isfinite(factor):
-            raise UsageError(f"--match {printable(word)}: expected REGEX=FACTOR, such as 'q_proj=0.5'")
-        found[pattern] = factor
-    return found
+def read_factors(match: Sequence[str]) -> dict[str, float]:
+    """Pattern → factor."""
+    return {pattern: float(number) for pattern, _, number in (pair.rpartition("=") for pair in match)}
 
 
 def check(asked: Mapping[str, float | None], factors: Mapping[str, float], each: bool, bake: bool) -> None:
@@ -218,11 +181,9 @@ def check(asked: Mapping[str, float | None], factors: Mapping[str, float], each:
         raise UsageError("--each is for --frobenius or --spectral")
     for name, value in given.items():
         positive = name in ("frobenius", "spectral")
-        if not math.isfinite(value) or value == 0 or (positive and value < 0):
+        if value == 0 or (positive and value < 0):
             wanted = "above 0" if positive else "other than 0"
             raise UsageError(f"--{name} {value:g}: must be a finite number {wanted}")
-    if zero := [pattern for pattern, factor in factors.items() if factor == 0 or not math.isfinite(factor)]:
-        raise UsageError(f"--match {printable(zero[0])}: the factor must be a finite number other than 0")
 
 
 def by_search(factors: Mapping[str, float], layers: Mapping[str, Layer]) -> dict[str, float]:
@@ -352,12 +313,10 @@ def write_alphas(
     out: Path,
     contents: Contents,
     modules: Mapping[str, RescaledLayer],
-    reset: bool,
+    options: RescaleOptions,
     provenance: Mapping[str, Any],
-    overwrite: bool,
-    dry_run: bool,
 ) -> None:
-    """The same tensors under another α; `reset` gives up the patterns that there were."""
+    """The same tensors under another α; one α for all gives up the patterns that there were."""
     kind = contents.config.get("peft_type", "LORA")
     factors = {m.factor for m in modules.values() if m.factor is not None}
     uneven = max(factors) - min(factors) > 1e-12 * abs(max(factors, key=abs))
@@ -368,7 +327,7 @@ def write_alphas(
         )
     config = {name: value for name, value in contents.config.items() if name not in packing.FIELDS}
     patterns = config.get("alpha_pattern") or {}
-    if uneven or reset:
+    if uneven or options.alpha is not None:
         alphas: dict[str, float | int] = {}
         torn: list[str] = []
         names = Names({t: x.kind for t, x in contents.layers.items()})
@@ -396,10 +355,10 @@ def write_alphas(
         factor = next(iter(factors))
         config["lora_alpha"] = tidy(float(config.get("lora_alpha", 8)) * factor)
         config["alpha_pattern"] = {pattern: tidy(alpha * factor) for pattern, alpha in patterns.items()}
-    if dry_run:
+    if options.dry_run:
         contents.adapter.check_values()
     else:
-        copied_output(out, contents, config, provenance, overwrite)
+        copied_output(out, contents, config, provenance, options.overwrite)
 
 
 def tidy(alpha: float) -> float | int:
@@ -419,18 +378,16 @@ def write_baked(
     contents: Contents,
     modules: Mapping[str, RescaledLayer],
     at_work: Session,
-    asked: str,
+    options: RescaleOptions,
     provenance: Mapping[str, Any],
-    overwrite: bool,
-    dry_run: bool,
 ) -> None:
     """The strength in the factors: B takes it, A stays as it is."""
     kinds = {t: layer.kind for t, layer in contents.layers.items()}
     ranks = ranks_of(contents)
     forms = {t: Form.of(layer, ranks[t]) for t, layer in contents.layers.items()}
     carried = carried_over(contents, Names(kinds), {t: m.factor or 1.0 for t, m in modules.items()})
-    dtype = kept_dtype([contents], asked)
-    with adapter_output(out, forms, carried, dtype, contents.config, overwrite=overwrite, dry_run=dry_run) as output:
+    dtype = kept_dtype([contents], options.dtype)
+    with adapter_output(out, forms, carried, dtype, contents.config, options) as output:
 
         def work(target: str) -> Rounded:
             found = contents.load(target, at_work.device, at_work.dtype)

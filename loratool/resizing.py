@@ -34,17 +34,19 @@ from loratool.lowrank import (
 )
 from loratool.lowrank.products import negligible
 from loratool.notes import Note, as_records
+from loratool.options import FLAG, NUMBER, JsonFile, Number, PathKind, option
 from loratool.outputs import check_target
-from loratool.ranks import RankRule, evened, told_of_cuts, told_of_experts
-from loratool.reading import readings
-from loratool.results import Result
+from loratool.ranks import Amount, RankRule, evened, told_of_cuts, told_of_experts
+from loratool.reading import ReadingOptions
+from loratool.resources import DeviceOption
+from loratool.results import Written
 from loratool.safefile import FLOAT_NAMES, read_safefile
 from loratool.saving import (
+    FactorOptions,
     Form,
     Rounded,
     adapter_output,
     carried_over,
-    check_dtype,
     factor_tensors,
     files_beside,
     kept_dtype,
@@ -88,7 +90,7 @@ class ResizedTotals:
 
 
 @dataclass(frozen=True)
-class ResizeReport(Result):
+class ResizeReport(Written):
     """What `resize` did. Sizes are bytes, times seconds."""
 
     out: Path
@@ -107,79 +109,56 @@ class ResizeReport(Result):
     def __str__(self) -> str:
         from loratool.report.algebra import resize_text
 
-        return resize_text(self)
+        return self.with_push(resize_text(self))
 
 
-def resize(
-    adapter: PathLike,
-    out: PathLike,
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-    error: float | None = None,
-    ratio: float | None = None,
-    budget: int | str | None = None,
-    layer_weights: Mapping[str, float] | None = None,
-    calibration: PathLike | None = None,
-    uniform: bool = False,
-    dtype: str = "keep",
-    device: str = "auto",
-    expert_layout: str | None = None,
-    adapter_name: str | None = None,
-    input_alpha: float | None = None,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    progress: Progress | None = None,
-) -> ResizeReport:
-    """Write the adapter at other ranks: for each layer the nearest update of its new rank (Eckart and Young 1936).
+@dataclass(frozen=True, kw_only=True)
+class ResizeOptions(FactorOptions, ReadingOptions, DeviceOption):
+    """Of `resize`."""
 
-    One of `rank`, `energy`, `error`, `ratio` and `budget` is given. What stands beside the factors, such as saved
-    modules, is carried over. α becomes the rank, so that the scale is 1; singular values are shared by both factors.
+    rank: int | None = option(
+        help="Rank of every layer, cut to what its shape allows; above its own it is filled up with zeros.",
+        kind=Number(whole=True),
+    )
+    energy: float | None = option(help="Part of ‖ΔW‖² that each layer keeps, such as 0.99.", kind=NUMBER)
+    error: float | None = option(help="Relative error that each layer may have, such as 0.05.", kind=NUMBER)
+    ratio: float | None = option(help="Keep singular values above the largest over this number.", kind=NUMBER)
+    budget: str | None = option(
+        help="Parameters of all factors together (4M), or bytes (16MB).", kind=Amount(), metavar="SIZE"
+    )
+    layer_weights: Mapping[str, float] | None = option(
+        help="For --budget: how much the error of a layer counts, by pattern.", kind=JsonFile(dict)
+    )
+    calibration: str | None = option(
+        help="E[zzᵀ] of z = A·x for each module, a .safetensors file; what counts is then the error of ΔW·x.",
+        kind=PathKind(),
+    )
+    uniform: bool = option(
+        help="Fill all layers up to the largest rank, for servers that know one rank.", default=False, kind=FLAG
+    )
 
-    Args:
-        adapter: a folder, or a `.safetensors` file with its config beside it.
-        out: the folder to make.
-        rank: the rank of every layer, cut to what its shape allows; a layer of a lower rank is filled up with zeros.
-        energy: the part of ‖ΔW‖² that each layer keeps, in (0, 1].
-        error: the relative error ‖ΔW − ΔW'‖ / ‖ΔW‖ that each layer may have, in [0, 1).
-        ratio: each layer keeps the singular values above its largest over this number.
-        budget: numbers that all factors may have together (an int, or text such as "4M"), or bytes ("16MB"); they are
-            spent where they keep most of Σ weight · ‖ΔW‖².
-        layer_weights: for a budget, how much the error of a layer counts, by patterns as in `rank_pattern`.
-        calibration: a `.safetensors` file with E[zzᵀ] of z = A·x, an (r, r) matrix for each module; the error of
-            ΔW·x over these inputs is what counts then.
-        uniform: fill every layer up to the largest rank, for servers that know one rank only.
-        dtype: of the factors: "keep", "float32", "bfloat16" or "float16".
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        expert_layout: how the columns of a fused lora_B are ordered where the config does not say it: "rank-major" or
-            "grouped-by-expert".
-        adapter_name: which adapter to read of a file or folder that holds several.
-        input_alpha: α of every module, for files that do not hold it.
-        overwrite: replace `out` where it holds an adapter and nothing else.
-        dry_run: decide, measure and report, but write nothing.
-        progress: called with (layers done, layers in all).
+    def rule(self) -> RankRule:
+        """How ranks are chosen; raises `UsageError` where that is not said, or said twice."""
+        return RankRule.of(
+            self.rank, self.energy, self.error, self.ratio, self.budget, self.layer_weights, self.uniform
+        )
 
-    Raises:
-        UsageError: no rule or several, or a number out of range.
-        InputError: a malformed adapter, one that is not low-rank, or a calibration that does not fit it.
-        FitError: every update is zero, or the dtype cannot hold the factors.
-        StorageError: the disk or the file system said no.
-    """
+
+def resize(adapter: PathLike, out: PathLike, options: ResizeOptions, progress: Progress | None = None) -> ResizeReport:
+    """Write the adapter at other ranks; `loratool.commands.resize` says all of it."""
     started = time.monotonic()
-    check_dtype(dtype)
-    rule = RankRule.of(rank, energy, error, ratio, budget, layer_weights, uniform)
-    (way,) = readings(1, expert_layout, adapter_name, input_alpha)
-    adapter = local(adapter, "adapter")
-    words = command(resize, locals())
-    inputs = [adapter, *([Path(calibration)] if calibration is not None else [])]
-    target = check_target(Path(out), inputs, overwrite or dry_run, adapter=True)
+    rule = options.rule()
+    (way,) = options.readings(1)
+    calibration = [Path(options.calibration)] if options.calibration is not None else []
+    inputs = [local(adapter, "adapter"), *calibration]
+    target = check_target(Path(out), inputs, options.overwrite or options.dry_run, adapter=True)
     contents = contents_of(read_adapter(inputs[0], way), "resize")
     if not contents.layers:
         raise InputError(f"{printable(contents.adapter.file.path)}: no low-rank update is in it")
-    grams = read_calibration(inputs[1], contents) if calibration is not None else {}
-    with session(device, [contents]) as at_work:
+    grams = read_calibration(calibration[0], contents) if calibration else {}
+    with session(options.device, [contents]) as at_work:
         resizer = Resizer(contents, grams, at_work)
-        kept = kept_dtype([contents], dtype)
+        kept = kept_dtype([contents], options.dtype)
         energies = resizer.energies() if rule.needs_values else {}
         if energies and not grams and not any(map(any, energies.values())):
             raise FitError(ZERO)
@@ -193,9 +172,7 @@ def resize(
         kinds = {t: contents.layers[t].kind for t in ranks}
         forms = {t: Form.of(contents.layers[t], r) for t, r in ranks.items()}
         carried = carried_over(contents, Names(kinds))
-        with adapter_output(
-            target, forms, carried, kept, contents.config, overwrite=overwrite, dry_run=dry_run
-        ) as output:
+        with adapter_output(target, forms, carried, kept, contents.config, options) as output:
 
             def work(batch: Batch) -> list[tuple[Rounded, ResizedLayer]]:
                 found = []
@@ -229,12 +206,14 @@ def resize(
             totals = total(contents, modules, left_out, kept.itemsize)
             notes = (
                 *remarks(contents, modules, dropped),
-                *told_of_cuts(None if uniform else rank, {t: contents.layers[t].most for t in ranks}, ranks),
+                *told_of_cuts(
+                    None if options.uniform else options.rank, {t: contents.layers[t].most for t in ranks}, ranks
+                ),
                 *told_of_experts(own, ranks),
             )
             provenance = {
                 "made_by": "loratool resize",
-                "command": words,
+                "command": command("resize", inputs[:1], options),
                 "adapter": at_work.origins[0],
                 "rule": rule.told,
                 "measured": dataclasses.asdict(totals),
@@ -243,7 +222,7 @@ def resize(
             output.finish(config, provenance, files_beside(contents), [contents.adapter.folder])
     return ResizeReport(
         out=target,
-        written=not dry_run,
+        written=not options.dry_run,
         rule=rule.told,
         totals=totals,
         modules=dict(sorted(modules.items())),

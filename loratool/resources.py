@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from loratool.adapter import stored_tensors
 from loratool.errors import UsageError, printable
+from loratool.options import SIZE, TEXT, Number, Options, option
 from loratool.updates import Replace
 from loratool.writing import PAGE
 
@@ -38,6 +39,29 @@ RUNTIME_MEMORY = 256 << 20  # bytes: Python, torch and its libraries, before any
 CUDA_MEMORY = 600 << 20  # bytes of host memory that the CUDA libraries take besides
 CUDA_WORKING_MEMORY = 512 << 20  # bytes of host memory that kernels take when they first run
 WORKING_MEMORY = 32 << 20  # bytes: hashing, small files and the libraries' own buffers
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOption(Options):
+    """Of a command that computes."""
+
+    device: str = option(help="Where to compute.", default="auto", kind=TEXT, metavar="auto|cpu|cuda|cuda:N")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_device(self.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(DeviceOption):
+    """Of a merge: what it may use."""
+
+    workers: int | None = option(
+        help="Threads [default: two more than cores, at most 16].",
+        kind=Number(whole=True, low=1, high=1024),
+        recorded=False,
+    )
+    max_memory: int | None = option(help="Resident memory to stay under, such as 400MB.", kind=SIZE, recorded=False)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,17 @@ class Result:
         """All of it in dicts, lists, text and numbers: the object that the command prints with `--json`."""
         table: dict[str, Any] = plain(self)
         return table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written(Result):
+    """What a command did that writes an output, and pushes it to the Hub where that is asked for."""
+
+    pushed: Result | None = None  # what `push` did
+
+    def with_push(self, text: str) -> str:
+        """The text of the report, and that of the push."""
+        return text if self.pushed is None else f"{text}\n\n{self.pushed}"
 
 
 def plain(value: Any) -> Any:

@@ -17,12 +17,14 @@ from loratool.appending import TensorFile, tensor_file
 from loratool.cards import CARD, card, is_nobodys, terms_of
 from loratool.checkpoint import PROVENANCE, leaves, sort_side_files
 from loratool.digests import recorded
-from loratool.errors import FitError, UsageError, printable
+from loratool.errors import FitError, printable
 from loratool.formats.peft import CONFIG, WEIGHTS, keys
 from loratool.formats.peft.lora import doubles
 from loratool.formats.peft.spelling import PREFIX, Names, shapes, stored, token_rows, was_inside
 from loratool.journal import Journal
+from loratool.options import dtypes, option
 from loratool.origins import told_origin
+from loratool.outputs import WritingOptions
 from loratool.safefile import FLOAT_NAMES, product
 from loratool.staging import Stage, staged
 from loratool.weightfiles import fates, module_files
@@ -38,8 +40,16 @@ if TYPE_CHECKING:
     from loratool.notes import Note
 
 SPELLED = {name: dtype for dtype, name in FLOAT_NAMES.items()}  # float32 → F32
-DTYPES = ("keep", "float32", "bfloat16", "float16")  # of factors, as they may be asked for
 WIDTH = {"F64": 4, "F32": 3, "BF16": 2, "F16": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorOptions(WritingOptions):
+    """Of a command that writes factors."""
+
+    dtype: str = option(
+        help="Dtype of the factors.", default="keep", kind=dtypes("keep", "float32", "bfloat16", "float16")
+    )
 
 
 @dataclass(frozen=True)
@@ -167,23 +177,21 @@ def adapter_output(
     carried: Carried,
     dtype: torch.dtype,
     config: Mapping[str, Any],
-    *,
-    overwrite: bool = False,
-    dry_run: bool = False,
+    options: WritingOptions,
 ) -> Iterator[Output]:
-    """The output of layers with `forms`, published under `out` when the block ends well. `dry_run` writes nothing.
+    """The output of layers with `forms`, published under `out` when the block ends well. A dry run writes nothing.
 
     `config` is that of the first source: which release of PEFT will read the result.
     """
     names = Names({target: form.kind for target, form in forms.items()})
     halved = doubles(config)
-    if dry_run:
+    if options.dry_run:
         yield Output(None, None, names, forms, dtype, halved)
         return
     announced = [*announced_factors(names, forms, dtype), *carried.announced()]
     needed = sum(product(shape) * (8 if d == "F64" else 4) for _, d, shape in announced)
     with (
-        staged(out, Journal(uuid.uuid4().hex, files={WEIGHTS}), needed, overwrite) as stage,
+        staged(out, Journal(uuid.uuid4().hex, files={WEIGHTS}), needed, options.overwrite) as stage,
         tensor_file(stage.folder / WEIGHTS, announced) as file,
     ):
         yield Output(file, stage, names, forms, dtype, halved)
@@ -283,12 +291,6 @@ def stored_tensor(adapter: Adapter, name: str) -> StoredTensor:
     """A tensor of an adapter's file, or of the one of its files that holds it."""
     home = adapter.file.home(name)
     return StoredTensor(home, home.tensors[name])
-
-
-def check_dtype(asked: str) -> None:
-    """Raise `UsageError` for a dtype that factors cannot be asked to have."""
-    if asked not in DTYPES:
-        raise UsageError(f"dtype {printable(repr(asked))} is not one of {', '.join(DTYPES)}")
 
 
 def kept_dtype(sources: Sequence[Contents], asked: str) -> torch.dtype:

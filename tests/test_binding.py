@@ -12,9 +12,9 @@ from headers import Shape, adapter_of, base_of, bias, dora, experts, landed, lor
 from layout_facts import PREFIX, Cell, expand, read_cells
 from torch import Tensor
 
+from loratool import plan_merge
 from loratool.binding import Bound, bind, grouped, tell
 from loratool.errors import FitError, InputError, UsageError
-from loratool.planning import plan_merge
 from loratool.updates import ExpertFactors, Magnitude, Update
 
 CELLS = [cell for releases in read_cells().values() for cell in releases.values()]

@@ -11,9 +11,9 @@ from headers import Headers, Shape, adapter_of, base_of, experts, lora, rows_fro
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loratool import plan_merge
 from loratool.binding import Bound, bind, grouped
 from loratool.errors import FitError, InputError
-from loratool.planning import plan_merge
 
 if TYPE_CHECKING:
     from loratool.adapter import Adapter

@@ -27,17 +27,12 @@ from loratool.inspecting.facts import AdapterFacts
 from loratool.lowrank import Product, floor, floor_of, is_noise, joint
 from loratool.methods.mixture import Mixture, mix
 from loratool.methods.table import ELEMENTWISE, FACTORWISE, METHODS
-from loratool.recipes import make_recipe
+from loratool.recipes import CombineOptions, make_recipe
 
 Array = NDArray[np.float64]
 ROUNDING = {torch.bfloat16: 2.4e-3, torch.float16: 3e-4, torch.float32: 1e-6}  # as measured on real adapters
 DTYPES = tuple(ROUNDING)
 SEEDS = 200
-DIALS: dict[str, Any] = {
-    "space": None, "rank": None, "rank_policy": "truncate", "density": None, "window": 0.15, "outliers": 0.01,
-    "factor": 1.0, "match_norm": "none", "sign": "total", "normalize": None, "iso_beta": 1.0, "row_wise": False,
-    "svc": False, "seed": 0, "saved": "refuse",
-}  # fmt: skip
 METHOD: list[tuple[str, dict[str, Any]]] = [
     (name, {"space": space} if space else {})
     for name, row in METHODS.items()
@@ -103,7 +98,7 @@ def dense(product: Product) -> Array:
 
 
 def mixed(method: str, dials: Mapping[str, Any], products: Sequence[Product], weights: Sequence[float]) -> Mixture:
-    recipe = make_recipe(method, len(products), **{**DIALS, **dials})
+    recipe = make_recipe(CombineOptions(method=method, **dials), len(products))
     return mix(joint(products), list(weights), recipe)
 
 

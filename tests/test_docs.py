@@ -68,7 +68,7 @@ def parse(example: Example) -> click.Context | None:
     name, *rest = example.words
     group = click.Context(cli.cli, info_name="loratool", **cli.cli.context_settings)
     try:
-        return cli.cli.commands[name].make_context(name, rest, parent=group)
+        return cli.command(name).make_context(name, rest, parent=group)
     except click.exceptions.Exit:
         return None
 
@@ -151,12 +151,12 @@ def test_the_command_line_page_is_what_the_help_says_today() -> None:
     assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == fresh, "run `make docs`"
 
 
-@pytest.mark.parametrize("command", sorted(cli.cli.commands))
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
 def test_every_command_and_option_is_documented_by_hand_too(command: str) -> None:
     """docs/cli.md has them all by construction; a person has to have said what they are good for."""
     by_hand = "\n".join(p.read_text(encoding="utf-8") for p in PAGES if p.name not in ("cli.md", "CHANGELOG.md"))
     assert f"loratool {command}" in by_hand
-    options = [p.opts for p in cli.cli.commands[command].params if isinstance(p, click.Option)]
+    options = [p.opts for p in cli.command(command).params if isinstance(p, click.Option)]
     unexplained = [
         spellings
         for spellings in options
@@ -167,7 +167,7 @@ def test_every_command_and_option_is_documented_by_hand_too(command: str) -> Non
 
 def test_every_method_of_combine_is_on_its_page_and_in_its_help() -> None:
     page = (ROOT / "docs" / "algebra.md").read_text(encoding="utf-8")
-    help_text = " ".join(str(cli.cli.commands["combine"].help).split())
+    help_text = " ".join(str(cli.command("combine").help).split())
     assert [name for name in METHODS if f"`{name}`" not in page] == []
     assert [name for name in METHODS if not re.search(rf"(?<![\w-]){name}(?![\w-])", help_text)] == []
 

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import loratool
+from loratool import extract
 from loratool.errors import FitError, InputError, LoratoolError, UsageError
-from loratool.extracting import extract
 from loratool.lowrank import sketch
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 import loratool
 from loratool.cards import CARD, MARK, card, card_of, command, terms_of
+from loratool.recipes import CombineOptions
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LAYERS, HIDDEN = 2, 64
@@ -116,7 +117,7 @@ def test_an_adapter_s_card(models: Path, tmp_path: Path, verb: str) -> None:
 
 
 def test_an_extracted_adapter_s_card(models: Path, tmp_path: Path) -> None:
-    from loratool.extracting import extract
+    from loratool import extract
 
     base = place(models, "org/base")
     loratool.merge(base, [place(models, "me/style")], tmp_path / "tuned")
@@ -300,43 +301,22 @@ def test_the_command_of_a_card_is_one_that_the_command_line_takes(models: Path) 
 
     from loratool import cli
 
-    words = command(
-        loratool.combine,
-        {
-            "adapters": [place(models, "me/style"), Path("/srv/mine/my adapter")],
-            "out": Path("/srv/mine/secret"),
-            "method": "ties",
-            "weights": [1, {"mlp": 0.5, "default": 1}],
-            "space": "core",
-            "rank": 8,
-            "rank_policy": "truncate",
-            "density": None,
-            "window": 0.15,
-            "outliers": 0.01,
-            "factor": 0.7,
-            "match_norm": "mean",
-            "sign": "total",
-            "normalize": False,
-            "iso_beta": 1.0,
-            "row_wise": False,
-            "svc": True,
-            "seed": 0,
-            "saved": "refuse",
-            "dtype": "keep",
-            "device": "auto",
-            "expert_layout": (),
-            "adapter_name": (),
-            "input_alpha": (),
-            "overwrite": True,
-            "dry_run": False,
-            "progress": None,
-            "anything": "else",
-        },
+    options = CombineOptions(
+        method="ties",
+        weights=(1, {"mlp": 0.5, "default": 1}),
+        space="core",
+        rank=8,
+        factor=0.7,
+        match_norm="mean",
+        normalize=False,
+        svc=True,
+        overwrite=True,
     )
+    words = command("combine", [place(models, "me/style"), Path("/srv/mine/my adapter")], options)
     assert words == (
-        f"loratool combine me/style@{COMMIT} './my adapter' --method ties -w 1 -w '{{\"mlp\": 0.5, \"default\": 1}}' "
+        f"loratool combine me/style@{COMMIT} './my adapter' --method ties -w 1 -w '{{\"mlp\": 0.5, \"default\": 1.0}}' "
         "--space core --rank 8 --lambda 0.7 --match-norm mean --no-normalize --svc -o out"
     )
     assert "/srv/mine" not in words
-    plain = shlex.split(words.replace("""-w '{"mlp": 0.5, "default": 1}'""", "-w 1"))
-    assert cli.cli.commands["combine"].make_context("combine", plain[2:]).params["factor"] == 0.7
+    plain = shlex.split(words.replace("""-w '{"mlp": 0.5, "default": 1.0}'""", "-w 1"))
+    assert cli.command("combine").make_context("combine", plain[2:]).params["factor"] == "0.7"

@@ -20,6 +20,7 @@ LONGEST_MODULE = 500  # lines
 ROWS = (
     ("errors", "layouts", "secrets"),
     ("inputs", "notes", "results"),
+    ("options",),
     ("safefile", "updates", "lowrank", "decoders", "origins", "reading"),
     ("methods", "digests", "weightfiles", "containers", "modelfiles"),
     ("checkpoint", "adapter", "journal", "appending"),
@@ -41,6 +42,7 @@ ROWS = (
     ("combining",),
     ("hub",),
     ("report", "demo"),
+    ("commands",),
     ("cli",),
     ("__main__",),
     ("nn",),  # torch code for people who want LoRA itself; nothing imports it
@@ -68,6 +70,8 @@ WITHOUT_TORCH = (
     *("vocabulary", "planning", "writing", "fitting", "health", "inspecting", "estimating", "decoders", "report"),
     *(
         "cli",
+        "commands",
+        "options",
         "appending",
         "ranks",
         "origins",

@@ -24,29 +24,12 @@ from loratool.methods.chance import uniform
 from loratool.methods.mixture import Mixture, Recipe, mix, mix_factors
 from loratool.methods.stacks import Formed, Held
 from loratool.methods.table import ELEMENTWISE, FACTORWISE, METHODS
-from loratool.recipes import make_recipe
+from loratool.recipes import CombineOptions, make_recipe
 
 Array = NDArray[np.float64]
 ROWS, COLUMNS = 26, 19
 FULL = min(ROWS, COLUMNS)
 RANKS = (3, 5, 2)
-DIALS: dict[str, Any] = {
-    "space": None,
-    "rank": None,
-    "rank_policy": "truncate",
-    "density": None,
-    "window": 0.15,
-    "outliers": 0.01,
-    "factor": 1.0,
-    "match_norm": "none",
-    "sign": "total",
-    "normalize": None,
-    "iso_beta": 1.0,
-    "row_wise": False,
-    "svc": False,
-    "seed": 0,
-    "saved": "refuse",
-}
 RANDOM = ("dare_linear", "dare_ties", "della")
 PLAIN = [name for name, row in METHODS.items() if row.family != FACTORWISE]
 ENTRIES = [name for name, row in METHODS.items() if row.family == ELEMENTWISE]
@@ -55,7 +38,7 @@ EVERY = [(name, None) for name in PLAIN if name not in ENTRIES] + IN_PLACES  # m
 
 
 def recipe_of(method: str, count: int, **dials: Any) -> Recipe:
-    return make_recipe(method, count, **{**DIALS, **dials})
+    return make_recipe(CombineOptions(method=method, **dials), count)
 
 
 def draw(seed: int, *sizes: int) -> Tensor:

@@ -14,8 +14,8 @@ import torch
 from test_extracting import planted, save, seeded
 from torch import Tensor
 
+from loratool import extract
 from loratool.errors import FitError
-from loratool.extracting import extract
 
 NAME = "m.q_proj.weight"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

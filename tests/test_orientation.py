@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from workbench import Workbench, tensors_of
 
 import loratool
-from loratool.extracting import extract
+from loratool import extract
 from loratool.layouts.architectures import CONV1D_TYPES
 from loratool.layouts.native import NATIVE_TYPES
 

@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from contextlib import suppress
+from importlib import import_module
 from io import StringIO
 from types import FrameType
 from typing import NoReturn
@@ -14,11 +15,6 @@ from typing import NoReturn
 import click
 
 from loratool import __version__
-from loratool.cli.algebra import combine, compare, extract, rescale, resize
-from loratool.cli.estimating import estimate
-from loratool.cli.looking import demo, inspect
-from loratool.cli.merging import merge
-from loratool.cli.publishing import push
 from loratool.errors import LoratoolError, escaped, printable, without_tokens
 
 EXIT_CODES = """\b
@@ -31,7 +27,46 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM: stop as for Ctrl-C, with its own exit status."""
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=EXIT_CODES)
+COMMANDS = {  # name → its module, and what a list of commands says of it
+    "merge": ("merging", "Fold adapters into a base model, shard by shard."),
+    "inspect": ("looking", "Tell what is in adapters and checkpoints."),
+    "rescale": ("reworking", "Change the strength of an adapter."),
+    "combine": ("reworking", "Several adapters of one base into one adapter."),
+    "resize": ("reworking", "Give an adapter other ranks, by SVD."),
+    "extract": ("reworking", "An adapter out of a full fine-tune."),
+    "compare": ("reworking", "How alike adapters are, and how much in each other's way."),
+    "estimate": ("estimating", "Parameters and memory of training, before there is an adapter."),
+    "push": ("publishing", "Upload a finished model or adapter to the Hub."),
+    "demo": ("looking", "Make, merge and check a small model from nothing."),
+}
+
+
+def command(name: str) -> click.Command:
+    """A command by its name."""
+    module, _ = COMMANDS[name]
+    found: click.Command = getattr(import_module(f"loratool.cli.{module}"), name)
+    return found
+
+
+class Commands(click.Group):
+    """The commands, each imported when it is asked for: help and completion wait for none of them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        return command(cmd_name) if cmd_name in COMMANDS else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, told) for name, (_, told) in COMMANDS.items()])
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=EXIT_CODES,
+)
 @click.version_option(__version__, prog_name="loratool")
 def cli() -> None:
     """Merge, inspect, resize, combine and publish LoRA adapters on checkpoint files, without loading the model.
@@ -39,10 +74,6 @@ def cli() -> None:
     \b
     Example: loratool merge ./Llama-3.2-1B ./my-adapter -o ./merged
     """
-
-
-for command in (merge, inspect, rescale, combine, resize, extract, compare, estimate, push, demo):
-    cli.add_command(command)
 
 
 def on_signal(number: int, _frame: FrameType | None) -> NoReturn:

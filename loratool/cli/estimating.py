@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from loratool.cli.words import OPERAND, output_options, show
+from loratool.cli.options import OPERAND, output_options, takes
+from loratool.estimating import EstimateOptions
+
+if TYPE_CHECKING:
+    from loratool.cli.screen import Screen
 
 
 @click.command()
 @click.argument("base", type=OPERAND)
-@click.option("--rank", "ranks", type=int, multiple=True, required=True, metavar="R", help="Rank; may be repeated.")
-@click.option(
-    "--target",
-    "targets",
-    multiple=True,
-    required=True,
-    metavar="NAME",
-    help="Layers to adapt: q_proj,v_proj or all-linear; may be repeated.",
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    default="float32",
-    show_default=True,
-    help="Dtype of the adapter's parameters.",
-)
+@takes(EstimateOptions)
 @output_options
-def estimate(
-    base: Path, ranks: tuple[int, ...], targets: tuple[str, ...], dtype: str, as_json: bool, quiet: bool
-) -> None:
+def estimate(base: Path, options: EstimateOptions, screen: Screen) -> None:
     """Tell what an adapter would have and what training it would take, before there is one.
 
     BASE is a model folder or file or a place on the Hub, of which only headers are read, or the config.json of a decoder.
@@ -42,5 +30,4 @@ def estimate(
     """
     from loratool.estimating import estimate
 
-    result = estimate(base, ranks, targets, dtype=dtype)
-    show(result, lambda: str(result), as_json, quiet)
+    screen.show(estimate(base, options))

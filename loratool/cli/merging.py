@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-from loratool.cli.publishing import asked_repo, check_access, keep_excluded, pushing_options, selecting
-from loratool.cli.words import (
-    MAPS,
-    OPERAND,
-    ORIENTATION,
-    PATH,
-    PUSH,
-    Size,
-    output_options,
-    progress_bar,
-    reading_options,
-    show,
-)
+from loratool.cli.options import OPERAND, PATH, output_options, takes
+from loratool.commands.merge import MergeAndPushOptions
+from loratool.errors import UsageError
+
+if TYPE_CHECKING:
+    from loratool.cli.screen import Screen
 
 
 @click.command()
@@ -33,41 +27,8 @@ from loratool.cli.words import (
     metavar="BASE",
     help="BASE as an option, then every operand is an ADAPTER; auto is the base that the adapters name.",
 )
-@click.option(
-    "-w", "--weight", "weights", type=float, multiple=True, help="Strength, once per adapter in order [default: 1]."
-)
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to compute.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["keep", "float32", "bfloat16", "float16"]),
-    default="keep",
-    show_default=True,
-    help="Dtype of every float tensor written.",
-)
-@MAPS
-@ORIENTATION
-@reading_options
-@click.option(
-    "--shard-size", type=Size(), help="Tensor bytes per output file, such as 5GB [default: the base's shards]."
-)
-@click.option("--workers", type=click.IntRange(1, 1024), help="Threads [default: two more than cores, at most 16].")
-@click.option("--max-memory", type=Size(), help="Resident memory to stay under, such as 400MB.")
+@takes(MergeAndPushOptions)
 @click.option("--dry-run", is_flag=True, help="Print the plan and touch nothing.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT where it holds a model and nothing else.")
-@click.option("--allow-new-tensors", is_flag=True, help="Add heads that an adapter saved and BASE has not.")
-@click.option(
-    "--also-load",
-    multiple=True,
-    metavar="FILE",
-    help="Merge the tensors of this safetensors file in an ADAPTER's folder too; may be repeated.",
-)
-@click.option(
-    "--ignore-files",
-    multiple=True,
-    metavar="NAME",
-    help="Leave out trained weights in an ADAPTER's folder that are not merged; may be repeated.",
-)
-@pushing_options
 @click.option(
     "--stream",
     "streamed",
@@ -75,40 +36,17 @@ from loratool.cli.words import (
     help="Without OUT: fetch, merge and upload file by file, two on the disk at most.",
 )
 @click.option("--card", is_flag=True, help="With --stream: write a README.md though BASE brings one.")
-@click.option(
-    "--exclude",
-    multiple=True,
-    metavar="PATTERN",
-    expose_value=False,
-    callback=keep_excluded,
-    help="With --push-to-hub: leave these files out; may be repeated.",
-)
 @output_options
 def merge(
     base: Path,
     adapters: tuple[Path, ...],
     out: Path | None,
     named_base: Path | None,
-    weights: tuple[float, ...],
-    device: str,
-    dtype: str,
-    maps: tuple[str, ...],
-    fan_in_fan_out: bool | None,
-    expert_layout: tuple[str, ...],
-    adapter_name: tuple[str, ...],
-    input_alpha: tuple[float, ...],
-    shard_size: int | None,
-    workers: int | None,
-    max_memory: int | None,
     dry_run: bool,
-    overwrite: bool,
-    allow_new_tensors: bool,
-    also_load: tuple[str, ...],
-    ignore_files: tuple[str, ...],
     streamed: bool,
     card: bool,
-    as_json: bool,
-    quiet: bool,
+    options: MergeAndPushOptions,
+    screen: Screen,
 ) -> None:
     """Fold adapters into a base model, shard by shard.
 
@@ -127,91 +65,28 @@ def merge(
       loratool merge auto me/my-adapter -o ./merged --push-to-hub me/merged
       loratool merge meta-llama/Llama-3.1-70B me/my-adapter --stream --push-to-hub me/merged
     """
-    base, adapters = operands(base, adapters, named_base)
+    if named_base is not None:  # then BASE is an ADAPTER too
+        base, adapters = named_base, (base, *adapters)
     if streamed:
-        stream_to_hub(
-            base,
-            adapters,
-            out,
-            shard_size,
-            as_json,
-            quiet,
-            weights=weights,
-            device=device,
-            dtype=dtype,
-            maps=maps,
-            fan_in_fan_out=fan_in_fan_out,
-            workers=workers,
-            max_memory=max_memory,
-            expert_layout=expert_layout,
-            adapter_name=adapter_name,
-            input_alpha=input_alpha,
-            allow_new_tensors=allow_new_tensors,
-            also_load=also_load,
-            ignore_files=ignore_files,
-            overwrite=overwrite,
-            card=card,
-            dry_run=dry_run,
-        )
+        stream_to_hub(base, adapters, out, options, card, dry_run, screen)
         return
     if out is None:
         raise missing("out")
     if card:
-        raise click.UsageError("--card goes with --stream; `loratool push --card` has it too")
-    from loratool.merging import merge, outlook
+        raise UsageError("--card goes with --stream; `loratool push --card` has it too")
+    from loratool.commands.merge import merge_and_push
+    from loratool.merging import outlook
 
     if dry_run:
         from loratool.report import plan_text
 
-        with outlook(
-            base,
-            adapters,
-            out,
-            weights=weights,
-            dtype=dtype,
-            maps=maps,
-            fan_in_fan_out=fan_in_fan_out,
-            shard_size=shard_size,
-            overwrite=overwrite,
-            expert_layout=expert_layout,
-            adapter_name=adapter_name,
-            input_alpha=input_alpha,
-            allow_new_tensors=allow_new_tensors,
-            also_load=also_load,
-            ignore_files=ignore_files,
-        ) as planned:
-            table = planned.to_dict(device, workers, max_memory)
-            show(table, lambda: plan_text(planned, table["peak_memory"]), as_json, quiet)
+        with outlook(base, adapters, out, options) as plan:
+            table = plan.to_dict(options.device, options.workers, options.max_memory)
+            screen.show(table, plan_text(plan, table["peak_memory"]))
         return
-    check_access()
-    with progress_bar(quiet) as progress:
-        report = merge(
-            base,
-            adapters,
-            out,
-            weights=weights,
-            device=device,
-            dtype=dtype,
-            maps=maps,
-            fan_in_fan_out=fan_in_fan_out,
-            shard_size=shard_size,
-            workers=workers,
-            max_memory=max_memory,
-            overwrite=overwrite,
-            expert_layout=expert_layout,
-            adapter_name=adapter_name,
-            input_alpha=input_alpha,
-            allow_new_tensors=allow_new_tensors,
-            also_load=also_load,
-            ignore_files=ignore_files,
-            progress=progress,
-        )
-    show(report, lambda: str(report), as_json, quiet)
-
-
-def operands(base: Path, adapters: tuple[Path, ...], named: Path | None) -> tuple[Path, tuple[Path, ...]]:
-    """BASE and the ADAPTERs; with `--base` every operand is one of the latter, and BASE alone may hold its adapter."""
-    return (base, adapters) if named is None else (named, (base, *adapters))
+    with screen.bytes("merging") as progress, screen.bytes("pushing") as push_progress:
+        report = merge_and_push(base, adapters, out, options, progress, push_progress)
+    screen.show(report)
 
 
 def missing(name: str) -> click.MissingParameter:
@@ -224,20 +99,21 @@ def stream_to_hub(
     base: Path,
     adapters: tuple[Path, ...],
     out: Path | None,
-    shard_size: int | None,
-    as_json: bool,
-    quiet: bool,
-    **settings: Any,
+    options: MergeAndPushOptions,
+    card: bool,
+    dry_run: bool,
+    screen: Screen,
 ) -> None:
     """`--stream`: no folder is made, and the files keep the base's sizes."""
-    repo, public = asked_repo()
-    if out is not None or shard_size is not None:
-        raise click.UsageError("--stream makes no folder and keeps the base's files: leave -o and --shard-size out")
-    if repo is None:
-        raise click.UsageError("--stream needs --push-to-hub REPO, where the files go")
-    del click.get_current_context().meta[PUSH]  # there is no folder to push
-    from loratool.hub import stream
+    if out is not None or options.shard_size is not None:
+        raise UsageError("--stream makes no folder and keeps the base's files: leave -o and --shard-size out")
+    if options.push_to_hub is None:
+        raise UsageError("--stream needs --push-to-hub REPO, where the files go")
+    from loratool.hub.streaming import StreamOptions, stream
 
-    with progress_bar(quiet) as progress:
-        report = stream(base, adapters, repo, public=public, **selecting(), progress=progress, **settings)
-    show(report, lambda: str(report), as_json, quiet)
+    known = {field.name for field in dataclasses.fields(StreamOptions)}
+    shared = {field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.name in known}
+    with screen.bytes("merging") as progress:
+        streaming = StreamOptions(**shared, card=card, dry_run=dry_run)
+        report = stream(base, adapters, options.push_to_hub, streaming, progress)
+    screen.show(report)

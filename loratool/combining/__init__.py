@@ -22,7 +22,7 @@ from loratool.fetching import local
 from loratool.formats import read_adapter
 from loratool.formats.peft.describing import describe
 from loratool.formats.peft.spelling import Names
-from loratool.gathering import Beside, Share, Weight, gather, named_apart
+from loratool.gathering import Beside, Share, gather, named_apart
 from loratool.lowrank import Joint, Product, change, decompose, gram, inner, joint, length, padded, silenced
 from loratool.lowrank.products import negligible
 from loratool.methods.coefficients import LEAST_ALIKE, cancel, mean_cosine
@@ -31,14 +31,12 @@ from loratool.methods.table import FACTORWISE, GRAM, METHODS
 from loratool.notes import Note, as_records
 from loratool.outputs import check_target
 from loratool.ranks import evened, told_of_cuts, told_of_experts
-from loratool.reading import readings
-from loratool.recipes import make_recipe, told
+from loratool.recipes import CombineOptions, make_recipe, told
 from loratool.saving import (
     Form,
     Rounded,
     adapter_output,
     carried_over,
-    check_dtype,
     files_beside,
     kept_dtype,
     told_beside,
@@ -50,102 +48,26 @@ if TYPE_CHECKING:
 
 
 def combine(
-    adapters: Sequence[PathLike] | PathLike,
-    out: PathLike,
-    *,
-    method: str = "linear",
-    weights: Sequence[Weight] | None = None,
-    space: str | None = None,
-    rank: int | None = None,
-    rank_policy: str = "truncate",
-    density: float | None = None,
-    window: float = 0.15,
-    outliers: float = 0.01,
-    factor: float = 1.0,
-    match_norm: str = "none",
-    sign: str = "total",
-    normalize: bool | None = None,
-    iso_beta: float = 1.0,
-    row_wise: bool = False,
-    svc: bool = False,
-    seed: int = 0,
-    saved: str = "refuse",
-    dtype: str = "keep",
-    device: str = "auto",
-    expert_layout: str | Sequence[str] = (),
-    adapter_name: str | Sequence[str] = (),
-    input_alpha: float | Sequence[float] = (),
-    overwrite: bool = False,
-    dry_run: bool = False,
-    progress: Progress | None = None,
+    adapters: Sequence[PathLike] | PathLike, out: PathLike, options: CombineOptions, progress: Progress | None = None
 ) -> CombineReport:
-    """Write several adapters of one base as one adapter.
-
-    A layer that some adapters do not have is combined of those that do. Biases of lora_B add up with the weights;
-    saved modules and token rows are kept where adapters do not differ about them. The result is plain LoRA with α = rank.
-
-    Args:
-        adapters: folders, or `.safetensors` files with their config beside them.
-        out: the folder to make.
-        method: a key of `loratool.methods.table.METHODS`.
-        weights: of each adapter, 1 by default: a number, or numbers by pattern with "default" for the rest.
-        space: where elementwise methods work: on the entries of the weight ("dense", the default), in "core" space
-            or on "knots".
-        rank: of the result, cut to what a layer's shape allows; by default what the method gives, and for dense methods
-            the ranks added up.
-        rank_policy: "truncate" cuts the result; "ctm" chooses directions first that keep a part of every adapter.
-        density: part of the entries that is kept, in (0, 1].
-        window: of della, how far chances lie around `density`.
-        outliers: of breadcrumbs, the part of the entries, the largest, that is dropped.
-        factor: λ, which multiplies the result.
-        match_norm: give each layer the "mean", "max" or "sum" of the norms of the weighted updates.
-        sign: the majority counts sizes ("total") or adapters ("frequency").
-        normalize: divide by the weights; by default as the method is defined.
-        iso_beta: how far iso_c draws singular values to their mean, 0 to 1.
-        row_wise: nuslerp with an angle for each row.
-        svc: calibrate singular values afterwards.
-        seed: of random numbers, which depend on nothing else.
-        saved: where adapters have saved different values for a tensor, "refuse", take the "first" or their "mean".
-        dtype: of the factors: "keep", "float32", "bfloat16" or "float16".
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        expert_layout: how the columns of a fused lora_B are ordered where the config does not say it: "rank-major" or
-            "grouped-by-expert"; one for all adapters or one for each, as the next two.
-        adapter_name: which adapter to read of a file or folder that holds several.
-        input_alpha: α of every module, for files that do not hold it.
-        overwrite: replace `out` where it holds an adapter and nothing else.
-        dry_run: compute and report, but write nothing.
-        progress: called with (layers done, layers in all).
-
-    Raises:
-        UsageError: arguments out of range or at odds with the method.
-        InputError: a malformed adapter, or one that is not low-rank.
-        FitError: adapters of different bases, DoRA, saved values that differ, or nothing but zeros.
-        StorageError: the disk or the file system said no.
-    """
+    """Write several adapters of one base as one adapter; `loratool.commands.combine` says all of it."""
     started = time.monotonic()
-    check_dtype(dtype)
     paths = [local(p, "adapter") for p in ([adapters] if isinstance(adapters, (str, os.PathLike)) else adapters)]
-    words = command(combine, {**locals(), "adapters": paths})
-    recipe = make_recipe(
-        method, len(paths), space, rank, rank_policy, density, window, outliers, factor, match_norm, sign, normalize,
-        iso_beta, row_wise, svc, seed, saved,
-    )  # fmt: skip
-    shares = list(weights) if weights is not None else [1.0] * len(paths)
-    if len(shares) != len(paths):
-        raise UsageError(f"{len(shares)} weights for {len(paths)} adapters; give one for each, or none")
-    ways = readings(len(paths), expert_layout, adapter_name, input_alpha)
-    target = check_target(Path(out), paths, overwrite or dry_run, adapter=True)
+    recipe = make_recipe(options, len(paths))
+    shares = options.shares(len(paths))
+    ways = options.readings(len(paths))
+    target = check_target(Path(out), paths, options.overwrite or options.dry_run, adapter=True)
     sources = named_apart(
         [contents_of(read_adapter(path, way), "combine") for path, way in zip(paths, ways, strict=True)]
     )
     layers = gather(sources, shares)
     refuse(sources, layers, recipe)
-    with session(device, sources) as at_work:
-        dtype_kept = kept_dtype(sources, dtype)
+    with session(options.device, sources) as at_work:
+        dtype_kept = kept_dtype(sources, options.dtype)
         combiner = Combiner(sources, layers, recipe, at_work)
         kinds = {t: found[0].layer.kind for t, found in layers.items()}
-        mean = recipe.setting.normalize and METHODS[method].family == GRAM
-        beside = Beside(sources, shares, Names(kinds), saved, recipe.factor, mean)
+        mean = recipe.setting.normalize and METHODS[recipe.method].family == GRAM
+        beside = Beside(sources, shares, Names(kinds), options.saved, recipe.factor, mean)
         carried = beside.collect()
         if sources[0].dora:  # it is the only one
             carried.tensors.update(carried_over(sources[0], Names(kinds)).tensors)
@@ -154,9 +76,7 @@ def combine(
         most = evened(own, groups)
         forms = {t: Form.of(found[0].layer, most[t]) for t, found in layers.items()}
         grouped = {target for group in groups for target in group}
-        with adapter_output(
-            target, forms, carried, dtype_kept, sources[0].config, overwrite=overwrite, dry_run=dry_run
-        ) as output:
+        with adapter_output(target, forms, carried, dtype_kept, sources[0].config, options) as output:
 
             def work(name: str) -> tuple[Rounded, CombinedLayer, torch.Tensor]:
                 whole, shared = combiner.combined(name)
@@ -185,7 +105,7 @@ def combine(
                 tokens=carried.tokens,
             )
             totals = combiner.totals(modules, dtype_kept)
-            asked = rank if METHODS[method].family != FACTORWISE else None
+            asked = options.rank if METHODS[recipe.method].family != FACTORWISE else None
             notes = (
                 *remarks(sources, layers, modules, beside.notes),
                 *told_of_cuts(asked, {t: found[0].layer.most for t, found in layers.items()}, layers),
@@ -193,7 +113,7 @@ def combine(
             )
             provenance = {
                 "made_by": "loratool combine",
-                "command": words,
+                "command": command("combine", paths, options),
                 "adapters": list(at_work.origins),
                 **told(recipe, shares),
                 "measured": dataclasses.asdict(totals),
@@ -202,8 +122,8 @@ def combine(
             output.finish(config, provenance, common_files(sources), [source.adapter.folder for source in sources])
     return CombineReport(
         out=target,
-        written=not dry_run,
-        method=method,
+        written=not options.dry_run,
+        method=recipe.method,
         settings=told(recipe, shares),
         adapters=tuple(source.name for source in sources),
         totals=totals,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool.results import Result
+from loratool.results import Written
 
 if TYPE_CHECKING:
     from loratool.comparing import Meeting
@@ -55,7 +55,7 @@ class CombinedTotals:
 
 
 @dataclass(frozen=True)
-class CombineReport(Result):
+class CombineReport(Written):
     """What `combine` did. Sizes are bytes, times seconds."""
 
     out: Path
@@ -75,4 +75,4 @@ class CombineReport(Result):
     def __str__(self) -> str:
         from loratool.report.algebra import combine_text
 
-        return combine_text(self)
+        return self.with_push(combine_text(self))

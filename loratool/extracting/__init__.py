@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from loratool.binding.orientation import module_of
 from loratool.cards import command
@@ -34,15 +34,16 @@ from loratool.notes import Note, as_records
 from loratool.origins import origin_of, told_origin
 from loratool.outputs import check_target
 from loratool.ranks import told_of_cuts, told_of_experts
-from loratool.saving import WIDTH, Form, Output, Rounded, adapter_output, check_dtype, torch_dtype
+from loratool.saving import WIDTH, Form, Output, Rounded, adapter_output, torch_dtype
 from loratool.weightfiles import weight_files
 from loratool.working import PathLike, Progress, Session, session
 
 if TYPE_CHECKING:
     import torch
 
+    from loratool.extracting.options import ExtractOptions
 
-MOST_RANK = 32  # where no number is given: what servers take by their defaults or nearly so, and noise seldom fills
+
 HELD = 512 << 20  # bytes of differences that stay in memory; larger ones are read again for every pass
 HELD_ON_GPU = 4 << 30
 TERMS = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)[\w.-]*", re.ASCII)  # of a base, at its top
@@ -50,73 +51,24 @@ MADE_BY_PEFT = "0.21.2"  # whose way round the factors of experts are written
 
 
 def extract(
-    base: PathLike,
-    tuned: PathLike,
-    out: PathLike,
-    *,
-    rank: int | Literal["auto"] | None = None,
-    energy: float | None = None,
-    max_rank: int = MOST_RANK,
-    exact: bool = False,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    fan_in_fan_out: bool | None = None,
-    dtype: str = "keep",
-    device: str = "auto",
-    seed: int = 0,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    progress: Progress | None = None,
+    base: PathLike, tuned: PathLike, out: PathLike, options: ExtractOptions, progress: Progress | None = None
 ) -> ExtractReport:
-    """Write the adapter that makes `tuned` of `base`, as nearly as its ranks allow.
-
-    Every weight's difference M = W_tuned − W_base gets the nearest ΔW = BA of its rank (Eckart and Young 1936), by a
-    randomised sketch that takes M row by row. What is no matrix, or changed its shape, is saved whole.
-
-    Args:
-        base: the model before, a folder or a file.
-        tuned: the model after; its files and dtypes may be others.
-        out: the folder to make.
-        rank: of every layer, cut to what its shape allows; or "auto", which keeps the singular values that rounding to the storage dtype cannot have
-            made, up to `max_rank`. "auto" where neither this nor `energy` is given.
-        energy: the part of ‖M‖² that each layer keeps, in (0, 1]; with `rank` the smaller of the two counts.
-        max_rank: of a layer, where `rank` is no number.
-        exact: decompose every matrix in full rather than sketch it.
-        include: regular expressions; only modules with a name in which one of them is found.
-        exclude: regular expressions; no module with a name in which one of them is found.
-        fan_in_fan_out: whether the matrices of layers that may be Conv1D are stored (in, out); by default the class of
-            the models and the biases decide.
-        dtype: of the factors: "keep" (that of the tuned layers), "float32", "bfloat16" or "float16".
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        seed: of the sketch.
-        overwrite: replace `out` where it holds an adapter and nothing else.
-        dry_run: decide, measure and report, but write nothing.
-        progress: called with (layers done, layers in all).
-
-    Raises:
-        UsageError: a number out of range, a pattern that is none or matches nothing.
-        InputError: a malformed checkpoint, an adapter, or values that are NaN or infinite.
-        FitError: nothing in common, nothing differs, nothing tells how a matrix is stored, or the dtype cannot hold
-            the factors.
-        StorageError: the disk or the file system said no.
-    """
+    """Write the adapter that makes `tuned` of `base`; `loratool.commands.extract` says all of it."""
     started = time.monotonic()
-    check_dtype(dtype)
-    rule = Rule.of(rank, energy, max_rank)
+    rule = Rule.of(options.rank, options.energy, options.max_rank)
     paths = local(base, "model"), local(tuned, "model")
-    words = command(extract, {**locals(), "base": paths[0], "tuned": paths[1]})
-    target = check_target(Path(out), paths, overwrite or dry_run, adapter=True)
+    target = check_target(Path(out), paths, options.overwrite or options.dry_run, adapter=True)
     before, after = (open_model(path, role) for path, role in zip(paths, ("BASE", "TUNED"), strict=True))
-    with session(device, []) as at_work:
-        found = pair(before, after, include, exclude, fan_in_fan_out)
+    with session(options.device, []) as at_work:
+        found = pair(before, after, options.include, options.exclude, options.fan_in_fan_out)
         check_saved(found)
         refuse_nothing(found)
-        extractor = Extractor(found, rule, exact, seed, at_work)
-        kept, forms = factor_dtype(found, dtype), extractor.forms()
+        extractor = Extractor(found, rule, options.exact, options.seed, at_work)
+        kept, forms = factor_dtype(found, options.dtype), extractor.forms()
         carried = found.carried
         experts = any(form.kind is Kind.PARAMETER for form in forms.values())
         draft = {"peft_version": MADE_BY_PEFT} if experts else {}
-        with adapter_output(target, forms, carried, kept, draft, overwrite=overwrite, dry_run=dry_run) as output:
+        with adapter_output(target, forms, carried, kept, draft, options) as output:
             extractor.run(output, progress)
             output.carry(carried)
             written = {target: forms[target] for target in extractor.ranks}
@@ -125,19 +77,19 @@ def extract(
             notes = tuple(remarks(found, extractor, rule))
             provenance = {
                 "made_by": "loratool extract",
-                "command": words,
+                "command": command("extract", paths, options),
                 "base": origin(before),
                 "tuned": origin(after),
                 "rule": rule.told,
-                "exact": exact,
-                "seed": seed,
+                "exact": options.exact,
+                "seed": options.seed,
                 "measured": asdict(totals),
                 "notes": as_records(notes),
             }
             output.finish(config, provenance, terms(before), [before.root, after.root])
     return ExtractReport(
         out=target,
-        written=not dry_run,
+        written=not options.dry_run,
         rule=rule.told,
         totals=totals,
         modules=dict(sorted(extractor.layers.items())),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.results import Result
+from loratool.results import Written
 
 if TYPE_CHECKING:
     from loratool.notes import Note
@@ -37,7 +37,7 @@ class ExtractedTotals:
 
 
 @dataclass(frozen=True)
-class ExtractReport(Result):
+class ExtractReport(Written):
     """What `extract` did. Sizes are bytes, times seconds."""
 
     out: Path
@@ -60,4 +60,4 @@ class ExtractReport(Result):
     def __str__(self) -> str:
         from loratool.report.extract import extract_text
 
-        return extract_text(self)
+        return self.with_push(extract_text(self))

@@ -13,6 +13,7 @@ from loratool import record
 from loratool.checkpoint import INDEX_SUFFIX
 from loratool.hub.committing import REMOTE_JOURNAL, Commit, check_name, commit, differing, files_of, open_repo
 from loratool.hub.selecting import Selection, check_message, select
+from loratool.options import FLAG, Options, option
 from loratool.results import Result
 
 if TYPE_CHECKING:
@@ -44,62 +45,85 @@ class PushReport(Result):
         return push_text(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SendOptions(Options):
+    """Of whatever sends files to the Hub."""
+
+    public: bool = option(help="Let everybody see a repository that is made.", default=False, kind=FLAG, recorded=False)
+    allow_secret: tuple[str, ...] = option(
+        help="FILE, or files of a pattern, holds no secret although it looks so; may be repeated.",
+        default=(),
+        many=True,
+        metavar="FILE",
+        recorded=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommitOptions(SendOptions):
+    """Of whatever makes a commit that is told how."""
+
+    exclude: tuple[str, ...] = option(
+        help="Leave these files out of what is sent; may be repeated.",
+        default=(),
+        many=True,
+        metavar="PATTERN",
+        recorded=False,
+    )
+
+    revision: str | None = option(
+        help="Branch to commit to, made where it is missing [default: main].", metavar="BRANCH", recorded=False
+    )
+    message: str | None = option("-m", "--message", help="Message of the commit.", recorded=False)
+    card: bool = option(
+        help="Send a README.md made from loratool.json although there is one.",
+        default=False,
+        kind=FLAG,
+        recorded=False,
+    )
+    dry_run: bool = option(
+        help="Print what would be sent and what is left out; ask nobody.", default=False, kind=FLAG, recorded=False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushOptions(CommitOptions):
+    """Of `push`."""
+
+    create_pr: bool = option(help="Propose the commit as a pull request.", default=False, kind=FLAG, recorded=False)
+    include: tuple[str, ...] = option(
+        help="Send these files too; may be repeated.", default=(), many=True, metavar="PATTERN", recorded=False
+    )
+
+
 def push(
-    path: PathLike,
-    repo: str,
-    *,
-    public: bool = False,
-    revision: str | None = None,
-    create_pr: bool = False,
-    message: str | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    allow_secret: Sequence[str] = (),
-    card: bool = False,
-    dry_run: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    path: PathLike, repo: str, options: PushOptions, progress: Callable[[int, int], None] | None = None
 ) -> PushReport:
-    """Upload a finished model or adapter to the Hub in one commit, and check what is there afterwards.
-
-    A folder that loratool made is compared with its `loratool.json` first. Only what a model or an adapter is made of is
-    sent, and of that only what the repository has not. The same call after an interruption continues with the files that
-    have not arrived. The token is the one of `hf auth login` or HF_TOKEN.
-
-    Args:
-        path: the folder.
-        repo: `org/name`, or `name` for the account of the token. It is made where it is missing.
-        public: make a new repository public; an existing one stays as it is.
-        revision: the branch to commit to, made from main where it is missing; main by default.
-        create_pr: propose the commit as a pull request.
-        message: of the commit.
-        include: patterns of more files, as in `fnmatch`.
-        exclude: patterns of files to leave out.
-        allow_secret: patterns of files that hold no secret although it looks so.
-        card: send a README.md made from `loratool.json` though there is one.
-        dry_run: report what would be sent and ask nobody.
-        progress: called with (bytes done, bytes in all).
-
-    Raises:
-        UsageError: `path` is no folder, or what makes it a model is excluded.
-        InputError: it is neither a model nor an adapter, is unfinished, or a file holds a secret.
-        HubError: no token, no right, refused, or out of reach.
-        VerificationError: the folder is not what loratool wrote, or what arrived is not what was sent.
-    """
+    """Upload a finished model or adapter in one commit; `loratool.commands.push` says all of it."""
     started = time.monotonic()
-    check_message(message)
+    check_message(options.message)
     check_name(repo)
     unlike = record.check(Path(path))
-    choice = partial(select, Path(path), list(include), list(exclude), card, allow_secret=list(allow_secret))
+    choice = partial(
+        select,
+        Path(path),
+        list(options.include),
+        list(options.exclude),
+        options.card,
+        allow_secret=list(options.allow_secret),
+    )
     selection = choice(place=repo)
     notes = [*selection.notes, *unlike]
     sizes = {upload.name: upload.size for upload in selection.uploads}
-    if dry_run:
-        return report(repo, selection, Commit("", ""), not public, tuple(sizes), (), notes, started, dry_run)
+    if options.dry_run:
+        return report(
+            repo, selection, Commit("", ""), not options.public, tuple(sizes), (), notes, started, options.dry_run
+        )
     named = repo
-    repo, private = open_repo(repo, public, revision, notes)
+    repo, private = open_repo(repo, options.public, options.revision, notes)
     if repo != named:
         selection = choice(place=repo)  # for the card's code names it
-    there = files_of(repo, revision)
+    there = files_of(repo, options.revision)
     uploads = differing(selection.uploads, there)
     replaced = outdated(selection, set(there))
     done = Commit("", "")
@@ -114,15 +138,15 @@ def push(
 
         done = commit(
             repo,
-            revision,
+            options.revision,
             uploads,
-            message or f"Upload {selection.kind} with loratool",
+            options.message or f"Upload {selection.kind} with loratool",
             delete=replaced,
-            create_pr=create_pr,
+            create_pr=options.create_pr,
             tell=tell,
         )
     return report(
-        repo, selection, done, private, tuple(u.name for u in uploads), tuple(replaced), notes, started, dry_run
+        repo, selection, done, private, tuple(u.name for u in uploads), tuple(replaced), notes, started, options.dry_run
     )
 
 

@@ -21,7 +21,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import moved, stored_tensors
-from loratool.cards import CARD, OUT, command, is_nobodys
+from loratool.cards import CARD, command, is_nobodys
 from loratool.checkpoint import INDEX_SUFFIX, PROVENANCE
 from loratool.computing import Totals
 from loratool.digests import Digest, digest_of_bytes, read_recorded, recorded
@@ -35,23 +35,21 @@ from loratool.fetching.pieces import Source, opened
 from loratool.fingerprints import content_fingerprint, installed
 from loratool.formats import read_adapter
 from loratool.hub.committing import REMOTE_JOURNAL, Commit, Upload, check, commit, files_of, full_name, open_repo
+from loratool.hub.pushing import CommitOptions
 from loratool.hub.selecting import check_message, check_secrets, matches, never, unknown
 from loratool.inputs import json_object
 from loratool.journal import FETCHED, MODEL, FinishedShard
 from loratool.merging import (
+    MergeOptions,
     PathLike,
     Progress,
     as_text,
-    check_arguments,
     check_values,
-    inputs_as_told,
-    merge,
     merged_card,
     provenance,
 )
 from loratool.outputs import check_stage
 from loratool.planning import MergePlan, plan_merge
-from loratool.reading import readings
 from loratool.resources import Runtime, choose_resources, resident_memory, start_torch
 from loratool.results import Result
 from loratool.safefile import read_safefile
@@ -94,117 +92,55 @@ class StreamReport(Result):
         return stream_text(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StreamOptions(MergeOptions, CommitOptions):
+    """Of a merge whose files go to the Hub one by one."""
+
+
 def stream(
     base: PathLike,
     adapters: Sequence[PathLike] | PathLike,
     repo: str,
-    *,
-    weights: Sequence[float] | None = None,
-    device: str = "auto",
-    dtype: str = "keep",
-    maps: Sequence[str] = (),
-    fan_in_fan_out: bool | None = None,
-    workers: int | None = None,
-    max_memory: int | None = None,
-    allow_new_tensors: bool = False,
-    expert_layout: str | Sequence[str] = (),
-    adapter_name: str | Sequence[str] = (),
-    input_alpha: float | Sequence[float] = (),
-    also_load: Sequence[PathLike] | PathLike = (),
-    ignore_files: Sequence[str] | str = (),
-    overwrite: bool = False,
-    public: bool = False,
-    revision: str | None = None,
-    message: str | None = None,
-    card: bool = False,
-    exclude: Sequence[str] = (),
-    allow_secret: Sequence[str] = (),
-    dry_run: bool = False,
+    options: StreamOptions,
     progress: Progress | None = None,
 ) -> StreamReport:
-    """Merge as `merge` does, and upload each output file before the next is made.
-
-    At most two weight files are on this disk at a time, in a folder of the working directory that goes when all is
-    done. The same call after an interruption continues with the files that the repository has not.
-
-    Args:
-        base: a model on the Hub, or a local one; "auto" for the one that the adapters name.
-        adapters: one adapter or several.
-        repo: `org/name` of the repository to make, or `name` for the account of the token.
-        weights: a strength for each adapter, as for `merge`.
-        device: as for `merge`, and so are the next six.
-        dtype: of the output.
-        maps: other names for adapters' weights.
-        fan_in_fan_out: whether square weights of layers that may be Conv1D are stored (in, out); by default the class of
-            the model decides, then the config of the adapter.
-        workers: threads.
-        max_memory: bytes.
-        allow_new_tensors: add heads that the base has not.
-        expert_layout: how the columns of a fused lora_B are ordered where the config does not say it: "rank-major" or
-            "grouped-by-expert"; one for all adapters or one for each, as the next two.
-        adapter_name: which adapter to read of a file or folder that holds several.
-        input_alpha: α of every module, for files that do not hold it.
-        also_load: files of tensors to merge along with the adapters, as for `merge`.
-        ignore_files: names of files in the adapters' folders whose weights may be lost.
-        overwrite: replace the model that the repository holds.
-        public: make a new repository public; an existing one stays as it is.
-        revision: the branch to commit to; main by default.
-        message: of the last commit.
-        card: write README.md though the base brings one.
-        exclude: patterns of files beside the weights that are not sent.
-        allow_secret: patterns of files that hold no secret although it looks so.
-        dry_run: plan from headers, report, and ask the repository nothing.
-        progress: called with (bytes done, bytes in all).
-
-    Raises:
-        UsageError: the arguments contradict each other, or the repository holds a model.
-        InputError, FitError: as for `merge`.
-        StorageError: there is no room for two files.
-        HubError: no token, no right, missing, gated or out of reach.
-        VerificationError: what arrived is not what was sent.
-    """
-    asked, started = locals(), time.monotonic()
-    check_arguments(device, workers, max_memory)
-    check_message(message)
+    """Merge, and upload each output file before the next is made; `loratool.commands.stream` says all of it."""
+    started = time.monotonic()
+    if options.shard_size is not None:
+        raise UsageError("a streaming merge keeps the base's files, so --shard-size has no use here")
+    check_message(options.message)
     words = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
-    ways = readings(len(words), expert_layout, adapter_name, input_alpha)
+    ways = options.readings(len(words))
     paths = [local(adapter, "adapter") for adapter in words]
-    repo = repo if dry_run else full_name(repo)  # so that a long way is not gone in vain
-    runtime = start_torch(device)
+    repo = repo if options.dry_run else full_name(repo)  # so that a long way is not gone in vain
+    runtime = start_torch(options.device)
     with ExitStack() as stack:
-        place = Workplace.of(repo, stack, dry_run)
+        place = Workplace.of(repo, stack, options.dry_run)
         source = stack.enter_context(opened(chosen_base(base, paths), place.place_for))
         planned = plan_merge(
             source.checkpoint,
             [read_adapter(path, way) for path, way in zip(paths, ways, strict=True)],
-            weights=weights,
-            dtype=dtype,
-            maps=[maps] if isinstance(maps, str) else maps,
-            fan_in_fan_out=fan_in_fan_out,
-            allow_new_tensors=allow_new_tensors,
-            also_load=also_load,
-            ignore_files=ignore_files,
+            options,
         )
         check_values(planned)
-        wheres = inputs_as_told(planned, paths, also_load)
-        told = command(merge, {**asked, **wheres, "out": OUT, "shard_size": None})
-        told = f"{told.removesuffix(f' -o {OUT}')} --stream --push-to-hub {repo}"
-        others = partial(last_files, planned, repo=repo, card=card, exclude=exclude)
+        told = command("merge", [planned.base.root, *paths], options, out=False)
+        told = f"{told} --stream --push-to-hub {repo}"
+        others = partial(last_files, planned, repo=repo, card=options.card, exclude=options.exclude)
         headers = [Upload(shard.name, content=shard.layout.header) for shard in planned.shards]
         early = [*others(table={"command": told}, weights={}), *headers]  # a secret is found before anything is sent
-        secrets = check_secrets(planned.base.name, early, allow_secret)
-        streaming = Streaming(planned, source, place, repo, revision, runtime, workers, max_memory, progress, exclude)
+        secrets = check_secrets(planned.base.name, early, options.allow_secret)
+        streaming = Streaming(planned, source, place, repo, options, runtime, progress)
         made = (*planned.notes, *unlike_bases(planned.base, planned.adapters))
         notes = [*made, *secrets]
         digests = [adapter.digests() for adapter in planned.adapters]
         check_space(place.home.parent, most_on_disk(planned))
-        if dry_run:
-            return streaming.report(Commit("", ""), not public, (), notes, started, dry_run)
-        choose_resources(planned, runtime.result().devices, workers, max_memory, resident_memory())
+        if options.dry_run:
+            return streaming.report(Commit("", ""), not options.public, (), notes, started)
+        choose_resources(planned, runtime.result().devices, options.workers, options.max_memory, resident_memory())
         place.open()
-        private = open_repo(repo, public, revision, notes)[1]
-        streaming.plan_name = fingerprint(planned, source, digests, device)
-        done = streaming.begin(overwrite)
+        private = open_repo(repo, options.public, options.revision, notes)[1]
+        streaming.plan_name = fingerprint(planned, source, digests, options.device)
+        done = streaming.begin(options.overwrite)
         resumed = tuple(sorted(streaming.finished))
         if done is None:
             streaming.run()
@@ -215,8 +151,8 @@ def stream(
             whole = replace(planned, notes=(*made, *effect_notes(effects)))  # those on the repository are of this run
             table = provenance(whole, digests, effects, on_gpu, told) | {"plan": streaming.plan_name}
             weights_sent = {name: shard.digest for name, shard in streaming.finished.items()}
-            done = streaming.end(others(table=table, weights=weights_sent), message or "Merge with loratool")
-        return streaming.report(done, private, resumed, notes, started, dry_run)
+            done = streaming.end(others(table=table, weights=weights_sent), options.message or "Merge with loratool")
+        return streaming.report(done, private, resumed, notes, started)
 
 
 @dataclass
@@ -311,12 +247,9 @@ class Streaming:
     source: Source
     place: Workplace
     repo: str
-    revision: str | None
+    options: StreamOptions
     runtime: Future[Runtime]
-    workers: int | None
-    max_memory: int | None
     progress: Progress | None
-    exclude: Sequence[str] = ()
     plan_name: str = ""
     finished: dict[str, FinishedShard] = field(default_factory=dict)
     totals: Totals = field(default_factory=Totals)  # what adapters did to the files that are finished
@@ -329,7 +262,7 @@ class Streaming:
 
     def begin(self, overwrite: bool) -> Commit | None:
         """Find out what the repository holds, and begin or go on; the last commit where all is done already."""
-        there = files_of(self.repo, self.revision)
+        there = files_of(self.repo, self.options.revision)
         journal = self.read(REMOTE_JOURNAL, there)
         if journal.get("plan") == self.plan_name:
             self.finished = finished_in(journal.get("finished"), there)
@@ -349,7 +282,7 @@ class Streaming:
         if model and not journal and not overwrite:
             raise UsageError(f"{self.repo}: holds a model already; --overwrite replaces it")
         # config and index go first: at no time do they stand beside weights they do not belong to
-        commit(self.repo, self.revision, [self.journal()], "Begin a merge with loratool", delete=model)
+        commit(self.repo, self.options.revision, [self.journal()], "Begin a merge with loratool", delete=model)
         return None
 
     @property
@@ -362,7 +295,7 @@ class Streaming:
         from loratool.fetching import HubPath
         from loratool.fetching.outline import look_up
 
-        return look_up(HubPath(self.repo, self.revision))
+        return look_up(HubPath(self.repo, self.options.revision))
 
     def read(self, name: str, there: Mapping[str, RemoteFile]) -> dict[str, Any]:
         """A small JSON file of the repository; empty where there is none that can be read."""
@@ -415,7 +348,7 @@ class Streaming:
         part = replace(self.plan, base=base, shards=(replace(shard, spans=spans),))
         before = self.done
         tell: Callable[[int, int], None] = lambda done, _all: self.progress and self.progress(before + done, self.total)  # noqa: E731
-        totals = Engine(part, stage, self.runtime, self.workers, self.max_memory, tell).run()
+        totals = Engine(part, stage, self.runtime, self.options.workers, self.options.max_memory, tell).run()
         self.totals.measured |= totals.measured
         self.totals.effective |= totals.effective
         fetched_bytes = sum(path.stat().st_size for path in fetched.values())
@@ -427,15 +360,15 @@ class Streaming:
         if not finished.digest.has_sha256(upload.sha256):
             raise VerificationError(f"{printable(shard.name)}: changed on this disk after it was written; run it again")
         self.finished[shard.name] = finished
-        commit(self.repo, self.revision, [upload, self.journal()], f"Merged weights {number}")
+        commit(self.repo, self.options.revision, [upload, self.journal()], f"Merged weights {number}")
         stage.clear(but={MODEL, FETCHED})
 
     def end(self, uploads: Sequence[Upload], message: str) -> Commit:
         """The commit that makes a model of the weights, and a look at all that is there."""
-        there = files_of(self.repo, self.revision)
+        there = files_of(self.repo, self.options.revision)
         names = {*self.finished, *(upload.name for upload in uploads)}
         stale = [name for name in there if name not in names and (is_of_a_model(name) or name == REMOTE_JOURNAL)]
-        done = commit(self.repo, self.revision, uploads, message, delete=stale)
+        done = commit(self.repo, self.options.revision, uploads, message, delete=stale)
         check(self.repo, done.oid, uploads)
         there = files_of(self.repo, done.oid)
         found = finished_in({name: shard.record() for name, shard in self.finished.items()}, there)
@@ -450,7 +383,6 @@ class Streaming:
         resumed: tuple[str, ...],
         notes: Sequence[Note],
         started: float,
-        dry_run: bool,
     ) -> StreamReport:
         return StreamReport(
             repo=self.repo,
@@ -463,13 +395,13 @@ class Streaming:
             files=len(self.plan.shards),
             bytes_written=self.plan.bytes_written,
             resumed=resumed,
-            most_on_disk=most_on_disk(self.plan) if dry_run else self.most,
-            left_out=(*self.plan.left_out, *kept_back(self.plan, self.exclude)),
+            most_on_disk=most_on_disk(self.plan) if self.options.dry_run else self.most,
+            left_out=(*self.plan.left_out, *kept_back(self.plan, self.options.exclude)),
             notes=tuple(notes),
             digests={s.name: str(s.digest) for _, s in sorted(self.finished.items())},
             device=", ".join(self.runtime.result().devices),
             seconds=time.monotonic() - started,
-            dry_run=dry_run,
+            dry_run=self.options.dry_run,
         )
 
 

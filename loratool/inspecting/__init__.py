@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +33,9 @@ from loratool.inspecting.facts import (
     UnreadableFacts,
     WeightFacts,
 )
-from loratool.reading import Reading, readings
+from loratool.options import FLAG, SWITCH, PathKind, option
+from loratool.reading import Reading, ReadingOptions
+from loratool.resources import DeviceOption
 from loratool.updates import LowRank, Replace, ReplaceRows
 from loratool.weightfiles import fates
 
@@ -47,63 +49,54 @@ PathLike = str | os.PathLike[str]
 NOT_AS_WRITTEN = "not-as-written"  # the code of a finding
 
 
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions(ReadingOptions, DeviceOption):
+    """Of `inspect`."""
+
+    base: str | None = option(help="Model that the adapters are for: parameters, places, sizes.", kind=PathKind("BASE"))
+    base_config: str | None = option(
+        help="Its config.json alone: parameters in all, where the family is known.", kind=PathKind()
+    )
+    maps: tuple[str, ...] = option(
+        "--map",
+        help="Another name for the adapters' weights in which REGEX is found, as in re.sub; may be repeated.",
+        default=(),
+        many=True,
+        metavar="REGEX=TEMPLATE",
+    )
+    fan_in_fan_out: bool | None = option(
+        "--fan-in-fan-out/--no-fan-in-fan-out",
+        help="Whether square weights of layers that may be Conv1D are stored (in, out) [default: the class decides].",
+        kind=SWITCH,
+    )
+    tensors: bool = option(help="List every tensor.", default=False, kind=FLAG)
+    values: bool = option(help="Measure every module of an adapter: norms, ranks, spectra.", default=False, kind=FLAG)
+    check: bool = option(help="Look for what is wrong; exit code 3 or 5 where something is.", default=False, kind=FLAG)
+
+
 def inspect(
-    path: PathLike,
-    *,
-    base: PathLike | None = None,
-    base_config: PathLike | None = None,
-    tensors: bool = False,
-    values: bool = False,
-    check: bool = False,
-    maps: Sequence[str] = (),
-    fan_in_fan_out: bool | None = None,
-    device: str = "auto",
-    expert_layout: str | None = None,
-    adapter_name: str | None = None,
-    input_alpha: float | None = None,
-    progress: Progress | None = None,
+    path: PathLike, options: InspectOptions, progress: Progress | None = None, way: Reading | None = None
 ) -> Facts:
-    """Describe the adapter or checkpoint at `path`. Without `values` and `check` no tensor is read.
+    """Describe the adapter or checkpoint at `path`; `loratool.commands.inspect` says all of it.
 
-    Args:
-        path: a folder, a `.safetensors` file, or the index of a checkpoint.
-        base: the model that an adapter is for: how many parameters there are in all, which tensor each module means,
-            and with `values` how much of them changes.
-        base_config: its config.json, of a family that `estimate` knows, for the number of parameters alone.
-        tensors: list every tensor.
-        values: measure every module of an adapter; `loratool.measuring` says what.
-        check: look for what is wrong, which reads all values once. What is malformed is then told as
-            findings, and nothing raised.
-        maps: `REGEX=TEMPLATE` each, other names for the adapter's weights in `base`, as in a merge.
-        fan_in_fan_out: whether square weights of layers that may be Conv1D are stored (in, out), as in a merge.
-        device: to measure on: "auto", "cpu", "cuda" or "cuda:N".
-        expert_layout: how the columns of a fused lora_B are ordered where the config does not say it: "rank-major" or
-            "grouped-by-expert".
-        adapter_name: which adapter to read of a file or folder that holds several.
-        input_alpha: α of every module, for files that do not hold it.
-        progress: called with (modules measured, modules in all).
-
-    Raises:
-        UsageError: a base and the config of one.
-        InputError: neither an adapter nor a checkpoint, or a malformed one.
-        FitError: the adapter does not fit the base.
+    `way` is how it is read, where `options` speak of several adapters.
     """
-    if base is not None and base_config is not None:
+    if options.base is not None and options.base_config is not None:
         raise UsageError("--base and --base-config are mutually exclusive")
-    (way,) = readings(1, expert_layout, adapter_name, input_alpha)
+    (way,) = (way,) if way is not None else options.readings(1)
     with ExitStack() as stack:
 
         def at(operand: PathLike, role: Role) -> Path:
             """Where it is; of a place on the Hub all that is needed comes here only for its values."""
-            return local(operand, role) if values or check else stack.enter_context(headers(operand))
+            return local(operand, role) if options.values or options.check else stack.enter_context(headers(operand))
 
-        against = at(base, "model") if base is not None else None
-        if base_config is not None:
-            against = stack.enter_context(headers(base_config))
-        hold = partial(fit_of, maps=[maps] if isinstance(maps, str) else maps, fan_in_fan_out=fan_in_fan_out)
+        against = at(options.base, "model") if options.base is not None else None
+        if options.base_config is not None:
+            against = stack.enter_context(headers(options.base_config))
+        hold = partial(fit_of, maps=options.maps, fan_in_fan_out=options.fan_in_fan_out)
         location = at(path, "any")
-        facts = look_at(location, path, against, hold, tensors, values, check, device, progress, way)
-        return with_record(facts, location) if check else facts
+        facts = look_at(location, path, against, hold, options, progress, way)
+        return with_record(facts, location) if options.check else facts
 
 
 def with_record(facts: Facts, location: Path) -> Facts:
@@ -120,41 +113,38 @@ def look_at(
     path: PathLike,
     against: Path | None,
     hold: Callable[[Adapter, Path, bool], Fit],
-    tensors: bool,
-    values: bool,
-    check: bool,
-    device: str,
+    options: InspectOptions,
     progress: Progress | None,
     way: Reading,
 ) -> Facts:
     """What is at `location`, which was asked for as `path`; `hold` holds an adapter against the base at `against`."""
     shown = Path(path)
     if foreign := foreign_adapter(location):
-        return foreign_facts(foreign, shown, tensors, check)
+        return foreign_facts(foreign, shown, options.tensors, options.check)
     if not peft.is_adapter(location):
-        return look_at_checkpoint(location, shown, tensors, check)
+        return look_at_checkpoint(location, shown, options.tensors, options.check)
     problems: tuple[str, ...] = ()
     try:
-        if check:
+        if options.check:
             adapter, problems = peft.read_what_is_sound(location, way)
         else:
             adapter = peft.read(location, way)
     except LoratoolError as error:
-        if not check:
+        if not options.check:
             raise
         return UnreadableFacts("unreadable", printable(shown), tell_unreadable(error, location))
     fit = hold(adapter, against, holds_weights(against)) if against else None
-    if fit and not check:
+    if fit and not options.check:
         fit.require()
     facts = adapter_facts(adapter, shown, fit)
-    if tensors:
+    if options.tensors:
         facts = replace(facts, tensors=tuple(listed([adapter.file])))
-    if check:
+    if options.check:
         facts = replace(facts, findings=examine(adapter, problems, shown, fit, facts.notes))
-    if values:
+    if options.values:
         from loratool.measuring import measure
 
-        facts = replace(facts, values=measure(adapter, fit, device, progress))
+        facts = replace(facts, values=measure(adapter, fit, options.device, progress))
     return facts
 
 

@@ -1,0 +1,126 @@
+"""Commands that make adapters, and that relate them: `rescale`, `combine`, `resize`, `extract`, `compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from loratool.cli.options import OPERAND, OUT, output_options, takes
+from loratool.commands.combine import CombineAndPushOptions
+from loratool.commands.extract import ExtractAndPushOptions
+from loratool.commands.rescale import RescaleAndPushOptions
+from loratool.commands.resize import ResizeAndPushOptions
+from loratool.comparing import CompareOptions
+
+if TYPE_CHECKING:
+    from loratool.cli.screen import Screen
+
+
+@click.command()
+@click.argument("adapter", type=OPERAND)
+@OUT
+@takes(RescaleAndPushOptions)
+@output_options
+def rescale(adapter: Path, out: Path, options: RescaleAndPushOptions, screen: Screen) -> None:
+    """Change the strength of an adapter.
+
+    Without --bake no tensor changes, only α does. With it the factors take the strength, for servers that read only
+    α and r.
+
+    \b
+    Examples:
+      loratool rescale ./my-adapter -o ./weaker --scale 0.5
+      loratool rescale ./my-adapter -o ./even --spectral 1 --each
+      loratool rescale ./my-adapter -o ./plain --bake --match 'mlp=0.8'
+    """
+    from loratool.commands.rescale import rescale_and_push
+
+    with screen.layers("measuring") as progress, screen.bytes("pushing") as push_progress:
+        report = rescale_and_push(adapter, out, options, progress, push_progress)
+    screen.show(report)
+
+
+@click.command()
+@click.argument("adapters", type=OPERAND, nargs=-1, required=True, metavar="ADAPTER...")
+@OUT
+@takes(CombineAndPushOptions)
+@output_options
+def combine(adapters: tuple[Path, ...], out: Path, options: CombineAndPushOptions, screen: Screen) -> None:
+    """Several adapters of one base into one adapter.
+
+    METHOD is linear (exact: ranks add up), cat, svd, slerp, nuslerp, karcher, model_stock, ties, dare_linear,
+    dare_ties, della, breadcrumbs, sce, magnitude_prune, tsv, iso_c, iso_cts, or one of PEFT's on factors: linear-factors,
+    ties-factors, dare_linear-factors, dare_ties-factors, magnitude_prune-factors.
+
+    \b
+    Examples:
+      loratool combine ./style ./facts -o ./both -w 0.7 -w 1.2
+      loratool combine ./a ./b ./c -o ./small --rank 32
+      loratool combine ./a ./b ./c -o ./ties --method ties --density 0.3 --space core
+    """
+    from loratool.commands.combine import combine_and_push
+
+    with screen.layers("combining") as progress, screen.bytes("pushing") as push_progress:
+        report = combine_and_push(adapters, out, options, progress, push_progress)
+    screen.show(report)
+
+
+@click.command()
+@click.argument("adapter", type=OPERAND)
+@OUT
+@takes(ResizeAndPushOptions)
+@output_options
+def resize(adapter: Path, out: Path, options: ResizeAndPushOptions, screen: Screen) -> None:
+    """Give an adapter other ranks, by SVD: each layer the nearest update of its new rank.
+
+    \b
+    Examples:
+      loratool resize ./my-adapter -o ./small --rank 8
+      loratool resize ./my-adapter -o ./small --energy 0.99 --uniform
+      loratool resize ./my-adapter -o ./small --budget 16MB
+    """
+    from loratool.commands.resize import resize_and_push
+
+    with screen.layers("resizing") as progress, screen.bytes("pushing") as push_progress:
+        report = resize_and_push(adapter, out, options, progress, push_progress)
+    screen.show(report)
+
+
+@click.command()
+@click.argument("base", type=OPERAND)
+@click.argument("tuned", type=OPERAND)
+@OUT
+@takes(ExtractAndPushOptions)
+@output_options
+def extract(base: Path, tuned: Path, out: Path, options: ExtractAndPushOptions, screen: Screen) -> None:
+    """An adapter out of a full fine-tune: what makes TUNED of BASE, as nearly as its ranks allow.
+
+    \b
+    Examples:
+      loratool extract ./base ./fine-tuned -o ./adapter
+      loratool extract ./base ./fine-tuned -o ./adapter --rank 64 --exclude embed
+    """
+    from loratool.commands.extract import extract_and_push
+
+    with screen.layers("extracting") as progress, screen.bytes("pushing") as push_progress:
+        report = extract_and_push(base, tuned, out, options, progress, push_progress)
+    screen.show(report)
+
+
+@click.command()
+@click.argument("adapters", type=OPERAND, nargs=-1, required=True, metavar="ADAPTER ADAPTER...")
+@takes(CompareOptions)
+@output_options
+def compare(adapters: tuple[Path, ...], options: CompareOptions, screen: Screen) -> None:
+    """How alike adapters are, and how much in each other's way.
+
+    \b
+    Example: loratool compare ./style ./facts
+    """
+    from loratool.comparing import compare
+
+    with screen.layers("comparing") as progress:
+        report = compare(adapters, options, progress)
+    screen.show(report)

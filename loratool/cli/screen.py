@@ -1,0 +1,71 @@
+"""What a command shows: a bar on stderr while it works, and its result on stdout, as text or as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from loratool.errors import escaped
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Screen:
+    """Where a command shows things, as `--json` and `-q` have it."""
+
+    as_json: bool
+    quiet: bool
+
+    def show(self, result: Any, text: str | None = None) -> None:
+        """Print a result; its warnings go to stderr besides."""
+        from loratool.results import plain
+
+        if not self.quiet:
+            for note in getattr(result, "notes", ()):
+                if note.is_warning:
+                    click.echo(f"warning: {note}", err=True)
+        if self.as_json:
+            click.echo(json.dumps(plain(result), indent=2))
+        elif not self.quiet:
+            click.echo(escaped(str(result) if text is None else text, keep="\n"))
+
+    @contextmanager
+    def layers(self, word: str) -> Iterator[Progress | None]:
+        """A bar that counts layers, or None where nobody is looking."""
+        with self.bar(word, unit=" layers") as progress:
+            yield progress
+
+    @contextmanager
+    def bytes(self, word: str) -> Iterator[Progress | None]:
+        """A bar that counts bytes, or None where nobody is looking."""
+        with self.bar(word, unit="B", unit_scale=True) as progress:
+            yield progress
+
+    @contextmanager
+    def bar(self, word: str, **looks: Any) -> Iterator[Progress | None]:
+        """A bar that appears with the first progress, so that two of them do not stand there at once."""
+        if self.quiet or not sys.stderr.isatty():
+            yield None
+            return
+        from tqdm import tqdm
+
+        shown: list[Any] = []
+
+        def progress(done: int, total: int) -> None:
+            if not shown:
+                shown.append(tqdm(desc=word, file=sys.stderr, leave=False, **looks))
+            shown[0].total = total
+            shown[0].update(done - shown[0].n)
+
+        try:
+            yield progress
+        finally:
+            for each in shown:
+                each.close()

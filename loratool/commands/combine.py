@@ -1,0 +1,68 @@
+"""`loratool combine`: several adapters into one, then a push where one is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loratool import combining
+from loratool.commands.publish import PublishOptions, published
+from loratool.options import made_of, takes
+from loratool.recipes import CombineOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from loratool.combining.results import CombineReport
+    from loratool.commands.keywords import CombineKeywords
+    from loratool.working import PathLike, Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class CombineAndPushOptions(CombineOptions, PublishOptions):
+    """Of `combine`."""
+
+
+@takes(CombineAndPushOptions)
+def combine(
+    adapters: Sequence[PathLike] | PathLike,
+    out: PathLike,
+    *,
+    progress: Progress | None = None,
+    push_progress: Progress | None = None,
+    **keywords: Unpack[CombineKeywords],
+) -> CombineReport:
+    """Write several adapters of one base as one adapter.
+
+    A layer that some adapters do not have is combined of those that do. Biases of lora_B add up with the weights;
+    saved modules and token rows are kept where adapters do not differ about them. The result is plain LoRA with α = rank.
+    A weight is a number, or a mapping of numbers by pattern with "default" for the rest. `method` is a key of
+    `loratool.methods.table.METHODS`.
+
+    Args:
+        adapters: folders, or `.safetensors` files with their config beside them.
+        out: the folder to make.
+        progress: called with (layers done, layers in all).
+        push_progress: called with (bytes done, bytes in all) of the upload.
+
+    Raises:
+        UsageError: options out of range or at odds with the method.
+        InputError: a malformed adapter, or one that is not low-rank.
+        FitError: adapters of different bases, DoRA, saved values that differ, or nothing but zeros.
+        StorageError: the disk or the file system said no.
+        HubError: the output is complete, but the Hub refused the push.
+    """
+    return combine_and_push(adapters, out, made_of(CombineAndPushOptions, keywords, "combine"), progress, push_progress)
+
+
+def combine_and_push(
+    adapters: Sequence[PathLike] | PathLike,
+    out: PathLike,
+    options: CombineAndPushOptions,
+    progress: Progress | None,
+    push_progress: Progress | None,
+) -> CombineReport:
+    """`combine` with its options in one piece."""
+    options.check_access()
+    return published(combining.combine(adapters, out, options, progress), options, push_progress)

@@ -1,0 +1,35 @@
+"""`loratool compare`: how alike adapters are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from loratool import comparing
+from loratool.comparing import CompareOptions
+from loratool.options import made_of, takes
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from loratool.commands.keywords import CompareKeywords
+    from loratool.comparing import CompareReport
+    from loratool.working import PathLike, Progress
+
+
+@takes(CompareOptions)
+def compare(
+    adapters: Sequence[PathLike], *, progress: Progress | None = None, **keywords: Unpack[CompareKeywords]
+) -> CompareReport:
+    """Relate every two of some adapters of one base, layer by layer and in all.
+
+    Args:
+        adapters: two or more, folders or `.safetensors` files with their config beside them.
+        progress: called with (layers done, layers in all).
+
+    Raises:
+        UsageError: fewer than two adapters.
+        InputError: a malformed adapter, or one that is not low-rank.
+        FitError: they have no layer in common, or see one in different shapes.
+    """
+    return comparing.compare(adapters, made_of(CompareOptions, keywords, "compare"), progress)

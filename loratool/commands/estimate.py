@@ -1,0 +1,38 @@
+"""`loratool estimate`: what training an adapter would take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from loratool import estimating
+from loratool.estimating import EstimateOptions
+from loratool.options import made_of
+
+if TYPE_CHECKING:
+    from loratool.estimating import Estimate
+    from loratool.working import PathLike
+
+
+def estimate(
+    base: PathLike, ranks: int | Sequence[int], targets: str | Iterable[str], *, dtype: str = "float32"
+) -> Estimate:
+    """What LoRA of each of `ranks` on `targets` of `base` has and takes. No tensor is read.
+
+    Memory is, for P parameters of b bytes, P·b for the weights, P·b for the gradients and P·8 for AdamW.
+
+    Args:
+        base: a model's folder or file, or a config.json (or a folder with nothing but one) of a family in
+            `loratool.decoders`.
+        ranks: one rank or several.
+        targets: names as PEFT's `target_modules` takes them, each the end of a module's path, separated by commas
+            where they are one text; `all-linear` for every linear layer but the output head.
+        dtype: of the adapter's parameters, "float32" (as PEFT trains and saves them), "bfloat16" or "float16".
+
+    Raises:
+        UsageError: a rank below 1, no targets, or an unknown dtype.
+        InputError: the base is malformed, quantised, an adapter, or a config of an unknown family.
+        FitError: a target names no weight, or one that is neither a linear layer nor an embedding.
+    """
+    options = made_of(EstimateOptions, {"ranks": ranks, "targets": targets, "dtype": dtype}, "estimate")
+    return estimating.estimate(base, options)

@@ -1,0 +1,35 @@
+"""`loratool inspect`: what is in adapters and checkpoints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loratool import inspecting
+from loratool.inspecting import InspectOptions
+from loratool.options import made_of, takes
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from loratool.commands.keywords import InspectKeywords
+    from loratool.inspecting.facts import Facts
+    from loratool.working import PathLike, Progress
+
+
+@takes(InspectOptions)
+def inspect(path: PathLike, *, progress: Progress | None = None, **keywords: Unpack[InspectKeywords]) -> Facts:
+    """Describe the adapter or checkpoint at `path`. Without `values` and `check` no tensor is read.
+
+    With `check` what is malformed is told as findings, and nothing raised. `loratool.measuring` says what `values`
+    measures; with a `base`, also how much of each weight changes.
+
+    Args:
+        path: a folder, a `.safetensors` file, or the index of a checkpoint.
+        progress: called with (modules measured, modules in all).
+
+    Raises:
+        UsageError: a base and the config of one.
+        InputError: neither an adapter nor a checkpoint, or a malformed one.
+        FitError: the adapter does not fit the base.
+    """
+    return inspecting.inspect(path, made_of(InspectOptions, keywords, "inspect"), progress)

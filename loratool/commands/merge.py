@@ -1,0 +1,155 @@
+"""`loratool merge`: a merge, then a push where one is asked for; a plan alone; a merge that streams to the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loratool import merging, planning
+from loratool.commands.publish import PublishOptions, published
+from loratool.hub import streaming
+from loratool.hub.streaming import StreamOptions
+from loratool.merging import MergeOptions, PathLike, Progress
+from loratool.options import made_of, option, takes
+from loratool.planning import PlanOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from loratool.adapter import Adapter
+    from loratool.checkpoint import Checkpoint
+    from loratool.commands.keywords import MergeKeywords, PlanKeywords, StreamKeywords, WholePlanKeywords
+    from loratool.hub.streaming import StreamReport
+    from loratool.merging import MergeReport
+    from loratool.planning import MergePlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishModelOptions(PublishOptions):
+    """Of a command that writes a model."""
+
+    exclude: tuple[str, ...] = option(
+        help="With --push-to-hub: leave these files out; may be repeated.",
+        default=(),
+        many=True,
+        metavar="PATTERN",
+        recorded=False,
+    )
+
+    def for_push(self) -> dict[str, Any]:
+        return {**super().for_push(), "exclude": self.exclude}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeAndPushOptions(MergeOptions, PublishModelOptions):
+    """Of `merge`."""
+
+
+@takes(MergeAndPushOptions)
+def merge(
+    base: PathLike,
+    adapters: Sequence[PathLike] | PathLike,
+    out: PathLike,
+    *,
+    progress: Progress | None = None,
+    push_progress: Progress | None = None,
+    **keywords: Unpack[MergeKeywords],
+) -> MergeReport:
+    """Write W' = W + Σ weight · ΔW as a complete model folder `out`, shard by shard.
+
+    Each tensor is accumulated in float32 (a float64 base in float64) and rounded once to its own dtype. An interrupted
+    merge is continued by the same call.
+
+    Args:
+        base: a model folder or one `.safetensors` file.
+        adapters: one adapter or several, each a folder. None where `base` is an adapter, which names its base, or a model
+            that was saved with its adapter unmerged.
+        out: the folder to make.
+        progress: called with (bytes done, bytes in all), from any thread, one call at a time.
+        push_progress: the same for the upload.
+
+    Raises:
+        UsageError: the arguments contradict each other, or `out` is there or inside an input.
+        InputError: a file is malformed or of an unsupported kind, or changed during the merge.
+        FitError: an adapter does not fit, is not used whole, overflows the dtype or changes nothing.
+        StorageError: the disk or the file system said no.
+        HubError: the output is complete, but the Hub refused the push.
+    """
+    return merge_and_push(base, adapters, out, made_of(MergeAndPushOptions, keywords, "merge"), progress, push_progress)
+
+
+def merge_and_push(
+    base: PathLike,
+    adapters: Sequence[PathLike] | PathLike,
+    out: PathLike,
+    options: MergeAndPushOptions,
+    progress: Progress | None,
+    push_progress: Progress | None,
+) -> MergeReport:
+    """`merge` with its options in one piece."""
+    options.check_access()
+    return published(merging.merge(base, adapters, out, options, progress), options, push_progress)
+
+
+@takes(MergeOptions)
+def plan(
+    base: PathLike, adapters: Sequence[PathLike] | PathLike, out: PathLike, **keywords: Unpack[WholePlanKeywords]
+) -> MergePlan:
+    """What `merge` with the same arguments would do; nothing is touched.
+
+    Args:
+        base: as for `merge`.
+        adapters: as for `merge`.
+        out: as for `merge`.
+
+    Raises:
+        LoratoolError: as `merge` does.
+    """
+    return merging.prepare(base, adapters, out, made_of(MergeOptions, keywords, "plan"))[0]
+
+
+@takes(PlanOptions)
+def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], **keywords: Unpack[PlanKeywords]) -> MergePlan:
+    """Plan `base` + Σ weight · adapter for a checkpoint and adapters that were read already.
+
+    Args:
+        base: the model to merge into, from `open_checkpoint`.
+        adapters: one or more adapters trained on it, from `read_adapter`.
+
+    Raises:
+        UsageError: the options contradict each other.
+        InputError: an adapter uses a feature, or the base a dtype, that is not supported.
+        FitError: an adapter tensor has no place in the base, or two claim one place.
+    """
+    return planning.plan_merge(base, adapters, made_of(PlanOptions, keywords, "plan_merge"))
+
+
+@takes(StreamOptions)
+def stream(
+    base: PathLike,
+    adapters: Sequence[PathLike] | PathLike,
+    repo: str,
+    *,
+    progress: Progress | None = None,
+    **keywords: Unpack[StreamKeywords],
+) -> StreamReport:
+    """Merge as `merge` does, and upload each output file before the next is made.
+
+    At most two weight files are on this disk at a time, in a folder of the working directory that goes when all is
+    done. The same call after an interruption continues with the files that the repository has not.
+
+    Args:
+        base: a model on the Hub, or a local one; "auto" for the one that the adapters name.
+        adapters: one adapter or several.
+        repo: `org/name` of the repository to make, or `name` for the account of the token.
+        progress: called with (bytes done, bytes in all).
+
+    Raises:
+        UsageError: the arguments contradict each other, or the repository holds a model.
+        InputError, FitError: as for `merge`.
+        StorageError: there is no room for two files.
+        HubError: no token, no right, missing, gated or out of reach.
+        VerificationError: what arrived is not what was sent.
+    """
+    return streaming.stream(base, adapters, repo, made_of(StreamOptions, keywords, "stream"), progress)

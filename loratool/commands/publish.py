@@ -1,0 +1,63 @@
+"""`--push-to-hub` of the commands that write: their output goes to the Hub as `loratool push` sends it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from loratool.errors import LoratoolError, UsageError, printable
+from loratool.hub.pushing import PushOptions, SendOptions
+from loratool.options import option
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loratool.results import Written
+
+Report = TypeVar("Report", bound="Written")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishOptions(SendOptions):
+    """Of a command that writes an output."""
+
+    push_to_hub: str | None = option(
+        help="Upload the output as well, as `loratool push` does.", metavar="REPO", recorded=False
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.push_to_hub is None and (idle := [flag for flag, given in self.for_push().items() if given]):
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+            raise UsageError(f"{flags}: only with --push-to-hub REPO, which is missing")
+
+    def for_push(self) -> dict[str, Any]:
+        """The options that are those of `push`."""
+        return {"public": self.public, "allow_secret": self.allow_secret}
+
+    def check_access(self) -> None:
+        """Find out that a push is possible, where one is asked for, before the work for it is done."""
+        if self.push_to_hub is not None and not getattr(self, "dry_run", False):
+            from loratool.hub.committing import full_name
+
+            full_name(self.push_to_hub)
+
+
+def published(report: Report, options: PublishOptions, progress: Callable[[int, int], None] | None) -> Report:
+    """The report of a command, after its output was pushed where that is asked for."""
+    repo = options.push_to_hub
+    if repo is None or getattr(options, "dry_run", False):
+        return report
+    from loratool.hub import push
+
+    out = printable(report.out)  # type: ignore[attr-defined]
+    again = f"{out} is complete; `loratool push {out} {printable(repo)}` continues"
+    try:
+        pushed = push(report.out, repo, PushOptions(**options.for_push()), progress)  # type: ignore[attr-defined]
+    except LoratoolError as error:
+        raise type(error)(f"{error.message} ({again})", error.problems) from None
+    except KeyboardInterrupt as error:
+        error.args = (again,)
+        raise
+    return dataclasses.replace(report, pushed=pushed)

@@ -1,0 +1,67 @@
+"""`loratool resize`: an adapter at other ranks, then a push where one is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loratool import resizing
+from loratool.commands.publish import PublishOptions, published
+from loratool.options import made_of, takes
+from loratool.resizing import ResizeOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from loratool.commands.keywords import ResizeKeywords
+    from loratool.resizing import ResizeReport
+    from loratool.working import PathLike, Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizeAndPushOptions(ResizeOptions, PublishOptions):
+    """Of `resize`."""
+
+
+@takes(ResizeAndPushOptions)
+def resize(
+    adapter: PathLike,
+    out: PathLike,
+    *,
+    progress: Progress | None = None,
+    push_progress: Progress | None = None,
+    **keywords: Unpack[ResizeKeywords],
+) -> ResizeReport:
+    """Write the adapter at other ranks: for each layer the nearest update of its new rank (Eckart and Young 1936).
+
+    One of `rank`, `energy`, `error`, `ratio` and `budget` is given. What stands beside the factors, such as saved
+    modules, is carried over. α becomes the rank, so that the scale is 1; singular values are shared by both factors.
+    `layer_weights` is a mapping with patterns as in `rank_pattern`, or a JSON file of one. A `calibration` holds an (r, r)
+    matrix for each module.
+
+    Args:
+        adapter: a folder, or a `.safetensors` file with its config beside it.
+        out: the folder to make.
+        progress: called with (layers done, layers in all).
+        push_progress: called with (bytes done, bytes in all) of the upload.
+
+    Raises:
+        UsageError: no rule or several, or a number out of range.
+        InputError: a malformed adapter, one that is not low-rank, or a calibration that does not fit it.
+        FitError: every update is zero, or the dtype cannot hold the factors.
+        StorageError: the disk or the file system said no.
+        HubError: the output is complete, but the Hub refused the push.
+    """
+    return resize_and_push(adapter, out, made_of(ResizeAndPushOptions, keywords, "resize"), progress, push_progress)
+
+
+def resize_and_push(
+    adapter: PathLike,
+    out: PathLike,
+    options: ResizeAndPushOptions,
+    progress: Progress | None,
+    push_progress: Progress | None,
+) -> ResizeReport:
+    """`resize` with its options in one piece."""
+    options.check_access()
+    return published(resizing.resize(adapter, out, options, progress), options, push_progress)

@@ -1,0 +1,379 @@
+"""`Options`: the options of a command, each described once.
+
+A command's options are a frozen dataclass whose fields `option()` makes. One description gives the Click option, the
+keyword of the library, the check of its value, and the words of the command line that repeats a run. Words of a command
+line and values of Python take the same way, so that both are refused in the same sentence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import math
+import operator
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+from loratool.errors import InputError, UsageError, printable
+from loratool.inputs import json_value, read_bounded
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+SMALLEST_BARE_SIZE = 10**6  # a number of bytes below it was meant in another unit
+SHORT_DTYPES = {"fp32": "float32", "f32": "float32", "fp16": "float16", "f16": "float16", "half": "float16"}
+SHORT_DTYPES |= {"bf16": "bfloat16", "float": "float32"}
+Own = TypeVar("Own", bound="Options")
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What values an option takes. This one takes any text."""
+
+    @property
+    def metavar(self) -> str:
+        """How help names a value."""
+        return "TEXT"
+
+    @property
+    def annotation(self) -> str:
+        """The type of a value in Python, as a keyword's annotation has it."""
+        return "str"
+
+    def taken(self, value: Any, flag: str) -> Any:
+        """The value that a word or a Python object means; raises `UsageError`, with `flag`, for any other."""
+        if not isinstance(value, str):
+            raise UsageError(f"{flag} takes text (got {printable(repr(value))})")
+        return value
+
+    def word(self, value: Any) -> str:
+        """The value as a word of a command line, which `taken` understands."""
+        return printable(value)
+
+
+@dataclass(frozen=True)
+class PathKind(Kind):
+    """A path."""
+
+    name: str = "FILE"
+    beside: bool = False  # looked for in an input's folder too, so that its last name says where it is
+
+    @property
+    def metavar(self) -> str:
+        return self.name
+
+    @property
+    def annotation(self) -> str:
+        return "str | os.PathLike[str]"
+
+    def taken(self, value: Any, flag: str) -> Any:
+        if not isinstance(value, (str, os.PathLike)):
+            raise UsageError(f"{flag} takes a path (got {printable(repr(value))})")
+        return os.path.expanduser(os.fspath(value))
+
+    def word(self, value: Any) -> str:
+        last = printable(os.path.basename(os.path.abspath(value)))  # a card tells nobody's folders
+        return last if self.beside else f"./{last}"
+
+
+@dataclass(frozen=True)
+class Choice(Kind):
+    """One of some words; `names` are asked for when they are needed, for a registry may grow."""
+
+    names: Callable[[], Sequence[str]]
+    synonyms: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def metavar(self) -> str:
+        return f"[{'|'.join(self.names())}]"
+
+    def taken(self, value: Any, flag: str) -> Any:
+        word = str(value).removeprefix("torch.")
+        word = self.synonyms.get(word, word)
+        if word not in (names := self.names()):
+            near = get_close_matches(word, names, 1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"{flag} must be one of {', '.join(names)} (got {printable(repr(value))}){meant}")
+        return word
+
+
+@dataclass(frozen=True)
+class Number(Kind):
+    """A finite number; whole, and within bounds, where that is asked for."""
+
+    whole: bool = False
+    low: float | None = None  # the least
+    high: float | None = None  # the largest
+    above: float | None = None  # less than all
+
+    @property
+    def metavar(self) -> str:
+        return "INTEGER" if self.whole else "FLOAT"
+
+    @property
+    def annotation(self) -> str:
+        return "int" if self.whole else "float"
+
+    def taken(self, value: Any, flag: str) -> Any:
+        number = self.number(value)
+        if number is None or not math.isfinite(number) or not self.has(number):
+            raise UsageError(f"{flag} must be {self.wanted} (got {printable(value)})")
+        return number
+
+    def number(self, value: Any) -> float | None:
+        """The number that a value is; None for any other object."""
+        if isinstance(value, bool):
+            return None
+        try:
+            if isinstance(value, str):
+                return int(value) if self.whole else float(value)
+            return operator.index(value) if self.whole else float(value)
+        except (TypeError, ValueError, OverflowError):
+            return None
+
+    def has(self, number: float) -> bool:
+        """Whether a number lies within the bounds."""
+        return (
+            (self.low is None or number >= self.low)
+            and (self.high is None or number <= self.high)
+            and (self.above is None or number > self.above)
+        )
+
+    @property
+    def wanted(self) -> str:
+        """The numbers that are taken, in words."""
+        noun = "a whole number" if self.whole else "a finite number"
+        if self.low is not None and self.high is not None:
+            return (
+                f"between {self.low:g} and {self.high:g}"
+                if not self.whole
+                else f"{noun} from {self.low:g} to {self.high:g}"
+            )
+        if self.above is not None and self.high is not None:
+            return f"above {self.above:g} and at most {self.high:g}"
+        if self.low is not None:
+            return f"{noun} of at least {self.low:g}"
+        return noun if self.above is None else f"{noun} above {self.above:g}"
+
+    def word(self, value: Any) -> str:
+        return repr(value).removesuffix(".0")
+
+
+@dataclass(frozen=True)
+class Flag(Kind):
+    """On or off; with `both`, either may be said and None leaves it open."""
+
+    both: bool = False
+
+    @property
+    def annotation(self) -> str:
+        return "bool"
+
+    def taken(self, value: Any, flag: str) -> Any:
+        if not isinstance(value, bool):
+            raise UsageError(f"{flag} must be true or false (got {printable(repr(value))})")
+        return value
+
+
+@dataclass(frozen=True)
+class Size(Kind):
+    """A number of bytes: 5GB, 512MiB, or a whole number of a million or more."""
+
+    @property
+    def metavar(self) -> str:
+        return "SIZE"
+
+    @property
+    def annotation(self) -> str:
+        return "int | str"
+
+    def taken(self, value: Any, flag: str) -> Any:
+        text = str(value).strip()
+        match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]?i?)(b?)", text.lower(), re.ASCII)
+        if isinstance(value, bool) or not match or match[2] not in UNITS:
+            raise UsageError(f"{flag} {printable(repr(value))} is not a size; write it like 5GB, 512MiB or 1000000")
+        size = int(float(match[1]) * UNITS[match[2]])
+        if isinstance(value, str) and not (match[2] or match[3]) and 0 < size < SMALLEST_BARE_SIZE:
+            raise UsageError(f"{flag} {text} would be {text} bytes; did you mean {text}GB?")
+        if size <= 0:
+            raise UsageError(f"{flag} must be larger than 0 bytes")
+        return size
+
+    def word(self, value: Any) -> str:
+        return f"{value}B"
+
+
+@dataclass(frozen=True)
+class JsonFile(Kind):
+    """A list or an object: as it is in Python, or in a JSON file."""
+
+    type: type = dict
+
+    @property
+    def metavar(self) -> str:
+        return "FILE.json"
+
+    @property
+    def annotation(self) -> str:
+        return "str | os.PathLike[str] | " + ("Sequence[Any]" if self.type is list else "Mapping[str, Any]")
+
+    def taken(self, value: Any, flag: str) -> Any:
+        shown = f"{flag}:"
+        if isinstance(value, (str, os.PathLike)):
+            shown = f"{printable(value)}: {flag}"
+            try:
+                value = json_value(read_bounded(Path(value).expanduser()))
+            except ValueError as error:
+                raise InputError(f"{shown.rpartition(':')[0]}: {error}") from None
+        wanted = (list, tuple) if self.type is list else Mapping
+        if not isinstance(value, wanted):
+            noun = "a list" if self.type is list else "an object"
+            raise InputError(f"{shown} takes {noun}, found {type(value).__name__}")
+        return value
+
+    def word(self, value: Any) -> str:
+        return json.dumps(value)
+
+
+@dataclass(frozen=True)
+class Pairs(Kind):
+    """Numbers by pattern, `REGEX=FACTOR` each; in Python also a mapping."""
+
+    @property
+    def metavar(self) -> str:
+        return "REGEX=FACTOR"
+
+    def taken(self, value: Any, flag: str) -> Any:
+        pattern, _, number = value.rpartition("=") if isinstance(value, str) else ("", "", "")
+        factor = NUMBER.number(number)
+        if not pattern or factor is None or not math.isfinite(factor) or not factor:
+            raise UsageError(
+                f"{flag} must be REGEX=FACTOR, a pattern and a finite number other than 0, such as 'q_proj=0.5' "
+                f"(got {printable(repr(value))})"
+            )
+        return value
+
+
+TEXT, NUMBER, FLAG, SWITCH, SIZE = Kind(), Number(), Flag(), Flag(both=True), Size()
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: its flags, what it means, and the values that it takes."""
+
+    flags: tuple[str, ...]
+    help: str
+    kind: Kind = TEXT
+    many: bool = False  # may be repeated; a sequence in Python
+    commas: bool = False  # one word may hold several, separated by commas
+    metavar: str = ""  # where the kind's is not the right one
+    recorded: bool = True  # whether what is written depends on it
+    required: bool = False
+
+    @property
+    def flag(self) -> str:
+        """Its long name on the command line."""
+        return self.flags[-1].partition("/")[0]
+
+    def taken(self, value: Any, default: Any) -> Any:
+        """The value that words or Python objects mean."""
+        if not self.many:
+            return value if value is None and default is None else self.kind.taken(value, self.flag)
+        if value is None:
+            return ()
+        if isinstance(value, Mapping) and isinstance(self.kind, Pairs):
+            value = [f"{name}={number!r}" for name, number in value.items()]
+        one = isinstance(value, (str, os.PathLike, Mapping)) or not isinstance(value, (Sequence, Iterator, set))
+        words = [value] if one else list(value)
+        if self.commas:
+            words = [part for word in words for part in split(word)]
+        return tuple(self.kind.taken(word, self.flag) for word in words)
+
+    def words(self, value: Any, default: Any) -> Iterator[str]:
+        """The words of a command line that give it this value."""
+        if value == default or value is None:
+            return
+        if isinstance(self.kind, Flag):
+            yield self.flag if value else f"--no-{self.flag.removeprefix('--')}"
+            return
+        for each in value if self.many else (value,):
+            yield from (self.flags[0], self.kind.word(each))
+
+
+def split(word: Any) -> list[Any]:
+    """The parts of a comma list; an object of JSON is one part."""
+    if not isinstance(word, str) or word.lstrip().startswith("{"):
+        return [word]
+    return [part.strip() for part in word.split(",")]
+
+
+def option(*flags: str, default: Any = None, help: str, **more: Any) -> Any:
+    """A field of `Options`. Its flag is the field's name where none is given."""
+    return dataclasses.field(default=default, metadata={"option": Option(flags, help, **more)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of a command; made with words or with Python's values, it holds what they mean."""
+
+    def __post_init__(self) -> None:
+        for name, (described, default) in described_by(type(self)).items():
+            object.__setattr__(self, name, described.taken(getattr(self, name), default))
+
+    def words(self) -> list[str]:
+        """The words of a command line that say what is not so by default, and decides what is written."""
+        every = described_by(type(self)).items()
+        return [w for name, (o, default) in every if o.recorded for w in o.words(getattr(self, name), default)]
+
+
+def described_by(options: type[Options]) -> dict[str, tuple[Option, Any]]:
+    """Field → its option and its default, in the order of help: a class before its bases, these as they are named."""
+    fields = {field.name: field for field in dataclasses.fields(options)}
+    found: dict[str, tuple[Option, Any]] = {}
+    for name in (
+        name for owner in options.__mro__ for name in vars(owner).get("__annotations__", ()) if name in fields
+    ):
+        described: Option = fields[name].metadata["option"]
+        flags = described.flags or (f"--{name.replace('_', '-')}",)
+        found.setdefault(name, (dataclasses.replace(described, flags=flags), fields[name].default))
+    return found
+
+
+def made_of(options: type[Own], keywords: Mapping[str, Any], caller: str) -> Own:
+    """The options that keywords mean; an unknown keyword is a `TypeError`, as of any function."""
+    known = described_by(options)
+    for name in keywords:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}{meant}")
+    return options(**keywords)
+
+
+def takes(options: type[Options]) -> Callable[[Function], Function]:
+    """For a library function that takes a command's options as keywords: they are in its signature and its docstring."""
+
+    def told(function: Function) -> Function:
+        own = inspect.signature(function)
+        parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        lines = []
+        for name, (described, default) in described_by(options).items():
+            parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default))
+            lines.append(f"        {name}: {described.help}")
+        function.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        text = inspect.cleandoc(function.__doc__ or "")
+        every = "\n".join(line[4:] for line in lines)
+        function.__doc__ = text.replace("\n\nRaises:", f"\n\nOptions:\n{every}\n\nRaises:")
+        return function
+
+    return told
+
+
+def dtypes(*names: str) -> Choice:
+    """A choice of dtypes, which may be spelled as users do, or be torch's own."""
+    return Choice(lambda: names, SHORT_DTYPES)
