@@ -2,7 +2,8 @@
 # make test       formatting, lint, types, tests and documentation
 # make test-cuda  the tests of the CUDA path, on a machine that has a GPU
 # make benchmark  what a merge costs on this machine
-# make docs       write docs/cli.md anew from the command line's own help, and docs/supported.md from its table
+# make docs       write docs/cli.md anew from the command line's own help, docs/supported.md from its table,
+#                 and the types of the library's keywords from the options
 #
 # The first call sets up .venv. It is done again only when pyproject.toml or constraints.txt changes.
 
@@ -32,6 +33,7 @@ benchmark: .venv/development
 docs: .venv/development
 	$(BIN)/python docs/generate_cli.py
 	$(BIN)/python docs/generate_supported.py
+	$(BIN)/python docs/generate_keywords.py
 
 # torch comes first and alone: with its version settled, nothing later can ask for another build of it
 .venv/runtime: pyproject.toml constraints.txt

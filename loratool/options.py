@@ -193,9 +193,9 @@ class Size(Kind):
         return "int | str"
 
     def taken(self, value: Any, flag: str) -> Any:
-        text = str(value).strip()
+        text = value.strip() if isinstance(value, str) else str(NUMBER_OF_BYTES.number(value))
         match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]?i?)(b?)", text.lower(), re.ASCII)
-        if isinstance(value, bool) or not match or match[2] not in UNITS:
+        if not match or match[2] not in UNITS:
             raise UsageError(f"{flag} {printable(repr(value))} is not a size; write it like 5GB, 512MiB or 1000000")
         size = int(float(match[1]) * UNITS[match[2]])
         if isinstance(value, str) and not (match[2] or match[3]) and 0 < size < SMALLEST_BARE_SIZE:
@@ -260,6 +260,7 @@ class Pairs(Kind):
 
 
 TEXT, NUMBER, FLAG, SWITCH, SIZE = Kind(), Number(), Flag(), Flag(both=True), Size()
+NUMBER_OF_BYTES = Number(whole=True)
 
 
 @dataclass(frozen=True)

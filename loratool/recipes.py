@@ -43,7 +43,9 @@ class WeightOf(Kind):
                 raise UsageError(f"{flag} {printable(value)}: {error}") from None
         if not isinstance(value, Mapping):
             return NUMBER.taken(value, flag)
-        return {str(pattern): NUMBER.taken(number, flag) for pattern, number in value.items()}
+        return {
+            str(pattern): NUMBER.taken(number, f"{flag} of {printable(pattern)}") for pattern, number in value.items()
+        }
 
     def word(self, value: Any) -> str:
         return json.dumps(value) if isinstance(value, Mapping) else NUMBER.word(value)
@@ -113,6 +115,8 @@ class CombineOptions(FactorOptions, ReadingOptions, DeviceOption):
             raise UsageError("-w and --weights are mutually exclusive")
         if self.weights_file is not None:
             weight = WeightOf()
+            if not self.weights_file:
+                raise UsageError("--weights: the list is empty; it takes one weight per adapter")
             object.__setattr__(self, "weights", tuple(weight.taken(each, "--weights") for each in self.weights_file))
             object.__setattr__(self, "weights_file", None)
 

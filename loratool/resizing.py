@@ -120,7 +120,9 @@ class ResizeOptions(FactorOptions, ReadingOptions, DeviceOption):
         help="Rank of every layer, cut to what its shape allows; above its own it is filled up with zeros.",
         kind=Number(whole=True),
     )
-    energy: float | None = option(help="Part of ‖ΔW‖² that each layer keeps, such as 0.99.", kind=NUMBER)
+    energy: float | None = option(
+        help="Part of ‖ΔW‖² that each layer keeps, such as 0.99.", kind=Number(above=0, high=1)
+    )
     error: float | None = option(help="Relative error that each layer may have, such as 0.05.", kind=NUMBER)
     ratio: float | None = option(help="Keep singular values above the largest over this number.", kind=NUMBER)
     budget: str | None = option(

@@ -13,11 +13,12 @@ import re
 import signal
 import subprocess
 import sys
+import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from hub_server import HubServer
@@ -81,8 +82,8 @@ class Client:
     home: Path  # the cache, and where output is kept until it is read
     token: str | None = None
 
-    def begin(self, *words: object, cwd: Path | None = None, **more: str) -> int:
-        """Start a command; the process id."""
+    def begin(self, *words: object, cwd: Path | None = None, code: str = "", **more: str) -> int:
+        """Start a command, or with `code` a program that sees the words as `sys.argv[1:]`; the process id."""
         self.home.mkdir(exist_ok=True)
         if not NURSERY:
             NURSERY.append(Nursery())
@@ -92,7 +93,7 @@ class Client:
             {"HF_TOKEN": self.token} if self.token else {}
         )
         order = {"words": [str(word) for word in words], "settings": settings | more, "home": str(self.home)}
-        return NURSERY[0].fork(order | {"cwd": str(cwd or self.home)})
+        return NURSERY[0].fork(order | {"cwd": str(cwd or self.home), "code": code})
 
     def end(self) -> Ran:
         """How the command that was begun ended. Whatever it did, it told nobody a token."""
@@ -111,6 +112,11 @@ class Client:
         self.begin(*words, cwd=cwd, **more)
         return self.end()
 
+    def program(self, code: str, *words: object) -> Ran:
+        """Run a program of Python."""
+        self.begin(*words, code=code)
+        return self.end()
+
     def works(self, *words: object, cwd: Path | None = None, **more: str) -> Ran:
         """Run a command that must work."""
         ran = self.run(*words, cwd=cwd, **more)
@@ -126,6 +132,19 @@ class Client:
         assert "Traceback" not in ran.err, ran
         assert "bug" not in ran.err, ran
         return ran.err
+
+
+def run_program(code: str) -> NoReturn:
+    """Run a program and end the process as Python would."""
+    failed = 0
+    try:
+        exec(code, {})
+    except BaseException:
+        traceback.print_exc()
+        failed = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(failed)
 
 
 def serve() -> None:
@@ -149,6 +168,8 @@ def serve() -> None:
                 os.dup2(file, number)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             sys.argv = ["loratool", *order["words"]]
+            if order["code"]:
+                run_program(order["code"])
             loratool.cli.main()
         print(pid, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)

@@ -234,7 +234,7 @@ def test_quiet_says_nothing(
 def test_a_bug_ends_with_1_and_shows_its_traceback_only_when_asked(
     folders: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(_path: Path, **_options: object) -> None:
+    def broken(*_arguments: object) -> None:
         raise RuntimeError("what nobody thought of")
 
     monkeypatch.setattr("loratool.inspecting.inspect", broken)

@@ -537,11 +537,19 @@ def test_every_bad_input_gets_a_clear_answer_and_nothing_is_written(tmp_path: Pa
             lambda: extract(tmp_path / "adapter" / "adapter_model.safetensors", tuned, tmp_path / "out"),
         ),
         (UsageError, ["--rank 0"], lambda: extract(base, tuned, tmp_path / "out", rank=0)),
-        (UsageError, ["--rank most"], lambda: extract(base, tuned, tmp_path / "out", rank="most")),  # type: ignore[arg-type]
+        (
+            UsageError,
+            ["--rank must be a whole number or auto (got 'most')"],
+            lambda: extract(base, tuned, tmp_path / "out", rank="most"),  # type: ignore[arg-type]
+        ),
         (UsageError, ["--energy 0"], lambda: extract(base, tuned, tmp_path / "out", energy=0.0)),
         (UsageError, ["--energy 1.5"], lambda: extract(base, tuned, tmp_path / "out", energy=1.5)),
-        (UsageError, ["--max-rank 0"], lambda: extract(base, tuned, tmp_path / "out", max_rank=0)),
-        (UsageError, ["dtype 'int8'"], lambda: extract(base, tuned, tmp_path / "out", dtype="int8")),
+        (
+            UsageError,
+            ["--max-rank must be a whole number of at least 1 (got 0)"],
+            lambda: extract(base, tuned, tmp_path / "out", max_rank=0),
+        ),
+        (UsageError, ["--dtype must be one of"], lambda: extract(base, tuned, tmp_path / "out", dtype="int8")),
         (UsageError, ["inside the input"], lambda: extract(base, tuned, base / "out")),
         (FitError, ["overflow float16"], lambda: extract(base, large, tmp_path / "out", dtype="float16")),
     ]

@@ -423,7 +423,7 @@ def test_interrupted_after_the_output_was_written_is_told_so(
     ran = client.end()
     assert ran.code == 130
     assert "nothing was written" not in ran.err
-    assert f"small is complete; `loratool push {tmp_path / 'small'} alice/small` goes on." in ran.err
+    assert f"small is complete; `loratool push {tmp_path / 'small'} alice/small` continues." in ran.err
     hub.slow = 0
     client.works("push", tmp_path / "small", "alice/small")
 
@@ -453,6 +453,59 @@ def test_commands_that_write_can_push_what_they_wrote(
     client.works(*words, "--rank", "4")
     for repo in ("alice/small", "alice/back"):
         assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= set(held(hub, repo))
+
+
+LIBRARY = """
+import json, sys
+import loratool
+home, out, command, *words = sys.argv[1:]
+operands = {
+    "merge": [f"{home}/model", f"{home}/adapter"],
+    "combine": [[f"{home}/adapter", f"{home}/adapter"]],
+    "extract": [f"{home}/model", f"{home}/tuned"],
+}.get(command, [f"{home}/adapter"])
+report = getattr(loratool, command)(*operands, out, push_to_hub="alice/made", **json.loads(words[0]))
+print(json.dumps(report.to_dict()))
+"""
+WRITERS: dict[str, dict[str, object]] = {
+    "merge": {"exclude": ["tokens.txt"], "device": "cpu"},
+    "rescale": {"scale": 0.5},
+    "resize": {"rank": 2, "device": "cpu"},
+    "combine": {"device": "cpu"},
+    "extract": {"rank": 4, "device": "cpu"},
+}
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_functions_of_the_library_push_what_they_wrote(
+    hub: HubServer, client: Client, models: Path, tmp_path: Path, command: str
+) -> None:
+    """`push_to_hub=` and `public=` are what the options are: the repository holds the output, and the report says so."""
+    home, out = tmp_path / "home", tmp_path / "out"
+    shutil.copytree(models, home)
+    if command == "extract":
+        client.works("merge", home / "model", home / "adapter", "-o", home / "tuned")
+    ran = client.program(LIBRARY, home, out, command, json.dumps({"public": True, **WRITERS[command]}))
+    assert ran.code == 0, ran.err
+    report = json.loads(ran.out)
+    assert report["pushed"]["repo"] == "alice/made"
+    assert not hub.repos["alice/made"].private
+    there = held(hub, "alice/made")
+    assert set(report["pushed"]["files"]) == set(there)
+    assert {name: (out / name).read_bytes() for name in there} == {name: bytes(there[name]) for name in there}
+    assert command != "merge" or "tokens.txt" not in there
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_the_library_finds_out_before_any_work_that_a_push_is_not_possible(
+    client: Client, models: Path, tmp_path: Path, command: str
+) -> None:
+    client.token = None
+    ran = client.program(LIBRARY, models, tmp_path / "out", command, json.dumps(WRITERS[command]))
+    assert ran.code == 1
+    assert "loratool.errors.HubError" in ran.err
+    assert "hf auth login" in ran.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_a_token_nothing_is_merged_for_a_push_in_vain(client: Client, models: Path, tmp_path: Path) -> None:

@@ -649,7 +649,7 @@ def test_the_command_line_and_the_library_write_the_same_bytes(base: Path, adapt
     options: list[tuple[list[str], dict[str, Any]]] = [
         ([], {}),
         (["-w", "-0.5"], {"weights": [-0.5]}),
-        (["--dtype", "float16", "--shard-size", "3000"], {"dtype": "float16", "shard_size": 3000}),
+        (["--dtype", "float16", "--shard-size", "3kB"], {"dtype": "float16", "shard_size": 3000}),
         (["--workers", "1", "--device", "cpu"], {"workers": 1, "device": "cpu"}),
     ]
     for number, (words, keywords) in enumerate(options):

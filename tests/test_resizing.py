@@ -1036,7 +1036,7 @@ def test_tensors_that_cannot_be_resized_are_refused(
         (["--rank", "-2"], ["a whole number of at least 1"]),
         ([], ["one of --rank, --energy, --error, --ratio, --budget", "(got none)"]),
         (["--rank", "2", "--budget", "9", "--ratio", "3"], ["--rank and --ratio and --budget"]),
-        (["--energy", "nan"], ["(0, 1]"]),
+        (["--energy", "nan"], ["--energy must be above 0 and at most 1 (got nan)"]),
         (["--error", "1"], ["[0, 1)"]),
         (["--ratio", "1"], ["above 1"]),
         (["--budget", "many"], ["--budget many", "4M"]),
