@@ -13,10 +13,9 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -26,6 +25,9 @@ from loratool.binding import bind, tell
 from loratool.checkpoint import Checkpoint
 from loratool.safefile import Identity, Layout, SafeFile
 from loratool.updates import ExpertFactors, LowRank, Update
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
 
 TARGET = 3.0  # seconds for one base and one adapter
 RANK, ALPHA = 16, 32.0

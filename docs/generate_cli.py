@@ -6,13 +6,16 @@ python docs/generate_cli.py
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from loratool.cli import COMMANDS, cli, command
 from loratool.errors import LoratoolError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 PAGE = Path(__file__).with_name("cli.md")
 

@@ -5,10 +5,13 @@ python docs/generate_supported.py
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratool.formats.peft.support import INITIALISATIONS, OPTIONS, TYPES, Row
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 PAGE = Path(__file__).with_name("supported.md")
 

@@ -17,31 +17,31 @@ __version__ = "0.1.0"
 
 EXPORTS = {
     "Adapter": "adapter",
-    "AdapterFacts": "inspecting.facts",
+    "AdapterFacts": "results.facts",
     "Checkpoint": "checkpoint",
-    "CheckpointFacts": "inspecting.facts",
-    "CombineReport": "combining.results",
-    "CompareReport": "comparing",
-    "ExtractReport": "extracting.results",
+    "CheckpointFacts": "results.facts",
+    "CombineReport": "results.combine",
+    "CompareReport": "results.compare",
+    "ExtractReport": "results.extract",
     "FitError": "errors",
     "HubError": "errors",
     "InputError": "errors",
     "LoratoolError": "errors",
     "MergePlan": "planning",
-    "MergeReport": "merging",
+    "MergeReport": "results.merge",
     "Note": "notes",
-    "PushReport": "hub",
-    "RescaleReport": "rescaling",
-    "ResizeReport": "resizing",
+    "PushReport": "results.push",
+    "RescaleReport": "results.rescale",
+    "ResizeReport": "results.resize",
     "StorageError": "errors",
-    "StreamReport": "hub",
+    "StreamReport": "results.stream",
     "UsageError": "errors",
     "VerificationError": "errors",
     "combine": "commands.combine",
     "compare": "commands.compare",
     "estimate": "commands.estimate",
     "extract": "commands.extract",
-    "html_page": "report.page",
+    "html_page": "pictures.page",
     "inspect": "commands.inspect",
     "merge": "commands.merge",
     "open_checkpoint": "checkpoint",
@@ -59,7 +59,6 @@ if TYPE_CHECKING:
     from loratool.adapter import Adapter as Adapter
     from loratool.checkpoint import Checkpoint as Checkpoint
     from loratool.checkpoint import open_checkpoint as open_checkpoint
-    from loratool.combining.results import CombineReport as CombineReport
     from loratool.commands.combine import combine as combine
     from loratool.commands.compare import compare as compare
     from loratool.commands.estimate import estimate as estimate
@@ -72,7 +71,6 @@ if TYPE_CHECKING:
     from loratool.commands.push import push as push
     from loratool.commands.rescale import rescale as rescale
     from loratool.commands.resize import resize as resize
-    from loratool.comparing import CompareReport as CompareReport
     from loratool.errors import FitError as FitError
     from loratool.errors import HubError as HubError
     from loratool.errors import InputError as InputError
@@ -80,18 +78,20 @@ if TYPE_CHECKING:
     from loratool.errors import StorageError as StorageError
     from loratool.errors import UsageError as UsageError
     from loratool.errors import VerificationError as VerificationError
-    from loratool.extracting.results import ExtractReport as ExtractReport
     from loratool.formats import read_adapter as read_adapter
-    from loratool.hub import PushReport as PushReport
-    from loratool.hub import StreamReport as StreamReport
-    from loratool.inspecting.facts import AdapterFacts as AdapterFacts
-    from loratool.inspecting.facts import CheckpointFacts as CheckpointFacts
-    from loratool.merging import MergeReport as MergeReport
     from loratool.notes import Note as Note
+    from loratool.pictures.page import html_page as html_page
     from loratool.planning import MergePlan as MergePlan
-    from loratool.report.page import html_page as html_page
-    from loratool.rescaling import RescaleReport as RescaleReport
-    from loratool.resizing import ResizeReport as ResizeReport
+    from loratool.results.combine import CombineReport as CombineReport
+    from loratool.results.compare import CompareReport as CompareReport
+    from loratool.results.extract import ExtractReport as ExtractReport
+    from loratool.results.facts import AdapterFacts as AdapterFacts
+    from loratool.results.facts import CheckpointFacts as CheckpointFacts
+    from loratool.results.merge import MergeReport as MergeReport
+    from loratool.results.push import PushReport as PushReport
+    from loratool.results.rescale import RescaleReport as RescaleReport
+    from loratool.results.resize import ResizeReport as ResizeReport
+    from loratool.results.stream import StreamReport as StreamReport
 
 
 def __getattr__(name: str) -> Any:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from loratool.digests import sha256_of
@@ -14,6 +12,9 @@ from loratool.safefile import FLOAT_NAMES, SafeFile, TensorInfo, read_exactly
 from loratool.updates import Add, LowRank, Replace, Update
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+
     import torch
     from numpy.typing import NDArray
     from torch import Tensor

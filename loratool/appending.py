@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratool.safefile import Layout, SafeFile, TensorInfo, copy_bytes, write_fully
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
 Triple = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 

@@ -6,12 +6,11 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratool.containers import PICKLES, foreign_file, is_pointer, sharded_folder
 from loratool.errors import InputError, printable
@@ -19,6 +18,9 @@ from loratool.inputs import LARGEST_INDEX, read_json, special_files, unreadable
 from loratool.notes import Note
 from loratool.origins import name_of
 from loratool.safefile import SafeFile, TensorInfo, read_safefile
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 INDEX_SUFFIX = ".safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -5,9 +5,7 @@ from __future__ import annotations
 import filecmp
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.checkpoint import Checkpoint, leaves
@@ -20,6 +18,9 @@ from loratool.notes import Note
 from loratool.weightfiles import module_files
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence, Set
+    from pathlib import Path
+
     from loratool.adapter import Adapter
 
 MORE_TEMPLATES = "additional_chat_templates"

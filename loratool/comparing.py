@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -18,64 +17,15 @@ from loratool.lowrank import Decomposition, Joint, Product, Relation, decompose,
 from loratool.notes import Note
 from loratool.reading import ReadingOptions
 from loratool.resources import DeviceOption
-from loratool.results import Result
+from loratool.results.compare import CompareReport, Meeting, PairTotals
+from loratool.results.text import mean_of
 from loratool.weightfiles import fates
 from loratool.working import PathLike, Progress, session
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
-
-
-@dataclass(frozen=True)
-class Meeting:
-    """The part of a `Relation` that says how much two adapters are in each other's way."""
-
-    cosine: float | None
-    overlap_out: float | None  # of output directions; `random_out` is that of random subspaces
-    random_out: float
-    overlap_in: float | None
-    random_in: float
-    interference: float | None
-    sign_conflict: float | None
-
-
-@dataclass(frozen=True)
-class PairTotals:
-    """Two adapters, all layers that both have together; overlaps and conflicts are means over those layers."""
-
-    layers: int  # that both have
-    cosine: float | None
-    norm_ratio: float | None
-    overlap_out: float | None
-    random_out: float | None
-    overlap_in: float | None
-    random_in: float | None
-    clash: float | None
-    transfer: float | None
-    interference: float | None
-    sign_conflict: float | None
-    weighted_conflict: float | None
-
-
-@dataclass(frozen=True)
-class CompareReport(Result):
-    """What `compare` found. Pairs are named "one × other"."""
-
-    adapters: tuple[str, ...]
-    norms: Mapping[str, float]  # ‖ΔW‖ of each adapter, all layers together
-    totals: Mapping[str, PairTotals]
-    modules: Mapping[str, Mapping[str, Relation]]  # target → pair
-    alone: Mapping[str, tuple[str, ...]]  # adapter → layers that no other has
-    device: str
-    seconds: float
-    startup_seconds: float
-    peak_memory: int
-    notes: tuple[Note, ...]
-
-    def __str__(self) -> str:
-        from loratool.report.algebra import compare_text
-
-        return compare_text(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,8 +178,3 @@ def total(every: Sequence[Relation], product: float, first: float, second: float
         norm_ratio=second / first if first and second else None,
         **means,
     )
-
-
-def mean_of(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known else None

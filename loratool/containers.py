@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import os
 import shlex
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratool.errors import LoratoolError, printable
 from loratool.inputs import open_regular
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 POINTER = b"version https://git-lfs"

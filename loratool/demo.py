@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.errors import UsageError, VerificationError, printable
-from loratool.merging import MergeOptions, MergeReport, merge
+from loratool.merging import MergeOptions, merge
 from loratool.outputs import replaceable_files
-from loratool.results import Result
+from loratool.results.base import Result
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from loratool.results.merge import MergeReport
 
 HIDDEN, MLP, LAYERS, VOCABULARY, HEADS = 256, 688, 6, 2048, 4
 RANK, ALPHA, SHARDS = 8, 16, 3

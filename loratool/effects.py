@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratool.binding import listed
 from loratool.notes import Note
+from loratool.results.merge import AdapterEffect
+from loratool.templates import listed
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
     from loratool.computing import Totals
     from loratool.planning import MergePlan
 
 
 LARGEST_RATIO = 1.0  # ‖ΔW‖/‖W‖; fine-tuning stays far below it
-
-
-@dataclass(frozen=True)
-class AdapterEffect:
-    """What an adapter did to the base. A module is a weight or a bias that it updates."""
-
-    name: str
-    weight: float
-    modules: int
-    unchanged: tuple[str, ...]  # those of its modules in which it changes no element by itself, after rounding
-
-    @property
-    def dead(self) -> bool:
-        """Whether it changes nothing at all."""
-        return len(self.unchanged) == self.modules > 0
 
 
 def effects_of(plan: MergePlan, totals: Totals) -> tuple[AdapterEffect, ...]:

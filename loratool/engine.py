@@ -11,7 +11,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, groupby
@@ -36,6 +35,8 @@ from loratool.resources import (
 from loratool.writing import PAGE, OutputShard
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from loratool.placing import ShardPlan, Span
     from loratool.planning import MergePlan
     from loratool.safefile import SafeFile

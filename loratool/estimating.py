@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from loratool.checkpoint import Checkpoint, holds_weights, open_checkpoint
 from loratool.decoders import SHAPES
@@ -20,18 +17,21 @@ from loratool.layouts.architectures import OUTPUT_HEADS, PACKED_WEIGHTS
 from loratool.layouts.ties import TIED_BY_DEFAULT
 from loratool.notes import Note
 from loratool.options import Number, Options, dtypes, option
-from loratool.results import Result
+from loratool.results.estimate import ADAM_BYTES, QUANTISED_BITS, Estimate, Memory, RankEstimate, TargetEstimate
 from loratool.safefile import DTYPE_BITS, FLOAT_NAMES, Layout
 from loratool.tying import find_ties, tie_flag
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
 
 Shape = tuple[int, ...]
 
 ALL_LINEAR = "all-linear"
 DTYPES = {name: dtype for dtype, name in FLOAT_NAMES.items()}  # float32 → F32
-ADAM_BYTES = 8  # of one parameter: two moments in float32 (Kingma and Ba 2015, arXiv:1412.6980)
 # NF4 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314, section 3): 4 bits a weight, 8 bits for each
 # block of 64, and 32 bits for each 256 of those.
-QUANTISED_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 
 EMBEDDINGS = re.compile(r".*embed.*|wte|wpe|shared|relative_attention_bias|position_embeddings")
 HEADS = re.compile(rf"(?:.*\.)?(?:{'|'.join(sorted(OUTPUT_HEADS))}|(?:cls\.predictions|lm_head|predictions)\.decoder)")
@@ -67,66 +67,6 @@ class Base:
 
     def bytes_of(self, names: Iterable[str]) -> int:
         return sum(elements(self.weights[name]) * DTYPE_BITS[self.dtypes[name]] // 8 for name in names)
-
-
-@dataclass(frozen=True)
-class TargetEstimate:
-    """Weights of one name and shape that a target chooses."""
-
-    name: str  # the last part of their path
-    shape: Shape  # as the base stores it
-    count: int
-    per_rank: int  # parameters of all their factors together at rank 1; r times as many at rank r
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes that training holds for parameters. Activations are not among them."""
-
-    weights: int
-    gradients: int
-    optimizer: int  # AdamW's two moments, float32
-    total: int
-
-
-@dataclass(frozen=True)
-class RankEstimate:
-    """What one rank makes of the targets."""
-
-    rank: int
-    trainable: int  # parameters
-    all_parameters: int  # of base and adapter
-    percent: float  # trainable of all
-    line: str  # the three as PEFT's `print_trainable_parameters` prints them
-    adapter_bytes: int  # of adapter_model.safetensors
-    lora: Memory
-    qlora: Memory
-
-
-@dataclass(frozen=True)
-class Estimate(Result):
-    """Parameters, sizes and memory of LoRA on one base."""
-
-    kind: Literal["estimate"] = field(default="estimate", init=False)
-    path: str
-    architecture: str
-    source: Literal["headers", "config"]
-    parameters: int  # of the base
-    bytes: int  # of the base's weights in memory
-    dtypes: Mapping[str, int]  # of the base: dtype → parameters
-    quantisable: int  # parameters that QLoRA holds in 4 bits: all linear weights but the head
-    merged_bytes: int  # tensor data of the merged model, in the base's dtypes
-    dtype: str  # of the adapter
-    targets: tuple[TargetEstimate, ...]
-    per_rank: int  # parameters of the adapter at rank 1
-    ranks: tuple[RankEstimate, ...]
-    full: Memory
-    notes: tuple[Note, ...]
-
-    def __str__(self) -> str:
-        from loratool.report.estimate import estimate_text
-
-        return estimate_text(self)
 
 
 @dataclass(frozen=True, kw_only=True)

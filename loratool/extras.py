@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import filecmp
 import os
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -21,6 +20,8 @@ from loratool.formats import peft
 from loratool.weightfiles import PICKLES, fates
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from loratool.adapter import Adapter
     from loratool.binding import Bound
     from loratool.checkpoint import Checkpoint

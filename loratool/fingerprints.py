@@ -14,7 +14,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
@@ -24,6 +23,8 @@ from loratool.placing import Edit
 from loratool.safefile import Identity, SafeFile, read_exactly
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from loratool.planning import MergePlan
 
 SAMPLE = 4096  # bytes of each tensor that are looked at

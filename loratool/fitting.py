@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from loratool.binding import bind, tell
 from loratool.checkpoint import Checkpoint, open_checkpoint
@@ -14,12 +12,16 @@ from loratool.errors import FitError
 from loratool.estimating import read_base
 from loratool.fetching.bases import unlike_bases
 from loratool.formats.peft import keys
+from loratool.results.facts import BaseFacts
 from loratool.safefile import FLOAT_NAMES
 from loratool.tying import Ties, find_ties
 from loratool.updates import Replace
 from loratool.vocabulary import as_trained
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
     from loratool.adapter import Adapter
     from loratool.binding import Place
     from loratool.estimating import Base
@@ -31,21 +33,6 @@ BUFFERS = (
     *("unilora_scales_A", "unilora_scales_B", *(f"glora_{part}.zeros" for part in "ABCDE")),
 )
 SHARED = ("vblora_vector_bank", "tinylora_v.", "unilora_theta_d")  # trained, and of no module
-
-
-@dataclass(frozen=True)
-class BaseFacts:
-    """Parameters of the base and of the adapter, counted as PEFT's `print_trainable_parameters` counts them."""
-
-    path: str
-    architecture: str
-    source: Literal["headers", "config"]
-    parameters: int  # of the base, tied tensors once
-    trainable: int
-    all_parameters: int
-    percent: float
-    line: str  # as PEFT prints it
-    problems: tuple[str, ...]  # targets that the base has no place for
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,14 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable
 from contextlib import suppress
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratool.errors import InputError, StorageError, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
 
 LARGEST_CONFIG = 16 << 20  # bytes of a config, a provenance, or any other JSON file that is parsed
 LARGEST_INDEX = 256 << 20  # bytes of an index

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from loratool.contents import ROUNDING_ONLY, Kind, Layer, layer_of
@@ -17,12 +16,15 @@ from loratool.errors import printable
 from loratool.lowrank import floor_of, singular_values
 from loratool.notes import Note
 from loratool.ranks import RankRule
+from loratool.results.values import Measured, Suggestion, Values
 from loratool.saving import factor_tensors, torch_dtype
 from loratool.updates import Add
-from loratool.weighing import Weighed, weigh
+from loratool.weighing import weigh
 from loratool.working import Session, session
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
     from torch import Tensor
 
     from loratool.adapter import Adapter
@@ -33,55 +35,6 @@ DEAD = 1e-6  # a component whose singular value is less than this part of the la
 ROUNDING = 1e-12  # one that is nothing but rounding
 UNKNOWN = ("norm", "spectral", "stable_rank", "entropy_rank", "condition", "energy_ranks", "dead", "balance")
 SPECTRUM = 1024  # singular values of a module that a report keeps
-
-
-@dataclass(frozen=True)
-class Measured:
-    """ΔW = s·BA of one module, s included. Of experts: norms of all together, ranks as means, energies added up."""
-
-    target: str
-    rank: int  # of the factors
-    norm: float | None  # Frobenius; None for all that follow where a value is no number
-    spectral: float | None  # the largest singular value
-    stable_rank: float | None  # ‖ΔW‖² / σ₁²; None for a zero update, as all ranks
-    entropy_rank: float | None  # exp(−Σ p ln p), p = σ/Σσ (Roy and Vetterli 2007)
-    condition: float | None  # σ₁ / σ_r; None where σ_r is nothing but rounding
-    energy_ranks: tuple[int, ...] | None  # the smallest ranks that keep 90, 95 and 99 % of ‖ΔW‖²
-    dead: int | None  # components below 1e-6 of σ₁
-    zero_rows: int  # of A
-    zero_columns: int  # of B
-    balance: float | None  # ‖B‖ / ‖A‖, as stored; None where A is zero
-    nonfinite: int  # values that are no number, or infinite
-    subnormal: int  # values below the normal range of the dtype they are stored in
-    singular_values: tuple[float, ...]  # falling; at most 1024
-    weight: Weighed | None = None  # against the base
-
-
-@dataclass(frozen=True)
-class Suggestion:
-    """What to keep for a part of ‖ΔW‖² of all modules together."""
-
-    energy: float
-    rank: int  # the smallest that keeps it where every module gets it
-    bytes: int  # of the factors then, in the dtype they have
-    bytes_by_layer: int  # where each module gets the smallest rank that keeps that part of it
-    bytes_now: int
-
-
-@dataclass(frozen=True)
-class Values:
-    """What `inspect` measures."""
-
-    norm: float  # of all modules together
-    modules: tuple[Measured, ...]
-    suggestions: tuple[Suggestion, ...]  # for 90, 95 and 99 %; none where every update is zero
-    norm_base: float | None  # ‖W0‖ of the weights that are changed, with a base
-    skipped: Mapping[str, str]  # target → why it is not measured
-    device: str
-    seconds: float
-    startup_seconds: float  # of `seconds`: until torch and the device were ready
-    peak_memory: int  # bytes, of the whole process
-    notes: tuple[Note, ...]
 
 
 def measure(

@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from loratool import __version__
 from loratool.cards import CARD, card, command, is_nobodys, terms_of
 from loratool.checkpoint import PROVENANCE, open_checkpoint, wrapped_modules
 from loratool.digests import recorded
-from loratool.effects import AdapterEffect, effect_notes, effects_of, size_notes
+from loratool.effects import effect_notes, effects_of, size_notes
 from loratool.engine import Engine
 from loratool.errors import FitError, LoratoolError, UsageError, printable
 from loratool.fetching import local
@@ -43,10 +42,12 @@ from loratool.resources import (
     resident_memory,
     start_torch,
 )
-from loratool.results import Written
+from loratool.results.merge import AdapterEffect, MergeReport
 from loratool.staging import Stage, staged
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from loratool.adapter import Adapter
     from loratool.checkpoint import Checkpoint
     from loratool.computing import Totals
@@ -59,36 +60,6 @@ Progress = Callable[[int, int], None]
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions(PlanOptions, RunOptions, OverwriteOption):
     """All that a merge is told besides its operands."""
-
-
-@dataclass(frozen=True)
-class MergeReport(Written):
-    """What a merge did. Sizes are bytes, times seconds, norms Frobenius."""
-
-    out: Path
-    edited: int  # tensors
-    adapters: tuple[AdapterEffect, ...]
-    copied: int  # tensors carried over byte for byte
-    converted: int  # tensors that only changed dtype
-    bytes_read: int
-    bytes_written: int
-    seconds: float
-    startup_seconds: float  # of `seconds`: until torch and the devices were ready, bytes being copied meanwhile
-    device: str
-    workers: int
-    peak_memory: int  # resident set of the whole process
-    gpu_memory: int
-    resumed: tuple[str, ...]  # output files that an earlier, interrupted run had finished
-    relative_norms: dict[str, float]  # tensor → ‖ΔW‖/‖W‖, where nothing replaces W
-    nonfinite: dict[str, int]  # edited tensor → NaN and inf that the base itself holds
-    left_out: tuple[str, ...]  # files of the base that are no part of the output
-    notes: tuple[Note, ...]
-    digests: dict[str, str]  # output file → SHA-256
-
-    def __str__(self) -> str:
-        from loratool.report import merge_text
-
-        return self.with_push(merge_text(self))
 
 
 def merge(

@@ -9,10 +9,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import save
@@ -23,6 +22,9 @@ from loratool.adapter import load_update
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.formats import peft, read_adapter
 from loratool.updates import LowRank
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 class LoRALinear(nn.Module):

@@ -6,10 +6,10 @@ import fcntl
 import os
 import stat
 import uuid
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratool.checkpoint import PROVENANCE
 from loratool.digests import Digest, read_recorded, why_unlike
@@ -18,6 +18,9 @@ from loratool.inputs import read_json
 from loratool.journal import REPLACED, ForeignError, Journal, look, walk
 from loratool.modelfiles import WEIGHTS, is_model_file
 from loratool.options import FLAG, Options, option
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 
 @dataclass(frozen=True, kw_only=True)

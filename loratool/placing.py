@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
@@ -16,6 +15,8 @@ from loratool.errors import InputError, printable
 from loratool.safefile import FLOAT_NAMES, Layout, SafeFile, TensorInfo
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
     from loratool.updates import Update
 
 

@@ -5,7 +5,6 @@ A plan is plain data, and making one writes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -21,13 +20,15 @@ from loratool.notes import Note
 from loratool.options import FLAG, NUMBER, SIZE, SWITCH, PathKind, dtypes, option
 from loratool.placing import Edit, ShardPlan, Source, Span, check_names, place_all, plan_index
 from loratool.reading import ReadingOptions
-from loratool.results import Result
+from loratool.results.base import Result
 from loratool.safefile import FLOAT_NAMES
 from loratool.tying import Saved, Ties, find_ties, is_generative, on_disk, settle
 from loratool.updates import Replace, ReplaceRows, images_in, with_weight
 from loratool.vocabulary import Trained, as_trained, is_of_tokens, saved_whole, unequal_vocabularies, usual_dtype
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from loratool.adapter import Adapter
     from loratool.binding import Place
     from loratool.vocabulary import Binder
@@ -98,7 +99,7 @@ class MergePlan(Result):
         self, device: str = "auto", workers: int | None = None, max_memory: int | None = None
     ) -> dict[str, Any]:
         """What `loratool merge --dry-run --json` prints; `peak_memory` is that of a merge with these settings."""
-        from loratool.report import plan_data
+        from loratool.plan_text import plan_data
 
         return plan_data(self, device, workers, max_memory)
 

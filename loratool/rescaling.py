@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,7 @@ from loratool.options import FLAG, NUMBER, Pairs, option
 from loratool.outputs import check_target
 from loratool.ranks import evened, told_of_experts
 from loratool.reading import ReadingOptions
-from loratool.results import Written
+from loratool.results.rescale import RescaledLayer, RescaleReport
 from loratool.saving import (
     FactorOptions,
     Form,
@@ -44,39 +43,9 @@ from loratool.updates import ExpertFactors, LowRank
 from loratool.working import PathLike, Progress, Session, session
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 LARGEST_SCALE = 3.4e38  # of a float32
-
-
-@dataclass(frozen=True)
-class RescaledLayer:
-    """The scale of a layer before and after: α/r, or α/√r with rsLoRA."""
-
-    before: float
-    after: float
-    factor: float | None  # by which its update is multiplied; None where that was zero because of its α
-
-
-@dataclass(frozen=True)
-class RescaleReport(Written):
-    """What `rescale` did. Sizes are bytes, times seconds."""
-
-    out: Path
-    written: bool
-    baked: bool
-    modules: Mapping[str, RescaledLayer]  # by target
-    norm: float | None  # ‖ΔW‖ of all layers after it, where norms were asked for
-    device: str
-    seconds: float
-    startup_seconds: float
-    peak_memory: int
-    notes: tuple[Note, ...]
-
-    def __str__(self) -> str:
-        from loratool.report.algebra import rescale_text
-
-        return self.with_push(rescale_text(self))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.adapter import StoredTensor
-from loratool.binding import listed
 from loratool.cards import command
 from loratool.contents import ROUNDING_ONLY, Contents, Kind, Layer, contents_of
 from loratool.errors import FitError, InputError, printable
@@ -39,7 +37,7 @@ from loratool.outputs import check_target
 from loratool.ranks import Amount, RankRule, evened, told_of_cuts, told_of_experts
 from loratool.reading import ReadingOptions
 from loratool.resources import DeviceOption
-from loratool.results import Written
+from loratool.results.resize import ResizedLayer, ResizedTotals, ResizeReport
 from loratool.safefile import FLOAT_NAMES, read_safefile
 from loratool.saving import (
     FactorOptions,
@@ -52,64 +50,18 @@ from loratool.saving import (
     kept_dtype,
     told_beside,
 )
+from loratool.templates import listed
 from loratool.working import Batch, PathLike, Progress, Session, batches, session
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
     from torch import Tensor
 
 ZERO = (
     "nothing to resize: every update is zero (an untrained adapter has B = 0); where α is 0 and B is not, "
     "loratool rescale --alpha gives it a strength"
 )
-
-
-@dataclass(frozen=True)
-class ResizedLayer:
-    """One layer, before and after. Errors are relative: ‖ΔW − ΔW'‖ / ‖ΔW‖, Frobenius."""
-
-    rank_before: int
-    rank: int
-    norm: float  # ‖ΔW‖
-    predicted: float  # error of the truncation, from the singular values
-    achieved: float  # error of what is stored, rounding included
-    activations: float | None = None  # predicted error of ΔW·x over the inputs of a calibration
-    floor: float = 0.0  # an update with a norm up to this is no larger than the rounding of its stored factors
-
-
-@dataclass(frozen=True)
-class ResizedTotals:
-    """All layers together; their norms add up as squares."""
-
-    norm: float
-    predicted: float
-    achieved: float
-    parameters_before: int
-    parameters: int
-    bytes_before: int  # of factors
-    bytes: int
-
-
-@dataclass(frozen=True)
-class ResizeReport(Written):
-    """What `resize` did. Sizes are bytes, times seconds."""
-
-    out: Path
-    written: bool
-    rule: str
-    totals: ResizedTotals
-    modules: Mapping[str, ResizedLayer]  # by target
-    dropped: tuple[str, ...]  # targets that a budget left nothing
-    dtype: str
-    device: str
-    seconds: float
-    startup_seconds: float  # of `seconds`: until torch and the device were ready
-    peak_memory: int
-    notes: tuple[Note, ...]
-
-    def __str__(self) -> str:
-        from loratool.report.algebra import resize_text
-
-        return self.with_push(resize_text(self))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from loratool.updates import Replace
 from loratool.writing import PAGE
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from loratool.placing import Edit, Span
     from loratool.planning import MergePlan
     from loratool.safefile import TensorInfo

@@ -10,14 +10,16 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratool.errors import InputError, printable
 from loratool.inputs import RepeatedKeyError, json_object, open_regular, unreadable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
 
 # Every dtype of the format and the bits of one element.
 DTYPE_BITS: Mapping[str, int] = {

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
@@ -30,6 +28,9 @@ from loratool.staging import Stage, staged
 from loratool.weightfiles import fates, module_files
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from pathlib import Path
+
     import torch
     from torch import Tensor
 

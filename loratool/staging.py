@@ -17,10 +17,9 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratool.digests import Digest, Digester, digest_of, digest_of_bytes, parts_of, why_unlike
 from loratool.errors import LoratoolError, StorageError, UsageError, printable
@@ -41,6 +40,10 @@ from loratool.journal import (
 )
 from loratool.outputs import BUSY, check_stage, replaceable_files, stage_of
 from loratool.safefile import write_fully
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
 
 @dataclass

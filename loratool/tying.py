@@ -7,7 +7,6 @@ changes both alike is the result still tied. Else each gets a tensor of its own,
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,8 @@ from loratool.layouts.ties import TEXT_CONFIGS, TIE_FLAGS, TIED_BY_DEFAULT, TIED
 from loratool.updates import ReplaceRows, Update
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
     from loratool.adapter import Adapter
     from loratool.checkpoint import Checkpoint
     from loratool.placing import Edit

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratool.adapter import StoredTensor, load_update
 from loratool.errors import printable
 from loratool.lowrank import Product, decompose
+from loratool.results.values import Weighed
 from loratool.safefile import FLOAT_NAMES
 from loratool.saving import torch_dtype
 from loratool.tying import on_disk
 from loratool.updates import LowRank, Magnitude
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     import torch
     from torch import Tensor
 
@@ -26,21 +28,6 @@ if TYPE_CHECKING:
 
 BLOCK = 4 << 20  # bytes of float32 weight that are looked at together
 SAMPLED_ENTRIES = 1 << 20  # of one weight: rounding is tried on as many rows as hold them
-
-
-@dataclass(frozen=True)
-class Weighed:
-    """ΔW against W0, the rows and columns of the base that it lands on."""
-
-    tensor: str  # of the base; the first of several
-    dtype: str
-    rows: int
-    norm: float  # ‖W0‖, Frobenius
-    ratio: float | None  # ‖ΔW‖ / ‖W0‖; None where W0 is zero
-    amplification: float | None  # ‖ΔW‖ / ‖UᵀW0V‖, U and V those of ΔW (Hu et al. 2021, section 7.3)
-    unchanged: float | None  # part of the entries that are the same after W0 + ΔW is rounded to the base's dtype
-    gain: float | None  # ⟨rounded − W0, ΔW⟩ / ‖ΔW‖²: 1 where the update comes through whole
-    sampled_rows: int  # that `unchanged` and `gain` were measured on
 
 
 def weigh(target_norm: float, places: Sequence[Place], base: Checkpoint, device: torch.device) -> Weighed | None:

@@ -9,16 +9,18 @@ from __future__ import annotations
 import os
 import struct
 import zipfile
-from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from loratool.errors import LoratoolError, printable
 from loratool.inputs import json_object, open_regular, read_bounded
 from loratool.notes import Note
 from loratool.safefile import SafeFile, read_safefile
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
 
 Kind = Literal["trained", "module", "training state", "twin", "adapter", "model"]
 

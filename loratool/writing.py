@@ -7,9 +7,7 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.digests import Digester
@@ -17,6 +15,9 @@ from loratool.inputs import open_regular
 from loratool.safefile import SafeFile, copy_bytes, read_exactly, write_fully
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
     from loratool.placing import ShardPlan
 
 PAGE = max(4096, mmap.PAGESIZE)  # what a direct write begins and ends at, in the file and in memory

@@ -21,16 +21,18 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors.torch import save_file
 
 from loratool import cli
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
 
 for name in ("loratool.merging", "loratool.report"):
     import_module(name)  # here, so that no fork has to

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,8 @@ from loratool.safefile import Identity, Layout, SafeFile
 from loratool.updates import Add, ExpertFactors, LowRank, Magnitude, Replace, Update
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from loratool.binding import Bound
 
 RANK = 2

@@ -10,7 +10,6 @@ import atexit
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import traceback
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
+    import signal
+
     from hub_server import HubServer
 
 

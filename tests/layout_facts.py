@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
 
 FIXTURE = Path(__file__).resolve().parents[1] / "fixtures" / "layouts.json"
 WHOLE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "layouts.json"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from oracle import read_tensors
@@ -16,6 +14,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import loratool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
 
 TOKENS = torch.tensor([[3, 1, 7, 7, 0, 11, 2], [5, 4, 9, 6, 8, 10, 1]])
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import peft
 import pytest
@@ -15,6 +14,10 @@ from peft_zoo import Pair, make_zoo, train
 from safetensors.torch import load_file, save_file
 
 import loratool
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -12,6 +12,9 @@ from workbench import Workbench, tensors_of
 
 import loratool
 from loratool.fingerprints import content_fingerprint
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 HIDDEN, ROWS = 4, 8
 

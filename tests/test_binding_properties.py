@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratool import plan_merge
-from loratool.binding import Bound, bind, grouped
+from loratool.binding import Bound, bind
 from loratool.errors import FitError, InputError
+from loratool.templates import grouped
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from loratool.adapter import Adapter
     from loratool.updates import Update
 

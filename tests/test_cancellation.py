@@ -10,9 +10,8 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -23,11 +22,14 @@ from torch import Tensor
 
 import loratool
 from loratool.errors import FitError, UsageError
-from loratool.inspecting.facts import AdapterFacts
 from loratool.lowrank import Product, floor, floor_of, is_noise, joint
 from loratool.methods.mixture import Mixture, mix
 from loratool.methods.table import ELEMENTWISE, FACTORWISE, METHODS
 from loratool.recipes import CombineOptions, make_recipe
+from loratool.results.facts import AdapterFacts
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 Array = NDArray[np.float64]
 ROUNDING = {torch.bfloat16: 2.4e-3, torch.float16: 3e-4, torch.float32: 1e-6}  # as measured on real adapters

@@ -6,8 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import numpy as np
@@ -16,6 +15,10 @@ from safetensors.numpy import save_file
 
 import loratool
 from loratool import cli
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 COMMANDS = sorted(cli.COMMANDS)
 HEAVY = ("torch", "numpy", "huggingface_hub", "safetensors", "tqdm")

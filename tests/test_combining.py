@@ -9,9 +9,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -23,6 +21,10 @@ from workbench import Outcome, check_refusal, snapshot
 
 import loratool
 from loratool.cli import run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
 Array = NDArray[np.float64]
 START = "base_model.model."

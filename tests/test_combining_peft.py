@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -20,6 +18,10 @@ from test_peft_parameters import BOTH, EXPERTS, FUSED, HIDDEN, INPUTS, Layers
 from torch import Tensor, nn
 
 import loratool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 START = "base_model.model."

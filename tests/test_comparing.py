@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -14,6 +14,9 @@ from torch import Tensor
 from workbench import Workbench
 
 import loratool
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SHAPES = {"model.a": (30, 20), "model.b": (16, 40)}
 

@@ -7,8 +7,7 @@ import re
 import subprocess
 import sys
 import threading
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -19,6 +18,9 @@ from loratool import computing, resources
 from loratool.computing import LoadedEdit
 from loratool.placing import Edit
 from loratool.updates import LowRank, Replace
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device here, or LORATOOL_TEST_CUDA=1 is not set"

@@ -8,10 +8,9 @@ import re
 import runpy
 import shlex
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import pytest
@@ -20,6 +19,9 @@ import loratool
 from loratool import cli, resources
 from loratool.demo import demo
 from loratool.methods.table import METHODS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(path for folder in (".", "docs", "fixtures", "benchmarks") for path in (ROOT / folder).glob("*.md"))

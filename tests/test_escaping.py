@@ -11,10 +11,9 @@ import os
 import re
 import shutil
 import unicodedata
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -25,8 +24,11 @@ from safetensors.torch import save_file
 from loratool import cli
 from loratool.cards import card_of
 from loratool.errors import InputError, escaped, printable
-from loratool.health import Finding
 from loratool.notes import Note
+from loratool.results.findings import Finding
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 PAYLOADS = {
     "script": "<script>forged()</script><img src=x onerror=forged()>",

@@ -6,9 +6,8 @@ import json
 import re
 import shlex
 import struct
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -21,6 +20,9 @@ import loratool
 from loratool import FitError, InputError, UsageError, cli
 from loratool.decoders import SHAPES
 from loratool.estimating import full_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 DOCS = Path(__file__).parent.parent / "docs"

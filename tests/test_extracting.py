@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import peft_zoo
@@ -24,7 +22,10 @@ from loratool.errors import FitError, InputError, LoratoolError, UsageError
 from loratool.lowrank import sketch
 
 if TYPE_CHECKING:
-    from loratool.extracting.results import ExtractReport
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+
+    from loratool.results.extract import ExtractReport
 
 Tensors = dict[str, Tensor]
 PREFIX = "base_model.model."

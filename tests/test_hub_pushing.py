@@ -7,8 +7,7 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import faults
 import pytest
@@ -18,6 +17,10 @@ from hub_server import READER, STRANGER, WRITER, Fault, HubServer, tokens_on_oth
 from loratool.errors import InputError, UsageError
 from loratool.hub.selecting import select
 from loratool.journal import Journal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 SHARDS, HIDDEN = 3, 64
 SECRETS = {

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import faults
 import pytest
@@ -19,6 +18,10 @@ from loratool.errors import InputError, UsageError, without_tokens
 from loratool.fetching import parse, place_of
 from loratool.fetching.operands import HubPath
 from loratool.origins import origin_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 SHARDS, HIDDEN = 3, 64
 NOT_NEEDED = {

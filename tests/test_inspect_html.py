@@ -8,10 +8,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -19,7 +17,11 @@ from safetensors.torch import save_file
 
 import loratool
 from loratool import cli
-from loratool.inspecting.facts import AdapterFacts
+from loratool.results.facts import AdapterFacts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = [

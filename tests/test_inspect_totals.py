@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -17,6 +16,9 @@ from test_peft_methods import CASES
 
 import loratool
 from loratool.cli import run
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 ZOO = make_zoo()
 CONFIGS: dict[str, Any] = {**CASES, **VARIANTS}

@@ -6,7 +6,6 @@ import json
 import math
 import runpy
 import struct
-from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,11 +31,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import loratool
 from loratool import cli
-from loratool.inspecting.facts import AdapterFacts, CheckpointFacts
-from loratool.measuring import Measured, Values
+from loratool.results.facts import AdapterFacts, CheckpointFacts
+from loratool.results.values import Measured, Values
 
 if TYPE_CHECKING:
-    from loratool.weighing import Weighed
+    from collections.abc import Mapping
+
+    from loratool.results.values import Weighed
 
 ROOT = Path(__file__).parent.parent
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real-adapters"

@@ -9,8 +9,7 @@ import json
 import os
 import socket
 import struct
-from collections.abc import Mapping
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -46,6 +45,10 @@ from malformed import (
 from workbench import Workbench, check_is_merged, check_refusal, command, is_clean, run_apart, snapshot
 
 from loratool.formats.peft import patterns
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
 
 
 @pytest.fixture

@@ -13,8 +13,7 @@ import random
 import struct
 import tracemalloc
 import zipfile
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -58,6 +57,10 @@ from workbench import (
     snapshot,
     tensors_of,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
 
 Case = tuple[bytes, str]  # a malformed file, and what the message must say
 

@@ -6,8 +6,7 @@ float64 formula at the places that the table records.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -31,6 +30,10 @@ from oracle import read_tensors, same_bits
 from torch import Tensor
 
 import loratool
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
 
 TABLE = read_cells()
 CELLS = [cell for releases in TABLE.values() for cell in releases.values()]

@@ -12,10 +12,8 @@ import stat
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -41,6 +39,10 @@ from torch import Tensor
 import loratool
 from loratool.cli import run
 from loratool.resources import estimated_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
 QUERY = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.0.mlp.down_proj"

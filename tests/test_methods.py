@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -25,6 +24,9 @@ from loratool.methods.mixture import Mixture, Recipe, mix, mix_factors
 from loratool.methods.stacks import Formed, Held
 from loratool.methods.table import ELEMENTWISE, FACTORWISE, METHODS
 from loratool.recipes import CombineOptions, make_recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
 
 Array = NDArray[np.float64]
 ROWS, COLUMNS = 26, 19

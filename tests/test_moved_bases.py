@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -14,6 +12,10 @@ from peft_zoo import save_base
 from test_peft_loads_outputs import changes, loaded, lora, make_model, trained
 
 import loratool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 KINDS: dict[str, Callable[[list[str]], Any]] = {

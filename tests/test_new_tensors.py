@@ -10,9 +10,7 @@ import dataclasses
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -37,6 +35,10 @@ from transformers.models.auto import modeling_auto
 
 import loratool
 from loratool.cli import run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 PREFIX = "base_model.model."

@@ -6,8 +6,7 @@ import ast
 import inspect
 import json
 import math
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import peft
 import pytest
@@ -21,6 +20,9 @@ import loratool
 from loratool import FitError, InputError, UsageError
 from loratool import nn as lora
 from loratool.nn import LoRALinear, apply_lora, load_adapter, save_adapter
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 WIDTH, OUT = 12, 7
 

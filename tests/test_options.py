@@ -5,9 +5,8 @@ from __future__ import annotations
 import inspect
 import runpy
 import shlex
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import click
 import pytest
@@ -29,6 +28,9 @@ from loratool.hub.pushing import PushOptions
 from loratool.inspecting import InspectOptions
 from loratool.methods.table import METHODS
 from loratool.options import SIZE, Choice, Flag, Number, Option, Options, Size, described_by, dtypes, made_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 ROOT = Path(__file__).parent.parent
 OPTIONS: dict[str, type[Options]] = {

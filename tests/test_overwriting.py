@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import faults
 import pytest
@@ -21,6 +20,10 @@ import loratool
 from loratool.cli import run
 from loratool.demo import demo
 from loratool.modelfiles import is_model_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 SHARDS, HIDDEN = 2, 32
 COMMANDS: dict[str, Callable[[Path], list[str]]] = {

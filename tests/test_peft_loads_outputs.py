@@ -11,8 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import peft
 import pytest
@@ -27,6 +26,9 @@ from test_peft_parameters import FUSED, Experts
 from torch import Tensor, nn
 
 import loratool
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 Tensors = Mapping[str, Tensor]

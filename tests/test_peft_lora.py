@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -19,7 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import loratool
-from loratool.inspecting.facts import AdapterFacts
+from loratool.results.facts import AdapterFacts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 
 @dataclass(frozen=True)

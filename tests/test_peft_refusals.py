@@ -6,9 +6,8 @@ import ast
 import dataclasses
 import json
 import runpy
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import peft
 import pytest
@@ -21,6 +20,9 @@ from torch import Tensor
 import loratool
 from loratool.cli import run
 from loratool.formats.peft import lora, methods, support
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ROOT = Path(__file__).parent.parent
 Tensors = dict[str, Tensor]

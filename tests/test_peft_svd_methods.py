@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -19,6 +18,9 @@ from peft.utils import merge_utils
 from torch import Tensor, nn
 
 import loratool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 PAGE = Path(__file__).parent.parent / "docs" / "algebra.md"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -17,6 +16,9 @@ from torch import Tensor
 from workbench import Workbench
 
 import loratool
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 LAYERS = ["embed", "linear", "c_attn", "square", "conv1", "conv2"]
 PLAIN: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": LAYERS}

@@ -6,9 +6,8 @@ import copy
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -23,6 +22,9 @@ from workbench import Workbench
 import loratool
 from loratool.cli import run
 from loratool.errors import FitError, InputError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 LAYERS = ["embed", "linear", "c_attn", "square", "conv1", "conv2", "conv3"]
 LINEAR = ["linear", "c_attn", "square"]

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import faults
 import pytest
@@ -17,6 +15,10 @@ from safetensors.torch import load_file, save_file
 from workbench import interrupted, tree
 
 import loratool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 SHARDS, HIDDEN = 3, 32
 FIRST = "model-00001-of-00003.safetensors"

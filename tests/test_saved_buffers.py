@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -15,6 +14,9 @@ from torch import Tensor, nn
 
 import loratool
 from loratool.cli import run
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class Table(nn.Module):

@@ -7,9 +7,8 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import faults
 import pytest
@@ -22,6 +21,9 @@ from loratool import staging
 from loratool.cli import run
 from loratool.errors import StorageError
 from loratool.journal import look
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SHARDS, HIDDEN = 2, 32
 FIRST = "model-00001-of-00002.safetensors"

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -19,6 +18,10 @@ from test_mixtures_of_experts import build
 from torch import Tensor
 
 import loratool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 LAYERS, EXPERTS, HIDDEN, MIDDLE, RANK, SCALE = 2, 3, 6, 5, 2, 1.5

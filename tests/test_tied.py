@@ -9,9 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -39,6 +37,10 @@ from transformers.models.auto import modeling_auto
 import loratool
 from loratool.cli import run
 from loratool.tying import find_ties
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -236,7 +238,7 @@ class Trained:
     unmerged: Tensor
     plain: Tensor
 
-    def merged(self, out: Path, **settings: Any) -> loratool.merging.MergeReport:
+    def merged(self, out: Path, **settings: Any) -> loratool.MergeReport:
         report = loratool.merge(self.base, [self.adapter], out, **settings)
         found = output_of(load(self.family, out), self.family.inputs())
         largest = float(self.unmerged.abs().max())

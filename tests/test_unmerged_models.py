@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -16,6 +15,9 @@ from torch import Tensor
 
 import loratool
 from loratool.cli import run
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 LLAMA = FAMILIES["llama"]
 ALPHA = 6.0

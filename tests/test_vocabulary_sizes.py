@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -19,6 +18,9 @@ from tiny_models import FAMILIES, VOCABULARY, Family, adapt, bert_config, build_
 from torch import Tensor
 
 from loratool.cli import run
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 WAY_OUT = "model.unload().save_pretrained("

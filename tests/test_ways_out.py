@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import shlex
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import peft
 import pytest
@@ -18,6 +16,10 @@ from peft_zoo import Pair, make_zoo, save_base, shake, train
 import loratool
 from loratool.cli import run
 from loratool.formats.peft import methods
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 ONE = ["linear"]

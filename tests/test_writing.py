@@ -16,10 +16,9 @@ import shutil
 import struct
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -33,6 +32,9 @@ import loratool
 from loratool import engine, resources, writing
 from loratool.placing import ShardPlan
 from loratool.safefile import Layout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 PAGE, SECTOR = max(4096, mmap.PAGESIZE), 512
 BF16, F16, F32, F64, U8 = torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.uint8

@@ -8,23 +8,24 @@ puts it in words.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from loratool.adapter import adds_zero
 from loratool.binding.checking import found_otherwise, holes, overlap, rivals, uncut
 from loratool.binding.fusing import Misfit
-from loratool.binding.names import fill, template_of
 from loratool.binding.orientation import Orientation, module_of
 from loratool.binding.places import ALL, Bound, Landing, Place
 from loratool.binding.proposing import proposals
 from loratool.binding.resolving import Renaming, Resolver
-from loratool.binding.telling import Nearest, grouped, listed, tell
+from loratool.binding.telling import Nearest, tell
 from loratool.errors import UsageError, printable
 from loratool.layouts.architectures import INPUT_EMBEDDINGS, OUTPUT_HEADS
 from loratool.notes import Note
+from loratool.templates import fill, grouped, listed, template_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from loratool.adapter import Adapter
     from loratool.checkpoint import Checkpoint
     from loratool.updates import Update

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from loratool.binding.names import Numbers, fill, template_of, unwrapped
+from loratool.binding.names import unwrapped
 from loratool.binding.places import ALL, Place
-from loratool.binding.telling import listed
 from loratool.errors import printable
 from loratool.notes import Note
+from loratool.templates import Numbers, fill, listed, template_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
     from loratool.adapter import Adapter
     from loratool.safefile import TensorInfo
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loratool.binding.places import ALL, Landing, Place, Rule
@@ -11,6 +10,8 @@ from loratool.updates import ExpertFactors, Update
 from loratool.updates.base import ANY
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
     from loratool.safefile import TensorInfo
 
 NESTED = ("text_config", "llm_config", "language_config", "thinker_config", "attn_config", "ffn_config")

@@ -1,39 +1,23 @@
-"""Names as templates with numbers, and the names that a table of renames makes of one.
-
-`model.layers.3.mlp.experts.7.w1.weight` is the template `.model.layers.#.mlp.experts.#.w1.weight.` with the
-numbers 3 and 7. Models have few templates, so what takes long is done once for each.
-"""
+"""The names that a table of renames makes of one. Models have few templates, so what takes long is done once for each."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from loratool.layouts.architectures import LEADING_WRAPPERS, PACKED_ENDS, PACKED_WEIGHTS, PREFIXES, WRAPPERS
 from loratool.layouts.renames import RENAMES
+from loratool.templates import Numbers, template_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from loratool.binding.places import Step
     from loratool.safefile import TensorInfo
 
-NUMBER = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.)")
 WRAPPED = re.compile("|".join(sorted(WRAPPERS | LEADING_WRAPPERS)))
-Numbers = tuple[str, ...]
-
-
-@lru_cache(maxsize=1 << 17)  # names of one model; emptied when its binding is done
-def template_of(name: str) -> tuple[str, Numbers]:
-    """A name's template and its numbers."""
-    dotted = f".{name}."
-    return NUMBER.sub("#", dotted), tuple(NUMBER.findall(dotted))
-
-
-def shown(template: str) -> str:
-    """A template as people read it."""
-    return template.strip(".").replace("#", "N")
 
 
 def unwrapped(name: str) -> str:
@@ -183,9 +167,3 @@ class Moves:
                 yield template[len(prefix) + 1 :], ("prefix-dropped", f"prefix {prefix}. dropped")
         for prefix in self.prefixes:
             yield f".{prefix}{template}", ("prefix-added", f"prefix {prefix}. added")
-
-
-def fill(template: str, numbers: Numbers) -> str:
-    """A template with its numbers put in."""
-    pieces = template.split("#")
-    return "".join(piece for pair in zip(pieces, (*numbers, ""), strict=True) for piece in pair)

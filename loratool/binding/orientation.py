@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,8 @@ from loratool.notes import Note
 from loratool.updates import ExpertFactors
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from loratool.adapter import Adapter
     from loratool.binding.places import Landing
     from loratool.checkpoint import Checkpoint

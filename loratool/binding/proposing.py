@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING
 
 from loratool.binding import fusing
 from loratool.binding.fusing import Misfit
-from loratool.binding.names import Numbers, template_of, unwrapped
+from loratool.binding.names import unwrapped
 from loratool.binding.places import Rule
 from loratool.binding.resolving import tower
 from loratool.layouts.architectures import INPUT_EMBEDDINGS, OUTPUT_HEADS
 from loratool.layouts.renames import RENAMES
+from loratool.templates import Numbers, template_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence, Set
+
     from loratool.binding.names import Disk
     from loratool.updates import Update
 

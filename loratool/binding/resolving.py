@@ -8,20 +8,22 @@ two fits there are one too many.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from loratool.binding import fusing
 from loratool.binding.fusing import Misfit
-from loratool.binding.names import Alias, Disk, Moves, Numbers, components, template_of, unwrapped
+from loratool.binding.names import Alias, Disk, Moves, components, unwrapped
 from loratool.binding.places import Landing, Place, Rule
 from loratool.errors import printable
 from loratool.layouts.architectures import CONV1D_MODULES, REORDERED, TOWERS
 from loratool.safefile import FLOAT_NAMES, TensorInfo
+from loratool.templates import Numbers, template_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
     from loratool.checkpoint import Checkpoint
     from loratool.layouts.fusions import Fusion
     from loratool.updates import Update

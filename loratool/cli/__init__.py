@@ -9,13 +9,15 @@ import warnings
 from contextlib import suppress
 from importlib import import_module
 from io import StringIO
-from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from loratool import __version__
 from loratool.errors import LoratoolError, escaped, printable, without_tokens
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 EXIT_CODES = """\b
 Exit codes: 0 done · 1 a bug · 2 wrong usage · 3 an input is malformed or unsupported ·

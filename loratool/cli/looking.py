@@ -36,7 +36,7 @@ def inspect(
     from loratool.inspecting import exit_code_of, inspect
 
     if html is not None:
-        from loratool.report.page import check_page
+        from loratool.pictures.page import check_page
 
         check_page(html, overwrite)
         options = replace(options, values=True)
@@ -45,7 +45,7 @@ def inspect(
         with screen.layers("measuring") as progress:
             facts.append(inspect(path, options, progress, way))
     if html is not None:
-        from loratool.report.page import write_page
+        from loratool.pictures.page import write_page
 
         write_page(facts, html, overwrite)
     screen.show({"results": facts}, "\n\n".join(map(str, facts)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -13,6 +12,8 @@ from loratool.commands.merge import MergeAndPushOptions
 from loratool.errors import UsageError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from loratool.cli.screen import Screen
 
 
@@ -78,7 +79,7 @@ def merge(
     from loratool.merging import outlook
 
     if dry_run:
-        from loratool.report import plan_text
+        from loratool.plan_text import plan_text
 
         with outlook(base, adapters, out, options) as plan:
             table = plan.to_dict(options.device, options.workers, options.max_memory)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -11,6 +10,8 @@ from loratool.cli.options import PATH, output_options, takes
 from loratool.hub.pushing import PushOptions
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from loratool.cli.screen import Screen
 
 

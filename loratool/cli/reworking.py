@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -15,6 +14,8 @@ from loratool.commands.resize import ResizeAndPushOptions
 from loratool.comparing import CompareOptions
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from loratool.cli.screen import Screen
 
 

@@ -25,7 +25,7 @@ class Screen:
 
     def show(self, result: Any, text: str | None = None) -> None:
         """Print a result; its warnings go to stderr besides."""
-        from loratool.results import plain
+        from loratool.results.base import plain
 
         if not self.quiet:
             for note in getattr(result, "notes", ()):

@@ -7,14 +7,11 @@ import filecmp
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.binding import listed
 from loratool.cards import command
-from loratool.combining.results import CombinedLayer, CombinedTotals, CombineReport, Part
 from loratool.comparing import meetings
 from loratool.contents import ROUNDING_ONLY, Contents, Kind, contents_of
 from loratool.errors import FitError, InputError, UsageError, printable
@@ -32,6 +29,7 @@ from loratool.notes import Note, as_records
 from loratool.outputs import check_target
 from loratool.ranks import evened, told_of_cuts, told_of_experts
 from loratool.recipes import CombineOptions, make_recipe, told
+from loratool.results.combine import CombinedLayer, CombinedTotals, CombineReport, Part
 from loratool.saving import (
     Form,
     Rounded,
@@ -41,9 +39,12 @@ from loratool.saving import (
     kept_dtype,
     told_beside,
 )
+from loratool.templates import listed
 from loratool.working import PathLike, Progress, Session, session
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
     import torch
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,10 +11,12 @@ from loratool.options import made_of, takes
 from loratool.recipes import CombineOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from typing_extensions import Unpack
 
-    from loratool.combining.results import CombineReport
     from loratool.commands.keywords import CombineKeywords
+    from loratool.results.combine import CombineReport
     from loratool.working import PathLike, Progress
 
 

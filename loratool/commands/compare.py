@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from loratool import comparing
@@ -10,10 +9,12 @@ from loratool.comparing import CompareOptions
 from loratool.options import made_of, takes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from typing_extensions import Unpack
 
     from loratool.commands.keywords import CompareKeywords
-    from loratool.comparing import CompareReport
+    from loratool.results.compare import CompareReport
     from loratool.working import PathLike, Progress
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from loratool import estimating
@@ -10,7 +9,9 @@ from loratool.estimating import EstimateOptions
 from loratool.options import made_of
 
 if TYPE_CHECKING:
-    from loratool.estimating import Estimate
+    from collections.abc import Iterable, Sequence
+
+    from loratool.results.estimate import Estimate
     from loratool.working import PathLike
 
 

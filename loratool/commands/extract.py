@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from loratool.commands.keywords import ExtractKeywords
-    from loratool.extracting.results import ExtractReport
+    from loratool.results.extract import ExtractReport
     from loratool.working import PathLike, Progress
 
 

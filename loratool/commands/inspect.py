@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from loratool.commands.keywords import InspectKeywords
-    from loratool.inspecting.facts import Facts
+    from loratool.results.facts import Facts
     from loratool.working import PathLike, Progress
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +14,16 @@ from loratool.options import made_of, option, takes
 from loratool.planning import PlanOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from typing_extensions import Unpack
 
     from loratool.adapter import Adapter
     from loratool.checkpoint import Checkpoint
     from loratool.commands.keywords import MergeKeywords, PlanKeywords, StreamKeywords, WholePlanKeywords
-    from loratool.hub.streaming import StreamReport
-    from loratool.merging import MergeReport
     from loratool.planning import MergePlan
+    from loratool.results.merge import MergeReport
+    from loratool.results.stream import StreamReport
 
 
 @dataclass(frozen=True, kw_only=True)

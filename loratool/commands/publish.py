@@ -13,7 +13,7 @@ from loratool.options import option
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from loratool.results import Written
+    from loratool.results.base import Written
 
 Report = TypeVar("Report", bound="Written")
 

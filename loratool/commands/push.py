@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from loratool.commands.keywords import PushKeywords
-    from loratool.hub.pushing import PushReport
+    from loratool.results.push import PushReport
     from loratool.working import PathLike, Progress
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from loratool.commands.keywords import RescaleKeywords
-    from loratool.rescaling import RescaleReport
+    from loratool.results.rescale import RescaleReport
     from loratool.working import PathLike, Progress
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from loratool.commands.keywords import ResizeKeywords
-    from loratool.resizing import ResizeReport
+    from loratool.results.resize import ResizeReport
     from loratool.working import PathLike, Progress
 
 

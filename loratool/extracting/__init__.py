@@ -7,7 +7,6 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -21,7 +20,6 @@ from loratool.contents import Kind
 from loratool.errors import FitError, InputError, printable
 from loratool.extracting.differences import Difference, NotFiniteError, Part, Rule, decomposed
 from loratool.extracting.pairing import Change, Pairing, is_table, pair
-from loratool.extracting.results import ExtractedLayer, ExtractedTotals, ExtractReport
 from loratool.fetching import local
 from loratool.formats.peft.describing import describe
 from loratool.formats.peft.describing import module_of as described_module
@@ -34,11 +32,14 @@ from loratool.notes import Note, as_records
 from loratool.origins import origin_of, told_origin
 from loratool.outputs import check_target
 from loratool.ranks import told_of_cuts, told_of_experts
+from loratool.results.extract import ExtractedLayer, ExtractedTotals, ExtractReport
 from loratool.saving import WIDTH, Form, Output, Rounded, adapter_output, torch_dtype
 from loratool.weightfiles import weight_files
 from loratool.working import PathLike, Progress, Session, session
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
     import torch
 
     from loratool.extracting.options import ExtractOptions

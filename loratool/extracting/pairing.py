@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from loratool.binding import listed
 from loratool.binding.fusing import model_types
 from loratool.binding.orientation import OPTION, bias_shows, class_says, is_conv1d, module_of, option, stored
 from loratool.contents import Kind
@@ -29,9 +27,12 @@ from loratool.layouts.fusions import EXPERT_COUNTS, FLAGGED_EXPERTS
 from loratool.notes import Note
 from loratool.safefile import FLOAT_NAMES, product
 from loratool.saving import Carried
+from loratool.templates import listed
 from loratool.tying import find_ties, language_parts, on_disk
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
     from torch import Tensor
 
     from loratool.adapter import StoredTensor

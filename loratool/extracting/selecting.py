@@ -6,11 +6,14 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from loratool.errors import UsageError
 from loratool.formats.peft.patterns import PATTERN_SECONDS, PLAIN_PATTERN, few
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 @dataclass(frozen=True)

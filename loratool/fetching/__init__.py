@@ -10,11 +10,11 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratool.checkpoint import holds_weights
 from loratool.digests import sha256_of
@@ -23,6 +23,9 @@ from loratool.fetching.answers import commit_of
 from loratool.fetching.client import api, asking, is_offline, patiently
 from loratool.fetching.operands import PAGE, HubPath, parse
 from loratool.fetching.outline import Remote, Role, look_up, needed, outlined, put_headers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["HubPath", "Role", "headers", "local", "parse", "place_of"]
 

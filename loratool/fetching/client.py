@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,6 +14,8 @@ from loratool.errors import HubError, LoratoolError, escaped, printable, without
 from loratool.fetching.answers import LARGEST_ANSWER, LONGEST_WAIT, asked_wait, limited
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from huggingface_hub import HfApi
 
 Result = TypeVar("Result")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,8 @@ from loratool.safefile import PREFIX, header_length
 from loratool.weightfiles import weight_files
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from loratool.fetching.operands import HubPath
 
 Role = Literal["model", "adapter", "any"]

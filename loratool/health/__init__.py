@@ -6,18 +6,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.errors import LoratoolError, folded, printable
 from loratool.formats.peft import CONFIG, keys, patterns, support
-from loratool.health.findings import Finding, command, quoted, some
+from loratool.health.findings import command, quoted, some
 from loratool.health.scanning import look_at_model, look_at_values
 from loratool.health.servers import look_at_servers
+from loratool.results.findings import Finding
 from loratool.updates import Residual
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from loratool.adapter import Adapter
     from loratool.checkpoint import Checkpoint
     from loratool.fitting import Fit

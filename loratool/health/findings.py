@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
-from loratool.errors import escaped, printable
+from loratool.errors import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 MOST_NAMED = 3  # names that a sentence repeats
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that a check found."""
-
-    level: Literal["problem", "note"]  # problems make a check end with exit code 3
-    code: str  # what kind of thing: a word that stays the same from release to release
-    message: str
-    repair: str = ""  # a command, or what to do where there is none; empty where nothing can be done
-    where: tuple[str, ...] = ()  # targets or tensors
-
-    def __post_init__(self) -> None:
-        for name in ("message", "repair"):  # they repeat what stands in files
-            object.__setattr__(self, name, escaped(getattr(self, name)))
 
 
 def some(names: Sequence[str]) -> str:

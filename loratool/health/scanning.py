@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import EXPONENT, StoredTensor, pieces, stored_tensors
 from loratool.errors import printable
 from loratool.formats.peft import CONFIG
-from loratool.health.findings import Finding, command, some
+from loratool.health.findings import command, some
+from loratool.results.findings import Finding
 from loratool.updates import ExpertFactors, LowRank, Replace, ReplaceRows
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from loratool.adapter import Adapter

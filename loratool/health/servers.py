@@ -5,18 +5,20 @@ Such facts age. Each has in `FACTS` the release that it was seen in, and when; t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.errors import printable
-from loratool.health.findings import Finding, command, quoted, some
+from loratool.health.findings import command, quoted, some
 from loratool.layouts.architectures import INPUT_EMBEDDINGS, OUTPUT_HEADS
+from loratool.results.findings import Finding
 from loratool.updates import Add, ExpertFactors, LowRank, Magnitude, Replace, ReplaceRows
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from loratool.adapter import Adapter
     from loratool.fitting import Fit
     from loratool.updates import Update

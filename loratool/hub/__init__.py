@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from loratool.hub.pushing import PushReport, push
-from loratool.hub.streaming import StreamReport, stream
+from loratool.hub.pushing import push
+from loratool.hub.streaming import stream
+from loratool.results.push import PushReport
+from loratool.results.stream import StreamReport
 
 __all__ = ["PushReport", "StreamReport", "push", "stream"]

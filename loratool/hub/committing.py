@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import count
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.digests import parts_of
@@ -19,6 +18,8 @@ from loratool.notes import Note
 from loratool.origins import is_hub_id
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from huggingface_hub import CommitOperationAdd
 
 REMOTE_JOURNAL = "loratool-stream.json"  # in the repository, for as long as a streaming merge is not complete

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,35 +13,13 @@ from loratool.checkpoint import INDEX_SUFFIX
 from loratool.hub.committing import REMOTE_JOURNAL, Commit, check_name, commit, differing, files_of, open_repo
 from loratool.hub.selecting import Selection, check_message, select
 from loratool.options import FLAG, Options, option
-from loratool.results import Result
+from loratool.results.push import PushReport
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from loratool.merging import PathLike
     from loratool.notes import Note
-
-
-@dataclass(frozen=True)
-class PushReport(Result):
-    """What a push did. Sizes are bytes, times seconds."""
-
-    repo: str
-    kind: str  # model or adapter
-    url: str  # of the commit, or of the repository where nothing was sent
-    commit: str
-    pull_request: str
-    private: bool
-    files: dict[str, int]  # all that is to be there → size
-    uploaded: tuple[str, ...]
-    replaced: tuple[str, ...]  # weights of an earlier model that were deleted in the same commit
-    left_out: tuple[str, ...]
-    notes: tuple[Note, ...]
-    seconds: float
-    dry_run: bool
-
-    def __str__(self) -> str:
-        from loratool.report.hub import push_text
-
-        return push_text(self)
 
 
 @dataclass(frozen=True, kw_only=True)

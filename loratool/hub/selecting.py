@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from loratool.cards import CARD, addressed, card_of, is_template
 from loratool.checkpoint import PROVENANCE, TRAINING_FOLDERS, leaves, open_checkpoint, sort_side_files
@@ -25,6 +24,9 @@ from loratool.notes import Note
 from loratool.safefile import PREFIX
 from loratool.secrets import secrets_in
 from loratool.weightfiles import WeightFile, fates
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
 
 # What a model or an adapter is made of beside its weights; anything else is sent only where --include names it.
 KNOWN = (

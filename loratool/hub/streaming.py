@@ -13,7 +13,6 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,7 +24,7 @@ from loratool.cards import CARD, command, is_nobodys
 from loratool.checkpoint import INDEX_SUFFIX, PROVENANCE
 from loratool.computing import Totals
 from loratool.digests import Digest, digest_of_bytes, read_recorded, recorded
-from loratool.effects import AdapterEffect, effect_notes, effects_of, size_notes
+from loratool.effects import effect_notes, effects_of, size_notes
 from loratool.engine import Engine
 from loratool.errors import FitError, HubError, InputError, UsageError, VerificationError, printable
 from loratool.fetching import local
@@ -51,45 +50,18 @@ from loratool.merging import (
 from loratool.outputs import check_stage
 from loratool.planning import MergePlan, plan_merge
 from loratool.resources import Runtime, choose_resources, resident_memory, start_torch
-from loratool.results import Result
+from loratool.results.stream import StreamReport
 from loratool.safefile import read_safefile
 from loratool.staging import Stage, check_space, workplace
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from concurrent.futures import Future
 
     from loratool.fetching.answers import RemoteFile
     from loratool.notes import Note
     from loratool.placing import ShardPlan
     from loratool.safefile import SafeFile
-
-
-@dataclass(frozen=True)
-class StreamReport(Result):
-    """What a streaming merge did. Sizes are bytes, times seconds."""
-
-    repo: str
-    url: str
-    commit: str
-    private: bool
-    edited: int  # tensors
-    adapters: tuple[AdapterEffect, ...]  # of the files that this run merged
-    copied: int  # tensors carried over byte for byte
-    files: int  # of weights
-    bytes_written: int
-    resumed: tuple[str, ...]  # output files that were there already
-    most_on_disk: int  # bytes of weight files that were on this disk at one time
-    left_out: tuple[str, ...]
-    notes: tuple[Note, ...]
-    digests: dict[str, str]  # output file → SHA-256
-    device: str
-    seconds: float
-    dry_run: bool
-
-    def __str__(self) -> str:
-        from loratool.report.hub import stream_text
-
-        return stream_text(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,9 +21,12 @@ from loratool.fetching import Role, headers, local
 from loratool.fitting import Fit, fit_of
 from loratool.formats import Foreign, find_foreign, looks_foreign, peft
 from loratool.formats.peft import support
-from loratool.health import Finding, examine, examine_model, tell_unreadable
+from loratool.health import examine, examine_model, tell_unreadable
 from loratool.inputs import read_json
-from loratool.inspecting.facts import (
+from loratool.options import FLAG, SWITCH, PathKind, option
+from loratool.reading import Reading, ReadingOptions
+from loratool.resources import DeviceOption
+from loratool.results.facts import (
     AdapterFacts,
     CheckpointFacts,
     Facts,
@@ -33,9 +36,7 @@ from loratool.inspecting.facts import (
     UnreadableFacts,
     WeightFacts,
 )
-from loratool.options import FLAG, SWITCH, PathKind, option
-from loratool.reading import Reading, ReadingOptions
-from loratool.resources import DeviceOption
+from loratool.results.findings import Finding
 from loratool.updates import LowRank, Replace, ReplaceRows
 from loratool.weightfiles import fates
 

@@ -5,13 +5,14 @@ After "Accurate and Efficient Low-Rank Model Merging in Core Space" (arXiv:2509.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratool.lowrank.products import Product, canonical, negligible
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 

@@ -6,13 +6,14 @@ R: Σ cᵢ Lᵢ Rᵢᵀ = u diag(S) vᵀ, and then U S = Σ cᵢ upᵢ (Rᵢᵀ 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratool.lowrank.products import Product, negligible, small_svd
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 

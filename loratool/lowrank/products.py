@@ -5,11 +5,12 @@ With up = Qu Ru and downᵀ = Qd Rd, all of up @ down is in the small core Ru Rd
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from torch import Tensor
 

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 NEARLY_PARALLEL = 0.9995  # |cosine| from which slerp is linear, as in mergekit

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -32,6 +31,8 @@ from loratool.methods.stacks import Formed, Held
 from loratool.methods.table import ELEMENTWISE, FACTORWISE, GRAM, METHODS, SPECTRAL
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 SKETCH_STEPS = 2

@@ -6,7 +6,6 @@ directions that hold no more than `noise`, the floor of `loratool.lowrank.noise`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from loratool.lowrank.core import Core
@@ -14,6 +13,8 @@ from loratool.lowrank.noise import floor_of
 from loratool.lowrank.products import Decomposition, Product, negligible
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 COMMON_PART = 0.8  # of the rank that Iso-CTS gives to what all have in common

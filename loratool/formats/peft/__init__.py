@@ -7,7 +7,6 @@ refused by its name, and a tensor that nothing recognises is reported as unused.
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter
@@ -36,6 +35,7 @@ from loratool.weightfiles import weight_files
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from loratool.safefile import SafeFile
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from loratool.errors import printable
@@ -26,6 +25,8 @@ from loratool.updates import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from loratool.updates import Update
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratool.contents import Kind
 from loratool.formats.peft import keys
 from loratool.formats.peft.experts import stacked_by_peft
 from loratool.formats.peft.spelling import Names
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
 
 # Fields that are carried over where all sources agree; of those that disagree the first source's counts.
 CARRIED = (

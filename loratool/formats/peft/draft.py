@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import INTEGER_NAMES, Derived, StoredTensor
 from loratool.errors import printable
@@ -15,6 +14,9 @@ from loratool.notes import Note
 from loratool.reading import AS_STORED, Reading
 from loratool.safefile import FLOAT_NAMES, SafeFile
 from loratool.updates import Add, Replace, ReplaceRows, Update
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping
 
 TOKENS = keys.TOKENS
 LEFT_BEHIND = frozenset({"trainable_tokens_original"})  # beside it in a raw state dict

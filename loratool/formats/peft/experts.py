@@ -7,9 +7,12 @@ routers beside them too, which it takes for parameters as well (`_convert_peft_c
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from loratool.layouts.fusions import FUSIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 ROUTER = ".gate.weight"
 PARTS = re.compile(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratool.errors import printable
 from loratool.formats.peft.files import CONFIG
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 
 def is_text(value: object) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratool.checkpoint import INDEX_SUFFIX, NUMBERED, check_index, check_numbering, read_index, read_shards
 from loratool.containers import foreign_file, instead_of_weights
@@ -12,6 +11,9 @@ from loratool.formats.peft.keys import family_of, path_of
 from loratool.inputs import read_json, unreadable
 from loratool.notes import Note
 from loratool.safefile import SafeFile, SafeFiles, read_safefile
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -7,7 +7,6 @@ are named where the updates and `formulas` are defined.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +39,8 @@ from loratool.updates import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from loratool.formats.peft.scaling import Scaling
     from loratool.updates import Update
 

@@ -6,7 +6,6 @@ registers them: the first one lies innermost, behind the most `base_layer`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from loratool.errors import printable
@@ -17,6 +16,8 @@ from loratool.formats.peft.patterns import match_patterns
 from loratool.updates import ExpertFactors
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from loratool.formats.peft.scaling import Scaling
     from loratool.updates import Update
 

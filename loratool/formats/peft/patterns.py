@@ -6,9 +6,12 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from loratool.errors import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 PATTERN_SECONDS = 10.0
 PLAIN_PATTERN = re.compile(r"[\w.$-]+")  # patterns of these characters compile and match at once

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from loratool.errors import printable
@@ -10,6 +9,8 @@ from loratool.formats.peft import keys, packing, support
 from loratool.notes import Note
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from loratool.formats.peft.draft import Draft
 
 LONGEST_LIST = 8  # names that a note repeats

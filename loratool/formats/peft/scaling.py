@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratool.errors import printable
 from loratool.formats.peft.draft import Draft, UnusableError, is_number, is_whole
 from loratool.formats.peft.files import CONFIG
 from loratool.formats.peft.patterns import match_patterns
 from loratool.notes import Note
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
 
 
 class Scaling:

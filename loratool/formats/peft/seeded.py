@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from loratool.formats.peft.draft import UnsupportedError, derived
@@ -10,6 +9,8 @@ from loratool.formats.peft.method import MERGE_IN_PEFT, Method, Reader, Updates,
 from loratool.updates import Bases, Wavelet, formulas, wavelets
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from loratool.formats.peft.draft import Draft, Module
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from loratool.contents import Kind
@@ -11,6 +10,8 @@ from loratool.formats.peft.experts import stacked_by_peft
 from loratool.formats.peft.parameters import REGISTERED
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from torch import Tensor
 
     from loratool.lowrank import Product

@@ -7,7 +7,6 @@ model keeps gate and up together, else `experts.w1`, `w3` and `w2`, which are ga
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -17,6 +16,8 @@ from loratool.formats.peft.draft import Draft, Module
 from loratool.updates import ExpertFactors, LowRank
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from loratool.formats.peft.scaling import Scaling
     from loratool.updates import Update
 

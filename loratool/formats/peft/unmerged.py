@@ -7,8 +7,6 @@ of every adapter with that adapter's name: `lora_A.default.weight`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.errors import InputError, UsageError, printable
@@ -20,6 +18,9 @@ from loratool.notes import Note
 from loratool.safefile import SafeFiles, Selection
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
     from loratool.adapter import Adapter
     from loratool.checkpoint import Checkpoint
     from loratool.reading import Reading

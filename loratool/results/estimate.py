@@ -1,15 +1,81 @@
-"""An estimate as text."""
+"""What `estimate` tells."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
-from loratool.report import aligned, size
+from loratool.results.base import Result
+from loratool.results.text import aligned, size
 
 if TYPE_CHECKING:
-    from loratool.estimating import Estimate, Memory
+    from collections.abc import Mapping
 
+    from loratool.notes import Note
+
+Shape = tuple[int, ...]
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of a parameter
+ADAM_BYTES = 8  # of one parameter: two moments in float32 (Kingma and Ba 2015, arXiv:1412.6980)
+QUANTISED_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 SHOWN_RANKS = (8, 128)  # between which growth is shown where only one rank is asked for
+
+
+@dataclass(frozen=True)
+class TargetEstimate:
+    """Weights of one name and shape that a target chooses."""
+
+    name: str  # the last part of their path
+    shape: Shape  # as the base stores it
+    count: int
+    per_rank: int  # parameters of all their factors together at rank 1; r times as many at rank r
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that training holds for parameters. Activations are not among them."""
+
+    weights: int
+    gradients: int
+    optimizer: int  # AdamW's two moments, float32
+    total: int
+
+
+@dataclass(frozen=True)
+class RankEstimate:
+    """What one rank makes of the targets."""
+
+    rank: int
+    trainable: int  # parameters
+    all_parameters: int  # of base and adapter
+    percent: float  # trainable of all
+    line: str  # the three as PEFT's `print_trainable_parameters` prints them
+    adapter_bytes: int  # of adapter_model.safetensors
+    lora: Memory
+    qlora: Memory
+
+
+@dataclass(frozen=True)
+class Estimate(Result):
+    """Parameters, sizes and memory of LoRA on one base."""
+
+    kind: Literal["estimate"] = field(default="estimate", init=False)
+    path: str
+    architecture: str
+    source: Literal["headers", "config"]
+    parameters: int  # of the base
+    bytes: int  # of the base's weights in memory
+    dtypes: Mapping[str, int]  # of the base: dtype → parameters
+    quantisable: int  # parameters that QLoRA holds in 4 bits: all linear weights but the head
+    merged_bytes: int  # tensor data of the merged model, in the base's dtypes
+    dtype: str  # of the adapter
+    targets: tuple[TargetEstimate, ...]
+    per_rank: int  # parameters of the adapter at rank 1
+    ranks: tuple[RankEstimate, ...]
+    full: Memory
+    notes: tuple[Note, ...]
+
+    def __str__(self) -> str:
+        return estimate_text(self)
 
 
 def estimate_text(result: Estimate) -> str:
@@ -24,7 +90,7 @@ def estimate_text(result: Estimate) -> str:
         *(("note", note) for note in result.notes),
     ]
     lines = [one.line for one in result.ranks]
-    return "\n\n".join([aligned(rows), "\n".join(lines), table(side_by_side(result)), memory_text(result)])
+    return "\n\n".join([aligned(rows), "\n".join(lines), in_columns(side_by_side(result)), memory_text(result)])
 
 
 def target_line(name: str, shape: tuple[int, ...], count: int, per_rank: int) -> str:
@@ -53,7 +119,7 @@ def side_by_side(result: Estimate) -> list[list[str]]:
     ]
 
 
-def table(rows: list[list[str]]) -> str:
+def in_columns(rows: list[list[str]]) -> str:
     """Cells in columns, the first to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -64,11 +130,8 @@ def table(rows: list[list[str]]) -> str:
 
 def memory_text(result: Estimate) -> str:
     """Where each kind of training spends its memory, with the formula."""
-    from loratool.estimating import ADAM_BYTES, DTYPES, QUANTISED_BITS
-    from loratool.safefile import DTYPE_BITS
-
     each = f"{result.bytes / result.parameters:.3g}"
-    small = DTYPE_BITS[DTYPES[result.dtype]] // 8
+    small = BYTES[result.dtype]
     trained = f"T·{small}) + T·{small} + T·{ADAM_BYTES}"
     rows: list[tuple[str, object]] = [
         ("full fine-tuning", f"P·{each} + P·{each} + P·{ADAM_BYTES} = {sum_of(result.full)}"),

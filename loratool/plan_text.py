@@ -1,73 +1,20 @@
-"""Any result as text for people or as plain data for JSON."""
+"""A plan as text for people and as data for scripts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from loratool.errors import escaped
-from loratool.results import plain
+from loratool.errors import printable
+from loratool.resources import estimated_memory
+from loratool.results.base import plain
+from loratool.results.text import MOST_LINES, aligned, size
+from loratool.templates import grouped, template_of
 
 if TYPE_CHECKING:
-    from loratool.effects import AdapterEffect
-    from loratool.merging import MergeReport
+    from collections.abc import Sequence
+
     from loratool.placing import Edit, Span
     from loratool.planning import MergePlan
-
-MOST_LINES = 40  # rows of a listing before the rest is counted
-
-
-def size(count: float) -> str:
-    """A number of bytes with its unit, in powers of 1000 as disks and the Hub count."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
-
-
-def aligned(rows: Sequence[tuple[str, object]]) -> str:
-    """`name  value` lines with the values in one column."""
-    width = max((len(name) for name, _ in rows), default=0)
-    return "\n".join(f"{name:<{width}}  {escaped(str(value))}" for name, value in rows)
-
-
-def merge_text(report: MergeReport) -> str:
-    """What a merge did, for people."""
-    from loratool.errors import printable
-
-    rate = report.bytes_written / max(report.seconds, 1e-9) / 1e9
-    rows: list[tuple[str, object]] = [
-        ("merged into", printable(report.out)),
-        (
-            "tensors",
-            f"{report.edited} edited, {report.copied} copied"
-            + (f", {report.converted} converted" if report.converted else ""),
-        ),
-        *(("adapter", effect_line(effect)) for effect in report.adapters),
-        ("written", f"{size(report.bytes_written)} in {report.seconds:.2f} s ({rate:.2f} GB/s)"),
-        ("device", f"{report.device}, {report.workers} workers, torch ready after {report.startup_seconds:.2f} s"),
-        ("peak memory", size(report.peak_memory) + (f", GPU {size(report.gpu_memory)}" if report.gpu_memory else "")),
-    ]
-    if report.resumed:
-        rows.append(("continued", f"{len(report.resumed)} finished files of an interrupted run were kept"))
-    if report.relative_norms:
-        ordered = sorted(report.relative_norms.items(), key=lambda item: item[1])
-        for label, (name, ratio) in (("largest ‖ΔW‖/‖W‖", ordered[-1]), ("smallest", ordered[0])):
-            rows.append((label, f"{ratio:.3g}  {printable(name)}"))
-    if report.nonfinite:
-        total = sum(report.nonfinite.values())
-        rows.append(("NaN/inf in base", f"{total} values in {len(report.nonfinite)} edited tensors, kept as they are"))
-    rows += [("left out", name) for name in report.left_out]
-    rows += [("note", note) for note in report.notes]
-    return aligned(rows)
-
-
-def effect_line(effect: AdapterEffect) -> str:
-    """What an adapter did, in a line."""
-    changed = effect.modules - len(effect.unchanged)
-    some = f"{changed} of {effect.modules}" if effect.unchanged else f"{effect.modules}"
-    return f"{effect.name}: {some} modules changed, weight {effect.weight:g}"
 
 
 def plan_text(plan: MergePlan, memory: int) -> str:
@@ -100,9 +47,6 @@ def edit_lines(plan: MergePlan) -> list[str]:
 
     Rows are those of the tensor seen as a matrix, and shown for the first of a line where they differ.
     """
-    from loratool.binding import grouped, template_of
-    from loratool.errors import printable
-
     parts: dict[tuple[int, str, str, str, str], list[str]] = {}
     for span in plan.edited:
         about = f"{'×'.join(map(str, span.info.shape))} {span.placed.dtype}"
@@ -137,8 +81,6 @@ def part_of(edit: Edit, span: Span) -> str:
 
 def plan_data(plan: MergePlan, device: str, workers: int | None, max_memory: int | None) -> dict[str, Any]:
     """What a merge would do, for scripts."""
-    from loratool.resources import estimated_memory
-
     return {
         "base": plan.base.name,
         "adapters": [
@@ -165,10 +107,3 @@ def plan_data(plan: MergePlan, device: str, workers: int | None, max_memory: int
         "left_out": list(plan.left_out),
         "notes": plain(plan.notes),
     }
-
-
-def spread(values: Mapping[str, int]) -> str:
-    """Counted values: `16`, or `16 ×200, 32 ×24` where there are several."""
-    if len(values) == 1:
-        return next(iter(values))
-    return ", ".join(f"{value} ×{count}" for value, count in values.items()) or "none"

@@ -1,15 +1,38 @@
-"""What went to the Hub, for people."""
+"""What `push` did."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratool.errors import printable
-from loratool.report import MOST_LINES, aligned, effect_line, size
+from loratool.results.base import Result
+from loratool.results.text import MOST_LINES, aligned, size
 
 if TYPE_CHECKING:
-    from loratool.hub.pushing import PushReport
-    from loratool.hub.streaming import StreamReport
+    from loratool.notes import Note
+
+
+@dataclass(frozen=True)
+class PushReport(Result):
+    """What a push did. Sizes are bytes, times seconds."""
+
+    repo: str
+    kind: str  # model or adapter
+    url: str  # of the commit, or of the repository where nothing was sent
+    commit: str
+    pull_request: str
+    private: bool
+    files: dict[str, int]  # all that is to be there → size
+    uploaded: tuple[str, ...]
+    replaced: tuple[str, ...]  # weights of an earlier model that were deleted in the same commit
+    left_out: tuple[str, ...]
+    notes: tuple[Note, ...]
+    seconds: float
+    dry_run: bool
+
+    def __str__(self) -> str:
+        return push_text(self)
 
 
 def push_text(report: PushReport) -> str:
@@ -34,23 +57,4 @@ def push_text(report: PushReport) -> str:
     rows += [("note", note) for note in report.notes]
     if not report.dry_run:
         rows.append(("see", printable(report.pull_request or report.url)))
-    return aligned(rows)
-
-
-def stream_text(report: StreamReport) -> str:
-    """What a streaming merge did."""
-    rows: list[tuple[str, object]] = [
-        ("would be merged into" if report.dry_run else "merged into", printable(report.repo)),
-        ("tensors", f"{report.edited} edited, {report.copied} copied"),
-        *(("adapter", effect_line(effect)) for effect in report.adapters),
-        ("weights", f"{size(report.bytes_written)} in {report.files} files, {report.seconds:.2f} s"),
-        ("on this disk", f"at most {size(report.most_on_disk)} of weights at a time"),
-        ("device", report.device),
-    ]
-    if report.resumed:
-        rows.append(("continued", f"{len(report.resumed)} files were there already"))
-    rows += [("left out", printable(line)) for line in report.left_out]
-    rows += [("note", note) for note in report.notes]
-    if not report.dry_run:
-        rows.append(("see", printable(report.url)))
     return aligned(rows)

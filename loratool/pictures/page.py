@@ -12,17 +12,18 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
 from loratool.errors import UsageError, escaped, printable
 from loratool.outputs import write_file
-from loratool.report import size
+from loratool.results.text import size
 
 if TYPE_CHECKING:
-    from loratool.inspecting.facts import AdapterFacts, Facts
-    from loratool.measuring import Measured
+    from pathlib import Path
+
+    from loratool.results.facts import AdapterFacts, Facts
+    from loratool.results.values import Measured
 
 MOST_POINTS = 250_000  # singular values that a page holds; of more, every second, third … one is kept
 LARGEST_HEAD = 1 << 16  # bytes in which a page's title ends
@@ -49,11 +50,11 @@ ORDER = (
 
 def html_page(results: Sequence[Facts]) -> str:
     """The page as text: a section for each of the results, figures where values were measured."""
-    from loratool.inspecting.facts import AdapterFacts
+    from loratool.results.facts import AdapterFacts
 
     data = [adapter_data(facts) if isinstance(facts, AdapterFacts) else other_data(facts) for facts in results]
     title = ", ".join(entry["title"] for entry in data) or "nothing"
-    template = files("loratool.report").joinpath("page.html").read_text(encoding="utf-8")
+    template = files("loratool.pictures").joinpath("page.html").read_text(encoding="utf-8")
     parts = {"TITLE": html.escape(escaped(title)), "VERSION": html.escape(__version__), "DATA": embedded(data)}
     return re.sub("@@([A-Z]+)@@", lambda match: parts[match[1]], template)
 

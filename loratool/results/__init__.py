@@ -1,0 +1,1 @@
+"""Every result of a command as plain data with its own text."""

@@ -1,0 +1,137 @@
+"""What `combine` did."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loratool.errors import printable
+from loratool.results.base import Written
+from loratool.results.text import MOST_LAYERS, aligned, kept, mean_of, number, percent, size, spread, table, widest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from loratool.notes import Note
+    from loratool.results.compare import Meeting
+
+
+@dataclass(frozen=True)
+class Part:
+    """What became of one adapter in one layer."""
+
+    weight: float
+    norm: float  # ‖ΔW‖, weight not included
+    energy_kept: float | None  # ‖U'U'ᵀ ΔW V'V'ᵀ‖² / ‖ΔW‖² with the singular vectors of the result
+    norm_ratio: float | None  # ‖result‖ / ‖w ΔW‖
+
+
+@dataclass(frozen=True)
+class CombinedLayer:
+    """One layer of the result. Errors are relative to what the method gives at full rank, Frobenius."""
+
+    rank: int
+    norm: float
+    whole: float  # ‖what the method gives at full rank‖
+    truncated: float  # error of the cut to `rank`
+    stored: float  # error of rounding to the stored dtype, relative to the cut result
+    error: float  # both together
+    parts: Mapping[str, Part]  # by adapter
+    meetings: Mapping[str, Meeting]  # "one × other"
+    cancels: str = ""  # "zero" or "unscaled": what became of a sum that is no more than the rounding of its factors
+
+
+@dataclass(frozen=True)
+class CombinedTotals:
+    """All layers together; norms add up as squares."""
+
+    norm: float
+    truncated: float
+    stored: float
+    error: float
+    energy_kept: Mapping[str, float | None]  # by adapter
+    norm_ratio: Mapping[str, float | None]
+    cosine: Mapping[str, float | None]  # "one × other"
+    parameters: int
+    bytes: int  # of factors
+
+
+@dataclass(frozen=True)
+class CombineReport(Written):
+    """What `combine` did. Sizes are bytes, times seconds."""
+
+    out: Path
+    written: bool
+    method: str
+    settings: Mapping[str, Any]
+    adapters: tuple[str, ...]
+    totals: CombinedTotals
+    modules: Mapping[str, CombinedLayer]  # by target
+    dtype: str
+    device: str
+    seconds: float
+    startup_seconds: float
+    peak_memory: int
+    notes: tuple[Note, ...]
+
+    def __str__(self) -> str:
+        return self.with_push(combine_text(self))
+
+
+def combine_text(report: CombineReport) -> str:
+    """What `combine` did, adapter by adapter and layer by layer."""
+    totals = report.totals
+    ranks = Counter(str(layer.rank) for layer in report.modules.values())
+    settings = ", ".join(f"{name} {plain_value(value)}" for name, value in report.settings.items() if name != "method")
+    rows: list[tuple[str, object]] = [
+        ("combined into" if report.written else "would write", printable(report.out)),
+        ("method", f"{report.method}: {settings}"),
+        ("rank", spread(dict(ranks.most_common()))),
+        ("factors", f"{totals.parameters:,} parameters, {size(totals.bytes)}, {report.dtype}"),
+        (
+            "error",
+            f"{percent(totals.error)}: {percent(totals.truncated)} by the cut to this rank, {percent(totals.stored)} by "
+            "rounding",
+        ),
+        *(
+            ("adapter", f"{name}: {kept(totals.energy_kept[name])} of its energy kept, result/own norm "
+             f"{number(totals.norm_ratio[name])}")
+            for name in report.adapters
+        ),
+        *(("together", f"{pair}: {met(report, pair)}") for pair in totals.cosine),
+        ("took", f"{report.seconds:.2f} s on {report.device}, torch ready after {report.startup_seconds:.2f} s"),
+        ("peak memory", size(report.peak_memory)),
+        *(("note", note) for note in report.notes),
+    ]  # fmt: skip
+    worst = sorted(report.modules.items(), key=lambda item: -item[1].error)
+    cells = [
+        [
+            str(layer.rank),
+            f"{layer.norm:.3g}",
+            percent(layer.truncated),
+            percent(layer.stored),
+            kept(min((p.energy_kept for p in layer.parts.values() if p.energy_kept is not None), default=None)),
+            number(widest([m.cosine for m in layer.meetings.values()])),
+            printable(target.removesuffix(".weight")),
+        ]
+        for target, layer in worst[:MOST_LAYERS]
+    ]
+    header = ["rank", "‖ΔW‖", "cut", "stored", "least kept", "cosine", "layer"]
+    return "\n".join([aligned(rows), *table(header, cells, len(worst) - MOST_LAYERS)])
+
+
+def met(report: CombineReport, pair: str) -> str:
+    """How much two adapters are in each other's way: the cosine of all, and means over the layers that both have."""
+    found = [layer.meetings[pair] for layer in report.modules.values() if pair in layer.meetings]
+    overlap, by_chance = mean_of([m.overlap_out for m in found]), mean_of([m.random_out for m in found])
+    return (
+        f"cosine {number(report.totals.cosine[pair])}, overlap {number(overlap)} (random {number(by_chance)}), "
+        f"interference {number(mean_of([m.interference for m in found]))}, "
+        f"signs {number(mean_of([m.sign_conflict for m in found]))}"
+    )
+
+
+def plain_value(value: object) -> str:
+    return "/".join(map(plain_value, value)) if isinstance(value, (list, tuple)) else f"{value}"

@@ -1,0 +1,40 @@
+"""What a check found, one thing at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from loratool.errors import escaped, printable
+from loratool.results.text import fill
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a check found."""
+
+    level: Literal["problem", "note"]  # problems make a check end with exit code 3
+    code: str  # what kind of thing: a word that stays the same from release to release
+    message: str
+    repair: str = ""  # a command, or what to do where there is none; empty where nothing can be done
+    where: tuple[str, ...] = ()  # targets or tensors
+
+    def __post_init__(self) -> None:
+        for name in ("message", "repair"):  # they repeat what stands in files
+            object.__setattr__(self, name, escaped(getattr(self, name)))
+
+
+def findings_text(findings: Sequence[Finding]) -> str:
+    """Problems and notes, each with what repairs it."""
+    problems = sum(finding.level == "problem" for finding in findings)
+    notes = len(findings) - problems
+    count = f"{problems} problem{'s' * (problems != 1)}, {notes} note{'s' * (notes != 1)}"
+    lines = [f"health: {count}" if findings else "health: nothing is wrong"]
+    for finding in findings:
+        lines.append(fill(f"{finding.code}: {finding.message}", f"  {finding.level:<8}", " " * 10))
+        if finding.repair:
+            lines.append(fill(printable(finding.repair), "          → ", " " * 12))
+    return "\n".join(lines)

@@ -1,0 +1,94 @@
+"""What `merge` did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loratool.errors import printable
+from loratool.results.base import Written
+from loratool.results.text import aligned, size
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from loratool.notes import Note
+
+
+@dataclass(frozen=True)
+class AdapterEffect:
+    """What an adapter did to the base. A module is a weight or a bias that it updates."""
+
+    name: str
+    weight: float
+    modules: int
+    unchanged: tuple[str, ...]  # those of its modules in which it changes no element by itself, after rounding
+
+    @property
+    def dead(self) -> bool:
+        """Whether it changes nothing at all."""
+        return len(self.unchanged) == self.modules > 0
+
+
+@dataclass(frozen=True)
+class MergeReport(Written):
+    """What a merge did. Sizes are bytes, times seconds, norms Frobenius."""
+
+    out: Path
+    edited: int  # tensors
+    adapters: tuple[AdapterEffect, ...]
+    copied: int  # tensors carried over byte for byte
+    converted: int  # tensors that only changed dtype
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    startup_seconds: float  # of `seconds`: until torch and the devices were ready, bytes being copied meanwhile
+    device: str
+    workers: int
+    peak_memory: int  # resident set of the whole process
+    gpu_memory: int
+    resumed: tuple[str, ...]  # output files that an earlier, interrupted run had finished
+    relative_norms: dict[str, float]  # tensor → ‖ΔW‖/‖W‖, where nothing replaces W
+    nonfinite: dict[str, int]  # edited tensor → NaN and inf that the base itself holds
+    left_out: tuple[str, ...]  # files of the base that are no part of the output
+    notes: tuple[Note, ...]
+    digests: dict[str, str]  # output file → SHA-256
+
+    def __str__(self) -> str:
+        return self.with_push(merge_text(self))
+
+
+def merge_text(report: MergeReport) -> str:
+    """What a merge did, for people."""
+    rate = report.bytes_written / max(report.seconds, 1e-9) / 1e9
+    rows: list[tuple[str, object]] = [
+        ("merged into", printable(report.out)),
+        (
+            "tensors",
+            f"{report.edited} edited, {report.copied} copied"
+            + (f", {report.converted} converted" if report.converted else ""),
+        ),
+        *(("adapter", effect_line(effect)) for effect in report.adapters),
+        ("written", f"{size(report.bytes_written)} in {report.seconds:.2f} s ({rate:.2f} GB/s)"),
+        ("device", f"{report.device}, {report.workers} workers, torch ready after {report.startup_seconds:.2f} s"),
+        ("peak memory", size(report.peak_memory) + (f", GPU {size(report.gpu_memory)}" if report.gpu_memory else "")),
+    ]
+    if report.resumed:
+        rows.append(("continued", f"{len(report.resumed)} finished files of an interrupted run were kept"))
+    if report.relative_norms:
+        ordered = sorted(report.relative_norms.items(), key=lambda item: item[1])
+        for label, (name, ratio) in (("largest ‖ΔW‖/‖W‖", ordered[-1]), ("smallest", ordered[0])):
+            rows.append((label, f"{ratio:.3g}  {printable(name)}"))
+    if report.nonfinite:
+        total = sum(report.nonfinite.values())
+        rows.append(("NaN/inf in base", f"{total} values in {len(report.nonfinite)} edited tensors, kept as they are"))
+    rows += [("left out", name) for name in report.left_out]
+    rows += [("note", note) for note in report.notes]
+    return aligned(rows)
+
+
+def effect_line(effect: AdapterEffect) -> str:
+    """What an adapter did, in a line."""
+    changed = effect.modules - len(effect.unchanged)
+    some = f"{changed} of {effect.modules}" if effect.unchanged else f"{effect.modules}"
+    return f"{effect.name}: {some} modules changed, weight {effect.weight:g}"

@@ -1,0 +1,64 @@
+"""What `rescale` did."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loratool.errors import printable
+from loratool.results.base import Written
+from loratool.results.text import MOST_LAYERS, aligned
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from loratool.notes import Note
+
+
+@dataclass(frozen=True)
+class RescaledLayer:
+    """The scale of a layer before and after: α/r, or α/√r with rsLoRA."""
+
+    before: float
+    after: float
+    factor: float | None  # by which its update is multiplied; None where that was zero because of its α
+
+
+@dataclass(frozen=True)
+class RescaleReport(Written):
+    """What `rescale` did. Sizes are bytes, times seconds."""
+
+    out: Path
+    written: bool
+    baked: bool
+    modules: Mapping[str, RescaledLayer]  # by target
+    norm: float | None  # ‖ΔW‖ of all layers after it, where norms were asked for
+    device: str
+    seconds: float
+    startup_seconds: float
+    peak_memory: int
+    notes: tuple[Note, ...]
+
+    def __str__(self) -> str:
+        return self.with_push(rescale_text(self))
+
+
+def rescale_text(report: RescaleReport) -> str:
+    """What `rescale` did."""
+    alike = Counter(
+        (f"{m.before:.6g}", f"{m.after:.6g}", "" if m.factor is None else f" (× {m.factor:.6g})")
+        for m in report.modules.values()
+    )
+    rows: list[tuple[str, object]] = [
+        ("rescaled into" if report.written else "would write", printable(report.out)),
+        *(
+            ("scale", f"{before} → {after}{factor} in {count} layers" + (", baked in" if report.baked else ""))
+            for (before, after, factor), count in alike.most_common(MOST_LAYERS)
+        ),
+        *([("more", f"{len(alike) - MOST_LAYERS} other scales")] if len(alike) > MOST_LAYERS else []),
+        *([("‖ΔW‖", f"{report.norm:.6g} of all layers together")] if report.norm is not None else []),
+        *(("note", note) for note in report.notes),
+    ]
+    return aligned(rows)

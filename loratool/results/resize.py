@@ -1,0 +1,105 @@
+"""What `resize` did."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loratool.errors import printable
+from loratool.results.base import Written
+from loratool.results.text import MOST_LAYERS, aligned, percent, size, spread, table
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from loratool.notes import Note
+
+
+@dataclass(frozen=True)
+class ResizedLayer:
+    """One layer, before and after. Errors are relative: ‖ΔW − ΔW'‖ / ‖ΔW‖, Frobenius."""
+
+    rank_before: int
+    rank: int
+    norm: float  # ‖ΔW‖
+    predicted: float  # error of the truncation, from the singular values
+    achieved: float  # error of what is stored, rounding included
+    activations: float | None = None  # predicted error of ΔW·x over the inputs of a calibration
+    floor: float = 0.0  # an update with a norm up to this is no larger than the rounding of its stored factors
+
+
+@dataclass(frozen=True)
+class ResizedTotals:
+    """All layers together; their norms add up as squares."""
+
+    norm: float
+    predicted: float
+    achieved: float
+    parameters_before: int
+    parameters: int
+    bytes_before: int  # of factors
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ResizeReport(Written):
+    """What `resize` did. Sizes are bytes, times seconds."""
+
+    out: Path
+    written: bool
+    rule: str
+    totals: ResizedTotals
+    modules: Mapping[str, ResizedLayer]  # by target
+    dropped: tuple[str, ...]  # targets that a budget left nothing
+    dtype: str
+    device: str
+    seconds: float
+    startup_seconds: float  # of `seconds`: until torch and the device were ready
+    peak_memory: int
+    notes: tuple[Note, ...]
+
+    def __str__(self) -> str:
+        return self.with_push(resize_text(self))
+
+
+def resize_text(report: ResizeReport) -> str:
+    """What `resize` did, layer by layer."""
+    totals = report.totals
+    ranks = Counter(str(layer.rank) for layer in report.modules.values())
+    rows: list[tuple[str, object]] = [
+        ("resized into" if report.written else "would write", printable(report.out)),
+        ("rule", report.rule),
+        ("rank", spread(dict(ranks.most_common()))),
+        ("parameters", f"{totals.parameters:,} of {totals.parameters_before:,}"),
+        ("factors", f"{size(totals.bytes)} of {size(totals.bytes_before)}, {report.dtype}"),
+        ("error", f"{percent(totals.achieved)} of ‖ΔW‖ as stored, {percent(totals.predicted)} by truncation"),
+        ("took", f"{report.seconds:.2f} s on {report.device}, torch ready after {report.startup_seconds:.2f} s"),
+        ("peak memory", size(report.peak_memory)),
+        *(
+            ("left out", f"{printable(target)}: the budget leaves it no rank")
+            for target in report.dropped[:MOST_LAYERS]
+        ),
+        *(("note", note) for note in report.notes),
+    ]
+    return "\n".join([aligned(rows), *resized_lines(report.modules)])
+
+
+def resized_lines(modules: Mapping[str, ResizedLayer]) -> list[str]:
+    """A table of layers, those that lose most first."""
+    worst = sorted(modules.items(), key=lambda item: -item[1].achieved)
+    weighed = any(layer.activations is not None for layer in modules.values())
+    header = ["rank", "‖ΔW‖", "truncated", "stored", *(["outputs"] if weighed else []), "layer"]
+    cells = [
+        [
+            f"{layer.rank_before} → {layer.rank}",
+            f"{layer.norm:.3g}",
+            percent(layer.predicted),
+            percent(layer.achieved),
+            *([percent(layer.activations or 0.0)] if weighed else []),
+            printable(target.removesuffix(".weight")),
+        ]
+        for target, layer in worst[:MOST_LAYERS]
+    ]
+    return table(header, cells, len(worst) - MOST_LAYERS)

@@ -1,0 +1,59 @@
+"""What a merge that streams to the Hub did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loratool.errors import printable
+from loratool.results.base import Result
+from loratool.results.merge import AdapterEffect, effect_line
+from loratool.results.text import aligned, size
+
+if TYPE_CHECKING:
+    from loratool.notes import Note
+
+
+@dataclass(frozen=True)
+class StreamReport(Result):
+    """What a streaming merge did. Sizes are bytes, times seconds."""
+
+    repo: str
+    url: str
+    commit: str
+    private: bool
+    edited: int  # tensors
+    adapters: tuple[AdapterEffect, ...]  # of the files that this run merged
+    copied: int  # tensors carried over byte for byte
+    files: int  # of weights
+    bytes_written: int
+    resumed: tuple[str, ...]  # output files that were there already
+    most_on_disk: int  # bytes of weight files that were on this disk at one time
+    left_out: tuple[str, ...]
+    notes: tuple[Note, ...]
+    digests: dict[str, str]  # output file → SHA-256
+    device: str
+    seconds: float
+    dry_run: bool
+
+    def __str__(self) -> str:
+        return stream_text(self)
+
+
+def stream_text(report: StreamReport) -> str:
+    """What a streaming merge did."""
+    rows: list[tuple[str, object]] = [
+        ("would be merged into" if report.dry_run else "merged into", printable(report.repo)),
+        ("tensors", f"{report.edited} edited, {report.copied} copied"),
+        *(("adapter", effect_line(effect)) for effect in report.adapters),
+        ("weights", f"{size(report.bytes_written)} in {report.files} files, {report.seconds:.2f} s"),
+        ("on this disk", f"at most {size(report.most_on_disk)} of weights at a time"),
+        ("device", report.device),
+    ]
+    if report.resumed:
+        rows.append(("continued", f"{len(report.resumed)} files were there already"))
+    rows += [("left out", printable(line)) for line in report.left_out]
+    rows += [("note", note) for note in report.notes]
+    if not report.dry_run:
+        rows.append(("see", printable(report.url)))
+    return aligned(rows)

@@ -1,0 +1,127 @@
+"""What the texts of results are made of: sizes with units, rows in columns, counted values."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from typing import TYPE_CHECKING
+
+from loratool.errors import escaped
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+COLUMNS = 80
+MOST_LAYERS = 8  # rows of a table of layers before the rest is counted
+MOST_LINES = 40  # rows of a listing before the rest is counted
+
+
+def size(count: float) -> str:
+    """A number of bytes with its unit, in powers of 1000 as disks and the Hub count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def aligned(rows: Sequence[tuple[str, object]]) -> str:
+    """`name  value` lines with the values in one column."""
+    width = max((len(name) for name, _ in rows), default=0)
+    return "\n".join(f"{name:<{width}}  {escaped(str(value))}" for name, value in rows)
+
+
+def spread(values: Mapping[str, int]) -> str:
+    """Counted values: `16`, or `16 ×200, 32 ×24` where there are several."""
+    if len(values) == 1:
+        return next(iter(values))
+    return ", ".join(f"{value} ×{count}" for value, count in values.items()) or "none"
+
+
+def table(header: list[str], cells: list[list[str]], more: int) -> list[str]:
+    """Rows in columns, numbers to the right and the last column, a name, to the left."""
+    rows = [header, *([escaped(cell) for cell in row] for row in cells)]
+    widths = [max(len(row[at]) for row in rows) for at in range(len(header) - 1)]
+    lines = ["  ".join([*(f"{c:>{w}}" for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
+    return [*lines, *([f"… and {more} more"] if more > 0 else [])]
+
+
+def percent(part: float) -> str:
+    """A relative error."""
+    return f"{100 * part:.3g} %" if part >= 1e-5 or part == 0 else f"{part:.1e}"
+
+
+def kept(part: float | None) -> str:
+    return "–" if part is None else f"{100 * part:.1f} %"
+
+
+def number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def widest(values: list[float | None]) -> float | None:
+    """The value farthest from 0."""
+    return max((value for value in values if value is not None), key=abs, default=None)
+
+
+def mean_of(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
+def wrapped(rows: Iterable[tuple[str, object]]) -> str:
+    """`name  value` lines, values in one column and broken between words where they are longer than the line."""
+    pairs = list(rows)
+    width = max((len(name) for name, _ in pairs), default=0) + 2
+    lines = []
+    for name, value in pairs:
+        start = f"{name:<{width}}"
+        lines.append(fill(str(value), start, " " * width))
+    return "\n".join(lines)
+
+
+def fill(text: str, first: str, later: str) -> str:
+    """Text in lines of 80 columns; a word that is longer, such as a path, stays whole."""
+    found = textwrap.fill(
+        escaped(text),
+        COLUMNS,
+        initial_indent=first,
+        subsequent_indent=later,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return found or first.rstrip()
+
+
+def counted(values: Mapping[str, int]) -> str:
+    return ", ".join(f"{value} ×{count}" for value, count in values.items())
+
+
+def shortened(names: Sequence[str], most: int = MOST_LINES) -> list[str]:
+    """The first names, and how many more there are."""
+    return [*names[:most], *([f"… and {len(names) - most} more"] if len(names) > most else [])]
+
+
+def columns(header: Sequence[str], rows: Sequence[Sequence[str]], more: int = 0) -> str:
+    """Cells in columns to the right, the last column, a name, to the left."""
+    every = [header, *([escaped(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[at]) for row in every) for at in range(len(header) - 1)]
+    room = COLUMNS - sum(widths) - 2 * len(widths)
+    lines = [
+        "  ".join([*(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=False)), fitted(row[-1], room)])
+        for row in every
+    ]
+    return "\n".join([*lines, *([f"… and {more} more"] if more > 0 else [])])
+
+
+def fitted(name: str, room: int) -> str:
+    """A name in some columns: of one that is longer the end, which tells most."""
+    return name if len(name) <= max(room, 12) else f"…{name[-(max(room, 12) - 1) :]}"
+
+
+def figure(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}g}"
+
+
+def share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.3g} %"

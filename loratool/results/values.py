@@ -1,0 +1,187 @@
+"""What `inspect --values` measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING
+
+from loratool.results.text import columns, figure, fill, share, size, wrapped
+
+if TYPE_CHECKING:
+    from loratool.notes import Note
+
+MOST_MODULES = 12  # rows of the table of modules before the rest is counted
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """ΔW against W0, the rows and columns of the base that it lands on."""
+
+    tensor: str  # of the base; the first of several
+    dtype: str
+    rows: int
+    norm: float  # ‖W0‖, Frobenius
+    ratio: float | None  # ‖ΔW‖ / ‖W0‖; None where W0 is zero
+    amplification: float | None  # ‖ΔW‖ / ‖UᵀW0V‖, U and V those of ΔW (Hu et al. 2021, section 7.3)
+    unchanged: float | None  # part of the entries that are the same after W0 + ΔW is rounded to the base's dtype
+    gain: float | None  # ⟨rounded − W0, ΔW⟩ / ‖ΔW‖²: 1 where the update comes through whole
+    sampled_rows: int  # that `unchanged` and `gain` were measured on
+
+
+@dataclass(frozen=True)
+class Measured:
+    """ΔW = s·BA of one module, s included. Of experts: norms of all together, ranks as means, energies added up."""
+
+    target: str
+    rank: int  # of the factors
+    norm: float | None  # Frobenius; None for all that follow where a value is no number
+    spectral: float | None  # the largest singular value
+    stable_rank: float | None  # ‖ΔW‖² / σ₁²; None for a zero update, as all ranks
+    entropy_rank: float | None  # exp(−Σ p ln p), p = σ/Σσ (Roy and Vetterli 2007)
+    condition: float | None  # σ₁ / σ_r; None where σ_r is nothing but rounding
+    energy_ranks: tuple[int, ...] | None  # the smallest ranks that keep 90, 95 and 99 % of ‖ΔW‖²
+    dead: int | None  # components below 1e-6 of σ₁
+    zero_rows: int  # of A
+    zero_columns: int  # of B
+    balance: float | None  # ‖B‖ / ‖A‖, as stored; None where A is zero
+    nonfinite: int  # values that are no number, or infinite
+    subnormal: int  # values below the normal range of the dtype they are stored in
+    singular_values: tuple[float, ...]  # falling; at most 1024
+    weight: Weighed | None = None  # against the base
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """What to keep for a part of ‖ΔW‖² of all modules together."""
+
+    energy: float
+    rank: int  # the smallest that keeps it where every module gets it
+    bytes: int  # of the factors then, in the dtype they have
+    bytes_by_layer: int  # where each module gets the smallest rank that keeps that part of it
+    bytes_now: int
+
+
+@dataclass(frozen=True)
+class Values:
+    """What `inspect` measures."""
+
+    norm: float  # of all modules together
+    modules: tuple[Measured, ...]
+    suggestions: tuple[Suggestion, ...]  # for 90, 95 and 99 %; none where every update is zero
+    norm_base: float | None  # ‖W0‖ of the weights that are changed, with a base
+    skipped: Mapping[str, str]  # target → why it is not measured
+    device: str
+    seconds: float
+    startup_seconds: float  # of `seconds`: until torch and the device were ready
+    peak_memory: int  # bytes, of the whole process
+    notes: tuple[Note, ...]
+
+
+def values_text(values: Values) -> str:
+    """Norms and ranks: by name of module, then the modules that change most, and what to make of it."""
+    weighed = any(m.weight for m in values.modules)
+    rows: list[tuple[str, object]] = [("‖ΔW‖", f"{values.norm:.6g}, all {len(values.modules)} modules together")]
+    if values.norm_base:
+        rows.append(
+            ("‖W0‖", f"{values.norm_base:.6g} of the weights it changes: {share(values.norm / values.norm_base)}")
+        )
+    for kept in values.suggestions:
+        told = f"rank {kept.rank}: {size(kept.bytes)} of {size(kept.bytes_now)}; each layer its own: {size(kept.bytes_by_layer)}"
+        rows.append((f"{100 * kept.energy:.0f} % energy", told))
+    bad = [m for m in values.modules if m.nonfinite]
+    rows += [("not finite", f"{m.nonfinite} values in {m.target}") for m in bad[:MOST_MODULES]]
+    if subnormal := sum(m.subnormal for m in values.modules):
+        rows.append(("subnormal", f"{subnormal:,} values in {sum(bool(m.subnormal) for m in values.modules)} modules"))
+    rows += [("not measured", f"{target}: {why}") for target, why in list(values.skipped.items())[:MOST_MODULES]]
+    rows.append(
+        ("took", f"{values.seconds:.2f} s on {values.device}, torch ready after {values.startup_seconds:.2f} s")
+    )
+    rows.append(("peak memory", size(values.peak_memory)))
+    rows += [("note", note) for note in values.notes]
+    parts = [wrapped(rows)]
+    if values.modules:
+        parts += [by_name(values.modules), largest(values.modules)]
+    if weighed:
+        parts.append(against_weights(values.modules))
+    return "\n\n".join(parts)
+
+
+Column = tuple[str, Callable[["Measured"], "float | None"]]
+SIZES: tuple[Column, ...] = (
+    ("‖ΔW‖", lambda m: m.norm),
+    ("σ₁", lambda m: m.spectral),
+    ("stable", lambda m: m.stable_rank),
+    ("entropy", lambda m: m.entropy_rank),
+    ("90 %", lambda m: m.energy_ranks[0] if m.energy_ranks else None),
+    ("95 %", lambda m: m.energy_ranks[1] if m.energy_ranks else None),
+    ("99 %", lambda m: m.energy_ranks[2] if m.energy_ranks else None),
+    ("dead", lambda m: m.dead),
+    ("‖B‖/‖A‖", lambda m: m.balance),
+)
+AGAINST: tuple[Column, ...] = (
+    ("‖ΔW‖/‖W0‖", lambda m: m.weight.ratio if m.weight else None),
+    ("amplified", lambda m: m.weight.amplification if m.weight else None),
+    ("unchanged", lambda m: m.weight.unchanged if m.weight else None),
+    ("gain", lambda m: m.weight.gain if m.weight else None),
+)
+
+
+def by_name(modules: Sequence[Measured]) -> str:
+    """Medians of the modules of each name."""
+    rows = [
+        [*(figure(middle([column(m) for m in members])) for _, column in SIZES), f"{name} ×{len(members)}"]
+        for name, members in named(modules).items()
+    ]
+    return "medians by name, with the ranks that keep a part of ‖ΔW‖²\n" + columns(
+        [*(h for h, _ in SIZES), "name"], rows
+    )
+
+
+def largest(modules: Sequence[Measured]) -> str:
+    """The modules that change most, by what their names do not have in common."""
+    ordered = sorted(modules, key=lambda m: -(m.norm or 0.0))[:MOST_MODULES]
+    shown = [SIZES[at] for at in (0, 1, 2, 4, 5, 6)]
+    names = [m.target.removesuffix(".weight") for m in ordered]
+    start = common_start(names)
+    rows = [
+        [*(figure(column(m)) for _, column in shown), name.removeprefix(start)]
+        for m, name in zip(ordered, names, strict=True)
+    ]
+    header = [*(h for h, _ in shown), "the largest" + (f", in {start.rstrip('.')}" if start else "")]
+    return columns(header, rows, len(modules) - len(ordered))
+
+
+def common_start(names: Sequence[str]) -> str:
+    """The first parts of paths that all of them have, with the dot behind."""
+    paths = [name.split(".")[:-1] for name in names]
+    shared = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return "".join(f"{part}." for part in shared)
+
+
+def against_weights(modules: Sequence[Measured]) -> str:
+    """Medians against the base's weights, by name."""
+    rows = [
+        [*(figure(middle([column(m) for m in members])) for _, column in AGAINST), f"{name} ×{len(members)}"]
+        for name, members in named([m for m in modules if m.weight]).items()
+    ]
+    text = "medians against the base; unchanged: part of the entries that rounding to its dtype leaves as they were"
+    return f"{fill(text, '', '')}\n{columns([*(h for h, _ in AGAINST), 'name'], rows)}"
+
+
+def named(modules: Sequence[Measured]) -> dict[str, list[Measured]]:
+    """Modules by the last part of their path."""
+    found: dict[str, list[Measured]] = {}
+    for m in modules:
+        found.setdefault(m.target.removesuffix(".weight").rpartition(".")[2], []).append(m)
+    return found
+
+
+def middle(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
