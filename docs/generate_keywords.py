@@ -20,7 +20,7 @@ from loratool.hub.pushing import PushOptions
 from loratool.hub.streaming import StreamOptions
 from loratool.inspecting import InspectOptions
 from loratool.merging import MergeOptions
-from loratool.options import Options, described_by
+from loratool.options.described import Options, described_by
 from loratool.planning import PlanOptions
 
 PAGE = Path(__file__).parent.parent / "loratool" / "commands" / "keywords.py"

@@ -27,7 +27,7 @@ EXPORTS = {
     "HubError": "errors",
     "InputError": "errors",
     "LoratoolError": "errors",
-    "MergePlan": "planning",
+    "MergePlan": "plan",
     "MergeReport": "results.merge",
     "Note": "notes",
     "PushReport": "results.push",
@@ -81,7 +81,7 @@ if TYPE_CHECKING:
     from loratool.formats import read_adapter as read_adapter
     from loratool.notes import Note as Note
     from loratool.pictures.page import html_page as html_page
-    from loratool.planning import MergePlan as MergePlan
+    from loratool.plan import MergePlan as MergePlan
     from loratool.results.combine import CombineReport as CombineReport
     from loratool.results.compare import CompareReport as CompareReport
     from loratool.results.extract import ExtractReport as ExtractReport

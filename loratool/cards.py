@@ -20,7 +20,7 @@ from loratool.origins import is_hub_id, origin_of
 from loratool.secrets import without_secrets
 
 if TYPE_CHECKING:
-    from loratool.options import Options
+    from loratool.options.described import Options
 
 CARD = "README.md"
 MARK = "<!-- made by loratool from loratool.json; without this line it counts as written by hand -->"

@@ -15,8 +15,8 @@ from loratool.formats import read_adapter
 from loratool.gathering import gather, named_apart
 from loratool.lowrank import Decomposition, Joint, Product, Relation, decompose, gram, joint, relate, silenced
 from loratool.notes import Note
+from loratool.options.shared import DeviceOption
 from loratool.reading import ReadingOptions
-from loratool.resources import DeviceOption
 from loratool.results.compare import CompareReport, Meeting, PairTotals
 from loratool.results.text import mean_of
 from loratool.weightfiles import fates

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from loratool.placing import Edit, Span
+    from loratool.edits import Edit
+    from loratool.placing import Span
     from loratool.writing import OutputShard
 
 LOOKED_AT = 1 << 19  # elements that are searched for small values at a time

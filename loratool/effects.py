@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING
 from loratool.notes import Note
 from loratool.results.merge import AdapterEffect
 from loratool.templates import listed
+from loratool.weighing import LARGEST_RATIO, larger
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from loratool.computing import Totals
-    from loratool.planning import MergePlan
-
-
-LARGEST_RATIO = 1.0  # ‖ΔW‖/‖W‖; fine-tuning stays far below it
+    from loratool.plan import MergePlan
 
 
 def effects_of(plan: MergePlan, totals: Totals) -> tuple[AdapterEffect, ...]:
@@ -53,11 +51,3 @@ def size_notes(plan: MergePlan, ratios: Mapping[str, float]) -> Iterator[Note]:
     large = {name: ratios[name] for name in matrices if ratios.get(name, 0) > LARGEST_RATIO}
     if large:
         yield Note("update-larger-than-weight", larger(large))
-
-
-def larger(ratios: Mapping[str, float]) -> str:
-    """What to say of updates that are larger than their weights; `ratios` are ‖ΔW‖/‖W‖ by name."""
-    return (
-        f"‖ΔW‖ is up to {max(ratios.values()):.3g} times ‖W‖ in {listed(ratios)}; an α or a scale is probably wrong, or "
-        "this is not the base that the adapter was trained on"
-    )

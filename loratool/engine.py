@@ -18,18 +18,15 @@ from mmap import mmap
 from typing import TYPE_CHECKING
 
 from loratool.computing import EditedSpan, Shelf, Totals, Worker, look_for_effects
+from loratool.devices import Runtime, cores, exact_arithmetic, resident_memory
 from loratool.journal import FinishedShard
 from loratool.resources import (
     COPY_CHUNK,
     MOST_SHELVED,
     Resources,
-    Runtime,
     choose_resources,
-    cores,
-    exact_arithmetic,
     itemsize,
     most_workers,
-    resident_memory,
     rows_of_block,
 )
 from loratool.writing import PAGE, OutputShard
@@ -38,7 +35,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from loratool.placing import ShardPlan, Span
-    from loratool.planning import MergePlan
+    from loratool.plan import MergePlan
     from loratool.safefile import SafeFile
     from loratool.staging import Stage
 
@@ -134,7 +131,9 @@ class Engine:
                 devices = self.runtime.result().devices
                 self.precision = ExitStack()
                 self.precision.enter_context(exact_arithmetic())
-                self.chosen = choose_resources(self.plan, devices, self.workers, self.max_memory, resident_memory())
+                self.chosen = choose_resources(
+                    self.plan.spans, devices, self.workers, self.max_memory, resident_memory()
+                )
             return self.chosen
 
     def tell(self, count: int) -> None:

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 from loratool import __version__
 from loratool.adapter import Derived, StoredTensor
 from loratool.digests import sha256_of
-from loratool.placing import Edit
+from loratool.edits import Edit
 from loratool.safefile import Identity, SafeFile, read_exactly
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from loratool.planning import MergePlan
+    from loratool.plan import MergePlan
 
 SAMPLE = 4096  # bytes of each tensor that are looked at
 UNTOLD = ("rule",)  # fields of an edit that say why it is there, not what it does

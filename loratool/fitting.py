@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
+from loratool.base_shapes import read_base
 from loratool.binding import bind, tell
 from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.errors import FitError
-from loratool.estimating import read_base
-from loratool.fetching.bases import unlike_bases
 from loratool.formats.peft import keys
 from loratool.results.facts import BaseFacts
 from loratool.safefile import FLOAT_NAMES
+from loratool.same_base import unlike_bases
 from loratool.tying import Ties, find_ties
 from loratool.updates import Replace
 from loratool.vocabulary import as_trained
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from loratool.adapter import Adapter
+    from loratool.base_shapes import Base
     from loratool.binding import Place
-    from loratool.estimating import Base
     from loratool.notes import Note
 
 # Saved beside the parameters of some types, and not trained.

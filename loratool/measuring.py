@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from loratool.contents import ROUNDING_ONLY, Kind, Layer, layer_of
-from loratool.effects import LARGEST_RATIO, larger
 from loratool.errors import printable
 from loratool.lowrank import floor_of, singular_values
 from loratool.notes import Note
@@ -19,7 +18,7 @@ from loratool.ranks import RankRule
 from loratool.results.values import Measured, Suggestion, Values
 from loratool.saving import factor_tensors, torch_dtype
 from loratool.updates import Add
-from loratool.weighing import weigh
+from loratool.weighing import LARGEST_RATIO, larger, weigh
 from loratool.working import Session, session
 
 if TYPE_CHECKING:

@@ -17,32 +17,26 @@ from typing import TYPE_CHECKING, Any
 from loratool import __version__
 from loratool.cards import CARD, card, command, is_nobodys, terms_of
 from loratool.checkpoint import PROVENANCE, open_checkpoint, wrapped_modules
+from loratool.devices import Runtime, kind_of, peak_memory, resident_memory, start_torch
 from loratool.digests import recorded
 from loratool.effects import effect_notes, effects_of, size_notes
 from loratool.engine import Engine
 from loratool.errors import FitError, LoratoolError, UsageError, printable
 from loratool.fetching import local
-from loratool.fetching.bases import AUTO, chosen_base, unlike_bases
+from loratool.fetching.bases import AUTO, chosen_base
 from loratool.fingerprints import content_fingerprint, local_state
 from loratool.formats import read_adapter
 from loratool.formats.peft import is_adapter
 from loratool.formats.peft.unmerged import taken_apart
 from loratool.journal import Journal
 from loratool.notes import Note, as_records
+from loratool.options.shared import OverwriteOption
 from loratool.origins import is_hub_id, told_origin
-from loratool.outputs import OverwriteOption, check_stage, check_target, stage_of
-from loratool.planning import MergePlan, PlanOptions, plan_merge
-from loratool.resources import (
-    Resources,
-    RunOptions,
-    Runtime,
-    choose_resources,
-    kind_of,
-    peak_memory,
-    resident_memory,
-    start_torch,
-)
+from loratool.outputs import check_stage, check_target, stage_of
+from loratool.planning import PlanOptions, plan_merge
+from loratool.resources import Resources, RunOptions, choose_resources
 from loratool.results.merge import AdapterEffect, MergeReport
+from loratool.same_base import unlike_bases
 from loratool.staging import Stage, staged
 
 if TYPE_CHECKING:
@@ -51,6 +45,7 @@ if TYPE_CHECKING:
     from loratool.adapter import Adapter
     from loratool.checkpoint import Checkpoint
     from loratool.computing import Totals
+    from loratool.plan import MergePlan
     from loratool.reading import Reading
 
 PathLike = str | os.PathLike[str]  # what every path argument takes
@@ -79,7 +74,7 @@ def merge(
         wanted = Journal(content_fingerprint(plan, digests), local_state(plan, options.device), output_names(plan))
         workers, max_memory = options.workers, options.max_memory
         if max_memory is not None or check_stage(stage_of(target)) is not None:  # refused before anything is touched
-            choose_resources(plan, runtime.result().devices, workers, max_memory, resident_memory())
+            choose_resources(plan.spans, runtime.result().devices, workers, max_memory, resident_memory())
         with staged(target, wanted, plan.bytes_written, options.overwrite) as stage:
             if stage.finished:
                 stage.keep_only(kind_of(runtime.result().devices))

@@ -7,7 +7,6 @@ import os
 import stat
 import uuid
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,29 +16,9 @@ from loratool.errors import LoratoolError, StorageError, UsageError, printable
 from loratool.inputs import read_json
 from loratool.journal import REPLACED, ForeignError, Journal, look, walk
 from loratool.modelfiles import WEIGHTS, is_model_file
-from loratool.options import FLAG, Options, option
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-
-@dataclass(frozen=True, kw_only=True)
-class OverwriteOption(Options):
-    """Of a command that makes a folder."""
-
-    overwrite: bool = option(
-        help="Replace OUT where everything in it is part of a model or an adapter.",
-        default=False,
-        kind=FLAG,
-        recorded=False,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class WritingOptions(OverwriteOption):
-    """Of a command that makes an adapter."""
-
-    dry_run: bool = option(help="Compute and report, but write nothing.", default=False, kind=FLAG, recorded=False)
 
 
 BUSY = "another run is writing this output; wait for it to end"

@@ -6,21 +6,23 @@ A plan is plain data, and making one writes nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from loratool.adapter import StoredTensor, same_values
 from loratool.binding import bind, tell
 from loratool.checkpoint import PROVENANCE, Checkpoint
-from loratool.companions import ConfigEdit, OutputFile, companions, head_edits, tie_edits, vocabulary_edits
+from loratool.companions import ConfigEdit, companions, head_edits, tie_edits, vocabulary_edits
+from loratool.edits import Edit
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.extras import extras_of
 from loratool.layouts.architectures import POOLED
 from loratool.notes import Note
-from loratool.options import FLAG, NUMBER, SIZE, SWITCH, PathKind, dtypes, option
-from loratool.placing import Edit, ShardPlan, Source, Span, check_names, place_all, plan_index
+from loratool.options.described import FLAG, NUMBER, SIZE, PathKind, dtypes, option
+from loratool.options.shared import NamingOptions, OrientationOption
+from loratool.placing import Source, check_names, place_all, plan_index
+from loratool.plan import MergePlan
 from loratool.reading import ReadingOptions
-from loratool.results.base import Result
 from loratool.safefile import FLOAT_NAMES
 from loratool.tying import Saved, Ties, find_ties, is_generative, on_disk, settle
 from loratool.updates import Replace, ReplaceRows, images_in, with_weight
@@ -37,7 +39,7 @@ DTYPES = ("keep", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanOptions(ReadingOptions):
+class PlanOptions(NamingOptions, OrientationOption, ReadingOptions):
     """What is merged, and how it is laid out."""
 
     weights: tuple[float, ...] = option(
@@ -51,18 +53,6 @@ class PlanOptions(ReadingOptions):
         commas=True,
     )
     dtype: str = option(help="Dtype of every float tensor written.", default="keep", kind=dtypes(*DTYPES))
-    maps: tuple[str, ...] = option(
-        "--map",
-        help="Another name for the adapters' weights in which REGEX is found, as in re.sub; may be repeated.",
-        default=(),
-        many=True,
-        metavar="REGEX=TEMPLATE",
-    )
-    fan_in_fan_out: bool | None = option(
-        "--fan-in-fan-out/--no-fan-in-fan-out",
-        help="Whether square weights of layers that may be Conv1D are stored (in, out) [default: the class decides].",
-        kind=SWITCH,
-    )
     shard_size: int | None = option(
         help="Tensor bytes per output file, such as 5GB [default: the base's shards].", kind=SIZE
     )
@@ -79,56 +69,6 @@ class PlanOptions(ReadingOptions):
         many=True,
         metavar="NAME",
     )
-
-
-@dataclass(frozen=True)
-class MergePlan(Result):
-    """All that a merge will do."""
-
-    base: Checkpoint
-    adapters: tuple[Adapter, ...]
-    weights: tuple[float, ...]
-    dtype: str
-    shards: tuple[ShardPlan, ...]
-    side_files: tuple[OutputFile, ...]
-    left_out: tuple[str, ...]
-    notes: tuple[Note, ...]
-    naming: tuple[object, ...] = ()  # what the caller said about names and orientation
-
-    def to_dict(
-        self, device: str = "auto", workers: int | None = None, max_memory: int | None = None
-    ) -> dict[str, Any]:
-        """What `loratool merge --dry-run --json` prints; `peak_memory` is that of a merge with these settings."""
-        from loratool.plan_text import plan_data
-
-        return plan_data(self, device, workers, max_memory)
-
-    @cached_property
-    def spans(self) -> tuple[Span, ...]:
-        return tuple(span for shard in self.shards for span in shard.spans)
-
-    @cached_property
-    def edited(self) -> tuple[Span, ...]:
-        return tuple(span for span in self.spans if span.edits)
-
-    @property
-    def copied(self) -> int:
-        """Tensors that are carried over byte for byte."""
-        return sum(span.untouched for span in self.spans)
-
-    @property
-    def replaces(self) -> bool:
-        """Whether a tensor begins as what an adapter saved, so that the output is not the base."""
-        own = {id(shard) for shard in self.base.shards}
-        return any(id(span.source) not in own for span in self.spans)
-
-    @property
-    def bytes_read(self) -> int:
-        return sum(span.info.nbytes for span in self.spans) + sum(a.file.layout.size for a in self.adapters)
-
-    @cached_property
-    def bytes_written(self) -> int:
-        return sum(shard.layout.size for shard in self.shards) + sum(file.size for file in self.side_files)
 
 
 def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptions) -> MergePlan:

@@ -12,7 +12,7 @@ from loratool.errors import UsageError, printable
 from loratool.formats.peft.experts import lost_by_peft, stacked_by_peft
 from loratool.formats.peft.patterns import match_patterns
 from loratool.notes import Note
-from loratool.options import Kind
+from loratool.options.described import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from loratool.errors import UsageError
-from loratool.options import NUMBER, TEXT, Choice, Options, option
+from loratool.options.described import NUMBER, TEXT, Choice, Options, option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,9 +13,9 @@ from loratool.inputs import json_value
 from loratool.methods.elementwise import Setting
 from loratool.methods.mixture import WEIGHTED_SUMS, Recipe
 from loratool.methods.table import ELEMENTWISE, FACTORWISE, GRAM, METHODS, SPACES
-from loratool.options import FLAG, NUMBER, SWITCH, Choice, JsonFile, Kind, Number, option
+from loratool.options.described import FLAG, NUMBER, SWITCH, Choice, JsonFile, Kind, Number, option
+from loratool.options.shared import DeviceOption
 from loratool.reading import ReadingOptions
-from loratool.resources import DeviceOption
 from loratool.saving import FactorOptions
 
 MATCHES = ("none", "mean", "max", "sum")

@@ -23,7 +23,7 @@ from loratool.formats.peft.patterns import match_patterns
 from loratool.formats.peft.spelling import Names
 from loratool.lowrank import floor_of, padded, singular_values
 from loratool.notes import Note, as_records
-from loratool.options import FLAG, NUMBER, Pairs, option
+from loratool.options.described import FLAG, NUMBER, Pairs, option
 from loratool.outputs import check_target
 from loratool.ranks import evened, told_of_experts
 from loratool.reading import ReadingOptions

@@ -32,11 +32,11 @@ from loratool.lowrank import (
 )
 from loratool.lowrank.products import negligible
 from loratool.notes import Note, as_records
-from loratool.options import FLAG, NUMBER, JsonFile, Number, PathKind, option
+from loratool.options.described import FLAG, NUMBER, JsonFile, Number, PathKind, option
+from loratool.options.shared import DeviceOption
 from loratool.outputs import check_target
 from loratool.ranks import Amount, RankRule, evened, told_of_cuts, told_of_experts
 from loratool.reading import ReadingOptions
-from loratool.resources import DeviceOption
 from loratool.results.resize import ResizedLayer, ResizedTotals, ResizeReport
 from loratool.safefile import FLOAT_NAMES, read_safefile
 from loratool.saving import (

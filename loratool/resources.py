@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import gc
-import os
-import resource
-import sys
-import threading
-import time
-from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.adapter import stored_tensors
-from loratool.errors import UsageError, printable
-from loratool.options import SIZE, TEXT, Number, Options, option
+from loratool.devices import RUNTIME_MEMORY, cores, kind_of
+from loratool.errors import UsageError
+from loratool.options.described import SIZE, Number, option
+from loratool.options.shared import DeviceOption
 from loratool.updates import Replace
 from loratool.writing import PAGE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
-    from loratool.placing import Edit, Span
-    from loratool.planning import MergePlan
+    from loratool.edits import Edit
+    from loratool.placing import Span
     from loratool.safefile import TensorInfo
 
 CPU_BLOCK = 4 << 20  # bytes of weight: near a core's cache
@@ -36,21 +29,9 @@ SMALLEST_BLOCK = 64 << 10
 WAITING_WORKERS = 2  # for the disk, at any time
 MOST_WORKERS = 16  # more than this a disk seldom keeps up with
 GPU_WORKERS = 8  # per GPU: most of them wait for the disk
-RUNTIME_MEMORY = 256 << 20  # bytes: Python, torch and its libraries, before any work
 CUDA_MEMORY = 600 << 20  # bytes of host memory that the CUDA libraries take besides
 CUDA_WORKING_MEMORY = 512 << 20  # bytes of host memory that kernels take when they first run
 WORKING_MEMORY = 32 << 20  # bytes: hashing, small files and the libraries' own buffers
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeviceOption(Options):
-    """Of a command that computes."""
-
-    device: str = option(help="Where to compute.", default="auto", kind=TEXT, metavar="auto|cpu|cuda|cuda:N")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_device(self.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,81 +64,8 @@ class Resources:
         return kind_of(self.devices)
 
 
-def kind_of(devices: Sequence[str]) -> str:
-    """The kind of device that edited weights are computed on."""
-    return "cpu" if devices[0] == "cpu" else "cuda"
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """Torch, ready to work."""
-
-    devices: tuple[str, ...]
-    seconds: float  # that the import and the devices took
-
-
-def start_torch(device: str) -> Future[Runtime]:
-    """Import torch and wake `device` in the background: that takes seconds in which bytes can be copied."""
-    future: Future[Runtime] = Future()
-
-    def load() -> None:
-        started = time.monotonic()
-        collecting = gc.isenabled()
-        gc.disable()  # the import makes a million objects that all stay
-        try:
-            future.set_result(Runtime(find_devices(device), time.monotonic() - started))
-        except BaseException as error:
-            future.set_exception(error)
-        finally:
-            if collecting:
-                gc.enable()
-
-    threading.Thread(target=load, name="loratool-torch", daemon=True).start()
-    return future
-
-
-def check_device(device: str) -> None:
-    """Raise `UsageError` where `device` is no name of one."""
-    if device not in ("auto", "cpu", "cuda") and not (device.startswith("cuda:") and device[5:].isdigit()):
-        raise UsageError(f"device must be auto, cpu, cuda or cuda:N (got {printable(repr(device))})")
-
-
-def find_devices(device: str) -> tuple[str, ...]:
-    """The devices that "auto", "cpu", "cuda" or "cuda:N" mean here, each ready for work."""
-    import torch
-
-    if device == "cpu":
-        return ("cpu",)
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not count and device == "auto":  # a driver may be there and every device hidden
-        return ("cpu",)
-    if not count:
-        raise UsageError(f"--device {printable(device)}: torch {torch.__version__} finds no CUDA device here")
-    every = tuple(f"cuda:{n}" for n in range(count))
-    if device.startswith("cuda:") and device not in every:
-        raise UsageError(f"--device {printable(device)}: there are {', '.join(every)}")
-    devices = (device,) if device.startswith("cuda:") else every
-    for name in devices:
-        torch.zeros(1, device=name)
-    return devices
-
-
-@contextmanager
-def exact_arithmetic() -> Iterator[None]:
-    """Float32 products in full float32, without TF32, for as long as this lasts."""
-    import torch
-
-    before, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-        torch.set_num_threads(threads)  # workers set it to 1
-
-
 def choose_resources(
-    plan: MergePlan, devices: tuple[str, ...], workers: int | None, max_memory: int | None, used: int
+    spans: Sequence[Span], devices: tuple[str, ...], workers: int | None, max_memory: int | None, used: int
 ) -> Resources:
     """Workers and block size that keep the process within `max_memory` bytes, of which `used` are gone.
 
@@ -168,7 +76,7 @@ def choose_resources(
     block = CUDA_BLOCK if on_gpu else CPU_BLOCK
     if max_memory is None:
         return Resources(devices, chosen, block)
-    while (needed := used + work_memory(plan, chosen, block, on_gpu)) > max_memory:
+    while (needed := used + work_memory(spans, chosen, block, on_gpu)) > max_memory:
         if block > SMALLEST_BLOCK:
             block //= 2
         elif chosen > 1:
@@ -180,17 +88,17 @@ def choose_resources(
     return Resources(devices, chosen, block)
 
 
-def estimated_memory(plan: MergePlan, device: str, workers: int | None, max_memory: int | None) -> int:
+def estimated_memory(spans: Sequence[Span], device: str, workers: int | None, max_memory: int | None) -> int:
     """Bytes that a merge is expected to keep resident, told without importing torch."""
     devices = ("cuda:0",) if device.startswith("cuda") else ("cpu",)
     used = RUNTIME_MEMORY + (CUDA_MEMORY if devices[0] != "cpu" else 0)
-    chosen = choose_resources(plan, devices, workers, max_memory, used)
-    return used + work_memory(plan, chosen.workers, chosen.block, chosen.on_gpu)
+    chosen = choose_resources(spans, devices, workers, max_memory, used)
+    return used + work_memory(spans, chosen.workers, chosen.block, chosen.on_gpu)
 
 
-def work_memory(plan: MergePlan, workers: int, block: int, on_gpu: bool) -> int:
+def work_memory(spans: Sequence[Span], workers: int, block: int, on_gpu: bool) -> int:
     """Bytes of host memory that `workers` need besides what Python and torch take."""
-    touched = [span for span in plan.spans if not span.untouched]
+    touched = [span for span in spans if not span.untouched]
     buffers = max((block_memory(span, block, on_gpu) for span in touched), default=0)
     kept = WORKING_MEMORY + (CUDA_WORKING_MEMORY if on_gpu else 0)
     return kept + workers * (COPY_CHUNK + buffers) + factor_memory(touched, workers)
@@ -235,30 +143,6 @@ def itemsize(info: TensorInfo) -> int:
     return {"F64": 8, "F32": 4}.get(info.dtype, 2)
 
 
-def resident_memory() -> int:
-    """Bytes of this process in memory now."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, ValueError):
-        return RUNTIME_MEMORY
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def peak_memory() -> int:
-    """The largest resident set this process has had, in bytes."""
-    try:  # the kernel's own mark: getrusage also counts the process that started this one
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def most_workers() -> int:
     """Threads that keep the processor busy."""
     return min(cores() + WAITING_WORKERS, MOST_WORKERS)
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -20,9 +20,9 @@ from loratool.formats.peft import CONFIG, WEIGHTS, keys
 from loratool.formats.peft.lora import doubles
 from loratool.formats.peft.spelling import PREFIX, Names, shapes, stored, token_rows, was_inside
 from loratool.journal import Journal
-from loratool.options import dtypes, option
+from loratool.options.described import dtypes, option
+from loratool.options.shared import WritingOptions
 from loratool.origins import told_origin
-from loratool.outputs import WritingOptions
 from loratool.safefile import FLOAT_NAMES, product
 from loratool.staging import Stage, staged
 from loratool.weightfiles import fates, module_files

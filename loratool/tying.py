@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from loratool.adapter import Adapter
     from loratool.checkpoint import Checkpoint
-    from loratool.placing import Edit
+    from loratool.edits import Edit
 
 Edits = dict[str, list["Edit"]]  # tensor → its edits
 Saved = dict[str, dict[int, StoredTensor]]  # tensor → adapter → the tensor it saved to begin from

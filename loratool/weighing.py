@@ -13,11 +13,12 @@ from loratool.lowrank import Product, decompose
 from loratool.results.values import Weighed
 from loratool.safefile import FLOAT_NAMES
 from loratool.saving import torch_dtype
+from loratool.templates import listed
 from loratool.tying import on_disk
 from loratool.updates import LowRank, Magnitude
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import torch
     from torch import Tensor
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from loratool.checkpoint import Checkpoint
     from loratool.updates import Update
 
+LARGEST_RATIO = 1.0  # ‖ΔW‖/‖W‖; fine-tuning stays far below it
 BLOCK = 4 << 20  # bytes of float32 weight that are looked at together
 SAMPLED_ENTRIES = 1 << 20  # of one weight: rounding is tried on as many rows as hold them
 
@@ -167,3 +169,11 @@ def sample(first: int, rows: int, wanted: int) -> Iterator[tuple[int, int]]:
     each = wanted // parts
     for part in range(parts):
         yield first + part * rows // parts, each
+
+
+def larger(ratios: Mapping[str, float]) -> str:
+    """What to say of updates that are larger than their weights; `ratios` are ‖ΔW‖/‖W‖ by name."""
+    return (
+        f"‖ΔW‖ is up to {max(ratios.values()):.3g} times ‖W‖ in {listed(ratios)}; an α or a scale is probably wrong, or "
+        "this is not the base that the adapter was trained on"
+    )

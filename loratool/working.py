@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from loratool.devices import check_device, cores, exact_arithmetic, peak_memory, start_torch
 from loratool.errors import LoratoolError
 from loratool.lowrank import working_dtype
-from loratool.resources import check_device, cores, exact_arithmetic, peak_memory, start_torch
 from loratool.saving import described
 
 if TYPE_CHECKING:

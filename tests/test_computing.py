@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import loratool
 from loratool import computing, resources
 from loratool.computing import LoadedEdit
-from loratool.placing import Edit
+from loratool.edits import Edit
 from loratool.updates import LowRank, Replace
 
 if TYPE_CHECKING:

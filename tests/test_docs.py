@@ -16,7 +16,7 @@ import click
 import pytest
 
 import loratool
-from loratool import cli, resources
+from loratool import cli, devices, resources
 from loratool.demo import demo
 from loratool.methods.table import METHODS
 
@@ -191,7 +191,7 @@ def test_shown_commands_print_what_is_shown(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     # a reader's process is a fresh one; this has run other tests
     for module in ("loratool.engine", "loratool.merging"):
-        monkeypatch.setattr(f"{module}.resident_memory", lambda: resources.RUNTIME_MEMORY)
+        monkeypatch.setattr(f"{module}.resident_memory", lambda: devices.RUNTIME_MEMORY)
     shown = examples(page)
     if any(parse(example) and example.words[0] == "demo" for example in shown):
         shutil.rmtree(reader / DEMO)  # the page makes its own
@@ -214,7 +214,7 @@ def neutral(lines: list[str]) -> list[str]:
 def test_python_examples_on_the_demo_run(page: Path, reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # a reader's process is a fresh one; this has run other tests
     for module in ("loratool.engine", "loratool.merging"):
-        monkeypatch.setattr(f"{module}.resident_memory", lambda: resources.RUNTIME_MEMORY)
+        monkeypatch.setattr(f"{module}.resident_memory", lambda: devices.RUNTIME_MEMORY)
     namespace: dict[str, Any] = {"__name__": "example"}
     for block in fences(page, "python"):
         if DEMO in block:

@@ -948,6 +948,6 @@ def test_the_factors_of_all_experts_are_counted_once_however_many_rows_they_have
             peft_version="0.21.2",
         )
         plan = loratool.plan(base, [adapter], tmp_path / "out")
-        expected.append([estimated_memory(plan, "cpu", workers, None) for workers in (1, 4)])
+        expected.append([estimated_memory(plan.spans, "cpu", workers, None) for workers in (1, 4)])
     grown = 2 * 4 * (8 * 4 * 32 + 48 * 4 * 8)
     assert [after - before for before, after in zip(*expected, strict=True)] == [grown, grown]

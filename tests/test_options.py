@@ -27,7 +27,7 @@ from loratool.errors import LoratoolError, UsageError
 from loratool.hub.pushing import PushOptions
 from loratool.inspecting import InspectOptions
 from loratool.methods.table import METHODS
-from loratool.options import SIZE, Choice, Flag, Number, Option, Options, Size, described_by, dtypes, made_of
+from loratool.options.described import SIZE, Choice, Flag, Number, Option, Options, Size, described_by, dtypes, made_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -10,7 +10,7 @@ import click
 
 from loratool.cli.options import OPERAND, PATH, output_options, takes
 from loratool.inspecting import InspectOptions
-from loratool.options import FLAG, Options, option
+from loratool.options.described import FLAG, Options, option
 
 if TYPE_CHECKING:
     from loratool.cli.screen import Screen

@@ -79,7 +79,7 @@ def merge(
     from loratool.merging import outlook
 
     if dry_run:
-        from loratool.plan_text import plan_text
+        from loratool.plan import plan_text
 
         with outlook(base, adapters, out, options) as plan:
             table = plan.to_dict(options.device, options.workers, options.max_memory)

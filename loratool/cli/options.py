@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from loratool.cli.screen import Screen
-from loratool.options import Flag, Option, Options, described_by
+from loratool.options.described import Flag, Option, Options, described_by
 
 Command = Callable[..., None]
 PATH = click.Path(path_type=Path, readable=False)  # what is wrong with a path, the library says better

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from loratool import combining
 from loratool.commands.publish import PublishOptions, published
-from loratool.options import made_of, takes
+from loratool.options.described import made_of, takes
 from loratool.recipes import CombineOptions
 
 if TYPE_CHECKING:

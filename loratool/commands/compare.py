@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from loratool import comparing
 from loratool.comparing import CompareOptions
-from loratool.options import made_of, takes
+from loratool.options.described import made_of, takes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

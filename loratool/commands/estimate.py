@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from loratool import estimating
 from loratool.estimating import EstimateOptions
-from loratool.options import made_of
+from loratool.options.described import made_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

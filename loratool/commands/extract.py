@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from loratool import extracting
 from loratool.commands.publish import PublishOptions, published
 from loratool.extracting.options import ExtractOptions
-from loratool.options import made_of, takes
+from loratool.options.described import made_of, takes
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

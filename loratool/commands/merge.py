@@ -10,7 +10,7 @@ from loratool.commands.publish import PublishOptions, published
 from loratool.hub import streaming
 from loratool.hub.streaming import StreamOptions
 from loratool.merging import MergeOptions, PathLike, Progress
-from loratool.options import made_of, option, takes
+from loratool.options.described import made_of, option, takes
 from loratool.planning import PlanOptions
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from loratool.adapter import Adapter
     from loratool.checkpoint import Checkpoint
     from loratool.commands.keywords import MergeKeywords, PlanKeywords, StreamKeywords, WholePlanKeywords
-    from loratool.planning import MergePlan
+    from loratool.plan import MergePlan
     from loratool.results.merge import MergeReport
     from loratool.results.stream import StreamReport
 

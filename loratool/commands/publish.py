@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from loratool.errors import LoratoolError, UsageError, printable
 from loratool.hub.pushing import PushOptions, SendOptions
-from loratool.options import option
+from loratool.options.described import option
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from loratool.hub import pushing
 from loratool.hub.pushing import PushOptions
-from loratool.options import made_of, takes
+from loratool.options.described import made_of, takes
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

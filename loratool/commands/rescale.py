@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from loratool import rescaling
 from loratool.commands.publish import PublishOptions, published
-from loratool.options import made_of, takes
+from loratool.options.described import made_of, takes
 from loratool.rescaling import RescaleOptions
 
 if TYPE_CHECKING:

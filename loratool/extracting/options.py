@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from loratool.errors import UsageError, printable
-from loratool.options import FLAG, NUMBER, SWITCH, Kind, Number, option
-from loratool.resources import DeviceOption
+from loratool.options.described import FLAG, NUMBER, Kind, Number, option
+from loratool.options.shared import DeviceOption, OrientationOption
 from loratool.saving import FactorOptions
 
 MOST_RANK = 32  # where no number is given: what servers take by their defaults or nearly so, and noise seldom fills
@@ -35,7 +35,7 @@ class RankOrAuto(Kind):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractOptions(FactorOptions, DeviceOption):
+class ExtractOptions(OrientationOption, FactorOptions, DeviceOption):
     """Of `extract`."""
 
     rank: int | Literal["auto"] | None = option(
@@ -51,10 +51,5 @@ class ExtractOptions(FactorOptions, DeviceOption):
     )
     exclude: tuple[str, ...] = option(
         help="No modules in whose name it is found; may be repeated.", default=(), many=True, metavar="REGEX"
-    )
-    fan_in_fan_out: bool | None = option(
-        "--fan-in-fan-out/--no-fan-in-fan-out",
-        help="Whether square weights of layers that may be Conv1D are stored (in, out) [default: the class decides].",
-        kind=SWITCH,
     )
     seed: int = option(help="Of the sketch.", default=0, kind=Number(whole=True))

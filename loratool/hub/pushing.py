@@ -12,7 +12,7 @@ from loratool import record
 from loratool.checkpoint import INDEX_SUFFIX
 from loratool.hub.committing import REMOTE_JOURNAL, Commit, check_name, commit, differing, files_of, open_repo
 from loratool.hub.selecting import Selection, check_message, select
-from loratool.options import FLAG, Options, option
+from loratool.options.described import FLAG, Options, option
 from loratool.results.push import PushReport
 
 if TYPE_CHECKING:

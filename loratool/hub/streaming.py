@@ -23,12 +23,13 @@ from loratool.adapter import moved, stored_tensors
 from loratool.cards import CARD, command, is_nobodys
 from loratool.checkpoint import INDEX_SUFFIX, PROVENANCE
 from loratool.computing import Totals
+from loratool.devices import Runtime, resident_memory, start_torch
 from loratool.digests import Digest, digest_of_bytes, read_recorded, recorded
 from loratool.effects import effect_notes, effects_of, size_notes
 from loratool.engine import Engine
 from loratool.errors import FitError, HubError, InputError, UsageError, VerificationError, printable
 from loratool.fetching import local
-from loratool.fetching.bases import chosen_base, unlike_bases
+from loratool.fetching.bases import chosen_base
 from loratool.fetching.outline import Remote, read_small
 from loratool.fetching.pieces import Source, opened
 from loratool.fingerprints import content_fingerprint, installed
@@ -48,10 +49,11 @@ from loratool.merging import (
     provenance,
 )
 from loratool.outputs import check_stage
-from loratool.planning import MergePlan, plan_merge
-from loratool.resources import Runtime, choose_resources, resident_memory, start_torch
+from loratool.planning import plan_merge
+from loratool.resources import choose_resources
 from loratool.results.stream import StreamReport
 from loratool.safefile import read_safefile
+from loratool.same_base import unlike_bases
 from loratool.staging import Stage, check_space, workplace
 
 if TYPE_CHECKING:
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from loratool.fetching.answers import RemoteFile
     from loratool.notes import Note
     from loratool.placing import ShardPlan
+    from loratool.plan import MergePlan
     from loratool.safefile import SafeFile
 
 
@@ -108,7 +111,9 @@ def stream(
         check_space(place.home.parent, most_on_disk(planned))
         if options.dry_run:
             return streaming.report(Commit("", ""), not options.public, (), notes, started)
-        choose_resources(planned, runtime.result().devices, options.workers, options.max_memory, resident_memory())
+        choose_resources(
+            planned.spans, runtime.result().devices, options.workers, options.max_memory, resident_memory()
+        )
         place.open()
         private = open_repo(repo, options.public, options.revision, notes)[1]
         streaming.plan_name = fingerprint(planned, source, digests, options.device)

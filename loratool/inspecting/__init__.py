@@ -23,9 +23,9 @@ from loratool.formats import Foreign, find_foreign, looks_foreign, peft
 from loratool.formats.peft import support
 from loratool.health import examine, examine_model, tell_unreadable
 from loratool.inputs import read_json
-from loratool.options import FLAG, SWITCH, PathKind, option
+from loratool.options.described import FLAG, PathKind, option
+from loratool.options.shared import DeviceOption, NamingOptions, OrientationOption
 from loratool.reading import Reading, ReadingOptions
-from loratool.resources import DeviceOption
 from loratool.results.facts import (
     AdapterFacts,
     CheckpointFacts,
@@ -51,24 +51,12 @@ NOT_AS_WRITTEN = "not-as-written"  # the code of a finding
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectOptions(ReadingOptions, DeviceOption):
+class InspectOptions(NamingOptions, OrientationOption, ReadingOptions, DeviceOption):
     """Of `inspect`."""
 
     base: str | None = option(help="Model that the adapters are for: parameters, places, sizes.", kind=PathKind("BASE"))
     base_config: str | None = option(
         help="Its config.json alone: parameters in all, where the family is known.", kind=PathKind()
-    )
-    maps: tuple[str, ...] = option(
-        "--map",
-        help="Another name for the adapters' weights in which REGEX is found, as in re.sub; may be repeated.",
-        default=(),
-        many=True,
-        metavar="REGEX=TEMPLATE",
-    )
-    fan_in_fan_out: bool | None = option(
-        "--fan-in-fan-out/--no-fan-in-fan-out",
-        help="Whether square weights of layers that may be Conv1D are stored (in, out) [default: the class decides].",
-        kind=SWITCH,
     )
     tensors: bool = option(help="List every tensor.", default=False, kind=FLAG)
     values: bool = option(help="Measure every module of an adapter: norms, ranks, spectra.", default=False, kind=FLAG)

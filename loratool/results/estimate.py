@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of a parameter
 ADAM_BYTES = 8  # of one parameter: two moments in float32 (Kingma and Ba 2015, arXiv:1412.6980)
+# NF4 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314, section 3): 4 bits a weight, 8 bits for each
+# block of 64, and 32 bits for each 256 of those.
 QUANTISED_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 SHOWN_RANKS = (8, 128)  # between which growth is shown where only one rank is asked for
 

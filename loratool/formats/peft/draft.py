@@ -9,7 +9,6 @@ from loratool.adapter import INTEGER_NAMES, Derived, StoredTensor
 from loratool.errors import printable
 from loratool.formats.peft import keys
 from loratool.formats.peft.files import CONFIG
-from loratool.formats.peft.remarks import tell_spelling
 from loratool.notes import Note
 from loratool.reading import AS_STORED, Reading
 from loratool.safefile import FLOAT_NAMES, SafeFile
@@ -294,3 +293,20 @@ def is_number(value: object) -> bool:
 def derived(shape: tuple[int, ...], formula: Callable[..., Any], *parts: Any) -> Any:
     """A tensor for an update that is worked out of stored ones when it is loaded."""
     return Derived(shape, parts, formula)
+
+
+def tell_spelling(draft: Draft, slots: Collection[str]) -> None:
+    """Add a note for each way in which names of the file are not spelled as PEFT saves them, and are read all the same."""
+    names = list(draft.file.tensors)
+    wrapped = [name for name in names if keys.wrappers_in(name)]
+    bare = [name for name in names if name not in wrapped and not name.startswith("base_model.")]
+    doubled = [name for name in names if keys.path_of(name)[:2] == list(keys.PREFIX)]
+    named = [name for name in names if keys.named_in(name, slots)]
+    for code, found, what in (
+        ("wrapper-in-names", wrapped, "hold a wrapper of training, which is left out"),
+        ("prefix-missing", bare, "are without PEFT's prefix base_model.model."),
+        ("prefix-doubled", doubled, "begin with PEFT's prefix twice"),
+        ("adapter-name-in-names", named, "hold the adapter's name behind the factor's, which is left out"),
+    ):
+        if found:
+            draft.notes.append(Note(code, f"{len(found)} names of tensors {what}: {printable(found[0])} for one"))

@@ -9,8 +9,6 @@ from loratool.formats.peft import keys, packing, support
 from loratool.notes import Note
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from loratool.formats.peft.draft import Draft
 
 LONGEST_LIST = 8  # names that a note repeats
@@ -56,20 +54,3 @@ def idle_targets(draft: Draft) -> list[str]:
         return []
     tails = set[str]().union(*(keys.tails(module.name) for module in draft.modules.values()))
     return [entry for entry in listed if isinstance(entry, str) and entry not in tails]
-
-
-def tell_spelling(draft: Draft, slots: Collection[str]) -> None:
-    """Add a note for each way in which names of the file are not spelled as PEFT saves them, and are read all the same."""
-    names = list(draft.file.tensors)
-    wrapped = [name for name in names if keys.wrappers_in(name)]
-    bare = [name for name in names if name not in wrapped and not name.startswith("base_model.")]
-    doubled = [name for name in names if keys.path_of(name)[:2] == list(keys.PREFIX)]
-    named = [name for name in names if keys.named_in(name, slots)]
-    for code, found, what in (
-        ("wrapper-in-names", wrapped, "hold a wrapper of training, which is left out"),
-        ("prefix-missing", bare, "are without PEFT's prefix base_model.model."),
-        ("prefix-doubled", doubled, "begin with PEFT's prefix twice"),
-        ("adapter-name-in-names", named, "hold the adapter's name behind the factor's, which is left out"),
-    ):
-        if found:
-            draft.notes.append(Note(code, f"{len(found)} names of tensors {what}: {printable(found[0])} for one"))

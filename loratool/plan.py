@@ -1,20 +1,74 @@
-"""A plan as text for people and as data for scripts."""
+"""`MergePlan`: all that a merge will do, as data, as text for people and as data for scripts."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from loratool.errors import printable
 from loratool.resources import estimated_memory
-from loratool.results.base import plain
+from loratool.results.base import Result, plain
 from loratool.results.text import MOST_LINES, aligned, size
 from loratool.templates import grouped, template_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from loratool.placing import Edit, Span
-    from loratool.planning import MergePlan
+    from loratool.adapter import Adapter
+    from loratool.checkpoint import Checkpoint
+    from loratool.companions import OutputFile
+    from loratool.edits import Edit
+    from loratool.notes import Note
+    from loratool.placing import ShardPlan, Span
+
+
+@dataclass(frozen=True)
+class MergePlan(Result):
+    """All that a merge will do."""
+
+    base: Checkpoint
+    adapters: tuple[Adapter, ...]
+    weights: tuple[float, ...]
+    dtype: str
+    shards: tuple[ShardPlan, ...]
+    side_files: tuple[OutputFile, ...]
+    left_out: tuple[str, ...]
+    notes: tuple[Note, ...]
+    naming: tuple[object, ...] = ()  # what the caller said about names and orientation
+
+    def to_dict(
+        self, device: str = "auto", workers: int | None = None, max_memory: int | None = None
+    ) -> dict[str, Any]:
+        """What `loratool merge --dry-run --json` prints; `peak_memory` is that of a merge with these settings."""
+        return plan_data(self, device, workers, max_memory)
+
+    @cached_property
+    def spans(self) -> tuple[Span, ...]:
+        return tuple(span for shard in self.shards for span in shard.spans)
+
+    @cached_property
+    def edited(self) -> tuple[Span, ...]:
+        return tuple(span for span in self.spans if span.edits)
+
+    @property
+    def copied(self) -> int:
+        """Tensors that are carried over byte for byte."""
+        return sum(span.untouched for span in self.spans)
+
+    @property
+    def replaces(self) -> bool:
+        """Whether a tensor begins as what an adapter saved, so that the output is not the base."""
+        own = {id(shard) for shard in self.base.shards}
+        return any(id(span.source) not in own for span in self.spans)
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(span.info.nbytes for span in self.spans) + sum(a.file.layout.size for a in self.adapters)
+
+    @cached_property
+    def bytes_written(self) -> int:
+        return sum(shard.layout.size for shard in self.shards) + sum(file.size for file in self.side_files)
 
 
 def plan_text(plan: MergePlan, memory: int) -> str:
@@ -101,7 +155,7 @@ def plan_data(plan: MergePlan, device: str, workers: int | None, max_memory: int
         "copied": plan.copied,
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
-        "peak_memory": estimated_memory(plan, device, workers, max_memory),
+        "peak_memory": estimated_memory(plan.spans, device, workers, max_memory),
         "files": {shard.name: shard.layout.size for shard in plan.shards},
         "side_files": [file.name for file in plan.side_files],
         "left_out": list(plan.left_out),

@@ -1,0 +1,119 @@
+"""Torch, ready on the devices that are asked for, and what this process takes of the machine."""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import sys
+import threading
+import time
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratool.errors import UsageError, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+RUNTIME_MEMORY = 256 << 20  # bytes: Python, torch and its libraries, before any work
+
+
+def kind_of(devices: Sequence[str]) -> str:
+    """The kind of device that edited weights are computed on."""
+    return "cpu" if devices[0] == "cpu" else "cuda"
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Torch, ready to work."""
+
+    devices: tuple[str, ...]
+    seconds: float  # that the import and the devices took
+
+
+def start_torch(device: str) -> Future[Runtime]:
+    """Import torch and wake `device` in the background: that takes seconds in which bytes can be copied."""
+    future: Future[Runtime] = Future()
+
+    def load() -> None:
+        started = time.monotonic()
+        collecting = gc.isenabled()
+        gc.disable()  # the import makes a million objects that all stay
+        try:
+            future.set_result(Runtime(find_devices(device), time.monotonic() - started))
+        except BaseException as error:
+            future.set_exception(error)
+        finally:
+            if collecting:
+                gc.enable()
+
+    threading.Thread(target=load, name="loratool-torch", daemon=True).start()
+    return future
+
+
+def check_device(device: str) -> None:
+    """Raise `UsageError` where `device` is no name of one."""
+    if device not in ("auto", "cpu", "cuda") and not (device.startswith("cuda:") and device[5:].isdigit()):
+        raise UsageError(f"device must be auto, cpu, cuda or cuda:N (got {printable(repr(device))})")
+
+
+def find_devices(device: str) -> tuple[str, ...]:
+    """The devices that "auto", "cpu", "cuda" or "cuda:N" mean here, each ready for work."""
+    import torch
+
+    if device == "cpu":
+        return ("cpu",)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count and device == "auto":  # a driver may be there and every device hidden
+        return ("cpu",)
+    if not count:
+        raise UsageError(f"--device {printable(device)}: torch {torch.__version__} finds no CUDA device here")
+    every = tuple(f"cuda:{n}" for n in range(count))
+    if device.startswith("cuda:") and device not in every:
+        raise UsageError(f"--device {printable(device)}: there are {', '.join(every)}")
+    devices = (device,) if device.startswith("cuda:") else every
+    for name in devices:
+        torch.zeros(1, device=name)
+    return devices
+
+
+@contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """Float32 products in full float32, without TF32, for as long as this lasts."""
+    import torch
+
+    before, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.set_num_threads(threads)  # workers set it to 1
+
+
+def resident_memory() -> int:
+    """Bytes of this process in memory now."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError):
+        return RUNTIME_MEMORY
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_memory() -> int:
+    """The largest resident set this process has had, in bytes."""
+    try:  # the kernel's own mark: getrusage also counts the process that started this one
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

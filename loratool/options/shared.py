@@ -1,0 +1,62 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loratool.devices import check_device
+from loratool.options.described import FLAG, SWITCH, TEXT, Options, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverwriteOption(Options):
+    """Of a command that makes a folder."""
+
+    overwrite: bool = option(
+        help="Replace OUT where everything in it is part of a model or an adapter.",
+        default=False,
+        kind=FLAG,
+        recorded=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WritingOptions(OverwriteOption):
+    """Of a command that makes an adapter."""
+
+    dry_run: bool = option(help="Compute and report, but write nothing.", default=False, kind=FLAG, recorded=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOption(Options):
+    """Of a command that computes."""
+
+    device: str = option(help="Where to compute.", default="auto", kind=TEXT, metavar="auto|cpu|cuda|cuda:N")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_device(self.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamingOptions(Options):
+    """Of a command that looks for the weights of an adapter in a base."""
+
+    maps: tuple[str, ...] = option(
+        "--map",
+        help="Another name for the adapters' weights in which REGEX is found, as in re.sub; may be repeated.",
+        default=(),
+        many=True,
+        metavar="REGEX=TEMPLATE",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrientationOption(Options):
+    """Of a command for which it matters how a square weight is stored."""
+
+    fan_in_fan_out: bool | None = option(
+        "--fan-in-fan-out/--no-fan-in-fan-out",
+        help="Whether square weights of layers that may be Conv1D are stored (in, out) [default: the class decides].",
+        kind=SWITCH,
+    )
