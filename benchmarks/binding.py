@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from loratool import plan_merge
-from loratool.adapter import Adapter, StoredTensor
-from loratool.binding import bind, tell
-from loratool.checkpoint import Checkpoint
-from loratool.safefile import Identity, Layout, SafeFile
-from loratool.updates import ExpertFactors, LowRank, Update
+from loratool.adapters.adapter import Adapter, StoredTensor
+from loratool.algebra.updates import ExpertFactors, LowRank, Update
+from loratool.bases.binding import bind, tell
+from loratool.files.checkpoint import Checkpoint
+from loratool.files.safefile import Identity, Layout, SafeFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -15,13 +15,13 @@ from loratool.commands.extract import ExtractAndPushOptions
 from loratool.commands.merge import MergeAndPushOptions
 from loratool.commands.rescale import RescaleAndPushOptions
 from loratool.commands.resize import ResizeAndPushOptions
-from loratool.comparing import CompareOptions
-from loratool.hub.pushing import PushOptions
-from loratool.hub.streaming import StreamOptions
-from loratool.inspecting import InspectOptions
-from loratool.merging import MergeOptions
+from loratool.inspecting.inspect import InspectOptions
+from loratool.merging.merge import MergeOptions
+from loratool.merging.planning import PlanOptions
 from loratool.options.described import Options, described_by
-from loratool.planning import PlanOptions
+from loratool.publishing.pushing import PushOptions
+from loratool.publishing.streaming import StreamOptions
+from loratool.reworking.compare import CompareOptions
 
 PAGE = Path(__file__).parent.parent / "loratool" / "commands" / "keywords.py"
 COMMANDS: dict[str, type[Options]] = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.formats.peft.support import INITIALISATIONS, OPTIONS, TYPES, Row
+from loratool.adapters.formats.peft.support import INITIALISATIONS, OPTIONS, TYPES, Row
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

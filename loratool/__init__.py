@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 EXPORTS = {
-    "Adapter": "adapter",
+    "Adapter": "adapters.adapter",
     "AdapterFacts": "results.facts",
-    "Checkpoint": "checkpoint",
+    "Checkpoint": "files.checkpoint",
     "CheckpointFacts": "results.facts",
     "CombineReport": "results.combine",
     "CompareReport": "results.compare",
@@ -27,7 +27,7 @@ EXPORTS = {
     "HubError": "errors",
     "InputError": "errors",
     "LoratoolError": "errors",
-    "MergePlan": "plan",
+    "MergePlan": "merging.plan",
     "MergeReport": "results.merge",
     "Note": "notes",
     "PushReport": "results.push",
@@ -44,11 +44,11 @@ EXPORTS = {
     "html_page": "pictures.page",
     "inspect": "commands.inspect",
     "merge": "commands.merge",
-    "open_checkpoint": "checkpoint",
+    "open_checkpoint": "files.checkpoint",
     "plan": "commands.merge",
     "plan_merge": "commands.merge",
     "push": "commands.push",
-    "read_adapter": "formats",
+    "read_adapter": "adapters.formats",
     "rescale": "commands.rescale",
     "resize": "commands.resize",
     "stream": "commands.merge",
@@ -56,9 +56,8 @@ EXPORTS = {
 __all__ = [*EXPORTS, "__version__"]  # noqa: PLE0604 (every name of EXPORTS is resolved below)
 
 if TYPE_CHECKING:
-    from loratool.adapter import Adapter as Adapter
-    from loratool.checkpoint import Checkpoint as Checkpoint
-    from loratool.checkpoint import open_checkpoint as open_checkpoint
+    from loratool.adapters.adapter import Adapter as Adapter
+    from loratool.adapters.formats import read_adapter as read_adapter
     from loratool.commands.combine import combine as combine
     from loratool.commands.compare import compare as compare
     from loratool.commands.estimate import estimate as estimate
@@ -78,10 +77,11 @@ if TYPE_CHECKING:
     from loratool.errors import StorageError as StorageError
     from loratool.errors import UsageError as UsageError
     from loratool.errors import VerificationError as VerificationError
-    from loratool.formats import read_adapter as read_adapter
+    from loratool.files.checkpoint import Checkpoint as Checkpoint
+    from loratool.files.checkpoint import open_checkpoint as open_checkpoint
+    from loratool.merging.plan import MergePlan as MergePlan
     from loratool.notes import Note as Note
     from loratool.pictures.page import html_page as html_page
-    from loratool.plan import MergePlan as MergePlan
     from loratool.results.combine import CombineReport as CombineReport
     from loratool.results.compare import CompareReport as CompareReport
     from loratool.results.extract import ExtractReport as ExtractReport

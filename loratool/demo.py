@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.errors import UsageError, VerificationError, printable
-from loratool.merging import MergeOptions, merge
-from loratool.outputs import replaceable_files
+from loratool.files.outputs import replaceable_files
+from loratool.merging.merge import MergeOptions, merge
 from loratool.results.base import Result
 
 if TYPE_CHECKING:

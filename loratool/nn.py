@@ -18,10 +18,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loratool.adapter import load_update
+from loratool.adapters.adapter import load_update
+from loratool.adapters.formats import peft, read_adapter
+from loratool.algebra.updates import LowRank
 from loratool.errors import FitError, InputError, UsageError, printable
-from loratool.formats import peft, read_adapter
-from loratool.updates import LowRank
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

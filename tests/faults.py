@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-for name in ("loratool.merging", "loratool.report"):
+for name in ("loratool.merging.merge", "loratool.report"):
     import_module(name)  # here, so that no fork has to
 
 Mode = Literal[

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from loratool.adapter import Adapter, StoredTensor
-from loratool.checkpoint import Checkpoint
-from loratool.safefile import Identity, Layout, SafeFile
-from loratool.updates import Add, ExpertFactors, LowRank, Magnitude, Replace, Update
+from loratool.adapters.adapter import Adapter, StoredTensor
+from loratool.algebra.updates import Add, ExpertFactors, LowRank, Magnitude, Replace, Update
+from loratool.files.checkpoint import Checkpoint
+from loratool.files.safefile import Identity, Layout, SafeFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from loratool.binding import Bound
+    from loratool.bases.binding import Bound
 
 RANK = 2
 Shape = tuple[int, ...]

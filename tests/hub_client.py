@@ -25,7 +25,15 @@ if TYPE_CHECKING:
     from hub_server import HubServer
 
 
-PRELOADED = ("safetensors", "torch", "tqdm.auto", "yaml", "loratool.engine", "loratool.hub", "concurrent.futures")
+PRELOADED = (
+    "safetensors",
+    "torch",
+    "tqdm.auto",
+    "yaml",
+    "loratool.merging.engine",
+    "loratool.publishing",
+    "concurrent.futures",
+)
 CLIENTS = ("httpx2", "httpx", "hf_xet", "rich.console")  # what some releases of the Hub's client are built on
 
 

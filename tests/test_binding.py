@@ -13,10 +13,10 @@ from layout_facts import PREFIX, Cell, expand, read_cells
 from torch import Tensor
 
 from loratool import plan_merge
-from loratool.binding import Bound, bind, tell
+from loratool.algebra.updates import ExpertFactors, Magnitude, Update
+from loratool.bases.binding import Bound, bind, tell
 from loratool.errors import FitError, InputError, UsageError
 from loratool.templates import grouped
-from loratool.updates import ExpertFactors, Magnitude, Update
 
 CELLS = [cell for releases in read_cells().values() for cell in releases.values()]
 

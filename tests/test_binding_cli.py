@@ -11,7 +11,7 @@ from malformed import f32, write_adapter, write_base
 from workbench import Workbench, tensors_of
 
 import loratool
-from loratool.fingerprints import content_fingerprint
+from loratool.merging.fingerprints import content_fingerprint
 
 if TYPE_CHECKING:
     from pathlib import Path

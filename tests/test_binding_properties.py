@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratool import plan_merge
-from loratool.binding import Bound, bind
+from loratool.bases.binding import Bound, bind
 from loratool.errors import FitError, InputError
 from loratool.templates import grouped
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from loratool.adapter import Adapter
-    from loratool.updates import Update
+    from loratool.adapters.adapter import Adapter
+    from loratool.algebra.updates import Update
 
 H, MLP, COUNT = 8, 6, 2  # columns, rows of gate and up, experts
 Modules = dict[str, Shape]

@@ -22,13 +22,13 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from loratool.binding import bind
+from loratool.bases.binding import bind
 from loratool.templates import template_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from loratool.updates import Update
+    from loratool.algebra.updates import Update
 
 REORDERED = "rows are permuted for rotary positions"
 NUMBERED = "entries of a Sequential, known by number, get names of their own"

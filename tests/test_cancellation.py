@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
+from loratool.algebra.lowrank import Product, floor, floor_of, is_noise, joint
+from loratool.algebra.methods.mixture import Mixture, mix
+from loratool.algebra.methods.table import ELEMENTWISE, FACTORWISE, METHODS
 from loratool.errors import FitError, UsageError
-from loratool.lowrank import Product, floor, floor_of, is_noise, joint
-from loratool.methods.mixture import Mixture, mix
-from loratool.methods.table import ELEMENTWISE, FACTORWISE, METHODS
-from loratool.recipes import CombineOptions, make_recipe
 from loratool.results.facts import AdapterFacts
+from loratool.reworking.recipes import CombineOptions, make_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -281,7 +281,7 @@ def test_an_update_whose_terms_cancel_is_noise_and_one_that_is_small_is_not(dtyp
 
 def test_weights_that_cancel_but_for_decimals_are_no_divisor() -> None:
     """0.1 + 0.2 − 0.3 is 3·10⁻¹⁷ in floating point; dividing by it would enlarge an update 10¹⁶ times."""
-    from loratool.methods.coefficients import cancel
+    from loratool.algebra.methods.coefficients import cancel
 
     assert cancel([0.1, 0.2, -0.3])
     assert cancel([1.0, -1.0])

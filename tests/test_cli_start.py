@@ -240,7 +240,7 @@ def test_a_bug_ends_with_1_and_shows_its_traceback_only_when_asked(
     def broken(*_arguments: object) -> None:
         raise RuntimeError("what nobody thought of")
 
-    monkeypatch.setattr("loratool.inspecting.inspect", broken)
+    monkeypatch.setattr("loratool.inspecting.inspect.inspect", broken)
     assert cli.run(["inspect", str(folders / "base")]) == 1
     short = capsys.readouterr().err
     assert "this is a bug in loratool: RuntimeError: what nobody thought of" in short

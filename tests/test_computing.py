@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loratool
-from loratool import computing, resources
-from loratool.computing import LoadedEdit
-from loratool.edits import Edit
-from loratool.updates import LowRank, Replace
+from loratool.algebra.updates import LowRank, Replace
+from loratool.bases.edits import Edit
+from loratool.merging import resources
+from loratool.merging import row_blocks as computing
+from loratool.merging.row_blocks import LoadedEdit
 
 if TYPE_CHECKING:
     from pathlib import Path

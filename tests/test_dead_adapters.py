@@ -15,7 +15,7 @@ from malformed import Stored, bf16, f32, write_adapter, write_base
 from workbench import Workbench, is_clean, tensors_of
 
 import loratool
-from loratool.engine import Engine
+from loratool.merging.engine import Engine
 
 if TYPE_CHECKING:
     from pathlib import Path

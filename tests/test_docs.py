@@ -16,9 +16,10 @@ import click
 import pytest
 
 import loratool
-from loratool import cli, devices, resources
+from loratool import cli, devices
+from loratool.algebra.methods.table import METHODS
 from loratool.demo import demo
-from loratool.methods.table import METHODS
+from loratool.merging import resources
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -190,7 +191,7 @@ def test_shown_commands_print_what_is_shown(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     # a reader's process is a fresh one; this has run other tests
-    for module in ("loratool.engine", "loratool.merging"):
+    for module in ("loratool.merging.engine", "loratool.merging.merge"):
         monkeypatch.setattr(f"{module}.resident_memory", lambda: devices.RUNTIME_MEMORY)
     shown = examples(page)
     if any(parse(example) and example.words[0] == "demo" for example in shown):
@@ -213,7 +214,7 @@ def neutral(lines: list[str]) -> list[str]:
 @pytest.mark.parametrize("page", names(PYTHON_PAGES))
 def test_python_examples_on_the_demo_run(page: Path, reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # a reader's process is a fresh one; this has run other tests
-    for module in ("loratool.engine", "loratool.merging"):
+    for module in ("loratool.merging.engine", "loratool.merging.merge"):
         monkeypatch.setattr(f"{module}.resident_memory", lambda: devices.RUNTIME_MEMORY)
     namespace: dict[str, Any] = {"__name__": "example"}
     for block in fences(page, "python"):

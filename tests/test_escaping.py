@@ -22,9 +22,9 @@ from markdown_it import MarkdownIt
 from safetensors.torch import save_file
 
 from loratool import cli
-from loratool.cards import card_of
 from loratool.errors import InputError, escaped, printable
 from loratool.notes import Note
+from loratool.provenance.cards import card_of
 from loratool.results.findings import Finding
 
 if TYPE_CHECKING:
@@ -268,7 +268,7 @@ LINKS = {
 @pytest.mark.parametrize("link", LINKS)
 def test_a_licence_s_link_is_an_address_or_a_file_beside(tmp_path: Path, link: str) -> None:
     """It is inherited from the cards of the inputs, and the Hub makes a link of it."""
-    from loratool.cards import terms_of
+    from loratool.provenance.cards import terms_of
 
     (tmp_path / "README.md").write_text(
         f"---\nlicense: other\nlicense_name: Some Terms 1.0\nlicense_link: {link}\n---\n"

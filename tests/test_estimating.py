@@ -18,8 +18,8 @@ from safetensors.numpy import save_file as save_arrays
 
 import loratool
 from loratool import FitError, InputError, UsageError, cli
-from loratool.decoders import SHAPES
-from loratool.estimating import full_memory
+from loratool.bases.decoders import SHAPES
+from loratool.inspecting.estimate import full_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable

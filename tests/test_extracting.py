@@ -18,8 +18,8 @@ from torch import Tensor
 
 import loratool
 from loratool import extract
+from loratool.algebra.lowrank import sketch
 from loratool.errors import FitError, InputError, LoratoolError, UsageError
-from loratool.lowrank import sketch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -447,8 +447,8 @@ def test_a_matrix_that_is_read_again_for_every_pass_gives_the_same(
     base = save(tmp_path / "base", {"m.q_proj.weight": torch.randn(700, 400, generator=seeded(1))})
     tuned = moved(base, tmp_path / "tuned", lambda n, t: torch.randn(t.shape, generator=seeded(2)))
     first = extract(base, tuned, tmp_path / "held", rank=8)
-    monkeypatch.setattr("loratool.extracting.HELD", 0)
-    monkeypatch.setattr("loratool.extracting.differences.TILE", 100_000)
+    monkeypatch.setattr("loratool.reworking.extracting.extract.HELD", 0)
+    monkeypatch.setattr("loratool.reworking.extracting.differences.TILE", 100_000)
     second = extract(base, tuned, tmp_path / "streamed", rank=8)
     assert second.totals.achieved == pytest.approx(first.totals.achieved, rel=1e-6)
     third = extract(base, tuned, tmp_path / "exact", rank=8, exact=True)
@@ -472,7 +472,7 @@ def test_include_and_exclude_choose_modules(tmp_path: Path) -> None:
 
 
 def test_a_pattern_that_takes_for_ever_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loratool.extracting.selecting.PATTERN_SECONDS", 0.5)
+    monkeypatch.setattr("loratool.reworking.extracting.selecting.PATTERN_SECONDS", 0.5)
     base = save(tmp_path / "base", {f"{'a' * 60}.weight": torch.ones(3, 3)})
     tuned = save(tmp_path / "tuned", {f"{'a' * 60}.weight": torch.zeros(3, 3)})
     started = time.monotonic()

@@ -291,7 +291,7 @@ def test_what_is_said_of_a_server_names_its_release_and_the_month(name: str, tmp
 
 
 def test_every_fact_about_a_server_is_tested() -> None:
-    from loratool.health.servers import FACTS
+    from loratool.inspecting.health.servers import FACTS
 
     elsewhere = {"vllm-type", "llama.cpp-tied-head", "sglang-tokens"}  # in tests of their own
     assert {name.partition(",")[0] for name in CASES if name.startswith(SERVERS)} | elsewhere == set(FACTS)
@@ -502,7 +502,7 @@ def test_names_from_the_file_are_escaped_in_findings(tmp_path: Path, capsys: pyt
 
 
 def test_values_are_scanned_as_numpy_and_torch_see_them(tmp_path: Path) -> None:
-    from loratool.health.scanning import scan_all
+    from loratool.inspecting.health.scanning import scan_all
 
     odd = torch.tensor([0.0, -0.0, 1.5, -70000.0, 1e-40, float("inf"), float("nan"), -float("inf")])
     tensors = {f"t.{dtype}": odd.to(dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}

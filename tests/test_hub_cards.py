@@ -13,8 +13,8 @@ import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
 import loratool
-from loratool.cards import CARD, MARK, card, card_of, command, terms_of
-from loratool.recipes import CombineOptions
+from loratool.provenance.cards import CARD, MARK, card, card_of, command, terms_of
+from loratool.reworking.recipes import CombineOptions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

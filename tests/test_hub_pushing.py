@@ -15,8 +15,8 @@ from hub_client import Client
 from hub_server import READER, STRANGER, WRITER, Fault, HubServer, tokens_on_other_origins
 
 from loratool.errors import InputError, UsageError
-from loratool.hub.selecting import select
-from loratool.journal import Journal
+from loratool.files.journal import Journal
+from loratool.publishing.selecting import select
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -534,7 +534,8 @@ def test_a_bug_s_traceback_shows_no_token(client: Client, models: Path, capsys: 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "loratool.inspecting.inspect", lambda *_, **__: (_ for _ in ()).throw(RuntimeError(f"Bearer {WRITER}"))
+            "loratool.inspecting.inspect.inspect",
+            lambda *_, **__: (_ for _ in ()).throw(RuntimeError(f"Bearer {WRITER}")),
         )
         assert cli.run(["inspect", str(models / "adapter"), "-v"]) == 1
     shown = capsys.readouterr().err

@@ -21,8 +21,8 @@ from hub_server import WRITER, HubServer
 from safetensors.torch import load_file, save_file
 
 from loratool.errors import InputError, UsageError
-from loratool.hub.selecting import select
-from loratool.secrets import OVERLAP, secrets_in, without_secrets
+from loratool.provenance.secrets import OVERLAP, secrets_in, without_secrets
+from loratool.publishing.selecting import select
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

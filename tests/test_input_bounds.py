@@ -13,7 +13,7 @@ import pytest
 from malformed import ADAPTER, ADAPTER_CONFIG, INDEX, frame, put, write_adapter, write_sharded
 from workbench import Workbench
 
-from loratool import inputs, safefile
+from loratool.files import inputs, safefile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loratool.lowrank import (
+from loratool.algebra.lowrank import (
     Product,
     canonical,
     change,

@@ -44,7 +44,7 @@ from malformed import (
 )
 from workbench import Workbench, check_is_merged, check_refusal, command, is_clean, run_apart, snapshot
 
-from loratool.formats.peft import patterns
+from loratool.adapters.formats.peft import patterns
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -15,7 +15,7 @@ from headers import Shape, adapter_of, base_of
 from malformed import Stored, f32, write_adapter, write_base, write_json
 from workbench import Workbench, tensors_of
 
-from loratool.binding import bind
+from loratool.bases.binding import bind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -38,7 +38,7 @@ from torch import Tensor
 
 import loratool
 from loratool.cli import run
-from loratool.resources import estimated_memory
+from loratool.merging.resources import estimated_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loratool.lowrank import Product, joint, padded, side_by_side
-from loratool.methods import stacks
-from loratool.methods.chance import uniform
-from loratool.methods.mixture import Mixture, Recipe, mix, mix_factors
-from loratool.methods.stacks import Formed, Held
-from loratool.methods.table import ELEMENTWISE, FACTORWISE, METHODS
-from loratool.recipes import CombineOptions, make_recipe
+from loratool.algebra.lowrank import Product, joint, padded, side_by_side
+from loratool.algebra.methods import stacks
+from loratool.algebra.methods.chance import uniform
+from loratool.algebra.methods.mixture import Mixture, Recipe, mix, mix_factors
+from loratool.algebra.methods.stacks import Formed, Held
+from loratool.algebra.methods.table import ELEMENTWISE, FACTORWISE, METHODS
+from loratool.reworking.recipes import CombineOptions, make_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -334,7 +334,7 @@ BASE_MAPPINGS = (
 
 @pytest.mark.parametrize("task", TASK_MAPPINGS)
 def test_the_class_of_a_task_is_the_one_that_transformers_would_choose(tmp_path: Path, task: str) -> None:
-    from loratool.companions import class_with_head
+    from loratool.bases.side_files import class_with_head
 
     (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     wrong = {}

@@ -16,18 +16,18 @@ from hypothesis import strategies as st
 
 import loratool
 from loratool import cli
+from loratool.algebra.methods.table import METHODS
 from loratool.commands import keywords
 from loratool.commands.combine import CombineAndPushOptions
 from loratool.commands.extract import ExtractAndPushOptions
 from loratool.commands.merge import MergeAndPushOptions
 from loratool.commands.rescale import RescaleAndPushOptions
 from loratool.commands.resize import ResizeAndPushOptions
-from loratool.comparing import CompareOptions
 from loratool.errors import LoratoolError, UsageError
-from loratool.hub.pushing import PushOptions
-from loratool.inspecting import InspectOptions
-from loratool.methods.table import METHODS
+from loratool.inspecting.inspect import InspectOptions
 from loratool.options.described import SIZE, Choice, Flag, Number, Option, Options, Size, described_by, dtypes, made_of
+from loratool.publishing.pushing import PushOptions
+from loratool.reworking.compare import CompareOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

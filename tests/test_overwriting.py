@@ -19,7 +19,7 @@ from workbench import tree
 import loratool
 from loratool.cli import run
 from loratool.demo import demo
-from loratool.modelfiles import is_model_file
+from loratool.files.model_files import is_model_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
+from loratool.adapters.formats.peft import lora, methods, support
 from loratool.cli import run
-from loratool.formats.peft import lora, methods, support
 
 if TYPE_CHECKING:
     from collections.abc import Callable

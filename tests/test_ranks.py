@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loratool.adapters.ranks import RankRule
 from loratool.errors import UsageError
-from loratool.ranks import RankRule
 
 
 @dataclass(frozen=True)

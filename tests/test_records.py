@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import loratool
 from loratool import cli
-from loratool.digests import Digest, digest_of_bytes, read_recorded
+from loratool.files.digests import Digest, digest_of_bytes, read_recorded
 
 if TYPE_CHECKING:
     from collections.abc import Callable

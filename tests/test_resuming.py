@@ -176,7 +176,7 @@ def test_digests_are_compared_on_resuming_only(merge: Merge, monkeypatch: pytest
         read.append(path.name)
         return ""
 
-    monkeypatch.setattr("loratool.staging.why_unlike", noting)
+    monkeypatch.setattr("loratool.files.staging.why_unlike", noting)
     merge.run(merge.out.with_name("fresh"))
     assert read == []
     finished = interrupted(merge.base, merge.adapter, merge.out, 2)
@@ -426,7 +426,7 @@ def test_the_report_of_a_continued_merge_tells_of_all_files(merge: Merge) -> Non
 
 def test_the_content_fingerprint_is_the_same_on_every_machine(merge: Merge, tmp_path: Path) -> None:
     """Neither folders, nor times, nor inodes, nor the order of a folder's entries decide anything."""
-    from loratool.fingerprints import content_fingerprint
+    from loratool.merging.fingerprints import content_fingerprint
 
     def fingerprint(base: Path, adapter: Path) -> str:
         plan = loratool.plan(base, [adapter], tmp_path / "out" / "x")
@@ -444,8 +444,8 @@ def test_the_content_fingerprint_is_the_same_on_every_machine(merge: Merge, tmp_
 
 def test_a_sample_of_every_tensor_is_in_the_fingerprint(tmp_path: Path) -> None:
     """Of a small tensor the sample is all of it: any byte of any of them that changes, changes the fingerprint."""
-    from loratool.fingerprints import sampled
-    from loratool.safefile import read_safefile
+    from loratool.files.safefile import read_safefile
+    from loratool.merging.fingerprints import sampled
 
     tensors = {f"t{n}": torch.arange(n * 7, dtype=torch.float32) for n in range(1, 9)} | {"none": torch.zeros(0)}
     path = tmp_path / "x.safetensors"

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from loratool import safefile
 from loratool.errors import InputError
-from loratool.safefile import DTYPE_BITS, Layout, copy_bytes, read_exactly, read_safefile, write_fully
+from loratool.files import safefile
+from loratool.files.safefile import DTYPE_BITS, Layout, copy_bytes, read_exactly, read_safefile, write_fully
 
 if TYPE_CHECKING:
     from pathlib import Path

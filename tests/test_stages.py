@@ -17,10 +17,10 @@ from hub_server import WRITER, Fault, HubServer
 from workbench import interrupted, tree
 
 import loratool
-from loratool import staging
 from loratool.cli import run
 from loratool.errors import StorageError
-from loratool.journal import look
+from loratool.files import staging
+from loratool.files.journal import look
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -35,8 +35,8 @@ from torch import Tensor
 from transformers.models.auto import modeling_auto
 
 import loratool
+from loratool.bases.tied_weights import find_ties
 from loratool.cli import run
-from loratool.tying import find_ties
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

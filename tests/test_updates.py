@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loratool.updates import (
+from loratool.algebra.updates import (
     ANY,
     Add,
     Bases,

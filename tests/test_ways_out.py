@@ -14,8 +14,8 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft_zoo import Pair, make_zoo, save_base, shake, train
 
 import loratool
+from loratool.adapters.formats.peft import methods
 from loratool.cli import run
-from loratool.formats.peft import methods
 
 if TYPE_CHECKING:
     from collections.abc import Callable

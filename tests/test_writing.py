@@ -29,9 +29,10 @@ from torch import Tensor
 from workbench import within
 
 import loratool
-from loratool import engine, resources, writing
-from loratool.placing import ShardPlan
-from loratool.safefile import Layout
+from loratool.files.safefile import Layout
+from loratool.merging import engine, resources
+from loratool.merging import shard_writer as writing
+from loratool.merging.output_layout import ShardPlan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -26,14 +26,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 
 import loratool
-from loratool import staging
 from loratool.cli import run
+from loratool.files import staging
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from types import FrameType
 
-    from loratool.journal import FinishedShard
+    from loratool.files.journal import FinishedShard
 
 LONGEST_MESSAGE = 6000  # characters: a screenful or two, whatever the input holds
 LONGEST_WAIT = 15.0  # seconds until a command counts as hanging

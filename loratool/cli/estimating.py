@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.cli.options import OPERAND, output_options, takes
-from loratool.estimating import EstimateOptions
+from loratool.inspecting.estimate import EstimateOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,6 +29,6 @@ def estimate(base: Path, options: EstimateOptions, screen: Screen) -> None:
       loratool estimate ./Llama-3.2-1B --rank 8 --target q_proj,v_proj
       loratool estimate ./Llama-3.2-1B/config.json --rank 8 --rank 64 --target all-linear
     """
-    from loratool.estimating import estimate
+    from loratool.inspecting.estimate import estimate
 
     screen.show(estimate(base, options))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.cli.options import OPERAND, PATH, output_options, takes
-from loratool.inspecting import InspectOptions
+from loratool.inspecting.inspect import InspectOptions
 from loratool.options.described import FLAG, Options, option
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def inspect(
       loratool inspect ./my-adapter --base ./Llama-3.2-1B --values --check
       loratool inspect ./my-adapter --html my-adapter.html
     """
-    from loratool.inspecting import exit_code_of, inspect
+    from loratool.inspecting.inspect import exit_code_of, inspect
 
     if html is not None:
         from loratool.pictures.page import check_page

@@ -76,10 +76,10 @@ def merge(
     if card:
         raise UsageError("--card goes with --stream; `loratool push --card` has it too")
     from loratool.commands.merge import merge_and_push
-    from loratool.merging import outlook
+    from loratool.merging.merge import outlook
 
     if dry_run:
-        from loratool.plan import plan_text
+        from loratool.merging.plan import plan_text
 
         with outlook(base, adapters, out, options) as plan:
             table = plan.to_dict(options.device, options.workers, options.max_memory)
@@ -110,7 +110,7 @@ def stream_to_hub(
         raise UsageError("--stream makes no folder and keeps the base's files: leave -o and --shard-size out")
     if options.push_to_hub is None:
         raise UsageError("--stream needs --push-to-hub REPO, where the files go")
-    from loratool.hub.streaming import StreamOptions, stream
+    from loratool.publishing.streaming import StreamOptions, stream
 
     known = {field.name for field in dataclasses.fields(StreamOptions)}
     shared = {field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.name in known}

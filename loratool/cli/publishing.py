@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.cli.options import PATH, output_options, takes
-from loratool.hub.pushing import PushOptions
+from loratool.publishing.pushing import PushOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,7 +32,7 @@ def push(path: Path, repo: str, options: PushOptions, screen: Screen) -> None:
       loratool push ./my-adapter me/my-adapter --public
       loratool push ./merged me/merged --revision v2 --message 'Second try'
     """
-    from loratool.hub.pushing import push
+    from loratool.publishing.pushing import push
 
     with screen.bytes("pushing") as progress:
         report = push(path, repo, options, progress)

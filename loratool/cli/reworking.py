@@ -11,7 +11,7 @@ from loratool.commands.combine import CombineAndPushOptions
 from loratool.commands.extract import ExtractAndPushOptions
 from loratool.commands.rescale import RescaleAndPushOptions
 from loratool.commands.resize import ResizeAndPushOptions
-from loratool.comparing import CompareOptions
+from loratool.reworking.compare import CompareOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -120,7 +120,7 @@ def compare(adapters: tuple[Path, ...], options: CompareOptions, screen: Screen)
     \b
     Example: loratool compare ./style ./facts
     """
-    from loratool.comparing import compare
+    from loratool.reworking.compare import compare
 
     with screen.layers("comparing") as progress:
         report = compare(adapters, options, progress)

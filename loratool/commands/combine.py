@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratool import combining
 from loratool.commands.publish import PublishOptions, published
 from loratool.options.described import made_of, takes
-from loratool.recipes import CombineOptions
+from loratool.reworking import combine as combining
+from loratool.reworking.recipes import CombineOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from loratool.commands.keywords import CombineKeywords
+    from loratool.measuring.session import PathLike, Progress
     from loratool.results.combine import CombineReport
-    from loratool.working import PathLike, Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ def combine(
     A layer that some adapters do not have is combined of those that do. Biases of lora_B add up with the weights;
     saved modules and token rows are kept where adapters do not differ about them. The result is plain LoRA with α = rank.
     A weight is a number, or a mapping of numbers by pattern with "default" for the rest. `method` is a key of
-    `loratool.methods.table.METHODS`.
+    `loratool.algebra.methods.table.METHODS`.
 
     Args:
         adapters: folders, or `.safetensors` files with their config beside them.

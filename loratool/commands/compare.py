@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loratool import comparing
-from loratool.comparing import CompareOptions
 from loratool.options.described import made_of, takes
+from loratool.reworking import compare as comparing
+from loratool.reworking.compare import CompareOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from loratool.commands.keywords import CompareKeywords
+    from loratool.measuring.session import PathLike, Progress
     from loratool.results.compare import CompareReport
-    from loratool.working import PathLike, Progress
 
 
 @takes(CompareOptions)

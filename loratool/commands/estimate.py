@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loratool import estimating
-from loratool.estimating import EstimateOptions
+from loratool.inspecting import estimate as estimating
+from loratool.inspecting.estimate import EstimateOptions
 from loratool.options.described import made_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from loratool.measuring.session import PathLike
     from loratool.results.estimate import Estimate
-    from loratool.working import PathLike
 
 
 def estimate(
@@ -24,7 +24,7 @@ def estimate(
 
     Args:
         base: a model's folder or file, or a config.json (or a folder with nothing but one) of a family in
-            `loratool.decoders`.
+            `loratool.bases.decoders`.
         ranks: one rank or several.
         targets: names as PEFT's `target_modules` takes them, each the end of a module's path, separated by commas
             where they are one text; `all-linear` for every linear layer but the output head.

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratool import extracting
 from loratool.commands.publish import PublishOptions, published
-from loratool.extracting.options import ExtractOptions
 from loratool.options.described import made_of, takes
+from loratool.reworking.extracting import extract as extracting
+from loratool.reworking.extracting.options import ExtractOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from loratool.commands.keywords import ExtractKeywords
+    from loratool.measuring.session import PathLike, Progress
     from loratool.results.extract import ExtractReport
-    from loratool.working import PathLike, Progress
 
 
 @dataclass(frozen=True, kw_only=True)

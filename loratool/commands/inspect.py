@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loratool import inspecting
-from loratool.inspecting import InspectOptions
+from loratool.inspecting import inspect as inspecting
+from loratool.inspecting.inspect import InspectOptions
 from loratool.options.described import made_of, takes
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from loratool.commands.keywords import InspectKeywords
+    from loratool.measuring.session import PathLike, Progress
     from loratool.results.facts import Facts
-    from loratool.working import PathLike, Progress
 
 
 @takes(InspectOptions)
 def inspect(path: PathLike, *, progress: Progress | None = None, **keywords: Unpack[InspectKeywords]) -> Facts:
     """Describe the adapter or checkpoint at `path`. Without `values` and `check` no tensor is read.
 
-    With `check` what is malformed is told as findings, and nothing raised. `loratool.measuring` says what `values`
+    With `check` what is malformed is told as findings, and nothing raised. `loratool.measuring.modules` says what `values`
     measures; with a `base`, also how much of each weight changes.
 
     Args:

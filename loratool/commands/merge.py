@@ -5,23 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loratool import merging, planning
 from loratool.commands.publish import PublishOptions, published
-from loratool.hub import streaming
-from loratool.hub.streaming import StreamOptions
-from loratool.merging import MergeOptions, PathLike, Progress
+from loratool.merging import merge as merging
+from loratool.merging import planning
+from loratool.merging.merge import MergeOptions, PathLike, Progress
+from loratool.merging.planning import PlanOptions
 from loratool.options.described import made_of, option, takes
-from loratool.planning import PlanOptions
+from loratool.publishing import streaming
+from loratool.publishing.streaming import StreamOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from typing_extensions import Unpack
 
-    from loratool.adapter import Adapter
-    from loratool.checkpoint import Checkpoint
+    from loratool.adapters.adapter import Adapter
     from loratool.commands.keywords import MergeKeywords, PlanKeywords, StreamKeywords, WholePlanKeywords
-    from loratool.plan import MergePlan
+    from loratool.files.checkpoint import Checkpoint
+    from loratool.merging.plan import MergePlan
     from loratool.results.merge import MergeReport
     from loratool.results.stream import StreamReport
 

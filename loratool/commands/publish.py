@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from loratool.errors import LoratoolError, UsageError, printable
-from loratool.hub.pushing import PushOptions, SendOptions
 from loratool.options.described import option
+from loratool.publishing.pushing import PushOptions, SendOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,7 +39,7 @@ class PublishOptions(SendOptions):
     def check_access(self) -> None:
         """Find out that a push is possible, where one is asked for, before the work for it is done."""
         if self.push_to_hub is not None and not getattr(self, "dry_run", False):
-            from loratool.hub.committing import full_name
+            from loratool.publishing.committing import full_name
 
             full_name(self.push_to_hub)
 
@@ -49,7 +49,7 @@ def published(report: Report, options: PublishOptions, progress: Callable[[int, 
     repo = options.push_to_hub
     if repo is None or getattr(options, "dry_run", False):
         return report
-    from loratool.hub import push
+    from loratool.publishing import push
 
     out = printable(report.out)  # type: ignore[attr-defined]
     again = f"{out} is complete; `loratool push {out} {printable(repo)}` continues"

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loratool.hub import pushing
-from loratool.hub.pushing import PushOptions
 from loratool.options.described import made_of, takes
+from loratool.publishing import pushing
+from loratool.publishing.pushing import PushOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from loratool.commands.keywords import PushKeywords
+    from loratool.measuring.session import PathLike, Progress
     from loratool.results.push import PushReport
-    from loratool.working import PathLike, Progress
 
 
 @takes(PushOptions)

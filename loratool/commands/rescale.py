@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratool import rescaling
 from loratool.commands.publish import PublishOptions, published
 from loratool.options.described import made_of, takes
-from loratool.rescaling import RescaleOptions
+from loratool.reworking import rescale as rescaling
+from loratool.reworking.rescale import RescaleOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from loratool.commands.keywords import RescaleKeywords
+    from loratool.measuring.session import PathLike, Progress
     from loratool.results.rescale import RescaleReport
-    from loratool.working import PathLike, Progress
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratool import resizing
 from loratool.commands.publish import PublishOptions, published
 from loratool.options.described import made_of, takes
-from loratool.resizing import ResizeOptions
+from loratool.reworking import resize as resizing
+from loratool.reworking.resize import ResizeOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from loratool.commands.keywords import ResizeKeywords
+    from loratool.measuring.session import PathLike, Progress
     from loratool.results.resize import ResizeReport
-    from loratool.working import PathLike, Progress
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,13 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.checkpoint import holds_weights
-from loratool.digests import sha256_of
 from loratool.errors import HubError, StorageError, UsageError, printable
 from loratool.fetching.answers import commit_of
 from loratool.fetching.client import api, asking, is_offline, patiently
-from loratool.fetching.operands import PAGE, HubPath, parse
 from loratool.fetching.outline import Remote, Role, look_up, needed, outlined, put_headers
+from loratool.files.checkpoint import holds_weights
+from loratool.files.digests import sha256_of
+from loratool.files.hub_names import PAGE, HubPath, parse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,7 +87,7 @@ def root_of(location: Path, place: HubPath) -> Path:
 
 def download(place: HubPath, role: Role) -> Path:
     """Bring what is needed of a repository into the Hub's cache."""
-    from loratool.formats import read_adapter
+    from loratool.adapters.formats import read_adapter
 
     remote = look_up(place)
     with outlined(remote, place) as location:

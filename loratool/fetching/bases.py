@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from loratool.adapters.formats.peft import CONFIG
+from loratool.adapters.formats.peft.files import read_config
 from loratool.errors import UsageError, printable
-from loratool.fetching.operands import parse
-from loratool.formats.peft import CONFIG
-from loratool.formats.peft.files import read_config
+from loratool.files.hub_names import parse
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -14,20 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
-from loratool.checkpoint import INDEX_SUFFIX, PROVENANCE, choose_index, choose_shards, read_index, sort_side_files
+from loratool.adapters.formats.peft import CONFIG, INDEX, PICKLED, WEIGHTS, recognises
+from loratool.adapters.formats.peft.files import weight_names
+from loratool.adapters.weight_files import weight_files
 from loratool.errors import HubError, InputError, LoratoolError, printable
 from loratool.fetching.answers import RemoteFile, check_range, commit_of, files_of
 from loratool.fetching.client import api, asking, patiently
-from loratool.formats.peft import CONFIG, INDEX, PICKLED, WEIGHTS, recognises
-from loratool.formats.peft.files import weight_names
-from loratool.inputs import LARGEST_CONFIG, LARGEST_INDEX, check_bound
-from loratool.safefile import PREFIX, header_length
-from loratool.weightfiles import weight_files
+from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, choose_index, choose_shards, read_index, sort_side_files
+from loratool.files.inputs import LARGEST_CONFIG, LARGEST_INDEX, check_bound
+from loratool.files.safefile import PREFIX, header_length
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from loratool.fetching.operands import HubPath
+    from loratool.files.hub_names import HubPath
 
 Role = Literal["model", "adapter", "any"]
 FIRST_READ = 8192  # bytes: a small header comes with the first request

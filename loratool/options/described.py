@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from loratool.errors import InputError, UsageError, printable
-from loratool.inputs import json_value, read_bounded
+from loratool.files.inputs import json_value, read_bounded
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 SMALLEST_BARE_SIZE = 10**6  # a number of bytes below it was meant in another unit

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
 from loratool.errors import UsageError, escaped, printable
-from loratool.outputs import write_file
+from loratool.files.outputs import write_file
 from loratool.results.text import size
 
 if TYPE_CHECKING:

@@ -1,0 +1,284 @@
+"""`Adapter`: for each target the update to make, whatever file it came from."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from loratool.algebra.updates import Add, LowRank, Replace, Update
+from loratool.errors import InputError, printable
+from loratool.files.digests import sha256_of
+from loratool.files.safefile import FLOAT_NAMES, SafeFile, TensorInfo, read_exactly
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+
+    import torch
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from loratool.adapters.weight_files import WeightFile
+    from loratool.notes import Note
+
+AnyUpdate = TypeVar("AnyUpdate", bound=Update)
+
+# The bits that are all ones in an inf or a NaN, as (unsigned integer type, mask).
+EXPONENT = {
+    "F64": ("<u8", 0x7FF0_0000_0000_0000),
+    "F32": ("<u4", 0x7F80_0000),
+    "F16": ("<u2", 0x7C00),
+    "BF16": ("<u2", 0x7F80),
+}
+PIECE = 4 << 20  # bytes that are looked at together
+INTEGER_NAMES = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}  # of indices
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that is still in its file: it has a shape and can be loaded, so it can be planned with."""
+
+    file: SafeFile
+    info: TensorInfo
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.info.shape[::-1] if self.transposed else self.info.shape
+
+    @property
+    def T(self) -> StoredTensor:  # noqa: N802 (the name tensors give it)
+        return dataclasses.replace(self, transposed=not self.transposed)
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """The values, on `device` in `dtype` (whole numbers as they are), contiguous in the shape this has."""
+        import torch
+
+        raw = torch.empty(self.info.nbytes, dtype=torch.uint8)
+        with self.file.open() as descriptor:
+            read_exactly(descriptor, raw.numpy().data, self.file.position(self.info), self.file.path)
+        if self.info.dtype in FLOAT_NAMES:
+            stored = raw.view(getattr(torch, FLOAT_NAMES[self.info.dtype])).reshape(self.info.shape)
+            loaded = stored.to(device).to(dtype)  # in this order: fewer bytes travel
+        else:
+            loaded = raw.view(getattr(torch, INTEGER_NAMES[self.info.dtype])).reshape(self.info.shape).to(device)
+        return loaded.T.contiguous() if self.transposed else loaded
+
+    def load_rows(self, first: int, count: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """Rows `first` … `first + count` as a (count, columns) matrix; nothing else is read."""
+        import torch
+
+        row_bytes = self.info.nbytes // max(self.info.rows, 1)
+        raw = torch.empty(count * row_bytes, dtype=torch.uint8)
+        with self.file.open() as descriptor:
+            start = self.file.position(self.info) + first * row_bytes
+            read_exactly(descriptor, raw.numpy().data, start, self.file.path)
+        stored = raw.view(getattr(torch, FLOAT_NAMES[self.info.dtype])).reshape(count, -1)
+        return stored.to(device, dtype)
+
+    def bits(self) -> tuple[NDArray[Any], int]:
+        """The values as unsigned integers, and the mask of their exponent."""
+        import numpy as np
+
+        kind, mask = EXPONENT[self.info.dtype]
+        raw = bytearray(self.info.nbytes)
+        with self.file.open() as descriptor:
+            read_exactly(descriptor, memoryview(raw), self.file.position(self.info), self.file.path)
+        return np.frombuffer(raw, dtype=kind), mask
+
+    def finite(self) -> bool:
+        """Whether no value is NaN or infinite; whole numbers are none."""
+        if self.info.dtype not in EXPONENT:
+            return True
+        return not any(bool(((bits & mask) == mask).any()) for bits, mask in pieces(self.file, self.info))
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A tensor that is computed from stored ones when it is loaded."""
+
+    shape: tuple[int, ...]
+    parts: tuple[StoredTensor | Derived, ...]
+    formula: Callable[..., Tensor]  # of the parts, each loaded
+
+    @property
+    def T(self) -> Derived:  # noqa: N802 (the name tensors give it)
+        return Derived(self.shape[::-1], (self,), turned)
+
+    @property
+    def mT(self) -> Derived:  # noqa: N802 (the same)
+        *stacked, rows, columns = self.shape
+        return Derived((*stacked, columns, rows), (self,), turned_each)
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The values, on `device` in `dtype`."""
+        return self.formula(*(part.load(device, dtype) for part in self.parts)).to(dtype).contiguous()
+
+
+def turned(tensor: Tensor) -> Tensor:
+    return tensor.T
+
+
+def turned_each(tensor: Tensor) -> Tensor:
+    return tensor.mT
+
+
+def stored_tensors(node: object) -> Iterator[StoredTensor]:
+    """The tensors of an update, or of a part of one, that are still in their file."""
+    if isinstance(node, StoredTensor):
+        yield node
+    elif isinstance(node, Derived):
+        for part in node.parts:
+            yield from stored_tensors(part)
+    elif isinstance(node, Update):
+        for value in fields_of(node).values():
+            yield from stored_tensors(value)
+
+
+def moved(update: AnyUpdate, files: Mapping[int, SafeFile]) -> AnyUpdate:
+    """The same update with stored tensors in other files, by the `id` of those where they were; itself where none is."""
+    if not any(id(tensor.file) in files for tensor in stored_tensors(update)):
+        return update
+
+    def elsewhere(node: Any) -> Any:
+        if isinstance(node, StoredTensor):
+            return dataclasses.replace(node, file=files.get(id(node.file), node.file))
+        if isinstance(node, Derived):
+            return dataclasses.replace(node, parts=tuple(map(elsewhere, node.parts)))
+        return moved(node, files) if isinstance(node, Update) else node
+
+    changed = {name: elsewhere(value) for name, value in fields_of(update).items()}
+    return dataclasses.replace(update, **changed)  # type: ignore[type-var]
+
+
+def load_update(update: AnyUpdate, device: torch.device, dtype: torch.dtype) -> AnyUpdate:
+    """The same update with its tensors read from disk, those of the updates within it too."""
+    loaded: dict[str, object] = {}
+    for name, value in fields_of(update).items():
+        if isinstance(value, (StoredTensor, Derived)):
+            loaded[name] = value.load(device, dtype)
+        elif isinstance(value, Update):
+            loaded[name] = load_update(value, device, dtype)
+    return dataclasses.replace(update, **loaded)  # type: ignore[type-var]
+
+
+def fields_of(update: Update) -> dict[str, object]:
+    return {each.name: getattr(update, each.name) for each in dataclasses.fields(update)}  # type: ignore[arg-type]
+
+
+def load_rows(update: Replace, first: int, count: int, device: torch.device, dtype: torch.dtype) -> Replace:
+    """The part of a replacement that gives rows `first` … `first + count`; only they are read from disk."""
+    value: StoredTensor | torch.Tensor = update.value
+    if isinstance(value, StoredTensor):
+        return Replace(value.load_rows(first, count, device, dtype))
+    return Replace(value[first : first + count].to(device, dtype))
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A fine-tuned change to a model. Scaling is already in the updates: alpha, rank and rsLoRA ended in the reader.
+
+    A target is the name of a weight as the model that was trained calls it in memory, such as
+    `model.layers.0.self_attn.q_proj.weight`; `binding` finds the base's tensor for it.
+    """
+
+    name: str
+    format: str
+    folder: Path
+    file: SafeFile
+    config: Mapping[str, Any]
+    config_file: Path
+    updates: Mapping[str, Update]
+    sources: Mapping[str, tuple[str, ...]]  # target → the tensors of the file it was made of
+    bases: Mapping[str, Replace] = field(default_factory=dict)  # target → the weight its update was trained on top of
+    optional: frozenset[str] = frozenset()  # targets that a base may be without, as a layer without a bias is
+    packing: str = ""  # how factors are packed in the file, where not as PEFT packs them
+    unsupported: tuple[str, ...] = ()  # features that are recognised and not merged
+    unused: tuple[str, ...] = ()  # tensors that no rule gives a place
+    notes: tuple[Note, ...] = ()
+    beside: tuple[WeightFile, ...] = ()  # other files of weights in its folder
+    alone: bool = False  # whether its file was named itself, so that its folder may hold anything
+
+    @property
+    def parameters(self) -> int:
+        return sum(t.elements for t in self.file.tensors.values())
+
+    def check_values(self) -> bool:
+        """Whether any value can change a model; raises `InputError` naming every tensor with NaN or inf.
+
+        An adapter whose updates are all zero (B = 0, as before the first training step) gives False.
+        """
+        broken: list[str] = []
+        effective = False
+        zero: dict[str, bool] = {}  # tensor → whether all of it is zero; some are shared by all updates
+        for update in (*self.updates.values(), *self.bases.values()):
+            for tensor in stored_tensors(update):
+                if tensor.info.name in zero or tensor.info.dtype not in EXPONENT:  # or indices
+                    continue
+                bits, mask = tensor.bits()
+                if ((bits & mask) == mask).any():
+                    broken.append(f"{printable(tensor.info.name)} holds NaN or infinite values")
+                zero[tensor.info.name] = not (bits << 1).any()  # shifted, so that −0 is zero too
+            products = (update.up, update.down) if isinstance(update, LowRank) else ()
+            effective = effective or not any(all(zero.get(t.info.name) for t in stored_tensors(p)) for p in products)
+        if broken:
+            raise InputError(f"{printable(self.file.path)}: the adapter is broken:", broken)
+        return effective
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the weights and of the config, by file name."""
+        paths = dict.fromkeys([*(file.path for file in self.file.files), self.config_file])
+        return {path.name: sha256_of(path) for path in paths}
+
+
+def pieces(file: SafeFile, info: TensorInfo) -> Iterator[tuple[NDArray[Any], int]]:
+    """The values of a tensor as unsigned integers, with the mask of their exponent, some at a time."""
+    import numpy as np
+
+    kind, mask = EXPONENT[info.dtype]
+    raw = bytearray(min(PIECE, info.nbytes))
+    with file.open() as descriptor:
+        for at in range(0, info.nbytes, PIECE):
+            part = memoryview(raw)[: min(PIECE, info.nbytes - at)]
+            read_exactly(descriptor, part, file.position(info) + at, file.path)
+            yield np.frombuffer(part, dtype=kind), mask
+
+
+def adds_zero(update: Update) -> bool:
+    """Whether it adds a stored tensor all of whose values are zero; they are read for it."""
+    value: object = update.value if isinstance(update, Add) else None
+    return isinstance(value, StoredTensor) and is_zero(value)
+
+
+def is_zero(tensor: StoredTensor) -> bool:
+    """Whether all values of a tensor of floats are zero; they are read for it."""
+    if tensor.info.dtype not in EXPONENT:
+        return False
+    return not (tensor.bits()[0] << 1).any()  # shifted, so that −0 is zero too
+
+
+def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors have the same dtype and the same bytes, compared piece by piece."""
+    if one.info.dtype != other.info.dtype or one.info.nbytes != other.info.nbytes:
+        return False
+    with one.file.open() as first, other.file.open() as second:
+        buffers = bytearray(1 << 20), bytearray(1 << 20)
+        for at in range(0, one.info.nbytes, 1 << 20):
+            count = min(1 << 20, one.info.nbytes - at)
+            for buffer, stored, descriptor in zip(buffers, (one, other), (first, second), strict=True):
+                start = stored.file.position(stored.info) + at
+                read_exactly(descriptor, memoryview(buffer)[:count], start, stored.file.path)
+            if buffers[0][:count] != buffers[1][:count]:
+                return False
+    return True
+
+
+def same_values(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors have the same dtype and the same values in the same places, however they lie on disk."""
+    if one.shape != other.shape or one.transposed == other.transposed:
+        return one.shape == other.shape and same_bytes(one, other)
+    if one.info.dtype != other.info.dtype or one.info.dtype not in EXPONENT:
+        return False
+    first, second = (each.bits()[0].reshape(each.info.shape) for each in (one, other))
+    return bool((first == second.T).all())

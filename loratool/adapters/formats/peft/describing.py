@@ -1,0 +1,136 @@
+"""The `adapter_config.json` of an adapter that is made here: plain LoRA whose α is its rank, so that its scale is 1."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from loratool.adapters.formats.peft import keys
+from loratool.adapters.formats.peft.experts import stacked_by_peft
+from loratool.adapters.formats.peft.spelling import Names
+from loratool.adapters.layers import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+# Fields that are carried over where all sources agree; of those that disagree the first source's counts.
+CARRIED = (
+    *("base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "fan_in_fan_out"),
+    *("ensure_weight_tying", "megatron_config", "megatron_core"),
+)
+ALL_LINEAR = "all-linear"  # which PEFT replaces by names before it saves; others do not
+LIMITS = ("layers_to_transform", "layers_pattern", "exclude_modules")  # of what `target_modules` names
+
+
+def describe(
+    configs: Sequence[Mapping[str, Any]],
+    kinds: Mapping[str, Kind],
+    ranks: Mapping[str, int],
+    *,
+    whole_names: bool = False,
+    dropped: Sequence[str] = (),
+    dora: bool = False,
+    lora_bias: bool = False,
+    tokens: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, Any]:
+    """The config of an adapter made of those with `configs`, with `ranks` by target.
+
+    `whole_names` says that the sources' own words for what is adapted mean more than that.
+    """
+    config: dict[str, Any] = {"peft_type": "LORA"}
+    for name in CARRIED:
+        if (value := next((c[name] for c in configs if c.get(name) is not None), None)) is not None:
+            config[name] = value
+    names = Names(kinds)
+    own = {target: module_of(target, kind) for target, kind in kinds.items() if not names.inside_attention(target)}
+    stacked = stacked_by_peft(ranks)  # whose rank PEFT takes from `r`, not from a pattern
+    usual = ranks[stacked[0]] if stacked else None
+    config.update(scaling_fields({own[t]: rank for t, rank in ranks.items() if t in own}, usual))
+    layers = [module for target, module in own.items() if kinds[target] is not Kind.PARAMETER]
+    config.update({"target_modules": sorted(layers) or None} if whole_names else target_fields(configs, layers))
+    gone = [target.removesuffix(".weight") for target in dropped]
+    if any(module.endswith(f".{layer}") for module in gone for layer in layers):  # PEFT would adapt them again
+        config["target_modules"] = "|".join(re.escape(layer) for layer in sorted(layers))
+    if parameters := sorted(target for target, kind in kinds.items() if kind is Kind.PARAMETER):
+        config["target_parameters"] = parameters if whole_names else parameters_of(configs, parameters)
+    biases = {c.get("bias") or "none" for c in configs}
+    config["bias"] = next((word for word in ("all", "lora_only") if word in biases), "none")
+    modules = [name for c in configs for name in texts(c.get("modules_to_save"))]
+    config["modules_to_save"] = list(dict.fromkeys(modules)) or None
+    config["trainable_token_indices"] = {
+        target.rpartition(".")[0]: list(rows) for target, rows in (tokens or {}).items()
+    } or None
+    config |= {
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_bias": lora_bias,
+        "lora_dropout": 0.0,
+        "use_dora": dora,
+        "use_rslora": False,
+    }
+    return dict(sorted(config.items()))
+
+
+def texts(value: str | Sequence[str] | None) -> Sequence[str]:
+    """The entries of a field that is a list of texts, or one text."""
+    return [value] if isinstance(value, str) else value or []
+
+
+def module_of(target: str, kind: Kind) -> str:
+    """What patterns are matched with: of a parameter the parameter itself."""
+    if kind is Kind.PARAMETER:
+        return target
+    return target.removesuffix(".in_proj_weight").removesuffix(".weight")
+
+
+def scaling_fields(ranks: Mapping[str, int], usual: int | None = None) -> dict[str, Any]:
+    """Rank and α, the same number everywhere: the usual or most frequent one, and patterns for the others."""
+    usual = usual or (Counter(ranks.values()).most_common(1)[0][0] if ranks else 1)
+    others = {anchored(module, ranks): rank for module, rank in sorted(ranks.items()) if rank != usual}
+    return {"r": usual, "lora_alpha": usual, "rank_pattern": others, "alpha_pattern": dict(others)}
+
+
+def anchored(module: str, every: Collection[str]) -> str:
+    """A pattern that matches this module and none of the others: its path, from the start where it is a tail too."""
+    return f"^{module}" if any(other.endswith(f".{module}") for other in every) else module
+
+
+def target_fields(configs: Sequence[Mapping[str, Any]], modules: Collection[str]) -> dict[str, Any]:
+    """What is adapted: in the sources' own words where these mean just these modules, else by whole names."""
+    words = [config.get("target_modules") for config in configs]
+    if any(isinstance(word, str) and word.lower() == ALL_LINEAR for word in words):
+        return {"target_modules": sorted(modules) or None}
+    limited = any(config.get(limit) not in (None, [], "") for config in configs for limit in LIMITS)
+    first = configs[0]
+    if all(config_fields(config) == config_fields(first) for config in configs) and (
+        isinstance(words[0], str) or covers(words[0], modules)
+    ):
+        return {"target_modules": words[0], **{limit: first.get(limit) for limit in LIMITS}}
+    entries = list(dict.fromkeys(entry for word in words if isinstance(word, list) for entry in word))
+    if not limited and all(isinstance(word, list) for word in words) and covers(entries, modules):
+        return {"target_modules": entries}
+    return {"target_modules": sorted(modules) or None}
+
+
+def config_fields(config: Mapping[str, Any]) -> list[object]:
+    """What the config says of its modules, so that lists in another order are equal."""
+    words = config.get("target_modules")
+    return [
+        sorted(words, key=str) if isinstance(words, list) else words,
+        *(config.get(limit) or None for limit in LIMITS),
+    ]
+
+
+def covers(entries: object, modules: Collection[str]) -> bool:
+    """Whether a list names every module, by its path or by a dotted tail of it."""
+    named = {entry for entry in entries if isinstance(entry, str)} if isinstance(entries, list) else set()
+    return all(not named.isdisjoint(keys.tails(module)) for module in modules)
+
+
+def parameters_of(configs: Sequence[Mapping[str, Any]], parameters: Collection[str]) -> list[str]:
+    """`target_parameters`: the sources' own entries where they name every one, else whole names."""
+    listed = [c.get("target_parameters") for c in configs]
+    entries = list(dict.fromkeys(str(entry) for entry in listed[0] or [])) if isinstance(listed[0], list) else []
+    same = all(sorted(map(str, each or [])) == sorted(entries) for each in listed if isinstance(each, list))
+    return entries if same and covers(entries, parameters) else list(parameters)

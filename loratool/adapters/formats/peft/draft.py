@@ -1,0 +1,312 @@
+"""An adapter in the making: what was understood, and everything that was not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from loratool.adapters.adapter import INTEGER_NAMES, Derived, StoredTensor
+from loratool.adapters.formats.peft import keys
+from loratool.adapters.formats.peft.files import CONFIG
+from loratool.adapters.reading import AS_STORED, Reading
+from loratool.algebra.updates import Add, Replace, ReplaceRows, Update
+from loratool.errors import printable
+from loratool.files.safefile import FLOAT_NAMES, SafeFile
+from loratool.notes import Note
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping
+
+TOKENS = keys.TOKENS
+LEFT_BEHIND = frozenset({"trainable_tokens_original"})  # beside it in a raw state dict
+WHOLE = (*FLOAT_NAMES, *INTEGER_NAMES, "U16", "U32", "U64", "BOOL")  # what may be saved whole, a count of batches say
+UNGATHERED = "an empty or flat tensor is a shard that ZeRO-3 or FSDP did not gather before saving"
+
+
+class UnusableError(Exception):
+    """One thing that is wrong with an adapter, in a sentence."""
+
+
+class UnsupportedError(Exception):
+    """One thing that is recognised and not merged."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A tensor that is saved whole."""
+
+    name: str
+    wrapper: str  # what it stood in, `base_layer` say; empty for nothing
+
+
+@dataclass
+class Module:
+    """The tensors of a method on one module of the model."""
+
+    draft: Draft
+    path: str  # with `base_layer` where PEFT wrapped a wrapper
+    slots: dict[str, str] = field(default_factory=dict)  # slot → tensor
+
+    @property
+    def name(self) -> str:
+        return self.draft.paths.plain(self.path)
+
+    @property
+    def shown(self) -> str:
+        return printable(self.name)
+
+    def __contains__(self, slot: object) -> bool:
+        return slot in self.slots
+
+    def tensor(self, slot: str, dimensions: Collection[int] = (2,), dtypes: Collection[str] = FLOAT_NAMES) -> Any:
+        """The tensor of a slot, in any of some numbers of dimensions; raises `UnusableError` where it is none."""
+        if slot not in self.slots:
+            there = ", ".join(printable(tensor) for tensor in self.slots.values())
+            raise UnusableError(f"{self.shown}: {slot} is missing, only {there} is there")
+        return self.draft.stored(self.slots[slot], dimensions, dtypes)
+
+    def indices(self, slot: str, dimensions: Collection[int]) -> Any:
+        return self.tensor(slot, dimensions, (*INTEGER_NAMES, *FLOAT_NAMES))
+
+    def require(self, condition: bool, what: str) -> None:
+        if not condition:
+            raise UnusableError(f"{self.shown}: {what}")
+
+
+@dataclass
+class Draft:
+    """What is read of an adapter's file, under its config."""
+
+    file: SafeFile
+    config: Mapping[str, Any]
+    notes: list[Note]
+    reading: Reading = AS_STORED
+    packing: str = ""  # how factors are packed, where not as PEFT packs them
+    modules: dict[str, Module] = field(default_factory=dict)  # path → what a method has on it
+    saved: dict[str, Saved] = field(default_factory=dict)  # target → tensor
+    updates: dict[str, Update] = field(default_factory=dict)
+    sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    bases: dict[str, Replace] = field(default_factory=dict)
+    optional: set[str] = field(default_factory=set)
+    unsupported: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    copies: dict[str, list[str]] = field(default_factory=dict)  # module → factors of PEFT's copies of it
+    paths: keys.Paths = field(default_factory=lambda: keys.Paths(frozenset(), (), False))
+
+    def sort(self, kind: str, slots: Collection[str], ignored: Collection[str]) -> None:
+        """Put every tensor where it belongs: to its module, with those saved whole, or with those that nobody knows."""
+        known = {*slots, *ignored, TOKENS, *LEFT_BEHIND}
+        found = {name: keys.split(name, known) for name in self.file.tensors}
+        self.paths = keys.Paths.of([key for key in found.values() if key], self.config)
+        tell_spelling(self, known)
+        passed_over: list[str] = []
+        for name, key in found.items():
+            path = ".".join(keys.path_of(name))
+            if self.is_whole(path, key):
+                self.keep(name, path, passed_over)
+            elif key is None:
+                self.unused.append(name)
+            elif key.slot.removesuffix(".bias") in {*ignored, *LEFT_BEHIND}:
+                passed_over.append(name)
+            elif key.slot and (original := self.paths.copied(key.module)):
+                self.copies.setdefault(original, []).append(name)
+            elif key.slot:
+                self.assign(name, key)
+            elif family := keys.family_of(path):
+                self.stray(name, family, kind)
+            else:
+                self.keep(name, path, passed_over)
+        self.tell_copies()
+        if passed_over:
+            more = f" and {len(passed_over) - 1} more" if len(passed_over) > 1 else ""
+            self.notes.append(
+                Note(
+                    "training-only-tensors",
+                    f"left out, being for training only or a second copy: {printable(passed_over[0])}{more}",
+                )
+            )
+
+    def is_whole(self, path: str, key: keys.Key | None) -> bool:
+        """Whether a tensor is saved whole though its module's name, or one around it, is spelled as PEFT's tensors are."""
+        if key is None or not key.slot:
+            return bool(keys.family_of(path)) and self.paths.is_saved(path)
+        if self.paths.names_module(path) and not path.rpartition(".")[0].endswith(key.slot.removesuffix(".bias")):
+            return True
+        return self.paths.biases and key.slot.endswith(".bias") and key.module not in self.paths.adapted
+
+    def assign(self, name: str, key: keys.Key) -> None:
+        """Give a factor to its module."""
+        module = self.modules.setdefault(key.module, Module(self, key.module))
+        if key.slot in module.slots:
+            self.problems.append(
+                f"{module.shown}: {printable(module.slots[key.slot])} and {printable(name)} are two spellings "
+                "of the same factor"
+            )
+        module.slots[key.slot] = name
+
+    def tell_copies(self) -> None:
+        """Refuse to merge modules of whose factors there are several copies: which one was at work, nothing says."""
+        for module, names in self.copies.items():
+            self.unsupported.append(
+                f"LoRA on {printable(module)}, which is saved whole as well: the file holds {len(names)} further factors "
+                f"for it, in PEFT's own copies of the module ({', '.join(map(printable, names[:2]))}, …), and nothing says "
+                "which of them the model ran with; PEFT 0.21 cannot load it either. Train again with the module either "
+                "in target_modules or in modules_to_save (task_type adds heads there by itself)"
+            )
+
+    def stray(self, name: str, family: str, kind: str) -> None:
+        """Account for a tensor that is spelled as one of a method and has no slot of this adapter's."""
+        if family == kind:
+            self.unused.append(name)
+        else:
+            self.problems.append(f"{printable(name)}: a tensor of {family}, while {CONFIG} says {kind}")
+
+    def keep(self, name: str, path: str, passed_over: list[str]) -> None:
+        """Account for a tensor that is saved whole."""
+        target, wrapper = self.paths.saved_as(path)
+        if wrapper == "original_module":
+            passed_over.append(name)
+            return
+        before = self.saved.get(target)
+        copies = {"modules_to_save", ""}
+        if before and {before.wrapper, wrapper} == copies:
+            # bias="all" and a vocabulary of another size also save what stands in the wrapper; the plain name counts
+            passed_over.append(name if wrapper else before.name)
+            if wrapper:
+                return
+        elif before:
+            self.problems.append(f"{printable(name)}: {printable(target)} is saved twice")
+        self.saved[target] = Saved(name, wrapper)
+
+    def stored(
+        self, name: str, dimensions: Collection[int] = (), dtypes: Collection[str] = FLOAT_NAMES
+    ) -> StoredTensor:
+        """A tensor of the file, checked."""
+        info = self.file.tensors[name]
+        if info.dtype not in dtypes:
+            raise UnusableError(f"{printable(name)}: stored as {info.dtype}; wanted is one of {', '.join(dtypes)}")
+        if dimensions and (len(info.shape) not in dimensions or 0 in info.shape):
+            wanted = " or ".join(str(count) for count in sorted(dimensions))
+            raise UnusableError(
+                f"{printable(name)}: is {list(info.shape)}; wanted are {wanted} dimensions ({UNGATHERED})"
+            )
+        home = self.file.home(name)
+        return StoredTensor(home, home.tensors[name])
+
+    def add(self, target: str, update: Update, sources: Collection[str]) -> None:
+        """Take up the update of a target."""
+        if target in self.updates:
+            self.problems.append(
+                f"{printable(target)}: has two updates, the second from {printable(next(iter(sources)))}"
+            )
+            return
+        self.updates[target] = update
+        self.sources[target] = tuple(sources)
+
+    def each(self, read: Callable[[Module], Mapping[str, Update]]) -> None:
+        """Add what `read` makes of each module: the updates of its parameters by name."""
+        for module in list(self.modules.values()):
+            if module.path and set(module.slots) != {TOKENS}:
+                self.attempt(module, read)
+
+    def attempt(self, module: Module, read: Callable[[Module], Mapping[str, Update]]) -> None:
+        try:
+            for parameter, update in read(module).items():
+                target = f"{module.name}.{parameter}" if module.name else parameter
+                self.add(target, update, [*module.slots.values(), *self.copies.get(module.name, ())])
+        except UnusableError as error:
+            self.problems.append(str(error))
+        except UnsupportedError as error:
+            self.unsupported.append(str(error))
+
+    def place_tokens(self, ids: Callable[[Module], Any]) -> None:
+        """Rows of an embedding that were trained as such; `ids` gives their numbers, in the order of the rows."""
+
+        def rows(module: Module) -> dict[str, Update]:
+            values = module.tensor(TOKENS)
+            index = ids(module)
+            valid = isinstance(index, list) and all(type(i) is int and i >= 0 for i in index)
+            module.require(valid, f"{CONFIG} has no list of token numbers for it")
+            module.require(
+                len(index) == values.shape[0], f"{CONFIG} names {len(index)} tokens, {values.shape[0]} rows are stored"
+            )
+            module.require(len(set(index)) == len(index), f"{CONFIG} names a token twice")
+            return {"weight": ReplaceRows(tuple(index), values)}
+
+        for module in self.modules.values():
+            if TOKENS in module:
+                own = Module(self, module.path, {TOKENS: module.slots[TOKENS]})
+                self.attempt(own, rows)
+
+    def place_saved(self) -> None:
+        """Make replacements of what is saved whole; under an update it is the weight that this was trained on."""
+        for target, saved in self.saved.items():
+            try:
+                buffer = not target.endswith("weight")  # weights of whole numbers are packed, and mean nothing alone
+                stored = self.stored(saved.name, dtypes=WHOLE if buffer else FLOAT_NAMES)
+                if 0 in stored.shape:
+                    raise UnusableError(f"{printable(saved.name)}: is {list(stored.shape)}; {UNGATHERED}")
+                replacement = Replace(stored)  # type: ignore[arg-type]  # loaded later
+            except UnusableError as error:
+                self.problems.append(str(error))
+                continue
+            update = self.updates.get(target)
+            if update is None:
+                self.add(target, replacement, [saved.name])
+            elif saved.wrapper in keys.INNER or isinstance(update, (Add, ReplaceRows)):
+                self.bases[target] = replacement
+            else:
+                module = printable(target.rpartition(".")[0])
+                self.problems.append(f"{module}: has factors of an adapter and a saved replacement")
+
+    def setting(self, name: str, default: Any, valid: Callable[[Any], bool], wanted: str) -> Any:
+        """A field of the config, checked; `default` is PEFT's own for a config that is without."""
+        value = self.config.get(name, default)
+        if not valid(value):
+            raise UnusableError(f"{CONFIG}: {name} is {printable(repr(value))}; {wanted} is wanted")
+        return value
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        found: bool = self.setting(name, default, lambda value: isinstance(value, bool), "true or false")
+        return found
+
+    def number(self, name: str, default: float) -> float:
+        return float(self.setting(name, default, is_number, "a finite number"))
+
+    def whole(self, name: str, default: int) -> int:
+        found: int = self.setting(name, default, is_whole, "a whole number from 1 on")
+        return found
+
+
+LARGEST_SCALE = 3.4e38  # float32
+
+
+def is_whole(value: object) -> bool:
+    return type(value) is int and 1 <= value <= 10**8
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST_SCALE
+
+
+def derived(shape: tuple[int, ...], formula: Callable[..., Any], *parts: Any) -> Any:
+    """A tensor for an update that is worked out of stored ones when it is loaded."""
+    return Derived(shape, parts, formula)
+
+
+def tell_spelling(draft: Draft, slots: Collection[str]) -> None:
+    """Add a note for each way in which names of the file are not spelled as PEFT saves them, and are read all the same."""
+    names = list(draft.file.tensors)
+    wrapped = [name for name in names if keys.wrappers_in(name)]
+    bare = [name for name in names if name not in wrapped and not name.startswith("base_model.")]
+    doubled = [name for name in names if keys.path_of(name)[:2] == list(keys.PREFIX)]
+    named = [name for name in names if keys.named_in(name, slots)]
+    for code, found, what in (
+        ("wrapper-in-names", wrapped, "hold a wrapper of training, which is left out"),
+        ("prefix-missing", bare, "are without PEFT's prefix base_model.model."),
+        ("prefix-doubled", doubled, "begin with PEFT's prefix twice"),
+        ("adapter-name-in-names", named, "hold the adapter's name behind the factor's, which is left out"),
+    ):
+        if found:
+            draft.notes.append(Note(code, f"{len(found)} names of tensors {what}: {printable(found[0])} for one"))

@@ -1,0 +1,145 @@
+"""The files of an adapter as PEFT saves it, and its config as a checked dict."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from loratool.adapters.formats.peft.keys import family_of, path_of
+from loratool.errors import InputError, LoratoolError, printable
+from loratool.files.checkpoint import INDEX_SUFFIX, NUMBERED, check_index, check_numbering, read_index, read_shards
+from loratool.files.containers import foreign_file, instead_of_weights
+from loratool.files.inputs import read_json, unreadable
+from loratool.files.safefile import SafeFile, SafeFiles, read_safefile
+from loratool.notes import Note
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+STEM = "adapter_model"
+INDEX = STEM + INDEX_SUFFIX  # PEFT writes one file; other tools cut it
+PICKLED = ("adapter_model.bin", "adapter_model.pt")
+
+
+def recognises(path: Path) -> bool:
+    """Whether `path` looks like a PEFT adapter, its format's faults included."""
+    if path.suffix == ".safetensors" or path.name == INDEX:
+        return path.is_file() or path.is_symlink()
+    return any(
+        (path / name).is_symlink() or (path / name).exists() for name in (CONFIG, WEIGHTS, INDEX, *PICKLED)
+    ) or bool(nested(path))
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a path is an adapter, and no model with one beside it."""
+    if path.is_dir():
+        return recognises(path) and not (path / "config.json").exists()
+    return path.is_file() and path.suffix == ".safetensors" and (path.parent / CONFIG).is_file()
+
+
+def nested(path: Path) -> list[Path]:
+    """Direct subfolders that hold an adapter, as PEFT writes them for adapters with a name."""
+    try:
+        return sorted(folder for folder in path.iterdir() if (folder / CONFIG).is_file())
+    except OSError:
+        return []
+
+
+def not_an_adapter(path: Path) -> LoratoolError:
+    """The error for a path that no format recognises."""
+    try:
+        path.stat()
+    except OSError as error:
+        return unreadable(path, error)
+    if told := foreign_file(path):
+        return InputError(f"{printable(path)}: {told}")
+    if told := instead_of_weights(path):
+        return InputError(f"{printable(path)}: no adapter is there; {told}")
+    return InputError(f"{printable(path)}: no adapter: neither {CONFIG} nor {WEIGHTS} is there")
+
+
+def open_weights(path: Path, notes: list[Note], adapter_name: str | None) -> tuple[Path, SafeFile]:
+    """The folder of the adapter at `path`, and its file, or its files as one.
+
+    Raises `InputError` where there are none, or others than safetensors, with the way to these.
+    """
+    if path.name.endswith(INDEX_SUFFIX):
+        return path.parent, joined(path)
+    if path.suffix == ".safetensors":
+        if (match := NUMBERED.match(path.name)) and int(match["count"]) > 1:
+            raise InputError(f"{printable(path)}: is one of {match['count']} files; name their folder")
+        return path.parent, read_safefile(path)
+    folder = folder_of(path, notes, adapter_name)
+    names, index = weight_names(folder)
+    if index:
+        return folder, joined(folder / index)
+    if len(names) > 1:
+        return folder, SafeFiles.of(folder / names[0], read_shards(folder, names))
+    if names:
+        return folder, read_safefile(folder / names[0])
+    for name in PICKLED:
+        if (folder / name).exists():
+            raise InputError(f"{printable(folder / name)}: {foreign_file(folder / name)}")
+    file = by_header(folder)
+    if file is None:
+        told = instead_of_weights(folder)
+        raise InputError(f"{printable(folder)}: {WEIGHTS} is missing{f'; {told}' if told else ''}")
+    notes.append(
+        Note("other-name", f"its weights were read from {printable(file.path.name)}; PEFT reads {WEIGHTS} only")
+    )
+    return folder, file
+
+
+def folder_of(path: Path, notes: list[Note], adapter_name: str | None) -> Path:
+    """The folder of the adapter: the one that is given, or the one in it that is meant."""
+    if any((path / name).exists() for name in (CONFIG, WEIGHTS)):
+        return path
+    inside = [folder for folder in nested(path) if adapter_name in (None, folder.name)] or nested(path)
+    if len(inside) > 1:
+        names = ", ".join(printable(f.name) for f in inside)
+        raise InputError(f"{printable(path)}: holds several adapters ({names}); name the subfolder of one")
+    if inside:
+        notes.append(Note("subfolder", f"read from the subfolder {printable(inside[0].name)}"))
+    return inside[0] if inside else path
+
+
+def weight_names(folder: Path) -> tuple[list[str], str]:
+    """The adapter's files of weights by their names alone, and the name of their index, if they have one."""
+    if (folder / WEIGHTS).exists() or (folder / WEIGHTS).is_symlink():
+        return [WEIGHTS], ""
+    if (folder / INDEX).is_file():
+        return list(dict.fromkeys(read_index(folder / INDEX)[0].values())), INDEX
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    parts = [name for name in found if (match := NUMBERED.match(name)) and match["stem"] == STEM]
+    if parts:
+        check_numbering(folder, parts)
+    return parts, ""
+
+
+def joined(index: Path) -> SafeFile:
+    """The files that an index names, as one."""
+    weight_map, _ = read_index(index)
+    shards = read_shards(index.parent, list(dict.fromkeys(weight_map.values())))
+    check_index(index, weight_map, index.parent, shards)
+    return SafeFiles.of(index, shards)
+
+
+def by_header(folder: Path) -> SafeFile | None:
+    """The one file with factors in a folder whose config says that there is an adapter; None where there is none."""
+    files = [read_safefile(path) for path in sorted(folder.glob("*.safetensors")) if path.is_file()]
+    found = [file for file in files if any(family_of(".".join(path_of(name))) for name in file.tensors)]
+    if len(found) > 1:
+        names = ", ".join(printable(file.path.name) for file in found)
+        raise InputError(
+            f"{printable(folder)}: {WEIGHTS} is missing, and several files hold factors ({names}); name one"
+        )
+    return found[0] if found else None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """`adapter_config.json` as a dict. Problems are told without repeating the file's text."""
+    config = read_json(path, lenient=True)
+    if not {"peft_type", "r", "lora_alpha"} & set(config):
+        raise InputError(f"{printable(path)}: no adapter config: neither peft_type nor r nor lora_alpha is in it")
+    return config

@@ -1,0 +1,245 @@
+"""peft_type LORA (Hu et al. 2021, arXiv:2106.09685) and the variants that PEFT keeps under the same name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from loratool.adapters.formats.peft import parameters, stacked, support
+from loratool.adapters.formats.peft.draft import TOKENS, Draft, Module, UnsupportedError, UnusableError, derived
+from loratool.adapters.formats.peft.files import CONFIG
+from loratool.adapters.formats.peft.parameters import rank_is_one
+from loratool.adapters.formats.peft.scaling import Scaling
+from loratool.algebra.updates import Add, LowRank, Magnitude, Pooled, Residual, formulas, residual
+from loratool.errors import printable
+from loratool.notes import Note
+
+if TYPE_CHECKING:
+    from loratool.algebra.updates import Update
+
+SLOTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_diag")
+ONLY_TRAINING = ("lora_velora_embed", "lora_monteclora_sampler")
+PARTS = {"pissa": residual.PRINCIPAL, "olora": residual.TRIANGULAR}  # what an initialisation takes from the base
+OUT_PROJ = ".base_layer.out_proj"  # of a wrapped nn.MultiheadAttention
+LAST_DOUBLING = (0, 21, 2)  # the last release of PEFT that applies the update of an out_proj twice
+VERSION = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
+
+
+def read_lora(draft: Draft) -> None:
+    """Read every module of a LORA adapter."""
+    refuse_settings(draft)
+    experts = parameters.levels(draft)
+    layers = [m for m in draft.modules.values() if m.name not in experts and set(m.slots) != {TOKENS}]
+    scaling = Scaling(draft, [*(m.name for m in layers), *parameters.paths(draft, experts)])
+    parameters.read_parameters(draft, experts, scaling)
+    stacks = stacked.stacks(draft)
+    stacked.read_stacks(draft, stacks, scaling)
+    if taken := {module.path for leaves in stacks.values() for module in leaves.values()}:
+        draft.packing = stacked.PACKING
+        draft.config = {**draft.config, "peft_version": stacked.LIKE_PEFT}
+        layers = [m for m in layers if m.path not in taken]
+    reader = Reader(draft, scaling)
+    for module in layers:
+        draft.attempt(module, reader.read)
+    reader.tell()
+
+
+def refuse_settings(draft: Draft) -> None:
+    """Note every setting that makes an adapter one that is not merged."""
+    for name, row in support.OPTIONS.items():
+        value = draft.config.get(name)
+        if row.refused and value is not None and value is not False:
+            draft.unsupported.append(f"{row.title} ({name}): {row.refused}")
+    init = draft.config.get("init_lora_weights", True)
+    start = support.initialisation(init)
+    if start is None:
+        draft.unsupported.append(f"init_lora_weights {printable(repr(init))}, which loratool does not know")
+    elif start.refused:
+        draft.unsupported.append(f"init_lora_weights {printable(repr(init))}: {start.refused}")
+    for name in support.CHECKED_FLAGS:
+        try:
+            draft.flag(name)
+        except UnusableError as error:
+            draft.problems.append(str(error))
+
+
+@dataclass
+class Reader:
+    """The modules of one adapter, one after the other."""
+
+    draft: Draft
+    scaling: Scaling
+    doubled: int = 0  # updates that are applied twice
+    idle_biases: int = 0
+
+    def read(self, module: Module) -> dict[str, Update]:
+        """The updates of one layer's parameters."""
+        embedding = "lora_embedding_A" in module or "lora_embedding_B" in module
+        module.require(
+            not (embedding and ("lora_A" in module or "lora_B" in module)),
+            "has factors of a linear layer and of an embedding",
+        )
+        module.require(
+            not module.path.endswith(".base_layer") or module.name == module.path,
+            f"its factors are those of a parameter, and {CONFIG} names none of it in target_parameters",
+        )
+        if embedding:
+            return {"weight": self.with_magnitude(module, self.embedding(module))}
+        attention = f"{module.path}{OUT_PROJ}" in self.draft.modules
+        update = self.layer(module)
+        found: dict[str, Update] = {"in_proj_weight" if attention else "weight": self.with_magnitude(module, update)}
+        if "lora_B.bias" in module:
+            found |= self.bias(module, update, attention)
+        else:
+            module.require(
+                self.draft.config.get("lora_bias") is not True, "lora_bias is set, and it has no lora_B.bias"
+            )
+        return found
+
+    def tell(self) -> None:
+        """Say what was decided for several modules alike."""
+        if self.doubled:
+            version = self.draft.config.get("peft_version") or "no version"
+            self.draft.notes.append(
+                Note(
+                    "attention-doubled",
+                    f"the update of {self.doubled} out_proj of nn.MultiheadAttention counts twice, as in PEFT up to 0.21.2, "
+                    f"under which it was trained ({CONFIG} names {printable(version)})",
+                )
+            )
+        if self.idle_biases:
+            self.draft.notes.append(
+                Note(
+                    "attention-biases-left-out",
+                    f"{self.idle_biases} lora_B.bias of nn.MultiheadAttention are left out, as PEFT does",
+                )
+            )
+
+    def embedding(self, module: Module) -> Update:
+        """Of a (vocabulary, dimension) table: the transpose of B @ A."""
+        down, up = module.tensor("lora_embedding_A"), module.tensor("lora_embedding_B")
+        module.require(up.shape[1] == down.shape[0], rank_is_one(down.shape[0], up.shape[1]))
+        return LowRank(up, down, self.scaling.scale(module.name, down.shape[0]), table=True).turned
+
+    def layer(self, module: Module) -> Update:
+        down, up = module.tensor("lora_A", (2, 3, 4, 5)), module.tensor("lora_B", (2, 3, 4, 5))
+        if len(down.shape) != len(up.shape):
+            raise UnusableError(
+                f"{module.shown}: lora_A is {list(down.shape)} and lora_B {list(up.shape)}; two matrices are wanted, or "
+                "two kernels of a convolution"
+            )
+        if len(down.shape) > 2:
+            return self.convolution(module, up, down)
+        if isinstance(self.draft.config.get("use_bdlora"), Mapping):
+            up, down = self.block_diagonal(module, up, down)
+        module.require(up.shape[1] == down.shape[0], rank_is_one(down.shape[0], up.shape[1]))
+        projection = module.path.endswith(OUT_PROJ)
+        attention = module.name.removesuffix(".out_proj")  # whose r and α PEFT gives to its projection too
+        scale = self.scaling.scale(attention if projection else module.name, down.shape[0])
+        if projection and doubles(self.draft.config):
+            self.doubled += 1
+            scale *= 2
+        if self.draft.config.get("use_qalora") is True:
+            return Pooled(up, down, scale, self.draft.whole("qalora_group_size", 16))
+        return self.on_residual(module, LowRank(up, down, scale, turnable=True))
+
+    def convolution(self, module: Module, up: Any, down: Any) -> Update:
+        """Of a (out, in, *kernel) weight; A holds kernels, B is 1 × 1."""
+        if up.shape[1] != down.shape[0] and down.shape[0] % up.shape[1] == 0:
+            raise UnsupportedError(
+                f"LoRA on a grouped convolution ({module.shown}, lora_B {list(up.shape)}): its update sees all input "
+                "channels, which the grouped weight cannot hold; keep this adapter beside the model"
+            )
+        module.require(up.shape[1] == down.shape[0], rank_is_one(down.shape[0], up.shape[1]))
+        module.require(set(up.shape[2:]) == {1}, f"lora_B is {list(up.shape)}; a kernel of 1 is wanted")
+        rank, channels, *kernel = down.shape
+        columns = channels
+        for size in kernel:
+            columns *= size
+        return LowRank(
+            derived((up.shape[0], rank), formulas.as_matrix, up),
+            derived((rank, columns), formulas.as_matrix, down),
+            self.scaling.scale(module.name, rank),
+            kernel=tuple(kernel),
+        )
+
+    def block_diagonal(self, module: Module, up: Any, down: Any) -> tuple[Any, Any]:
+        """(B, A) of BD-LoRA, the one of them that is stored as blocks laid out."""
+        table = self.draft.config["use_bdlora"]
+        blocks = table.get("nblocks", 1)
+        in_a, in_b = (
+            any(isinstance(p, str) and p in module.name for p in table.get(f"target_modules_bd_{side}") or [])
+            for side in "ab"
+        )
+        valid = type(blocks) is int and blocks >= 1 and not (in_a and in_b)
+        module.require(valid, f"use_bdlora in {CONFIG} tells no number of blocks, or both factors to be in blocks")
+        for chosen, name, factor in ((in_a, "lora_A", down), (in_b, "lora_B", up)):
+            fits = not chosen or factor.shape[0] % blocks == 0
+            module.require(fits, f"{name} has {factor.shape[0]} rows, no multiple of {blocks} blocks")
+        laid_out = formulas.block_diagonal(blocks)
+        if in_a:
+            down = derived((down.shape[0], down.shape[1] * blocks), laid_out, down)
+        elif in_b:
+            up = derived((up.shape[0], up.shape[1] * blocks), laid_out, up)
+        return up, down
+
+    def on_residual(self, module: Module, update: LowRank) -> Update:
+        """With what was taken from the base weight before training, where something was."""
+        if self.draft.config.get("kasa_config") is not None:
+            diagonal = module.tensor("lora_diag", (1,))
+            module.require(
+                diagonal.shape[0] == update.rank, f"lora_diag has {diagonal.shape[0]} values for rank {update.rank}"
+            )
+            up = derived(update.up.shape, formulas.scaled_columns, update.up, diagonal)
+            return Residual(replace(update, up=up, turnable=False), residual.MINOR)
+        module.require("lora_diag" not in module, f"lora_diag is there, and {CONFIG} has no kasa_config")
+        init = self.draft.config.get("init_lora_weights", True)
+        part = PARTS.get(init.lower()) if isinstance(init, str) else None
+        return Residual(update, part) if part else update
+
+    def with_magnitude(self, module: Module, update: Update) -> Update:
+        """The update as DoRA applies it, where it is DoRA."""
+        dora = self.draft.config.get("use_dora") is True
+        if "lora_magnitude_vector" not in module:
+            module.require(not dora, "use_dora is set, and it has no lora_magnitude_vector")
+            return update
+        module.require(dora, f"lora_magnitude_vector is there, and use_dora is not set in {CONFIG}")
+        stored = module.tensor("lora_magnitude_vector", (1, 3, 4, 5))
+        count = max(stored.shape)
+        by_column = "lora_embedding_A" in module
+        wanted = update.shape[1] if by_column else update.shape[0]
+        module.require(
+            stored.shape in ((count,), (1, count, *[1] * (len(stored.shape) - 2))) and count == wanted,
+            f"lora_magnitude_vector is {list(stored.shape)}; {wanted} values are wanted",
+        )
+        return Magnitude(update, derived((count,), formulas.flat, stored), by_column)
+
+    def bias(self, module: Module, update: Update, attention: bool) -> dict[str, Update]:
+        module.require(
+            self.draft.config.get("lora_bias") is True, f"lora_B.bias is there, and lora_bias is not set in {CONFIG}"
+        )
+        if attention:  # PEFT neither applies nor merges it
+            self.idle_biases += 1
+            return {}
+        bias, scale = module.tensor("lora_B.bias", (1,)), self.scaling.scale(module.name, update.rank)
+        module.require(
+            bias.shape[0] == update.shape[0], f"lora_B.bias has {bias.shape[0]} values for {update.shape[0]} rows"
+        )
+        return {"bias": Add(bias, scale)}
+
+
+def doubles(config: Mapping[str, Any]) -> bool:
+    """Whether the release of PEFT that saved the adapter applies the update of an out_proj twice."""
+    match = VERSION.match(str(config.get("peft_version") or ""))
+    return match is None or tuple(int(part or 0) for part in match.groups()) <= LAST_DOUBLING
+
+
+def token_numbers(module: Module) -> object:
+    """The numbers of the token rows of a module, from `trainable_token_indices`."""
+    indices = module.draft.config.get("trainable_token_indices")
+    if isinstance(indices, Mapping):
+        own = [ids for name, ids in indices.items() if module.name == name or module.name.endswith(f".{name}")]
+        return own[0] if own else None
+    return indices

@@ -1,0 +1,109 @@
+"""α over the rank, for every module, under `rank_pattern` and `alpha_pattern`."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from loratool.adapters.formats.peft.draft import Draft, UnusableError, is_number, is_whole
+from loratool.adapters.formats.peft.files import CONFIG
+from loratool.adapters.formats.peft.patterns import match_patterns
+from loratool.errors import printable
+from loratool.notes import Note
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
+
+class Scaling:
+    """α/r, or α/√r with rsLoRA (Kalajdzievski 2023, arXiv:2312.03732); r is the rank that the tensors have.
+
+    What is wrong in the config goes to the draft's problems; scales are then meaningless.
+    """
+
+    def __init__(self, draft: Draft, paths: Iterable[str], alpha: str = "lora_alpha") -> None:
+        """Read the config's fields and match its patterns with `paths`; `alpha` is what the method calls it."""
+        self.draft = draft
+        self.rank: int | None = draft.config.get("r")
+        self.base_alpha: float = draft.config.get(alpha, 8)
+        self.rslora = False
+        self.ranks: dict[str, Any] = {}
+        self.alphas: dict[str, Any] = {}
+        self.found: dict[str, set[str]] = {}
+        self.valid = False
+        if alpha not in draft.config:
+            draft.notes.append(Note("alpha-missing", f"the config has no {alpha}; PEFT's default of 8 is used"))
+        try:
+            if "r" in draft.config:
+                draft.whole("r", 8)
+            draft.number(alpha, 8)
+            self.rslora = draft.flag("use_rslora")
+            self.ranks, self.alphas = self.pattern("rank_pattern", is_whole), self.pattern("alpha_pattern", is_number)
+            patterns = [*self.ranks, *self.alphas]
+            self.found = match_patterns(patterns, paths)
+        except UnusableError as error:
+            draft.problems.append(str(error))
+            return
+        except ValueError as error:
+            draft.problems.append(f"{CONFIG}: rank_pattern or alpha_pattern: {error}")
+            return
+        self.valid = True
+        used = set[str]().union(*self.found.values())
+        if idle := ", ".join(printable(repr(p)) for p in self.ranks if p not in used):
+            draft.problems.append(f"{CONFIG}: rank_pattern names what no module of the adapter is called: {idle}")
+        if idle := ", ".join(printable(repr(p)) for p in self.alphas if p not in used):
+            draft.notes.append(
+                Note("idle-alpha-patterns", f"patterns of alpha_pattern that match no adapted module: {idle}")
+            )
+        self.tell_rivals()
+
+    def pattern(self, name: str, valid: Any) -> dict[str, Any]:
+        """`rank_pattern` or `alpha_pattern`, checked."""
+        table = self.draft.config.get(name) or {}
+        if not isinstance(table, dict):
+            raise UnusableError(f"{CONFIG}: {name} is no object")
+        for pattern, value in table.items():
+            if not valid(value):
+                raise UnusableError(
+                    f"{CONFIG}: {name}: {printable(repr(pattern))} has the value {printable(repr(value))}"
+                )
+        return table
+
+    def expected(self, path: str) -> Collection[int]:
+        """The ranks that the config may mean for a module: sorting its patterns lost which of them came first."""
+        matching = self.found.get(path, set())
+        return [self.ranks[p] for p in self.ranks if p in matching] or ([self.rank] if self.rank else [])
+
+    def alpha(self, path: str) -> float:
+        """α of a module: of several patterns that match the first in the file's order, as PEFT reads it."""
+        matching = self.found.get(path, set())
+        alphas = [self.alphas[p] for p in self.alphas if p in matching] or [self.base_alpha]
+        return float(alphas[0])
+
+    def tell_rivals(self) -> None:
+        """Say which modules several patterns give another α, and which of them is used."""
+        rivals: dict[tuple[float, ...], list[str]] = {}
+        for path, matching in self.found.items():
+            alphas = tuple(self.alphas[p] for p in self.alphas if p in matching)
+            if len(set(alphas)) > 1:
+                rivals.setdefault(alphas, []).append(path)
+        for alphas, paths in rivals.items():
+            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+            self.draft.notes.append(
+                Note(
+                    "ambiguous-alpha",
+                    f"{printable(paths[0])}{more}: several alpha patterns match ({', '.join(map(str, alphas))}); {alphas[0]} "
+                    "is used as PEFT does when it loads the adapter, training may have used another, since saving sorts them",
+                )
+            )
+
+    def scale(self, path: str, rank: int) -> float:
+        """The factor of a module whose tensors have `rank`; raises `UnusableError` where the config says another."""
+        if not self.valid:
+            return 0.0
+        ranks = self.expected(path)
+        if ranks and rank not in ranks:
+            raise UnusableError(
+                f"{printable(path)}: {CONFIG} says r = {next(iter(ranks))}, the tensors have rank {rank}"
+            )
+        return self.alpha(path) / (math.sqrt(rank) if self.rslora else rank)

@@ -1,0 +1,149 @@
+"""How PEFT 0.21 names and lays out what it saves: the way back from targets and products to tensors of a file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loratool.adapters.formats.peft import keys
+from loratool.adapters.formats.peft.experts import stacked_by_peft
+from loratool.adapters.formats.peft.parameters import REGISTERED
+from loratool.adapters.layers import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from torch import Tensor
+
+    from loratool.algebra.lowrank import Product
+
+PREFIX = "base_model.model."
+ATTENTION = ".in_proj_weight"  # of a wrapped nn.MultiheadAttention
+
+
+class Names:
+    """The tensors of each adapted weight, as all adapted weights together determine them."""
+
+    def __init__(self, kinds: Mapping[str, Kind]) -> None:
+        self.kinds = kinds
+        self.attentions = {
+            target.removesuffix(ATTENTION)
+            for target, kind in kinds.items()
+            if kind is Kind.LINEAR and target.endswith(ATTENTION)
+        }
+        self.nested: dict[str, list[str]] = {}  # module → its adapted parameters, innermost first
+        for target, kind in kinds.items():
+            if kind is Kind.PARAMETER:
+                module, _, parameter = target.rpartition(".")
+                self.nested.setdefault(module, []).append(parameter)
+        for parameters in self.nested.values():
+            order = next((row for row in REGISTERED if set(parameters) <= set(row)), tuple(parameters))
+            parameters.sort(key=order.index)
+
+    def inside_attention(self, target: str) -> bool:
+        """Whether it is the out_proj of an nn.MultiheadAttention, which PEFT adapts with the whole: at one rank.
+
+        PEFT up to 0.21.2 applies its update twice.
+        """
+        module = target.removesuffix(".weight")
+        return module.endswith(".out_proj") and module.removesuffix(".out_proj") in self.attentions
+
+    def attention_pairs(self) -> list[tuple[str, str]]:
+        """The two targets of each nn.MultiheadAttention."""
+        pairs = [(f"{module}{ATTENTION}", f"{module}.out_proj.weight") for module in sorted(self.attentions)]
+        return [pair for pair in pairs if pair[1] in self.kinds]
+
+    def of_one_rank(self) -> list[tuple[str, ...]]:
+        """The targets that PEFT gives one rank: those of an nn.MultiheadAttention, and experts that it stacks."""
+        experts = stacked_by_peft(self.kinds)
+        return [*self.attention_pairs(), *([experts] if experts else [])]
+
+    def path(self, target: str) -> str:
+        """The module that PEFT saves the factors of a target under."""
+        module, _, parameter = target.rpartition(".")
+        if self.kinds[target] is Kind.PARAMETER:
+            inside = self.nested[module]
+            return module + ".base_layer" * (len(inside) - 1 - inside.index(parameter))
+        if self.inside_attention(target):
+            return f"{module.removesuffix('.out_proj')}.base_layer.out_proj"
+        return module
+
+    def factors(self, target: str) -> tuple[str, str]:
+        """The names of A and B."""
+        if self.kinds[target] is Kind.EMBEDDING:
+            start = f"{PREFIX}{self.path(target)}.lora_embedding_"
+            return f"{start}A", f"{start}B"
+        start = f"{PREFIX}{self.path(target)}.lora_"
+        return f"{start}A.weight", f"{start}B.weight"
+
+    def bias(self, target: str) -> str:
+        """The name of lora_B's bias, for the target of the weight."""
+        return f"{PREFIX}{self.path(target)}.lora_B.bias"
+
+    def whole(self, target: str, inside: bool) -> str:
+        """The name of a tensor that is saved whole; `inside` a layer that was wrapped, if it still is."""
+        module, _, parameter = target.rpartition(".")
+        owners = (target, f"{module}.weight", module + ATTENTION)
+        owner = next((t for t in owners if self.kinds.get(t, Kind.PARAMETER) is not Kind.PARAMETER), None)
+        if inside and owner:
+            return f"{PREFIX}{self.path(owner)}.base_layer.{parameter}"
+        return saved_whole(target, inside and module in self.nested)
+
+    def magnitude(self, target: str) -> str:
+        return f"{PREFIX}{self.path(target)}.lora_magnitude_vector"
+
+
+def token_rows(target: str) -> str:
+    """The name of the trained rows of an embedding."""
+    return f"{PREFIX}{target.rpartition('.')[0]}.token_adapter.trainable_tokens_delta"
+
+
+def saved_whole(target: str, inside: bool) -> str:
+    """The name of a tensor that is saved whole; `inside` a layer that PEFT has wrapped."""
+    module, _, parameter = target.rpartition(".")
+    return f"{PREFIX}{module}.base_layer.{parameter}" if inside else PREFIX + target
+
+
+def was_inside(target: str, sources: Iterable[str]) -> bool:
+    """Whether a tensor that is saved whole stood in a wrapped layer, whose name its target is without."""
+    own = wrappers(target.split("."))
+    return any(wrappers(keys.path_of(name)) > own for name in sources)
+
+
+def wrappers(parts: Iterable[str]) -> int:
+    """How many components are what PEFT calls its wrappers."""
+    return sum(part in keys.INNER for part in parts)
+
+
+def shapes(
+    kind: Kind, experts: int, rows: int, columns: int, kernel: tuple[int, ...], rank: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes in which A and B of a layer are stored."""
+    match kind:
+        case Kind.EMBEDDING:
+            return (rank, rows), (columns, rank)
+        case Kind.CONVOLUTION:
+            channels = columns
+            for size in kernel:
+                channels //= size
+            return (rank, channels, *kernel), (rows, rank, *(1 for _ in kernel))
+        case Kind.PARAMETER:
+            return (experts * rank, columns), (rows, rank * experts)
+    return (rank, columns), (rows, rank)
+
+
+def stored(kind: Kind, kernel: tuple[int, ...], found: Product) -> tuple[Tensor, Tensor]:
+    """A and B of a product, as they are stored."""
+    up, down = found.up, found.down
+    match kind:
+        case Kind.EMBEDDING:
+            down, up = up.T, down.T
+        case Kind.PARAMETER:
+            experts = up.shape[0]
+            down = down.reshape(-1, down.shape[-1])  # expert-major
+            up = up.permute(1, 2, 0).reshape(up.shape[1], -1)  # rank-major
+            assert down.shape[0] == up.shape[1]
+            assert down.shape[0] % experts == 0
+        case Kind.CONVOLUTION:
+            *_, a_shape = (shapes(kind, 1, up.shape[0], down.shape[1], kernel, found.rank)[0],)
+            down, up = down.reshape(a_shape), up.reshape(*up.shape, *(1 for _ in kernel))
+    return down.contiguous(), up.contiguous()

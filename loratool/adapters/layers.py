@@ -1,0 +1,282 @@
+"""What an adapter holds, sorted for those who rework it: low-rank updates by layer, and all that is beside them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from loratool.adapters.adapter import stored_tensors
+from loratool.algebra.lowrank import Product
+from loratool.algebra.lowrank.products import ROUNDING
+from loratool.algebra.updates import (
+    Add,
+    ExpertFactors,
+    LowRank,
+    Magnitude,
+    Replace,
+    ReplaceRows,
+    Residual,
+    Update,
+    downs,
+    ups,
+)
+from loratool.errors import FitError, InputError, printable
+from loratool.files.safefile import FLOAT_NAMES
+from loratool.notes import Note
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+    from torch import Tensor
+
+    from loratool.adapters.adapter import Adapter
+
+ROUNDING_ONLY = "no larger than the rounding of its stored factors"  # said of an update that `lowrank.noise` finds so
+WAY_OUT = (
+    "make LoRA of it: loratool merge BASE ADAPTER -o MERGED, then loratool extract BASE MERGED -o LORA, with --rank for "
+    "one of your choice"
+)
+
+
+# Types whose files have the same tensors for two kinds of layers: their name, and the kind that is not linear.
+UNTOLD = {"ADALORA": ("AdaLoRA", "a Conv2d"), "TINYLORA": ("TinyLoRA", "an embedding")}
+
+
+class Kind(Enum):
+    """How the factors of a layer are stored."""
+
+    LINEAR = "linear"
+    EMBEDDING = "embedding"
+    CONVOLUTION = "convolution"
+    PARAMETER = "parameter"  # a matrix for each expert; a batch of products, also where there is one
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether PEFT gives it a lora_B.bias, where `lora_bias` is set."""
+        return self in (Kind.LINEAR, Kind.CONVOLUTION)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The low-rank update of one weight, with its factors still on disk."""
+
+    target: str
+    kind: Kind
+    update: LowRank | ExpertFactors
+    experts: int = 1
+    magnitude: Magnitude | None = None  # of DoRA, around the update
+
+    @property
+    def module(self) -> str:
+        """What PEFT's patterns are matched with: the module, or the parameter itself."""
+        return self.target if self.kind is Kind.PARAMETER else self.target.rpartition(".")[0]
+
+    @property
+    def rank(self) -> int:
+        """Of one expert."""
+        if isinstance(self.update, LowRank):
+            return self.update.rank
+        return self.update.rank_of(self.experts)
+
+    @property
+    def rows(self) -> int:
+        return self.update.up.shape[0] if isinstance(self.update, LowRank) else self.update.sides[0]
+
+    @property
+    def columns(self) -> int:
+        return self.update.down.shape[1] if isinstance(self.update, LowRank) else self.update.sides[1]
+
+    @property
+    def most(self) -> int:
+        """The largest rank that its shape allows."""
+        return min(self.rows, self.columns)
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        return self.update.kernel if isinstance(self.update, LowRank) else ()
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        """What layers of several adapters must have in common to be one: all but the rank."""
+        return (self.kind, self.experts, self.rows, self.columns, self.kernel)
+
+    @property
+    def scale(self) -> float:
+        """α/r, or α/√r with rsLoRA."""
+        if isinstance(self.update, LowRank):
+            return self.update.scale
+        return self.update.alpha / (math.sqrt(self.rank) if self.update.rslora else self.rank)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that one rank of it takes."""
+        return self.experts * (self.rows + self.columns)
+
+    @property
+    def factors(self) -> tuple[Any, Any]:
+        """The stored (up, down)."""
+        if isinstance(self.update, LowRank):
+            return self.update.up, self.update.down
+        return self.update.b, self.update.a
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> Product:
+        """ΔW as a product, scaling included; for a parameter a batch of one product an expert.
+
+        Raises `InputError` where a value is no number.
+        """
+        up, down = (factor.load(device, dtype) for factor in self.factors)
+        return self.product(up, down)
+
+    def product(self, up: Tensor, down: Tensor) -> Product:
+        """ΔW of the loaded factors."""
+        if isinstance(self.update, ExpertFactors):
+            up = ups(up, self.experts, self.update.grouped).expand(self.experts, -1, -1)
+            down = downs(down, self.experts).expand(self.experts, -1, -1)
+        return Product(up, down, self.rounding).scaled(self.scale)
+
+    @property
+    def rounding(self) -> float:
+        """The relative error of ΔW that comes of the dtype its factors are stored in; of several the largest."""
+        stored = (t.info.dtype for t in stored_tensors(self.update) if t.info.dtype in FLOAT_NAMES)  # and no indices
+        return max((ROUNDING[FLOAT_NAMES[dtype]] for dtype in stored), default=0.0)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """An adapter, sorted."""
+
+    adapter: Adapter
+    layers: Mapping[str, Layer]  # by target, as all of these
+    biases: Mapping[str, Add]  # of lora_B
+    saved: Mapping[str, Replace]  # whole
+    bases: Mapping[str, Replace]  # weights that an update was trained on top of
+    rows: Mapping[str, ReplaceRows]  # of tokens
+
+    @property
+    def name(self) -> str:
+        return self.adapter.name
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.adapter.config
+
+    @property
+    def dora(self) -> bool:
+        return any(layer.magnitude for layer in self.layers.values())
+
+    @property
+    def remarks(self) -> tuple[Note, ...]:
+        """What a user of plain LoRA made of it should know."""
+        kind = self.config.get("peft_type")
+        if not isinstance(kind, str) or kind not in UNTOLD:
+            return self.adapter.notes
+        title, layer = UNTOLD[kind]
+        return (
+            *self.adapter.notes,
+            Note(
+                "layer-kind-unknown",
+                f"{title}'s file does not tell {layer} from a linear layer, and all are written as linear layers; if one is "
+                f"{layer}, PEFT cannot load this: merge the adapter instead, and `loratool extract` makes LoRA of the "
+                "result",
+            ),
+        )
+
+    def check_finite(self, product: Product) -> Product:
+        """The product; raises `InputError` naming every tensor of the adapter that holds what is no number."""
+        if not (bool(product.up.isfinite().all()) and bool(product.down.isfinite().all())):
+            self.adapter.check_values()
+            raise InputError(f"{printable(self.adapter.file.path)}: factors times their scaling overflow")
+        return product
+
+    def check_beside(self) -> None:
+        """Raise `InputError` naming every tensor that holds what is no number, where one beside the factors does."""
+        tables = (self.biases, self.saved, self.bases, self.rows)
+        updates = [
+            *(u for table in tables for u in table.values()),
+            *(layer.magnitude for layer in self.layers.values()),
+        ]
+        if not all(tensor.finite() for update in updates for tensor in stored_tensors(update)):
+            self.adapter.check_values()
+
+    def load(self, target: str, device: torch.device, dtype: torch.dtype) -> Product:
+        """The product of a layer, checked."""
+        return self.check_finite(self.layers[target].load(device, dtype))
+
+    def load_bias(self, target: str) -> Tensor:
+        """What a lora_B.bias adds, scaling included, in float64 on the CPU."""
+        import torch
+
+        bias = self.biases[target]
+        stored: Any = bias.value
+        loaded: Tensor = stored.load(torch.device("cpu"), torch.float64) * bias.scale
+        return loaded
+
+
+def contents_of(adapter: Adapter, verb: str) -> Contents:
+    """The adapter, sorted; raises `InputError` or `FitError` naming all that `verb` cannot be done to."""
+    shown = printable(adapter.file.path)
+    if adapter.unsupported:
+        raise InputError(f"{shown}: cannot {verb} this adapter:", adapter.unsupported)
+    if adapter.unused:
+        raise FitError(f"{shown}: no rule gives these tensors a place:", map(printable, adapter.unused))
+    layers: dict[str, Layer] = {}
+    biases: dict[str, Add] = {}
+    saved: dict[str, Replace] = {}
+    rows: dict[str, ReplaceRows] = {}
+    problems: dict[str, list[str]] = {}
+    for target, update in adapter.updates.items():
+        match update:
+            case Add():
+                biases[target] = update
+            case Replace():
+                saved[target] = update
+            case ReplaceRows():
+                rows[target] = update
+            case _:
+                if layer := layer_of(target, update):
+                    layers[target] = layer
+                else:
+                    problems.setdefault(why_not(update, verb), []).append(target)
+    if problems:
+        raise InputError(
+            f"{shown}: cannot {verb} this adapter:",
+            (
+                f"{printable(targets[0])}{f' and {len(targets) - 1} more' if len(targets) > 1 else ''}: {reason}"
+                for reason, targets in problems.items()
+            ),
+        )
+    return Contents(adapter, layers, biases, saved, dict(adapter.bases), rows)
+
+
+def layer_of(target: str, update: Update) -> Layer | None:
+    """The layer that a low-rank update makes; None for any other, and for experts of unknown number."""
+    match update:
+        case Magnitude(inner=LowRank() as inner):
+            return Layer(target, kind_of(inner), inner, magnitude=update)
+        case LowRank():
+            return Layer(target, kind_of(update), update)
+        case ExpertFactors() if experts := update.experts:
+            return Layer(target, Kind.PARAMETER, update, experts)
+    return None
+
+
+def kind_of(update: LowRank) -> Kind:
+    if update.kernel:
+        return Kind.CONVOLUTION
+    return Kind.EMBEDDING if update.table else Kind.LINEAR
+
+
+def why_not(update: Update, verb: str) -> str:
+    """Why an update that is not low-rank stays as it is, and what to do."""
+    inner = update.inner if isinstance(update, Magnitude) else update
+    if isinstance(inner, ExpertFactors):
+        return "neither its factors nor the config tell how many experts it has"
+    if isinstance(inner, Residual):
+        return (
+            "training began by taking a part out of the base (PiSSA, OLoRA or KaSA), and the adapter's change is its "
+            f"factors less that part, which only the base tells; {WAY_OUT}"
+        )
+    return f"its update ({type(inner).__name__}) is no product of two factors, which is what can be {verb}d; {WAY_OUT}"

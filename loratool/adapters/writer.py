@@ -1,0 +1,368 @@
+"""An adapter on its way to its folder: weights as they come, then config, side files and provenance."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from loratool import __version__
+from loratool.adapters.adapter import StoredTensor, stored_tensors
+from loratool.adapters.formats.peft import CONFIG, WEIGHTS, keys
+from loratool.adapters.formats.peft.lora import doubles
+from loratool.adapters.formats.peft.spelling import PREFIX, Names, shapes, stored, token_rows, was_inside
+from loratool.adapters.weight_files import fates, module_files
+from loratool.errors import FitError, printable
+from loratool.files.checkpoint import PROVENANCE, leaves, sort_side_files
+from loratool.files.digests import recorded
+from loratool.files.hub_cache import told_origin
+from loratool.files.journal import Journal
+from loratool.files.safefile import FLOAT_NAMES, product
+from loratool.files.staging import Stage, staged
+from loratool.files.tensor_writer import TensorFile, tensor_file
+from loratool.options.described import dtypes, option
+from loratool.options.shared import WritingOptions
+from loratool.provenance.cards import CARD, card, is_nobodys, terms_of
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor
+
+    from loratool.adapters.adapter import Adapter
+    from loratool.adapters.layers import Contents, Kind, Layer
+    from loratool.algebra.lowrank import Product
+    from loratool.files.tensor_writer import Triple
+    from loratool.notes import Note
+
+SPELLED = {name: dtype for dtype, name in FLOAT_NAMES.items()}  # float32 → F32
+WIDTH = {"F64": 4, "F32": 3, "BF16": 2, "F16": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorOptions(WritingOptions):
+    """Of a command that writes factors."""
+
+    dtype: str = option(
+        help="Dtype of the factors.", default="keep", kind=dtypes("keep", "float32", "bfloat16", "float16")
+    )
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is known of a layer that is to be written: all but its factors."""
+
+    kind: Kind
+    rows: int
+    columns: int
+    rank: int  # the largest it may have
+    experts: int = 1
+    kernel: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, layer: Layer, rank: int) -> Form:
+        return cls(layer.kind, layer.rows, layer.columns, rank, layer.experts, layer.kernel)
+
+
+@dataclass
+class Carried:
+    """Tensors beside the factors, which are written as they are: name → where they lie, or their values."""
+
+    tensors: dict[str, StoredTensor | Tensor] = field(default_factory=dict)
+    tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)  # target → rows, in the order they are stored
+
+    def announced(self) -> Iterator[Triple]:
+        for name, tensor in self.tensors.items():
+            if isinstance(tensor, StoredTensor):
+                yield name, tensor.info.dtype, tensor.info.shape
+            else:
+                yield name, dtype_name(tensor), tuple(tensor.shape)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """The factors of a layer in the dtype they are stored in."""
+
+    target: str
+    factors: Product
+    read_back: Product  # what they mean to whoever reads them, in float64
+
+
+@dataclass
+class Output:
+    """The weights of an adapter that is being written; without a file, those of one that would be."""
+
+    file: TensorFile | None
+    stage: Stage | None
+    names: Names
+    forms: Mapping[str, Form]
+    dtype: torch.dtype
+    halved: bool  # PEFT applies some updates twice
+
+    def rounded(self, target: str, found: Product) -> Rounded:
+        """The factors of a layer as they will be stored; raises `FitError` where the dtype cannot hold them."""
+        import torch
+
+        factor = 0.5 if self.halved and self.names.inside_attention(target) else 1.0
+        factors = found.scaled(factor).to(self.dtype)
+        if not (bool(factors.up.isfinite().all()) and bool(factors.down.isfinite().all())):
+            raise FitError(
+                f"{printable(target)}: the factors overflow {str(self.dtype).removeprefix('torch.')}; give another --dtype"
+            )
+        return Rounded(target, factors, factors.to(torch.float64).scaled(1 / factor))
+
+    def add(self, found: Rounded) -> None:
+        """Write the factors of a layer."""
+        if self.file is not None:
+            form = self.forms[found.target]
+            tensors = stored(form.kind, form.kernel, found.factors)
+            for name, tensor in zip(self.names.factors(found.target), tensors, strict=True):
+                self.write(name, tensor)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        if self.file is not None:
+            import torch
+
+            content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            self.file.add(name, dtype_name(tensor), tuple(tensor.shape), content)
+
+    def carry(self, carried: Carried) -> None:
+        """Write what stands beside the factors."""
+        for name, tensor in carried.tensors.items():
+            if not isinstance(tensor, StoredTensor):
+                self.write(name, tensor)
+            elif self.file is not None:
+                self.file.copy(name, tensor.file, tensor.info)
+
+    def finish(
+        self,
+        config: Mapping[str, Any],
+        provenance: Mapping[str, Any],
+        beside: Mapping[str, Path],
+        inputs: Sequence[Path],
+    ) -> None:
+        """Complete the weights, and write everything else; `beside` are files to copy, by name, `inputs` the folders with cards."""
+        if self.stage is not None and self.file is not None:
+            self.file.finish()
+            self.stage.add(WEIGHTS)
+            finish(self.stage, config, provenance, beside, inputs)
+
+
+def finish(
+    stage: Stage,
+    config: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    beside: Mapping[str, Path],
+    inputs: Sequence[Path],
+) -> None:
+    """Write the config, what lies beside an adapter, and how it was made."""
+    stage.expect([CONFIG, CARD, PROVENANCE, *beside])
+    stage.write(CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    for name, path in beside.items():
+        stage.copy(name, path)
+    table = {**provenance, "versions": versions()}
+    if CARD not in beside or is_nobodys(beside[CARD]):
+        stage.write(CARD, card(table, config, terms_of(*inputs)))
+    stage.write(PROVENANCE, (json.dumps({**table, "files": recorded(stage.files)}, indent=2) + "\n").encode())
+
+
+@contextmanager
+def adapter_output(
+    out: Path,
+    forms: Mapping[str, Form],
+    carried: Carried,
+    dtype: torch.dtype,
+    config: Mapping[str, Any],
+    options: WritingOptions,
+) -> Iterator[Output]:
+    """The output of layers with `forms`, published under `out` when the block ends well. A dry run writes nothing.
+
+    `config` is that of the first source: which release of PEFT will read the result.
+    """
+    names = Names({target: form.kind for target, form in forms.items()})
+    halved = doubles(config)
+    if options.dry_run:
+        yield Output(None, None, names, forms, dtype, halved)
+        return
+    announced = [*announced_factors(names, forms, dtype), *carried.announced()]
+    needed = sum(product(shape) * (8 if d == "F64" else 4) for _, d, shape in announced)
+    with (
+        staged(out, Journal(uuid.uuid4().hex, files={WEIGHTS}), needed, options.overwrite) as stage,
+        tensor_file(stage.folder / WEIGHTS, announced) as file,
+    ):
+        yield Output(file, stage, names, forms, dtype, halved)
+
+
+def copied_output(
+    out: Path, source: Contents, config: Mapping[str, Any], provenance: Mapping[str, Any], overwrite: bool
+) -> None:
+    """An adapter with the same weights, byte for byte, under another config."""
+    weights = source.adapter.file
+    source.adapter.check_values()
+    wanted = Journal(uuid.uuid4().hex, files={WEIGHTS})
+    with staged(out, wanted, weights.layout.size, overwrite) as stage:
+        if weights.files == (weights,):
+            stage.copy(WEIGHTS, weights.path)
+        else:  # of several one is made, which is what PEFT reads
+            announced = [(info.name, info.dtype, info.shape) for info in weights.tensors.values()]
+            with tensor_file(stage.folder / WEIGHTS, announced) as file:
+                for name, _, _ in announced:
+                    file.copy(name, weights.home(name), weights.home(name).tensors[name])
+                file.finish()
+            stage.add(WEIGHTS)
+        weights.check_unchanged()
+        finish(stage, config, provenance, files_beside(source), [source.adapter.folder])
+
+
+def announced_factors(names: Names, forms: Mapping[str, Form], dtype: torch.dtype) -> Iterator[Triple]:
+    spelled = SPELLED[str(dtype).removeprefix("torch.")]
+    for target, form in forms.items():
+        both = shapes(form.kind, form.experts, form.rows, form.columns, form.kernel, form.rank)
+        for name, shape in zip(names.factors(target), both, strict=True):
+            yield name, spelled, shape
+
+
+def carried_over(source: Contents, names: Names, factors: Mapping[str, float] | None = None) -> Carried:
+    """All of an adapter but its factors, as it is: magnitudes, saved tensors, token rows.
+
+    Biases of lora_B get the scale 1, and those of a layer that is multiplied are too.
+    """
+    adapter = source.adapter
+    source.check_beside()
+    carried = Carried()
+    for target, layer in source.layers.items():
+        if layer.magnitude is not None and target in names.kinds:
+            (name,) = (n for n in adapter.sources[target] if "lora_magnitude_vector" in n)
+            carried.tensors[names.magnitude(target)] = stored_tensor(adapter, name)
+    for target, bias in source.biases.items():
+        weight = f"{target.removesuffix('bias')}weight"
+        if weight not in names.kinds:
+            continue  # left out with its layer
+        value: Any = bias.value
+        loaded = source.load_bias(target) * (factors or {}).get(weight, 1.0)
+        carried.tensors[names.bias(weight)] = loaded.to(torch_dtype(value.info.dtype))
+    if source.biases:  # that of an attention is read by nobody, and still asked for
+        lengths = {t: layer.rows for t, layer in source.layers.items()}
+        add_missing_biases(carried, names, lengths, kept_dtype([source], "keep"))
+    for target, replacement in (*source.saved.items(), *source.bases.items()):
+        inside = target in source.bases or was_inside(target, adapter.sources.get(target, ()))
+        stored_value: Any = replacement.value
+        carried.tensors[names.whole(target, inside)] = stored_value
+    for target, rows in source.rows.items():
+        values: Any = rows.values
+        carried.tensors[token_rows(target)] = values
+        carried.tokens[target] = rows.index
+    add_copies(carried, [source])
+    return carried
+
+
+def add_missing_biases(carried: Carried, names: Names, lengths: Mapping[str, int], dtype: torch.dtype) -> None:
+    """Zeros where a layer has no lora_B.bias: PEFT gives every layer one, or none. `lengths` are by target."""
+    import torch
+
+    for target, kind in names.kinds.items():
+        if kind.has_bias:
+            carried.tensors.setdefault(names.bias(target), torch.zeros(lengths[target], dtype=dtype))
+
+
+def add_copies(carried: Carried, sources: Sequence[Contents]) -> None:
+    """The second copies of biases that PEFT saves with bias="all", where a module is saved whole: it asks for them.
+
+    That under `modules_to_save` is of the value that counts, that under `original_module` stays as it is.
+    """
+    for source in sources:
+        if source.config.get("bias") != "all":
+            continue
+        paths = keys.Paths(frozenset(), keys.saved_modules(source.config), biases=True)
+        for name, info in source.adapter.file.tensors.items():
+            path = ".".join(keys.path_of(name))
+            target, wrapper = paths.saved_as(path)
+            if wrapper == "original_module":
+                carried.tensors.setdefault(PREFIX + path, StoredTensor(source.adapter.file, info))
+            elif wrapper == "modules_to_save" and PREFIX + target in carried.tensors:
+                carried.tensors.setdefault(PREFIX + path, carried.tensors[PREFIX + target])
+
+
+def stored_tensor(adapter: Adapter, name: str) -> StoredTensor:
+    """A tensor of an adapter's file, or of the one of its files that holds it."""
+    home = adapter.file.home(name)
+    return StoredTensor(home, home.tensors[name])
+
+
+def kept_dtype(sources: Sequence[Contents], asked: str) -> torch.dtype:
+    """The dtype of the factors: as asked, or the one that holds those of every source."""
+    import torch
+
+    if asked != "keep":
+        dtype: torch.dtype = getattr(torch, asked)
+        return dtype
+    every = (tensor for source in sources for layer in source.layers.values() for tensor in factor_tensors(layer))
+    found = {tensor.info.dtype for tensor in every if tensor.info.dtype in WIDTH}  # indices are no floats
+    if found == {"BF16", "F16"}:
+        return torch.float32
+    return torch_dtype(max(found, key=WIDTH.__getitem__, default="F32"))
+
+
+def factor_tensors(layer: Layer) -> Iterator[StoredTensor]:
+    """The stored tensors that its factors are made of."""
+    return stored_tensors(layer.update)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """F32 → torch.float32."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, FLOAT_NAMES[name])
+    return dtype
+
+
+def dtype_name(tensor: Tensor) -> str:
+    return SPELLED[str(tensor.dtype).removeprefix("torch.")]
+
+
+def files_beside(source: Contents) -> dict[str, Path]:
+    """What lies beside an adapter and belongs with it: tokenizer, licence, card, and weights that were trained along.
+
+    Nothing that training left, and no other form of the adapter itself.
+    """
+    folder = source.adapter.folder
+    if source.adapter.alone:
+        return {}
+    top, _ = sort_side_files(folder, {WEIGHTS})
+    trained = [file.name for file in source.adapter.beside if file.counts]
+    names = dict.fromkeys([*(name for name in top if os.sep not in name), *trained, *module_files(folder)])
+    for other in source.adapter.beside:
+        if not other.counts:
+            names.pop(other.name, None)
+    return {name: folder / name for name in names if name != PROVENANCE and is_own(folder, name)}
+
+
+def is_own(folder: Path, name: str) -> bool:
+    """Whether a file of a folder is a regular one that lies in it."""
+    return (folder / name).is_file() and not leaves(folder, name)
+
+
+def told_beside(source: Contents, carried: Collection[str] | None = None) -> Iterator[Note]:
+    """A note for each other file of weights in an adapter's folder; by default all that were trained are carried over."""
+    return fates(source.adapter.beside, carried=files_beside(source) if carried is None else carried)
+
+
+def versions() -> dict[str, str]:
+    import torch
+
+    return {"loratool": __version__, "torch": str(torch.__version__)}
+
+
+def described(source: Contents) -> dict[str, Any]:
+    """An input, as provenance names it."""
+    return {
+        "name": source.name,
+        **told_origin(source.adapter.folder),
+        "format": source.adapter.format,
+        "sha256": source.adapter.digests(),
+    }

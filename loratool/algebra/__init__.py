@@ -1,0 +1,1 @@
+"""What an adapter does to a weight, as mathematics. No names, no files."""

@@ -1,0 +1,40 @@
+"""PEFT's methods that treat A and B as if they were updates: for parity with `add_weighted_adapter` of PEFT 0.21.
+
+They add cross terms, and they depend on how an adapter shares itself between its factors. Each root of a weight times
+its scaling goes on both factors, its sign on A.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loratool.algebra.methods.chance import uniform
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+METHODS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")  # each with -factors behind it
+
+
+def combine_factors(
+    method: str, factors: Tensor, coefficients: Tensor, density: float, by_count: bool, key: str
+) -> Tensor:
+    """One factor of the result, from the (n, ·, ·) factors of the adapters, unscaled, and the weights of each."""
+    import torch
+
+    kept = factors
+    if method.startswith("dare"):
+        drawn = [uniform(f"{key}/{at}", 0, f.shape[0], f.shape[1], f.device) for at, f in enumerate(factors)]
+        kept = factors * (torch.stack(drawn) < density) / density
+    elif method != "linear" and density < 1:
+        count = int(density * factors[0].numel())
+        masks = torch.zeros_like(factors, dtype=torch.bool).flatten(1)
+        top = factors.abs().flatten(1).topk(count).indices
+        kept = factors * masks.scatter(1, top, True).reshape(factors.shape)
+    weighted = kept * coefficients[:, None, None]
+    if not method.endswith("ties"):
+        return weighted.sum(0)
+    votes = kept.sign().sum(0) if by_count else kept.sum(0)
+    agree = kept.sign() == torch.where(votes >= 0, 1.0, -1.0).to(kept.dtype)
+    total: Tensor = (weighted * agree).sum(0) / agree.sum(0).clamp_min(1)
+    return total

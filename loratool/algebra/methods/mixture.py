@@ -1,0 +1,312 @@
+"""One weight's updates made one, by any method: a product of the rank that was asked for, and what was lost by it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from loratool.algebra.lowrank import (
+    Core,
+    Joint,
+    Product,
+    Spectrum,
+    canonical,
+    core_space,
+    decompose,
+    difference,
+    floor,
+    gram,
+    joint,
+    norm,
+    padded,
+    side_by_side,
+    silenced,
+    sketch,
+)
+from loratool.algebra.lowrank.noise import MARGIN
+from loratool.algebra.methods import coefficients, elementwise, factorwise, spectral
+from loratool.algebra.methods.elementwise import Merged, Setting
+from loratool.algebra.methods.stacks import Formed, Held
+from loratool.algebra.methods.table import ELEMENTWISE, FACTORWISE, GRAM, METHODS, SPECTRAL
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+SKETCH_STEPS = 2
+TINY = 1e-150  # the square of less is 0, and a norm says nothing any more
+ZERO, UNSCALED = "zero", "unscaled"  # what becomes of a sum that is rounding
+SUMS = ("linear", "cat", "svd")
+WEIGHTED_SUMS = (*SUMS, "dare_linear", "breadcrumbs", "magnitude_prune")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method with all its dials set."""
+
+    method: str
+    space: str  # of elementwise methods
+    setting: Setting
+    rank: int | None = None  # of the result; None for what the method gives
+    ctm: bool = False  # choose the directions before the method, not after it
+    svc: bool = False
+    iso_beta: float = 1.0
+    row_wise: bool = False
+    factor: float = 1.0  # λ
+    match: str = "none"  # the norm of the result: none, or the mean, max or sum of those of the weighted updates
+
+    @property
+    def divides(self) -> bool:
+        """Whether weights are divided by their sum."""
+        if self.method in ("slerp", "nuslerp", "karcher"):
+            return True
+        return self.setting.normalize and self.method in WEIGHTED_SUMS
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The result for one weight."""
+
+    product: Product
+    lost: float  # relative error of the cut to its rank
+    whole: float  # ‖what the method gives at full rank‖
+    cancels: str = ""  # ZERO or UNSCALED where updates cancel and rounding is all that is left
+
+
+def mix(shared: Joint, weights: Sequence[float], recipe: Recipe) -> Mixture:
+    """Σ w ΔW of one weight as the recipe means it.
+
+    Where the sum is no more than rounding, nothing that depends on its size or its directions is done to it.
+
+    Args:
+        shared: ΔW of each adapter that has one, scaling included, without batches.
+        weights: of each.
+        recipe: what to do; its setting's key belongs to this weight.
+    """
+    import torch
+
+    share = torch.tensor(list(weights), dtype=torch.float64)
+    noise = floor(shared.small, weights)
+    left = float(torch.linalg.matrix_norm(shared.core(weights)))
+    if noise > TINY and left <= noise:
+        return cancelled(shared, share, recipe, left)
+    if recipe.method not in SUMS:
+        shared = silenced(shared)
+    found = made(shared, share, recipe, noise)
+    factor, told = matching(found.product, shared, share, recipe, noise)
+    whole = abs(recipe.factor * factor) * found.whole
+    return Mixture(found.product.scaled(recipe.factor * factor), found.lost, whole, found.cancels or told)
+
+
+def made(shared: Joint, weights: Tensor, recipe: Recipe, noise: float) -> Mixture:
+    """What the method gives, before λ and the norm that is asked for."""
+    products = shared.products
+    method = METHODS[recipe.method]
+
+    def calibrated(product: Product) -> Product:
+        return spectral.svc(decompose(product), products, weights.tolist(), noise).product() if recipe.svc else product
+
+    if method.family == GRAM and recipe.rank is not None and not (recipe.row_wise or recipe.svc or recipe.ctm):
+        chosen, cancels = of_gram(gram(shared.small), weights, recipe, products)
+        return replace(cut(shared.sum(chosen.tolist()), recipe.rank), cancels=cancels)
+    if method.family == ELEMENTWISE and recipe.space == "dense":
+        found = dense(products, weights, recipe)
+        return replace(found, product=calibrated(found.product))
+    whole, compact, cancels = uncut(products, weights, recipe, noise)
+    whole, compact = calibrated(whole), compact or recipe.svc
+    if recipe.ctm and recipe.rank is not None:
+        core = spectral.reduced(core_space(products), recipe.rank)
+        small = calibrated(in_core(core, recipe.rank, products, weights, recipe, noise))
+        size = float(norm(whole))
+        found = cut(spectrum_of(small), recipe.rank)
+        lost = float(norm(difference(whole, found.product))) / size if size else 0.0
+        return Mixture(found.product, lost, size, cancels)
+    if recipe.rank is not None or compact:
+        return replace(cut(spectrum_of(whole), recipe.rank), cancels=cancels)
+    return Mixture(whole, 0.0, float(norm(whole)), cancels)
+
+
+def cancelled(shared: Joint, weights: Tensor, recipe: Recipe, left: float) -> Mixture:
+    """The result where Σ w ΔW is rounding of norm `left`: plain sums leave it as it is, other methods a zero.
+
+    It is a zero for all of them where it is the rounding of the arithmetic here.
+    """
+    arithmetic = floor([replace(small, rounding=0.0) for small in shared.small], weights.tolist())
+    if METHODS[recipe.method].family != GRAM or recipe.method == "model_stock" or left <= arithmetic:
+        first = shared.products[0]
+        rank = recipe.rank or 1
+        return Mixture(padded(Product(first.up[:, :rank] * 0.0, first.down[:rank]), rank), 0.0, 0.0, ZERO)
+    plain = coefficients.linear(weights, recipe.divides)
+    if recipe.rank is not None:
+        found = cut(shared.sum(plain.tolist()), recipe.rank)
+    else:
+        found = Mixture(
+            side_by_side([p.scaled(float(c)) for p, c in zip(shared.products, plain, strict=True)]), 0, left
+        )
+        found = replace(found, whole=float(norm(found.product)))
+    factor = recipe.factor
+    return Mixture(found.product.scaled(factor), found.lost, abs(factor) * found.whole, UNSCALED)
+
+
+def uncut(products: Sequence[Product], weights: Tensor, recipe: Recipe, noise: float) -> tuple[Product, bool, str]:
+    """The result at the rank it has by itself, whether its factors may have null directions, and what cancels."""
+    method = METHODS[recipe.method]
+    if method.family == GRAM:
+        whole, cancels = weighted_sum(products, weights, recipe)
+        return whole, False, cancels
+    core = core_space(products)
+    if method.family == ELEMENTWISE and recipe.space == "knots":
+        return knots(core, weights, recipe), True, ""
+    return in_core(core, min(products[0].shape), products, weights, recipe, noise), True, ""
+
+
+def weighted_sum(products: Sequence[Product], weights: Tensor, recipe: Recipe) -> tuple[Product, str]:
+    """Σ cᵢ ΔWᵢ by factors side by side, and what cancels."""
+    if recipe.row_wise:
+        left = [p.up.double() for p in products]
+        table = rows_gram(products, left)
+        noise = rows_noise(products, table)
+        each, opposite = coefficients.slerp(table, t_of(weights), coefficients.STRAIGHT_FROM, noise)
+        parts = [replace(p, up=p.up * each[:, i, None].to(p.up)) for i, p in enumerate(products)]
+        return side_by_side(parts), UNSCALED if opposite else ""
+    chosen, cancels = of_gram(gram(products), weights, recipe, products)
+    return side_by_side([p.scaled(float(c)) for p, c in zip(products, chosen, strict=True)]), cancels
+
+
+def of_gram(table: Tensor, weights: Tensor, recipe: Recipe, products: Sequence[Product]) -> tuple[Tensor, str]:
+    """The coefficients of a method that needs inner products only, and what cancels."""
+    angle = MARGIN * math.hypot(
+        *sorted(p.precision for p in products)[-2:]
+    )  # between two that are one but for rounding
+    match recipe.method:
+        case "slerp":
+            chosen, opposite = coefficients.slerp(table, t_of(weights), noise=angle)
+        case "nuslerp":
+            chosen, opposite = coefficients.slerp(table, t_of(weights), coefficients.STRAIGHT_FROM, angle)
+        case "karcher":
+            chosen, opposite = coefficients.karcher(table, weights, angle)
+        case "model_stock":
+            chosen, opposite = coefficients.model_stock(table), False
+        case _:
+            chosen, opposite = coefficients.linear(weights, recipe.setting.normalize), False
+    return chosen, UNSCALED if opposite else ""
+
+
+def t_of(weights: Tensor) -> float:
+    """Where between two adapters: w₂ / (w₁ + w₂)."""
+    return float(weights[1] / weights.sum())
+
+
+def rows_gram(products: Sequence[Product], ups: Sequence[Tensor]) -> Tensor:
+    """Inner products of the rows of the updates: (rows, n, n)."""
+    import torch
+
+    count = len(products)
+    table = torch.zeros(products[0].shape[0], count, count, dtype=torch.float64)
+    for i in range(count):
+        for j in range(count):
+            between = products[i].down.double() @ products[j].down.double().mT
+            table[:, i, j] = ((ups[i] @ between) * ups[j]).sum(1).cpu()
+    return table
+
+
+def rows_noise(products: Sequence[Product], table: Tensor) -> Tensor:
+    """The sine of the angle that rounding puts between two rows that are one: 1.5 √Σ (u · terms of the row / ‖row‖)²."""
+    import torch
+
+    squares = torch.zeros(table.shape[0], dtype=torch.float64)
+    for i, product in enumerate(products):
+        rounded = (product.up.double().square() @ product.down.double().square().sum(1)).cpu() * product.precision**2
+        squares += rounded / table[:, i, i].clamp_min(1e-300)
+    return MARGIN * squares.sqrt()
+
+
+def in_core(
+    core: Core, room: int, products: Sequence[Product], weights: Tensor, recipe: Recipe, noise: float
+) -> Product:
+    """The result of a method in core space; `room` is the largest rank that it may have."""
+    share = weights.to(core.matrices)
+    if METHODS[recipe.method].family == SPECTRAL:
+        left, scaled, right = spectral.above(core.matrices * share[:, None, None], noise)
+        match recipe.method:
+            case "tsv":
+                merged = spectral.tsv(scaled, room, noise)
+            case "iso_c":
+                merged = spectral.iso_c(scaled.sum(0), recipe.iso_beta, noise)
+            case _:
+                merged = spectral.iso_cts(scaled, noise)
+        return core.product(left @ merged @ right)
+    if METHODS[recipe.method].family == GRAM:
+        chosen, _ = of_gram(gram(products), weights, recipe, products)
+        return core.product((core.matrices * chosen.to(share)[:, None, None]).sum(0))
+    stack = Held(core.matrices)
+    rule = elementwise.METHODS[recipe.method](stack, share, recipe.setting)
+    return core.product(Merged(stack, rule).whole())
+
+
+def knots(core: Core, weights: Tensor, recipe: Recipe) -> Product:
+    """The method on S Vᵢᵀ, with [ΔW₁ … ΔWₙ] = U S [V₁ … Vₙ]ᵀ (KnOTS, Stoica et al. 2024, arXiv:2410.19735)."""
+    count, _, columns = core.matrices.shape
+    u, s, vt = spectral.compact(core.matrices.permute(1, 0, 2).reshape(core.matrices.shape[1], -1))
+    turned = (s[:, None] * vt).reshape(len(s), count, columns).permute(1, 0, 2)
+    stack = Held((turned @ core.right).contiguous())  # (n, ·, columns of the weight)
+    rule = elementwise.METHODS[recipe.method](stack, weights.to(u), recipe.setting)
+    return Product(core.left @ u, Merged(stack, rule).whole())
+
+
+def dense(products: Sequence[Product], weights: Tensor, recipe: Recipe) -> Mixture:
+    """The method on the entries of the whole weight, which are formed tile by tile; its leading directions."""
+    stack = Formed([canonical(p) for p in products])
+    rule = elementwise.METHODS[recipe.method](stack, weights.to(products[0].up.device), recipe.setting)
+    room = min(stack.shape[1:])
+    rank = min(recipe.rank or sum(p.rank for p in products), room)
+    found = sketch(Merged(stack, rule), rank, max(8, rank), SKETCH_STEPS)
+    return Mixture(padded(found.found.product(), recipe.rank or 0), found.error(rank), math.sqrt(found.squared))
+
+
+def spectrum_of(product: Product) -> Spectrum:
+    return joint([product]).sum([1.0])
+
+
+def cut(found: Spectrum, rank: int | None) -> Mixture:
+    """The nearest product of a rank; without one all of it but its null directions."""
+    squares = found.values.double().square()
+    total = float(squares.sum())
+    kept = max(1, found.significant) if rank is None else rank
+    lost = math.sqrt(float(squares[kept:].sum()) / total) if total and rank is not None else 0.0
+    return Mixture(padded(found.product(kept), kept), lost, math.sqrt(total))
+
+
+def matching(result: Product, shared: Joint, weights: Tensor, recipe: Recipe, noise: float) -> tuple[float, str]:
+    """The factor that gives the result the norm that was asked for: 1 where the result is rounding, and that told."""
+    if recipe.match == "none":
+        return 1.0, ""
+    sizes = [abs(float(w)) * float(norm(p)) for p, w in zip(shared.small, weights, strict=True)]
+    wanted = {"mean": sum(sizes) / len(sizes), "max": max(sizes), "sum": sum(sizes)}[recipe.match]
+    size = float(norm(result))
+    if size > noise:
+        return wanted / size, ""
+    return 1.0, UNSCALED if size else ""
+
+
+def mix_factors(ups: Sequence[Tensor], downs: Sequence[Tensor], strengths: Sequence[float], recipe: Recipe) -> Mixture:
+    """PEFT's methods on factors; `ups` and `downs` are unscaled, a strength is a weight times a scaling."""
+    import torch
+
+    assert METHODS[recipe.method].family == FACTORWISE
+    method = recipe.method.removesuffix("-factors")
+    strength = torch.tensor(list(strengths), dtype=ups[0].dtype, device=ups[0].device)
+    roots = strength.abs().sqrt()
+    setting = recipe.setting
+
+    def one(side: str, factors: Sequence[Tensor], shares: Tensor) -> Tensor:
+        stacked = torch.stack(list(factors))
+        return factorwise.combine_factors(
+            method, stacked, shares, setting.density, setting.by_count, f"{setting.key}/{side}"
+        )
+
+    whole = Product(one("B", ups, roots), one("A", downs, roots * strength.sign()))
+    found = cut(spectrum_of(whole), recipe.rank) if recipe.rank else Mixture(whole, 0.0, float(norm(whole)))
+    return Mixture(found.product.scaled(recipe.factor), found.lost, abs(recipe.factor) * found.whole)

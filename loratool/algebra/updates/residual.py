@@ -1,0 +1,73 @@
+"""Updates that were trained on top of a weight of which a part had been taken away before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from loratool.algebra.updates.additive import LowRank, stack
+from loratool.algebra.updates.base import Update, WeightRows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# What was taken away of W = U S Vᵀ, or W = Q R, by an update of rank r:
+PRINCIPAL = "principal"  # the r largest singular values and their vectors: PiSSA (Meng et al. 2024, arXiv:2404.02948)
+MINOR = "minor"  # the r smallest ones: KaSA (Wang et al. 2024, arXiv:2412.06071)
+TRIANGULAR = "triangular"  # scale · Q[:, :r] @ R[:r]: OLoRA (Büyükakyüz 2024, arXiv:2406.01775)
+
+
+@dataclass(frozen=True)
+class Residual(Update):
+    """W' = W − part(W) + ΔW, ΔW being the trained update; the part is worked out again from the unmerged weight."""
+
+    inner: LowRank
+    part: str  # one of the constants above
+    in_out: bool = False  # how the weight is stored
+
+    @property
+    def needs_weight(self) -> bool:
+        return True
+
+    @property
+    def turnable(self) -> bool:
+        return self.inner.turnable
+
+    @property
+    def turned(self) -> Residual:
+        return replace(self, inner=self.inner.turned, in_out=not self.in_out)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    @property
+    def rank(self) -> int:
+        return max(self.inner.shape)  # of its memory: the weight, its factors and what a decomposition works with
+
+    def fit(self, shape: tuple[int, ...]) -> Update | None:
+        fits = len(shape) == 2 and self.inner.fit(shape)
+        return self if fits and self.inner.rank <= min(shape) else None
+
+    def taken(self, weight: Tensor) -> LowRank:
+        """The part of a whole weight that the update was trained without."""
+        import torch
+
+        seen, rank = weight.T if self.in_out else weight, self.inner.rank
+        if self.part == TRIANGULAR:
+            q, r = torch.linalg.qr(seen)
+            part = LowRank(q[:, :rank], r[:rank], self.inner.scale)
+        else:
+            u, s, v = torch.linalg.svd(seen, full_matrices=False)
+            kept = slice(rank) if self.part == PRINCIPAL else slice(s.shape[0] - rank, None)
+            part = LowRank(u[:, kept] * s[kept], v[kept], 1.0)
+        return part.turned if self.in_out else part
+
+    def prepared(self, weight: WeightRows) -> Update:
+        import torch
+
+        whole = torch.cat([block for _, block in weight()])
+        return stack([(self.inner, 1.0), (self.taken(whole), -1.0)])
+
+    def delta(self, weight: Tensor) -> Tensor:
+        return self.inner.delta(weight) - self.taken(weight).delta(weight)

@@ -1,0 +1,120 @@
+"""Updates that are known by a few coefficients of a wavelet transform."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from loratool.algebra.updates.additive import Add
+from loratool.algebra.updates.base import ANY, Update, WeightRows
+from loratool.algebra.updates.sparse import drawn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LARGEST_ORDER = 10  # of Daubechies' wavelets, as PEFT has them
+
+
+@dataclass(frozen=True)
+class Wavelet(Update):
+    """ΔW = scale · one step of an inverse wavelet transform of F, F being zero but for `spectrum` at random places.
+
+    WaveFT of PEFT. The places are drawn as FourierFT's are. F is a bit larger than the (out, in) weight, which is
+    the middle of what the transform gives. Of order 0 there is no transform: ΔW = scale · F.
+    """
+
+    spectrum: Tensor  # (n,)
+    scale: float
+    seed: int
+    order: int  # of Daubechies' wavelet, which has 2 · order values
+    size: tuple[int, ...] = (ANY, ANY)  # of the weight, once fitted
+    in_out: bool = False  # how the weight is stored
+    turnable: bool = True
+
+    needs_weight = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.size
+
+    @property
+    def rank(self) -> int:
+        return max(self.size)  # of its memory: two matrices of the weight's size
+
+    @property
+    def turned(self) -> Wavelet:
+        return replace(self, in_out=not self.in_out, size=self.size[::-1])
+
+    def fit(self, shape: tuple[int, ...]) -> Update | None:
+        fits = len(shape) == 2 and super().fit(shape) and self.spectrum.shape[0] <= math.prod(shape)
+        return replace(self, size=shape) if fits else None
+
+    def prepared(self, weight: WeightRows) -> Update:  # noqa: ARG002
+        change = self.change()
+        return Add(change.T.contiguous() if self.in_out else change)
+
+    def delta(self, weight: Tensor) -> Tensor:
+        change = self.change().to(weight.dtype)
+        return change.T if self.in_out else change
+
+    def change(self) -> Tensor:
+        """ΔW as (out, in)."""
+        shape = self.size[::-1] if self.in_out else self.size
+        places = drawn(shape, self.spectrum.shape[0], self.seed).to(self.spectrum.device)
+        if not self.order:
+            dense = self.spectrum.new_zeros(shape)
+            dense[places[0], places[1]] = self.spectrum
+            return self.scale * dense
+        padded = tuple(size + 2 * (self.order - 1) for size in shape)
+        padded = tuple(size + size % 2 for size in padded)
+        before = [(large - size) // 2 for large, size in zip(padded, shape, strict=True)]
+        dense = self.spectrum.new_zeros(padded)
+        dense[places[0] + before[0], places[1] + before[1]] = self.spectrum
+        result = self.reconstructed(dense)
+        cut = [(large - size) // 2 for large, size in zip(result.shape, shape, strict=True)]
+        return self.scale * result[cut[0] : cut[0] + shape[0], cut[1] : cut[1] + shape[1]]
+
+    def reconstructed(self, dense: Tensor) -> Tensor:
+        """The inverse transform of four quarters: coarse; high by row, by column, and by both."""
+        import torch
+
+        low = dense.new_tensor(daubechies(self.order))
+        high = low.flip(0) * dense.new_tensor([(-1.0) ** k for k in range(low.shape[0])])
+        filters = [torch.outer(a, b) for a, b in ((low, low), (high, low), (low, high), (high, high))]
+        quarters = [half.chunk(2, dim=1) for half in dense.chunk(2, dim=0)]
+        coarse, by_row, by_column, by_both = *quarters[0], *quarters[1]
+        stacked = torch.stack([coarse, by_row, by_column, by_both])[None]
+        whole = torch.nn.functional.conv_transpose2d(stacked, torch.stack(filters)[:, None], stride=2)[0, 0]
+        edge = 2 * self.order - 2
+        return whole[edge : whole.shape[0] - edge, edge : whole.shape[1] - edge]
+
+
+def daubechies(order: int) -> list[float]:
+    """The scaling filter of Daubechies' wavelet with `order` vanishing moments, for reconstruction (Daubechies 1988).
+
+    (1 + z)^order times the factors for the zeros inside the unit circle of Σ C(order − 1 + k, k) yᵏ, with
+    y = (2 − z − 1/z) / 4; its values add up to √2.
+    """
+    inside = [
+        min(roots([1, 4 * y - 2, 1]), key=abs) for y in roots([math.comb(order - 1 + k, k) for k in range(order)])
+    ]
+    values: list[complex] = [1]
+    for zero in [-1] * order + inside:
+        values = [one - zero * other for one, other in zip([*values, 0], [0, *values], strict=True)]
+    scale = math.sqrt(2) / sum(value.real for value in values)
+    return [value.real * scale for value in values]
+
+
+def roots(coefficients: list[complex]) -> list[complex]:
+    """Where a polynomial, given from its lowest power on, is zero: the eigenvalues of its companion matrix."""
+    import torch
+
+    degree = len(coefficients) - 1
+    if not degree:
+        return []
+    companion = torch.zeros(degree, degree, dtype=torch.complex128)
+    companion[1:, :-1] = torch.eye(degree - 1)
+    companion[:, -1] = torch.tensor([-c / coefficients[-1] for c in coefficients[:-1]], dtype=torch.complex128)
+    found: list[complex] = torch.linalg.eigvals(companion).tolist()
+    return found

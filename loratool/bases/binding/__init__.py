@@ -1,0 +1,151 @@
+"""Which tensor of the base, or which rows of one, a target means.
+
+Decided from names and shapes on disk and from the tables of `layouts`: `resolving` finds the tensors, `fusing` the
+rows of them, `orientation` which way round they are stored; `checking` looks at all of it together, and `telling`
+puts it in words.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from loratool.adapters.adapter import adds_zero
+from loratool.bases.binding.checking import found_otherwise, holes, overlap, rivals, uncut
+from loratool.bases.binding.fusing import Misfit
+from loratool.bases.binding.orientation import Orientation, module_of
+from loratool.bases.binding.places import ALL, Bound, Landing, Place
+from loratool.bases.binding.proposing import proposals
+from loratool.bases.binding.resolving import Renaming, Resolver
+from loratool.bases.binding.telling import Nearest, tell
+from loratool.errors import UsageError, printable
+from loratool.layouts.architectures import INPUT_EMBEDDINGS, OUTPUT_HEADS
+from loratool.notes import Note
+from loratool.templates import fill, grouped, listed, template_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from loratool.adapters.adapter import Adapter
+    from loratool.algebra.updates import Update
+    from loratool.files.checkpoint import Checkpoint
+
+__all__ = ["ALL", "Bound", "Place", "bind", "fill", "grouped", "listed", "overlap", "read_maps", "tell", "template_of"]
+
+
+def bind(adapter: Adapter, base: Checkpoint, *, maps: Sequence[str] = (), fan_in_fan_out: bool | None = None) -> Bound:
+    """Find the place of every target of `adapter`, from the names and shapes of the base's tensors alone.
+
+    Args:
+        adapter: its updates are fitted here to how the base stores its weights.
+        base: only its headers and its config are looked at.
+        maps: `REGEX=TEMPLATE` each; the first whose pattern is found in a target's name gives it another name.
+        fan_in_fan_out: whether square weights of layers that may be Conv1D are stored (in, out); by default the class of
+            the model decides, then the config of the adapter.
+    """
+    renamings = read_maps(maps)
+    resolver = Resolver(base)
+    landings: dict[str, Landing] = {}
+    reasons: dict[str, str] = {}
+    for target, update in adapter.updates.items():
+        try:
+            landings[target] = resolver.land(target, update, renamings)
+        except Misfit as misfit:
+            # a combined adapter has zeros for the biases of layers without one
+            if str(misfit) or not (target in adapter.optional or adds_zero(update)):
+                reasons[target] = str(misfit)
+    notes = by_suffix(resolver, adapter, landings, reasons)
+    places = settle(adapter, base, landings, fan_in_fan_out, reasons, notes)
+    for target, (tensor, other) in rivals(places).items():
+        del places[target]
+        reasons[target] = f"{printable(tensor)} is edited by {printable(other)} already"
+    missing = {t: kind for t in reasons if not reasons[t] and (kind := kind_of(t))}
+    near = Nearest(resolver.disk.templates, base.tensors)
+    lost = {t: adapter.updates[t] for t, why in reasons.items() if not why}
+    taken = {place.tensor for every in places.values() for place in every}
+    proposed = proposals(lost, places, resolver.disk, taken)
+    problems = {
+        t: reasons[t] or (not proposed.get(t) and TIED.get(missing.get(t, ""))) or near.reason(t, proposed.get(t, ""))
+        for t in sorted(reasons)
+    }
+    notes += [*found_otherwise(places), *holes(adapter, places, base.tensors)]
+    for text, (pattern, _) in zip(maps, renamings, strict=True):
+        if not any(map(pattern.search, adapter.updates)):
+            notes.append(Note("map-unused", f"--map {printable(repr(text))} matches none of its names"))
+    template_of.cache_clear()
+    placed = {t: places[t] for t in adapter.updates if t in places}
+    return Bound(placed, problems, tuple(notes), missing, frozenset(proposed))
+
+
+TIED = {"output head": "the base has no such weight, and does not tie its head to an input embedding"}
+
+
+def read_maps(maps: Iterable[str]) -> list[Renaming]:
+    """`REGEX=TEMPLATE` texts as patterns and replacements; the last `=` divides them."""
+    found: list[Renaming] = []
+    for text in maps:
+        pattern, divided, replacement = text.rpartition("=")
+        try:
+            if not divided or not pattern:
+                raise re.error("expected REGEX=TEMPLATE")
+            expression = re.compile(pattern)
+            re.compile(f"{pattern}|").sub(replacement, "")  # a template of groups that the pattern has not
+            found.append((expression, replacement))
+        except (re.error, IndexError) as error:
+            raise UsageError(f"--map {printable(repr(text))}: {printable(error)}") from None
+    return found
+
+
+def by_suffix(
+    resolver: Resolver, adapter: Adapter, landings: dict[str, Landing], reasons: dict[str, str]
+) -> list[Note]:
+    """The last resort for targets with no trace in the base; what it finds is told as a note."""
+    lost: dict[str, Update] = {t: adapter.updates[t] for t, why in reasons.items() if not why and not kind_of(t)}
+    if all(update.replaces for update in lost.values()):
+        return []  # a head of the adapter's own, whose name may end as some other's does
+    found, change = resolver.by_suffix(lost)
+    for target, landing in found.items():
+        landings[target] = landing
+        del reasons[target]
+    if not found:
+        return []
+    return [
+        Note(
+            "suffix-match",
+            f"{len(found)} names match by their ends alone, with the prefix {printable(change)}: look at the plan",
+        )
+    ]
+
+
+def settle(
+    adapter: Adapter,
+    base: Checkpoint,
+    landings: dict[str, Landing],
+    fan_in_fan_out: bool | None,
+    reasons: dict[str, str],
+    notes: list[Note],
+) -> dict[str, tuple[Place, ...]]:
+    """The places of every landing the way round that its weight is stored; what cannot be goes to `reasons`."""
+    orientation = Orientation(adapter, base, fan_in_fan_out)
+    orientation.watch(landings)
+    places: dict[str, tuple[Place, ...]] = {}
+    for target, landing in landings.items():
+        turned = orientation.decide(target, landing)
+        if isinstance(turned, str):
+            reasons[target] = turned
+            continue
+        chosen = landing.turned if turned else landing.straight
+        if why := uncut(chosen):
+            reasons[target] = f"{why} ({printable(chosen[0].tensor)}: {chosen[0].rule})"
+            continue
+        places[target] = chosen
+    notes += orientation.notes()
+    return places
+
+
+def kind_of(target: str) -> str:
+    """What a target is by its module's name: an "input embedding", an "output head", or neither."""
+    module = module_of(target)
+    if module in OUTPUT_HEADS:
+        return "output head"
+    return "input embedding" if module in INPUT_EMBEDDINGS else ""

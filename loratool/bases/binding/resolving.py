@@ -1,0 +1,335 @@
+"""From a target's name and shape to the tensors of the base that it means.
+
+The names that the tables make of a target's are tried breadth first. At each, the tensor itself counts, and the
+fused tensor that it is a part of, and the parts or experts that it is made of. The first depth with a fit decides;
+two fits there are one too many.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from loratool.bases.binding import fusing
+from loratool.bases.binding.fusing import Misfit
+from loratool.bases.binding.names import Alias, Disk, Moves, components, unwrapped
+from loratool.bases.binding.places import Landing, Place, Rule
+from loratool.errors import printable
+from loratool.files.safefile import FLOAT_NAMES, TensorInfo
+from loratool.layouts.architectures import CONV1D_MODULES, REORDERED, TOWERS
+from loratool.templates import Numbers, template_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from loratool.algebra.updates import Update
+    from loratool.files.checkpoint import Checkpoint
+    from loratool.layouts.fusions import Fusion
+
+DEEPEST = 3  # renames in a row
+Renaming = tuple[re.Pattern[str], str]  # `--map`: a pattern of names, and what its match becomes
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way from a template of the adapter's to templates of the base's."""
+
+    alias: Alias
+    templates: tuple[str, ...]  # in the base
+    fusion: Fusion | None = None
+    part: int = -1  # which part of the fused tensor the target is; −1 where it is the fused one
+    position: int = -1  # of the expert among the numbers
+
+
+class Resolver:
+    """Finds the places of targets in one base."""
+
+    def __init__(self, base: Checkpoint) -> None:
+        self.tensors: Mapping[str, TensorInfo] = base.tensors
+        self.config = base.config
+        self.disk = Disk(base.tensors)
+        self.fusions = fusing.fusions_of(base.config)
+        self.interleaved = fusing.is_interleaved(base.config)
+        types = fusing.model_types(base.config)
+        self.reordered = [name for kind, names in REORDERED if kind in types for name in names]
+        there = self.disk.components
+        self.splits = [f for f in self.fusions if all(components(part) <= there for part in f.parts)]
+        self.joins = [
+            (f, n, f".{part}.") for f in self.fusions if components(f.fused) <= there for n, part in enumerate(f.parts)
+        ]
+        wanted = there.union(
+            *(components(f.fused) for f in self.splits), *(components(part) for _, _, part in self.joins)
+        )
+        self.moves = Moves(wanted, self.disk.prefixes, DEEPEST)
+        self.levels: dict[str, tuple[list[list[Way]], Iterator[list[Alias]]]] = {}
+
+    def land(self, target: str, update: Update, renamings: Sequence[Renaming] = ()) -> Landing:
+        """The target's places; raises `Misfit` with the reason where there is none, or more than one."""
+        for pattern, replacement in renamings:
+            if pattern.search(target):
+                return mapped(self.find(pattern.sub(replacement, target, count=1), update))
+        return self.find(target, update)
+
+    def find(self, name: str, update: Update) -> Landing:
+        if (info := self.tensors.get(name)) is not None:
+            return self.whole(info, update, Rule())
+        if "#" in name:
+            raise Misfit("")
+        template, numbers = template_of(unwrapped(name))
+        reason: Misfit | None = None
+        for depth in range(DEEPEST + 1):
+            found: dict[object, Landing] = {}
+            for way in self.ways(template, depth):
+                try:
+                    landing = self.follow(way, numbers, update)
+                except Misfit as misfit:
+                    reason = reason or misfit
+                    continue
+                if landing is not None:
+                    found.setdefault(identity(landing), landing)
+            if len(found) > 1:
+                where = sorted(" + ".join(sorted(landing.tensors)[:2]) for landing in found.values())
+                raise Misfit(f"it may be any of {', '.join(map(printable, where))}")
+            if found:
+                (landing,) = found.values()
+                return landing
+        raise reason or Misfit("")
+
+    def ways(self, template: str, depth: int) -> list[Way]:
+        """The ways from a template that take `depth` renames."""
+        if template not in self.levels:
+            self.levels[template] = ([], self.moves.aliases(template))
+        done, coming = self.levels[template]
+        while len(done) <= depth:
+            ways = (way for alias in next(coming) for way in self.ways_at(alias))
+            done.append([way for way in ways if not self.crosses(template, way.templates[0])])
+        return done[depth]
+
+    def crosses(self, template: str, there: str) -> bool:
+        """Whether a way leads from one tower of a multimodal model to another; a base without the first has but one."""
+        return tower(template) != tower(there) and tower(template) in self.towers
+
+    def ways_at(self, alias: Alias) -> Iterator[Way]:
+        """The ways from a template that take no more renames."""
+        template = alias.template
+        if there := self.on_disk(template):
+            yield Way(alias, (there,))
+        for fusion in self.splits:
+            dotted = f".{fusion.fused}."
+            if (at := template.rfind(dotted)) >= 0:
+                every = [self.on_disk(template[:at] + f".{p}." + template[at + len(dotted) :]) for p in fusion.parts]
+                if all(every):
+                    position = template[:at].count("#") + fusion.fused.count("#") if fusion.of_experts else -1
+                    yield Way(alias, tuple(every), fusion, -1, position)
+        for fusion, number, part in self.joins:
+            at = template.rfind(part)
+            there = self.on_disk(template[:at] + f".{fusion.fused}." + template[at + len(part) :]) if at >= 0 else ""
+            if there:
+                position = template[:at].count("#") if fusion.of_experts else -1
+                yield Way(alias, (there,), fusion, number, position)
+
+    @cached_property
+    def towers(self) -> frozenset[str]:
+        """The towers that the base has layers of."""
+        return frozenset(tower(template) for template in self.disk.templates if "#" in template)
+
+    def on_disk(self, template: str) -> str:
+        """The template, or that of its packed weight, where the base has tensors of it; else nothing."""
+        return template if template in self.disk.templates else self.disk.packed.get(template, "")
+
+    def follow(self, way: Way, numbers: Numbers, update: Update) -> Landing | None:
+        """Where a way leads for some numbers; None where the base has no such tensor."""
+        fusion, rule = way.fusion, Rule(*way.alias.moves)
+        if self.reordered and any(f".{name}." in template for template in way.templates for name in self.reordered):
+            raise Misfit("its rows are in another order in the base (for rotary positions), which is not supported")
+        if fusion is None:
+            info = self.tensor(way.templates[0], numbers)
+            if info is None:
+                return None
+            landing = self.whole(info, update, rule)
+            renamed = any(code == "renamed" for code, _ in rule.steps)
+            if landing.turned and update.turnable and renamed and not is_conv1d(info.name):
+                # a name that is only guessed at and a shape that fits the wrong way round are no match
+                landing = Landing(landing.straight)
+                if not landing.straight:
+                    raise Misfit(f"update is {list(update.shape)}, {printable(info.name)} is {list(info.shape)}")
+            return landing
+        if way.part >= 0:
+            rule = rule.then("part-of-fused", f"{short(fusion.parts[way.part])} of {short(fusion.fused)}")
+            return self.join(way, fusion, numbers, update, rule)
+        rule = rule.then("split-into-parts", f"split into {' + '.join(map(short, fusion.parts))}")
+        if way.position >= 0:
+            return self.spread(way, numbers, update, rule)
+        parts = [self.tensor(template, numbers) for template in way.templates]
+        infos = [info for info in parts if info is not None]
+        if not infos:
+            return None
+        if len(infos) < len(parts):
+            raise Misfit(f"the base has {printable(infos[0].name)} but not all of {' + '.join(fusion.parts)}")
+        if packed := packed_landing(infos, update, rule):
+            return packed
+        if len(infos[0].shape) == 3:
+            return fusing.stacked(infos, update, rule)
+        return fusing.out_of_fused(infos, fusing.repeats(fusion, self.config), update, rule)
+
+    def join(self, way: Way, fusion: Fusion, numbers: Numbers, update: Update, rule: Rule) -> Landing | None:
+        """A part into the fused tensor."""
+        at = way.position
+        info = self.tensor(way.templates[0], numbers if at < 0 else numbers[:at] + numbers[at + 1 :])
+        if info is None:
+            return None
+        if packed := packed_landing([info], update, rule):
+            return packed
+        try:
+            if at < 0:
+                heads = fusing.heads_of(self.config) if tower(way.templates[0]) == "text" else None
+                return fusing.into_fused(
+                    fusion, way.part, info, fusing.repeats(fusion, self.config), heads, update, rule
+                )
+            stored = self.stored_in_out(info)
+            expert = int(numbers[at])
+            return fusing.into_experts(fusion, way.part, expert, info, stored, self.interleaved, update, rule)
+        except Misfit as misfit:
+            raise Misfit(f"{misfit}, {printable(info.name)} is {list(info.shape)}") from None
+
+    def spread(self, way: Way, numbers: Numbers, update: Update, rule: Rule) -> Landing | None:
+        """The fused tensor of all experts into the tensors of each."""
+        assert way.fusion is not None
+        lists = [self.disk.members(template, way.position).get(numbers, []) for template in way.templates]
+        if not any(lists):
+            return None
+        every_part = self.disk.kin(way.templates[0], way.position)  # what the base has of any part counts
+        known = [
+            number for template in every_part for number in self.disk.members(template, way.position).get(numbers, ())
+        ]
+        count = max(fusing.expert_count(self.config) or 0, 1 + max(map(int, known), default=0))
+        for part, found in zip(way.fusion.parts, lists, strict=True):
+            missing = sorted(set(map(str, range(count))) - set(found), key=int)
+            if missing:
+                shown = ", ".join(missing[:4]) + (", …" if len(missing) > 4 else "")
+                raise Misfit(f"the base lacks {printable(part)} of expert {shown} of {count}")
+        at = way.position
+        every = [[*numbers[:at], str(expert), *numbers[at:]] for expert in range(count)]
+        experts = [
+            [self.tensors[self.disk.templates[template][tuple(each)]] for template in way.templates] for each in every
+        ]
+        if packed := packed_landing([info for parts in experts for info in parts], update, rule):
+            return packed
+        return fusing.out_of_experts(experts, update, rule, self.interleaved)
+
+    def stored_in_out(self, info: TensorInfo) -> bool | None:
+        """Whether an expert tensor whose shape leaves it open is (experts, in, out); its sibling's shape tells.
+
+        A gate_up is (experts, 2·I, H) or turned and its down (experts, H, I): both are never square.
+        """
+        parent, _, leaf = info.name.rpartition(".")
+        other = {"gate_up_proj": "down_proj", "down_proj": "gate_up_proj"}.get(leaf)
+        sibling = self.tensors.get(f"{parent}.{other}")
+        if sibling is None or len(sibling.shape) != 3 or len(info.shape) != 3 or info.shape[1] != info.shape[2]:
+            return None
+        hidden = info.shape[1]
+        if leaf == "down_proj":  # H = I: the gate_up is (experts, 2·H, H) or (experts, H, 2·H)
+            return sibling.shape[1:] == (hidden, 2 * hidden)
+        return sibling.shape[1:] == (hidden // 2, hidden)  # 2·I = H: the down is (experts, H, I) or (experts, I, H)
+
+    def tensor(self, template: str, numbers: Numbers) -> TensorInfo | None:
+        name = self.disk.templates[template].get(numbers)
+        return None if name is None else self.tensors[name]
+
+    def whole(self, info: TensorInfo, update: Update, rule: Rule) -> Landing:
+        try:
+            return packed_landing([info], update, rule) or fusing.whole(update, info, rule)
+        except Misfit:
+            described = fusing.described(update)
+            raise Misfit(f"update is {described}, {printable(info.name)} is {list(info.shape)}") from None
+
+    def by_suffix(self, targets: Mapping[str, Update]) -> tuple[dict[str, Landing], str]:
+        """Places of targets whose beginning alone is unknown, by the one change of prefix that explains most of them.
+
+        Nothing where two changes explain as many, and never from one tower of a multimodal model to another.
+        """
+        members: dict[str, list[tuple[str, Numbers]]] = {}
+        for target in targets:
+            template, numbers = template_of(unwrapped(target))
+            members.setdefault(template, []).append((target, numbers))
+        scores: dict[tuple[str, str], dict[str, Landing]] = {}
+        for removed, added in self.substitutions(members):
+            landed: dict[str, Landing] = {}
+            for template, every in members.items():
+                there = added + template.removeprefix(removed)
+                if not template.startswith(removed) or there not in self.disk.templates:
+                    continue
+                if tower(template) != tower(there):
+                    continue
+                for target, numbers in every:
+                    info = self.tensor(there, numbers)
+                    if info is None:
+                        continue
+                    try:
+                        landed[target] = self.whole(
+                            info, targets[target], Rule(("suffix-match", f"suffix {removed}… → {added}…"))
+                        )
+                    except Misfit:
+                        continue
+            scores[removed, added] = landed
+        best = max(map(len, scores.values()), default=0)
+        winners: dict[object, tuple[tuple[str, str], dict[str, Landing]]] = {}
+        for change, landed in scores.items():  # of changes with the same result the shortest comes first
+            if best and len(landed) == best:
+                same = frozenset((target, landing.tensors) for target, landing in landed.items())
+                winners.setdefault(same, (change, landed))
+        if len(winners) != 1:
+            return {}, ""
+        (((removed, added), landed),) = winners.values()
+        return landed, f"{removed.strip('.') or 'nothing'} → {added.strip('.') or 'nothing'}"
+
+    def substitutions(self, templates: Iterable[str]) -> list[tuple[str, str]]:
+        """Changes of prefix that give some template a tensor of the base."""
+        found: set[tuple[str, str]] = set()
+        for template in templates:
+            parts = template.split(".")
+            ahead = parts.index("#") if "#" in parts else len(parts) - 3
+            for cut in range(1, ahead + 1):
+                rest = "." + ".".join(parts[cut:])
+                removed = template[: len(template) - len(rest)]
+                found.update((removed, there[: -len(rest)]) for there in self.disk.templates if there.endswith(rest))
+        return sorted((removed, added) for removed, added in found if removed != added)
+
+
+def tower(template: str) -> str:
+    """The tower of a multimodal model that a name belongs to."""
+    parts = set(template.split("."))
+    return next((name for name, marks in TOWERS.items() if name != "text" and marks & parts), "text")
+
+
+def is_conv1d(weight: str) -> bool:
+    """Whether a weight has the name of one that Conv1D layers keep (in, out)."""
+    return weight.rpartition(".")[0].rpartition(".")[2] in CONV1D_MODULES
+
+
+def short(name: str) -> str:
+    """A name of the table without what every weight's name ends with."""
+    return name.replace("#.", "").removesuffix(".weight").rpartition(".")[2]
+
+
+def mapped(landing: Landing) -> Landing:
+    """The same places, found by a `--map` first."""
+
+    def relabel(place: Place) -> Place:
+        return replace(place, rule=Rule(("map-used", "map"), *place.rule.steps))
+
+    return Landing(tuple(map(relabel, landing.straight)), tuple(map(relabel, landing.turned)))
+
+
+def identity(landing: Landing) -> object:
+    """What two landings have in common that change the same elements."""
+    places = landing.straight or landing.turned
+    return frozenset((p.tensor, p.first_row, p.rows, p.update_row, str(p.columns)) for p in places)
+
+
+def packed_landing(infos: Sequence[TensorInfo], update: Update, rule: Rule) -> Landing | None:
+    """The place of an update whose weight is quantised, unfitted: the plan refuses to edit such a tensor."""
+    packed = next((info for info in infos if info.dtype not in FLOAT_NAMES), None)
+    return None if packed is None else Landing((Place(packed.name, rule, update, 0, packed.rows),))

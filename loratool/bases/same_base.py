@@ -1,0 +1,84 @@
+"""Whether a base is the one that an adapter was trained on, by name or by shape."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratool.bases.binding.fusing import setting
+from loratool.errors import LoratoolError, printable
+from loratool.files.hub_cache import origin_of
+from loratool.files.hub_names import parse
+from loratool.files.inputs import read_json
+from loratool.notes import Note
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from loratool.adapters.adapter import Adapter
+    from loratool.files.checkpoint import Checkpoint
+
+
+SIZES = {
+    "hidden dimensions": ("hidden_size", "n_embd", "d_model", "dim"),
+    "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+    "heads": ("num_attention_heads", "n_head", "num_heads", "n_heads"),
+    "dimensions inside the MLP": ("intermediate_size", "n_inner", "ffn_dim", "d_ff"),
+}
+
+
+def unlike_bases(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[Note]:
+    """A note for each adapter that names another base: by its id on the Hub, or by what the other's config says."""
+    origin, written = origin_of(base.root), base.config.get("_name_or_path")
+    known = origin.repo if origin else written if isinstance(written, str) else ""
+    place = parse(known) if known and not os.path.lexists(known) else None
+    for adapter in adapters:
+        name = adapter.config.get("base_model_name_or_path")
+        if not isinstance(name, str) or not name:
+            continue
+        named = parse(name) if not os.path.lexists(name) else None
+        if named and place and named.repo.lower() != place.repo.lower():
+            text = (
+                f"says it was trained on {printable(named.repo)}, and BASE is {printable(place.repo)}; only the base it was "
+                "trained on gives what was trained"
+            )
+            yield Note("base-mismatch", text).under(adapter.name)
+        elif differing := unlike_shapes(named_config(name), base.config):
+            text = f"says it was trained on {printable(name)}, whose config.json has {differing}"
+            yield Note("base-mismatch", text).under(adapter.name)
+
+
+def named_config(name: str) -> Mapping[str, Any]:
+    """The config of a base that an adapter names, where it is on this machine: a folder, or in the Hub's cache."""
+    folder: Path | None = Path(name) if os.path.isdir(name) else None
+    if folder is None and (place := parse(name)) is not None:
+        folder = cached(place.repo, place.revision or "main")
+    if folder is None or not (folder / "config.json").is_file():
+        return {}
+    try:
+        return read_json(folder / "config.json", repeated=True, lenient=True)
+    except LoratoolError:
+        return {}
+
+
+def cached(repo: str, revision: str) -> Path | None:
+    """The snapshot of a revision in the cache of the Hub, by the cache's layout alone: its client is slow to import."""
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    cache = Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")))
+    folder = cache / f"models--{repo.replace('/', '--')}"
+    try:
+        commit = (folder / "refs" / revision.replace("..", "")).read_text(encoding="ascii")[:40]
+    except (OSError, ValueError):
+        return None
+    return folder / "snapshots" / commit if re.fullmatch("[0-9a-f]{40}", commit) else None
+
+
+def unlike_shapes(named: Mapping[str, Any], base: Mapping[str, Any]) -> str:
+    """The first size in which two configs differ, in words; empty where they agree as far as both say it."""
+    for what, fields in SIZES.items():
+        one, other = setting(named, fields), setting(base, fields)
+        if one and other and one != other:
+            return f"{one} {what}, where BASE's has {other}"
+    return ""

@@ -1,0 +1,180 @@
+"""A model without its values: the shape of every weight, from headers, or from a config alone."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from loratool.bases.decoders import SHAPES
+from loratool.bases.tied_weights import find_ties, tie_flag
+from loratool.errors import InputError, printable
+from loratool.files.checkpoint import Checkpoint, holds_weights, open_checkpoint
+from loratool.files.inputs import read_json
+from loratool.files.safefile import DTYPE_BITS, FLOAT_NAMES
+from loratool.layouts.architectures import PACKED_WEIGHTS
+from loratool.layouts.ties import TIED_BY_DEFAULT
+from loratool.notes import Note
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+
+Shape = tuple[int, ...]
+DTYPES = {name: dtype for dtype, name in FLOAT_NAMES.items()}  # float32 → F32
+BUFFERS = re.compile(  # kept in checkpoints, and no parameters
+    r"(?:.*\.)?(?:inv_freq|masked_bias|position_ids|token_type_ids|running_mean|running_var|num_batches_tracked)"
+)
+CAUSAL_MASK = re.compile(r"(?:.*\.)?attn\.bias")  # of four dimensions, in old checkpoints of GPT-2
+FACTORS = re.compile(r".*\.lora_(?:[AB]|embedding_[AB]|down|up|a|b)(?:\.|$)")
+CAUSAL = ("ForCausalLM", "LMHeadModel")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model without its values: what is trained, and what it is trained beside."""
+
+    path: str
+    architecture: str
+    source: Literal["headers", "config"]
+    weights: Mapping[str, Shape]  # every parameter by its tensor's name
+    dtypes: Mapping[str, str]  # and its dtype
+    shared: frozenset[str] = frozenset()  # those that are another one in memory, and counted there
+    stored_bytes: int = 0  # of all tensors that files hold
+    notes: tuple[Note, ...] = ()
+
+    @property
+    def counted(self) -> dict[str, Shape]:
+        return {name: shape for name, shape in self.weights.items() if name not in self.shared}
+
+    @property
+    def parameters(self) -> int:
+        return sum(map(elements, self.counted.values()))
+
+    def bytes_of(self, names: Iterable[str]) -> int:
+        return sum(elements(self.weights[name]) * DTYPE_BITS[self.dtypes[name]] // 8 for name in names)
+
+
+def read_base(path: Path) -> Base:
+    """The base at `path`, from the headers of its files or from its config alone."""
+    if holds_weights(path):
+        return base_of_headers(open_checkpoint(path), path)
+    return base_of_config(path / "config.json" if path.is_dir() else path)
+
+
+def base_of_headers(checkpoint: Checkpoint, path: Path) -> Base:
+    held = checkpoint.tensors
+    if any(FACTORS.match(name) for name in held):
+        raise InputError(f"{printable(path)}: this is an adapter; BASE is the model that one is trained on")
+    packed = [
+        name
+        for name, info in held.items()
+        if name.rpartition(".")[2] in PACKED_WEIGHTS or (is_matrix(name, info.shape) and info.dtype not in FLOAT_NAMES)
+    ]
+    if packed:
+        raise InputError(
+            f"{printable(path)}: quantised ({printable(packed[0])} is {held[packed[0]].dtype}), so its shapes are not "
+            "those of its weights; give the model that it was made from, or its config.json"
+        )
+    tensors = {name: t for name, t in held.items() if t.dtype in FLOAT_NAMES and not is_buffer(name, t.shape)}
+    shapes = {name: info.shape for name, info in tensors.items()}
+    dtypes = {name: info.dtype for name, info in tensors.items()}
+    ties = find_ties(checkpoint, ())
+    tied = ties.flag if ties.flag is not None else checkpoint.model_type in TIED_BY_DEFAULT
+    shared: set[str] = set()
+    for group in ties.groups:
+        first, *others = group.names
+        for name in others:
+            if (name in group.missing and ties.flag is not False) or (name in shapes and tied):
+                shapes.setdefault(name, shapes[first])
+                dtypes.setdefault(name, dtypes[first])
+                shared.add(name)
+    return Base(
+        printable(path),
+        named(checkpoint.architectures, checkpoint.model_type),
+        "headers",
+        shapes,
+        dtypes,
+        frozenset(shared),
+        sum(info.nbytes for info in checkpoint.tensors.values()),
+        checkpoint.notes,
+    )
+
+
+def is_buffer(name: str, shape: Shape) -> bool:
+    return BUFFERS.fullmatch(name) is not None or (len(shape) == 4 and CAUSAL_MASK.fullmatch(name) is not None)
+
+
+def named(architectures: Iterable[str], model_type: str) -> str:
+    return ", ".join(map(printable, architectures)) or printable(model_type)
+
+
+def base_of_config(path: Path) -> Base:
+    """The shapes that a config of a known family stands for; raises `InputError` for any other."""
+    shown = printable(path)
+    config = read_json(path)
+    if {"peft_type", "lora_alpha"} & config.keys():
+        raise InputError(f"{shown}: this is an adapter's config; BASE is the model that one is trained on")
+    model_type = config.get("model_type")
+    way_out = "give the folder with the weights, of which only the headers are read"
+    if not isinstance(model_type, str) or model_type not in SHAPES:
+        raise InputError(
+            f"{shown}: shapes are not worked out for model type {printable(repr(model_type))}, only for "
+            f"{', '.join(sorted(SHAPES))}; {way_out}"
+        )
+    named_classes = config.get("architectures")
+    listed = named_classes if isinstance(named_classes, list) else [named_classes]
+    classes = [name for name in listed if isinstance(name, str)]
+    if classes and not any(name.endswith(CAUSAL) for name in classes):
+        raise InputError(
+            f"{shown}: shapes are worked out for causal language models, not for {some(classes)}; {way_out}"
+        )
+    shapes, tied = shapes_of(shown, model_type, config)
+    dtype, notes = config.get("dtype") or config.get("torch_dtype"), [Note("config-alone", "from the config alone")]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        dtype = "bfloat16"
+        notes.append(Note("dtype-assumed", "the config names no float dtype; bfloat16 is taken"))
+    *_, head = shapes
+    shared = frozenset([head] if tied else [])
+    stored = sum(elements(shape) for name, shape in shapes.items() if name not in shared)
+    return Base(
+        shown,
+        named(classes, model_type),
+        "config",
+        shapes,
+        dict.fromkeys(shapes, DTYPES[dtype]),
+        shared,
+        stored * DTYPE_BITS[DTYPES[dtype]] // 8,
+        tuple(notes),
+    )
+
+
+def shapes_of(shown: str, model_type: str, config: Mapping[str, Any]) -> tuple[dict[str, Shape], bool]:
+    """Name → shape of every parameter, the head last, and whether the head is the embedding."""
+    try:
+        shapes, tied = SHAPES[model_type](config)
+        sound = all(type(size) is int and size > 0 for shape in shapes.values() for size in shape)
+    except KeyError as error:
+        raise InputError(f"{shown}: {error.args[0]} is missing") from None
+    except (TypeError, ValueError, ZeroDivisionError):
+        sound = False
+    if not sound:
+        raise InputError(f"{shown}: its sizes are no whole numbers from 1 on, or no model's")
+    flag = tie_flag(config)
+    return shapes, tied if flag is None else flag
+
+
+def elements(shape: Shape) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def is_matrix(name: str, shape: Shape) -> bool:
+    return name.endswith(".weight") and len(shape) == 2
+
+
+def some(names: Sequence[str]) -> str:
+    return ", ".join(map(printable, names[:12])) + (", …" if len(names) > 12 else "")

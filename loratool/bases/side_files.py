@@ -1,0 +1,232 @@
+"""What goes into the output beside the weights: config, tokenizer, code, licence."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loratool.adapters.weight_files import module_files
+from loratool.errors import InputError, printable
+from loratool.files.checkpoint import Checkpoint, leaves
+from loratool.files.inputs import holds_text, special_files
+from loratool.files.model_files import TOKENIZER_FILES
+from loratool.layouts.architectures import CLASS_ENDS, IRREGULAR_CLASSES, LABEL_HEADS, TASK_CLASSES
+from loratool.layouts.ties import TEXT_CONFIGS, TIE_FLAGS
+from loratool.notes import Note
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence, Set
+    from pathlib import Path
+
+    from loratool.adapters.adapter import Adapter
+
+MORE_TEMPLATES = "additional_chat_templates"
+CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+
+
+@dataclass(frozen=True)
+class ConfigEdit:
+    """A value of `config.json` that the output has another for."""
+
+    path: tuple[str, ...]  # keys from the top
+    value: Any
+
+    def __str__(self) -> str:
+        shown = json.dumps(self.value) if not isinstance(self.value, dict) else f"{len(self.value)} entries"
+        return f"config.json: {'.'.join(map(printable, self.path))} set to {shown}"
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A small file of the output: the copy of a file, or new content."""
+
+    name: str
+    source: Path | None = None
+    content: bytes | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return len(self.content or b"") if self.source is None else self.source.stat().st_size
+
+
+def companions(
+    base: Checkpoint, adapters: Sequence[Adapter], dtype: str, notes: list[Note], edits: Sequence[ConfigEdit] = ()
+) -> tuple[dict[str, OutputFile], list[str]]:
+    """The files of the output by name, and those left out: the base's, the adapters' tokenizer over them, config edits."""
+    files = {name: OutputFile(name, base.root / name) for name in base.side_files}
+    left_out = list(base.left_out)
+    adapters = [
+        adapter for adapter in adapters if adapter.folder != base.root
+    ]  # of a model saved unmerged they are one
+    for name, source in {**module_files_of(adapters, notes), **tokenizer_files(adapters, notes)}.items():
+        files[name] = OutputFile(name, source)
+    tokenizer = files.get("tokenizer_config.json", OutputFile("")).source
+    if tokenizer and tokenizer.parent != base.root and holds_text(tokenizer, b'"chat_template"'):
+        # a template in a file of its own would win over the one that the adapter's config holds
+        for name in CHAT_TEMPLATES:
+            if name in files and files[name].source == base.root / name:
+                del files[name]
+                left_out.append(f"{name} (the adapter's tokenizer_config.json brings its own)")
+    edits = [*edits, *(dtype_edits(base.config, dtype) if dtype != "keep" else ())]
+    if edits and base.config:
+        files["config.json"] = OutputFile("config.json", content=edited_config(base.config, edits))
+    elif edits:
+        notes.append(
+            Note("no-config", "the base has no config.json; the one that is put beside the output must say so:")
+        )
+    notes += [Note("config-edit", str(edit)) for edit in edits]
+    return files, left_out
+
+
+def tokenizer_files(adapters: Sequence[Adapter], notes: list[Note]) -> dict[str, Path]:
+    """Tokenizer and chat template files that adapters ship; of several adapters the first one's win."""
+    found: dict[str, Path] = {}
+    owner = ""
+    for adapter in adapters:
+        names = [p.name for p in sorted(adapter.folder.iterdir()) if p.name in TOKENIZER_FILES]
+        names += [f"{MORE_TEMPLATES}/{p.name}" for p in sorted((adapter.folder / MORE_TEMPLATES).glob("*.jinja"))]
+        if odd := special_files(adapter.folder, names):
+            raise InputError(f"{printable(adapter.folder)}: holds what is not a file; take it out:", odd)
+        own = {n: adapter.folder / n for n in names if (adapter.folder / n).is_file() and not leaves(adapter.folder, n)}
+        if not own:
+            continue
+        if not owner:
+            found, owner = own, adapter.name
+            notes.append(
+                Note("tokenizer-replaced", f"{owner}: its {', '.join(map(printable, own))} win over the base's")
+            )
+        elif any(name not in found or not filecmp.cmp(found[name], p, shallow=False) for name, p in own.items()):
+            notes.append(
+                Note("tokenizer-differs", f"{adapter.name}: its tokenizer differs from that of {owner}, which is used")
+            )
+    return found
+
+
+def module_files_of(adapters: Sequence[Adapter], notes: list[Note]) -> dict[str, Path]:
+    """What sentence-transformers reads besides the model, of the first adapter that brings it."""
+    found: dict[str, Path] = {}
+    for adapter in adapters:
+        own = {name: path for name, path in module_files(adapter.folder).items() if not leaves(adapter.folder, name)}
+        if odd := special_files(adapter.folder, own):
+            raise InputError(f"{printable(adapter.folder)}: holds what is not a file; take it out:", odd)
+        if not found and own:
+            found = own
+            shown = ", ".join(printable(name) for name in own)
+            notes.append(
+                Note("modules-carried-over", f"{adapter.name}: carried over for sentence-transformers: {shown}")
+            )
+        elif any(name not in found or not filecmp.cmp(found[name], path, shallow=False) for name, path in own.items()):
+            text = f"{adapter.name}: its modules for sentence-transformers differ from those of the first adapter"
+            notes.append(Note("modules-differ", f"{text}, which are used"))
+    return found
+
+
+def edited_config(config: Mapping[str, Any], edits: Sequence[ConfigEdit]) -> bytes:
+    """`config.json` with some values set; keys stay in their order, new ones go to the end."""
+
+    def put(node: Mapping[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
+        key, *rest = path
+        return {**node, key: put(node[key], tuple(rest), value) if rest else value}
+
+    for edit in edits:
+        config = put(config, edit.path, edit.value)
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    if any(
+        "\ud800" <= character <= "\udfff" for character in text
+    ):  # half a surrogate pair, which UTF-8 has no bytes for
+        text = json.dumps(config, indent=2)
+    return (text + "\n").encode()
+
+
+def parts_of(
+    config: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    """The config and every config within it, each with the keys that lead there."""
+    yield path, config
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from parts_of(value, (*path, key))
+
+
+def dtype_edits(config: Mapping[str, Any], dtype: str) -> list[ConfigEdit]:
+    """Every entry that tells the dtype and tells another one."""
+    return [
+        ConfigEdit((*path, key), dtype)
+        for path, part in parts_of(config)
+        for key in ("torch_dtype", "dtype")
+        if isinstance(part.get(key), str) and part[key] != dtype
+    ]
+
+
+def tie_edits(config: Mapping[str, Any]) -> list[ConfigEdit]:
+    """The flag that ties, off: at the top and for the language model, whether it is there or not, and where it is on.
+
+    Releases of transformers differ in which of them they read, and in what they take a missing one for.
+    """
+    return [
+        ConfigEdit((*path, key), False)
+        for path, part in parts_of(config)
+        for key in TIE_FLAGS
+        if part.get(key) is True
+        or (key == TIE_FLAGS[0] and key not in part and all(name in TEXT_CONFIGS for name in path))
+    ]
+
+
+def vocabulary_edits(config: Mapping[str, Any], sizes: Set[int]) -> list[ConfigEdit]:
+    """The number of tokens, at the top and for the language model, where it is there and another."""
+    return [
+        ConfigEdit((*path, "vocab_size"), size)
+        for size in sizes
+        for path, part in parts_of(config)
+        if all(name in TEXT_CONFIGS for name in path) and part.get("vocab_size", size) != size
+    ]
+
+
+def head_edits(
+    base: Checkpoint, trained: Mapping[str, Any], heads: Mapping[str, tuple[int, ...]], new: Set[str]
+) -> list[ConfigEdit]:
+    """What the config must say of heads that an adapter brings: the class of the model, and the labels.
+
+    Args:
+        base: whose config it is.
+        trained: the adapter's config.
+        heads: their tensors and shapes.
+        new: those of them that the base has not.
+    """
+    edits: list[ConfigEdit] = []
+    if new and (name := class_with_head(base, trained)) and [name] != list(base.architectures):
+        edits.append(ConfigEdit(("architectures",), [name]))
+    counts = {
+        shape[0]
+        for tensor, shape in heads.items()
+        if tensor.endswith(".weight") and len(shape) == 2 and tensor.split(".")[-2] in LABEL_HEADS
+    }
+    if len(counts) == 1 and (count := counts.pop()) != labels_of(base.config):
+        names = {str(number): f"LABEL_{number}" for number in range(count)}
+        edits.append(ConfigEdit(("id2label",), names))
+        edits.append(ConfigEdit(("label2id",), {label: int(number) for number, label in names.items()}))
+        if "num_labels" in base.config:
+            edits.append(ConfigEdit(("num_labels",), count))
+    return edits
+
+
+def class_with_head(base: Checkpoint, trained: Mapping[str, Any]) -> str:
+    """The class of transformers that was trained; empty where neither the adapter nor the base tells."""
+    mapping, task = trained.get("auto_mapping"), trained.get("task_type")
+    if isinstance(mapping, dict) and isinstance(named := mapping.get("base_model_class"), str):
+        return named
+    end = TASK_CLASSES.get(task, "") if isinstance(task, str) else ""
+    if not end or not base.architectures:
+        return ""
+    regular = re.sub(CLASS_ENDS, "", base.architectures[0]) + end
+    return IRREGULAR_CLASSES.get((base.model_type, end), regular)
+
+
+def labels_of(config: Mapping[str, Any]) -> int:
+    """How many labels the config knows; transformers takes a missing entry for two."""
+    labels, count = config.get("id2label"), config.get("num_labels")
+    return len(labels) if isinstance(labels, dict) else count if isinstance(count, int) else 2

@@ -1,0 +1,451 @@
+"""A model folder or a single file: its shards, its index, and the files beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from loratool.errors import InputError, printable
+from loratool.files.containers import PICKLES, foreign_file, is_pointer, sharded_folder
+from loratool.files.hub_cache import name_of
+from loratool.files.inputs import LARGEST_INDEX, read_json, special_files, unreadable
+from loratool.files.safefile import SafeFile, TensorInfo, read_safefile
+from loratool.notes import Note
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+
+INDEX_SUFFIX = ".safetensors.index.json"
+SINGLE = "model.safetensors"
+# What PEFT puts into a layer that it wraps, of whichever type.
+FACTOR = re.compile(
+    r"\.(?:lora_(?:A|B|E|embedding_[AB]|magnitude_vector)|(?:hada|lokr)_[wt]\d\w*|ia3_l|vera_lambda_[bd]|b?oft_[rRPs]|hra_u"
+    r"|delora_(?:A|B|lambda)|miss_block|c3a_kernel|(?:hira|gralora)_[AB])\."
+)
+NUMBERED = re.compile(r"^(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors$")
+
+# Weights in another form than the shards that are merged: stale after a merge, so left out of it.
+TWIN_FOLDERS = ("original", "onnx", "openvino", "coreml", "gguf", "mlx", "metal", "tflite", "flax")
+TWIN_FILES = (
+    *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.ggml", "*.onnx", "*.onnx_data", "*.ot"),
+    *("*.tflite", "*.mlmodel", "*.mlpackage", "*.pkl", "*.pickle", "*.npz", "*.nemo", "*.bin.index.json"),
+    *("consolidated*", "flax_model*", "tf_model*", "rust_model*", "params.json"),
+)
+# What training and tools leave beside a model, never part of it.
+TRAINING_FOLDERS = ("checkpoint-*", "global_step*", "runs", "wandb", "logs", "__pycache__")
+TRAINING_FILES = ("optimizer*", "scheduler.pt", "rng_state*", "scaler.pt", "trainer_state.json", "*.pyc", "adapter_*")
+PROVENANCE = "loratool.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk. Headers are read, tensors are not."""
+
+    root: Path
+    shards: tuple[SafeFile, ...]  # in file order
+    index: Path | None = None
+    index_metadata: Mapping[str, Any] | None = None
+    side_files: tuple[str, ...] = ()  # carried into a merged model; paths relative to `root`
+    left_out: tuple[str, ...] = ()  # seen and not carried over, with the reason
+    notes: tuple[Note, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return name_of(self.root)
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor by name, shard after shard."""
+        return {name: info for shard in self.shards for name, info in shard.tensors.items()}
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """`config.json`, or an empty mapping where there is none that can be read."""
+        if "config.json" not in self.side_files:
+            return {}
+        return read_json(self.root / "config.json", repeated=True, lenient=True)
+
+    @property
+    def model_type(self) -> str:
+        """The family that `config.json` names, such as "llama"; empty where it names none."""
+        value = self.config.get("model_type")
+        return value if isinstance(value, str) else ""
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """The model classes that `config.json` names."""
+        value = self.config.get("architectures")
+        return tuple(v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str))
+
+
+def open_checkpoint(path: str | Path, unmerged: bool = False) -> Checkpoint:
+    """Open a folder of shards with or without an index, or one `.safetensors` file.
+
+    `unmerged` takes a model that was saved with its adapter unmerged too, with a note that it is one.
+
+    Raises `InputError` when there are no weights, when a shard is malformed or missing, when the index and the shards
+    disagree, or where an adapter is not merged: all faulty shards at once.
+    """
+    checkpoint = open_files(Path(path))
+    wrapped = wrapped_modules(checkpoint.tensors)
+    if not wrapped:
+        return checkpoint
+    what = (
+        f"a model that was saved with its adapter unmerged: {len(wrapped)} modules hold PEFT's base_layer and factors, "
+        f"{printable(wrapped[0])} for one"
+    )
+    if not unmerged:
+        shown = printable(path)
+        raise InputError(f"{shown}: {what}; fold it first: loratool merge {shlex.quote(shown)} -o OUT")
+    return replace(checkpoint, notes=(*checkpoint.notes, Note("unmerged-model", what)))
+
+
+def wrapped_modules(names: Iterable[str]) -> list[str]:
+    """The modules of which both the `base_layer` and factors are there, under PEFT's names."""
+    every = list(names)
+    inner = {name[: name.index(".base_layer.")] for name in every if ".base_layer." in name}
+    factors = {name[: match.start()] for name in every if (match := FACTOR.search(name))}
+    return sorted(inner & factors)
+
+
+def open_files(root: Path) -> Checkpoint:
+    """The files of a checkpoint, whatever model they hold."""
+    try:
+        is_folder = root.is_dir() if root.stat() else False
+    except OSError as error:
+        raise unreadable(root, error) from error
+    if not is_folder:
+        if root.name.endswith(INDEX_SUFFIX):
+            return open_folder(root.parent, root)
+        refuse_pickle(root)
+        return Checkpoint(
+            root,
+            (read_safefile(root),),
+            notes=(Note("single-file", "BASE is a single file: only weights are written"),),
+        )
+    return open_folder(root, None)
+
+
+def open_folder(root: Path, index: Path | None) -> Checkpoint:
+    notes: list[Note] = []
+    try:
+        names = sorted(entry.name for entry in os.scandir(root) if not is_folder(entry))
+    except OSError as error:
+        raise unreadable(root, error) from error
+    if index is None:
+        index = choose_index(root, names, notes)
+    metadata: Mapping[str, Any] | None = None
+    if index is not None:
+        weight_map, metadata = read_index(index)
+        shard_names = list(dict.fromkeys(weight_map.values()))
+        check_any(index, root, shard_names)
+        shards = order_shards(read_shards(root, shard_names))
+        check_index(index, weight_map, root, shards)
+    else:
+        shard_names = choose_shards(root, names, notes)
+        shards = order_shards(read_shards(root, shard_names))
+        check_unique(root, shards)
+    if index is not None and (stray := [n for n in names if n.endswith(".safetensors") and n not in shard_names]):
+        notes.append(Note("stray-weights", f"not in the index and not used: {', '.join(map(printable, stray))}"))
+    weights = [*shard_names, *([index.name] if index else [])]
+    if links := told_links(root, weights):
+        notes.append(Note("links-followed", links))
+    side_files, left_out = sort_side_files(root, set(weights))
+    return Checkpoint(root, tuple(shards), index, metadata, tuple(side_files), tuple(left_out), tuple(notes))
+
+
+def choose_index(root: Path, names: list[str], notes: list[Note]) -> Path | None:
+    """The index to go by, or None where a single file or bare shards are the model."""
+    indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
+    if not indexes:
+        return None
+    if len(indexes) > 1 and SINGLE + ".index.json" in indexes:
+        indexes = [SINGLE + ".index.json"]
+    if len(indexes) > 1:
+        raise InputError(
+            f"{printable(root)}: several indexes ({', '.join(map(printable, indexes))}); give the path of one as BASE"
+        )
+    index = root / indexes[0]
+    if SINGLE in names and SINGLE not in read_index(index)[0].values():
+        notes.append(
+            Note(
+                "index-unused",
+                f"both {SINGLE} and {printable(index.name)} are there; {SINGLE} is used, as transformers does",
+            )
+        )
+        return None
+    return index
+
+
+def choose_shards(root: Path, names: list[str], notes: list[Note]) -> list[str]:
+    """The weight files of a folder without an index."""
+    found = [n for n in names if n.endswith(".safetensors")]
+    if SINGLE in found:
+        if len(found) > 1:
+            others = ", ".join(printable(n) for n in found if n != SINGLE)
+            notes.append(Note("stray-weights", f"{SINGLE} is the model; not used: {others}"))
+        return [SINGLE]
+    shards = [n for n in found if not n.startswith(("adapter_", "consolidated"))] or [
+        n for n in found if n.startswith("consolidated")
+    ]
+    if not shards:
+        if "adapter_model.safetensors" in found or "adapter_config.json" in names:
+            raise InputError(f"{printable(root)}: this is an adapter; BASE is the model it was trained on")
+        if told := sharded_folder(root):
+            raise InputError(f"{printable(root)}: no .safetensors file is in it; {told}")
+        for name in names:
+            refuse_pickle(root / name)
+        raise InputError(f"{printable(root)}: no .safetensors file is in it")
+    check_numbering(root, shards)
+    if len(shards) > 1:
+        notes.append(
+            Note("no-index", f"no index: all {len(shards)} .safetensors files are taken as shards of one model")
+        )
+    return shards
+
+
+def check_numbering(root: Path, shards: list[str]) -> None:
+    """Shards that say `-00001-of-00003` must all be there."""
+    series: dict[tuple[str, int], set[int]] = {}
+    for name in shards:
+        if match := NUMBERED.match(name):
+            series.setdefault((match["stem"], int(match["count"])), set()).add(int(match["number"]))
+    if len(series) > 1:
+        raise InputError(f"{printable(root)}: shards of several models and no index; name one file, or add the index")
+    for (stem, count), numbers in series.items():
+        if count <= 100_000 and (missing := sorted(set(range(1, count + 1)) - numbers)):
+            raise InputError(
+                f"{printable(root)}: shards {missing[:20]} of the {count} of {printable(stem)} are missing"
+            )
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise `InputError` for a file of weights in a form that is not read, with the way to safetensors."""
+    if path.suffix not in (*PICKLES, ".npz"):
+        return
+    if is_pointer(path) or path.suffix == ".npz" or not (path.parent / "config.json").is_file():
+        raise InputError(f"{printable(path)}: {foreign_file(path)}")
+    code = (
+        "from transformers import AutoModelForCausalLM as M; "
+        "M.from_pretrained('.', dtype='auto').save_pretrained('converted')"
+    )
+    raise InputError(
+        f"{printable(path)}: pickled weights are never loaded here; if you trust them, convert the model "
+        f'in its folder with: python -c "{code}" (or the Auto class of its task)'
+    )
+
+
+def read_index(path: Path) -> tuple[dict[str, str], Mapping[str, Any] | None]:
+    """`weight_map` and `metadata` of an index whose every shard name is a plain path inside the folder."""
+    shown = printable(path)
+    table = read_json(path, LARGEST_INDEX)
+    weight_map = table.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{shown}: weight_map is missing, empty or no object")
+    wrong = {repr(name): reason for name in weight_map.values() if (reason := why_no_shard_name(name))}
+    if wrong:
+        raise InputError(
+            f"{shown}: weight_map names files that cannot be shards of this model:",
+            (f"{printable(name)}: {reason}" for name, reason in wrong.items()),
+        )
+    metadata = table.get("metadata")
+    return weight_map, metadata if isinstance(metadata, dict) else None
+
+
+def why_no_shard_name(name: object) -> str:
+    """Empty where `name` is a plain relative path to a .safetensors file; else what is wrong with it."""
+    if not isinstance(name, str):
+        return "no text"
+    if "\0" in name or "\\" in name or "://" in name:
+        return "no plain path"
+    parts = name.split("/")
+    if name.startswith("/") or ".." in parts or "." in parts or "" in parts:
+        return "leaves the folder or is no plain relative path"
+    if not name.endswith(".safetensors"):
+        return "no .safetensors file"
+    return ""
+
+
+def told_links(root: Path, names: list[str]) -> str:
+    """Where weight files are links out of the folder, the sentence that says where they lead; else nothing."""
+    away = [name for name in names if leaves(root, name)]
+    if not away:
+        return ""
+    more = f" (and {len(away) - 1} more)" if len(away) > 1 else ""
+    return (
+        f"weights are links out of the folder, and were followed: {printable(away[0])} → "
+        f"{printable(os.path.realpath(root / away[0]))}{more}"
+    )
+
+
+def leaves(root: Path, name: str) -> bool:
+    """Whether the file `name` of `root` really lies elsewhere."""
+    home, target = root.resolve(), Path(os.path.realpath(root / name))
+    if target.is_relative_to(home):
+        return False
+    for folder in (home, *home.parents):
+        if folder.name == "snapshots":  # models--org--name/snapshots/COMMIT/… → models--org--name/blobs/…
+            return not target.is_relative_to(folder.parent / "blobs")
+    return True
+
+
+def check_any(index: Path, root: Path, names: Sequence[str]) -> None:
+    """Raise `InputError` where an index is all that is there of a model."""
+    if names and not any(os.path.lexists(root / name) for name in names):
+        few = ", ".join(map(printable, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        raise InputError(
+            f"{printable(index)}: only the index is here, and no such file as it names for the weights ({few}); "
+            "download or copy them into this folder"
+        )
+
+
+def read_shards(root: Path, names: list[str]) -> list[SafeFile]:
+    """The headers of all shards; every faulty one is told at once."""
+    shards: list[SafeFile] = []
+    errors: list[InputError] = []
+    for name in names:
+        try:
+            shards.append(read_safefile(root / name))
+        except InputError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise InputError(
+            f"{printable(root)}: {len(errors)} of {len(names)} shards cannot be read:", (str(error) for error in errors)
+        )
+    return shards
+
+
+def order_shards(shards: list[SafeFile]) -> list[SafeFile]:
+    return sorted(shards, key=lambda shard: str(shard.path))
+
+
+def check_index(index: Path, weight_map: Mapping[str, str], root: Path, shards: list[SafeFile]) -> None:
+    """The index and the headers must say the same about which tensor lies where."""
+    by_name = {shard.path.relative_to(root).as_posix(): shard for shard in shards}
+    problems: list[str] = []
+    for tensor, name in weight_map.items():
+        if tensor not in by_name[name].tensors:
+            actual = [other for other, shard in by_name.items() if tensor in shard.tensors]
+            where = f"it is in {printable(actual[0])}" if actual else "no shard has it"
+            problems.append(f"{printable(tensor)}: not in {printable(name)}, as the index says; {where}")
+    for name, shard in by_name.items():
+        for tensor in shard.tensors:
+            if tensor not in weight_map:
+                problems.append(f"{printable(tensor)}: in {printable(name)}, but not in the index")
+            elif weight_map[tensor] != name and tensor in by_name[weight_map[tensor]].tensors:
+                problems.append(f"{printable(tensor)}: in {printable(name)} and in {printable(weight_map[tensor])}")
+    if problems:
+        raise InputError(f"{printable(index)}: the index and the shards disagree:", problems)
+
+
+def check_unique(root: Path, shards: list[SafeFile]) -> None:
+    home: dict[str, str] = {}
+    problems: list[str] = []
+    for shard in shards:
+        for tensor in shard.tensors:
+            if tensor in home:
+                problems.append(
+                    f"{printable(tensor)}: in {printable(home[tensor])} and in {printable(shard.path.name)}"
+                )
+            home[tensor] = shard.path.name
+    if problems:
+        raise InputError(f"{printable(root)}: tensors are there twice, and no index says which counts:", problems)
+
+
+def sort_side_files(root: Path, weights: set[str]) -> tuple[list[str], list[str]]:
+    """Files to carry over, and files to leave out with the reason; hidden ones are in neither.
+
+    A link out of the folder is followed only to where the weights of the same model really lie. Raises `InputError`
+    naming every pipe, socket and device that stands where a file does.
+    """
+    carried: list[str] = []
+    left_out: list[str] = []
+    homes = {os.path.dirname(os.path.realpath(root / name)) for name in weights if name and leaves(root, name)}
+    names = list(walk(root, left_out))
+    if odd := special_files(root, names):
+        raise InputError(f"{printable(root)}: holds what is not a file; take it out:", odd)
+    for name in names:
+        path = PurePosixPath(name)
+        if name in weights:
+            continue
+        reason = why_left_out(root, path, homes)
+        if reason:
+            left_out.append(f"{printable(name)} ({reason})")
+        else:
+            carried.append(name)
+    return sorted(carried), sorted(left_out)
+
+
+def walk(root: Path, left_out: list[str], inside: str = "") -> Iterator[str]:
+    """Relative paths of all files below `root`, hidden and training folders passed over."""
+    for entry in os.scandir(root / inside):
+        name = f"{inside}{entry.name}"
+        if entry.name.startswith("."):
+            continue
+        if not is_folder(entry):
+            yield name
+        elif any(fnmatch(entry.name, pattern) for pattern in TRAINING_FOLDERS):
+            left_out.append(f"{printable(name)}/ (left by training)")
+        elif not inside and entry.name in TWIN_FOLDERS:
+            left_out.append(f"{printable(name)}/ (the unmerged weights in another form)")
+        elif entry.is_symlink() and leaves(root, name):
+            left_out.append(f"{printable(name)}/ (a link out of the folder)")
+        else:
+            yield from walk(root, left_out, f"{name}/")
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder; a link that leads to itself or nowhere is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def why_left_out(root: Path, path: PurePosixPath, homes: Set[str] = frozenset()) -> str:
+    """Empty for a file that belongs into a merged model; else the reason it is left out.
+
+    `homes` are the folders outside `root` in which weights of the model lie.
+    """
+    name = path.name
+    at_top = len(path.parts) == 1
+    if name == PROVENANCE:
+        return "made by an earlier merge"
+    if not os.path.isfile(root / path):
+        return "a link to nothing"
+    if leaves(root, str(path)) and os.path.dirname(os.path.realpath(root / path)) not in homes:
+        return "a link out of the folder"
+    if any(fnmatch(name, pattern) for pattern in TRAINING_FILES):
+        return "left by training"
+    if at_top and (name.endswith((".safetensors", INDEX_SUFFIX)) or is_twin(name)):
+        return "the unmerged weights in another form"
+    # a module of its own in a subfolder, such as 2_Dense/, is part of the model: only its twins go
+    if not at_top and is_twin(name) and any((root / path).parent.glob("*.safetensors")):
+        return "the unmerged weights in another form"
+    return ""
+
+
+def is_twin(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in TWIN_FILES)
+
+
+def holds_weights(path: Path) -> bool:
+    """Whether a base is more than a config."""
+    if path.suffix == ".json" and not path.name.endswith(INDEX_SUFFIX):
+        return False
+    return not (path.is_dir() and (path / "config.json").is_file() and not any(path.glob("*.safetensors")))
+
+
+def index_text(weight_map: Mapping[str, str], total_size: int, metadata: Mapping[str, Any] | None) -> bytes:
+    """An index as transformers writes it: `total_size` in bytes of tensor data, names sorted."""
+    table = {"metadata": {**(metadata or {}), "total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(table, indent=2) + "\n").encode()

@@ -1,0 +1,114 @@
+"""Weights in a form that is not read: what it is, and the command that turns it into safetensors.
+
+Pickles are told by their name and their first bytes; none is ever loaded here. Folders of torch's distributed
+checkpoints (FSDP) and of DeepSpeed hold a model in pieces, which the tool that wrote them puts together.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from typing import TYPE_CHECKING
+
+from loratool.errors import LoratoolError, printable
+from loratool.files.inputs import open_regular
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+POINTER = b"version https://git-lfs"
+
+
+def foreign_file(path: Path) -> str:
+    """What a file of weights is, and how it becomes safetensors; empty for one that is no such file."""
+    if path.suffix not in (*PICKLES, ".npz"):
+        return ""
+    if is_pointer(path):
+        return "a git-lfs pointer, not the file it points to; run `git lfs pull`"
+    if path.suffix == ".npz":
+        return f"arrays of numpy, as MLX once saved them; {npz_conversion(path)}"
+    return f"pickled weights are never loaded here; {conversion(path)}"
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file is what git-lfs leaves in the place of one that was not fetched."""
+    try:
+        descriptor = open_regular(path)
+    except LoratoolError:
+        return False
+    try:
+        return os.pread(descriptor, len(POINTER), 0) == POINTER
+    finally:
+        os.close(descriptor)
+
+
+def conversion(path: Path) -> str:
+    """The command that turns a pickled state dict into safetensors, loading tensors only."""
+    code = (
+        "import torch; from safetensors.torch import save_file; "
+        f"d = torch.load({path.name!r}, map_location='cpu', weights_only=True); "
+        "d = next((v for v in d.values() if isinstance(v, dict)), d); "
+        "save_file({k: v.clone().contiguous() for k, v in d.items() if torch.is_tensor(v)}, "
+        f"{path.stem + '.safetensors'!r})"
+    )
+    return f'if you trust it, convert it where it lies with: python -c "{printable_code(code)}"'
+
+
+def npz_conversion(path: Path) -> str:
+    """The command that turns arrays of numpy into safetensors; it loads arrays only."""
+    code = (
+        "import numpy; from safetensors.numpy import save_file; "
+        f"save_file(dict(numpy.load({path.name!r})), {path.stem + '.safetensors'!r})"
+    )
+    return f'convert them where they lie with: python -c "{printable_code(code)}"'
+
+
+def printable_code(code: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in code)
+
+
+def sharded_folder(folder: Path) -> str:
+    """What a folder is that holds a model in pieces, or a folder directly in it, and how they are gathered; else empty."""
+    try:
+        inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError:
+        return ""
+    for place in (folder, *inside):
+        if any(place.glob("*.distcp")):
+            return of_torch(place)
+    if any(folder.glob("global_step*")) or any(folder.glob("*_optim_states.pt")):
+        return of_deepspeed(folder)
+    return ""
+
+
+def of_torch(place: Path) -> str:
+    shown = shlex.quote(printable(place))
+    if "fsdp" in place.name:
+        return (
+            f"{printable(place)} is a sharded checkpoint of FSDP; gather it with: accelerate merge-weights {shown} OUT"
+        )
+    return (
+        f"{printable(place)} is a distributed checkpoint of torch; gather it with: "
+        f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {shown} weights.pt"
+    )
+
+
+def of_deepspeed(folder: Path) -> str:
+    shown = shlex.quote(printable(folder))
+    script = "zero_to_fp32.py" if (folder / "zero_to_fp32.py").is_file() else ""
+    tool = f"python {shlex.quote(printable(folder / script))}" if script else "python -m deepspeed.utils.zero_to_fp32"
+    return (
+        f"{printable(folder)} is a checkpoint of DeepSpeed, in a piece for each process; gather it with: "
+        f"{tool} {shown} OUT --safe_serialization"
+    )
+
+
+def instead_of_weights(folder: Path) -> str:
+    """What a folder holds where safetensors are looked for, and how it becomes that; empty for nothing that is known."""
+    if told := sharded_folder(folder):
+        return told
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.suffix == ".npz":
+            return f"{printable(path)}: {foreign_file(path)}"
+    return ""

@@ -1,0 +1,270 @@
+"""A stage's journal, and what it proves: that a folder is a stage of ours, and which of its entries are ours.
+
+    {"loratool_stage": 2, "plan": "…", "inputs": {…}, "files": ["config.json", …]}     the head, written whole or not at all
+    {"files": […]}       more names of files that the output will have, before the first of them is made
+    {"finished": {"name": …, "size": …, "sha256": …, "changed": …, …}}                 a weight file on stable storage
+    {"fetches": […]}     names of files that are fetched from the Hub into `fetched/`
+    {"replaces": […]}    the old output's files, before it and the new one swap names
+
+A line that a kill tore is passed over. A stage holds nothing but its journal and files that the journal names.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loratool.errors import StorageError, printable
+from loratool.files.digests import Digest, is_plain
+from loratool.files.inputs import json_object
+
+FORMAT = 2  # loratool 0.1.0 wrote journals without a number
+HEAD = "loratool_stage"
+JOURNAL = "journal"
+NEW_JOURNAL = "journal.new"  # until it is whole
+MODEL = "model"
+REPLACED = "replaced"  # the old output, whole, where names cannot be exchanged
+DISCARDED = "discarded"  # the same on its way out: half of it must never come back
+FETCHED = "fetched"
+FETCHED_FOLDER = re.compile(
+    r"[0-9a-f]{32}(-file)?(/(?P<rest>.*))?", re.DOTALL
+)  # one a file, as `fetching.pieces` makes it
+LARGEST_JOURNAL = 256 << 20  # bytes
+NAMING = ("files", "fetches", "replaces")  # lines that hold a list of names
+
+
+@dataclass(frozen=True)
+class FinishedShard:
+    """An output file that is complete and on stable storage."""
+
+    name: str
+    digest: Digest
+    changed: bool  # whether any weight, here or in a file before, differs from the base's
+    device: str = ""  # the kind that its edited weights were computed on; empty where there are none
+    ratios: Mapping[str, float] = field(default_factory=dict)  # tensor → ‖ΔW‖/‖W‖, where nothing replaces W
+    nonfinite: Mapping[str, int] = field(default_factory=dict)  # edited tensor → NaN and inf that the base itself holds
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.digest.size
+
+    def record(self) -> dict[str, Any]:
+        """Its entry of a journal."""
+        seen = {"ratios": dict(self.ratios), "nonfinite": dict(self.nonfinite)}
+        return {"name": self.name, **self.digest.record(), "changed": self.changed, "device": self.device, **seen}
+
+    @classmethod
+    def of_record(cls, entry: Mapping[str, Any]) -> FinishedShard | None:
+        name, digest = entry.get("name"), Digest.of_record(entry)
+        if digest is None or not isinstance(name, str) or not is_plain(name):
+            return None
+        seen = [numbers_in(entry.get(key)) for key in ("ratios", "nonfinite")]
+        return cls(name, digest, bool(entry.get("changed")), str(entry.get("device", "")), *seen)
+
+
+def numbers_in(table: object) -> dict[str, Any]:
+    """The entries of a table whose values are numbers, and no more."""
+    entries = table.items() if isinstance(table, Mapping) else ()
+    return {name: value for name, value in entries if type(value) in (int, float)}
+
+
+@dataclass
+class Journal:
+    """What a journal says."""
+
+    plan: str  # the fingerprint of what is being made
+    inputs: Mapping[str, Any] = field(default_factory=dict)  # the files it is made of as they were, on this machine
+    files: set[str] = field(default_factory=set)  # names in the output
+    finished: dict[str, FinishedShard] = field(default_factory=dict)
+    fetches: set[str] = field(default_factory=set)
+    replaces: set[str] | None = None  # names in the old output, once it is being replaced
+
+    def head(self) -> bytes:
+        """The first line of the journal."""
+        table = {HEAD: FORMAT, "plan": self.plan, "inputs": self.inputs, "files": sorted(self.files)}
+        return (json.dumps(table) + "\n").encode()
+
+    def take(self, line: Mapping[str, Any]) -> bool:
+        """Add what a further line says; False where it is none of ours."""
+        key, value = next(iter(line.items())) if len(line) == 1 else ("", None)
+        if key == "finished" and isinstance(value, dict):
+            if (shard := FinishedShard.of_record(value)) is None:
+                return False
+            self.finished[shard.name] = shard
+            return True
+        if key not in NAMING or not isinstance(value, list) or not all(map(is_plain, value)):
+            return False
+        if key == "replaces" and self.replaces is None:
+            self.replaces = set()
+        getattr(self, key).update(value)
+        return True
+
+    def owns(self, path: str) -> bool:
+        """Whether the file `path` of the stage is one that the journal names."""
+        folder, _, name = path.partition("/")
+        if folder in (JOURNAL, NEW_JOURNAL):
+            return not name
+        if folder == FETCHED:
+            match = FETCHED_FOLDER.fullmatch(name)
+            rest = (match["rest"] or "") if match and self.fetches else ""
+            return rest.startswith(".cache/huggingface/") or Path(rest).name in {Path(f).name for f in self.fetches}
+        return name in self.named(folder)
+
+    def owns_folder(self, path: str) -> bool:
+        """Whether the folder `path` of the stage is on the way to files that the journal names."""
+        folder, _, name = path.partition("/")
+        if folder == FETCHED:
+            return bool(self.fetches) and (not name or FETCHED_FOLDER.fullmatch(name) is not None)
+        if not name:
+            return folder in (MODEL, REPLACED, DISCARDED)
+        return any(file.startswith(f"{name}/") for file in self.named(folder))
+
+    def named(self, folder: str) -> set[str]:
+        """The files that may be in a folder of the stage."""
+        old = self.replaces or set()
+        return {MODEL: self.files | old, REPLACED: old, DISCARDED: old}.get(folder, set())
+
+
+def read_journal(home: Path, owner: int) -> Journal | None:
+    """The journal of a stage; None where none of ours is there."""
+    try:
+        descriptor = os.open(home / JOURNAL, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO):  # missing, a link, a socket
+            return None
+        raise
+    with open(descriptor, "rb") as stream:
+        if why_odd(os.fstat(descriptor), owner) or os.fstat(descriptor).st_size > LARGEST_JOURNAL:
+            return None
+        lines = list(parsed(stream.read()))
+    if not lines or lines[0].get(HEAD) != FORMAT:
+        return None
+    head = lines[0]
+    plan, inputs, files = head.get("plan"), head.get("inputs"), head.get("files")
+    if not isinstance(plan, str) or not isinstance(inputs, dict) or not isinstance(files, list):
+        return None
+    journal = Journal(plan, inputs)
+    return journal if journal.take({"files": files}) and all(map(journal.take, lines[1:])) else None
+
+
+def parsed(raw: bytes) -> Iterator[dict[str, Any]]:
+    """The lines of a journal without those that are torn: half an object is no JSON."""
+    for line in raw.splitlines():
+        with suppress(ValueError):
+            yield json_object(line, lenient=True)  # a name may be no UTF-8
+
+
+def is_stage(folder: Path) -> bool:
+    """Whether a folder holds a journal of ours, whoever it belongs to."""
+    with suppress(OSError):
+        return read_journal(folder, folder.stat().st_uid) is not None
+    return False
+
+
+def look(home: Path, owner: int | None = None) -> Journal | None:
+    """The journal of a stage of ours; None where there is no stage, or one that was begun and no more.
+
+    Nothing is changed. `owner` is the user to whom all of it must belong, who runs this process if none is given: a file
+    system may give our files to another. Raises `ForeignError` where anything in the folder is not ours, naming all of it.
+    """
+    try:
+        status = home.lstat()
+    except FileNotFoundError:
+        return None
+    owner = os.geteuid() if owner is None else owner
+    if reason := why_odd(status, owner, folder=True):
+        raise foreign(home, [f"{printable(home.name)}: {reason}"])
+    found = list(walk(home))  # before the journal, which names files before they are made
+    journal = read_journal(home, owner) if found else None
+    if journal is None and all(is_torn_head(home, path, owner) for path, _ in found):
+        return None
+    if journal is None:
+        raise foreign(home, [f"{printable(path)}: {why}" for path, why in of_no_journal(home, found, owner)])
+    check_owned(home, journal, found, owner)
+    return journal
+
+
+def check_owned(home: Path, journal: Journal, found: Iterable[tuple[str, os.stat_result]], owner: int) -> None:
+    """Raise `ForeignError` naming every entry of a stage that is not ours."""
+    told = ((path, why_foreign(journal, path, status, owner)) for path, status in found)
+    if odd := [f"{printable(path)}: {reason}" for path, reason in told if reason]:
+        raise foreign(home, odd)
+
+
+class ForeignError(StorageError):
+    """A stage holds what is not ours."""
+
+
+def foreign(home: Path, odd: list[str]) -> ForeignError:
+    """The refusal of a stage that holds what is not ours."""
+    return ForeignError(
+        f"{printable(home)}: holds files that loratool did not put there, so nothing in it is touched; move them away, or "
+        "give another OUT:",
+        odd,
+    )
+
+
+def of_no_journal(home: Path, found: list[tuple[str, os.stat_result]], owner: int) -> Iterator[tuple[str, str]]:
+    """The entries of a folder without a journal of ours, with what is to be said of each."""
+    for path, status in found:
+        if path == JOURNAL:
+            yield (
+                path,
+                why_odd(status, owner)
+                or "not a journal of this release; if an earlier release left it, delete the folder",
+            )
+        elif "/" not in path and not is_torn_head(home, path, owner):
+            yield path, "not listed in a journal of loratool"
+
+
+def why_foreign(journal: Journal, path: str, status: os.stat_result, owner: int) -> str:
+    """Empty where an entry of the stage is ours; else the reason it is not."""
+    folder = stat.S_ISDIR(status.st_mode)
+    if reason := why_odd(status, owner, folder):
+        return reason
+    return "" if (journal.owns_folder(path) if folder else journal.owns(path)) else "is not in the journal"
+
+
+def why_odd(status: os.stat_result, owner: int, folder: bool = False) -> str:
+    """Empty for a regular file, or a folder, of that user; else what it is."""
+    if stat.S_ISLNK(status.st_mode):
+        return "is a link"
+    if not (stat.S_ISDIR if folder else stat.S_ISREG)(status.st_mode):
+        return f"is not a {'folder' if folder else 'regular file'}"
+    return "" if status.st_uid == owner else f"belongs to another user ({status.st_uid})"
+
+
+def is_torn_head(home: Path, path: str, owner: int) -> bool:
+    """Whether an entry is the beginning of a journal that a kill kept from being finished."""
+    if path != NEW_JOURNAL or why_odd((home / path).lstat(), owner):
+        return False
+    start = f'{{"{HEAD}": {FORMAT}, '.encode()
+    with open(home / path, "rb") as stream:
+        raw = stream.read(len(start))
+    return raw == start[: len(raw)]
+
+
+def walk(home: Path, inside: str = "") -> Iterator[tuple[str, os.stat_result]]:
+    """Every entry below a folder, no link followed: its path, with slashes, and its status."""
+    try:
+        entries = sorted(os.scandir(home / inside), key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return  # gone meanwhile, or a folder that belongs to somebody else
+    for entry in entries:
+        path = f"{inside}{entry.name}"
+        try:
+            status = entry.stat(follow_symlinks=False)
+        except FileNotFoundError:
+            continue
+        yield path, status
+        if stat.S_ISDIR(status.st_mode):
+            yield from walk(home, f"{path}/")

@@ -1,0 +1,198 @@
+"""Where an output may go, and what it may replace: nothing that loratool, transformers or PEFT did not write."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratool.errors import LoratoolError, StorageError, UsageError, printable
+from loratool.files.checkpoint import PROVENANCE
+from loratool.files.digests import Digest, read_recorded, why_unlike
+from loratool.files.inputs import read_json
+from loratool.files.journal import REPLACED, ForeignError, Journal, look, walk
+from loratool.files.model_files import WEIGHTS, is_model_file
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+BUSY = "another run is writing this output; wait for it to end"
+
+
+def check_target(out: Path, inputs: Sequence[Path], overwrite: bool, adapter: bool = False) -> Path:
+    """`out` as it will be written, after every check that can be made before any work. Nothing is changed.
+
+    What will be an `adapter` replaces nothing but adapters.
+
+    Raises:
+        UsageError: it exists and `overwrite` is not given, it holds what may not be replaced, or it is, holds or lies in
+            an input.
+        StorageError: its parent is missing or cannot be written, or the folder it is staged in holds what is not ours.
+    """
+    shown = printable(out)
+    if out.suffix == ".safetensors":
+        raise UsageError(f"{shown}: OUT is a folder; {printable(out.with_suffix(''))} would do")
+    try:
+        out = Path(os.path.realpath(out))
+        if not stat.S_ISDIR(out.parent.stat().st_mode):
+            raise StorageError(f"{shown}: {printable(out.parent)} is not a folder")
+    except OSError as error:
+        raise StorageError(f"{shown}: {error.strerror}: {printable(out.parent)}") from error
+    for path in (each for given in inputs for each in (given, *links_in(given))):
+        if inside(out, path) or inside(path, out) or inside(path, stage_of(out)):
+            raise UsageError(
+                f"{shown}: OUT is, contains or lies inside the input {printable(path)}, which is never written to; give another OUT"
+            )
+    check_place(out, shown, overwrite, adapter)
+    check_stage(stage_of(out))
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise StorageError(f"{shown}: the folder {printable(out.parent)} cannot be written to")
+    return out
+
+
+def links_in(folder: Path) -> list[Path]:
+    """The real files that links in an input's folder lead to, which are inputs too."""
+    try:
+        return [Path(os.path.realpath(entry.path)) for entry in os.scandir(folder) if entry.is_symlink()]
+    except OSError:
+        return []  # no folder; who reads it says so
+
+
+def check_place(out: Path, shown: str, overwrite: bool, adapter: bool) -> None:
+    """Raise `UsageError` where what is at `out`, or was until a run was killed, may not be replaced."""
+    waiting = stage_of(out) / REPLACED
+    if not os.path.lexists(out):
+        if waiting.is_dir() and not overwrite:
+            raise UsageError(
+                f"{shown}: a run was killed as it replaced this output, which is now {printable(waiting)}; pass "
+                "--overwrite to replace it, or rename that folder"
+            )
+        return
+    if not out.is_dir():
+        raise UsageError(f"{shown} exists and is not a folder; give another OUT")
+    if not overwrite:
+        raise UsageError(f"{shown} already exists; pass --overwrite to replace it")
+    names = replaceable_files(out, shown)
+    if adapter and names and ("adapter_config.json" not in names or "config.json" in names):
+        raise UsageError(f"{shown} is not an adapter, so --overwrite does not replace it with one; remove it yourself")
+
+
+def replaceable_files(folder: Path, shown: str) -> list[str]:
+    """The files of a model or an adapter that `--overwrite` may replace, relative to its folder.
+
+    Raises `UsageError` where it is none, or holds anything that is neither listed in the folder's own `loratool.json` nor
+    named as loratool, transformers and PEFT name their files. What only that list knows must be as it was written.
+    """
+    recorded = record_of(folder)
+    found = dict(walk(folder))
+    files = [path for path, status in found.items() if not stat.S_ISDIR(status.st_mode)]
+    odd = {path: why for path in files if (why := why_kept(folder, path, found[path], recorded))}
+    known = [path for path in files if path not in odd or path in recorded]
+    ways = {parent.as_posix() for path in known for parent in Path(path).parents}
+    strange = [path for path, status in found.items() if stat.S_ISDIR(status.st_mode) and path not in ways]
+    top = [path for path in strange if Path(path).parent.as_posix() not in strange]
+    odd = {path: why for path, why in odd.items() if not any(path.startswith(f"{way}/") for way in top)}
+    odd |= {f"{path}/": "not a folder of a model" for path in top}
+    if odd:
+        raise UsageError(
+            f"{shown}: holds files that are not part of a model or an adapter, so --overwrite does not replace it; "
+            "move them away, or give another OUT:",
+            (f"{printable(path)}: {why}" for path, why in sorted(odd.items())),
+        )
+    if files and not recorded and not any(WEIGHTS.fullmatch(path) for path in files):
+        raise UsageError(f"{printable(folder)} holds no model, so --overwrite does not replace it; remove it yourself")
+    return files
+
+
+def why_kept(folder: Path, path: str, status: os.stat_result, recorded: Mapping[str, Digest]) -> str:
+    """Empty for a file that `--overwrite` may replace; else the reason it may not."""
+    if not stat.S_ISREG(status.st_mode):
+        return "a link" if stat.S_ISLNK(status.st_mode) else "not a regular file"
+    if is_model_file(path):
+        return ""
+    if path not in recorded:
+        return f"not listed in {PROVENANCE}, and not a usual file of a model"
+    return f"changed since {PROVENANCE} listed it" if why_unlike(folder / path, recorded[path]) else ""
+
+
+def record_of(folder: Path) -> dict[str, Digest]:
+    """The files that the `loratool.json` of a folder lists; none where it cannot be read."""
+    path = folder / PROVENANCE
+    if path.is_symlink():
+        return {}
+    try:
+        return read_recorded(read_json(path, lenient=True))
+    except StorageError:
+        raise  # which says nothing of the file
+    except LoratoolError:
+        return {}
+
+
+def check_stage(home: Path) -> Journal | None:
+    """The journal of a stage of ours, as `look` tells it; a stage in which another run is at work is told as that."""
+    try:
+        return look(home)
+    except ForeignError:
+        if is_locked(home):  # and what is in it may change while it is looked at
+            raise UsageError(f"{printable(home)}: {BUSY}") from None
+        raise
+    except OSError as error:
+        raise StorageError(f"{printable(error.filename or home)}: {error.strerror or error}") from error
+
+
+def is_locked(home: Path) -> bool:
+    """Whether another process holds the lock of a folder."""
+    with suppress(OSError):
+        descriptor = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+    return False
+
+
+def stage_of(out: Path) -> Path:
+    """The folder in which `out` is staged."""
+    return out.parent / f"{out.name}.partial"  # with_name refuses the root
+
+
+def inside(path: Path, folder: Path) -> bool:
+    """Whether `path` is `folder`, or lies in it, whatever the links on the way."""
+    try:
+        wanted = folder.stat()
+    except OSError:
+        return False
+    for place in (path, *Path(os.path.realpath(path)).parents):
+        with suppress(OSError):
+            if os.path.samestat(place.stat(), wanted):
+                return True
+    return False
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """An output of one file: whole under its name, or not there; what stands beside it under whatever name is kept.
+
+    Raises `StorageError`.
+    """
+    path = Path(os.path.realpath(path))
+    partial = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}.partial")
+    try:
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            with open(descriptor, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(descriptor)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise StorageError(f"{printable(path)}: {error.strerror or error}") from None

@@ -1,0 +1,427 @@
+"""One safetensors file: its header as a table of tensors, byte ranges in, planned bytes out.
+
+The rules are those of the reference parser (safetensors 0.8.0, `read_metadata` and `validate`),
+and stricter where it is silent: names may not repeat, and the header begins with `{`.
+Nothing here loads a tensor, and nothing here knows torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loratool.errors import InputError, printable
+from loratool.files.inputs import RepeatedKeyError, json_object, open_regular, unreadable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
+
+# Every dtype of the format and the bits of one element.
+DTYPE_BITS: Mapping[str, int] = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+# The dtypes loratool computes in, by the names that torch and config files use.
+FLOAT_NAMES: Mapping[str, str] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+LONGEST_HEADER = 100_000_000  # bytes; the reference parser's limit
+MOST_TENSORS = 200_000  # of one file: a merge of more takes minutes and gigabytes before the first byte is moved
+FIELDS = ("dtype", "shape", "data_offsets")
+LARGEST_INT = 2**63 - 1
+PREFIX = 8  # bytes: the header's length, little-endian
+
+FOREIGN_STARTS = (
+    (b"version https://git-lfs", "a git-lfs pointer, not the file it points to; run `git lfs pull`"),
+    (b"<!doctype", "an HTML page, probably an error page saved by a download; download the file again"),
+    (b"<html", "an HTML page, probably an error page saved by a download; download the file again"),
+    (b"\x1f\x8b", "gzip-compressed; unpack it first"),
+    (b"GGUF", "a GGUF file; loratool reads safetensors"),
+    (b"PK\x03\x04", "a zip archive, probably a torch checkpoint under the wrong name; it is never unpickled here"),
+    (b"\x80\x02", "a Python pickle; it is never unpickled here"),
+    (b"\x80\x03", "a Python pickle; it is never unpickled here"),
+    (b"\x80\x04", "a Python pickle; it is never unpickled here"),
+    (b"\x80\x05", "a Python pickle; it is never unpickled here"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies. `start` and `stop` count bytes from the first byte of tensor data."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def elements(self) -> int:
+        return product(self.shape)
+
+    @property
+    def rows(self) -> int:
+        """Entries of the first dimension; 1 for a scalar."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def width(self) -> int:
+        """Elements of one row."""
+        return product(self.shape[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What tells whether a file is still the one whose header was read."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int  # nanoseconds
+    changed: int = 0  # nanoseconds; what nobody can set back
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Identity:
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The head of a safetensors file, whether or not the file exists yet."""
+
+    header: bytes  # length prefix and JSON, exactly as in the file
+    tensors: Mapping[str, TensorInfo]  # in the header's order
+    metadata: Mapping[str, str] | None
+
+    @property
+    def data_start(self) -> int:
+        return len(self.header)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return self.data_start + max((t.stop for t in self.tensors.values()), default=0)
+
+    @classmethod
+    def of(
+        cls,
+        tensors: Iterable[tuple[str, str, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+        length: int = 0,
+    ) -> Layout:
+        """Place (name, dtype, shape) triples one after the other, in the given order.
+
+        The header is filled up with spaces to `length` bytes where it is shorter.
+        """
+        placed: dict[str, TensorInfo] = {}
+        at = 0
+        for name, dtype, shape in tensors:
+            stop = at + product(shape) * DTYPE_BITS[dtype] // 8
+            placed[name] = TensorInfo(name, dtype, tuple(shape), at, stop)
+            at = stop
+        table: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+        for t in placed.values():
+            table[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [t.start, t.stop]}
+        text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * max(-len(text) % 8, length - PREFIX - len(text))
+        return cls(len(text).to_bytes(PREFIX, "little") + text, placed, metadata)
+
+
+@dataclass(frozen=True)
+class SafeFile:
+    """A safetensors file whose header has been read and found valid."""
+
+    path: Path
+    layout: Layout
+    identity: Identity
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self.layout.tensors
+
+    @contextmanager
+    def open(self) -> Iterator[int]:
+        """A descriptor for reading, after checking that the file is still the one that was planned with."""
+        descriptor = open_regular(self.path)
+        try:
+            self.check_unchanged(descriptor)
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def check_unchanged(self, descriptor: int | None = None) -> None:
+        """Raise `InputError` when the file was changed, replaced or cut since its header was read."""
+        status = os.stat(self.path) if descriptor is None else os.fstat(descriptor)
+        if Identity.of(status) != self.identity:
+            raise InputError(f"{printable(self.path)}: the file changed while it was being read; start again")
+
+    def position(self, tensor: TensorInfo) -> int:
+        """The byte of the file at which `tensor` begins."""
+        return self.layout.data_start + tensor.start
+
+    @property
+    def files(self) -> tuple[SafeFile, ...]:
+        """The files it is made of: itself."""
+        return (self,)
+
+    def home(self, name: str) -> SafeFile:  # noqa: ARG002 (there is but one)
+        """The file that holds a tensor."""
+        return self
+
+
+@dataclass(frozen=True)
+class SafeFiles(SafeFile):
+    """Several files that are read as one. `path` is that of their index, `layout` that of one file with all tensors."""
+
+    parts: tuple[SafeFile, ...]
+
+    @classmethod
+    def of(cls, path: Path, parts: Iterable[SafeFile]) -> SafeFiles:
+        """These files, no two of which hold tensors of the same name."""
+        every = tuple(parts)
+        tensors = [(info.name, info.dtype, info.shape) for part in every for info in part.tensors.values()]
+        return cls(path, Layout.of(tensors), every[0].identity, every)
+
+    @property
+    def files(self) -> tuple[SafeFile, ...]:
+        return self.parts
+
+    def home(self, name: str) -> SafeFile:
+        return next(part for part in self.parts if name in part.tensors)
+
+    def check_unchanged(self, descriptor: int | None = None) -> None:  # noqa: ARG002 (of none of them)
+        for part in self.parts:
+            part.check_unchanged()
+
+
+@dataclass(frozen=True)
+class Selection(SafeFile):
+    """Some tensors of a file under other names; `layout` is that of a file with them alone, in the same order."""
+
+    original: SafeFile
+    names: Mapping[str, str]  # name here → name in the original
+
+    @classmethod
+    def of(cls, original: SafeFile, names: Mapping[str, str]) -> Selection:
+        """The tensors of `original` that `names` has, name here → name there."""
+        ordered = sorted(names, key=lambda name: original.tensors[names[name]].start)
+        infos = {name: original.tensors[names[name]] for name in ordered}
+        layout = Layout.of(((n, i.dtype, i.shape) for n, i in infos.items()), original.layout.metadata)
+        return cls(original.path, layout, original.identity, original, names)
+
+    def position(self, tensor: TensorInfo) -> int:
+        return self.original.position(self.original.tensors[self.names[tensor.name]])
+
+
+def product(shape: Iterable[int]) -> int:
+    result = 1
+    for n in shape:
+        result *= n
+    return result
+
+
+def read_safefile(path: Path) -> SafeFile:
+    """Read and check the header of one safetensors file; no tensor data is touched.
+
+    Raises `InputError` when the file breaks a rule of the format, all offending tensors at once.
+    """
+    descriptor = open_regular(path)
+    try:
+        status = os.fstat(descriptor)
+        size = status.st_size
+        head = os.pread(descriptor, 64, 0)
+        length = header_length(path, head, size)
+        raw = bytearray(length)
+        read_exactly(descriptor, memoryview(raw), PREFIX, path)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    finally:
+        os.close(descriptor)
+    tensors, metadata = parse_header(path, bytes(raw), size - PREFIX - length)
+    layout = Layout(head[:PREFIX] + bytes(raw), tensors, metadata)
+    return SafeFile(path, layout, Identity.of(status))
+
+
+def header_length(path: Path, head: bytes, size: int) -> int:
+    """The header's length in bytes, after checking all that the first bytes can tell."""
+    shown = printable(path)
+    if size == 0:
+        raise InputError(f"{shown}: the file is empty, as a failed download or a full disk leaves it")
+    begins_as_ours = head[PREFIX : PREFIX + 1] == b"{"  # a length of 640 reads like the start of a pickle
+    for start, what in () if begins_as_ours else FOREIGN_STARTS:
+        if head.startswith(start) or head.lstrip().lower().startswith(start):
+            raise InputError(f"{shown}: no safetensors file: it is {what}")
+    if size < PREFIX:
+        raise InputError(f"{shown}: {size} bytes are too few for a safetensors header; the file was cut off")
+    if not head.strip(b"\0"):
+        raise InputError(f"{shown}: begins with zeros, as an unfinished download leaves it")
+    length = int.from_bytes(head[:PREFIX], "little")
+    if length > LONGEST_HEADER:
+        raise InputError(
+            f"{shown}: no safetensors file: its header would be {length} bytes, over the limit of {LONGEST_HEADER}"
+        )
+    if PREFIX + length > size:
+        raise InputError(
+            f"{shown}: cut off inside its header: {PREFIX + length - size} bytes are missing (of a header of {length}); copy or download it again"
+        )
+    return length
+
+
+def parse_header(path: Path, raw: bytes, data_size: int) -> tuple[dict[str, TensorInfo], Mapping[str, str] | None]:
+    """The tensors and the metadata that a header describes, checked against the bytes that follow it."""
+    shown = printable(path)
+    if not raw.startswith(b"{"):
+        raise InputError(f"{shown}: the header does not begin with '{{'")
+    if (count := raw.count(b'"data_offsets"')) > MOST_TENSORS:
+        raise InputError(
+            f"{shown}: the header describes {count} tensors, over the limit of {MOST_TENSORS} for one file"
+        )
+    try:
+        table = json_object(raw)
+    except RepeatedKeyError as error:
+        raise InputError(
+            f"{shown}: the header is not valid: the key {printable(repr(error.key))} is there twice"
+        ) from None
+    except ValueError as error:
+        raise InputError(f"{shown}: the header is not valid: {error}") from None
+    metadata = table.pop("__metadata__", None)
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
+        raise InputError(f"{shown}: __metadata__ must map text to text")
+    tensors: dict[str, TensorInfo] = {}
+    problems: list[str] = []
+    for name, entry in table.items():
+        try:
+            tensors[name] = parse_entry(name, entry)
+        except ValueError as error:
+            problems.append(f"{printable(name)}: {error}")
+    if problems:
+        raise InputError(f"{shown}: the header describes impossible tensors:", problems)
+    check_tiling(shown, tensors.values(), data_size)
+    return tensors, metadata
+
+
+def parse_entry(name: str, entry: object) -> TensorInfo:
+    """One tensor of the header; `ValueError` says what is wrong with it."""
+    if not isinstance(entry, dict):
+        raise ValueError("the entry is no object with dtype, shape and data_offsets")
+    if missing := [field for field in FIELDS if field not in entry]:
+        raise ValueError(f"{' and '.join(missing)} missing")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise ValueError(f"unknown dtype {printable(repr(dtype))}; known are {', '.join(DTYPE_BITS)}")
+    if not isinstance(shape, list) or not all(is_count(n) for n in shape):
+        raise ValueError(f"shape {printable(json.dumps(shape))} is no list of sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_count(n) for n in offsets):
+        raise ValueError(f"data_offsets {printable(json.dumps(offsets))} are no two byte positions")
+    start, stop = offsets
+    if start > stop:
+        raise ValueError(f"data_offsets run backwards, from {start} to {stop}")
+    elements = 1
+    for n in shape:  # left to right, as the reference does: 2^40 × 2^40 × 0 overflows there
+        elements *= n
+        if elements > 2 * LARGEST_INT + 1:
+            raise ValueError(f"shape {shape} has more elements than 64 bits can count")
+    bits = elements * DTYPE_BITS[dtype]
+    if bits % 8:
+        raise ValueError(f"{elements} values of {dtype} do not fill whole bytes")
+    if bits // 8 != stop - start:
+        raise ValueError(f"{dtype} of shape {shape} takes {bits // 8} bytes, data_offsets give it {stop - start}")
+    return TensorInfo(name, dtype, tuple(shape), start, stop)
+
+
+def check_tiling(shown: str, tensors: Iterable[TensorInfo], data_size: int) -> None:
+    """Tensors must fill the data without hole, overlap or rest."""
+    at, before = 0, ""
+    for t in sorted(tensors, key=lambda t: (t.start, t.stop)):
+        if t.start != at:
+            what = "overlaps" if t.start < at else "leaves a hole after"
+            where = f"tensor {printable(before)}" if before else "the header"
+            raise InputError(f"{shown}: tensor {printable(t.name)} {what} {where} (byte {t.start}, expected {at})")
+        at, before = t.stop, t.name
+    if at > data_size:
+        raise InputError(
+            f"{shown}: the file was cut off: {at - data_size} bytes of tensor data are missing (of {at}); "
+            "copy or download it again"
+        )
+    if at < data_size:
+        raise InputError(f"{shown}: {data_size - at} bytes follow the last tensor; the file is damaged or forged")
+
+
+def is_count(value: object) -> bool:
+    """A non-negative integer of the format: no bool, no float, at most 63 bits."""
+    return type(value) is int and 0 <= value <= LARGEST_INT
+
+
+def read_exactly(descriptor: int, buffer: memoryview, position: int, path: Path) -> None:
+    """Fill `buffer` from `position` on. Loops: one read stops at 2 GiB and may stop earlier."""
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(descriptor, [buffer[done:]], position + done)
+        if count == 0:
+            raise InputError(f"{printable(path)}: the file ended early; it was cut while being read")
+        done += count
+
+
+def write_fully(descriptor: int, buffer: memoryview | bytes, position: int) -> None:
+    """Write all of `buffer` at `position`; a short write goes on where it stopped."""
+    view = memoryview(buffer)
+    done = 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done:], position + done)
+
+
+# What a file system answers when it cannot copy between these two files by itself.
+CANNOT_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ETXTBSY}
+
+
+def copy_bytes(source: int, target: int, count: int, position: int, target_position: int, path: Path) -> None:
+    """Copy a byte range from one file to another, inside the kernel where it can."""
+    copy = getattr(os, "copy_file_range", None)
+    done = 0
+    while copy is not None and done < count:
+        try:
+            moved = copy(source, target, count - done, position + done, target_position + done)
+        except OSError as error:
+            if error.errno not in CANNOT_COPY:
+                raise
+            break
+        if moved == 0:
+            break  # some file systems say 0 where they mean "cannot"; the loop below tells
+        done += moved
+    if done < count:
+        buffer = memoryview(bytearray(min(count - done, 1 << 20)))
+        while done < count:
+            piece = buffer[: count - done]
+            read_exactly(source, piece, position + done, path)
+            write_fully(target, piece, target_position + done)
+            done += len(piece)

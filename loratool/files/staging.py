@@ -1,0 +1,385 @@
+"""The output folder: staged beside its final name, made durable, then renamed.
+
+    OUT.partial/            locked for the length of the run
+        journal             what is being made, and a line for each finished weight file
+        model/              becomes OUT in one rename
+
+Whatever happens, OUT is absent, as it was, or complete. A journal of the same work is continued; one of other work is
+cleared away. What no journal names is never touched.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import shutil
+import stat
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from loratool.errors import LoratoolError, StorageError, UsageError, printable
+from loratool.files.digests import Digest, Digester, digest_of, digest_of_bytes, parts_of, why_unlike
+from loratool.files.journal import (
+    DISCARDED,
+    FETCHED,
+    JOURNAL,
+    MODEL,
+    NEW_JOURNAL,
+    REPLACED,
+    FinishedShard,
+    ForeignError,
+    Journal,
+    check_owned,
+    foreign,
+    look,
+    walk,
+)
+from loratool.files.outputs import BUSY, check_stage, replaceable_files, stage_of
+from loratool.files.safefile import write_fully
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+
+@dataclass
+class Stage:
+    """A folder that will become `out`."""
+
+    out: Path
+    home: Path  # OUT.partial
+    journal: Journal
+    finished: dict[str, FinishedShard] = field(default_factory=dict)  # of an earlier run and of this one
+    files: dict[str, Digest] = field(default_factory=dict)  # every file of the output so far
+    redone: dict[str, str] = field(default_factory=dict)  # finished by an earlier run, and why it is made again
+
+    @property
+    def folder(self) -> Path:
+        return self.home / MODEL
+
+    def note(self, key: str, value: object) -> None:
+        """Add a line to the journal, on stable storage when this returns."""
+        line = {key: value}
+        raw = f"\n{json.dumps(line)}\n".encode()  # on a line of its own, even after one that a kill tore
+        write_durably(self.home / JOURNAL, raw, os.O_APPEND)
+        self.journal.take(line)
+
+    def expect(self, names: Sequence[str]) -> None:
+        """Note the names of files before the first of them is made: what the journal does not name is not ours."""
+        if new := sorted({*names} - self.journal.files):
+            self.note("files", new)
+
+    def record(self, shard: FinishedShard) -> None:
+        """Note a shard whose bytes are on stable storage already."""
+        self.note("finished", shard.record())
+        self.keep(shard)
+
+    def keep(self, shard: FinishedShard) -> None:
+        """Count a shard that is there and recorded as part of the output."""
+        self.finished[shard.name] = shard
+        self.files[shard.name] = shard.digest
+
+    def write(self, name: str, content: bytes) -> None:
+        """A small file of the output, in place of one that was written before."""
+        path = self.way_to(name)
+        if name in self.files:
+            path.unlink()
+        write_durably(path, content, os.O_EXCL)
+        self.files[name] = digest_of_bytes(content)
+
+    def copy(self, name: str, source: Path) -> None:
+        """A side file of an input, byte for byte."""
+        digester = Digester()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        writing = os.open(self.way_to(name), flags, 0o666)
+        try:
+            for part in parts_of(source):
+                write_fully(writing, part, digester.size)
+                digester.update(part)
+            os.fsync(writing)
+        finally:
+            os.close(writing)
+        self.files[name] = digester.digest()
+
+    def way_to(self, name: str) -> Path:
+        """Where a file of the output goes; the folders on the way to it are made."""
+        self.expect([name])
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def add(self, name: str) -> None:
+        """Count a file that was written by other means, and is complete, as part of the output."""
+        self.files[name] = digest_of(self.folder / name)
+
+    def place_for(self, name: str) -> Path:
+        """The folder into which a file of the Hub is fetched, in a folder of its own."""
+        if name not in self.journal.fetches:
+            self.note("fetches", [name])
+        (self.home / FETCHED).mkdir(exist_ok=True)
+        return self.home / FETCHED
+
+    def begin(self, found: Journal | None) -> None:
+        """Make an empty stage of what `found` describes, or of nothing."""
+        wanted, self.journal = self.journal, found or self.journal
+        self.restore()
+        self.clear()
+        self.journal = wanted
+        write_durably(self.home / NEW_JOURNAL, wanted.head(), os.O_TRUNC)
+        os.rename(self.home / NEW_JOURNAL, self.home / JOURNAL)
+        os.mkdir(self.folder)
+        sync_folder(self.home)
+
+    def go_on(self, found: Journal) -> None:
+        """Keep the finished shards that still hold what was written; nothing else is kept."""
+        wanted, self.journal = self.journal, found
+        for name, shard in found.finished.items():
+            try:
+                reason = why_unlike(self.folder / name, shard.digest)
+            except (LoratoolError, OSError) as error:  # a disk with a bad block, say
+                reason = f"cannot be read: {error}"
+            if reason:
+                self.redone[name] = reason
+            else:
+                self.keep(shard)
+        self.drop_unfinished()
+        self.expect(sorted(wanted.files))
+
+    def keep_only(self, device: str) -> None:
+        """Let go of finished shards that were computed on another kind of device, whose last bits may differ."""
+        for shard in list(self.finished.values()):
+            if shard.device not in ("", device):
+                self.redone[shard.name] = f"was computed on {shard.device}"
+                del self.finished[shard.name], self.files[shard.name]
+        self.drop_unfinished()
+
+    def drop_unfinished(self) -> None:
+        """Remove every file of the output that is not finished."""
+        self.clear(but={f"{MODEL}/{name}" for name in self.finished} | {MODEL, NEW_JOURNAL})
+
+    def clear(self, but: set[str] | frozenset[str] = frozenset()) -> None:
+        """Remove all that is ours `but` some files; the journal stays, and so does whatever it does not name."""
+        for path, status in reversed(list(walk(self.home))):
+            if path in but or path == JOURNAL:
+                continue
+            if not stat.S_ISDIR(status.st_mode):
+                if self.journal.owns(path):
+                    (self.home / path).unlink(missing_ok=True)
+            elif self.journal.owns_folder(path):
+                remove_folder(self.home / path)
+
+    def publish(self, overwrite: bool) -> None:
+        """Give the folder its final name, in one step."""
+        for path, status in walk(self.folder):
+            if stat.S_ISDIR(status.st_mode):
+                sync_folder(self.folder / path)
+        sync_folder(self.folder)
+        check_owned(
+            self.home, self.journal, walk(self.home), self.home.stat().st_uid
+        )  # what others put into it meanwhile is not published
+        if os.path.lexists(self.out):
+            if not overwrite:
+                raise UsageError(f"{printable(self.out)}: appeared while it was being made, and is left as it is")
+            # once swapped, the stage holds the old output: nothing in it may pass for a finished shard
+            self.note("replaces", replaceable_files(self.out, printable(self.out)))
+            exchange(self.folder, self.out, self.home / REPLACED)
+        else:
+            os.rename(self.folder, self.out)
+        sync_folder(self.out.parent)
+
+    def restore(self) -> None:
+        """Give the old output its name back, where a run ended between its two renames; else let it go."""
+        if (self.home / REPLACED).exists():
+            os.rename(self.home / REPLACED, self.home / DISCARDED if os.path.lexists(self.out) else self.out)
+
+    def remove(self) -> None:
+        """Clear the stage away; the journal goes last, so that a torn removal is still known as ours."""
+        with suppress(OSError):
+            self.restore()
+        if not os.path.lexists(self.out) and (self.home / REPLACED).exists():
+            return  # the old output is kept for the next run
+        with suppress(OSError):
+            self.clear()
+            (self.home / JOURNAL).unlink(missing_ok=True)
+            self.home.rmdir()
+
+
+@contextmanager
+def staged(out: Path, wanted: Journal, needed: int, overwrite: bool) -> Iterator[Stage]:
+    """A stage for `out`, published when the block ends well.
+
+    An interrupt keeps the finished shards for the next run of the same work; any other failure leaves nothing of ours.
+
+    Args:
+        out: the folder to make.
+        wanted: what is to be made: its fingerprint, its inputs, and as many of its files as are known.
+        needed: bytes of the whole output.
+        overwrite: whether to replace what is at `out`.
+
+    Raises:
+        UsageError: another run is at work on it.
+        StorageError: the disk or the file system said no, or the stage holds what is not ours.
+    """
+    home = stage_of(out)
+    try:
+        check_space(out.parent, needed - kept_size(check_stage(home), wanted))
+        with locked(home) as owner:
+            stage, found = Stage(out, home, wanted), look(home, owner)
+            try:
+                if found is not None and continues(found, wanted) and stage.folder.is_dir():
+                    stage.go_on(found)
+                else:
+                    stage.begin(found)
+                yield stage
+                stage.publish(overwrite)
+            except (KeyboardInterrupt, ForeignError):
+                if stage.finished and stage.journal.replaces is None and stage.folder.is_dir():
+                    stage.drop_unfinished()
+                else:
+                    stage.remove()
+                raise
+            except BaseException:
+                stage.remove()
+                raise
+            stage.remove()
+    except OSError as error:
+        raise storage_error(error, out, needed) from error
+
+
+@contextmanager
+def workplace(home: Path) -> Iterator[Stage]:
+    """A stage of which nothing is published or kept: empty to begin with, and gone at the end.
+
+    Raises as `staged` does.
+    """
+    try:
+        check_stage(home)
+        with locked(home) as owner:
+            stage, found = Stage(home, home, Journal(plan=home.name)), look(home, owner)
+            try:
+                stage.begin(found)
+                yield stage
+            finally:
+                stage.remove()
+    except OSError as error:
+        raise storage_error(error, home, 0) from error
+
+
+def continues(found: Journal, wanted: Journal) -> bool:
+    """Whether the finished files of a journal are files of the same work, of inputs that nobody touched since."""
+    return found.plan == wanted.plan and found.inputs == wanted.inputs and found.replaces is None
+
+
+def kept_size(found: Journal | None, wanted: Journal) -> int:
+    """Bytes of the output that are there already, as a journal says."""
+    if found is None or not continues(found, wanted):
+        return 0
+    return sum(shard.size for shard in found.finished.values())
+
+
+def storage_error(error: OSError, path: Path, needed: int) -> StorageError:
+    """The sentence for an `OSError` met while writing."""
+    where = printable(error.filename) if error.filename else printable(path)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(path.parent).free
+        return StorageError(f"{where}: the disk is full: the output needs {needed} bytes, {free} are free")
+    return StorageError(f"{where}: {error.strerror or error}")
+
+
+@contextmanager
+def locked(home: Path) -> Iterator[int]:
+    """Create `home` and hold its lock, which ends with the process however it ends; the user to whom it must belong."""
+    owner = os.geteuid()
+    for _ in range(100):
+        with suppress(FileExistsError):
+            os.mkdir(home)
+            owner = home.stat().st_uid  # some file systems give all files to one user
+        try:
+            descriptor = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # another run published it just now
+        except OSError as error:
+            if error.errno in (errno.ENOTDIR, errno.ELOOP):
+                raise foreign(home, [f"{printable(home.name)}: is not a folder"]) from error
+            raise
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"{printable(home)}: {BUSY}") from None
+            except OSError as error:  # a file system without locks: go on without
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL):
+                    raise
+            if is_still(home, descriptor):
+                yield owner
+                return
+        finally:
+            os.close(descriptor)
+    raise StorageError(f"{printable(home)}: keeps vanishing; is another run at work on it?")
+
+
+def is_still(folder: Path, descriptor: int) -> bool:
+    """Whether a folder that was opened is the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(folder))
+    except FileNotFoundError:
+        return False
+
+
+def check_space(home: Path, needed: int) -> None:
+    free = shutil.disk_usage(home).free
+    if free < needed:
+        raise StorageError(
+            f"{printable(home)}: the output needs {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free"
+        )
+
+
+def write_durably(path: Path, content: bytes, how: int) -> None:
+    """Write a small file, opened with a flag that says how; it is on stable storage when this returns."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | how, 0o666)
+    try:
+        view = memoryview(content)
+        while view:
+            view = view[os.write(descriptor, view) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, unless there is something in it."""
+    try:
+        folder.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+            raise
+
+
+RENAME_EXCHANGE = 2
+AT_FDCWD = -100
+
+
+def exchange(new: Path, old: Path, aside: Path) -> None:
+    """Swap two folders' names in one step where the system can; else the old one steps `aside` first."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None:
+        failed = renameat2(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(old), RENAME_EXCHANGE)
+        if not failed:
+            return
+        if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(old))
+    os.rename(old, aside)
+    os.rename(new, old)

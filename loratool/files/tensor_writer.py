@@ -1,0 +1,66 @@
+"""A safetensors file that is written tensor by tensor, its header last."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from loratool.files.safefile import Layout, SafeFile, TensorInfo, copy_bytes, write_fully
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+Triple = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
+
+
+@dataclass
+class TensorFile:
+    """A file under way. Room for the header is kept from the beginning."""
+
+    path: Path
+    descriptor: int
+    reserved: int  # bytes before the first tensor
+    written: list[Triple] = field(default_factory=list)
+    at: int = 0
+
+    def add(self, name: str, dtype: str, shape: tuple[int, ...], content: memoryview | bytes) -> None:
+        """Append a tensor's bytes."""
+        write_fully(self.descriptor, content, self.reserved + self.at)
+        self.written.append((name, dtype, shape))
+        self.at += len(content)
+
+    def copy(self, name: str, source: SafeFile, info: TensorInfo) -> None:
+        """Append a tensor of another file, byte for byte."""
+        with source.open() as reading:
+            position = source.position(info)
+            copy_bytes(reading, self.descriptor, info.nbytes, position, self.reserved + self.at, source.path)
+        self.written.append((name, info.dtype, info.shape))
+        self.at += info.nbytes
+
+    def finish(self) -> None:
+        """Write the header and make the file durable."""
+        layout = Layout.of(self.written, {"format": "pt"}, self.reserved)
+        assert layout.data_start == self.reserved, "tensors were announced smaller than they are"
+        write_fully(self.descriptor, layout.header, 0)
+        os.fsync(self.descriptor)
+
+
+@contextmanager
+def tensor_file(path: Path, announced: Iterable[Triple]) -> Iterator[TensorFile]:
+    """A file to append to, until it is finished; `announced` are all tensors that may come, none smaller than it will be."""
+    reserved = room_for(Layout.of(announced, {"format": "pt"}))
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        yield TensorFile(path, descriptor, reserved)
+    finally:
+        os.close(descriptor)
+
+
+def room_for(layout: Layout) -> int:
+    """Bytes that are enough for the header of these tensors in whatever order they come."""
+    most = len(str(layout.size))  # digits of the largest position
+    digits = sum(2 * most - len(str(t.start)) - len(str(t.stop)) for t in layout.tensors.values())
+    return layout.data_start + digits + -digits % 8

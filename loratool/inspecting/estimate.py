@@ -1,0 +1,220 @@
+"""What an adapter would have and what training it would take, before there is one: from headers or a config alone."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from loratool.bases.shapes import DTYPES, Base, Shape, elements, is_matrix, read_base, some
+from loratool.errors import FitError, UsageError, printable
+from loratool.fetching import headers
+from loratool.files.safefile import DTYPE_BITS, Layout
+from loratool.layouts.architectures import OUTPUT_HEADS
+from loratool.notes import Note
+from loratool.options.described import Number, Options, dtypes, option
+from loratool.results.estimate import ADAM_BYTES, QUANTISED_BITS, Estimate, Memory, RankEstimate, TargetEstimate
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping, Sequence
+
+
+ALL_LINEAR = "all-linear"
+
+
+EMBEDDINGS = re.compile(r".*embed.*|wte|wpe|shared|relative_attention_bias|position_embeddings")
+HEADS = re.compile(rf"(?:.*\.)?(?:{'|'.join(sorted(OUTPUT_HEADS))}|(?:cls\.predictions|lm_head|predictions)\.decoder)")
+EXPERT = re.compile(r"(?:.*\.)?experts\.\d+\.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateOptions(Options):
+    """Of `estimate`."""
+
+    ranks: tuple[int, ...] = option(
+        "--rank",
+        help="Rank; may be repeated, or a comma list.",
+        default=(),
+        kind=Number(whole=True, low=1),
+        many=True,
+        commas=True,
+        metavar="R",
+        required=True,
+    )
+    targets: tuple[str, ...] = option(
+        "--target",
+        help="Layers to adapt: q_proj,v_proj or all-linear; may be repeated.",
+        default=(),
+        many=True,
+        metavar="NAME",
+        required=True,
+    )
+    dtype: str = option(
+        help="Dtype of the adapter's parameters.", default="float32", kind=dtypes("float32", "bfloat16", "float16")
+    )
+
+
+def estimate(base: str | os.PathLike[str], options: EstimateOptions) -> Estimate:
+    """What LoRA of some ranks on some targets of `base` has and takes; `loratool.commands.estimate` says all of it."""
+    ranks = tuple(dict.fromkeys(options.ranks))
+    targets = tuple(dict.fromkeys(name for part in options.targets for name in part.replace(",", " ").split()))
+    if not ranks or not targets:
+        raise UsageError("pass at least one rank and one target, such as --rank 8 --target q_proj,v_proj")
+    with headers(base) as location:
+        found = estimate_base(read_base(location), ranks, targets, options.dtype)
+    return replace(found, path=found.path.replace(printable(location), printable(base)))
+
+
+def estimate_base(base: Base, ranks: Sequence[int], targets: Sequence[str], dtype: str) -> Estimate:
+    chosen = choose(base, targets)
+    linear = [name for name in base.counted if is_linear(name, base.weights[name])]
+    plain = base.counted.keys() - set(linear)
+    weights, per_rank = base.bytes_of(base.counted), sum(map(rank_one, chosen.values()))
+    quantisable = sum(elements(base.weights[name]) for name in linear)
+    quantised = round(quantisable * QUANTISED_BITS / 8) + base.bytes_of(plain)
+    size = DTYPE_BITS[DTYPES[dtype]] // 8
+
+    def at(rank: int) -> RankEstimate:
+        trainable = rank * per_rank
+        everything = base.parameters + trainable
+        percent = 100 * trainable / everything
+        return RankEstimate(
+            rank,
+            trainable,
+            everything,
+            percent,
+            f"trainable params: {trainable:,} || all params: {everything:,} || trainable%: {percent:.4f}",
+            adapter_layout(chosen, rank, DTYPES[dtype]).size,
+            memory(weights, trainable, size),
+            memory(quantised, trainable, size),
+        )
+
+    groups: dict[tuple[str, Shape], list[Shape]] = {}
+    for name, shape in chosen.items():
+        groups.setdefault((leaf(name), shape), []).append(shape)
+    dtypes: Counter[str] = Counter()
+    for name, shape in base.counted.items():
+        dtypes[base.dtypes[name]] += elements(shape)
+    return Estimate(
+        path=base.path,
+        architecture=base.architecture,
+        source=base.source,
+        parameters=base.parameters,
+        bytes=weights,
+        dtypes=dict(dtypes.most_common()),
+        quantisable=quantisable,
+        merged_bytes=base.stored_bytes,
+        dtype=dtype,
+        targets=tuple(
+            TargetEstimate(printable(name), shape, len(members), sum(map(rank_one, members)))
+            for (name, shape), members in groups.items()
+        ),
+        per_rank=per_rank,
+        ranks=tuple(map(at, ranks)),
+        full=full_memory(base.parameters, weights),
+        notes=(*base.notes, *remarks(base, chosen)),
+    )
+
+
+def full_memory(parameters: int, weights: int) -> Memory:
+    """Bytes of training all `parameters`, whose weights take `weights` bytes: as much again for gradients."""
+    states = ADAM_BYTES * parameters
+    return Memory(weights, weights, states, 2 * weights + states)
+
+
+def memory(frozen: int, trainable: int, size: int) -> Memory:
+    """Bytes of training `trainable` parameters of `size` bytes each beside `frozen` bytes of weights."""
+    adapter, states = trainable * size, ADAM_BYTES * trainable
+    return Memory(frozen + adapter, adapter, states, frozen + 2 * adapter + states)
+
+
+def rank_one(shape: Shape) -> int:
+    """Parameters of A (1, in) and B (out, 1); the same for an embedding, and for a weight stored (in, out)."""
+    return sum(shape)
+
+
+def adapter_layout(chosen: Mapping[str, Shape], rank: int, dtype: str) -> Layout:
+    """The head of the file that PEFT would save."""
+    factors: list[tuple[str, str, Shape]] = []
+    for name, (rows, columns) in sorted(chosen.items()):
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        if is_embedding(name):
+            factors.append((f"{module}.lora_embedding_A", dtype, (rank, rows)))
+            factors.append((f"{module}.lora_embedding_B", dtype, (columns, rank)))
+        else:
+            factors.append((f"{module}.lora_A.weight", dtype, (rank, columns)))
+            factors.append((f"{module}.lora_B.weight", dtype, (rows, rank)))
+    return Layout.of(factors, {"format": "pt"})
+
+
+# Which weight is what
+
+
+def leaf(name: str) -> str:
+    """`model.layers.0.self_attn.q_proj.weight` → `q_proj`."""
+    return name.removesuffix(".weight").rpartition(".")[2]
+
+
+def is_embedding(name: str) -> bool:
+    return EMBEDDINGS.fullmatch(leaf(name)) is not None
+
+
+def is_linear(name: str, shape: Shape) -> bool:
+    """Whether PEFT's `all-linear` means it: a linear layer that is not the output head."""
+    return is_matrix(name, shape) and not is_embedding(name) and not HEADS.fullmatch(name.removesuffix(".weight"))
+
+
+def choose(base: Base, targets: Sequence[str]) -> dict[str, Shape]:
+    """The weights that `targets` name, in the base's order; raises `FitError` telling every one that names none."""
+    found: set[str] = set()
+    problems: list[str] = []
+    matrices = {name: shape for name, shape in base.weights.items() if is_matrix(name, shape)}
+    for target in targets:
+        if target == ALL_LINEAR:
+            named = [name for name, shape in matrices.items() if is_linear(name, shape)]
+        else:
+            named = [name for name in base.weights if f".{name}".endswith(f".{target}.weight")]
+        if odd := [name for name in named if name not in matrices]:
+            problems.append(
+                f"{printable(target)}: {printable(odd[0])} {list(base.weights[odd[0]])} is neither a linear layer nor "
+                "an embedding"
+            )
+        elif not named:
+            names = list(dict.fromkeys(map(leaf, matrices)))
+            near = difflib.get_close_matches(target, names, n=3, cutoff=0.5)
+            told = f"nearest is {', '.join(map(printable, near))}" if near else f"there are {some(names)}"
+            problems.append(f"{printable(target)}: the base has no such weight; {told}")
+        found.update(named)
+    if problems:
+        raise FitError(f"{base.path}: not every target is there:", problems)
+    return {name: shape for name, shape in matrices.items() if name in found}
+
+
+def remarks(base: Base, chosen: Mapping[str, Shape]) -> list[Note]:
+    """What a count from names on disk cannot show."""
+    told: list[Note] = []
+    if saved := {leaf(name) for name in chosen} & {"embed_tokens", "lm_head"}:
+        names = [name for name in chosen if leaf(name) in saved]
+        told.append(
+            Note(
+                "saved-embeddings",
+                f"PEFT saves all of {' and '.join(sorted(saved))} beside the adapter, "
+                f"{sum(elements(base.weights[name]) for name in names):,} parameters more; save_embedding_layers=False does not",
+            )
+        )
+    if any(name in base.shared for name in chosen):
+        told.append(Note("tied-head", "the head is the embedding: LoRA on one of them is not on the other"))
+    if any(EXPERT.match(name) for name in chosen):
+        told.append(
+            Note(
+                "experts-split",
+                "experts are counted as layers of their own, as the files hold them; transformers 5 joins them",
+            )
+        )
+    return told
+
+
+# Where the shapes come from

@@ -1,0 +1,264 @@
+"""What servers of adapters refuse, or read otherwise than it was trained, and the command that makes it what they read.
+
+Such facts age. Each has in `FACTS` the release that it was seen in, and when; the message says both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratool.algebra.updates import Add, ExpertFactors, LowRank, Magnitude, Replace, ReplaceRows
+from loratool.errors import printable
+from loratool.inspecting.health.findings import command, quoted, some
+from loratool.layouts.architectures import INPUT_EMBEDDINGS, OUTPUT_HEADS
+from loratool.results.findings import Finding
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from loratool.adapters.adapter import Adapter
+    from loratool.algebra.updates import Update
+    from loratool.bases.fitting import Fit
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a fact about a server was seen."""
+
+    server: str
+    release: str
+    seen: str  # year and month
+
+    def __str__(self) -> str:
+        return f"{self.server} {self.release} ({self.seen})"
+
+
+VLLM = Source("vLLM", "0.32.0", "2026-11")
+SGLANG = Source("SGLang", "0.5.23", "2026-11")
+CONVERTER = Source("llama.cpp's converter", "in llama-cpp-python 0.3.36", "2026-11")
+# single files of their repositories, whose release is not recorded
+VLLM_FILES = Source("vLLM", "of its repository", "2026-08")
+SGLANG_FILES = Source("SGLang", "of its repository", "2026-08")
+CONVERTER_FILES = Source("llama.cpp's converter", "of its repository", "2026-08")
+
+FACTS: Mapping[str, Source] = {
+    "vllm-type": VLLM,
+    "vllm-rank": VLLM,
+    "vllm-dora": VLLM,
+    "vllm-saved": VLLM,
+    "vllm-initialisation": VLLM,
+    "vllm-variant": VLLM,
+    "vllm-experts": VLLM,
+    "vllm-bias": VLLM_FILES,
+    "vllm-tokens": VLLM_FILES,
+    "vllm-embeddings": VLLM_FILES,
+    "vllm-layers": VLLM_FILES,
+    "sglang-scaling": SGLANG,
+    "sglang-dora": SGLANG,
+    "sglang-tokens": SGLANG,
+    "sglang-fused": SGLANG_FILES,
+    "llama.cpp-scaling": CONVERTER,
+    "llama.cpp-tensors": CONVERTER_FILES,
+    "llama.cpp-tied-head": CONVERTER_FILES,
+}
+VLLM_INITIALISATIONS = ("pissa", "olora", "corda", "loftq")  # refused
+VLLM_VARIANTS = ("alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora")  # refused
+VLLM_EXPERTS = (
+    "gpt_oss",
+    "qwen3_5",
+    "qwen3_vl_moe",
+    "qwen3_omni_moe",
+    "interns1_pro",
+)  # families whose fused experts it reads
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
+VLLM_DEFAULT = 16
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # by SGLang
+
+
+@dataclass(frozen=True)
+class Served:
+    """What of an adapter matters to a server."""
+
+    adapter: Adapter
+    path: Path
+    fit: Fit | None
+
+    @property
+    def config(self) -> Any:
+        return self.adapter.config
+
+    @cached_property
+    def ranks(self) -> list[int]:
+        """Ranks of the low-rank updates, the largest last."""
+        inner = (innermost(update) for update in self.adapter.updates.values())
+        return sorted({update.rank for update in inner if isinstance(update, LowRank)})
+
+    @cached_property
+    def modules(self) -> list[str]:
+        """The adapted layers, each by its whole path."""
+        updates = self.adapter.updates.items()
+        changed = [t for t, u in updates if isinstance(innermost(u), (LowRank, ExpertFactors))]
+        return [target.removesuffix(".weight") for target in changed]
+
+    @property
+    def scaled(self) -> list[str]:
+        """Fields of the config without which α/r is another number."""
+        return [name for name in ("use_rslora", "rank_pattern", "alpha_pattern") if self.config.get(name)]
+
+    def of(self, *kinds: type[Update]) -> list[str]:
+        """Targets with an update of some kinds."""
+        return [t for t, u in self.adapter.updates.items() if isinstance(u, kinds)]
+
+    def called(self, names: frozenset[str]) -> list[str]:
+        """Adapted modules of some names."""
+        return [module for module in self.modules if module.rpartition(".")[2] in names]
+
+    @property
+    def merge(self) -> str:
+        base = quoted(Path(self.fit.base.path)) if self.fit else "BASE"
+        return f"loratool merge {base} {quoted(self.path)} -o OUT"
+
+    @property
+    def plain(self) -> str:
+        """The command that writes plain LoRA of one rank whose α is its rank."""
+        if len(self.ranks) > 1:
+            return command("resize", self.path, f"--rank {self.ranks[-1]} --uniform")
+        return command("rescale", self.path, "--bake")
+
+
+def innermost(update: Update) -> Update:
+    inner = getattr(update, "inner", None)
+    return innermost(inner) if inner is not None else update
+
+
+def look_at_servers(adapter: Adapter, path: Path, fit: Fit | None) -> Iterator[Finding]:
+    """What each server would do with it."""
+    if str(adapter.config.get("peft_type", "LORA")) != "LORA":
+        kind = printable(adapter.config.get("peft_type"))
+        yield note(
+            "vllm-type",
+            f"and {CONVERTER} read LoRA's two factors; {kind} has others",
+            "" if adapter.unsupported else f"loratool merge BASE {quoted(path)} -o OUT",
+        )
+        return
+    served = Served(adapter, path, fit)
+    yield from vllm(served)
+    yield from sglang(served)
+    yield from llama_cpp(served)
+
+
+def vllm(served: Served) -> Iterator[Finding]:
+    config, largest = served.config, served.ranks[-1] if served.ranks else 0
+    if largest > VLLM_RANKS[-1]:
+        yield note(
+            "vllm-rank",
+            f"serves ranks up to {VLLM_RANKS[-1]}, this has {largest}",
+            command("resize", served.path, f"--rank {VLLM_RANKS[-1]} --uniform"),
+        )
+    elif largest > VLLM_DEFAULT:
+        enough = next(rank for rank in VLLM_RANKS if rank >= largest)
+        yield note(
+            "vllm-rank",
+            f"refuses rank {largest} unless it is started with --max-lora-rank {enough}; its default is {VLLM_DEFAULT}, its "
+            f"choices {', '.join(map(str, VLLM_RANKS))}",
+            command("resize", served.path, f"--rank {VLLM_DEFAULT} --uniform"),
+        )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(VLLM_INITIALISATIONS):
+        yield note("vllm-initialisation", f"refuses init_lora_weights {printable(repr(start))}", served.merge)
+    if refused := [name for name in VLLM_VARIANTS if config.get(name)]:
+        yield note("vllm-variant", f"refuses {', '.join(refused)}", served.merge)
+    if config.get("use_dora") is True:
+        yield note("vllm-dora", "refuses DoRA", served.merge)
+    if saved := [*served.of(Replace), *served.adapter.bases]:
+        yield note("vllm-saved", f"refuses modules that are saved whole ({some(saved)})", served.merge, saved)
+    if config.get("lora_bias") is True or config.get("bias") not in (None, "none"):
+        yield note("vllm-bias", "refuses lora_bias, and bias other than none", served.merge, served.of(Add))
+    yield from vllm_layers(served)
+
+
+def vllm_layers(served: Served) -> Iterator[Finding]:
+    """What it makes of updates of other things than linear layers."""
+    if served.of(ReplaceRows):
+        yield note("vllm-tokens", "has no place for trained token rows", served.merge, served.of(ReplaceRows))
+    if embeddings := served.called(INPUT_EMBEDDINGS | OUTPUT_HEADS):
+        yield note(
+            "vllm-embeddings",
+            f"takes LoRA on embeddings and heads only of model classes that list them ({some(embeddings)})",
+            served.merge,
+            embeddings,
+        )
+    if odd := [t for t, u in served.adapter.updates.items() if getattr(innermost(u), "kernel", ())]:
+        yield note("vllm-layers", f"adapts linear layers; convolutions are not ({some(odd)})", served.merge, odd)
+    family = served.fit.checkpoint.model_type if served.fit and served.fit.checkpoint else ""
+    experts = served.of(ExpertFactors)
+    if experts and not family.startswith(VLLM_EXPERTS):
+        yield note(
+            "vllm-experts",
+            f"reads target_parameters of {', '.join(VLLM_EXPERTS)} only; of other mixtures of experts it takes lora_B for "
+            f"grouped by expert and serves something else without a word ({some(experts)})",
+            served.merge,
+            experts,
+        )
+
+
+def sglang(served: Served) -> Iterator[Finding]:
+    if served.scaled:
+        weak = "; with rsLoRA the update is √r too weak" if served.config.get("use_rslora") else ""
+        yield note(
+            "sglang-scaling",
+            f"scales by lora_alpha / r always and passes over {', '.join(served.scaled)}{weak}",
+            served.plain,
+        )
+    if served.of(Magnitude):
+        yield note("sglang-dora", "refuses DoRA", served.merge)
+    if (served.adapter.folder / "added_tokens.json").is_file():
+        yield note("sglang-tokens", "refuses an added_tokens.json with numbers beyond the base's", served.merge)
+    layers: dict[str, set[str]] = {}
+    for module in served.modules:
+        parent, _, name = module.rpartition(".")
+        layers.setdefault(parent, set()).add(name)
+    for together in FUSED:
+        lacking = {name for found in layers.values() if found & set(together) for name in set(together) - found}
+        if lacking:
+            yield note(
+                "sglang-fused",
+                f"fuses {', '.join(together)}; releases before fail where one of them has no factors "
+                f"(here {' and '.join(sorted(lacking))})",
+                served.merge,
+            )
+
+
+def llama_cpp(served: Served) -> Iterator[Finding]:
+    if served.scaled:
+        yield note(
+            "llama.cpp-scaling",
+            f"copies lora_alpha alone and ignores {', '.join(served.scaled)}, so modules get another strength",
+            served.plain,
+        )
+    refused = ["DoRA's magnitudes"] if served.of(Magnitude) else []
+    refused += ["modules saved whole"] if served.of(Replace) or served.adapter.bases else []
+    refused += ["lora_B.bias"] if served.of(Add) else []
+    refused += ["token rows"] if served.of(ReplaceRows) else []
+    if refused:
+        yield note(
+            "llama.cpp-tensors",
+            f"ends at any tensor that is neither A nor B: {', '.join(refused)}",
+            served.merge,
+        )
+    heads = served.called(OUTPUT_HEADS)
+    if heads and served.fit and any(served.fit.tied()):
+        yield note(
+            "llama.cpp-tied-head",
+            f"refuses LoRA on a head that is tied to the embedding ({some(heads)})",
+            served.merge,
+            heads,
+        )
+
+
+def note(code: str, does: str, repair: str, where: list[str] | None = None) -> Finding:
+    """What the server of a fact does, with the release and the month that it was seen in."""
+    return Finding("note", code, f"{FACTS[code]} {does}", repair, tuple(map(printable, where or ())))

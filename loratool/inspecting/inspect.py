@@ -1,0 +1,402 @@
+"""`inspect()`: what is in an adapter or a checkpoint, from headers and configs; values only where they are asked for."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratool.adapters.adapter import stored_tensors
+from loratool.adapters.formats import Foreign, find_foreign, looks_foreign, peft
+from loratool.adapters.formats.peft import support
+from loratool.adapters.layers import Layer, layer_of
+from loratool.adapters.reading import Reading, ReadingOptions
+from loratool.adapters.weight_files import fates
+from loratool.algebra.updates import LowRank, Replace, ReplaceRows
+from loratool.bases.fitting import Fit, fit_of
+from loratool.errors import InputError, LoratoolError, UsageError, VerificationError, printable
+from loratool.fetching import Role, headers, local
+from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, Checkpoint, holds_weights, open_checkpoint
+from loratool.files.inputs import read_json
+from loratool.inspecting.health import examine, examine_model, tell_unreadable
+from loratool.options.described import FLAG, PathKind, option
+from loratool.options.shared import DeviceOption, NamingOptions, OrientationOption
+from loratool.provenance import record
+from loratool.results.facts import (
+    AdapterFacts,
+    CheckpointFacts,
+    Facts,
+    ModuleFacts,
+    PlaceFacts,
+    TensorFacts,
+    UnreadableFacts,
+    WeightFacts,
+)
+from loratool.results.findings import Finding
+
+if TYPE_CHECKING:
+    from loratool.adapters.adapter import Adapter
+    from loratool.algebra.updates import Update
+    from loratool.files.safefile import SafeFile, TensorInfo
+
+Progress = Callable[[int, int], None]
+PathLike = str | os.PathLike[str]
+NOT_AS_WRITTEN = "not-as-written"  # the code of a finding
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions(NamingOptions, OrientationOption, ReadingOptions, DeviceOption):
+    """Of `inspect`."""
+
+    base: str | None = option(help="Model that the adapters are for: parameters, places, sizes.", kind=PathKind("BASE"))
+    base_config: str | None = option(
+        help="Its config.json alone: parameters in all, where the family is known.", kind=PathKind()
+    )
+    tensors: bool = option(help="List every tensor.", default=False, kind=FLAG)
+    values: bool = option(help="Measure every module of an adapter: norms, ranks, spectra.", default=False, kind=FLAG)
+    check: bool = option(help="Look for what is wrong; exit code 3 or 5 where something is.", default=False, kind=FLAG)
+
+
+def inspect(
+    path: PathLike, options: InspectOptions, progress: Progress | None = None, way: Reading | None = None
+) -> Facts:
+    """Describe the adapter or checkpoint at `path`; `loratool.commands.inspect` says all of it.
+
+    `way` is how it is read, where `options` speak of several adapters.
+    """
+    if options.base is not None and options.base_config is not None:
+        raise UsageError("--base and --base-config are mutually exclusive")
+    (way,) = (way,) if way is not None else options.readings(1)
+    with ExitStack() as stack:
+
+        def at(operand: PathLike, role: Role) -> Path:
+            """Where it is; of a place on the Hub all that is needed comes here only for its values."""
+            return local(operand, role) if options.values or options.check else stack.enter_context(headers(operand))
+
+        against = at(options.base, "model") if options.base is not None else None
+        if options.base_config is not None:
+            against = stack.enter_context(headers(options.base_config))
+        hold = partial(fit_of, maps=options.maps, fan_in_fan_out=options.fan_in_fan_out)
+        location = at(path, "any")
+        facts = look_at(location, path, against, hold, options, progress, way)
+        return with_record(facts, location) if options.check else facts
+
+
+def with_record(facts: Facts, location: Path) -> Facts:
+    """What a check found, and whether the files are still those that loratool wrote, where it did."""
+    whole = location.is_dir() or location.name.endswith(INDEX_SUFFIX)
+    found = record.compare(location if location.is_dir() else location.parent, "" if whole else location.name)
+    problems = [Finding("problem", NOT_AS_WRITTEN, text, record.WAY_OUT) for text in found.problems]
+    notes = [Finding("note", note.code, note.text) for note in found.notes]
+    return replace(facts, findings=(*problems, *(facts.findings or ()), *notes))
+
+
+def look_at(
+    location: Path,
+    path: PathLike,
+    against: Path | None,
+    hold: Callable[[Adapter, Path, bool], Fit],
+    options: InspectOptions,
+    progress: Progress | None,
+    way: Reading,
+) -> Facts:
+    """What is at `location`, which was asked for as `path`; `hold` holds an adapter against the base at `against`."""
+    shown = Path(path)
+    if foreign := foreign_adapter(location):
+        return foreign_facts(foreign, shown, options.tensors, options.check)
+    if not peft.is_adapter(location):
+        return look_at_checkpoint(location, shown, options.tensors, options.check)
+    problems: tuple[str, ...] = ()
+    try:
+        if options.check:
+            adapter, problems = peft.read_what_is_sound(location, way)
+        else:
+            adapter = peft.read(location, way)
+    except LoratoolError as error:
+        if not options.check:
+            raise
+        return UnreadableFacts("unreadable", printable(shown), tell_unreadable(error, location))
+    fit = hold(adapter, against, holds_weights(against)) if against else None
+    if fit and not options.check:
+        fit.require()
+    facts = adapter_facts(adapter, shown, fit)
+    if options.tensors:
+        facts = replace(facts, tensors=tuple(listed([adapter.file])))
+    if options.check:
+        facts = replace(facts, findings=examine(adapter, problems, shown, fit, facts.notes))
+    if options.values:
+        from loratool.measuring.modules import measure
+
+        facts = replace(facts, values=measure(adapter, fit, options.device, progress))
+    return facts
+
+
+def exit_code_of(facts: Facts) -> int:
+    """What a check comes to: 0 where it found notes alone, 5 where a file is not what was written, 3 for any other problem.
+
+    A file that was damaged may be malformed as well, and that it was damaged says more.
+    """
+    codes = {finding.code for finding in facts.findings or () if finding.level == "problem"}
+    return VerificationError.exit_code if NOT_AS_WRITTEN in codes else InputError.exit_code if codes else 0
+
+
+def foreign_adapter(location: Path) -> Foreign | None:
+    """The adapter of a format that is not read, where its tensors are an adapter's."""
+    if (location / "config.json").is_file():  # a model
+        return None
+    try:
+        found = find_foreign(location)
+    except LoratoolError:
+        return None
+    return found if found and looks_foreign(found.file) else None
+
+
+def adapter_facts(adapter: Adapter, path: Path, fit: Fit | None = None) -> AdapterFacts:
+    """What headers and config tell; with a `fit` also what the base tells."""
+    layers = {target: layer for target, update in adapter.updates.items() if (layer := layer_in(target, update))}
+    config = adapter.config
+    rslora = config.get("use_rslora") is True
+    counted = set[str]()
+    modules = tuple(
+        module_facts(adapter, target, update, layers.get(target), rslora, fit, counted)
+        for target, update in adapter.updates.items()
+    )
+    groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    for module in modules:
+        if module.rank is not None and module.shape is not None:
+            groups.setdefault((leaf(module.target), module.shape), []).append(module.parameters)
+    unused = tuple(f"tensor {printable(name)} has no known place" for name in adapter.unused)
+    start = config.get("init_lora_weights", True)
+    return AdapterFacts(
+        kind="adapter",
+        path=printable(path),
+        format=adapter.format,
+        peft_type=printable(config.get("peft_type", "LORA")),
+        variants=support.variants(config),
+        base=printable(config.get("base_model_name_or_path") or ""),
+        task=printable(config.get("task_type") or ""),
+        initialisation=printable(start) if isinstance(start, str) else "",
+        ranks=count(str(m.rank) for m in modules if m.rank is not None),
+        alphas=count(f"{m.alpha:.6g}" for m in modules if m.alpha is not None),
+        scalings=count(f"{m.scaling:.6g}" for m in modules if m.scaling is not None),
+        rslora=rslora,
+        dora=config.get("use_dora") is True,
+        rank_pattern=numbers(config.get("rank_pattern")),
+        alpha_pattern=numbers(config.get("alpha_pattern")),
+        modules_to_save=texts(config.get("modules_to_save")),
+        bias=printable(config.get("bias") or "none"),
+        targets=weight_facts(groups),
+        saved=tuple(printable(t) for t, u in adapter.updates.items() if isinstance(u, Replace)),
+        parameters=adapter.parameters,
+        bytes=adapter.file.layout.size,
+        dtypes=count(t.dtype for t in adapter.file.tensors.values()),
+        modules=modules,
+        rest={printable(name): why for name, why in rest_of(adapter).items()},
+        unsupported=(*adapter.unsupported, *unused),
+        notes=(*adapter.notes, *fates(adapter.beside, otherwise="no part of the adapter"), *(fit.notes if fit else ())),
+        against=fit.base if fit else None,
+    )
+
+
+def module_facts(
+    adapter: Adapter,
+    target: str,
+    update: Update,
+    layer: Layer | None,
+    rslora: bool,
+    fit: Fit | None,
+    counted: set[str],
+) -> ModuleFacts:
+    """One weight. A tensor that several are made of counts for the first; `counted` are those that have been."""
+    names = adapter.sources.get(target, ())
+    own = tuple(name for name in names if name.endswith(".bias") == target.endswith(".bias"))
+    names = own or names  # the sources are all of a module, and its bias has a target of its own
+    shape: tuple[int, ...] | None = update.shape if all(size > 0 for size in update.shape) else None
+    if layer is not None:
+        shape = (layer.experts, layer.rows, layer.columns) if layer.experts > 1 else (layer.rows, layer.columns)
+        if layer.kernel:
+            shape = layer.update.shape
+    parameters = sum(adapter.file.tensors[name].elements for name in names if name not in counted)
+    counted.update(names)
+    return ModuleFacts(
+        target=printable(target),
+        kind=kind_of(update, layer),
+        shape=shape,
+        rank=layer.rank if layer else None,
+        alpha=layer.scale * (layer.rank**0.5 if rslora else layer.rank) if layer else None,
+        scaling=layer.scale if layer else None,
+        parameters=parameters,
+        tensors=tuple(map(printable, names)),
+        places=tuple(
+            PlaceFacts(printable(p.tensor), (p.first_row, p.first_row + p.rows), p.rule)
+            for p in fit.places.get(target, ())
+        )
+        if fit and fit.checkpoint
+        else None,
+    )
+
+
+def rest_of(adapter: Adapter) -> dict[str, str]:
+    """The tensors that no target is made of, each with the reason."""
+    used = {name for names in adapter.sources.values() for name in names}
+    bases = {t.info.name for update in adapter.bases.values() for t in stored_tensors(update)}
+    reasons = {**dict.fromkeys(adapter.unused, "no known place"), **dict.fromkeys(bases, "weight under an update")}
+    return {
+        name: reasons.get(name, "for training only, or a second copy")
+        for name in adapter.file.tensors
+        if name not in used
+    }
+
+
+def layer_in(target: str, update: Update) -> Layer | None:
+    """The low-rank layer that this update is, or that others are built around."""
+    layer = layer_of(target, update)
+    if layer is not None:
+        return layer
+    inner = getattr(update, "inner", None)
+    return layer_in(target, inner) if inner is not None else None
+
+
+def kind_of(update: Update, layer: Layer | None) -> str:
+    if layer is not None:
+        return "low-rank"
+    names = {Replace: "saved whole", ReplaceRows: "token rows", LowRank: "low-rank"}
+    return names.get(type(update), type(update).__name__)
+
+
+def foreign_facts(foreign: Foreign, path: Path, tensors: bool, check: bool) -> AdapterFacts:
+    """What the header alone tells of an adapter of a format that is not read."""
+    file = foreign.file
+    return AdapterFacts(
+        kind="adapter",
+        path=printable(path),
+        format=foreign.form,
+        peft_type="",
+        variants=(),
+        base="",
+        task="",
+        initialisation="",
+        ranks={},
+        alphas={},
+        scalings={},
+        rslora=False,
+        dora=False,
+        rank_pattern={},
+        alpha_pattern={},
+        modules_to_save=(),
+        bias="none",
+        targets=(),
+        saved=(),
+        parameters=sum(t.elements for t in file.tensors.values()),
+        bytes=file.layout.size,
+        dtypes=count(t.dtype for t in file.tensors.values()),
+        modules=(),
+        rest={printable(name): "spelled as a format that is not read" for name in file.tensors},
+        unsupported=(foreign.reason,),
+        notes=(),
+        tensors=tuple(listed([file])) if tensors else None,
+        findings=(Finding("note", "format", foreign.reason),) if check else None,
+    )
+
+
+def look_at_checkpoint(location: Path, path: Path, tensors: bool, check: bool) -> CheckpointFacts | UnreadableFacts:
+    try:
+        checkpoint = open_checkpoint(location, unmerged=True)
+        facts = checkpoint_facts(checkpoint, path)
+    except LoratoolError as error:
+        if not check:
+            raise
+        return UnreadableFacts("unreadable", printable(path), tell_unreadable(error, location))
+    if tensors:
+        facts = replace(facts, listing=tuple(listed(checkpoint.shards)))
+    if check:
+        facts = replace(facts, findings=examine_model(checkpoint, path))
+    return facts
+
+
+def checkpoint_facts(checkpoint: Checkpoint, path: Path) -> CheckpointFacts:
+    """What the headers of a model tell."""
+    classes = checkpoint.architectures or (checkpoint.model_type,)
+    groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    for name, info in checkpoint.tensors.items():
+        groups.setdefault((leaf(name), info.shape), []).append(info.elements)
+    quantised = checkpoint.config.get("quantization_config")
+    method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
+    return CheckpointFacts(
+        kind="checkpoint",
+        path=printable(path),
+        architecture=", ".join(printable(c) for c in classes if c),
+        made_by=made_by(checkpoint),
+        quantisation=printable(method or "by a method that is not named") if quantised else "",
+        tensors=len(checkpoint.tensors),
+        parameters=sum(t.elements for t in checkpoint.tensors.values()),
+        bytes=sum(t.nbytes for t in checkpoint.tensors.values()),
+        dtypes=count(t.dtype for t in checkpoint.tensors.values()),
+        weights=weight_facts(groups),
+        files={printable(shard.path.name): shard.layout.size for shard in checkpoint.shards},
+        side_files=tuple(map(printable, checkpoint.side_files)),
+        left_out=checkpoint.left_out,
+        notes=checkpoint.notes,
+    )
+
+
+def made_by(checkpoint: Checkpoint) -> str:
+    """What loratool.json says of a folder that loratool wrote; empty where there is none that can be read."""
+    path = checkpoint.root / PROVENANCE
+    if not path.is_file():
+        return ""
+    try:
+        table = read_json(path)
+    except LoratoolError:
+        return ""
+    adapters = table.get("adapters")
+    named = [a for a in adapters if isinstance(a, dict)] if isinstance(adapters, list) else []
+    told = [f"{printable(a.get('name'))} × {printable(a.get('weight', 1))}" for a in named]
+    base = table.get("base")
+    of = printable(base.get("name")) if isinstance(base, dict) else ""
+    return " + ".join(filter(None, ["loratool merge: " + of if of else "loratool", *told]))
+
+
+def listed(files: Iterable[SafeFile]) -> Iterable[TensorFacts]:
+    """Every tensor of some files."""
+    for file in files:
+        name = printable(file.path.name)
+        for info in file.tensors.values():
+            yield tensor_facts(info, name)
+
+
+def tensor_facts(info: TensorInfo, file: str) -> TensorFacts:
+    return TensorFacts(printable(info.name), info.dtype, info.shape, info.nbytes, file)
+
+
+def weight_facts(groups: Mapping[tuple[str, tuple[int, ...]], list[int]]) -> tuple[WeightFacts, ...]:
+    """Groups of weights in the order they were found."""
+    return tuple(WeightFacts(printable(n), s, len(found), sum(found)) for (n, s), found in groups.items())
+
+
+def leaf(name: str) -> str:
+    """`model.layers.0.self_attn.q_proj.weight` → `q_proj`; a bias keeps its word."""
+    parts = name.removesuffix(".weight").split(".")
+    return ".".join(parts[-2:]) if parts[-1] == "bias" and len(parts) > 1 else parts[-1]
+
+
+def numbers(value: object) -> dict[str, float]:
+    """A pattern field of the config as far as it is one."""
+    table = value if isinstance(value, Mapping) else {}
+    known = {k: v for k, v in table.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    return {printable(k): v for k, v in known.items() if math.isfinite(v)}
+
+
+def texts(value: object) -> tuple[str, ...]:
+    return tuple(map(printable, value)) if isinstance(value, list) else ()
+
+
+def count(values: Iterable[str]) -> dict[str, int]:
+    """How often each value occurs, the most frequent first."""
+    return dict(Counter(values).most_common())

@@ -1,0 +1,1 @@
+"""Numbers of updates on weights: norms, spectra, what survives rounding."""

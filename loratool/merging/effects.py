@@ -1,0 +1,53 @@
+"""What each adapter of a merge did to the base: how many of its modules change any element, and how much."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loratool.measuring.delta_statistics import LARGEST_RATIO, larger
+from loratool.notes import Note
+from loratool.results.merge import AdapterEffect
+from loratool.templates import listed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from loratool.merging.plan import MergePlan
+    from loratool.merging.row_blocks import Totals
+
+
+def effects_of(plan: MergePlan, totals: Totals) -> tuple[AdapterEffect, ...]:
+    """What each adapter did, as far as its updates were looked at; a module that it saved whole is one with effect."""
+    sources = {id(span.source) for span in plan.spans}
+    effects = []
+    for number, (adapter, weight) in enumerate(zip(plan.adapters, plan.weights, strict=True)):
+        if weight:
+            looked_at = {target for which, target in totals.measured if which == number}
+            still = {target for which, target in totals.measured - totals.effective if which == number}
+            modules = len(looked_at) + (id(adapter.file) in sources)
+        else:
+            still, modules = set(adapter.updates), len(adapter.updates)
+        effects.append(AdapterEffect(adapter.name, weight, modules, tuple(sorted(still))))
+    return tuple(effects)
+
+
+def effect_notes(effects: Sequence[AdapterEffect]) -> Iterator[Note]:
+    """What is to be said of adapters that change nothing, or not all that they update."""
+    for effect in effects:
+        if effect.dead:
+            text = (
+                f"changes no element of the base in any of its {effect.modules} modules: its weight, its α or its B is 0, "
+                "or so small that rounding takes the change away"
+            )
+            yield Note("adapter-without-effect", text).under(effect.name)
+        elif effect.unchanged:
+            text = f"{len(effect.unchanged)} of {effect.modules} modules change no element: {listed(effect.unchanged)}"
+            yield Note("modules-without-effect", text).under(effect.name)
+
+
+def size_notes(plan: MergePlan, ratios: Mapping[str, float]) -> Iterator[Note]:
+    """A note where updates are larger than the matrices that they change; `ratios` are ‖ΔW‖/‖W‖ by tensor."""
+    matrices = [span.placed.name for span in plan.edited if len(span.info.shape) > 1]
+    large = {name: ratios[name] for name in matrices if ratios.get(name, 0) > LARGEST_RATIO}
+    if large:
+        yield Note("update-larger-than-weight", larger(large))

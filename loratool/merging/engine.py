@@ -1,0 +1,284 @@
+"""Carry a plan's bytes into a stage: a stream of tasks, worked off by threads.
+
+Untouched spans pass in pieces as they are, edited ones through `computing` as blocks of rows, all
+of them in file order. Memory is workers × block, whatever the size of a tensor or a file. Behind
+the workers each output file has a thread that syncs it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain, groupby
+from mmap import mmap
+from typing import TYPE_CHECKING
+
+from loratool.devices import Runtime, cores, exact_arithmetic, resident_memory
+from loratool.files.journal import FinishedShard
+from loratool.merging.resources import (
+    COPY_CHUNK,
+    MOST_SHELVED,
+    Resources,
+    choose_resources,
+    itemsize,
+    most_workers,
+    rows_of_block,
+)
+from loratool.merging.row_blocks import EditedSpan, Shelf, Totals, Worker, look_for_effects
+from loratool.merging.shard_writer import PAGE, OutputShard
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from loratool.files.safefile import SafeFile
+    from loratool.files.staging import Stage
+    from loratool.merging.output_layout import ShardPlan, Span
+    from loratool.merging.plan import MergePlan
+
+MOST_LANES = 4  # output files that are written at the same time
+FINISHING_SHARDS = 2  # output files besides that are being synced
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Bytes that no edit touches."""
+
+    shard: OutputShard
+    file: SafeFile
+    start: int  # in the source file
+    target: int  # in the output file
+    count: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of an edited or converted span."""
+
+    shard: OutputShard
+    work: EditedSpan
+    first: int
+    count: int
+
+
+class Engine:
+    """Runs one plan into one stage. Its threads share a stream of tasks; the first failure stops them all."""
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        stage: Stage,
+        runtime: Future[Runtime],
+        workers: int | None,
+        max_memory: int | None,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self.plan, self.stage, self.runtime = plan, stage, runtime
+        self.workers, self.max_memory, self.progress = workers, max_memory, progress
+        self.totals = Totals(changed=plan.replaces or any(shard.changed for shard in stage.finished.values()))
+        self.shelf = Shelf(MOST_SHELVED)
+        self.bytes_all = sum(span.placed.nbytes for span in plan.spans)
+        self.bytes_done = 0
+        self.stop = threading.Event()
+        self.lanes = max(1, min(MOST_LANES, cores() // 4))
+        self.slots = threading.Semaphore(self.lanes + FINISHING_SHARDS)
+        self.taking = threading.Lock()  # of the task stream
+        self.telling = threading.Lock()  # of progress and of finished shards
+        self.choosing = threading.Lock()  # of the resources
+        self.chosen: Resources | None = None
+        self.failures: list[BaseException] = []
+        self.ends: list[threading.Lock] = []  # one a thread, which holds it for as long as it runs
+
+    def run(self) -> Totals:
+        """Write every shard that the stage has not; each is hashed, synced and then recorded in the stage."""
+        todo = [shard for shard in self.plan.shards if shard.name not in self.stage.finished]
+        self.tell(self.bytes_all - sum(span.placed.nbytes for shard in todo for span in shard.spans))
+        self.tasks = self.make_tasks(todo)
+        for shard in self.plan.shards:
+            if shard.name in self.stage.finished:
+                self.look_again(shard)
+        try:
+            for number in range(self.workers or most_workers()):
+                self.start(self.work, number)
+            self.join()
+            if self.failures:
+                raise self.failures[0]
+        except BaseException:
+            self.halt()
+            raise
+        finally:
+            if self.chosen is not None:
+                self.precision.close()
+        if self.resources().on_gpu:
+            import torch
+
+            self.totals.gpu_memory = sum(torch.cuda.max_memory_reserved(d) for d in self.resources().devices)
+        return self.totals
+
+    def look_again(self, shard: ShardPlan) -> None:
+        """Which updates have an effect in a file that an earlier run finished; most show it in their first rows."""
+        for span in shard.spans:
+            if span.edits and span.info.nbytes:
+                look_for_effects(EditedSpan(span, self.totals, self.shelf), self.runtime.result().devices[0])
+
+    def resources(self) -> Resources:
+        """Decided once torch is there, for only then is it known what memory is left."""
+        with self.choosing:
+            if self.chosen is None:
+                devices = self.runtime.result().devices
+                self.precision = ExitStack()
+                self.precision.enter_context(exact_arithmetic())
+                self.chosen = choose_resources(
+                    self.plan.spans, devices, self.workers, self.max_memory, resident_memory()
+                )
+            return self.chosen
+
+    def tell(self, count: int) -> None:
+        with self.telling:
+            self.bytes_done += count
+            if self.progress is not None:
+                self.progress(self.bytes_done, self.bytes_all)
+
+    def start(self, target: Callable[..., None], *arguments: object) -> None:
+        # Neither Thread.join nor an Event stands an interrupt at every moment of a wait: the first may take a
+        # running thread for an ended one (before CPython 3.13), the other may keep its inner lock for ever.
+        end = threading.Lock()
+        end.acquire()
+
+        def guarded() -> None:
+            try:
+                target(*arguments)
+            except BaseException as error:
+                self.failures.append(error)
+                self.stop.set()
+            finally:
+                end.release()
+
+        self.ends.append(end)
+        try:
+            threading.Thread(target=guarded, name=f"loratool-{target.__name__}", daemon=True).start()
+        except RuntimeError:  # no more threads are to be had
+            end.release()
+            raise
+
+    def join(self) -> None:
+        """Wait for all threads, those too that are started meanwhile; signals come through."""
+        at = 0
+        while at < len(self.ends):
+            at += self.ends[at].acquire(timeout=0.1)
+
+    def halt(self) -> None:
+        """Ask every thread to end, and give them a moment."""
+        self.stop.set()
+        until = time.monotonic() + 0.8
+        for end in list(self.ends):
+            end.acquire(timeout=max(0.0, until - time.monotonic()))
+
+    def make_tasks(self, shards: Sequence[ShardPlan]) -> Iterator[Copy | Block]:
+        """All tasks, in file order within a shard; on many cores some shards advance side by side.
+
+        One file is hashed by one worker at a time, which bounds its speed.
+        """
+        waiting, lanes = iter(shards), deque[Iterator[Copy | Block]]()
+        while True:
+            while len(lanes) < self.lanes and (plan := next(waiting, None)) is not None:
+                lanes.append(self.tasks_of(plan))
+            if not lanes:
+                return
+            lane = lanes.popleft()
+            if (task := next(lane, None)) is not None:
+                lanes.append(lane)
+                yield task
+
+    def tasks_of(self, plan: ShardPlan) -> Iterator[Copy | Block]:
+        """One shard's tasks in the file's order, which is the order in which its bytes are hashed."""
+        while not self.slots.acquire(timeout=0.1):
+            if self.stop.is_set():
+                return
+        shard = OutputShard(plan, self.stage.folder, self.stop)
+        self.start(self.finish, shard)
+        for untouched, spans in groupby(plan.spans, lambda span: span.untouched):
+            if untouched:
+                yield from copies(shard, spans)
+                continue
+            for span in spans:
+                work = EditedSpan(span, self.totals, self.shelf)
+                step = rows_of_block(span, self.resources().block)
+                for first in range(0, span.rows if span.info.nbytes else 0, step):
+                    yield Block(shard, work, first, min(step, span.rows - first))
+
+    def take(self, number: int) -> Copy | Block | None:
+        """The next task for worker `number`; None when there is none for it."""
+        with self.taking:
+            task = next(self.tasks, None)
+            if isinstance(task, Block) and number >= self.resources().workers:
+                self.tasks = chain([task], self.tasks)  # more threads can copy than can compute
+                return None
+            return task
+
+    def work(self, number: int) -> None:
+        """A worker's life: take the next task until there are none."""
+        worker: Worker | None = None
+        memory = memoryview(mmap(-1, COPY_CHUNK + PAGE))
+        while not self.stop.is_set() and (task := self.take(number)) is not None:
+            if isinstance(task, Copy):
+                count = task.count
+                task.shard.copy(task.file, task.start, memory[: task.target % PAGE + count], task.target)
+            else:
+                worker = worker or self.make_worker(number)
+                count = self.carry(worker, task)
+            self.tell(count)
+
+    def make_worker(self, number: int) -> Worker:
+        resources = self.resources()
+        touched = [span for span in self.plan.spans if not span.untouched]
+        elements = max(rows_of_block(s, resources.block) * s.width for s in touched)
+        raw = max(
+            rows_of_block(s, resources.block) * s.width * max(itemsize(s.info), itemsize(s.placed)) for s in touched
+        )
+        wide = any(s.info.dtype == "F64" for s in touched)
+        return Worker(resources.devices[number % len(resources.devices)], raw, elements, wide)
+
+    def carry(self, worker: Worker, task: Block) -> int:
+        span, shard = task.work.span, task.shard
+        row = span.placed.nbytes // span.rows
+        position = shard.plan.layout.data_start + span.placed.start + task.first * row
+        worker.carry(task.work, task.first, task.count, shard.source(span.source), shard, position)
+        return task.count * row
+
+    def finish(self, shard: OutputShard) -> None:
+        """See one output file to its end on the disk, then report it."""
+        if not shard.sync():
+            return  # stopped; descriptors stay open: a worker may still be writing
+        for file, descriptor in shard.sources.values():
+            file.check_unchanged(descriptor)
+        shard.close()
+        with self.telling:
+            device = "" if all(span.untouched for span in shard.plan.spans) else self.resources().kind
+            names = [span.placed.name for span in shard.plan.spans]
+            nonfinite = {name: self.totals.nonfinite[name] for name in names if name in self.totals.nonfinite}
+            seen = self.totals.ratios(names), nonfinite
+            self.stage.record(FinishedShard(shard.plan.name, shard.digest.digest(), self.totals.changed, device, *seen))
+        self.slots.release()
+
+
+def copies(shard: OutputShard, spans: Iterable[Span]) -> Iterator[Copy]:
+    """The bytes of untouched spans, neighbours joined, in pieces."""
+    file: SafeFile | None = None
+    start = stop = target = 0  # of what is not cut yet; the first two in the source file
+    for span in spans:
+        at = span.source.position(span.info)
+        if span.source is not file or at != stop:
+            yield from pieces(shard, file, start, stop, target)
+            file, start, target = span.source, at, shard.plan.layout.data_start + span.placed.start
+        stop = at + span.info.nbytes
+    yield from pieces(shard, file, start, stop, target)
+
+
+def pieces(shard: OutputShard, file: SafeFile | None, start: int, stop: int, target: int) -> Iterator[Copy]:
+    for at in range(start, stop, COPY_CHUNK):
+        assert file is not None
+        yield Copy(shard, file, at, target + at - start, min(COPY_CHUNK, stop - at))

@@ -1,0 +1,150 @@
+"""What a merge is: one fingerprint of its content, alike on every machine, and the state of its inputs on this one.
+
+The fingerprint covers everything that decides a byte of the weights: which tensors go where, from which source, with
+which edits at which strength and which way round; the adapters' bytes, and of the base the headers and a sample of every
+tensor. No path and no time is in it. A sample cannot tell every change, so a stage's journal keeps besides how each input
+file was found on this machine, and both have to agree before a stage is continued.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from loratool import __version__
+from loratool.adapters.adapter import Derived, StoredTensor
+from loratool.bases.edits import Edit
+from loratool.files.digests import sha256_of
+from loratool.files.safefile import Identity, SafeFile, read_exactly
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from loratool.merging.plan import MergePlan
+
+SAMPLE = 4096  # bytes of each tensor that are looked at
+UNTOLD = ("rule",)  # fields of an edit that say why it is there, not what it does
+
+
+def content_fingerprint(plan: MergePlan, digests: Sequence[Mapping[str, str]], base: Sequence[str] = ()) -> str:
+    """SHA-256 of all that the content of the output's weights depends on.
+
+    Args:
+        plan: the merge.
+        digests: those of each adapter's files.
+        base: what tells the content of the base's weight files, in order; a sample of each tensor where it is not given.
+    """
+    roles = roles_of(plan)
+    state = hashlib.sha256()
+
+    def add(fact: object) -> None:
+        state.update(json.dumps(fact, sort_keys=True).encode() + b"\n")
+
+    add(["loratool", __version__, plan.dtype, plan.weights, plan.naming])
+    add(["base", list(base) or [sampled(shard) for shard in plan.base.shards], plan.base.config])
+    add(["adapters", [sorted(files.values()) for files in digests], [adapter.config for adapter in plan.adapters]])
+    for shard in plan.shards:
+        add([shard.name, hashlib.sha256(shard.layout.header).hexdigest()])
+        for span in shard.spans:
+            edits = [described(edit, roles) for edit in span.edits]
+            add([span.placed.name, role(span.source, roles), span.info.name, span.info.dtype, edits])
+    return state.hexdigest()
+
+
+def local_state(plan: MergePlan, device: str) -> dict[str, Any]:
+    """How the inputs are on this machine, and what else of it decides bytes: for a stage's journal and nothing else."""
+    base = plan.base
+    files = [shard.path for shard in base.shards]
+    files += [path for path in (base.index, base.root / "config.json") if path is not None and path.is_file()]
+    weights = [file for adapter in plan.adapters for file in adapter.file.files]
+    files += [*(file.path for file in weights), *(adapter.config_file for adapter in plan.adapters)]
+    planned = {file.path: file.identity for file in (*base.shards, *weights)}
+    states = [dataclasses.astuple(planned.get(path) or Identity.of(path.stat())) for path in files if path.exists()]
+    return {"files": [list(state) for state in states], "device": device, "torch": installed("torch")}
+
+
+def installed(package: str) -> str:
+    """The version of a package, which is not imported for it."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def sampled(file: SafeFile) -> str:
+    """SHA-256 of a weight file's size, header, and a piece of every tensor at a place that header and name decide."""
+    header = hashlib.sha256(file.layout.header).digest()
+    state = hashlib.sha256(header + file.layout.size.to_bytes(8, "little"))
+    buffer = memoryview(bytearray(SAMPLE))
+    with file.open() as descriptor:
+        for info in file.tensors.values():
+            piece = buffer[: min(SAMPLE, info.nbytes)]
+            place = hashlib.sha256(header + info.name.encode(errors="surrogatepass")).digest()
+            at = int.from_bytes(place[:8], "little") % (info.nbytes - len(piece) + 1)
+            read_exactly(descriptor, piece, file.position(info) + at, file.path)
+            state.update(piece)
+    return state.hexdigest()
+
+
+def roles_of(plan: MergePlan) -> dict[Path, str]:
+    """What the files of a plan are called in its fingerprint."""
+    roles = {shard.path: f"base {number}" for number, shard in enumerate(plan.base.shards)}
+    for number, adapter in enumerate(plan.adapters):
+        for part, file in enumerate(adapter.file.files):
+            roles.setdefault(file.path, f"adapter {number} {part}")
+    return roles
+
+
+def role(file: SafeFile, roles: dict[Path, str]) -> str:
+    """The name of a source file; one that is neither the base's nor an adapter's is named by all of its content."""
+    if file.path not in roles:
+        roles[file.path] = sha256_of(file.path)
+    return roles[file.path]
+
+
+def described(node: object, roles: dict[Path, str]) -> Any:
+    """An edit, or a part of one, as JSON in which nothing depends on the machine.
+
+    Raises `TypeError` for a kind of value that is not known here: what a fingerprint leaves out could be mixed up.
+    """
+    match node:
+        case None | bool() | int() | str():
+            return node
+        case float():
+            return node.hex()
+        case StoredTensor():
+            info = node.info
+            place = [info.name, info.dtype, list(info.shape), info.start]  # a part of a tensor may be one of its own
+            return [role(node.file, roles), *place, node.transposed]
+        case Derived():
+            return [list(node.shape), described(node.formula, roles), described(node.parts, roles)]
+        case slice():
+            return ["slice", *(described(part, roles) for part in (node.start, node.stop, node.step))]
+        case partial():
+            return [described(part, roles) for part in (node.func, node.args, node.keywords)]
+        case tuple() | list():
+            return [described(part, roles) for part in node]
+        case Mapping():
+            return [[described(key, roles), described(value, roles)] for key, value in node.items()]
+    if dataclasses.is_dataclass(node):
+        return [type(node).__name__, dict(told_fields(node, roles))]
+    if callable(node) and hasattr(node, "__qualname__"):
+        return of_function(node, roles)
+    raise TypeError(f"{type(node).__name__} has no place in a fingerprint")
+
+
+def told_fields(node: object, roles: dict[Path, str]) -> Iterator[tuple[str, Any]]:
+    for each in dataclasses.fields(node):  # type: ignore[arg-type]
+        if not (isinstance(node, Edit) and each.name in UNTOLD):
+            yield each.name, described(getattr(node, each.name), roles)
+
+
+def of_function(function: Callable[..., Any], roles: dict[Path, str]) -> list[Any]:
+    """A formula: its name, and the values that it was made with."""
+    cells = getattr(function, "__closure__", None) or ()
+    return [function.__module__, function.__qualname__, [described(cell.cell_contents, roles) for cell in cells]]

@@ -1,0 +1,169 @@
+"""Where every byte of the output lies: which tensor goes into which file, at which place, from which source."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from loratool.bases.side_files import OutputFile
+from loratool.errors import InputError, printable
+from loratool.files.checkpoint import INDEX_SUFFIX, NUMBERED, SINGLE, Checkpoint, index_text
+from loratool.files.safefile import FLOAT_NAMES, Layout, SafeFile, TensorInfo
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from loratool.bases.edits import Edit
+
+
+@dataclass(frozen=True)
+class Span:
+    """One tensor's way from a file of the base, or of an adapter, to its place in an output file."""
+
+    source: SafeFile
+    info: TensorInfo  # in the source
+    placed: TensorInfo  # in the output
+    edits: tuple[Edit, ...] = ()
+
+    @property
+    def untouched(self) -> bool:
+        return not self.edits and self.info.dtype == self.placed.dtype
+
+    @cached_property
+    def rows(self) -> int:
+        """Of the matrix that the edits see; a row's elements are next to each other in the file."""
+        fold = max((edit.fold for edit in self.edits), default=1)
+        return math.prod(self.info.shape[:fold]) if fold > 1 else self.info.rows
+
+    @cached_property
+    def width(self) -> int:
+        return self.info.elements // max(self.rows, 1)
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One output file: its head, and its spans in the order of their bytes."""
+
+    name: str
+    layout: Layout
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the bytes of an output tensor come from before any edit: a tensor of the base, or of an adapter."""
+
+    file: SafeFile
+    info: TensorInfo
+    name: str  # in the output
+    dtype: str  # in the output, where no dtype is asked for
+
+
+def place_all(
+    base: Checkpoint,
+    edits: Mapping[str, tuple[Edit, ...]],
+    dtype: str,
+    shard_size: int | None,
+    moved: Mapping[str, Source] = MappingProxyType({}),
+    added: Sequence[Source] = (),
+) -> tuple[ShardPlan, ...]:
+    """Every tensor's place in the output.
+
+    `moved` gives tensors of the base another source, with another shape perhaps; `added` are tensors that the base
+    has not, which go to the end of its last file.
+    """
+    wanted = {name: key for key, name in FLOAT_NAMES.items()}.get(dtype)
+    files: list[tuple[str, list[Source]]] = []
+    for shard in base.shards:
+        entries = [moved.get(t.name) or Source(shard, t, t.name, t.dtype) for t in in_file_order(shard.layout)]
+        files.append((shard_name(base, shard), entries))
+    files[-1][1].extend(added)
+    if shard_size is not None:
+        every = [entry for _, entries in files for entry in entries]
+        files = repack(every, wanted, shard_size, stem_of(files[0][0]))
+    plans: list[ShardPlan] = []
+    for name, entries in files:
+        head = [(e.name, new_dtype(e.dtype, wanted), e.info.shape) for e in entries]
+        own = base.shards[len(plans)].layout if shard_size is None else None
+        if own is not None and head == [(t.name, t.dtype, t.shape) for t in in_file_order(own)]:
+            layout = own
+        else:
+            own_shards = [e.file for e in entries if any(e.file is shard for shard in base.shards)]
+            layout = Layout.of(head, own_shards[0].layout.metadata if own_shards else None)
+        spans = tuple(Span(e.file, e.info, layout.tensors[e.name], edits.get(e.name, ())) for e in entries)
+        plans.append(ShardPlan(name, layout, spans))
+    return tuple(plans)
+
+
+def in_file_order(layout: Layout) -> list[TensorInfo]:
+    return sorted(layout.tensors.values(), key=lambda t: (t.start, t.stop))
+
+
+def shard_name(base: Checkpoint, shard: SafeFile) -> str:
+    return shard.path.relative_to(base.root).as_posix() if base.root.is_dir() else shard.path.name
+
+
+def new_dtype(dtype: str, wanted: str | None) -> str:
+    return wanted if wanted and dtype in FLOAT_NAMES else dtype
+
+
+def repack(entries: Sequence[Source], wanted: str | None, limit: int, stem: str) -> list[tuple[str, list[Source]]]:
+    """Fill files up to `limit` bytes in the given order; a larger tensor gets a file of its own."""
+    groups: list[list[Source]] = [[]]
+    filled = 0
+    for entry in entries:
+        (placed,) = Layout.of([(entry.name, new_dtype(entry.dtype, wanted), entry.info.shape)]).tensors.values()
+        if groups[-1] and filled + placed.nbytes > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(entry)
+        filled += placed.nbytes
+    if len(groups) == 1:
+        return [(f"{stem}.safetensors", groups[0])]
+    return [(f"{stem}-{n:05d}-of-{len(groups):05d}.safetensors", group) for n, group in enumerate(groups, 1)]
+
+
+def stem_of(name: str) -> str:
+    match = NUMBERED.match(name)
+    return match["stem"] if match else name.removesuffix(".safetensors")
+
+
+def plan_index(base: Checkpoint, shards: Sequence[ShardPlan]) -> OutputFile | None:
+    """The output's index: the base's bytes where they still hold, a new one, or None for a single file."""
+    weight_map = {span.placed.name: shard.name for shard in shards for span in shard.spans}
+    total = sum(span.placed.nbytes for shard in shards for span in shard.spans)
+    if base.index is None and len(shards) == 1:
+        return None
+    if base.index is not None:
+        metadata = dict(base.index_metadata or {})
+        before = {t: shard_name(base, s) for s in base.shards for t in s.tensors}
+        if weight_map == before and metadata.get("total_size") == total:
+            return OutputFile(base.index.name, base.index)
+        if len(shards) == 1 and shards[0].name == SINGLE:
+            return None
+        if isinstance(count := metadata.get("total_parameters"), int):
+            grown = sum(span.placed.elements for shard in shards for span in shard.spans)
+            metadata["total_parameters"] = count + grown - sum(info.elements for info in base.tensors.values())
+        same_files = set(weight_map.values()) == set(before.values())
+        name = base.index.name if same_files else f"{stem_of(shards[0].name)}{INDEX_SUFFIX}"
+        return OutputFile(name, content=index_text(weight_map, total, metadata))
+    if unwritable := {s.name for s in shards if not s.name.isprintable() and not is_utf8(s.name)}:
+        raise InputError("an index cannot hold file names that are no UTF-8:", map(printable, sorted(unwritable)))
+    return OutputFile(f"{stem_of(shards[0].name)}{INDEX_SUFFIX}", content=index_text(weight_map, total, None))
+
+
+def is_utf8(name: str) -> bool:
+    return name == name.encode(errors="replace").decode()
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Names that some file systems take for one and the same must not meet in the output."""
+    folded: dict[str, list[str]] = {}
+    for name in names:
+        folded.setdefault(unicodedata.normalize("NFC", name).casefold(), []).append(printable(name))
+    if clashing := [" and ".join(alike) for alike in folded.values() if len(alike) > 1]:
+        raise InputError("files of the output differ by upper and lower case or Unicode form only:", clashing)

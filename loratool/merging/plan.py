@@ -1,0 +1,163 @@
+"""`MergePlan`: all that a merge will do, as data, as text for people and as data for scripts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from loratool.errors import printable
+from loratool.merging.resources import estimated_memory
+from loratool.results.base import Result, plain
+from loratool.results.text import MOST_LINES, aligned, size
+from loratool.templates import grouped, template_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loratool.adapters.adapter import Adapter
+    from loratool.bases.edits import Edit
+    from loratool.bases.side_files import OutputFile
+    from loratool.files.checkpoint import Checkpoint
+    from loratool.merging.output_layout import ShardPlan, Span
+    from loratool.notes import Note
+
+
+@dataclass(frozen=True)
+class MergePlan(Result):
+    """All that a merge will do."""
+
+    base: Checkpoint
+    adapters: tuple[Adapter, ...]
+    weights: tuple[float, ...]
+    dtype: str
+    shards: tuple[ShardPlan, ...]
+    side_files: tuple[OutputFile, ...]
+    left_out: tuple[str, ...]
+    notes: tuple[Note, ...]
+    naming: tuple[object, ...] = ()  # what the caller said about names and orientation
+
+    def to_dict(
+        self, device: str = "auto", workers: int | None = None, max_memory: int | None = None
+    ) -> dict[str, Any]:
+        """What `loratool merge --dry-run --json` prints; `peak_memory` is that of a merge with these settings."""
+        return plan_data(self, device, workers, max_memory)
+
+    @cached_property
+    def spans(self) -> tuple[Span, ...]:
+        return tuple(span for shard in self.shards for span in shard.spans)
+
+    @cached_property
+    def edited(self) -> tuple[Span, ...]:
+        return tuple(span for span in self.spans if span.edits)
+
+    @property
+    def copied(self) -> int:
+        """Tensors that are carried over byte for byte."""
+        return sum(span.untouched for span in self.spans)
+
+    @property
+    def replaces(self) -> bool:
+        """Whether a tensor begins as what an adapter saved, so that the output is not the base."""
+        own = {id(shard) for shard in self.base.shards}
+        return any(id(span.source) not in own for span in self.spans)
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(span.info.nbytes for span in self.spans) + sum(a.file.layout.size for a in self.adapters)
+
+    @cached_property
+    def bytes_written(self) -> int:
+        return sum(shard.layout.size for shard in self.shards) + sum(file.size for file in self.side_files)
+
+
+def plan_text(plan: MergePlan, memory: int) -> str:
+    """What a merge would do, for people."""
+    rows: list[tuple[str, object]] = [
+        ("base", f"{plan.base.name}: {len(plan.base.shards)} files, {len(plan.spans)} tensors"),
+        *(
+            ("adapter", f"{a.name}: {len(a.updates)} updates, weight {w:g}")
+            for a, w in zip(plan.adapters, plan.weights, strict=True)
+        ),
+        ("would edit", f"{len(plan.edited)} tensors, copy {plan.copied}"),
+        ("would read", size(plan.bytes_read)),
+        (
+            "would write",
+            f"{size(plan.bytes_written)} in {len(plan.shards)} weight files and {len(plan.side_files)} others",
+        ),
+        ("peak memory", f"about {size(memory)}"),
+        ("disk needed", size(plan.bytes_written)),
+    ]
+    rows += [("left out", name) for name in plan.left_out]
+    rows += [("note", note) for note in plan.notes]
+    listing = edit_lines(plan)
+    if len(listing) > MOST_LINES:
+        listing = [*listing[:MOST_LINES], f"… and {len(listing) - MOST_LINES} more patterns"]
+    return "\n".join([aligned(rows), "edits:", *(f"  {line}" for line in listing)])
+
+
+def edit_lines(plan: MergePlan) -> list[str]:
+    """*adapter's name → rule → tensor[rows]*; edits that differ in numbers alone share a line.
+
+    Rows are those of the tensor seen as a matrix, and shown for the first of a line where they differ.
+    """
+    parts: dict[tuple[int, str, str, str, str], list[str]] = {}
+    for span in plan.edited:
+        about = f"{'×'.join(map(str, span.info.shape))} {span.placed.dtype}"
+        for edit in span.edits:
+            key = (edit.adapter, edit.target, edit.rule, span.placed.name, about)
+            parts.setdefault(key, []).append(part_of(edit, span))
+    lines: dict[tuple[int, str, str, str, str], list[tuple[str, str, str]]] = {}
+    for (adapter, target, rule, tensor, about), where in parts.items():
+        shown = ", ".join(where[:2]) + (", …" if len(where) > 2 else "")
+        like = (adapter, template_of(target)[0], rule, template_of(tensor)[0], about)
+        lines.setdefault(like, []).append((target.removesuffix(".weight"), tensor, shown))
+
+    def line(like: tuple[int, str, str, str, str], members: Sequence[tuple[str, str, str]]) -> str:
+        targets, tensors = (grouped(dict.fromkeys(m[side] for m in members)) for side in (0, 1))
+        rows = members[0][2] + (", …" if any(m[2] != members[0][2] for m in members) else "")
+        whose = f"{plan.adapters[like[0]].name}: " if len(plan.adapters) > 1 else ""
+        found = " + ".join(map(printable, tensors)) + (f"[{rows}]" if rows else "")
+        return f"{whose}{' + '.join(map(printable, targets))} → {like[2]} → {found}  {like[4]}  ×{len(members)}"
+
+    return [line(like, members) for like, members in lines.items()]
+
+
+def part_of(edit: Edit, span: Span) -> str:
+    """The rows and columns that an edit covers, as a slice; nothing for all of them."""
+    rows = "" if edit.rows == span.rows else f"{edit.first_row}:{edit.first_row + edit.rows}"
+    if edit.columns == slice(None):
+        return rows
+    start, stop, step = edit.columns.start or 0, edit.columns.stop, edit.columns.step
+    columns = f"{start}:{'' if stop is None else stop}" + (f":{step}" if step else "")
+    return f"{rows or ':'}, {columns}"
+
+
+def plan_data(plan: MergePlan, device: str, workers: int | None, max_memory: int | None) -> dict[str, Any]:
+    """What a merge would do, for scripts."""
+    return {
+        "base": plan.base.name,
+        "adapters": [
+            {"name": a.name, "weight": w, "updates": len(a.updates)}
+            for a, w in zip(plan.adapters, plan.weights, strict=True)
+        ],
+        "edits": [
+            {
+                "adapter": plan.adapters[e.adapter].name,
+                "target": e.target,
+                "rule": e.rule,
+                "tensor": span.placed.name,
+                "part": part_of(e, span),
+            }
+            for span in plan.edited
+            for e in span.edits
+        ],
+        "copied": plan.copied,
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "peak_memory": estimated_memory(plan.spans, device, workers, max_memory),
+        "files": {shard.name: shard.layout.size for shard in plan.shards},
+        "side_files": [file.name for file in plan.side_files],
+        "left_out": list(plan.left_out),
+        "notes": plain(plan.notes),
+    }

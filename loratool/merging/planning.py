@@ -1,0 +1,356 @@
+"""Decide a whole merge from headers alone: every edit, every error, the place of every output byte.
+
+A plan is plain data, and making one writes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from loratool.adapters.adapter import StoredTensor, same_values
+from loratool.adapters.reading import ReadingOptions
+from loratool.algebra.updates import Replace, ReplaceRows, images_in, with_weight
+from loratool.bases.binding import bind, tell
+from loratool.bases.edits import Edit
+from loratool.bases.extra_weights import extras_of
+from loratool.bases.side_files import ConfigEdit, companions, head_edits, tie_edits, vocabulary_edits
+from loratool.bases.tied_weights import Saved, Ties, find_ties, is_generative, on_disk, settle
+from loratool.bases.trained_view import (
+    Trained,
+    as_trained,
+    is_of_tokens,
+    saved_whole,
+    unequal_vocabularies,
+    usual_dtype,
+)
+from loratool.errors import FitError, InputError, UsageError, printable
+from loratool.files.checkpoint import PROVENANCE, Checkpoint
+from loratool.files.safefile import FLOAT_NAMES
+from loratool.layouts.architectures import POOLED
+from loratool.merging.output_layout import Source, check_names, place_all, plan_index
+from loratool.merging.plan import MergePlan
+from loratool.notes import Note
+from loratool.options.described import FLAG, NUMBER, SIZE, PathKind, dtypes, option
+from loratool.options.shared import NamingOptions, OrientationOption
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from loratool.adapters.adapter import Adapter
+    from loratool.bases.binding import Place
+    from loratool.bases.trained_view import Binder
+
+DTYPES = ("keep", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(NamingOptions, OrientationOption, ReadingOptions):
+    """What is merged, and how it is laid out."""
+
+    weights: tuple[float, ...] = option(
+        "-w",
+        "--weight",
+        help="Strength, once per adapter in order, or as a comma list; a negative one takes an adapter out again "
+        "[default: 1].",
+        default=(),
+        kind=NUMBER,
+        many=True,
+        commas=True,
+    )
+    dtype: str = option(help="Dtype of every float tensor written.", default="keep", kind=dtypes(*DTYPES))
+    shard_size: int | None = option(
+        help="Tensor bytes per output file, such as 5GB [default: the base's shards].", kind=SIZE
+    )
+    allow_new_tensors: bool = option(help="Add heads that an adapter saved and BASE has not.", default=False, kind=FLAG)
+    also_load: tuple[str, ...] = option(
+        help="Merge the tensors of this safetensors file in an ADAPTER's folder too; may be repeated.",
+        default=(),
+        kind=PathKind("FILE", beside=True),
+        many=True,
+    )
+    ignore_files: tuple[str, ...] = option(
+        help="Leave out trained weights in an ADAPTER's folder that are not merged; may be repeated.",
+        default=(),
+        many=True,
+        metavar="NAME",
+    )
+
+
+def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptions) -> MergePlan:
+    """Plan `base` + Σ weight · adapter.
+
+    Raises:
+        UsageError: the options contradict each other.
+        InputError: an adapter uses a feature, or the base a dtype, that is not supported.
+        FitError: an adapter tensor has no place in the base, or two claim one place.
+    """
+    strengths = strengths_of(adapters, options.weights)
+    binder = partial(bind, maps=options.maps, fan_in_fan_out=options.fan_in_fan_out)
+    extras = extras_of(base, adapters, strengths, binder, options.also_load, options.ignore_files)
+    adapters, strengths = [*adapters, *extras.loaded], (*strengths, *extras.strengths)
+    check_supported(adapters)
+    notes = [*base.notes, *(note.under(a.name) for a in adapters for note in a.notes), *extras.notes]
+    changes = find_changes(base, adapters, strengths, binder, options.allow_new_tensors, notes, extras.problems)
+    shards = place_all(base, changes.edits, options.dtype, options.shard_size, changes.moved, changes.added)
+    files, left_out = companions(base, adapters, options.dtype, notes, changes.config)
+    if (index := plan_index(base, shards)) is not None:
+        files[index.name] = index
+    side_files = tuple(files[name] for name in sorted(files))
+    check_names([PROVENANCE, *(s.name for s in shards), *files])
+    naming = (*options.maps, options.fan_in_fan_out, *(a.packing for a in adapters))
+    return MergePlan(
+        base, tuple(adapters), strengths, options.dtype, shards, side_files, tuple(left_out), tuple(notes), naming
+    )
+
+
+def strengths_of(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[float, ...]:
+    """The weight of each adapter: 1, or what was given for it."""
+    if not adapters:
+        raise UsageError("a merge needs at least one adapter")
+    if weights and len(weights) != len(adapters):
+        raise UsageError(f"{len(weights)} weights for {len(adapters)} adapters; pass one weight per adapter, in order")
+    return tuple(weights) or (1.0,) * len(adapters)
+
+
+def check_supported(adapters: Sequence[Adapter]) -> None:
+    """Everything recognised and not merged, of all adapters at once; then everything unrecognised."""
+    if missing := [f"{a.name}: {feature}" for a in adapters for feature in a.unsupported]:
+        raise InputError("this version of loratool does not merge:", missing)
+    if unused := [f"{a.name}: {printable(tensor)}" for a in adapters for tensor in a.unused]:
+        raise FitError("no rule gives these adapter tensors a place, so nothing is merged:", unused)
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What becomes of the base's tensors and of its config."""
+
+    edits: Mapping[str, tuple[Edit, ...]]  # tensor of the output → its edits, replacements first
+    moved: Mapping[str, Source]  # tensors that begin as what an adapter saved
+    added: Sequence[Source]  # tensors that the base has not
+    config: Sequence[ConfigEdit]
+
+
+def find_changes(
+    base: Checkpoint,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    binder: Binder,
+    new_tensors: bool,
+    notes: list[Note],
+    lost: Sequence[str] = (),
+) -> Changes:
+    """Every edit and every new tensor. All misfits are told in one `FitError`, and with them what would be `lost`."""
+    draft = Draft(base, adapters, find_ties(base, adapters), notes, problems=list(lost))
+    for number, weight in enumerate(weights):
+        draft.add(number, weight, as_trained(adapters[number], base, draft.ties, binder, new_tensors))
+    draft.problems += draft.rivals()
+    if lost and draft.problems == [*lost] and not draft.unsupported:
+        owners = ", ".join(dict.fromkeys(adapter.name for adapter in adapters))
+        raise FitError(f"{owners}: weights that were trained along with it would be lost:", lost)
+    if draft.unsupported or draft.problems:
+        draft.refuse()
+    changes = draft.changes()
+    if draft.problems:
+        draft.refuse()
+    return changes
+
+
+@dataclass
+class Draft:
+    """What the adapters do to the tensors of the output, while it is being found out."""
+
+    base: Checkpoint
+    adapters: Sequence[Adapter]
+    ties: Ties
+    notes: list[Note]
+    edits: dict[str, list[Edit]] = field(default_factory=dict)  # tensor → its edits
+    saved: Saved = field(default_factory=dict)  # tensor → adapter → what that adapter puts in its place to begin from
+    problems: list[str] = field(default_factory=list)
+    unsupported: list[str] = field(default_factory=list)
+
+    def add(self, number: int, weight: float, trained: Trained) -> None:
+        """Note the places of one adapter's targets, and every reason why one has none."""
+        adapter, bound = self.adapters[number], trained.bound
+        self.notes += [note.under(adapter.name) for note in bound.notes]
+        self.problems += [f"{adapter.name}: {line}" for line in tell({**bound.problems, **trained.refused})]
+        for target, places in bound.places.items():
+            for place in map(self.beside_weight, places):
+                if why := self.why_not(place, trained, weight):
+                    self.problems.append(f"{adapter.name}: {printable(target)}: {why}")
+                elif weight:
+                    self.put(number, target, place, weight, len(places) > 1, trained)
+        if weight not in (0.0, 1.0) and any(isinstance(u, Replace) for u in adapter.updates.values()):
+            self.notes.append(
+                Note(
+                    "weight-ignored",
+                    f"{adapter.name}: saved modules replace the base's whole, whatever the weight ({weight:g})",
+                )
+            )
+
+    def beside_weight(self, place: Place) -> Place:
+        """The place with its update complete, where the change of a bias depends on the weight of the same layer."""
+        images, name = images_in(place.update), place.tensor.removesuffix("bias") + "weight"
+        info = self.base.tensors.get(name)
+        if not images or info is None or info.shape[1:] != images[0].vector.shape or info.dtype not in FLOAT_NAMES:
+            return place
+        weight: Any = on_disk(self.base, name)
+        return replace(place, update=with_weight(place.update, weight, place.first_row - place.update_row))
+
+    def why_not(self, place: Place, trained: Trained, weight: float) -> str:
+        """Empty where an update may go to its place; else the reason it may not."""
+        tensor, info = printable(place.tensor), trained.base.tensors[place.tensor]
+        stored: Any = place.update.value if isinstance(place.update, Replace) else None
+        if isinstance(stored, StoredTensor) and {stored.info.dtype, info.dtype} - set(FLOAT_NAMES):
+            same = stored.info.dtype == info.dtype and trained.base.tensors[place.tensor].shape == stored.shape
+            return "" if same else f"is stored as {stored.info.dtype}, {tensor} as {info.dtype}"
+        if info.dtype not in FLOAT_NAMES:
+            self.unsupported.append(
+                f"{tensor} is stored as {info.dtype}; only {', '.join(FLOAT_NAMES)} weights can be edited, so give the "
+                "model before its quantisation as BASE"
+            )
+        if images_in(place.update):
+            return f"depends on the weight of the same layer, and nothing that it fits is beside {tensor}"
+        if weight < 0 and (place.update.replaces or place.tensor in trained.saved):
+            return f"replaces the weight outright, which a weight of {weight:g} cannot take back"
+        return ""
+
+    def put(self, number: int, target: str, place: Place, weight: float, shared: bool, trained: Trained) -> None:
+        """Note an update at its place, and what the weight there was when it was trained."""
+        adapter, tensor = self.adapters[number], place.tensor
+        if isinstance(place.update, Replace) and trained.base.tensors[tensor].dtype not in FLOAT_NAMES:
+            value: Any = (
+                place.update.value
+            )  # whole numbers, such as a count of batches: copied, for nothing is computed
+            self.saved.setdefault(tensor, {})[number] = value
+            return
+        edit = Edit(
+            weight=tensor,
+            first_row=place.first_row,
+            rows=place.rows,
+            update=place.update,
+            strength=weight,
+            adapter=number,
+            target=target,
+            rule=place.rule,
+            update_row=place.update_row,
+            columns=place.columns,
+            fold=place.fold,
+            shared=shared,
+        )
+        if tensor in trained.saved:
+            self.saved.setdefault(tensor, {})[number] = trained.saved[tensor]
+            if isinstance(place.update, Replace):
+                return
+        elif target in adapter.bases and weight > 0 and (own := saved_whole(adapter, target)) is not None:
+            shape = trained.base.tensors[tensor].shape
+            if own.shape != shape:
+                self.problems.append(
+                    f"{adapter.name}: {printable(target)}: was trained on top of a weight of its own: it is "
+                    f"{list(own.shape)}, {printable(tensor)} is {list(shape)}"
+                )
+            elif not same_values(own, self.unedited(tensor)):
+                self.saved.setdefault(tensor, {})[number] = own
+        self.edits.setdefault(tensor, []).append(edit)
+
+    def unedited(self, tensor: str) -> StoredTensor:
+        """What the base holds of a tensor, by the name of that or of what it is tied to."""
+        tied = (group.names[0] for group in self.ties.groups if tensor in group.missing)
+        return on_disk(self.base, next(tied, tensor))
+
+    def rivals(self) -> list[str]:
+        """The tensors that more than one adapter replaces."""
+        problems = []
+        for tensor in {**self.edits, **self.saved}:
+            saved = self.saved.get(tensor, {})
+            owners = set(saved)
+            if len(saved) > 1 and all(same_values(value, next(iter(saved.values()))) for value in saved.values()):
+                owners = {min(saved)}  # trained on top of the same weight
+            rows: dict[int, int] = {}
+            for edit in self.edits.get(tensor, ()):
+                if isinstance(edit.update, Replace):
+                    owners.add(edit.adapter)
+                elif isinstance(edit.update, ReplaceRows):
+                    owners |= {
+                        a for row in edit.update.index if (a := rows.setdefault(row, edit.adapter)) != edit.adapter
+                    }
+                    owners |= {edit.adapter} if owners else set()
+            if len(owners) > 1:
+                names = ", ".join(self.adapters[owner].name for owner in sorted(owners))
+                problems.append(f"{printable(tensor)}: replaced by several adapters ({names}); only one can win")
+        return problems
+
+    def changes(self) -> Changes:
+        """The edits in their order, the sources of tensors that are not the base's, and what the config must say."""
+        base, tied = self.base.tensors, {name for group in self.ties.groups for name in group.missing}
+        heads = {
+            tensor: value
+            for tensor, by in self.saved.items()
+            for value in by.values()
+            if tensor not in tied and (tensor not in base or not is_of_tokens(tensor, base[tensor].shape, self.ties))
+        }
+        config: list[ConfigEdit] = []
+        for adapter in self.adapters:
+            own = {
+                tensor: value.shape
+                for tensor, value in heads.items()
+                if any(value.file is file for file in adapter.file.files)
+            }
+            config += head_edits(self.base, adapter.config, own, {tensor for tensor in own if tensor not in base})
+        classes = [edit.value[0] for edit in config if edit.path == ("architectures",)]
+        pooled = any("pooler." in name for name in (*base, *heads))
+        if self.base.model_type in POOLED and not pooled and any("SequenceClassification" in name for name in classes):
+            self.notes.append(
+                Note(
+                    "pooler-missing",
+                    f"a {classes[0]} reads a pooler, which neither the base nor the adapter holds: whoever loads the output "
+                    "makes it up, as it was made up when the adapter was trained",
+                )
+            )
+        settled = settle(self.ties, self.edits, self.saved, len(self.adapters), not classes or is_generative(classes))
+        self.problems += settled.problems
+        first = {tensor: next(iter(by.values())) for tensor, by in self.saved.items()}
+        grown = {t: v.shape for t, v in first.items() if t not in heads and self.unedited(t).shape != v.shape}
+        self.problems += unequal_vocabularies(self.ties, grown)
+        config += vocabulary_edits(self.base.config, {shape[0] for shape in grown.values()})
+        config += tie_edits(self.base.config) if settled.untied else []
+        moved: dict[str, Source] = {}
+        added: list[Source] = []
+        for name, of in settled.kept:
+            text = f"{printable(name)}: stays tied to {printable(of)}, both being changed alike"
+            self.notes.append(Note("tied-weight-kept", text))
+        for name, of in settled.added:
+            value = first.get(name) or on_disk(self.base, of)
+            added.append(Source(value.file, value.info, name, base[of].dtype))
+            self.notes.append(
+                Note(
+                    "tied-weight-split", f"{printable(name)}: written beside {printable(of)}, to which the base ties it"
+                )
+            )
+        for tensor, value in first.items():
+            what = f"{printable(tensor)}: {list(value.shape)} as the adapter saved it"
+            if tensor in base:
+                moved[tensor] = Source(value.file, value.info, tensor, base[tensor].dtype)
+                if base[tensor].dtype in FLOAT_NAMES:
+                    text = f"{what}, in place of the base's {list(base[tensor].shape)}"
+                    self.notes.append(Note("tensor-replaced", text))
+            elif tensor not in tied:
+                added.append(Source(value.file, value.info, tensor, usual_dtype(base)))
+                self.notes.append(Note("tensor-added", f"{what}, which the base has not"))
+        edits = {tensor: tuple(sorted(found, key=replaces_first)) for tensor, found in self.edits.items()}
+        return Changes(edits, moved, added, config)
+
+    def refuse(self) -> NoReturn:
+        """Tell all misfits of all adapters in one error."""
+        owners = ", ".join(dict.fromkeys(a.name for a in self.adapters))
+        if self.unsupported:
+            raise InputError(
+                "the base stores weights in a form that cannot be edited:", dict.fromkeys(self.unsupported)
+            )
+        raise FitError(f"{owners} does not fit the base {self.base.name}:", self.problems)
+
+
+def replaces_first(edit: Edit) -> int:
+    """The place of an edit in the order: what replaces the weight, what replaces rows of it, what changes it."""
+    return 0 if isinstance(edit.update, Replace) else 1 if edit.update.replaces else 2

@@ -1,0 +1,148 @@
+"""What a merge may use: devices, workers and the size of a block, within a memory limit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loratool.adapters.adapter import stored_tensors
+from loratool.algebra.updates import Replace
+from loratool.devices import RUNTIME_MEMORY, cores, kind_of
+from loratool.errors import UsageError
+from loratool.merging.shard_writer import PAGE
+from loratool.options.described import SIZE, Number, option
+from loratool.options.shared import DeviceOption
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loratool.bases.edits import Edit
+    from loratool.files.safefile import TensorInfo
+    from loratool.merging.output_layout import Span
+
+CPU_BLOCK = 4 << 20  # bytes of weight: near a core's cache
+# bytes of weight: hides the latency of a transfer. Pinned memory comes in powers of two, and a block has pages around it
+CUDA_BLOCK = (4 << 20) - 2 * PAGE
+COPY_CHUNK = 4 << 20  # bytes of one copy
+MOST_SHELVED = 4  # updates that several spans share and that stay in memory for the next one
+SMALLEST_BLOCK = 64 << 10
+WAITING_WORKERS = 2  # for the disk, at any time
+MOST_WORKERS = 16  # more than this a disk seldom keeps up with
+GPU_WORKERS = 8  # per GPU: most of them wait for the disk
+CUDA_MEMORY = 600 << 20  # bytes of host memory that the CUDA libraries take besides
+CUDA_WORKING_MEMORY = 512 << 20  # bytes of host memory that kernels take when they first run
+WORKING_MEMORY = 32 << 20  # bytes: hashing, small files and the libraries' own buffers
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(DeviceOption):
+    """Of a merge: what it may use."""
+
+    workers: int | None = option(
+        help="Threads [default: two more than cores, at most 16].",
+        kind=Number(whole=True, low=1, high=1024),
+        recorded=False,
+    )
+    max_memory: int | None = option(help="Resident memory to stay under, such as 400MB.", kind=SIZE, recorded=False)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a merge may use."""
+
+    devices: tuple[str, ...]  # "cpu", or one or more of "cuda:0", …
+    workers: int
+    block: int  # bytes of weight that pass at a time, at least one row
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.devices[0] != "cpu"
+
+    @property
+    def kind(self) -> str:
+        """The kind of device."""
+        return kind_of(self.devices)
+
+
+def choose_resources(
+    spans: Sequence[Span], devices: tuple[str, ...], workers: int | None, max_memory: int | None, used: int
+) -> Resources:
+    """Workers and block size that keep the process within `max_memory` bytes, of which `used` are gone.
+
+    Raises `UsageError` with the smallest limit that would do.
+    """
+    on_gpu = devices[0] != "cpu"
+    chosen = workers or (min(cores(), GPU_WORKERS * len(devices)) if on_gpu else most_workers())
+    block = CUDA_BLOCK if on_gpu else CPU_BLOCK
+    if max_memory is None:
+        return Resources(devices, chosen, block)
+    while (needed := used + work_memory(spans, chosen, block, on_gpu)) > max_memory:
+        if block > SMALLEST_BLOCK:
+            block //= 2
+        elif chosen > 1:
+            chosen -= 1
+        else:
+            raise UsageError(
+                f"--max-memory: {max_memory} bytes is too little; this merge needs at least {-(-needed // 10**6)} MB"
+            )
+    return Resources(devices, chosen, block)
+
+
+def estimated_memory(spans: Sequence[Span], device: str, workers: int | None, max_memory: int | None) -> int:
+    """Bytes that a merge is expected to keep resident, told without importing torch."""
+    devices = ("cuda:0",) if device.startswith("cuda") else ("cpu",)
+    used = RUNTIME_MEMORY + (CUDA_MEMORY if devices[0] != "cpu" else 0)
+    chosen = choose_resources(spans, devices, workers, max_memory, used)
+    return used + work_memory(spans, chosen.workers, chosen.block, chosen.on_gpu)
+
+
+def work_memory(spans: Sequence[Span], workers: int, block: int, on_gpu: bool) -> int:
+    """Bytes of host memory that `workers` need besides what Python and torch take."""
+    touched = [span for span in spans if not span.untouched]
+    buffers = max((block_memory(span, block, on_gpu) for span in touched), default=0)
+    kept = WORKING_MEMORY + (CUDA_WORKING_MEMORY if on_gpu else 0)
+    return kept + workers * (COPY_CHUNK + buffers) + factor_memory(touched, workers)
+
+
+def block_memory(span: Span, block: int, on_gpu: bool) -> int:
+    """Bytes of one worker's host buffers: the raw block, and on the CPU its float32 copy and the merged block.
+
+    The merged block counts twice: at an odd byte of the file it takes a step in between.
+    """
+    elements = rows_of_block(span, block) * span.width
+    raw = elements * max(itemsize(span.info), itemsize(span.placed))
+    return raw if on_gpu else 3 * raw + elements * (8 if span.info.dtype == "F64" else 4)
+
+
+def factor_memory(spans: Sequence[Span], workers: int) -> int:
+    """Bytes of the factors that are loaded at a time, twice: as read and stacked.
+
+    Each worker may be at another span, and of the updates that several spans share the last used ones stay loaded.
+    """
+    sizes = {id(e.update): update_memory(e, span) for span in spans for e in span.edits}
+    most = workers * max((len(span.edits) for span in spans), default=0)
+    if any(edit.shared for span in spans for edit in span.edits):
+        most += MOST_SHELVED
+    return 2 * sum(sorted(sizes.values(), reverse=True)[:most])
+
+
+def update_memory(edit: Edit, span: Span) -> int:
+    """Bytes of one loaded update. A replacement has none: its rows are read as they are needed."""
+    if isinstance(edit.update, Replace):
+        return 0
+    held = sum(tensor.info.elements for tensor in stored_tensors(edit.update))
+    return max(held, edit.update.rank * (edit.rows + span.width)) * (8 if span.info.dtype == "F64" else 4)
+
+
+def rows_of_block(span: Span, block: int) -> int:
+    row = max(1, span.width * max(itemsize(span.info), itemsize(span.placed)))
+    return max(1, min(span.rows, block // row))
+
+
+def itemsize(info: TensorInfo) -> int:
+    return {"F64": 8, "F32": 4}.get(info.dtype, 2)
+
+
+def most_workers() -> int:
+    """Threads that keep the processor busy."""
+    return min(cores() + WAITING_WORKERS, MOST_WORKERS)

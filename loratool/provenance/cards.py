@@ -1,0 +1,370 @@
+"""Model cards: README.md from what `loratool.json` says of how a model or an adapter was made.
+
+The same provenance gives the same card. Foreign text reaches it escaped, and front matter only as quoted scalars.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratool.errors import escaped, printable
+from loratool.files.hub_cache import is_hub_id, origin_of
+from loratool.files.inputs import open_regular, read_json
+from loratool.provenance.secrets import without_secrets
+
+if TYPE_CHECKING:
+    from loratool.options.described import Options
+
+CARD = "README.md"
+MARK = "<!-- made by loratool from loratool.json; without this line it counts as written by hand -->"
+LARGEST_CARD = 1 << 20  # bytes of an input's card that are looked at
+# What cards inherit, and what its values look like: words of the Hub, and a link that is an address or a file beside.
+TERMS = {
+    "license": re.compile(r"[A-Za-z0-9][\w.+-]{0,63}", re.ASCII),
+    "license_name": re.compile(r"[A-Za-z0-9][\w .+()-]{0,99}", re.ASCII),
+    "license_link": re.compile(
+        r"(?:https?://[\w.-]+(?::\d+)?(?:/[\w.~%/@?=&#+-]*)?|(?!.*\.\.)(?:\./)?\w[\w./-]*)", re.ASCII
+    ),
+    "pipeline_tag": re.compile(r"[a-z][a-z0-9-]{0,63}", re.ASCII),
+}
+TEMPLATE = b"# Model Card for Model ID"
+PLAIN_KEY = re.compile(r"[a-z][a-z_]{0,40}")  # of a measure that this release does not know
+CLASS = re.compile(r"[A-Za-z_]\w{0,100}", re.ASCII)
+OUT = "out"
+HERE = '"."  # this folder, or the repository\'s id'  # in a snippet, until it is known where it goes
+MODELS_OF_TASKS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+DONE = {
+    "merge": "This model is a base with {adapters} folded into its weights.",
+    "rescale": "This adapter is another at another strength.",
+    "combine": "This adapter is {adapters} combined.",
+    "resize": "This adapter is another at other ranks.",
+    "extract": "This adapter is the difference of two models.",
+}
+MEASURED = {
+    "norm": "‖ΔW‖ (Frobenius)",
+    "predicted": "relative error of the ranks",
+    "achieved": "relative error as stored",
+    "truncated": "relative error of the cut",
+    "stored": "relative error of storing",
+    "error": "relative error as stored",
+    "parameters_before": "parameters before",
+    "parameters": "parameters",
+    "bytes_before": "bytes of factors before",
+    "bytes": "bytes of factors",
+    "energy_kept": "part of ‖ΔW‖² kept",
+}
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a card inherits of the cards of its inputs."""
+
+    fields: Mapping[str, str]
+    disputed: tuple[str, ...] = ()  # licences that differ, so that none is chosen
+
+
+def command(name: str, inputs: Sequence[str | os.PathLike[str]], options: Options, out: bool = True) -> str:
+    """The command line that repeats a run: `name` on these inputs, with these options.
+
+    Inputs from the Hub are named with their commit, local ones by their last name: a card tells nobody's folders.
+    """
+    words = ["loratool", name, *map(operand, inputs), *options.words(), *(("-o", OUT) if out else ())]
+    return without_secrets(shlex.join(words))
+
+
+def operand(path: Any) -> str:
+    """An input as a card names it."""
+    origin = origin_of(Path(path))
+    return str(origin) if origin else f"./{printable(os.path.basename(os.path.abspath(path)))}"
+
+
+def terms_of(*folders: Path) -> Terms:
+    """What the cards of these folders say of licence and task; of a task the first that is told."""
+    found = [front_matter(folder / CARD) for folder in folders]
+    licences = dict.fromkeys((f.get("license", ""), f.get("license_name", "")) for f in found if "license" in f)
+    merged: dict[str, str] = {}
+    for fields in found:
+        for key, value in fields.items():
+            if len(licences) <= 1 or key == "pipeline_tag":
+                merged.setdefault(key, value)
+    return Terms(merged, tuple(name or licence for licence, name in licences) if len(licences) > 1 else ())
+
+
+def front_matter(card: Path) -> dict[str, str]:
+    """The plain entries of a card's front matter that others inherit."""
+    text = content_of(card).decode("utf-8", "replace")
+    match = re.match(r"﻿?---[ \t]*\r?\n(.*?)\n---", text, re.DOTALL)
+    found: dict[str, str] = {}
+    for line in (match[1] if match else "").splitlines():
+        key, colon, value = line.partition(":")
+        value = value.split(" #")[0].strip().strip("'\"")
+        if colon and key in TERMS and TERMS[key].fullmatch(value):
+            found[key] = value
+    return found
+
+
+def card(provenance: Mapping[str, Any], config: Mapping[str, Any], terms: Terms, place: str = ".") -> bytes:
+    """README.md of a result. `config` is its config.json or adapter_config.json, `place` what it is loaded from."""
+    verb = str(provenance.get("made_by", "")).removeprefix("loratool ")
+    adapters = [a for a in (provenance.get("adapters") or [provenance.get("adapter")]) if isinstance(a, Mapping)]
+    plain_model = not verb and not config.get("peft_type")
+    base = "" if plain_model else base_id(provenance, config)  # what a config calls itself is no base
+    lora = config.get("peft_type") in (None, "LORA")
+    title = "Merged model" if verb == "merge" else "Model" if plain_model else f"{'LoRA' if lora else 'PEFT'} adapter"
+    parts = [
+        "---",
+        *front(verb, base, adapters, config, terms),
+        "---",
+        "",
+        f"# {title}",
+        "",
+        MARK,
+        "",
+        DONE.get(
+            verb, "Nobody has described this model yet." if plain_model else "This adapter was trained with PEFT."
+        ).format(adapters="an adapter" if len(adapters) == 1 else f"{len(adapters)} adapters"),
+        *section("Made of", lineage(provenance, adapters, base)),
+        *section("How", how(provenance)),
+        *section("Measured", measured(provenance, config)),
+        *section("Use", snippet("merge" if plain_model else verb, base, config, place)),
+        *section("Licence", licence(terms)),
+    ]
+    return ("\n".join(parts) + "\n").encode()
+
+
+def section(title: str, lines: Sequence[str]) -> list[str]:
+    return ["", f"## {title}", "", *lines] if lines else []
+
+
+def base_id(provenance: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """The base's id on the Hub; empty where none is known."""
+    base = provenance.get("base")
+    told = [
+        str(base.get("hub", "")).split("@")[0] if isinstance(base, Mapping) else "",
+        str(base.get("id", "")) if isinstance(base, Mapping) else "",
+        str(config.get("base_model_name_or_path") or ""),
+        str(config.get("_name_or_path") or ""),
+    ]
+    return next((name for name in told if is_hub_id(name)), "")
+
+
+def front(
+    verb: str, base: str, adapters: Sequence[Mapping[str, Any]], config: Mapping[str, Any], terms: Terms
+) -> Iterator[str]:
+    """The lines of the front matter: YAML whose scalars are all JSON."""
+    fields: dict[str, Any] = {}
+    several = verb == "merge" and len(adapters) > 1
+    model = verb == "merge" or not (verb or config.get("peft_type"))
+    if base:
+        parts = [str(adapter.get("hub", "")).split("@")[0] for adapter in adapters] if several else []
+        fields["base_model"] = list(dict.fromkeys([base, *filter(is_hub_id, parts)]))
+        fields["base_model_relation"] = "adapter" if verb != "merge" else "merge" if several else "finetune"
+    if not model:
+        fields["library_name"] = "peft"
+    elif config.get("model_type") or config.get("architectures"):
+        fields["library_name"] = "transformers"
+    fields |= terms.fields
+    lora = ["lora"] if verb == "merge" or (not model and config.get("peft_type") in (None, "LORA")) else []
+    fields["tags"] = ["loratool", *lora, *(["merge"] if verb == "merge" else [] if model else ["peft"])]
+    for key, value in sorted(fields.items()):
+        if isinstance(value, list):
+            yield f"{key}:"
+            yield from (f"- {quoted(item)}" for item in value)
+        else:
+            yield f"{key}: {quoted(value)}"
+
+
+def quoted(value: str) -> str:
+    return json.dumps(printable(value), ensure_ascii=False)
+
+
+def lineage(provenance: Mapping[str, Any], adapters: Sequence[Mapping[str, Any]], base: str) -> list[str]:
+    """A table of all inputs with their commits and checksums."""
+    models = {role: provenance.get(role) for role in ("base", "tuned")}
+    rows = [f"| {role} | {named(entry)} | | | |" for role, entry in models.items() if isinstance(entry, Mapping)]
+    if not rows and base:
+        rows.append(f"| base | {cell(base)} | | | |")
+    weights = provenance.get("weights")
+    for number, entry in enumerate(adapters):
+        weight = entry.get("weight", weights[number] if isinstance(weights, list) and number < len(weights) else "")
+        digests = entry.get("sha256")
+        sha256 = next(iter(digests.values()), "") if isinstance(digests, Mapping) else ""
+        shown = f"{weight:g}" if isinstance(weight, float) else figure(weight)
+        rows.append(
+            f"| adapter | {named(entry)} | {shown} | {cell(entry.get('rank', ''))} | {cell(str(sha256)[:16])} |"
+        )
+    return ["| | what | weight | rank | SHA-256 begins |", "|---|---|---|---|---|", *rows] if rows else []
+
+
+def named(entry: Mapping[str, Any]) -> str:
+    return cell(entry.get("hub") or entry.get("name") or "?")
+
+
+def cell(text: object) -> str:
+    """Text as a table's cell: nothing in it is markup."""
+    safe = printable(text).replace("`", "'").replace("|", "¦")
+    return f"`{safe}`" if safe else ""
+
+
+def label(key: str) -> str:
+    """The name of a number as a table's cell: in words where it is one of ours, else as code."""
+    return MEASURED.get(key) or (key.replace("_", " ") if PLAIN_KEY.fullmatch(key) else cell(key))
+
+
+def how(provenance: Mapping[str, Any]) -> list[str]:
+    lines: list[str] = []
+    if isinstance(words := provenance.get("command"), str):
+        lines += ["```console", f"$ {printable_command(words)}", "```", ""]
+    versions = provenance.get("versions")
+    rows = [(str(k), v) for k, v in versions.items()] if isinstance(versions, Mapping) else []
+    settings = {
+        key: provenance[key]
+        for key in ("method", "rule", "rank", "density", "seed", "dtype")
+        if provenance.get(key) not in (None, "keep")
+    }
+    lines += [f"- {cell(key)}: {cell(value)}" for key, value in (*settings.items(), *rows)]
+    return lines
+
+
+def printable_command(words: str) -> str:
+    """A command of any length on one line."""
+    return escaped(words).replace("```", "'''")
+
+
+def measured(provenance: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    rows: list[tuple[str, object]] = []  # cells
+    if isinstance(tensors := provenance.get("tensors"), Mapping):
+        rows += [(f"tensors {label(str(key))}", value) for key, value in tensors.items()]
+    if isinstance(rank := config.get("r"), int):
+        pattern = config.get("rank_pattern")
+        ranks = (
+            sorted({rank, *(v for v in pattern.values() if isinstance(v, int))})
+            if isinstance(pattern, dict)
+            else [rank]
+        )
+        rows.append(("rank", rank if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"))
+    table = provenance.get("measured")
+    for key, value in table.items() if isinstance(table, Mapping) else ():
+        if isinstance(value, Mapping):
+            rows += [(f"{label(key)}: {cell(name)}", number) for name, number in value.items()]
+        else:
+            rows.append((label(key), value))
+    shown = [(key, figure(value)) for key, value in rows if value is not None]
+    return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in shown)] if shown else []
+
+
+def figure(value: object) -> str:
+    """A number as a table's cell; anything else as code."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value) if type(value) is int and abs(value) < 10**18 else cell(value)
+
+
+def snippet(verb: str, base: str, config: Mapping[str, Any], place: str) -> list[str]:
+    """Python that loads the result, from the folder it is in or from its repository; empty where none is known to."""
+    where = json.dumps(printable(place)) if place != "." else HERE
+    if verb == "merge":
+        if not (config.get("model_type") or config.get("architectures")):
+            return []  # weights alone
+        classes, own = config.get("architectures"), config.get("auto_map")
+        name = classes[0] if isinstance(classes, list) and classes and isinstance(classes[0], str) else "AutoModel"
+        name = name if CLASS.fullmatch(name) else "AutoModel"
+        name = "AutoModelForCausalLM" if name.endswith(("ForCausalLM", "LMHeadModel")) else name
+        trust = ""
+        if isinstance(own, Mapping):  # code of the model's own: its classes are not in transformers
+            named = [key for key in own if isinstance(key, str) and re.fullmatch(r"AutoModel\w*", key, re.ASCII)]
+            name = name if name in named or not named else named[-1]
+            trust = ", trust_remote_code=True" if named else ""
+        return [
+            "```python",
+            f"from transformers import {name}",
+            "",
+            f"place = {where}",
+            f"model = {name}.from_pretrained(place{trust})",
+            "```",
+        ]
+    name = MODELS_OF_TASKS.get(str(config.get("task_type"))) or trained_class(config) or "AutoModel"
+    return [
+        "```python",
+        "from peft import PeftModel",
+        f"from transformers import {name}",
+        "",
+        f"base = {name}.from_pretrained({json.dumps(printable(base or 'BASE'))})",
+        f"place = {where}",
+        "model = PeftModel.from_pretrained(base, place)",
+        "```",
+    ]
+
+
+def trained_class(config: Mapping[str, Any]) -> str:
+    """The class of transformers that PEFT notes for an adapter without a task; empty where it does not."""
+    noted = config.get("auto_mapping")
+    found = noted.get("base_model_class") if isinstance(noted, Mapping) else None
+    if not isinstance(found, str) or not CLASS.fullmatch(found):
+        return ""
+    return found if str(noted and noted.get("parent_library")).startswith("transformers.") else ""
+
+
+def licence(terms: Terms) -> list[str]:
+    if terms.disputed:
+        listed = ", ".join(map(cell, terms.disputed))
+        return [
+            f"The inputs have different licences ({listed}); which of them hold for this is for its publisher to say."
+        ]
+    if "license" in terms.fields:
+        return [f"{cell(terms.fields.get('license_name') or terms.fields['license'])}, as the inputs say."]
+    return []
+
+
+def is_nobodys(path: Path | None) -> bool:
+    """Whether nobody has written a card or taken it for their own: one made here for another result, or a template."""
+    return path is not None and (MARK.encode() in (text := content_of(path)) or TEMPLATE in text)
+
+
+def addressed(path: Path, place: str) -> bytes | None:
+    """A card of ours whose code loads from `place` in place of its own folder; None for any other."""
+    text, here = content_of(path), f"place = {HERE}\n".encode()
+    if MARK.encode() not in text or text.count(here) != 1 or len(text) == LARGEST_CARD:
+        return None
+    return text.replace(here, f"place = {json.dumps(printable(place))}\n".encode())
+
+
+def is_template(path: Path) -> bool:
+    """Whether it is what PEFT and transformers put where a card belongs."""
+    return TEMPLATE in content_of(path)
+
+
+def content_of(path: Path) -> bytes:
+    """The text of a card, as far as it is looked at; empty where there is none."""
+    if not path.exists():
+        return b""
+    with open(open_regular(path), "rb") as stream:
+        return stream.read(LARGEST_CARD)
+
+
+def card_of(folder: Path, place: str) -> bytes:
+    """The card of a finished model or adapter, from the files in its folder alone, of which none must be there.
+
+    Raises `InputError` where one of them is malformed.
+    """
+
+    def table(name: str) -> dict[str, Any]:
+        path = folder / name
+        return read_json(path, repeated=True, lenient=True) if path.exists() else {}
+
+    provenance = table("loratool.json")
+    adapter = (folder / "adapter_config.json").is_file()
+    return card(provenance, table("adapter_config.json" if adapter else "config.json"), terms_of(folder), place)

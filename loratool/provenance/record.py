@@ -1,0 +1,94 @@
+"""Is a folder still what loratool wrote? Every file that its own `loratool.json` lists is read and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import TYPE_CHECKING, Any
+
+from loratool.errors import InputError, LoratoolError, VerificationError, printable
+from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, walk
+from loratool.files.digests import Digest, read_recorded, why_unlike
+from loratool.files.inputs import read_json
+from loratool.notes import Note
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# What a model or an adapter computes depends on these; all others are files that people edit.
+DECISIVE = ("*.safetensors", f"*{INDEX_SUFFIX}", "config.json", "adapter_config.json")
+MOST_NAMED = 5  # files that a note repeats
+WAY_OUT = f"make it again, or, if it was changed on purpose, remove {PROVENANCE}, which no longer describes it"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a folder differs from its record."""
+
+    problems: tuple[str, ...] = ()  # each names a file
+    notes: tuple[Note, ...] = ()
+
+
+def compare(folder: Path, only: str = "") -> Comparison:
+    """Every listed file of a folder, held to its digest; of a folder without a `loratool.json` there is nothing to say.
+
+    A file that decides what is computed, and is missing or another than was written, is a problem; of any other it is a
+    note, and so are files that the record does not list. `only` is the one file of the folder that is meant.
+    """
+    record = folder / PROVENANCE
+    if not record.is_file():
+        return Comparison()
+    try:
+        table = read_json(record)
+    except LoratoolError as error:
+        return Comparison((f"{PROVENANCE}: cannot be read, so that nothing is compared with it ({error.message})",))
+    listed = read_recorded(table)
+    if only:
+        listed = {name: digest for name, digest in listed.items() if name == only}
+    problems: list[str] = []
+    notes = list(notes_of(folder, table, listed, only))
+    for name, digest in sorted(listed.items()):
+        if not (reason := why_other(folder / name, digest)):
+            continue
+        if is_decisive(name):
+            problems.append(f"{printable(name)}: {reason}")
+        else:
+            notes.append(Note("edited-since", f"{printable(name)} {reason}: it was edited, or damaged"))
+    return Comparison(tuple(problems), tuple(notes))
+
+
+def check(folder: Path) -> tuple[Note, ...]:
+    """The notes of a comparison; raises `VerificationError` naming every file with a problem."""
+    found = compare(folder)
+    if found.problems:
+        raise VerificationError(
+            f"{printable(folder)}: is not what {PROVENANCE} says was written; {WAY_OUT}:", found.problems
+        )
+    return found.notes
+
+
+def is_decisive(name: str) -> bool:
+    return any(fnmatch(name.rpartition("/")[2], pattern) for pattern in DECISIVE)
+
+
+def why_other(path: Path, digest: Digest) -> str:
+    """Empty where a file holds what was written; else what is wrong with it."""
+    try:
+        return why_unlike(path, digest)
+    except InputError:
+        return "is not a regular file, or it changed while it was read"
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+
+
+def notes_of(folder: Path, table: Mapping[str, Any], listed: Mapping[str, Digest], only: str) -> Iterator[Note]:
+    """What the record does not say."""
+    if not isinstance(table.get("files"), Mapping):
+        lists = "the weights alone" if listed else "no files"
+        text = f"{PROVENANCE} lists {lists}, as loratool 0.1.0 wrote it: other files are not compared with what was written"
+        yield Note("record-is-partial", text)
+    elif not only and (unlisted := [n for n in sorted(walk(folder, [])) if n not in listed and n != PROVENANCE]):
+        more = f" and {len(unlisted) - MOST_NAMED} more" if len(unlisted) > MOST_NAMED else ""
+        named = ", ".join(map(printable, unlisted[:MOST_NAMED])) + more
+        yield Note("not-in-record", f"{PROVENANCE} does not list {named}: added since, so not compared")

@@ -1,0 +1,287 @@
+"""Which files of a folder are a model or an adapter, and may be shown to others. All that is not known stays here."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from loratool.adapters.formats import read_adapter
+from loratool.adapters.formats.peft import CONFIG, INDEX, recognises
+from loratool.adapters.weight_files import WeightFile, fates
+from loratool.errors import InputError, UsageError, printable
+from loratool.fetching.bases import named_base
+from loratool.files.checkpoint import PROVENANCE, TRAINING_FOLDERS, leaves, open_checkpoint, sort_side_files
+from loratool.files.digests import digest_of_bytes, read_recorded, recorded
+from loratool.files.inputs import json_object, read_bounded
+from loratool.files.journal import MODEL, is_stage
+from loratool.files.safefile import PREFIX
+from loratool.notes import Note
+from loratool.provenance.cards import CARD, addressed, card_of, is_template
+from loratool.provenance.secrets import secrets_in
+from loratool.publishing.committing import Upload
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+# What a model or an adapter is made of beside its weights; anything else is sent only where --include names it.
+KNOWN = (
+    *("*.json", "*.txt", "*.md", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.spm", "*.vocab", "*.yaml", "*.yml"),
+    *("*.safetensors", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp"),
+    *("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*"),
+)
+# What is never sent, whatever is included: secrets, what training left, and what is not finished.
+SECRET = (
+    *("*.env", "env", "token", "tokens", "*.token", "*_token", "*token.txt", "netrc", "_netrc", "id_rsa*", "id_dsa*"),
+    *("id_ecdsa*", "id_ed25519*", "*.pem", "*.key", "*.p12", "*.pfx", "*credential*", "*secret*", "*password*"),
+    *("token.*", "*[_-]token.json", "hf[_-]token*", "*api[_-]key*", "*private[_-]key*", "kaggle.json"),
+)
+TRAINING = (
+    *(
+        "optimizer*",
+        "*optim_states*",
+        "scheduler.pt",
+        "rng_state*",
+        "scaler.pt",
+        "trainer_state.json",
+        "training_args.*",
+    ),
+    *("events.out.tfevents*", "*.distcp", "*.pyc", "latest", "zero_to_fp32.py", "*[_-]checkpoint", "*-checkpoint-*"),
+    "pytorch_model_fsdp*",
+)
+UNFINISHED = (
+    "*.partial",
+    "*.streaming",
+    "*.incomplete",
+    "*.lock",
+    "*.tmp",
+    "*.part",
+    "*.crdownload",
+    "*.swp",
+    "*~",
+    "cache",
+    "*.cache",
+    "*[_-]cache",
+    "venv",
+    "site-packages",
+    "node_modules",
+)
+MOST_LINES = 5  # of one file with secrets that a message names
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What would be sent."""
+
+    kind: Literal["model", "adapter"]
+    uploads: tuple[Upload, ...]
+    left_out: tuple[str, ...]  # with the reason
+    notes: tuple[Note, ...]
+
+
+def select(
+    root: Path, include: Sequence[str], exclude: Sequence[str], card: bool, place: str, allow_secret: Sequence[str] = ()
+) -> Selection:
+    """The files of a finished model or adapter.
+
+    Args:
+        root: its folder.
+        include: patterns of more files, as in `fnmatch`; secrets and training states are not to be had.
+        exclude: patterns of files to leave out.
+        card: whether README.md is made from provenance though there is one.
+        place: the repository, for a card that is made.
+        allow_secret: patterns of files that hold no secret although it looks so.
+
+    Raises:
+        UsageError: no folder, or what makes it a model is excluded.
+        InputError: neither a model nor an adapter, unfinished, or a file holds a secret.
+    """
+    if not root.is_dir():
+        raise UsageError(f"{printable(root)}: not a folder; PATH must be the folder of a model or an adapter")
+    if is_stage(root) or (root.name == MODEL and is_stage(root.parent)):
+        raise InputError(f"{printable(root)}: the output of a merge that is not finished; run that merge again first")
+    kind, needed, others, left_out, beside = contents(root)
+    names = list(dict.fromkeys([*needed, *others]))
+    extra = [name for name in walk(root) if matches(name, include) and name not in names]
+    chosen: list[str] = []
+    for name in [*names, *extra]:
+        reason = why_not(root, name, include, exclude, name in needed)
+        if not reason:
+            chosen.append(name)
+        elif name in needed:
+            raise UsageError(f"{printable(name)}: left out ({reason}), without which this is no {kind}")
+        else:
+            left_out.append(f"{printable(name)} ({reason})")
+    taken = {*map(printable, extra)} & {*map(printable, chosen)}
+    left_out = [line for line in left_out if line.rpartition(" (")[0] not in taken]
+    uploads = {name: Upload(name, root / name) for name in chosen}
+    notes = [*fates(beside, carried=chosen, otherwise="not sent")]
+    if CARD not in uploads or card or is_template(root / CARD):
+        if not matches(CARD, exclude):
+            uploads[CARD] = Upload(CARD, content=card_of(root, place))
+            notes.append(
+                Note(
+                    "card-made",
+                    f"{CARD} is made from {PROVENANCE}" if (root / PROVENANCE).is_file() else f"{CARD} is made",
+                )
+            )
+    elif there := addressed(root / CARD, place):
+        uploads[CARD] = Upload(CARD, content=there)
+        notes.append(Note("card-made", f"{CARD} is the one made here, with code that loads {printable(place)}"))
+    else:
+        notes.append(Note("card-kept", f"{CARD} is kept as it is; --card sends one made from {PROVENANCE}"))
+    if CARD in uploads and (made := uploads[CARD].content) is not None and PROVENANCE in uploads:
+        uploads[PROVENANCE] = Upload(PROVENANCE, content=listing(root / PROVENANCE, CARD, made))
+    notes += check_secrets(printable(root), uploads.values(), allow_secret)
+    if kind == "adapter" and os.path.isabs(base := named_base(root)):
+        notes.append(
+            Note(
+                "local-base-path",
+                f"{CONFIG} names the base by a folder of this machine, which everybody reads and nobody finds: "
+                f"{printable(base)}; put its id on the Hub there",
+            )
+        )
+    hidden = [f"{printable(name)} (hidden)" for name in hidden_files(root)]
+    return Selection(kind, tuple(uploads[n] for n in sorted(uploads)), (*sorted({*left_out, *hidden}),), tuple(notes))
+
+
+def listing(path: Path, name: str, content: bytes) -> bytes:
+    """A `loratool.json` that lists a file with another content; as it is where it is none, or lists no side files."""
+    raw = read_bounded(path)
+    try:
+        table = json_object(raw, lenient=True)
+    except ValueError:
+        return raw
+    if not isinstance(table.get("files"), dict):
+        return raw
+    files = {**read_recorded(table), name: digest_of_bytes(content)}
+    return (json.dumps({**table, "files": recorded(files)}, indent=2) + "\n").encode()
+
+
+def contents(
+    root: Path,
+) -> tuple[Literal["model", "adapter"], list[str], list[str], list[str], tuple[WeightFile, ...]]:
+    """The kind, what it cannot do without, what belongs to it, what does not with the reason, and other weights."""
+    beside: tuple[WeightFile, ...] = ()
+    if recognises(root) and not (root / "config.json").exists():
+        adapter = read_adapter(root)
+        if adapter.folder != root:
+            raise UsageError(f"{printable(root)}: the adapter is in its subfolder; push {printable(adapter.folder)}")
+        weights = [part.path.relative_to(root).as_posix() for part in adapter.file.files]
+        weights += [INDEX] if adapter.file.path.name == INDEX else []
+        others, left_out = sort_side_files(root, {*weights})
+        left_out = [line for line in left_out if not line.startswith(f"{CONFIG} (")]
+        beside = adapter.beside
+        trained = [file.name for file in beside if file.counts and file.is_safetensors and file.name not in others]
+        left_out = [line for line in left_out if line.rpartition(" (")[0] not in map(printable, trained)]
+        kept, needed = [*others, *trained, PROVENANCE], [*weights, CONFIG]
+        kind: Literal["model", "adapter"] = "adapter"
+    else:
+        checkpoint = open_checkpoint(root)
+        needed = [shard.path.relative_to(root).as_posix() for shard in checkpoint.shards]
+        needed += [checkpoint.index.name] if checkpoint.index else []
+        kept, left_out, kind = [*checkpoint.side_files, PROVENANCE], list(checkpoint.left_out), "model"
+    left_out = [line for line in left_out if not line.startswith(f"{PROVENANCE} (")]
+    return kind, needed, [name for name in kept if (root / name).is_file()], left_out, beside
+
+
+def why_not(root: Path, name: str, include: Sequence[str], exclude: Sequence[str], weights: bool = False) -> str:
+    """Empty for a file that may be sent; else the reason it is not. Links of `weights` have been followed and read."""
+    if reason := never(name):
+        return reason
+    if not (root / name).is_file() or (leaves(root, name) and not weights):
+        return "no file of this folder"
+    if matches(name, exclude):
+        return "excluded"
+    return "" if matches(name, include) else unknown(name)
+
+
+def unknown(name: str) -> str:
+    """Empty for a file that models are made of; else the reason why it stays here."""
+    return "" if matches(name, KNOWN) else "no file that models are made of; --include sends it"
+
+
+def never(name: str) -> str:
+    """Empty for a file that may be sent where it is asked for; else the reason why it never is."""
+    parts = name.split("/")
+    if any(part.startswith(".") for part in parts):
+        return "hidden"
+    if any(fnmatch(part.lower(), pattern) for part in parts for pattern in SECRET):
+        return "may hold a secret"
+    if any(fnmatch(part.lower(), pattern) for part in parts for pattern in (*TRAINING, *TRAINING_FOLDERS)):
+        return "left by training"
+    if any(fnmatch(part.lower(), pattern) for part in parts for pattern in UNFINISHED):
+        return "unfinished, or a cache"
+    return ""
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a pattern fits the path or its last part."""
+    return any(fnmatch(name, pattern) or fnmatch(name.rpartition("/")[2], pattern) for pattern in patterns)
+
+
+def walk(root: Path) -> Iterator[str]:
+    for folder, _, files in os.walk(root):
+        for name in sorted(files):
+            yield Path(folder, name).relative_to(root).as_posix()
+
+
+def hidden_files(root: Path) -> Iterator[str]:
+    """Hidden files and folders, not those inside hidden folders."""
+    for folder, folders, files in os.walk(root):
+        yield from (Path(folder, n).relative_to(root).as_posix() for n in (*folders, *files) if n.startswith("."))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+
+
+def check_secrets(shown: str, uploads: Iterable[Upload], allowed: Sequence[str]) -> list[Note]:
+    """A note for each secret in files that the user allows; raises `InputError` naming file and line of all others.
+
+    Of weights the header is looked at, which holds what training wrote into it; of any other file everything.
+    """
+    problems: list[str] = []
+    notes: list[Note] = []
+    for upload in uploads:
+        found = list(dict.fromkeys(secrets_in(header_parts(upload) if is_weights(upload.name) else upload.parts())))
+        told = [f"{printable(upload.name)}, line {line}: {title}" for line, title in found[:MOST_LINES]]
+        if more := Counter(title for _, title in found[MOST_LINES:]):
+            listed = ", ".join(f"{title} ×{count}" for title, count in more.items())
+            told.append(f"{printable(upload.name)}, further lines: {listed}")
+        if matches(upload.name, allowed):
+            notes += [
+                Note("secret-allowed", f"{line} is sent, as --allow-secret says that it is none") for line in told
+            ]
+        else:
+            problems += told
+    if problems:
+        raise InputError(
+            f"{shown}: files hold what looks like a secret; take it out, leave the file out with --exclude FILE, or say "
+            "with --allow-secret FILE that it is none:",
+            problems,
+        )
+    return notes
+
+
+def check_message(message: str | None) -> None:
+    """Raise `UsageError` where a commit's message holds a secret."""
+    for _, title in secrets_in([(message or "").encode(errors="surrogateescape")]):
+        raise UsageError(f"the message of the commit holds what looks like {title}")
+
+
+def is_weights(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
+def header_parts(upload: Upload) -> Iterator[bytes]:
+    """The header of a safetensors file: its first 8 bytes tell how long it is."""
+    left = PREFIX
+    for part in upload.parts():
+        if left == PREFIX:
+            left += int.from_bytes(part[:PREFIX], "little")
+        yield part[:left]
+        left -= len(part)
+        if left <= 0:
+            return

@@ -1,0 +1,1 @@
+"""Adapters out of adapters: rescale, resize, combine, extract, compare."""

@@ -1,0 +1,305 @@
+"""What several adapters hold of each weight: layers side by side, and one of everything beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from loratool.adapters.adapter import StoredTensor, same_values
+from loratool.adapters.formats.peft.spelling import Names, token_rows, was_inside
+from loratool.adapters.layers import Contents, Kind, Layer
+from loratool.adapters.ranks import by_pattern
+from loratool.adapters.writer import Carried, add_copies, add_missing_biases, torch_dtype
+from loratool.algebra.methods.coefficients import cancel
+from loratool.bases.binding.orientation import peft_version
+from loratool.errors import FitError, UsageError, printable
+from loratool.files.safefile import FLOAT_NAMES
+from loratool.notes import Note
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from loratool.algebra.lowrank import Product
+
+SAVED = ("refuse", "first", "mean")  # what to do where adapters have saved different values for one tensor
+Weight = float | Mapping[str, float]  # of an adapter; by pattern, with "default" for what none matches
+
+
+@dataclass(frozen=True)
+class Share:
+    """One adapter's part in a layer."""
+
+    adapter: int  # which of them
+    layer: Layer
+    weight: float
+    turned: bool = False  # the factors of a parameter act the other way round than those of the first adapter
+
+    def load(self, sources: Sequence[Contents], device: torch.device, dtype: torch.dtype) -> Product:
+        """ΔW, scaling included, weight not."""
+        from loratool.algebra.lowrank import Product
+
+        found = sources[self.adapter].load(self.layer.target, device, dtype)
+        return Product(found.down.mT, found.up.mT, found.rounding) if self.turned else found
+
+
+def named_apart(sources: Sequence[Contents]) -> list[Contents]:
+    """The same adapters with names that tell them apart."""
+    seen: dict[str, int] = {}
+    found = []
+    for source in sources:
+        seen[source.name] = seen.get(source.name, 0) + 1
+        more = f" ({seen[source.name]})" if seen[source.name] > 1 else ""
+        adapter = dataclasses.replace(source.adapter, name=source.name + more)
+        found.append(dataclasses.replace(source, adapter=adapter))
+    return found
+
+
+def gather(sources: Sequence[Contents], weights: Sequence[Weight]) -> dict[str, tuple[Share, ...]]:
+    """The shares in each layer that any adapter has, in the adapters' order.
+
+    Raises `FitError` naming every weight that adapters see in different shapes, and every one with which they do
+    different kinds of things.
+    """
+    shares: dict[str, list[Share]] = {}
+    problems: list[str] = []
+    for at, (source, weight) in enumerate(zip(sources, weights, strict=True)):
+        each = weights_of(source, weight)
+        for target, layer in source.layers.items():
+            before = shares.setdefault(target, [])
+            turned: bool | None = False
+            if before:
+                first, other = before[0].layer, sources[before[0].adapter]
+                turned = is_turned(other, source, first, layer)
+                if turned is None:
+                    versions = [printable(s.config.get("peft_version")) for s in (other, source)]
+                    problems.append(
+                        f"{printable(target)}: {shown(first)}, which PEFT {' and '.join(versions)} may have stored the "
+                        "other way round; combine adapters of one release"
+                    )
+                elif seen(layer, turned) != first.form:
+                    problems.append(
+                        f"{printable(target)}: {shown(first)} in {other.name}, {shown(layer)} in {source.name}"
+                    )
+            before.append(Share(at, layer, each[target], bool(turned)))
+    problems += [
+        f"{printable(target)}: saved whole in {', '.join(whole)}, adapted in others"
+        for target in shares
+        if (whole := [s.name for s in sources if target in s.saved])
+    ]
+    if problems:
+        raise FitError("these adapters are not of one base, or not of one kind:", problems)
+    return {target: tuple(found) for target, found in shares.items()}
+
+
+def seen(layer: Layer, turned: bool) -> tuple[object, ...]:
+    kind, experts, rows, columns, kernel = layer.form
+    return (kind, experts, columns, rows, kernel) if turned else layer.form
+
+
+def is_turned(one: Contents, other: Contents, first: Layer, layer: Layer) -> bool | None:
+    """Whether two releases of PEFT gave the factors of a parameter the other sides; None where nothing tells.
+
+    Shapes show it: its own, or, where it is square, those of the parameters beside it.
+    """
+    if layer.kind is not Kind.PARAMETER or first.kind is not Kind.PARAMETER:
+        return False
+    if first.rows != first.columns:
+        return swapped(first, layer)
+    if layer.experts == 1 or release(one) == release(other):
+        return False
+    beside = layer.target.rpartition(".")[0]
+    shown = {
+        swapped(one.layers[target], found)
+        for target, found in other.layers.items()
+        if target.rpartition(".")[0] == beside and target in one.layers
+        if found.kind is Kind.PARAMETER and found.rows != found.columns
+    }
+    return shown.pop() if len(shown) == 1 else None
+
+
+def swapped(first: Layer, layer: Layer) -> bool:
+    return (layer.rows, layer.columns) == (first.columns, first.rows)
+
+
+def release(source: Contents) -> int:
+    """PEFT stored parameters one way before 0.19.0, another in it, and a third from then on."""
+    version = peft_version(source.config.get("peft_version"))
+    return (version >= (0, 19, 0)) + (version > (0, 19, 0))
+
+
+def shown(layer: Layer) -> str:
+    experts = f"{layer.experts} experts of " if layer.kind is Kind.PARAMETER else ""
+    kernel = f", kernel {' × '.join(map(str, layer.kernel))}" if layer.kernel else ""
+    return f"{layer.kind.value} {experts}{layer.rows} × {layer.columns}{kernel}"
+
+
+def weights_of(source: Contents, weight: Weight) -> dict[str, float]:
+    """The weight of each of an adapter's layers; raises `UsageError` for numbers and patterns that mean nothing."""
+    table = dict(weight) if isinstance(weight, Mapping) else {"default": weight}
+    for pattern, value in table.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise UsageError(f"{source.name}: the weight of {printable(pattern)} is {printable(value)}, no number")
+    usual = float(table.pop("default", 1.0))
+    found = by_pattern(table, source.layers, f"weights of {source.name}")
+    return {target: float(found.get(target, usual)) for target in source.layers}
+
+
+def usual_weight(weight: Weight) -> float:
+    """The weight of what is in no layer of its own."""
+    return float(weight.get("default", 1.0)) if isinstance(weight, Mapping) else float(weight)
+
+
+@dataclass
+class Beside:
+    """Everything but the factors of several adapters, made one by a stated rule."""
+
+    sources: Sequence[Contents]
+    weights: Sequence[Weight]
+    names: Names
+    policy: str
+    factor: float = 1.0  # of sums of biases
+    normalize: bool = False  # divide them by the weights of all that have the layer
+    carried: Carried = field(default_factory=Carried)
+    problems: list[str] = field(default_factory=list)
+    overflows: list[str] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
+
+    def collect(self) -> Carried:
+        """Biases of lora_B add up with the weights; what is saved whole or by rows stays, and where adapters differ
+        about it, the policy decides. Raises `FitError` telling every difference that it refuses.
+        """
+        for source in self.sources:
+            source.check_beside()
+        self.add_biases()
+        self.keep_saved()
+        self.keep_rows()
+        add_copies(self.carried, self.sources)
+        if self.problems:
+            raise FitError(
+                "adapters have saved different values, which do not add up; --saved first or --saved mean decides:",
+                self.problems,
+            )
+        return self.carried
+
+    def add_biases(self) -> None:
+        """λ Σ w · s · bias for every layer that has one."""
+        import torch
+
+        total: dict[str, Tensor] = {}
+        divisors: dict[str, float] = {}
+        dtypes: dict[str, torch.dtype] = {}
+        for source, weight in zip(self.sources, self.weights, strict=True):
+            each = weights_of(source, weight)
+            for target, own in each.items():
+                name = f"{target.removesuffix('weight')}bias"
+                divisors[name] = divisors.get(name, 0.0) + own if self.normalize else 1.0
+            for target, bias in source.biases.items():
+                value: Any = bias.value
+                own = each.get(f"{target.removesuffix('bias')}weight", usual_weight(weight))
+                part = source.load_bias(target) * own
+                total[target] = total[target] + part if target in total else part
+                dtypes[target] = torch.promote_types(
+                    dtypes.get(target, torch_dtype(value.info.dtype)), torch_dtype(value.info.dtype)
+                )
+        for target, bias_sum in total.items():
+            weight_target = f"{target.removesuffix('bias')}weight"
+            bias_whole = (bias_sum * self.factor / (divisors.get(target) or 1.0)).to(dtypes[target])
+            if not bool(bias_whole.isfinite().all()):
+                dtype = str(dtypes[target]).removeprefix("torch.")
+                self.overflows.append(f"{printable(target)}: the sum of biases overflows {dtype}")
+            self.carried.tensors[self.names.bias(weight_target)] = bias_whole
+        if self.overflows:
+            raise FitError("biases are stored as the adapters have them, and do not fit:", self.overflows)
+        without = [t for t, kind in self.names.kinds.items() if not kind.has_bias]
+        if total and without:
+            raise FitError(
+                "some adapters have biases (lora_bias), which PEFT does not have beside layers such as these; "
+                "`loratool merge` takes the adapters as they are:",
+                map(printable, without),
+            )
+        if total:
+            lengths = {t: layer.rows for source in self.sources for t, layer in source.layers.items()}
+            add_missing_biases(self.carried, self.names, lengths, next(iter(dtypes.values())))
+
+    def keep_saved(self) -> None:
+        """What is saved whole: the one that there is, or what the policy makes of several."""
+        everything: dict[tuple[str, bool], list[tuple[int, StoredTensor]]] = {}
+        for at, source in enumerate(self.sources):
+            for target, replacement in (*source.saved.items(), *source.bases.items()):
+                value: Any = replacement.value
+                inside = target in source.bases or was_inside(target, source.adapter.sources.get(target, ()))
+                everything.setdefault((target, inside), []).append((at, value))
+        for (target, inside), found in everything.items():
+            name = self.names.whole(target, inside)
+            first = found[0][1]
+            if any(value.shape != first.shape for _, value in found):
+                self.problems.append(f"{printable(target)}: saved whole in several shapes")
+            elif all(same_values(first, value) for _, value in found[1:]) or self.policy == "first":
+                self.carried.tensors[name] = first
+            elif self.policy == "mean" and first.info.dtype not in FLOAT_NAMES:
+                self.carried.tensors[name] = first
+                text = f"{printable(target)}: whole numbers have no mean here; those of the first are kept"
+                self.notes.append(Note("whole-numbers-kept", text))
+            elif self.policy == "mean":
+                self.carried.tensors[name] = self.mean([(at, self.loaded(value)) for at, value in found], first)
+            else:
+                self.problems.append(f"{printable(target)}: saved whole in {self.who(at for at, _ in found)}")
+            if len(found) < len(self.sources):
+                self.notes.append(
+                    Note(
+                        "saved-in-some",
+                        f"{printable(target)}: saved whole in {self.who(at for at, _ in found)} only, and kept",
+                    )
+                )
+
+    def keep_rows(self) -> None:
+        """Rows of tokens: all that any adapter has trained."""
+        import torch
+
+        everything: dict[str, dict[int, list[tuple[int, Tensor]]]] = {}
+        dtypes: dict[str, StoredTensor] = {}
+        for at, source in enumerate(self.sources):
+            for target, rows in source.rows.items():
+                stored: Any = rows.values
+                dtypes.setdefault(target, stored)
+                values = self.loaded(stored)
+                for row, value in zip(rows.index, values, strict=True):
+                    everything.setdefault(target, {}).setdefault(row, []).append((at, value))
+        for target, by_row in everything.items():
+            kept: dict[int, Tensor] = {}
+            rivals: list[int] = []
+            for row, found in sorted(by_row.items()):
+                if self.policy == "first" or all(torch.equal(found[0][1], value) for _, value in found[1:]):
+                    kept[row] = found[0][1]
+                elif self.policy == "mean":
+                    kept[row] = self.mean(found, dtypes[target]).double()
+                else:
+                    rivals.append(row)
+            if rivals:
+                self.problems.append(f"{printable(target)}: {len(rivals)} token rows, the first of them {rivals[0]}")
+            elif kept:
+                dtype = torch_dtype(dtypes[target].info.dtype)
+                self.carried.tensors[token_rows(target)] = torch.stack(list(kept.values())).to(dtype)
+                self.carried.tokens[target] = tuple(kept)
+
+    def mean(self, found: Sequence[tuple[int, Tensor]], like: StoredTensor) -> Tensor:
+        """The mean by the adapters' weights, brought to a sum of 1."""
+        shares = [usual_weight(self.weights[at]) for at, _ in found]
+        total = math.fsum(shares)
+        if total <= 0 or cancel(shares):
+            raise UsageError("--saved mean needs weights with a sum above 0")
+        mixed = sum((value * (share / total) for (_, value), share in zip(found, shares, strict=True)), start=0)
+        assert not isinstance(mixed, int), "there is at least one"
+        return mixed.to(torch_dtype(like.info.dtype))
+
+    def loaded(self, value: StoredTensor) -> Tensor:
+        import torch
+
+        return value.load(torch.device("cpu"), torch.float64)
+
+    def who(self, which: Any) -> str:
+        return ", ".join(self.sources[at].name for at in dict.fromkeys(which))

@@ -1,0 +1,413 @@
+"""`combine()`: several adapters into one, on their factors."""
+
+from __future__ import annotations
+
+import dataclasses
+import filecmp
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratool.adapters.formats import read_adapter
+from loratool.adapters.formats.peft.describing import describe
+from loratool.adapters.formats.peft.spelling import Names
+from loratool.adapters.layers import ROUNDING_ONLY, Contents, Kind, contents_of
+from loratool.adapters.ranks import evened, told_of_cuts, told_of_experts
+from loratool.adapters.writer import (
+    Form,
+    Rounded,
+    adapter_output,
+    carried_over,
+    files_beside,
+    kept_dtype,
+    told_beside,
+)
+from loratool.algebra.lowrank import Joint, Product, change, decompose, gram, inner, joint, length, padded, silenced
+from loratool.algebra.lowrank.products import negligible
+from loratool.algebra.methods.coefficients import LEAST_ALIKE, cancel, mean_cosine
+from loratool.algebra.methods.mixture import UNSCALED, ZERO, Mixture, Recipe, mix, mix_factors
+from loratool.algebra.methods.table import FACTORWISE, GRAM, METHODS
+from loratool.errors import FitError, InputError, UsageError, printable
+from loratool.fetching import local
+from loratool.files.outputs import check_target
+from loratool.measuring.session import PathLike, Progress, Session, session
+from loratool.notes import Note, as_records
+from loratool.provenance.cards import command
+from loratool.results.combine import CombinedLayer, CombinedTotals, CombineReport, Part
+from loratool.reworking.aligned_layers import Beside, Share, gather, named_apart
+from loratool.reworking.compare import meetings
+from loratool.reworking.recipes import CombineOptions, make_recipe, told
+from loratool.templates import listed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    import torch
+
+
+def combine(
+    adapters: Sequence[PathLike] | PathLike, out: PathLike, options: CombineOptions, progress: Progress | None = None
+) -> CombineReport:
+    """Write several adapters of one base as one adapter; `loratool.commands.combine` says all of it."""
+    started = time.monotonic()
+    paths = [local(p, "adapter") for p in ([adapters] if isinstance(adapters, (str, os.PathLike)) else adapters)]
+    recipe = make_recipe(options, len(paths))
+    shares = options.shares(len(paths))
+    ways = options.readings(len(paths))
+    target = check_target(Path(out), paths, options.overwrite or options.dry_run, adapter=True)
+    sources = named_apart(
+        [contents_of(read_adapter(path, way), "combine") for path, way in zip(paths, ways, strict=True)]
+    )
+    layers = gather(sources, shares)
+    refuse(sources, layers, recipe)
+    with session(options.device, sources) as at_work:
+        dtype_kept = kept_dtype(sources, options.dtype)
+        combiner = Combiner(sources, layers, recipe, at_work)
+        kinds = {t: found[0].layer.kind for t, found in layers.items()}
+        mean = recipe.setting.normalize and METHODS[recipe.method].family == GRAM
+        beside = Beside(sources, shares, Names(kinds), options.saved, recipe.factor, mean)
+        carried = beside.collect()
+        if sources[0].dora:  # it is the only one
+            carried.tensors.update(carried_over(sources[0], Names(kinds)).tensors)
+        groups = Names(kinds).of_one_rank()
+        own = {t: combiner.most(t) for t in layers}
+        most = evened(own, groups)
+        forms = {t: Form.of(found[0].layer, most[t]) for t, found in layers.items()}
+        grouped = {target for group in groups for target in group}
+        with adapter_output(target, forms, carried, dtype_kept, sources[0].config, options) as output:
+
+            def work(name: str) -> tuple[Rounded, CombinedLayer, torch.Tensor]:
+                whole, shared = combiner.combined(name)
+                if name in grouped:
+                    whole = dataclasses.replace(whole, product=padded(whole.product, forms[name].rank))
+                rounded = output.rounded(name, whole.product)
+                real = silenced(shared)
+                table = gram(real.small)
+                return rounded, combiner.measure(name, whole, rounded.read_back, real, table), table
+
+            modules: dict[str, CombinedLayer] = {}
+            for rounded, layer, table in at_work.spread(work, layers):
+                output.add(rounded)
+                modules[rounded.target] = layer
+                combiner.note(rounded.target, table)
+                if progress:
+                    progress(len(modules), len(layers))
+            combiner.check()
+            output.carry(carried)
+            config = describe(
+                [source.config for source in sources],
+                kinds,
+                {t: m.rank for t, m in modules.items()},
+                dora=sources[0].dora,
+                lora_bias=any(source.biases for source in sources),
+                tokens=carried.tokens,
+            )
+            totals = combiner.totals(modules, dtype_kept)
+            asked = options.rank if METHODS[recipe.method].family != FACTORWISE else None
+            notes = (
+                *remarks(sources, layers, modules, beside.notes),
+                *told_of_cuts(asked, {t: found[0].layer.most for t, found in layers.items()}, layers),
+                *told_of_experts(own, most),
+            )
+            provenance = {
+                "made_by": "loratool combine",
+                "command": command("combine", paths, options),
+                "adapters": list(at_work.origins),
+                **told(recipe, shares),
+                "measured": dataclasses.asdict(totals),
+                "notes": as_records(notes),
+            }
+            output.finish(config, provenance, common_files(sources), [source.adapter.folder for source in sources])
+    return CombineReport(
+        out=target,
+        written=not options.dry_run,
+        method=recipe.method,
+        settings=told(recipe, shares),
+        adapters=tuple(source.name for source in sources),
+        totals=totals,
+        modules=dict(sorted(modules.items())),
+        dtype=str(dtype_kept).removeprefix("torch."),
+        notes=notes,
+        **at_work.told(started),
+    )
+
+
+def refuse(sources: Sequence[Contents], layers: Mapping[str, Sequence[Share]], recipe: Recipe) -> None:
+    """Raise for adapters that this cannot be done to."""
+    if not layers:
+        raise InputError("there is no low-rank update in these adapters")
+    if dora := [source.name for source in sources if source.dora]:
+        plain = recipe.factor == 1 and recipe.match == "none" and not recipe.svc
+        alone = len(sources) == 1 and METHODS[recipe.method].family == GRAM and plain
+        alone = alone and all(recipe.rank is None or f[0].layer.rank <= recipe.rank for f in layers.values())
+        if not alone or any(share.weight != 1 for found in layers.values() for share in found):
+            raise FitError(
+                f"{', '.join(dora)}: DoRA divides by the norm of W + ΔW, so its update is none without the base, and no "
+                "sum of updates is the sum of what they do. `loratool merge` applies several DoRA adapters to a base; "
+                "`loratool extract` makes plain LoRA of what comes out"
+            )
+    if recipe.method == "model_stock" and any(share.weight != 1 for found in layers.values() for share in found):
+        raise UsageError("model_stock is the mean of runs of one task and takes no weights")
+    if recipe.divides:
+        sums = {t: cancel([share.weight for share in f]) for t, f in layers.items()}
+        if cancelling := [t for t, f in layers.items() if sums[t] and (len(f) > 1 or f[0].weight)]:
+            raise UsageError(
+                f"{recipe.method} divides by the sum of the weights, which is 0 for:", map(printable, cancelling)
+            )
+    if METHODS[recipe.method].family == FACTORWISE:
+        uneven = [t for t, found in layers.items() if len({share.layer.rank for share in found}) > 1]
+        if uneven:
+            raise FitError(
+                f"{recipe.method} adds A to A and B to B, which takes equal ranks; --method linear takes any:",
+                (f"{printable(t)}: ranks {', '.join(str(share.layer.rank) for share in layers[t])}" for t in uneven),
+            )
+
+
+@dataclass
+class Combiner:
+    """The layers of several adapters, combined one after the other."""
+
+    sources: Sequence[Contents]
+    layers: Mapping[str, Sequence[Share]]
+    recipe: Recipe
+    at_work: Session
+
+    def __post_init__(self) -> None:
+        self.together = gram_of(len(self.sources))  # ⟨ΔWᵢ, ΔWⱼ⟩ over all layers so far
+
+    def most(self, target: str) -> int:
+        """The largest rank that the result of a layer may have."""
+        if METHODS[self.recipe.method].family == FACTORWISE:
+            return self.recipe.rank or self.layers[target][0].layer.rank
+        return self.cut(target) or max(1, sum(share.layer.rank for share in self.layers[target]))
+
+    def cut(self, target: str) -> int | None:
+        """The rank that was asked for, as far as the layer's shape allows; of `svd` by default the adapters' largest."""
+        ranks = [share.layer.rank for share in self.layers[target]]
+        asked = self.recipe.rank or (max(ranks) if self.recipe.method == "svd" else None)
+        return asked and min(asked, self.layers[target][0].layer.most)
+
+    def combined(self, target: str) -> tuple[Mixture, Joint]:
+        """The result for a layer, and the adapters' own updates."""
+        found = self.layers[target]
+        shared = joint([share.load(self.sources, self.at_work.device, self.at_work.dtype) for share in found])
+        recipe = dataclasses.replace(
+            self.recipe, setting=dataclasses.replace(self.recipe.setting, key=f"{self.recipe.setting.key}/{target}")
+        )
+        if METHODS[recipe.method].family != FACTORWISE:
+            recipe = dataclasses.replace(recipe, rank=self.cut(target))
+        if len(found) < METHODS[recipe.method].least:  # of those that have the layer
+            mean = dataclasses.replace(recipe.setting, normalize=METHODS[recipe.method].family == GRAM)
+            recipe = dataclasses.replace(recipe, method="linear", setting=mean)
+        if found[0].layer.kind is not Kind.PARAMETER:
+            return self.one(recipe, found, shared), shared
+        every = [self.one(expert(recipe, at), found, shared[at]) for at in range(found[0].layer.experts)]
+        return stacked(every), shared
+
+    def one(self, recipe: Recipe, found: Sequence[Share], shared: Joint) -> Mixture:
+        products = shared.products
+        if METHODS[recipe.method].family == FACTORWISE:
+            scales = [share.layer.scale for share in found]
+            ups = [p.up / s if s else p.up for p, s in zip(products, scales, strict=True)]
+            strengths = [share.weight * s for share, s in zip(found, scales, strict=True)]
+            downs = [p.down for p in products]
+            if found[0].layer.kind is not Kind.EMBEDDING:
+                return mix_factors(ups, downs, strengths, recipe)
+            mixture = mix_factors([d.mT for d in downs], [u.mT for u in ups], strengths, recipe)  # its A is `up`
+            turned = Product(mixture.product.down.mT, mixture.product.up.mT)
+            return dataclasses.replace(mixture, product=turned)
+        return mix(shared, [share.weight for share in found], recipe)
+
+    def measure(
+        self, target: str, whole: Mixture, stored: Product, shared: Joint, table: torch.Tensor
+    ) -> CombinedLayer:
+        """What became of a layer and of each adapter in it, from what is stored and the inner products `table`."""
+        found = self.layers[target]
+        stored = stored.to(whole.product.up.dtype)
+        size = length(whole.product)
+        apart = change(whole.product, stored)
+        rounding = math.sqrt(max(0.0, float(inner(apart, apart).sum()))) / size if size else 0.0
+        result = decompose(stored)
+        there = result.values > negligible(result.values) * result.values[..., :1]  # others point anywhere
+        left, right = result.left * there[..., None, :], result.right * there[..., :, None]
+        sizes = [math.sqrt(max(0.0, float(table[i, i]))) for i in range(len(found))]
+        names = [self.sources[share.adapter].name for share in found]
+        reached = length(stored)
+        parts = {
+            name: Part(
+                weight=share.weight,
+                norm=own,
+                energy_kept=kept(product, left, right, own) if not whole.cancels or not own else 0.0,
+                norm_ratio=reached / (abs(share.weight) * own) if share.weight * own else None,
+            )
+            for name, share, product, own in zip(names, found, shared.products, sizes, strict=True)
+        }
+        error = math.hypot(whole.lost, rounding * size / whole.whole) if whole.whole else 0.0
+        return CombinedLayer(
+            rank=whole.product.rank,
+            norm=reached,
+            whole=whole.whole,
+            truncated=whole.lost,
+            stored=rounding,
+            error=error,
+            parts=parts,
+            meetings=meetings(names, shared),
+            cancels=whole.cancels,
+        )
+
+    def note(self, target: str, table: torch.Tensor) -> None:
+        """Take up the inner products of a layer's updates."""
+        which = [share.adapter for share in self.layers[target]]
+        for i, one in enumerate(which):
+            for j, other in enumerate(which):
+                self.together[one, other] += table[i, j]
+
+    def check(self) -> None:
+        """What can be said only when all layers have been seen."""
+        if not bool(self.together.diagonal().any()):
+            raise FitError(
+                "nothing to combine: every update is zero (an untrained adapter has B = 0, another α = 0) or "
+                f"{ROUNDING_ONLY}"
+            )
+        if not any(share.weight for shares in self.layers.values() for share in shares):
+            raise FitError("nothing to combine: every adapter has the weight 0")
+        if self.recipe.method == "model_stock":
+            cosine = mean_cosine(self.together)
+            if cosine < LEAST_ALIKE:
+                raise FitError(
+                    f"model_stock averages several runs of one task; the mean cosine of these adapters is {cosine:.3f}, "
+                    f"below {LEAST_ALIKE}, and the result would be next to nothing. --method linear adds them up"
+                )
+
+    def totals(self, modules: Mapping[str, CombinedLayer], dtype: torch.dtype) -> CombinedTotals:
+        def together(errors: Sequence[tuple[float, float]]) -> float:
+            squared = math.fsum(size**2 for size, _ in errors)
+            return math.sqrt(math.fsum((size * e) ** 2 for size, e in errors) / squared) if squared else 0.0
+
+        names = [source.name for source in self.sources]
+        energy: dict[str, float | None] = {}
+        ratio: dict[str, float | None] = {}
+        for name in names:
+            own = [(m.parts[name], m) for m in modules.values() if name in m.parts]
+            mass = math.fsum(part.norm**2 for part, _ in own)
+            weighed = math.fsum((part.weight * part.norm) ** 2 for part, _ in own)
+            energy[name] = math.fsum((p.energy_kept or 0.0) * p.norm**2 for p, _ in own) / mass if mass else None
+            ratio[name] = math.sqrt(math.fsum(m.norm**2 for _, m in own) / weighed) if weighed else None
+        norms = self.together.diagonal().clamp_min(0).sqrt()
+        parameters = sum(self.layers[t][0].layer.parameters * m.rank for t, m in modules.items())
+        return CombinedTotals(
+            norm=math.sqrt(math.fsum(m.norm**2 for m in modules.values())),
+            truncated=together([(m.whole, m.truncated) for m in modules.values()]),
+            stored=together([(m.norm, m.stored) for m in modules.values()]),
+            error=together([(m.whole, m.error) for m in modules.values()]),
+            energy_kept=energy,
+            norm_ratio=ratio,
+            cosine={
+                f"{names[i]} × {names[j]}": float(self.together[i, j] / (norms[i] * norms[j]))
+                if norms[i] * norms[j]
+                else None
+                for i in range(len(names))
+                for j in range(i + 1, len(names))
+            },
+            parameters=parameters,
+            bytes=parameters * dtype.itemsize,
+        )
+
+
+def gram_of(count: int) -> torch.Tensor:
+    import torch
+
+    return torch.zeros(count, count, dtype=torch.float64)
+
+
+def expert(recipe: Recipe, at: int) -> Recipe:
+    """The recipe for one expert, whose random numbers are its own."""
+    return dataclasses.replace(recipe, setting=dataclasses.replace(recipe.setting, key=f"{recipe.setting.key}/{at}"))
+
+
+def stacked(every: Sequence[Mixture]) -> Mixture:
+    """The results of all experts as one, at the largest of their ranks."""
+    import torch
+
+    rank = max(mixture.product.rank for mixture in every)
+    even = [padded(mixture.product, rank) for mixture in every]
+    product = Product(torch.stack([p.up for p in even]), torch.stack([p.down for p in even]))
+    total = math.fsum(m.whole**2 for m in every)
+    lost = math.fsum((m.whole * m.lost) ** 2 for m in every)
+    cancels = max(m.cancels for m in every)
+    return Mixture(product, math.sqrt(lost / total) if total else 0.0, math.sqrt(total), cancels)
+
+
+def kept(product: Product, left: torch.Tensor, right: torch.Tensor, size: float) -> float | None:
+    """The part of ‖ΔW‖² that lies in the spaces of the result."""
+    if not size:
+        return None
+    inside = (left.mT @ product.up) @ (product.down @ right.mT)
+    return min(1.0, float(inside.double().square().sum()) / size**2)
+
+
+def common_files(sources: Sequence[Contents]) -> dict[str, Path]:
+    """Files beside the adapters, such as a tokenizer, that all which have one have the same."""
+    every = [files_beside(source) for source in sources]
+    found: dict[str, Path] = {}
+    for files in every:
+        for name, path in files.items():
+            if all(name not in other or filecmp.cmp(other[name], path, shallow=False) for other in every):
+                found.setdefault(name, path)
+    return found
+
+
+def remarks(
+    sources: Sequence[Contents],
+    layers: Mapping[str, Sequence[Share]],
+    modules: Mapping[str, CombinedLayer],
+    found: Sequence[Note],
+) -> Iterator[Note]:
+    """What a user of the result should know."""
+    carried = common_files(sources)
+    yield from (note.under(source.name) for source in sources for note in told_beside(source, carried))
+    if len(sources) == 1:
+        yield Note("single-adapter", "one adapter only: there is nothing to combine it with")
+    bases = {str(source.config.get("base_model_name_or_path") or "") for source in sources} - {""}
+    if len(bases) > 1:
+        yield Note(
+            "base-mismatch",
+            f"the adapters name different bases ({', '.join(sorted(map(printable, bases)))}); their shapes agree",
+        )
+    for at, source in enumerate(sources):
+        if not any(share.adapter == at for shares in layers.values() for share in shares):
+            yield Note("no-low-rank-update", f"{source.name} has no low-rank update")
+            continue
+        parts = {t: m.parts[source.name] for t, m in modules.items() if source.name in m.parts}
+        still = [target for target, part in parts.items() if not part.norm * part.weight]
+        if still and len(still) == len(parts):
+            yield Note(
+                "adapter-without-effect",
+                f"{source.name}: every update is zero (an untrained adapter has B = 0), has the weight 0 or is "
+                f"{ROUNDING_ONLY}, so it adds nothing",
+            )
+        elif still:
+            yield Note(
+                "modules-without-effect",
+                f"{source.name}: {len(still)} of {len(parts)} updates are zero: {listed(still)}",
+            )
+    for became, code, said in (
+        (ZERO, "layers-cancel-to-zero", "come out as zero"),
+        ("", "layers-zero", "come out as zero"),
+        (UNSCALED, "layers-cancel-unscaled", "keep the size and the directions of their plain sum"),
+    ):
+        if which := [t for t, m in modules.items() if m.cancels == became and (became or not m.norm)]:
+            why = ": the updates cancel, and what remains is no larger than the rounding of the stored factors"
+            text = f"{len(which)} of {len(modules)} layers {said}, {printable(which[0])} for one{why if became else ''}"
+            yield Note(code, text)
+    if partial := [t for t, shares in layers.items() if len(shares) < len(sources)]:
+        yield Note(
+            "layers-partial",
+            f"{len(partial)} of {len(layers)} layers are not in all adapters, {printable(partial[0])} for one; each is combined of those that have it",
+        )
+    yield from found
+    for source in sources:
+        yield from (note.under(source.name) for note in source.remarks)

@@ -1,0 +1,1 @@
+"""An adapter out of the difference of two checkpoints."""

@@ -1,0 +1,451 @@
+"""`extract()`: what fine-tuning did to a checkpoint, as an adapter: the leading part of every difference."""
+
+from __future__ import annotations
+
+import filecmp
+import math
+import os
+import re
+import time
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratool.adapters.formats.peft.describing import describe
+from loratool.adapters.formats.peft.describing import module_of as described_module
+from loratool.adapters.formats.peft.experts import stacked_by_peft
+from loratool.adapters.formats.peft.files import CONFIG, WEIGHTS
+from loratool.adapters.formats.peft.spelling import Names
+from loratool.adapters.layers import Kind
+from loratool.adapters.ranks import told_of_cuts, told_of_experts
+from loratool.adapters.weight_files import weight_files
+from loratool.adapters.writer import WIDTH, Form, Output, Rounded, adapter_output, torch_dtype
+from loratool.algebra.lowrank import Product, inner, padded
+from loratool.algebra.lowrank import change as change_of
+from loratool.bases.binding.orientation import module_of
+from loratool.errors import FitError, InputError, printable
+from loratool.fetching import local
+from loratool.files.checkpoint import Checkpoint, open_checkpoint
+from loratool.files.hub_cache import origin_of, told_origin
+from loratool.files.outputs import check_target
+from loratool.measuring.session import PathLike, Progress, Session, session
+from loratool.notes import Note, as_records
+from loratool.provenance.cards import command
+from loratool.results.extract import ExtractedLayer, ExtractedTotals, ExtractReport
+from loratool.reworking.extracting.differences import Difference, NotFiniteError, Part, Rule, decomposed
+from loratool.reworking.extracting.pairing import Change, Pairing, is_table, pair
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    import torch
+
+    from loratool.reworking.extracting.options import ExtractOptions
+
+
+HELD = 512 << 20  # bytes of differences that stay in memory; larger ones are read again for every pass
+HELD_ON_GPU = 4 << 30
+TERMS = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)[\w.-]*", re.ASCII)  # of a base, at its top
+MADE_BY_PEFT = "0.21.2"  # whose way round the factors of experts are written
+
+
+def extract(
+    base: PathLike, tuned: PathLike, out: PathLike, options: ExtractOptions, progress: Progress | None = None
+) -> ExtractReport:
+    """Write the adapter that makes `tuned` of `base`; `loratool.commands.extract` says all of it."""
+    started = time.monotonic()
+    rule = Rule.of(options.rank, options.energy, options.max_rank)
+    paths = local(base, "model"), local(tuned, "model")
+    target = check_target(Path(out), paths, options.overwrite or options.dry_run, adapter=True)
+    before, after = (open_model(path, role) for path, role in zip(paths, ("BASE", "TUNED"), strict=True))
+    with session(options.device, []) as at_work:
+        found = pair(before, after, options.include, options.exclude, options.fan_in_fan_out)
+        check_saved(found)
+        refuse_nothing(found)
+        extractor = Extractor(found, rule, options.exact, options.seed, at_work)
+        kept, forms = factor_dtype(found, options.dtype), extractor.forms()
+        carried = found.carried
+        experts = any(form.kind is Kind.PARAMETER for form in forms.values())
+        draft = {"peft_version": MADE_BY_PEFT} if experts else {}
+        with adapter_output(target, forms, carried, kept, draft, options) as output:
+            extractor.run(output, progress)
+            output.carry(carried)
+            written = {target: forms[target] for target in extractor.ranks}
+            config = config_of(found, {t: form.kind for t, form in written.items()}, extractor.ranks, draft)
+            totals = total(extractor, written, kept.itemsize)
+            notes = tuple(remarks(found, extractor, rule))
+            provenance = {
+                "made_by": "loratool extract",
+                "command": command("extract", paths, options),
+                "base": origin(before),
+                "tuned": origin(after),
+                "rule": rule.told,
+                "exact": options.exact,
+                "seed": options.seed,
+                "measured": asdict(totals),
+                "notes": as_records(notes),
+            }
+            output.finish(config, provenance, terms(before), [before.root, after.root])
+    return ExtractReport(
+        out=target,
+        written=not options.dry_run,
+        rule=rule.told,
+        totals=totals,
+        modules=dict(sorted(extractor.layers.items())),
+        noise=dict(sorted(extractor.noise.items())),
+        identical=found.identical + extractor.identical,
+        excluded=found.excluded,
+        saved=(*found.whole, *found.biases),
+        left_out=dict(sorted(found.left_out.items())),
+        dtype=str(kept).removeprefix("torch."),
+        notes=notes,
+        **at_work.told(started),
+    )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A layer that has been worked on."""
+
+    change: Change
+    rank: int  # of the factors
+    told: ExtractedLayer | None  # none where nothing differs
+    factors: tuple[Rounded, ...]  # of it, and of heads that are tied to it
+
+
+@dataclass
+class Extractor:
+    """Goes through the layers that differ."""
+
+    pairing: Pairing
+    rule: Rule
+    exact: bool
+    seed: int
+    at_work: Session
+    layers: dict[str, ExtractedLayer] = field(default_factory=dict)
+    noise: dict[str, ExtractedLayer] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)  # of all that is written
+    stacked_rank: int = 0  # of all experts that PEFT stacks
+    mirrored: list[str] = field(default_factory=list)
+    identical: int = 0  # which differ in the sign of zeros, say
+
+    @property
+    def room(self) -> int:
+        """Bytes of a difference that may stay in memory."""
+        return HELD_ON_GPU if self.at_work.device.type == "cuda" else HELD // self.at_work.workers
+
+    def limit(self, change: Change) -> int:
+        """The largest rank that a layer may have."""
+        return min(self.rule.most, *change.shape)
+
+    @cached_property
+    def stacked(self) -> frozenset[str]:
+        """The changes that get one rank: experts that PEFT stacks, and routers beside them."""
+        return frozenset(stacked_by_peft(self.pairing.changes))
+
+    def find_stacked_rank(self) -> None:
+        """Decide the rank of the experts: the largest that one of them wants, for which all are looked at first."""
+        together = [self.pairing.changes[target] for target in self.stacked]
+        if not self.rule.by_value:
+            self.stacked_rank = max((self.limit(change) for change in together), default=0)
+            return
+
+        def work(change: Change) -> int:
+            parts = self.parts(change)
+            return self.rule.choose(parts, self.limit(change)) if any(part.squared for part in parts) else 0
+
+        self.stacked_rank = max(self.at_work.spread(work, [c for c in together if not c.same]), default=0)
+
+    def targets(self, change: Change) -> tuple[str, ...]:
+        """What is written for a change: its own factors, and the same for the heads that are tied to it."""
+        return (change.target, *self.pairing.mirrors.get(change.target, ()))
+
+    def forms(self) -> dict[str, Form]:
+        """What is known of every layer that may be written."""
+        found: dict[str, Form] = {}
+        for group in self.pairing.groups:
+            most = max(self.limit(change) for change in group)
+            if not self.stacked.isdisjoint(change.target for change in group):
+                most = max(self.limit(self.pairing.changes[target]) for target in self.stacked)
+            for change in group:
+                for target in self.targets(change):
+                    kind = change.kind if target == change.target else kind_of_tied(target)
+                    found[target] = Form(kind, *change.layer, most, change.experts, change.kernel)
+        return found
+
+    def run(self, output: Output, progress: Progress | None) -> None:
+        """Write the factors of every layer: first of those that all threads work on together, then the others."""
+        self.find_stacked_rank()
+        large = [g for g in self.pairing.groups if any(4 * math.prod(change.shape) > self.room for change in g)]
+        others = [group for group in self.pairing.groups if group not in large]
+
+        def work(group: tuple[Change, ...]) -> list[Outcome]:
+            return list(self.outcomes(output, group))
+
+        done = 0
+        for outcomes in chain(map(work, large), self.at_work.spread(work, others)):
+            for outcome in outcomes:
+                self.take(outcome)
+                for factors in outcome.factors:
+                    output.add(factors)
+                done += 1
+            if progress:
+                progress(done, len(self.pairing.changes))
+        if not self.layers:
+            raise FitError(nothing_left(self.noise, self.rule))
+
+    def take(self, outcome: Outcome) -> None:
+        """Account for a layer."""
+        target, told = outcome.change.target, outcome.told
+        if told is None:
+            self.identical += not outcome.change.same
+        elif told.rank:
+            self.layers[target] = told
+            self.mirrored += [factors.target for factors in outcome.factors if factors.target != target]
+        else:
+            self.noise[target] = told
+        self.ranks |= {factors.target: outcome.rank for factors in outcome.factors}
+
+    def outcomes(self, output: Output, group: tuple[Change, ...]) -> Iterator[Outcome]:
+        """Layers that have one rank, decomposed and rounded."""
+        every = [self.parts(change) for change in group]
+        wanted = [self.rule.choose(p, self.limit(change)) for p, change in zip(every, group, strict=True)]
+        stacked = not self.stacked.isdisjoint(change.target for change in group)
+        rank = self.stacked_rank if stacked else max(1, *wanted)
+        for change, parts, own in zip(group, every, wanted, strict=True):
+            differs = any(part.squared for part in parts)
+            if not rank or (not (differs and own) and not self.pairing.pinned(change)):
+                yield Outcome(change, 0, told(parts, 0, 0.0) if differs else None, ())
+                continue
+            product = padded(joined(change, parts, own), rank)
+            rounded = output.rounded(change.target, product)
+            layer = told(parts, own, rounding_of(product, rounded)) if differs else None
+            heads = (output.rounded(head, product) for head in self.pairing.mirrors.get(change.target, ()))
+            yield Outcome(change, rank, layer, (rounded, *heads))
+
+    def parts(self, change: Change) -> list[Part]:
+        """The matrices of a layer, decomposed."""
+        rows, columns = change.shape
+        matrices = (
+            Difference(change.base, change.tuned, at * rows * columns, change.shape, self.at_work.device, self.room)
+            for at in range(change.experts)
+        )
+        try:
+            return [decomposed(matrix, self.limit(change), self.exact, self.seed) for matrix in matrices]
+        except NotFiniteError:
+            raise InputError(
+                f"{self.pairing.base.name} and {self.pairing.tuned.name}: no difference can be made of all values:",
+                broken_tensors(self.pairing) or [f"{printable(change.target)}: the difference overflows"],
+            ) from None
+
+
+def kind_of_tied(target: str) -> Kind:
+    return Kind.EMBEDDING if is_table(target.rpartition(".")[0]) else Kind.LINEAR
+
+
+def joined(change: Change, parts: Sequence[Part], rank: int) -> Product:
+    """The update of a layer by its leading singular values, the way round in which PEFT has it."""
+    import torch
+
+    products = [part.found.truncated(rank).product() for part in parts]
+    if change.turned:
+        products = [Product(p.down.mT, p.up.mT) for p in products]
+    if change.kind is not Kind.PARAMETER:
+        return products[0]
+    return Product(torch.stack([p.up for p in products]), torch.stack([p.down for p in products]))
+
+
+def rounding_of(product: Product, rounded: Rounded) -> float:
+    """‖·‖² of what rounding changes."""
+    off = change_of(product, rounded.read_back)
+    return max(0.0, float(inner(off, off).sum()))
+
+
+def told(parts: Sequence[Part], rank: int, rounding: float) -> ExtractedLayer:
+    """What became of a layer; `rounding` is the square of what rounding the factors adds."""
+    squared = math.fsum(part.squared for part in parts)
+    lost = math.fsum(part.lost(rank) for part in parts)
+    weight = math.fsum(part.weight for part in parts)
+    return ExtractedLayer(
+        rank,
+        math.sqrt(squared),
+        math.sqrt(squared / weight) if weight else math.inf,
+        math.sqrt(lost / squared),
+        math.sqrt((lost + rounding) / squared),  # the one lies in the space that is kept, the other outside of it
+        max(part.above_noise for part in parts),
+    )
+
+
+def open_model(path: Path, role: str) -> Checkpoint:
+    """The checkpoint at `path`; raises `InputError` where that is an adapter."""
+    if path.is_dir() and (path / CONFIG).exists():
+        others = {entry.name for entry in os.scandir(path) if entry.name.endswith(".safetensors")} - {WEIGHTS}
+        if not others:
+            raise InputError(f"{printable(path)}: this is an adapter; {role} is a model, merge it first")
+    return open_checkpoint(path)
+
+
+def check_saved(found: Pairing) -> None:
+    """Raise `InputError` naming what is to be saved whole and holds NaN or infinite values."""
+    broken = [name for name, tensor in (found.whole | found.biases | found.same_biases).items() if not tensor.finite()]
+    if broken:
+        raise InputError(
+            f"{found.tuned.name}: no adapter is made of these:",
+            (f"{printable(name)} holds NaN or infinite values" for name in broken),
+        )
+
+
+def broken_tensors(found: Pairing) -> list[str]:
+    """Every tensor that was to be subtracted and holds what is no number."""
+    return [
+        f"{printable(change.target)} of {role} holds NaN or infinite values"
+        for change in found.changes.values()
+        for role, tensor in (("BASE", change.base), ("TUNED", change.tuned))
+        if not tensor.finite()
+    ]
+
+
+def refuse_nothing(found: Pairing) -> None:
+    """Raise `FitError` where there is no difference that a low-rank update can be made of."""
+    if found.changes:
+        return
+    if not (found.whole or found.left_out or found.excluded):
+        raise FitError(f"{found.base.name} and {found.tuned.name} are the same: nothing differs")
+    reasons = [f"{printable(name)}: {reason}" for name, reason in found.left_out.items()]
+    reasons += [
+        f"{printable(name)}: {'its module is saved whole' if len(tensor.shape) > 1 else 'no matrix'}"
+        for name, tensor in found.whole.items()
+    ]
+    reasons += [f"{found.excluded} tensors that differ are not asked for"] if found.excluded else []
+    raise FitError("no matrix differs, so that no adapter can be made:", reasons)
+
+
+def nothing_left(noise: Mapping[str, ExtractedLayer], rule: Rule) -> str:
+    if not noise:
+        return "the two are the same: no value differs"
+    return f"all {len(noise)} matrices differ by no more than rounding to their dtype can; --rank {rule.most} takes them all"
+
+
+def factor_dtype(found: Pairing, asked: str) -> torch.dtype:
+    """The dtype of the factors: as asked, or the one that holds those of the tuned layers."""
+    import torch
+
+    if asked != "keep":
+        dtype: torch.dtype = getattr(torch, asked)
+        return dtype
+    dtypes = {change.tuned.info.dtype for change in found.changes.values()}
+    return torch.float32 if dtypes == {"BF16", "F16"} else torch_dtype(max(dtypes, key=WIDTH.__getitem__))
+
+
+def config_of(
+    found: Pairing, kinds: Mapping[str, Kind], ranks: Mapping[str, int], draft: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The `adapter_config.json`."""
+    base = found.base
+    origin, named = origin_of(base.root), base.config.get("_name_or_path")
+    written = named if isinstance(named, str) and named else base.root.resolve().name
+    turned = any(change.turned and change.kind is Kind.LINEAR for change in found.changes.values())
+    config: dict[str, Any] = {
+        **draft,
+        "base_model_name_or_path": origin.repo if origin else written,
+        "task_type": found.task,
+        "fan_in_fan_out": turned,
+        "bias": "lora_only" if found.biases else "none",
+        "modules_to_save": list(dict.fromkeys(found.modules)) or None,
+        "target_modules": target_words(found, kinds),
+    }
+    return dict(sorted({"task_type": None, **describe([config], kinds, ranks)}.items()))
+
+
+def target_words(found: Pairing, kinds: Mapping[str, Kind]) -> list[str] | None:
+    """`target_modules`: the last part of a name where it means just these modules of the base, else whole names."""
+    names = Names(kinds)
+    layers = {
+        described_module(t, kind)
+        for t, kind in kinds.items()
+        if kind is not Kind.PARAMETER and not names.inside_attention(t)
+    }
+    known: dict[str, set[str]] = {}
+    for name in (*found.base.tensors, *(f"{layer}.weight" for layer in layers)):
+        parts = name.split(".")[:-1]
+        for at in range(1, len(parts) + 1):
+            known.setdefault(parts[at - 1], set()).add(".".join(parts[:at]))
+    words = set[str]()
+    for layer in layers:
+        leaf = module_of(f"{layer}.weight")
+        words.add(leaf if known[leaf] <= layers and not leaf.isdigit() else layer)
+    return sorted(words) or None
+
+
+def terms(base: Checkpoint) -> dict[str, Path]:
+    """The files with the base's licence, which hold for its adapters too and which their cards may link."""
+    return {name: base.root / name for name in base.side_files if TERMS.fullmatch(name)}
+
+
+def origin(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A checkpoint, as provenance names it."""
+    files = {shard.path.name: shard.identity.size for shard in checkpoint.shards}
+    return {"name": checkpoint.name, **told_origin(checkpoint.root), "files": files}
+
+
+def not_compared(base: Checkpoint, tuned: Checkpoint) -> Iterator[Note]:
+    """A note for each file of weights of the tuned model that is no part of the model proper, and not the base's as it is."""
+    if not tuned.root.is_dir():
+        return
+    own = {shard.path.relative_to(tuned.root).as_posix() for shard in tuned.shards}
+    for file in weight_files(tuned.root, None, own):
+        before, after = base.root / file.name, tuned.root / file.name
+        if file.counts and file.is_safetensors and not (before.is_file() and filecmp.cmp(before, after, shallow=False)):
+            yield Note("file-not-used", f"{tuned.name}: {file}: not compared, and no part of the adapter")
+
+
+def total(extractor: Extractor, forms: Mapping[str, Form], itemsize: int) -> ExtractedTotals:
+    """All layers together."""
+    every = [*extractor.layers.values(), *extractor.noise.values()]
+    squared = math.fsum(layer.norm**2 for layer in every)
+    parameters = sum(f.experts * (f.rows + f.columns) * extractor.ranks[t] for t, f in forms.items())
+    return ExtractedTotals(
+        norm=math.sqrt(squared),
+        predicted=math.sqrt(math.fsum((layer.norm * layer.predicted) ** 2 for layer in every) / squared),
+        achieved=math.sqrt(math.fsum((layer.norm * layer.achieved) ** 2 for layer in every) / squared),
+        parameters=parameters,
+        bytes=parameters * itemsize,
+    )
+
+
+def remarks(found: Pairing, extractor: Extractor, rule: Rule) -> Iterator[Note]:
+    """What a user of the result should know."""
+    yield from (note for checkpoint in (found.base, found.tuned) for note in checkpoint.notes[1:])
+    yield from (*not_compared(found.base, found.tuned), *found.told_guesses())
+    if extractor.noise:
+        yield (
+            Note(
+                "below-rounding",
+                f"{len(extractor.noise)} layers differ by no more than rounding to their dtype can, and are left out; "
+                "--rank with a number takes them too",
+            )
+        )
+    full = [t for t, layer in extractor.layers.items() if layer.rank == layer.above_noise == rule.most]
+    if rule.noise and full:
+        yield Note(
+            "rank-limit",
+            f"{len(full)} layers have as many singular values above the noise as the limit of {rule.most}, or more",
+        )
+    if extractor.mirrored:
+        yield Note(
+            "tied-weight-changed",
+            f"tied to its embedding, and changed with it: {', '.join(map(printable, extractor.mirrored))}",
+        )
+    if len(set(extractor.ranks.values())) > 1:
+        yield (
+            Note(
+                "ranks-differ",
+                f"ranks differ, as rank_pattern says; servers that know one rank take {max(extractor.ranks.values())} for all of "
+                "them: loratool resize --uniform writes that",
+            )
+        )
+    limits = {target: min(change.shape) for target, change in found.changes.items()}
+    yield from told_of_cuts(None if rule.by_value else rule.most, limits, extractor.layers)
+    yield from told_of_experts({target: layer.rank for target, layer in extractor.layers.items()}, extractor.ranks)

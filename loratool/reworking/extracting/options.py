@@ -1,0 +1,55 @@
+"""The options of `extract`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from loratool.adapters.writer import FactorOptions
+from loratool.errors import UsageError, printable
+from loratool.options.described import FLAG, NUMBER, Kind, Number, option
+from loratool.options.shared import DeviceOption, OrientationOption
+
+MOST_RANK = 32  # where no number is given: what servers take by their defaults or nearly so, and noise seldom fills
+
+
+@dataclass(frozen=True)
+class RankOrAuto(Kind):
+    """A whole number, or auto."""
+
+    @property
+    def metavar(self) -> str:
+        return "N|auto"
+
+    @property
+    def annotation(self) -> str:
+        return 'int | Literal["auto"]'
+
+    def taken(self, value: Any, flag: str) -> Any:
+        if value == "auto":
+            return value
+        number = Number(whole=True).number(value)
+        if number is None:
+            raise UsageError(f"{flag} must be a whole number or auto (got {printable(repr(value))})")
+        return number
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractOptions(OrientationOption, FactorOptions, DeviceOption):
+    """Of `extract`."""
+
+    rank: int | Literal["auto"] | None = option(
+        help="Rank of every layer, or what rounding cannot explain [default: auto].", kind=RankOrAuto()
+    )
+    energy: float | None = option(
+        help="Part of ‖W_tuned − W_base‖² that each layer keeps; with --rank the smaller counts.", kind=NUMBER
+    )
+    max_rank: int = option(help="Of a layer, with auto or --energy.", default=MOST_RANK, kind=Number(whole=True, low=1))
+    exact: bool = option(help="Decompose every matrix in full.", default=False, kind=FLAG)
+    include: tuple[str, ...] = option(
+        help="Only modules in whose name it is found; may be repeated.", default=(), many=True, metavar="REGEX"
+    )
+    exclude: tuple[str, ...] = option(
+        help="No modules in whose name it is found; may be repeated.", default=(), many=True, metavar="REGEX"
+    )
+    seed: int = option(help="Of the sketch.", default=0, kind=Number(whole=True))

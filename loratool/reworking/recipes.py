@@ -1,0 +1,226 @@
+"""The options of `combine`, and the recipe that they mean."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loratool.adapters.reading import ReadingOptions
+from loratool.adapters.writer import FactorOptions
+from loratool.algebra.methods.elementwise import Setting
+from loratool.algebra.methods.mixture import WEIGHTED_SUMS, Recipe
+from loratool.algebra.methods.table import ELEMENTWISE, FACTORWISE, GRAM, METHODS, SPACES
+from loratool.errors import UsageError, printable
+from loratool.files.inputs import json_value
+from loratool.options.described import FLAG, NUMBER, SWITCH, Choice, JsonFile, Kind, Number, option
+from loratool.options.shared import DeviceOption
+from loratool.reworking.aligned_layers import SAVED, Weight
+
+MATCHES = ("none", "mean", "max", "sum")
+POLICIES = ("truncate", "ctm")
+SIGNS = ("total", "frequency")
+
+
+@dataclass(frozen=True)
+class WeightOf(Kind):
+    """A number, or numbers by pattern with "default" for what none matches: a mapping, or an object of JSON."""
+
+    @property
+    def metavar(self) -> str:
+        return "FLOAT"
+
+    @property
+    def annotation(self) -> str:
+        return "float | Mapping[str, float]"
+
+    def taken(self, value: Any, flag: str) -> Any:
+        if isinstance(value, str) and value.lstrip().startswith("{"):
+            try:
+                value = json_value(value.encode())
+            except ValueError as error:
+                raise UsageError(f"{flag} {printable(value)}: {error}") from None
+        if not isinstance(value, Mapping):
+            return NUMBER.taken(value, flag)
+        return {
+            str(pattern): NUMBER.taken(number, f"{flag} of {printable(pattern)}") for pattern, number in value.items()
+        }
+
+    def word(self, value: Any) -> str:
+        return json.dumps(value) if isinstance(value, Mapping) else NUMBER.word(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CombineOptions(FactorOptions, ReadingOptions, DeviceOption):
+    """Of `combine`."""
+
+    method: str = option(
+        help="How: see below.", default="linear", kind=Choice(lambda: tuple(METHODS)), metavar="METHOD"
+    )
+    weights: tuple[Weight, ...] = option(
+        "-w",
+        "--weight",
+        help="Weight, once per adapter in order, or as a comma list [default: 1].",
+        default=(),
+        kind=WeightOf(),
+        many=True,
+        commas=True,
+    )
+    weights_file: Sequence[Weight] | None = option(
+        "--weights",
+        help='A list with an entry per adapter: a number, or numbers by pattern and "default".',
+        kind=JsonFile(list),
+    )
+    space: str | None = option(help="Where entries are looked at [default: dense].", kind=Choice(lambda: SPACES))
+    rank: int | None = option(
+        help="Rank of the result, cut to what a layer's shape allows [default: what the method gives].",
+        kind=Number(whole=True, low=1),
+    )
+    rank_policy: str = option(
+        help="Cut the result to --rank, or choose directions first that keep a part of every adapter.",
+        default=POLICIES[0],
+        kind=Choice(lambda: POLICIES),
+    )
+    density: float | None = option(
+        help="Part of the entries that is kept, in (0, 1] [default: the method's].", kind=Number(above=0, high=1)
+    )
+    window: float = option(help="della: spread of chances round --density.", default=Setting.window, kind=NUMBER)
+    outliers: float = option(
+        help="breadcrumbs: part of the entries, the largest, to drop.", default=Setting.outliers, kind=NUMBER
+    )
+    factor: float = option("--lambda", help="Factor of the result.", default=1.0, kind=NUMBER)
+    match_norm: str = option(
+        help="Give each layer that of the weighted updates' norms.", default=MATCHES[0], kind=Choice(lambda: MATCHES)
+    )
+    sign: str = option(help="A majority of sizes or of adapters.", default=SIGNS[0], kind=Choice(lambda: SIGNS))
+    normalize: bool | None = option(
+        "--normalize/--no-normalize", help="Divide by the weights [default: the method's].", kind=SWITCH
+    )
+    iso_beta: float = option(
+        help="iso_c: 0 is the sum, 1 equal singular values.", default=Recipe.iso_beta, kind=Number(low=0, high=1)
+    )
+    row_wise: bool = option(help="nuslerp: an angle for each row.", default=False, kind=FLAG)
+    svc: bool = option(
+        help="Calibrate singular values afterwards, so that shared directions count once.", default=False, kind=FLAG
+    )
+    seed: int = option(help="Of random numbers, which depend on nothing else.", default=0, kind=Number(whole=True))
+    saved: str = option(
+        help="Where adapters saved different values for one tensor.", default=SAVED[0], kind=Choice(lambda: SAVED)
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weights and self.weights_file is not None:
+            raise UsageError("-w and --weights are mutually exclusive")
+        if self.weights_file is not None:
+            weight = WeightOf()
+            if not self.weights_file:
+                raise UsageError("--weights: the list is empty; it takes one weight per adapter")
+            object.__setattr__(self, "weights", tuple(weight.taken(each, "--weights") for each in self.weights_file))
+            object.__setattr__(self, "weights_file", None)
+
+    def shares(self, count: int) -> list[Weight]:
+        """The weight of each of `count` adapters."""
+        if self.weights and len(self.weights) != count:
+            raise UsageError(f"{len(self.weights)} weights for {count} adapters; pass one weight per adapter, or none")
+        return list(self.weights) or [1.0] * count
+
+
+def make_recipe(options: CombineOptions, count: int) -> Recipe:
+    """The recipe that the options mean for `count` adapters; raises `UsageError` for the first that means nothing."""
+    method = options.method
+    row = METHODS[method]
+    if not row.least <= count <= row.most:
+        wanted = str(row.least) if row.least == row.most else f"{row.least} or more"
+        raise UsageError(f"{method} takes {wanted} adapters (got {count})")
+    if not count:
+        raise UsageError("no adapter is given")
+    refuse_at_odds(options)
+    part = row.density or 1.0 if options.density is None else options.density
+    if method == "della" and not (0 <= options.window < part and part + options.window <= 1):
+        raise UsageError(f"--window {options.window:g}: chances around a density of {part:g} have to stay in (0, 1]")
+    if method == "breadcrumbs" and not (options.outliers >= 0 and options.outliers + part <= 1):
+        raise UsageError(f"--outliers {options.outliers:g} and a density of {part:g} are more than all entries")
+    return Recipe(
+        method=method,
+        space="core" if options.rank_policy == "ctm" else options.space or "dense",
+        setting=Setting(
+            density=part,
+            window=options.window,
+            outliers=options.outliers,
+            by_count=options.sign == "frequency",
+            normalize=row.normalize if options.normalize is None else options.normalize,
+            key=str(options.seed),
+        ),
+        rank=options.rank,
+        ctm=options.rank_policy == "ctm",
+        svc=options.svc,
+        iso_beta=options.iso_beta,
+        row_wise=options.row_wise,
+        factor=options.factor,
+        match=options.match_norm,
+    )
+
+
+def refuse_at_odds(options: CombineOptions) -> None:
+    """Raise `UsageError` for options that the method cannot go with, or that would change nothing."""
+    method, row = options.method, METHODS[options.method]
+    if options.space and row.family != ELEMENTWISE:
+        raise UsageError(f"--space is for methods that look at entries; {method} does not")
+    if options.rank_policy == "ctm" and (
+        options.rank is None or row.family == FACTORWISE or options.space in ("dense", "knots")
+    ):
+        raise UsageError(
+            "--rank-policy ctm chooses that many directions in core space first: it needs --rank and no other space"
+        )
+    if options.density is not None and row.density is None:
+        raise UsageError(f"--density is for methods that drop entries; {method} keeps all")
+    if not options.factor:
+        raise UsageError("--lambda must be a finite number other than 0 (got 0)")
+    refuse_idle(options)
+    if row.family == FACTORWISE and options.match_norm != "none":
+        raise UsageError("--match-norm is for methods on updates, not on factors")
+    if row.family == FACTORWISE and options.svc:
+        raise UsageError("--svc is for methods on updates, not on factors")
+
+
+def refuse_idle(options: CombineOptions) -> None:
+    """Raise `UsageError` for an option that was set and would change nothing."""
+    elected = [name for name in METHODS if name.startswith(("ties", "dare_ties", "della", "sce"))]
+    divided = [name for name, row in METHODS.items() if row.family == ELEMENTWISE or name in WEIGHTED_SUMS]
+    for flag, is_set, methods in (
+        ("--window", options.window != Setting.window, ["della"]),
+        ("--outliers", options.outliers != Setting.outliers, ["breadcrumbs"]),
+        ("--sign", options.sign != SIGNS[0], elected),
+        ("--normalize", options.normalize is not None, divided),
+        ("--iso-beta", options.iso_beta != Recipe.iso_beta, ["iso_c"]),
+        ("--row-wise", options.row_wise, ["nuslerp"]),
+    ):
+        if is_set and options.method not in methods:
+            raise UsageError(f"{flag} is for {', '.join(methods)}; {options.method} has no use for it")
+
+
+def told(recipe: Recipe, weights: Sequence[Weight]) -> dict[str, Any]:
+    """The recipe as provenance and reports name it."""
+    table: dict[str, Any] = {"method": recipe.method, "weights": list(weights)}
+    method = METHODS[recipe.method]
+    if method.family == ELEMENTWISE:
+        table["space"] = recipe.space
+    if method.density is not None:
+        table["density"] = recipe.setting.density
+    shown = {
+        "rank": recipe.rank,
+        "rank_policy": "ctm" if recipe.ctm else None,
+        "window": recipe.setting.window if recipe.method == "della" else None,
+        "outliers": recipe.setting.outliers if recipe.method == "breadcrumbs" else None,
+        "lambda": recipe.factor if recipe.factor != 1 else None,
+        "match_norm": recipe.match if recipe.match != "none" else None,
+        "sign": "frequency" if recipe.setting.by_count else None,
+        "normalize": recipe.setting.normalize if method.family in (ELEMENTWISE, GRAM) else None,
+        "iso_beta": recipe.iso_beta if recipe.method == "iso_c" else None,
+        "row_wise": recipe.row_wise or None,
+        "svc": recipe.svc or None,
+        "seed": recipe.setting.key if recipe.method.startswith(("dare", "della")) else None,
+    }
+    return table | {name: value for name, value in shown.items() if value is not None}

@@ -1,0 +1,421 @@
+"""`rescale()`: an adapter at another strength, by its α, or baked into its factors."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratool.adapters.adapter import is_zero, stored_tensors
+from loratool.adapters.formats import read_adapter
+from loratool.adapters.formats.peft import packing
+from loratool.adapters.formats.peft.describing import anchored, describe, module_of
+from loratool.adapters.formats.peft.experts import stacked_by_peft
+from loratool.adapters.formats.peft.lora import doubles
+from loratool.adapters.formats.peft.patterns import match_patterns
+from loratool.adapters.formats.peft.spelling import Names
+from loratool.adapters.layers import ROUNDING_ONLY, Contents, Layer, contents_of
+from loratool.adapters.ranks import evened, told_of_experts
+from loratool.adapters.reading import ReadingOptions
+from loratool.adapters.writer import (
+    FactorOptions,
+    Form,
+    Rounded,
+    adapter_output,
+    carried_over,
+    copied_output,
+    files_beside,
+    kept_dtype,
+    told_beside,
+)
+from loratool.algebra.lowrank import floor_of, padded, singular_values
+from loratool.algebra.updates import ExpertFactors, LowRank
+from loratool.errors import FitError, InputError, UsageError, printable
+from loratool.fetching import local
+from loratool.files.outputs import check_target
+from loratool.measuring.session import PathLike, Progress, Session, session
+from loratool.notes import Note, as_records
+from loratool.options.described import FLAG, NUMBER, Pairs, option
+from loratool.provenance.cards import command
+from loratool.results.rescale import RescaledLayer, RescaleReport
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+LARGEST_SCALE = 3.4e38  # of a float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class RescaleOptions(FactorOptions, ReadingOptions):
+    """Of `rescale`."""
+
+    scale: float | None = option(help="Factor for every update.", kind=NUMBER)
+    alpha: float | None = option(help="α of every module.", kind=NUMBER)
+    frobenius: float | None = option(help="Frobenius norm of all updates together.", kind=NUMBER, metavar="NORM")
+    spectral: float | None = option(help="Largest singular value of any update.", kind=NUMBER, metavar="NORM")
+    each: bool = option(help="Give each module that norm.", default=False, kind=FLAG)
+    match: tuple[str, ...] = option(
+        help="Factor of the modules in whose name REGEX is found; may be repeated, the first that is found counts.",
+        default=(),
+        kind=Pairs(),
+        many=True,
+    )
+    bake: bool = option(
+        help="Put the strength into the factors: α = r, no rsLoRA, no α patterns.", default=False, kind=FLAG
+    )
+
+
+def rescale(
+    adapter: PathLike, out: PathLike, options: RescaleOptions, progress: Progress | None = None
+) -> RescaleReport:
+    """Write the adapter at another strength; `loratool.commands.rescale` says all of it."""
+    started = time.monotonic()
+    alpha, frobenius, spectral = options.alpha, options.frobenius, options.spectral
+    asked = {"scale": options.scale, "alpha": alpha, "frobenius": frobenius, "spectral": spectral}
+    factors = read_factors(options.match)
+    check(asked, factors, options.each, options.bake)
+    (way,) = options.readings(1)
+    path = local(adapter, "adapter")
+    target = check_target(Path(out), [path], options.overwrite or options.dry_run, adapter=True)
+    contents = contents_of(read_adapter(path, way), "rescale")
+    if not contents.layers:
+        raise InputError(f"{printable(contents.adapter.file.path)}: no update is in it that has a strength")
+    bake = options.bake or bool(contents.adapter.packing)  # what PEFT does not read is not copied
+    contents, asleep = awakened(contents, alpha) if alpha is not None else (contents, frozenset[str]())
+    with session("cpu", [contents]) as at_work:
+        norm: float | None = None
+        rounded: list[str] = []
+        if frobenius is not None or spectral is not None:
+            sizes, noise = measured(contents, at_work, spectral is not None, progress)
+            wanted = factors_to(contents, sizes, noise, frobenius, spectral, options.each)
+            rounded = [t for t in contents.layers if options.each and sizes[t] <= noise[t]]
+        else:
+            wanted = {
+                t: to_alpha(contents, t, alpha) if alpha is not None else options.scale or 1.0 for t in contents.layers
+            }
+        matched = by_search(factors, contents.layers)
+        modules = {
+            t: RescaledLayer(layer.scale, layer.scale * f, f)
+            for t, layer in contents.layers.items()
+            for f in [wanted[t] * matched.get(t, 1.0)]
+        }
+        if huge := [t for t, m in modules.items() if not bake and not abs(m.after) <= LARGEST_SCALE]:
+            raise UsageError("float32 has no scale as large as is asked for:", map(printable, huge))
+        if frobenius is not None:
+            norm = math.sqrt(math.fsum((sizes[t] * m.after / m.before) ** 2 for t, m in modules.items() if m.before))
+        told = {t: RescaledLayer(0.0, m.after, None) if t in asleep else m for t, m in modules.items()}
+        notes = (*rounding_only(rounded, modules), *remarks(contents, told, bake))
+        if bake:
+            notes += tuple(told_of_experts({t: layer.rank for t, layer in contents.layers.items()}, ranks_of(contents)))
+        provenance = {
+            "made_by": "loratool rescale",
+            "command": command("rescale", [path], options),
+            "adapter": at_work.origins[0],
+            "asked": {name: value for name, value in asked.items() if value is not None},
+            "match": factors,
+            "bake": bake,
+            "notes": as_records(notes),
+        }
+        if bake:
+            write_baked(target, contents, modules, at_work, options, provenance)
+        else:
+            write_alphas(target, contents, modules, options, provenance)
+    return RescaleReport(
+        out=target,
+        written=not options.dry_run,
+        baked=bake,
+        modules=dict(sorted(told.items())),
+        norm=norm,
+        notes=notes,
+        **at_work.told(started),
+    )
+
+
+def read_factors(match: Sequence[str]) -> dict[str, float]:
+    """Pattern → factor."""
+    return {pattern: float(number) for pattern, _, number in (pair.rpartition("=") for pair in match)}
+
+
+def check(asked: Mapping[str, float | None], factors: Mapping[str, float], each: bool, bake: bool) -> None:
+    """Raise `UsageError` where the arguments do not mean one thing."""
+    given = {name: value for name, value in asked.items() if value is not None}
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(f'--{name}' for name in given)} are mutually exclusive")
+    if not given and not factors and not bake:
+        raise UsageError("nothing to do: pass --scale, --alpha, --frobenius, --spectral, --match or --bake")
+    if each and not {"frobenius", "spectral"} & set(given):
+        raise UsageError("--each is for --frobenius or --spectral")
+    for name, value in given.items():
+        positive = name in ("frobenius", "spectral")
+        if value == 0 or (positive and value < 0):
+            wanted = "above 0" if positive else "other than 0"
+            raise UsageError(f"--{name} {value:g}: must be a finite number {wanted}")
+
+
+def by_search(factors: Mapping[str, float], layers: Mapping[str, Layer]) -> dict[str, float]:
+    """Target → the factor of the first pattern that is found in its module's name; one that is found nowhere is wrong."""
+    modules = {target: layer.module for target, layer in layers.items()}
+    try:
+        # anywhere in the name: what stands around it is part of the pattern that PEFT's way of matching gets
+        around = {f"(?:.*(?:{pattern}).*)": pattern for pattern in factors}
+        matching = match_patterns(around, modules.values())
+    except ValueError as error:
+        told = str(error).replace(" in rank_pattern or alpha_pattern", "")
+        raise UsageError(f"--match: {told.replace('(?:.*(?:', '').replace(').*)', '')}") from None
+    found: dict[str, float] = {}
+    for target, module in modules.items():
+        hits = [pattern for whole, pattern in around.items() if whole in matching[module]]
+        if hits:
+            found[target] = factors[hits[0]]
+    if idle := [p for w, p in around.items() if not any(w in hits for hits in matching.values())]:
+        raise UsageError(
+            f"--match: found in no adapted module: {', '.join(map(printable, idle))}; one of them is called "
+            f"{printable(next(iter(modules.values())))}"
+        )
+    return found
+
+
+def measured(
+    contents: Contents, at_work: Session, spectral: bool, progress: Progress | None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The Frobenius norm of each update, or its largest singular value, and what of it may be rounding; experts together."""
+
+    def work(target: str) -> tuple[str, float, float]:
+        found = contents.load(target, at_work.device, at_work.dtype)
+        values, rounding = singular_values(found), floor_of(found)
+        if spectral:
+            return target, float(values.max()), float(rounding.max())
+        return target, float(values.square().sum().sqrt()), float(rounding.square().sum().sqrt())
+
+    sizes: dict[str, float] = {}
+    noise: dict[str, float] = {}
+    for target, size, rounding in at_work.spread(work, contents.layers):
+        sizes[target], noise[target] = size, rounding
+        if progress:
+            progress(len(sizes), len(contents.layers))
+    return sizes, noise
+
+
+def factors_to(
+    contents: Contents,
+    sizes: Mapping[str, float],
+    noise: Mapping[str, float],
+    frobenius: float | None,
+    spectral: float | None,
+    each: bool,
+) -> dict[str, float]:
+    """The factor of each layer that brings the norms to what was asked for: 1 where an update is rounding."""
+    wanted = frobenius if frobenius is not None else spectral
+    assert wanted is not None, "one of them is given"
+    if zero := [target for target, size in sizes.items() if each and not size]:
+        raise FitError("no factor gives an update that is zero a norm:", map(printable, zero))
+
+    def whole(parts: Mapping[str, float]) -> float:
+        return math.hypot(*parts.values()) if frobenius is not None else max(parts.values())
+
+    if whole(sizes) <= whole(noise):
+        raise FitError(
+            "no factor gives it a norm: every update is zero (an untrained adapter has B = 0) or "
+            f"{ROUNDING_ONLY}; where α is 0 and B is not, --alpha gives it a strength"
+        )
+    if each:
+        return {target: wanted / size if size > noise[target] else 1.0 for target, size in sizes.items()}
+    return dict.fromkeys(contents.layers, wanted / whole(sizes))
+
+
+def to_alpha(contents: Contents, target: str, alpha: float) -> float:
+    """The factor that brings a layer to an α."""
+    return alpha / alpha_of(contents, target)
+
+
+def awakened(contents: Contents, alpha: float) -> tuple[Contents, frozenset[str]]:
+    """The contents with `alpha` for the layers whose α is 0, which no factor changes, and those layers.
+
+    Raises `FitError` where all factors of these are zero too, so that no α gives the adapter any strength.
+    """
+    asleep = {t: layer for t, layer in contents.layers.items() if layer.scale == 0}
+    if not asleep:
+        return contents, frozenset()
+    if len(asleep) == len(contents.layers) and not any(map(is_trained, asleep.values())):
+        raise FitError(
+            f"{printable(contents.adapter.file.path)}: its α is 0, and all of B is 0 too: no α gives it any strength"
+        )
+    layers = {t: replace(layer, update=with_alpha(contents, layer, alpha)) for t, layer in asleep.items()}
+    return replace(contents, layers={**contents.layers, **layers}), frozenset(asleep)
+
+
+def is_trained(layer: Layer) -> bool:
+    """Whether neither of its factors is all zero; their values are read for it."""
+    return all(any(not is_zero(tensor) for tensor in stored_tensors(factor)) for factor in layer.factors)
+
+
+def with_alpha(contents: Contents, layer: Layer, alpha: float) -> LowRank | ExpertFactors:
+    """The update of a layer at an α."""
+    if isinstance(layer.update, ExpertFactors):
+        return replace(layer.update, alpha=alpha)
+    rank = math.sqrt(layer.rank) if contents.config.get("use_rslora") else layer.rank
+    return replace(layer.update, scale=alpha * times(contents, layer.target) / rank)
+
+
+def times(contents: Contents, target: str) -> float:
+    """How often PEFT applies a layer's update."""
+    names = Names({t: x.kind for t, x in contents.layers.items()})
+    return 2.0 if doubles(contents.config) and names.inside_attention(target) else 1.0
+
+
+def alpha_of(contents: Contents, target: str) -> float:
+    """α of a layer, as the config has it."""
+    layer = contents.layers[target]
+    if isinstance(layer.update, ExpertFactors):
+        return layer.update.alpha
+    if contents.config.get("peft_type") == "ADALORA":  # which takes init_r for an α that is not positive
+        alpha = float(contents.config.get("lora_alpha", 8))
+        return alpha if alpha > 0 else float(contents.config.get("init_r", 12))
+    rank = math.sqrt(layer.rank) if contents.config.get("use_rslora") else layer.rank
+    return layer.scale / times(contents, target) * rank
+
+
+def write_alphas(
+    out: Path,
+    contents: Contents,
+    modules: Mapping[str, RescaledLayer],
+    options: RescaleOptions,
+    provenance: Mapping[str, Any],
+) -> None:
+    """The same tensors under another α; one α for all gives up the patterns that there were."""
+    kind = contents.config.get("peft_type", "LORA")
+    factors = {m.factor for m in modules.values() if m.factor is not None}
+    uneven = max(factors) - min(factors) > 1e-12 * abs(max(factors, key=abs))
+    if kind != "LORA" and (kind != "ADALORA" or uneven):
+        raise InputError(
+            f"{printable(contents.adapter.file.path)}: peft_type {printable(kind)} has no α for each module; --bake writes "
+            "plain LoRA of it"
+        )
+    config = {name: value for name, value in contents.config.items() if name not in packing.FIELDS}
+    patterns = config.get("alpha_pattern") or {}
+    if uneven or options.alpha is not None:
+        alphas: dict[str, float | int] = {}
+        torn: list[str] = []
+        names = Names({t: x.kind for t, x in contents.layers.items()})
+        for target, layer in modules.items():
+            module = module_of(target, contents.layers[target].kind)
+            if names.inside_attention(target):
+                module = module.removesuffix(".out_proj")  # whose α PEFT takes
+            wanted = alpha_of(contents, target) * (layer.factor or 1.0)
+            if not math.isclose(alphas.setdefault(module, tidy(wanted)), wanted, rel_tol=1e-8):
+                torn.append(printable(target))
+        if torn:
+            raise InputError(
+                "PEFT has one α for several weights of a module, and these need others; --bake does it:", torn
+            )
+        stacked = {alphas[module_of(t, contents.layers[t].kind)] for t in stacked_by_peft(contents.layers)}
+        if len(stacked) > 1:
+            raise InputError(
+                f"PEFT gives all experts of a model one α, and these need {len(stacked)} different ones; pass --bake, which "
+                "puts the strength into the factors"
+            )
+        usual = stacked.pop() if stacked else Counter(alphas.values()).most_common(1)[0][0]
+        config["lora_alpha"] = usual
+        config["alpha_pattern"] = {anchored(m, alphas): a for m, a in sorted(alphas.items()) if a != usual}
+    else:
+        factor = next(iter(factors))
+        config["lora_alpha"] = tidy(float(config.get("lora_alpha", 8)) * factor)
+        config["alpha_pattern"] = {pattern: tidy(alpha * factor) for pattern, alpha in patterns.items()}
+    if options.dry_run:
+        contents.adapter.check_values()
+    else:
+        copied_output(out, contents, config, provenance, options.overwrite)
+
+
+def tidy(alpha: float) -> float | int:
+    """α as configs have it: a whole number where it is one."""
+    near = round(alpha)
+    return near if abs(alpha - near) <= 1e-9 * abs(alpha) else alpha
+
+
+def ranks_of(contents: Contents) -> dict[str, int]:
+    """The ranks of its layers, one for those of which PEFT wants it."""
+    names = Names({target: layer.kind for target, layer in contents.layers.items()})
+    return evened({target: layer.rank for target, layer in contents.layers.items()}, names.of_one_rank())
+
+
+def write_baked(
+    out: Path,
+    contents: Contents,
+    modules: Mapping[str, RescaledLayer],
+    at_work: Session,
+    options: RescaleOptions,
+    provenance: Mapping[str, Any],
+) -> None:
+    """The strength in the factors: B takes it, A stays as it is."""
+    kinds = {t: layer.kind for t, layer in contents.layers.items()}
+    ranks = ranks_of(contents)
+    forms = {t: Form.of(layer, ranks[t]) for t, layer in contents.layers.items()}
+    carried = carried_over(contents, Names(kinds), {t: m.factor or 1.0 for t, m in modules.items()})
+    dtype = kept_dtype([contents], options.dtype)
+    with adapter_output(out, forms, carried, dtype, contents.config, options) as output:
+
+        def work(target: str) -> Rounded:
+            found = contents.load(target, at_work.device, at_work.dtype)
+            rounded = output.rounded(target, padded(found.scaled(modules[target].factor or 1.0), ranks[target]))
+            if bool(found.up.any()) and not bool(rounded.factors.up.any()):
+                raise FitError(f"{printable(target)}: all of B would be zero in {str(dtype).removeprefix('torch.')}")
+            return rounded
+
+        for rounded in at_work.spread(work, modules):
+            output.add(rounded)
+        output.carry(carried)
+        config = describe(
+            [contents.config],
+            kinds,
+            ranks,
+            dora=contents.dora,
+            lora_bias=bool(contents.biases),
+            tokens=carried.tokens,
+        )
+        output.finish(config, provenance, files_beside(contents), [contents.adapter.folder])
+
+
+def rounding_only(rounded: Sequence[str], modules: Mapping[str, RescaledLayer]) -> Iterator[Note]:
+    """What is to be told of layers that got no norm of their own."""
+    if rounded:
+        text = (
+            f"{len(rounded)} of {len(modules)} updates keep their strength, {printable(rounded[0])} for one: each is "
+        )
+        yield Note("update-is-rounding", f"{text}{ROUNDING_ONLY}, and a norm would make an update of noise")
+
+
+def remarks(contents: Contents, modules: Mapping[str, RescaledLayer], baked: bool) -> Iterator[Note]:
+    """What a user of the result should know."""
+    if contents.adapter.packing:
+        yield Note(
+            "factors-repacked",
+            f"its factors are {contents.adapter.packing}, which PEFT does not read: they are written as PEFT packs them, "
+            "with their strength in them as --bake writes it",
+        )
+    changed = any(m.factor != 1 for m in modules.values())
+    if contents.dora and changed:
+        yield (
+            Note(
+                "dora-direction-only",
+                "DoRA: W' = m ⊙ (W + sBA)/‖W + sBA‖, so a scale turns the direction of each row and leaves its length m; the "
+                "adapter does not get stronger or weaker in proportion. `loratool merge -w` does that",
+            )
+        )
+    whole = len(contents.saved) + len(contents.bases) + len(contents.rows)
+    if whole and changed:
+        yield Note(
+            "no-strength",
+            f"{whole} tensors that are saved whole, or as rows of tokens, have no strength: they stay as they are",
+        )
+    if asleep := sum(m.factor is None for m in modules.values()):
+        yield Note("alpha-was-zero", f"{asleep} layers had an α of 0, so that they changed nothing")
+    if still := sum(m.after == 0 for m in modules.values()):
+        yield Note("alpha-is-zero", f"{still} layers have an α of 0, which no factor changes; --alpha sets it")
+    if any(m.factor is not None and m.factor < 0 for m in modules.values()):
+        yield Note("negative-factor", "a negative factor turns updates round: the adapter takes out what it put in")
+    yield from contents.remarks if baked else contents.adapter.notes
+    yield from told_beside(contents)

@@ -1,0 +1,389 @@
+"""`resize()`: an adapter at other ranks, by the singular values of its updates."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratool.adapters.adapter import StoredTensor
+from loratool.adapters.formats import read_adapter
+from loratool.adapters.formats.peft.describing import describe
+from loratool.adapters.formats.peft.spelling import Names
+from loratool.adapters.layers import ROUNDING_ONLY, Contents, Kind, Layer, contents_of
+from loratool.adapters.ranks import Amount, RankRule, evened, told_of_cuts, told_of_experts
+from loratool.adapters.reading import ReadingOptions
+from loratool.adapters.writer import (
+    FactorOptions,
+    Form,
+    Rounded,
+    adapter_output,
+    carried_over,
+    factor_tensors,
+    files_beside,
+    kept_dtype,
+    told_beside,
+)
+from loratool.algebra.lowrank import (
+    Product,
+    change,
+    decompose,
+    difference,
+    floor_of,
+    inner,
+    joint,
+    length,
+    padded,
+    singular_values,
+    truncated,
+)
+from loratool.algebra.lowrank.products import negligible
+from loratool.errors import FitError, InputError, printable
+from loratool.fetching import local
+from loratool.files.outputs import check_target
+from loratool.files.safefile import FLOAT_NAMES, read_safefile
+from loratool.measuring.session import Batch, PathLike, Progress, Session, batches, session
+from loratool.notes import Note, as_records
+from loratool.options.described import FLAG, NUMBER, JsonFile, Number, PathKind, option
+from loratool.options.shared import DeviceOption
+from loratool.provenance.cards import command
+from loratool.results.resize import ResizedLayer, ResizedTotals, ResizeReport
+from loratool.templates import listed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+ZERO = (
+    "nothing to resize: every update is zero (an untrained adapter has B = 0); where α is 0 and B is not, "
+    "loratool rescale --alpha gives it a strength"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizeOptions(FactorOptions, ReadingOptions, DeviceOption):
+    """Of `resize`."""
+
+    rank: int | None = option(
+        help="Rank of every layer, cut to what its shape allows; above its own it is filled up with zeros.",
+        kind=Number(whole=True),
+    )
+    energy: float | None = option(
+        help="Part of ‖ΔW‖² that each layer keeps, such as 0.99.", kind=Number(above=0, high=1)
+    )
+    error: float | None = option(help="Relative error that each layer may have, such as 0.05.", kind=NUMBER)
+    ratio: float | None = option(help="Keep singular values above the largest over this number.", kind=NUMBER)
+    budget: str | None = option(
+        help="Parameters of all factors together (4M), or bytes (16MB).", kind=Amount(), metavar="SIZE"
+    )
+    layer_weights: Mapping[str, float] | None = option(
+        help="For --budget: how much the error of a layer counts, by pattern.", kind=JsonFile(dict)
+    )
+    calibration: str | None = option(
+        help="E[zzᵀ] of z = A·x for each module, a .safetensors file; what counts is then the error of ΔW·x.",
+        kind=PathKind(),
+    )
+    uniform: bool = option(
+        help="Fill all layers up to the largest rank, for servers that know one rank.", default=False, kind=FLAG
+    )
+
+    def rule(self) -> RankRule:
+        """How ranks are chosen; raises `UsageError` where that is not said, or said twice."""
+        return RankRule.of(
+            self.rank, self.energy, self.error, self.ratio, self.budget, self.layer_weights, self.uniform
+        )
+
+
+def resize(adapter: PathLike, out: PathLike, options: ResizeOptions, progress: Progress | None = None) -> ResizeReport:
+    """Write the adapter at other ranks; `loratool.commands.resize` says all of it."""
+    started = time.monotonic()
+    rule = options.rule()
+    (way,) = options.readings(1)
+    calibration = [Path(options.calibration)] if options.calibration is not None else []
+    inputs = [local(adapter, "adapter"), *calibration]
+    target = check_target(Path(out), inputs, options.overwrite or options.dry_run, adapter=True)
+    contents = contents_of(read_adapter(inputs[0], way), "resize")
+    if not contents.layers:
+        raise InputError(f"{printable(contents.adapter.file.path)}: no low-rank update is in it")
+    grams = read_calibration(calibration[0], contents) if calibration else {}
+    with session(options.device, [contents]) as at_work:
+        resizer = Resizer(contents, grams, at_work)
+        kept = kept_dtype([contents], options.dtype)
+        energies = resizer.energies() if rule.needs_values else {}
+        if energies and not grams and not any(map(any, energies.values())):
+            raise FitError(ZERO)
+        groups = Names({t: layer.kind for t, layer in contents.layers.items()}).of_one_rank()
+        own = rule.choose(contents.layers, energies, kept.itemsize, groups)
+        chosen = evened(own, groups)
+        ranks = {t: r for t, r in chosen.items() if r}
+        dropped = tuple(t for t, r in chosen.items() if not r)
+        # of ΔW itself, which `energies` is not under a calibration
+        left_out = sum(length(contents.load(t, at_work.device, at_work.dtype)) ** 2 for t in dropped)
+        kinds = {t: contents.layers[t].kind for t in ranks}
+        forms = {t: Form.of(contents.layers[t], r) for t, r in ranks.items()}
+        carried = carried_over(contents, Names(kinds))
+        with adapter_output(target, forms, carried, kept, contents.config, options) as output:
+
+            def work(batch: Batch) -> list[tuple[Rounded, ResizedLayer]]:
+                found = []
+                for name, before, layer in resizer.resized(batch, resizer.load(batch), ranks):
+                    rounded = output.rounded(name, layer.product)
+                    told = measure(contents.layers[name], before, layer, rounded.read_back, bool(grams))
+                    found.append((rounded, told))
+                return found
+
+            modules: dict[str, ResizedLayer] = {}
+            kept_layers = {t: contents.layers[t] for t in ranks}
+            for found in at_work.spread(work, batches(kept_layers, at_work.device)):
+                for rounded, told in found:
+                    output.add(rounded)
+                    modules[rounded.target] = told
+                if progress:
+                    progress(len(modules), len(ranks))
+            if not any(layer.norm for layer in modules.values()):
+                raise FitError(ZERO)
+            output.carry(carried)
+            config = describe(
+                [contents.config],
+                kinds,
+                ranks,
+                whole_names=len(ranks) < len(chosen),
+                dropped=dropped,
+                dora=contents.dora,
+                lora_bias=bool(contents.biases),
+                tokens=carried.tokens,
+            )
+            totals = total(contents, modules, left_out, kept.itemsize)
+            notes = (
+                *remarks(contents, modules, dropped),
+                *told_of_cuts(
+                    None if options.uniform else options.rank, {t: contents.layers[t].most for t in ranks}, ranks
+                ),
+                *told_of_experts(own, ranks),
+            )
+            provenance = {
+                "made_by": "loratool resize",
+                "command": command("resize", inputs[:1], options),
+                "adapter": at_work.origins[0],
+                "rule": rule.told,
+                "measured": dataclasses.asdict(totals),
+                "notes": as_records(notes),
+            }
+            output.finish(config, provenance, files_beside(contents), [contents.adapter.folder])
+    return ResizeReport(
+        out=target,
+        written=not options.dry_run,
+        rule=rule.told,
+        totals=totals,
+        modules=dict(sorted(modules.items())),
+        dropped=dropped,
+        dtype=str(kept).removeprefix("torch."),
+        notes=notes,
+        **at_work.told(started),
+    )
+
+
+@dataclass(frozen=True)
+class Resized:
+    """A layer at its new rank, and the squares of all its singular values; those of its output, where calibrated."""
+
+    product: Product
+    energies: Tensor
+    rank: int
+
+    @property
+    def lost(self) -> float:
+        """Relative error of the truncation."""
+        total = float(self.energies.sum())
+        return math.sqrt(float(self.energies[self.rank :].sum()) / total) if total else 0.0
+
+
+@dataclass
+class Resizer:
+    """The layers of one adapter, decomposed batch by batch."""
+
+    contents: Contents
+    grams: Mapping[str, Tensor]  # target → E[zzᵀ]
+    at_work: Session
+
+    def load(self, batch: Batch) -> Product:
+        """The products of a batch of layers, stacked."""
+        import torch
+
+        loaded = [self.contents.load(target, self.at_work.device, self.at_work.dtype) for target in batch.targets]
+        rounding = max(p.rounding for p in loaded)
+        return Product(torch.stack([p.up for p in loaded]), torch.stack([p.down for p in loaded]), rounding)
+
+    def energies(self) -> dict[str, list[float]]:
+        """The squares of each layer's singular values, without its singular vectors; rounding counts as zero."""
+        found: dict[str, list[float]] = {}
+
+        def work(batch: Batch) -> list[tuple[str, list[float]]]:
+            values = singular_values(self.weighed(batch, self.load(batch)))
+            values = values * (values > negligible(values) * values[..., :1])
+            return list(zip(batch.targets, added_up(values).tolist(), strict=True))
+
+        for some in self.at_work.spread(work, batches(self.contents.layers, self.at_work.device)):
+            found |= some
+        return found
+
+    def weighed(self, batch: Batch, whole: Product) -> Product:
+        """What is to be kept: ΔW, or ΔW·x in mean square over the inputs of a calibration, which is up G^½.
+
+        SVD-LLM (arXiv:2403.07378) whitens with the (in, in) second moment of x; that of z = A·x gives the same.
+        """
+        import torch
+
+        if not self.grams:
+            return whole
+        return Product(whole.up, torch.stack([root_of(self.grams[target].to(whole.up)) for target in batch.targets]))
+
+    def resized(self, batch: Batch, whole: Product, ranks: Mapping[str, int]) -> Iterator[tuple[str, Product, Resized]]:
+        """Each layer of a batch, before and at its rank."""
+        found = joint([self.weighed(batch, whole)]).sum([1.0])
+        energies = added_up(found.values)
+        cut = found.product(max(ranks[target] for target in batch.targets))
+        for at, target in enumerate(batch.targets):
+            rank, one = ranks[target], whole[at]
+            kept = Product(cut.up[at][..., :rank], cut.down[at][..., :rank, :])
+            if self.grams:  # the outputs that matter most, and what ΔW has of them
+                basis = decompose(kept).left
+                kept = truncated(Product(basis, (basis.mT @ one.up) @ one.down), rank)[0]
+            yield target, one, Resized(padded(kept, rank), energies[at], rank)
+
+
+def root_of(gram: Tensor) -> Tensor:
+    """G^½ of a positive semidefinite matrix, or of a batch."""
+    import torch
+
+    values, vectors = torch.linalg.eigh(gram)
+    root: Tensor = (
+        vectors * torch.maximum(values, values[..., -1:].clamp_min(0) * 1e-16).sqrt()[..., None, :]
+    ) @ vectors.mT
+    return root
+
+
+def added_up(values: Tensor) -> Tensor:
+    """Squares of (layers, k) or (layers, experts, k) singular values, those of a layer's experts added up."""
+    squares = values.double().square()
+    return squares if squares.dim() == 2 else squares.sum(1)
+
+
+def measure(layer: Layer, before: Product, found: Resized, stored: Product, calibrated: bool) -> ResizedLayer:
+    """What became of a layer, from what is stored of it."""
+    squared = summed(before, before) if calibrated else float(found.energies.sum())
+    size = math.sqrt(squared)
+    floor = float(floor_of(before).square().sum().sqrt())
+    if not size:
+        return ResizedLayer(layer.rank, found.rank, 0.0, 0.0, 0.0, 0.0 if calibrated else None)
+    predicted = length(difference(before, found.product)) / size if calibrated else found.lost
+    # ‖ΔW − ΔW'‖² = ‖tail‖² + ‖rounding‖² − 2⟨tail, rounding⟩
+    rounding = change(found.product, stored.to(before.up.dtype))
+    between = summed(before, rounding) - summed(found.product, rounding)
+    achieved = predicted**2 + (summed(rounding, rounding) - 2 * between) / squared
+    return ResizedLayer(
+        layer.rank,
+        found.rank,
+        size,
+        predicted,
+        math.sqrt(max(0.0, achieved)),
+        found.lost if calibrated else None,
+        floor,
+    )
+
+
+def summed(one: Product, other: Product) -> float:
+    """⟨one, other⟩, of a batch together."""
+    return float(inner(one, other).sum())
+
+
+def total(contents: Contents, modules: Mapping[str, ResizedLayer], dropped: float, itemsize: int) -> ResizedTotals:
+    """All layers together; `dropped` is ‖ΔW‖² of those that are left out."""
+    squared = math.fsum(m.norm**2 for m in modules.values()) + dropped
+
+    def together(errors: Sequence[tuple[float, float]]) -> float:
+        lost = math.fsum((n * e) ** 2 for n, e in errors) + dropped
+        return math.sqrt(lost / squared) if squared else 0.0
+
+    after = sum(contents.layers[t].parameters * m.rank for t, m in modules.items())
+    stored = {tensor.info for layer in contents.layers.values() for tensor in factor_tensors(layer)}  # some are shared
+    return ResizedTotals(
+        norm=math.sqrt(squared),
+        predicted=together([(m.norm, m.predicted) for m in modules.values()]),
+        achieved=together([(m.norm, m.achieved) for m in modules.values()]),
+        parameters_before=sum(info.elements for info in stored),
+        parameters=after,
+        bytes_before=sum(info.nbytes for info in stored),
+        bytes=after * itemsize,
+    )
+
+
+def read_calibration(path: Path, contents: Contents) -> dict[str, Tensor]:
+    """E[zzᵀ] of every layer, by target; raises `InputError` telling all that is wrong with the file."""
+    import torch
+
+    file = read_safefile(path)
+    found: dict[str, Tensor] = {}
+    problems: list[str] = []
+    known = set[str]()
+    for target, layer in contents.layers.items():
+        name = next((n for n in (layer.module, target) if n in file.tensors), None)
+        if name is None:
+            problems.append(f"{printable(layer.module)}: missing")
+            continue
+        known.add(name)
+        info = file.tensors[name]
+        shapes = ((layer.rank, layer.rank), (layer.experts, layer.rank, layer.rank))
+        if info.dtype not in FLOAT_NAMES or info.shape not in shapes[: 1 + (layer.kind is Kind.PARAMETER)]:
+            wanted = " × ".join(map(str, shapes[layer.kind is Kind.PARAMETER]))
+            problems.append(f"{printable(name)}: is {info.dtype} {list(info.shape)}; {wanted} floats are wanted")
+            continue
+        gram = StoredTensor(file, info).load(torch.device("cpu"), torch.float64)
+        if not bool(gram.isfinite().all()):
+            problems.append(f"{printable(name)}: holds NaN or infinite values")
+        elif float((gram - gram.mT).abs().max()) > 1e-3 * float(gram.abs().max()):
+            problems.append(f"{printable(name)}: is not symmetric, as E[zzᵀ] is")
+        found[target] = (gram + gram.mT) / 2
+    problems += [f"{printable(name)}: no module of the adapter is called this" for name in set(file.tensors) - known]
+    if problems:
+        raise InputError(f"{printable(path)}: no calibration of this adapter:", sorted(problems))
+    return {
+        t: g.expand(layer.experts, *g.shape[-2:]) if (layer := contents.layers[t]).kind is Kind.PARAMETER else g
+        for t, g in found.items()
+    }
+
+
+def remarks(contents: Contents, modules: Mapping[str, ResizedLayer], dropped: Sequence[str]) -> Iterator[Note]:
+    """What a user of the result should know."""
+    yield from contents.remarks
+    yield from told_beside(contents)
+    if contents.dora:
+        yield (
+            Note(
+                "dora-error-unbounded",
+                "DoRA: the magnitudes are kept and ΔW is truncated; how far the merged weight moves is no longer bounded by "
+                "the error of ΔW, since its rows are normalised",
+            )
+        )
+    if zero := [t for t, m in modules.items() if not m.norm]:
+        yield Note("modules-without-effect", f"{len(zero)} of {len(modules)} updates are zero: {listed(zero)}")
+    if noise := [t for t, m in modules.items() if 0 < m.norm <= m.floor]:
+        text = f"ranks and errors of {len(noise)} of {len(modules)} updates say nothing, {printable(noise[0])} for one: each is {ROUNDING_ONLY}"
+        yield Note("update-is-rounding", text)
+    if len({m.rank for m in modules.values()}) > 1:
+        most = max(m.rank for m in modules.values())
+        yield (
+            Note(
+                "ranks-differ",
+                f"ranks differ, as rank_pattern says; servers that know one rank take {most} for all of them: --uniform "
+                "writes that",
+            )
+        )
+    for target in dropped:
+        if f"{target.removesuffix('weight')}bias" in contents.biases:
+            text = f"{printable(target)} is left out, and with it what its lora_B bias adds"
+            yield Note("bias-left-out", text)
