@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
-
-if TYPE_CHECKING:
-    import os
-    from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict
 
 
 class MergeKeywords(TypedDict, total=False):
@@ -14,12 +12,12 @@ class MergeKeywords(TypedDict, total=False):
 
     weights: Sequence[float] | float | None
     dtype: str
-    maps: Sequence[str] | str | None
-    fan_in_fan_out: bool | None
     shard_size: int | str | None
     allow_new_tensors: bool
     also_load: Sequence[str | os.PathLike[str]] | str | os.PathLike[str] | None
     ignore_files: Sequence[str] | str | None
+    maps: Sequence[str] | str | None
+    fan_in_fan_out: bool | None
     expert_layout: Sequence[str] | str | None
     adapter_name: Sequence[str] | str | None
     input_alpha: Sequence[float] | float | None
@@ -38,12 +36,12 @@ class WholePlanKeywords(TypedDict, total=False):
 
     weights: Sequence[float] | float | None
     dtype: str
-    maps: Sequence[str] | str | None
-    fan_in_fan_out: bool | None
     shard_size: int | str | None
     allow_new_tensors: bool
     also_load: Sequence[str | os.PathLike[str]] | str | os.PathLike[str] | None
     ignore_files: Sequence[str] | str | None
+    maps: Sequence[str] | str | None
+    fan_in_fan_out: bool | None
     expert_layout: Sequence[str] | str | None
     adapter_name: Sequence[str] | str | None
     input_alpha: Sequence[float] | float | None
@@ -58,12 +56,12 @@ class PlanKeywords(TypedDict, total=False):
 
     weights: Sequence[float] | float | None
     dtype: str
-    maps: Sequence[str] | str | None
-    fan_in_fan_out: bool | None
     shard_size: int | str | None
     allow_new_tensors: bool
     also_load: Sequence[str | os.PathLike[str]] | str | os.PathLike[str] | None
     ignore_files: Sequence[str] | str | None
+    maps: Sequence[str] | str | None
+    fan_in_fan_out: bool | None
     expert_layout: Sequence[str] | str | None
     adapter_name: Sequence[str] | str | None
     input_alpha: Sequence[float] | float | None
@@ -74,12 +72,12 @@ class StreamKeywords(TypedDict, total=False):
 
     weights: Sequence[float] | float | None
     dtype: str
-    maps: Sequence[str] | str | None
-    fan_in_fan_out: bool | None
     shard_size: int | str | None
     allow_new_tensors: bool
     also_load: Sequence[str | os.PathLike[str]] | str | os.PathLike[str] | None
     ignore_files: Sequence[str] | str | None
+    maps: Sequence[str] | str | None
+    fan_in_fan_out: bool | None
     expert_layout: Sequence[str] | str | None
     adapter_name: Sequence[str] | str | None
     input_alpha: Sequence[float] | float | None
@@ -182,8 +180,8 @@ class ExtractKeywords(TypedDict, total=False):
     exact: bool
     include: Sequence[str] | str | None
     exclude: Sequence[str] | str | None
-    fan_in_fan_out: bool | None
     seed: int
+    fan_in_fan_out: bool | None
     dtype: str
     dry_run: bool
     overwrite: bool
@@ -207,11 +205,11 @@ class InspectKeywords(TypedDict, total=False):
 
     base: str | os.PathLike[str] | None
     base_config: str | os.PathLike[str] | None
-    maps: Sequence[str] | str | None
-    fan_in_fan_out: bool | None
     tensors: bool
     values: bool
     check: bool
+    maps: Sequence[str] | str | None
+    fan_in_fan_out: bool | None
     expert_layout: Sequence[str] | str | None
     adapter_name: Sequence[str] | str | None
     input_alpha: Sequence[float] | float | None
