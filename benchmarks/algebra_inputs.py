@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from shapes import SHAPES, Shape, make_base
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 PREFIX = "base_model.model."
 Sizes = Mapping[str, tuple[int, int]]  # module → (out, in)

@@ -13,9 +13,10 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -25,9 +26,6 @@ from loratool.algebra.updates import ExpertFactors, LowRank, Update
 from loratool.bases.binding import bind, tell
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import Identity, Layout, SafeFile
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
 
 TARGET = 3.0  # seconds for one base and one adapter
 RANK, ALPHA = 16, 32.0

@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +24,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from typing import TYPE_CHECKING
-
 from running import run, run_quickly
 from shapes import SHAPES, Shape, Tensor, adapter_config, nbytes, write_adapter, write_header, write_json
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
 
 HEADERS, INDEX, VALUES, OPENED = 0.4, 1.0, 15.0, 2.0  # seconds
 MEMORY = 400e6  # bytes above the adapter's

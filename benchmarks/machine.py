@@ -6,12 +6,9 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 def describe(folder: Path, load: float) -> dict[str, str]:

@@ -19,12 +19,14 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, NoReturn
+from types import FrameType
+from typing import Any, NoReturn
 
 from findings import (
     HELP_SECONDS,
@@ -58,10 +60,6 @@ from running import (
     run_quickly,
 )
 from shapes import SHAPES, TINY, Shape
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from types import FrameType
 
 SECTIONS = ("copy", "peft", "memory", "accuracy", "start")
 MERGED = {"copy", "peft", "memory"}  # those that run on the shapes

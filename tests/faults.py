@@ -21,20 +21,18 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
 
 from loratool import cli
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from pathlib import Path
-
-for name in ("loratool.merging.merge", "loratool.report"):
+for name in ("loratool.merging.merge", "loratool.results.text"):
     import_module(name)  # here, so that no fork has to
 
 Mode = Literal[

@@ -16,7 +16,8 @@ import shutil
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from malformed import (
@@ -34,9 +35,6 @@ from malformed import (
     write_sharded,
 )
 from workbench import is_clean, tensors_of
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 HUGE = "<a number of four hundred digits>"  # what JSON can say and the writer cannot: put into its text afterwards
 DEEP: Any = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,6 @@ from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import Identity, Layout, SafeFile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
     from loratool.bases.binding import Bound
 
 RANK = 2

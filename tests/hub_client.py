@@ -10,6 +10,7 @@ import atexit
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import traceback
@@ -20,8 +21,6 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    import signal
-
     from hub_server import HubServer
 
 

@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
 
 FIXTURE = Path(__file__).resolve().parents[1] / "fixtures" / "layouts.json"
 WHOLE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "layouts.json"

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from tiny_models import randomise
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
 
 HIDDEN, MLP, EXPERT_MLP, LAYERS, HEADS, GROUPS, HEAD, VOCABULARY, EXPERTS = 32, 48, 24, 2, 4, 2, 8, 96, 4
 RANK, ALPHA = 4, 6.0

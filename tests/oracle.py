@@ -10,16 +10,14 @@ import json
 import math
 import re
 import struct
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
 
 PREFIX = "base_model.model."
 FACTOR = re.compile(r"(?P<module>.+)\.(?P<kind>lora_A\.weight|lora_A|lora_embedding_A)")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from oracle import read_tensors
@@ -14,10 +16,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import loratool
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
 
 TOKENS = torch.tensor([[3, 1, 7, 7, 0, 11, 2], [5, 4, 9, 6, 8, 10, 1]])
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from pathlib import Path
 
 import peft
 import pytest
@@ -14,10 +15,6 @@ from peft_zoo import Pair, make_zoo, train
 from safetensors.torch import load_file, save_file
 
 import loratool
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from loratool import plan_merge
 from loratool.algebra.updates import ExpertFactors, Magnitude, Update
-from loratool.bases.binding import Bound, bind, tell
+from loratool.bases.binding import Bound, bind, grouped, tell
 from loratool.errors import FitError, InputError, UsageError
-from loratool.templates import grouped
 
 CELLS = [cell for releases in read_cells().values() for cell in releases.values()]
 

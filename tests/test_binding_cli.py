@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +12,6 @@ from workbench import Workbench, tensors_of
 
 import loratool
 from loratool.merging.fingerprints import content_fingerprint
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 HIDDEN, ROWS = 4, 8
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,13 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratool import plan_merge
-from loratool.bases.binding import Bound, bind
+from loratool.bases.binding import Bound, bind, grouped
 from loratool.errors import FitError, InputError
-from loratool.templates import grouped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from loratool.adapters.adapter import Adapter
     from loratool.algebra.updates import Update
 

@@ -8,6 +8,7 @@ the tensors that its conversion makes of that parameter. What the tables leave o
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +23,9 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from loratool.bases.binding import bind
-from loratool.templates import template_of
+from loratool.bases.binding import bind, template_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from loratool.algebra.updates import Update
 
 REORDERED = "rows are permuted for rotary positions"

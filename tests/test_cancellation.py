@@ -10,8 +10,9 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,9 +28,6 @@ from loratool.algebra.methods.table import ELEMENTWISE, FACTORWISE, METHODS
 from loratool.errors import FitError, UsageError
 from loratool.results.facts import AdapterFacts
 from loratool.reworking.recipes import CombineOptions, make_recipe
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
 
 Array = NDArray[np.float64]
 ROUNDING = {torch.bfloat16: 2.4e-3, torch.float16: 3e-4, torch.float32: 1e-6}  # as measured on real adapters

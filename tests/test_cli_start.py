@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from pathlib import Path
 
 import click
 import numpy as np
@@ -15,10 +16,6 @@ from safetensors.numpy import save_file
 
 import loratool
 from loratool import cli
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
 
 COMMANDS = sorted(cli.COMMANDS)
 HEAVY = ("torch", "numpy", "huggingface_hub", "safetensors", "tqdm")

@@ -9,7 +9,9 @@ import dataclasses
 import json
 import math
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,10 +23,6 @@ from workbench import Outcome, check_refusal, snapshot
 
 import loratool
 from loratool.cli import run
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
 Array = NDArray[np.float64]
 START = "base_model.model."

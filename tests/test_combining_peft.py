@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +20,6 @@ from test_peft_parameters import BOTH, EXPERTS, FUSED, HIDDEN, INPUTS, Layers
 from torch import Tensor, nn
 
 import loratool
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 START = "base_model.model."

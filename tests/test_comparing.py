@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +14,6 @@ from torch import Tensor
 from workbench import Workbench
 
 import loratool
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SHAPES = {"model.a": (30, 20), "model.b": (16, 40)}
 

@@ -7,7 +7,8 @@ import re
 import subprocess
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,6 @@ from loratool.bases.edits import Edit
 from loratool.merging import resources
 from loratool.merging import row_blocks as computing
 from loratool.merging.row_blocks import LoadedEdit
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device here, or LORATOOL_TEST_CUDA=1 is not set"

@@ -6,8 +6,9 @@ import json
 import runpy
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,6 @@ from malformed import ADAPTER, MERGED, MODEL, WEIGHT
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from workbench import Workbench, check_is_merged, tensors_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 STEM = "adapter_model"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 4096\n"

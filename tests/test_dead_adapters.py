@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import threading
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,6 @@ from workbench import Workbench, is_clean, tensors_of
 
 import loratool
 from loratool.merging.engine import Engine
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 PREFIX = "base_model.model."
 MODULES = tuple(f"model.layers.{n}.self_attn.{leaf}" for n in range(2) for leaf in ("q_proj", "k_proj"))

@@ -8,9 +8,10 @@ import re
 import runpy
 import shlex
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import pytest
@@ -20,9 +21,6 @@ from loratool import cli, devices
 from loratool.algebra.methods.table import METHODS
 from loratool.demo import demo
 from loratool.merging import resources
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(path for folder in (".", "docs", "fixtures", "benchmarks") for path in (ROOT / folder).glob("*.md"))

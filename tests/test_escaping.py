@@ -11,9 +11,10 @@ import os
 import re
 import shutil
 import unicodedata
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -23,12 +24,9 @@ from safetensors.torch import save_file
 
 from loratool import cli
 from loratool.errors import InputError, escaped, printable
+from loratool.inspecting.health import Finding
 from loratool.notes import Note
 from loratool.provenance.cards import card_of
-from loratool.results.findings import Finding
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 PAYLOADS = {
     "script": "<script>forged()</script><img src=x onerror=forged()>",

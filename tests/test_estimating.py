@@ -6,8 +6,9 @@ import json
 import re
 import shlex
 import struct
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +21,6 @@ import loratool
 from loratool import FitError, InputError, UsageError, cli
 from loratool.bases.decoders import SHAPES
 from loratool.inspecting.estimate import full_memory
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 DOCS = Path(__file__).parent.parent / "docs"

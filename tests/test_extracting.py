@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import peft_zoo
@@ -22,9 +24,6 @@ from loratool.algebra.lowrank import sketch
 from loratool.errors import FitError, InputError, LoratoolError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
-
     from loratool.results.extract import ExtractReport
 
 Tensors = dict[str, Tensor]
@@ -472,7 +471,7 @@ def test_include_and_exclude_choose_modules(tmp_path: Path) -> None:
 
 
 def test_a_pattern_that_takes_for_ever_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loratool.reworking.extracting.selecting.PATTERN_SECONDS", 0.5)
+    monkeypatch.setattr("loratool.adapters.formats.peft.patterns.PATTERN_SECONDS", 0.5)
     base = save(tmp_path / "base", {f"{'a' * 60}.weight": torch.ones(3, 3)})
     tuned = save(tmp_path / "tuned", {f"{'a' * 60}.weight": torch.zeros(3, 3)})
     started = time.monotonic()

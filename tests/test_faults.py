@@ -8,19 +8,16 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import faults
 import pytest
 import torch
 from faults import Call, Fault, Mode, Outcome, Picture, picture
 from safetensors.torch import load_file
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 OUT, PARTIAL = "out", "out.partial"
 LAST_FILE = "fsync(out.partial/model/loratool.json)"

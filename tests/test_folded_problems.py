@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from malformed import FACTORS, A, B, write_adapter, write_base
 from workbench import Workbench
 
 from loratool.errors import InputError, folded
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
 
 COUNT = 288
 COMMANDS: dict[str, Sequence[str]] = {

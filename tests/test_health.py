@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,10 +19,7 @@ import loratool
 from loratool import cli
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
-
-    from loratool.results.findings import Finding
+    from loratool.inspecting.health import Finding
 
 LAYERS = ("model.layers.0.self_attn.", "model.layers.1.self_attn.")
 NAMES = ("q_proj", "k_proj", "v_proj")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,8 +13,6 @@ from safetensors.torch import load_file, save_file
 from test_hub_reading import client, downloaded, hub, models
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from hub_client import Client
     from hub_server import HubServer
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import faults
 import pytest
@@ -15,9 +16,6 @@ from huggingface_hub import ModelCard, ModelCardData
 import loratool
 from loratool.provenance.cards import CARD, MARK, card, card_of, command, terms_of
 from loratool.reworking.recipes import CombineOptions
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LAYERS, HIDDEN = 2, 64

@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import unicodedata
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import faults
 import pytest
@@ -16,10 +18,6 @@ from hub_server import WRITER, HubServer, Lie
 from loratool.errors import HubError, UsageError
 from loratool.fetching import parse
 from loratool.fetching.answers import commit_of, files_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 SHARDS, HIDDEN = 2, 64
 INFO = r"^/api/models/org/(base|adapter)([?]|$|/revision/)"

@@ -7,7 +7,8 @@ import json
 import shutil
 import signal
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from pathlib import Path
 
 import faults
 import pytest
@@ -17,10 +18,6 @@ from hub_server import READER, STRANGER, WRITER, Fault, HubServer, tokens_on_oth
 from loratool.errors import InputError, UsageError
 from loratool.files.journal import Journal
 from loratool.publishing.selecting import select
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
 
 SHARDS, HIDDEN = 3, 64
 SECRETS = {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from pathlib import Path
 
 import faults
 import pytest
@@ -18,10 +19,6 @@ from loratool.fetching import parse, place_of
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.hub_cache import origin_of
 from loratool.files.hub_names import HubPath
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
 
 SHARDS, HIDDEN = 3, 64
 NOT_NEEDED = {

@@ -11,8 +11,8 @@ import json
 import random
 import shutil
 import string
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import faults
 import pytest
@@ -23,9 +23,6 @@ from safetensors.torch import load_file, save_file
 from loratool.errors import InputError, UsageError
 from loratool.provenance.secrets import OVERLAP, secrets_in, without_secrets
 from loratool.publishing.selecting import select
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 CHANCE = random.Random(11)
 LETTERS, ALNUM, HEX = string.ascii_letters, string.ascii_letters + string.digits, "0123456789abcdef"

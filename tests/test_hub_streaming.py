@@ -8,17 +8,14 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import faults
 import pytest
 from hub_client import Client
 from hub_server import WRITER, Blob, Fault, HubServer, tokens_on_other_origins
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
 
 SHARDS, HIDDEN = 4, 64
 JOURNAL = "loratool-stream.json"

@@ -6,17 +6,14 @@ import json
 import os
 import shutil
 import socket
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from malformed import ADAPTER, ADAPTER_CONFIG, INDEX, frame, put, write_adapter, write_sharded
 from workbench import Workbench
 
 from loratool.files import inputs, safefile
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
 
 WHOLE = 1 << 40  # bytes of a sparse file: reading it would take minutes, holding it more memory than there is
 

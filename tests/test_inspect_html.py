@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +20,6 @@ from safetensors.torch import save_file
 import loratool
 from loratool import cli
 from loratool.results.facts import AdapterFacts
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = [

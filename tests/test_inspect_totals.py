@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,6 @@ from test_peft_methods import CASES
 
 import loratool
 from loratool.cli import run
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 ZOO = make_zoo()
 CONFIGS: dict[str, Any] = {**CASES, **VARIANTS}

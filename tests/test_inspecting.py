@@ -6,6 +6,7 @@ import json
 import math
 import runpy
 import struct
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +36,6 @@ from loratool.results.facts import AdapterFacts, CheckpointFacts
 from loratool.results.values import Measured, Values
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from loratool.results.values import Weighed
 
 ROOT = Path(__file__).parent.parent
@@ -578,7 +577,7 @@ def test_the_report_fits_80_columns(
 
 @pytest.mark.parametrize("number", [1, 4, 6])
 def test_a_long_word_stays_whole_and_long_sentences_are_broken(number: int) -> None:
-    from loratool.report.inspect import wrapped
+    from loratool.results.text import wrapped
 
     text = wrapped([("name", " ".join(["word"] * 10 * number) + " " + "x" * 90)])
     assert all(len(line) <= 80 or "x" * 90 in line for line in text.splitlines())

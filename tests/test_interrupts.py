@@ -12,19 +12,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import faults
 import pytest
 import torch
 from faults import Picture, picture
 from safetensors.torch import load_file
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
 
 SHARDS, HIDDEN, RANK = 12, 1024, 64
 OUT, PARTIAL = "out", "out.partial"

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import os
 import stat
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from malformed import INDEX, MODEL, SHARDS, WEIGHT, weight_map, write_json, write_sharded
 from workbench import Workbench, bound_by_permissions, check_is_merged, check_refusal, command, run_apart
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 STORE = "store"  # beside the inputs: where the weights really lie
 

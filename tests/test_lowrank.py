@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -30,9 +30,6 @@ from loratool.algebra.lowrank import (
     sketch,
     truncated,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 def made(rows: int, columns: int, rank: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Product:

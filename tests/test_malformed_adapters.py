@@ -9,7 +9,8 @@ import json
 import os
 import socket
 import struct
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,10 +46,6 @@ from malformed import (
 from workbench import Workbench, check_is_merged, check_refusal, command, is_clean, run_apart, snapshot
 
 from loratool.adapters.formats.peft import patterns
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
 
 
 @pytest.fixture

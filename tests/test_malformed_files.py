@@ -13,7 +13,8 @@ import random
 import struct
 import tracemalloc
 import zipfile
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,10 +58,6 @@ from workbench import (
     snapshot,
     tensors_of,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
 
 Case = tuple[bytes, str]  # a malformed file, and what the message must say
 

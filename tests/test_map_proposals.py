@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import re
 import shlex
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +18,6 @@ from malformed import Stored, f32, write_adapter, write_base, write_json
 from workbench import Workbench, tensors_of
 
 from loratool.bases.binding import bind
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
 
 PREFIX = "base_model.model."
 H, MLP = 6, 10

@@ -6,7 +6,8 @@ float64 formula at the places that the table records.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,10 +31,6 @@ from oracle import read_tensors, same_bits
 from torch import Tensor
 
 import loratool
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
 
 TABLE = read_cells()
 CELLS = [cell for releases in TABLE.values() for cell in releases.values()]

@@ -7,7 +7,9 @@ with those of the model under the adapter. On tied embeddings PEFT's own merge i
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,10 +36,6 @@ from torch import Tensor
 
 import loratool
 from loratool.cli import run
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 BIGGER = VOCABULARY + 4

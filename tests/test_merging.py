@@ -12,8 +12,10 @@ import stat
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,10 +41,6 @@ from torch import Tensor
 import loratool
 from loratool.cli import run
 from loratool.merging.resources import estimated_memory
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
 
 QUERY = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.0.mlp.down_proj"

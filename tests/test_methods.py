@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,9 +25,6 @@ from loratool.algebra.methods.mixture import Mixture, Recipe, mix, mix_factors
 from loratool.algebra.methods.stacks import Formed, Held
 from loratool.algebra.methods.table import ELEMENTWISE, FACTORWISE, METHODS
 from loratool.reworking.recipes import CombineOptions, make_recipe
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
 
 Array = NDArray[np.float64]
 ROWS, COLUMNS = 26, 19

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,6 @@ from peft_zoo import save_base
 from test_peft_loads_outputs import changes, loaded, lora, make_model, trained
 
 import loratool
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 KINDS: dict[str, Callable[[list[str]], Any]] = {

@@ -10,7 +10,9 @@ import dataclasses
 import json
 import shutil
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,10 +37,6 @@ from transformers.models.auto import modeling_auto
 
 import loratool
 from loratool.cli import run
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 PREFIX = "base_model.model."

@@ -6,7 +6,8 @@ import ast
 import inspect
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -20,9 +21,6 @@ import loratool
 from loratool import FitError, InputError, UsageError
 from loratool import nn as lora
 from loratool.nn import LoRALinear, apply_lora, load_adapter, save_adapter
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 WIDTH, OUT = 12, 7
 

@@ -6,7 +6,8 @@ The oracle is how the checkpoints are made: a difference of known rank in float6
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +16,6 @@ from torch import Tensor
 
 from loratool import extract
 from loratool.errors import FitError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 NAME = "m.q_proj.weight"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

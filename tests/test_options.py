@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import runpy
 import shlex
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import Any, get_type_hints
 
 import click
 import pytest
@@ -28,9 +29,6 @@ from loratool.inspecting.inspect import InspectOptions
 from loratool.options.described import SIZE, Choice, Flag, Number, Option, Options, Size, described_by, dtypes, made_of
 from loratool.publishing.pushing import PushOptions
 from loratool.reworking.compare import CompareOptions
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
 
 ROOT = Path(__file__).parent.parent
 OPTIONS: dict[str, type[Options]] = {

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,9 +28,6 @@ import loratool
 from loratool import extract
 from loratool.layouts.architectures import CONV1D_TYPES
 from loratool.layouts.native import NATIVE_TYPES
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 PREFIX = "base_model.model."
 SIZE = 8

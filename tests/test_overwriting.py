@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
 
 import faults
 import pytest
@@ -20,10 +21,6 @@ import loratool
 from loratool.cli import run
 from loratool.demo import demo
 from loratool.files.model_files import is_model_file
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 SHARDS, HIDDEN = 2, 32
 COMMANDS: dict[str, Callable[[Path], list[str]]] = {

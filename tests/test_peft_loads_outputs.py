@@ -11,7 +11,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -26,9 +27,6 @@ from test_peft_parameters import FUSED, Experts
 from torch import Tensor, nn
 
 import loratool
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 Tensors = Mapping[str, Tensor]

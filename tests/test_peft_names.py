@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,6 @@ from tiny_models import randomise
 from torch import Tensor, nn
 
 import loratool
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
 
 SIZE = 4
 # What PEFT 0.21 calls what it puts into a model, and words that its methods' tensors begin with.

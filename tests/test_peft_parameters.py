@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import loratool
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
 
 HIDDEN, MIDDLE, EXPERTS = 6, 5, 4
 INPUTS = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(0))

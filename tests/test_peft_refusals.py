@@ -6,8 +6,9 @@ import ast
 import dataclasses
 import json
 import runpy
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import peft
 import pytest
@@ -20,9 +21,6 @@ from torch import Tensor
 import loratool
 from loratool.adapters.formats.peft import lora, methods, support
 from loratool.cli import run
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 ROOT = Path(__file__).parent.parent
 Tensors = dict[str, Tensor]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +15,6 @@ from test_peft_loads_outputs import changes, loaded, lora, make_model, trained
 from torch import nn
 
 import loratool
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 LAYERS = ["linear", "c_attn", "embed", "conv1", "conv2", "conv3", "square", "experts"]

@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import faults
 import pytest
@@ -17,9 +17,6 @@ from hub_server import WRITER, HubServer
 import loratool
 from loratool import cli
 from loratool.errors import VerificationError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 HIDDEN, LAYERS = 64, 2
 

@@ -6,8 +6,8 @@ import hashlib
 import json
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import faults
 import pytest
@@ -19,9 +19,6 @@ from safetensors.torch import load_file, save_file
 import loratool
 from loratool import cli
 from loratool.files.digests import Digest, digest_of_bytes, read_recorded
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 LAYERS, HIDDEN = 2, 32
 SIDE_FILES = {"tokenizer.json": "{}", "LICENSE": "terms", "tokenizer_config.json": "{}"}

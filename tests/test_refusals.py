@@ -7,8 +7,10 @@ in other ways is in `test_malformed_adapters.py`.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +19,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loratool.cli import run
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
 
 WIDTH, RANK, EXPERTS, LAYERS = 8, 2, 3, 2
 ATTENTION = [f"model.layers.{n}.self_attn.{name}" for n in range(LAYERS) for name in ("q_proj", "v_proj")]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,6 @@ from torch import Tensor
 from workbench import Workbench
 
 import loratool
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 LAYERS = ["embed", "linear", "c_attn", "square", "conv1", "conv2"]
 PLAIN: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": LAYERS}

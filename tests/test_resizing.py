@@ -6,8 +6,9 @@ import copy
 import json
 import shutil
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -22,9 +23,6 @@ from workbench import Workbench
 import loratool
 from loratool.cli import run
 from loratool.errors import FitError, InputError, UsageError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
 
 LAYERS = ["embed", "linear", "c_attn", "square", "conv1", "conv2", "conv3"]
 LINEAR = ["linear", "c_attn", "square"]

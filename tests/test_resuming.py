@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import faults
 import pytest
@@ -15,10 +17,6 @@ from safetensors.torch import load_file, save_file
 from workbench import interrupted, tree
 
 import loratool
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 SHARDS, HIDDEN = 3, 32
 FIRST = "model-00001-of-00003.safetensors"
@@ -176,7 +174,7 @@ def test_digests_are_compared_on_resuming_only(merge: Merge, monkeypatch: pytest
         read.append(path.name)
         return ""
 
-    monkeypatch.setattr("loratool.files.staging.why_unlike", noting)
+    monkeypatch.setattr("loratool.files.digests.why_unlike", noting)
     merge.run(merge.out.with_name("fresh"))
     assert read == []
     finished = interrupted(merge.base, merge.adapter, merge.out, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +17,6 @@ from safetensors.torch import save_file
 from loratool.errors import InputError
 from loratool.files import safefile
 from loratool.files.safefile import DTYPE_BITS, Layout, copy_bytes, read_exactly, read_safefile, write_fully
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 TORCH_DTYPES = {
     "F32": torch.float32,

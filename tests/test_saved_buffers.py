@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,6 @@ from torch import Tensor, nn
 
 import loratool
 from loratool.cli import run
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 class Table(nn.Module):

@@ -7,8 +7,9 @@ import os
 import re
 import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import faults
 import pytest
@@ -21,9 +22,6 @@ from loratool.cli import run
 from loratool.errors import StorageError
 from loratool.files import staging
 from loratool.files.journal import look
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 SHARDS, HIDDEN = 2, 32
 FIRST = "model-00001-of-00002.safetensors"

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +19,6 @@ from test_mixtures_of_experts import build
 from torch import Tensor
 
 import loratool
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 LAYERS, EXPERTS, HIDDEN, MIDDLE, RANK, SCALE = 2, 3, 6, 5, 2, 1.5

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,6 @@ from torch import Tensor
 
 import loratool
 from loratool.cli import run
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 LLAMA = FAMILIES["llama"]
 ALPHA = 6.0

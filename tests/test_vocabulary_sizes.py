@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +19,6 @@ from tiny_models import FAMILIES, VOCABULARY, Family, adapt, bert_config, build_
 from torch import Tensor
 
 from loratool.cli import run
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 WAY_OUT = "model.unload().save_pretrained("

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import shlex
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -16,10 +18,6 @@ from peft_zoo import Pair, make_zoo, save_base, shake, train
 import loratool
 from loratool.adapters.formats.peft import methods
 from loratool.cli import run
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 ONE = ["linear"]

@@ -8,7 +8,9 @@ import pickle
 import shlex
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +20,6 @@ from safetensors.torch import load_file, save_file
 from workbench import Workbench, snapshot, tensors_of
 
 from loratool.cli import run
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 OTHER = next(name for name in BASE if name != WEIGHT)  # a weight of the base that the adapter leaves alone
 

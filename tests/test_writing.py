@@ -16,9 +16,10 @@ import shutil
 import struct
 import tempfile
 import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,9 +34,6 @@ from loratool.files.safefile import Layout
 from loratool.merging import engine, resources
 from loratool.merging import shard_writer as writing
 from loratool.merging.output_layout import ShardPlan
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 PAGE, SECTOR = max(4096, mmap.PAGESIZE), 512
 BF16, F16, F32, F64, U8 = torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.uint8

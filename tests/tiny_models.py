@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -16,10 +18,6 @@ from oracle import never, weight_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
 
 HIDDEN, MLP, LAYERS, HEADS, VOCABULARY, POSITIONS = 32, 48, 2, 4, 96, 64
 TOKENS = torch.tensor([[5, 17, 3, 80, 41, 9, 2], [1, 60, 60, 7, 33, 12, 95]])

@@ -14,9 +14,11 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,9 +32,6 @@ from loratool.cli import run
 from loratool.files import staging
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from types import FrameType
-
     from loratool.files.journal import FinishedShard
 
 LONGEST_MESSAGE = 6000  # characters: a screenful or two, whatever the input holds
