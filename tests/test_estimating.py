@@ -364,7 +364,7 @@ def test_a_rank_below_one_is_refused(ranks: Any, seven: Path) -> None:
 
 @pytest.mark.parametrize("targets", ["", " , ", []])
 def test_targets_are_wanted(targets: Any, seven: Path) -> None:
-    with pytest.raises(UsageError, match="a target"):
+    with pytest.raises(UsageError, match="one target"):
         loratool.estimate(seven, 8, targets)
 
 

@@ -407,7 +407,7 @@ def test_interrupted_is_told_with_how_to_go_on(hub: HubServer, client: Client, m
     client.kill(pid, signal.SIGINT)
     ran = client.end()
     assert ran.code == 130
-    assert "the same command continues" in ran.err
+    assert "run the same command again to continue" in ran.err
 
 
 def test_interrupted_after_the_output_was_written_is_told_so(

@@ -959,7 +959,7 @@ def test_a_model_is_never_replaced_by_an_adapter(
     save_file({"w": torch.ones(2, 2)}, model / "model.safetensors")
     before = picture(tmp_path)
     assert run([*words, str(adapter), "-o", str(model), "--overwrite"]) == 2
-    assert "is no adapter" in capsys.readouterr().err
+    assert "is not an adapter" in capsys.readouterr().err
     assert picture(tmp_path) == before
 
 

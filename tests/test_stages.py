@@ -295,7 +295,7 @@ def test_both_ways_out_that_the_refusal_tells_work(
     words = [*COMMANDS[command](inputs), "-o"]
     said = refused([*words, str(home / "out" / "merged")], home, capsys)
     assert "another OUT" in said
-    assert "move that away" in said
+    assert "move them away" in said
     named = re.findall(r"^  (\S+): ", said, re.MULTILINE)
     assert ODD[stranger] in named
     before = tree(stage)
