@@ -53,6 +53,7 @@ class Forked:
         for number, stream in enumerate(self.streams, 1):
             os.dup2(stream.fileno(), number)
         sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
+        os.environ["LORATOOL_TEST_SYNC"] = "1"
         torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
         if prepare is not None:
             prepare()
