@@ -18,22 +18,19 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from pkgutil import walk_packages
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from hub_server import HubServer
 
 
-PRELOADED = (
-    "safetensors",
-    "torch",
-    "tqdm.auto",
-    "yaml",
-    "loratool.merging.engine",
-    "loratool.publishing",
-    "concurrent.futures",
+PRELOADED = ("safetensors", "torch", "tqdm.auto", "yaml", "concurrent.futures")
+# what some releases of the Hub's client are built on
+CLIENTS = (
+    *("httpx2", "httpx", "httpcore2", "httpcore", "h11", "anyio.streams.tls", "truststore", "hf_xet", "rich.console"),
+    *("filelock", "configparser", "decimal", "hmac", "secrets", "stringprep", "encodings.idna"),
 )
-CLIENTS = ("httpx2", "httpx", "hf_xet", "rich.console")  # what some releases of the Hub's client are built on
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class Nursery:
     """The process that forks."""
 
     def __init__(self) -> None:
-        own = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+        own = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "SSL_CERT_"))}
         own |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "NO_PROXY": "*"}
         self.process = subprocess.Popen(
             [sys.executable, __file__], env=own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -100,6 +97,7 @@ class Client:
         settings |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"} | (
             {"HF_TOKEN": self.token} if self.token else {}
         )
+        settings["SSL_CERT_DIR"] = str(self.home)  # no list of authorities is read for a server that speaks no TLS
         order = {"words": [str(word) for word in words], "settings": settings | more, "home": str(self.home)}
         return NURSERY[0].fork(order | {"cwd": str(cwd or self.home), "code": code})
 
@@ -157,9 +155,10 @@ def run_program(code: str) -> NoReturn:
 
 def serve() -> None:
     """Fork for each order: print the process id, wait, print the exit code."""
+    import loratool
     import loratool.cli
 
-    for name in PRELOADED:
+    for name in (*PRELOADED, *(module.name for module in walk_packages(loratool.__path__, "loratool."))):
         import_module(name)
     for name in CLIENTS:
         with suppress(ImportError):

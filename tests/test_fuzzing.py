@@ -32,15 +32,17 @@ def test_a_mutated_file_is_read_rightly_or_refused_in_a_sentence(
     path = root / KINDS[kind].path
     sound = path.read_bytes()
     failures: list[str] = []
+    wanted = snapshot(root)
+    name, mode = KINDS[kind].path, path.lstat().st_mode
     for mutation in mutations(kind, COUNT, SEED, sound):
         path.write_bytes(mutation.content)
-        before = snapshot(root)
+        wanted[name] = (mode, mutation.content)
         capsys.readouterr()
         try:
             with within(LONGEST):
                 code = run(words_of(mutation.command, root, out))
             check_outcome(mutation, code, *capsys.readouterr(), root, out)
-            assert snapshot(root) == before, f"{mutation}: changed an input"
+            assert snapshot(root) == wanted, f"{mutation}: changed an input"
         except (AssertionError, pytest.fail.Exception) as error:
             failures.append(f"{mutation.command}: {error}")
         clear(out.parent)

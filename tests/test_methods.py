@@ -400,7 +400,7 @@ def test_kept_entries_of_two_adapters_are_summed_or_elected(method: str) -> None
 def test_dare_is_right_in_the_mean(method: str, space: str) -> None:
     products, weights = some(14, (2, 2), rows=9, columns=8), [1.0, -0.5]
     wanted = sum_of(weights, written_out(products))
-    count = 400
+    count = 200
     mean = np.mean(
         [result(method, products, weights, density=0.5, space=space, seed=at, rank=8) for at in range(count)], axis=0
     )
@@ -838,11 +838,13 @@ SETTINGS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_is_ever_no_number(name: str) -> None:
-    """Nor larger than a few times what went in."""
+    """Nor larger than a few times what went in. Of methods by settings the cases take another half in turn."""
     products = CASES[name]
     size = max(float(np.linalg.norm(d)) for d in written_out(products))
     for at, ((method, space), setting) in enumerate(itertools.product(EVERY, SETTINGS)):
         if setting.get("rank_policy") and space in ("dense", "knots"):
+            continue
+        if (at + list(CASES).index(name)) % 2:
             continue
         both = ([1.0, 1.0], [0.0, 1.0])
         for weights in both if METHODS[method].family != ELEMENTWISE else both[at % 2 :][:1]:
