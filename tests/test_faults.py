@@ -184,7 +184,8 @@ def all_points(
 ) -> list[str]:
     """Everything that goes wrong when the 1st, 2nd, 3rd, … call does; two lanes of calls side by side.
 
-    By default the lanes are the odd and the even calls. With `thirds` each kind of fault takes another third of them.
+    By default the lanes are the odd and the even calls. With `halves` or `thirds` each kind of fault takes another half
+    or third of them.
     """
 
     def points(scene: Scene, first: int) -> list[str]:
@@ -204,14 +205,19 @@ def all_points(
     return faults.side_by_side([lambda: points(scene, lanes[0]), lambda: points(scene.twin(), lanes[1])], scene.scratch)
 
 
+def halves(number: int) -> tuple[int, int]:
+    """The first calls of two lanes that together take every second call; which half, the number of the kind decides."""
+    return 1 + number % 2, 3 + number % 2
+
+
 def thirds(number: int) -> tuple[int, int]:
-    """The first calls of two lanes that together take every third call; which third, the number of the kind decides."""
+    """The same for every third call."""
     return 1 + number % 3, 4 + number % 3
 
 
-@pytest.mark.parametrize("mode", ["ENOSPC for good", "killed before"])
-def test_a_new_output_is_absent_or_complete_whichever_call_goes_wrong(fresh: Scene, mode: Mode) -> None:
-    problems = all_points(fresh, mode)
+@pytest.mark.parametrize(("mode", "number"), [("ENOSPC for good", 0), ("killed before", 1)])
+def test_a_new_output_is_absent_or_complete_whichever_call_goes_wrong(fresh: Scene, mode: Mode, number: int) -> None:
+    problems = all_points(fresh, mode, lanes=halves(number))
     assert not problems, "\n".join(problems)
 
 
@@ -249,11 +255,15 @@ def test_writes_that_all_fall_short_are_made_up_for(fresh: Scene) -> None:
 
 @pytest.mark.parametrize("mode", ["EIO", "ENOSPC for good", "killed before", "SIGINT"])
 def test_without_an_exchange_of_names_the_old_output_is_still_never_lost(overwriting: Scene, mode: Mode) -> None:
-    """Two renames then take the place of one; when the second fails, the old output waits for the next run."""
+    """Two renames then take the place of one; when the second fails, the old output waits for the next run.
 
-    def points(scene: Scene, first: int) -> list[str]:
+    Two kinds that leave the same behind take turns; the others happen to every call.
+    """
+    first, second = {"EIO": halves(0), "SIGINT": halves(1)}.get(mode, (1, 2))
+
+    def points(scene: Scene, first: int, step: int = 2 * (second - first)) -> list[str]:
         found: list[str] = []
-        for n in count(first, 2):
+        for n in count(first, step):
             scene.reset()
             outcome = scene.merge("--overwrite", fault=Fault(mode, n, LAST_FILE), exchange=False)
             if outcome.hit is None:
@@ -270,7 +280,7 @@ def test_without_an_exchange_of_names_the_old_output_is_still_never_lost(overwri
                 found.append(f"{mode}, {n}: {outcome.hit}: the rerun: {again.errors}, {scene.names()}")
         raise AssertionError
 
-    jobs = [lambda: points(overwriting, 1), lambda: points(overwriting.twin(), 2)]
+    jobs = [lambda: points(overwriting, first), lambda: points(overwriting.twin(), second)]
     problems = faults.side_by_side(jobs, overwriting.scratch)
     assert not problems, "\n".join(problems)
 
