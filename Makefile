@@ -22,7 +22,7 @@ test: .venv/development
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
+	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-cuda: .venv/development
 	LORATOOL_TEST_CUDA=1 $(BIN)/pytest tests/test_computing.py tests/test_algebra_cuda.py

@@ -19,6 +19,7 @@ from headers import Shape, adapter_of, base_of, experts, landed, lora
 from torch import nn
 from transformers import conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
@@ -103,7 +104,7 @@ def build(cls: Any) -> Any:
     for short in (True, False):
         try:
             config = cls.config_class()
-            with torch.device("meta"):
+            with torch.device("meta"), no_init_weights():
                 return cls(shortened(config) if short else config)
         except Exception:
             continue
@@ -120,6 +121,12 @@ def targets_of(model: Any) -> Iterator[tuple[str, Update]]:
         if parameter.ndim == 3 and "expert" in name:
             count, rows, columns = parameter.shape
             yield name, experts(count, columns, rows)
+
+
+@pytest.fixture(autouse=True)
+def compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patterns of transformers, which are more than Python remembers, are compiled for one model of all only."""
+    monkeypatch.setattr("re._MAXCACHE", 100_000)
 
 
 @cache

@@ -34,6 +34,7 @@ from tiny_models import (
     output_of,
 )
 from torch import Tensor
+from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
 
 import loratool
@@ -681,7 +682,7 @@ def empty_model(name: str) -> Any:
             for key in LAYERS_OF_CONFIGS:
                 if isinstance(getattr(part, key, None), int):
                     setattr(part, key, 2)
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():
             return made(config)
     except Exception:  # each config has checks of its own
         return None
