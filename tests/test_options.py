@@ -239,7 +239,7 @@ def test_the_recorded_words_give_the_same_options_again(command: str) -> None:
     options = OPTIONS[command]
     known = {n: (o, d) for n, (o, d) in described_by(options).items() if o.recorded and isinstance(o.kind, SIMPLE)}
 
-    @settings(max_examples=60)
+    @settings(max_examples=60, deadline=None)
     @given(st.fixed_dictionaries({}, optional={name: values_of(*pair) for name, pair in known.items()}))
     def holds(chosen: Mapping[str, Any]) -> None:
         made = made_of(options, chosen, command)
