@@ -174,7 +174,7 @@ def test_digests_are_compared_on_resuming_only(merge: Merge, monkeypatch: pytest
         read.append(path.name)
         return ""
 
-    monkeypatch.setattr("loratool.files.digests.why_unlike", noting)
+    monkeypatch.setattr("loratool.files.staging.why_unlike", noting)
     merge.run(merge.out.with_name("fresh"))
     assert read == []
     finished = interrupted(merge.base, merge.adapter, merge.out, 2)
