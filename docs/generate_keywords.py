@@ -6,8 +6,6 @@ python docs/generate_keywords.py
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 from loratool.commands.combine import CombineAndPushOptions
@@ -49,12 +47,7 @@ from typing import Any, Literal, TypedDict
 
 def page() -> str:
     """The whole module."""
-    text = "\n\n".join([HEAD, *(body(name, options) for name, options in COMMANDS.items())])
-    formatted = subprocess.run(
-        [sys.executable, "-m", "ruff", "format", "--stdin-filename", PAGE, "-"],
-        input=text, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return formatted.stdout
+    return "\n\n".join([HEAD, *(body(name, options) for name, options in COMMANDS.items())])
 
 
 def body(name: str, options: type[Options]) -> str:
@@ -65,7 +58,7 @@ def body(name: str, options: type[Options]) -> str:
         if option.many:
             kind = f"Sequence[{kind}] | {kind}" + (" | Mapping[str, float]" if field == "match" else "")
         lines.append(f"    {field}: {kind}{' | None' if default is None or option.many else ''}")
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -492,7 +492,9 @@ def test_functions_of_the_library_push_what_they_wrote(
     assert not hub.repos["alice/made"].private
     there = held(hub, "alice/made")
     assert set(report["pushed"]["files"]) == set(there)
-    assert {name: (out / name).read_bytes() for name in there} == {name: bytes(there[name]) for name in there}
+    own = {"README.md", "loratool.json"} if command == "extract" else set()  # a card of ours names the repository
+    assert all((out / name).read_bytes() == content for name, content in there.items() if name not in own)
+    assert not own or b"alice/made" in there["README.md"]
     assert command != "merge" or "tokens.txt" not in there
 
 

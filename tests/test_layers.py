@@ -119,8 +119,8 @@ EVERY = [found for path in FILES if path != PACKAGE / "__init__.py" for found in
 
 
 def test_every_package_is_in_the_table_and_says_in_a_sentence_what_it_is() -> None:
-    there = {path.name if path.is_dir() else path.stem for path in PACKAGE.iterdir() if path.suffix in (".py", "")}
-    assert set(PACKAGES) == there - {"__init__", "__pycache__"}
+    there = {path.stem for path in PACKAGE.glob("*.py")} | {path.parent.name for path in PACKAGE.glob("*/*.py")}
+    assert set(PACKAGES) == there - {"__init__"}
     for folder in (path.parent for path in PACKAGE.rglob("__init__.py")):
         assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))), folder
 

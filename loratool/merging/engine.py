@@ -168,7 +168,9 @@ class Engine:
         """Wait for all threads, those too that are started meanwhile; signals come through."""
         at = 0
         while at < len(self.ends):
-            at += self.ends[at].acquire(timeout=0.1)
+            if self.ends[at].acquire(timeout=0.1):
+                self.ends[at].release()  # for `halt`, which waits for it too
+                at += 1
 
     def halt(self) -> None:
         """Ask every thread to end, and give them a moment."""
