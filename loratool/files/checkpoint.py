@@ -103,7 +103,10 @@ def open_checkpoint(path: str | Path, unmerged: bool = False) -> Checkpoint:
     )
     if not unmerged:
         shown = printable(path)
-        raise InputError(f"{shown}: {what}; fold it first: loratool merge {shlex.quote(shown)} -o OUT")
+        raise InputError(
+            f"{shown}: {what}; fold it first: loratool merge {shlex.quote(shown)} -o OUT (and "
+            "--input-alpha ALPHA where no config beside it holds its α)"
+        )
     return replace(checkpoint, notes=(*checkpoint.notes, Note("unmerged-model", what)))
 
 

@@ -243,7 +243,12 @@ def check_secrets(shown: str, uploads: Iterable[Upload], allowed: Sequence[str])
     Of weights the header is looked at, which holds what training wrote into it; of any other file everything.
     """
     problems: list[str] = []
-    notes: list[Note] = []
+    uploads = list(uploads)
+    notes = [
+        Note("pattern-without-file", f"--allow-secret {printable(pattern)}: no file that is sent has this name")
+        for pattern in allowed
+        if not any(matches(upload.name, [pattern]) for upload in uploads)
+    ]
     for upload in uploads:
         found = list(dict.fromkeys(secrets_in(header_parts(upload) if is_weights(upload.name) else upload.parts())))
         told = [f"{printable(upload.name)}, line {line}: {title}" for line, title in found[:MOST_LINES]]
