@@ -45,7 +45,7 @@ from malformed import (
 )
 from workbench import Workbench, check_is_merged, check_refusal, command, is_clean, run_apart, snapshot
 
-from loratool.adapters.formats.peft import patterns
+from loratool.adapters import patterns
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from loratool.adapters.formats.peft.patterns import match_patterns
+from loratool.adapters.patterns import match_patterns
 
 PATHS = [
     "model.layers.0.self_attn.q_proj",
@@ -57,6 +57,6 @@ def test_the_first_match_is_that_of_peft(patterns: list[str]) -> None:
 
 
 def test_a_pattern_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loratool.adapters.formats.peft.patterns.PATTERN_SECONDS", 0.5)
+    monkeypatch.setattr("loratool.adapters.patterns.PATTERN_SECONDS", 0.5)
     with pytest.raises(ValueError, match="takes too long"):
         match_patterns(["(([a-z.]+)+)+!"], ["model.layers.zero.self.attn.q.proj.and.more.of.it"])

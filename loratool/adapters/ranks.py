@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.formats.peft.experts import lost_by_peft, stacked_by_peft
-from loratool.adapters.formats.peft.patterns import match_patterns
+from loratool.adapters.patterns import match_patterns
 from loratool.errors import UsageError, printable
 from loratool.notes import Note
 from loratool.options.described import Kind

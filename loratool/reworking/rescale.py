@@ -15,9 +15,9 @@ from loratool.adapters.formats.peft import packing
 from loratool.adapters.formats.peft.describing import anchored, describe, module_of
 from loratool.adapters.formats.peft.experts import stacked_by_peft
 from loratool.adapters.formats.peft.lora import doubles
-from loratool.adapters.formats.peft.patterns import match_patterns
 from loratool.adapters.formats.peft.spelling import Names
 from loratool.adapters.layers import ROUNDING_ONLY, Contents, Layer, contents_of
+from loratool.adapters.patterns import match_patterns
 from loratool.adapters.ranks import evened, told_of_experts
 from loratool.adapters.reading import ReadingOptions
 from loratool.adapters.writer import (

@@ -9,13 +9,14 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.adapters.formats.peft import CONFIG, keys, patterns, support
+from loratool.adapters import patterns
+from loratool.adapters.formats.peft import CONFIG, keys, support
 from loratool.algebra.updates import Residual
 from loratool.errors import LoratoolError, folded, printable
-from loratool.inspecting.health.findings import command, quoted, some
 from loratool.inspecting.health.scanning import look_at_model, look_at_values
 from loratool.inspecting.health.servers import look_at_servers
 from loratool.results.findings import Finding
+from loratool.results.repairs import command, quoted, some
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

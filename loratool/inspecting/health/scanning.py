@@ -9,8 +9,8 @@ from loratool.adapters.adapter import EXPONENT, StoredTensor, pieces, stored_ten
 from loratool.adapters.formats.peft import CONFIG
 from loratool.algebra.updates import ExpertFactors, LowRank, Replace, ReplaceRows
 from loratool.errors import printable
-from loratool.inspecting.health.findings import command, some
 from loratool.results.findings import Finding
+from loratool.results.repairs import command, some
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.algebra.updates import Add, ExpertFactors, LowRank, Magnitude, Replace, ReplaceRows
 from loratool.errors import printable
-from loratool.inspecting.health.findings import command, quoted, some
 from loratool.layouts.architectures import INPUT_EMBEDDINGS, OUTPUT_HEADS
 from loratool.results.findings import Finding
+from loratool.results.repairs import command, quoted, some
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratool.adapters.formats.peft.patterns import PATTERN_SECONDS, PLAIN_PATTERN, few
+from loratool.adapters.patterns import PATTERN_SECONDS, PLAIN_PATTERN, few
 from loratool.errors import UsageError
 
 if TYPE_CHECKING:

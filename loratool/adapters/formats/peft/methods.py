@@ -14,7 +14,7 @@ from loratool.adapters.formats.peft import dependent, seeded
 from loratool.adapters.formats.peft.draft import Draft, Module, UnsupportedError, UnusableError, derived
 from loratool.adapters.formats.peft.files import CONFIG
 from loratool.adapters.formats.peft.method import MERGE_IN_PEFT, Method, Updates, always, low_rank, save_again, scaled
-from loratool.adapters.formats.peft.patterns import match_patterns
+from loratool.adapters.patterns import match_patterns
 from loratool.algebra.updates import (
     Add,
     BlockAffine,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from loratool.adapters.formats.peft import keys, packing
 from loratool.adapters.formats.peft.draft import Draft, Module, UnusableError
 from loratool.adapters.formats.peft.files import CONFIG
-from loratool.adapters.formats.peft.patterns import match_patterns
+from loratool.adapters.patterns import match_patterns
 from loratool.algebra.updates import ExpertFactors
 from loratool.errors import printable
 

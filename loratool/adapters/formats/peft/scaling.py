@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.formats.peft.draft import Draft, UnusableError, is_number, is_whole
 from loratool.adapters.formats.peft.files import CONFIG
-from loratool.adapters.formats.peft.patterns import match_patterns
+from loratool.adapters.patterns import match_patterns
 from loratool.errors import printable
 from loratool.notes import Note
 

@@ -1,4 +1,4 @@
-"""`rank_pattern` and `alpha_pattern`: which of them PEFT would find to match a module."""
+"""Patterns of names, from configs and from users: which of them match a module, as PEFT matches its own."""
 
 from __future__ import annotations
 
