@@ -332,6 +332,7 @@ BASE_MAPPINGS = (
 
 @pytest.mark.parametrize("task", TASK_MAPPINGS)
 def test_the_class_of_a_task_is_the_one_that_transformers_would_choose(tmp_path: Path, task: str) -> None:
+    from loratool.adapters.training import Training
     from loratool.bases.side_files import class_with_head
 
     (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
@@ -341,7 +342,7 @@ def test_the_class_of_a_task_is_the_one_that_transformers_would_choose(tmp_path:
         for name in filter(None, names):
             for known in [name] if isinstance(name, str) else name:
                 (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "architectures": [known]}))
-                found = class_with_head(loratool.open_checkpoint(tmp_path), {"task_type": task})
+                found = class_with_head(loratool.open_checkpoint(tmp_path), Training(task=task))
                 if found != wanted:
                     wrong[known] = (found, wanted)
     assert wrong == {}

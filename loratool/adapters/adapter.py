@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from loratool.adapters.training import Training
 from loratool.algebra.updates import Add, LowRank, Replace, Update
 from loratool.errors import InputError, printable
 from loratool.files.digests import sha256_of
@@ -187,10 +188,11 @@ class Adapter:
     format: str
     folder: Path
     file: SafeFile
-    config: Mapping[str, Any]
+    config: Mapping[str, Any]  # raw: for its format alone
     config_file: Path
     updates: Mapping[str, Update]
     sources: Mapping[str, tuple[str, ...]]  # target → the tensors of the file it was made of
+    training: Training = field(default_factory=Training)
     bases: Mapping[str, Replace] = field(default_factory=dict)  # target → the weight its update was trained on top of
     optional: frozenset[str] = frozenset()  # targets that a base may be without, as a layer without a bias is
     packing: str = ""  # how factors are packed in the file, where not as PEFT packs them

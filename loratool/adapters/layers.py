@@ -24,7 +24,6 @@ from loratool.algebra.updates import (
 )
 from loratool.errors import FitError, InputError, printable
 from loratool.files.safefile import FLOAT_NAMES
-from loratool.notes import Note
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,16 +32,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from loratool.adapters.adapter import Adapter
+    from loratool.adapters.training import Training
+    from loratool.notes import Note
 
 ROUNDING_ONLY = "no larger than the rounding of its stored factors"  # said of an update that `lowrank.noise` finds so
 WAY_OUT = (
     "make LoRA of it: loratool merge BASE ADAPTER -o MERGED, then loratool extract BASE MERGED -o LORA, with --rank for "
     "one of your choice"
 )
-
-
-# Types whose files have the same tensors for two kinds of layers: their name, and the kind that is not linear.
-UNTOLD = {"ADALORA": ("AdaLoRA", "a Conv2d"), "TINYLORA": ("TinyLoRA", "an embedding")}
 
 
 class Kind(Enum):
@@ -164,25 +161,17 @@ class Contents:
         return self.adapter.config
 
     @property
+    def training(self) -> Training:
+        return self.adapter.training
+
+    @property
     def dora(self) -> bool:
         return any(layer.magnitude for layer in self.layers.values())
 
     @property
     def remarks(self) -> tuple[Note, ...]:
         """What a user of plain LoRA made of it should know."""
-        kind = self.config.get("peft_type")
-        if not isinstance(kind, str) or kind not in UNTOLD:
-            return self.adapter.notes
-        title, layer = UNTOLD[kind]
-        return (
-            *self.adapter.notes,
-            Note(
-                "layer-kind-unknown",
-                f"{title}'s file does not tell {layer} from a linear layer, and all are written as linear layers; if one is "
-                f"{layer}, PEFT cannot load this: merge the adapter instead, and `loratool extract` makes LoRA of the "
-                "result",
-            ),
-        )
+        return (*self.adapter.notes, *self.training.notes_as_lora)
 
     def check_finite(self, product: Product) -> Product:
         """The product; raises `InputError` naming every tensor of the adapter that holds what is no number."""

@@ -35,8 +35,8 @@ def unlike_bases(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[Note
     known = origin.repo if origin else written if isinstance(written, str) else ""
     place = parse(known) if known and not os.path.lexists(known) else None
     for adapter in adapters:
-        name = adapter.config.get("base_model_name_or_path")
-        if not isinstance(name, str) or not name:
+        name = adapter.training.base
+        if not name:
             continue
         named = parse(name) if not os.path.lexists(name) else None
         if named and place and named.repo.lower() != place.repo.lower():

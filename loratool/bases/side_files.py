@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from loratool.adapters.adapter import Adapter
+    from loratool.adapters.training import Training
 
 MORE_TEMPLATES = "additional_chat_templates"
 CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
@@ -187,13 +188,13 @@ def vocabulary_edits(config: Mapping[str, Any], sizes: Set[int]) -> list[ConfigE
 
 
 def head_edits(
-    base: Checkpoint, trained: Mapping[str, Any], heads: Mapping[str, tuple[int, ...]], new: Set[str]
+    base: Checkpoint, trained: Training, heads: Mapping[str, tuple[int, ...]], new: Set[str]
 ) -> list[ConfigEdit]:
     """What the config must say of heads that an adapter brings: the class of the model, and the labels.
 
     Args:
         base: whose config it is.
-        trained: the adapter's config.
+        trained: what the adapter says of its training.
         heads: their tensors and shapes.
         new: those of them that the base has not.
     """
@@ -214,12 +215,11 @@ def head_edits(
     return edits
 
 
-def class_with_head(base: Checkpoint, trained: Mapping[str, Any]) -> str:
+def class_with_head(base: Checkpoint, trained: Training) -> str:
     """The class of transformers that was trained; empty where neither the adapter nor the base tells."""
-    mapping, task = trained.get("auto_mapping"), trained.get("task_type")
-    if isinstance(mapping, dict) and isinstance(named := mapping.get("base_model_class"), str):
-        return named
-    end = TASK_CLASSES.get(task, "") if isinstance(task, str) else ""
+    if trained.model_class:
+        return trained.model_class
+    end = TASK_CLASSES.get(trained.task, "")
     if not end or not base.architectures:
         return ""
     regular = re.sub(CLASS_ENDS, "", base.architectures[0]) + end

@@ -143,10 +143,7 @@ def model_types(config: Mapping[str, Any]) -> set[object]:
 
 def trained_class(adapter: Adapter) -> str:
     """The class that was trained, or the end of its name; empty where the adapter does not tell."""
-    mapping = adapter.config.get("auto_mapping")
-    named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-    task = adapter.config.get("task_type")
-    return named if isinstance(named, str) else TASK_CLASSES.get(task, "") if isinstance(task, str) else ""
+    return adapter.training.model_class or TASK_CLASSES.get(adapter.training.task, "")
 
 
 def is_generative(classes: Sequence[str]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import stored_tensors
 from loratool.adapters.formats import Foreign, find_foreign, looks_foreign, peft
-from loratool.adapters.formats.peft import support
 from loratool.adapters.layers import Layer, layer_of
 from loratool.adapters.reading import Reading, ReadingOptions
 from loratool.adapters.weight_files import fates
@@ -160,11 +158,10 @@ def foreign_adapter(location: Path) -> Foreign | None:
 def adapter_facts(adapter: Adapter, path: Path, fit: Fit | None = None) -> AdapterFacts:
     """What headers and config tell; with a `fit` also what the base tells."""
     layers = {target: layer for target, update in adapter.updates.items() if (layer := layer_in(target, update))}
-    config = adapter.config
-    rslora = config.get("use_rslora") is True
+    training = adapter.training
     counted = set[str]()
     modules = tuple(
-        module_facts(adapter, target, update, layers.get(target), rslora, fit, counted)
+        module_facts(adapter, target, update, layers.get(target), training.rslora, fit, counted)
         for target, update in adapter.updates.items()
     )
     groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
@@ -172,25 +169,24 @@ def adapter_facts(adapter: Adapter, path: Path, fit: Fit | None = None) -> Adapt
         if module.rank is not None and module.shape is not None:
             groups.setdefault((leaf(module.target), module.shape), []).append(module.parameters)
     unused = tuple(f"tensor {printable(name)} has no known place" for name in adapter.unused)
-    start = config.get("init_lora_weights", True)
     return AdapterFacts(
         kind="adapter",
         path=printable(path),
         format=adapter.format,
-        peft_type=printable(config.get("peft_type", "LORA")),
-        variants=support.variants(config),
-        base=printable(config.get("base_model_name_or_path") or ""),
-        task=printable(config.get("task_type") or ""),
-        initialisation=printable(start) if isinstance(start, str) else "",
+        peft_type=printable(training.method),
+        variants=training.variants,
+        base=printable(training.base),
+        task=printable(training.task),
+        initialisation=printable(training.initialisation),
         ranks=count(str(m.rank) for m in modules if m.rank is not None),
         alphas=count(f"{m.alpha:.6g}" for m in modules if m.alpha is not None),
         scalings=count(f"{m.scaling:.6g}" for m in modules if m.scaling is not None),
-        rslora=rslora,
-        dora=config.get("use_dora") is True,
-        rank_pattern=numbers(config.get("rank_pattern")),
-        alpha_pattern=numbers(config.get("alpha_pattern")),
-        modules_to_save=texts(config.get("modules_to_save")),
-        bias=printable(config.get("bias") or "none"),
+        rslora=training.rslora,
+        dora=training.dora,
+        rank_pattern={printable(pattern): rank for pattern, rank in training.rank_pattern.items()},
+        alpha_pattern={printable(pattern): alpha for pattern, alpha in training.alpha_pattern.items()},
+        modules_to_save=tuple(map(printable, training.saved_modules)),
+        bias=printable(training.bias),
         targets=weight_facts(groups),
         saved=tuple(printable(t) for t, u in adapter.updates.items() if isinstance(u, Replace)),
         parameters=adapter.parameters,
@@ -384,17 +380,6 @@ def leaf(name: str) -> str:
     """`model.layers.0.self_attn.q_proj.weight` → `q_proj`; a bias keeps its word."""
     parts = name.removesuffix(".weight").split(".")
     return ".".join(parts[-2:]) if parts[-1] == "bias" and len(parts) > 1 else parts[-1]
-
-
-def numbers(value: object) -> dict[str, float]:
-    """A pattern field of the config as far as it is one."""
-    table = value if isinstance(value, Mapping) else {}
-    known = {k: v for k, v in table.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-    return {printable(k): v for k, v in known.items() if math.isfinite(v)}
-
-
-def texts(value: object) -> tuple[str, ...]:
-    return tuple(map(printable, value)) if isinstance(value, list) else ()
 
 
 def count(values: Iterable[str]) -> dict[str, int]:

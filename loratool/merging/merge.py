@@ -195,7 +195,7 @@ def provenance(
     """`loratool.json`, but for "files": what made this model. The same inputs and settings give the same bytes."""
     import torch
 
-    trained_on = {str(adapter.config.get("base_model_name_or_path")) for adapter in plan.adapters}
+    trained_on = {adapter.training.base for adapter in plan.adapters}
     named = {"id": name} if len(trained_on) == 1 and is_hub_id(name := trained_on.pop()) else {}
     return {
         "made_by": "loratool merge",
@@ -213,7 +213,7 @@ def provenance(
                 **told_origin(adapter.folder),
                 "format": adapter.format,
                 "weight": weight,
-                "rank": adapter.config.get("r"),
+                "rank": adapter.training.rank,
                 "modules": effect.modules,
                 "unchanged": len(effect.unchanged),
                 "sha256": files,

@@ -297,7 +297,7 @@ class Draft:
                 for tensor, value in heads.items()
                 if any(value.file is file for file in adapter.file.files)
             }
-            config += head_edits(self.base, adapter.config, own, {tensor for tensor in own if tensor not in base})
+            config += head_edits(self.base, adapter.training, own, {tensor for tensor in own if tensor not in base})
         classes = [edit.value[0] for edit in config if edit.path == ("architectures",)]
         pooled = any("pooler." in name for name in (*base, *heads))
         if self.base.model_type in POOLED and not pooled and any("SequenceClassification" in name for name in classes):

@@ -14,7 +14,6 @@ from loratool.adapters.layers import Contents, Kind, Layer
 from loratool.adapters.ranks import by_pattern
 from loratool.adapters.writer import Carried, add_copies, add_missing_biases, torch_dtype
 from loratool.algebra.methods.coefficients import cancel
-from loratool.bases.binding.orientation import peft_version
 from loratool.errors import FitError, UsageError, printable
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.notes import Note
@@ -75,7 +74,7 @@ def gather(sources: Sequence[Contents], weights: Sequence[Weight]) -> dict[str, 
                 first, other = before[0].layer, sources[before[0].adapter]
                 turned = is_turned(other, source, first, layer)
                 if turned is None:
-                    versions = [printable(s.config.get("peft_version")) for s in (other, source)]
+                    versions = [printable(s.training.release or None) for s in (other, source)]
                     problems.append(
                         f"{printable(target)}: {shown(first)}, which PEFT {' and '.join(versions)} may have stored the "
                         "other way round; combine adapters of one release"
@@ -109,7 +108,7 @@ def is_turned(one: Contents, other: Contents, first: Layer, layer: Layer) -> boo
         return False
     if first.rows != first.columns:
         return swapped(first, layer)
-    if layer.experts == 1 or release(one) == release(other):
+    if layer.experts == 1 or one.training.expert_axes == other.training.expert_axes:
         return False
     beside = layer.target.rpartition(".")[0]
     shown = {
@@ -123,12 +122,6 @@ def is_turned(one: Contents, other: Contents, first: Layer, layer: Layer) -> boo
 
 def swapped(first: Layer, layer: Layer) -> bool:
     return (layer.rows, layer.columns) == (first.columns, first.rows)
-
-
-def release(source: Contents) -> int:
-    """PEFT stored parameters one way before 0.19.0, another in it, and a third from then on."""
-    version = peft_version(source.config.get("peft_version"))
-    return (version >= (0, 19, 0)) + (version > (0, 19, 0))
 
 
 def shown(layer: Layer) -> str:

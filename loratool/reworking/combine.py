@@ -371,7 +371,7 @@ def remarks(
     yield from (note.under(source.name) for source in sources for note in told_beside(source, carried))
     if len(sources) == 1:
         yield Note("single-adapter", "one adapter only: there is nothing to combine it with")
-    bases = {str(source.config.get("base_model_name_or_path") or "") for source in sources} - {""}
+    bases = {source.training.base for source in sources} - {""}
     if len(bases) > 1:
         yield Note(
             "base-mismatch",

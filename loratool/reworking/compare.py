@@ -89,7 +89,7 @@ def compare(adapters: Sequence[PathLike], options: CompareOptions, progress: Pro
                 sizes = [math.sqrt(max(0.0, value)) for value in common[pair]]
                 every = [relation[pair] for relation in modules.values() if pair in relation]
                 totals[pair] = total(every, float(together[i, j]), sizes[0], sizes[1])
-    bases = {str(source.config.get("base_model_name_or_path") or "") for source in sources} - {""}
+    bases = {source.training.base for source in sources} - {""}
     notes = [note.under(s.name) for s in sources for note in fates(s.adapter.beside, otherwise="not compared")]
     if len(bases) > 1:
         notes.append(

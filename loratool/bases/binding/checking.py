@@ -104,7 +104,7 @@ def holes(adapter: Adapter, places: Mapping[str, Sequence[Place]], tensors: Mapp
 
     The base's tensors of the same template as one that is edited tell what could have been adapted.
     """
-    if not isinstance(adapter.config.get("target_modules"), list):
+    if (asked := adapter.training.targets) is None:
         return []
     of_target: dict[str, set[Numbers]] = {}
     of_tensor: dict[str, str] = {}
@@ -125,32 +125,9 @@ def holes(adapter: Adapter, places: Mapping[str, Sequence[Place]], tensors: Mapp
         name.removesuffix(".weight")
         for template, present in sorted(of_target.items())
         for numbers in sorted(known[of_tensor[template]] - present)
-        if is_targeted(name := fill(template, numbers)[1:-1], adapter.config)
+        if (name := fill(template, numbers)[1:-1]).rpartition(".")[0] in asked
     ]
     if not left_out:
         return []
     text = f"it has nothing for {listed(left_out)}, though its config targets that and the base has it"
     return [Note("targets-left-out", text)]
-
-
-def is_targeted(weight: str, config: Mapping[str, object]) -> bool:
-    """Whether the lists of an adapter's config ask for a module, as PEFT reads them.
-
-    A pattern in place of the list of targets says less than the tensors do, so nothing is then said to be missing.
-    """
-    module = weight.rpartition(".")[0]
-    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
-    if not isinstance(targets, list) or not names(module, targets):
-        return False
-    excluded = config.get("exclude_modules")
-    if isinstance(excluded, str) or (isinstance(excluded, list) and names(module, excluded)):
-        return False
-    if layers is None:
-        return True
-    chosen = {str(layer) for layer in (layers if isinstance(layers, list) else [layers])}
-    return next(iter(template_of(module)[1]), "") in chosen
-
-
-def names(module: str, entries: Sequence[object]) -> bool:
-    """Whether an entry is the module's path, or a whole dotted end of it."""
-    return any(isinstance(e, str) and e and (module == e or module.endswith(f".{e}")) for e in entries)

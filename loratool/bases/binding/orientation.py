@@ -7,7 +7,6 @@ the weights that are not square. Where one of the first three contradicts the la
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
 YES, NO = "--fan-in-fan-out", "--no-fan-in-fan-out"
 OPTION = f"{YES} or {NO}"
-VERSION = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
 
 
 def stored(in_out: bool) -> str:
@@ -96,11 +94,10 @@ class Orientation:
         return self.given if meant else None
 
     def said_by_class(self, leaf: str) -> bool | None:
-        return class_says(self.base.config, leaf, self.adapter.config)
+        return class_says(self.base.config, leaf, self.adapter.training.model_class)
 
     def said_by_config(self, leaf: str) -> bool | None:
-        flag = self.adapter.config.get("fan_in_fan_out")
-        return flag if isinstance(flag, bool) and self.is_meant(leaf) else None
+        return self.adapter.training.in_out if self.is_meant(leaf) else None
 
     def claims(self, leaf: str) -> Iterator[tuple[str, bool]]:
         """(who says it, what it says) of a layer, in the order in which it counts."""
@@ -197,16 +194,16 @@ class Orientation:
         if seen is not None:
             return seen
         types = model_types(self.base.config)
-        version = peft_version(self.adapter.config.get("peft_version"))
+        axes = self.adapter.training.expert_axes
         if not types & TWO_WAY_EXPERTS:
-            if version < (0, 19, 0):
+            if axes == "first":
                 found = True  # A acts on the first dimension, whatever the class
             elif types:
-                flagged = bool(types & FLAGGED_EXPERTS)
-                found = flagged if version > (0, 19, 0) else not flagged
+                found = bool(types & FLAGGED_EXPERTS) == (axes == "as flagged")
             else:
                 return self.ask_expert()
-            who = "the release of PEFT that saved it" if version > (0, 0, 0) else "releases of PEFT before 0.18"
+            release = self.adapter.training.release
+            who = "the release of PEFT that saved it" if release else "releases of PEFT before 0.18"
             self.remark("expert-orientation-guessed", f"of experts taken the way round that {who} has them")
             return found
         return self.ask_expert()
@@ -220,7 +217,7 @@ class Orientation:
     def notes(self) -> list[Note]:
         """What was guessed, and what the adapter's config says that is not so."""
         notes = [Note(code, f"{count} square weights {sentence}") for (code, sentence), count in self.remarks.items()]
-        flag, decided = self.adapter.config.get("fan_in_fan_out"), self.decided
+        flag, decided = self.adapter.training.in_out, self.decided
         said = ""
         if flag is False and decided[True]:
             said = f"its config says that weights are stored (out, in), but {decided[True]} are stored (in, out)"
@@ -231,18 +228,16 @@ class Orientation:
         return notes
 
 
-def class_says(config: Mapping[str, Any], module: str, adapter: Mapping[str, Any] | None = None) -> bool | None:
+def class_says(config: Mapping[str, Any], module: str, trained: str = "") -> bool | None:
     """Whether a model's class keeps a module's weight (in, out), as Conv1D does; None where the class is not known.
 
     Args:
         config: the model's.
         module: the last component of its name.
-        adapter: the adapter's config, which may name the class that was trained.
+        trained: the class that was trained, where the adapter names it.
     """
     types = all_types(config)
-    mapping = (adapter or {}).get("auto_mapping")
-    trained = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-    classes = config.get("architectures") or ([trained] if isinstance(trained, str) else [])
+    classes = config.get("architectures") or ([trained] if trained else [])
     if not types and isinstance(classes, list):
         named = [str(name) for name in classes]
         types = frozenset(kind for start, kind in CONV1D_CLASSES for name in named if name.startswith(start))
@@ -285,9 +280,3 @@ def module_of(target: str) -> str:
 def is_conv1d(module: str) -> bool:
     """Whether a module has a name that Conv1D layers have."""
     return module in CONV1D_MODULES
-
-
-def peft_version(value: object) -> tuple[int, int, int]:
-    """A version as numbers; those of PEFT before 0.18 wrote none."""
-    match = VERSION.match(value) if isinstance(value, str) else None
-    return (int(match[1]), int(match[2]), int(match[3] or 0)) if match else (0, 0, 0)

@@ -13,7 +13,7 @@ from loratool.results.findings import Finding
 from loratool.results.repairs import command, some
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
     from pathlib import Path
 
     from loratool.adapters.adapter import Adapter
@@ -90,7 +90,7 @@ def look_at_values(adapter: Adapter, path: Path) -> Iterator[Finding]:
         )
     yield from look_at_training(adapter, scans)
     idle = [target for target, update in adapter.updates.items() if scale_of(update) == 0]
-    if idle and has_zero(adapter.config):
+    if idle and adapter.training.zero_alpha:
         yield Finding(
             "problem",
             "zero-scaling",
@@ -143,7 +143,7 @@ def look_at_training(adapter: Adapter, scans: dict[str, Scan]) -> Iterator[Findi
         yield Finding("note", "partly-untrained", message, "", where)
         return
     beside = any(isinstance(update, (Replace, ReplaceRows)) for update in adapter.updates.values())
-    magnitudes = adapter.config.get("use_dora") is True
+    magnitudes = adapter.training.dora
     message = (
         f"every update is zero ({len(idle)} modules, B = 0): it was not trained, or what was trained was not saved"
     )
@@ -157,13 +157,6 @@ def look_at_training(adapter: Adapter, scans: dict[str, Scan]) -> Iterator[Findi
             if there
         )
     yield Finding("problem", "untrained", message, "", where)
-
-
-def has_zero(config: Mapping[str, Any]) -> bool:
-    """Whether an α of the config is 0; one that cannot be read is told by itself."""
-    table = config.get("alpha_pattern")
-    values = [config.get("lora_alpha"), config.get("alpha"), *(table.values() if isinstance(table, dict) else ())]
-    return any(value == 0 and not isinstance(value, bool) for value in values)
 
 
 def scale_of(update: object) -> float | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loratool.algebra.updates import Add, ExpertFactors, LowRank, Magnitude, Replace, ReplaceRows
 from loratool.errors import printable
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from loratool.adapters.adapter import Adapter
+    from loratool.adapters.training import Training
     from loratool.algebra.updates import Update
     from loratool.bases.fitting import Fit
 
@@ -65,7 +66,7 @@ FACTS: Mapping[str, Source] = {
     "llama.cpp-tied-head": CONVERTER_FILES,
 }
 VLLM_INITIALISATIONS = ("pissa", "olora", "corda", "loftq")  # refused
-VLLM_VARIANTS = ("alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora")  # refused
+VLLM_VARIANTS = ("alora", "layer-replication", "bdlora", "qalora")  # refused; words of `Training.features`
 VLLM_EXPERTS = (
     "gpt_oss",
     "qwen3_5",
@@ -87,8 +88,8 @@ class Served:
     fit: Fit | None
 
     @property
-    def config(self) -> Any:
-        return self.adapter.config
+    def training(self) -> Training:
+        return self.adapter.training
 
     @cached_property
     def ranks(self) -> list[int]:
@@ -106,7 +107,11 @@ class Served:
     @property
     def scaled(self) -> list[str]:
         """Fields of the config without which α/r is another number."""
-        return [name for name in ("use_rslora", "rank_pattern", "alpha_pattern") if self.config.get(name)]
+        return self.spelled("rslora", "rank-pattern", "alpha-pattern")
+
+    def spelled(self, *words: str) -> list[str]:
+        """Those of some features that it has, as its config spells them."""
+        return [self.training.features[word] for word in words if word in self.training.features]
 
     def of(self, *kinds: type[Update]) -> list[str]:
         """Targets with an update of some kinds."""
@@ -136,8 +141,8 @@ def innermost(update: Update) -> Update:
 
 def look_at_servers(adapter: Adapter, path: Path, fit: Fit | None) -> Iterator[Finding]:
     """What each server would do with it."""
-    if str(adapter.config.get("peft_type", "LORA")) != "LORA":
-        kind = printable(adapter.config.get("peft_type"))
+    if adapter.training.method != "LORA":
+        kind = printable(adapter.training.method)
         yield note(
             "vllm-type",
             f"and {CONVERTER} read LoRA's two factors; {kind} has others",
@@ -151,7 +156,7 @@ def look_at_servers(adapter: Adapter, path: Path, fit: Fit | None) -> Iterator[F
 
 
 def vllm(served: Served) -> Iterator[Finding]:
-    config, largest = served.config, served.ranks[-1] if served.ranks else 0
+    training, largest = served.training, served.ranks[-1] if served.ranks else 0
     if largest > VLLM_RANKS[-1]:
         yield note(
             "vllm-rank",
@@ -166,16 +171,17 @@ def vllm(served: Served) -> Iterator[Finding]:
             f"choices {', '.join(map(str, VLLM_RANKS))}",
             command("resize", served.path, f"--rank {VLLM_DEFAULT} --uniform"),
         )
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(VLLM_INITIALISATIONS):
-        yield note("vllm-initialisation", f"refuses init_lora_weights {printable(repr(start))}", served.merge)
-    if refused := [name for name in VLLM_VARIANTS if config.get(name)]:
+    start = training.initialisation
+    if start.lower().startswith(VLLM_INITIALISATIONS):
+        field = training.features["initialisation"]
+        yield note("vllm-initialisation", f"refuses {field} {printable(repr(start))}", served.merge)
+    if refused := served.spelled(*VLLM_VARIANTS):
         yield note("vllm-variant", f"refuses {', '.join(refused)}", served.merge)
-    if config.get("use_dora") is True:
+    if training.dora:
         yield note("vllm-dora", "refuses DoRA", served.merge)
     if saved := [*served.of(Replace), *served.adapter.bases]:
         yield note("vllm-saved", f"refuses modules that are saved whole ({some(saved)})", served.merge, saved)
-    if config.get("lora_bias") is True or config.get("bias") not in (None, "none"):
+    if training.lora_bias or training.bias != "none":
         yield note("vllm-bias", "refuses lora_bias, and bias other than none", served.merge, served.of(Add))
     yield from vllm_layers(served)
 
@@ -207,7 +213,7 @@ def vllm_layers(served: Served) -> Iterator[Finding]:
 
 def sglang(served: Served) -> Iterator[Finding]:
     if served.scaled:
-        weak = "; with rsLoRA the update is √r too weak" if served.config.get("use_rslora") else ""
+        weak = "; with rsLoRA the update is √r too weak" if "rslora" in served.training.features else ""
         yield note(
             "sglang-scaling",
             f"scales by lora_alpha / r always and passes over {', '.join(served.scaled)}{weak}",

@@ -26,6 +26,7 @@ from loratool.adapters.formats.peft.files import (
 )
 from loratool.adapters.formats.peft.methods import METHODS
 from loratool.adapters.formats.peft.remarks import remark
+from loratool.adapters.formats.peft.training import training_of
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.adapters.weight_files import weight_files
 from loratool.errors import InputError, printable
@@ -116,6 +117,7 @@ def adapter_from(draft: Draft, folder: Path, config_file: Path) -> tuple[Adapter
         file=draft.file,
         config=draft.config,
         config_file=config_file,
+        training=training_of(draft.config),
         updates=draft.updates,
         bases=draft.bases,
         sources=draft.sources,
@@ -171,8 +173,9 @@ def read_saved(path: Path, owner: Adapter) -> Adapter:
         format=TENSORS,
         folder=owner.folder,
         file=file,
-        config={name: owner.config[name] for name in OF_THE_MODEL if name in owner.config},
+        config=(config := {name: owner.config[name] for name in OF_THE_MODEL if name in owner.config}),
         config_file=path,
+        training=training_of(config),
         updates=draft.updates,
         sources=draft.sources,
         unused=tuple(draft.unused),
