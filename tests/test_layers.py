@@ -52,7 +52,7 @@ WITHOUT_TORCH = (
     *("errors", "notes", "templates", "layouts", "files", "options", "results", "provenance", "bases", "fetching"),
     *("inspecting", "pictures", "commands", "cli", "__main__"),
     *("adapters.reading", "adapters.ranks", "adapters.weight_files", "adapters.formats"),
-    *("merging.plan", "merging.planning", "merging.output_layout", "merging.fingerprints", "merging.shard_writer"),
+    *("merging.plan", "merging.planning", "merging.output_layout", "merging.fingerprints"),
 )
 
 

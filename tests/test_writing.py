@@ -31,9 +31,9 @@ from workbench import within
 
 import loratool
 from loratool.files.safefile import Layout
+from loratool.files.shard_writer import LocalFile
+from loratool.files.sink import Memory
 from loratool.merging import engine, resources
-from loratool.merging import shard_writer as writing
-from loratool.merging.output_layout import ShardPlan
 
 PAGE, SECTOR = max(4096, mmap.PAGESIZE), 512
 BF16, F16, F32, F64, U8 = torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.uint8
@@ -389,7 +389,9 @@ def test_a_file_is_not_vouched_for_when_the_merge_was_stopped_during_its_sync(
 ) -> None:
     """Whoever stopped the merge has perhaps removed the file by then."""
     stop = threading.Event()
-    shard = writing.OutputShard(ShardPlan("model.safetensors", Layout.of([]), ()), tmp_path, stop)
+    recorded: list[object] = []
+    file = LocalFile(tmp_path / "model.safetensors", Layout.of([]), stop, Memory(), lambda *seen: recorded.append(seen))
     monkeypatch.setattr(os, "fsync", lambda descriptor: stop.set())
-    assert not shard.sync()
-    shard.close()
+    assert not file.finish()
+    assert recorded == []
+    os.close(file.descriptor)

@@ -10,7 +10,7 @@ from loratool.adapters.training import Training
 from loratool.algebra.updates import Add, LowRank, Replace, Update
 from loratool.errors import InputError, printable
 from loratool.files.digests import sha256_of
-from loratool.files.safefile import FLOAT_NAMES, SafeFile, TensorInfo, read_exactly
+from loratool.files.safefile import FLOAT_NAMES, SafeFile, TensorInfo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -57,8 +57,8 @@ class StoredTensor:
         import torch
 
         raw = torch.empty(self.info.nbytes, dtype=torch.uint8)
-        with self.file.open() as descriptor:
-            read_exactly(descriptor, raw.numpy().data, self.file.position(self.info), self.file.path)
+        with self.file.open() as source:
+            source.read(self.file.position(self.info), raw.numel(), raw.numpy().data)
         if self.info.dtype in FLOAT_NAMES:
             stored = raw.view(getattr(torch, FLOAT_NAMES[self.info.dtype])).reshape(self.info.shape)
             loaded = stored.to(device).to(dtype)  # in this order: fewer bytes travel
@@ -72,9 +72,9 @@ class StoredTensor:
 
         row_bytes = self.info.nbytes // max(self.info.rows, 1)
         raw = torch.empty(count * row_bytes, dtype=torch.uint8)
-        with self.file.open() as descriptor:
+        with self.file.open() as source:
             start = self.file.position(self.info) + first * row_bytes
-            read_exactly(descriptor, raw.numpy().data, start, self.file.path)
+            source.read(start, raw.numel(), raw.numpy().data)
         stored = raw.view(getattr(torch, FLOAT_NAMES[self.info.dtype])).reshape(count, -1)
         return stored.to(device, dtype)
 
@@ -84,8 +84,8 @@ class StoredTensor:
 
         kind, mask = EXPONENT[self.info.dtype]
         raw = bytearray(self.info.nbytes)
-        with self.file.open() as descriptor:
-            read_exactly(descriptor, memoryview(raw), self.file.position(self.info), self.file.path)
+        with self.file.open() as source:
+            source.read(self.file.position(self.info), len(raw), memoryview(raw))
         return np.frombuffer(raw, dtype=kind), mask
 
     def finite(self) -> bool:
@@ -240,10 +240,10 @@ def pieces(file: SafeFile, info: TensorInfo) -> Iterator[tuple[NDArray[Any], int
 
     kind, mask = EXPONENT[info.dtype]
     raw = bytearray(min(PIECE, info.nbytes))
-    with file.open() as descriptor:
+    with file.open() as source:
         for at in range(0, info.nbytes, PIECE):
             part = memoryview(raw)[: min(PIECE, info.nbytes - at)]
-            read_exactly(descriptor, part, file.position(info) + at, file.path)
+            source.read(file.position(info) + at, len(part), part)
             yield np.frombuffer(part, dtype=kind), mask
 
 
@@ -268,9 +268,8 @@ def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
         buffers = bytearray(1 << 20), bytearray(1 << 20)
         for at in range(0, one.info.nbytes, 1 << 20):
             count = min(1 << 20, one.info.nbytes - at)
-            for buffer, stored, descriptor in zip(buffers, (one, other), (first, second), strict=True):
-                start = stored.file.position(stored.info) + at
-                read_exactly(descriptor, memoryview(buffer)[:count], start, stored.file.path)
+            for buffer, stored, source in zip(buffers, (one, other), (first, second), strict=True):
+                source.read(stored.file.position(stored.info) + at, count, memoryview(buffer))
             if buffers[0][:count] != buffers[1][:count]:
                 return False
     return True

@@ -22,6 +22,7 @@ from loratool.files.safefile import SafeFile, read_safefile
 
 if TYPE_CHECKING:
     from loratool.fetching.outline import Remote
+    from loratool.files.source import Source
 
 MOST_TRIES = 3  # of a file that arrives damaged
 
@@ -36,17 +37,17 @@ class Shell(SafeFile):
     drop: Callable[[Path], None]
 
     @contextmanager
-    def open(self) -> Iterator[int]:
+    def open(self) -> Iterator[Source]:
         path = self.fetch(self)
         try:
-            with read_safefile(path).open() as descriptor:
-                yield descriptor
+            with read_safefile(path).open() as source:
+                yield source
         finally:
             self.drop(path)
 
 
 @dataclass(frozen=True)
-class Source:
+class BaseFiles:
     """A base of which the files come one by one."""
 
     checkpoint: Checkpoint
@@ -56,7 +57,7 @@ class Source:
 
 
 @contextmanager
-def opened(base: str | os.PathLike[str], home: Callable[[str], Path]) -> Iterator[Source]:
+def opened(base: str | os.PathLike[str], home: Callable[[str], Path]) -> Iterator[BaseFiles]:
     """A base, its weights still where they are: on the Hub, or on this disk, where they are never dropped.
 
     `home` gives the folder into which a file of that name is fetched. Raises as `local` does.
@@ -64,7 +65,7 @@ def opened(base: str | os.PathLike[str], home: Callable[[str], Path]) -> Iterato
     place = place_of(base)
     if place is None or is_offline():
         checkpoint = open_checkpoint(local(base, "model"))
-        yield Source(
+        yield BaseFiles(
             checkpoint,
             lambda file: file.path,
             lambda _path: None,
@@ -76,7 +77,7 @@ def opened(base: str | os.PathLike[str], home: Callable[[str], Path]) -> Iterato
         yield on_the_hub(remote, place, location, home)
 
 
-def on_the_hub(remote: Remote, place: HubPath, location: Path, home: Callable[[str], Path]) -> Source:
+def on_the_hub(remote: Remote, place: HubPath, location: Path, home: Callable[[str], Path]) -> BaseFiles:
     """The base of an outline: headers, and the small files beside them, are really there."""
     root = root_of(location, place)
     names = needed(root, location, "model")
@@ -101,7 +102,9 @@ def on_the_hub(remote: Remote, place: HubPath, location: Path, home: Callable[[s
 
     shells = tuple(Shell(s.path, s.layout, s.identity, fetch, drop) for s in checkpoint.shards)
     told = [remote.files[shard.path.relative_to(root).as_posix()] for shard in shells]
-    return Source(replace(checkpoint, shards=shells), fetch, drop, lambda: [each.sha256 or each.blob for each in told])
+    return BaseFiles(
+        replace(checkpoint, shards=shells), fetch, drop, lambda: [each.sha256 or each.blob for each in told]
+    )
 
 
 def fetch_file(remote: Remote, name: str, home: Path) -> Path:

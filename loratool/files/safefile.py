@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
+    from loratool.files.source import Source
+
 # Every dtype of the format and the bits of one element.
 DTYPE_BITS: Mapping[str, int] = {
     "BOOL": 8,
@@ -156,6 +158,25 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class LocalSource:
+    """The bytes of an open file on this machine, as a `Source`."""
+
+    path: Path
+    descriptor: int
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self.descriptor).st_size
+
+    def read(self, start: int, count: int, into: memoryview) -> None:
+        read_exactly(self.descriptor, into[:count], start, self.path)
+
+    def copy_to(self, descriptor: int, start: int, count: int, at: int) -> None:
+        """Copy a range to byte `at` of another open file, inside the kernel where it can."""
+        copy_bytes(self.descriptor, descriptor, count, start, at, self.path)
+
+
+@dataclass(frozen=True)
 class SafeFile:
     """A safetensors file whose header has been read and found valid."""
 
@@ -168,18 +189,19 @@ class SafeFile:
         return self.layout.tensors
 
     @contextmanager
-    def open(self) -> Iterator[int]:
-        """A descriptor for reading, after checking that the file is still the one that was planned with."""
+    def open(self) -> Iterator[Source]:
+        """Its bytes, after checking that the file is still the one that was planned with."""
         descriptor = open_regular(self.path)
         try:
-            self.check_unchanged(descriptor)
-            yield descriptor
+            source = LocalSource(self.path, descriptor)
+            self.check_unchanged(source)
+            yield source
         finally:
             os.close(descriptor)
 
-    def check_unchanged(self, descriptor: int | None = None) -> None:
+    def check_unchanged(self, source: Source | None = None) -> None:
         """Raise `InputError` when the file was changed, replaced or cut since its header was read."""
-        status = os.stat(self.path) if descriptor is None else os.fstat(descriptor)
+        status = os.fstat(source.descriptor) if isinstance(source, LocalSource) else os.stat(self.path)
         if Identity.of(status) != self.identity:
             raise InputError(f"{printable(self.path)}: the file changed while it was being read; start again")
 
@@ -217,7 +239,7 @@ class SafeFiles(SafeFile):
     def home(self, name: str) -> SafeFile:
         return next(part for part in self.parts if name in part.tensors)
 
-    def check_unchanged(self, descriptor: int | None = None) -> None:  # noqa: ARG002 (of none of them)
+    def check_unchanged(self, source: Source | None = None) -> None:  # noqa: ARG002 (of none of them)
         for part in self.parts:
             part.check_unchanged()
 
@@ -425,3 +447,15 @@ def copy_bytes(source: int, target: int, count: int, position: int, target_posit
             read_exactly(source, piece, position + done, path)
             write_fully(target, piece, target_position + done)
             done += len(piece)
+
+
+def copy_range(source: Source, start: int, count: int, target: int, at: int) -> None:
+    """Copy bytes of a source to byte `at` of an open file."""
+    if isinstance(source, LocalSource):
+        source.copy_to(target, start, count, at)
+        return
+    buffer = memoryview(bytearray(min(count, 1 << 20)))
+    for done in range(0, count, len(buffer) or 1):
+        piece = buffer[: count - done]
+        source.read(start + done, len(piece), piece)
+        write_fully(target, piece, at + done)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from loratool.files.safefile import Layout, SafeFile, TensorInfo, copy_bytes, write_fully
+from loratool.files.safefile import Layout, SafeFile, TensorInfo, copy_range, write_fully
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -35,8 +35,7 @@ class TensorFile:
     def copy(self, name: str, source: SafeFile, info: TensorInfo) -> None:
         """Append a tensor of another file, byte for byte."""
         with source.open() as reading:
-            position = source.position(info)
-            copy_bytes(reading, self.descriptor, info.nbytes, position, self.reserved + self.at, source.path)
+            copy_range(reading, source.position(info), info.nbytes, self.descriptor, self.reserved + self.at)
         self.written.append((name, info.dtype, info.shape))
         self.at += info.nbytes
 

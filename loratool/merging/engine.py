@@ -1,8 +1,8 @@
-"""Carry a plan's bytes into a stage: a stream of tasks, worked off by threads.
+"""Carry a plan's bytes to a destination: a stream of tasks, worked off by threads.
 
-Untouched spans pass in pieces as they are, edited ones through `computing` as blocks of rows, all
+Untouched spans pass in pieces as they are, edited ones through `row_blocks` as blocks of rows, all
 of them in file order. Memory is workers × block, whatever the size of a tensor or a file. Behind
-the workers each output file has a thread that syncs it.
+the workers each output file has a thread that sees it to its end.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, groupby
-from mmap import mmap
 from typing import TYPE_CHECKING
 
 from loratool.devices import Runtime, cores, exact_arithmetic, resident_memory
-from loratool.files.journal import FinishedShard
+from loratool.files.open_sources import OpenSources
+from loratool.files.sink import PAGE, Seen
 from loratool.merging.resources import (
     COPY_CHUNK,
     MOST_SHELVED,
@@ -29,13 +29,12 @@ from loratool.merging.resources import (
     rows_of_block,
 )
 from loratool.merging.row_blocks import EditedSpan, Shelf, Totals, Worker, look_for_effects
-from loratool.merging.shard_writer import PAGE, OutputShard
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from loratool.files.safefile import SafeFile
-    from loratool.files.staging import Stage
+    from loratool.files.sink import Destination, Sink
     from loratool.merging.output_layout import ShardPlan, Span
     from loratool.merging.plan import MergePlan
 
@@ -44,10 +43,19 @@ FINISHING_SHARDS = 2  # output files besides that are being synced
 
 
 @dataclass(frozen=True)
+class Output:
+    """One output file on its way."""
+
+    plan: ShardPlan
+    sink: Sink
+    sources: OpenSources
+
+
+@dataclass(frozen=True)
 class Copy:
     """Bytes that no edit touches."""
 
-    shard: OutputShard
+    output: Output
     file: SafeFile
     start: int  # in the source file
     target: int  # in the output file
@@ -58,27 +66,27 @@ class Copy:
 class Block:
     """Rows of an edited or converted span."""
 
-    shard: OutputShard
+    output: Output
     work: EditedSpan
     first: int
     count: int
 
 
 class Engine:
-    """Runs one plan into one stage. Its threads share a stream of tasks; the first failure stops them all."""
+    """Runs one plan to one destination. Its threads share a stream of tasks; the first failure stops them all."""
 
     def __init__(
         self,
         plan: MergePlan,
-        stage: Stage,
+        destination: Destination,
         runtime: Future[Runtime],
         workers: int | None,
         max_memory: int | None,
         progress: Callable[[int, int], None] | None,
     ) -> None:
-        self.plan, self.stage, self.runtime = plan, stage, runtime
+        self.plan, self.destination, self.runtime = plan, destination, runtime
         self.workers, self.max_memory, self.progress = workers, max_memory, progress
-        self.totals = Totals(changed=plan.replaces or any(shard.changed for shard in stage.finished.values()))
+        self.totals = Totals(changed=plan.replaces or any(shard.changed for shard in destination.finished.values()))
         self.shelf = Shelf(MOST_SHELVED)
         self.bytes_all = sum(span.placed.nbytes for span in plan.spans)
         self.bytes_done = 0
@@ -93,12 +101,12 @@ class Engine:
         self.ends: list[threading.Lock] = []  # one a thread, which holds it for as long as it runs
 
     def run(self) -> Totals:
-        """Write every shard that the stage has not; each is hashed, synced and then recorded in the stage."""
-        todo = [shard for shard in self.plan.shards if shard.name not in self.stage.finished]
+        """Make every file that the destination has not; each is finished, and then recorded with what was seen of it."""
+        todo = [shard for shard in self.plan.shards if shard.name not in self.destination.finished]
         self.tell(self.bytes_all - sum(span.placed.nbytes for shard in todo for span in shard.spans))
         self.tasks = self.make_tasks(todo)
         for shard in self.plan.shards:
-            if shard.name in self.stage.finished:
+            if shard.name in self.destination.finished:
                 self.look_again(shard)
         try:
             for number in range(self.workers or most_workers()):
@@ -196,21 +204,21 @@ class Engine:
                 yield task
 
     def tasks_of(self, plan: ShardPlan) -> Iterator[Copy | Block]:
-        """One shard's tasks in the file's order, which is the order in which its bytes are hashed."""
+        """One shard's tasks in the file's order, which sinks may count on."""
         while not self.slots.acquire(timeout=0.1):
             if self.stop.is_set():
                 return
-        shard = OutputShard(plan, self.stage.folder, self.stop)
-        self.start(self.finish, shard)
+        output = Output(plan, self.destination.open(plan.name, plan.layout, self.stop), OpenSources())
+        self.start(self.finish, output)
         for untouched, spans in groupby(plan.spans, lambda span: span.untouched):
             if untouched:
-                yield from copies(shard, spans)
+                yield from copies(output, spans)
                 continue
             for span in spans:
                 work = EditedSpan(span, self.totals, self.shelf)
                 step = rows_of_block(span, self.resources().block)
                 for first in range(0, span.rows if span.info.nbytes else 0, step):
-                    yield Block(shard, work, first, min(step, span.rows - first))
+                    yield Block(output, work, first, min(step, span.rows - first))
 
     def take(self, number: int) -> Copy | Block | None:
         """The next task for worker `number`; None when there is none for it."""
@@ -224,11 +232,10 @@ class Engine:
     def work(self, number: int) -> None:
         """A worker's life: take the next task until there are none."""
         worker: Worker | None = None
-        memory = memoryview(mmap(-1, COPY_CHUNK + PAGE))
         while not self.stop.is_set() and (task := self.take(number)) is not None:
             if isinstance(task, Copy):
                 count = task.count
-                task.shard.copy(task.file, task.start, memory[: task.target % PAGE + count], task.target)
+                task.output.sink.copy(task.output.sources.of(task.file), task.start, count, task.target)
             else:
                 worker = worker or self.make_worker(number)
                 count = self.carry(worker, task)
@@ -245,42 +252,42 @@ class Engine:
         return Worker(resources.devices[number % len(resources.devices)], raw, elements, wide)
 
     def carry(self, worker: Worker, task: Block) -> int:
-        span, shard = task.work.span, task.shard
+        span, output = task.work.span, task.output
         row = span.placed.nbytes // span.rows
-        position = shard.plan.layout.data_start + span.placed.start + task.first * row
-        worker.carry(task.work, task.first, task.count, shard.source(span.source), shard, position)
+        position = output.plan.layout.data_start + span.placed.start + task.first * row
+        source = output.sources.of(span.source)
+        output.sink.put(worker.merged_rows(task.work, task.first, task.count, source, position % PAGE), position)
         return task.count * row
 
-    def finish(self, shard: OutputShard) -> None:
-        """See one output file to its end on the disk, then report it."""
-        if not shard.sync():
-            return  # stopped; descriptors stay open: a worker may still be writing
-        for file, descriptor in shard.sources.values():
-            file.check_unchanged(descriptor)
-        shard.close()
+    def finish(self, output: Output) -> None:
+        """See one output file to its end, then tell what was seen of it."""
+        if not output.sink.finish():
+            return  # stopped; inputs stay open: a worker may still be reading
+        output.sources.check_unchanged()
+        output.sources.close()
         with self.telling:
-            device = "" if all(span.untouched for span in shard.plan.spans) else self.resources().kind
-            names = [span.placed.name for span in shard.plan.spans]
+            spans = output.plan.spans
+            device = "" if all(span.untouched for span in spans) else self.resources().kind
+            names = [span.placed.name for span in spans]
             nonfinite = {name: self.totals.nonfinite[name] for name in names if name in self.totals.nonfinite}
-            seen = self.totals.ratios(names), nonfinite
-            self.stage.record(FinishedShard(shard.plan.name, shard.digest.digest(), self.totals.changed, device, *seen))
+            output.sink.record(Seen(self.totals.changed, device, self.totals.ratios(names), nonfinite))
         self.slots.release()
 
 
-def copies(shard: OutputShard, spans: Iterable[Span]) -> Iterator[Copy]:
+def copies(output: Output, spans: Iterable[Span]) -> Iterator[Copy]:
     """The bytes of untouched spans, neighbours joined, in pieces."""
     file: SafeFile | None = None
     start = stop = target = 0  # of what is not cut yet; the first two in the source file
     for span in spans:
         at = span.source.position(span.info)
         if span.source is not file or at != stop:
-            yield from pieces(shard, file, start, stop, target)
-            file, start, target = span.source, at, shard.plan.layout.data_start + span.placed.start
+            yield from pieces(output, file, start, stop, target)
+            file, start, target = span.source, at, output.plan.layout.data_start + span.placed.start
         stop = at + span.info.nbytes
-    yield from pieces(shard, file, start, stop, target)
+    yield from pieces(output, file, start, stop, target)
 
 
-def pieces(shard: OutputShard, file: SafeFile | None, start: int, stop: int, target: int) -> Iterator[Copy]:
+def pieces(output: Output, file: SafeFile | None, start: int, stop: int, target: int) -> Iterator[Copy]:
     for at in range(start, stop, COPY_CHUNK):
         assert file is not None
-        yield Copy(shard, file, at, target + at - start, min(COPY_CHUNK, stop - at))
+        yield Copy(output, file, at, target + at - start, min(COPY_CHUNK, stop - at))

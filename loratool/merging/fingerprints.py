@@ -20,7 +20,7 @@ from loratool import __version__
 from loratool.adapters.adapter import Derived, StoredTensor
 from loratool.bases.edits import Edit
 from loratool.files.digests import sha256_of
-from loratool.files.safefile import Identity, SafeFile, read_exactly
+from loratool.files.safefile import Identity, SafeFile
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -81,12 +81,12 @@ def sampled(file: SafeFile) -> str:
     header = hashlib.sha256(file.layout.header).digest()
     state = hashlib.sha256(header + file.layout.size.to_bytes(8, "little"))
     buffer = memoryview(bytearray(SAMPLE))
-    with file.open() as descriptor:
+    with file.open() as source:
         for info in file.tensors.values():
             piece = buffer[: min(SAMPLE, info.nbytes)]
             place = hashlib.sha256(header + info.name.encode(errors="surrogatepass")).digest()
             at = int.from_bytes(place[:8], "little") % (info.nbytes - len(piece) + 1)
-            read_exactly(descriptor, piece, file.position(info) + at, file.path)
+            source.read(file.position(info) + at, len(piece), piece)
             state.update(piece)
     return state.hexdigest()
 

@@ -28,6 +28,7 @@ from loratool.files.digests import recorded
 from loratool.files.hub_cache import is_hub_id, told_origin
 from loratool.files.journal import Journal
 from loratool.files.outputs import check_stage, check_target, stage_of
+from loratool.files.shard_writer import LocalFolder
 from loratool.files.staging import Stage, staged
 from loratool.merging.effects import effect_notes, effects_of, size_notes
 from loratool.merging.engine import Engine
@@ -79,7 +80,7 @@ def merge(
             if stage.finished:
                 stage.keep_only(kind_of(runtime.result().devices))
             resumed = tuple(stage.finished)
-            engine = Engine(plan, stage, runtime, workers, max_memory, progress)
+            engine = Engine(plan, LocalFolder(stage), runtime, workers, max_memory, progress)
             totals = engine.run()
             if not (plan.replaces or any(shard.changed for shard in stage.finished.values())):
                 raise FitError(

@@ -54,7 +54,7 @@ class ShardPlan:
 
 
 @dataclass(frozen=True)
-class Source:
+class Origin:
     """Where the bytes of an output tensor come from before any edit: a tensor of the base, or of an adapter."""
 
     file: SafeFile
@@ -68,8 +68,8 @@ def place_all(
     edits: Mapping[str, tuple[Edit, ...]],
     dtype: str,
     shard_size: int | None,
-    moved: Mapping[str, Source] = MappingProxyType({}),
-    added: Sequence[Source] = (),
+    moved: Mapping[str, Origin] = MappingProxyType({}),
+    added: Sequence[Origin] = (),
 ) -> tuple[ShardPlan, ...]:
     """Every tensor's place in the output.
 
@@ -77,9 +77,9 @@ def place_all(
     has not, which go to the end of its last file.
     """
     wanted = {name: key for key, name in FLOAT_NAMES.items()}.get(dtype)
-    files: list[tuple[str, list[Source]]] = []
+    files: list[tuple[str, list[Origin]]] = []
     for shard in base.shards:
-        entries = [moved.get(t.name) or Source(shard, t, t.name, t.dtype) for t in in_file_order(shard.layout)]
+        entries = [moved.get(t.name) or Origin(shard, t, t.name, t.dtype) for t in in_file_order(shard.layout)]
         files.append((shard_name(base, shard), entries))
     files[-1][1].extend(added)
     if shard_size is not None:
@@ -111,9 +111,9 @@ def new_dtype(dtype: str, wanted: str | None) -> str:
     return wanted if wanted and dtype in FLOAT_NAMES else dtype
 
 
-def repack(entries: Sequence[Source], wanted: str | None, limit: int, stem: str) -> list[tuple[str, list[Source]]]:
+def repack(entries: Sequence[Origin], wanted: str | None, limit: int, stem: str) -> list[tuple[str, list[Origin]]]:
     """Fill files up to `limit` bytes in the given order; a larger tensor gets a file of its own."""
-    groups: list[list[Source]] = [[]]
+    groups: list[list[Origin]] = [[]]
     filled = 0
     for entry in entries:
         (placed,) = Layout.of([(entry.name, new_dtype(entry.dtype, wanted), entry.info.shape)]).tensors.values()

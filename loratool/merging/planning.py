@@ -29,7 +29,7 @@ from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.files.checkpoint import PROVENANCE, Checkpoint
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.layouts.architectures import POOLED
-from loratool.merging.output_layout import Source, check_names, place_all, plan_index
+from loratool.merging.output_layout import Origin, check_names, place_all, plan_index
 from loratool.merging.plan import MergePlan
 from loratool.notes import Note
 from loratool.options.described import FLAG, NUMBER, SIZE, PathKind, dtypes, option
@@ -127,8 +127,8 @@ class Changes:
     """What becomes of the base's tensors and of its config."""
 
     edits: Mapping[str, tuple[Edit, ...]]  # tensor of the output → its edits, replacements first
-    moved: Mapping[str, Source]  # tensors that begin as what an adapter saved
-    added: Sequence[Source]  # tensors that the base has not
+    moved: Mapping[str, Origin]  # tensors that begin as what an adapter saved
+    added: Sequence[Origin]  # tensors that the base has not
     config: Sequence[ConfigEdit]
 
 
@@ -315,14 +315,14 @@ class Draft:
         self.problems += unequal_vocabularies(self.ties, grown)
         config += vocabulary_edits(self.base.config, {shape[0] for shape in grown.values()})
         config += tie_edits(self.base.config) if settled.untied else []
-        moved: dict[str, Source] = {}
-        added: list[Source] = []
+        moved: dict[str, Origin] = {}
+        added: list[Origin] = []
         for name, of in settled.kept:
             text = f"{printable(name)}: stays tied to {printable(of)}, both being changed alike"
             self.notes.append(Note("tied-weight-kept", text))
         for name, of in settled.added:
             value = first.get(name) or on_disk(self.base, of)
-            added.append(Source(value.file, value.info, name, base[of].dtype))
+            added.append(Origin(value.file, value.info, name, base[of].dtype))
             self.notes.append(
                 Note(
                     "tied-weight-split", f"{printable(name)}: written beside {printable(of)}, to which the base ties it"
@@ -331,12 +331,12 @@ class Draft:
         for tensor, value in first.items():
             what = f"{printable(tensor)}: {list(value.shape)} as the adapter saved it"
             if tensor in base:
-                moved[tensor] = Source(value.file, value.info, tensor, base[tensor].dtype)
+                moved[tensor] = Origin(value.file, value.info, tensor, base[tensor].dtype)
                 if base[tensor].dtype in FLOAT_NAMES:
                     text = f"{what}, in place of the base's {list(base[tensor].shape)}"
                     self.notes.append(Note("tensor-replaced", text))
             elif tensor not in tied:
-                added.append(Source(value.file, value.info, tensor, usual_dtype(base)))
+                added.append(Origin(value.file, value.info, tensor, usual_dtype(base)))
                 self.notes.append(Note("tensor-added", f"{what}, which the base has not"))
         edits = {tensor: tuple(sorted(found, key=replaces_first)) for tensor, found in self.edits.items()}
         return Changes(edits, moved, added, config)

@@ -9,7 +9,7 @@ from loratool.adapters.adapter import stored_tensors
 from loratool.algebra.updates import Replace
 from loratool.devices import RUNTIME_MEMORY, cores, kind_of
 from loratool.errors import UsageError
-from loratool.merging.shard_writer import PAGE
+from loratool.files.sink import PAGE
 from loratool.options.described import SIZE, Number, option
 from loratool.options.shared import DeviceOption
 

@@ -1,4 +1,4 @@
-"""Row blocks past their edits: read ▸ to float32 ▸ every edit ▸ round once ▸ write.
+"""Row blocks past their edits: read ▸ to float32 ▸ every edit ▸ round once. Where the rows go, nobody here knows.
 
 A worker is one thread's buffers on one device. The CUDA worker is the CPU worker with a pinned
 staging buffer, a twin of it on the device, and a stream of its own.
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from loratool.adapters.adapter import load_rows, load_update
 from loratool.algebra.updates import LowRank, Replace, Update, stack
 from loratool.errors import FitError, printable
-from loratool.files.safefile import FLOAT_NAMES, read_exactly
-from loratool.merging.shard_writer import PAGE
+from loratool.files.safefile import FLOAT_NAMES
+from loratool.files.sink import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import torch
 
     from loratool.bases.edits import Edit
+    from loratool.files.source import Source
     from loratool.merging.output_layout import Span
-    from loratool.merging.shard_writer import OutputShard
 
 LOOKED_AT = 1 << 19  # elements that are searched for small values at a time
 READ_AT_ONCE = 16 << 20  # bytes of a weight that is looked at before it is edited
@@ -254,12 +254,12 @@ def look_for_effects(work: EditedSpan, device: str) -> None:
     stored, rounded = (getattr(torch, FLOAT_NAMES[info.dtype]) for info in (span.info, span.placed))
     row_bytes = span.width * stored.itemsize
     step = max(1, READ_AGAIN // row_bytes)
-    with torch.inference_mode(), span.source.open() as descriptor:
+    with torch.inference_mode(), span.source.open() as source:
         loaded = work.edits_on(torch.device(device), torch.float64 if stored == torch.float64 else torch.float32)
         for first in range(0, span.rows, step):
             raw = torch.empty(min(step, span.rows - first) * row_bytes, dtype=torch.uint8)
             start = span.source.position(span.info) + first * row_bytes
-            read_exactly(descriptor, raw.numpy().data, start, span.source.path)
+            source.read(start, raw.numel(), raw.numpy().data)
             block = raw.view(stored).view(-1, span.width).to(device)
             work.look_for_effects(loaded, block, first, rounded)
             if not work.waiting - work.totals.effective:
@@ -279,12 +279,12 @@ def weight_rows(span: Span, edit: Edit, device: torch.device, dtype: torch.dtype
         for other in span.edits
         if other.update.replaces
     ]
-    with span.source.open() as descriptor:
+    with span.source.open() as source:
         for first in range(edit.first_row, edit.first_row + edit.rows, step):
             count = min(step, edit.first_row + edit.rows - first)
             raw = torch.empty(count * span.width * stored.itemsize, dtype=torch.uint8)
             start = span.source.position(span.info) + first * span.width * stored.itemsize
-            read_exactly(descriptor, raw.numpy().data, start, span.source.path)
+            source.read(start, raw.numel(), raw.numpy().data)
             block = raw.view(stored).view(count, span.width).to(device, dtype)
             for replacement in before:
                 replacement.apply(block, first, block)
@@ -313,12 +313,15 @@ class Worker:
             self.sizes, self.small = numpy.empty(LOOKED_AT, numpy.uint16), numpy.empty(LOOKED_AT, numpy.bool_)
             torch.set_num_threads(1)  # workers are the parallelism
 
-    def carry(self, work: EditedSpan, first: int, count: int, source: int, target: OutputShard, position: int) -> None:
-        """Rows `first` … `first + count` of a span, from a descriptor to their place in an output file."""
-        with self.torch.inference_mode(), self.torch.cuda.stream(self.stream):
-            self._carry(work, first, count, source, target, position)
+    def merged_rows(self, work: EditedSpan, first: int, count: int, source: Source, shift: int) -> memoryview:
+        """Rows `first` … `first + count` of a span as they are in the output.
 
-    def _carry(self, work: EditedSpan, first: int, count: int, source: int, target: OutputShard, position: int) -> None:
+        What comes back holds them from byte `shift` on, and begins with a page; the next call overwrites it.
+        """
+        with self.torch.inference_mode(), self.torch.cuda.stream(self.stream):
+            return self._merged_rows(work, first, count, source, shift)
+
+    def _merged_rows(self, work: EditedSpan, first: int, count: int, source: Source, shift: int) -> memoryview:
         torch, span = self.torch, work.span
         width, file = span.width, span.source
         stored, rounded = (getattr(torch, FLOAT_NAMES[t.dtype]) for t in (span.info, span.placed))
@@ -327,12 +330,11 @@ class Worker:
         written = count * width * rounded.itemsize
 
         start = file.position(span.info) + first * width * stored.itemsize
-        read_exactly(source, self.host[:read].numpy().data, start, file.path)
+        source.read(start, read, self.host[:read].numpy().data)
         if self.stream is not None:
             self.raw[:read].copy_(self.host[:read], non_blocking=True)
         before = self.raw[:read].view(stored).view(count, width)
         block = self.scratch[: count * width * compute.itemsize].view(compute).view(count, width)
-        shift = position % PAGE  # memory and file in step, as a direct write wants them
         ready = self.outgoing[shift : shift + written]
         in_place = self.stream is None and shift % rounded.itemsize == 0
         after = (ready if in_place else self.merged[:written]).view(rounded).view(count, width)
@@ -364,7 +366,7 @@ class Worker:
             nonfinite = check_finite(span, before, after)
         # before the bytes go: a file whose bytes are all there is recorded with what was seen of it
         work.seen(count, base_norm, change, math.inf if measured or replaced else loaded.norm, nonfinite)
-        target.put(self.outgoing[: shift + written].numpy().data, position)
+        return self.outgoing[: shift + written].numpy().data
 
     def settle(self, before: torch.Tensor, after: torch.Tensor, loaded: LoadedEdits, first_row: int) -> None:
         """Recompute in float64 the few values where W and ΔW cancel.

@@ -27,13 +27,14 @@ from loratool.errors import FitError, HubError, InputError, UsageError, Verifica
 from loratool.fetching import local
 from loratool.fetching.bases import chosen_base
 from loratool.fetching.outline import Remote, read_small
-from loratool.fetching.pieces import Source, opened
+from loratool.fetching.pieces import BaseFiles, opened
 from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE
 from loratool.files.digests import Digest, digest_of_bytes, read_recorded, recorded
 from loratool.files.inputs import json_object
 from loratool.files.journal import FETCHED, MODEL, FinishedShard
 from loratool.files.outputs import check_stage
 from loratool.files.safefile import read_safefile
+from loratool.files.shard_writer import LocalFolder
 from loratool.files.staging import Stage, check_space, workplace
 from loratool.merging.effects import effect_notes, effects_of, size_notes
 from loratool.merging.engine import Engine
@@ -179,7 +180,7 @@ def most_on_disk(plan: MergePlan) -> int:
     return max(s.layout.size + sum(int(file.layout.size) for file in sources_of(plan, s)) for s in plan.shards)
 
 
-def fingerprint(plan: MergePlan, source: Source, digests: Sequence[Mapping[str, str]], device: str) -> str:
+def fingerprint(plan: MergePlan, source: BaseFiles, digests: Sequence[Mapping[str, str]], device: str) -> str:
     """What the repository's journal knows a merge by: files of another machine are continued, those of other work not."""
     facts = [content_fingerprint(plan, digests, source.contents()), device, installed("torch")]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -221,7 +222,7 @@ class Streaming:
     """One streaming merge on its way."""
 
     plan: MergePlan
-    source: Source
+    source: BaseFiles
     place: Workplace
     repo: str
     options: StreamOptions
@@ -325,7 +326,9 @@ class Streaming:
         part = replace(self.plan, base=base, shards=(replace(shard, spans=spans),))
         before = self.done
         tell: Callable[[int, int], None] = lambda done, _all: self.progress and self.progress(before + done, self.total)  # noqa: E731
-        totals = Engine(part, stage, self.runtime, self.options.workers, self.options.max_memory, tell).run()
+        totals = Engine(
+            part, LocalFolder(stage), self.runtime, self.options.workers, self.options.max_memory, tell
+        ).run()
         self.totals.measured |= totals.measured
         self.totals.effective |= totals.effective
         fetched_bytes = sum(path.stat().st_size for path in fetched.values())

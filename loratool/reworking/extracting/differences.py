@@ -11,13 +11,15 @@ from loratool.adapters.writer import torch_dtype
 from loratool.algebra.lowrank import Decomposition, sketch
 from loratool.algebra.lowrank.products import negligible
 from loratool.errors import UsageError, printable
-from loratool.files.safefile import FLOAT_NAMES, read_exactly
+from loratool.files.safefile import FLOAT_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     import torch
     from torch import Tensor
+
+    from loratool.files.source import Source
 
 EDGE = 1.02  # noise of that size reaches σ = √d + √k; a little more keeps it out
 ITERATIONS = 2  # of the power method; more of them where the spectrum is flat
@@ -140,10 +142,10 @@ class Difference:
             for first in range(0, rows, self.step):
                 count = min(self.step, rows - first)
                 before, after = (
-                    read_values(tensor, descriptor, self.first + first * columns, count * columns, buffer)
+                    read_values(tensor, source, self.first + first * columns, count * columns, buffer)
                     .view(count, columns)
                     .to(self.device)
-                    for tensor, descriptor, buffer in zip(pair, (base, tuned), buffers, strict=True)
+                    for tensor, source, buffer in zip(pair, (base, tuned), buffers, strict=True)
                 )
                 tile = place[first : first + count] if place.shape[0] == rows else place[:count]
                 tile.copy_(after)
@@ -269,18 +271,18 @@ def same_values(one: StoredTensor, other: StoredTensor) -> bool:
 
 def pieces(tensor: StoredTensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
     """(first, values) of a tensor in the order in which they lie, some at a time."""
-    with tensor.file.open() as descriptor:
+    with tensor.file.open() as source:
         for first in range(0, tensor.info.elements, COMPARED_AT_ONCE):
             count = min(COMPARED_AT_ONCE, tensor.info.elements - first)
-            yield first, read_values(tensor, descriptor, first, count).to(dtype)
+            yield first, read_values(tensor, source, first, count).to(dtype)
 
 
-def read_values(tensor: StoredTensor, descriptor: int, first: int, count: int, buffer: Tensor | None = None) -> Tensor:
+def read_values(tensor: StoredTensor, source: Source, first: int, count: int, buffer: Tensor | None = None) -> Tensor:
     """Values `first` … `first + count` of a tensor, from an open file, in a buffer of bytes where one is given."""
     import torch
 
     dtype = torch_dtype(tensor.info.dtype)
     raw = torch.empty(count * dtype.itemsize, dtype=torch.uint8) if buffer is None else buffer[: count * dtype.itemsize]
     start = tensor.file.position(tensor.info) + first * dtype.itemsize
-    read_exactly(descriptor, raw.numpy().data, start, tensor.file.path)
+    source.read(start, raw.numel(), raw.numpy().data)
     return raw.view(dtype)

@@ -1,0 +1,38 @@
+"""Input files that stay open while an output is made of them."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from loratool.files.safefile import SafeFile
+    from loratool.files.source import Source
+
+
+class OpenSources:
+    """Files that stay open for reading, each opened once, whichever thread asks for it first."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.stack = ExitStack()
+        self.opened: dict[Path, tuple[SafeFile, Source]] = {}
+
+    def of(self, file: SafeFile) -> Source:
+        """The bytes of a file. Raises `InputError` where it is no longer the file whose header was read."""
+        with self.lock:
+            if file.path not in self.opened:
+                self.opened[file.path] = file, self.stack.enter_context(file.open())
+            return self.opened[file.path][1]
+
+    def check_unchanged(self) -> None:
+        """Raise `InputError` when a file was changed or cut while it was open."""
+        for file, source in self.opened.values():
+            file.check_unchanged(source)
+
+    def close(self) -> None:
+        """Close all of them."""
+        self.stack.close()

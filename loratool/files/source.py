@@ -1,0 +1,18 @@
+"""`Source`: bytes that can be read from any place on. What reads a weight knows no more than this of where it lies."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Source(Protocol):
+    """Bytes from 0 to `size`. Any thread may read, at the same time as others."""
+
+    @property
+    def size(self) -> int:
+        """How many bytes there are."""
+        ...
+
+    def read(self, start: int, count: int, into: memoryview) -> None:
+        """Fill the first `count` bytes of `into` from byte `start` on. Raises `InputError` where the bytes end early."""
+        ...
