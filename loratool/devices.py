@@ -1,20 +1,17 @@
-"""Torch, ready on the devices that are asked for, and what this process takes of the machine."""
+"""Torch, ready on the devices that are asked for."""
 
 from __future__ import annotations
 
 import gc
-import os
-import resource
-import sys
 import threading
 import time
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.errors import UsageError, printable
+from loratool.files import process
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -96,24 +93,5 @@ def exact_arithmetic() -> Iterator[None]:
 
 
 def resident_memory() -> int:
-    """Bytes of this process in memory now."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, ValueError):
-        return RUNTIME_MEMORY
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def peak_memory() -> int:
-    """The largest resident set this process has had, in bytes."""
-    try:  # the kernel's own mark: getrusage also counts the process that started this one
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Bytes of this process in memory now, or what they are likely to be."""
+    return process.resident_memory() or RUNTIME_MEMORY

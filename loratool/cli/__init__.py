@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import warnings
 from contextlib import suppress
 from importlib import import_module
 from io import StringIO
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import click
 
 from loratool import __version__
 from loratool.errors import LoratoolError, escaped, printable, without_tokens
-
-if TYPE_CHECKING:
-    from types import FrameType
+from loratool.files.process import on_stop, prepare_streams, silence_stdout
 
 EXIT_CODES = """\b
 Exit codes: 0 done · 1 a bug · 2 wrong usage · 3 an input is malformed or unsupported ·
@@ -78,32 +75,20 @@ def cli() -> None:
     """
 
 
-def on_signal(number: int, _frame: FrameType | None) -> NoReturn:
-    """Stop in good order; a second one ends the process there and then, whatever it is doing."""
-    signal.signal(number, signal.SIG_DFL)
-    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+def stop(terminated: bool) -> NoReturn:
+    """Stop in good order."""
+    raise Terminated if terminated else KeyboardInterrupt
 
 
 def main() -> None:
     """Run the command line and end the process with the contract's exit code."""
-    open_streams()
+    prepare_streams()
     warnings.showwarning = show_warning
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            signal.signal(number, on_signal)
+    on_stop(stop)
     code = run(sys.argv[1:])
     with suppress(OSError):
         sys.stderr.flush()
     os._exit(code)  # taking torch down in order costs half a second, and threads may be deep in a sync
-
-
-def open_streams() -> None:
-    """Give closed standard streams to the null device; else the next file opened would get their number."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def show_warning(message: Warning | str, *_place: object, **_more: object) -> None:
@@ -158,11 +143,6 @@ def run(arguments: list[str]) -> int:
         complain(f"Error: this is a bug in loratool: {type(error).__name__}: {without_tokens(printable(error))}")
         complain("Run it again with -v for the traceback, and please report it.")
         return 1
-
-
-def silence_stdout() -> None:
-    """Let the interpreter's last flush go nowhere, for stdout is closed or full."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from loratool.errors import LoratoolError, printable
 from loratool.files.inputs import open_regular
+from loratool.files.safefile import start_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,7 +39,7 @@ def is_pointer(path: Path) -> bool:
     except LoratoolError:
         return False
     try:
-        return os.pread(descriptor, len(POINTER), 0) == POINTER
+        return start_of(descriptor, len(POINTER)) == POINTER
     finally:
         os.close(descriptor)
 

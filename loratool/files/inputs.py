@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from loratool.errors import InputError, StorageError, printable
+from loratool.files.system import open_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -50,7 +51,7 @@ def open_regular(path: Path) -> int:
     try:
         if what := special(path):
             raise InputError(f"{printable(path)}: is {what}, not a file")
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+        descriptor = open_file(path, os.O_RDONLY, links=True)
     except OSError as error:
         raise unreadable(path, error) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -82,7 +83,7 @@ def unreadable(path: Path, error: OSError) -> InputError | StorageError:
         case errno.ENOENT if path.is_symlink():
             return InputError(f"{shown}: is a link to {printable(os.readlink(path))}, which does not exist")
         case errno.ENOENT | errno.ENOTDIR:
-            named = HUB_ID.fullmatch(str(path)) and not path.parent.exists()
+            named = HUB_ID.fullmatch(path.as_posix()) and not path.parent.exists()
             hint = f"; for a repository of the Hub run `hf download {path}` and give the folder it prints"
             return InputError(f"{shown}: no such file or folder{hint if named else ''}")
         case errno.EACCES | errno.EPERM:

@@ -25,6 +25,7 @@ from typing import Any
 from loratool.errors import StorageError, printable
 from loratool.files.digests import Digest, is_plain
 from loratool.files.inputs import json_object
+from loratool.files.system import belongs_to, current_user, open_file
 
 FORMAT = 2  # loratool 0.1.0 wrote journals without a number
 HEAD = "loratool_stage"
@@ -137,7 +138,7 @@ class Journal:
 def read_journal(home: Path, owner: int) -> Journal | None:
     """The journal of a stage; None where none of ours is there."""
     try:
-        descriptor = os.open(home / JOURNAL, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = open_file(home / JOURNAL, os.O_RDONLY)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO):  # missing, a link, a socket
             return None
@@ -180,7 +181,7 @@ def look(home: Path, owner: int | None = None) -> Journal | None:
         status = home.lstat()
     except FileNotFoundError:
         return None
-    owner = os.geteuid() if owner is None else owner
+    owner = current_user() if owner is None else owner
     if reason := why_odd(status, owner, folder=True):
         raise foreign(home, [f"{printable(home.name)}: {reason}"])
     found = list(walk(home))  # before the journal, which names files before they are made
@@ -240,7 +241,7 @@ def why_odd(status: os.stat_result, owner: int, folder: bool = False) -> str:
         return "is a link"
     if not (stat.S_ISDIR if folder else stat.S_ISREG)(status.st_mode):
         return f"is not a {'folder' if folder else 'regular file'}"
-    return "" if status.st_uid == owner else f"belongs to another user ({status.st_uid})"
+    return "" if belongs_to(status, owner) else f"belongs to another user ({status.st_uid})"
 
 
 def is_torn_head(home: Path, path: str, owner: int) -> bool:

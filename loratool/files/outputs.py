@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import stat
 import uuid
@@ -15,7 +14,9 @@ from loratool.files.checkpoint import PROVENANCE
 from loratool.files.digests import Digest, read_recorded, why_unlike
 from loratool.files.inputs import read_json
 from loratool.files.journal import REPLACED, ForeignError, Journal, look, walk
+from loratool.files.locks import is_locked
 from loratool.files.model_files import WEIGHTS, is_model_file
+from loratool.files.system import create_file, sync_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -145,19 +146,6 @@ def check_stage(home: Path) -> Journal | None:
         raise StorageError(f"{printable(error.filename or home)}: {error.strerror or error}") from error
 
 
-def is_locked(home: Path) -> bool:
-    """Whether another process holds the lock of a folder."""
-    with suppress(OSError):
-        descriptor = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
-    return False
-
-
 def stage_of(out: Path) -> Path:
     """The folder in which `out` is staged."""
     return out.parent / f"{out.name}.partial"  # with_name refuses the root
@@ -184,12 +172,12 @@ def write_file(path: Path, content: bytes) -> None:
     path = Path(os.path.realpath(path))
     partial = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}.partial")
     try:
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        descriptor = create_file(partial)
         try:
             with open(descriptor, "wb") as stream:
                 stream.write(content)
                 stream.flush()
-                os.fsync(descriptor)
+                sync_file(descriptor)
             os.replace(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)

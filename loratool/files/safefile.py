@@ -7,7 +7,6 @@ Nothing here loads a tensor, and nothing here knows torch.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.errors import InputError, printable
 from loratool.files.inputs import RepeatedKeyError, json_object, open_regular, unreadable
+from loratool.files.system import copy_in_kernel, read_at, write_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -279,7 +279,7 @@ def read_safefile(path: Path) -> SafeFile:
     try:
         status = os.fstat(descriptor)
         size = status.st_size
-        head = os.pread(descriptor, 64, 0)
+        head = start_of(descriptor, 64)
         length = header_length(path, head, size)
         raw = bytearray(length)
         read_exactly(descriptor, memoryview(raw), PREFIX, path)
@@ -408,10 +408,16 @@ def read_exactly(descriptor: int, buffer: memoryview, position: int, path: Path)
     """Fill `buffer` from `position` on. Loops: one read stops at 2 GiB and may stop earlier."""
     done = 0
     while done < len(buffer):
-        count = os.preadv(descriptor, [buffer[done:]], position + done)
+        count = read_at(descriptor, buffer[done:], position + done)
         if count == 0:
             raise InputError(f"{printable(path)}: the file ended early; it was cut while being read")
         done += count
+
+
+def start_of(descriptor: int, count: int) -> bytes:
+    """The first bytes of a file, at most so many."""
+    buffer = bytearray(count)
+    return bytes(buffer[: read_at(descriptor, memoryview(buffer), 0)])
 
 
 def write_fully(descriptor: int, buffer: memoryview | bytes, position: int) -> None:
@@ -419,26 +425,15 @@ def write_fully(descriptor: int, buffer: memoryview | bytes, position: int) -> N
     view = memoryview(buffer)
     done = 0
     while done < len(view):
-        done += os.pwrite(descriptor, view[done:], position + done)
-
-
-# What a file system answers when it cannot copy between these two files by itself.
-CANNOT_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ETXTBSY}
+        done += write_at(descriptor, view[done:], position + done)
 
 
 def copy_bytes(source: int, target: int, count: int, position: int, target_position: int, path: Path) -> None:
     """Copy a byte range from one file to another, inside the kernel where it can."""
-    copy = getattr(os, "copy_file_range", None)
     done = 0
-    while copy is not None and done < count:
-        try:
-            moved = copy(source, target, count - done, position + done, target_position + done)
-        except OSError as error:
-            if error.errno not in CANNOT_COPY:
-                raise
-            break
-        if moved == 0:
-            break  # some file systems say 0 where they mean "cannot"; the loop below tells
+    while done < count and (
+        moved := copy_in_kernel(source, target, count - done, position + done, target_position + done)
+    ):
         done += moved
     if done < count:
         buffer = memoryview(bytearray(min(count - done, 1 << 20)))

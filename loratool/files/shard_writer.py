@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,6 +11,7 @@ from loratool.files.digests import Digester
 from loratool.files.journal import FinishedShard
 from loratool.files.safefile import LocalSource, write_fully
 from loratool.files.sink import PAGE, Arrived, Memory, part_of
+from loratool.files.system import NOT_DIRECT, create_file, open_direct, sync_bytes, sync_file
 
 if TYPE_CHECKING:
     import threading
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
     from loratool.files.staging import Stage
 
 SYNC_CHUNK = 256 << 20  # bytes after which what lies in the page cache is sent to the disk
-NOT_DIRECT = {errno.EINVAL, errno.EFAULT, errno.EOPNOTSUPP, errno.ENOSYS}
-send = getattr(os, "fdatasync", os.fsync)
 
 
 class LocalFolder:
@@ -61,10 +58,10 @@ class LocalFile:
         self, path: Path, layout: Layout, stop: threading.Event, memory: Memory, record: Callable[[Digest, Seen], None]
     ) -> None:
         self.layout, self.stop, self.memory, self.recorder = layout, stop, memory, record
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
-        self.descriptor = os.open(path, flags, 0o666)
+        self.descriptor = create_file(path)
         os.truncate(self.descriptor, layout.size)
-        self.opened = self.direct = open_direct(path, self.descriptor, layout.size)
+        whole_pages = layout.size >= PAGE
+        self.opened = self.direct = open_direct(path, self.descriptor, layout.size) if whole_pages else None
         self.digest = Digester()
         self.hashed, self.written = Arrived(stop), Arrived(stop)  # from the file's start, and anywhere
         self.rest = b""  # hashed bytes since the last whole page, which the next part's write begins with
@@ -135,10 +132,10 @@ class LocalFile:
         while synced < size and self.written.wait_for(min(synced + SYNC_CHUNK, size)):
             synced = self.written.count
             if synced < size:
-                send(self.descriptor)
+                sync_bytes(self.descriptor)
         if synced < size:
             return False
-        os.fsync(self.descriptor)
+        sync_file(self.descriptor)
         if self.stop.is_set():
             return False
         os.close(self.descriptor)
@@ -148,17 +145,3 @@ class LocalFile:
 
     def record(self, seen: Seen) -> None:
         self.recorder(self.digest.digest(), seen)
-
-
-def open_direct(path: Path, descriptor: int, size: int) -> int | None:
-    """A descriptor of a file that is open already which writes past the page cache; None where there is none."""
-    if not hasattr(os, "O_DIRECT") or size < PAGE:
-        return None
-    try:
-        direct = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
-        return None
-    with suppress(AttributeError, OSError):  # without blocks of its own each direct write would lock the whole file
-        reserve = ctypes.CDLL(None, use_errno=True).fallocate64
-        reserve(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size))
-    return direct

@@ -10,9 +10,7 @@ cleared away. What no journal names is never touched.
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -38,8 +36,10 @@ from loratool.files.journal import (
     look,
     walk,
 )
+from loratool.files.locks import lock_folder
 from loratool.files.outputs import BUSY, check_stage, replaceable_files, stage_of
 from loratool.files.safefile import write_fully
+from loratool.files.system import create_file, current_user, exchange, open_file, sync_file, sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -94,13 +94,12 @@ class Stage:
     def copy(self, name: str, source: Path) -> None:
         """A side file of an input, byte for byte."""
         digester = Digester()
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        writing = os.open(self.way_to(name), flags, 0o666)
+        writing = create_file(self.way_to(name))
         try:
             for part in parts_of(source):
                 write_fully(writing, part, digester.size)
                 digester.update(part)
-            os.fsync(writing)
+            sync_file(writing)
         finally:
             os.close(writing)
         self.files[name] = digester.digest()
@@ -130,7 +129,7 @@ class Stage:
         self.clear()
         self.journal = wanted
         write_durably(self.home / NEW_JOURNAL, wanted.head(), os.O_TRUNC)
-        os.rename(self.home / NEW_JOURNAL, self.home / JOURNAL)
+        os.replace(self.home / NEW_JOURNAL, self.home / JOURNAL)
         os.mkdir(self.folder)
         sync_folder(self.home)
 
@@ -293,41 +292,28 @@ def storage_error(error: OSError, path: Path, needed: int) -> StorageError:
 @contextmanager
 def locked(home: Path) -> Iterator[int]:
     """Create `home` and hold its lock, which ends with the process however it ends; the user to whom it must belong."""
-    owner = os.geteuid()
+    owner = current_user()
     for _ in range(100):
         with suppress(FileExistsError):
             os.mkdir(home)
             owner = home.stat().st_uid  # some file systems give all files to one user
         try:
-            descriptor = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            lock = lock_folder(home)
         except FileNotFoundError:
             continue  # another run published it just now
+        except BlockingIOError:
+            raise UsageError(f"{printable(home)}: {BUSY}") from None
         except OSError as error:
             if error.errno in (errno.ENOTDIR, errno.ELOOP):
                 raise foreign(home, [f"{printable(home.name)}: is not a folder"]) from error
             raise
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(f"{printable(home)}: {BUSY}") from None
-            except OSError as error:  # a file system without locks: go on without
-                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL):
-                    raise
-            if is_still(home, descriptor):
+            if lock.is_of_the_folder():
                 yield owner
                 return
         finally:
-            os.close(descriptor)
+            lock.release()
     raise StorageError(f"{printable(home)}: keeps vanishing; is another run at work on it?")
-
-
-def is_still(folder: Path, descriptor: int) -> bool:
-    """Whether a folder that was opened is the one of that name."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(folder))
-    except FileNotFoundError:
-        return False
 
 
 def check_space(home: Path, needed: int) -> None:
@@ -340,21 +326,12 @@ def check_space(home: Path, needed: int) -> None:
 
 def write_durably(path: Path, content: bytes, how: int) -> None:
     """Write a small file, opened with a flag that says how; it is on stable storage when this returns."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | how, 0o666)
+    descriptor = open_file(path, os.O_WRONLY | os.O_CREAT | how)
     try:
         view = memoryview(content)
         while view:
             view = view[os.write(descriptor, view) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
+        sync_file(descriptor)
     finally:
         os.close(descriptor)
 
@@ -366,20 +343,3 @@ def remove_folder(folder: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
             raise
-
-
-RENAME_EXCHANGE = 2
-AT_FDCWD = -100
-
-
-def exchange(new: Path, old: Path, aside: Path) -> None:
-    """Swap two folders' names in one step where the system can; else the old one steps `aside` first."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is not None:
-        failed = renameat2(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(old), RENAME_EXCHANGE)
-        if not failed:
-            return
-        if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(old))
-    os.rename(old, aside)
-    os.rename(new, old)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from loratool.files.safefile import Layout, SafeFile, TensorInfo, copy_range, write_fully
+from loratool.files.system import open_file, sync_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -44,14 +45,14 @@ class TensorFile:
         layout = Layout.of(self.written, {"format": "pt"}, self.reserved)
         assert layout.data_start == self.reserved, "tensors were announced smaller than they are"
         write_fully(self.descriptor, layout.header, 0)
-        os.fsync(self.descriptor)
+        sync_file(self.descriptor)
 
 
 @contextmanager
 def tensor_file(path: Path, announced: Iterable[Triple]) -> Iterator[TensorFile]:
     """A file to append to, until it is finished; `announced` are all tensors that may come, none smaller than it will be."""
     reserved = room_for(Layout.of(announced, {"format": "pt"}))
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    descriptor = open_file(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     try:
         yield TensorFile(path, descriptor, reserved)
     finally:

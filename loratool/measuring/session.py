@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from loratool.adapters.writer import described
 from loratool.algebra.lowrank import working_dtype
-from loratool.devices import check_device, cores, exact_arithmetic, peak_memory, start_torch
+from loratool.devices import check_device, exact_arithmetic, start_torch
 from loratool.errors import LoratoolError
+from loratool.files.process import cores, peak_memory
 
 if TYPE_CHECKING:
     import torch

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import TYPE_CHECKING
 
-from loratool.devices import Runtime, cores, exact_arithmetic, resident_memory
+from loratool.devices import Runtime, exact_arithmetic, resident_memory
 from loratool.files.open_sources import OpenSources
+from loratool.files.process import cores
 from loratool.files.sink import PAGE, Seen
 from loratool.merging.resources import (
     COPY_CHUNK,

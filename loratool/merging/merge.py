@@ -19,7 +19,7 @@ from loratool.adapters.formats import read_adapter
 from loratool.adapters.formats.peft import is_adapter
 from loratool.adapters.formats.peft.unmerged import taken_apart
 from loratool.bases.same_base import unlike_bases
-from loratool.devices import Runtime, kind_of, peak_memory, resident_memory, start_torch
+from loratool.devices import Runtime, kind_of, resident_memory, start_torch
 from loratool.errors import FitError, LoratoolError, UsageError, printable
 from loratool.fetching import local
 from loratool.fetching.bases import AUTO, chosen_base
@@ -28,6 +28,7 @@ from loratool.files.digests import recorded
 from loratool.files.hub_cache import is_hub_id, told_origin
 from loratool.files.journal import Journal
 from loratool.files.outputs import check_stage, check_target, stage_of
+from loratool.files.process import peak_memory
 from loratool.files.shard_writer import LocalFolder
 from loratool.files.staging import Stage, staged
 from loratool.merging.effects import effect_notes, effects_of, size_notes

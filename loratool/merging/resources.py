@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import stored_tensors
 from loratool.algebra.updates import Replace
-from loratool.devices import RUNTIME_MEMORY, cores, kind_of
+from loratool.devices import RUNTIME_MEMORY, kind_of
 from loratool.errors import UsageError
+from loratool.files.process import cores
 from loratool.files.sink import PAGE
 from loratool.options.described import SIZE, Number, option
 from loratool.options.shared import DeviceOption

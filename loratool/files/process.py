@@ -1,0 +1,85 @@
+"""What operating systems do differently with processes: memory, cores, signals and standard streams."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+from loratool.files import system
+
+resource = system.optional("resource")
+
+STATUS = Path("/proc/self")  # where the kernel tells what it knows of this process
+# ru_maxrss is in KiB, but on kernels that count bytes; those have a clock of this name
+MAXRSS_UNIT = 1 if hasattr(time, "CLOCK_UPTIME_RAW") else 1024  # bytes
+
+
+def resident_memory() -> int | None:
+    """Bytes of this process in memory now; None where the system does not tell."""
+    try:
+        pages = int((STATUS / "statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def peak_memory() -> int:
+    """The largest resident set that this process has had, in bytes; 0 where the system does not tell."""
+    with suppress(OSError):  # the kernel's own mark: getrusage also counts the process that started this one
+        for line in (STATUS / "status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    if resource is not None:
+        return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * MAXRSS_UNIT
+    system.do_without("this system does not tell how much memory a process takes, so the peak is given as 0")
+    return 0
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def on_stop(handle: Callable[[bool], None]) -> None:
+    """Call `handle` when this process is asked to stop: with True where it is asked to terminate, with False on Ctrl-C.
+
+    A second request ends the process there and then, whatever it is doing. Requests that are ignored, as under nohup,
+    stay so.
+    """
+
+    def asked(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        handle(number != signal.SIGINT)
+
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, asked)
+
+
+def prepare_streams() -> None:
+    """Make stdout and stderr fit to be written to.
+
+    Streams that are closed get the null device; else the next file opened would get their number. Consoles with a small
+    character set get a question mark for what they do not have.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        small = "utf" not in (getattr(stream, "encoding", None) or "utf").lower()
+        if small and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def silence_stdout() -> None:
+    """Let the interpreter's last flush go nowhere, for stdout is closed or full."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

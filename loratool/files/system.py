@@ -1,0 +1,228 @@
+"""What operating systems do differently with files, one function a capability.
+
+Each function takes the quick or safe way where it is there (`hasattr`, an import, an answer of the file system), and a
+portable one elsewhere, with the same bytes in the end. No name of a system is asked for. `lacking()` says in sentences
+what this process has done without.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from loratool.errors import printable
+
+UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}  # how a file system says that it cannot do something
+
+
+def optional(module: str) -> Any:
+    """A module of the standard library that only some systems have; None elsewhere."""
+    try:
+        return import_module(module)
+    except ImportError:
+        return None
+
+
+fcntl = optional("fcntl")
+
+_lacking: dict[str, None] = {}  # sentences, in the order in which they became true
+
+
+def do_without(sentence: str) -> None:
+    """Note what this process has to do without; a sentence that is there already is not repeated."""
+    _lacking.setdefault(sentence)
+
+
+def lacking() -> tuple[str, ...]:
+    """Sentences on what was done without since the last call."""
+    sentences = tuple(_lacking)
+    _lacking.clear()
+    return sentences
+
+
+# ---------------------------------------------------------------- opening
+
+# Windows: bytes as they are, and no inheritance; elsewhere the second has another name.
+ALWAYS = getattr(os, "O_BINARY", 0) | getattr(os, "O_NOINHERIT", 0) | getattr(os, "O_CLOEXEC", 0)
+
+
+def open_file(path: Path, flags: int, *, links: bool = False) -> int:
+    """A descriptor of a file, which is made with mode 0o666 where `flags` ask for that.
+
+    Opening does not block. A link at `path` is followed only with `links`, otherwise it is an `OSError` (ELOOP).
+    """
+    flags |= ALWAYS | getattr(os, "O_NONBLOCK", 0)
+    if not links and not hasattr(os, "O_NOFOLLOW"):
+        refuse_link(path)
+    if not links:
+        flags |= getattr(os, "O_NOFOLLOW", 0)
+    return os.open(path, flags, 0o666)
+
+
+def create_file(path: Path) -> int:
+    """A descriptor of a new file, for reading and writing; what is there already is a `FileExistsError`."""
+    return open_file(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+
+
+def open_folder(folder: Path) -> int:
+    """A descriptor of a folder, for its lock or for syncing it. Raises `OSError` (ENOTDIR, ELOOP) for anything else."""
+    if not hasattr(os, "O_NOFOLLOW"):
+        refuse_link(folder)
+    flags = os.O_RDONLY | ALWAYS | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
+    descriptor = os.open(folder, flags)
+    if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    return descriptor
+
+
+def refuse_link(path: Path) -> None:
+    """Raise `OSError` (ELOOP) where there is a link at `path`, as O_NOFOLLOW does."""
+    with suppress(FileNotFoundError):
+        if stat.S_ISLNK(os.lstat(path).st_mode):
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+
+
+NOT_DIRECT = UNSUPPORTED | {errno.EFAULT}  # how a direct write is refused
+
+
+def open_direct(path: Path, descriptor: int, size: int) -> int | None:
+    """A second descriptor of an open file, which writes past the page cache; None where there is no such thing.
+
+    The file's `size` in bytes is reserved on the disk.
+    """
+    if not hasattr(os, "O_DIRECT"):
+        do_without("no writes past the page cache here: the output goes through it, and takes longer")
+        return None
+    import ctypes
+
+    try:
+        direct = os.open(path, os.O_WRONLY | os.O_DIRECT | ALWAYS | getattr(os, "O_NOFOLLOW", 0))
+    except OSError:
+        return None
+    with suppress(AttributeError, OSError):  # without blocks of its own each direct write would lock the whole file
+        reserve = c_library().fallocate64
+        reserve(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size))
+    return direct
+
+
+def c_library() -> Any:
+    """The functions of the C library, whose errors are in `ctypes.get_errno()`; one without any where there is none."""
+    import ctypes  # here, so that help does not wait for it
+
+    try:
+        return ctypes.CDLL(None, use_errno=True)
+    except (OSError, TypeError):
+        return object()
+
+
+# ---------------------------------------------------------------- reading and writing at a position
+
+# A seek and what follows it are one step. Of several threads at one descriptor, each takes the same lock.
+POSITIONS = tuple(threading.Lock() for _ in range(64))
+
+
+def read_at(descriptor: int, buffer: memoryview, position: int) -> int:
+    """Read into `buffer` from byte `position` of a file; the bytes that came, which may be fewer."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [buffer], position)
+    with POSITIONS[descriptor % len(POSITIONS)], open(descriptor, "rb", buffering=0, closefd=False) as stream:
+        stream.seek(position)
+        return stream.readinto(buffer) or 0
+
+
+def write_at(descriptor: int, buffer: memoryview, position: int) -> int:
+    """Write `buffer` at byte `position` of a file; the bytes that went, which may be fewer."""
+    if hasattr(os, "pwrite"):
+        return os.pwrite(descriptor, buffer, position)
+    with POSITIONS[descriptor % len(POSITIONS)]:
+        os.lseek(descriptor, position, os.SEEK_SET)
+        return os.write(descriptor, buffer)
+
+
+# What a file system answers when it cannot copy between these two files by itself.
+CANNOT_COPY = UNSUPPORTED | {errno.EXDEV, errno.EPERM, errno.EBADF, errno.ETXTBSY}
+
+
+def copy_in_kernel(source: int, target: int, count: int, position: int, target_position: int) -> int:
+    """Copy bytes between two open files inside the kernel; those that were copied, perhaps none."""
+    if not hasattr(os, "copy_file_range"):
+        return 0
+    try:
+        return os.copy_file_range(source, target, count, position, target_position)
+    except OSError as error:
+        if error.errno not in CANNOT_COPY:
+            raise
+        return 0
+
+
+# ---------------------------------------------------------------- stable storage
+
+NO_FOLDER_SYNC = UNSUPPORTED | {errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR}
+
+
+def sync_file(descriptor: int) -> None:
+    """Bring a file to stable storage."""
+    if (full := getattr(fcntl, "F_FULLFSYNC", None)) is not None:  # there `fsync` leaves bytes in the disk's own cache
+        with suppress(OSError):
+            fcntl.fcntl(descriptor, full)
+            return
+    os.fsync(descriptor)
+
+
+def sync_bytes(descriptor: int) -> None:
+    """Bring the bytes of a file to stable storage, perhaps without all that the file system notes of it."""
+    getattr(os, "fdatasync", os.fsync)(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, where folders can be synced."""
+    try:
+        descriptor = open_folder(folder)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            raise
+        do_without("folders cannot be synced here: a power cut just after the end may undo the last renames")
+
+
+# ---------------------------------------------------------------- names and owners
+
+RENAME_EXCHANGE = 2
+AT_FDCWD = -100
+ANYBODY = -1  # the owner of all files where files have none
+
+
+def exchange(new: Path, old: Path, aside: Path) -> None:
+    """Swap two folders' names in one step where the system can; else the old one steps `aside` first."""
+    import ctypes
+
+    renameat2 = getattr(c_library(), "renameat2", None)
+    if renameat2 is not None:
+        failed = renameat2(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(old), RENAME_EXCHANGE)
+        if not failed:
+            return
+        if ctypes.get_errno() not in UNSUPPORTED:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(old))
+    do_without(f"names cannot be swapped in one step here: for a moment there was nothing at {printable(old)}")
+    os.rename(old, aside)
+    os.rename(new, old)
+
+
+def current_user() -> int:
+    """The number of the user who runs this process, as `st_uid` has it; `ANYBODY` where users have no numbers."""
+    return os.geteuid() if hasattr(os, "geteuid") else ANYBODY
+
+
+def belongs_to(status: os.stat_result, user: int) -> bool:
+    """Whether a file or folder is of that user."""
+    return user in (ANYBODY, status.st_uid)
