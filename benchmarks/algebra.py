@@ -33,7 +33,7 @@ import torch
 from algebra_inputs import Sizes, deltas, differences, linear_layers, write_adapter, write_pair, write_steep
 from findings import Finding, at_most, finding_table, megabytes, seconds
 from machine import describe
-from running import HERE, Run, run
+from running import HERE, Run, cost_of, run
 from shapes import SHAPES, Shape
 from torch import Tensor
 
@@ -63,12 +63,12 @@ def loratool(device: str, *words: str | Path) -> Run:
     command = [sys.executable, "-m", "loratool", *map(str, words), "--device", device, "-q", "--json"]
     measured, said, _ = run(command)
     measured.report = json.loads(said)
-    measured.peak_memory = max(measured.peak_memory, measured.report["peak_memory"])
+    measured.peak_memory = max(measured.peak_memory, cost_of(measured.report)["peak_memory"])
     return measured
 
 
 def working_seconds(measured: Run) -> float:
-    return float(measured.report["seconds"]) - measured.startup
+    return float(cost_of(measured.report)["seconds"]) - measured.startup
 
 
 def repeated(device: str, pairs: int, out: Path, *words: str | Path) -> list[Run]:

@@ -360,12 +360,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def plain(measured: Run) -> dict[str, Any]:
     """A run for JSON, without what names folders or fills pages."""
     kept = (
-        "seconds",
-        "startup_seconds",
-        "peak_memory",
+        "cost",
         "gpu_memory",
         "workers",
-        "device",
         "bytes_read",
         "bytes_written",
     )

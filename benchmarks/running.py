@@ -19,6 +19,12 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
 
 
+def cost_of(report: dict[str, Any]) -> dict[str, Any]:
+    """What a report tells of time and memory; before 0.2.0 these fields stood in the report itself."""
+    cost: dict[str, Any] = report.get("cost", report)
+    return cost
+
+
 @dataclass
 class Run:
     """One process from its start to the end of the `sync` behind it. Times in seconds, sizes in bytes."""
@@ -31,7 +37,7 @@ class Run:
 
     @property
     def startup(self) -> float:
-        return float(self.report.get("startup_seconds", 0.0))
+        return float(cost_of(self.report).get("startup_seconds", 0.0))
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ def contend(contender: Contender, model: Path, warm: bool) -> Run:
     os.sync()
     if said.lstrip().startswith("{"):
         measured.report = json.loads(said)
-        measured.peak_memory = max(measured.peak_memory, measured.report["peak_memory"])
+        measured.peak_memory = max(measured.peak_memory, cost_of(measured.report)["peak_memory"])
     return measured
 
 

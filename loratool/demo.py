@@ -31,7 +31,7 @@ TARGETS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DemoResult(Result):
     """What the demo made and what the check found."""
 

@@ -119,6 +119,7 @@ class LoratoolError(Exception):
     wanted. Foreign text in either has been through `printable`.
     """
 
+    code = "bug"  # for programs
     exit_code = 1
 
     def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
@@ -139,34 +140,40 @@ class LoratoolError(Exception):
 class UsageError(LoratoolError):
     """The call is wrong: an unknown value, options that exclude each other, an output that exists."""
 
+    code = "wrong-usage"  # for programs
     exit_code = 2
 
 
 class InputError(LoratoolError):
     """An input is malformed, or of a kind that is not supported."""
 
+    code = "unusable-input"  # for programs
     exit_code = 3
 
 
 class FitError(LoratoolError):
     """The adapter does not fit the base, is not used whole, or changes nothing."""
 
+    code = "does-not-fit"  # for programs
     exit_code = 4
 
 
 class VerificationError(LoratoolError):
     """A file is not what its record says, or a merged model not what the formula says."""
 
+    code = "not-verified"  # for programs
     exit_code = 5
 
 
 class StorageError(LoratoolError):
     """The disk or the file system said no."""
 
+    code = "storage"  # for programs
     exit_code = 6
 
 
 class HubError(LoratoolError):
     """The Hub said no."""
 
+    code = "hub"  # for programs
     exit_code = 7

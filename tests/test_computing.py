@@ -144,7 +144,7 @@ def test_a_process_stays_within_its_memory_limit(tmp_path: Path) -> None:
     answer = subprocess.run(
         [*command, "--max-memory", f"{limit}MB", "--json"], capture_output=True, text=True, check=True
     )
-    assert json.loads(answer.stdout)["peak_memory"] <= limit * 10**6
+    assert json.loads(answer.stdout)["cost"]["peak_memory"] <= limit * 10**6
 
 
 def test_an_absent_cuda_device_is_told(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_cuda_gives_the_formula_too(tmp_path: Path, dtype: torch.dtype) -> None:
     base, adapter = make_pair(tmp_path, rows=3000, columns=700, dtype=dtype)
     report = loratool.merge(base, [adapter], tmp_path / "out", device="cuda")
     merged = load_file(tmp_path / "out" / "model.safetensors")["q.weight"]
-    assert report.device.startswith("cuda:0")
+    assert report.cost.device.startswith("cuda:0")
     if dtype in (torch.bfloat16, torch.float16):
         assert float((merged != formula(base, adapter)).double().mean()) < 1e-4
     torch.testing.assert_close(merged, formula(base, adapter))

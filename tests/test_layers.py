@@ -23,6 +23,7 @@ LONGEST_MODULE = 500  # lines
 PACKAGES = (
     "errors",
     "notes",
+    "shown",
     "templates",
     "layouts",
     "files",

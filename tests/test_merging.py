@@ -741,7 +741,7 @@ def test_a_memory_limit_below_one_weights_size_is_kept(huge: tuple[Path, Path], 
         pytest.skip("torch alone takes most of this limit here")
     done = command("merge", base, adapter, "-o", tmp_path / "out", "--max-memory", "400MB", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["peak_memory"] <= limit
+    assert json.loads(done.stdout)["cost"]["peak_memory"] <= limit
     rows = slice(60_000, 60_100)
     with torch.inference_mode():
         tensors = load_file(adapter / "adapter_model.safetensors")
@@ -769,7 +769,7 @@ def test_a_memory_limit_that_cannot_be_kept_is_refused_with_the_least_that_can(
     limit = int(least_told(done.stderr) * 1.05)  # a process is never twice of quite the same size
     done = command("merge", base, adapter, "-o", tmp_path / "out", "--max-memory", limit, "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["peak_memory"] <= limit
+    assert json.loads(done.stdout)["cost"]["peak_memory"] <= limit
 
 
 def test_rows_that_an_adapter_leaves_alone_cost_no_memory(tmp_path: Path) -> None:
@@ -781,8 +781,8 @@ def test_rows_that_an_adapter_leaves_alone_cost_no_memory(tmp_path: Path) -> Non
     done = command("merge", tmp_path / "model.safetensors", adapter, "-o", tmp_path / "out", "--json")
     assert done.returncode == 0, done.stderr
     table = json.loads(done.stdout)
-    assert table["peak_memory"] <= bare_memory() + 200_000_000
-    assert table["seconds"] - table["startup_seconds"] < 5
+    assert table["cost"]["peak_memory"] <= bare_memory() + 200_000_000
+    assert table["cost"]["seconds"] - table["cost"]["startup_seconds"] < 5
 
 
 # -- numbers that are none ---------------------------------------------------------------------------

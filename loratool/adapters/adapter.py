@@ -11,6 +11,7 @@ from loratool.algebra.updates import Add, LowRank, Replace, Update
 from loratool.errors import InputError, printable
 from loratool.files.digests import sha256_of
 from loratool.files.safefile import FLOAT_NAMES, SafeFile, TensorInfo
+from loratool.shown import Shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -176,8 +177,8 @@ def load_rows(update: Replace, first: int, count: int, device: torch.device, dty
     return Replace(value[first : first + count].to(device, dtype))
 
 
-@dataclass(frozen=True)
-class Adapter:
+@dataclass(frozen=True, repr=False)
+class Adapter(Shown):
     """A fine-tuned change to a model. Scaling is already in the updates: alpha, rank and rsLoRA ended in the reader.
 
     A target is the name of a weight as the model that was trained calls it in memory, such as

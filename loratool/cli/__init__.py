@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import warnings
@@ -13,8 +14,9 @@ from typing import NoReturn
 import click
 
 from loratool import __version__
-from loratool.errors import LoratoolError, escaped, printable, without_tokens
+from loratool.errors import LoratoolError, StorageError, UsageError, escaped, printable, without_tokens
 from loratool.files.process import on_stop, prepare_streams, silence_stdout
+from loratool.results.base import SCHEMA
 
 EXIT_CODES = """\b
 Exit codes: 0 done · 1 a bug · 2 wrong usage · 3 an input is malformed or unsupported ·
@@ -114,10 +116,10 @@ def run(arguments: list[str]) -> int:
         text = StringIO()
         error.show(text)
         complain(text.getvalue().removesuffix("\n"))
-        return error.exit_code
+        return failed(arguments, UsageError(error.format_message()))
     except LoratoolError as error:
         complain(f"Error: {error}")
-        return error.exit_code
+        return failed(arguments, error)
     except (KeyboardInterrupt, click.Abort) as error:
         cause = error.__cause__ or error  # Click passes every interrupt on as an Abort
         goes_on = arguments[:1] in (["merge"], ["push"])
@@ -131,18 +133,29 @@ def run(arguments: list[str]) -> int:
         silence_stdout()
         where = f"{printable(error.filename)}: " if error.filename else ""
         complain(f"Error: {where}{error.strerror or without_tokens(str(error))}")
-        return 6
+        return StorageError.exit_code
     except MemoryError:
-        complain("Error: out of memory; --max-memory and --workers make a merge smaller")
-        return 6
+        problem = StorageError("out of memory; --max-memory and --workers make a merge smaller")
+        complain(f"Error: {problem}")
+        return failed(arguments, problem)
     except Exception as error:
         if {"-v", "--verbose"} & set(arguments):
             import traceback
 
             complain(without_tokens(traceback.format_exc()))
-        complain(f"Error: this is a bug in loratool: {type(error).__name__}: {without_tokens(printable(error))}")
+        bug = LoratoolError(f"this is a bug in loratool: {type(error).__name__}: {without_tokens(printable(error))}")
+        complain(f"Error: {bug}")
         complain("Run it again with -v for the traceback, and please report it.")
-        return 1
+        return failed(arguments, bug)
+
+
+def failed(arguments: list[str], error: LoratoolError) -> int:
+    """The exit code of an error that was told; with `--json` it is the object on stdout, too."""
+    if "--json" in arguments:
+        told = {"code": error.code, "exit_code": error.exit_code, "message": error.message, "problems": error.problems}
+        with suppress(OSError):
+            click.echo(json.dumps({"schema": SCHEMA, "error": told}, indent=2))
+    return error.exit_code
 
 
 if __name__ == "__main__":

@@ -25,14 +25,15 @@ class Screen:
 
     def show(self, result: Any, text: str | None = None) -> None:
         """Print a result; its warnings go to stderr besides."""
-        from loratool.results.base import plain
+        from loratool.results.base import SCHEMA, Result, plain
 
         if not self.quiet:
             for note in getattr(result, "notes", ()):
                 if note.is_warning:
                     click.echo(f"warning: {note}", err=True)
         if self.as_json:
-            click.echo(json.dumps(plain(result), indent=2))
+            table = result.to_dict() if isinstance(result, Result) else {"schema": SCHEMA, **plain(result)}
+            click.echo(json.dumps(table, indent=2, allow_nan=False))
         elif not self.quiet:
             click.echo(escaped(str(result) if text is None else text, keep="\n"))
 

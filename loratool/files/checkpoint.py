@@ -18,6 +18,7 @@ from loratool.files.hub_cache import name_of
 from loratool.files.inputs import LARGEST_INDEX, read_json, special_files, unreadable
 from loratool.files.safefile import SafeFile, TensorInfo, read_safefile
 from loratool.notes import Note
+from loratool.shown import Shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -44,8 +45,8 @@ TRAINING_FILES = ("optimizer*", "scheduler.pt", "rng_state*", "scaler.pt", "trai
 PROVENANCE = "loratool.json"
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+@dataclass(frozen=True, repr=False)
+class Checkpoint(Shown):
     """A model on disk. Headers are read, tensors are not."""
 
     root: Path

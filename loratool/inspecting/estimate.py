@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import difflib
 import re
+import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loratool.bases.shapes import DTYPES, Base, Shape, elements, is_matrix, read_base, some
+from loratool.devices import peak_memory
 from loratool.errors import FitError, UsageError, printable
 from loratool.fetching import headers
 from loratool.files.safefile import DTYPE_BITS, Layout
 from loratool.layouts.architectures import OUTPUT_HEADS
 from loratool.notes import Note
 from loratool.options.described import Number, Options, dtypes, option
+from loratool.results.base import Cost
 from loratool.results.estimate import ADAM_BYTES, QUANTISED_BITS, Estimate, Memory, RankEstimate, TargetEstimate
 
 if TYPE_CHECKING:
@@ -59,13 +62,15 @@ class EstimateOptions(Options):
 
 def estimate(base: str | os.PathLike[str], options: EstimateOptions) -> Estimate:
     """What LoRA of some ranks on some targets of `base` has and takes; `loratool.commands.estimate` says all of it."""
+    started = time.monotonic()
     ranks = tuple(dict.fromkeys(options.ranks))
     targets = tuple(dict.fromkeys(name for part in options.targets for name in part.replace(",", " ").split()))
     if not ranks or not targets:
         raise UsageError("pass at least one rank and one target, such as --rank 8 --target q_proj,v_proj")
     with headers(base) as location:
         found = estimate_base(read_base(location), ranks, targets, options.dtype)
-    return replace(found, path=found.path.replace(printable(location), printable(base)))
+    cost = Cost(seconds=time.monotonic() - started, peak_memory=peak_memory())
+    return replace(found, cost=cost, path=found.path.replace(printable(location), printable(base)))
 
 
 def estimate_base(base: Base, ranks: Sequence[int], targets: Sequence[str], dtype: str) -> Estimate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ from loratool.adapters.reading import Reading, ReadingOptions
 from loratool.adapters.weight_files import fates
 from loratool.algebra.updates import LowRank, Replace, ReplaceRows
 from loratool.bases.fitting import Fit, fit_of
+from loratool.devices import peak_memory
 from loratool.errors import InputError, LoratoolError, UsageError, VerificationError, printable
 from loratool.fetching import Role, headers, local
 from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, Checkpoint, holds_weights, open_checkpoint
@@ -26,6 +28,7 @@ from loratool.inspecting.health import examine, examine_model, tell_unreadable
 from loratool.options.described import FLAG, PathKind, option
 from loratool.options.shared import DeviceOption, NamingOptions, OrientationOption
 from loratool.provenance import record
+from loratool.results.base import Cost
 from loratool.results.facts import (
     AdapterFacts,
     CheckpointFacts,
@@ -68,6 +71,7 @@ def inspect(
 
     `way` is how it is read, where `options` speak of several adapters.
     """
+    started = time.monotonic()
     if options.base is not None and options.base_config is not None:
         raise UsageError("--base and --base-config are mutually exclusive")
     (way,) = (way,) if way is not None else options.readings(1)
@@ -83,7 +87,9 @@ def inspect(
         hold = partial(fit_of, maps=options.maps, fan_in_fan_out=options.fan_in_fan_out)
         location = at(path, "any")
         facts = look_at(location, path, against, hold, options, progress, way)
-        return with_record(facts, location) if options.check else facts
+        facts = with_record(facts, location) if options.check else facts
+        device = facts.values.cost.device if isinstance(facts, AdapterFacts) and facts.values else ""
+        return replace(facts, cost=Cost(device, time.monotonic() - started, peak_memory=peak_memory()))
 
 
 def with_record(facts: Facts, location: Path) -> Facts:

@@ -16,6 +16,7 @@ from loratool.algebra.lowrank import working_dtype
 from loratool.devices import check_device, exact_arithmetic, start_torch
 from loratool.errors import LoratoolError
 from loratool.files.process import cores, peak_memory
+from loratool.results.base import Cost
 
 if TYPE_CHECKING:
     import torch
@@ -69,12 +70,7 @@ class Session:
 
     def told(self, started: float) -> dict[str, Any]:
         """What every report tells of the work that began at `started`."""
-        return {
-            "device": str(self.device),
-            "seconds": time.monotonic() - started,
-            "startup_seconds": self.startup_seconds,
-            "peak_memory": peak_memory(),
-        }
+        return {"cost": Cost(str(self.device), time.monotonic() - started, self.startup_seconds, peak_memory())}
 
 
 @contextmanager

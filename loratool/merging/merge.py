@@ -39,6 +39,7 @@ from loratool.merging.resources import Resources, RunOptions, choose_resources
 from loratool.notes import Note, as_records
 from loratool.options.shared import OverwriteOption
 from loratool.provenance.cards import CARD, card, command, is_nobodys, terms_of
+from loratool.results.base import Cost
 from loratool.results.merge import AdapterEffect, MergeReport
 
 if TYPE_CHECKING:
@@ -269,11 +270,7 @@ def make_report(
         converted=sum(not span.edits and not span.untouched for span in plan.spans),
         bytes_read=plan.bytes_read,
         bytes_written=plan.bytes_written,
-        seconds=time.monotonic() - started,
-        startup_seconds=runtime.result().seconds,
-        device=", ".join(resources.devices),
         workers=resources.workers,
-        peak_memory=peak_memory(),
         gpu_memory=totals.gpu_memory,
         resumed=resumed,
         relative_norms=ratios,
@@ -281,4 +278,5 @@ def make_report(
         left_out=plan.left_out,
         notes=(*plan.notes, *size_notes(plan, ratios), *of_resuming(stage)),
         digests={s.name: str(s.digest) for _, s in sorted(stage.finished.items())},
+        cost=Cost(", ".join(resources.devices), time.monotonic() - started, runtime.result().seconds, peak_memory()),
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.errors import printable
 from loratool.merging.resources import estimated_memory
-from loratool.results.base import Result, plain
+from loratool.results.base import SCHEMA, Result, plain
 from loratool.results.text import MOST_LINES, aligned, size
 from loratool.templates import grouped, template_of
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from loratool.notes import Note
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MergePlan(Result):
     """All that a merge will do."""
 
@@ -42,6 +42,9 @@ class MergePlan(Result):
     ) -> dict[str, Any]:
         """What `loratool merge --dry-run --json` prints; `peak_memory` is that of a merge with these settings."""
         return plan_data(self, device, workers, max_memory)
+
+    def __str__(self) -> str:
+        return plan_text(self, estimated_memory(self.spans, "auto", None, None))
 
     @cached_property
     def spans(self) -> tuple[Span, ...]:
@@ -136,6 +139,7 @@ def part_of(edit: Edit, span: Span) -> str:
 def plan_data(plan: MergePlan, device: str, workers: int | None, max_memory: int | None) -> dict[str, Any]:
     """What a merge would do, for scripts."""
     return {
+        "schema": SCHEMA,
         "base": plan.base.name,
         "adapters": [
             {"name": a.name, "weight": w, "updates": len(a.updates)}

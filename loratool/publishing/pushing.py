@@ -8,11 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratool.devices import peak_memory
 from loratool.files.checkpoint import INDEX_SUFFIX
 from loratool.options.described import FLAG, Options, option
 from loratool.provenance import record
 from loratool.publishing.committing import REMOTE_JOURNAL, Commit, check_name, commit, differing, files_of, open_repo
 from loratool.publishing.selecting import Selection, check_message, select
+from loratool.results.base import Cost
 from loratool.results.push import PushReport
 
 if TYPE_CHECKING:
@@ -168,6 +170,6 @@ def report(
         replaced=replaced,
         left_out=selection.left_out,
         notes=tuple(notes),
-        seconds=time.monotonic() - started,
+        cost=Cost(seconds=time.monotonic() - started, peak_memory=peak_memory()),
         dry_run=dry_run,
     )

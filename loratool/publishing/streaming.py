@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.adapters.adapter import moved, stored_tensors
 from loratool.adapters.formats import read_adapter
 from loratool.bases.same_base import unlike_bases
-from loratool.devices import Runtime, resident_memory, start_torch
+from loratool.devices import Runtime, peak_memory, resident_memory, start_torch
 from loratool.errors import FitError, HubError, InputError, UsageError, VerificationError, printable
 from loratool.fetching import local
 from loratool.fetching.bases import chosen_base
@@ -55,6 +55,7 @@ from loratool.provenance.cards import CARD, command, is_nobodys
 from loratool.publishing.committing import REMOTE_JOURNAL, Commit, Upload, check, commit, files_of, full_name, open_repo
 from loratool.publishing.pushing import CommitOptions
 from loratool.publishing.selecting import check_message, check_secrets, matches, never, unknown
+from loratool.results.base import Cost
 from loratool.results.stream import StreamReport
 
 if TYPE_CHECKING:
@@ -379,9 +380,13 @@ class Streaming:
             left_out=(*self.plan.left_out, *kept_back(self.plan, self.options.exclude)),
             notes=tuple(notes),
             digests={s.name: str(s.digest) for _, s in sorted(self.finished.items())},
-            device=", ".join(self.runtime.result().devices),
-            seconds=time.monotonic() - started,
             dry_run=self.options.dry_run,
+            cost=Cost(
+                ", ".join(self.runtime.result().devices),
+                time.monotonic() - started,
+                self.runtime.result().seconds,
+                peak_memory(),
+            ),
         )
 
 

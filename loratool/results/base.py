@@ -10,17 +10,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loratool.shown import Shown
 
-class Result:
+SCHEMA = 1  # of the objects that `--json` prints; fields may be added without a new number
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a command took. Times are seconds, memory is bytes."""
+
+    device: str = ""  # empty where nothing was computed
+    seconds: float = 0.0
+    startup_seconds: float = 0.0  # of `seconds`: until torch and the devices were ready
+    peak_memory: int = 0  # resident set of the whole process
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Result(Shown):
     """What is common to all reports, facts and plans; each is a frozen dataclass besides."""
+
+    cost: Cost = dataclasses.field(default=Cost(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it in dicts, lists, text and numbers: the object that the command prints with `--json`."""
-        table: dict[str, Any] = plain(self)
-        return table
+        return {"schema": SCHEMA, **plain(self)}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Written(Result):
     """What a command did that writes an output, and pushes it to the Hub where that is asked for."""
 

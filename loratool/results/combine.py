@@ -58,7 +58,7 @@ class CombinedTotals:
     bytes: int  # of factors
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CombineReport(Written):
     """What `combine` did. Sizes are bytes, times seconds."""
 
@@ -70,10 +70,6 @@ class CombineReport(Written):
     totals: CombinedTotals
     modules: Mapping[str, CombinedLayer]  # by target
     dtype: str
-    device: str
-    seconds: float
-    startup_seconds: float
-    peak_memory: int
     notes: tuple[Note, ...]
 
     def __str__(self) -> str:
@@ -101,8 +97,8 @@ def combine_text(report: CombineReport) -> str:
             for name in report.adapters
         ),
         *(("together", f"{pair}: {met(report, pair)}") for pair in totals.cosine),
-        ("took", f"{report.seconds:.2f} s on {report.device}, torch ready after {report.startup_seconds:.2f} s"),
-        ("peak memory", size(report.peak_memory)),
+        ("took", f"{report.cost.seconds:.2f} s on {report.cost.device}, torch ready after {report.cost.startup_seconds:.2f} s"),
+        ("peak memory", size(report.cost.peak_memory)),
         *(("note", note) for note in report.notes),
     ]  # fmt: skip
     worst = sorted(report.modules.items(), key=lambda item: -item[1].error)

@@ -47,7 +47,7 @@ class PairTotals:
     weighted_conflict: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CompareReport(Result):
     """What `compare` found. Pairs are named "one × other"."""
 
@@ -56,10 +56,6 @@ class CompareReport(Result):
     totals: Mapping[str, PairTotals]
     modules: Mapping[str, Mapping[str, Relation]]  # target → pair
     alone: Mapping[str, tuple[str, ...]]  # adapter → layers that no other has
-    device: str
-    seconds: float
-    startup_seconds: float
-    peak_memory: int
     notes: tuple[Note, ...]
 
     def __str__(self) -> str:

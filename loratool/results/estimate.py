@@ -56,7 +56,7 @@ class RankEstimate:
     qlora: Memory
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Estimate(Result):
     """Parameters, sizes and memory of LoRA on one base."""
 

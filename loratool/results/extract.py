@@ -40,7 +40,7 @@ class ExtractedTotals:
     bytes: int  # of factors
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExtractReport(Written):
     """What `extract` did. Sizes are bytes, times seconds."""
 
@@ -55,10 +55,6 @@ class ExtractReport(Written):
     saved: tuple[str, ...]  # tensors that are saved whole
     left_out: Mapping[str, str]  # tensor that differs → why nothing of it is in the adapter
     dtype: str
-    device: str
-    seconds: float
-    startup_seconds: float  # of `seconds`: until torch and the device were ready
-    peak_memory: int
     notes: tuple[Note, ...]
 
     def __str__(self) -> str:
@@ -79,8 +75,11 @@ def extract_text(report: ExtractReport) -> str:
         *some("saved whole", [printable(name) for name in report.saved]),
         *some("noise only", [printable(name) for name in report.noise]),
         *some("left out", [f"{printable(name)}: {reason}" for name, reason in report.left_out.items()]),
-        ("took", f"{report.seconds:.2f} s on {report.device}, torch ready after {report.startup_seconds:.2f} s"),
-        ("peak memory", size(report.peak_memory)),
+        (
+            "took",
+            f"{report.cost.seconds:.2f} s on {report.cost.device}, torch ready after {report.cost.startup_seconds:.2f} s",
+        ),
+        ("peak memory", size(report.cost.peak_memory)),
         *(("note", note) for note in report.notes),
     ]
     return "\n".join([aligned(rows), *extracted_lines(report.modules)])

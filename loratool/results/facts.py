@@ -79,7 +79,7 @@ class ModuleFacts:
     places: tuple[PlaceFacts, ...] | None = None  # with a base
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AdapterFacts(Result):
     """An adapter as its headers and config describe it; `values` and `findings` where they were asked for."""
 
@@ -118,7 +118,7 @@ class AdapterFacts(Result):
         return adapter_text(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CheckpointFacts(Result):
     """A checkpoint as its headers and config describe it."""
 
@@ -143,7 +143,7 @@ class CheckpointFacts(Result):
         return checkpoint_text(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class UnreadableFacts(Result):
     """A path of which not even the headers can be told; only a check gives it, all else raises."""
 

@@ -30,7 +30,7 @@ class AdapterEffect:
         return len(self.unchanged) == self.modules > 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MergeReport(Written):
     """What a merge did. Sizes are bytes, times seconds, norms Frobenius."""
 
@@ -41,11 +41,7 @@ class MergeReport(Written):
     converted: int  # tensors that only changed dtype
     bytes_read: int
     bytes_written: int
-    seconds: float
-    startup_seconds: float  # of `seconds`: until torch and the devices were ready, bytes being copied meanwhile
-    device: str
     workers: int
-    peak_memory: int  # resident set of the whole process
     gpu_memory: int
     resumed: tuple[str, ...]  # output files that an earlier, interrupted run had finished
     relative_norms: dict[str, float]  # tensor → ‖ΔW‖/‖W‖, where nothing replaces W
@@ -60,7 +56,7 @@ class MergeReport(Written):
 
 def merge_text(report: MergeReport) -> str:
     """What a merge did, for people."""
-    rate = report.bytes_written / max(report.seconds, 1e-9) / 1e9
+    rate = report.bytes_written / max(report.cost.seconds, 1e-9) / 1e9
     rows: list[tuple[str, object]] = [
         ("merged into", printable(report.out)),
         (
@@ -69,9 +65,15 @@ def merge_text(report: MergeReport) -> str:
             + (f", {report.converted} converted" if report.converted else ""),
         ),
         *(("adapter", effect_line(effect)) for effect in report.adapters),
-        ("written", f"{size(report.bytes_written)} in {report.seconds:.2f} s ({rate:.2f} GB/s)"),
-        ("device", f"{report.device}, {report.workers} workers, torch ready after {report.startup_seconds:.2f} s"),
-        ("peak memory", size(report.peak_memory) + (f", GPU {size(report.gpu_memory)}" if report.gpu_memory else "")),
+        ("written", f"{size(report.bytes_written)} in {report.cost.seconds:.2f} s ({rate:.2f} GB/s)"),
+        (
+            "device",
+            f"{report.cost.device}, {report.workers} workers, torch ready after {report.cost.startup_seconds:.2f} s",
+        ),
+        (
+            "peak memory",
+            size(report.cost.peak_memory) + (f", GPU {size(report.gpu_memory)}" if report.gpu_memory else ""),
+        ),
     ]
     if report.resumed:
         rows.append(("continued", f"{len(report.resumed)} finished files of an interrupted run were kept"))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from loratool.notes import Note
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PushReport(Result):
     """What a push did. Sizes are bytes, times seconds."""
 
@@ -28,7 +28,6 @@ class PushReport(Result):
     replaced: tuple[str, ...]  # weights of an earlier model that were deleted in the same commit
     left_out: tuple[str, ...]
     notes: tuple[Note, ...]
-    seconds: float
     dry_run: bool
 
     def __str__(self) -> str:

@@ -26,7 +26,7 @@ class RescaledLayer:
     factor: float | None  # by which its update is multiplied; None where that was zero because of its α
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RescaleReport(Written):
     """What `rescale` did. Sizes are bytes, times seconds."""
 
@@ -35,10 +35,6 @@ class RescaleReport(Written):
     baked: bool
     modules: Mapping[str, RescaledLayer]  # by target
     norm: float | None  # ‖ΔW‖ of all layers after it, where norms were asked for
-    device: str
-    seconds: float
-    startup_seconds: float
-    peak_memory: int
     notes: tuple[Note, ...]
 
     def __str__(self) -> str:

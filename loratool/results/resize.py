@@ -43,7 +43,7 @@ class ResizedTotals:
     bytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ResizeReport(Written):
     """What `resize` did. Sizes are bytes, times seconds."""
 
@@ -54,10 +54,6 @@ class ResizeReport(Written):
     modules: Mapping[str, ResizedLayer]  # by target
     dropped: tuple[str, ...]  # targets that a budget left nothing
     dtype: str
-    device: str
-    seconds: float
-    startup_seconds: float  # of `seconds`: until torch and the device were ready
-    peak_memory: int
     notes: tuple[Note, ...]
 
     def __str__(self) -> str:
@@ -75,8 +71,11 @@ def resize_text(report: ResizeReport) -> str:
         ("parameters", f"{totals.parameters:,} of {totals.parameters_before:,}"),
         ("factors", f"{size(totals.bytes)} of {size(totals.bytes_before)}, {report.dtype}"),
         ("error", f"{percent(totals.achieved)} of ‖ΔW‖ as stored, {percent(totals.predicted)} by truncation"),
-        ("took", f"{report.seconds:.2f} s on {report.device}, torch ready after {report.startup_seconds:.2f} s"),
-        ("peak memory", size(report.peak_memory)),
+        (
+            "took",
+            f"{report.cost.seconds:.2f} s on {report.cost.device}, torch ready after {report.cost.startup_seconds:.2f} s",
+        ),
+        ("peak memory", size(report.cost.peak_memory)),
         *(
             ("left out", f"{printable(target)}: the budget leaves it no rank")
             for target in report.dropped[:MOST_LAYERS]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from loratool.notes import Note
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StreamReport(Result):
     """What a streaming merge did. Sizes are bytes, times seconds."""
 
@@ -32,8 +32,6 @@ class StreamReport(Result):
     left_out: tuple[str, ...]
     notes: tuple[Note, ...]
     digests: dict[str, str]  # output file → SHA-256
-    device: str
-    seconds: float
     dry_run: bool
 
     def __str__(self) -> str:
@@ -46,9 +44,9 @@ def stream_text(report: StreamReport) -> str:
         ("would be merged into" if report.dry_run else "merged into", printable(report.repo)),
         ("tensors", f"{report.edited} edited, {report.copied} copied"),
         *(("adapter", effect_line(effect)) for effect in report.adapters),
-        ("weights", f"{size(report.bytes_written)} in {report.files} files, {report.seconds:.2f} s"),
+        ("weights", f"{size(report.bytes_written)} in {report.files} files, {report.cost.seconds:.2f} s"),
         ("on this disk", f"at most {size(report.most_on_disk)} of weights at a time"),
-        ("device", report.device),
+        ("device", report.cost.device),
     ]
     if report.resumed:
         rows.append(("continued", f"{len(report.resumed)} files were there already"))

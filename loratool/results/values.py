@@ -11,6 +11,7 @@ from loratool.results.text import columns, figure, fill, share, size, wrapped
 
 if TYPE_CHECKING:
     from loratool.notes import Note
+    from loratool.results.base import Cost
 
 MOST_MODULES = 12  # rows of the table of modules before the rest is counted
 
@@ -72,10 +73,7 @@ class Values:
     suggestions: tuple[Suggestion, ...]  # for 90, 95 and 99 %; none where every update is zero
     norm_base: float | None  # ‖W0‖ of the weights that are changed, with a base
     skipped: Mapping[str, str]  # target → why it is not measured
-    device: str
-    seconds: float
-    startup_seconds: float  # of `seconds`: until torch and the device were ready
-    peak_memory: int  # bytes, of the whole process
+    cost: Cost
     notes: tuple[Note, ...]
 
 
@@ -96,9 +94,12 @@ def values_text(values: Values) -> str:
         rows.append(("subnormal", f"{subnormal:,} values in {sum(bool(m.subnormal) for m in values.modules)} modules"))
     rows += [("not measured", f"{target}: {why}") for target, why in list(values.skipped.items())[:MOST_MODULES]]
     rows.append(
-        ("took", f"{values.seconds:.2f} s on {values.device}, torch ready after {values.startup_seconds:.2f} s")
+        (
+            "took",
+            f"{values.cost.seconds:.2f} s on {values.cost.device}, torch ready after {values.cost.startup_seconds:.2f} s",
+        )
     )
-    rows.append(("peak memory", size(values.peak_memory)))
+    rows.append(("peak memory", size(values.cost.peak_memory)))
     rows += [("note", note) for note in values.notes]
     parts = [wrapped(rows)]
     if values.modules:

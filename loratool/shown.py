@@ -1,0 +1,39 @@
+"""A short `repr` for what a person meets in a notebook: the name, and the first fields in a few words each."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Collection, Mapping
+from typing import Any
+
+LONGEST = 400  # characters of a `repr`, the ellipsis apart
+LONGEST_VALUE = 60
+
+
+class Shown:
+    """For dataclasses that are made with `repr=False`."""
+
+    def __repr__(self) -> str:
+        parts: list[str] = []
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            if field.repr:
+                parts.append(f"{field.name}={brief(getattr(self, field.name))}")
+            if sum(map(len, parts)) > LONGEST:
+                return f"{type(self).__name__}({', '.join(parts[:-1])}, …)"
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def brief(value: Any) -> str:
+    """A value in at most 60 characters: collections as a count, other dataclasses by their name."""
+    if isinstance(value, (str, bytes, os.PathLike)):
+        text = repr(os.fspath(value))
+    elif isinstance(value, Mapping):
+        text = f"{{{len(value)} entries}}" if value else "{}"
+    elif isinstance(value, Collection):
+        text = f"({len(value)} items)" if value else "()"
+    elif dataclasses.is_dataclass(value):
+        text = f"{type(value).__name__}(…)"
+    else:
+        text = repr(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE // 2]}…{text[-LONGEST_VALUE // 2 + 1 :]}"

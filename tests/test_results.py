@@ -1,0 +1,139 @@
+"""Results: short in a notebook, whole as text and as data, each with what it took; errors as data where `--json` asks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from headers import adapter_of, base_of
+from malformed import write_adapter, write_base
+
+import loratool
+from loratool import cli
+from loratool.demo import demo
+from loratool.merging.plan import MergePlan
+from loratool.merging.planning import PlanOptions, plan_merge
+from loratool.results.base import Cost, Result
+from loratool.results.push import PushReport
+
+LAYERS, HIDDEN, INNER, KEYS = 32, 4096, 14336, 1024  # of Llama 3 8B
+LINEAR = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (KEYS, HIDDEN),
+    "self_attn.v_proj": (KEYS, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (INNER, HIDDEN),
+    "mlp.up_proj": (INNER, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INNER),
+}
+
+
+@pytest.fixture(scope="module")
+def plan() -> MergePlan:
+    """A merge of an adapter on every linear layer of Llama 3 8B, by names and shapes alone."""
+    linear = {f"model.layers.{n}.{name}.weight": shape for n in range(LAYERS) for name, shape in LINEAR.items()}
+    tables = {"model.embed_tokens.weight": (128256, HIDDEN), "lm_head.weight": (128256, HIDDEN)}
+    norms = {f"model.layers.{n}.{name}.weight": (HIDDEN,) for n in range(LAYERS) for name in ("norm1", "norm2")}
+    base = base_of(tables | linear | norms, architectures=["LlamaForCausalLM"], model_type="llama")
+    return plan_merge(base, [adapter_of(linear)], PlanOptions())
+
+
+def test_a_plan_of_a_large_model_is_short_in_a_notebook_and_readable_as_text(plan: MergePlan) -> None:
+    assert len(plan.edited) == LAYERS * len(LINEAR)
+    assert len(repr(plan)) < 500
+    assert 200 < len(str(plan)) < 20_000
+    assert "model.layers.{0-31}.mlp.up_proj" in str(plan)
+
+
+CALLS: dict[str, Callable[[], Any]] = {
+    "merge": lambda: loratool.merge("base", "adapter", "out", device="cpu"),
+    "rescale": lambda: loratool.rescale("adapter", "out", scale=0.5),
+    "resize": lambda: loratool.resize("adapter", "out", rank=1, device="cpu"),
+    "combine": lambda: loratool.combine(["adapter", "second"], "out", device="cpu"),
+    "extract": lambda: loratool.extract("base", "tuned", "out", rank=1, device="cpu"),
+    "compare": lambda: loratool.compare(["adapter", "second"], device="cpu"),
+    "inspect an adapter": lambda: loratool.inspect("adapter", values=True, check=True, device="cpu"),
+    "inspect a model": lambda: loratool.inspect("base", tensors=True),
+    "inspect nothing": lambda: loratool.inspect("nowhere", check=True),
+    "estimate": lambda: loratool.estimate("base", 4, "all-linear"),
+    "push": lambda: loratool.push("adapter", "me/adapter", dry_run=True),
+    "stream": lambda: loratool.stream("base", "adapter", "me/merged", dry_run=True, device="cpu"),
+    "demo": lambda: demo("demo"),
+}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_base(Path("base"))
+    write_adapter(Path("adapter"))
+    write_adapter(Path("second"), lora_alpha=6)
+    loratool.merge("base", "second", "tuned", device="cpu")
+    return tmp_path
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("name", CALLS)
+def test_every_result_is_short_in_a_notebook_prints_itself_and_says_what_it_took(name: str) -> None:
+    """`repr` is under 500 characters, `str` is what the command prints, `to_dict` has a schema and the cost."""
+    result = CALLS[name]()
+    assert isinstance(result, Result)
+    assert len(repr(result)) < 500
+    assert repr(result).startswith(f"{type(result).__name__}(")
+    assert str(result) != repr(result)
+    table = result.to_dict()
+    assert next(iter(table)) == "schema"
+    assert table["schema"] == 1
+    assert isinstance(result.cost, Cost)
+    if name != "demo":
+        assert table["cost"]["seconds"] > 0
+        assert table["cost"]["peak_memory"] > 10_000_000
+
+
+@pytest.mark.usefixtures("here")
+def test_open_files_are_short_in_a_notebook_too() -> None:
+    assert len(repr(loratool.open_checkpoint("base"))) < 500
+    assert len(repr(loratool.read_adapter("adapter"))) < 500
+
+
+def test_a_long_value_of_a_user_is_cut_and_not_the_name_of_the_result() -> None:
+    name = "a" * 10_000
+    report = PushReport(name, name, name, name, name, False, {}, (), (), (), (), False)
+    assert len(repr(report)) < 500
+    assert repr(report).startswith("PushReport(repo='aaa")
+
+
+WRONG: dict[str, tuple[list[str], int, str]] = {
+    "an unknown option": (["merge", "base", "adapter", "-o", "out", "--nonsense"], 2, "wrong-usage"),
+    "a value out of range": (["merge", "base", "adapter", "-o", "out", "--workers", "0"], 2, "wrong-usage"),
+    "no such path": (["inspect", "nowhere"], 3, "unusable-input"),
+    "an adapter that does not fit": (["merge", "base", "other", "-o", "out"], 4, "does-not-fit"),
+    "no folder to write into": (["merge", "base", "adapter", "-o", "no/where/out"], 6, "storage"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_error_is_an_object_on_stdout_where_json_is_asked_for(
+    name: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The object has a constant code and the exit code; stderr says the same in a sentence; without --json stdout is empty."""
+    words, code, kind = WRONG[name]
+    write_adapter(here / "other")
+    path = here / "other" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b"layers.0", b"layers.7").replace(b"q_proj", b"z_proj"))
+    capsys.readouterr()
+    assert cli.run(words) == code
+    plain = capsys.readouterr()
+    assert plain.out == ""
+    assert cli.run([*words, "--json"]) == code
+    shown = capsys.readouterr()
+    table = json.loads(shown.out)
+    assert set(table) == {"schema", "error"}
+    assert table["error"]["code"] == kind
+    assert table["error"]["exit_code"] == code
+    assert table["error"]["message"].splitlines()[0] in shown.err
+    assert shown.err == plain.err
+    assert all(isinstance(problem, str) for problem in table["error"]["problems"])
