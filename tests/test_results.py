@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import pytest
 from headers import adapter_of, base_of
@@ -14,13 +14,15 @@ from malformed import write_adapter, write_base
 import loratool
 from loratool import cli
 from loratool.demo import demo
-from loratool.merging.plan import MergePlan
 from loratool.merging.planning import PlanOptions, plan_merge
 from loratool.results.base import Cost, Result
 from loratool.results.push import PushReport
 
+if TYPE_CHECKING:
+    from loratool.merging.plan import MergePlan
+
 LAYERS, HIDDEN, INNER, KEYS = 32, 4096, 14336, 1024  # of Llama 3 8B
-LINEAR = {
+LINEAR: dict[str, tuple[int, ...]] = {
     "self_attn.q_proj": (HIDDEN, HIDDEN),
     "self_attn.k_proj": (KEYS, HIDDEN),
     "self_attn.v_proj": (KEYS, HIDDEN),
@@ -35,8 +37,13 @@ LINEAR = {
 def plan() -> MergePlan:
     """A merge of an adapter on every linear layer of Llama 3 8B, by names and shapes alone."""
     linear = {f"model.layers.{n}.{name}.weight": shape for n in range(LAYERS) for name, shape in LINEAR.items()}
-    tables = {"model.embed_tokens.weight": (128256, HIDDEN), "lm_head.weight": (128256, HIDDEN)}
-    norms = {f"model.layers.{n}.{name}.weight": (HIDDEN,) for n in range(LAYERS) for name in ("norm1", "norm2")}
+    tables: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (128256, HIDDEN),
+        "lm_head.weight": (128256, HIDDEN),
+    }
+    norms: dict[str, tuple[int, ...]] = {
+        f"model.layers.{n}.{name}.weight": (HIDDEN,) for n in range(LAYERS) for name in ("norm1", "norm2")
+    }
     base = base_of(tables | linear | norms, architectures=["LlamaForCausalLM"], model_type="llama")
     return plan_merge(base, [adapter_of(linear)], PlanOptions())
 
