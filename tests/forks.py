@@ -20,7 +20,7 @@ import torch
 
 from loratool import cli
 
-for name in ("loratool.merging.merge", "loratool.results.text"):
+for name in ("loratool.commands.merge", "loratool.results.merge"):
     import_module(name)  # here, so that no fork has to
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loratool.bases.shapes import DTYPES, Base, Shape, elements, is_matrix, read_base, some
-from loratool.devices import peak_memory
 from loratool.errors import FitError, UsageError, printable
 from loratool.fetching import headers
+from loratool.files.process import peak_memory
 from loratool.files.safefile import DTYPE_BITS, Layout
 from loratool.layouts.architectures import OUTPUT_HEADS
 from loratool.notes import Note

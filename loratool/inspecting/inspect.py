@@ -19,11 +19,11 @@ from loratool.adapters.reading import Reading, ReadingOptions
 from loratool.adapters.weight_files import fates
 from loratool.algebra.updates import LowRank, Replace, ReplaceRows
 from loratool.bases.fitting import Fit, fit_of
-from loratool.devices import peak_memory
 from loratool.errors import InputError, LoratoolError, UsageError, VerificationError, printable
 from loratool.fetching import Role, headers, local
 from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, Checkpoint, holds_weights, open_checkpoint
 from loratool.files.inputs import read_json
+from loratool.files.process import peak_memory
 from loratool.inspecting.health import examine, examine_model, tell_unreadable
 from loratool.options.described import FLAG, PathKind, option
 from loratool.options.shared import DeviceOption, NamingOptions, OrientationOption

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.devices import peak_memory
 from loratool.files.checkpoint import INDEX_SUFFIX
+from loratool.files.process import peak_memory
 from loratool.options.described import FLAG, Options, option
 from loratool.provenance import record
 from loratool.publishing.committing import REMOTE_JOURNAL, Commit, check_name, commit, differing, files_of, open_repo

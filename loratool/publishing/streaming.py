@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from loratool.adapters.adapter import moved, stored_tensors
 from loratool.adapters.formats import read_adapter
 from loratool.bases.same_base import unlike_bases
-from loratool.devices import Runtime, peak_memory, resident_memory, start_torch
+from loratool.devices import Runtime, resident_memory, start_torch
+from loratool.files.process import peak_memory
 from loratool.errors import FitError, HubError, InputError, UsageError, VerificationError, printable
 from loratool.fetching import local
 from loratool.fetching.bases import chosen_base
