@@ -23,7 +23,6 @@ from loratool.adapters.adapter import moved, stored_tensors
 from loratool.adapters.formats import read_adapter
 from loratool.bases.same_base import unlike_bases
 from loratool.devices import Runtime, resident_memory, start_torch
-from loratool.files.process import peak_memory
 from loratool.errors import FitError, HubError, InputError, UsageError, VerificationError, printable
 from loratool.fetching import local
 from loratool.fetching.bases import chosen_base
@@ -34,6 +33,7 @@ from loratool.files.digests import Digest, digest_of_bytes, read_recorded, recor
 from loratool.files.inputs import json_object
 from loratool.files.journal import FETCHED, MODEL, FinishedShard
 from loratool.files.outputs import check_stage
+from loratool.files.process import peak_memory
 from loratool.files.safefile import read_safefile
 from loratool.files.shard_writer import LocalFolder
 from loratool.files.staging import Stage, check_space, workplace
