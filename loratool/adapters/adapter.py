@@ -10,6 +10,7 @@ from loratool.adapters.training import Training
 from loratool.algebra.updates import Add, LowRank, Replace, Update
 from loratool.errors import InputError, printable
 from loratool.files.digests import sha256_of
+from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES, SafeFile, TensorInfo
 from loratool.shown import Shown
 
@@ -53,13 +54,21 @@ class StoredTensor:
     def T(self) -> StoredTensor:  # noqa: N802 (the name tensors give it)
         return dataclasses.replace(self, transposed=not self.transposed)
 
+    def read(self, start: int, into: memoryview, sources: OpenSources | None = None) -> None:
+        """Fill `into` with the tensor's bytes from `start` on; everything that is read of it comes this way."""
+        at = self.file.position(self.info) + start
+        if sources is not None:
+            sources.of(self.file).read(at, len(into), into)
+            return
+        with self.file.open() as source:
+            source.read(at, len(into), into)
+
     def load(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """The values, on `device` in `dtype` (whole numbers as they are), contiguous in the shape this has."""
         import torch
 
         raw = torch.empty(self.info.nbytes, dtype=torch.uint8)
-        with self.file.open() as source:
-            source.read(self.file.position(self.info), raw.numel(), raw.numpy().data)
+        self.read(0, raw.numpy().data)
         if self.info.dtype in FLOAT_NAMES:
             stored = raw.view(getattr(torch, FLOAT_NAMES[self.info.dtype])).reshape(self.info.shape)
             loaded = stored.to(device).to(dtype)  # in this order: fewer bytes travel
@@ -73,9 +82,7 @@ class StoredTensor:
 
         row_bytes = self.info.nbytes // max(self.info.rows, 1)
         raw = torch.empty(count * row_bytes, dtype=torch.uint8)
-        with self.file.open() as source:
-            start = self.file.position(self.info) + first * row_bytes
-            source.read(start, raw.numel(), raw.numpy().data)
+        self.read(first * row_bytes, raw.numpy().data)
         stored = raw.view(getattr(torch, FLOAT_NAMES[self.info.dtype])).reshape(count, -1)
         return stored.to(device, dtype)
 
@@ -85,15 +92,26 @@ class StoredTensor:
 
         kind, mask = EXPONENT[self.info.dtype]
         raw = bytearray(self.info.nbytes)
-        with self.file.open() as source:
-            source.read(self.file.position(self.info), len(raw), memoryview(raw))
+        self.read(0, memoryview(raw))
         return np.frombuffer(raw, dtype=kind), mask
 
     def finite(self) -> bool:
         """Whether no value is NaN or infinite; whole numbers are none."""
         if self.info.dtype not in EXPONENT:
             return True
-        return not any(bool(((bits & mask) == mask).any()) for bits, mask in pieces(self.file, self.info))
+        return not any(bool(((bits & mask) == mask).any()) for bits, mask in self.pieces())
+
+    def pieces(self) -> Iterator[tuple[NDArray[Any], int]]:
+        """The values as unsigned integers, with the mask of their exponent, some at a time."""
+        import numpy as np
+
+        kind, mask = EXPONENT[self.info.dtype]
+        raw = bytearray(min(PIECE, self.info.nbytes))
+        with OpenSources() as sources:
+            for at in range(0, self.info.nbytes, PIECE):
+                part = memoryview(raw)[: min(PIECE, self.info.nbytes - at)]
+                self.read(at, part, sources)
+                yield np.frombuffer(part, dtype=kind), mask
 
 
 @dataclass(frozen=True)
@@ -235,19 +253,6 @@ class Adapter(Shown):
         return {path.name: sha256_of(path) for path in paths}
 
 
-def pieces(file: SafeFile, info: TensorInfo) -> Iterator[tuple[NDArray[Any], int]]:
-    """The values of a tensor as unsigned integers, with the mask of their exponent, some at a time."""
-    import numpy as np
-
-    kind, mask = EXPONENT[info.dtype]
-    raw = bytearray(min(PIECE, info.nbytes))
-    with file.open() as source:
-        for at in range(0, info.nbytes, PIECE):
-            part = memoryview(raw)[: min(PIECE, info.nbytes - at)]
-            source.read(file.position(info) + at, len(part), part)
-            yield np.frombuffer(part, dtype=kind), mask
-
-
 def adds_zero(update: Update) -> bool:
     """Whether it adds a stored tensor all of whose values are zero; they are read for it."""
     value: object = update.value if isinstance(update, Add) else None
@@ -265,12 +270,12 @@ def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two tensors have the same dtype and the same bytes, compared piece by piece."""
     if one.info.dtype != other.info.dtype or one.info.nbytes != other.info.nbytes:
         return False
-    with one.file.open() as first, other.file.open() as second:
+    with OpenSources() as sources:
         buffers = bytearray(1 << 20), bytearray(1 << 20)
         for at in range(0, one.info.nbytes, 1 << 20):
             count = min(1 << 20, one.info.nbytes - at)
-            for buffer, stored, source in zip(buffers, (one, other), (first, second), strict=True):
-                source.read(stored.file.position(stored.info) + at, count, memoryview(buffer))
+            for buffer, stored in zip(buffers, (one, other), strict=True):
+                stored.read(at, memoryview(buffer)[:count], sources)
             if buffers[0][:count] != buffers[1][:count]:
                 return False
     return True

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import Derived, StoredTensor, same_bytes, same_values
 from loratool.algebra.updates import ReplaceRows, Update
+from loratool.bases.weights import weight_of
 from loratool.errors import printable
 from loratool.layouts.architectures import GENERATIVE, INPUT_EMBEDDINGS, TASK_CLASSES
 from loratool.layouts.ties import TEXT_CONFIGS, TIE_FLAGS, TIED_BY_DEFAULT, TIED_FOREVER, TIES, Tie
@@ -53,11 +54,11 @@ class Ties:
         if self.flag is False:
             return group.names[:1]
         tie = self.flag or self.base.model_type in TIED_BY_DEFAULT
-        first = on_disk(self.base, group.names[0])
+        first = weight_of(self.base, group.names[0])
         return group.names[:1] + tuple(
             name
             for name in group.names[1:]
-            if name in group.missing or (tie and same_bytes(first, on_disk(self.base, name)))
+            if name in group.missing or (tie and same_bytes(first, weight_of(self.base, name)))
         )
 
 
@@ -69,12 +70,6 @@ class Settled:
     added: tuple[tuple[str, str], ...] = ()  # tensors that no file holds, each with the one that it was tied to
     kept: tuple[tuple[str, str], ...] = ()  # tensors that change as the one does that they stay tied to
     problems: tuple[str, ...] = ()
-
-
-def on_disk(base: Checkpoint, tensor: str) -> StoredTensor:
-    """A tensor that a file of the base holds."""
-    home = next(shard for shard in base.shards if tensor in shard.tensors)
-    return StoredTensor(home, home.tensors[tensor])
 
 
 def find_ties(base: Checkpoint, adapters: Iterable[Adapter]) -> Ties:

@@ -33,6 +33,12 @@ class OpenSources:
         for file, source in self.opened.values():
             file.check_unchanged(source)
 
+    def __enter__(self) -> OpenSources:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Close all of them."""
         self.stack.close()

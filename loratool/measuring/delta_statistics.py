@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratool.adapters.adapter import StoredTensor, load_update
+from loratool.adapters.adapter import load_update
 from loratool.adapters.writer import torch_dtype
 from loratool.algebra.lowrank import Product, decompose
 from loratool.algebra.updates import LowRank, Magnitude
-from loratool.bases.tied_weights import on_disk
+from loratool.bases.weights import Slice, weight_of
 from loratool.errors import printable
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.results.values import Weighed
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 
     from loratool.algebra.updates import Update
     from loratool.bases.binding import Place
+    from loratool.bases.weights import StoredWeight
     from loratool.files.checkpoint import Checkpoint
 
 LARGEST_RATIO = 1.0  # ‖ΔW‖/‖W‖; fine-tuning stays far below it
@@ -41,24 +41,24 @@ def weigh(target_norm: float, places: Sequence[Place], base: Checkpoint, device:
 
     held = {name for shard in base.shards for name in shard.tensors}
     places = [place for place in places if place.tensor in held]
-    stored = [as_matrix(on_disk(base, place.tensor), place.fold) for place in places]
-    if not places or any(each.info.dtype not in FLOAT_NAMES for each in stored):
+    stored = [rows_at(place, weight_of(base, place.tensor)) for place in places]
+    if not places or any(each.dtype not in FLOAT_NAMES for each in stored):
         return None
-    rounding = Rounding(stored[0].info.dtype)
+    rounding = Rounding(stored[0].dtype)
     whole = all(place.update is places[0].update and place.columns == places[0].columns for place in places)
     basis = subspaces(places[0].update) if whole else None
     squared, core = 0.0, torch.zeros((), dtype=torch.float64)
-    for place, matrix in zip(places, stored, strict=True):
-        sums, part = pass_over(place, matrix, basis, device)
+    for place, weight in zip(places, stored, strict=True):
+        sums, part = pass_over(weight, place.update_row, basis, device)
         squared += sums
         core = core + part
-        rounding.try_on(place, matrix, device, SAMPLED_ENTRIES // len(places))
+        rounding.try_on(place, weight, device, SAMPLED_ENTRIES // len(places))
     if not math.isfinite(squared):
         return None
     projected = float(core.square().sum()) if basis is not None else 0.0
     return Weighed(
         tensor=printable(places[0].tensor),
-        dtype=stored[0].info.dtype,
+        dtype=stored[0].dtype,
         rows=sum(place.rows for place in places),
         norm=math.sqrt(squared),
         ratio=target_norm / math.sqrt(squared) if squared else None,
@@ -69,11 +69,9 @@ def weigh(target_norm: float, places: Sequence[Place], base: Checkpoint, device:
     )
 
 
-def as_matrix(tensor: StoredTensor, fold: int) -> StoredTensor:
-    """The tensor with its first `fold` dimensions as rows."""
-    rows = math.prod(tensor.info.shape[:fold])
-    flat = dataclasses.replace(tensor.info, shape=(rows, tensor.info.elements // max(rows, 1)))
-    return dataclasses.replace(tensor, info=flat)
+def rows_at(place: Place, weight: StoredWeight) -> Slice:
+    """The rows and columns of a weight that are meant by a place."""
+    return Slice(weight.matrix(math.prod(weight.shape[place.fold :])), place.first_row, place.rows, place.columns)
 
 
 def low_rank(update: Update) -> LowRank | None:
@@ -94,28 +92,27 @@ def subspaces(update: Update) -> tuple[Tensor, Tensor] | None:
     return found.left[:, :kept].float(), found.right[:kept].float()
 
 
-def blocks(place: Place, width: int) -> Iterator[tuple[int, int]]:
-    """(first row, rows) of the parts that a place is read in."""
+def blocks(rows: int, width: int) -> Iterator[tuple[int, int]]:
+    """(first row, rows) of the parts that a matrix is read in."""
     step = max(1, BLOCK // (4 * max(width, 1)))
-    for first in range(place.first_row, place.first_row + place.rows, step):
-        yield first, min(step, place.first_row + place.rows - first)
+    for first in range(0, rows, step):
+        yield first, min(step, rows - first)
 
 
 def pass_over(
-    place: Place, matrix: StoredTensor, basis: tuple[Tensor, Tensor] | None, device: torch.device
+    weight: Slice, update_row: int, basis: tuple[Tensor, Tensor] | None, device: torch.device
 ) -> tuple[float, Tensor]:
-    """‖W0‖² and UᵀW0V of the rows and columns of a place."""
+    """‖W0‖² and UᵀW0V of a weight; its first row is row `update_row` of the update."""
     import torch
 
-    width = matrix.info.shape[1]
     squared, core = 0.0, torch.zeros((), dtype=torch.float64)
     left, right = (side.to(device) for side in basis) if basis else (None, None)
-    for first, count in blocks(place, width):
-        weight = matrix.load_rows(first, count, device, torch.float32)[:, place.columns]
-        squared += float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2
+    for first, count in blocks(weight.count, weight.whole.shape[1]):
+        rows = weight.rows(first, count, device, torch.float32)
+        squared += float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2
         if left is not None and right is not None:
-            at = first - place.first_row + place.update_row
-            core = core + (left[at : at + count].T @ (weight @ right.T)).double().cpu()
+            at = first + update_row
+            core = core + (left[at : at + count].T @ (rows @ right.T)).double().cpu()
     return squared, core
 
 
@@ -135,20 +132,18 @@ class Rounding:
         """The part of ΔW that comes through; None where ΔW is zero, or the sum leaves the dtype's range."""
         return self.product / self.squared if self.squared and math.isfinite(self.product) else None
 
-    def try_on(self, place: Place, matrix: StoredTensor, device: torch.device, entries: int) -> None:
+    def try_on(self, place: Place, weight: Slice, device: torch.device, entries: int) -> None:
         """Round some rows of a place, in the float32 arithmetic of a merge."""
         import torch
 
         update = low_rank(place.update) or place.update
         loaded = load_update(update, device, torch.float32)
-        width = matrix.info.shape[1]
         stored = torch_dtype(self.dtype)
-        for first, count in sample(place.first_row, place.rows, max(1, entries // max(width, 1))):
-            whole = matrix.load_rows(first, count, device, torch.float32)
-            weight = whole[:, place.columns]
-            delta = torch.zeros_like(weight)
-            loaded.add_rows(delta, first - place.first_row + place.update_row, 1.0, weight)
-            applied = ((weight + delta).to(stored).float() - weight).double()
+        for first, count in sample(place.rows, max(1, entries // max(weight.whole.shape[1], 1))):
+            rows = weight.rows(first, count, device, torch.float32)
+            delta = torch.zeros_like(rows)
+            loaded.add_rows(delta, first + place.update_row, 1.0, rows)
+            applied = ((rows + delta).to(stored).float() - rows).double()
             wide = delta.double()
             self.rows += count
             self.changed += int((delta != 0).sum())
@@ -160,15 +155,15 @@ class Rounding:
 PARTS = 16  # runs of rows that a sample is read in
 
 
-def sample(first: int, rows: int, wanted: int) -> Iterator[tuple[int, int]]:
+def sample(rows: int, wanted: int) -> Iterator[tuple[int, int]]:
     """(first row, rows) of evenly spread runs that are `wanted` rows together, or of all rows."""
     if rows <= wanted:
-        yield first, rows
+        yield 0, rows
         return
     parts = min(PARTS, wanted)
     each = wanted // parts
     for part in range(parts):
-        yield first + part * rows // parts, each
+        yield part * rows // parts, each
 
 
 def larger(ratios: Mapping[str, float]) -> str:

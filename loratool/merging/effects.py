@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def effects_of(plan: MergePlan, totals: Totals) -> tuple[AdapterEffect, ...]:
     """What each adapter did, as far as its updates were looked at; a module that it saved whole is one with effect."""
-    sources = {id(span.source) for span in plan.spans}
+    sources = {id(tensor.file) for span in plan.spans for tensor in span.weight.tensors}
     effects = []
     for number, (adapter, weight) in enumerate(zip(plan.adapters, plan.weights, strict=True)):
         if weight:
@@ -47,7 +47,7 @@ def effect_notes(effects: Sequence[AdapterEffect]) -> Iterator[Note]:
 
 def size_notes(plan: MergePlan, ratios: Mapping[str, float]) -> Iterator[Note]:
     """A note where updates are larger than the matrices that they change; `ratios` are ‖ΔW‖/‖W‖ by tensor."""
-    matrices = [span.placed.name for span in plan.edited if len(span.info.shape) > 1]
+    matrices = [span.placed.name for span in plan.edited if len(span.shape) > 1]
     large = {name: ratios[name] for name in matrices if ratios.get(name, 0) > LARGEST_RATIO}
     if large:
         yield Note("update-larger-than-weight", larger(large))

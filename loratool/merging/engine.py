@@ -130,7 +130,7 @@ class Engine:
     def look_again(self, shard: ShardPlan) -> None:
         """Which updates have an effect in a file that an earlier run finished; most show it in their first rows."""
         for span in shard.spans:
-            if span.edits and span.info.nbytes:
+            if span.edits and span.placed.nbytes:
                 look_for_effects(EditedSpan(span, self.totals, self.shelf), self.runtime.result().devices[0])
 
     def resources(self) -> Resources:
@@ -218,7 +218,7 @@ class Engine:
             for span in spans:
                 work = EditedSpan(span, self.totals, self.shelf)
                 step = rows_of_block(span, self.resources().block)
-                for first in range(0, span.rows if span.info.nbytes else 0, step):
+                for first in range(0, span.rows if span.placed.nbytes else 0, step):
                     yield Block(output, work, first, min(step, span.rows - first))
 
     def take(self, number: int) -> Copy | Block | None:
@@ -246,18 +246,16 @@ class Engine:
         resources = self.resources()
         touched = [span for span in self.plan.spans if not span.untouched]
         elements = max(rows_of_block(s, resources.block) * s.width for s in touched)
-        raw = max(
-            rows_of_block(s, resources.block) * s.width * max(itemsize(s.info), itemsize(s.placed)) for s in touched
-        )
-        wide = any(s.info.dtype == "F64" for s in touched)
+        raw = max(rows_of_block(s, resources.block) * s.width * itemsize(s) for s in touched)
+        wide = any(s.weight.exact == "F64" for s in touched)
         return Worker(resources.devices[number % len(resources.devices)], raw, elements, wide)
 
     def carry(self, worker: Worker, task: Block) -> int:
         span, output = task.work.span, task.output
         row = span.placed.nbytes // span.rows
         position = output.plan.layout.data_start + span.placed.start + task.first * row
-        source = output.sources.of(span.source)
-        output.sink.put(worker.merged_rows(task.work, task.first, task.count, source, position % PAGE), position)
+        memory = worker.merged_rows(task.work, task.first, task.count, output.sources, position % PAGE)
+        output.sink.put(memory, position)
         return task.count * row
 
     def finish(self, output: Output) -> None:
@@ -280,11 +278,12 @@ def copies(output: Output, spans: Iterable[Span]) -> Iterator[Copy]:
     file: SafeFile | None = None
     start = stop = target = 0  # of what is not cut yet; the first two in the source file
     for span in spans:
-        at = span.source.position(span.info)
-        if span.source is not file or at != stop:
+        (tensor,) = span.weight.tensors
+        at = tensor.file.position(tensor.info)
+        if tensor.file is not file or at != stop:
             yield from pieces(output, file, start, stop, target)
-            file, start, target = span.source, at, output.plan.layout.data_start + span.placed.start
-        stop = at + span.info.nbytes
+            file, start, target = tensor.file, at, output.plan.layout.data_start + span.placed.start
+        stop = at + tensor.info.nbytes
     yield from pieces(output, file, start, stop, target)
 
 

@@ -14,12 +14,15 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
 from loratool.adapters.adapter import Derived, StoredTensor
 from loratool.bases.edits import Edit
+from loratool.bases.weights import Plain
 from loratool.files.digests import sha256_of
+from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import Identity, SafeFile
 
 if TYPE_CHECKING:
@@ -52,7 +55,8 @@ def content_fingerprint(plan: MergePlan, digests: Sequence[Mapping[str, str]], b
         add([shard.name, hashlib.sha256(shard.layout.header).hexdigest()])
         for span in shard.spans:
             edits = [described(edit, roles) for edit in span.edits]
-            add([span.placed.name, role(span.source, roles), span.info.name, span.info.dtype, edits])
+            stored = [(role(t.file, roles), t.info.name, t.info.dtype) for t in span.weight.tensors]
+            add([span.placed.name, *chain(*stored), edits])
     return state.hexdigest()
 
 
@@ -81,12 +85,12 @@ def sampled(file: SafeFile) -> str:
     header = hashlib.sha256(file.layout.header).digest()
     state = hashlib.sha256(header + file.layout.size.to_bytes(8, "little"))
     buffer = memoryview(bytearray(SAMPLE))
-    with file.open() as source:
+    with OpenSources() as sources:
         for info in file.tensors.values():
             piece = buffer[: min(SAMPLE, info.nbytes)]
             place = hashlib.sha256(header + info.name.encode(errors="surrogatepass")).digest()
             at = int.from_bytes(place[:8], "little") % (info.nbytes - len(piece) + 1)
-            source.read(file.position(info) + at, len(piece), piece)
+            Plain(file, info).read(at, piece, sources)
             state.update(piece)
     return state.hexdigest()
 

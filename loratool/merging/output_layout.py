@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from loratool.bases.side_files import OutputFile
+from loratool.bases.weights import Plain
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import INDEX_SUFFIX, NUMBERED, SINGLE, Checkpoint, index_text
 from loratool.files.safefile import FLOAT_NAMES, Layout, SafeFile, TensorInfo
@@ -18,30 +19,41 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from loratool.bases.edits import Edit
+    from loratool.bases.weights import StoredWeight
 
 
 @dataclass(frozen=True)
 class Span:
     """One tensor's way from a file of the base, or of an adapter, to its place in an output file."""
 
-    source: SafeFile
-    info: TensorInfo  # in the source
+    weight: StoredWeight
     placed: TensorInfo  # in the output
     edits: tuple[Edit, ...] = ()
 
     @property
     def untouched(self) -> bool:
-        return not self.edits and self.info.dtype == self.placed.dtype
+        """Whether the bytes of the one tensor that it is made of go to the output as they are."""
+        return not self.edits and [tensor.info.dtype for tensor in self.weight.tensors] == [self.placed.dtype]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return self.weight.shape
 
     @cached_property
     def rows(self) -> int:
         """Of the matrix that the edits see; a row's elements are next to each other in the file."""
         fold = max((edit.fold for edit in self.edits), default=1)
-        return math.prod(self.info.shape[:fold]) if fold > 1 else self.info.rows
+        return math.prod(self.shape[: max(fold, 1)])
 
     @cached_property
     def width(self) -> int:
-        return self.info.elements // max(self.rows, 1)
+        return math.prod(self.shape) // max(self.rows, 1)
+
+    @cached_property
+    def matrix(self) -> StoredWeight:
+        """The weight as the edits see it."""
+        return self.weight.matrix(self.width)
 
 
 @dataclass(frozen=True)
@@ -57,8 +69,7 @@ class ShardPlan:
 class Origin:
     """Where the bytes of an output tensor come from before any edit: a tensor of the base, or of an adapter."""
 
-    file: SafeFile
-    info: TensorInfo
+    weight: StoredWeight
     name: str  # in the output
     dtype: str  # in the output, where no dtype is asked for
 
@@ -79,7 +90,7 @@ def place_all(
     wanted = {name: key for key, name in FLOAT_NAMES.items()}.get(dtype)
     files: list[tuple[str, list[Origin]]] = []
     for shard in base.shards:
-        entries = [moved.get(t.name) or Origin(shard, t, t.name, t.dtype) for t in in_file_order(shard.layout)]
+        entries = [moved.get(t.name) or Origin(Plain(shard, t), t.name, t.dtype) for t in in_file_order(shard.layout)]
         files.append((shard_name(base, shard), entries))
     files[-1][1].extend(added)
     if shard_size is not None:
@@ -87,14 +98,15 @@ def place_all(
         files = repack(every, wanted, shard_size, stem_of(files[0][0]))
     plans: list[ShardPlan] = []
     for name, entries in files:
-        head = [(e.name, new_dtype(e.dtype, wanted), e.info.shape) for e in entries]
+        head = [(e.name, new_dtype(e.dtype, wanted), e.weight.shape) for e in entries]
         own = base.shards[len(plans)].layout if shard_size is None else None
         if own is not None and head == [(t.name, t.dtype, t.shape) for t in in_file_order(own)]:
             layout = own
         else:
-            own_shards = [e.file for e in entries if any(e.file is shard for shard in base.shards)]
+            files_of = [tensor.file for e in entries for tensor in e.weight.tensors]
+            own_shards = [file for file in files_of if any(file is shard for shard in base.shards)]
             layout = Layout.of(head, own_shards[0].layout.metadata if own_shards else None)
-        spans = tuple(Span(e.file, e.info, layout.tensors[e.name], edits.get(e.name, ())) for e in entries)
+        spans = tuple(Span(e.weight, layout.tensors[e.name], edits.get(e.name, ())) for e in entries)
         plans.append(ShardPlan(name, layout, spans))
     return tuple(plans)
 
@@ -116,7 +128,7 @@ def repack(entries: Sequence[Origin], wanted: str | None, limit: int, stem: str)
     groups: list[list[Origin]] = [[]]
     filled = 0
     for entry in entries:
-        (placed,) = Layout.of([(entry.name, new_dtype(entry.dtype, wanted), entry.info.shape)]).tensors.values()
+        (placed,) = Layout.of([(entry.name, new_dtype(entry.dtype, wanted), entry.weight.shape)]).tensors.values()
         if groups[-1] and filled + placed.nbytes > limit:
             groups.append([])
             filled = 0

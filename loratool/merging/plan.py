@@ -63,11 +63,13 @@ class MergePlan(Result):
     def replaces(self) -> bool:
         """Whether a tensor begins as what an adapter saved, so that the output is not the base."""
         own = {id(shard) for shard in self.base.shards}
-        return any(id(span.source) not in own for span in self.spans)
+        return any(id(tensor.file) not in own for span in self.spans for tensor in span.weight.tensors)
 
     @property
     def bytes_read(self) -> int:
-        return sum(span.info.nbytes for span in self.spans) + sum(a.file.layout.size for a in self.adapters)
+        return sum(tensor.info.nbytes for span in self.spans for tensor in span.weight.tensors) + sum(
+            a.file.layout.size for a in self.adapters
+        )
 
     @cached_property
     def bytes_written(self) -> int:
@@ -106,7 +108,7 @@ def edit_lines(plan: MergePlan) -> list[str]:
     """
     parts: dict[tuple[int, str, str, str, str], list[str]] = {}
     for span in plan.edited:
-        about = f"{'×'.join(map(str, span.info.shape))} {span.placed.dtype}"
+        about = f"{'×'.join(map(str, span.shape))} {span.placed.dtype}"
         for edit in span.edits:
             key = (edit.adapter, edit.target, edit.rule, span.placed.name, about)
             parts.setdefault(key, []).append(part_of(edit, span))

@@ -16,7 +16,7 @@ from loratool.bases.binding import bind, tell
 from loratool.bases.edits import Edit
 from loratool.bases.extra_weights import extras_of
 from loratool.bases.side_files import ConfigEdit, companions, head_edits, tie_edits, vocabulary_edits
-from loratool.bases.tied_weights import Saved, Ties, find_ties, is_generative, on_disk, settle
+from loratool.bases.tied_weights import Saved, Ties, find_ties, is_generative, settle
 from loratool.bases.trained_view import (
     Trained,
     as_trained,
@@ -25,6 +25,7 @@ from loratool.bases.trained_view import (
     unequal_vocabularies,
     usual_dtype,
 )
+from loratool.bases.weights import as_weight, weight_of
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.files.checkpoint import PROVENANCE, Checkpoint
 from loratool.files.safefile import FLOAT_NAMES
@@ -195,7 +196,7 @@ class Draft:
         info = self.base.tensors.get(name)
         if not images or info is None or info.shape[1:] != images[0].vector.shape or info.dtype not in FLOAT_NAMES:
             return place
-        weight: Any = on_disk(self.base, name)
+        weight: Any = weight_of(self.base, name)
         return replace(place, update=with_weight(place.update, weight, place.first_row - place.update_row))
 
     def why_not(self, place: Place, trained: Trained, weight: float) -> str:
@@ -257,7 +258,7 @@ class Draft:
     def unedited(self, tensor: str) -> StoredTensor:
         """What the base holds of a tensor, by the name of that or of what it is tied to."""
         tied = (group.names[0] for group in self.ties.groups if tensor in group.missing)
-        return on_disk(self.base, next(tied, tensor))
+        return weight_of(self.base, next(tied, tensor))
 
     def rivals(self) -> list[str]:
         """The tensors that more than one adapter replaces."""
@@ -321,8 +322,8 @@ class Draft:
             text = f"{printable(name)}: stays tied to {printable(of)}, both being changed alike"
             self.notes.append(Note("tied-weight-kept", text))
         for name, of in settled.added:
-            value = first.get(name) or on_disk(self.base, of)
-            added.append(Origin(value.file, value.info, name, base[of].dtype))
+            value = first.get(name) or weight_of(self.base, of)
+            added.append(Origin(as_weight(value), name, base[of].dtype))
             self.notes.append(
                 Note(
                     "tied-weight-split", f"{printable(name)}: written beside {printable(of)}, to which the base ties it"
@@ -331,12 +332,12 @@ class Draft:
         for tensor, value in first.items():
             what = f"{printable(tensor)}: {list(value.shape)} as the adapter saved it"
             if tensor in base:
-                moved[tensor] = Origin(value.file, value.info, tensor, base[tensor].dtype)
+                moved[tensor] = Origin(as_weight(value), tensor, base[tensor].dtype)
                 if base[tensor].dtype in FLOAT_NAMES:
                     text = f"{what}, in place of the base's {list(base[tensor].shape)}"
                     self.notes.append(Note("tensor-replaced", text))
             elif tensor not in tied:
-                added.append(Origin(value.file, value.info, tensor, usual_dtype(base)))
+                added.append(Origin(as_weight(value), tensor, usual_dtype(base)))
                 self.notes.append(Note("tensor-added", f"{what}, which the base has not"))
         edits = {tensor: tuple(sorted(found, key=replaces_first)) for tensor, found in self.edits.items()}
         return Changes(edits, moved, added, config)

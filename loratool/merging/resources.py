@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from loratool.bases.edits import Edit
-    from loratool.files.safefile import TensorInfo
     from loratool.merging.output_layout import Span
 
 CPU_BLOCK = 4 << 20  # bytes of weight: near a core's cache
@@ -111,8 +110,8 @@ def block_memory(span: Span, block: int, on_gpu: bool) -> int:
     The merged block counts twice: at an odd byte of the file it takes a step in between.
     """
     elements = rows_of_block(span, block) * span.width
-    raw = elements * max(itemsize(span.info), itemsize(span.placed))
-    return raw if on_gpu else 3 * raw + elements * (8 if span.info.dtype == "F64" else 4)
+    raw = elements * itemsize(span)
+    return raw if on_gpu else 3 * raw + elements * (8 if span.weight.exact == "F64" else 4)
 
 
 def factor_memory(spans: Sequence[Span], workers: int) -> int:
@@ -132,16 +131,17 @@ def update_memory(edit: Edit, span: Span) -> int:
     if isinstance(edit.update, Replace):
         return 0
     held = sum(tensor.info.elements for tensor in stored_tensors(edit.update))
-    return max(held, edit.update.rank * (edit.rows + span.width)) * (8 if span.info.dtype == "F64" else 4)
+    return max(held, edit.update.rank * (edit.rows + span.width)) * (8 if span.weight.exact == "F64" else 4)
 
 
 def rows_of_block(span: Span, block: int) -> int:
-    row = max(1, span.width * max(itemsize(span.info), itemsize(span.placed)))
+    row = max(1, span.width * itemsize(span))
     return max(1, min(span.rows, block // row))
 
 
-def itemsize(info: TensorInfo) -> int:
-    return {"F64": 8, "F32": 4}.get(info.dtype, 2)
+def itemsize(span: Span) -> int:
+    """Bytes of an element, as it is read or as it is written, whichever are more."""
+    return max({"F64": 8, "F32": 4}.get(dtype, 2) for dtype in (span.weight.exact, span.placed.dtype))
 
 
 def most_workers() -> int:

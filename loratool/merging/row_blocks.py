@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import load_rows, load_update
 from loratool.algebra.updates import LowRank, Replace, Update, stack
+from loratool.bases.weights import Room
 from loratool.errors import FitError, printable
+from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.files.sink import PAGE
 
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     import torch
 
     from loratool.bases.edits import Edit
-    from loratool.files.source import Source
     from loratool.merging.output_layout import Span
 
 LOOKED_AT = 1 << 19  # elements that are searched for small values at a time
@@ -224,7 +225,7 @@ def load_edits(span: Span, shelf: Shelf, device: torch.device, dtype: torch.dtyp
     rounded = torch.finfo(getattr(torch, FLOAT_NAMES[span.placed.dtype]))
     cancelling = 0.0
     if rounded.bits == 16 and 0 < norm < float("inf") and all(edit.parts for edit in result):
-        cancelling = norm / span.info.elements**0.5 * 2**-16 / rounded.eps
+        cancelling = norm / (span.rows * span.width) ** 0.5 * 2**-16 / rounded.eps
     return LoadedEdits(tuple(result), norm, cancelling, dtype)
 
 
@@ -251,16 +252,13 @@ def look_for_effects(work: EditedSpan, device: str) -> None:
     import torch
 
     span = work.span
-    stored, rounded = (getattr(torch, FLOAT_NAMES[info.dtype]) for info in (span.info, span.placed))
-    row_bytes = span.width * stored.itemsize
-    step = max(1, READ_AGAIN // row_bytes)
-    with torch.inference_mode(), span.source.open() as source:
+    stored, rounded = (getattr(torch, FLOAT_NAMES[name]) for name in (span.weight.exact, span.placed.dtype))
+    step = max(1, READ_AGAIN // (span.width * stored.itemsize))
+    with torch.inference_mode(), OpenSources() as sources:
         loaded = work.edits_on(torch.device(device), torch.float64 if stored == torch.float64 else torch.float32)
         for first in range(0, span.rows, step):
-            raw = torch.empty(min(step, span.rows - first) * row_bytes, dtype=torch.uint8)
-            start = span.source.position(span.info) + first * row_bytes
-            source.read(start, raw.numel(), raw.numpy().data)
-            block = raw.view(stored).view(-1, span.width).to(device)
+            count = min(step, span.rows - first)
+            block = span.matrix.rows(first, count, torch.device(device), stored, Room(sources))
             work.look_for_effects(loaded, block, first, rounded)
             if not work.waiting - work.totals.effective:
                 return
@@ -270,7 +268,7 @@ def weight_rows(span: Span, edit: Edit, device: torch.device, dtype: torch.dtype
     """The rows that an edit covers as no update but a replacement has left them, block by block."""
     import torch
 
-    stored = getattr(torch, FLOAT_NAMES[span.info.dtype])
+    stored = getattr(torch, FLOAT_NAMES[span.weight.exact])
     step = max(1, READ_AT_ONCE // (span.width * stored.itemsize))
     before = [
         LoadedEdit(
@@ -279,13 +277,10 @@ def weight_rows(span: Span, edit: Edit, device: torch.device, dtype: torch.dtype
         for other in span.edits
         if other.update.replaces
     ]
-    with span.source.open() as source:
+    with OpenSources() as sources:
         for first in range(edit.first_row, edit.first_row + edit.rows, step):
             count = min(step, edit.first_row + edit.rows - first)
-            raw = torch.empty(count * span.width * stored.itemsize, dtype=torch.uint8)
-            start = span.source.position(span.info) + first * span.width * stored.itemsize
-            source.read(start, raw.numel(), raw.numpy().data)
-            block = raw.view(stored).view(count, span.width).to(device, dtype)
+            block = span.matrix.rows(first, count, device, stored, Room(sources)).to(dtype)
             for replacement in before:
                 replacement.apply(block, first, block)
             yield first - edit.first_row + edit.update_row, block[:, edit.columns]
@@ -304,7 +299,7 @@ class Worker:
         self.outgoing = pages_of(torch.empty(raw_bytes + 2 * PAGE, dtype=torch.uint8, pin_memory=on_gpu))
         # on CUDA a block has left the host's memory before its result comes there
         self.host = self.outgoing if on_gpu else torch.empty(raw_bytes, dtype=torch.uint8)
-        self.raw = torch.empty(raw_bytes, dtype=torch.uint8, device=self.device) if on_gpu else self.host
+        self.twin = torch.empty(raw_bytes, dtype=torch.uint8, device=self.device) if on_gpu else None
         self.scratch = torch.empty(elements * (8 if wide else 4), dtype=torch.uint8, device=self.device)
         self.merged = torch.empty(raw_bytes, dtype=torch.uint8, device=self.device)
         if not on_gpu:
@@ -313,27 +308,22 @@ class Worker:
             self.sizes, self.small = numpy.empty(LOOKED_AT, numpy.uint16), numpy.empty(LOOKED_AT, numpy.bool_)
             torch.set_num_threads(1)  # workers are the parallelism
 
-    def merged_rows(self, work: EditedSpan, first: int, count: int, source: Source, shift: int) -> memoryview:
+    def merged_rows(self, work: EditedSpan, first: int, count: int, sources: OpenSources, shift: int) -> memoryview:
         """Rows `first` … `first + count` of a span as they are in the output.
 
         What comes back holds them from byte `shift` on, and begins with a page; the next call overwrites it.
         """
         with self.torch.inference_mode(), self.torch.cuda.stream(self.stream):
-            return self._merged_rows(work, first, count, source, shift)
+            return self._merged_rows(work, first, count, sources, shift)
 
-    def _merged_rows(self, work: EditedSpan, first: int, count: int, source: Source, shift: int) -> memoryview:
+    def _merged_rows(self, work: EditedSpan, first: int, count: int, sources: OpenSources, shift: int) -> memoryview:
         torch, span = self.torch, work.span
-        width, file = span.width, span.source
-        stored, rounded = (getattr(torch, FLOAT_NAMES[t.dtype]) for t in (span.info, span.placed))
+        width = span.width
+        stored, rounded = (getattr(torch, FLOAT_NAMES[name]) for name in (span.weight.exact, span.placed.dtype))
         compute = torch.float64 if stored == torch.float64 else torch.float32
-        read = count * width * stored.itemsize
         written = count * width * rounded.itemsize
 
-        start = file.position(span.info) + first * width * stored.itemsize
-        source.read(start, read, self.host[:read].numpy().data)
-        if self.stream is not None:
-            self.raw[:read].copy_(self.host[:read], non_blocking=True)
-        before = self.raw[:read].view(stored).view(count, width)
+        before = span.matrix.rows(first, count, self.device, stored, Room(sources, self.host, self.twin))
         block = self.scratch[: count * width * compute.itemsize].view(compute).view(count, width)
         ready = self.outgoing[shift : shift + written]
         in_place = self.stream is None and shift % rounded.itemsize == 0
@@ -426,7 +416,7 @@ def check_finite(span: Span, before: torch.Tensor, after: torch.Tensor) -> int:
     made = int((after.isfinite().logical_not() & own.logical_not()).sum())
     if made:
         raise FitError(
-            f"{printable(span.info.name)}: {made} merged values exceed the range of {span.placed.dtype}; "
+            f"{printable(span.weight.tensors[0].info.name)}: {made} merged values exceed the range of {span.placed.dtype}; "
             "write a wider one with --dtype bfloat16 or float32, or give the adapter a smaller weight"
         )
     return int(own.sum())

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.adapters.adapter import moved, stored_tensors
 from loratool.adapters.formats import read_adapter
 from loratool.bases.same_base import unlike_bases
+from loratool.bases.weights import moved_weight
 from loratool.devices import Runtime, resident_memory, start_torch
 from loratool.errors import FitError, HubError, InputError, UsageError, VerificationError, printable
 from loratool.fetching import local
@@ -171,10 +172,9 @@ def sources_of(plan: MergePlan, shard: ShardPlan) -> list[SafeFile]:
     """The base's files that an output file is made of, those with a weight on which a bias depends among them."""
     own = {id(file): file for file in plan.base.shards}
     edits = (edit for span in shard.spans for edit in span.edits)
-    beside = (tensor.file for edit in edits for tensor in stored_tensors(edit.update))
-    return list(
-        {id(file): file for file in (*(span.source for span in shard.spans), *beside) if id(file) in own}.values()
-    )
+    beside = (tensor for edit in edits for tensor in stored_tensors(edit.update))
+    every = (*(tensor for span in shard.spans for tensor in span.weight.tensors), *beside)
+    return list({id(tensor.file): tensor.file for tensor in every if id(tensor.file) in own}.values())
 
 
 def most_on_disk(plan: MergePlan) -> int:
@@ -319,7 +319,7 @@ class Streaming:
         spans = tuple(
             replace(
                 span,
-                source=here.get(id(span.source), span.source),
+                weight=moved_weight(span.weight, here),
                 edits=tuple(replace(edit, update=moved(edit.update, here)) for edit in span.edits),
             )
             for span in shard.spans

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapters.adapter import EXPONENT, StoredTensor, pieces, stored_tensors
+from loratool.adapters.adapter import EXPONENT, StoredTensor, stored_tensors
 from loratool.adapters.formats.peft import CONFIG
 from loratool.algebra.updates import ExpertFactors, LowRank, Replace, ReplaceRows
+from loratool.bases.weights import Plain
 from loratool.errors import printable
 from loratool.results.findings import Finding
 from loratool.results.repairs import command, some
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
     from loratool.adapters.adapter import Adapter
     from loratool.files.checkpoint import Checkpoint
-    from loratool.files.safefile import SafeFile, TensorInfo
 
 LARGEST_FLOAT16 = 65504.0
 MANY = 0.01  # the part of a tensor's values from which on subnormal ones are told
@@ -35,11 +35,11 @@ class Scan:
     largest: float  # magnitude of the finite ones
 
 
-def scan(file: SafeFile, info: TensorInfo) -> Scan:
+def scan(tensor: StoredTensor) -> Scan:
     """Count the values of a tensor, piece by piece."""
     nonfinite = zeros = subnormal = 0
     largest = 0.0
-    for bits, mask in pieces(file, info):
+    for bits, mask in tensor.pieces():
         exponents = bits & mask
         special = exponents == mask
         zero = (bits << 1) == 0
@@ -48,8 +48,8 @@ def scan(file: SafeFile, info: TensorInfo) -> Scan:
         subnormal += int((exponents == 0).sum()) - int(zero.sum())
         magnitudes = (bits << 1) >> 1  # without the sign, floats are ordered as their bits are
         magnitudes[special] = 0
-        largest = max(largest, value_of(int(magnitudes.max()), info.dtype))
-    return Scan(info.elements, nonfinite, zeros, subnormal, largest)
+        largest = max(largest, value_of(int(magnitudes.max()), tensor.info.dtype))
+    return Scan(tensor.info.elements, nonfinite, zeros, subnormal, largest)
 
 
 def value_of(bits: int, dtype: str) -> float:
@@ -71,7 +71,7 @@ def scan_all(adapter: Adapter) -> dict[str, Scan]:
     """Every tensor of floats of the file, by name."""
     tensors = adapter.file.tensors.items()
     return {
-        name: scan(home := adapter.file.home(name), home.tensors[name])
+        name: scan(StoredTensor(home := adapter.file.home(name), home.tensors[name]))
         for name, info in tensors
         if info.dtype in EXPONENT and info.elements
     }
@@ -107,7 +107,7 @@ def look_at_model(checkpoint: Checkpoint) -> Iterator[Finding]:
         name
         for shard in checkpoint.shards
         for name, info in shard.tensors.items()
-        if not name.endswith("masked_bias") and not StoredTensor(shard, info).finite()
+        if not name.endswith("masked_bias") and not Plain(shard, info).finite()
     ]
     if broken:
         yield Finding(

@@ -6,12 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratool.adapters.adapter import StoredTensor, same_bytes
+from loratool.adapters.adapter import same_bytes
 from loratool.adapters.writer import torch_dtype
 from loratool.algebra.lowrank import Decomposition, sketch
 from loratool.algebra.lowrank.products import negligible
+from loratool.bases.weights import Room
 from loratool.errors import UsageError, printable
-from loratool.files.safefile import FLOAT_NAMES
+from loratool.files.open_sources import OpenSources
+from loratool.files.safefile import FLOAT_NAMES, product
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from loratool.files.source import Source
+    from loratool.bases.weights import Plain, StoredWeight
 
 EDGE = 1.02  # noise of that size reaches σ = √d + √k; a little more keeps it out
 ITERATIONS = 2  # of the power method; more of them where the spectrum is flat
@@ -84,10 +86,8 @@ class NotFiniteError(Exception):
 class Difference:
     """W_tuned − W_base of one matrix, seen some rows at a time. The first pass measures, and keeps what is small."""
 
-    base: StoredTensor
-    tuned: StoredTensor
-    first: int  # value of the tensor with which the matrix begins
-    shape: tuple[int, int]
+    base: StoredWeight
+    tuned: StoredWeight
     device: torch.device
     room: int  # bytes of it in float32 that may stay in memory
     weight: float = 0.0  # ‖W_base‖²
@@ -97,6 +97,10 @@ class Difference:
     column_steps: Tensor | None = None  # (columns,) the same of each column
     held: Tensor | None = None
     measured: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.base.shape[0], product(self.base.shape[1:])
 
     @property
     def step(self) -> int:
@@ -120,14 +124,14 @@ class Difference:
     @property
     def coarser(self) -> str:
         """The dtype of the two with the larger rounding."""
-        return min((self.base.info.dtype, self.tuned.info.dtype), key=MANTISSA.__getitem__)
+        return min((self.base.dtype, self.tuned.dtype), key=MANTISSA.__getitem__)
 
     @property
     def dtype(self) -> torch.dtype:
         """That of the difference, whose own rounding has to be far below that of the stored values."""
         import torch
 
-        pair = self.base.info.dtype, self.tuned.info.dtype
+        pair = self.base.dtype, self.tuned.dtype
         return torch.float64 if "F64" in pair or self.coarser == "F32" else torch.float32
 
     def read(self, place: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -137,15 +141,14 @@ class Difference:
         rows, columns = self.shape
         pair = (self.base, self.tuned)
         most = min(self.step, rows) * columns
-        buffers = [torch.empty(most * torch_dtype(t.info.dtype).itemsize, dtype=torch.uint8) for t in pair]
-        with self.base.file.open() as base, self.tuned.file.open() as tuned:
+        dtypes = [torch_dtype(weight.exact) for weight in pair]
+        with OpenSources() as sources:
+            rooms = [Room(sources, torch.empty(most * dtype.itemsize, dtype=torch.uint8)) for dtype in dtypes]
             for first in range(0, rows, self.step):
                 count = min(self.step, rows - first)
                 before, after = (
-                    read_values(tensor, source, self.first + first * columns, count * columns, buffer)
-                    .view(count, columns)
-                    .to(self.device)
-                    for tensor, source, buffer in zip(pair, (base, tuned), buffers, strict=True)
+                    weight.rows(first, count, self.device, dtype, room)
+                    for weight, dtype, room in zip(pair, dtypes, rooms, strict=True)
                 )
                 tile = place[first : first + count] if place.shape[0] == rows else place[:count]
                 tile.copy_(after)
@@ -257,7 +260,7 @@ def in_full(matrix: Difference) -> tuple[Decomposition, float]:
     return found, float(found.values.square().sum())
 
 
-def same_values(one: StoredTensor, other: StoredTensor) -> bool:
+def same_values(one: Plain, other: Plain) -> bool:
     """Whether two tensors of one shape hold the same values; the same bytes, where the dtype is one."""
     import torch
 
@@ -266,23 +269,15 @@ def same_values(one: StoredTensor, other: StoredTensor) -> bool:
     if not {one.info.dtype, other.info.dtype} <= set(FLOAT_NAMES):
         return False
     wide = torch.promote_types(torch_dtype(one.info.dtype), torch_dtype(other.info.dtype))
-    return all(torch.equal(a, b) for (_, a), (_, b) in zip(pieces(one, wide), pieces(other, wide), strict=True))
+    return all(torch.equal(a, b) for a, b in zip(pieces(one, wide), pieces(other, wide), strict=True))
 
 
-def pieces(tensor: StoredTensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-    """(first, values) of a tensor in the order in which they lie, some at a time."""
-    with tensor.file.open() as source:
-        for first in range(0, tensor.info.elements, COMPARED_AT_ONCE):
-            count = min(COMPARED_AT_ONCE, tensor.info.elements - first)
-            yield first, read_values(tensor, source, first, count).to(dtype)
-
-
-def read_values(tensor: StoredTensor, source: Source, first: int, count: int, buffer: Tensor | None = None) -> Tensor:
-    """Values `first` … `first + count` of a tensor, from an open file, in a buffer of bytes where one is given."""
+def pieces(weight: StoredWeight, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The values of a weight in the order in which they lie, some rows at a time."""
     import torch
 
-    dtype = torch_dtype(tensor.info.dtype)
-    raw = torch.empty(count * dtype.itemsize, dtype=torch.uint8) if buffer is None else buffer[: count * dtype.itemsize]
-    start = tensor.file.position(tensor.info) + first * dtype.itemsize
-    source.read(start, raw.numel(), raw.numpy().data)
-    return raw.view(dtype)
+    step = max(1, COMPARED_AT_ONCE // max(1, product(weight.shape[1:])))
+    count = product(weight.shape[:1])
+    with OpenSources() as sources:
+        for first in range(0, count, step):
+            yield weight.rows(first, min(step, count - first), torch.device("cpu"), dtype, Room(sources))

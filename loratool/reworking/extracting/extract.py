@@ -25,6 +25,7 @@ from loratool.adapters.writer import WIDTH, Form, Output, Rounded, adapter_outpu
 from loratool.algebra.lowrank import Product, inner, padded
 from loratool.algebra.lowrank import change as change_of
 from loratool.bases.binding.orientation import module_of
+from loratool.bases.weights import Slice
 from loratool.errors import FitError, InputError, printable
 from loratool.fetching import local
 from loratool.files.checkpoint import Checkpoint, open_checkpoint
@@ -229,7 +230,12 @@ class Extractor:
         """The matrices of a layer, decomposed."""
         rows, columns = change.shape
         matrices = (
-            Difference(change.base, change.tuned, at * rows * columns, change.shape, self.at_work.device, self.room)
+            Difference(
+                Slice(change.base.matrix(columns), at * rows, rows),
+                Slice(change.tuned.matrix(columns), at * rows, rows),
+                self.at_work.device,
+                self.room,
+            )
             for at in range(change.experts)
         )
         try:

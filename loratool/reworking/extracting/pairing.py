@@ -14,7 +14,8 @@ from loratool.adapters.layers import Kind
 from loratool.adapters.writer import Carried
 from loratool.bases.binding.fusing import model_types
 from loratool.bases.binding.orientation import OPTION, bias_shows, class_says, is_conv1d, module_of, option, stored
-from loratool.bases.tied_weights import find_ties, language_parts, on_disk
+from loratool.bases.tied_weights import find_ties, language_parts
+from loratool.bases.weights import weight_of
 from loratool.errors import FitError, InputError, printable
 from loratool.files.safefile import FLOAT_NAMES, product
 from loratool.layouts.architectures import (
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from loratool.adapters.adapter import StoredTensor
+    from loratool.bases.weights import Plain
     from loratool.files.checkpoint import Checkpoint
 
 # Modules that are tables of vectors, which PEFT adapts otherwise than matrices; nothing on disk tells them apart.
@@ -54,8 +56,8 @@ class Change:
 
     target: str
     kind: Kind
-    base: StoredTensor
-    tuned: StoredTensor
+    base: Plain
+    tuned: Plain
     experts: int = 1
     turned: bool = False  # the factors act the other way round than the matrix lies on disk
     same: bool = False  # nothing differs; it gets factors because something beside it does
@@ -91,9 +93,9 @@ class Pairing:
     tuned: Checkpoint
     task: str | None
     changes: dict[str, Change] = field(default_factory=dict)  # by target
-    biases: dict[str, StoredTensor] = field(default_factory=dict)  # of layers with a change
-    same_biases: dict[str, StoredTensor] = field(default_factory=dict)  # of the other layers, which PEFT asks for too
-    whole: dict[str, StoredTensor] = field(default_factory=dict)  # tensors of modules that are saved whole
+    biases: dict[str, Plain] = field(default_factory=dict)  # of layers with a change
+    same_biases: dict[str, Plain] = field(default_factory=dict)  # of the other layers, which PEFT asks for too
+    whole: dict[str, Plain] = field(default_factory=dict)  # tensors of modules that are saved whole
     modules: list[str] = field(default_factory=list)  # those modules
     mirrors: dict[str, tuple[str, ...]] = field(default_factory=dict)  # tensor → heads that are tied to it
     identical: int = 0
@@ -142,8 +144,7 @@ class Pairing:
     @property
     def carried(self) -> Carried:
         """What is written beside the factors."""
-        tensors: dict[str, StoredTensor | Tensor] = {}
-        tensors.update({saved_whole(target, False): tensor for target, tensor in self.whole.items()})
+        tensors: dict[str, StoredTensor | Tensor] = {saved_whole(t, False): tensor for t, tensor in self.whole.items()}
         names = Names({target: change.kind for target, change in self.changes.items()})
         tensors.update(
             {names.whole(target, True): tensor for target, tensor in (self.biases | self.same_biases).items()}
@@ -187,11 +188,11 @@ class Sorter:
         self.whole: set[str] = set()  # modules
         self.unclear: dict[str, str] = {}  # matrices of which nobody knows how they are stored → why
 
-    def resolved(self, side: int, name: str) -> StoredTensor | None:
+    def resolved(self, side: int, name: str) -> Plain | None:
         """The tensor that a checkpoint has under a name, or that is tied to it."""
         checkpoint = (self.base, self.tuned)[side]
         name = self.tied[side].get(name, name)
-        return on_disk(checkpoint, name) if name in checkpoint.tensors else None
+        return weight_of(checkpoint, name) if name in checkpoint.tensors else None
 
     def sort(self, include: Sequence[str], exclude: Sequence[str]) -> Pairing:
         common = {name: (one, two) for name, (one, two) in self.pairs.items() if one and two}
@@ -239,7 +240,7 @@ class Sorter:
         first = self.tied[0].get(name)
         return first is not None and first == self.tied[1].get(name)
 
-    def why_left_out(self, name: str, one: StoredTensor | None, two: StoredTensor | None) -> str:
+    def why_left_out(self, name: str, one: Plain | None, two: Plain | None) -> str:
         """Empty for what an adapter can hold."""
         module = name.rpartition(".")[0]
         if two is None:
@@ -255,7 +256,7 @@ class Sorter:
                 return f"{tensor.info.dtype} is nothing to compute with; a quantised weight must be dequantised first"
         return ""
 
-    def kind(self, name: str, tensor: StoredTensor) -> Kind | None:
+    def kind(self, name: str, tensor: Plain) -> Kind | None:
         """What its update is; None where there can be none."""
         module, _, parameter = name.rpartition(".")
         shape = tensor.info.shape
@@ -279,7 +280,7 @@ class Sorter:
         counts = {part.get(key) for _, part in language_parts(self.base.config) for key in EXPERT_COUNTS}
         return shape[0] in counts and shape[2] > WIDEST_KERNEL
 
-    def place(self, name: str, one: StoredTensor | None, two: StoredTensor, biases: list[str]) -> None:
+    def place(self, name: str, one: Plain | None, two: Plain, biases: list[str]) -> None:
         """Give a tensor that differs a place: an update, a bias, or its module saved whole."""
         module, _, parameter = name.rpartition(".")
         heads = TASK_HEADS.get(self.found.task or "", frozenset())
@@ -294,7 +295,7 @@ class Sorter:
         else:
             self.whole.add(self.found.attention_of(f"{module}.in_proj_weight") or module)
 
-    def change(self, name: str, one: StoredTensor, two: StoredTensor, same: bool = False) -> Change | None:
+    def change(self, name: str, one: Plain, two: Plain, same: bool = False) -> Change | None:
         kind = self.kind(name, one)
         if kind is None:
             return None
@@ -433,7 +434,7 @@ class Sorter:
                 continue
             self.found.modules.append(module)
             for name in inside:
-                stored = on_disk(self.tuned, name)
+                stored = weight_of(self.tuned, name)
                 if stored.info.dtype in FLOAT_NAMES and product(stored.shape):
                     self.found.whole[name] = stored
                     self.found.left_out.pop(name, None)

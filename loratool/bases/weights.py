@@ -1,0 +1,179 @@
+"""`StoredWeight`: one weight of a model, however its values lie on disk. Whoever wants a base's rows asks one for them.
+
+`Plain` is a tensor of floats; `Slice` is some rows of another weight: a part of a fused one, or an expert of a stack.
+What decodes packed values is a stored weight as well, in `codecs`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from loratool.adapters.adapter import StoredTensor
+from loratool.files.open_sources import OpenSources
+from loratool.files.safefile import FLOAT_NAMES, product
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+    from torch import Tensor
+
+    from loratool.files.checkpoint import Checkpoint
+    from loratool.files.safefile import SafeFile
+
+AnyWeight = TypeVar("AnyWeight", bound=Any)
+
+
+class StoredWeight(Protocol):
+    """One weight of a model. Its rows are those of the matrix that its first dimension and all others make."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the values."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """That of a plain copy, as safetensors names it."""
+        ...
+
+    @property
+    def exact(self) -> str:
+        """The narrowest dtype in which `rows` loses nothing that is stored."""
+        ...
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """Those on disk that make it up."""
+        ...
+
+    def rows(
+        self, first: int, count: int, device: torch.device, dtype: torch.dtype, room: Room | None = None
+    ) -> Tensor:
+        """Rows `first` … `first + count` as a (count, columns) matrix; nothing else is read.
+
+        With a `room` the result may lie in its memory, until the next call with it.
+        """
+        ...
+
+    def matrix(self, columns: int) -> StoredWeight:
+        """The same values, in their order, as a matrix of so many columns: all dimensions but the last ones are rows."""
+        ...
+
+
+@dataclass
+class Room:
+    """What `rows` may use again from call to call: open files, and memory for the bytes of one call."""
+
+    sources: OpenSources = field(default_factory=OpenSources)
+    host: Tensor | None = None  # (bytes,) of uint8
+    twin: Tensor | None = None  # the same on a device; bytes go there in the order of its current stream
+
+    def read(self, tensor: StoredTensor, start: int, count: int, device: torch.device) -> Tensor:
+        """Bytes `start` … `start + count` of a tensor, as (count,) of uint8."""
+        import torch
+
+        raw = torch.empty(count, dtype=torch.uint8) if self.host is None else self.host[:count]
+        tensor.read(start, raw.numpy().data, self.sources)
+        if self.twin is None:
+            return raw.to(device)
+        return self.twin[:count].copy_(raw, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Plain(StoredTensor):
+    """A weight whose values are a tensor of a file, as they are."""
+
+    @property
+    def dtype(self) -> str:
+        return self.info.dtype
+
+    @property
+    def exact(self) -> str:
+        return self.info.dtype
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        return (self,)
+
+    def rows(
+        self, first: int, count: int, device: torch.device, dtype: torch.dtype, room: Room | None = None
+    ) -> Tensor:
+        import torch
+
+        if room is None:
+            with OpenSources() as sources:
+                return self.rows(first, count, device, dtype, Room(sources))
+        stored: torch.dtype = getattr(torch, FLOAT_NAMES[self.info.dtype])
+        row = self.info.width * stored.itemsize
+        return room.read(self, first * row, count * row, device).view(stored).view(count, -1).to(dtype)
+
+    def matrix(self, columns: int) -> Plain:
+        shape = (self.info.elements // max(columns, 1), columns)
+        return (
+            self
+            if shape == self.info.shape
+            else dataclasses.replace(self, info=dataclasses.replace(self.info, shape=shape))
+        )
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some rows of a weight, and some columns of them: a part of a fused weight, or an expert of a stack."""
+
+    whole: StoredWeight
+    first: int
+    count: int
+    columns: slice = field(default_factory=lambda: slice(None))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        width = product(self.whole.shape[1:])
+        return self.count, len(range(*self.columns.indices(width)))
+
+    @property
+    def dtype(self) -> str:
+        return self.whole.dtype
+
+    @property
+    def exact(self) -> str:
+        return self.whole.exact
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        return self.whole.tensors
+
+    def rows(
+        self, first: int, count: int, device: torch.device, dtype: torch.dtype, room: Room | None = None
+    ) -> Tensor:
+        return self.whole.rows(self.first + first, count, device, dtype, room)[:, self.columns]
+
+    def matrix(self, columns: int) -> StoredWeight:
+        """Itself: it is a matrix. Raises `ValueError` for another number of columns."""
+        if columns != self.shape[1]:
+            raise ValueError(f"a slice of {self.shape[1]} columns cannot be seen as one of {columns}")
+        return self
+
+
+def weight_of(base: Checkpoint, name: str) -> Plain:
+    """A weight of a base, by the name of a tensor that a file of it holds."""
+    home = next(shard for shard in base.shards if name in shard.tensors)
+    return Plain(home, home.tensors[name])
+
+
+def as_weight(tensor: StoredTensor) -> Plain:
+    """A tensor that takes a weight's place, as that weight."""
+    return tensor if isinstance(tensor, Plain) else Plain(tensor.file, tensor.info)
+
+
+def moved_weight(weight: AnyWeight, files: Mapping[int, SafeFile]) -> AnyWeight:
+    """The same weight with its tensors in other files, by the `id` of those where they were."""
+    if isinstance(weight, StoredTensor):
+        return dataclasses.replace(weight, file=files.get(id(weight.file), weight.file))
+    values = {each.name: getattr(weight, each.name) for each in dataclasses.fields(weight)}
+    parts = {
+        name: value for name, value in values.items() if isinstance(value, StoredTensor) or hasattr(value, "tensors")
+    }
+    return dataclasses.replace(weight, **{name: moved_weight(value, files) for name, value in parts.items()})
