@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import click
 import faults
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
@@ -319,4 +320,5 @@ def test_the_command_of_a_card_is_one_that_the_command_line_takes(models: Path) 
     )
     assert "/srv/mine" not in words
     plain = shlex.split(words.replace("""-w '{"mlp": 0.5, "default": 1.0}'""", "-w 1"))
-    assert cli.command("combine").make_context("combine", plain[2:]).params["factor"] == "0.7"
+    parent = click.Context(cli.cli, info_name="loratool", **cli.cli.context_settings)
+    assert cli.command("combine").make_context("combine", plain[2:], parent=parent).params["factor"] == "0.7"

@@ -100,7 +100,7 @@ def test_each_option_is_a_flag_of_the_command_and_a_keyword_of_the_function(comm
 def test_the_commands_have_no_options_that_the_library_has_not() -> None:
     """Apart from those that belong to a terminal, and from the ways of a merge that are functions of their own."""
     alone = {
-        "merge": {"named_base", "dry_run", "streamed", "card", "out"},  # plan(), stream()
+        "merge": {"named_base", "dry_run", "stream", "card", "out"},  # plan(), stream()
         "inspect": {"html", "overwrite"},  # html_page()
         "demo": {"overwrite"},
     }
@@ -201,7 +201,8 @@ def test_weights_on_the_command_line_are_a_comma_list_or_one_each() -> None:
 def parsed(command: str, line: list[str]) -> Any:
     """The options that the command line makes of words, as the command gets them."""
     options = OPTIONS[command]
-    context = cli.command(command).make_context(command, line)
+    parent = click.Context(cli.cli, info_name="loratool", **cli.cli.context_settings)
+    context = cli.command(command).make_context(command, line, parent=parent)
     known = described_by(options)
     return options(**{n: v for n, v in context.params.items() if n in known and v not in (None, ())})
 

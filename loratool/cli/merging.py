@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
@@ -10,11 +11,23 @@ import click
 from loratool.cli.options import OPERAND, PATH, output_options, takes
 from loratool.commands.merge import MergeAndPushOptions
 from loratool.errors import UsageError
+from loratool.options.described import FLAG, option
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from loratool.cli.screen import Screen
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeWords(MergeAndPushOptions):
+    """Of the command, whose ways are functions of their own in the library: `merge`, `plan` and `stream`."""
+
+    stream: bool = option(
+        help="Without OUT: fetch, merge and upload file by file, two on the disk at most.", default=False, kind=FLAG
+    )
+    card: bool = option(help="With --stream: write a README.md though BASE brings one.", default=False, kind=FLAG)
+    dry_run: bool = option(help="Print the plan and touch nothing.", default=False, kind=FLAG)
 
 
 @click.command()
@@ -28,25 +41,14 @@ if TYPE_CHECKING:
     metavar="BASE",
     help="BASE as an option, then every operand is an ADAPTER; auto is the base that the adapters name.",
 )
-@takes(MergeAndPushOptions)
-@click.option("--dry-run", is_flag=True, help="Print the plan and touch nothing.")
-@click.option(
-    "--stream",
-    "streamed",
-    is_flag=True,
-    help="Without OUT: fetch, merge and upload file by file, two on the disk at most.",
-)
-@click.option("--card", is_flag=True, help="With --stream: write a README.md though BASE brings one.")
+@takes(MergeWords)
 @output_options
 def merge(
     base: Path,
     adapters: tuple[Path, ...],
     out: Path | None,
     named_base: Path | None,
-    dry_run: bool,
-    streamed: bool,
-    card: bool,
-    options: MergeAndPushOptions,
+    options: MergeWords,
     screen: Screen,
 ) -> None:
     """Fold adapters into a base model, shard by shard.
@@ -68,17 +70,17 @@ def merge(
     """
     if named_base is not None:  # then BASE is an ADAPTER too
         base, adapters = named_base, (base, *adapters)
-    if streamed:
-        stream_to_hub(base, adapters, out, options, card, dry_run, screen)
+    if options.stream:
+        stream_to_hub(base, adapters, out, options, screen)
         return
     if out is None:
         raise missing("out")
-    if card:
+    if options.card:
         raise UsageError("--card goes with --stream; `loratool push --card` has it too")
     from loratool.commands.merge import merge_and_push
     from loratool.merging.merge import outlook
 
-    if dry_run:
+    if options.dry_run:
         from loratool.merging.plan import plan_text
 
         with outlook(base, adapters, out, options) as plan:
@@ -100,9 +102,7 @@ def stream_to_hub(
     base: Path,
     adapters: tuple[Path, ...],
     out: Path | None,
-    options: MergeAndPushOptions,
-    card: bool,
-    dry_run: bool,
+    options: MergeWords,
     screen: Screen,
 ) -> None:
     """`--stream`: no folder is made, and the files keep the base's sizes."""
@@ -115,6 +115,5 @@ def stream_to_hub(
     known = {field.name for field in dataclasses.fields(StreamOptions)}
     shared = {field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.name in known}
     with screen.bytes("merging") as progress:
-        streaming = StreamOptions(**shared, card=card, dry_run=dry_run)
-        report = stream(base, adapters, options.push_to_hub, streaming, progress)
+        report = stream(base, adapters, options.push_to_hub, StreamOptions(**shared), progress)
     screen.show(report)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,9 +95,8 @@ def push(
     notes = [*selection.notes, *unlike]
     sizes = {upload.name: upload.size for upload in selection.uploads}
     if options.dry_run:
-        return report(
-            repo, selection, Commit("", ""), not options.public, tuple(sizes), (), notes, started, options.dry_run
-        )
+        planned = report(repo, selection, Commit("", ""), not options.public, tuple(sizes), (), notes, started)
+        return replace(planned, dry_run=True)
     named = repo
     repo, private = open_repo(repo, options.public, options.revision, notes)
     if repo != named:
@@ -124,9 +123,8 @@ def push(
             create_pr=options.create_pr,
             tell=tell,
         )
-    return report(
-        repo, selection, done, private, tuple(u.name for u in uploads), tuple(replaced), notes, started, options.dry_run
-    )
+    sent_names = tuple(upload.name for upload in uploads)
+    return report(repo, selection, done, private, sent_names, tuple(replaced), notes, started)
 
 
 def outdated(selection: Selection, there: set[str]) -> list[str]:
@@ -154,8 +152,8 @@ def report(
     replaced: tuple[str, ...],
     notes: Sequence[Note],
     started: float,
-    dry_run: bool,
 ) -> PushReport:
+    """What is told of a push."""
     from loratool.fetching.client import endpoint
 
     return PushReport(
@@ -171,5 +169,5 @@ def report(
         left_out=selection.left_out,
         notes=tuple(notes),
         cost=Cost(seconds=time.monotonic() - started, peak_memory=peak_memory()),
-        dry_run=dry_run,
+        dry_run=False,
     )

@@ -23,9 +23,13 @@ from loratool.results.text import mean_of
 from loratool.reworking.aligned_layers import gather, named_apart
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import torch
+
+    from loratool.adapters.layers import Contents
+    from loratool.measuring.session import Session
+    from loratool.reworking.aligned_layers import Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,79 +53,107 @@ def compare(adapters: Sequence[PathLike], options: CompareOptions, progress: Pro
             "these adapters have no layer in common:",
             (f"{s.name}: {printable(next(iter(s.layers), 'no low-rank update'))}, …" for s in sources),
         )
-    names = [source.name for source in sources]
-    together: torch.Tensor | None = None
-    common: dict[str, list[float]] = {}
-    modules: dict[str, dict[str, Relation]] = {}
-    rounded: dict[str, list[str]] = {}  # adapter → layers whose update is rounding
     with session(options.device, ()) as at_work:
-
-        def work(target: str) -> tuple[str, torch.Tensor, dict[str, Relation], list[int]]:
-            found = layers[target]
-            stored = joint([share.load(sources, at_work.device, at_work.dtype) for share in found])
-            shared = silenced(stored)
-            noise = [s.adapter for s, a, b in zip(found, stored.small, shared.small, strict=True) if a is not b]
-            related = relations([names[share.adapter] for share in found], shared)
-            return target, gram(shared.small), related, noise
-
-        for target, table, found, noise in at_work.spread(work, layers):
-            for at in noise:
-                rounded.setdefault(names[at], []).append(target)
-            which = [share.adapter for share in layers[target]]
-            if together is None:
-                together = table.new_zeros(len(names), len(names))
-            for i, first in enumerate(which):
-                for j, second in enumerate(which):
-                    together[first, second] += table[i, j]
-            for pair, (i, j) in pairs(which, names).items():
-                both = common.setdefault(pair, [0.0, 0.0])
-                both[0] += float(table[i, i])
-                both[1] += float(table[j, j])
-            modules[target] = found
+        comparer = Comparer(sources, layers, at_work)
+        for done, found in enumerate(at_work.spread(comparer.look_at, layers), 1):
+            comparer.add(found)
             if progress:
-                progress(len(modules), len(layers))
-    assert together is not None, "there is a layer"
-    totals = {}
-    for i, one in enumerate(names):
-        for j in range(i + 1, len(names)):
-            pair = f"{one} × {names[j]}"
-            if pair in common:
-                sizes = [math.sqrt(max(0.0, value)) for value in common[pair]]
-                every = [relation[pair] for relation in modules.values() if pair in relation]
-                totals[pair] = total(every, float(together[i, j]), sizes[0], sizes[1])
-    bases = {source.training.base for source in sources} - {""}
-    notes = [note.under(s.name) for s in sources for note in fates(s.adapter.beside, otherwise="not compared")]
-    if len(bases) > 1:
-        notes.append(
-            Note("base-mismatch", f"the adapters name different bases: {', '.join(sorted(map(printable, bases)))}")
-        )
-    norms = {name: math.sqrt(max(0.0, float(together[i, i]))) for i, name in enumerate(names)}
-    for name in (name for name, norm in norms.items() if not norm):
-        text = "every update is zero (an untrained adapter has B = 0, another may have an α of 0)"
-        notes.append(Note("adapter-without-effect", text).under(name))
-    if dora := [source.name for source in sources if source.dora]:
-        notes.append(
-            Note(
-                "dora-magnitudes-left-out",
-                f"{', '.join(dora)}: of DoRA only ΔW = s·BA is compared, without the magnitudes",
-            )
-        )
-    for name, noisy in rounded.items():
-        text = f"{len(noisy)} of {len(layers)} updates count as zero, {printable(noisy[0])} for one: each is {ROUNDING_ONLY}"
-        notes.append(Note("update-is-rounding", text).under(name))
+                progress(done, len(layers))
     return CompareReport(
-        adapters=tuple(names),
-        norms=norms,
-        totals=totals,
-        modules=dict(sorted(modules.items())),
-        alone={
-            name: targets
-            for i, name in enumerate(names)
-            if (targets := tuple(t for t, found in layers.items() if [s.adapter for s in found] == [i]))
-        },
-        notes=(*notes, *(note.under(source.name) for source in sources for note in source.adapter.notes)),
+        adapters=tuple(comparer.names),
+        norms=comparer.norms(),
+        totals=comparer.totals(),
+        modules={target: found.relations for target, found in sorted(comparer.found.items())},
+        alone=comparer.alone(),
+        notes=tuple(comparer.remarks()),
         **at_work.told(started),
     )
+
+
+@dataclass(frozen=True)
+class Found:
+    """One layer: which adapters have it, the inner products of their updates, and how these relate."""
+
+    target: str
+    which: tuple[int, ...]
+    products: torch.Tensor  # ⟨ΔWᵢ, ΔWⱼ⟩, (adapters, adapters) of those that have it
+    relations: dict[str, Relation]  # "one × other"
+    noise: tuple[int, ...]  # adapters whose update is rounding
+
+
+class Comparer:
+    """Some adapters, layer by layer and added up."""
+
+    def __init__(self, sources: Sequence[Contents], layers: Mapping[str, Sequence[Share]], at_work: Session) -> None:
+        self.sources, self.layers, self.at_work = sources, layers, at_work
+        self.names = [source.name for source in sources]
+        self.found: dict[str, Found] = {}
+
+    def look_at(self, target: str) -> Found:
+        """Load the updates of a layer and relate every two of them."""
+        shares = self.layers[target]
+        stored = joint([share.load(self.sources, self.at_work.device, self.at_work.dtype) for share in shares])
+        shared = silenced(stored)
+        noise = [s.adapter for s, a, b in zip(shares, stored.small, shared.small, strict=True) if a is not b]
+        which = tuple(share.adapter for share in shares)
+        related = relations([self.names[at] for at in which], shared)
+        return Found(target, which, gram(shared.small), related, tuple(noise))
+
+    def add(self, found: Found) -> None:
+        self.found[found.target] = found
+
+    def product(self, one: int, other: int, both: bool = True) -> float:
+        """⟨ΔW, ΔW'⟩ over all layers; with `one` alone and not `both`, over those that `other` has too."""
+        total = 0.0
+        for found in self.found.values():
+            if one in found.which and other in found.which:
+                at = found.which.index(one)
+                total += float(found.products[at, found.which.index(other) if both else at])
+        return total
+
+    def norms(self) -> dict[str, float]:
+        """‖ΔW‖ of each adapter, all its layers together."""
+        return {name: math.sqrt(max(0.0, self.product(at, at))) for at, name in enumerate(self.names)}
+
+    def totals(self) -> dict[str, PairTotals]:
+        """Every pair that has a layer in common."""
+        totals = {}
+        for pair, (i, j) in pairs(range(len(self.names)), self.names).items():
+            every = [found.relations[pair] for found in self.found.values() if pair in found.relations]
+            if every:
+                sizes = [math.sqrt(max(0.0, self.product(a, b, both=False))) for a, b in ((i, j), (j, i))]
+                totals[pair] = total(every, self.product(i, j), *sizes)
+        return totals
+
+    def alone(self) -> dict[str, tuple[str, ...]]:
+        """Adapter → the layers that no other has."""
+        only = {
+            at: tuple(t for t, found in self.found.items() if found.which == (at,)) for at in range(len(self.names))
+        }
+        return {self.names[at]: targets for at, targets in only.items() if targets}
+
+    def remarks(self) -> Iterator[Note]:
+        """What a reader of the numbers should know."""
+        for source in self.sources:
+            yield from (note.under(source.name) for note in fates(source.adapter.beside, otherwise="not compared"))
+        bases = {source.training.base for source in self.sources} - {""}
+        if len(bases) > 1:
+            listed = ", ".join(sorted(map(printable, bases)))
+            yield Note("base-mismatch", f"the adapters name different bases: {listed}")
+        for name in (name for name, norm in self.norms().items() if not norm):
+            text = "every update is zero (an untrained adapter has B = 0, another may have an α of 0)"
+            yield Note("adapter-without-effect", text).under(name)
+        if dora := [source.name for source in self.sources if source.dora]:
+            text = f"{', '.join(dora)}: of DoRA only ΔW = s·BA is compared, without the magnitudes"
+            yield Note("dora-magnitudes-left-out", text)
+        for at, name in enumerate(self.names):
+            if noisy := [target for target, found in self.found.items() if at in found.noise]:
+                text = (
+                    f"{len(noisy)} of {len(self.layers)} updates count as zero, {printable(noisy[0])} for one: each is "
+                )
+                yield Note("update-is-rounding", f"{text}{ROUNDING_ONLY}").under(name)
+        for source in self.sources:
+            yield from (note.under(source.name) for note in source.adapter.notes)
 
 
 def pairs(which: Sequence[int], names: Sequence[str]) -> dict[str, tuple[int, int]]:
