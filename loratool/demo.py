@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratool.adapters.formats import WRITTEN
+from loratool.adapters.layers import Kind
+from loratool.adapters.training import Training
 from loratool.errors import UsageError, VerificationError, printable
 from loratool.files.outputs import replaceable_files
 from loratool.merging.merge import MergeOptions, merge
@@ -139,24 +142,16 @@ def make_adapter(folder: Path) -> None:
     from safetensors.torch import save_file
 
     generator = torch.Generator().manual_seed(1)
+    modules = {f"model.layers.{layer}.{name}": shape for layer in range(LAYERS) for name, shape in TARGETS.items()}
+    names = WRITTEN.spelling({f"{module}.weight": Kind.LINEAR for module in modules})
     tensors = {}
-    for layer in range(LAYERS):
-        for name, (out, into) in TARGETS.items():
-            key = f"base_model.model.model.layers.{layer}.{name}"
-            tensors[f"{key}.lora_A.weight"] = torch.randn(RANK, into, generator=generator) / into**0.5
-            tensors[f"{key}.lora_B.weight"] = torch.randn(out, RANK, generator=generator) * 0.005
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
-        "r": RANK,
-        "lora_alpha": ALPHA,
-        "target_modules": sorted(name.split(".")[1] for name in TARGETS),
-        "bias": "none",
-        "fan_in_fan_out": False,
-    }
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for module, (out, into) in modules.items():
+        down, up = names.factors(f"{module}.weight")
+        tensors[down] = torch.randn(RANK, into, generator=generator) / into**0.5
+        tensors[up] = torch.randn(out, RANK, generator=generator) * 0.005
+    config = WRITTEN.plain_config(Training(task="CAUSAL_LM"), dict.fromkeys(modules, (RANK, ALPHA)))
+    save_file(tensors, folder / WRITTEN.weights_name, {"format": "pt"})
+    (folder / WRITTEN.config_name).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def check(home: Path, report: MergeReport) -> DemoResult:

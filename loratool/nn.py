@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loratool.adapters.adapter import load_update
-from loratool.adapters.formats import peft, read_adapter
+from loratool.adapters.formats import WRITTEN, read_adapter
+from loratool.adapters.layers import Kind
+from loratool.adapters.training import Training
 from loratool.algebra.updates import LowRank
 from loratool.errors import FitError, InputError, UsageError, printable
 
@@ -129,29 +130,24 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None) 
     """
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, LoRALinear)}
     home, one = Path(folder), next(iter(layers.values()), None)
-    there = any(os.path.lexists(home / name) for name in (peft.CONFIG, peft.WEIGHTS))
+    there = any(os.path.lexists(home / name) for name in (WRITTEN.config_name, WRITTEN.weights_name))
     if one is None or any(layer.rslora != one.rslora for layer in layers.values()) or there:
         wanted = "layers with LoRA, rsLoRA in all of them or in none, and a folder without an adapter are wanted"
         raise UsageError(f"{printable(home)}: {wanted}")
-    exact = {path: f"^{re.escape(path)}" for path in layers}  # PEFT takes a name for the end of a path
     tails = any(p.endswith(f".{path}") for path in layers for p, _ in model.named_modules() if p not in layers)
-    config = {
-        "peft_type": "LORA",
-        "base_model_name_or_path": base,
-        "target_modules": "|".join(exact.values()) if tails else list(layers),
-        "r": one.rank,
-        "lora_alpha": one.alpha,
-        "use_rslora": one.rslora,
-        "lora_dropout": one.dropout.p,
-        "rank_pattern": {exact[path]: layer.rank for path, layer in layers.items() if layer.rank != one.rank},
-        "alpha_pattern": {exact[path]: layer.alpha for path, layer in layers.items() if layer.alpha != one.alpha},
-        "inference_mode": True,
+    training = Training(base=base or "", rslora=one.rslora, dropout=one.dropout.p)
+    strengths = {path: (layer.rank, layer.alpha) for path, layer in layers.items()}
+    config = WRITTEN.plain_config(training, strengths, whole_paths=tails)
+    names = WRITTEN.spelling({f"{path}.weight": Kind.LINEAR for path in layers})
+    factors = {
+        name: factor
+        for path, layer in layers.items()
+        for name, factor in zip(names.factors(f"{path}.weight"), (layer.lora_A, layer.lora_B), strict=True)
     }
-    factors = {f"{path}.{key}": getattr(layer, key) for path, layer in layers.items() for key in ("lora_A", "lora_B")}
-    tensors = {f"base_model.model.{key}.weight": t.detach().cpu().contiguous() for key, t in factors.items()}
+    tensors = {name: factor.detach().cpu().contiguous() for name, factor in factors.items()}
     home.mkdir(parents=True, exist_ok=True)
-    (home / peft.WEIGHTS).write_bytes(save(tensors, {"format": "pt"}))
-    (home / peft.CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (home / WRITTEN.weights_name).write_bytes(save(tensors, {"format": "pt"}))
+    (home / WRITTEN.config_name).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, LoRALinear]:
@@ -170,7 +166,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, LoRALinear]:
         found = {path: shapes.get(path, "not there") for path in wrong}
         problems = (f"{printable(p)}: update is {updates[p].shape}, nn.Linear is {found[p]}" for p in wrong)
         raise FitError(f"{printable(folder)}: does not fit this model:", problems)
-    dropout, rslora = adapter.config.get("lora_dropout") or 0.0, adapter.config.get("use_rslora") is True
+    dropout, rslora = adapter.training.dropout, adapter.training.rslora
     layers: dict[str, LoRALinear] = {}
     for path, stored in updates.items():
         update = cast("LowRank", load_update(stored, torch.device("cpu"), torch.float32))

@@ -23,6 +23,7 @@ from markdown_it import MarkdownIt
 from safetensors.torch import save_file
 
 from loratool import cli
+from loratool.adapters.formats import subject_at
 from loratool.errors import InputError, escaped, printable
 from loratool.inspecting.health import Finding
 from loratool.notes import Note
@@ -245,7 +246,7 @@ def test_a_card_of_foreign_provenance_holds_it_as_text(tmp_path: Path, payload: 
         config |= {"architectures": [evil], "model_type": evil, "auto_map": {f"AutoModel{evil}": evil}}
         for name in ("adapter_config.json", "config.json"):
             (tmp_path / name).write_text(json.dumps(config))
-            check_card(card_of(tmp_path, "alice/new").decode())
+            check_card(card_of(tmp_path, "alice/new", subject_at(tmp_path)).decode())
             (tmp_path / name).unlink()
 
 

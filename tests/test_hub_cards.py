@@ -15,7 +15,8 @@ import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
 import loratool
-from loratool.provenance.cards import CARD, MARK, card, card_of, command, terms_of
+from loratool.adapters.formats.peft import PEFT
+from loratool.provenance.cards import CARD, MARK, Subject, card, card_of, command, terms_of
 from loratool.reworking.recipes import CombineOptions
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -274,11 +275,18 @@ def test_the_snippets_load_what_they_stand_beside(tmp_path: Path, monkeypatch: p
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
+def about(config: dict[str, Any]) -> Subject | dict[str, Any]:
+    """What a card is about: an adapter, where it is the config of one, else a model."""
+    return PEFT.subject(config) if "peft_type" in config else config
+
+
 def test_the_snippet_takes_the_class_that_is_known() -> None:
     """Or tells none: code that cannot run is worse."""
 
     def code(provenance: dict[str, Any], **config: object) -> str:
-        return "".join(re.findall(r"```python\n(.*?)```", card(provenance, config, terms_of()).decode(), re.DOTALL))
+        return "".join(
+            re.findall(r"```python\n(.*?)```", card(provenance, about(config), terms_of()).decode(), re.DOTALL)
+        )
 
     merged = {"made_by": "loratool merge"}
     assert code(merged) == ""
@@ -292,7 +300,7 @@ def test_the_snippet_takes_the_class_that_is_known() -> None:
 
 
 def test_other_methods_than_lora_are_not_called_so() -> None:
-    text = card({}, {"peft_type": "IA3", "task_type": "CAUSAL_LM"}, terms_of()).decode()
+    text = card({}, about({"peft_type": "IA3", "task_type": "CAUSAL_LM"}), terms_of()).decode()
     assert 'lora"' not in text
     assert "# PEFT adapter" in text
 

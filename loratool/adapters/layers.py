@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from loratool.algebra.updates import (
 )
 from loratool.errors import FitError, InputError, printable
 from loratool.files.safefile import FLOAT_NAMES
+from loratool.layouts.fusions import FUSIONS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,6 +44,17 @@ WAY_OUT = (
 )
 
 
+ATTENTION = ".in_proj_weight"  # of an nn.MultiheadAttention, which is adapted with its out_proj
+EXPERTS = re.compile(
+    "|".join(
+        rf"(?:.*\.)?{re.escape(part).replace(re.escape('#'), '[0-9]+')}"
+        for fusion in FUSIONS
+        if fusion.of_experts
+        for part in fusion.parts
+    )
+)
+
+
 class Kind(Enum):
     """How the factors of a layer are stored."""
 
@@ -52,7 +65,7 @@ class Kind(Enum):
 
     @property
     def has_bias(self) -> bool:
-        """Whether PEFT gives it a lora_B.bias, where `lora_bias` is set."""
+        """Whether its second factor may have a bias."""
         return self in (Kind.LINEAR, Kind.CONVOLUTION)
 
 
@@ -68,7 +81,7 @@ class Layer:
 
     @property
     def module(self) -> str:
-        """What PEFT's patterns are matched with: the module, or the parameter itself."""
+        """What patterns are matched with: the module, or the parameter itself."""
         return self.target if self.kind is Kind.PARAMETER else self.target.rpartition(".")[0]
 
     @property
@@ -142,6 +155,22 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Form:
+    """What is known of a layer that is to be written: all but its factors."""
+
+    kind: Kind
+    rows: int
+    columns: int
+    rank: int  # the largest it may have
+    experts: int = 1
+    kernel: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, layer: Layer, rank: int) -> Form:
+        return cls(layer.kind, layer.rows, layer.columns, rank, layer.experts, layer.kernel)
+
+
+@dataclass(frozen=True)
 class Contents:
     """An adapter, sorted."""
 
@@ -155,10 +184,6 @@ class Contents:
     @property
     def name(self) -> str:
         return self.adapter.name
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self.adapter.config
 
     @property
     def training(self) -> Training:
@@ -252,6 +277,13 @@ def layer_of(target: str, update: Update) -> Layer | None:
     return None
 
 
+def adapted_module(target: str, kind: Kind) -> str:
+    """The module that is adapted: of a parameter the parameter itself, of an nn.MultiheadAttention the whole."""
+    if kind is Kind.PARAMETER:
+        return target
+    return target.removesuffix(ATTENTION).removesuffix(".weight")
+
+
 def kind_of(update: LowRank) -> Kind:
     if update.kernel:
         return Kind.CONVOLUTION
@@ -269,3 +301,8 @@ def why_not(update: Update, verb: str) -> str:
             f"factors less that part, which only the base tells; {WAY_OUT}"
         )
     return f"its update ({type(inner).__name__}) is no product of two factors, which is what can be {verb}d; {WAY_OUT}"
+
+
+def is_expert(target: str) -> bool:
+    """Whether a target is the weight of one expert, such as `….experts.3.w1.weight`."""
+    return EXPERTS.fullmatch(target) is not None

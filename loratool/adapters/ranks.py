@@ -8,7 +8,6 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapters.formats.peft.experts import lost_by_peft, stacked_by_peft
 from loratool.adapters.patterns import match_patterns
 from loratool.errors import UsageError, printable
 from loratool.notes import Note
@@ -208,30 +207,13 @@ def told_of_cuts(asked: int | None, limits: Mapping[str, int], targets: Collecti
         )
 
 
-def told_of_experts(own: Mapping[str, int], ranks: Mapping[str, int]) -> Iterator[Note]:
-    """What to say where experts whose `own` ranks differ were made one of rank."""
-    if filled := [target for target in stacked_by_peft(ranks) if own.get(target, 0) < ranks[target]]:
-        yield Note(
-            "experts-one-rank",
-            f"{len(filled)} experts and routers are filled up with zeros to rank {ranks[filled[0]]}, the largest of them: "
-            "PEFT stacks the experts of a model in parameters, which have one rank",
-        )
-    if lost := lost_by_peft(ranks):
-        yield Note(
-            "peft-loses-layers",
-            f"{len(lost)} layers outside of the experts have names of expert projections, such as {printable(lost[0])}; where "
-            "transformers 5 holds the experts in one parameter, PEFT 0.21 passes over these layers when it loads the "
-            "adapter (huggingface/peft #3711). `loratool merge` applies them",
-        )
-
-
 def is_weight(value: object) -> bool:
     """Whether it is a number from 0 on; a table from a file may hold anything."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def by_pattern(table: Mapping[str, float], layers: Mapping[str, Layer], what: str) -> dict[str, float]:
-    """Target → the value of the first pattern that matches its module, as PEFT matches `rank_pattern`.
+    """Target → the value of the first pattern that matches its module, as PEFT matches its patterns.
 
     Raises `UsageError` for a pattern that is no regular expression, or that matches nothing.
     """

@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
 from loratool.adapters.adapter import StoredTensor, stored_tensors
-from loratool.adapters.formats.peft import CONFIG, WEIGHTS, keys
-from loratool.adapters.formats.peft.lora import doubles
-from loratool.adapters.formats.peft.spelling import PREFIX, Names, shapes, stored, token_rows, was_inside
+from loratool.adapters.formats import format_of
 from loratool.adapters.weight_files import fates, module_files
 from loratool.errors import FitError, printable
 from loratool.files.checkpoint import PROVENANCE, leaves, sort_side_files
@@ -34,8 +32,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from loratool.adapters.adapter import Adapter
-    from loratool.adapters.layers import Contents, Kind, Layer
+    from loratool.adapters.formats.format import Format, Spelling
+    from loratool.adapters.layers import Contents, Form, Layer
     from loratool.algebra.lowrank import Product
     from loratool.files.tensor_writer import Triple
     from loratool.notes import Note
@@ -51,22 +49,6 @@ class FactorOptions(WritingOptions):
     dtype: str = option(
         help="Dtype of the factors.", default="keep", kind=dtypes("keep", "float32", "bfloat16", "float16")
     )
-
-
-@dataclass(frozen=True)
-class Form:
-    """What is known of a layer that is to be written: all but its factors."""
-
-    kind: Kind
-    rows: int
-    columns: int
-    rank: int  # the largest it may have
-    experts: int = 1
-    kernel: tuple[int, ...] = ()
-
-    @classmethod
-    def of(cls, layer: Layer, rank: int) -> Form:
-        return cls(layer.kind, layer.rows, layer.columns, rank, layer.experts, layer.kernel)
 
 
 @dataclass
@@ -99,16 +81,15 @@ class Output:
 
     file: TensorFile | None
     stage: Stage | None
-    names: Names
+    names: Spelling
     forms: Mapping[str, Form]
     dtype: torch.dtype
-    halved: bool  # PEFT applies some updates twice
 
     def rounded(self, target: str, found: Product) -> Rounded:
         """The factors of a layer as they will be stored; raises `FitError` where the dtype cannot hold them."""
         import torch
 
-        factor = 0.5 if self.halved and self.names.inside_attention(target) else 1.0
+        factor = 1 / self.names.times(target)
         factors = found.scaled(factor).to(self.dtype)
         if not (bool(factors.up.isfinite().all()) and bool(factors.down.isfinite().all())):
             raise FitError(
@@ -119,8 +100,7 @@ class Output:
     def add(self, found: Rounded) -> None:
         """Write the factors of a layer."""
         if self.file is not None:
-            form = self.forms[found.target]
-            tensors = stored(form.kind, form.kernel, found.factors)
+            tensors = self.names.stored(self.forms[found.target], found.factors)
             for name, tensor in zip(self.names.factors(found.target), tensors, strict=True):
                 self.write(name, tensor)
 
@@ -149,25 +129,26 @@ class Output:
         """Complete the weights, and write everything else; `beside` are files to copy, by name, `inputs` the folders with cards."""
         if self.stage is not None and self.file is not None:
             self.file.finish()
-            self.stage.add(WEIGHTS)
-            finish(self.stage, config, provenance, beside, inputs)
+            self.stage.add(self.names.form.weights_name)
+            finish(self.stage, self.names.form, config, provenance, beside, inputs)
 
 
 def finish(
     stage: Stage,
+    form: Format,
     config: Mapping[str, Any],
     provenance: Mapping[str, Any],
     beside: Mapping[str, Path],
     inputs: Sequence[Path],
 ) -> None:
     """Write the config, what lies beside an adapter, and how it was made."""
-    stage.expect([CONFIG, CARD, PROVENANCE, *beside])
-    stage.write(CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    stage.expect([form.config_name, CARD, PROVENANCE, *beside])
+    stage.write(form.config_name, (json.dumps(config, indent=2) + "\n").encode())
     for name, path in beside.items():
         stage.copy(name, path)
     table = {**provenance, "versions": versions()}
     if CARD not in beside or is_nobodys(beside[CARD]):
-        stage.write(CARD, card(table, config, terms_of(*inputs)))
+        stage.write(CARD, card(table, form.subject(config), terms_of(*inputs)))
     stage.write(PROVENANCE, (json.dumps({**table, "files": recorded(stage.files)}, indent=2) + "\n").encode())
 
 
@@ -177,57 +158,52 @@ def adapter_output(
     forms: Mapping[str, Form],
     carried: Carried,
     dtype: torch.dtype,
-    config: Mapping[str, Any],
+    names: Spelling,
     options: WritingOptions,
 ) -> Iterator[Output]:
-    """The output of layers with `forms`, published under `out` when the block ends well. A dry run writes nothing.
-
-    `config` is that of the first source: which release of PEFT will read the result.
-    """
-    names = Names({target: form.kind for target, form in forms.items()})
-    halved = doubles(config)
+    """The output of layers with `forms`, published under `out` when the block ends well. A dry run writes nothing."""
     if options.dry_run:
-        yield Output(None, None, names, forms, dtype, halved)
+        yield Output(None, None, names, forms, dtype)
         return
+    weights = names.form.weights_name
     announced = [*announced_factors(names, forms, dtype), *carried.announced()]
     needed = sum(product(shape) * (8 if d == "F64" else 4) for _, d, shape in announced)
     with (
-        staged(out, Journal(uuid.uuid4().hex, files={WEIGHTS}), needed, options.overwrite) as stage,
-        tensor_file(stage.folder / WEIGHTS, announced) as file,
+        staged(out, Journal(uuid.uuid4().hex, files={weights}), needed, options.overwrite) as stage,
+        tensor_file(stage.folder / weights, announced) as file,
     ):
-        yield Output(file, stage, names, forms, dtype, halved)
+        yield Output(file, stage, names, forms, dtype)
 
 
 def copied_output(
     out: Path, source: Contents, config: Mapping[str, Any], provenance: Mapping[str, Any], overwrite: bool
 ) -> None:
     """An adapter with the same weights, byte for byte, under another config."""
-    weights = source.adapter.file
+    weights, form = source.adapter.file, format_of(source.adapter)
     source.adapter.check_values()
-    wanted = Journal(uuid.uuid4().hex, files={WEIGHTS})
+    wanted = Journal(uuid.uuid4().hex, files={form.weights_name})
     with staged(out, wanted, weights.layout.size, overwrite) as stage:
         if weights.files == (weights,):
-            stage.copy(WEIGHTS, weights.path)
-        else:  # of several one is made, which is what PEFT reads
+            stage.copy(form.weights_name, weights.path)
+        else:  # of several one is made, which every reader takes
             announced = [(info.name, info.dtype, info.shape) for info in weights.tensors.values()]
-            with tensor_file(stage.folder / WEIGHTS, announced) as file:
+            with tensor_file(stage.folder / form.weights_name, announced) as file:
                 for name, _, _ in announced:
                     file.copy(name, weights.home(name), weights.home(name).tensors[name])
                 file.finish()
-            stage.add(WEIGHTS)
+            stage.add(form.weights_name)
         weights.check_unchanged()
-        finish(stage, config, provenance, files_beside(source), [source.adapter.folder])
+        finish(stage, form, config, provenance, files_beside(source), [source.adapter.folder])
 
 
-def announced_factors(names: Names, forms: Mapping[str, Form], dtype: torch.dtype) -> Iterator[Triple]:
+def announced_factors(names: Spelling, forms: Mapping[str, Form], dtype: torch.dtype) -> Iterator[Triple]:
     spelled = SPELLED[str(dtype).removeprefix("torch.")]
     for target, form in forms.items():
-        both = shapes(form.kind, form.experts, form.rows, form.columns, form.kernel, form.rank)
-        for name, shape in zip(names.factors(target), both, strict=True):
+        for name, shape in zip(names.factors(target), names.shapes(form), strict=True):
             yield name, spelled, shape
 
 
-def carried_over(source: Contents, names: Names, factors: Mapping[str, float] | None = None) -> Carried:
+def carried_over(source: Contents, names: Spelling, factors: Mapping[str, float] | None = None) -> Carried:
     """All of an adapter but its factors, as it is: magnitudes, saved tensors, token rows.
 
     Biases of lora_B get the scale 1, and those of a layer that is multiplied are too.
@@ -237,8 +213,8 @@ def carried_over(source: Contents, names: Names, factors: Mapping[str, float] | 
     carried = Carried()
     for target, layer in source.layers.items():
         if layer.magnitude is not None and target in names.kinds:
-            (name,) = (n for n in adapter.sources[target] if "lora_magnitude_vector" in n)
-            carried.tensors[names.magnitude(target)] = stored_tensor(adapter, name)
+            (stored,) = stored_tensors(layer.magnitude.magnitude)
+            carried.tensors[names.magnitude(target)] = stored
     for target, bias in source.biases.items():
         weight = f"{target.removesuffix('bias')}weight"
         if weight not in names.kinds:
@@ -250,48 +226,24 @@ def carried_over(source: Contents, names: Names, factors: Mapping[str, float] | 
         lengths = {t: layer.rows for t, layer in source.layers.items()}
         add_missing_biases(carried, names, lengths, kept_dtype([source], "keep"))
     for target, replacement in (*source.saved.items(), *source.bases.items()):
-        inside = target in source.bases or was_inside(target, adapter.sources.get(target, ()))
+        inside = target in source.bases or format_of(adapter).was_inside(adapter, target)
         stored_value: Any = replacement.value
         carried.tensors[names.whole(target, inside)] = stored_value
     for target, rows in source.rows.items():
         values: Any = rows.values
-        carried.tensors[token_rows(target)] = values
+        carried.tensors[names.rows(target)] = values
         carried.tokens[target] = rows.index
-    add_copies(carried, [source])
+    carried.tensors.update(names.second_copies([adapter], carried.tensors))
     return carried
 
 
-def add_missing_biases(carried: Carried, names: Names, lengths: Mapping[str, int], dtype: torch.dtype) -> None:
-    """Zeros where a layer has no lora_B.bias: PEFT gives every layer one, or none. `lengths` are by target."""
+def add_missing_biases(carried: Carried, names: Spelling, lengths: Mapping[str, int], dtype: torch.dtype) -> None:
+    """Zeros where a layer has no lora_B.bias: every layer has one, or none. `lengths` are by target."""
     import torch
 
     for target, kind in names.kinds.items():
         if kind.has_bias:
             carried.tensors.setdefault(names.bias(target), torch.zeros(lengths[target], dtype=dtype))
-
-
-def add_copies(carried: Carried, sources: Sequence[Contents]) -> None:
-    """The second copies of biases that PEFT saves with bias="all", where a module is saved whole: it asks for them.
-
-    That under `modules_to_save` is of the value that counts, that under `original_module` stays as it is.
-    """
-    for source in sources:
-        if source.config.get("bias") != "all":
-            continue
-        paths = keys.Paths(frozenset(), keys.saved_modules(source.config), biases=True)
-        for name, info in source.adapter.file.tensors.items():
-            path = ".".join(keys.path_of(name))
-            target, wrapper = paths.saved_as(path)
-            if wrapper == "original_module":
-                carried.tensors.setdefault(PREFIX + path, StoredTensor(source.adapter.file, info))
-            elif wrapper == "modules_to_save" and PREFIX + target in carried.tensors:
-                carried.tensors.setdefault(PREFIX + path, carried.tensors[PREFIX + target])
-
-
-def stored_tensor(adapter: Adapter, name: str) -> StoredTensor:
-    """A tensor of an adapter's file, or of the one of its files that holds it."""
-    home = adapter.file.home(name)
-    return StoredTensor(home, home.tensors[name])
 
 
 def kept_dtype(sources: Sequence[Contents], asked: str) -> torch.dtype:
@@ -333,7 +285,7 @@ def files_beside(source: Contents) -> dict[str, Path]:
     folder = source.adapter.folder
     if source.adapter.alone:
         return {}
-    top, _ = sort_side_files(folder, {WEIGHTS})
+    top, _ = sort_side_files(folder, {format_of(source.adapter).weights_name})
     trained = [file.name for file in source.adapter.beside if file.counts]
     names = dict.fromkeys([*(name for name in top if os.sep not in name), *trained, *module_files(folder)])
     for other in source.adapter.beside:

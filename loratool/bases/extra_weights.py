@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.adapters.formats import peft
+from loratool.adapters.formats import WRITTEN
 from loratool.adapters.weight_files import PICKLES, fates
 from loratool.errors import InputError, LoratoolError, UsageError, printable
 from loratool.files.containers import conversion
@@ -130,7 +130,7 @@ def load(path: Path, owner: Adapter) -> Adapter:
     """A file to merge, as an adapter whose every tensor replaces the base's."""
     if path.suffix in PICKLES:
         raise InputError(f"{printable(path)}: pickled weights are never loaded here; {conversion(path)}")
-    return peft.read_saved(path, owner)
+    return WRITTEN.read_saved(path, owner)
 
 
 def told(file: WeightFile, adapter: Adapter, base: Checkpoint, binder: Callable[[Adapter, Checkpoint], Bound]) -> str:
@@ -153,7 +153,7 @@ def why_not_merged(
 ) -> str:
     """Empty where every tensor of a file has its place in the base; else what keeps it from being merged."""
     try:
-        loaded = peft.read_saved(adapter.folder / file.name, adapter)
+        loaded = WRITTEN.read_saved(adapter.folder / file.name, adapter)
     except LoratoolError as error:
         return error.message.removeprefix(f"{printable(adapter.folder / file.name)}: ")
     lacking = binder(dataclasses.replace(loaded, notes=()), base).problems

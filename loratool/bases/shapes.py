@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from loratool.adapters.formats import FORMATS
 from loratool.bases.decoders import SHAPES
 from loratool.bases.tied_weights import find_ties, tie_flag
 from loratool.errors import InputError, printable
@@ -114,7 +115,7 @@ def base_of_config(path: Path) -> Base:
     """The shapes that a config of a known family stands for; raises `InputError` for any other."""
     shown = printable(path)
     config = read_json(path)
-    if {"peft_type", "lora_alpha"} & config.keys():
+    if any(form.is_config(config) for form in FORMATS):
         raise InputError(f"{shown}: this is an adapter's config; BASE is the model that one is trained on")
     model_type = config.get("model_type")
     way_out = "give the folder with the weights, of which only the headers are read"

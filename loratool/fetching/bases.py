@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from loratool.adapters.formats.peft import CONFIG
-from loratool.adapters.formats.peft.files import read_config
+from loratool.adapters.formats import format_at
 from loratool.errors import UsageError, printable
 from loratool.files.hub_names import parse
 
@@ -20,15 +19,12 @@ AUTO = "auto"
 
 
 def named_base(path: Path) -> str:
-    """The base of the adapter at `path`, as `adapter_config.json` names it with its revision; empty where it does not."""
-    folder = path if path.is_dir() else path.parent
-    if not (folder / CONFIG).is_file() and len(inside := sorted(folder.glob(f"*/{CONFIG}"))) == 1:
-        folder = inside[0].parent
-    config = read_config(folder / CONFIG)
-    name, revision = config.get("base_model_name_or_path"), config.get("revision")
-    if not isinstance(name, str) or not name.strip():
+    """The base of the adapter at `path`, as its config names it with its revision; empty where it does not."""
+    training = format_at(path).training_at(path)
+    name, revision = training.base, training.revision
+    if not name.strip():
         return ""
-    named_revision = isinstance(revision, str) and revision and "@" not in name and not os.path.lexists(name)
+    named_revision = revision and "@" not in name and not os.path.lexists(name)
     return f"{name}@{revision}" if named_revision else name
 
 

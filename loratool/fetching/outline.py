@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
-from loratool.adapters.formats.peft import CONFIG, INDEX, PICKLED, WEIGHTS, recognises
-from loratool.adapters.formats.peft.files import weight_names
-from loratool.adapters.weight_files import weight_files
+from loratool.adapters.formats import CONFIGS, FORMATS, format_at
 from loratool.errors import HubError, InputError, LoratoolError, printable
 from loratool.fetching.answers import RemoteFile, check_range, commit_of, files_of
 from loratool.fetching.client import api, asking, patiently
@@ -92,8 +90,8 @@ def outlined(remote: Remote, place: HubPath) -> Iterator[Path]:
 def small_files(location: Path) -> Iterator[str]:
     """What decides what else is needed, as paths from the parent of `location`: configs and indexes."""
     folder = location if location.is_dir() else location.parent
-    for path in (*folder.iterdir(), *folder.glob(f"*/{CONFIG}")):
-        if path.name in ("config.json", CONFIG) or path.name.endswith(INDEX_SUFFIX):
+    for path in (*folder.iterdir(), *(found for name in CONFIGS for found in folder.glob(f"*/{name}"))):
+        if path.name in ("config.json", *CONFIGS) or path.name.endswith(INDEX_SUFFIX):
             yield path.relative_to(location.parent).as_posix()
 
 
@@ -121,21 +119,11 @@ def choose(location: Path, role: Role) -> tuple[list[str], list[str]]:
             shards = list(dict.fromkeys(read_index(location)[0].values()))
             return shards, [name, *sort_side_files(folder, {*shards, name})[0]]
         beside = sort_side_files(folder, {name})[0] if role == "adapter" else []
-        return [name], [*(n for n in (CONFIG,) if (folder / n).is_file()), *beside]
+        return [name], [*(n for n in CONFIGS if (folder / n).is_file()), *beside]
     names = sorted(path.name for path in location.iterdir() if not path.is_dir())
-    adapter = recognises(location)
+    adapter = any(form.recognises(location) for form in FORMATS)
     if adapter and (role == "adapter" or (role == "any" and "config.json" not in names)):
-        inside = "" if {CONFIG, WEIGHTS, INDEX} & set(names) else f"{nested(location)}/"
-        weights, listing = weight_names(location / inside)
-        if not weights and not any((location / inside / name).exists() for name in PICKLED):
-            weights = sorted(path.name for path in (location / inside).glob("*.safetensors"))  # by another name
-        side = sort_side_files(location / inside, {*weights})[0]
-        if not weights:
-            return [], [f"{inside}{n}" for n in (CONFIG, *side)]
-        trained = [file for file in weight_files(location / inside, None, {*weights}) if file.counts]
-        heads = [file.name for file in trained if file.is_safetensors]  # what they hold is told by their headers
-        rest = dict.fromkeys([CONFIG, *([listing] if listing else []), *side, *(file.name for file in trained)])
-        return [f"{inside}{n}" for n in (*weights, *heads)], [f"{inside}{n}" for n in rest if n not in heads]
+        return format_at(location).needed(location)
     if role == "adapter":
         found = [name for name in names if name.endswith(".safetensors")]
         if len(found) > 1:
@@ -146,15 +134,6 @@ def choose(location: Path, role: Role) -> tuple[list[str], list[str]]:
     shards = list(dict.fromkeys(read_index(index)[0].values())) if index else choose_shards(location, names, [])
     own = {index.name} if index else set()
     return shards, [*own, *sort_side_files(location, {*shards, *own})[0]]
-
-
-def nested(folder: Path) -> str:
-    """The one subfolder that holds an adapter, as PEFT writes it for an adapter with a name."""
-    found = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
-    if len(found) != 1:
-        listed = ", ".join(map(printable, found))
-        raise InputError(f"{printable(folder)}: holds several adapters ({listed}); name one after a colon")
-    return found[0]
 
 
 def put_headers(remote: Remote, root: Path, names: Iterable[str]) -> None:

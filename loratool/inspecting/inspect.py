@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import stored_tensors
-from loratool.adapters.formats import Foreign, find_foreign, looks_foreign, peft
+from loratool.adapters.formats import Foreign, find_foreign, format_at, is_adapter, looks_foreign
 from loratool.adapters.layers import Layer, layer_of
 from loratool.adapters.reading import Reading, ReadingOptions
 from loratool.adapters.weight_files import fates
@@ -114,14 +114,14 @@ def look_at(
     shown = Path(path)
     if foreign := foreign_adapter(location):
         return foreign_facts(foreign, shown, options.tensors, options.check)
-    if not peft.is_adapter(location):
+    if not is_adapter(location):
         return look_at_checkpoint(location, shown, options.tensors, options.check)
     problems: tuple[str, ...] = ()
     try:
         if options.check:
-            adapter, problems = peft.read_what_is_sound(location, way)
+            adapter, problems = format_at(location).read_leniently(location, way)
         else:
-            adapter = peft.read(location, way)
+            adapter = format_at(location).read(location, way)
     except LoratoolError as error:
         if not options.check:
             raise

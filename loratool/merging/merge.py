@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
-from loratool.adapters.formats import read_adapter
-from loratool.adapters.formats.peft import is_adapter
-from loratool.adapters.formats.peft.unmerged import taken_apart
+from loratool.adapters.formats import WRITTEN, is_adapter, read_adapter
 from loratool.bases.same_base import unlike_bases
 from loratool.devices import Runtime, kind_of, resident_memory, start_torch
 from loratool.errors import FitError, LoratoolError, UsageError, printable
@@ -130,7 +128,7 @@ def unmerged(path: Path, reading: Reading) -> tuple[Checkpoint, list[Adapter]]:
     if not wrapped_modules(model.tensors):
         shown = printable(path)
         raise UsageError(f"{shown}: a merge needs an ADAPTER besides its BASE: loratool merge {shown} ADAPTER -o OUT")
-    base, adapter = taken_apart(model, reading)
+    base, adapter = WRITTEN.taken_apart(model, reading)
     return base, [adapter]
 
 

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,13 +39,6 @@ PLAIN_KEY = re.compile(r"[a-z][a-z_]{0,40}")  # of a measure that this release d
 CLASS = re.compile(r"[A-Za-z_]\w{0,100}", re.ASCII)
 OUT = "out"
 HERE = '"."  # this folder, or the repository\'s id'  # in a snippet, until it is known where it goes
-MODELS_OF_TASKS = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-}
 DONE = {
     "merge": "This model is a base with {adapters} folded into its weights.",
     "rescale": "This adapter is another at another strength.",
@@ -66,6 +59,19 @@ MEASURED = {
     "bytes": "bytes of factors",
     "energy_kept": "part of ‖ΔW‖² kept",
 }
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An adapter that a card is about, as the format that it is in tells it."""
+
+    title: str
+    trained_with: str
+    library: str  # that loads it, by its name on the Hub
+    tags: tuple[str, ...]
+    base: str  # as its config names it
+    ranks: tuple[int, ...]  # all that the config names, the smallest first
+    snippet: Callable[[str, str], list[str]]  # Python that loads it, from a base and a place
 
 
 @dataclass(frozen=True)
@@ -116,30 +122,30 @@ def front_matter(card: Path) -> dict[str, str]:
     return found
 
 
-def card(provenance: Mapping[str, Any], config: Mapping[str, Any], terms: Terms, place: str = ".") -> bytes:
-    """README.md of a result. `config` is its config.json or adapter_config.json, `place` what it is loaded from."""
+def card(provenance: Mapping[str, Any], about: Subject | Mapping[str, Any], terms: Terms, place: str = ".") -> bytes:
+    """README.md of a result. `about` is an adapter or a model's config.json, `place` what it is loaded from."""
     verb = str(provenance.get("made_by", "")).removeprefix("loratool ")
     adapters = [a for a in (provenance.get("adapters") or [provenance.get("adapter")]) if isinstance(a, Mapping)]
-    plain_model = not verb and not config.get("peft_type")
-    base = "" if plain_model else base_id(provenance, config)  # what a config calls itself is no base
-    lora = config.get("peft_type") in (None, "LORA")
-    title = "Merged model" if verb == "merge" else "Model" if plain_model else f"{'LoRA' if lora else 'PEFT'} adapter"
+    plain_model = not verb and not isinstance(about, Subject)
+    base = "" if plain_model else base_id(provenance, about)  # what a config calls itself is no base
+    title = about.title if isinstance(about, Subject) else "Model" if plain_model else "Merged model"
+    trained = f"This adapter was trained with {about.trained_with}." if isinstance(about, Subject) else ""
     parts = [
         "---",
-        *front(verb, base, adapters, config, terms),
+        *front(verb, base, adapters, about, terms),
         "---",
         "",
         f"# {title}",
         "",
         MARK,
         "",
-        DONE.get(
-            verb, "Nobody has described this model yet." if plain_model else "This adapter was trained with PEFT."
-        ).format(adapters="an adapter" if len(adapters) == 1 else f"{len(adapters)} adapters"),
+        DONE.get(verb, trained or "Nobody has described this model yet.").format(
+            adapters="an adapter" if len(adapters) == 1 else f"{len(adapters)} adapters"
+        ),
         *section("Made of", lineage(provenance, adapters, base)),
         *section("How", how(provenance)),
-        *section("Measured", measured(provenance, config)),
-        *section("Use", snippet("merge" if plain_model else verb, base, config, place)),
+        *section("Measured", measured(provenance, about)),
+        *section("Use", snippet(about, base, place)),
         *section("Licence", licence(terms)),
     ]
     return ("\n".join(parts) + "\n").encode()
@@ -149,36 +155,39 @@ def section(title: str, lines: Sequence[str]) -> list[str]:
     return ["", f"## {title}", "", *lines] if lines else []
 
 
-def base_id(provenance: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+def base_id(provenance: Mapping[str, Any], about: Subject | Mapping[str, Any]) -> str:
     """The base's id on the Hub; empty where none is known."""
     base = provenance.get("base")
     told = [
         str(base.get("hub", "")).split("@")[0] if isinstance(base, Mapping) else "",
         str(base.get("id", "")) if isinstance(base, Mapping) else "",
-        str(config.get("base_model_name_or_path") or ""),
-        str(config.get("_name_or_path") or ""),
+        about.base if isinstance(about, Subject) else str(about.get("_name_or_path") or ""),
     ]
     return next((name for name in told if is_hub_id(name)), "")
 
 
 def front(
-    verb: str, base: str, adapters: Sequence[Mapping[str, Any]], config: Mapping[str, Any], terms: Terms
+    verb: str,
+    base: str,
+    adapters: Sequence[Mapping[str, Any]],
+    about: Subject | Mapping[str, Any],
+    terms: Terms,
 ) -> Iterator[str]:
     """The lines of the front matter: YAML whose scalars are all JSON."""
     fields: dict[str, Any] = {}
     several = verb == "merge" and len(adapters) > 1
-    model = verb == "merge" or not (verb or config.get("peft_type"))
     if base:
         parts = [str(adapter.get("hub", "")).split("@")[0] for adapter in adapters] if several else []
         fields["base_model"] = list(dict.fromkeys([base, *filter(is_hub_id, parts)]))
         fields["base_model_relation"] = "adapter" if verb != "merge" else "merge" if several else "finetune"
-    if not model:
-        fields["library_name"] = "peft"
-    elif config.get("model_type") or config.get("architectures"):
-        fields["library_name"] = "transformers"
+    if isinstance(about, Subject):
+        fields["library_name"], tags = about.library, about.tags
+    else:
+        tags = ("lora", "merge") if verb == "merge" else ()
+        if about.get("model_type") or about.get("architectures"):
+            fields["library_name"] = "transformers"
     fields |= terms.fields
-    lora = ["lora"] if verb == "merge" or (not model and config.get("peft_type") in (None, "LORA")) else []
-    fields["tags"] = ["loratool", *lora, *(["merge"] if verb == "merge" else [] if model else ["peft"])]
+    fields["tags"] = ["loratool", *tags]
     for key, value in sorted(fields.items()):
         if isinstance(value, list):
             yield f"{key}:"
@@ -244,18 +253,12 @@ def printable_command(words: str) -> str:
     return escaped(words).replace("```", "'''")
 
 
-def measured(provenance: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+def measured(provenance: Mapping[str, Any], about: Subject | Mapping[str, Any]) -> list[str]:
     rows: list[tuple[str, object]] = []  # cells
     if isinstance(tensors := provenance.get("tensors"), Mapping):
         rows += [(f"tensors {label(str(key))}", value) for key, value in tensors.items()]
-    if isinstance(rank := config.get("r"), int):
-        pattern = config.get("rank_pattern")
-        ranks = (
-            sorted({rank, *(v for v in pattern.values() if isinstance(v, int))})
-            if isinstance(pattern, dict)
-            else [rank]
-        )
-        rows.append(("rank", rank if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"))
+    if isinstance(about, Subject) and (ranks := about.ranks):
+        rows.append(("rank", ranks[0] if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"))
     table = provenance.get("measured")
     for key, value in table.items() if isinstance(table, Mapping) else ():
         if isinstance(value, Mapping):
@@ -273,49 +276,32 @@ def figure(value: object) -> str:
     return str(value) if type(value) is int and abs(value) < 10**18 else cell(value)
 
 
-def snippet(verb: str, base: str, config: Mapping[str, Any], place: str) -> list[str]:
+def snippet(about: Subject | Mapping[str, Any], base: str, place: str) -> list[str]:
     """Python that loads the result, from the folder it is in or from its repository; empty where none is known to."""
     where = json.dumps(printable(place)) if place != "." else HERE
-    if verb == "merge":
-        if not (config.get("model_type") or config.get("architectures")):
-            return []  # weights alone
-        classes, own = config.get("architectures"), config.get("auto_map")
-        name = classes[0] if isinstance(classes, list) and classes and isinstance(classes[0], str) else "AutoModel"
-        name = name if CLASS.fullmatch(name) else "AutoModel"
-        name = "AutoModelForCausalLM" if name.endswith(("ForCausalLM", "LMHeadModel")) else name
-        trust = ""
-        if isinstance(own, Mapping):  # code of the model's own: its classes are not in transformers
-            named = [key for key in own if isinstance(key, str) and re.fullmatch(r"AutoModel\w*", key, re.ASCII)]
-            name = name if name in named or not named else named[-1]
-            trust = ", trust_remote_code=True" if named else ""
-        return [
-            "```python",
-            f"from transformers import {name}",
-            "",
-            f"place = {where}",
-            f"model = {name}.from_pretrained(place{trust})",
-            "```",
-        ]
-    name = MODELS_OF_TASKS.get(str(config.get("task_type"))) or trained_class(config) or "AutoModel"
+    lines = about.snippet(base or "BASE", where) if isinstance(about, Subject) else model_snippet(about, where)
+    return ["```python", *lines, "```"] if lines else []
+
+
+def model_snippet(config: Mapping[str, Any], where: str) -> list[str]:
+    """Python that loads a model from a place; empty where its config does not tell the class."""
+    if not (config.get("model_type") or config.get("architectures")):
+        return []  # weights alone
+    classes, own = config.get("architectures"), config.get("auto_map")
+    name = classes[0] if isinstance(classes, list) and classes and isinstance(classes[0], str) else "AutoModel"
+    name = name if CLASS.fullmatch(name) else "AutoModel"
+    name = "AutoModelForCausalLM" if name.endswith(("ForCausalLM", "LMHeadModel")) else name
+    trust = ""
+    if isinstance(own, Mapping):  # code of the model's own: its classes are not in transformers
+        named = [key for key in own if isinstance(key, str) and re.fullmatch(r"AutoModel\w*", key, re.ASCII)]
+        name = name if name in named or not named else named[-1]
+        trust = ", trust_remote_code=True" if named else ""
     return [
-        "```python",
-        "from peft import PeftModel",
         f"from transformers import {name}",
         "",
-        f"base = {name}.from_pretrained({json.dumps(printable(base or 'BASE'))})",
         f"place = {where}",
-        "model = PeftModel.from_pretrained(base, place)",
-        "```",
+        f"model = {name}.from_pretrained(place{trust})",
     ]
-
-
-def trained_class(config: Mapping[str, Any]) -> str:
-    """The class of transformers that PEFT notes for an adapter without a task; empty where it does not."""
-    noted = config.get("auto_mapping")
-    found = noted.get("base_model_class") if isinstance(noted, Mapping) else None
-    if not isinstance(found, str) or not CLASS.fullmatch(found):
-        return ""
-    return found if str(noted and noted.get("parent_library")).startswith("transformers.") else ""
 
 
 def licence(terms: Terms) -> list[str]:
@@ -355,8 +341,8 @@ def content_of(path: Path) -> bytes:
         return stream.read(LARGEST_CARD)
 
 
-def card_of(folder: Path, place: str) -> bytes:
-    """The card of a finished model or adapter, from the files in its folder alone, of which none must be there.
+def card_of(folder: Path, place: str, adapter: Subject | None = None) -> bytes:
+    """The card of a finished model or `adapter`, from the files in its folder alone, of which none must be there.
 
     Raises `InputError` where one of them is malformed.
     """
@@ -365,6 +351,4 @@ def card_of(folder: Path, place: str) -> bytes:
         path = folder / name
         return read_json(path, repeated=True, lenient=True) if path.exists() else {}
 
-    provenance = table("loratool.json")
-    adapter = (folder / "adapter_config.json").is_file()
-    return card(provenance, table("adapter_config.json" if adapter else "config.json"), terms_of(folder), place)
+    return card(table("loratool.json"), adapter or table("config.json"), terms_of(folder), place)

@@ -10,12 +10,18 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from loratool.adapters.formats import read_adapter
-from loratool.adapters.formats.peft import CONFIG, INDEX, recognises
+from loratool.adapters.formats import format_at, is_adapter, read_adapter, subject_at
 from loratool.adapters.weight_files import WeightFile, fates
 from loratool.errors import InputError, UsageError, printable
 from loratool.fetching.bases import named_base
-from loratool.files.checkpoint import PROVENANCE, TRAINING_FOLDERS, leaves, open_checkpoint, sort_side_files
+from loratool.files.checkpoint import (
+    INDEX_SUFFIX,
+    PROVENANCE,
+    TRAINING_FOLDERS,
+    leaves,
+    open_checkpoint,
+    sort_side_files,
+)
 from loratool.files.digests import digest_of_bytes, read_recorded, recorded
 from loratool.files.inputs import json_object, read_bounded
 from loratool.files.journal import MODEL, is_stage
@@ -122,7 +128,7 @@ def select(
     notes = [*fates(beside, carried=chosen, otherwise="not sent")]
     if CARD not in uploads or card or is_template(root / CARD):
         if not matches(CARD, exclude):
-            uploads[CARD] = Upload(CARD, content=card_of(root, place))
+            uploads[CARD] = Upload(CARD, content=card_of(root, place, subject_at(root)))
             notes.append(
                 Note(
                     "card-made",
@@ -141,7 +147,7 @@ def select(
         notes.append(
             Note(
                 "local-base-path",
-                f"{CONFIG} names the base by a folder of this machine, which everybody reads and nobody finds: "
+                f"{format_at(root).config_name} names the base by a folder of this machine, which everybody reads and nobody finds: "
                 f"{printable(base)}; put its id on the Hub there",
             )
         )
@@ -167,18 +173,19 @@ def contents(
 ) -> tuple[Literal["model", "adapter"], list[str], list[str], list[str], tuple[WeightFile, ...]]:
     """The kind, what it cannot do without, what belongs to it, what does not with the reason, and other weights."""
     beside: tuple[WeightFile, ...] = ()
-    if recognises(root) and not (root / "config.json").exists():
+    if is_adapter(root):
         adapter = read_adapter(root)
         if adapter.folder != root:
             raise UsageError(f"{printable(root)}: the adapter is in its subfolder; push {printable(adapter.folder)}")
         weights = [part.path.relative_to(root).as_posix() for part in adapter.file.files]
-        weights += [INDEX] if adapter.file.path.name == INDEX else []
+        weights += [adapter.file.path.name] if adapter.file.path.name.endswith(INDEX_SUFFIX) else []
+        config = adapter.config_file.name
         others, left_out = sort_side_files(root, {*weights})
-        left_out = [line for line in left_out if not line.startswith(f"{CONFIG} (")]
+        left_out = [line for line in left_out if not line.startswith(f"{config} (")]
         beside = adapter.beside
         trained = [file.name for file in beside if file.counts and file.is_safetensors and file.name not in others]
         left_out = [line for line in left_out if line.rpartition(" (")[0] not in map(printable, trained)]
-        kept, needed = [*others, *trained, PROVENANCE], [*weights, CONFIG]
+        kept, needed = [*others, *trained, PROVENANCE], [*weights, config]
         kind: Literal["model", "adapter"] = "adapter"
     else:
         checkpoint = open_checkpoint(root)

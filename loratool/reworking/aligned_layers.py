@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import StoredTensor, same_values
-from loratool.adapters.formats.peft.spelling import Names, token_rows, was_inside
+from loratool.adapters.formats import format_of
 from loratool.adapters.layers import Contents, Kind, Layer
 from loratool.adapters.ranks import by_pattern
-from loratool.adapters.writer import Carried, add_copies, add_missing_biases, torch_dtype
+from loratool.adapters.writer import Carried, add_missing_biases, torch_dtype
 from loratool.algebra.methods.coefficients import cancel
 from loratool.errors import FitError, UsageError, printable
 from loratool.files.safefile import FLOAT_NAMES
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from loratool.adapters.formats.format import Spelling
     from loratool.algebra.lowrank import Product
 
 SAVED = ("refuse", "first", "mean")  # what to do where adapters have saved different values for one tensor
@@ -152,7 +153,7 @@ class Beside:
 
     sources: Sequence[Contents]
     weights: Sequence[Weight]
-    names: Names
+    names: Spelling
     policy: str
     factor: float = 1.0  # of sums of biases
     normalize: bool = False  # divide them by the weights of all that have the layer
@@ -170,7 +171,8 @@ class Beside:
         self.add_biases()
         self.keep_saved()
         self.keep_rows()
-        add_copies(self.carried, self.sources)
+        adapters = [source.adapter for source in self.sources]
+        self.carried.tensors.update(self.names.second_copies(adapters, self.carried.tensors))
         if self.problems:
             raise FitError(
                 "adapters have saved different values, which do not add up; --saved first or --saved mean decides:",
@@ -224,7 +226,7 @@ class Beside:
         for at, source in enumerate(self.sources):
             for target, replacement in (*source.saved.items(), *source.bases.items()):
                 value: Any = replacement.value
-                inside = target in source.bases or was_inside(target, source.adapter.sources.get(target, ()))
+                inside = target in source.bases or format_of(source.adapter).was_inside(source.adapter, target)
                 everything.setdefault((target, inside), []).append((at, value))
         for (target, inside), found in everything.items():
             name = self.names.whole(target, inside)
@@ -276,7 +278,7 @@ class Beside:
                 self.problems.append(f"{printable(target)}: {len(rivals)} token rows, the first of them {rivals[0]}")
             elif kept:
                 dtype = torch_dtype(dtypes[target].info.dtype)
-                self.carried.tensors[token_rows(target)] = torch.stack(list(kept.values())).to(dtype)
+                self.carried.tensors[self.names.rows(target)] = torch.stack(list(kept.values())).to(dtype)
                 self.carried.tokens[target] = tuple(kept)
 
     def mean(self, found: Sequence[tuple[int, Tensor]], like: StoredTensor) -> Tensor:

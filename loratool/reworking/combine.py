@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.adapters.formats import read_adapter
-from loratool.adapters.formats.peft.describing import describe
-from loratool.adapters.formats.peft.spelling import Names
-from loratool.adapters.layers import ROUNDING_ONLY, Contents, Kind, contents_of
-from loratool.adapters.ranks import evened, told_of_cuts, told_of_experts
+from loratool.adapters.formats import WRITTEN, read_adapter
+from loratool.adapters.formats.format import Parts
+from loratool.adapters.layers import ROUNDING_ONLY, Contents, Form, Kind, contents_of
+from loratool.adapters.ranks import evened, told_of_cuts
 from loratool.adapters.writer import (
-    Form,
     Rounded,
     adapter_output,
     carried_over,
@@ -67,17 +65,18 @@ def combine(
         dtype_kept = kept_dtype(sources, options.dtype)
         combiner = Combiner(sources, layers, recipe, at_work)
         kinds = {t: found[0].layer.kind for t, found in layers.items()}
+        names = WRITTEN.spelling(kinds, sources[0].training.release)
         mean = recipe.setting.normalize and METHODS[recipe.method].family == GRAM
-        beside = Beside(sources, shares, Names(kinds), options.saved, recipe.factor, mean)
+        beside = Beside(sources, shares, names, options.saved, recipe.factor, mean)
         carried = beside.collect()
         if sources[0].dora:  # it is the only one
-            carried.tensors.update(carried_over(sources[0], Names(kinds)).tensors)
-        groups = Names(kinds).of_one_rank()
+            carried.tensors.update(carried_over(sources[0], names).tensors)
+        groups = names.of_one_rank()
         own = {t: combiner.most(t) for t in layers}
         most = evened(own, groups)
         forms = {t: Form.of(found[0].layer, most[t]) for t, found in layers.items()}
         grouped = {target for group in groups for target in group}
-        with adapter_output(target, forms, carried, dtype_kept, sources[0].config, options) as output:
+        with adapter_output(target, forms, carried, dtype_kept, names, options) as output:
 
             def work(name: str) -> tuple[Rounded, CombinedLayer, torch.Tensor]:
                 whole, shared = combiner.combined(name)
@@ -97,20 +96,19 @@ def combine(
                     progress(len(modules), len(layers))
             combiner.check()
             output.carry(carried)
-            config = describe(
-                [source.config for source in sources],
-                kinds,
+            parts = Parts(
                 {t: m.rank for t, m in modules.items()},
                 dora=sources[0].dora,
                 lora_bias=any(source.biases for source in sources),
                 tokens=carried.tokens,
             )
+            config = names.describe([source.adapter for source in sources], parts)
             totals = combiner.totals(modules, dtype_kept)
             asked = options.rank if METHODS[recipe.method].family != FACTORWISE else None
             notes = (
                 *remarks(sources, layers, modules, beside.notes),
                 *told_of_cuts(asked, {t: found[0].layer.most for t, found in layers.items()}, layers),
-                *told_of_experts(own, most),
+                *WRITTEN.rank_notes(own, most),
             )
             provenance = {
                 "made_by": "loratool combine",

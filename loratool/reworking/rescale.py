@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import is_zero, stored_tensors
-from loratool.adapters.formats import read_adapter
-from loratool.adapters.formats.peft import packing
-from loratool.adapters.formats.peft.describing import anchored, describe, module_of
-from loratool.adapters.formats.peft.experts import stacked_by_peft
-from loratool.adapters.formats.peft.lora import doubles
-from loratool.adapters.formats.peft.spelling import Names
-from loratool.adapters.layers import ROUNDING_ONLY, Contents, Layer, contents_of
+from loratool.adapters.formats import WRITTEN, format_of, read_adapter
+from loratool.adapters.formats.format import Parts
+from loratool.adapters.layers import ROUNDING_ONLY, Contents, Form, Layer, contents_of
 from loratool.adapters.patterns import match_patterns
-from loratool.adapters.ranks import evened, told_of_experts
+from loratool.adapters.ranks import evened
 from loratool.adapters.reading import ReadingOptions
 from loratool.adapters.writer import (
     FactorOptions,
-    Form,
     Rounded,
     adapter_output,
     carried_over,
@@ -32,7 +26,6 @@ from loratool.adapters.writer import (
     told_beside,
 )
 from loratool.algebra.lowrank import floor_of, padded, singular_values
-from loratool.algebra.updates import ExpertFactors, LowRank
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.fetching import local
 from loratool.files.outputs import check_target
@@ -44,6 +37,8 @@ from loratool.results.rescale import RescaledLayer, RescaleReport
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+
+    from loratool.adapters.formats.format import Spelling
 
 LARGEST_SCALE = 3.4e38  # of a float32
 
@@ -109,7 +104,9 @@ def rescale(
         told = {t: RescaledLayer(0.0, m.after, None) if t in asleep else m for t, m in modules.items()}
         notes = (*rounding_only(rounded, modules), *remarks(contents, told, bake))
         if bake:
-            notes += tuple(told_of_experts({t: layer.rank for t, layer in contents.layers.items()}, ranks_of(contents)))
+            notes += tuple(
+                WRITTEN.rank_notes({t: layer.rank for t, layer in contents.layers.items()}, ranks_of(contents))
+            )
         provenance = {
             "made_by": "loratool rescale",
             "command": command("rescale", [path], options),
@@ -228,7 +225,7 @@ def factors_to(
 
 def to_alpha(contents: Contents, target: str, alpha: float) -> float:
     """The factor that brings a layer to an α."""
-    return alpha / alpha_of(contents, target)
+    return alpha / format_of(contents.adapter).alpha_of(contents, target)
 
 
 def awakened(contents: Contents, alpha: float) -> tuple[Contents, frozenset[str]]:
@@ -243,39 +240,14 @@ def awakened(contents: Contents, alpha: float) -> tuple[Contents, frozenset[str]
         raise FitError(
             f"{printable(contents.adapter.file.path)}: its α is 0, and all of B is 0 too: no α gives it any strength"
         )
-    layers = {t: replace(layer, update=with_alpha(contents, layer, alpha)) for t, layer in asleep.items()}
+    form = format_of(contents.adapter)
+    layers = {t: replace(layer, update=form.with_alpha(contents, layer, alpha)) for t, layer in asleep.items()}
     return replace(contents, layers={**contents.layers, **layers}), frozenset(asleep)
 
 
 def is_trained(layer: Layer) -> bool:
     """Whether neither of its factors is all zero; their values are read for it."""
     return all(any(not is_zero(tensor) for tensor in stored_tensors(factor)) for factor in layer.factors)
-
-
-def with_alpha(contents: Contents, layer: Layer, alpha: float) -> LowRank | ExpertFactors:
-    """The update of a layer at an α."""
-    if isinstance(layer.update, ExpertFactors):
-        return replace(layer.update, alpha=alpha)
-    rank = math.sqrt(layer.rank) if contents.config.get("use_rslora") else layer.rank
-    return replace(layer.update, scale=alpha * times(contents, layer.target) / rank)
-
-
-def times(contents: Contents, target: str) -> float:
-    """How often PEFT applies a layer's update."""
-    names = Names({t: x.kind for t, x in contents.layers.items()})
-    return 2.0 if doubles(contents.config) and names.inside_attention(target) else 1.0
-
-
-def alpha_of(contents: Contents, target: str) -> float:
-    """α of a layer, as the config has it."""
-    layer = contents.layers[target]
-    if isinstance(layer.update, ExpertFactors):
-        return layer.update.alpha
-    if contents.config.get("peft_type") == "ADALORA":  # which takes init_r for an α that is not positive
-        alpha = float(contents.config.get("lora_alpha", 8))
-        return alpha if alpha > 0 else float(contents.config.get("init_r", 12))
-    rank = math.sqrt(layer.rank) if contents.config.get("use_rslora") else layer.rank
-    return layer.scale / times(contents, target) * rank
 
 
 def write_alphas(
@@ -286,60 +258,23 @@ def write_alphas(
     provenance: Mapping[str, Any],
 ) -> None:
     """The same tensors under another α; one α for all gives up the patterns that there were."""
-    kind = contents.config.get("peft_type", "LORA")
-    factors = {m.factor for m in modules.values() if m.factor is not None}
-    uneven = max(factors) - min(factors) > 1e-12 * abs(max(factors, key=abs))
-    if kind != "LORA" and (kind != "ADALORA" or uneven):
-        raise InputError(
-            f"{printable(contents.adapter.file.path)}: peft_type {printable(kind)} has no α for each module; --bake writes "
-            "plain LoRA of it"
-        )
-    config = {name: value for name, value in contents.config.items() if name not in packing.FIELDS}
-    patterns = config.get("alpha_pattern") or {}
-    if uneven or options.alpha is not None:
-        alphas: dict[str, float | int] = {}
-        torn: list[str] = []
-        names = Names({t: x.kind for t, x in contents.layers.items()})
-        for target, layer in modules.items():
-            module = module_of(target, contents.layers[target].kind)
-            if names.inside_attention(target):
-                module = module.removesuffix(".out_proj")  # whose α PEFT takes
-            wanted = alpha_of(contents, target) * (layer.factor or 1.0)
-            if not math.isclose(alphas.setdefault(module, tidy(wanted)), wanted, rel_tol=1e-8):
-                torn.append(printable(target))
-        if torn:
-            raise InputError(
-                "PEFT has one α for several weights of a module, and these need others; --bake does it:", torn
-            )
-        stacked = {alphas[module_of(t, contents.layers[t].kind)] for t in stacked_by_peft(contents.layers)}
-        if len(stacked) > 1:
-            raise InputError(
-                f"PEFT gives all experts of a model one α, and these need {len(stacked)} different ones; pass --bake, which "
-                "puts the strength into the factors"
-            )
-        usual = stacked.pop() if stacked else Counter(alphas.values()).most_common(1)[0][0]
-        config["lora_alpha"] = usual
-        config["alpha_pattern"] = {anchored(m, alphas): a for m, a in sorted(alphas.items()) if a != usual}
-    else:
-        factor = next(iter(factors))
-        config["lora_alpha"] = tidy(float(config.get("lora_alpha", 8)) * factor)
-        config["alpha_pattern"] = {pattern: tidy(alpha * factor) for pattern, alpha in patterns.items()}
+    factors = {target: layer.factor for target, layer in modules.items()}
+    config = format_of(contents.adapter).rescaled(contents, factors, options.alpha is not None)
     if options.dry_run:
         contents.adapter.check_values()
     else:
         copied_output(out, contents, config, provenance, options.overwrite)
 
 
-def tidy(alpha: float) -> float | int:
-    """α as configs have it: a whole number where it is one."""
-    near = round(alpha)
-    return near if abs(alpha - near) <= 1e-9 * abs(alpha) else alpha
-
-
 def ranks_of(contents: Contents) -> dict[str, int]:
-    """The ranks of its layers, one for those of which PEFT wants it."""
-    names = Names({target: layer.kind for target, layer in contents.layers.items()})
-    return evened({target: layer.rank for target, layer in contents.layers.items()}, names.of_one_rank())
+    """The ranks of its layers, one for those to which the format gives one."""
+    own = {target: layer.rank for target, layer in contents.layers.items()}
+    return evened(own, names_of(contents).of_one_rank())
+
+
+def names_of(contents: Contents) -> Spelling:
+    """How its layers are written."""
+    return WRITTEN.spelling({t: layer.kind for t, layer in contents.layers.items()}, contents.training.release)
 
 
 def write_baked(
@@ -351,12 +286,11 @@ def write_baked(
     provenance: Mapping[str, Any],
 ) -> None:
     """The strength in the factors: B takes it, A stays as it is."""
-    kinds = {t: layer.kind for t, layer in contents.layers.items()}
-    ranks = ranks_of(contents)
+    names, ranks = names_of(contents), ranks_of(contents)
     forms = {t: Form.of(layer, ranks[t]) for t, layer in contents.layers.items()}
-    carried = carried_over(contents, Names(kinds), {t: m.factor or 1.0 for t, m in modules.items()})
+    carried = carried_over(contents, names, {t: m.factor or 1.0 for t, m in modules.items()})
     dtype = kept_dtype([contents], options.dtype)
-    with adapter_output(out, forms, carried, dtype, contents.config, options) as output:
+    with adapter_output(out, forms, carried, dtype, names, options) as output:
 
         def work(target: str) -> Rounded:
             found = contents.load(target, at_work.device, at_work.dtype)
@@ -368,14 +302,8 @@ def write_baked(
         for rounded in at_work.spread(work, modules):
             output.add(rounded)
         output.carry(carried)
-        config = describe(
-            [contents.config],
-            kinds,
-            ranks,
-            dora=contents.dora,
-            lora_bias=bool(contents.biases),
-            tokens=carried.tokens,
-        )
+        parts = Parts(ranks, dora=contents.dora, lora_bias=bool(contents.biases), tokens=carried.tokens)
+        config = names.describe([contents.adapter], parts)
         output.finish(config, provenance, files_beside(contents), [contents.adapter.folder])
 
 

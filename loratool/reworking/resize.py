@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import StoredTensor
-from loratool.adapters.formats import read_adapter
-from loratool.adapters.formats.peft.describing import describe
-from loratool.adapters.formats.peft.spelling import Names
-from loratool.adapters.layers import ROUNDING_ONLY, Contents, Kind, Layer, contents_of
-from loratool.adapters.ranks import Amount, RankRule, evened, told_of_cuts, told_of_experts
+from loratool.adapters.formats import WRITTEN, read_adapter
+from loratool.adapters.formats.format import Parts
+from loratool.adapters.layers import ROUNDING_ONLY, Contents, Form, Kind, Layer, contents_of
+from loratool.adapters.ranks import Amount, RankRule, evened, told_of_cuts
 from loratool.adapters.reading import ReadingOptions
 from loratool.adapters.writer import (
     FactorOptions,
-    Form,
     Rounded,
     adapter_output,
     carried_over,
@@ -116,17 +114,17 @@ def resize(adapter: PathLike, out: PathLike, options: ResizeOptions, progress: P
         energies = resizer.energies() if rule.needs_values else {}
         if energies and not grams and not any(map(any, energies.values())):
             raise FitError(ZERO)
-        groups = Names({t: layer.kind for t, layer in contents.layers.items()}).of_one_rank()
+        groups = WRITTEN.spelling({t: layer.kind for t, layer in contents.layers.items()}).of_one_rank()
         own = rule.choose(contents.layers, energies, kept.itemsize, groups)
         chosen = evened(own, groups)
         ranks = {t: r for t, r in chosen.items() if r}
         dropped = tuple(t for t, r in chosen.items() if not r)
         # of ΔW itself, which `energies` is not under a calibration
         left_out = sum(length(contents.load(t, at_work.device, at_work.dtype)) ** 2 for t in dropped)
-        kinds = {t: contents.layers[t].kind for t in ranks}
+        names = WRITTEN.spelling({t: contents.layers[t].kind for t in ranks}, contents.training.release)
         forms = {t: Form.of(contents.layers[t], r) for t, r in ranks.items()}
-        carried = carried_over(contents, Names(kinds))
-        with adapter_output(target, forms, carried, kept, contents.config, options) as output:
+        carried = carried_over(contents, names)
+        with adapter_output(target, forms, carried, kept, names, options) as output:
 
             def work(batch: Batch) -> list[tuple[Rounded, ResizedLayer]]:
                 found = []
@@ -147,9 +145,7 @@ def resize(adapter: PathLike, out: PathLike, options: ResizeOptions, progress: P
             if not any(layer.norm for layer in modules.values()):
                 raise FitError(ZERO)
             output.carry(carried)
-            config = describe(
-                [contents.config],
-                kinds,
+            parts = Parts(
                 ranks,
                 whole_names=len(ranks) < len(chosen),
                 dropped=dropped,
@@ -157,13 +153,14 @@ def resize(adapter: PathLike, out: PathLike, options: ResizeOptions, progress: P
                 lora_bias=bool(contents.biases),
                 tokens=carried.tokens,
             )
+            config = names.describe([contents.adapter], parts)
             totals = total(contents, modules, left_out, kept.itemsize)
             notes = (
                 *remarks(contents, modules, dropped),
                 *told_of_cuts(
                     None if options.uniform else options.rank, {t: contents.layers[t].most for t in ranks}, ranks
                 ),
-                *told_of_experts(own, ranks),
+                *WRITTEN.rank_notes(own, ranks),
             )
             provenance = {
                 "made_by": "loratool resize",

@@ -1,21 +1,30 @@
-"""Spelling ⇄ `Adapter`: one module a format, and the choice between them."""
+"""Files ⇄ `Adapter`: one package a format, and the choice between them."""
 
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.adapters.formats import peft
+from loratool.adapters.formats.peft import PEFT
 from loratool.adapters.reading import AS_STORED, Reading
-from loratool.errors import InputError, printable
+from loratool.errors import InputError, LoratoolError, printable
+from loratool.files.containers import foreign_file, instead_of_weights
+from loratool.files.inputs import read_json, unreadable
 from loratool.files.safefile import SafeFile, read_safefile
 
 if TYPE_CHECKING:
-    from loratool.adapters.adapter import Adapter
+    from collections.abc import Iterator
 
-FORMATS = (peft,)
+    from loratool.adapters.adapter import Adapter
+    from loratool.adapters.formats.format import Format
+    from loratool.provenance.cards import Subject
+
+FORMATS: tuple[Format, ...] = (PEFT,)  # where several may be meant, the first that claims a tensor is
+WRITTEN = PEFT  # what is made here is written in
+CONFIGS = tuple(dict.fromkeys(form.config_name for form in FORMATS))  # what their configs are called
 # How tensors of formats that are not read are spelled, so that a refusal can name the format.
 FOREIGN = (
     (re.compile(r"\.(lokr|hada|glora|oft|boft)_\w+"), "LyCORIS"),
@@ -36,11 +45,60 @@ def read_adapter(path: str | Path, reading: Reading = AS_STORED) -> Adapter:
     """
     location = Path(path)
     refuse_foreign(location)
-    for form in FORMATS:
-        if form.recognises(location):
-            adapter: Adapter = form.read(location, reading)
-            return adapter
-    raise peft.not_an_adapter(location)
+    if not any(form.recognises(location) for form in FORMATS):
+        raise not_an_adapter(location)
+    return format_at(location).read(location, reading)
+
+
+def format_at(location: Path) -> Format:
+    """The format of the adapter at a place, by the names of its files, then by the heads of those; else PEFT's."""
+    found = [form for form in FORMATS if form.recognises(location)]
+    if len(found) > 1:
+        heads = list(heads_at(location))
+        found = [form for form in found if any(map(form.claims, heads))] or found[-1:]
+    return found[0] if found else WRITTEN
+
+
+def heads_at(location: Path) -> Iterator[SafeFile]:
+    """The heads of the safetensors files at a place, as far as they can be read."""
+    for path in sorted(location.glob("*.safetensors")) if location.is_dir() else [location]:
+        with suppress(LoratoolError):
+            yield read_safefile(path)
+
+
+def format_of(adapter: Adapter) -> Format:
+    """The format that an adapter was read from."""
+    return next((form for form in FORMATS if form.name == adapter.format), WRITTEN)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a path is an adapter, and no model with one beside it."""
+    if path.is_dir():
+        return any(form.recognises(path) for form in FORMATS) and not (path / "config.json").exists()
+    beside = any((path.parent / form.config_name).is_file() for form in FORMATS)
+    return path.is_file() and path.suffix == ".safetensors" and beside
+
+
+def subject_at(folder: Path) -> Subject | None:
+    """What a card says of the adapter in a folder; None where no config says that there is one."""
+    form = format_at(folder)
+    path = folder / form.config_name
+    return form.subject(read_json(path, repeated=True, lenient=True)) if path.is_file() else None
+
+
+def not_an_adapter(path: Path) -> LoratoolError:
+    """The error for a path that no format recognises."""
+    try:
+        path.stat()
+    except OSError as error:
+        return unreadable(path, error)
+    if told := foreign_file(path):
+        return InputError(f"{printable(path)}: {told}")
+    if told := instead_of_weights(path):
+        return InputError(f"{printable(path)}: no adapter is there; {told}")
+    return InputError(
+        f"{printable(path)}: no adapter: neither {WRITTEN.config_name} nor {WRITTEN.weights_name} is there"
+    )
 
 
 def refuse_foreign(location: Path) -> None:
@@ -61,7 +119,7 @@ class Foreign:
     def reason(self) -> str:
         return (
             f"spelled as a {self.form} adapter (tensor {printable(self.tensor)}); this version reads PEFT's layout, "
-            f"{peft.CONFIG} beside {peft.WEIGHTS}"
+            f"{WRITTEN.config_name} beside {WRITTEN.weights_name}"
         )
 
 
@@ -76,9 +134,9 @@ def looks_foreign(file: SafeFile) -> bool:
 def find_foreign(location: Path) -> Foreign | None:
     """The adapter at `location` where its format is one that is known and not read."""
     if location.is_dir():
-        files = [] if (location / peft.WEIGHTS).exists() else sorted(location.glob("*.safetensors"))[:1]
+        files = [] if (location / WRITTEN.weights_name).exists() else sorted(location.glob("*.safetensors"))[:1]
     else:
-        files = [location] if location.suffix == ".safetensors" and location.name != peft.WEIGHTS else []
+        files = [location] if location.suffix == ".safetensors" and location.name != WRITTEN.weights_name else []
     for path in filter(Path.is_file, files):
         file = read_safefile(path)
         for pattern, form in FOREIGN:

@@ -5,13 +5,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.adapters import patterns
-from loratool.adapters.formats.peft import CONFIG, keys, support
-from loratool.algebra.updates import Residual
+from loratool.adapters.formats import format_at, format_of
 from loratool.errors import LoratoolError, folded, printable
 from loratool.inspecting.health.scanning import look_at_model, look_at_values
 from loratool.inspecting.health.servers import look_at_servers
@@ -22,32 +19,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from loratool.adapters.adapter import Adapter
+    from loratool.adapters.formats.format import Format
     from loratool.bases.fitting import Fit
     from loratool.files.checkpoint import Checkpoint
     from loratool.notes import Note
 
 UNMERGED = "unmerged-model"  # the code of a model that was saved with its adapter unmerged
 
-PREFIX = "base_model.model."
-NAMED_FACTOR = re.compile(r"\.lora_(?:A|B|embedding_A|embedding_B)\.(?!weight$|bias$)\w+(?:\.weight|\.bias)?$")
 __all__ = ["Finding", "examine", "examine_model", "tell_unreadable"]
 
-# What a problem of reading is called, by the words that its sentence holds: (code, words, what to do).
-READING = (
-    (
-        "ungathered",
-        "ZeRO-3",
-        "gather the parameters when the adapter is saved; the values are not in this file",
-    ),
-    ("missing-partner", " is missing, only ", "the other factor is not in this file; save the adapter again"),
-    ("saved-twice", "two spellings", ""),
-    ("saved-twice", "saved twice", ""),
-    ("config-against-tensors", CONFIG, f"correct {CONFIG}; the tensors tell what was trained"),
-    ("config-against-tensors", " is set, and it has no ", f"correct {CONFIG}; the tensors tell what was trained"),
-    ("config-against-tensors", "while ", f"correct {CONFIG}; the tensors tell what was trained"),
-)
 TOLD = ("ambiguous-alpha", "prefix-doubled", "adapter-name-in-names")  # codes of notes that are findings of their own
-MOVED = ("pissa_niter_", "corda", "lora_ga", "loftq")  # initialisations after which the base cannot be worked out
 
 
 def examine(
@@ -63,9 +44,8 @@ def examine(
         notes: on reading, on the base and on other files of the folder.
     """
     found = [
-        *as_findings(problems),
-        *look_at_names(adapter, path),
-        *look_at_config(adapter, path),
+        *as_findings(problems, format_of(adapter)),
+        *format_of(adapter).findings(adapter, path),
         *(look_at_fit(fit, path) if fit else ()),
         *look_at_values(adapter, path),
         *look_at_servers(adapter, path, fit),
@@ -85,148 +65,24 @@ def examine_model(checkpoint: Checkpoint, path: Path) -> tuple[Finding, ...]:
     return (*unmerged, *look_at_model(checkpoint), *(Finding("note", note.code, note.text) for note in notes))
 
 
-def as_findings(problems: Sequence[str]) -> Iterator[Finding]:
-    """Problems of reading, each by the kind that its words show; those that are alike are one."""
+def as_findings(problems: Sequence[str], form: Format) -> Iterator[Finding]:
+    """Problems of reading an adapter of a format; those that are alike are one."""
     for text, names in folded(problems):
-        code, repair = next(((c, r) for c, words, r in READING if words in text), ("malformed", ""))
+        code, repair = form.problem(text)
         yield Finding("problem", code, text, repair, names)
 
 
 def tell_unreadable(error: LoratoolError, path: Path) -> tuple[Finding, ...]:
     """What is wrong with a path of which nothing can be read."""
     found = [Finding("problem", "unreadable", error.message)]
-    found += as_findings(error.problems)
-    if path.is_dir() and (path / CONFIG).is_file() and CONFIG not in error.message:
+    form = format_at(path)
+    found += as_findings(error.problems, form)
+    if path.is_dir() and (path / form.config_name).is_file() and form.config_name not in error.message:
         try:
-            from loratool.adapters.formats.peft.files import read_config
-
-            read_config(path / CONFIG)
+            form.training_at(path)
         except LoratoolError as other:
             found.append(Finding("problem", "unreadable", other.message))
     return tuple(found)
-
-
-def look_at_names(adapter: Adapter, path: Path) -> Iterator[Finding]:
-    """Names that other readers do not take apart, and tensors that nobody knows."""
-    wrapped = [name for name in adapter.file.tensors if keys.wrappers_in(name)]
-    if wrapped:
-        words = sorted(set[str]().union(*map(keys.wrappers_in, wrapped)))
-        yield Finding(
-            "problem",
-            "wrapper-prefix",
-            f"names hold what a wrapper of training put there ({', '.join(words)}), so PEFT finds no module for "
-            f"{some(wrapped)}, and loads nothing of them without an error",
-            command("rescale", path, "--bake"),
-            tuple(map(printable, wrapped)),
-        )
-    if doubled := [name for name in adapter.file.tensors if name.startswith(2 * PREFIX)]:
-        yield Finding(
-            "problem",
-            "prefix-doubled",
-            f"names begin with PEFT's prefix twice, so PEFT finds no module for {some(doubled)}, and loads nothing of them "
-            "without an error",
-            f"loratool merge BASE {quoted(path)} -o OUT",
-            tuple(map(printable, doubled)),
-        )
-    if named := [name for name in adapter.file.tensors if NAMED_FACTOR.search(name)]:
-        yield Finding(
-            "note",
-            "adapter-name-in-names",
-            f"names hold the adapter's name behind the factor's, as in a state dict of training ({some(named)}): PEFT 0.21.2 "
-            "takes them, vLLM 0.32.0 reads only …lora_A.weight",
-            command("rescale", path, "--bake"),
-            tuple(map(printable, named)),
-        )
-    if adapter.unused:
-        yield Finding(
-            "problem",
-            "unknown-tensor",
-            f"no rule gives a place to {some(adapter.unused)}",
-            "",
-            tuple(map(printable, adapter.unused)),
-        )
-
-
-def look_at_config(adapter: Adapter, path: Path) -> Iterator[Finding]:
-    """What the config says that is lost, ambiguous, or true of another base only."""
-    start = adapter.config.get("init_lora_weights", True)
-    row, word = support.initialisation(start), printable(start).lower()
-    moved = isinstance(start, str) and word.startswith(MOVED)
-    if row is not None and moved:
-        yield Finding(
-            "problem",
-            "base-moved",
-            f"init_lora_weights {printable(repr(start))} changed the base before training ({row.title}), and the adapter "
-            "does not hold what it became; on the original base it is wrong, in PEFT too",
-            "save it in PEFT with path_initial_model_for_weight_conversion, which makes plain LoRA of it",
-        )
-    elif residual := [target for target, update in adapter.updates.items() if is_residual(update)]:
-        yield Finding(
-            "note",
-            "base-moved",
-            f"training began by taking a part out of the base ({printable(start)}): s · BA on the original base is not what "
-            "was trained; PEFT and loratool take that part out again, servers do not",
-            f"loratool merge BASE {quoted(path)} -o OUT",
-            tuple(map(printable, residual)),
-        )
-    if adapter.packing:
-        yield Finding(
-            "problem",
-            "expert-packing",
-            f"the factors of its experts are {adapter.packing}, and PEFT reads them as if they were rank-major, without "
-            "an error; so do most servers",
-            f"loratool rescale {quoted(path)} -o OUT --bake",
-        )
-    for reason in adapter.unsupported:
-        if not moved or "init_lora_weights" not in reason:
-            yield Finding("note", "not-mergeable", reason)
-    if not adapter.config.get("task_type"):
-        yield Finding(
-            "note",
-            "task-not-named",
-            f"{CONFIG} names no task_type: AutoPeftModel cannot choose a class, and PEFT wraps the model without its methods "
-            "for generating",
-            f'set "task_type" in {CONFIG}, to "CAUSAL_LM" for a language model',
-        )
-    if not adapter.config.get("base_model_name_or_path"):
-        yield Finding("note", "base-not-named", "the config does not name the base that it was trained on")
-    yield from look_at_patterns(adapter, path)
-
-
-def is_residual(update: object) -> bool:
-    return isinstance(update, Residual) or isinstance(getattr(update, "inner", None), Residual)
-
-
-def look_at_patterns(adapter: Adapter, path: Path) -> Iterator[Finding]:
-    """Modules that several patterns match with different values: saving sorts them, and the first one counts."""
-    modules = [target.removesuffix(".weight") for target in adapter.updates]
-    tables = {}
-    for name in ("rank_pattern", "alpha_pattern"):
-        table = adapter.config.get(name)
-        tables[name] = table if isinstance(table, dict) else {}
-    try:
-        matching = patterns.match_patterns([p for table in tables.values() for p in table], modules)
-    except ValueError:
-        return  # told with what could not be read
-    for name, table in tables.items():
-        rivals = [m for m in modules if len({repr(table[p]) for p in table if p in matching[m]}) > 1]
-        if not rivals:
-            continue
-        first = [p for p in table if p in matching[rivals[0]]]
-        said = ", ".join(f"{printable(p)}: {printable(table[p])}" for p in first)
-        if name == "rank_pattern":
-            outcome = "PEFT takes the first, and fails where the tensors have another's rank"
-            repair = command("rescale", path, "--bake")
-        else:
-            outcome = "PEFT takes the first when it loads, training may have used another, so the strength may be wrong"
-            repair = command("rescale", path, f"--match {quoted(Path(rivals[0].replace('.', '[.]')))}=FACTOR")
-        yield Finding(
-            "problem",
-            "sorted-patterns",
-            f"several entries of {name} match {some(rivals)} ({said}), and saving sorted them: {outcome}",
-            repair,
-            tuple(map(printable, rivals)),
-        )
 
 
 def look_at_fit(fit: Fit, path: Path) -> Iterator[Finding]:

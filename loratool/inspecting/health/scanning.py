@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import EXPONENT, StoredTensor, stored_tensors
-from loratool.adapters.formats.peft import CONFIG
 from loratool.algebra.updates import ExpertFactors, LowRank, Replace, ReplaceRows
 from loratool.bases.weights import Plain
 from loratool.errors import printable
@@ -95,7 +94,7 @@ def look_at_values(adapter: Adapter, path: Path) -> Iterator[Finding]:
             "problem",
             "zero-scaling",
             f"α is 0, so the update is zero whatever its factors are, in {some(idle)}; llama.cpp takes it for a scale of 1",
-            f"set α in {CONFIG} to what the adapter was trained with, as loratool rescale --alpha does",
+            f"set α in {adapter.config_file.name} to what the adapter was trained with, as loratool rescale --alpha does",
             tuple(map(printable, idle)),
         )
     yield from look_at_ranges(adapter, scans, path)

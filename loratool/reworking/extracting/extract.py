@@ -13,15 +13,13 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapters.formats.peft.describing import describe
-from loratool.adapters.formats.peft.describing import module_of as described_module
-from loratool.adapters.formats.peft.experts import stacked_by_peft
-from loratool.adapters.formats.peft.files import CONFIG, WEIGHTS
-from loratool.adapters.formats.peft.spelling import Names
-from loratool.adapters.layers import Kind
-from loratool.adapters.ranks import told_of_cuts, told_of_experts
+from loratool.adapters.formats import FORMATS, WRITTEN
+from loratool.adapters.formats.format import Config, Parts
+from loratool.adapters.layers import ATTENTION, Form, Kind, adapted_module
+from loratool.adapters.ranks import told_of_cuts
+from loratool.adapters.training import Targets, Training
 from loratool.adapters.weight_files import weight_files
-from loratool.adapters.writer import WIDTH, Form, Output, Rounded, adapter_output, torch_dtype
+from loratool.adapters.writer import WIDTH, Output, Rounded, adapter_output, torch_dtype
 from loratool.algebra.lowrank import Product, inner, padded
 from loratool.algebra.lowrank import change as change_of
 from loratool.bases.binding.orientation import module_of
@@ -43,13 +41,13 @@ if TYPE_CHECKING:
 
     import torch
 
+    from loratool.adapters.formats.format import Spelling
     from loratool.reworking.extracting.options import ExtractOptions
 
 
 HELD = 512 << 20  # bytes of differences that stay in memory; larger ones are read again for every pass
 HELD_ON_GPU = 4 << 30
 TERMS = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)[\w.-]*", re.ASCII)  # of a base, at its top
-MADE_BY_PEFT = "0.21.2"  # whose way round the factors of experts are written
 
 
 def extract(
@@ -69,12 +67,13 @@ def extract(
         kept, forms = factor_dtype(found, options.dtype), extractor.forms()
         carried = found.carried
         experts = any(form.kind is Kind.PARAMETER for form in forms.values())
-        draft = {"peft_version": MADE_BY_PEFT} if experts else {}
-        with adapter_output(target, forms, carried, kept, draft, options) as output:
+        release = WRITTEN.newest if experts else ""  # whose way round the factors of experts are written
+        names = WRITTEN.spelling({t: form.kind for t, form in forms.items()}, release)
+        with adapter_output(target, forms, carried, kept, names, options) as output:
             extractor.run(output, progress)
             output.carry(carried)
             written = {target: forms[target] for target in extractor.ranks}
-            config = config_of(found, {t: form.kind for t, form in written.items()}, extractor.ranks, draft)
+            config = config_of(found, {t: form.kind for t, form in written.items()}, extractor.ranks, release)
             totals = total(extractor, written, kept.itemsize)
             notes = tuple(remarks(found, extractor, rule))
             provenance = {
@@ -144,7 +143,7 @@ class Extractor:
     @cached_property
     def stacked(self) -> frozenset[str]:
         """The changes that get one rank: experts that PEFT stacks, and routers beside them."""
-        return frozenset(stacked_by_peft(self.pairing.changes))
+        return frozenset(WRITTEN.one_rank_experts(self.pairing.changes))
 
     def find_stacked_rank(self) -> None:
         """Decide the rank of the experts: the largest that one of them wants, for which all are looked at first."""
@@ -286,8 +285,10 @@ def told(parts: Sequence[Part], rank: int, rounding: float) -> ExtractedLayer:
 
 def open_model(path: Path, role: str) -> Checkpoint:
     """The checkpoint at `path`; raises `InputError` where that is an adapter."""
-    if path.is_dir() and (path / CONFIG).exists():
-        others = {entry.name for entry in os.scandir(path) if entry.name.endswith(".safetensors")} - {WEIGHTS}
+    here = [form for form in FORMATS if path.is_dir() and (path / form.config_name).exists()]
+    if here:
+        own = {form.weights_name for form in here}
+        others = {entry.name for entry in os.scandir(path) if entry.name.endswith(".safetensors")} - own
         if not others:
             raise InputError(f"{printable(path)}: this is an adapter; {role} is a model, merge it first")
     return open_checkpoint(path)
@@ -345,33 +346,29 @@ def factor_dtype(found: Pairing, asked: str) -> torch.dtype:
     return torch.float32 if dtypes == {"BF16", "F16"} else torch_dtype(max(dtypes, key=WIDTH.__getitem__))
 
 
-def config_of(
-    found: Pairing, kinds: Mapping[str, Kind], ranks: Mapping[str, int], draft: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The `adapter_config.json`."""
+def config_of(found: Pairing, kinds: Mapping[str, Kind], ranks: Mapping[str, int], release: str) -> Config:
+    """The config, for a release of the library that will read it."""
     base = found.base
     origin, named = origin_of(base.root), base.config.get("_name_or_path")
     written = named if isinstance(named, str) and named else base.root.resolve().name
-    turned = any(change.turned and change.kind is Kind.LINEAR for change in found.changes.values())
-    config: dict[str, Any] = {
-        **draft,
-        "base_model_name_or_path": origin.repo if origin else written,
-        "task_type": found.task,
-        "fan_in_fan_out": turned,
-        "bias": "lora_only" if found.biases else "none",
-        "modules_to_save": list(dict.fromkeys(found.modules)) or None,
-        "target_modules": target_words(found, kinds),
-    }
-    return dict(sorted({"task_type": None, **describe([config], kinds, ranks)}.items()))
+    names = WRITTEN.spelling(kinds, release)
+    training = Training(
+        base=origin.repo if origin else written,
+        task=found.task or "",
+        in_out=any(change.turned and change.kind is Kind.LINEAR for change in found.changes.values()),
+        bias="lora_only" if found.biases else "none",
+        saved_modules=tuple(dict.fromkeys(found.modules)),
+        targets=Targets(target_words(found, names)),
+        release=release,
+    )
+    return names.describe_new(training, Parts(ranks))
 
 
-def target_words(found: Pairing, kinds: Mapping[str, Kind]) -> list[str] | None:
-    """`target_modules`: the last part of a name where it means just these modules of the base, else whole names."""
-    names = Names(kinds)
+def target_words(found: Pairing, names: Spelling) -> tuple[str, ...]:
+    """What is adapted: the last part of a name where it means just these modules of the base, else whole names."""
+    inside = {f"{t.removesuffix(ATTENTION)}.out_proj.weight" for t in names.kinds if t.endswith(ATTENTION)}
     layers = {
-        described_module(t, kind)
-        for t, kind in kinds.items()
-        if kind is not Kind.PARAMETER and not names.inside_attention(t)
+        adapted_module(t, kind) for t, kind in names.kinds.items() if kind is not Kind.PARAMETER and t not in inside
     }
     known: dict[str, set[str]] = {}
     for name in (*found.base.tensors, *(f"{layer}.weight" for layer in layers)):
@@ -382,7 +379,7 @@ def target_words(found: Pairing, kinds: Mapping[str, Kind]) -> list[str] | None:
     for layer in layers:
         leaf = module_of(f"{layer}.weight")
         words.add(leaf if known[leaf] <= layers and not leaf.isdigit() else layer)
-    return sorted(words) or None
+    return tuple(sorted(words))
 
 
 def terms(base: Checkpoint) -> dict[str, Path]:
@@ -454,4 +451,4 @@ def remarks(found: Pairing, extractor: Extractor, rule: Rule) -> Iterator[Note]:
         )
     limits = {target: min(change.shape) for target, change in found.changes.items()}
     yield from told_of_cuts(None if rule.by_value else rule.most, limits, extractor.layers)
-    yield from told_of_experts({target: layer.rank for target, layer in extractor.layers.items()}, extractor.ranks)
+    yield from WRITTEN.rank_notes({target: layer.rank for target, layer in extractor.layers.items()}, extractor.ranks)

@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from loratool.adapters.formats.peft.experts import is_expert
-from loratool.adapters.formats.peft.parameters import REGISTERED
-from loratool.adapters.formats.peft.spelling import ATTENTION, Names, saved_whole
-from loratool.adapters.layers import Kind
+from loratool.adapters.formats import WRITTEN
+from loratool.adapters.layers import ATTENTION, Kind, is_expert
 from loratool.adapters.writer import Carried
 from loratool.bases.binding.fusing import model_types
 from loratool.bases.binding.orientation import OPTION, bias_shows, class_says, is_conv1d, module_of, option, stored
@@ -42,12 +40,6 @@ if TYPE_CHECKING:
 
 # Modules that are tables of vectors, which PEFT adapts otherwise than matrices; nothing on disk tells them apart.
 WIDEST_KERNEL = 64  # of a one-dimensional convolution; a third dimension that is longer is one of experts' weights
-# Heads that PEFT saves whole for a task, whatever the config says.
-TASK_HEADS = {
-    "SEQ_CLS": frozenset({"classifier", "score"}),
-    "TOKEN_CLS": frozenset({"classifier", "score"}),
-    "QUESTION_ANS": frozenset({"qa_outputs"}),
-}
 
 
 @dataclass(frozen=True)
@@ -144,8 +136,10 @@ class Pairing:
     @property
     def carried(self) -> Carried:
         """What is written beside the factors."""
-        tensors: dict[str, StoredTensor | Tensor] = {saved_whole(t, False): tensor for t, tensor in self.whole.items()}
-        names = Names({target: change.kind for target, change in self.changes.items()})
+        names = WRITTEN.spelling({target: change.kind for target, change in self.changes.items()})
+        tensors: dict[str, StoredTensor | Tensor] = {
+            names.whole(target, False): tensor for target, tensor in self.whole.items()
+        }
         tensors.update(
             {names.whole(target, True): tensor for target, tensor in (self.biases | self.same_biases).items()}
         )
@@ -283,7 +277,7 @@ class Sorter:
     def place(self, name: str, one: Plain | None, two: Plain, biases: list[str]) -> None:
         """Give a tensor that differs a place: an update, a bias, or its module saved whole."""
         module, _, parameter = name.rpartition(".")
-        heads = TASK_HEADS.get(self.found.task or "", frozenset())
+        heads = WRITTEN.task_heads(self.found.task or "")
         if head := next((part for part in module.split(".") if part in heads), ""):
             self.whole.add(f"{module[: f'.{module}.'.index(f'.{head}.')]}{head}")
         elif one is None or one.shape != two.shape:
@@ -417,7 +411,7 @@ class Sorter:
                 module, _, parameter = target.rpartition(".")
                 by_module.setdefault(module, set()).add(parameter)
         for module, names in by_module.items():
-            if len(names) > 1 and not any(names <= set(row) for row in REGISTERED):
+            if len(names) > 1 and not WRITTEN.tells_apart(names):
                 self.whole.add(module)
 
     def save_whole(self) -> None:

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.formats.peft import keys
 from loratool.adapters.formats.peft.experts import stacked_by_peft
-from loratool.adapters.formats.peft.spelling import Names
-from loratool.adapters.layers import Kind
+from loratool.adapters.layers import Kind, adapted_module
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
+
+    from loratool.adapters.formats.format import Parts
+    from loratool.adapters.training import Training
 
 # Fields that are carried over where all sources agree; of those that disagree the first source's counts.
 CARRIED = (
@@ -23,33 +25,36 @@ ALL_LINEAR = "all-linear"  # which PEFT replaces by names before it saves; other
 LIMITS = ("layers_to_transform", "layers_pattern", "exclude_modules")  # of what `target_modules` names
 
 
-def describe(
-    configs: Sequence[Mapping[str, Any]],
-    kinds: Mapping[str, Kind],
-    ranks: Mapping[str, int],
-    *,
-    whole_names: bool = False,
-    dropped: Sequence[str] = (),
-    dora: bool = False,
-    lora_bias: bool = False,
-    tokens: Mapping[str, Sequence[int]] | None = None,
-) -> dict[str, Any]:
-    """The config of an adapter made of those with `configs`, with `ranks` by target.
+def config_of(training: Training) -> dict[str, Any]:
+    """The fields that say how an adapter was trained that has no config of PEFT's."""
+    return {
+        **({"peft_version": training.release} if training.release else {}),
+        "base_model_name_or_path": training.base or None,
+        "revision": training.revision or None,
+        "task_type": training.task or None,
+        "fan_in_fan_out": training.in_out is True,
+        "bias": training.bias,
+        "modules_to_save": list(training.saved_modules) or None,
+        "target_modules": list(training.targets.modules) or None if training.targets else None,
+    }
 
-    `whole_names` says that the sources' own words for what is adapted mean more than that.
-    """
+
+def describe(
+    kinds: Mapping[str, Kind], inside: Collection[str], configs: Sequence[Mapping[str, Any]], parts: Parts
+) -> dict[str, Any]:
+    """The config of an adapter made of those with `configs`; targets `inside` an nn.MultiheadAttention go with it."""
+    ranks, whole_names = parts.ranks, parts.whole_names
     config: dict[str, Any] = {"peft_type": "LORA"}
     for name in CARRIED:
         if (value := next((c[name] for c in configs if c.get(name) is not None), None)) is not None:
             config[name] = value
-    names = Names(kinds)
-    own = {target: module_of(target, kind) for target, kind in kinds.items() if not names.inside_attention(target)}
+    own = {target: adapted_module(target, kind) for target, kind in kinds.items() if target not in inside}
     stacked = stacked_by_peft(ranks)  # whose rank PEFT takes from `r`, not from a pattern
     usual = ranks[stacked[0]] if stacked else None
     config.update(scaling_fields({own[t]: rank for t, rank in ranks.items() if t in own}, usual))
     layers = [module for target, module in own.items() if kinds[target] is not Kind.PARAMETER]
     config.update({"target_modules": sorted(layers) or None} if whole_names else target_fields(configs, layers))
-    gone = [target.removesuffix(".weight") for target in dropped]
+    gone = [target.removesuffix(".weight") for target in parts.dropped]
     if any(module.endswith(f".{layer}") for module in gone for layer in layers):  # PEFT would adapt them again
         config["target_modules"] = "|".join(re.escape(layer) for layer in sorted(layers))
     if parameters := sorted(target for target, kind in kinds.items() if kind is Kind.PARAMETER):
@@ -59,14 +64,14 @@ def describe(
     modules = [name for c in configs for name in texts(c.get("modules_to_save"))]
     config["modules_to_save"] = list(dict.fromkeys(modules)) or None
     config["trainable_token_indices"] = {
-        target.rpartition(".")[0]: list(rows) for target, rows in (tokens or {}).items()
+        target.rpartition(".")[0]: list(rows) for target, rows in parts.tokens.items()
     } or None
     config |= {
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_bias": lora_bias,
+        "lora_bias": parts.lora_bias,
         "lora_dropout": 0.0,
-        "use_dora": dora,
+        "use_dora": parts.dora,
         "use_rslora": False,
     }
     return dict(sorted(config.items()))
@@ -75,13 +80,6 @@ def describe(
 def texts(value: str | Sequence[str] | None) -> Sequence[str]:
     """The entries of a field that is a list of texts, or one text."""
     return [value] if isinstance(value, str) else value or []
-
-
-def module_of(target: str, kind: Kind) -> str:
-    """What patterns are matched with: of a parameter the parameter itself."""
-    if kind is Kind.PARAMETER:
-        return target
-    return target.removesuffix(".in_proj_weight").removesuffix(".weight")
 
 
 def scaling_fields(ranks: Mapping[str, int], usual: int | None = None) -> dict[str, Any]:

@@ -6,28 +6,16 @@ routers beside them too, which it takes for parameters as well (`_convert_peft_c
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
-from loratool.layouts.fusions import FUSIONS
+from loratool.adapters.layers import is_expert
+from loratool.errors import printable
+from loratool.notes import Note
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Mapping
 
 ROUTER = ".gate.weight"
-PARTS = re.compile(
-    "|".join(
-        rf"(?:.*\.)?{re.escape(part).replace(re.escape('#'), '[0-9]+')}"
-        for fusion in FUSIONS
-        if fusion.of_experts
-        for part in fusion.parts
-    )
-)
-
-
-def is_expert(target: str) -> bool:
-    """Whether a target is the weight of one expert, such as `….experts.3.w1.weight`."""
-    return PARTS.fullmatch(target) is not None
 
 
 def stacked_by_peft(targets: Iterable[str]) -> tuple[str, ...]:
@@ -47,3 +35,20 @@ def lost_by_peft(targets: Iterable[str]) -> tuple[str, ...]:
 
 def projection(target: str) -> str:
     return target.removesuffix(".weight").rpartition(".")[2]
+
+
+def rank_notes(own: Mapping[str, int], ranks: Mapping[str, int]) -> Iterator[Note]:
+    """What to say where experts whose `own` ranks differ were made one of rank."""
+    if filled := [target for target in stacked_by_peft(ranks) if own.get(target, 0) < ranks[target]]:
+        yield Note(
+            "experts-one-rank",
+            f"{len(filled)} experts and routers are filled up with zeros to rank {ranks[filled[0]]}, the largest of them: "
+            "PEFT stacks the experts of a model in parameters, which have one rank",
+        )
+    if lost := lost_by_peft(ranks):
+        yield Note(
+            "peft-loses-layers",
+            f"{len(lost)} layers outside of the experts have names of expert projections, such as {printable(lost[0])}; where "
+            "transformers 5 holds the experts in one parameter, PEFT 0.21 passes over these layers when it loads the "
+            "adapter (huggingface/peft #3711). `loratool merge` applies them",
+        )

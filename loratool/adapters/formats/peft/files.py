@@ -5,10 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.formats.peft.keys import family_of, path_of
-from loratool.errors import InputError, LoratoolError, printable
-from loratool.files.checkpoint import INDEX_SUFFIX, NUMBERED, check_index, check_numbering, read_index, read_shards
+from loratool.adapters.weight_files import weight_files
+from loratool.errors import InputError, printable
+from loratool.files.checkpoint import (
+    INDEX_SUFFIX,
+    NUMBERED,
+    check_index,
+    check_numbering,
+    read_index,
+    read_shards,
+    sort_side_files,
+)
 from loratool.files.containers import foreign_file, instead_of_weights
-from loratool.files.inputs import read_json, unreadable
+from loratool.files.inputs import read_json
 from loratool.files.safefile import SafeFile, SafeFiles, read_safefile
 from loratool.notes import Note
 
@@ -31,32 +40,12 @@ def recognises(path: Path) -> bool:
     ) or bool(nested(path))
 
 
-def is_adapter(path: Path) -> bool:
-    """Whether a path is an adapter, and no model with one beside it."""
-    if path.is_dir():
-        return recognises(path) and not (path / "config.json").exists()
-    return path.is_file() and path.suffix == ".safetensors" and (path.parent / CONFIG).is_file()
-
-
 def nested(path: Path) -> list[Path]:
     """Direct subfolders that hold an adapter, as PEFT writes them for adapters with a name."""
     try:
         return sorted(folder for folder in path.iterdir() if (folder / CONFIG).is_file())
     except OSError:
         return []
-
-
-def not_an_adapter(path: Path) -> LoratoolError:
-    """The error for a path that no format recognises."""
-    try:
-        path.stat()
-    except OSError as error:
-        return unreadable(path, error)
-    if told := foreign_file(path):
-        return InputError(f"{printable(path)}: {told}")
-    if told := instead_of_weights(path):
-        return InputError(f"{printable(path)}: no adapter is there; {told}")
-    return InputError(f"{printable(path)}: no adapter: neither {CONFIG} nor {WEIGHTS} is there")
 
 
 def open_weights(path: Path, notes: list[Note], adapter_name: str | None) -> tuple[Path, SafeFile]:
@@ -135,6 +124,39 @@ def by_header(folder: Path) -> SafeFile | None:
             f"{printable(folder)}: {WEIGHTS} is missing, and several files hold factors ({names}); name one"
         )
     return found[0] if found else None
+
+
+def needed(location: Path) -> tuple[list[str], list[str]]:
+    """The files that reading a folder takes, as paths in it: weights, and others."""
+    names = {path.name for path in location.iterdir() if not path.is_dir()}
+    inside = "" if {CONFIG, WEIGHTS, INDEX} & names else f"{only_nested(location)}/"
+    weights, listing = weight_names(location / inside)
+    if not weights and not any((location / inside / name).exists() for name in PICKLED):
+        weights = sorted(path.name for path in (location / inside).glob("*.safetensors"))  # by another name
+    side = sort_side_files(location / inside, {*weights})[0]
+    if not weights:
+        return [], [f"{inside}{n}" for n in (CONFIG, *side)]
+    trained = [file for file in weight_files(location / inside, None, {*weights}) if file.counts]
+    heads = [file.name for file in trained if file.is_safetensors]  # what they hold is told by their headers
+    rest = dict.fromkeys([CONFIG, *([listing] if listing else []), *side, *(file.name for file in trained)])
+    return [f"{inside}{n}" for n in (*weights, *heads)], [f"{inside}{n}" for n in rest if n not in heads]
+
+
+def only_nested(folder: Path) -> str:
+    """The one subfolder that holds an adapter, as PEFT writes it for an adapter with a name."""
+    found = [inside.name for inside in nested(folder)]
+    if len(found) != 1:
+        listed = ", ".join(map(printable, found))
+        raise InputError(f"{printable(folder)}: holds several adapters ({listed}); name one after a colon")
+    return found[0]
+
+
+def config_at(path: Path) -> Path:
+    """The config of the adapter at `path`: a file, its folder, or the folder above."""
+    folder = path if path.is_dir() else path.parent
+    if not (folder / CONFIG).is_file() and len(inside := sorted(folder.glob(f"*/{CONFIG}"))) == 1:
+        folder = inside[0].parent
+    return folder / CONFIG
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -138,7 +138,7 @@ class Reader:
         projection = module.path.endswith(OUT_PROJ)
         attention = module.name.removesuffix(".out_proj")  # whose r and α PEFT gives to its projection too
         scale = self.scaling.scale(attention if projection else module.name, down.shape[0])
-        if projection and doubles(self.draft.config):
+        if projection and doubles(self.draft.config.get("peft_version")):
             self.doubled += 1
             scale *= 2
         if self.draft.config.get("use_qalora") is True:
@@ -230,9 +230,9 @@ class Reader:
         return {"bias": Add(bias, scale)}
 
 
-def doubles(config: Mapping[str, Any]) -> bool:
+def doubles(release: object) -> bool:
     """Whether the release of PEFT that saved the adapter applies the update of an out_proj twice."""
-    match = VERSION.match(str(config.get("peft_version") or ""))
+    match = VERSION.match(str(release or ""))
     return match is None or tuple(int(part or 0) for part in match.groups()) <= LAST_DOUBLING
 
 

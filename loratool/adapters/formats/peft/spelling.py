@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from loratool.adapters.adapter import StoredTensor
 from loratool.adapters.formats.peft import keys
+from loratool.adapters.formats.peft.describing import config_of, describe
 from loratool.adapters.formats.peft.experts import stacked_by_peft
+from loratool.adapters.formats.peft.lora import doubles
 from loratool.adapters.formats.peft.parameters import REGISTERED
-from loratool.adapters.layers import Kind
+from loratool.adapters.layers import ATTENTION, Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
 
+    from loratool.adapters.adapter import Adapter
+    from loratool.adapters.formats.format import Format, Parts
+    from loratool.adapters.layers import Form
+    from loratool.adapters.training import Training
     from loratool.algebra.lowrank import Product
 
 PREFIX = "base_model.model."
-ATTENTION = ".in_proj_weight"  # of a wrapped nn.MultiheadAttention
 
 
 class Names:
     """The tensors of each adapted weight, as all adapted weights together determine them."""
 
-    def __init__(self, kinds: Mapping[str, Kind]) -> None:
-        self.kinds = kinds
+    def __init__(self, form: Format, kinds: Mapping[str, Kind], release: str = "") -> None:
+        self.form, self.kinds = form, kinds
+        self.doubles = doubles(release)
         self.attentions = {
             target.removesuffix(ATTENTION)
             for target, kind in kinds.items()
@@ -46,6 +53,15 @@ class Names:
         """
         module = target.removesuffix(".weight")
         return module.endswith(".out_proj") and module.removesuffix(".out_proj") in self.attentions
+
+    @property
+    def inside(self) -> set[str]:
+        """All such targets."""
+        return {target for target in self.kinds if self.inside_attention(target)}
+
+    def times(self, target: str) -> float:
+        """How often PEFT applies the update of a target, whose factors hold that much less."""
+        return 2.0 if self.doubles and self.inside_attention(target) else 1.0
 
     def attention_pairs(self) -> list[tuple[str, str]]:
         """The two targets of each nn.MultiheadAttention."""
@@ -89,12 +105,55 @@ class Names:
         return saved_whole(target, inside and module in self.nested)
 
     def magnitude(self, target: str) -> str:
+        """The name of the lengths of rows that DoRA trains."""
         return f"{PREFIX}{self.path(target)}.lora_magnitude_vector"
 
+    def rows(self, target: str) -> str:
+        """The name of the trained rows of an embedding."""
+        return f"{PREFIX}{target.rpartition('.')[0]}.token_adapter.{keys.TOKENS}"
 
-def token_rows(target: str) -> str:
-    """The name of the trained rows of an embedding."""
-    return f"{PREFIX}{target.rpartition('.')[0]}.token_adapter.trainable_tokens_delta"
+    def shapes(self, form: Form) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes in which A and B of a layer are stored, at its largest rank."""
+        return shapes(form.kind, form.experts, form.rows, form.columns, form.kernel, form.rank)
+
+    def stored(self, form: Form, found: Product) -> tuple[Tensor, Tensor]:
+        """A and B of a product, as they are stored."""
+        return stored(form.kind, form.kernel, found)
+
+    def describe(self, sources: Sequence[Adapter], parts: Parts) -> dict[str, Any]:
+        """The config of an adapter that is made of others."""
+        own = [s.config if s.format == self.form.name else config_of(s.training) for s in sources]
+        return describe(self.kinds, self.inside, own, parts)
+
+    def describe_new(self, training: Training, parts: Parts) -> dict[str, Any]:
+        """The config of an adapter that is made of none."""
+        return dict(
+            sorted({"task_type": None, **describe(self.kinds, self.inside, [config_of(training)], parts)}.items())
+        )
+
+    def second_copies(
+        self, adapters: Iterable[Adapter], tensors: Mapping[str, StoredTensor | Tensor]
+    ) -> dict[str, StoredTensor | Tensor]:
+        """The second copies of biases that PEFT saves with bias="all", where a module is saved whole: it asks for them.
+
+        That under `modules_to_save` is of the value among `tensors`, which counts; that under `original_module` stays
+        as it is.
+        """
+        found: dict[str, StoredTensor | Tensor] = {}
+        for adapter in adapters:
+            if adapter.training.bias != "all":
+                continue
+            paths = keys.Paths(frozenset(), keys.saved_modules(adapter.config), biases=True)
+            for name, info in adapter.file.tensors.items():
+                path = ".".join(keys.path_of(name))
+                target, wrapper = paths.saved_as(path)
+                if PREFIX + path in tensors:
+                    continue
+                if wrapper == "original_module":
+                    found.setdefault(PREFIX + path, StoredTensor(adapter.file, info))
+                elif wrapper == "modules_to_save" and PREFIX + target in tensors:
+                    found.setdefault(PREFIX + path, tensors[PREFIX + target])
+        return found
 
 
 def saved_whole(target: str, inside: bool) -> str:

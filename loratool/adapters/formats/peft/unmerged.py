@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapters.formats.peft import CONFIG, adapter_from, draft_of, keys, lora
+from loratool.adapters.formats.peft import keys, lora
 from loratool.adapters.formats.peft.draft import LEFT_BEHIND, TOKENS
-from loratool.adapters.formats.peft.files import read_config
+from loratool.adapters.formats.peft.files import CONFIG, read_config
 from loratool.adapters.formats.peft.methods import METHODS
+from loratool.adapters.formats.peft.reading import adapter_from, draft_of
 from loratool.errors import InputError, UsageError, printable
 from loratool.files.safefile import SafeFiles, Selection
 from loratool.notes import Note

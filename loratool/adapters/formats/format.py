@@ -1,0 +1,177 @@
+"""`Format`: what a dialect of adapters is to everybody else. `docs/extending/format.md` shows how to add one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from loratool.adapters.adapter import Adapter, StoredTensor
+    from loratool.adapters.layers import Contents, Form, Kind, Layer
+    from loratool.adapters.reading import Reading
+    from loratool.adapters.training import Training
+    from loratool.algebra.lowrank import Product
+    from loratool.algebra.updates import ExpertFactors, LowRank
+    from loratool.files.safefile import SafeFile
+    from loratool.notes import Note
+    from loratool.provenance.cards import Subject
+    from loratool.results.findings import Finding
+
+Shape = tuple[int, ...]
+Config = Mapping[str, Any]  # opaque to all but the format that made it
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an adapter that is made here consists of, for its config."""
+
+    ranks: Mapping[str, int]  # by target
+    whole_names: bool = False  # whether the sources' own words for what is adapted mean more than that
+    dropped: tuple[str, ...] = ()  # targets of the sources that are not in it
+    dora: bool = False
+    lora_bias: bool = False
+    tokens: Mapping[str, Sequence[int]] = field(default_factory=dict)  # target → rows that are replaced
+
+
+class Spelling(Protocol):
+    """How the tensors of a new adapter are named and laid out, which all of its layers together may decide."""
+
+    @property
+    def form(self) -> Format:
+        """The format that it is of."""
+
+    @property
+    def kinds(self) -> Mapping[str, Kind]:
+        """Its layers by target."""
+
+    def factors(self, target: str) -> tuple[str, str]:
+        """The names of A and B."""
+
+    def shapes(self, form: Form) -> tuple[Shape, Shape]:
+        """The shapes in which A and B of a layer are stored, at its largest rank."""
+
+    def stored(self, form: Form, found: Product) -> tuple[Tensor, Tensor]:
+        """A and B of a product, as they are stored."""
+
+    def bias(self, target: str) -> str:
+        """The name of what B adds to the output, for the target of the weight."""
+
+    def magnitude(self, target: str) -> str:
+        """The name of the lengths of rows that DoRA trains."""
+
+    def whole(self, target: str, inside: bool) -> str:
+        """The name of a tensor that is saved whole; `inside` a layer that is adapted too."""
+
+    def rows(self, target: str) -> str:
+        """The name of the trained rows of an embedding."""
+
+    def second_copies(
+        self, adapters: Iterable[Adapter], tensors: Mapping[str, StoredTensor | Tensor]
+    ) -> dict[str, StoredTensor | Tensor]:
+        """What its reader asks for once more, of the tensors of these adapters that are carried over."""
+
+    def times(self, target: str) -> float:
+        """How often its reader applies the update of a target, whose factors hold that much less."""
+
+    def of_one_rank(self) -> Sequence[tuple[str, ...]]:
+        """Groups of targets to which it gives one rank."""
+
+    def describe(self, sources: Sequence[Adapter], parts: Parts) -> Config:
+        """The config of an adapter that is made of others."""
+
+    def describe_new(self, training: Training, parts: Parts) -> Config:
+        """The config of an adapter that is made of none."""
+
+
+class Format(Protocol):
+    """One way to write adapters down. Only it knows what its files and the keys of its config are called."""
+
+    @property
+    def name(self) -> str:
+        """What an adapter's `format` says."""
+
+    @property
+    def config_name(self) -> str:
+        """The file that says how the adapter was trained."""
+
+    @property
+    def weights_name(self) -> str:
+        """The file of its tensors."""
+
+    def recognises(self, path: Path) -> bool:
+        """Whether a folder or file may hold such an adapter, by the names of files alone: on the Hub they are empty."""
+
+    def claims(self, file: SafeFile) -> frozenset[str]:
+        """The tensors of a file that are spelled as this format spells them."""
+
+    def is_config(self, config: Mapping[str, Any]) -> bool:
+        """Whether a table is one of its configs."""
+
+    def needed(self, location: Path) -> tuple[list[str], list[str]]:
+        """The files of a recognised folder that reading it takes, as paths in it: weights, and others."""
+
+    def training_at(self, path: Path) -> Training:
+        """What its config says, without a look at the weights. Raises `InputError` where it cannot be read."""
+
+    def read(self, path: Path, reading: Reading) -> Adapter:
+        """The adapter, its values still on disk. Raises `InputError` telling all that is wrong with it at once."""
+
+    def read_leniently(self, path: Path, reading: Reading) -> tuple[Adapter, tuple[str, ...]]:
+        """What can be read of an adapter, and what is wrong with the rest. Raises `InputError` where nothing can be."""
+
+    def parameters(self, adapter: Adapter, in_base: set[str]) -> tuple[int, int]:
+        """Parameters that were trained, and those that stand beside the base's (`in_base`, by name) while they are."""
+
+    def findings(self, adapter: Adapter, path: Path) -> Iterator[Finding]:
+        """What is wrong with how it is written down; `path` is what commands are told with."""
+
+    def problem(self, text: str) -> tuple[str, str]:
+        """The code of a finding that a problem of reading makes, and what to do about it."""
+
+    # What it can write.
+
+    @property
+    def newest(self) -> str:
+        """The release of its library that adapters are written for that are made of no other."""
+
+    def spelling(self, kinds: Mapping[str, Kind], release: str = "") -> Spelling:
+        """How an adapter of some layers is written, for a release of the library that reads it; by default the oldest."""
+
+    def subject(self, config: Config) -> Subject:
+        """What a card says of an adapter with a config."""
+
+    def losses(self, adapter: Adapter) -> tuple[Note, ...]:
+        """What of an adapter this format cannot say."""
+
+    def was_inside(self, adapter: Adapter, target: str) -> bool:
+        """Whether what an adapter of this format saved whole for a target stood in a layer that it adapts."""
+
+    def one_rank_experts(self, targets: Iterable[str]) -> tuple[str, ...]:
+        """Those targets that get one rank for being experts of one model, or with them."""
+
+    def rank_notes(self, own: Mapping[str, int], ranks: Mapping[str, int]) -> Iterator[Note]:
+        """What to say where layers whose `own` ranks differ were made one of rank."""
+
+    def task_heads(self, task: str) -> tuple[str, ...]:
+        """The modules that it saves whole for a task, whatever the config says."""
+
+    def tells_apart(self, parameters: set[str]) -> bool:
+        """Whether it can adapt these parameters of one module and tell whose factors are whose."""
+
+    def alpha_of(self, contents: Contents, target: str) -> float:
+        """α of a layer, as the config of an adapter of this format has it."""
+
+    def with_alpha(self, contents: Contents, layer: Layer, alpha: float) -> LowRank | ExpertFactors:
+        """The update of a layer of such an adapter at an α."""
+
+    def rescaled(self, contents: Contents, factors: Mapping[str, float | None], one_alpha: bool) -> Config:
+        """A config under which the same tensors are stronger by `factors`, None where they had no strength.
+
+        With `one_alpha` all layers get one α. Raises `InputError` where no config does that.
+        """

@@ -1,0 +1,124 @@
+"""`Peft`: the format as others see it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from loratool.adapters.formats.peft import counting, experts, files, health, keys, strength, unmerged
+from loratool.adapters.formats.peft.card import subject
+from loratool.adapters.formats.peft.parameters import REGISTERED
+from loratool.adapters.formats.peft.plain import plain_config
+from loratool.adapters.formats.peft.reading import read, read_leniently, read_saved
+from loratool.adapters.formats.peft.spelling import Names, was_inside
+from loratool.adapters.formats.peft.training import training_of
+from loratool.adapters.reading import AS_STORED, Reading
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
+
+    from loratool.adapters.adapter import Adapter
+    from loratool.adapters.layers import Contents, Kind, Layer
+    from loratool.adapters.training import Training
+    from loratool.algebra.updates import ExpertFactors, LowRank
+    from loratool.files.checkpoint import Checkpoint
+    from loratool.files.safefile import SafeFile
+    from loratool.notes import Note
+    from loratool.provenance.cards import Subject
+    from loratool.results.findings import Finding
+
+
+class Peft:
+    """Adapters as PEFT saves them."""
+
+    name = "peft"
+    config_name = files.CONFIG
+    weights_name = files.WEIGHTS
+    newest = "0.21.2"
+
+    def recognises(self, path: Path) -> bool:
+        return files.recognises(path)
+
+    def claims(self, file: SafeFile) -> frozenset[str]:
+        return frozenset(name for name in file.tensors if keys.family_of(".".join(keys.path_of(name))))
+
+    def is_config(self, config: Mapping[str, Any]) -> bool:
+        return bool({"peft_type", "lora_alpha"} & config.keys())
+
+    def needed(self, location: Path) -> tuple[list[str], list[str]]:
+        return files.needed(location)
+
+    def training_at(self, path: Path) -> Training:
+        return training_of(files.read_config(files.config_at(path)))
+
+    def read(self, path: Path, reading: Reading = AS_STORED) -> Adapter:
+        return read(path, reading)
+
+    def read_leniently(self, path: Path, reading: Reading = AS_STORED) -> tuple[Adapter, tuple[str, ...]]:
+        return read_leniently(path, reading)
+
+    def read_saved(self, path: Path, owner: Adapter) -> Adapter:
+        """A file of tensors that were trained whole, besides the adapter `owner`: each replaces the base's.
+
+        Raises `InputError` where it is malformed, or holds factors.
+        """
+        return read_saved(path, owner)
+
+    def taken_apart(self, checkpoint: Checkpoint, reading: Reading) -> tuple[Checkpoint, Adapter]:
+        """The base and one adapter of a model that was saved unmerged; raises `UsageError` or `InputError`."""
+        return unmerged.taken_apart(checkpoint, reading)
+
+    def parameters(self, adapter: Adapter, in_base: set[str]) -> tuple[int, int]:
+        return counting.count_parameters(adapter, in_base)
+
+    def findings(self, adapter: Adapter, path: Path) -> Iterator[Finding]:
+        return health.findings(adapter, path)
+
+    def problem(self, text: str) -> tuple[str, str]:
+        return health.problem(text)
+
+    def spelling(self, kinds: Mapping[str, Kind], release: str = "") -> Names:
+        return Names(self, kinds, release)
+
+    def losses(self, _adapter: Adapter) -> tuple[Note, ...]:
+        return ()  # all that can be read has a place in it
+
+    def was_inside(self, adapter: Adapter, target: str) -> bool:
+        return was_inside(target, adapter.sources.get(target, ()))
+
+    def one_rank_experts(self, targets: Iterable[str]) -> tuple[str, ...]:
+        return experts.stacked_by_peft(targets)
+
+    def rank_notes(self, own: Mapping[str, int], ranks: Mapping[str, int]) -> Iterator[Note]:
+        return experts.rank_notes(own, ranks)
+
+    def task_heads(self, task: str) -> tuple[str, ...]:
+        return keys.HEADS.get(task, ())
+
+    def tells_apart(self, parameters: set[str]) -> bool:
+        return any(parameters <= set(row) for row in REGISTERED)
+
+    def alpha_of(self, contents: Contents, target: str) -> float:
+        return strength.alpha_of(contents, self.names_of(contents), target)
+
+    def with_alpha(self, contents: Contents, layer: Layer, alpha: float) -> LowRank | ExpertFactors:
+        return strength.with_alpha(contents, self.names_of(contents), layer, alpha)
+
+    def rescaled(self, contents: Contents, factors: Mapping[str, float | None], one_alpha: bool) -> dict[str, Any]:
+        return strength.rescaled(contents, self.names_of(contents), factors, one_alpha)
+
+    def subject(self, config: Mapping[str, Any]) -> Subject:
+        return subject(config)
+
+    def plain_config(
+        self, training: Training, layers: Mapping[str, tuple[int, float]], *, whole_paths: bool = False
+    ) -> dict[str, Any]:
+        """The config of plain LoRA on linear layers, with (rank, α) of each by its path.
+
+        With `whole_paths` other layers of the model end as one of these does.
+        """
+        return plain_config(training, layers, whole_paths=whole_paths)
+
+    def names_of(self, contents: Contents) -> Names:
+        """The names of an adapter's own layers."""
+        return self.spelling({t: layer.kind for t, layer in contents.layers.items()}, contents.training.release)

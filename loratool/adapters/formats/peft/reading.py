@@ -1,0 +1,159 @@
+"""Files in PEFT's layout become an `Adapter`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from loratool.adapters.adapter import Adapter
+from loratool.adapters.formats.peft import lora, packing, support
+from loratool.adapters.formats.peft.draft import Draft, Module
+from loratool.adapters.formats.peft.fields import wrong_fields
+from loratool.adapters.formats.peft.files import CONFIG, INDEX, WEIGHTS, open_weights, read_config
+from loratool.adapters.formats.peft.methods import METHODS
+from loratool.adapters.formats.peft.remarks import remark
+from loratool.adapters.formats.peft.training import training_of
+from loratool.adapters.reading import AS_STORED, Reading
+from loratool.adapters.weight_files import weight_files
+from loratool.errors import InputError, printable
+from loratool.files.hub_cache import name_of
+from loratool.files.safefile import read_safefile
+from loratool.notes import Note
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from loratool.files.safefile import SafeFile
+
+# Fields of a config that say what model was trained, not how.
+OF_THE_MODEL = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
+
+TENSORS = "tensors"  # the format of a file of whole tensors
+
+
+def read(path: Path, reading: Reading = AS_STORED) -> Adapter:
+    """Read a PEFT adapter's headers and config; tensor values stay on disk.
+
+    Raises `InputError` when the config or the file is malformed, all problems of each at once.
+    """
+    adapter, problems = read_leniently(path, reading)
+    if problems and not adapter.unsupported:  # else it is no wonder that the tensors look odd
+        raise InputError(f"{printable(adapter.file.path)}: malformed adapter:", problems)
+    return adapter
+
+
+def read_leniently(path: Path, reading: Reading = AS_STORED) -> tuple[Adapter, tuple[str, ...]]:
+    """The updates that can be read of an adapter, and what is wrong with the others.
+
+    Raises `InputError` where there is no header or no config to go by.
+    """
+    notes: list[Note] = []
+    folder, file = open_weights(path, notes, reading.adapter_name)
+    config_file = folder / CONFIG
+    draft = draft_of(file, read_config(config_file), notes, reading)
+    alone = path.is_file() and path.name not in (WEIGHTS, INDEX)  # its folder may hold anything
+    own = {part.path.relative_to(folder).as_posix() for part in file.files}
+    adapter, problems = adapter_from(draft, folder, config_file)
+    return replace(adapter, alone=alone, beside=() if alone else weight_files(folder, file, own)), problems
+
+
+def draft_of(file: SafeFile, config: Mapping[str, Any], notes: list[Note], reading: Reading) -> Draft:
+    """A draft under the fields of a config that are sound; the others are problems of it."""
+    config = with_alpha(config, reading.input_alpha, notes)
+    wrong = wrong_fields(config)
+    sound = {name: value for name, value in config.items() if name not in wrong}
+    return Draft(file, sound, notes, reading, problems=[*wrong.values()])
+
+
+def with_alpha(config: Mapping[str, Any], alpha: float | None, notes: list[Note]) -> Mapping[str, Any]:
+    """The config with the α that the caller gives, where it does not hold its own."""
+    name = "lora_alpha" if config.get("peft_type", "LORA") in ("LORA", "ADALORA") else "alpha"
+    if alpha is None or config.get(name) is None:
+        return config if alpha is None else {**config, name: alpha}
+    held = printable(config[name])
+    notes.append(
+        Note("input-alpha-not-used", f"its config has {name} {held}, so the input alpha {alpha:g} is not used")
+    )
+    return config
+
+
+def adapter_from(draft: Draft, folder: Path, config_file: Path) -> tuple[Adapter, tuple[str, ...]]:
+    """The adapter of a draft, and what is wrong with the rest of it."""
+    read_updates(draft)
+    adapter = Adapter(
+        name=name_of(folder),
+        format="peft",
+        folder=folder,
+        file=draft.file,
+        config=draft.config,
+        config_file=config_file,
+        training=training_of(draft.config),
+        updates=draft.updates,
+        bases=draft.bases,
+        sources=draft.sources,
+        optional=frozenset(draft.optional),
+        packing=draft.packing,
+        unsupported=tuple(dict.fromkeys(draft.unsupported)),
+        unused=tuple(draft.unused),
+        notes=tuple(draft.notes),
+    )
+    return adapter, tuple(draft.problems)
+
+
+def read_updates(draft: Draft) -> None:
+    """Take every tensor of the file up, as its type of adapter means it."""
+    kind = draft.config.get("peft_type", "LORA")
+    row = support.TYPES.get(kind) if isinstance(kind, str) else None
+    if row is None or row.refused:
+        reason = f": {row.refused}" if row else ", which loratool does not know"
+        draft.unsupported.append(f"peft_type {printable(kind)}{reason}")
+        return
+    packing.check(draft)
+    if kind == "LORA":
+        draft.sort(kind, lora.SLOTS, lora.ONLY_TRAINING)
+        lora.read_lora(draft)
+        draft.place_tokens(lora.token_numbers)
+    else:
+        method = METHODS[kind]
+        draft.sort(kind, method.slots, method.ignored)
+        draft.each(method.reader(draft))
+        draft.place_tokens(standalone_tokens)
+    draft.place_saved()
+    remark(draft)
+    if not (draft.updates or draft.problems or draft.unsupported or draft.unused):
+        draft.problems.append("there is no adapter tensor in it")
+
+
+def read_saved(path: Path, owner: Adapter) -> Adapter:
+    """A file of tensors that were trained whole, besides the adapter `owner`: each replaces the base's.
+
+    Raises `InputError` where it is malformed, or holds factors.
+    """
+    notes: list[Note] = []
+    file = read_safefile(path)
+    draft = Draft(file, {}, notes)
+    draft.sort("LORA", lora.SLOTS, lora.ONLY_TRAINING)
+    if draft.modules or draft.copies:
+        raise InputError(f"{printable(path)}: holds factors of an adapter; give it as an ADAPTER of its own")
+    draft.place_saved()
+    if draft.problems:
+        raise InputError(f"{printable(path)}: cannot be loaded along with {owner.name}:", draft.problems)
+    return Adapter(
+        name=f"{owner.name}: {printable(path.name)}",
+        format=TENSORS,
+        folder=owner.folder,
+        file=file,
+        config=(config := {name: owner.config[name] for name in OF_THE_MODEL if name in owner.config}),
+        config_file=path,
+        training=training_of(config),
+        updates=draft.updates,
+        sources=draft.sources,
+        unused=tuple(draft.unused),
+        notes=tuple(note for note in notes if note.code != "prefix-missing"),  # its names are the base's
+    )
+
+
+def standalone_tokens(module: Module) -> object:
+    """The numbers of the token rows of a TRAINABLE_TOKENS adapter."""
+    return module.draft.config.get("token_indices")

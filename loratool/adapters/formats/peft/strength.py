@@ -1,0 +1,90 @@
+"""α of a PEFT adapter: what its config gives each layer, and a config that gives them others."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from loratool.adapters.formats.peft import packing
+from loratool.adapters.formats.peft.describing import anchored
+from loratool.adapters.formats.peft.experts import stacked_by_peft
+from loratool.adapters.layers import adapted_module
+from loratool.algebra.updates import ExpertFactors, LowRank
+from loratool.errors import InputError, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from loratool.adapters.formats.peft.spelling import Names
+    from loratool.adapters.layers import Contents, Layer
+
+
+def with_alpha(contents: Contents, names: Names, layer: Layer, alpha: float) -> LowRank | ExpertFactors:
+    """The update of a layer at an α."""
+    if isinstance(layer.update, ExpertFactors):
+        return replace(layer.update, alpha=alpha)
+    rank = math.sqrt(layer.rank) if contents.training.rslora else layer.rank
+    return replace(layer.update, scale=alpha * names.times(layer.target) / rank)
+
+
+def alpha_of(contents: Contents, names: Names, target: str) -> float:
+    """α of a layer, as the config has it."""
+    layer, config = contents.layers[target], contents.adapter.config
+    if isinstance(layer.update, ExpertFactors):
+        return layer.update.alpha
+    if config.get("peft_type") == "ADALORA":  # which takes init_r for an α that is not positive
+        alpha = float(config.get("lora_alpha", 8))
+        return alpha if alpha > 0 else float(config.get("init_r", 12))
+    rank = math.sqrt(layer.rank) if contents.training.rslora else layer.rank
+    return layer.scale / names.times(target) * rank
+
+
+def rescaled(contents: Contents, names: Names, factors: Mapping[str, float | None], one_alpha: bool) -> dict[str, Any]:
+    """The config under which layers are as many times as strong as `factors` say, None where they had no strength.
+
+    With `one_alpha` the patterns that there were are given up. Raises `InputError` where no config does that.
+    """
+    kind = contents.training.method
+    known = {factor for factor in factors.values() if factor is not None}
+    uneven = max(known) - min(known) > 1e-12 * abs(max(known, key=abs))
+    if kind != "LORA" and (kind != "ADALORA" or uneven):
+        raise InputError(
+            f"{printable(contents.adapter.file.path)}: peft_type {printable(kind)} has no α for each module; --bake writes "
+            "plain LoRA of it"
+        )
+    config = {name: value for name, value in contents.adapter.config.items() if name not in packing.FIELDS}
+    patterns = config.get("alpha_pattern") or {}
+    if not uneven and not one_alpha:
+        factor = next(iter(known))
+        config["lora_alpha"] = tidy(float(config.get("lora_alpha", 8)) * factor)
+        config["alpha_pattern"] = {pattern: tidy(alpha * factor) for pattern, alpha in patterns.items()}
+        return config
+    alphas: dict[str, float | int] = {}
+    torn: list[str] = []
+    for target, change in factors.items():
+        module = adapted_module(target, contents.layers[target].kind)
+        if names.inside_attention(target):
+            module = module.removesuffix(".out_proj")  # whose α PEFT takes
+        wanted = alpha_of(contents, names, target) * (change or 1.0)
+        if not math.isclose(alphas.setdefault(module, tidy(wanted)), wanted, rel_tol=1e-8):
+            torn.append(printable(target))
+    if torn:
+        raise InputError("PEFT has one α for several weights of a module, and these need others; --bake does it:", torn)
+    stacked = {alphas[adapted_module(t, contents.layers[t].kind)] for t in stacked_by_peft(contents.layers)}
+    if len(stacked) > 1:
+        raise InputError(
+            f"PEFT gives all experts of a model one α, and these need {len(stacked)} different ones; pass --bake, which "
+            "puts the strength into the factors"
+        )
+    usual = stacked.pop() if stacked else Counter(alphas.values()).most_common(1)[0][0]
+    config["lora_alpha"] = usual
+    config["alpha_pattern"] = {anchored(m, alphas): a for m, a in sorted(alphas.items()) if a != usual}
+    return config
+
+
+def tidy(alpha: float) -> float | int:
+    """α as configs have it: a whole number where it is one."""
+    near = round(alpha)
+    return near if abs(alpha - near) <= 1e-9 * abs(alpha) else alpha
