@@ -132,8 +132,8 @@ def make_base(folder: Path) -> None:
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", newline="\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", newline="\n")
 
 
 def make_adapter(folder: Path) -> None:
@@ -151,7 +151,7 @@ def make_adapter(folder: Path) -> None:
         tensors[up] = torch.randn(out, RANK, generator=generator) * 0.005
     config = WRITTEN.plain_config(Training(task="CAUSAL_LM"), dict.fromkeys(modules, (RANK, ALPHA)))
     save_file(tensors, folder / WRITTEN.weights_name, {"format": "pt"})
-    (folder / WRITTEN.config_name).write_text(json.dumps(config, indent=2) + "\n")
+    (folder / WRITTEN.config_name).write_text(json.dumps(config, indent=2) + "\n", newline="\n")
 
 
 def check(home: Path, report: MergeReport) -> DemoResult:

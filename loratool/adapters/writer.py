@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -287,7 +286,7 @@ def files_beside(source: Contents) -> dict[str, Path]:
         return {}
     top, _ = sort_side_files(folder, {format_of(source.adapter).weights_name})
     trained = [file.name for file in source.adapter.beside if file.counts]
-    names = dict.fromkeys([*(name for name in top if os.sep not in name), *trained, *module_files(folder)])
+    names = dict.fromkeys([*(name for name in top if "/" not in name), *trained, *module_files(folder)])
     for other in source.adapter.beside:
         if not other.counts:
             names.pop(other.name, None)

@@ -16,6 +16,7 @@ import click
 from loratool import __version__
 from loratool.errors import LoratoolError, StorageError, UsageError, escaped, printable, without_tokens
 from loratool.files.process import on_stop, prepare_streams, silence_stdout
+from loratool.files.system import lacking
 from loratool.results.base import SCHEMA
 
 EXIT_CODES = """\b
@@ -105,7 +106,20 @@ def complain(text: str) -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """The exit code of `loratool ARGUMENTS`; reports go to stdout, errors to stderr."""
+    """The exit code of `loratool ARGUMENTS`; reports go to stdout, errors to stderr.
+
+    With `-v`, stderr also says what this system lacks that the command would have used.
+    """
+    verbose = bool({"-v", "--verbose"} & set(arguments))
+    lacking()  # what an earlier command of this process went without
+    code = run_command(arguments, verbose)
+    for sentence in lacking() if verbose else ():
+        complain(f"note: {sentence}")
+    return code
+
+
+def run_command(arguments: list[str], verbose: bool) -> int:
+    """The exit code of one command; `verbose` shows the traceback of a bug."""
     try:
         code = cli.main(args=arguments, prog_name="loratool", standalone_mode=False)
         sys.stdout.flush()
@@ -139,7 +153,7 @@ def run(arguments: list[str]) -> int:
         complain(f"Error: {problem}")
         return failed(arguments, problem)
     except Exception as error:
-        if {"-v", "--verbose"} & set(arguments):
+        if verbose:
             import traceback
 
             complain(without_tokens(traceback.format_exc()))

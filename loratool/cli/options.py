@@ -21,7 +21,7 @@ class Operand(click.Path):
     """A path, or a place on the Hub. What begins with `./` is a path, which a relative `Path` does not show any more."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, str) and value.startswith("./") and not os.path.lexists(value):
+        if isinstance(value, str) and value.startswith(("./", f".{os.sep}")) and not os.path.lexists(value):
             value = os.path.abspath(value)
         return super().convert(value, param, ctx)
 
@@ -79,7 +79,13 @@ def silence_client(_ctx: click.Context, _param: click.Parameter, quiet: bool) ->
 def output_options(command: Command) -> Command:
     """`--json`, `-q` and `-v`, which every command has."""
     for option in (
-        click.option("-v", "--verbose", is_flag=True, expose_value=False, help="Show the traceback of a bug."),
+        click.option(
+            "-v",
+            "--verbose",
+            is_flag=True,
+            expose_value=False,
+            help="Show the traceback of a bug, and what this system lacks.",
+        ),
         click.option(
             "-q", "--quiet", is_flag=True, callback=silence_client, help="No progress and no report, errors only."
         ),

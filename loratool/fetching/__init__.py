@@ -8,7 +8,6 @@ What exists locally wins, and then the Hub's client is not even imported.
 from __future__ import annotations
 
 import os
-import shutil
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -22,7 +21,8 @@ from loratool.fetching.client import api, asking, is_offline, patiently
 from loratool.fetching.outline import Remote, Role, look_up, needed, outlined, put_headers
 from loratool.files.checkpoint import holds_weights
 from loratool.files.digests import sha256_of
-from loratool.files.hub_names import PAGE, HubPath, parse
+from loratool.files.hub_names import PAGE, HubPath, parse, slashed
+from loratool.files.system import free_space
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,7 +36,7 @@ def place_of(operand: str | os.PathLike[str]) -> HubPath | None:
     """The place on the Hub that an operand names; None for one that is here, or can only be a path."""
     if os.path.lexists(operand):
         return None
-    if page := PAGE.match(os.fspath(operand)):
+    if page := PAGE.match(slashed(operand)):
         raise UsageError(f"{printable(operand)}: the address of a page; the model there is {page['repo']}")
     return parse(operand)
 
@@ -185,8 +185,8 @@ def check_room(remote: Remote, names: list[str]) -> None:
 
     cache = Path(constants.HF_HUB_CACHE)
     there = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    wanted, free = sum(remote.files[name].size for name in names), shutil.disk_usage(there).free
-    if wanted > free:
+    wanted, free = sum(remote.files[name].size for name in names), free_space(there)
+    if free is not None and wanted > free:
         raise StorageError(
             f"{remote.repo}: takes {wanted / 1e9:.2f} GB of the cache {printable(cache)}, {free / 1e9:.2f} GB are free; "
             "`loratool merge --stream` needs room for two files only"

@@ -16,6 +16,7 @@ from loratool.errors import InputError, printable
 from loratool.files.containers import PICKLES, foreign_file, is_pointer, sharded_folder
 from loratool.files.hub_cache import name_of
 from loratool.files.inputs import LARGEST_INDEX, read_json, special_files, unreadable
+from loratool.files.names import has_other_parts
 from loratool.files.safefile import SafeFile, TensorInfo, read_safefile
 from loratool.notes import Note
 from loratool.shown import Shown
@@ -270,7 +271,7 @@ def why_no_shard_name(name: object) -> str:
     if "\0" in name or "\\" in name or "://" in name:
         return "no plain path"
     parts = name.split("/")
-    if name.startswith("/") or ".." in parts or "." in parts or "" in parts:
+    if name.startswith("/") or ".." in parts or "." in parts or "" in parts or has_other_parts(name):
         return "leaves the folder or is no plain relative path"
     if not name.endswith(".safetensors"):
         return "no .safetensors file"

@@ -14,6 +14,7 @@ from typing import Any
 
 from loratool.errors import InputError, printable
 from loratool.files.inputs import open_regular
+from loratool.files.names import has_other_parts
 from loratool.files.safefile import Identity
 
 PIECE = 1 << 20  # bytes that are read at a time
@@ -112,6 +113,8 @@ def is_plain(name: object) -> bool:
     if not isinstance(name, str) or not name or "\0" in name:
         return False
     path = PurePosixPath(name)
+    if has_other_parts(name):
+        return False
     return not path.is_absolute() and ".." not in path.parts and path.as_posix() == name and name != "."
 
 

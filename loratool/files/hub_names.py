@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from pathlib import PurePath
 
 from loratool.errors import UsageError, printable
 
@@ -30,12 +31,17 @@ class HubPath:
         return self.repo + at + (f":{self.inside}" if self.inside else "")
 
 
+def slashed(operand: str | os.PathLike[str]) -> str:
+    """The text of an operand; a `Path` may hold the slashes of a Hub name turned round."""
+    return operand.as_posix() if isinstance(operand, PurePath) else os.fspath(operand)
+
+
 def parse(operand: str | os.PathLike[str]) -> HubPath | None:
     """The place on the Hub that a word names; None for a word that can only be a path.
 
     Raises `UsageError` for an `hf://` address of something else than a model, and for a subfolder that leads out.
     """
-    text = os.fspath(operand)
+    text = slashed(operand)
     scheme = SCHEME.match(text)
     if scheme:
         text = text[scheme.end() :].removeprefix("models/")

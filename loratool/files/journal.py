@@ -33,6 +33,7 @@ JOURNAL = "journal"
 NEW_JOURNAL = "journal.new"  # until it is whole
 MODEL = "model"
 REPLACED = "replaced"  # the old output, whole, where names cannot be exchanged
+PROBE = "probe"  # names that may not be possible are tried here; as long as "model", for paths may be too long
 DISCARDED = "discarded"  # the same on its way out: half of it must never come back
 FETCHED = "fetched"
 FETCHED_FOLDER = re.compile(
@@ -126,13 +127,13 @@ class Journal:
         if folder == FETCHED:
             return bool(self.fetches) and (not name or FETCHED_FOLDER.fullmatch(name) is not None)
         if not name:
-            return folder in (MODEL, REPLACED, DISCARDED)
+            return folder in (MODEL, PROBE, REPLACED, DISCARDED)
         return any(file.startswith(f"{name}/") for file in self.named(folder))
 
     def named(self, folder: str) -> set[str]:
         """The files that may be in a folder of the stage."""
         old = self.replaces or set()
-        return {MODEL: self.files | old, REPLACED: old, DISCARDED: old}.get(folder, set())
+        return {MODEL: self.files | old, PROBE: self.files, REPLACED: old, DISCARDED: old}.get(folder, set())
 
 
 def read_journal(home: Path, owner: int) -> Journal | None:

@@ -59,7 +59,7 @@ def lock_folder(folder: Path) -> FolderLock:
         if not stat.S_ISDIR(os.stat(folder).st_mode):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
         if msvcrt is None:
-            system.do_without("nothing can be locked here: of two runs that write the same output, nobody is stopped")
+            system.do_without("no file locks here; nothing stops two runs from writing the same output")
             return FolderLock(folder)
         beside = folder.with_name(f"{folder.name}.lock")
         lock = FolderLock(folder, system.open_file(beside, os.O_RDWR | os.O_CREAT), beside)
@@ -80,7 +80,7 @@ def lock_by_descriptor(descriptor: int) -> None:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        system.do_without("this file system has no locks: of two runs that write the same output, nobody is stopped")
+        system.do_without("no locks on this file system; nothing stops two runs from writing the same output")
 
 
 def lock_first_byte(descriptor: int) -> None:

@@ -16,6 +16,7 @@ from loratool.files.inputs import read_json
 from loratool.files.journal import REPLACED, ForeignError, Journal, look, walk
 from loratool.files.locks import is_locked
 from loratool.files.model_files import WEIGHTS, is_model_file
+from loratool.files.names import is_unusual, refused_name
 from loratool.files.system import create_file, sync_file
 
 if TYPE_CHECKING:
@@ -49,7 +50,10 @@ def check_target(out: Path, inputs: Sequence[Path], overwrite: bool, adapter: bo
             raise UsageError(
                 f"{shown}: OUT is, contains or lies inside the input {printable(path)}, which is never written to; give another OUT"
             )
-    check_place(out, shown, overwrite, adapter)
+    try:
+        check_place(out, shown, overwrite, adapter)
+    except OSError as error:
+        raise (refused_name(out) if is_unusual(out.name) else StorageError(f"{shown}: {error.strerror}")) from error
     check_stage(stage_of(out))
     if not os.access(out.parent, os.W_OK | os.X_OK):
         raise StorageError(f"{shown}: the folder {printable(out.parent)} cannot be written to")

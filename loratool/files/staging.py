@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import stat
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from loratool.files.journal import (
     JOURNAL,
     MODEL,
     NEW_JOURNAL,
+    PROBE,
     REPLACED,
     FinishedShard,
     ForeignError,
@@ -37,9 +37,10 @@ from loratool.files.journal import (
     walk,
 )
 from loratool.files.locks import lock_folder
+from loratool.files.names import LONGEST, check_names, check_output_name
 from loratool.files.outputs import BUSY, check_stage, replaceable_files, stage_of
 from loratool.files.safefile import write_fully
-from loratool.files.system import create_file, current_user, exchange, open_file, sync_file, sync_folder
+from loratool.files.system import create_file, current_user, exchange, free_space, open_file, sync_file, sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -72,6 +73,11 @@ class Stage:
         """Note the names of files before the first of them is made: what the journal does not name is not ours."""
         if new := sorted({*names} - self.journal.files):
             self.note("files", new)
+            self.check_names(new)
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raise `StorageError` where the file system cannot hold files of these names, before they are made."""
+        check_names(self.home / PROBE, names, self.journal.files)
 
     def record(self, shard: FinishedShard) -> None:
         """Note a shard whose bytes are on stable storage already."""
@@ -131,6 +137,7 @@ class Stage:
         write_durably(self.home / NEW_JOURNAL, wanted.head(), os.O_TRUNC)
         os.replace(self.home / NEW_JOURNAL, self.home / JOURNAL)
         os.mkdir(self.folder)
+        self.check_names(sorted(wanted.files))
         sync_folder(self.home)
 
     def go_on(self, found: Journal) -> None:
@@ -225,6 +232,7 @@ def staged(out: Path, wanted: Journal, needed: int, overwrite: bool) -> Iterator
     """
     home = stage_of(out)
     try:
+        check_output_name(out)
         check_space(out.parent, needed - kept_size(check_stage(home), wanted))
         with locked(home) as owner:
             stage, found = Stage(out, home, wanted), look(home, owner)
@@ -284,9 +292,12 @@ def storage_error(error: OSError, path: Path, needed: int) -> StorageError:
     """The sentence for an `OSError` met while writing."""
     where = printable(error.filename) if error.filename else printable(path)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(path.parent).free
-        return StorageError(f"{where}: the disk is full: the output needs {needed} bytes, {free} are free")
-    return StorageError(f"{where}: {error.strerror or error}")
+        free = free_space(path.parent)
+        left = "" if free is None else f", {free} are free"
+        return StorageError(f"{where}: the disk is full: the output needs {needed} bytes{left}")
+    length = len(str(error.filename or path))
+    too_long = f" (the path has {length} characters; a shorter OUT may work)" if length >= LONGEST else ""
+    return StorageError(f"{where}: {error.strerror or error}{too_long}")
 
 
 @contextmanager
@@ -317,8 +328,8 @@ def locked(home: Path) -> Iterator[int]:
 
 
 def check_space(home: Path, needed: int) -> None:
-    free = shutil.disk_usage(home).free
-    if free < needed:
+    free = free_space(home)
+    if free is not None and free < needed:
         raise StorageError(
             f"{printable(home)}: the output needs {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free"
         )

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import threading
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-
-from loratool.errors import printable
 
 UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}  # how a file system says that it cannot do something
 
@@ -98,7 +97,7 @@ def open_direct(path: Path, descriptor: int, size: int) -> int | None:
     The file's `size` in bytes is reserved on the disk.
     """
     if not hasattr(os, "O_DIRECT"):
-        do_without("no writes past the page cache here: the output goes through it, and takes longer")
+        do_without("no direct disk writes here; output files are written through the page cache")
         return None
     import ctypes
 
@@ -192,7 +191,15 @@ def sync_folder(folder: Path) -> None:
     except OSError as error:
         if error.errno not in NO_FOLDER_SYNC:
             raise
-        do_without("folders cannot be synced here: a power cut just after the end may undo the last renames")
+        do_without("folders cannot be synced here; a power cut right after the end may undo the last rename")
+
+
+def free_space(folder: Path) -> int | None:
+    """Bytes that the disk of a folder has left; None where the system does not tell."""
+    if hasattr(shutil, "disk_usage"):
+        return shutil.disk_usage(folder).free
+    do_without("this system does not report free disk space; whether the output fits is not checked")
+    return None
 
 
 # ---------------------------------------------------------------- names and owners
@@ -213,7 +220,9 @@ def exchange(new: Path, old: Path, aside: Path) -> None:
             return
         if ctypes.get_errno() not in UNSUPPORTED:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(old))
-    do_without(f"names cannot be swapped in one step here: for a moment there was nothing at {printable(old)}")
+    do_without(
+        "folders cannot swap names in one step here; while an output was replaced, there was a moment without one"
+    )
     os.rename(old, aside)
     os.rename(new, old)
 

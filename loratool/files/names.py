@@ -1,0 +1,113 @@
+"""Names that some file systems do not take, tried out before any work is done.
+
+Windows has no file `aux.txt`, a FAT stick takes no `a:b`, and on both `Model` is `model`. What a file system takes cannot
+be known from outside, so a name that some are known to refuse is tried where it will be; all other names cost nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path, PurePath, PurePosixPath
+
+from loratool.errors import StorageError, printable
+from loratool.files.system import create_file
+
+DEVICES = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)\s*(?:\..*)?", re.IGNORECASE | re.DOTALL)
+ODD = re.compile(r'[<>:"|?*\\\x00-\x1f]|[. ]$')
+LONGEST = 240  # characters of a path that every file system takes, with some room for a longer name beside it
+
+
+def has_other_parts(name: str) -> bool:
+    """Whether this system reads a relative path with slashes in another way: `..\\x`, `C:x`."""
+    path = PurePath(name)
+    return bool(path.drive) or path.parts != PurePosixPath(name).parts
+
+
+def is_unusual(part: str) -> bool:
+    """Whether some systems refuse a file or folder of that name."""
+    return bool(DEVICES.fullmatch(part) or ODD.search(part))
+
+
+def check_names(folder: Path, names: Collection[str], all_names: Iterable[str]) -> None:
+    """Raise `StorageError` for each of these relative paths that cannot be a file below `folder`.
+
+    Those that may be refused, or are another of `all_names` but for case, are made there, and removed again. `folder`
+    does not exist before, nor after.
+    """
+    doubtful = [*unusual(names), *twins(names, all_names)]
+    longest = max(names, key=len, default="")
+    if len(str(folder / longest)) >= LONGEST:
+        doubtful.append(longest)
+    if not doubtful:
+        return
+    problems: dict[str, str] = {}
+    try:
+        for name in dict.fromkeys(doubtful):
+            if why := why_refused(folder, name):
+                problems[name] = why
+    finally:
+        if folder.exists():
+            shutil.rmtree(folder)
+    if problems:
+        raise StorageError(
+            f"{printable(folder.parent.parent)}: this file system cannot hold some files of the output; give an OUT elsewhere:",
+            [f"{printable(name)}: {why}" for name, why in problems.items()],
+        )
+
+
+def check_output_name(out: Path) -> None:
+    """Raise `StorageError` where the name of an output that does not exist is one that cannot be made there."""
+    if not is_unusual(out.name) or os.path.lexists(out):
+        return
+    try:
+        os.mkdir(out)
+        try:
+            taken = out.name in os.listdir(out.parent)
+        finally:
+            os.rmdir(out)
+    except OSError:
+        taken = False
+    if not taken:
+        raise refused_name(out)
+
+
+def refused_name(out: Path) -> StorageError:
+    """The sentence for an output whose name cannot be that of a folder."""
+    return StorageError(f"{printable(out)}: this file system takes no folder of that name; give another OUT")
+
+
+def unusual(names: Iterable[str]) -> Iterator[str]:
+    return (name for name in names if any(map(is_unusual, name.split("/"))))
+
+
+def twins(names: Collection[str], all_names: Iterable[str]) -> Iterator[str]:
+    """The paths of `all_names` that differ in case only, where `names` has one of them."""
+    folded: dict[str, list[str]] = {}
+    for name in sorted(all_names):
+        folded.setdefault(name.casefold(), []).append(name)
+    for name in names:
+        if len(folded.get(name.casefold(), ())) > 1:
+            yield from folded[name.casefold()]
+
+
+def why_refused(folder: Path, name: str) -> str:
+    """Empty where a file of that name can be made below `folder`, and is there under that name; else the reason."""
+    path = folder / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(create_file(path))
+    except FileExistsError:
+        return "differs from another file in case only, and case does not count here"
+    except OSError as error:
+        if len(str(path)) >= LONGEST:
+            return f"the path would have {len(str(path))} characters, which is too long here"
+        return f"a file cannot have that name here ({error.strerror or error})"
+    place = folder
+    for part in name.split("/"):
+        if part not in os.listdir(place):
+            return "is stored under another name here"
+        place /= part
+    return ""

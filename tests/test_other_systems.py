@@ -1,0 +1,303 @@
+"""Windows and macOS, simulated: what they lack is taken away, and every command works all the same, or says why not."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import faults
+import pytest
+
+from loratool.cli import run
+from loratool.files import names, system
+from loratool.files.hub_names import parse
+
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parent / "loratool"
+
+MERGE = ["merge", "in/base", "in/adapter", "-v", "-o"]
+COMMANDS = [
+    [*MERGE, "made/merged"],
+    [*MERGE, "made/replaced"],
+    [*MERGE, "made/replaced", "-w", "0.5", "--overwrite"],
+    ["killed", *MERGE, "made/resumed", "--workers", "1"],
+    [*MERGE, "made/resumed"],
+    [*MERGE, "made/planned", "--dry-run"],
+    ["rescale", "in/adapter", "-o", "made/scaled", "--scale", "0.5", "-v"],
+    ["resize", "in/adapter", "-o", "made/small", "--rank", "1", "-v"],
+    ["combine", "in/adapter", "made/scaled", "-o", "made/both", "-v"],
+    ["extract", "in/base", "made/merged", "-o", "made/extracted", "--rank", "2", "-v"],
+    ["compare", "in/adapter", "made/scaled", "-v"],
+    ["inspect", "in/adapter", "made/merged", "--check", "--html", "made/page.html", "-v"],
+    ["inspect", "in/adapter", "--base", "in/base", "--values", "-v"],
+    ["estimate", "in/base", "--rank", "4", "--target", "q_proj", "-v"],
+    ["push", "made/merged", "me/merged", "--dry-run", "-v"],
+    ["merge", "in/base", "in/adapter", "--stream", "--push-to-hub", "me/merged", "--dry-run", "-v"],
+    ["demo", "made/demo", "-v"],
+]
+DIRECT = "no direct disk writes here; output files are written through the page cache"
+SWAPS = "folders cannot swap names in one step here; while an output was replaced, there was a moment without one"
+MEMORY = "this system does not report the memory of a process; peak memory is given as 0"
+FOLDERS = "folders cannot be synced here; a power cut right after the end may undo the last rename"
+LOCKS = "no file locks here; nothing stops two runs from writing the same output"
+SPACE = "this system does not report free disk space; whether the output fits is not checked"
+LACKING = {"macos": {DIRECT, SWAPS}, "windows": {DIRECT, SWAPS, MEMORY, FOLDERS}}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def make_inputs(folder: Path) -> None:
+    faults.make_base(folder / "base")
+    config = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    more = {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 64, "torch_dtype": "bfloat16"}
+    (folder / "base" / "config.json").write_text(json.dumps({**config, **more}))
+    faults.make_adapter(folder / "adapter")
+
+
+def run_on(name: str, root: Path, commands: Sequence[Sequence[str]]) -> tuple[list[Ended], int]:
+    """The commands on a simulated system, in one process; and how often a disk was told to empty its own cache."""
+    settings = {
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",  # text is ASCII, where nobody says what it is
+    }
+    done = subprocess.run(
+        [sys.executable, str(TESTS / "other_systems.py"), name, str(root)],
+        input=json.dumps(commands), env={**os.environ, **settings}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    return [Ended(each["code"], each["out"], each["err"]) for each in answer["outcomes"]], answer["synced"]
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the commands make on this system, with nothing taken away."""
+    root = tmp_path_factory.mktemp("usual")
+    make_inputs(root / "in")
+    (root / "made").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for command in COMMANDS:
+            if command[0] != "killed":
+                assert run(command) == 0, command
+    return root
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """What a simulated system made, and how its commands ended."""
+
+    root: Path
+    ended: list[Ended]
+    refused: list[Ended]
+    synced: int
+
+
+@pytest.fixture(scope="module")
+def windows(usual: Path, tmp_path_factory: pytest.TempPathFactory) -> Simulated:
+    """All commands, as somebody at Windows would type them, and then those that are refused there: in one process."""
+    root = tmp_path_factory.mktemp("windows") / "root"
+    shutil.copytree(usual / "in", root / "in")
+    (root / "made").mkdir()
+    for name, files in ELSEWHERE.items():
+        shutil.copytree(usual / "in" / name, root.parent / name)
+        for file in files:
+            (root.parent / name / file).write_text(file)
+    typed = [
+        [word.replace("/", "\\") if word.startswith(("in/", "made/")) else word for word in command]
+        for command in COMMANDS
+    ]
+    deep = "d" * (225 - len(str(root)))  # the stage has room for its journal, and not for the longest file
+    refused = [[w.replace("HERE", str(root.parent)).replace("DEEP", deep) for w in command] for command in REFUSED]
+    ended, synced = run_on("windows", root, [*typed, *refused])
+    return Simulated(root, ended[: len(typed)], ended[len(typed) :], synced)
+
+
+@pytest.fixture(scope="module")
+def macos(usual: Path, tmp_path_factory: pytest.TempPathFactory) -> Simulated:
+    """The commands that merge."""
+    root = tmp_path_factory.mktemp("macos")
+    shutil.copytree(usual / "in", root / "in")
+    (root / "made").mkdir()
+    ended, synced = run_on("macos", root, COMMANDS[:5])
+    return Simulated(root, ended, [], synced)
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_every_command_works_and_makes_the_same_bytes(name: str, usual: Path, request: pytest.FixtureRequest) -> None:
+    """Also after a kill; and with -v a command says once what it does without."""
+    found: Simulated = request.getfixturevalue(name)
+    said: set[str] = set()
+    for command, ended in zip(COMMANDS, found.ended, strict=False):
+        assert ended.code == (-9 if command[0] == "killed" else 0), (command, ended)
+        notes = [line.removeprefix("note: ") for line in ended.err.splitlines() if line.startswith("note: ")]
+        assert len(notes) == len(set(notes))
+        said.update(notes)
+    assert said == LACKING[name]
+    made, expected = faults.picture(found.root / "made"), faults.picture(usual / "made")
+    outputs = {path.partition("/")[0] for path in (expected if name == "windows" else made)}
+    assert {"merged", "replaced", "resumed"} <= outputs
+    assert made == {path: digest for path, digest in expected.items() if path.partition("/")[0] in outputs}
+
+
+def test_a_disk_with_a_cache_of_its_own_is_told_to_empty_it(macos: Simulated) -> None:
+    """Where `fsync` does not do that, there is F_FULLFSYNC."""
+    assert macos.synced > 0
+
+
+def test_a_console_with_few_characters_shows_question_marks(windows: Simulated) -> None:
+    """‖ΔW‖ is not in cp1252."""
+    (ended,) = (e for c, e in zip(COMMANDS, windows.ended, strict=True) if "--values" in c)
+    assert "?" in ended.out
+    assert "W" in ended.out
+
+
+# Inputs on a disk that can hold more: a copy of which, and the side files it has besides.
+ELSEWHERE = {"base": ["aux.txt"], "adapter": ["Notes.txt", "notes.txt"]}
+NO_FOLDER = "this file system takes no folder of that name"
+ONTO = ["merge", "in\\base", "in\\adapter", "-o"]
+TABLE: list[tuple[list[str], int, str]] = [  # a command, its exit code, and what it says
+    ([*ONTO, "CON"], 6, NO_FOLDER),
+    ([*ONTO, "aux.txt"], 6, NO_FOLDER),
+    ([*ONTO, "made."], 6, NO_FOLDER),
+    ([*ONTO, "a:b"], 6, NO_FOLDER),
+    ([*ONTO, "IN\\BASE\\merged"], 2, "lies inside the input"),
+    ([*ONTO, "long" * 50], 6, "a shorter OUT may work"),
+    ([*ONTO, "DEEP"], 6, "too long here"),
+    (["merge", "HERE/base", "in\\adapter", "-o", "out"], 6, "aux.txt: a file cannot have that name here"),
+    (["rescale", "HERE/adapter", "--scale", "2", "-o", "out"], 6, "differs from another file in case only"),
+    (["busy", "busy.partial", *ONTO, "busy"], 2, "another run is writing this output"),
+    (["unlocked", *ONTO, "free", "-v"], 0, f"note: {LOCKS}"),
+    (["unlocked", *ONTO, "FREE", "-v"], 2, "already exists"),
+    (["unlocked", *ONTO, "free", "-v", "--overwrite"], 0, f"note: {SPACE}"),
+]
+REFUSED = [command for command, _, _ in TABLE]
+
+
+def test_what_windows_cannot_hold_is_refused_in_a_sentence_and_leaves_nothing(windows: Simulated, usual: Path) -> None:
+    """Names that are reserved, paths that are too long, files that differ in case only, and an output that is locked."""
+    for (command, code, sentence), ended in zip(TABLE, windows.refused, strict=True):
+        assert (ended.code, sentence in ended.err) == (code, True), (command, ended)
+        assert "a bug in loratool" not in ended.err
+    assert sorted(os.listdir(windows.root)) == ["busy.partial", "free", "in", "made"]
+    assert os.listdir(windows.root / "busy.partial") == []
+    assert faults.picture(windows.root / "in") == faults.picture(usual / "in")
+    assert faults.picture(windows.root / "free") == faults.picture(usual / "made" / "merged")
+
+
+def test_reading_and_writing_at_a_position_needs_no_call_that_does_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many threads at one descriptor each gets what it asked for."""
+    for name in ("preadv", "pwrite"):
+        monkeypatch.delattr(os, name)
+    content = os.urandom(1 << 16)
+    descriptor = system.create_file(tmp_path / "file")
+    wrong: list[int] = []
+
+    def work(first: int) -> None:
+        for at in range(first, len(content), 8 * 64):
+            assert system.write_at(descriptor, memoryview(content)[at : at + 64], at) == 64
+            piece = bytearray(64)
+            if system.read_at(descriptor, memoryview(piece), at) != 64 or piece != content[at : at + 64]:
+                wrong.append(at)
+
+    threads = [threading.Thread(target=work, args=(64 * number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    os.close(descriptor)
+    assert wrong == []
+    assert (tmp_path / "file").read_bytes() == content
+
+
+def test_a_link_is_not_followed_where_no_flag_forbids_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("content")
+    (tmp_path / "link").symlink_to("file")
+    monkeypatch.delattr(os, "O_NOFOLLOW")
+    for links in (True, False):
+        if links:
+            os.close(system.open_file(tmp_path / "link", os.O_RDONLY, links=True))
+        else:
+            with pytest.raises(OSError, match="symbolic links"):
+                system.open_file(tmp_path / "link", os.O_RDONLY)
+
+
+@pytest.mark.parametrize("name", ["..\\..\\x.safetensors", "C:x.safetensors", "a\\b", "C:/x", "\\x"])
+def test_a_name_that_windows_would_read_as_another_path_is_no_plain_one(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(names, "PurePath", PureWindowsPath)
+    assert names.has_other_parts(name)
+    assert not names.has_other_parts("folder/model-00001-of-00002.safetensors")
+
+
+def test_a_place_on_the_hub_is_known_in_a_path_of_windows() -> None:
+    """The command line's operands are paths, in which Windows turns the slashes round."""
+    place = parse(PureWindowsPath("me/adapter@main:sub/folder"))
+    assert place is not None
+    assert str(place) == "me/adapter@main:sub/folder"
+    assert parse(PureWindowsPath("C:/models/adapter")) is None
+
+
+# ---------------------------------------------------------------- files/ alone knows
+
+MODULES = {"ctypes", "fcntl", "msvcrt", "resource", "signal", "platform", "pwd", "grp", "errno", "multiprocessing"}
+OF_OS = {
+    *("fsync", "fdatasync", "sync", "sysconf", "sched_getaffinity", "statvfs", "fork", "kill", "dup", "dup2", "open"),
+    *("pread", "preadv", "pwrite", "pwritev", "sendfile", "copy_file_range", "posix_fallocate", "posix_fadvise"),
+    *("getuid", "geteuid", "link", "symlink", "chmod", "umask", "name", "uname", "altsep"),
+}
+
+
+@cache
+def knowledge(path: Path) -> list[str]:
+    """What a module knows of operating systems, and in which line."""
+    found: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        match node:
+            case ast.Import(names=aliases):
+                known: Sequence[Any] = [alias.name for alias in aliases if alias.name in MODULES]
+            case ast.ImportFrom(module=str(module)):
+                known = [module] if module in MODULES else []
+            case ast.Attribute(value=ast.Name(id="os"), attr=name):
+                known = [f"os.{name}"] if name in OF_OS or name.startswith(("O_", "posix_")) else []
+            case ast.Attribute(value=ast.Name(id="sys"), attr="platform"):
+                known = ["sys.platform"]
+            case ast.Constant(value=str(text)):
+                known = [text] if text.startswith("/proc") or text in MODULES - {"signal", "resource"} else []
+            case _:
+                continue
+        found += [f"{path.relative_to(PACKAGE)}:{getattr(node, 'lineno', 0)}: {each}" for each in known]
+    return found
+
+
+def test_only_files_knows_what_operating_systems_do_differently() -> None:
+    outside = [path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] != "files"]
+    assert [each for path in outside for each in knowledge(path)] == []
+    assert len(knowledge(PACKAGE / "files" / "system.py")) > 10
+
+
+def test_no_module_asks_for_the_name_of_the_system() -> None:
+    asked = [each for path in PACKAGE.rglob("*.py") for each in knowledge(path)]
+    assert [each for each in asked if each.endswith((": os.name", ": sys.platform", ": platform", ": os.uname"))] == []
