@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.errors import printable
 from loratool.results.base import Written
-from loratool.results.text import MOST_LAYERS, aligned, kept, mean_of, number, percent, size, spread, table, widest
+from loratool.results.text import (
+    MOST_LAYERS,
+    aligned,
+    kept,
+    mean_of,
+    memory,
+    number,
+    percent,
+    size,
+    spread,
+    table,
+    widest,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -98,7 +110,7 @@ def combine_text(report: CombineReport) -> str:
         ),
         *(("together", f"{pair}: {met(report, pair)}") for pair in totals.cosine),
         ("took", f"{report.cost.seconds:.2f} s on {report.cost.device}, torch ready after {report.cost.startup_seconds:.2f} s"),
-        ("peak memory", size(report.cost.peak_memory)),
+        ("peak memory", memory(report.cost.peak_memory)),
         *(("note", note) for note in report.notes),
     ]  # fmt: skip
     worst = sorted(report.modules.items(), key=lambda item: -item[1].error)

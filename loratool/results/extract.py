@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from loratool.errors import printable
 from loratool.results.base import Written
-from loratool.results.text import MOST_LAYERS, aligned, percent, size, spread, table
+from loratool.results.text import MOST_LAYERS, aligned, memory, percent, size, spread, table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -79,7 +79,7 @@ def extract_text(report: ExtractReport) -> str:
             "took",
             f"{report.cost.seconds:.2f} s on {report.cost.device}, torch ready after {report.cost.startup_seconds:.2f} s",
         ),
-        ("peak memory", size(report.cost.peak_memory)),
+        ("peak memory", memory(report.cost.peak_memory)),
         *(("note", note) for note in report.notes),
     ]
     return "\n".join([aligned(rows), *extracted_lines(report.modules)])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from loratool.errors import printable
 from loratool.results.base import Written
-from loratool.results.text import aligned, size
+from loratool.results.text import aligned, memory, size
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,7 +72,7 @@ def merge_text(report: MergeReport) -> str:
         ),
         (
             "peak memory",
-            size(report.cost.peak_memory) + (f", GPU {size(report.gpu_memory)}" if report.gpu_memory else ""),
+            memory(report.cost.peak_memory) + (f", GPU {size(report.gpu_memory)}" if report.gpu_memory else ""),
         ),
     ]
     if report.resumed:

@@ -16,6 +16,11 @@ MOST_LAYERS = 8  # rows of a table of layers before the rest is counted
 MOST_LINES = 40  # rows of a listing before the rest is counted
 
 
+def memory(count: int) -> str:
+    """Bytes that a process took; 0 where the system does not report them."""
+    return size(count) if count else "not reported by this system"
+
+
 def size(count: float) -> str:
     """A number of bytes with its unit, in powers of 1000 as disks and the Hub count."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
-from loratool.results.text import columns, figure, fill, share, size, wrapped
+from loratool.results.text import columns, figure, fill, memory, share, size, wrapped
 
 if TYPE_CHECKING:
     from loratool.notes import Note
@@ -99,7 +99,7 @@ def values_text(values: Values) -> str:
             f"{values.cost.seconds:.2f} s on {values.cost.device}, torch ready after {values.cost.startup_seconds:.2f} s",
         )
     )
-    rows.append(("peak memory", size(values.cost.peak_memory)))
+    rows.append(("peak memory", memory(values.cost.peak_memory)))
     rows += [("note", note) for note in values.notes]
     parts = [wrapped(rows)]
     if values.modules:
