@@ -30,7 +30,10 @@ WORDS = {
             *("reworking/resize.py", "results/facts.py"),
         ),
     ),
-    "alpha": ("an option of rescale, or a line of inspect", ("reworking/rescale.py", "results/facts.py")),
+    "alpha": (
+        "an option of rescale, a line of inspect, or a field of mlx-lm's own config",
+        ("reworking/rescale.py", "results/facts.py", "adapters/formats/mlx.py"),
+    ),
     "scaling": ("a line of inspect", ("results/facts.py",)),
     "rank_pattern": ("a line of inspect, and a field of its facts", ("results/facts.py",)),
     "alpha_pattern": ("a line of inspect, and a field of its facts", ("results/facts.py",)),
@@ -38,9 +41,13 @@ WORDS = {
         "operands of the command line, and what a record lists",
         ("cli/", "merging/", "provenance/", "inspecting/inspect.py", "reworking/combine.py"),
     ),
+    "use_dora": ("a field of mlx-lm's own early configs", ("adapters/formats/mlx.py",)),
     "revision": ("part of a place on the Hub", ("files/hub_names.py",)),
     "hidden_size": ("a field of a model's config", ("bases/", "demo.py")),
-    "num_layers": ("a field of a model's config", ("bases/same_base.py",)),
+    "num_layers": (
+        "a field of a model's config, and one of mlx-lm's own",
+        ("bases/same_base.py", "adapters/formats/mlx.py"),
+    ),
     "num_attention_heads": ("a field of a model's config", ("bases/", "layouts/fusions.py", "demo.py")),
 }
 

@@ -280,7 +280,6 @@ def test_a_model_that_loratool_merged_says_of_what(tmp_path: Path) -> None:
     ("name", "form"),
     [
         ("lora_unet_down_blocks_0.lora_down.weight", "kohya"),
-        ("model.layers.0.self_attn.q_proj.lora_a", "mlx"),
         ("unet.down_blocks.0.attn1.to_k.lora.down.weight", "diffusers"),
         ("lora_te_layers_0.lokr_w1_a", "LyCORIS"),
     ],

@@ -331,8 +331,8 @@ def test_an_adapter_with_a_head_is_refused_by_a_base_that_has_none(
 
 # path below `real-adapters` → (exit code, what the message must name)
 REFUSED: dict[str, tuple[int, str]] = {
-    "mlx-qwen0.5b": (3, "mlx"),
-    "mlx-qwen0.5b/adapters.safetensors": (3, "mlx"),
+    "mlx-qwen0.5b": (4, r"q_proj\.weight: the base has no such weight"),
+    "mlx-qwen0.5b/adapters.safetensors": (4, r"q_proj\.weight: the base has no such weight"),
     "sd-lycoris-lokr-4": (3, "LyCORIS"),
     "sd-lycoris-lokr-4/smart_falcon_4_lokr.safetensors": (3, "LyCORIS"),
     "sd-diffusers-old-processor-pokemon": (3, "diffusers"),
@@ -342,7 +342,7 @@ REFUSED: dict[str, tuple[int, str]] = {
     "vit-lora-wa-only/lora.safetensors": (3, r"adapter_config\.json"),
     "flux-aitoolkit-transformer": (3, "diffusers"),
     "mlx-npz": (3, r"adapters\.npz|neither adapter_config\.json"),
-    "mlx-medqa": (3, "mlx"),
+    "mlx-medqa": (4, r"q_proj\.weight: the base has no such weight"),
     "sam-lora-index-names": (3, r"adapter_config\.json"),
     "seqcls-lora-on-saved-head": (3, "LoRA on classifier, which is saved whole as well"),
     "ih-bloomz560m-zeroB": (4, "zero"),

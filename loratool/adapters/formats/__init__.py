@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratool.adapters.formats.mlx import MLX
 from loratool.adapters.formats.peft import PEFT
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.errors import InputError, LoratoolError, printable
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from loratool.adapters.formats.format import Format
     from loratool.provenance.cards import Subject
 
-FORMATS: tuple[Format, ...] = (PEFT,)  # where several may be meant, the first that claims a tensor is
+FORMATS: tuple[Format, ...] = (PEFT, MLX)  # of several that may be meant, the first that claims a tensor is
 WRITTEN = PEFT  # what is made here is written in
 CONFIGS = tuple(dict.fromkeys(form.config_name for form in FORMATS))  # what their configs are called
 # How tensors of formats that are not read are spelled, so that a refusal can name the format.
@@ -33,7 +34,6 @@ FOREIGN = (
         re.compile(r"\.processor\.|\.lora_linear_layer\.|\.lora\.(up|down)\.|^(unet|text_encoder|transformer)\."),
         "diffusers",
     ),
-    (re.compile(r"\.lora_[ab]$"), "mlx"),
 )
 
 
@@ -54,8 +54,8 @@ def format_at(location: Path) -> Format:
     """The format of the adapter at a place, by the names of its files, then by the heads of those; else PEFT's."""
     found = [form for form in FORMATS if form.recognises(location)]
     if len(found) > 1:
-        heads = list(heads_at(location))
-        found = [form for form in found if any(map(form.claims, heads))] or found[-1:]
+        heads = list(heads_at(location))  # none on the Hub, where names alone decide
+        found = [form for form in found if any(map(form.claims, heads))] or found
     return found[0] if found else WRITTEN
 
 
@@ -139,8 +139,9 @@ def find_foreign(location: Path) -> Foreign | None:
         files = [location] if location.suffix == ".safetensors" and location.name != WRITTEN.weights_name else []
     for path in filter(Path.is_file, files):
         file = read_safefile(path)
+        others = frozenset[str]().union(*(form.claims(file) for form in FORMATS if form is not WRITTEN))
         for pattern, form in FOREIGN:
             for name in file.tensors:
-                if pattern.search(name):
+                if name not in others and pattern.search(name):
                     return Foreign(file, form, name)
     return None

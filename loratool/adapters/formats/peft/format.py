@@ -40,7 +40,8 @@ class Peft:
         return files.recognises(path)
 
     def claims(self, file: SafeFile) -> frozenset[str]:
-        return frozenset(name for name in file.tensors if keys.family_of(".".join(keys.path_of(name))))
+        found = {name: keys.split(name, unmerged.SLOTS) for name in file.tensors}
+        return frozenset(name for name, key in found.items() if key is not None and key.slot)
 
     def is_config(self, config: Mapping[str, Any]) -> bool:
         return bool({"peft_type", "lora_alpha"} & config.keys())

@@ -1,0 +1,380 @@
+"""mlx-lm's layout: `adapters.safetensors` beside an `adapter_config.json` that holds the arguments of its training.
+
+Factors lie transposed, `….lora_a` (in, rank) and `….lora_b` (rank, out): ΔW = scale · (a @ b)ᵀ. Of an embedding they are
+(tokens, rank) and (rank, width), ΔW = scale · a @ b. `scale` multiplies as it is: it is no α. `….m` are DoRA's lengths
+of rows. Facts: mlx-lm of August 2026.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from loratool.adapters.adapter import Adapter, StoredTensor
+from loratool.adapters.layers import Form, Kind
+from loratool.adapters.reading import AS_STORED, Reading
+from loratool.adapters.training import Training
+from loratool.adapters.weight_files import weight_files
+from loratool.algebra.updates import Add, ExpertFactors, LowRank, Magnitude, Replace, ReplaceRows, Update
+from loratool.errors import FitError, InputError, printable
+from loratool.files.checkpoint import NUMBERED, sort_side_files
+from loratool.files.hub_cache import name_of
+from loratool.files.inputs import read_json
+from loratool.files.safefile import FLOAT_NAMES, SafeFile, product, read_safefile
+from loratool.layouts.architectures import INPUT_EMBEDDINGS
+from loratool.notes import Note
+from loratool.provenance.cards import Subject
+from loratool.results.findings import Finding
+from loratool.results.repairs import some
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from loratool.adapters.formats.format import Config, Parts
+    from loratool.adapters.layers import Contents, Layer
+    from loratool.algebra.lowrank import Product
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
+A, B, M = ".lora_a", ".lora_b", ".m"
+
+
+@dataclass
+class Reader:
+    """One file on its way to an adapter."""
+
+    file: SafeFile
+    scale: float
+    updates: dict[str, Update] = field(default_factory=dict)
+    sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+    unsupported: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def read(self) -> None:
+        """Take up every tensor of the file."""
+        modules = {name.rpartition(".")[0] for name in self.file.tensors if name.endswith((A, B))}
+        for module in sorted(modules):
+            self.take(module)
+        used = {name for names in self.sources.values() for name in names}
+        known = {f"{module}{slot}" for module in modules for slot in (A, B, M)}
+        self.unused = [name for name in self.file.tensors if name not in used | known]
+
+    def take(self, module: str) -> None:
+        """The update of one module, or what is wrong with it."""
+        if missing := [f"{module}{slot}" for slot in (A, B) if f"{module}{slot}" not in self.file.tensors]:
+            self.problems.append(f"{printable(module)}: {printable(missing[0])} is missing")
+            return
+        a, b = self.stored(module + A), self.stored(module + B)
+        shapes = f"lora_a is {list(a.shape)}, lora_b is {list(b.shape)}"
+        if len(a.shape) == len(b.shape) == 3:
+            self.unsupported.append(f"LoRA on experts ({printable(module)}: {shapes}); fuse it with mlx_lm.fuse")
+            return
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[0] or not product(a.shape + b.shape):
+            self.problems.append(f"{printable(module)}: {shapes}; expected (in, rank) and (rank, out)")
+            return
+        if {a.info.dtype, b.info.dtype} - FLOAT_NAMES.keys():
+            self.problems.append(f"{printable(module)}: stored as {a.info.dtype} and {b.info.dtype}; expected floats")
+            return
+        up, down, table = (a, b, True) if is_embedding(module) else (b.T, a.T, False)
+        # tensors in a file have a shape and are loaded later
+        update: Update = LowRank(up, down, self.scale, turnable=not table, table=table)  # type: ignore[arg-type]
+        names = [module + A, module + B]
+        if module + M in self.file.tensors:
+            lengths = self.stored(module + M)
+            if lengths.shape != update.shape[:1]:
+                self.problems.append(
+                    f"{printable(module + M)}: is {list(lengths.shape)}; expected {update.shape[0]} values"
+                )
+                return
+            update = Magnitude(update, lengths)  # type: ignore[arg-type]
+            names.append(module + M)
+        self.updates[f"{module}.weight"] = update
+        self.sources[f"{module}.weight"] = tuple(names)
+
+    def stored(self, name: str) -> StoredTensor:
+        return StoredTensor(self.file, self.file.tensors[name])
+
+
+def is_embedding(module: str) -> bool:
+    """Whether a module is a table of vectors, which only its name tells."""
+    return module.rpartition(".")[2] in INPUT_EMBEDDINGS
+
+
+def scale_of(config: Mapping[str, Any], notes: list[Note]) -> float:
+    """What multiplies a @ b. Raises `InputError` where it is no number."""
+    table = config.get("lora_parameters")
+    parameters = table if isinstance(table, Mapping) else {}
+    numbers = {name: parameters[name] for name in ("scale", "alpha", "rank") if parameters.get(name) is not None}
+    if bad := [
+        name for name, value in numbers.items() if not isinstance(value, (int, float)) or isinstance(value, bool)
+    ]:
+        raise InputError(
+            f"{CONFIG}: {bad[0]} of lora_parameters is {printable(repr(numbers[bad[0]]))}; expected a number"
+        )
+    if "scale" not in numbers:
+        raise InputError(f"{CONFIG}: lora_parameters has no scale, by which its updates are multiplied")
+    scale = float(numbers["scale"])
+    if "alpha" not in numbers:
+        return scale
+    if "fine_tune_type" in config or not numbers.get("rank"):
+        notes.append(
+            Note("alpha-not-used", f"alpha {numbers['alpha']:g} is not used: mlx-lm multiplies by scale {scale:g}")
+        )
+        return scale
+    found = scale * numbers["alpha"] / numbers["rank"]
+    text = f"the config is of a release of mlx-lm before fine_tune_type, which multiplied by scale · alpha / rank: {found:g}"
+    notes.append(Note("alpha-used", text))
+    return float(found)
+
+
+def training_of(config: Mapping[str, Any]) -> Training:
+    """What a config says of the training."""
+    table, base = config.get("lora_parameters"), config.get("model")
+    parameters = table if isinstance(table, Mapping) else {}
+    rank, dropout = parameters.get("rank"), parameters.get("dropout")
+    return Training(
+        base=base if isinstance(base, str) else "",
+        task="CAUSAL_LM",
+        rank=rank if isinstance(rank, int) else None,
+        dora=config.get("fine_tune_type") == "dora" or config.get("use_dora") is True,
+        dropout=float(dropout) if isinstance(dropout, (int, float)) else 0.0,
+        zero_alpha=parameters.get("scale") == 0,
+        in_out=False,
+    )
+
+
+class Mlx:
+    """Adapters as mlx-lm saves them."""
+
+    name = "mlx"
+    config_name = CONFIG
+    weights_name = WEIGHTS
+    newest = ""
+
+    def recognises(self, path: Path) -> bool:
+        if path.suffix == ".safetensors":
+            return path.is_file() and not NUMBERED.match(path.name)
+        return (path / WEIGHTS).is_file()
+
+    def claims(self, file: SafeFile) -> frozenset[str]:
+        names = file.tensors
+        modules = {name.removesuffix(slot) for slot in (A, B) for name in names if name.endswith(slot)}
+        return frozenset(name for name in names if name.removesuffix(M).removesuffix(A).removesuffix(B) in modules)
+
+    def is_config(self, config: Mapping[str, Any]) -> bool:
+        return "lora_parameters" in config
+
+    def needed(self, location: Path) -> tuple[list[str], list[str]]:
+        return [WEIGHTS], [CONFIG, *sort_side_files(location, {WEIGHTS})[0]]
+
+    def training_at(self, path: Path) -> Training:
+        return training_of(read_json((path if path.is_dir() else path.parent) / CONFIG, lenient=True))
+
+    def read(self, path: Path, reading: Reading = AS_STORED) -> Adapter:
+        adapter, problems = self.read_leniently(path, reading)
+        if problems and not adapter.unsupported:
+            raise InputError(f"{printable(adapter.file.path)}: malformed adapter:", problems)
+        return adapter
+
+    def read_leniently(self, path: Path, reading: Reading = AS_STORED) -> tuple[Adapter, tuple[str, ...]]:
+        folder = path if path.is_dir() else path.parent
+        file = read_safefile(path / WEIGHTS if path.is_dir() else path)
+        config, notes = read_json(folder / CONFIG, lenient=True), list[Note]()
+        found = Reader(file, scale_of(config, notes))
+        found.read()
+        if reading.input_alpha is not None:
+            text = f"its config holds the scale, so the input alpha {reading.input_alpha:g} is not used"
+            notes.append(Note("input-alpha-not-used", text))
+        alone = path.is_file() and path.name != WEIGHTS
+        adapter = Adapter(
+            name=name_of(folder),
+            format=self.name,
+            folder=folder,
+            file=file,
+            config=config,
+            config_file=folder / CONFIG,
+            updates=found.updates,
+            sources=found.sources,
+            training=training_of(config),
+            unsupported=tuple(found.unsupported),
+            unused=tuple(found.unused),
+            notes=tuple(notes),
+            beside=() if alone else weight_files(folder, file, {file.path.name}),
+            alone=alone,
+        )
+        return adapter, tuple(found.problems)
+
+    def parameters(self, adapter: Adapter, in_base: set[str]) -> tuple[int, int]:  # noqa: ARG002 (all are factors)
+        used = {name for names in adapter.sources.values() for name in names}
+        trained = sum(adapter.file.tensors[name].elements for name in used)
+        return trained, trained
+
+    def findings(self, adapter: Adapter, path: Path) -> Iterator[Finding]:  # noqa: ARG002 (no command repairs these)
+        if adapter.unused:
+            where = tuple(map(printable, adapter.unused))
+            yield Finding("problem", "unknown-tensor", f"no rule gives a place to {some(adapter.unused)}", "", where)
+        for reason in adapter.unsupported:
+            yield Finding("note", "not-mergeable", reason)
+
+    def problem(self, text: str) -> tuple[str, str]:
+        if " is missing" in text:
+            return "missing-partner", "the other factor is not in this file; save the adapter again"
+        return "malformed", ""
+
+    def subject(self, config: Config) -> Subject:
+        training = training_of(config)
+        return Subject(
+            title="LoRA adapter",
+            trained_with="mlx-lm",
+            library="mlx",
+            tags=("lora", "mlx"),
+            base=training.base,
+            ranks=(training.rank,) if training.rank else (),
+            snippet=lambda base, where: [
+                "from mlx_lm import load",
+                "",
+                f"model, tokenizer = load({json.dumps(printable(base))}, adapter_path={where})",
+            ],
+        )
+
+    def spelling(self, kinds: Mapping[str, Kind], release: str = "") -> MlxNames:  # noqa: ARG002 (all read the same)
+        return MlxNames(self, kinds)
+
+    def losses(self, adapter: Adapter) -> tuple[Note, ...]:
+        lost: dict[str, list[str]] = {}
+        for target, update in (*adapter.updates.items(), *adapter.bases.items()):
+            if (what := unspeakable(update)) is not None:
+                lost.setdefault(what, []).append(target)
+        return tuple(Note("not-in-mlx", f"mlx-lm has no place for {what}: {some(t)}") for what, t in lost.items())
+
+    def was_inside(self, adapter: Adapter, target: str) -> bool:  # noqa: ARG002 (nothing is saved whole)
+        return False
+
+    def one_rank_experts(self, targets: Iterable[str]) -> tuple[str, ...]:  # noqa: ARG002 (all layers have one rank)
+        return ()
+
+    def rank_notes(self, own: Mapping[str, int], ranks: Mapping[str, int]) -> Iterator[Note]:
+        if filled := [target for target in ranks if own.get(target, 0) < ranks[target]]:
+            yield Note(
+                "one-rank", f"{len(filled)} layers are filled up with zeros: mlx-lm has one rank for all of them"
+            )
+
+    def task_heads(self, task: str) -> tuple[str, ...]:  # noqa: ARG002 (nothing is saved whole)
+        return ()
+
+    def tells_apart(self, parameters: set[str]) -> bool:
+        return len(parameters) == 1
+
+    def alpha_of(self, contents: Contents, target: str) -> float:
+        layer = contents.layers[target]
+        return layer.scale * layer.rank
+
+    def with_alpha(self, contents: Contents, layer: Layer, alpha: float) -> LowRank | ExpertFactors:  # noqa: ARG002
+        assert isinstance(layer.update, LowRank), "nothing else is read"
+        return replace(layer.update, scale=alpha / layer.rank)
+
+    def rescaled(self, contents: Contents, factors: Mapping[str, float | None], one_alpha: bool) -> dict[str, Any]:  # noqa: ARG002
+        scales = {(factor or 1.0) * contents.layers[target].scale for target, factor in factors.items()}
+        if max(scales) - min(scales) > 1e-9 * abs(max(scales, key=abs)):
+            raise InputError(
+                "mlx-lm has one scale for all modules, and these need several; --bake writes PEFT's layout"
+            )
+        parameters = {**contents.adapter.config["lora_parameters"], "scale": scales.pop()}
+        parameters.pop("alpha", None)  # which multiplied too, in early releases
+        return {**contents.adapter.config, "lora_parameters": parameters}
+
+
+def unspeakable(update: Update) -> str | None:
+    """What of an update the layout cannot hold, in words; None where it holds all of it."""
+    inner = update.inner if isinstance(update, Magnitude) else update
+    match inner:
+        case LowRank(kernel=()):
+            return None
+        case LowRank():
+            return "factors of convolutions"
+        case ExpertFactors():
+            return "factors of experts as PEFT stacks them"
+        case Add():
+            return "biases of factors"
+        case Replace():
+            return "tensors saved whole"
+        case ReplaceRows():
+            return "rows of tokens"
+    return "updates that are no product of two factors"
+
+
+MLX = Mlx()
+
+
+class MlxNames:
+    """Names and layouts of an adapter that is written for mlx-lm; `FitError` for what it has no place for."""
+
+    def __init__(self, form: Mlx, kinds: Mapping[str, Kind]) -> None:
+        self.form, self.kinds = form, kinds
+        if odd := [t for t, kind in kinds.items() if kind not in (Kind.LINEAR, Kind.EMBEDDING)]:
+            raise FitError("mlx-lm has no factors for these layers:", map(printable, odd))
+
+    def factors(self, target: str) -> tuple[str, str]:
+        module = target.removesuffix(".weight")
+        return module + A, module + B
+
+    def shapes(self, form: Form) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        first, last = (form.rows, form.columns) if form.kind is Kind.EMBEDDING else (form.columns, form.rows)
+        return (first, form.rank), (form.rank, last)
+
+    def stored(self, form: Form, found: Product) -> tuple[Tensor, Tensor]:
+        a, b = (found.up, found.down) if form.kind is Kind.EMBEDDING else (found.down.T, found.up.T)
+        return a.contiguous(), b.contiguous()
+
+    def magnitude(self, target: str) -> str:
+        return target.removesuffix(".weight") + M
+
+    def bias(self, target: str) -> str:
+        raise FitError(f"{printable(target)}: mlx-lm has no place for biases of factors")
+
+    def whole(self, target: str, inside: bool) -> str:  # noqa: ARG002 (neither has a place)
+        raise FitError(f"{printable(target)}: mlx-lm has no place for tensors saved whole")
+
+    def rows(self, target: str) -> str:
+        raise FitError(f"{printable(target)}: mlx-lm has no place for rows of tokens")
+
+    def second_copies(
+        self,
+        adapters: Iterable[Adapter],  # noqa: ARG002 (the same)
+        tensors: Mapping[str, StoredTensor | Tensor],  # noqa: ARG002 (none)
+    ) -> dict[str, StoredTensor | Tensor]:
+        return {}
+
+    def times(self, target: str) -> float:  # noqa: ARG002 (all are applied once)
+        return 1.0
+
+    def of_one_rank(self) -> list[tuple[str, ...]]:
+        return [tuple(self.kinds)]
+
+    def describe(self, sources: Sequence[Adapter], parts: Parts) -> dict[str, Any]:
+        return self.describe_new(sources[0].training, parts)
+
+    def describe_new(self, training: Training, parts: Parts) -> dict[str, Any]:
+        return {
+            "fine_tune_type": "dora" if parts.dora else "lora",
+            "lora_parameters": {
+                "dropout": 0.0,
+                "keys": sorted({inside_layer(target) for target in self.kinds}),
+                "rank": max(parts.ranks.values()),
+                "scale": 1.0,
+            },
+            "model": training.base,
+            "num_layers": -1,  # all of them; a factor that is not in the file is zero
+        }
+
+
+def inside_layer(target: str) -> str:
+    """`model.layers.3.self_attn.q_proj.weight` → `self_attn.q_proj`: how mlx-lm names what it adapts."""
+    parts = target.removesuffix(".weight").split(".")
+    last = max((at for at, part in enumerate(parts) if part.isdigit()), default=-1)
+    return ".".join(parts[last + 1 :])

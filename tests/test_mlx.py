@@ -1,0 +1,236 @@
+"""Adapters of mlx-lm: read as their formula says, and written so that they mean what they meant.
+
+`a` is (in, rank) and `b` (rank, out): W' = W + scale · (a @ b)ᵀ, of an embedding W + scale · a @ b, and with DoRA's
+lengths `m` each row of W' has the length that m says.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import loratool
+from loratool.adapters.formats import WRITTEN
+from loratool.adapters.formats.format import Parts
+from loratool.adapters.formats.mlx import MLX
+from loratool.adapters.layers import Form, contents_of
+from loratool.adapters.writer import Carried, FactorOptions, adapter_output, carried_over
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+QUERY, OUTPUT, TABLE = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.o_proj", "model.embed_tokens"
+SHAPES = {QUERY: (6, 4), OUTPUT: (4, 6), TABLE: (9, 4)}
+SCALE, RANK = 20.0, 2
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))) / 4
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    tensors = {f"{module}.weight": numbers(*shape, seed=1) for module, shape in SHAPES.items()}
+    save_file(tensors, folder / "model.safetensors")
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def factors(*modules: str) -> dict[str, Tensor]:
+    tensors = {}
+    for module in modules:
+        rows, columns = SHAPES[module]
+        first, last = (rows, columns) if module == TABLE else (columns, rows)
+        tensors[f"{module}.lora_a"] = numbers(first, RANK, seed=2)
+        tensors[f"{module}.lora_b"] = numbers(RANK, last, seed=3)
+    return tensors
+
+
+def write(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
+    folder.mkdir()
+    save_file(tensors, folder / "adapters.safetensors")
+    table = {"fine_tune_type": "lora", "model": "org/base", "lora_parameters": {"rank": RANK, "scale": SCALE}}
+    (folder / "adapter_config.json").write_text(json.dumps(table | config))
+    return folder
+
+
+def delta(tensors: dict[str, Tensor], module: str, scale: float = SCALE) -> Tensor:
+    """ΔW in float64, by the formula."""
+    product = tensors[f"{module}.lora_a"].double() @ tensors[f"{module}.lora_b"].double()
+    return scale * (product if module == TABLE else product.T)
+
+
+def merged(base: Path, adapter: Path, out: Path) -> dict[str, Tensor]:
+    loratool.merge(base, adapter, out, device="cpu")
+    return load_file(out / "model.safetensors")
+
+
+def check(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Each weight is the float64 one, rounded once."""
+    assert found.keys() == {f"{module}.weight" for module in SHAPES}
+    for module, exact in wanted.items():
+        torch.testing.assert_close(found[f"{module}.weight"], exact.float(), rtol=2e-7, atol=1e-7)
+
+
+def weight(base: Path, module: str) -> Tensor:
+    return load_file(base / "model.safetensors")[f"{module}.weight"].double()
+
+
+def test_a_merge_is_what_the_formula_says(base: Path, tmp_path: Path) -> None:
+    """Of layers in both directions and of an embedding; `scale` is no α, and the rank does not divide it."""
+    tensors = factors(*SHAPES)
+    found = merged(base, write(tmp_path / "adapter", tensors), tmp_path / "out")
+    check(found, {module: weight(base, module) + delta(tensors, module) for module in SHAPES})
+
+
+def test_dora_gives_each_row_its_length(base: Path, tmp_path: Path) -> None:
+    tensors = factors(*SHAPES) | {f"{QUERY}.m": numbers(6, seed=4).abs()}
+    found = merged(base, write(tmp_path / "adapter", tensors, fine_tune_type="dora"), tmp_path / "out")
+    whole = weight(base, QUERY) + delta(tensors, QUERY)
+    lengths = tensors[f"{QUERY}.m"].double()[:, None]
+    check(found, {QUERY: whole * lengths / whole.norm(dim=1, keepdim=True)})
+
+
+@pytest.mark.parametrize(("recent", "scale"), [(True, 10.0), (False, 10.0 * 16 / RANK)])
+def test_an_alpha_counts_in_configs_of_early_releases_only(
+    base: Path, tmp_path: Path, recent: bool, scale: float
+) -> None:
+    """They have no fine_tune_type; either way it is said."""
+    tensors = factors(QUERY)
+    folder = write(tmp_path / "adapter", tensors)
+    parameters = {"rank": RANK, "alpha": 16, "scale": 10.0}
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"lora_parameters": parameters} | ({"fine_tune_type": "lora"} if recent else {}))
+    )
+    assert ["alpha" in note.code for note in loratool.read_adapter(folder).notes] == [True]
+    found = merged(base, folder, tmp_path / "out")
+    check(found, {QUERY: weight(base, QUERY) + delta(tensors, QUERY, scale)})
+
+
+def test_a_file_is_read_by_its_own_name_and_inspect_tells_its_format(tmp_path: Path) -> None:
+    folder = write(tmp_path / "adapter", factors(QUERY))
+    facts = loratool.inspect(folder / "adapters.safetensors")
+    assert isinstance(facts, loratool.AdapterFacts)
+    assert (facts.format, facts.base, facts.scalings, facts.ranks) == ("mlx", "org/base", {"20": 1}, {"2": 1})
+
+
+def test_tensors_decide_whose_adapter_a_file_is(tmp_path: Path) -> None:
+    """PEFT's factors under mlx-lm's file name are PEFT's, and a tensor that nobody claims is told."""
+    folder = write(tmp_path / "adapter", {})
+    name = f"base_model.model.{QUERY}"
+    both = {f"{name}.lora_A.weight": numbers(2, 4), f"{name}.lora_B.weight": numbers(6, 2)}
+    save_file(both, folder / "adapters.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    assert loratool.read_adapter(folder).format == "peft"
+    other = write(tmp_path / "other", factors(QUERY) | {"odd.thing": numbers(2)})
+    found = loratool.read_adapter(other)
+    assert (found.format, found.unused) == ("mlx", ("odd.thing",))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({f"{QUERY}.lora_b": None}, "lora_b is missing"),
+        ({f"{QUERY}.lora_b": numbers(3, 6)}, r"expected \(in, rank\) and \(rank, out\)"),
+        ({f"{QUERY}.m": numbers(5)}, "expected 6 values"),
+        ({"a.switch_mlp.up_proj.lora_a": numbers(3, 2, 4), "a.switch_mlp.up_proj.lora_b": numbers(3, 6, 2)}, "experts"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_its_name(
+    base: Path, tmp_path: Path, change: dict[str, Tensor | None], told: str
+) -> None:
+    tensors = {name: tensor for name, tensor in (factors(QUERY) | change).items() if tensor is not None}
+    folder = write(tmp_path / "adapter", tensors)
+    with pytest.raises(loratool.InputError, match=told):
+        loratool.merge(base, folder, tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("parameters", [None, {}, {"scale": "ten"}, {"scale": 1.0, "alpha": True}])
+def test_a_config_without_a_scale_is_refused(tmp_path: Path, parameters: object) -> None:
+    folder = write(tmp_path / "adapter", factors(QUERY), lora_parameters=parameters)
+    with pytest.raises(loratool.InputError, match=r"lora_parameters"):
+        loratool.read_adapter(folder)
+
+
+def test_rescaling_keeps_the_tensors_and_baking_writes_pefts_layout(base: Path, tmp_path: Path) -> None:
+    """Either way the merge is half of what it was."""
+    tensors = factors(*SHAPES)
+    folder = write(tmp_path / "adapter", tensors)
+    loratool.rescale(folder, tmp_path / "half", scale=0.5)
+    assert (tmp_path / "half" / "adapters.safetensors").read_bytes() == (folder / "adapters.safetensors").read_bytes()
+    loratool.rescale(folder, tmp_path / "baked", scale=0.5, bake=True)
+    assert (tmp_path / "baked" / "adapter_model.safetensors").is_file()
+    wanted = {module: weight(base, module) + delta(tensors, module, SCALE / 2) for module in SHAPES}
+    for name in ("half", "baked"):
+        found = merged(base, tmp_path / name, tmp_path / f"{name}-merged")
+        for module, exact in wanted.items():
+            torch.testing.assert_close(found[f"{module}.weight"], exact.float(), rtol=1e-5, atol=1e-6)
+
+
+def write_as_mlx(source: Path, out: Path) -> None:
+    """An adapter, written in mlx-lm's layout through the format's door alone."""
+    contents = contents_of(loratool.read_adapter(source), "rewrite")
+    names = MLX.spelling({target: layer.kind for target, layer in contents.layers.items()})
+    rank = max(layer.rank for layer in contents.layers.values())
+    forms = {target: Form.of(layer, rank) for target, layer in contents.layers.items()}
+    carried = carried_over(contents, names) if contents.dora else Carried()
+    with adapter_output(out, forms, carried, torch.float32, names, FactorOptions()) as output:
+        for target in contents.layers:
+            output.add(output.rounded(target, contents.load(target, torch.device("cpu"), torch.float64)))
+        output.carry(carried)
+        parts = Parts(dict.fromkeys(contents.layers, rank), dora=contents.dora)
+        output.finish(names.describe([contents.adapter], parts), {"made_by": "loratool test"}, {}, [])
+
+
+def peft_adapter(folder: Path, **config: Any) -> Path:
+    """LoRA of two layers and of the embedding, as PEFT saves it."""
+    folder.mkdir()
+    tensors: dict[str, Tensor] = {}
+    for module, (rows, columns) in SHAPES.items():
+        name = f"base_model.model.{module}"
+        a, b = (".lora_embedding_A", ".lora_embedding_B") if module == TABLE else (".lora_A.weight", ".lora_B.weight")
+        first, last = (rows, columns) if module == TABLE else (columns, rows)
+        tensors |= {name + a: numbers(RANK, first, seed=5), name + b: numbers(last, RANK, seed=6)}
+    if config.get("use_dora"):
+        tensors[f"base_model.model.{QUERY}.lora_magnitude_vector"] = numbers(6, seed=7).abs()
+        tensors = {name: t for name, t in tensors.items() if QUERY in name}
+    save_file(tensors, folder / WRITTEN.weights_name)
+    table = {"peft_type": "LORA", "r": RANK, "lora_alpha": 7, "base_model_name_or_path": "org/base", **config}
+    (folder / WRITTEN.config_name).write_text(json.dumps(table))
+    return folder
+
+
+@pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["LoRA", "rsLoRA", "DoRA"])
+def test_an_adapter_of_peft_means_the_same_in_mlx_layout(base: Path, tmp_path: Path, config: dict[str, Any]) -> None:
+    """It merges into the same weights, and its factors lie as mlx-lm has them."""
+    source = peft_adapter(tmp_path / "peft", **config)
+    write_as_mlx(source, tmp_path / "mlx")
+    tensors = load_file(tmp_path / "mlx" / "adapters.safetensors")
+    assert tensors[f"{QUERY}.lora_a"].shape == (4, RANK)
+    assert tensors[f"{QUERY}.lora_b"].shape == (RANK, 6)
+    table = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())
+    assert (table["lora_parameters"]["scale"], table["lora_parameters"]["rank"], table["model"]) == (1.0, 2, "org/base")
+    assert (table["fine_tune_type"] == "dora") == bool(config.get("use_dora"))
+    before, after = (merged(base, tmp_path / name, tmp_path / f"{name}-out") for name in ("peft", "mlx"))
+    for name, found in after.items():
+        torch.testing.assert_close(found, before[name], rtol=1e-5, atol=1e-6)
+
+
+def test_what_mlx_has_no_place_for_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    source = peft_adapter(tmp_path / "peft", modules_to_save=["lm_head"])
+    tensors = load_file(source / WRITTEN.weights_name) | {"base_model.model.lm_head.weight": numbers(9, 4)}
+    save_file(tensors, source / WRITTEN.weights_name)
+    adapter = loratool.read_adapter(source)
+    assert [note.code for note in MLX.losses(adapter)] == ["not-in-mlx"]
+    assert "lm_head.weight" in MLX.losses(adapter)[0].text
+    assert MLX.losses(loratool.read_adapter(write(tmp_path / "mlx", factors(QUERY)))) == ()
