@@ -1,0 +1,240 @@
+"""A base's bytes have one reader: a stored weight, or a sink that carries a range over as it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import loratool
+from loratool.adapters.adapter import StoredTensor
+from loratool.bases.weights import Plain
+from loratool.files import safefile
+from loratool.files.shard_writer import LocalFile
+from loratool.files.tensor_writer import TensorFile
+
+CARRIES = {LocalFile.copy.__code__, TensorFile.copy.__code__}  # a range goes over as it is
+CALLS = ("pread", "preadv", "read", "readv", "copy_file_range", "sendfile")
+
+
+@dataclass
+class Trace:
+    """What is read of the weight files in a folder."""
+
+    folder: Path
+    sources: dict[str, set[tuple[int, int]]] = field(default_factory=dict)  # file → ranges that a `Source` gave
+    strangers: list[str] = field(default_factory=list)  # reads of tensors by others than weights and sinks
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def covers(self, path: Path) -> bool:
+        return path.parent == self.folder and path.suffix == ".safetensors"
+
+    def note(self, path: Path, start: int, count: int) -> None:
+        """A `Source` is asked for a range."""
+        if self.covers(path) and count:
+            with self.lock:
+                self.sources.setdefault(path.name, set()).add((start, start + count))
+                if not is_ours():
+                    self.strangers.append(f"{path.name}: {start} … {start + count}")
+
+    def system(self, descriptor: Any, call: str) -> None:
+        """The system is asked for bytes; headers are read before there is any weight."""
+        link = f"/proc/self/fd/{descriptor}"
+        path = Path(os.readlink(link)) if os.path.islink(link) else Path()  # elsewhere only the sources are watched
+        if self.covers(path) and not is_ours() and not in_stack(HEADERS):
+            self.strangers.append(f"{path.name}: {call}")
+
+    def unread(self, name: str) -> int:
+        """Bytes of a file's tensors that no `Source` gave."""
+        path = self.folder / name
+        at = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+        missing = 0
+        for start, stop in sorted(self.sources.get(name, ())):
+            missing += max(0, start - at)
+            at = max(at, stop)
+        return missing + path.stat().st_size - at
+
+
+HEADERS = {safefile.read_safefile.__code__}
+
+
+def frames() -> Iterator[Any]:
+    frame = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def in_stack(codes: set[Any]) -> bool:
+    return any(frame.f_code in codes for frame in frames())
+
+
+def is_ours() -> bool:
+    """Whether this is being read for a stored weight, or carried over."""
+    return any(
+        frame.f_code in CARRIES
+        or (frame.f_code is StoredTensor.read.__code__ and isinstance(frame.f_locals["self"], Plain))
+        for frame in frames()
+    )
+
+
+@pytest.fixture
+def trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trace:
+    """What is read of the weights in `base`, from now on."""
+    found = Trace(tmp_path / "base")
+
+    class TracingSource(safefile.LocalSource):
+        def read(self, start: int, count: int, into: memoryview) -> None:
+            found.note(self.path, start, count)
+            super().read(start, count, into)
+
+        def copy_to(self, descriptor: int, start: int, count: int, at: int) -> None:
+            found.note(self.path, start, count)
+            super().copy_to(descriptor, start, count, at)
+
+    monkeypatch.setattr(safefile, "LocalSource", TracingSource)
+    for name in CALLS:
+        if (real := getattr(os, name, None)) is not None:
+            monkeypatch.setattr(os, name, watched(found, name, real))
+    return found
+
+
+def watched(trace: Trace, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    def call(descriptor: Any, *arguments: Any, **named: Any) -> Any:
+        trace.system(descriptor, name)
+        return real(descriptor, *arguments, **named)
+
+    return call
+
+
+FILES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+def weights() -> dict[str, torch.Tensor]:
+    numbers = torch.Generator().manual_seed(0)
+    shapes = {
+        "model.embed_tokens.weight": (50, 32),
+        "model.layers.0.mlp.experts.down_proj": (4, 32, 24),
+        "model.layers.0.mlp.experts.gate_up_proj": (4, 48, 32),
+        "model.layers.0.self_attn.qkv_proj.weight": (96, 32),
+        "model.layers.0.self_attn.o_proj.weight": (32, 32),
+        "model.norm.weight": (32,),
+        "lm_head.weight": (50, 32),
+    }
+    made = {name: torch.randn(*shape, generator=numbers).bfloat16() for name, shape in shapes.items()}
+    made["lm_head.weight"] = made["model.embed_tokens.weight"].clone()  # tied, and there twice
+    return made
+
+
+def save_model(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    folder.mkdir()
+    files = {name: FILES[name.startswith("model.layers")] for name in tensors}
+    for file in FILES:
+        save_file({name: value for name, value in tensors.items() if files[name] == file}, folder / file)
+    index = {"metadata": {}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "tie_word_embeddings": True}
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 32, "head_dim": 8}
+    (folder / "config.json").write_text(json.dumps(config | sizes))
+
+
+def save_adapter(folder: Path, *, dora: bool = False, **config: Any) -> None:
+    folder.mkdir()
+    tensors: dict[str, torch.Tensor] = {}
+    for part in ("qkv_proj", "o_proj"):
+        path = f"base_model.model.model.layers.0.self_attn.{part}"
+        tensors |= {
+            f"{path}.lora_A.weight": torch.randn(2, 32),
+            f"{path}.lora_B.weight": torch.randn(96 if part == "qkv_proj" else 32, 2),
+        }
+        if dora:
+            tensors[f"{path}.lora_magnitude_vector"] = torch.rand(96 if part == "qkv_proj" else 32) + 1
+    save_file(tensors, folder / "adapter_model.safetensors")
+    table = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "use_dora": dora, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(table))
+
+
+def merge(home: Path, **options: Any) -> None:
+    loratool.merge(home / "base", [home / "adapter"], home / "out", device="cpu", **options)
+
+
+def merge_lora(home: Path) -> None:
+    save_adapter(home / "adapter")
+    merge(home)
+
+
+def merge_dora(home: Path) -> None:
+    save_adapter(home / "adapter", dora=True)
+    merge(home, workers=3)
+
+
+def merge_converted(home: Path) -> None:
+    save_adapter(home / "adapter")
+    merge(home, dtype="float32", shard_size=10_000)
+
+
+def merge_embeddings(home: Path) -> None:
+    """The head is compared with the embedding that it is tied to."""
+    save_adapter(home / "adapter")
+    path = home / "adapter" / "adapter_model.safetensors"
+    factors = {"lora_embedding_A": torch.randn(2, 50), "lora_embedding_B": torch.randn(32, 2)}
+    save_file({f"base_model.model.model.embed_tokens.{name}": value for name, value in factors.items()}, path)
+    merge(home)
+
+
+def extract(home: Path) -> None:
+    changed = {
+        name: value + (1 + torch.rand(len(value), 1)) @ torch.rand(1, value.shape[-1])
+        if value.dim() == 2
+        else value * 2
+        for name, value in weights().items()
+    }
+    save_model(home / "tuned", {name: value.to(torch.float32) for name, value in changed.items()})
+    loratool.extract(home / "base", home / "tuned", home / "out", rank=2, device="cpu")
+
+
+def inspect_base(home: Path) -> None:
+    loratool.inspect(home / "base", check=True)
+
+
+def inspect_adapter(home: Path) -> None:
+    save_adapter(home / "adapter")
+    loratool.inspect(home / "adapter", base=str(home / "base"), values=True, check=True, device="cpu")
+
+
+WHOLE = (merge_lora, merge_dora, merge_converted, merge_embeddings, extract, inspect_base)
+
+
+@pytest.mark.parametrize("command", [*WHOLE, inspect_adapter], ids=lambda command: command.__name__)
+def test_every_byte_of_a_base_that_is_read_is_read_for_a_stored_weight(
+    tmp_path: Path, trace: Trace, command: Callable[[Path], None]
+) -> None:
+    save_model(tmp_path / "base", weights())
+    command(tmp_path)
+    assert trace.strangers == []
+    assert trace.sources
+    if command in WHOLE:
+        assert {name: trace.unread(name) for name in FILES} == dict.fromkeys(FILES, 0)
+
+
+def test_a_reader_that_goes_past_the_weights_is_seen(tmp_path: Path, trace: Trace) -> None:
+    """The trace itself: whoever opens the file and reads for himself is a stranger."""
+    save_model(tmp_path / "base", weights())
+    file = safefile.read_safefile(tmp_path / "base" / FILES[0])
+    info = file.tensors["model.norm.weight"]
+    with file.open() as source:
+        source.read(file.position(info), info.nbytes, memoryview(bytearray(info.nbytes)))
+    StoredTensor(file, info).finite()
+    assert len(trace.strangers) >= 2
+    before = len(trace.strangers)
+    Plain(file, info).finite()
+    assert len(trace.strangers) == before
