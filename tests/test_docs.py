@@ -23,7 +23,11 @@ from loratool.demo import demo
 from loratool.merging import resources
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted(path for folder in (".", "docs", "fixtures", "benchmarks") for path in (ROOT / folder).glob("*.md"))
+PAGES = sorted(
+    path
+    for folder in (".", "docs", "docs/extending", "fixtures", "benchmarks")
+    for path in (ROOT / folder).glob("*.md")
+)
 DEMO = "loratool-demo"  # the folder that examples which are run work in
 HOME = "/projects"  # where the reader is imagined to be
 
@@ -216,8 +220,8 @@ def test_python_examples_on_the_demo_run(page: Path, reader: Path, monkeypatch: 
         monkeypatch.setattr(f"{module}.resident_memory", lambda: devices.RUNTIME_MEMORY)
     namespace: dict[str, Any] = {"__name__": "example"}
     for block in fences(page, "python"):
-        if DEMO in block:
-            exec(compile(block, str(page), "exec"), namespace)
+        if DEMO in block or page.parent.name == "extending":  # whose examples are of several blocks
+            exec(compile(block, str(page), "exec", dont_inherit=True), namespace)
 
 
 @pytest.mark.parametrize("page", names([page for page in PAGES if fences(page, "python")]))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.weight_files import module_files
+from loratool.bases.weights import Decoded
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint, leaves
 from loratool.files.inputs import holds_text, special_files
@@ -73,7 +74,7 @@ def companions(
                 del files[name]
                 left_out.append(f"{name} (the adapter's tokenizer_config.json brings its own)")
     edits = [*edits, *(dtype_edits(base.config, dtype) if dtype != "keep" else ())]
-    if edits and base.config:
+    if (edits or isinstance(base, Decoded)) and base.config:
         files["config.json"] = OutputFile("config.json", content=edited_config(base.config, edits))
     elif edits:
         notes.append(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import Derived, StoredTensor, same_bytes, same_values
 from loratool.algebra.updates import ReplaceRows, Update
-from loratool.bases.weights import weight_of
+from loratool.bases.weights import plain_of
 from loratool.errors import printable
 from loratool.layouts.architectures import GENERATIVE, INPUT_EMBEDDINGS, TASK_CLASSES
 from loratool.layouts.ties import TEXT_CONFIGS, TIE_FLAGS, TIED_BY_DEFAULT, TIED_FOREVER, TIES, Tie
@@ -54,11 +54,11 @@ class Ties:
         if self.flag is False:
             return group.names[:1]
         tie = self.flag or self.base.model_type in TIED_BY_DEFAULT
-        first = weight_of(self.base, group.names[0])
+        first = plain_of(self.base, group.names[0])
         return group.names[:1] + tuple(
             name
             for name in group.names[1:]
-            if name in group.missing or (tie and same_bytes(first, weight_of(self.base, name)))
+            if name in group.missing or (tie and same_bytes(first, plain_of(self.base, name)))
         )
 
 

@@ -37,6 +37,7 @@ RESIZED = (
 class View(Checkpoint):
     """A base with tensors that no file of it holds, or holds in another shape."""
 
+    held: Mapping[str, TensorInfo] = field(default_factory=dict)  # the tensors that it has
     assumed: Mapping[str, Shape] = field(default_factory=dict)
 
     @cached_property
@@ -49,10 +50,6 @@ class View(Checkpoint):
                 for name, shape in self.assumed.items()
             },
         }
-
-    @cached_property
-    def held(self) -> Mapping[str, TensorInfo]:
-        return {name: info for shard in self.shards for name, info in shard.tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -80,11 +77,16 @@ def usual_dtype(tensors: Mapping[str, TensorInfo]) -> str:
     return counts.most_common(1)[0][0] if counts else "F32"
 
 
+def held_by(base: Checkpoint) -> Mapping[str, TensorInfo]:
+    """The tensors of a base without those that are assumed."""
+    return base.held if isinstance(base, View) else base.tensors
+
+
 def assume(base: Checkpoint, shapes: Mapping[str, Shape]) -> Checkpoint:
     """`base` with some more tensors, or tensors of another shape, to plan with."""
     if not shapes:
         return base
-    return View(**{f.name: getattr(base, f.name) for f in fields(Checkpoint)}, assumed=shapes)
+    return View(**{f.name: getattr(base, f.name) for f in fields(Checkpoint)}, held=held_by(base), assumed=shapes)
 
 
 def as_trained(adapter: Adapter, base: Checkpoint, ties: Ties, binder: Binder, new_tensors: bool) -> Trained:

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from loratool.adapters.adapter import StoredTensor
+from loratool.files.checkpoint import Checkpoint
 from loratool.files.open_sources import OpenSources
-from loratool.files.safefile import FLOAT_NAMES, product
+from loratool.files.safefile import FLOAT_NAMES, TensorInfo, product
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     import torch
     from torch import Tensor
 
-    from loratool.files.checkpoint import Checkpoint
     from loratool.files.safefile import SafeFile
 
 AnyWeight = TypeVar("AnyWeight", bound=Any)
+PACKING = "quantization_config"  # the entry of config.json that tells how weights are packed
 
 
 class StoredWeight(Protocol):
@@ -157,8 +159,52 @@ class Slice:
         return self
 
 
-def weight_of(base: Checkpoint, name: str) -> Plain:
-    """A weight of a base, by the name of a tensor that a file of it holds."""
+@dataclass(frozen=True)
+class Decoded(Checkpoint):
+    """A checkpoint whose packed weights are seen as plain ones: each has its own name, its parts have none."""
+
+    weights: Mapping[str, StoredWeight] = field(default_factory=dict)  # by the name of the plain copy
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return {
+            name: weight.info if isinstance(weight, Plain) else TensorInfo(name, weight.dtype, weight.shape, 0, 0)
+            for shard in self.shards
+            for name, weight in weights_in(self, shard)
+        }
+
+    @cached_property
+    def packed(self) -> Mapping[str, str]:
+        """Tensor of a packed weight → the weight's name at the first of them, nothing at the others."""
+        return {
+            tensor.info.name: name if tensor is weight.tensors[0] else ""
+            for name, weight in self.weights.items()
+            for tensor in weight.tensors
+        }
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """`config.json` of the plain model."""
+        return {key: value for key, value in super().config.items() if key != PACKING}
+
+
+def weights_in(base: Checkpoint, shard: SafeFile) -> Iterator[tuple[str, StoredWeight]]:
+    """The weights of a shard with their names, in the order of their bytes; a packed one is where its first tensor is."""
+    for info in sorted(shard.tensors.values(), key=lambda info: (info.start, info.stop)):
+        if not isinstance(base, Decoded) or info.name not in base.packed:
+            yield info.name, Plain(shard, info)
+        elif name := base.packed[info.name]:
+            yield name, base.weights[name]
+
+
+def weight_of(base: Checkpoint, name: str) -> StoredWeight:
+    """A weight of a base, by the name that it has there."""
+    packed = base.weights.get(name) if isinstance(base, Decoded) else None
+    return packed or plain_of(base, name)
+
+
+def plain_of(base: Checkpoint, name: str) -> Plain:
+    """A tensor that a file of a base holds."""
     home = next(shard for shard in base.shards if name in shard.tensors)
     return Plain(home, home.tensors[name])
 

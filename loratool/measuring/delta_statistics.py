@@ -10,6 +10,7 @@ from loratool.adapters.adapter import load_update
 from loratool.adapters.writer import torch_dtype
 from loratool.algebra.lowrank import Product, decompose
 from loratool.algebra.updates import LowRank, Magnitude
+from loratool.bases.trained_view import held_by
 from loratool.bases.weights import Slice, weight_of
 from loratool.errors import printable
 from loratool.files.safefile import FLOAT_NAMES
@@ -39,7 +40,7 @@ def weigh(target_norm: float, places: Sequence[Place], base: Checkpoint, device:
     """
     import torch
 
-    held = {name for shard in base.shards for name in shard.tensors}
+    held = held_by(base)
     places = [place for place in places if place.tensor in held]
     stored = [rows_at(place, weight_of(base, place.tensor)) for place in places]
     if not places or any(each.dtype not in FLOAT_NAMES for each in stored):

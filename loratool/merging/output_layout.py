@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from loratool.bases.side_files import OutputFile
-from loratool.bases.weights import Plain
+from loratool.bases.weights import weights_in
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import INDEX_SUFFIX, NUMBERED, SINGLE, Checkpoint, index_text
 from loratool.files.safefile import FLOAT_NAMES, Layout, SafeFile, TensorInfo
@@ -34,6 +34,11 @@ class Span:
     def untouched(self) -> bool:
         """Whether the bytes of the one tensor that it is made of go to the output as they are."""
         return not self.edits and [tensor.info.dtype for tensor in self.weight.tensors] == [self.placed.dtype]
+
+    @property
+    def source(self) -> SafeFile:
+        """The file that the weight lies in, with the first of its tensors."""
+        return self.weight.tensors[0].file
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -90,7 +95,7 @@ def place_all(
     wanted = {name: key for key, name in FLOAT_NAMES.items()}.get(dtype)
     files: list[tuple[str, list[Origin]]] = []
     for shard in base.shards:
-        entries = [moved.get(t.name) or Origin(Plain(shard, t), t.name, t.dtype) for t in in_file_order(shard.layout)]
+        entries = [moved.get(name) or Origin(weight, name, weight.dtype) for name, weight in weights_in(base, shard)]
         files.append((shard_name(base, shard), entries))
     files[-1][1].extend(added)
     if shard_size is not None:

@@ -25,7 +25,7 @@ from loratool.bases.trained_view import (
     unequal_vocabularies,
     usual_dtype,
 )
-from loratool.bases.weights import as_weight, weight_of
+from loratool.bases.weights import as_weight, plain_of, weight_of
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.files.checkpoint import PROVENANCE, Checkpoint
 from loratool.files.safefile import FLOAT_NAMES
@@ -196,7 +196,7 @@ class Draft:
         info = self.base.tensors.get(name)
         if not images or info is None or info.shape[1:] != images[0].vector.shape or info.dtype not in FLOAT_NAMES:
             return place
-        weight: Any = weight_of(self.base, name)
+        weight: Any = plain_of(self.base, name)
         return replace(place, update=with_weight(place.update, weight, place.first_row - place.update_row))
 
     def why_not(self, place: Place, trained: Trained, weight: float) -> str:
@@ -258,7 +258,7 @@ class Draft:
     def unedited(self, tensor: str) -> StoredTensor:
         """What the base holds of a tensor, by the name of that or of what it is tied to."""
         tied = (group.names[0] for group in self.ties.groups if tensor in group.missing)
-        return weight_of(self.base, next(tied, tensor))
+        return plain_of(self.base, next(tied, tensor))
 
     def rivals(self) -> list[str]:
         """The tensors that more than one adapter replaces."""
@@ -322,8 +322,8 @@ class Draft:
             text = f"{printable(name)}: stays tied to {printable(of)}, both being changed alike"
             self.notes.append(Note("tied-weight-kept", text))
         for name, of in settled.added:
-            value = first.get(name) or weight_of(self.base, of)
-            added.append(Origin(as_weight(value), name, base[of].dtype))
+            begins = as_weight(first[name]) if name in first else weight_of(self.base, of)
+            added.append(Origin(begins, name, base[of].dtype))
             self.notes.append(
                 Note(
                     "tied-weight-split", f"{printable(name)}: written beside {printable(of)}, to which the base ties it"

@@ -13,7 +13,7 @@ from loratool.adapters.writer import Carried
 from loratool.bases.binding.fusing import model_types
 from loratool.bases.binding.orientation import OPTION, bias_shows, class_says, is_conv1d, module_of, option, stored
 from loratool.bases.tied_weights import find_ties, language_parts
-from loratool.bases.weights import weight_of
+from loratool.bases.weights import plain_of
 from loratool.errors import FitError, InputError, printable
 from loratool.files.safefile import FLOAT_NAMES, product
 from loratool.layouts.architectures import (
@@ -186,7 +186,7 @@ class Sorter:
         """The tensor that a checkpoint has under a name, or that is tied to it."""
         checkpoint = (self.base, self.tuned)[side]
         name = self.tied[side].get(name, name)
-        return weight_of(checkpoint, name) if name in checkpoint.tensors else None
+        return plain_of(checkpoint, name) if name in checkpoint.tensors else None
 
     def sort(self, include: Sequence[str], exclude: Sequence[str]) -> Pairing:
         common = {name: (one, two) for name, (one, two) in self.pairs.items() if one and two}
@@ -428,7 +428,7 @@ class Sorter:
                 continue
             self.found.modules.append(module)
             for name in inside:
-                stored = weight_of(self.tuned, name)
+                stored = plain_of(self.tuned, name)
                 if stored.info.dtype in FLOAT_NAMES and product(stored.shape):
                     self.found.whole[name] = stored
                     self.found.left_out.pop(name, None)
