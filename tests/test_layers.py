@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 PACKAGE = Path(__file__).parent.parent / "loratool"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_MODULE = 500  # lines
+LONGEST_FUNCTION = 60  # lines of code: without docstring, comments and empty lines
+MOST_PARAMETERS = 8  # of a function; `self` and `cls` do not count
 
 # The design's table: a package, or a module of its own, imports only from those before it.
 PACKAGES = (
@@ -208,6 +210,37 @@ def test_algebra_knows_no_files_and_no_names() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_module_is_longer_than_one_can_keep_in_mind(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST_MODULE
+
+
+def functions(path: Path) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, str]]:
+    """Every function of a file, and where it stands."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node, f"{path.relative_to(PACKAGE)}:{node.lineno}: {node.name}"
+
+
+def test_no_function_is_longer_than_a_screen() -> None:
+    long = {}
+    for path in FILES:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for function, where in functions(path):
+            told = ast.get_docstring(function) is not None and len(function.body) > 1
+            first = function.body[1 if told else 0].lineno
+            code = [line for line in lines[first - 1 : function.end_lineno] if line.strip() and line.strip()[0] != "#"]
+            if len(code) > LONGEST_FUNCTION:
+                long[where] = len(code)
+    assert long == {}
+
+
+def test_no_function_takes_more_parameters_than_one_can_keep_in_mind() -> None:
+    """Options come in one object; the library's functions take them as keywords that their dataclass checks."""
+    many = {}
+    for path in FILES:
+        for function, where in functions(path):
+            named = [a.arg for a in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)]
+            if len([name for name in named if name not in ("self", "cls")]) > MOST_PARAMETERS:
+                many[where] = named
+    assert many == {}
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,12 @@ import os
 import stat
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratool.files import system
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 fcntl, msvcrt = system.optional("fcntl"), system.optional("msvcrt")
 

@@ -6,12 +6,15 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
+from typing import TYPE_CHECKING
 
 from loratool.files import system
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
 
 resource = system.optional("resource")
 

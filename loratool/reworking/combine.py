@@ -7,7 +7,6 @@ import filecmp
 import math
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +15,7 @@ from loratool.adapters.formats.format import Parts
 from loratool.adapters.layers import ROUNDING_ONLY, Contents, Form, Kind, contents_of
 from loratool.adapters.ranks import evened, told_of_cuts
 from loratool.adapters.writer import (
-    Rounded,
-    adapter_output,
+    Output,
     carried_over,
     files_beside,
     kept_dtype,
@@ -32,16 +30,16 @@ from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.fetching import local
 from loratool.files.outputs import check_target
 from loratool.measuring.session import PathLike, Progress, Session, session
-from loratool.notes import Note, as_records
-from loratool.provenance.cards import command
+from loratool.notes import Note
 from loratool.results.combine import CombinedLayer, CombinedTotals, CombineReport, Part
 from loratool.reworking.aligned_layers import Beside, Share, gather, named_apart
 from loratool.reworking.compare import meetings
 from loratool.reworking.recipes import CombineOptions, make_recipe, told
+from loratool.reworking.runner import Draft, Made, Maker, Rest, run
 from loratool.templates import listed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     import torch
 
@@ -62,73 +60,18 @@ def combine(
     layers = gather(sources, shares)
     refuse(sources, layers, recipe)
     with session(options.device, sources) as at_work:
-        dtype_kept = kept_dtype(sources, options.dtype)
-        combiner = Combiner(sources, layers, recipe, at_work)
-        kinds = {t: found[0].layer.kind for t, found in layers.items()}
-        names = WRITTEN.spelling(kinds, sources[0].training.release)
-        mean = recipe.setting.normalize and METHODS[recipe.method].family == GRAM
-        beside = Beside(sources, shares, names, options.saved, recipe.factor, mean)
-        carried = beside.collect()
-        if sources[0].dora:  # it is the only one
-            carried.tensors.update(carried_over(sources[0], names).tensors)
-        groups = names.of_one_rank()
-        own = {t: combiner.most(t) for t in layers}
-        most = evened(own, groups)
-        forms = {t: Form.of(found[0].layer, most[t]) for t, found in layers.items()}
-        grouped = {target for group in groups for target in group}
-        with adapter_output(target, forms, carried, dtype_kept, names, options) as output:
-
-            def work(name: str) -> tuple[Rounded, CombinedLayer, torch.Tensor]:
-                whole, shared = combiner.combined(name)
-                if name in grouped:
-                    whole = dataclasses.replace(whole, product=padded(whole.product, forms[name].rank))
-                rounded = output.rounded(name, whole.product)
-                real = silenced(shared)
-                table = gram(real.small)
-                return rounded, combiner.measure(name, whole, rounded.read_back, real, table), table
-
-            modules: dict[str, CombinedLayer] = {}
-            for rounded, layer, table in at_work.spread(work, layers):
-                output.add(rounded)
-                modules[rounded.target] = layer
-                combiner.note(rounded.target, table)
-                if progress:
-                    progress(len(modules), len(layers))
-            combiner.check()
-            output.carry(carried)
-            parts = Parts(
-                {t: m.rank for t, m in modules.items()},
-                dora=sources[0].dora,
-                lora_bias=any(source.biases for source in sources),
-                tokens=carried.tokens,
-            )
-            config = names.describe([source.adapter for source in sources], parts)
-            totals = combiner.totals(modules, dtype_kept)
-            asked = options.rank if METHODS[recipe.method].family != FACTORWISE else None
-            notes = (
-                *remarks(sources, layers, modules, beside.notes),
-                *told_of_cuts(asked, {t: found[0].layer.most for t, found in layers.items()}, layers),
-                *WRITTEN.rank_notes(own, most),
-            )
-            provenance = {
-                "made_by": "loratool combine",
-                "command": command("combine", paths, options),
-                "adapters": list(at_work.origins),
-                **told(recipe, shares),
-                "measured": dataclasses.asdict(totals),
-                "notes": as_records(notes),
-            }
-            output.finish(config, provenance, common_files(sources), [source.adapter.folder for source in sources])
+        combiner = Combiner(sources, layers, recipe, at_work, options)
+        rest = run(combiner, target, paths, options, progress)
     return CombineReport(
         out=target,
         written=not options.dry_run,
         method=recipe.method,
         settings=told(recipe, shares),
         adapters=tuple(source.name for source in sources),
-        totals=totals,
-        modules=dict(sorted(modules.items())),
-        dtype=str(dtype_kept).removeprefix("torch."),
-        notes=notes,
+        totals=rest.totals,
+        modules=dict(sorted(combiner.modules.items())),
+        dtype=str(combiner.dtype).removeprefix("torch."),
+        notes=rest.notes,
         **at_work.told(started),
     )
 
@@ -164,17 +107,84 @@ def refuse(sources: Sequence[Contents], layers: Mapping[str, Sequence[Share]], r
             )
 
 
-@dataclass
-class Combiner:
+class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
     """The layers of several adapters, combined one after the other."""
 
-    sources: Sequence[Contents]
-    layers: Mapping[str, Sequence[Share]]
-    recipe: Recipe
-    at_work: Session
+    command = "combine"
 
-    def __post_init__(self) -> None:
-        self.together = gram_of(len(self.sources))  # ⟨ΔWᵢ, ΔWⱼ⟩ over all layers so far
+    def __init__(
+        self,
+        sources: Sequence[Contents],
+        layers: Mapping[str, Sequence[Share]],
+        recipe: Recipe,
+        at_work: Session,
+        options: CombineOptions,
+    ) -> None:
+        self.sources, self.layers, self.recipe, self.at_work, self.options = sources, layers, recipe, at_work, options
+        self.dtype = kept_dtype(sources, options.dtype)
+        self.shares = options.shares(len(sources))
+        self.together = gram_of(len(sources))  # ⟨ΔWᵢ, ΔWⱼ⟩ over all layers so far
+        self.modules: dict[str, CombinedLayer] = {}
+        self.own: dict[str, int] = {}  # the largest rank that each layer may have by itself
+        self.ranks: dict[str, int] = {}  # and with those that have one rank with it
+        self.grouped: set[str] = set()  # targets that have one rank with others
+        self.beside_notes: Sequence[Note] = ()
+
+    def draft(self) -> Draft:
+        kinds = {t: found[0].layer.kind for t, found in self.layers.items()}
+        names = WRITTEN.spelling(kinds, self.sources[0].training.release)
+        mean = self.recipe.setting.normalize and METHODS[self.recipe.method].family == GRAM
+        beside = Beside(self.sources, self.shares, names, self.options.saved, self.recipe.factor, mean)
+        carried = beside.collect()
+        self.beside_notes = beside.notes
+        if self.sources[0].dora:  # it is the only one
+            carried.tensors.update(carried_over(self.sources[0], names).tensors)
+        groups = names.of_one_rank()
+        self.own = {t: self.most(t) for t in self.layers}
+        self.ranks = evened(self.own, groups)
+        self.grouped = {target for group in groups for target in group}
+        forms = {t: Form.of(found[0].layer, self.ranks[t]) for t, found in self.layers.items()}
+        return Draft(forms, names, self.dtype, carried)
+
+    def tasks(self) -> Iterable[str]:
+        return self.layers
+
+    def work(self, output: Output, task: str) -> list[Made[tuple[str, CombinedLayer, torch.Tensor]]]:
+        whole, shared = self.combined(task)
+        if task in self.grouped:
+            whole = dataclasses.replace(whole, product=padded(whole.product, self.ranks[task]))
+        rounded = output.rounded(task, whole.product)
+        real = silenced(shared)
+        table = gram(real.small)
+        return [Made((rounded,), (task, self.measure(task, whole, rounded.read_back, real, table), table))]
+
+    def take(self, made: Made[tuple[str, CombinedLayer, torch.Tensor]]) -> None:
+        target, layer, table = made.told
+        self.modules[target] = layer
+        self.note(target, table)
+
+    def rest(self, draft: Draft) -> Rest:
+        self.check()
+        parts = Parts(
+            {t: m.rank for t, m in self.modules.items()},
+            dora=self.sources[0].dora,
+            lora_bias=any(source.biases for source in self.sources),
+            tokens=draft.carried.tokens,
+        )
+        asked = self.options.rank if METHODS[self.recipe.method].family != FACTORWISE else None
+        notes = (
+            *remarks(self.sources, self.layers, self.modules, self.beside_notes),
+            *told_of_cuts(asked, {t: found[0].layer.most for t, found in self.layers.items()}, self.layers),
+            *WRITTEN.rank_notes(self.own, self.ranks),
+        )
+        return Rest(
+            config=draft.names.describe([source.adapter for source in self.sources], parts),
+            facts={"adapters": list(self.at_work.origins), **told(self.recipe, self.shares)},
+            notes=notes,
+            files=common_files(self.sources),
+            folders=[source.adapter.folder for source in self.sources],
+            totals=self.totals(self.modules, self.dtype),
+        )
 
     def most(self, target: str) -> int:
         """The largest rank that the result of a layer may have."""

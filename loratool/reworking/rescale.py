@@ -17,8 +17,7 @@ from loratool.adapters.ranks import evened
 from loratool.adapters.reading import ReadingOptions
 from loratool.adapters.writer import (
     FactorOptions,
-    Rounded,
-    adapter_output,
+    Output,
     carried_over,
     copied_output,
     files_beside,
@@ -30,13 +29,13 @@ from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.fetching import local
 from loratool.files.outputs import check_target
 from loratool.measuring.session import PathLike, Progress, Session, session
-from loratool.notes import Note, as_records
+from loratool.notes import Note
 from loratool.options.described import FLAG, NUMBER, Pairs, option
-from loratool.provenance.cards import command
 from loratool.results.rescale import RescaledLayer, RescaleReport
+from loratool.reworking.runner import Draft, Made, Maker, Rest, record_of, run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from loratool.adapters.formats.format import Spelling
 
@@ -107,19 +106,16 @@ def rescale(
             notes += tuple(
                 WRITTEN.rank_notes({t: layer.rank for t, layer in contents.layers.items()}, ranks_of(contents))
             )
-        provenance = {
-            "made_by": "loratool rescale",
-            "command": command("rescale", [path], options),
+        facts = {
             "adapter": at_work.origins[0],
             "asked": {name: value for name, value in asked.items() if value is not None},
             "match": factors,
             "bake": bake,
-            "notes": as_records(notes),
         }
         if bake:
-            write_baked(target, contents, modules, at_work, options, provenance)
+            run(Baker(contents, modules, at_work, options.dtype, facts, notes), target, [path], options)
         else:
-            write_alphas(target, contents, modules, options, provenance)
+            write_alphas(target, contents, modules, options, record_of("rescale", [path], options, facts, notes))
     return RescaleReport(
         out=target,
         written=not options.dry_run,
@@ -277,34 +273,50 @@ def names_of(contents: Contents) -> Spelling:
     return WRITTEN.spelling({t: layer.kind for t, layer in contents.layers.items()}, contents.training.release)
 
 
-def write_baked(
-    out: Path,
-    contents: Contents,
-    modules: Mapping[str, RescaledLayer],
-    at_work: Session,
-    options: RescaleOptions,
-    provenance: Mapping[str, Any],
-) -> None:
-    """The strength in the factors: B takes it, A stays as it is."""
-    names, ranks = names_of(contents), ranks_of(contents)
-    forms = {t: Form.of(layer, ranks[t]) for t, layer in contents.layers.items()}
-    carried = carried_over(contents, names, {t: m.factor or 1.0 for t, m in modules.items()})
-    dtype = kept_dtype([contents], options.dtype)
-    with adapter_output(out, forms, carried, dtype, names, options) as output:
+@dataclass
+class Baker(Maker[str, None]):
+    """Puts the strength into the factors: B takes it, A stays as it is."""
 
-        def work(target: str) -> Rounded:
-            found = contents.load(target, at_work.device, at_work.dtype)
-            rounded = output.rounded(target, padded(found.scaled(modules[target].factor or 1.0), ranks[target]))
-            if bool(found.up.any()) and not bool(rounded.factors.up.any()):
-                raise FitError(f"{printable(target)}: all of B would be zero in {str(dtype).removeprefix('torch.')}")
-            return rounded
+    command = "rescale"
 
-        for rounded in at_work.spread(work, modules):
-            output.add(rounded)
-        output.carry(carried)
-        parts = Parts(ranks, dora=contents.dora, lora_bias=bool(contents.biases), tokens=carried.tokens)
-        config = names.describe([contents.adapter], parts)
-        output.finish(config, provenance, files_beside(contents), [contents.adapter.folder])
+    contents: Contents
+    modules: Mapping[str, RescaledLayer]
+    at_work: Session
+    dtype: str
+    facts: Mapping[str, Any]
+    notes: tuple[Note, ...]
+
+    def draft(self) -> Draft:
+        names, ranks = names_of(self.contents), ranks_of(self.contents)
+        forms = {t: Form.of(layer, ranks[t]) for t, layer in self.contents.layers.items()}
+        carried = carried_over(self.contents, names, {t: m.factor or 1.0 for t, m in self.modules.items()})
+        return Draft(forms, names, kept_dtype([self.contents], self.dtype), carried)
+
+    def tasks(self) -> Iterable[str]:
+        return self.modules
+
+    def work(self, output: Output, task: str) -> list[Made[None]]:
+        found = self.contents.load(task, self.at_work.device, self.at_work.dtype)
+        scaled = found.scaled(self.modules[task].factor or 1.0)
+        rounded = output.rounded(task, padded(scaled, output.forms[task].rank))
+        if bool(found.up.any()) and not bool(rounded.factors.up.any()):
+            dtype = str(output.dtype).removeprefix("torch.")
+            raise FitError(f"{printable(task)}: all of B would be zero in {dtype}")
+        return [Made((rounded,), None)]
+
+    def take(self, made: Made[None]) -> None:
+        """Nothing is measured of a layer."""
+
+    def rest(self, draft: Draft) -> Rest:
+        parts = Parts(
+            ranks_of(self.contents),
+            dora=self.contents.dora,
+            lora_bias=bool(self.contents.biases),
+            tokens=draft.carried.tokens,
+        )
+        adapter = self.contents.adapter
+        config = draft.names.describe([adapter], parts)
+        return Rest(config, self.facts, self.notes, files_beside(self.contents), [adapter.folder])
 
 
 def rounding_only(rounded: Sequence[str], modules: Mapping[str, RescaledLayer]) -> Iterator[Note]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from dataclasses import dataclass
@@ -17,8 +16,7 @@ from loratool.adapters.ranks import Amount, RankRule, evened, told_of_cuts
 from loratool.adapters.reading import ReadingOptions
 from loratool.adapters.writer import (
     FactorOptions,
-    Rounded,
-    adapter_output,
+    Output,
     carried_over,
     factor_tensors,
     files_beside,
@@ -44,11 +42,11 @@ from loratool.fetching import local
 from loratool.files.outputs import check_target
 from loratool.files.safefile import FLOAT_NAMES, read_safefile
 from loratool.measuring.session import Batch, PathLike, Progress, Session, batches, session
-from loratool.notes import Note, as_records
+from loratool.notes import Note
 from loratool.options.described import FLAG, NUMBER, JsonFile, Number, PathKind, option
 from loratool.options.shared import DeviceOption
-from loratool.provenance.cards import command
 from loratool.results.resize import ResizedLayer, ResizedTotals, ResizeReport
+from loratool.reworking.runner import Draft, Made, Maker, Rest, run
 from loratool.templates import listed
 
 if TYPE_CHECKING:
@@ -109,77 +107,17 @@ def resize(adapter: PathLike, out: PathLike, options: ResizeOptions, progress: P
         raise InputError(f"{printable(contents.adapter.file.path)}: no low-rank update is in it")
     grams = read_calibration(calibration[0], contents) if calibration else {}
     with session(options.device, [contents]) as at_work:
-        resizer = Resizer(contents, grams, at_work)
-        kept = kept_dtype([contents], options.dtype)
-        energies = resizer.energies() if rule.needs_values else {}
-        if energies and not grams and not any(map(any, energies.values())):
-            raise FitError(ZERO)
-        groups = WRITTEN.spelling({t: layer.kind for t, layer in contents.layers.items()}).of_one_rank()
-        own = rule.choose(contents.layers, energies, kept.itemsize, groups)
-        chosen = evened(own, groups)
-        ranks = {t: r for t, r in chosen.items() if r}
-        dropped = tuple(t for t, r in chosen.items() if not r)
-        # of ΔW itself, which `energies` is not under a calibration
-        left_out = sum(length(contents.load(t, at_work.device, at_work.dtype)) ** 2 for t in dropped)
-        names = WRITTEN.spelling({t: contents.layers[t].kind for t in ranks}, contents.training.release)
-        forms = {t: Form.of(contents.layers[t], r) for t, r in ranks.items()}
-        carried = carried_over(contents, names)
-        with adapter_output(target, forms, carried, kept, names, options) as output:
-
-            def work(batch: Batch) -> list[tuple[Rounded, ResizedLayer]]:
-                found = []
-                for name, before, layer in resizer.resized(batch, resizer.load(batch), ranks):
-                    rounded = output.rounded(name, layer.product)
-                    told = measure(contents.layers[name], before, layer, rounded.read_back, bool(grams))
-                    found.append((rounded, told))
-                return found
-
-            modules: dict[str, ResizedLayer] = {}
-            kept_layers = {t: contents.layers[t] for t in ranks}
-            for found in at_work.spread(work, batches(kept_layers, at_work.device)):
-                for rounded, told in found:
-                    output.add(rounded)
-                    modules[rounded.target] = told
-                if progress:
-                    progress(len(modules), len(ranks))
-            if not any(layer.norm for layer in modules.values()):
-                raise FitError(ZERO)
-            output.carry(carried)
-            parts = Parts(
-                ranks,
-                whole_names=len(ranks) < len(chosen),
-                dropped=dropped,
-                dora=contents.dora,
-                lora_bias=bool(contents.biases),
-                tokens=carried.tokens,
-            )
-            config = names.describe([contents.adapter], parts)
-            totals = total(contents, modules, left_out, kept.itemsize)
-            notes = (
-                *remarks(contents, modules, dropped),
-                *told_of_cuts(
-                    None if options.uniform else options.rank, {t: contents.layers[t].most for t in ranks}, ranks
-                ),
-                *WRITTEN.rank_notes(own, ranks),
-            )
-            provenance = {
-                "made_by": "loratool resize",
-                "command": command("resize", inputs[:1], options),
-                "adapter": at_work.origins[0],
-                "rule": rule.told,
-                "measured": dataclasses.asdict(totals),
-                "notes": as_records(notes),
-            }
-            output.finish(config, provenance, files_beside(contents), [contents.adapter.folder])
+        resizer = Resizer(contents, grams, at_work, rule, options)
+        rest = run(resizer, target, inputs[:1], options, progress)
     return ResizeReport(
         out=target,
         written=not options.dry_run,
         rule=rule.told,
-        totals=totals,
-        modules=dict(sorted(modules.items())),
-        dropped=dropped,
-        dtype=str(kept).removeprefix("torch."),
-        notes=notes,
+        totals=rest.totals,
+        modules=dict(sorted(resizer.modules.items())),
+        dropped=resizer.dropped,
+        dtype=str(resizer.dtype).removeprefix("torch."),
+        notes=rest.notes,
         **at_work.told(started),
     )
 
@@ -199,13 +137,83 @@ class Resized:
         return math.sqrt(float(self.energies[self.rank :].sum()) / total) if total else 0.0
 
 
-@dataclass
-class Resizer:
+class Resizer(Maker[Batch, tuple[str, ResizedLayer]]):
     """The layers of one adapter, decomposed batch by batch."""
 
-    contents: Contents
-    grams: Mapping[str, Tensor]  # target → E[zzᵀ]
-    at_work: Session
+    command = "resize"
+
+    def __init__(
+        self,
+        contents: Contents,
+        grams: Mapping[str, Tensor],  # target → E[zzᵀ]
+        at_work: Session,
+        rule: RankRule,
+        options: ResizeOptions,
+    ) -> None:
+        self.contents, self.grams, self.at_work, self.rule, self.options = contents, grams, at_work, rule, options
+        self.dtype = kept_dtype([contents], options.dtype)
+        self.modules: dict[str, ResizedLayer] = {}
+        self.own: Mapping[str, int] = {}  # the rank that the rule gives each layer
+        self.ranks: dict[str, int] = {}  # target → the rank that it gets
+        self.dropped: tuple[str, ...] = ()  # those that get none
+
+    def draft(self) -> Draft:
+        layers = self.contents.layers
+        energies = self.energies() if self.rule.needs_values else {}
+        if energies and not self.grams and not any(map(any, energies.values())):
+            raise FitError(ZERO)
+        groups = WRITTEN.spelling({t: layer.kind for t, layer in layers.items()}).of_one_rank()
+        self.own = self.rule.choose(layers, energies, self.dtype.itemsize, groups)
+        chosen = evened(self.own, groups)
+        self.ranks = {t: r for t, r in chosen.items() if r}
+        self.dropped = tuple(t for t, r in chosen.items() if not r)
+        names = WRITTEN.spelling({t: layers[t].kind for t in self.ranks}, self.contents.training.release)
+        forms = {t: Form.of(layers[t], r) for t, r in self.ranks.items()}
+        return Draft(forms, names, self.dtype, carried_over(self.contents, names))
+
+    def tasks(self) -> Iterator[Batch]:
+        return batches({t: self.contents.layers[t] for t in self.ranks}, self.at_work.device)
+
+    def work(self, output: Output, task: Batch) -> list[Made[tuple[str, ResizedLayer]]]:
+        found = []
+        for name, before, layer in self.resized(task, self.load(task), self.ranks):
+            rounded = output.rounded(name, layer.product)
+            told = measure(self.contents.layers[name], before, layer, rounded.read_back, bool(self.grams))
+            found.append(Made((rounded,), (name, told)))
+        return found
+
+    def take(self, made: Made[tuple[str, ResizedLayer]]) -> None:
+        target, told = made.told
+        self.modules[target] = told
+
+    def rest(self, draft: Draft) -> Rest:
+        if not any(layer.norm for layer in self.modules.values()):
+            raise FitError(ZERO)
+        contents, ranks = self.contents, self.ranks
+        parts = Parts(
+            ranks,
+            whole_names=bool(self.dropped),
+            dropped=self.dropped,
+            dora=contents.dora,
+            lora_bias=bool(contents.biases),
+            tokens=draft.carried.tokens,
+        )
+        # of ΔW itself, which energies are not under a calibration
+        lost = sum(length(contents.load(t, self.at_work.device, self.at_work.dtype)) ** 2 for t in self.dropped)
+        asked = None if self.options.uniform else self.options.rank
+        notes = (
+            *remarks(contents, self.modules, self.dropped),
+            *told_of_cuts(asked, {t: contents.layers[t].most for t in ranks}, ranks),
+            *WRITTEN.rank_notes(self.own, ranks),
+        )
+        return Rest(
+            config=draft.names.describe([contents.adapter], parts),
+            facts={"adapter": self.at_work.origins[0], "rule": self.rule.told},
+            notes=notes,
+            files=files_beside(contents),
+            folders=[contents.adapter.folder],
+            totals=total(contents, self.modules, lost, self.dtype.itemsize),
+        )
 
     def load(self, batch: Batch) -> Product:
         """The products of a batch of layers, stacked."""

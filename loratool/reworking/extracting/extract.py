@@ -7,9 +7,8 @@ import math
 import os
 import re
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from loratool.adapters.layers import ATTENTION, Form, Kind, adapted_module
 from loratool.adapters.ranks import told_of_cuts
 from loratool.adapters.training import Targets, Training
 from loratool.adapters.weight_files import weight_files
-from loratool.adapters.writer import WIDTH, Output, Rounded, adapter_output, torch_dtype
+from loratool.adapters.writer import WIDTH, Output, Rounded, torch_dtype
 from loratool.algebra.lowrank import Product, inner, padded
 from loratool.algebra.lowrank import change as change_of
 from loratool.bases.binding.orientation import module_of
@@ -30,11 +29,11 @@ from loratool.files.checkpoint import Checkpoint, open_checkpoint
 from loratool.files.hub_cache import origin_of, told_origin
 from loratool.files.outputs import check_target
 from loratool.measuring.session import PathLike, Progress, Session, session
-from loratool.notes import Note, as_records
-from loratool.provenance.cards import command
+from loratool.notes import Note
 from loratool.results.extract import ExtractedLayer, ExtractedTotals, ExtractReport
 from loratool.reworking.extracting.differences import Difference, NotFiniteError, Part, Rule, decomposed
 from loratool.reworking.extracting.pairing import Change, Pairing, is_table, pair
+from loratool.reworking.runner import Draft, Made, Maker, Rest, run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -63,44 +62,21 @@ def extract(
         found = pair(before, after, options.include, options.exclude, options.fan_in_fan_out)
         check_saved(found)
         refuse_nothing(found)
-        extractor = Extractor(found, rule, options.exact, options.seed, at_work)
-        kept, forms = factor_dtype(found, options.dtype), extractor.forms()
-        carried = found.carried
-        experts = any(form.kind is Kind.PARAMETER for form in forms.values())
-        release = WRITTEN.newest if experts else ""  # whose way round the factors of experts are written
-        names = WRITTEN.spelling({t: form.kind for t, form in forms.items()}, release)
-        with adapter_output(target, forms, carried, kept, names, options) as output:
-            extractor.run(output, progress)
-            output.carry(carried)
-            written = {target: forms[target] for target in extractor.ranks}
-            config = config_of(found, {t: form.kind for t, form in written.items()}, extractor.ranks, release)
-            totals = total(extractor, written, kept.itemsize)
-            notes = tuple(remarks(found, extractor, rule))
-            provenance = {
-                "made_by": "loratool extract",
-                "command": command("extract", paths, options),
-                "base": origin(before),
-                "tuned": origin(after),
-                "rule": rule.told,
-                "exact": options.exact,
-                "seed": options.seed,
-                "measured": asdict(totals),
-                "notes": as_records(notes),
-            }
-            output.finish(config, provenance, terms(before), [before.root, after.root])
+        extractor = Extractor(found, rule, options.exact, options.seed, at_work, options.dtype)
+        rest = run(extractor, target, paths, options, progress)
     return ExtractReport(
         out=target,
         written=not options.dry_run,
         rule=rule.told,
-        totals=totals,
+        totals=rest.totals,
         modules=dict(sorted(extractor.layers.items())),
         noise=dict(sorted(extractor.noise.items())),
         identical=found.identical + extractor.identical,
         excluded=found.excluded,
         saved=(*found.whole, *found.biases),
         left_out=dict(sorted(found.left_out.items())),
-        dtype=str(kept).removeprefix("torch."),
-        notes=notes,
+        dtype=str(extractor.dtype).removeprefix("torch."),
+        notes=rest.notes,
         **at_work.told(started),
     )
 
@@ -116,14 +92,17 @@ class Outcome:
 
 
 @dataclass
-class Extractor:
+class Extractor(Maker[tuple[Change, ...], Outcome]):
     """Goes through the layers that differ."""
+
+    command = "extract"
 
     pairing: Pairing
     rule: Rule
     exact: bool
     seed: int
     at_work: Session
+    asked_dtype: str
     layers: dict[str, ExtractedLayer] = field(default_factory=dict)
     noise: dict[str, ExtractedLayer] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)  # of all that is written
@@ -175,29 +154,54 @@ class Extractor:
                     found[target] = Form(kind, *change.layer, most, change.experts, change.kernel)
         return found
 
-    def run(self, output: Output, progress: Progress | None) -> None:
-        """Write the factors of every layer: first of those that all threads work on together, then the others."""
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Of the factors."""
+        return factor_dtype(self.pairing, self.asked_dtype)
+
+    def draft(self) -> Draft:
         self.find_stacked_rank()
-        large = [g for g in self.pairing.groups if any(4 * math.prod(change.shape) > self.room for change in g)]
-        others = [group for group in self.pairing.groups if group not in large]
+        forms = self.forms()
+        kinds = {t: form.kind for t, form in forms.items()}
+        return Draft(forms, WRITTEN.spelling(kinds, self.release(forms)), self.dtype, self.pairing.carried)
 
-        def work(group: tuple[Change, ...]) -> list[Outcome]:
-            return list(self.outcomes(output, group))
+    def release(self, forms: Mapping[str, Form]) -> str:
+        """Whose way round the factors of experts are written; empty where there are none."""
+        return WRITTEN.newest if any(form.kind is Kind.PARAMETER for form in forms.values()) else ""
 
-        done = 0
-        for outcomes in chain(map(work, large), self.at_work.spread(work, others)):
-            for outcome in outcomes:
-                self.take(outcome)
-                for factors in outcome.factors:
-                    output.add(factors)
-                done += 1
-            if progress:
-                progress(done, len(self.pairing.changes))
+    def large_tasks(self) -> list[tuple[Change, ...]]:
+        return [g for g in self.pairing.groups if any(4 * math.prod(change.shape) > self.room for change in g)]
+
+    def tasks(self) -> list[tuple[Change, ...]]:
+        large = self.large_tasks()
+        return [group for group in self.pairing.groups if group not in large]
+
+    def work(self, output: Output, task: tuple[Change, ...]) -> list[Made[Outcome]]:
+        return [Made(outcome.factors, outcome) for outcome in self.outcomes(output, task)]
+
+    def rest(self, draft: Draft) -> Rest:
         if not self.layers:
             raise FitError(nothing_left(self.noise, self.rule))
+        before, after = self.pairing.base, self.pairing.tuned
+        written = {target: draft.forms[target] for target in self.ranks}
+        kinds = {t: form.kind for t, form in written.items()}
+        return Rest(
+            config=config_of(self.pairing, kinds, self.ranks, self.release(draft.forms)),
+            facts={
+                "base": origin(before),
+                "tuned": origin(after),
+                "rule": self.rule.told,
+                "exact": self.exact,
+                "seed": self.seed,
+            },
+            notes=tuple(remarks(self.pairing, self, self.rule)),
+            files=terms(before),
+            folders=[before.root, after.root],
+            totals=total(self, written, self.dtype.itemsize),
+        )
 
-    def take(self, outcome: Outcome) -> None:
-        """Account for a layer."""
+    def take(self, made: Made[Outcome]) -> None:
+        outcome = made.told
         target, told = outcome.change.target, outcome.told
         if told is None:
             self.identical += not outcome.change.same

@@ -1,0 +1,134 @@
+"""One runner for the commands that make an adapter: layers in, each worked on by a thread a core, an adapter out.
+
+A command's module is a `Maker`: what is particular to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from loratool.adapters.writer import adapter_output
+from loratool.notes import as_records
+from loratool.provenance.cards import command
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    import torch
+
+    from loratool.adapters.formats.format import Spelling
+    from loratool.adapters.layers import Form
+    from loratool.adapters.writer import Carried, FactorOptions, Output, Rounded
+    from loratool.measuring.session import PathLike, Progress, Session
+    from loratool.notes import Note
+    from loratool.options.described import Options
+
+Task = TypeVar("Task")
+Told = TypeVar("Told")
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What is to be written, as far as it is known before a layer is worked on."""
+
+    forms: Mapping[str, Form]  # by target
+    names: Spelling
+    dtype: torch.dtype
+    carried: Carried  # what stands beside the factors
+
+
+@dataclass(frozen=True)
+class Made(Generic[Told]):
+    """A layer that was worked on: its factors, none where it gets none, and what is told of it."""
+
+    factors: tuple[Rounded, ...]
+    told: Told
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What is written behind the layers."""
+
+    config: Mapping[str, Any]
+    facts: Mapping[str, Any]  # of the record: inputs and settings
+    notes: tuple[Note, ...]
+    files: Mapping[str, Path]  # to copy, by name
+    folders: Sequence[Path]  # inputs whose cards tell licence and task
+    totals: Any = None  # a dataclass of numbers, for the record
+
+
+class Maker(ABC, Generic[Task, Told]):
+    """What is particular to a command that makes an adapter."""
+
+    command: str  # its name
+    at_work: Session
+
+    @abstractmethod
+    def draft(self) -> Draft:
+        """What will be written; everything that can be refused without looking at every layer is refused here."""
+
+    @abstractmethod
+    def tasks(self) -> Iterable[Task]:
+        """What the threads take one by one."""
+
+    def large_tasks(self) -> Iterable[Task]:
+        """What all threads work on together, before the others."""
+        return ()
+
+    @abstractmethod
+    def work(self, output: Output, task: Task) -> list[Made[Told]]:
+        """Load, transform and round the layers of a task; on any thread."""
+
+    @abstractmethod
+    def take(self, made: Made[Told]) -> None:
+        """Account for a layer; one call at a time, in the order of the tasks."""
+
+    @abstractmethod
+    def rest(self, draft: Draft) -> Rest:
+        """What is known when all layers are done; refuses a result that is nothing."""
+
+
+def run(
+    maker: Maker[Task, Told],
+    target: Path,
+    inputs: Sequence[PathLike],
+    options: FactorOptions,
+    progress: Progress | None = None,
+) -> Rest:
+    """Write what `maker` makes of `inputs` under `target`; after a dry run nothing is there. `progress` counts layers."""
+    draft = maker.draft()
+    with adapter_output(target, draft.forms, draft.carried, draft.dtype, draft.names, options) as output:
+        work = partial(maker.work, output)
+        done = 0
+        for every in chain(map(work, maker.large_tasks()), maker.at_work.spread(work, maker.tasks())):
+            for made in every:
+                maker.take(made)
+                for factors in made.factors:
+                    output.add(factors)
+                done += 1
+            if progress:
+                progress(done, max(done, len(draft.forms)))
+        output.carry(draft.carried)
+        rest = maker.rest(draft)
+        measured = {"measured": dataclasses.asdict(rest.totals)} if rest.totals is not None else {}
+        record = record_of(maker.command, inputs, options, {**rest.facts, **measured}, rest.notes)
+        output.finish(rest.config, record, rest.files, rest.folders)
+    return rest
+
+
+def record_of(
+    name: str, inputs: Sequence[PathLike], options: Options, facts: Mapping[str, Any], notes: Sequence[Note]
+) -> dict[str, Any]:
+    """What `loratool.json` tells of a command that made an adapter."""
+    return {
+        "made_by": f"loratool {name}",
+        "command": command(name, inputs, options),
+        **facts,
+        "notes": as_records(notes),
+    }
