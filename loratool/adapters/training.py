@@ -5,14 +5,13 @@ A format's reader fills it from a config of its own, which nobody else looks int
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from loratool.templates import template_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from loratool.notes import Note
 
 # Along which dimension of each expert's matrix A acts: the first, or as transformers flags a class of models as having

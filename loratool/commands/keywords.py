@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
-
-if TYPE_CHECKING:
-    import os
-    from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict
 
 
 class MergeKeywords(TypedDict, total=False):

@@ -11,12 +11,9 @@ import os
 import stat
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from loratool.files import system
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 fcntl, msvcrt = system.optional("fcntl"), system.optional("msvcrt")
 

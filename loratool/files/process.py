@@ -6,15 +6,12 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
 
 from loratool.files import system
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from types import FrameType
 
 resource = system.optional("resource")
 

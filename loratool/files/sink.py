@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import mmap
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from loratool.files.journal import FinishedShard
     from loratool.files.safefile import Layout
     from loratool.files.source import Source
