@@ -18,6 +18,7 @@ import pytest
 
 import loratool
 from loratool import cli, devices
+from loratool.adapters import formats
 from loratool.algebra.methods.table import METHODS
 from loratool.demo import demo
 from loratool.merging import resources
@@ -218,6 +219,7 @@ def test_python_examples_on_the_demo_run(page: Path, reader: Path, monkeypatch: 
     # a reader's process is a fresh one; this has run other tests
     for module in ("loratool.merging.engine", "loratool.merging.merge"):
         monkeypatch.setattr(f"{module}.resident_memory", lambda: devices.RUNTIME_MEMORY)
+    monkeypatch.setattr(formats, "FORMATS", formats.FORMATS)  # to which an example adds its own
     namespace: dict[str, Any] = {"__name__": "example"}
     for block in fences(page, "python"):
         if DEMO in block or page.parent.name == "extending":  # whose examples are of several blocks

@@ -19,6 +19,7 @@ from loratool.adapters.formats.format import Parts
 from loratool.adapters.formats.mlx import MLX
 from loratool.adapters.layers import Form, contents_of
 from loratool.adapters.writer import Carried, FactorOptions, adapter_output, carried_over
+from loratool.algebra.lowrank import padded
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -186,7 +187,8 @@ def write_as_mlx(source: Path, out: Path) -> None:
     carried = carried_over(contents, names) if contents.dora else Carried()
     with adapter_output(out, forms, carried, torch.float32, names, FactorOptions()) as output:
         for target in contents.layers:
-            output.add(output.rounded(target, contents.load(target, torch.device("cpu"), torch.float64)))
+            product = contents.load(target, torch.device("cpu"), torch.float64)
+            output.add(output.rounded(target, padded(product, rank)))
         output.carry(carried)
         parts = Parts(dict.fromkeys(contents.layers, rank), dora=contents.dora)
         output.finish(names.describe([contents.adapter], parts), {"made_by": "loratool test"}, {}, [])
@@ -234,3 +236,69 @@ def test_what_mlx_has_no_place_for_is_told_before_anything_is_written(tmp_path: 
     assert [note.code for note in MLX.losses(adapter)] == ["not-in-mlx"]
     assert "lm_head.weight" in MLX.losses(adapter)[0].text
     assert MLX.losses(loratool.read_adapter(write(tmp_path / "mlx", factors(QUERY)))) == ()
+
+
+HIDDEN, WIDE, TOKENS = 8, 12, 10
+
+
+def llama(folder: Path) -> dict[str, Tensor]:
+    """A Llama of two layers that mlx-lm can load."""
+    folder.mkdir()
+    shapes = {"model.embed_tokens": (TOKENS, HIDDEN), "lm_head": (TOKENS, HIDDEN)}
+    for layer in range(2):
+        start = f"model.layers.{layer}"
+        shapes |= {f"{start}.self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"}
+        shapes |= {f"{start}.mlp.{name}_proj": (WIDE, HIDDEN) for name in ("gate", "up")}
+        shapes[f"{start}.mlp.down_proj"] = (HIDDEN, WIDE)
+    tensors = {f"{module}.weight": numbers(*shape, seed=at) for at, (module, shape) in enumerate(shapes.items())}
+    norms = [f"model.layers.{n}.{part}_layernorm" for n in range(2) for part in ("input", "post_attention")]
+    tensors |= {f"{name}.weight": torch.ones(HIDDEN) for name in (*norms, "model.norm")}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": 2,
+        "hidden_size": HIDDEN,
+        "intermediate_size": WIDE,
+        "num_attention_heads": 2,
+        "vocab_size": TOKENS,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return tensors
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_mlx_lm_loads_what_is_written_and_fuses_it_into_the_same_weights(tmp_path: Path, dora: bool) -> None:
+    """Of layers of two ranks, which are filled up to one, and of the embedding."""
+    mx = pytest.importorskip("mlx.core")
+    utils = pytest.importorskip("mlx_lm.utils")
+    tensors = llama(tmp_path / "base")
+    ranks = {"model.layers.0.self_attn.q_proj": 2, "model.layers.1.mlp.down_proj": 3}
+    saved: dict[str, Tensor] = {}
+    for at, (module, rank) in enumerate(ranks.items()):
+        rows, columns = tensors[f"{module}.weight"].shape
+        name = f"base_model.model.{module}"
+        saved |= {f"{name}.lora_A.weight": numbers(rank, columns, seed=at)}
+        saved |= {f"{name}.lora_B.weight": numbers(rows, rank, seed=at + 9)}
+        if dora:
+            saved[f"{name}.lora_magnitude_vector"] = numbers(rows, seed=at).abs()
+    if not dora:
+        name = "base_model.model.model.embed_tokens"
+        saved |= {f"{name}.lora_embedding_A": numbers(2, TOKENS), f"{name}.lora_embedding_B": numbers(HIDDEN, 2)}
+    source = tmp_path / "peft"
+    source.mkdir()
+    save_file(saved, source / WRITTEN.weights_name)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 5, "rank_pattern": {"down_proj": 3}, "use_dora": dora}
+    (source / WRITTEN.config_name).write_text(json.dumps(config))
+    write_as_mlx(source, tmp_path / "mlx")
+    wanted = merged(tmp_path / "base", source, tmp_path / "out")
+
+    model, _ = utils.load_model(tmp_path / "base")
+    model = utils.load_adapters(model, str(tmp_path / "mlx"))
+    fused = {name: module.fuse() for name, module in model.named_modules() if hasattr(module, "fuse")}
+    assert fused.keys() >= {*ranks, *([] if dora else ["model.embed_tokens"])}
+    for name, module in fused.items():
+        found = torch.tensor(memoryview(module.weight.astype(mx.float32)).tolist())
+        torch.testing.assert_close(found, wanted[f"{name}.weight"], rtol=1e-5, atol=1e-5)

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
+
+from loratool.algebra.updates import ExpertFactors, LowRank
+from loratool.errors import InputError, UsageError, printable
+from loratool.files.checkpoint import sort_side_files
+from loratool.results.findings import Finding
+from loratool.results.repairs import some
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -17,11 +23,9 @@ if TYPE_CHECKING:
     from loratool.adapters.reading import Reading
     from loratool.adapters.training import Training
     from loratool.algebra.lowrank import Product
-    from loratool.algebra.updates import ExpertFactors, LowRank
     from loratool.files.safefile import SafeFile
     from loratool.notes import Note
     from loratool.provenance.cards import Subject
-    from loratool.results.findings import Finding
 
 Shape = tuple[int, ...]
 Config = Mapping[str, Any]  # opaque to all but the format that made it
@@ -90,7 +94,10 @@ class Spelling(Protocol):
 
 
 class Format(Protocol):
-    """One way to write adapters down. Only it knows what its files and the keys of its config are called."""
+    """One way to write adapters down. Only it knows what its files and the keys of its config are called.
+
+    A subclass says how adapters are recognised and read; the rest has defaults, under which nothing is written.
+    """
 
     @property
     def name(self) -> str:
@@ -110,68 +117,100 @@ class Format(Protocol):
     def claims(self, file: SafeFile) -> frozenset[str]:
         """The tensors of a file that are spelled as this format spells them."""
 
-    def is_config(self, config: Mapping[str, Any]) -> bool:
+    def is_config(self, config: Config) -> bool:
         """Whether a table is one of its configs."""
-
-    def needed(self, location: Path) -> tuple[list[str], list[str]]:
-        """The files of a recognised folder that reading it takes, as paths in it: weights, and others."""
 
     def training_at(self, path: Path) -> Training:
         """What its config says, without a look at the weights. Raises `InputError` where it cannot be read."""
 
-    def read(self, path: Path, reading: Reading) -> Adapter:
-        """The adapter, its values still on disk. Raises `InputError` telling all that is wrong with it at once."""
-
     def read_leniently(self, path: Path, reading: Reading) -> tuple[Adapter, tuple[str, ...]]:
         """What can be read of an adapter, and what is wrong with the rest. Raises `InputError` where nothing can be."""
 
-    def parameters(self, adapter: Adapter, in_base: set[str]) -> tuple[int, int]:
+    def subject(self, config: Config) -> Subject:
+        """What a card says of an adapter with a config."""
+
+    def read(self, path: Path, reading: Reading) -> Adapter:
+        """The adapter, its values still on disk. Raises `InputError` telling all that is wrong with it at once."""
+        adapter, problems = self.read_leniently(path, reading)
+        if problems and not adapter.unsupported:  # else it is no wonder that the tensors look odd
+            raise InputError(f"{printable(adapter.file.path)}: malformed adapter:", problems)
+        return adapter
+
+    def needed(self, location: Path) -> tuple[list[str], list[str]]:
+        """The files of a recognised folder that reading it takes, as paths in it: weights, and others."""
+        others = [self.config_name, *sort_side_files(location, {self.weights_name})[0]]
+        return [self.weights_name], others
+
+    def parameters(self, adapter: Adapter, in_base: set[str]) -> tuple[int, int]:  # noqa: ARG002 (none of the base's)
         """Parameters that were trained, and those that stand beside the base's (`in_base`, by name) while they are."""
+        used = {name for names in adapter.sources.values() for name in names}
+        trained = sum(adapter.file.tensors[name].elements for name in used)
+        return trained, trained
 
-    def findings(self, adapter: Adapter, path: Path) -> Iterator[Finding]:
+    def findings(self, adapter: Adapter, path: Path) -> Iterator[Finding]:  # noqa: ARG002 (no command repairs these)
         """What is wrong with how it is written down; `path` is what commands are told with."""
+        if adapter.unused:
+            where = tuple(map(printable, adapter.unused))
+            yield Finding("problem", "unknown-tensor", f"no rule gives a place to {some(adapter.unused)}", "", where)
+        for reason in adapter.unsupported:
+            yield Finding("note", "not-mergeable", reason)
 
-    def problem(self, text: str) -> tuple[str, str]:
+    def problem(self, text: str) -> tuple[str, str]:  # noqa: ARG002 (all are one kind)
         """The code of a finding that a problem of reading makes, and what to do about it."""
+        return "malformed", ""
+
+    # What of its adapters can be changed, tensors staying as they are.
+
+    def alpha_of(self, contents: Contents, target: str) -> float:
+        """α of a layer, as the config of an adapter of this format has it."""
+        layer = contents.layers[target]
+        return layer.scale * layer.rank
+
+    def with_alpha(self, contents: Contents, layer: Layer, alpha: float) -> LowRank | ExpertFactors:  # noqa: ARG002
+        """The update of a layer of such an adapter at an α."""
+        if isinstance(layer.update, LowRank):
+            return replace(layer.update, scale=alpha / layer.rank)
+        return replace(layer.update, alpha=alpha)
+
+    def rescaled(self, contents: Contents, factors: Mapping[str, float | None], one_alpha: bool) -> Config:  # noqa: ARG002
+        """A config under which the same tensors are stronger by `factors`, None where they had no strength.
+
+        With `one_alpha` all layers get one α. Raises `InputError` where no config does that.
+        """
+        shown = printable(contents.adapter.file.path)
+        raise InputError(f"{shown}: {self.name} has no α for each module; --bake writes plain LoRA of it")
 
     # What it can write.
 
     @property
     def newest(self) -> str:
         """The release of its library that adapters are written for that are made of no other."""
+        return ""
 
-    def spelling(self, kinds: Mapping[str, Kind], release: str = "") -> Spelling:
+    def spelling(self, kinds: Mapping[str, Kind], release: str = "") -> Spelling:  # noqa: ARG002
         """How an adapter of some layers is written, for a release of the library that reads it; by default the oldest."""
+        raise UsageError(f"adapters are read in the layout of {self.name}, and not written")
 
-    def subject(self, config: Config) -> Subject:
-        """What a card says of an adapter with a config."""
-
-    def losses(self, adapter: Adapter) -> tuple[Note, ...]:
+    def losses(self, adapter: Adapter) -> tuple[Note, ...]:  # noqa: ARG002
         """What of an adapter this format cannot say."""
+        return ()
 
-    def was_inside(self, adapter: Adapter, target: str) -> bool:
+    def was_inside(self, adapter: Adapter, target: str) -> bool:  # noqa: ARG002
         """Whether what an adapter of this format saved whole for a target stood in a layer that it adapts."""
+        return False
 
-    def one_rank_experts(self, targets: Iterable[str]) -> tuple[str, ...]:
+    def one_rank_experts(self, targets: Iterable[str]) -> tuple[str, ...]:  # noqa: ARG002
         """Those targets that get one rank for being experts of one model, or with them."""
+        return ()
 
-    def rank_notes(self, own: Mapping[str, int], ranks: Mapping[str, int]) -> Iterator[Note]:
+    def rank_notes(self, own: Mapping[str, int], ranks: Mapping[str, int]) -> Iterator[Note]:  # noqa: ARG002
         """What to say where layers whose `own` ranks differ were made one of rank."""
+        return iter(())
 
-    def task_heads(self, task: str) -> tuple[str, ...]:
+    def task_heads(self, task: str) -> tuple[str, ...]:  # noqa: ARG002
         """The modules that it saves whole for a task, whatever the config says."""
+        return ()
 
     def tells_apart(self, parameters: set[str]) -> bool:
         """Whether it can adapt these parameters of one module and tell whose factors are whose."""
-
-    def alpha_of(self, contents: Contents, target: str) -> float:
-        """α of a layer, as the config of an adapter of this format has it."""
-
-    def with_alpha(self, contents: Contents, layer: Layer, alpha: float) -> LowRank | ExpertFactors:
-        """The update of a layer of such an adapter at an α."""
-
-    def rescaled(self, contents: Contents, factors: Mapping[str, float | None], one_alpha: bool) -> Config:
-        """A config under which the same tensors are stronger by `factors`, None where they had no strength.
-
-        With `one_alpha` all layers get one α. Raises `InputError` where no config does that.
-        """
+        return len(parameters) == 1

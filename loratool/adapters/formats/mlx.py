@@ -9,24 +9,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import Adapter, StoredTensor
+from loratool.adapters.formats.format import Format
 from loratool.adapters.layers import Form, Kind
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.adapters.training import Training
 from loratool.adapters.weight_files import weight_files
 from loratool.algebra.updates import Add, ExpertFactors, LowRank, Magnitude, Replace, ReplaceRows, Update
 from loratool.errors import FitError, InputError, printable
-from loratool.files.checkpoint import NUMBERED, sort_side_files
+from loratool.files.checkpoint import NUMBERED
 from loratool.files.hub_cache import name_of
 from loratool.files.inputs import read_json
 from loratool.files.safefile import FLOAT_NAMES, SafeFile, product, read_safefile
 from loratool.layouts.architectures import INPUT_EMBEDDINGS
 from loratool.notes import Note
 from loratool.provenance.cards import Subject
-from loratool.results.findings import Finding
 from loratool.results.repairs import some
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from loratool.adapters.formats.format import Config, Parts
-    from loratool.adapters.layers import Contents, Layer
+    from loratool.adapters.layers import Contents
     from loratool.algebra.lowrank import Product
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
@@ -148,13 +148,12 @@ def training_of(config: Mapping[str, Any]) -> Training:
     )
 
 
-class Mlx:
+class Mlx(Format):
     """Adapters as mlx-lm saves them."""
 
     name = "mlx"
     config_name = CONFIG
     weights_name = WEIGHTS
-    newest = ""
 
     def recognises(self, path: Path) -> bool:
         if path.suffix == ".safetensors":
@@ -169,17 +168,8 @@ class Mlx:
     def is_config(self, config: Mapping[str, Any]) -> bool:
         return "lora_parameters" in config
 
-    def needed(self, location: Path) -> tuple[list[str], list[str]]:
-        return [WEIGHTS], [CONFIG, *sort_side_files(location, {WEIGHTS})[0]]
-
     def training_at(self, path: Path) -> Training:
         return training_of(read_json((path if path.is_dir() else path.parent) / CONFIG, lenient=True))
-
-    def read(self, path: Path, reading: Reading = AS_STORED) -> Adapter:
-        adapter, problems = self.read_leniently(path, reading)
-        if problems and not adapter.unsupported:
-            raise InputError(f"{printable(adapter.file.path)}: malformed adapter:", problems)
-        return adapter
 
     def read_leniently(self, path: Path, reading: Reading = AS_STORED) -> tuple[Adapter, tuple[str, ...]]:
         folder = path if path.is_dir() else path.parent
@@ -208,18 +198,6 @@ class Mlx:
             alone=alone,
         )
         return adapter, tuple(found.problems)
-
-    def parameters(self, adapter: Adapter, in_base: set[str]) -> tuple[int, int]:  # noqa: ARG002 (all are factors)
-        used = {name for names in adapter.sources.values() for name in names}
-        trained = sum(adapter.file.tensors[name].elements for name in used)
-        return trained, trained
-
-    def findings(self, adapter: Adapter, path: Path) -> Iterator[Finding]:  # noqa: ARG002 (no command repairs these)
-        if adapter.unused:
-            where = tuple(map(printable, adapter.unused))
-            yield Finding("problem", "unknown-tensor", f"no rule gives a place to {some(adapter.unused)}", "", where)
-        for reason in adapter.unsupported:
-            yield Finding("note", "not-mergeable", reason)
 
     def problem(self, text: str) -> tuple[str, str]:
         if " is missing" in text:
@@ -252,31 +230,11 @@ class Mlx:
                 lost.setdefault(what, []).append(target)
         return tuple(Note("not-in-mlx", f"mlx-lm has no place for {what}: {some(t)}") for what, t in lost.items())
 
-    def was_inside(self, adapter: Adapter, target: str) -> bool:  # noqa: ARG002 (nothing is saved whole)
-        return False
-
-    def one_rank_experts(self, targets: Iterable[str]) -> tuple[str, ...]:  # noqa: ARG002 (all layers have one rank)
-        return ()
-
     def rank_notes(self, own: Mapping[str, int], ranks: Mapping[str, int]) -> Iterator[Note]:
         if filled := [target for target in ranks if own.get(target, 0) < ranks[target]]:
             yield Note(
                 "one-rank", f"{len(filled)} layers are filled up with zeros: mlx-lm has one rank for all of them"
             )
-
-    def task_heads(self, task: str) -> tuple[str, ...]:  # noqa: ARG002 (nothing is saved whole)
-        return ()
-
-    def tells_apart(self, parameters: set[str]) -> bool:
-        return len(parameters) == 1
-
-    def alpha_of(self, contents: Contents, target: str) -> float:
-        layer = contents.layers[target]
-        return layer.scale * layer.rank
-
-    def with_alpha(self, contents: Contents, layer: Layer, alpha: float) -> LowRank | ExpertFactors:  # noqa: ARG002
-        assert isinstance(layer.update, LowRank), "nothing else is read"
-        return replace(layer.update, scale=alpha / layer.rank)
 
     def rescaled(self, contents: Contents, factors: Mapping[str, float | None], one_alpha: bool) -> dict[str, Any]:  # noqa: ARG002
         scales = {(factor or 1.0) * contents.layers[target].scale for target, factor in factors.items()}

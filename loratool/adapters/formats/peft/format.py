@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from loratool.adapters.formats.format import Format
 from loratool.adapters.formats.peft import counting, experts, files, health, keys, strength, unmerged
 from loratool.adapters.formats.peft.card import subject
 from loratool.adapters.formats.peft.parameters import REGISTERED
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from loratool.results.findings import Finding
 
 
-class Peft:
+class Peft(Format):
     """Adapters as PEFT saves them."""
 
     name = "peft"
@@ -80,9 +81,6 @@ class Peft:
 
     def spelling(self, kinds: Mapping[str, Kind], release: str = "") -> Names:
         return Names(self, kinds, release)
-
-    def losses(self, _adapter: Adapter) -> tuple[Note, ...]:
-        return ()  # all that can be read has a place in it
 
     def was_inside(self, adapter: Adapter, target: str) -> bool:
         return was_inside(target, adapter.sources.get(target, ()))
