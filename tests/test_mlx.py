@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from hub_client import Client
+from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 
 import loratool
@@ -122,6 +124,29 @@ def test_a_file_is_read_by_its_own_name_and_inspect_tells_its_format(tmp_path: P
     facts = loratool.inspect(folder / "adapters.safetensors")
     assert isinstance(facts, loratool.AdapterFacts)
     assert (facts.format, facts.base, facts.scalings, facts.ranks) == ("mlx", "org/base", {"20": 1}, {"2": 1})
+
+
+def test_an_adapter_on_the_hub_is_inspected_by_its_head_and_merged(base: Path, tmp_path: Path) -> None:
+    """The format is told from a repository's names and heads as it is from a folder."""
+    tensors = factors(*SHAPES)
+    with HubServer() as server:
+        server.add("org/mlx", write(tmp_path / "adapter", tensors))
+        client = Client(server, tmp_path / "home")
+        assert "mlx, LORA" in client.works("inspect", "org/mlx").out
+        assert not server.asked("GET", "^/cdn/")  # where whole files come from
+        client.works("merge", base, "org/mlx", "-o", tmp_path / "out", "--device", "cpu")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    check(found, {module: weight(base, module) + delta(tensors, module) for module in SHAPES})
+
+
+def test_a_check_tells_that_servers_read_another_layout_and_how_to_write_it(tmp_path: Path) -> None:
+    """It does not judge layers that no server would find."""
+    folder = write(tmp_path / "adapter", factors(QUERY))
+    facts = loratool.inspect(folder, check=True)
+    assert isinstance(facts, loratool.AdapterFacts)
+    assert facts.findings is not None
+    assert [finding.code for finding in facts.findings] == ["format"]
+    assert facts.findings[0].repair == f"loratool rescale {folder} -o OUT --bake"
 
 
 def test_tensors_decide_whose_adapter_a_file_is(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratool.adapters.formats import WRITTEN, format_of
 from loratool.algebra.updates import Add, ExpertFactors, LowRank, Magnitude, Replace, ReplaceRows
 from loratool.errors import printable
 from loratool.layouts.architectures import INPUT_EMBEDDINGS, OUTPUT_HEADS
@@ -141,6 +142,11 @@ def innermost(update: Update) -> Update:
 
 def look_at_servers(adapter: Adapter, path: Path, fit: Fit | None) -> Iterator[Finding]:
     """What each server would do with it."""
+    form = format_of(adapter)
+    if form is not WRITTEN:
+        text = f"vLLM, SGLang and llama.cpp's converter read adapters as PEFT saves them; this one is written as {form.name} does"
+        yield Finding("note", "format", text, command("rescale", path, "--bake"))
+        return
     if adapter.training.method != "LORA":
         kind = printable(adapter.training.method)
         yield note(
