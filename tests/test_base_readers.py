@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import sys
@@ -238,3 +239,20 @@ def test_a_reader_that_goes_past_the_weights_is_seen(tmp_path: Path, trace: Trac
     before = len(trace.strangers)
     Plain(file, info).finite()
     assert len(trace.strangers) == before
+
+
+def test_only_readers_and_copies_know_where_the_bytes_of_a_tensor_lie() -> None:
+    """Everybody else would have to ask `SafeFile.position` before reading."""
+    package = Path(loratool.__file__).parent
+    asking = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "position"
+    }
+    assert asking == {
+        "adapters/adapter.py",  # StoredTensor.read, which reads for stored weights as well
+        "files/safefile.py",  # a selection asks the file that it is of
+        "files/tensor_writer.py",  # a range that goes into an adapter as it is
+        "merging/engine.py",  # a range that goes to a sink as it is
+    }
