@@ -4,7 +4,7 @@
 
 A command is a list of words. After "killed" it is killed when its first file is finished; after "busy" and a folder it
 runs while another process holds the lock of that folder; "unlocked" is a system without locks that does not report free
-disk space either.
+disk space either; after "interrupted" Ctrl-C comes when the first file is finished, after "failing" the disk fails.
 
 Every path below FOLDER, which is also the working directory, goes through the simulation. Torch and other packages are
 imported before: how they get on is their own affair.
@@ -251,6 +251,40 @@ def killed(words: list[str]) -> int:
         os._exit(99)
 
 
+def interrupted(words: list[str]) -> dict[str, Any]:
+    """The outcome of a command that is interrupted when its first file is finished."""
+    from loratool.files import staging
+
+    real = staging.Stage.record
+
+    def record(self: staging.Stage, shard: FinishedShard) -> None:
+        real(self, shard)
+        raise KeyboardInterrupt
+
+    staging.Stage.record = record  # type: ignore[method-assign]
+    try:
+        return outcome(words)
+    finally:
+        staging.Stage.record = real  # type: ignore[method-assign]
+
+
+def failing(words: list[str]) -> dict[str, Any]:
+    """The outcome of a command while the disk fails at the third piece that is written."""
+    safefile: Any = importlib.import_module("loratool.files.safefile")
+    real, calls = safefile.write_at, iter(range(1 << 30))
+
+    def write_at(descriptor: int, buffer: memoryview, position: int) -> int:
+        if next(calls) == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return int(real(descriptor, buffer, position))
+
+    safefile.write_at = write_at
+    try:
+        return outcome(words)
+    finally:
+        safefile.write_at = real
+
+
 def unlocked(words: list[str]) -> dict[str, Any]:
     """The outcome of a command where there are no locks, and nothing is known of free space."""
     from loratool.files import locks
@@ -308,6 +342,9 @@ def outcome(words: list[str]) -> dict[str, Any]:
     return {"words": words, "code": code, "out": said[0], "err": said[1]}
 
 
+WAYS = {"interrupted": interrupted, "failing": failing, "unlocked": unlocked}
+
+
 def main() -> None:
     system, root = sys.argv[1:3]
     answer = os.fdopen(os.dup(1), "w")  # a command that fails may silence stdout
@@ -316,8 +353,8 @@ def main() -> None:
     os.chdir(root)
     outcomes = []
     for words in commands:
-        if words[0] == "unlocked":
-            outcomes.append(unlocked(words[1:]))
+        if words[0] in WAYS:
+            outcomes.append(WAYS[words[0]](words[1:]))
         elif words[0] == "killed":
             outcomes.append({"words": words, "code": killed(words[1:]), "out": "", "err": ""})
         elif words[0] == "busy":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import os
 import shutil
@@ -185,6 +186,9 @@ TABLE: list[tuple[list[str], int, str]] = [  # a command, its exit code, and wha
     ([*ONTO, "DEEP"], 6, "too long here"),
     (["merge", "HERE/base", "in\\adapter", "-o", "out"], 6, "aux.txt: a file cannot have that name here"),
     (["rescale", "HERE/adapter", "--scale", "2", "-o", "out"], 6, "differs from another file in case only"),
+    (["failing", *ONTO, "failed"], 6, os.strerror(errno.EIO)),
+    (["interrupted", *ONTO, "stopped", "--workers", "1"], 130, "run the same command again to continue"),
+    ([*ONTO, "stopped"], 0, ""),
     (["busy", "busy.partial", *ONTO, "busy"], 2, "another run is writing this output"),
     (["unlocked", *ONTO, "free", "-v"], 0, f"note: {LOCKS}"),
     (["unlocked", *ONTO, "FREE", "-v"], 2, "already exists"),
@@ -198,9 +202,10 @@ def test_what_windows_cannot_hold_is_refused_in_a_sentence_and_leaves_nothing(wi
     for (command, code, sentence), ended in zip(TABLE, windows.refused, strict=True):
         assert (ended.code, sentence in ended.err) == (code, True), (command, ended)
         assert "a bug in loratool" not in ended.err
-    assert sorted(os.listdir(windows.root)) == ["busy.partial", "free", "in", "made"]
+    assert sorted(os.listdir(windows.root)) == ["busy.partial", "free", "in", "made", "stopped"]
     assert os.listdir(windows.root / "busy.partial") == []
     assert faults.picture(windows.root / "in") == faults.picture(usual / "in")
+    assert faults.picture(windows.root / "stopped") == faults.picture(usual / "made" / "merged")
     assert faults.picture(windows.root / "free") == faults.picture(usual / "made" / "merged")
 
 

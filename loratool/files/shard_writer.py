@@ -138,10 +138,15 @@ class LocalFile:
         sync_file(self.descriptor)
         if self.stop.is_set():
             return False
-        os.close(self.descriptor)
-        if self.opened is not None:
-            os.close(self.opened)
+        self.close()
         return True
+
+    def close(self) -> None:
+        """Close the file; where it is closed already, nothing happens."""
+        descriptors, self.descriptor, self.opened = (self.descriptor, self.opened), -1, None
+        for descriptor in descriptors:
+            if descriptor is not None and descriptor >= 0:
+                os.close(descriptor)
 
     def record(self, seen: Seen) -> None:
         self.recorder(self.digest.digest(), seen)

@@ -52,6 +52,10 @@ class Sink(Protocol):
         """Hear what was seen of the file; called last, when it is finished and its inputs were found unchanged."""
         ...
 
+    def close(self) -> None:
+        """Let go of what is open, once the work was stopped and no thread is busy with the file any more."""
+        ...
+
 
 class Destination(Protocol):
     """Where output files go."""

@@ -245,7 +245,8 @@ def staged(out: Path, wanted: Journal, needed: int, overwrite: bool) -> Iterator
                 stage.publish(overwrite)
             except (KeyboardInterrupt, ForeignError):
                 if stage.finished and stage.journal.replaces is None and stage.folder.is_dir():
-                    stage.drop_unfinished()
+                    with suppress(PermissionError):  # a file that a thread still has open goes with the next run
+                        stage.drop_unfinished()
                 else:
                     stage.remove()
                 raise

@@ -136,9 +136,15 @@ class ComparedFile:
 
     def finish(self) -> bool:
         done = self.arrived.wait_for(self.layout.size)
-        if done and self.descriptor >= 0:
-            os.close(self.descriptor)
+        if done:
+            self.close()
         return done
+
+    def close(self) -> None:
+        """Close the file; where it is closed already, nothing happens."""
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def record(self, seen: Seen) -> None:
         """Nothing is kept of what was seen."""

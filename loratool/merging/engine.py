@@ -99,6 +99,7 @@ class Engine:
         self.choosing = threading.Lock()  # of the resources
         self.chosen: Resources | None = None
         self.failures: list[BaseException] = []
+        self.outputs: list[Output] = []
         self.ends: list[threading.Lock] = []  # one a thread, which holds it for as long as it runs
 
     def run(self) -> Totals:
@@ -182,11 +183,17 @@ class Engine:
                 at += 1
 
     def halt(self) -> None:
-        """Ask every thread to end, and give them a moment."""
+        """Ask every thread to end, and give them a moment; files are closed where none is at work on them any more.
+
+        Some systems remove no file that is open.
+        """
         self.stop.set()
-        until = time.monotonic() + 0.8
-        for end in list(self.ends):
-            end.acquire(timeout=max(0.0, until - time.monotonic()))
+        until, ended = time.monotonic() + 0.8, True
+        for end in self.ends:  # those too that are started meanwhile
+            ended &= end.acquire(timeout=max(0.0, until - time.monotonic()))
+        for output in self.outputs if ended else ():
+            output.sink.close()
+            output.sources.close()
 
     def make_tasks(self, shards: Sequence[ShardPlan]) -> Iterator[Copy | Block]:
         """All tasks, in file order within a shard; on many cores some shards advance side by side.
@@ -210,6 +217,7 @@ class Engine:
             if self.stop.is_set():
                 return
         output = Output(plan, self.destination.open(plan.name, plan.layout, self.stop), OpenSources())
+        self.outputs.append(output)
         self.start(self.finish, output)
         for untouched, spans in groupby(plan.spans, lambda span: span.untouched):
             if untouched:
