@@ -9,7 +9,6 @@ disk space either; after "interrupted" Ctrl-C comes when the first file is finis
 Every path below FOLDER, which is also the working directory, goes through the simulation. Torch and other packages are
 imported before: how they get on is their own affair.
 
-    plain      nothing is taken away
     macos      no /proc, direct writes, affinity, swaps of names or copies inside the kernel; the disk has a cache of its own
     windows    of these all, and no fcntl, resource, users or flags of POSIX; files are read and written by seeking; folders
                cannot be opened; case is folded, open files cannot be renamed or removed, some names and long paths are
@@ -94,7 +93,7 @@ class Windows:
 
     def install(self) -> None:
         for name in ONE_PATH:
-            setattr(os, name, self.one(self.real[name], creates=name == "mkdir", removes=name in REMOVING))
+            setattr(os, name, self.one(self.real[name], removes=name in REMOVING))
         for name in TWO_PATHS:
             setattr(os, name, self.two(name))
         os.open = self.open
@@ -107,12 +106,13 @@ class Windows:
         pathlib = sys.modules["pathlib"]
         if hasattr(pathlib, "_posix_flavour"):  # before Python 3.12
             pathlib._posix_flavour.altsep = "\\"
-        for name in (*ONE_PATH, *TWO_PATHS, "open"):  # before Python 3.11
-            if hasattr(getattr(pathlib, "_NormalAccessor", None), name):
-                setattr(pathlib._NormalAccessor, name, staticmethod(getattr(os, name)))
+        if (accessor := getattr(pathlib, "_NormalAccessor", None)) is not None:  # before Python 3.11
+            accessor.open = staticmethod(io.open)
+            for name in {*ONE_PATH, *TWO_PATHS} & set(dir(accessor)):
+                setattr(accessor, name, staticmethod(getattr(os, name)))
         shutil._use_fd_functions = False  # type: ignore[attr-defined]
 
-    def found(self, path: Any, creates: bool = False) -> Any:
+    def found(self, path: Any) -> Any:
         """The path as it is on the disk, where names that differ in case are one."""
         if isinstance(path, int):
             return path
@@ -144,9 +144,9 @@ class Windows:
             if target == path or target.startswith(f"{path}/"):
                 raise PermissionError(errno.EACCES, "The process cannot access the file: it is open", path)
 
-    def one(self, real: Callable[..., Any], creates: bool, removes: bool) -> Callable[..., Any]:
+    def one(self, real: Callable[..., Any], removes: bool) -> Callable[..., Any]:
         def call(path: Any = ".", *more: Any, **named: Any) -> Any:
-            place = self.found(path, creates)
+            place = self.found(path)
             if removes:
                 self.check_closed(place)
             return real(place, *more, **named)
@@ -155,7 +155,7 @@ class Windows:
 
     def two(self, name: str) -> Callable[..., Any]:
         def call(source: Any, target: Any, **named: Any) -> Any:
-            old, new = self.found(source), self.found(target, creates=True)
+            old, new = self.found(source), self.found(target)
             self.check_closed(old)
             if os.path.lexists(new):
                 self.check_closed(new)
@@ -169,7 +169,7 @@ class Windows:
 
     def open(self, path: Any, flags: int, *more: Any, **named: Any) -> int:
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        place = self.found(path, bool(flags & os.O_CREAT))
+        place = self.found(path)
         if str(caller).startswith("loratool.files.system"):
             assert flags & BINARY, f"{path}: opened as text, which changes ends of lines"
         if os.path.isdir(place):
@@ -204,8 +204,6 @@ def become(system: str, root: str) -> None:
     for name in ("torch", "numpy", "huggingface_hub", "safetensors.torch", "click", "tqdm"):
         importlib.import_module(name)
     assert not any(name.split(".")[0] == "loratool" for name in sys.modules)
-    if system == "plain":
-        return
     room = shutil.disk_usage(root)
     without_names(*NO_DIRECT)
     without_c_functions()

@@ -45,6 +45,7 @@ COMMANDS = [
     ["push", "made/merged", "me/merged", "--dry-run", "-v"],
     ["merge", "in/base", "in/adapter", "--stream", "--push-to-hub", "me/merged", "--dry-run", "-v"],
     ["demo", "made/demo", "-v"],
+    ["--help"],
 ]
 DIRECT = "no direct disk writes here; output files are written through the page cache"
 SWAPS = "folders cannot swap names in one step here; while an output was replaced, there was a moment without one"

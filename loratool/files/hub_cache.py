@@ -5,12 +5,9 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from loratool.errors import printable
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SNAPSHOT = re.compile(
     r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<commit>[0-9a-f]{40})(?:/(?P<inside>.+))?$"
@@ -44,7 +41,8 @@ class Origin:
 
 def origin_of(path: Path) -> Origin | None:
     """What a path in a cache of the Hub is; None for any other."""
-    match = SNAPSHOT.search(os.path.abspath(path))  # not resolved: the files of a snapshot are links to blobs
+    whole = Path(os.path.abspath(path)).as_posix()  # not resolved: the files of a snapshot are links to blobs
+    match = SNAPSHOT.search(whole)
     if match is None:
         return None
     return Origin(f"{match['owner']}/{match['name']}", match["commit"], printable(match["inside"] or ""))
