@@ -4,7 +4,8 @@
 
 A command is a list of words. After "killed" it is killed when its first file is finished; after "busy" and a folder it
 runs while another process holds the lock of that folder; "unlocked" is a system without locks that does not report free
-disk space either; after "interrupted" Ctrl-C comes when the first file is finished, after "failing" the disk fails.
+disk space either; after "interrupted" Ctrl-C comes when the first file is finished, after "failing"
+and "header" or "tensors" the disk fails at one of these.
 
 Every path below FOLDER, which is also the working directory, goes through the simulation. Torch and other packages are
 imported before: how they get on is their own affair.
@@ -267,12 +268,13 @@ def interrupted(words: list[str]) -> dict[str, Any]:
 
 
 def failing(words: list[str]) -> dict[str, Any]:
-    """The outcome of a command while the disk fails at the third piece that is written."""
+    """The outcome of a command while the disk fails: at the header of the second file, or at the first piece of tensors."""
+    at_header, words = words[0] == "header", words[1:]
     safefile: Any = importlib.import_module("loratool.files.safefile")
     real, calls = safefile.write_at, iter(range(1 << 30))
 
     def write_at(descriptor: int, buffer: memoryview, position: int) -> int:
-        if next(calls) == 2:
+        if at_header == (position == 0) and next(calls) == at_header:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return int(real(descriptor, buffer, position))
 

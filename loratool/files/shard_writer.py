@@ -65,7 +65,14 @@ class LocalFile:
         self.digest = Digester()
         self.hashed, self.written = Arrived(stop), Arrived(stop)  # from the file's start, and anywhere
         self.rest = b""  # hashed bytes since the last whole page, which the next part's write begins with
-        header = memoryview(bytearray(layout.header))
+        try:
+            self.begin(memoryview(bytearray(layout.header)))
+        except BaseException:
+            self.close()
+            raise
+
+    def begin(self, header: memoryview) -> None:
+        """Write the header."""
         write_fully(self.descriptor, header, 0)
         with self.turn(header, 0):
             self.rest = bytes(header[len(header) // PAGE * PAGE :])
