@@ -323,7 +323,8 @@ def check_outcome(mutation: Mutation, code: int, stdout: str, stderr: str, root:
         assert code or "--check" not in mutation.command or stdout, about
         if code and "--check" not in mutation.command:
             assert stderr.startswith(("Error: ", "Usage: ", "warning: ")), about
-            assert stdout == "", about
+            told = json.loads(stdout)["error"]["exit_code"] if "--json" in mutation.command else stdout
+            assert told in (code, ""), about
 
 
 def not_json(word: str) -> Any:

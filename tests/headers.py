@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from loratool.adapters.adapter import Adapter, StoredTensor
+from loratool.adapters.formats.peft.training import training_of
 from loratool.algebra.updates import Add, ExpertFactors, LowRank, Magnitude, Replace, Update
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import Identity, Layout, SafeFile
@@ -70,7 +71,10 @@ def adapter_of(updates: Mapping[str, Update | Shape], **config: Any) -> Adapter:
     """An adapter with the given updates; a shape stands for LoRA of a linear layer."""
     made = {name: lora(update) if isinstance(update, tuple) else update for name, update in updates.items()}
     file = stored("A", (1, 1)).file
-    return Adapter("adapter", "peft", NOWHERE, file, config, NOWHERE / "adapter_config.json", made, {})
+    training = training_of(config)
+    return Adapter(
+        "adapter", "peft", NOWHERE, file, config, NOWHERE / "adapter_config.json", made, {}, training=training
+    )
 
 
 def landed(bound: Bound) -> dict[str, set[str]]:

@@ -29,7 +29,7 @@ class Cost:
 class Result(Shown):
     """What is common to all reports, facts and plans; each is a frozen dataclass besides."""
 
-    cost: Cost = dataclasses.field(default=Cost(), repr=False)
+    cost: Cost = dataclasses.field(default=Cost(), repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it in dicts, lists, text and numbers: the object that the command prints with `--json`."""
