@@ -192,9 +192,10 @@ def test_rescaling_keeps_the_tensors_and_baking_writes_pefts_layout(base: Path, 
     """Either way the merge is half of what it was."""
     tensors = factors(*SHAPES)
     folder = write(tmp_path / "adapter", tensors)
-    loratool.rescale(folder, tmp_path / "half", scale=0.5)
+    kept = loratool.rescale(folder, tmp_path / "half", scale=0.5)
     assert (tmp_path / "half" / "adapters.safetensors").read_bytes() == (folder / "adapters.safetensors").read_bytes()
-    loratool.rescale(folder, tmp_path / "baked", scale=0.5, bake=True)
+    baked = loratool.rescale(folder, tmp_path / "baked", scale=0.5, bake=True)
+    assert [[note.code for note in report.notes] for report in (kept, baked)] == [[], ["layout-changed"]]
     assert (tmp_path / "baked" / "adapter_model.safetensors").is_file()
     wanted = {module: weight(base, module) + delta(tensors, module, SCALE / 2) for module in SHAPES}
     for name in ("half", "baked"):

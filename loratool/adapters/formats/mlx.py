@@ -145,6 +145,7 @@ def training_of(config: Mapping[str, Any]) -> Training:
         dropout=float(dropout) if isinstance(dropout, (int, float)) else 0.0,
         zero_alpha=parameters.get("scale") == 0,
         in_out=False,
+        notes_as_lora=(Note("layout-changed", "it is written in PEFT's layout, which mlx-lm does not read"),),
     )
 
 
