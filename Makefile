@@ -18,11 +18,12 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint
 demo: .venv/runtime
 	$(BIN)/loratool demo loratool-demo --overwrite
 
+# what is imported is compiled once, not by each of the processes that tests start
 test: .venv/development
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-cuda: .venv/development
 	LORATOOL_TEST_CUDA=1 $(BIN)/pytest tests/test_computing.py tests/test_algebra_cuda.py
