@@ -10,6 +10,7 @@ import click
 
 from loratool.cli.options import OPERAND, PATH, output_options, takes
 from loratool.commands.merge import MergeAndPushOptions
+from loratool.commands.publish import with_push
 from loratool.errors import UsageError
 from loratool.options.described import FLAG, option
 
@@ -77,8 +78,7 @@ def merge(
         raise missing("out")
     if options.card:
         raise UsageError("--card goes with --stream; `loratool push --card` has it too")
-    from loratool.commands.merge import merge_and_push
-    from loratool.merging.merge import outlook
+    from loratool.merging.merge import merge, outlook
 
     if options.dry_run:
         from loratool.merging.plan import plan_text
@@ -88,7 +88,7 @@ def merge(
             screen.show(table, plan_text(plan, table["peak_memory"]))
         return
     with screen.bytes("merging") as progress, screen.bytes("pushing") as push_progress:
-        report = merge_and_push(base, adapters, out, options, progress, push_progress)
+        report = with_push(merge, (base, adapters, out), options, progress, push_progress)
     screen.show(report)
 
 

@@ -9,6 +9,7 @@ import click
 from loratool.cli.options import OPERAND, OUT, output_options, takes
 from loratool.commands.combine import CombineAndPushOptions
 from loratool.commands.extract import ExtractAndPushOptions
+from loratool.commands.publish import with_push
 from loratool.commands.rescale import RescaleAndPushOptions
 from loratool.commands.resize import ResizeAndPushOptions
 from loratool.reworking.compare import CompareOptions
@@ -36,10 +37,10 @@ def rescale(adapter: Path, out: Path, options: RescaleAndPushOptions, screen: Sc
       loratool rescale ./my-adapter -o ./even --spectral 1 --each
       loratool rescale ./my-adapter -o ./plain --bake --match 'mlp=0.8'
     """
-    from loratool.commands.rescale import rescale_and_push
+    from loratool.reworking.rescale import rescale
 
     with screen.layers("measuring") as progress, screen.bytes("pushing") as push_progress:
-        report = rescale_and_push(adapter, out, options, progress, push_progress)
+        report = with_push(rescale, (adapter, out), options, progress, push_progress)
     screen.show(report)
 
 
@@ -61,10 +62,10 @@ def combine(adapters: tuple[Path, ...], out: Path, options: CombineAndPushOption
       loratool combine ./a ./b ./c -o ./small --rank 32
       loratool combine ./a ./b ./c -o ./ties --method ties --density 0.3 --space core
     """
-    from loratool.commands.combine import combine_and_push
+    from loratool.reworking.combine import combine
 
     with screen.layers("combining") as progress, screen.bytes("pushing") as push_progress:
-        report = combine_and_push(adapters, out, options, progress, push_progress)
+        report = with_push(combine, (adapters, out), options, progress, push_progress)
     screen.show(report)
 
 
@@ -82,10 +83,10 @@ def resize(adapter: Path, out: Path, options: ResizeAndPushOptions, screen: Scre
       loratool resize ./my-adapter -o ./small --energy 0.99 --uniform
       loratool resize ./my-adapter -o ./small --budget 16MB
     """
-    from loratool.commands.resize import resize_and_push
+    from loratool.reworking.resize import resize
 
     with screen.layers("resizing") as progress, screen.bytes("pushing") as push_progress:
-        report = resize_and_push(adapter, out, options, progress, push_progress)
+        report = with_push(resize, (adapter, out), options, progress, push_progress)
     screen.show(report)
 
 
@@ -103,10 +104,10 @@ def extract(base: Path, tuned: Path, out: Path, options: ExtractAndPushOptions, 
       loratool extract ./base ./fine-tuned -o ./adapter
       loratool extract ./base ./fine-tuned -o ./adapter --rank 64 --exclude embed
     """
-    from loratool.commands.extract import extract_and_push
+    from loratool.reworking.extracting.extract import extract
 
     with screen.layers("extracting") as progress, screen.bytes("pushing") as push_progress:
-        report = extract_and_push(base, tuned, out, options, progress, push_progress)
+        report = with_push(extract, (base, tuned, out), options, progress, push_progress)
     screen.show(report)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratool.commands.publish import PublishOptions, published
+from loratool.commands.publish import PublishOptions, with_push
 from loratool.options.described import made_of, takes
 from loratool.reworking import combine as combining
 from loratool.reworking.recipes import CombineOptions
@@ -54,16 +54,5 @@ def combine(
         StorageError: the disk or the file system said no.
         HubError: the output is complete, but the Hub refused the push.
     """
-    return combine_and_push(adapters, out, made_of(CombineAndPushOptions, keywords, "combine"), progress, push_progress)
-
-
-def combine_and_push(
-    adapters: Sequence[PathLike] | PathLike,
-    out: PathLike,
-    options: CombineAndPushOptions,
-    progress: Progress | None,
-    push_progress: Progress | None,
-) -> CombineReport:
-    """`combine` with its options in one piece."""
-    options.check_access()
-    return published(combining.combine(adapters, out, options, progress), options, push_progress)
+    options = made_of(CombineAndPushOptions, keywords, "combine")
+    return with_push(combining.combine, (adapters, out), options, progress, push_progress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratool.commands.publish import PublishOptions, published
+from loratool.commands.publish import PublishOptions, with_push
 from loratool.options.described import made_of, takes
 from loratool.reworking.extracting import extract as extracting
 from loratool.reworking.extracting.options import ExtractOptions
@@ -54,19 +54,5 @@ def extract(
         StorageError: the disk or the file system said no.
         HubError: the output is complete, but the Hub refused the push.
     """
-    return extract_and_push(
-        base, tuned, out, made_of(ExtractAndPushOptions, keywords, "extract"), progress, push_progress
-    )
-
-
-def extract_and_push(
-    base: PathLike,
-    tuned: PathLike,
-    out: PathLike,
-    options: ExtractAndPushOptions,
-    progress: Progress | None,
-    push_progress: Progress | None,
-) -> ExtractReport:
-    """`extract` with its options in one piece."""
-    options.check_access()
-    return published(extracting.extract(base, tuned, out, options, progress), options, push_progress)
+    options = made_of(ExtractAndPushOptions, keywords, "extract")
+    return with_push(extracting.extract, (base, tuned, out), options, progress, push_progress)

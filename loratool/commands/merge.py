@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loratool.commands.publish import PublishOptions, published
+from loratool.commands.publish import PublishOptions, with_push
 from loratool.merging import merge as merging
 from loratool.merging import planning
 from loratool.merging.merge import MergeOptions, PathLike, Progress
@@ -78,20 +78,8 @@ def merge(
         StorageError: the disk or the file system said no.
         HubError: the output is complete, but the Hub refused the push.
     """
-    return merge_and_push(base, adapters, out, made_of(MergeAndPushOptions, keywords, "merge"), progress, push_progress)
-
-
-def merge_and_push(
-    base: PathLike,
-    adapters: Sequence[PathLike] | PathLike,
-    out: PathLike,
-    options: MergeAndPushOptions,
-    progress: Progress | None,
-    push_progress: Progress | None,
-) -> MergeReport:
-    """`merge` with its options in one piece."""
-    options.check_access()
-    return published(merging.merge(base, adapters, out, options, progress), options, push_progress)
+    options = made_of(MergeAndPushOptions, keywords, "merge")
+    return with_push(merging.merge, (base, adapters, out), options, progress, push_progress)
 
 
 @takes(MergeOptions)

@@ -11,8 +11,9 @@ from loratool.options.described import option
 from loratool.publishing.pushing import PushOptions, SendOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from loratool.measuring.session import Progress
     from loratool.results.base import Written
 
 Report = TypeVar("Report", bound="Written")
@@ -44,7 +45,19 @@ class PublishOptions(SendOptions):
             full_name(self.push_to_hub)
 
 
-def published(report: Report, options: PublishOptions, progress: Callable[[int, int], None] | None) -> Report:
+def with_push(
+    make: Callable[..., Report],
+    operands: Sequence[Any],
+    options: PublishOptions,
+    progress: Progress | None,
+    push_progress: Progress | None,
+) -> Report:
+    """The report of `make(*operands, options, progress)`, whose output is pushed where that is asked for."""
+    options.check_access()
+    return published(make(*operands, options, progress), options, push_progress)
+
+
+def published(report: Report, options: PublishOptions, progress: Progress | None) -> Report:
     """The report of a command, after its output was pushed where that is asked for."""
     repo = options.push_to_hub
     if repo is None or getattr(options, "dry_run", False):

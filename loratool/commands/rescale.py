@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratool.commands.publish import PublishOptions, published
+from loratool.commands.publish import PublishOptions, with_push
 from loratool.options.described import made_of, takes
 from loratool.reworking import rescale as rescaling
 from loratool.reworking.rescale import RescaleOptions
@@ -51,16 +51,5 @@ def rescale(
         StorageError: the disk or the file system said no.
         HubError: the output is complete, but the Hub refused the push.
     """
-    return rescale_and_push(adapter, out, made_of(RescaleAndPushOptions, keywords, "rescale"), progress, push_progress)
-
-
-def rescale_and_push(
-    adapter: PathLike,
-    out: PathLike,
-    options: RescaleAndPushOptions,
-    progress: Progress | None,
-    push_progress: Progress | None,
-) -> RescaleReport:
-    """`rescale` with its options in one piece."""
-    options.check_access()
-    return published(rescaling.rescale(adapter, out, options, progress), options, push_progress)
+    options = made_of(RescaleAndPushOptions, keywords, "rescale")
+    return with_push(rescaling.rescale, (adapter, out), options, progress, push_progress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratool.commands.publish import PublishOptions, published
+from loratool.commands.publish import PublishOptions, with_push
 from loratool.options.described import made_of, takes
 from loratool.reworking import resize as resizing
 from loratool.reworking.resize import ResizeOptions
@@ -52,16 +52,5 @@ def resize(
         StorageError: the disk or the file system said no.
         HubError: the output is complete, but the Hub refused the push.
     """
-    return resize_and_push(adapter, out, made_of(ResizeAndPushOptions, keywords, "resize"), progress, push_progress)
-
-
-def resize_and_push(
-    adapter: PathLike,
-    out: PathLike,
-    options: ResizeAndPushOptions,
-    progress: Progress | None,
-    push_progress: Progress | None,
-) -> ResizeReport:
-    """`resize` with its options in one piece."""
-    options.check_access()
-    return published(resizing.resize(adapter, out, options, progress), options, push_progress)
+    options = made_of(ResizeAndPushOptions, keywords, "resize")
+    return with_push(resizing.resize, (adapter, out), options, progress, push_progress)

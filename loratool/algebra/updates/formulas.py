@@ -39,11 +39,6 @@ def product(one: Tensor, other: Tensor) -> Tensor:
     return one @ other
 
 
-def transposed_product(one: Tensor, other: Tensor) -> Tensor:
-    """(rank, p) and (rank, q) as (p, q)."""
-    return one.T @ other
-
-
 def along_kernel(core: Tensor, channels: Tensor) -> Tensor:
     """Tucker core (r, r, *kernel) and (r, channels) as (r, channels · kernel): LoHa on a convolution."""
     import torch

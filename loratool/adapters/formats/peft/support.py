@@ -27,7 +27,6 @@ METHOD = "test_peft_methods.py::test_a_method_is_merged_as_peft_merges_it"
 VARIANT = "test_peft_lora.py::test_a_variant_of_lora_is_merged_as_peft_merges_it"
 REFUSAL = "test_peft_refusals.py::test_a_type_that_has_no_merged_weight_is_refused_with_its_reason"
 SETTING = "test_peft_refusals.py::test_a_setting_that_cannot_be_merged_is_refused_with_its_reason"
-NOT_TRIED = "test_peft_refusals.py::test_the_table_names_every_type_and_every_option_of_peft"
 
 PROMPT = "it adds virtual tokens or cached states, not weights, so there is nothing to merge; keep it beside the model"
 ROUTED = "what it adds depends on the input, so no one weight holds it; keep it beside the model"
