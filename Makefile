@@ -26,7 +26,7 @@ test: .venv/development
 	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-cuda: .venv/development
-	LORATOOL_TEST_CUDA=1 $(BIN)/pytest tests/test_computing.py tests/test_algebra_cuda.py
+	LORATOOL_TEST_CUDA=1 $(BIN)/pytest tests/merging/test_row_blocks.py tests/algebra/test_cuda.py
 
 benchmark: .venv/development
 	$(BIN)/python benchmarks/merge.py

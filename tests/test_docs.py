@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 import pytest
+from paths import ROOT
 
 import loratool
 from loratool import cli, devices
@@ -23,7 +24,6 @@ from loratool.algebra.methods.table import METHODS
 from loratool.demo import demo
 from loratool.merging import resources
 
-ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     path
     for folder in (".", "docs", "docs/extending", "fixtures", "benchmarks")

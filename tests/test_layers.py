@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from paths import PACKAGE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PACKAGE = Path(__file__).parent.parent / "loratool"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_MODULE = 500  # lines
 LONGEST_FUNCTION = 60  # lines of code: without docstring, comments and empty lines

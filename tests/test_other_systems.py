@@ -18,13 +18,13 @@ from typing import Any
 
 import faults
 import pytest
+from paths import PACKAGE, ROOT
 
 from loratool.cli import run
 from loratool.files import names, system
 from loratool.files.hub_names import parse
 
-TESTS = Path(__file__).parent
-PACKAGE = TESTS.parent / "loratool"
+HELPERS = ROOT / "tests" / "helpers"
 
 MERGE = ["merge", "in/base", "in/adapter", "-v", "-o"]
 COMMANDS = [
@@ -76,13 +76,13 @@ def make_inputs(folder: Path) -> None:
 def run_on(name: str, root: Path, commands: Sequence[Sequence[str]]) -> tuple[list[Ended], int]:
     """The commands on a simulated system, in one process; and how often a disk was told to empty its own cache."""
     settings = {
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(HELPERS)]),
         "LC_ALL": "C",
         "PYTHONUTF8": "0",
         "PYTHONCOERCECLOCALE": "0",  # text is ASCII, where nobody says what it is
     }
     done = subprocess.run(
-        [sys.executable, str(TESTS / "other_systems.py"), name, str(root)],
+        [sys.executable, str(HELPERS / "other_systems.py"), name, str(root)],
         input=json.dumps(commands), env={**os.environ, **settings}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

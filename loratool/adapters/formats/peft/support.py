@@ -23,10 +23,10 @@ class Row:
     test: str = ""
 
 
-METHOD = "test_peft_methods.py::test_a_method_is_merged_as_peft_merges_it"
-VARIANT = "test_peft_lora.py::test_a_variant_of_lora_is_merged_as_peft_merges_it"
-REFUSAL = "test_peft_refusals.py::test_a_type_that_has_no_merged_weight_is_refused_with_its_reason"
-SETTING = "test_peft_refusals.py::test_a_setting_that_cannot_be_merged_is_refused_with_its_reason"
+METHOD = "adapters/test_peft_methods.py::test_a_method_is_merged_as_peft_merges_it"
+VARIANT = "adapters/test_peft_lora.py::test_a_variant_of_lora_is_merged_as_peft_merges_it"
+REFUSAL = "adapters/test_peft_refusals.py::test_a_type_that_has_no_merged_weight_is_refused_with_its_reason"
+SETTING = "adapters/test_peft_refusals.py::test_a_setting_that_cannot_be_merged_is_refused_with_its_reason"
 
 PROMPT = "it adds virtual tokens or cached states, not weights, so there is nothing to merge; keep it beside the model"
 ROUTED = "what it adds depends on the input, so no one weight holds it; keep it beside the model"
@@ -136,7 +136,7 @@ OPTIONS: dict[str, Row] = {
     "alpha_pattern": Row(
         "α by pattern",
         "first match in the file's order; where several match, a note says that saving sorted them",
-        test="test_peft_lora.py::test_of_several_alpha_patterns_the_first_in_the_file_counts_and_it_is_said",
+        test="adapters/test_peft_lora.py::test_of_several_alpha_patterns_the_first_in_the_file_counts_and_it_is_said",
     ),
     "use_dora": Row("DoRA", "m/‖W + sBA‖ ⊙ (W + sBA); rows or columns of norm 0 stay 0", test=VARIANT),
     "lora_bias": Row("bias of lora_B", "bias + s · lora_B.bias", test=VARIANT),
@@ -146,7 +146,7 @@ OPTIONS: dict[str, Row] = {
     "target_parameters": Row(
         "LoRA on parameters",
         "W[e] + s · BₑAₑ for each expert of a parameter, or W + s · BA for a matrix",
-        test="test_peft_parameters.py::test_parameters_of_a_module_are_merged_as_peft_merges_them",
+        test="adapters/test_peft_parameters.py::test_parameters_of_a_module_are_merged_as_peft_merges_them",
     ),
     "init_lora_weights": Row("initialisation", "see below"),
     "use_bdlora": Row("BD-LoRA", "W + s · BA, the factor that is stored as blocks laid out", test=VARIANT),
@@ -156,7 +156,7 @@ OPTIONS: dict[str, Row] = {
     "use_qalora": Row(
         "QA-LoRA",
         "W + s · B · (A spread over each group of inputs) · groups / group size",
-        test="test_peft_lora.py::test_qalora_is_merged_as_its_forward_computes",
+        test="adapters/test_peft_lora.py::test_qalora_is_merged_as_its_forward_computes",
     ),
     "qalora_group_size": Row("group size of QA-LoRA", "see use_qalora"),
     "alora_invocation_tokens": Row("aLoRA", refused=f"it acts from its invocation tokens on; {ROUTED}", test=SETTING),

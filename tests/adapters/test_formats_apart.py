@@ -1,0 +1,117 @@
+"""Nobody but PEFT's format knows what PEFT calls the fields of its configs, or how the format is built inside."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from pathlib import Path
+
+import peft.tuners  # noqa: F401  # its subclasses exist once they are imported
+from paths import PACKAGE
+from peft.config import PeftConfigMixin
+
+FORMAT = "adapters/formats/peft/"
+REGISTRY = "adapters/formats/__init__.py"  # the one file that may import the format, by its one name
+
+# Ordinary words that are fields of PEFT's configs too: the word, what it means where it stands, and where that is.
+WORDS = {
+    "r": ("the mode of torch.linalg.qr that gives R alone", ("algebra/", "reworking/extracting/differences.py")),
+    "bias": (
+        "the parameter of a module",
+        (
+            *(
+                "bases/decoders.py",
+                "bases/trained_view.py",
+                "errors.py",
+                "merging/planning.py",
+                "inspecting/inspect.py",
+            ),
+            *("reworking/aligned_layers.py", "reworking/extracting/pairing.py", "adapters/writer.py"),
+            *("reworking/resize.py", "results/facts.py"),
+        ),
+    ),
+    "alpha": (
+        "an option of rescale, a line of inspect, or a field of mlx-lm's own config",
+        ("reworking/rescale.py", "results/facts.py", "adapters/formats/mlx.py"),
+    ),
+    "scaling": ("a line of inspect", ("results/facts.py",)),
+    "rank_pattern": ("a line of inspect, and a field of its facts", ("results/facts.py",)),
+    "alpha_pattern": ("a line of inspect, and a field of its facts", ("results/facts.py",)),
+    "adapters": (
+        "operands of the command line, and what a record lists",
+        ("cli/", "merging/", "provenance/", "inspecting/inspect.py", "reworking/combine.py"),
+    ),
+    "use_dora": ("a field of mlx-lm's own early configs", ("adapters/formats/mlx.py",)),
+    "revision": ("part of a place on the Hub", ("files/hub_names.py",)),
+    "hidden_size": ("a field of a model's config", ("bases/", "demo.py")),
+    "num_layers": (
+        "a field of a model's config, and one of mlx-lm's own",
+        ("bases/same_base.py", "adapters/formats/mlx.py"),
+    ),
+    "num_attention_heads": ("a field of a model's config", ("bases/", "layouts/fusions.py", "demo.py")),
+}
+
+
+def subclasses(kind: type) -> set[type]:
+    below: set[type] = set(kind.__subclasses__())
+    return below.union(*map(subclasses, below))
+
+
+CONFIGS = [PeftConfigMixin, *filter(dataclasses.is_dataclass, subclasses(PeftConfigMixin))]
+KEYS = {field.name for config in CONFIGS for field in dataclasses.fields(config)}
+
+
+def is_word(text: str, path: str) -> bool:
+    """Whether a key stands at a place where it is an ordinary word."""
+    return path.startswith(WORDS[text][1]) if text in WORDS else False
+
+
+def known_in(path: Path) -> set[str]:
+    """What a file knows of PEFT's format: keys of its config, and names that it imports."""
+    name = path.relative_to(PACKAGE).as_posix()
+    found = set[str]()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if node.value in KEYS and not is_word(node.value, name):
+                found.add(f"{name}:{node.lineno}: {node.value!r}")
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            start = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            for dotted in (start + alias.name for alias in node.names):
+                inside = f"{dotted}.".startswith("loratool.adapters.formats.peft.")
+                if inside and (name, dotted) != (REGISTRY, "loratool.adapters.formats.peft.PEFT"):
+                    found.add(f"{name}:{node.lineno}: {dotted}")
+    return found
+
+
+OUTSIDE = [path for path in PACKAGE.rglob("*.py") if FORMAT not in path.as_posix()]
+
+
+def test_the_keys_are_those_of_pefts_configs() -> None:
+    """As many as there are, some of LoRA's own among them: else the next test would look for nothing."""
+    assert {"peft_type", "base_model_name_or_path", "lora_alpha", "rank_pattern", "modules_to_save"} <= KEYS
+    assert len(CONFIGS) > 40
+
+
+def test_no_file_outside_the_format_knows_keys_or_insides_of_it() -> None:
+    """Neither as a string nor by an import, wherever it stands."""
+    assert sorted(set[str]().union(*map(known_in, OUTSIDE))) == []
+
+
+def test_every_ordinary_word_is_still_one_where_it_is_allowed() -> None:
+    """A word that nobody uses any more is taken off the list."""
+    texts = {
+        path.relative_to(PACKAGE).as_posix(): {
+            node.value
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
+        for path in OUTSIDE
+    }
+    idle = {
+        (word, place)
+        for word, (_, places) in WORDS.items()
+        for place in places
+        if not any(name.startswith(place) and word in found for name, found in texts.items())
+    }
+    assert idle == set()
+    assert WORDS.keys() <= KEYS
