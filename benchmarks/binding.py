@@ -16,16 +16,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from loratool import plan_merge
 from loratool.adapters.adapter import Adapter, StoredTensor
-from loratool.algebra.updates import ExpertFactors, LowRank, Update
+from loratool.algebra.updates.additive import LowRank
+from loratool.algebra.updates.experts import ExpertFactors
 from loratool.bases.binding import bind, tell
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import Identity, Layout, SafeFile
+
+if TYPE_CHECKING:
+    from loratool.algebra.updates.base import Update
 
 TARGET = 3.0  # seconds for one base and one adapter
 RANK, ALPHA = 16, 32.0

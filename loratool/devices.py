@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from loratool.files import process
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from concurrent.futures import Future
 
 RUNTIME_MEMORY = 256 << 20  # bytes: Python, torch and its libraries, before any work
 
@@ -34,6 +34,8 @@ class Runtime:
 
 def start_torch(device: str) -> Future[Runtime]:
     """Import torch and wake `device` in the background: that takes seconds in which bytes can be copied."""
+    from concurrent.futures import Future
+
     future: Future[Runtime] = Future()
 
     def load() -> None:

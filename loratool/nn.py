@@ -21,7 +21,7 @@ from loratool.adapters.adapter import load_update
 from loratool.adapters.formats import WRITTEN, read_adapter
 from loratool.adapters.layers import Kind
 from loratool.adapters.training import Training
-from loratool.algebra.updates import LowRank
+from loratool.algebra.updates.additive import LowRank
 from loratool.errors import FitError, InputError, UsageError, printable
 
 if TYPE_CHECKING:

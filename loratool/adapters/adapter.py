@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from loratool.adapters.training import Training
-from loratool.algebra.updates import Add, LowRank, Replace, Update
+from loratool.algebra.updates.additive import Add, LowRank
+from loratool.algebra.updates.base import Update
+from loratool.algebra.updates.replacing import Replace
 from loratool.errors import InputError, printable
 from loratool.files.digests import sha256_of
 from loratool.files.open_sources import OpenSources

@@ -9,20 +9,12 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import stored_tensors
-from loratool.algebra.lowrank import Product
-from loratool.algebra.lowrank.products import ROUNDING
-from loratool.algebra.updates import (
-    Add,
-    ExpertFactors,
-    LowRank,
-    Magnitude,
-    Replace,
-    ReplaceRows,
-    Residual,
-    Update,
-    downs,
-    ups,
-)
+from loratool.algebra.lowrank.products import ROUNDING, Product
+from loratool.algebra.updates.additive import Add, LowRank
+from loratool.algebra.updates.dora import Magnitude
+from loratool.algebra.updates.experts import ExpertFactors, downs, ups
+from loratool.algebra.updates.replacing import Replace, ReplaceRows
+from loratool.algebra.updates.residual import Residual
 from loratool.errors import FitError, InputError, printable
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.layouts.fusions import FUSIONS
@@ -35,6 +27,7 @@ if TYPE_CHECKING:
 
     from loratool.adapters.adapter import Adapter
     from loratool.adapters.training import Training
+    from loratool.algebra.updates.base import Update
     from loratool.notes import Note
 
 ROUNDING_ONLY = "no larger than the rounding of its stored factors"  # said of an update that `lowrank.noise` finds so

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import uuid
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from loratool.adapters.formats.format import Format, Spelling
     from loratool.adapters.layers import Contents, Form, Layer
-    from loratool.algebra.lowrank import Product
+    from loratool.algebra.lowrank.products import Product
     from loratool.files.tensor_writer import Triple
     from loratool.notes import Note
 
@@ -168,7 +168,7 @@ def adapter_output(
     announced = [*announced_factors(names, forms, dtype), *carried.announced()]
     needed = sum(product(shape) * (8 if d == "F64" else 4) for _, d, shape in announced)
     with (
-        staged(out, Journal(uuid.uuid4().hex, files={weights}), needed, options.overwrite) as stage,
+        staged(out, Journal(os.urandom(16).hex(), files={weights}), needed, options.overwrite) as stage,
         tensor_file(stage.folder / weights, announced) as file,
     ):
         yield Output(file, stage, names, forms, dtype)
@@ -180,7 +180,7 @@ def copied_output(
     """An adapter with the same weights, byte for byte, under another config."""
     weights, form = source.adapter.file, format_of(source.adapter)
     source.adapter.check_values()
-    wanted = Journal(uuid.uuid4().hex, files={form.weights_name})
+    wanted = Journal(os.urandom(16).hex(), files={form.weights_name})
     with staged(out, wanted, weights.layout.size, overwrite) as stage:
         if weights.files == (weights,):
             stage.copy(form.weights_name, weights.path)

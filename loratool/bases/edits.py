@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from loratool.algebra.updates import Update
+    from loratool.algebra.updates.base import Update
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import Derived, StoredTensor, same_bytes, same_values
-from loratool.algebra.updates import ReplaceRows, Update
+from loratool.algebra.updates.base import Update
+from loratool.algebra.updates.replacing import ReplaceRows
 from loratool.bases.weights import plain_of
 from loratool.errors import printable
 from loratool.layouts.architectures import GENERATIVE, INPUT_EMBEDDINGS, TASK_CLASSES

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import StoredTensor
-from loratool.algebra.updates import Replace, ReplaceRows, Update
+from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.bases.binding import Bound
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
@@ -22,6 +22,7 @@ from loratool.layouts.architectures import INPUT_EMBEDDINGS, OUTPUT_HEADS
 
 if TYPE_CHECKING:
     from loratool.adapters.adapter import Adapter
+    from loratool.algebra.updates.base import Update
     from loratool.bases.tied_weights import Ties
 
 Shape = tuple[int, ...]

@@ -8,8 +8,6 @@ What exists locally wins, and then the Hub's client is not even imported.
 from __future__ import annotations
 
 import os
-import uuid
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -87,6 +85,8 @@ def root_of(location: Path, place: HubPath) -> Path:
 
 def download(place: HubPath, role: Role) -> Path:
     """Bring what is needed of a repository into the Hub's cache."""
+    from concurrent.futures import ThreadPoolExecutor
+
     from loratool.adapters.formats import read_adapter
 
     remote = look_up(place)
@@ -139,7 +139,7 @@ def remember(snapshot: Path, revision: str) -> None:
         return
     with suppress(OSError):  # the cache may be one that is only read
         path.parent.mkdir(parents=True, exist_ok=True)
-        written = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+        written = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
         written.write_text(snapshot.name)
         os.replace(written, path)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from loratool.errors import HubError, LoratoolError, escaped, printable, without
 from loratool.fetching.answers import LARGEST_ANSWER, LONGEST_WAIT, asked_wait, limited
 
 if TYPE_CHECKING:
+    import logging
     from collections.abc import Callable, Iterator
 
     from huggingface_hub import HfApi
@@ -26,6 +26,8 @@ PASSING = (408, 429, 500, 502, 503, 504)  # statuses that another try may not me
 
 def api() -> HfApi:
     """The client; its bars are shown where somebody can see them, and what it logs is safe to show."""
+    import logging
+
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars
 

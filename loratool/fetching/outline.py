@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -146,6 +145,8 @@ def put_headers(remote: Remote, root: Path, names: Iterable[str]) -> None:
         head += read_range(remote, name, len(head), length - len(head)) if length > len(head) else b""
         (root / name).write_bytes(head[:length])
         os.truncate(root / name, size)
+
+    from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(READERS) as readers:
         list(readers.map(put, names))

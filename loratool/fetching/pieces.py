@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -113,7 +112,7 @@ def fetch_file(remote: Remote, name: str, home: Path) -> Path:
 
     api()  # which settles whether bars are shown
     for _ in range(MOST_TRIES):
-        folder = home / uuid.uuid4().hex
+        folder = home / os.urandom(16).hex()
         with asking(remote.repo, most=remote.files[name].size):
             found = patiently(partial(hf_hub_download, remote.repo, name, revision=remote.commit, local_dir=folder))
         path = folder / "file" / Path(name).name

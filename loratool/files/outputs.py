@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -174,7 +173,7 @@ def write_file(path: Path, content: bytes) -> None:
     Raises `StorageError`.
     """
     path = Path(os.path.realpath(path))
-    partial = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}.partial")
+    partial = path.with_name(f".{path.name[:100]}.{os.urandom(16).hex()}.partial")
     try:
         descriptor = create_file(partial)
         try:

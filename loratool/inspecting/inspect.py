@@ -17,7 +17,8 @@ from loratool.adapters.formats import Foreign, find_foreign, format_at, is_adapt
 from loratool.adapters.layers import Layer, layer_of
 from loratool.adapters.reading import Reading, ReadingOptions
 from loratool.adapters.weight_files import fates
-from loratool.algebra.updates import LowRank, Replace, ReplaceRows
+from loratool.algebra.updates.additive import LowRank
+from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.bases.fitting import Fit, fit_of
 from loratool.errors import InputError, LoratoolError, UsageError, VerificationError, printable
 from loratool.fetching import Role, headers, local
@@ -43,7 +44,7 @@ from loratool.results.findings import Finding
 
 if TYPE_CHECKING:
     from loratool.adapters.adapter import Adapter
-    from loratool.algebra.updates import Update
+    from loratool.algebra.updates.base import Update
     from loratool.files.safefile import SafeFile, TensorInfo
 
 Progress = Callable[[int, int], None]

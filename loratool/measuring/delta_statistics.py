@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import load_update
 from loratool.adapters.writer import torch_dtype
-from loratool.algebra.lowrank import Product, decompose
-from loratool.algebra.updates import LowRank, Magnitude
+from loratool.algebra.lowrank.products import Product, decompose
+from loratool.algebra.updates.additive import LowRank
+from loratool.algebra.updates.dora import Magnitude
 from loratool.bases.trained_view import held_by
 from loratool.bases.weights import Slice, weight_of
 from loratool.errors import printable
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from loratool.algebra.updates import Update
+    from loratool.algebra.updates.base import Update
     from loratool.bases.binding import Place
     from loratool.bases.weights import StoredWeight
     from loratool.files.checkpoint import Checkpoint

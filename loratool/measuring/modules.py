@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from loratool.adapters.layers import ROUNDING_ONLY, Kind, Layer, layer_of
 from loratool.adapters.ranks import RankRule
 from loratool.adapters.writer import factor_tensors, torch_dtype
-from loratool.algebra.lowrank import floor_of, singular_values
-from loratool.algebra.updates import Add
+from loratool.algebra.lowrank.noise import floor_of
+from loratool.algebra.lowrank.products import singular_values
+from loratool.algebra.updates.additive import Add
 from loratool.errors import printable
 from loratool.measuring.delta_statistics import LARGEST_RATIO, larger, weigh
 from loratool.measuring.session import Session, session

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from loratool.adapters.writer import described
-from loratool.algebra.lowrank import working_dtype
+from loratool.algebra.lowrank.products import working_dtype
 from loratool.devices import check_device, exact_arithmetic, start_torch
 from loratool.errors import LoratoolError
 from loratool.files.process import cores, peak_memory

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from loratool.adapters.adapter import StoredTensor, same_values
 from loratool.adapters.reading import ReadingOptions
-from loratool.algebra.updates import Replace, ReplaceRows, images_in, with_weight
+from loratool.algebra.updates.compound import images_in, with_weight
+from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.bases.binding import bind, tell
 from loratool.bases.edits import Edit
 from loratool.bases.extra_weights import extras_of

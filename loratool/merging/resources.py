@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import stored_tensors
-from loratool.algebra.updates import Replace
+from loratool.algebra.updates.replacing import Replace
 from loratool.devices import RUNTIME_MEMORY, kind_of
 from loratool.errors import UsageError
 from loratool.files.process import cores

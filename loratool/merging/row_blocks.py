@@ -13,7 +13,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import load_rows, load_update
-from loratool.algebra.updates import LowRank, Replace, Update, stack
+from loratool.algebra.updates.additive import LowRank, stack
+from loratool.algebra.updates.replacing import Replace
 from loratool.bases.weights import Room
 from loratool.errors import FitError, printable
 from loratool.files.open_sources import OpenSources
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from loratool.algebra.updates.base import Update
     from loratool.bases.edits import Edit
     from loratool.merging.output_layout import Span
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from loratool.errors import escaped, printable
 from loratool.files.hub_cache import is_hub_id, origin_of
 from loratool.files.inputs import open_regular, read_json
-from loratool.provenance.secrets import without_secrets
 
 if TYPE_CHECKING:
     from loratool.options.described import Options
@@ -88,6 +87,8 @@ def command(name: str, inputs: Sequence[str | os.PathLike[str]], options: Option
     Inputs from the Hub are named with their commit, local ones by their last name: a card tells nobody's folders.
     """
     words = ["loratool", name, *map(operand, inputs), *options.words(), *(("-o", OUT) if out else ())]
+    from loratool.provenance.secrets import without_secrets
+
     return without_secrets(shlex.join(words))
 
 

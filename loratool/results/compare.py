@@ -12,7 +12,7 @@ from loratool.results.text import MOST_LAYERS, aligned, number, table
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from loratool.algebra.lowrank import Relation
+    from loratool.algebra.lowrank.relations import Relation
     from loratool.notes import Note
 
 

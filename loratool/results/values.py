@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import TYPE_CHECKING
 
 from loratool.results.text import columns, figure, fill, memory, share, size, wrapped
@@ -185,4 +184,6 @@ def named(modules: Sequence[Measured]) -> dict[str, list[Measured]]:
 
 def middle(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
+    from statistics import median
+
     return median(known) if known else None

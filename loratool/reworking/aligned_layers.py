@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from loratool.adapters.formats.format import Spelling
-    from loratool.algebra.lowrank import Product
+    from loratool.algebra.lowrank.products import Product
 
 SAVED = ("refuse", "first", "mean")  # what to do where adapters have saved different values for one tensor
 Weight = float | Mapping[str, float]  # of an adapter; by pattern, with "default" for what none matches
@@ -40,7 +40,7 @@ class Share:
 
     def load(self, sources: Sequence[Contents], device: torch.device, dtype: torch.dtype) -> Product:
         """ΔW, scaling included, weight not."""
-        from loratool.algebra.lowrank import Product
+        from loratool.algebra.lowrank.products import Product
 
         found = sources[self.adapter].load(self.layer.target, device, dtype)
         return Product(found.down.mT, found.up.mT, found.rounding) if self.turned else found

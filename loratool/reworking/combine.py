@@ -21,8 +21,9 @@ from loratool.adapters.writer import (
     kept_dtype,
     told_beside,
 )
-from loratool.algebra.lowrank import Joint, Product, change, decompose, gram, inner, joint, length, padded, silenced
-from loratool.algebra.lowrank.products import negligible
+from loratool.algebra.lowrank.joint import Joint, joint
+from loratool.algebra.lowrank.noise import silenced
+from loratool.algebra.lowrank.products import Product, change, decompose, gram, inner, length, negligible, padded
 from loratool.algebra.methods.coefficients import LEAST_ALIKE, cancel, mean_cosine
 from loratool.algebra.methods.mixture import UNSCALED, ZERO, Mixture, Recipe, mix, mix_factors
 from loratool.algebra.methods.table import FACTORWISE, GRAM, METHODS

@@ -12,7 +12,10 @@ from loratool.adapters.formats import read_adapter
 from loratool.adapters.layers import ROUNDING_ONLY, contents_of
 from loratool.adapters.reading import ReadingOptions
 from loratool.adapters.weight_files import fates
-from loratool.algebra.lowrank import Decomposition, Joint, Product, Relation, decompose, gram, joint, relate, silenced
+from loratool.algebra.lowrank.joint import Joint, joint
+from loratool.algebra.lowrank.noise import silenced
+from loratool.algebra.lowrank.products import Decomposition, Product, decompose, gram
+from loratool.algebra.lowrank.relations import Relation, relate
 from loratool.errors import FitError, UsageError, printable
 from loratool.fetching import local
 from loratool.measuring.session import PathLike, Progress, session

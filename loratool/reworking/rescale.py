@@ -24,7 +24,8 @@ from loratool.adapters.writer import (
     kept_dtype,
     told_beside,
 )
-from loratool.algebra.lowrank import floor_of, padded, singular_values
+from loratool.algebra.lowrank.noise import floor_of
+from loratool.algebra.lowrank.products import padded, singular_values
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.fetching import local
 from loratool.files.outputs import check_target

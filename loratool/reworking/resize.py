@@ -23,20 +23,19 @@ from loratool.adapters.writer import (
     kept_dtype,
     told_beside,
 )
-from loratool.algebra.lowrank import (
+from loratool.algebra.lowrank.joint import joint, truncated
+from loratool.algebra.lowrank.noise import floor_of
+from loratool.algebra.lowrank.products import (
     Product,
     change,
     decompose,
     difference,
-    floor_of,
     inner,
-    joint,
     length,
+    negligible,
     padded,
     singular_values,
-    truncated,
 )
-from loratool.algebra.lowrank.products import negligible
 from loratool.errors import FitError, InputError, printable
 from loratool.fetching import local
 from loratool.files.outputs import check_target

@@ -21,7 +21,7 @@ from loratool.adapters.formats.format import Parts
 from loratool.adapters.formats.mlx import MLX
 from loratool.adapters.layers import Form, contents_of
 from loratool.adapters.writer import Carried, FactorOptions, adapter_output, carried_over
-from loratool.algebra.lowrank import padded
+from loratool.algebra.lowrank.products import padded
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,24 +12,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loratool.algebra.lowrank import (
+from loratool.algebra.lowrank.core import core_space
+from loratool.algebra.lowrank.joint import joint, truncated
+from loratool.algebra.lowrank.products import (
     Product,
     canonical,
     change,
-    core_space,
     decompose,
     difference,
     gram,
     inner,
-    joint,
     length,
     norm,
     padded,
     side_by_side,
     singular_values,
-    sketch,
-    truncated,
 )
+from loratool.algebra.lowrank.sketching import sketch
 
 
 def made(rows: int, columns: int, rank: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Product:

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loratool.algebra.lowrank import Product, joint, padded, side_by_side
+from loratool.algebra.lowrank.joint import joint
+from loratool.algebra.lowrank.products import Product, padded, side_by_side
 from loratool.algebra.methods import stacks
 from loratool.algebra.methods.chance import uniform
 from loratool.algebra.methods.mixture import Mixture, Recipe, mix, mix_factors

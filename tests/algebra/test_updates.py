@@ -12,45 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loratool.algebra.updates import (
-    ANY,
-    Add,
-    Bases,
-    BlockAffine,
-    Both,
-    Chain,
-    Circulant,
-    ExpertFactors,
-    ExpertLowRank,
-    Fill,
-    Grid,
-    Hadamard,
-    Image,
-    Injection,
-    Kronecker,
-    LowRank,
-    Magnitude,
-    Modulated,
-    Network,
-    Pairs,
-    Pooled,
-    Recomposed,
-    Reflections,
-    Replace,
-    ReplaceRows,
-    Residual,
-    Rotation,
-    Scale,
-    Scatter,
-    Shared,
-    Spectrum,
-    Tiled,
-    Update,
-    Wavelet,
-    formulas,
-    residual,
-    stack,
-)
+from loratool.algebra.updates import formulas, residual
+from loratool.algebra.updates.additive import Add, LowRank, stack
+from loratool.algebra.updates.base import ANY, Update
+from loratool.algebra.updates.compound import Both, Chain, Fill, Image
+from loratool.algebra.updates.dora import Magnitude
+from loratool.algebra.updates.experts import ExpertFactors, ExpertLowRank
+from loratool.algebra.updates.multiplying import BlockAffine, Modulated, Reflections, Rotation, Scale
+from loratool.algebra.updates.products import Bases, Circulant, Grid, Hadamard, Kronecker, Pooled, Shared, Tiled
+from loratool.algebra.updates.replacing import Replace, ReplaceRows
+from loratool.algebra.updates.residual import Residual
+from loratool.algebra.updates.rewriting import Injection, Network, Pairs, Recomposed
+from loratool.algebra.updates.sparse import Scatter, Spectrum
+from loratool.algebra.updates.wavelets import Wavelet
 
 Random = Callable[..., Tensor]  # sizes → a float64 tensor
 

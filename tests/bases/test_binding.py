@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -13,9 +13,13 @@ from layout_facts import PREFIX, Cell, expand, read_cells
 from torch import Tensor
 
 from loratool import plan_merge
-from loratool.algebra.updates import ExpertFactors, Magnitude, Update
+from loratool.algebra.updates.dora import Magnitude
+from loratool.algebra.updates.experts import ExpertFactors
 from loratool.bases.binding import Bound, bind, grouped, tell
 from loratool.errors import FitError, InputError, UsageError
+
+if TYPE_CHECKING:
+    from loratool.algebra.updates.base import Update
 
 CELLS = [cell for releases in read_cells().values() for cell in releases.values()]
 

@@ -17,7 +17,7 @@ from loratool.errors import FitError, InputError
 
 if TYPE_CHECKING:
     from loratool.adapters.adapter import Adapter
-    from loratool.algebra.updates import Update
+    from loratool.algebra.updates.base import Update
 
 H, MLP, COUNT = 8, 6, 2  # columns, rows of gate and up, experts
 Modules = dict[str, Shape]

@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from loratool.bases.binding import bind, template_of
 
 if TYPE_CHECKING:
-    from loratool.algebra.updates import Update
+    from loratool.algebra.updates.base import Update
 
 REORDERED = "rows are permuted for rotary positions"
 NUMBERED = "entries of a Sequential, known by number, get names of their own"

@@ -12,11 +12,15 @@ from torch import Tensor
 
 from loratool.adapters.adapter import Adapter, StoredTensor
 from loratool.adapters.formats.peft.training import training_of
-from loratool.algebra.updates import Add, ExpertFactors, LowRank, Magnitude, Replace, Update
+from loratool.algebra.updates.additive import Add, LowRank
+from loratool.algebra.updates.dora import Magnitude
+from loratool.algebra.updates.experts import ExpertFactors
+from loratool.algebra.updates.replacing import Replace
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import Identity, Layout, SafeFile
 
 if TYPE_CHECKING:
+    from loratool.algebra.updates.base import Update
     from loratool.bases.binding import Bound
 
 RANK = 2

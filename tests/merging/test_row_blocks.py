@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loratool
-from loratool.algebra.updates import LowRank, Replace
+from loratool.algebra.updates.additive import LowRank
+from loratool.algebra.updates.replacing import Replace
 from loratool.bases.edits import Edit
 from loratool.merging import resources
 from loratool.merging import row_blocks as computing

@@ -24,7 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
-from loratool.algebra.lowrank import Product, floor, floor_of, is_noise, joint
+from loratool.algebra.lowrank.joint import joint
+from loratool.algebra.lowrank.noise import floor, floor_of, is_noise
+from loratool.algebra.lowrank.products import Product
 from loratool.algebra.methods.mixture import Mixture, mix
 from loratool.algebra.methods.table import ELEMENTWISE, FACTORWISE, METHODS
 from loratool.errors import FitError, UsageError

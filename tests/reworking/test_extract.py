@@ -20,7 +20,7 @@ from torch import Tensor
 
 import loratool
 from loratool import extract
-from loratool.algebra.lowrank import sketch
+from loratool.algebra.lowrank.sketching import sketch
 from loratool.errors import FitError, InputError, LoratoolError, UsageError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from loratool.algebra.updates import ExpertFactors, LowRank
+from loratool.algebra.updates.additive import LowRank
 from loratool.errors import InputError, UsageError, printable
 from loratool.files.checkpoint import sort_side_files
 from loratool.results.findings import Finding
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from loratool.adapters.layers import Contents, Form, Kind, Layer
     from loratool.adapters.reading import Reading
     from loratool.adapters.training import Training
-    from loratool.algebra.lowrank import Product
+    from loratool.algebra.lowrank.products import Product
+    from loratool.algebra.updates.experts import ExpertFactors
     from loratool.files.safefile import SafeFile
     from loratool.notes import Note
     from loratool.provenance.cards import Subject

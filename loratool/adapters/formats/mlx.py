@@ -18,7 +18,10 @@ from loratool.adapters.layers import Form, Kind
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.adapters.training import Training
 from loratool.adapters.weight_files import weight_files
-from loratool.algebra.updates import Add, ExpertFactors, LowRank, Magnitude, Replace, ReplaceRows, Update
+from loratool.algebra.updates.additive import Add, LowRank
+from loratool.algebra.updates.dora import Magnitude
+from loratool.algebra.updates.experts import ExpertFactors
+from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.errors import FitError, InputError, printable
 from loratool.files.checkpoint import NUMBERED
 from loratool.files.hub_cache import name_of
@@ -37,7 +40,8 @@ if TYPE_CHECKING:
 
     from loratool.adapters.formats.format import Config, Parts
     from loratool.adapters.layers import Contents
-    from loratool.algebra.lowrank import Product
+    from loratool.algebra.lowrank.products import Product
+    from loratool.algebra.updates.base import Update
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 A, B, M = ".lora_a", ".lora_b", ".m"

@@ -6,25 +6,20 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from loratool.algebra.lowrank import (
-    Core,
-    Joint,
+from loratool.algebra.lowrank.core import Core, core_space
+from loratool.algebra.lowrank.joint import Joint, Spectrum, joint
+from loratool.algebra.lowrank.noise import MARGIN, floor, silenced
+from loratool.algebra.lowrank.products import (
     Product,
-    Spectrum,
     canonical,
-    core_space,
     decompose,
     difference,
-    floor,
     gram,
-    joint,
     norm,
     padded,
     side_by_side,
-    silenced,
-    sketch,
 )
-from loratool.algebra.lowrank.noise import MARGIN
+from loratool.algebra.lowrank.sketching import sketch
 from loratool.algebra.methods import coefficients, elementwise, factorwise, spectral
 from loratool.algebra.methods.elementwise import Merged, Setting
 from loratool.algebra.methods.stacks import Formed, Held

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from loratool.algebra.lowrank import Product
+    from loratool.algebra.lowrank.products import Product
 
 CPU_TILE = 1 << 20  # entries of all matrices in a tile: near a core's cache
 CUDA_TILE = 1 << 26
@@ -83,7 +83,7 @@ class Formed:
         """Up (n, rows, rank) and down (n, rank, columns), smaller ranks filled up with zeros."""
         import torch
 
-        from loratool.algebra.lowrank import padded
+        from loratool.algebra.lowrank.products import padded
 
         rank = max(p.rank for p in self.products)
         even = [padded(p.to(torch.float64), rank) for p in self.products]

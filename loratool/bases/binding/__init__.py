@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from loratool.adapters.adapter import Adapter
-    from loratool.algebra.updates import Update
+    from loratool.algebra.updates.base import Update
     from loratool.files.checkpoint import Checkpoint
 
 __all__ = ["ALL", "Bound", "Place", "bind", "fill", "grouped", "listed", "overlap", "read_maps", "tell", "template_of"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from loratool.algebra.updates import ExpertFactors, Update
-from loratool.algebra.updates.base import ANY
+from loratool.algebra.updates.base import ANY, Update
+from loratool.algebra.updates.experts import ExpertFactors
 from loratool.bases.binding.places import ALL, Landing, Place, Rule
 from loratool.layouts.fusions import EXPERT_COUNTS, FUSIONS, INTERLEAVED_EXPERTS, Fusion
 

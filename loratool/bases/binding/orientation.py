@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from loratool.algebra.updates import ExpertFactors
+from loratool.algebra.updates.experts import ExpertFactors
 from loratool.bases.binding.fusing import model_types
 from loratool.layouts.architectures import CONV1D_CLASSES, CONV1D_MODULES, CONV1D_TYPES, LINEAR_TYPES
 from loratool.layouts.fusions import FLAGGED_EXPERTS, TWO_WAY_EXPERTS
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from loratool.adapters.adapter import Adapter
-    from loratool.algebra.updates import Update
+    from loratool.algebra.updates.base import Update
     from loratool.bases.binding.places import Landing
     from loratool.files.checkpoint import Checkpoint
     from loratool.files.safefile import TensorInfo

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from loratool.algebra.updates import Update
+    from loratool.algebra.updates.base import Update
     from loratool.notes import Note
 
 ALL = slice(None)

@@ -23,7 +23,7 @@ from loratool.templates import Numbers, template_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence, Set
 
-    from loratool.algebra.updates import Update
+    from loratool.algebra.updates.base import Update
     from loratool.bases.binding.names import Disk
 
 MOST_SEARCHED = 64  # templates of lost weights; an adapter with more lies in another model

@@ -24,7 +24,7 @@ from loratool.templates import Numbers, template_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from loratool.algebra.updates import Update
+    from loratool.algebra.updates.base import Update
     from loratool.files.checkpoint import Checkpoint
     from loratool.layouts.fusions import Fusion
 

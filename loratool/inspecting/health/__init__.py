@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 
 from loratool.adapters.formats import format_at, format_of
 from loratool.errors import LoratoolError, folded, printable
-from loratool.inspecting.health.scanning import look_at_model, look_at_values
-from loratool.inspecting.health.servers import look_at_servers
 from loratool.results.findings import Finding
 from loratool.results.repairs import command, quoted, some
 
@@ -43,6 +41,9 @@ def examine(
         fit: the adapter held against its base, where that is known.
         notes: on reading, on the base and on other files of the folder.
     """
+    from loratool.inspecting.health.scanning import look_at_values
+    from loratool.inspecting.health.servers import look_at_servers
+
     found = [
         *as_findings(problems, format_of(adapter)),
         *format_of(adapter).findings(adapter, path),
@@ -56,6 +57,8 @@ def examine(
 
 def examine_model(checkpoint: Checkpoint, path: Path) -> tuple[Finding, ...]:
     """Everything that is found in a checkpoint, problems first; `path` is what commands are told with."""
+    from loratool.inspecting.health.scanning import look_at_model
+
     notes = [note for note in checkpoint.notes if note.code != UNMERGED]
     unmerged = [
         Finding("problem", UNMERGED, note.text, command("merge", path))

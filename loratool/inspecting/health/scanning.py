@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import EXPONENT, StoredTensor, stored_tensors
-from loratool.algebra.updates import ExpertFactors, LowRank, Replace, ReplaceRows
+from loratool.algebra.updates.additive import LowRank
+from loratool.algebra.updates.experts import ExpertFactors
+from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.bases.weights import Plain
 from loratool.errors import printable
 from loratool.results.findings import Finding

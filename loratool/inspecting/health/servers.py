@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.adapters.formats import WRITTEN, format_of
-from loratool.algebra.updates import Add, ExpertFactors, LowRank, Magnitude, Replace, ReplaceRows
+from loratool.algebra.updates.additive import Add, LowRank
+from loratool.algebra.updates.dora import Magnitude
+from loratool.algebra.updates.experts import ExpertFactors
+from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.errors import printable
 from loratool.layouts.architectures import INPUT_EMBEDDINGS, OUTPUT_HEADS
 from loratool.results.findings import Finding
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 
     from loratool.adapters.adapter import Adapter
     from loratool.adapters.training import Training
-    from loratool.algebra.updates import Update
+    from loratool.algebra.updates.base import Update
     from loratool.bases.fitting import Fit
 
 

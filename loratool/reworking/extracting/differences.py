@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import same_bytes
 from loratool.adapters.writer import torch_dtype
-from loratool.algebra.lowrank import Decomposition, sketch
-from loratool.algebra.lowrank.products import negligible
+from loratool.algebra.lowrank.products import Decomposition, negligible
+from loratool.algebra.lowrank.sketching import sketch
 from loratool.bases.weights import Room
 from loratool.errors import UsageError, printable
 from loratool.files.open_sources import OpenSources

@@ -19,8 +19,8 @@ from loratool.adapters.ranks import told_of_cuts
 from loratool.adapters.training import Targets, Training
 from loratool.adapters.weight_files import weight_files
 from loratool.adapters.writer import WIDTH, Output, Rounded, torch_dtype
-from loratool.algebra.lowrank import Product, inner, padded
-from loratool.algebra.lowrank import change as change_of
+from loratool.algebra.lowrank.products import Product, inner, padded
+from loratool.algebra.lowrank.products import change as change_of
 from loratool.bases.binding.orientation import module_of
 from loratool.bases.weights import Slice
 from loratool.errors import FitError, InputError, printable

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loratool.adapters.formats.peft import keys
-from loratool.algebra.updates import Replace
+from loratool.algebra.updates.replacing import Replace
 from loratool.files.safefile import FLOAT_NAMES
 
 if TYPE_CHECKING:

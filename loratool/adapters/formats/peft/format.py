@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.formats.format import Format
-from loratool.adapters.formats.peft import counting, experts, files, health, keys, strength, unmerged
+from loratool.adapters.formats.peft import counting, experts, files, health, keys, strength
 from loratool.adapters.formats.peft.card import subject
 from loratool.adapters.formats.peft.parameters import REGISTERED
 from loratool.adapters.formats.peft.plain import plain_config
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from loratool.adapters.adapter import Adapter
     from loratool.adapters.layers import Contents, Kind, Layer
     from loratool.adapters.training import Training
-    from loratool.algebra.updates import ExpertFactors, LowRank
+    from loratool.algebra.updates.additive import LowRank
+    from loratool.algebra.updates.experts import ExpertFactors
     from loratool.files.checkpoint import Checkpoint
     from loratool.files.safefile import SafeFile
     from loratool.notes import Note
@@ -41,6 +42,8 @@ class Peft(Format):
         return files.recognises(path)
 
     def claims(self, file: SafeFile) -> frozenset[str]:
+        from loratool.adapters.formats.peft import unmerged  # which needs every method
+
         found = {name: keys.split(name, unmerged.SLOTS) for name in file.tensors}
         return frozenset(name for name, key in found.items() if key is not None and key.slot)
 
@@ -68,6 +71,8 @@ class Peft(Format):
 
     def taken_apart(self, checkpoint: Checkpoint, reading: Reading) -> tuple[Checkpoint, Adapter]:
         """The base and one adapter of a model that was saved unmerged; raises `UsageError` or `InputError`."""
+        from loratool.adapters.formats.peft import unmerged
+
         return unmerged.taken_apart(checkpoint, reading)
 
     def parameters(self, adapter: Adapter, in_base: set[str]) -> tuple[int, int]:

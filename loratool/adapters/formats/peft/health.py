@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from loratool.adapters.formats.peft import keys, support
 from loratool.adapters.formats.peft.files import CONFIG
 from loratool.adapters.patterns import match_patterns
-from loratool.algebra.updates import Residual
+from loratool.algebra.updates.residual import Residual
 from loratool.errors import printable
 from loratool.results.findings import Finding
 from loratool.results.repairs import command, quoted, some

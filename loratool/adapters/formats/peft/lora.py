@@ -12,12 +12,15 @@ from loratool.adapters.formats.peft.draft import TOKENS, Draft, Module, Unsuppor
 from loratool.adapters.formats.peft.files import CONFIG
 from loratool.adapters.formats.peft.parameters import rank_is_one
 from loratool.adapters.formats.peft.scaling import Scaling
-from loratool.algebra.updates import Add, LowRank, Magnitude, Pooled, Residual, formulas, residual
+from loratool.algebra.updates import formulas, residual
+from loratool.algebra.updates.additive import Add, LowRank
+from loratool.algebra.updates.dora import Magnitude
+from loratool.algebra.updates.residual import Residual
 from loratool.errors import printable
 from loratool.notes import Note
 
 if TYPE_CHECKING:
-    from loratool.algebra.updates import Update
+    from loratool.algebra.updates.base import Update
 
 SLOTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_diag")
 ONLY_TRAINING = ("lora_velora_embed", "lora_monteclora_sampler")
@@ -142,6 +145,8 @@ class Reader:
             self.doubled += 1
             scale *= 2
         if self.draft.config.get("use_qalora") is True:
+            from loratool.algebra.updates.products import Pooled
+
             return Pooled(up, down, scale, self.draft.whole("qalora_group_size", 16))
         return self.on_residual(module, LowRank(up, down, scale, turnable=True))
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.formats.peft.draft import Draft, Module
 from loratool.adapters.formats.peft.scaling import Scaling
-from loratool.algebra.updates import LowRank
+from loratool.algebra.updates.additive import LowRank
 
 if TYPE_CHECKING:
-    from loratool.algebra.updates import Update
+    from loratool.algebra.updates.base import Update
 
 Updates = Mapping[str, "Update"]
 Reader = Callable[[Module], Updates]

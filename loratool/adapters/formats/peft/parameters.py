@@ -12,14 +12,14 @@ from loratool.adapters.formats.peft import keys, packing
 from loratool.adapters.formats.peft.draft import Draft, Module, UnusableError
 from loratool.adapters.formats.peft.files import CONFIG
 from loratool.adapters.patterns import match_patterns
-from loratool.algebra.updates import ExpertFactors
+from loratool.algebra.updates.experts import ExpertFactors
 from loratool.errors import printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from loratool.adapters.formats.peft.scaling import Scaling
-    from loratool.algebra.updates import Update
+    from loratool.algebra.updates.base import Update
 
 # The order in which transformers registers the parameters of one module, for every such module it has.
 REGISTERED = (

@@ -10,7 +10,6 @@ from loratool.adapters.formats.peft import lora, packing, support
 from loratool.adapters.formats.peft.draft import Draft, Module
 from loratool.adapters.formats.peft.fields import wrong_fields
 from loratool.adapters.formats.peft.files import CONFIG, INDEX, WEIGHTS, open_weights, read_config
-from loratool.adapters.formats.peft.methods import METHODS
 from loratool.adapters.formats.peft.remarks import remark
 from loratool.adapters.formats.peft.training import training_of
 from loratool.adapters.reading import AS_STORED, Reading
@@ -115,6 +114,8 @@ def read_updates(draft: Draft) -> None:
         lora.read_lora(draft)
         draft.place_tokens(lora.token_numbers)
     else:
+        from loratool.adapters.formats.peft.methods import METHODS  # loaded for those who need them
+
         method = METHODS[kind]
         draft.sort(kind, method.slots, method.ignored)
         draft.each(method.reader(draft))

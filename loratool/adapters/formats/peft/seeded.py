@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.formats.peft.draft import UnsupportedError, derived
 from loratool.adapters.formats.peft.method import MERGE_IN_PEFT, Method, Reader, Updates, always, low_rank, save_again
-from loratool.algebra.updates import Bases, Wavelet, formulas, wavelets
+from loratool.algebra.updates import formulas, wavelets
+from loratool.algebra.updates.products import Bases
+from loratool.algebra.updates.wavelets import Wavelet
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from loratool.adapters.formats.format import Format, Parts
     from loratool.adapters.layers import Form
     from loratool.adapters.training import Training
-    from loratool.algebra.lowrank import Product
+    from loratool.algebra.lowrank.products import Product
 
 PREFIX = "base_model.model."
 

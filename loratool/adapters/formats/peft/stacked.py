@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import StoredTensor
 from loratool.adapters.formats.peft.draft import Draft, Module
-from loratool.algebra.updates import ExpertFactors, LowRank
+from loratool.algebra.updates.additive import LowRank
+from loratool.algebra.updates.experts import ExpertFactors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from loratool.adapters.formats.peft.scaling import Scaling
-    from loratool.algebra.updates import Update
+    from loratool.algebra.updates.base import Update
 
 PACKING = "stacked"
 LIKE_PEFT = "0.21.2"  # a release in which A acts on the inputs of every expert, as it does here

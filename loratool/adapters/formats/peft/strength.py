@@ -11,7 +11,7 @@ from loratool.adapters.formats.peft import packing
 from loratool.adapters.formats.peft.describing import anchored
 from loratool.adapters.formats.peft.experts import stacked_by_peft
 from loratool.adapters.layers import adapted_module
-from loratool.algebra.updates import ExpertFactors, LowRank
+from loratool.algebra.updates.experts import ExpertFactors
 from loratool.errors import InputError, printable
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from loratool.adapters.formats.peft.spelling import Names
     from loratool.adapters.layers import Contents, Layer
+    from loratool.algebra.updates.additive import LowRank
 
 
 def with_alpha(contents: Contents, names: Names, layer: Layer, alpha: float) -> LowRank | ExpertFactors:
