@@ -73,26 +73,45 @@ def without_tokens(text: str) -> str:
     return re.sub(r"(\w://[^\s?'\"]+\?)[^\s'\"]+", r"\1…", text)  # a signed address is a key, too
 
 
+class Problem(str):
+    """One thing that is wrong with an input: a sentence for people, and a constant code for programs."""
+
+    code: str  # in kebab-case, never derived from the sentence
+
+    def __new__(cls, text: str, code: str = "malformed") -> Problem:
+        problem = super().__new__(cls, text)
+        problem.code = code
+        return problem
+
+
+def code_of(problem: str, default: str = "malformed") -> str:
+    """The code of a problem; `default` for one that is a sentence alone."""
+    return getattr(problem, "code", default)
+
+
 def folded(problems: Iterable[str]) -> list[tuple[str, tuple[str, ...]]]:
     """Problems, those that say the same of several modules, tensors or files as one; each with the names it is said of.
 
     `model.layers.0.mlp: lora_B is missing` and 223 like it become `224 modules: lora_B is missing (model.layers.0.mlp,
     … and 221 more)`. Names within a sentence may differ in the subject's own name and in the numbers of layers.
+    What is told as one has one code, and keeps it.
     """
-    groups: dict[tuple[str, str], list[re.Match[str]]] = {}
+    groups: dict[tuple[str, str, str], list[re.Match[str]]] = {}
     for problem in problems:
         match = SUBJECT.fullmatch(problem) or ALONE.fullmatch(problem)
         assert match is not None
         name, said = match["name"] or "", match["said"]
         like = NUMBER.sub("*", said.replace(name, "…") if name else said)
-        groups.setdefault((match["whose"] or "", like if name else said), []).append(match)
+        key = (match["whose"] or "", like if name else said, code_of(problem, ""))
+        groups.setdefault(key, []).append(match)
     found: list[tuple[str, tuple[str, ...]]] = []
-    for (whose, _), matches in groups.items():
+    for (whose, _, code), matches in groups.items():
         names = [match["name"] for match in matches if match["name"]]
         if len(set(names)) > MOST_NAMED:
             listed = f"{', '.join(names[:MOST_NAMED])} and {len(names) - MOST_NAMED} more"
             many = f"{sum(map(stands_for, names))} {kind_of(names)}"
-            found.append((f"{whose}{many}: {matches[0]['said']} ({listed})", tuple(names)))
+            text = f"{whose}{many}: {matches[0]['said']} ({listed})"
+            found.append((Problem(text, code) if code else text, tuple(names)))
         else:
             found += [(match.string, (match["name"],) if match["name"] else ()) for match in matches]
     return found

@@ -221,7 +221,7 @@ def by_pattern(table: Mapping[str, float], layers: Mapping[str, Layer], what: st
     try:
         matching = match_patterns(table, modules.values())
     except ValueError as error:
-        raise UsageError(f"{what}: {str(error).replace(' in rank_pattern or alpha_pattern', '')}") from None
+        raise UsageError(f"{what}: {error}") from None
     if idle := set(table) - set[str]().union(*matching.values()):
         raise UsageError(
             f"{what}: no adapted module is called what these patterns say: {', '.join(sorted(map(printable, idle)))}"

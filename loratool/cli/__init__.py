@@ -14,7 +14,7 @@ from typing import NoReturn
 import click
 
 from loratool import __version__
-from loratool.errors import LoratoolError, StorageError, UsageError, escaped, printable, without_tokens
+from loratool.errors import LoratoolError, StorageError, UsageError, code_of, escaped, printable, without_tokens
 from loratool.files.process import on_stop, prepare_streams, silence_stdout
 from loratool.files.system import lacking
 from loratool.results.base import SCHEMA
@@ -166,7 +166,8 @@ def run_command(arguments: list[str], verbose: bool) -> int:
 def failed(arguments: list[str], error: LoratoolError) -> int:
     """The exit code of an error that was told; with `--json` it is the object on stdout, too."""
     if "--json" in arguments:
-        told = {"code": error.code, "exit_code": error.exit_code, "message": error.message, "problems": error.problems}
+        problems = [{"code": code_of(problem, error.code), "text": problem} for problem in error.problems]
+        told = {"code": error.code, "exit_code": error.exit_code, "message": error.message, "problems": problems}
         with suppress(OSError):
             click.echo(json.dumps({"schema": SCHEMA, "error": told}, indent=2))
     return error.exit_code

@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
 from loratool.adapters.formats import CONFIGS, FORMATS, format_at
-from loratool.errors import HubError, InputError, LoratoolError, printable
+from loratool.errors import HubError, InputError, LoratoolError, Problem, printable
 from loratool.fetching.answers import RemoteFile, check_range, commit_of, files_of
 from loratool.fetching.client import api, asking, patiently
 from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, choose_index, choose_shards, read_index, sort_side_files
@@ -80,10 +80,12 @@ def outlined(remote: Remote, place: HubPath) -> Iterator[Path]:
                 (location.parent / name).write_bytes(read_small(remote, (location.parent / name).relative_to(root)))
             yield location
         except LoratoolError as error:
-            raise type(error)(
-                error.message.replace(str(root), printable(place)),
-                (problem.replace(str(root), printable(place)) for problem in error.problems),
-            ) from None
+            old, new = str(root), printable(place)
+            told = (
+                Problem(p.replace(old, new), p.code) if isinstance(p, Problem) else p.replace(old, new)
+                for p in error.problems
+            )
+            raise type(error)(error.message.replace(old, new), told) from None
 
 
 def small_files(location: Path) -> Iterator[str]:

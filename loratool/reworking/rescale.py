@@ -157,8 +157,7 @@ def by_search(factors: Mapping[str, float], layers: Mapping[str, Layer]) -> dict
         around = {f"(?:.*(?:{pattern}).*)": pattern for pattern in factors}
         matching = match_patterns(around, modules.values())
     except ValueError as error:
-        told = str(error).replace(" in rank_pattern or alpha_pattern", "")
-        raise UsageError(f"--match: {told.replace('(?:.*(?:', '').replace(').*)', '')}") from None
+        raise UsageError(f"--match: {str(error).replace('(?:.*(?:', '').replace(').*)', '')}") from None
     found: dict[str, float] = {}
     for target, module in modules.items():
         hits = [pattern for whole, pattern in around.items() if whole in matching[module]]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from loratool.adapters.training import Training
     from loratool.algebra.lowrank.products import Product
     from loratool.algebra.updates.experts import ExpertFactors
+    from loratool.errors import Problem
     from loratool.files.safefile import SafeFile
     from loratool.notes import Note
     from loratool.provenance.cards import Subject
@@ -124,7 +125,7 @@ class Format(Protocol):
     def training_at(self, path: Path) -> Training:
         """What its config says, without a look at the weights. Raises `InputError` where it cannot be read."""
 
-    def read_leniently(self, path: Path, reading: Reading) -> tuple[Adapter, tuple[str, ...]]:
+    def read_leniently(self, path: Path, reading: Reading) -> tuple[Adapter, tuple[Problem, ...]]:
         """What can be read of an adapter, and what is wrong with the rest. Raises `InputError` where nothing can be."""
 
     def subject(self, config: Config) -> Subject:
@@ -156,9 +157,10 @@ class Format(Protocol):
         for reason in adapter.unsupported:
             yield Finding("note", "not-mergeable", reason)
 
-    def problem(self, text: str) -> tuple[str, str]:  # noqa: ARG002 (all are one kind)
-        """The code of a finding that a problem of reading makes, and what to do about it."""
-        return "malformed", ""
+    @property
+    def repairs(self) -> Mapping[str, str]:
+        """What to do about problems of reading, by their codes."""
+        return {}
 
     # What of its adapters can be changed, tensors staying as they are.
 

@@ -22,7 +22,7 @@ from loratool.algebra.updates.additive import Add, LowRank
 from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
-from loratool.errors import FitError, InputError, printable
+from loratool.errors import FitError, InputError, Problem, printable
 from loratool.files.checkpoint import NUMBERED
 from loratool.files.hub_cache import name_of
 from loratool.files.inputs import read_json
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 A, B, M = ".lora_a", ".lora_b", ".m"
+MISSING_PARTNER = "missing-partner"  # the code of a problem
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Reader:
     sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
     unsupported: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
 
     def read(self) -> None:
         """Take up every tensor of the file."""
@@ -71,7 +72,8 @@ class Reader:
     def take(self, module: str) -> None:
         """The update of one module, or what is wrong with it."""
         if missing := [f"{module}{slot}" for slot in (A, B) if f"{module}{slot}" not in self.file.tensors]:
-            self.problems.append(f"{printable(module)}: {printable(missing[0])} is missing")
+            text = f"{printable(module)}: {printable(missing[0])} is missing"
+            self.problems.append(Problem(text, MISSING_PARTNER))
             return
         a, b = self.stored(module + A), self.stored(module + B)
         shapes = f"lora_a is {list(a.shape)}, lora_b is {list(b.shape)}"
@@ -79,10 +81,11 @@ class Reader:
             self.unsupported.append(f"LoRA on experts ({printable(module)}: {shapes}); fuse it with mlx_lm.fuse")
             return
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[0] or not product(a.shape + b.shape):
-            self.problems.append(f"{printable(module)}: {shapes}; expected (in, rank) and (rank, out)")
+            self.problems.append(Problem(f"{printable(module)}: {shapes}; expected (in, rank) and (rank, out)"))
             return
         if {a.info.dtype, b.info.dtype} - FLOAT_NAMES.keys():
-            self.problems.append(f"{printable(module)}: stored as {a.info.dtype} and {b.info.dtype}; expected floats")
+            dtypes = f"{a.info.dtype} and {b.info.dtype}"
+            self.problems.append(Problem(f"{printable(module)}: stored as {dtypes}; expected floats"))
             return
         up, down, table = (a, b, True) if is_embedding(module) else (b.T, a.T, False)
         # tensors in a file have a shape and are loaded later
@@ -91,9 +94,8 @@ class Reader:
         if module + M in self.file.tensors:
             lengths = self.stored(module + M)
             if lengths.shape != update.shape[:1]:
-                self.problems.append(
-                    f"{printable(module + M)}: is {list(lengths.shape)}; expected {update.shape[0]} values"
-                )
+                text = f"{printable(module + M)}: is {list(lengths.shape)}; expected {update.shape[0]} values"
+                self.problems.append(Problem(text))
                 return
             update = Magnitude(update, lengths)  # type: ignore[arg-type]
             names.append(module + M)
@@ -176,7 +178,7 @@ class Mlx(Format):
     def training_at(self, path: Path) -> Training:
         return training_of(read_json((path if path.is_dir() else path.parent) / CONFIG, lenient=True))
 
-    def read_leniently(self, path: Path, reading: Reading = AS_STORED) -> tuple[Adapter, tuple[str, ...]]:
+    def read_leniently(self, path: Path, reading: Reading = AS_STORED) -> tuple[Adapter, tuple[Problem, ...]]:
         folder = path if path.is_dir() else path.parent
         file = read_safefile(path / WEIGHTS if path.is_dir() else path)
         config, notes = read_json(folder / CONFIG, lenient=True), list[Note]()
@@ -203,11 +205,6 @@ class Mlx(Format):
             alone=alone,
         )
         return adapter, tuple(found.problems)
-
-    def problem(self, text: str) -> tuple[str, str]:
-        if " is missing" in text:
-            return "missing-partner", "the other factor is not in this file; save the adapter again"
-        return "malformed", ""
 
     def subject(self, config: Config) -> Subject:
         training = training_of(config)

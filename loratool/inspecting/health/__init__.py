@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.adapters.formats import format_at, format_of
-from loratool.errors import LoratoolError, folded, printable
+from loratool.errors import LoratoolError, code_of, folded, printable
 from loratool.results.findings import Finding
 from loratool.results.repairs import command, quoted, some
 
@@ -71,8 +71,8 @@ def examine_model(checkpoint: Checkpoint, path: Path) -> tuple[Finding, ...]:
 def as_findings(problems: Sequence[str], form: Format) -> Iterator[Finding]:
     """Problems of reading an adapter of a format; those that are alike are one."""
     for text, names in folded(problems):
-        code, repair = form.problem(text)
-        yield Finding("problem", code, text, repair, names)
+        code = code_of(text)
+        yield Finding("problem", code, text, form.repairs.get(code, ""), names)
 
 
 def tell_unreadable(error: LoratoolError, path: Path) -> tuple[Finding, ...]:
@@ -80,12 +80,12 @@ def tell_unreadable(error: LoratoolError, path: Path) -> tuple[Finding, ...]:
     found = [Finding("problem", "unreadable", error.message)]
     form = format_at(path)
     found += as_findings(error.problems, form)
-    if path.is_dir() and (path / form.config_name).is_file() and form.config_name not in error.message:
+    if path.is_dir() and (path / form.config_name).is_file():
         try:
             form.training_at(path)
-        except LoratoolError as other:
+        except LoratoolError as other:  # it may be what was told already
             found.append(Finding("problem", "unreadable", other.message))
-    return tuple(found)
+    return tuple(dict.fromkeys(found))
 
 
 def look_at_fit(fit: Fit, path: Path) -> Iterator[Finding]:

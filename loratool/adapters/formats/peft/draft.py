@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import INTEGER_NAMES, Derived, StoredTensor
 from loratool.adapters.formats.peft import keys
-from loratool.adapters.formats.peft.files import CONFIG
+from loratool.adapters.formats.peft.files import AGAINST_TENSORS, CONFIG
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.algebra.updates.additive import Add
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
-from loratool.errors import printable
+from loratool.errors import Problem, printable
 from loratool.files.safefile import FLOAT_NAMES, SafeFile
 from loratool.notes import Note
 
@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 TOKENS = keys.TOKENS
 LEFT_BEHIND = frozenset({"trainable_tokens_original"})  # beside it in a raw state dict
 WHOLE = (*FLOAT_NAMES, *INTEGER_NAMES, "U16", "U32", "U64", "BOOL")  # what may be saved whole, a count of batches say
-UNGATHERED = "an empty or flat tensor is a shard that ZeRO-3 or FSDP did not gather before saving"
+SHARDED = "an empty or flat tensor is a shard that ZeRO-3 or FSDP did not gather before saving"
+
+MISSING_PARTNER, SAVED_TWICE, UNGATHERED = "missing-partner", "saved-twice", "ungathered"  # codes of problems
 
 
 class UnusableError(Exception):
-    """One thing that is wrong with an adapter, in a sentence."""
+    """One thing that is wrong with an adapter; its arguments are those of the `Problem`."""
 
 
 class UnsupportedError(Exception):
@@ -65,15 +67,19 @@ class Module:
         """The tensor of a slot, in any of some numbers of dimensions; raises `UnusableError` where it is none."""
         if slot not in self.slots:
             there = ", ".join(printable(tensor) for tensor in self.slots.values())
-            raise UnusableError(f"{self.shown}: {slot} is missing, only {there} is there")
+            raise UnusableError(f"{self.shown}: {slot} is missing, only {there} is there", MISSING_PARTNER)
         return self.draft.stored(self.slots[slot], dimensions, dtypes)
 
     def indices(self, slot: str, dimensions: Collection[int]) -> Any:
         return self.tensor(slot, dimensions, (*INTEGER_NAMES, *FLOAT_NAMES))
 
-    def require(self, condition: bool, what: str) -> None:
+    def require(self, condition: bool, what: str, code: str = "malformed") -> None:
         if not condition:
-            raise UnusableError(f"{self.shown}: {what}")
+            raise UnusableError(f"{self.shown}: {what}", code)
+
+    def agree(self, condition: bool, what: str) -> None:
+        """As `require`, of what the config says of the tensors."""
+        self.require(condition, what, AGAINST_TENSORS)
 
 
 @dataclass
@@ -93,7 +99,7 @@ class Draft:
     optional: set[str] = field(default_factory=set)
     unsupported: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
     copies: dict[str, list[str]] = field(default_factory=dict)  # module → factors of PEFT's copies of it
     paths: keys.Paths = field(default_factory=lambda: keys.Paths(frozenset(), (), False))
 
@@ -142,10 +148,9 @@ class Draft:
         """Give a factor to its module."""
         module = self.modules.setdefault(key.module, Module(self, key.module))
         if key.slot in module.slots:
-            self.problems.append(
-                f"{module.shown}: {printable(module.slots[key.slot])} and {printable(name)} are two spellings "
-                "of the same factor"
-            )
+            both = f"{printable(module.slots[key.slot])} and {printable(name)}"
+            text = f"{module.shown}: {both} are two spellings of the same factor"
+            self.problems.append(Problem(text, SAVED_TWICE))
         module.slots[key.slot] = name
 
     def tell_copies(self) -> None:
@@ -163,7 +168,8 @@ class Draft:
         if family == kind:
             self.unused.append(name)
         else:
-            self.problems.append(f"{printable(name)}: a tensor of {family}, while {CONFIG} says {kind}")
+            text = f"{printable(name)}: a tensor of {family}, while {CONFIG} says {kind}"
+            self.problems.append(Problem(text, AGAINST_TENSORS))
 
     def keep(self, name: str, path: str, passed_over: list[str]) -> None:
         """Account for a tensor that is saved whole."""
@@ -179,7 +185,7 @@ class Draft:
             if wrapper:
                 return
         elif before:
-            self.problems.append(f"{printable(name)}: {printable(target)} is saved twice")
+            self.problems.append(Problem(f"{printable(name)}: {printable(target)} is saved twice", SAVED_TWICE))
         self.saved[target] = Saved(name, wrapper)
 
     def stored(
@@ -192,7 +198,7 @@ class Draft:
         if dimensions and (len(info.shape) not in dimensions or 0 in info.shape):
             wanted = " or ".join(str(count) for count in sorted(dimensions))
             raise UnusableError(
-                f"{printable(name)}: is {list(info.shape)}; wanted are {wanted} dimensions ({UNGATHERED})"
+                f"{printable(name)}: is {list(info.shape)}; wanted are {wanted} dimensions ({SHARDED})", UNGATHERED
             )
         home = self.file.home(name)
         return StoredTensor(home, home.tensors[name])
@@ -200,9 +206,8 @@ class Draft:
     def add(self, target: str, update: Update, sources: Collection[str]) -> None:
         """Take up the update of a target."""
         if target in self.updates:
-            self.problems.append(
-                f"{printable(target)}: has two updates, the second from {printable(next(iter(sources)))}"
-            )
+            second = printable(next(iter(sources)))
+            self.problems.append(Problem(f"{printable(target)}: has two updates, the second from {second}"))
             return
         self.updates[target] = update
         self.sources[target] = tuple(sources)
@@ -219,7 +224,7 @@ class Draft:
                 target = f"{module.name}.{parameter}" if module.name else parameter
                 self.add(target, update, [*module.slots.values(), *self.copies.get(module.name, ())])
         except UnusableError as error:
-            self.problems.append(str(error))
+            self.problems.append(Problem(*error.args))
         except UnsupportedError as error:
             self.unsupported.append(str(error))
 
@@ -230,11 +235,11 @@ class Draft:
             values = module.tensor(TOKENS)
             index = ids(module)
             valid = isinstance(index, list) and all(type(i) is int and i >= 0 for i in index)
-            module.require(valid, f"{CONFIG} has no list of token numbers for it")
-            module.require(
+            module.agree(valid, f"{CONFIG} has no list of token numbers for it")
+            module.agree(
                 len(index) == values.shape[0], f"{CONFIG} names {len(index)} tokens, {values.shape[0]} rows are stored"
             )
-            module.require(len(set(index)) == len(index), f"{CONFIG} names a token twice")
+            module.agree(len(set(index)) == len(index), f"{CONFIG} names a token twice")
             return {"weight": ReplaceRows(tuple(index), values)}
 
         for module in self.modules.values():
@@ -249,10 +254,10 @@ class Draft:
                 buffer = not target.endswith("weight")  # weights of whole numbers are packed, and mean nothing alone
                 stored = self.stored(saved.name, dtypes=WHOLE if buffer else FLOAT_NAMES)
                 if 0 in stored.shape:
-                    raise UnusableError(f"{printable(saved.name)}: is {list(stored.shape)}; {UNGATHERED}")
+                    raise UnusableError(f"{printable(saved.name)}: is {list(stored.shape)}; {SHARDED}", UNGATHERED)
                 replacement = Replace(stored)  # type: ignore[arg-type]  # loaded later
             except UnusableError as error:
-                self.problems.append(str(error))
+                self.problems.append(Problem(*error.args))
                 continue
             update = self.updates.get(target)
             if update is None:
@@ -261,13 +266,14 @@ class Draft:
                 self.bases[target] = replacement
             else:
                 module = printable(target.rpartition(".")[0])
-                self.problems.append(f"{module}: has factors of an adapter and a saved replacement")
+                self.problems.append(Problem(f"{module}: has factors of an adapter and a saved replacement"))
 
     def setting(self, name: str, default: Any, valid: Callable[[Any], bool], wanted: str) -> Any:
         """A field of the config, checked; `default` is PEFT's own for a config that is without."""
         value = self.config.get(name, default)
         if not valid(value):
-            raise UnusableError(f"{CONFIG}: {name} is {printable(repr(value))}; {wanted} is wanted")
+            text = f"{CONFIG}: {name} is {printable(repr(value))}; {wanted} is wanted"
+            raise UnusableError(text, AGAINST_TENSORS)
         return value
 
     def flag(self, name: str, default: bool = False) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapters.formats.peft.files import CONFIG
-from loratool.errors import printable
+from loratool.adapters.formats.peft.files import AGAINST_TENSORS, CONFIG
+from loratool.errors import Problem, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -40,10 +40,10 @@ TYPES: Mapping[str, tuple[Callable[[object], bool], str]] = {
 }
 
 
-def wrong_fields(config: Mapping[str, Any]) -> dict[str, str]:
+def wrong_fields(config: Mapping[str, Any]) -> dict[str, Problem]:
     """Each field that holds a value of another type, with a sentence that says so."""
     return {
-        name: f"{CONFIG}: {name} is {printable(repr(config[name]))}; {wanted} is wanted"
+        name: Problem(f"{CONFIG}: {name} is {printable(repr(config[name]))}; {wanted} is wanted", AGAINST_TENSORS)
         for name, (fits, wanted) in TYPES.items()
         if config.get(name) is not None and not fits(config[name])
     }

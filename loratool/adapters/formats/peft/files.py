@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 CONFIG = "adapter_config.json"
+AGAINST_TENSORS = "config-against-tensors"  # the code of a problem: the config does not say what the tensors show
 WEIGHTS = "adapter_model.safetensors"
 STEM = "adapter_model"
 INDEX = STEM + INDEX_SUFFIX  # PEFT writes one file; other tools cut it

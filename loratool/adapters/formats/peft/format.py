@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from loratool.adapters.training import Training
     from loratool.algebra.updates.additive import LowRank
     from loratool.algebra.updates.experts import ExpertFactors
+    from loratool.errors import Problem
     from loratool.files.checkpoint import Checkpoint
     from loratool.files.safefile import SafeFile
     from loratool.notes import Note
@@ -37,6 +38,7 @@ class Peft(Format):
     config_name = files.CONFIG
     weights_name = files.WEIGHTS
     newest = "0.21.2"
+    repairs = health.REPAIRS
 
     def recognises(self, path: Path) -> bool:
         return files.recognises(path)
@@ -59,7 +61,7 @@ class Peft(Format):
     def read(self, path: Path, reading: Reading = AS_STORED) -> Adapter:
         return read(path, reading)
 
-    def read_leniently(self, path: Path, reading: Reading = AS_STORED) -> tuple[Adapter, tuple[str, ...]]:
+    def read_leniently(self, path: Path, reading: Reading = AS_STORED) -> tuple[Adapter, tuple[Problem, ...]]:
         return read_leniently(path, reading)
 
     def read_saved(self, path: Path, owner: Adapter) -> Adapter:
@@ -80,9 +82,6 @@ class Peft(Format):
 
     def findings(self, adapter: Adapter, path: Path) -> Iterator[Finding]:
         return health.findings(adapter, path)
-
-    def problem(self, text: str) -> tuple[str, str]:
-        return health.problem(text)
 
     def spelling(self, kinds: Mapping[str, Kind], release: str = "") -> Names:
         return Names(self, kinds, release)

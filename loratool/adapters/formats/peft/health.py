@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.adapters.formats.peft import keys, support
-from loratool.adapters.formats.peft.files import CONFIG
+from loratool.adapters.formats.peft.draft import MISSING_PARTNER, UNGATHERED
+from loratool.adapters.formats.peft.files import AGAINST_TENSORS, CONFIG
 from loratool.adapters.patterns import match_patterns
 from loratool.algebra.updates.residual import Residual
 from loratool.errors import printable
@@ -21,26 +22,12 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."
 NAMED_FACTOR = re.compile(r"\.lora_(?:A|B|embedding_A|embedding_B)\.(?!weight$|bias$)\w+(?:\.weight|\.bias)?$")
-# What a problem of reading is called, by the words that its sentence holds: (code, words, what to do).
-READING = (
-    (
-        "ungathered",
-        "ZeRO-3",
-        "gather the parameters when the adapter is saved; the values are not in this file",
-    ),
-    ("missing-partner", " is missing, only ", "the other factor is not in this file; save the adapter again"),
-    ("saved-twice", "two spellings", ""),
-    ("saved-twice", "saved twice", ""),
-    ("config-against-tensors", CONFIG, f"correct {CONFIG}; the tensors tell what was trained"),
-    ("config-against-tensors", " is set, and it has no ", f"correct {CONFIG}; the tensors tell what was trained"),
-    ("config-against-tensors", "while ", f"correct {CONFIG}; the tensors tell what was trained"),
-)
+REPAIRS = {  # what to do about problems of reading, by their codes
+    UNGATHERED: "gather the parameters when the adapter is saved; the values are not in this file",
+    MISSING_PARTNER: "the other factor is not in this file; save the adapter again",
+    AGAINST_TENSORS: f"correct {CONFIG}; the tensors tell what was trained",
+}
 MOVED = ("pissa_niter_", "corda", "lora_ga", "loftq")  # initialisations after which the base cannot be worked out
-
-
-def problem(text: str) -> tuple[str, str]:
-    """The code of a finding, by the words that the sentence about a problem of reading holds, and what to do."""
-    return next(((code, repair) for code, words, repair in READING if words in text), ("malformed", ""))
 
 
 def findings(adapter: Adapter, path: Path) -> Iterator[Finding]:
@@ -121,7 +108,7 @@ def look_at_config(adapter: Adapter, path: Path) -> Iterator[Finding]:
             f"loratool rescale {quoted(path)} -o OUT --bake",
         )
     for reason in adapter.unsupported:
-        if not moved or "init_lora_weights" not in reason:
+        if not moved or reason != support.why_refused(start):
             yield Finding("note", "not-mergeable", reason)
     if not adapter.config.get("task_type"):
         yield Finding(

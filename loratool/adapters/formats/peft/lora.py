@@ -16,7 +16,7 @@ from loratool.algebra.updates import formulas, residual
 from loratool.algebra.updates.additive import Add, LowRank
 from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.residual import Residual
-from loratool.errors import printable
+from loratool.errors import Problem, printable
 from loratool.notes import Note
 
 if TYPE_CHECKING:
@@ -56,16 +56,13 @@ def refuse_settings(draft: Draft) -> None:
         if row.refused and value is not None and value is not False:
             draft.unsupported.append(f"{row.title} ({name}): {row.refused}")
     init = draft.config.get("init_lora_weights", True)
-    start = support.initialisation(init)
-    if start is None:
-        draft.unsupported.append(f"init_lora_weights {printable(repr(init))}, which loratool does not know")
-    elif start.refused:
-        draft.unsupported.append(f"init_lora_weights {printable(repr(init))}: {start.refused}")
+    if reason := support.why_refused(init):
+        draft.unsupported.append(reason)
     for name in support.CHECKED_FLAGS:
         try:
             draft.flag(name)
         except UnusableError as error:
-            draft.problems.append(str(error))
+            draft.problems.append(Problem(*error.args))
 
 
 @dataclass
@@ -84,7 +81,7 @@ class Reader:
             not (embedding and ("lora_A" in module or "lora_B" in module)),
             "has factors of a linear layer and of an embedding",
         )
-        module.require(
+        module.agree(
             not module.path.endswith(".base_layer") or module.name == module.path,
             f"its factors are those of a parameter, and {CONFIG} names none of it in target_parameters",
         )
@@ -96,9 +93,7 @@ class Reader:
         if "lora_B.bias" in module:
             found |= self.bias(module, update, attention)
         else:
-            module.require(
-                self.draft.config.get("lora_bias") is not True, "lora_bias is set, and it has no lora_B.bias"
-            )
+            module.agree(self.draft.config.get("lora_bias") is not True, "lora_bias is set, and it has no lora_B.bias")
         return found
 
     def tell(self) -> None:
@@ -179,7 +174,7 @@ class Reader:
             for side in "ab"
         )
         valid = type(blocks) is int and blocks >= 1 and not (in_a and in_b)
-        module.require(valid, f"use_bdlora in {CONFIG} tells no number of blocks, or both factors to be in blocks")
+        module.agree(valid, f"use_bdlora in {CONFIG} tells no number of blocks, or both factors to be in blocks")
         for chosen, name, factor in ((in_a, "lora_A", down), (in_b, "lora_B", up)):
             fits = not chosen or factor.shape[0] % blocks == 0
             module.require(fits, f"{name} has {factor.shape[0]} rows, no multiple of {blocks} blocks")
@@ -199,7 +194,7 @@ class Reader:
             )
             up = derived(update.up.shape, formulas.scaled_columns, update.up, diagonal)
             return Residual(replace(update, up=up, turnable=False), residual.MINOR)
-        module.require("lora_diag" not in module, f"lora_diag is there, and {CONFIG} has no kasa_config")
+        module.agree("lora_diag" not in module, f"lora_diag is there, and {CONFIG} has no kasa_config")
         init = self.draft.config.get("init_lora_weights", True)
         part = PARTS.get(init.lower()) if isinstance(init, str) else None
         return Residual(update, part) if part else update
@@ -208,9 +203,9 @@ class Reader:
         """The update as DoRA applies it, where it is DoRA."""
         dora = self.draft.config.get("use_dora") is True
         if "lora_magnitude_vector" not in module:
-            module.require(not dora, "use_dora is set, and it has no lora_magnitude_vector")
+            module.agree(not dora, "use_dora is set, and it has no lora_magnitude_vector")
             return update
-        module.require(dora, f"lora_magnitude_vector is there, and use_dora is not set in {CONFIG}")
+        module.agree(dora, f"lora_magnitude_vector is there, and use_dora is not set in {CONFIG}")
         stored = module.tensor("lora_magnitude_vector", (1, 3, 4, 5))
         count = max(stored.shape)
         by_column = "lora_embedding_A" in module
@@ -222,7 +217,7 @@ class Reader:
         return Magnitude(update, derived((count,), formulas.flat, stored), by_column)
 
     def bias(self, module: Module, update: Update, attention: bool) -> dict[str, Update]:
-        module.require(
+        module.agree(
             self.draft.config.get("lora_bias") is True, f"lora_B.bias is there, and lora_bias is not set in {CONFIG}"
         )
         if attention:  # PEFT neither applies nor merges it

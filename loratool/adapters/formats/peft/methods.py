@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.formats.peft import dependent, seeded
 from loratool.adapters.formats.peft.draft import Draft, Module, UnsupportedError, UnusableError, derived
-from loratool.adapters.formats.peft.files import CONFIG
+from loratool.adapters.formats.peft.files import AGAINST_TENSORS, CONFIG
 from loratool.adapters.formats.peft.method import MERGE_IN_PEFT, Method, Updates, always, low_rank, save_again, scaled
 from loratool.adapters.patterns import match_patterns
 from loratool.algebra.updates import formulas
@@ -22,7 +22,7 @@ from loratool.algebra.updates.multiplying import BlockAffine, Modulated, Reflect
 from loratool.algebra.updates.products import Circulant, Grid, Hadamard, Kronecker, Shared, Tiled
 from loratool.algebra.updates.replacing import Replace
 from loratool.algebra.updates.sparse import Scatter, Spectrum
-from loratool.errors import printable
+from loratool.errors import Problem, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -74,7 +74,7 @@ def lokr(module: Module, scaling: Scaling) -> Updates:
         (module.tensor(s).shape[0] for s in ("lokr_w1_b", "lokr_w2_b", "lokr_w2_a") if rank_first(module, s)), 0
     )
     ranks = scaling.expected(module.name)
-    module.require(bool(rank or ranks), f"{CONFIG} has no r, and both factors are whole")
+    module.agree(bool(rank or ranks), f"{CONFIG} has no r, and both factors are whole")
     return {"weight": Kronecker(left, right, scaling.scale(module.name, rank or next(iter(ranks))))}
 
 
@@ -111,7 +111,7 @@ def ia3(module: Module, feedforward: Callable[[str], bool]) -> Updates:
     inputs, dimensions = feedforward(module.name), len(stored.shape)
     if dimensions == 2 and count > 1:
         agree = inputs == (stored.shape[0] == 1)
-        module.require(agree, f"ia3_l is {list(stored.shape)}, which feedforward_modules in {CONFIG} contradicts")
+        module.agree(agree, f"ia3_l is {list(stored.shape)}, which feedforward_modules in {CONFIG} contradicts")
     factors = derived((count,), formulas.flat, stored)
     found: dict[str, Update] = {"weight": Scale(factors, inputs, dimensions, turnable=dimensions == 2)}
     if not inputs:
@@ -128,7 +128,7 @@ def feedforward(draft: Draft) -> Callable[[str], bool]:
         try:
             found = match_patterns([whole], (module.name for module in draft.modules.values()))
         except ValueError as error:
-            draft.problems.append(f"{CONFIG}: feedforward_modules: {error}")
+            draft.problems.append(Problem(f"{CONFIG}: feedforward_modules: {error}", AGAINST_TENSORS))
             return lambda _: False
         return lambda name: whole in found[name]
     return lambda name: any(isinstance(entry, str) and name.endswith(entry) for entry in listed)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from loratool.adapters.formats.peft import keys, packing
 from loratool.adapters.formats.peft.draft import Draft, Module, UnusableError
-from loratool.adapters.formats.peft.files import CONFIG
+from loratool.adapters.formats.peft.files import AGAINST_TENSORS, CONFIG
 from loratool.adapters.patterns import match_patterns
 from loratool.algebra.updates.experts import ExpertFactors
-from loratool.errors import printable
+from loratool.errors import Problem, printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,7 +67,7 @@ def layers(draft: Draft) -> set[str]:
     try:
         return {name for name, matching in match_patterns([targets], names).items() if matching}
     except ValueError as error:
-        draft.problems.append(f"{CONFIG}: target_modules: {error}")
+        draft.problems.append(Problem(f"{CONFIG}: target_modules: {error}", AGAINST_TENSORS))
         return names
 
 
@@ -96,7 +96,8 @@ def parameters_of(draft: Draft, module: str, wrapped: Mapping[int, Module]) -> d
     if len(wrapped) != len(names) or sorted(wrapped) != list(range(len(wrapped))):
         raise UnusableError(
             f"{printable(module)}: has factors for {len(wrapped)} parameters, {CONFIG} targets {len(names)} of it "
-            f"({', '.join(map(printable, sorted(names)))})"
+            f"({', '.join(map(printable, sorted(names)))})",
+            AGAINST_TENSORS,
         )
     if len(names) > 1 and order is None:
         raise UnusableError(
@@ -119,7 +120,7 @@ def read_parameters(draft: Draft, wrapped: Mapping[str, Mapping[int, Module]], s
         try:
             found = parameters_of(draft, module, by_depth)
         except UnusableError as error:
-            draft.problems.append(str(error))
+            draft.problems.append(Problem(*error.args))
             continue
         for name, factors in found.items():
             path = f"{module}.{name}"
@@ -142,7 +143,7 @@ def factors_of(module: Module, path: str, scaling: Scaling) -> ExpertFactors:
     module.require(not extra, f"{', '.join(sorted(extra))} on a parameter is nothing that PEFT makes")
     module.require(b.shape[1] == a.shape[0], rank_is_one(a.shape[0], b.shape[1]))
     ranks = scaling.expected(path)
-    module.require(
+    module.agree(
         not ranks or any(a.shape[0] % rank == 0 for rank in ranks),
         f"lora_A has {a.shape[0]} rows, no multiple of the rank {min(ranks, default=0)} that {CONFIG} says",
     )
@@ -151,7 +152,7 @@ def factors_of(module: Module, path: str, scaling: Scaling) -> ExpertFactors:
     if count := packing.expert_count(module.draft.config, parameter):
         rank = a.shape[0] // count
         agrees = a.shape[0] % count == 0 and (not fitting or rank in fitting)
-        module.require(agrees, f"lora_A has {a.shape[0]} rows, and {CONFIG} says that there are {count} experts")
+        module.agree(agrees, f"lora_A has {a.shape[0]} rows, and {CONFIG} says that there are {count} experts")
         fitting = (rank,)
     alpha = scaling.alpha(path) if scaling.valid else 0.0
     return ExpertFactors(a, b, alpha, scaling.rslora, fitting, packing.is_grouped(module.draft, parameter))

@@ -14,7 +14,7 @@ from loratool.adapters.formats.peft.remarks import remark
 from loratool.adapters.formats.peft.training import training_of
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.adapters.weight_files import weight_files
-from loratool.errors import InputError, printable
+from loratool.errors import InputError, Problem, printable
 from loratool.files.hub_cache import name_of
 from loratool.files.safefile import read_safefile
 from loratool.notes import Note
@@ -42,7 +42,7 @@ def read(path: Path, reading: Reading = AS_STORED) -> Adapter:
     return adapter
 
 
-def read_leniently(path: Path, reading: Reading = AS_STORED) -> tuple[Adapter, tuple[str, ...]]:
+def read_leniently(path: Path, reading: Reading = AS_STORED) -> tuple[Adapter, tuple[Problem, ...]]:
     """The updates that can be read of an adapter, and what is wrong with the others.
 
     Raises `InputError` where there is no header or no config to go by.
@@ -77,7 +77,7 @@ def with_alpha(config: Mapping[str, Any], alpha: float | None, notes: list[Note]
     return config
 
 
-def adapter_from(draft: Draft, folder: Path, config_file: Path) -> tuple[Adapter, tuple[str, ...]]:
+def adapter_from(draft: Draft, folder: Path, config_file: Path) -> tuple[Adapter, tuple[Problem, ...]]:
     """The adapter of a draft, and what is wrong with the rest of it."""
     read_updates(draft)
     adapter = Adapter(
@@ -123,7 +123,7 @@ def read_updates(draft: Draft) -> None:
     draft.place_saved()
     remark(draft)
     if not (draft.updates or draft.problems or draft.unsupported or draft.unused):
-        draft.problems.append("there is no adapter tensor in it")
+        draft.problems.append(Problem("there is no adapter tensor in it"))
 
 
 def read_saved(path: Path, owner: Adapter) -> Adapter:

@@ -6,9 +6,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.formats.peft.draft import Draft, UnusableError, is_number, is_whole
-from loratool.adapters.formats.peft.files import CONFIG
+from loratool.adapters.formats.peft.files import AGAINST_TENSORS, CONFIG
 from loratool.adapters.patterns import match_patterns
-from loratool.errors import printable
+from loratool.errors import Problem, printable
 from loratool.notes import Note
 
 if TYPE_CHECKING:
@@ -42,15 +42,16 @@ class Scaling:
             patterns = [*self.ranks, *self.alphas]
             self.found = match_patterns(patterns, paths)
         except UnusableError as error:
-            draft.problems.append(str(error))
+            draft.problems.append(Problem(*error.args))
             return
         except ValueError as error:
-            draft.problems.append(f"{CONFIG}: rank_pattern or alpha_pattern: {error}")
+            draft.problems.append(Problem(f"{CONFIG}: rank_pattern or alpha_pattern: {error}", AGAINST_TENSORS))
             return
         self.valid = True
         used = set[str]().union(*self.found.values())
         if idle := ", ".join(printable(repr(p)) for p in self.ranks if p not in used):
-            draft.problems.append(f"{CONFIG}: rank_pattern names what no module of the adapter is called: {idle}")
+            text = f"{CONFIG}: rank_pattern names what no module of the adapter is called: {idle}"
+            draft.problems.append(Problem(text, AGAINST_TENSORS))
         if idle := ", ".join(printable(repr(p)) for p in self.alphas if p not in used):
             draft.notes.append(
                 Note("idle-alpha-patterns", f"patterns of alpha_pattern that match no adapted module: {idle}")
@@ -61,11 +62,12 @@ class Scaling:
         """`rank_pattern` or `alpha_pattern`, checked."""
         table = self.draft.config.get(name) or {}
         if not isinstance(table, dict):
-            raise UnusableError(f"{CONFIG}: {name} is no object")
+            raise UnusableError(f"{CONFIG}: {name} is no object", AGAINST_TENSORS)
         for pattern, value in table.items():
             if not valid(value):
                 raise UnusableError(
-                    f"{CONFIG}: {name}: {printable(repr(pattern))} has the value {printable(repr(value))}"
+                    f"{CONFIG}: {name}: {printable(repr(pattern))} has the value {printable(repr(value))}",
+                    AGAINST_TENSORS,
                 )
         return table
 
@@ -104,6 +106,7 @@ class Scaling:
         ranks = self.expected(path)
         if ranks and rank not in ranks:
             raise UnusableError(
-                f"{printable(path)}: {CONFIG} says r = {next(iter(ranks))}, the tensors have rank {rank}"
+                f"{printable(path)}: {CONFIG} says r = {next(iter(ranks))}, the tensors have rank {rank}",
+                AGAINST_TENSORS,
             )
         return self.alpha(path) / (math.sqrt(rank) if self.rslora else rank)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from loratool.errors import printable
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -229,6 +231,14 @@ def initialisation(value: object) -> Row | None:
         return INITIALISATIONS["true, false"]
     name = value.lower() if isinstance(value, str) else ""
     return INITIALISATIONS.get("pissa_niter_N" if name.startswith("pissa_niter_") else name)
+
+
+def why_refused(value: object) -> str:
+    """Why an adapter with a value of `init_lora_weights` is not merged; empty where it is."""
+    row, shown = initialisation(value), f"init_lora_weights {printable(repr(value))}"
+    if row is None:
+        return f"{shown}, which loratool does not know"
+    return f"{shown}: {row.refused}" if row.refused else ""
 
 
 def variants(config: Mapping[str, object]) -> tuple[str, ...]:
