@@ -60,7 +60,7 @@ def companions(
 ) -> tuple[dict[str, OutputFile], list[str]]:
     """The files of the output by name, and those left out: the base's, the adapters' tokenizer over them, config edits."""
     files = {name: OutputFile(name, base.root / name) for name in base.side_files}
-    left_out = list(base.left_out)
+    left_out = list(map(str, base.left_out))
     adapters = [
         adapter for adapter in adapters if adapter.folder != base.root
     ]  # of a model saved unmerged they are one

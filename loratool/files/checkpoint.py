@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loratool.errors import InputError, printable
 from loratool.files.containers import PICKLES, foreign_file, is_pointer, sharded_folder
@@ -46,6 +46,16 @@ TRAINING_FILES = ("optimizer*", "scheduler.pt", "rng_state*", "scaler.pt", "trai
 PROVENANCE = "loratool.json"
 
 
+class LeftOut(NamedTuple):
+    """A file or a folder, which ends in a slash, that is not carried over."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{printable(self.name)} ({self.reason})"
+
+
 @dataclass(frozen=True, repr=False)
 class Checkpoint(Shown):
     """A model on disk. Headers are read, tensors are not."""
@@ -55,7 +65,7 @@ class Checkpoint(Shown):
     index: Path | None = None
     index_metadata: Mapping[str, Any] | None = None
     side_files: tuple[str, ...] = ()  # carried into a merged model; paths relative to `root`
-    left_out: tuple[str, ...] = ()  # seen and not carried over, with the reason
+    left_out: tuple[LeftOut, ...] = ()  # seen and not carried over
     notes: tuple[Note, ...] = ()
 
     @property
@@ -366,14 +376,14 @@ def check_unique(root: Path, shards: list[SafeFile]) -> None:
         raise InputError(f"{printable(root)}: tensors are there twice, and no index says which counts:", problems)
 
 
-def sort_side_files(root: Path, weights: set[str]) -> tuple[list[str], list[str]]:
-    """Files to carry over, and files to leave out with the reason; hidden ones are in neither.
+def sort_side_files(root: Path, weights: set[str]) -> tuple[list[str], list[LeftOut]]:
+    """Files to carry over, and files to leave out; hidden ones are in neither.
 
     A link out of the folder is followed only to where the weights of the same model really lie. Raises `InputError`
     naming every pipe, socket and device that stands where a file does.
     """
     carried: list[str] = []
-    left_out: list[str] = []
+    left_out: list[LeftOut] = []
     homes = {os.path.dirname(os.path.realpath(root / name)) for name in weights if name and leaves(root, name)}
     names = list(walk(root, left_out))
     if odd := special_files(root, names):
@@ -384,13 +394,13 @@ def sort_side_files(root: Path, weights: set[str]) -> tuple[list[str], list[str]
             continue
         reason = why_left_out(root, path, homes)
         if reason:
-            left_out.append(f"{printable(name)} ({reason})")
+            left_out.append(LeftOut(name, reason))
         else:
             carried.append(name)
-    return sorted(carried), sorted(left_out)
+    return sorted(carried), sorted(left_out, key=str)
 
 
-def walk(root: Path, left_out: list[str], inside: str = "") -> Iterator[str]:
+def walk(root: Path, left_out: list[LeftOut], inside: str = "") -> Iterator[str]:
     """Relative paths of all files below `root`, hidden and training folders passed over."""
     for entry in os.scandir(root / inside):
         name = f"{inside}{entry.name}"
@@ -399,11 +409,11 @@ def walk(root: Path, left_out: list[str], inside: str = "") -> Iterator[str]:
         if not is_folder(entry):
             yield name
         elif any(fnmatch(entry.name, pattern) for pattern in TRAINING_FOLDERS):
-            left_out.append(f"{printable(name)}/ (left by training)")
+            left_out.append(LeftOut(f"{name}/", "left by training"))
         elif not inside and entry.name in TWIN_FOLDERS:
-            left_out.append(f"{printable(name)}/ (the unmerged weights in another form)")
+            left_out.append(LeftOut(f"{name}/", "the unmerged weights in another form"))
         elif entry.is_symlink() and leaves(root, name):
-            left_out.append(f"{printable(name)}/ (a link out of the folder)")
+            left_out.append(LeftOut(f"{name}/", "a link out of the folder"))
         else:
             yield from walk(root, left_out, f"{name}/")
 

@@ -344,7 +344,7 @@ def checkpoint_facts(checkpoint: Checkpoint, path: Path) -> CheckpointFacts:
         weights=weight_facts(groups),
         files={printable(shard.path.name): shard.layout.size for shard in checkpoint.shards},
         side_files=tuple(map(printable, checkpoint.side_files)),
-        left_out=checkpoint.left_out,
+        left_out=tuple(map(str, checkpoint.left_out)),
         notes=checkpoint.notes,
     )
 

@@ -18,6 +18,7 @@ from loratool.files.checkpoint import (
     INDEX_SUFFIX,
     PROVENANCE,
     TRAINING_FOLDERS,
+    LeftOut,
     leaves,
     open_checkpoint,
     sort_side_files,
@@ -76,6 +77,7 @@ UNFINISHED = (
     "site-packages",
     "node_modules",
 )
+UNKNOWN = "no file that models are made of"
 MOST_LINES = 5  # of one file with secrets that a message names
 
 
@@ -121,9 +123,8 @@ def select(
         elif name in needed:
             raise UsageError(f"{printable(name)}: left out ({reason}), without which this is no {kind}")
         else:
-            left_out.append(f"{printable(name)} ({reason})")
-    taken = {*map(printable, extra)} & {*map(printable, chosen)}
-    left_out = [line for line in left_out if line.rpartition(" (")[0] not in taken]
+            left_out.append(LeftOut(name, reason))
+    left_out = [file for file in left_out if file.name not in {*extra} & {*chosen}]
     uploads = {name: Upload(name, root / name) for name in chosen}
     notes = [*fates(beside, carried=chosen, otherwise="not sent")]
     if CARD not in uploads or card or is_template(root / CARD):
@@ -151,8 +152,8 @@ def select(
                 f"{printable(base)}; put its id on the Hub there",
             )
         )
-    hidden = [f"{printable(name)} (hidden)" for name in hidden_files(root)]
-    return Selection(kind, tuple(uploads[n] for n in sorted(uploads)), (*sorted({*left_out, *hidden}),), tuple(notes))
+    lines = {str(file) for file in (*left_out, *(LeftOut(name, "hidden") for name in hidden_files(root)))}
+    return Selection(kind, tuple(uploads[n] for n in sorted(uploads)), (*sorted(lines),), tuple(notes))
 
 
 def listing(path: Path, name: str, content: bytes) -> bytes:
@@ -170,8 +171,8 @@ def listing(path: Path, name: str, content: bytes) -> bytes:
 
 def contents(
     root: Path,
-) -> tuple[Literal["model", "adapter"], list[str], list[str], list[str], tuple[WeightFile, ...]]:
-    """The kind, what it cannot do without, what belongs to it, what does not with the reason, and other weights."""
+) -> tuple[Literal["model", "adapter"], list[str], list[str], list[LeftOut], tuple[WeightFile, ...]]:
+    """The kind, what it cannot do without, what belongs to it, what does not, and other weights."""
     beside: tuple[WeightFile, ...] = ()
     if is_adapter(root):
         adapter = read_adapter(root)
@@ -181,10 +182,8 @@ def contents(
         weights += [adapter.file.path.name] if adapter.file.path.name.endswith(INDEX_SUFFIX) else []
         config = adapter.config_file.name
         others, left_out = sort_side_files(root, {*weights})
-        left_out = [line for line in left_out if not line.startswith(f"{config} (")]
         beside = adapter.beside
         trained = [file.name for file in beside if file.counts and file.is_safetensors and file.name not in others]
-        left_out = [line for line in left_out if line.rpartition(" (")[0] not in map(printable, trained)]
         kept, needed = [*others, *trained, PROVENANCE], [*weights, config]
         kind: Literal["model", "adapter"] = "adapter"
     else:
@@ -192,7 +191,7 @@ def contents(
         needed = [shard.path.relative_to(root).as_posix() for shard in checkpoint.shards]
         needed += [checkpoint.index.name] if checkpoint.index else []
         kept, left_out, kind = [*checkpoint.side_files, PROVENANCE], list(checkpoint.left_out), "model"
-    left_out = [line for line in left_out if not line.startswith(f"{PROVENANCE} (")]
+    left_out = [file for file in left_out if file.name not in (*needed, *kept)]
     return kind, needed, [name for name in kept if (root / name).is_file()], left_out, beside
 
 
@@ -204,12 +203,7 @@ def why_not(root: Path, name: str, include: Sequence[str], exclude: Sequence[str
         return "no file of this folder"
     if matches(name, exclude):
         return "excluded"
-    return "" if matches(name, include) else unknown(name)
-
-
-def unknown(name: str) -> str:
-    """Empty for a file that models are made of; else the reason why it stays here."""
-    return "" if matches(name, KNOWN) else "no file that models are made of; --include sends it"
+    return "" if matches(name, (*include, *KNOWN)) else f"{UNKNOWN}; --include sends it"
 
 
 def never(name: str) -> str:

@@ -29,7 +29,7 @@ from loratool.fetching import local
 from loratool.fetching.bases import chosen_base
 from loratool.fetching.outline import Remote, read_small
 from loratool.fetching.pieces import BaseFiles, opened
-from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE
+from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, LeftOut
 from loratool.files.digests import Digest, digest_of_bytes, read_recorded, recorded
 from loratool.files.inputs import json_object
 from loratool.files.journal import FETCHED, MODEL, FinishedShard
@@ -56,7 +56,7 @@ from loratool.merging.row_blocks import Totals
 from loratool.provenance.cards import CARD, command, is_nobodys
 from loratool.publishing.committing import REMOTE_JOURNAL, Commit, Upload, check, commit, files_of, full_name, open_repo
 from loratool.publishing.pushing import CommitOptions
-from loratool.publishing.selecting import check_message, check_secrets, matches, never, unknown
+from loratool.publishing.selecting import KNOWN, UNKNOWN, check_message, check_secrets, matches, never
 from loratool.results.base import Cost
 from loratool.results.stream import StreamReport
 
@@ -209,14 +209,15 @@ def last_files(
 
 def why_kept(name: str, exclude: Sequence[str]) -> str:
     """Empty for a file beside the base that is sent; else the reason it is not."""
-    return never(name) or unknown(name) or ("excluded" if matches(name, exclude) else "")
+    unknown = "" if matches(name, KNOWN) else UNKNOWN
+    return never(name) or unknown or ("excluded" if matches(name, exclude) else "")
 
 
 def kept_back(plan: MergePlan, exclude: Sequence[str]) -> Iterator[str]:
     """Files beside the base that are not sent, with the reason."""
     for file in plan.side_files:
         if reason := why_kept(file.name, exclude):
-            yield f"{printable(file.name)} ({reason.partition(';')[0]})"
+            yield str(LeftOut(file.name, reason))
 
 
 @dataclass

@@ -143,4 +143,4 @@ def test_an_error_is_an_object_on_stdout_where_json_is_asked_for(
     assert table["error"]["exit_code"] == code
     assert table["error"]["message"].splitlines()[0] in shown.err
     assert shown.err == plain.err
-    assert all(isinstance(problem, str) for problem in table["error"]["problems"])
+    assert all(problem.keys() == {"code", "text"} for problem in table["error"]["problems"])
