@@ -158,22 +158,6 @@ def stored_tensors(node: object) -> Iterator[StoredTensor]:
             yield from stored_tensors(value)
 
 
-def moved(update: AnyUpdate, files: Mapping[int, SafeFile]) -> AnyUpdate:
-    """The same update with stored tensors in other files, by the `id` of those where they were; itself where none is."""
-    if not any(id(tensor.file) in files for tensor in stored_tensors(update)):
-        return update
-
-    def elsewhere(node: Any) -> Any:
-        if isinstance(node, StoredTensor):
-            return dataclasses.replace(node, file=files.get(id(node.file), node.file))
-        if isinstance(node, Derived):
-            return dataclasses.replace(node, parts=tuple(map(elsewhere, node.parts)))
-        return moved(node, files) if isinstance(node, Update) else node
-
-    changed = {name: elsewhere(value) for name, value in fields_of(update).items()}
-    return dataclasses.replace(update, **changed)  # type: ignore[type-var]
-
-
 def load_update(update: AnyUpdate, device: torch.device, dtype: torch.dtype) -> AnyUpdate:
     """The same update with its tensors read from disk, those of the updates within it too."""
     loaded: dict[str, object] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 from loratool.adapters.adapter import StoredTensor
 from loratool.files.checkpoint import Checkpoint
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from loratool.files.safefile import SafeFile
 
-AnyWeight = TypeVar("AnyWeight", bound=Any)
 PACKING = "quantization_config"  # the entry of config.json that tells how weights are packed
 
 
@@ -212,14 +211,3 @@ def plain_of(base: Checkpoint, name: str) -> Plain:
 def as_weight(tensor: StoredTensor) -> Plain:
     """A tensor that takes a weight's place, as that weight."""
     return tensor if isinstance(tensor, Plain) else Plain(tensor.file, tensor.info)
-
-
-def moved_weight(weight: AnyWeight, files: Mapping[int, SafeFile]) -> AnyWeight:
-    """The same weight with its tensors in other files, by the `id` of those where they were."""
-    if isinstance(weight, StoredTensor):
-        return dataclasses.replace(weight, file=files.get(id(weight.file), weight.file))
-    values = {each.name: getattr(weight, each.name) for each in dataclasses.fields(weight)}
-    parts = {
-        name: value for name, value in values.items() if isinstance(value, StoredTensor) or hasattr(value, "tensors")
-    }
-    return dataclasses.replace(weight, **{name: moved_weight(value, files) for name, value in parts.items()})

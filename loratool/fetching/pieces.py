@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,24 +26,43 @@ if TYPE_CHECKING:
 
 MOST_TRIES = 3  # of a file that arrives damaged
 
-Fetch = Callable[[SafeFile], Path]
+
+class Whole:
+    """A file of the Hub, alone in a folder of this disk for as long as anybody has it open."""
+
+    def __init__(self, fetch: Callable[[], SafeFile]) -> None:
+        self.fetch, self.lock, self.users = fetch, threading.Lock(), 0
+
+    @contextmanager
+    def open(self) -> Iterator[Source]:
+        """Its bytes; who comes first brings it, and who leaves last takes it away."""
+        with self.lock:
+            if not self.users:
+                self.file = self.fetch()
+            self.users += 1
+        try:
+            with self.file.open() as source:
+                yield source
+        finally:
+            with self.lock:
+                self.users -= 1
+                if not self.users:
+                    shutil.rmtree(self.file.path.parent)
 
 
 @dataclass(frozen=True)
 class Shell(SafeFile):
-    """A weight file of which only the header is here. Whoever opens it has the whole file, until it is closed."""
+    """A weight file of which only the header is here, until somebody opens it."""
 
-    fetch: Fetch
-    drop: Callable[[Path], None]
+    whole: Whole
 
     @contextmanager
     def open(self) -> Iterator[Source]:
-        path = self.fetch(self)
-        try:
-            with read_safefile(path).open() as source:
-                yield source
-        finally:
-            self.drop(path)
+        with self.whole.open() as source:
+            yield source
+
+    def check_unchanged(self, source: Source | None = None) -> None:
+        self.whole.file.check_unchanged(source)
 
 
 @dataclass(frozen=True)
@@ -50,8 +70,6 @@ class BaseFiles:
     """A base of which the files come one by one."""
 
     checkpoint: Checkpoint
-    fetch: Fetch  # a file of its own, whole, until it is dropped
-    drop: Callable[[Path], None]
     contents: Callable[[], list[str]]  # SHA-256 of each weight file, or what else the Hub tells of its content
 
 
@@ -64,12 +82,7 @@ def opened(base: str | os.PathLike[str], home: Callable[[str], Path]) -> Iterato
     place = place_of(base)
     if place is None or is_offline():
         checkpoint = open_checkpoint(local(base, "model"))
-        yield BaseFiles(
-            checkpoint,
-            lambda file: file.path,
-            lambda _path: None,
-            lambda: [sha256_of(shard.path) for shard in checkpoint.shards],
-        )
+        yield BaseFiles(checkpoint, lambda: [sha256_of(shard.path) for shard in checkpoint.shards])
         return
     remote = look_up(place)
     with outlined(remote, place) as location:
@@ -89,21 +102,16 @@ def on_the_hub(remote: Remote, place: HubPath, location: Path, home: Callable[[s
     for name in names.weights:
         (root / name).unlink()  # a hole of the file's size: nobody shall count it as a file
 
-    def fetch(file: SafeFile) -> Path:
-        name = file.path.relative_to(root).as_posix()
-        path = fetch_file(remote, name, home(name))
-        if read_safefile(path).layout.header != file.layout.header:
-            raise InputError(f"{printable(path)}: its header is another one than before; start again")
-        return path
+    def fetch(shard: SafeFile) -> SafeFile:
+        name = shard.path.relative_to(root).as_posix()
+        file = read_safefile(fetch_file(remote, name, home(name)))
+        if file.layout.header != shard.layout.header:
+            raise InputError(f"{printable(file.path)}: its header is another one than before; start again")
+        return file
 
-    def drop(path: Path) -> None:
-        shutil.rmtree(path.parent)
-
-    shells = tuple(Shell(s.path, s.layout, s.identity, fetch, drop) for s in checkpoint.shards)
+    shells = tuple(Shell(s.path, s.layout, s.identity, Whole(partial(fetch, s))) for s in checkpoint.shards)
     told = [remote.files[shard.path.relative_to(root).as_posix()] for shard in shells]
-    return BaseFiles(
-        replace(checkpoint, shards=shells), fetch, drop, lambda: [each.sha256 or each.blob for each in told]
-    )
+    return BaseFiles(replace(checkpoint, shards=shells), lambda: [each.sha256 or each.blob for each in told])
 
 
 def fetch_file(remote: Remote, name: str, home: Path) -> Path:

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,16 +43,23 @@ LARGEST_JOURNAL = 256 << 20  # bytes
 NAMING = ("files", "fetches", "replaces")  # lines that hold a list of names
 
 
-@dataclass(frozen=True)
-class FinishedShard:
-    """An output file that is complete and on stable storage."""
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What was seen of a file while its bytes went by."""
+
+    changed: bool  # whether any weight, in this file or in one before it, differs from the base's
+    device: str = ""  # the kind that edited weights were computed on; empty where there are none
+    ratios: Mapping[str, float] = field(default_factory=dict)  # tensor → ‖ΔW‖/‖W‖, where nothing replaces W
+    nonfinite: Mapping[str, int] = field(default_factory=dict)  # edited tensor → NaN and inf that the base itself holds
+    effective: Sequence[tuple[int, str]] = ()  # updates, as (adapter's number, target), that change an element
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedShard(Seen):
+    """An output file that is complete and on stable storage, with what was seen of it."""
 
     name: str
     digest: Digest
-    changed: bool  # whether any weight, here or in a file before, differs from the base's
-    device: str = ""  # the kind that its edited weights were computed on; empty where there are none
-    ratios: Mapping[str, float] = field(default_factory=dict)  # tensor → ‖ΔW‖/‖W‖, where nothing replaces W
-    nonfinite: Mapping[str, int] = field(default_factory=dict)  # edited tensor → NaN and inf that the base itself holds
 
     @property
     def size(self) -> int:
@@ -61,7 +68,7 @@ class FinishedShard:
 
     def record(self) -> dict[str, Any]:
         """Its entry of a journal."""
-        seen = {"ratios": dict(self.ratios), "nonfinite": dict(self.nonfinite)}
+        seen = {"ratios": dict(self.ratios), "nonfinite": dict(self.nonfinite), "effective": list(self.effective)}
         return {"name": self.name, **self.digest.record(), "changed": self.changed, "device": self.device, **seen}
 
     @classmethod
@@ -69,14 +76,27 @@ class FinishedShard:
         name, digest = entry.get("name"), Digest.of_record(entry)
         if digest is None or not isinstance(name, str) or not is_plain(name):
             return None
-        seen = [numbers_in(entry.get(key)) for key in ("ratios", "nonfinite")]
-        return cls(name, digest, bool(entry.get("changed")), str(entry.get("device", "")), *seen)
+        return cls(
+            name=name,
+            digest=digest,
+            changed=bool(entry.get("changed")),
+            device=str(entry.get("device", "")),
+            ratios=numbers_in(entry.get("ratios")),
+            nonfinite=numbers_in(entry.get("nonfinite")),
+            effective=updates_in(entry.get("effective")),
+        )
 
 
 def numbers_in(table: object) -> dict[str, Any]:
     """The entries of a table whose values are numbers, and no more."""
     entries = table.items() if isinstance(table, Mapping) else ()
     return {name: value for name, value in entries if type(value) in (int, float)}
+
+
+def updates_in(table: object) -> tuple[tuple[int, str], ...]:
+    """The entries of a list that name an update, and no more."""
+    entries = table if isinstance(table, list) else ()
+    return tuple((e[0], e[1]) for e in entries if isinstance(e, list) and [*map(type, e)] == [int, str])
 
 
 @dataclass

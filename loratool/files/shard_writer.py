@@ -15,12 +15,12 @@ from loratool.files.system import NOT_DIRECT, create_file, open_direct, sync_byt
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from loratool.files.digests import Digest
+    from loratool.files.journal import Seen
     from loratool.files.safefile import Layout
-    from loratool.files.sink import Seen
     from loratool.files.source import Source
     from loratool.files.staging import Stage
 
@@ -37,6 +37,9 @@ class LocalFolder:
     def finished(self) -> Mapping[str, FinishedShard]:
         return self.stage.finished
 
+    def rounds(self, names: Sequence[str]) -> Iterable[Sequence[str]]:
+        return [names]  # all at once
+
     def open(self, name: str, layout: Layout, stop: threading.Event) -> LocalFile:
         path = self.stage.folder / name
         if path.parent != self.stage.folder:  # never the folder itself: a run that was stopped may have removed it
@@ -44,7 +47,7 @@ class LocalFolder:
         return LocalFile(path, layout, stop, self.memory, partial(self.record, name))
 
     def record(self, name: str, digest: Digest, seen: Seen) -> None:
-        self.stage.record(FinishedShard(name, digest, seen.changed, seen.device, seen.ratios, seen.nonfinite))
+        self.stage.record(FinishedShard(name=name, digest=digest, **vars(seen)))
 
 
 class LocalFile:

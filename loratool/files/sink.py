@@ -8,26 +8,16 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from loratool.files.journal import FinishedShard
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from loratool.files.journal import FinishedShard, Seen
     from loratool.files.safefile import Layout
     from loratool.files.source import Source
 
 PAGE = max(4096, mmap.PAGESIZE)  # bytes: what a direct write begins and ends at, in the file and in memory
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What was seen of a file while its bytes went by."""
-
-    changed: bool  # whether any weight, in this file or in one before it, differs from the base's
-    device: str = ""  # the kind that edited weights were computed on; empty where there are none
-    ratios: Mapping[str, float] = field(default_factory=dict)  # tensor → ‖ΔW‖/‖W‖, where nothing replaces W
-    nonfinite: Mapping[str, int] = field(default_factory=dict)  # edited tensor → NaN and inf that the base itself holds
 
 
 class Sink(Protocol):
@@ -63,6 +53,10 @@ class Destination(Protocol):
     @property
     def finished(self) -> Mapping[str, FinishedShard]:
         """Output files that are there already, by name: nothing is made for them."""
+        ...
+
+    def rounds(self, names: Sequence[str]) -> Iterable[Sequence[str]]:
+        """The files `names` that are to be made, in rounds: when one is asked for, the files of that before are recorded."""
         ...
 
     def open(self, name: str, layout: Layout, stop: threading.Event) -> Sink:

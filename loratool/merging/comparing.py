@@ -16,14 +16,14 @@ from loratool.devices import start_torch
 from loratool.errors import InputError, printable
 from loratool.files.inputs import open_regular
 from loratool.files.safefile import LocalSource
-from loratool.files.sink import Arrived, Memory, Seen, part_of
+from loratool.files.sink import Arrived, Memory, part_of
 from loratool.merging.engine import Engine
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from loratool.files.journal import FinishedShard
+    from loratool.files.journal import FinishedShard, Seen
     from loratool.files.safefile import Layout
     from loratool.files.source import Source
     from loratool.merging.plan import MergePlan
@@ -67,6 +67,9 @@ class Comparison:
     @property
     def finished(self) -> Mapping[str, FinishedShard]:
         return {}  # every file is compared
+
+    def rounds(self, names: Sequence[str]) -> Iterable[Sequence[str]]:
+        return [names]
 
     def open(self, name: str, layout: Layout, stop: threading.Event) -> ComparedFile:
         return ComparedFile(self, name, layout, stop)

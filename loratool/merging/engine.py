@@ -17,9 +17,10 @@ from itertools import chain, groupby
 from typing import TYPE_CHECKING
 
 from loratool.devices import Runtime, exact_arithmetic, resident_memory
+from loratool.files.journal import Seen
 from loratool.files.open_sources import OpenSources
 from loratool.files.process import cores
-from loratool.files.sink import PAGE, Seen
+from loratool.files.sink import PAGE
 from loratool.merging.resources import (
     COPY_CHUNK,
     MOST_SHELVED,
@@ -29,7 +30,7 @@ from loratool.merging.resources import (
     most_workers,
     rows_of_block,
 )
-from loratool.merging.row_blocks import EditedSpan, Shelf, Totals, Worker, look_for_effects
+from loratool.merging.row_blocks import EditedSpan, Effect, Shelf, Totals, Worker
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -88,6 +89,11 @@ class Engine:
         self.plan, self.destination, self.runtime = plan, destination, runtime
         self.workers, self.max_memory, self.progress = workers, max_memory, progress
         self.totals = Totals(changed=plan.replaces or any(shard.changed for shard in destination.finished.values()))
+        for shard in plan.shards:
+            if shard.name in destination.finished:
+                measured = effects_in(shard)
+                self.totals.measured |= measured
+                self.totals.effective |= measured & {*destination.finished[shard.name].effective}
         self.shelf = Shelf(MOST_SHELVED)
         self.bytes_all = sum(span.placed.nbytes for span in plan.spans)
         self.bytes_done = 0
@@ -98,18 +104,27 @@ class Engine:
         self.telling = threading.Lock()  # of progress and of finished shards
         self.choosing = threading.Lock()  # of the resources
         self.chosen: Resources | None = None
+        self.precision = ExitStack()  # of all arithmetic, from that choice on
         self.failures: list[BaseException] = []
         self.outputs: list[Output] = []
         self.ends: list[threading.Lock] = []  # one a thread, which holds it for as long as it runs
 
     def run(self) -> Totals:
         """Make every file that the destination has not; each is finished, and then recorded with what was seen of it."""
-        todo = [shard for shard in self.plan.shards if shard.name not in self.destination.finished]
-        self.tell(self.bytes_all - sum(span.placed.nbytes for shard in todo for span in shard.spans))
-        self.tasks = self.make_tasks(todo)
-        for shard in self.plan.shards:
-            if shard.name in self.destination.finished:
-                self.look_again(shard)
+        todo = {shard.name: shard for shard in self.plan.shards if shard.name not in self.destination.finished}
+        self.tell(self.bytes_all - sum(span.placed.nbytes for shard in todo.values() for span in shard.spans))
+        with self.precision:
+            for names in self.destination.rounds(tuple(todo)):
+                self.make([todo[name] for name in names])
+            if self.resources().on_gpu:
+                import torch
+
+                self.totals.gpu_memory = sum(torch.cuda.max_memory_reserved(d) for d in self.resources().devices)
+        return self.totals
+
+    def make(self, shards: Sequence[ShardPlan]) -> None:
+        """Make some files; all threads have ended when this returns."""
+        self.tasks = self.make_tasks(shards)
         try:
             for number in range(self.workers or most_workers()):
                 self.start(self.work, number)
@@ -119,27 +134,12 @@ class Engine:
         except BaseException:
             self.halt()
             raise
-        finally:
-            if self.chosen is not None:
-                self.precision.close()
-        if self.resources().on_gpu:
-            import torch
-
-            self.totals.gpu_memory = sum(torch.cuda.max_memory_reserved(d) for d in self.resources().devices)
-        return self.totals
-
-    def look_again(self, shard: ShardPlan) -> None:
-        """Which updates have an effect in a file that an earlier run finished; most show it in their first rows."""
-        for span in shard.spans:
-            if span.edits and span.placed.nbytes:
-                look_for_effects(EditedSpan(span, self.totals, self.shelf), self.runtime.result().devices[0])
 
     def resources(self) -> Resources:
         """Decided once torch is there, for only then is it known what memory is left."""
         with self.choosing:
             if self.chosen is None:
                 devices = self.runtime.result().devices
-                self.precision = ExitStack()
                 self.precision.enter_context(exact_arithmetic())
                 self.chosen = choose_resources(
                     self.plan.spans, devices, self.workers, self.max_memory, resident_memory()
@@ -277,8 +277,20 @@ class Engine:
             device = "" if all(span.untouched for span in spans) else self.resources().kind
             names = [span.placed.name for span in spans]
             nonfinite = {name: self.totals.nonfinite[name] for name in names if name in self.totals.nonfinite}
-            output.sink.record(Seen(self.totals.changed, device, self.totals.ratios(names), nonfinite))
+            seen = Seen(
+                changed=self.totals.changed,
+                device=device,
+                ratios=self.totals.ratios(names),
+                nonfinite=nonfinite,
+                effective=sorted(effects_in(output.plan) & self.totals.effective),
+            )
+            output.sink.record(seen)
         self.slots.release()
+
+
+def effects_in(shard: ShardPlan) -> set[Effect]:
+    """The updates that change something in a file."""
+    return {(edit.adapter, edit.target) for span in shard.spans for edit in span.edits}
 
 
 def copies(output: Output, spans: Iterable[Span]) -> Iterator[Copy]:

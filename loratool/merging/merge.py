@@ -33,7 +33,7 @@ from loratool.merging.effects import effect_notes, effects_of, size_notes
 from loratool.merging.engine import Engine
 from loratool.merging.fingerprints import content_fingerprint, local_state
 from loratool.merging.planning import PlanOptions, plan_merge
-from loratool.merging.resources import Resources, RunOptions, choose_resources
+from loratool.merging.resources import RunOptions, choose_resources
 from loratool.notes import Note, as_records
 from loratool.options.shared import OverwriteOption
 from loratool.provenance.cards import CARD, card, command, is_nobodys, terms_of
@@ -45,12 +45,13 @@ if TYPE_CHECKING:
 
     from loratool.adapters.adapter import Adapter
     from loratool.adapters.reading import Reading
+    from loratool.bases.side_files import OutputFile
     from loratool.files.checkpoint import Checkpoint
     from loratool.merging.plan import MergePlan
-    from loratool.merging.row_blocks import Totals
 
 PathLike = str | os.PathLike[str]  # what every path argument takes
 Progress = Callable[[int, int], None]
+NOTHING = "for every weight rounds to what it was: nothing changes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,24 +81,45 @@ def merge(
             if stage.finished:
                 stage.keep_only(kind_of(runtime.result().devices))
             resumed = tuple(stage.finished)
-            engine = Engine(plan, LocalFolder(stage), runtime, workers, max_memory, progress)
-            totals = engine.run()
-            if not (plan.replaces or any(shard.changed for shard in stage.finished.values())):
-                raise FitError(
-                    f"{printable(out)}: not written, for every weight rounds to what it was: nothing changes"
-                )
-            write_side_files(stage, plan)
             words = command("merge", [plan.base.root, *paths], options)
-            effects = effects_of(plan, totals)
-            plan = dataclasses.replace(plan, notes=(*plan.notes, *effect_notes(effects)))
-            table = provenance(plan, digests, effects, engine.resources().on_gpu, words)
-            if all(file.name != CARD or is_nobodys(file.source) for file in plan.side_files):
-                stage.write(CARD, merged_card(plan, table))
-            stage.write(PROVENANCE, as_text({**table, "files": recorded(stage.files)}))
+            engine = Engine(plan, LocalFolder(stage), runtime, workers, max_memory, progress)
+            merged = make_weights(engine, digests, words, f"{printable(out)}: not written, {NOTHING}")
+            write_small_files(stage, plan, plan.side_files, merged.table)
     except LoratoolError:
         runtime.exception()  # wait for the import: a process that ends in the middle of it may crash
         raise
-    return make_report(plan, stage, resumed, totals, effects, engine.resources(), runtime, started)
+    return make_report(merged, stage, resumed, cost(runtime, started))
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The weights of a merge are made; this is what is to be said of them."""
+
+    engine: Engine
+    effects: tuple[AdapterEffect, ...]
+    ratios: dict[str, float]  # tensor → ‖ΔW‖/‖W‖
+    notes: tuple[Note, ...]  # besides those of the plan
+    table: dict[str, Any]  # `loratool.json`, but for "files"
+
+
+def make_weights(engine: Engine, digests: Sequence[Mapping[str, str]], words: str, unchanged: str) -> Merged:
+    """Make the weight files that the destination of an engine has not.
+
+    Args:
+        engine: of the plan and its destination.
+        digests: of each adapter's files, for the record.
+        words: the command that repeats the merge, for the record.
+        unchanged: the text of the `FitError` that is raised where no weight differs from the base's.
+    """
+    plan, totals, finished = engine.plan, engine.run(), engine.destination.finished
+    if not (plan.replaces or any(shard.changed for shard in finished.values())):
+        raise FitError(unchanged)
+    effects = effects_of(plan, totals)
+    notes = tuple(effect_notes(effects))
+    told = dataclasses.replace(plan, notes=(*plan.notes, *notes))
+    table = provenance(told, digests, effects, engine.resources().on_gpu, words)
+    ratios = {name: ratio for shard in plan.shards for name, ratio in finished[shard.name].ratios.items()}
+    return Merged(engine, effects, ratios, (*notes, *size_notes(plan, ratios)), table)
 
 
 def prepare(
@@ -110,11 +132,12 @@ def prepare(
     ways = options.readings(max(1, len(words)))
     paths, base = inputs_of(base, words)
     target = check_target(Path(out), [base, *paths], options.overwrite)
-    if words:
-        model, read = open_checkpoint(base), [read_adapter(path, way) for path, way in zip(paths, ways, strict=True)]
-    else:
-        model, read = unmerged(base, ways[0])
-    return noted(plan_merge(model, read, options)), target, paths
+    model, read = (open_checkpoint(base), read_all(paths, ways)) if words else unmerged(base, ways[0])
+    return planned(model, read, options), target, paths
+
+
+def read_all(paths: Sequence[Path], ways: Sequence[Reading]) -> list[Adapter]:
+    return [read_adapter(path, way) for path, way in zip(paths, ways, strict=True)]
 
 
 def as_base(base: PathLike, words: Sequence[PathLike]) -> tuple[PathLike, Sequence[PathLike]]:
@@ -132,9 +155,10 @@ def unmerged(path: Path, reading: Reading) -> tuple[Checkpoint, list[Adapter]]:
     return base, [adapter]
 
 
-def noted(planned: MergePlan) -> MergePlan:
+def planned(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptions) -> MergePlan:
     """The plan, with what is to be said of the base that it has."""
-    return dataclasses.replace(planned, notes=(*planned.notes, *unlike_bases(planned.base, planned.adapters)))
+    plan = plan_merge(base, adapters, options)
+    return dataclasses.replace(plan, notes=(*plan.notes, *unlike_bases(plan.base, plan.adapters)))
 
 
 @contextmanager
@@ -147,15 +171,14 @@ def outlook(base: PathLike, adapters: Sequence[PathLike], out: PathLike, options
     ways = options.readings(max(1, len(adapters)))
     paths = [local(adapter, "adapter") for adapter in adapters]
     if not paths:
-        yield noted(plan_merge(*unmerged(local(base, "model"), ways[0]), options))
+        yield planned(*unmerged(local(base, "model"), ways[0]), options)
         return
     with (
         tempfile.TemporaryDirectory(prefix="loratool-") as home,
         opened(chosen_base(base, paths), lambda _name: Path(home)) as source,
     ):
         check_target(Path(out), [source.checkpoint.root, *paths], options.overwrite)
-        read = [read_adapter(path, way) for path, way in zip(paths, ways, strict=True)]
-        yield noted(plan_merge(source.checkpoint, read, options))
+        yield planned(source.checkpoint, read_all(paths, ways), options)
 
 
 def inputs_of(base: PathLike, adapters: Sequence[PathLike]) -> tuple[list[Path], Path]:
@@ -178,12 +201,23 @@ def output_names(plan: MergePlan) -> set[str]:
     return {PROVENANCE, CARD, *(shard.name for shard in plan.shards), *(file.name for file in plan.side_files)}
 
 
-def write_side_files(stage: Stage, plan: MergePlan) -> None:
-    for file in plan.side_files:
+def write_small_files(
+    stage: Stage,
+    plan: MergePlan,
+    files: Sequence[OutputFile],
+    table: Mapping[str, Any],
+    place: str = ".",
+    card: bool = True,
+) -> None:
+    """Everything but the weights: some of the plan's side files, a card where nobody wrote one, and the record of it all."""
+    for file in files:
         if file.source is not None:
             stage.copy(file.name, file.source)
         else:
             stage.write(file.name, file.content or b"")
+    if card and all(file.name != CARD or is_nobodys(file.source) for file in files):
+        stage.write(CARD, merged_card(plan, table, place))
+    stage.write(PROVENANCE, as_text({**table, "files": recorded(stage.files)}))
 
 
 def provenance(
@@ -248,33 +282,30 @@ def of_resuming(stage: Stage) -> Iterator[Note]:
         )
 
 
-def make_report(
-    plan: MergePlan,
-    stage: Stage,
-    resumed: tuple[str, ...],
-    totals: Totals,
-    effects: tuple[AdapterEffect, ...],
-    resources: Resources,
-    runtime: Future[Runtime],
-    started: float,
-) -> MergeReport:
+def cost(runtime: Future[Runtime], started: float) -> Cost:
+    """What a merge that began at that second has cost so far."""
+    ready = runtime.result()
+    return Cost(", ".join(ready.devices), time.monotonic() - started, ready.seconds, peak_memory())
+
+
+def make_report(merged: Merged, stage: Stage, resumed: tuple[str, ...], cost: Cost) -> MergeReport:
+    plan = merged.engine.plan
     finished = [stage.finished[shard.name] for shard in plan.shards]
-    ratios = {name: ratio for shard in finished for name, ratio in shard.ratios.items()}
     return MergeReport(
         out=stage.out,
         edited=len(plan.edited),
-        adapters=effects,
+        adapters=merged.effects,
         copied=plan.copied,
         converted=sum(not span.edits and not span.untouched for span in plan.spans),
         bytes_read=plan.bytes_read,
         bytes_written=plan.bytes_written,
-        workers=resources.workers,
-        gpu_memory=totals.gpu_memory,
+        workers=merged.engine.resources().workers,
+        gpu_memory=merged.engine.totals.gpu_memory,
         resumed=resumed,
-        relative_norms=ratios,
+        relative_norms=merged.ratios,
         nonfinite={name: count for shard in finished for name, count in shard.nonfinite.items()},
         left_out=plan.left_out,
-        notes=(*plan.notes, *size_notes(plan, ratios), *of_resuming(stage)),
+        notes=(*plan.notes, *merged.notes, *of_resuming(stage)),
         digests={s.name: str(s.digest) for _, s in sorted(stage.finished.items())},
-        cost=Cost(", ".join(resources.devices), time.monotonic() - started, runtime.result().seconds, peak_memory()),
+        cost=cost,
     )

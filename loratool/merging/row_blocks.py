@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 LOOKED_AT = 1 << 19  # elements that are searched for small values at a time
 READ_AT_ONCE = 16 << 20  # bytes of a weight that is looked at before it is edited
-READ_AGAIN = 1 << 20  # bytes of a weight whose merged file an earlier run finished
 ALL = slice(None)
 LOOKED_AT_FIRST = 1 << 14  # elements in which the effect of an update is looked for at first; most show it there
 SETTLED_TOGETHER = 4096  # values that are recomputed at a time; each takes two rows of factors
@@ -247,23 +246,6 @@ def has_effect(edit: LoadedEdit, block: torch.Tensor, first: int, compute: torch
             return True
         at, count = at + count, min(4 * count, max(1, LOOKED_AT // block.shape[1]))
     return False
-
-
-def look_for_effects(work: EditedSpan, device: str) -> None:
-    """Note which updates of a span change an element of it, from the weight as it was before; nothing is written."""
-    import torch
-
-    span = work.span
-    stored, rounded = (getattr(torch, FLOAT_NAMES[name]) for name in (span.weight.exact, span.placed.dtype))
-    step = max(1, READ_AGAIN // (span.width * stored.itemsize))
-    with torch.inference_mode(), OpenSources() as sources:
-        loaded = work.edits_on(torch.device(device), torch.float64 if stored == torch.float64 else torch.float32)
-        for first in range(0, span.rows, step):
-            count = min(step, span.rows - first)
-            block = span.matrix.rows(first, count, torch.device(device), stored, Room(sources))
-            work.look_for_effects(loaded, block, first, rounded)
-            if not work.waiting - work.totals.effective:
-                return
 
 
 def weight_rows(span: Span, edit: Edit, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,16 +17,16 @@ from torch import Tensor
 import loratool
 from loratool.adapters.formats import read_adapter
 from loratool.bases.codecs import decoded
-from loratool.bases.codecs.fp8 import BlockScaled
-from loratool.bases.weights import Room, Slice, moved_weight, weight_of
+from loratool.bases.weights import Room, Slice, weight_of
 from loratool.devices import start_torch
 from loratool.files.checkpoint import open_checkpoint
-from loratool.files.safefile import Layout, read_safefile
-from loratool.files.sink import Arrived, Seen, part_of
+from loratool.files.sink import Arrived, part_of
 from loratool.merging.engine import Engine
 from loratool.merging.planning import PlanOptions, plan_merge
 
 if TYPE_CHECKING:
+    from loratool.files.journal import Seen
+    from loratool.files.safefile import Layout
     from loratool.files.source import Source
     from loratool.merging.plan import MergePlan
 
@@ -43,6 +43,9 @@ class InMemory:
 
     def __init__(self) -> None:
         self.files: dict[str, bytearray] = {}
+
+    def rounds(self, names: Sequence[str]) -> list[Sequence[str]]:
+        return [names]
 
     def open(self, name: str, layout: Layout, stop: threading.Event) -> InMemoryFile:
         self.files[name] = bytearray(layout.header.ljust(layout.size, b"\xff"))
@@ -140,20 +143,6 @@ def test_rows_are_the_values_times_the_scale_of_their_block(
 def test_a_matrix_in_blocks_is_seen_in_no_other_shape(base: Path) -> None:
     with pytest.raises(ValueError, match="70 columns"):
         weight_of(decoded(open_checkpoint(base)), NAME).matrix(35)
-
-
-def test_a_weight_goes_with_its_files(base: Path, tmp_path: Path) -> None:
-    """Both of its tensors are read where the files are now."""
-    weight = weight_of(decoded(open_checkpoint(base)), NAME)
-    assert isinstance(weight, BlockScaled)
-    before = weight.rows(0, 40, CPU, torch.float32)
-    moved = {}
-    for tensor in weight.tensors:
-        path = tmp_path / tensor.file.path.name
-        path.write_bytes(tensor.file.path.read_bytes())
-        tensor.file.path.unlink()
-        moved[id(tensor.file)] = read_safefile(path)
-    assert torch.equal(moved_weight(weight, moved).rows(0, 40, CPU, torch.float32), before)
 
 
 def save_adapter(folder: Path) -> tuple[Path, Tensor]:

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import faults
 import pytest
+import torch
 from hub_client import Client
 from hub_server import WRITER, Blob, Fault, HubServer, tokens_on_other_origins
+from safetensors.torch import load_file, save_file
 
 SHARDS, HIDDEN = 4, 64
 JOURNAL = "loratool-stream.json"
@@ -85,6 +87,28 @@ def test_a_streamed_merge_is_the_merge(hub: HubServer, client: Client, models: P
     assert "‖ΔW‖ is up to" in ran.out  # as the merge says too; the test of continued merges knows the norms
     assert os.listdir(tmp_path / "work") == []
     assert tokens_on_other_origins(hub) == []
+
+
+def test_each_file_of_the_base_comes_once_whatever_reads_it(
+    hub: HubServer, client: Client, models: Path, tmp_path: Path
+) -> None:
+    """DoRA reads a weight twice: for the norms of its rows, and to merge it."""
+    dora = shutil.copytree(models / "adapter", tmp_path / "dora")
+    tensors = load_file(dora / "adapter_model.safetensors")
+    magnitudes = {
+        name.replace("lora_B.weight", "lora_magnitude_vector"): torch.linspace(1, 2, len(tensor))
+        for name, tensor in tensors.items()
+        if "lora_B" in name
+    }
+    save_file({**tensors, **magnitudes}, dora / "adapter_model.safetensors")
+    config = json.loads((dora / "adapter_config.json").read_text())
+    (dora / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    client.works(*words("alice/new", adapter=dora), cwd=tmp_path / "work")
+    fetched = [request.path for request in hub.asked("GET", "^/cdn/.*model-") if not request.range]
+    client.works("merge", models / "base", dora, "-o", tmp_path / "out")
+    local = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.safetensors")}
+    assert {name: held(hub, "alice/new")[name] for name in local} == local
+    assert len(fetched) == len(set(fetched)) == SHARDS
 
 
 @pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="takes a second file system")
