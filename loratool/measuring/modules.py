@@ -59,22 +59,20 @@ def measure(
     rounded: list[str] = []  # targets whose update is rounding
     with session(device, ()) as at_work:
 
-        def work(target: str) -> tuple[Measured, list[float], bool]:
+        def work(target: str) -> list[tuple[Measured, list[float], bool]]:
             told, squares, noise = look_at(layers[target], at_work)
             if fit and fit.checkpoint and told.norm is not None:
                 places = [replace(p, tensor=tied.get(p.tensor, p.tensor)) for p in fit.places.get(target, ())]
                 told = replace(told, weight=weigh(told.norm, places, fit.checkpoint, at_work.device))
                 if noise and told.weight:  # it points anywhere
                     told = replace(told, weight=replace(told.weight, amplification=None))
-            return told, squares, noise
+            return [(told, squares, noise)]
 
-        for told, squares, noise in at_work.spread(work, layers):
+        for told, squares, noise in at_work.through(work, layers, len(layers), progress):
             if noise:
                 rounded.append(told.target)
             energies[list(layers)[len(found)]] = squares
             found.append(told)
-            if progress:
-                progress(len(found), len(layers))
         base_squared = [m.weight.norm**2 for m in found if m.weight]
         return Values(
             norm=math.sqrt(math.fsum(m.norm**2 for m in found if m.norm)),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from loratool.adapters.writer import described
@@ -67,6 +68,26 @@ class Session:
                     yield ahead.popleft().result()
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
+
+    def through(
+        self,
+        work: Callable[[Item], Iterable[Result]],
+        items: Iterable[Item],
+        count: int,
+        progress: Progress | None,
+        first: Iterable[Item] = (),
+    ) -> Iterator[Result]:
+        """What `work` finds in every item, in their order; all threads work together on each of those that come `first`.
+
+        `progress` is called with the number of results that were taken, of `count` that are expected.
+        """
+        done = 0
+        for found in chain(map(work, first), self.spread(work, items)):
+            for each in found:
+                yield each
+                done += 1
+            if progress:
+                progress(done, max(done, count))
 
     def told(self, started: float) -> dict[str, Any]:
         """What every report tells of the work that began at `started`."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import StoredTensor, same_values
-from loratool.adapters.formats import format_of
-from loratool.adapters.layers import Contents, Kind, Layer
+from loratool.adapters.formats import format_of, read_adapter
+from loratool.adapters.layers import Contents, Kind, Layer, contents_of
 from loratool.adapters.ranks import by_pattern
 from loratool.adapters.writer import Carried, add_missing_biases, torch_dtype
 from loratool.algebra.methods.coefficients import cancel
@@ -19,10 +20,13 @@ from loratool.files.safefile import FLOAT_NAMES
 from loratool.notes import Note
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import Tensor
 
     from loratool.adapters.formats.format import Spelling
+    from loratool.adapters.reading import Reading
     from loratool.algebra.lowrank.products import Product
 
 SAVED = ("refuse", "first", "mean")  # what to do where adapters have saved different values for one tensor
@@ -46,15 +50,15 @@ class Share:
         return Product(found.down.mT, found.up.mT, found.rounding) if self.turned else found
 
 
-def named_apart(sources: Sequence[Contents]) -> list[Contents]:
-    """The same adapters with names that tell them apart."""
-    seen: dict[str, int] = {}
+def contents_apart(paths: Sequence[Path], ways: Sequence[Reading], command: str) -> list[Contents]:
+    """What adapters hold, for a command that takes several, with names that tell them apart; raises as reading them does."""
+    seen: Counter[str] = Counter()
     found = []
-    for source in sources:
-        seen[source.name] = seen.get(source.name, 0) + 1
+    for path, way in zip(paths, ways, strict=True):
+        source = contents_of(read_adapter(path, way), command)
+        seen[source.name] += 1
         more = f" ({seen[source.name]})" if seen[source.name] > 1 else ""
-        adapter = dataclasses.replace(source.adapter, name=source.name + more)
-        found.append(dataclasses.replace(source, adapter=adapter))
+        found.append(dataclasses.replace(source, adapter=dataclasses.replace(source.adapter, name=source.name + more)))
     return found
 
 

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.adapters.formats import WRITTEN, read_adapter
+from loratool.adapters.formats import WRITTEN
 from loratool.adapters.formats.format import Parts
-from loratool.adapters.layers import ROUNDING_ONLY, Contents, Form, Kind, contents_of
+from loratool.adapters.layers import ROUNDING_ONLY, Contents, Form, Kind
 from loratool.adapters.ranks import evened, told_of_cuts
 from loratool.adapters.writer import (
     Output,
@@ -33,7 +33,7 @@ from loratool.files.outputs import check_target
 from loratool.measuring.session import PathLike, Progress, Session, session
 from loratool.notes import Note
 from loratool.results.combine import CombinedLayer, CombinedTotals, CombineReport, Part
-from loratool.reworking.aligned_layers import Beside, Share, gather, named_apart
+from loratool.reworking.aligned_layers import Beside, Share, contents_apart, gather
 from loratool.reworking.compare import meetings
 from loratool.reworking.recipes import CombineOptions, make_recipe, told
 from loratool.reworking.runner import Draft, Made, Maker, Rest, run
@@ -55,9 +55,7 @@ def combine(
     shares = options.shares(len(paths))
     ways = options.readings(len(paths))
     target = check_target(Path(out), paths, options.overwrite or options.dry_run, adapter=True)
-    sources = named_apart(
-        [contents_of(read_adapter(path, way), "combine") for path, way in zip(paths, ways, strict=True)]
-    )
+    sources = contents_apart(paths, ways, "combine")
     layers = gather(sources, shares)
     refuse(sources, layers, recipe)
     with session(options.device, sources) as at_work:

@@ -8,8 +8,7 @@ import time
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapters.formats import read_adapter
-from loratool.adapters.layers import ROUNDING_ONLY, contents_of
+from loratool.adapters.layers import ROUNDING_ONLY
 from loratool.adapters.reading import ReadingOptions
 from loratool.adapters.weight_files import fates
 from loratool.algebra.lowrank.joint import Joint, joint
@@ -23,7 +22,7 @@ from loratool.notes import Note
 from loratool.options.shared import DeviceOption
 from loratool.results.compare import CompareReport, Meeting, PairTotals
 from loratool.results.text import mean_of
-from loratool.reworking.aligned_layers import gather, named_apart
+from loratool.reworking.aligned_layers import contents_apart, gather
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -47,9 +46,7 @@ def compare(adapters: Sequence[PathLike], options: CompareOptions, progress: Pro
     paths = [local(path, "adapter") for path in adapters]
     if len(paths) < 2:
         raise UsageError("two adapters or more are compared")
-    sources = named_apart(
-        [contents_of(read_adapter(path, way), "compare") for path, way in zip(paths, ways, strict=True)]
-    )
+    sources = contents_apart(paths, ways, "compare")
     layers = gather(sources, [1.0] * len(sources))
     if not any(len(found) > 1 for found in layers.values()):
         raise FitError(
@@ -58,10 +55,8 @@ def compare(adapters: Sequence[PathLike], options: CompareOptions, progress: Pro
         )
     with session(options.device, ()) as at_work:
         comparer = Comparer(sources, layers, at_work)
-        for done, found in enumerate(at_work.spread(comparer.look_at, layers), 1):
-            comparer.add(found)
-            if progress:
-                progress(done, len(layers))
+        for found in at_work.through(comparer.look_at, layers, len(layers), progress):
+            comparer.found[found.target] = found
     return CompareReport(
         adapters=tuple(comparer.names),
         norms=comparer.norms(),
@@ -92,7 +87,7 @@ class Comparer:
         self.names = [source.name for source in sources]
         self.found: dict[str, Found] = {}
 
-    def look_at(self, target: str) -> Found:
+    def look_at(self, target: str) -> list[Found]:
         """Load the updates of a layer and relate every two of them."""
         shares = self.layers[target]
         stored = joint([share.load(self.sources, self.at_work.device, self.at_work.dtype) for share in shares])
@@ -100,10 +95,7 @@ class Comparer:
         noise = [s.adapter for s, a, b in zip(shares, stored.small, shared.small, strict=True) if a is not b]
         which = tuple(share.adapter for share in shares)
         related = relations([self.names[at] for at in which], shared)
-        return Found(target, which, gram(shared.small), related, tuple(noise))
-
-    def add(self, found: Found) -> None:
-        self.found[found.target] = found
+        return [Found(target, which, gram(shared.small), related, tuple(noise))]
 
     def product(self, one: int, other: int, both: bool = True) -> float:
         """⟨ΔW, ΔW'⟩ over all layers; with `one` alone and not `both`, over those that `other` has too."""

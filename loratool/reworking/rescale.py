@@ -176,19 +176,17 @@ def measured(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """The Frobenius norm of each update, or its largest singular value, and what of it may be rounding; experts together."""
 
-    def work(target: str) -> tuple[str, float, float]:
+    def work(target: str) -> list[tuple[str, float, float]]:
         found = contents.load(target, at_work.device, at_work.dtype)
         values, rounding = singular_values(found), floor_of(found)
         if spectral:
-            return target, float(values.max()), float(rounding.max())
-        return target, float(values.square().sum().sqrt()), float(rounding.square().sum().sqrt())
+            return [(target, float(values.max()), float(rounding.max()))]
+        return [(target, float(values.square().sum().sqrt()), float(rounding.square().sum().sqrt()))]
 
     sizes: dict[str, float] = {}
     noise: dict[str, float] = {}
-    for target, size, rounding in at_work.spread(work, contents.layers):
+    for target, size, rounding in at_work.through(work, contents.layers, len(contents.layers), progress):
         sizes[target], noise[target] = size, rounding
-        if progress:
-            progress(len(sizes), len(contents.layers))
     return sizes, noise
 
 

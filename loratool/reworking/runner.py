@@ -9,7 +9,6 @@ import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from loratool.adapters.writer import adapter_output
@@ -104,16 +103,11 @@ def run(
     """Write what `maker` makes of `inputs` under `target`; after a dry run nothing is there. `progress` counts layers."""
     draft = maker.draft()
     with adapter_output(target, draft.forms, draft.carried, draft.dtype, draft.names, options) as output:
-        work = partial(maker.work, output)
-        done = 0
-        for every in chain(map(work, maker.large_tasks()), maker.at_work.spread(work, maker.tasks())):
-            for made in every:
-                maker.take(made)
-                for factors in made.factors:
-                    output.add(factors)
-                done += 1
-            if progress:
-                progress(done, max(done, len(draft.forms)))
+        work, count = partial(maker.work, output), len(draft.forms)
+        for made in maker.at_work.through(work, maker.tasks(), count, progress, maker.large_tasks()):
+            maker.take(made)
+            for factors in made.factors:
+                output.add(factors)
         output.carry(draft.carried)
         rest = maker.rest(draft)
         measured = {"measured": dataclasses.asdict(rest.totals)} if rest.totals is not None else {}
