@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from loratool.bases.binding import Bound
     from loratool.files.checkpoint import Checkpoint
     from loratool.notes import Note
+from loratool.options.described import local_word
 
 PathLike = str | os.PathLike[str]
 ALSO_LOAD, IGNORE = "--also-load", "--ignore-files"
@@ -124,6 +125,11 @@ def find(adapters: Sequence[Adapter], wanted: PathLike) -> tuple[int, Path, str]
         names = ", ".join(printable(f.name) for a in adapters for f in a.beside if f.is_safetensors) or "none"
         raise UsageError(f"{ALSO_LOAD} {printable(text)}: no such file here or beside the adapters (found: {names})")
     return 0, Path(text), ""
+
+
+def name_beside(adapters: Sequence[Adapter], wanted: PathLike) -> str:
+    """A file to merge as a record names it: by its name in an adapter's folder, or by its last name from elsewhere."""
+    return find(adapters, wanted)[2] or local_word(wanted)
 
 
 def load(path: Path, owner: Adapter) -> Adapter:

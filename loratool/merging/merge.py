@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
 from loratool.adapters.formats import WRITTEN, is_adapter, read_adapter
+from loratool.bases.extra_weights import name_beside
 from loratool.bases.same_base import unlike_bases
 from loratool.devices import Runtime, kind_of, resident_memory, start_torch
 from loratool.errors import FitError, LoratoolError, UsageError, printable
@@ -81,7 +82,7 @@ def merge(
             if stage.finished:
                 stage.keep_only(kind_of(runtime.result().devices))
             resumed = tuple(stage.finished)
-            words = command("merge", [plan.base.root, *paths], options)
+            words = repeated(plan, paths, options)
             engine = Engine(plan, LocalFolder(stage), runtime, workers, max_memory, progress)
             merged = make_weights(engine, digests, words, f"{printable(out)}: not written, {NOTHING}")
             write_small_files(stage, plan, plan.side_files, merged.table)
@@ -138,6 +139,12 @@ def prepare(
 
 def read_all(paths: Sequence[Path], ways: Sequence[Reading]) -> list[Adapter]:
     return [read_adapter(path, way) for path, way in zip(paths, ways, strict=True)]
+
+
+def repeated(plan: MergePlan, paths: Sequence[Path], options: MergeOptions, out: bool = True) -> str:
+    """The command line that repeats a merge, whose adapters are at `paths`."""
+    also_load = tuple(name_beside(plan.adapters, each) for each in options.also_load)
+    return command("merge", [plan.base.root, *paths], dataclasses.replace(options, also_load=also_load), out)
 
 
 def as_base(base: PathLike, words: Sequence[PathLike]) -> tuple[PathLike, Sequence[PathLike]]:

@@ -20,7 +20,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
-from loratool.errors import InputError, UsageError, printable
+from loratool.errors import InputError, UsageError, escaped, printable
 from loratool.files.inputs import json_value, read_bounded
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -53,7 +53,12 @@ class Kind:
 
     def word(self, value: Any) -> str:
         """The value as a word of a command line, which `taken` understands."""
-        return printable(value)
+        return escaped(str(value))
+
+
+def local_word(path: str | os.PathLike[str]) -> str:
+    """A path as a record names it: by its last name, for a card tells nobody's folders."""
+    return f"./{escaped(os.path.basename(os.path.abspath(path)))}"
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class PathKind(Kind):
     """A path."""
 
     name: str = "FILE"
-    beside: bool = False  # looked for in an input's folder too, so that its last name says where it is
+    beside: bool = False  # or the name of a file in the folder of an input, as which a record has it
 
     @property
     def metavar(self) -> str:
@@ -77,8 +82,7 @@ class PathKind(Kind):
         return os.path.expanduser(os.fspath(value))
 
     def word(self, value: Any) -> str:
-        last = printable(os.path.basename(os.path.abspath(value)))  # a card tells nobody's folders
-        return last if self.beside else f"./{last}"
+        return escaped(value) if self.beside else local_word(value)
 
 
 @dataclass(frozen=True)
@@ -226,10 +230,12 @@ class JsonFile(Kind):
         shown = f"{flag}:"
         if isinstance(value, (str, os.PathLike)):
             shown = f"{printable(value)}: {flag}"
+            path = Path(value).expanduser()
+            own = isinstance(value, str) and value.lstrip().startswith(("{", "[")) and not os.path.lexists(path)
             try:
-                value = json_value(read_bounded(Path(value).expanduser()))
+                value = json_value(str(value).encode() if own else read_bounded(path))  # a record has the table itself
             except ValueError as error:
-                raise InputError(f"{shown.rpartition(':')[0]}: {error}") from None
+                raise InputError(f"{printable(value)}: {error}") from None
         wanted = (list, tuple) if self.type is list else Mapping
         if not isinstance(value, wanted):
             noun = "a list" if self.type is list else "an object"

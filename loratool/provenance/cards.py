@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.errors import escaped, printable
 from loratool.files.hub_cache import is_hub_id, origin_of
 from loratool.files.inputs import open_regular, read_json
+from loratool.options.described import local_word
 
 if TYPE_CHECKING:
     from loratool.options.described import Options
@@ -95,7 +96,7 @@ def command(name: str, inputs: Sequence[str | os.PathLike[str]], options: Option
 def operand(path: Any) -> str:
     """An input as a card names it."""
     origin = origin_of(Path(path))
-    return str(origin) if origin else f"./{printable(os.path.basename(os.path.abspath(path)))}"
+    return str(origin) if origin else local_word(path)
 
 
 def terms_of(*folders: Path) -> Terms:

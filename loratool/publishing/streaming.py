@@ -48,10 +48,11 @@ from loratool.merging.merge import (
     make_weights,
     planned,
     read_all,
+    repeated,
     write_small_files,
 )
 from loratool.merging.resources import choose_resources
-from loratool.provenance.cards import CARD, command
+from loratool.provenance.cards import CARD
 from loratool.publishing.committing import REMOTE_JOURNAL, Commit, Upload, check, commit, files_of, full_name, open_repo
 from loratool.publishing.pushing import CommitOptions
 from loratool.publishing.selecting import KNOWN, UNKNOWN, check_message, check_secrets, matches, never
@@ -102,8 +103,7 @@ def stream(
         source = stack.enter_context(opened(chosen_base(base, paths), stage.place_for))
         plan = planned(source.checkpoint, read_all(paths, ways), options)
         check_values(plan)
-        told = command("merge", [plan.base.root, *paths], options, out=False)
-        told = f"{told} --stream --push-to-hub {repo}"
+        told = f"{repeated(plan, paths, options, out=False)} --stream --push-to-hub {repo}"
         others = partial(small_files, stage, plan, repo=repo, options=options)
         headers = [Upload(shard.name, content=shard.layout.header) for shard in plan.shards]
         early = [*others(table={"command": told}), *headers]  # a secret is found before anything is sent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -217,6 +218,22 @@ def test_a_revision_is_pinned_to_its_commit(hub: HubServer, client: Client, mode
     assert found["branch"][0] == f"org/adapter@{old}"
     assert found["main"][0] == f"org/adapter@{new}"
     assert found["main"][1] != found["commit"][1]
+
+
+def test_the_recorded_command_makes_the_same_bytes_after_the_branch_has_moved_on(
+    hub: HubServer, client: Client, models: Path, tmp_path: Path
+) -> None:
+    """A base that only the adapter names is recorded with its commit, too."""
+    client.works("merge", "auto", "org/adapter", "-o", tmp_path / "first", "-w", "-0.3")
+    shutil.copytree(models / "adapter", tmp_path / "changed")
+    tensors = load_file(models / "adapter" / "adapter_model.safetensors")
+    save_file({name: value * 2 for name, value in tensors.items()}, tmp_path / "changed" / "adapter_model.safetensors")
+    hub.add("org/adapter", tmp_path / "changed")
+    hub.add("org/base", tmp_path / "changed")
+    *words, out = shlex.split(json.loads((tmp_path / "first" / "loratool.json").read_text())["command"])
+    assert (words[0], words[-1], out) == ("loratool", "-o", "out")
+    client.works(*words[1:], tmp_path / "again")
+    assert faults.picture(tmp_path / "again") == faults.picture(tmp_path / "first")
 
 
 def test_a_subfolder_and_a_single_file_are_operands_too(
