@@ -181,12 +181,27 @@ def load_rows(update: Replace, first: int, count: int, device: torch.device, dty
     return Replace(value[first : first + count].to(device, dtype))
 
 
+class Flattened(str):
+    """A target whose module is written with underscores for dots, as `layers_0_self_attn_q_proj.weight`.
+
+    Nobody can tell which of them were dots, so it is looked up among the base's names, and never written in a new adapter.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, name: str) -> Flattened:
+        """The name of a weight, flattened."""
+        module, dot, parameter = name.rpartition(".")
+        return cls(f"{module.replace('.', '_')}{dot}{parameter}")
+
+
 @dataclass(frozen=True, repr=False)
 class Adapter(Shown):
     """A fine-tuned change to a model. Scaling is already in the updates: alpha, rank and rsLoRA ended in the reader.
 
     A target is the name of a weight as the model that was trained calls it in memory, such as
-    `model.layers.0.self_attn.q_proj.weight`; `binding` finds the base's tensor for it.
+    `model.layers.0.self_attn.q_proj.weight`, or that name `Flattened`; `binding` finds the base's tensor for it.
     """
 
     name: str

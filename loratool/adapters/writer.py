@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
-from loratool.adapters.adapter import StoredTensor, stored_tensors
+from loratool.adapters.adapter import Flattened, StoredTensor, stored_tensors
 from loratool.adapters.formats import format_of
 from loratool.adapters.weight_files import fates, module_files
-from loratool.errors import FitError, printable
+from loratool.errors import FitError, InputError, printable
 from loratool.files.checkpoint import PROVENANCE, leaves, sort_side_files
 from loratool.files.digests import recorded
 from loratool.files.hub_cache import told_origin
@@ -160,7 +160,12 @@ def adapter_output(
     names: Spelling,
     options: WritingOptions,
 ) -> Iterator[Output]:
-    """The output of layers with `forms`, published under `out` when the block ends well. A dry run writes nothing."""
+    """The output of layers with `forms`, published under `out` when the block ends well. A dry run writes nothing.
+
+    Raises `InputError` where names of layers are flattened, for what is written has dots.
+    """
+    if flat := [target for target in forms if isinstance(target, Flattened)]:
+        raise InputError("only a base tells which underscores in these names are dots:", map(printable, flat))
     if options.dry_run:
         yield Output(None, None, names, forms, dtype)
         return

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from loratool.adapters.adapter import StoredTensor
+from loratool.adapters.adapter import Flattened, StoredTensor
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.bases.binding import Bound
 from loratool.errors import printable
@@ -117,6 +117,8 @@ def as_trained(adapter: Adapter, base: Checkpoint, ties: Ties, binder: Binder, n
                 name = place.tensor
                 reason = why_not_this_size(name, value.shape, seen.tensors[name].shape, ties, new_tensors)
             case () if target in bound.proposed:  # it is there under another name
+                continue
+            case () if isinstance(target, Flattened):  # it names nothing new
                 continue
             case () if target in adapter.updates and target.partition(".")[0] not in trained_parts:
                 name, allowed = target, f"the base has no such weight; {NEW_TENSORS} adds it to the output"

@@ -1,17 +1,19 @@
 """Which tensor of the base, or which rows of one, a target means.
 
-Decided from names and shapes on disk and from the tables of `layouts`: `resolving` finds the tensors, `fusing` the
-rows of them, `orientation` which way round they are stored; `checking` looks at all of it together, and `telling`
-puts it in words.
+Decided from names and shapes on disk and from the tables of `layouts`: `resolving` finds the tensors (`flattened` those
+of names without dots), `fusing` the rows of them, `orientation` which way round they are stored; `checking` looks at
+all of it together, and `telling` puts it in words.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import adds_zero
 from loratool.bases.binding.checking import found_otherwise, holes, overlap, rivals, uncut
+from loratool.bases.binding.flattened import look_up
 from loratool.bases.binding.fusing import Misfit
 from loratool.bases.binding.orientation import Orientation, module_of
 from loratool.bases.binding.places import ALL, Bound, Landing, Place
@@ -44,10 +46,19 @@ def bind(adapter: Adapter, base: Checkpoint, *, maps: Sequence[str] = (), fan_in
             the model decides, then the config of the adapter.
     """
     renamings = read_maps(maps)
+    mapped = {t for t in adapter.updates for pattern, _ in renamings if pattern.search(t)}
+    names, reasons = look_up([t for t in adapter.updates if t not in mapped], base.tensors)
+    own = {name: target for target, name in names.items()}
+    adapter = replace(
+        adapter,
+        updates={names.get(t, t): update for t, update in adapter.updates.items()},
+        optional=frozenset(names.get(t, t) for t in adapter.optional),
+    )
     resolver = Resolver(base)
     landings: dict[str, Landing] = {}
-    reasons: dict[str, str] = {}
     for target, update in adapter.updates.items():
+        if target in reasons:
+            continue
         try:
             landings[target] = resolver.land(target, update, renamings)
         except Misfit as misfit:
@@ -65,15 +76,17 @@ def bind(adapter: Adapter, base: Checkpoint, *, maps: Sequence[str] = (), fan_in
     taken = {place.tensor for every in places.values() for place in every}
     proposed = proposals(lost, places, resolver.disk, taken)
     problems = {
-        t: reasons[t] or (not proposed.get(t) and TIED.get(missing.get(t, ""))) or near.reason(t, proposed.get(t, ""))
+        own.get(t, t): reasons[t]
+        or (not proposed.get(t) and TIED.get(missing.get(t, "")))
+        or near.reason(t, proposed.get(t, ""))
         for t in sorted(reasons)
     }
     notes += [*found_otherwise(places), *holes(adapter, places, base.tensors)]
     for text, (pattern, _) in zip(maps, renamings, strict=True):
-        if not any(map(pattern.search, adapter.updates)):
+        if not any(map(pattern.search, mapped)):
             notes.append(Note("map-unused", f"--map {printable(repr(text))} matches none of its names"))
     template_of.cache_clear()
-    placed = {t: places[t] for t in adapter.updates if t in places}
+    placed = {own.get(t, t): places[t] for t in adapter.updates if t in places}
     return Bound(placed, problems, tuple(notes), missing, frozenset(proposed))
 
 
