@@ -1,29 +1,41 @@
 # make demo       build a small base and an adapter, merge them and check the result
 # make test       formatting, lint, types, tests and documentation
+# make test-python PY=3.13   the tests alone on another Python, which is called python3.13
+# make test-lowest           the same with the lowest versions that pyproject.toml allows, on Python 3.10
 # make test-cuda  the tests of the CUDA path, on a machine that has a GPU
 # make benchmark  what a merge costs on this machine
 # make docs       write docs/cli.md anew from the command line's own help, docs/supported.md from its table,
 #                 and the types of the library's keywords from the options
 #
-# The first call sets up .venv. It is done again only when pyproject.toml or constraints.txt changes.
+# The first call sets up .venv. It is done again only when pyproject.toml or constraints.txt changes. Other Pythons and
+# versions have environments of their own, .venv-3.13 and .venv-lowest.
 
 PYTHON ?= python3
 BIN := .venv/bin
 # one more than cores, for some tests wait
 WORKERS := $(shell $(PYTHON) -c 'import os; print(min(6, (os.cpu_count() or 1) + 1))')
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+PIP := python -m pip install --disable-pip-version-check
+INSTALL := $(BIN)/$(PIP) --constraint constraints.txt
+# what is imported is compiled once, not by each of the processes that tests start
+PYTEST := PYTHONDONTWRITEBYTECODE= {}/bin/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+PY ?= 3.10
 
-.PHONY: demo test test-cuda benchmark docs
+.PHONY: demo test test-python test-lowest test-cuda benchmark docs
 
 demo: .venv/runtime
 	$(BIN)/loratool demo loratool-demo --overwrite
 
-# what is imported is compiled once, not by each of the processes that tests start
 test: .venv/development
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(subst {},.venv,$(PYTEST))
+
+test-python: .venv-$(PY)/ready
+	$(subst {},.venv-$(PY),$(PYTEST))
+
+test-lowest: .venv-lowest/ready
+	$(subst {},.venv-lowest,$(PYTEST))
 
 test-cuda: .venv/development
 	LORATOOL_TEST_CUDA=1 $(BIN)/pytest tests/merging/test_row_blocks.py tests/algebra/test_cuda.py
@@ -47,4 +59,20 @@ docs: .venv/development
 
 .venv/development: .venv/runtime
 	$(INSTALL) --no-build-isolation --editable '.[dev]'
+	touch $@
+
+.venv-$(PY)/ready: pyproject.toml constraints.txt
+	python$(PY) -m venv .venv-$(PY)
+	.venv-$(PY)/bin/$(PIP) --constraint constraints.txt torch
+	.venv-$(PY)/bin/$(PIP) --constraint constraints.txt hatchling editables
+	.venv-$(PY)/bin/$(PIP) --constraint constraints.txt --no-build-isolation --editable '.[test]'
+	touch $@
+
+# "name>=1.2" of the dependencies becomes name==1.2; what results are compared with is as new as goes with those
+.venv-lowest/ready: pyproject.toml
+	python$(PY) -m venv .venv-lowest
+	sed -n '/^dependencies/,/^]/s/^ *"\([a-z_]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml > .venv-lowest/constraints.txt
+	.venv-lowest/bin/$(PIP) --constraint .venv-lowest/constraints.txt torch
+	.venv-lowest/bin/$(PIP) hatchling editables
+	.venv-lowest/bin/$(PIP) --constraint .venv-lowest/constraints.txt --no-build-isolation --editable '.[test]'
 	touch $@

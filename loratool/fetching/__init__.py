@@ -35,7 +35,8 @@ def place_of(operand: str | os.PathLike[str]) -> HubPath | None:
     if os.path.lexists(operand):
         return None
     if page := PAGE.match(slashed(operand)):
-        raise UsageError(f"{printable(operand)}: the address of a page; the model there is {page['repo']}")
+        address = printable(operand).replace(":/", "://", 1).replace(":///", "://")  # a Path keeps one slash
+        raise UsageError(f"{address} is the address of a web page; use the repository id {page['repo']}")
     return parse(operand)
 
 

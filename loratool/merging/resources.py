@@ -11,7 +11,7 @@ from loratool.devices import RUNTIME_MEMORY, kind_of
 from loratool.errors import UsageError
 from loratool.files.process import cores
 from loratool.files.sink import PAGE
-from loratool.options.described import SIZE, Number, option
+from loratool.options.described import Number, Size, option
 from loratool.options.shared import DeviceOption
 
 if TYPE_CHECKING:
@@ -43,7 +43,9 @@ class RunOptions(DeviceOption):
         kind=Number(whole=True, low=1, high=1024),
         recorded=False,
     )
-    max_memory: int | None = option(help="Resident memory to stay under, such as 400MB.", kind=SIZE, recorded=False)
+    max_memory: int | None = option(
+        help="Resident memory to stay under, such as 400MB.", kind=Size("MB"), recorded=False
+    )
 
 
 @dataclass(frozen=True)

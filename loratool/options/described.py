@@ -188,6 +188,8 @@ class Flag(Kind):
 class Size(Kind):
     """A number of bytes: 5GB, 512MiB, or a whole number of a million or more."""
 
+    usual: str = "GB"  # the unit that is proposed for a number without one
+
     @property
     def metavar(self) -> str:
         return "SIZE"
@@ -203,7 +205,7 @@ class Size(Kind):
             raise UsageError(f"{flag} {printable(repr(value))} is not a size; write it like 5GB, 512MiB or 1000000")
         size = int(float(match[1]) * UNITS[match[2]])
         if isinstance(value, str) and not (match[2] or match[3]) and 0 < size < SMALLEST_BARE_SIZE:
-            raise UsageError(f"{flag} {text} would be {text} bytes; did you mean {text}GB?")
+            raise UsageError(f"{flag} {text} would be {text} bytes; did you mean {text}{self.usual}?")
         if size <= 0:
             raise UsageError(f"{flag} must be larger than 0 bytes")
         return size

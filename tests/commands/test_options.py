@@ -162,8 +162,8 @@ def test_anything_else_is_no_size(text: object) -> None:
 
 def test_a_bare_number_that_is_too_small_for_bytes_is_asked_about() -> None:
     """`--max-memory 5` of somebody who means 5 GB is no limit of five bytes."""
-    with pytest.raises(UsageError, match=r"--max-memory 5 would be 5 bytes; did you mean 5GB\?"):
-        SIZE.taken("5", "--max-memory")
+    with pytest.raises(UsageError, match=r"--max-memory 5 would be 5 bytes; did you mean 5MB\?"):
+        Size("MB").taken("5", "--max-memory")
 
 
 @pytest.mark.parametrize(
