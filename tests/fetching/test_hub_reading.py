@@ -75,7 +75,8 @@ def test_what_may_not_be_read_is_not_a_matter_of_writing(hub: HubServer, client:
 def test_the_address_of_a_page_is_answered_with_the_name(client: Client, rest: str) -> None:
     told = client.refused("inspect", f"https://huggingface.co/org/base{rest}", code=2)
     assert (
-        f"https://huggingface.co/org/base{rest.rstrip('/')} is the address of a web page; use the repository id org/base\n" in told
+        f"https://huggingface.co/org/base{rest.rstrip('/')} is the address of a web page; use the repository id org/base\n"
+        in told
     )
 
 
