@@ -5,8 +5,9 @@ python docs/generate_keywords.py
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from loratool.commands.combine import CombineAndPushOptions
 from loratool.commands.extract import ExtractAndPushOptions
@@ -16,16 +17,16 @@ from loratool.commands.resize import ResizeAndPushOptions
 from loratool.inspecting.inspect import InspectOptions
 from loratool.merging.merge import MergeOptions
 from loratool.merging.planning import PlanOptions
-from loratool.options.described import Options, described_by
+from loratool.options.described import Option, Options, described_by
 from loratool.publishing.pushing import PushOptions
 from loratool.publishing.streaming import StreamOptions
 from loratool.reworking.compare import CompareOptions
 
 PAGE = Path(__file__).parent.parent / "loratool" / "commands" / "keywords.py"
 COMMANDS: dict[str, type[Options]] = {
-    "MergeKeywords": MergeAndPushOptions,
-    "WholePlanKeywords": MergeOptions,
     "PlanKeywords": PlanOptions,
+    "WholePlanKeywords": MergeOptions,
+    "MergeKeywords": MergeAndPushOptions,
     "StreamKeywords": StreamOptions,
     "RescaleKeywords": RescaleAndPushOptions,
     "ResizeKeywords": ResizeAndPushOptions,
@@ -47,18 +48,32 @@ from typing import Any, Literal, TypedDict
 
 def page() -> str:
     """The whole module."""
-    return "\n\n".join([HEAD, *(body(name, options) for name, options in COMMANDS.items())])
+    made: dict[type[Options], str] = {}
+    parts = [HEAD, *(part for name, options in COMMANDS.items() for part in bodies(name, options, made))]
+    return "\n\n".join(parts)
 
 
-def body(name: str, options: type[Options]) -> str:
-    """The keywords of one function."""
-    lines = [f"class {name}(TypedDict, total=False):", f'    """Of {re.sub("AndPush", "", options.__name__)}."""', ""]
-    for field, (option, default) in described_by(options).items():
-        kind = option.kind.annotation
-        if option.many:
-            kind = f"Sequence[{kind}] | {kind}" + (" | Mapping[str, float]" if field == "match" else "")
-        lines.append(f"    {field}: {kind}{' | None' if default is None or option.many else ''}")
-    return "\n".join(lines) + "\n"
+def bodies(name: str, options: type[Options], made: dict[type[Options], str]) -> Iterator[str]:
+    """The keywords of a dataclass after those of its bases, unless they are in `made`, which they are put into."""
+    for base in options.__bases__:
+        if base is not Options and base not in made:
+            stem = base.__name__.removesuffix("s").removesuffix("Option")
+            own_name = f"{stem}Keywords"
+            yield from bodies(f"{stem}AloneKeywords" if own_name in COMMANDS else own_name, base, made)
+    made[options] = name
+    bases = [made[base] for base in options.__bases__ if base is not Options] or ["TypedDict"]
+    lines = [f"class {name}({', '.join(bases)}, total=False):", f'    """Of {options.__name__}."""']
+    own = vars(options).get("__annotations__", ())
+    lines += ["", *(line(field, *described) for field, described in described_by(options).items() if field in own)]
+    yield "\n".join(lines).rstrip() + "\n"
+
+
+def line(field: str, option: Option, default: Any) -> str:
+    """One keyword with its type."""
+    kind = option.kind.annotation
+    if option.many:
+        kind = f"Sequence[{kind}] | {kind}" + (" | Mapping[str, float]" if field == "match" else "")
+    return f"    {field}: {kind}{' | None' if default is None or option.many else ''}"
 
 
 if __name__ == "__main__":

@@ -7,51 +7,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 
-class MergeKeywords(TypedDict, total=False):
-    """Of MergeOptions."""
+class NamingKeywords(TypedDict, total=False):
+    """Of NamingOptions."""
 
-    weights: Sequence[float] | float | None
-    dtype: str
-    shard_size: int | str | None
-    allow_new_tensors: bool
-    also_load: Sequence[str | os.PathLike[str]] | str | os.PathLike[str] | None
-    ignore_files: Sequence[str] | str | None
     maps: Sequence[str] | str | None
+
+
+class OrientationKeywords(TypedDict, total=False):
+    """Of OrientationOption."""
+
     fan_in_fan_out: bool | None
+
+
+class ReadingKeywords(TypedDict, total=False):
+    """Of ReadingOptions."""
+
     expert_layout: Sequence[str] | str | None
     adapter_name: Sequence[str] | str | None
     input_alpha: Sequence[float] | float | None
-    workers: int | None
-    max_memory: int | str | None
-    device: str
-    overwrite: bool
-    exclude: Sequence[str] | str | None
-    push_to_hub: str | None
-    public: bool
-    allow_secret: Sequence[str] | str | None
 
 
-class WholePlanKeywords(TypedDict, total=False):
-    """Of MergeOptions."""
-
-    weights: Sequence[float] | float | None
-    dtype: str
-    shard_size: int | str | None
-    allow_new_tensors: bool
-    also_load: Sequence[str | os.PathLike[str]] | str | os.PathLike[str] | None
-    ignore_files: Sequence[str] | str | None
-    maps: Sequence[str] | str | None
-    fan_in_fan_out: bool | None
-    expert_layout: Sequence[str] | str | None
-    adapter_name: Sequence[str] | str | None
-    input_alpha: Sequence[float] | float | None
-    workers: int | None
-    max_memory: int | str | None
-    device: str
-    overwrite: bool
-
-
-class PlanKeywords(TypedDict, total=False):
+class PlanKeywords(NamingKeywords, OrientationKeywords, ReadingKeywords, total=False):
     """Of PlanOptions."""
 
     weights: Sequence[float] | float | None
@@ -60,41 +36,81 @@ class PlanKeywords(TypedDict, total=False):
     allow_new_tensors: bool
     also_load: Sequence[str | os.PathLike[str]] | str | os.PathLike[str] | None
     ignore_files: Sequence[str] | str | None
-    maps: Sequence[str] | str | None
-    fan_in_fan_out: bool | None
-    expert_layout: Sequence[str] | str | None
-    adapter_name: Sequence[str] | str | None
-    input_alpha: Sequence[float] | float | None
 
 
-class StreamKeywords(TypedDict, total=False):
-    """Of StreamOptions."""
+class DeviceKeywords(TypedDict, total=False):
+    """Of DeviceOption."""
 
-    weights: Sequence[float] | float | None
-    dtype: str
-    shard_size: int | str | None
-    allow_new_tensors: bool
-    also_load: Sequence[str | os.PathLike[str]] | str | os.PathLike[str] | None
-    ignore_files: Sequence[str] | str | None
-    maps: Sequence[str] | str | None
-    fan_in_fan_out: bool | None
-    expert_layout: Sequence[str] | str | None
-    adapter_name: Sequence[str] | str | None
-    input_alpha: Sequence[float] | float | None
+    device: str
+
+
+class RunKeywords(DeviceKeywords, total=False):
+    """Of RunOptions."""
+
     workers: int | None
     max_memory: int | str | None
-    device: str
+
+
+class OverwriteKeywords(TypedDict, total=False):
+    """Of OverwriteOption."""
+
     overwrite: bool
+
+
+class WholePlanKeywords(PlanKeywords, RunKeywords, OverwriteKeywords, total=False):
+    """Of MergeOptions."""
+
+
+class SendKeywords(TypedDict, total=False):
+    """Of SendOptions."""
+
+    public: bool
+    allow_secret: Sequence[str] | str | None
+
+
+class PublishKeywords(SendKeywords, total=False):
+    """Of PublishOptions."""
+
+    push_to_hub: str | None
+
+
+class PublishModelKeywords(PublishKeywords, total=False):
+    """Of PublishModelOptions."""
+
+    exclude: Sequence[str] | str | None
+
+
+class MergeKeywords(WholePlanKeywords, PublishModelKeywords, total=False):
+    """Of MergeAndPushOptions."""
+
+
+class CommitKeywords(SendKeywords, total=False):
+    """Of CommitOptions."""
+
     exclude: Sequence[str] | str | None
     revision: str | None
     message: str | None
     card: bool
     dry_run: bool
-    public: bool
-    allow_secret: Sequence[str] | str | None
 
 
-class RescaleKeywords(TypedDict, total=False):
+class StreamKeywords(WholePlanKeywords, CommitKeywords, total=False):
+    """Of StreamOptions."""
+
+
+class WritingKeywords(OverwriteKeywords, total=False):
+    """Of WritingOptions."""
+
+    dry_run: bool
+
+
+class FactorKeywords(WritingKeywords, total=False):
+    """Of FactorOptions."""
+
+    dtype: str
+
+
+class RescaleAloneKeywords(FactorKeywords, ReadingKeywords, total=False):
     """Of RescaleOptions."""
 
     scale: float | None
@@ -104,18 +120,13 @@ class RescaleKeywords(TypedDict, total=False):
     each: bool
     match: Sequence[str] | str | Mapping[str, float] | None
     bake: bool
-    dtype: str
-    dry_run: bool
-    overwrite: bool
-    expert_layout: Sequence[str] | str | None
-    adapter_name: Sequence[str] | str | None
-    input_alpha: Sequence[float] | float | None
-    push_to_hub: str | None
-    public: bool
-    allow_secret: Sequence[str] | str | None
 
 
-class ResizeKeywords(TypedDict, total=False):
+class RescaleKeywords(RescaleAloneKeywords, PublishKeywords, total=False):
+    """Of RescaleAndPushOptions."""
+
+
+class ResizeAloneKeywords(FactorKeywords, ReadingKeywords, DeviceKeywords, total=False):
     """Of ResizeOptions."""
 
     rank: int | None
@@ -126,19 +137,13 @@ class ResizeKeywords(TypedDict, total=False):
     layer_weights: str | os.PathLike[str] | Mapping[str, Any] | None
     calibration: str | os.PathLike[str] | None
     uniform: bool
-    dtype: str
-    dry_run: bool
-    overwrite: bool
-    expert_layout: Sequence[str] | str | None
-    adapter_name: Sequence[str] | str | None
-    input_alpha: Sequence[float] | float | None
-    device: str
-    push_to_hub: str | None
-    public: bool
-    allow_secret: Sequence[str] | str | None
 
 
-class CombineKeywords(TypedDict, total=False):
+class ResizeKeywords(ResizeAloneKeywords, PublishKeywords, total=False):
+    """Of ResizeAndPushOptions."""
+
+
+class CombineAloneKeywords(FactorKeywords, ReadingKeywords, DeviceKeywords, total=False):
     """Of CombineOptions."""
 
     method: str
@@ -159,19 +164,13 @@ class CombineKeywords(TypedDict, total=False):
     svc: bool
     seed: int
     saved: str
-    dtype: str
-    dry_run: bool
-    overwrite: bool
-    expert_layout: Sequence[str] | str | None
-    adapter_name: Sequence[str] | str | None
-    input_alpha: Sequence[float] | float | None
-    device: str
-    push_to_hub: str | None
-    public: bool
-    allow_secret: Sequence[str] | str | None
 
 
-class ExtractKeywords(TypedDict, total=False):
+class CombineKeywords(CombineAloneKeywords, PublishKeywords, total=False):
+    """Of CombineAndPushOptions."""
+
+
+class ExtractAloneKeywords(OrientationKeywords, FactorKeywords, DeviceKeywords, total=False):
     """Of ExtractOptions."""
 
     rank: int | Literal["auto"] | None
@@ -181,26 +180,17 @@ class ExtractKeywords(TypedDict, total=False):
     include: Sequence[str] | str | None
     exclude: Sequence[str] | str | None
     seed: int
-    fan_in_fan_out: bool | None
-    dtype: str
-    dry_run: bool
-    overwrite: bool
-    device: str
-    push_to_hub: str | None
-    public: bool
-    allow_secret: Sequence[str] | str | None
 
 
-class CompareKeywords(TypedDict, total=False):
+class ExtractKeywords(ExtractAloneKeywords, PublishKeywords, total=False):
+    """Of ExtractAndPushOptions."""
+
+
+class CompareKeywords(ReadingKeywords, DeviceKeywords, total=False):
     """Of CompareOptions."""
 
-    expert_layout: Sequence[str] | str | None
-    adapter_name: Sequence[str] | str | None
-    input_alpha: Sequence[float] | float | None
-    device: str
 
-
-class InspectKeywords(TypedDict, total=False):
+class InspectKeywords(NamingKeywords, OrientationKeywords, ReadingKeywords, DeviceKeywords, total=False):
     """Of InspectOptions."""
 
     base: str | os.PathLike[str] | None
@@ -208,23 +198,10 @@ class InspectKeywords(TypedDict, total=False):
     tensors: bool
     values: bool
     check: bool
-    maps: Sequence[str] | str | None
-    fan_in_fan_out: bool | None
-    expert_layout: Sequence[str] | str | None
-    adapter_name: Sequence[str] | str | None
-    input_alpha: Sequence[float] | float | None
-    device: str
 
 
-class PushKeywords(TypedDict, total=False):
+class PushKeywords(CommitKeywords, total=False):
     """Of PushOptions."""
 
     create_pr: bool
     include: Sequence[str] | str | None
-    exclude: Sequence[str] | str | None
-    revision: str | None
-    message: str | None
-    card: bool
-    dry_run: bool
-    public: bool
-    allow_secret: Sequence[str] | str | None
