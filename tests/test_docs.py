@@ -250,11 +250,12 @@ def test_python_examples_call_what_there_is_with_arguments_it_takes(page: Path) 
 
 def test_numbers_in_the_text_are_the_code_s() -> None:
     text = " ".join((ROOT / "docs" / "merging.md").read_text(encoding="utf-8").split())
-    assert f"{resources.CPU_BLOCK >> 20} MiB of weight for a CPU worker" in text
-    assert f"{round(resources.CUDA_BLOCK / (1 << 20))} MiB for a CUDA one" in text
+    assert resources.CPU_BLOCK >> 20 == round(resources.CUDA_BLOCK / (1 << 20))
+    assert f"{resources.CPU_BLOCK >> 20} MiB of weight on any device" in text
     assert f"{resources.COPY_CHUNK >> 20} MiB for copies" in text
     more = ("no", "one", "two", "three")[resources.WAITING_WORKERS]
-    assert f"{more} workers more than cores and at most {resources.MOST_WORKERS}," in text
+    assert f"{more} more workers than cores, at most {resources.MOST_WORKERS}," in text
+    assert f"one per core, at most {resources.GPU_WORKERS} per GPU" in text
 
 
 def test_the_changelog_begins_with_this_version() -> None:
