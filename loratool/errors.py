@@ -51,7 +51,7 @@ def escaped(text: str, keep: str = "") -> str:
     """`text` without any character that a terminal, a browser or an editor obeys or hides; those in `keep` stay.
 
     So are control characters, marks of direction, characters of no width, half surrogates, and letters that look like
-    nothing.
+    nothing. `repr` leaves some of these as they are, and the codec `unicode_escape` no letter that is not ASCII.
     """
     if text.isprintable() and INVISIBLE.isdisjoint(text):
         return text

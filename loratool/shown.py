@@ -1,4 +1,7 @@
-"""A short `repr` for what a person meets in a notebook: the name, and the first fields in a few words each."""
+"""A short `repr` for what a person meets in a notebook: the name, and the first fields in a few words each.
+
+`reprlib` shortens each value, but not their sum, and shows the entries of a collection instead of their number.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Patterns of names, from configs and from users: which of them match a module, as PEFT matches its own."""
+"""Patterns of names, from configs and from users: which of them match a module, as PEFT matches its own.
+
+The package `regex` has a time limit, too, and reads some patterns otherwise than `re`, which PEFT matches with.
+"""
 
 from __future__ import annotations
 
@@ -18,49 +21,53 @@ PLAIN_PATTERN = re.compile(r"[\w.$-]+")  # patterns of these characters compile 
 
 
 def match_patterns(patterns: Iterable[str], modules: Iterable[str]) -> dict[str, set[str]]:
-    """Module → the patterns that PEFT would find to match it: the whole path, or a whole dotted tail of it.
-
-    A pattern may take for ever to compile or to match, so all but plain ones are tried in a process
-    of their own that ends with the time limit. `ValueError` names those that took too long, or are none.
-    """
-    wanted, names = list(dict.fromkeys(patterns)), list(modules)
-    risky = [p for p in wanted if not PLAIN_PATTERN.fullmatch(p)]
-    found: dict[str, set[str]] = {name: set() for name in names}
-    for pattern in wanted:
-        if pattern not in risky:
-            expression = re.compile(rf"(?:.*\.)?(?:{pattern})$")
-            for name in names:
-                if expression.match(name):
-                    found[name].add(pattern)
-    if risky and names:
-        for name, matching in zip(names, match_apart(risky, names), strict=True):
-            found[name].update(matching)
-    for name in set(names) & set(wanted):  # PEFT's last resort: the path itself as a key
+    """Module → the patterns that PEFT would find to match it: the whole path, or a whole dotted tail of it."""
+    wanted = list(patterns)
+    found = search_names(wanted, modules, r"^(.*\.)?({})$")
+    for name in found.keys() & wanted:  # PEFT's last resort: the path itself as a key
         if not found[name]:
             found[name].add(name)
     return found
 
 
-MATCHER = """
+def search_names(patterns: Iterable[str], names: Iterable[str], around: str = "{}") -> dict[str, set[str]]:
+    """Name → the patterns that are found in it; `around` is what each of them is put into.
+
+    A pattern may take for ever to compile or to match, so all but plain ones are tried in a process
+    of their own that ends with the time limit. `ValueError` names those that took too long, or are none.
+    """
+    wanted, found = list(dict.fromkeys(patterns)), {name: set[str]() for name in names}
+    for pattern in filter(PLAIN_PATTERN.fullmatch, wanted):
+        expression = re.compile(around.format(pattern))
+        for name in filter(expression.search, found):
+            found[name].add(pattern)
+    risky = [pattern for pattern in wanted if not PLAIN_PATTERN.fullmatch(pattern)]
+    if risky and found:
+        for matching, more in zip(found.values(), search_apart(risky, list(found), around), strict=True):
+            matching.update(more)
+    return found
+
+
+SEARCHER = """
 import json, re, sys
-patterns, names = json.load(sys.stdin)
+patterns, names, around = json.load(sys.stdin)
 expressions, invalid = [], []
 for p in patterns:
     try:
         re.compile(p)
-        expressions.append((p, re.compile(rf"(.*\\.)?({p})$")))
+        expressions.append((p, re.compile(around.format(p))))
     except (re.error, RecursionError, OverflowError):
         invalid.append(p)
-json.dump([invalid, [[p for p, e in expressions if e.match(n)] for n in names]], sys.stdout)
+json.dump([invalid, [[p for p, e in expressions if e.search(n)] for n in names]], sys.stdout)
 """
 
 
-def match_apart(patterns: list[str], names: list[str]) -> list[list[str]]:
-    """For each name the patterns that match it, tried in a child process under a time limit."""
+def search_apart(patterns: list[str], names: list[str], around: str) -> list[list[str]]:
+    """For each name the patterns that are found in it, tried in a child process under a time limit."""
     try:
         answer = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", MATCHER],
-            input=json.dumps([patterns, names]),
+            [sys.executable, "-I", "-S", "-c", SEARCHER],
+            input=json.dumps([patterns, names, around]),
             capture_output=True,
             text=True,
             timeout=PATTERN_SECONDS,
@@ -71,7 +78,7 @@ def match_apart(patterns: list[str], names: list[str]) -> list[list[str]]:
             f"a pattern takes too long to match, one of {few(patterns)}; write it without nested repeats"
         ) from None
     except subprocess.CalledProcessError:
-        raise ValueError("a pattern cannot be matched") from None
+        raise ValueError(f"a pattern cannot be matched, one of {few(patterns)}") from None
     result: list[list[str]]
     invalid, result = json.loads(answer.stdout)
     if invalid:

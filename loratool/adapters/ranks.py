@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.patterns import match_patterns
 from loratool.errors import UsageError, printable
 from loratool.notes import Note
-from loratool.options.described import Kind
+from loratool.options.described import Kind, amount
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from loratool.adapters.layers import Layer
 
-BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)(b?)", re.IGNORECASE)
 AMOUNT = "a number of parameters such as 4M, or of bytes such as 16MB"
 RULES = ("rank", "energy", "error", "ratio", "budget")
 
@@ -36,7 +34,7 @@ class Amount(Kind):
         return "int | str"
 
     def taken(self, value: Any, flag: str) -> Any:
-        if not BUDGET.fullmatch(str(value).strip()):
+        if amount(str(value)) is None:
             raise UsageError(f"{flag} {printable(value)}: must be {AMOUNT}")
         return str(value)
 
@@ -69,7 +67,7 @@ class RankRule:
             raise UsageError(f"pass exactly one of {', '.join(f'--{kind}' for kind in RULES)} (got {said})")
         ((kind, value),) = given.items()
         if kind == "budget":
-            number, in_bytes = read_budget(value)
+            number, in_bytes = amount(str(value)) or (math.nan, False)
         else:
             number, in_bytes = float(value), False
         valid = {
@@ -226,20 +224,8 @@ def by_pattern(table: Mapping[str, float], layers: Mapping[str, Layer], what: st
         raise UsageError(
             f"{what}: no adapted module is called what these patterns say: {', '.join(sorted(map(printable, idle)))}"
         )
-    found = {}
-    for target, module in modules.items():
-        for pattern, value in table.items():
-            if pattern in matching[module]:
-                found[target] = value
-                break
-    return found
-
-
-def read_budget(value: int | float | str) -> tuple[float, bool]:
-    """A budget as a number, and whether it counts bytes."""
-    match = BUDGET.fullmatch(str(value).strip())
-    if not match:
-        return math.nan, False
-    number, power, binary, unit = match.groups()
-    base = 1024 if binary else 1000
-    return float(number) * base ** " kmgt".index(power.lower() or " "), bool(unit)
+    return {
+        target: next(value for pattern, value in table.items() if pattern in matching[module])
+        for target, module in modules.items()
+        if matching[module]
+    }

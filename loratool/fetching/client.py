@@ -1,4 +1,7 @@
-"""The Hub's client as everything here uses it: patient where a fault passes, plain where one stays."""
+"""The Hub's client as everything here uses it: patient where a fault passes, plain where one stays.
+
+The client itself tries again only some of its requests; its `http_backoff` is for an address, and these are calls.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Where an input came from: the cache of the Hub names repository and commit in its paths."""
+"""Where an input came from: the cache of the Hub names repository and commit in its paths.
+
+The Hub's client can list all of a cache, but not say what one path of it is.
+"""
 
 from __future__ import annotations
 

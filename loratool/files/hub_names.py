@@ -1,4 +1,7 @@
-"""The words that name a place on the Hub: `org/name[@revision][:subfolder]` and `hf://org/name[@revision][/subfolder]`."""
+"""The words that name a place on the Hub: `org/name[@revision][:subfolder]` and `hf://org/name[@revision][/subfolder]`.
+
+The Hub's client reads the second form alone, since a release that is newer than what is required here.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The lock of a folder: held by one process at a time, and let go of by its end, however that comes.
 
 Where folders can be locked, the folder itself is. Elsewhere it is an empty file beside it, `NAME.lock`; and where nothing
-can be locked, the run goes on without, as on file systems that know no locks.
+can be locked, the run goes on without, as on file systems that know no locks. The package filelock
+locks a file beside it everywhere, and does not tell whether a folder is still the one that was locked.
 """
 
 from __future__ import annotations

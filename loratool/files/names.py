@@ -1,7 +1,8 @@
 """Names that some file systems do not take, tried out before any work is done.
 
 Windows has no file `aux.txt`, a FAT stick takes no `a:b`, and on both `Model` is `model`. What a file system takes cannot
-be known from outside, so a name that some are known to refuse is tried where it will be; all other names cost nothing.
+be known from outside, so a name that some are known to refuse is tried where it will be; all other names cost nothing. `os.path.isreserved`
+came with Python 3.13 and is there on Windows only.
 """
 
 from __future__ import annotations

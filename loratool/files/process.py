@@ -1,4 +1,7 @@
-"""What operating systems do differently with processes: memory, cores, signals and standard streams."""
+"""What operating systems do differently with processes: memory, cores, signals and standard streams.
+
+psutil would be one more package to install, for two numbers.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 The rules are those of the reference parser (safetensors 0.8.0, `read_metadata` and `validate`),
 and stricter where it is silent: names may not repeat, and the header begins with `{`.
-Nothing here loads a tensor, and nothing here knows torch.
+Nothing here loads a tensor, and nothing here knows torch. The package itself tells no offsets, which a planned output
+needs, and maps files into memory, where one that shrinks ends the process.
 """
 
 from __future__ import annotations

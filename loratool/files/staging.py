@@ -5,7 +5,7 @@
         model/              becomes OUT in one rename
 
 Whatever happens, OUT is absent, as it was, or complete. A journal of the same work is continued; one of other work is
-cleared away. What no journal names is never touched.
+cleared away. What no journal names is never touched. Packages for atomic writes know single files alone.
 """
 
 from __future__ import annotations

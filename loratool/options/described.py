@@ -2,7 +2,8 @@
 
 A command's options are a frozen dataclass whose fields `option()` makes. One description gives the Click option, the
 keyword of the library, the check of its value, and the words of the command line that repeats a run. Words of a command
-line and values of Python take the same way, so that both are refused in the same sentence.
+line and values of Python take the same way, so that both are refused in the same sentence. Click's own types know words
+alone, and give no words back.
 """
 
 from __future__ import annotations
@@ -184,6 +185,15 @@ class Flag(Kind):
         return value
 
 
+def amount(text: str) -> tuple[float, bool] | None:
+    """The number that a text such as `5GB`, `512 MiB` or `4M` is, and whether it counts bytes; None for any other text.
+
+    The Hub's client reads powers of 1000 only, and no fractions.
+    """
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]?i?)(b?)", text.strip().lower(), re.ASCII)
+    return (float(match[1]) * UNITS[match[2]], bool(match[3])) if match and match[2] in UNITS else None
+
+
 @dataclass(frozen=True)
 class Size(Kind):
     """A number of bytes: 5GB, 512MiB, or a whole number of a million or more."""
@@ -200,11 +210,11 @@ class Size(Kind):
 
     def taken(self, value: Any, flag: str) -> Any:
         text = value.strip() if isinstance(value, str) else str(NUMBER_OF_BYTES.number(value))
-        match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]?i?)(b?)", text.lower(), re.ASCII)
-        if not match or match[2] not in UNITS:
+        found = amount(text)
+        if found is None:
             raise UsageError(f"{flag} {printable(repr(value))} is not a size; write it like 5GB, 512MiB or 1000000")
-        size = int(float(match[1]) * UNITS[match[2]])
-        if isinstance(value, str) and not (match[2] or match[3]) and 0 < size < SMALLEST_BARE_SIZE:
+        size = int(found[0])
+        if isinstance(value, str) and text[-1].isdigit() and 0 < size < SMALLEST_BARE_SIZE:
             raise UsageError(f"{flag} {text} would be {text} bytes; did you mean {text}{self.usual}?")
         if size <= 0:
             raise UsageError(f"{flag} must be larger than 0 bytes")

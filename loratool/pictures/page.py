@@ -1,7 +1,8 @@
 """One self-contained HTML page: the heat map, the spectra and the table of what `inspect` measured.
 
 The template is `page.html` beside this file. Foreign names reach it as JSON that is put into the document by `textContent`
-alone, and a policy in the page's head forbids it to load anything.
+alone, and a policy in the page's head forbids it to load anything. `string.Template` would take the `${…}` of its script
+for names.
 """
 
 from __future__ import annotations

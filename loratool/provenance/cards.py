@@ -1,6 +1,8 @@
 """Model cards: README.md from what `loratool.json` says of how a model or an adapter was made.
 
 The same provenance gives the same card. Foreign text reaches it escaped, and front matter only as quoted scalars.
+The Hub's client has cards, too. It reads them by a YAML parser that anchors can keep busy, and what it writes changes
+with the parser's release; a card is to be the same bytes wherever it is made.
 """
 
 from __future__ import annotations

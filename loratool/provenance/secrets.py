@@ -1,7 +1,8 @@
 """Secrets in files that are about to be shown to others: where one is, and of what kind. Its value is never told.
 
 Only the whole shape of a known kind counts, with its length and alphabet: a vocabulary that has `hf_` as a token, and
-prose about keys, hold none.
+prose about keys, hold none. Scanners such as detect-secrets look at lines of source code, take high entropy for a
+secret, which all weights and vocabularies have, and hold a whole file in memory.
 """
 
 from __future__ import annotations

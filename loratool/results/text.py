@@ -1,4 +1,8 @@
-"""What the texts of results are made of: sizes with units, rows in columns, counted values."""
+"""What the texts of results are made of: sizes with units, rows in columns, counted values.
+
+Packages for tables do not escape what stands in files, nor shorten a name at its beginning; `tqdm.format_sizeof` gives
+three digits and no unit of memory by itself.
+"""
 
 from __future__ import annotations
 
@@ -38,17 +42,7 @@ def aligned(rows: Sequence[tuple[str, object]]) -> str:
 
 def spread(values: Mapping[str, int]) -> str:
     """Counted values: `16`, or `16 ×200, 32 ×24` where there are several."""
-    if len(values) == 1:
-        return next(iter(values))
-    return ", ".join(f"{value} ×{count}" for value, count in values.items()) or "none"
-
-
-def table(header: list[str], cells: list[list[str]], more: int) -> list[str]:
-    """Rows in columns, numbers to the right and the last column, a name, to the left."""
-    rows = [header, *([escaped(cell) for cell in row] for row in cells)]
-    widths = [max(len(row[at]) for row in rows) for at in range(len(header) - 1)]
-    lines = ["  ".join([*(f"{c:>{w}}" for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
-    return [*lines, *([f"… and {more} more"] if more > 0 else [])]
+    return next(iter(values)) if len(values) == 1 else counted(values) or "none"
 
 
 def percent(part: float) -> str:
@@ -107,16 +101,21 @@ def shortened(names: Sequence[str], most: int = MOST_LINES) -> list[str]:
     return [*names[:most], *([f"… and {len(names) - most} more"] if len(names) > most else [])]
 
 
-def columns(header: Sequence[str], rows: Sequence[Sequence[str]], more: int = 0) -> str:
-    """Cells in columns to the right, the last column, a name, to the left."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], more: int, room: int = 1 << 30) -> list[str]:
+    """Lines of cells in columns to the right, the last column, a name, to the left in `room` characters."""
     every = [header, *([escaped(cell) for cell in row] for row in rows)]
     widths = [max(len(row[at]) for row in every) for at in range(len(header) - 1)]
-    room = COLUMNS - sum(widths) - 2 * len(widths)
+    room -= sum(widths) + 2 * len(widths)
     lines = [
         "  ".join([*(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=False)), fitted(row[-1], room)])
         for row in every
     ]
-    return "\n".join([*lines, *([f"… and {more} more"] if more > 0 else [])])
+    return [*lines, *([f"… and {more} more"] if more > 0 else [])]
+
+
+def columns(header: Sequence[str], rows: Sequence[Sequence[str]], more: int = 0) -> str:
+    """The same as text of 80 columns."""
+    return "\n".join(table(header, rows, more, COLUMNS))
 
 
 def fitted(name: str, room: int) -> str:

@@ -12,7 +12,7 @@ from loratool.adapters.adapter import is_zero, stored_tensors
 from loratool.adapters.formats import WRITTEN, format_of, read_adapter
 from loratool.adapters.formats.format import Parts
 from loratool.adapters.layers import ROUNDING_ONLY, Contents, Form, Layer, contents_of
-from loratool.adapters.patterns import match_patterns
+from loratool.adapters.patterns import search_names
 from loratool.adapters.ranks import evened
 from loratool.adapters.reading import ReadingOptions
 from loratool.adapters.writer import (
@@ -153,22 +153,19 @@ def by_search(factors: Mapping[str, float], layers: Mapping[str, Layer]) -> dict
     """Target → the factor of the first pattern that is found in its module's name; one that is found nowhere is wrong."""
     modules = {target: layer.module for target, layer in layers.items()}
     try:
-        # anywhere in the name: what stands around it is part of the pattern that PEFT's way of matching gets
-        around = {f"(?:.*(?:{pattern}).*)": pattern for pattern in factors}
-        matching = match_patterns(around, modules.values())
+        matching = search_names(factors, modules.values())
     except ValueError as error:
-        raise UsageError(f"--match: {str(error).replace('(?:.*(?:', '').replace(').*)', '')}") from None
-    found: dict[str, float] = {}
-    for target, module in modules.items():
-        hits = [pattern for whole, pattern in around.items() if whole in matching[module]]
-        if hits:
-            found[target] = factors[hits[0]]
-    if idle := [p for w, p in around.items() if not any(w in hits for hits in matching.values())]:
+        raise UsageError(f"--match: {error}") from None
+    if idle := [pattern for pattern in factors if not any(pattern in found for found in matching.values())]:
         raise UsageError(
             f"--match: found in no adapted module: {', '.join(map(printable, idle))}; one of them is called "
             f"{printable(next(iter(modules.values())))}"
         )
-    return found
+    return {
+        target: next(factor for pattern, factor in factors.items() if pattern in matching[module])
+        for target, module in modules.items()
+        if matching[module]
+    }
 
 
 def measured(

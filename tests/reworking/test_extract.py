@@ -446,7 +446,7 @@ def test_include_and_exclude_choose_modules(tmp_path: Path) -> None:
 
 
 def test_a_pattern_that_takes_for_ever_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loratool.reworking.extracting.selecting.PATTERN_SECONDS", 0.5)
+    monkeypatch.setattr("loratool.adapters.patterns.PATTERN_SECONDS", 0.5)
     base = save(tmp_path / "base", {f"{'a' * 60}.weight": torch.ones(3, 3)})
     tuned = save(tmp_path / "tuned", {f"{'a' * 60}.weight": torch.zeros(3, 3)})
     started = time.monotonic()

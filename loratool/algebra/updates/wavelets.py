@@ -96,25 +96,11 @@ def daubechies(order: int) -> list[float]:
     (1 + z)^order times the factors for the zeros inside the unit circle of Σ C(order − 1 + k, k) yᵏ, with
     y = (2 − z − 1/z) / 4; its values add up to √2.
     """
-    inside = [
-        min(roots([1, 4 * y - 2, 1]), key=abs) for y in roots([math.comb(order - 1 + k, k) for k in range(order)])
-    ]
-    values: list[complex] = [1]
-    for zero in [-1] * order + inside:
-        values = [one - zero * other for one, other in zip([*values, 0], [0, *values], strict=True)]
-    scale = math.sqrt(2) / sum(value.real for value in values)
-    return [value.real * scale for value in values]
+    import numpy as np
+    from numpy.polynomial.polynomial import polyroots
 
-
-def roots(coefficients: list[complex]) -> list[complex]:
-    """Where a polynomial, given from its lowest power on, is zero: the eigenvalues of its companion matrix."""
-    import torch
-
-    degree = len(coefficients) - 1
-    if not degree:
-        return []
-    companion = torch.zeros(degree, degree, dtype=torch.complex128)
-    companion[1:, :-1] = torch.eye(degree - 1)
-    companion[:, -1] = torch.tensor([-c / coefficients[-1] for c in coefficients[:-1]], dtype=torch.complex128)
-    found: list[complex] = torch.linalg.eigvals(companion).tolist()
+    half = polyroots([math.comb(order - 1 + k, k) for k in range(order)])
+    inside = [min(polyroots([1, 4 * y - 2, 1]), key=abs) for y in half]
+    values = np.poly([-1] * order + inside).real
+    found: list[float] = (math.sqrt(2) / values.sum() * values).tolist()
     return found
