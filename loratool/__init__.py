@@ -44,7 +44,7 @@ EXPORTS = {
     "html_page": "pictures.page",
     "inspect": "commands.inspect",
     "merge": "commands.merge",
-    "open_checkpoint": "files.checkpoint",
+    "open_checkpoint": "bases.opening",
     "plan": "commands.merge",
     "plan_merge": "commands.merge",
     "push": "commands.push",
@@ -58,6 +58,7 @@ __all__ = [*EXPORTS, "__version__"]  # noqa: PLE0604 (every name of EXPORTS is r
 if TYPE_CHECKING:
     from loratool.adapters.adapter import Adapter as Adapter
     from loratool.adapters.formats import read_adapter as read_adapter
+    from loratool.bases.opening import open_checkpoint as open_checkpoint
     from loratool.commands.combine import combine as combine
     from loratool.commands.compare import compare as compare
     from loratool.commands.estimate import estimate as estimate
@@ -78,7 +79,6 @@ if TYPE_CHECKING:
     from loratool.errors import UsageError as UsageError
     from loratool.errors import VerificationError as VerificationError
     from loratool.files.checkpoint import Checkpoint as Checkpoint
-    from loratool.files.checkpoint import open_checkpoint as open_checkpoint
     from loratool.merging.plan import MergePlan as MergePlan
     from loratool.notes import Note as Note
     from loratool.pictures.page import html_page as html_page

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.adapters.formats import WRITTEN
+from loratool.adapters.formats import OUTPUT_FILES, WRITTEN
 from loratool.adapters.layers import Kind
 from loratool.adapters.training import Training
 from loratool.errors import UsageError, VerificationError, printable
@@ -85,7 +85,7 @@ def clear(home: Path, overwrite: bool) -> None:
     for path in home.iterdir():
         if path.is_symlink() or not path.is_dir():
             raise UsageError(f"{printable(path)}: is no folder that a demo made; give another folder")
-        replaceable_files(path, printable(path))
+        replaceable_files(path, printable(path), OUTPUT_FILES)
     for path in home.iterdir():
         shutil.rmtree(path)
 

@@ -6,17 +6,19 @@ import json
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
 from loratool.adapters.adapter import Flattened, StoredTensor, stored_tensors
-from loratool.adapters.formats import format_of
+from loratool.adapters.formats import WRITTEN, format_of, replaceable
 from loratool.adapters.weight_files import fates, module_files
 from loratool.errors import FitError, InputError, printable
 from loratool.files.checkpoint import PROVENANCE, leaves, sort_side_files
 from loratool.files.digests import recorded
 from loratool.files.hub_cache import told_origin
 from loratool.files.journal import Journal
+from loratool.files.outputs import check_target
 from loratool.files.safefile import FLOAT_NAMES, product
 from loratool.files.staging import Stage, staged
 from loratool.files.tensor_writer import TensorFile, tensor_file
@@ -26,7 +28,6 @@ from loratool.provenance.cards import CARD, card, is_nobodys, terms_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     import torch
     from torch import Tensor
@@ -151,6 +152,11 @@ def finish(
     stage.write(PROVENANCE, (json.dumps({**table, "files": recorded(stage.files)}, indent=2) + "\n").encode())
 
 
+def check_adapter_target(out: str | os.PathLike[str], inputs: Sequence[Path], options: WritingOptions) -> Path:
+    """`out` as it will be written, for an adapter, which replaces nothing but adapters; raises as `check_target` does."""
+    return check_target(Path(out), inputs, replaceable(options.overwrite or options.dry_run), WRITTEN.config_name)
+
+
 @contextmanager
 def adapter_output(
     out: Path,
@@ -173,20 +179,20 @@ def adapter_output(
     announced = [*announced_factors(names, forms, dtype), *carried.announced()]
     needed = sum(product(shape) * (8 if d == "F64" else 4) for _, d, shape in announced)
     with (
-        staged(out, Journal(os.urandom(16).hex(), files={weights}), needed, options.overwrite) as stage,
+        staged(out, Journal(os.urandom(16).hex(), files={weights}), needed, replaceable(options.overwrite)) as stage,
         tensor_file(stage.folder / weights, announced) as file,
     ):
         yield Output(file, stage, names, forms, dtype)
 
 
 def copied_output(
-    out: Path, source: Contents, config: Mapping[str, Any], provenance: Mapping[str, Any], overwrite: bool
+    out: Path, source: Contents, config: Mapping[str, Any], provenance: Mapping[str, Any], options: WritingOptions
 ) -> None:
     """An adapter with the same weights, byte for byte, under another config."""
     weights, form = source.adapter.file, format_of(source.adapter)
     source.adapter.check_values()
     wanted = Journal(os.urandom(16).hex(), files={form.weights_name})
-    with staged(out, wanted, weights.layout.size, overwrite) as stage:
+    with staged(out, wanted, weights.layout.size, replaceable(options.overwrite)) as stage:
         if weights.files == (weights,):
             stage.copy(form.weights_name, weights.path)
         else:  # of several one is made, which every reader takes

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from loratool.adapters.formats import FORMATS
 from loratool.bases.decoders import SHAPES
+from loratool.bases.opening import open_checkpoint
 from loratool.bases.tied_weights import find_ties, tie_flag
 from loratool.errors import InputError, printable
-from loratool.files.checkpoint import Checkpoint, holds_weights, open_checkpoint
+from loratool.files.checkpoint import Checkpoint, holds_weights
 from loratool.files.inputs import read_json
 from loratool.files.safefile import DTYPE_BITS, FLOAT_NAMES
 from loratool.layouts.architectures import PACKED_WEIGHTS

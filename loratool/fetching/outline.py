@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
-from loratool.adapters.formats import CONFIGS, FORMATS, format_at
+from loratool.adapters.formats import CONFIGS, FORMATS, format_at, has_adapter
 from loratool.errors import HubError, InputError, LoratoolError, Problem, printable
 from loratool.fetching.answers import RemoteFile, check_range, commit_of, files_of
 from loratool.fetching.client import api, asking, patiently
@@ -132,7 +132,9 @@ def choose(location: Path, role: Role) -> tuple[list[str], list[str]]:
             raise InputError(f"{printable(location)}: holds several files ({listed}); name one after a colon")
         return found, sort_side_files(location, set(found))[0]
     index = choose_index(location, names, [])
-    shards = list(dict.fromkeys(read_index(index)[0].values())) if index else choose_shards(location, names, [])
+    shards = (
+        list(dict.fromkeys(read_index(index)[0].values())) if index else choose_shards(location, names, [], has_adapter)
+    )
     own = {index.name} if index else set()
     return shards, [*own, *sort_side_files(location, {*shards, *own})[0]]
 

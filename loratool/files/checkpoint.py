@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -22,15 +21,10 @@ from loratool.notes import Note
 from loratool.shown import Shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+    from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 
 INDEX_SUFFIX = ".safetensors.index.json"
 SINGLE = "model.safetensors"
-# What PEFT puts into a layer that it wraps, of whichever type.
-FACTOR = re.compile(
-    r"\.(?:lora_(?:A|B|E|embedding_[AB]|magnitude_vector)|(?:hada|lokr)_[wt]\d\w*|ia3_l|vera_lambda_[bd]|b?oft_[rRPs]|hra_u"
-    r"|delora_(?:A|B|lambda)|miss_block|c3a_kernel|(?:hira|gralora)_[AB])\."
-)
 NUMBERED = re.compile(r"^(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors$")
 
 # Weights in another form than the shards that are merged: stale after a merge, so left out of it.
@@ -97,58 +91,31 @@ class Checkpoint(Shown):
         return tuple(v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str))
 
 
-def open_checkpoint(path: str | Path, unmerged: bool = False) -> Checkpoint:
-    """Open a folder of shards with or without an index, or one `.safetensors` file.
+def open_files(root: Path, is_adapter: Callable[[Path], bool]) -> Checkpoint:
+    """Open a folder of shards with or without an index, or one `.safetensors` file, whatever model they hold.
 
-    `unmerged` takes a model that was saved with its adapter unmerged too, with a note that it is one.
+    `is_adapter` tells whether a folder without a model's weights is one.
 
-    Raises `InputError` when there are no weights, when a shard is malformed or missing, when the index and the shards
-    disagree, or where an adapter is not merged: all faulty shards at once.
+    Raises `InputError` when there are no weights, when a shard is malformed or missing, or when the index and the shards
+    disagree: all faulty shards at once.
     """
-    checkpoint = open_files(Path(path))
-    wrapped = wrapped_modules(checkpoint.tensors)
-    if not wrapped:
-        return checkpoint
-    what = (
-        f"a model that was saved with its adapter unmerged: {len(wrapped)} modules hold PEFT's base_layer and factors, "
-        f"{printable(wrapped[0])} for one"
-    )
-    if not unmerged:
-        shown = printable(path)
-        raise InputError(
-            f"{shown}: {what}; fold it first: loratool merge {shlex.quote(shown)} -o OUT (and "
-            "--input-alpha ALPHA where no config beside it holds its α)"
-        )
-    return replace(checkpoint, notes=(*checkpoint.notes, Note("unmerged-model", what)))
-
-
-def wrapped_modules(names: Iterable[str]) -> list[str]:
-    """The modules of which both the `base_layer` and factors are there, under PEFT's names."""
-    every = list(names)
-    inner = {name[: name.index(".base_layer.")] for name in every if ".base_layer." in name}
-    factors = {name[: match.start()] for name in every if (match := FACTOR.search(name))}
-    return sorted(inner & factors)
-
-
-def open_files(root: Path) -> Checkpoint:
-    """The files of a checkpoint, whatever model they hold."""
     try:
         is_folder = root.is_dir() if root.stat() else False
     except OSError as error:
         raise unreadable(root, error) from error
     if not is_folder:
         if root.name.endswith(INDEX_SUFFIX):
-            return open_folder(root.parent, root)
+            return open_folder(root.parent, root, is_adapter)
         refuse_pickle(root)
         return Checkpoint(
             root,
             (read_safefile(root),),
             notes=(Note("single-file", "BASE is a single file: only weights are written"),),
         )
-    return open_folder(root, None)
+    return open_folder(root, None, is_adapter)
 
 
-def open_folder(root: Path, index: Path | None) -> Checkpoint:
+def open_folder(root: Path, index: Path | None, is_adapter: Callable[[Path], bool]) -> Checkpoint:
     notes: list[Note] = []
     try:
         names = sorted(entry.name for entry in os.scandir(root) if not is_folder(entry))
@@ -164,7 +131,7 @@ def open_folder(root: Path, index: Path | None) -> Checkpoint:
         shards = order_shards(read_shards(root, shard_names))
         check_index(index, weight_map, root, shards)
     else:
-        shard_names = choose_shards(root, names, notes)
+        shard_names = choose_shards(root, names, notes, is_adapter)
         shards = order_shards(read_shards(root, shard_names))
         check_unique(root, shards)
     if index is not None and (stray := [n for n in names if n.endswith(".safetensors") and n not in shard_names]):
@@ -199,7 +166,7 @@ def choose_index(root: Path, names: list[str], notes: list[Note]) -> Path | None
     return index
 
 
-def choose_shards(root: Path, names: list[str], notes: list[Note]) -> list[str]:
+def choose_shards(root: Path, names: list[str], notes: list[Note], is_adapter: Callable[[Path], bool]) -> list[str]:
     """The weight files of a folder without an index."""
     found = [n for n in names if n.endswith(".safetensors")]
     if SINGLE in found:
@@ -211,7 +178,7 @@ def choose_shards(root: Path, names: list[str], notes: list[Note]) -> list[str]:
         n for n in found if n.startswith("consolidated")
     ]
     if not shards:
-        if "adapter_model.safetensors" in found or "adapter_config.json" in names:
+        if is_adapter(root):
             raise InputError(f"{printable(root)}: this is an adapter; BASE is the model it was trained on")
         if told := sharded_folder(root):
             raise InputError(f"{printable(root)}: no .safetensors file is in it; {told}")

@@ -1,4 +1,4 @@
-"""The names under which loratool, transformers and PEFT write the files of a model or an adapter.
+"""The names under which loratool and transformers write the files of a model; each format of adapters has its own.
 
 `--overwrite` replaces a folder of such files and no other. What a user writes by hand, or training leaves behind, is not
 in the table although it may lie in a model's folder: source code, data, `checkpoint-5/`, the states of an optimizer.
@@ -7,7 +7,9 @@ in the table although it may lie in a model's folder: source code, data, `checkp
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
+NOTHING = "(?!)"  # a pattern of no name
 # What a tokenizer is made of; an adapter that ships its own was trained with it.
 TOKENIZER_FILES = frozenset(
     [
@@ -38,7 +40,6 @@ CONFIGS = frozenset(
     [
         "config.json",
         "generation_config.json",
-        "adapter_config.json",
         "preprocessor_config.json",
         "processor_config.json",
         "video_preprocessor_config.json",
@@ -49,18 +50,32 @@ CONFIGS = frozenset(
         "README.md",
     ]
 )
-# Weights in one file or numbered ones, of a variant such as fp16 perhaps, with their index.
-WEIGHTS = re.compile(
-    r"(?:(?:model|adapter_model|diffusion_pytorch_model)(?:\.\w+)?(?:-\d{5}-of-\d{5})?\.safetensors)"
-    r"|(?:(?:pytorch_model|adapter_model)(?:\.\w+)?(?:-\d{5}-of-\d{5})?\.bin)"
-    r"|(?:(?:(?:model|adapter_model|diffusion_pytorch_model)\.safetensors|pytorch_model\.bin)\.index(?:\.\w+)?\.json)",
-    re.ASCII,
+
+
+@dataclass(frozen=True)
+class FileNames:
+    """What the files of something are called, as patterns of names relative to its folder."""
+
+    weights: str = NOTHING
+    others: str = NOTHING
+
+    def are_weights(self, name: str) -> bool:
+        """Whether a file of that name holds weights, or is their index."""
+        return re.fullmatch(self.weights, name, re.ASCII) is not None
+
+    def know(self, name: str) -> bool:
+        """Whether a file of that name is a part, wherever it lies in the folder."""
+        return self.are_weights(name) or re.fullmatch(self.others, name, re.ASCII) is not None
+
+    def __or__(self, other: FileNames) -> FileNames:
+        return FileNames(f"{self.weights}|{other.weights}", f"{self.others}|{other.others}")
+
+
+MODEL_FILES = FileNames(
+    # weights in one file or numbered ones, of a variant such as fp16 perhaps, with their index
+    weights=r"(?:model|diffusion_pytorch_model)(?:\.\w+)?(?:-\d{5}-of-\d{5})?\.safetensors"
+    r"|pytorch_model(?:\.\w+)?(?:-\d{5}-of-\d{5})?\.bin"
+    r"|(?:(?:model|diffusion_pytorch_model)\.safetensors|pytorch_model\.bin)\.index(?:\.\w+)?\.json",
+    others="|".join(map(re.escape, sorted(TOKENIZER_FILES | VOCABULARIES | CONFIGS)))
+    + r"|additional_chat_templates/[\w.-]+\.jinja|(?:LICEN[CS]E|NOTICE|USE_POLICY)(?:\.\w+)?",
 )
-TEMPLATES = re.compile(r"additional_chat_templates/[\w.-]+\.jinja", re.ASCII)
-TERMS = re.compile(r"(?:LICEN[CS]E|NOTICE|USE_POLICY)(?:\.\w+)?", re.ASCII)
-
-
-def is_model_file(name: str) -> bool:
-    """Whether a file of that name, relative to the folder, is part of a model or an adapter wherever it lies in one."""
-    known = TOKENIZER_FILES | VOCABULARIES | CONFIGS
-    return name in known or any(pattern.fullmatch(name) for pattern in (WEIGHTS, TEMPLATES, TERMS))

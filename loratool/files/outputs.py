@@ -1,4 +1,4 @@
-"""Where an output may go, and what it may replace: nothing that loratool, transformers or PEFT did not write."""
+"""Where an output may go, and what it may replace: files of names that are given, and those that we have listed."""
 
 from __future__ import annotations
 
@@ -14,24 +14,28 @@ from loratool.files.digests import Digest, read_recorded, why_unlike
 from loratool.files.inputs import read_json
 from loratool.files.journal import REPLACED, ForeignError, Journal, look, walk
 from loratool.files.locks import is_locked
-from loratool.files.model_files import WEIGHTS, is_model_file
 from loratool.files.names import is_unusual, refused_name
 from loratool.files.system import create_file, sync_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from loratool.files.model_files import FileNames
 
 BUSY = "another run is writing this output; wait for it to end"
 
 
-def check_target(out: Path, inputs: Sequence[Path], overwrite: bool, adapter: bool = False) -> Path:
+def check_target(out: Path, inputs: Sequence[Path], replaced: FileNames | None, config: str = "") -> Path:
     """`out` as it will be written, after every check that can be made before any work. Nothing is changed.
 
-    What will be an `adapter` replaces nothing but adapters.
+    Args:
+        out: the folder to make.
+        inputs: what it must keep away from.
+        replaced: the files that a folder of that name may hold and be replaced; None where it may not be there.
+        config: for an adapter, the file that another folder must have to be replaced by it.
 
     Raises:
-        UsageError: it exists and `overwrite` is not given, it holds what may not be replaced, or it is, holds or lies in
+        UsageError: it exists and nothing is to be replaced, it holds what may not be replaced, or it is, holds or lies in
             an input.
         StorageError: its parent is missing or cannot be written, or the folder it is staged in holds what is not ours.
     """
@@ -50,7 +54,7 @@ def check_target(out: Path, inputs: Sequence[Path], overwrite: bool, adapter: bo
                 f"{shown}: OUT is, contains or lies inside the input {printable(path)}, which is never written to; give another OUT"
             )
     try:
-        check_place(out, shown, overwrite, adapter)
+        check_place(out, shown, replaced, config)
     except OSError as error:
         raise (refused_name(out) if is_unusual(out.name) else StorageError(f"{shown}: {error.strerror}")) from error
     check_stage(stage_of(out))
@@ -67,11 +71,11 @@ def links_in(folder: Path) -> list[Path]:
         return []  # no folder; who reads it says so
 
 
-def check_place(out: Path, shown: str, overwrite: bool, adapter: bool) -> None:
+def check_place(out: Path, shown: str, replaced: FileNames | None, config: str) -> None:
     """Raise `UsageError` where what is at `out`, or was until a run was killed, may not be replaced."""
     waiting = stage_of(out) / REPLACED
     if not os.path.lexists(out):
-        if waiting.is_dir() and not overwrite:
+        if waiting.is_dir() and replaced is None:
             raise UsageError(
                 f"{shown}: a run was killed as it replaced this output, which is now {printable(waiting)}; pass "
                 "--overwrite to replace it, or rename that folder"
@@ -79,25 +83,25 @@ def check_place(out: Path, shown: str, overwrite: bool, adapter: bool) -> None:
         return
     if not out.is_dir():
         raise UsageError(f"{shown} exists and is not a folder; give another OUT")
-    if not overwrite:
+    if replaced is None:
         raise UsageError(f"{shown} already exists; pass --overwrite to replace it")
-    names = replaceable_files(out, shown)
-    if adapter and names and ("adapter_config.json" not in names or "config.json" in names):
+    names = replaceable_files(out, shown, replaced)
+    if config and names and (config not in names or "config.json" in names):
         raise UsageError(f"{shown} is not an adapter, so --overwrite does not replace it with one; remove it yourself")
 
 
-def replaceable_files(folder: Path, shown: str) -> list[str]:
+def replaceable_files(folder: Path, shown: str, known: FileNames) -> list[str]:
     """The files of a model or an adapter that `--overwrite` may replace, relative to its folder.
 
     Raises `UsageError` where it is none, or holds anything that is neither listed in the folder's own `loratool.json` nor
-    named as loratool, transformers and PEFT name their files. What only that list knows must be as it was written.
+    `known` by its name. What only that list knows must be as it was written.
     """
     recorded = record_of(folder)
     found = dict(walk(folder))
     files = [path for path, status in found.items() if not stat.S_ISDIR(status.st_mode)]
-    odd = {path: why for path in files if (why := why_kept(folder, path, found[path], recorded))}
-    known = [path for path in files if path not in odd or path in recorded]
-    ways = {parent.as_posix() for path in known for parent in Path(path).parents}
+    odd = {path: why for path in files if (why := why_kept(folder, path, found[path], known, recorded))}
+    kept = [path for path in files if path not in odd or path in recorded]
+    ways = {parent.as_posix() for path in kept for parent in Path(path).parents}
     strange = [path for path, status in found.items() if stat.S_ISDIR(status.st_mode) and path not in ways]
     top = [path for path in strange if Path(path).parent.as_posix() not in strange]
     odd = {path: why for path, why in odd.items() if not any(path.startswith(f"{way}/") for way in top)}
@@ -108,16 +112,16 @@ def replaceable_files(folder: Path, shown: str) -> list[str]:
             "move them away, or give another OUT:",
             (f"{printable(path)}: {why}" for path, why in sorted(odd.items())),
         )
-    if files and not recorded and not any(WEIGHTS.fullmatch(path) for path in files):
+    if files and not recorded and not any(map(known.are_weights, files)):
         raise UsageError(f"{printable(folder)} holds no model, so --overwrite does not replace it; remove it yourself")
     return files
 
 
-def why_kept(folder: Path, path: str, status: os.stat_result, recorded: Mapping[str, Digest]) -> str:
+def why_kept(folder: Path, path: str, status: os.stat_result, known: FileNames, recorded: Mapping[str, Digest]) -> str:
     """Empty for a file that `--overwrite` may replace; else the reason it may not."""
     if not stat.S_ISREG(status.st_mode):
         return "a link" if stat.S_ISLNK(status.st_mode) else "not a regular file"
-    if is_model_file(path):
+    if known.know(path):
         return ""
     if path not in recorded:
         return f"not listed in {PROVENANCE}, and not a usual file of a model"

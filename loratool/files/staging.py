@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from loratool.files.model_files import FileNames
+
 
 @dataclass
 class Stage:
@@ -178,7 +180,7 @@ class Stage:
             elif self.journal.owns_folder(path):
                 remove_folder(self.home / path)
 
-    def publish(self, overwrite: bool) -> None:
+    def publish(self, replaced: FileNames | None) -> None:
         """Give the folder its final name, in one step."""
         for path, status in walk(self.folder):
             if stat.S_ISDIR(status.st_mode):
@@ -188,10 +190,10 @@ class Stage:
             self.home, self.journal, walk(self.home), self.home.stat().st_uid
         )  # what others put into it meanwhile is not published
         if os.path.lexists(self.out):
-            if not overwrite:
+            if replaced is None:
                 raise UsageError(f"{printable(self.out)}: appeared while it was being made, and is left as it is")
             # once swapped, the stage holds the old output: nothing in it may pass for a finished shard
-            self.note("replaces", replaceable_files(self.out, printable(self.out)))
+            self.note("replaces", replaceable_files(self.out, printable(self.out), replaced))
             exchange(self.folder, self.out, self.home / REPLACED)
         else:
             os.rename(self.folder, self.out)
@@ -215,7 +217,7 @@ class Stage:
 
 
 @contextmanager
-def staged(out: Path, wanted: Journal, needed: int, overwrite: bool) -> Iterator[Stage]:
+def staged(out: Path, wanted: Journal, needed: int, replaced: FileNames | None) -> Iterator[Stage]:
     """A stage for `out`, published when the block ends well.
 
     An interrupt keeps the finished shards for the next run of the same work; any other failure leaves nothing of ours.
@@ -224,7 +226,7 @@ def staged(out: Path, wanted: Journal, needed: int, overwrite: bool) -> Iterator
         out: the folder to make.
         wanted: what is to be made: its fingerprint, its inputs, and as many of its files as are known.
         needed: bytes of the whole output.
-        overwrite: whether to replace what is at `out`.
+        replaced: the files of what is at `out` and goes, by name; None where nothing may be there.
 
     Raises:
         UsageError: another run is at work on it.
@@ -242,7 +244,7 @@ def staged(out: Path, wanted: Journal, needed: int, overwrite: bool) -> Iterator
                 else:
                     stage.begin(found)
                 yield stage
-                stage.publish(overwrite)
+                stage.publish(replaced)
             except (KeyboardInterrupt, ForeignError):
                 if stage.finished and stage.journal.replaces is None and stage.folder.is_dir():
                     with suppress(PermissionError):  # a file that a thread still has open goes with the next run

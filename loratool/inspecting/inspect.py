@@ -20,9 +20,10 @@ from loratool.adapters.weight_files import fates
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.bases.fitting import Fit, fit_of
+from loratool.bases.opening import open_checkpoint
 from loratool.errors import InputError, LoratoolError, UsageError, VerificationError, printable
 from loratool.fetching import Role, headers, local
-from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, Checkpoint, holds_weights, open_checkpoint
+from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, Checkpoint, holds_weights
 from loratool.files.inputs import read_json
 from loratool.files.process import peak_memory
 from loratool.inspecting.health import examine, examine_model, tell_unreadable

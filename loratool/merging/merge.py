@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
-from loratool.adapters.formats import WRITTEN, is_adapter, read_adapter
+from loratool.adapters.formats import WRITTEN, is_adapter, read_adapter, replaceable
 from loratool.bases.extra_weights import name_beside
+from loratool.bases.opening import open_checkpoint
 from loratool.bases.same_base import unlike_bases
 from loratool.devices import Runtime, kind_of, resident_memory, start_torch
 from loratool.errors import FitError, LoratoolError, UsageError, printable
 from loratool.fetching import local
 from loratool.fetching.bases import AUTO, chosen_base
-from loratool.files.checkpoint import PROVENANCE, open_checkpoint, wrapped_modules
+from loratool.files.checkpoint import PROVENANCE
 from loratool.files.digests import recorded
 from loratool.files.hub_cache import is_hub_id, told_origin
 from loratool.files.journal import Journal
@@ -78,7 +79,7 @@ def merge(
         workers, max_memory = options.workers, options.max_memory
         if max_memory is not None or check_stage(stage_of(target)) is not None:  # refused before anything is touched
             choose_resources(plan.spans, runtime.result().devices, workers, max_memory, resident_memory())
-        with staged(target, wanted, plan.bytes_written, options.overwrite) as stage:
+        with staged(target, wanted, plan.bytes_written, replaceable(options.overwrite)) as stage:
             if stage.finished:
                 stage.keep_only(kind_of(runtime.result().devices))
             resumed = tuple(stage.finished)
@@ -128,11 +129,13 @@ def prepare(
 ) -> tuple[MergePlan, Path, list[Path]]:
     """The plan, the real path of the output and the adapters' places, after every check that headers and `stat` allow."""
     words = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
-    check_target(Path(out), [Path(base), *map(Path, words)], options.overwrite)  # before anything is downloaded
+    check_target(
+        Path(out), [Path(base), *map(Path, words)], replaceable(options.overwrite)
+    )  # before anything is downloaded
     base, words = as_base(base, words)
     ways = options.readings(max(1, len(words)))
     paths, base = inputs_of(base, words)
-    target = check_target(Path(out), [base, *paths], options.overwrite)
+    target = check_target(Path(out), [base, *paths], replaceable(options.overwrite))
     model, read = (open_checkpoint(base), read_all(paths, ways)) if words else unmerged(base, ways[0])
     return planned(model, read, options), target, paths
 
@@ -155,7 +158,7 @@ def as_base(base: PathLike, words: Sequence[PathLike]) -> tuple[PathLike, Sequen
 def unmerged(path: Path, reading: Reading) -> tuple[Checkpoint, list[Adapter]]:
     """The base and the adapter in a model that was saved unmerged; raises `UsageError` for any other model."""
     model = open_checkpoint(path, unmerged=True)
-    if not wrapped_modules(model.tensors):
+    if not WRITTEN.unmerged_in(model.tensors):
         shown = printable(path)
         raise UsageError(f"{shown}: a merge needs an ADAPTER besides its BASE: loratool merge {shown} ADAPTER -o OUT")
     base, adapter = WRITTEN.taken_apart(model, reading)
@@ -173,7 +176,7 @@ def outlook(base: PathLike, adapters: Sequence[PathLike], out: PathLike, options
     """The plan of a merge, for as long as the block runs: of a base on the Hub no weights are downloaded for it."""
     from loratool.fetching.pieces import opened
 
-    check_target(Path(out), [Path(base), *map(Path, adapters)], options.overwrite)
+    check_target(Path(out), [Path(base), *map(Path, adapters)], replaceable(options.overwrite))
     base, adapters = as_base(base, adapters)
     ways = options.readings(max(1, len(adapters)))
     paths = [local(adapter, "adapter") for adapter in adapters]
@@ -184,7 +187,7 @@ def outlook(base: PathLike, adapters: Sequence[PathLike], out: PathLike, options
         tempfile.TemporaryDirectory(prefix="loratool-") as home,
         opened(chosen_base(base, paths), lambda _name: Path(home)) as source,
     ):
-        check_target(Path(out), [source.checkpoint.root, *paths], options.overwrite)
+        check_target(Path(out), [source.checkpoint.root, *paths], replaceable(options.overwrite))
         yield planned(source.checkpoint, read_all(paths, ways), options)
 
 

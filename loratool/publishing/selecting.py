@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from loratool.adapters.formats import format_at, is_adapter, read_adapter, subject_at
 from loratool.adapters.weight_files import WeightFile, fates
+from loratool.bases.opening import open_checkpoint
 from loratool.errors import InputError, UsageError, printable
 from loratool.fetching.bases import named_base
 from loratool.files.checkpoint import (
@@ -20,7 +21,6 @@ from loratool.files.checkpoint import (
     TRAINING_FOLDERS,
     LeftOut,
     leaves,
-    open_checkpoint,
     sort_side_files,
 )
 from loratool.files.digests import digest_of_bytes, read_recorded, recorded

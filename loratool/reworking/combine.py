@@ -17,6 +17,7 @@ from loratool.adapters.ranks import evened, told_of_cuts
 from loratool.adapters.writer import (
     Output,
     carried_over,
+    check_adapter_target,
     files_beside,
     kept_dtype,
     told_beside,
@@ -29,7 +30,6 @@ from loratool.algebra.methods.mixture import UNSCALED, ZERO, Mixture, Recipe, mi
 from loratool.algebra.methods.table import FACTORWISE, GRAM, METHODS
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.fetching import local
-from loratool.files.outputs import check_target
 from loratool.measuring.session import PathLike, Progress, Session, session
 from loratool.notes import Note
 from loratool.results.combine import CombinedLayer, CombinedTotals, CombineReport, Part
@@ -54,7 +54,7 @@ def combine(
     recipe = make_recipe(options, len(paths))
     shares = options.shares(len(paths))
     ways = options.readings(len(paths))
-    target = check_target(Path(out), paths, options.overwrite or options.dry_run, adapter=True)
+    target = check_adapter_target(out, paths, options)
     sources = contents_apart(paths, ways, "combine")
     layers = gather(sources, shares)
     refuse(sources, layers, recipe)

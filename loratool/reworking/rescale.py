@@ -19,6 +19,7 @@ from loratool.adapters.writer import (
     FactorOptions,
     Output,
     carried_over,
+    check_adapter_target,
     copied_output,
     files_beside,
     kept_dtype,
@@ -28,7 +29,6 @@ from loratool.algebra.lowrank.noise import floor_of
 from loratool.algebra.lowrank.products import padded, singular_values
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.fetching import local
-from loratool.files.outputs import check_target
 from loratool.measuring.session import PathLike, Progress, Session, session
 from loratool.notes import Note
 from loratool.options.described import FLAG, NUMBER, Pairs, option
@@ -74,7 +74,7 @@ def rescale(
     check(asked, factors, options.each, options.bake)
     (way,) = options.readings(1)
     path = local(adapter, "adapter")
-    target = check_target(Path(out), [path], options.overwrite or options.dry_run, adapter=True)
+    target = check_adapter_target(out, [path], options)
     contents = contents_of(read_adapter(path, way), "rescale")
     if not contents.layers:
         raise InputError(f"{printable(contents.adapter.file.path)}: no update is in it that has a strength")
@@ -254,7 +254,7 @@ def write_alphas(
     if options.dry_run:
         contents.adapter.check_values()
     else:
-        copied_output(out, contents, config, provenance, options.overwrite)
+        copied_output(out, contents, config, provenance, options)
 
 
 def ranks_of(contents: Contents) -> dict[str, int]:

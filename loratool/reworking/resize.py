@@ -18,6 +18,7 @@ from loratool.adapters.writer import (
     FactorOptions,
     Output,
     carried_over,
+    check_adapter_target,
     factor_tensors,
     files_beside,
     kept_dtype,
@@ -38,7 +39,6 @@ from loratool.algebra.lowrank.products import (
 )
 from loratool.errors import FitError, InputError, printable
 from loratool.fetching import local
-from loratool.files.outputs import check_target
 from loratool.files.safefile import FLOAT_NAMES, read_safefile
 from loratool.measuring.session import Batch, PathLike, Progress, Session, batches, session
 from loratool.notes import Note
@@ -100,7 +100,7 @@ def resize(adapter: PathLike, out: PathLike, options: ResizeOptions, progress: P
     (way,) = options.readings(1)
     calibration = [Path(options.calibration)] if options.calibration is not None else []
     inputs = [local(adapter, "adapter"), *calibration]
-    target = check_target(Path(out), inputs, options.overwrite or options.dry_run, adapter=True)
+    target = check_adapter_target(out, inputs, options)
     contents = contents_of(read_adapter(inputs[0], way), "resize")
     if not contents.layers:
         raise InputError(f"{printable(contents.adapter.file.path)}: no low-rank update is in it")

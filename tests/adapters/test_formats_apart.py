@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 from pathlib import Path
 
 import peft.tuners  # noqa: F401  # its subclasses exist once they are imported
 from paths import PACKAGE
 from peft.config import PeftConfigMixin
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 FORMAT = "adapters/formats/peft/"
 REGISTRY = "adapters/formats/__init__.py"  # the one file that may import the format, by its one name
@@ -95,6 +98,22 @@ def test_the_keys_are_those_of_pefts_configs() -> None:
 def test_no_file_outside_the_format_knows_keys_or_insides_of_it() -> None:
     """Neither as a string nor by an import, wherever it stands."""
     assert sorted(set[str]().union(*map(known_in, OUTSIDE))) == []
+
+
+def test_files_know_neither_names_of_files_nor_of_tensors_of_any_format() -> None:
+    """What an adapter's files and tensors are called is asked of its format; docstrings are looked at too."""
+    names = {Path(name).stem for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)}
+    words = {*names, "adapters.safetensors", "base_layer", *PEFT_TYPE_TO_PREFIX_MAPPING.values()}
+    assert {"adapter_config", "adapter_model", "lora_"} <= words
+    pattern = re.compile(rf"(?<![a-z])({'|'.join(map(re.escape, sorted(words)))})")
+    found = [
+        f"{path.name}:{node.lineno}: {match[0]}"
+        for path in (PACKAGE / "files").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if (match := pattern.search(node.value))
+    ]
+    assert found == []
 
 
 def test_every_ordinary_word_is_still_one_where_it_is_allowed() -> None:

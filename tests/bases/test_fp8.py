@@ -17,9 +17,9 @@ from torch import Tensor
 import loratool
 from loratool.adapters.formats import read_adapter
 from loratool.bases.codecs import decoded
+from loratool.bases.opening import open_checkpoint
 from loratool.bases.weights import Room, Slice, weight_of
 from loratool.devices import start_torch
-from loratool.files.checkpoint import open_checkpoint
 from loratool.files.sink import Arrived, part_of
 from loratool.merging.engine import Engine
 from loratool.merging.planning import PlanOptions, plan_merge

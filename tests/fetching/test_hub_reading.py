@@ -15,9 +15,9 @@ from hub_server import STRANGER, WRITER, Fault, HubServer, tokens_on_other_origi
 from safetensors.numpy import load_file, save_file
 
 from loratool import cli
+from loratool.bases.opening import open_checkpoint
 from loratool.errors import InputError, UsageError, without_tokens
 from loratool.fetching import parse, place_of
-from loratool.files.checkpoint import open_checkpoint
 from loratool.files.hub_cache import origin_of
 from loratool.files.hub_names import HubPath
 

@@ -18,9 +18,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from workbench import tree
 
 import loratool
+from loratool.adapters.formats import OUTPUT_FILES
 from loratool.cli import run
 from loratool.demo import demo
-from loratool.files.model_files import is_model_file
 
 SHARDS, HIDDEN = 2, 32
 COMMANDS: dict[str, Callable[[Path], list[str]]] = {
@@ -225,7 +225,7 @@ def test_a_model_as_transformers_saves_it_is_replaced(inputs: Path, tmp_path: Pa
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
         tokenizer.chat_template = {"default": "{{ 1 }}", "rag": "{{ 2 }}"}
         tokenizer.save_pretrained(out)
-        assert [p for p in out.rglob("*") if p.is_file() and not is_model_file(p.relative_to(out).as_posix())] == []
+        assert [p for p in out.rglob("*") if p.is_file() and not OUTPUT_FILES.know(p.relative_to(out).as_posix())] == []
         assert run([*COMMANDS["merge"](inputs), "-o", str(out), "--overwrite", "-q"]) == 0
         shutil.rmtree(out)
 
@@ -317,13 +317,13 @@ NO = [
 @pytest.mark.parametrize("name", YES)
 def test_names_of_the_table(name: str) -> None:
     """As transformers 5, PEFT 0.21 and loratool write them at the top of a folder."""
-    assert is_model_file(name)
+    assert OUTPUT_FILES.know(name)
 
 
 @pytest.mark.parametrize("name", [*NO, "model.safetensors\n", "modèle.safetensors", "model\u0661.safetensors", ""])
 def test_names_that_are_not_in_the_table(name: str) -> None:
     """What people write, what training leaves, and what only looks like a name of the table."""
-    assert not is_model_file(name)
+    assert not OUTPUT_FILES.know(name)
 
 
 # ---------------------------------------------------------------- other commands that replace something

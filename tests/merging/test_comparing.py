@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import loratool
 from loratool.adapters.formats import read_adapter
-from loratool.files.checkpoint import open_checkpoint
+from loratool.bases.opening import open_checkpoint
 from loratool.merging import engine, resources
 from loratool.merging.comparing import Difference, first_unequal, verify
 from loratool.merging.planning import PlanOptions, plan_merge

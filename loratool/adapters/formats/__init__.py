@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,7 @@ from loratool.adapters.reading import AS_STORED, Reading
 from loratool.errors import InputError, LoratoolError, printable
 from loratool.files.containers import foreign_file, instead_of_weights
 from loratool.files.inputs import read_json, unreadable
+from loratool.files.model_files import MODEL_FILES
 from loratool.files.safefile import SafeFile, read_safefile
 
 if TYPE_CHECKING:
@@ -21,10 +24,12 @@ if TYPE_CHECKING:
 
     from loratool.adapters.adapter import Adapter
     from loratool.adapters.formats.format import Format
+    from loratool.files.model_files import FileNames
     from loratool.provenance.cards import Subject
 
 FORMATS: tuple[Format, ...] = (PEFT, MLX)  # of several that may be meant, the first that claims a tensor is
 WRITTEN = PEFT  # what is made here is written in
+OUTPUT_FILES = reduce(or_, (form.file_names for form in FORMATS), MODEL_FILES)  # what `--overwrite` may replace
 CONFIGS = tuple(dict.fromkeys(form.config_name for form in FORMATS))  # what their configs are called
 # How tensors of formats that are not read are spelled, so that a refusal can name the format.
 FOREIGN = (
@@ -77,6 +82,16 @@ def is_adapter(path: Path) -> bool:
         return any(form.recognises(path) for form in FORMATS) and not (path / "config.json").exists()
     beside = any((path.parent / form.config_name).is_file() for form in FORMATS)
     return path.is_file() and path.suffix == ".safetensors" and beside
+
+
+def has_adapter(folder: Path) -> bool:
+    """Whether a file of an adapter is in a folder, under the name that its format gives it."""
+    return any((folder / name).exists() for form in FORMATS for name in (form.config_name, form.weights_name))
+
+
+def replaceable(overwrite: bool) -> FileNames | None:
+    """The files of a model or an adapter that an output may replace, by name; None where it replaces nothing."""
+    return OUTPUT_FILES if overwrite else None
 
 
 def subject_at(folder: Path) -> Subject | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from loratool.algebra.updates.additive import LowRank
 from loratool.errors import InputError, UsageError, printable
 from loratool.files.checkpoint import sort_side_files
+from loratool.files.model_files import FileNames
 from loratool.results.findings import Finding
 from loratool.results.repairs import some
 
@@ -112,6 +113,11 @@ class Format(Protocol):
     @property
     def weights_name(self) -> str:
         """The file of its tensors."""
+
+    @property
+    def file_names(self) -> FileNames:
+        """What its files may be called where `--overwrite` replaces an adapter that no `loratool.json` lists; none by default."""
+        return FileNames()
 
     def recognises(self, path: Path) -> bool:
         """Whether a folder or file may hold such an adapter, by the names of files alone: on the Hub they are empty."""

@@ -18,16 +18,15 @@ from loratool.adapters.layers import ATTENTION, Form, Kind, adapted_module
 from loratool.adapters.ranks import told_of_cuts
 from loratool.adapters.training import Targets, Training
 from loratool.adapters.weight_files import weight_files
-from loratool.adapters.writer import WIDTH, Output, Rounded, torch_dtype
+from loratool.adapters.writer import WIDTH, Output, Rounded, check_adapter_target, torch_dtype
 from loratool.algebra.lowrank.products import Product, inner, padded
 from loratool.algebra.lowrank.products import change as change_of
 from loratool.bases.binding.orientation import module_of
+from loratool.bases.opening import open_checkpoint
 from loratool.bases.weights import Slice
 from loratool.errors import FitError, InputError, printable
 from loratool.fetching import local
-from loratool.files.checkpoint import Checkpoint, open_checkpoint
 from loratool.files.hub_cache import origin_of, told_origin
-from loratool.files.outputs import check_target
 from loratool.measuring.session import PathLike, Progress, Session, session
 from loratool.notes import Note
 from loratool.results.extract import ExtractedLayer, ExtractedTotals, ExtractReport
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     import torch
 
     from loratool.adapters.formats.format import Spelling
+    from loratool.files.checkpoint import Checkpoint
     from loratool.reworking.extracting.options import ExtractOptions
 
 
@@ -56,7 +56,7 @@ def extract(
     started = time.monotonic()
     rule = Rule.of(options.rank, options.energy, options.max_rank)
     paths = local(base, "model"), local(tuned, "model")
-    target = check_target(Path(out), paths, options.overwrite or options.dry_run, adapter=True)
+    target = check_adapter_target(out, paths, options)
     before, after = (open_model(path, role) for path, role in zip(paths, ("BASE", "TUNED"), strict=True))
     with session(options.device, []) as at_work:
         found = pair(before, after, options.include, options.exclude, options.fan_in_fan_out)

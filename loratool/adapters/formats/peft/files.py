@@ -18,6 +18,7 @@ from loratool.files.checkpoint import (
 )
 from loratool.files.containers import foreign_file, instead_of_weights
 from loratool.files.inputs import read_json
+from loratool.files.model_files import FileNames
 from loratool.files.safefile import SafeFile, SafeFiles, read_safefile
 from loratool.notes import Note
 
@@ -30,6 +31,11 @@ WEIGHTS = "adapter_model.safetensors"
 STEM = "adapter_model"
 INDEX = STEM + INDEX_SUFFIX  # PEFT writes one file; other tools cut it
 PICKLED = ("adapter_model.bin", "adapter_model.pt")
+NAMES = FileNames(
+    weights=r"adapter_model(?:\.\w+)?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)"
+    r"|adapter_model\.safetensors\.index(?:\.\w+)?\.json",
+    others=r"adapter_config\.json",
+)
 
 
 def recognises(path: Path) -> bool:

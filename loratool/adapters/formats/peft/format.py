@@ -13,6 +13,7 @@ from loratool.adapters.formats.peft.reading import read, read_leniently, read_sa
 from loratool.adapters.formats.peft.spelling import Names, was_inside
 from loratool.adapters.formats.peft.training import training_of
 from loratool.adapters.reading import AS_STORED, Reading
+from loratool.errors import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -37,6 +38,7 @@ class Peft(Format):
     name = "peft"
     config_name = files.CONFIG
     weights_name = files.WEIGHTS
+    file_names = files.NAMES
     newest = "0.21.2"
     repairs = health.REPAIRS
 
@@ -76,6 +78,15 @@ class Peft(Format):
         from loratool.adapters.formats.peft import unmerged
 
         return unmerged.taken_apart(checkpoint, reading)
+
+    def unmerged_in(self, names: Iterable[str]) -> str:
+        """What a model holds that was saved unmerged, from the names of its tensors; empty for any other."""
+        wrapped = keys.wrapped_modules(names)
+        return (
+            f"{len(wrapped)} modules hold PEFT's base_layer and factors, {printable(wrapped[0])} for one"
+            if wrapped
+            else ""
+        )
 
     def parameters(self, adapter: Adapter, in_base: set[str]) -> tuple[int, int]:
         return counting.count_parameters(adapter, in_base)

@@ -7,11 +7,12 @@ given as `glora_A.*` has members, each a tensor of its own: `glora_A.Xd`.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
 PREFIX = ("base_model", "model")
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -19,6 +20,11 @@ LEADING = "module"  # of a wrapper around the whole model; elsewhere it is a mod
 INNER = frozenset({"base_layer", "token_adapter"})  # stand between a module and what PEFT wrapped
 TOKENS = "trainable_tokens_delta"
 COPIES = ("modules_to_save", "original_module")  # stand between a module that is saved whole and its two copies
+# What PEFT puts into a layer that it wraps, of whichever type.
+FACTOR = re.compile(
+    r"\.(?:lora_(?:A|B|E|embedding_[AB]|magnitude_vector)|(?:hada|lokr)_[wt]\d\w*|ia3_l|vera_lambda_[bd]|b?oft_[rRPs]|hra_u"
+    r"|delora_(?:A|B|lambda)|miss_block|c3a_kernel|(?:hira|gralora)_[AB])\."
+)
 # What PEFT adds to `modules_to_save` by itself.
 HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -227,3 +233,11 @@ def beginnings(path: str) -> Iterator[str]:
     parts = path.split(".")
     for end in range(1, len(parts)):
         yield ".".join(parts[:end])
+
+
+def wrapped_modules(names: Iterable[str]) -> list[str]:
+    """The modules of which both the `base_layer` and factors are there."""
+    every = list(names)
+    inner = {name[: name.index(".base_layer.")] for name in every if ".base_layer." in name}
+    factors = {name[: match.start()] for name in every if (match := FACTOR.search(name))}
+    return sorted(inner & factors)

@@ -1,0 +1,37 @@
+"""A model's checkpoint, opened for use as a base: no adapter, and no adapter left unmerged in it."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratool.adapters.formats import WRITTEN, has_adapter
+from loratool.errors import InputError, printable
+from loratool.files.checkpoint import open_files
+from loratool.notes import Note
+
+if TYPE_CHECKING:
+    from loratool.files.checkpoint import Checkpoint
+
+
+def open_checkpoint(path: str | Path, unmerged: bool = False) -> Checkpoint:
+    """Open a folder of shards with or without an index, or one `.safetensors` file.
+
+    `unmerged` takes a model that was saved with its adapter unmerged too, with a note that it is one.
+
+    Raises `InputError` when there are no weights, when a shard is malformed or missing, when the index and the shards
+    disagree, or where an adapter is not merged: all faulty shards at once.
+    """
+    checkpoint = open_files(Path(path), has_adapter)
+    if not (inside := WRITTEN.unmerged_in(checkpoint.tensors)):
+        return checkpoint
+    what = f"a model that was saved with its adapter unmerged: {inside}"
+    if not unmerged:
+        shown = printable(path)
+        raise InputError(
+            f"{shown}: {what}; fold it first: loratool merge {shlex.quote(shown)} -o OUT (and "
+            "--input-alpha ALPHA where no config beside it holds its α)"
+        )
+    return replace(checkpoint, notes=(*checkpoint.notes, Note("unmerged-model", what)))
