@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loratool.cli.options import OPERAND, output_options, takes
+from loratool.cli.options import OPERAND, click_options, output_options
 from loratool.inspecting.estimate import EstimateOptions
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("base", type=OPERAND)
-@takes(EstimateOptions)
+@click_options(EstimateOptions)
 @output_options
 def estimate(base: Path, options: EstimateOptions, screen: Screen) -> None:
     """Tell what an adapter would have and what training it would take, before there is one.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loratool.cli.options import OPERAND, PATH, output_options, takes
+from loratool.cli.options import OPERAND, PATH, click_options, output_options
 from loratool.inspecting.inspect import InspectOptions
 from loratool.options.described import FLAG, Options, option
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("paths", type=OPERAND, nargs=-1, required=True, metavar="PATH...")
-@takes(InspectOptions)
+@click_options(InspectOptions)
 @click.option("--html", type=PATH, metavar="FILE", help="Write one page with figures; measures as --values does.")
 @click.option("--overwrite", is_flag=True, help="Replace FILE where it is a page made by inspect.")
 @output_options
@@ -62,7 +62,7 @@ class DemoOptions(Options):
 
 @click.command(short_help="Make, merge and check a small model from nothing.")
 @click.argument("folder", type=PATH, default=Path("loratool-demo"), metavar="[DIR]")
-@takes(DemoOptions)
+@click_options(DemoOptions)
 @output_options
 def demo(folder: Path, options: DemoOptions, screen: Screen) -> None:
     """Build a small base and an adapter, merge them, and check the result against the formula.

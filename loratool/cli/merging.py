@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loratool.cli.options import OPERAND, PATH, output_options, takes
+from loratool.cli.options import OPERAND, PATH, click_options, output_options
 from loratool.commands.merge import MergeAndPushOptions
 from loratool.commands.publish import with_push
 from loratool.errors import UsageError
@@ -42,7 +42,7 @@ class MergeWords(MergeAndPushOptions):
     metavar="BASE",
     help="BASE as an option, then every operand is an ADAPTER; auto is the base that the adapters name.",
 )
-@takes(MergeWords)
+@click_options(MergeWords)
 @output_options
 def merge(
     base: Path,

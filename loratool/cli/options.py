@@ -30,7 +30,7 @@ OPERAND = Operand(path_type=Path, readable=False)
 OUT = click.option("-o", "--output", "out", type=PATH, required=True, metavar="OUT", help="Folder to make.")
 
 
-def takes(options: type[Options]) -> Callable[[Command], Command]:
+def click_options(options: type[Options]) -> Callable[[Command], Command]:
     """Give a command the options that a dataclass describes: as one object, `options`, and a `screen` to show things on.
 
     What the words mean is found out by the dataclass, as for the library.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loratool.cli.options import PATH, output_options, takes
+from loratool.cli.options import PATH, click_options, output_options
 from loratool.publishing.pushing import PushOptions
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("path", type=PATH)
 @click.argument("repo")
-@takes(PushOptions)
+@click_options(PushOptions)
 @output_options
 def push(path: Path, repo: str, options: PushOptions, screen: Screen) -> None:
     """Upload a finished model or adapter to the Hub, and check what is there afterwards.

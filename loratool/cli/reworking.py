@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loratool.cli.options import OPERAND, OUT, output_options, takes
+from loratool.cli.options import OPERAND, OUT, click_options, output_options
 from loratool.commands.combine import CombineAndPushOptions
 from loratool.commands.extract import ExtractAndPushOptions
 from loratool.commands.publish import with_push
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("adapter", type=OPERAND)
 @OUT
-@takes(RescaleAndPushOptions)
+@click_options(RescaleAndPushOptions)
 @output_options
 def rescale(adapter: Path, out: Path, options: RescaleAndPushOptions, screen: Screen) -> None:
     """Change the strength of an adapter.
@@ -47,7 +47,7 @@ def rescale(adapter: Path, out: Path, options: RescaleAndPushOptions, screen: Sc
 @click.command()
 @click.argument("adapters", type=OPERAND, nargs=-1, required=True, metavar="ADAPTER...")
 @OUT
-@takes(CombineAndPushOptions)
+@click_options(CombineAndPushOptions)
 @output_options
 def combine(adapters: tuple[Path, ...], out: Path, options: CombineAndPushOptions, screen: Screen) -> None:
     """Several adapters of one base into one adapter.
@@ -72,7 +72,7 @@ def combine(adapters: tuple[Path, ...], out: Path, options: CombineAndPushOption
 @click.command()
 @click.argument("adapter", type=OPERAND)
 @OUT
-@takes(ResizeAndPushOptions)
+@click_options(ResizeAndPushOptions)
 @output_options
 def resize(adapter: Path, out: Path, options: ResizeAndPushOptions, screen: Screen) -> None:
     """Give an adapter other ranks, by SVD: each layer the nearest update of its new rank.
@@ -94,7 +94,7 @@ def resize(adapter: Path, out: Path, options: ResizeAndPushOptions, screen: Scre
 @click.argument("base", type=OPERAND)
 @click.argument("tuned", type=OPERAND)
 @OUT
-@takes(ExtractAndPushOptions)
+@click_options(ExtractAndPushOptions)
 @output_options
 def extract(base: Path, tuned: Path, out: Path, options: ExtractAndPushOptions, screen: Screen) -> None:
     """An adapter out of a full fine-tune: what makes TUNED of BASE, as nearly as its ranks allow.
@@ -113,7 +113,7 @@ def extract(base: Path, tuned: Path, out: Path, options: ExtractAndPushOptions, 
 
 @click.command()
 @click.argument("adapters", type=OPERAND, nargs=-1, required=True, metavar="ADAPTER ADAPTER...")
-@takes(CompareOptions)
+@click_options(CompareOptions)
 @output_options
 def compare(adapters: tuple[Path, ...], options: CompareOptions, screen: Screen) -> None:
     """How alike adapters are, and how much in each other's way.

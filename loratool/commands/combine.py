@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratool.commands.publish import PublishOptions, with_push
-from loratool.options.described import made_of, takes
+from loratool.options.described import keyword_options, made_of
 from loratool.reworking import combine as combining
-from loratool.reworking.recipes import CombineOptions
+from loratool.reworking.combine_options import CombineOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +25,7 @@ class CombineAndPushOptions(CombineOptions, PublishOptions):
     """Of `combine`."""
 
 
-@takes(CombineAndPushOptions)
+@keyword_options(CombineAndPushOptions)
 def combine(
     adapters: Sequence[PathLike] | PathLike,
     out: PathLike,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loratool.options.described import made_of, takes
+from loratool.options.described import keyword_options, made_of
 from loratool.reworking import compare as comparing
 from loratool.reworking.compare import CompareOptions
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from loratool.results.compare import CompareReport
 
 
-@takes(CompareOptions)
+@keyword_options(CompareOptions)
 def compare(
     adapters: Sequence[PathLike], *, progress: Progress | None = None, **keywords: Unpack[CompareKeywords]
 ) -> CompareReport:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratool.commands.publish import PublishOptions, with_push
-from loratool.options.described import made_of, takes
+from loratool.options.described import keyword_options, made_of
 from loratool.reworking.extracting import extract as extracting
 from loratool.reworking.extracting.options import ExtractOptions
 
@@ -23,7 +23,7 @@ class ExtractAndPushOptions(ExtractOptions, PublishOptions):
     """Of `extract`."""
 
 
-@takes(ExtractAndPushOptions)
+@keyword_options(ExtractAndPushOptions)
 def extract(
     base: PathLike,
     tuned: PathLike,

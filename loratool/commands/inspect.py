@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from loratool.inspecting import inspect as inspecting
 from loratool.inspecting.inspect import InspectOptions
-from loratool.options.described import made_of, takes
+from loratool.options.described import keyword_options, made_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from loratool.results.facts import Facts
 
 
-@takes(InspectOptions)
+@keyword_options(InspectOptions)
 def inspect(path: PathLike, *, progress: Progress | None = None, **keywords: Unpack[InspectKeywords]) -> Facts:
     """Describe the adapter or checkpoint at `path`. Without `values` and `check` no tensor is read.
 

@@ -10,7 +10,7 @@ from loratool.merging import merge as merging
 from loratool.merging import planning
 from loratool.merging.merge import MergeOptions, PathLike, Progress
 from loratool.merging.planning import PlanOptions
-from loratool.options.described import made_of, option, takes
+from loratool.options.described import keyword_options, made_of, option
 from loratool.publishing import streaming
 from loratool.publishing.streaming import StreamOptions
 
@@ -48,7 +48,7 @@ class MergeAndPushOptions(MergeOptions, PublishModelOptions):
     """Of `merge`."""
 
 
-@takes(MergeAndPushOptions)
+@keyword_options(MergeAndPushOptions)
 def merge(
     base: PathLike,
     adapters: Sequence[PathLike] | PathLike,
@@ -82,7 +82,7 @@ def merge(
     return with_push(merging.merge, (base, adapters, out), options, progress, push_progress)
 
 
-@takes(MergeOptions)
+@keyword_options(MergeOptions)
 def plan(
     base: PathLike, adapters: Sequence[PathLike] | PathLike, out: PathLike, **keywords: Unpack[WholePlanKeywords]
 ) -> MergePlan:
@@ -99,7 +99,7 @@ def plan(
     return merging.prepare(base, adapters, out, made_of(MergeOptions, keywords, "plan"))[0]
 
 
-@takes(PlanOptions)
+@keyword_options(PlanOptions)
 def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], **keywords: Unpack[PlanKeywords]) -> MergePlan:
     """Plan `base` + Σ weight · adapter for a checkpoint and adapters that were read already.
 
@@ -115,7 +115,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], **keywords: Unpack
     return planning.plan_merge(base, adapters, made_of(PlanOptions, keywords, "plan_merge"))
 
 
-@takes(StreamOptions)
+@keyword_options(StreamOptions)
 def stream(
     base: PathLike,
     adapters: Sequence[PathLike] | PathLike,

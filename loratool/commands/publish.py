@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from loratool.errors import LoratoolError, UsageError, printable
 from loratool.options.described import option
+from loratool.options.shared import WritingOptions
 from loratool.publishing.pushing import PushOptions, SendOptions
 
 if TYPE_CHECKING:
@@ -37,12 +38,11 @@ class PublishOptions(SendOptions):
         """The options that are those of `push`."""
         return {"public": self.public, "allow_secret": self.allow_secret}
 
-    def check_access(self) -> None:
-        """Find out that a push is possible, where one is asked for, before the work for it is done."""
-        if self.push_to_hub is not None and not getattr(self, "dry_run", False):
-            from loratool.publishing.committing import full_name
-
-            full_name(self.push_to_hub)
+    @property
+    def destination(self) -> str | None:
+        """The repository that the output goes to; none where there is no output, or it stays here."""
+        dry = isinstance(self, WritingOptions) and self.dry_run
+        return None if dry else self.push_to_hub
 
 
 def with_push(
@@ -53,14 +53,17 @@ def with_push(
     push_progress: Progress | None,
 ) -> Report:
     """The report of `make(*operands, options, progress)`, whose output is pushed where that is asked for."""
-    options.check_access()
+    if options.destination is not None:  # that a push is possible is found out before the work for it is done
+        from loratool.publishing.committing import full_name
+
+        full_name(options.destination)
     return published(make(*operands, options, progress), options, push_progress)
 
 
 def published(report: Report, options: PublishOptions, progress: Progress | None) -> Report:
     """The report of a command, after its output was pushed where that is asked for."""
-    repo = options.push_to_hub
-    if repo is None or getattr(options, "dry_run", False):
+    repo = options.destination
+    if repo is None:
         return report
     from loratool.publishing import push
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loratool.options.described import made_of, takes
+from loratool.options.described import keyword_options, made_of
 from loratool.publishing import pushing
 from loratool.publishing.pushing import PushOptions
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from loratool.results.push import PushReport
 
 
-@takes(PushOptions)
+@keyword_options(PushOptions)
 def push(
     path: PathLike, repo: str, *, progress: Progress | None = None, **keywords: Unpack[PushKeywords]
 ) -> PushReport:

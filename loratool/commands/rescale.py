@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratool.commands.publish import PublishOptions, with_push
-from loratool.options.described import made_of, takes
+from loratool.options.described import keyword_options, made_of
 from loratool.reworking import rescale as rescaling
 from loratool.reworking.rescale import RescaleOptions
 
@@ -23,7 +23,7 @@ class RescaleAndPushOptions(RescaleOptions, PublishOptions):
     """Of `rescale`."""
 
 
-@takes(RescaleAndPushOptions)
+@keyword_options(RescaleAndPushOptions)
 def rescale(
     adapter: PathLike,
     out: PathLike,

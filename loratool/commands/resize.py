@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratool.commands.publish import PublishOptions, with_push
-from loratool.options.described import made_of, takes
+from loratool.options.described import keyword_options, made_of
 from loratool.reworking import resize as resizing
 from loratool.reworking.resize import ResizeOptions
 
@@ -23,7 +23,7 @@ class ResizeAndPushOptions(ResizeOptions, PublishOptions):
     """Of `resize`."""
 
 
-@takes(ResizeAndPushOptions)
+@keyword_options(ResizeAndPushOptions)
 def resize(
     adapter: PathLike,
     out: PathLike,

@@ -374,8 +374,8 @@ def made_of(options: type[Own], keywords: Mapping[str, Any], caller: str) -> Own
     return options(**keywords)
 
 
-def takes(options: type[Options]) -> Callable[[Function], Function]:
-    """For a library function that takes a command's options as keywords: they are in its signature and its docstring."""
+def keyword_options(options: type[Options]) -> Callable[[Function], Function]:
+    """For a library function that takes a command's options as keywords: puts them into its signature and docstring."""
 
     def told(function: Function) -> Function:
         own = inspect.signature(function)

@@ -26,7 +26,7 @@ from loratool.algebra.lowrank.joint import Joint, joint
 from loratool.algebra.lowrank.noise import silenced
 from loratool.algebra.lowrank.products import Product, change, decompose, gram, inner, length, negligible, padded
 from loratool.algebra.methods.coefficients import LEAST_ALIKE, cancel, mean_cosine
-from loratool.algebra.methods.mixture import UNSCALED, ZERO, Mixture, Recipe, mix, mix_factors
+from loratool.algebra.methods.mixture import UNSCALED, ZERO, Combination, Mixture, mix, mix_factors
 from loratool.algebra.methods.table import FACTORWISE, GRAM, METHODS
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.fetching import local
@@ -34,8 +34,8 @@ from loratool.measuring.session import PathLike, Progress, Session, session
 from loratool.notes import Note
 from loratool.results.combine import CombinedLayer, CombinedTotals, CombineReport, Part
 from loratool.reworking.aligned_layers import Beside, Share, contents_apart, gather
+from loratool.reworking.combine_options import CombineOptions, combination_of, told
 from loratool.reworking.compare import meetings
-from loratool.reworking.recipes import CombineOptions, make_recipe, told
 from loratool.reworking.runner import Draft, Made, Maker, Rest, run
 from loratool.templates import listed
 
@@ -51,21 +51,21 @@ def combine(
     """Write several adapters of one base as one adapter; `loratool.commands.combine` says all of it."""
     started = time.monotonic()
     paths = [local(p, "adapter") for p in ([adapters] if isinstance(adapters, (str, os.PathLike)) else adapters)]
-    recipe = make_recipe(options, len(paths))
+    combination = combination_of(options, len(paths))
     shares = options.shares(len(paths))
     ways = options.readings(len(paths))
     target = check_adapter_target(out, paths, options)
     sources = contents_apart(paths, ways, "combine")
     layers = gather(sources, shares)
-    refuse(sources, layers, recipe)
+    refuse(sources, layers, combination)
     with session(options.device, sources) as at_work:
-        combiner = Combiner(sources, layers, recipe, at_work, options)
+        combiner = Combiner(sources, layers, combination, at_work, options)
         rest = run(combiner, target, paths, options, progress)
     return CombineReport(
         out=target,
         written=not options.dry_run,
-        method=recipe.method,
-        settings=told(recipe, shares),
+        method=combination.method,
+        settings=told(combination, shares),
         adapters=tuple(source.name for source in sources),
         totals=rest.totals,
         modules=dict(sorted(combiner.modules.items())),
@@ -75,33 +75,33 @@ def combine(
     )
 
 
-def refuse(sources: Sequence[Contents], layers: Mapping[str, Sequence[Share]], recipe: Recipe) -> None:
+def refuse(sources: Sequence[Contents], layers: Mapping[str, Sequence[Share]], combination: Combination) -> None:
     """Raise for adapters that this cannot be done to."""
     if not layers:
         raise InputError("there is no low-rank update in these adapters")
     if dora := [source.name for source in sources if source.dora]:
-        plain = recipe.factor == 1 and recipe.match == "none" and not recipe.svc
-        alone = len(sources) == 1 and METHODS[recipe.method].family == GRAM and plain
-        alone = alone and all(recipe.rank is None or f[0].layer.rank <= recipe.rank for f in layers.values())
+        plain = combination.factor == 1 and combination.match == "none" and not combination.svc
+        alone = len(sources) == 1 and METHODS[combination.method].family == GRAM and plain
+        alone = alone and all(combination.rank is None or f[0].layer.rank <= combination.rank for f in layers.values())
         if not alone or any(share.weight != 1 for found in layers.values() for share in found):
             raise FitError(
                 f"{', '.join(dora)}: DoRA divides by the norm of W + ΔW, so its update is none without the base, and no "
                 "sum of updates is the sum of what they do. `loratool merge` applies several DoRA adapters to a base; "
                 "`loratool extract` makes plain LoRA of what comes out"
             )
-    if recipe.method == "model_stock" and any(share.weight != 1 for found in layers.values() for share in found):
+    if combination.method == "model_stock" and any(share.weight != 1 for found in layers.values() for share in found):
         raise UsageError("model_stock is the mean of runs of one task and takes no weights")
-    if recipe.divides:
+    if combination.divides:
         sums = {t: cancel([share.weight for share in f]) for t, f in layers.items()}
         if cancelling := [t for t, f in layers.items() if sums[t] and (len(f) > 1 or f[0].weight)]:
             raise UsageError(
-                f"{recipe.method} divides by the sum of the weights, which is 0 for:", map(printable, cancelling)
+                f"{combination.method} divides by the sum of the weights, which is 0 for:", map(printable, cancelling)
             )
-    if METHODS[recipe.method].family == FACTORWISE:
+    if METHODS[combination.method].family == FACTORWISE:
         uneven = [t for t, found in layers.items() if len({share.layer.rank for share in found}) > 1]
         if uneven:
             raise FitError(
-                f"{recipe.method} adds A to A and B to B, which takes equal ranks; --method linear takes any:",
+                f"{combination.method} adds A to A and B to B, which takes equal ranks; --method linear takes any:",
                 (f"{printable(t)}: ranks {', '.join(str(share.layer.rank) for share in layers[t])}" for t in uneven),
             )
 
@@ -115,11 +115,17 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
         self,
         sources: Sequence[Contents],
         layers: Mapping[str, Sequence[Share]],
-        recipe: Recipe,
+        combination: Combination,
         at_work: Session,
         options: CombineOptions,
     ) -> None:
-        self.sources, self.layers, self.recipe, self.at_work, self.options = sources, layers, recipe, at_work, options
+        self.sources, self.layers, self.combination, self.at_work, self.options = (
+            sources,
+            layers,
+            combination,
+            at_work,
+            options,
+        )
         self.dtype = kept_dtype(sources, options.dtype)
         self.shares = options.shares(len(sources))
         self.together = gram_of(len(sources))  # ⟨ΔWᵢ, ΔWⱼ⟩ over all layers so far
@@ -132,8 +138,8 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
     def draft(self) -> Draft:
         kinds = {t: found[0].layer.kind for t, found in self.layers.items()}
         names = WRITTEN.spelling(kinds, self.sources[0].training.release)
-        mean = self.recipe.setting.normalize and METHODS[self.recipe.method].family == GRAM
-        beside = Beside(self.sources, self.shares, names, self.options.saved, self.recipe.factor, mean)
+        mean = self.combination.setting.normalize and METHODS[self.combination.method].family == GRAM
+        beside = Beside(self.sources, self.shares, names, self.options.saved, self.combination.factor, mean)
         carried = beside.collect()
         self.beside_notes = beside.notes
         if self.sources[0].dora:  # it is the only one
@@ -170,7 +176,7 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
             lora_bias=any(source.biases for source in self.sources),
             tokens=draft.carried.tokens,
         )
-        asked = self.options.rank if METHODS[self.recipe.method].family != FACTORWISE else None
+        asked = self.options.rank if METHODS[self.combination.method].family != FACTORWISE else None
         notes = (
             *remarks(self.sources, self.layers, self.modules, self.beside_notes),
             *told_of_cuts(asked, {t: found[0].layer.most for t, found in self.layers.items()}, self.layers),
@@ -178,7 +184,7 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
         )
         return Rest(
             config=draft.names.describe([source.adapter for source in self.sources], parts),
-            facts={"adapters": list(self.at_work.origins), **told(self.recipe, self.shares)},
+            facts={"adapters": list(self.at_work.origins), **told(self.combination, self.shares)},
             notes=notes,
             files=common_files(self.sources),
             folders=[source.adapter.folder for source in self.sources],
@@ -187,46 +193,47 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
 
     def most(self, target: str) -> int:
         """The largest rank that the result of a layer may have."""
-        if METHODS[self.recipe.method].family == FACTORWISE:
-            return self.recipe.rank or self.layers[target][0].layer.rank
+        if METHODS[self.combination.method].family == FACTORWISE:
+            return self.combination.rank or self.layers[target][0].layer.rank
         return self.cut(target) or max(1, sum(share.layer.rank for share in self.layers[target]))
 
     def cut(self, target: str) -> int | None:
         """The rank that was asked for, as far as the layer's shape allows; of `svd` by default the adapters' largest."""
         ranks = [share.layer.rank for share in self.layers[target]]
-        asked = self.recipe.rank or (max(ranks) if self.recipe.method == "svd" else None)
+        asked = self.combination.rank or (max(ranks) if self.combination.method == "svd" else None)
         return asked and min(asked, self.layers[target][0].layer.most)
 
     def combined(self, target: str) -> tuple[Mixture, Joint]:
         """The result for a layer, and the adapters' own updates."""
         found = self.layers[target]
         shared = joint([share.load(self.sources, self.at_work.device, self.at_work.dtype) for share in found])
-        recipe = dataclasses.replace(
-            self.recipe, setting=dataclasses.replace(self.recipe.setting, key=f"{self.recipe.setting.key}/{target}")
+        combination = dataclasses.replace(
+            self.combination,
+            setting=dataclasses.replace(self.combination.setting, key=f"{self.combination.setting.key}/{target}"),
         )
-        if METHODS[recipe.method].family != FACTORWISE:
-            recipe = dataclasses.replace(recipe, rank=self.cut(target))
-        if len(found) < METHODS[recipe.method].least:  # of those that have the layer
-            mean = dataclasses.replace(recipe.setting, normalize=METHODS[recipe.method].family == GRAM)
-            recipe = dataclasses.replace(recipe, method="linear", setting=mean)
+        if METHODS[combination.method].family != FACTORWISE:
+            combination = dataclasses.replace(combination, rank=self.cut(target))
+        if len(found) < METHODS[combination.method].least:  # of those that have the layer
+            mean = dataclasses.replace(combination.setting, normalize=METHODS[combination.method].family == GRAM)
+            combination = dataclasses.replace(combination, method="linear", setting=mean)
         if found[0].layer.kind is not Kind.PARAMETER:
-            return self.one(recipe, found, shared), shared
-        every = [self.one(expert(recipe, at), found, shared[at]) for at in range(found[0].layer.experts)]
+            return self.one(combination, found, shared), shared
+        every = [self.one(expert(combination, at), found, shared[at]) for at in range(found[0].layer.experts)]
         return stacked(every), shared
 
-    def one(self, recipe: Recipe, found: Sequence[Share], shared: Joint) -> Mixture:
+    def one(self, combination: Combination, found: Sequence[Share], shared: Joint) -> Mixture:
         products = shared.products
-        if METHODS[recipe.method].family == FACTORWISE:
+        if METHODS[combination.method].family == FACTORWISE:
             scales = [share.layer.scale for share in found]
             ups = [p.up / s if s else p.up for p, s in zip(products, scales, strict=True)]
             strengths = [share.weight * s for share, s in zip(found, scales, strict=True)]
             downs = [p.down for p in products]
             if found[0].layer.kind is not Kind.EMBEDDING:
-                return mix_factors(ups, downs, strengths, recipe)
-            mixture = mix_factors([d.mT for d in downs], [u.mT for u in ups], strengths, recipe)  # its A is `up`
+                return mix_factors(ups, downs, strengths, combination)
+            mixture = mix_factors([d.mT for d in downs], [u.mT for u in ups], strengths, combination)  # its A is `up`
             turned = Product(mixture.product.down.mT, mixture.product.up.mT)
             return dataclasses.replace(mixture, product=turned)
-        return mix(shared, [share.weight for share in found], recipe)
+        return mix(shared, [share.weight for share in found], combination)
 
     def measure(
         self, target: str, whole: Mixture, stored: Product, shared: Joint, table: torch.Tensor
@@ -281,7 +288,7 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
             )
         if not any(share.weight for shares in self.layers.values() for share in shares):
             raise FitError("nothing to combine: every adapter has the weight 0")
-        if self.recipe.method == "model_stock":
+        if self.combination.method == "model_stock":
             cosine = mean_cosine(self.together)
             if cosine < LEAST_ALIKE:
                 raise FitError(
@@ -330,9 +337,11 @@ def gram_of(count: int) -> torch.Tensor:
     return torch.zeros(count, count, dtype=torch.float64)
 
 
-def expert(recipe: Recipe, at: int) -> Recipe:
-    """The recipe for one expert, whose random numbers are its own."""
-    return dataclasses.replace(recipe, setting=dataclasses.replace(recipe.setting, key=f"{recipe.setting.key}/{at}"))
+def expert(combination: Combination, at: int) -> Combination:
+    """The same for one expert, whose random numbers are its own."""
+    return dataclasses.replace(
+        combination, setting=dataclasses.replace(combination.setting, key=f"{combination.setting.key}/{at}")
+    )
 
 
 def stacked(every: Sequence[Mixture]) -> Mixture:

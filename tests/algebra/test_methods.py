@@ -22,10 +22,10 @@ from loratool.algebra.lowrank.joint import joint
 from loratool.algebra.lowrank.products import Product, padded, side_by_side
 from loratool.algebra.methods import stacks
 from loratool.algebra.methods.chance import uniform
-from loratool.algebra.methods.mixture import Mixture, Recipe, mix, mix_factors
+from loratool.algebra.methods.mixture import Combination, Mixture, mix, mix_factors
 from loratool.algebra.methods.stacks import Formed, Held
 from loratool.algebra.methods.table import ELEMENTWISE, FACTORWISE, METHODS
-from loratool.reworking.recipes import CombineOptions, make_recipe
+from loratool.reworking.combine_options import CombineOptions, combination_of
 
 Array = NDArray[np.float64]
 ROWS, COLUMNS = 26, 19
@@ -38,8 +38,8 @@ IN_PLACES = [(name, space) for name in ENTRIES for space in ("dense", "core", "k
 EVERY = [(name, None) for name in PLAIN if name not in ENTRIES] + IN_PLACES  # methods on updates, in every space
 
 
-def recipe_of(method: str, count: int, **dials: Any) -> Recipe:
-    return make_recipe(CombineOptions(method=method, **dials), count)
+def combination_for(method: str, count: int, **dials: Any) -> Combination:
+    return combination_of(CombineOptions(method=method, **dials), count)
 
 
 def draw(seed: int, *sizes: int) -> Tensor:
@@ -63,7 +63,7 @@ def written_out(products: Sequence[Product]) -> list[Array]:
 
 
 def mixed(method: str, products: Sequence[Product], weights: Sequence[float] | None = None, **dials: Any) -> Mixture:
-    return mix(joint(products), list(weights or [1.0] * len(products)), recipe_of(method, len(products), **dials))
+    return mix(joint(products), list(weights or [1.0] * len(products)), combination_for(method, len(products), **dials))
 
 
 def result(method: str, products: Sequence[Product], weights: Sequence[float] | None = None, **dials: Any) -> Array:
@@ -907,7 +907,7 @@ def test_linear_on_factors_adds_cross_terms() -> None:
     products, weights = some(42, (3, 3)), [4.0, 9.0]
     (b1, a1), (b2, a2) = ((p.up, p.down) for p in products)
     wanted = np.asarray(4 * b1 @ a1 + 9 * b2 @ a2 + 6 * (b1 @ a2 + b2 @ a1))
-    found = mix_factors([b1, b2], [a1, a2], weights, recipe_of("linear-factors", 2))
+    found = mix_factors([b1, b2], [a1, a2], weights, combination_for("linear-factors", 2))
     assert off(written_out([found.product])[0], wanted) < 1e-12
 
 
@@ -916,7 +916,9 @@ def test_dare_on_factors_keeps_entries_by_chance_and_is_right_in_the_mean(method
     (product,) = some(43, (2,), rows=40, columns=30)
     ups, downs = [], []
     for seed in range(200):
-        found = mix_factors([product.up], [product.down], [1.0], recipe_of(method, 1, density=0.5, seed=seed)).product
+        found = mix_factors(
+            [product.up], [product.down], [1.0], combination_for(method, 1, density=0.5, seed=seed)
+        ).product
         for kept, whole in ((found.up, product.up), (found.down, product.down)):
             assert bool(((kept == 0) | torch.isclose(kept, 2 * whole)).all())
         ups.append(found.up)

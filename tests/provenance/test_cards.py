@@ -18,7 +18,7 @@ from paths import ROOT
 import loratool
 from loratool.adapters.formats.peft import PEFT
 from loratool.provenance.cards import CARD, MARK, Subject, card, card_of, command, terms_of
-from loratool.reworking.recipes import CombineOptions
+from loratool.reworking.combine_options import CombineOptions
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LAYERS, HIDDEN = 2, 64

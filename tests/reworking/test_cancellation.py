@@ -31,7 +31,7 @@ from loratool.algebra.methods.mixture import Mixture, mix
 from loratool.algebra.methods.table import ELEMENTWISE, FACTORWISE, METHODS
 from loratool.errors import FitError, UsageError
 from loratool.results.facts import AdapterFacts
-from loratool.reworking.recipes import CombineOptions, make_recipe
+from loratool.reworking.combine_options import CombineOptions, combination_of
 
 Array = NDArray[np.float64]
 ROUNDING = {torch.bfloat16: 2.4e-3, torch.float16: 3e-4, torch.float32: 1e-6}  # as measured on real adapters
@@ -102,8 +102,8 @@ def dense(product: Product) -> Array:
 
 
 def mixed(method: str, dials: Mapping[str, Any], products: Sequence[Product], weights: Sequence[float]) -> Mixture:
-    recipe = make_recipe(CombineOptions(method=method, **dials), len(products))
-    return mix(joint(products), list(weights), recipe)
+    combination = combination_of(CombineOptions(method=method, **dials), len(products))
+    return mix(joint(products), list(weights), combination)
 
 
 def size(matrix: Array) -> float:

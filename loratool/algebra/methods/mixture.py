@@ -38,7 +38,7 @@ WEIGHTED_SUMS = (*SUMS, "dare_linear", "breadcrumbs", "magnitude_prune")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Combination:
     """A method with all its dials set."""
 
     method: str
@@ -70,15 +70,15 @@ class Mixture:
     cancels: str = ""  # ZERO or UNSCALED where updates cancel and rounding is all that is left
 
 
-def mix(shared: Joint, weights: Sequence[float], recipe: Recipe) -> Mixture:
-    """Σ w ΔW of one weight as the recipe means it.
+def mix(shared: Joint, weights: Sequence[float], combination: Combination) -> Mixture:
+    """Σ w ΔW of one weight, combined so.
 
     Where the sum is no more than rounding, nothing that depends on its size or its directions is done to it.
 
     Args:
         shared: ΔW of each adapter that has one, scaling included, without batches.
         weights: of each.
-        recipe: what to do; its setting's key belongs to this weight.
+        combination: what to do; its setting's key belongs to this weight.
     """
     import torch
 
@@ -86,96 +86,108 @@ def mix(shared: Joint, weights: Sequence[float], recipe: Recipe) -> Mixture:
     noise = floor(shared.small, weights)
     left = float(torch.linalg.matrix_norm(shared.core(weights)))
     if noise > TINY and left <= noise:
-        return cancelled(shared, share, recipe, left)
-    if recipe.method not in SUMS:
+        return cancelled(shared, share, combination, left)
+    if combination.method not in SUMS:
         shared = silenced(shared)
-    found = made(shared, share, recipe, noise)
-    factor, told = matching(found.product, shared, share, recipe, noise)
-    whole = abs(recipe.factor * factor) * found.whole
-    return Mixture(found.product.scaled(recipe.factor * factor), found.lost, whole, found.cancels or told)
+    found = made(shared, share, combination, noise)
+    factor, told = matching(found.product, shared, share, combination, noise)
+    whole = abs(combination.factor * factor) * found.whole
+    return Mixture(found.product.scaled(combination.factor * factor), found.lost, whole, found.cancels or told)
 
 
-def made(shared: Joint, weights: Tensor, recipe: Recipe, noise: float) -> Mixture:
+def made(shared: Joint, weights: Tensor, combination: Combination, noise: float) -> Mixture:
     """What the method gives, before λ and the norm that is asked for."""
     products = shared.products
-    method = METHODS[recipe.method]
+    method = METHODS[combination.method]
 
     def calibrated(product: Product) -> Product:
-        return spectral.svc(decompose(product), products, weights.tolist(), noise).product() if recipe.svc else product
+        return (
+            spectral.svc(decompose(product), products, weights.tolist(), noise).product()
+            if combination.svc
+            else product
+        )
 
-    if method.family == GRAM and recipe.rank is not None and not (recipe.row_wise or recipe.svc or recipe.ctm):
-        chosen, cancels = of_gram(gram(shared.small), weights, recipe, products)
-        return replace(cut(shared.sum(chosen.tolist()), recipe.rank), cancels=cancels)
-    if method.family == ELEMENTWISE and recipe.space == "dense":
-        found = dense(products, weights, recipe)
+    if (
+        method.family == GRAM
+        and combination.rank is not None
+        and not (combination.row_wise or combination.svc or combination.ctm)
+    ):
+        chosen, cancels = of_gram(gram(shared.small), weights, combination, products)
+        return replace(cut(shared.sum(chosen.tolist()), combination.rank), cancels=cancels)
+    if method.family == ELEMENTWISE and combination.space == "dense":
+        found = dense(products, weights, combination)
         return replace(found, product=calibrated(found.product))
-    whole, compact, cancels = uncut(products, weights, recipe, noise)
-    whole, compact = calibrated(whole), compact or recipe.svc
-    if recipe.ctm and recipe.rank is not None:
-        core = spectral.reduced(core_space(products), recipe.rank)
-        small = calibrated(in_core(core, recipe.rank, products, weights, recipe, noise))
+    whole, compact, cancels = uncut(products, weights, combination, noise)
+    whole, compact = calibrated(whole), compact or combination.svc
+    if combination.ctm and combination.rank is not None:
+        core = spectral.reduced(core_space(products), combination.rank)
+        small = calibrated(in_core(core, combination.rank, products, weights, combination, noise))
         size = float(norm(whole))
-        found = cut(spectrum_of(small), recipe.rank)
+        found = cut(spectrum_of(small), combination.rank)
         lost = float(norm(difference(whole, found.product))) / size if size else 0.0
         return Mixture(found.product, lost, size, cancels)
-    if recipe.rank is not None or compact:
-        return replace(cut(spectrum_of(whole), recipe.rank), cancels=cancels)
+    if combination.rank is not None or compact:
+        return replace(cut(spectrum_of(whole), combination.rank), cancels=cancels)
     return Mixture(whole, 0.0, float(norm(whole)), cancels)
 
 
-def cancelled(shared: Joint, weights: Tensor, recipe: Recipe, left: float) -> Mixture:
+def cancelled(shared: Joint, weights: Tensor, combination: Combination, left: float) -> Mixture:
     """The result where Σ w ΔW is rounding of norm `left`: plain sums leave it as it is, other methods a zero.
 
     It is a zero for all of them where it is the rounding of the arithmetic here.
     """
     arithmetic = floor([replace(small, rounding=0.0) for small in shared.small], weights.tolist())
-    if METHODS[recipe.method].family != GRAM or recipe.method == "model_stock" or left <= arithmetic:
+    if METHODS[combination.method].family != GRAM or combination.method == "model_stock" or left <= arithmetic:
         first = shared.products[0]
-        rank = recipe.rank or 1
+        rank = combination.rank or 1
         return Mixture(padded(Product(first.up[:, :rank] * 0.0, first.down[:rank]), rank), 0.0, 0.0, ZERO)
-    plain = coefficients.linear(weights, recipe.divides)
-    if recipe.rank is not None:
-        found = cut(shared.sum(plain.tolist()), recipe.rank)
+    plain = coefficients.linear(weights, combination.divides)
+    if combination.rank is not None:
+        found = cut(shared.sum(plain.tolist()), combination.rank)
     else:
         found = Mixture(
             side_by_side([p.scaled(float(c)) for p, c in zip(shared.products, plain, strict=True)]), 0, left
         )
         found = replace(found, whole=float(norm(found.product)))
-    factor = recipe.factor
+    factor = combination.factor
     return Mixture(found.product.scaled(factor), found.lost, abs(factor) * found.whole, UNSCALED)
 
 
-def uncut(products: Sequence[Product], weights: Tensor, recipe: Recipe, noise: float) -> tuple[Product, bool, str]:
+def uncut(
+    products: Sequence[Product], weights: Tensor, combination: Combination, noise: float
+) -> tuple[Product, bool, str]:
     """The result at the rank it has by itself, whether its factors may have null directions, and what cancels."""
-    method = METHODS[recipe.method]
+    method = METHODS[combination.method]
     if method.family == GRAM:
-        whole, cancels = weighted_sum(products, weights, recipe)
+        whole, cancels = weighted_sum(products, weights, combination)
         return whole, False, cancels
     core = core_space(products)
-    if method.family == ELEMENTWISE and recipe.space == "knots":
-        return knots(core, weights, recipe), True, ""
-    return in_core(core, min(products[0].shape), products, weights, recipe, noise), True, ""
+    if method.family == ELEMENTWISE and combination.space == "knots":
+        return knots(core, weights, combination), True, ""
+    return in_core(core, min(products[0].shape), products, weights, combination, noise), True, ""
 
 
-def weighted_sum(products: Sequence[Product], weights: Tensor, recipe: Recipe) -> tuple[Product, str]:
+def weighted_sum(products: Sequence[Product], weights: Tensor, combination: Combination) -> tuple[Product, str]:
     """Σ cᵢ ΔWᵢ by factors side by side, and what cancels."""
-    if recipe.row_wise:
+    if combination.row_wise:
         left = [p.up.double() for p in products]
         table = rows_gram(products, left)
         noise = rows_noise(products, table)
         each, opposite = coefficients.slerp(table, t_of(weights), coefficients.STRAIGHT_FROM, noise)
         parts = [replace(p, up=p.up * each[:, i, None].to(p.up)) for i, p in enumerate(products)]
         return side_by_side(parts), UNSCALED if opposite else ""
-    chosen, cancels = of_gram(gram(products), weights, recipe, products)
+    chosen, cancels = of_gram(gram(products), weights, combination, products)
     return side_by_side([p.scaled(float(c)) for p, c in zip(products, chosen, strict=True)]), cancels
 
 
-def of_gram(table: Tensor, weights: Tensor, recipe: Recipe, products: Sequence[Product]) -> tuple[Tensor, str]:
+def of_gram(
+    table: Tensor, weights: Tensor, combination: Combination, products: Sequence[Product]
+) -> tuple[Tensor, str]:
     """The coefficients of a method that needs inner products only, and what cancels."""
     angle = MARGIN * math.hypot(
         *sorted(p.precision for p in products)[-2:]
     )  # between two that are one but for rounding
-    match recipe.method:
+    match combination.method:
         case "slerp":
             chosen, opposite = coefficients.slerp(table, t_of(weights), noise=angle)
         case "nuslerp":
@@ -185,7 +197,7 @@ def of_gram(table: Tensor, weights: Tensor, recipe: Recipe, products: Sequence[P
         case "model_stock":
             chosen, opposite = coefficients.model_stock(table), False
         case _:
-            chosen, opposite = coefficients.linear(weights, recipe.setting.normalize), False
+            chosen, opposite = coefficients.linear(weights, combination.setting.normalize), False
     return chosen, UNSCALED if opposite else ""
 
 
@@ -219,46 +231,46 @@ def rows_noise(products: Sequence[Product], table: Tensor) -> Tensor:
 
 
 def in_core(
-    core: Core, room: int, products: Sequence[Product], weights: Tensor, recipe: Recipe, noise: float
+    core: Core, room: int, products: Sequence[Product], weights: Tensor, combination: Combination, noise: float
 ) -> Product:
     """The result of a method in core space; `room` is the largest rank that it may have."""
     share = weights.to(core.matrices)
-    if METHODS[recipe.method].family == SPECTRAL:
+    if METHODS[combination.method].family == SPECTRAL:
         left, scaled, right = spectral.above(core.matrices * share[:, None, None], noise)
-        match recipe.method:
+        match combination.method:
             case "tsv":
                 merged = spectral.tsv(scaled, room, noise)
             case "iso_c":
-                merged = spectral.iso_c(scaled.sum(0), recipe.iso_beta, noise)
+                merged = spectral.iso_c(scaled.sum(0), combination.iso_beta, noise)
             case _:
                 merged = spectral.iso_cts(scaled, noise)
         return core.product(left @ merged @ right)
-    if METHODS[recipe.method].family == GRAM:
-        chosen, _ = of_gram(gram(products), weights, recipe, products)
+    if METHODS[combination.method].family == GRAM:
+        chosen, _ = of_gram(gram(products), weights, combination, products)
         return core.product((core.matrices * chosen.to(share)[:, None, None]).sum(0))
     stack = Held(core.matrices)
-    rule = elementwise.METHODS[recipe.method](stack, share, recipe.setting)
+    rule = elementwise.METHODS[combination.method](stack, share, combination.setting)
     return core.product(Merged(stack, rule).whole())
 
 
-def knots(core: Core, weights: Tensor, recipe: Recipe) -> Product:
+def knots(core: Core, weights: Tensor, combination: Combination) -> Product:
     """The method on S Vᵢᵀ, with [ΔW₁ … ΔWₙ] = U S [V₁ … Vₙ]ᵀ (KnOTS, Stoica et al. 2024, arXiv:2410.19735)."""
     count, _, columns = core.matrices.shape
     u, s, vt = spectral.compact(core.matrices.permute(1, 0, 2).reshape(core.matrices.shape[1], -1))
     turned = (s[:, None] * vt).reshape(len(s), count, columns).permute(1, 0, 2)
     stack = Held((turned @ core.right).contiguous())  # (n, ·, columns of the weight)
-    rule = elementwise.METHODS[recipe.method](stack, weights.to(u), recipe.setting)
+    rule = elementwise.METHODS[combination.method](stack, weights.to(u), combination.setting)
     return Product(core.left @ u, Merged(stack, rule).whole())
 
 
-def dense(products: Sequence[Product], weights: Tensor, recipe: Recipe) -> Mixture:
+def dense(products: Sequence[Product], weights: Tensor, combination: Combination) -> Mixture:
     """The method on the entries of the whole weight, which are formed tile by tile; its leading directions."""
     stack = Formed([canonical(p) for p in products])
-    rule = elementwise.METHODS[recipe.method](stack, weights.to(products[0].up.device), recipe.setting)
+    rule = elementwise.METHODS[combination.method](stack, weights.to(products[0].up.device), combination.setting)
     room = min(stack.shape[1:])
-    rank = min(recipe.rank or sum(p.rank for p in products), room)
+    rank = min(combination.rank or sum(p.rank for p in products), room)
     found = sketch(Merged(stack, rule), rank, max(8, rank), SKETCH_STEPS)
-    return Mixture(padded(found.found.product(), recipe.rank or 0), found.error(rank), math.sqrt(found.squared))
+    return Mixture(padded(found.found.product(), combination.rank or 0), found.error(rank), math.sqrt(found.squared))
 
 
 def spectrum_of(product: Product) -> Spectrum:
@@ -274,27 +286,31 @@ def cut(found: Spectrum, rank: int | None) -> Mixture:
     return Mixture(padded(found.product(kept), kept), lost, math.sqrt(total))
 
 
-def matching(result: Product, shared: Joint, weights: Tensor, recipe: Recipe, noise: float) -> tuple[float, str]:
+def matching(
+    result: Product, shared: Joint, weights: Tensor, combination: Combination, noise: float
+) -> tuple[float, str]:
     """The factor that gives the result the norm that was asked for: 1 where the result is rounding, and that told."""
-    if recipe.match == "none":
+    if combination.match == "none":
         return 1.0, ""
     sizes = [abs(float(w)) * float(norm(p)) for p, w in zip(shared.small, weights, strict=True)]
-    wanted = {"mean": sum(sizes) / len(sizes), "max": max(sizes), "sum": sum(sizes)}[recipe.match]
+    wanted = {"mean": sum(sizes) / len(sizes), "max": max(sizes), "sum": sum(sizes)}[combination.match]
     size = float(norm(result))
     if size > noise:
         return wanted / size, ""
     return 1.0, UNSCALED if size else ""
 
 
-def mix_factors(ups: Sequence[Tensor], downs: Sequence[Tensor], strengths: Sequence[float], recipe: Recipe) -> Mixture:
+def mix_factors(
+    ups: Sequence[Tensor], downs: Sequence[Tensor], strengths: Sequence[float], combination: Combination
+) -> Mixture:
     """PEFT's methods on factors; `ups` and `downs` are unscaled, a strength is a weight times a scaling."""
     import torch
 
-    assert METHODS[recipe.method].family == FACTORWISE
-    method = recipe.method.removesuffix("-factors")
+    assert METHODS[combination.method].family == FACTORWISE
+    method = combination.method.removesuffix("-factors")
     strength = torch.tensor(list(strengths), dtype=ups[0].dtype, device=ups[0].device)
     roots = strength.abs().sqrt()
-    setting = recipe.setting
+    setting = combination.setting
 
     def one(side: str, factors: Sequence[Tensor], shares: Tensor) -> Tensor:
         stacked = torch.stack(list(factors))
@@ -303,5 +319,5 @@ def mix_factors(ups: Sequence[Tensor], downs: Sequence[Tensor], strengths: Seque
         )
 
     whole = Product(one("B", ups, roots), one("A", downs, roots * strength.sign()))
-    found = cut(spectrum_of(whole), recipe.rank) if recipe.rank else Mixture(whole, 0.0, float(norm(whole)))
-    return Mixture(found.product.scaled(recipe.factor), found.lost, abs(recipe.factor) * found.whole)
+    found = cut(spectrum_of(whole), combination.rank) if combination.rank else Mixture(whole, 0.0, float(norm(whole)))
+    return Mixture(found.product.scaled(combination.factor), found.lost, abs(combination.factor) * found.whole)

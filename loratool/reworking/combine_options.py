@@ -1,4 +1,4 @@
-"""The options of `combine`, and the recipe that they mean."""
+"""The options of `combine`, and the combination of updates that they mean."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from loratool.adapters.reading import ReadingOptions
 from loratool.adapters.writer import FactorOptions
 from loratool.algebra.methods.elementwise import Setting
-from loratool.algebra.methods.mixture import WEIGHTED_SUMS, Recipe
+from loratool.algebra.methods.mixture import WEIGHTED_SUMS, Combination
 from loratool.algebra.methods.table import ELEMENTWISE, FACTORWISE, GRAM, METHODS, SPACES
 from loratool.errors import UsageError, printable
 from loratool.files.inputs import json_value
@@ -98,7 +98,7 @@ class CombineOptions(FactorOptions, ReadingOptions, DeviceOption):
         "--normalize/--no-normalize", help="Divide by the weights [default: the method's].", kind=SWITCH
     )
     iso_beta: float = option(
-        help="iso_c: 0 is the sum, 1 equal singular values.", default=Recipe.iso_beta, kind=Number(low=0, high=1)
+        help="iso_c: 0 is the sum, 1 equal singular values.", default=Combination.iso_beta, kind=Number(low=0, high=1)
     )
     row_wise: bool = option(help="nuslerp: an angle for each row.", default=False, kind=FLAG)
     svc: bool = option(
@@ -127,8 +127,8 @@ class CombineOptions(FactorOptions, ReadingOptions, DeviceOption):
         return list(self.weights) or [1.0] * count
 
 
-def make_recipe(options: CombineOptions, count: int) -> Recipe:
-    """The recipe that the options mean for `count` adapters; raises `UsageError` for the first that means nothing."""
+def combination_of(options: CombineOptions, count: int) -> Combination:
+    """What the options mean for `count` adapters; raises `UsageError` for the first that means nothing."""
     method = options.method
     row = METHODS[method]
     if not row.least <= count <= row.most:
@@ -142,7 +142,7 @@ def make_recipe(options: CombineOptions, count: int) -> Recipe:
         raise UsageError(f"--window {options.window:g}: chances around a density of {part:g} have to stay in (0, 1]")
     if method == "breadcrumbs" and not (options.outliers >= 0 and options.outliers + part <= 1):
         raise UsageError(f"--outliers {options.outliers:g} and a density of {part:g} are more than all entries")
-    return Recipe(
+    return Combination(
         method=method,
         space="core" if options.rank_policy == "ctm" else options.space or "dense",
         setting=Setting(
@@ -194,33 +194,33 @@ def refuse_idle(options: CombineOptions) -> None:
         ("--outliers", options.outliers != Setting.outliers, ["breadcrumbs"]),
         ("--sign", options.sign != SIGNS[0], elected),
         ("--normalize", options.normalize is not None, divided),
-        ("--iso-beta", options.iso_beta != Recipe.iso_beta, ["iso_c"]),
+        ("--iso-beta", options.iso_beta != Combination.iso_beta, ["iso_c"]),
         ("--row-wise", options.row_wise, ["nuslerp"]),
     ):
         if is_set and options.method not in methods:
             raise UsageError(f"{flag} is for {', '.join(methods)}; {options.method} has no use for it")
 
 
-def told(recipe: Recipe, weights: Sequence[Weight]) -> dict[str, Any]:
-    """The recipe as provenance and reports name it."""
-    table: dict[str, Any] = {"method": recipe.method, "weights": list(weights)}
-    method = METHODS[recipe.method]
+def told(combination: Combination, weights: Sequence[Weight]) -> dict[str, Any]:
+    """The settings, as the record and reports name them."""
+    table: dict[str, Any] = {"method": combination.method, "weights": list(weights)}
+    method = METHODS[combination.method]
     if method.family == ELEMENTWISE:
-        table["space"] = recipe.space
+        table["space"] = combination.space
     if method.density is not None:
-        table["density"] = recipe.setting.density
+        table["density"] = combination.setting.density
     shown = {
-        "rank": recipe.rank,
-        "rank_policy": "ctm" if recipe.ctm else None,
-        "window": recipe.setting.window if recipe.method == "della" else None,
-        "outliers": recipe.setting.outliers if recipe.method == "breadcrumbs" else None,
-        "lambda": recipe.factor if recipe.factor != 1 else None,
-        "match_norm": recipe.match if recipe.match != "none" else None,
-        "sign": "frequency" if recipe.setting.by_count else None,
-        "normalize": recipe.setting.normalize if method.family in (ELEMENTWISE, GRAM) else None,
-        "iso_beta": recipe.iso_beta if recipe.method == "iso_c" else None,
-        "row_wise": recipe.row_wise or None,
-        "svc": recipe.svc or None,
-        "seed": recipe.setting.key if recipe.method.startswith(("dare", "della")) else None,
+        "rank": combination.rank,
+        "rank_policy": "ctm" if combination.ctm else None,
+        "window": combination.setting.window if combination.method == "della" else None,
+        "outliers": combination.setting.outliers if combination.method == "breadcrumbs" else None,
+        "lambda": combination.factor if combination.factor != 1 else None,
+        "match_norm": combination.match if combination.match != "none" else None,
+        "sign": "frequency" if combination.setting.by_count else None,
+        "normalize": combination.setting.normalize if method.family in (ELEMENTWISE, GRAM) else None,
+        "iso_beta": combination.iso_beta if combination.method == "iso_c" else None,
+        "row_wise": combination.row_wise or None,
+        "svc": combination.svc or None,
+        "seed": combination.setting.key if combination.method.startswith(("dare", "della")) else None,
     }
     return table | {name: value for name, value in shown.items() if value is not None}
