@@ -55,7 +55,7 @@ class OutputFile:
         return len(self.content or b"") if self.source is None else self.source.stat().st_size
 
 
-def companions(
+def plan_side_files(
     base: Checkpoint, adapters: Sequence[Adapter], dtype: str, notes: list[Note], edits: Sequence[ConfigEdit] = ()
 ) -> tuple[dict[str, OutputFile], list[str]]:
     """The files of the output by name, and those left out: the base's, the adapters' tokenizer over them, config edits."""

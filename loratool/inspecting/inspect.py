@@ -19,7 +19,7 @@ from loratool.adapters.reading import Reading, ReadingOptions
 from loratool.adapters.weight_files import fates
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
-from loratool.bases.fitting import Fit, fit_of
+from loratool.bases.adapter_fit import Fit, fit_of
 from loratool.bases.opening import open_checkpoint
 from loratool.errors import InputError, LoratoolError, UsageError, VerificationError, printable
 from loratool.fetching import Role, headers, local

@@ -15,7 +15,7 @@ from loratool.bases.trained_view import held_by
 from loratool.bases.weights import Slice, weight_of
 from loratool.errors import printable
 from loratool.files.safefile import FLOAT_NAMES
-from loratool.results.values import Weighed
+from loratool.results.values import MeasuredOnBase
 from loratool.templates import listed
 
 if TYPE_CHECKING:
@@ -34,7 +34,9 @@ BLOCK = 4 << 20  # bytes of float32 weight that are looked at together
 SAMPLED_ENTRIES = 1 << 20  # of one weight: rounding is tried on as many rows as hold them
 
 
-def weigh(target_norm: float, places: Sequence[Place], base: Checkpoint, device: torch.device) -> Weighed | None:
+def measure_on_base(
+    target_norm: float, places: Sequence[Place], base: Checkpoint, device: torch.device
+) -> MeasuredOnBase | None:
     """Measure an update of a Frobenius norm where it lands; None where no file holds that weight as finite floats.
 
     Every byte of the weight is read once for the norms; rounding is tried on evenly spread rows.
@@ -58,7 +60,7 @@ def weigh(target_norm: float, places: Sequence[Place], base: Checkpoint, device:
     if not math.isfinite(squared):
         return None
     projected = float(core.square().sum()) if basis is not None else 0.0
-    return Weighed(
+    return MeasuredOnBase(
         tensor=printable(places[0].tensor),
         dtype=stored[0].dtype,
         rows=sum(place.rows for place in places),

@@ -17,7 +17,7 @@ from loratool.algebra.lowrank.noise import floor_of
 from loratool.algebra.lowrank.products import singular_values
 from loratool.algebra.updates.additive import Add
 from loratool.errors import printable
-from loratool.measuring.delta_statistics import LARGEST_RATIO, larger, weigh
+from loratool.measuring.delta_statistics import LARGEST_RATIO, larger, measure_on_base
 from loratool.measuring.session import Session, session
 from loratool.notes import Note
 from loratool.results.values import Measured, Suggestion, Values
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from loratool.adapters.adapter import Adapter
-    from loratool.bases.fitting import Fit
+    from loratool.bases.adapter_fit import Fit
 
 ENERGIES = (0.90, 0.95, 0.99)  # parts of ‖ΔW‖² that ranks are told for
 DEAD = 1e-6  # a component whose singular value is less than this part of the largest one
@@ -63,7 +63,7 @@ def measure(
             told, squares, noise = look_at(layers[target], at_work)
             if fit and fit.checkpoint and told.norm is not None:
                 places = [replace(p, tensor=tied.get(p.tensor, p.tensor)) for p in fit.places.get(target, ())]
-                told = replace(told, weight=weigh(told.norm, places, fit.checkpoint, at_work.device))
+                told = replace(told, weight=measure_on_base(told.norm, places, fit.checkpoint, at_work.device))
                 if noise and told.weight:  # it points anywhere
                     told = replace(told, weight=replace(told.weight, amplification=None))
             return [(told, squares, noise)]

@@ -79,7 +79,7 @@ class Origin:
     dtype: str  # in the output, where no dtype is asked for
 
 
-def place_all(
+def plan_shards(
     base: Checkpoint,
     edits: Mapping[str, tuple[Edit, ...]],
     dtype: str,

@@ -16,7 +16,7 @@ from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.bases.binding import bind, tell
 from loratool.bases.edits import Edit
 from loratool.bases.extra_weights import extras_of
-from loratool.bases.side_files import ConfigEdit, companions, head_edits, tie_edits, vocabulary_edits
+from loratool.bases.side_files import ConfigEdit, head_edits, plan_side_files, tie_edits, vocabulary_edits
 from loratool.bases.tied_weights import Saved, Ties, find_ties, is_generative, settle
 from loratool.bases.trained_view import (
     Trained,
@@ -31,7 +31,7 @@ from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.files.checkpoint import PROVENANCE, Checkpoint
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.layouts.architectures import POOLED
-from loratool.merging.output_layout import Origin, check_names, place_all, plan_index
+from loratool.merging.output_layout import Origin, check_names, plan_index, plan_shards
 from loratool.merging.plan import MergePlan
 from loratool.notes import Note
 from loratool.options.described import FLAG, NUMBER, SIZE, PathKind, dtypes, option
@@ -95,8 +95,8 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptio
     check_supported(adapters)
     notes = [*base.notes, *(note.under(a.name) for a in adapters for note in a.notes), *extras.notes]
     changes = find_changes(base, adapters, strengths, binder, options.allow_new_tensors, notes, extras.problems)
-    shards = place_all(base, changes.edits, options.dtype, options.shard_size, changes.moved, changes.added)
-    files, left_out = companions(base, adapters, options.dtype, notes, changes.config)
+    shards = plan_shards(base, changes.edits, options.dtype, options.shard_size, changes.moved, changes.added)
+    files, left_out = plan_side_files(base, adapters, options.dtype, notes, changes.config)
     if (index := plan_index(base, shards)) is not None:
         files[index.name] = index
     side_files = tuple(files[name] for name in sorted(files))

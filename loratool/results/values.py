@@ -16,7 +16,7 @@ MOST_MODULES = 12  # rows of the table of modules before the rest is counted
 
 
 @dataclass(frozen=True)
-class Weighed:
+class MeasuredOnBase:
     """ΔW against W0, the rows and columns of the base that it lands on."""
 
     tensor: str  # of the base; the first of several
@@ -49,7 +49,7 @@ class Measured:
     nonfinite: int  # values that are no number, or infinite
     subnormal: int  # values below the normal range of the dtype they are stored in
     singular_values: tuple[float, ...]  # falling; at most 1024
-    weight: Weighed | None = None  # against the base
+    weight: MeasuredOnBase | None = None  # against the base
 
 
 @dataclass(frozen=True)

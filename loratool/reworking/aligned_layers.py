@@ -62,7 +62,7 @@ def contents_apart(paths: Sequence[Path], ways: Sequence[Reading], command: str)
     return found
 
 
-def gather(sources: Sequence[Contents], weights: Sequence[Weight]) -> dict[str, tuple[Share, ...]]:
+def align_layers(sources: Sequence[Contents], weights: Sequence[Weight]) -> dict[str, tuple[Share, ...]]:
     """The shares in each layer that any adapter has, in the adapters' order.
 
     Raises `FitError` naming every weight that adapters see in different shapes, and every one with which they do

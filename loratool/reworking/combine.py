@@ -33,7 +33,7 @@ from loratool.fetching import local
 from loratool.measuring.session import PathLike, Progress, Session, session
 from loratool.notes import Note
 from loratool.results.combine import CombinedLayer, CombinedTotals, CombineReport, Part
-from loratool.reworking.aligned_layers import Beside, Share, contents_apart, gather
+from loratool.reworking.aligned_layers import Beside, Share, align_layers, contents_apart
 from loratool.reworking.combine_options import CombineOptions, combination_of, told
 from loratool.reworking.compare import meetings
 from loratool.reworking.runner import Draft, Made, Maker, Rest, run
@@ -56,7 +56,7 @@ def combine(
     ways = options.readings(len(paths))
     target = check_adapter_target(out, paths, options)
     sources = contents_apart(paths, ways, "combine")
-    layers = gather(sources, shares)
+    layers = align_layers(sources, shares)
     refuse(sources, layers, combination)
     with session(options.device, sources) as at_work:
         combiner = Combiner(sources, layers, combination, at_work, options)

@@ -22,7 +22,7 @@ from loratool.notes import Note
 from loratool.options.shared import DeviceOption
 from loratool.results.compare import CompareReport, Meeting, PairTotals
 from loratool.results.text import mean_of
-from loratool.reworking.aligned_layers import contents_apart, gather
+from loratool.reworking.aligned_layers import align_layers, contents_apart
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -47,7 +47,7 @@ def compare(adapters: Sequence[PathLike], options: CompareOptions, progress: Pro
     if len(paths) < 2:
         raise UsageError("two adapters or more are compared")
     sources = contents_apart(paths, ways, "compare")
-    layers = gather(sources, [1.0] * len(sources))
+    layers = align_layers(sources, [1.0] * len(sources))
     if not any(len(found) > 1 for found in layers.values()):
         raise FitError(
             "these adapters have no layer in common:",

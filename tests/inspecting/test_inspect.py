@@ -37,7 +37,7 @@ from loratool.results.facts import AdapterFacts, CheckpointFacts
 from loratool.results.values import Measured, Values
 
 if TYPE_CHECKING:
-    from loratool.results.values import Weighed
+    from loratool.results.values import MeasuredOnBase
 
 DESCRIBED: dict[str, Any] = json.loads((ROOT / "docs" / "inspect.schema.json").read_text("utf-8"))
 PREFIX = "base_model.model."
@@ -409,7 +409,7 @@ def test_against_a_base_norms_rounding_and_amplification_are_those_of_the_formul
     assert weighed.gain == pytest.approx(float((applied * delta).sum() / delta.square().sum()), rel=2e-3)
 
 
-def weigh_one(folder: Path, weight: Tensor, up: Tensor, down: Tensor, **config: Any) -> Weighed:
+def weigh_one(folder: Path, weight: Tensor, up: Tensor, down: Tensor, **config: Any) -> MeasuredOnBase:
     (folder / "base").mkdir()
     save_file({"model.layers.0.self_attn.q_proj.weight": weight}, folder / "base" / "model.safetensors")
     (folder / "base" / "config.json").write_text('{"model_type": "llama"}')

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from loratool.adapters.adapter import Adapter
     from loratool.adapters.formats.format import Format
-    from loratool.bases.fitting import Fit
+    from loratool.bases.adapter_fit import Fit
     from loratool.files.checkpoint import Checkpoint
     from loratool.notes import Note
 

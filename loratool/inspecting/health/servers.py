@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from loratool.adapters.adapter import Adapter
     from loratool.adapters.training import Training
     from loratool.algebra.updates.base import Update
-    from loratool.bases.fitting import Fit
+    from loratool.bases.adapter_fit import Fit
 
 
 @dataclass(frozen=True)
