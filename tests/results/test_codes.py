@@ -6,6 +6,7 @@ import ast
 import json
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from itertools import count
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from malformed import (
 from paths import PACKAGE, ROOT
 
 from loratool import cli, errors, notes
+from loratool.inspecting.health.servers import FACTS as SERVERS
 
 OTHER = "base_model.model.model.layers.1.self_attn.q_proj"
 # Adapters with several faults each, as tensors and fields of the config.
@@ -96,20 +98,20 @@ def test_codes_stay_the_same_when_every_sentence_is_another(
 CODE = {"Note": 0, "Finding": 1, "Problem": 1, "UnusableError": 1, "require": 2}  # maker → which argument the code is
 
 
-def codes_in(path: Path) -> Iterator[tuple[str, ast.expr]]:
-    """Where a code is given, and the expression that it is."""
+def codes_in(path: Path) -> Iterator[tuple[str, str, ast.expr]]:
+    """Where a code is given, to what, and the expression that it is."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call):
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             if name in CODE and len(node.args) > CODE[name]:
-                yield f"{path.relative_to(PACKAGE)}:{node.lineno}", node.args[CODE[name]]
+                yield f"{path.relative_to(PACKAGE)}:{node.lineno}", name, node.args[CODE[name]]
 
 
 def test_every_code_is_a_constant_or_passed_on() -> None:
     """A code is written as a literal, is a named constant, or is the code of what is passed on: it is never worked out."""
     seen = [found for path in sorted(PACKAGE.rglob("*.py")) for found in codes_in(path)]
     assert len(seen) > 100
-    for where, code in seen:
+    for where, _, code in seen:
         match code:
             case ast.Constant(value=str(text)):
                 assert re.fullmatch(r"[a-z0-9.]+(-[a-z0-9.]+)*", text), (where, text)
@@ -121,6 +123,22 @@ def test_every_code_is_a_constant_or_passed_on() -> None:
                 raise AssertionError((where, ast.unparse(code)))
 
 
+def test_the_docs_list_every_code_of_a_finding() -> None:
+    """Those on servers by their beginnings, and those of notes by what they are of."""
+    told = set(SERVERS)
+    for path in sorted(PACKAGE.rglob("*.py")):
+        module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        for _, maker, code in codes_in(path):
+            if maker != "Note" and isinstance(code, ast.Constant):
+                told.add(str(code.value))
+            elif maker != "Note" and isinstance(code, ast.Name) and code.id.isupper():
+                told.add(getattr(import_module(module), code.id))
+    page = (ROOT / "docs/inspecting.md").read_text(encoding="utf-8")
+    listed = {code for line in page.splitlines() if line.startswith("| `") for code in line.split("`")[1::2]}
+    beginnings = tuple(code.removesuffix("…") for code in listed if code.endswith("…"))
+    assert [code for code in sorted(told) if code not in listed and not code.startswith(beginnings)] == []
+
+
 @pytest.mark.parametrize(
     "kind", [errors.LoratoolError, *errors.LoratoolError.__subclasses__()], ids=lambda kind: kind.__name__
 )
@@ -128,3 +146,32 @@ def test_the_docs_list_the_code_of_every_error(kind: type[errors.LoratoolError])
     page = (ROOT / "docs/python.md").read_text(encoding="utf-8").partition("## Errors")[2]
     rows = [line.split("|") for line in page.splitlines() if line.startswith(f"| `{kind.__name__}`")]
     assert [(row[2].strip(), row[3].strip()) for row in rows] == [(f"`{kind.code}`", str(kind.exit_code))]
+
+
+def is_sentence(node: ast.AST) -> bool:
+    """Whether it is what an error, a problem or a note says: `error.message`, `note.text`, `str(error)`."""
+    match node:
+        case ast.Attribute(attr="message" | "text"):
+            return True
+        case ast.Call(func=ast.Name(id="str"), args=[ast.Name(id="error" | "other" | "problem" | "note" | "reason")]):
+            return True
+    return False
+
+
+def test_nothing_is_decided_by_the_words_of_a_sentence() -> None:
+    """No sentence is looked through for words, nor for what it begins or ends with."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Compare(ops=[ast.In() | ast.NotIn()], comparators=[where]) if is_sentence(where):
+                    found.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
+                case ast.Call(func=ast.Attribute(value=where, attr="startswith" | "endswith" | "find" | "count")) if (
+                    is_sentence(where)
+                ):
+                    found.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
+                case ast.Call(func=ast.Attribute(attr="search" | "match" | "fullmatch"), args=args) if any(
+                    map(is_sentence, args)
+                ):
+                    found.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
+    assert found == []
