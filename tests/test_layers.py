@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from paths import PACKAGE
+from paths import PACKAGE, ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -141,6 +142,31 @@ def test_a_package_imports_only_from_those_before_it() -> None:
         and PACKAGES.index(found.imported) >= PACKAGES.index(found.importer)
     ]
     assert wrong == []
+
+
+def test_the_map_on_the_design_page_lists_the_packages_in_this_order_and_only_modules_that_exist() -> None:
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)/?` \|[^|]*\|([^|]*)\|$", page, re.MULTILINE)
+    assert [package for package, _ in rows] == [name for name in PACKAGES if name != "__main__"]
+    missing = [
+        f"{package}: {name}"
+        for package, modules in rows
+        for name in re.findall(r"`(\w+)/?`", modules)
+        if not any((PACKAGE / package).rglob(f"{name}.py")) and not any((PACKAGE / package).rglob(f"{name}/"))
+    ]
+    assert missing == []
+
+
+def test_the_walk_through_a_merge_on_the_design_page_names_only_files_and_definitions_that_exist() -> None:
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    walk = page[page.index("## A merge, step by step") : page.index("## Adapters from adapters")]
+    source = "\n".join(path.read_text(encoding="utf-8") for path in FILES)
+    files = re.findall(r"`([\w/]+\.py)`", walk)
+    names = re.findall(r"`(?:[A-Z][a-z]\w+\.)?([A-Za-z_]+)`", walk)
+    assert len(files) > 10
+    assert [file for file in files if not (PACKAGE / file).is_file()] == []
+    assert len(names) > 20
+    assert [n for n in names if not re.search(rf"(?:def|class) {n}\b", source) and not (PACKAGE / n).is_dir()] == []
 
 
 def test_no_file_imports_itself_by_way_of_others() -> None:
