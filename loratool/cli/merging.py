@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -78,12 +79,13 @@ def merge(
         raise missing("out")
     if options.card:
         raise UsageError("--card goes with --stream; `loratool push --card` has it too")
-    from loratool.merging.merge import merge, outlook
+    from loratool.merging.merge import merge, prepare
 
     if options.dry_run:
         from loratool.merging.plan import plan_text
 
-        with outlook(base, adapters, out, options) as plan:
+        with ExitStack() as stack:
+            plan = prepare(base, adapters, out, options, stack)[0]
             table = plan.to_dict(options.device, options.workers, options.max_memory)
             screen.show(table, plan_text(plan, table["peak_memory"]))
         return

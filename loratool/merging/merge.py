@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +43,7 @@ from loratool.results.merge import AdapterEffect, MergeReport
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
+    from contextlib import ExitStack
 
     from loratool.adapters.adapter import Adapter
     from loratool.adapters.reading import Reading
@@ -125,17 +125,33 @@ def make_weights(engine: Engine, digests: Sequence[Mapping[str, str]], words: st
 
 
 def prepare(
-    base: PathLike, adapters: Sequence[PathLike] | PathLike, out: PathLike, options: MergeOptions
+    base: PathLike,
+    adapters: Sequence[PathLike] | PathLike,
+    out: PathLike,
+    options: MergeOptions,
+    stack: ExitStack | None = None,
 ) -> tuple[MergePlan, Path, list[Path]]:
-    """The plan, the real path of the output and the adapters' places, after every check that headers and `stat` allow."""
+    """The plan, the real path of the output and the adapters' places, after every check that headers and `stat` allow.
+
+    With a `stack` no weights of a base on the Hub are downloaded, and the plan holds until the stack is closed.
+    """
     words = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
-    check_target(
-        Path(out), [Path(base), *map(Path, words)], replaceable(options.overwrite)
-    )  # before anything is downloaded
-    base, words = as_base(base, words)
+    replaced = replaceable(options.overwrite)
+    check_target(Path(out), [Path(base), *map(Path, words)], replaced)  # before anything is downloaded
+    if not words and is_adapter(local(base, "any")):  # whose base is the one that it names
+        base, words = AUTO, [base]
     ways = options.readings(max(1, len(words)))
-    paths, base = inputs_of(base, words)
-    target = check_target(Path(out), [base, *paths], replaceable(options.overwrite))
+    paths = [local(adapter, "adapter") for adapter in words]
+    base = chosen_base(base, paths)
+    if words and stack is not None:
+        from loratool.fetching.pieces import opened
+
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loratool-")))
+        model = stack.enter_context(opened(base, lambda _name: home)).checkpoint
+        target = check_target(Path(out), [model.root, *paths], replaced)
+        return planned(model, read_all(paths, ways), options), target, paths
+    base = local(base, "model")
+    target = check_target(Path(out), [base, *paths], replaced)
     model, read = (open_checkpoint(base), read_all(paths, ways)) if words else unmerged(base, ways[0])
     return planned(model, read, options), target, paths
 
@@ -148,11 +164,6 @@ def repeated(plan: MergePlan, paths: Sequence[Path], options: MergeOptions, out:
     """The command line that repeats a merge, whose adapters are at `paths`."""
     also_load = tuple(name_beside(plan.adapters, each) for each in options.also_load)
     return command("merge", [plan.base.root, *paths], dataclasses.replace(options, also_load=also_load), out)
-
-
-def as_base(base: PathLike, words: Sequence[PathLike]) -> tuple[PathLike, Sequence[PathLike]]:
-    """The base and the adapters that operands mean: of an adapter alone the base is the one that it names."""
-    return (AUTO, [base]) if not words and is_adapter(local(base, "any")) else (base, words)
 
 
 def unmerged(path: Path, reading: Reading) -> tuple[Checkpoint, list[Adapter]]:
@@ -169,32 +180,6 @@ def planned(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptions)
     """The plan, with what is to be said of the base that it has."""
     plan = plan_merge(base, adapters, options)
     return dataclasses.replace(plan, notes=(*plan.notes, *unlike_bases(plan.base, plan.adapters)))
-
-
-@contextmanager
-def outlook(base: PathLike, adapters: Sequence[PathLike], out: PathLike, options: MergeOptions) -> Iterator[MergePlan]:
-    """The plan of a merge, for as long as the block runs: of a base on the Hub no weights are downloaded for it."""
-    from loratool.fetching.pieces import opened
-
-    check_target(Path(out), [Path(base), *map(Path, adapters)], replaceable(options.overwrite))
-    base, adapters = as_base(base, adapters)
-    ways = options.readings(max(1, len(adapters)))
-    paths = [local(adapter, "adapter") for adapter in adapters]
-    if not paths:
-        yield planned(*unmerged(local(base, "model"), ways[0]), options)
-        return
-    with (
-        tempfile.TemporaryDirectory(prefix="loratool-") as home,
-        opened(chosen_base(base, paths), lambda _name: Path(home)) as source,
-    ):
-        check_target(Path(out), [source.checkpoint.root, *paths], replaceable(options.overwrite))
-        yield planned(source.checkpoint, read_all(paths, ways), options)
-
-
-def inputs_of(base: PathLike, adapters: Sequence[PathLike]) -> tuple[list[Path], Path]:
-    """The adapters and the base as local paths; the base "auto" is the one that the adapters name."""
-    paths = [local(adapter, "adapter") for adapter in adapters]
-    return paths, local(chosen_base(base, paths), "model")
 
 
 def check_values(plan: MergePlan) -> None:
