@@ -27,11 +27,6 @@ def template_of(name: str) -> tuple[str, Numbers]:
     return NUMBER.sub("#", dotted), tuple(NUMBER.findall(dotted))
 
 
-def shown(template: str) -> str:
-    """A template as people read it."""
-    return template.strip(".").replace("#", "N")
-
-
 def fill(template: str, numbers: Numbers) -> str:
     """A template with its numbers put in."""
     pieces = template.split("#")

@@ -1,7 +1,8 @@
 """A repository without its content: a folder of empty files, on which the rules for local folders decide what is needed.
 
 Headers and small JSON files are put into it by range requests. What it is for is told from headers alone, or is to
-find out which files are worth a download.
+find out which files are worth a download. The client's `get_safetensors_metadata` believes what a server says of sizes,
+and leaves no file that those rules could look at.
 """
 
 from __future__ import annotations

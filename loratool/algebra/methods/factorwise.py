@@ -13,8 +13,6 @@ from loratool.algebra.methods.chance import uniform
 if TYPE_CHECKING:
     from torch import Tensor
 
-METHODS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")  # each with -factors behind it
-
 
 def combine_factors(
     method: str, factors: Tensor, coefficients: Tensor, density: float, by_count: bool, key: str
