@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from importlib import import_module
 from itertools import count
 from pathlib import Path
@@ -95,12 +96,18 @@ def test_codes_stay_the_same_when_every_sentence_is_another(
     assert expected[0]
 
 
+@cache
+def nodes(path: Path) -> Sequence[ast.AST]:
+    """All of a file, parsed once."""
+    return [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+
+
 CODE = {"Note": 0, "Finding": 1, "Problem": 1, "UnusableError": 1, "require": 2}  # maker → which argument the code is
 
 
 def codes_in(path: Path) -> Iterator[tuple[str, str, ast.expr]]:
     """Where a code is given, to what, and the expression that it is."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(path):
         if isinstance(node, ast.Call):
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             if name in CODE and len(node.args) > CODE[name]:
@@ -162,7 +169,7 @@ def test_nothing_is_decided_by_the_words_of_a_sentence() -> None:
     """No sentence is looked through for words, nor for what it begins or ends with."""
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes(path):
             match node:
                 case ast.Compare(ops=[ast.In() | ast.NotIn()], comparators=[where]) if is_sentence(where):
                     found.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
