@@ -48,9 +48,9 @@ class DemoResult(Result):
     def __str__(self) -> str:
         share = 100 * self.equal / self.elements
         checked = (
-            f"checked       {self.elements:,} edited weights against W + (α/r)·BA in float64, rounded once:\n"
-            f"              {share:.4f} % equal, {self.one_step} off by the last bit, none by more; "
-            f"{self.copied} other tensors equal byte for byte"
+            f"checked       {self.elements:,} edited weights against W + (α/r)·BA in float64, rounded once:\n         "
+            f"     {share:.4f} % equal, {self.one_step} off by the last bit, 0 by more; {self.copied} other tensors "
+            "equal byte for byte"
         )
         home = printable(self.folder)
         again = f"loratool merge {home}/base {home}/adapter -o {home}/again"
@@ -79,9 +79,9 @@ def demo(folder: Path | str = "loratool-demo", *, overwrite: bool = False) -> De
 def clear(home: Path, overwrite: bool) -> None:
     """Remove what an earlier demo left; raises `UsageError` where anything else is there, and removes nothing then."""
     if not overwrite:
-        raise UsageError(f"{printable(home)} already exists; pass --overwrite to replace it, or give another folder")
+        raise UsageError(f"{printable(home)} already exists; pass --overwrite to replace it, or choose another folder")
     if not home.is_dir() or not {entry.name for entry in home.iterdir()} <= {"base", "adapter", "merged", "again"}:
-        raise UsageError(f"{printable(home)}: holds more than a demo leaves; give another folder")
+        raise UsageError(f"{printable(home)}: contains files that no demo wrote; choose another folder")
     for path in home.iterdir():
         if path.is_symlink() or not path.is_dir():
             raise UsageError(f"{printable(path)}: is no folder that a demo made; give another folder")
@@ -166,7 +166,7 @@ def check(home: Path, report: MergeReport) -> DemoResult:
         key = f"base_model.model.{name.removesuffix('.weight')}"
         if f"{key}.lora_A.weight" not in adapter:
             if not torch.equal(before.view(torch.uint8), after.view(torch.uint8)):
-                raise VerificationError(f"{name}: was to be copied and is different")
+                raise VerificationError(f"{name}: should be an exact copy but differs")
             copied += 1
             continue
         down, up = adapter[f"{key}.lora_A.weight"].double(), adapter[f"{key}.lora_B.weight"].double()

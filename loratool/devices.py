@@ -70,10 +70,12 @@ def find_devices(device: str) -> tuple[str, ...]:
     if not count and device == "auto":  # a driver may be there and every device hidden
         return ("cpu",)
     if not count:
-        raise UsageError(f"--device {printable(device)}: torch {torch.__version__} finds no CUDA device here")
+        raise UsageError(
+            f"--device {printable(device)}: torch {torch.__version__} finds no CUDA device on this machine"
+        )
     every = tuple(f"cuda:{n}" for n in range(count))
     if device.startswith("cuda:") and device not in every:
-        raise UsageError(f"--device {printable(device)}: there are {', '.join(every)}")
+        raise UsageError(f"--device {printable(device)}: no such device; available: {', '.join(every)}")
     devices = (device,) if device.startswith("cuda:") else every
     for name in devices:
         torch.zeros(1, device=name)

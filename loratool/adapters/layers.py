@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 ROUNDING_ONLY = "no larger than the rounding of its stored factors"  # said of an update that `lowrank.noise` finds so
 WAY_OUT = (
-    "make LoRA of it: loratool merge BASE ADAPTER -o MERGED, then loratool extract BASE MERGED -o LORA, with --rank for "
-    "one of your choice"
+    "convert it to LoRA: loratool merge BASE ADAPTER -o MERGED, then loratool extract BASE MERGED -o LORA (--rank "
+    "sets the rank)"
 )
 
 
@@ -228,7 +228,7 @@ def contents_of(adapter: Adapter, verb: str) -> Contents:
     if adapter.unsupported:
         raise InputError(f"{shown}: cannot {verb} this adapter:", adapter.unsupported)
     if adapter.unused:
-        raise FitError(f"{shown}: no rule gives these tensors a place:", map(printable, adapter.unused))
+        raise FitError(f"{shown}: these tensors were not recognised:", map(printable, adapter.unused))
     layers: dict[str, Layer] = {}
     biases: dict[str, Add] = {}
     saved: dict[str, Replace] = {}
@@ -287,13 +287,13 @@ def why_not(update: Update, verb: str) -> str:
     """Why an update that is not low-rank stays as it is, and what to do."""
     inner = update.inner if isinstance(update, Magnitude) else update
     if isinstance(inner, ExpertFactors):
-        return "neither its factors nor the config tell how many experts it has"
+        return "neither its factors nor its config says how many experts it has"
     if isinstance(inner, Residual):
         return (
-            "training began by taking a part out of the base (PiSSA, OLoRA or KaSA), and the adapter's change is its "
-            f"factors less that part, which only the base tells; {WAY_OUT}"
+            "training began by subtracting a part from the base (PiSSA, OLoRA or KaSA), so the adapter's change is "
+            f"its factors minus that part, which takes the base to compute; {WAY_OUT}"
         )
-    return f"its update ({type(inner).__name__}) is no product of two factors, which is what can be {verb}d; {WAY_OUT}"
+    return f"its update ({type(inner).__name__}) is not a product of two factors and cannot be {verb}d; {WAY_OUT}"
 
 
 def is_expert(target: str) -> bool:

@@ -75,14 +75,14 @@ def search_apart(patterns: list[str], names: list[str], around: str) -> list[lis
         )
     except subprocess.TimeoutExpired:
         raise ValueError(
-            f"a pattern takes too long to match, one of {few(patterns)}; write it without nested repeats"
+            f"one of these patterns takes too long to match: {few(patterns)}; write it without nested repeats"
         ) from None
     except subprocess.CalledProcessError:
         raise ValueError(f"a pattern cannot be matched, one of {few(patterns)}") from None
     result: list[list[str]]
     invalid, result = json.loads(answer.stdout)
     if invalid:
-        raise ValueError(f"no regular expression: {few(invalid)}")
+        raise ValueError(f"not a valid regular expression: {few(invalid)}")
     return result
 
 

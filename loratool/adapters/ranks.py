@@ -87,9 +87,9 @@ class RankRule:
             }[kind]
             raise UsageError(f"--{kind} {printable(value)}: must be {wanted}")
         if weights and kind != "budget":
-            raise UsageError("weights of layers are for a --budget, which is shared among them")
+            raise UsageError("--layer-weights needs --budget")
         if bad := [pattern for pattern, weight in (weights or {}).items() if not is_weight(weight)]:
-            raise UsageError(f"the weight of {printable(bad[0])} is not a number of at least 0")
+            raise UsageError(f"the weight of {printable(bad[0])} must be a number of at least 0")
         return cls(kind, number, in_bytes, dict(weights or {}), uniform)
 
     @property
@@ -172,7 +172,7 @@ class RankRule:
         ranks = evened(ranks, groups)
         if not any(ranks.values()):
             raise UsageError(
-                f"--{self.told}: too little for rank 1 of any layer; the smallest takes "
+                f"--{self.told}: too small for rank 1 of any layer; the smallest takes "
                 f"{min(costs.values())}{' bytes' if self.in_bytes else ' parameters'}"
             )
         return ranks
@@ -200,8 +200,8 @@ def told_of_cuts(asked: int | None, limits: Mapping[str, int], targets: Collecti
     if cut:
         yield Note(
             "rank-cut",
-            f"{len(cut)} of {len(targets)} layers are too small for rank {asked} and get the largest rank that their shape "
-            f"allows, such as {limits[cut[0]]} of {printable(cut[0])}",
+            f"{len(cut)} of {len(targets)} layers are too small for rank {asked} and get the largest rank their shape "
+            f"allows, such as {limits[cut[0]]} for {printable(cut[0])}",
         )
 
 

@@ -32,21 +32,21 @@ class ReadingOptions(Options):
     """What is said of adapters where their files do not; of each option one value for all of them, or one for each."""
 
     expert_layout: tuple[str, ...] = option(
-        help="Order of the columns of a fused lora_B where the config does not say it; once for all adapters, or once per "
+        help="Column order of a fused lora_B if the config does not record it; once for all adapters, or once per "
         "adapter.",
         default=(),
         kind=Choice(lambda: EXPERT_LAYOUTS),
         many=True,
     )
     adapter_name: tuple[str, ...] = option(
-        help="Which adapter to read where one file or folder holds several; once for all, or once per adapter.",
+        help="Adapter to read if a file or folder contains several; once for all, or once per adapter.",
         default=(),
         kind=TEXT,
         many=True,
         metavar="NAME",
     )
     input_alpha: tuple[float, ...] = option(
-        help="α of an adapter whose files do not hold it; once for all, or once per adapter in order.",
+        help="Alpha of an adapter whose files do not record it; once for all, or once per adapter in order.",
         default=(),
         kind=NUMBER,
         many=True,
@@ -68,5 +68,5 @@ def each(count: int, values: Sequence[Value] | None, what: str) -> list[Value | 
     if len(values) == 1:
         return [values[0]] * count
     if len(values) != count:
-        raise UsageError(f"got {len(values)} {what} for {count} adapters; pass one for all of them, or one for each")
+        raise UsageError(f"got {len(values)} {what} for {count} adapters; pass one for all of them or one for each")
     return list(values)

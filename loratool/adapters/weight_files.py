@@ -102,15 +102,15 @@ def fates(
         if file.name in merged:
             yield Note("file-merged", f"{file}: merged")
         elif file.name in carried:
-            yield Note("file-carried-over", f"{file}: carried over as it is")
+            yield Note("file-carried-over", f"{file}: copied unchanged")
         elif file.name in ignored:
-            yield Note("file-ignored", f"{file}: not used, as asked for")
+            yield Note("file-ignored", f"{file}: ignored, as requested")
         elif file.counts:
             yield Note("file-not-used", f"{file}: {otherwise}; it was trained along with the adapter")
         elif file.kind != "training state":
             yield Note("file-passed-over", f"{file}: not used")
     if states:
-        yield Note("training-state", f"left by training, and not used: {', '.join(states)}")
+        yield Note("training-state", f"left over from training and ignored: {', '.join(states)}")
 
 
 def look_at(folder: Path, name: str, own: SafeFile | None, modules: Collection[str]) -> WeightFile:
@@ -154,7 +154,7 @@ def listing(path: Path) -> str:
         with open(open_regular(path), "rb") as stream:
             start = stream.read(64)
             if start.startswith(b"version https://git-lfs"):
-                return "a git-lfs pointer to a pickle; `git lfs pull` gets the file"
+                return "a git-lfs pointer to a pickle; run `git lfs pull` to get the file"
             size = os.fstat(stream.fileno()).st_size
             stream.seek(max(0, size - (1 << 16)))
             end = stream.read()

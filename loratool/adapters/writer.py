@@ -93,7 +93,8 @@ class Output:
         factors = found.scaled(factor).to(self.dtype)
         if not (bool(factors.up.isfinite().all()) and bool(factors.down.isfinite().all())):
             raise FitError(
-                f"{printable(target)}: the factors overflow {str(self.dtype).removeprefix('torch.')}; give another --dtype"
+                f"{printable(target)}: the factors overflow {str(self.dtype).removeprefix('torch.')}; pass another "
+                "--dtype"
             )
         return Rounded(target, factors, factors.to(torch.float64).scaled(1 / factor))
 

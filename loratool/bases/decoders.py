@@ -109,7 +109,7 @@ def gpt2(config: Mapping[str, Any]) -> tuple[Shapes, bool]:
 
 def some_layers(count: int) -> int:
     if not 0 < count <= MOST_LAYERS:
-        raise ValueError(f"{count} layers are none, or more than {MOST_LAYERS}")
+        raise ValueError(f"{count} layers; expected 1 to {MOST_LAYERS}")
     return count
 
 

@@ -92,7 +92,7 @@ def extras_of(
     if unmatched:
         names = ", ".join(printable(file.name) for adapter in adapters for file in adapter.beside) or "none"
         raise UsageError(
-            f"{IGNORE} {printable(min(unmatched))} matches no file of weights beside the adapters (found: {names})"
+            f"{IGNORE} {printable(min(unmatched))} matches no weight file in the adapters' folders (found: {names})"
         )
     return found
 
@@ -123,7 +123,9 @@ def find(adapters: Sequence[Adapter], wanted: PathLike) -> tuple[int, Path, str]
                 return number, path, file.name
     if not os.path.exists(text):
         names = ", ".join(printable(f.name) for a in adapters for f in a.beside if f.is_safetensors) or "none"
-        raise UsageError(f"{ALSO_LOAD} {printable(text)}: no such file here or beside the adapters (found: {names})")
+        raise UsageError(
+            f"{ALSO_LOAD} {printable(text)}: no such file here or in the adapters' folders (found: {names})"
+        )
     return 0, Path(text), ""
 
 
@@ -135,22 +137,22 @@ def name_beside(adapters: Sequence[Adapter], wanted: PathLike) -> str:
 def load(path: Path, owner: Adapter) -> Adapter:
     """A file to merge, as an adapter whose every tensor replaces the base's."""
     if path.suffix in PICKLES:
-        raise InputError(f"{printable(path)}: pickled weights are never loaded here; {conversion(path)}")
+        raise InputError(f"{printable(path)}: loratool never loads pickled weights; {conversion(path)}")
     return WRITTEN.read_saved(path, owner)
 
 
 def told(file: WeightFile, adapter: Adapter, base: Checkpoint, binder: Callable[[Adapter, Checkpoint], Bound]) -> str:
     """A file that would be lost, and what can be done about it."""
     start = f"{file} was trained along with the adapter and would be lost"
-    leave = f"{IGNORE} {printable(file.name)} leaves it out"
+    leave = f"pass {IGNORE} {printable(file.name)} to leave it out"
     if file.name.endswith(PICKLES):
         safe = printable(Path(file.name).with_suffix(".safetensors"))
         way = conversion(adapter.folder / file.name)
-        return f"{start}; {leave}, and a safetensors file can be merged with {ALSO_LOAD} {safe}: {way}"
+        return f"{start}; {leave}, or convert it to merge it with {ALSO_LOAD} {safe}: {way}"
     if file.is_safetensors and (why := why_not_merged(file, adapter, base, binder)):
         return f"{start}: {why}; {leave}"
     if file.is_safetensors:
-        return f"{start}; {ALSO_LOAD} {printable(file.name)} merges it, {leave}"
+        return f"{start}; pass {ALSO_LOAD} {printable(file.name)} to merge it, or {leave}"
     return f"{start}; {leave}"
 
 
@@ -163,4 +165,4 @@ def why_not_merged(
     except LoratoolError as error:
         return error.message.removeprefix(f"{printable(adapter.folder / file.name)}: ")
     lacking = binder(dataclasses.replace(loaded, notes=()), base).problems
-    return f"the base has no place for {printable(next(iter(lacking)))}" if lacking else ""
+    return f"the base has no weight for {printable(next(iter(lacking)))}" if lacking else ""

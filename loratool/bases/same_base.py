@@ -41,8 +41,8 @@ def unlike_bases(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[Note
         named = parse(name) if not os.path.lexists(name) else None
         if named and place and named.repo.lower() != place.repo.lower():
             text = (
-                f"says it was trained on {printable(named.repo)}, and BASE is {printable(place.repo)}; only the base it was "
-                "trained on gives what was trained"
+                f"says it was trained on {printable(named.repo)}, but BASE is {printable(place.repo)}; on another "
+                "base the result is not what was trained"
             )
             yield Note("base-mismatch", text).under(adapter.name)
         elif differing := unlike_shapes(named_config(name), base.config):
@@ -80,5 +80,5 @@ def unlike_shapes(named: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     for what, fields in SIZES.items():
         one, other = setting(named, fields), setting(base, fields)
         if one and other and one != other:
-            return f"{one} {what}, where BASE's has {other}"
+            return f"{one} {what}; BASE's has {other}"
     return ""

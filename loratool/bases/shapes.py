@@ -68,7 +68,7 @@ def read_base(path: Path) -> Base:
 def base_of_headers(checkpoint: Checkpoint, path: Path) -> Base:
     held = checkpoint.tensors
     if any(FACTORS.match(name) for name in held):
-        raise InputError(f"{printable(path)}: this is an adapter; BASE is the model that one is trained on")
+        raise InputError(f"{printable(path)}: this is an adapter; BASE must be the model it was trained on")
     packed = [
         name
         for name, info in held.items()
@@ -76,8 +76,8 @@ def base_of_headers(checkpoint: Checkpoint, path: Path) -> Base:
     ]
     if packed:
         raise InputError(
-            f"{printable(path)}: quantised ({printable(packed[0])} is {held[packed[0]].dtype}), so its shapes are not "
-            "those of its weights; give the model that it was made from, or its config.json"
+            f"{printable(path)}: quantised ({printable(packed[0])} is {held[packed[0]].dtype}), so the stored shapes "
+            "are not those of the weights; pass the model before quantisation, or its config.json"
         )
     tensors = {name: t for name, t in held.items() if t.dtype in FLOAT_NAMES and not is_buffer(name, t.shape)}
     shapes = {name: info.shape for name, info in tensors.items()}
@@ -117,12 +117,12 @@ def base_of_config(path: Path) -> Base:
     shown = printable(path)
     config = read_json(path)
     if any(form.is_config(config) for form in FORMATS):
-        raise InputError(f"{shown}: this is an adapter's config; BASE is the model that one is trained on")
+        raise InputError(f"{shown}: this is an adapter's config; BASE must be the model it was trained on")
     model_type = config.get("model_type")
-    way_out = "give the folder with the weights, of which only the headers are read"
+    way_out = "pass the folder with the weights (only their headers are read)"
     if not isinstance(model_type, str) or model_type not in SHAPES:
         raise InputError(
-            f"{shown}: shapes are not worked out for model type {printable(repr(model_type))}, only for "
+            f"{shown}: cannot derive shapes for model type {printable(repr(model_type))}, only for "
             f"{', '.join(sorted(SHAPES))}; {way_out}"
         )
     named_classes = config.get("architectures")
@@ -130,13 +130,13 @@ def base_of_config(path: Path) -> Base:
     classes = [name for name in listed if isinstance(name, str)]
     if classes and not any(name.endswith(CAUSAL) for name in classes):
         raise InputError(
-            f"{shown}: shapes are worked out for causal language models, not for {some(classes)}; {way_out}"
+            f"{shown}: can derive shapes for causal language models only, not for {some(classes)}; {way_out}"
         )
     shapes, tied = shapes_of(shown, model_type, config)
     dtype, notes = config.get("dtype") or config.get("torch_dtype"), [Note("config-alone", "from the config alone")]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         dtype = "bfloat16"
-        notes.append(Note("dtype-assumed", "the config names no float dtype; bfloat16 is taken"))
+        notes.append(Note("dtype-assumed", "the config names no float dtype; bfloat16 is assumed"))
     *_, head = shapes
     shared = frozenset([head] if tied else [])
     stored = sum(elements(shape) for name, shape in shapes.items() if name not in shared)
@@ -162,7 +162,7 @@ def shapes_of(shown: str, model_type: str, config: Mapping[str, Any]) -> tuple[d
     except (TypeError, ValueError, ZeroDivisionError):
         sound = False
     if not sound:
-        raise InputError(f"{shown}: its sizes are no whole numbers from 1 on, or no model's")
+        raise InputError(f"{shown}: its sizes must be whole numbers of at least 1, and plausible for a model")
     flag = tie_flag(config)
     return shapes, tied if flag is None else flag
 

@@ -72,13 +72,13 @@ def plan_side_files(
         for name in CHAT_TEMPLATES:
             if name in files and files[name].source == base.root / name:
                 del files[name]
-                left_out.append(f"{name} (the adapter's tokenizer_config.json brings its own)")
+                left_out.append(f"{name} (the adapter's tokenizer_config.json has its own)")
     edits = [*edits, *(dtype_edits(base.config, dtype) if dtype != "keep" else ())]
     if (edits or isinstance(base, Decoded)) and base.config:
         files["config.json"] = OutputFile("config.json", content=edited_config(base.config, edits))
     elif edits:
         notes.append(
-            Note("no-config", "the base has no config.json; the one that is put beside the output must say so:")
+            Note("no-config", "the base has no config.json; the config.json you add to the output must contain:")
         )
     notes += [Note("config-edit", str(edit)) for edit in edits]
     return files, left_out
@@ -92,14 +92,16 @@ def tokenizer_files(adapters: Sequence[Adapter], notes: list[Note]) -> dict[str,
         names = [p.name for p in sorted(adapter.folder.iterdir()) if p.name in TOKENIZER_FILES]
         names += [f"{MORE_TEMPLATES}/{p.name}" for p in sorted((adapter.folder / MORE_TEMPLATES).glob("*.jinja"))]
         if odd := special_files(adapter.folder, names):
-            raise InputError(f"{printable(adapter.folder)}: holds what is not a file; take it out:", odd)
+            raise InputError(
+                f"{printable(adapter.folder)}: contains something that is not a regular file; remove it:", odd
+            )
         own = {n: adapter.folder / n for n in names if (adapter.folder / n).is_file() and not leaves(adapter.folder, n)}
         if not own:
             continue
         if not owner:
             found, owner = own, adapter.name
             notes.append(
-                Note("tokenizer-replaced", f"{owner}: its {', '.join(map(printable, own))} win over the base's")
+                Note("tokenizer-replaced", f"{owner}: its {', '.join(map(printable, own))} replace the base's")
             )
         elif any(name not in found or not filecmp.cmp(found[name], p, shallow=False) for name, p in own.items()):
             notes.append(
@@ -114,13 +116,13 @@ def module_files_of(adapters: Sequence[Adapter], notes: list[Note]) -> dict[str,
     for adapter in adapters:
         own = {name: path for name, path in module_files(adapter.folder).items() if not leaves(adapter.folder, name)}
         if odd := special_files(adapter.folder, own):
-            raise InputError(f"{printable(adapter.folder)}: holds what is not a file; take it out:", odd)
+            raise InputError(
+                f"{printable(adapter.folder)}: contains something that is not a regular file; remove it:", odd
+            )
         if not found and own:
             found = own
             shown = ", ".join(printable(name) for name in own)
-            notes.append(
-                Note("modules-carried-over", f"{adapter.name}: carried over for sentence-transformers: {shown}")
-            )
+            notes.append(Note("modules-carried-over", f"{adapter.name}: copied for sentence-transformers: {shown}"))
         elif any(name not in found or not filecmp.cmp(found[name], path, shallow=False) for name, path in own.items()):
             text = f"{adapter.name}: its modules for sentence-transformers differ from those of the first adapter"
             notes.append(Note("modules-differ", f"{text}, which are used"))

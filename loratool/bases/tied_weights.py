@@ -240,8 +240,8 @@ def untieable(ties: Ties, untied: Sequence[Group]) -> list[str]:
     if ties.base.model_type not in TIED_FOREVER:
         return []
     return [
-        f"the base ties {', '.join(map(printable, group.names))}; the adapter does not change them all alike, and a "
-        f"{ties.base.model_type} computes otherwise when they are untied"
+        f"the base ties {', '.join(map(printable, group.names))}; the adapter changes them differently, and a "
+        f"{ties.base.model_type} model computes something else when they are untied"
         for group in untied
     ]
 
@@ -252,7 +252,7 @@ def unknown_heads(ties: Ties, edits: Edits) -> list[str]:
         return []
     known = {name for group in ties.groups for name in group.names}
     return [
-        f"{printable(tensor)}: the base may tie its head to this embedding, and what it calls its head is not known here"
+        f"{printable(tensor)}: the base may tie its head to this embedding, but the name of its head is unknown"
         for tensor in edits
         if tensor not in known and tensor.rpartition(".")[0].rpartition(".")[2] in INPUT_EMBEDDINGS
     ]

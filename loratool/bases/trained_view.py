@@ -29,8 +29,8 @@ Shape = tuple[int, ...]
 Binder = Callable[["Adapter", Checkpoint], Bound]
 NEW_TENSORS = "--allow-new-tensors"
 RESIZED = (
-    "give as BASE the model that was trained, with its vocabulary resized: in the training script, "
-    "model.unload().save_pretrained(FOLDER)"
+    "pass the trained model with its resized vocabulary as BASE; to save it, run "
+    "model.unload().save_pretrained(FOLDER) in the training script"
 )
 
 
@@ -121,7 +121,7 @@ def as_trained(adapter: Adapter, base: Checkpoint, ties: Ties, binder: Binder, n
             case () if isinstance(target, Flattened):  # it names nothing new
                 continue
             case () if target in adapter.updates and target.partition(".")[0] not in trained_parts:
-                name, allowed = target, f"the base has no such weight; {NEW_TENSORS} adds it to the output"
+                name, allowed = target, f"the base has no such weight; pass {NEW_TENSORS} to add it to the output"
                 reason = "" if new_tensors else allowed
             case _:  # inside the body of the model a name is wrong, as binding has said
                 continue
@@ -157,8 +157,8 @@ def without_rows(adapter: Adapter, bound: Bound, seen: Checkpoint, ties: Ties, b
             grown = rows > before[0] if isinstance(adapter.updates[target], ReplaceRows) else rows != before[0]
             if grown and mine[1:] == before[1:] and is_of_tokens(place.tensor, before, ties):
                 problems[target] = (
-                    f"was trained with {rows} tokens or more, {printable(place.tensor)} has {before[0]}, and the adapter "
-                    f"does not hold the other rows; {RESIZED}"
+                    f"was trained with at least {rows} tokens, but {printable(place.tensor)} has {before[0]} and the "
+                    f"adapter does not contain the other rows; {RESIZED}"
                 )
     return replace(bound, problems=problems)
 
@@ -186,14 +186,14 @@ def saved_whole(adapter: Adapter, target: str) -> StoredTensor | None:
 
 def why_not_this_size(tensor: str, shape: Shape, before: Shape, ties: Ties, allowed: bool) -> str:
     """Empty where a saved tensor may take the place of one of another shape; else the reason it may not."""
-    sizes = f"the adapter's is {list(shape)}, {printable(tensor)} is {list(before)}"
+    sizes = f"the adapter's is {list(shape)}, but {printable(tensor)} is {list(before)}"
     if len(shape) != len(before) or shape[1:] != before[1:]:
         return sizes
     if is_of_tokens(tensor, before, ties):
         return ""
     if allowed:
         return ""
-    return f"{sizes}: the numbers of labels differ; {NEW_TENSORS} takes the adapter's and sets config.json to it"
+    return f"{sizes}: the numbers of labels differ; pass {NEW_TENSORS} to use the adapter's and update config.json"
 
 
 def is_of_tokens(tensor: str, shape: Shape, ties: Ties) -> bool:
@@ -225,7 +225,7 @@ def unequal_vocabularies(ties: Ties, shapes: Mapping[str, Shape]) -> list[str]:
             now = shapes[name][0] if name in shapes else before
             if now != rows and name in base and before in base[name].shape:  # what is tied has grown along
                 problems.append(
-                    f"{printable(grown[0])} has {rows} tokens in the adapter, {printable(name)} has {now} in the base, and "
-                    f"the adapter does not hold the rows of that; {RESIZED}"
+                    f"{printable(grown[0])} has {rows} tokens in the adapter, but {printable(name)} has {now} in the "
+                    f"base and the adapter does not contain its rows; {RESIZED}"
                 )
     return problems

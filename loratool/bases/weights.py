@@ -154,7 +154,7 @@ class Slice:
     def matrix(self, columns: int) -> StoredWeight:
         """Itself: it is a matrix. Raises `ValueError` for another number of columns."""
         if columns != self.shape[1]:
-            raise ValueError(f"a slice of {self.shape[1]} columns cannot be seen as one of {columns}")
+            raise ValueError(f"a slice of {self.shape[1]} columns cannot be reshaped to {columns} columns")
         return self
 
 

@@ -30,16 +30,16 @@ class Terminated(KeyboardInterrupt):
 
 
 COMMANDS = {  # name → its module, and what a list of commands says of it
-    "merge": ("merging", "Fold adapters into a base model, shard by shard."),
-    "inspect": ("looking", "Tell what is in adapters and checkpoints."),
+    "merge": ("merging", "Merge adapters into a base model, shard by shard."),
+    "inspect": ("looking", "Show what adapters and checkpoints contain."),
     "rescale": ("reworking", "Change the strength of an adapter."),
-    "combine": ("reworking", "Several adapters of one base into one adapter."),
-    "resize": ("reworking", "Give an adapter other ranks, by SVD."),
-    "extract": ("reworking", "An adapter out of a full fine-tune."),
-    "compare": ("reworking", "How alike adapters are, and how much in each other's way."),
-    "estimate": ("estimating", "Parameters and memory of training, before there is an adapter."),
+    "combine": ("reworking", "Combine several adapters of one base into one."),
+    "resize": ("reworking", "Change the ranks of an adapter by SVD."),
+    "extract": ("reworking", "Extract an adapter from a full fine-tune."),
+    "compare": ("reworking", "Measure how similar adapters are and how much they interfere."),
+    "estimate": ("estimating", "Estimate the parameters and training memory of an adapter."),
     "push": ("publishing", "Upload a finished model or adapter to the Hub."),
-    "demo": ("looking", "Make, merge and check a small model from nothing."),
+    "demo": ("looking", "Create, merge and check a small model."),
 }
 
 
@@ -149,7 +149,7 @@ def run_command(arguments: list[str], verbose: bool) -> int:
         complain(f"Error: {where}{error.strerror or without_tokens(str(error))}")
         return StorageError.exit_code
     except MemoryError:
-        problem = StorageError("out of memory; --max-memory and --workers make a merge smaller")
+        problem = StorageError("out of memory; lower --max-memory or --workers to make a merge use less")
         complain(f"Error: {problem}")
         return failed(arguments, problem)
     except Exception as error:
@@ -159,7 +159,7 @@ def run_command(arguments: list[str], verbose: bool) -> int:
             complain(without_tokens(traceback.format_exc()))
         bug = LoratoolError(f"this is a bug in loratool: {type(error).__name__}: {without_tokens(printable(error))}")
         complain(f"Error: {bug}")
-        complain("Run it again with -v for the traceback, and please report it.")
+        complain("hint: run it again with -v for the traceback, and please report it")
         return failed(arguments, bug)
 
 

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 @click_options(EstimateOptions)
 @output_options
 def estimate(base: Path, options: EstimateOptions, screen: Screen) -> None:
-    """Tell what an adapter would have and what training it would take, before there is one.
+    """Estimate the parameters, sizes and training memory of an adapter before training it.
 
-    BASE is a model folder or file or a place on the Hub, of which only headers are read, or the config.json of a decoder.
+    BASE is a model folder, a file or a Hub id (only headers are read), or the config.json of a decoder.
 
     \b
     Examples:

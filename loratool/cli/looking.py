@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def inspect(
     paths: tuple[Path, ...], html: Path | None, overwrite: bool, options: InspectOptions, screen: Screen
 ) -> None:
-    """Tell what is in adapters and checkpoints, by default from headers alone.
+    """Show what adapters and checkpoints contain, by default from their headers only.
 
     \b
     Examples:
@@ -57,10 +57,10 @@ def inspect(
 class DemoOptions(Options):
     """Of `demo`."""
 
-    overwrite: bool = option(help="Replace what an earlier demo left in DIR.", default=False, kind=FLAG)
+    overwrite: bool = option(help="Replace the output of an earlier demo in DIR.", default=False, kind=FLAG)
 
 
-@click.command(short_help="Make, merge and check a small model from nothing.")
+@click.command(short_help="Create, merge and check a small model.")
 @click.argument("folder", type=PATH, default=Path("loratool-demo"), metavar="[DIR]")
 @click_options(DemoOptions)
 @output_options

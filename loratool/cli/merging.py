@@ -26,22 +26,24 @@ class MergeWords(MergeAndPushOptions):
     """Of the command, whose ways are functions of their own in the library: `merge`, `plan` and `stream`."""
 
     stream: bool = option(
-        help="Without OUT: fetch, merge and upload file by file, two on the disk at most.", default=False, kind=FLAG
+        help="Without OUT: fetch, merge and upload file by file, with at most two files on disk.",
+        default=False,
+        kind=FLAG,
     )
-    card: bool = option(help="With --stream: write a README.md though BASE brings one.", default=False, kind=FLAG)
-    dry_run: bool = option(help="Print the plan and touch nothing.", default=False, kind=FLAG)
+    card: bool = option(help="With --stream: write a README.md even if BASE has one.", default=False, kind=FLAG)
+    dry_run: bool = option(help="Print the plan; write nothing.", default=False, kind=FLAG)
 
 
 @click.command()
 @click.argument("base", type=OPERAND)
 @click.argument("adapters", type=OPERAND, nargs=-1, metavar="ADAPTER...")
-@click.option("-o", "--output", "out", type=PATH, metavar="OUT", help="Folder to make.")
+@click.option("-o", "--output", "out", type=PATH, metavar="OUT", help="Output folder.")
 @click.option(
     "--base",
     "named_base",
     type=OPERAND,
     metavar="BASE",
-    help="BASE as an option, then every operand is an ADAPTER; auto is the base that the adapters name.",
+    help="BASE as an option; every operand is then an ADAPTER. auto means the base that the adapters name.",
 )
 @click_options(MergeWords)
 @output_options
@@ -53,12 +55,12 @@ def merge(
     options: MergeWords,
     screen: Screen,
 ) -> None:
-    """Fold adapters into a base model, shard by shard.
+    """Merge adapters into a base model, shard by shard.
 
-    BASE is a model folder or one .safetensors file, ADAPTER a folder as PEFT saves it; either may be org/name[@revision]
-    of the Hub, and BASE auto. An ADAPTER alone is merged into the base that it names, and a model that was saved with its
-    adapter unmerged is folded without one. OUT becomes a complete model folder: weights, index, config, tokenizer. Nothing of it
-    exists under its name until everything does; the same command after an interruption continues.
+    BASE is a model folder or one .safetensors file, ADAPTER a folder as saved by PEFT; either may be
+    org/name[@revision] on the Hub, and BASE may be auto. A single ADAPTER is merged into the base it names; a model
+    saved with its adapter unmerged needs no ADAPTER. OUT becomes a complete model folder: weights, index, config,
+    tokenizer. It appears only when it is complete; after an interruption, run the same command again to continue.
 
     \b
     Examples:
@@ -109,9 +111,11 @@ def stream_to_hub(
 ) -> None:
     """`--stream`: no folder is made, and the files keep the base's sizes."""
     if out is not None or options.shard_size is not None:
-        raise UsageError("--stream makes no folder and keeps the base's files: leave -o and --shard-size out")
+        raise UsageError(
+            "--stream writes no folder and keeps the base's shards, so it takes neither -o nor --shard-size"
+        )
     if options.push_to_hub is None:
-        raise UsageError("--stream needs --push-to-hub REPO, where the files go")
+        raise UsageError("--stream needs --push-to-hub REPO, the repository to upload to")
     from loratool.publishing.streaming import StreamOptions, stream
 
     known = {field.name for field in dataclasses.fields(StreamOptions)}

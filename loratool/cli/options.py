@@ -27,7 +27,7 @@ class Operand(click.Path):
 
 
 OPERAND = Operand(path_type=Path, readable=False)
-OUT = click.option("-o", "--output", "out", type=PATH, required=True, metavar="OUT", help="Folder to make.")
+OUT = click.option("-o", "--output", "out", type=PATH, required=True, metavar="OUT", help="Output folder.")
 
 
 def click_options(options: type[Options]) -> Callable[[Command], Command]:
@@ -84,12 +84,12 @@ def output_options(command: Command) -> Command:
             "--verbose",
             is_flag=True,
             expose_value=False,
-            help="Show the traceback of a bug, and what this system lacks.",
+            help="Show the traceback of a bug and features that this system lacks.",
         ),
+        click.option("-q", "--quiet", is_flag=True, callback=silence_client, help="Print errors only."),
         click.option(
-            "-q", "--quiet", is_flag=True, callback=silence_client, help="No progress and no report, errors only."
+            "--json", "as_json", is_flag=True, help="Print one JSON object to stdout and everything else to stderr."
         ),
-        click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, all else on stderr."),
     ):
         command = option(command)
     return command

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 @click_options(PushOptions)
 @output_options
 def push(path: Path, repo: str, options: PushOptions, screen: Screen) -> None:
-    """Upload a finished model or adapter to the Hub, and check what is there afterwards.
+    """Upload a finished model or adapter to the Hub and verify the uploaded files.
 
-    REPO is org/name; it is made where it is missing, private unless --public. Only what a model or an adapter is made of
-    is sent, and of that only what REPO has not. The token is that of `hf auth login` or of HF_TOKEN.
+    REPO is org/name; it is created if missing, as private unless --public is given. Only the files of the model or
+    adapter are uploaded, and only those that REPO lacks. The token comes from `hf auth login` or HF_TOKEN.
 
     \b
     Examples:

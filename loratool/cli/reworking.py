@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 def rescale(adapter: Path, out: Path, options: RescaleAndPushOptions, screen: Screen) -> None:
     """Change the strength of an adapter.
 
-    Without --bake no tensor changes, only α does. With it the factors take the strength, for servers that read only
-    α and r.
+    Without --bake only alpha changes and the tensors stay as they are. With --bake the strength goes into the factors,
+    for servers that read only alpha and r.
 
     \b
     Examples:
@@ -50,11 +50,11 @@ def rescale(adapter: Path, out: Path, options: RescaleAndPushOptions, screen: Sc
 @click_options(CombineAndPushOptions)
 @output_options
 def combine(adapters: tuple[Path, ...], out: Path, options: CombineAndPushOptions, screen: Screen) -> None:
-    """Several adapters of one base into one adapter.
+    """Combine several adapters of one base into one.
 
     METHOD is linear (exact: ranks add up), cat, svd, slerp, nuslerp, karcher, model_stock, ties, dare_linear,
-    dare_ties, della, breadcrumbs, sce, magnitude_prune, tsv, iso_c, iso_cts, or one of PEFT's on factors: linear-factors,
-    ties-factors, dare_linear-factors, dare_ties-factors, magnitude_prune-factors.
+    dare_ties, della, breadcrumbs, sce, magnitude_prune, tsv, iso_c, iso_cts, or one of PEFT's methods on factors:
+    linear-factors, ties-factors, dare_linear-factors, dare_ties-factors, magnitude_prune-factors.
 
     \b
     Examples:
@@ -75,7 +75,7 @@ def combine(adapters: tuple[Path, ...], out: Path, options: CombineAndPushOption
 @click_options(ResizeAndPushOptions)
 @output_options
 def resize(adapter: Path, out: Path, options: ResizeAndPushOptions, screen: Screen) -> None:
-    """Give an adapter other ranks, by SVD: each layer the nearest update of its new rank.
+    """Change the ranks of an adapter by SVD: each layer gets the best approximation of its new rank.
 
     \b
     Examples:
@@ -97,7 +97,7 @@ def resize(adapter: Path, out: Path, options: ResizeAndPushOptions, screen: Scre
 @click_options(ExtractAndPushOptions)
 @output_options
 def extract(base: Path, tuned: Path, out: Path, options: ExtractAndPushOptions, screen: Screen) -> None:
-    """An adapter out of a full fine-tune: what makes TUNED of BASE, as nearly as its ranks allow.
+    """Extract an adapter from a full fine-tune: the difference TUNED − BASE, as closely as its ranks allow.
 
     \b
     Examples:
@@ -116,7 +116,7 @@ def extract(base: Path, tuned: Path, out: Path, options: ExtractAndPushOptions, 
 @click_options(CompareOptions)
 @output_options
 def compare(adapters: tuple[Path, ...], options: CompareOptions, screen: Screen) -> None:
-    """How alike adapters are, and how much in each other's way.
+    """Measure how similar adapters are and how much they interfere.
 
     \b
     Example: loratool compare ./style ./facts

@@ -32,7 +32,7 @@ class PublishModelOptions(PublishOptions):
     """Of a command that writes a model."""
 
     exclude: tuple[str, ...] = option(
-        help="With --push-to-hub: leave these files out; may be repeated.",
+        help="With --push-to-hub: do not upload these files; may be repeated.",
         default=(),
         many=True,
         metavar="PATTERN",

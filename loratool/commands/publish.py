@@ -25,14 +25,14 @@ class PublishOptions(SendOptions):
     """Of a command that writes an output."""
 
     push_to_hub: str | None = option(
-        help="Upload the output as well, as `loratool push` does.", metavar="REPO", recorded=False
+        help="Also upload the output, as `loratool push` does.", metavar="REPO", recorded=False
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.push_to_hub is None and (idle := [flag for flag, given in self.for_push().items() if given]):
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-            raise UsageError(f"{flags}: only with --push-to-hub REPO, which is missing")
+            raise UsageError(f"{flags}: needs --push-to-hub REPO")
 
     def for_push(self) -> dict[str, Any]:
         """The options that are those of `push`."""
@@ -68,7 +68,7 @@ def published(report: Report, options: PublishOptions, progress: Progress | None
     from loratool.publishing import push
 
     out = printable(report.out)  # type: ignore[attr-defined]
-    again = f"{out} is complete; `loratool push {out} {printable(repo)}` continues"
+    again = f"{out} is complete; to continue, run `loratool push {out} {printable(repo)}`"
     try:
         pushed = push(report.out, repo, PushOptions(**options.for_push()), progress)  # type: ignore[attr-defined]
     except LoratoolError as error:

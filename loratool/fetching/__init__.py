@@ -160,8 +160,8 @@ def cached(place: HubPath) -> Path:
             )
         except LocalEntryNotFoundError:
             raise HubError(
-                f"{printable(place)}: no such folder or file here, not in the Hub's cache, and HF_HUB_OFFLINE forbids to "
-                f"ask the Hub; unset it, or run `hf download {place.repo}` where there is a network"
+                f"{printable(place)}: no such folder or file, not in the Hub's cache, and HF_HUB_OFFLINE is set; "
+                f"unset it, or run `hf download {place.repo}` while online"
             ) from None
     commit_of(place.repo, Path(snapshot).name)
     return Path(snapshot) / place.inside
@@ -202,5 +202,6 @@ def check_content(remote: Remote, snapshot: Path, names: list[str]) -> None:
             Path(os.path.realpath(path)).unlink()
             path.unlink(missing_ok=True)
             raise HubError(
-                f"{remote.repo}: {printable(name)} arrived damaged and is removed; the same command gets it again"
+                f"{remote.repo}: {printable(name)} was damaged in transfer and has been removed; run the same command "
+                "to fetch it again"
             )

@@ -58,8 +58,8 @@ class RemoteFile:
 def wrong(where: str, what: str, found: object, expected: str) -> HubError:
     """The error for an answer that no Hub gives."""
     return HubError(
-        f"{printable(where)}: the server's answer is not a Hub's: {what} is {printable(repr(found))}, expected is "
-        f"{expected}; check HF_ENDPOINT, and any proxy on the way"
+        f"{printable(where)}: the server does not answer like a Hub: {what} is {printable(repr(found))}, expected "
+        f"{expected}; check HF_ENDPOINT and any proxy"
     )
 
 
@@ -87,7 +87,7 @@ def files_of(repo: str, entries: Iterable[tuple[object, object, object, object]]
         files[name] = RemoteFile(int(str(size)), str(blob or ""), str(sha256 or ""))
     folders = {folder for name in files for folder in accumulate(name.split("/")[:-1], "{}/{}".format)}
     for name in sorted(folders & files.keys()):
-        raise wrong(repo, "the name of a file", name, "no name that is a folder's as well")
+        raise wrong(repo, "the name of a file", name, "a name that is not also a folder")
     return files
 
 
@@ -99,7 +99,9 @@ def why_no_name(name: str) -> str:
     if any(category(c) in ("Cc", "Cs", "Cf") and c not in JOINERS for c in name):
         return "no control characters"
     encoded = [len(part.encode()) for part in parts]
-    return "" if max(encoded) <= LONGEST_NAME and sum(encoded) <= LONGEST_PATH else "no longer than a file system takes"
+    return (
+        "" if max(encoded) <= LONGEST_NAME and sum(encoded) <= LONGEST_PATH else ("no longer than a file system allows")
+    )
 
 
 def is_size(value: object) -> bool:
@@ -176,7 +178,7 @@ def check_request(request: Any) -> None:
         return  # somebody else's
     scheme = str(request.url.scheme)
     if scheme != "https" and (scheme != "http" or str(constants.ENDPOINT).startswith("https:")):
-        raise wrong(str(request.url.host), "an address it gives", str(request.url), "one that begins with https://")
+        raise wrong(str(request.url.host), "an address it returned", str(request.url), "one that begins with https://")
     given = request.extensions.get("timeout") or {}
     if not any(given.values()):
         patience = PATIENCE.get(request.method, LONG_PATIENCE)
@@ -198,7 +200,7 @@ def check_response(response: Any) -> None:
         raise wrong(where, "ETag", tag, "the digest of a file")
     asked, commit = RESOLVED.search(str(response.request.url.path)), response.headers.get("x-repo-commit")
     if asked and commit not in (None, asked[1]):
-        raise wrong(where, "X-Repo-Commit", commit, f"{asked[1]}, which was asked for")
+        raise wrong(where, "X-Repo-Commit", commit, f"{asked[1]}, as requested")
     if (wait := asked_wait(response.headers)) > LONGEST_WAIT:
         raise HubError(
             f"{printable(where)}: the server asks to wait for {wait:.0f} seconds; run the same command later"

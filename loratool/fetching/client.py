@@ -126,21 +126,21 @@ def asking(repo: str, revision: str | None = None, most: int = LARGEST_ANSWER) -
     except Exception as error:
         for each in causes(error):
             if isinstance(each, HFValidationError):
-                raise HubError(f"{printable(repo)}: not the name of a repository: {told(each)}") from None
+                raise HubError(f"{printable(repo)}: not a valid repository name: {told(each)}") from None
             if isinstance(each, HfHubHTTPError):
                 raise HubError(f"{printable(repo)}: {refusal(each, repo, revision)}") from None
             if is_of_the_line(each) or isinstance(each, ConnectionError):
                 raise HubError(f"{printable(repo)}: {unreachable(each)}") from None
             if isinstance(each, LocalEntryNotFoundError) and each.__cause__ is None:
                 raise HubError(
-                    f"{printable(repo)}: {endpoint()} gave no answer, and the cache does not hold all that is needed; "
-                    "try again when the line is there"
+                    f"{printable(repo)}: {endpoint()} did not answer, and the cache lacks some of the files; try "
+                    "again once you are online"
                 ) from None
         if is_of_the_answer(error):
             kind = type(error).__name__
             raise HubError(
-                f"{printable(repo)}: the Hub's client cannot read what {endpoint()} answers ({kind}: {told(error)}); check "
-                "HF_ENDPOINT, and any proxy on the way"
+                f"{printable(repo)}: the Hub's client cannot read the answer of {endpoint()} ({kind}: {told(error)}); "
+                "check HF_ENDPOINT and any proxy"
             ) from None
         raise
 
@@ -158,10 +158,10 @@ def unreachable(error: BaseException) -> str:
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE forbids to ask the Hub; unset it"
+        return "HF_HUB_OFFLINE is set; unset it to use the Hub"
     return (
-        f"{endpoint()} cannot be reached ({type(error).__name__}: {told(error)}); the same command continues later, and "
-        "HF_HUB_OFFLINE=1 works with what the cache holds"
+        f"{endpoint()} cannot be reached ({type(error).__name__}: {told(error)}); run the same command later to "
+        "continue, or set HF_HUB_OFFLINE=1 to use the cache only"
     )
 
 
@@ -174,31 +174,31 @@ def refusal(error: Any, repo: str, revision: str | None) -> str:
     said = without_tokens(printable(error.server_message or ""))
     match error:
         case errors.GatedRepoError():
-            return f"is gated: ask for access at {page}, and log in with `hf auth login` as who has it"
+            return f"is gated; request access at {page}, then log in with `hf auth login` as a user who has it"
         case errors.DisabledRepoError():
             return f"is disabled by the Hub; {page} says why"
         case errors.RepositoryNotFoundError():
             return (
-                "no such folder or file here, and the Hub knows no such repository or does not show it to you; check the "
-                "spelling, or log in with `hf auth login` as who may see it"
+                "no such local folder or file, and no such repository on the Hub that you may read; check the "
+                "spelling, or log in with `hf auth login` if it is private"
             )
         case errors.RevisionNotFoundError():
-            return f"has no revision {printable(revision or '')}; {page}/tree/main lists the branches and tags"
+            return f"has no revision {printable(revision or '')}; see the branches and tags at {page}/tree/main"
         case errors.EntryNotFoundError():
-            return f"a file of it is gone; {page}/tree/main lists what is there"
+            return f"one of its files was not found; see the files at {page}/tree/main"
     match status:
         case 401:
-            return "the token is not valid; run `hf auth login`, or mend HF_TOKEN"
+            return "the token is not valid; run `hf auth login`, or correct HF_TOKEN"
         case 403 if error.response.request.method in ("GET", "HEAD"):
-            return f"you may not read it ({said or 'forbidden'}); log in with `hf auth login` as who may"
+            return f"you may not read it ({said or 'forbidden'}); log in with `hf auth login` as a user who may"
         case 403:
             return f"the token may not do this ({said or 'forbidden'}); log in with one that has write access"
         case 413:
-            return f"a file is larger than the Hub takes ({said}); --shard-size makes smaller ones"
+            return f"a file is larger than the Hub accepts ({said}); pass --shard-size to write smaller files"
         case 429:
-            return "the Hub asks for fewer requests; wait some minutes and run the same command, which continues"
+            return "too many requests to the Hub; wait a few minutes, then run the same command to continue"
     if status >= 500:
-        return f"the Hub has a fault of its own (status {status}); the same command continues later"
+        return f"the Hub has a server error (status {status}); run the same command later to continue"
     return f"the Hub answered with status {status}: {said or told(error)}"
 
 

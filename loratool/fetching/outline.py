@@ -75,7 +75,7 @@ def outlined(remote: Remote, place: HubPath) -> Iterator[Path]:
             path.touch()
         location = root / place.inside if place.inside else root
         if not location.exists():
-            raise InputError(f"{printable(place)}: the repository holds no such folder or file")
+            raise InputError(f"{printable(place)}: no such folder or file in the repository")
         try:
             for name in small_files(location):
                 (location.parent / name).write_bytes(read_small(remote, (location.parent / name).relative_to(root)))
@@ -109,7 +109,7 @@ def needed(root: Path, location: Path, role: Role) -> Needed:
         others = [*others, PROVENANCE]  # it tells what was written
     missing = [name for name in weights if not (folder / name).is_file()]
     if missing:
-        raise InputError(f"{printable(location)}: weights that belong to it are missing:", map(printable, missing))
+        raise InputError(f"{printable(location)}: weight files are missing:", map(printable, missing))
     return Needed(named(weights), named(others))
 
 
@@ -130,7 +130,7 @@ def choose(location: Path, role: Role) -> tuple[list[str], list[str]]:
         found = [name for name in names if name.endswith(".safetensors")]
         if len(found) > 1:
             listed = ", ".join(map(printable, found))
-            raise InputError(f"{printable(location)}: holds several files ({listed}); name one after a colon")
+            raise InputError(f"{printable(location)}: contains several files ({listed}); name one after a colon")
         return found, sort_side_files(location, set(found))[0]
     index = choose_index(location, names, [])
     shards = (
@@ -190,7 +190,7 @@ def read_range(remote: Remote, name: str, start: int = 0, count: int | None = No
         found = patiently(read)
     if len(found) != count:
         raise HubError(
-            f"{remote.repo}: {printable(name)}: the server sent {len(found)} bytes of {count}; try again later"
+            f"{remote.repo}: {printable(name)}: the server sent {len(found)} of {count} bytes; try again later"
         )
     return found
 

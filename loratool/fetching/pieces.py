@@ -134,4 +134,4 @@ def fetch_file(remote: Remote, name: str, home: Path) -> Path:
             shutil.rmtree(folder)
             return target / path.name
         shutil.rmtree(folder)
-    raise HubError(f"{remote.repo}: {printable(name)} arrived damaged {MOST_TRIES} times; try again later")
+    raise HubError(f"{remote.repo}: {printable(name)} was damaged in transfer {MOST_TRIES} times; try again later")

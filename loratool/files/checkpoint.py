@@ -110,7 +110,7 @@ def open_files(root: Path, is_adapter: Callable[[Path], bool]) -> Checkpoint:
         return Checkpoint(
             root,
             (read_safefile(root),),
-            notes=(Note("single-file", "BASE is a single file: only weights are written"),),
+            notes=(Note("single-file", "BASE is a single file, so only weights are written"),),
         )
     return open_folder(root, None, is_adapter)
 
@@ -135,7 +135,7 @@ def open_folder(root: Path, index: Path | None, is_adapter: Callable[[Path], boo
         shards = order_shards(read_shards(root, shard_names))
         check_unique(root, shards)
     if index is not None and (stray := [n for n in names if n.endswith(".safetensors") and n not in shard_names]):
-        notes.append(Note("stray-weights", f"not in the index and not used: {', '.join(map(printable, stray))}"))
+        notes.append(Note("stray-weights", f"not in the index, so ignored: {', '.join(map(printable, stray))}"))
     weights = [*shard_names, *([index.name] if index else [])]
     if links := told_links(root, weights):
         notes.append(Note("links-followed", links))
@@ -152,14 +152,14 @@ def choose_index(root: Path, names: list[str], notes: list[Note]) -> Path | None
         indexes = [SINGLE + ".index.json"]
     if len(indexes) > 1:
         raise InputError(
-            f"{printable(root)}: several indexes ({', '.join(map(printable, indexes))}); give the path of one as BASE"
+            f"{printable(root)}: several indexes ({', '.join(map(printable, indexes))}); pass the path of one as BASE"
         )
     index = root / indexes[0]
     if SINGLE in names and SINGLE not in read_index(index)[0].values():
         notes.append(
             Note(
                 "index-unused",
-                f"both {SINGLE} and {printable(index.name)} are there; {SINGLE} is used, as transformers does",
+                f"found both {SINGLE} and {printable(index.name)}; {SINGLE} is used, as in transformers",
             )
         )
         return None
@@ -172,7 +172,7 @@ def choose_shards(root: Path, names: list[str], notes: list[Note], is_adapter: C
     if SINGLE in found:
         if len(found) > 1:
             others = ", ".join(printable(n) for n in found if n != SINGLE)
-            notes.append(Note("stray-weights", f"{SINGLE} is the model; not used: {others}"))
+            notes.append(Note("stray-weights", f"{SINGLE} is the model; ignored: {others}"))
         return [SINGLE]
     shards = [n for n in found if not n.startswith(("adapter_", "consolidated"))] or [
         n for n in found if n.startswith("consolidated")
@@ -181,14 +181,14 @@ def choose_shards(root: Path, names: list[str], notes: list[Note], is_adapter: C
         if is_adapter(root):
             raise InputError(f"{printable(root)}: this is an adapter; BASE is the model it was trained on")
         if told := sharded_folder(root):
-            raise InputError(f"{printable(root)}: no .safetensors file is in it; {told}")
+            raise InputError(f"{printable(root)}: contains not a .safetensors file; {told}")
         for name in names:
             refuse_pickle(root / name)
-        raise InputError(f"{printable(root)}: no .safetensors file is in it")
+        raise InputError(f"{printable(root)}: contains not a .safetensors file")
     check_numbering(root, shards)
     if len(shards) > 1:
         notes.append(
-            Note("no-index", f"no index: all {len(shards)} .safetensors files are taken as shards of one model")
+            Note("no-index", f"no index; all {len(shards)} .safetensors files are read as shards of one model")
         )
     return shards
 
@@ -200,7 +200,9 @@ def check_numbering(root: Path, shards: list[str]) -> None:
         if match := NUMBERED.match(name):
             series.setdefault((match["stem"], int(match["count"])), set()).add(int(match["number"]))
     if len(series) > 1:
-        raise InputError(f"{printable(root)}: shards of several models and no index; name one file, or add the index")
+        raise InputError(
+            f"{printable(root)}: shards of several models but no index; pass the path of one file, or add the index"
+        )
     for (stem, count), numbers in series.items():
         if count <= 100_000 and (missing := sorted(set(range(1, count + 1)) - numbers)):
             raise InputError(
@@ -219,8 +221,8 @@ def refuse_pickle(path: Path) -> None:
         "M.from_pretrained('.', dtype='auto').save_pretrained('converted')"
     )
     raise InputError(
-        f"{printable(path)}: pickled weights are never loaded here; if you trust them, convert the model "
-        f'in its folder with: python -c "{code}" (or the Auto class of its task)'
+        f"{printable(path)}: loratool never loads pickled weights; if you trust them, convert the model in its folder "
+        f'with: python -c "{code}" (or the Auto class of its task)'
     )
 
 
@@ -230,7 +232,7 @@ def read_index(path: Path) -> tuple[dict[str, str], Mapping[str, Any] | None]:
     table = read_json(path, LARGEST_INDEX)
     weight_map = table.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{shown}: weight_map is missing, empty or no object")
+        raise InputError(f"{shown}: weight_map is missing, empty or not an object")
     wrong = {repr(name): reason for name in weight_map.values() if (reason := why_no_shard_name(name))}
     if wrong:
         raise InputError(
@@ -244,14 +246,14 @@ def read_index(path: Path) -> tuple[dict[str, str], Mapping[str, Any] | None]:
 def why_no_shard_name(name: object) -> str:
     """Empty where `name` is a plain relative path to a .safetensors file; else what is wrong with it."""
     if not isinstance(name, str):
-        return "no text"
+        return "not text"
     if "\0" in name or "\\" in name or "://" in name:
-        return "no plain path"
+        return "not a plain path"
     parts = name.split("/")
     if name.startswith("/") or ".." in parts or "." in parts or "" in parts or has_other_parts(name):
-        return "leaves the folder or is no plain relative path"
+        return "leaves the folder or is not a plain relative path"
     if not name.endswith(".safetensors"):
-        return "no .safetensors file"
+        return "not a .safetensors file"
     return ""
 
 
@@ -262,7 +264,7 @@ def told_links(root: Path, names: list[str]) -> str:
         return ""
     more = f" (and {len(away) - 1} more)" if len(away) > 1 else ""
     return (
-        f"weights are links out of the folder, and were followed: {printable(away[0])} → "
+        f"weights are links to files outside the folder, which were followed: {printable(away[0])} → "
         f"{printable(os.path.realpath(root / away[0]))}{more}"
     )
 
@@ -283,8 +285,8 @@ def check_any(index: Path, root: Path, names: Sequence[str]) -> None:
     if names and not any(os.path.lexists(root / name) for name in names):
         few = ", ".join(map(printable, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         raise InputError(
-            f"{printable(index)}: only the index is here, and no such file as it names for the weights ({few}); "
-            "download or copy them into this folder"
+            f"{printable(index)}: the index is here but none of its weight files ({few}); download or copy them into "
+            "this folder"
         )
 
 
@@ -317,8 +319,8 @@ def check_index(index: Path, weight_map: Mapping[str, str], root: Path, shards: 
     for tensor, name in weight_map.items():
         if tensor not in by_name[name].tensors:
             actual = [other for other, shard in by_name.items() if tensor in shard.tensors]
-            where = f"it is in {printable(actual[0])}" if actual else "no shard has it"
-            problems.append(f"{printable(tensor)}: not in {printable(name)}, as the index says; {where}")
+            where = f"it is in {printable(actual[0])}" if actual else "no shard contains it"
+            problems.append(f"{printable(tensor)}: the index says it is in {printable(name)}, but {where}")
     for name, shard in by_name.items():
         for tensor in shard.tensors:
             if tensor not in weight_map:
@@ -340,7 +342,9 @@ def check_unique(root: Path, shards: list[SafeFile]) -> None:
                 )
             home[tensor] = shard.path.name
     if problems:
-        raise InputError(f"{printable(root)}: tensors are there twice, and no index says which counts:", problems)
+        raise InputError(
+            f"{printable(root)}: tensors are duplicated, and there is no index to say which ones to use:", problems
+        )
 
 
 def sort_side_files(root: Path, weights: set[str]) -> tuple[list[str], list[LeftOut]]:
@@ -354,7 +358,7 @@ def sort_side_files(root: Path, weights: set[str]) -> tuple[list[str], list[Left
     homes = {os.path.dirname(os.path.realpath(root / name)) for name in weights if name and leaves(root, name)}
     names = list(walk(root, left_out))
     if odd := special_files(root, names):
-        raise InputError(f"{printable(root)}: holds what is not a file; take it out:", odd)
+        raise InputError(f"{printable(root)}: contains something that is not a regular file; remove it:", odd)
     for name in names:
         path = PurePosixPath(name)
         if name in weights:

@@ -28,8 +28,8 @@ def foreign_file(path: Path) -> str:
     if is_pointer(path):
         return "a git-lfs pointer, not the file it points to; run `git lfs pull`"
     if path.suffix == ".npz":
-        return f"arrays of numpy, as MLX once saved them; {npz_conversion(path)}"
-    return f"pickled weights are never loaded here; {conversion(path)}"
+        return f"numpy arrays, as old MLX releases saved them; {npz_conversion(path)}"
+    return f"loratool never loads pickled weights; {conversion(path)}"
 
 
 def is_pointer(path: Path) -> bool:
@@ -53,7 +53,7 @@ def conversion(path: Path) -> str:
         "save_file({k: v.clone().contiguous() for k, v in d.items() if torch.is_tensor(v)}, "
         f"{path.stem + '.safetensors'!r})"
     )
-    return f'if you trust it, convert it where it lies with: python -c "{printable_code(code)}"'
+    return f'if you trust it, convert it in its folder with: python -c "{printable_code(code)}"'
 
 
 def npz_conversion(path: Path) -> str:
@@ -62,7 +62,7 @@ def npz_conversion(path: Path) -> str:
         "import numpy; from safetensors.numpy import save_file; "
         f"save_file(dict(numpy.load({path.name!r})), {path.stem + '.safetensors'!r})"
     )
-    return f'convert them where they lie with: python -c "{printable_code(code)}"'
+    return f'convert them in their folder with: python -c "{printable_code(code)}"'
 
 
 def printable_code(code: str) -> str:
@@ -86,12 +86,10 @@ def sharded_folder(folder: Path) -> str:
 def of_torch(place: Path) -> str:
     shown = shlex.quote(printable(place))
     if "fsdp" in place.name:
-        return (
-            f"{printable(place)} is a sharded checkpoint of FSDP; gather it with: accelerate merge-weights {shown} OUT"
-        )
+        return f"{printable(place)} is a sharded FSDP checkpoint; gather it with: accelerate merge-weights {shown} OUT"
     return (
-        f"{printable(place)} is a distributed checkpoint of torch; gather it with: "
-        f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {shown} weights.pt"
+        f"{printable(place)} is a distributed torch checkpoint; gather it with: python -m "
+        f"torch.distributed.checkpoint.format_utils dcp_to_torch {shown} weights.pt"
     )
 
 
@@ -100,8 +98,8 @@ def of_deepspeed(folder: Path) -> str:
     script = "zero_to_fp32.py" if (folder / "zero_to_fp32.py").is_file() else ""
     tool = f"python {shlex.quote(printable(folder / script))}" if script else "python -m deepspeed.utils.zero_to_fp32"
     return (
-        f"{printable(folder)} is a checkpoint of DeepSpeed, in a piece for each process; gather it with: "
-        f"{tool} {shown} OUT --safe_serialization"
+        f"{printable(folder)} is a DeepSpeed checkpoint with a file per process; gather it with: {tool} {shown} OUT "
+        "--safe_serialization"
     )
 
 

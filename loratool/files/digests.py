@@ -66,7 +66,7 @@ class Digester:
 
 
 def parts_of(path: Path) -> Iterator[bytes]:
-    """All bytes of a file in parts. Raises `InputError` where it is no regular file, or changes meanwhile."""
+    """All bytes of a file in parts. Raises `InputError` where it is not a regular file, or changes meanwhile."""
     with open(open_regular(path), "rb", buffering=0) as stream:
         before = Identity.of(os.fstat(stream.fileno()))
         while part := stream.read(PIECE):
@@ -76,7 +76,9 @@ def parts_of(path: Path) -> Iterator[bytes]:
 
 
 def digest_of(path: Path) -> Digest:
-    """The digest of a file, all of which is read. Raises `InputError` where it is no regular file, or changes meanwhile."""
+    """The digest of a file, all of which is read. Raises `InputError` where it is not a regular file, or changes
+    meanwhile.
+    """
     digester = Digester()
     for part in parts_of(path):
         digester.update(part)
@@ -133,5 +135,5 @@ def why_unlike(path: Path, wanted: Digest) -> str:
     except FileNotFoundError:
         return "is missing"
     if size != wanted.size:
-        return f"has {size} bytes; {wanted.size} were written"
-    return "" if digest_of(path) == wanted else "does not hold the bytes that were written"
+        return f"has {size} bytes, but {wanted.size} were written"
+    return "" if digest_of(path) == wanted else "differs from the bytes that were written"

@@ -50,17 +50,19 @@ def parse(operand: str | os.PathLike[str]) -> HubPath | None:
         text = text[scheme.end() :].removeprefix("models/")
         match = URL.fullmatch(text)
         if match is None or text.startswith(("datasets/", "spaces/")):
-            raise UsageError(f"{printable(operand)}: no address of a model; hf://org/name@revision/subfolder is one")
+            raise UsageError(
+                f"{printable(operand)}: not a valid model address; expected hf://org/name@revision/subfolder"
+            )
     else:
         match = SHORT.fullmatch(text)
         if match is None or (text.endswith(".safetensors") and ":" not in text):
             return None
     inside = (match["inside"] or "").strip("/")
     if inside and {"", ".", ".."} & set(inside.split("/")):
-        raise UsageError(f"{printable(operand)}: {printable(inside)} is no plain path inside a repository")
+        raise UsageError(f"{printable(operand)}: {printable(inside)} is not a plain path inside a repository")
     revision = match["revision"]
     if revision and scheme:
         revision = revision.replace("%2F", "/")
     if revision and not REVISION.fullmatch(revision):
-        raise UsageError(f"{printable(operand)}: {printable(revision)} is no branch, tag or commit")
+        raise UsageError(f"{printable(operand)}: {printable(revision)} is not a branch, tag or commit")
     return HubPath(match["repo"], revision, inside)

@@ -63,7 +63,7 @@ def open_regular(path: Path) -> int:
 def special(path: Path) -> str:
     """Empty for a regular file; else what it is. Raises `OSError` where there is nothing, or a link to nothing."""
     kind = os.stat(path).st_mode
-    return "" if stat.S_ISREG(kind) else KINDS.get(stat.S_IFMT(kind), "no regular file")
+    return "" if stat.S_ISREG(kind) else KINDS.get(stat.S_IFMT(kind), "not a regular file")
 
 
 def special_files(folder: Path, names: Iterable[str]) -> list[str]:
@@ -84,7 +84,7 @@ def unreadable(path: Path, error: OSError) -> InputError | StorageError:
             return InputError(f"{shown}: is a link to {printable(os.readlink(path))}, which does not exist")
         case errno.ENOENT | errno.ENOTDIR:
             named = HUB_ID.fullmatch(path.as_posix()) and not path.parent.exists()
-            hint = f"; for a repository of the Hub run `hf download {path}` and give the folder it prints"
+            hint = f"; for a Hub repository run `hf download {path}` and pass the folder it prints"
             return InputError(f"{shown}: no such file or folder{hint if named else ''}")
         case errno.EACCES | errno.EPERM:
             return InputError(f"{shown}: permission denied")
@@ -131,7 +131,7 @@ def read_json(
     """The JSON object in a file; everything that is wrong with it is an `InputError`, which holds none of its text."""
     raw = read_bounded(path, largest)
     if not raw.strip():
-        raise InputError(f"{printable(path)}: the file is empty, which is no JSON")
+        raise InputError(f"{printable(path)}: the file is empty; expected JSON")
     try:
         return json_object(raw, repeated=repeated, lenient=lenient)
     except ValueError as error:
@@ -143,14 +143,14 @@ class RepeatedKeyError(ValueError):
 
     def __init__(self, key: str) -> None:
         self.key = key
-        super().__init__("a key is there twice")
+        super().__init__("a key is duplicated")
 
 
 def json_object(raw: bytes, *, repeated: bool = False, lenient: bool = False) -> dict[str, Any]:
     """One JSON object in UTF-8; raises `ValueError`."""
     parsed = json_value(raw, repeated=repeated, lenient=lenient)
     if not isinstance(parsed, dict):
-        raise ValueError(f"a JSON object is wanted, found {type(parsed).__name__}")
+        raise ValueError(f"expected a JSON object, found {type(parsed).__name__}")
     return parsed
 
 
@@ -176,7 +176,7 @@ def json_value(raw: bytes, *, repeated: bool = False, lenient: bool = False) -> 
         return -1 if literal == "-0" else int(literal)  # a count it is not
 
     def refuse(literal: str) -> Any:
-        raise ValueError(f"{literal} is no JSON")
+        raise ValueError(f"{literal} is not valid JSON")
 
     check_values(raw)
     try:
@@ -195,9 +195,9 @@ def json_value(raw: bytes, *, repeated: bool = False, lenient: bool = False) -> 
         if "\\u" in text and not lenient:  # only an escape can smuggle in half a surrogate pair
             json.dumps(parsed, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        raise ValueError(f"no JSON (line {error.lineno}, column {error.colno}: {error.msg})") from None
+        raise ValueError(f"not valid JSON (line {error.lineno}, column {error.colno}: {error.msg})") from None
     except UnicodeEncodeError:
-        raise ValueError("a text holds half a surrogate pair") from None
+        raise ValueError("a string contains half a surrogate pair") from None
     except RecursionError:
         raise ValueError(TOO_DEEP) from None
     return parsed
@@ -206,9 +206,9 @@ def json_value(raw: bytes, *, repeated: bool = False, lenient: bool = False) -> 
 def check_values(raw: bytes) -> None:
     """Raise `ValueError` where a JSON text has more values than fit into a bounded memory; none of them is made."""
     if separators(raw) > MOST_VALUES and (count := separators(TEXT.sub(b"", raw))) > MOST_VALUES:
-        raise ValueError(f"it holds {count} values, over the limit of {MOST_VALUES}")
+        raise ValueError(f"it contains {count} values, over the limit of {MOST_VALUES}")
     if LONG_NUMBER.search(raw) and LONG_NUMBER.search(TEXT.sub(b"", raw)):
-        raise ValueError(f"a number of more than {LONGEST_NUMBER} digits is in it")
+        raise ValueError(f"it contains a number of more than {LONGEST_NUMBER} digits")
 
 
 def separators(raw: bytes) -> int:

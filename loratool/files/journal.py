@@ -229,8 +229,8 @@ class ForeignError(StorageError):
 def foreign(home: Path, odd: list[str]) -> ForeignError:
     """The refusal of a stage that holds what is not ours."""
     return ForeignError(
-        f"{printable(home)}: holds files that loratool did not put there, so nothing in it is touched; move them away, or "
-        "give another OUT:",
+        f"{printable(home)}: contains files that loratool did not write, so nothing in it was changed; move them "
+        "away, or choose another OUT:",
         odd,
     )
 
@@ -245,7 +245,7 @@ def of_no_journal(home: Path, found: list[tuple[str, os.stat_result]], owner: in
                 or "not a journal of this release; if an earlier release left it, delete the folder",
             )
         elif "/" not in path and not is_torn_head(home, path, owner):
-            yield path, "not listed in a journal of loratool"
+            yield path, "not listed in a loratool journal"
 
 
 def why_foreign(journal: Journal, path: str, status: os.stat_result, owner: int) -> str:

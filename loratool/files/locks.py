@@ -60,7 +60,7 @@ def lock_folder(folder: Path) -> FolderLock:
         if not stat.S_ISDIR(os.stat(folder).st_mode):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
         if msvcrt is None:
-            system.do_without("no file locks here; nothing stops two runs from writing the same output")
+            system.do_without("no file locks on this system; two runs may write the same output at once")
             return FolderLock(folder)
         beside = folder.with_name(f"{folder.name}.lock")
         lock = FolderLock(folder, system.open_file(beside, os.O_RDWR | os.O_CREAT), beside)
@@ -81,7 +81,7 @@ def lock_by_descriptor(descriptor: int) -> None:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        system.do_without("no locks on this file system; nothing stops two runs from writing the same output")
+        system.do_without("no locks on this file system; two runs may write the same output at once")
 
 
 def lock_first_byte(descriptor: int) -> None:

@@ -54,7 +54,8 @@ def check_names(folder: Path, names: Collection[str], all_names: Iterable[str]) 
             shutil.rmtree(folder)
     if problems:
         raise StorageError(
-            f"{printable(folder.parent.parent)}: this file system cannot hold some files of the output; give an OUT elsewhere:",
+            f"{printable(folder.parent.parent)}: this file system cannot store some files of the output; choose an "
+            "OUT elsewhere:",
             [f"{printable(name)}: {why}" for name, why in problems.items()],
         )
 
@@ -77,7 +78,7 @@ def check_output_name(out: Path) -> None:
 
 def refused_name(out: Path) -> StorageError:
     """The sentence for an output whose name cannot be that of a folder."""
-    return StorageError(f"{printable(out)}: this file system takes no folder of that name; give another OUT")
+    return StorageError(f"{printable(out)}: this file system does not allow that folder name; choose another OUT")
 
 
 def unusual(names: Iterable[str]) -> Iterator[str]:
@@ -101,14 +102,14 @@ def why_refused(folder: Path, name: str) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(create_file(path))
     except FileExistsError:
-        return "differs from another file in case only, and case does not count here"
+        return "differs from another file only in case, and this file system ignores case"
     except OSError as error:
         if len(str(path)) >= LONGEST:
-            return f"the path would have {len(str(path))} characters, which is too long here"
-        return f"a file cannot have that name here ({error.strerror or error})"
+            return f"the path would have {len(str(path))} characters, which is too long for this system"
+        return f"this file system does not allow that name ({error.strerror or error})"
     place = folder
     for part in name.split("/"):
         if part not in os.listdir(place):
-            return "is stored under another name here"
+            return "this file system stores it under another name"
         place /= part
     return ""

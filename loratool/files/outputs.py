@@ -41,7 +41,7 @@ def check_target(out: Path, inputs: Sequence[Path], replaced: FileNames | None, 
     """
     shown = printable(out)
     if out.suffix == ".safetensors":
-        raise UsageError(f"{shown}: OUT is a folder; {printable(out.with_suffix(''))} would do")
+        raise UsageError(f"{shown}: OUT must be a folder, such as {printable(out.with_suffix(''))}")
     try:
         out = Path(os.path.realpath(out))
         if not stat.S_ISDIR(out.parent.stat().st_mode):
@@ -51,7 +51,8 @@ def check_target(out: Path, inputs: Sequence[Path], replaced: FileNames | None, 
     for path in (each for given in inputs for each in (given, *links_in(given))):
         if inside(out, path) or inside(path, out) or inside(path, stage_of(out)):
             raise UsageError(
-                f"{shown}: OUT is, contains or lies inside the input {printable(path)}, which is never written to; give another OUT"
+                f"{shown}: OUT is, contains or is inside the input {printable(path)}, which loratool never writes to; "
+                "choose another OUT"
             )
     try:
         check_place(out, shown, replaced, config)
@@ -59,7 +60,7 @@ def check_target(out: Path, inputs: Sequence[Path], replaced: FileNames | None, 
         raise (refused_name(out) if is_unusual(out.name) else StorageError(f"{shown}: {error.strerror}")) from error
     check_stage(stage_of(out))
     if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise StorageError(f"{shown}: the folder {printable(out.parent)} cannot be written to")
+        raise StorageError(f"{shown}: the folder {printable(out.parent)} is not writable")
     return out
 
 
@@ -77,7 +78,7 @@ def check_place(out: Path, shown: str, replaced: FileNames | None, config: str) 
     if not os.path.lexists(out):
         if waiting.is_dir() and replaced is None:
             raise UsageError(
-                f"{shown}: a run was killed as it replaced this output, which is now {printable(waiting)}; pass "
+                f"{shown}: a run was killed while replacing this output, which is now {printable(waiting)}; pass "
                 "--overwrite to replace it, or rename that folder"
             )
         return
@@ -108,8 +109,8 @@ def replaceable_files(folder: Path, shown: str, known: FileNames) -> list[str]:
     odd |= {f"{path}/": "not a folder of a model" for path in top}
     if odd:
         raise UsageError(
-            f"{shown}: holds files that are not part of a model or an adapter, so --overwrite does not replace it; "
-            "move them away, or give another OUT:",
+            f"{shown}: contains files that are not part of a model or an adapter, so --overwrite does not replace it; "
+            "move them away, or choose another OUT:",
             (f"{printable(path)}: {why}" for path, why in sorted(odd.items())),
         )
     if files and not recorded and not any(map(known.are_weights, files)):
@@ -124,7 +125,7 @@ def why_kept(folder: Path, path: str, status: os.stat_result, known: FileNames, 
     if known.know(path):
         return ""
     if path not in recorded:
-        return f"not listed in {PROVENANCE}, and not a usual file of a model"
+        return f"not listed in {PROVENANCE}, and not a usual model file"
     return f"changed since {PROVENANCE} listed it" if why_unlike(folder / path, recorded[path]) else ""
 
 

@@ -40,7 +40,7 @@ def peak_memory() -> int:
                 return int(line.split()[1]) * 1024
     if resource is not None:
         return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * MAXRSS_UNIT
-    system.do_without("this system does not report the memory of a process; peak memory is given as 0")
+    system.do_without("this system does not report process memory; peak memory is given as 0")
     return 0
 
 

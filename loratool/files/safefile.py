@@ -64,11 +64,11 @@ FOREIGN_STARTS = (
     (b"<html", "an HTML page, probably an error page saved by a download; download the file again"),
     (b"\x1f\x8b", "gzip-compressed; unpack it first"),
     (b"GGUF", "a GGUF file; loratool reads safetensors"),
-    (b"PK\x03\x04", "a zip archive, probably a torch checkpoint under the wrong name; it is never unpickled here"),
-    (b"\x80\x02", "a Python pickle; it is never unpickled here"),
-    (b"\x80\x03", "a Python pickle; it is never unpickled here"),
-    (b"\x80\x04", "a Python pickle; it is never unpickled here"),
-    (b"\x80\x05", "a Python pickle; it is never unpickled here"),
+    (b"PK\x03\x04", "a zip archive, probably a torch checkpoint under the wrong name; loratool never unpickles it"),
+    (b"\x80\x02", "a Python pickle; loratool never unpickles it"),
+    (b"\x80\x03", "a Python pickle; loratool never unpickles it"),
+    (b"\x80\x04", "a Python pickle; loratool never unpickles it"),
+    (b"\x80\x05", "a Python pickle; loratool never unpickles it"),
 )
 
 
@@ -297,23 +297,24 @@ def header_length(path: Path, head: bytes, size: int) -> int:
     """The header's length in bytes, after checking all that the first bytes can tell."""
     shown = printable(path)
     if size == 0:
-        raise InputError(f"{shown}: the file is empty, as a failed download or a full disk leaves it")
+        raise InputError(f"{shown}: the file is empty, probably after a failed download or a full disk")
     begins_as_ours = head[PREFIX : PREFIX + 1] == b"{"  # a length of 640 reads like the start of a pickle
     for start, what in () if begins_as_ours else FOREIGN_STARTS:
         if head.startswith(start) or head.lstrip().lower().startswith(start):
-            raise InputError(f"{shown}: no safetensors file: it is {what}")
+            raise InputError(f"{shown}: not a safetensors file: it is {what}")
     if size < PREFIX:
-        raise InputError(f"{shown}: {size} bytes are too few for a safetensors header; the file was cut off")
+        raise InputError(f"{shown}: {size} bytes are too few for a safetensors header; the file is truncated")
     if not head.strip(b"\0"):
-        raise InputError(f"{shown}: begins with zeros, as an unfinished download leaves it")
+        raise InputError(f"{shown}: begins with zeros, probably an unfinished download")
     length = int.from_bytes(head[:PREFIX], "little")
     if length > LONGEST_HEADER:
         raise InputError(
-            f"{shown}: no safetensors file: its header would be {length} bytes, over the limit of {LONGEST_HEADER}"
+            f"{shown}: not a safetensors file: its header would be {length} bytes, over the limit of {LONGEST_HEADER}"
         )
     if PREFIX + length > size:
         raise InputError(
-            f"{shown}: cut off inside its header: {PREFIX + length - size} bytes are missing (of a header of {length}); copy or download it again"
+            f"{shown}: truncated inside its header: {PREFIX + length - size} bytes of {length} are missing; copy or "
+            "download it again"
         )
     return length
 
@@ -331,7 +332,7 @@ def parse_header(path: Path, raw: bytes, data_size: int) -> tuple[dict[str, Tens
         table = json_object(raw)
     except RepeatedKeyError as error:
         raise InputError(
-            f"{shown}: the header is not valid: the key {printable(repr(error.key))} is there twice"
+            f"{shown}: the header is not valid: the key {printable(repr(error.key))} is duplicated"
         ) from None
     except ValueError as error:
         raise InputError(f"{shown}: the header is not valid: {error}") from None
@@ -339,7 +340,7 @@ def parse_header(path: Path, raw: bytes, data_size: int) -> tuple[dict[str, Tens
     if metadata is not None and not (
         isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     ):
-        raise InputError(f"{shown}: __metadata__ must map text to text")
+        raise InputError(f"{shown}: __metadata__ must map strings to strings")
     tensors: dict[str, TensorInfo] = {}
     problems: list[str] = []
     for name, entry in table.items():
@@ -356,19 +357,19 @@ def parse_header(path: Path, raw: bytes, data_size: int) -> tuple[dict[str, Tens
 def parse_entry(name: str, entry: object) -> TensorInfo:
     """One tensor of the header; `ValueError` says what is wrong with it."""
     if not isinstance(entry, dict):
-        raise ValueError("the entry is no object with dtype, shape and data_offsets")
+        raise ValueError("the entry must be an object with dtype, shape and data_offsets")
     if missing := [field for field in FIELDS if field not in entry]:
         raise ValueError(f"{' and '.join(missing)} missing")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise ValueError(f"unknown dtype {printable(repr(dtype))}; known are {', '.join(DTYPE_BITS)}")
+        raise ValueError(f"unknown dtype {printable(repr(dtype))}; known: {', '.join(DTYPE_BITS)}")
     if not isinstance(shape, list) or not all(is_count(n) for n in shape):
-        raise ValueError(f"shape {printable(json.dumps(shape))} is no list of sizes")
+        raise ValueError(f"shape {printable(json.dumps(shape))} is not a list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_count(n) for n in offsets):
-        raise ValueError(f"data_offsets {printable(json.dumps(offsets))} are no two byte positions")
+        raise ValueError(f"data_offsets {printable(json.dumps(offsets))} are not two byte positions")
     start, stop = offsets
     if start > stop:
-        raise ValueError(f"data_offsets run backwards, from {start} to {stop}")
+        raise ValueError(f"data_offsets go backwards, from {start} to {stop}")
     elements = 1
     for n in shape:  # left to right, as the reference does: 2^40 × 2^40 × 0 overflows there
         elements *= n
@@ -378,7 +379,7 @@ def parse_entry(name: str, entry: object) -> TensorInfo:
     if bits % 8:
         raise ValueError(f"{elements} values of {dtype} do not fill whole bytes")
     if bits // 8 != stop - start:
-        raise ValueError(f"{dtype} of shape {shape} takes {bits // 8} bytes, data_offsets give it {stop - start}")
+        raise ValueError(f"{dtype} of shape {shape} takes {bits // 8} bytes, but data_offsets span {stop - start}")
     return TensorInfo(name, dtype, tuple(shape), start, stop)
 
 
@@ -387,14 +388,14 @@ def check_tiling(shown: str, tensors: Iterable[TensorInfo], data_size: int) -> N
     at, before = 0, ""
     for t in sorted(tensors, key=lambda t: (t.start, t.stop)):
         if t.start != at:
-            what = "overlaps" if t.start < at else "leaves a hole after"
+            what = "overlaps" if t.start < at else "leaves a gap after"
             where = f"tensor {printable(before)}" if before else "the header"
             raise InputError(f"{shown}: tensor {printable(t.name)} {what} {where} (byte {t.start}, expected {at})")
         at, before = t.stop, t.name
     if at > data_size:
         raise InputError(
-            f"{shown}: the file was cut off: {at - data_size} bytes of tensor data are missing (of {at}); "
-            "copy or download it again"
+            f"{shown}: the file is truncated: {at - data_size} of {at} bytes of tensor data are missing; copy or "
+            "download it again"
         )
     if at < data_size:
         raise InputError(f"{shown}: {data_size - at} bytes follow the last tensor; the file is damaged or forged")
@@ -411,7 +412,7 @@ def read_exactly(descriptor: int, buffer: memoryview, position: int, path: Path)
     while done < len(buffer):
         count = read_at(descriptor, buffer[done:], position + done)
         if count == 0:
-            raise InputError(f"{printable(path)}: the file ended early; it was cut while being read")
+            raise InputError(f"{printable(path)}: the file ended early; it was truncated while being read")
         done += count
 
 

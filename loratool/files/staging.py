@@ -327,7 +327,7 @@ def locked(home: Path) -> Iterator[int]:
                 return
         finally:
             lock.release()
-    raise StorageError(f"{printable(home)}: keeps vanishing; is another run at work on it?")
+    raise StorageError(f"{printable(home)}: keeps disappearing; is another run using it?")
 
 
 def check_space(home: Path, needed: int) -> None:

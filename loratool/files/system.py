@@ -97,7 +97,7 @@ def open_direct(path: Path, descriptor: int, size: int) -> int | None:
     The file's `size` in bytes is reserved on the disk.
     """
     if not hasattr(os, "O_DIRECT"):
-        do_without("no direct disk writes here; output files are written through the page cache")
+        do_without("no direct disk writes on this system; output files are written through the page cache")
         return None
     import ctypes
 
@@ -191,14 +191,16 @@ def sync_folder(folder: Path) -> None:
     except OSError as error:
         if error.errno not in NO_FOLDER_SYNC:
             raise
-        do_without("folders cannot be synced here; a power cut right after the end may undo the last rename")
+        do_without(
+            "folders cannot be synced on this system; a power failure right after the end may undo the last rename"
+        )
 
 
 def free_space(folder: Path) -> int | None:
     """Bytes that the disk of a folder has left; None where the system does not tell."""
     if hasattr(shutil, "disk_usage"):
         return shutil.disk_usage(folder).free
-    do_without("this system does not report free disk space; whether the output fits is not checked")
+    do_without("this system does not report free disk space, so it is not checked whether the output fits")
     return None
 
 
@@ -221,7 +223,8 @@ def exchange(new: Path, old: Path, aside: Path) -> None:
         if ctypes.get_errno() not in UNSUPPORTED:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(old))
     do_without(
-        "folders cannot swap names in one step here; while an output was replaced, there was a moment without one"
+        "folders cannot be swapped in one step on this system; while an output was being replaced, it did not exist "
+        "for a moment"
     )
     os.rename(old, aside)
     os.rename(new, old)

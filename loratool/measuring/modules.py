@@ -51,7 +51,7 @@ def measure(
         if layer := layer_of(target, update):
             layers[target] = layer
         elif not update.replaces and not isinstance(update, Add) and target not in adapter.optional:
-            skipped[target] = f"{type(update).__name__}: no product of two factors"
+            skipped[target] = f"{type(update).__name__}: not a product of two factors"
     groups = fit.ties.groups if fit and fit.ties else ()
     tied = {name: group.names[0] for group in groups for name in group.missing}  # held under another name
     found: list[Measured] = []
@@ -182,13 +182,17 @@ def bytes_per_number(layers: Mapping[str, Layer]) -> float:
 def remarks(layers: Mapping[str, Layer], found: Sequence[Measured], rounded: Sequence[str]) -> Iterator[Note]:
     """What a reader of the numbers should know; `rounded` are targets whose update is rounding."""
     if rounded:
-        text = f"of {len(rounded)} of {len(layers)} updates only the norm is told, {rounded[0]} for one: each is {ROUNDING_ONLY}"
+        text = (
+            f"of {len(rounded)} of {len(layers)} updates only the norm is reported, such as {rounded[0]}: each is "
+            f"{ROUNDING_ONLY}"
+        )
         yield Note("update-is-rounding", text)
     if any(layer.magnitude for layer in layers.values()):
         yield Note("dora-magnitudes-left-out", "DoRA: ΔW is s·BA, without the magnitudes")
     if any(layer.kind is Kind.PARAMETER for layer in layers.values()):
         yield Note(
-            "experts-together", "of experts: norms of all together, stable and entropy rank as means, energies added up"
+            "experts-together",
+            "experts: norms of all experts together, stable and entropy rank as means, energies summed",
         )
     ratios = {m.target: m.weight.ratio or 0.0 for m in found if m.weight}
     if large := {target: ratio for target, ratio in ratios.items() if ratio > LARGEST_RATIO}:
@@ -197,5 +201,5 @@ def remarks(layers: Mapping[str, Layer], found: Sequence[Measured], rounded: Seq
     if sampled:
         most = max(weight.sampled_rows for weight in sampled)
         yield Note(
-            "rows-sampled", f"what survives rounding is measured on up to {most} rows of each weight, spread evenly"
+            "rows-sampled", f"survival after rounding is measured on up to {most} evenly spaced rows of each weight"
         )

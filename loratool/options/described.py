@@ -251,7 +251,7 @@ class JsonFile(Kind):
         wanted = (list, tuple) if self.type is list else Mapping
         if not isinstance(value, wanted):
             noun = "a list" if self.type is list else "an object"
-            raise InputError(f"{shown} takes {noun}, found {type(value).__name__}")
+            raise InputError(f"{shown} must be {noun} (got {type(value).__name__})")
         return value
 
     def word(self, value: Any) -> str:

@@ -13,7 +13,7 @@ class OverwriteOption(Options):
     """Of a command that makes a folder."""
 
     overwrite: bool = option(
-        help="Replace OUT where everything in it is part of a model or an adapter.",
+        help="Replace OUT if it contains nothing but a model or an adapter.",
         default=False,
         kind=FLAG,
         recorded=False,
@@ -31,7 +31,7 @@ class WritingOptions(OverwriteOption):
 class DeviceOption(Options):
     """Of a command that computes."""
 
-    device: str = option(help="Where to compute.", default="auto", kind=TEXT, metavar="auto|cpu|cuda|cuda:N")
+    device: str = option(help="Device to compute on.", default="auto", kind=TEXT, metavar="auto|cpu|cuda|cuda:N")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,7 +44,8 @@ class NamingOptions(Options):
 
     maps: tuple[str, ...] = option(
         "--map",
-        help="Another name for the adapters' weights in which REGEX is found, as in re.sub; may be repeated.",
+        help="Rename the adapters' weights before looking them up in BASE, as re.sub(REGEX, TEMPLATE, name) does; may "
+        "be repeated.",
         default=(),
         many=True,
         metavar="REGEX=TEMPLATE",
@@ -57,6 +58,7 @@ class OrientationOption(Options):
 
     fan_in_fan_out: bool | None = option(
         "--fan-in-fan-out/--no-fan-in-fan-out",
-        help="Whether square weights of layers that may be Conv1D are stored (in, out) [default: the class decides].",
+        help="Whether square weights of possible Conv1D layers are stored (in, out) [default: decided by the model "
+        "class].",
         kind=SWITCH,
     )

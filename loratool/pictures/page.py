@@ -83,10 +83,11 @@ def check_page(path: Path, overwrite: bool) -> None:
         raise UsageError(f"--html {printable(path)} already exists; pass --overwrite to replace it")
     if path.exists() and not is_page(path):
         raise UsageError(
-            f"--html {printable(path)}: is no page that loratool made, so --overwrite does not replace it; give another name"
+            f"--html {printable(path)}: was not made by loratool, so --overwrite does not replace it; choose another "
+            "name"
         )
     if not path.parent.is_dir():
-        raise UsageError(f"--html {printable(path)}: there is no folder {printable(path.parent)}")
+        raise UsageError(f"--html {printable(path)}: the folder {printable(path.parent)} does not exist")
 
 
 def is_page(path: Path) -> bool:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # What a model or an adapter computes depends on these; all others are files that people edit.
 DECISIVE = ("*.safetensors", f"*{INDEX_SUFFIX}", "config.json", "adapter_config.json")
 MOST_NAMED = 5  # files that a note repeats
-WAY_OUT = f"make it again, or, if it was changed on purpose, remove {PROVENANCE}, which no longer describes it"
+WAY_OUT = f"make it again, or, if the change was intended, delete {PROVENANCE}, which no longer describes it"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def compare(folder: Path, only: str = "") -> Comparison:
     try:
         table = read_json(record)
     except LoratoolError as error:
-        return Comparison((f"{PROVENANCE}: cannot be read, so that nothing is compared with it ({error.message})",))
+        return Comparison((f"{PROVENANCE}: cannot be read, so the files were not checked ({error.message})",))
     listed = read_recorded(table)
     if only:
         listed = {name: digest for name, digest in listed.items() if name == only}
@@ -54,7 +54,7 @@ def compare(folder: Path, only: str = "") -> Comparison:
         if is_decisive(name):
             problems.append(f"{printable(name)}: {reason}")
         else:
-            notes.append(Note("edited-since", f"{printable(name)} {reason}: it was edited, or damaged"))
+            notes.append(Note("edited-since", f"{printable(name)} {reason}: it was edited or damaged"))
     return Comparison(tuple(problems), tuple(notes))
 
 
@@ -63,7 +63,7 @@ def check(folder: Path) -> tuple[Note, ...]:
     found = compare(folder)
     if found.problems:
         raise VerificationError(
-            f"{printable(folder)}: is not what {PROVENANCE} says was written; {WAY_OUT}:", found.problems
+            f"{printable(folder)}: differs from what {PROVENANCE} says was written; {WAY_OUT}:", found.problems
         )
     return found.notes
 
@@ -77,7 +77,7 @@ def why_other(path: Path, digest: Digest) -> str:
     try:
         return why_unlike(path, digest)
     except InputError:
-        return "is not a regular file, or it changed while it was read"
+        return "is not a regular file, or changed while it was being read"
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
 
@@ -85,10 +85,10 @@ def why_other(path: Path, digest: Digest) -> str:
 def notes_of(folder: Path, table: Mapping[str, Any], listed: Mapping[str, Digest], only: str) -> Iterator[Note]:
     """What the record does not say."""
     if not isinstance(table.get("files"), Mapping):
-        lists = "the weights alone" if listed else "no files"
-        text = f"{PROVENANCE} lists {lists}, as loratool 0.1.0 wrote it: other files are not compared with what was written"
+        lists = "the weights only" if listed else "no files"
+        text = f"{PROVENANCE} lists {lists}, as written by loratool 0.1.0; other files were not checked"
         yield Note("record-is-partial", text)
     elif not only and (unlisted := [n for n in sorted(walk(folder, [])) if n not in listed and n != PROVENANCE]):
         more = f" and {len(unlisted) - MOST_NAMED} more" if len(unlisted) > MOST_NAMED else ""
         named = ", ".join(map(printable, unlisted[:MOST_NAMED])) + more
-        yield Note("not-in-record", f"{PROVENANCE} does not list {named}: added since, so not compared")
+        yield Note("not-in-record", f"{PROVENANCE} does not list {named}; added later, so not checked")

@@ -84,7 +84,7 @@ class Commit:
 def check_name(repo: str) -> None:
     """Raise `UsageError` for what can be no name of a repository."""
     if repo.count("/") > 1 or not is_hub_id(repo if "/" in repo else f"me/{repo}"):
-        raise UsageError(f"{printable(repo)}: not the name of a repository; expected org/name")
+        raise UsageError(f"{printable(repo)}: not a valid repository name; expected org/name")
 
 
 def full_name(repo: str) -> str:
@@ -96,11 +96,11 @@ def full_name(repo: str) -> str:
 
     check_name(repo)
     if not get_token():
-        raise HubError("pushing takes a token with write access: run `hf auth login`, or set HF_TOKEN")
+        raise HubError("pushing needs a token with write access: run `hf auth login`, or set HF_TOKEN")
     with asking(repo):
         who: object = patiently(lambda: api().whoami())
     if inside(who, "auth", "accessToken", "role") == "read":
-        raise HubError("the token may only read: run `hf auth login` with one that has write access, or set HF_TOKEN")
+        raise HubError("the token is read-only; run `hf auth login` with one that has write access, or set HF_TOKEN")
     return repo if "/" in repo else named_by_the_hub(f"{inside(who, 'name')}/{repo}")
 
 
@@ -131,22 +131,29 @@ def open_repo(repo: str, public: bool, revision: str | None, notes: list[Note]) 
             private = bool(patiently(lambda: api().model_info(repo)).private)
             if private and public:
                 notes.append(
-                    Note("repo-stays-private", f"{repo} is there and stays private; its settings make it public")
+                    Note(
+                        "repo-stays-private",
+                        f"{repo} already exists and stays private; to make it public, change its settings",
+                    )
                 )
             elif not private and not public:
                 notes.append(
-                    Note("repo-is-public", f"{repo} is there and is public, so that everybody sees what is pushed")
+                    Note("repo-is-public", f"{repo} already exists and is public, so everyone can see what is pushed")
                 )
         except RepositoryNotFoundError:
             url = patiently(lambda: api().create_repo(repo, private=not public, exist_ok=True))
             repo, private = named_by_the_hub(url.repo_id), not public
             if private:
-                notes.append(Note("repo-new-private", f"{repo} is new and private; --public makes a new one public"))
+                notes.append(
+                    Note(
+                        "repo-new-private", f"{repo} is new and private; pass --public to make a new repository public"
+                    )
+                )
     if revision is not None and not revision.startswith("refs/"):
         with asking(repo, revision):
             patiently(lambda: api().create_branch(repo, branch=revision, exist_ok=True))
     if endpoint() != "https://huggingface.co":
-        notes.append(Note("endpoint", f"the Hub is {printable(endpoint())}, as HF_ENDPOINT says"))
+        notes.append(Note("endpoint", f"using the Hub at {printable(endpoint())} (HF_ENDPOINT)"))
     return repo, private
 
 
@@ -230,7 +237,7 @@ def send(repo: str, upload: Upload, revision: str | None, create_pr: bool) -> No
 
 
 def differing(uploads: Iterable[Upload], there: Mapping[str, RemoteFile]) -> list[Upload]:
-    """The files that a repository has not, or has with another content."""
+    """The files that a repository has not, or has with andifferent content."""
     return [upload for upload in uploads if not upload.is_there(there.get(upload.name))]
 
 
@@ -239,6 +246,6 @@ def check(repo: str, oid: str, uploads: Sequence[Upload]) -> None:
     there = files_of(repo, oid)
     if wrong := differing(uploads, there):
         raise VerificationError(
-            f"{printable(repo)}: what is there is not what was sent; push again:",
-            (f"{printable(u.name)}: {'other content' if u.name in there else 'missing'}" for u in wrong),
+            f"{printable(repo)}: the uploaded files differ from the local ones; push again:",
+            (f"{printable(u.name)}: {'different content' if u.name in there else 'missing'}" for u in wrong),
         )

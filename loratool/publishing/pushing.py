@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 class SendOptions(Options):
     """Of whatever sends files to the Hub."""
 
-    public: bool = option(help="Let everybody see a repository that is made.", default=False, kind=FLAG, recorded=False)
+    public: bool = option(help="Make a newly created repository public.", default=False, kind=FLAG, recorded=False)
     allow_secret: tuple[str, ...] = option(
-        help="FILE, or files of a pattern, holds no secret although it looks so; may be repeated.",
+        help="Upload FILE (or files matching a pattern) although it seems to contain a secret; may be repeated.",
         default=(),
         many=True,
         metavar="FILE",
@@ -43,7 +43,7 @@ class CommitOptions(SendOptions):
     """Of whatever makes a commit that is told how."""
 
     exclude: tuple[str, ...] = option(
-        help="Leave these files out of what is sent; may be repeated.",
+        help="Do not upload these files; may be repeated.",
         default=(),
         many=True,
         metavar="PATTERN",
@@ -51,17 +51,20 @@ class CommitOptions(SendOptions):
     )
 
     revision: str | None = option(
-        help="Branch to commit to, made where it is missing [default: main].", metavar="BRANCH", recorded=False
+        help="Branch to commit to, created if missing [default: main].", metavar="BRANCH", recorded=False
     )
-    message: str | None = option("-m", "--message", help="Message of the commit.", recorded=False)
+    message: str | None = option("-m", "--message", help="Commit message.", recorded=False)
     card: bool = option(
-        help="Send a README.md made from loratool.json although there is one.",
+        help="Upload a README.md made from loratool.json even if there is one.",
         default=False,
         kind=FLAG,
         recorded=False,
     )
     dry_run: bool = option(
-        help="Print what would be sent and what is left out; ask nobody.", default=False, kind=FLAG, recorded=False
+        help="Print what would be uploaded and what is left out, without using the network.",
+        default=False,
+        kind=FLAG,
+        recorded=False,
     )
 
 
@@ -71,7 +74,7 @@ class PushOptions(CommitOptions):
 
     create_pr: bool = option(help="Propose the commit as a pull request.", default=False, kind=FLAG, recorded=False)
     include: tuple[str, ...] = option(
-        help="Send these files too; may be repeated.", default=(), many=True, metavar="PATTERN", recorded=False
+        help="Also upload these files; may be repeated.", default=(), many=True, metavar="PATTERN", recorded=False
     )
 
 

@@ -109,9 +109,9 @@ def select(
         InputError: neither a model nor an adapter, unfinished, or a file holds a secret.
     """
     if not root.is_dir():
-        raise UsageError(f"{printable(root)}: not a folder; PATH must be the folder of a model or an adapter")
+        raise UsageError(f"{printable(root)}: not a folder; PATH must be a model or adapter folder")
     if is_stage(root) or (root.name == MODEL and is_stage(root.parent)):
-        raise InputError(f"{printable(root)}: the output of a merge that is not finished; run that merge again first")
+        raise InputError(f"{printable(root)}: the output of an unfinished merge; run that merge again first")
     kind, needed, others, left_out, beside = contents(root)
     names = list(dict.fromkeys([*needed, *others]))
     extra = [name for name in walk(root) if matches(name, include) and name not in names]
@@ -121,7 +121,7 @@ def select(
         if not reason:
             chosen.append(name)
         elif name in needed:
-            raise UsageError(f"{printable(name)}: left out ({reason}), without which this is no {kind}")
+            raise UsageError(f"{printable(name)}: left out ({reason}), but a {kind} needs it")
         else:
             left_out.append(LeftOut(name, reason))
     left_out = [file for file in left_out if file.name not in {*extra} & {*chosen}]
@@ -138,9 +138,9 @@ def select(
             )
     elif there := addressed(root / CARD, place):
         uploads[CARD] = Upload(CARD, content=there)
-        notes.append(Note("card-made", f"{CARD} is the one made here, with code that loads {printable(place)}"))
+        notes.append(Note("card-made", f"{CARD} is the generated one, with code that loads {printable(place)}"))
     else:
-        notes.append(Note("card-kept", f"{CARD} is kept as it is; --card sends one made from {PROVENANCE}"))
+        notes.append(Note("card-kept", f"{CARD} is kept unchanged; pass --card to upload one made from {PROVENANCE}"))
     if CARD in uploads and (made := uploads[CARD].content) is not None and PROVENANCE in uploads:
         uploads[PROVENANCE] = Upload(PROVENANCE, content=listing(root / PROVENANCE, CARD, made))
     notes += check_secrets(printable(root), uploads.values(), allow_secret)
@@ -148,8 +148,8 @@ def select(
         notes.append(
             Note(
                 "local-base-path",
-                f"{format_at(root).config_name} names the base by a folder of this machine, which everybody reads and nobody finds: "
-                f"{printable(base)}; put its id on the Hub there",
+                f"{format_at(root).config_name} names the base by a local folder, which everyone can read but nobody "
+                f"can load: {printable(base)}; replace it with the base's Hub id",
             )
         )
     lines = {str(file) for file in (*left_out, *(LeftOut(name, "hidden") for name in hidden_files(root)))}
@@ -157,7 +157,7 @@ def select(
 
 
 def listing(path: Path, name: str, content: bytes) -> bytes:
-    """A `loratool.json` that lists a file with another content; as it is where it is none, or lists no side files."""
+    """A `loratool.json` that lists a file with andifferent content; as it is where it is none, or lists no side files."""
     raw = read_bounded(path)
     try:
         table = json_object(raw, lenient=True)
@@ -177,7 +177,7 @@ def contents(
     if is_adapter(root):
         adapter = read_adapter(root)
         if adapter.folder != root:
-            raise UsageError(f"{printable(root)}: the adapter is in its subfolder; push {printable(adapter.folder)}")
+            raise UsageError(f"{printable(root)}: the adapter is in a subfolder; push {printable(adapter.folder)}")
         weights = [part.path.relative_to(root).as_posix() for part in adapter.file.files]
         weights += [adapter.file.path.name] if adapter.file.path.name.endswith(INDEX_SUFFIX) else []
         config = adapter.config_file.name
@@ -200,7 +200,7 @@ def why_not(root: Path, name: str, include: Sequence[str], exclude: Sequence[str
     if reason := never(name):
         return reason
     if not (root / name).is_file() or (leaves(root, name) and not weights):
-        return "no file of this folder"
+        return "not a file of this folder"
     if matches(name, exclude):
         return "excluded"
     return "" if matches(name, (*include, *KNOWN)) else f"{UNKNOWN}; --include sends it"
@@ -212,7 +212,7 @@ def never(name: str) -> str:
     if any(part.startswith(".") for part in parts):
         return "hidden"
     if any(fnmatch(part.lower(), pattern) for part in parts for pattern in SECRET):
-        return "may hold a secret"
+        return "may contain a secret"
     if any(fnmatch(part.lower(), pattern) for part in parts for pattern in (*TRAINING, *TRAINING_FOLDERS)):
         return "left by training"
     if any(fnmatch(part.lower(), pattern) for part in parts for pattern in UNFINISHED):
@@ -246,7 +246,7 @@ def check_secrets(shown: str, uploads: Iterable[Upload], allowed: Sequence[str])
     problems: list[str] = []
     uploads = list(uploads)
     notes = [
-        Note("pattern-without-file", f"--allow-secret {printable(pattern)}: no file that is sent has this name")
+        Note("pattern-without-file", f"--allow-secret {printable(pattern)}: matches no file that would be uploaded")
         for pattern in allowed
         if not any(matches(upload.name, [pattern]) for upload in uploads)
     ]
@@ -257,15 +257,13 @@ def check_secrets(shown: str, uploads: Iterable[Upload], allowed: Sequence[str])
             listed = ", ".join(f"{title} ×{count}" for title, count in more.items())
             told.append(f"{printable(upload.name)}, further lines: {listed}")
         if matches(upload.name, allowed):
-            notes += [
-                Note("secret-allowed", f"{line} is sent, as --allow-secret says that it is none") for line in told
-            ]
+            notes += [Note("secret-allowed", f"{line} is uploaded, as --allow-secret permits") for line in told]
         else:
             problems += told
     if problems:
         raise InputError(
-            f"{shown}: files hold what looks like a secret; take it out, leave the file out with --exclude FILE, or say "
-            "with --allow-secret FILE that it is none:",
+            f"{shown}: files contain what looks like a secret; remove it, leave the file out with --exclude FILE, or "
+            "pass --allow-secret FILE if it is not a secret:",
             problems,
         )
     return notes
@@ -274,7 +272,7 @@ def check_secrets(shown: str, uploads: Iterable[Upload], allowed: Sequence[str])
 def check_message(message: str | None) -> None:
     """Raise `UsageError` where a commit's message holds a secret."""
     for _, title in secrets_in([(message or "").encode(errors="surrogateescape")]):
-        raise UsageError(f"the message of the commit holds what looks like {title}")
+        raise UsageError(f"the commit message contains what looks like {title}")
 
 
 def is_weights(name: str) -> bool:

@@ -87,7 +87,7 @@ def stream(
     """Merge, and upload each output file before the next is made; `loratool.commands.stream` says all of it."""
     started = time.monotonic()
     if options.shard_size is not None:
-        raise UsageError("a streaming merge keeps the base's files, so --shard-size has no use here")
+        raise UsageError("a streaming merge keeps the base's shards, so it does not take --shard-size")
     check_message(options.message)
     words = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
     ways = options.readings(len(words))
@@ -254,7 +254,7 @@ class Repository(LocalFolder):
                 return Commit(head.commit, f"{endpoint()}/{self.repo}/commit/{head.commit}")
         model = [name for name in there if is_of_a_model(name)]
         if model and not journal and not overwrite:
-            raise UsageError(f"{self.repo}: holds a model already; --overwrite replaces it")
+            raise UsageError(f"{self.repo}: already contains a model; pass --overwrite to replace it")
         # config and index go first: at no time do they stand beside weights they do not belong to
         commit(self.repo, self.revision, [self.journal()], "Begin a merge with loratool", delete=model)
         return None
@@ -294,7 +294,7 @@ class Repository(LocalFolder):
         there = files_of(self.repo, done.oid)
         found = finished_in({name: shard.record() for name, shard in self.finished.items()}, there)
         if missing := sorted(set(self.finished) - set(found)):
-            raise HubError(f"{self.repo}: weights are gone or others than were sent:", map(printable, missing))
+            raise HubError(f"{self.repo}: uploaded weights are missing or have changed:", map(printable, missing))
         return done
 
 

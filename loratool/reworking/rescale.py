@@ -344,7 +344,7 @@ def remarks(contents: Contents, modules: Mapping[str, RescaledLayer], baked: boo
     if whole and changed:
         yield Note(
             "no-strength",
-            f"{whole} tensors that are saved whole, or as rows of tokens, have no strength: they stay as they are",
+            f"{whole} tensors that are saved whole, or as token rows, have no strength: they stay as they are",
         )
     if asleep := sum(m.factor is None for m in modules.values()):
         yield Note("alpha-was-zero", f"{asleep} layers had an α of 0, so that they changed nothing")

@@ -110,9 +110,9 @@ def not_an_adapter(path: Path) -> LoratoolError:
     if told := foreign_file(path):
         return InputError(f"{printable(path)}: {told}")
     if told := instead_of_weights(path):
-        return InputError(f"{printable(path)}: no adapter is there; {told}")
+        return InputError(f"{printable(path)}: not an adapter; {told}")
     return InputError(
-        f"{printable(path)}: no adapter: neither {WRITTEN.config_name} nor {WRITTEN.weights_name} is there"
+        f"{printable(path)}: not an adapter: it contains neither {WRITTEN.config_name} nor {WRITTEN.weights_name}"
     )
 
 
@@ -133,8 +133,8 @@ class Foreign:
     @property
     def reason(self) -> str:
         return (
-            f"spelled as a {self.form} adapter (tensor {printable(self.tensor)}); this version reads PEFT's layout, "
-            f"{WRITTEN.config_name} beside {WRITTEN.weights_name}"
+            f"this looks like a {self.form} adapter (tensor {printable(self.tensor)}); this version reads PEFT's "
+            f"layout, {WRITTEN.config_name} with {WRITTEN.weights_name}"
         )
 
 

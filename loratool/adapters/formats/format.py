@@ -159,7 +159,7 @@ class Format(Protocol):
         """What is wrong with how it is written down; `path` is what commands are told with."""
         if adapter.unused:
             where = tuple(map(printable, adapter.unused))
-            yield Finding("problem", "unknown-tensor", f"no rule gives a place to {some(adapter.unused)}", "", where)
+            yield Finding("problem", "unknown-tensor", f"unrecognised tensors: {some(adapter.unused)}", "", where)
         for reason in adapter.unsupported:
             yield Finding("note", "not-mergeable", reason)
 
@@ -187,7 +187,7 @@ class Format(Protocol):
         With `one_alpha` all layers get one α. Raises `InputError` where no config does that.
         """
         shown = printable(contents.adapter.file.path)
-        raise InputError(f"{shown}: {self.name} has no α for each module; --bake writes plain LoRA of it")
+        raise InputError(f"{shown}: {self.name} has no alpha per module; pass --bake to write it as plain LoRA")
 
     # What it can write.
 
@@ -198,7 +198,7 @@ class Format(Protocol):
 
     def spelling(self, kinds: Mapping[str, Kind], release: str = "") -> Spelling:  # noqa: ARG002
         """How an adapter of some layers is written, for a release of the library that reads it; by default the oldest."""
-        raise UsageError(f"adapters are read in the layout of {self.name}, and not written")
+        raise UsageError(f"{self.name} adapters can be read but not written")
 
     def losses(self, adapter: Adapter) -> tuple[Note, ...]:  # noqa: ARG002
         """What of an adapter this format cannot say."""

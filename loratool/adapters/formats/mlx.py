@@ -123,17 +123,20 @@ def scale_of(config: Mapping[str, Any], notes: list[Note]) -> float:
             f"{CONFIG}: {bad[0]} of lora_parameters is {printable(repr(numbers[bad[0]]))}; expected a number"
         )
     if "scale" not in numbers:
-        raise InputError(f"{CONFIG}: lora_parameters has no scale, by which its updates are multiplied")
+        raise InputError(f"{CONFIG}: lora_parameters has no scale, the factor its updates are multiplied by")
     scale = float(numbers["scale"])
     if "alpha" not in numbers:
         return scale
     if "fine_tune_type" in config or not numbers.get("rank"):
         notes.append(
-            Note("alpha-not-used", f"alpha {numbers['alpha']:g} is not used: mlx-lm multiplies by scale {scale:g}")
+            Note("alpha-not-used", f"alpha {numbers['alpha']:g} is ignored: mlx-lm multiplies by scale {scale:g}")
         )
         return scale
     found = scale * numbers["alpha"] / numbers["rank"]
-    text = f"the config is of a release of mlx-lm before fine_tune_type, which multiplied by scale · alpha / rank: {found:g}"
+    text = (
+        "the config was written by an mlx-lm release without fine_tune_type, which multiplied by scale · alpha / "
+        f"rank: {found:g}"
+    )
     notes.append(Note("alpha-used", text))
     return float(found)
 
@@ -151,7 +154,7 @@ def training_of(config: Mapping[str, Any]) -> Training:
         dropout=float(dropout) if isinstance(dropout, (int, float)) else 0.0,
         zero_alpha=parameters.get("scale") == 0,
         in_out=False,
-        notes_as_lora=(Note("layout-changed", "it is written in PEFT's layout, which mlx-lm does not read"),),
+        notes_as_lora=(Note("layout-changed", "the output is in PEFT's layout, which mlx-lm cannot read"),),
     )
 
 
@@ -185,7 +188,7 @@ class Mlx(Format):
         found = Reader(file, scale_of(config, notes))
         found.read()
         if reading.input_alpha is not None:
-            text = f"its config holds the scale, so the input alpha {reading.input_alpha:g} is not used"
+            text = f"its config contains the scale, so --input-alpha {reading.input_alpha:g} is ignored"
             notes.append(Note("input-alpha-not-used", text))
         alone = path.is_file() and path.name != WEIGHTS
         adapter = Adapter(
@@ -230,19 +233,19 @@ class Mlx(Format):
         for target, update in (*adapter.updates.items(), *adapter.bases.items()):
             if (what := unspeakable(update)) is not None:
                 lost.setdefault(what, []).append(target)
-        return tuple(Note("not-in-mlx", f"mlx-lm has no place for {what}: {some(t)}") for what, t in lost.items())
+        return tuple(Note("not-in-mlx", f"mlx-lm cannot store {what}: {some(t)}") for what, t in lost.items())
 
     def rank_notes(self, own: Mapping[str, int], ranks: Mapping[str, int]) -> Iterator[Note]:
         if filled := [target for target in ranks if own.get(target, 0) < ranks[target]]:
             yield Note(
-                "one-rank", f"{len(filled)} layers are filled up with zeros: mlx-lm has one rank for all of them"
+                "one-rank", f"{len(filled)} layers are padded with zeros, because mlx-lm uses one rank for all layers"
             )
 
     def rescaled(self, contents: Contents, factors: Mapping[str, float | None], one_alpha: bool) -> dict[str, Any]:  # noqa: ARG002
         scales = {(factor or 1.0) * contents.layers[target].scale for target, factor in factors.items()}
         if max(scales) - min(scales) > 1e-9 * abs(max(scales, key=abs)):
             raise InputError(
-                "mlx-lm has one scale for all modules, and these need several; --bake writes PEFT's layout"
+                "mlx-lm uses one scale for all modules, but these need several; pass --bake to write PEFT's layout"
             )
         parameters = {**contents.adapter.config["lora_parameters"], "scale": scales.pop()}
         parameters.pop("alpha", None)  # which multiplied too, in early releases
@@ -256,16 +259,16 @@ def unspeakable(update: Update) -> str | None:
         case LowRank(kernel=()):
             return None
         case LowRank():
-            return "factors of convolutions"
+            return "convolution factors"
         case ExpertFactors():
-            return "factors of experts as PEFT stacks them"
+            return "expert factors as PEFT stacks them"
         case Add():
-            return "biases of factors"
+            return "factor biases"
         case Replace():
-            return "tensors saved whole"
+            return "whole saved tensors"
         case ReplaceRows():
-            return "rows of tokens"
-    return "updates that are no product of two factors"
+            return "token rows"
+    return "updates other than a product of two factors"
 
 
 MLX = Mlx()
@@ -277,7 +280,7 @@ class MlxNames:
     def __init__(self, form: Mlx, kinds: Mapping[str, Kind]) -> None:
         self.form, self.kinds = form, kinds
         if odd := [t for t, kind in kinds.items() if kind not in (Kind.LINEAR, Kind.EMBEDDING)]:
-            raise FitError("mlx-lm has no factors for these layers:", map(printable, odd))
+            raise FitError("mlx-lm cannot adapt these layers:", map(printable, odd))
 
     def factors(self, target: str) -> tuple[str, str]:
         module = target.removesuffix(".weight")
@@ -295,13 +298,13 @@ class MlxNames:
         return target.removesuffix(".weight") + M
 
     def bias(self, target: str) -> str:
-        raise FitError(f"{printable(target)}: mlx-lm has no place for biases of factors")
+        raise FitError(f"{printable(target)}: mlx-lm cannot store factor biases")
 
     def whole(self, target: str, inside: bool) -> str:  # noqa: ARG002 (neither has a place)
-        raise FitError(f"{printable(target)}: mlx-lm has no place for tensors saved whole")
+        raise FitError(f"{printable(target)}: mlx-lm cannot store whole saved tensors")
 
     def rows(self, target: str) -> str:
-        raise FitError(f"{printable(target)}: mlx-lm has no place for rows of tokens")
+        raise FitError(f"{printable(target)}: mlx-lm cannot store token rows")
 
     def second_copies(
         self,

@@ -293,8 +293,8 @@ def mixed_projections(layer: str, seed: int, layers: int, each: int) -> Formula:
             number = next(found, -1)
         if number < 0:
             raise FitError(
-                f"{layer}: its tinylora_P is not one that projection_seed in the adapter's config gives a layer, so "
-                "nothing tells which of the vectors tinylora_v is its own"
+                f"{layer}: its tinylora_P does not match projection_seed in the adapter's config for any layer, so "
+                "its vector in tinylora_v cannot be determined"
             )
         vector = vectors[min(number // each, len(vectors) - 1)]
         mixed: Tensor = torch.einsum("i,ijk->jk", vector, projections) @ down

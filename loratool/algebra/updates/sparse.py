@@ -38,8 +38,8 @@ class Scatter(Update):
         for at, size in ((rows, self.size[0]), (columns, self.size[1])):
             if at.numel() and not 0 <= int(at.min()) <= int(at.max()) < size:
                 raise FitError(
-                    f"the adapter changes single elements from {int(at.min())} to {int(at.max())} of a dimension that "
-                    f"has {size}: it was trained on another weight than this one of {list(self.size)}"
+                    f"the adapter changes single elements {int(at.min())} to {int(at.max())} of a dimension of size "
+                    f"{size}: it was trained on a weight of another shape than {list(self.size)}"
                 )
         import torch
 

@@ -69,7 +69,7 @@ def bind(adapter: Adapter, base: Checkpoint, *, maps: Sequence[str] = (), fan_in
     places = settle(adapter, base, landings, fan_in_fan_out, reasons, notes)
     for target, (tensor, other) in rivals(places).items():
         del places[target]
-        reasons[target] = f"{printable(tensor)} is edited by {printable(other)} already"
+        reasons[target] = f"{printable(tensor)} is already edited by {printable(other)}"
     missing = {t: kind for t in reasons if not reasons[t] and (kind := kind_of(t))}
     near = Nearest(resolver.disk.templates, base.tensors)
     lost = {t: adapter.updates[t] for t, why in reasons.items() if not why}
@@ -90,7 +90,7 @@ def bind(adapter: Adapter, base: Checkpoint, *, maps: Sequence[str] = (), fan_in
     return Bound(placed, problems, tuple(notes), missing, frozenset(proposed))
 
 
-TIED = {"output head": "the base has no such weight, and does not tie its head to an input embedding"}
+TIED = {"output head": "the base has no such weight and does not tie its head to an input embedding"}
 
 
 def read_maps(maps: Iterable[str]) -> list[Renaming]:
@@ -125,7 +125,8 @@ def by_suffix(
     return [
         Note(
             "suffix-match",
-            f"{len(found)} names match by their ends alone, with the prefix {printable(change)}: look at the plan",
+            f"{len(found)} names match only by their endings, with the prefix {printable(change)}; check the plan "
+            "with --dry-run",
         )
     ]
 

@@ -59,21 +59,21 @@ def uncut(places: Sequence[Place]) -> str:
     update = places[0].update
     if not update.needs_weight:
         if update.looks_at_base and any(place.columns != ALL for place in places):
-            return "an update that depends on whole rows of the weight cannot go into some of its columns"
+            return "an update that depends on whole rows of the weight cannot be applied to some of its columns only"
         return ""
     if len(places) > 1 or places[0].update_row:
-        return "an update that depends on the whole weight cannot be divided among several places"
+        return "an update that depends on the whole weight cannot be split over several tensors"
     return ""
 
 
 # What a note says of weights that were not found by their own name, by the code of the rule's step.
 STEPS = {
-    "map-used": "weights have another name by --map",
-    "renamed": "weights were looked for under the names that other releases give to the same layers",
-    "prefix-dropped": "weights have fewer modules before their names in the base",
-    "prefix-added": "weights have more modules before their names in the base",
+    "map-used": "weights were renamed by --map",
+    "renamed": "weights were matched under the names that other releases use for the same layers",
+    "prefix-dropped": "weights have a shorter prefix in the base",
+    "prefix-added": "weights have a longer prefix in the base",
     "part-of-fused": "weights are parts of fused tensors of the base",
-    "split-into-parts": "weights are fused tensors whose parts the base has apart",
+    "split-into-parts": "weights are fused tensors that are split in the base",
 }
 MOST_STEPS = 4  # ways of renaming that a note tells
 
@@ -96,7 +96,7 @@ def found_otherwise(places: Mapping[str, Sequence[Place]]) -> Iterator[Note]:
             shown = f": {', '.join(map(printable, found[:MOST_STEPS]))}{more}" if code != "map-used" else ""
             yield Note(code, f"{counts[code]} {text}{shown}")
     if wrapped:
-        yield Note("wrapper-dropped", f"{wrapped} weights have a wrapper of training in their name in the base")
+        yield Note("wrapper-dropped", f"{wrapped} weights have a training wrapper in their name in the base")
 
 
 def holes(adapter: Adapter, places: Mapping[str, Sequence[Place]], tensors: Mapping[str, TensorInfo]) -> list[Note]:
@@ -129,5 +129,5 @@ def holes(adapter: Adapter, places: Mapping[str, Sequence[Place]], tensors: Mapp
     ]
     if not left_out:
         return []
-    text = f"it has nothing for {listed(left_out)}, though its config targets that and the base has it"
+    text = f"it has no update for {listed(left_out)}, although its config targets them and the base has them"
     return [Note("targets-left-out", text)]

@@ -68,7 +68,7 @@ def sizes_from(fusion: Fusion, part: int, own: int, total: int) -> list[int]:
     alike = len(letters) - len(others)
     rest, uneven = divmod(total - alike * own, len(others)) if others else (0, total - alike * own)
     if uneven or rest < 0 or (others and not rest) or len(set(others)) > 1:
-        raise Misfit(f"a part of {own} rows does not go into {total} rows of {' + '.join(fusion.parts)}")
+        raise Misfit(f"a part of {own} rows does not fit into {total} rows of {' + '.join(fusion.parts)}")
     return [own if letter == letters[part] else rest for letter in letters]
 
 
@@ -136,7 +136,7 @@ def into_fused(
         try:
             stretches = stretches_of(fusion, part, mine[0], shape[1], times, heads)
             if len(stretches) > 1:
-                raise Misfit(f"{' + '.join(fusion.parts)} take turns in its columns, which is not supported")
+                raise Misfit(f"{' + '.join(fusion.parts)} alternate in its columns, which is not supported")
             ((at, _, columns),) = stretches
             places[1] = (Place(info.name, rule, other, 0, shape[0], columns=slice(at, at + columns)),)
         except Misfit as misfit:
@@ -153,8 +153,8 @@ def stretches_of(
     sizes = sizes_from(fusion, part, own, total)
     if heads and fusion.sizes == "qkk" and sizes[0] * heads[1] != sizes[1] * heads[0]:
         raise Misfit(
-            f"{sizes[0]} rows of queries beside {sizes[1]} of keys do not go with the config's {heads[0]} heads "
-            f"and {heads[1]} key heads"
+            f"{sizes[0]} query rows and {sizes[1]} key rows do not match the config's {heads[0]} heads and {heads[1]} "
+            "key heads"
         )
     return runs(sizes, part, times)
 
@@ -183,7 +183,7 @@ def into_experts(
     if len(mine) != 2 or len(shape) != 3 or ANY in mine:
         raise Misfit(f"update of one expert is {list(mine)}")
     if expert >= shape[0]:
-        raise Misfit(f"the base has {shape[0]} experts, this is number {expert}")
+        raise Misfit(f"the base has {shape[0]} experts, numbered from 0; this is number {expert}")
     out, count = mine[0], len(fusion.parts)
     fits = [shape[1:] == (count * out, mine[1]), shape[1:] == (mine[1], count * out)]
     if all(fits) and stored is not None:
@@ -229,7 +229,7 @@ def out_of_experts(experts: Sequence[Sequence[TensorInfo]], update: Update, rule
     if any(shape[1] != shapes[0][1] for shape in shapes):
         raise Misfit("the parts of an expert differ in more than their rows")
     if interleaved and len(shapes) > 1:
-        raise Misfit("gate and up take turns in the adapter's rows and lie apart in the base, which is not supported")
+        raise Misfit("gate and up alternate in the adapter's rows but are separate in the base, which is not supported")
     each = sum(shape[0] for shape in shapes)
     shape = (len(experts), each, shapes[0][1])
     pair = (

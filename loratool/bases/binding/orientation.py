@@ -132,21 +132,24 @@ class Orientation:
             who, says = claims[0]
             if shown is not None and shown != says:
                 return (
-                    f"{who} that it is stored {stored(says)}, but weights like it that are not square are stored "
-                    f"{stored(shown)}; if it is too, say so with {option(shown)}"
+                    f"{who} that it is stored {stored(says)}, but non-square weights like it are stored "
+                    f"{stored(shown)}; if it is stored that way too, pass {option(shown)}"
                 )
             if self.said_by_option(leaf) is not None and self.said_by_class(leaf) == (not says):
-                self.remark("orientation-overruled", f"taken as stored {stored(says)}, as {who}, against its class")
+                self.remark(
+                    "orientation-overruled",
+                    f"assumed to be stored {stored(says)}, because {who} so, contrary to the model's class",
+                )
             return says
         if shown is not None:
-            self.remark("orientation-guessed", f"taken as stored {stored(shown)}, as those that are not square are")
+            self.remark("orientation-guessed", f"assumed to be stored {stored(shown)}, like the non-square ones")
             return shown
         if is_conv1d(leaf):
             return (
-                "the weight is square, and neither other weights nor the base's config.json nor the adapter's tell "
-                f"whether it is stored (in, out) as Conv1D does; say so with {OPTION}"
+                "the weight is square, and neither other weights nor either config says whether it is stored (in, "
+                f"out), as in Conv1D; pass {OPTION}"
             )
-        self.remark("orientation-guessed", f"taken as stored {stored(False)}, as most layers are")
+        self.remark("orientation-guessed", f"assumed to be stored {stored(False)}, like most layers")
         return False
 
     def check(self, leaf: str, turned: bool) -> bool | str:
@@ -157,25 +160,27 @@ class Orientation:
             if by_option == turned or (by_option and alike[True]):
                 return turned
             return (
-                f"{option(by_option)} says that it is stored {stored(by_option)}, and it fits only {stored(turned)}; "
-                "leave the option out"
+                f"{option(by_option)} says that it is stored {stored(by_option)}, but it fits only as "
+                f"{stored(turned)}; drop the option"
             )
         if by_class is not None and by_class != turned:
-            told = f"it fits only a weight that is stored {stored(turned)}, and the model's class stores {stored(by_class)}"
-            return told if turned or alike[True] else f"{told}; if this base is stored otherwise, say so with {NO}"
+            told = f"it fits only a weight stored {stored(turned)}, but the model's class stores {stored(by_class)}"
+            return told if turned or alike[True] else f"{told}; if this base differs from its class, pass {NO}"
         if turned and by_class is None:
             if alike[False]:
                 return (
-                    f"it fits only transposed, and {alike[False]} layers like it are stored (out, in); if they are "
-                    f"meant to differ, say so with {YES}"
+                    f"it fits only transposed, but {alike[False]} layers like it are stored (out, in); if they really "
+                    f"differ, pass {YES}"
                 )
             if not is_conv1d(leaf) and self.said_by_config(leaf) is False:
                 return (
-                    "it fits only transposed, and its config says (fan_in_fan_out) that weights are stored (out, in); "
-                    f"if the base stores them (in, out), say so with {YES}"
+                    "it fits only transposed, but its config (fan_in_fan_out) says that weights are stored (out, in); "
+                    f"if the base stores them (in, out), pass {YES}"
                 )
             if self.said_by_config(leaf) is None:
-                self.remark("orientation-guessed", f"taken as stored {stored(True)}, the only way round that fits")
+                self.remark(
+                    "orientation-guessed", f"assumed to be stored {stored(True)}, the only orientation that fits"
+                )
         return turned
 
     def remark(self, code: str, sentence: str) -> None:
@@ -187,9 +192,7 @@ class Orientation:
         seen = next((next(iter(shown)) for shown in every if len(shown) == 1), None)
         if self.given is not None:
             if seen is not None and seen != self.given:
-                return (
-                    f"{option(self.given)} contradicts the adapter's experts that are not square; leave the option out"
-                )
+                return f"{option(self.given)} contradicts the adapter's non-square experts; drop the option"
             return self.given
         if seen is not None:
             return seen
@@ -204,14 +207,14 @@ class Orientation:
                 return self.ask_expert()
             release = self.adapter.training.release
             who = "the release of PEFT that saved it" if release else "releases of PEFT before 0.18"
-            self.remark("expert-orientation-guessed", f"of experts taken the way round that {who} has them")
+            self.remark("expert-orientation-guessed", f"of experts assumed to have the orientation that {who} uses")
             return found
         return self.ask_expert()
 
     def ask_expert(self) -> str:
         return (
-            "each expert's weight is square, and neither other experts nor peft_version tell which way round lora_A "
-            f"and lora_B go; say so with {OPTION}"
+            "each expert's weight is square, and neither other experts nor peft_version show the orientation of "
+            f"lora_A and lora_B; pass {OPTION}"
         )
 
     def notes(self) -> list[Note]:
@@ -224,7 +227,7 @@ class Orientation:
         elif flag is True and decided[False] and not decided[True]:
             said = f"its config says that weights are stored (in, out), but all {decided[False]} are stored (out, in)"
         if said:
-            notes.append(Note("orientation-overruled", f"{said}: what the base shows counts"))
+            notes.append(Note("orientation-overruled", f"{said}; the base decides"))
         return notes
 
 

@@ -91,7 +91,7 @@ class Resolver:
                     found.setdefault(identity(landing), landing)
             if len(found) > 1:
                 where = sorted(" + ".join(sorted(landing.tensors)[:2]) for landing in found.values())
-                raise Misfit(f"it may be any of {', '.join(map(printable, where))}")
+                raise Misfit(f"it could be any of {', '.join(map(printable, where))}")
             if found:
                 (landing,) = found.values()
                 return landing
@@ -143,7 +143,7 @@ class Resolver:
         """Where a way leads for some numbers; None where the base has no such tensor."""
         fusion, rule = way.fusion, Rule(*way.alias.moves)
         if self.reordered and any(f".{name}." in template for template in way.templates for name in self.reordered):
-            raise Misfit("its rows are in another order in the base (for rotary positions), which is not supported")
+            raise Misfit("the base stores its rows in another order (for rotary positions), which is not supported")
         if fusion is None:
             info = self.tensor(way.templates[0], numbers)
             if info is None:

@@ -29,7 +29,7 @@ class Nearest:
         """That the base has no such weight, with the `--map` that leads to one, or else the nearest that it has."""
         if proposal:
             return (
-                f"the base has no such weight; if it is the same layer, give --map {printable(shlex.quote(proposal))}"
+                f"the base has no such weight; if it is the same layer, pass --map {printable(shlex.quote(proposal))}"
             )
         template, numbers = template_of(target)
         if template not in self.found:
@@ -41,8 +41,8 @@ class Nearest:
         members = self.templates[there]
         near = members.get(numbers) or members[min(members, key=lambda found: tuple(map(int, found)))]
         return (
-            f"the base has no such weight; nearest is {printable(near)} {list(self.tensors[near].shape)}; if a weight of "
-            "the base is the same layer under another name, --map REGEX=TEMPLATE says so"
+            f"the base has no such weight; nearest is {printable(near)} {list(self.tensors[near].shape)}; if the base "
+            "has this layer under another name, pass --map REGEX=TEMPLATE"
         )
 
 

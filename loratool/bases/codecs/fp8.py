@@ -66,7 +66,7 @@ class BlockScaled:
     def matrix(self, columns: int) -> BlockScaled:
         """Itself. Raises `ValueError` for another number of columns, by which blocks would not be cut."""
         if columns != self.shape[1]:
-            raise ValueError(f"a matrix of {self.shape[1]} columns in blocks cannot be seen as one of {columns}")
+            raise ValueError(f"a matrix of {self.shape[1]} columns in blocks cannot be reshaped to {columns} columns")
         return self
 
 
@@ -86,12 +86,12 @@ def weights(base: Checkpoint) -> Mapping[str, StoredWeight]:
         if scales is None or len(info.shape) != 2 or (scales.dtype, scales.shape) != ("F32", wanted):
             there = f"{scales.dtype} {list(scales.shape)}" if scales else "missing"
             problems.append(
-                f"{printable(name + SCALES)} must be F32 {list(wanted)} for {list(info.shape)}; it is {there}"
+                f"{printable(name + SCALES)} must be F32 {list(wanted)} for {list(info.shape)}, but it is {there}"
             )
             continue
         found[name] = BlockScaled(plain_of(base, name), plain_of(base, name + SCALES), block, plain_dtype(base.config))
     if problems:
-        raise InputError(f"{base.name}: FP8 weights whose block scales do not fit:", problems)
+        raise InputError(f"{base.name}: FP8 weights whose block scales do not match:", problems)
     return found
 
 

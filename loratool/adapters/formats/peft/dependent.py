@@ -29,14 +29,12 @@ def deft(module: Module) -> Updates:
     method = draft.config.get("decomposition_method", "relu")
     sides = {"relu": (formulas.same, formulas.positive), "qr": (formulas.orthogonal, formulas.orthogonal)}.get(method)
     if sides is None:
-        raise UnsupportedError(
-            f"DEFT with decomposition_method {printable(repr(method))}, which loratool does not know"
-        )
+        raise UnsupportedError(f"DEFT with unknown decomposition_method {printable(repr(method))}")
     removed = draft.flag("para")
     down: Any = None
     if not removed:
         stored = module.tensor("deft_R")
-        module.require(stored.shape[0] == rank, "deft_P and deft_R are of different ranks")
+        module.require(stored.shape[0] == rank, "deft_P and deft_R have different ranks")
         alpha = draft.number("alpha", 0) if draft.config.get("alpha") is not None else 0.0
         down = derived(stored.shape, formulas.times(alpha / rank if alpha else 1.0), stored)
     left, right = (derived((rows, rank), formula, direction) for formula in sides)
@@ -53,13 +51,14 @@ def peanut(module: Module) -> Updates:
     activation = formulas.ACTIVATIONS.get(name) if isinstance(name, str) else None
     if activation is None:
         raise UnsupportedError(
-            f"PEANuT with act_fn {printable(repr(name))}; known are {', '.join(formulas.ACTIVATIONS)}; {MERGE_IN_PEFT}"
+            f"PEANuT with unsupported act_fn {printable(repr(name))}; supported: {', '.join(formulas.ACTIVATIONS)}; "
+            f"{MERGE_IN_PEFT}"
         )
     layers: list[Any] = []
     for side in ("encoders", "decoders") if depth else ():
         stored = [module.tensor(f"peanut_{side}.{number}") for number in range(depth)]
         square = all(layer.shape == (rank, rank) for layer in stored)
-        module.require(square, f"a layer of its {side} is not {[rank, rank]}")
+        module.require(square, f"a layer of its {side} does not have the shape {[rank, rank]}")
         layers.append(derived((depth, rank, rank), formulas.stacked, *stored))
     encoders, decoders = layers or (None, None)
     return {"weight": Network(up, down, encoders, decoders, activation, draft.number("scaling", 1.0))}
@@ -68,13 +67,13 @@ def peanut(module: Module) -> Updates:
 def road(module: Module) -> Updates:
     """Rows, and elements of the bias, that are turned in pairs."""
     angles, lengths, draft = module.tensor("road_theta", (1,)), module.tensor("road_alpha", (1,)), module.draft
-    module.require(angles.shape == lengths.shape, "road_theta and road_alpha are of different lengths")
+    module.require(angles.shape == lengths.shape, "road_theta and road_alpha have different lengths")
     size, variant = draft.whole("group_size", 64), draft.config.get("variant", "road_1")
     count = angles.shape[0]
     if variant not in formulas.ROAD_ROWS:
-        raise UnsupportedError(f"RoAd with variant {printable(repr(variant))}, which loratool does not know")
+        raise UnsupportedError(f"RoAd with unknown variant {printable(repr(variant))}")
     rows = int(count * formulas.ROAD_ROWS[variant])
-    module.require(size % 2 == 0 and rows % size == 0, f"its {rows} rows are no whole number of groups of {size}")
+    module.require(size % 2 == 0 and rows % size == 0, f"its {rows} rows are not a multiple of the group size {size}")
     own, other = (
         derived((rows,), formulas.turns(variant, size, function), angles, lengths) for function in ("cos", "sin")
     )
@@ -92,7 +91,9 @@ def glora(module: Module) -> Updates:
     image: Update | None = None
     if "glora_C.Xd" in module:
         left, right = module.tensor("glora_C.Xd"), module.tensor("glora_C.Xu")
-        module.require(left.shape[1] == right.shape[0] and right.shape[1] == 1, "glora_C is no product for one column")
+        module.require(
+            left.shape[1] == right.shape[0] and right.shape[1] == 1, "glora_C must be a product with one column"
+        )
         image = Image(derived((left.shape[0],), formulas.flat_product, left, right))
     elif "glora_C.X" in module:
         stored = module.tensor("glora_C.X")
@@ -107,7 +108,7 @@ def glora_part(module: Module, side: str, dimensions: int = 2) -> Update | None:
     slot = f"glora_{side}"
     if f"{slot}.Xd" in module:
         up, down = module.tensor(f"{slot}.Xd"), module.tensor(f"{slot}.Xu")
-        module.require(up.shape[1] == down.shape[0], f"{slot}.Xd and {slot}.Xu are of different ranks")
+        module.require(up.shape[1] == down.shape[0], f"{slot}.Xd and {slot}.Xu have different ranks")
         return LowRank(up, down, 1.0)
     if f"{slot}.X" in module:
         stored = module.tensor(f"{slot}.X", (1, 2))
@@ -127,7 +128,7 @@ def osf(module: Module) -> Updates:
     up, values, down = (module.tensor(f"osf_svd_params.{name}", ()) for name in ("U_low", "S_low", "V_low"))
     fits = len(up.shape) == len(down.shape) == 2 and up.shape[1:] == values.shape == down.shape[:1]
     module.require(
-        fits, f"U_low {list(up.shape)}, S_low {list(values.shape)}, V_low {list(down.shape)} make no product"
+        fits, f"U_low {list(up.shape)}, S_low {list(values.shape)}, V_low {list(down.shape)} cannot be multiplied"
     )
     scaled = derived(up.shape, formulas.scaled_columns, up, values)
     return {"weight": Residual(LowRank(scaled, down, 1.0), residual.MINOR)}
@@ -138,7 +139,7 @@ def frod(module: Module) -> Updates:
     shared, role = module.draft.modules.get("", module), role_of(module.name)
     if f"frod_V.{role}" not in shared or f"frod_s_indices.{role}" not in shared:
         raise UnsupportedError(
-            "frod_V and frod_s_indices are not in the file (save_projection was false), and they come of a "
+            "frod_V and frod_s_indices are not in the file (save_projection was false), and computing them takes a "
             f"decomposition of all layers together; {MERGE_IN_PEFT}"
         )
     basis, index = shared.tensor(f"frod_V.{role}"), shared.indices(f"frod_s_indices.{role}", (2,))
@@ -147,7 +148,8 @@ def frod(module: Module) -> Updates:
     fits = basis.shape == (side, side) and index.shape == (2, values.shape[0])
     module.require(
         fits,
-        f"frod_V {list(basis.shape)} and frod_s_indices {list(index.shape)} do not go with {side} and {values.shape[0]} values",
+        f"frod_V {list(basis.shape)} and frod_s_indices {list(index.shape)} do not match {side} and {values.shape[0]} "
+        "values",
     )
     return {"weight": Recomposed(basis, diagonal, index, values)}
 

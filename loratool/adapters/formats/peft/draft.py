@@ -132,7 +132,7 @@ class Draft:
             self.notes.append(
                 Note(
                     "training-only-tensors",
-                    f"left out, being for training only or a second copy: {printable(passed_over[0])}{more}",
+                    f"left out (used only in training, or a second copy): {printable(passed_over[0])}{more}",
                 )
             )
 
@@ -157,10 +157,11 @@ class Draft:
         """Refuse to merge modules of whose factors there are several copies: which one was at work, nothing says."""
         for module, names in self.copies.items():
             self.unsupported.append(
-                f"LoRA on {printable(module)}, which is saved whole as well: the file holds {len(names)} further factors "
-                f"for it, in PEFT's own copies of the module ({', '.join(map(printable, names[:2]))}, …), and nothing says "
-                "which of them the model ran with; PEFT 0.21 cannot load it either. Train again with the module either "
-                "in target_modules or in modules_to_save (task_type adds heads there by itself)"
+                f"LoRA on {printable(module)}, which is also saved whole: the file contains {len(names)} more factors "
+                f"for it, in PEFT's own copies of the module ({', '.join(map(printable, names[:2]))}, …), and it does "
+                "not record which of them the model ran with; PEFT 0.21 cannot load it either. Train again with the "
+                "module in either target_modules or modules_to_save (task_type adds heads to the latter "
+                "automatically)"
             )
 
     def stray(self, name: str, family: str, kind: str) -> None:
@@ -194,7 +195,7 @@ class Draft:
         """A tensor of the file, checked."""
         info = self.file.tensors[name]
         if info.dtype not in dtypes:
-            raise UnusableError(f"{printable(name)}: stored as {info.dtype}; wanted is one of {', '.join(dtypes)}")
+            raise UnusableError(f"{printable(name)}: stored as {info.dtype}; expected one of {', '.join(dtypes)}")
         if dimensions and (len(info.shape) not in dimensions or 0 in info.shape):
             wanted = " or ".join(str(count) for count in sorted(dimensions))
             raise UnusableError(
@@ -284,7 +285,7 @@ class Draft:
         return float(self.setting(name, default, is_number, "a finite number"))
 
     def whole(self, name: str, default: int) -> int:
-        found: int = self.setting(name, default, is_whole, "a whole number from 1 on")
+        found: int = self.setting(name, default, is_whole, "a whole number of at least 1")
         return found
 
 
@@ -312,10 +313,10 @@ def tell_spelling(draft: Draft, slots: Collection[str]) -> None:
     doubled = [name for name in names if keys.path_of(name)[:2] == list(keys.PREFIX)]
     named = [name for name in names if keys.named_in(name, slots)]
     for code, found, what in (
-        ("wrapper-in-names", wrapped, "hold a wrapper of training, which is left out"),
-        ("prefix-missing", bare, "are without PEFT's prefix base_model.model."),
+        ("wrapper-in-names", wrapped, "contain a training wrapper, which is dropped"),
+        ("prefix-missing", bare, "lack PEFT's prefix base_model.model."),
         ("prefix-doubled", doubled, "begin with PEFT's prefix twice"),
-        ("adapter-name-in-names", named, "hold the adapter's name behind the factor's, which is left out"),
+        ("adapter-name-in-names", named, "contain the adapter's name after the factor's, which is dropped"),
     ):
         if found:
-            draft.notes.append(Note(code, f"{len(found)} names of tensors {what}: {printable(found[0])} for one"))
+            draft.notes.append(Note(code, f"{len(found)} tensor names {what}, such as {printable(found[0])}"))

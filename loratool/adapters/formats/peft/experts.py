@@ -42,13 +42,13 @@ def rank_notes(own: Mapping[str, int], ranks: Mapping[str, int]) -> Iterator[Not
     if filled := [target for target in stacked_by_peft(ranks) if own.get(target, 0) < ranks[target]]:
         yield Note(
             "experts-one-rank",
-            f"{len(filled)} experts and routers are filled up with zeros to rank {ranks[filled[0]]}, the largest of them: "
-            "PEFT stacks the experts of a model in parameters, which have one rank",
+            f"{len(filled)} experts and routers are padded with zeros to rank {ranks[filled[0]]}, the largest of "
+            "them: PEFT stacks a model's experts in parameters, which have one rank",
         )
     if lost := lost_by_peft(ranks):
         yield Note(
             "peft-loses-layers",
-            f"{len(lost)} layers outside of the experts have names of expert projections, such as {printable(lost[0])}; where "
-            "transformers 5 holds the experts in one parameter, PEFT 0.21 passes over these layers when it loads the "
+            f"{len(lost)} layers outside the experts are named like expert projections, such as {printable(lost[0])}; "
+            "where transformers 5 keeps the experts in one parameter, PEFT 0.21 skips these layers when it loads the "
             "adapter (huggingface/peft #3711). `loratool merge` applies them",
         )

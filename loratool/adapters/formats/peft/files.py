@@ -64,7 +64,7 @@ def open_weights(path: Path, notes: list[Note], adapter_name: str | None) -> tup
         return path.parent, joined(path)
     if path.suffix == ".safetensors":
         if (match := NUMBERED.match(path.name)) and int(match["count"]) > 1:
-            raise InputError(f"{printable(path)}: is one of {match['count']} files; name their folder")
+            raise InputError(f"{printable(path)}: is one of {match['count']} files; pass the folder that contains them")
         return path.parent, read_safefile(path)
     folder = folder_of(path, notes, adapter_name)
     names, index = weight_names(folder)
@@ -94,7 +94,7 @@ def folder_of(path: Path, notes: list[Note], adapter_name: str | None) -> Path:
     inside = [folder for folder in nested(path) if adapter_name in (None, folder.name)] or nested(path)
     if len(inside) > 1:
         names = ", ".join(printable(f.name) for f in inside)
-        raise InputError(f"{printable(path)}: holds several adapters ({names}); name the subfolder of one")
+        raise InputError(f"{printable(path)}: contains several adapters ({names}); pass the subfolder of one")
     if inside:
         notes.append(Note("subfolder", f"read from the subfolder {printable(inside[0].name)}"))
     return inside[0] if inside else path
@@ -128,7 +128,8 @@ def by_header(folder: Path) -> SafeFile | None:
     if len(found) > 1:
         names = ", ".join(printable(file.path.name) for file in found)
         raise InputError(
-            f"{printable(folder)}: {WEIGHTS} is missing, and several files hold factors ({names}); name one"
+            f"{printable(folder)}: {WEIGHTS} is missing, and several files contain factors ({names}); pass the path "
+            "of one"
         )
     return found[0] if found else None
 
@@ -154,7 +155,7 @@ def only_nested(folder: Path) -> str:
     found = [inside.name for inside in nested(folder)]
     if len(found) != 1:
         listed = ", ".join(map(printable, found))
-        raise InputError(f"{printable(folder)}: holds several adapters ({listed}); name one after a colon")
+        raise InputError(f"{printable(folder)}: contains several adapters ({listed}); name one after a colon")
     return found[0]
 
 
@@ -170,5 +171,5 @@ def read_config(path: Path) -> dict[str, Any]:
     """`adapter_config.json` as a dict. Problems are told without repeating the file's text."""
     config = read_json(path, lenient=True)
     if not {"peft_type", "r", "lora_alpha"} & set(config):
-        raise InputError(f"{printable(path)}: no adapter config: neither peft_type nor r nor lora_alpha is in it")
+        raise InputError(f"{printable(path)}: not an adapter config: it has no peft_type, r or lora_alpha")
     return config

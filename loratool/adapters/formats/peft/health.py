@@ -44,8 +44,8 @@ def look_at_names(adapter: Adapter, path: Path) -> Iterator[Finding]:
         yield Finding(
             "problem",
             "wrapper-prefix",
-            f"names hold what a wrapper of training put there ({', '.join(words)}), so PEFT finds no module for "
-            f"{some(wrapped)}, and loads nothing of them without an error",
+            f"names contain prefixes that a training wrapper added ({', '.join(words)}), so PEFT finds no module for "
+            f"{some(wrapped)} and silently skips them",
             command("rescale", path, "--bake"),
             tuple(map(printable, wrapped)),
         )
@@ -53,8 +53,8 @@ def look_at_names(adapter: Adapter, path: Path) -> Iterator[Finding]:
         yield Finding(
             "problem",
             "prefix-doubled",
-            f"names begin with PEFT's prefix twice, so PEFT finds no module for {some(doubled)}, and loads nothing of them "
-            "without an error",
+            f"names begin with PEFT's prefix twice, so PEFT finds no module for {some(doubled)} and silently skips "
+            "them",
             f"loratool merge BASE {quoted(path)} -o OUT",
             tuple(map(printable, doubled)),
         )
@@ -62,8 +62,8 @@ def look_at_names(adapter: Adapter, path: Path) -> Iterator[Finding]:
         yield Finding(
             "note",
             "adapter-name-in-names",
-            f"names hold the adapter's name behind the factor's, as in a state dict of training ({some(named)}): PEFT 0.21.2 "
-            "takes them, vLLM 0.32.0 reads only …lora_A.weight",
+            f"names contain the adapter's name after the factor's, as in a training state dict ({some(named)}): PEFT "
+            "0.21.2 accepts them, vLLM 0.32.0 reads only …lora_A.weight",
             command("rescale", path, "--bake"),
             tuple(map(printable, named)),
         )
@@ -71,7 +71,7 @@ def look_at_names(adapter: Adapter, path: Path) -> Iterator[Finding]:
         yield Finding(
             "problem",
             "unknown-tensor",
-            f"no rule gives a place to {some(adapter.unused)}",
+            f"unrecognised tensors: {some(adapter.unused)}",
             "",
             tuple(map(printable, adapter.unused)),
         )
@@ -86,16 +86,16 @@ def look_at_config(adapter: Adapter, path: Path) -> Iterator[Finding]:
         yield Finding(
             "problem",
             "base-moved",
-            f"init_lora_weights {printable(repr(start))} changed the base before training ({row.title}), and the adapter "
-            "does not hold what it became; on the original base it is wrong, in PEFT too",
-            "save it in PEFT with path_initial_model_for_weight_conversion, which makes plain LoRA of it",
+            f"init_lora_weights {printable(repr(start))} changed the base before training ({row.title}), and the "
+            "adapter does not contain the changed base; on the original base it is wrong, in PEFT too",
+            "save it in PEFT with path_initial_model_for_weight_conversion, which converts it to plain LoRA",
         )
     elif residual := [target for target, update in adapter.updates.items() if is_residual(update)]:
         yield Finding(
             "note",
             "base-moved",
-            f"training began by taking a part out of the base ({printable(start)}): s · BA on the original base is not what "
-            "was trained; PEFT and loratool take that part out again, servers do not",
+            f"training began by subtracting a part from the base ({printable(start)}), so s · BA on the original base "
+            "is not what was trained; PEFT and loratool subtract that part again, servers do not",
             f"loratool merge BASE {quoted(path)} -o OUT",
             tuple(map(printable, residual)),
         )
@@ -103,8 +103,7 @@ def look_at_config(adapter: Adapter, path: Path) -> Iterator[Finding]:
         yield Finding(
             "problem",
             "expert-packing",
-            f"the factors of its experts are {adapter.packing}, and PEFT reads them as if they were rank-major, without "
-            "an error; so do most servers",
+            f"its expert factors are {adapter.packing}, and PEFT silently reads them as rank-major; so do most servers",
             f"loratool rescale {quoted(path)} -o OUT --bake",
         )
     for reason in adapter.unsupported:
@@ -114,12 +113,12 @@ def look_at_config(adapter: Adapter, path: Path) -> Iterator[Finding]:
         yield Finding(
             "note",
             "task-not-named",
-            f"{CONFIG} names no task_type: AutoPeftModel cannot choose a class, and PEFT wraps the model without its methods "
-            "for generating",
+            f"{CONFIG} has no task_type: AutoPeftModel cannot choose a class, and PEFT wraps the model without its "
+            "generation methods",
             f'set "task_type" in {CONFIG}, to "CAUSAL_LM" for a language model',
         )
     if not adapter.config.get("base_model_name_or_path"):
-        yield Finding("note", "base-not-named", "the config does not name the base that it was trained on")
+        yield Finding("note", "base-not-named", "the config does not name the base it was trained on")
     yield from look_at_patterns(adapter, path)
 
 
@@ -145,15 +144,18 @@ def look_at_patterns(adapter: Adapter, path: Path) -> Iterator[Finding]:
         first = [p for p in table if p in matching[rivals[0]]]
         said = ", ".join(f"{printable(p)}: {printable(table[p])}" for p in first)
         if name == "rank_pattern":
-            outcome = "PEFT takes the first, and fails where the tensors have another's rank"
+            outcome = "PEFT uses the first, and fails where the tensors have the rank of another"
             repair = command("rescale", path, "--bake")
         else:
-            outcome = "PEFT takes the first when it loads, training may have used another, so the strength may be wrong"
+            outcome = (
+                "PEFT uses the first when it loads the adapter, but training may have used another, so the strength "
+                "may be wrong"
+            )
             repair = command("rescale", path, f"--match {quoted(Path(rivals[0].replace('.', '[.]')))}=FACTOR")
         yield Finding(
             "problem",
             "sorted-patterns",
-            f"several entries of {name} match {some(rivals)} ({said}), and saving sorted them: {outcome}",
+            f"several entries of {name} match {some(rivals)} ({said}), and they were sorted when saved: {outcome}",
             repair,
             tuple(map(printable, rivals)),
         )

@@ -79,11 +79,11 @@ class Reader:
         embedding = "lora_embedding_A" in module or "lora_embedding_B" in module
         module.require(
             not (embedding and ("lora_A" in module or "lora_B" in module)),
-            "has factors of a linear layer and of an embedding",
+            "has both linear and embedding factors",
         )
         module.agree(
             not module.path.endswith(".base_layer") or module.name == module.path,
-            f"its factors are those of a parameter, and {CONFIG} names none of it in target_parameters",
+            f"its factors belong to a parameter, but target_parameters in {CONFIG} does not list one of this module",
         )
         if embedding:
             return {"weight": self.with_magnitude(module, self.embedding(module))}
@@ -103,15 +103,15 @@ class Reader:
             self.draft.notes.append(
                 Note(
                     "attention-doubled",
-                    f"the update of {self.doubled} out_proj of nn.MultiheadAttention counts twice, as in PEFT up to 0.21.2, "
-                    f"under which it was trained ({CONFIG} names {printable(version)})",
+                    f"the update of {self.doubled} out_proj layers of nn.MultiheadAttention is applied twice, as PEFT "
+                    f"up to 0.21.2 did when the adapter was trained ({CONFIG} names {printable(version)})",
                 )
             )
         if self.idle_biases:
             self.draft.notes.append(
                 Note(
                     "attention-biases-left-out",
-                    f"{self.idle_biases} lora_B.bias of nn.MultiheadAttention are left out, as PEFT does",
+                    f"{self.idle_biases} lora_B.bias of nn.MultiheadAttention are left out, as in PEFT",
                 )
             )
 
@@ -125,8 +125,8 @@ class Reader:
         down, up = module.tensor("lora_A", (2, 3, 4, 5)), module.tensor("lora_B", (2, 3, 4, 5))
         if len(down.shape) != len(up.shape):
             raise UnusableError(
-                f"{module.shown}: lora_A is {list(down.shape)} and lora_B {list(up.shape)}; two matrices are wanted, or "
-                "two kernels of a convolution"
+                f"{module.shown}: lora_A is {list(down.shape)} and lora_B {list(up.shape)}; expected two matrices or "
+                "two convolution kernels"
             )
         if len(down.shape) > 2:
             return self.convolution(module, up, down)
@@ -149,11 +149,11 @@ class Reader:
         """Of a (out, in, *kernel) weight; A holds kernels, B is 1 × 1."""
         if up.shape[1] != down.shape[0] and down.shape[0] % up.shape[1] == 0:
             raise UnsupportedError(
-                f"LoRA on a grouped convolution ({module.shown}, lora_B {list(up.shape)}): its update sees all input "
-                "channels, which the grouped weight cannot hold; keep this adapter beside the model"
+                f"LoRA on a grouped convolution ({module.shown}, lora_B {list(up.shape)}): its update uses all input "
+                "channels, which a grouped weight cannot represent; use this adapter unmerged"
             )
         module.require(up.shape[1] == down.shape[0], rank_is_one(down.shape[0], up.shape[1]))
-        module.require(set(up.shape[2:]) == {1}, f"lora_B is {list(up.shape)}; a kernel of 1 is wanted")
+        module.require(set(up.shape[2:]) == {1}, f"lora_B is {list(up.shape)}; expected a kernel of 1")
         rank, channels, *kernel = down.shape
         columns = channels
         for size in kernel:
@@ -177,7 +177,7 @@ class Reader:
         module.agree(valid, f"use_bdlora in {CONFIG} tells no number of blocks, or both factors to be in blocks")
         for chosen, name, factor in ((in_a, "lora_A", down), (in_b, "lora_B", up)):
             fits = not chosen or factor.shape[0] % blocks == 0
-            module.require(fits, f"{name} has {factor.shape[0]} rows, no multiple of {blocks} blocks")
+            module.require(fits, f"{name} has {factor.shape[0]} rows, which is not a multiple of {blocks} blocks")
         laid_out = formulas.block_diagonal(blocks)
         if in_a:
             down = derived((down.shape[0], down.shape[1] * blocks), laid_out, down)
@@ -212,7 +212,7 @@ class Reader:
         wanted = update.shape[1] if by_column else update.shape[0]
         module.require(
             stored.shape in ((count,), (1, count, *[1] * (len(stored.shape) - 2))) and count == wanted,
-            f"lora_magnitude_vector is {list(stored.shape)}; {wanted} values are wanted",
+            f"lora_magnitude_vector is {list(stored.shape)}; expected {wanted} values",
         )
         return Magnitude(update, derived((count,), formulas.flat, stored), by_column)
 
@@ -225,7 +225,8 @@ class Reader:
             return {}
         bias, scale = module.tensor("lora_B.bias", (1,)), self.scaling.scale(module.name, update.rank)
         module.require(
-            bias.shape[0] == update.shape[0], f"lora_B.bias has {bias.shape[0]} values for {update.shape[0]} rows"
+            bias.shape[0] == update.shape[0],
+            f"lora_B.bias has {bias.shape[0]} values; expected {update.shape[0]}, one per row",
         )
         return {"bias": Add(bias, scale)}
 

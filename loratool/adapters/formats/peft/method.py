@@ -43,7 +43,9 @@ def scaled(read: Callable[[Module, Scaling], Updates], *slots: str) -> Method:
 
 def low_rank(module: Module, up: Any, down: Any, scale: float, turnable: bool = True) -> LowRank:
     """The update scale · up @ down of two stored matrices that agree."""
-    module.require(up.shape[1] == down.shape[0], f"a factor has {up.shape[1]} columns, the other {down.shape[0]} rows")
+    module.require(
+        up.shape[1] == down.shape[0], f"one factor has {up.shape[1]} columns, the other {down.shape[0]} rows"
+    )
     return LowRank(up, down, scale, turnable)
 
 
@@ -53,6 +55,6 @@ MERGE_IN_PEFT = "merge it with PEFT's merge_and_unload"
 def save_again(field: str) -> str:
     """What to do about tensors that PEFT saves only where a field of the config says so, and makes anew on loading."""
     return (
-        f"load the adapter with PeftModel.from_pretrained(model, adapter, config=config), config.{field} being True, "
+        f"load the adapter with PeftModel.from_pretrained(model, adapter, config=config) with config.{field} = True, "
         "and save it again"
     )

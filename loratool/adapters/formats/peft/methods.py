@@ -39,10 +39,10 @@ def adalora(module: Module) -> Updates:
     for slot in ("lora_A", "lora_B", "lora_E"):
         if slot in module and 0 in config.file.tensors[module.slots[slot]].shape:
             raise UnusableError(
-                f"{module.shown}: {slot} is empty: nothing of it survived pruning, or nobody gathered it"
+                f"{module.shown}: {slot} is empty: pruning removed all of it, or it was not gathered before saving"
             )
     a, b, e = module.tensor("lora_A"), module.tensor("lora_B"), module.tensor("lora_E")
-    module.require(e.shape == (a.shape[0], 1), f"lora_E is {list(e.shape)}; {[a.shape[0], 1]} is wanted")
+    module.require(e.shape == (a.shape[0], 1), f"lora_E is {list(e.shape)}; expected {[a.shape[0], 1]}")
     first, alpha = config.whole("init_r", 12), config.number("lora_alpha", 8)
     scale = (alpha if alpha > 0 else first) / (first + SMALL)
     return {"weight": low_rank(module, b, derived(a.shape, formulas.scaled_rows, a, e), scale)}
@@ -51,7 +51,7 @@ def adalora(module: Module) -> Updates:
 def loha(module: Module, scaling: Scaling) -> Updates:
     (up1, down1), (up2, down2) = (hadamard_factor(module, side) for side in "12")
     sides = [up1.shape[0], down1.shape[1]], [up2.shape[0], down2.shape[1]]
-    module.require(sides[0] == sides[1], f"its two products are {sides[0]} and {sides[1]}")
+    module.require(sides[0] == sides[1], f"its two products have different shapes: {sides[0]} and {sides[1]}")
     return {"weight": Hadamard(up1, down1, up2, down2, scaling.scale(module.name, down1.shape[0]))}
 
 
@@ -64,7 +64,7 @@ def hadamard_factor(module: Module, side: str) -> tuple[Any, Any]:
         module.require(agree, f"{core} is {list(t.shape)}; the rank is {a.shape[0]}")
         columns = b.shape[1] * math.prod(t.shape[2:])
         a, b = a.T, derived((a.shape[0], columns), formulas.along_kernel, t, b)
-    module.require(a.shape[1] == b.shape[0], f"hada_w{side}_a and hada_w{side}_b are of different ranks")
+    module.require(a.shape[1] == b.shape[0], f"hada_w{side}_a and hada_w{side}_b have different ranks")
     return a, b
 
 
@@ -87,7 +87,7 @@ def kronecker_factor(module: Module, side: str) -> Any:
     """w1 or w2 of LoKr: stored whole, as a product, or as a Tucker core and two matrices."""
     whole, a, b = f"lokr_w{side}", f"lokr_w{side}_a", f"lokr_w{side}_b"
     if whole in module:
-        module.require(a not in module and b not in module, f"{whole} is stored whole and as a product")
+        module.require(a not in module and b not in module, f"{whole} is stored both whole and as a product")
         factor = module.tensor(whole, (2,) if side == "1" else (2, 3, 4))
         if len(factor.shape) == 4:
             return derived((factor.shape[0], math.prod(factor.shape[1:])), formulas.as_matrix, factor)
@@ -99,7 +99,7 @@ def kronecker_factor(module: Module, side: str) -> Any:
         module.require(agree, f"lokr_t2 is {list(core.shape)}; the rank is {left.shape[0]}")
         shape = (left.shape[1], right.shape[1] * math.prod(core.shape[2:]))
         return derived(shape, formulas.rebuilt, core, left, right)
-    module.require(left.shape[1] == right.shape[0], f"{a} and {b} are of different ranks")
+    module.require(left.shape[1] == right.shape[0], f"{a} and {b} have different ranks")
     return derived((left.shape[0], right.shape[1]), formulas.product, left, right)
 
 
@@ -107,7 +107,7 @@ def ia3(module: Module, feedforward: Callable[[str], bool]) -> Updates:
     """A factor for each output, of the bias too, or for each input of a feed-forward layer."""
     stored = module.tensor("ia3_l", (2, 4, 5))
     count = math.prod(stored.shape)
-    module.require(max(stored.shape) == count, f"ia3_l is {list(stored.shape)}; a row or a column is wanted")
+    module.require(max(stored.shape) == count, f"ia3_l is {list(stored.shape)}; expected a row or a column")
     inputs, dimensions = feedforward(module.name), len(stored.shape)
     if dimensions == 2 and count > 1:
         agree = inputs == (stored.shape[0] == 1)
@@ -142,16 +142,14 @@ def vera(module: Module, prefix: str, halved: bool = False) -> Updates:
     shared = module.draft.modules.get("")
     if shared is None or f"{prefix}A" not in shared or f"{prefix}B" not in shared:
         raise UnsupportedError(
-            f"{prefix}A and {prefix}B are not in the file (save_projection was false), and they cannot be drawn again "
-            f"without every layer's shape; {MERGE_IN_PEFT}"
+            f"{prefix}A and {prefix}B are not in the file (save_projection was false), and regenerating them takes "
+            f"every layer's shape; {MERGE_IN_PEFT}"
         )
     left, right = module.tensor(f"{prefix}lambda_b", (1,)), module.tensor(f"{prefix}lambda_d", (1,))
     a, b = shared.tensor(f"{prefix}A"), shared.tensor(f"{prefix}B")
     rank = right.shape[0] // 2 if halved else right.shape[0]
     fits = b.shape[0] >= left.shape[0] and b.shape[1] == rank and a.shape[0] == right.shape[0]
-    module.require(
-        fits, f"the shared {prefix}A {list(a.shape)} and {prefix}B {list(b.shape)} do not go with its vectors"
-    )
+    module.require(fits, f"the shared {prefix}A {list(a.shape)} and {prefix}B {list(b.shape)} do not match its vectors")
     up = derived((left.shape[0], rank), formulas.first_rows(left.shape[0]), b, left)
     return {"weight": Shared(up, derived((rank, a.shape[1]), formulas.first_both(rank), a, right))}
 
@@ -161,7 +159,7 @@ def delora(module: Module) -> Updates:
     strength, norms = module.tensor("delora_lambda", (1,)), module.tensor("delora_w_norm", (1,))
     module.require(strength.shape == (1,), f"delora_lambda has {strength.shape[0]} values")
     module.require(norms.shape[0] == a.shape[1], f"delora_w_norm has {norms.shape[0]} values for {a.shape[1]} columns")
-    module.require(b.shape[1] == a.shape[0], "delora_A and delora_B are of different ranks")
+    module.require(b.shape[1] == a.shape[0], "delora_A and delora_B have different ranks")
     up = derived(b.shape, formulas.normalised_left, b, a, strength)
     return {"weight": LowRank(up, derived(a.shape, formulas.scaled_columns, a, norms), 1.0)}
 
@@ -176,11 +174,11 @@ def oft(module: Module) -> Updates:
     """Blocks from the upper triangles of skew-symmetric matrices; an embedding is multiplied from the other side."""
     embedding = "oft_embedding_R" in module
     if "oft_R" not in module and not embedding:
-        raise UnsupportedError("OFT as an older PEFT stored it (oft_r): merge it in the release that wrote it")
+        raise UnsupportedError("OFT as stored by an older PEFT (oft_r); merge it with the PEFT release that wrote it")
     stored = module.tensor("oft_embedding_R" if embedding else "oft_R")
     count, elements = stored.shape
     size = (1 + math.isqrt(1 + 8 * elements)) // 2
-    module.require(size * (size - 1) // 2 == elements, f"{elements} is the size of no upper triangle")
+    module.require(size * (size - 1) // 2 == elements, f"{elements} is not the number of elements of an upper triangle")
     draft = module.draft
     terms = draft.whole("num_cayley_neumann_terms", 5) if draft.flag("use_cayley_neumann", True) else None
     bound = draft.number("eps", 6e-5) if draft.flag("coft") else None
@@ -194,7 +192,7 @@ def boft(module: Module) -> Updates:
     factors, count, size, _ = blocks.shape
     if factors > 1:
         raise UnsupportedError(
-            "BOFT with several butterfly factors, which only PEFT's CUDA extension computes: merge it there"
+            "BOFT with several butterfly factors, which only PEFT's CUDA extension can compute; merge it in PEFT"
         )
     module.require(blocks.shape[3] == size, f"boft_R is {list(blocks.shape)}; its blocks are not square")
     convolution = scale.shape[0] == 1 and scale.shape[1] > 1
@@ -226,11 +224,11 @@ def fourierft(module: Module) -> Updates:
 def shira(module: Module) -> Updates:
     if "shira_indices" not in module:
         raise UnsupportedError(
-            "SHiRA without its shira_indices: save the adapter again with a newer PEFT, which stores them"
+            "SHiRA without its shira_indices; save the adapter again with a newer PEFT, which stores them"
         )
     values, index = module.tensor("shira_weight", (1,)), module.indices("shira_indices", (2,))
     fits = index.shape == (2, values.shape[0])
-    module.require(fits, f"shira_indices is {list(index.shape)} for {values.shape[0]} values")
+    module.require(fits, f"shira_indices has shape {list(index.shape)} for {values.shape[0]} values")
     return {"weight": Scatter(index, values)}
 
 
@@ -238,12 +236,12 @@ def supertuning(module: Module) -> Updates:
     """Single elements by their numbers, and a low-rank update besides where the config has a rank."""
     if "supertuning_indices" not in module:
         raise UnsupportedError(
-            "Super-Tuning without its supertuning_indices (save_precomputed_indices was false): the order of equal "
-            f"weights decides which they are; {save_again('save_precomputed_indices')}"
+            "Super-Tuning without its supertuning_indices (save_precomputed_indices was false), and they depend on "
+            f"the order of equal weights; {save_again('save_precomputed_indices')}"
         )
     values, index = module.tensor("supertuning_values", (1,)), module.indices("supertuning_indices", (1,))
     module.require(
-        index.shape == values.shape, f"supertuning_indices is {list(index.shape)} for {values.shape[0]} values"
+        index.shape == values.shape, f"supertuning_indices has shape {list(index.shape)} for {values.shape[0]} values"
     )
     sparse = Scatter(index, values)
     if "supertuning_lora_A" not in module and "supertuning_lora_B" not in module:
@@ -262,7 +260,7 @@ def gralora(module: Module) -> Updates:
     a, b, draft = module.tensor("gralora_A", (3,)), module.tensor("gralora_B", (3,)), module.draft
     count, inputs, rank = a.shape
     fits = b.shape[:2] == (count, rank) and rank % count == 0
-    module.require(fits, f"gralora_A {list(a.shape)} and gralora_B {list(b.shape)} make no grid")
+    module.require(fits, f"gralora_A {list(a.shape)} and gralora_B {list(b.shape)} do not form a grid")
     general = ("gralora_A_general", "gralora_B_general")
     beside = [module.tensor(slot) for slot in general] if any(slot in module for slot in general) else []
     scale = draft.number("alpha", 64) / (rank + (beside[0].shape[0] if beside else 0))
@@ -279,7 +277,7 @@ def hira(module: Module) -> Updates:
         down, up = module.tensor("hira_embedding_A"), module.tensor("hira_embedding_B")
         return {"weight": Modulated(low_rank(module, up, down, 1.0, turnable=False).turned)}
     down, up = module.tensor("hira_A", (2, 3, 4, 5)), module.tensor("hira_B", (2, 3, 4, 5))
-    module.require(up.shape[1] == down.shape[0], "hira_A and hira_B are of different ranks")
+    module.require(up.shape[1] == down.shape[0], "hira_A and hira_B have different ranks")
     if len(down.shape) == 2:
         return {"weight": Modulated(LowRank(up, down, 1.0, turnable=True))}
     rank, _, *kernel = down.shape
@@ -307,12 +305,12 @@ def vblora(module: Module) -> Updates:
             index = module.indices(f"{logits}_topk_indices", (3,))
             weights = module.tensor(f"{logits}_topk_weights", ())
             module.require(
-                weights.shape == (*index.shape[:2], index.shape[2] - 1), f"the weights of {logits} do not fit"
+                weights.shape == (*index.shape[:2], index.shape[2] - 1), f"the weights of {logits} do not match"
             )
             found.append((index.shape, formulas.given, (weights, index, bank)))
         else:
             stored = module.tensor(logits, (3,))
-            module.require(stored.shape[2] == bank.shape[0] >= first, f"{logits} is not about the vectors of the bank")
+            module.require(stored.shape[2] == bank.shape[0] >= first, f"{logits} does not match the vector bank")
             found.append((stored.shape, formulas.chosen(first), (stored, bank)))
     (a, mix_a, of_a), (b, mix_b, of_b) = found
     length = bank.shape[1]
@@ -327,7 +325,7 @@ def beft(module: Module) -> Updates:
 
 
 def no_layers(module: Module) -> Updates:
-    raise UnusableError(f"{module.shown}: nothing but token rows is wanted")
+    raise UnusableError(f"{module.shown}: expected token rows only")
 
 
 METHODS: Mapping[str, Method] = {

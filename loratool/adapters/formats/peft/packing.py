@@ -30,9 +30,9 @@ def check(draft: Draft) -> None:
     """Note every field about packing whose value is unknown, or that is unknown itself: its tensors cannot be read."""
     for name, value, known in said(draft.config):
         if value is not None and value not in known:
-            expected = f"expected {' or '.join(known)}" if known else "which loratool does not know"
+            expected = f"expected {' or '.join(known)}" if known else "which is unknown"
             draft.unsupported.append(
-                f"{CONFIG}: {name} is {printable(repr(value))}, {expected}; it says how tensors are packed"
+                f"{CONFIG}: {name} is {printable(repr(value))}, {expected}; it determines how tensors are packed"
             )
 
 
@@ -99,10 +99,10 @@ def tell(draft: Draft, parameters: set[str]) -> None:
         draft.notes.append(
             Note(
                 "expert-layout-assumed",
-                f"the order of columns in lora_B of its fused experts is not recorded, and {', '.join(found)}: Unsloth "
-                f"packed them by expert until September 2026; they are read as PEFT packs them, {RANK_MAJOR}. If it was "
-                f"trained with an older Unsloth, pass --expert-layout {GROUPED}; --expert-layout {RANK_MAJOR} confirms "
-                "what is assumed",
+                f"the column order of lora_B in its fused experts is not recorded, and {', '.join(found)}: Unsloth "
+                f"packed them by expert until September 2026. They are read as {RANK_MAJOR}, as PEFT packs them. If "
+                f"the adapter was trained with an older Unsloth, pass --expert-layout {GROUPED}; pass --expert-layout "
+                f"{RANK_MAJOR} to confirm the assumption",
             )
         )
 

@@ -101,8 +101,8 @@ def parameters_of(draft: Draft, module: str, wrapped: Mapping[int, Module]) -> d
         )
     if len(names) > 1 and order is None:
         raise UnusableError(
-            f"{printable(module)}: nothing tells which factors are those of {', '.join(map(printable, sorted(names)))}; "
-            "known are modules with " + ", with ".join("/".join(row) for row in REGISTERED)
+            f"{printable(module)}: cannot tell which factors belong to {', '.join(map(printable, sorted(names)))}; "
+            "recognised are modules with " + ", with ".join("/".join(row) for row in REGISTERED)
         )
     in_order = sorted(names, key=order.index) if order else list(names)
     return {name: wrapped[depth] for name, depth in zip(in_order, sorted(wrapped, reverse=True), strict=True)}
@@ -140,12 +140,12 @@ def read_parameters(draft: Draft, wrapped: Mapping[str, Mapping[int, Module]], s
 def factors_of(module: Module, path: str, scaling: Scaling) -> ExpertFactors:
     a, b = module.tensor("lora_A"), module.tensor("lora_B")
     extra = set(module.slots) - {"lora_A", "lora_B"}
-    module.require(not extra, f"{', '.join(sorted(extra))} on a parameter is nothing that PEFT makes")
+    module.require(not extra, f"{', '.join(sorted(extra))} on a parameter is not something PEFT makes")
     module.require(b.shape[1] == a.shape[0], rank_is_one(a.shape[0], b.shape[1]))
     ranks = scaling.expected(path)
     module.agree(
         not ranks or any(a.shape[0] % rank == 0 for rank in ranks),
-        f"lora_A has {a.shape[0]} rows, no multiple of the rank {min(ranks, default=0)} that {CONFIG} says",
+        f"lora_A has {a.shape[0]} rows, which is not a multiple of the rank {min(ranks, default=0)} in {CONFIG}",
     )
     parameter = path.rpartition(".")[2]
     fitting = tuple(rank for rank in ranks if a.shape[0] % rank == 0)
@@ -159,4 +159,4 @@ def factors_of(module: Module, path: str, scaling: Scaling) -> ExpertFactors:
 
 
 def rank_is_one(rows: int, columns: int) -> str:
-    return f"lora_A has {rows} rows and lora_B {columns} columns; the rank is one"
+    return f"lora_A has {rows} rows and lora_B {columns} columns; both must equal the rank"

@@ -71,9 +71,7 @@ def with_alpha(config: Mapping[str, Any], alpha: float | None, notes: list[Note]
     if alpha is None or config.get(name) is None:
         return config if alpha is None else {**config, name: alpha}
     held = printable(config[name])
-    notes.append(
-        Note("input-alpha-not-used", f"its config has {name} {held}, so the input alpha {alpha:g} is not used")
-    )
+    notes.append(Note("input-alpha-not-used", f"its config has {name} {held}, so --input-alpha {alpha:g} is ignored"))
     return config
 
 
@@ -105,7 +103,7 @@ def read_updates(draft: Draft) -> None:
     kind = draft.config.get("peft_type", "LORA")
     row = support.TYPES.get(kind) if isinstance(kind, str) else None
     if row is None or row.refused:
-        reason = f": {row.refused}" if row else ", which loratool does not know"
+        reason = f": {row.refused}" if row else ", which is unknown"
         draft.unsupported.append(f"peft_type {printable(kind)}{reason}")
         return
     packing.check(draft)
@@ -136,7 +134,7 @@ def read_saved(path: Path, owner: Adapter) -> Adapter:
     draft = Draft(file, {}, notes)
     draft.sort("LORA", lora.SLOTS, lora.ONLY_TRAINING)
     if draft.modules or draft.copies:
-        raise InputError(f"{printable(path)}: holds factors of an adapter; give it as an ADAPTER of its own")
+        raise InputError(f"{printable(path)}: contains adapter factors; pass it as an ADAPTER of its own")
     draft.place_saved()
     if draft.problems:
         raise InputError(f"{printable(path)}: cannot be loaded along with {owner.name}:", draft.problems)

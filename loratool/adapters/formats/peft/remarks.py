@@ -21,7 +21,7 @@ def remark(draft: Draft) -> None:
         draft.notes.append(
             Note(
                 "bias-not-saved",
-                f"the config says bias={printable(repr(bias))}, and no bias is in the file: none was trained",
+                f"the config says bias={printable(repr(bias))}, but the file contains no bias, so none was trained",
             )
         )
     unknown = (
@@ -34,7 +34,7 @@ def remark(draft: Draft) -> None:
         draft.notes.append(
             Note(
                 "unknown-fields",
-                f"fields of the config that loratool does not know, and passes over as PEFT 0.21 does: {shown}",
+                f"config fields unknown to loratool, ignored as PEFT 0.21 does: {shown}",
             )
         )
     if idle := idle_targets(draft):
@@ -42,7 +42,8 @@ def remark(draft: Draft) -> None:
         draft.notes.append(
             Note(
                 "idle-targets",
-                f"target_modules names {', '.join(map(printable, idle[:LONGEST_LIST]))}{more}, and the file has no tensor for it",
+                f"target_modules names {', '.join(map(printable, idle[:LONGEST_LIST]))}{more}, but the file has no "
+                "tensor for it",
             )
         )
 

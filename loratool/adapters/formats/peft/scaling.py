@@ -54,7 +54,7 @@ class Scaling:
             draft.problems.append(Problem(text, AGAINST_TENSORS))
         if idle := ", ".join(printable(repr(p)) for p in self.alphas if p not in used):
             draft.notes.append(
-                Note("idle-alpha-patterns", f"patterns of alpha_pattern that match no adapted module: {idle}")
+                Note("idle-alpha-patterns", f"patterns in alpha_pattern that match no adapted module: {idle}")
             )
         self.tell_rivals()
 
@@ -94,8 +94,9 @@ class Scaling:
             self.draft.notes.append(
                 Note(
                     "ambiguous-alpha",
-                    f"{printable(paths[0])}{more}: several alpha patterns match ({', '.join(map(str, alphas))}); {alphas[0]} "
-                    "is used as PEFT does when it loads the adapter, training may have used another, since saving sorts them",
+                    f"{printable(paths[0])}{more}: several alpha patterns match ({', '.join(map(str, alphas))}); "
+                    f"{alphas[0]} is used, as in PEFT when it loads the adapter; training may have used another, "
+                    "because saving sorts them",
                 )
             )
 

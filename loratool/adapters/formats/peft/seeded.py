@@ -21,8 +21,8 @@ def randlora(module: Module) -> Updates:
     shared = module.draft.modules.get("", module)
     if "randlora_A" not in shared or "randlora_B" not in shared:
         raise UnsupportedError(
-            "randlora_A and randlora_B are not in the file (save_projection was false), and they cannot be drawn again "
-            f"without every layer's shape; {save_again('save_projection')}"
+            "randlora_A and randlora_B are not in the file (save_projection was false), and regenerating them takes "
+            f"every layer's shape; {save_again('save_projection')}"
         )
     small, large = shared.tensor("randlora_A", (3,)), shared.tensor("randlora_B", (3,))
     left, right = module.tensor("randlora_lambda"), module.tensor("randlora_gamma")
@@ -35,7 +35,7 @@ def randlora(module: Module) -> Updates:
     )
     module.require(
         fits,
-        f"the shared randlora_A {list(small.shape)} and randlora_B {list(large.shape)} do not go with its diagonals "
+        f"the shared randlora_A {list(small.shape)} and randlora_B {list(large.shape)} do not match its diagonals "
         f"{list(left.shape)} and {list(right.shape)}",
     )
     return {
@@ -61,14 +61,14 @@ def tinylora(draft: Draft) -> Reader:
     def read(module: Module) -> Updates:
         if "tinylora_P" not in module:
             raise UnsupportedError(
-                "tinylora_P is not in the file (save_projection was false), and drawing it again takes the order of the "
-                f"model's layers; {save_again('save_projection')}"
+                "tinylora_P is not in the file (save_projection was false), and regenerating it takes the order of "
+                f"the model's layers; {save_again('save_projection')}"
             )
         shared = draft.modules.get("", module)
         every = [shared.tensor(f"tinylora_v.{number}", (1,)) for number in range(vectors)]
         a, b, random = module.tensor("tinylora_A"), module.tensor("tinylora_B"), module.tensor("tinylora_P", (3,))
         wanted = (every[0].shape[0], b.shape[1], a.shape[0])
-        module.require(random.shape == wanted, f"tinylora_P is {list(random.shape)}; {list(wanted)} is wanted")
+        module.require(random.shape == wanted, f"tinylora_P is {list(random.shape)}; expected {list(wanted)}")
         formula = formulas.mixed_projections(module.shown, seed, len(layers), each)
         return {"weight": low_rank(module, b, derived((b.shape[1], a.shape[1]), formula, random, a, *every), 1.0)}
 
@@ -79,7 +79,7 @@ def unilora(draft: Draft) -> Reader:
     """Both factors picked from one vector of the whole adapter, and scaled."""
     if not any(draft.modules):
         draft.unsupported.append(
-            "unilora_indices and unilora_scales are not in the file (save_indices was false), and drawing them again "
+            "unilora_indices and unilora_scales are not in the file (save_indices was false), and regenerating them "
             f"takes the order of the model's layers; {save_again('save_indices')}"
         )
 

@@ -78,7 +78,7 @@ def fused_factors(module: Module, scaling: Scaling) -> ExpertFactors:
 def layers_of(module: Module, leaf: str, count: int, scaling: Scaling) -> Mapping[str, Update]:
     """The update of each expert's layer, by `<expert>.<layer>.weight`."""
     a, b = module.tensor("lora_A", (3,)), module.tensor("lora_B", (3,))
-    module.require(count > 1, "both factors are those of all experts, and nothing tells how many there are")
+    module.require(count > 1, "both factors cover all experts, and the number of experts is not recorded")
     module.require({a.shape[0], b.shape[0]} <= {1, count}, f"lora_A is {list(a.shape)}; there are {count} experts")
     scale = scaling.scale(module.name, a.shape[1])
     called = leaf if OLD_CONTAINER in module.name else LAYERS.get(leaf, leaf)

@@ -52,8 +52,8 @@ def rescaled(contents: Contents, names: Names, factors: Mapping[str, float | Non
     uneven = max(known) - min(known) > 1e-12 * abs(max(known, key=abs))
     if kind != "LORA" and (kind != "ADALORA" or uneven):
         raise InputError(
-            f"{printable(contents.adapter.file.path)}: peft_type {printable(kind)} has no α for each module; --bake writes "
-            "plain LoRA of it"
+            f"{printable(contents.adapter.file.path)}: peft_type {printable(kind)} has no alpha per module; pass "
+            "--bake to write it as plain LoRA"
         )
     config = {name: value for name, value in contents.adapter.config.items() if name not in packing.FIELDS}
     patterns = config.get("alpha_pattern") or {}
@@ -72,12 +72,16 @@ def rescaled(contents: Contents, names: Names, factors: Mapping[str, float | Non
         if not math.isclose(alphas.setdefault(module, tidy(wanted)), wanted, rel_tol=1e-8):
             torn.append(printable(target))
     if torn:
-        raise InputError("PEFT has one α for several weights of a module, and these need others; --bake does it:", torn)
+        raise InputError(
+            "PEFT has one alpha for all weights of a module, but these need different ones; pass --bake "
+            "to put the strength into the factors:",
+            torn,
+        )
     stacked = {alphas[adapted_module(t, contents.layers[t].kind)] for t in stacked_by_peft(contents.layers)}
     if len(stacked) > 1:
         raise InputError(
-            f"PEFT gives all experts of a model one α, and these need {len(stacked)} different ones; pass --bake, which "
-            "puts the strength into the factors"
+            f"PEFT has one alpha for all experts of a model, but these need {len(stacked)} different ones; pass "
+            "--bake to put the strength into the factors"
         )
     usual = stacked.pop() if stacked else Counter(alphas.values()).most_common(1)[0][0]
     config["lora_alpha"] = usual

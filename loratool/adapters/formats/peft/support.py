@@ -30,41 +30,42 @@ VARIANT = "adapters/test_peft_lora.py::test_a_variant_of_lora_is_merged_as_peft_
 REFUSAL = "adapters/test_peft_refusals.py::test_a_type_that_has_no_merged_weight_is_refused_with_its_reason"
 SETTING = "adapters/test_peft_refusals.py::test_a_setting_that_cannot_be_merged_is_refused_with_its_reason"
 
-PROMPT = "it adds virtual tokens or cached states, not weights, so there is nothing to merge; keep it beside the model"
-ROUTED = "what it adds depends on the input, so no one weight holds it; keep it beside the model"
+PROMPT = "it adds virtual tokens or cached states, not weights, so there is nothing to merge; use it unmerged"
+ROUTED = "its update depends on the input, so it cannot be merged into a weight; use it unmerged"
 THERE = "merge it with PEFT's merge_and_unload where it was trained"
 MOVED_BASE = (
-    "training began from a changed base that the adapter does not hold; save it in PEFT with "
-    "path_initial_model_for_weight_conversion, the adapter as it was before training, which makes plain LoRA of it"
+    "training began from a changed base that the adapter does not contain; save it in PEFT with "
+    "path_initial_model_for_weight_conversion (the adapter as it was before training), which converts it to plain "
+    "LoRA"
 )
 
 TYPES: dict[str, Row] = {
     "LORA": Row("LoRA", "W + α/r · BA, with the options below", test=VARIANT),
     "ADALORA": Row("AdaLoRA", "W + α/(init_r + 1e-5) · B(E ⊙ A)", test=METHOD),
-    "BEFT": Row("BEFT", "bias + what was trained", test=METHOD),
-    "BOFT": Row(
-        "BOFT", "(W · blockdiag(R)ᵀ) ⊙ s for one butterfly factor; several are refused by their name", test=METHOD
-    ),
+    "BEFT": Row("BEFT", "bias + the trained difference", test=METHOD),
+    "BOFT": Row("BOFT", "(W · blockdiag(R)ᵀ) ⊙ s for one butterfly factor; several are refused", test=METHOD),
     "C3A": Row("C3A", "W + block-circulant matrix / inputs", test=METHOD),
     "DELORA": Row("DeLoRA", "W + B · diag(λ / (r‖aᵢ‖‖bᵢ‖)) · A · diag(‖w‖), with the stored norms", test=METHOD),
     "FOURIERFT": Row("FourierFT", "W + scaling · Re(inverse Fourier transform of a sparse spectrum)", test=METHOD),
     "GRALORA": Row("GraLoRA", "W + α/(r + hybrid_r) · (a grid of low-rank blocks + hybrid part)", test=METHOD),
     "HIRA": Row("HiRA", "W + W ⊙ BA, with the unmerged W", test=METHOD),
-    "HRA": Row("HRA", "W · Π(I − 2uuᵀ), with apply_GS on orthogonalised u", test=METHOD),
+    "HRA": Row("HRA", "W · Π(I − 2uuᵀ); with apply_GS the u are orthogonalised", test=METHOD),
     "IA3": Row("(IA)³", "W ⊙ l; where outputs are scaled, the bias too", test=METHOD),
     "LN_TUNING": Row("LN tuning", "norms replaced by the trained ones", test=METHOD),
     "LOHA": Row("LoHa", "W + α/r · (w1a·w1b) ⊙ (w2a·w2b), Tucker cores on convolutions", test=METHOD),
-    "LOKR": Row("LoKr", "W + α/r · w1 ⊗ w2, each whole or a product, Tucker cores on convolutions", test=METHOD),
-    "MISS": Row("MiSS", "W[:, j] + block[j mod r]; its `bat` and `mini` forms too", test=METHOD),
+    "LOKR": Row(
+        "LoKr", "W + α/r · w1 ⊗ w2, each a whole matrix or a product, Tucker cores on convolutions", test=METHOD
+    ),
+    "MISS": Row("MiSS", "W[:, j] + block[j mod r]; also its `bat` and `mini` forms", test=METHOD),
     "OFT": Row("OFT", "W · blockdiag(R)ᵀ, R by a Cayley transform, exact or as a Neumann series", test=METHOD),
-    "PVERA": Row("PVeRA", "as VeRA, with the means; refused without the saved projection", test=METHOD),
-    "SHIRA": Row("SHiRA", "W + values at stored places", test=METHOD),
+    "PVERA": Row("PVeRA", "as VeRA, using the means; refused without the saved projection", test=METHOD),
+    "SHIRA": Row("SHiRA", "W + values at stored positions", test=METHOD),
     "TRAINABLE_TOKENS": Row("Trainable tokens", "rows of the embedding replaced", test=METHOD),
-    "VBLORA": Row("VB-LoRA", "W + BA, both mixed from a bank of vectors by their largest logits", test=METHOD),
+    "VBLORA": Row("VB-LoRA", "W + BA, both mixed from a vector bank by their largest logits", test=METHOD),
     "VERA": Row("VeRA", "W + diag(λ_b)·B·diag(λ_d)·A; refused without the saved projection", test=METHOD),
     "ADAMSS": Row(
         "AdaMSS",
-        refused=f"which rows it changes comes of a clustering by scikit-learn that is not stored; {THERE}",
+        refused=f"the rows it changes come from a scikit-learn clustering that is not stored; {THERE}",
         test=REFUSAL,
     ),
     "ADAPTION_PROMPT": Row("Adaption prompt", refused=PROMPT, test=REFUSAL),
@@ -77,11 +78,14 @@ TYPES: dict[str, Row] = {
     "CPT": Row("CPT", refused=PROMPT, test=REFUSAL),
     "DEFT": Row(
         "DEFT",
-        "(I − PQᵀ) · W + α/r · PR, Q = relu(P), or both the Q of P's QR; without R where `para` is set",
+        "(I − PQᵀ) · W + α/r · PR, with Q = relu(P), or with P and Q both the Q of the QR decomposition of P; without "
+        "R if `para` is set",
         test=METHOD,
     ),
     "FROD": Row(
-        "FRoD", "U(S + diag λ)Vᵀ, U being the directions of W · V⁻ᵀ; refused without the saved projection", test=METHOD
+        "FRoD",
+        "U(S + diag λ)Vᵀ, where U holds the directions of W · V⁻ᵀ; refused without the saved projection",
+        test=METHOD,
     ),
     "GLORA": Row("GLoRA", "W + W ⊙ A + B, bias + bias ⊙ D + E + WC", test=METHOD),
     "LILY": Row("Lily", refused=ROUTED, test=REFUSAL),
@@ -89,7 +93,7 @@ TYPES: dict[str, Row] = {
     "OSF": Row("OSF", "W without its smaller singular values + the trained ones with their vectors", test=METHOD),
     "PEANUT": Row(
         "PEANuT",
-        "W + scaling · B · f(A · W), f a small network; activations that loratool does not know are refused",
+        "W + scaling · B · f(A · W), f a small network; unknown activations are refused",
         test=METHOD,
     ),
     "POLY": Row("Poly", refused=ROUTED, test=REFUSAL),
@@ -97,21 +101,21 @@ TYPES: dict[str, Row] = {
     "PROMPT_TUNING": Row("Prompt tuning", refused=PROMPT, test=REFUSAL),
     "PSOFT": Row(
         "PSOFT",
-        refused="it turns singular vectors of the base whose signs are not stored, and which another library or device "
-        f"may choose otherwise; {THERE}",
+        refused="it rotates singular vectors of the base, whose signs are not stored and may differ with another "
+        f"library or device; {THERE}",
         test=REFUSAL,
     ),
     "P_TUNING": Row("P-tuning", refused=PROMPT, test=REFUSAL),
     "RANDLORA": Row(
         "RandLoRA", "W + α/r · Σ B_j·diag(λ_j)·A·diag(γ_j); refused without the saved projection", test=METHOD
     ),
-    "ROAD": Row("RoAd", "R · W and R · bias, R turning and scaling pairs of outputs", test=METHOD),
+    "ROAD": Row("RoAd", "R · W and R · bias, where R rotates and scales pairs of outputs", test=METHOD),
     "SHADOW": Row("Shadow", refused=ROUTED, test=REFUSAL),
     "SUPERTUNING": Row(
-        "Super-Tuning", "W + values at stored places + α/r · BA; refused without the places", test=METHOD
+        "Super-Tuning", "W + values at stored positions + α/r · BA; refused without the positions", test=METHOD
     ),
     "TINYLORA": Row("TinyLoRA", "W + B(Σ v_i P_i)A; refused without the saved projection", test=METHOD),
-    "UNILORA": Row("Uni-LoRA", "W + BA, both picked from one vector; refused without the saved indices", test=METHOD),
+    "UNILORA": Row("Uni-LoRA", "W + BA, both gathered from one vector; refused without the saved indices", test=METHOD),
     "WAVEFT": Row(
         "WaveFT",
         "W + scaling · inverse wavelet transform of a sparse spectrum, db1 to db10; others are refused",
@@ -119,25 +123,25 @@ TYPES: dict[str, Row] = {
     ),
     "XLORA": Row(
         "X-LoRA",
-        refused="a classifier mixes its adapters for each token; merge one of those that its config lists instead",
+        refused="a classifier mixes its adapters for each token; instead, merge one of the adapters in its config",
         test=REFUSAL,
     ),
 }
 
-READ = "says what was trained; the tensors tell"
-TRAINING = "only training needs it"
+READ = "describes what was trained; read from the tensors instead"
+TRAINING = "affects training only"
 FILED = "describes the adapter, not its weights"
 
 OPTIONS: dict[str, Row] = {
-    "r": Row("rank", "s = α/r; r is that of the tensors, and the config must agree", test=VARIANT),
-    "lora_alpha": Row("α", "s = α/r; 8 where it is missing, with a note", test=VARIANT),
+    "r": Row("rank", "s = α/r; r is read from the tensors, and the config must agree", test=VARIANT),
+    "lora_alpha": Row("α", "s = α/r; 8 if it is missing, with a note", test=VARIANT),
     "use_rslora": Row("rsLoRA", "s = α/√r", test=VARIANT),
     "rank_pattern": Row(
-        "ranks by pattern", "first match in the file's order; one that matches nothing is refused", test=VARIANT
+        "ranks by pattern", "first match in the file's order; a pattern that matches nothing is refused", test=VARIANT
     ),
     "alpha_pattern": Row(
         "α by pattern",
-        "first match in the file's order; where several match, a note says that saving sorted them",
+        "first match in the file's order; if several match, a note says that saving sorted them",
         test="adapters/test_peft_lora.py::test_of_several_alpha_patterns_the_first_in_the_file_counts_and_it_is_said",
     ),
     "use_dora": Row("DoRA", "m/‖W + sBA‖ ⊙ (W + sBA); rows or columns of norm 0 stay 0", test=VARIANT),
@@ -151,47 +155,50 @@ OPTIONS: dict[str, Row] = {
         test="adapters/test_peft_parameters.py::test_parameters_of_a_module_are_merged_as_peft_merges_them",
     ),
     "init_lora_weights": Row("initialisation", "see below"),
-    "use_bdlora": Row("BD-LoRA", "W + s · BA, the factor that is stored as blocks laid out", test=VARIANT),
+    "use_bdlora": Row("BD-LoRA", "W + s · BA, with the block-diagonal factor expanded", test=VARIANT),
     "kasa_config": Row("KaSA", "W without its r smallest singular values + s · B·diag(d)·A", test=VARIANT),
-    "velora_config": Row("VeLoRA", f"W + s · BA; {TRAINING} otherwise", test=VARIANT),
-    "monteclora_config": Row("MonteCLoRA", f"W + s · BA; {TRAINING} otherwise", test=VARIANT),
+    "velora_config": Row("VeLoRA", f"W + s · BA; the rest {TRAINING}", test=VARIANT),
+    "monteclora_config": Row("MonteCLoRA", f"W + s · BA; the rest {TRAINING}", test=VARIANT),
     "use_qalora": Row(
         "QA-LoRA",
         "W + s · B · (A spread over each group of inputs) · groups / group size",
         test="adapters/test_peft_lora.py::test_qalora_is_merged_as_its_forward_computes",
     ),
-    "qalora_group_size": Row("group size of QA-LoRA", "see use_qalora"),
-    "alora_invocation_tokens": Row("aLoRA", refused=f"it acts from its invocation tokens on; {ROUTED}", test=SETTING),
+    "qalora_group_size": Row("QA-LoRA group size", "see use_qalora"),
+    "alora_invocation_tokens": Row(
+        "aLoRA", refused=f"it is active only after its invocation tokens; {ROUTED}", test=SETTING
+    ),
     "arrow_config": Row("Arrow", refused=ROUTED, test=SETTING),
     "layer_replication": Row(
         "layer replication",
-        refused="the model that was trained repeats layers of the base; merge with a base in which they are copied out",
+        refused="the trained model repeats layers of the base; merge with a base in which the repeated layers are "
+        "written out",
         test=SETTING,
     ),
-    "fan_in_fan_out": Row("weights stored (in, out)", "decides where the class is not known", test=VARIANT),
+    "fan_in_fan_out": Row("weights stored (in, out)", "used if the model class is unknown", test=VARIANT),
     "target_modules": Row("targets", READ),
     "exclude_modules": Row("exclusions", READ),
     "layers_to_transform": Row("layers", READ),
-    "layers_pattern": Row("name of the layers", READ),
-    "megatron_config": Row("Megatron", "W + s · BA: its keys are LoRA's"),
-    "megatron_core": Row("module of Megatron", TRAINING),
+    "layers_pattern": Row("layer name pattern", READ),
+    "megatron_config": Row("Megatron", "W + s · BA, with the same keys as LoRA"),
+    "megatron_core": Row("Megatron module", TRAINING),
     "lora_dropout": Row("dropout", TRAINING),
     "runtime_config": Row("runtime", TRAINING),
     "loftq_config": Row("LoftQ", "see init_lora_weights"),
     "eva_config": Row("EVA", TRAINING),
     "corda_config": Row("CorDA", "see init_lora_weights"),
     "lora_ga_config": Row("LoRA-GA", "see init_lora_weights"),
-    "ensure_weight_tying": Row("tied weights", "embedding and head change together, and once"),
+    "ensure_weight_tying": Row("tied weights", "embedding and head get the same update, applied once"),
     "task_type": Row("task", FILED),
     "peft_type": Row("type", "see above"),
-    "auto_mapping": Row("class of the base", FILED),
+    "auto_mapping": Row("base class", FILED),
     "peft_version": Row(
         "release that saved it",
-        "up to 0.21.2 the update of an out_proj of nn.MultiheadAttention counts twice",
+        "up to 0.21.2 the update of an out_proj of nn.MultiheadAttention is applied twice",
         test=VARIANT,
     ),
-    "base_model_name_or_path": Row("name of the base", FILED),
-    "revision": Row("revision of the base", FILED),
+    "base_model_name_or_path": Row("base name", FILED),
+    "revision": Row("base revision", FILED),
     "inference_mode": Row("inference mode", FILED),
 }
 # The options that have a name of their own; an adapter with one of them is said to be it.
@@ -212,14 +219,14 @@ INITIALISATIONS: dict[str, Row] = {
     "olora": Row("OLoRA", "W − s · Q[:, :r]R[:r] + s · BA, with W = QR", test=VARIANT),
     "pissa_niter_N": Row(
         "PiSSA by a randomised decomposition",
-        refused=f"what it took from the base depends on a random state that is not stored: {MOVED_BASE}",
+        refused=f"the part subtracted from the base depends on a random state that is not stored: {MOVED_BASE}",
         test=SETTING,
     ),
     "corda": Row("CorDA", refused=MOVED_BASE, test=SETTING),
     "lora_ga": Row("LoRA-GA", refused=MOVED_BASE, test=SETTING),
     "loftq": Row(
         "LoftQ",
-        refused="the adapter corrects a quantised base; give the base it was trained on, and merge with PEFT",
+        refused="the adapter corrects a quantised base; merge with PEFT, on the base it was trained on",
         test=SETTING,
     ),
 }

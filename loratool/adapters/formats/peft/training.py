@@ -113,8 +113,8 @@ def notes_as_lora(method: str) -> tuple[Note, ...]:
     return (
         Note(
             "layer-kind-unknown",
-            f"{title}'s file does not tell {layer} from a linear layer, and all are written as linear layers; if one is "
-            f"{layer}, PEFT cannot load this: merge the adapter instead, and `loratool extract` makes LoRA of the "
-            "result",
+            f"{title}'s file does not distinguish {layer} from a linear layer, so all are written as linear layers. "
+            f"If one is {layer}, PEFT cannot load the result; merge the adapter instead and run `loratool extract` on "
+            "the merged model",
         ),
     )

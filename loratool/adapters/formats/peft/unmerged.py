@@ -72,10 +72,10 @@ def chosen(root: Path, names: list[str], reading: Reading) -> str:
     listed = ", ".join(map(printable, names))
     if reading.adapter_name is None:
         if len(names) > 1:
-            raise UsageError(f"{printable(root)}: holds several adapters ({listed}); choose one with --adapter-name")
+            raise UsageError(f"{printable(root)}: contains several adapters ({listed}); choose one with --adapter-name")
         return names[0]
     if reading.adapter_name not in names:
-        raise UsageError(f"{printable(root)}: holds no adapter {printable(repr(reading.adapter_name))}, only {listed}")
+        raise UsageError(f"{printable(root)}: has no adapter {printable(repr(reading.adapter_name))}; it has {listed}")
     return reading.adapter_name
 
 
@@ -91,7 +91,7 @@ def base_of(checkpoint: Checkpoint, names: Names, left: list[str]) -> Checkpoint
         more = f" and {len(renamed) - 1} more" if len(renamed) > 1 else ""
         notes.append(Note("tensors-renamed", f"PEFT's names are dropped: {printable(old)} → {printable(name)}{more}"))
     if left:
-        notes.append(Note("adapters-left-out", f"its other adapters are not folded: {', '.join(map(printable, left))}"))
+        notes.append(Note("adapters-left-out", f"its other adapters are not merged: {', '.join(map(printable, left))}"))
     metadata = {k: v for k, v in (checkpoint.index_metadata or {}).items() if not k.startswith("total_")}
     return dataclasses.replace(
         checkpoint,
@@ -128,14 +128,14 @@ def assumed_config(
     """The config of a plain LoRA with the α that was given, for a model without a config of its adapter."""
     other = {family for name in names if (family := keys.family_of(name)) not in ("", "LORA")}
     if other:
-        raise InputError(f"{printable(folder)}: holds an adapter of type {min(other)}, and no {CONFIG} to go by")
+        raise InputError(f"{printable(folder)}: contains an adapter of type {min(other)}, but no {CONFIG}")
     if reading.input_alpha is None:
         raise InputError(
-            f"{printable(folder)}: does not say the α of its adapter {printable(repr(owner))}; give the lora_alpha it was "
-            f"trained with as --input-alpha, or put its {CONFIG} there"
+            f"{printable(folder)}: the alpha of its adapter {printable(repr(owner))} is not recorded; pass the "
+            f"lora_alpha it was trained with as --input-alpha, or add its {CONFIG} to the folder"
         )
     parts = {part for name in names for part in name.split(".")}
-    notes.append(Note("config-assumed", f"no {CONFIG} is there: plain scaling by α/r is assumed, without rsLoRA"))
+    notes.append(Note("config-assumed", f"there is no {CONFIG}; plain scaling by α/r is assumed, not rsLoRA"))
     return {
         "peft_type": "LORA",
         "use_dora": "lora_magnitude_vector" in parts,
