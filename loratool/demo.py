@@ -49,8 +49,8 @@ class DemoResult(Result):
         share = 100 * self.equal / self.elements
         checked = (
             f"checked       {self.elements:,} edited weights against W + (α/r)·BA in float64, rounded once:\n         "
-            f"     {share:.4f} % equal, {self.one_step} off by the last bit, 0 by more; {self.copied} other tensors "
-            "equal byte for byte"
+            f"     {share:.4f} % equal, {self.one_step} differ in the last bit, none by more; {self.copied} other "
+            "tensors equal byte for byte"
         )
         home = printable(self.folder)
         again = f"loratool merge {home}/base {home}/adapter -o {home}/again"

@@ -1,12 +1,12 @@
 """What can go wrong, and the exit code each kind ends the command line with.
 
 LoratoolError            1   (never raised itself: a bug is any other exception)
-├── UsageError           2   the call is wrong: an unknown value, options that exclude each other, an output that exists
-├── InputError           3   an input is malformed or of an unsupported kind
+├── UsageError           2   the call is wrong: an unknown value, conflicting options, or an output that already exists
+├── InputError           3   an input is malformed or not supported
 ├── FitError             4   the adapter does not fit the base, or changes nothing
-├── VerificationError    5   a file is not what its record says, or the result not what the formula says
-├── StorageError         6   the disk or the file system said no
-└── HubError             7   the Hub said no
+├── VerificationError    5   a file differs from its record, or a result from the formula
+├── StorageError         6   a disk or file-system error
+└── HubError             7   the Hub is unreachable or refused the request
 """
 
 from __future__ import annotations
@@ -157,42 +157,42 @@ class LoratoolError(Exception):
 
 
 class UsageError(LoratoolError):
-    """The call is wrong: an unknown value, options that exclude each other, an output that exists."""
+    """The call is wrong: an unknown value, conflicting options, or an output that already exists."""
 
     code = "wrong-usage"  # for programs
     exit_code = 2
 
 
 class InputError(LoratoolError):
-    """An input is malformed, or of a kind that is not supported."""
+    """An input is malformed or not supported."""
 
     code = "unusable-input"  # for programs
     exit_code = 3
 
 
 class FitError(LoratoolError):
-    """The adapter does not fit the base, is not used whole, or changes nothing."""
+    """The adapter does not fit the base, cannot be merged completely, or changes nothing."""
 
     code = "does-not-fit"  # for programs
     exit_code = 4
 
 
 class VerificationError(LoratoolError):
-    """A file is not what its record says, or a merged model not what the formula says."""
+    """A file differs from its record, or a merged model from the formula."""
 
     code = "not-verified"  # for programs
     exit_code = 5
 
 
 class StorageError(LoratoolError):
-    """The disk or the file system said no."""
+    """A disk or file-system error."""
 
     code = "storage"  # for programs
     exit_code = 6
 
 
 class HubError(LoratoolError):
-    """The Hub said no."""
+    """The Hub is unreachable or refused the request."""
 
     code = "hub"  # for programs
     exit_code = 7

@@ -51,7 +51,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         matrix = weight.is_floating_point() and weight.dim() == 2
         if rank < 1 or not 0 < alpha < math.inf or not 0 <= dropout < 1 or not matrix:
-            wanted = "a rank of 1 or more, an alpha above 0, a dropout from 0 to below 1 and a float matrix are wanted"
+            wanted = "expected rank >= 1, alpha > 0, 0 <= dropout < 1 and a float matrix"
             raise UsageError(
                 f"rank {rank}, alpha {alpha}, dropout {dropout}, weight {tuple(weight.shape)} of {weight.dtype}: {wanted}"
             )
@@ -107,7 +107,7 @@ def apply_lora(model: nn.Module, targets: str | Iterable[str], **settings: Any) 
     near = {target: get_close_matches(target, names) or names[:9] for target in wanted if not found[target]}
     if near or not wanted:
         problems = (f"{printable(t)}: nearest are {', '.join(map(printable, n))}" for t, n in near.items())
-        raise UsageError("targets are wanted, each the name of an nn.Linear of the model:", problems)
+        raise UsageError("every target must be the name of an nn.Linear of the model:", problems)
     return put(model, {p: LoRALinear.from_linear(linears[p], **settings) for each in found.values() for p in each})
 
 
@@ -132,7 +132,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None) 
     home, one = Path(folder), next(iter(layers.values()), None)
     there = any(os.path.lexists(home / name) for name in (WRITTEN.config_name, WRITTEN.weights_name))
     if one is None or any(layer.rslora != one.rslora for layer in layers.values()) or there:
-        wanted = "layers with LoRA, rsLoRA in all of them or in none, and a folder without an adapter are wanted"
+        wanted = "expected a model with LoRA layers, rsLoRA in all of them or in none, and a folder without an adapter"
         raise UsageError(f"{printable(home)}: {wanted}")
     tails = any(p.endswith(f".{path}") for path in layers for p, _ in model.named_modules() if p not in layers)
     training = Training(base=base or "", rslora=one.rslora, dropout=one.dropout.p)
@@ -160,10 +160,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, LoRALinear]:
     more = [path for path, update in updates.items() if type(update) is not LowRank or not update.turnable]
     if more or adapter.unsupported or adapter.unused:
         others = map(printable, (*adapter.unsupported, *adapter.unused, *more))
-        raise InputError(f"{printable(folder)}: holds more than LoRA of linear layers:", others)
+        raise InputError(f"{printable(folder)}: contains more than LoRA on linear layers:", others)
     shapes = {path: tuple(linear.weight.shape) for path, linear in linears.items()}
     if wrong := [path for path, update in updates.items() if update.shape != shapes.get(path)]:
-        found = {path: shapes.get(path, "not there") for path in wrong}
+        found = {path: shapes.get(path, "missing") for path in wrong}
         problems = (f"{printable(p)}: update is {updates[p].shape}, nn.Linear is {found[p]}" for p in wrong)
         raise FitError(f"{printable(folder)}: does not fit this model:", problems)
     dropout, rslora = adapter.training.dropout, adapter.training.rslora

@@ -1,4 +1,4 @@
-"""`loratool.nn`: layers with LoRA are the formula, learn, and are PEFT's on disk."""
+"""`loratool.nn`: a model with LoRA layers are the formula, learn, and are PEFT's on disk."""
 
 from __future__ import annotations
 
@@ -352,7 +352,7 @@ def test_a_weight_that_is_no_matrix_of_floats_is_refused(weight: Tensor) -> None
         (["q_proj", "norm"], "norm: nearest are head, q_proj, v_proj"),  # is there, and no linear layer
         (["proj"], "proj: nearest are"),
         ("", "nearest are"),
-        ([], "targets are wanted"),
+        ([], "every target must be"),
     ],
 )
 def test_targets_that_match_nothing_are_told_with_the_nearest_and_nothing_is_changed(
@@ -388,7 +388,7 @@ def test_all_layers_that_do_not_fit_are_told_at_once(trained: Net, tmp_path: Pat
         load_adapter(net, tmp_path)
     assert str(caught.value).splitlines()[1:] == [
         f"  blocks.0.q_proj: update is ({WIDTH}, {WIDTH + 1}), nn.Linear is ({WIDTH}, {WIDTH})",
-        f"  blocks.9.q_proj: update is ({WIDTH}, {WIDTH}), nn.Linear is not there",
+        f"  blocks.9.q_proj: update is ({WIDTH}, {WIDTH}), nn.Linear is missing",
     ]
     assert not any(isinstance(m, LoRALinear) for m in net.modules())
 
@@ -412,7 +412,7 @@ def test_an_adapter_that_is_more_than_lora_is_refused(more: dict[str, Any], tmp_
 
 
 def test_saving_needs_layers_with_lora_and_a_folder_without_an_adapter(trained: Net, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="layers with LoRA"):
+    with pytest.raises(UsageError, match="a model with LoRA layers"):
         save_adapter(Net(), tmp_path / "none")
     assert not (tmp_path / "none").exists()
     save_adapter(trained, tmp_path / "one")

@@ -47,12 +47,15 @@ COMMANDS = [
     ["demo", "made/demo", "-v"],
     ["--help"],
 ]
-DIRECT = "no direct disk writes here; output files are written through the page cache"
-SWAPS = "folders cannot swap names in one step here; while an output was replaced, there was a moment without one"
-MEMORY = "this system does not report the memory of a process; peak memory is given as 0"
-FOLDERS = "folders cannot be synced here; a power cut right after the end may undo the last rename"
-LOCKS = "no file locks here; nothing stops two runs from writing the same output"
-SPACE = "this system does not report free disk space; whether the output fits is not checked"
+DIRECT = "no direct disk writes on this system; output files are written through the page cache"
+SWAPS = (
+    "folders cannot be swapped in one step on this system; while an output was being replaced, it did not exist for a "
+    "moment"
+)
+MEMORY = "this system does not report process memory; peak memory is given as 0"
+FOLDERS = "folders cannot be synced on this system; a power failure right after the end may undo the last rename"
+LOCKS = "no file locks on this system; two runs may write the same output at once"
+SPACE = "this system does not report free disk space, so it is not checked whether the output fits"
 LACKING = {"macos": {DIRECT, SWAPS}, "windows": {DIRECT, SWAPS, MEMORY, FOLDERS}}
 
 
@@ -175,18 +178,18 @@ def test_a_console_with_few_characters_shows_question_marks(windows: Simulated) 
 
 # Inputs on a disk that can hold more: a copy of which, and the side files it has besides.
 ELSEWHERE = {"base": ["aux.txt"], "adapter": ["Notes.txt", "notes.txt"]}
-NO_FOLDER = "this file system takes no folder of that name"
+NO_FOLDER = "this file system does not allow that folder name"
 ONTO = ["merge", "in\\base", "in\\adapter", "-o"]
 TABLE: list[tuple[list[str], int, str]] = [  # a command, its exit code, and what it says
     ([*ONTO, "CON"], 6, NO_FOLDER),
     ([*ONTO, "aux.txt"], 6, NO_FOLDER),
     ([*ONTO, "made."], 6, NO_FOLDER),
     ([*ONTO, "a:b"], 6, NO_FOLDER),
-    ([*ONTO, "IN\\BASE\\merged"], 2, "lies inside the input"),
+    ([*ONTO, "IN\\BASE\\merged"], 2, "is inside the input"),
     ([*ONTO, "long" * 50], 6, "a shorter OUT may work"),
-    ([*ONTO, "DEEP"], 6, "too long here"),
-    (["merge", "HERE/base", "in\\adapter", "-o", "out"], 6, "aux.txt: a file cannot have that name here"),
-    (["rescale", "HERE/adapter", "--scale", "2", "-o", "out"], 6, "differs from another file in case only"),
+    ([*ONTO, "DEEP"], 6, "too long for this system"),
+    (["merge", "HERE/base", "in\\adapter", "-o", "out"], 6, "aux.txt: this file system does not allow that name"),
+    (["rescale", "HERE/adapter", "--scale", "2", "-o", "out"], 6, "differs from another file only in case"),
     (["failing", "header", *ONTO, "failed"], 6, os.strerror(errno.EIO)),
     (["failing", "tensors", *ONTO, "failed"], 6, os.strerror(errno.EIO)),
     (["interrupted", *ONTO, "stopped", "--workers", "1"], 130, "run the same command again to continue"),

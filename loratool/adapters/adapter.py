@@ -240,12 +240,12 @@ class Adapter(Shown):
                     continue
                 bits, mask = tensor.bits()
                 if ((bits & mask) == mask).any():
-                    broken.append(f"{printable(tensor.info.name)} holds NaN or infinite values")
+                    broken.append(f"{printable(tensor.info.name)} contains NaN or infinite values")
                 zero[tensor.info.name] = not (bits << 1).any()  # shifted, so that −0 is zero too
             products = (update.up, update.down) if isinstance(update, LowRank) else ()
             effective = effective or not any(all(zero.get(t.info.name) for t in stored_tensors(p)) for p in products)
         if broken:
-            raise InputError(f"{printable(self.file.path)}: the adapter is broken:", broken)
+            raise InputError(f"{printable(self.file.path)}: the adapter contains values that are not finite:", broken)
         return effective
 
     def digests(self) -> dict[str, str]:

@@ -80,7 +80,7 @@ class RankRule:
         if not valid:
             wanted = {
                 "rank": "a whole number of at least 1",
-                "energy": "a part of ‖ΔW‖² in (0, 1]",
+                "energy": "a fraction of ‖ΔW‖² in (0, 1]",
                 "error": "a relative error in [0, 1)",
                 "ratio": "a number above 1",
                 "budget": AMOUNT,

@@ -77,9 +77,7 @@ def plan_side_files(
     if (edits or isinstance(base, Decoded)) and base.config:
         files["config.json"] = OutputFile("config.json", content=edited_config(base.config, edits))
     elif edits:
-        notes.append(
-            Note("no-config", "the base has no config.json; the config.json you add to the output must contain:")
-        )
+        notes.append(Note("no-config", "the base has no config.json; if you add one to the output, it must contain:"))
     notes += [Note("config-edit", str(edit)) for edit in edits]
     return files, left_out
 

@@ -21,8 +21,8 @@ from loratool.results.base import SCHEMA
 
 EXIT_CODES = """\b
 Exit codes: 0 done · 1 a bug · 2 wrong usage · 3 an input is malformed or unsupported ·
-4 the adapter does not fit the base · 5 verification failed · 6 the disk said no ·
-7 the Hub said no · 130 interrupted · 143 terminated"""
+4 the adapter does not fit the base · 5 verification failed · 6 disk error ·
+7 Hub error · 130 interrupted · 143 terminated"""
 
 
 class Terminated(KeyboardInterrupt):
@@ -37,9 +37,9 @@ COMMANDS = {  # name → its module, and what a list of commands says of it
     "resize": ("reworking", "Change the ranks of an adapter by SVD."),
     "extract": ("reworking", "Extract an adapter from a full fine-tune."),
     "compare": ("reworking", "Measure how similar adapters are and how much they interfere."),
-    "estimate": ("estimating", "Estimate the parameters and training memory of an adapter."),
+    "estimate": ("estimating", "Estimate an adapter's size and training memory before training it."),
     "push": ("publishing", "Upload a finished model or adapter to the Hub."),
-    "demo": ("looking", "Create, merge and check a small model."),
+    "demo": ("looking", "Build a small base and adapter, merge them and check the result."),
 }
 
 

@@ -60,7 +60,7 @@ class DemoOptions(Options):
     overwrite: bool = option(help="Replace the output of an earlier demo in DIR.", default=False, kind=FLAG)
 
 
-@click.command(short_help="Create, merge and check a small model.")
+@click.command(short_help="Build a small base and adapter, merge them and check the result.")
 @click.argument("folder", type=PATH, default=Path("loratool-demo"), metavar="[DIR]")
 @click_options(DemoOptions)
 @output_options

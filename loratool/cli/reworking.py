@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 def rescale(adapter: Path, out: Path, options: RescaleAndPushOptions, screen: Screen) -> None:
     """Change the strength of an adapter.
 
-    Without --bake only alpha changes and the tensors stay as they are. With --bake the strength goes into the factors,
-    for servers that read only alpha and r.
+    Without --bake only alpha changes and the tensors stay the same. With --bake the scaling is multiplied into the
+    factors, for servers that read only alpha and r.
 
     \b
     Examples:

@@ -189,8 +189,8 @@ def check_room(remote: Remote, names: list[str]) -> None:
     wanted, free = sum(remote.files[name].size for name in names), free_space(there)
     if free is not None and wanted > free:
         raise StorageError(
-            f"{remote.repo}: takes {wanted / 1e9:.2f} GB of the cache {printable(cache)}, {free / 1e9:.2f} GB are free; "
-            "`loratool merge --stream` needs room for two files only"
+            f"{remote.repo}: needs {wanted / 1e9:.2f} GB in the cache {printable(cache)}, but only {free / 1e9:.2f} "
+            "GB are free; `loratool merge --stream` needs space for two files only"
         )
 
 

@@ -202,9 +202,7 @@ def check_response(response: Any) -> None:
     if asked and commit not in (None, asked[1]):
         raise wrong(where, "X-Repo-Commit", commit, f"{asked[1]}, as requested")
     if (wait := asked_wait(response.headers)) > LONGEST_WAIT:
-        raise HubError(
-            f"{printable(where)}: the server asks to wait for {wait:.0f} seconds; run the same command later"
-        )
+        raise HubError(f"{printable(where)}: the server asks to wait {wait:.0f} seconds; run the same command later")
     if OURS in response.request.headers.get("user-agent", ""):
         bound(response, where, max(limits))
 

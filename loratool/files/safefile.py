@@ -398,7 +398,7 @@ def check_tiling(shown: str, tensors: Iterable[TensorInfo], data_size: int) -> N
             "download it again"
         )
     if at < data_size:
-        raise InputError(f"{shown}: {data_size - at} bytes follow the last tensor; the file is damaged or forged")
+        raise InputError(f"{shown}: {data_size - at} extra bytes follow the last tensor; the file is corrupt")
 
 
 def is_count(value: object) -> bool:

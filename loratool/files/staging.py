@@ -334,7 +334,7 @@ def check_space(home: Path, needed: int) -> None:
     free = free_space(home)
     if free is not None and free < needed:
         raise StorageError(
-            f"{printable(home)}: the output needs {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free"
+            f"{printable(home)}: the output needs {needed / 1e9:.2f} GB of disk, but only {free / 1e9:.2f} GB are free"
         )
 
 

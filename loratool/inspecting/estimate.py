@@ -39,7 +39,7 @@ class EstimateOptions(Options):
 
     ranks: tuple[int, ...] = option(
         "--rank",
-        help="Rank; may be repeated, or a comma list.",
+        help="Rank; may be repeated, or a comma-separated list.",
         default=(),
         kind=Number(whole=True, low=1),
         many=True,
@@ -49,7 +49,7 @@ class EstimateOptions(Options):
     )
     targets: tuple[str, ...] = option(
         "--target",
-        help="Layers to adapt: q_proj,v_proj or all-linear; may be repeated.",
+        help="Target modules, such as q_proj,v_proj or all-linear; may be repeated.",
         default=(),
         many=True,
         metavar="NAME",
@@ -190,11 +190,11 @@ def choose(base: Base, targets: Sequence[str]) -> dict[str, Shape]:
         elif not named:
             names = list(dict.fromkeys(map(leaf, matrices)))
             near = difflib.get_close_matches(target, names, n=3, cutoff=0.5)
-            told = f"nearest is {', '.join(map(printable, near))}" if near else f"there are {some(names)}"
+            told = f"nearest is {', '.join(map(printable, near))}" if near else f"the base has {some(names)}"
             problems.append(f"{printable(target)}: the base has no such weight; {told}")
         found.update(named)
     if problems:
-        raise FitError(f"{base.path}: not every target is there:", problems)
+        raise FitError(f"{base.path}: some targets were not found:", problems)
     return {name: shape for name, shape in matrices.items() if name in found}
 
 
@@ -206,17 +206,20 @@ def remarks(base: Base, chosen: Mapping[str, Shape]) -> list[Note]:
         told.append(
             Note(
                 "saved-embeddings",
-                f"PEFT saves all of {' and '.join(sorted(saved))} beside the adapter, "
-                f"{sum(elements(base.weights[name]) for name in names):,} parameters more; save_embedding_layers=False does not",
+                f"PEFT saves all of {' and '.join(sorted(saved))} with the adapter, "
+                f"{sum(elements(base.weights[name]) for name in names):,} parameters more; pass "
+                "save_embedding_layers=False to save_pretrained to avoid that",
             )
         )
     if any(name in base.shared for name in chosen):
-        told.append(Note("tied-head", "the head is the embedding: LoRA on one of them is not on the other"))
+        told.append(
+            Note("tied-head", "the head is tied to the embedding, but LoRA on one of them does not affect the other")
+        )
     if any(EXPERT.match(name) for name in chosen):
         told.append(
             Note(
                 "experts-split",
-                "experts are counted as layers of their own, as the files hold them; transformers 5 joins them",
+                "each expert counts as a layer, as in the files; transformers 5 fuses them",
             )
         )
     return told

@@ -57,13 +57,15 @@ NOT_AS_WRITTEN = "not-as-written"  # the code of a finding
 class InspectOptions(NamingOptions, OrientationOption, ReadingOptions, DeviceOption):
     """Of `inspect`."""
 
-    base: str | None = option(help="Model that the adapters are for: parameters, places, sizes.", kind=PathKind("BASE"))
+    base: str | None = option(
+        help="Base model of the adapters; adds parameter counts, matching weights and sizes.", kind=PathKind("BASE")
+    )
     base_config: str | None = option(
-        help="Its config.json alone: parameters in all, where the family is known.", kind=PathKind()
+        help="Only the config.json of the base; adds total parameters, for known model families.", kind=PathKind()
     )
     tensors: bool = option(help="List every tensor.", default=False, kind=FLAG)
     values: bool = option(help="Measure every module of an adapter: norms, ranks, spectra.", default=False, kind=FLAG)
-    check: bool = option(help="Look for what is wrong; exit code 3 or 5 where something is.", default=False, kind=FLAG)
+    check: bool = option(help="Check for problems; exit with 3 or 5 if there are any.", default=False, kind=FLAG)
 
 
 def inspect(
@@ -176,7 +178,7 @@ def adapter_facts(adapter: Adapter, path: Path, fit: Fit | None = None) -> Adapt
     for module in modules:
         if module.rank is not None and module.shape is not None:
             groups.setdefault((leaf(module.target), module.shape), []).append(module.parameters)
-    unused = tuple(f"tensor {printable(name)} has no known place" for name in adapter.unused)
+    unused = tuple(f"tensor {printable(name)} was not recognised" for name in adapter.unused)
     return AdapterFacts(
         kind="adapter",
         path=printable(path),

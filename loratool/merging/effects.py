@@ -36,8 +36,8 @@ def effect_notes(effects: Sequence[AdapterEffect]) -> Iterator[Note]:
     for effect in effects:
         if effect.dead:
             text = (
-                f"changes no element of the base in any of its {effect.modules} modules: its weight, its α or its B is 0, "
-                "or so small that rounding takes the change away"
+                f"changes no element of the base in any of its {effect.modules} modules: its weight, its alpha or its "
+                "B is 0, or the change is lost in rounding"
             )
             yield Note("adapter-without-effect", text).under(effect.name)
         elif effect.unchanged:

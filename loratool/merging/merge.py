@@ -171,7 +171,9 @@ def unmerged(path: Path, reading: Reading) -> tuple[Checkpoint, list[Adapter]]:
     model = open_checkpoint(path, unmerged=True)
     if not WRITTEN.unmerged_in(model.tensors):
         shown = printable(path)
-        raise UsageError(f"{shown}: a merge needs an ADAPTER besides its BASE: loratool merge {shown} ADAPTER -o OUT")
+        raise UsageError(
+            f"{shown}: a merge needs an ADAPTER as well as a BASE\nhint: loratool merge {shown} ADAPTER -o OUT"
+        )
     base, adapter = WRITTEN.taken_apart(model, reading)
     return base, [adapter]
 
@@ -272,9 +274,7 @@ def merged_card(plan: MergePlan, table: Mapping[str, Any], place: str = ".") -> 
 def of_resuming(stage: Stage) -> Iterator[Note]:
     """What became of files that an interrupted run had finished. It is in the report only: the output is the same."""
     for name, reason in sorted(stage.redone.items()):
-        yield Note(
-            "written-again", f"{printable(name)}: finished by an interrupted run, but {reason}; it is written again"
-        )
+        yield Note("written-again", f"{printable(name)}: finished by an interrupted run, but {reason}; written again")
 
 
 def cost(runtime: Future[Runtime], started: float) -> Cost:

@@ -169,7 +169,7 @@ def plan_index(base: Checkpoint, shards: Sequence[ShardPlan]) -> OutputFile | No
         name = base.index.name if same_files else f"{stem_of(shards[0].name)}{INDEX_SUFFIX}"
         return OutputFile(name, content=index_text(weight_map, total, metadata))
     if unwritable := {s.name for s in shards if not s.name.isprintable() and not is_utf8(s.name)}:
-        raise InputError("an index cannot hold file names that are no UTF-8:", map(printable, sorted(unwritable)))
+        raise InputError("an index cannot contain file names that are not UTF-8:", map(printable, sorted(unwritable)))
     return OutputFile(f"{stem_of(shards[0].name)}{INDEX_SUFFIX}", content=index_text(weight_map, total, None))
 
 
@@ -183,4 +183,4 @@ def check_names(names: Iterable[str]) -> None:
     for name in names:
         folded.setdefault(unicodedata.normalize("NFC", name).casefold(), []).append(printable(name))
     if clashing := [" and ".join(alike) for alike in folded.values() if len(alike) > 1]:
-        raise InputError("files of the output differ by upper and lower case or Unicode form only:", clashing)
+        raise InputError("files of the output differ only in case or Unicode form:", clashing)

@@ -54,26 +54,26 @@ class PlanOptions(NamingOptions, OrientationOption, ReadingOptions):
     weights: tuple[float, ...] = option(
         "-w",
         "--weight",
-        help="Strength, once per adapter in order, or as a comma list; a negative one takes an adapter out again "
-        "[default: 1].",
+        help="Weight, once per adapter in order, or as a comma-separated list; a negative weight removes an adapter "
+        "merged before [default: 1].",
         default=(),
         kind=NUMBER,
         many=True,
         commas=True,
     )
-    dtype: str = option(help="Dtype of every float tensor written.", default="keep", kind=dtypes(*DTYPES))
+    dtype: str = option(help="Dtype of all float tensors in the output.", default="keep", kind=dtypes(*DTYPES))
     shard_size: int | None = option(
-        help="Tensor bytes per output file, such as 5GB [default: the base's shards].", kind=SIZE
+        help="Largest size of an output shard, such as 5GB [default: the shards of BASE].", kind=SIZE
     )
-    allow_new_tensors: bool = option(help="Add heads that an adapter saved and BASE has not.", default=False, kind=FLAG)
+    allow_new_tensors: bool = option(help="Add heads that an adapter saved and BASE lacks.", default=False, kind=FLAG)
     also_load: tuple[str, ...] = option(
-        help="Merge the tensors of this safetensors file in an ADAPTER's folder too; may be repeated.",
+        help="Also merge the tensors of this safetensors file in an ADAPTER's folder; may be repeated.",
         default=(),
         kind=PathKind("FILE", beside=True),
         many=True,
     )
     ignore_files: tuple[str, ...] = option(
-        help="Leave out trained weights in an ADAPTER's folder that are not merged; may be repeated.",
+        help="Ignore this file in an ADAPTER's folder, although it contains trained weights; may be repeated.",
         default=(),
         many=True,
         metavar="NAME",
@@ -119,9 +119,9 @@ def strengths_of(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple
 def check_supported(adapters: Sequence[Adapter]) -> None:
     """Everything recognised and not merged, of all adapters at once; then everything unrecognised."""
     if missing := [f"{a.name}: {feature}" for a in adapters for feature in a.unsupported]:
-        raise InputError("this version of loratool does not merge:", missing)
+        raise InputError("this version of loratool cannot merge:", missing)
     if unused := [f"{a.name}: {printable(tensor)}" for a in adapters for tensor in a.unused]:
-        raise FitError("no rule gives these adapter tensors a place, so nothing is merged:", unused)
+        raise FitError("these adapter tensors were not recognised, so nothing is merged:", unused)
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class Draft:
             self.notes.append(
                 Note(
                     "weight-ignored",
-                    f"{adapter.name}: saved modules replace the base's whole, whatever the weight ({weight:g})",
+                    f"{adapter.name}: its saved modules replace the base's regardless of the weight ({weight:g})",
                 )
             )
 
@@ -206,16 +206,16 @@ class Draft:
         stored: Any = place.update.value if isinstance(place.update, Replace) else None
         if isinstance(stored, StoredTensor) and {stored.info.dtype, info.dtype} - set(FLOAT_NAMES):
             same = stored.info.dtype == info.dtype and trained.base.tensors[place.tensor].shape == stored.shape
-            return "" if same else f"is stored as {stored.info.dtype}, {tensor} as {info.dtype}"
+            return "" if same else f"is stored as {stored.info.dtype}, but {tensor} as {info.dtype}"
         if info.dtype not in FLOAT_NAMES:
             self.unsupported.append(
-                f"{tensor} is stored as {info.dtype}; only {', '.join(FLOAT_NAMES)} weights can be edited, so give the "
-                "model before its quantisation as BASE"
+                f"{tensor} is stored as {info.dtype}; only {', '.join(FLOAT_NAMES)} weights can be edited, so pass "
+                "the model before quantisation as BASE"
             )
         if images_in(place.update):
-            return f"depends on the weight of the same layer, and nothing that it fits is beside {tensor}"
+            return f"depends on the weight of the same layer, but the base has no matching weight for {tensor}"
         if weight < 0 and (place.update.replaces or place.tensor in trained.saved):
-            return f"replaces the weight outright, which a weight of {weight:g} cannot take back"
+            return f"replaces the base's weight, which a weight of {weight:g} cannot undo"
         return ""
 
     def put(self, number: int, target: str, place: Place, weight: float, shared: bool, trained: Trained) -> None:
@@ -249,8 +249,8 @@ class Draft:
             shape = trained.base.tensors[tensor].shape
             if own.shape != shape:
                 self.problems.append(
-                    f"{adapter.name}: {printable(target)}: was trained on top of a weight of its own: it is "
-                    f"{list(own.shape)}, {printable(tensor)} is {list(shape)}"
+                    f"{adapter.name}: {printable(target)}: was trained on a saved weight of shape {list(own.shape)}, "
+                    f"but {printable(tensor)} is {list(shape)}"
                 )
             elif not same_values(own, self.unedited(tensor)):
                 self.saved.setdefault(tensor, {})[number] = own
@@ -280,7 +280,7 @@ class Draft:
                     owners |= {edit.adapter} if owners else set()
             if len(owners) > 1:
                 names = ", ".join(self.adapters[owner].name for owner in sorted(owners))
-                problems.append(f"{printable(tensor)}: replaced by several adapters ({names}); only one can win")
+                problems.append(f"{printable(tensor)}: replaced by several adapters ({names}); only one can do so")
         return problems
 
     def changes(self) -> Changes:
@@ -306,8 +306,8 @@ class Draft:
             self.notes.append(
                 Note(
                     "pooler-missing",
-                    f"a {classes[0]} reads a pooler, which neither the base nor the adapter holds: whoever loads the output "
-                    "makes it up, as it was made up when the adapter was trained",
+                    f"a {classes[0]} has a pooler, which neither the base nor the adapter contains; it is initialised "
+                    "at random when the output is loaded, as it was when the adapter was trained",
                 )
             )
         settled = settle(self.ties, self.edits, self.saved, len(self.adapters), not classes or is_generative(classes))
@@ -320,14 +320,15 @@ class Draft:
         moved: dict[str, Origin] = {}
         added: list[Origin] = []
         for name, of in settled.kept:
-            text = f"{printable(name)}: stays tied to {printable(of)}, both being changed alike"
+            text = f"{printable(name)}: stays tied to {printable(of)}, because both change in the same way"
             self.notes.append(Note("tied-weight-kept", text))
         for name, of in settled.added:
             begins = as_weight(first[name]) if name in first else weight_of(self.base, of)
             added.append(Origin(begins, name, base[of].dtype))
             self.notes.append(
                 Note(
-                    "tied-weight-split", f"{printable(name)}: written beside {printable(of)}, to which the base ties it"
+                    "tied-weight-split",
+                    f"{printable(name)}: written as a separate tensor; the base ties it to {printable(of)}",
                 )
             )
         for tensor, value in first.items():
@@ -335,11 +336,11 @@ class Draft:
             if tensor in base:
                 moved[tensor] = Origin(as_weight(value), tensor, base[tensor].dtype)
                 if base[tensor].dtype in FLOAT_NAMES:
-                    text = f"{what}, in place of the base's {list(base[tensor].shape)}"
+                    text = f"{what}, replacing the base's {list(base[tensor].shape)}"
                     self.notes.append(Note("tensor-replaced", text))
             elif tensor not in tied:
                 added.append(Origin(as_weight(value), tensor, usual_dtype(base)))
-                self.notes.append(Note("tensor-added", f"{what}, which the base has not"))
+                self.notes.append(Note("tensor-added", f"{what}, which the base lacks"))
         edits = {tensor: tuple(sorted(found, key=replaces_first)) for tensor, found in self.edits.items()}
         return Changes(edits, moved, added, config)
 

@@ -39,7 +39,7 @@ class RunOptions(DeviceOption):
     """Of a merge: what it may use."""
 
     workers: int | None = option(
-        help="Threads [default: two more than cores, at most 16].",
+        help="Number of worker threads [default: the number of cores plus two, at most 16].",
         kind=Number(whole=True, low=1, high=1024),
         recorded=False,
     )

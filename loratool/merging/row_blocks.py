@@ -400,7 +400,7 @@ def check_finite(span: Span, before: torch.Tensor, after: torch.Tensor) -> int:
     made = int((after.isfinite().logical_not() & own.logical_not()).sum())
     if made:
         raise FitError(
-            f"{printable(span.weight.tensors[0].info.name)}: {made} merged values exceed the range of {span.placed.dtype}; "
-            "write a wider one with --dtype bfloat16 or float32, or give the adapter a smaller weight"
+            f"{printable(span.weight.tensors[0].info.name)}: {made} merged values exceed the range of "
+            f"{span.placed.dtype}; pass --dtype bfloat16 or float32, or a smaller weight for the adapter"
         )
     return int(own.sum())

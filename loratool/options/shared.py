@@ -13,7 +13,7 @@ class OverwriteOption(Options):
     """Of a command that makes a folder."""
 
     overwrite: bool = option(
-        help="Replace OUT if it contains nothing but a model or an adapter.",
+        help="Replace OUT if it contains nothing but model or adapter files.",
         default=False,
         kind=FLAG,
         recorded=False,

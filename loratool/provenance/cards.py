@@ -42,24 +42,24 @@ CLASS = re.compile(r"[A-Za-z_]\w{0,100}", re.ASCII)
 OUT = "out"
 HERE = '"."  # this folder, or the repository\'s id'  # in a snippet, until it is known where it goes
 DONE = {
-    "merge": "This model is a base with {adapters} folded into its weights.",
-    "rescale": "This adapter is another at another strength.",
-    "combine": "This adapter is {adapters} combined.",
-    "resize": "This adapter is another at other ranks.",
-    "extract": "This adapter is the difference of two models.",
+    "merge": "A base model with {adapters} merged into its weights.",
+    "rescale": "A rescaled copy of {adapter}.",
+    "combine": "A combination of {adapters}.",
+    "resize": "A copy of {adapter} with different ranks.",
+    "extract": "An adapter extracted from a fine-tuned model.",
 }
 MEASURED = {
     "norm": "‖ΔW‖ (Frobenius)",
-    "predicted": "relative error of the ranks",
+    "predicted": "relative error expected from the ranks",
     "achieved": "relative error as stored",
-    "truncated": "relative error of the cut",
-    "stored": "relative error of storing",
+    "truncated": "relative error of truncation",
+    "stored": "relative error of rounding",
     "error": "relative error as stored",
-    "parameters_before": "parameters before",
+    "parameters_before": "parameters of the source",
     "parameters": "parameters",
-    "bytes_before": "bytes of factors before",
+    "bytes_before": "bytes of factors of the source",
     "bytes": "bytes of factors",
-    "energy_kept": "part of ‖ΔW‖² kept",
+    "energy_kept": "fraction of ‖ΔW‖² kept",
 }
 
 
@@ -143,13 +143,14 @@ def card(provenance: Mapping[str, Any], about: Subject | Mapping[str, Any], term
         "",
         MARK,
         "",
-        DONE.get(verb, trained or "Nobody has described this model yet.").format(
-            adapters="an adapter" if len(adapters) == 1 else f"{len(adapters)} adapters"
+        DONE.get(verb, trained or "No description provided.").format(
+            adapters="an adapter" if len(adapters) == 1 else f"{len(adapters)} adapters",
+            adapter=named(adapters[0]) if adapters else "an adapter",
         ),
-        *section("Made of", lineage(provenance, adapters, base)),
-        *section("How", how(provenance)),
-        *section("Measured", measured(provenance, about)),
-        *section("Use", snippet(about, base, place)),
+        *section("Inputs", lineage(provenance, adapters, base)),
+        *section("How it was made", how(provenance)),
+        *section("Measurements", measured(provenance, about)),
+        *section("Usage", snippet(about, base, place)),
         *section("Licence", licence(terms)),
     ]
     return ("\n".join(parts) + "\n").encode()
@@ -219,7 +220,7 @@ def lineage(provenance: Mapping[str, Any], adapters: Sequence[Mapping[str, Any]]
         rows.append(
             f"| adapter | {named(entry)} | {shown} | {cell(entry.get('rank', ''))} | {cell(str(sha256)[:16])} |"
         )
-    return ["| | what | weight | rank | SHA-256 begins |", "|---|---|---|---|---|", *rows] if rows else []
+    return ["| | name | weight | rank | SHA-256 (first 16) |", "|---|---|---|---|---|", *rows] if rows else []
 
 
 def named(entry: Mapping[str, Any]) -> str:
@@ -311,11 +312,9 @@ def model_snippet(config: Mapping[str, Any], where: str) -> list[str]:
 def licence(terms: Terms) -> list[str]:
     if terms.disputed:
         listed = ", ".join(map(cell, terms.disputed))
-        return [
-            f"The inputs have different licences ({listed}); which of them hold for this is for its publisher to say."
-        ]
+        return [f"The inputs have different licences ({listed}); the publisher must decide which of them apply."]
     if "license" in terms.fields:
-        return [f"{cell(terms.fields.get('license_name') or terms.fields['license'])}, as the inputs say."]
+        return [f"{cell(terms.fields.get('license_name') or terms.fields['license'])}, as stated by the inputs."]
     return []
 
 

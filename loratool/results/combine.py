@@ -100,8 +100,8 @@ def combine_text(report: CombineReport) -> str:
         ("factors", f"{totals.parameters:,} parameters, {size(totals.bytes)}, {report.dtype}"),
         (
             "error",
-            f"{percent(totals.error)}: {percent(totals.truncated)} by the cut to this rank, {percent(totals.stored)} by "
-            "rounding",
+            f"{percent(totals.error)}: {percent(totals.truncated)} by truncation to this rank, "
+            f"{percent(totals.stored)} by rounding",
         ),
         *(
             ("adapter", f"{name}: {kept(totals.energy_kept[name])} of its energy kept, result/own norm "
@@ -109,7 +109,8 @@ def combine_text(report: CombineReport) -> str:
             for name in report.adapters
         ),
         *(("together", f"{pair}: {met(report, pair)}") for pair in totals.cosine),
-        ("took", f"{report.cost.seconds:.2f} s on {report.cost.device}, torch ready after {report.cost.startup_seconds:.2f} s"),
+        ("took", f"{report.cost.seconds:.2f} s on {report.cost.device}, torch imported after "
+                 f"{report.cost.startup_seconds:.2f} s"),
         ("peak memory", memory(report.cost.peak_memory)),
         *(("note", note) for note in report.notes),
     ]  # fmt: skip

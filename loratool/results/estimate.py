@@ -85,7 +85,7 @@ def estimate_text(result: Estimate) -> str:
     dtypes = ", ".join(result.dtypes)
     rows: list[tuple[str, object]] = [
         ("base", result.path),
-        ("architecture", result.architecture or "not named"),
+        ("architecture", result.architecture or "unknown"),
         ("parameters", f"{result.parameters:,} in {dtypes}, {size(result.bytes)}"),
         *(("target", target_line(t.name, t.shape, t.count, t.per_rank)) for t in result.targets),
         ("growth", growth(result)),
@@ -103,7 +103,7 @@ def target_line(name: str, shape: tuple[int, ...], count: int, per_rank: int) ->
 def growth(result: Estimate) -> str:
     ranks = sorted(one.rank for one in result.ranks)
     low, high = (ranks[0], ranks[-1]) if len(ranks) > 1 else SHOWN_RANKS
-    return f"{result.per_rank:,}·r in all, so that r = {low} → {high} is {high / low:.4g}×"
+    return f"{result.per_rank:,}·r in total, so r = {low} → {high} is {high / low:.4g}×"
 
 
 def side_by_side(result: Estimate) -> list[list[str]]:
@@ -142,10 +142,10 @@ def memory_text(result: Estimate) -> str:
         ("QLoRA", f"(Q·{QUANTISED_BITS / 8:.3f} + (P − Q)·{each} + {trained}"),
         *((f"  r = {one.rank}", sum_of(one.qlora)) for one in result.ranks),
         ("P", f"{result.parameters:,} parameters of the base"),
-        ("Q", f"{result.quantisable:,} of them, those of linear layers, in 4 bits"),
+        ("Q", f"{result.quantisable:,} of them in linear layers, stored in 4 bits"),
         ("T", "parameters that LoRA trains"),
     ]
-    return "memory: weights + gradients + the two moments of AdamW; activations come on top\n" + aligned(rows)
+    return "memory: weights + gradients + the two moments of AdamW; activations are extra\n" + aligned(rows)
 
 
 def sum_of(memory: Memory) -> str:

@@ -247,7 +247,7 @@ def base_text(base: BaseFacts, modules: Sequence[ModuleFacts]) -> list[str]:
     parts = [f"{wrapped(rows)}\n{base.line}"]
     landed = [(module.target, place) for module in modules for place in module.places or ()]
     if landed:
-        parts.append("lands on:\n" + "\n".join(landing_lines(landed)))
+        parts.append("matching weights:\n" + "\n".join(landing_lines(landed)))
     return parts
 
 

@@ -32,7 +32,7 @@ def findings_text(findings: Sequence[Finding]) -> str:
     problems = sum(finding.level == "problem" for finding in findings)
     notes = len(findings) - problems
     count = f"{problems} problem{'s' * (problems != 1)}, {notes} note{'s' * (notes != 1)}"
-    lines = [f"health: {count}" if findings else "health: nothing is wrong"]
+    lines = [f"health: {count}" if findings else "health: no problems found"]
     for finding in findings:
         lines.append(fill(f"{finding.code}: {finding.message}", f"  {finding.level:<8}", " " * 10))
         if finding.repair:

@@ -68,7 +68,7 @@ def merge_text(report: MergeReport) -> str:
         ("written", f"{size(report.bytes_written)} in {report.cost.seconds:.2f} s ({rate:.2f} GB/s)"),
         (
             "device",
-            f"{report.cost.device}, {report.workers} workers, torch ready after {report.cost.startup_seconds:.2f} s",
+            f"{report.cost.device}, {report.workers} workers, torch imported after {report.cost.startup_seconds:.2f} s",
         ),
         (
             "peak memory",
@@ -83,7 +83,7 @@ def merge_text(report: MergeReport) -> str:
             rows.append((label, f"{ratio:.3g}  {printable(name)}"))
     if report.nonfinite:
         total = sum(report.nonfinite.values())
-        rows.append(("NaN/inf in base", f"{total} values in {len(report.nonfinite)} edited tensors, kept as they are"))
+        rows.append(("NaN/inf in base", f"{total} values in {len(report.nonfinite)} edited tensors, kept unchanged"))
     rows += [("left out", name) for name in report.left_out]
     rows += [("note", note) for note in report.notes]
     return aligned(rows)

@@ -45,7 +45,12 @@ def push_text(report: PushReport) -> str:
     if not report.dry_run:
         sent = sum(report.files[name] for name in report.uploaded)
         rows.append(
-            ("sent", f"{len(report.uploaded)} files, {size(sent)}" if report.uploaded else "nothing was missing")
+            (
+                "sent",
+                f"{len(report.uploaded)} files, {size(sent)}"
+                if report.uploaded
+                else "nothing; all files were already there",
+            )
         )
         shown = [(name, report.files[name]) for name in report.uploaded]
     rows += [("file", f"{printable(name)}: {size(count)}") for name, count in shown[:MOST_LINES]]

@@ -73,11 +73,12 @@ def resize_text(report: ResizeReport) -> str:
         ("error", f"{percent(totals.achieved)} of ‖ΔW‖ as stored, {percent(totals.predicted)} by truncation"),
         (
             "took",
-            f"{report.cost.seconds:.2f} s on {report.cost.device}, torch ready after {report.cost.startup_seconds:.2f} s",
+            f"{report.cost.seconds:.2f} s on {report.cost.device}, torch imported after "
+            f"{report.cost.startup_seconds:.2f} s",
         ),
         ("peak memory", memory(report.cost.peak_memory)),
         *(
-            ("left out", f"{printable(target)}: the budget leaves it no rank")
+            ("left out", f"{printable(target)}: the budget is too small to keep any rank")
             for target in report.dropped[:MOST_LAYERS]
         ),
         *(("note", note) for note in report.notes),

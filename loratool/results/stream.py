@@ -49,7 +49,7 @@ def stream_text(report: StreamReport) -> str:
         ("device", report.cost.device),
     ]
     if report.resumed:
-        rows.append(("continued", f"{len(report.resumed)} files were there already"))
+        rows.append(("continued", f"{len(report.resumed)} files were already uploaded"))
     rows += [("left out", printable(line)) for line in report.left_out]
     rows += [("note", note) for note in report.notes]
     if not report.dry_run:

@@ -85,7 +85,10 @@ def values_text(values: Values) -> str:
             ("‖W0‖", f"{values.norm_base:.6g} of the weights it changes: {share(values.norm / values.norm_base)}")
         )
     for kept in values.suggestions:
-        told = f"rank {kept.rank}: {size(kept.bytes)} of {size(kept.bytes_now)}; each layer its own: {size(kept.bytes_by_layer)}"
+        told = (
+            f"rank {kept.rank}: {size(kept.bytes)} of {size(kept.bytes_now)}; with a rank per layer: "
+            f"{size(kept.bytes_by_layer)}"
+        )
         rows.append((f"{100 * kept.energy:.0f} % energy", told))
     bad = [m for m in values.modules if m.nonfinite]
     rows += [("not finite", f"{m.nonfinite} values in {m.target}") for m in bad[:MOST_MODULES]]
@@ -95,7 +98,8 @@ def values_text(values: Values) -> str:
     rows.append(
         (
             "took",
-            f"{values.cost.seconds:.2f} s on {values.cost.device}, torch ready after {values.cost.startup_seconds:.2f} s",
+            f"{values.cost.seconds:.2f} s on {values.cost.device}, torch imported after "
+            f"{values.cost.startup_seconds:.2f} s",
         )
     )
     rows.append(("peak memory", memory(values.cost.peak_memory)))
@@ -134,7 +138,7 @@ def by_name(modules: Sequence[Measured]) -> str:
         [*(figure(middle([column(m) for m in members])) for _, column in SIZES), f"{name} ×{len(members)}"]
         for name, members in named(modules).items()
     ]
-    return "medians by name, with the ranks that keep a part of ‖ΔW‖²\n" + columns(
+    return "medians by name, with the ranks that keep a given fraction of ‖ΔW‖²\n" + columns(
         [*(h for h, _ in SIZES), "name"], rows
     )
 
@@ -170,7 +174,7 @@ def against_weights(modules: Sequence[Measured]) -> str:
         [*(figure(middle([column(m) for m in members])) for _, column in AGAINST), f"{name} ×{len(members)}"]
         for name, members in named([m for m in modules if m.weight]).items()
     ]
-    text = "medians against the base; unchanged: part of the entries that rounding to its dtype leaves as they were"
+    text = "medians against the base; unchanged: fraction of the entries that do not change after rounding to its dtype"
     return f"{fill(text, '', '')}\n{columns([*(h for h, _ in AGAINST), 'name'], rows)}"
 
 

@@ -81,8 +81,8 @@ def align_layers(sources: Sequence[Contents], weights: Sequence[Weight]) -> dict
                 if turned is None:
                     versions = [printable(s.training.release or None) for s in (other, source)]
                     problems.append(
-                        f"{printable(target)}: {shown(first)}, which PEFT {' and '.join(versions)} may have stored the "
-                        "other way round; combine adapters of one release"
+                        f"{printable(target)}: {shown(first)}, which PEFT {' and '.join(versions)} may have stored "
+                        "transposed; combine adapters saved by one release"
                     )
                 elif seen(layer, turned) != first.form:
                     problems.append(
@@ -95,7 +95,7 @@ def align_layers(sources: Sequence[Contents], weights: Sequence[Weight]) -> dict
         if (whole := [s.name for s in sources if target in s.saved])
     ]
     if problems:
-        raise FitError("these adapters are not of one base, or not of one kind:", problems)
+        raise FitError("these adapters do not have the same base, or are of different types:", problems)
     return {target: tuple(found) for target, found in shares.items()}
 
 
@@ -140,7 +140,9 @@ def weights_of(source: Contents, weight: Weight) -> dict[str, float]:
     table = dict(weight) if isinstance(weight, Mapping) else {"default": weight}
     for pattern, value in table.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise UsageError(f"{source.name}: the weight of {printable(pattern)} is {printable(value)}, no number")
+            raise UsageError(
+                f"{source.name}: the weight of {printable(pattern)} is {printable(value)}; expected a number"
+            )
     usual = float(table.pop("default", 1.0))
     found = by_pattern(table, source.layers, f"weights of {source.name}")
     return {target: float(found.get(target, usual)) for target in source.layers}
@@ -179,7 +181,8 @@ class Beside:
         self.carried.tensors.update(self.names.second_copies(adapters, self.carried.tensors))
         if self.problems:
             raise FitError(
-                "adapters have saved different values, which do not add up; --saved first or --saved mean decides:",
+                "the adapters saved different values, which cannot be added; pass --saved first or --saved mean to "
+                "choose:",
                 self.problems,
             )
         return self.carried
@@ -212,12 +215,12 @@ class Beside:
                 self.overflows.append(f"{printable(target)}: the sum of biases overflows {dtype}")
             self.carried.tensors[self.names.bias(weight_target)] = bias_whole
         if self.overflows:
-            raise FitError("biases are stored as the adapters have them, and do not fit:", self.overflows)
+            raise FitError("biases keep the adapters' dtype, which is too narrow:", self.overflows)
         without = [t for t, kind in self.names.kinds.items() if not kind.has_bias]
         if total and without:
             raise FitError(
-                "some adapters have biases (lora_bias), which PEFT does not have beside layers such as these; "
-                "`loratool merge` takes the adapters as they are:",
+                "some adapters have biases (lora_bias), which PEFT does not support on layers such as these; run "
+                "`loratool merge` on the adapters instead:",
                 map(printable, without),
             )
         if total:
@@ -241,7 +244,7 @@ class Beside:
                 self.carried.tensors[name] = first
             elif self.policy == "mean" and first.info.dtype not in FLOAT_NAMES:
                 self.carried.tensors[name] = first
-                text = f"{printable(target)}: whole numbers have no mean here; those of the first are kept"
+                text = f"{printable(target)}: integers are not averaged; those of the first adapter are kept"
                 self.notes.append(Note("whole-numbers-kept", text))
             elif self.policy == "mean":
                 self.carried.tensors[name] = self.mean([(at, self.loaded(value)) for at, value in found], first)

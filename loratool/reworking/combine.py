@@ -78,16 +78,16 @@ def combine(
 def refuse(sources: Sequence[Contents], layers: Mapping[str, Sequence[Share]], combination: Combination) -> None:
     """Raise for adapters that this cannot be done to."""
     if not layers:
-        raise InputError("there is no low-rank update in these adapters")
+        raise InputError("these adapters contain no low-rank update")
     if dora := [source.name for source in sources if source.dora]:
         plain = combination.factor == 1 and combination.match == "none" and not combination.svc
         alone = len(sources) == 1 and METHODS[combination.method].family == GRAM and plain
         alone = alone and all(combination.rank is None or f[0].layer.rank <= combination.rank for f in layers.values())
         if not alone or any(share.weight != 1 for found in layers.values() for share in found):
             raise FitError(
-                f"{', '.join(dora)}: DoRA divides by the norm of W + ΔW, so its update is none without the base, and no "
-                "sum of updates is the sum of what they do. `loratool merge` applies several DoRA adapters to a base; "
-                "`loratool extract` makes plain LoRA of what comes out"
+                f"{', '.join(dora)}: DoRA divides by the norm of W + ΔW, so its update depends on the base and cannot "
+                "be summed. Instead, run `loratool merge` to apply several DoRA adapters to a base, and `loratool "
+                "extract` to get plain LoRA from the result"
             )
     if combination.method == "model_stock" and any(share.weight != 1 for found in layers.values() for share in found):
         raise UsageError("model_stock is the mean of runs of one task and takes no weights")
@@ -292,8 +292,9 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
             cosine = mean_cosine(self.together)
             if cosine < LEAST_ALIKE:
                 raise FitError(
-                    f"model_stock averages several runs of one task; the mean cosine of these adapters is {cosine:.3f}, "
-                    f"below {LEAST_ALIKE}, and the result would be next to nothing. --method linear adds them up"
+                    "model_stock averages several runs of one task; the mean cosine of these adapters is "
+                    f"{cosine:.3f}, below {LEAST_ALIKE}, so the result would be almost zero; use --method linear to "
+                    "add them"
                 )
 
     def totals(self, modules: Mapping[str, CombinedLayer], dtype: torch.dtype) -> CombinedTotals:
@@ -386,7 +387,7 @@ def remarks(
     carried = common_files(sources)
     yield from (note.under(source.name) for source in sources for note in told_beside(source, carried))
     if len(sources) == 1:
-        yield Note("single-adapter", "one adapter only: there is nothing to combine it with")
+        yield Note("single-adapter", "there is only one adapter, so it is combined with nothing")
     bases = {source.training.base for source in sources} - {""}
     if len(bases) > 1:
         yield Note(
@@ -413,16 +414,17 @@ def remarks(
     for became, code, said in (
         (ZERO, "layers-cancel-to-zero", "come out as zero"),
         ("", "layers-zero", "come out as zero"),
-        (UNSCALED, "layers-cancel-unscaled", "keep the size and the directions of their plain sum"),
+        (UNSCALED, "layers-cancel-unscaled", "keep the norm and the directions of their plain sum"),
     ):
         if which := [t for t, m in modules.items() if m.cancels == became and (became or not m.norm)]:
-            why = ": the updates cancel, and what remains is no larger than the rounding of the stored factors"
-            text = f"{len(which)} of {len(modules)} layers {said}, {printable(which[0])} for one{why if became else ''}"
+            why = ": the updates cancel, and the rest is no larger than the rounding of the stored factors"
+            text = f"{len(which)} of {len(modules)} layers {said}, such as {printable(which[0])}{why if became else ''}"
             yield Note(code, text)
     if partial := [t for t, shares in layers.items() if len(shares) < len(sources)]:
         yield Note(
             "layers-partial",
-            f"{len(partial)} of {len(layers)} layers are not in all adapters, {printable(partial[0])} for one; each is combined of those that have it",
+            f"{len(partial)} of {len(layers)} layers are not in all adapters, such as {printable(partial[0])}; each "
+            "is combined from the adapters that have it",
         )
     yield from found
     for source in sources:

@@ -56,12 +56,15 @@ class CombineOptions(FactorOptions, ReadingOptions, DeviceOption):
     """Of `combine`."""
 
     method: str = option(
-        help="How: see below.", default="linear", kind=Choice(lambda: tuple(METHODS)), metavar="METHOD"
+        help="Combination method, listed above.",
+        default="linear",
+        kind=Choice(lambda: tuple(METHODS)),
+        metavar="METHOD",
     )
     weights: tuple[Weight, ...] = option(
         "-w",
         "--weight",
-        help="Weight, once per adapter in order, or as a comma list [default: 1].",
+        help="Weight, once per adapter in order, or as a comma-separated list [default: 1].",
         default=(),
         kind=WeightOf(),
         many=True,
@@ -69,44 +72,57 @@ class CombineOptions(FactorOptions, ReadingOptions, DeviceOption):
     )
     weights_file: Sequence[Weight] | None = option(
         "--weights",
-        help='A list with an entry per adapter: a number, or numbers by pattern and "default".',
+        help='A list with one entry per adapter: a number, or an object with numbers by pattern and "default".',
         kind=JsonFile(list),
     )
-    space: str | None = option(help="Where entries are looked at [default: dense].", kind=Choice(lambda: SPACES))
+    space: str | None = option(
+        help="Space in which entries are compared [default: dense].", kind=Choice(lambda: SPACES)
+    )
     rank: int | None = option(
-        help="Rank of the result, cut to what a layer's shape allows [default: what the method gives].",
+        help="Rank of the result, limited by each layer's shape [default: the rank the method gives].",
         kind=Number(whole=True, low=1),
     )
     rank_policy: str = option(
-        help="Cut the result to --rank, or choose directions first that keep a part of every adapter.",
+        help="truncate: truncate the result to --rank; ctm: first choose directions that keep a part of every adapter.",
         default=POLICIES[0],
         kind=Choice(lambda: POLICIES),
     )
     density: float | None = option(
-        help="Part of the entries that is kept, in (0, 1] [default: the method's].", kind=Number(above=0, high=1)
+        help="Fraction of the entries to keep, in (0, 1] [default: depends on the method].",
+        kind=Number(above=0, high=1),
     )
-    window: float = option(help="della: spread of chances round --density.", default=Setting.window, kind=NUMBER)
+    window: float = option(
+        help="della: spread of the keep probability around --density.", default=Setting.window, kind=NUMBER
+    )
     outliers: float = option(
-        help="breadcrumbs: part of the entries, the largest, to drop.", default=Setting.outliers, kind=NUMBER
+        help="breadcrumbs: fraction of the largest entries to drop.", default=Setting.outliers, kind=NUMBER
     )
-    factor: float = option("--lambda", help="Factor of the result.", default=1.0, kind=NUMBER)
+    factor: float = option("--lambda", help="Multiply the result by this.", default=1.0, kind=NUMBER)
     match_norm: str = option(
-        help="Give each layer that of the weighted updates' norms.", default=MATCHES[0], kind=Choice(lambda: MATCHES)
+        help="Rescale each layer to the mean, max or sum of the weighted updates' norms.",
+        default=MATCHES[0],
+        kind=Choice(lambda: MATCHES),
     )
-    sign: str = option(help="A majority of sizes or of adapters.", default=SIGNS[0], kind=Choice(lambda: SIGNS))
+    sign: str = option(
+        help="Elect signs by total size or by number of adapters.", default=SIGNS[0], kind=Choice(lambda: SIGNS)
+    )
     normalize: bool | None = option(
-        "--normalize/--no-normalize", help="Divide by the weights [default: the method's].", kind=SWITCH
+        "--normalize/--no-normalize",
+        help="Whether to divide by the sum of the weights [default: depends on the method].",
+        kind=SWITCH,
     )
     iso_beta: float = option(
         help="iso_c: 0 is the sum, 1 equal singular values.", default=Combination.iso_beta, kind=Number(low=0, high=1)
     )
-    row_wise: bool = option(help="nuslerp: an angle for each row.", default=False, kind=FLAG)
+    row_wise: bool = option(help="nuslerp: interpolate each row separately.", default=False, kind=FLAG)
     svc: bool = option(
         help="Calibrate singular values afterwards, so that shared directions count once.", default=False, kind=FLAG
     )
-    seed: int = option(help="Of random numbers, which depend on nothing else.", default=0, kind=Number(whole=True))
+    seed: int = option(help="Random seed.", default=0, kind=Number(whole=True))
     saved: str = option(
-        help="Where adapters saved different values for one tensor.", default=SAVED[0], kind=Choice(lambda: SAVED)
+        help="What to do if adapters saved different values for one tensor.",
+        default=SAVED[0],
+        kind=Choice(lambda: SAVED),
     )
 
     def __post_init__(self) -> None:
@@ -123,7 +139,9 @@ class CombineOptions(FactorOptions, ReadingOptions, DeviceOption):
     def shares(self, count: int) -> list[Weight]:
         """The weight of each of `count` adapters."""
         if self.weights and len(self.weights) != count:
-            raise UsageError(f"{len(self.weights)} weights for {count} adapters; pass one weight per adapter, or none")
+            raise UsageError(
+                f"got {len(self.weights)} weights for {count} adapters; pass one weight per adapter, or omit -w"
+            )
         return list(self.weights) or [1.0] * count
 
 
@@ -135,11 +153,13 @@ def combination_of(options: CombineOptions, count: int) -> Combination:
         wanted = str(row.least) if row.least == row.most else f"{row.least} or more"
         raise UsageError(f"{method} takes {wanted} adapters (got {count})")
     if not count:
-        raise UsageError("no adapter is given")
+        raise UsageError("pass at least one adapter")
     refuse_at_odds(options)
     part = row.density or 1.0 if options.density is None else options.density
     if method == "della" and not (0 <= options.window < part and part + options.window <= 1):
-        raise UsageError(f"--window {options.window:g}: chances around a density of {part:g} have to stay in (0, 1]")
+        raise UsageError(
+            f"--window {options.window:g}: keep probabilities around a density of {part:g} must stay in (0, 1]"
+        )
     if method == "breadcrumbs" and not (options.outliers >= 0 and options.outliers + part <= 1):
         raise UsageError(f"--outliers {options.outliers:g} and a density of {part:g} are more than all entries")
     return Combination(
@@ -167,22 +187,23 @@ def refuse_at_odds(options: CombineOptions) -> None:
     """Raise `UsageError` for options that the method cannot go with, or that would change nothing."""
     method, row = options.method, METHODS[options.method]
     if options.space and row.family != ELEMENTWISE:
-        raise UsageError(f"--space is for methods that look at entries; {method} does not")
+        raise UsageError(f"--space does not apply to {method}, only to elementwise methods")
     if options.rank_policy == "ctm" and (
         options.rank is None or row.family == FACTORWISE or options.space in ("dense", "knots")
     ):
         raise UsageError(
-            "--rank-policy ctm chooses that many directions in core space first: it needs --rank and no other space"
+            "--rank-policy ctm first chooses --rank directions in core space, so it needs --rank and excludes --space "
+            "dense and knots"
         )
     if options.density is not None and row.density is None:
-        raise UsageError(f"--density is for methods that drop entries; {method} keeps all")
+        raise UsageError(f"--density does not apply to {method}, which keeps all entries")
     if not options.factor:
         raise UsageError("--lambda must be a finite number other than 0 (got 0)")
     refuse_idle(options)
     if row.family == FACTORWISE and options.match_norm != "none":
-        raise UsageError("--match-norm is for methods on updates, not on factors")
+        raise UsageError("--match-norm does not apply to methods on factors")
     if row.family == FACTORWISE and options.svc:
-        raise UsageError("--svc is for methods on updates, not on factors")
+        raise UsageError("--svc does not apply to methods on factors")
 
 
 def refuse_idle(options: CombineOptions) -> None:
@@ -198,7 +219,7 @@ def refuse_idle(options: CombineOptions) -> None:
         ("--row-wise", options.row_wise, ["nuslerp"]),
     ):
         if is_set and options.method not in methods:
-            raise UsageError(f"{flag} is for {', '.join(methods)}; {options.method} has no use for it")
+            raise UsageError(f"{flag} does not apply to {options.method}, only to {', '.join(methods)}")
 
 
 def told(combination: Combination, weights: Sequence[Weight]) -> dict[str, Any]:

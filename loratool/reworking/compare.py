@@ -136,15 +136,15 @@ class Comparer:
             listed = ", ".join(sorted(map(printable, bases)))
             yield Note("base-mismatch", f"the adapters name different bases: {listed}")
         for name in (name for name, norm in self.norms().items() if not norm):
-            text = "every update is zero (an untrained adapter has B = 0, another may have an α of 0)"
+            text = "every update is zero (an untrained adapter has B = 0, or alpha is 0)"
             yield Note("adapter-without-effect", text).under(name)
         if dora := [source.name for source in self.sources if source.dora]:
-            text = f"{', '.join(dora)}: of DoRA only ΔW = s·BA is compared, without the magnitudes"
+            text = f"{', '.join(dora)}: only ΔW = s·BA of DoRA is compared, not the magnitudes"
             yield Note("dora-magnitudes-left-out", text)
         for at, name in enumerate(self.names):
             if noisy := [target for target, found in self.found.items() if at in found.noise]:
                 text = (
-                    f"{len(noisy)} of {len(self.layers)} updates count as zero, {printable(noisy[0])} for one: each is "
+                    f"{len(noisy)} of {len(self.layers)} updates count as zero, such as {printable(noisy[0])}: each is "
                 )
                 yield Note("update-is-rounding", f"{text}{ROUNDING_ONLY}").under(name)
         for source in self.sources:

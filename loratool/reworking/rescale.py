@@ -47,19 +47,28 @@ LARGEST_SCALE = 3.4e38  # of a float32
 class RescaleOptions(FactorOptions, ReadingOptions):
     """Of `rescale`."""
 
-    scale: float | None = option(help="Factor for every update.", kind=NUMBER)
-    alpha: float | None = option(help="α of every module.", kind=NUMBER)
-    frobenius: float | None = option(help="Frobenius norm of all updates together.", kind=NUMBER, metavar="NORM")
-    spectral: float | None = option(help="Largest singular value of any update.", kind=NUMBER, metavar="NORM")
-    each: bool = option(help="Give each module that norm.", default=False, kind=FLAG)
+    scale: float | None = option(help="Multiply every update by this.", kind=NUMBER)
+    alpha: float | None = option(help="Set alpha of every module.", kind=NUMBER)
+    frobenius: float | None = option(
+        help="Scale all updates so that their total Frobenius norm is NORM.", kind=NUMBER, metavar="NORM"
+    )
+    spectral: float | None = option(
+        help="Scale all updates so that their largest singular value is NORM.", kind=NUMBER, metavar="NORM"
+    )
+    each: bool = option(
+        help="With --frobenius or --spectral: scale each module separately to NORM.", default=False, kind=FLAG
+    )
     match: tuple[str, ...] = option(
-        help="Factor of the modules in whose name REGEX is found; may be repeated, the first that is found counts.",
+        help="Multiply modules whose name contains a match of REGEX by FACTOR; may be repeated, the first match "
+        "counts.",
         default=(),
         kind=Pairs(),
         many=True,
     )
     bake: bool = option(
-        help="Put the strength into the factors: α = r, no rsLoRA, no α patterns.", default=False, kind=FLAG
+        help="Multiply the scaling into the factors and write alpha = r, without rsLoRA or alpha_pattern.",
+        default=False,
+        kind=FLAG,
     )
 
 
@@ -77,7 +86,7 @@ def rescale(
     target = check_adapter_target(out, [path], options)
     contents = contents_of(read_adapter(path, way), "rescale")
     if not contents.layers:
-        raise InputError(f"{printable(contents.adapter.file.path)}: no update is in it that has a strength")
+        raise InputError(f"{printable(contents.adapter.file.path)}: contains no update whose strength can be changed")
     bake = options.bake or bool(contents.adapter.packing)  # what PEFT does not read is not copied
     contents, asleep = awakened(contents, alpha) if alpha is not None else (contents, frozenset[str]())
     with session("cpu", [contents]) as at_work:
@@ -98,7 +107,7 @@ def rescale(
             for f in [wanted[t] * matched.get(t, 1.0)]
         }
         if huge := [t for t, m in modules.items() if not bake and not abs(m.after) <= LARGEST_SCALE]:
-            raise UsageError("float32 has no scale as large as is asked for:", map(printable, huge))
+            raise UsageError("the scale would overflow float32:", map(printable, huge))
         if frobenius is not None:
             norm = math.sqrt(math.fsum((sizes[t] * m.after / m.before) ** 2 for t, m in modules.items() if m.before))
         told = {t: RescaledLayer(0.0, m.after, None) if t in asleep else m for t, m in modules.items()}
@@ -141,7 +150,7 @@ def check(asked: Mapping[str, float | None], factors: Mapping[str, float], each:
     if not given and not factors and not bake:
         raise UsageError("nothing to do: pass --scale, --alpha, --frobenius, --spectral, --match or --bake")
     if each and not {"frobenius", "spectral"} & set(given):
-        raise UsageError("--each is for --frobenius or --spectral")
+        raise UsageError("--each needs --frobenius or --spectral")
     for name, value in given.items():
         positive = name in ("frobenius", "spectral")
         if value == 0 or (positive and value < 0):
@@ -158,7 +167,7 @@ def by_search(factors: Mapping[str, float], layers: Mapping[str, Layer]) -> dict
         raise UsageError(f"--match: {error}") from None
     if idle := [pattern for pattern in factors if not any(pattern in found for found in matching.values())]:
         raise UsageError(
-            f"--match: found in no adapted module: {', '.join(map(printable, idle))}; one of them is called "
+            f"--match: no adapted module matches {', '.join(map(printable, idle))}; an adapted module is "
             f"{printable(next(iter(modules.values())))}"
         )
     return {
@@ -199,15 +208,15 @@ def factors_to(
     wanted = frobenius if frobenius is not None else spectral
     assert wanted is not None, "one of them is given"
     if zero := [target for target, size in sizes.items() if each and not size]:
-        raise FitError("no factor gives an update that is zero a norm:", map(printable, zero))
+        raise FitError("cannot scale updates that are zero to a norm:", map(printable, zero))
 
     def whole(parts: Mapping[str, float]) -> float:
         return math.hypot(*parts.values()) if frobenius is not None else max(parts.values())
 
     if whole(sizes) <= whole(noise):
         raise FitError(
-            "no factor gives it a norm: every update is zero (an untrained adapter has B = 0) or "
-            f"{ROUNDING_ONLY}; where α is 0 and B is not, --alpha gives it a strength"
+            f"cannot scale it to a norm: every update is zero (an untrained adapter has B = 0) or {ROUNDING_ONLY}; if "
+            "only alpha is 0, pass --alpha"
         )
     if each:
         return {target: wanted / size if size > noise[target] else 1.0 for target, size in sizes.items()}
@@ -229,7 +238,7 @@ def awakened(contents: Contents, alpha: float) -> tuple[Contents, frozenset[str]
         return contents, frozenset()
     if len(asleep) == len(contents.layers) and not any(map(is_trained, asleep.values())):
         raise FitError(
-            f"{printable(contents.adapter.file.path)}: its α is 0, and all of B is 0 too: no α gives it any strength"
+            f"{printable(contents.adapter.file.path)}: alpha is 0 and so is all of B, so changing alpha has no effect"
         )
     form = format_of(contents.adapter)
     layers = {t: replace(layer, update=form.with_alpha(contents, layer, alpha)) for t, layer in asleep.items()}
@@ -318,9 +327,9 @@ def rounding_only(rounded: Sequence[str], modules: Mapping[str, RescaledLayer]) 
     """What is to be told of layers that got no norm of their own."""
     if rounded:
         text = (
-            f"{len(rounded)} of {len(modules)} updates keep their strength, {printable(rounded[0])} for one: each is "
+            f"{len(rounded)} of {len(modules)} updates keep their strength, such as {printable(rounded[0])}: each is "
         )
-        yield Note("update-is-rounding", f"{text}{ROUNDING_ONLY}, and a norm would make an update of noise")
+        yield Note("update-is-rounding", f"{text}{ROUNDING_ONLY}, so scaling it to a norm would amplify noise")
 
 
 def remarks(contents: Contents, modules: Mapping[str, RescaledLayer], baked: bool) -> Iterator[Note]:
@@ -328,29 +337,31 @@ def remarks(contents: Contents, modules: Mapping[str, RescaledLayer], baked: boo
     if contents.adapter.packing:
         yield Note(
             "factors-repacked",
-            f"its factors are {contents.adapter.packing}, which PEFT does not read: they are written as PEFT packs them, "
-            "with their strength in them as --bake writes it",
+            f"its factors are {contents.adapter.packing}, which PEFT cannot read; they are rewritten as PEFT packs "
+            "them, with the strength in the factors as with --bake",
         )
     changed = any(m.factor != 1 for m in modules.values())
     if contents.dora and changed:
         yield (
             Note(
                 "dora-direction-only",
-                "DoRA: W' = m ⊙ (W + sBA)/‖W + sBA‖, so a scale turns the direction of each row and leaves its length m; the "
-                "adapter does not get stronger or weaker in proportion. `loratool merge -w` does that",
+                "DoRA: W' = m ⊙ (W + sBA)/‖W + sBA‖, so a scale changes the direction of each row but not its length "
+                "m, and the effect is not proportional. For a proportional change use `loratool merge -w`",
             )
         )
     whole = len(contents.saved) + len(contents.bases) + len(contents.rows)
     if whole and changed:
         yield Note(
             "no-strength",
-            f"{whole} tensors that are saved whole, or as token rows, have no strength: they stay as they are",
+            f"{whole} tensors saved whole or as token rows have no strength and stay unchanged",
         )
     if asleep := sum(m.factor is None for m in modules.values()):
-        yield Note("alpha-was-zero", f"{asleep} layers had an α of 0, so that they changed nothing")
+        yield Note("alpha-was-zero", f"{asleep} layers had an alpha of 0 and had no effect")
     if still := sum(m.after == 0 for m in modules.values()):
-        yield Note("alpha-is-zero", f"{still} layers have an α of 0, which no factor changes; --alpha sets it")
+        yield Note(
+            "alpha-is-zero", f"{still} layers have an alpha of 0, which a factor cannot change; pass --alpha to set it"
+        )
     if any(m.factor is not None and m.factor < 0 for m in modules.values()):
-        yield Note("negative-factor", "a negative factor turns updates round: the adapter takes out what it put in")
+        yield Note("negative-factor", "a negative factor inverts the updates: the adapter now does the opposite")
     yield from contents.remarks if baked else contents.adapter.notes
     yield from told_beside(contents)

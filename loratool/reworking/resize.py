@@ -54,8 +54,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ZERO = (
-    "nothing to resize: every update is zero (an untrained adapter has B = 0); where α is 0 and B is not, "
-    "loratool rescale --alpha gives it a strength"
+    "nothing to resize: every update is zero (an untrained adapter has B = 0); if only alpha is 0, set it with "
+    "loratool rescale --alpha"
 )
 
 
@@ -64,26 +64,26 @@ class ResizeOptions(FactorOptions, ReadingOptions, DeviceOption):
     """Of `resize`."""
 
     rank: int | None = option(
-        help="Rank of every layer, cut to what its shape allows; above its own it is filled up with zeros.",
+        help="Rank of every layer, limited by its shape; layers of a lower rank are padded with zeros.",
         kind=Number(whole=True),
     )
     energy: float | None = option(
-        help="Part of ‖ΔW‖² that each layer keeps, such as 0.99.", kind=Number(above=0, high=1)
+        help="Fraction of ‖ΔW‖² that each layer keeps, such as 0.99.", kind=Number(above=0, high=1)
     )
-    error: float | None = option(help="Relative error that each layer may have, such as 0.05.", kind=NUMBER)
-    ratio: float | None = option(help="Keep singular values above the largest over this number.", kind=NUMBER)
+    error: float | None = option(help="Largest relative error of each layer, such as 0.05.", kind=NUMBER)
+    ratio: float | None = option(help="Keep singular values above the largest one divided by this.", kind=NUMBER)
     budget: str | None = option(
-        help="Parameters of all factors together (4M), or bytes (16MB).", kind=Amount(), metavar="SIZE"
+        help="Limit on the parameters (4M) or bytes (16MB) of all factors together.", kind=Amount(), metavar="SIZE"
     )
     layer_weights: Mapping[str, float] | None = option(
-        help="For --budget: how much the error of a layer counts, by pattern.", kind=JsonFile(dict)
+        help="With --budget: weight of each layer's error, by pattern.", kind=JsonFile(dict)
     )
     calibration: str | None = option(
-        help="E[zzᵀ] of z = A·x for each module, a .safetensors file; what counts is then the error of ΔW·x.",
+        help="A .safetensors file with E[zzᵀ] of z = A·x for each module; minimises the error of ΔW·x instead of ΔW.",
         kind=PathKind(),
     )
     uniform: bool = option(
-        help="Fill all layers up to the largest rank, for servers that know one rank.", default=False, kind=FLAG
+        help="Pad all layers to the largest rank, for servers that support a single rank.", default=False, kind=FLAG
     )
 
     def rule(self) -> RankRule:
@@ -103,7 +103,7 @@ def resize(adapter: PathLike, out: PathLike, options: ResizeOptions, progress: P
     target = check_adapter_target(out, inputs, options)
     contents = contents_of(read_adapter(inputs[0], way), "resize")
     if not contents.layers:
-        raise InputError(f"{printable(contents.adapter.file.path)}: no low-rank update is in it")
+        raise InputError(f"{printable(contents.adapter.file.path)}: contains no low-rank update")
     grams = read_calibration(calibration[0], contents) if calibration else {}
     with session(options.device, [contents]) as at_work:
         resizer = Resizer(contents, grams, at_work, rule, options)
@@ -344,17 +344,17 @@ def read_calibration(path: Path, contents: Contents) -> dict[str, Tensor]:
         shapes = ((layer.rank, layer.rank), (layer.experts, layer.rank, layer.rank))
         if info.dtype not in FLOAT_NAMES or info.shape not in shapes[: 1 + (layer.kind is Kind.PARAMETER)]:
             wanted = " × ".join(map(str, shapes[layer.kind is Kind.PARAMETER]))
-            problems.append(f"{printable(name)}: is {info.dtype} {list(info.shape)}; {wanted} floats are wanted")
+            problems.append(f"{printable(name)}: is {info.dtype} {list(info.shape)}; expected floats of shape {wanted}")
             continue
         gram = StoredTensor(file, info).load(torch.device("cpu"), torch.float64)
         if not bool(gram.isfinite().all()):
-            problems.append(f"{printable(name)}: holds NaN or infinite values")
+            problems.append(f"{printable(name)}: contains NaN or infinite values")
         elif float((gram - gram.mT).abs().max()) > 1e-3 * float(gram.abs().max()):
             problems.append(f"{printable(name)}: is not symmetric, as E[zzᵀ] is")
         found[target] = (gram + gram.mT) / 2
-    problems += [f"{printable(name)}: no module of the adapter is called this" for name in set(file.tensors) - known]
+    problems += [f"{printable(name)}: the adapter has no such module" for name in set(file.tensors) - known]
     if problems:
-        raise InputError(f"{printable(path)}: no calibration of this adapter:", sorted(problems))
+        raise InputError(f"{printable(path)}: not a calibration file for this adapter:", sorted(problems))
     return {
         t: g.expand(layer.experts, *g.shape[-2:]) if (layer := contents.layers[t]).kind is Kind.PARAMETER else g
         for t, g in found.items()
@@ -369,25 +369,28 @@ def remarks(contents: Contents, modules: Mapping[str, ResizedLayer], dropped: Se
         yield (
             Note(
                 "dora-error-unbounded",
-                "DoRA: the magnitudes are kept and ΔW is truncated; how far the merged weight moves is no longer bounded by "
-                "the error of ΔW, since its rows are normalised",
+                "DoRA: ΔW is truncated and the magnitudes are kept. Because the rows are normalised, the error of ΔW "
+                "does not bound the error of the merged weight",
             )
         )
     if zero := [t for t, m in modules.items() if not m.norm]:
         yield Note("modules-without-effect", f"{len(zero)} of {len(modules)} updates are zero: {listed(zero)}")
     if noise := [t for t, m in modules.items() if 0 < m.norm <= m.floor]:
-        text = f"ranks and errors of {len(noise)} of {len(modules)} updates say nothing, {printable(noise[0])} for one: each is {ROUNDING_ONLY}"
+        text = (
+            f"ranks and errors of {len(noise)} of {len(modules)} updates are meaningless, such as "
+            f"{printable(noise[0])}: each is {ROUNDING_ONLY}"
+        )
         yield Note("update-is-rounding", text)
     if len({m.rank for m in modules.values()}) > 1:
         most = max(m.rank for m in modules.values())
         yield (
             Note(
                 "ranks-differ",
-                f"ranks differ, as rank_pattern says; servers that know one rank take {most} for all of them: --uniform "
-                "writes that",
+                "ranks differ between layers (rank_pattern); for servers that support a single rank, pass --uniform, "
+                f"which writes rank {most} everywhere",
             )
         )
     for target in dropped:
         if f"{target.removesuffix('weight')}bias" in contents.biases:
-            text = f"{printable(target)} is left out, and with it what its lora_B bias adds"
+            text = f"{printable(target)} is left out, including its lora_B bias"
             yield Note("bias-left-out", text)

@@ -152,7 +152,7 @@ UNKNOWN: dict[str, tuple[dict[str, Any], str]] = {
         {"lora_B_layout": "mixed"},
         "lora_B_layout is 'mixed', expected rank_major or grouped_by_expert",
     ),
-    "no text": ({"lora_B_layout": 3}, "lora_B_layout is 3"),
+    "not text": ({"lora_B_layout": 3}, "lora_B_layout is 3"),
     "another layout of A": ({"lora_A_layout": "rank_major"}, "lora_A_layout is 'rank_major'"),
     "another layout of a parameter": (detail("mixed"), "parameters.gate_up_proj.lora_B_layout is 'mixed'"),
     "another layout of A in detail": (
@@ -162,7 +162,7 @@ UNKNOWN: dict[str, tuple[dict[str, Any], str]] = {
     "details that are none": ({"unsloth_fused_expert_lora": "yes"}, "unsloth_fused_expert_lora is 'yes'"),
     "a field of next year": (
         {"gate_up_layout": "interleaved"},
-        "gate_up_layout is 'interleaved', which loratool does not",
+        "gate_up_layout is 'interleaved', which is unknown",
     ),
 }
 

@@ -67,10 +67,10 @@ SOUND_CONFIG = json.dumps(CONFIG)
 CONFIGS: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "empty"),
     "blank": (b" \n ", "empty"),
-    "null": (b"null", "a JSON object is wanted"),
-    "list": (b"[]", "a JSON object is wanted"),
-    "text": (b'"r"', "a JSON object is wanted"),
-    "number": (b"16", "a JSON object is wanted"),
+    "null": (b"null", "expected a JSON object"),
+    "list": (b"[]", "expected a JSON object"),
+    "text": (b'"r"', "expected a JSON object"),
+    "number": (b"16", "expected a JSON object"),
     "cut": (SOUND_CONFIG.encode()[:-1], "no JSON"),
     "two objects": ((SOUND_CONFIG * 2).encode(), "no JSON"),
     "not UTF-8": (SOUND_CONFIG.replace("q_proj", "é").encode("latin-1"), "UTF-8"),
@@ -321,7 +321,7 @@ MISFITS: dict[str, tuple[dict[str, Stored], str]] = {
     "in too large": (factors(f32(values(2, 16, seed=6)), B2), "[8, 16]"),
     "out too large": (factors(A2, f32(values(9, 2, seed=6))), "[9, 8]"),
     "B of one row": (factors(A2, f32(values(1, 2, seed=6))), "[1, 8]"),
-    "kernels of a convolution": (
+    "convolution kernels": (
         factors(f32(values(2, HIDDEN, 1, seed=6)), f32(values(HIDDEN, 2, 1, seed=7))),
         "[8, 8, 1]",
     ),

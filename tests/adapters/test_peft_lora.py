@@ -182,7 +182,7 @@ def test_an_alpha_pattern_that_names_nothing_is_told(tmp_path: Path) -> None:
 def test_a_rank_pattern_that_names_nothing_is_refused(tmp_path: Path) -> None:
     pair = train(tmp_path, make_zoo(), LoraConfig(r=2, target_modules=["linear"]))
     set_config(pair.adapter, rank_pattern={"nowhere": 2, "linear": 2})
-    with pytest.raises(loratool.InputError, match=r"rank_pattern names .* 'nowhere'$"):
+    with pytest.raises(loratool.InputError, match=r"patterns in rank_pattern .* 'nowhere'$"):
         loratool.merge(pair.base, [pair.adapter], tmp_path / "out")
 
 

@@ -94,7 +94,7 @@ def test_factors_for_another_number_of_parameters_than_the_config_targets_are_re
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "target_parameters": BOTH[:1]}))
     message = refusal(base, adapter, tmp_path / "out")
-    assert "has factors for 2 parameters, adapter_config.json targets 1 of it (gate_up_proj)" in message
+    assert "has factors for 2 parameters, but adapter_config.json targets 1 (gate_up_proj)" in message
 
 
 def test_factors_behind_a_wrapper_that_no_target_explains_are_refused(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_rank_that_does_not_divide_the_rows_of_all_experts_is_refused(tmp_path
     base, adapter = adapter_of(tmp_path, FUSED, BOTH)
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "r": 3}))
-    assert "no multiple of the rank 3" in refusal(base, adapter, tmp_path / "out")
+    assert "not a multiple of the rank 3" in refusal(base, adapter, tmp_path / "out")
 
 
 def test_factors_of_another_number_of_experts_do_not_fit(tmp_path: Path) -> None:

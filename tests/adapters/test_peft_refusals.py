@@ -114,7 +114,7 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Tensors], Tensors] | None, dict[str, A
     "magnitudes of another size": (
         added(lora_magnitude_vector=ONES(15)),
         {"use_dora": True},
-        "lora_magnitude_vector is [15]; 16 values are wanted",
+        "lora_magnitude_vector is [15]; expected 16 values",
     ),
     "lora_bias without biases": (None, {"lora_bias": True}, "lora_bias is set, and it has no lora_B.bias"),
     "biases without lora_bias": (added(lora_B__bias=ONES(16)), {}, "lora_bias is not set"),
@@ -132,7 +132,7 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Tensors], Tensors] | None, dict[str, A
     "a module saved whole and adapted": (
         added(weight=ONES(16, 8)),
         {},
-        "factors of an adapter and a saved replacement",
+        "both adapter factors and a saved replacement",
     ),
     "a saved module in two spellings": (
         lambda before: {
@@ -152,16 +152,16 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Tensors], Tensors] | None, dict[str, A
     "a flat factor of FSDP": (squeezed("lora_B.weight", (32,)), {}, "ZeRO-3 or FSDP did not gather"),
     "an empty saved module of ZeRO-3": (added(bias=ONES(0)), {}, "ZeRO-3 or FSDP did not gather"),
     "ranks that differ": (squeezed("lora_B.weight", (16, 3)), {}, "lora_A has 2 rows and lora_B 3 columns"),
-    "a rank that the config denies": (None, {"rank_pattern": {"linear": 7}}, "says r = 7, the tensors have rank 2"),
+    "a rank that the config denies": (None, {"rank_pattern": {"linear": 7}}, "says r = 7, but the tensors have rank 2"),
     "blocks of both factors": (
         None,
         {"use_bdlora": {"target_modules_bd_a": ["linear"], "target_modules_bd_b": ["linear"], "nblocks": 2}},
-        "both factors to be in blocks",
+        "both factors are in blocks",
     ),
     "blocks that do not divide": (
         None,
         {"use_bdlora": {"target_modules_bd_a": ["linear"], "nblocks": 3}},
-        "no multiple of 3 blocks",
+        "not a multiple of 3 blocks",
     ),
     "a grouped convolution": (
         lambda _: {f"{START}lora_A.weight": ONES(4, 6, 3), f"{START}lora_B.weight": ONES(8, 2, 1)},
@@ -171,12 +171,12 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Tensors], Tensors] | None, dict[str, A
     "kernels in lora_B": (
         lambda _: {f"{START}lora_A.weight": ONES(2, 6, 3), f"{START}lora_B.weight": ONES(8, 2, 3)},
         {},
-        "a kernel of 1 is wanted",
+        "expected a kernel of 1",
     ),
     "token rows without numbers": (
         added(token_adapter__trainable_tokens_delta=ONES(2, 8)),
         {},
-        "no list of token numbers",
+        "no list of token ids",
     ),
     "token rows of another number": (
         added(token_adapter__trainable_tokens_delta=ONES(2, 8)),
@@ -186,12 +186,12 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Tensors], Tensors] | None, dict[str, A
     "a token twice": (
         added(token_adapter__trainable_tokens_delta=ONES(2, 8)),
         {"trainable_token_indices": {"linear": [4, 4]}},
-        "names a token twice",
+        "lists a token twice",
     ),
     "a negative token": (
         added(token_adapter__trainable_tokens_delta=ONES(2, 8)),
         {"trainable_token_indices": [-1, 4]},
-        "no list of token numbers",
+        "no list of token ids",
     ),
 }
 
@@ -216,14 +216,14 @@ MALFORMED: dict[str, tuple[Tensors, dict[str, Any], str]] = {
     "LOHA": (
         {"hada_w1_a": ONES(16, 2), "hada_w1_b": ONES(2, 8), "hada_w2_a": ONES(16, 2), "hada_w2_b": ONES(3, 8)},
         {"r": 2, "alpha": 2},
-        "hada_w2_a and hada_w2_b are of different ranks",
+        "hada_w2_a and hada_w2_b have different ranks",
     ),
     "LOHA, half of it": ({"hada_w1_a": ONES(16, 2), "hada_w1_b": ONES(2, 8)}, {"r": 2}, "hada_w2_a is missing"),
     "LOKR": ({"lokr_w1": ONES(4, 2), "lokr_w2_a": ONES(4, 2)}, {"r": 2}, "lokr_w2_b is missing"),
     "LOKR, twice": (
         {"lokr_w1": ONES(4, 2), "lokr_w1_a": ONES(4, 2), "lokr_w2": ONES(4, 4)},
         {"r": 2},
-        "stored whole and as a product",
+        "stored both whole and as a product",
     ),
     "IA3": ({"ia3_l": ONES(16, 1)}, {"feedforward_modules": ["linear"]}, "feedforward_modules"),
     "VERA": ({"vera_lambda_b": ONES(16), "vera_lambda_d": ONES(4)}, {"r": 4}, "save_projection was false"),
@@ -231,7 +231,7 @@ MALFORMED: dict[str, tuple[Tensors, dict[str, Any], str]] = {
     "RANDLORA": (
         {"randlora_lambda": ONES(4, 2), "randlora_gamma": ONES(2, 8)},
         {},
-        "config.save_projection being True",
+        "config.save_projection = True",
     ),
     "RANDLORA, other bases": (
         {
@@ -241,38 +241,42 @@ MALFORMED: dict[str, tuple[Tensors, dict[str, Any], str]] = {
             "randlora_B": ONES(16, 2, 4),
         },
         {},
-        "do not go with its diagonals",
+        "do not match its diagonals",
     ),
     "TINYLORA": (
         {"tinylora_A": ONES(2, 8), "tinylora_B": ONES(16, 2), "tinylora_v.0": ONES(3)},
         {},
-        "config.save_projection being True",
+        "config.save_projection = True",
     ),
     "UNILORA": ({"unilora_indices_A": torch.ones(2, 8, dtype=torch.int64)}, {}, "unilora_theta_d is missing"),
     "WAVEFT": ({"waveft_spectrum": ONES(5)}, {"wavelet_family": "sym4"}, "other than db1 to db10"),
-    "SUPERTUNING": ({"supertuning_values": ONES(5)}, {}, "config.save_precomputed_indices being True"),
+    "SUPERTUNING": ({"supertuning_values": ONES(5)}, {}, "config.save_precomputed_indices = True"),
     "DEFT": ({"deft_P": ONES(16, 2), "deft_R": ONES(3, 8)}, {}, "of different ranks"),
-    "DEFT, of next year": ({"deft_P": ONES(16, 2)}, {"decomposition_method": "svd"}, "'svd', which loratool does not"),
+    "DEFT, of next year": (
+        {"deft_P": ONES(16, 2)},
+        {"decomposition_method": "svd"},
+        "unknown decomposition_method 'svd'",
+    ),
     "PEANUT": ({"peanut_A": ONES(2, 16), "peanut_B": ONES(16, 2)}, {"depth": 1}, "has 0 encoders"),
     "PEANUT, of next year": (
         {"peanut_A": ONES(2, 16), "peanut_B": ONES(16, 2)},
         {"act_fn": "snake"},
-        "act_fn 'snake'; known are relu",
+        "act_fn 'snake'; supported: relu",
     ),
-    "ROAD": ({"road_theta": ONES(8), "road_alpha": ONES(8)}, {"group_size": 12}, "no whole number of groups of 12"),
+    "ROAD": ({"road_theta": ONES(8), "road_alpha": ONES(8)}, {"group_size": 12}, "not a multiple of the group size 12"),
     "ROAD, of next year": (
         {"road_theta": ONES(8), "road_alpha": ONES(8)},
         {"variant": "road_8"},
-        "'road_8', which loratool does not know",
+        "'road_8', which is unknown",
     ),
     "GLORA": ({"glora_A.Xd": ONES(16, 2), "glora_A.Xu": ONES(3, 8)}, {}, "of different ranks"),
     "OSF": (
         {"osf_svd_params.U_low": ONES(16, 2), "osf_svd_params.S_low": ONES(3), "osf_svd_params.V_low": ONES(2, 8)},
         {},
-        "make no product",
+        "cannot be multiplied",
     ),
     "FROD": ({"frod_lambda_l": ONES(8), "frod_lambda_s_values": ONES(2)}, {}, "decomposition of all layers"),
-    "OFT": ({"oft_R.weight": ONES(2, 5)}, {}, "5 is the size of no upper triangle"),
+    "OFT": ({"oft_R.weight": ONES(2, 5)}, {}, "5 is not the number of elements of an upper triangle"),
     "OFT, of long ago": ({"oft_r": ONES(2, 4, 4), "oft_s": ONES(16, 1)}, {}, "an older PEFT"),
     "BOFT": ({"boft_R": ONES(2, 2, 4, 4), "boft_s": ONES(16, 1)}, {}, "several butterfly factors"),
     "DELORA": (
@@ -281,7 +285,7 @@ MALFORMED: dict[str, tuple[Tensors, dict[str, Any], str]] = {
         "delora_w_norm has 7 values for 8 columns",
     ),
     "MISS": ({"miss_block": ONES(4, 4, 4)}, {"init_weights": True}, "miss_block is [4, 4, 4], init_weights True"),
-    "GRALORA": ({"gralora_A": ONES(2, 4, 3), "gralora_B": ONES(2, 3, 8)}, {}, "make no grid"),
+    "GRALORA": ({"gralora_A": ONES(2, 4, 3), "gralora_B": ONES(2, 3, 8)}, {}, "do not form a grid"),
     "SHIRA": ({"shira_weight": ONES(5)}, {}, "without its shira_indices"),
     "SHIRA, other indices": (
         {"shira_weight": ONES(5), "shira_indices": torch.ones(2, 4, dtype=torch.int32)},
@@ -322,7 +326,7 @@ def test_places_outside_of_the_weight_end_the_merge(
     save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "SHIRA"}')
     message = refusal(plain[0], tmp_path / "adapter", tmp_path / "out", capsys, code=4)
-    assert "trained on another weight" in message
+    assert "trained on a weight of another shape" in message
 
 
 def test_a_seed_that_gives_none_of_the_stored_projections_is_refused(
@@ -332,7 +336,7 @@ def test_a_seed_that_gives_none_of_the_stored_projections_is_refused(
     pair = train(tmp_path, make_zoo(), TinyLoraConfig(target_modules=["linear", "square"]))
     adapter = changed(pair.adapter, tmp_path / "other", projection_seed=9)
     told = refusal(pair.base, adapter, tmp_path / "out", capsys, code=4)
-    assert ": its tinylora_P is not one that projection_seed" in told
+    assert ": its tinylora_P does not match projection_seed" in told
 
 
 def test_values_that_are_not_finite_are_found_in_the_tensors_of_any_type(
@@ -343,7 +347,7 @@ def test_values_that_are_not_finite_are_found_in_the_tensors_of_any_type(
     kernel[1, 1, 1] = float("nan")
     save_file({f"{START}c3a_kernel": kernel}, tmp_path / "adapter" / "adapter_model.safetensors")
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "C3A"}')
-    assert "c3a_kernel holds NaN" in refusal(plain[0], tmp_path / "adapter", tmp_path / "out", capsys)
+    assert "c3a_kernel contains NaN" in refusal(plain[0], tmp_path / "adapter", tmp_path / "out", capsys)
 
 
 def test_the_table_names_every_type_and_every_option_of_peft() -> None:

@@ -152,9 +152,9 @@ def test_bytes_count_by_the_size_of_a_number() -> None:
         ({"ratio": 1}, "above 1"),
         ({"budget": "much"}, "4M"),
         ({"budget": 0}, "4M"),
-        ({"rank": 4, "weights": {"q": 2.0}}, "for a --budget"),
-        ({"budget": 9, "weights": {"q": -1.0}}, "not a number of at least 0"),
-        ({"budget": 9, "weights": {"q": math.inf}}, "not a number of at least 0"),
+        ({"rank": 4, "weights": {"q": 2.0}}, "needs --budget"),
+        ({"budget": 9, "weights": {"q": -1.0}}, "must be a number of at least 0"),
+        ({"budget": 9, "weights": {"q": math.inf}}, "must be a number of at least 0"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(words: dict[str, Any], told: str) -> None:
@@ -297,11 +297,11 @@ def test_a_budget_is_read_whatever_its_case_and_spaces(text: str, number: float,
         ({"ratio": -3}, "above 1"),
         ({"budget": -7}, "4M"),
         ({"rank": 1, "energy": 0.5, "budget": 3}, "--rank and --energy and --budget"),
-        ({"energy": 0.5, "weights": {"q": 2.0}}, "for a --budget"),
-        ({"budget": 9, "weights": {"q": math.nan}}, "not a number of at least 0"),
-        ({"budget": 9, "weights": {"q": "much"}}, "not a number of at least 0"),
-        ({"budget": 9, "weights": {"q": None}}, "not a number of at least 0"),
-        ({"budget": 9, "weights": {"q": True}}, "not a number of at least 0"),
+        ({"energy": 0.5, "weights": {"q": 2.0}}, "needs --budget"),
+        ({"budget": 9, "weights": {"q": math.nan}}, "must be a number of at least 0"),
+        ({"budget": 9, "weights": {"q": "much"}}, "must be a number of at least 0"),
+        ({"budget": 9, "weights": {"q": None}}, "must be a number of at least 0"),
+        ({"budget": 9, "weights": {"q": True}}, "must be a number of at least 0"),
     ],
 )
 def test_numbers_out_of_range_are_refused_by_name(words: dict[str, Any], told: str) -> None:
@@ -312,7 +312,7 @@ def test_numbers_out_of_range_are_refused_by_name(words: dict[str, Any], told: s
 def test_a_budget_too_small_is_refused_with_the_least_that_is_enough() -> None:
     sizes = {"a.weight": (30, 40), "b.weight": (10, 15)}
     energies = {"a.weight": [9.0], "b.weight": [1.0]}
-    with pytest.raises(UsageError, match=r"^--budget 24 parameters: too little .* takes 25 parameters"):
+    with pytest.raises(UsageError, match=r"^--budget 24 parameters: too small .* takes 25 parameters"):
         choose(rule(budget=24), energies, sizes)
     assert choose(rule(budget=25), energies, sizes) == {"a.weight": 0, "b.weight": 1}
     with pytest.raises(UsageError, match="takes 50 bytes"):

@@ -344,7 +344,7 @@ REFUSED: dict[str, tuple[int, str]] = {
     "mlx-npz": (3, r"adapters\.npz|neither adapter_config\.json"),
     "mlx-medqa": (4, r"q_proj\.weight: the base has no such weight"),
     "sam-lora-index-names": (3, r"adapter_config\.json"),
-    "seqcls-lora-on-saved-head": (3, "LoRA on classifier, which is saved whole as well"),
+    "seqcls-lora-on-saved-head": (3, "LoRA on classifier, which is also saved whole"),
     "ih-bloomz560m-zeroB": (4, "zero"),
 }
 

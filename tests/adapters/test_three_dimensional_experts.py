@@ -210,7 +210,7 @@ def test_layers_whose_sides_are_all_shared_are_refused(tmp_path: Path) -> None:
     """Nothing in the file tells how many experts there are."""
     base, _ = write_base(tmp_path / "base", "a tensor an expert")
     stored = {key: tensor[:1] for key, tensor in factors("numbered", "each").items()}
-    with pytest.raises(loratool.InputError, match="nothing tells how many there are"):
+    with pytest.raises(loratool.InputError, match="the number of experts is not recorded"):
         loratool.merge(base, [write(tmp_path / "adapter", stored)], tmp_path / "out")
 
 
@@ -232,5 +232,5 @@ def test_a_number_of_experts_that_the_base_has_not_does_not_fit(tmp_path: Path) 
 
 def test_a_rank_that_the_config_denies_is_refused(tmp_path: Path) -> None:
     base, _ = write_base(tmp_path / "base", "one for all")
-    with pytest.raises(loratool.InputError, match="says r = 5, the tensors have rank 2"):
+    with pytest.raises(loratool.InputError, match="says r = 5, but the tensors have rank 2"):
         loratool.merge(base, [write(tmp_path / "a", factors("fused", "each"), rank=5)], tmp_path / "out")

@@ -231,7 +231,7 @@ def test_an_update_of_whole_columns_is_not_divided() -> None:
     by_column = Magnitude(lora((48, H)), stored("m", (H,)), by_column=True)
     bound = bind(adapter_of({"m.gate_up_proj.weight": by_column}), base)
     assert bound.places == {}
-    assert "cannot be divided" in bound.problems["m.gate_up_proj.weight"]
+    assert "cannot be split" in bound.problems["m.gate_up_proj.weight"]
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_an_update_of_whole_columns_is_not_divided() -> None:
             (32, 16),
             "4 heads and 4 key heads",
         ),
-        ({"model_type": "phi3"}, (31, 16), "does not go into 64 rows"),
+        ({"model_type": "phi3"}, (31, 16), "does not fit into 64 rows"),
         ({"model_type": "internlm2"}, (32, 16), "num_key_value_heads"),
     ],
     ids=["heads of the config", "odd rows", "nothing says how many groups"],
@@ -341,7 +341,7 @@ def test_an_expert_missing_from_the_base_is_named() -> None:
 def test_an_expert_that_the_fused_tensor_has_not_is_refused() -> None:
     target = f"{CONTAINER}.{E}.w2.weight"
     bound = bind(adapter_of({target: (H, MLP)}), base_of(fused_experts(), model_type="mixtral"))
-    assert f"the base has {E} experts, this is number {E}" in bound.problems[target]
+    assert f"the base has {E} experts, numbered from 0; this is number {E}" in bound.problems[target]
 
 
 def test_square_experts_lie_as_those_beside_them() -> None:
@@ -431,7 +431,7 @@ def test_two_tensors_that_a_name_may_mean_are_an_error() -> None:
     base = base_of({**disk_of("encoder."), **disk_of("decoder.")})
     bound = bind(adapter_of(disk_of("")), base)
     assert bound.places == {}
-    assert "it may be any of decoder.layers.0" in bound.problems[Q.format(0)]
+    assert "it could be any of decoder.layers.0" in bound.problems[Q.format(0)]
 
 
 def test_an_exact_name_whose_shape_does_not_fit_is_not_looked_for_elsewhere() -> None:
@@ -469,7 +469,7 @@ def test_a_map_that_is_none_is_refused(text: str) -> None:
 def test_two_edits_of_one_tensor_are_refused_with_both_names() -> None:
     targets = {"a.weight": (H, H), "b.weight": (H, H)}
     bound = bind(adapter_of(targets), base_of({"a.weight": (H, H)}), maps=["^b=a"])
-    assert dict(bound.problems) == {"b.weight": "a.weight is edited by a.weight already"}
+    assert dict(bound.problems) == {"b.weight": "a.weight is already edited by a.weight"}
 
 
 @pytest.mark.parametrize(
@@ -479,7 +479,7 @@ def test_two_edits_of_one_tensor_are_refused_with_both_names() -> None:
 def test_a_quantised_weight_is_refused_with_what_to_do(packed: str, dtype: str) -> None:
     module = "model.layers.0.self_attn.q_proj"
     base = base_of({f"{module}.{packed}": (64, 1)}, {f"{module}.{packed}": dtype})
-    with pytest.raises(InputError, match="give the model before its quantisation") as error:
+    with pytest.raises(InputError, match="pass the model before quantisation") as error:
         plan_merge(base, [adapter_of({f"{module}.weight": (H, H)})])
     assert f"{module}.{packed} is stored as {dtype}" in str(error.value)
 
@@ -492,8 +492,9 @@ def test_names_that_are_not_found_are_told_in_a_line_with_their_layers_and_the_n
     lost = {f"decoder.{n}.attn.q.weight": (H, H) for n in (0, 1, 2, 5)}
     bound = bind(adapter_of(lost), base_of(disk_of("model."), model_type="llama"))
     assert tell(bound.problems) == [
-        "decoder.{0-2,5}.attn.q.weight: the base has no such weight; nearest is model.layers.0.self_attn.q_proj.weight "
-        f"[{H}, {H}]; if a weight of the base is the same layer under another name, --map REGEX=TEMPLATE says so"
+        "decoder.{0-2,5}.attn.q.weight: the base has no such weight; nearest is "
+        f"model.layers.0.self_attn.q_proj.weight [{H}, {H}]; if the base has this layer under another name, pass "
+        "--map REGEX=TEMPLATE"
     ]
 
 

@@ -112,7 +112,7 @@ def test_an_index_that_names_what_is_no_safetensors_file_is_refused(bench: Workb
     (bench.base / "pytorch_model.bin").write_bytes(pickled_trap(trap, 2))
     (bench.base / "weights").write_bytes((bench.base / SHARDS[0]).read_bytes())
     write_json(bench.base / INDEX, {"weight_map": {**weight_map(), WEIGHT: case}})
-    refuses_base(bench, INDEX, case, "no .safetensors file")
+    refuses_base(bench, INDEX, case, "not a .safetensors file")
     assert not trap.exists()
 
 
@@ -133,11 +133,11 @@ INDEXES: dict[str, tuple[bytes, str]] = {
     "text for weight_map": (b'{"weight_map":"model.safetensors"}', "weight_map"),
     "weight_map twice": (
         f'{{"weight_map":{{}},"weight_map":{json.dumps(weight_map())}}}'.encode(),
-        "a key is there twice",
+        "a key is duplicated",
     ),
     "tensor twice": (
         json.dumps({"weight_map": weight_map()}).replace(f'"{NORM}"', f'"{WEIGHT}"').encode(),
-        "a key is there twice",
+        "a key is duplicated",
     ),
     "half a surrogate pair": (b'{"weight_map":{"\\ud800":"model.safetensors"}}', "surrogate"),
     "LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "no JSON"),
@@ -201,7 +201,9 @@ def test_all_bad_shards_are_told_at_once(bench: Workbench, case: tuple[bytes | N
         if raw is not None:
             (bench.base / name).write_bytes(raw)
         refuses_base(bench, name, told)
-    refuses_base(bench, "2 of 2 shards" if raw is not None else "only the index is here", *SHARDS, told)
+    refuses_base(
+        bench, "2 of 2 shards" if raw is not None else "the index is here but none of its weight files", *SHARDS, told
+    )
 
 
 def test_a_missing_shard_is_told_without_an_index_too(bench: Workbench) -> None:
@@ -214,9 +216,9 @@ def test_a_missing_shard_is_told_without_an_index_too(bench: Workbench) -> None:
 def test_a_tensor_that_is_not_where_the_index_says_is_refused(bench: Workbench) -> None:
     """Row 28: nowhere, or in another shard."""
     write_sharded(bench.base, {**weight_map(), "lost.weight": SHARDS[0]})
-    refuses_base(bench, INDEX, f"lost.weight: not in {SHARDS[0]}", "no shard has it")
+    refuses_base(bench, INDEX, f"lost.weight: the index says it is in {SHARDS[0]}", "no shard contains it")
     write_sharded(bench.base, {**weight_map(), NORM: SHARDS[0]})
-    refuses_base(bench, INDEX, f"{NORM}: not in {SHARDS[0]}", f"it is in {SHARDS[1]}")
+    refuses_base(bench, INDEX, f"{NORM}: the index says it is in {SHARDS[0]}", f"it is in {SHARDS[1]}")
 
 
 def test_a_tensor_that_the_index_does_not_know_is_refused(bench: Workbench) -> None:

@@ -106,7 +106,7 @@ DOUBTFUL: dict[str, tuple[dict[str, Shape], dict[str, Shape]]] = {
     "a number less": ({"model.q_proj": (H, H)}, {"model.layers.0.q_proj": (H, H)}),
     "a number more": ({"model.layers.0.q_proj": (H, H)}, {"model.q_proj": (H, H)}),
     "another shape": ({"model.layers.0.a.q_proj": (H, MLP)}, {"net.0.b.q_proj": (H, H)}),
-    "a layer that is not there": (
+    "a layer that is missing": (
         {"model.layers.0.a.q_proj": (H, H)},
         {f"net.{n}.b.q_proj": (H, H) for n in range(2)},
     ),

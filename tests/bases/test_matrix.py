@@ -49,7 +49,7 @@ def assert_same_model(merged: Path, wanted: Path, edited: int, base: Path) -> No
     changed = set()
     for name, tensor in theirs.items():
         if same_bits(tensor, before[name]):
-            assert same_bits(ours[name], before[name]), f"{name} was to be copied"
+            assert same_bits(ours[name], before[name]), f"{name} should be an exact copy"
             continue
         changed.add(name)
         assert ours[name].dtype == tensor.dtype

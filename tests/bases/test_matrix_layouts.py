@@ -47,7 +47,7 @@ def assert_merged(merged: Path, base: Mapping[str, Tensor], wanted: Mapping[str,
     assert set(after) == set(base)
     for name, before in base.items():
         if name not in edited:
-            assert same_bits(after[name], before), f"{name} was to be copied"
+            assert same_bits(after[name], before), f"{name} should be an exact copy"
             continue
         error = float((after[name].double() - wanted[name]).abs().max())
         assert error <= 1e-6, f"{name}: off by {error}"

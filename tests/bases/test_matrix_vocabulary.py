@@ -268,7 +268,7 @@ RESIZED: dict[str, tuple[dict[str, Any], str]] = {
         {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
         "model.embed_tokens.base_layer.weight",
     ),
-    "under rows of tokens": (
+    "under token rows": (
         {"target_modules": ["q_proj"], "trainable_token_indices": [3, VOCABULARY, BIGGER - 1]},
         "model.embed_tokens.token_adapter.base_layer.weight",
     ),

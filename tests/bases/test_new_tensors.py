@@ -223,7 +223,7 @@ def test_a_new_head_is_refused_by_default_and_the_option_is_named(
     words = ["merge", str(case.base), str(case.adapter), "-o", str(tmp_path / "home/out")]
     assert run(words) == 4
     message = capsys.readouterr().err
-    assert "score.weight: the base has no such weight; --allow-new-tensors adds it to the output" in message
+    assert "score.weight: the base has no such weight; pass --allow-new-tensors to add it to the output" in message
     assert list((tmp_path / "home").iterdir()) == []
     assert (picture(case.base), picture(case.adapter)) == before
     assert run([*words, "--allow-new-tensors"]) == 0
@@ -234,7 +234,7 @@ def test_a_part_of_the_class_that_nobody_saved_is_told(tmp_path: Path) -> None:
     """BERT's classifier reads a pooler; a masked language model is saved without one, and PEFT does not save it."""
     case = train(tmp_path, dataclasses.replace(TASKS["bare bert, sequences"], base="BertForMaskedLM"))
     report = loratool.merge(case.base, [case.adapter], tmp_path / "out", allow_new_tensors=True)
-    assert any("BertForSequenceClassification reads a pooler" in note for note in map(str, report.notes))
+    assert any("BertForSequenceClassification has a pooler" in note for note in map(str, report.notes))
     whole = train(tmp_path / "whole", TASKS["bare bert, sequences"])
     report = loratool.merge(whole.base, [whole.adapter], tmp_path / "out2", allow_new_tensors=True)
     assert not any("pooler" in note for note in map(str, report.notes))
@@ -357,7 +357,7 @@ FORMS: Mapping[str, Mapping[str, Any]] = {
     "LoRA on the embedding": {"target_modules": ["q_proj", "embed_tokens"]},
     "LoRA on the head": {"target_modules": ["q_proj", "lm_head"]},
     "LoRA on both": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
-    "rows of tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, VOCABULARY, MORE - 1]},
+    "token rows": {"target_modules": ["q_proj"], "trainable_token_indices": [3, VOCABULARY, MORE - 1]},
     "modules to save": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
     "one module to save": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
 }
@@ -409,7 +409,7 @@ def test_new_tokens_are_written_in_the_dtype_of_the_base(tmp_path: Path, dtype: 
 
 def test_an_adapter_that_brought_tokens_cannot_be_taken_out_again(tmp_path: Path) -> None:
     case = grow(tmp_path, "llama", "both saved whole")
-    with pytest.raises(loratool.FitError, match="cannot take back"):
+    with pytest.raises(loratool.FitError, match="cannot undo"):
         loratool.merge(case.base, [case.adapter], tmp_path / "out", weights=[-1.0])
 
 

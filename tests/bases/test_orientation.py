@@ -127,8 +127,8 @@ def test_the_class_that_was_trained_counts_where_the_base_names_none(bench: Work
 
 # (config of the base, fan_in_fan_out of the adapter, option, c_attn stored (in, out)) → what the refusal proposes
 CONTRADICTIONS: dict[str, tuple[dict[str, Any], bool | None, str, bool, str]] = {
-    "option against shapes": ({}, None, YES, False, "leave the option out"),
-    "other option against shapes": ({}, None, NO, True, "leave the option out"),
+    "option against shapes": ({}, None, YES, False, "drop the option"),
+    "other option against shapes": ({}, None, NO, True, "drop the option"),
     "class against shapes": ({"model_type": "gpt2"}, None, "", False, NO),
     "config against shapes": ({"model_type": "mystery"}, False, "", True, YES),
     "other config against shapes": ({"model_type": "mystery"}, True, "", False, NO),
@@ -158,7 +158,7 @@ def test_biases_of_the_base_show_how_its_matrices_are_stored(bench: Workbench, i
     write_json(bench.base / "config.json", config)
     after, report = bench.merges()
     assert is_turned(bench, SQUARE, after) == in_out
-    assert any("as those that are not square" in str(note) for note in report["notes"])
+    assert any("like the non-square ones" in str(note) for note in report["notes"])
 
 
 LINEAR = {f"model.layers.{n}.mlp.up_proj": (3 * SIZE, SIZE) for n in range(3)}

@@ -403,7 +403,7 @@ def test_a_model_that_computes_otherwise_when_untied_is_refused(
     (tmp_path / "home").mkdir()
     assert run(["merge", str(case.base), str(case.adapter), "-o", str(tmp_path / "home/out")]) == 4
     message = capsys.readouterr().err
-    assert f"a {name} computes otherwise when they are untied" in message
+    assert f"a {name} model computes something else when they are untied" in message
     assert (picture(case.base), picture(case.adapter)) == before
     assert list((tmp_path / "home").iterdir()) == []
 
@@ -513,7 +513,7 @@ def test_a_missing_head_that_is_not_tied_is_an_error(tmp_path: Path) -> None:
     case = train(tmp_path, TIED, target_modules=["lm_head"], save=SAVES["without"])
     config = {**config_of(case.base), "tie_word_embeddings": False}
     (case.base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(loratool.FitError, match=r"lm_head\.weight: the base has no such weight, and does not tie"):
+    with pytest.raises(loratool.FitError, match=r"lm_head\.weight: the base has no such weight and does not tie"):
         loratool.merge(case.base, [case.adapter], tmp_path / "out")
 
 
@@ -534,7 +534,7 @@ def test_a_single_file_is_untied_and_the_config_that_it_lacks_is_told(tmp_path: 
     after = read_tensors(tmp_path / "out")
     assert same_bits(after[HEAD], read_tensors(case.base)[EMBEDDING])
     notes = tuple(map(str, report.notes))
-    at = notes.index("the base has no config.json; the one that is put beside the output must say so:")
+    at = notes.index("the base has no config.json; if you add one to the output, it must contain:")
     assert notes[at + 1] == "config.json: tie_word_embeddings set to false"
 
 
@@ -587,7 +587,7 @@ def test_an_embedding_that_training_began_with_is_both_sides_beginning(tmp_path:
     after = read_tensors(tmp_path / "out")
     (begun,) = [tensor for name, tensor in own.items() if name.endswith("base_layer.weight")]
     assert same_bits(after[HEAD if target == "embed_tokens" else EMBEDDING], begun)
-    assert any("as the adapter saved it, in place of the base's" in note for note in map(str, report.notes))
+    assert any("as the adapter saved it, replacing the base's" in note for note in map(str, report.notes))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -625,7 +625,7 @@ def test_a_dry_run_shows_the_new_tensor_and_the_flag(tmp_path: Path, capsys: pyt
     case = train(tmp_path, TIED, target_modules=["lm_head"])
     assert run(["merge", str(case.base), str(case.adapter), "-o", str(tmp_path / "out"), "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    assert "lm_head.weight: written beside model.embed_tokens.weight, to which the base ties it" in shown
+    assert "lm_head.weight: written as a separate tensor; the base ties it to model.embed_tokens.weight" in shown
     assert "config.json: tie_word_embeddings set to false" in shown
 
 

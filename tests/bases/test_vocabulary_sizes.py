@@ -55,7 +55,7 @@ FORMS: dict[str, tuple[Settings, Any]] = {
     "the embedding with factors": (lambda layer, embedding, _head: {"target_modules": [layer, embedding]}, "auto"),
     "the head with factors": (lambda layer, _embedding, head: {"target_modules": [layer, head]}, "auto"),
     "factors alone": (lambda layer, embedding, _head: {"target_modules": [layer, embedding]}, False),
-    "rows of tokens alone": (
+    "token rows alone": (
         lambda layer, embedding, _head: {
             "target_modules": [layer],
             "trainable_token_indices": {embedding.rpartition(".")[2]: [3, VOCABULARY + 1]},
@@ -71,7 +71,7 @@ CELLS = [
     for name in MODELS
     for form in FORMS
     for size in SIZES
-    if (form, size) != ("rows of tokens alone", "smaller") and (name != "roberta" or form in list(FORMS)[:2])
+    if (form, size) != ("token rows alone", "smaller") and (name != "roberta" or form in list(FORMS)[:2])
 ]
 # these hold every row where the head has no bias of its own
 MERGED = {("llama", "by itself"), ("llama", "modules_to_save"), ("llama", "both with factors")}
@@ -119,7 +119,7 @@ def test_a_vocabulary_of_another_size_is_merged_or_the_way_out_works(
     wrapped = adapt(model, **settings(LAYER[name], embedding, head))
     wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=saving)
     said = output_of(wrapped, {"input_ids": tokens(count)})
-    if form == "rows of tokens alone" and name in ENCODERS:
+    if form == "token rows alone" and name in ENCODERS:
         head_module = model.get_output_embeddings()
         said = said + head_module.original_module.bias  # PEFT 0.21 leaves it out of a head that is tied to such rows
     before = picture(tmp_path)
@@ -132,7 +132,7 @@ def test_a_vocabulary_of_another_size_is_merged_or_the_way_out_works(
         says_the_same(family, tmp_path / "out", said, count)
         return
     assert code == 4
-    assert str(count if form != "rows of tokens alone" else VOCABULARY + 2) in message
+    assert str(count if form != "token rows alone" else VOCABULARY + 2) in message
     assert str(VOCABULARY) in message
     assert WAY_OUT in message, message
     assert picture(tmp_path) == before

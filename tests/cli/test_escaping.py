@@ -158,7 +158,17 @@ def check_card(text: str) -> None:
     blocks = [t for t in tokens if t.type == "html_block"]
     assert [b.content.startswith("<!-- made by loratool") and b.content.count("<") == 1 for b in blocks] == [True]
     headings = [tokens[at + 1].content for at, t in enumerate(tokens) if t.type == "heading_open"]
-    titles = {"Merged model", "LoRA adapter", "Model", "PEFT adapter", "Made of", "How", "Measured", "Use", "Licence"}
+    titles = {
+        "Merged model",
+        "LoRA adapter",
+        "Model",
+        "PEFT adapter",
+        "Inputs",
+        "How it was made",
+        "Measurements",
+        "Usage",
+        "Licence",
+    }
     assert set(headings) <= titles, headings
     inline = [child for token in tokens for child in token.children or ()]
     assert {child.type for child in inline} <= {"text", "code_inline", "softbreak"}, {c.type for c in inline}

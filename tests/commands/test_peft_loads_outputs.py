@@ -55,7 +55,7 @@ WITH_BIAS = ("linear", "c_attn", "conv1", "conv2", "conv3", "attention")
 NO_ALPHA = {"rescale": "--bake", "rescale to an α": "--bake"}
 MOVED = dict.fromkeys(
     ("rescale", "rescale to an α", "rescale, baked", "resize", "resize to more", "combine"),
-    "training began by taking a part out of the base",
+    "training began by subtracting a part from the base",
 )
 DORA = {"combine": "DoRA divides by the norm"}
 KINDS: dict[str, Kind] = {

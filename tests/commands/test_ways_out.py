@@ -108,7 +108,7 @@ LEFT_OUT: dict[str, tuple[Callable[[], Any], str]] = {
 def test_what_an_adapter_left_out_is_saved_by_the_config_that_the_message_asks_for(tmp_path: Path, name: str) -> None:
     make, field = LEFT_OUT[name]
     pair = train(tmp_path, make_zoo(), make())
-    with pytest.raises(loratool.InputError, match=rf"config\.{field} being True"):
+    with pytest.raises(loratool.InputError, match=rf"config\.{field} = True"):
         pair.merge(tmp_path / "refused")
     config = PeftConfig.from_pretrained(pair.adapter)
     setattr(config, field, True)
@@ -155,9 +155,7 @@ def test_a_random_pissa_is_plain_lora_where_peft_saves_it_with_the_adapter_befor
     wrapped.peft_config["default"].init_lora_weights = "pissa_niter_4"
     shake(wrapped, 3, 0.1)
     wrapped.save_pretrained(tmp_path / "as it is")
-    with pytest.raises(
-        loratool.InputError, match="path_initial_model_for_weight_conversion, the adapter as it was before"
-    ):
+    with pytest.raises(loratool.InputError, match="path_initial_model_for_weight_conversion"):
         loratool.merge(base, [tmp_path / "as it is"], tmp_path / "refused")
     before = str(tmp_path / "before")
     wrapped.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=before)

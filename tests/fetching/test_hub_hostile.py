@@ -224,7 +224,7 @@ def test_an_adapter_s_config_cannot_lead_out_of_the_cache(hub: HubServer, client
     (folder / "adapter_config.json").write_text(json.dumps(evil))
     hub.repos["org/base"].branches["../../../../evil"] = hub.repos["org/base"].branches["main"]
     told = client.refused("merge", "auto", folder, "-o", client.home / "out", code=2, cwd=client.home)
-    assert "no branch, tag or commit" in told
+    assert "not a branch, tag or commit" in told
     assert not (client.home / "hub").exists()
 
 

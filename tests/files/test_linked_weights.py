@@ -167,5 +167,5 @@ def test_an_output_that_holds_the_real_weights_is_refused(bench: Workbench) -> N
     there = move(bench, MODEL)
     outcome = bench.run("merge", bench.base, bench.adapter, "-o", there.parent, "--overwrite")
     assert outcome.code == 2
-    assert "never written to" in outcome.err
+    assert "loratool never writes to" in outcome.err
     assert there.is_file()

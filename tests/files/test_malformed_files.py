@@ -82,9 +82,9 @@ def test_a_file_too_short_for_a_header_is_called_a_failed_download(bench: Workbe
 
 
 HEADER_LENGTHS: dict[str, Case] = {
-    "past the end": (frame(HEADER, b"", len(HEADER) + 1000), "1000 bytes are missing"),
-    "one past the end": (frame(HEADER, b"", len(HEADER) + 1), "1 bytes are missing"),
-    "largest allowed": (frame(HEADER, b"", 100_000_000), "bytes are missing"),
+    "past the end": (frame(HEADER, b"", len(HEADER) + 1000), "1000 bytes of"),
+    "one past the end": (frame(HEADER, b"", len(HEADER) + 1), "1 bytes of"),
+    "largest allowed": (frame(HEADER, b"", 100_000_000), "are missing"),
     "2^32": (frame(HEADER, length=1 << 32), "4294967296 bytes, over the limit"),
     "2^63": (frame(HEADER, length=1 << 63), "over the limit"),
     "2^64-1": (frame(HEADER, length=(1 << 64) - 1), "over the limit"),
@@ -254,7 +254,7 @@ def test_a_dtype_of_another_width_than_the_bytes_is_refused(bench: Workbench, ca
     """Row 10."""
     size = WEIGHT_BYTES // 2 if case == "F32" else WEIGHT_BYTES
     raw = one_weight(bytes(size), dtype=case, data_offsets=[0, size])
-    bench.refuses_weights(raw, WEIGHT, case, f"data_offsets give it {size}")
+    bench.refuses_weights(raw, WEIGHT, case, f"but data_offsets span {size}")
 
 
 SHAPES: dict[str, object] = {
@@ -338,8 +338,8 @@ TILINGS: dict[str, Case] = {
     "overlap": (described(("a", "U8", [8], 0, 8), ("b", "U8", [8], 4, 12), data=12), "b overlaps tensor a"),
     "alias": (described(("a", "U8", [8], 0, 8), ("b", "U8", [8], 0, 8), data=8), "b overlaps tensor a"),
     "nested range": (described(("a", "U8", [8], 0, 8), ("b", "U8", [2], 3, 5), data=8), "b overlaps tensor a"),
-    "hole at the start": (described(("a", "U8", [8], 4, 12), data=12), "a leaves a hole after the header"),
-    "hole between": (described(("a", "U8", [4], 0, 4), ("b", "U8", [4], 6, 10), data=10), "b leaves a hole after"),
+    "hole at the start": (described(("a", "U8", [8], 4, 12), data=12), "a leaves a gap after the header"),
+    "hole between": (described(("a", "U8", [4], 0, 4), ("b", "U8", [4], 6, 10), data=10), "b leaves a gap after"),
     "trailing byte": (described(("a", "U8", [8], 0, 8), data=9), "1 bytes follow the last tensor"),
     "trailing bytes of no tensor": (frame("{}", b"x"), "1 bytes follow"),
     "empty tensor in the middle of another": (
@@ -356,11 +356,11 @@ def test_tensors_that_do_not_tile_the_file_are_refused(bench: Workbench, case: C
 
 
 CUTS: dict[str, Case] = {
-    "by one byte": (SOUND[:-1], "1 bytes of tensor data are missing (of 256)"),
-    "to half its data": (SOUND[:-128], "128 bytes of tensor data are missing (of 256)"),
-    "after its header": (SOUND[:-256], "256 bytes of tensor data are missing (of 256)"),
-    "inside its header": (SOUND[:40], f"{len(SOUND) - 256 - 40} bytes are missing"),
-    "after its length": (SOUND[:8], f"{len(SOUND) - 256 - 8} bytes are missing"),
+    "by one byte": (SOUND[:-1], "1 of 256 bytes of tensor data are missing"),
+    "to half its data": (SOUND[:-128], "128 of 256 bytes of tensor data are missing"),
+    "after its header": (SOUND[:-256], "256 of 256 bytes of tensor data are missing"),
+    "inside its header": (SOUND[:40], f"{len(SOUND) - 256 - 40} bytes of"),
+    "after its length": (SOUND[:8], f"{len(SOUND) - 256 - 8} bytes of"),
 }
 
 

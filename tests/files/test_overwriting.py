@@ -170,7 +170,7 @@ def test_a_folder_without_weights_and_without_a_record_is_no_model(
         put(tmp_path / "out" / name, "{}")
     before = tree(tmp_path)
     assert run([*COMMANDS["merge"](inputs), "-o", str(tmp_path / "out"), "--overwrite"]) == 2
-    assert "holds no model" in capsys.readouterr().err
+    assert "contains no model" in capsys.readouterr().err
     assert tree(tmp_path) == before
 
 
@@ -336,7 +336,7 @@ def test_a_demo_replaces_only_what_a_demo_made(tmp_path: Path) -> None:
     for odd in (home / "base" / "thesis.tex", home / "notes.txt", home / "again" / "notes.txt"):
         put(odd)
         before = tree(home)
-        with pytest.raises(loratool.UsageError, match=odd.name if odd.parent != home else "more than a demo leaves"):
+        with pytest.raises(loratool.UsageError, match=odd.name if odd.parent != home else "files that no demo wrote"):
             demo(home, overwrite=True)
         assert tree(home) == before
         odd.unlink()

@@ -207,7 +207,7 @@ def assert_exact_merge(merged: Path, base: Mapping[str, Tensor], exact: Mapping[
             assert after[name].dtype == before.dtype
             assert_single_rounding(after[name], exact[name], name)
         else:
-            assert same_bits(after[name], before), f"{name} was to be copied"
+            assert same_bits(after[name], before), f"{name} should be an exact copy"
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

@@ -184,7 +184,7 @@ TWO_PATTERNS = {"layers.0.self_attn.q_proj": 4, "q_proj": 16}
 CASES: dict[str, Case] = {
     # what is wrong
     "untrained": Case(zero(), told="every update is zero .6 modules"),
-    "zero-scaling": Case(config={"lora_alpha": 0}, told="α is 0", repair="set α in adapter_config.json"),
+    "zero-scaling": Case(config={"lora_alpha": 0}, told="α is 0", repair="set alpha in adapter_config.json"),
     "partly-untrained": Case(zero("layers.1"), level="note", told="zero in 3 of 6 modules"),
     "ungathered": Case(put(A=torch.empty(0)), told="ZeRO-3", repair="gather"),
     "ungathered, both": Case(put(A=torch.empty(0), B=torch.empty(0))),
@@ -195,10 +195,11 @@ CASES: dict[str, Case] = {
     "task-not-named": Case(config={"task_type": None}, level="note", told="no task_type", repair="CAUSAL_LM"),
     "missing-partner, everywhere": Case(halved, told="^6 modules: lora_B is missing.* and 3 more.$"),
     "missing-partner": Case(drop(f"{FIRST}.lora_B.weight"), told="lora_B is missing"),
-    "unknown-tensor": Case(add(f"{PREFIX}model.x.lora_C.weight", torch.ones(2, 2)), told="no rule gives a place to .*lora_C"),
-    "config-against-tensors": Case(config={"r": 6}, told="says r = 6, the tensors have rank 4"),
+    "unknown-tensor": Case(add(f"{PREFIX}model.x.lora_C.weight", torch.ones(2, 2)), told="unrecognised tensors: "
+                                                                                         ".*lora_C"),
+    "config-against-tensors": Case(config={"r": 6}, told="says r = 6, but the tensors have rank 4"),
     "config-against-tensors, DoRA": Case(config={"use_dora": True}, told="use_dora is set"),
-    "config-against-tensors, pattern": Case(config={"rank_pattern": {"nothing": 4}}, told="rank_pattern names"),
+    "config-against-tensors, pattern": Case(config={"rank_pattern": {"nothing": 4}}, told="patterns in rank_pattern"),
     "config-against-tensors, type": Case(config={"peft_type": "LOHA"}, told="a tensor of LORA"),
     "sorted-patterns": Case(
         config={"alpha_pattern": TWO_PATTERNS}, told="several entries of alpha_pattern", repair="rescale .* --match"
@@ -208,7 +209,7 @@ CASES: dict[str, Case] = {
     ),
     "base-moved": Case(config={"init_lora_weights": "lora_ga"}, told="changed the base", repair="path_initial_model"),
     "base-moved, PiSSA": Case(config={"init_lora_weights": "pissa"}, level="note", repair="loratool merge BASE"),
-    "base-moved, OLoRA": Case(config={"init_lora_weights": "olora"}, level="note", told="taking a part out"),
+    "base-moved, OLoRA": Case(config={"init_lora_weights": "olora"}, level="note", told="subtracting a part"),
     "base-moved, LoftQ": Case(config={"init_lora_weights": "loftq"}),
     "base-moved, PiSSA by iterations": Case(config={"init_lora_weights": "pissa_niter_4"}),
     "not-finite": Case(put(B=torch.full((8, 4), float("nan"))), told="NaN or infinite values in .*lora_B"),
@@ -240,7 +241,7 @@ CASES: dict[str, Case] = {
         lambda tensors: [tensors.pop(name) for name in list(tensors) if "k_proj" in name and "layers.1" in name],  # type: ignore[arg-type]
         {},
         "note",
-        r"releases before fail .* \(here k_proj\)",
+        r"earlier releases fail .* \(here k_proj\)",
     ),
     "sglang-scaling": Case(config={"use_rslora": True}, level="note", told="√r too weak", repair="--bake"),
     "sglang-scaling, alpha": Case(config={"alpha_pattern": {"q_proj": 2}}, level="note", repair="--bake"),
@@ -483,7 +484,7 @@ def test_a_folder_that_holds_an_index_only_is_told_what_is_missing(count: int, t
         json.dumps({"weight_map": {f"t{n}": s for n, s in enumerate(shards)}})
     )
     finding = check(base)["unreadable"]
-    assert "only the index is here" in finding.message
+    assert "the index is here but none of its weight files" in finding.message
     assert shards[0] in finding.message
 
 

@@ -445,7 +445,7 @@ def test_a_saved_module_is_rounded_to_the_bases_dtype(tmp_path: Path) -> None:
         report = loratool.merge(base, [adapter], tmp_path / f"out{number}", weights=[weight])
         found = read_tensors(tmp_path / f"out{number}")["lm_head.weight"]
         assert same_bits(found, head.bfloat16())
-    assert any("whatever the weight" in note for note in map(str, report.notes))
+    assert any("regardless of the weight" in note for note in map(str, report.notes))
 
 
 def test_two_adapters_that_replace_one_module_do_not_both_win(base: Path, tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_output_has_the_shards_and_the_index_of_the_base(case: Case, merged: Pat
 def test_taking_the_adapter_out_again_returns_to_the_base_within_rounding(case: Case, merged: Path) -> None:
     out = case.base.parent / "unmerged"
     if case.family.targets.get("modules_to_save"):  # what was replaced is gone
-        with pytest.raises(loratool.FitError, match=r"classifier\.weight.*cannot take back"):
+        with pytest.raises(loratool.FitError, match=r"classifier\.weight.*cannot undo"):
             loratool.merge(merged, [case.adapter], out, weights=[-1.0])
         return
     loratool.merge(merged, [case.adapter], out, weights=[-1.0])

@@ -322,7 +322,7 @@ def test_no_file_of_an_input_becomes_a_page(
     given = copied / name if one_file and name.endswith(".safetensors") else copied
     words = ["inspect", str(given), "--html", str(copied / name), "--overwrite", "-q"]
     assert cli.run(words) == 2
-    assert "is no page that loratool made" in capsys.readouterr().err
+    assert "was not made by loratool" in capsys.readouterr().err
     assert (copied / name).read_bytes() == before
 
 

@@ -115,7 +115,7 @@ def test_an_adapter_s_card(models: Path, tmp_path: Path, verb: str) -> None:
         assert re.search(r"\| relative error as stored \| \d", text)
         assert re.search(r"\| parameters \| \d+ \|", text)
     if verb == "combine":
-        assert re.search(r"part of ‖ΔW‖² kept: `me/facts` \| 0\.\d+", text)
+        assert re.search(r"fraction of ‖ΔW‖² kept: `me/facts` \| 0\.\d+", text)
         assert "| 0.7 |" in text
 
 
@@ -165,7 +165,7 @@ def test_an_adapter_inherits_the_licence_of_what_it_is_made_of(models: Path, tmp
     data, text = loaded(out)
     assert (out / "LICENSE").read_text() == "terms"
     assert data["license"] == "apache-2.0"
-    assert "`apache-2.0`, as the inputs say" in text
+    assert "`apache-2.0`, as stated by the inputs" in text
 
 
 def test_licence_and_task_are_inherited_and_a_quarrel_is_told(models: Path, tmp_path: Path) -> None:
@@ -204,11 +204,11 @@ def test_a_card_that_somebody_wrote_is_kept_and_one_of_ours_is_made_anew(models:
         "---\nbase_model: /srv/mine/base\n---\n# Model Card for Model ID\n[More Information Needed]\n"
     )
     loratool.rescale(style, tmp_path / "double", scale=2)
-    assert "another strength" in (tmp_path / "double" / CARD).read_text()
+    assert "A rescaled copy of `style`." in (tmp_path / "double" / CARD).read_text()
 
     loratool.resize(place(models, "me/style"), tmp_path / "small", rank=2)
     loratool.rescale(tmp_path / "small", tmp_path / "weak", scale=0.5)
-    assert "another strength" in (tmp_path / "weak" / CARD).read_text()
+    assert "A rescaled copy of `style`." in (tmp_path / "weak" / CARD).read_text()
 
 
 @pytest.mark.parametrize(

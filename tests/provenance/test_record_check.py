@@ -162,7 +162,7 @@ def test_the_way_out_of_a_change_on_purpose_works(outputs: Path, tmp_path: Path)
     folder = Path(shutil.copytree(outputs / "rescale", tmp_path / "x"))
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/base"}))
-    with pytest.raises(VerificationError, match=r"remove loratool\.json"):
+    with pytest.raises(VerificationError, match=r"delete loratool\.json"):
         loratool.push(folder, "alice/new", dry_run=True)
     (folder / "loratool.json").unlink()
     assert loratool.push(folder, "alice/new", dry_run=True).kind == "adapter"
@@ -178,7 +178,7 @@ def test_a_record_of_the_first_release_lists_weights_alone_and_that_is_said(outp
     (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
     code, findings = checked(folder)
     assert code == 0
-    assert ["weights alone" in f["message"] for f in findings if f["code"] == "record-is-partial"] == [True]
+    assert ["weights only" in f["message"] for f in findings if f["code"] == "record-is-partial"] == [True]
     flip_low_bit(folder / "model-00002-of-00002.safetensors")
     assert checked(folder)[0] == 5
     folder = Path(shutil.copytree(outputs / "rescale", tmp_path / "adapter"))

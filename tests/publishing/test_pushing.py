@@ -118,7 +118,7 @@ def test_pushing_again_sends_nothing(hub: HubServer, client: Client, models: Pat
     client.works("push", models / "model", "alice/new")
     hub.log.clear()
     ran = client.works("push", models / "model", "alice/new")
-    assert "nothing was missing" in ran.out
+    assert "nothing; all files were already there" in ran.out
     assert [r for r in hub.log if r.method in ("PUT", "POST")] == []
     assert len(hub.repos["alice/new"].messages) == 2  # that of the server, and the push
 
@@ -200,7 +200,7 @@ def test_the_card_of_a_result_loads_it_from_where_it_was_pushed(
     assert 'place = "."  # this folder, or the repository\'s id\n' in here
     assert there == here.replace('"."  # this folder, or the repository\'s id', '"alice/small"')
     hub.log.clear()
-    assert "nothing was missing" in client.works("push", tmp_path / "small", "alice/small").out
+    assert "nothing; all files were already there" in client.works("push", tmp_path / "small", "alice/small").out
     (tmp_path / "small" / "README.md").write_text('# mine\nplace = "."\n')
     client.works("push", tmp_path / "small", "alice/small")
     assert held(hub, "alice/small")["README.md"] == b'# mine\nplace = "."\n'
@@ -210,7 +210,7 @@ def test_a_model_pushed_over_a_streaming_merge_ends_it(hub: HubServer, client: C
     files = models / "adapter" / "extra"
     hub.add("alice/new", files)
     repo = hub.repos["alice/new"]
-    repo.commit("main", {"loratool-stream.json": hub.blob(b"{}")}, "Begin a merge with loratool")
+    repo.commit("main", {"loratool-stream.json": hub.blob(b"{}")}, "Start a merge with loratool")
     client.works("push", models / "model", "alice/new")
     assert held(hub, "alice/new") == wanted(models / "model")
 
@@ -232,7 +232,7 @@ def test_include_and_exclude(hub: HubServer, client: Client, models: Path) -> No
     del expected["extra/notes.txt"], expected["modeling_own.py"]
     assert held(hub, "alice/new") == expected
     told = client.refused("push", models / "model", "alice/new", "--exclude", "*.safetensors", code=2)
-    assert "without which this is no model" in told
+    assert "but a model needs it" in told
 
 
 @pytest.mark.parametrize("what", ["nothing", "text", "pickle", "half", "file", "partial"])
@@ -259,13 +259,13 @@ def test_public_is_asked_for(hub: HubServer, client: Client, models: Path) -> No
     client.works("push", models / "adapter", "alice/shown", "--public")
     assert not hub.repos["alice/shown"].private
     ran = client.works("push", models / "adapter", "alice/shown")
-    assert "is public, so that everybody sees" in ran.out
+    assert "is public, so everyone can see" in ran.out
 
 
 def test_a_name_alone_is_a_repository_of_the_token_s_account(hub: HubServer, client: Client, models: Path) -> None:
     client.works("push", models / "adapter", "mine")
     assert "alice/mine" in hub.repos
-    assert "not the name of a repository" in client.refused("push", models / "adapter", "a/b/c", code=2)
+    assert "not a valid repository name" in client.refused("push", models / "adapter", "a/b/c", code=2)
 
 
 def test_a_branch_is_made_where_it_is_missing(hub: HubServer, client: Client, models: Path) -> None:
@@ -288,10 +288,10 @@ def test_a_pull_request_leaves_main_as_it_was(hub: HubServer, client: Client, mo
     ("token", "repo", "told"),
     [
         (None, "alice/new", "hf auth login"),
-        (READER, "alice/new", "may only read"),
+        (READER, "alice/new", "is read-only"),
         (STRANGER, "alice/new", "may not do this"),
         ("hf_wrongwrongwrongwrong", "alice/new", "the token is not valid"),
-        (STRANGER, "alice/there", "no such repository or does not show it to you|may not do this"),
+        (STRANGER, "alice/there", "no such repository on the Hub that you may read|may not do this"),
         (STRANGER, "alice/open", "may not do this"),
     ],
 )
@@ -368,7 +368,7 @@ def test_what_arrives_as_something_else_is_found(hub: HubServer, client: Client,
     sha256 = hashlib.sha256((models / "model" / "model-00002-of-00003.safetensors").read_bytes()).hexdigest()
     hub.objects[sha256] = b"something else, which the server takes for it"
     told = client.refused("push", models / "model", "alice/new", code=5)
-    assert "model-00002-of-00003.safetensors: other content" in told
+    assert "model-00002-of-00003.safetensors: different content" in told
 
 
 def test_killed_at_any_moment_and_run_again_ends_in_the_same_state(
@@ -423,7 +423,7 @@ def test_interrupted_after_the_output_was_written_is_told_so(
     ran = client.end()
     assert ran.code == 130
     assert "nothing was written" not in ran.err
-    assert f"small is complete; `loratool push {tmp_path / 'small'} alice/small` continues." in ran.err
+    assert f"small is complete; to continue, run `loratool push {tmp_path / 'small'} alice/small`." in ran.err
     hub.slow = 0
     client.works("push", tmp_path / "small", "alice/small")
 
@@ -524,7 +524,7 @@ def test_a_push_that_fails_after_a_merge_tells_where_the_output_is(
     hub.faults.append(Fault("POST", "/repos/create", times=99, status=403))
     words = ("merge", models / "model", models / "adapter", "-o", tmp_path / "out", "--push-to-hub", "alice/m")
     told = client.refused(*words)
-    assert "is complete; `loratool push" in told
+    assert "is complete; to continue, run `loratool push" in told
     assert (tmp_path / "out" / "loratool.json").exists()
 
 

@@ -220,9 +220,9 @@ def test_a_secret_in_the_message_of_the_commit_is_wrong_usage(models: Path) -> N
     """The history of a repository shows it for good."""
     from loratool import push, stream
 
-    with pytest.raises(UsageError, match="message of the commit"):
+    with pytest.raises(UsageError, match="commit message"):
         push(models / "adapter", "alice/new", message=f"now with {VALUES['npm']}", dry_run=True)
-    with pytest.raises(UsageError, match="message of the commit"):
+    with pytest.raises(UsageError, match="commit message"):
         stream(models / "model", models / "adapter", "alice/new", message=VALUES["npm"], dry_run=True)
 
 

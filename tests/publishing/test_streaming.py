@@ -168,7 +168,7 @@ def test_run_again_when_all_is_done_sends_nothing(hub: HubServer, client: Client
     client.works(*words("alice/new"), cwd=tmp_path / "work")
     hub.log.clear()
     ran = client.works(*words("alice/new"), cwd=tmp_path / "work")
-    assert "4 files were there already" in ran.out
+    assert "4 files were already uploaded" in ran.out
     assert [r for r in hub.log if r.method in ("PUT", "POST")] == []
 
 
@@ -302,7 +302,7 @@ def test_a_dry_run_moves_headers_and_sends_nothing(hub: HubServer, client: Clien
 def test_damaged_content_is_fetched_again_and_never_merged(hub: HubServer, client: Client, tmp_path: Path) -> None:
     hub.damage.add("model-00003-of-00004.safetensors")
     told = client.refused(*words("alice/new"), cwd=tmp_path / "work")
-    assert "model-00003-of-00004.safetensors arrived damaged 3 times" in told
+    assert "model-00003-of-00004.safetensors was damaged in transfer 3 times" in told
     hub.damage.clear()
     client.works(*words("alice/new"), cwd=tmp_path / "work")
     assert is_whole_or_cannot_be_loaded(hub, "alice/new")
@@ -311,8 +311,8 @@ def test_damaged_content_is_fetched_again_and_never_merged(hub: HubServer, clien
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (["-o", "out"], "makes no folder"),
-        (["--shard-size", "5GB"], "keeps the base's files"),
+        (["-o", "out"], "writes no folder"),
+        (["--shard-size", "5GB"], "keeps the base's shards"),
     ],
 )
 def test_what_does_not_go_with_streaming_is_wrong_usage(client: Client, more: list[str], told: str) -> None:

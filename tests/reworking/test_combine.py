@@ -805,7 +805,14 @@ def test_adapters_of_other_shapes_are_refused_with_every_weight(bench: Bench) ->
         name = f"{START}{module}.lora_A.weight"
         tensors[name] = torch.cat([tensors[name], tensors[name][:, :1]], 1)
     wide = write(bench.root / "in" / "wide", tensors, r=4, lora_alpha=8, target_modules=["q_proj"])
-    told = ["not of one base", f"{QUERY}.weight", "20 × 20 in one", "20 × 21 in wide", f"{DOWN}.weight", "20 × 31"]
+    told = [
+        "do not have the same base",
+        f"{QUERY}.weight",
+        "20 × 20 in one",
+        "20 × 21 in wide",
+        f"{DOWN}.weight",
+        "20 × 31",
+    ]
     said = bench.refuses(told=told, code=4, adapters=[bench.one, wide])
     assert VALUE not in said
 
@@ -822,7 +829,7 @@ def test_what_is_no_number_is_refused_by_the_name_of_its_tensor(bench: Bench, va
     tensors[f"{START}{DOWN}.lora_B.weight"][2, 1] = value
     broken = write(bench.root / "in" / "broken", tensors, **config_of(bench.other))
     for method in ("linear", "ties", "karcher", "tsv", "ties-factors"):
-        told = ["broken", f"{DOWN}.lora_B.weight holds NaN or infinite values"]
+        told = ["broken", f"{DOWN}.lora_B.weight contains NaN or infinite values"]
         bench.refuses("--method", method, told=told, code=3, adapters=[bench.one, broken])
 
 
@@ -838,7 +845,7 @@ BESIDE: dict[str, Callable[[Path], Path]] = {
 @pytest.mark.parametrize("name", BESIDE)
 def test_what_is_no_number_beside_the_factors_is_refused_too(bench: Bench, name: str) -> None:
     broken = BESIDE[name](bench.root / "in" / "broken")
-    bench.refuses(told=["broken", "holds NaN or infinite values"], code=3, adapters=[bench.one, broken])
+    bench.refuses(told=["broken", "contains NaN or infinite values"], code=3, adapters=[bench.one, broken])
 
 
 def test_dora_adds_up_with_nothing(bench: Bench) -> None:

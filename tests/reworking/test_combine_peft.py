@@ -364,7 +364,7 @@ SAVED: dict[str, dict[str, Any]] = {
     "two of them": {"modules_to_save": ["head", "norm"]},
     "biases of adapted layers": {"bias": "lora_only"},
     "all biases": {"bias": "all"},
-    "rows of tokens": {"trainable_token_indices": {"embed": [3, 7]}},
+    "token rows": {"trainable_token_indices": {"embed": [3, 7]}},
 }
 
 

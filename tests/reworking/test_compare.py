@@ -169,11 +169,11 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys: pytest.Captu
     one = write(tmp_path / "one", 1, 3)
     wide = write(tmp_path / "wide", 1, 3, {"model.a": (30, 21), "model.b": (16, 40)})
     apart = write(tmp_path / "apart", 1, 3, {"model.z": (30, 20)})
-    bench.refuses("compare", one, told=["two adapters or more"], code=2)
+    bench.refuses("compare", one, told=["at least two adapters"], code=2)
     bench.refuses("compare", one, wide, told=["model.a.weight", "30 × 20", "30 × 21"], code=4)
     bench.refuses("compare", one, apart, told=["no layer in common", "model.z.weight"], code=4)
     bench.refuses("compare", one, tmp_path / "nowhere", told=["nowhere", "no such file"], code=3)
     tensors = load_file(apart / "adapter_model.safetensors")
     next(iter(tensors.values()))[0, 0] = math.inf
     save_file(tensors, apart / "adapter_model.safetensors")
-    bench.refuses("compare", apart, apart, told=["holds NaN or infinite"], code=3)
+    bench.refuses("compare", apart, apart, told=["contains NaN or infinite"], code=3)

@@ -431,10 +431,13 @@ def test_tensors_without_a_place_are_refused(tmp_path: Path) -> None:
     ("grams", "told"),
     [
         ({"model.q": torch.eye(12)}, "model.v: missing"),
-        ({"model.q": torch.eye(12), "model.v": torch.eye(11)}, "12 × 12 floats are wanted"),
-        ({"model.q": torch.eye(12), "model.v": torch.eye(12), "model.x": torch.eye(2)}, "model.x: no module"),
+        ({"model.q": torch.eye(12), "model.v": torch.eye(11)}, "expected floats of shape 12 × 12"),
+        (
+            {"model.q": torch.eye(12), "model.v": torch.eye(12), "model.x": torch.eye(2)},
+            "model.x: the adapter has no such module",
+        ),
         ({"model.q": torch.eye(12), "model.v": torch.ones(12, 12).triu()}, "model.v: is not symmetric"),
-        ({"model.q": torch.eye(12), "model.v": torch.eye(12) * float("nan")}, "model.v: holds NaN"),
+        ({"model.q": torch.eye(12), "model.v": torch.eye(12) * float("nan")}, "model.v: contains NaN"),
     ],
 )
 def test_a_calibration_of_something_else_is_refused(grams: dict[str, Tensor], told: str, tmp_path: Path) -> None:
@@ -453,12 +456,12 @@ def test_the_command_s_refusals_have_the_contract_s_exit_codes(
         (["--rank", "2", "--energy", "0.9"], "--rank and --energy", 2),
         (["--rank", "0"], "a whole number of at least 1", 2),
         (["--energy", "2"], "--energy must be above 0 and at most 1 (got 2)", 2),
-        (["--budget", "9"], "too little for rank 1", 2),
+        (["--budget", "9"], "too small for rank 1", 2),
         (["--rank", "2", "--calibration", str(tmp_path / "nowhere")], "no such file", 3),
         (["--budget", "99999", "--layer-weights", str(adapter / "adapter_model.safetensors")], "not UTF-8", 3),
     ):
         bench.refuses("resize", adapter, "-o", bench.out, *options, told=[told], code=code)
-    bench.refuses("resize", adapter, "-o", adapter / "inside", "--rank", "2", told=["never written to"], code=2)
+    bench.refuses("resize", adapter, "-o", adapter / "inside", "--rank", "2", told=["loratool never writes to"], code=2)
     bench.refuses("resize", bench.inputs / "nowhere", "-o", bench.out, "--rank", "2", told=["no such file"], code=3)
     assert bench.run("resize", adapter, "-o", bench.out, "--rank", "2", "-q").out == ""
 
@@ -1065,9 +1068,15 @@ def test_a_calibration_that_is_not_of_the_adapter_is_refused_with_all_that_is_wr
     words: list[str | Path] = ["resize", bench.adapter, "-o", bench.out, *RANK, "--calibration", path]
     eye = torch.eye(12)
     for tensors, told in (
-        ({"model.q": torch.eye(11), "model.x": eye}, ["model.q", "12 × 12", "model.v: missing", "model.x: no module"]),
-        ({"model.q": eye.int(), "model.v": torch.ones(12, 12).triu()}, ["floats are wanted", "model.v: is not symm"]),
-        ({"model.q": eye * float("inf"), "model.v": eye * float("nan")}, ["model.q: holds NaN", "model.v: holds NaN"]),
+        (
+            {"model.q": torch.eye(11), "model.x": eye},
+            ["model.q", "12 × 12", "model.v: missing", "model.x: the adapter has no such module"],
+        ),
+        ({"model.q": eye.int(), "model.v": torch.ones(12, 12).triu()}, ["expected floats", "model.v: is not symm"]),
+        (
+            {"model.q": eye * float("inf"), "model.v": eye * float("nan")},
+            ["model.q: contains NaN", "model.v: contains NaN"],
+        ),
     ):
         save_file(tensors, path)
         bench.refuses(*words, told=told)

@@ -104,8 +104,9 @@ def look_at_fit(fit: Fit, path: Path) -> Iterator[Finding]:
         yield Finding(
             "note",
             "tied-embeddings",
-            f"the base ties {', '.join(map(printable, names))}, and the adapter changes one of them ({some(changed)}): whoever "
-            "keeps them tied changes the other too; loratool gives each its own tensor",
+            f"the base ties {', '.join(map(printable, names))}, and the adapter changes one of them "
+            f"({some(changed)}). Tools that keep them tied change the other too; loratool writes them as separate "
+            "tensors",
             f"loratool merge {quoted(Path(fit.base.path))} {quoted(path)} -o OUT",
             tuple(map(printable, changed)),
         )

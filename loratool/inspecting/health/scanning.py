@@ -86,7 +86,7 @@ def look_at_values(adapter: Adapter, path: Path) -> Iterator[Finding]:
             "problem",
             "not-finite",
             f"NaN or infinite values in {some(broken)}",
-            "take an earlier checkpoint of the training; what the values were is lost",
+            "use an earlier checkpoint of the training; the lost values cannot be recovered",
             tuple(map(printable, broken)),
         )
     yield from look_at_training(adapter, scans)
@@ -95,8 +95,9 @@ def look_at_values(adapter: Adapter, path: Path) -> Iterator[Finding]:
         yield Finding(
             "problem",
             "zero-scaling",
-            f"α is 0, so the update is zero whatever its factors are, in {some(idle)}; llama.cpp takes it for a scale of 1",
-            f"set α in {adapter.config_file.name} to what the adapter was trained with, as loratool rescale --alpha does",
+            f"alpha is 0, so the update is zero in {some(idle)}; llama.cpp reads it as a scale of 1",
+            f"set alpha in {adapter.config_file.name} to the value used in training, for example with loratool "
+            "rescale --alpha",
             tuple(map(printable, idle)),
         )
     yield from look_at_ranges(adapter, scans, path)
@@ -146,13 +147,13 @@ def look_at_training(adapter: Adapter, scans: dict[str, Scan]) -> Iterator[Findi
     beside = any(isinstance(update, (Replace, ReplaceRows)) for update in adapter.updates.values())
     magnitudes = adapter.training.dora
     message = (
-        f"every update is zero ({len(idle)} modules, B = 0): it was not trained, or what was trained was not saved"
+        f"every update is zero ({len(idle)} modules, B = 0): it was not trained, or the trained weights were not saved"
     )
     if beside or magnitudes:
         message += "; only " + " and ".join(
             what
             for what, there in (
-                ("what is saved whole changes the model", beside),
+                ("modules saved whole change the model", beside),
                 ("DoRA's magnitudes may", magnitudes),
             )
             if there
@@ -190,8 +191,8 @@ def look_at_ranges(adapter: Adapter, scans: dict[str, Scan], path: Path) -> Iter
         yield Finding(
             "note",
             "subnormal",
-            f"subnormal values of {dtypes}, up to {100 * share:.0f} % of a tensor, in {some(small)}: they have fewer "
-            "digits, and some hardware takes them for 0",
+            f"subnormal values of {dtypes}, up to {100 * share:.0f} % of a tensor, in {some(small)}: they are less "
+            "precise, and some hardware treats them as 0",
             balance,
             tuple(map(printable, small)),
         )

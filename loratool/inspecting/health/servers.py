@@ -147,14 +147,17 @@ def look_at_servers(adapter: Adapter, path: Path, fit: Fit | None) -> Iterator[F
     """What each server would do with it."""
     form = format_of(adapter)
     if form is not WRITTEN:
-        text = f"vLLM, SGLang and llama.cpp's converter read adapters as PEFT saves them; this one is written as {form.name} does"
+        text = (
+            f"vLLM, SGLang and llama.cpp's converter read adapters as PEFT saves them; this one is in the {form.name} "
+            "layout"
+        )
         yield Finding("note", "format", text, command("rescale", path, "--bake"))
         return
     if adapter.training.method != "LORA":
         kind = printable(adapter.training.method)
         yield note(
             "vllm-type",
-            f"and {CONVERTER} read LoRA's two factors; {kind} has others",
+            f"and {CONVERTER} read only LoRA's two factors, but {kind} has others",
             "" if adapter.unsupported else f"loratool merge BASE {quoted(path)} -o OUT",
         )
         return
@@ -169,7 +172,7 @@ def vllm(served: Served) -> Iterator[Finding]:
     if largest > VLLM_RANKS[-1]:
         yield note(
             "vllm-rank",
-            f"serves ranks up to {VLLM_RANKS[-1]}, this has {largest}",
+            f"serves ranks up to {VLLM_RANKS[-1]}, but this adapter has {largest}",
             command("resize", served.path, f"--rank {VLLM_RANKS[-1]} --uniform"),
         )
     elif largest > VLLM_DEFAULT:
@@ -189,7 +192,7 @@ def vllm(served: Served) -> Iterator[Finding]:
     if training.dora:
         yield note("vllm-dora", "refuses DoRA", served.merge)
     if saved := [*served.of(Replace), *served.adapter.bases]:
-        yield note("vllm-saved", f"refuses modules that are saved whole ({some(saved)})", served.merge, saved)
+        yield note("vllm-saved", f"refuses modules saved whole ({some(saved)})", served.merge, saved)
     if training.lora_bias or training.bias != "none":
         yield note("vllm-bias", "refuses lora_bias, and bias other than none", served.merge, served.of(Add))
     yield from vllm_layers(served)
@@ -198,23 +201,23 @@ def vllm(served: Served) -> Iterator[Finding]:
 def vllm_layers(served: Served) -> Iterator[Finding]:
     """What it makes of updates of other things than linear layers."""
     if served.of(ReplaceRows):
-        yield note("vllm-tokens", "has no place for trained token rows", served.merge, served.of(ReplaceRows))
+        yield note("vllm-tokens", "does not support trained token rows", served.merge, served.of(ReplaceRows))
     if embeddings := served.called(INPUT_EMBEDDINGS | OUTPUT_HEADS):
         yield note(
             "vllm-embeddings",
-            f"takes LoRA on embeddings and heads only of model classes that list them ({some(embeddings)})",
+            f"accepts LoRA on embeddings and heads only for model classes that list them ({some(embeddings)})",
             served.merge,
             embeddings,
         )
     if odd := [t for t, u in served.adapter.updates.items() if getattr(innermost(u), "kernel", ())]:
-        yield note("vllm-layers", f"adapts linear layers; convolutions are not ({some(odd)})", served.merge, odd)
+        yield note("vllm-layers", f"supports linear layers only, not convolutions ({some(odd)})", served.merge, odd)
     family = served.fit.checkpoint.model_type if served.fit and served.fit.checkpoint else ""
     experts = served.of(ExpertFactors)
     if experts and not family.startswith(VLLM_EXPERTS):
         yield note(
             "vllm-experts",
-            f"reads target_parameters of {', '.join(VLLM_EXPERTS)} only; of other mixtures of experts it takes lora_B for "
-            f"grouped by expert and serves something else without a word ({some(experts)})",
+            f"reads target_parameters of {', '.join(VLLM_EXPERTS)} only; for other mixtures of experts it reads "
+            f"lora_B as grouped by expert and silently serves something else ({some(experts)})",
             served.merge,
             experts,
         )
@@ -225,13 +228,13 @@ def sglang(served: Served) -> Iterator[Finding]:
         weak = "; with rsLoRA the update is √r too weak" if "rslora" in served.training.features else ""
         yield note(
             "sglang-scaling",
-            f"scales by lora_alpha / r always and passes over {', '.join(served.scaled)}{weak}",
+            f"always scales by lora_alpha / r and ignores {', '.join(served.scaled)}{weak}",
             served.plain,
         )
     if served.of(Magnitude):
         yield note("sglang-dora", "refuses DoRA", served.merge)
     if (served.adapter.folder / "added_tokens.json").is_file():
-        yield note("sglang-tokens", "refuses an added_tokens.json with numbers beyond the base's", served.merge)
+        yield note("sglang-tokens", "refuses an added_tokens.json with token ids beyond the base's", served.merge)
     layers: dict[str, set[str]] = {}
     for module in served.modules:
         parent, _, name = module.rpartition(".")
@@ -241,8 +244,8 @@ def sglang(served: Served) -> Iterator[Finding]:
         if lacking:
             yield note(
                 "sglang-fused",
-                f"fuses {', '.join(together)}; releases before fail where one of them has no factors "
-                f"(here {' and '.join(sorted(lacking))})",
+                f"fuses {', '.join(together)}; earlier releases fail if one of them has no factors (here "
+                f"{' and '.join(sorted(lacking))})",
                 served.merge,
             )
 
@@ -251,7 +254,7 @@ def llama_cpp(served: Served) -> Iterator[Finding]:
     if served.scaled:
         yield note(
             "llama.cpp-scaling",
-            f"copies lora_alpha alone and ignores {', '.join(served.scaled)}, so modules get another strength",
+            f"copies only lora_alpha and ignores {', '.join(served.scaled)}, so modules get a different strength",
             served.plain,
         )
     refused = ["DoRA's magnitudes"] if served.of(Magnitude) else []
@@ -261,7 +264,7 @@ def llama_cpp(served: Served) -> Iterator[Finding]:
     if refused:
         yield note(
             "llama.cpp-tensors",
-            f"ends at any tensor that is neither A nor B: {', '.join(refused)}",
+            f"stops at any tensor that is neither A nor B: {', '.join(refused)}",
             served.merge,
         )
     heads = served.called(OUTPUT_HEADS)

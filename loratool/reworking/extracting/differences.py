@@ -46,7 +46,7 @@ class Rule:
         if rank not in (None, "auto") and (isinstance(rank, (bool, str)) or not isinstance(rank, int) or rank < 1):
             raise UsageError(f"--rank {printable(rank)}: must be auto or a whole number of at least 1")
         if energy is not None and not 0 < energy <= 1:
-            raise UsageError(f"--energy {printable(energy)}: must be a part of ‖M‖² in (0, 1]")
+            raise UsageError(f"--energy {printable(energy)}: must be a fraction of ‖M‖² in (0, 1]")
         if isinstance(max_rank, bool) or max_rank < 1:
             raise UsageError(f"--max-rank {printable(max_rank)}: must be a whole number of at least 1")
         if isinstance(rank, int):
@@ -79,7 +79,7 @@ class Rule:
 
 
 class NotFiniteError(Exception):
-    """A tile of a difference holds NaN or infinity."""
+    """A tile of a difference contains NaN or infinity."""
 
 
 @dataclass

@@ -245,7 +245,7 @@ class Extractor(Maker[tuple[Change, ...], Outcome]):
             return [decomposed(matrix, self.limit(change), self.exact, self.seed) for matrix in matrices]
         except NotFiniteError:
             raise InputError(
-                f"{self.pairing.base.name} and {self.pairing.tuned.name}: no difference can be made of all values:",
+                f"{self.pairing.base.name} and {self.pairing.tuned.name}: cannot subtract all values:",
                 broken_tensors(self.pairing) or [f"{printable(change.target)}: the difference overflows"],
             ) from None
 
@@ -294,24 +294,26 @@ def open_model(path: Path, role: str) -> Checkpoint:
         own = {form.weights_name for form in here}
         others = {entry.name for entry in os.scandir(path) if entry.name.endswith(".safetensors")} - own
         if not others:
-            raise InputError(f"{printable(path)}: this is an adapter; {role} is a model, merge it first")
+            raise InputError(
+                f"{printable(path)}: this is an adapter, but {role} must be a model; merge it into its base first"
+            )
     return open_checkpoint(path)
 
 
 def check_saved(found: Pairing) -> None:
-    """Raise `InputError` naming what is to be saved whole and holds NaN or infinite values."""
+    """Raise `InputError` naming what is to be saved whole and contains NaN or infinite values."""
     broken = [name for name, tensor in (found.whole | found.biases | found.same_biases).items() if not tensor.finite()]
     if broken:
         raise InputError(
-            f"{found.tuned.name}: no adapter is made of these:",
-            (f"{printable(name)} holds NaN or infinite values" for name in broken),
+            f"{found.tuned.name}: cannot make an adapter from these tensors:",
+            (f"{printable(name)} contains NaN or infinite values" for name in broken),
         )
 
 
 def broken_tensors(found: Pairing) -> list[str]:
     """Every tensor that was to be subtracted and holds what is no number."""
     return [
-        f"{printable(change.target)} of {role} holds NaN or infinite values"
+        f"{printable(change.target)} of {role} contains NaN or infinite values"
         for change in found.changes.values()
         for role, tensor in (("BASE", change.base), ("TUNED", change.tuned))
         if not tensor.finite()
@@ -323,20 +325,23 @@ def refuse_nothing(found: Pairing) -> None:
     if found.changes:
         return
     if not (found.whole or found.left_out or found.excluded):
-        raise FitError(f"{found.base.name} and {found.tuned.name} are the same: nothing differs")
+        raise FitError(f"{found.base.name} and {found.tuned.name} are identical")
     reasons = [f"{printable(name)}: {reason}" for name, reason in found.left_out.items()]
     reasons += [
-        f"{printable(name)}: {'its module is saved whole' if len(tensor.shape) > 1 else 'no matrix'}"
+        f"{printable(name)}: {'its module is saved whole' if len(tensor.shape) > 1 else 'not a matrix'}"
         for name, tensor in found.whole.items()
     ]
-    reasons += [f"{found.excluded} tensors that differ are not asked for"] if found.excluded else []
-    raise FitError("no matrix differs, so that no adapter can be made:", reasons)
+    reasons += [f"{found.excluded} tensors that differ are excluded"] if found.excluded else []
+    raise FitError("no matrix differs, so there is nothing to extract:", reasons)
 
 
 def nothing_left(noise: Mapping[str, ExtractedLayer], rule: Rule) -> str:
     if not noise:
-        return "the two are the same: no value differs"
-    return f"all {len(noise)} matrices differ by no more than rounding to their dtype can; --rank {rule.most} takes them all"
+        return "the two models are identical"
+    return (
+        f"all {len(noise)} matrices differ by no more than rounding to their dtype can explain; pass --rank "
+        f"{rule.most} to extract them anyway"
+    )
 
 
 def factor_dtype(found: Pairing, asked: str) -> torch.dtype:
@@ -405,7 +410,7 @@ def not_compared(base: Checkpoint, tuned: Checkpoint) -> Iterator[Note]:
     for file in weight_files(tuned.root, None, own):
         before, after = base.root / file.name, tuned.root / file.name
         if file.counts and file.is_safetensors and not (before.is_file() and filecmp.cmp(before, after, shallow=False)):
-            yield Note("file-not-used", f"{tuned.name}: {file}: not compared, and no part of the adapter")
+            yield Note("file-not-used", f"{tuned.name}: {file}: not compared, and not part of the adapter")
 
 
 def total(extractor: Extractor, forms: Mapping[str, Form], itemsize: int) -> ExtractedTotals:
@@ -430,27 +435,27 @@ def remarks(found: Pairing, extractor: Extractor, rule: Rule) -> Iterator[Note]:
         yield (
             Note(
                 "below-rounding",
-                f"{len(extractor.noise)} layers differ by no more than rounding to their dtype can, and are left out; "
-                "--rank with a number takes them too",
+                f"{len(extractor.noise)} layers differ by no more than rounding to their dtype can explain and are "
+                "left out; pass --rank with a number to include them",
             )
         )
     full = [t for t, layer in extractor.layers.items() if layer.rank == layer.above_noise == rule.most]
     if rule.noise and full:
         yield Note(
             "rank-limit",
-            f"{len(full)} layers have as many singular values above the noise as the limit of {rule.most}, or more",
+            f"{len(full)} layers reach the rank limit: they have at least {rule.most} singular values above the noise",
         )
     if extractor.mirrored:
         yield Note(
             "tied-weight-changed",
-            f"tied to its embedding, and changed with it: {', '.join(map(printable, extractor.mirrored))}",
+            f"tied to its embedding and changed with it: {', '.join(map(printable, extractor.mirrored))}",
         )
     if len(set(extractor.ranks.values())) > 1:
         yield (
             Note(
                 "ranks-differ",
-                f"ranks differ, as rank_pattern says; servers that know one rank take {max(extractor.ranks.values())} for all of "
-                "them: loratool resize --uniform writes that",
+                "ranks differ between layers (rank_pattern); for servers that support a single rank, run loratool "
+                f"resize --uniform, which writes rank {max(extractor.ranks.values())} everywhere",
             )
         )
     limits = {target: min(change.shape) for target, change in found.changes.items()}

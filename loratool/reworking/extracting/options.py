@@ -39,17 +39,25 @@ class ExtractOptions(OrientationOption, FactorOptions, DeviceOption):
     """Of `extract`."""
 
     rank: int | Literal["auto"] | None = option(
-        help="Rank of every layer, or what rounding cannot explain [default: auto].", kind=RankOrAuto()
+        help="Rank of every layer; auto keeps what rounding cannot explain [default: auto].", kind=RankOrAuto()
     )
     energy: float | None = option(
-        help="Part of ‖W_tuned − W_base‖² that each layer keeps; with --rank the smaller counts.", kind=NUMBER
+        help="Fraction of ‖W_tuned − W_base‖² that each layer keeps; with --rank the smaller rank is used.", kind=NUMBER
     )
-    max_rank: int = option(help="Of a layer, with auto or --energy.", default=MOST_RANK, kind=Number(whole=True, low=1))
-    exact: bool = option(help="Decompose every matrix in full.", default=False, kind=FLAG)
+    max_rank: int = option(
+        help="Largest rank of a layer, with auto or --energy.", default=MOST_RANK, kind=Number(whole=True, low=1)
+    )
+    exact: bool = option(help="Use a full SVD of every matrix instead of a sketch.", default=False, kind=FLAG)
     include: tuple[str, ...] = option(
-        help="Only modules in whose name it is found; may be repeated.", default=(), many=True, metavar="REGEX"
+        help="Only modules whose name contains a match of REGEX; may be repeated.",
+        default=(),
+        many=True,
+        metavar="REGEX",
     )
     exclude: tuple[str, ...] = option(
-        help="No modules in whose name it is found; may be repeated.", default=(), many=True, metavar="REGEX"
+        help="Skip modules whose name contains a match of REGEX; may be repeated.",
+        default=(),
+        many=True,
+        metavar="REGEX",
     )
-    seed: int = option(help="Of the sketch.", default=0, kind=Number(whole=True))
+    seed: int = option(help="Random seed of the sketch.", default=0, kind=Number(whole=True))

@@ -130,7 +130,10 @@ class Pairing:
         """A note on square matrices of which only the others tell how they are stored."""
         for way in (False, True):
             if mine := [name for name, turned in self.guessed.items() if turned == way and name in self.changes]:
-                text = f"{len(mine)} square weights taken as stored {stored(way)}, as those with biases are: {listed(mine)}"
+                text = (
+                    f"{len(mine)} square weights assumed to be stored {stored(way)}, like those with biases: "
+                    f"{listed(mine)}"
+                )
                 yield Note("orientation-guessed", text)
 
     @property
@@ -165,7 +168,10 @@ def pair(
 def refuse_adapters(base: Checkpoint, tuned: Checkpoint) -> None:
     for role, checkpoint in (("BASE", base), ("TUNED", tuned)):
         if any(".lora_" in name for name in checkpoint.tensors):
-            raise InputError(f"{printable(checkpoint.root)}: this is an adapter; {role} is a model, merge it first")
+            raise InputError(
+                f"{printable(checkpoint.root)}: this is an adapter, but {role} must be a model; merge it "
+                "into its base first"
+            )
 
 
 class Sorter:
@@ -219,7 +225,7 @@ class Sorter:
         self.complete_biases()
         self.mirror()
         if lost := [f"{printable(name)}: {why}" for name, why in self.unclear.items() if name in self.found.changes]:
-            raise FitError(f"no adapter can be made of {self.tuned.name}:", lost)
+            raise FitError(f"cannot make an adapter from {self.tuned.name}:", lost)
         return self.found
 
     def path(self, name: str) -> str:
@@ -244,10 +250,10 @@ class Sorter:
         ):
             return "only TUNED has it"
         if not module:
-            return "it is in no module, and PEFT saves modules"
+            return "it is not in a module, and PEFT saves only modules"
         for tensor in (one, two):
             if tensor and tensor.info.dtype not in FLOAT_NAMES:
-                return f"{tensor.info.dtype} is nothing to compute with; a quantised weight must be dequantised first"
+                return f"cannot compute with {tensor.info.dtype}; dequantise the weight first"
         return ""
 
     def kind(self, name: str, tensor: Plain) -> Kind | None:
@@ -314,8 +320,8 @@ class Sorter:
             if says is not None:
                 if shown is not None and shown != says:
                     self.unclear[name] = (
-                        f"{who} says that it is stored {stored(says)}, and its bias shows that it is stored "
-                        f"{stored(shown)}; if it is, say so with {option(shown)}"
+                        f"{who} says that it is stored {stored(says)}, but its bias shows that it is stored "
+                        f"{stored(shown)}; to confirm that, pass {option(shown)}"
                     )
                 return says
         if shown is not None:
@@ -325,8 +331,8 @@ class Sorter:
             return self.found.guessed[name]
         if is_conv1d(leaf):
             self.unclear[name] = (
-                "neither its shape nor a bias nor the model's class tells whether it is stored (in, out) as Conv1D "
-                f"does; say so with {OPTION}"
+                "neither its shape, nor a bias, nor the model's class shows whether it is stored (in, out), as in "
+                f"Conv1D; pass {OPTION}"
             )
         return False
 
@@ -422,7 +428,7 @@ class Sorter:
             if any(part.isdigit() for part in below):
                 for name in inside:
                     if "." not in name.removeprefix(f"{module}.") and self.differs(name):
-                        self.found.left_out[name] = "PEFT would save all the layers of its module with it"
+                        self.found.left_out[name] = "PEFT would save all layers of its module with it"
                 continue
             if any(module.startswith(f"{outer}.") for outer in self.found.modules):
                 continue

@@ -29,7 +29,7 @@ class Selection:
         except ValueError as error:
             raise UsageError(str(error)) from None
         if idle := set(patterns) - set[str]().union(*matching.values()):
-            raise UsageError(f"no module has a name that matches {few(sorted(idle))}")
+            raise UsageError(f"no module matches {few(sorted(idle))}")
         return cls(tuple(include), tuple(exclude), matching)
 
     def __contains__(self, module: str) -> bool:

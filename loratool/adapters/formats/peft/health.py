@@ -118,7 +118,7 @@ def look_at_config(adapter: Adapter, path: Path) -> Iterator[Finding]:
             f'set "task_type" in {CONFIG}, to "CAUSAL_LM" for a language model',
         )
     if not adapter.config.get("base_model_name_or_path"):
-        yield Finding("note", "base-not-named", "the config does not name the base it was trained on")
+        yield Finding("note", "base-not-named", "the config does not name the adapter's base model")
     yield from look_at_patterns(adapter, path)
 
 
