@@ -107,7 +107,7 @@ def on_the_hub(remote: Remote, place: HubPath, location: Path, home: Callable[[s
         name = shard.path.relative_to(root).as_posix()
         file = read_safefile(fetch_file(remote, name, home(name)))
         if file.layout.header != shard.layout.header:
-            raise InputError(f"{printable(file.path)}: its header is another one than before; start again")
+            raise InputError(f"{printable(file.path)}: its header changed while it was being fetched; start again")
         return file
 
     shells = tuple(Shell(s.path, s.layout, s.identity, Whole(partial(fetch, s))) for s in checkpoint.shards)

@@ -232,7 +232,7 @@ class Repository(LocalFolder):
         """Commit a file that is made, and the journal with it; then remove the file."""
         upload = Upload(name, self.stage.folder / name)
         if not self.finished[name].digest.has_sha256(upload.sha256):
-            raise VerificationError(f"{printable(name)}: changed on this disk after it was written; run it again")
+            raise VerificationError(f"{printable(name)}: changed on disk after it was written; run the command again")
         commit(self.repo, self.revision, [upload, self.journal()], f"Merged weights {number}")
         self.stage.clear(but={MODEL, FETCHED})
 
@@ -256,7 +256,7 @@ class Repository(LocalFolder):
         if model and not journal and not overwrite:
             raise UsageError(f"{self.repo}: already contains a model; pass --overwrite to replace it")
         # config and index go first: at no time do they stand beside weights they do not belong to
-        commit(self.repo, self.revision, [self.journal()], "Begin a merge with loratool", delete=model)
+        commit(self.repo, self.revision, [self.journal()], "Start a merge with loratool", delete=model)
         return None
 
     def keep(self, found: Mapping[str, FinishedShard]) -> None:

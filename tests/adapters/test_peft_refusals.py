@@ -75,8 +75,8 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "corda": ({"init_lora_weights": "corda"}, "path_initial_model_for_weight_conversion"),
     "lora_ga": ({"init_lora_weights": "lora_ga"}, "path_initial_model_for_weight_conversion"),
     "loftq": ({"init_lora_weights": "loftq"}, "quantised base"),
-    "'of next year'": ({"init_lora_weights": "of next year"}, "does not know"),
-    "OF_NEXT_YEAR": ({"peft_type": "OF_NEXT_YEAR"}, "does not know"),
+    "'of next year'": ({"init_lora_weights": "of next year"}, "unknown"),
+    "OF_NEXT_YEAR": ({"peft_type": "OF_NEXT_YEAR"}, "unknown"),
 }
 
 
@@ -104,7 +104,7 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Tensors], Tensors] | None, dict[str, A
     "DoRA without magnitudes": (
         None,
         {"use_dora": True},
-        "linear: use_dora is set, and it has no lora_magnitude_vector",
+        "linear: use_dora is set, but it has no lora_magnitude_vector",
     ),
     "magnitudes without DoRA": (
         added(lora_magnitude_vector=ONES(16)),
@@ -116,7 +116,7 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Tensors], Tensors] | None, dict[str, A
         {"use_dora": True},
         "lora_magnitude_vector is [15]; expected 16 values",
     ),
-    "lora_bias without biases": (None, {"lora_bias": True}, "lora_bias is set, and it has no lora_B.bias"),
+    "lora_bias without biases": (None, {"lora_bias": True}, "lora_bias is set, but it has no lora_B.bias"),
     "biases without lora_bias": (added(lora_B__bias=ONES(16)), {}, "lora_bias is not set"),
     "a bias of another size": (added(lora_B__bias=ONES(4)), {"lora_bias": True}, "4 values for 16 rows"),
     "KaSA without its diagonal": (None, {"kasa_config": {}}, "linear: lora_diag is missing"),

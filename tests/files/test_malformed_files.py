@@ -392,7 +392,7 @@ def zip_archive() -> bytes:
 
 
 POLYGLOTS: dict[str, Case] = {
-    "zip behind it": (SOUND + zip_archive(), f"{len(zip_archive())} bytes follow the last tensor"),
+    "zip behind it": (SOUND + zip_archive(), f"{len(zip_archive())} extra bytes follow the last tensor"),
     "all zeros": (bytes(4096), "begins with zeros"),
     "eight zeros": (bytes(8), "begins with zeros"),
 }

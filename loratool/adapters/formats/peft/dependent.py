@@ -46,7 +46,7 @@ def peanut(module: Module) -> Updates:
     rank, depth = down.shape[0], sum(slot.startswith("peanut_encoders.") for slot in module.slots)
     module.require(up.shape == down.shape[::-1], f"peanut_A is {list(down.shape)} and peanut_B {list(up.shape)}")
     wanted = draft.setting("depth", 0, lambda value: type(value) is int and value >= 0, "a whole number")
-    module.agree(depth == wanted, f"it has {depth} encoders, {CONFIG} says {wanted}")
+    module.agree(depth == wanted, f"it has {depth} encoders, but {CONFIG} says {wanted}")
     name = draft.config.get("act_fn", "relu")
     activation = formulas.ACTIVATIONS.get(name) if isinstance(name, str) else None
     if activation is None:

@@ -67,7 +67,7 @@ class Module:
         """The tensor of a slot, in any of some numbers of dimensions; raises `UnusableError` where it is none."""
         if slot not in self.slots:
             there = ", ".join(printable(tensor) for tensor in self.slots.values())
-            raise UnusableError(f"{self.shown}: {slot} is missing, only {there} is there", MISSING_PARTNER)
+            raise UnusableError(f"{self.shown}: {slot} is missing (found {there})", MISSING_PARTNER)
         return self.draft.stored(self.slots[slot], dimensions, dtypes)
 
     def indices(self, slot: str, dimensions: Collection[int]) -> Any:
@@ -169,7 +169,7 @@ class Draft:
         if family == kind:
             self.unused.append(name)
         else:
-            text = f"{printable(name)}: a tensor of {family}, while {CONFIG} says {kind}"
+            text = f"{printable(name)}: a tensor of {family}, but {CONFIG} says {kind}"
             self.problems.append(Problem(text, AGAINST_TENSORS))
 
     def keep(self, name: str, path: str, passed_over: list[str]) -> None:
@@ -236,11 +236,12 @@ class Draft:
             values = module.tensor(TOKENS)
             index = ids(module)
             valid = isinstance(index, list) and all(type(i) is int and i >= 0 for i in index)
-            module.agree(valid, f"{CONFIG} has no list of token numbers for it")
+            module.agree(valid, f"{CONFIG} has no list of token ids for it")
             module.agree(
-                len(index) == values.shape[0], f"{CONFIG} names {len(index)} tokens, {values.shape[0]} rows are stored"
+                len(index) == values.shape[0],
+                f"{CONFIG} lists {len(index)} tokens, but {values.shape[0]} rows are stored",
             )
-            module.agree(len(set(index)) == len(index), f"{CONFIG} names a token twice")
+            module.agree(len(set(index)) == len(index), f"{CONFIG} lists a token twice")
             return {"weight": ReplaceRows(tuple(index), values)}
 
         for module in self.modules.values():
@@ -267,13 +268,13 @@ class Draft:
                 self.bases[target] = replacement
             else:
                 module = printable(target.rpartition(".")[0])
-                self.problems.append(Problem(f"{module}: has factors of an adapter and a saved replacement"))
+                self.problems.append(Problem(f"{module}: has both adapter factors and a saved replacement"))
 
     def setting(self, name: str, default: Any, valid: Callable[[Any], bool], wanted: str) -> Any:
         """A field of the config, checked; `default` is PEFT's own for a config that is without."""
         value = self.config.get(name, default)
         if not valid(value):
-            text = f"{CONFIG}: {name} is {printable(repr(value))}; {wanted} is wanted"
+            text = f"{CONFIG}: {name} is {printable(repr(value))}; expected {wanted}"
             raise UnusableError(text, AGAINST_TENSORS)
         return value
 

@@ -43,7 +43,7 @@ TYPES: Mapping[str, tuple[Callable[[object], bool], str]] = {
 def wrong_fields(config: Mapping[str, Any]) -> dict[str, Problem]:
     """Each field that holds a value of another type, with a sentence that says so."""
     return {
-        name: Problem(f"{CONFIG}: {name} is {printable(repr(config[name]))}; {wanted} is wanted", AGAINST_TENSORS)
+        name: Problem(f"{CONFIG}: {name} is {printable(repr(config[name]))}; expected {wanted}", AGAINST_TENSORS)
         for name, (fits, wanted) in TYPES.items()
         if config.get(name) is not None and not fits(config[name])
     }

@@ -93,7 +93,7 @@ class Reader:
         if "lora_B.bias" in module:
             found |= self.bias(module, update, attention)
         else:
-            module.agree(self.draft.config.get("lora_bias") is not True, "lora_bias is set, and it has no lora_B.bias")
+            module.agree(self.draft.config.get("lora_bias") is not True, "lora_bias is set, but it has no lora_B.bias")
         return found
 
     def tell(self) -> None:
@@ -174,7 +174,9 @@ class Reader:
             for side in "ab"
         )
         valid = type(blocks) is int and blocks >= 1 and not (in_a and in_b)
-        module.agree(valid, f"use_bdlora in {CONFIG} tells no number of blocks, or both factors to be in blocks")
+        module.agree(
+            valid, f"use_bdlora in {CONFIG} gives no number of blocks, or says that both factors are in blocks"
+        )
         for chosen, name, factor in ((in_a, "lora_A", down), (in_b, "lora_B", up)):
             fits = not chosen or factor.shape[0] % blocks == 0
             module.require(fits, f"{name} has {factor.shape[0]} rows, which is not a multiple of {blocks} blocks")
@@ -194,7 +196,7 @@ class Reader:
             )
             up = derived(update.up.shape, formulas.scaled_columns, update.up, diagonal)
             return Residual(replace(update, up=up, turnable=False), residual.MINOR)
-        module.agree("lora_diag" not in module, f"lora_diag is there, and {CONFIG} has no kasa_config")
+        module.agree("lora_diag" not in module, f"lora_diag is present, but {CONFIG} has no kasa_config")
         init = self.draft.config.get("init_lora_weights", True)
         part = PARTS.get(init.lower()) if isinstance(init, str) else None
         return Residual(update, part) if part else update
@@ -203,9 +205,9 @@ class Reader:
         """The update as DoRA applies it, where it is DoRA."""
         dora = self.draft.config.get("use_dora") is True
         if "lora_magnitude_vector" not in module:
-            module.agree(not dora, "use_dora is set, and it has no lora_magnitude_vector")
+            module.agree(not dora, "use_dora is set, but it has no lora_magnitude_vector")
             return update
-        module.agree(dora, f"lora_magnitude_vector is there, and use_dora is not set in {CONFIG}")
+        module.agree(dora, f"lora_magnitude_vector is present, but use_dora is not set in {CONFIG}")
         stored = module.tensor("lora_magnitude_vector", (1, 3, 4, 5))
         count = max(stored.shape)
         by_column = "lora_embedding_A" in module
@@ -218,7 +220,7 @@ class Reader:
 
     def bias(self, module: Module, update: Update, attention: bool) -> dict[str, Update]:
         module.agree(
-            self.draft.config.get("lora_bias") is True, f"lora_B.bias is there, and lora_bias is not set in {CONFIG}"
+            self.draft.config.get("lora_bias") is True, f"lora_B.bias is present, but lora_bias is not set in {CONFIG}"
         )
         if attention:  # PEFT neither applies nor merges it
             self.idle_biases += 1

@@ -74,7 +74,7 @@ def lokr(module: Module, scaling: Scaling) -> Updates:
         (module.tensor(s).shape[0] for s in ("lokr_w1_b", "lokr_w2_b", "lokr_w2_a") if rank_first(module, s)), 0
     )
     ranks = scaling.expected(module.name)
-    module.agree(bool(rank or ranks), f"{CONFIG} has no r, and both factors are whole")
+    module.agree(bool(rank or ranks), f"{CONFIG} has no r, and neither factor is a product")
     return {"weight": Kronecker(left, right, scaling.scale(module.name, rank or next(iter(ranks))))}
 
 

@@ -95,7 +95,7 @@ def parameters_of(draft: Draft, module: str, wrapped: Mapping[int, Module]) -> d
     order = next((row for row in REGISTERED if names <= set(row)), None)
     if len(wrapped) != len(names) or sorted(wrapped) != list(range(len(wrapped))):
         raise UnusableError(
-            f"{printable(module)}: has factors for {len(wrapped)} parameters, {CONFIG} targets {len(names)} of it "
+            f"{printable(module)}: has factors for {len(wrapped)} parameters, but {CONFIG} targets {len(names)} "
             f"({', '.join(map(printable, sorted(names)))})",
             AGAINST_TENSORS,
         )
@@ -152,7 +152,7 @@ def factors_of(module: Module, path: str, scaling: Scaling) -> ExpertFactors:
     if count := packing.expert_count(module.draft.config, parameter):
         rank = a.shape[0] // count
         agrees = a.shape[0] % count == 0 and (not fitting or rank in fitting)
-        module.agree(agrees, f"lora_A has {a.shape[0]} rows, and {CONFIG} says that there are {count} experts")
+        module.agree(agrees, f"lora_A has {a.shape[0]} rows, but {CONFIG} says that there are {count} experts")
         fitting = (rank,)
     alpha = scaling.alpha(path) if scaling.valid else 0.0
     return ExpertFactors(a, b, alpha, scaling.rslora, fitting, packing.is_grouped(module.draft, parameter))

@@ -121,7 +121,7 @@ def read_updates(draft: Draft) -> None:
     draft.place_saved()
     remark(draft)
     if not (draft.updates or draft.problems or draft.unsupported or draft.unused):
-        draft.problems.append(Problem("there is no adapter tensor in it"))
+        draft.problems.append(Problem("it contains no adapter tensors"))
 
 
 def read_saved(path: Path, owner: Adapter) -> Adapter:

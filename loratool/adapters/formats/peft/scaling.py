@@ -50,7 +50,7 @@ class Scaling:
         self.valid = True
         used = set[str]().union(*self.found.values())
         if idle := ", ".join(printable(repr(p)) for p in self.ranks if p not in used):
-            text = f"{CONFIG}: rank_pattern names what no module of the adapter is called: {idle}"
+            text = f"{CONFIG}: patterns in rank_pattern that match no module of the adapter: {idle}"
             draft.problems.append(Problem(text, AGAINST_TENSORS))
         if idle := ", ".join(printable(repr(p)) for p in self.alphas if p not in used):
             draft.notes.append(
@@ -62,7 +62,7 @@ class Scaling:
         """`rank_pattern` or `alpha_pattern`, checked."""
         table = self.draft.config.get(name) or {}
         if not isinstance(table, dict):
-            raise UnusableError(f"{CONFIG}: {name} is no object", AGAINST_TENSORS)
+            raise UnusableError(f"{CONFIG}: {name} is not an object", AGAINST_TENSORS)
         for pattern, value in table.items():
             if not valid(value):
                 raise UnusableError(
@@ -107,7 +107,7 @@ class Scaling:
         ranks = self.expected(path)
         if ranks and rank not in ranks:
             raise UnusableError(
-                f"{printable(path)}: {CONFIG} says r = {next(iter(ranks))}, the tensors have rank {rank}",
+                f"{printable(path)}: {CONFIG} says r = {next(iter(ranks))}, but the tensors have rank {rank}",
                 AGAINST_TENSORS,
             )
         return self.alpha(path) / (math.sqrt(rank) if self.rslora else rank)
