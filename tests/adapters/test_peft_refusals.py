@@ -75,7 +75,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "corda": ({"init_lora_weights": "corda"}, "path_initial_model_for_weight_conversion"),
     "lora_ga": ({"init_lora_weights": "lora_ga"}, "path_initial_model_for_weight_conversion"),
     "loftq": ({"init_lora_weights": "loftq"}, "quantised base"),
-    "'of next year'": ({"init_lora_weights": "of next year"}, "unknown"),
+    "'of next year'": ({"init_lora_weights": "of next year"}, "unknown init_lora_weights"),
     "OF_NEXT_YEAR": ({"peft_type": "OF_NEXT_YEAR"}, "unknown"),
 }
 
@@ -251,7 +251,7 @@ MALFORMED: dict[str, tuple[Tensors, dict[str, Any], str]] = {
     "UNILORA": ({"unilora_indices_A": torch.ones(2, 8, dtype=torch.int64)}, {}, "unilora_theta_d is missing"),
     "WAVEFT": ({"waveft_spectrum": ONES(5)}, {"wavelet_family": "sym4"}, "other than db1 to db10"),
     "SUPERTUNING": ({"supertuning_values": ONES(5)}, {}, "config.save_precomputed_indices = True"),
-    "DEFT": ({"deft_P": ONES(16, 2), "deft_R": ONES(3, 8)}, {}, "of different ranks"),
+    "DEFT": ({"deft_P": ONES(16, 2), "deft_R": ONES(3, 8)}, {}, "have different ranks"),
     "DEFT, of next year": (
         {"deft_P": ONES(16, 2)},
         {"decomposition_method": "svd"},
@@ -267,9 +267,9 @@ MALFORMED: dict[str, tuple[Tensors, dict[str, Any], str]] = {
     "ROAD, of next year": (
         {"road_theta": ONES(8), "road_alpha": ONES(8)},
         {"variant": "road_8"},
-        "'road_8', which is unknown",
+        "unknown variant 'road_8'",
     ),
-    "GLORA": ({"glora_A.Xd": ONES(16, 2), "glora_A.Xu": ONES(3, 8)}, {}, "of different ranks"),
+    "GLORA": ({"glora_A.Xd": ONES(16, 2), "glora_A.Xu": ONES(3, 8)}, {}, "have different ranks"),
     "OSF": (
         {"osf_svd_params.U_low": ONES(16, 2), "osf_svd_params.S_low": ONES(3), "osf_svd_params.V_low": ONES(2, 8)},
         {},
