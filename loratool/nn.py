@@ -83,7 +83,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Make W₀ + s·BA the weight, rounded once. W₀ is kept beside it, so memory for one more weight is taken."""
+        """Make W₀ + s·BA the weight, rounded once. W₀ is kept, so memory for one more weight is used."""
         if self.unmerged is None:
             self.unmerged = self.weight.data
             self.weight.data = (self.unmerged + self.scale * (self.lora_B @ self.lora_A)).to(self.weight.dtype)

@@ -34,24 +34,24 @@ def combine(
     push_progress: Progress | None = None,
     **keywords: Unpack[CombineKeywords],
 ) -> CombineReport:
-    """Write several adapters of one base as one adapter.
+    """Combine several adapters of one base into one.
 
-    A layer that some adapters do not have is combined of those that do. Biases of lora_B add up with the weights;
-    saved modules and token rows are kept where adapters do not differ about them. The result is plain LoRA with α = rank.
-    A weight is a number, or a mapping of numbers by pattern with "default" for the rest. `method` is a key of
+    A layer that some adapters lack is combined from those that have it. Biases of lora_B are summed with the weights;
+    saved modules and token rows are kept if all adapters agree on them. The result is plain LoRA with alpha = rank. A
+    weight is a number, or a mapping of numbers by pattern with "default" for the rest. `method` is a key of
     `loratool.algebra.methods.table.METHODS`.
 
     Args:
-        adapters: folders, or `.safetensors` files with their config beside them.
-        out: the folder to make.
-        progress: called with (layers done, layers in all).
-        push_progress: called with (bytes done, bytes in all) of the upload.
+        adapters: folders, or `.safetensors` files with their config in the same folder.
+        out: the output folder.
+        progress: called with (layers done, total layers).
+        push_progress: called with (bytes done, total bytes) of the upload.
 
     Raises:
-        UsageError: options out of range or at odds with the method.
+        UsageError: options are out of range or do not apply to the method.
         InputError: a malformed adapter, or one that is not low-rank.
-        FitError: adapters of different bases, DoRA, saved values that differ, or nothing but zeros.
-        StorageError: the disk or the file system said no.
+        FitError: the adapters have different bases or saved values, use DoRA, or are all zero.
+        StorageError: a disk or file-system error.
         HubError: the output is complete, but the Hub refused the push.
     """
     options = made_of(CombineAndPushOptions, keywords, "combine")

@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 def compare(
     adapters: Sequence[PathLike], *, progress: Progress | None = None, **keywords: Unpack[CompareKeywords]
 ) -> CompareReport:
-    """Relate every two of some adapters of one base, layer by layer and in all.
+    """Compare each pair of several adapters of one base, layer by layer and in total.
 
     Args:
-        adapters: two or more, folders or `.safetensors` files with their config beside them.
-        progress: called with (layers done, layers in all).
+        adapters: two or more folders, or `.safetensors` files with their config in the same folder.
+        progress: called with (layers done, total layers).
 
     Raises:
         UsageError: fewer than two adapters.
         InputError: a malformed adapter, or one that is not low-rank.
-        FitError: they have no layer in common, or see one in different shapes.
+        FitError: they have no layer in common, or a layer has different shapes.
     """
     return comparing.compare(adapters, made_of(CompareOptions, keywords, "compare"), progress)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def estimate(
     base: PathLike, ranks: int | Sequence[int], targets: str | Iterable[str], *, dtype: str = "float32"
 ) -> Estimate:
-    """What LoRA of each of `ranks` on `targets` of `base` has and takes. No tensor is read.
+    """Estimate the size and training memory of LoRA with each of `ranks` on `targets` of `base`. No tensor is read.
 
     Memory is, for P parameters of b bytes, P·b for the weights, P·b for the gradients and P·8 for AdamW.
 
@@ -27,7 +27,7 @@ def estimate(
             `loratool.bases.decoders`.
         ranks: one rank or several.
         targets: names as PEFT's `target_modules` takes them, each the end of a module's path, separated by commas
-            where they are one text; `all-linear` for every linear layer but the output head.
+            where they are one text; `all-linear` for every linear layer except the output head.
         dtype: of the adapter's parameters, "float32" (as PEFT trains and saves them), "bfloat16" or "float16".
 
     Raises:

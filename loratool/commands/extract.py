@@ -33,26 +33,25 @@ def extract(
     push_progress: Progress | None = None,
     **keywords: Unpack[ExtractKeywords],
 ) -> ExtractReport:
-    """Write the adapter that makes `tuned` of `base`, as nearly as its ranks allow.
+    """Extract an adapter from a fine-tuned model: a low-rank approximation of `tuned` − `base`.
 
-    Every weight's difference M = W_tuned − W_base gets the nearest ΔW = BA of its rank (Eckart and Young 1936), by a
-    randomised sketch that takes M row by row. What is no matrix, or changed its shape, is saved whole. The rank "auto"
-    keeps the singular values that rounding to the storage dtype cannot have made, up to `max_rank`.
+    Each difference M = W_tuned − W_base is approximated by the best ΔW = BA of its rank (Eckart and Young 1936), using
+    a randomised sketch that reads M row by row. Tensors that are not matrices, or whose shape changed, are saved whole.
+    The rank "auto" keeps the singular values that rounding to the storage dtype cannot explain, up to `max_rank`.
 
     Args:
-        base: the model before, a folder or a file.
-        tuned: the model after; its files and dtypes may be others.
-        out: the folder to make.
-        progress: called with (layers done, layers in all).
-        push_progress: called with (bytes done, bytes in all) of the upload.
+        base: the model before fine-tuning, a folder or a file.
+        tuned: the model after fine-tuning; it may be sharded differently and have other dtypes.
+        out: the output folder.
+        progress: called with (layers done, total layers).
+        push_progress: called with (bytes done, total bytes) of the upload.
 
     Raises:
-        UsageError: a number out of range, a pattern that is none or matches nothing.
+        UsageError: a number is out of range, or a pattern is invalid or matches nothing.
         InputError: a malformed checkpoint, an adapter, or values that are NaN or infinite.
-        FitError: nothing in common, nothing differs, nothing tells how a matrix is stored, or the dtype cannot hold
-            the factors.
-        StorageError: the disk or the file system said no.
-        HubError: the output is complete, but the Hub refused the push.
+        FitError: the models have nothing in common or are identical, the orientation of a matrix is unknown, or the
+        factors overflow the dtype. StorageError: a disk or file-system error. HubError: the output is complete, but the
+        Hub refused the push.
     """
     options = made_of(ExtractAndPushOptions, keywords, "extract")
     return with_push(extracting.extract, (base, tuned, out), options, progress, push_progress)

@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 @keyword_options(InspectOptions)
 def inspect(path: PathLike, *, progress: Progress | None = None, **keywords: Unpack[InspectKeywords]) -> Facts:
-    """Describe the adapter or checkpoint at `path`. Without `values` and `check` no tensor is read.
+    """Describe the adapter or checkpoint at `path`. Tensors are read only with `values` or `check`.
 
-    With `check` what is malformed is told as findings, and nothing raised. `loratool.measuring.modules` says what `values`
-    measures; with a `base`, also how much of each weight changes.
+    With `check`, malformed inputs are reported as findings instead of raising. `loratool.measuring.modules` describes
+    what `values` measures; with a `base`, also how much of each weight changes.
 
     Args:
         path: a folder, a `.safetensors` file, or the index of a checkpoint.
-        progress: called with (modules measured, modules in all).
+        progress: called with (modules measured, total modules).
 
     Raises:
-        UsageError: a base and the config of one.
+        UsageError: both a base and a base config are given.
         InputError: neither an adapter nor a checkpoint, or a malformed one.
         FitError: the adapter does not fit the base.
     """

@@ -60,22 +60,22 @@ def merge(
 ) -> MergeReport:
     """Write W' = W + Σ weight · ΔW as a complete model folder `out`, shard by shard.
 
-    Each tensor is accumulated in float32 (a float64 base in float64) and rounded once to its own dtype. An interrupted
-    merge is continued by the same call.
+    Each tensor is accumulated in float32 (a float64 base in float64) and rounded once to its own dtype. To continue an
+    interrupted merge, make the same call again.
 
     Args:
         base: a model folder or one `.safetensors` file.
-        adapters: one adapter or several, each a folder. None where `base` is an adapter, which names its base, or a model
-            that was saved with its adapter unmerged.
-        out: the folder to make.
-        progress: called with (bytes done, bytes in all), from any thread, one call at a time.
+        adapters: one or more adapter folders. Pass none if `base` is an adapter, which names its base, or a model saved
+            with its adapter unmerged.
+        out: the output folder.
+        progress: called with (bytes done, total bytes), from any thread, one call at a time.
         push_progress: the same for the upload.
 
     Raises:
-        UsageError: the arguments contradict each other, or `out` is there or inside an input.
-        InputError: a file is malformed or of an unsupported kind, or changed during the merge.
-        FitError: an adapter does not fit, is not used whole, overflows the dtype or changes nothing.
-        StorageError: the disk or the file system said no.
+        UsageError: the arguments contradict each other, or `out` exists or is inside an input.
+        InputError: a file is malformed, is not supported, or changed during the merge.
+        FitError: an adapter does not fit, cannot be merged completely, overflows the dtype or changes nothing.
+        StorageError: a disk or file-system error.
         HubError: the output is complete, but the Hub refused the push.
     """
     options = made_of(MergeAndPushOptions, keywords, "merge")
@@ -86,7 +86,7 @@ def merge(
 def plan(
     base: PathLike, adapters: Sequence[PathLike] | PathLike, out: PathLike, **keywords: Unpack[WholePlanKeywords]
 ) -> MergePlan:
-    """What `merge` with the same arguments would do; nothing is touched.
+    """What `merge` with the same arguments would do; nothing is written.
 
     Args:
         base: as for `merge`.
@@ -101,7 +101,7 @@ def plan(
 
 @keyword_options(PlanOptions)
 def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], **keywords: Unpack[PlanKeywords]) -> MergePlan:
-    """Plan `base` + Σ weight · adapter for a checkpoint and adapters that were read already.
+    """Plan `base` + Σ weight · adapter for a checkpoint and adapters that are already open.
 
     Args:
         base: the model to merge into, from `open_checkpoint`.
@@ -110,7 +110,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], **keywords: Unpack
     Raises:
         UsageError: the options contradict each other.
         InputError: an adapter uses a feature, or the base a dtype, that is not supported.
-        FitError: an adapter tensor has no place in the base, or two claim one place.
+        FitError: an adapter tensor matches no weight of the base, or two match the same one.
     """
     return planning.plan_merge(base, adapters, made_of(PlanOptions, keywords, "plan_merge"))
 
@@ -133,7 +133,7 @@ def stream(
         base: a model on the Hub, or a local one; "auto" for the one that the adapters name.
         adapters: one adapter or several.
         repo: `org/name` of the repository to make, or `name` for the account of the token.
-        progress: called with (bytes done, bytes in all).
+        progress: called with (bytes done, total bytes).
 
     Raises:
         UsageError: the arguments contradict each other, or the repository holds a model.

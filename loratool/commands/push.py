@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 def push(
     path: PathLike, repo: str, *, progress: Progress | None = None, **keywords: Unpack[PushKeywords]
 ) -> PushReport:
-    """Upload a finished model or adapter to the Hub in one commit, and check what is there afterwards.
+    """Upload a finished model or adapter to the Hub in one commit, then verify the uploaded files.
 
-    A folder that loratool made is compared with its `loratool.json` first. Only what a model or an adapter is made of is
-    sent, and of that only what the repository has not. The same call after an interruption continues with the files that
-    have not arrived. The token is the one of `hf auth login` or HF_TOKEN.
+    A folder that loratool made is first checked against its `loratool.json`. Only the files of the model or adapter are
+    uploaded, and only those that the repository lacks. After an interruption, the same call uploads the remaining
+    files. The token comes from `hf auth login` or HF_TOKEN.
 
     Args:
         path: the folder.
-        repo: `org/name`, or `name` for the account of the token. It is made where it is missing.
-        progress: called with (bytes done, bytes in all).
+        repo: `org/name`, or `name` for the account of the token. It is created if missing.
+        progress: called with (bytes done, total bytes).
 
     Raises:
-        UsageError: `path` is no folder, or what makes it a model is excluded.
+        UsageError: `path` is not a folder, or a file that the model needs is excluded.
         InputError: it is neither a model nor an adapter, is unfinished, or a file holds a secret.
-        HubError: no token, no right, refused, or out of reach.
-        VerificationError: the folder is not what loratool wrote, or what arrived is not what was sent.
+        HubError: there is no token, or the Hub is unreachable or refused the upload.
+        VerificationError: the folder differs from what loratool wrote, or the uploaded files from the local ones.
     """
     return pushing.push(path, repo, made_of(PushOptions, keywords, "push"), progress)

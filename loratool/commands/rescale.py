@@ -32,23 +32,23 @@ def rescale(
     push_progress: Progress | None = None,
     **keywords: Unpack[RescaleKeywords],
 ) -> RescaleReport:
-    """Write the adapter at another strength.
+    """Write a copy of the adapter with a different scaling.
 
-    Without `bake` no tensor changes: α is multiplied, and α patterns with it. At most one of `scale`, `alpha`,
-    `frobenius` and `spectral` is given; `match` multiplies what they make of a module: a mapping, or `REGEX=FACTOR` each.
-    A pattern is looked for anywhere in a module's name, and the first that is found counts.
+    Without `bake` no tensor changes: only alpha and alpha_pattern are multiplied. Pass at most one of `scale`, `alpha`,
+    `frobenius` and `spectral`; `match` multiplies their result for each module by a factor: a mapping, or a
+    `REGEX=FACTOR` each. A pattern may match anywhere in a module's name, and the first match counts.
 
     Args:
-        adapter: a folder, or a `.safetensors` file with its config beside it.
-        out: the folder to make.
-        progress: called with (layers done, layers in all).
-        push_progress: called with (bytes done, bytes in all) of the upload.
+        adapter: a folder, or a `.safetensors` file with its config in the same folder.
+        out: the output folder.
+        progress: called with (layers done, total layers).
+        push_progress: called with (bytes done, total bytes) of the upload.
 
     Raises:
-        UsageError: nothing is asked for, too much, or a number out of range.
+        UsageError: no change or conflicting changes are requested, or a number is out of range.
         InputError: a malformed adapter, or one without a scale.
-        FitError: a norm is asked for and an update is zero, or the dtype cannot hold the factors.
-        StorageError: the disk or the file system said no.
+        FitError: a norm is requested but an update is zero, or the factors overflow the dtype.
+        StorageError: a disk or file-system error.
         HubError: the output is complete, but the Hub refused the push.
     """
     options = made_of(RescaleAndPushOptions, keywords, "rescale")

@@ -32,24 +32,25 @@ def resize(
     push_progress: Progress | None = None,
     **keywords: Unpack[ResizeKeywords],
 ) -> ResizeReport:
-    """Write the adapter at other ranks: for each layer the nearest update of its new rank (Eckart and Young 1936).
+    """Write a copy of the adapter with different ranks: each layer gets the best approximation of its new rank (Eckart
+    and Young 1936).
 
-    One of `rank`, `energy`, `error`, `ratio` and `budget` is given. What stands beside the factors, such as saved
-    modules, is carried over. α becomes the rank, so that the scale is 1; singular values are shared by both factors.
-    `layer_weights` is a mapping with patterns as in `rank_pattern`, or a JSON file of one. A `calibration` holds an (r, r)
-    matrix for each module.
+    Pass one of `rank`, `energy`, `error`, `ratio` and `budget`. Tensors other than the factors, such as saved modules,
+    are copied. Alpha becomes the rank, so the scaling is 1; the singular values are split evenly between both factors.
+    `layer_weights` is a mapping with patterns as in `rank_pattern`, or a JSON file of one. A `calibration` holds an (r,
+    r) matrix for each module.
 
     Args:
-        adapter: a folder, or a `.safetensors` file with its config beside it.
-        out: the folder to make.
-        progress: called with (layers done, layers in all).
-        push_progress: called with (bytes done, bytes in all) of the upload.
+        adapter: a folder, or a `.safetensors` file with its config in the same folder.
+        out: the output folder.
+        progress: called with (layers done, total layers).
+        push_progress: called with (bytes done, total bytes) of the upload.
 
     Raises:
-        UsageError: no rule or several, or a number out of range.
+        UsageError: not exactly one rule is given, or a number is out of range.
         InputError: a malformed adapter, one that is not low-rank, or a calibration that does not fit it.
-        FitError: every update is zero, or the dtype cannot hold the factors.
-        StorageError: the disk or the file system said no.
+        FitError: every update is zero, or the factors overflow the dtype.
+        StorageError: a disk or file-system error.
         HubError: the output is complete, but the Hub refused the push.
     """
     options = made_of(ResizeAndPushOptions, keywords, "resize")

@@ -174,7 +174,7 @@ def refusal(error: Any, repo: str, revision: str | None) -> str:
     said = without_tokens(printable(error.server_message or ""))
     match error:
         case errors.GatedRepoError():
-            return f"is gated; request access at {page}, then log in with `hf auth login` as a user who has it"
+            return f"is gated; request access at {page}, then log in with `hf auth login`"
         case errors.DisabledRepoError():
             return f"is disabled by the Hub; {page} says why"
         case errors.RepositoryNotFoundError():
@@ -190,7 +190,7 @@ def refusal(error: Any, repo: str, revision: str | None) -> str:
         case 401:
             return "the token is not valid; run `hf auth login`, or correct HF_TOKEN"
         case 403 if error.response.request.method in ("GET", "HEAD"):
-            return f"you may not read it ({said or 'forbidden'}); log in with `hf auth login` as a user who may"
+            return f"you may not read it ({said or 'forbidden'}); log in with `hf auth login` as a user with access"
         case 403:
             return f"the token may not do this ({said or 'forbidden'}); log in with one that has write access"
         case 413:

@@ -223,7 +223,7 @@ def staged(out: Path, wanted: Journal, needed: int, replaced: FileNames | None) 
     An interrupt keeps the finished shards for the next run of the same work; any other failure leaves nothing of ours.
 
     Args:
-        out: the folder to make.
+        out: the output folder.
         wanted: what is to be made: its fingerprint, its inputs, and as many of its files as are known.
         needed: bytes of the whole output.
         replaced: the files of what is at `out` and goes, by name; None where nothing may be there.

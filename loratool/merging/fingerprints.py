@@ -139,7 +139,7 @@ def described(node: object, roles: dict[Path, str]) -> Any:
         return [type(node).__name__, dict(told_fields(node, roles))]
     if callable(node) and hasattr(node, "__qualname__"):
         return of_function(node, roles)
-    raise TypeError(f"{type(node).__name__} has no place in a fingerprint")
+    raise TypeError(f"{type(node).__name__} cannot be part of a fingerprint")
 
 
 def told_fields(node: object, roles: dict[Path, str]) -> Iterator[tuple[str, Any]]:

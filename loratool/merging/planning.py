@@ -86,7 +86,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptio
     Raises:
         UsageError: the options contradict each other.
         InputError: an adapter uses a feature, or the base a dtype, that is not supported.
-        FitError: an adapter tensor has no place in the base, or two claim one place.
+        FitError: an adapter tensor matches no weight of the base, or two match the same one.
     """
     strengths = strengths_of(adapters, options.weights)
     binder = partial(bind, maps=options.maps, fan_in_fan_out=options.fan_in_fan_out)

@@ -178,7 +178,7 @@ def several(values: Any) -> str:
 
 
 def share(part: int, whole: int) -> str:
-    return f"−{100 * (1 - part / whole):.0f} %" if whole and part < whole else "as it is"
+    return f"−{100 * (1 - part / whole):.0f} %" if whole and part < whole else "unchanged"
 
 
 def module_data(modules: Sequence[Measured]) -> list[dict[str, Any]]:

@@ -43,10 +43,10 @@ FOREIGN = (
 
 
 def read_adapter(path: str | Path, reading: Reading = AS_STORED) -> Adapter:
-    """The adapter at `path`: a folder, or a `.safetensors` file with its config beside it.
+    """Read the adapter at `path`: a folder, or a `.safetensors` file with its config in the same folder.
 
-    Reads headers and configs only; `reading` is what the caller says that these do not. Raises `InputError` when the path holds no adapter, a malformed
-    one, or one of a format that is not read.
+    Reads headers and configs only; `reading` supplies what these do not record. Raises `InputError` if the path
+    contains no adapter, a malformed one, or one in a format that is not supported.
     """
     location = Path(path)
     refuse_foreign(location)

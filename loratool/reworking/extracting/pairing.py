@@ -405,7 +405,7 @@ class Sorter:
         for name, (one, two) in self.pairs.items():
             both = one and two and one.shape == two.shape and {one.info.dtype, two.info.dtype} <= set(FLOAT_NAMES)
             if is_expert(name) and name not in self.found.changes and both:
-                assert two, "both are there"
+                assert two, "both exist"
                 if change := self.change(name, two, two, same=True):
                     self.found.changes[name] = change
 

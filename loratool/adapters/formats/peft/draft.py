@@ -199,7 +199,7 @@ class Draft:
         if dimensions and (len(info.shape) not in dimensions or 0 in info.shape):
             wanted = " or ".join(str(count) for count in sorted(dimensions))
             raise UnusableError(
-                f"{printable(name)}: is {list(info.shape)}; wanted are {wanted} dimensions ({SHARDED})", UNGATHERED
+                f"{printable(name)}: is {list(info.shape)}; expected {wanted} dimensions ({SHARDED})", UNGATHERED
             )
         home = self.file.home(name)
         return StoredTensor(home, home.tensors[name])

@@ -101,8 +101,9 @@ def parameters_of(draft: Draft, module: str, wrapped: Mapping[int, Module]) -> d
         )
     if len(names) > 1 and order is None:
         raise UnusableError(
-            f"{printable(module)}: cannot tell which factors belong to {', '.join(map(printable, sorted(names)))}; "
-            "recognised are modules with " + ", with ".join("/".join(row) for row in REGISTERED)
+            f"{printable(module)}: cannot determine which factors belong to "
+            f"{', '.join(map(printable, sorted(names)))}; recognised are modules with "
+            + ", with ".join("/".join(row) for row in REGISTERED)
         )
     in_order = sorted(names, key=order.index) if order else list(names)
     return {name: wrapped[depth] for name, depth in zip(in_order, sorted(wrapped, reverse=True), strict=True)}
