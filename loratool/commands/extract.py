@@ -50,8 +50,9 @@ def extract(
         UsageError: a number is out of range, or a pattern is invalid or matches nothing.
         InputError: a malformed checkpoint, an adapter, or values that are NaN or infinite.
         FitError: the models have nothing in common or are identical, the orientation of a matrix is unknown, or the
-        factors overflow the dtype. StorageError: a disk or file-system error. HubError: the output is complete, but the
-        Hub refused the push.
+            factors overflow the dtype.
+        StorageError: a disk or file-system error.
+        HubError: the output is complete, but the Hub refused the push.
     """
     options = made_of(ExtractAndPushOptions, keywords, "extract")
     return with_push(extracting.extract, (base, tuned, out), options, progress, push_progress)
