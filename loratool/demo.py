@@ -84,7 +84,7 @@ def clear(home: Path, overwrite: bool) -> None:
         raise UsageError(f"{printable(home)}: contains files that no demo wrote; choose another folder")
     for path in home.iterdir():
         if path.is_symlink() or not path.is_dir():
-            raise UsageError(f"{printable(path)}: is no folder that a demo made; give another folder")
+            raise UsageError(f"{printable(path)}: was not made by a demo; choose another folder")
         replaceable_files(path, printable(path), OUTPUT_FILES)
     for path in home.iterdir():
         shutil.rmtree(path)

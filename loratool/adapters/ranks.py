@@ -221,9 +221,7 @@ def by_pattern(table: Mapping[str, float], layers: Mapping[str, Layer], what: st
     except ValueError as error:
         raise UsageError(f"{what}: {error}") from None
     if idle := set(table) - set[str]().union(*matching.values()):
-        raise UsageError(
-            f"{what}: no adapted module is called what these patterns say: {', '.join(sorted(map(printable, idle)))}"
-        )
+        raise UsageError(f"{what}: patterns that match no adapted module: {', '.join(sorted(map(printable, idle)))}")
     return {
         target: next(value for pattern, value in table.items() if pattern in matching[module])
         for target, module in modules.items()

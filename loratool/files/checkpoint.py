@@ -179,7 +179,7 @@ def choose_shards(root: Path, names: list[str], notes: list[Note], is_adapter: C
     ]
     if not shards:
         if is_adapter(root):
-            raise InputError(f"{printable(root)}: this is an adapter; BASE is the model it was trained on")
+            raise InputError(f"{printable(root)}: this is an adapter; BASE must be the model it was trained on")
         if told := sharded_folder(root):
             raise InputError(f"{printable(root)}: contains not a .safetensors file; {told}")
         for name in names:

@@ -29,7 +29,7 @@ def check_target(out: Path, inputs: Sequence[Path], replaced: FileNames | None, 
     """`out` as it will be written, after every check that can be made before any work. Nothing is changed.
 
     Args:
-        out: the folder to make.
+        out: the output folder.
         inputs: what it must keep away from.
         replaced: the files that a folder of that name may hold and be replaced; None where it may not be there.
         config: for an adapter, the file that another folder must have to be replaced by it.
@@ -83,7 +83,7 @@ def check_place(out: Path, shown: str, replaced: FileNames | None, config: str) 
             )
         return
     if not out.is_dir():
-        raise UsageError(f"{shown} exists and is not a folder; give another OUT")
+        raise UsageError(f"{shown} exists and is not a folder; choose another OUT")
     if replaced is None:
         raise UsageError(f"{shown} already exists; pass --overwrite to replace it")
     names = replaceable_files(out, shown, replaced)
@@ -114,7 +114,9 @@ def replaceable_files(folder: Path, shown: str, known: FileNames) -> list[str]:
             (f"{printable(path)}: {why}" for path, why in sorted(odd.items())),
         )
     if files and not recorded and not any(map(known.are_weights, files)):
-        raise UsageError(f"{printable(folder)} holds no model, so --overwrite does not replace it; remove it yourself")
+        raise UsageError(
+            f"{printable(folder)} contains no model, so --overwrite does not replace it; remove it yourself"
+        )
     return files
 
 

@@ -191,7 +191,9 @@ class Stage:
         )  # what others put into it meanwhile is not published
         if os.path.lexists(self.out):
             if replaced is None:
-                raise UsageError(f"{printable(self.out)}: appeared while it was being made, and is left as it is")
+                raise UsageError(
+                    f"{printable(self.out)}: was created by something else in the meantime, and is left unchanged"
+                )
             # once swapped, the stage holds the old output: nothing in it may pass for a finished shard
             self.note("replaces", replaceable_files(self.out, printable(self.out), replaced))
             exchange(self.folder, self.out, self.home / REPLACED)

@@ -43,9 +43,7 @@ class RunOptions(DeviceOption):
         kind=Number(whole=True, low=1, high=1024),
         recorded=False,
     )
-    max_memory: int | None = option(
-        help="Resident memory to stay under, such as 400MB.", kind=Size("MB"), recorded=False
-    )
+    max_memory: int | None = option(help="Limit on resident memory, such as 400MB.", kind=Size("MB"), recorded=False)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def compare(adapters: Sequence[PathLike], options: CompareOptions, progress: Pro
     ways = options.readings(len(adapters))
     paths = [local(path, "adapter") for path in adapters]
     if len(paths) < 2:
-        raise UsageError("two adapters or more are compared")
+        raise UsageError("compare needs at least two adapters")
     sources = contents_apart(paths, ways, "compare")
     layers = align_layers(sources, [1.0] * len(sources))
     if not any(len(found) > 1 for found in layers.values()):
