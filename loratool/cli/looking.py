@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("paths", type=OPERAND, nargs=-1, required=True, metavar="PATH...")
 @click_options(InspectOptions)
-@click.option("--html", type=PATH, metavar="FILE", help="Write one page with figures; measures as --values does.")
-@click.option("--overwrite", is_flag=True, help="Replace FILE where it is a page made by inspect.")
+@click.option("--html", type=PATH, metavar="FILE", help="Write an HTML report with figures; implies --values.")
+@click.option("--overwrite", is_flag=True, help="Replace FILE if it was written by inspect --html.")
 @output_options
 def inspect(
     paths: tuple[Path, ...], html: Path | None, overwrite: bool, options: InspectOptions, screen: Screen

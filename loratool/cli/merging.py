@@ -80,7 +80,7 @@ def merge(
     if out is None:
         raise missing("out")
     if options.card:
-        raise UsageError("--card goes with --stream; `loratool push --card` has it too")
+        raise UsageError("--card needs --stream; without it, run `loratool push --card`")
     from loratool.merging.merge import merge, prepare
 
     if options.dry_run:

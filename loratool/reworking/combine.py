@@ -90,7 +90,7 @@ def refuse(sources: Sequence[Contents], layers: Mapping[str, Sequence[Share]], c
                 "extract` to get plain LoRA from the result"
             )
     if combination.method == "model_stock" and any(share.weight != 1 for found in layers.values() for share in found):
-        raise UsageError("model_stock is the mean of runs of one task and takes no weights")
+        raise UsageError("model_stock averages runs of one task and takes no weights")
     if combination.divides:
         sums = {t: cancel([share.weight for share in f]) for t, f in layers.items()}
         if cancelling := [t for t, f in layers.items() if sums[t] and (len(f) > 1 or f[0].weight)]:
@@ -101,7 +101,8 @@ def refuse(sources: Sequence[Contents], layers: Mapping[str, Sequence[Share]], c
         uneven = [t for t, found in layers.items() if len({share.layer.rank for share in found}) > 1]
         if uneven:
             raise FitError(
-                f"{combination.method} adds A to A and B to B, which takes equal ranks; --method linear takes any:",
+                f"{combination.method} adds A to A and B to B, which needs equal ranks; --method linear takes any "
+                "ranks:",
                 (f"{printable(t)}: ranks {', '.join(str(share.layer.rank) for share in layers[t])}" for t in uneven),
             )
 
