@@ -15,7 +15,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -97,16 +97,17 @@ def stream(
     with ExitStack() as stack:
         home = Path.cwd() / f"{Path(repo).name or 'merged'}.streaming"
         check_stage(home)
-        if options.dry_run:  # which makes nothing in the working directory
-            home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loratool-"))) / home.name
-        stage = stack.enter_context(workplace(home))
-        source = stack.enter_context(opened(chosen_base(base, paths), stage.place_for))
+        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loratool-")))
+        draft = stack.enter_context(workplace(temporary / home.name))
+        # a dry run, or one that is refused, makes nothing in the working directory
+        stage = cache(lambda: draft if options.dry_run else stack.enter_context(workplace(home)))
+        source = stack.enter_context(opened(chosen_base(base, paths), lambda name: stage().place_for(name)))
         plan = planned(source.checkpoint, read_all(paths, ways), options)
         check_values(plan)
         told = f"{repeated(plan, paths, options, out=False)} --stream --push-to-hub {repo}"
-        others = partial(small_files, stage, plan, repo=repo, options=options)
+        others = partial(small_files, plan, repo=repo, options=options)
         headers = [Upload(shard.name, content=shard.layout.header) for shard in plan.shards]
-        early = [*others(table={"command": told}), *headers]  # a secret is found before anything is sent
+        early = [*others(draft, {"command": told}), *headers]  # a secret is found before anything is sent
         notes = [*plan.notes, *check_secrets(plan.base.name, early, options.allow_secret)]
         digests = [adapter.digests() for adapter in plan.adapters]
         check_space(Path.cwd(), most_on_disk(plan, plan.shards))
@@ -117,7 +118,7 @@ def stream(
         choose_resources(plan.spans, runtime.result().devices, workers, max_memory, resident_memory())
         private = open_repo(repo, options.public, options.revision, notes)[1]
         name = fingerprint(plan, source, digests, options.device)
-        there = Repository(repo, options.revision, plan, name, stage)
+        there = Repository(repo, options.revision, plan, name, stage())
         done = there.begin(options.overwrite)
         effects: tuple[AdapterEffect, ...] = ()
         resumed = tuple(sorted(there.finished))
@@ -125,7 +126,7 @@ def stream(
             engine = Engine(plan, there, runtime, workers, max_memory, progress)
             merged = make_weights(engine, digests, told, f"{printable(repo)}: not completed, {NOTHING}; {COPIES}")
             notes, effects = [*notes, *merged.notes], merged.effects
-            last = others(table=merged.table | {"plan": name})
+            last = others(there.stage, merged.table | {"plan": name})
             done = there.end(last, options.message or "Merge with loratool")
         return replace(
             report,
@@ -184,7 +185,7 @@ def fingerprint(plan: MergePlan, source: BaseFiles, digests: Sequence[Mapping[st
 
 
 def small_files(
-    stage: Stage, plan: MergePlan, table: Mapping[str, Any], repo: str, options: StreamOptions
+    plan: MergePlan, stage: Stage, table: Mapping[str, Any], repo: str, options: StreamOptions
 ) -> list[Upload]:
     """Everything but the weights, made in the stage, where nothing else is left: config, index, tokenizer, card, record."""
     stage.clear(but={MODEL})
