@@ -128,6 +128,7 @@ def run_command(arguments: list[str], verbose: bool) -> int:
         return error.exit_code
     except click.ClickException as error:
         text = StringIO()
+        error.message = printable(error.message)  # which may repeat a word with line breaks
         error.show(text)
         complain(text.getvalue().removesuffix("\n"))
         return failed(arguments, UsageError(error.format_message()))
