@@ -12,11 +12,13 @@ import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, deserialize, safe_open
 from torch import Tensor
 
 PREFIX = "base_model.model."
@@ -227,3 +229,13 @@ def picture(folder: Path) -> dict[str, tuple[int, int, bytes]]:
         )
         for path in sorted(folder.rglob("*"))
     }
+
+
+def needs_dtypes(*dtypes: str) -> None:
+    """Skip a test where the safetensors package is of a release that does not know one of these dtypes."""
+    for dtype in dtypes:
+        header = json.dumps({"x": {"dtype": dtype, "shape": [0], "data_offsets": [0, 0]}}).encode()
+        try:
+            deserialize(len(header).to_bytes(8, "little") + header)
+        except SafetensorError:
+            pytest.skip(f"safetensors {version('safetensors')} does not know {dtype}")

@@ -27,6 +27,7 @@ from oracle import (
     header,
     header_bytes,
     nearest,
+    needs_dtypes,
     picture,
     raw_tensors,
     read_tensors,
@@ -154,6 +155,7 @@ def odd(tmp_path: Path) -> Path:
         '"packed", "nothing","codes","fp8","fp8.e5m2" ,"scales","counts","größe","half"}     '
     )
     write_raw(tmp_path / "odd.safetensors", ODD, table)
+    needs_dtypes(*{dtype for _, dtype, *_ in ODD})
     with safe_open(tmp_path / "odd.safetensors", "np") as file:
         assert set(file.keys()) == {name for name, *_ in ODD}, "the safetensors package takes the file for sound"
     return tmp_path / "odd.safetensors"
