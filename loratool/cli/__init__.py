@@ -128,9 +128,9 @@ def run_command(arguments: list[str], verbose: bool) -> int:
         return error.exit_code
     except click.ClickException as error:
         text = StringIO()
-        error.message = printable(error.message)  # which may repeat a word with line breaks
         error.show(text)
-        complain(text.getvalue().removesuffix("\n"))
+        # the message may repeat a word with line breaks
+        complain(text.getvalue().replace(error.message, printable(error.message)).removesuffix("\n"))
         return failed(arguments, UsageError(error.format_message()))
     except LoratoolError as error:
         complain(f"Error: {error}")
