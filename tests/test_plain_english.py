@@ -1,7 +1,7 @@
 """What a person reads is said as an English-speaking engineer would say it: no phrase that reads as if translated.
 
 Read are the sentences of `loratool/` (messages, notes, help, cards, results), the docstrings of its public functions,
-classes and commands, and the text of README.md and the pages under `docs/`, without code.
+classes and commands, and the text of the pages, without code. The changelog keeps the words of its releases.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+NAMES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md", "fixtures/README.md")
+PAGES = (*(ROOT / name for name in NAMES), *sorted((ROOT / "docs").rglob("*.md")))
 SOURCES = sorted((ROOT / "loratool").rglob("*.py"))
 CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 
