@@ -407,7 +407,7 @@ def test_factors_that_do_not_fit_each_other_are_refused(trained: Net, tmp_path: 
 def test_an_adapter_that_is_more_than_lora_is_refused(more: dict[str, Any], tmp_path: Path) -> None:
     model = get_peft_model(Net(), LoraConfig(r=2, target_modules=["q_proj"], **more))
     model.save_pretrained(str(tmp_path))
-    with pytest.raises(InputError, match="more than LoRA of linear layers"):
+    with pytest.raises(InputError, match="more than LoRA on linear layers"):
         load_adapter(Net(), tmp_path)
 
 

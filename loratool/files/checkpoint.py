@@ -285,8 +285,8 @@ def check_any(index: Path, root: Path, names: Sequence[str]) -> None:
     if names and not any(os.path.lexists(root / name) for name in names):
         few = ", ".join(map(printable, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         raise InputError(
-            f"{printable(index)}: the index is here but none of its weight files ({few}); download or copy them into "
-            "this folder"
+            f"{printable(index)}: found the index but not its weight files (no such file: {few}); download or copy "
+            "them into this folder"
         )
 
 

@@ -131,7 +131,7 @@ def read_json(
     """The JSON object in a file; everything that is wrong with it is an `InputError`, which holds none of its text."""
     raw = read_bounded(path, largest)
     if not raw.strip():
-        raise InputError(f"{printable(path)}: the file is empty; expected JSON")
+        raise InputError(f"{printable(path)}: the file is empty, which is not valid JSON")
     try:
         return json_object(raw, repeated=repeated, lenient=lenient)
     except ValueError as error:

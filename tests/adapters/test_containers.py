@@ -157,7 +157,7 @@ def test_the_line_that_converts_a_pickled_adapter_works(
     stored = load_file(bench.adapter / ADAPTER)
     path = spoil_adapter(bench).with_suffix(f".{end}")
     torch.save(shape(stored), path)
-    follow(bench.refuses_to_merge("never loaded").err, bench.adapter, monkeypatch)
+    follow(bench.refuses_to_merge("never loads").err, bench.adapter, monkeypatch)
     check_is_merged(bench.merges()[0])
 
 
@@ -232,7 +232,7 @@ def test_the_line_that_converts_a_pickled_model_works(bench: Workbench, monkeypa
     stored = load_file(model / MODEL)
     (model / MODEL).unlink()
     torch.save(stored, model / "pytorch_model.bin")
-    told = bench.refuses("merge", model, bench.adapter, "-o", bench.out, told=["never loaded"]).err
+    told = bench.refuses("merge", model, bench.adapter, "-o", bench.out, told=["never loads"]).err
     follow(told, model, monkeypatch)
     found = load_file(model / "converted" / MODEL)
     assert all(torch.equal(found[name], tensor) for name, tensor in stored.items())

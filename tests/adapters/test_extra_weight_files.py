@@ -267,7 +267,7 @@ def test_what_cannot_be_loaded_along_is_refused(bench: Workbench, kind: str) -> 
     """A pickle with the command that converts it, a name of no file, and a second adapter that is called a file."""
     if kind == "torch_pickle":
         torch_pickle(bench.adapter)
-        bench.refuses_to_merge("never loaded", "python -c", code=3, options=["--also-load", "non_lora_trainables.bin"])
+        bench.refuses_to_merge("never loads", "python -c", code=3, options=["--also-load", "non_lora_trainables.bin"])
     elif kind == "missing":
         bench.refuses_to_merge("nothing.safetensors", code=2, options=["--also-load", "nothing.safetensors"])
     else:

@@ -118,7 +118,7 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Tensors], Tensors] | None, dict[str, A
     ),
     "lora_bias without biases": (None, {"lora_bias": True}, "lora_bias is set, but it has no lora_B.bias"),
     "biases without lora_bias": (added(lora_B__bias=ONES(16)), {}, "lora_bias is not set"),
-    "a bias of another size": (added(lora_B__bias=ONES(4)), {"lora_bias": True}, "4 values for 16 rows"),
+    "a bias of another size": (added(lora_B__bias=ONES(4)), {"lora_bias": True}, "4 values; expected 16"),
     "KaSA without its diagonal": (None, {"kasa_config": {}}, "linear: lora_diag is missing"),
     "a diagonal without KaSA": (added(lora_diag=ONES(2)), {}, "has no kasa_config"),
     "a diagonal of another rank": (added(lora_diag=ONES(5)), {"kasa_config": {}}, "5 values for rank 2"),
@@ -126,7 +126,7 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Tensors], Tensors] | None, dict[str, A
     "tensors of another method": (
         added(hada_w1_a=ONES(2, 2)),
         {},
-        "a tensor of LOHA, while adapter_config.json says LORA",
+        "a tensor of LOHA, but adapter_config.json says LORA",
     ),
     "tensors of AdaLoRA": (added(lora_E=ONES(2, 1)), {}, "a tensor of ADALORA"),
     "a module saved whole and adapted": (
@@ -181,7 +181,7 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Tensors], Tensors] | None, dict[str, A
     "token rows of another number": (
         added(token_adapter__trainable_tokens_delta=ONES(2, 8)),
         {"trainable_token_indices": [1, 2, 3]},
-        "names 3 tokens, 2 rows are stored",
+        "lists 3 tokens, but 2 rows are stored",
     ),
     "a token twice": (
         added(token_adapter__trainable_tokens_delta=ONES(2, 8)),
@@ -211,7 +211,7 @@ MALFORMED: dict[str, tuple[Tensors, dict[str, Any], str]] = {
     "ADALORA, all pruned": (
         {"lora_A": ONES(0, 8), "lora_B": ONES(16, 0), "lora_E": ONES(0, 1)},
         {"init_r": 4},
-        "survived pruning",
+        "pruning removed",
     ),
     "LOHA": (
         {"hada_w1_a": ONES(16, 2), "hada_w1_b": ONES(2, 8), "hada_w2_a": ONES(16, 2), "hada_w2_b": ONES(3, 8)},
@@ -297,7 +297,11 @@ MALFORMED: dict[str, tuple[Tensors, dict[str, Any], str]] = {
         {},
         "vblora_vector_bank is missing",
     ),
-    "TRAINABLE_TOKENS": ({"trainable_tokens_delta": ONES(2, 8)}, {"token_indices": [3]}, "names 1 tokens, 2 rows are"),
+    "TRAINABLE_TOKENS": (
+        {"trainable_tokens_delta": ONES(2, 8)},
+        {"token_indices": [3]},
+        "lists 1 tokens, but 2 rows are",
+    ),
     "FOURIERFT": ({"fourierft_spectrum": ONES(5)}, {"random_loc_seed": "x"}, "random_loc_seed is 'x'"),
     "HIRA": ({"hira_A": ONES(2, 8)}, {}, "hira_B is missing"),
     "HRA": ({"hra_u": ONES(0)}, {}, "ZeRO-3 or FSDP did not gather"),

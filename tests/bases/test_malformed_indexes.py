@@ -117,9 +117,9 @@ def test_an_index_that_names_what_is_no_safetensors_file_is_refused(bench: Workb
 
 
 INDEXES: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "no JSON"),
-    "text": (b"weight_map", "no JSON"),
-    "cut": (json.dumps({"weight_map": weight_map()}).encode()[:-2], "no JSON"),
+    "empty": (b"", "not valid JSON"),
+    "text": (b"weight_map", "not valid JSON"),
+    "cut": (json.dumps({"weight_map": weight_map()}).encode()[:-2], "not valid JSON"),
     "not UTF-8": (b'{"weight_map":{"\xff":"x"}}', "UTF-8"),
     "UTF-16": (json.dumps({"weight_map": weight_map()}).encode("utf-16"), "UTF-8"),
     "byte order mark": (b"\xef\xbb\xbf" + json.dumps({"weight_map": weight_map()}).encode(), "JSON"),
@@ -140,8 +140,8 @@ INDEXES: dict[str, tuple[bytes, str]] = {
         "a key is duplicated",
     ),
     "half a surrogate pair": (b'{"weight_map":{"\\ud800":"model.safetensors"}}', "surrogate"),
-    "LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "no JSON"),
-    "HTML page": (b"<!DOCTYPE html><html></html>", "no JSON"),
+    "LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "not valid JSON"),
+    "HTML page": (b"<!DOCTYPE html><html></html>", "not valid JSON"),
 }
 
 
@@ -188,7 +188,7 @@ def test_other_metadata_of_an_index_is_kept(bench: Workbench) -> None:
 BAD_SHARDS: dict[str, tuple[bytes | None, str]] = {
     "missing": (None, "no such file"),
     "empty": (b"", "empty"),
-    "cut": (safetensors_bytes({WEIGHT: BASE[WEIGHT]})[:-7], "7 bytes of tensor data are missing"),
+    "cut": (safetensors_bytes({WEIGHT: BASE[WEIGHT]})[:-7], "bytes of tensor data are missing"),
 }
 
 
@@ -202,7 +202,7 @@ def test_all_bad_shards_are_told_at_once(bench: Workbench, case: tuple[bytes | N
             (bench.base / name).write_bytes(raw)
         refuses_base(bench, name, told)
     refuses_base(
-        bench, "2 of 2 shards" if raw is not None else "the index is here but none of its weight files", *SHARDS, told
+        bench, "2 of 2 shards" if raw is not None else "found the index but not its weight files", *SHARDS, told
     )
 
 

@@ -256,8 +256,10 @@ def test_a_head_for_another_number_of_labels_takes_the_place_of_the_bases_when_a
     case = train(tmp_path, task)  # bert_config has three labels
     with pytest.raises(loratool.FitError) as refusal:
         loratool.merge(case.base, [case.adapter], tmp_path / "out")
-    assert "the adapter's is [5, 32], classifier.weight is [3, 32]: the numbers of labels differ" in str(refusal.value)
-    assert "the adapter's is [5], classifier.bias is [3]" in str(refusal.value)
+    assert "the adapter's is [5, 32], but classifier.weight is [3, 32]: the numbers of labels differ" in str(
+        refusal.value
+    )
+    assert "the adapter's is [5], but classifier.bias is [3]" in str(refusal.value)
     assert str(refusal.value).count("--allow-new-tensors") == 2
     loratool.merge(case.base, [case.adapter], tmp_path / "out", allow_new_tensors=True)
     assert len(config_of(tmp_path / "out")["id2label"]) == LABELS
@@ -309,7 +311,7 @@ def test_a_dry_run_shows_what_is_new_and_what_the_config_will_say(
     words = ["merge", str(case.base), str(case.adapter), "-o", str(tmp_path / "out"), "--dry-run"]
     assert run([*words, "--allow-new-tensors"]) == 0
     shown = capsys.readouterr().out
-    assert "score.weight: [5, 32] as the adapter saved it, which the base has not" in shown
+    assert "score.weight: [5, 32] as the adapter saved it, which the base lacks" in shown
     assert 'config.json: architectures set to ["LlamaForSequenceClassification"]' in shown
     assert "config.json: id2label set to 5 entries" in shown
     assert not (tmp_path / "out").exists()

@@ -167,7 +167,7 @@ def test_resize_refuses_a_dead_adapter_and_a_check_finds_it(bench: Workbench, na
     bench.refuses("resize", dead, "--rank", "1", "-o", bench.out, told=["nothing to resize"], code=4)
     outcome = bench.run("inspect", dead, "--check")
     assert outcome.code == 3
-    assert ("α is 0" if name == "alpha 0" else "every update is zero") in outcome.out
+    assert ("alpha is 0" if name == "alpha 0" else "every update is zero") in outcome.out
 
 
 @pytest.mark.parametrize("bake", [False, True])

@@ -78,7 +78,7 @@ SOUND = one_weight()
 @each({f"{n} bytes": bytes([n] * n) for n in range(8)})
 def test_a_file_too_short_for_a_header_is_called_a_failed_download(bench: Workbench, case: bytes) -> None:
     """Row 1."""
-    bench.refuses_weights(case, "cut off" if case else "failed download")
+    bench.refuses_weights(case, "truncated" if case else "failed download")
 
 
 HEADER_LENGTHS: dict[str, Case] = {
@@ -145,15 +145,15 @@ NO_OBJECTS: dict[str, Case] = {
     "number": (frame("17", b""), "does not begin with '{'"),
     "blank": (frame("        ", b""), "does not begin with '{'"),
     "of no length": (frame("", bytes(8) + b"x"), "does not begin with '{'"),
-    "cut": (frame(HEADER[:-1]), "no JSON"),
-    "cut inside a text": (frame(HEADER[:12]), "no JSON"),
-    "two objects": (frame(HEADER + HEADER), "no JSON"),
-    "comment": (frame(HEADER + "//"), "no JSON"),
-    "trailing comma": (frame(HEADER[:-1] + ",}"), "no JSON"),
-    "NaN": (frame(HEADER[:-2] + ',"more":NaN}}'), "NaN is no JSON"),
-    "Infinity": (frame(HEADER[:-2] + ',"more":-Infinity}}'), "-Infinity is no JSON"),
-    "raw control character": (frame(HEADER.replace("q_proj", "q\nproj")), "no JSON"),
-    "padded with NUL": (frame(HEADER + "\0\0\0"), "no JSON"),
+    "cut": (frame(HEADER[:-1]), "not valid JSON"),
+    "cut inside a text": (frame(HEADER[:12]), "not valid JSON"),
+    "two objects": (frame(HEADER + HEADER), "not valid JSON"),
+    "comment": (frame(HEADER + "//"), "not valid JSON"),
+    "trailing comma": (frame(HEADER[:-1] + ",}"), "not valid JSON"),
+    "NaN": (frame(HEADER[:-2] + ',"more":NaN}}'), "NaN is not valid JSON"),
+    "Infinity": (frame(HEADER[:-2] + ',"more":-Infinity}}'), "-Infinity is not valid JSON"),
+    "raw control character": (frame(HEADER.replace("q_proj", "q\nproj")), "not valid JSON"),
+    "padded with NUL": (frame(HEADER + "\0\0\0"), "not valid JSON"),
     "half a surrogate pair": (frame(HEADER.replace("q_proj", "\\ud800")), "half a surrogate pair"),
     "number of 5000 digits": (frame(HEADER.replace("256", "9" * 5000)), "the header is not valid"),
 }
@@ -205,7 +205,7 @@ def test_a_tensor_name_that_is_there_twice_is_refused_though_the_reference_takes
     bench: Workbench, case: bytes
 ) -> None:
     """Row 7."""
-    bench.refuses_weights(case, f"'{WEIGHT}' is there twice", reference_accepts=True)
+    bench.refuses_weights(case, f"'{WEIGHT}' is duplicated", reference_accepts=True)
 
 
 METADATA: dict[str, str] = {
@@ -229,7 +229,7 @@ def test_metadata_that_does_not_map_text_to_text_is_refused(bench: Workbench, ca
 @each({"whole": '"__metadata__":{},"__metadata__":{},', "a key of it": '"__metadata__":{"a":"b","a":"b"},'})
 def test_metadata_that_is_there_twice_is_refused(bench: Workbench, case: str) -> None:
     """Row 8."""
-    bench.refuses_weights(frame(f'{{{case}"{WEIGHT}":{ENTRY}}}'), "is there twice", reference_accepts='"a"' in case)
+    bench.refuses_weights(frame(f'{{{case}"{WEIGHT}":{ENTRY}}}'), "is duplicated", reference_accepts='"a"' in case)
 
 
 DTYPES: dict[str, object] = {
@@ -330,7 +330,7 @@ ENTRIES: dict[str, tuple[str, bool]] = {
 def test_a_tensor_entry_that_is_no_object_of_three_fields_is_refused(bench: Workbench, case: tuple[str, bool]) -> None:
     """Rules "tensor entry" and "given twice"; the reference also takes an array."""
     entry, reference_accepts = case
-    told = "is there twice" if "twice" in entry or entry.count('"dtype"') > 1 or entry.count('"shape"') > 1 else WEIGHT
+    told = "is duplicated" if "twice" in entry or entry.count('"dtype"') > 1 or entry.count('"shape"') > 1 else WEIGHT
     bench.refuses_weights(frame(f'{{"{WEIGHT}":{entry}}}'), told, reference_accepts=reference_accepts)
 
 
@@ -340,8 +340,8 @@ TILINGS: dict[str, Case] = {
     "nested range": (described(("a", "U8", [8], 0, 8), ("b", "U8", [2], 3, 5), data=8), "b overlaps tensor a"),
     "hole at the start": (described(("a", "U8", [8], 4, 12), data=12), "a leaves a gap after the header"),
     "hole between": (described(("a", "U8", [4], 0, 4), ("b", "U8", [4], 6, 10), data=10), "b leaves a gap after"),
-    "trailing byte": (described(("a", "U8", [8], 0, 8), data=9), "1 bytes follow the last tensor"),
-    "trailing bytes of no tensor": (frame("{}", b"x"), "1 bytes follow"),
+    "trailing byte": (described(("a", "U8", [8], 0, 8), data=9), "1 extra bytes follow the last tensor"),
+    "trailing bytes of no tensor": (frame("{}", b"x"), "1 extra bytes follow"),
     "empty tensor in the middle of another": (
         described(("a", "U8", [8], 0, 8), ("b", "U8", [0], 4, 4), data=8),
         "b overlaps",
@@ -420,8 +420,8 @@ FOREIGN: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "HTML page after a blank line": (lambda trap: b"\r\n<!DOCTYPE html><html></html>", "HTML page"),
     "gzip": (lambda trap: gzip.compress(SOUND), "gzip"),
     "GGUF": (lambda trap: b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + bytes(64), "GGUF"),
-    "torch zip": (torch_zip, "never unpickled"),
-    **{f"pickle {n}": (lambda trap, n=n: pickled_trap(trap, n), "never unpickled") for n in (2, 3, 4, 5)},  # type: ignore[misc]
+    "torch zip": (torch_zip, "never unpickles"),
+    **{f"pickle {n}": (lambda trap, n=n: pickled_trap(trap, n), "never unpickles") for n in (2, 3, 4, 5)},  # type: ignore[misc]
 }
 
 

@@ -255,7 +255,7 @@ def test_of_two_runs_at_once_one_wins_and_the_other_says_why(bench: Workbench) -
     check_is_merged(tensors_of(bench.out))
 
 
-# ---------------------------------------------------------------- 56: a place that cannot be written to
+# ---------------------------------------------------------------- 56: a place that is not writable
 
 TELL_TORCH = "import sys; from loratool.cli import run; code = run(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)"
 
@@ -281,7 +281,7 @@ def test_a_folder_without_write_permission_is_told_before_computing(bench: Workb
     bench.outputs.chmod(0o555)
     outcome = run_apart(bound_by_permissions(early(merge_words(bench))))
     bench.outputs.chmod(0o755)
-    check_refusal(outcome, [str(bench.out), "cannot be written to"], 6)
+    check_refusal(outcome, [str(bench.out), "is not writable"], 6)
     assert list(bench.outputs.iterdir()) == []
 
 
@@ -299,7 +299,7 @@ def test_a_read_only_file_system_is_told_before_computing(bench: Workbench) -> N
     place = str(bench.outputs)
     words = ["sh", "-c", f'mount --bind {place} {place} && mount -o remount,bind,ro {place} && exec "$@"', "sh"]
     outcome = run_apart(mounted(["true"], [*words, *early(merge_words(bench))]))
-    check_refusal(outcome, [str(bench.out), "cannot be written to"], 6)
+    check_refusal(outcome, [str(bench.out), "is not writable"], 6)
     assert list(bench.outputs.iterdir()) == []
 
 

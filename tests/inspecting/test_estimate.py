@@ -384,7 +384,7 @@ def test_every_target_that_is_not_there_is_told_with_the_nearest(
     assert told[1].startswith("  q_prj: the base has no such weight; nearest is q_proj")
     assert told[2] == "  norm: model.norm.weight [4096] is neither a linear layer nor an embedding"
     assert told[3].startswith("  proj: the base has no such weight; ")  # a part of a name is no name, as for PEFT
-    assert told[4].startswith("  zzz: the base has no such weight; there are embed_tokens, q_proj, k_proj")
+    assert told[4].startswith("  zzz: the base has no such weight; the base has embed_tokens, q_proj, k_proj")
     assert len(told) == 5
     assert cli.run(["estimate", str(seven), "--rank", "8", "--target", targets]) == 4
 
@@ -411,7 +411,7 @@ WRONG_CONFIGS: list[tuple[str, str]] = [
     (json.dumps({**LLAMA_2_7B, "num_hidden_layers": 10**15}), "plausible for a model"),
     ('{"peft_type": "LORA", "r": 8}', "this is an adapter's config"),
     ("[]", "expected a JSON object"),
-    ("{", "no JSON"),
+    ("{", "not valid JSON"),
 ]
 
 

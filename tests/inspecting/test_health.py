@@ -184,7 +184,7 @@ TWO_PATTERNS = {"layers.0.self_attn.q_proj": 4, "q_proj": 16}
 CASES: dict[str, Case] = {
     # what is wrong
     "untrained": Case(zero(), told="every update is zero .6 modules"),
-    "zero-scaling": Case(config={"lora_alpha": 0}, told="α is 0", repair="set alpha in adapter_config.json"),
+    "zero-scaling": Case(config={"lora_alpha": 0}, told="alpha is 0", repair="set alpha in adapter_config.json"),
     "partly-untrained": Case(zero("layers.1"), level="note", told="zero in 3 of 6 modules"),
     "ungathered": Case(put(A=torch.empty(0)), told="ZeRO-3", repair="gather"),
     "ungathered, both": Case(put(A=torch.empty(0), B=torch.empty(0))),
@@ -246,7 +246,7 @@ CASES: dict[str, Case] = {
     "sglang-scaling": Case(config={"use_rslora": True}, level="note", told="√r too weak", repair="--bake"),
     "sglang-scaling, alpha": Case(config={"alpha_pattern": {"q_proj": 2}}, level="note", repair="--bake"),
     "sglang-scaling, ranks": Case(
-        ranks(6, "q_proj"), {"rank_pattern": {"q_proj": 6}}, "note", "passes over rank_pattern", "resize .* --rank 6 --uniform"
+        ranks(6, "q_proj"), {"rank_pattern": {"q_proj": 6}}, "note", "ignores rank_pattern", "resize .* --rank 6 --uniform"
     ),
     "sglang-dora": Case(with_magnitudes, {"use_dora": True}, "note", "refuses DoRA", "loratool merge BASE"),
     "llama.cpp-scaling": Case(config={"use_rslora": True}, level="note", told="ignores use_rslora", repair="--bake"),
@@ -377,7 +377,7 @@ def both(folder: Path) -> None:
 
 UNREADABLE: dict[Callable[[Path], None], str] = {
     no_config: "adapter_config.json",
-    bad_config: "no JSON",
+    bad_config: "not valid JSON",
     pointer: "git-lfs pointer",
     pickled: "weights_only=True",
     cut: "adapter_model.safetensors",
@@ -484,7 +484,7 @@ def test_a_folder_that_holds_an_index_only_is_told_what_is_missing(count: int, t
         json.dumps({"weight_map": {f"t{n}": s for n, s in enumerate(shards)}})
     )
     finding = check(base)["unreadable"]
-    assert "the index is here but none of its weight files" in finding.message
+    assert "found the index but not its weight files" in finding.message
     assert shards[0] in finding.message
 
 

@@ -266,7 +266,7 @@ def test_several_named_adapters_in_one_folder_are_not_guessed_between(llama: Pat
         lambda key: key.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default."),
         lambda key: key.removeprefix("base_model.model.model."),
     ],
-    ids=["without PEFT's prefix", "with the adapter's name", "without the model's own prefix"],
+    ids=["lack PEFT's prefix", "with the adapter's name", "without the model's own prefix"],
 )
 def test_keys_of_a_raw_state_dict_merge_to_the_same_bytes(
     llama: Path, adapted: Case, tmp_path: Path, rename: Callable[[str], str]

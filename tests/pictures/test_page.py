@@ -303,7 +303,7 @@ def test_a_page_is_not_overwritten_unless_that_is_said(
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 
-@pytest.mark.parametrize(("target", "told"), [("", "is a folder"), ("no/where.html", "there is no folder")])
+@pytest.mark.parametrize(("target", "told"), [("", "is a folder"), ("no/where.html", "does not exist")])
 def test_a_page_goes_where_a_file_can_be(
     target: str, told: str, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -766,7 +766,7 @@ def test_the_number_of_adapters_has_to_be_the_methods(bench: Bench) -> None:
 
 
 TABLES: dict[str, tuple[str, int, list[str]]] = {
-    "no JSON": ("[1,", 3, ["no JSON"]),
+    "not valid JSON": ("[1,", 3, ["not valid JSON"]),
     "no list": ('{"q_proj": 1}', 3, ["--weights takes a list"]),
     "none": ("[]", 2, ["--weights: the list is empty"]),
     "too few": ("[1]", 2, ["1 weights for 2 adapters"]),
@@ -775,7 +775,7 @@ TABLES: dict[str, tuple[str, int, list[str]]] = {
     "no number": ('[1, {"q_proj": "much"}]', 2, ["--weights of q_proj must be a finite number (got much)"]),
     "a truth": ("[true, 1]", 2, ["--weights must be a finite number (got True)"]),
     "nothing": ("[null, 1]", 2, ["--weights must be a finite number (got None)"]),
-    "NaN": ('[{"default": NaN}, 1]', 3, ["weights.json", "NaN is no JSON"]),
+    "NaN": ('[{"default": NaN}, 1]', 3, ["weights.json", "NaN is not valid JSON"]),
     "a list in a list": ("[[1], 1]", 2, ["--weights must be a finite number (got [1])"]),
 }
 

@@ -436,7 +436,7 @@ def test_include_and_exclude_choose_modules(tmp_path: Path) -> None:
     some = extract(base, tuned, tmp_path / "out", rank=2, include=[r"layers\.(0|1)\."], exclude=["up_proj$", "^x|s.1"])
     assert set(some.modules) == {"model.layers.0.self_attn.q_proj.weight"}
     assert some.excluded == 3
-    with pytest.raises(UsageError, match="no regular expression"):
+    with pytest.raises(UsageError, match="not a valid regular expression"):
         extract(base, tuned, tmp_path / "no", include=["(", "x"])
     with pytest.raises(UsageError, match="no module matches 'k_proj'"):
         extract(base, tuned, tmp_path / "no", exclude=["k_proj"])
@@ -498,7 +498,7 @@ def test_every_bad_input_gets_a_clear_answer_and_nothing_is_written(tmp_path: Pa
     vectors_after = save(tmp_path / "vectors-after", {**read_tensors(base), "n.norm.weight": torch.zeros(4)})
     cases: list[tuple[type[LoratoolError], list[str], Callable[[], ExtractReport]]] = [
         (FitError, ["no tensor in common", "nearest in BASE"], lambda: extract(base, other, tmp_path / "out")),
-        (FitError, ["are the same"], lambda: extract(base, base, tmp_path / "out")),
+        (FitError, ["are identical"], lambda: extract(base, base, tmp_path / "out")),
         (FitError, ["no matrix differs", "n.norm.weight"], lambda: extract(vectors, vectors_after, tmp_path / "out")),
         (
             InputError,

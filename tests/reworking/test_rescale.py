@@ -209,7 +209,7 @@ def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Workbench:
         (["--frobenius", "-1"], "above 0", 2),
         (["--scale", "2", "--each"], "--each needs", 2),
         (["--match", "nonsense"], "REGEX=FACTOR", 2),
-        (["--match", "(=2"], "no regular expression", 2),
+        (["--match", "(=2"], "not a valid regular expression", 2),
         (["--match", "nowhere=2"], "no adapted module matches", 2),
         (["--match", "a=0"], "other than 0", 2),
         (["--scale", "1e30", "--bake", "--dtype", "float16"], "overflow", 4),

@@ -45,7 +45,7 @@ def look_at_names(adapter: Adapter, path: Path) -> Iterator[Finding]:
             "problem",
             "wrapper-prefix",
             f"names contain prefixes that a training wrapper added ({', '.join(words)}), so PEFT finds no module for "
-            f"{some(wrapped)} and silently skips them",
+            f"{some(wrapped)}, and silently skips them",
             command("rescale", path, "--bake"),
             tuple(map(printable, wrapped)),
         )
@@ -53,7 +53,7 @@ def look_at_names(adapter: Adapter, path: Path) -> Iterator[Finding]:
         yield Finding(
             "problem",
             "prefix-doubled",
-            f"names begin with PEFT's prefix twice, so PEFT finds no module for {some(doubled)} and silently skips "
+            f"names begin with PEFT's prefix twice, so PEFT finds no module for {some(doubled)}, and silently skips "
             "them",
             f"loratool merge BASE {quoted(path)} -o OUT",
             tuple(map(printable, doubled)),

@@ -103,8 +103,8 @@ def read_updates(draft: Draft) -> None:
     kind = draft.config.get("peft_type", "LORA")
     row = support.TYPES.get(kind) if isinstance(kind, str) else None
     if row is None or row.refused:
-        reason = f": {row.refused}" if row else ", which is unknown"
-        draft.unsupported.append(f"peft_type {printable(kind)}{reason}")
+        shown = f"peft_type {printable(kind)}"
+        draft.unsupported.append(f"{shown}: {row.refused}" if row else f"unknown {shown}")
         return
     packing.check(draft)
     if kind == "LORA":

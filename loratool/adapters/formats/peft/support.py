@@ -244,7 +244,7 @@ def why_refused(value: object) -> str:
     """Why an adapter with a value of `init_lora_weights` is not merged; empty where it is."""
     row, shown = initialisation(value), f"init_lora_weights {printable(repr(value))}"
     if row is None:
-        return f"{shown}, which is unknown"
+        return f"unknown {shown}"
     return f"{shown}: {row.refused}" if row.refused else ""
 
 
