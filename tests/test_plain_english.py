@@ -27,7 +27,7 @@ REFUSED = {
     r"|matrix|path|size|part|address|product|\.safetensors)\b": "'is not a …'",
     r"\bno (?:safetensors|regular) file:": "'not a … file'",
     r"\bcannot be meant\b": "'must be between 1 and 1024 (got 5000)'",
-    r"\b(?:is|are|was|were|be) told\b|\btold (?:with|as|at|for|of)\b|\btells? (?:of|no|what|how|which|whether)\b": (
+    r"\b(?:is|are|was|were|be) told\b|\btold (?:with|as|at|for|of)\b|\btells (?:of|no|what|how|which|whether)\b": (
         "'is reported', 'says', 'shows'"
     ),
     r"\bbut for\b": "'except'",

@@ -172,7 +172,9 @@ def adapter_output(
     Raises `InputError` where names of layers are flattened, for what is written has dots.
     """
     if flat := [target for target in forms if isinstance(target, Flattened)]:
-        raise InputError("only a base tells which underscores in these names are dots:", map(printable, flat))
+        raise InputError(
+            "cannot tell which underscores in these names are dots without the base:", map(printable, flat)
+        )
     if options.dry_run:
         yield Output(None, None, names, forms, dtype)
         return

@@ -27,11 +27,11 @@ def open_checkpoint(path: str | Path, unmerged: bool = False) -> Checkpoint:
     checkpoint = open_files(Path(path), has_adapter)
     if not (inside := WRITTEN.unmerged_in(checkpoint.tensors)):
         return checkpoint
-    what = f"a model that was saved with its adapter unmerged: {inside}"
+    what = f"a model saved with its adapter unmerged: {inside}"
     if not unmerged:
         shown = printable(path)
         raise InputError(
-            f"{shown}: {what}; fold it first: loratool merge {shlex.quote(shown)} -o OUT (and "
-            "--input-alpha ALPHA where no config beside it holds its α)"
+            f"{shown}: {what}; merge it first\nhint: loratool merge {shlex.quote(shown)} -o OUT (add --input-alpha ALPHA "
+            "if no config in its folder records its alpha)"
         )
     return replace(checkpoint, notes=(*checkpoint.notes, Note("unmerged-model", what)))

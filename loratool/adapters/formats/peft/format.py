@@ -83,7 +83,7 @@ class Peft(Format):
         """What a model holds that was saved unmerged, from the names of its tensors; empty for any other."""
         wrapped = keys.wrapped_modules(names)
         return (
-            f"{len(wrapped)} modules hold PEFT's base_layer and factors, {printable(wrapped[0])} for one"
+            f"{len(wrapped)} modules contain PEFT's base_layer and factors, such as {printable(wrapped[0])}"
             if wrapped
             else ""
         )
