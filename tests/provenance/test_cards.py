@@ -208,7 +208,7 @@ def test_a_card_that_somebody_wrote_is_kept_and_one_of_ours_is_made_anew(models:
 
     loratool.resize(place(models, "me/style"), tmp_path / "small", rank=2)
     loratool.rescale(tmp_path / "small", tmp_path / "weak", scale=0.5)
-    assert "A rescaled copy of `style`." in (tmp_path / "weak" / CARD).read_text()
+    assert "A rescaled copy of `small`." in (tmp_path / "weak" / CARD).read_text()
 
 
 @pytest.mark.parametrize(
