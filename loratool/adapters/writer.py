@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from loratool.files.digests import recorded
 from loratool.files.hub_cache import told_origin
 from loratool.files.journal import Journal
 from loratool.files.outputs import check_target
-from loratool.files.safefile import FLOAT_NAMES, product
+from loratool.files.safefile import FLOAT_NAMES
 from loratool.files.staging import Stage, staged
 from loratool.files.tensor_writer import TensorFile, tensor_file
 from loratool.options.described import dtypes, option
@@ -180,7 +181,7 @@ def adapter_output(
         return
     weights = names.form.weights_name
     announced = [*announced_factors(names, forms, dtype), *carried.announced()]
-    needed = sum(product(shape) * (8 if d == "F64" else 4) for _, d, shape in announced)
+    needed = sum(math.prod(shape) * (8 if d == "F64" else 4) for _, d, shape in announced)
     with (
         staged(out, Journal(os.urandom(16).hex(), files={weights}), needed, replaceable(options.overwrite)) as stage,
         tensor_file(stage.folder / weights, announced) as file,

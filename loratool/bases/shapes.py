@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -52,10 +53,10 @@ class Base:
 
     @property
     def parameters(self) -> int:
-        return sum(map(elements, self.counted.values()))
+        return sum(map(math.prod, self.counted.values()))
 
     def bytes_of(self, names: Iterable[str]) -> int:
-        return sum(elements(self.weights[name]) * DTYPE_BITS[self.dtypes[name]] // 8 for name in names)
+        return sum(math.prod(self.weights[name]) * DTYPE_BITS[self.dtypes[name]] // 8 for name in names)
 
 
 def read_base(path: Path) -> Base:
@@ -139,7 +140,7 @@ def base_of_config(path: Path) -> Base:
         notes.append(Note("dtype-assumed", "the config names no float dtype; bfloat16 is assumed"))
     *_, head = shapes
     shared = frozenset([head] if tied else [])
-    stored = sum(elements(shape) for name, shape in shapes.items() if name not in shared)
+    stored = sum(math.prod(shape) for name, shape in shapes.items() if name not in shared)
     return Base(
         shown,
         named(classes, model_type),
@@ -165,13 +166,6 @@ def shapes_of(shown: str, model_type: str, config: Mapping[str, Any]) -> tuple[d
         raise InputError(f"{shown}: its sizes must be whole numbers of at least 1, and plausible for a model")
     flag = tie_flag(config)
     return shapes, tied if flag is None else flag
-
-
-def elements(shape: Shape) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def is_matrix(name: str, shape: Shape) -> bool:

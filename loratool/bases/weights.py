@@ -7,6 +7,7 @@ What decodes packed values is a stored weight as well, in `codecs`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from loratool.adapters.adapter import StoredTensor
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.open_sources import OpenSources
-from loratool.files.safefile import FLOAT_NAMES, TensorInfo, product
+from loratool.files.safefile import FLOAT_NAMES, TensorInfo
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -131,7 +132,7 @@ class Slice:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        width = product(self.whole.shape[1:])
+        width = math.prod(self.whole.shape[1:])
         return self.count, len(range(*self.columns.indices(width)))
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,17 +37,13 @@ class Screen:
         elif not self.quiet:
             click.echo(escaped(str(result) if text is None else text, keep="\n"))
 
-    @contextmanager
-    def layers(self, word: str) -> Iterator[Progress | None]:
+    def layers(self, word: str) -> AbstractContextManager[Progress | None]:
         """A bar that counts layers, or None where nobody is looking."""
-        with self.bar(word, unit=" layers") as progress:
-            yield progress
+        return self.bar(word, unit=" layers")
 
-    @contextmanager
-    def bytes(self, word: str) -> Iterator[Progress | None]:
+    def bytes(self, word: str) -> AbstractContextManager[Progress | None]:
         """A bar that counts bytes, or None where nobody is looking."""
-        with self.bar(word, unit="B", unit_scale=True) as progress:
-            yield progress
+        return self.bar(word, unit="B", unit_scale=True)
 
     @contextmanager
     def bar(self, word: str, **looks: Any) -> Iterator[Progress | None]:

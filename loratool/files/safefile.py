@@ -9,6 +9,7 @@ needs, and maps files into memory, where one that shrinks ends the process.
 from __future__ import annotations
 
 import json
+import math
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ class TensorInfo:
 
     @property
     def elements(self) -> int:
-        return product(self.shape)
+        return math.prod(self.shape)
 
     @property
     def rows(self) -> int:
@@ -98,7 +99,7 @@ class TensorInfo:
     @property
     def width(self) -> int:
         """Elements of one row."""
-        return product(self.shape[1:])
+        return math.prod(self.shape[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +148,7 @@ class Layout:
         placed: dict[str, TensorInfo] = {}
         at = 0
         for name, dtype, shape in tensors:
-            stop = at + product(shape) * DTYPE_BITS[dtype] // 8
+            stop = at + math.prod(shape) * DTYPE_BITS[dtype] // 8
             placed[name] = TensorInfo(name, dtype, tuple(shape), at, stop)
             at = stop
         table: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
@@ -262,13 +263,6 @@ class Selection(SafeFile):
 
     def position(self, tensor: TensorInfo) -> int:
         return self.original.position(self.original.tensors[self.names[tensor.name]])
-
-
-def product(shape: Iterable[int]) -> int:
-    result = 1
-    for n in shape:
-        result *= n
-    return result
 
 
 def read_safefile(path: Path) -> SafeFile:

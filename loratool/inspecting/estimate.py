@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from loratool.bases.shapes import DTYPES, Base, Shape, elements, is_matrix, read_base, some
+from loratool.bases.shapes import DTYPES, Base, Shape, is_matrix, read_base, some
 from loratool.errors import FitError, UsageError, printable
 from loratool.fetching import headers
 from loratool.files.process import peak_memory
@@ -78,7 +79,7 @@ def estimate_base(base: Base, ranks: Sequence[int], targets: Sequence[str], dtyp
     linear = [name for name in base.counted if is_linear(name, base.weights[name])]
     plain = base.counted.keys() - set(linear)
     weights, per_rank = base.bytes_of(base.counted), sum(map(rank_one, chosen.values()))
-    quantisable = sum(elements(base.weights[name]) for name in linear)
+    quantisable = sum(math.prod(base.weights[name]) for name in linear)
     quantised = round(quantisable * QUANTISED_BITS / 8) + base.bytes_of(plain)
     size = DTYPE_BITS[DTYPES[dtype]] // 8
 
@@ -102,7 +103,7 @@ def estimate_base(base: Base, ranks: Sequence[int], targets: Sequence[str], dtyp
         groups.setdefault((leaf(name), shape), []).append(shape)
     dtypes: Counter[str] = Counter()
     for name, shape in base.counted.items():
-        dtypes[base.dtypes[name]] += elements(shape)
+        dtypes[base.dtypes[name]] += math.prod(shape)
     return Estimate(
         path=base.path,
         architecture=base.architecture,
@@ -207,7 +208,7 @@ def remarks(base: Base, chosen: Mapping[str, Shape]) -> list[Note]:
             Note(
                 "saved-embeddings",
                 f"PEFT saves all of {' and '.join(sorted(saved))} with the adapter, "
-                f"{sum(elements(base.weights[name]) for name in names):,} parameters more; pass "
+                f"{sum(math.prod(base.weights[name]) for name in names):,} parameters more; pass "
                 "save_embedding_layers=False to save_pretrained to avoid that",
             )
         )

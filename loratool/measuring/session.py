@@ -58,7 +58,7 @@ class Session:
             yield from map(work, items)
             return
         with ThreadPoolExecutor(self.workers, "loratool-work", torch.set_num_threads, (1,)) as pool:
-            ahead: deque[Any] = deque()
+            ahead: deque[Any] = deque()  # `pool.map` would take all items at once, before Python 3.14
             try:
                 for item in items:
                     ahead.append(pool.submit(work, item))

@@ -26,7 +26,7 @@ from loratool.errors import FitError, InputError, Problem, printable
 from loratool.files.checkpoint import NUMBERED
 from loratool.files.hub_cache import name_of
 from loratool.files.inputs import read_json
-from loratool.files.safefile import FLOAT_NAMES, SafeFile, product, read_safefile
+from loratool.files.safefile import FLOAT_NAMES, SafeFile, read_safefile
 from loratool.layouts.architectures import INPUT_EMBEDDINGS
 from loratool.notes import Note
 from loratool.provenance.cards import Subject
@@ -80,7 +80,7 @@ class Reader:
         if len(a.shape) == len(b.shape) == 3:
             self.unsupported.append(f"LoRA on experts ({printable(module)}: {shapes}); fuse it with mlx_lm.fuse")
             return
-        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[0] or not product(a.shape + b.shape):
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[0] or 0 in a.shape + b.shape:
             self.problems.append(Problem(f"{printable(module)}: {shapes}; expected (in, rank) and (rank, out)"))
             return
         if {a.info.dtype, b.info.dtype} - FLOAT_NAMES.keys():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from loratool.algebra.updates.base import ANY, Update
@@ -101,9 +102,7 @@ def turned(update: Update, shape: tuple[int, ...]) -> Update | None:
 
 
 def all_of(update: Update, info: TensorInfo, rule: Rule) -> Place:
-    rows = info.rows
-    for size in info.shape[1 : update.fold]:
-        rows *= size
+    rows = info.rows * math.prod(info.shape[1 : update.fold])
     return Place(info.name, rule, update, 0, rows, fold=update.fold)
 
 

@@ -13,7 +13,7 @@ from loratool.algebra.lowrank.sketching import sketch
 from loratool.bases.weights import Room
 from loratool.errors import UsageError, printable
 from loratool.files.open_sources import OpenSources
-from loratool.files.safefile import FLOAT_NAMES, product
+from loratool.files.safefile import FLOAT_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -100,7 +100,7 @@ class Difference:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.base.shape[0], product(self.base.shape[1:])
+        return self.base.shape[0], math.prod(self.base.shape[1:])
 
     @property
     def step(self) -> int:
@@ -276,8 +276,8 @@ def pieces(weight: StoredWeight, dtype: torch.dtype) -> Iterator[Tensor]:
     """The values of a weight in the order in which they lie, some rows at a time."""
     import torch
 
-    step = max(1, COMPARED_AT_ONCE // max(1, product(weight.shape[1:])))
-    count = product(weight.shape[:1])
+    step = max(1, COMPARED_AT_ONCE // max(1, math.prod(weight.shape[1:])))
+    count = math.prod(weight.shape[:1])
     with OpenSources() as sources:
         for first in range(0, count, step):
             yield weight.rows(first, min(step, count - first), torch.device("cpu"), dtype, Room(sources))

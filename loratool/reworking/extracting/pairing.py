@@ -15,7 +15,7 @@ from loratool.bases.binding.orientation import OPTION, bias_shows, class_says, i
 from loratool.bases.tied_weights import find_ties, language_parts
 from loratool.bases.weights import plain_of
 from loratool.errors import FitError, InputError, printable
-from loratool.files.safefile import FLOAT_NAMES, product
+from loratool.files.safefile import FLOAT_NAMES
 from loratool.layouts.architectures import (
     EMBEDDING_NAMES,
     INPUT_EMBEDDINGS,
@@ -260,7 +260,7 @@ class Sorter:
         """What its update is; None where there can be none."""
         module, _, parameter = name.rpartition(".")
         shape = tensor.info.shape
-        if not module or not product(shape):
+        if not module or 0 in shape:
             return None
         match parameter, len(shape):
             case "weight", 2:
@@ -435,7 +435,7 @@ class Sorter:
             self.found.modules.append(module)
             for name in inside:
                 stored = plain_of(self.tuned, name)
-                if stored.info.dtype in FLOAT_NAMES and product(stored.shape):
+                if stored.info.dtype in FLOAT_NAMES and 0 not in stored.shape:
                     self.found.whole[name] = stored
                     self.found.left_out.pop(name, None)
         for name in [*self.found.changes, *self.found.biases]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -155,12 +156,9 @@ class Reader:
         module.require(up.shape[1] == down.shape[0], rank_is_one(down.shape[0], up.shape[1]))
         module.require(set(up.shape[2:]) == {1}, f"lora_B is {list(up.shape)}; expected a kernel of 1")
         rank, channels, *kernel = down.shape
-        columns = channels
-        for size in kernel:
-            columns *= size
         return LowRank(
             derived((up.shape[0], rank), formulas.as_matrix, up),
-            derived((rank, columns), formulas.as_matrix, down),
+            derived((rank, channels * math.prod(kernel)), formulas.as_matrix, down),
             self.scaling.scale(module.name, rank),
             kernel=tuple(kernel),
         )
