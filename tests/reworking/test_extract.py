@@ -505,10 +505,10 @@ def test_every_bad_input_gets_a_clear_answer_and_nothing_is_written(tmp_path: Pa
             [f"{names[0]} of TUNED", f"{names[2]} of TUNED", "NaN or infinite"],
             lambda: extract(base, save(tmp_path / "broken", broken), tmp_path / "out"),
         ),
-        (InputError, ["TUNED is a model"], lambda: extract(base, tmp_path / "adapter", tmp_path / "out")),
+        (InputError, ["TUNED must be a model"], lambda: extract(base, tmp_path / "adapter", tmp_path / "out")),
         (
             InputError,
-            ["BASE is a model"],
+            ["BASE must be a model"],
             lambda: extract(tmp_path / "adapter" / "adapter_model.safetensors", tuned, tmp_path / "out"),
         ),
         (UsageError, ["--rank 0"], lambda: extract(base, tuned, tmp_path / "out", rank=0)),
