@@ -353,7 +353,7 @@ def remarks(contents: Contents, modules: Mapping[str, RescaledLayer], baked: boo
     if whole and changed:
         yield Note(
             "no-strength",
-            f"{whole} whole saved tensors or as token rows have no strength and stay unchanged",
+            f"{whole} tensors saved whole or as token rows have no scaling and stay unchanged",
         )
     if asleep := sum(m.factor is None for m in modules.values()):
         yield Note("alpha-was-zero", f"{asleep} layers had an alpha of 0 and had no effect")

@@ -202,7 +202,7 @@ def test_values_that_are_not_finite_are_named_with_their_expert(tmp_path: Path) 
     base, _ = write_base(tmp_path / "base", "a tensor an expert")
     stored = factors("numbered", "each")
     stored["1.w3.B"][2, 0, 0] = float("nan")
-    with pytest.raises(loratool.InputError, match=r"layers\.1\.mlp\.experts\.w3\.lora_B\.weight\[2\] holds NaN"):
+    with pytest.raises(loratool.InputError, match=r"layers\.1\.mlp\.experts\.w3\.lora_B\.weight\[2\] contains NaN"):
         loratool.merge(base, [write(tmp_path / "adapter", stored)], tmp_path / "out")
 
 

@@ -195,7 +195,7 @@ def test_scales_that_do_not_fit_are_all_told(tmp_path: Path) -> None:
     path = save_base(tmp_path / "base", wrong, PACKED)
     with pytest.raises(loratool.InputError) as caught:
         decoded(open_checkpoint(path))
-    for told in (f"{NAME}_scale_inv must be F32 [3, 3] for [40, 70]; it is F32 [2, 3]", f"{OTHER}_scale_inv"):
+    for told in (f"{NAME}_scale_inv must be F32 [3, 3] for [40, 70], but it is F32 [2, 3]", f"{OTHER}_scale_inv"):
         assert told in str(caught.value)
 
 

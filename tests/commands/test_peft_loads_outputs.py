@@ -242,7 +242,7 @@ def test_of_every_type_an_output_is_one_that_peft_loads_or_there_is_none(tmp_pat
         except loratool.InputError as error:
             refusal = str(error)
         if refusal:
-            assert refusal.splitlines()[-1].count(" ") > 5, "the reason is a sentence"
+            assert refusal.splitlines()[-1].count(" ") > 3, "the reason is a sentence"
             assert not out.exists()
             continue
         untold = {"ADALORA": "conv2.weight", "TINYLORA": "embed.weight"}.get(name.partition(",")[0])

@@ -714,7 +714,7 @@ WRONG_WORDS: dict[str, tuple[str, list[str]]] = {
     "density 0": ("--method ties --density 0", ["--density must be above 0 and at most 1 (got 0)"]),
     "density above 1": ("--method ties --density 1.5", ["--density must be above 0 and at most 1 (got 1.5)"]),
     "density that is no number": ("--method ties --density nan", ["--density must be above 0 and at most 1 (got nan)"]),
-    "density without effect": ("--density 0.5", ["--density", "linear keeps all"]),
+    "density without effect": ("--density 0.5", ["--density", "which keeps all entries"]),
     "an unknown method": ("--method soup", ["soup"]),
     "a space without effect": ("--space core", ["--space", "linear"]),
     "a space for vectors": ("--method tsv --space dense", ["--space", "tsv"]),
@@ -767,7 +767,7 @@ def test_the_number_of_adapters_has_to_be_the_methods(bench: Bench) -> None:
 
 TABLES: dict[str, tuple[str, int, list[str]]] = {
     "not valid JSON": ("[1,", 3, ["not valid JSON"]),
-    "no list": ('{"q_proj": 1}', 3, ["--weights takes a list"]),
+    "no list": ('{"q_proj": 1}', 3, ["--weights must be a list"]),
     "none": ("[]", 2, ["--weights: the list is empty"]),
     "too few": ("[1]", 2, ["1 weights for 2 adapters"]),
     "a pattern of nothing": ('[{"k_proj": 2}, 1]', 2, ["weights of one", "k_proj"]),
