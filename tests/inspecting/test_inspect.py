@@ -427,7 +427,10 @@ def test_a_large_weight_is_rounded_on_a_sample_of_rows_and_that_is_said(tmp_path
     applied = (weight.float() + (2.0 * up @ down)).to(torch.bfloat16).double() - weight.double()
     assert weighed.unchanged == pytest.approx(float((applied == 0).double().mean()), abs=0.02)
     assert weighed.norm == pytest.approx(float(weight.double().norm()))
-    assert any("up to 1024 evenly spaced rows" in note for note in map(str, values_of(tmp_path / "a", base=tmp_path / "base").notes))
+    assert any(
+        "up to 1024 evenly spaced rows" in note
+        for note in map(str, values_of(tmp_path / "a", base=tmp_path / "base").notes)
+    )
 
 
 def test_a_conv1d_and_an_embedding_are_weighed_the_way_round_they_are_stored(tmp_path: Path) -> None:
