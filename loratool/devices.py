@@ -57,7 +57,7 @@ def start_torch(device: str) -> Future[Runtime]:
 def check_device(device: str) -> None:
     """Raise `UsageError` where `device` is no name of one."""
     if device not in ("auto", "cpu", "cuda") and not (device.startswith("cuda:") and device[5:].isdigit()):
-        raise UsageError(f"device must be auto, cpu, cuda or cuda:N (got {printable(repr(device))})")
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N (got {printable(repr(device))})")
 
 
 def find_devices(device: str) -> tuple[str, ...]:

@@ -143,7 +143,7 @@ def load(path: Path, owner: Adapter) -> Adapter:
 
 def told(file: WeightFile, adapter: Adapter, base: Checkpoint, binder: Callable[[Adapter, Checkpoint], Bound]) -> str:
     """A file that would be lost, and what can be done about it."""
-    start = f"{file} was trained along with the adapter and would be lost"
+    start = f"{file} was trained along with the adapter"
     leave = f"pass {IGNORE} {printable(file.name)} to leave it out"
     if file.name.endswith(PICKLES):
         safe = printable(Path(file.name).with_suffix(".safetensors"))

@@ -47,7 +47,7 @@ def check_target(out: Path, inputs: Sequence[Path], replaced: FileNames | None, 
         if not stat.S_ISDIR(out.parent.stat().st_mode):
             raise StorageError(f"{shown}: {printable(out.parent)} is not a folder")
     except OSError as error:
-        raise StorageError(f"{shown}: {error.strerror}: {printable(out.parent)}") from error
+        raise StorageError(f"{shown}: cannot create it in {printable(out.parent)}: {error.strerror}") from error
     for path in (each for given in inputs for each in (given, *links_in(given))):
         if inside(out, path) or inside(path, out) or inside(path, stage_of(out)):
             raise UsageError(

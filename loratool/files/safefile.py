@@ -302,9 +302,10 @@ def header_length(path: Path, head: bytes, size: int) -> int:
         raise InputError(f"{shown}: begins with zeros, probably an unfinished download")
     length = int.from_bytes(head[:PREFIX], "little")
     if length > LONGEST_HEADER:
-        raise InputError(
-            f"{shown}: not a safetensors file: its header would be {length} bytes, over the limit of {LONGEST_HEADER}"
-        )
+        reason = f"its header would be {length} bytes, over the limit of {LONGEST_HEADER}"
+        if head.lstrip().startswith(b"{"):
+            reason = "it looks like JSON; pass its folder, or a .safetensors file"
+        raise InputError(f"{shown}: not a safetensors file: {reason}")
     if PREFIX + length > size:
         raise InputError(
             f"{shown}: truncated inside its header: {PREFIX + length - size} bytes of {length} are missing; copy or "

@@ -150,7 +150,7 @@ def find_changes(
     draft.problems += draft.rivals()
     if lost and draft.problems == [*lost] and not draft.unsupported:
         owners = ", ".join(dict.fromkeys(adapter.name for adapter in adapters))
-        raise FitError(f"{owners}: weights that were trained along with it would be lost:", lost)
+        raise FitError(f"{owners}: some trained weights would be lost:", lost)
     if draft.unsupported or draft.problems:
         draft.refuse()
     changes = draft.changes()

@@ -59,6 +59,7 @@ MEASURED = {
     "parameters": "parameters",
     "bytes_before": "bytes of factors of the source",
     "bytes": "bytes of factors",
+    "all": "in total",
     "energy_kept": "fraction of ‖ΔW‖² kept",
 }
 

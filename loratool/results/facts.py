@@ -240,7 +240,7 @@ def base_text(base: BaseFacts, modules: Sequence[ModuleFacts]) -> list[str]:
     rows: list[tuple[str, object]] = [
         (
             "against",
-            f"{base.path}: {base.architecture or 'not named'}, {base.parameters:,} parameters, by its {base.source}",
+            f"{base.path}: {base.architecture or 'not named'}, {base.parameters:,} parameters, from its {base.source}",
         ),
     ]
     rows += [("no place", problem) for problem in base.problems]

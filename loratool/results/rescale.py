@@ -50,11 +50,15 @@ def rescale_text(report: RescaleReport) -> str:
     rows: list[tuple[str, object]] = [
         ("rescaled into" if report.written else "would write", printable(report.out)),
         *(
-            ("scale", f"{before} → {after}{factor} in {count} layers" + (", baked in" if report.baked else ""))
+            (
+                "scaling",
+                f"{before} → {after}{factor} in {count} layer{'s' * (count != 1)}"
+                + (", multiplied into the factors" if report.baked else ""),
+            )
             for (before, after, factor), count in alike.most_common(MOST_LAYERS)
         ),
-        *([("more", f"{len(alike) - MOST_LAYERS} other scales")] if len(alike) > MOST_LAYERS else []),
-        *([("‖ΔW‖", f"{report.norm:.6g} of all layers together")] if report.norm is not None else []),
+        *([("", f"… and {len(alike) - MOST_LAYERS} more scalings")] if len(alike) > MOST_LAYERS else []),
+        *([("‖ΔW‖", f"{report.norm:.6g}, all layers together")] if report.norm is not None else []),
         *(("note", note) for note in report.notes),
     ]
     return aligned(rows)

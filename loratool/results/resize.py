@@ -68,8 +68,8 @@ def resize_text(report: ResizeReport) -> str:
         ("resized into" if report.written else "would write", printable(report.out)),
         ("rule", report.rule),
         ("rank", spread(dict(ranks.most_common()))),
-        ("parameters", f"{totals.parameters:,} of {totals.parameters_before:,}"),
-        ("factors", f"{size(totals.bytes)} of {size(totals.bytes_before)}, {report.dtype}"),
+        ("parameters", f"{totals.parameters:,} (was {totals.parameters_before:,})"),
+        ("factors", f"{size(totals.bytes)} (was {size(totals.bytes_before)}), {report.dtype}"),
         ("error", f"{percent(totals.achieved)} of ‖ΔW‖ as stored, {percent(totals.predicted)} by truncation"),
         (
             "took",
@@ -81,6 +81,7 @@ def resize_text(report: ResizeReport) -> str:
             ("left out", f"{printable(target)}: the budget is too small to keep any rank")
             for target in report.dropped[:MOST_LAYERS]
         ),
+        *([("", f"… and {len(report.dropped) - MOST_LAYERS} more")] if len(report.dropped) > MOST_LAYERS else []),
         *(("note", note) for note in report.notes),
     ]
     return "\n".join([aligned(rows), *resized_lines(report.modules)])

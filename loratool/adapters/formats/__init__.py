@@ -111,6 +111,8 @@ def not_an_adapter(path: Path) -> LoratoolError:
         return InputError(f"{printable(path)}: {told}")
     if told := instead_of_weights(path):
         return InputError(f"{printable(path)}: not an adapter; {told}")
+    if not path.is_dir():
+        return InputError(f"{printable(path)}: not an adapter; expected its folder or its .safetensors file")
     return InputError(
         f"{printable(path)}: not an adapter: it contains neither {WRITTEN.config_name} nor {WRITTEN.weights_name}"
     )
