@@ -48,13 +48,13 @@ class DemoResult(Result):
     def __str__(self) -> str:
         share = 100 * self.equal / self.elements
         checked = (
-            f"checked       {self.elements:,} edited weights against W + (α/r)·BA in float64, rounded once:\n         "
-            f"     {share:.4f} % equal, {self.one_step} differ in the last bit, none by more; {self.copied} other "
-            "tensors equal byte for byte"
+            f"{'checked':<20}{self.elements:,} edited weights against W + (α/r)·BA in float64, rounded once:\n{'':<20}"
+            f"{share:.4f} % equal, {self.one_step} differ in the last bit, none by more; {self.copied} other tensors "
+            "equal byte for byte"
         )
         home = printable(self.folder)
         again = f"loratool merge {home}/base {home}/adapter -o {home}/again"
-        return f"{self.merge}\n{checked}\nby hand       {again}"
+        return f"{self.merge}\n{checked}\n{'by hand':<20}{again}"
 
 
 def demo(folder: Path | str = "loratool-demo", *, overwrite: bool = False) -> DemoResult:

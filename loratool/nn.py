@@ -106,7 +106,7 @@ def apply_lora(model: nn.Module, targets: str | Iterable[str], **settings: Any) 
     names = sorted({path.rpartition(".")[2] for path in linears})
     near = {target: get_close_matches(target, names) or names[:9] for target in wanted if not found[target]}
     if near or not wanted:
-        problems = (f"{printable(t)}: nearest are {', '.join(map(printable, n))}" for t, n in near.items())
+        problems = (f"{printable(t)}: the closest are {', '.join(map(printable, n))}" for t, n in near.items())
         raise UsageError("every target must be the name of an nn.Linear of the model:", problems)
     return put(model, {p: LoRALinear.from_linear(linears[p], **settings) for each in found.values() for p in each})
 

@@ -348,10 +348,10 @@ def test_a_weight_that_is_no_matrix_of_floats_is_refused(weight: Tensor) -> None
 @pytest.mark.parametrize(
     ("targets", "told"),
     [
-        ("q_prj", "q_prj: nearest are q_proj"),
-        (["q_proj", "norm"], "norm: nearest are head, q_proj, v_proj"),  # is there, and no linear layer
-        (["proj"], "proj: nearest are"),
-        ("", "nearest are"),
+        ("q_prj", "q_prj: the closest are q_proj"),
+        (["q_proj", "norm"], "norm: the closest are head, q_proj, v_proj"),  # is there, and no linear layer
+        (["proj"], "proj: the closest are"),
+        ("", "the closest are"),
         ([], "every target must be"),
     ],
 )
@@ -368,7 +368,7 @@ def test_targets_that_match_nothing_are_told_with_the_nearest_and_nothing_is_cha
 
 def test_layers_that_read_a_weight_past_the_module_are_no_targets() -> None:
     """The output projection of `nn.MultiheadAttention` is of another class: its forward is never called."""
-    with pytest.raises(UsageError, match="out_proj: nearest are"):
+    with pytest.raises(UsageError, match="out_proj: the closest are"):
         apply_lora(nn.MultiheadAttention(WIDTH, 2), "out_proj")
 
 

@@ -245,7 +245,7 @@ class Adapter(Shown):
             products = (update.up, update.down) if isinstance(update, LowRank) else ()
             effective = effective or not any(all(zero.get(t.info.name) for t in stored_tensors(p)) for p in products)
         if broken:
-            raise InputError(f"{printable(self.file.path)}: the adapter contains values that are not finite:", broken)
+            raise InputError(f"{printable(self.file.path)}: the adapter has values that are not finite:", broken)
         return effective
 
     def digests(self) -> dict[str, str]:

@@ -41,7 +41,7 @@ class Fit:
     def require(self) -> None:
         """Raise `FitError` naming every target that has no place."""
         if self.base.problems:
-            raise FitError(f"{self.adapter} does not fit the base {self.base.path}:", self.base.problems)
+            raise FitError(f"{self.adapter} does not fit the base '{self.base.path}':", self.base.problems)
 
     def tied(self) -> Iterator[tuple[str, ...]]:
         """The tensors of the base that are one, where the adapter changes one of them."""

@@ -160,8 +160,8 @@ def unreachable(error: BaseException) -> str:
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set; unset it to use the Hub"
     return (
-        f"{endpoint()} cannot be reached ({type(error).__name__}: {told(error)}); run the same command later to "
-        "continue, or set HF_HUB_OFFLINE=1 to use the cache only"
+        f"{endpoint()} cannot be reached ({type(error).__name__}: {told(error)}); check the network and try "
+        "again, or set HF_HUB_OFFLINE=1 to use only the cache"
     )
 
 

@@ -181,10 +181,10 @@ def choose_shards(root: Path, names: list[str], notes: list[Note], is_adapter: C
         if is_adapter(root):
             raise InputError(f"{printable(root)}: this is an adapter; BASE must be the model it was trained on")
         if told := sharded_folder(root):
-            raise InputError(f"{printable(root)}: contains not a .safetensors file; {told}")
+            raise InputError(f"{printable(root)}: contains no .safetensors file; {told}")
         for name in names:
             refuse_pickle(root / name)
-        raise InputError(f"{printable(root)}: contains not a .safetensors file")
+        raise InputError(f"{printable(root)}: contains no .safetensors file")
     check_numbering(root, shards)
     if len(shards) > 1:
         notes.append(

@@ -53,7 +53,7 @@ def conversion(path: Path) -> str:
         "save_file({k: v.clone().contiguous() for k, v in d.items() if torch.is_tensor(v)}, "
         f"{path.stem + '.safetensors'!r})"
     )
-    return f'if you trust it, convert it in its folder with: python -c "{printable_code(code)}"'
+    return f'if you trust the file, convert it in its folder with: python -c "{printable_code(code)}"'
 
 
 def npz_conversion(path: Path) -> str:

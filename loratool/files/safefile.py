@@ -297,7 +297,9 @@ def header_length(path: Path, head: bytes, size: int) -> int:
         if head.startswith(start) or head.lstrip().lower().startswith(start):
             raise InputError(f"{shown}: not a safetensors file: it is {what}")
     if size < PREFIX:
-        raise InputError(f"{shown}: {size} bytes are too few for a safetensors header; the file is truncated")
+        raise InputError(
+            f"{shown}: the file is truncated: {size} bytes are too few for a safetensors header; copy or download it again"
+        )
     if not head.strip(b"\0"):
         raise InputError(f"{shown}: begins with zeros, probably an unfinished download")
     length = int.from_bytes(head[:PREFIX], "little")
@@ -308,7 +310,7 @@ def header_length(path: Path, head: bytes, size: int) -> int:
         raise InputError(f"{shown}: not a safetensors file: {reason}")
     if PREFIX + length > size:
         raise InputError(
-            f"{shown}: truncated inside its header: {PREFIX + length - size} bytes of {length} are missing; copy or "
+            f"{shown}: the file is truncated inside its header: {PREFIX + length - size} bytes of {length} are missing; copy or "
             "download it again"
         )
     return length

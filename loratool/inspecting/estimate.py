@@ -191,7 +191,7 @@ def choose(base: Base, targets: Sequence[str]) -> dict[str, Shape]:
         elif not named:
             names = list(dict.fromkeys(map(leaf, matrices)))
             near = difflib.get_close_matches(target, names, n=3, cutoff=0.5)
-            told = f"nearest is {', '.join(map(printable, near))}" if near else f"the base has {some(names)}"
+            told = f"the closest name is {', '.join(map(printable, near))}" if near else f"the base has {some(names)}"
             problems.append(f"{printable(target)}: the base has no such weight; {told}")
         found.update(named)
     if problems:

@@ -173,6 +173,6 @@ def sample(rows: int, wanted: int) -> Iterator[tuple[int, int]]:
 def larger(ratios: Mapping[str, float]) -> str:
     """What to say of updates that are larger than their weights; `ratios` are ‖ΔW‖/‖W‖ by name."""
     return (
-        f"‖ΔW‖ is up to {max(ratios.values()):.3g} times ‖W‖ in {listed(ratios)}; an alpha or a scale is probably "
+        f"‖ΔW‖ is up to {max(ratios.values()):.3g} times ‖W‖ in {listed(ratios)}; alpha or the scaling is probably "
         "wrong, or this is not the base the adapter was trained on"
     )

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 PathLike = str | os.PathLike[str]  # what every path argument takes
 Progress = Callable[[int, int], None]
-NOTHING = "for every weight rounds to what it was: nothing changes"
+NOTHING = "because every weight rounds back to its old value; the updates are zero or too small for the dtype"
 
 
 @dataclass(frozen=True, kw_only=True)

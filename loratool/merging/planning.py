@@ -112,14 +112,17 @@ def strengths_of(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple
     if not adapters:
         raise UsageError("a merge needs at least one adapter")
     if weights and len(weights) != len(adapters):
-        raise UsageError(f"{len(weights)} weights for {len(adapters)} adapters; pass one weight per adapter, in order")
+        raise UsageError(
+            f"got {len(weights)} weights for {len(adapters)} adapter{'s' * (len(adapters) != 1)}; pass one weight per "
+            "adapter, in order"
+        )
     return tuple(weights) or (1.0,) * len(adapters)
 
 
 def check_supported(adapters: Sequence[Adapter]) -> None:
     """Everything recognised and not merged, of all adapters at once; then everything unrecognised."""
     if missing := [f"{a.name}: {feature}" for a in adapters for feature in a.unsupported]:
-        raise InputError("this version of loratool cannot merge:", missing)
+        raise InputError("cannot merge these adapters:", missing)
     if unused := [f"{a.name}: {printable(tensor)}" for a in adapters for tensor in a.unused]:
         raise FitError("these adapter tensors were not recognised, so nothing is merged:", unused)
 
@@ -351,7 +354,7 @@ class Draft:
             raise InputError(
                 "the base stores weights in a form that cannot be edited:", dict.fromkeys(self.unsupported)
             )
-        raise FitError(f"{owners} does not fit the base {self.base.name}:", self.problems)
+        raise FitError(f"{owners} does not fit the base '{self.base.name}':", self.problems)
 
 
 def replaces_first(edit: Edit) -> int:

@@ -83,7 +83,7 @@ def choose_resources(
             chosen -= 1
         else:
             raise UsageError(
-                f"--max-memory: {max_memory} bytes is too little; this merge needs at least {-(-needed // 10**6)} MB"
+                f"--max-memory: {max_memory / 10**6:g} MB is too little; this merge needs at least {-(-needed // 10**6)} MB"
             )
     return Resources(devices, chosen, block)
 

@@ -77,7 +77,7 @@ UNFINISHED = (
     "site-packages",
     "node_modules",
 )
-UNKNOWN = "no file that models are made of"
+UNKNOWN = "not a model file"
 MOST_LINES = 5  # of one file with secrets that a message names
 
 
@@ -203,7 +203,7 @@ def why_not(root: Path, name: str, include: Sequence[str], exclude: Sequence[str
         return "not a file of this folder"
     if matches(name, exclude):
         return "excluded"
-    return "" if matches(name, (*include, *KNOWN)) else f"{UNKNOWN}; --include sends it"
+    return "" if matches(name, (*include, *KNOWN)) else f"{UNKNOWN}; pass --include to upload it"
 
 
 def never(name: str) -> str:

@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from loratool.results.base import Cost
     from loratool.results.merge import AdapterEffect
 
-COPIES = "what is there are copies of the base's weights, so delete the repository"
+COPIES = "the repository contains only copies of the base's weights, so delete it"
 
 
 @dataclass(frozen=True, kw_only=True)

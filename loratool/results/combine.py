@@ -109,7 +109,7 @@ def combine_text(report: CombineReport) -> str:
             for name in report.adapters
         ),
         *(("together", f"{pair}: {met(report, pair)}") for pair in totals.cosine),
-        ("took", f"{report.cost.seconds:.2f} s on {report.cost.device}, torch imported after "
+        ("took", f"{report.cost.seconds:.2f} s on {report.cost.device}, start-up "
                  f"{report.cost.startup_seconds:.2f} s"),
         ("peak memory", memory(report.cost.peak_memory)),
         *(("note", note) for note in report.notes),

@@ -77,8 +77,7 @@ def extract_text(report: ExtractReport) -> str:
         *some("left out", [f"{printable(name)}: {reason}" for name, reason in report.left_out.items()]),
         (
             "took",
-            f"{report.cost.seconds:.2f} s on {report.cost.device}, torch imported after "
-            f"{report.cost.startup_seconds:.2f} s",
+            f"{report.cost.seconds:.2f} s on {report.cost.device}, start-up {report.cost.startup_seconds:.2f} s",
         ),
         ("peak memory", memory(report.cost.peak_memory)),
         *(("note", note) for note in report.notes),

@@ -243,7 +243,7 @@ def base_text(base: BaseFacts, modules: Sequence[ModuleFacts]) -> list[str]:
             f"{base.path}: {base.architecture or 'not named'}, {base.parameters:,} parameters, from its {base.source}",
         ),
     ]
-    rows += [("no place", problem) for problem in base.problems]
+    rows += [("does not fit", problem) for problem in base.problems]
     parts = [f"{wrapped(rows)}\n{base.line}"]
     landed = [(module.target, place) for module in modules for place in module.places or ()]
     if landed:

@@ -68,7 +68,7 @@ def merge_text(report: MergeReport) -> str:
         ("written", f"{size(report.bytes_written)} in {report.cost.seconds:.2f} s ({rate:.2f} GB/s)"),
         (
             "device",
-            f"{report.cost.device}, {report.workers} workers, torch imported after {report.cost.startup_seconds:.2f} s",
+            f"{report.cost.device}, {report.workers} workers, start-up {report.cost.startup_seconds:.2f} s",
         ),
         (
             "peak memory",
@@ -79,7 +79,7 @@ def merge_text(report: MergeReport) -> str:
         rows.append(("continued", f"{len(report.resumed)} finished files of an interrupted run were kept"))
     if report.relative_norms:
         ordered = sorted(report.relative_norms.items(), key=lambda item: item[1])
-        for label, (name, ratio) in (("largest ‖ΔW‖/‖W‖", ordered[-1]), ("smallest", ordered[0])):
+        for label, (name, ratio) in (("largest ‖ΔW‖/‖W‖", ordered[-1]), ("smallest ‖ΔW‖/‖W‖", ordered[0])):
             rows.append((label, f"{ratio:.3g}  {printable(name)}"))
     if report.nonfinite:
         total = sum(report.nonfinite.values())

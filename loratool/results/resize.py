@@ -73,8 +73,7 @@ def resize_text(report: ResizeReport) -> str:
         ("error", f"{percent(totals.achieved)} of ‖ΔW‖ as stored, {percent(totals.predicted)} by truncation"),
         (
             "took",
-            f"{report.cost.seconds:.2f} s on {report.cost.device}, torch imported after "
-            f"{report.cost.startup_seconds:.2f} s",
+            f"{report.cost.seconds:.2f} s on {report.cost.device}, start-up {report.cost.startup_seconds:.2f} s",
         ),
         ("peak memory", memory(report.cost.peak_memory)),
         *(

@@ -98,8 +98,7 @@ def values_text(values: Values) -> str:
     rows.append(
         (
             "took",
-            f"{values.cost.seconds:.2f} s on {values.cost.device}, torch imported after "
-            f"{values.cost.startup_seconds:.2f} s",
+            f"{values.cost.seconds:.2f} s on {values.cost.device}, start-up {values.cost.startup_seconds:.2f} s",
         )
     )
     rows.append(("peak memory", memory(values.cost.peak_memory)))
@@ -153,7 +152,7 @@ def largest(modules: Sequence[Measured]) -> str:
         [*(figure(column(m)) for _, column in shown), name.removeprefix(start)]
         for m, name in zip(ordered, names, strict=True)
     ]
-    header = [*(h for h, _ in shown), "the largest" + (f", in {start.rstrip('.')}" if start else "")]
+    header = [*(h for h, _ in shown), "largest updates" + (f", in {start.rstrip('.')}" if start else "")]
     return columns(header, rows, len(modules) - len(ordered))
 
 

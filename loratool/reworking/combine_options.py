@@ -140,7 +140,7 @@ class CombineOptions(FactorOptions, ReadingOptions, DeviceOption):
         """The weight of each of `count` adapters."""
         if self.weights and len(self.weights) != count:
             raise UsageError(
-                f"got {len(self.weights)} weights for {count} adapters; pass one weight per adapter, or omit -w"
+                f"got {len(self.weights)} weights for {count} adapter{'s' * (count != 1)}; pass one weight per adapter, or omit -w"
             )
         return list(self.weights) or [1.0] * count
 

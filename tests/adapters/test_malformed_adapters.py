@@ -371,7 +371,7 @@ def test_all_misfits_are_told_at_once_with_the_nearest_name(bench: Workbench) ->
     told = [
         "model.layers.{5,15}.self_attn.q_proj",
         "h.{0-1}.attn.c_attn",
-        f"nearest is {WEIGHT}",
+        f"the closest name is {WEIGHT}",
         "--map REGEX=TEMPLATE",
     ]
     outcome = bench.refuses_to_merge(*told, code=4)

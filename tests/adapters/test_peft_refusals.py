@@ -104,7 +104,7 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Tensors], Tensors] | None, dict[str, A
     "DoRA without magnitudes": (
         None,
         {"use_dora": True},
-        "linear: use_dora is set, but it has no lora_magnitude_vector",
+        "linear: lora_magnitude_vector is missing, although use_dora is set",
     ),
     "magnitudes without DoRA": (
         added(lora_magnitude_vector=ONES(16)),
@@ -116,7 +116,7 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Tensors], Tensors] | None, dict[str, A
         {"use_dora": True},
         "lora_magnitude_vector is [15]; expected 16 values",
     ),
-    "lora_bias without biases": (None, {"lora_bias": True}, "lora_bias is set, but it has no lora_B.bias"),
+    "lora_bias without biases": (None, {"lora_bias": True}, "lora_B.bias is missing, although lora_bias is set"),
     "biases without lora_bias": (added(lora_B__bias=ONES(16)), {}, "lora_bias is not set"),
     "a bias of another size": (added(lora_B__bias=ONES(4)), {"lora_bias": True}, "4 values; expected 16"),
     "KaSA without its diagonal": (None, {"kasa_config": {}}, "linear: lora_diag is missing"),
@@ -126,7 +126,7 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Tensors], Tensors] | None, dict[str, A
     "tensors of another method": (
         added(hada_w1_a=ONES(2, 2)),
         {},
-        "a tensor of LOHA, but adapter_config.json says LORA",
+        "spelled as LOHA, but adapter_config.json says peft_type LORA",
     ),
     "tensors of AdaLoRA": (added(lora_E=ONES(2, 1)), {}, "a tensor of ADALORA"),
     "a module saved whole and adapted": (

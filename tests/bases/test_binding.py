@@ -438,7 +438,7 @@ def test_an_exact_name_whose_shape_does_not_fit_is_not_looked_for_elsewhere() ->
     base = base_of({**disk_of("model."), **disk_of("model.language_model.", shape=(H, 24))})
     bound = bind(adapter_of(disk_of("model.", shape=(H, 24))), base)
     assert bound.problems["model." + Q.format(0)] == (
-        f"update is [{H}, 24], model.layers.0.self_attn.q_proj.weight is [{H}, {H}]"
+        f"the update is [{H}, 24], but model.layers.0.self_attn.q_proj.weight is [{H}, {H}]"
     )
 
 
@@ -448,7 +448,10 @@ def test_a_map_comes_before_the_exact_name() -> None:
     assert landed(bound)["model." + Q.format(1)] == {"other." + Q.format(1)}
     assert {place.rule for places in bound.places.values() for place in places} == {"map"}
     assert [note.code for note in bound.notes] == ["map-used", "map-unused"]
-    assert str(bound.notes[1]) == "--map 'nowhere=x' matches none of its names"
+    assert (
+        str(bound.notes[1])
+        == "--map 'nowhere=x' matches no weight name of this adapter; names are matched without PEFT's prefix"
+    )
 
 
 def test_a_map_leads_into_the_other_rules() -> None:
@@ -492,7 +495,7 @@ def test_names_that_are_not_found_are_told_in_a_line_with_their_layers_and_the_n
     lost = {f"decoder.{n}.attn.q.weight": (H, H) for n in (0, 1, 2, 5)}
     bound = bind(adapter_of(lost), base_of(disk_of("model."), model_type="llama"))
     assert tell(bound.problems) == [
-        "decoder.{0-2,5}.attn.q.weight: the base has no such weight; nearest is "
+        "decoder.{0-2,5}.attn.q.weight: the base has no such weight; the closest name is "
         f"model.layers.0.self_attn.q_proj.weight [{H}, {H}]; if the base has this layer under another name, pass "
         "--map REGEX=TEMPLATE"
     ]

@@ -128,7 +128,7 @@ def test_float32_products_ignore_a_setting_that_would_round_them(tmp_path: Path)
 def test_a_memory_limit_that_cannot_be_kept_names_one_that_can(tmp_path: Path) -> None:
     base, adapter = make_pair(tmp_path)
     with pytest.raises(
-        loratool.UsageError, match=r"max-memory: 1000 bytes is too little; this merge needs at least (\d+) MB"
+        loratool.UsageError, match=r"max-memory: 0.001 MB is too little; this merge needs at least (\d+) MB"
     ):
         loratool.merge(base, [adapter], tmp_path / "out", max_memory=1000)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]

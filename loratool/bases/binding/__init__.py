@@ -84,7 +84,12 @@ def bind(adapter: Adapter, base: Checkpoint, *, maps: Sequence[str] = (), fan_in
     notes += [*found_otherwise(places), *holes(adapter, places, base.tensors)]
     for text, (pattern, _) in zip(maps, renamings, strict=True):
         if not any(map(pattern.search, mapped)):
-            notes.append(Note("map-unused", f"--map {printable(repr(text))} matches none of its names"))
+            notes.append(
+                Note(
+                    "map-unused",
+                    f"--map {printable(repr(text))} matches no weight name of this adapter; names are matched without PEFT's prefix",
+                )
+            )
     template_of.cache_clear()
     placed = {own.get(t, t): places[t] for t in adapter.updates if t in places}
     return Bound(placed, problems, tuple(notes), missing, frozenset(proposed))
@@ -100,12 +105,12 @@ def read_maps(maps: Iterable[str]) -> list[Renaming]:
         pattern, divided, replacement = text.rpartition("=")
         try:
             if not divided or not pattern:
-                raise re.error("expected REGEX=TEMPLATE")
+                raise re.error("the '=' is missing" if not divided else "the pattern is empty")
             expression = re.compile(pattern)
             re.compile(f"{pattern}|").sub(replacement, "")  # a template of groups that the pattern has not
             found.append((expression, replacement))
         except (re.error, IndexError) as error:
-            raise UsageError(f"--map {printable(repr(text))}: {printable(error)}") from None
+            raise UsageError(f"--map {printable(repr(text))}: expected REGEX=TEMPLATE: {printable(error)}") from None
     return found
 
 

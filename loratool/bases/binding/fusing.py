@@ -209,7 +209,7 @@ def out_of_fused(parts: Sequence[TensorInfo], times: int, update: Update, rule: 
     sizes = [part.shape[0] for part in parts]
     fitted = update.fit((sum(sizes), *first[1:]))
     if fitted is None or fitted.fold != 1:
-        raise Misfit(f"update is {list(update.shape)}, its parts have {' + '.join(map(str, sizes))} rows")
+        raise Misfit(f"the update is {list(update.shape)}, but its parts have {' + '.join(map(str, sizes))} rows")
     return Landing(
         tuple(
             Place(info.name, rule, fitted, own, rows, at)
@@ -249,7 +249,7 @@ def out_of_experts(experts: Sequence[Sequence[TensorInfo]], update: Update, rule
 
     landing = Landing(*map(places, pair))
     if not landing.tensors:
-        raise Misfit(f"update is {described(update)}, the base's experts together are {list(shape)}")
+        raise Misfit(f"the update is {described(update)}, but the base's experts together are {list(shape)}")
     return landing
 
 
@@ -278,7 +278,7 @@ def stacked(parts: Sequence[TensorInfo], update: Update, rule: Rule) -> Landing:
 
     landing = Landing(*map(places, pair))
     if not landing.tensors:
-        raise Misfit(f"update is {described(update)}, its parts in the base are {list(shape)} together")
+        raise Misfit(f"the update is {described(update)}, but its parts in the base are {list(shape)} together")
     return landing
 
 

@@ -154,7 +154,9 @@ class Resolver:
                 # a name that is only guessed at and a shape that fits the wrong way round are no match
                 landing = Landing(landing.straight)
                 if not landing.straight:
-                    raise Misfit(f"update is {list(update.shape)}, {printable(info.name)} is {list(info.shape)}")
+                    raise Misfit(
+                        f"the update is {list(update.shape)}, but {printable(info.name)} is {list(info.shape)}"
+                    )
             return landing
         if way.part >= 0:
             rule = rule.then("part-of-fused", f"{short(fusion.parts[way.part])} of {short(fusion.fused)}")
@@ -243,7 +245,7 @@ class Resolver:
             return packed_landing([info], update, rule) or fusing.whole(update, info, rule)
         except Misfit:
             described = fusing.described(update)
-            raise Misfit(f"update is {described}, {printable(info.name)} is {list(info.shape)}") from None
+            raise Misfit(f"the update is {described}, but {printable(info.name)} is {list(info.shape)}") from None
 
     def by_suffix(self, targets: Mapping[str, Update]) -> tuple[dict[str, Landing], str]:
         """Places of targets whose beginning alone is unknown, by the one change of prefix that explains most of them.

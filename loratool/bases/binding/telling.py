@@ -41,7 +41,7 @@ class Nearest:
         members = self.templates[there]
         near = members.get(numbers) or members[min(members, key=lambda found: tuple(map(int, found)))]
         return (
-            f"the base has no such weight; nearest is {printable(near)} {list(self.tensors[near].shape)}; if the base "
+            f"the base has no such weight; the closest name is {printable(near)} {list(self.tensors[near].shape)}; if the base "
             "has this layer under another name, pass --map REGEX=TEMPLATE"
         )
 

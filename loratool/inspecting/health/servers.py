@@ -157,7 +157,7 @@ def look_at_servers(adapter: Adapter, path: Path, fit: Fit | None) -> Iterator[F
         kind = printable(adapter.training.method)
         yield note(
             "vllm-type",
-            f"and {CONVERTER} read only LoRA's two factors, but {kind} has others",
+            f"and {CONVERTER} read LoRA adapters only; this one is {kind}",
             "" if adapter.unsupported else f"loratool merge BASE {quoted(path)} -o OUT",
         )
         return

@@ -67,7 +67,7 @@ class Module:
         """The tensor of a slot, in any of some numbers of dimensions; raises `UnusableError` where it is none."""
         if slot not in self.slots:
             there = ", ".join(printable(tensor) for tensor in self.slots.values())
-            raise UnusableError(f"{self.shown}: {slot} is missing (found {there})", MISSING_PARTNER)
+            raise UnusableError(f"{self.shown}: {slot} is missing (found only {there})", MISSING_PARTNER)
         return self.draft.stored(self.slots[slot], dimensions, dtypes)
 
     def indices(self, slot: str, dimensions: Collection[int]) -> Any:
@@ -169,7 +169,7 @@ class Draft:
         if family == kind:
             self.unused.append(name)
         else:
-            text = f"{printable(name)}: a tensor of {family}, but {CONFIG} says {kind}"
+            text = f"{printable(name)}: spelled as {family}, but {CONFIG} says peft_type {kind}"
             self.problems.append(Problem(text, AGAINST_TENSORS))
 
     def keep(self, name: str, path: str, passed_over: list[str]) -> None:

@@ -25,7 +25,7 @@ NAMED_FACTOR = re.compile(r"\.lora_(?:A|B|embedding_A|embedding_B)\.(?!weight$|b
 REPAIRS = {  # what to do about problems of reading, by their codes
     UNGATHERED: "gather the parameters when the adapter is saved; the values are not in this file",
     MISSING_PARTNER: "the other factor is not in this file; save the adapter again",
-    AGAINST_TENSORS: f"correct {CONFIG}; the tensors show what was trained",
+    AGAINST_TENSORS: f"correct {CONFIG} to match the tensors",
 }
 MOVED = ("pissa_niter_", "corda", "lora_ga", "loftq")  # initialisations after which the base cannot be worked out
 

@@ -94,7 +94,9 @@ class Reader:
         if "lora_B.bias" in module:
             found |= self.bias(module, update, attention)
         else:
-            module.agree(self.draft.config.get("lora_bias") is not True, "lora_bias is set, but it has no lora_B.bias")
+            module.agree(
+                self.draft.config.get("lora_bias") is not True, "lora_B.bias is missing, although lora_bias is set"
+            )
         return found
 
     def tell(self) -> None:
@@ -203,7 +205,7 @@ class Reader:
         """The update as DoRA applies it, where it is DoRA."""
         dora = self.draft.config.get("use_dora") is True
         if "lora_magnitude_vector" not in module:
-            module.agree(not dora, "use_dora is set, but it has no lora_magnitude_vector")
+            module.agree(not dora, "lora_magnitude_vector is missing, although use_dora is set")
             return update
         module.agree(dora, f"lora_magnitude_vector is present, but use_dora is not set in {CONFIG}")
         stored = module.tensor("lora_magnitude_vector", (1, 3, 4, 5))

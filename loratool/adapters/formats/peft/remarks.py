@@ -21,7 +21,7 @@ def remark(draft: Draft) -> None:
         draft.notes.append(
             Note(
                 "bias-not-saved",
-                f"the config says bias={printable(repr(bias))}, but the file contains no bias, so none was trained",
+                f"the config says bias={printable(repr(bias))}, but the file contains no bias, so none is merged",
             )
         )
     unknown = (
