@@ -145,10 +145,12 @@ def run_command(arguments: list[str], verbose: bool) -> int:
         silence_stdout()
         return 141
     except OSError as error:
-        silence_stdout()
         where = f"{printable(error.filename)}: " if error.filename else ""
-        complain(f"Error: {where}{error.strerror or without_tokens(str(error))}")
-        return StorageError.exit_code
+        problem = StorageError(f"{where}{error.strerror or without_tokens(str(error))}")
+        complain(f"Error: {problem}")
+        code = failed(arguments, problem)
+        silence_stdout()  # which may be what is full
+        return code
     except MemoryError:
         problem = StorageError("out of memory; lower --max-memory or --workers to make a merge use less")
         complain(f"Error: {problem}")

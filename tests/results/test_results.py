@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,6 +122,24 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "an adapter that does not fit": (["merge", "base", "other", "-o", "out"], 4, "does-not-fit"),
     "no folder to write into": (["merge", "base", "adapter", "-o", "no/where/out"], 6, "storage"),
 }
+
+
+def test_what_the_system_refuses_is_an_object_too(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that no sentence of ours was written for: its code says storage, its message what the system said."""
+
+    def refuse(*_arguments: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(here / "base"))
+
+    monkeypatch.setattr("loratool.inspecting.inspect.inspect", refuse)
+    monkeypatch.setattr(cli, "silence_stdout", lambda: None)
+    assert cli.run(["inspect", "base", "--json"]) == 6
+    shown = capsys.readouterr()
+    error = json.loads(shown.out)["error"]
+    assert (error["code"], error["exit_code"], error["problems"]) == ("storage", 6, [])
+    assert shown.err == f"Error: {error['message']}\n"
+    assert os.strerror(errno.EIO) in error["message"]
 
 
 @pytest.mark.parametrize("name", WRONG)
