@@ -159,7 +159,7 @@ def test_the_map_on_the_design_page_lists_the_packages_in_this_order_and_only_mo
 
 def test_the_walk_through_a_merge_on_the_design_page_names_only_files_and_definitions_that_exist() -> None:
     page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    walk = page[page.index("## A merge, step by step") : page.index("## Adapters from adapters")]
+    walk = page[page.index("## A merge, step by step") : page.index("## Creating and comparing adapters")]
     source = "\n".join(path.read_text(encoding="utf-8") for path in FILES)
     files = re.findall(r"`([\w/]+\.py)`", walk)
     names = re.findall(r"`(?:[A-Z][a-z]\w+\.)?([A-Za-z_]+)`", walk)
