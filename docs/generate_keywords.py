@@ -18,7 +18,7 @@ from loratool.inspecting.inspect import InspectOptions
 from loratool.merging.merge import MergeOptions
 from loratool.merging.planning import PlanOptions
 from loratool.options.described import Option, Options, described_by
-from loratool.publishing.pushing import PushOptions
+from loratool.publishing.options import PushOptions
 from loratool.publishing.streaming import StreamOptions
 from loratool.reworking.compare import CompareOptions
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.cli.options import PATH, click_options, output_options
-from loratool.publishing.pushing import PushOptions
+from loratool.publishing.options import PushOptions
 
 if TYPE_CHECKING:
     from pathlib import Path

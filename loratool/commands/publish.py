@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from loratool.errors import LoratoolError, UsageError, printable
 from loratool.options.described import option
 from loratool.options.shared import WritingOptions
-from loratool.publishing.pushing import PushOptions, SendOptions
+from loratool.publishing.options import PushOptions, SendOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -65,7 +65,7 @@ def published(report: Report, options: PublishOptions, progress: Progress | None
     repo = options.destination
     if repo is None:
         return report
-    from loratool.publishing import push
+    from loratool.publishing.pushing import push
 
     out = printable(report.out)  # type: ignore[attr-defined]
     again = f"{out} is complete; to continue, run `loratool push {out} {printable(repo)}`"

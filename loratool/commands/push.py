@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from loratool.options.described import keyword_options, made_of
 from loratool.publishing import pushing
-from loratool.publishing.pushing import PushOptions
+from loratool.publishing.options import PushOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -54,7 +54,7 @@ from loratool.merging.merge import (
 from loratool.merging.resources import choose_resources
 from loratool.provenance.cards import CARD
 from loratool.publishing.committing import REMOTE_JOURNAL, Commit, Upload, check, commit, files_of, full_name, open_repo
-from loratool.publishing.pushing import CommitOptions
+from loratool.publishing.options import CommitOptions
 from loratool.publishing.selecting import KNOWN, UNKNOWN, check_message, check_secrets, matches, never
 from loratool.results.stream import StreamReport
 

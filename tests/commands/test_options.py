@@ -27,7 +27,7 @@ from loratool.commands.resize import ResizeAndPushOptions
 from loratool.errors import LoratoolError, UsageError
 from loratool.inspecting.inspect import InspectOptions
 from loratool.options.described import SIZE, Choice, Flag, Number, Option, Options, Size, described_by, dtypes, made_of
-from loratool.publishing.pushing import PushOptions
+from loratool.publishing.options import PushOptions
 from loratool.reworking.compare import CompareOptions
 
 OPTIONS: dict[str, type[Options]] = {
