@@ -172,14 +172,14 @@ class RankRule:
         ranks = evened(ranks, groups)
         if not any(ranks.values()):
             raise UsageError(
-                f"--{self.told}: too small for rank 1 of any layer; the smallest takes "
+                f"--{self.told} is too small: even rank 1 of the smallest layer takes "
                 f"{min(costs.values())}{' bytes' if self.in_bytes else ' parameters'}"
             )
         return ranks
 
     def weights_of(self, layers: Mapping[str, Layer]) -> dict[str, float]:
         """How much each layer counts: the first pattern that matches it, else 1."""
-        found = by_pattern(self.weights, layers, "weights of layers")
+        found = by_pattern(self.weights, layers, "--layer-weights")
         return {target: found.get(target, 1.0) for target in layers}
 
     @property

@@ -32,21 +32,23 @@ class ReadingOptions(Options):
     """What is said of adapters where their files do not; of each option one value for all of them, or one for each."""
 
     expert_layout: tuple[str, ...] = option(
-        help="Column order of a fused lora_B if the config does not record it; once for all adapters, or once per "
-        "adapter.",
+        help="Column order of a fused lora_B if the config does not record it; pass it once for all adapters, or once "
+        "per adapter in order.",
         default=(),
         kind=Choice(lambda: EXPERT_LAYOUTS),
         many=True,
     )
     adapter_name: tuple[str, ...] = option(
-        help="Adapter to read if a file or folder contains several; once for all, or once per adapter.",
+        help="Adapter to read if a file or folder contains several; pass it once for all adapters, or once per "
+        "adapter in order.",
         default=(),
         kind=TEXT,
         many=True,
         metavar="NAME",
     )
     input_alpha: tuple[float, ...] = option(
-        help="Alpha of an adapter whose files do not record it; once for all, or once per adapter in order.",
+        help="Alpha, for adapters whose files do not record it; pass it once for all adapters, or once per adapter in "
+        "order.",
         default=(),
         kind=NUMBER,
         many=True,

@@ -154,7 +154,7 @@ def listing(path: Path) -> str:
         with open(open_regular(path), "rb") as stream:
             start = stream.read(64)
             if start.startswith(b"version https://git-lfs"):
-                return "a git-lfs pointer to a pickle; run `git lfs pull` to get the file"
+                return "a Git LFS pointer to a pickle; run `git lfs pull` to get the file"
             size = os.fstat(stream.fileno()).st_size
             stream.seek(max(0, size - (1 << 16)))
             end = stream.read()

@@ -1,4 +1,4 @@
-"""Trained weights that lie in an adapter's folder and are no part of the adapter.
+"""Trained weights that lie in an adapter's folder and are not part of the adapter.
 
 Each is merged where that is asked for, carried over where it is a module of its own, left out where that is allowed,
 and otherwise a reason to stop: dropped in silence, the merged model would not be what was trained.
@@ -148,7 +148,7 @@ def told(file: WeightFile, adapter: Adapter, base: Checkpoint, binder: Callable[
     if file.name.endswith(PICKLES):
         safe = printable(Path(file.name).with_suffix(".safetensors"))
         way = conversion(adapter.folder / file.name)
-        return f"{start}; {leave}, or convert it to merge it with {ALSO_LOAD} {safe}: {way}"
+        return f"{start}; {leave}, or convert it and pass {ALSO_LOAD} {safe}: {way}"
     if file.is_safetensors and (why := why_not_merged(file, adapter, base, binder)):
         return f"{start}: {why}; {leave}"
     if file.is_safetensors:

@@ -30,7 +30,9 @@ class MergeWords(MergeAndPushOptions):
         default=False,
         kind=FLAG,
     )
-    card: bool = option(help="With --stream: write a README.md even if BASE has one.", default=False, kind=FLAG)
+    card: bool = option(
+        help="With --stream: write a generated README.md, even if BASE has one.", default=False, kind=FLAG
+    )
     dry_run: bool = option(help="Print the plan; write nothing.", default=False, kind=FLAG)
 
 

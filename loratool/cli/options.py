@@ -84,7 +84,7 @@ def output_options(command: Command) -> Command:
             "--verbose",
             is_flag=True,
             expose_value=False,
-            help="Show the traceback of a bug and features that this system lacks.",
+            help="Show tracebacks of bugs, and which features this system lacks.",
         ),
         click.option("-q", "--quiet", is_flag=True, callback=silence_client, help="Print errors only."),
         click.option(

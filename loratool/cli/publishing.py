@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def push(path: Path, repo: str, options: PushOptions, screen: Screen) -> None:
     """Upload a finished model or adapter to the Hub, then verify the uploaded files.
 
-    REPO is org/name; it is created if missing, as private unless --public is given. Only the files of the model or
+    REPO is org/name; it is created if missing: private, unless --public is given. Only the files of the model or
     adapter are uploaded, and only those that REPO lacks. The token comes from `hf auth login` or HF_TOKEN.
 
     \b

@@ -75,7 +75,7 @@ def combine(adapters: tuple[Path, ...], out: Path, options: CombineAndPushOption
 @click_options(ResizeAndPushOptions)
 @output_options
 def resize(adapter: Path, out: Path, options: ResizeAndPushOptions, screen: Screen) -> None:
-    """Change the ranks of an adapter by SVD: each layer gets the best approximation of its new rank.
+    """Change the ranks of an adapter by SVD: each layer gets the best approximation at its new rank.
 
     \b
     Examples:
@@ -97,7 +97,7 @@ def resize(adapter: Path, out: Path, options: ResizeAndPushOptions, screen: Scre
 @click_options(ExtractAndPushOptions)
 @output_options
 def extract(base: Path, tuned: Path, out: Path, options: ExtractAndPushOptions, screen: Screen) -> None:
-    """Extract an adapter from a full fine-tune: the difference TUNED − BASE, as closely as its ranks allow.
+    """Extract an adapter from a full fine-tune: the difference TUNED − BASE, as closely as the ranks allow.
 
     \b
     Examples:

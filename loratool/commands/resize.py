@@ -32,7 +32,7 @@ def resize(
     push_progress: Progress | None = None,
     **keywords: Unpack[ResizeKeywords],
 ) -> ResizeReport:
-    """Write a copy of the adapter with different ranks: each layer gets the best approximation of its new rank (Eckart
+    """Write a copy of the adapter with different ranks: each layer gets the best approximation at its new rank (Eckart
     and Young 1936).
 
     Pass one of `rank`, `energy`, `error`, `ratio` and `budget`. Tensors other than the factors, such as saved modules,

@@ -26,7 +26,7 @@ def foreign_file(path: Path) -> str:
     if path.suffix not in (*PICKLES, ".npz"):
         return ""
     if is_pointer(path):
-        return "a git-lfs pointer, not the file it points to; run `git lfs pull`"
+        return "a Git LFS pointer, not the file it points to; run `git lfs pull`"
     if path.suffix == ".npz":
         return f"numpy arrays, as old MLX releases saved them; {npz_conversion(path)}"
     return f"loratool never loads pickled weights; {conversion(path)}"

@@ -60,7 +60,7 @@ LARGEST_INT = 2**63 - 1
 PREFIX = 8  # bytes: the header's length, little-endian
 
 FOREIGN_STARTS = (
-    (b"version https://git-lfs", "a git-lfs pointer, not the file it points to; run `git lfs pull`"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file it points to; run `git lfs pull`"),
     (b"<!doctype", "an HTML page, probably an error page saved by a download; download the file again"),
     (b"<html", "an HTML page, probably an error page saved by a download; download the file again"),
     (b"\x1f\x8b", "gzip-compressed; unpack it first"),

@@ -195,7 +195,7 @@ def choose(base: Base, targets: Sequence[str]) -> dict[str, Shape]:
             problems.append(f"{printable(target)}: the base has no such weight; {told}")
         found.update(named)
     if problems:
-        raise FitError(f"{base.path}: some targets were not found:", problems)
+        raise FitError(f"{base.path}: some targets cannot be adapted:", problems)
     return {name: shape for name, shape in matrices.items() if name in found}
 
 

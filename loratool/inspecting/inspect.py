@@ -205,7 +205,11 @@ def adapter_facts(adapter: Adapter, path: Path, fit: Fit | None = None) -> Adapt
         modules=modules,
         rest={printable(name): why for name, why in rest_of(adapter).items()},
         unsupported=(*adapter.unsupported, *unused),
-        notes=(*adapter.notes, *fates(adapter.beside, otherwise="no part of the adapter"), *(fit.notes if fit else ())),
+        notes=(
+            *adapter.notes,
+            *fates(adapter.beside, otherwise="not part of the adapter"),
+            *(fit.notes if fit else ()),
+        ),
         against=fit.base if fit else None,
     )
 

@@ -88,7 +88,7 @@ def plan_text(plan: MergePlan, memory: int) -> str:
         ("would read", size(plan.bytes_read)),
         (
             "would write",
-            f"{size(plan.bytes_written)} in {len(plan.shards)} weight files and {len(plan.side_files)} other files",
+            f"{size(plan.bytes_written)} in {len(plan.shards)} weight files and {len(plan.side_files)} other file{'s' * (len(plan.side_files) != 1)}",
         ),
         ("peak memory", f"about {size(memory)}"),
         ("disk needed", size(plan.bytes_written)),

@@ -55,7 +55,7 @@ class PlanOptions(NamingOptions, OrientationOption, ReadingOptions):
         "-w",
         "--weight",
         help="Weight, once per adapter in order, or as a comma-separated list; a negative weight removes an adapter "
-        "merged before [default: 1].",
+        "that was merged earlier [default: 1].",
         default=(),
         kind=NUMBER,
         many=True,
@@ -65,7 +65,9 @@ class PlanOptions(NamingOptions, OrientationOption, ReadingOptions):
     shard_size: int | None = option(
         help="Largest size of an output shard, such as 5GB [default: the shards of BASE].", kind=SIZE
     )
-    allow_new_tensors: bool = option(help="Add heads that an adapter saved and BASE lacks.", default=False, kind=FLAG)
+    allow_new_tensors: bool = option(
+        help="Add tensors that an adapter saved but BASE lacks, such as a new head.", default=False, kind=FLAG
+    )
     also_load: tuple[str, ...] = option(
         help="Also merge the tensors of this safetensors file in an ADAPTER's folder; may be repeated.",
         default=(),
@@ -73,7 +75,7 @@ class PlanOptions(NamingOptions, OrientationOption, ReadingOptions):
         many=True,
     )
     ignore_files: tuple[str, ...] = option(
-        help="Ignore this file in an ADAPTER's folder, although it contains trained weights; may be repeated.",
+        help="Ignore this file in an ADAPTER's folder, even if it contains trained weights; may be repeated.",
         default=(),
         many=True,
         metavar="NAME",

@@ -42,7 +42,7 @@ CLASS = re.compile(r"[A-Za-z_]\w{0,100}", re.ASCII)
 OUT = "out"
 HERE = '"."  # this folder, or the repository\'s id'  # in a snippet, until it is known where it goes
 DONE = {
-    "merge": "A base model with {adapters} merged into its weights.",
+    "merge": "{base} with {adapters} merged into its weights.",
     "rescale": "A rescaled copy of {adapter}.",
     "combine": "A combination of {adapters}.",
     "resize": "A copy of {adapter} with different ranks.",
@@ -50,15 +50,16 @@ DONE = {
 }
 MEASURED = {
     "norm": "‖ΔW‖ (Frobenius)",
-    "predicted": "relative error expected from the ranks",
+    "predicted": "relative error from truncation",
     "achieved": "relative error as stored",
     "truncated": "relative error of truncation",
     "stored": "relative error of rounding",
     "error": "relative error as stored",
-    "parameters_before": "parameters of the source",
+    "parameters_before": "parameters, before",
     "parameters": "parameters",
-    "bytes_before": "bytes of factors of the source",
+    "bytes_before": "bytes of factors, before",
     "bytes": "bytes of factors",
+    "norm_ratio": "norm of the result / own norm",
     "all": "in total",
     "energy_kept": "fraction of ‖ΔW‖² kept",
 }
@@ -145,7 +146,8 @@ def card(provenance: Mapping[str, Any], about: Subject | Mapping[str, Any], term
         MARK,
         "",
         DONE.get(verb, trained or "No description provided.").format(
-            adapters="an adapter" if len(adapters) == 1 else f"{len(adapters)} adapters",
+            base=named(found) if isinstance(found := provenance.get("base"), Mapping) else "A base model",
+            adapters=f"the adapter {named(adapters[0])}" if len(adapters) == 1 else f"{len(adapters)} adapters",
             adapter=named(adapters[0]) if adapters else "an adapter",
         ),
         *section("Inputs", lineage(provenance, adapters, base)),

@@ -13,7 +13,7 @@ class SendOptions(Options):
 
     public: bool = option(help="Make a newly created repository public.", default=False, kind=FLAG, recorded=False)
     allow_secret: tuple[str, ...] = option(
-        help="Upload FILE (or files matching a pattern) although it seems to contain a secret; may be repeated.",
+        help="Upload FILE (or files matching a pattern) even if it seems to contain a secret; may be repeated.",
         default=(),
         many=True,
         metavar="FILE",
@@ -38,7 +38,7 @@ class CommitOptions(SendOptions):
     )
     message: str | None = option("-m", "--message", help="Commit message.", recorded=False)
     card: bool = option(
-        help="Upload a README.md made from loratool.json even if there is one.",
+        help="Upload a card generated from loratool.json, even if PATH has a README.md.",
         default=False,
         kind=FLAG,
         recorded=False,

@@ -133,12 +133,12 @@ def select(
             notes.append(
                 Note(
                     "card-made",
-                    f"{CARD} is made from {PROVENANCE}" if (root / PROVENANCE).is_file() else f"{CARD} is made",
+                    f"{CARD} is generated from {PROVENANCE}" if (root / PROVENANCE).is_file() else f"{CARD} is made",
                 )
             )
     elif there := addressed(root / CARD, place):
         uploads[CARD] = Upload(CARD, content=there)
-        notes.append(Note("card-made", f"{CARD} is the generated one, with code that loads {printable(place)}"))
+        notes.append(Note("card-made", f"{CARD} is generated, with code that loads {printable(place)}"))
     else:
         notes.append(Note("card-kept", f"{CARD} is kept unchanged; pass --card to upload one made from {PROVENANCE}"))
     if CARD in uploads and (made := uploads[CARD].content) is not None and PROVENANCE in uploads:

@@ -104,11 +104,11 @@ def combine_text(report: CombineReport) -> str:
             f"{percent(totals.stored)} by rounding",
         ),
         *(
-            ("adapter", f"{name}: {kept(totals.energy_kept[name])} of its energy kept, result/own norm "
-             f"{number(totals.norm_ratio[name])}")
+            ("adapter", f"{name}: {kept(totals.energy_kept[name])} of its energy kept, norm of the "
+             f"result {number(totals.norm_ratio[name])} × its own")
             for name in report.adapters
         ),
-        *(("together", f"{pair}: {met(report, pair)}") for pair in totals.cosine),
+        *(("pair", f"{pair}: {met(report, pair)}") for pair in totals.cosine),
         ("took", f"{report.cost.seconds:.2f} s on {report.cost.device}, start-up "
                  f"{report.cost.startup_seconds:.2f} s"),
         ("peak memory", memory(report.cost.peak_memory)),
@@ -127,7 +127,7 @@ def combine_text(report: CombineReport) -> str:
         ]
         for target, layer in worst[:MOST_LAYERS]
     ]
-    header = ["rank", "‖ΔW‖", "cut", "stored", "least kept", "cosine", "layer"]
+    header = ["rank", "‖ΔW‖", "truncated", "stored", "least kept", "cosine", "layer"]
     return "\n".join([aligned(rows), *table(header, cells, len(worst) - MOST_LAYERS)])
 
 

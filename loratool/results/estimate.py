@@ -145,7 +145,7 @@ def memory_text(result: Estimate) -> str:
         ("Q", f"{result.quantisable:,} of them in linear layers, stored in 4 bits"),
         ("T", "parameters that LoRA trains"),
     ]
-    return "memory: weights + gradients + the two moments of AdamW; activations are extra\n" + aligned(rows)
+    return "memory: weights + gradients + the two moments of AdamW; activations not included\n" + aligned(rows)
 
 
 def sum_of(memory: Memory) -> str:

@@ -70,7 +70,7 @@ def extract_text(report: ExtractReport) -> str:
         ("rule", report.rule),
         ("rank", spread(dict(ranks.most_common()))),
         ("factors", f"{totals.parameters:,} parameters, {size(totals.bytes)}, {report.dtype}"),
-        ("error", f"{percent(totals.achieved)} of ‖M‖ as stored, {percent(totals.predicted)} by rank"),
+        ("error", f"{percent(totals.achieved)} of ‖M‖ as stored, {percent(totals.predicted)} by truncation"),
         ("tensors", f"{report.identical} identical" + (f", {report.excluded} excluded" if report.excluded else "")),
         *some("saved whole", [printable(name) for name in report.saved]),
         *some("noise only", [printable(name) for name in report.noise]),

@@ -388,7 +388,7 @@ def remarks(
     carried = common_files(sources)
     yield from (note.under(source.name) for source in sources for note in told_beside(source, carried))
     if len(sources) == 1:
-        yield Note("single-adapter", "there is only one adapter, so it is combined with nothing")
+        yield Note("single-adapter", "only one adapter was given, so it is not combined with another")
     bases = {source.training.base for source in sources} - {""}
     if len(bases) > 1:
         yield Note(

@@ -72,7 +72,8 @@ class CombineOptions(FactorOptions, ReadingOptions, DeviceOption):
     )
     weights_file: Sequence[Weight] | None = option(
         "--weights",
-        help='A list with one entry per adapter: a number, or an object with numbers by pattern and "default".',
+        help='JSON list with one entry per adapter: a number, or an object that maps patterns and "default" to '
+        "numbers.",
         kind=JsonFile(list),
     )
     space: str | None = option(
@@ -116,11 +117,13 @@ class CombineOptions(FactorOptions, ReadingOptions, DeviceOption):
     )
     row_wise: bool = option(help="nuslerp: interpolate each row separately.", default=False, kind=FLAG)
     svc: bool = option(
-        help="Calibrate singular values afterwards, so that shared directions count once.", default=False, kind=FLAG
+        help="After combining, calibrate the singular values so that shared directions count once.",
+        default=False,
+        kind=FLAG,
     )
     seed: int = option(help="Random seed.", default=0, kind=Number(whole=True))
     saved: str = option(
-        help="What to do if adapters saved different values for one tensor.",
+        help="What to do if adapters saved different values of the same tensor.",
         default=SAVED[0],
         kind=Choice(lambda: SAVED),
     )
@@ -191,10 +194,7 @@ def refuse_at_odds(options: CombineOptions) -> None:
     if options.rank_policy == "ctm" and (
         options.rank is None or row.family == FACTORWISE or options.space in ("dense", "knots")
     ):
-        raise UsageError(
-            "--rank-policy ctm first chooses --rank directions in core space, so it needs --rank and excludes --space "
-            "dense and knots"
-        )
+        raise UsageError("--rank-policy ctm needs --rank, and --space core if one is given")
     if options.density is not None and row.density is None:
         raise UsageError(f"--density does not apply to {method}, which keeps all entries")
     if not options.factor:
@@ -219,7 +219,7 @@ def refuse_idle(options: CombineOptions) -> None:
         ("--row-wise", options.row_wise, ["nuslerp"]),
     ):
         if is_set and options.method not in methods:
-            raise UsageError(f"{flag} does not apply to {options.method}, only to {', '.join(methods)}")
+            raise UsageError(f"{flag} applies only to {', '.join(methods)} (the method is {options.method})")
 
 
 def told(combination: Combination, weights: Sequence[Weight]) -> dict[str, Any]:

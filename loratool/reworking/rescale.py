@@ -59,8 +59,7 @@ class RescaleOptions(FactorOptions, ReadingOptions):
         help="With --frobenius or --spectral: scale each module separately to NORM.", default=False, kind=FLAG
     )
     match: tuple[str, ...] = option(
-        help="Multiply modules whose name contains a match of REGEX by FACTOR; may be repeated, the first match "
-        "counts.",
+        help="Multiply modules whose name contains a match of REGEX by FACTOR; may be repeated, the first match wins.",
         default=(),
         kind=Pairs(),
         many=True,
@@ -155,7 +154,7 @@ def check(asked: Mapping[str, float | None], factors: Mapping[str, float], each:
         positive = name in ("frobenius", "spectral")
         if value == 0 or (positive and value < 0):
             wanted = "above 0" if positive else "other than 0"
-            raise UsageError(f"--{name} {value:g}: must be a finite number {wanted}")
+            raise UsageError(f"--{name} must be a finite number {wanted} (got {value:g})")
 
 
 def by_search(factors: Mapping[str, float], layers: Mapping[str, Layer]) -> dict[str, float]:

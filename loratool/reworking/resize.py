@@ -71,7 +71,7 @@ class ResizeOptions(FactorOptions, ReadingOptions, DeviceOption):
         help="Fraction of ‖ΔW‖² that each layer keeps, such as 0.99.", kind=Number(above=0, high=1)
     )
     error: float | None = option(help="Largest relative error of each layer, such as 0.05.", kind=NUMBER)
-    ratio: float | None = option(help="Keep singular values above the largest one divided by this.", kind=NUMBER)
+    ratio: float | None = option(help="Keep singular values larger than the largest one divided by this.", kind=NUMBER)
     budget: str | None = option(
         help="Limit on the parameters (4M) or bytes (16MB) of all factors together.", kind=Amount(), metavar="SIZE"
     )
@@ -79,7 +79,8 @@ class ResizeOptions(FactorOptions, ReadingOptions, DeviceOption):
         help="With --budget: weight of each layer's error, by pattern.", kind=JsonFile(dict)
     )
     calibration: str | None = option(
-        help="A .safetensors file with E[zzᵀ] of z = A·x for each module; minimises the error of ΔW·x instead of ΔW.",
+        help="Minimise the error of ΔW·x instead of ΔW, using a .safetensors file with E[zzᵀ], z = A·x, for each "
+        "module.",
         kind=PathKind(),
     )
     uniform: bool = option(
@@ -387,7 +388,7 @@ def remarks(contents: Contents, modules: Mapping[str, ResizedLayer], dropped: Se
             Note(
                 "ranks-differ",
                 "ranks differ between layers (rank_pattern); for servers that support a single rank, pass --uniform, "
-                f"which writes rank {most} everywhere",
+                f"which pads every layer to rank {most}",
             )
         )
     for target in dropped:

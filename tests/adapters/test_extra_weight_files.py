@@ -71,7 +71,7 @@ def broken(folder: Path) -> list[str]:
 def pointer(folder: Path) -> list[str]:
     text = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 99\n"
     (folder / "head.bin").write_text(text)
-    return ["head.bin", "git-lfs pointer"]
+    return ["head.bin", "Git LFS pointer"]
 
 
 def arrays(folder: Path) -> list[str]:

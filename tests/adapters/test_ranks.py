@@ -312,7 +312,7 @@ def test_numbers_out_of_range_are_refused_by_name(words: dict[str, Any], told: s
 def test_a_budget_too_small_is_refused_with_the_least_that_is_enough() -> None:
     sizes = {"a.weight": (30, 40), "b.weight": (10, 15)}
     energies = {"a.weight": [9.0], "b.weight": [1.0]}
-    with pytest.raises(UsageError, match=r"^--budget 24 parameters: too small .* takes 25 parameters"):
+    with pytest.raises(UsageError, match=r"^--budget 24 parameters is too small: .* takes 25 parameters"):
         choose(rule(budget=24), energies, sizes)
     assert choose(rule(budget=25), energies, sizes) == {"a.weight": 0, "b.weight": 1}
     with pytest.raises(UsageError, match="takes 50 bytes"):

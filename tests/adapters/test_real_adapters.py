@@ -337,7 +337,7 @@ REFUSED: dict[str, tuple[int, str]] = {
     "sd-lycoris-lokr-4/smart_falcon_4_lokr.safetensors": (3, "LyCORIS"),
     "sd-diffusers-old-processor-pokemon": (3, "diffusers"),
     "sd-diffusers-old-processor-pokemon/pytorch_lora_weights.safetensors": (3, "diffusers"),
-    "neg-lfs-pointer-gliner": (3, "git-lfs pointer"),
+    "neg-lfs-pointer-gliner": (3, "Git LFS pointer"),
     "vit-lora-wa-only": (3, r"adapter_config\.json"),
     "vit-lora-wa-only/lora.safetensors": (3, r"adapter_config\.json"),
     "flux-aitoolkit-transformer": (3, "diffusers"),

@@ -412,7 +412,7 @@ def torch_zip(trap: Path) -> bytes:
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123456789\n"
 FOREIGN: dict[str, tuple[Callable[[Path], bytes], str]] = {
-    "git-lfs pointer": (lambda trap: LFS, "git lfs pull"),
+    "Git LFS pointer": (lambda trap: LFS, "git lfs pull"),
     "HTML page": (lambda trap: b"<!DOCTYPE html><html><body>Sign in</body></html>", "HTML page"),
     "HTML page in lower case": (lambda trap: b"<!doctype html>\n<title>404</title>", "HTML page"),
     "HTML page without doctype": (lambda trap: b"<html><head></head></html>", "HTML page"),

@@ -378,7 +378,7 @@ def both(folder: Path) -> None:
 UNREADABLE: dict[Callable[[Path], None], str] = {
     no_config: "adapter_config.json",
     bad_config: "not valid JSON",
-    pointer: "git-lfs pointer",
+    pointer: "Git LFS pointer",
     pickled: "weights_only=True",
     cut: "adapter_model.safetensors",
 }

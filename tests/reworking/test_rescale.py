@@ -204,7 +204,7 @@ def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Workbench:
     [
         ([], "nothing to do", 2),
         (["--scale", "2", "--alpha", "3"], "--scale and --alpha are mutually exclusive", 2),
-        (["--scale", "0"], "--scale 0", 2),
+        (["--scale", "0"], "--scale must be", 2),
         (["--scale", "nan"], "finite", 2),
         (["--frobenius", "-1"], "above 0", 2),
         (["--scale", "2", "--each"], "--each needs", 2),

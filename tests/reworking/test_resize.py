@@ -1159,4 +1159,4 @@ def test_every_published_adapter_is_cut_to_rank_2_as_its_dense_updates_are(name:
 @pytest.mark.skipif(not REAL.is_dir(), reason="the published adapters are not here")
 def test_published_adapters_without_an_update_are_refused(tmp_path: Path) -> None:
     assert "every update is zero" in refused(REAL / "ih-bloomz560m-zeroB", tmp_path / "out", FitError)
-    assert "git-lfs" in refused(REAL / "neg-lfs-pointer-gliner", tmp_path / "out", InputError)
+    assert "Git LFS" in refused(REAL / "neg-lfs-pointer-gliner", tmp_path / "out", InputError)

@@ -132,8 +132,8 @@ class Orientation:
             who, says = claims[0]
             if shown is not None and shown != says:
                 return (
-                    f"{who} that it is stored {stored(says)}, but non-square weights like it are stored "
-                    f"{stored(shown)}; if it is stored that way too, pass {option(shown)}"
+                    f"{who} that it is stored {stored(says)}, but the non-square weights of such layers are stored "
+                    f"{stored(shown)}; if that holds here too, pass {option(shown)}"
                 )
             if self.said_by_option(leaf) is not None and self.said_by_class(leaf) == (not says):
                 self.remark(

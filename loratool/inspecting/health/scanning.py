@@ -86,7 +86,7 @@ def look_at_values(adapter: Adapter, path: Path) -> Iterator[Finding]:
             "problem",
             "not-finite",
             f"NaN or infinite values in {some(broken)}",
-            "use an earlier checkpoint of the training; the lost values cannot be recovered",
+            "use an earlier training checkpoint; the lost values cannot be recovered",
             tuple(map(printable, broken)),
         )
     yield from look_at_training(adapter, scans)

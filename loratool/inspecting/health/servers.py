@@ -45,9 +45,9 @@ VLLM = Source("vLLM", "0.32.0", "2026-11")
 SGLANG = Source("SGLang", "0.5.23", "2026-11")
 CONVERTER = Source("llama.cpp's converter", "in llama-cpp-python 0.3.36", "2026-11")
 # single files of their repositories, whose release is not recorded
-VLLM_FILES = Source("vLLM", "of its repository", "2026-08")
-SGLANG_FILES = Source("SGLang", "of its repository", "2026-08")
-CONVERTER_FILES = Source("llama.cpp's converter", "of its repository", "2026-08")
+VLLM_FILES = Source("vLLM", "main branch", "2026-08")
+SGLANG_FILES = Source("SGLang", "main branch", "2026-08")
+CONVERTER_FILES = Source("llama.cpp's converter", "main branch", "2026-08")
 
 FACTS: Mapping[str, Source] = {
     "vllm-type": VLLM,

@@ -325,7 +325,7 @@ def refuse_nothing(found: Pairing) -> None:
     if found.changes:
         return
     if not (found.whole or found.left_out or found.excluded):
-        raise FitError(f"{found.base.name} and {found.tuned.name} are identical")
+        raise FitError(f"{found.base.name} and {found.tuned.name} are identical, so there is nothing to extract")
     reasons = [f"{printable(name)}: {reason}" for name, reason in found.left_out.items()]
     reasons += [
         f"{printable(name)}: {'its module is saved whole' if len(tensor.shape) > 1 else 'not a matrix'}"
@@ -455,7 +455,7 @@ def remarks(found: Pairing, extractor: Extractor, rule: Rule) -> Iterator[Note]:
             Note(
                 "ranks-differ",
                 "ranks differ between layers (rank_pattern); for servers that support a single rank, run loratool "
-                f"resize --uniform, which writes rank {max(extractor.ranks.values())} everywhere",
+                f"resize --uniform, which pads every layer to rank {max(extractor.ranks.values())}",
             )
         )
     limits = {target: min(change.shape) for target, change in found.changes.items()}

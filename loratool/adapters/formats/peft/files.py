@@ -64,7 +64,9 @@ def open_weights(path: Path, notes: list[Note], adapter_name: str | None) -> tup
         return path.parent, joined(path)
     if path.suffix == ".safetensors":
         if (match := NUMBERED.match(path.name)) and int(match["count"]) > 1:
-            raise InputError(f"{printable(path)}: is one of {match['count']} files; pass the folder that contains them")
+            raise InputError(
+                f"{printable(path)}: is one of {int(match['count'])} shards; pass the folder that contains them"
+            )
         return path.parent, read_safefile(path)
     folder = folder_of(path, notes, adapter_name)
     names, index = weight_names(folder)
