@@ -456,7 +456,7 @@ def test_the_command_s_refusals_have_the_contract_s_exit_codes(
         (["--rank", "2", "--energy", "0.9"], "--rank and --energy", 2),
         (["--rank", "0"], "a whole number of at least 1", 2),
         (["--energy", "2"], "--energy must be above 0 and at most 1 (got 2)", 2),
-        (["--budget", "9"], "too small for rank 1", 2),
+        (["--budget", "9"], "is too small: even rank 1", 2),
         (["--rank", "2", "--calibration", str(tmp_path / "nowhere")], "no such file", 3),
         (["--budget", "99999", "--layer-weights", str(adapter / "adapter_model.safetensors")], "not UTF-8", 3),
     ):
