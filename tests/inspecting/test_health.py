@@ -200,7 +200,7 @@ CASES: dict[str, Case] = {
     "config-against-tensors": Case(config={"r": 6}, told="says r = 6, but the tensors have rank 4"),
     "config-against-tensors, DoRA": Case(config={"use_dora": True}, told="use_dora is set"),
     "config-against-tensors, pattern": Case(config={"rank_pattern": {"nothing": 4}}, told="patterns in rank_pattern"),
-    "config-against-tensors, type": Case(config={"peft_type": "LOHA"}, told="a tensor of LORA"),
+    "config-against-tensors, type": Case(config={"peft_type": "LOHA"}, told="spelled as LORA"),
     "sorted-patterns": Case(
         config={"alpha_pattern": TWO_PATTERNS}, told="several entries of alpha_pattern", repair="rescale .* --match"
     ),
