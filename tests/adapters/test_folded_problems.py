@@ -28,7 +28,7 @@ COMMANDS: dict[str, Sequence[str]] = {
 FAULTS: dict[str, tuple[str, dict[str, object], str]] = {
     "no partner": ("A", {}, "lora_B is missing"),
     "another rank": ("AB", {"r": 3}, "r = 3"),
-    "another method": ("AB", {"peft_type": "LOHA"}, "a tensor of LORA"),
+    "another method": ("AB", {"peft_type": "LOHA"}, "spelled as LORA"),
     "no magnitude": ("AB", {"use_dora": True}, "lora_magnitude_vector"),
 }
 

@@ -37,7 +37,7 @@ WORDS = {
         "an option of rescale, a line of inspect, or a field of mlx-lm's own config",
         ("reworking/rescale.py", "results/facts.py", "adapters/formats/mlx.py"),
     ),
-    "scaling": ("a line of inspect", ("results/facts.py",)),
+    "scaling": ("a line of inspect and of rescale", ("results/facts.py", "results/rescale.py")),
     "rank_pattern": ("a line of inspect, and a field of its facts", ("results/facts.py",)),
     "alpha_pattern": ("a line of inspect, and a field of its facts", ("results/facts.py",)),
     "adapters": (

@@ -128,7 +128,7 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Tensors], Tensors] | None, dict[str, A
         {},
         "spelled as LOHA, but adapter_config.json says peft_type LORA",
     ),
-    "tensors of AdaLoRA": (added(lora_E=ONES(2, 1)), {}, "a tensor of ADALORA"),
+    "tensors of AdaLoRA": (added(lora_E=ONES(2, 1)), {}, "spelled as ADALORA"),
     "a module saved whole and adapted": (
         added(weight=ONES(16, 8)),
         {},
