@@ -72,7 +72,7 @@ def test_a_dead_adapter_alone_is_refused(bench: Workbench, name: str) -> None:
     """Whatever makes it dead: exit 4, and nothing is written."""
     tensors, config, weight = DEAD[name]
     dead = adapter(bench, "dead", tensors, **config)
-    bench.refuses("merge", bench.base, dead, "-w", weight, "-o", bench.out, told=["nothing"], code=4)
+    bench.refuses("merge", bench.base, dead, "-w", weight, "-o", bench.out, told=["zero"], code=4)
 
 
 @pytest.mark.parametrize("name", DEAD)
