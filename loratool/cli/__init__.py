@@ -29,24 +29,23 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM: stop as for Ctrl-C, with its own exit status."""
 
 
-COMMANDS = {  # name → its module, and what a list of commands says of it
-    "merge": ("merging", "Merge adapters into a base model, shard by shard."),
-    "inspect": ("looking", "Show what adapters and checkpoints contain."),
-    "rescale": ("reworking", "Change the strength of an adapter."),
-    "combine": ("reworking", "Combine several adapters of one base into one."),
-    "resize": ("reworking", "Change the ranks of an adapter by SVD."),
-    "extract": ("reworking", "Extract an adapter from a full fine-tune."),
-    "compare": ("reworking", "Measure how similar adapters are and how much they interfere."),
-    "estimate": ("estimating", "Estimate an adapter's size and training memory before training it."),
-    "push": ("publishing", "Upload a finished model or adapter to the Hub."),
-    "demo": ("looking", "Build a small base and adapter, merge them and check the result."),
+COMMANDS = {  # name, which is its module's too → what the list of commands says of it
+    "merge": "Merge adapters into a base model, shard by shard.",
+    "inspect": "Show what adapters and checkpoints contain.",
+    "rescale": "Change the strength of an adapter.",
+    "combine": "Combine several adapters of one base into one.",
+    "resize": "Change the ranks of an adapter by SVD.",
+    "extract": "Extract an adapter from a full fine-tune.",
+    "compare": "Measure how similar adapters are and how much they interfere.",
+    "estimate": "Estimate an adapter's size and training memory before training it.",
+    "push": "Upload a finished model or adapter to the Hub.",
+    "demo": "Build a small base and adapter, merge them and check the result.",
 }
 
 
 def command(name: str) -> click.Command:
     """A command by its name."""
-    module, _ = COMMANDS[name]
-    found: click.Command = getattr(import_module(f"loratool.cli.{module}"), name)
+    found: click.Command = getattr(import_module(f"loratool.cli.{name}"), name)
     return found
 
 
@@ -61,7 +60,7 @@ class Commands(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):
-            formatter.write_dl([(name, told) for name, (_, told) in COMMANDS.items()])
+            formatter.write_dl([*COMMANDS.items()])
 
 
 @click.group(

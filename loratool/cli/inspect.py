@@ -1,8 +1,8 @@
-"""Commands that look at what is there: `loratool inspect` and `loratool demo`."""
+"""`loratool inspect`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,6 @@ import click
 
 from loratool.cli.options import OPERAND, PATH, click_options, output_options
 from loratool.inspecting.inspect import InspectOptions
-from loratool.options.described import FLAG, Options, option
 
 if TYPE_CHECKING:
     from loratool.cli.screen import Screen
@@ -51,25 +50,3 @@ def inspect(
     screen.show({"results": facts}, "\n\n".join(map(str, facts)))
     if codes := [code for code in map(exit_code_of, facts) if code]:
         raise click.exceptions.Exit(min(codes))
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoOptions(Options):
-    """Of `demo`."""
-
-    overwrite: bool = option(help="Replace the output of an earlier demo in DIR.", default=False, kind=FLAG)
-
-
-@click.command(short_help="Build a small base and adapter, merge them and check the result.")
-@click.argument("folder", type=PATH, default=Path("loratool-demo"), metavar="[DIR]")
-@click_options(DemoOptions)
-@output_options
-def demo(folder: Path, options: DemoOptions, screen: Screen) -> None:
-    """Build a small base and an adapter, merge them, and check the result against the formula.
-
-    \b
-    Example: loratool demo ./loratool-demo
-    """
-    from loratool.demo import demo
-
-    screen.show(demo(folder, overwrite=options.overwrite))
