@@ -68,10 +68,10 @@ docs: .venv/development
 	.venv-$(PY)/bin/$(PIP) --constraint constraints.txt --no-build-isolation --editable '.[test]'
 	touch $@
 
-# "name>=1.2" becomes name==1.2, of the dependencies and of what results are compared with
+# "name>=1.2" of the dependencies becomes name==1.2; what results are compared with is as new as goes with those
 .venv-lowest/ready: pyproject.toml
 	python$(PY) -m venv .venv-lowest
-	sed -n 's/^ *"\(click\|huggingface_hub\|numpy\|safetensors\|torch\|tqdm\|peft\|transformers\)>=\([0-9.]*\).*/\1==\2/p' \
+	sed -n 's/^ *"\(click\|huggingface_hub\|numpy\|safetensors\|torch\|tqdm\)>=\([0-9.]*\).*/\1==\2/p' \
 	  pyproject.toml > .venv-lowest/constraints.txt
 	.venv-lowest/bin/$(PIP) --constraint .venv-lowest/constraints.txt torch
 	.venv-lowest/bin/$(PIP) hatchling editables
