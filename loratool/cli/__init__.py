@@ -129,7 +129,7 @@ def run_command(arguments: list[str], verbose: bool) -> int:
         text = StringIO()
         error.show(text)
         # the message may repeat a word with line breaks
-        complain(text.getvalue().replace(error.message, printable(error.message)).removesuffix("\n"))
+        complain(text.getvalue().replace(error.message, escaped(error.message)).removesuffix("\n"))
         return failed(arguments, UsageError(error.format_message()))
     except LoratoolError as error:
         complain(f"Error: {error}")
