@@ -64,20 +64,19 @@ if TYPE_CHECKING:
     from loratool.commands.estimate import estimate as estimate
     from loratool.commands.extract import extract as extract
     from loratool.commands.inspect import inspect as inspect
-    from loratool.commands.merge import merge as merge
-    from loratool.commands.merge import plan as plan
-    from loratool.commands.merge import plan_merge as plan_merge
-    from loratool.commands.merge import stream as stream
+    from loratool.commands.merge import merge as merge, plan as plan, plan_merge as plan_merge, stream as stream
     from loratool.commands.push import push as push
     from loratool.commands.rescale import rescale as rescale
     from loratool.commands.resize import resize as resize
-    from loratool.errors import FitError as FitError
-    from loratool.errors import HubError as HubError
-    from loratool.errors import InputError as InputError
-    from loratool.errors import LoratoolError as LoratoolError
-    from loratool.errors import StorageError as StorageError
-    from loratool.errors import UsageError as UsageError
-    from loratool.errors import VerificationError as VerificationError
+    from loratool.errors import (
+        FitError as FitError,
+        HubError as HubError,
+        InputError as InputError,
+        LoratoolError as LoratoolError,
+        StorageError as StorageError,
+        UsageError as UsageError,
+        VerificationError as VerificationError,
+    )
     from loratool.files.checkpoint import Checkpoint as Checkpoint
     from loratool.merging.plan import MergePlan as MergePlan
     from loratool.notes import Note as Note
@@ -85,8 +84,7 @@ if TYPE_CHECKING:
     from loratool.results.combine import CombineReport as CombineReport
     from loratool.results.compare import CompareReport as CompareReport
     from loratool.results.extract import ExtractReport as ExtractReport
-    from loratool.results.facts import AdapterFacts as AdapterFacts
-    from loratool.results.facts import CheckpointFacts as CheckpointFacts
+    from loratool.results.facts import AdapterFacts as AdapterFacts, CheckpointFacts as CheckpointFacts
     from loratool.results.merge import MergeReport as MergeReport
     from loratool.results.push import PushReport as PushReport
     from loratool.results.rescale import RescaleReport as RescaleReport

@@ -6,20 +6,16 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from loratool.adapters.formats import OUTPUT_FILES, WRITTEN
 from loratool.adapters.layers import Kind
 from loratool.adapters.training import Training
 from loratool.errors import UsageError, VerificationError, printable
 from loratool.files.outputs import replaceable_files
+from loratool.lazy import Tensor, torch
 from loratool.merging.merge import MergeOptions, merge
 from loratool.results.base import Result
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from loratool.results.merge import MergeReport
+from loratool.results.merge import MergeReport
 
 HIDDEN, MLP, LAYERS, VOCABULARY, HEADS = 256, 688, 6, 2048, 4
 RANK, ALPHA, SHARDS = 8, 16, 3
@@ -92,7 +88,6 @@ def clear(home: Path, overwrite: bool) -> None:
 
 def make_base(folder: Path) -> None:
     """A bfloat16 Llama with random weights, in three shards with an index."""
-    import torch
     from safetensors.torch import save_file
 
     generator = torch.Generator().manual_seed(0)
@@ -138,7 +133,6 @@ def make_base(folder: Path) -> None:
 
 def make_adapter(folder: Path) -> None:
     """A rank-8 adapter in PEFT's layout, as if training had moved B away from zero."""
-    import torch
     from safetensors.torch import save_file
 
     generator = torch.Generator().manual_seed(1)
@@ -156,8 +150,6 @@ def make_adapter(folder: Path) -> None:
 
 def check(home: Path, report: MergeReport) -> DemoResult:
     """Compare the merged model with the formula, read by the safetensors package and computed in float64."""
-    import torch
-
     base, merged = tensors_of(home / "base"), tensors_of(home / "merged")
     adapter = tensors_of(home / "adapter")
     elements = equal = one_step = copied = 0
@@ -192,7 +184,5 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 def ordered(values: Tensor) -> Tensor:
     """bfloat16 values as integers in the order of their size, so that neighbours differ by 1."""
-    import torch
-
     bits = values.view(torch.int16).int()
     return torch.where(bits < 0, -32768 - bits, bits)

@@ -14,10 +14,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+from collections.abc import Iterable
 
 LONGEST_SHOWN = 200  # characters of a foreign name that a message repeats
 MOST_SHOWN = 20  # problems of one input that a message lists

@@ -5,13 +5,10 @@ What was guessed, renamed, left out or assumed is a note of the report, of `--js
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from loratool.errors import escaped
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 # Codes of notes that the command line prints on stderr as warnings too.
 WARNINGS = frozenset(

@@ -6,13 +6,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 from loratool.errors import printable
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
 
 NUMBER = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.)")
 MOST_NAMED = 4  # groups of names that a note lists

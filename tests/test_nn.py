@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import loratool
-from loratool import FitError, InputError, UsageError
-from loratool import nn as lora
+from loratool import FitError, InputError, UsageError, nn as lora
 from loratool.nn import LoRALinear, apply_lora, load_adapter, save_adapter
 
 WIDTH, OUT = 12, 7

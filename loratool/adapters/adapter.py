@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from loratool.adapters.training import Training
@@ -14,18 +16,15 @@ from loratool.errors import InputError, printable
 from loratool.files.digests import sha256_of
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES, SafeFile, TensorInfo
+from loratool.lazy import Tensor, numpy as np, torch
+from loratool.notes import Note
 from loratool.shown import Shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
-
-    import torch
     from numpy.typing import NDArray
-    from torch import Tensor
 
     from loratool.adapters.weight_files import WeightFile
-    from loratool.notes import Note
+
 
 AnyUpdate = TypeVar("AnyUpdate", bound=Update)
 
@@ -67,8 +66,6 @@ class StoredTensor:
 
     def load(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """The values, on `device` in `dtype` (whole numbers as they are), contiguous in the shape this has."""
-        import torch
-
         raw = torch.empty(self.info.nbytes, dtype=torch.uint8)
         self.read(0, raw.numpy().data)
         if self.info.dtype in FLOAT_NAMES:
@@ -80,8 +77,6 @@ class StoredTensor:
 
     def load_rows(self, first: int, count: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """Rows `first` … `first + count` as a (count, columns) matrix; nothing else is read."""
-        import torch
-
         row_bytes = self.info.nbytes // max(self.info.rows, 1)
         raw = torch.empty(count * row_bytes, dtype=torch.uint8)
         self.read(first * row_bytes, raw.numpy().data)
@@ -90,8 +85,6 @@ class StoredTensor:
 
     def bits(self) -> tuple[NDArray[Any], int]:
         """The values as unsigned integers, and the mask of their exponent."""
-        import numpy as np
-
         kind, mask = EXPONENT[self.info.dtype]
         raw = bytearray(self.info.nbytes)
         self.read(0, memoryview(raw))
@@ -105,8 +98,6 @@ class StoredTensor:
 
     def pieces(self) -> Iterator[tuple[NDArray[Any], int]]:
         """The values as unsigned integers, with the mask of their exponent, some at a time."""
-        import numpy as np
-
         kind, mask = EXPONENT[self.info.dtype]
         raw = bytearray(min(PIECE, self.info.nbytes))
         with OpenSources() as sources:

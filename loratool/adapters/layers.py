@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from loratool.adapters.adapter import stored_tensors
+from loratool.adapters.adapter import Adapter, stored_tensors
+from loratool.adapters.training import Training
 from loratool.algebra.lowrank.products import ROUNDING, Product
 from loratool.algebra.updates.additive import Add, LowRank
+from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.experts import ExpertFactors, downs, ups
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
@@ -18,17 +21,8 @@ from loratool.algebra.updates.residual import Residual
 from loratool.errors import FitError, InputError, printable
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.layouts.fusions import FUSIONS
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    import torch
-    from torch import Tensor
-
-    from loratool.adapters.adapter import Adapter
-    from loratool.adapters.training import Training
-    from loratool.algebra.updates.base import Update
-    from loratool.notes import Note
+from loratool.lazy import Tensor, torch
+from loratool.notes import Note
 
 ROUNDING_ONLY = "no larger than the rounding of its stored factors"  # said of an update that `lowrank.noise` finds so
 WAY_OUT = (
@@ -214,8 +208,6 @@ class Contents:
 
     def load_bias(self, target: str) -> Tensor:
         """What a lora_B.bias adds, scaling included, in float64 on the CPU."""
-        import torch
-
         bias = self.biases[target]
         stored: Any = bias.value
         loaded: Tensor = stored.load(torch.device("cpu"), torch.float64) * bias.scale

@@ -9,12 +9,9 @@ import json
 import re
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 from loratool.errors import printable
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 PATTERN_SECONDS = 10.0
 PLAIN_PATTERN = re.compile(r"[\w.$-]+")  # patterns of these characters compile and match at once

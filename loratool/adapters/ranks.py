@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,8 @@ from loratool.notes import Note
 from loratool.options.described import Kind, amount
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
-
     from loratool.adapters.layers import Layer
+
 
 AMOUNT = "a number of parameters such as 4M, or of bytes such as 16MB"
 RULES = ("rank", "energy", "error", "ratio", "budget")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from loratool.errors import UsageError
 from loratool.options.described import NUMBER, TEXT, Choice, Options, option
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 Value = TypeVar("Value", str, float)
 EXPERT_LAYOUTS = ("rank-major", "grouped-by-expert")

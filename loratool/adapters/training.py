@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from loratool.notes import Note
 from loratool.templates import template_of
-
-if TYPE_CHECKING:
-    from loratool.notes import Note
 
 # Along which dimension of each expert's matrix A acts: the first, or as transformers flags a class of models as having
 # them transposed, or just the other way round.

@@ -9,18 +9,16 @@ from __future__ import annotations
 import os
 import struct
 import zipfile
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from loratool.errors import LoratoolError, printable
 from loratool.files.inputs import json_object, open_regular, read_bounded
 from loratool.files.safefile import SafeFile, read_safefile
 from loratool.notes import Note
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
 
 Kind = Literal["trained", "module", "training state", "twin", "adapter", "model"]
 

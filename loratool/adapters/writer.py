@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loratool import __version__
 from loratool.adapters.adapter import Flattened, StoredTensor, stored_tensors
 from loratool.adapters.formats import WRITTEN, format_of, replaceable
+from loratool.adapters.formats.format import Format, Spelling
+from loratool.adapters.layers import Contents, Form, Layer
 from loratool.adapters.weight_files import fates, module_files
+from loratool.algebra.lowrank.products import Product
 from loratool.errors import FitError, InputError, printable
 from loratool.files.checkpoint import PROVENANCE, leaves, sort_side_files
 from loratool.files.digests import recorded
@@ -22,22 +26,12 @@ from loratool.files.journal import Journal
 from loratool.files.outputs import check_target
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.files.staging import Stage, staged
-from loratool.files.tensor_writer import TensorFile, tensor_file
+from loratool.files.tensor_writer import TensorFile, Triple, tensor_file
+from loratool.lazy import Tensor, torch
+from loratool.notes import Note
 from loratool.options.described import dtypes, option
 from loratool.options.shared import WritingOptions
 from loratool.provenance.cards import CARD, card, is_nobodys, terms_of
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
-
-    import torch
-    from torch import Tensor
-
-    from loratool.adapters.formats.format import Format, Spelling
-    from loratool.adapters.layers import Contents, Form, Layer
-    from loratool.algebra.lowrank.products import Product
-    from loratool.files.tensor_writer import Triple
-    from loratool.notes import Note
 
 SPELLED = {name: dtype for dtype, name in FLOAT_NAMES.items()}  # float32 → F32
 WIDTH = {"F64": 4, "F32": 3, "BF16": 2, "F16": 1}
@@ -88,8 +82,6 @@ class Output:
 
     def rounded(self, target: str, found: Product) -> Rounded:
         """The factors of a layer as they will be stored; raises `FitError` where the dtype cannot hold them."""
-        import torch
-
         factor = 1 / self.names.times(target)
         factors = found.scaled(factor).to(self.dtype)
         if not (bool(factors.up.isfinite().all()) and bool(factors.down.isfinite().all())):
@@ -108,8 +100,6 @@ class Output:
 
     def write(self, name: str, tensor: Tensor) -> None:
         if self.file is not None:
-            import torch
-
             content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             self.file.add(name, dtype_name(tensor), tuple(tensor.shape), content)
 
@@ -253,8 +243,6 @@ def carried_over(source: Contents, names: Spelling, factors: Mapping[str, float]
 
 def add_missing_biases(carried: Carried, names: Spelling, lengths: Mapping[str, int], dtype: torch.dtype) -> None:
     """Zeros where a layer has no lora_B.bias: every layer has one, or none. `lengths` are by target."""
-    import torch
-
     for target, kind in names.kinds.items():
         if kind.has_bias:
             carried.tensors.setdefault(names.bias(target), torch.zeros(lengths[target], dtype=dtype))
@@ -262,8 +250,6 @@ def add_missing_biases(carried: Carried, names: Spelling, lengths: Mapping[str, 
 
 def kept_dtype(sources: Sequence[Contents], asked: str) -> torch.dtype:
     """The dtype of the factors: as asked, or the one that holds those of every source."""
-    import torch
-
     if asked != "keep":
         dtype: torch.dtype = getattr(torch, asked)
         return dtype
@@ -281,8 +267,6 @@ def factor_tensors(layer: Layer) -> Iterator[StoredTensor]:
 
 def torch_dtype(name: str) -> torch.dtype:
     """F32 → torch.float32."""
-    import torch
-
     dtype: torch.dtype = getattr(torch, FLOAT_NAMES[name])
     return dtype
 
@@ -319,8 +303,6 @@ def told_beside(source: Contents, carried: Collection[str] | None = None) -> Ite
 
 
 def versions() -> dict[str, str]:
-    import torch
-
     return {"loratool": __version__, "torch": str(torch.__version__)}
 
 

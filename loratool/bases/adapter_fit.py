@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats import format_of
-from loratool.bases.binding import bind, tell
+from loratool.bases.binding import Place, bind, tell
 from loratool.bases.opening import open_checkpoint
 from loratool.bases.same_base import unlike_bases
-from loratool.bases.shapes import read_base
+from loratool.bases.shapes import Base, read_base
 from loratool.bases.tied_weights import Ties, find_ties
 from loratool.bases.trained_view import as_trained
 from loratool.errors import FitError
+from loratool.files.checkpoint import Checkpoint
+from loratool.notes import Note
 from loratool.results.facts import BaseFacts
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
-
-    from loratool.adapters.adapter import Adapter
-    from loratool.bases.binding import Place
-    from loratool.bases.shapes import Base
-    from loratool.files.checkpoint import Checkpoint
-    from loratool.notes import Note
 
 
 @dataclass(frozen=True)

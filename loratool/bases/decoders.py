@@ -5,11 +5,9 @@ Facts from the model classes of transformers 5.23. Names and shapes are those of
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+from typing import Any
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -5,15 +5,11 @@ from __future__ import annotations
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from loratool.adapters.formats import WRITTEN, has_adapter
 from loratool.errors import InputError, printable
-from loratool.files.checkpoint import open_files
+from loratool.files.checkpoint import Checkpoint, open_files
 from loratool.notes import Note
-
-if TYPE_CHECKING:
-    from loratool.files.checkpoint import Checkpoint
 
 
 def open_checkpoint(path: str | Path, unmerged: bool = False) -> Checkpoint:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratool.adapters.adapter import Adapter
 from loratool.bases.binding.fusing import setting
 from loratool.errors import LoratoolError, printable
 from loratool.files.hub_cache import origin_of
@@ -15,9 +17,6 @@ from loratool.files.inputs import read_json
 from loratool.notes import Note
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from loratool.adapters.adapter import Adapter
     from loratool.files.checkpoint import Checkpoint
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from loratool.adapters.formats import FORMATS
 from loratool.bases.decoders import SHAPES
@@ -18,11 +20,6 @@ from loratool.files.safefile import DTYPE_BITS, FLOAT_NAMES
 from loratool.layouts.architectures import PACKED_WEIGHTS
 from loratool.layouts.ties import TIED_BY_DEFAULT
 from loratool.notes import Note
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-    from pathlib import Path
-
 
 Shape = tuple[int, ...]
 DTYPES = {name: dtype for dtype, name in FLOAT_NAMES.items()}  # float32 → F32

@@ -5,9 +5,13 @@ from __future__ import annotations
 import filecmp
 import json
 import re
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+from loratool.adapters.adapter import Adapter
+from loratool.adapters.training import Training
 from loratool.adapters.weight_files import module_files
 from loratool.bases.weights import Decoded
 from loratool.errors import InputError, printable
@@ -17,13 +21,6 @@ from loratool.files.model_files import TOKENIZER_FILES
 from loratool.layouts.architectures import CLASS_ENDS, IRREGULAR_CLASSES, LABEL_HEADS, TASK_CLASSES
 from loratool.layouts.ties import TEXT_CONFIGS, TIE_FLAGS
 from loratool.notes import Note
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence, Set
-    from pathlib import Path
-
-    from loratool.adapters.adapter import Adapter
-    from loratool.adapters.training import Training
 
 MORE_TEMPLATES = "additional_chat_templates"
 CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")

@@ -7,23 +7,19 @@ changes both alike is the result still tied. Else each gets a tensor of its own,
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from loratool.adapters.adapter import Derived, StoredTensor, same_bytes, same_values
+from loratool.adapters.adapter import Adapter, Derived, StoredTensor, same_bytes, same_values
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import ReplaceRows
+from loratool.bases.edits import Edit
 from loratool.bases.weights import plain_of
 from loratool.errors import printable
+from loratool.files.checkpoint import Checkpoint
 from loratool.layouts.architectures import GENERATIVE, INPUT_EMBEDDINGS, TASK_CLASSES
 from loratool.layouts.ties import TEXT_CONFIGS, TIE_FLAGS, TIED_BY_DEFAULT, TIED_FOREVER, TIES, Tie
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-
-    from loratool.adapters.adapter import Adapter
-    from loratool.bases.edits import Edit
-    from loratool.files.checkpoint import Checkpoint
 
 Edits = dict[str, list["Edit"]]  # tensor → its edits
 Saved = dict[str, dict[int, StoredTensor]]  # tensor → adapter → the tensor it saved to begin from

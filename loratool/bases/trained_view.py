@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from loratool.adapters.adapter import Flattened, StoredTensor
+from loratool.adapters.adapter import Adapter, Flattened, StoredTensor
+from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.bases.binding import Bound
 from loratool.errors import printable
@@ -21,9 +22,8 @@ from loratool.files.safefile import FLOAT_NAMES, TensorInfo
 from loratool.layouts.architectures import INPUT_EMBEDDINGS, OUTPUT_HEADS
 
 if TYPE_CHECKING:
-    from loratool.adapters.adapter import Adapter
-    from loratool.algebra.updates.base import Update
     from loratool.bases.tied_weights import Ties
+
 
 Shape = tuple[int, ...]
 Binder = Callable[["Adapter", Checkpoint], Bound]

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from loratool.cli.options import PATH, click_options, output_options
+from loratool.cli.screen import Screen
 from loratool.options.described import FLAG, Options, option
-
-if TYPE_CHECKING:
-    from loratool.cli.screen import Screen
 
 
 @dataclass(frozen=True, kw_only=True)

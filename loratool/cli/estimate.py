@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import click
 
 from loratool.cli.options import OPERAND, click_options, output_options
+from loratool.cli.screen import Screen
 from loratool.inspecting.estimate import EstimateOptions
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from loratool.cli.screen import Screen
 
 
 @click.command()

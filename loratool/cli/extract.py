@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import click
 
 from loratool.cli.options import OPERAND, OUT, click_options, output_options
+from loratool.cli.screen import Screen
 from loratool.commands.extract import ExtractAndPushOptions
 from loratool.commands.publish import with_push
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from loratool.cli.screen import Screen
 
 
 @click.command()

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from loratool.cli.options import OPERAND, PATH, click_options, output_options
+from loratool.cli.screen import Screen
 from loratool.inspecting.inspect import InspectOptions
-
-if TYPE_CHECKING:
-    from loratool.cli.screen import Screen
 
 
 @click.command()

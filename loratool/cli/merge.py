@@ -5,20 +5,16 @@ from __future__ import annotations
 import dataclasses
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import click
 
 from loratool.cli.options import OPERAND, PATH, click_options, output_options
+from loratool.cli.screen import Screen
 from loratool.commands.merge import MergeAndPushOptions
 from loratool.commands.publish import with_push
 from loratool.errors import UsageError
 from loratool.options.described import FLAG, option
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from loratool.cli.screen import Screen
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratool.commands.publish import PublishOptions, with_push
+from loratool.measuring.session import PathLike, Progress
 from loratool.options.described import keyword_options, made_of
+from loratool.results.combine import CombineReport
 from loratool.reworking import combine as combining
 from loratool.reworking.combine_options import CombineOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from typing_extensions import Unpack
 
     from loratool.commands.keywords import CombineKeywords
-    from loratool.measuring.session import PathLike, Progress
-    from loratool.results.combine import CombineReport
 
 
 @dataclass(frozen=True, kw_only=True)

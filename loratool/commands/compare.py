@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from loratool.measuring.session import PathLike, Progress
 from loratool.options.described import keyword_options, made_of
+from loratool.results.compare import CompareReport
 from loratool.reworking import compare as comparing
 from loratool.reworking.compare import CompareOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from typing_extensions import Unpack
 
     from loratool.commands.keywords import CompareKeywords
-    from loratool.measuring.session import PathLike, Progress
-    from loratool.results.compare import CompareReport
 
 
 @keyword_options(CompareOptions)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from loratool.inspecting import estimate as estimating
 from loratool.inspecting.estimate import EstimateOptions
 from loratool.options.described import made_of
+from loratool.results.estimate import Estimate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
     from loratool.measuring.session import PathLike
-    from loratool.results.estimate import Estimate
 
 
 def estimate(

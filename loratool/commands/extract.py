@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratool.commands.publish import PublishOptions, with_push
+from loratool.measuring.session import PathLike, Progress
 from loratool.options.described import keyword_options, made_of
+from loratool.results.extract import ExtractReport
 from loratool.reworking.extracting import extract as extracting
 from loratool.reworking.extracting.options import ExtractOptions
 
@@ -14,8 +16,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from loratool.commands.keywords import ExtractKeywords
-    from loratool.measuring.session import PathLike, Progress
-    from loratool.results.extract import ExtractReport
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 from loratool.inspecting import inspect as inspecting
 from loratool.inspecting.inspect import InspectOptions
 from loratool.options.described import keyword_options, made_of
+from loratool.results.facts import Facts
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from loratool.commands.keywords import InspectKeywords
     from loratool.measuring.session import PathLike, Progress
-    from loratool.results.facts import Facts
 
 
 @keyword_options(InspectOptions)

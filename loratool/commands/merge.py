@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from loratool.adapters.adapter import Adapter
 from loratool.commands.publish import PublishOptions, with_push
-from loratool.merging import merge as merging
-from loratool.merging import planning
+from loratool.files.checkpoint import Checkpoint
+from loratool.merging import merge as merging, planning
 from loratool.merging.merge import MergeOptions, PathLike, Progress
+from loratool.merging.plan import MergePlan
 from loratool.merging.planning import PlanOptions
 from loratool.options.described import keyword_options, made_of, option
 from loratool.publishing import streaming
 from loratool.publishing.streaming import StreamOptions
+from loratool.results.merge import MergeReport
+from loratool.results.stream import StreamReport
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from typing_extensions import Unpack
 
-    from loratool.adapters.adapter import Adapter
     from loratool.commands.keywords import MergeKeywords, PlanKeywords, StreamKeywords, WholePlanKeywords
-    from loratool.files.checkpoint import Checkpoint
-    from loratool.merging.plan import MergePlan
-    from loratool.results.merge import MergeReport
-    from loratool.results.stream import StreamReport
 
 
 @dataclass(frozen=True, kw_only=True)

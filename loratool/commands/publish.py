@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,10 +13,9 @@ from loratool.options.shared import WritingOptions
 from loratool.publishing.options import PushOptions, SendOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from loratool.measuring.session import Progress
     from loratool.results.base import Written
+
 
 Report = TypeVar("Report", bound="Written")
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 from loratool.options.described import keyword_options, made_of
 from loratool.publishing import pushing
 from loratool.publishing.options import PushOptions
+from loratool.results.push import PushReport
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from loratool.commands.keywords import PushKeywords
     from loratool.measuring.session import PathLike, Progress
-    from loratool.results.push import PushReport
 
 
 @keyword_options(PushOptions)

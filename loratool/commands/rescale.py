@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratool.commands.publish import PublishOptions, with_push
+from loratool.measuring.session import PathLike, Progress
 from loratool.options.described import keyword_options, made_of
+from loratool.results.rescale import RescaleReport
 from loratool.reworking import rescale as rescaling
 from loratool.reworking.rescale import RescaleOptions
 
@@ -14,8 +16,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from loratool.commands.keywords import RescaleKeywords
-    from loratool.measuring.session import PathLike, Progress
-    from loratool.results.rescale import RescaleReport
 
 
 @dataclass(frozen=True, kw_only=True)

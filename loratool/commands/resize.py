@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratool.commands.publish import PublishOptions, with_push
+from loratool.measuring.session import PathLike, Progress
 from loratool.options.described import keyword_options, made_of
+from loratool.results.resize import ResizeReport
 from loratool.reworking import resize as resizing
 from loratool.reworking.resize import ResizeOptions
 
@@ -14,8 +16,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from loratool.commands.keywords import ResizeKeywords
-    from loratool.measuring.session import PathLike, Progress
-    from loratool.results.resize import ResizeReport
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,10 @@ What exists locally wins, and then the Hub's client is not even imported.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from loratool.errors import HubError, StorageError, UsageError, printable
 from loratool.fetching.answers import commit_of
@@ -21,9 +21,6 @@ from loratool.files.checkpoint import holds_weights
 from loratool.files.digests import sha256_of
 from loratool.files.hub_names import PAGE, HubPath, parse, slashed
 from loratool.files.system import free_space
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 __all__ = ["HubPath", "Role", "headers", "local", "parse", "place_of"]
 

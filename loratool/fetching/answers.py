@@ -7,16 +7,14 @@ the answer arrives, by hooks on the client's session. What comes as JSON is chec
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unicodedata import category
 
 from loratool.errors import HubError, printable
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 RESOLVED = re.compile(r"/resolve/([0-9a-f]{40})/")  # in the address of a file

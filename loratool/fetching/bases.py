@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from pathlib import Path
 
 from loratool.adapters.formats import format_at
 from loratool.errors import UsageError, printable
 from loratool.files.hub_names import parse
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
 
 AUTO = "auto"
 # What tells models of one family apart, by the fields of configs that hold it. Vocabularies are not among them: they grow.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,9 +18,9 @@ from loratool.fetching.answers import LARGEST_ANSWER, LONGEST_WAIT, asked_wait, 
 
 if TYPE_CHECKING:
     import logging
-    from collections.abc import Callable, Iterator
 
     from huggingface_hub import HfApi
+
 
 Result = TypeVar("Result")
 WAITS = (1.0, 2.0, 4.0, 8.0, 8.0)  # seconds between tries, as the client itself waits

@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from loratool.adapters.formats import CONFIGS, FORMATS, format_at, has_adapter
 from loratool.errors import HubError, InputError, LoratoolError, Problem, printable
 from loratool.fetching.answers import RemoteFile, check_range, commit_of, files_of
 from loratool.fetching.client import api, asking, patiently
 from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, choose_index, choose_shards, read_index, sort_side_files
+from loratool.files.hub_names import HubPath
 from loratool.files.inputs import LARGEST_CONFIG, LARGEST_INDEX, check_bound
 from loratool.files.safefile import PREFIX, header_length
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    from loratool.files.hub_names import HubPath
 
 Role = Literal["model", "adapter", "any"]
 FIRST_READ = 8192  # bytes: a small header comes with the first request

@@ -10,20 +10,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from loratool.bases.opening import open_checkpoint
 from loratool.errors import HubError, InputError, printable
 from loratool.fetching import HubPath, local, place_of, root_of
 from loratool.fetching.client import api, asking, is_offline, patiently
-from loratool.fetching.outline import look_up, needed, outlined, put_headers
+from loratool.fetching.outline import Remote, look_up, needed, outlined, put_headers
+from loratool.files.checkpoint import Checkpoint
 from loratool.files.digests import sha256_of
 from loratool.files.safefile import SafeFile, read_safefile
-
-if TYPE_CHECKING:
-    from loratool.fetching.outline import Remote
-    from loratool.files.checkpoint import Checkpoint
-    from loratool.files.source import Source
+from loratool.files.source import Source
 
 MOST_TRIES = 3  # of a file that arrives damaged
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from loratool.bases.shapes import DTYPES, Base, Shape, is_matrix, read_base, some
 from loratool.errors import FitError, UsageError, printable
@@ -20,11 +21,6 @@ from loratool.notes import Note
 from loratool.options.described import Number, Options, dtypes, option
 from loratool.results.base import Cost
 from loratool.results.estimate import ADAM_BYTES, QUANTISED_BITS, Estimate, Memory, RankEstimate, TargetEstimate
-
-if TYPE_CHECKING:
-    import os
-    from collections.abc import Mapping, Sequence
-
 
 ALL_LINEAR = "all-linear"
 

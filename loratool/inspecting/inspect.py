@@ -10,14 +10,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from loratool.adapters.adapter import stored_tensors
+from loratool.adapters.adapter import Adapter, stored_tensors
 from loratool.adapters.formats import Foreign, find_foreign, format_at, is_adapter, looks_foreign
 from loratool.adapters.layers import Layer, layer_of
 from loratool.adapters.reading import Reading, ReadingOptions
 from loratool.adapters.weight_files import fates
 from loratool.algebra.updates.additive import LowRank
+from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.bases.adapter_fit import Fit, fit_of
 from loratool.bases.opening import open_checkpoint
@@ -26,6 +26,7 @@ from loratool.fetching import Role, headers, local
 from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, Checkpoint, holds_weights
 from loratool.files.inputs import read_json
 from loratool.files.process import peak_memory
+from loratool.files.safefile import SafeFile, TensorInfo
 from loratool.inspecting.health import examine, examine_model, tell_unreadable
 from loratool.options.described import FLAG, PathKind, option
 from loratool.options.shared import DeviceOption, NamingOptions, OrientationOption
@@ -42,11 +43,6 @@ from loratool.results.facts import (
     WeightFacts,
 )
 from loratool.results.findings import Finding
-
-if TYPE_CHECKING:
-    from loratool.adapters.adapter import Adapter
-    from loratool.algebra.updates.base import Update
-    from loratool.files.safefile import SafeFile, TensorInfo
 
 Progress = Callable[[int, int], None]
 PathLike = str | os.PathLike[str]

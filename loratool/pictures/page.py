@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
@@ -21,10 +22,9 @@ from loratool.files.outputs import write_file
 from loratool.results.text import size
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from loratool.results.facts import AdapterFacts, Facts
     from loratool.results.values import Measured
+
 
 MOST_POINTS = 250_000  # singular values that a page holds; of more, every second, third … one is kept
 LARGEST_HEAD = 1 << 16  # bytes in which a page's title ends

@@ -14,15 +14,12 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loratool.errors import escaped, printable
 from loratool.files.hub_cache import is_hub_id, origin_of
 from loratool.files.inputs import open_regular, read_json
-from loratool.options.described import local_word
-
-if TYPE_CHECKING:
-    from loratool.options.described import Options
+from loratool.options.described import Options, local_word
 
 CARD = "README.md"
 MARK = "<!-- made by loratool from loratool.json; without this line it counts as written by hand -->"

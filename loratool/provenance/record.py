@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from loratool.errors import InputError, LoratoolError, VerificationError, printable
 from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, walk
 from loratool.files.digests import Digest, read_recorded, why_unlike
 from loratool.files.inputs import read_json
 from loratool.notes import Note
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 # What a model or an adapter computes depends on these; all others are files that people edit.
 DECISIVE = ("*.safetensors", f"*{INDEX_SUFFIX}", "config.json", "adapter_config.json")

@@ -8,12 +8,9 @@ secret, which all weights and vocabularies have, and hold a whole file in memory
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
 
 OVERLAP = 8192  # bytes of a part of a file that are looked at with the next one; no shape is longer
 HOST = rb"[A-Za-z0-9.\[\]-]{1,255}"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.errors import HubError, UsageError, VerificationError, printable
@@ -18,9 +19,8 @@ from loratool.files.hub_cache import is_hub_id
 from loratool.notes import Note
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from huggingface_hub import CommitOperationAdd
+
 
 REMOTE_JOURNAL = "loratool-stream.json"  # in the repository, for as long as a streaming merge is not complete
 LARGE = 1 << 20  # bytes from which a file is uploaded by itself, before the commit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from loratool.files.checkpoint import INDEX_SUFFIX
 from loratool.files.process import peak_memory
+from loratool.notes import Note
 from loratool.provenance import record
 from loratool.publishing.committing import REMOTE_JOURNAL, Commit, check_name, commit, differing, files_of, open_repo
 from loratool.publishing.selecting import Selection, check_message, select
@@ -17,10 +19,7 @@ from loratool.results.base import Cost
 from loratool.results.push import PushReport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from loratool.merging.merge import PathLike
-    from loratool.notes import Note
     from loratool.publishing.options import PushOptions
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from loratool.adapters.formats import format_at, is_adapter, read_adapter, subject_at
 from loratool.adapters.weight_files import WeightFile, fates
@@ -31,9 +32,6 @@ from loratool.notes import Note
 from loratool.provenance.cards import CARD, addressed, card_of, is_template
 from loratool.provenance.secrets import secrets_in
 from loratool.publishing.committing import Upload
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
 
 # What a model or an adapter is made of beside its weights; anything else is sent only where --include names it.
 KNOWN = (

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.errors import printable
+from loratool.notes import Note
 from loratool.results.base import Written
 from loratool.results.text import (
     MOST_LAYERS,
@@ -23,10 +26,6 @@ from loratool.results.text import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from loratool.notes import Note
     from loratool.results.compare import Meeting
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from loratool.notes import Note
 from loratool.results.base import Result
 from loratool.results.text import aligned, size
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from loratool.notes import Note
 
 Shape = tuple[int, ...]
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of a parameter

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from loratool.notes import Note
 from loratool.results.base import Result
-from loratool.results.findings import findings_text
+from loratool.results.findings import Finding, findings_text
 from loratool.results.text import columns, counted, fill, shortened, size, spread, wrapped
-from loratool.results.values import values_text
+from loratool.results.values import Values, values_text
 from loratool.templates import grouped, template_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
-    from loratool.notes import Note
-    from loratool.results.findings import Finding
-    from loratool.results.values import Values
 
 
 @dataclass(frozen=True)

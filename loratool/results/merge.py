@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from loratool.errors import printable
+from loratool.notes import Note
 from loratool.results.base import Written
 from loratool.results.text import aligned, memory, size
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from loratool.notes import Note
 
 
 @dataclass(frozen=True)

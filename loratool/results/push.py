@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from loratool.errors import printable
+from loratool.notes import Note
 from loratool.results.base import Result
 from loratool.results.text import MOST_LINES, aligned, size
-
-if TYPE_CHECKING:
-    from loratool.notes import Note
 
 
 @dataclass(frozen=True, repr=False)

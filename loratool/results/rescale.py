@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from loratool.errors import printable
+from loratool.notes import Note
 from loratool.results.base import Written
 from loratool.results.text import MOST_LAYERS, aligned
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from loratool.notes import Note
 
 
 @dataclass(frozen=True)

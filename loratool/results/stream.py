@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from loratool.errors import printable
+from loratool.notes import Note
 from loratool.results.base import Result
 from loratool.results.merge import AdapterEffect, effect_line
 from loratool.results.text import aligned, size
-
-if TYPE_CHECKING:
-    from loratool.notes import Note
 
 
 @dataclass(frozen=True, repr=False)

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import math
 import textwrap
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
 
 from loratool.errors import escaped
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
 
 COLUMNS = 80
 MOST_LAYERS = 8  # rows of a table of layers before the rest is counted

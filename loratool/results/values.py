@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from loratool.notes import Note
+from loratool.results.base import Cost
 from loratool.results.text import columns, figure, fill, memory, share, size, wrapped
-
-if TYPE_CHECKING:
-    from loratool.notes import Note
-    from loratool.results.base import Cost
 
 MOST_MODULES = 12  # rows of the table of modules before the rest is counted
 

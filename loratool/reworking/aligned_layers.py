@@ -7,27 +7,22 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from loratool.adapters.adapter import StoredTensor, same_values
 from loratool.adapters.formats import format_of, read_adapter
+from loratool.adapters.formats.format import Spelling
 from loratool.adapters.layers import Contents, Kind, Layer, contents_of
 from loratool.adapters.ranks import by_pattern
+from loratool.adapters.reading import Reading
 from loratool.adapters.writer import Carried, add_missing_biases, torch_dtype
+from loratool.algebra.lowrank.products import Product
 from loratool.algebra.methods.coefficients import cancel
 from loratool.errors import FitError, UsageError, printable
 from loratool.files.safefile import FLOAT_NAMES
+from loratool.lazy import Tensor, torch
 from loratool.notes import Note
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    import torch
-    from torch import Tensor
-
-    from loratool.adapters.formats.format import Spelling
-    from loratool.adapters.reading import Reading
-    from loratool.algebra.lowrank.products import Product
 
 SAVED = ("refuse", "first", "mean")  # what to do where adapters have saved different values for one tensor
 Weight = float | Mapping[str, float]  # of an adapter; by pattern, with "default" for what none matches
@@ -189,8 +184,6 @@ class Beside:
 
     def add_biases(self) -> None:
         """λ Σ w · s · bias for every layer that has one."""
-        import torch
-
         total: dict[str, Tensor] = {}
         divisors: dict[str, float] = {}
         dtypes: dict[str, torch.dtype] = {}
@@ -260,8 +253,6 @@ class Beside:
 
     def keep_rows(self) -> None:
         """Rows of tokens: all that any adapter has trained."""
-        import torch
-
         everything: dict[str, dict[int, list[tuple[int, Tensor]]]] = {}
         dtypes: dict[str, StoredTensor] = {}
         for at, source in enumerate(self.sources):
@@ -299,8 +290,6 @@ class Beside:
         return mixed.to(torch_dtype(like.info.dtype))
 
     def loaded(self, value: StoredTensor) -> Tensor:
-        import torch
-
         return value.load(torch.device("cpu"), torch.float64)
 
     def who(self, which: Any) -> str:

@@ -7,8 +7,8 @@ import filecmp
 import math
 import os
 import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from loratool.adapters.formats import WRITTEN
 from loratool.adapters.formats.format import Parts
@@ -30,6 +30,7 @@ from loratool.algebra.methods.mixture import UNSCALED, ZERO, Combination, Mixtur
 from loratool.algebra.methods.table import FACTORWISE, GRAM, METHODS
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.fetching import local
+from loratool.lazy import torch
 from loratool.measuring.session import PathLike, Progress, Session, session
 from loratool.notes import Note
 from loratool.results.combine import CombinedLayer, CombinedTotals, CombineReport, Part
@@ -38,11 +39,6 @@ from loratool.reworking.combine_options import CombineOptions, combination_of, t
 from loratool.reworking.compare import meetings
 from loratool.reworking.runner import Draft, Made, Maker, Rest, run
 from loratool.templates import listed
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-
-    import torch
 
 
 def combine(
@@ -334,8 +330,6 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
 
 
 def gram_of(count: int) -> torch.Tensor:
-    import torch
-
     return torch.zeros(count, count, dtype=torch.float64)
 
 
@@ -348,8 +342,6 @@ def expert(combination: Combination, at: int) -> Combination:
 
 def stacked(every: Sequence[Mixture]) -> Mixture:
     """The results of all experts as one, at the largest of their ranks."""
-    import torch
-
     rank = max(mixture.product.rank for mixture in every)
     even = [padded(mixture.product, rank) for mixture in every]
     product = Product(torch.stack([p.up for p in even]), torch.stack([p.down for p in even]))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from loratool.adapters.layers import ROUNDING_ONLY
+from loratool.adapters.layers import ROUNDING_ONLY, Contents
 from loratool.adapters.reading import ReadingOptions
 from loratool.adapters.weight_files import fates
 from loratool.algebra.lowrank.joint import Joint, joint
@@ -17,21 +18,13 @@ from loratool.algebra.lowrank.products import Decomposition, Product, decompose,
 from loratool.algebra.lowrank.relations import Relation, relate
 from loratool.errors import FitError, UsageError, printable
 from loratool.fetching import local
-from loratool.measuring.session import PathLike, Progress, session
+from loratool.lazy import torch
+from loratool.measuring.session import PathLike, Progress, Session, session
 from loratool.notes import Note
 from loratool.options.shared import DeviceOption
 from loratool.results.compare import CompareReport, Meeting, PairTotals
 from loratool.results.text import mean_of
-from loratool.reworking.aligned_layers import align_layers, contents_apart
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    import torch
-
-    from loratool.adapters.layers import Contents
-    from loratool.measuring.session import Session
-    from loratool.reworking.aligned_layers import Share
+from loratool.reworking.aligned_layers import Share, align_layers, contents_apart
 
 
 @dataclass(frozen=True, kw_only=True)

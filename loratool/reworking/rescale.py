@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loratool.adapters.adapter import is_zero, stored_tensors
 from loratool.adapters.formats import WRITTEN, format_of, read_adapter
-from loratool.adapters.formats.format import Parts
+from loratool.adapters.formats.format import Parts, Spelling
 from loratool.adapters.layers import ROUNDING_ONLY, Contents, Form, Layer, contents_of
 from loratool.adapters.patterns import search_names
 from loratool.adapters.ranks import evened
@@ -34,11 +35,6 @@ from loratool.notes import Note
 from loratool.options.described import FLAG, NUMBER, Pairs, option
 from loratool.results.rescale import RescaledLayer, RescaleReport
 from loratool.reworking.runner import Draft, Made, Maker, Rest, record_of, run
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-
-    from loratool.adapters.formats.format import Spelling
 
 LARGEST_SCALE = 3.4e38  # of a float32
 

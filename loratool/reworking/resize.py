@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import StoredTensor
 from loratool.adapters.formats import WRITTEN, read_adapter
@@ -40,6 +40,7 @@ from loratool.algebra.lowrank.products import (
 from loratool.errors import FitError, InputError, printable
 from loratool.fetching import local
 from loratool.files.safefile import FLOAT_NAMES, read_safefile
+from loratool.lazy import Tensor, torch
 from loratool.measuring.session import Batch, PathLike, Progress, Session, batches, session
 from loratool.notes import Note
 from loratool.options.described import FLAG, NUMBER, JsonFile, Number, PathKind, option
@@ -47,11 +48,6 @@ from loratool.options.shared import DeviceOption
 from loratool.results.resize import ResizedLayer, ResizedTotals, ResizeReport
 from loratool.reworking.runner import Draft, Made, Maker, Rest, run
 from loratool.templates import listed
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from torch import Tensor
 
 ZERO = (
     "nothing to resize: every update is zero (an untrained adapter has B = 0); if only alpha is 0, set it with "
@@ -217,8 +213,6 @@ class Resizer(Maker[Batch, tuple[str, ResizedLayer]]):
 
     def load(self, batch: Batch) -> Product:
         """The products of a batch of layers, stacked."""
-        import torch
-
         loaded = [self.contents.load(target, self.at_work.device, self.at_work.dtype) for target in batch.targets]
         rounding = max(p.rounding for p in loaded)
         return Product(torch.stack([p.up for p in loaded]), torch.stack([p.down for p in loaded]), rounding)
@@ -241,8 +235,6 @@ class Resizer(Maker[Batch, tuple[str, ResizedLayer]]):
 
         SVD-LLM (arXiv:2403.07378) whitens with the (in, in) second moment of x; that of z = A·x gives the same.
         """
-        import torch
-
         if not self.grams:
             return whole
         return Product(whole.up, torch.stack([root_of(self.grams[target].to(whole.up)) for target in batch.targets]))
@@ -263,8 +255,6 @@ class Resizer(Maker[Batch, tuple[str, ResizedLayer]]):
 
 def root_of(gram: Tensor) -> Tensor:
     """G^½ of a positive semidefinite matrix, or of a batch."""
-    import torch
-
     values, vectors = torch.linalg.eigh(gram)
     root: Tensor = (
         vectors * torch.maximum(values, values[..., -1:].clamp_min(0) * 1e-16).sqrt()[..., None, :]
@@ -329,8 +319,6 @@ def total(contents: Contents, modules: Mapping[str, ResizedLayer], dropped: floa
 
 def read_calibration(path: Path, contents: Contents) -> dict[str, Tensor]:
     """E[zzᵀ] of every layer, by target; raises `InputError` telling all that is wrong with the file."""
-    import torch
-
     file = read_safefile(path)
     found: dict[str, Tensor] = {}
     problems: list[str] = []

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from headers import Headers, Shape, adapter_of, base_of, experts, lora, rows_from
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from loratool import plan_merge
 from loratool.bases.binding import Bound, bind, grouped

@@ -11,8 +11,7 @@ from typing import Any, get_type_hints
 import click
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from paths import ROOT
 
 import loratool

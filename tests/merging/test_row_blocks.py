@@ -18,8 +18,7 @@ import loratool
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.replacing import Replace
 from loratool.bases.edits import Edit
-from loratool.merging import resources
-from loratool.merging import row_blocks as computing
+from loratool.merging import resources, row_blocks as computing
 from loratool.merging.row_blocks import LoadedEdit
 
 needs_cuda = pytest.mark.skipif(

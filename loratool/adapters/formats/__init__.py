@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from loratool.adapters.adapter import Adapter
+from loratool.adapters.formats.format import Format
 from loratool.adapters.formats.mlx import MLX
 from loratool.adapters.formats.peft import PEFT
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.errors import InputError, LoratoolError, printable
 from loratool.files.containers import foreign_file, instead_of_weights
 from loratool.files.inputs import read_json, unreadable
-from loratool.files.model_files import MODEL_FILES
+from loratool.files.model_files import MODEL_FILES, FileNames
 from loratool.files.safefile import SafeFile, read_safefile
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from loratool.adapters.adapter import Adapter
-    from loratool.adapters.formats.format import Format
-    from loratool.files.model_files import FileNames
-    from loratool.provenance.cards import Subject
+from loratool.provenance.cards import Subject
 
 FORMATS: tuple[Format, ...] = (PEFT, MLX)  # of several that may be meant, the first that claims a tensor is
 WRITTEN = PEFT  # what is made here is written in

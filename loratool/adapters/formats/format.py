@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
+from loratool.adapters.adapter import Adapter, StoredTensor
+from loratool.adapters.layers import Contents, Form, Kind, Layer
+from loratool.adapters.reading import Reading
+from loratool.adapters.training import Training
+from loratool.algebra.lowrank.products import Product
 from loratool.algebra.updates.additive import LowRank
-from loratool.errors import InputError, UsageError, printable
+from loratool.algebra.updates.experts import ExpertFactors
+from loratool.errors import InputError, Problem, UsageError, printable
 from loratool.files.checkpoint import sort_side_files
 from loratool.files.model_files import FileNames
+from loratool.files.safefile import SafeFile
+from loratool.lazy import Tensor
+from loratool.notes import Note
+from loratool.provenance.cards import Subject
 from loratool.results.findings import Finding
 from loratool.results.repairs import some
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-    from pathlib import Path
-
-    from torch import Tensor
-
-    from loratool.adapters.adapter import Adapter, StoredTensor
-    from loratool.adapters.layers import Contents, Form, Kind, Layer
-    from loratool.adapters.reading import Reading
-    from loratool.adapters.training import Training
-    from loratool.algebra.lowrank.products import Product
-    from loratool.algebra.updates.experts import ExpertFactors
-    from loratool.errors import Problem
-    from loratool.files.safefile import SafeFile
-    from loratool.notes import Note
-    from loratool.provenance.cards import Subject
 
 Shape = tuple[int, ...]
 Config = Mapping[str, Any]  # opaque to all but the format that made it

@@ -8,17 +8,20 @@ of rows. Facts: mlx-lm of August 2026.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from loratool.adapters.adapter import Adapter, StoredTensor
-from loratool.adapters.formats.format import Format
-from loratool.adapters.layers import Form, Kind
+from loratool.adapters.formats.format import Config, Format, Parts
+from loratool.adapters.layers import Contents, Form, Kind
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.adapters.training import Training
 from loratool.adapters.weight_files import weight_files
+from loratool.algebra.lowrank.products import Product
 from loratool.algebra.updates.additive import Add, LowRank
+from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
@@ -28,20 +31,10 @@ from loratool.files.hub_cache import name_of
 from loratool.files.inputs import read_json
 from loratool.files.safefile import FLOAT_NAMES, SafeFile, read_safefile
 from loratool.layouts.architectures import INPUT_EMBEDDINGS
+from loratool.lazy import Tensor
 from loratool.notes import Note
 from loratool.provenance.cards import Subject
 from loratool.results.repairs import some
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-    from pathlib import Path
-
-    from torch import Tensor
-
-    from loratool.adapters.formats.format import Config, Parts
-    from loratool.adapters.layers import Contents
-    from loratool.algebra.lowrank.products import Product
-    from loratool.algebra.updates.base import Update
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 A, B, M = ".lora_a", ".lora_b", ".m"

@@ -5,15 +5,11 @@ After "Accurate and Efficient Low-Rank Model Merging in Core Space" (arXiv:2509.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from loratool.algebra.lowrank.products import Product, canonical, negligible
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
+from loratool.lazy import Tensor, torch
 
 
 @dataclass(frozen=True)
@@ -37,8 +33,6 @@ def core_space(products: Sequence[Product]) -> Core:
     The bases are the left singular vectors of [up_1 … up_n] and the right ones of [down_1; …; down_n] in canonical
     form, so that entries of the matrices do not depend on how each product shared itself between its factors.
     """
-    import torch
-
     parts = [canonical(product) for product in products]
     left = singular_basis(torch.cat([part.up for part in parts], 1))
     right = singular_basis(torch.cat([part.down for part in parts], 0).T).T
@@ -48,8 +42,6 @@ def core_space(products: Sequence[Product]) -> Core:
 
 def singular_basis(factor: Tensor) -> Tensor:
     """Left singular vectors of a tall matrix, those of negligible singular values left out; signs fixed."""
-    import torch
-
     q, r = torch.linalg.qr(factor)
     u, s, _ = torch.linalg.svd(r, full_matrices=False)
     kept = max(1, int((s > negligible(s) * s[:1]).sum()))

@@ -6,15 +6,11 @@ R: Σ cᵢ Lᵢ Rᵢᵀ = u diag(S) vᵀ, and then U S = Σ cᵢ upᵢ (Rᵢᵀ 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from loratool.algebra.lowrank.products import Product, negligible, small_svd
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
+from loratool.lazy import Tensor, torch
 
 
 @dataclass(frozen=True)
@@ -62,8 +58,6 @@ class Spectrum:
 
         The largest entry of each column of `up` is positive. Null directions have zeros.
         """
-        import torch
-
         u, s, vt = self.u[..., :rank], self.values[..., :rank], self.vt[..., :rank, :]
         there = s > negligible(s) * self.values[..., :1]
         inverse = torch.where(there, s, 1.0).rsqrt() * there  # 1/√S
@@ -86,8 +80,6 @@ def added(parts: Sequence[Tensor]) -> Tensor:
 
 def joint(products: Sequence[Product]) -> Joint:
     """Products of one shape, or of one batch, in shared coordinates."""
-    import torch
-
     left = torch.linalg.qr(torch.cat([p.up for p in products], -1), mode="r").R
     right = torch.linalg.qr(torch.cat([p.down for p in products], -2).mT, mode="r").R
     ranks = [p.rank for p in products]

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from loratool.algebra.lowrank.products import Product, norm
+from loratool.lazy import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
-
     from loratool.algebra.lowrank.joint import Joint
+
 
 MARGIN = 1.5
 

@@ -5,14 +5,10 @@ With up = Qu Ru and downᵀ = Qd Rd, all of up @ down is in the small core Ru Rd
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import torch
-    from torch import Tensor
+from loratool.lazy import Tensor, torch
 
 # Relative error of up @ down by the dtype its factors are stored in: of 16 bits as measured on trained adapters, of
 # wider ones with room for factors that were computed, rotated or decomposed in that dtype
@@ -92,8 +88,6 @@ def negligible(values: Tensor) -> float:
 
 def working_dtype(device: torch.device) -> torch.dtype:
     """float64, but float32 on GPUs that compute in float64 at a small part of their speed."""
-    import torch
-
     slow = device.type == "cuda" and torch.cuda.get_device_capability(device) not in FAST_FLOAT64
     return torch.float32 if slow or device.type == "mps" else torch.float64
 
@@ -103,8 +97,6 @@ def decompose(product: Product) -> Decomposition:
 
     The largest entry of each left singular vector is positive, so that signs do not depend on the library.
     """
-    import torch
-
     (left, left_core), (right, right_core) = torch.linalg.qr(product.up), torch.linalg.qr(product.down.mT)
     u, s, vt = small_svd(left_core.double() @ right_core.double().mT)
     u, vt = left @ u.to(left.dtype), vt.to(right.dtype) @ right.mT
@@ -115,8 +107,6 @@ def decompose(product: Product) -> Decomposition:
 
 def small_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U, S, Vᵀ of a small matrix or a batch, on its device; the processor is quicker at it than a GPU."""
-    import torch
-
     small = max(core.shape[-2:]) <= SMALL_CORE
     u, s, vt = torch.linalg.svd(core.cpu() if small else core, full_matrices=False)
     return u.to(core.device), s.to(core.device), vt.to(core.device)
@@ -124,8 +114,6 @@ def small_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def singular_values(product: Product) -> Tensor:
     """The values of `decompose`, without the vectors."""
-    import torch
-
     left, right = (torch.linalg.qr(factor, mode="r").R for factor in (product.up, product.down.mT))
     core = left.double() @ right.double().mT
     values: Tensor = torch.linalg.svdvals(core.cpu() if max(core.shape[-2:]) <= SMALL_CORE else core)
@@ -150,8 +138,6 @@ def inner(one: Product, other: Product) -> Tensor:
 
 def gram(products: Sequence[Product]) -> Tensor:
     """The (n, n) inner products of all pairs, in float64, of a batch summed over it."""
-    import torch
-
     table = torch.zeros(len(products), len(products), dtype=torch.float64)
     for i, one in enumerate(products):
         for j, other in enumerate(products[: i + 1]):
@@ -161,8 +147,6 @@ def gram(products: Sequence[Product]) -> Tensor:
 
 def norm(product: Product) -> Tensor:
     """Frobenius norms. By QR: right also where the columns of the factors cancel each other."""
-    import torch
-
     left = torch.linalg.qr(product.up, mode="r").R
     right = torch.linalg.qr(product.down.mT, mode="r").R
     norms: Tensor = torch.linalg.matrix_norm(left.double() @ right.double().mT)
@@ -176,8 +160,6 @@ def length(product: Product) -> float:
 
 def side_by_side(products: Sequence[Product]) -> Product:
     """The sum of products, whose ranks add up: exact."""
-    import torch
-
     if len(products) == 1:
         return products[0]
     up, down = torch.cat([p.up for p in products], -1), torch.cat([p.down for p in products], -2)
@@ -199,8 +181,6 @@ def change(before: Product, after: Product) -> Product:
 
 def padded(product: Product, rank: int) -> Product:
     """The same matrix with zeros up to a rank."""
-    import torch
-
     missing = rank - product.rank
     if missing <= 0:
         return product

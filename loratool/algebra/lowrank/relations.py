@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from loratool.lazy import Tensor, torch
 
+if TYPE_CHECKING:
     from loratool.algebra.lowrank.products import Decomposition, Product
+
 
 SAMPLES = 2048  # entries of a weight that are looked at for signs
 
@@ -71,16 +72,12 @@ def nothing_shared(rows: int, columns: int, a: Decomposition, b: Decomposition) 
 
 def angles(between: Tensor) -> tuple[float, ...]:
     """Principal angles of two subspaces, from the inner products of their orthonormal bases (Björck and Golub 1973)."""
-    import torch
-
     cosines = torch.linalg.svdvals(between.double().cpu()).clamp(0, 1)
     return tuple(math.degrees(math.acos(float(c))) for c in cosines)
 
 
 def interference(a: Decomposition, b: Decomposition, out: Tensor, into: Tensor) -> float:
     """Singular task interference of the pair, as a part of all singular values; 0 where nothing is shared."""
-    import torch
-
     # (ÛᵀÛ − I) has only the blocks between the two
     values = torch.cat([a.values, b.values]).double()
     upper = out.double() * b.values.double() @ into.double().mT
@@ -90,8 +87,6 @@ def interference(a: Decomposition, b: Decomposition, out: Tensor, into: Tensor) 
 
 def signs(one: Product, other: Product, sizes: list[float], seed: int) -> tuple[float, float]:
     """How often sampled entries have opposite signs, plainly and by size."""
-    import torch
-
     rows, columns = one.shape
     generator = torch.Generator().manual_seed(seed)
     at = torch.randint(rows, (SAMPLES,), generator=generator).to(one.up.device)

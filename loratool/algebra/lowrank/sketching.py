@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from loratool.algebra.lowrank.products import Decomposition
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    import torch
-    from torch import Tensor
+from loratool.lazy import Tensor, torch
 
 
 class Rows(Protocol):
@@ -57,8 +53,6 @@ def sketch(matrix: Rows, rank: int, oversampling: int, iterations: int, seed: in
     Where the spectrum is so flat that more iterations would make the error smaller by over 0.1 %, up to `most` follow.
     Steps are in the dtype of the tiles; the last one, which gives values and error, is in float64.
     """
-    import torch
-
     rows, columns = matrix.shape
     width = min(rank + oversampling, rows, columns)
     generator = torch.Generator().manual_seed(seed)
@@ -91,8 +85,6 @@ def to_come(errors: Sequence[float]) -> float:
 
 def multiply(matrix: Rows, columns: Tensor) -> Tensor:
     """Matrix @ columns."""
-    import torch
-
     found: Tensor | None = None
     for first, tile in matrix.tiles():
         if found is None:
@@ -104,8 +96,6 @@ def multiply(matrix: Rows, columns: Tensor) -> Tensor:
 
 def multiply_transposed(matrix: Rows, rows: Tensor) -> tuple[Tensor, float]:
     """matrixᵀ @ rows in the wider dtype of the two, and ‖matrix‖² in that dtype."""
-    import torch
-
     total: Tensor | None = None
     room: Tensor | None = None  # used again: new memory for every tile costs as much as the conversion
     squared = 0.0
@@ -129,8 +119,6 @@ def whitened(columns: Tensor, rounds: int = 1) -> Tensor:
     After Stathopoulos and Wu 2002, https://doi.org/10.1137/S1064827500370883. Directions with less than 1e-7 of the
     largest stay shorter than 1. One round leaves what is far from orthonormal better conditioned; a second is exact.
     """
-    import torch
-
     for _ in range(rounds):
         gram = torch.zeros(columns.shape[1], columns.shape[1], dtype=torch.float64, device=columns.device)
         for piece in torch.split(columns, PIECE):

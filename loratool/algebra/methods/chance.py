@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+from loratool.lazy import Tensor, torch
 
 WORD = 0xFFFF_FFFF
 
 
 def uniform(key: str, first_row: int, rows: int, columns: int, device: torch.device) -> Tensor:
     """Numbers in [0, 1) for the entries of a tile, of float32, from a hash of `key`, row and column."""
-    import torch
-
     start = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "little")
     row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device)
     column = torch.arange(columns, dtype=torch.int64, device=device)

@@ -6,12 +6,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
+from loratool.lazy import Tensor, torch
 
 NEARLY_PARALLEL = 0.9995  # |cosine| from which slerp is linear, as in mergekit
 LEAST_ALIKE = 0.2  # mean cosine below which Model Stock means nothing
@@ -39,8 +36,6 @@ def slerp(
     With `gram` (rows, 2, 2) each row has an angle of its own; the result is (..., 2). Where sin θ is at most `noise`,
     the way between the two is rounding, and the result linear; whether that was so of opposites is told as well.
     """
-    import torch
-
     lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt().prod(-1)
     cosine = torch.where(lengths > 0, gram[..., 0, 1] / lengths.clamp_min(1e-300), 1.0).clamp(-1, 1)
     angle = torch.acos(cosine)
@@ -57,8 +52,6 @@ def karcher(gram: Tensor, weights: Tensor, noise: float = 0.0) -> tuple[Tensor, 
     Weights are normalised to sum 1. Updates that are zero take no part. Where the directions cancel to an angle of at
     most `noise` there is no mean on the sphere, and the weighted mean takes its place; that this was so is told as well.
     """
-    import torch
-
     norms = gram.diagonal().clamp_min(0).sqrt()
     alive = norms > 0
     shares = torch.where(alive, weights, 0.0)
@@ -99,8 +92,6 @@ def mean_cosine(gram: Tensor) -> float:
 
 def model_stock(gram: Tensor) -> Tensor:
     """t/n each, with t = n c / (1 + (n − 1) c) of the mean cosine c (Jang et al. 2024, arXiv:2403.19522)."""
-    import torch
-
     count, cosine = gram.shape[0], mean_cosine(gram)
     ratio = count * cosine / (1 + (count - 1) * cosine) if cosine > 0 else 0.0
     return torch.full((count,), ratio / count, dtype=gram.dtype)

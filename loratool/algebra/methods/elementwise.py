@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratool.algebra.methods.chance import uniform
+from loratool.lazy import Tensor, torch
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from loratool.algebra.methods.stacks import Stack
+
 
 Rule = Callable[[int, "Tensor"], "Tensor"]  # (first row, (n, rows, columns) tile) → (rows, columns)
 
@@ -86,8 +85,6 @@ def della(_: Stack, weights: Tensor, setting: Setting) -> Rule:
 
 def sce(stack: Stack, weights: Tensor, setting: Setting) -> Rule:
     """SCE (Wan et al. 2024, arXiv:2408.07990): where updates differ most, weighted by their energy there, one sign."""
-    import torch
-
     total = stack.shape[1] * stack.shape[2]
     select: Callable[[Tensor], Tensor] | None = None
     if setting.density < 1:
@@ -130,8 +127,6 @@ def largest_entries(stack: Stack, density: float) -> Rule:
 
 def kept_by_chance(first: int, tile: Tensor, setting: Setting, chances: Tensor | None = None) -> Tensor:
     """Entries kept with their chance and divided by it, so that each is right in the mean."""
-    import torch
-
     parts = []
     for at, matrix in enumerate(tile):
         drawn = uniform(f"{setting.key}/{at}", first, matrix.shape[0], matrix.shape[1], matrix.device).to(matrix.dtype)
@@ -187,6 +182,4 @@ class Merged:
 
     def whole(self) -> Tensor:
         """All rows: of what is held in memory."""
-        import torch
-
         return torch.cat([tile for _, tile in self.tiles()])

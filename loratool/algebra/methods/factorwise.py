@@ -6,20 +6,14 @@ its scaling goes on both factors, its sign on A.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from loratool.algebra.methods.chance import uniform
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from loratool.lazy import Tensor, torch
 
 
 def combine_factors(
     method: str, factors: Tensor, coefficients: Tensor, density: float, by_count: bool, key: str
 ) -> Tensor:
     """One factor of the result, from the (n, ·, ·) factors of the adapters, unscaled, and the weights of each."""
-    import torch
-
     kept = factors
     if method.startswith("dare"):
         drawn = [uniform(f"{key}/{at}", 0, f.shape[0], f.shape[1], f.device) for at, f in enumerate(factors)]

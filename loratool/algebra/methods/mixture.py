@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from loratool.algebra.lowrank.core import Core, core_space
 from loratool.algebra.lowrank.joint import Joint, Spectrum, joint
@@ -24,11 +24,7 @@ from loratool.algebra.methods import coefficients, elementwise, factorwise, spec
 from loratool.algebra.methods.elementwise import Merged, Setting
 from loratool.algebra.methods.stacks import Formed, Held
 from loratool.algebra.methods.table import ELEMENTWISE, FACTORWISE, GRAM, METHODS, SPECTRAL
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
+from loratool.lazy import Tensor, torch
 
 SKETCH_STEPS = 2
 TINY = 1e-150  # the square of less is 0, and a norm says nothing any more
@@ -80,8 +76,6 @@ def mix(shared: Joint, weights: Sequence[float], combination: Combination) -> Mi
         weights: of each.
         combination: what to do; its setting's key belongs to this weight.
     """
-    import torch
-
     share = torch.tensor(list(weights), dtype=torch.float64)
     noise = floor(shared.small, weights)
     left = float(torch.linalg.matrix_norm(shared.core(weights)))
@@ -208,8 +202,6 @@ def t_of(weights: Tensor) -> float:
 
 def rows_gram(products: Sequence[Product], ups: Sequence[Tensor]) -> Tensor:
     """Inner products of the rows of the updates: (rows, n, n)."""
-    import torch
-
     count = len(products)
     table = torch.zeros(products[0].shape[0], count, count, dtype=torch.float64)
     for i in range(count):
@@ -221,8 +213,6 @@ def rows_gram(products: Sequence[Product], ups: Sequence[Tensor]) -> Tensor:
 
 def rows_noise(products: Sequence[Product], table: Tensor) -> Tensor:
     """The sine of the angle that rounding puts between two rows that are one: 1.5 √Σ (u · terms of the row / ‖row‖)²."""
-    import torch
-
     squares = torch.zeros(table.shape[0], dtype=torch.float64)
     for i, product in enumerate(products):
         rounded = (product.up.double().square() @ product.down.double().square().sum(1)).cpu() * product.precision**2
@@ -304,8 +294,6 @@ def mix_factors(
     ups: Sequence[Tensor], downs: Sequence[Tensor], strengths: Sequence[float], combination: Combination
 ) -> Mixture:
     """PEFT's methods on factors; `ups` and `downs` are unscaled, a strength is a weight times a scaling."""
-    import torch
-
     assert METHODS[combination.method].family == FACTORWISE
     method = combination.method.removesuffix("-factors")
     strength = torch.tensor(list(strengths), dtype=ups[0].dtype, device=ups[0].device)

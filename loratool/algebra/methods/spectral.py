@@ -6,16 +6,12 @@ directions that hold no more than `noise`, the floor of `loratool.algebra.lowran
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from loratool.algebra.lowrank.core import Core
 from loratool.algebra.lowrank.noise import floor_of
 from loratool.algebra.lowrank.products import Decomposition, Product, negligible
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
+from loratool.lazy import Tensor, torch
 
 COMMON_PART = 0.8  # of the rank that Iso-CTS gives to what all have in common
 SVC_FLOOR = 0.1  # least part of a direction that Singular Value Calibration believes in
@@ -31,8 +27,6 @@ def significant(values: Tensor) -> int:
 
 def compact(matrix: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """U, S, Vᵀ of a matrix without its null directions and those of at most `noise`; one where none is left."""
-    import torch
-
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     kept = max(1, min(significant(s), int((s > noise).sum())))
     return u[:, :kept], s[:kept], vt[:kept]
@@ -62,8 +56,6 @@ def tsv(matrices: Tensor, room: int, noise: float = 0.0) -> Tensor:
     Each keeps its own rank, or an equal share where the ranks add up to more than there is room for. Matrices that are
     zero, or rounding beside the others, have no directions.
     """
-    import torch
-
     sizes = torch.linalg.matrix_norm(matrices)
     least = max(noise, negligible(sizes) * float(sizes.amax()))
     parts = [compact(matrix, noise) for matrix in matrices[sizes > least]]
@@ -86,8 +78,6 @@ def iso_c(matrix: Tensor, beta: float, noise: float = 0.0) -> Tensor:
 
 def iso_cts(matrices: Tensor, noise: float = 0.0) -> Tensor:
     """Iso-CTS (the same paper): what the sum has in common, then what each has besides, all equally strong."""
-    import torch
-
     u, s, vt = compact(matrices.sum(0), noise)
     count, room = matrices.shape[0], min(matrices.shape[1:])
     own = max(1, round((room - int(room * COMMON_PART)) / count))
@@ -113,8 +103,6 @@ def svc(
     With aᵣ = uᵣᵀ merged and aᵣⁱ = uᵣᵀ wᵢΔWᵢ, σᵣ is multiplied by n / Σᵢ max(α, ⟨aᵣ, aᵣⁱ⟩ / ‖aᵣⁱ‖²). An update that has
     nothing in a direction takes no part in that direction's mean. A direction of at most `noise` stays as it is.
     """
-    import torch
-
     u, s, vt = merged.left, merged.values, merged.right
     there, parts = [], []
     for product, weight in zip(products, weights, strict=True):
@@ -138,8 +126,6 @@ def reduced(core: Core, rank: int, balance: float = CTM_BALANCE) -> Core:
     A Tucker-2 decomposition by HOOI of the updates with their norms drawn together; the result of any method in it
     has that rank by design.
     """
-    import torch
-
     if rank >= max(core.matrices.shape[1:]):
         return core
     norms = torch.linalg.matrix_norm(core.matrices)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+from loratool.lazy import Tensor, torch
 
+if TYPE_CHECKING:
     from loratool.algebra.lowrank.products import Product
+
 
 CPU_TILE = 1 << 20  # entries of all matrices in a tile: near a core's cache
 CUDA_TILE = 1 << 26
@@ -57,8 +57,6 @@ class Held:
         yield 0, self.matrices
 
     def largest(self, statistic: Statistic, counts: Sequence[int]) -> Tensor:
-        import torch
-
         found = statistic(0, self.matrices).flatten(1)
         rows = [row.kthvalue(row.numel() - count + 1).values for row, count in zip(found, counts, strict=True)]
         return torch.stack(rows)
@@ -81,8 +79,6 @@ class Formed:
     @cached_property
     def factors(self) -> tuple[Tensor, Tensor]:
         """Up (n, rows, rank) and down (n, rank, columns), smaller ranks filled up with zeros."""
-        import torch
-
         from loratool.algebra.lowrank.products import padded
 
         rank = max(p.rank for p in self.products)
@@ -99,8 +95,6 @@ class Formed:
 
     def largest(self, statistic: Statistic, counts: Sequence[int]) -> Tensor:
         """By counting: float32 numbers that are not negative are in the order of their bits, and 16 go at a time."""
-        import torch
-
         bins = 1 << HALF
 
         def count(wanted: Sequence[int] | None) -> list[Tensor]:

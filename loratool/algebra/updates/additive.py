@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from loratool.algebra.updates.base import Update
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
+from loratool.lazy import Tensor, torch
 
 
 @dataclass(frozen=True)
@@ -85,8 +81,6 @@ class Add(Update):
 
 def stack(updates: Sequence[tuple[LowRank, float]]) -> LowRank:
     """Σ strength · update of low-rank updates as one: factors side by side, ranks add up, exact."""
-    import torch
-
     if len(updates) == 1:
         (update, strength), *_ = updates
         return LowRank(update.up, update.down, update.scale * strength, kernel=update.kernel)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from loratool.algebra.updates.base import ANY, Update, WeightRows
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from loratool.lazy import Tensor
 
 
 @dataclass(frozen=True)

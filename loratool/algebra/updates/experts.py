@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import ANY, Update
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import Tensor
+from loratool.lazy import Tensor, torch
 
 
 def downs(a: Tensor, experts: int) -> Tensor:
@@ -60,8 +56,6 @@ class ExpertLowRank(Update):
         return (down.T, up.T) if self.transposed else (up, down)
 
     def delta(self, weight: Tensor) -> Tensor:
-        import torch
-
         every = [torch.matmul(*self.factors(expert)) for expert in range(self.experts)]
         return (self.scale * torch.stack(every)).to(weight.dtype)
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 from loratool.errors import FitError
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from loratool.lazy import Tensor, torch
 
 Formula = Callable[..., "Tensor"]
 SMALLEST_NORM = 1e-4  # of DeLoRA
@@ -41,22 +38,16 @@ def product(one: Tensor, other: Tensor) -> Tensor:
 
 def along_kernel(core: Tensor, channels: Tensor) -> Tensor:
     """Tucker core (r, r, *kernel) and (r, channels) as (r, channels · kernel): LoHa on a convolution."""
-    import torch
-
     return torch.einsum("ijkl,jc->ickl", core, channels).flatten(1)
 
 
 def rebuilt(core: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Tucker core (r, r, *kernel), (r, p) and (r, q) as (p, q · kernel): LoKr on a convolution."""
-    import torch
-
     return torch.einsum("ijkl,ip,jq->pqkl", core, left, right).flatten(1)
 
 
 def diagonal(blocks: Iterable[Tensor]) -> Tensor:
     """One matrix with these on its diagonal."""
-    import torch
-
     whole: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
     return whole
 
@@ -109,8 +100,6 @@ def chosen(first: int) -> Formula:
 
 def given(weights: Tensor, index: Tensor, bank: Tensor) -> Tensor:
     """The same from weights that are stored, but for the last one, with the numbers of the vectors."""
-    import torch
-
     last = 1 - weights.sum(-1, keepdim=True)
     return mixed(torch.cat([weights, last], dim=-1), index, bank)
 
@@ -140,8 +129,6 @@ def bank_columns(formula: Formula) -> Formula:
 
 def skew(upper: Tensor, size: int) -> Tensor:
     """(n, size(size − 1)/2) as n skew-symmetric matrices, their upper triangles by rows."""
-    import torch
-
     matrix = upper.new_zeros(upper.shape[0], size, size)
     rows, columns = torch.triu_indices(size, size, 1, device=upper.device)
     matrix[:, rows, columns] = upper
@@ -150,8 +137,6 @@ def skew(upper: Tensor, size: int) -> Tensor:
 
 def cayley(skewed: Tensor) -> Tensor:
     """(I − Q)(I + Q)⁻¹ of skew-symmetric matrices, in float64, for a rotation ought to be one."""
-    import torch
-
     q = skewed.double()
     identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     result: Tensor = torch.linalg.solve(identity + q, identity - q, left=False)
@@ -163,8 +148,6 @@ def neumann(skewed: Tensor, terms: int) -> Tensor:
 
     As PEFT sums it, so that the square is there from three terms on even where it is the last.
     """
-    import torch
-
     total: Tensor = torch.eye(skewed.shape[-1], dtype=skewed.dtype, device=skewed.device).expand(skewed.shape).clone()
     if terms > 1:
         total += 2 * skewed
@@ -216,8 +199,6 @@ def units(vectors: Tensor) -> Tensor:
 
 def orthogonal_units(vectors: Tensor) -> Tensor:
     """Columns made orthogonal to those before them, at length 1 (Gram-Schmidt)."""
-    import torch
-
     found: list[Tensor] = []
     for vector in vectors.T:
         rest = vector
@@ -247,8 +228,6 @@ def times(factor: float) -> Formula:
 
 def orthogonal(directions: Tensor) -> Tensor:
     """Orthonormal columns that span those of a matrix: Q of its QR decomposition, worked out in float32 as PEFT does."""
-    import torch
-
     found: Tensor = torch.linalg.qr(directions.float())[0]
     return found.to(directions.dtype)
 
@@ -259,8 +238,6 @@ def flat_product(one: Tensor, other: Tensor) -> Tensor:
 
 
 def stacked(*layers: Tensor) -> Tensor:
-    import torch
-
     return torch.stack(layers)
 
 
@@ -285,8 +262,6 @@ def mixed_projections(layer: str, seed: int, layers: int, each: int) -> Formula:
     """
 
     def formula(projections: Tensor, down: Tensor, *vectors: Tensor) -> Tensor:
-        import torch
-
         number = 0
         if len(vectors) > 1:
             found = (n for n in range(layers) if is_projection(projections, seed + n))
@@ -305,8 +280,6 @@ def mixed_projections(layer: str, seed: int, layers: int, each: int) -> Formula:
 
 def is_projection(stored: Tensor, seed: int) -> bool:
     """Whether P is what TinyLoRA draws from a seed, as far as the dtype in which it was saved tells."""
-    import torch
-
     generator = torch.Generator().manual_seed(seed)
     fresh = torch.normal(0.0, stored.shape[-1] ** -0.5, tuple(stored.shape), generator=generator)
     return bool((fresh - stored.float().cpu()).abs().max() <= 2**-7 * fresh.abs().max())
@@ -328,8 +301,6 @@ def turns(variant: str, size: int, function: str) -> Formula:
     """
 
     def formula(angles: Tensor, lengths: Tensor) -> Tensor:
-        import torch
-
         parts = []
         for each in (angles, lengths):
             if variant == "road_1":
@@ -348,8 +319,6 @@ def activation(name: str, **settings: object) -> Formula:
     """A function of torch.nn.functional."""
 
     def formula(tensor: Tensor) -> Tensor:
-        import torch
-
         result: Tensor = getattr(torch.nn.functional, name)(tensor, **settings)
         return result
 

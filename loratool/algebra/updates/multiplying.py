@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from loratool.algebra.updates.base import ANY, Update
 from loratool.algebra.updates.formulas import diagonal
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from loratool.lazy import Tensor, torch
 
 
 @dataclass(frozen=True)
@@ -89,8 +86,6 @@ class Modulated(Update):
         return weight * self.inner.delta(weight)
 
     def add_rows(self, rows: Tensor, first_row: int, strength: float, base: Tensor) -> None:
-        import torch
-
         factors = torch.zeros_like(rows)
         self.inner.add_rows(factors, first_row, 1.0, base)
         rows.addcmul_(base, factors, value=strength)
@@ -143,8 +138,6 @@ class Reflections(Update):
         return self.units.shape[1]
 
     def delta(self, weight: Tensor) -> Tensor:
-        import torch
-
         matrix = weight.reshape(weight.shape[0], -1)
         product = torch.eye(matrix.shape[1], dtype=weight.dtype)
         for unit in self.units.to(weight.dtype).T:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import ANY, Update, WeightRows
 from loratool.algebra.updates.formulas import diagonal
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from loratool.lazy import Tensor, torch
 
 
 @dataclass(frozen=True)
@@ -66,14 +63,10 @@ class Kronecker(Update):
         return max(self.left.shape[1], self.right.shape[0])
 
     def delta(self, weight: Tensor) -> Tensor:
-        import torch
-
         product = torch.kron(self.left, self.right)
         return (self.scale * product).reshape(weight.shape).to(weight.dtype)
 
     def add_rows(self, rows: Tensor, first_row: int, strength: float, base: Tensor) -> None:  # noqa: ARG002
-        import torch
-
         at = torch.arange(first_row, first_row + rows.shape[0], device=rows.device)
         if len(self.right.shape) == 3:
             left, right = self.left[at % self.left.shape[0]], self.right[at // self.left.shape[0]]
@@ -114,8 +107,6 @@ class Grid(Update):
         return diagonal(right[p * share : (p + 1) * share] for right in self.right)
 
     def delta(self, weight: Tensor) -> Tensor:
-        import torch
-
         count, share = self.left.shape[0], self.rank // self.left.shape[0]
         blocks = [
             [
@@ -155,15 +146,11 @@ class Circulant(Update):
         return 1 / self.shape[1]
 
     def delta(self, weight: Tensor) -> Tensor:
-        import torch
-
         size = self.kernel.shape[2]
         blocks = torch.stack([self.kernel.roll(row, dims=2) for row in range(size)], dim=1)  # (m, row, n, column)
         return (self.scale * blocks).reshape(weight.shape).to(weight.dtype)
 
     def add_rows(self, rows: Tensor, first_row: int, strength: float, base: Tensor) -> None:  # noqa: ARG002
-        import torch
-
         size = self.kernel.shape[2]
         at = torch.arange(first_row, first_row + rows.shape[0], device=rows.device)
         turn = (torch.arange(size, device=rows.device) - at[:, None]) % size  # (rows, size)
@@ -199,8 +186,6 @@ class Tiled(Update):
         return self.block.T.repeat(times)[:rows, :columns].to(weight.dtype)
 
     def add_rows(self, rows: Tensor, first_row: int, strength: float, base: Tensor) -> None:  # noqa: ARG002
-        import torch
-
         at = torch.arange(first_row, first_row + rows.shape[0], device=rows.device) % self.block.shape[1]
         part = self.block.T[at].repeat(1, -(-rows.shape[1] // self.block.shape[0]))
         rows.add_(part[:, : rows.shape[1]], alpha=strength)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from loratool.algebra.updates.additive import LowRank, stack
 from loratool.algebra.updates.base import Update, WeightRows
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from loratool.lazy import Tensor, torch
 
 # What was taken away of W = U S Vᵀ, or W = Q R, by an update of rank r:
 PRINCIPAL = "principal"  # the r largest singular values and their vectors: PiSSA (Meng et al. 2024, arXiv:2404.02948)
@@ -51,8 +48,6 @@ class Residual(Update):
 
     def taken(self, weight: Tensor) -> LowRank:
         """The part of a whole weight that the update was trained without."""
-        import torch
-
         seen, rank = weight.T if self.in_out else weight, self.inner.rank
         if self.part == TRIANGULAR:
             q, r = torch.linalg.qr(seen)
@@ -64,8 +59,6 @@ class Residual(Update):
         return part.turned if self.in_out else part
 
     def prepared(self, weight: WeightRows) -> Update:
-        import torch
-
         whole = torch.cat([block for _, block in weight()])
         return stack([(self.inner, 1.0), (self.taken(whole), -1.0)])
 

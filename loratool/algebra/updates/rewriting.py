@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from loratool.algebra.updates.additive import Add, LowRank
 from loratool.algebra.updates.base import ANY, Update, WeightRows
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
+from loratool.lazy import Tensor, torch
 
 
 def whole(weight: WeightRows) -> Tensor:
-    import torch
-
     return torch.cat([block for _, block in weight()])
 
 
@@ -60,8 +54,6 @@ class Injection(Update):
 
     def prepared(self, weight: WeightRows) -> Update:
         if self.in_out:
-            import torch
-
             right = self.right.double()
             seen = torch.cat([block.double() @ right for _, block in weight()]).T
         else:
@@ -146,8 +138,6 @@ class Pairs(Update):
         return Add(self.delta(whole(weight)))
 
     def delta(self, weight: Tensor) -> Tensor:
-        import torch
-
         matrix = weight.reshape(weight.shape[0], -1)
         groups = matrix.reshape(-1, 2, self.size // 2, matrix.shape[1])
         partners = torch.stack([-groups[:, 1], groups[:, 0]], dim=1).reshape(matrix.shape)
@@ -188,8 +178,6 @@ class Recomposed(Update):
         return Add(self.delta(whole(weight)))
 
     def delta(self, weight: Tensor) -> Tensor:
-        import torch
-
         seen = (weight.T if self.in_out else weight).double()
         basis = self.basis.double()
         try:

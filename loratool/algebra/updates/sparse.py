@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from loratool.algebra.updates.base import ANY, Update, WeightRows
 from loratool.errors import FitError
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from loratool.lazy import Tensor, torch
 
 
 @dataclass(frozen=True)
@@ -41,8 +38,6 @@ class Scatter(Update):
                     f"the adapter changes single elements {int(at.min())} to {int(at.max())} of a dimension of size "
                     f"{size}: it was trained on a weight of another shape than {list(self.size)}"
                 )
-        import torch
-
         return replace(self, index=torch.stack([rows, columns]))
 
     def places(self) -> tuple[Tensor, Tensor]:
@@ -107,8 +102,6 @@ class Spectrum(Update):
         return replace(self, places=(places.flip(0) if self.in_out else places).to(self.spectrum.device))
 
     def delta(self, weight: Tensor) -> Tensor:
-        import torch
-
         assert self.places is not None, "prepare the update first"
         dense = weight * 0
         dense[self.places[0], self.places[1]] = self.spectrum.to(weight.dtype)
@@ -116,8 +109,6 @@ class Spectrum(Update):
         return self.scale * transformed
 
     def add_rows(self, rows: Tensor, first_row: int, strength: float, base: Tensor) -> None:  # noqa: ARG002
-        import torch
-
         assert self.places is not None, "prepare the update first"
         own = torch.arange(first_row, first_row + rows.shape[0], device=rows.device)
         turns = (own[:, None] * self.places[0]) % self.size[0]  # whole numbers: no digit of the phase is lost
@@ -130,8 +121,6 @@ class Spectrum(Update):
 
 def drawn(shape: tuple[int, ...], count: int, seed: int) -> Tensor:
     """(2, count): rows and columns of the first elements of a permutation of all, which torch draws from `seed`."""
-    import torch
-
     generator = torch.Generator().manual_seed(seed)
     elements = torch.randperm(math.prod(shape), generator=generator)[:count]
     return torch.stack([elements // shape[1], elements % shape[1]])

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from loratool.algebra.updates.additive import Add
 from loratool.algebra.updates.base import ANY, Update, WeightRows
 from loratool.algebra.updates.sparse import drawn
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from loratool.lazy import Tensor, numpy as np, torch
 
 LARGEST_ORDER = 10  # of Daubechies' wavelets, as PEFT has them
 
@@ -77,8 +74,6 @@ class Wavelet(Update):
 
     def reconstructed(self, dense: Tensor) -> Tensor:
         """The inverse transform of four quarters: coarse; high by row, by column, and by both."""
-        import torch
-
         low = dense.new_tensor(daubechies(self.order))
         high = low.flip(0) * dense.new_tensor([(-1.0) ** k for k in range(low.shape[0])])
         filters = [torch.outer(a, b) for a, b in ((low, low), (high, low), (low, high), (high, high))]
@@ -96,7 +91,6 @@ def daubechies(order: int) -> list[float]:
     (1 + z)^order times the factors for the zeros inside the unit circle of Σ C(order − 1 + k, k) yᵏ, with
     y = (2 − z − 1/z) / 4; its values add up to √2.
     """
-    import numpy as np
     from numpy.polynomial.polynomial import polyroots
 
     half = polyroots([math.comb(order - 1 + k, k) for k in range(order)])

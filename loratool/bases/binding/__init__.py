@@ -8,10 +8,12 @@ all of it together, and `telling` puts it in words.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from loratool.adapters.adapter import adds_zero
+from loratool.adapters.adapter import Adapter, adds_zero
+from loratool.algebra.updates.base import Update
 from loratool.bases.binding.checking import found_otherwise, holes, overlap, rivals, uncut
 from loratool.bases.binding.flattened import look_up
 from loratool.bases.binding.fusing import Misfit
@@ -26,11 +28,8 @@ from loratool.notes import Note
 from loratool.templates import fill, grouped, listed, template_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from loratool.adapters.adapter import Adapter
-    from loratool.algebra.updates.base import Update
     from loratool.files.checkpoint import Checkpoint
+
 
 __all__ = ["ALL", "Bound", "Place", "bind", "fill", "grouped", "listed", "overlap", "read_maps", "tell", "template_of"]
 

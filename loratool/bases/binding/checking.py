@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
 
+from loratool.adapters.adapter import Adapter
 from loratool.bases.binding.names import unwrapped
 from loratool.bases.binding.places import ALL, Place
 from loratool.errors import printable
+from loratool.files.safefile import TensorInfo
 from loratool.notes import Note
 from loratool.templates import Numbers, fill, listed, template_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from loratool.adapters.adapter import Adapter
-    from loratool.files.safefile import TensorInfo
 
 LARGEST_WIDTH = 1 << 62  # columns
 

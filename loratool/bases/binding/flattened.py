@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 from loratool.adapters.adapter import Flattened
 from loratool.errors import printable
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 MOST_SEARCHED = 64  # names for which near ones are searched: more than a message shows
 MOST_COMPARED = 500  # names that a search looks at

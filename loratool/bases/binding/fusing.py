@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from loratool.algebra.updates.base import ANY, Update
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.bases.binding.places import ALL, Landing, Place, Rule
+from loratool.files.safefile import TensorInfo
 from loratool.layouts.fusions import EXPERT_COUNTS, FUSIONS, INTERLEAVED_EXPERTS, Fusion
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
-    from loratool.files.safefile import TensorInfo
 
 NESTED = ("text_config", "llm_config", "language_config", "thinker_config", "attn_config", "ffn_config")
 

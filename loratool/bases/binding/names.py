@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
+from loratool.bases.binding.places import Step
+from loratool.files.safefile import TensorInfo
 from loratool.layouts.architectures import LEADING_WRAPPERS, PACKED_ENDS, PACKED_WEIGHTS, PREFIXES, WRAPPERS
 from loratool.layouts.renames import RENAMES
 from loratool.templates import Numbers, template_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from loratool.bases.binding.places import Step
-    from loratool.files.safefile import TensorInfo
 
 WRAPPED = re.compile("|".join(sorted(WRAPPERS | LEADING_WRAPPERS)))
 

@@ -8,24 +8,24 @@ the weights that are not square. Where one of the first three contradicts the la
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from loratool.adapters.adapter import Adapter
+from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.bases.binding.fusing import model_types
+from loratool.bases.binding.places import Landing
+from loratool.files.safefile import TensorInfo
 from loratool.layouts.architectures import CONV1D_CLASSES, CONV1D_MODULES, CONV1D_TYPES, LINEAR_TYPES
 from loratool.layouts.fusions import FLAGGED_EXPERTS, TWO_WAY_EXPERTS
 from loratool.layouts.native import NATIVE_TYPES
 from loratool.notes import Note
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from loratool.adapters.adapter import Adapter
-    from loratool.algebra.updates.base import Update
-    from loratool.bases.binding.places import Landing
     from loratool.files.checkpoint import Checkpoint
-    from loratool.files.safefile import TensorInfo
+
 
 YES, NO = "--fan-in-fan-out", "--no-fan-in-fan-out"
 OPTION = f"{YES} or {NO}"

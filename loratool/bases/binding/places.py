@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from loratool.algebra.updates.base import Update
-    from loratool.notes import Note
+from loratool.algebra.updates.base import Update
+from loratool.notes import Note
 
 ALL = slice(None)
 

@@ -9,22 +9,17 @@ from __future__ import annotations
 
 import itertools
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence, Set
 
+from loratool.algebra.updates.base import Update
 from loratool.bases.binding import fusing
 from loratool.bases.binding.fusing import Misfit
-from loratool.bases.binding.names import unwrapped
+from loratool.bases.binding.names import Disk, unwrapped
 from loratool.bases.binding.places import Rule
 from loratool.bases.binding.resolving import tower
 from loratool.layouts.architectures import INPUT_EMBEDDINGS, OUTPUT_HEADS
 from loratool.layouts.renames import RENAMES
 from loratool.templates import Numbers, template_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence, Set
-
-    from loratool.algebra.updates.base import Update
-    from loratool.bases.binding.names import Disk
 
 MOST_SEARCHED = 64  # templates of lost weights; an adapter with more lies in another model
 SEQUENCE = ".0"  # what a layer alone in an nn.Sequential has behind the sequence's name

@@ -8,10 +8,12 @@ two fits there are one too many.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from loratool.algebra.updates.base import Update
 from loratool.bases.binding import fusing
 from loratool.bases.binding.fusing import Misfit
 from loratool.bases.binding.names import Alias, Disk, Moves, components, unwrapped
@@ -19,14 +21,12 @@ from loratool.bases.binding.places import Landing, Place, Rule
 from loratool.errors import printable
 from loratool.files.safefile import FLOAT_NAMES, TensorInfo
 from loratool.layouts.architectures import CONV1D_MODULES, REORDERED, TOWERS
+from loratool.layouts.fusions import Fusion
 from loratool.templates import Numbers, template_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-
-    from loratool.algebra.updates.base import Update
     from loratool.files.checkpoint import Checkpoint
-    from loratool.layouts.fusions import Fusion
+
 
 DEEPEST = 3  # renames in a row
 Renaming = tuple[re.Pattern[str], str]  # `--map`: a pattern of names, and what its match becomes

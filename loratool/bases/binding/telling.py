@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import difflib
 import shlex
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 from loratool.errors import printable
+from loratool.files.safefile import TensorInfo
 from loratool.templates import Numbers, grouped, template_of
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from loratool.files.safefile import TensorInfo
 
 MOST_COMPARED = 500  # templates that a search for the nearest one looks at
 MOST_SEARCHED = 64  # templates for which the nearest one is searched: more than a message shows

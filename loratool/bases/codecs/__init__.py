@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING
 
 from loratool.bases.codecs import fp8
 from loratool.bases.weights import Decoded, StoredWeight
 from loratool.files.checkpoint import Checkpoint
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
 
 # What each kind finds in a checkpoint: the weights that it decodes, by the names of their plain copies.
 CODECS: tuple[Callable[[Checkpoint], Mapping[str, StoredWeight]], ...] = (fp8.weights,)

@@ -6,23 +6,17 @@ the block's rows and columns (`quantization_config.weight_block_size`); blocks a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from loratool.bases.weights import PACKING, Room, plain_of
+from loratool.adapters.adapter import StoredTensor
+from loratool.bases.weights import PACKING, Room, StoredWeight, plain_of
 from loratool.errors import InputError, printable
+from loratool.files.checkpoint import Checkpoint
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    import torch
-    from torch import Tensor
-
-    from loratool.adapters.adapter import StoredTensor
-    from loratool.bases.weights import StoredWeight
-    from loratool.files.checkpoint import Checkpoint
+from loratool.lazy import Tensor, torch
 
 SCALES = "_scale_inv"
 
@@ -48,8 +42,6 @@ class BlockScaled:
     def rows(
         self, first: int, count: int, device: torch.device, dtype: torch.dtype, room: Room | None = None
     ) -> Tensor:
-        import torch
-
         if room is None:
             with OpenSources() as sources:
                 return self.rows(first, count, device, dtype, Room(sources))

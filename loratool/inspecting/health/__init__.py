@@ -5,22 +5,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats import format_at, format_of
+from loratool.adapters.formats.format import Format
 from loratool.errors import LoratoolError, code_of, folded, printable
+from loratool.files.checkpoint import Checkpoint
+from loratool.notes import Note
 from loratool.results.findings import Finding
 from loratool.results.repairs import command, quoted, some
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from loratool.adapters.adapter import Adapter
-    from loratool.adapters.formats.format import Format
     from loratool.bases.adapter_fit import Fit
-    from loratool.files.checkpoint import Checkpoint
-    from loratool.notes import Note
+
 
 UNMERGED = "unmerged-model"  # the code of a model that was saved with its adapter unmerged
 

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from loratool.adapters.adapter import EXPONENT, StoredTensor, stored_tensors
+from loratool.adapters.adapter import EXPONENT, Adapter, StoredTensor, stored_tensors
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.bases.weights import Plain
 from loratool.errors import printable
+from loratool.files.checkpoint import Checkpoint
+from loratool.lazy import numpy as np
 from loratool.results.findings import Finding
 from loratool.results.repairs import command, some
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from loratool.adapters.adapter import Adapter
-    from loratool.files.checkpoint import Checkpoint
 
 LARGEST_FLOAT16 = 65504.0
 MANY = 0.01  # the part of a tensor's values from which on subnormal ones are told
@@ -55,8 +52,6 @@ def scan(tensor: StoredTensor) -> Scan:
 
 def value_of(bits: int, dtype: str) -> float:
     """The float that some bits are."""
-    import numpy as np
-
     if dtype == "BF16":
         return float(np.uint32(bits << 16).view(np.float32))
     kinds: dict[str, tuple[Any, Any]] = {

@@ -5,13 +5,17 @@ Such facts age. Each has in `FACTS` the release that it was seen in, and when; t
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats import WRITTEN, format_of
+from loratool.adapters.training import Training
 from loratool.algebra.updates.additive import Add, LowRank
+from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
@@ -21,11 +25,6 @@ from loratool.results.findings import Finding
 from loratool.results.repairs import command, quoted, some
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from loratool.adapters.adapter import Adapter
-    from loratool.adapters.training import Training
-    from loratool.algebra.updates.base import Update
     from loratool.bases.adapter_fit import Fit
 
 

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import same_bytes
 from loratool.adapters.writer import torch_dtype
 from loratool.algebra.lowrank.products import Decomposition, negligible
 from loratool.algebra.lowrank.sketching import sketch
-from loratool.bases.weights import Room
+from loratool.bases.weights import Plain, Room, StoredWeight
 from loratool.errors import UsageError, printable
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    import torch
-    from torch import Tensor
-
-    from loratool.bases.weights import Plain, StoredWeight
+from loratool.lazy import Tensor, torch
 
 EDGE = 1.02  # noise of that size reaches σ = √d + √k; a little more keeps it out
 ITERATIONS = 2  # of the power method; more of them where the spectrum is flat
@@ -108,8 +101,6 @@ class Difference:
         return max(1, TILE // (self.dtype.itemsize * self.shape[1]))
 
     def tiles(self) -> Iterator[tuple[int, Tensor]]:
-        import torch
-
         if self.held is None:
             hold = not self.measured and self.dtype.itemsize * self.shape[0] * self.shape[1] <= self.room
             rows = self.shape[0] if hold else min(self.step, self.shape[0])
@@ -129,15 +120,11 @@ class Difference:
     @property
     def dtype(self) -> torch.dtype:
         """That of the difference, whose own rounding has to be far below that of the stored values."""
-        import torch
-
         pair = self.base.dtype, self.tuned.dtype
         return torch.float64 if "F64" in pair or self.coarser == "F32" else torch.float32
 
     def read(self, place: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The tiles, from the files: one after the other into `place`, or one over the other where that is smaller."""
-        import torch
-
         rows, columns = self.shape
         pair = (self.base, self.tuned)
         most = min(self.step, rows) * columns
@@ -158,8 +145,6 @@ class Difference:
 
     def measure(self, first: int, before: Tensor, after: Tensor) -> None:
         """Account for some rows, from `first` on; raises `NotFiniteError` for those that hold what is no number."""
-        import torch
-
         for tile in (before, after):
             if not all(bool(value.isfinite()) for value in torch.aminmax(tile)):
                 raise NotFiniteError
@@ -188,8 +173,6 @@ class Difference:
 
 def powers_of(values: Tensor) -> Tensor:
     """2^exponent of each value, in float64; 0 of zeros and subnormal numbers."""
-    import torch
-
     bits, mask = (torch.int64, 0x7FF0_0000_0000_0000) if values.dtype == torch.float64 else (torch.int32, 0x7F80_0000)
     return (values.view(bits) & mask).view(values.dtype).double()
 
@@ -240,8 +223,6 @@ def above_noise(found: Decomposition, edges: Tensor) -> int:
 
 def in_full(matrix: Difference) -> tuple[Decomposition, float]:
     """All singular values and vectors in float64, and ‖M‖². Of a tall matrix only the triangle of its QR is formed."""
-    import torch
-
     rows, columns = matrix.shape
     if rows < 4 * columns:
         dense = torch.empty(rows, columns, dtype=torch.float64, device=matrix.device)
@@ -262,8 +243,6 @@ def in_full(matrix: Difference) -> tuple[Decomposition, float]:
 
 def same_values(one: Plain, other: Plain) -> bool:
     """Whether two tensors of one shape hold the same values; the same bytes, where the dtype is one."""
-    import torch
-
     if one.info.dtype == other.info.dtype:
         return same_bytes(one, other)
     if not {one.info.dtype, other.info.dtype} <= set(FLOAT_NAMES):
@@ -274,8 +253,6 @@ def same_values(one: Plain, other: Plain) -> bool:
 
 def pieces(weight: StoredWeight, dtype: torch.dtype) -> Iterator[Tensor]:
     """The values of a weight in the order in which they lie, some rows at a time."""
-    import torch
-
     step = max(1, COMPARED_AT_ONCE // max(1, math.prod(weight.shape[1:])))
     count = math.prod(weight.shape[:1])
     with OpenSources() as sources:

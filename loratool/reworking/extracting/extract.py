@@ -7,26 +7,28 @@ import math
 import os
 import re
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.formats import FORMATS, WRITTEN
-from loratool.adapters.formats.format import Config, Parts
+from loratool.adapters.formats.format import Config, Parts, Spelling
 from loratool.adapters.layers import ATTENTION, Form, Kind, adapted_module
 from loratool.adapters.ranks import told_of_cuts
 from loratool.adapters.training import Targets, Training
 from loratool.adapters.weight_files import weight_files
 from loratool.adapters.writer import WIDTH, Output, Rounded, check_adapter_target, torch_dtype
-from loratool.algebra.lowrank.products import Product, inner, padded
-from loratool.algebra.lowrank.products import change as change_of
+from loratool.algebra.lowrank.products import Product, change as change_of, inner, padded
 from loratool.bases.binding.orientation import module_of
 from loratool.bases.opening import open_checkpoint
 from loratool.bases.weights import Slice
 from loratool.errors import FitError, InputError, printable
 from loratool.fetching import local
+from loratool.files.checkpoint import Checkpoint
 from loratool.files.hub_cache import origin_of, told_origin
+from loratool.lazy import torch
 from loratool.measuring.session import PathLike, Progress, Session, session
 from loratool.notes import Note
 from loratool.results.extract import ExtractedLayer, ExtractedTotals, ExtractReport
@@ -35,12 +37,6 @@ from loratool.reworking.extracting.pairing import Change, Pairing, is_table, pai
 from loratool.reworking.runner import Draft, Made, Maker, Rest, run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    import torch
-
-    from loratool.adapters.formats.format import Spelling
-    from loratool.files.checkpoint import Checkpoint
     from loratool.reworking.extracting.options import ExtractOptions
 
 
@@ -256,8 +252,6 @@ def kind_of_tied(target: str) -> Kind:
 
 def joined(change: Change, parts: Sequence[Part], rank: int) -> Product:
     """The update of a layer by its leading singular values, the way round in which PEFT has it."""
-    import torch
-
     products = [part.found.truncated(rank).product() for part in parts]
     if change.turned:
         products = [Product(p.down.mT, p.up.mT) for p in products]
@@ -346,8 +340,6 @@ def nothing_left(noise: Mapping[str, ExtractedLayer], rule: Rule) -> str:
 
 def factor_dtype(found: Pairing, asked: str) -> torch.dtype:
     """The dtype of the factors: as asked, or the one that holds those of the tuned layers."""
-    import torch
-
     if asked != "keep":
         dtype: torch.dtype = getattr(torch, asked)
         return dtype

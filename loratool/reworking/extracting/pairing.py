@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
 
+from loratool.adapters.adapter import StoredTensor
 from loratool.adapters.formats import WRITTEN
 from loratool.adapters.layers import ATTENTION, Kind, is_expert
 from loratool.adapters.writer import Carried
 from loratool.bases.binding.fusing import model_types
 from loratool.bases.binding.orientation import OPTION, bias_shows, class_says, is_conv1d, module_of, option, stored
 from loratool.bases.tied_weights import find_ties, language_parts
-from loratool.bases.weights import plain_of
+from loratool.bases.weights import Plain, plain_of
 from loratool.errors import FitError, InputError, printable
+from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.layouts.architectures import (
     EMBEDDING_NAMES,
@@ -24,19 +26,11 @@ from loratool.layouts.architectures import (
     TASK_CLASSES,
 )
 from loratool.layouts.fusions import EXPERT_COUNTS, FLAGGED_EXPERTS
+from loratool.lazy import Tensor
 from loratool.notes import Note
 from loratool.reworking.extracting.differences import same_values
 from loratool.reworking.extracting.selecting import Selection
 from loratool.templates import listed
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from torch import Tensor
-
-    from loratool.adapters.adapter import StoredTensor
-    from loratool.bases.weights import Plain
-    from loratool.files.checkpoint import Checkpoint
 
 # Modules that are tables of vectors, which PEFT adapts otherwise than matrices; nothing on disk tells them apart.
 WIDEST_KERNEL = 64  # of a one-dimensional convolution; a third dimension that is longer is one of experts' weights

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from loratool.errors import printable
 from loratool.provenance.cards import CLASS, Subject
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 MODELS_OF_TASKS = {
     "CAUSAL_LM": "AutoModelForCausalLM",

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.peft import keys
 from loratool.algebra.updates.replacing import Replace
 from loratool.files.safefile import FLOAT_NAMES
-
-if TYPE_CHECKING:
-    from loratool.adapters.adapter import Adapter
 
 # Saved beside the parameters of some types, and not trained.
 BUFFERS = (

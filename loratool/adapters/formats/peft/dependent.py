@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from loratool.adapters.formats.peft.draft import Module, UnsupportedError, derived
 from loratool.adapters.formats.peft.files import CONFIG
 from loratool.adapters.formats.peft.method import MERGE_IN_PEFT, Method, Updates, always
 from loratool.algebra.updates import formulas, residual
 from loratool.algebra.updates.additive import LowRank
+from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.compound import Both, Fill, Image
 from loratool.algebra.updates.multiplying import Modulated
 from loratool.algebra.updates.residual import Residual
 from loratool.algebra.updates.rewriting import Injection, Network, Pairs, Recomposed
 from loratool.errors import printable
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from loratool.algebra.updates.base import Update
 
 
 def deft(module: Module) -> Updates:

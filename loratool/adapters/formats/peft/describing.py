@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
+from loratool.adapters.formats.format import Parts
 from loratool.adapters.formats.peft import keys
 from loratool.adapters.formats.peft.experts import stacked_by_peft
 from loratool.adapters.layers import Kind, adapted_module
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
-
-    from loratool.adapters.formats.format import Parts
-    from loratool.adapters.training import Training
+from loratool.adapters.training import Training
 
 # Fields that are carried over where all sources agree; of those that disagree the first source's counts.
 CARRIED = (

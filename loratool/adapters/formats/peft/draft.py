@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loratool.adapters.adapter import INTEGER_NAMES, Derived, StoredTensor
 from loratool.adapters.formats.peft import keys
 from loratool.adapters.formats.peft.files import AGAINST_TENSORS, CONFIG
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.algebra.updates.additive import Add
+from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.errors import Problem, printable
 from loratool.files.safefile import FLOAT_NAMES, SafeFile
 from loratool.notes import Note
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
-
-    from loratool.algebra.updates.base import Update
 
 TOKENS = keys.TOKENS
 LEFT_BEHIND = frozenset({"trainable_tokens_original"})  # beside it in a raw state dict

@@ -6,14 +6,11 @@ routers beside them too, which it takes for parameters as well (`_convert_peft_c
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
 
 from loratool.adapters.layers import is_expert
 from loratool.errors import printable
 from loratool.notes import Note
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
 
 ROUTER = ".gate.weight"
 

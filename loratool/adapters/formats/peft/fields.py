@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from loratool.adapters.formats.peft.files import AGAINST_TENSORS, CONFIG
 from loratool.errors import Problem, printable
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
 
 
 def is_text(value: object) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from loratool.adapters.formats.peft.keys import family_of, path_of
 from loratool.adapters.weight_files import weight_files
@@ -21,9 +22,6 @@ from loratool.files.inputs import read_json
 from loratool.files.model_files import FileNames
 from loratool.files.safefile import SafeFile, SafeFiles, read_safefile
 from loratool.notes import Note
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 CONFIG = "adapter_config.json"
 AGAINST_TENSORS = "config-against-tensors"  # the code of a problem: the config does not say what the tensors show

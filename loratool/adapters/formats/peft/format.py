@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
+from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.format import Format
 from loratool.adapters.formats.peft import counting, experts, files, health, keys, strength
 from loratool.adapters.formats.peft.card import subject
@@ -12,24 +15,17 @@ from loratool.adapters.formats.peft.plain import plain_config
 from loratool.adapters.formats.peft.reading import read, read_leniently, read_saved
 from loratool.adapters.formats.peft.spelling import Names, was_inside
 from loratool.adapters.formats.peft.training import training_of
+from loratool.adapters.layers import Contents, Kind, Layer
 from loratool.adapters.reading import AS_STORED, Reading
-from loratool.errors import printable
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
-    from pathlib import Path
-
-    from loratool.adapters.adapter import Adapter
-    from loratool.adapters.layers import Contents, Kind, Layer
-    from loratool.adapters.training import Training
-    from loratool.algebra.updates.additive import LowRank
-    from loratool.algebra.updates.experts import ExpertFactors
-    from loratool.errors import Problem
-    from loratool.files.checkpoint import Checkpoint
-    from loratool.files.safefile import SafeFile
-    from loratool.notes import Note
-    from loratool.provenance.cards import Subject
-    from loratool.results.findings import Finding
+from loratool.adapters.training import Training
+from loratool.algebra.updates.additive import LowRank
+from loratool.algebra.updates.experts import ExpertFactors
+from loratool.errors import Problem, printable
+from loratool.files.checkpoint import Checkpoint
+from loratool.files.safefile import SafeFile
+from loratool.notes import Note
+from loratool.provenance.cards import Subject
+from loratool.results.findings import Finding
 
 
 class Peft(Format):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.peft import keys, support
 from loratool.adapters.formats.peft.draft import MISSING_PARTNER, UNGATHERED
 from loratool.adapters.formats.peft.files import AGAINST_TENSORS, CONFIG
@@ -14,11 +15,6 @@ from loratool.algebra.updates.residual import Residual
 from loratool.errors import printable
 from loratool.results.findings import Finding
 from loratool.results.repairs import command, quoted, some
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from loratool.adapters.adapter import Adapter
 
 PREFIX = "base_model.model."
 NAMED_FACTOR = re.compile(r"\.lora_(?:A|B|embedding_A|embedding_B)\.(?!weight$|bias$)\w+(?:\.weight|\.bias)?$")

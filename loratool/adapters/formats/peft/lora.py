@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loratool.adapters.formats.peft import parameters, stacked, support
 from loratool.adapters.formats.peft.draft import TOKENS, Draft, Module, UnsupportedError, UnusableError, derived
@@ -15,13 +15,11 @@ from loratool.adapters.formats.peft.parameters import rank_is_one
 from loratool.adapters.formats.peft.scaling import Scaling
 from loratool.algebra.updates import formulas, residual
 from loratool.algebra.updates.additive import Add, LowRank
+from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.residual import Residual
 from loratool.errors import Problem, printable
 from loratool.notes import Note
-
-if TYPE_CHECKING:
-    from loratool.algebra.updates.base import Update
 
 SLOTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_diag")
 ONLY_TRAINING = ("lora_velora_embed", "lora_monteclora_sampler")

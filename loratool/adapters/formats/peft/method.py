@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loratool.adapters.formats.peft.draft import Draft, Module
 from loratool.adapters.formats.peft.scaling import Scaling
 from loratool.algebra.updates.additive import LowRank
-
-if TYPE_CHECKING:
-    from loratool.algebra.updates.base import Update
+from loratool.algebra.updates.base import Update
 
 Updates = Mapping[str, "Update"]
 Reader = Callable[[Module], Updates]

@@ -7,28 +7,25 @@ are named where the updates and `formulas` are defined.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loratool.adapters.formats.peft import dependent, seeded
 from loratool.adapters.formats.peft.draft import Draft, Module, UnsupportedError, UnusableError, derived
 from loratool.adapters.formats.peft.files import AGAINST_TENSORS, CONFIG
 from loratool.adapters.formats.peft.method import MERGE_IN_PEFT, Method, Updates, always, low_rank, save_again, scaled
+from loratool.adapters.formats.peft.scaling import Scaling
 from loratool.adapters.patterns import match_patterns
 from loratool.algebra.updates import formulas
 from loratool.algebra.updates.additive import Add, LowRank
+from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.compound import Both, Chain
 from loratool.algebra.updates.multiplying import BlockAffine, Modulated, Reflections, Rotation, Scale
 from loratool.algebra.updates.products import Circulant, Grid, Hadamard, Kronecker, Shared, Tiled
 from loratool.algebra.updates.replacing import Replace
 from loratool.algebra.updates.sparse import Scatter, Spectrum
 from loratool.errors import Problem, printable
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from loratool.adapters.formats.peft.scaling import Scaling
-    from loratool.algebra.updates.base import Update
 
 SMALL = 1e-5  # that AdaLoRA adds to its rank
 

@@ -8,15 +8,13 @@ the config, or who reads it, can tell.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from loratool.adapters.formats.peft.draft import Draft
 from loratool.adapters.formats.peft.files import CONFIG
 from loratool.errors import LoratoolError, printable
 from loratool.files.inputs import open_regular
 from loratool.notes import Note
-
-if TYPE_CHECKING:
-    from loratool.adapters.formats.peft.draft import Draft
 
 OF_B, OF_A, DETAILS = "lora_B_layout", "lora_A_layout", "unsloth_fused_expert_lora"
 FIELDS = (OF_B, OF_A, DETAILS)  # which an adapter of PEFT's own packing does without

@@ -6,20 +6,16 @@ registers them: the first one lies innermost, behind the most `base_layer`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 from loratool.adapters.formats.peft import keys, packing
 from loratool.adapters.formats.peft.draft import Draft, Module, UnusableError
 from loratool.adapters.formats.peft.files import AGAINST_TENSORS, CONFIG
+from loratool.adapters.formats.peft.scaling import Scaling
 from loratool.adapters.patterns import match_patterns
+from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.errors import Problem, printable
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from loratool.adapters.formats.peft.scaling import Scaling
-    from loratool.algebra.updates.base import Update
 
 # The order in which transformers registers the parameters of one module, for every such module it has.
 REGISTERED = (

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from loratool.adapters.training import Training
+from loratool.adapters.training import Training
 
 
 def plain_config(training: Training, layers: Mapping[str, tuple[int, float]], *, whole_paths: bool) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.peft import lora, packing, support
@@ -16,14 +18,8 @@ from loratool.adapters.reading import AS_STORED, Reading
 from loratool.adapters.weight_files import weight_files
 from loratool.errors import InputError, Problem, printable
 from loratool.files.hub_cache import name_of
-from loratool.files.safefile import read_safefile
+from loratool.files.safefile import SafeFile, read_safefile
 from loratool.notes import Note
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from loratool.files.safefile import SafeFile
 
 # Fields of a config that say what model was trained, not how.
 OF_THE_MODEL = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")

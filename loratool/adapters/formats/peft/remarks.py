@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from loratool.adapters.formats.peft import keys, packing, support
+from loratool.adapters.formats.peft.draft import Draft
 from loratool.errors import printable
 from loratool.notes import Note
-
-if TYPE_CHECKING:
-    from loratool.adapters.formats.peft.draft import Draft
 
 LONGEST_LIST = 8  # names that a note repeats
 

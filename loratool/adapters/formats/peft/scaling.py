@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable
+from typing import Any
 
 from loratool.adapters.formats.peft.draft import Draft, UnusableError, is_number, is_whole
 from loratool.adapters.formats.peft.files import AGAINST_TENSORS, CONFIG
 from loratool.adapters.patterns import match_patterns
 from loratool.errors import Problem, printable
 from loratool.notes import Note
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
 
 
 class Scaling:

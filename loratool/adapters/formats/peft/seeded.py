@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-from loratool.adapters.formats.peft.draft import UnsupportedError, derived
+from loratool.adapters.formats.peft.draft import Draft, Module, UnsupportedError, derived
 from loratool.adapters.formats.peft.method import MERGE_IN_PEFT, Method, Reader, Updates, always, low_rank, save_again
 from loratool.algebra.updates import formulas, wavelets
 from loratool.algebra.updates.products import Bases
 from loratool.algebra.updates.wavelets import Wavelet
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from loratool.adapters.formats.peft.draft import Draft, Module
 
 
 def randlora(module: Module) -> Updates:

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from loratool.adapters.adapter import StoredTensor
+from loratool.adapters.adapter import Adapter, StoredTensor
+from loratool.adapters.formats.format import Format, Parts
 from loratool.adapters.formats.peft import keys
 from loratool.adapters.formats.peft.describing import config_of, describe
 from loratool.adapters.formats.peft.experts import stacked_by_peft
 from loratool.adapters.formats.peft.lora import doubles
 from loratool.adapters.formats.peft.parameters import REGISTERED
-from loratool.adapters.layers import ATTENTION, Kind
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
-    from torch import Tensor
-
-    from loratool.adapters.adapter import Adapter
-    from loratool.adapters.formats.format import Format, Parts
-    from loratool.adapters.layers import Form
-    from loratool.adapters.training import Training
-    from loratool.algebra.lowrank.products import Product
+from loratool.adapters.layers import ATTENTION, Form, Kind
+from loratool.adapters.training import Training
+from loratool.algebra.lowrank.products import Product
+from loratool.lazy import Tensor
 
 PREFIX = "base_model.model."
 

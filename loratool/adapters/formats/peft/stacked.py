@@ -7,20 +7,16 @@ model keeps gate and up together, else `experts.w1`, `w3` and `w2`, which are ga
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import StoredTensor
 from loratool.adapters.formats.peft.draft import Draft, Module
+from loratool.adapters.formats.peft.scaling import Scaling
 from loratool.algebra.updates.additive import LowRank
+from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.experts import ExpertFactors
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from loratool.adapters.formats.peft.scaling import Scaling
-    from loratool.algebra.updates.base import Update
 
 PACKING = "stacked"
 LIKE_PEFT = "0.21.2"  # a release in which A acts on the inputs of every expert, as it does here

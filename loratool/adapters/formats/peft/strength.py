@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loratool.adapters.formats.peft import packing
 from loratool.adapters.formats.peft.describing import anchored
 from loratool.adapters.formats.peft.experts import stacked_by_peft
-from loratool.adapters.layers import adapted_module
+from loratool.adapters.formats.peft.spelling import Names
+from loratool.adapters.layers import Contents, Layer, adapted_module
+from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.errors import InputError, printable
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from loratool.adapters.formats.peft.spelling import Names
-    from loratool.adapters.layers import Contents, Layer
-    from loratool.algebra.updates.additive import LowRank
 
 
 def with_alpha(contents: Contents, names: Names, layer: Layer, alpha: float) -> LowRank | ExpertFactors:

@@ -6,13 +6,10 @@ lists. `test` names the test that compares a merge with PEFT's, or that sees the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from loratool.errors import printable
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 
 @dataclass(frozen=True)

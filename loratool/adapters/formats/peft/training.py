@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loratool.adapters.formats.peft import support
-from loratool.adapters.training import Targets, Training
+from loratool.adapters.training import ExpertAxes, Targets, Training
 from loratool.notes import Note
-
-if TYPE_CHECKING:
-    from loratool.adapters.training import ExpertAxes
 
 VERSION = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
 # Types whose files have the same tensors for two kinds of layers: their name, and the kind that is not linear.

@@ -7,24 +7,21 @@ of every adapter with that adapter's name: `lora_A.default.weight`.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.peft import keys, lora
 from loratool.adapters.formats.peft.draft import LEFT_BEHIND, TOKENS
 from loratool.adapters.formats.peft.files import CONFIG, read_config
 from loratool.adapters.formats.peft.methods import METHODS
 from loratool.adapters.formats.peft.reading import adapter_from, draft_of
+from loratool.adapters.reading import Reading
 from loratool.errors import InputError, UsageError, printable
+from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import SafeFiles, Selection
 from loratool.notes import Note
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from loratool.adapters.adapter import Adapter
-    from loratool.adapters.reading import Reading
-    from loratool.files.checkpoint import Checkpoint
 
 SLOTS = frozenset(
     {*lora.SLOTS, *lora.ONLY_TRAINING, TOKENS, *LEFT_BEHIND}.union(*(method.slots for method in METHODS.values()))

@@ -1,0 +1,30 @@
+"""Heavy packages, imported at their first use: help, `inspect` and plans wait for none of them.
+
+    from loratool.lazy import Tensor, torch
+
+`Tensor` is for annotations. To type checkers these are the packages themselves.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["Tensor", "numpy", "torch"]
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+    from torch import Tensor
+else:
+
+    class Lazy:
+        """A package that each look at one of its names imports, as `import` inside a function would."""
+
+        def __init__(self, package: str) -> None:
+            self.package = package
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(import_module(self.package), name)
+
+    numpy, torch, Tensor = Lazy("numpy"), Lazy("torch"), Any
