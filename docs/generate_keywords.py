@@ -9,18 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from loratool.commands.combine import CombineAndPushOptions
-from loratool.commands.extract import ExtractAndPushOptions
 from loratool.commands.merge import MergeAndPushOptions
-from loratool.commands.rescale import RescaleAndPushOptions
-from loratool.commands.resize import ResizeAndPushOptions
 from loratool.inspecting.inspect import InspectOptions
 from loratool.merging.merge import MergeOptions
 from loratool.merging.planning import PlanOptions
 from loratool.options.described import Option, Options, described_by
 from loratool.publishing.options import PushOptions
 from loratool.publishing.streaming import StreamOptions
+from loratool.reworking.combine_options import CombineOptions
 from loratool.reworking.compare import CompareOptions
+from loratool.reworking.extracting.options import ExtractOptions
+from loratool.reworking.rescale import RescaleOptions
+from loratool.reworking.resize import ResizeOptions
 
 PAGE = Path(__file__).parent.parent / "loratool" / "commands" / "keywords.py"
 COMMANDS: dict[str, type[Options]] = {
@@ -28,10 +28,10 @@ COMMANDS: dict[str, type[Options]] = {
     "WholePlanKeywords": MergeOptions,
     "MergeKeywords": MergeAndPushOptions,
     "StreamKeywords": StreamOptions,
-    "RescaleKeywords": RescaleAndPushOptions,
-    "ResizeKeywords": ResizeAndPushOptions,
-    "CombineKeywords": CombineAndPushOptions,
-    "ExtractKeywords": ExtractAndPushOptions,
+    "RescaleKeywords": RescaleOptions,
+    "ResizeKeywords": ResizeOptions,
+    "CombineKeywords": CombineOptions,
+    "ExtractKeywords": ExtractOptions,
     "CompareKeywords": CompareOptions,
     "InspectKeywords": InspectOptions,
     "PushKeywords": PushOptions,
@@ -58,8 +58,7 @@ def bodies(name: str, options: type[Options], made: dict[type[Options], str]) ->
     for base in options.__bases__:
         if base is not Options and base not in made:
             stem = base.__name__.removesuffix("s").removesuffix("Option")
-            own_name = f"{stem}Keywords"
-            yield from bodies(f"{stem}AloneKeywords" if own_name in COMMANDS else own_name, base, made)
+            yield from bodies(f"{stem}Keywords", base, made)
     made[options] = name
     bases = [made[base] for base in options.__bases__ if base is not Options] or ["TypedDict"]
     lines = [f"class {name}({', '.join(bases)}, total=False):", f'    """Of {options.__name__}."""']

@@ -1,33 +1,24 @@
 """`loratool extract`."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import click
 
-from loratool.cli.options import OPERAND, OUT, click_options, output_options
-from loratool.cli.screen import Screen
-from loratool.commands.extract import ExtractAndPushOptions
-from loratool.commands.publish import with_push
+from loratool.cli.options import BASE, LAYERS, OPERAND, OUT, PUSHING, library_command
+from loratool.commands.extract import extract as function
+from loratool.reworking.extracting.options import ExtractOptions
 
-
-@click.command()
-@click.argument("base", type=OPERAND)
-@click.argument("tuned", type=OPERAND)
-@OUT
-@click_options(ExtractAndPushOptions)
-@output_options
-def extract(base: Path, tuned: Path, out: Path, options: ExtractAndPushOptions, screen: Screen) -> None:
-    """Extract an adapter from a full fine-tune: the difference TUNED − BASE, as closely as the ranks allow.
+extract = library_command(
+    function,
+    ExtractOptions,
+    BASE,
+    click.argument("tuned", type=OPERAND),
+    OUT,
+    help="""Extract an adapter from a full fine-tune: the difference TUNED − BASE, as closely as the ranks allow.
 
     \b
     Examples:
       loratool extract ./base ./fine-tuned -o ./adapter
       loratool extract ./base ./fine-tuned -o ./adapter --rank 64 --exclude embed
-    """
-    from loratool.reworking.extracting.extract import extract
-
-    with screen.layers("extracting") as progress, screen.bytes("pushing") as push_progress:
-        report = with_push(extract, (base, tuned, out), options, progress, push_progress)
-    screen.show(report)
+    """,
+    progress=("extracting", LAYERS),
+    push_progress=PUSHING,
+)

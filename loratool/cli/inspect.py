@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from loratool.cli.options import OPERAND, PATH, click_options, output_options
+from loratool.cli.options import LAYERS, OPERAND, PATH, click_options, output_options
 from loratool.cli.screen import Screen
 from loratool.inspecting.inspect import InspectOptions
 
@@ -38,7 +38,7 @@ def inspect(
         options = replace(options, values=True)
     facts = []
     for path, way in zip(paths, options.readings(len(paths)), strict=True):
-        with screen.layers("measuring") as progress:
+        with screen.bar("measuring", **LAYERS) as progress:
             facts.append(inspect(path, options, progress, way))
     if html is not None:
         from loratool.pictures.page import write_page

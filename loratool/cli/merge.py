@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from loratool.cli.options import OPERAND, PATH, click_options, output_options
+from loratool.cli.options import BASE, BYTES, OPERAND, PATH, click_options, output_options
 from loratool.cli.screen import Screen
 from loratool.commands.merge import MergeAndPushOptions
 from loratool.commands.publish import with_push
@@ -33,7 +33,7 @@ class MergeWords(MergeAndPushOptions):
 
 
 @click.command()
-@click.argument("base", type=OPERAND)
+@BASE
 @click.argument("adapters", type=OPERAND, nargs=-1, metavar="ADAPTER...")
 @click.option("-o", "--output", "out", type=PATH, metavar="OUT", help="Output folder.")
 @click.option(
@@ -89,7 +89,7 @@ def merge(
             table = plan.to_dict(options.device, options.workers, options.max_memory)
             screen.show(table, plan_text(plan, table["peak_memory"]))
         return
-    with screen.bytes("merging") as progress, screen.bytes("pushing") as push_progress:
+    with screen.bar("merging", **BYTES) as progress, screen.bar("pushing", **BYTES) as push_progress:
         report = with_push(merge, (base, adapters, out), options, progress, push_progress)
     screen.show(report)
 
@@ -118,6 +118,6 @@ def stream_to_hub(
 
     known = {field.name for field in dataclasses.fields(StreamOptions)}
     shared = {field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.name in known}
-    with screen.bytes("merging") as progress:
+    with screen.bar("merging", **BYTES) as progress:
         report = stream(base, adapters, options.push_to_hub, StreamOptions(**shared), progress)
     screen.show(report)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,50 @@ class Operand(click.Path):
 
 
 OPERAND = Operand(path_type=Path, readable=False)
+BASE = click.argument("base", type=OPERAND)
+ADAPTER = click.argument("adapter", type=OPERAND)
+ADAPTERS = click.argument("adapters", type=OPERAND, nargs=-1, required=True, metavar="ADAPTER...")
 OUT = click.option("-o", "--output", "out", type=PATH, required=True, metavar="OUT", help="Output folder.")
+
+
+LAYERS = {"unit": " layers"}  # how a bar counts
+BYTES = {"unit": "B", "unit_scale": True}
+PUSHING = ("pushing", BYTES)
+
+
+def library_command(
+    function: Callable[..., Any],
+    options: type[Options],
+    *operands: Callable[[Command], Command],
+    help: str,
+    **bars: tuple[str, Mapping[str, Any]],
+) -> click.Command:
+    """The command that calls a function of the library with its words, and shows the result.
+
+    Args:
+        function: it takes the operands and the fields of `options` by name.
+        options: the dataclass that describes the options.
+        operands: what is on the command line besides options, as Click's decorators.
+        help: the text for `--help`.
+        bars: keyword of the function that is called with progress → the word before its bar, and what the bar counts.
+    """
+
+    def run(as_json: bool, quiet: bool, **words: Any) -> None:
+        screen = Screen(as_json, quiet)
+        with ExitStack() as stack:
+            shown = {name: stack.enter_context(screen.bar(word, **looks)) for name, (word, looks) in bars.items()}
+            result = function(**given(words), **shown)
+        screen.show(result)
+
+    command = output_options(run)
+    for decorate in (described_options(options), *reversed(operands)):
+        command = decorate(command)
+    return click.command(function.__name__, help=help)(command)
+
+
+def given(words: Mapping[str, Any]) -> dict[str, Any]:
+    """The words that are there: Click has None, or no values, for the others."""
+    return {name: value for name, value in words.items() if value not in (None, ())}
 
 
 def click_options(options: type[Options]) -> Callable[[Command], Command]:
@@ -35,19 +79,25 @@ def click_options(options: type[Options]) -> Callable[[Command], Command]:
 
     What the words mean is found out by the dataclass, as for the library.
     """
-    every = described_by(options)
 
     def decorate(command: Command) -> Command:
         @wraps(command)
-        def called(**words: Any) -> None:
-            given = {name: words.pop(name) for name in every}
-            screen = Screen(as_json=words.pop("as_json"), quiet=words.pop("quiet"))
-            command(**words, options=options(**{n: v for n, v in given.items() if v not in (None, ())}), screen=screen)
+        def called(as_json: bool, quiet: bool, **words: Any) -> None:
+            chosen = {name: words.pop(name) for name in described_by(options)}
+            command(**words, options=options(**given(chosen)), screen=Screen(as_json, quiet))
 
-        decorated: Command = called
-        for name, (described, default) in reversed(every.items()):
-            decorated = click_option(name, described, default)(decorated)
-        return decorated
+        return described_options(options)(called)
+
+    return decorate
+
+
+def described_options(options: type[Options]) -> Callable[[Command], Command]:
+    """Give a command Click's options for the fields of a dataclass."""
+
+    def decorate(command: Command) -> Command:
+        for name, (described, default) in reversed(described_by(options).items()):
+            command = click_option(name, described, default)(command)
+        return command
 
     return decorate
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,17 +37,12 @@ class Screen:
         elif not self.quiet:
             click.echo(escaped(str(result) if text is None else text, keep="\n"))
 
-    def layers(self, word: str) -> AbstractContextManager[Progress | None]:
-        """A bar that counts layers, or None where nobody is looking."""
-        return self.bar(word, unit=" layers")
-
-    def bytes(self, word: str) -> AbstractContextManager[Progress | None]:
-        """A bar that counts bytes, or None where nobody is looking."""
-        return self.bar(word, unit="B", unit_scale=True)
-
     @contextmanager
     def bar(self, word: str, **looks: Any) -> Iterator[Progress | None]:
-        """A bar that appears with the first progress, so that two of them do not stand there at once."""
+        """What moves a bar on stderr, or None where nobody is looking.
+
+        It appears with the first progress, so that two of them do not stand there at once.
+        """
         if self.quiet or not sys.stderr.isatty():
             yield None
             return

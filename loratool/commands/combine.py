@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratool.commands.publish import PublishOptions, with_push
+from loratool.commands.publish import with_push
 from loratool.measuring.session import PathLike, Progress
 from loratool.options.described import keyword_options, made_of
 from loratool.results.combine import CombineReport
@@ -19,12 +18,7 @@ if TYPE_CHECKING:
     from loratool.commands.keywords import CombineKeywords
 
 
-@dataclass(frozen=True, kw_only=True)
-class CombineAndPushOptions(CombineOptions, PublishOptions):
-    """Of `combine`."""
-
-
-@keyword_options(CombineAndPushOptions)
+@keyword_options(CombineOptions)
 def combine(
     adapters: Sequence[PathLike] | PathLike,
     out: PathLike,
@@ -53,5 +47,5 @@ def combine(
         StorageError: a disk or file-system error.
         HubError: the output is complete, but the Hub refused the push.
     """
-    options = made_of(CombineAndPushOptions, keywords, "combine")
+    options = made_of(CombineOptions, keywords, "combine")
     return with_push(combining.combine, (adapters, out), options, progress, push_progress)

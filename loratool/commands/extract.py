@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratool.commands.publish import PublishOptions, with_push
+from loratool.commands.publish import with_push
 from loratool.measuring.session import PathLike, Progress
 from loratool.options.described import keyword_options, made_of
 from loratool.results.extract import ExtractReport
@@ -18,12 +17,7 @@ if TYPE_CHECKING:
     from loratool.commands.keywords import ExtractKeywords
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExtractAndPushOptions(ExtractOptions, PublishOptions):
-    """Of `extract`."""
-
-
-@keyword_options(ExtractAndPushOptions)
+@keyword_options(ExtractOptions)
 def extract(
     base: PathLike,
     tuned: PathLike,
@@ -54,5 +48,5 @@ def extract(
         StorageError: a disk or file-system error.
         HubError: the output is complete, but the Hub refused the push.
     """
-    options = made_of(ExtractAndPushOptions, keywords, "extract")
+    options = made_of(ExtractOptions, keywords, "extract")
     return with_push(extracting.extract, (base, tuned, out), options, progress, push_progress)

@@ -110,7 +110,7 @@ class FactorKeywords(WritingKeywords, total=False):
     dtype: str
 
 
-class RescaleAloneKeywords(FactorKeywords, ReadingKeywords, total=False):
+class RescaleKeywords(FactorKeywords, ReadingKeywords, PublishKeywords, total=False):
     """Of RescaleOptions."""
 
     scale: float | None
@@ -122,11 +122,7 @@ class RescaleAloneKeywords(FactorKeywords, ReadingKeywords, total=False):
     bake: bool
 
 
-class RescaleKeywords(RescaleAloneKeywords, PublishKeywords, total=False):
-    """Of RescaleAndPushOptions."""
-
-
-class ResizeAloneKeywords(FactorKeywords, ReadingKeywords, DeviceKeywords, total=False):
+class ResizeKeywords(FactorKeywords, ReadingKeywords, DeviceKeywords, PublishKeywords, total=False):
     """Of ResizeOptions."""
 
     rank: int | None
@@ -139,11 +135,7 @@ class ResizeAloneKeywords(FactorKeywords, ReadingKeywords, DeviceKeywords, total
     uniform: bool
 
 
-class ResizeKeywords(ResizeAloneKeywords, PublishKeywords, total=False):
-    """Of ResizeAndPushOptions."""
-
-
-class CombineAloneKeywords(FactorKeywords, ReadingKeywords, DeviceKeywords, total=False):
+class CombineKeywords(FactorKeywords, ReadingKeywords, DeviceKeywords, PublishKeywords, total=False):
     """Of CombineOptions."""
 
     method: str
@@ -166,11 +158,7 @@ class CombineAloneKeywords(FactorKeywords, ReadingKeywords, DeviceKeywords, tota
     saved: str
 
 
-class CombineKeywords(CombineAloneKeywords, PublishKeywords, total=False):
-    """Of CombineAndPushOptions."""
-
-
-class ExtractAloneKeywords(OrientationKeywords, FactorKeywords, DeviceKeywords, total=False):
+class ExtractKeywords(OrientationKeywords, FactorKeywords, DeviceKeywords, PublishKeywords, total=False):
     """Of ExtractOptions."""
 
     rank: int | Literal["auto"] | None
@@ -180,10 +168,6 @@ class ExtractAloneKeywords(OrientationKeywords, FactorKeywords, DeviceKeywords, 
     include: Sequence[str] | str | None
     exclude: Sequence[str] | str | None
     seed: int
-
-
-class ExtractKeywords(ExtractAloneKeywords, PublishKeywords, total=False):
-    """Of ExtractAndPushOptions."""
 
 
 class CompareKeywords(ReadingKeywords, DeviceKeywords, total=False):

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import Adapter
-from loratool.commands.publish import PublishOptions, with_push
+from loratool.commands.publish import with_push
 from loratool.files.checkpoint import Checkpoint
 from loratool.merging import merge as merging, planning
 from loratool.merging.merge import MergeOptions, PathLike, Progress
 from loratool.merging.plan import MergePlan
 from loratool.merging.planning import PlanOptions
 from loratool.options.described import keyword_options, made_of, option
+from loratool.options.shared import PublishOptions
 from loratool.publishing import streaming
 from loratool.publishing.streaming import StreamOptions
 from loratool.results.merge import MergeReport

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from loratool.errors import LoratoolError, UsageError, printable
-from loratool.options.described import option
-from loratool.options.shared import WritingOptions
-from loratool.publishing.options import PushOptions, SendOptions
+from loratool.errors import LoratoolError, printable
+from loratool.options.shared import PublishOptions
+from loratool.publishing.options import PushOptions
 
 if TYPE_CHECKING:
     from loratool.measuring.session import Progress
@@ -18,31 +16,6 @@ if TYPE_CHECKING:
 
 
 Report = TypeVar("Report", bound="Written")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PublishOptions(SendOptions):
-    """Of a command that writes an output."""
-
-    push_to_hub: str | None = option(
-        help="Also upload the output, as `loratool push` does.", metavar="REPO", recorded=False
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.push_to_hub is None and (idle := [flag for flag, given in self.for_push().items() if given]):
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-            raise UsageError(f"{flags} needs --push-to-hub REPO")
-
-    def for_push(self) -> dict[str, Any]:
-        """The options that are those of `push`."""
-        return {"public": self.public, "allow_secret": self.allow_secret}
-
-    @property
-    def destination(self) -> str | None:
-        """The repository that the output goes to; none where there is no output, or it stays here."""
-        dry = isinstance(self, WritingOptions) and self.dry_run
-        return None if dry else self.push_to_hub
 
 
 def with_push(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratool.commands.publish import PublishOptions, with_push
+from loratool.commands.publish import with_push
 from loratool.measuring.session import PathLike, Progress
 from loratool.options.described import keyword_options, made_of
 from loratool.results.rescale import RescaleReport
@@ -18,12 +17,7 @@ if TYPE_CHECKING:
     from loratool.commands.keywords import RescaleKeywords
 
 
-@dataclass(frozen=True, kw_only=True)
-class RescaleAndPushOptions(RescaleOptions, PublishOptions):
-    """Of `rescale`."""
-
-
-@keyword_options(RescaleAndPushOptions)
+@keyword_options(RescaleOptions)
 def rescale(
     adapter: PathLike,
     out: PathLike,
@@ -51,5 +45,5 @@ def rescale(
         StorageError: a disk or file-system error.
         HubError: the output is complete, but the Hub refused the push.
     """
-    options = made_of(RescaleAndPushOptions, keywords, "rescale")
+    options = made_of(RescaleOptions, keywords, "rescale")
     return with_push(rescaling.rescale, (adapter, out), options, progress, push_progress)

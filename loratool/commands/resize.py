@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratool.commands.publish import PublishOptions, with_push
+from loratool.commands.publish import with_push
 from loratool.measuring.session import PathLike, Progress
 from loratool.options.described import keyword_options, made_of
 from loratool.results.resize import ResizeReport
@@ -18,12 +17,7 @@ if TYPE_CHECKING:
     from loratool.commands.keywords import ResizeKeywords
 
 
-@dataclass(frozen=True, kw_only=True)
-class ResizeAndPushOptions(ResizeOptions, PublishOptions):
-    """Of `resize`."""
-
-
-@keyword_options(ResizeAndPushOptions)
+@keyword_options(ResizeOptions)
 def resize(
     adapter: PathLike,
     out: PathLike,
@@ -53,5 +47,5 @@ def resize(
         StorageError: a disk or file-system error.
         HubError: the output is complete, but the Hub refused the push.
     """
-    options = made_of(ResizeAndPushOptions, keywords, "resize")
+    options = made_of(ResizeOptions, keywords, "resize")
     return with_push(resizing.resize, (adapter, out), options, progress, push_progress)

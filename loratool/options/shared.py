@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from loratool.devices import check_device
+from loratool.errors import UsageError
 from loratool.options.described import FLAG, SWITCH, TEXT, Options, option
 
 
@@ -62,3 +64,42 @@ class OrientationOption(Options):
         "class].",
         kind=SWITCH,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SendOptions(Options):
+    """Of whatever sends files to the Hub."""
+
+    public: bool = option(help="Make a newly created repository public.", default=False, kind=FLAG, recorded=False)
+    allow_secret: tuple[str, ...] = option(
+        help="Upload FILE (or files matching a pattern) even if it seems to contain a secret; may be repeated.",
+        default=(),
+        many=True,
+        metavar="FILE",
+        recorded=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishOptions(SendOptions):
+    """Of a command that writes an output."""
+
+    push_to_hub: str | None = option(
+        help="Also upload the output, as `loratool push` does.", metavar="REPO", recorded=False
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.push_to_hub is None and (idle := [flag for flag, given in self.for_push().items() if given]):
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+            raise UsageError(f"{flags} needs --push-to-hub REPO")
+
+    def for_push(self) -> dict[str, Any]:
+        """The options that are those of `push`."""
+        return {"public": self.public, "allow_secret": self.allow_secret}
+
+    @property
+    def destination(self) -> str | None:
+        """The repository that the output goes to; none where there is no output, or it stays here."""
+        dry = isinstance(self, WritingOptions) and self.dry_run
+        return None if dry else self.push_to_hub

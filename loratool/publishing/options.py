@@ -4,21 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loratool.options.described import FLAG, Options, option
-
-
-@dataclass(frozen=True, kw_only=True)
-class SendOptions(Options):
-    """Of whatever sends files to the Hub."""
-
-    public: bool = option(help="Make a newly created repository public.", default=False, kind=FLAG, recorded=False)
-    allow_secret: tuple[str, ...] = option(
-        help="Upload FILE (or files matching a pattern) even if it seems to contain a secret; may be repeated.",
-        default=(),
-        many=True,
-        metavar="FILE",
-        recorded=False,
-    )
+from loratool.options.described import FLAG, option
+from loratool.options.shared import SendOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from loratool.algebra.methods.table import ELEMENTWISE, FACTORWISE, GRAM, METHOD
 from loratool.errors import UsageError, printable
 from loratool.files.inputs import json_value
 from loratool.options.described import FLAG, NUMBER, SWITCH, Choice, JsonFile, Kind, Number, option
-from loratool.options.shared import DeviceOption
+from loratool.options.shared import DeviceOption, PublishOptions
 from loratool.reworking.aligned_layers import SAVED, Weight
 
 MATCHES = ("none", "mean", "max", "sum")
@@ -52,7 +52,7 @@ class WeightOf(Kind):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CombineOptions(FactorOptions, ReadingOptions, DeviceOption):
+class CombineOptions(FactorOptions, ReadingOptions, DeviceOption, PublishOptions):
     """Of `combine`."""
 
     method: str = option(

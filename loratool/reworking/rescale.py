@@ -33,6 +33,7 @@ from loratool.fetching import local
 from loratool.measuring.session import PathLike, Progress, Session, session
 from loratool.notes import Note
 from loratool.options.described import FLAG, NUMBER, Pairs, option
+from loratool.options.shared import PublishOptions
 from loratool.results.rescale import RescaledLayer, RescaleReport
 from loratool.reworking.runner import Draft, Made, Maker, Rest, record_of, run
 
@@ -40,7 +41,7 @@ LARGEST_SCALE = 3.4e38  # of a float32
 
 
 @dataclass(frozen=True, kw_only=True)
-class RescaleOptions(FactorOptions, ReadingOptions):
+class RescaleOptions(FactorOptions, ReadingOptions, PublishOptions):
     """Of `rescale`."""
 
     scale: float | None = option(help="Multiply every update by this.", kind=NUMBER)

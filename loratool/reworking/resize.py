@@ -44,7 +44,7 @@ from loratool.lazy import Tensor, torch
 from loratool.measuring.session import Batch, PathLike, Progress, Session, batches, session
 from loratool.notes import Note
 from loratool.options.described import FLAG, NUMBER, JsonFile, Number, PathKind, option
-from loratool.options.shared import DeviceOption
+from loratool.options.shared import DeviceOption, PublishOptions
 from loratool.results.resize import ResizedLayer, ResizedTotals, ResizeReport
 from loratool.reworking.runner import Draft, Made, Maker, Rest, run
 from loratool.templates import listed
@@ -56,7 +56,7 @@ ZERO = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResizeOptions(FactorOptions, ReadingOptions, DeviceOption):
+class ResizeOptions(FactorOptions, ReadingOptions, DeviceOption, PublishOptions):
     """Of `resize`."""
 
     rank: int | None = option(

@@ -18,23 +18,23 @@ import loratool
 from loratool import cli
 from loratool.algebra.methods.table import METHODS
 from loratool.commands import keywords
-from loratool.commands.combine import CombineAndPushOptions
-from loratool.commands.extract import ExtractAndPushOptions
 from loratool.commands.merge import MergeAndPushOptions
-from loratool.commands.rescale import RescaleAndPushOptions
-from loratool.commands.resize import ResizeAndPushOptions
 from loratool.errors import LoratoolError, UsageError
 from loratool.inspecting.inspect import InspectOptions
 from loratool.options.described import SIZE, Choice, Flag, Number, Option, Options, Size, described_by, dtypes, made_of
 from loratool.publishing.options import PushOptions
+from loratool.reworking.combine_options import CombineOptions
 from loratool.reworking.compare import CompareOptions
+from loratool.reworking.extracting.options import ExtractOptions
+from loratool.reworking.rescale import RescaleOptions
+from loratool.reworking.resize import ResizeOptions
 
 OPTIONS: dict[str, type[Options]] = {
     "merge": MergeAndPushOptions,
-    "rescale": RescaleAndPushOptions,
-    "resize": ResizeAndPushOptions,
-    "combine": CombineAndPushOptions,
-    "extract": ExtractAndPushOptions,
+    "rescale": RescaleOptions,
+    "resize": ResizeOptions,
+    "combine": CombineOptions,
+    "extract": ExtractOptions,
     "compare": CompareOptions,
     "inspect": InspectOptions,
     "push": PushOptions,
@@ -183,7 +183,7 @@ def test_a_dtype_may_be_spelled_as_users_do(value: object, name: str) -> None:
 
 def test_a_near_word_is_proposed() -> None:
     with pytest.raises(UsageError, match=r"must be one of .* \(got 'linaer'\); did you mean 'linear'\?"):
-        CombineAndPushOptions(method="linaer")
+        CombineOptions(method="linaer")
 
 
 @pytest.mark.parametrize("given", ["0.5,-1", ["0.5", "-1"], [0.5, -1], (0.5, -1.0), iter([0.5, -1]), ["0.5,-1"]])
@@ -253,9 +253,9 @@ def test_the_recorded_words_give_the_same_options_again(command: str) -> None:
 def test_choices_come_from_the_registry_of_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     """A method that is added to the table is one that the command and the library take."""
     with pytest.raises(LoratoolError):
-        CombineAndPushOptions(method="brand_new")
+        CombineOptions(method="brand_new")
     monkeypatch.setitem(METHODS, "brand_new", METHODS["linear"])
-    assert CombineAndPushOptions(method="brand_new").method == "brand_new"
+    assert CombineOptions(method="brand_new").method == "brand_new"
 
 
 def test_the_static_types_are_those_that_the_script_writes() -> None:

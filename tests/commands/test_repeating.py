@@ -25,12 +25,12 @@ from malformed import f32, safetensors_bytes, write_json
 from paths import ROOT
 
 from loratool import cli
-from loratool.commands.combine import CombineAndPushOptions
-from loratool.commands.extract import ExtractAndPushOptions
 from loratool.commands.merge import MergeAndPushOptions
-from loratool.commands.rescale import RescaleAndPushOptions
-from loratool.commands.resize import ResizeAndPushOptions
 from loratool.options.described import Choice, Flag, Number, Option, Options, Size, described_by
+from loratool.reworking.combine_options import CombineOptions
+from loratool.reworking.extracting.options import ExtractOptions
+from loratool.reworking.rescale import RescaleOptions
+from loratool.reworking.resize import ResizeOptions
 
 # Names with what a shell, a parser of options and an encoding may trip over.
 BASE, TUNED = "-a base's “ü” $HOME", "tuned `ls`; \\n & *"
@@ -151,14 +151,10 @@ COMMANDS = {
             "ignore_files": (BASE, WITH_MORE),
         },
     ),
-    "rescale": Command(
-        RescaleAndPushOptions, ADAPTERS[:1], ["--scale", "0.3"], {"each": ["--spectral", "1.5"]}, on=READING
-    ),
-    "resize": Command(
-        ResizeAndPushOptions, ADAPTERS[:1], ["--rank", "2"], {"layer_weights": ["--budget", "300"]}, on=READING
-    ),
+    "rescale": Command(RescaleOptions, ADAPTERS[:1], ["--scale", "0.3"], {"each": ["--spectral", "1.5"]}, on=READING),
+    "resize": Command(ResizeOptions, ADAPTERS[:1], ["--rank", "2"], {"layer_weights": ["--budget", "300"]}, on=READING),
     "combine": Command(
-        CombineAndPushOptions,
+        CombineOptions,
         ADAPTERS,
         needs={
             "space": ["--method", "ties"],
@@ -174,7 +170,7 @@ COMMANDS = {
         },
         on={option: (*operands, ADAPTERS[1]) for option, operands in READING.items()},
     ),
-    "extract": Command(ExtractAndPushOptions, (BASE, TUNED)),
+    "extract": Command(ExtractOptions, (BASE, TUNED)),
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from loratool.adapters.writer import FactorOptions
 from loratool.errors import UsageError, printable
 from loratool.options.described import FLAG, NUMBER, Kind, Number, option
-from loratool.options.shared import DeviceOption, OrientationOption
+from loratool.options.shared import DeviceOption, OrientationOption, PublishOptions
 
 MOST_RANK = 32  # where no number is given: what servers take by their defaults or nearly so, and noise seldom fills
 
@@ -35,7 +35,7 @@ class RankOrAuto(Kind):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractOptions(OrientationOption, FactorOptions, DeviceOption):
+class ExtractOptions(OrientationOption, FactorOptions, DeviceOption, PublishOptions):
     """Of `extract`."""
 
     rank: int | Literal["auto"] | None = option(
