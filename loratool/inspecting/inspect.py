@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -43,6 +42,7 @@ from loratool.results.facts import (
     WeightFacts,
 )
 from loratool.results.findings import Finding
+from loratool.results.text import counts
 
 Progress = Callable[[int, int], None]
 PathLike = str | os.PathLike[str]
@@ -184,9 +184,9 @@ def adapter_facts(adapter: Adapter, path: Path, fit: Fit | None = None) -> Adapt
         base=printable(training.base),
         task=printable(training.task),
         initialisation=printable(training.initialisation),
-        ranks=count(str(m.rank) for m in modules if m.rank is not None),
-        alphas=count(f"{m.alpha:.6g}" for m in modules if m.alpha is not None),
-        scalings=count(f"{m.scaling:.6g}" for m in modules if m.scaling is not None),
+        ranks=counts(str(m.rank) for m in modules if m.rank is not None),
+        alphas=counts(f"{m.alpha:.6g}" for m in modules if m.alpha is not None),
+        scalings=counts(f"{m.scaling:.6g}" for m in modules if m.scaling is not None),
         rslora=training.rslora,
         dora=training.dora,
         rank_pattern={printable(pattern): rank for pattern, rank in training.rank_pattern.items()},
@@ -197,7 +197,7 @@ def adapter_facts(adapter: Adapter, path: Path, fit: Fit | None = None) -> Adapt
         saved=tuple(printable(t) for t, u in adapter.updates.items() if isinstance(u, Replace)),
         parameters=adapter.parameters,
         bytes=adapter.file.layout.size,
-        dtypes=count(t.dtype for t in adapter.file.tensors.values()),
+        dtypes=counts(t.dtype for t in adapter.file.tensors.values()),
         modules=modules,
         rest={printable(name): why for name, why in rest_of(adapter).items()},
         unsupported=(*adapter.unsupported, *unused),
@@ -301,7 +301,7 @@ def foreign_facts(foreign: Foreign, path: Path, tensors: bool, check: bool) -> A
         saved=(),
         parameters=sum(t.elements for t in file.tensors.values()),
         bytes=file.layout.size,
-        dtypes=count(t.dtype for t in file.tensors.values()),
+        dtypes=counts(t.dtype for t in file.tensors.values()),
         modules=(),
         rest={printable(name): "spelled as a format that is not read" for name in file.tensors},
         unsupported=(foreign.reason,),
@@ -343,7 +343,7 @@ def checkpoint_facts(checkpoint: Checkpoint, path: Path) -> CheckpointFacts:
         tensors=len(checkpoint.tensors),
         parameters=sum(t.elements for t in checkpoint.tensors.values()),
         bytes=sum(t.nbytes for t in checkpoint.tensors.values()),
-        dtypes=count(t.dtype for t in checkpoint.tensors.values()),
+        dtypes=counts(t.dtype for t in checkpoint.tensors.values()),
         weights=weight_facts(groups),
         files={printable(shard.path.name): shard.layout.size for shard in checkpoint.shards},
         side_files=tuple(map(printable, checkpoint.side_files)),
@@ -390,8 +390,3 @@ def leaf(name: str) -> str:
     """`model.layers.0.self_attn.q_proj.weight` → `q_proj`; a bias keeps its word."""
     parts = name.removesuffix(".weight").split(".")
     return ".".join(parts[-2:]) if parts[-1] == "bias" and len(parts) > 1 else parts[-1]
-
-
-def count(values: Iterable[str]) -> dict[str, int]:
-    """How often each value occurs, the most frequent first."""
-    return dict(Counter(values).most_common())

@@ -42,9 +42,12 @@ class Written(Result):
 
     pushed: Result | None = None  # what `push` did
 
-    def with_push(self, text: str) -> str:
-        """The text of the report, and that of the push."""
-        return text if self.pushed is None else f"{text}\n\n{self.pushed}"
+    def text(self) -> str:
+        """The report, without that of the push."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return "\n\n".join([self.text(), *([str(self.pushed)] if self.pushed else [])])
 
 
 def plain(value: Any) -> Any:

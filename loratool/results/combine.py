@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,10 @@ from loratool.results.base import Written
 from loratool.results.text import (
     MOST_LAYERS,
     aligned,
+    cost_rows,
+    counts,
     kept,
     mean_of,
-    memory,
     number,
     percent,
     size,
@@ -83,51 +83,46 @@ class CombineReport(Written):
     dtype: str
     notes: tuple[Note, ...]
 
-    def __str__(self) -> str:
-        return self.with_push(combine_text(self))
-
-
-def combine_text(report: CombineReport) -> str:
-    """What `combine` did, adapter by adapter and layer by layer."""
-    totals = report.totals
-    ranks = Counter(str(layer.rank) for layer in report.modules.values())
-    settings = ", ".join(f"{name} {plain_value(value)}" for name, value in report.settings.items() if name != "method")
-    rows: list[tuple[str, object]] = [
-        ("combined into" if report.written else "would write", printable(report.out)),
-        ("method", f"{report.method}: {settings}"),
-        ("rank", spread(dict(ranks.most_common()))),
-        ("factors", f"{totals.parameters:,} parameters, {size(totals.bytes)}, {report.dtype}"),
-        (
-            "error",
-            f"{percent(totals.error)}: {percent(totals.truncated)} by truncation to this rank, "
-            f"{percent(totals.stored)} by rounding",
-        ),
-        *(
-            ("adapter", f"{name}: {kept(totals.energy_kept[name])} of its energy kept, norm of the "
-             f"result {number(totals.norm_ratio[name])} × its own")
-            for name in report.adapters
-        ),
-        *(("pair", f"{pair}: {met(report, pair)}") for pair in totals.cosine),
-        ("took", f"{report.cost.seconds:.2f} s on {report.cost.device}, start-up "
-                 f"{report.cost.startup_seconds:.2f} s"),
-        ("peak memory", memory(report.cost.peak_memory)),
-        *(("note", note) for note in report.notes),
-    ]  # fmt: skip
-    worst = sorted(report.modules.items(), key=lambda item: -item[1].error)
-    cells = [
-        [
-            str(layer.rank),
-            f"{layer.norm:.3g}",
-            percent(layer.truncated),
-            percent(layer.stored),
-            kept(min((p.energy_kept for p in layer.parts.values() if p.energy_kept is not None), default=None)),
-            number(widest([m.cosine for m in layer.meetings.values()])),
-            printable(target.removesuffix(".weight")),
+    def text(self) -> str:
+        """What `combine` did, adapter by adapter and layer by layer."""
+        totals = self.totals
+        settings = ", ".join(
+            f"{name} {plain_value(value)}" for name, value in self.settings.items() if name != "method"
+        )
+        rows: list[tuple[str, object]] = [
+            ("combined into" if self.written else "would write", printable(self.out)),
+            ("method", f"{self.method}: {settings}"),
+            ("rank", spread(counts(layer.rank for layer in self.modules.values()))),
+            ("factors", f"{totals.parameters:,} parameters, {size(totals.bytes)}, {self.dtype}"),
+            (
+                "error",
+                f"{percent(totals.error)}: {percent(totals.truncated)} by truncation to this rank, "
+                f"{percent(totals.stored)} by rounding",
+            ),
+            *(
+                ("adapter", f"{name}: {kept(totals.energy_kept[name])} of its energy kept, norm of the "
+                 f"result {number(totals.norm_ratio[name])} × its own")
+                for name in self.adapters
+            ),
+            *(("pair", f"{pair}: {met(self, pair)}") for pair in totals.cosine),
+            *cost_rows(self.cost),
+            *(("note", note) for note in self.notes),
+        ]  # fmt: skip
+        worst = sorted(self.modules.items(), key=lambda item: -item[1].error)
+        cells = [
+            [
+                str(layer.rank),
+                f"{layer.norm:.3g}",
+                percent(layer.truncated),
+                percent(layer.stored),
+                kept(min((p.energy_kept for p in layer.parts.values() if p.energy_kept is not None), default=None)),
+                number(widest([m.cosine for m in layer.meetings.values()])),
+                printable(target.removesuffix(".weight")),
+            ]
+            for target, layer in worst[:MOST_LAYERS]
         ]
-        for target, layer in worst[:MOST_LAYERS]
-    ]
-    header = ["rank", "‖ΔW‖", "truncated", "stored", "least kept", "cosine", "layer"]
-    return "\n".join([aligned(rows), *table(header, cells, len(worst) - MOST_LAYERS)])
+        header = ["rank", "‖ΔW‖", "truncated", "stored", "least kept", "cosine", "layer"]
+        return "\n".join([aligned(rows), *table(header, cells, len(worst) - MOST_LAYERS)])
 
 
 def met(report: CombineReport, pair: str) -> str:

@@ -58,29 +58,25 @@ class CompareReport(Result):
     notes: tuple[Note, ...]
 
     def __str__(self) -> str:
-        return compare_text(self)
-
-
-def compare_text(report: CompareReport) -> str:
-    """How adapters lie to each other: every pair in all, then the layers where they overlap most."""
-    rows: list[tuple[str, object]] = [("‖ΔW‖", f"{value:.4g}  {name}") for name, value in report.norms.items()]
-    rows += [("alone", f"{len(targets)} layers are in {name} only") for name, targets in report.alone.items()]
-    rows += [("note", note) for note in report.notes]
-    lines = [aligned(rows)]
-    header = ["cosine", "norms", "overlap out (random)", "in (random)", "interference", "signs", "layer"]
-    for pair, totals in report.totals.items():
-        cells = [
-            [*related_cells(totals), f"all {totals.layers} layers"],
-            *(
-                [*related_cells(found[pair]), printable(target.removesuffix(".weight"))]
-                for target, found in sorted(
-                    ((t, f) for t, f in report.modules.items() if pair in f),
-                    key=lambda item: -(item[1][pair].overlap_out or 0.0),
-                )[:MOST_LAYERS]
-            ),
-        ]
-        lines += ["", pair, *table(header, cells, totals.layers - MOST_LAYERS)]
-    return "\n".join(lines)
+        """How adapters lie to each other: every pair in all, then the layers where they overlap most."""
+        rows: list[tuple[str, object]] = [("‖ΔW‖", f"{value:.4g}  {name}") for name, value in self.norms.items()]
+        rows += [("alone", f"{len(targets)} layers are in {name} only") for name, targets in self.alone.items()]
+        rows += [("note", note) for note in self.notes]
+        lines = [aligned(rows)]
+        header = ["cosine", "norms", "overlap out (random)", "in (random)", "interference", "signs", "layer"]
+        for pair, totals in self.totals.items():
+            cells = [
+                [*related_cells(totals), f"all {totals.layers} layers"],
+                *(
+                    [*related_cells(found[pair]), printable(target.removesuffix(".weight"))]
+                    for target, found in sorted(
+                        ((t, f) for t, f in self.modules.items() if pair in f),
+                        key=lambda item: -(item[1][pair].overlap_out or 0.0),
+                    )[:MOST_LAYERS]
+                ),
+            ]
+            lines += ["", pair, *table(header, cells, totals.layers - MOST_LAYERS)]
+        return "\n".join(lines)
 
 
 def related_cells(found: Relation | PairTotals) -> list[str]:

@@ -74,22 +74,18 @@ class Estimate(Result):
     notes: tuple[Note, ...]
 
     def __str__(self) -> str:
-        return estimate_text(self)
-
-
-def estimate_text(result: Estimate) -> str:
-    """What LoRA on a base would have and take, for people."""
-    dtypes = ", ".join(result.dtypes)
-    rows: list[tuple[str, object]] = [
-        ("base", result.path),
-        ("architecture", result.architecture or "unknown"),
-        ("parameters", f"{result.parameters:,} in {dtypes}, {size(result.bytes)}"),
-        *(("target", target_line(t.name, t.shape, t.count, t.per_rank)) for t in result.targets),
-        ("growth", growth(result)),
-        *(("note", note) for note in result.notes),
-    ]
-    lines = [one.line for one in result.ranks]
-    return "\n\n".join([aligned(rows), "\n".join(lines), in_columns(side_by_side(result)), memory_text(result)])
+        """What LoRA on a base would have and take, for people."""
+        dtypes = ", ".join(self.dtypes)
+        rows: list[tuple[str, object]] = [
+            ("base", self.path),
+            ("architecture", self.architecture or "unknown"),
+            ("parameters", f"{self.parameters:,} in {dtypes}, {size(self.bytes)}"),
+            *(("target", target_line(t.name, t.shape, t.count, t.per_rank)) for t in self.targets),
+            ("growth", growth(self)),
+            *(("note", note) for note in self.notes),
+        ]
+        lines = [one.line for one in self.ranks]
+        return "\n\n".join([aligned(rows), "\n".join(lines), in_columns(side_by_side(self)), memory_text(self)])
 
 
 def target_line(name: str, shape: tuple[int, ...], count: int, per_rank: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from loratool.errors import printable
 from loratool.notes import Note
 from loratool.results.base import Written
-from loratool.results.text import MOST_LAYERS, aligned, memory, percent, size, spread, table
+from loratool.results.text import MOST_LAYERS, aligned, cost_rows, counts, percent, size, spread, table
 
 
 @dataclass(frozen=True)
@@ -53,32 +52,23 @@ class ExtractReport(Written):
     dtype: str
     notes: tuple[Note, ...]
 
-    def __str__(self) -> str:
-        return self.with_push(extract_text(self))
-
-
-def extract_text(report: ExtractReport) -> str:
-    """What differs between two checkpoints, layer by layer."""
-    totals = report.totals
-    ranks = Counter(str(layer.rank) for layer in report.modules.values())
-    rows: list[tuple[str, object]] = [
-        ("extracted into" if report.written else "would write", printable(report.out)),
-        ("rule", report.rule),
-        ("rank", spread(dict(ranks.most_common()))),
-        ("factors", f"{totals.parameters:,} parameters, {size(totals.bytes)}, {report.dtype}"),
-        ("error", f"{percent(totals.achieved)} of ‖M‖ as stored, {percent(totals.predicted)} by truncation"),
-        ("tensors", f"{report.identical} identical" + (f", {report.excluded} excluded" if report.excluded else "")),
-        *some("saved whole", [printable(name) for name in report.saved]),
-        *some("noise only", [printable(name) for name in report.noise]),
-        *some("left out", [f"{printable(name)}: {reason}" for name, reason in report.left_out.items()]),
-        (
-            "took",
-            f"{report.cost.seconds:.2f} s on {report.cost.device}, start-up {report.cost.startup_seconds:.2f} s",
-        ),
-        ("peak memory", memory(report.cost.peak_memory)),
-        *(("note", note) for note in report.notes),
-    ]
-    return "\n".join([aligned(rows), *extracted_lines(report.modules)])
+    def text(self) -> str:
+        """What differs between two checkpoints, layer by layer."""
+        totals = self.totals
+        rows: list[tuple[str, object]] = [
+            ("extracted into" if self.written else "would write", printable(self.out)),
+            ("rule", self.rule),
+            ("rank", spread(counts(layer.rank for layer in self.modules.values()))),
+            ("factors", f"{totals.parameters:,} parameters, {size(totals.bytes)}, {self.dtype}"),
+            ("error", f"{percent(totals.achieved)} of ‖M‖ as stored, {percent(totals.predicted)} by truncation"),
+            ("tensors", f"{self.identical} identical" + (f", {self.excluded} excluded" if self.excluded else "")),
+            *some("saved whole", [printable(name) for name in self.saved]),
+            *some("noise only", [printable(name) for name in self.noise]),
+            *some("left out", [f"{printable(name)}: {reason}" for name, reason in self.left_out.items()]),
+            *cost_rows(self.cost),
+            *(("note", note) for note in self.notes),
+        ]
+        return "\n".join([aligned(rows), *extracted_lines(self.modules)])
 
 
 def some(label: str, lines: list[str]) -> list[tuple[str, object]]:

@@ -110,7 +110,32 @@ class AdapterFacts(Result):
     findings: tuple[Finding, ...] | None = None
 
     def __str__(self) -> str:
-        return adapter_text(self)
+        """What is in an adapter, for people."""
+        rows: list[tuple[str, object]] = [
+            ("adapter", self.path),
+            ("format", ", ".join(filter(None, [self.format, self.peft_type, *self.variants]))),
+            ("base", self.base or "not named"),
+            *([("task", self.task)] if self.task else []),
+            *([("initialised", self.initialisation)] if self.initialisation else []),
+            *low_rank_rows(self),
+            *(("saved whole", name) for name in shortened(self.saved)),
+            *([("bias", self.bias)] if self.bias != "none" else []),
+            ("parameters", f"{self.parameters:,}"),
+            ("size", size(self.bytes)),
+            ("dtypes", counted(self.dtypes)),
+            *(("not mergeable", reason) for reason in self.unsupported),
+            *(("note", note) for note in self.notes if self.findings is None),  # else a finding is made of it
+        ]
+        parts = [wrapped(rows)]
+        if self.against:
+            parts += base_text(self.against, self.modules)
+        if self.values:
+            parts.append(values_text(self.values))
+        if self.tensors is not None:
+            parts.append(tensors_text(self.tensors))
+        if self.findings is not None:
+            parts.append(findings_text(self.findings))
+        return "\n\n".join(parts)
 
 
 @dataclass(frozen=True, repr=False)
@@ -135,7 +160,27 @@ class CheckpointFacts(Result):
     findings: tuple[Finding, ...] | None = None
 
     def __str__(self) -> str:
-        return checkpoint_text(self)
+        """What is in a checkpoint, for people."""
+        rows: list[tuple[str, object]] = [
+            ("checkpoint", self.path),
+            ("architecture", self.architecture or "not named"),
+            *([("made by", self.made_by)] if self.made_by else []),
+            *([("quantised", self.quantisation)] if self.quantisation else []),
+            ("tensors", f"{self.tensors:,}"),
+            ("parameters", f"{self.parameters:,}"),
+            ("size", size(self.bytes)),
+            ("dtypes", counted(self.dtypes)),
+            *(("weight", line) for line in shortened([weight_line(weight) for weight in self.weights])),
+            *(("file", line) for line in shortened([f"{name}: {size(nbytes)}" for name, nbytes in self.files.items()])),
+            *(("left out", name) for name in self.left_out),
+            *(("note", note) for note in self.notes if self.findings is None),
+        ]
+        parts = [wrapped(rows)]
+        if self.listing is not None:
+            parts.append(tensors_text(self.listing))
+        if self.findings is not None:
+            parts.append(findings_text(self.findings))
+        return "\n\n".join(parts)
 
 
 @dataclass(frozen=True, repr=False)
@@ -147,39 +192,11 @@ class UnreadableFacts(Result):
     findings: tuple[Finding, ...]
 
     def __str__(self) -> str:
-        return unreadable_text(self)
+        """What keeps a path from being read, for people."""
+        return f"{wrapped([('path', self.path)])}\n\n{findings_text(self.findings)}"
 
 
 Facts = AdapterFacts | CheckpointFacts | UnreadableFacts
-
-
-def adapter_text(facts: AdapterFacts) -> str:
-    """What is in an adapter, for people."""
-    rows: list[tuple[str, object]] = [
-        ("adapter", facts.path),
-        ("format", ", ".join(filter(None, [facts.format, facts.peft_type, *facts.variants]))),
-        ("base", facts.base or "not named"),
-        *([("task", facts.task)] if facts.task else []),
-        *([("initialised", facts.initialisation)] if facts.initialisation else []),
-        *low_rank_rows(facts),
-        *(("saved whole", name) for name in shortened(facts.saved)),
-        *([("bias", facts.bias)] if facts.bias != "none" else []),
-        ("parameters", f"{facts.parameters:,}"),
-        ("size", size(facts.bytes)),
-        ("dtypes", counted(facts.dtypes)),
-        *(("not mergeable", reason) for reason in facts.unsupported),
-        *(("note", note) for note in facts.notes if facts.findings is None),  # else a finding is made of it
-    ]
-    parts = [wrapped(rows)]
-    if facts.against:
-        parts += base_text(facts.against, facts.modules)
-    if facts.values:
-        parts.append(values_text(facts.values))
-    if facts.tensors is not None:
-        parts.append(tensors_text(facts.tensors))
-    if facts.findings is not None:
-        parts.append(findings_text(facts.findings))
-    return "\n\n".join(parts)
 
 
 def low_rank_rows(facts: AdapterFacts) -> Iterable[tuple[str, object]]:
@@ -199,35 +216,6 @@ def low_rank_rows(facts: AdapterFacts) -> Iterable[tuple[str, object]]:
 
 def weight_line(weight: WeightFacts) -> str:
     return f"{weight.name}: {'×'.join(map(str, weight.shape)) or 'scalar'} ×{weight.count}"
-
-
-def checkpoint_text(facts: CheckpointFacts) -> str:
-    """What is in a checkpoint, for people."""
-    rows: list[tuple[str, object]] = [
-        ("checkpoint", facts.path),
-        ("architecture", facts.architecture or "not named"),
-        *([("made by", facts.made_by)] if facts.made_by else []),
-        *([("quantised", facts.quantisation)] if facts.quantisation else []),
-        ("tensors", f"{facts.tensors:,}"),
-        ("parameters", f"{facts.parameters:,}"),
-        ("size", size(facts.bytes)),
-        ("dtypes", counted(facts.dtypes)),
-        *(("weight", line) for line in shortened([weight_line(weight) for weight in facts.weights])),
-        *(("file", line) for line in shortened([f"{name}: {size(nbytes)}" for name, nbytes in facts.files.items()])),
-        *(("left out", name) for name in facts.left_out),
-        *(("note", note) for note in facts.notes if facts.findings is None),
-    ]
-    parts = [wrapped(rows)]
-    if facts.listing is not None:
-        parts.append(tensors_text(facts.listing))
-    if facts.findings is not None:
-        parts.append(findings_text(facts.findings))
-    return "\n\n".join(parts)
-
-
-def unreadable_text(facts: UnreadableFacts) -> str:
-    """What keeps a path from being read, for people."""
-    return f"{wrapped([('path', facts.path)])}\n\n{findings_text(facts.findings)}"
 
 
 def base_text(base: BaseFacts, modules: Sequence[ModuleFacts]) -> list[str]:

@@ -46,43 +46,39 @@ class MergeReport(Written):
     notes: tuple[Note, ...]
     digests: dict[str, str]  # output file → SHA-256
 
-    def __str__(self) -> str:
-        return self.with_push(merge_text(self))
-
-
-def merge_text(report: MergeReport) -> str:
-    """What a merge did, for people."""
-    rate = report.bytes_written / max(report.cost.seconds, 1e-9) / 1e9
-    rows: list[tuple[str, object]] = [
-        ("merged into", printable(report.out)),
-        (
-            "tensors",
-            f"{report.edited} edited, {report.copied} copied"
-            + (f", {report.converted} converted" if report.converted else ""),
-        ),
-        *(("adapter", effect_line(effect)) for effect in report.adapters),
-        ("written", f"{size(report.bytes_written)} in {report.cost.seconds:.2f} s ({rate:.2f} GB/s)"),
-        (
-            "device",
-            f"{report.cost.device}, {report.workers} workers, start-up {report.cost.startup_seconds:.2f} s",
-        ),
-        (
-            "peak memory",
-            memory(report.cost.peak_memory) + (f", GPU {size(report.gpu_memory)}" if report.gpu_memory else ""),
-        ),
-    ]
-    if report.resumed:
-        rows.append(("continued", f"{len(report.resumed)} finished files of an interrupted run were kept"))
-    if report.relative_norms:
-        ordered = sorted(report.relative_norms.items(), key=lambda item: item[1])
-        for label, (name, ratio) in (("largest ‖ΔW‖/‖W‖", ordered[-1]), ("smallest ‖ΔW‖/‖W‖", ordered[0])):
-            rows.append((label, f"{ratio:.3g}  {printable(name)}"))
-    if report.nonfinite:
-        total = sum(report.nonfinite.values())
-        rows.append(("NaN/inf in base", f"{total} values in {len(report.nonfinite)} edited tensors, kept unchanged"))
-    rows += [("left out", name) for name in report.left_out]
-    rows += [("note", note) for note in report.notes]
-    return aligned(rows)
+    def text(self) -> str:
+        """What a merge did, for people."""
+        rate = self.bytes_written / max(self.cost.seconds, 1e-9) / 1e9
+        rows: list[tuple[str, object]] = [
+            ("merged into", printable(self.out)),
+            (
+                "tensors",
+                f"{self.edited} edited, {self.copied} copied"
+                + (f", {self.converted} converted" if self.converted else ""),
+            ),
+            *(("adapter", effect_line(effect)) for effect in self.adapters),
+            ("written", f"{size(self.bytes_written)} in {self.cost.seconds:.2f} s ({rate:.2f} GB/s)"),
+            (
+                "device",
+                f"{self.cost.device}, {self.workers} workers, start-up {self.cost.startup_seconds:.2f} s",
+            ),
+            (
+                "peak memory",
+                memory(self.cost.peak_memory) + (f", GPU {size(self.gpu_memory)}" if self.gpu_memory else ""),
+            ),
+        ]
+        if self.resumed:
+            rows.append(("continued", f"{len(self.resumed)} finished files of an interrupted run were kept"))
+        if self.relative_norms:
+            ordered = sorted(self.relative_norms.items(), key=lambda item: item[1])
+            for label, (name, ratio) in (("largest ‖ΔW‖/‖W‖", ordered[-1]), ("smallest ‖ΔW‖/‖W‖", ordered[0])):
+                rows.append((label, f"{ratio:.3g}  {printable(name)}"))
+        if self.nonfinite:
+            total = sum(self.nonfinite.values())
+            rows.append(("NaN/inf in base", f"{total} values in {len(self.nonfinite)} edited tensors, kept unchanged"))
+        rows += [("left out", name) for name in self.left_out]
+        rows += [("note", note) for note in self.notes]
+        return aligned(rows)
 
 
 def effect_line(effect: AdapterEffect) -> str:

@@ -28,34 +28,30 @@ class PushReport(Result):
     dry_run: bool
 
     def __str__(self) -> str:
-        return push_text(self)
-
-
-def push_text(report: PushReport) -> str:
-    """What a push did, or would do."""
-    total = sum(report.files.values())
-    rows: list[tuple[str, object]] = [
-        ("would be pushed to" if report.dry_run else "pushed to", printable(report.repo)),
-        ("what", f"{report.kind}, {len(report.files)} files, {size(total)}"),
-    ]
-    shown = list(report.files.items())
-    if not report.dry_run:
-        sent = sum(report.files[name] for name in report.uploaded)
-        rows.append(
-            (
-                "sent",
-                f"{len(report.uploaded)} files, {size(sent)}"
-                if report.uploaded
-                else "nothing; all files were already there",
+        """What a push did, or would do."""
+        total = sum(self.files.values())
+        rows: list[tuple[str, object]] = [
+            ("would be pushed to" if self.dry_run else "pushed to", printable(self.repo)),
+            ("what", f"{self.kind}, {len(self.files)} files, {size(total)}"),
+        ]
+        shown = list(self.files.items())
+        if not self.dry_run:
+            sent = sum(self.files[name] for name in self.uploaded)
+            rows.append(
+                (
+                    "sent",
+                    f"{len(self.uploaded)} files, {size(sent)}"
+                    if self.uploaded
+                    else "nothing; all files were already there",
+                )
             )
-        )
-        shown = [(name, report.files[name]) for name in report.uploaded]
-    rows += [("file", f"{printable(name)}: {size(count)}") for name, count in shown[:MOST_LINES]]
-    if len(shown) > MOST_LINES:
-        rows.append(("", f"… and {len(shown) - MOST_LINES} more"))
-    rows += [("replaced", printable(name)) for name in report.replaced]
-    rows += [("left out", printable(line)) for line in report.left_out]
-    rows += [("note", note) for note in report.notes]
-    if not report.dry_run:
-        rows.append(("see", printable(report.pull_request or report.url)))
-    return aligned(rows)
+            shown = [(name, self.files[name]) for name in self.uploaded]
+        rows += [("file", f"{printable(name)}: {size(count)}") for name, count in shown[:MOST_LINES]]
+        if len(shown) > MOST_LINES:
+            rows.append(("", f"… and {len(shown) - MOST_LINES} more"))
+        rows += [("replaced", printable(name)) for name in self.replaced]
+        rows += [("left out", printable(line)) for line in self.left_out]
+        rows += [("note", note) for note in self.notes]
+        if not self.dry_run:
+            rows.append(("see", printable(self.pull_request or self.url)))
+        return aligned(rows)

@@ -33,28 +33,24 @@ class RescaleReport(Written):
     norm: float | None  # ‖ΔW‖ of all layers after it, where norms were asked for
     notes: tuple[Note, ...]
 
-    def __str__(self) -> str:
-        return self.with_push(rescale_text(self))
-
-
-def rescale_text(report: RescaleReport) -> str:
-    """What `rescale` did."""
-    alike = Counter(
-        (f"{m.before:.6g}", f"{m.after:.6g}", "" if m.factor is None else f" (× {m.factor:.6g})")
-        for m in report.modules.values()
-    )
-    rows: list[tuple[str, object]] = [
-        ("rescaled into" if report.written else "would write", printable(report.out)),
-        *(
-            (
-                "scaling",
-                f"{before} → {after}{factor} in {count} layer{'s' * (count != 1)}"
-                + (", multiplied into the factors" if report.baked else ""),
-            )
-            for (before, after, factor), count in alike.most_common(MOST_LAYERS)
-        ),
-        *([("", f"… and {len(alike) - MOST_LAYERS} more scalings")] if len(alike) > MOST_LAYERS else []),
-        *([("‖ΔW‖", f"{report.norm:.6g}, all layers together")] if report.norm is not None else []),
-        *(("note", note) for note in report.notes),
-    ]
-    return aligned(rows)
+    def text(self) -> str:
+        """What `rescale` did."""
+        alike = Counter(
+            (f"{m.before:.6g}", f"{m.after:.6g}", "" if m.factor is None else f" (× {m.factor:.6g})")
+            for m in self.modules.values()
+        )
+        rows: list[tuple[str, object]] = [
+            ("rescaled into" if self.written else "would write", printable(self.out)),
+            *(
+                (
+                    "scaling",
+                    f"{before} → {after}{factor} in {count} layer{'s' * (count != 1)}"
+                    + (", multiplied into the factors" if self.baked else ""),
+                )
+                for (before, after, factor), count in alike.most_common(MOST_LAYERS)
+            ),
+            *([("", f"… and {len(alike) - MOST_LAYERS} more scalings")] if len(alike) > MOST_LAYERS else []),
+            *([("‖ΔW‖", f"{self.norm:.6g}, all layers together")] if self.norm is not None else []),
+            *(("note", note) for note in self.notes),
+        ]
+        return aligned(rows)

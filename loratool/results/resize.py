@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from loratool.errors import printable
 from loratool.notes import Note
 from loratool.results.base import Written
-from loratool.results.text import MOST_LAYERS, aligned, memory, percent, size, spread, table
+from loratool.results.text import MOST_LAYERS, aligned, cost_rows, counts, percent, size, spread, table
 
 
 @dataclass(frozen=True)
@@ -52,34 +51,25 @@ class ResizeReport(Written):
     dtype: str
     notes: tuple[Note, ...]
 
-    def __str__(self) -> str:
-        return self.with_push(resize_text(self))
-
-
-def resize_text(report: ResizeReport) -> str:
-    """What `resize` did, layer by layer."""
-    totals = report.totals
-    ranks = Counter(str(layer.rank) for layer in report.modules.values())
-    rows: list[tuple[str, object]] = [
-        ("resized into" if report.written else "would write", printable(report.out)),
-        ("rule", report.rule),
-        ("rank", spread(dict(ranks.most_common()))),
-        ("parameters", f"{totals.parameters:,} (was {totals.parameters_before:,})"),
-        ("factors", f"{size(totals.bytes)} (was {size(totals.bytes_before)}), {report.dtype}"),
-        ("error", f"{percent(totals.achieved)} of ‖ΔW‖ as stored, {percent(totals.predicted)} by truncation"),
-        (
-            "took",
-            f"{report.cost.seconds:.2f} s on {report.cost.device}, start-up {report.cost.startup_seconds:.2f} s",
-        ),
-        ("peak memory", memory(report.cost.peak_memory)),
-        *(
-            ("left out", f"{printable(target)}: the budget is too small to keep any rank")
-            for target in report.dropped[:MOST_LAYERS]
-        ),
-        *([("", f"… and {len(report.dropped) - MOST_LAYERS} more")] if len(report.dropped) > MOST_LAYERS else []),
-        *(("note", note) for note in report.notes),
-    ]
-    return "\n".join([aligned(rows), *resized_lines(report.modules)])
+    def text(self) -> str:
+        """What `resize` did, layer by layer."""
+        totals = self.totals
+        rows: list[tuple[str, object]] = [
+            ("resized into" if self.written else "would write", printable(self.out)),
+            ("rule", self.rule),
+            ("rank", spread(counts(layer.rank for layer in self.modules.values()))),
+            ("parameters", f"{totals.parameters:,} (was {totals.parameters_before:,})"),
+            ("factors", f"{size(totals.bytes)} (was {size(totals.bytes_before)}), {self.dtype}"),
+            ("error", f"{percent(totals.achieved)} of ‖ΔW‖ as stored, {percent(totals.predicted)} by truncation"),
+            *cost_rows(self.cost),
+            *(
+                ("left out", f"{printable(target)}: the budget is too small to keep any rank")
+                for target in self.dropped[:MOST_LAYERS]
+            ),
+            *([("", f"… and {len(self.dropped) - MOST_LAYERS} more")] if len(self.dropped) > MOST_LAYERS else []),
+            *(("note", note) for note in self.notes),
+        ]
+        return "\n".join([aligned(rows), *resized_lines(self.modules)])
 
 
 def resized_lines(modules: Mapping[str, ResizedLayer]) -> list[str]:

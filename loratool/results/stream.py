@@ -32,23 +32,19 @@ class StreamReport(Result):
     dry_run: bool
 
     def __str__(self) -> str:
-        return stream_text(self)
-
-
-def stream_text(report: StreamReport) -> str:
-    """What a streaming merge did."""
-    rows: list[tuple[str, object]] = [
-        ("would be merged into" if report.dry_run else "merged into", printable(report.repo)),
-        ("tensors", f"{report.edited} edited, {report.copied} copied"),
-        *(("adapter", effect_line(effect)) for effect in report.adapters),
-        ("weights", f"{size(report.bytes_written)} in {report.files} files, {report.cost.seconds:.2f} s"),
-        ("on this disk", f"at most {size(report.most_on_disk)} of weights at a time"),
-        ("device", report.cost.device),
-    ]
-    if report.resumed:
-        rows.append(("continued", f"{len(report.resumed)} files were already uploaded"))
-    rows += [("left out", printable(line)) for line in report.left_out]
-    rows += [("note", note) for note in report.notes]
-    if not report.dry_run:
-        rows.append(("see", printable(report.url)))
-    return aligned(rows)
+        """What a streaming merge did."""
+        rows: list[tuple[str, object]] = [
+            ("would be merged into" if self.dry_run else "merged into", printable(self.repo)),
+            ("tensors", f"{self.edited} edited, {self.copied} copied"),
+            *(("adapter", effect_line(effect)) for effect in self.adapters),
+            ("weights", f"{size(self.bytes_written)} in {self.files} files, {self.cost.seconds:.2f} s"),
+            ("on this disk", f"at most {size(self.most_on_disk)} of weights at a time"),
+            ("device", self.cost.device),
+        ]
+        if self.resumed:
+            rows.append(("continued", f"{len(self.resumed)} files were already uploaded"))
+        rows += [("left out", printable(line)) for line in self.left_out]
+        rows += [("note", note) for note in self.notes]
+        if not self.dry_run:
+            rows.append(("see", printable(self.url)))
+        return aligned(rows)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from loratool.errors import escaped
+from loratool.results.base import Cost
 
 COLUMNS = 80
 MOST_LAYERS = 8  # rows of a table of layers before the rest is counted
@@ -31,6 +33,14 @@ def size(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+def cost_rows(cost: Cost) -> list[tuple[str, object]]:
+    """What a command took."""
+    return [
+        ("took", f"{cost.seconds:.2f} s on {cost.device}, start-up {cost.startup_seconds:.2f} s"),
+        ("peak memory", memory(cost.peak_memory)),
+    ]
+
+
 def aligned(rows: Sequence[tuple[str, object]]) -> str:
     """`name  value` lines with the values in one column."""
     width = max((len(name) for name, _ in rows), default=0)
@@ -40,6 +50,11 @@ def aligned(rows: Sequence[tuple[str, object]]) -> str:
 def spread(values: Mapping[str, int]) -> str:
     """Counted values: `16`, or `16 ×200, 32 ×24` where there are several."""
     return next(iter(values)) if len(values) == 1 else counted(values) or "none"
+
+
+def counts(values: Iterable[object]) -> dict[str, int]:
+    """Each value as text, the most frequent first, and how often it is there."""
+    return dict(Counter(map(str, values)).most_common())
 
 
 def percent(part: float) -> str:

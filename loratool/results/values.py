@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from loratool.notes import Note
 from loratool.results.base import Cost
-from loratool.results.text import columns, figure, fill, memory, share, size, wrapped
+from loratool.results.text import columns, cost_rows, figure, fill, share, size, wrapped
 
 MOST_MODULES = 12  # rows of the table of modules before the rest is counted
 
@@ -92,14 +92,7 @@ def values_text(values: Values) -> str:
     if subnormal := sum(m.subnormal for m in values.modules):
         rows.append(("subnormal", f"{subnormal:,} values in {sum(bool(m.subnormal) for m in values.modules)} modules"))
     rows += [("not measured", f"{target}: {why}") for target, why in list(values.skipped.items())[:MOST_MODULES]]
-    rows.append(
-        (
-            "took",
-            f"{values.cost.seconds:.2f} s on {values.cost.device}, start-up {values.cost.startup_seconds:.2f} s",
-        )
-    )
-    rows.append(("peak memory", memory(values.cost.peak_memory)))
-    rows += [("note", note) for note in values.notes]
+    rows += [*cost_rows(values.cost), *(("note", note) for note in values.notes)]
     parts = [wrapped(rows)]
     if values.modules:
         parts += [by_name(values.modules), largest(values.modules)]
