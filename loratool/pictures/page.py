@@ -124,7 +124,13 @@ def adapter_data(facts: AdapterFacts) -> dict[str, Any]:
         ],
         "tiles": tiles(facts),
         "suggestions": [
-            [f"{100 * s.energy:.0f} %", str(s.rank), size(s.bytes), share(s.bytes, s.bytes_now), size(s.bytes_by_layer)]
+            [
+                f"{100 * s.energy:.0f} %",
+                str(s.rank),
+                size(s.bytes),
+                part_of(s.bytes, s.bytes_now),
+                size(s.bytes_by_layer),
+            ]
             for s in (values.suggestions if values else ())
         ],
         "modules": module_data(values.modules) if values else [],
@@ -177,7 +183,7 @@ def several(values: Any) -> str:
     return f"{ordered[0]} … {ordered[-1]}"
 
 
-def share(part: int, whole: int) -> str:
+def part_of(part: int, whole: int) -> str:
     return f"−{100 * (1 - part / whole):.0f} %" if whole and part < whole else "unchanged"
 
 

@@ -228,16 +228,16 @@ def base_text(base: BaseFacts, modules: Sequence[ModuleFacts]) -> list[str]:
     ]
     rows += [("does not fit", problem) for problem in base.problems]
     parts = [f"{wrapped(rows)}\n{base.line}"]
-    landed = [(module.target, place) for module in modules for place in module.places or ()]
-    if landed:
-        parts.append("matching weights:\n" + "\n".join(landing_lines(landed)))
+    matched = [(module.target, place) for module in modules for place in module.places or ()]
+    if matched:
+        parts.append("matching weights:\n" + "\n".join(matching_lines(matched)))
     return parts
 
 
-def landing_lines(landed: Sequence[tuple[str, PlaceFacts]]) -> list[str]:
+def matching_lines(matched: Sequence[tuple[str, PlaceFacts]]) -> list[str]:
     """Target → tensor; those that differ in numbers alone share a line."""
     found: dict[tuple[str, str], list[tuple[str, str]]] = {}
-    for target, place in landed:
+    for target, place in matched:
         tensor = place.tensor
         found.setdefault((template_of(target)[0], template_of(tensor)[0]), []).append((target, tensor))
     lines = []

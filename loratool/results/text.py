@@ -139,5 +139,5 @@ def figure(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}g}"
 
 
-def share(value: float | None) -> str:
+def percentage(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.3g} %"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from loratool.notes import Note
 from loratool.results.base import Cost
-from loratool.results.text import columns, cost_rows, figure, fill, share, size, wrapped
+from loratool.results.text import columns, cost_rows, figure, fill, percentage, size, wrapped
 
 MOST_MODULES = 12  # rows of the table of modules before the rest is counted
 
@@ -79,7 +79,7 @@ def values_text(values: Values) -> str:
     rows: list[tuple[str, object]] = [("‖ΔW‖", f"{values.norm:.6g}, all {len(values.modules)} modules together")]
     if values.norm_base:
         rows.append(
-            ("‖W0‖", f"{values.norm_base:.6g} of the weights it changes: {share(values.norm / values.norm_base)}")
+            ("‖W0‖", f"{values.norm_base:.6g} of the weights it changes: {percentage(values.norm / values.norm_base)}")
         )
     for kept in values.suggestions:
         told = (

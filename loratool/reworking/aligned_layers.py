@@ -29,8 +29,8 @@ Weight = float | Mapping[str, float]  # of an adapter; by pattern, with "default
 
 
 @dataclass(frozen=True)
-class Share:
-    """One adapter's part in a layer."""
+class AlignedLayer:
+    """The layer that one adapter has for a target."""
 
     adapter: int  # which of them
     layer: Layer
@@ -39,8 +39,6 @@ class Share:
 
     def load(self, sources: Sequence[Contents], device: torch.device, dtype: torch.dtype) -> Product:
         """ΔW, scaling included, weight not."""
-        from loratool.algebra.lowrank.products import Product
-
         found = sources[self.adapter].load(self.layer.target, device, dtype)
         return Product(found.down.mT, found.up.mT, found.rounding) if self.turned else found
 
@@ -57,18 +55,18 @@ def contents_apart(paths: Sequence[Path], ways: Sequence[Reading], command: str)
     return found
 
 
-def align_layers(sources: Sequence[Contents], weights: Sequence[Weight]) -> dict[str, tuple[Share, ...]]:
-    """The shares in each layer that any adapter has, in the adapters' order.
+def align_layers(sources: Sequence[Contents], weights: Sequence[Weight]) -> dict[str, tuple[AlignedLayer, ...]]:
+    """Each target that any adapter has → the layers of those that have it, in the adapters' order.
 
     Raises `FitError` naming every weight that adapters see in different shapes, and every one with which they do
     different kinds of things.
     """
-    shares: dict[str, list[Share]] = {}
+    aligned: dict[str, list[AlignedLayer]] = {}
     problems: list[str] = []
     for at, (source, weight) in enumerate(zip(sources, weights, strict=True)):
         each = weights_of(source, weight)
         for target, layer in source.layers.items():
-            before = shares.setdefault(target, [])
+            before = aligned.setdefault(target, [])
             turned: bool | None = False
             if before:
                 first, other = before[0].layer, sources[before[0].adapter]
@@ -83,15 +81,15 @@ def align_layers(sources: Sequence[Contents], weights: Sequence[Weight]) -> dict
                     problems.append(
                         f"{printable(target)}: {shown(first)} in {other.name}, {shown(layer)} in {source.name}"
                     )
-            before.append(Share(at, layer, each[target], bool(turned)))
+            before.append(AlignedLayer(at, layer, each[target], bool(turned)))
     problems += [
         f"{printable(target)}: saved whole in {', '.join(whole)}, adapted in others"
-        for target in shares
+        for target in aligned
         if (whole := [s.name for s in sources if target in s.saved])
     ]
     if problems:
         raise FitError("these adapters do not have the same base, or are of different types:", problems)
-    return {target: tuple(found) for target, found in shares.items()}
+    return {target: tuple(found) for target, found in aligned.items()}
 
 
 def seen(layer: Layer, turned: bool) -> tuple[object, ...]:
@@ -281,11 +279,11 @@ class Beside:
 
     def mean(self, found: Sequence[tuple[int, Tensor]], like: StoredTensor) -> Tensor:
         """The mean by the adapters' weights, brought to a sum of 1."""
-        shares = [usual_weight(self.weights[at]) for at, _ in found]
-        total = math.fsum(shares)
-        if total <= 0 or cancel(shares):
+        weights = [usual_weight(self.weights[at]) for at, _ in found]
+        total = math.fsum(weights)
+        if total <= 0 or cancel(weights):
             raise UsageError("--saved mean needs weights with a sum above 0")
-        mixed = sum((value * (share / total) for (_, value), share in zip(found, shares, strict=True)), start=0)
+        mixed = sum((value * (weight / total) for (_, value), weight in zip(found, weights, strict=True)), start=0)
         assert not isinstance(mixed, int), "there is at least one"
         return mixed.to(torch_dtype(like.info.dtype))
 

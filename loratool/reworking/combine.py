@@ -34,7 +34,7 @@ from loratool.lazy import torch
 from loratool.measuring.session import PathLike, Progress, Session, session
 from loratool.notes import Note
 from loratool.results.combine import CombinedLayer, CombinedTotals, CombineReport, Part
-from loratool.reworking.aligned_layers import Beside, Share, align_layers, contents_apart
+from loratool.reworking.aligned_layers import AlignedLayer, Beside, align_layers, contents_apart
 from loratool.reworking.combine_options import CombineOptions, combination_of, told
 from loratool.reworking.compare import meetings
 from loratool.reworking.runner import Draft, Made, Maker, Rest, run
@@ -48,11 +48,11 @@ def combine(
     started = time.monotonic()
     paths = [local(p, "adapter") for p in ([adapters] if isinstance(adapters, (str, os.PathLike)) else adapters)]
     combination = combination_of(options, len(paths))
-    shares = options.shares(len(paths))
+    weights = options.adapter_weights(len(paths))
     ways = options.readings(len(paths))
     target = check_adapter_target(out, paths, options)
     sources = contents_apart(paths, ways, "combine")
-    layers = align_layers(sources, shares)
+    layers = align_layers(sources, weights)
     refuse(sources, layers, combination)
     with session(options.device, sources) as at_work:
         combiner = Combiner(sources, layers, combination, at_work, options)
@@ -61,7 +61,7 @@ def combine(
         out=target,
         written=not options.dry_run,
         method=combination.method,
-        settings=told(combination, shares),
+        settings=told(combination, weights),
         adapters=tuple(source.name for source in sources),
         totals=rest.totals,
         modules=dict(sorted(combiner.modules.items())),
@@ -71,7 +71,7 @@ def combine(
     )
 
 
-def refuse(sources: Sequence[Contents], layers: Mapping[str, Sequence[Share]], combination: Combination) -> None:
+def refuse(sources: Sequence[Contents], layers: Mapping[str, Sequence[AlignedLayer]], combination: Combination) -> None:
     """Raise for adapters that this cannot be done to."""
     if not layers:
         raise InputError("these adapters contain no low-rank update")
@@ -79,27 +79,32 @@ def refuse(sources: Sequence[Contents], layers: Mapping[str, Sequence[Share]], c
         plain = combination.factor == 1 and combination.match == "none" and not combination.svc
         alone = len(sources) == 1 and METHODS[combination.method].family == GRAM and plain
         alone = alone and all(combination.rank is None or f[0].layer.rank <= combination.rank for f in layers.values())
-        if not alone or any(share.weight != 1 for found in layers.values() for share in found):
+        if not alone or any(aligned.weight != 1 for found in layers.values() for aligned in found):
             raise FitError(
                 f"{', '.join(dora)}: DoRA divides by the norm of W + ΔW, so its update depends on the base and cannot "
                 "be summed. Instead, run `loratool merge` to apply several DoRA adapters to a base, and `loratool "
                 "extract` to get plain LoRA from the result"
             )
-    if combination.method == "model_stock" and any(share.weight != 1 for found in layers.values() for share in found):
+    if combination.method == "model_stock" and any(
+        aligned.weight != 1 for found in layers.values() for aligned in found
+    ):
         raise UsageError("model_stock averages runs of one task and takes no weights")
     if combination.divides:
-        sums = {t: cancel([share.weight for share in f]) for t, f in layers.items()}
+        sums = {t: cancel([aligned.weight for aligned in f]) for t, f in layers.items()}
         if cancelling := [t for t, f in layers.items() if sums[t] and (len(f) > 1 or f[0].weight)]:
             raise UsageError(
                 f"{combination.method} divides by the sum of the weights, which is 0 for:", map(printable, cancelling)
             )
     if METHODS[combination.method].family == FACTORWISE:
-        uneven = [t for t, found in layers.items() if len({share.layer.rank for share in found}) > 1]
+        uneven = [t for t, found in layers.items() if len({aligned.layer.rank for aligned in found}) > 1]
         if uneven:
             raise FitError(
                 f"{combination.method} adds A to A and B to B, which needs equal ranks; --method linear takes any "
                 "ranks:",
-                (f"{printable(t)}: ranks {', '.join(str(share.layer.rank) for share in layers[t])}" for t in uneven),
+                (
+                    f"{printable(t)}: ranks {', '.join(str(aligned.layer.rank) for aligned in layers[t])}"
+                    for t in uneven
+                ),
             )
 
 
@@ -111,7 +116,7 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
     def __init__(
         self,
         sources: Sequence[Contents],
-        layers: Mapping[str, Sequence[Share]],
+        layers: Mapping[str, Sequence[AlignedLayer]],
         combination: Combination,
         at_work: Session,
         options: CombineOptions,
@@ -124,7 +129,7 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
             options,
         )
         self.dtype = kept_dtype(sources, options.dtype)
-        self.shares = options.shares(len(sources))
+        self.weights = options.adapter_weights(len(sources))
         self.together = gram_of(len(sources))  # ⟨ΔWᵢ, ΔWⱼ⟩ over all layers so far
         self.modules: dict[str, CombinedLayer] = {}
         self.own: dict[str, int] = {}  # the largest rank that each layer may have by itself
@@ -136,7 +141,7 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
         kinds = {t: found[0].layer.kind for t, found in self.layers.items()}
         names = WRITTEN.spelling(kinds, self.sources[0].training.release)
         mean = self.combination.setting.normalize and METHODS[self.combination.method].family == GRAM
-        beside = Beside(self.sources, self.shares, names, self.options.saved, self.combination.factor, mean)
+        beside = Beside(self.sources, self.weights, names, self.options.saved, self.combination.factor, mean)
         carried = beside.collect()
         self.beside_notes = beside.notes
         if self.sources[0].dora:  # it is the only one
@@ -181,7 +186,7 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
         )
         return Rest(
             config=draft.names.describe([source.adapter for source in self.sources], parts),
-            facts={"adapters": list(self.at_work.origins), **told(self.combination, self.shares)},
+            facts={"adapters": list(self.at_work.origins), **told(self.combination, self.weights)},
             notes=notes,
             files=common_files(self.sources),
             folders=[source.adapter.folder for source in self.sources],
@@ -192,18 +197,18 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
         """The largest rank that the result of a layer may have."""
         if METHODS[self.combination.method].family == FACTORWISE:
             return self.combination.rank or self.layers[target][0].layer.rank
-        return self.cut(target) or max(1, sum(share.layer.rank for share in self.layers[target]))
+        return self.cut(target) or max(1, sum(aligned.layer.rank for aligned in self.layers[target]))
 
     def cut(self, target: str) -> int | None:
         """The rank that was asked for, as far as the layer's shape allows; of `svd` by default the adapters' largest."""
-        ranks = [share.layer.rank for share in self.layers[target]]
+        ranks = [aligned.layer.rank for aligned in self.layers[target]]
         asked = self.combination.rank or (max(ranks) if self.combination.method == "svd" else None)
         return asked and min(asked, self.layers[target][0].layer.most)
 
     def combined(self, target: str) -> tuple[Mixture, Joint]:
         """The result for a layer, and the adapters' own updates."""
         found = self.layers[target]
-        shared = joint([share.load(self.sources, self.at_work.device, self.at_work.dtype) for share in found])
+        shared = joint([aligned.load(self.sources, self.at_work.device, self.at_work.dtype) for aligned in found])
         combination = dataclasses.replace(
             self.combination,
             setting=dataclasses.replace(self.combination.setting, key=f"{self.combination.setting.key}/{target}"),
@@ -218,19 +223,19 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
         every = [self.one(expert(combination, at), found, shared[at]) for at in range(found[0].layer.experts)]
         return stacked(every), shared
 
-    def one(self, combination: Combination, found: Sequence[Share], shared: Joint) -> Mixture:
+    def one(self, combination: Combination, found: Sequence[AlignedLayer], shared: Joint) -> Mixture:
         products = shared.products
         if METHODS[combination.method].family == FACTORWISE:
-            scales = [share.layer.scale for share in found]
+            scales = [aligned.layer.scale for aligned in found]
             ups = [p.up / s if s else p.up for p, s in zip(products, scales, strict=True)]
-            strengths = [share.weight * s for share, s in zip(found, scales, strict=True)]
+            strengths = [aligned.weight * s for aligned, s in zip(found, scales, strict=True)]
             downs = [p.down for p in products]
             if found[0].layer.kind is not Kind.EMBEDDING:
                 return mix_factors(ups, downs, strengths, combination)
             mixture = mix_factors([d.mT for d in downs], [u.mT for u in ups], strengths, combination)  # its A is `up`
             turned = Product(mixture.product.down.mT, mixture.product.up.mT)
             return dataclasses.replace(mixture, product=turned)
-        return mix(shared, [share.weight for share in found], combination)
+        return mix(shared, [aligned.weight for aligned in found], combination)
 
     def measure(
         self, target: str, whole: Mixture, stored: Product, shared: Joint, table: torch.Tensor
@@ -245,16 +250,16 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
         there = result.values > negligible(result.values) * result.values[..., :1]  # others point anywhere
         left, right = result.left * there[..., None, :], result.right * there[..., :, None]
         sizes = [math.sqrt(max(0.0, float(table[i, i]))) for i in range(len(found))]
-        names = [self.sources[share.adapter].name for share in found]
+        names = [self.sources[aligned.adapter].name for aligned in found]
         reached = length(stored)
         parts = {
             name: Part(
-                weight=share.weight,
+                weight=aligned.weight,
                 norm=own,
                 energy_kept=kept(product, left, right, own) if not whole.cancels or not own else 0.0,
-                norm_ratio=reached / (abs(share.weight) * own) if share.weight * own else None,
+                norm_ratio=reached / (abs(aligned.weight) * own) if aligned.weight * own else None,
             )
-            for name, share, product, own in zip(names, found, shared.products, sizes, strict=True)
+            for name, aligned, product, own in zip(names, found, shared.products, sizes, strict=True)
         }
         error = math.hypot(whole.lost, rounding * size / whole.whole) if whole.whole else 0.0
         return CombinedLayer(
@@ -271,7 +276,7 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
 
     def note(self, target: str, table: torch.Tensor) -> None:
         """Take up the inner products of a layer's updates."""
-        which = [share.adapter for share in self.layers[target]]
+        which = [aligned.adapter for aligned in self.layers[target]]
         for i, one in enumerate(which):
             for j, other in enumerate(which):
                 self.together[one, other] += table[i, j]
@@ -283,7 +288,7 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
                 "nothing to combine: every update is zero (an untrained adapter has B = 0, another α = 0) or "
                 f"{ROUNDING_ONLY}"
             )
-        if not any(share.weight for shares in self.layers.values() for share in shares):
+        if not any(aligned.weight for every in self.layers.values() for aligned in every):
             raise FitError("nothing to combine: every adapter has the weight 0")
         if self.combination.method == "model_stock":
             cosine = mean_cosine(self.together)
@@ -372,7 +377,7 @@ def common_files(sources: Sequence[Contents]) -> dict[str, Path]:
 
 def remarks(
     sources: Sequence[Contents],
-    layers: Mapping[str, Sequence[Share]],
+    layers: Mapping[str, Sequence[AlignedLayer]],
     modules: Mapping[str, CombinedLayer],
     found: Sequence[Note],
 ) -> Iterator[Note]:
@@ -388,7 +393,7 @@ def remarks(
             f"the adapters name different bases ({', '.join(sorted(map(printable, bases)))}); their shapes agree",
         )
     for at, source in enumerate(sources):
-        if not any(share.adapter == at for shares in layers.values() for share in shares):
+        if not any(aligned.adapter == at for every in layers.values() for aligned in every):
             yield Note("no-low-rank-update", f"{source.name} has no low-rank update")
             continue
         parts = {t: m.parts[source.name] for t, m in modules.items() if source.name in m.parts}
@@ -413,7 +418,7 @@ def remarks(
             why = ": the updates cancel, and the rest is no larger than the rounding of the stored factors"
             text = f"{len(which)} of {len(modules)} layers {said}, such as {printable(which[0])}{why if became else ''}"
             yield Note(code, text)
-    if partial := [t for t, shares in layers.items() if len(shares) < len(sources)]:
+    if partial := [t for t, every in layers.items() if len(every) < len(sources)]:
         yield Note(
             "layers-partial",
             f"{len(partial)} of {len(layers)} layers are not in all adapters, such as {printable(partial[0])}; each "

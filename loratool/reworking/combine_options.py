@@ -139,7 +139,7 @@ class CombineOptions(FactorOptions, ReadingOptions, DeviceOption, PublishOptions
             object.__setattr__(self, "weights", tuple(weight.taken(each, "--weights") for each in self.weights_file))
             object.__setattr__(self, "weights_file", None)
 
-    def shares(self, count: int) -> list[Weight]:
+    def adapter_weights(self, count: int) -> list[Weight]:
         """The weight of each of `count` adapters."""
         if self.weights and len(self.weights) != count:
             raise UsageError(

@@ -24,7 +24,7 @@ from loratool.notes import Note
 from loratool.options.shared import DeviceOption
 from loratool.results.compare import CompareReport, Meeting, PairTotals
 from loratool.results.text import mean_of
-from loratool.reworking.aligned_layers import Share, align_layers, contents_apart
+from loratool.reworking.aligned_layers import AlignedLayer, align_layers, contents_apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,18 +75,20 @@ class Found:
 class Comparer:
     """Some adapters, layer by layer and added up."""
 
-    def __init__(self, sources: Sequence[Contents], layers: Mapping[str, Sequence[Share]], at_work: Session) -> None:
+    def __init__(
+        self, sources: Sequence[Contents], layers: Mapping[str, Sequence[AlignedLayer]], at_work: Session
+    ) -> None:
         self.sources, self.layers, self.at_work = sources, layers, at_work
         self.names = [source.name for source in sources]
         self.found: dict[str, Found] = {}
 
     def look_at(self, target: str) -> list[Found]:
         """Load the updates of a layer and relate every two of them."""
-        shares = self.layers[target]
-        stored = joint([share.load(self.sources, self.at_work.device, self.at_work.dtype) for share in shares])
+        aligned = self.layers[target]
+        stored = joint([layer.load(self.sources, self.at_work.device, self.at_work.dtype) for layer in aligned])
         shared = silenced(stored)
-        noise = [s.adapter for s, a, b in zip(shares, stored.small, shared.small, strict=True) if a is not b]
-        which = tuple(share.adapter for share in shares)
+        noise = [s.adapter for s, a, b in zip(aligned, stored.small, shared.small, strict=True) if a is not b]
+        which = tuple(layer.adapter for layer in aligned)
         related = relations([self.names[at] for at in which], shared)
         return [Found(target, which, gram(shared.small), related, tuple(noise))]
 

@@ -18,7 +18,7 @@ from loratool.bases.binding.checking import found_otherwise, holes, overlap, riv
 from loratool.bases.binding.flattened import look_up
 from loratool.bases.binding.fusing import Misfit
 from loratool.bases.binding.orientation import Orientation, module_of
-from loratool.bases.binding.places import ALL, Bound, Landing, Place
+from loratool.bases.binding.places import ALL, Bound, Match, Place
 from loratool.bases.binding.proposing import proposals
 from loratool.bases.binding.resolving import Renaming, Resolver
 from loratool.bases.binding.telling import Nearest, tell
@@ -54,18 +54,18 @@ def bind(adapter: Adapter, base: Checkpoint, *, maps: Sequence[str] = (), fan_in
         optional=frozenset(names.get(t, t) for t in adapter.optional),
     )
     resolver = Resolver(base)
-    landings: dict[str, Landing] = {}
+    matches: dict[str, Match] = {}
     for target, update in adapter.updates.items():
         if target in reasons:
             continue
         try:
-            landings[target] = resolver.land(target, update, renamings)
+            matches[target] = resolver.match(target, update, renamings)
         except Misfit as misfit:
             # a combined adapter has zeros for the biases of layers without one
             if str(misfit) or not (target in adapter.optional or adds_zero(update)):
                 reasons[target] = str(misfit)
-    notes = by_suffix(resolver, adapter, landings, reasons)
-    places = settle(adapter, base, landings, fan_in_fan_out, reasons, notes)
+    notes = by_suffix(resolver, adapter, matches, reasons)
+    places = settle(adapter, base, matches, fan_in_fan_out, reasons, notes)
     for target, (tensor, other) in rivals(places).items():
         del places[target]
         reasons[target] = f"{printable(tensor)} is already edited by {printable(other)}"
@@ -113,16 +113,14 @@ def read_maps(maps: Iterable[str]) -> list[Renaming]:
     return found
 
 
-def by_suffix(
-    resolver: Resolver, adapter: Adapter, landings: dict[str, Landing], reasons: dict[str, str]
-) -> list[Note]:
+def by_suffix(resolver: Resolver, adapter: Adapter, matches: dict[str, Match], reasons: dict[str, str]) -> list[Note]:
     """The last resort for targets with no trace in the base; what it finds is told as a note."""
     lost: dict[str, Update] = {t: adapter.updates[t] for t, why in reasons.items() if not why and not kind_of(t)}
     if all(update.replaces for update in lost.values()):
         return []  # a head of the adapter's own, whose name may end as some other's does
     found, change = resolver.by_suffix(lost)
-    for target, landing in found.items():
-        landings[target] = landing
+    for target, match in found.items():
+        matches[target] = match
         del reasons[target]
     if not found:
         return []
@@ -138,21 +136,21 @@ def by_suffix(
 def settle(
     adapter: Adapter,
     base: Checkpoint,
-    landings: dict[str, Landing],
+    matches: dict[str, Match],
     fan_in_fan_out: bool | None,
     reasons: dict[str, str],
     notes: list[Note],
 ) -> dict[str, tuple[Place, ...]]:
-    """The places of every landing the way round that its weight is stored; what cannot be goes to `reasons`."""
+    """The places of every match the way round that its weight is stored; what cannot be goes to `reasons`."""
     orientation = Orientation(adapter, base, fan_in_fan_out)
-    orientation.watch(landings)
+    orientation.watch(matches)
     places: dict[str, tuple[Place, ...]] = {}
-    for target, landing in landings.items():
-        turned = orientation.decide(target, landing)
+    for target, match in matches.items():
+        turned = orientation.decide(target, match)
         if isinstance(turned, str):
             reasons[target] = turned
             continue
-        chosen = landing.turned if turned else landing.straight
+        chosen = match.turned if turned else match.straight
         if why := uncut(chosen):
             reasons[target] = f"{why} ({printable(chosen[0].tensor)}: {chosen[0].rule})"
             continue

@@ -8,7 +8,7 @@ from typing import Any
 
 from loratool.algebra.updates.base import ANY, Update
 from loratool.algebra.updates.experts import ExpertFactors
-from loratool.bases.binding.places import ALL, Landing, Place, Rule
+from loratool.bases.binding.places import ALL, Match, Place, Rule
 from loratool.files.safefile import TensorInfo
 from loratool.layouts.fusions import EXPERT_COUNTS, FUSIONS, INTERLEAVED_EXPERTS, Fusion
 
@@ -78,17 +78,17 @@ def runs(sizes: Sequence[int], part: int, times: int) -> list[tuple[int, int, in
     return [(n * period + before, n * own, own) for n in range(times)]
 
 
-def whole(update: Update, info: TensorInfo, rule: Rule) -> Landing:
+def whole(update: Update, info: TensorInfo, rule: Rule) -> Match:
     """An update of a whole tensor."""
     shape = info.shape
     if isinstance(update, ExpertFactors) and len(shape) == 3:
         pair = (update.fit(shape, False), update.fit(shape, True))
     else:
         pair = (update.fit(shape), turned(update, shape))
-    landing = Landing(*(() if u is None else (all_of(u, info, rule),) for u in pair))
-    if not landing.tensors:
+    match = Match(*(() if u is None else (all_of(u, info, rule),) for u in pair))
+    if not match.tensors:
         raise Misfit(f"update is {described(update)}")
-    return landing
+    return match
 
 
 def turned(update: Update, shape: tuple[int, ...]) -> Update | None:
@@ -111,7 +111,7 @@ def into_fused(
     heads: tuple[int, int] | None,
     update: Update,
     rule: Rule,
-) -> Landing:
+) -> Match:
     """A part's update into some rows of the fused tensor, or into some columns where that is stored (in, out).
 
     `times` the order of parts repeats; `heads` are those of queries and of keys, where the config tells.
@@ -139,7 +139,7 @@ def into_fused(
             reason = reason or misfit
     if not any(places):
         raise reason or Misfit(f"update of a part is {list(mine)}")
-    return Landing(*places)
+    return Match(*places)
 
 
 def stretches_of(
@@ -170,7 +170,7 @@ def into_experts(
     interleaved: bool,
     update: Update,
     rule: Rule,
-) -> Landing:
+) -> Match:
     """One expert's part into the fused tensor of all: (experts, out, in), or (experts, in, out).
 
     `stored` says which of the two it is where the shape leaves that open: whether it is (in, out).
@@ -195,10 +195,10 @@ def into_experts(
         places[1] = (Place(info.name, rule, other, expert * shape[1], shape[1], columns=columns, fold=2),)
     if not any(places):
         raise Misfit(f"update of one expert is {list(mine)}")
-    return Landing(*places)
+    return Match(*places)
 
 
-def out_of_fused(parts: Sequence[TensorInfo], times: int, update: Update, rule: Rule) -> Landing:
+def out_of_fused(parts: Sequence[TensorInfo], times: int, update: Update, rule: Rule) -> Match:
     """An update of the fused tensor into the tensors of its parts, each of which takes its rows."""
     first = parts[0].shape
     if any(part.shape[1:] != first[1:] or not part.shape for part in parts):
@@ -207,7 +207,7 @@ def out_of_fused(parts: Sequence[TensorInfo], times: int, update: Update, rule: 
     fitted = update.fit((sum(sizes), *first[1:]))
     if fitted is None or fitted.fold != 1:
         raise Misfit(f"the update is {list(update.shape)}, but its parts have {' + '.join(map(str, sizes))} rows")
-    return Landing(
+    return Match(
         tuple(
             Place(info.name, rule, fitted, own, rows, at)
             for n, info in enumerate(parts)
@@ -216,7 +216,7 @@ def out_of_fused(parts: Sequence[TensorInfo], times: int, update: Update, rule: 
     )
 
 
-def out_of_experts(experts: Sequence[Sequence[TensorInfo]], update: Update, rule: Rule, interleaved: bool) -> Landing:
+def out_of_experts(experts: Sequence[Sequence[TensorInfo]], update: Update, rule: Rule, interleaved: bool) -> Match:
     """An update of all experts' fused tensor into the tensors of each expert's parts, all (out, in)."""
     first = experts[0]
     shapes = [part.shape for part in first]
@@ -244,13 +244,13 @@ def out_of_experts(experts: Sequence[Sequence[TensorInfo]], update: Update, rule
             for info, offset in zip(parts, offsets, strict=True)
         )
 
-    landing = Landing(*map(places, pair))
-    if not landing.tensors:
+    match = Match(*map(places, pair))
+    if not match.tensors:
         raise Misfit(f"the update is {described(update)}, but the base's experts together are {list(shape)}")
-    return landing
+    return match
 
 
-def stacked(parts: Sequence[TensorInfo], update: Update, rule: Rule) -> Landing:
+def stacked(parts: Sequence[TensorInfo], update: Update, rule: Rule) -> Match:
     """An update of all experts' fused tensor into tensors that hold one part of all experts: (experts, out, in) each."""
     shapes = [part.shape for part in parts]
     if any(len(s) != 3 or (s[0], s[2]) != (shapes[0][0], shapes[0][2]) for s in shapes):
@@ -273,10 +273,10 @@ def stacked(parts: Sequence[TensorInfo], update: Update, rule: Rule) -> Landing:
             for e in range(experts)
         )
 
-    landing = Landing(*map(places, pair))
-    if not landing.tensors:
+    match = Match(*map(places, pair))
+    if not match.tensors:
         raise Misfit(f"the update is {described(update)}, but its parts in the base are {list(shape)} together")
-    return landing
+    return match
 
 
 def described(update: Update) -> str:

@@ -16,7 +16,7 @@ from loratool.adapters.adapter import Adapter
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.bases.binding.fusing import model_types
-from loratool.bases.binding.places import Landing
+from loratool.bases.binding.places import Match
 from loratool.files.safefile import TensorInfo
 from loratool.layouts.architectures import CONV1D_CLASSES, CONV1D_MODULES, CONV1D_TYPES, LINEAR_TYPES
 from loratool.layouts.fusions import FLAGGED_EXPERTS, TWO_WAY_EXPERTS
@@ -56,30 +56,30 @@ class Orientation:
     decided: Counter[bool] = field(default_factory=Counter)  # of the layers that a config's flag speaks of
     remarks: Counter[tuple[str, str]] = field(default_factory=Counter)  # (code, sentence about one weight or more)
 
-    def watch(self, landings: Mapping[str, Landing]) -> None:
+    def watch(self, matches: Mapping[str, Match]) -> None:
         """Learn from every weight whose shape leaves no choice."""
-        for target, landing in landings.items():
+        for target, match in matches.items():
             update = self.adapter.updates[target]
             if isinstance(update, ExpertFactors):
-                if landing.open:
+                if match.open:
                     self.open_experts = True
                 else:
-                    self.experts.setdefault(target.rpartition(".")[0], set()).add(bool(landing.turned))
-            elif is_matrix(update, landing):
-                leaf = leaf_of(landing)
+                    self.experts.setdefault(target.rpartition(".")[0], set()).add(bool(match.turned))
+            elif is_matrix(update, match):
+                leaf = leaf_of(match)
                 self.leaves.add(leaf)
-                if not landing.open:
-                    self.shown.setdefault(leaf, Counter())[bool(landing.turned)] += 1
+                if not match.open:
+                    self.shown.setdefault(leaf, Counter())[bool(match.turned)] += 1
 
-    def decide(self, target: str, landing: Landing) -> bool | str:
+    def decide(self, target: str, match: Match) -> bool | str:
         """Whether the weight of `target` is stored turned round; or why that cannot be said."""
         update = self.adapter.updates[target]
         if isinstance(update, ExpertFactors):
-            return self.decide_expert(target) if landing.open else bool(landing.turned)
-        if not is_matrix(update, landing):
-            return bool(landing.turned) and not landing.open
-        leaf = leaf_of(landing)
-        found = self.decide_square(leaf) if landing.open else self.check(leaf, bool(landing.turned))
+            return self.decide_expert(target) if match.open else bool(match.turned)
+        if not is_matrix(update, match):
+            return bool(match.turned) and not match.open
+        leaf = leaf_of(match)
+        found = self.decide_square(leaf) if match.open else self.check(leaf, bool(match.turned))
         if not isinstance(found, str) and self.is_meant(leaf):
             self.decided[found] += 1
         return found
@@ -264,15 +264,15 @@ def bias_shows(tensors: Mapping[str, TensorInfo], weight: str) -> bool | None:
     return bias.shape[0] == own.shape[1] if bias.shape[0] in own.shape else None
 
 
-def is_matrix(update: Update, landing: Landing) -> bool:
+def is_matrix(update: Update, match: Match) -> bool:
     """Whether an update is one of a whole matrix, or of a part of one, that may be stored either way."""
-    place = (landing.straight or landing.turned)[0]
+    place = (match.straight or match.turned)[0]
     return update.turnable and place.update.turnable and place.fold == 1
 
 
-def leaf_of(landing: Landing) -> str:
+def leaf_of(match: Match) -> str:
     """The last component of the module, as the base calls it, that a target means."""
-    return module_of((landing.straight or landing.turned)[0].tensor)
+    return module_of((match.straight or match.turned)[0].tensor)
 
 
 def module_of(target: str) -> str:

@@ -61,7 +61,7 @@ class Bound:
 
 
 @dataclass(frozen=True)
-class Landing:
+class Match:
     """A target's places with its update as it is and turned round; one of them is empty unless both fit."""
 
     straight: tuple[Place, ...]

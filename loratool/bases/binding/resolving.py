@@ -17,7 +17,7 @@ from loratool.algebra.updates.base import Update
 from loratool.bases.binding import fusing
 from loratool.bases.binding.fusing import Misfit
 from loratool.bases.binding.names import Alias, Disk, Moves, components, unwrapped
-from loratool.bases.binding.places import Landing, Place, Rule
+from loratool.bases.binding.places import Match, Place, Rule
 from loratool.errors import printable
 from loratool.files.safefile import FLOAT_NAMES, TensorInfo
 from loratool.layouts.architectures import CONV1D_MODULES, REORDERED, TOWERS
@@ -65,14 +65,14 @@ class Resolver:
         self.moves = Moves(wanted, self.disk.prefixes, DEEPEST)
         self.levels: dict[str, tuple[list[list[Way]], Iterator[list[Alias]]]] = {}
 
-    def land(self, target: str, update: Update, renamings: Sequence[Renaming] = ()) -> Landing:
+    def match(self, target: str, update: Update, renamings: Sequence[Renaming] = ()) -> Match:
         """The target's places; raises `Misfit` with the reason where there is none, or more than one."""
         for pattern, replacement in renamings:
             if pattern.search(target):
                 return mapped(self.find(pattern.sub(replacement, target, count=1), update))
         return self.find(target, update)
 
-    def find(self, name: str, update: Update) -> Landing:
+    def find(self, name: str, update: Update) -> Match:
         if (info := self.tensors.get(name)) is not None:
             return self.whole(info, update, Rule())
         if "#" in name:
@@ -80,21 +80,21 @@ class Resolver:
         template, numbers = template_of(unwrapped(name))
         reason: Misfit | None = None
         for depth in range(DEEPEST + 1):
-            found: dict[object, Landing] = {}
+            found: dict[object, Match] = {}
             for way in self.ways(template, depth):
                 try:
-                    landing = self.follow(way, numbers, update)
+                    match = self.follow(way, numbers, update)
                 except Misfit as misfit:
                     reason = reason or misfit
                     continue
-                if landing is not None:
-                    found.setdefault(identity(landing), landing)
+                if match is not None:
+                    found.setdefault(identity(match), match)
             if len(found) > 1:
-                where = sorted(" + ".join(sorted(landing.tensors)[:2]) for landing in found.values())
+                where = sorted(" + ".join(sorted(match.tensors)[:2]) for match in found.values())
                 raise Misfit(f"it could be any of {', '.join(map(printable, where))}")
             if found:
-                (landing,) = found.values()
-                return landing
+                (match,) = found.values()
+                return match
         raise reason or Misfit("")
 
     def ways(self, template: str, depth: int) -> list[Way]:
@@ -139,7 +139,7 @@ class Resolver:
         """The template, or that of its packed weight, where the base has tensors of it; else nothing."""
         return template if template in self.disk.templates else self.disk.packed.get(template, "")
 
-    def follow(self, way: Way, numbers: Numbers, update: Update) -> Landing | None:
+    def follow(self, way: Way, numbers: Numbers, update: Update) -> Match | None:
         """Where a way leads for some numbers; None where the base has no such tensor."""
         fusion, rule = way.fusion, Rule(*way.alias.moves)
         if self.reordered and any(f".{name}." in template for template in way.templates for name in self.reordered):
@@ -148,16 +148,16 @@ class Resolver:
             info = self.tensor(way.templates[0], numbers)
             if info is None:
                 return None
-            landing = self.whole(info, update, rule)
+            match = self.whole(info, update, rule)
             renamed = any(code == "renamed" for code, _ in rule.steps)
-            if landing.turned and update.turnable and renamed and not is_conv1d(info.name):
+            if match.turned and update.turnable and renamed and not is_conv1d(info.name):
                 # a name that is only guessed at and a shape that fits the wrong way round are no match
-                landing = Landing(landing.straight)
-                if not landing.straight:
+                match = Match(match.straight)
+                if not match.straight:
                     raise Misfit(
                         f"the update is {list(update.shape)}, but {printable(info.name)} is {list(info.shape)}"
                     )
-            return landing
+            return match
         if way.part >= 0:
             rule = rule.then("part-of-fused", f"{short(fusion.parts[way.part])} of {short(fusion.fused)}")
             return self.join(way, fusion, numbers, update, rule)
@@ -170,19 +170,19 @@ class Resolver:
             return None
         if len(infos) < len(parts):
             raise Misfit(f"the base has {printable(infos[0].name)} but not all of {' + '.join(fusion.parts)}")
-        if packed := packed_landing(infos, update, rule):
+        if packed := packed_match(infos, update, rule):
             return packed
         if len(infos[0].shape) == 3:
             return fusing.stacked(infos, update, rule)
         return fusing.out_of_fused(infos, fusing.repeats(fusion, self.config), update, rule)
 
-    def join(self, way: Way, fusion: Fusion, numbers: Numbers, update: Update, rule: Rule) -> Landing | None:
+    def join(self, way: Way, fusion: Fusion, numbers: Numbers, update: Update, rule: Rule) -> Match | None:
         """A part into the fused tensor."""
         at = way.position
         info = self.tensor(way.templates[0], numbers if at < 0 else numbers[:at] + numbers[at + 1 :])
         if info is None:
             return None
-        if packed := packed_landing([info], update, rule):
+        if packed := packed_match([info], update, rule):
             return packed
         try:
             if at < 0:
@@ -196,7 +196,7 @@ class Resolver:
         except Misfit as misfit:
             raise Misfit(f"{misfit}, {printable(info.name)} is {list(info.shape)}") from None
 
-    def spread(self, way: Way, numbers: Numbers, update: Update, rule: Rule) -> Landing | None:
+    def spread(self, way: Way, numbers: Numbers, update: Update, rule: Rule) -> Match | None:
         """The fused tensor of all experts into the tensors of each."""
         assert way.fusion is not None
         lists = [self.disk.members(template, way.position).get(numbers, []) for template in way.templates]
@@ -217,7 +217,7 @@ class Resolver:
         experts = [
             [self.tensors[self.disk.templates[template][tuple(each)]] for template in way.templates] for each in every
         ]
-        if packed := packed_landing([info for parts in experts for info in parts], update, rule):
+        if packed := packed_match([info for parts in experts for info in parts], update, rule):
             return packed
         return fusing.out_of_experts(experts, update, rule, self.interleaved)
 
@@ -240,14 +240,14 @@ class Resolver:
         name = self.disk.templates[template].get(numbers)
         return None if name is None else self.tensors[name]
 
-    def whole(self, info: TensorInfo, update: Update, rule: Rule) -> Landing:
+    def whole(self, info: TensorInfo, update: Update, rule: Rule) -> Match:
         try:
-            return packed_landing([info], update, rule) or fusing.whole(update, info, rule)
+            return packed_match([info], update, rule) or fusing.whole(update, info, rule)
         except Misfit:
             described = fusing.described(update)
             raise Misfit(f"the update is {described}, but {printable(info.name)} is {list(info.shape)}") from None
 
-    def by_suffix(self, targets: Mapping[str, Update]) -> tuple[dict[str, Landing], str]:
+    def by_suffix(self, targets: Mapping[str, Update]) -> tuple[dict[str, Match], str]:
         """Places of targets whose beginning alone is unknown, by the one change of prefix that explains most of them.
 
         Nothing where two changes explain as many, and never from one tower of a multimodal model to another.
@@ -256,9 +256,9 @@ class Resolver:
         for target in targets:
             template, numbers = template_of(unwrapped(target))
             members.setdefault(template, []).append((target, numbers))
-        scores: dict[tuple[str, str], dict[str, Landing]] = {}
+        scores: dict[tuple[str, str], dict[str, Match]] = {}
         for removed, added in self.substitutions(members):
-            landed: dict[str, Landing] = {}
+            matched: dict[str, Match] = {}
             for template, every in members.items():
                 there = added + template.removeprefix(removed)
                 if not template.startswith(removed) or there not in self.disk.templates:
@@ -270,22 +270,22 @@ class Resolver:
                     if info is None:
                         continue
                     try:
-                        landed[target] = self.whole(
+                        matched[target] = self.whole(
                             info, targets[target], Rule(("suffix-match", f"suffix {removed}… → {added}…"))
                         )
                     except Misfit:
                         continue
-            scores[removed, added] = landed
+            scores[removed, added] = matched
         best = max(map(len, scores.values()), default=0)
-        winners: dict[object, tuple[tuple[str, str], dict[str, Landing]]] = {}
-        for change, landed in scores.items():  # of changes with the same result the shortest comes first
-            if best and len(landed) == best:
-                same = frozenset((target, landing.tensors) for target, landing in landed.items())
-                winners.setdefault(same, (change, landed))
+        winners: dict[object, tuple[tuple[str, str], dict[str, Match]]] = {}
+        for change, matched in scores.items():  # of changes with the same result the shortest comes first
+            if best and len(matched) == best:
+                same = frozenset((target, match.tensors) for target, match in matched.items())
+                winners.setdefault(same, (change, matched))
         if len(winners) != 1:
             return {}, ""
-        (((removed, added), landed),) = winners.values()
-        return landed, f"{removed.strip('.') or 'nothing'} → {added.strip('.') or 'nothing'}"
+        (((removed, added), matched),) = winners.values()
+        return matched, f"{removed.strip('.') or 'nothing'} → {added.strip('.') or 'nothing'}"
 
     def substitutions(self, templates: Iterable[str]) -> list[tuple[str, str]]:
         """Changes of prefix that give some template a tensor of the base."""
@@ -316,22 +316,22 @@ def short(name: str) -> str:
     return name.replace("#.", "").removesuffix(".weight").rpartition(".")[2]
 
 
-def mapped(landing: Landing) -> Landing:
+def mapped(match: Match) -> Match:
     """The same places, found by a `--map` first."""
 
     def relabel(place: Place) -> Place:
         return replace(place, rule=Rule(("map-used", "map"), *place.rule.steps))
 
-    return Landing(tuple(map(relabel, landing.straight)), tuple(map(relabel, landing.turned)))
+    return Match(tuple(map(relabel, match.straight)), tuple(map(relabel, match.turned)))
 
 
-def identity(landing: Landing) -> object:
-    """What two landings have in common that change the same elements."""
-    places = landing.straight or landing.turned
+def identity(match: Match) -> object:
+    """What two matches have in common that change the same elements."""
+    places = match.straight or match.turned
     return frozenset((p.tensor, p.first_row, p.rows, p.update_row, str(p.columns)) for p in places)
 
 
-def packed_landing(infos: Sequence[TensorInfo], update: Update, rule: Rule) -> Landing | None:
+def packed_match(infos: Sequence[TensorInfo], update: Update, rule: Rule) -> Match | None:
     """The place of an update whose weight is quantised, unfitted: the plan refuses to edit such a tensor."""
     packed = next((info for info in infos if info.dtype not in FLOAT_NAMES), None)
-    return None if packed is None else Landing((Place(packed.name, rule, update, 0, packed.rows),))
+    return None if packed is None else Match((Place(packed.name, rule, update, 0, packed.rows),))
