@@ -46,6 +46,7 @@ benchmark: .venv/development
 docs: .venv/development
 	$(BIN)/python docs/generate_cli.py
 	$(BIN)/python docs/generate_supported.py
+	$(BIN)/python docs/generate_codes.py
 	$(BIN)/python docs/generate_keywords.py
 
 # torch comes first and alone: with its version settled, nothing later can ask for another build of it

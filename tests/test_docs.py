@@ -157,10 +157,17 @@ def test_the_command_line_page_is_what_the_help_says_today() -> None:
     assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == fresh, "run `make docs`"
 
 
+def test_the_page_of_codes_is_what_the_source_says_today() -> None:
+    fresh = runpy.run_path(str(ROOT / "docs" / "generate_codes.py"))["page"]()
+    assert (ROOT / "docs" / "codes.md").read_text(encoding="utf-8") == fresh, "run `make docs`"
+
+
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))
 def test_every_command_and_option_is_documented_by_hand_too(command: str) -> None:
     """docs/cli.md has them all by construction; a person has to have said what they are good for."""
-    by_hand = "\n".join(p.read_text(encoding="utf-8") for p in PAGES if p.name not in ("cli.md", "CHANGELOG.md"))
+    by_hand = "\n".join(
+        p.read_text(encoding="utf-8") for p in PAGES if p.name not in ("cli.md", "codes.md", "CHANGELOG.md")
+    )
     assert f"loratool {command}" in by_hand
     options = [p.opts for p in cli.command(command).params if isinstance(p, click.Option)]
     unexplained = [

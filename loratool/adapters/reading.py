@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from loratool.errors import UsageError
+from loratool.errors import UsageError, printable
+from loratool.notes import Note
 from loratool.options.described import NUMBER, TEXT, Choice, Options, option
 
 Value = TypeVar("Value", str, float)
@@ -20,6 +21,13 @@ class Reading:
     expert_layout: str | None = None  # of the columns of a fused lora_B: one of EXPERT_LAYOUTS
     adapter_name: str | None = None  # which of several adapters in one file or folder
     input_alpha: float | None = None  # α of every module, for files that do not hold it
+
+    def unused_name(self) -> tuple[Note, ...]:
+        """What to say where the adapter of this name was asked for, and there is only one, without a name."""
+        if self.adapter_name is None:
+            return ()
+        text = f"there is only one adapter, and it has no name, so --adapter-name {printable(self.adapter_name)} is ignored"
+        return (Note("adapter-name-not-used", text),)
 
 
 AS_STORED = Reading()  # all is as the files say

@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from malformed import A_VALUES, B_VALUES, QUERY, SHARDS, f32, write_adapter, write_sharded
 from oracle import read_tensors
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft_zoo import Pair, make_zoo, save_base, shake, train
@@ -163,3 +164,39 @@ def test_a_random_pissa_is_plain_lora_where_peft_saves_it_with_the_adapter_befor
     wanted = wrapped.merge_and_unload().state_dict()
     for name, tensor in read_tensors(tmp_path / "out").items():
         assert float((tensor - wanted[name]).abs().max()) <= 1e-5, name
+
+
+def test_one_shard_as_a_base_leads_to_the_folder_of_all_shards(tmp_path: Path) -> None:
+    write_sharded(tmp_path / "base")
+    write_adapter(tmp_path / "adapter")
+    with pytest.raises(loratool.FitError) as caught:
+        loratool.plan(tmp_path / "base" / SHARDS[1], tmp_path / "adapter", tmp_path / "out")
+    assert "BASE is one of 2 shards" in str(caught.value)
+    assert "pass the folder of all shards" in str(caught.value)
+    assert "--map" not in str(caught.value)
+    assert loratool.plan(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+
+
+@pytest.mark.parametrize("form", ["peft", "mlx"])
+def test_the_name_of_an_adapter_that_has_none_is_not_ignored_in_silence(tmp_path: Path, form: str) -> None:
+    write_adapter(tmp_path / "adapter")
+    if form == "mlx":
+        tensors = {f"{QUERY}.lora_a": f32(A_VALUES.T), f"{QUERY}.lora_b": f32(B_VALUES.T)}
+        write_adapter(tmp_path / "adapter", tensors, lora_parameters={"rank": 2, "scale": 2.0})
+        (tmp_path / "adapter/adapter_model.safetensors").rename(tmp_path / "adapter/adapters.safetensors")
+    facts = loratool.inspect(tmp_path / "adapter", adapter_name="style")
+    assert isinstance(facts, loratool.AdapterFacts)
+    assert facts.format == form
+    assert [note.text for note in facts.notes if note.code == "adapter-name-not-used"] == [
+        "there is only one adapter, and it has no name, so --adapter-name style is ignored"
+    ]
+
+
+def test_the_name_of_an_adapter_that_is_not_there_is_refused_and_those_that_are_there_are_listed(
+    tmp_path: Path,
+) -> None:
+    write_adapter(tmp_path / "run" / "first")
+    with pytest.raises(loratool.UsageError, match=r"has no adapter 'second'; it has first"):
+        loratool.inspect(tmp_path / "run", adapter_name="second")
+    facts = loratool.inspect(tmp_path / "run", adapter_name="first")
+    assert "adapter-name-not-used" not in {note.code for note in facts.notes}  # type: ignore[union-attr]

@@ -130,6 +130,15 @@ def test_every_code_is_a_constant_or_passed_on() -> None:
                 raise AssertionError((where, ast.unparse(code)))
 
 
+def test_the_page_of_codes_lists_every_code_that_is_written_as_a_literal() -> None:
+    page = (ROOT / "docs/codes.md").read_text(encoding="utf-8")
+    literals = {
+        str(c.value) for path in PACKAGE.rglob("*.py") for *_, c in codes_in(path) if isinstance(c, ast.Constant)
+    }
+    assert len(literals) > 80
+    assert sorted(code for code in literals if f"| `{code}`" not in page) == []
+
+
 def test_the_docs_list_every_code_of_a_finding() -> None:
     """Those on servers by their beginnings, and those of notes by what they are of."""
     told = set(SERVERS)

@@ -177,7 +177,7 @@ class Mlx(Format):
     def read_leniently(self, path: Path, reading: Reading = AS_STORED) -> tuple[Adapter, tuple[Problem, ...]]:
         folder = path if path.is_dir() else path.parent
         file = read_safefile(path / WEIGHTS if path.is_dir() else path)
-        config, notes = read_json(folder / CONFIG, lenient=True), list[Note]()
+        config, notes = read_json(folder / CONFIG, lenient=True), list(reading.unused_name())
         found = Reader(file, scale_of(config, notes))
         found.read()
         if reading.input_alpha is not None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import Adapter, adds_zero
 from loratool.algebra.updates.base import Update
@@ -23,13 +22,10 @@ from loratool.bases.binding.proposing import proposals
 from loratool.bases.binding.resolving import Renaming, Resolver
 from loratool.bases.binding.telling import Nearest, tell
 from loratool.errors import UsageError, printable
+from loratool.files.checkpoint import NUMBERED, Checkpoint
 from loratool.layouts.architectures import INPUT_EMBEDDINGS, OUTPUT_HEADS
 from loratool.notes import Note
 from loratool.templates import fill, grouped, listed, template_of
-
-if TYPE_CHECKING:
-    from loratool.files.checkpoint import Checkpoint
-
 
 __all__ = ["ALL", "Bound", "Place", "bind", "fill", "grouped", "listed", "overlap", "read_maps", "tell", "template_of"]
 
@@ -70,12 +66,14 @@ def bind(adapter: Adapter, base: Checkpoint, *, maps: Sequence[str] = (), fan_in
         del places[target]
         reasons[target] = f"{printable(tensor)} is already edited by {printable(other)}"
     missing = {t: kind for t in reasons if not reasons[t] and (kind := kind_of(t))}
+    elsewhere = in_another_shard(base)
     near = Nearest(resolver.disk.templates, base.tensors)
     lost = {t: adapter.updates[t] for t, why in reasons.items() if not why}
     taken = {place.tensor for every in places.values() for place in every}
     proposed = proposals(lost, places, resolver.disk, taken)
     problems = {
         own.get(t, t): reasons[t]
+        or elsewhere
         or (not proposed.get(t) and TIED.get(missing.get(t, "")))
         or near.reason(t, proposed.get(t, ""))
         for t in sorted(reasons)
@@ -92,6 +90,12 @@ def bind(adapter: Adapter, base: Checkpoint, *, maps: Sequence[str] = (), fan_in
     template_of.cache_clear()
     placed = {own.get(t, t): places[t] for t in adapter.updates if t in places}
     return Bound(placed, problems, tuple(notes), missing, frozenset(proposed))
+
+
+def in_another_shard(base: Checkpoint) -> str:
+    """Why a base that is one of several shards lacks a weight; empty for a whole model."""
+    count = int(match["count"]) if (match := NUMBERED.match(base.root.name)) and not base.root.is_dir() else 1
+    return f"BASE is one of {count} shards and lacks this weight; pass the folder of all shards" if count > 1 else ""
 
 
 TIED = {"output head": "the base has no such weight and does not tie its head to an input embedding"}

@@ -7,7 +7,7 @@ from typing import Any
 
 from loratool.adapters.formats.peft.keys import family_of, path_of
 from loratool.adapters.weight_files import weight_files
-from loratool.errors import InputError, printable
+from loratool.errors import InputError, UsageError, printable
 from loratool.files.checkpoint import (
     INDEX_SUFFIX,
     NUMBERED,
@@ -91,9 +91,12 @@ def folder_of(path: Path, notes: list[Note], adapter_name: str | None) -> Path:
     """The folder of the adapter: the one that is given, or the one in it that is meant."""
     if any((path / name).exists() for name in (CONFIG, WEIGHTS)):
         return path
-    inside = [folder for folder in nested(path) if adapter_name in (None, folder.name)] or nested(path)
+    every = nested(path)
+    names = ", ".join(printable(folder.name) for folder in every)
+    inside = [folder for folder in every if adapter_name in (None, folder.name)]
+    if every and not inside:
+        raise UsageError(f"{printable(path)}: has no adapter {printable(repr(adapter_name))}; it has {names}")
     if len(inside) > 1:
-        names = ", ".join(printable(f.name) for f in inside)
         raise InputError(f"{printable(path)}: contains several adapters ({names}); pass the subfolder of one")
     if inside:
         notes.append(Note("subfolder", f"read from the subfolder {printable(inside[0].name)}"))

@@ -45,6 +45,8 @@ def read_leniently(path: Path, reading: Reading = AS_STORED) -> tuple[Adapter, t
     """
     notes: list[Note] = []
     folder, file = open_weights(path, notes, reading.adapter_name)
+    if folder.name != reading.adapter_name:
+        notes += reading.unused_name()
     config_file = folder / CONFIG
     draft = draft_of(file, read_config(config_file), notes, reading)
     alone = path.is_file() and path.name not in (WEIGHTS, INDEX)  # its folder may hold anything
