@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pathlib
 from collections.abc import Callable
+from typing import Any
 
 from hypothesis import settings
 
@@ -33,6 +35,18 @@ def at_ease(sync: Callable[[int], None]) -> Callable[[int], None]:
 # Before loratool is imported. Processes of their own wait, and so do the forks in which runs are killed.
 for name in {"fsync", "fdatasync"} & set(dir(os)):
     setattr(os, name, at_ease(getattr(os, name)))
+
+
+def looked_up(name: str) -> Callable[..., Any]:
+    """The function of `os` that has this name when it is called."""
+    return lambda *args, **named: getattr(os, name)(*args, **named)
+
+
+# Before Python 3.11, paths keep the functions of `os`, so that they would go past those that tests put in their place.
+if accessor := getattr(pathlib, "_normal_accessor", None):
+    for name in set(dir(accessor)) & set(dir(os)):
+        if getattr(accessor, name) is getattr(os, name):
+            setattr(accessor, name, looked_up(name))
 
 # The same examples every time; HYPOTHESIS_PROFILE=default looks for new ones.
 settings.register_profile("repeatable", derandomize=True)

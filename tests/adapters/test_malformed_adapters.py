@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import struct
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -220,14 +221,15 @@ INVALID_PATTERNS = (
     "a)(b",
     "(" * 5000,
     "a{99999999999}",
-    "(?i)q_proj",
+    # alone it is one, but not where PEFT puts it
+    *(["(?i)q_proj"] if sys.version_info >= (3, 11) else []),
 )
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
 @each({pattern[:20]: pattern for pattern in INVALID_PATTERNS})
 def test_a_pattern_that_is_no_regular_expression_is_refused(bench: Workbench, field: str, case: str) -> None:
-    """Row 38. The last is one alone, but not where PEFT puts it."""
+    """Row 38."""
     write_adapter(bench.adapter, **{field: {case: 2}})
     refuses_adapter(bench, ADAPTER, ADAPTER_CONFIG)
 

@@ -121,6 +121,8 @@ def test_patterns_name_a_parameter_by_its_own_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize("parameter", ["gate_up_proj", "down_proj"])
 @pytest.mark.parametrize("name", ["mixtral", "granitemoe", "llama4"])
 def test_one_adapted_parameter_of_the_experts_is_told_from_the_other(tmp_path: Path, name: str, parameter: str) -> None:
+    if reason := why_not_here(name):
+        pytest.skip(reason)
     settings = {"target_modules": ["q_proj"], "target_parameters": [f"experts.{parameter}"]}
     case = train(tmp_path, ARCHITECTURES[name], **settings)
     keys = read_tensors(case.adapter)

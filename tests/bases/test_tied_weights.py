@@ -659,6 +659,8 @@ NOT_COVERED = {
     "ZambaForCausalLM": "refused, since its layers are tied as well",
     "Zamba2ForCausalLM": "refused, since its layers are tied as well",
 }
+if getattr(transformers.CpmAntForCausalLM, "_tied_weights_keys", None):
+    NOT_COVERED["CpmAntForCausalLM"] = "later releases of transformers do not tie it"
 ON_DISK = {"GPTNeoXForCausalLM": ("lm_head.", "embed_out.")}  # in memory, on disk
 LAYERS_OF_CONFIGS = ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers", "n_layers")
 MAPPINGS = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SPEECH_SEQ_2_SEQ", "PRETRAINING")
@@ -718,4 +720,4 @@ def test_the_table_names_what_transformers_ties_in_every_class_with_a_head_over_
             }
     assert built > 150
     assert {name: ties for name, ties in wrong.items() if name not in NOT_COVERED} == {}
-    assert set(wrong) == set(NOT_COVERED)
+    assert set(wrong) == {name for name in NOT_COVERED if hasattr(transformers, name)}

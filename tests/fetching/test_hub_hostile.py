@@ -14,6 +14,7 @@ import faults
 import pytest
 from hub_client import Client
 from hub_server import WRITER, HubServer, Lie
+from oracle import needs
 
 from loratool.errors import HubError, UsageError
 from loratool.fetching import parse
@@ -142,12 +143,14 @@ def test_a_lie_of_a_server_ends_the_command_and_leads_nowhere(
     assert not os.path.lexists("/tmp/evil")
 
 
-def test_after_the_lies_an_honest_server_is_believed(hub: HubServer, client: Client) -> None:
+@pytest.mark.parametrize("lie", ["a digest that leads out", "another commit", "a file without an end"])
+def test_after_a_lie_an_honest_server_is_believed(hub: HubServer, client: Client, lie: str) -> None:
     """Nothing of what was refused is left in the cache where it would be taken for an answer."""
-    for name in ("a digest that leads out", "another commit", "a file without an end"):
-        hub.lies.append({**LIES_TO_ALL, **LIES_TO_DOWNLOADS}[name])
-        client.refused(*READING["merge"], cwd=client.home)
-        hub.lies.clear()
+    if lie == "a file without an end":
+        needs("huggingface_hub", "1.18", "goes on at the end of a file that is too long already")
+    hub.lies.append({**LIES_TO_ALL, **LIES_TO_DOWNLOADS}[lie])
+    client.refused(*READING["merge"], cwd=client.home)
+    hub.lies.clear()
     client.works(*READING["merge"], cwd=client.home)
     assert json.loads((client.home / "out" / "loratool.json").read_text())["base"]["hub"].startswith("org/base@")
 

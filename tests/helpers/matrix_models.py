@@ -273,12 +273,17 @@ def train(folder: Path, architecture: Architecture, **settings: Any) -> Trained:
     return Trained(architecture, folder)
 
 
+# a part of what recent releases of transformers call these in memory
+IN_MEMORY = {"dinov2": ".q_proj.", "gpt_neox": "lm_head.", "granitemoe": ".experts.gate_up_proj"}
+
+
 @cache
 def why_not_here(name: str) -> str:
     """Why the installed transformers does not have what a case is about; empty where it has."""
-    if name == "dinov2":
+    if part := IN_MEMORY.get(name):
+        architecture = ARCHITECTURES[name]
         with torch.device("meta"):
-            model = transformers.Dinov2Model(transformers.Dinov2Config(**vision(use_swiglu_ffn=True)))
-        if not any(".q_proj." in parameter for parameter in model.state_dict()):
-            return f"transformers {transformers.__version__} calls the layers of dinov2 in memory as on disk"
+            model = architecture.cls(architecture.config())
+        if not any(part in parameter for parameter in model.state_dict()):
+            return f"transformers {transformers.__version__} has no '{part}' in {name} in memory"
     return ""

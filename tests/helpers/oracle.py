@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from safetensors import SafetensorError, deserialize, safe_open
 from torch import Tensor
 
@@ -229,6 +230,12 @@ def picture(folder: Path) -> dict[str, tuple[int, int, bytes]]:
         )
         for path in sorted(folder.rglob("*"))
     }
+
+
+def needs(package: str, lowest: str, because: str) -> None:
+    """Skip a test that compares with what only later releases of a package do."""
+    if Version(found := version(package)) < Version(lowest):
+        pytest.skip(f"{package} {found} {because}")
 
 
 def needs_dtypes(*dtypes: str) -> None:

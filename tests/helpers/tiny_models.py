@@ -196,7 +196,7 @@ RENAMED: Mapping[str, Family] = {
         pixels,
         edited=14,
     ),
-    "gpt-neox with a head of its own": Family(
+    "gpt_neox": Family(  # with a head of its own
         lambda: transformers.GPTNeoXConfig(
             vocab_size=VOCABULARY,
             hidden_size=HIDDEN,
