@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import Adapter, stored_tensors
 from loratool.adapters.formats import Foreign, find_foreign, format_at, is_adapter, looks_foreign
@@ -18,7 +18,6 @@ from loratool.adapters.weight_files import fates
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
-from loratool.bases.adapter_fit import Fit, fit_of
 from loratool.bases.opening import open_checkpoint
 from loratool.errors import InputError, LoratoolError, UsageError, VerificationError, printable
 from loratool.fetching import Role, headers, local
@@ -43,6 +42,9 @@ from loratool.results.facts import (
 )
 from loratool.results.findings import Finding
 from loratool.results.text import counts
+
+if TYPE_CHECKING:
+    from loratool.bases.adapter_fit import Fit  # which loads all about bases
 
 Progress = Callable[[int, int], None]
 PathLike = str | os.PathLike[str]
@@ -84,9 +86,8 @@ def inspect(
         against = at(options.base, "model") if options.base is not None else None
         if options.base_config is not None:
             against = stack.enter_context(headers(options.base_config))
-        hold = partial(fit_of, maps=options.maps, fan_in_fan_out=options.fan_in_fan_out)
         location = at(path, "any")
-        facts = look_at(location, path, against, hold, options, progress, way)
+        facts = look_at(location, path, against, options, progress, way)
         facts = with_record(facts, location) if options.check else facts
         device = facts.values.cost.device if isinstance(facts, AdapterFacts) and facts.values else ""
         return replace(facts, cost=Cost(device, time.monotonic() - started, peak_memory=peak_memory()))
@@ -105,12 +106,11 @@ def look_at(
     location: Path,
     path: PathLike,
     against: Path | None,
-    hold: Callable[[Adapter, Path, bool], Fit],
     options: InspectOptions,
     progress: Progress | None,
     way: Reading,
 ) -> Facts:
-    """What is at `location`, which was asked for as `path`; `hold` holds an adapter against the base at `against`."""
+    """What is at `location`, which was asked for as `path`; an adapter is held against the base at `against`."""
     shown = Path(path)
     if foreign := foreign_adapter(location):
         return foreign_facts(foreign, shown, options.tensors, options.check)
@@ -126,9 +126,13 @@ def look_at(
         if not options.check:
             raise
         return UnreadableFacts("unreadable", printable(shown), tell_unreadable(error, location))
-    fit = hold(adapter, against, holds_weights(against)) if against else None
-    if fit and not options.check:
-        fit.require()
+    fit: Fit | None = None
+    if against:
+        from loratool.bases.adapter_fit import fit_of
+
+        fit = fit_of(adapter, against, holds_weights(against), options.maps, options.fan_in_fan_out)
+        if not options.check:
+            fit.require()
     facts = adapter_facts(adapter, shown, fit)
     if options.tensors:
         facts = replace(facts, tensors=tuple(listed([adapter.file])))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from loratool.notes import Note
 from loratool.results.base import Result
 from loratool.results.findings import Finding, findings_text
 from loratool.results.text import columns, counted, fill, shortened, size, spread, wrapped
-from loratool.results.values import Values, values_text
 from loratool.templates import grouped, template_of
+
+if TYPE_CHECKING:
+    from loratool.results.values import Values  # most adapters are shown without
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class AdapterFacts(Result):
         if self.against:
             parts += base_text(self.against, self.modules)
         if self.values:
-            parts.append(values_text(self.values))
+            parts.append(str(self.values))
         if self.tensors is not None:
             parts.append(tensors_text(self.tensors))
         if self.findings is not None:

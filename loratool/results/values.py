@@ -72,33 +72,34 @@ class Values:
     cost: Cost
     notes: tuple[Note, ...]
 
-
-def values_text(values: Values) -> str:
-    """Norms and ranks: by name of module, then the modules that change most, and what to make of it."""
-    weighed = any(m.weight for m in values.modules)
-    rows: list[tuple[str, object]] = [("‖ΔW‖", f"{values.norm:.6g}, all {len(values.modules)} modules together")]
-    if values.norm_base:
-        rows.append(
-            ("‖W0‖", f"{values.norm_base:.6g} of the weights it changes: {percentage(values.norm / values.norm_base)}")
-        )
-    for kept in values.suggestions:
-        told = (
-            f"rank {kept.rank}: {size(kept.bytes)} of {size(kept.bytes_now)}; with a rank per layer: "
-            f"{size(kept.bytes_by_layer)}"
-        )
-        rows.append((f"{100 * kept.energy:.0f} % energy", told))
-    bad = [m for m in values.modules if m.nonfinite]
-    rows += [("not finite", f"{m.nonfinite} values in {m.target}") for m in bad[:MOST_MODULES]]
-    if subnormal := sum(m.subnormal for m in values.modules):
-        rows.append(("subnormal", f"{subnormal:,} values in {sum(bool(m.subnormal) for m in values.modules)} modules"))
-    rows += [("not measured", f"{target}: {why}") for target, why in list(values.skipped.items())[:MOST_MODULES]]
-    rows += [*cost_rows(values.cost), *(("note", note) for note in values.notes)]
-    parts = [wrapped(rows)]
-    if values.modules:
-        parts += [by_name(values.modules), largest(values.modules)]
-    if weighed:
-        parts.append(against_weights(values.modules))
-    return "\n\n".join(parts)
+    def __str__(self) -> str:
+        """Norms and ranks: by name of module, then the modules that change most, and what to make of it."""
+        weighed = any(m.weight for m in self.modules)
+        rows: list[tuple[str, object]] = [("‖ΔW‖", f"{self.norm:.6g}, all {len(self.modules)} modules together")]
+        if self.norm_base:
+            rows.append(
+                ("‖W0‖", f"{self.norm_base:.6g} of the weights it changes: {percentage(self.norm / self.norm_base)}")
+            )
+        for kept in self.suggestions:
+            told = (
+                f"rank {kept.rank}: {size(kept.bytes)} of {size(kept.bytes_now)}; with a rank per layer: "
+                f"{size(kept.bytes_by_layer)}"
+            )
+            rows.append((f"{100 * kept.energy:.0f} % energy", told))
+        bad = [m for m in self.modules if m.nonfinite]
+        rows += [("not finite", f"{m.nonfinite} values in {m.target}") for m in bad[:MOST_MODULES]]
+        if subnormal := sum(m.subnormal for m in self.modules):
+            rows.append(
+                ("subnormal", f"{subnormal:,} values in {sum(bool(m.subnormal) for m in self.modules)} modules")
+            )
+        rows += [("not measured", f"{target}: {why}") for target, why in list(self.skipped.items())[:MOST_MODULES]]
+        rows += [*cost_rows(self.cost), *(("note", note) for note in self.notes)]
+        parts = [wrapped(rows)]
+        if self.modules:
+            parts += [by_name(self.modules), largest(self.modules)]
+        if weighed:
+            parts.append(against_weights(self.modules))
+        return "\n\n".join(parts)
 
 
 Column = tuple[str, Callable[["Measured"], "float | None"]]
