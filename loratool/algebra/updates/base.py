@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from loratool.lazy import Tensor
@@ -80,6 +81,54 @@ class Update:
     def elements(self, rows: Tensor, columns: Tensor) -> Tensor | None:  # noqa: ARG002
         """The change of single elements in float64, at strength 1; None where that is not known."""
         return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Oriented(Update):
+    """A change that is known for a weight stored (out, in), to a linear layer's that may be stored the other way."""
+
+    in_out: bool = False  # how the weight is stored
+    turnable: bool = True
+
+    @property
+    def turned(self) -> Update:
+        return replace(self, in_out=not self.in_out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sized(Oriented):
+    """One whose factors do not tell the shape of the weight, which `fit` puts in."""
+
+    size: tuple[int, ...] = (ANY, ANY)  # of the weight, once fitted
+
+    needs_weight = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.size
+
+    @property
+    def turned(self) -> Update:
+        return replace(self, in_out=not self.in_out, size=self.size[::-1])
+
+
+@dataclass(frozen=True)
+class Wrapped(Update):
+    """A change that another one is part of, and that fits the same weights."""
+
+    inner: Update
+
+    @property
+    def turnable(self) -> bool:
+        return self.inner.turnable
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    @property
+    def rank(self) -> int:
+        return self.inner.rank
 
 
 def agree(wanted: tuple[int, ...], shape: tuple[int, ...]) -> bool:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from loratool.algebra.updates.base import Update, WeightRows
+from loratool.algebra.updates.base import Update, WeightRows, Wrapped
 from loratool.lazy import Tensor
 
 
 @dataclass(frozen=True)
-class Magnitude(Update):
+class Magnitude(Wrapped):
     """W' = m/‖W + ΔW‖ ⊙ (W + ΔW): DoRA (Liu et al. 2024, arXiv:2402.09353), by composition.
 
     The norm is that of each row, or of each column (`by_column`) where the weight is stored (in, out) or is an
@@ -17,7 +17,6 @@ class Magnitude(Update):
     of norm 0 stays 0. At another strength W' lies on the line from W through the result at strength 1.
     """
 
-    inner: Update
     magnitude: Tensor  # (rows,), or (columns,) by column
     by_column: bool = False
     norms: Tensor | None = None  # (columns,) of W + ΔW, once prepared
@@ -29,20 +28,8 @@ class Magnitude(Update):
         return self.by_column or self.inner.needs_weight
 
     @property
-    def turnable(self) -> bool:
-        return self.inner.turnable
-
-    @property
     def turned(self) -> Magnitude:
         return replace(self, inner=self.inner.turned, by_column=not self.by_column)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.inner.shape
-
-    @property
-    def rank(self) -> int:
-        return self.inner.rank
 
     def fit(self, shape: tuple[int, ...]) -> Update | None:
         inner = self.inner.fit(shape)

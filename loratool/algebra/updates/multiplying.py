@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from loratool.algebra.updates.base import ANY, Update
+from loratool.algebra.updates.base import ANY, Update, Wrapped
 from loratool.algebra.updates.formulas import diagonal
 from loratool.lazy import Tensor, torch
 
@@ -55,28 +55,14 @@ class Scale(Update):
 
 
 @dataclass(frozen=True)
-class Modulated(Update):
-    """ΔW = W ⊙ P, W being the unmerged weight and P what `inner` adds: HiRA (Huang et al., ICLR 2025)."""
-
-    inner: Update  # one that only adds
+class Modulated(Wrapped):
+    """ΔW = W ⊙ P, W being the unmerged weight and P the change by `inner`, which only adds: HiRA (Huang et al., ICLR 2025)."""
 
     looks_at_base = True
 
     @property
-    def turnable(self) -> bool:
-        return self.inner.turnable
-
-    @property
     def turned(self) -> Modulated:
         return Modulated(self.inner.turned)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.inner.shape
-
-    @property
-    def rank(self) -> int:
-        return self.inner.rank
 
     def fit(self, shape: tuple[int, ...]) -> Update | None:
         inner = self.inner.fit(shape)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from loratool.algebra.updates.additive import LowRank
-from loratool.algebra.updates.base import ANY, Update, WeightRows
+from loratool.algebra.updates.base import ANY, Oriented, Sized, Update, WeightRows
 from loratool.algebra.updates.formulas import diagonal
 from loratool.lazy import Tensor, torch
 
@@ -227,7 +227,7 @@ class Pooled(Update):
 
 
 @dataclass(frozen=True)
-class Shared(Update):
+class Shared(Oriented):
     """ΔW = up @ down[:, :columns]: `down` also serves layers with more inputs, as in VeRA.
 
     Kopiczko et al. 2023, arXiv:2310.11454.
@@ -236,8 +236,8 @@ class Shared(Update):
     up: Tensor  # (rows, rank)
     down: Tensor  # (rank, most columns)
     columns: int = ANY  # of the (out, in) weight, once fitted
-    in_out: bool = False  # how the weight is stored
-    turnable: bool = True
+
+    needs_weight = True
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -248,19 +248,11 @@ class Shared(Update):
     def rank(self) -> int:
         return self.down.shape[0]
 
-    @property
-    def turned(self) -> Shared:
-        return replace(self, in_out=not self.in_out)
-
     def fit(self, shape: tuple[int, ...]) -> Update | None:
         if len(shape) != 2 or super().fit(shape) is None:
             return None
         columns = shape[0] if self.in_out else shape[1]
         return replace(self, columns=columns) if columns <= self.down.shape[1] else None
-
-    @property
-    def needs_weight(self) -> bool:
-        return True
 
     def prepared(self, weight: WeightRows) -> Update:  # noqa: ARG002
         """As a plain low-rank update, which adds up with others."""
@@ -274,7 +266,7 @@ class Shared(Update):
 
 
 @dataclass(frozen=True)
-class Bases(Update):
+class Bases(Sized):
     """ΔW = scale · large @ small, or (large @ small)ᵀ where the weight has more columns than rows: RandLoRA.
 
     Albert et al. 2025, arXiv:2502.00987. `large` also serves layers whose longer side is longer than this one's.
@@ -283,23 +275,10 @@ class Bases(Update):
     large: Tensor  # (longest side, rank)
     small: Tensor  # (rank, shorter side)
     scale: float
-    size: tuple[int, ...] = (ANY, ANY)  # of the weight, once fitted
-    in_out: bool = False  # how the weight is stored, which counts where it is square
-    turnable: bool = True
-
-    needs_weight = True
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.size
 
     @property
     def rank(self) -> int:
         return self.small.shape[0]
-
-    @property
-    def turned(self) -> Bases:
-        return replace(self, in_out=not self.in_out, size=self.size[::-1])
 
     def fit(self, shape: tuple[int, ...]) -> Update | None:
         fits = (

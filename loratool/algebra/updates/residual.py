@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from loratool.algebra.updates.additive import LowRank, stack
-from loratool.algebra.updates.base import Update, WeightRows
+from loratool.algebra.updates.base import Update, WeightRows, Wrapped
 from loratool.lazy import Tensor, torch
 
 # What was taken away of W = U S Vᵀ, or W = Q R, by an update of rank r:
@@ -15,28 +15,18 @@ TRIANGULAR = "triangular"  # scale · Q[:, :r] @ R[:r]: OLoRA (Büyükakyüz 202
 
 
 @dataclass(frozen=True)
-class Residual(Update):
+class Residual(Wrapped):
     """W' = W − part(W) + ΔW, ΔW being the trained update; the part is worked out again from the unmerged weight."""
 
     inner: LowRank
     part: str  # one of the constants above
     in_out: bool = False  # how the weight is stored
 
-    @property
-    def needs_weight(self) -> bool:
-        return True
-
-    @property
-    def turnable(self) -> bool:
-        return self.inner.turnable
+    needs_weight = True
 
     @property
     def turned(self) -> Residual:
         return replace(self, inner=self.inner.turned, in_out=not self.in_out)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.inner.shape
 
     @property
     def rank(self) -> int:

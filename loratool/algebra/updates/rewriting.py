@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from loratool.algebra.updates.additive import Add, LowRank
-from loratool.algebra.updates.base import ANY, Update, WeightRows
+from loratool.algebra.updates.base import ANY, Oriented, Update, WeightRows
 from loratool.lazy import Tensor, torch
 
 
@@ -25,7 +25,7 @@ def image(left: Tensor, weight: WeightRows) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Injection(Update):
+class Injection(Oriented):
     """W' = (I − left @ rightᵀ) W + left @ down: DEFT, and without `down` PaRa (Chen et al. 2024, arXiv:2410.21759).
 
     A part of what the rows of W span is taken out and, in DEFT, something else put into its place.
@@ -34,8 +34,6 @@ class Injection(Update):
     left: Tensor  # (rows, r)
     right: Tensor  # (rows, r)
     down: Tensor | None  # (r, columns)
-    in_out: bool = False  # how the weight is stored
-    turnable: bool = True
 
     needs_weight = True
 
@@ -47,10 +45,6 @@ class Injection(Update):
     @property
     def rank(self) -> int:
         return self.left.shape[1]
-
-    @property
-    def turned(self) -> Injection:
-        return replace(self, in_out=not self.in_out)
 
     def prepared(self, weight: WeightRows) -> Update:
         if self.in_out:
@@ -146,7 +140,7 @@ class Pairs(Update):
 
 
 @dataclass(frozen=True)
-class Recomposed(Update):
+class Recomposed(Oriented):
     """W' = U (S + diag λ) Vᵀ: FRoD, whose U has the directions of the columns of W V⁻ᵀ, at length 1.
 
     S is zero but for `values` at `index`.
@@ -156,8 +150,6 @@ class Recomposed(Update):
     diagonal: Tensor  # λ, (columns,)
     index: Tensor  # (2, n)
     values: Tensor  # (n,)
-    in_out: bool = False  # how the weight is stored
-    turnable: bool = True
 
     needs_weight = True
 
@@ -169,10 +161,6 @@ class Recomposed(Update):
     @property
     def rank(self) -> int:
         return self.diagonal.shape[0]  # of its memory: the basis, its inverse and the weight once more
-
-    @property
-    def turned(self) -> Recomposed:
-        return replace(self, in_out=not self.in_out)
 
     def prepared(self, weight: WeightRows) -> Update:
         return Add(self.delta(whole(weight)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from loratool.algebra.updates.base import ANY, Update, WeightRows
+from loratool.algebra.updates.base import ANY, Sized, Update, WeightRows
 from loratool.errors import FitError
 from loratool.lazy import Tensor, torch
 
@@ -18,16 +18,14 @@ class Scatter(Update):
     values: Tensor  # (n,)
     size: tuple[int, ...] = (ANY, ANY)  # of the weight, once fitted
 
+    needs_weight = True
+
     @property
     def shape(self) -> tuple[int, ...]:
         return self.size
 
     def fit(self, shape: tuple[int, ...]) -> Update | None:
         return replace(self, size=shape) if super().fit(shape) else None
-
-    @property
-    def needs_weight(self) -> bool:
-        return True
 
     def prepared(self, weight: WeightRows) -> Update:  # noqa: ARG002
         """The same by rows and columns, with every index checked to be inside of the weight."""
@@ -61,7 +59,7 @@ class Scatter(Update):
 
 
 @dataclass(frozen=True)
-class Spectrum(Update):
+class Spectrum(Sized):
     """ΔW = scale · Re(inverse 2-d Fourier transform of F), F being zero but for `spectrum` at random places.
 
     FourierFT (Gao et al. 2024, arXiv:2405.03003). The places are the first of a permutation of all elements of
@@ -71,30 +69,15 @@ class Spectrum(Update):
     spectrum: Tensor  # (n,)
     scale: float
     seed: int
-    size: tuple[int, ...] = (ANY, ANY)  # of the weight, once fitted
-    in_out: bool = False  # how the weight is stored
     places: Tensor | None = None  # (2, n): rows and columns of F, once prepared
-    turnable: bool = True
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.size
 
     @property
     def rank(self) -> int:
         return 2
 
-    @property
-    def turned(self) -> Spectrum:
-        return replace(self, in_out=not self.in_out, size=self.size[::-1])
-
     def fit(self, shape: tuple[int, ...]) -> Update | None:
         fits = len(shape) == 2 and super().fit(shape) and self.spectrum.shape[0] <= math.prod(shape)
         return replace(self, size=shape) if fits else None
-
-    @property
-    def needs_weight(self) -> bool:
-        return True
 
     def prepared(self, weight: WeightRows) -> Update:  # noqa: ARG002
         out_in = self.size[::-1] if self.in_out else self.size

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from loratool.algebra.updates.additive import Add
-from loratool.algebra.updates.base import ANY, Update, WeightRows
+from loratool.algebra.updates.base import Sized, Update, WeightRows
 from loratool.algebra.updates.sparse import drawn
 from loratool.lazy import Tensor, numpy as np, torch
 
@@ -14,7 +14,7 @@ LARGEST_ORDER = 10  # of Daubechies' wavelets, as PEFT has them
 
 
 @dataclass(frozen=True)
-class Wavelet(Update):
+class Wavelet(Sized):
     """ΔW = scale · one step of an inverse wavelet transform of F, F being zero but for `spectrum` at random places.
 
     WaveFT of PEFT. The places are drawn as FourierFT's are. F is a bit larger than the (out, in) weight, which is
@@ -25,23 +25,10 @@ class Wavelet(Update):
     scale: float
     seed: int
     order: int  # of Daubechies' wavelet, which has 2 · order values
-    size: tuple[int, ...] = (ANY, ANY)  # of the weight, once fitted
-    in_out: bool = False  # how the weight is stored
-    turnable: bool = True
-
-    needs_weight = True
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.size
 
     @property
     def rank(self) -> int:
         return max(self.size)  # of its memory: two matrices of the weight's size
-
-    @property
-    def turned(self) -> Wavelet:
-        return replace(self, in_out=not self.in_out, size=self.size[::-1])
 
     def fit(self, shape: tuple[int, ...]) -> Update | None:
         fits = len(shape) == 2 and super().fit(shape) and self.spectrum.shape[0] <= math.prod(shape)
