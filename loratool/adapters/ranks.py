@@ -25,13 +25,9 @@ RULES = ("rank", "energy", "error", "ratio", "budget")
 class Amount(Kind):
     """A number of parameters (4M) or of bytes (16MB)."""
 
-    @property
-    def metavar(self) -> str:
-        return "SIZE"
+    metavar = "SIZE"
 
-    @property
-    def annotation(self) -> str:
-        return "int | str"
+    annotation = "int | str"
 
     def taken(self, value: Any, flag: str) -> Any:
         if amount(str(value)) is None:

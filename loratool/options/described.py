@@ -73,9 +73,7 @@ class PathKind(Kind):
     def metavar(self) -> str:
         return self.name
 
-    @property
-    def annotation(self) -> str:
-        return "str | os.PathLike[str]"
+    annotation = "str | os.PathLike[str]"
 
     def taken(self, value: Any, flag: str) -> Any:
         if not isinstance(value, (str, os.PathLike)):
@@ -175,9 +173,7 @@ class Flag(Kind):
 
     both: bool = False
 
-    @property
-    def annotation(self) -> str:
-        return "bool"
+    annotation = "bool"
 
     def taken(self, value: Any, flag: str) -> Any:
         if not isinstance(value, bool):
@@ -200,13 +196,9 @@ class Size(Kind):
 
     usual: str = "GB"  # the unit that is proposed for a number without one
 
-    @property
-    def metavar(self) -> str:
-        return "SIZE"
+    metavar = "SIZE"
 
-    @property
-    def annotation(self) -> str:
-        return "int | str"
+    annotation = "int | str"
 
     def taken(self, value: Any, flag: str) -> Any:
         text = value.strip() if isinstance(value, str) else str(NUMBER_OF_BYTES.number(value))
@@ -230,9 +222,7 @@ class JsonFile(Kind):
 
     type: type = dict
 
-    @property
-    def metavar(self) -> str:
-        return "FILE.json"
+    metavar = "FILE.json"
 
     @property
     def annotation(self) -> str:
@@ -262,9 +252,7 @@ class JsonFile(Kind):
 class Pairs(Kind):
     """Numbers by pattern, `REGEX=FACTOR` each; in Python also a mapping."""
 
-    @property
-    def metavar(self) -> str:
-        return "REGEX=FACTOR"
+    metavar = "REGEX=FACTOR"
 
     def taken(self, value: Any, flag: str) -> Any:
         pattern, _, number = value.rpartition("=") if isinstance(value, str) else ("", "", "")

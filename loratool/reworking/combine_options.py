@@ -27,13 +27,9 @@ SIGNS = ("total", "frequency")
 class WeightOf(Kind):
     """A number, or numbers by pattern with "default" for what none matches: a mapping, or an object of JSON."""
 
-    @property
-    def metavar(self) -> str:
-        return "FLOAT"
+    metavar = "FLOAT"
 
-    @property
-    def annotation(self) -> str:
-        return "float | Mapping[str, float]"
+    annotation = "float | Mapping[str, float]"
 
     def taken(self, value: Any, flag: str) -> Any:
         if isinstance(value, str) and value.lstrip().startswith("{"):

@@ -71,9 +71,7 @@ class Spectrum(Sized):
     seed: int
     places: Tensor | None = None  # (2, n): rows and columns of F, once prepared
 
-    @property
-    def rank(self) -> int:
-        return 2
+    rank = 2
 
     def fit(self, shape: tuple[int, ...]) -> Update | None:
         fits = len(shape) == 2 and super().fit(shape) and self.spectrum.shape[0] <= math.prod(shape)

@@ -17,13 +17,9 @@ MOST_RANK = 32  # where no number is given: what servers take by their defaults 
 class RankOrAuto(Kind):
     """A whole number, or auto."""
 
-    @property
-    def metavar(self) -> str:
-        return "N|auto"
+    metavar = "N|auto"
 
-    @property
-    def annotation(self) -> str:
-        return 'int | Literal["auto"]'
+    annotation = 'int | Literal["auto"]'
 
     def taken(self, value: Any, flag: str) -> Any:
         if value == "auto":
