@@ -2,7 +2,7 @@
 
     from loratool.lazy import Tensor, torch
 
-`Tensor` is for annotations. To type checkers these are the packages themselves.
+`Tensor` and `NDArray` are for annotations. To type checkers these are the packages themselves.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Tensor", "numpy", "torch"]
+__all__ = ["NDArray", "Tensor", "numpy", "torch"]
 
 if TYPE_CHECKING:
     import numpy
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor
 else:
 
@@ -27,4 +28,5 @@ else:
         def __getattr__(self, name: str) -> Any:
             return getattr(import_module(self.package), name)
 
-    numpy, torch, Tensor = Lazy("numpy"), Lazy("torch"), Any
+    numpy, torch = Lazy("numpy"), Lazy("torch")
+    Tensor = NDArray = Any

@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from loratool.adapters.training import Training
+from loratool.adapters.weight_files import WeightFile
 from loratool.algebra.updates.additive import Add, LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import Replace
@@ -16,15 +17,9 @@ from loratool.errors import InputError, printable
 from loratool.files.digests import sha256_of
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES, SafeFile, TensorInfo
-from loratool.lazy import Tensor, numpy as np, torch
+from loratool.lazy import NDArray, Tensor, numpy as np, torch
 from loratool.notes import Note
 from loratool.shown import Shown
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from loratool.adapters.weight_files import WeightFile
-
 
 AnyUpdate = TypeVar("AnyUpdate", bound=Update)
 

@@ -6,16 +6,13 @@ import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from loratool.adapters.layers import Layer
 from loratool.adapters.patterns import match_patterns
 from loratool.errors import UsageError, printable
 from loratool.notes import Note
 from loratool.options.described import Kind, amount
-
-if TYPE_CHECKING:
-    from loratool.adapters.layers import Layer
-
 
 AMOUNT = "a number of parameters such as 4M, or of bytes such as 16MB"
 RULES = ("rank", "energy", "error", "ratio", "budget")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from loratool.algebra.updates.base import Update
+from loratool.algebra.updates.base import Update
 
 
 @dataclass(frozen=True)

@@ -13,19 +13,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats import WRITTEN
 from loratool.adapters.weight_files import PICKLES, WeightFile, fates
+from loratool.bases.binding import Bound
 from loratool.errors import InputError, LoratoolError, UsageError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.containers import conversion
 from loratool.notes import Note
 from loratool.options.described import local_word
-
-if TYPE_CHECKING:
-    from loratool.bases.binding import Bound
 
 PathLike = str | os.PathLike[str]
 ALSO_LOAD, IGNORE = "--also-load", "--ignore-files"

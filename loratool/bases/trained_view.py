@@ -10,20 +10,16 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import Adapter, Flattened, StoredTensor
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.bases.binding import Bound
+from loratool.bases.tied_weights import Ties
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import FLOAT_NAMES, TensorInfo
 from loratool.layouts.architectures import INPUT_EMBEDDINGS, OUTPUT_HEADS
-
-if TYPE_CHECKING:
-    from loratool.bases.tied_weights import Ties
-
 
 Shape = tuple[int, ...]
 Binder = Callable[["Adapter", Checkpoint], Bound]

@@ -14,17 +14,14 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loratool import __version__
 from loratool.errors import UsageError, escaped, printable
 from loratool.files.outputs import write_file
+from loratool.results.facts import AdapterFacts, Facts
 from loratool.results.text import size
-
-if TYPE_CHECKING:
-    from loratool.results.facts import AdapterFacts, Facts
-    from loratool.results.values import Measured
-
+from loratool.results.values import Measured
 
 MOST_POINTS = 250_000  # singular values that a page holds; of more, every second, third … one is kept
 LARGEST_HEAD = 1 << 16  # bytes in which a page's title ends

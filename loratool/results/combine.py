@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loratool.errors import printable
 from loratool.notes import Note
 from loratool.results.base import Written
+from loratool.results.compare import Meeting
 from loratool.results.text import (
     MOST_LAYERS,
     aligned,
@@ -24,9 +25,6 @@ from loratool.results.text import (
     table,
     widest,
 )
-
-if TYPE_CHECKING:
-    from loratool.results.compare import Meeting
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from loratool.algebra.lowrank.relations import Relation
 from loratool.errors import printable
 from loratool.notes import Note
 from loratool.results.base import Result
 from loratool.results.text import MOST_LAYERS, aligned, number, table
-
-if TYPE_CHECKING:
-    from loratool.algebra.lowrank.relations import Relation
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from loratool.adapters.formats.format import Spelling
 from loratool.adapters.layers import Form
 from loratool.adapters.writer import Carried, FactorOptions, Output, Rounded, adapter_output
 from loratool.lazy import torch
+from loratool.measuring.session import PathLike, Progress, Session
 from loratool.notes import Note, as_records
 from loratool.options.described import Options
 from loratool.provenance.cards import command
-
-if TYPE_CHECKING:
-    from loratool.measuring.session import PathLike, Progress, Session
-
 
 Task = TypeVar("Task")
 Told = TypeVar("Told")

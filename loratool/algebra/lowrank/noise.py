@@ -10,14 +10,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from loratool.algebra.lowrank.joint import Joint
 from loratool.algebra.lowrank.products import Product, norm
 from loratool.lazy import Tensor
-
-if TYPE_CHECKING:
-    from loratool.algebra.lowrank.joint import Joint
-
 
 MARGIN = 1.5
 

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from loratool.algebra.lowrank.products import Decomposition, Product
 from loratool.lazy import Tensor, torch
-
-if TYPE_CHECKING:
-    from loratool.algebra.lowrank.products import Decomposition, Product
-
 
 SAMPLES = 2048  # entries of a weight that are looked at for signs
 

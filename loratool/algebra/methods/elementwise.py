@@ -7,14 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from loratool.algebra.methods.chance import uniform
+from loratool.algebra.methods.stacks import Stack
 from loratool.lazy import Tensor, torch
-
-if TYPE_CHECKING:
-    from loratool.algebra.methods.stacks import Stack
-
 
 Rule = Callable[[int, "Tensor"], "Tensor"]  # (first row, (n, rows, columns) tile) → (rows, columns)
 

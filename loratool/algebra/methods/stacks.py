@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
+from loratool.algebra.lowrank.products import Product
 from loratool.lazy import Tensor, torch
-
-if TYPE_CHECKING:
-    from loratool.algebra.lowrank.products import Product
-
 
 CPU_TILE = 1 << 20  # entries of all matrices in a tile: near a core's cache
 CUDA_TILE = 1 << 26

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loratool.adapters.formats import FORMATS, WRITTEN
 from loratool.adapters.formats.format import Config, Parts, Spelling
@@ -33,12 +33,9 @@ from loratool.measuring.session import PathLike, Progress, Session, session
 from loratool.notes import Note
 from loratool.results.extract import ExtractedLayer, ExtractedTotals, ExtractReport
 from loratool.reworking.extracting.differences import Difference, NotFiniteError, Part, Rule, decomposed
+from loratool.reworking.extracting.options import ExtractOptions
 from loratool.reworking.extracting.pairing import Change, Pairing, is_table, pair
 from loratool.reworking.runner import Draft, Made, Maker, Rest, run
-
-if TYPE_CHECKING:
-    from loratool.reworking.extracting.options import ExtractOptions
-
 
 HELD = 512 << 20  # bytes of differences that stay in memory; larger ones are read again for every pass
 HELD_ON_GPU = 4 << 30
