@@ -249,7 +249,9 @@ def check_secrets(shown: str, uploads: Iterable[Upload], allowed: Sequence[str])
         if not any(matches(upload.name, [pattern]) for upload in uploads)
     ]
     for upload in uploads:
-        found = list(dict.fromkeys(secrets_in(header_parts(upload) if is_weights(upload.name) else upload.parts())))
+        found = list(
+            dict.fromkeys(secrets_in(header_parts(upload) if upload.name.endswith(".safetensors") else upload.parts()))
+        )
         told = [f"{printable(upload.name)}, line {line}: {title}" for line, title in found[:MOST_LINES]]
         if more := Counter(title for _, title in found[MOST_LINES:]):
             listed = ", ".join(f"{title} ×{count}" for title, count in more.items())
@@ -271,10 +273,6 @@ def check_message(message: str | None) -> None:
     """Raise `UsageError` where a commit's message holds a secret."""
     for _, title in secrets_in([(message or "").encode(errors="surrogateescape")]):
         raise UsageError(f"the commit message contains what looks like {title}")
-
-
-def is_weights(name: str) -> bool:
-    return name.endswith(".safetensors")
 
 
 def header_parts(upload: Upload) -> Iterator[bytes]:

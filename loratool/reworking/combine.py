@@ -130,7 +130,9 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
         )
         self.dtype = kept_dtype(sources, options.dtype)
         self.weights = options.adapter_weights(len(sources))
-        self.together = gram_of(len(sources))  # ⟨ΔWᵢ, ΔWⱼ⟩ over all layers so far
+        self.together = torch.zeros(
+            len(sources), len(sources), dtype=torch.float64
+        )  # ⟨ΔWᵢ, ΔWⱼ⟩ over all layers so far
         self.modules: dict[str, CombinedLayer] = {}
         self.own: dict[str, int] = {}  # the largest rank that each layer may have by itself
         self.ranks: dict[str, int] = {}  # and with those that have one rank with it
@@ -332,10 +334,6 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
             parameters=parameters,
             bytes=parameters * dtype.itemsize,
         )
-
-
-def gram_of(count: int) -> torch.Tensor:
-    return torch.zeros(count, count, dtype=torch.float64)
 
 
 def expert(combination: Combination, at: int) -> Combination:

@@ -44,7 +44,8 @@ def read_adapter(path: str | Path, reading: Reading = AS_STORED) -> Adapter:
     contains no adapter, a malformed one, or one in a format that is not supported.
     """
     location = Path(path)
-    refuse_foreign(location)
+    if foreign := find_foreign(location):
+        raise InputError(f"{printable(foreign.file.path)}: {foreign.reason}")
     if not any(form.recognises(location) for form in FORMATS):
         raise not_an_adapter(location)
     return format_at(location).read(location, reading)
@@ -111,12 +112,6 @@ def not_an_adapter(path: Path) -> LoratoolError:
     return InputError(
         f"{printable(path)}: not an adapter: it contains neither {WRITTEN.config_name} nor {WRITTEN.weights_name}"
     )
-
-
-def refuse_foreign(location: Path) -> None:
-    """Raise `InputError` naming the format, where tensors are spelled as a format that is not read."""
-    if found := find_foreign(location):
-        raise InputError(f"{printable(found.file.path)}: {found.reason}")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from loratool.adapters.adapter import Adapter, StoredTensor
 from loratool.adapters.layers import Contents, Form, Kind, Layer
-from loratool.adapters.reading import Reading
+from loratool.adapters.reading import AS_STORED, Reading
 from loratool.adapters.training import Training
 from loratool.algebra.lowrank.products import Product
 from loratool.algebra.updates.additive import LowRank
@@ -131,7 +131,7 @@ class Format(Protocol):
     def subject(self, config: Config) -> Subject:
         """What a card says of an adapter with a config."""
 
-    def read(self, path: Path, reading: Reading) -> Adapter:
+    def read(self, path: Path, reading: Reading = AS_STORED) -> Adapter:
         """The adapter, its values still on disk. Raises `InputError` telling all that is wrong with it at once."""
         adapter, problems = self.read_leniently(path, reading)
         if problems and not adapter.unsupported:  # else it is no wonder that the tensors look odd

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loratool.algebra.lowrank.products import Product, negligible, small_svd
+from loratool.algebra.lowrank.products import Product, WithSingularValues, negligible, small_svd
 from loratool.lazy import Tensor, torch
 
 
@@ -37,21 +37,14 @@ class Joint:
 
 
 @dataclass(frozen=True)
-class Spectrum:
+class Spectrum(WithSingularValues):
     """The singular values of a sum of products, and its best approximations."""
 
     joint: Joint
     coefficients: tuple[float, ...]
     u: Tensor  # (..., R, k), in shared coordinates
-    values: Tensor  # (..., k), falling
+    values: Tensor  # (..., k)
     vt: Tensor  # (..., k, R)
-
-    @property
-    def significant(self) -> int:
-        """How many singular values are more than rounding: the rank of the matrix (the largest of a batch)."""
-        if not self.values.numel():
-            return 0
-        return int((self.values > negligible(self.values) * self.values[..., :1]).sum(-1).max())
 
     def product(self, rank: int) -> Product:
         """The nearest matrix of a rank (Eckart and Young 1936), its singular values shared by both factors.

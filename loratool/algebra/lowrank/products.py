@@ -56,8 +56,21 @@ class Product:
         return replace(self, up=self.up[at], down=self.down[at])
 
 
+class WithSingularValues:
+    """What has singular values, the largest first."""
+
+    values: Tensor  # (..., k)
+
+    @property
+    def significant(self) -> int:
+        """How many singular values are more than rounding: the rank of the matrix (the largest of a batch)."""
+        if not self.values.numel():
+            return 0
+        return int((self.values > negligible(self.values) * self.values[..., :1]).sum(-1).max())
+
+
 @dataclass(frozen=True)
-class Decomposition:
+class Decomposition(WithSingularValues):
     """The compact singular value decomposition U diag(S) Vᵀ of a product; S falls."""
 
     left: Tensor  # U, (..., rows, k)
@@ -72,13 +85,6 @@ class Decomposition:
         """As factors that share the singular values, up = U √S and down = √S Vᵀ: the canonical form."""
         root = self.values.sqrt()
         return Product(self.left * root[..., None, :], root[..., :, None] * self.right)
-
-    @property
-    def significant(self) -> int:
-        """How many singular values are more than rounding: the rank of the matrix (the largest of a batch)."""
-        if not self.values.numel():
-            return 0
-        return int((self.values > negligible(self.values) * self.values[..., :1]).sum(-1).max())
 
 
 def negligible(values: Tensor) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,6 +24,15 @@ def unwrapped(name: str) -> str:
     while len(parts) > 1 and parts[0] in LEADING_WRAPPERS:
         del parts[0]
     return ".".join(parts)
+
+
+def by_template(targets: Iterable[str]) -> dict[str, list[tuple[str, Numbers]]]:
+    """Template of a target's name → the targets that have it, each with its numbers."""
+    members: dict[str, list[tuple[str, Numbers]]] = {}
+    for target in targets:
+        template, numbers = template_of(unwrapped(target))
+        members.setdefault(template, []).append((target, numbers))
+    return members
 
 
 class Disk:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from loratool.algebra.updates.base import Update
 from loratool.bases.binding import fusing
 from loratool.bases.binding.fusing import Misfit
-from loratool.bases.binding.names import Disk, unwrapped
+from loratool.bases.binding.names import Disk, by_template, unwrapped
 from loratool.bases.binding.places import Rule
 from loratool.bases.binding.resolving import tower
 from loratool.layouts.architectures import INPUT_EMBEDDINGS, OUTPUT_HEADS
@@ -44,10 +44,7 @@ def proposals(lost: Mapping[str, Update], others: Iterable[str], disk: Disk, tak
         disk: the base's tensors by name.
         taken: tensors that other targets of the adapter edit.
     """
-    members: dict[str, list[tuple[str, Numbers]]] = {}
-    for target in lost:
-        template, numbers = template_of(unwrapped(target))
-        members.setdefault(template, []).append((target, numbers))
+    members = by_template(lost)
     if not lost or len(members) > MOST_SEARCHED or any("#" in target for target in lost):
         return {}
     maps: dict[str, str] = {}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from loratool.algebra.updates.base import Update
 from loratool.bases.binding import fusing
 from loratool.bases.binding.fusing import Misfit
-from loratool.bases.binding.names import Alias, Disk, Moves, components, unwrapped
+from loratool.bases.binding.names import Alias, Disk, Moves, by_template, components, unwrapped
 from loratool.bases.binding.places import Match, Place, Rule
 from loratool.errors import printable
 from loratool.files.safefile import FLOAT_NAMES, TensorInfo
@@ -252,10 +252,7 @@ class Resolver:
 
         Nothing where two changes explain as many, and never from one tower of a multimodal model to another.
         """
-        members: dict[str, list[tuple[str, Numbers]]] = {}
-        for target in targets:
-            template, numbers = template_of(unwrapped(target))
-            members.setdefault(template, []).append((target, numbers))
+        members = by_template(targets)
         scores: dict[tuple[str, str], dict[str, Match]] = {}
         for removed, added in self.substitutions(members):
             matched: dict[str, Match] = {}

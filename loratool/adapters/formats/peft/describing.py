@@ -129,3 +129,25 @@ def parameters_of(configs: Sequence[Mapping[str, Any]], parameters: Collection[s
     entries = list(dict.fromkeys(str(entry) for entry in listed[0] or [])) if isinstance(listed[0], list) else []
     same = all(sorted(map(str, each or [])) == sorted(entries) for each in listed if isinstance(each, list))
     return entries if same and covers(entries, parameters) else list(parameters)
+
+
+def plain_config(training: Training, layers: Mapping[str, tuple[int, float]], *, whole_paths: bool) -> dict[str, Any]:
+    """The config, with (rank, α) of each layer by its path.
+
+    With `whole_paths` other layers of the model end as one of these does: PEFT takes a name for the end of a path.
+    """
+    exact = {path: f"^{re.escape(path)}" for path in layers}
+    rank, alpha = next(iter(layers.values()))
+    return {
+        "peft_type": "LORA",
+        **({"task_type": training.task} if training.task else {}),
+        "base_model_name_or_path": training.base or None,
+        "target_modules": "|".join(exact.values()) if whole_paths else list(layers),
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_rslora": training.rslora,
+        "lora_dropout": training.dropout,
+        "rank_pattern": {exact[path]: own for path, (own, _) in layers.items() if own != rank},
+        "alpha_pattern": {exact[path]: own for path, (_, own) in layers.items() if own != alpha},
+        "inference_mode": True,
+    }

@@ -10,9 +10,9 @@ from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.format import Format
 from loratool.adapters.formats.peft import counting, experts, files, health, keys, strength
 from loratool.adapters.formats.peft.card import subject
+from loratool.adapters.formats.peft.describing import plain_config
 from loratool.adapters.formats.peft.parameters import REGISTERED
-from loratool.adapters.formats.peft.plain import plain_config
-from loratool.adapters.formats.peft.reading import read, read_leniently, read_saved
+from loratool.adapters.formats.peft.reading import read_leniently, read_saved
 from loratool.adapters.formats.peft.spelling import Names, was_inside
 from loratool.adapters.formats.peft.training import training_of
 from loratool.adapters.layers import Contents, Kind, Layer
@@ -55,9 +55,6 @@ class Peft(Format):
 
     def training_at(self, path: Path) -> Training:
         return training_of(files.read_config(files.config_at(path)))
-
-    def read(self, path: Path, reading: Reading = AS_STORED) -> Adapter:
-        return read(path, reading)
 
     def read_leniently(self, path: Path, reading: Reading = AS_STORED) -> tuple[Adapter, tuple[Problem, ...]]:
         return read_leniently(path, reading)

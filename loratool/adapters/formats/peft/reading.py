@@ -27,17 +27,6 @@ OF_THE_MODEL = ("base_model_name_or_path", "revision", "task_type", "auto_mappin
 TENSORS = "tensors"  # the format of a file of whole tensors
 
 
-def read(path: Path, reading: Reading = AS_STORED) -> Adapter:
-    """Read a PEFT adapter's headers and config; tensor values stay on disk.
-
-    Raises `InputError` when the config or the file is malformed, all problems of each at once.
-    """
-    adapter, problems = read_leniently(path, reading)
-    if problems and not adapter.unsupported:  # else it is no wonder that the tensors look odd
-        raise InputError(f"{printable(adapter.file.path)}: malformed adapter:", problems)
-    return adapter
-
-
 def read_leniently(path: Path, reading: Reading = AS_STORED) -> tuple[Adapter, tuple[Problem, ...]]:
     """The updates that can be read of an adapter, and what is wrong with the others.
 
