@@ -22,6 +22,7 @@ from loratool import cli, devices
 from loratool.adapters import formats
 from loratool.algebra.methods.table import METHODS
 from loratool.demo import demo
+from loratool.files import sink
 from loratool.merging import resources
 
 PAGES = sorted(
@@ -259,15 +260,16 @@ def test_numbers_in_the_text_are_the_code_s() -> None:
     text = " ".join((ROOT / "docs" / "merging.md").read_text(encoding="utf-8").split())
     assert round(resources.CUDA_BLOCK / (1 << 20)) == resources.CPU_BLOCK >> 20
     assert f"{resources.CPU_BLOCK >> 20} MiB of weight on any device" in text
-    assert f"{resources.COPY_CHUNK >> 20} MiB for copies" in text
+    assert f"{sink.COPY_PIECE >> 20} MiB for copies" in text
     more = ("no", "one", "two", "three")[resources.WAITING_WORKERS]
     assert f"{more} more workers than cores, at most {resources.MOST_WORKERS}," in text
     assert f"one per core, at most {resources.GPU_WORKERS} per GPU" in text
 
 
 def test_the_changelog_begins_with_this_version() -> None:
-    versions = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
-    released = [version for version in versions if version != "Unreleased"]
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    versions = re.findall(r"^## (\S+)", text, re.MULTILINE)
+    released = re.findall(r"^## (\S+)(?! \(unreleased\))(?: |$)", text, re.MULTILINE)
     assert released[0] == loratool.__version__
     assert versions.index(released[0]) <= 1
 

@@ -60,6 +60,8 @@ class OverwriteKeywords(TypedDict, total=False):
 class WholePlanKeywords(PlanKeywords, RunKeywords, OverwriteKeywords, total=False):
     """Of MergeOptions."""
 
+    sha256: bool
+
 
 class SendKeywords(TypedDict, total=False):
     """Of SendOptions."""

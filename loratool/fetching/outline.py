@@ -21,7 +21,7 @@ from loratool.fetching.answers import RemoteFile, check_range, commit_of, files_
 from loratool.fetching.client import api, asking, patiently
 from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, choose_index, choose_shards, read_index, sort_side_files
 from loratool.files.hub_names import HubPath
-from loratool.files.inputs import LARGEST_CONFIG, LARGEST_INDEX, check_bound
+from loratool.files.inputs import LARGEST_CONFIG, LARGEST_INDEX, LARGEST_RECORD, check_bound
 from loratool.files.safefile import PREFIX, header_length
 
 Role = Literal["model", "adapter", "any"]
@@ -158,6 +158,8 @@ def read_small(remote: Remote, path: PurePath) -> bytes:
     """A JSON file of a repository, whole; raises `InputError` for one that is too large to be what it is called."""
     name = path.as_posix()
     largest = LARGEST_INDEX if name.endswith(INDEX_SUFFIX) else LARGEST_CONFIG
+    if name.startswith("loratool"):  # a record, or the journal of a streaming merge
+        largest = LARGEST_RECORD
     check_bound(f"{remote.repo}: {printable(name)}", remote.files[name].size, largest)
     return read_range(remote, name)
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-LARGEST_CONFIG = 16 << 20  # bytes of a config, a provenance, or any other JSON file that is parsed
+LARGEST_CONFIG = 16 << 20  # bytes of a config, or any other JSON file that is parsed
+LARGEST_RECORD = 64 << 20  # bytes of a `loratool.json`, which lists digests of every tensor
 LARGEST_INDEX = 256 << 20  # bytes of an index
 MOST_VALUES = 2_500_000  # arrays, objects and entries of one JSON text
 LONGEST_NUMBER = 4300  # digits, which is what Python itself reads; a number of a million would take it seconds

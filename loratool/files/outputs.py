@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from loratool.errors import LoratoolError, StorageError, UsageError, printable
 from loratool.files.checkpoint import PROVENANCE
 from loratool.files.digests import Digest, read_recorded, why_unlike
-from loratool.files.inputs import read_json
+from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.journal import REPLACED, ForeignError, Journal, look, walk
 from loratool.files.locks import is_locked
 from loratool.files.names import is_unusual, refused_name
@@ -137,7 +137,7 @@ def record_of(folder: Path) -> dict[str, Digest]:
     if path.is_symlink():
         return {}
     try:
-        return read_recorded(read_json(path, lenient=True))
+        return read_recorded(read_json(path, LARGEST_RECORD, lenient=True))
     except StorageError:
         raise  # which says nothing of the file
     except LoratoolError:

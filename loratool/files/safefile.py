@@ -134,6 +134,11 @@ class Layout:
         """Bytes of the whole file."""
         return self.data_start + max((t.stop for t in self.tensors.values()), default=0)
 
+    @property
+    def in_order(self) -> list[TensorInfo]:
+        """The tensors in the order of their bytes."""
+        return sorted(self.tensors.values(), key=lambda t: (t.start, t.stop))
+
     @classmethod
     def of(
         cls,

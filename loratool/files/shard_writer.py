@@ -1,24 +1,24 @@
-"""One output file while it is written, hashed and brought to stable storage, all at the same time."""
+"""One output file while it is written and brought to stable storage, at the same time."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from loratool.files.digests import Digester
+from loratool.files.digests import Digest, digest_of_range
 from loratool.files.journal import FinishedShard
 from loratool.files.safefile import LocalSource, write_fully
-from loratool.files.sink import PAGE, Arrived, Memory, part_of
+from loratool.files.sink import PAGE, Arrived, Memory, piece_of, pieces_of
 from loratool.files.system import NOT_DIRECT, create_file, open_direct, sync_bytes, sync_file
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from loratool.files.digests import Digest
     from loratool.files.journal import Seen
     from loratool.files.safefile import Layout
     from loratool.files.source import Source
@@ -30,8 +30,8 @@ SYNC_CHUNK = 256 << 20  # bytes after which what lies in the page cache is sent 
 class LocalFolder:
     """A stage's folder as the destination of a merge; the stage knows which files are finished."""
 
-    def __init__(self, stage: Stage) -> None:
-        self.stage, self.memory = stage, Memory()
+    def __init__(self, stage: Stage, sha256: bool = False) -> None:
+        self.stage, self.sha256, self.memory = stage, sha256, Memory()
 
     @property
     def finished(self) -> Mapping[str, FinishedShard]:
@@ -44,81 +44,55 @@ class LocalFolder:
         path = self.stage.folder / name
         if path.parent != self.stage.folder:  # never the folder itself: a run that was stopped may have removed it
             path.parent.mkdir(parents=True, exist_ok=True)
-        return LocalFile(path, layout, stop, self.memory, partial(self.record, name))
+        return LocalFile(path, layout, stop, self.memory, partial(self.record, name), self.sha256)
 
-    def record(self, name: str, digest: Digest, seen: Seen) -> None:
+    def record(self, name: str, seen: Seen, digest: Digest) -> None:
         self.stage.record(FinishedShard(name=name, digest=digest, **vars(seen)))
 
 
 class LocalFile:
-    """The sink of one file on this machine, which is hashed in the file's order.
+    """The sink of one file on this machine.
 
-    Where the file system allows, parts go straight to the disk (O_DIRECT): the page cache would take a copy of
-    every byte, and throw out the base for it.
+    Where the file system allows, whole pages go straight to the disk (O_DIRECT): the page cache would take a copy of
+    every byte, and throw out the base for it. With `sha256` the file is read once more in the end, for its SHA-256.
     """
 
     def __init__(
-        self, path: Path, layout: Layout, stop: threading.Event, memory: Memory, record: Callable[[Digest, Seen], None]
+        self,
+        path: Path,
+        layout: Layout,
+        stop: threading.Event,
+        memory: Memory,
+        record: Callable[[Seen, Digest], None],
+        sha256: bool = False,
     ) -> None:
-        self.layout, self.stop, self.memory, self.recorder = layout, stop, memory, record
+        self.path, self.layout, self.stop, self.memory, self.recorder = path, layout, stop, memory, record
+        self.wants_sha256, self.sha256 = sha256, ""
         self.descriptor = create_file(path)
         os.truncate(self.descriptor, layout.size)
         whole_pages = layout.size >= PAGE
         self.opened = self.direct = open_direct(path, self.descriptor, layout.size) if whole_pages else None
-        self.digest = Digester()
-        self.hashed, self.written = Arrived(stop), Arrived(stop)  # from the file's start, and anywhere
-        self.rest = b""  # hashed bytes since the last whole page, which the next part's write begins with
+        self.written = Arrived(stop)
         try:
-            self.begin(memoryview(bytearray(layout.header)))
+            write_fully(self.descriptor, layout.header, 0)
         except BaseException:
             self.close()
             raise
+        self.written.add(len(layout.header))
 
-    def begin(self, header: memoryview) -> None:
-        """Write the header."""
-        write_fully(self.descriptor, header, 0)
-        with self.turn(header, 0):
-            self.rest = bytes(header[len(header) // PAGE * PAGE :])
-        self.written.add(len(header))
+    def part(self, at: int, count: int) -> LocalPart:
+        return LocalPart(self, at, at + count)
 
-    def put(self, memory: memoryview, at: int) -> None:
-        """Hash and write a part; the bytes before it in `memory` are overwritten."""
-        before, part = at % PAGE, part_of(memory, at)
-        if self.opened is None:
-            write_fully(self.descriptor, part, at)
-        with self.turn(part, at) as mine:
-            if mine and self.opened is not None:
-                memory[:before] = self.rest
-                self.rest = bytes(memory[len(memory) // PAGE * PAGE :])
-        if mine and self.opened is not None:
-            last = at + len(part) == self.layout.size
-            pages = len(memory) // PAGE * PAGE
-            self.write_pages(memory[:pages], at - before)
-            write_fully(self.descriptor, memory[pages:] if last else b"", at - before + pages)
-        self.written.add(len(part))
-
-    def copy(self, source: Source, start: int, count: int, at: int) -> None:
-        """Put a part of an input, inside the kernel where there are no direct writes; it is read for the digest alike."""
-        memory = self.memory.of(at % PAGE + count)
-        part = part_of(memory, at)
-        source.read(start, count, part)
-        if self.opened is not None or not isinstance(source, LocalSource):
-            self.put(memory, at)
+    def write(self, memory: memoryview, at: int) -> None:
+        """Write bytes, of which pages as a whole go straight to the disk if `memory` is aligned as the file is."""
+        first, last = -(-at // PAGE) * PAGE, (at + len(memory)) // PAGE * PAGE
+        if self.opened is None or first >= last:
+            write_fully(self.descriptor, memory, at)
             return
-        source.copy_to(self.descriptor, start, count, at)
-        with self.turn(part, at):
-            pass
-        self.written.add(count)
-
-    @contextmanager
-    def turn(self, part: memoryview, at: int) -> Iterator[bool]:
-        """Hash a part when all before it is hashed, and hold up those after it; False when the merge is being stopped."""
-        mine = self.hashed.wait_for(at)
-        if mine:
-            self.digest.update(part)
-        yield mine
-        if mine:
-            self.hashed.add(len(part))
+        # a page that is shared with another part goes through the page cache, where both put their bytes together
+        write_fully(self.descriptor, memory[: first - at], at)
+        self.write_pages(memory[first - at : last - at], first)
+        write_fully(self.descriptor, memory[last - at :], last)
 
     def write_pages(self, pages: memoryview, at: int) -> None:
         """Write straight to the disk, or through the page cache once the file system has refused that."""
@@ -148,6 +122,8 @@ class LocalFile:
         sync_file(self.descriptor)
         if self.stop.is_set():
             return False
+        if self.wants_sha256:
+            self.sha256 = digest_of_range(LocalSource(self.path, self.descriptor), 0, size, hashlib.sha256)
         self.close()
         return True
 
@@ -158,5 +134,38 @@ class LocalFile:
             if descriptor is not None and descriptor >= 0:
                 os.close(descriptor)
 
-    def record(self, seen: Seen) -> None:
-        self.recorder(self.digest.digest(), seen)
+    def record(self, seen: Seen, digest: Digest) -> None:
+        self.recorder(seen, replace(digest, sha256=self.sha256))
+
+
+class LocalPart:
+    """A part of a local file. What does not fill a page is kept, and written with the piece that comes next."""
+
+    def __init__(self, file: LocalFile, at: int, stop: int) -> None:
+        self.file, self.at, self.stop = file, at, stop
+        self.rest = b""  # bytes before `at` that are not written yet, less than a page of them
+
+    def put(self, memory: memoryview) -> None:
+        before = self.at % PAGE
+        begin = before - len(self.rest)
+        memory[begin:before] = self.rest
+        start, self.at = self.at - len(self.rest), self.at + len(memory) - before
+        kept = 0 if self.at == self.stop or self.file.opened is None else min(self.at % PAGE, len(memory) - begin)
+        ready = len(memory) - kept
+        self.rest = bytes(memory[ready:])
+        self.file.write(memory[begin:ready], start)
+        self.file.written.add(ready - begin)
+
+    def copy(self, source: Source, start: int, count: int, look: Callable[[memoryview], None] | None) -> None:
+        """Copy inside the kernel where there are no direct writes and nobody looks; else by reading and writing."""
+        if look is None and self.file.opened is None and isinstance(source, LocalSource):
+            source.copy_to(self.file.descriptor, start, count, self.at)
+            self.at += count
+            self.file.written.add(count)
+            return
+        for held in pieces_of(source, start, count, self.at, self.file.memory):
+            if self.file.stop.is_set():
+                return
+            if look is not None:
+                look(piece_of(held, self.at))
+            self.put(held)

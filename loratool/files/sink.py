@@ -1,7 +1,7 @@
 """`Sink`: takes the bytes of one output file as they are made, and knows nothing of how they are made.
 
-The engine puts parts that together are every byte after the header, in any order of threads; it begins them in the
-file's order, so that a sink may hash or send the file from its start while later parts are being made.
+The engine asks for parts that together are every byte after the header. Parts come in any order, from any threads; the
+bytes of one part come from one thread, piece after piece.
 """
 
 from __future__ import annotations
@@ -11,24 +11,37 @@ import threading
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from loratool.files.digests import Digest
     from loratool.files.journal import FinishedShard, Seen
     from loratool.files.safefile import Layout
     from loratool.files.source import Source
 
 PAGE = max(4096, mmap.PAGESIZE)  # bytes: what a direct write begins and ends at, in the file and in memory
+COPY_PIECE = 4 << 20  # bytes of an input that are in memory at a time while they are copied
+
+
+class Part(Protocol):
+    """Takes the bytes of one part of a file in their order, from one thread."""
+
+    def put(self, memory: memoryview) -> None:
+        """Take the next bytes, those for byte `at` of the file, which are `piece_of(memory, at)`.
+
+        What `memory` holds before them may be changed.
+        """
+        ...
+
+    def copy(self, source: Source, start: int, count: int, look: Callable[[memoryview], None] | None) -> None:
+        """Take the `count` bytes at byte `start` of an input as the next ones, and show all of them to `look`."""
+        ...
 
 
 class Sink(Protocol):
-    """Takes one output file. Any thread may put any part; all parts before one have been put or are on their way."""
+    """Takes one output file."""
 
-    def put(self, memory: memoryview, at: int) -> None:
-        """Take the bytes from `at` on, which are `part_of(memory, at)`; what `memory` holds before them may be changed."""
-        ...
-
-    def copy(self, source: Source, start: int, count: int, at: int) -> None:
-        """Take `count` bytes that are found at byte `start` of an input, for byte `at` of the file."""
+    def part(self, at: int, count: int) -> Part:
+        """What takes the `count` bytes from byte `at` of the file on."""
         ...
 
     def finish(self) -> bool:
@@ -38,7 +51,7 @@ class Sink(Protocol):
         """
         ...
 
-    def record(self, seen: Seen) -> None:
+    def record(self, seen: Seen, digest: Digest) -> None:
         """Hear what was seen of the file; called last, when it is finished and its inputs were found unchanged."""
         ...
 
@@ -64,13 +77,13 @@ class Destination(Protocol):
         ...
 
 
-def part_of(memory: memoryview, at: int) -> memoryview:
+def piece_of(memory: memoryview, at: int) -> memoryview:
     """The bytes for byte `at` of a file: they are as far from a page's start in memory as they are in the file."""
     return memory[at % PAGE :]
 
 
 class Arrived:
-    """How many bytes have come this far; whoever waits for more wakes when they come, or when the work is stopped."""
+    """How many bytes have come; whoever waits for more wakes when they come, or when the work is stopped."""
 
     def __init__(self, stop: threading.Event) -> None:
         self.stop, self.count, self.changed = stop, 0, threading.Condition()
@@ -99,3 +112,12 @@ class Memory(threading.local):
         if len(self.held) < size:
             self.held = memoryview(mmap.mmap(-1, size + PAGE))
         return self.held[:size]
+
+
+def pieces_of(source: Source, start: int, count: int, at: int, memory: Memory) -> Iterable[memoryview]:
+    """Some bytes of a source, read into `memory` piece by piece, as `Part.put` takes them for byte `at` and on."""
+    for done in range(0, count, COPY_PIECE):
+        size = min(COPY_PIECE, count - done)
+        held = memory.of((at + done) % PAGE + size)
+        source.read(start + done, size, piece_of(held, at + done))
+        yield held

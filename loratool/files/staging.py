@@ -11,15 +11,16 @@ cleared away. What no journal names is never touched. Packages for atomic writes
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import stat
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from loratool.errors import LoratoolError, StorageError, UsageError, printable
-from loratool.files.digests import Digest, Digester, digest_of, digest_of_bytes, parts_of, why_unlike
+from loratool.files.digests import Digest, digest_of, digest_of_bytes, parts_of, sha256_of, why_unlike
 from loratool.files.journal import (
     DISCARDED,
     FETCHED,
@@ -101,16 +102,17 @@ class Stage:
 
     def copy(self, name: str, source: Path) -> None:
         """A side file of an input, byte for byte."""
-        digester = Digester()
+        state, size = hashlib.sha256(), 0
         writing = create_file(self.way_to(name))
         try:
             for part in parts_of(source):
-                write_fully(writing, part, digester.size)
-                digester.update(part)
+                write_fully(writing, part, size)
+                state.update(part)
+                size += len(part)
             sync_file(writing)
         finally:
             os.close(writing)
-        self.files[name] = digester.digest()
+        self.files[name] = Digest(size, state.hexdigest())
 
     def way_to(self, name: str) -> Path:
         """Where a file of the output goes; the folders on the way to it are made."""
@@ -164,6 +166,12 @@ class Stage:
                 self.redone[shard.name] = f"was computed on {shard.device}"
                 del self.finished[shard.name], self.files[shard.name]
         self.drop_unfinished()
+
+    def keep_sha256(self, wanted: bool) -> None:
+        """Give finished shards the SHA-256 of the whole file, or take it away, as this run records it."""
+        for shard in list(self.finished.values()):
+            sha256 = (shard.digest.sha256 or sha256_of(self.folder / shard.name)) if wanted else ""
+            self.keep(replace(shard, digest=replace(shard.digest, sha256=sha256)))
 
     def drop_unfinished(self) -> None:
         """Remove every file of the output that is not finished."""

@@ -22,7 +22,7 @@ from loratool.bases.opening import open_checkpoint
 from loratool.errors import InputError, LoratoolError, UsageError, VerificationError, printable
 from loratool.fetching import Role, headers, local
 from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, Checkpoint, holds_weights
-from loratool.files.inputs import read_json
+from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.process import peak_memory
 from loratool.files.safefile import SafeFile, TensorInfo
 from loratool.inspecting.health import examine, examine_model, tell_unreadable
@@ -362,7 +362,7 @@ def made_by(checkpoint: Checkpoint) -> str:
     if not path.is_file():
         return ""
     try:
-        table = read_json(path)
+        table = read_json(path, LARGEST_RECORD)
     except LoratoolError:
         return ""
     adapters = table.get("adapters")

@@ -16,13 +16,14 @@ from loratool.devices import start_torch
 from loratool.errors import InputError, printable
 from loratool.files.inputs import open_regular
 from loratool.files.safefile import LocalSource
-from loratool.files.sink import Arrived, Memory, part_of
+from loratool.files.sink import Arrived, Memory, piece_of, pieces_of
 from loratool.merging.engine import Engine
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
+    from loratool.files.digests import Digest
     from loratool.files.journal import FinishedShard, Seen
     from loratool.files.safefile import Layout
     from loratool.files.source import Source
@@ -60,7 +61,7 @@ class Comparison:
     """The files of a finished output as the destination of a merge."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.memory = folder, Memory()
+        self.folder, self.ours, self.theirs = folder, Memory(), Memory()
         self.differences: dict[tuple[str, str], Difference] = {}  # the first of each tensor
         self.noting = threading.Lock()
 
@@ -86,7 +87,7 @@ class ComparedFile:
 
     def __init__(self, whole: Comparison, name: str, layout: Layout, stop: threading.Event) -> None:
         self.whole, self.name, self.layout = whole, name, layout
-        self.infos = sorted(layout.tensors.values(), key=lambda info: (info.start, info.stop))
+        self.infos = layout.in_order
         self.starts = [layout.data_start + info.start for info in self.infos]
         self.arrived = Arrived(stop)
         try:
@@ -100,21 +101,13 @@ class ComparedFile:
         self.compare(memoryview(layout.header), 0)
         self.arrived.add(len(layout.header))
 
-    def put(self, memory: memoryview, at: int) -> None:
-        part = part_of(memory, at)
-        self.compare(part, at)
-        self.arrived.add(len(part))
-
-    def copy(self, source: Source, start: int, count: int, at: int) -> None:
-        memory = bytearray(count)
-        source.read(start, count, memoryview(memory))
-        self.compare(memoryview(memory), at)
-        self.arrived.add(count)
+    def part(self, at: int, count: int) -> ComparedPart:  # noqa: ARG002 (a part knows no end)
+        return ComparedPart(self, at)
 
     def compare(self, part: memoryview, at: int) -> None:
         """Note the first byte of each tensor in which a part is not what the file holds at byte `at`."""
         count = max(0, min(len(part), self.there - at))
-        theirs = self.whole.memory.of(count)
+        theirs = self.whole.theirs.of(count)
         if count:
             self.theirs.read(at, count, theirs)
         if count == len(part) and theirs == part:
@@ -149,8 +142,27 @@ class ComparedFile:
         if descriptor >= 0:
             os.close(descriptor)
 
-    def record(self, seen: Seen) -> None:
+    def record(self, seen: Seen, digest: Digest) -> None:
         """Nothing is kept of what was seen."""
+
+
+class ComparedPart:
+    """A part of a file that is compared."""
+
+    def __init__(self, file: ComparedFile, at: int) -> None:
+        self.file, self.at = file, at
+
+    def put(self, memory: memoryview) -> None:
+        piece = piece_of(memory, self.at)
+        self.file.compare(piece, self.at)
+        self.file.arrived.add(len(piece))
+        self.at += len(piece)
+
+    def copy(self, source: Source, start: int, count: int, look: Callable[[memoryview], None] | None) -> None:
+        for held in pieces_of(source, start, count, self.at, self.file.whole.ours):
+            if look is not None:
+                look(piece_of(held, self.at))
+            self.put(held)
 
 
 def first_unequal(one: memoryview, other: memoryview) -> int:

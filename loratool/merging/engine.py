@@ -1,8 +1,9 @@
 """Carry a plan's bytes to a destination: a stream of tasks, worked off by threads.
 
-Untouched spans pass in pieces as they are, edited ones through `row_blocks` as blocks of rows, all
-of them in file order. Memory is workers × block, whatever the size of a tensor or a file. Behind
-the workers each output file has a thread that sees it to its end.
+A task is a chunk of a tensor, the unit of its digest, or a run of small ones. One worker brings its bytes one after the
+other: reads them, edits them in blocks of rows through `row_blocks`, hashes and writes them. Tasks wait for nobody.
+Memory is workers × block, whatever the size of a tensor or a file. Behind the workers each output file has a thread
+that sees it to its end.
 """
 
 from __future__ import annotations
@@ -10,19 +11,19 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from itertools import chain, groupby
+from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
 from loratool.devices import Runtime, exact_arithmetic, resident_memory
+from loratool.files.digests import Digest, Tree, chunk_cuts, digest_of_part, new_state
 from loratool.files.journal import Seen
 from loratool.files.open_sources import OpenSources
 from loratool.files.process import cores
-from loratool.files.sink import PAGE
+from loratool.files.sink import PAGE, Arrived, piece_of
 from loratool.merging.resources import (
-    COPY_CHUNK,
     MOST_SHELVED,
     Resources,
     choose_resources,
@@ -35,12 +36,12 @@ from loratool.merging.row_blocks import EditedSpan, Effect, Shelf, Totals, Worke
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from loratool.files.safefile import SafeFile
     from loratool.files.sink import Destination, Sink
     from loratool.merging.output_layout import ShardPlan, Span
     from loratool.merging.plan import MergePlan
 
 MOST_LANES = 4  # output files that are written at the same time
+RUN = 64 << 20  # bytes of small tensors that one worker copies
 FINISHING_SHARDS = 2  # output files besides that are being synced
 
 
@@ -51,27 +52,58 @@ class Output:
     plan: ShardPlan
     sink: Sink
     sources: OpenSources
+    hashed: Arrived  # bytes of tensors whose digests are known
+    chunks: dict[str, list[str]] = field(default_factory=dict)  # tensor → digests of its chunks, once they are known
+
+    def place(self, chunk: Chunk) -> int:
+        """The byte of the file at which a chunk begins."""
+        return self.plan.layout.data_start + chunk.span.placed.start + chunk.start
+
+    def note(self, chunk: Chunk, digest: str) -> None:
+        """Keep the digest of a chunk."""
+        self.chunks[chunk.span.placed.name][chunk.number] = digest
+        self.hashed.add(chunk.size)
+
+    def digest(self) -> Digest | None:
+        """Of the whole file, once the digests of all chunks are there; None when the work is being stopped."""
+        layout = self.plan.layout
+        if not self.hashed.wait_for(layout.size - layout.data_start):
+            return None
+        return Digest(layout.size, tree=Tree.of(layout, self.chunks))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Bytes of an output tensor that have a digest of their own."""
+
+    span: Span
+    number: int
+    start: int  # byte of the tensor
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
 
 
 @dataclass(frozen=True)
 class Copy:
-    """Bytes that no edit touches."""
+    """Neighbouring chunks that no edit touches."""
 
     output: Output
-    file: SafeFile
-    start: int  # in the source file
-    target: int  # in the output file
-    count: int
+    chunks: tuple[Chunk, ...]
 
 
 @dataclass(frozen=True)
-class Block:
-    """Rows of an edited or converted span."""
+class Compute:
+    """A chunk of an edited or converted span."""
 
     output: Output
     work: EditedSpan
-    first: int
-    count: int
+    chunk: Chunk
+
+
+Task = Copy | Compute
 
 
 class Engine:
@@ -195,12 +227,9 @@ class Engine:
             output.sink.close()
             output.sources.close()
 
-    def make_tasks(self, shards: Sequence[ShardPlan]) -> Iterator[Copy | Block]:
-        """All tasks, in file order within a shard; on many cores some shards advance side by side.
-
-        One file is hashed by one worker at a time, which bounds its speed.
-        """
-        waiting, lanes = iter(shards), deque[Iterator[Copy | Block]]()
+    def make_tasks(self, shards: Sequence[ShardPlan]) -> Iterator[Task]:
+        """All tasks, shard by shard; on many cores some shards advance side by side."""
+        waiting, lanes = iter(shards), deque[Iterator[Task]]()
         while True:
             while len(lanes) < self.lanes and (plan := next(waiting, None)) is not None:
                 lanes.append(self.tasks_of(plan))
@@ -211,44 +240,79 @@ class Engine:
                 lanes.append(lane)
                 yield task
 
-    def tasks_of(self, plan: ShardPlan) -> Iterator[Copy | Block]:
-        """One shard's tasks in the file's order, which sinks may count on."""
+    def tasks_of(self, plan: ShardPlan) -> Iterator[Task]:
+        """One shard's tasks: what needs no arithmetic comes first, for torch may still be on its way."""
         while not self.slots.acquire(timeout=0.1):
             if self.stop.is_set():
                 return
-        output = Output(plan, self.destination.open(plan.name, plan.layout, self.stop), OpenSources())
+        sink = self.destination.open(plan.name, plan.layout, self.stop)
+        output = Output(plan, sink, OpenSources(), Arrived(self.stop))
         self.outputs.append(output)
+        chunks = {id(span): chunks_of(span) for span in plan.spans}
+        empty = digest_of_part(b"")
+        for span in plan.spans:
+            output.chunks[span.placed.name] = [empty] * len(chunks[id(span)])
         self.start(self.finish, output)
-        for untouched, spans in groupby(plan.spans, lambda span: span.untouched):
-            if untouched:
-                yield from copies(output, spans)
-                continue
-            for span in spans:
+        for run in runs([chunk for span in plan.spans if span.untouched for chunk in chunks[id(span)]]):
+            yield Copy(output, run)
+        for span in plan.spans:
+            if not span.untouched:
                 work = EditedSpan(span, self.totals, self.shelf)
-                step = rows_of_block(span, self.resources().block)
-                for first in range(0, span.rows if span.placed.nbytes else 0, step):
-                    yield Block(output, work, first, min(step, span.rows - first))
+                yield from (Compute(output, work, chunk) for chunk in chunks[id(span)] if chunk.size)
 
-    def take(self, number: int) -> Copy | Block | None:
+    def take(self, number: int) -> Task | None:
         """The next task for worker `number`; None when there is none for it."""
         with self.taking:
             task = next(self.tasks, None)
-            if isinstance(task, Block) and number >= self.resources().workers:
+        if isinstance(task, Compute) and number >= self.resources().workers:
+            with self.taking:
                 self.tasks = chain([task], self.tasks)  # more threads can copy than can compute
-                return None
-            return task
+            return None
+        return task
 
     def work(self, number: int) -> None:
         """A worker's life: take the next task until there are none."""
         worker: Worker | None = None
         while not self.stop.is_set() and (task := self.take(number)) is not None:
             if isinstance(task, Copy):
-                count = task.count
-                task.output.sink.copy(task.output.sources.of(task.file), task.start, count, task.target)
+                self.copy(task)
             else:
                 worker = worker or self.make_worker(number)
-                count = self.carry(worker, task)
-            self.tell(count)
+                self.compute(worker, task)
+
+    def copy(self, task: Copy) -> None:
+        """Carry a run of chunks over as they are."""
+        output = task.output
+        part = output.sink.part(output.place(task.chunks[0]), sum(chunk.size for chunk in task.chunks))
+        for chunk in task.chunks:
+            (tensor,) = chunk.span.weight.tensors
+            start, state = tensor.file.position(tensor.info) + chunk.start, new_state()
+
+            def look(piece: memoryview, update: Callable[[memoryview], object] = state.update) -> None:
+                update(piece)
+                self.tell(len(piece))
+
+            part.copy(output.sources.of(tensor.file), start, chunk.size, look)
+            if self.stop.is_set():
+                return
+            output.note(chunk, state.hexdigest())
+
+    def compute(self, worker: Worker, task: Compute) -> None:
+        """Make the rows of a chunk, block by block."""
+        output, chunk, span = task.output, task.chunk, task.chunk.span
+        row, step = span.placed.nbytes // span.rows, rows_of_block(span, self.resources().block)
+        at, last, state = output.place(chunk), chunk.stop // row, new_state()
+        part = output.sink.part(at, chunk.size)
+        for first in range(chunk.start // row, last, step):
+            if self.stop.is_set():
+                return
+            count = min(step, last - first)
+            memory = worker.merged_rows(task.work, first, count, output.sources, at % PAGE)
+            state.update(piece_of(memory, at))
+            part.put(memory)
+            at += count * row
+            self.tell(count * row)
+        output.note(chunk, state.hexdigest())
 
     def make_worker(self, number: int) -> Worker:
         resources = self.resources()
@@ -258,17 +322,9 @@ class Engine:
         wide = any(s.weight.exact == "F64" for s in touched)
         return Worker(resources.devices[number % len(resources.devices)], raw, elements, wide)
 
-    def carry(self, worker: Worker, task: Block) -> int:
-        span, output = task.work.span, task.output
-        row = span.placed.nbytes // span.rows
-        position = output.plan.layout.data_start + span.placed.start + task.first * row
-        memory = worker.merged_rows(task.work, task.first, task.count, output.sources, position % PAGE)
-        output.sink.put(memory, position)
-        return task.count * row
-
     def finish(self, output: Output) -> None:
         """See one output file to its end, then tell what was seen of it."""
-        if not output.sink.finish():
+        if not output.sink.finish() or (digest := output.digest()) is None:
             return  # stopped; inputs stay open: a worker may still be reading
         output.sources.check_unchanged()
         output.sources.close()
@@ -284,7 +340,7 @@ class Engine:
                 nonfinite=nonfinite,
                 effective=sorted(effects_in(output.plan) & self.totals.effective),
             )
-            output.sink.record(seen)
+            output.sink.record(seen, digest)
         self.slots.release()
 
 
@@ -293,21 +349,23 @@ def effects_in(shard: ShardPlan) -> set[Effect]:
     return {(edit.adapter, edit.target) for span in shard.spans for edit in span.edits}
 
 
-def copies(output: Output, spans: Iterable[Span]) -> Iterator[Copy]:
-    """The bytes of untouched spans, neighbours joined, in pieces."""
-    file: SafeFile | None = None
-    start = stop = target = 0  # of what is not cut yet; the first two in the source file
-    for span in spans:
-        (tensor,) = span.weight.tensors
-        at = tensor.file.position(tensor.info)
-        if tensor.file is not file or at != stop:
-            yield from pieces(output, file, start, stop, target)
-            file, start, target = tensor.file, at, output.plan.layout.data_start + span.placed.start
-        stop = at + tensor.info.nbytes
-    yield from pieces(output, file, start, stop, target)
+def chunks_of(span: Span) -> list[Chunk]:
+    """The chunks of an output tensor."""
+    return [Chunk(span, number, *cut) for number, cut in enumerate(pairwise(chunk_cuts(span.placed)))]
 
 
-def pieces(output: Output, file: SafeFile | None, start: int, stop: int, target: int) -> Iterator[Copy]:
-    for at in range(start, stop, COPY_CHUNK):
-        assert file is not None
-        yield Copy(output, file, at, target + at - start, min(COPY_CHUNK, stop - at))
+def runs(chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, ...]]:
+    """Chunks in the order of a file, in groups that are next to each other in it."""
+    run: list[Chunk] = []
+    size = end = 0
+    for chunk in chunks:
+        if not chunk.size:
+            continue
+        start = chunk.span.placed.start + chunk.start
+        if run and (start != end or size + chunk.size > RUN):
+            yield tuple(run)
+            run, size = [], 0
+        run.append(chunk)
+        size, end = size + chunk.size, start + chunk.size
+    if run:
+        yield tuple(run)

@@ -36,6 +36,7 @@ from loratool.merging.fingerprints import content_fingerprint, local_state
 from loratool.merging.planning import PlanOptions, plan_merge
 from loratool.merging.resources import RunOptions, choose_resources
 from loratool.notes import Note, as_records
+from loratool.options.described import FLAG, option
 from loratool.options.shared import OverwriteOption
 from loratool.provenance.cards import CARD, card, command, is_nobodys, terms_of
 from loratool.results.base import Cost
@@ -60,6 +61,12 @@ NOTHING = "because every weight rounds back to its old value; the updates are ze
 class MergeOptions(PlanOptions, RunOptions, OverwriteOption):
     """All that a merge is told besides its operands."""
 
+    sha256: bool = option(
+        help="Also record the SHA-256 of each whole weight file, which takes one more reading of it.",
+        default=False,
+        kind=FLAG,
+    )
+
 
 def merge(
     base: PathLike,
@@ -82,9 +89,10 @@ def merge(
         with staged(target, wanted, plan.bytes_written, replaceable(options.overwrite)) as stage:
             if stage.finished:
                 stage.keep_only(kind_of(runtime.result().devices))
+                stage.keep_sha256(options.sha256)
             resumed = tuple(stage.finished)
             words = repeated(plan, paths, options)
-            engine = Engine(plan, LocalFolder(stage), runtime, workers, max_memory, progress)
+            engine = Engine(plan, LocalFolder(stage, options.sha256), runtime, workers, max_memory, progress)
             merged = make_weights(engine, digests, words, f"{printable(out)}: not written, {NOTHING}")
             write_small_files(stage, plan, plan.side_files, merged.table)
     except LoratoolError:

@@ -105,7 +105,7 @@ def plan_shards(
     for name, entries in files:
         head = [(e.name, new_dtype(e.dtype, wanted), e.weight.shape) for e in entries]
         own = base.shards[len(plans)].layout if shard_size is None else None
-        if own is not None and head == [(t.name, t.dtype, t.shape) for t in in_file_order(own)]:
+        if own is not None and head == [(t.name, t.dtype, t.shape) for t in own.in_order]:
             layout = own
         else:
             files_of = [tensor.file for e in entries for tensor in e.weight.tensors]
@@ -114,10 +114,6 @@ def plan_shards(
         spans = tuple(Span(e.weight, layout.tensors[e.name], edits.get(e.name, ())) for e in entries)
         plans.append(ShardPlan(name, layout, spans))
     return tuple(plans)
-
-
-def in_file_order(layout: Layout) -> list[TensorInfo]:
-    return sorted(layout.tensors.values(), key=lambda t: (t.start, t.stop))
 
 
 def shard_name(base: Checkpoint, shard: SafeFile) -> str:

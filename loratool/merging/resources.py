@@ -10,7 +10,7 @@ from loratool.algebra.updates.replacing import Replace
 from loratool.devices import RUNTIME_MEMORY, kind_of
 from loratool.errors import UsageError
 from loratool.files.process import cores
-from loratool.files.sink import PAGE
+from loratool.files.sink import COPY_PIECE, PAGE
 from loratool.options.described import Number, Size, option
 from loratool.options.shared import DeviceOption
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 CPU_BLOCK = 4 << 20  # bytes of weight: near a core's cache
 # bytes of weight: hides the latency of a transfer. Pinned memory comes in powers of two, and a block has pages around it
 CUDA_BLOCK = (4 << 20) - 2 * PAGE
-COPY_CHUNK = 4 << 20  # bytes of one copy
 MOST_SHELVED = 4  # updates that several spans share and that stay in memory for the next one
 SMALLEST_BLOCK = 64 << 10
 WAITING_WORKERS = 2  # for the disk, at any time
@@ -101,7 +100,7 @@ def work_memory(spans: Sequence[Span], workers: int, block: int, on_gpu: bool) -
     touched = [span for span in spans if not span.untouched]
     buffers = max((block_memory(span, block, on_gpu) for span in touched), default=0)
     kept = WORKING_MEMORY + (CUDA_WORKING_MEMORY if on_gpu else 0)
-    return kept + workers * (COPY_CHUNK + buffers) + factor_memory(touched, workers)
+    return kept + workers * (COPY_PIECE + buffers) + factor_memory(touched, workers)
 
 
 def block_memory(span: Span, block: int, on_gpu: bool) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 
 from loratool.errors import escaped, printable
 from loratool.files.hub_cache import is_hub_id, origin_of
-from loratool.files.inputs import open_regular, read_json
+from loratool.files.inputs import LARGEST_RECORD, open_regular, read_json
 from loratool.options.described import Options, local_word
 
 CARD = "README.md"
@@ -352,6 +352,6 @@ def card_of(folder: Path, place: str, adapter: Subject | None = None) -> bytes:
 
     def table(name: str) -> dict[str, Any]:
         path = folder / name
-        return read_json(path, repeated=True, lenient=True) if path.exists() else {}
+        return read_json(path, LARGEST_RECORD, repeated=True, lenient=True) if path.exists() else {}
 
     return card(table("loratool.json"), adapter or table("config.json"), terms_of(folder), place)

@@ -10,8 +10,8 @@ from typing import Any
 
 from loratool.errors import InputError, LoratoolError, VerificationError, printable
 from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, walk
-from loratool.files.digests import Digest, read_recorded, why_unlike
-from loratool.files.inputs import read_json
+from loratool.files.digests import Digest, read_recorded, why_unchecked, why_unlike
+from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.notes import Note
 
 # What a model or an adapter computes depends on these; all others are files that people edit.
@@ -38,7 +38,7 @@ def compare(folder: Path, only: str = "") -> Comparison:
     if not record.is_file():
         return Comparison()
     try:
-        table = read_json(record)
+        table = read_json(record, LARGEST_RECORD)
     except LoratoolError as error:
         return Comparison((f"{PROVENANCE}: cannot be read, so the files were not checked ({error.message})",))
     listed = read_recorded(table)
@@ -47,6 +47,9 @@ def compare(folder: Path, only: str = "") -> Comparison:
     problems: list[str] = []
     notes = list(notes_of(folder, table, listed, only))
     for name, digest in sorted(listed.items()):
+        if reason := why_unchecked(digest):
+            notes.append(Note("not-checked", f"{printable(name)} {reason}"))
+            continue
         if not (reason := why_other(folder / name, digest)):
             continue
         if is_decisive(name):

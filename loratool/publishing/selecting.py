@@ -24,8 +24,8 @@ from loratool.files.checkpoint import (
     leaves,
     sort_side_files,
 )
-from loratool.files.digests import digest_of_bytes, read_recorded, recorded
-from loratool.files.inputs import json_object, read_bounded
+from loratool.files.digests import digest_of_bytes
+from loratool.files.inputs import LARGEST_RECORD, json_object, read_bounded
 from loratool.files.journal import MODEL, is_stage
 from loratool.files.safefile import PREFIX
 from loratool.notes import Note
@@ -156,15 +156,15 @@ def select(
 
 def listing(path: Path, name: str, content: bytes) -> bytes:
     """A `loratool.json` that lists a file with andifferent content; as it is where it is none, or lists no side files."""
-    raw = read_bounded(path)
+    raw = read_bounded(path, LARGEST_RECORD)
     try:
         table = json_object(raw, lenient=True)
     except ValueError:
         return raw
     if not isinstance(table.get("files"), dict):
         return raw
-    files = {**read_recorded(table), name: digest_of_bytes(content)}
-    return (json.dumps({**table, "files": recorded(files)}, indent=2) + "\n").encode()
+    files = {**table["files"], name: digest_of_bytes(content).record()}
+    return (json.dumps({**table, "files": dict(sorted(files.items()))}, indent=2) + "\n").encode()
 
 
 def contents(

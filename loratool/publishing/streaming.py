@@ -28,7 +28,7 @@ from loratool.fetching.client import endpoint
 from loratool.fetching.outline import Remote, look_up, read_small
 from loratool.fetching.pieces import BaseFiles, opened
 from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, LeftOut
-from loratool.files.digests import read_recorded
+from loratool.files.digests import read_recorded, why_unlike
 from loratool.files.inputs import json_object
 from loratool.files.journal import FETCHED, MODEL, FinishedShard
 from loratool.files.open_sources import OpenSources
@@ -231,9 +231,11 @@ class Repository(LocalFolder):
 
     def send(self, name: str, number: str) -> None:
         """Commit a file that is made, and the journal with it; then remove the file."""
-        upload = Upload(name, self.stage.folder / name)
-        if not self.finished[name].digest.has_sha256(upload.sha256):
+        upload, shard = Upload(name, self.stage.folder / name), self.finished[name]
+        named = replace(shard, digest=replace(shard.digest, sha256=upload.sha256))  # as the Hub knows it
+        if why_unlike(self.stage.folder / name, shard.digest):
             raise VerificationError(f"{printable(name)}: changed on disk after it was written; run the command again")
+        self.stage.keep(named)
         commit(self.repo, self.revision, [upload, self.journal()], f"Merged weights {number}")
         self.stage.clear(but={MODEL, FETCHED})
 
@@ -312,6 +314,6 @@ def finished_in(table: object, there: Mapping[str, RemoteFile]) -> dict[str, Fin
         file = there.get(name)
         if shard is None or file is None or file.size != shard.size:
             continue
-        if not file.sha256 or shard.digest.has_sha256(file.sha256):  # of a small file the Hub tells the size alone
+        if not file.sha256 or shard.digest.sha256 == file.sha256:  # of a small file the Hub tells the size alone
             found[name] = shard
     return found

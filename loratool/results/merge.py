@@ -44,7 +44,7 @@ class MergeReport(Written):
     nonfinite: dict[str, int]  # edited tensor → NaN and inf that the base itself holds
     left_out: tuple[str, ...]  # files of the base that are no part of the output
     notes: tuple[Note, ...]
-    digests: dict[str, str]  # output file → SHA-256
+    digests: dict[str, str]  # weight file → root of its digests
 
     def text(self) -> str:
         """What a merge did, for people."""

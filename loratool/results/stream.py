@@ -28,7 +28,7 @@ class StreamReport(Result):
     most_on_disk: int  # bytes of weight files that were on this disk at one time
     left_out: tuple[str, ...]
     notes: tuple[Note, ...]
-    digests: dict[str, str]  # output file → SHA-256
+    digests: dict[str, str]  # weight file → root of its digests
     dry_run: bool
 
     def __str__(self) -> str:

@@ -20,10 +20,10 @@ import loratool
 from loratool.adapters.adapter import StoredTensor
 from loratool.bases.weights import Plain
 from loratool.files import safefile
-from loratool.files.shard_writer import LocalFile
+from loratool.files.shard_writer import LocalPart
 from loratool.files.tensor_writer import TensorFile
 
-CARRIES = {LocalFile.copy.__code__, TensorFile.copy.__code__}  # a range goes over as it is
+CARRIES = {LocalPart.copy.__code__, TensorFile.copy.__code__}  # a range goes over as it is
 CALLS = ("pread", "preadv", "read", "readv", "copy_file_range", "sendfile")
 
 
@@ -253,6 +253,7 @@ def test_only_readers_and_copies_know_where_the_bytes_of_a_tensor_lie() -> None:
     assert asking == {
         "adapters/adapter.py",  # StoredTensor.read, which reads for stored weights as well
         "files/safefile.py",  # a selection asks the file that it is of
+        "files/digests.py",  # a chunk that is hashed
         "files/tensor_writer.py",  # a range that goes into an adapter as it is
         "merging/engine.py",  # a range that goes to a sink as it is
     }

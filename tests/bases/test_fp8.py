@@ -20,11 +20,14 @@ from loratool.bases.codecs import decoded
 from loratool.bases.opening import open_checkpoint
 from loratool.bases.weights import Room, Slice, weight_of
 from loratool.devices import start_torch
-from loratool.files.sink import Arrived, part_of
+from loratool.files.sink import Arrived, piece_of
 from loratool.merging.engine import Engine
 from loratool.merging.planning import PlanOptions, plan_merge
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loratool.files.digests import Digest
     from loratool.files.journal import Seen
     from loratool.files.safefile import Layout
     from loratool.files.source import Source
@@ -57,20 +60,34 @@ class InMemoryFile:
         self.content, self.arrived = content, Arrived(stop)
         self.arrived.add(there)
 
-    def put(self, memory: memoryview, at: int) -> None:
-        part = part_of(memory, at)
-        self.content[at : at + len(part)] = part
-        self.arrived.add(len(part))
-
-    def copy(self, source: Source, start: int, count: int, at: int) -> None:
-        source.read(start, count, memoryview(self.content)[at:])
-        self.arrived.add(count)
+    def part(self, at: int, _count: int) -> InMemoryPart:
+        return InMemoryPart(self, at)
 
     def finish(self) -> bool:
         return self.arrived.wait_for(len(self.content))
 
-    def record(self, seen: Seen) -> None:
+    def record(self, seen: Seen, digest: Digest) -> None:
         assert seen.device in ("", "cpu")
+        assert digest.size == len(self.content)
+
+
+class InMemoryPart:
+    def __init__(self, file: InMemoryFile, at: int) -> None:
+        self.file, self.at = file, at
+
+    def put(self, memory: memoryview) -> None:
+        piece = piece_of(memory, self.at)
+        self.file.content[self.at : self.at + len(piece)] = piece
+        self.at += len(piece)
+        self.file.arrived.add(len(piece))
+
+    def copy(self, source: Source, start: int, count: int, look: Callable[[memoryview], None] | None) -> None:
+        piece = memoryview(self.file.content)[self.at : self.at + count]
+        source.read(start, count, piece)
+        if look is not None:
+            look(piece)
+        self.at += count
+        self.file.arrived.add(count)
 
 
 def values(seed: int, *shape: int) -> Tensor:

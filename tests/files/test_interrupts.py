@@ -112,7 +112,7 @@ def wait_for(partial: Path, process: Forked, finished: int = 0) -> None:
 
 def finished_files(partial: Path) -> list[str]:
     """The output files that the journal speaks of, in lines that are whole."""
-    return re.findall(r'"name": "([^"]+)".*"sha256": "\w{64}".*}\n', (partial / "journal").read_text())
+    return re.findall(r'"name": "([^"]+)".*"root": "\w{64}".*}\n', (partial / "journal").read_text())
 
 
 def test_the_reference_is_the_formula(workshop: Workshop) -> None:

@@ -7,7 +7,6 @@ that W + 2·BA is exact in float32, and there is one answer to the last bit.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import mmap
 import os
@@ -27,9 +26,11 @@ import torch
 from oracle import nearest, raw_tensors
 from safetensors.torch import save_file
 from torch import Tensor
+from tree_digests import entry_of
 from workbench import within
 
 import loratool
+from loratool.files import digests, sink
 from loratool.files.safefile import Layout
 from loratool.files.shard_writer import LocalFile
 from loratool.files.sink import Memory
@@ -86,12 +87,10 @@ class Model:
             report = loratool.merge(self.base, [self.adapter], out, device="cpu", workers=workers)
         for name, content in self.wanted.items():
             assert (out / name).read_bytes() == content, name
-        digests = {name: hashlib.sha256(content).hexdigest() for name, content in self.wanted.items()}
-        assert report.digests == digests
+        entries = {name: entry_of(content, digests.CHUNK) for name, content in self.wanted.items()}
+        assert report.digests == {name: entry["root"] for name, entry in entries.items()}
         table = json.loads((out / "loratool.json").read_text())
-        assert {name: entry for name, entry in table["files"].items() if name in self.wanted} == {
-            name: {"size": len(content), "sha256": digests[name]} for name, content in self.wanted.items()
-        }
+        assert {name: entry for name, entry in table["files"].items() if name in self.wanted} == entries
 
 
 def eighths(numbers: np.random.Generator, *shape: int) -> Tensor:
@@ -243,10 +242,17 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of little more than a page, and of less where a tensor's rows allow."""
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of little more than a page, and of less where a tensor's rows allow."""
     monkeypatch.setattr(resources, "CPU_BLOCK", 3000)
-    monkeypatch.setattr(engine, "COPY_CHUNK", 5000)
+    monkeypatch.setattr(sink, "COPY_PIECE", 5000)
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch, small_pieces: None) -> None:
+    """Chunks of a few pages too, so that parts meet within a tensor."""
+    monkeypatch.setattr(digests, "CHUNK", 7000)
+    monkeypatch.setattr(engine, "RUN", 9000)
 
 
 @pytest.mark.parametrize("workers", [1, 8])
@@ -269,9 +275,9 @@ def test_tensors_are_right_in_files_of_other_dtypes_and_sizes(model: Model, tmp_
     out = tmp_path / "out"
     report = loratool.merge(model.base, [model.adapter], out, device="cpu", dtype="float32", shard_size=30_000)
     assert raw_tensors(out) == model.wide
-    assert report.digests == {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.glob("*.safetensors"))
-    }
+    assert json.loads((out / "loratool.json").read_text())["files"].keys() >= report.digests.keys()
+    for path in out.glob("*.safetensors"):
+        assert report.digests[path.name] == entry_of(path.read_bytes(), digests.CHUNK)["root"]
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -280,7 +286,9 @@ def test_a_file_is_right_whatever_its_tensors_and_its_parts_are(
 ) -> None:
     chance = random.Random(seed)
     monkeypatch.setattr(resources, "CPU_BLOCK", chance.choice([1, 100, 4096, 5000, 20_000]))
-    monkeypatch.setattr(engine, "COPY_CHUNK", chance.choice([100, 4096, 4097, 20_000]))
+    monkeypatch.setattr(sink, "COPY_PIECE", chance.choice([100, 4096, 4097, 20_000]))
+    monkeypatch.setattr(digests, "CHUNK", chance.choice([1, 3000, 8192, 50_000, 1 << 26]))
+    monkeypatch.setattr(engine, "RUN", chance.choice([1, 3000, 8192, 1 << 26]))
     sizes = (1, 2, 5, 30, 100, 190)
     files = [
         File(
@@ -330,43 +338,47 @@ def direct_disk(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def parts_of(content: bytes) -> Iterator[tuple[int, int]]:
+    """The bytes of a file that one worker writes: an edited tensor, or neighbours that no edit touches."""
+    begin = 8 + int.from_bytes(content[:8], "little")
+    table = json.loads(content[8:begin])
+    start = stop = begin
+    for name in sorted(table, key=lambda name: table[name]["data_offsets"]):
+        first, last = (begin + at for at in table[name]["data_offsets"])
+        if name.endswith(".weight") and first < last:
+            yield start, stop
+            yield first, last
+            start = last
+        stop = last
+    yield start, stop
+
+
 @pytest.mark.parametrize("workers", [1, 8])
-@pytest.mark.usefixtures("small_parts")
+@pytest.mark.usefixtures("small_pieces")
 def test_whole_pages_go_straight_to_the_disk_each_of_them_once(
     model: Model, direct_disk: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
+    """Those in which two tensors meet that two workers may write, and the last one, go through the page cache."""
     system = System()
     system.install(monkeypatch)
     model.merge(direct_disk / "out", workers)
     assert all(value % PAGE == 0 for call in system.written for value in call)
-    written = headers = rests = 0  # bytes
-    for content in model.wanted.values():
-        if len(content) >= PAGE:
-            header = 8 + int.from_bytes(content[:8], "little")
-            headers += header
-            written += (len(content) // PAGE - header // PAGE) * PAGE
-            rests += len(content) % PAGE
-    assert sum(count for _, count, _ in system.written) == written
-    if all(len(content) >= PAGE for content in model.wanted.values()):
-        assert system.buffered == headers + rests
-        assert system.copied == 0
-
-
-@pytest.mark.usefixtures("small_parts")
-def test_without_direct_writes_the_kernel_copies_what_no_edit_touches(
-    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    system = System(opens=False)
-    system.install(monkeypatch)
-    model.merge(tmp_path / "out")
-    assert system.copied == model.untouched  # all on one file system
-    assert system.buffered == sum(map(len, model.wanted.values())) - model.untouched
+    large = [content for content in model.wanted.values() if len(content) >= PAGE]
+    pages = [
+        page
+        for content in large
+        for start, stop in parts_of(content)
+        for page in range(-(-start // PAGE), stop // PAGE)
+    ]
+    assert sum(count for _, count, _ in system.written) == len(pages) * PAGE
+    assert sorted(at // PAGE + n for at, count, _ in system.written for n in range(count // PAGE)) == sorted(pages)
+    assert system.buffered == sum(map(len, model.wanted.values())) - len(pages) * PAGE
 
 
 @pytest.mark.parametrize("opens", [True, False], ids=["direct", "through the page cache"])
 @pytest.mark.parametrize("at", [0, 1, 7, 20])
 @pytest.mark.usefixtures("small_parts")
-def test_a_write_that_fails_ends_the_merge_though_others_wait_for_their_turn(
+def test_a_write_that_fails_ends_the_merge(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, opens: bool
 ) -> None:
     model = make_model(tmp_path, MODELS["several files"])

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 import loratool
 from loratool.adapters.formats import read_adapter
 from loratool.bases.opening import open_checkpoint
-from loratool.merging import engine, resources
+from loratool.files import sink
+from loratool.merging import resources
 from loratool.merging.comparing import Difference, first_unequal, verify
 from loratool.merging.planning import PlanOptions, plan_merge
 
@@ -93,7 +94,7 @@ def test_a_flipped_bit_is_told_by_its_tensor_and_byte(
 ) -> None:
     if small:
         monkeypatch.setattr(resources, "CPU_BLOCK", 100)
-        monkeypatch.setattr(engine, "COPY_CHUNK", 77)
+        monkeypatch.setattr(sink, "COPY_PIECE", 77)
     start, size = place(merged, file, tensor)
     for byte in (0, 1234, size - 1):
         contents[file][start + byte] ^= 4

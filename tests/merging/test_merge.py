@@ -38,6 +38,7 @@ from oracle import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tree_digests import file_entry, root_of
 
 import loratool
 from loratool.cli import run
@@ -614,8 +615,8 @@ def test_provenance_names_every_input_and_output_with_its_digest(base: Path, ada
         assert entry["sha256"] == {name: sha256(folder / name) for name in names}
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
     written = [p for p in (tmp_path / "out").iterdir() if p.name != "loratool.json"]
-    assert table["files"] == {p.name: {"size": p.stat().st_size, "sha256": sha256(p)} for p in written}
-    assert report.digests == {s.name: sha256(s) for s in shards}
+    assert table["files"] == {p.name: file_entry(p.name, p.read_bytes()) for p in written}
+    assert report.digests == {s.name: root_of(s.read_bytes()) for s in shards}
     assert table["base"] == {
         "name": "base",
         "files": {s.name: s.stat().st_size for s in sorted(base.glob("*.safetensors"))},

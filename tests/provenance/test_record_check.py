@@ -13,6 +13,7 @@ import faults
 import pytest
 from hub_client import Client
 from hub_server import WRITER, HubServer
+from tree_digests import file_entry
 
 import loratool
 from loratool import cli
@@ -92,7 +93,7 @@ def test_every_output_is_what_its_record_says_of_every_file(outputs: Path, comma
     listed = json.loads((folder / "loratool.json").read_text())["files"]
     found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     del found["loratool.json"]
-    expected = {n: {"size": len(b), "sha256": hashlib.sha256(b).hexdigest()} for n, b in found.items()}
+    expected = {name: file_entry(name, content) for name, content in found.items()}
     assert listed == expected
     code, findings = checked(folder)
     assert code == 0
@@ -173,7 +174,9 @@ def test_a_record_of_the_first_release_lists_weights_alone_and_that_is_said(outp
     """0.1.0 wrote "shards" for a merged model, and nothing of the kind for an adapter."""
     folder = Path(shutil.copytree(outputs / "merge", tmp_path / "model"))
     table = json.loads((folder / "loratool.json").read_text())
-    table["shards"] = {n: entry for n, entry in table.pop("files").items() if n.endswith(".safetensors")}
+    weights = {p.name: p.read_bytes() for p in folder.glob("*.safetensors")}
+    table["shards"] = {n: {"size": len(b), "sha256": hashlib.sha256(b).hexdigest()} for n, b in weights.items()}
+    del table["files"]
     (folder / "loratool.json").write_text(json.dumps(table))
     (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
     code, findings = checked(folder)

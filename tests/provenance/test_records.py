@@ -15,6 +15,7 @@ import torch
 from hub_client import Client
 from hub_server import WRITER, HubServer
 from safetensors.torch import load_file, save_file
+from tree_digests import file_entry
 
 import loratool
 from loratool import cli
@@ -64,11 +65,7 @@ def told(folder: Path) -> dict[str, dict[str, object]]:
 def found(folder: Path) -> dict[str, dict[str, object]]:
     """The same by reading every file but the record itself."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "loratool.json"]
-    return {path.relative_to(folder).as_posix(): entry(path.read_bytes()) for path in paths}
-
-
-def entry(content: bytes) -> dict[str, object]:
-    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return {path.relative_to(folder).as_posix(): file_entry(path.name, path.read_bytes()) for path in paths}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -100,7 +97,7 @@ def test_a_card_that_somebody_wrote_is_listed_as_it_is(inputs: Path, tmp_path: P
     else:
         loratool.rescale(adapter, tmp_path / "out", scale=2)
     assert told(tmp_path / "out") == found(tmp_path / "out")
-    assert told(tmp_path / "out")["README.md"] == entry(b"# mine\n")
+    assert told(tmp_path / "out")["README.md"] == file_entry("README.md", b"# mine\n")
 
 
 def test_what_a_streaming_merge_or_a_push_sends_is_what_its_record_lists(inputs: Path, tmp_path: Path) -> None:
@@ -117,7 +114,8 @@ def test_what_a_streaming_merge_or_a_push_sends_is_what_its_record_lists(inputs:
         for repo in ("streamed", "merged", "rescaled"):
             held = {name: raw for name, raw in hub.files(f"alice/{repo}").items() if name != ".gitattributes"}
             table = json.loads(held.pop("loratool.json"))
-            assert table["files"] == {name: entry(raw) for name, raw in sorted(held.items())}
+            streamed = repo == "streamed"
+            assert table["files"] == {name: file_entry(name, raw, streamed) for name, raw in sorted(held.items())}
             assert f'place = "alice/{repo}"'.encode() in held["README.md"]
 
 
@@ -153,7 +151,7 @@ NOT_FILES: dict[str, object] = {
 def test_entries_of_a_record_that_are_none_are_passed_over(case: str, key: str) -> None:
     """Anybody may have written a `loratool.json`; the sound entry beside each of these is read."""
     table = NOT_FILES[case]
-    sound = {"extra/b.json": entry(b"sound")}
+    sound = {"extra/b.json": file_entry("b.json", b"sound")}
     listed = {**table, **sound} if isinstance(table, dict) else table
     wanted = {"extra/b.json": digest_of_bytes(b"sound")} if isinstance(table, dict) else {}
     assert read_recorded({key: listed}) == wanted
