@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -250,14 +250,17 @@ def add_missing_biases(carried: Carried, names: Spelling, lengths: Mapping[str, 
 
 def kept_dtype(sources: Sequence[Contents], asked: str) -> torch.dtype:
     """The dtype of the factors: as asked, or the one that holds those of every source."""
+    every = (tensor for source in sources for layer in source.layers.values() for tensor in factor_tensors(layer))
+    return factor_dtype({tensor.info.dtype for tensor in every}, asked)
+
+
+def factor_dtype(stored: Set[str], asked: str) -> torch.dtype:
+    """The dtype of factors: as asked, or the one that holds what is `stored`, of which indices are no floats."""
     if asked != "keep":
         dtype: torch.dtype = getattr(torch, asked)
         return dtype
-    every = (tensor for source in sources for layer in source.layers.values() for tensor in factor_tensors(layer))
-    found = {tensor.info.dtype for tensor in every if tensor.info.dtype in WIDTH}  # indices are no floats
-    if found == {"BF16", "F16"}:
-        return torch.float32
-    return torch_dtype(max(found, key=WIDTH.__getitem__, default="F32"))
+    found = stored & WIDTH.keys()
+    return torch.float32 if found == {"BF16", "F16"} else torch_dtype(max(found, key=WIDTH.__getitem__, default="F32"))
 
 
 def factor_tensors(layer: Layer) -> Iterator[StoredTensor]:

@@ -37,7 +37,7 @@ from loratool.results.combine import CombinedLayer, CombinedTotals, CombineRepor
 from loratool.reworking.aligned_layers import AlignedLayer, Beside, align_layers, contents_apart
 from loratool.reworking.combine_options import CombineOptions, combination_of, told
 from loratool.reworking.compare import meetings
-from loratool.reworking.runner import Draft, Made, Maker, Rest, run
+from loratool.reworking.runner import Draft, Made, Maker, Rest, run, together
 from loratool.templates import listed
 
 
@@ -302,10 +302,6 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
                 )
 
     def totals(self, modules: Mapping[str, CombinedLayer], dtype: torch.dtype) -> CombinedTotals:
-        def together(errors: Sequence[tuple[float, float]]) -> float:
-            squared = math.fsum(size**2 for size, _ in errors)
-            return math.sqrt(math.fsum((size * e) ** 2 for size, e in errors) / squared) if squared else 0.0
-
         names = [source.name for source in self.sources]
         energy: dict[str, float | None] = {}
         ratio: dict[str, float | None] = {}

@@ -46,7 +46,7 @@ from loratool.notes import Note
 from loratool.options.described import FLAG, NUMBER, JsonFile, Number, PathKind, option
 from loratool.options.shared import DeviceOption, PublishOptions
 from loratool.results.resize import ResizedLayer, ResizedTotals, ResizeReport
-from loratool.reworking.runner import Draft, Made, Maker, Rest, run
+from loratool.reworking.runner import Draft, Made, Maker, Rest, run, together
 from loratool.templates import listed
 
 ZERO = (
@@ -299,17 +299,12 @@ def summed(one: Product, other: Product) -> float:
 def total(contents: Contents, modules: Mapping[str, ResizedLayer], dropped: float, itemsize: int) -> ResizedTotals:
     """All layers together; `dropped` is ‖ΔW‖² of those that are left out."""
     squared = math.fsum(m.norm**2 for m in modules.values()) + dropped
-
-    def together(errors: Sequence[tuple[float, float]]) -> float:
-        lost = math.fsum((n * e) ** 2 for n, e in errors) + dropped
-        return math.sqrt(lost / squared) if squared else 0.0
-
     after = sum(contents.layers[t].parameters * m.rank for t, m in modules.items())
     stored = {tensor.info for layer in contents.layers.values() for tensor in factor_tensors(layer)}  # some are shared
     return ResizedTotals(
         norm=math.sqrt(squared),
-        predicted=together([(m.norm, m.predicted) for m in modules.values()]),
-        achieved=together([(m.norm, m.achieved) for m in modules.values()]),
+        predicted=together([(m.norm, m.predicted) for m in modules.values()], dropped),
+        achieved=together([(m.norm, m.achieved) for m in modules.values()], dropped),
         parameters_before=sum(info.elements for info in stored),
         parameters=after,
         bytes_before=sum(info.nbytes for info in stored),

@@ -6,6 +6,7 @@ A command's module is a `Maker`: what is particular to it.
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,6 +109,13 @@ def run(
         record = record_of(maker.command, inputs, options, {**rest.facts, **measured}, rest.notes)
         output.finish(rest.config, record, rest.files, rest.folders)
     return rest
+
+
+def together(errors: Sequence[tuple[float, float]], dropped: float = 0.0) -> float:
+    """The relative error of layers with a norm and a relative error each; `dropped` is ‖ΔW‖² of those that are left out."""
+    squared = math.fsum(size**2 for size, _ in errors) + dropped
+    lost = math.fsum((size * error) ** 2 for size, error in errors) + dropped
+    return math.sqrt(lost / squared) if squared else 0.0
 
 
 def record_of(

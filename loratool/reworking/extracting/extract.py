@@ -19,7 +19,7 @@ from loratool.adapters.layers import ATTENTION, Form, Kind, adapted_module
 from loratool.adapters.ranks import told_of_cuts
 from loratool.adapters.training import Targets, Training
 from loratool.adapters.weight_files import weight_files
-from loratool.adapters.writer import WIDTH, Output, Rounded, check_adapter_target, torch_dtype
+from loratool.adapters.writer import Output, Rounded, check_adapter_target, factor_dtype
 from loratool.algebra.lowrank.products import Product, change as change_of, inner, padded
 from loratool.bases.binding.orientation import module_of
 from loratool.bases.opening import open_checkpoint
@@ -35,7 +35,7 @@ from loratool.results.extract import ExtractedLayer, ExtractedTotals, ExtractRep
 from loratool.reworking.extracting.differences import Difference, NotFiniteError, Part, Rule, decomposed
 from loratool.reworking.extracting.options import ExtractOptions
 from loratool.reworking.extracting.pairing import Change, Pairing, is_table, pair
-from loratool.reworking.runner import Draft, Made, Maker, Rest, run
+from loratool.reworking.runner import Draft, Made, Maker, Rest, run, together
 
 HELD = 512 << 20  # bytes of differences that stay in memory; larger ones are read again for every pass
 HELD_ON_GPU = 4 << 30
@@ -149,8 +149,8 @@ class Extractor(Maker[tuple[Change, ...], Outcome]):
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """Of the factors."""
-        return factor_dtype(self.pairing, self.asked_dtype)
+        """Of the factors: as asked, or the one that holds those of the tuned layers."""
+        return factor_dtype({change.tuned.info.dtype for change in self.pairing.changes.values()}, self.asked_dtype)
 
     def draft(self) -> Draft:
         self.find_stacked_rank()
@@ -335,15 +335,6 @@ def nothing_left(noise: Mapping[str, ExtractedLayer], rule: Rule) -> str:
     )
 
 
-def factor_dtype(found: Pairing, asked: str) -> torch.dtype:
-    """The dtype of the factors: as asked, or the one that holds those of the tuned layers."""
-    if asked != "keep":
-        dtype: torch.dtype = getattr(torch, asked)
-        return dtype
-    dtypes = {change.tuned.info.dtype for change in found.changes.values()}
-    return torch.float32 if dtypes == {"BF16", "F16"} else torch_dtype(max(dtypes, key=WIDTH.__getitem__))
-
-
 def config_of(found: Pairing, kinds: Mapping[str, Kind], ranks: Mapping[str, int], release: str) -> Config:
     """The config, for a release of the library that will read it."""
     base = found.base
@@ -405,12 +396,11 @@ def not_compared(base: Checkpoint, tuned: Checkpoint) -> Iterator[Note]:
 def total(extractor: Extractor, forms: Mapping[str, Form], itemsize: int) -> ExtractedTotals:
     """All layers together."""
     every = [*extractor.layers.values(), *extractor.noise.values()]
-    squared = math.fsum(layer.norm**2 for layer in every)
     parameters = sum(f.experts * (f.rows + f.columns) * extractor.ranks[t] for t, f in forms.items())
     return ExtractedTotals(
-        norm=math.sqrt(squared),
-        predicted=math.sqrt(math.fsum((layer.norm * layer.predicted) ** 2 for layer in every) / squared),
-        achieved=math.sqrt(math.fsum((layer.norm * layer.achieved) ** 2 for layer in every) / squared),
+        norm=math.sqrt(math.fsum(layer.norm**2 for layer in every)),
+        predicted=together([(layer.norm, layer.predicted) for layer in every]),
+        achieved=together([(layer.norm, layer.achieved) for layer in every]),
         parameters=parameters,
         bytes=parameters * itemsize,
     )
