@@ -131,7 +131,9 @@ def parameters_of(configs: Sequence[Mapping[str, Any]], parameters: Collection[s
     return entries if same and covers(entries, parameters) else list(parameters)
 
 
-def plain_config(training: Training, layers: Mapping[str, tuple[int, float]], *, whole_paths: bool) -> dict[str, Any]:
+def plain_config(
+    training: Training, layers: Mapping[str, tuple[int, float]], *, whole_paths: bool = False
+) -> dict[str, Any]:
     """The config, with (rank, α) of each layer by its path.
 
     With `whole_paths` other layers of the model end as one of these does: PEFT takes a name for the end of a path.

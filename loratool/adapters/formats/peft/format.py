@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,13 @@ from loratool.adapters.formats.peft.reading import read_leniently, read_saved
 from loratool.adapters.formats.peft.spelling import Names, was_inside
 from loratool.adapters.formats.peft.training import training_of
 from loratool.adapters.layers import Contents, Kind, Layer
-from loratool.adapters.reading import AS_STORED, Reading
+from loratool.adapters.reading import Reading
 from loratool.adapters.training import Training
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.experts import ExpertFactors
-from loratool.errors import Problem, printable
+from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import SafeFile
-from loratool.notes import Note
-from loratool.provenance.cards import Subject
-from loratool.results.findings import Finding
 
 
 class Peft(Format):
@@ -38,8 +35,16 @@ class Peft(Format):
     newest = "0.21.2"
     repairs = health.REPAIRS
 
-    def recognises(self, path: Path) -> bool:
-        return files.recognises(path)
+    recognises = staticmethod(files.recognises)
+    needed = staticmethod(files.needed)
+    read_leniently = staticmethod(read_leniently)
+    read_saved = staticmethod(read_saved)  # a file of tensors that were trained whole
+    parameters = staticmethod(counting.count_parameters)
+    findings = staticmethod(health.findings)
+    one_rank_experts = staticmethod(experts.stacked_by_peft)
+    rank_notes = staticmethod(experts.rank_notes)
+    subject = staticmethod(subject)
+    plain_config = staticmethod(plain_config)
 
     def claims(self, file: SafeFile) -> frozenset[str]:
         from loratool.adapters.formats.peft import unmerged  # which needs every method
@@ -50,21 +55,8 @@ class Peft(Format):
     def is_config(self, config: Mapping[str, Any]) -> bool:
         return bool({"peft_type", "lora_alpha"} & config.keys())
 
-    def needed(self, location: Path) -> tuple[list[str], list[str]]:
-        return files.needed(location)
-
     def training_at(self, path: Path) -> Training:
         return training_of(files.read_config(files.config_at(path)))
-
-    def read_leniently(self, path: Path, reading: Reading = AS_STORED) -> tuple[Adapter, tuple[Problem, ...]]:
-        return read_leniently(path, reading)
-
-    def read_saved(self, path: Path, owner: Adapter) -> Adapter:
-        """A file of tensors that were trained whole, besides the adapter `owner`: each replaces the base's.
-
-        Raises `InputError` where it is malformed, or holds factors.
-        """
-        return read_saved(path, owner)
 
     def taken_apart(self, checkpoint: Checkpoint, reading: Reading) -> tuple[Checkpoint, Adapter]:
         """The base and one adapter of a model that was saved unmerged; raises `UsageError` or `InputError`."""
@@ -81,23 +73,11 @@ class Peft(Format):
             else ""
         )
 
-    def parameters(self, adapter: Adapter, in_base: set[str]) -> tuple[int, int]:
-        return counting.count_parameters(adapter, in_base)
-
-    def findings(self, adapter: Adapter, path: Path) -> Iterator[Finding]:
-        return health.findings(adapter, path)
-
     def spelling(self, kinds: Mapping[str, Kind], release: str = "") -> Names:
         return Names(self, kinds, release)
 
     def was_inside(self, adapter: Adapter, target: str) -> bool:
         return was_inside(target, adapter.sources.get(target, ()))
-
-    def one_rank_experts(self, targets: Iterable[str]) -> tuple[str, ...]:
-        return experts.stacked_by_peft(targets)
-
-    def rank_notes(self, own: Mapping[str, int], ranks: Mapping[str, int]) -> Iterator[Note]:
-        return experts.rank_notes(own, ranks)
 
     def task_heads(self, task: str) -> tuple[str, ...]:
         return keys.HEADS.get(task, ())
@@ -113,18 +93,6 @@ class Peft(Format):
 
     def rescaled(self, contents: Contents, factors: Mapping[str, float | None], one_alpha: bool) -> dict[str, Any]:
         return strength.rescaled(contents, self.names_of(contents), factors, one_alpha)
-
-    def subject(self, config: Mapping[str, Any]) -> Subject:
-        return subject(config)
-
-    def plain_config(
-        self, training: Training, layers: Mapping[str, tuple[int, float]], *, whole_paths: bool = False
-    ) -> dict[str, Any]:
-        """The config of plain LoRA on linear layers, with (rank, α) of each by its path.
-
-        With `whole_paths` other layers of the model end as one of these does.
-        """
-        return plain_config(training, layers, whole_paths=whole_paths)
 
     def names_of(self, contents: Contents) -> Names:
         """The names of an adapter's own layers."""
