@@ -41,6 +41,7 @@ class Peft(Format):
     read_saved = staticmethod(read_saved)  # a file of tensors that were trained whole
     parameters = staticmethod(counting.count_parameters)
     findings = staticmethod(health.findings)
+    was_inside = staticmethod(was_inside)
     one_rank_experts = staticmethod(experts.stacked_by_peft)
     rank_notes = staticmethod(experts.rank_notes)
     subject = staticmethod(subject)
@@ -75,9 +76,6 @@ class Peft(Format):
 
     def spelling(self, kinds: Mapping[str, Kind], release: str = "") -> Names:
         return Names(self, kinds, release)
-
-    def was_inside(self, adapter: Adapter, target: str) -> bool:
-        return was_inside(target, adapter.sources.get(target, ()))
 
     def task_heads(self, task: str) -> tuple[str, ...]:
         return keys.HEADS.get(task, ())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from loratool.adapters.adapter import Adapter, StoredTensor
@@ -108,11 +110,33 @@ class Names:
 
     def shapes(self, form: Form) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes in which A and B of a layer are stored, at its largest rank."""
-        return shapes(form.kind, form.experts, form.rows, form.columns, form.kernel, form.rank)
+        rank, rows, columns = form.rank, form.rows, form.columns
+        match form.kind:
+            case Kind.EMBEDDING:
+                return (rank, rows), (columns, rank)
+            case Kind.CONVOLUTION:
+                channels = columns // math.prod(form.kernel)
+                return (rank, channels, *form.kernel), (rows, rank, *(1 for _ in form.kernel))
+            case Kind.PARAMETER:
+                return (form.experts * rank, columns), (rows, rank * form.experts)
+        return (rank, columns), (rows, rank)
 
     def stored(self, form: Form, found: Product) -> tuple[Tensor, Tensor]:
         """A and B of a product, as they are stored."""
-        return stored(form.kind, form.kernel, found)
+        up, down = found.up, found.down
+        match form.kind:
+            case Kind.EMBEDDING:
+                down, up = up.T, down.T
+            case Kind.PARAMETER:
+                experts = up.shape[0]
+                down = down.reshape(-1, down.shape[-1])  # expert-major
+                up = up.permute(1, 2, 0).reshape(up.shape[1], -1)  # rank-major
+                assert down.shape[0] == up.shape[1]
+                assert down.shape[0] % experts == 0
+            case Kind.CONVOLUTION:
+                of_a, of_b = self.shapes(replace(form, rank=found.rank))
+                down, up = down.reshape(of_a), up.reshape(of_b)
+        return down.contiguous(), up.contiguous()
 
     def describe(self, sources: Sequence[Adapter], parts: Parts) -> dict[str, Any]:
         """The config of an adapter that is made of others."""
@@ -156,47 +180,12 @@ def saved_whole(target: str, inside: bool) -> str:
     return f"{PREFIX}{module}.base_layer.{parameter}" if inside else PREFIX + target
 
 
-def was_inside(target: str, sources: Iterable[str]) -> bool:
+def was_inside(adapter: Adapter, target: str) -> bool:
     """Whether a tensor that is saved whole stood in a wrapped layer, whose name its target is without."""
     own = wrappers(target.split("."))
-    return any(wrappers(keys.path_of(name)) > own for name in sources)
+    return any(wrappers(keys.path_of(name)) > own for name in adapter.sources.get(target, ()))
 
 
 def wrappers(parts: Iterable[str]) -> int:
     """How many components are what PEFT calls its wrappers."""
     return sum(part in keys.INNER for part in parts)
-
-
-def shapes(
-    kind: Kind, experts: int, rows: int, columns: int, kernel: tuple[int, ...], rank: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes in which A and B of a layer are stored."""
-    match kind:
-        case Kind.EMBEDDING:
-            return (rank, rows), (columns, rank)
-        case Kind.CONVOLUTION:
-            channels = columns
-            for size in kernel:
-                channels //= size
-            return (rank, channels, *kernel), (rows, rank, *(1 for _ in kernel))
-        case Kind.PARAMETER:
-            return (experts * rank, columns), (rows, rank * experts)
-    return (rank, columns), (rows, rank)
-
-
-def stored(kind: Kind, kernel: tuple[int, ...], found: Product) -> tuple[Tensor, Tensor]:
-    """A and B of a product, as they are stored."""
-    up, down = found.up, found.down
-    match kind:
-        case Kind.EMBEDDING:
-            down, up = up.T, down.T
-        case Kind.PARAMETER:
-            experts = up.shape[0]
-            down = down.reshape(-1, down.shape[-1])  # expert-major
-            up = up.permute(1, 2, 0).reshape(up.shape[1], -1)  # rank-major
-            assert down.shape[0] == up.shape[1]
-            assert down.shape[0] % experts == 0
-        case Kind.CONVOLUTION:
-            *_, a_shape = (shapes(kind, 1, up.shape[0], down.shape[1], kernel, found.rank)[0],)
-            down, up = down.reshape(a_shape), up.reshape(*up.shape, *(1 for _ in kernel))
-    return down.contiguous(), up.contiguous()
