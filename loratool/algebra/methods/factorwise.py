@@ -28,5 +28,4 @@ def combine_factors(
         return weighted.sum(0)
     votes = kept.sign().sum(0) if by_count else kept.sum(0)
     agree = kept.sign() == torch.where(votes >= 0, 1.0, -1.0).to(kept.dtype)
-    total: Tensor = (weighted * agree).sum(0) / agree.sum(0).clamp_min(1)
-    return total
+    return (weighted * agree).sum(0) / agree.sum(0).clamp_min(1)

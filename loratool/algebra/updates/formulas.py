@@ -105,8 +105,7 @@ def given(weights: Tensor, index: Tensor, bank: Tensor) -> Tensor:
 
 
 def mixed(weights: Tensor, index: Tensor, bank: Tensor) -> Tensor:
-    total: Tensor = (weights.unsqueeze(-1) * bank[index.long()]).sum(-2)
-    return total
+    return (weights.unsqueeze(-1) * bank[index.long()]).sum(-2)
 
 
 def bank_rows(formula: Formula) -> Formula:
@@ -182,8 +181,7 @@ def rotations(size: int, terms: int | None, bound: float | None, transposed: boo
 
 def transpose(blocks: Tensor) -> Tensor:
     """(…, p, q) as (…, q, p)."""
-    turned: Tensor = blocks.transpose(-1, -2)
-    return turned
+    return blocks.transpose(-1, -2)
 
 
 def butterfly(factor: Tensor) -> Tensor:
@@ -205,8 +203,7 @@ def orthogonal_units(vectors: Tensor) -> Tensor:
         for unit in found:
             rest = rest - (unit @ rest) * unit
         found.append(units(rest[:, None])[:, 0])
-    result: Tensor = torch.stack(found, dim=1)
-    return result
+    return torch.stack(found, dim=1)
 
 
 def same(tensor: Tensor) -> Tensor:
@@ -272,8 +269,7 @@ def mixed_projections(layer: str, seed: int, layers: int, each: int) -> Formula:
                 "its vector in tinylora_v cannot be determined"
             )
         vector = vectors[min(number // each, len(vectors) - 1)]
-        mixed: Tensor = torch.einsum("i,ijk->jk", vector, projections) @ down
-        return mixed
+        return torch.einsum("i,ijk->jk", vector, projections) @ down
 
     return formula
 
