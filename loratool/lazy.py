@@ -10,11 +10,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["NDArray", "Tensor", "numpy", "torch"]
+__all__ = ["NDArray", "Tensor", "hub", "hub_constants", "hub_errors", "hub_utils", "numpy", "torch"]
 
 if TYPE_CHECKING:
+    import huggingface_hub as hub
     import numpy
     import torch
+    from huggingface_hub import constants as hub_constants, errors as hub_errors, utils as hub_utils
     from numpy.typing import NDArray
     from torch import Tensor
 else:
@@ -28,5 +30,8 @@ else:
         def __getattr__(self, name: str) -> Any:
             return getattr(import_module(self.package), name)
 
-    numpy, torch = Lazy("numpy"), Lazy("torch")
+    numpy, torch, hub = Lazy("numpy"), Lazy("torch"), Lazy("huggingface_hub")
+    hub_constants, hub_errors, hub_utils = (
+        Lazy(f"huggingface_hub.{name}") for name in ("constants", "errors", "utils")
+    )
     Tensor = NDArray = Any

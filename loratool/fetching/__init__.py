@@ -21,6 +21,7 @@ from loratool.files.checkpoint import holds_weights
 from loratool.files.digests import sha256_of
 from loratool.files.hub_names import PAGE, HubPath, parse, slashed
 from loratool.files.system import free_space
+from loratool.lazy import hub, hub_constants, hub_errors
 
 __all__ = ["HubPath", "Role", "headers", "local", "parse", "place_of"]
 
@@ -108,11 +109,10 @@ def download(place: HubPath, role: Role) -> Path:
 
 def snapshot_of(remote: Remote) -> Path:
     """The folder in which the Hub's cache keeps a commit."""
-    from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
     folder = repo_folder_name(repo_id=remote.repo, repo_type="model")
-    return Path(os.path.realpath(constants.HF_HUB_CACHE), folder, "snapshots", remote.commit)
+    return Path(os.path.realpath(hub_constants.HF_HUB_CACHE), folder, "snapshots", remote.commit)
 
 
 def download_file(remote: Remote, name: str) -> None:
@@ -121,9 +121,7 @@ def download_file(remote: Remote, name: str) -> None:
     It is asked for by its commit, so that of all that a server says only the answer's headers become paths; they are
     checked as they arrive, and so is the place where the client has put the file.
     """
-    from huggingface_hub import hf_hub_download
-
-    get = partial(hf_hub_download, remote.repo, name, revision=remote.commit, library_name="loratool")
+    get = partial(hub.hf_hub_download, remote.repo, name, revision=remote.commit, library_name="loratool")
     if not is_of(remote, name, patiently(get)):
         raise HubError(
             f"{remote.repo}: {printable(name)} came from another commit than {remote.commit}; try again later"
@@ -144,18 +142,15 @@ def remember(snapshot: Path, revision: str) -> None:
 
 def cached(place: HubPath) -> Path:
     """What the cache holds of a revision."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
     with asking(place.repo, place.revision):
         try:
-            snapshot = snapshot_download(
+            snapshot = hub.snapshot_download(
                 place.repo,
                 revision=place.revision,
                 local_files_only=True,
                 allow_patterns=["config.json", "adapter_config.json"],
             )
-        except LocalEntryNotFoundError:
+        except hub_errors.LocalEntryNotFoundError:
             raise HubError(
                 f"{printable(place)}: no such folder or file, not in the Hub's cache, and HF_HUB_OFFLINE is set; "
                 f"unset it, or run `hf download {place.repo}` while online"
@@ -166,9 +161,7 @@ def cached(place: HubPath) -> Path:
 
 def in_cache(remote: Remote, names: tuple[str, ...]) -> set[str]:
     """Those of the files that the cache has already."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = {name: try_to_load_from_cache(remote.repo, name, revision=remote.commit) for name in names}
+    found = {name: hub.try_to_load_from_cache(remote.repo, name, revision=remote.commit) for name in names}
     return {name for name, path in found.items() if isinstance(path, str) and is_of(remote, name, path)}
 
 
@@ -179,9 +172,7 @@ def is_of(remote: Remote, name: str, path: str) -> bool:
 
 def check_room(remote: Remote, names: list[str]) -> None:
     """Raise `StorageError` where the cache's disk has no room for these files."""
-    from huggingface_hub import constants
-
-    cache = Path(constants.HF_HUB_CACHE)
+    cache = Path(hub_constants.HF_HUB_CACHE)
     there = next(folder for folder in (cache, *cache.parents) if folder.exists())
     wanted, free = sum(remote.files[name].size for name in names), free_space(there)
     if free is not None and wanted > free:

@@ -15,6 +15,7 @@ from typing import Any
 from unicodedata import category
 
 from loratool.errors import HubError, printable
+from loratool.lazy import hub, hub_constants, hub_utils
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 RESOLVED = re.compile(r"/resolve/([0-9a-f]{40})/")  # in the address of a file
@@ -145,13 +146,10 @@ def guard_session() -> None:
 
     The client makes a new session of its factory where a connection fails, so that the factory is what is wrapped.
     """
-    from huggingface_hub import set_client_factory
-    from huggingface_hub.utils import _http, get_session
-
-    if check_response in get_session().event_hooks["response"]:
+    if check_response in hub_utils.get_session().event_hooks["response"]:
         return
     # the user's, or the client's own; there is no public way to it
-    make: Callable[[], Any] = _http._GLOBAL_CLIENT_FACTORY  # noqa: SLF001
+    make: Callable[[], Any] = hub_utils._http._GLOBAL_CLIENT_FACTORY  # noqa: SLF001
 
     def guarded() -> Any:
         session = make()
@@ -162,7 +160,7 @@ def guard_session() -> None:
         }
         return session
 
-    set_client_factory(guarded)
+    hub.set_client_factory(guarded)
 
 
 def check_request(request: Any) -> None:
@@ -170,12 +168,10 @@ def check_request(request: Any) -> None:
 
     A request without a time limit gets one.
     """
-    from huggingface_hub import constants
-
     if not limits:
         return  # somebody else's
     scheme = str(request.url.scheme)
-    if scheme != "https" and (scheme != "http" or str(constants.ENDPOINT).startswith("https:")):
+    if scheme != "https" and (scheme != "http" or str(hub_constants.ENDPOINT).startswith("https:")):
         raise wrong(str(request.url.host), "an address it returned", str(request.url), "one that begins with https://")
     given = request.extensions.get("timeout") or {}
     if not any(given.values()):

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from loratool import __version__
 from loratool.errors import HubError, LoratoolError, escaped, printable, without_tokens
 from loratool.fetching.answers import LARGEST_ANSWER, LONGEST_WAIT, asked_wait, limited
+from loratool.lazy import hub, hub_constants, hub_errors, hub_utils
 
 if TYPE_CHECKING:
     import logging
-
-    from huggingface_hub import HfApi
 
 
 Result = TypeVar("Result")
@@ -28,20 +27,17 @@ FEW_WAITS = 2  # of them, where nothing listens at the other end
 PASSING = (408, 429, 500, 502, 503, 504)  # statuses that another try may not meet
 
 
-def api() -> HfApi:
+def api() -> hub.HfApi:
     """The client; its bars are shown where somebody can see them, and what it logs is safe to show."""
     import logging
 
-    from huggingface_hub import HfApi
-    from huggingface_hub.utils import disable_progress_bars
-
     if not (sys.stderr and sys.stderr.isatty()):
-        disable_progress_bars()
+        hub_utils.disable_progress_bars()
     handlers = logging.getLogger("huggingface_hub").handlers
     for handler in handlers:
         if shown not in handler.filters:
             handler.addFilter(shown)
-    return HfApi(library_name="loratool", library_version=__version__)
+    return hub.HfApi(library_name="loratool", library_version=__version__)
 
 
 def shown(record: logging.LogRecord) -> bool:
@@ -52,16 +48,12 @@ def shown(record: logging.LogRecord) -> bool:
 
 def endpoint() -> str:
     """The address of the Hub that is asked, to be shown: the public one, or what HF_ENDPOINT names."""
-    from huggingface_hub import constants
-
-    return without_tokens(str(constants.ENDPOINT))
+    return without_tokens(str(hub_constants.ENDPOINT))
 
 
 def is_offline() -> bool:
     """Whether HF_HUB_OFFLINE forbids to ask."""
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
+    return bool(hub_constants.HF_HUB_OFFLINE)
 
 
 def patiently(call: Callable[[], Result]) -> Result:
@@ -86,12 +78,10 @@ def wait_after(error: Exception, number: int) -> None:
 
 def passes(error: BaseException) -> bool:
     """Whether a fault of the server or of the line is one that another try may not meet."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
     for each in causes(error):
-        if isinstance(each, OfflineModeIsEnabled):
+        if isinstance(each, hub_errors.OfflineModeIsEnabled):
             return False
-        if isinstance(each, HfHubHTTPError):
+        if isinstance(each, hub_errors.HfHubHTTPError):
             return each.response is not None and each.response.status_code in PASSING
         if is_of_the_line(each):
             return True
@@ -117,8 +107,6 @@ def asking(repo: str, revision: str | None = None, most: int = LARGEST_ANSWER) -
 
     What a server answers is checked on its way to the client, and has at most `most` bytes.
     """
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     try:
         with limited(most):
             yield
@@ -126,13 +114,13 @@ def asking(repo: str, revision: str | None = None, most: int = LARGEST_ANSWER) -
         raise
     except Exception as error:
         for each in causes(error):
-            if isinstance(each, HFValidationError):
+            if isinstance(each, hub_errors.HFValidationError):
                 raise HubError(f"{printable(repo)}: not a valid repository name: {told(each)}") from None
-            if isinstance(each, HfHubHTTPError):
+            if isinstance(each, hub_errors.HfHubHTTPError):
                 raise HubError(f"{printable(repo)}: {refusal(each, repo, revision)}") from None
             if is_of_the_line(each) or isinstance(each, ConnectionError):
                 raise HubError(f"{printable(repo)}: {unreachable(each)}") from None
-            if isinstance(each, LocalEntryNotFoundError) and each.__cause__ is None:
+            if isinstance(each, hub_errors.LocalEntryNotFoundError) and each.__cause__ is None:
                 raise HubError(
                     f"{printable(repo)}: {endpoint()} did not answer, and the cache lacks some of the files; try "
                     "again once you are online"
@@ -156,9 +144,7 @@ def is_of_the_answer(error: Exception) -> bool:
 
 
 def unreachable(error: BaseException) -> str:
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    if isinstance(error, OfflineModeIsEnabled):
+    if isinstance(error, hub_errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set; unset it to use the Hub"
     return (
         f"{endpoint()} cannot be reached ({type(error).__name__}: {told(error)}); check the network and try "
@@ -168,24 +154,22 @@ def unreachable(error: BaseException) -> str:
 
 def refusal(error: Any, repo: str, revision: str | None) -> str:
     """Why the Hub refused, and what to do about it."""
-    from huggingface_hub import errors
-
     page = f"{endpoint()}/{printable(repo)}"
     status = error.response.status_code if error.response is not None else 0
     said = without_tokens(printable(error.server_message or ""))
     match error:
-        case errors.GatedRepoError():
+        case hub_errors.GatedRepoError():
             return f"is gated; request access at {page}, then log in with `hf auth login`"
-        case errors.DisabledRepoError():
+        case hub_errors.DisabledRepoError():
             return f"is disabled by the Hub; {page} says why"
-        case errors.RepositoryNotFoundError():
+        case hub_errors.RepositoryNotFoundError():
             return (
                 "no such local folder or file, and no such repository on the Hub that you may read; check the "
                 "spelling, or log in with `hf auth login` if it is private"
             )
-        case errors.RevisionNotFoundError():
+        case hub_errors.RevisionNotFoundError():
             return f"has no revision {printable(revision or '')}; see the branches and tags at {page}/tree/main"
-        case errors.EntryNotFoundError():
+        case hub_errors.EntryNotFoundError():
             return f"one of its files was not found; see the files at {page}/tree/main"
     match status:
         case 401:

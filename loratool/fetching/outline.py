@@ -23,6 +23,7 @@ from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, choose_index, ch
 from loratool.files.hub_names import HubPath
 from loratool.files.inputs import LARGEST_CONFIG, LARGEST_INDEX, LARGEST_RECORD, check_bound
 from loratool.files.safefile import PREFIX, header_length
+from loratool.lazy import hub, hub_utils
 
 Role = Literal["model", "adapter", "any"]
 FIRST_READ = 8192  # bytes: a small header comes with the first request
@@ -166,22 +167,19 @@ def read_small(remote: Remote, path: PurePath) -> bytes:
 
 def read_range(remote: Remote, name: str, start: int = 0, count: int | None = None) -> bytes:
     """`count` bytes of a file from `start` on, by a range request; nothing more is taken off the line."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-
     size = remote.files[name].size
     count = size - start if count is None else count
     if count <= 0:
         return b""
-    url = hf_hub_url(remote.repo, name, revision=remote.commit)
-    headers = {**build_hf_headers(library_name="loratool"), "Range": f"bytes={start}-{start + count - 1}"}
+    url = hub.hf_hub_url(remote.repo, name, revision=remote.commit)
+    headers = {**hub_utils.build_hf_headers(library_name="loratool"), "Range": f"bytes={start}-{start + count - 1}"}
     headers["Accept-Encoding"] = "identity"
 
     def read() -> bytes:
-        with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT) as response:
+        with hub_utils.get_session().stream("GET", url, headers=headers, timeout=TIMEOUT) as response:
             if response.status_code >= 400:
                 response.read()
-            hf_raise_for_status(response)
+            hub_utils.hf_raise_for_status(response)
             check_range(f"{remote.repo}: {name}", response, start, count, size)
             return take(response, start, count)
 

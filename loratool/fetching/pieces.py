@@ -20,6 +20,7 @@ from loratool.files.checkpoint import Checkpoint
 from loratool.files.digests import sha256_of
 from loratool.files.safefile import SafeFile, read_safefile
 from loratool.files.source import Source
+from loratool.lazy import hub
 
 MOST_TRIES = 3  # of a file that arrives damaged
 
@@ -113,13 +114,11 @@ def on_the_hub(remote: Remote, place: HubPath, location: Path, home: Callable[[s
 
 def fetch_file(remote: Remote, name: str, home: Path) -> Path:
     """A file of a commit, alone in a new folder of `home`. Raises `HubError`."""
-    from huggingface_hub import hf_hub_download
-
     api()  # which settles whether bars are shown
     for _ in range(MOST_TRIES):
         folder = home / os.urandom(16).hex()
         with asking(remote.repo, most=remote.files[name].size):
-            found = patiently(partial(hf_hub_download, remote.repo, name, revision=remote.commit, local_dir=folder))
+            found = patiently(partial(hub.hf_hub_download, remote.repo, name, revision=remote.commit, local_dir=folder))
         path = folder / "file" / Path(name).name
         path.parent.mkdir()
         os.replace(found, path)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loratool.errors import HubError, UsageError, VerificationError, printable
 from loratool.fetching import answers
@@ -16,11 +16,8 @@ from loratool.fetching.answers import RemoteFile, commit_of, wrong
 from loratool.fetching.client import api, asking, endpoint, patiently, wait_after
 from loratool.files.digests import parts_of
 from loratool.files.hub_cache import is_hub_id
+from loratool.lazy import hub, hub_errors
 from loratool.notes import Note
-
-if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd
-
 
 REMOTE_JOURNAL = "loratool-stream.json"  # in the repository, for as long as a streaming merge is not complete
 LARGE = 1 << 20  # bytes from which a file is uploaded by itself, before the commit
@@ -47,11 +44,9 @@ class Upload:
         return [self.content or b""] if self.path is None else parts_of(self.path)
 
     @cached_property
-    def operation(self) -> CommitOperationAdd:
+    def operation(self) -> hub.CommitOperationAdd:
         """The same for the client, which hashes it."""
-        from huggingface_hub import CommitOperationAdd
-
-        return CommitOperationAdd(self.name, str(self.path) if self.path is not None else self.content or b"")
+        return hub.CommitOperationAdd(self.name, str(self.path) if self.path is not None else self.content or b"")
 
     @cached_property
     def sha256(self) -> str:
@@ -92,10 +87,8 @@ def full_name(repo: str) -> str:
 
     Raises `UsageError` for what can be no name, `HubError` where there is no token or one that may only read.
     """
-    from huggingface_hub import get_token
-
     check_name(repo)
-    if not get_token():
+    if not hub.get_token():
         raise HubError("pushing needs a token with write access: run `hf auth login`, or set HF_TOKEN")
     with asking(repo):
         who: object = patiently(lambda: api().whoami())
@@ -123,8 +116,6 @@ def open_repo(repo: str, public: bool, revision: str | None, notes: list[Note]) 
 
     Raises as `full_name` does, and `HubError` where there is no right to that name.
     """
-    from huggingface_hub.errors import RepositoryNotFoundError
-
     repo = full_name(repo)
     with asking(repo):
         try:
@@ -140,7 +131,7 @@ def open_repo(repo: str, public: bool, revision: str | None, notes: list[Note]) 
                 notes.append(
                     Note("repo-is-public", f"{repo} already exists and is public, so everyone can see what is pushed")
                 )
-        except RepositoryNotFoundError:
+        except hub_errors.RepositoryNotFoundError:
             url = patiently(lambda: api().create_repo(repo, private=not public, exist_ok=True))
             repo, private = named_by_the_hub(url.repo_id), not public
             if private:
@@ -189,8 +180,6 @@ def commit(
         HubError: refused, or out of reach for longer than it takes to be patient.
         VerificationError: what is there is not what was sent.
     """
-    from huggingface_hub import CommitOperationDelete
-
     gone = list(delete)
     with asking(repo, revision):
         for upload in uploads:
@@ -199,7 +188,7 @@ def commit(
             tell(upload.size)
         operations: list[Any] = [
             *(u.operation for u in uploads),
-            *(CommitOperationDelete(name, is_folder=False) for name in gone),
+            *(hub.CommitOperationDelete(name, is_folder=False) for name in gone),
         ]
         made = None
         for number in count():
