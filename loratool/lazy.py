@@ -28,7 +28,9 @@ else:
             self.package = package
 
         def __getattr__(self, name: str) -> Any:
-            return getattr(import_module(self.package), name)
+            found = getattr(import_module(self.package), name)
+            setattr(self, name, found)  # the next look costs nothing
+            return found
 
     numpy, torch, hub = Lazy("numpy"), Lazy("torch"), Lazy("huggingface_hub")
     hub_constants, hub_errors, hub_utils = (

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from loratool.merging.plan import MergePlan
-    from loratool.merging.row_blocks import Totals
+    from loratool.merging.totals import Totals
 
 
 def effects_of(plan: MergePlan, totals: Totals) -> tuple[AdapterEffect, ...]:

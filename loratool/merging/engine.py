@@ -29,9 +29,13 @@ from loratool.merging.resources import (
     choose_resources,
     itemsize,
     most_workers,
+    needs_float64,
     rows_of_block,
+    tile_elements,
 )
-from loratool.merging.row_blocks import EditedSpan, Effect, Shelf, Totals, Worker
+from loratool.merging.row_blocks import EditedSpan, Worker
+from loratool.merging.shared_updates import SharedUpdates
+from loratool.merging.totals import Effect, Totals
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -126,7 +130,7 @@ class Engine:
                 measured = effects_in(shard)
                 self.totals.measured |= measured
                 self.totals.effective |= measured & {*destination.finished[shard.name].effective}
-        self.shelf = Shelf(MOST_SHELVED)
+        self.shared = SharedUpdates(MOST_SHELVED)
         self.bytes_all = sum(span.placed.nbytes for span in plan.spans)
         self.bytes_done = 0
         self.stop = threading.Event()
@@ -257,7 +261,7 @@ class Engine:
             yield Copy(output, run)
         for span in plan.spans:
             if not span.untouched:
-                work = EditedSpan(span, self.totals, self.shelf)
+                work = EditedSpan(span, self.totals, self.shared)
                 yield from (Compute(output, work, chunk) for chunk in chunks[id(span)] if chunk.size)
 
     def take(self, number: int) -> Task | None:
@@ -317,9 +321,9 @@ class Engine:
     def make_worker(self, number: int) -> Worker:
         resources = self.resources()
         touched = [span for span in self.plan.spans if not span.untouched]
-        elements = max(rows_of_block(s, resources.block) * s.width for s in touched)
+        elements = max(tile_elements(s, resources.block, resources.on_gpu) for s in touched)
         raw = max(rows_of_block(s, resources.block) * s.width * itemsize(s) for s in touched)
-        wide = any(s.weight.exact == "F64" for s in touched)
+        wide = any(map(needs_float64, touched))
         return Worker(resources.devices[number % len(resources.devices)], raw, elements, wide)
 
     def finish(self, output: Output) -> None:

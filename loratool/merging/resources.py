@@ -25,6 +25,10 @@ CPU_BLOCK = 4 << 20  # bytes of weight: near a core's cache
 CUDA_BLOCK = (4 << 20) - 2 * PAGE
 MOST_SHELVED = 4  # updates that several spans share and that stay in memory for the next one
 SMALLEST_BLOCK = 64 << 10
+TILE = 1 << 18  # elements that are computed at a time on a CPU: they stay in a core's cache
+FORMULA_BLOCK = 1 << 18  # elements of a block that no sum of products changes: whatever a merge may use, for sums in
+# another order give other last bits
+FORMULA_MEMORY = 80  # bytes of such an element while it is computed, in float64 with copies
 WAITING_WORKERS = 2  # for the disk, at any time
 MOST_WORKERS = 16  # more than this a disk seldom keeps up with
 GPU_WORKERS = 8  # per GPU: most of them wait for the disk
@@ -104,13 +108,16 @@ def work_memory(spans: Sequence[Span], workers: int, block: int, on_gpu: bool) -
 
 
 def block_memory(span: Span, block: int, on_gpu: bool) -> int:
-    """Bytes of one worker's host buffers: the raw block, and on the CPU its float32 copy and the merged block.
+    """Bytes of one worker's host buffers: the raw block, and on the CPU the merged block and what it is computed in.
 
     The merged block counts twice: at an odd byte of the file it takes a step in between.
     """
-    elements = rows_of_block(span, block) * span.width
-    raw = elements * itemsize(span)
-    return raw if on_gpu else 3 * raw + elements * (8 if span.weight.exact == "F64" else 4)
+    raw = rows_of_block(span, block) * span.width * itemsize(span)
+    if on_gpu:
+        return raw
+    if not sums_products(span):
+        return 3 * raw + FORMULA_MEMORY * (raw // itemsize(span))
+    return 3 * raw + tile_elements(span, block, on_gpu) * (21 if needs_float64(span) else 13)
 
 
 def factor_memory(spans: Sequence[Span], workers: int) -> int:
@@ -130,17 +137,41 @@ def update_memory(edit: Edit, span: Span) -> int:
     if isinstance(edit.update, Replace):
         return 0
     held = sum(tensor.info.elements for tensor in stored_tensors(edit.update))
-    return max(held, edit.update.rank * (edit.rows + span.width)) * (8 if span.weight.exact == "F64" else 4)
+    wide = span.weight.exact == "F64" or not edit.update.adds_products
+    return max(held, edit.update.rank * (edit.rows + span.width)) * (8 if wide else 4)
 
 
 def rows_of_block(span: Span, block: int) -> int:
     row = max(1, span.width * itemsize(span))
+    if not sums_products(span):
+        block = FORMULA_BLOCK * itemsize(span)
     return max(1, min(span.rows, block // row))
+
+
+def sums_products(span: Span) -> bool:
+    """Whether all that a span's edits add are sums of products, whose result does not depend on blocks."""
+    return all(edit.update.replaces or edit.update.adds_products for edit in span.edits)
+
+
+def tile_elements(span: Span, block: int, on_gpu: bool) -> int:
+    """Elements of a block that are computed at a time."""
+    rows = rows_of_block(span, block)
+    return (rows if on_gpu else min(rows, max(1, TILE // max(1, span.width)))) * span.width
+
+
+def needs_float64(span: Span) -> bool:
+    """Whether float32 is not enough to compute in."""
+    return span.weight.exact == "F64" or itemsize_of(span.placed.dtype) != 2
 
 
 def itemsize(span: Span) -> int:
     """Bytes of an element, as it is read or as it is written, whichever are more."""
-    return max({"F64": 8, "F32": 4}.get(dtype, 2) for dtype in (span.weight.exact, span.placed.dtype))
+    return max(map(itemsize_of, (span.weight.exact, span.placed.dtype)))
+
+
+def itemsize_of(dtype: str) -> int:
+    """Bytes of a number."""
+    return {"F64": 8, "F32": 4}.get(dtype, 2)
 
 
 def most_workers() -> int:

@@ -18,8 +18,8 @@ import loratool
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.replacing import Replace
 from loratool.bases.edits import Edit
-from loratool.merging import resources, row_blocks as computing
-from loratool.merging.row_blocks import LoadedEdit
+from loratool.merging import loaded_edits, resources, row_blocks as computing
+from loratool.merging.loaded_edits import LoadedEdit
 
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device here, or LORATOOL_TEST_CUDA=1 is not set"
@@ -88,7 +88,7 @@ def test_one_changed_block_is_a_change_whenever_the_others_are_compared(
     factors["base_model.model.q.lora_B.weight"][48:] = 0
     save_file(factors, adapter / "adapter_model.safetensors")
     comparing, changed = threading.Event(), threading.Event()
-    same, seen = computing.same_bits, computing.EditedSpan.seen
+    same, seen = loaded_edits.same_bits, computing.EditedSpan.seen
 
     def slowly(one: torch.Tensor, other: torch.Tensor) -> bool:
         if same(one, other):

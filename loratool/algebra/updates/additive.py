@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from loratool.algebra.updates.base import Update
+from loratool.algebra.updates.base import Product, Update
 from loratool.lazy import Tensor, torch
 
 
@@ -24,6 +24,8 @@ class LowRank(Update):
     turnable: bool = field(default=False, compare=False)  # of a linear layer, whose weight may be stored (in, out)
     kernel: tuple[int, ...] = ()  # of a convolution, whose weight is stored (out, in, *kernel)
     table: bool = field(default=False, compare=False)  # of an embedding
+
+    adds_products = True
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,9 +54,8 @@ class LowRank(Update):
         squared = float(((up.T @ up) * (down @ down.T)).sum())
         return abs(self.scale) * math.sqrt(max(squared, 0.0))
 
-    def elements(self, rows: Tensor, columns: Tensor) -> Tensor:
-        up, down = self.up.index_select(0, rows).double(), self.down.index_select(1, columns).double()
-        return (up.T * down).sum(0) * self.scale
+    def products(self, columns: int) -> tuple[Product, ...]:  # noqa: ARG002
+        return (Product(0, self.up, self.down, self.scale),)
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Add(Update):
 
     value: Tensor  # any shape
     scale: float = 1.0
+
+    adds_products = True
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -77,6 +80,9 @@ class Add(Update):
 
     def norm(self) -> float:
         return abs(self.scale) * float(self.value.double().norm())
+
+    def products(self, columns: int) -> tuple[Product, ...]:
+        return (Product(0, self.value.reshape(-1, columns), None, self.scale),)
 
 
 def stack(updates: Sequence[tuple[LowRank, float]]) -> LowRank:

@@ -25,6 +25,9 @@ class Update:
     fold: ClassVar[int] = 1
     looks_at_base: ClassVar[bool] = False  # `add_rows` wants the unmerged rows as well
     replaces: ClassVar[bool] = False  # puts saved values in the weight's place, so that others build on them
+    adds_products: ClassVar[bool] = (
+        False  # ΔW is the sum of its `products`, which can be added exactly and rounded once
+    )
 
     @property
     def needs_weight(self) -> bool:
@@ -78,9 +81,19 @@ class Update:
         """Frobenius norm of the change at strength 1; infinite where that depends on the weight."""
         return math.inf
 
-    def elements(self, rows: Tensor, columns: Tensor) -> Tensor | None:  # noqa: ARG002
-        """The change of single elements in float64, at strength 1; None where that is not known."""
-        return None
+    def products(self, columns: int) -> tuple[Product, ...]:
+        """What ΔW is the sum of at strength 1, for a weight of so many columns; only where it `adds_products`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Product:
+    """scale · up @ down, which goes to the rows from `first` on; `up` itself, scaled, where there is no `down`."""
+
+    first: int
+    up: Tensor  # (rows, rank)
+    down: Tensor | None  # (rank, columns)
+    scale: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from loratool.algebra.updates.base import ANY, Update, WeightRows
+from loratool.algebra.updates.base import ANY, Product, Update, WeightRows
 from loratool.lazy import Tensor
 
 
@@ -50,6 +50,13 @@ class Both(Pair):
     def add_rows(self, rows: Tensor, first_row: int, strength: float, base: Tensor) -> None:
         self.first.add_rows(rows, first_row, strength, base)
         self.second.add_rows(rows, first_row, strength, base)
+
+    @property
+    def adds_products(self) -> bool:  # type: ignore[override]  # a constant for the other kinds
+        return self.first.adds_products and self.second.adds_products
+
+    def products(self, columns: int) -> tuple[Product, ...]:
+        return (*self.first.products(columns), *self.second.products(columns))
 
 
 @dataclass(frozen=True)

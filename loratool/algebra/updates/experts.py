@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from loratool.algebra.updates.additive import LowRank
-from loratool.algebra.updates.base import ANY, Update
+from loratool.algebra.updates.base import ANY, Product, Update
 from loratool.lazy import Tensor, torch
 
 
@@ -43,6 +43,7 @@ class ExpertLowRank(Update):
     grouped: bool = False
 
     fold = 2
+    adds_products = True
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -82,6 +83,10 @@ class ExpertLowRank(Update):
             up, down = (factor.double() for factor in self.factors(expert))
             squared += float(((up.T @ up) * (down @ down.T)).sum())
         return abs(self.scale) * math.sqrt(max(squared, 0.0))
+
+    def products(self, columns: int) -> tuple[Product, ...]:  # noqa: ARG002
+        every = (self.factors(expert) for expert in range(self.experts))
+        return tuple(Product(number * self.shape[1], up, down, self.scale) for number, (up, down) in enumerate(every))
 
 
 @dataclass(frozen=True)

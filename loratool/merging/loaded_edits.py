@@ -1,0 +1,221 @@
+"""The edits of one weight, with their factors in memory, and what they make of some of its rows.
+
+Sums of products come out exactly (`exact_rows`); every other update is its formula in float64, rounded once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+
+from loratool.adapters.adapter import Derived, fields_of, load_rows, load_update, stored_tensors
+from loratool.algebra.rounding import bits_of, round_once
+from loratool.algebra.updates.base import Update
+from loratool.algebra.updates.replacing import Replace
+from loratool.bases.edits import Edit
+from loratool.bases.weights import Room
+from loratool.files.open_sources import OpenSources
+from loratool.files.safefile import FLOAT_NAMES
+from loratool.lazy import torch
+from loratool.merging.exact_rows import ExactSum, Part, Scratch, Seen
+from loratool.merging.output_layout import Span
+from loratool.merging.resources import TILE
+from loratool.merging.shared_updates import SharedUpdates
+from loratool.merging.totals import Effect
+
+LOOKED_AT = 1 << 19  # elements in which the effect of an update is looked for at a time
+LOOKED_AT_FIRST = 1 << 14  # elements in which it is looked for at first; most show it there
+READ_AT_ONCE = 16 << 20  # bytes of a weight that is looked at before it is edited
+
+
+@dataclass(frozen=True)
+class LoadedEdit:
+    """An edit with its factors in memory, or a replacement whose rows are read as they are needed."""
+
+    edit: Edit
+    update: Update
+    strength: float
+
+    @property
+    def effect(self) -> Effect:
+        return self.edit.adapter, self.edit.target
+
+    def apply(self, block: torch.Tensor, first_row: int, base: torch.Tensor) -> None:
+        """Change what this edit covers of `block`, which begins at `first_row` of the weight."""
+        start = max(first_row, self.edit.first_row)
+        stop = min(first_row + block.shape[0], self.edit.first_row + self.edit.rows)
+        if start >= stop:
+            return
+        rows = block[start - first_row : stop - first_row, self.edit.columns]
+        unmerged = base[start - first_row : stop - first_row, self.edit.columns]
+        own = start - self.edit.first_row + self.edit.update_row
+        if isinstance(self.update, Replace):
+            part = load_rows(self.update, own, stop - start, block.device, block.dtype)
+            part.add_rows(rows, 0, 1.0, unmerged)
+        else:
+            self.update.add_rows(rows, own, self.strength, unmerged)
+
+
+@dataclass(frozen=True)
+class LoadedEdits:
+    """All edits of one span on one device."""
+
+    replacements: tuple[LoadedEdit, ...]  # they come first
+    others: tuple[LoadedEdit, ...]
+    width: int  # of the weight
+    target: torch.dtype
+    exact: torch.dtype  # holds every element of the weight, and of what replaces it, as it is
+    norm: float  # ‖ΔW‖ of all but replacements; no element changes by more; infinite where that depends on the weight
+
+    @cached_property
+    def sum(self) -> ExactSum | None:
+        """The edits that are no replacements, where all of them are sums of products."""
+        if not all(each.update.adds_products for each in self.others):
+            return None
+        return ExactSum(
+            (part for each in self.others for part in parts_of_edit(each, self.width)), self.target, self.exact
+        )
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether `norm` is no more than a bound of ‖ΔW‖ here: of several edits, or of one that goes on elsewhere."""
+        return not math.isfinite(self.norm) or len(self.others) != 1 or self.others[0].edit.shared
+
+    def only(self, effect: Effect) -> LoadedEdits:
+        """The edits of one update."""
+        chosen = [tuple(e for e in edits if e.effect == effect) for edits in (self.replacements, self.others)]
+        return replace(self, replacements=chosen[0], others=chosen[1])
+
+    def merge(self, before: torch.Tensor, first: int, after: torch.Tensor, scratch: Scratch, measure: bool) -> Seen:
+        """Put rows from `first` on, with all edits, into `after`; `before` has them as they are stored.
+
+        ‖ΔW‖ is seen where `measure` asks for it.
+        """
+        seen = Seen()
+        if not self.replacements and not self.others:
+            convert(before, after, seen)
+        elif self.sum is None:
+            self.merge_formulas(before, first, after, seen)
+        else:
+            step = before.shape[0] if before.is_cuda else max(1, TILE // self.width)
+            for at in range(0, before.shape[0], step):
+                stored = before[at : at + step]
+                weight = scratch.of(scratch.weight, len(stored), self.width, self.sum.work).copy_(stored)
+                seen.weight += float(torch.linalg.vector_norm(weight)) ** 2
+                for each in self.replacements:
+                    each.apply(weight, first + at, weight)
+                self.sum.merge(weight, first + at, after[at : at + step], scratch, seen, measure)
+            if seen.places:
+                places = torch.cat(seen.places)
+                settled = self.sum.settle(self.width, places, torch.cat(seen.values))
+                after.view(-1)[places - first * self.width] = settled
+        return seen
+
+    def merge_formulas(self, before: torch.Tensor, first: int, after: torch.Tensor, seen: Seen) -> None:
+        """The same in float64, step by step; rounded once in the end."""
+        block = before.double()
+        seen.weight = float(torch.linalg.vector_norm(block)) ** 2
+        for each in self.replacements:
+            each.apply(block, first, block)
+        base = block.clone()
+        for each in self.others:
+            each.apply(block, first, base)
+        after.copy_(round_once(block, after.dtype))
+        after[block.isnan()] = math.nan
+        seen.change = float(torch.linalg.vector_norm(block.sub_(base))) ** 2
+        seen.largest = math.inf  # nobody looked
+
+
+def convert(before: torch.Tensor, after: torch.Tensor, seen: Seen) -> None:
+    """The same numbers in another dtype."""
+    after.copy_(round_once(before, after.dtype))
+    lowest, highest = torch.aminmax(before)
+    seen.largest = max(-float(lowest), float(highest))
+    if not math.isfinite(seen.largest):
+        after[before.isnan()] = math.nan  # of one spelling on every machine
+
+
+def load_edits(span: Span, shelf: SharedUpdates, device: torch.device) -> LoadedEdits:
+    """Read the factors."""
+    replacements, others = [], []
+    exact = torch.float64 if span.weight.exact == "F64" else torch.float32
+    for edit in span.edits:
+        if edit.update.replaces:
+            exact = held_in(edit.update, exact)
+            update = edit.update
+            if not isinstance(update, Replace):
+                update = load_update(update, device, held_in(update, torch.float32))
+            replacements.append(LoadedEdit(edit, update, 1.0))
+            continue
+        dtype = held_in(edit.update, torch.float32) if edit.update.adds_products else torch.float64
+        update = shelf.load(edit.update, device, dtype) if edit.shared else load_update(edit.update, device, dtype)
+        if update.needs_weight:
+            update = update.prepared(partial(weight_rows, span, edit, device, dtype))
+        others.append(LoadedEdit(edit, update, edit.strength))
+    norm = sum(each.update.norm() * abs(each.strength) for each in others)
+    target = getattr(torch, FLOAT_NAMES[span.placed.dtype])
+    loaded = LoadedEdits(tuple(replacements), tuple(others), span.width, target, exact, norm)
+    assert loaded.sum is None or loaded.sum.work  # made here, where other workers wait
+    if device.type == "cuda":  # the factors must be complete for the streams of other workers too
+        torch.cuda.current_stream(device).synchronize()
+    return loaded
+
+
+def held_in(update: Update, least: torch.dtype) -> torch.dtype:
+    """Float32, or float64 where `least` is it or float32 does not hold all that the update has stored."""
+    computed = any(isinstance(value, Derived) for value in fields_of(update).values())
+    wide = computed or any(tensor.info.dtype == "F64" for tensor in stored_tensors(update))
+    return torch.float64 if wide else least
+
+
+def parts_of_edit(loaded: LoadedEdit, width: int) -> Iterator[Part]:
+    """What an edit adds, product by product."""
+    edit = loaded.edit
+    for product in loaded.update.products(len(range(*edit.columns.indices(width)))):
+        part = Part.of(product, edit.first_row, edit.update_row, edit.rows, edit.columns, loaded.strength)
+        if part is not None:
+            yield part
+
+
+def has_effect(edits: LoadedEdits, block: torch.Tensor, first: int) -> bool:
+    """Whether some edits by themselves give any element of a block another value, after rounding.
+
+    `block` holds rows from `first` on as they are stored. More of it is looked at only as long as nothing changes.
+    """
+    at, count, width = 0, max(1, LOOKED_AT_FIRST // block.shape[1]), block.shape[1]
+    while at < block.shape[0]:
+        before = block[at : at + count]
+        after = torch.empty(before.shape, dtype=edits.target, device=block.device)
+        edits.merge(before, first + at, after, Scratch(block.device, before.numel(), 8), measure=False)
+        if not same_bits(round_once(before, edits.target), after):
+            return True
+        at, count = at + count, min(4 * count, max(1, LOOKED_AT // width))
+    return False
+
+
+def weight_rows(span: Span, edit: Edit, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
+    """The rows that an edit covers as no update but a replacement has left them, block by block."""
+    stored = getattr(torch, FLOAT_NAMES[span.weight.exact])
+    step = max(1, READ_AT_ONCE // (span.width * stored.itemsize))
+    before = [
+        LoadedEdit(
+            other, other.update if isinstance(other.update, Replace) else load_update(other.update, device, dtype), 1
+        )
+        for other in span.edits
+        if other.update.replaces
+    ]
+    with OpenSources() as sources:
+        for first in range(edit.first_row, edit.first_row + edit.rows, step):
+            count = min(step, edit.first_row + edit.rows - first)
+            block = span.matrix.rows(first, count, device, stored, Room(sources)).to(dtype)
+            for replacement in before:
+                replacement.apply(block, first, block)
+            yield first - edit.first_row + edit.update_row, block[:, edit.columns]
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors hold the same numbers, −0 and +0 being two; a NaN is a NaN."""
+    unequal = bits_of(one.contiguous()) != bits_of(other.contiguous())
+    return not bool((unequal & ~(one.isnan() & other.isnan())).any())

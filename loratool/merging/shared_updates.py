@@ -1,0 +1,27 @@
+"""Loaded updates that several weights share."""
+
+from __future__ import annotations
+
+import threading
+
+from loratool.adapters.adapter import load_update
+from loratool.algebra.updates.base import Update
+from loratool.lazy import torch
+
+
+class SharedUpdates:
+    """Loaded updates that edits of several spans share, such as the factors of all experts; the `most` last used ones."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.lock = threading.Lock()
+        self.kept: dict[tuple[int, str, torch.dtype], tuple[Update, Update]] = {}
+
+    def load(self, update: Update, device: torch.device, dtype: torch.dtype) -> Update:
+        key = (id(update), str(device), dtype)
+        with self.lock:
+            pair = self.kept.pop(key, None) or (update, load_update(update, device, dtype))
+            self.kept[key] = pair
+            while len(self.kept) > self.most:
+                del self.kept[next(iter(self.kept))]
+            return pair[1]
