@@ -240,7 +240,17 @@ def test_algebra_knows_no_files_and_no_names() -> None:
         for f in EVERY
         if f.importer == "algebra" and f.imported not in ("algebra", "errors", "lazy")
     }
-    pure = {"__future__", "collections", "dataclasses", "fractions", "functools", "hashlib", "itertools", "math", "typing"}
+    pure = {
+        "__future__",
+        "collections",
+        "dataclasses",
+        "fractions",
+        "functools",
+        "hashlib",
+        "itertools",
+        "math",
+        "typing",
+    }
     assert outside <= pure | {"numpy", "torch"}
 
 

@@ -8,8 +8,9 @@ again, and what that leaves open is decided by error-free sums (`algebra.roundin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from loratool.algebra.rounding import Term, bits_of, exact_sums, round_once
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 ALL = slice(None)
 TOGETHER = 1 << 18  # products that are computed anew at a time
+MOST_VIEWS = 64
 ROUNDOFF = {4: 2.0**-24, 8: 2.0**-53}  # by bytes of the dtype: half the distance from 1 to the next number
 TINIEST = {4: 2.0**-124, 8: 2.0**-960}  # more than underflow takes from a number
 GENEROUS = 1 + 2.0**-10  # times a bound: for the roundings in computing the bound itself
@@ -28,11 +30,37 @@ WORKABLE = 2.0**-60, 2.0**60  # sizes of scales and sums that float32 computes w
 
 
 @dataclass(frozen=True)
+class Place:
+    """Some rows and columns of a weight, which something has for its own."""
+
+    first: int  # row of the weight
+    rows: int
+    columns: slice  # of the weight
+    width: int  # how many those are
+
+    @property
+    def stop(self) -> int:
+        return self.first + self.rows
+
+    def own(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Own rows and columns of single elements, and which elements are in here; None where all are."""
+        own, inside = rows - self.first, None
+        if int(own.min()) < 0 or int(own.max()) >= self.rows:
+            inside = (own >= 0) & (own < self.rows)
+            own = own.clamp(0, self.rows - 1)
+        if self.columns == ALL:
+            return own, columns, inside
+        start, step = self.columns.start or 0, self.columns.step or 1
+        across = ((columns - start) // step).clamp(0, self.width - 1)
+        met = across * step + start == columns
+        return own, across, met if inside is None else inside & met
+
+
+@dataclass(frozen=True)
 class Part:
     """What one product adds to some rows and columns of a weight."""
 
-    first: int  # row of the weight that the product's first row goes to
-    columns: slice  # of the weight, as many as the product has
+    place: Place
     up: Tensor  # (rows, rank)
     down: Tensor | None  # (rank, columns); where there is none, `up` are the values
     scale: float  # strength included
@@ -45,82 +73,91 @@ class Part:
         if start >= stop:
             return None
         up = product.up[start - product.first : stop - product.first]
-        return cls(first + start - at, columns, up, product.down, product.scale * strength)
-
-    @property
-    def stop(self) -> int:
-        return self.first + self.up.shape[0]
+        width = (up if product.down is None else product.down).shape[1]
+        return cls(Place(first + start - at, len(up), columns, width), up, product.down, product.scale * strength)
 
     @property
     def rank(self) -> int:
         return self.up.shape[1] if self.down is not None else 1
 
+    @cached_property
+    def turned(self) -> Tensor:
+        """`down`, (columns, rank), whose rows are gathered quickly."""
+        assert self.down is not None
+        return self.down.T.contiguous()
+
     def factors_at(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Both factors of single elements in float64, (rank, count) each; zero for elements that are not this part's."""
-        own = (rows - self.first).clamp(0, self.up.shape[0] - 1)
-        inside = own == rows - self.first
-        start, step = self.columns.start or 0, self.columns.step or 1
-        count = (self.up if self.down is None else self.down).shape[1]
-        across = columns if self.columns == ALL else ((columns - start) // step).clamp(0, count - 1)
-        if self.columns != ALL:
-            inside &= across * step + start == columns
+        """Both factors of single elements in float64, (count, rank) each; zero for elements that are not this part's."""
+        own, across, inside = self.place.own(rows, columns)
         if self.down is None:
-            left = self.up[own, across].double()[None]
-            return left * inside, torch.ones_like(left)
-        left = self.up.index_select(0, own).double().T
-        return left * inside, self.down.index_select(1, across).double()
+            left = self.up[own, across].double()[:, None]
+            right = torch.ones_like(left)
+        else:
+            left, right = self.up.index_select(0, own).double(), self.turned.index_select(0, across).double()
+        return left if inside is None else left * inside[:, None], right
 
 
 @dataclass(frozen=True)
 class Stack:
     """The parts of one place as one product in the working dtype, with the lengths that bound its error."""
 
-    first: int
-    columns: slice
+    place: Place
     up: Tensor  # (rows, rank)
     down: Tensor | None
     scale: float
     lengths: Tensor  # (rows,) of the rows of `up`, in float64; their largest elements where there is no `down`
-    longest: float  # column of `down`
-    count: int  # of the products
+    spans: Tensor  # (columns,) lengths of the columns of `down`, in float64
+    reach: float  # no element of the product is larger, and no sum of the sizes of what it is the sum of
+    lifted: Tensor | None  # `down` with a row of ones, by which a constant is added in the product
 
     @classmethod
     def of(cls, parts: Sequence[Part], work: torch.dtype) -> Stack:
         """One product of parts of the same place; each factor is rounded once at most."""
-        one = parts[0]
-        scale = one.scale if len(parts) == 1 else 1.0
+        scale = parts[0].scale if len(parts) == 1 else 1.0
         scaled = [part.up if len(parts) == 1 else (part.up.double() * part.scale) for part in parts]
-        if one.down is None:
-            up, down = sum(scaled[1:], scaled[0]).to(work), None
-            lengths = torch.stack([each.double().abs().amax(1) for each in scaled]).sum(0)
-            return cls(one.first, one.columns, up, down, scale, lengths, 1.0, len(parts))
-        up = torch.cat(scaled, 1).to(work)
-        down = torch.cat([part.down for part in parts if part.down is not None], 0).to(work)
-        longest = float(torch.linalg.vector_norm(down.double(), dim=0).max()) if down.numel() else 0.0
-        lengths = torch.linalg.vector_norm(up.double(), dim=1)
-        return cls(one.first, one.columns, up, down, scale, lengths, longest, up.shape[1])
+        downs = [part.down for part in parts if part.down is not None]
+        if downs:
+            ones = torch.ones_like(downs[0][:1])
+            up, lifted = torch.cat(scaled, 1).to(work), torch.cat([*downs, ones], 0).to(work)
+            down = lifted[:-1]
+            lengths, spans = (torch.linalg.vector_norm(f.double(), dim=d) for f, d in ((up, 1), (down, 0)))
+        else:
+            up, down, lifted = sum(scaled[1:], scaled[0]).to(work), None, None
+            lengths = torch.stack([each.abs().amax(1).double() for each in scaled]).sum(0)
+            spans = torch.ones(up.shape[1], dtype=torch.float64, device=up.device)
+        reach = float(lengths.max()) * float(spans.max()) * abs(scale) * GENEROUS
+        return cls(parts[0].place, up, down, scale, lengths, spans, reach, lifted)
 
     @property
-    def stop(self) -> int:
-        return self.first + self.up.shape[0]
+    def terms(self) -> int:
+        """Roundings in an element, at most."""
+        return 5 + (1 if self.down is None else self.up.shape[1])
 
-    def reach(self, first: int, count: int) -> float:
-        """No element of some rows of the product is larger, and no sum of the sizes of what it is the sum of."""
-        lengths = self.lengths[max(first - self.first, 0) : first + count - self.first]
-        return float(lengths.max()) * self.longest * abs(self.scale) * GENEROUS
+    @property
+    def underflow(self) -> float:
+        """What underflow may take from an element."""
+        unit = TINIEST[self.up.dtype.itemsize]
+        return self.terms * unit * (1 + abs(self.scale)) * (1 + float(self.spans.max()))
 
-    def add_to(self, rows: Tensor, first: int, fresh: bool) -> None:
-        """Add some rows of the product to `rows`, which begin at row `first`; `fresh` ones hold nothing yet."""
-        start, stop = max(first, self.first), min(first + rows.shape[0], self.stop)
-        place = rows[start - first : stop - first, self.columns]
-        up = self.up[start - self.first : stop - self.first]
+    def covers(self, first: int, count: int) -> bool:
+        """Whether all of some rows of the weight are in here."""
+        return self.place.first <= first and self.place.stop >= first + count and self.place.columns == ALL
+
+    def add_to(self, rows: Tensor, first: int) -> None:
+        """Add some rows of the product to `rows`, which begin at row `first`."""
+        start, stop = max(first, self.place.first), min(first + rows.shape[0], self.place.stop)
+        up = self.up[start - self.place.first : stop - self.place.first]
+        part = rows[start - first : stop - first, self.place.columns]
         if self.down is None:
-            if fresh:
-                torch.mul(up, self.scale, out=place)
-            else:
-                place.add_(up, alpha=self.scale)
+            part.add_(up, alpha=self.scale)
         else:
-            place.addmm_(up, self.down, beta=0 if fresh else 1, alpha=self.scale)
+            part.addmm_(up, self.down, alpha=self.scale)
+
+    def sizes_at(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """What no single element of the product exceeds, nor the sum of the sizes of what it is the sum of."""
+        own, across, inside = self.place.own(rows, columns)
+        sizes = self.lengths[own] * self.spans[across] * (abs(self.scale) * GENEROUS)
+        return sizes if inside is None else sizes * inside
 
 
 @dataclass
@@ -130,143 +167,233 @@ class Seen:
     weight: float = 0.0  # ‖W‖²
     change: float = 0.0  # ‖ΔW‖²
     largest: float = 0.0  # no element of the result is larger in size
-    places: list[Tensor] = field(default_factory=list)  # of elements that are not decided yet, in the flat block
-    values: list[Tensor] = field(default_factory=list)  # of W there, in float64
 
 
 class Scratch:
-    """Memory for one piece of a block after the other."""
+    """Memory for some rows after the other."""
 
     def __init__(self, device: torch.device, elements: int, itemsize: int) -> None:
-        self.weight, self.change = (
-            torch.empty(elements * itemsize, dtype=torch.uint8, device=device) for _ in range(2)
-        )
-        self.upper = torch.empty(elements * 4, dtype=torch.uint8, device=device)
+        every = (elements * itemsize, elements * itemsize, elements * 4)
+        self.weight, self.change, self.upper = (torch.empty(n, dtype=torch.uint8, device=device) for n in every)
         self.unequal = numpy.empty(elements if device.type == "cpu" else 0, numpy.bool_)
+        self.views: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
 
-    def of(self, memory: Tensor, rows: int, width: int, dtype: torch.dtype) -> Tensor:
-        """Some of it as a matrix; new memory where it is too little."""
-        size = rows * width * dtype.itemsize
-        if size > len(memory):
-            return torch.empty(rows, width, dtype=dtype, device=memory.device)
-        return memory[:size].view(dtype).view(rows, width)
+    def of(self, rows: int, width: int, work: torch.dtype, target: torch.dtype) -> tuple[Tensor, ...]:
+        """Matrices for the weight and for the change, in the working dtype, and for one end of the result."""
+        key = rows, width, work, target
+        if key not in self.views:
+            if len(self.views) > MOST_VIEWS:
+                self.views.clear()
+            every = ((self.weight, work), (self.change, work), (self.upper, target))
+            self.views[key] = tuple(matrix_in(memory, rows, width, dtype) for memory, dtype in every)
+        return self.views[key]
+
+
+def matrix_in(memory: Tensor, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Some memory as a matrix; new memory where it is too little."""
+    size = rows * width * dtype.itemsize
+    if size > memory.numel():
+        return torch.empty(rows, width, dtype=dtype, device=memory.device)
+    return memory[:size].view(dtype).view(rows, width)
+
+
+@dataclass
+class Undecided:
+    """Elements of some rows that may be rounded either way."""
+
+    margin: float = 0.0  # that they were found with, at most
+    places: list[Tensor] = field(default_factory=list)  # in the flat rows
+    sums: list[Tensor] = field(default_factory=list)  # of W and ΔW, in the working dtype
+    weights: list[Tensor] = field(default_factory=list)  # of W
 
 
 class ExactSum:
     """All parts of one weight, ready on one device."""
 
-    def __init__(self, parts: Iterable[Part], target: torch.dtype, exact: torch.dtype) -> None:
-        """`exact` is a dtype that holds every element of W as it is, float32 or float64."""
-        self.parts = tuple(parts)
-        self.target = target
+    def __init__(self, parts: Iterable[Part], width: int, target: torch.dtype, exact: torch.dtype) -> None:
+        """`width` is that of the weight; `exact` a dtype that holds every element of W as it is, float32 or float64."""
+        self.parts, self.width, self.target = tuple(parts), width, target
         self.work = working_dtype(self.parts, target, exact)
         groups: dict[tuple[object, ...], list[Part]] = {}
         for part in self.parts:
-            place = (part.first, part.up.shape[0], str(part.columns), part.down is None)
-            groups.setdefault(place, []).append(part)
+            place = part.place
+            groups.setdefault((place.first, place.rows, str(place.columns), part.down is None), []).append(part)
         self.stacks = tuple(Stack.of(group, self.work) for group in groups.values())
+        self.unit = ROUNDOFF[self.work.itemsize]
+        self.step = 2 * self.unit  # of a sum's size: what its rounding takes, and that of the other end
+        if self.work == torch.float64 and target.itemsize == 2:  # torch goes by way of float32
+            self.step += 2 * ROUNDOFF[4]
+        self.underflow = sum(stack.underflow for stack in self.stacks)
 
-    def merge(self, weight: Tensor, first: int, after: Tensor, scratch: Scratch, seen: Seen, measure: bool) -> None:
-        """Put W + ΔW of some rows into `after`, but for the elements that `seen` gathers for `settle`.
+    def merge(
+        self,
+        before: Tensor,
+        first: int,
+        after: Tensor,
+        scratch: Scratch,
+        tile: int,
+        substitute: Callable[[Tensor, int], None] | None = None,
+        measure: bool = False,
+    ) -> Seen:
+        """Put W + ΔW of some rows into `after`.
 
         Args:
-            weight: (n, width), rows from `first` on, in the working dtype; it is left as it is.
+            before: (n, width), rows from `first` on as they are stored.
             first: the first row.
             after: (n, width) of the target dtype.
             scratch: memory.
-            seen: gathers what was seen.
+            tile: rows that are computed at a time.
+            substitute: puts other values into rows of W before anything is added; it takes their first row.
             measure: whether ‖ΔW‖ is wanted.
         """
-        count, width = weight.shape
-        stacks = [each for each in self.stacks if each.first < first + count and each.stop > first]
-        if not stacks:
-            after.copy_(round_once(weight, self.target))
-            seen.largest = math.inf  # nobody looked
-            return
-        change = scratch.of(scratch.change, count, width, self.work)
-        whole = stacks[0].first <= first and stacks[0].stop >= first + count and stacks[0].columns == ALL
-        if not whole:
-            change.zero_()
-        for number, stack in enumerate(stacks):
-            stack.add_to(change, first, fresh=whole and number == 0)
-        if measure:
-            seen.change += float(torch.linalg.vector_norm(change)) ** 2
-        reach = sum(stack.reach(first, count) for stack in stacks)
-        lowest, highest = torch.aminmax(weight)
-        size = max(-float(lowest), float(highest))
-        rows, odd = weight, None
-        if not math.isfinite(size):
-            odd = weight.isfinite().logical_not_()
-            weight = weight.masked_fill(odd, 0)
-            size = float(weight.abs().max())
-        largest = size + reach
-        seen.largest = max(seen.largest, math.inf if odd is not None else largest)
-        margin = self.margin(stacks, reach, largest)
+        seen, open_yet = Seen(), Undecided()
+        for at in range(0, before.shape[0], tile):
+            stored, lower = before[at : at + tile], after[at : at + tile]
+            count, begin = stored.shape[0], first + at
+            weight, change, upper = scratch.of(count, self.width, self.work, self.target)
+            weight.copy_(stored)
+            seen.weight += float(torch.linalg.vector_norm(weight)) ** 2
+            if substitute is not None:
+                substitute(weight, begin)
+            size = largest_of(weight if substitute else stored)
+            odd = None if math.isfinite(size) else weight.isfinite().logical_not_()
+            if odd is not None:
+                kept = convert(weight, self.target, finite=False)
+                size = largest_of(weight.masked_fill_(odd, 0))
+            stacks = [e for e in self.stacks if e.place.first < begin + count and e.place.stop > begin]
+            largest = size + sum(stack.reach for stack in stacks)
+            unsure = None
+            if not stacks:
+                lower.copy_(round_once(weight, self.target))
+            else:
+                margin = self.margin(stacks, largest)
+                lift = 0.0 if measure else margin
+                add(stacks, change, begin, lift)
+                if measure:
+                    seen.change += float(torch.linalg.vector_norm(change)) ** 2
+                    change.add_(margin)
+                unsure = self.round(change.add_(weight), margin, lower, upper, scratch)
+            if odd is not None:
+                lower.copy_(torch.where(odd, kept, lower))
+                unsure = unsure if unsure is None else unsure[odd.view(-1)[unsure].logical_not_()]
+                largest = math.inf
+            seen.largest = max(seen.largest, largest)
+            if unsure is not None and len(unsure):
+                open_yet.margin = max(open_yet.margin, margin)
+                open_yet.places.append(unsure + at * self.width)
+                open_yet.sums.append(change.view(-1)[unsure].add_(margin))
+                open_yet.weights.append(weight.view(-1)[unsure])
+        if open_yet.places:
+            self.decide(after.view(-1), first, open_yet)
+        return seen
+
+    def margin(self, stacks: Sequence[Stack], largest: float) -> float:
+        """How far a sum in the working dtype may be from the exact value, both ends' own roundings included."""
+        product = sum(stack.terms * stack.reach for stack in stacks) * self.unit
+        return (product + self.underflow + self.step * largest) * GENEROUS
+
+    def round(self, sums: Tensor, margin: float, lower: Tensor, upper: Tensor, scratch: Scratch) -> Tensor:
+        """Round both ends of intervals, and tell where they differ; `sums` come as the upper ends, and go as the lower."""
         if self.target == torch.float64:
-            unsure = torch.arange(count * width, device=after.device)
-        else:
-            upper = scratch.of(scratch.upper, count, width, self.target)
-            change.add_(weight).add_(margin)
-            upper.copy_(change)
-            after.copy_(change.sub_(2 * margin))
-            unsure = differing(upper, after, scratch.unequal)
-        if odd is not None:
-            after[odd] = rows[odd].to(self.target)
-            after[rows.isnan()] = math.nan  # of one spelling on every machine
-            unsure = unsure[odd.flatten()[unsure].logical_not()]
-        if len(unsure):
-            seen.places.append(unsure + first * width)
-            seen.values.append(weight.flatten()[unsure].double())
+            return torch.arange(sums.numel(), device=sums.device)
+        upper.copy_(sums)
+        lower.copy_(sums.sub_(2 * margin))
+        return differing(upper, lower, scratch.unequal)
 
-    def margin(self, stacks: Sequence[Stack], reach: float, largest: float) -> float:
-        """How far the sum in the working dtype may be from the exact value, both ends' own roundings included."""
-        unit = ROUNDOFF[self.work.itemsize]
-        terms = sum(stack.count + 6 for stack in stacks)
-        product = terms * unit * reach
-        product += sum(
-            terms * TINIEST[self.work.itemsize] * (1 + abs(each.scale)) * (1 + each.longest) for each in stacks
-        )
-        step = 4 * unit
-        if self.work == torch.float64 and self.target.itemsize == 2:  # torch goes by way of float32
-            step += 2 * ROUNDOFF[4]
-        return (product + step * largest) * GENEROUS
+    def decide(self, after: Tensor, first: int, open_yet: Undecided) -> None:
+        """Put the results of undecided elements into `after`, which holds rows from `first` on, flat."""
+        places, sums, weights = (torch.cat(each) for each in (open_yet.places, open_yet.sums, open_yet.weights))
+        if self.target != torch.float64:
+            rows = places // self.width
+            columns = places - rows * self.width
+            rows += first
+            sizes = [(stack.terms, stack.sizes_at(rows, columns)) for stack in self.near(rows)]
+            sums = sums.double()
+            reach = sum(size for _, size in sizes)
+            product = sum(terms * size for terms, size in sizes) * self.unit
+            near = (self.step + 2 * self.unit) * (sums.abs() + reach)
+            error = product + near + (self.underflow + 16 * self.unit * open_yet.margin)
+            result = round_once(sums - error, self.target)
+            left = torch.nonzero(bits_of(result) != bits_of(round_once(sums + error, self.target))).flatten()
+            after[places] = result
+            places, weights = places[left], weights[left]
+        if len(places):
+            after[places] = self.settle(places + first * self.width, weights.double())
 
-    def settle(self, width: int, places: Tensor, weights: Tensor) -> Tensor:
+    def near(self, rows: Tensor) -> Sequence[Stack]:
+        """The stacks that rows may be in."""
+        if len(self.stacks) == 1:
+            return self.stacks
+        lowest, highest = int(rows.min()), int(rows.max())
+        return [each for each in self.stacks if each.place.first <= highest and each.place.stop > lowest]
+
+    def settle(self, places: Tensor, weights: Tensor) -> Tensor:
         """The results of single elements, (count,) of the target dtype.
 
         Args:
-            width: columns of the weight.
             places: (count,) in the flat weight.
             weights: (count,) of W there, in float64, all finite.
         """
         rank = sum(part.rank for part in self.parts)
         pieces = [torch.split(each, max(1, TOGETHER // max(rank, 1))) for each in (places, weights)]
-        return torch.cat([self.settle_few(width, *piece) for piece in zip(*pieces, strict=True)])
+        return torch.cat([self.settle_few(*piece) for piece in zip(*pieces, strict=True)])
 
-    def settle_few(self, width: int, places: Tensor, weights: Tensor) -> Tensor:
-        rows, columns = places // width, places % width
-        lowest, highest = (int(rows.min()), int(rows.max())) if len(self.parts) > 1 else (0, 0)
-        parts = [p for p in self.parts if len(self.parts) == 1 or (p.first <= highest and p.stop > lowest)]
+    def settle_few(self, places: Tensor, weights: Tensor) -> Tensor:
+        rows = places // self.width
+        columns = places - rows * self.width
+        lowest, highest = int(rows.min()), int(rows.max())
+        parts = [part for part in self.parts if part.place.first <= highest and part.place.stop > lowest]
         factors = [(*part.factors_at(rows, columns), part.scale) for part in parts]
-        value, size = weights.clone(), weights.abs()
+        value, sizes = weights.clone(), weights.abs()
+        for stack in self.near(rows):
+            sizes += stack.sizes_at(rows, columns)
         for left, right, scale in factors:
-            products = left * right
-            value += products.sum(0) * scale
-            size += products.abs().sum(0) * abs(scale)
-        terms = sum(left.shape[0] + 4 for left, _, _ in factors) + 4
-        error = size * (terms * ROUNDOFF[8] * GENEROUS) + terms * TINIEST[8]
+            value += (left * right).sum(1) * scale
+        terms = sum(left.shape[1] + 4 for left, _, _ in factors) + 4
+        error = sizes * (terms * ROUNDOFF[8] * GENEROUS) + terms * TINIEST[8]
         result, upper = round_once(value - error, self.target), round_once(value + error, self.target)
-        still = size == weights.abs()
-        result[still] = round_once(weights[still], self.target)
+        still = sizes == weights.abs()  # nothing is added
+        result = torch.where(still, round_once(weights, self.target), result)
         open_yet = torch.nonzero((bits_of(result) != bits_of(upper)) & ~still).flatten()
         if len(open_yet):
             terms_there: list[Term] = [
-                (left[:, open_yet].cpu().numpy(), right[:, open_yet].cpu().numpy(), scale)
+                (left[open_yet].T.cpu().numpy(), right[open_yet].T.cpu().numpy(), scale)
                 for left, right, scale in factors
             ]
             exact = exact_sums(weights[open_yet].cpu().numpy(), terms_there, self.target)
             result[open_yet] = exact.to(result.device)
         return result
+
+
+def add(stacks: Sequence[Stack], change: Tensor, first: int, lift: float) -> None:
+    """Make `change` the sum of some rows of the stacks, from row `first` on, and of a constant."""
+    one, count = stacks[0], change.shape[0]
+    if len(stacks) == 1 and one.lifted is not None and one.covers(first, count) and abs(one.scale) > WORKABLE[0]:
+        up = one.up.new_empty(count, one.lifted.shape[0])
+        up[:, :-1] = one.up[first - one.place.first : first - one.place.first + count]
+        up[:, -1] = lift / one.scale
+        change.addmm_(up, one.lifted, beta=0, alpha=one.scale)
+        return
+    change.fill_(lift)
+    for stack in stacks:
+        stack.add_to(change, first)
+
+
+def convert(values: Tensor, dtype: torch.dtype, finite: bool) -> Tensor:
+    """Numbers in another dtype, each the one next to it; a NaN is spelled in one way on every machine."""
+    rounded = round_once(values, dtype)
+    return rounded if finite else rounded.masked_fill(values.isnan(), math.nan)
+
+
+def largest_of(values: Tensor) -> float:
+    """The size of the largest; not finite where any is not."""
+    if values.is_cuda or values.element_size() != 2 or not values.is_contiguous():
+        lowest, highest = torch.aminmax(values)
+        return max(-float(lowest), float(highest))
+    bits = bits_of(values).numpy()  # does this several times faster than torch on a CPU
+    negative = int(bits.view(numpy.uint16).max())  # the sign is the highest bit
+    size = max(int(bits.max()), negative & 0x7FFF if negative >= 0x8000 else 0)
+    return float(torch.tensor(size, dtype=torch.int16).view(values.dtype))
 
 
 def working_dtype(parts: Sequence[Part], target: torch.dtype, exact: torch.dtype) -> torch.dtype:
@@ -289,7 +416,7 @@ def differing(one: Tensor, other: Tensor, room: NDArray[numpy.bool_]) -> Tensor:
     each = 8 // first.itemsize
     if first.size % each or first.ctypes.data % 8 or second.ctypes.data % 8:
         return torch.from_numpy(numpy.flatnonzero(first != second))
-    found = room[: first.size // each]  # few differ: look at eight bytes at a time
-    numpy.not_equal(first.view(numpy.int64), second.view(numpy.int64), out=found)
-    places = (numpy.flatnonzero(found)[:, None] * each + numpy.arange(each)).ravel()
-    return torch.from_numpy(places[first[places] != second[places]])
+    eights = first.view(numpy.int64), second.view(numpy.int64)  # few differ: look at eight bytes at a time
+    found = numpy.flatnonzero(numpy.not_equal(*eights, out=room[: eights[0].size]))
+    unequal = numpy.flatnonzero((eights[0][found] ^ eights[1][found]).view(first.dtype))
+    return torch.from_numpy(found[unequal // each] * each + unequal % each)

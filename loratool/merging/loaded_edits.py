@@ -19,7 +19,7 @@ from loratool.bases.weights import Room
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import torch
-from loratool.merging.exact_rows import ExactSum, Part, Scratch, Seen
+from loratool.merging.exact_rows import ExactSum, Part, Scratch, Seen, convert, largest_of
 from loratool.merging.output_layout import Span
 from loratool.merging.resources import TILE
 from loratool.merging.shared_updates import SharedUpdates
@@ -75,7 +75,10 @@ class LoadedEdits:
         if not all(each.update.adds_products for each in self.others):
             return None
         return ExactSum(
-            (part for each in self.others for part in parts_of_edit(each, self.width)), self.target, self.exact
+            (part for each in self.others for part in parts_of_edit(each, self.width)),
+            self.width,
+            self.target,
+            self.exact,
         )
 
     @property
@@ -95,46 +98,32 @@ class LoadedEdits:
         """
         seen = Seen()
         if not self.replacements and not self.others:
-            convert(before, after, seen)
+            seen.largest = largest_of(before)
+            after.copy_(convert(before, after.dtype, math.isfinite(seen.largest)))
         elif self.sum is None:
             self.merge_formulas(before, first, after, seen)
         else:
-            step = before.shape[0] if before.is_cuda else max(1, TILE // self.width)
-            for at in range(0, before.shape[0], step):
-                stored = before[at : at + step]
-                weight = scratch.of(scratch.weight, len(stored), self.width, self.sum.work).copy_(stored)
-                seen.weight += float(torch.linalg.vector_norm(weight)) ** 2
-                for each in self.replacements:
-                    each.apply(weight, first + at, weight)
-                self.sum.merge(weight, first + at, after[at : at + step], scratch, seen, measure)
-            if seen.places:
-                places = torch.cat(seen.places)
-                settled = self.sum.settle(self.width, places, torch.cat(seen.values))
-                after.view(-1)[places - first * self.width] = settled
+            tile = before.shape[0] if before.is_cuda else max(1, TILE // self.width)
+            substitute = self.substitute if self.replacements else None
+            return self.sum.merge(before, first, after, scratch, tile, substitute, measure)
         return seen
+
+    def substitute(self, rows: torch.Tensor, first: int) -> None:
+        """Put what replaces some rows of the weight, from row `first` on, in their place."""
+        for each in self.replacements:
+            each.apply(rows, first, rows)
 
     def merge_formulas(self, before: torch.Tensor, first: int, after: torch.Tensor, seen: Seen) -> None:
         """The same in float64, step by step; rounded once in the end."""
         block = before.double()
         seen.weight = float(torch.linalg.vector_norm(block)) ** 2
-        for each in self.replacements:
-            each.apply(block, first, block)
+        self.substitute(block, first)
         base = block.clone()
         for each in self.others:
             each.apply(block, first, base)
-        after.copy_(round_once(block, after.dtype))
-        after[block.isnan()] = math.nan
+        after.copy_(convert(block, after.dtype, math.isfinite(largest_of(block))))
         seen.change = float(torch.linalg.vector_norm(block.sub_(base))) ** 2
         seen.largest = math.inf  # nobody looked
-
-
-def convert(before: torch.Tensor, after: torch.Tensor, seen: Seen) -> None:
-    """The same numbers in another dtype."""
-    after.copy_(round_once(before, after.dtype))
-    lowest, highest = torch.aminmax(before)
-    seen.largest = max(-float(lowest), float(highest))
-    if not math.isfinite(seen.largest):
-        after[before.isnan()] = math.nan  # of one spelling on every machine
 
 
 def load_edits(span: Span, shelf: SharedUpdates, device: torch.device) -> LoadedEdits:
