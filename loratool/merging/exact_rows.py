@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 ALL = slice(None)
 TOGETHER = 1 << 18  # products that are computed anew at a time
+DECIDED_TOGETHER = 1 << 16  # elements
+MANY = 16  # where more than one of so many elements is undecided, it is asked whether anything is added to them
 MOST_VIEWS = 64
 ROUNDOFF = {4: 2.0**-24, 8: 2.0**-53}  # by bytes of the dtype: half the distance from 1 to the next number
 TINIEST = {4: 2.0**-124, 8: 2.0**-960}  # more than underflow takes from a number
@@ -273,6 +275,8 @@ class ExactSum:
                     seen.change += float(torch.linalg.vector_norm(change)) ** 2
                     change.add_(margin)
                 unsure = self.round(change.add_(weight), margin, lower, upper, scratch)
+                if len(unsure) > lower.numel() // MANY:
+                    unsure = unsure[self.changing(stacks, begin, weight, lower)[unsure // self.width]]
             if odd is not None:
                 lower.copy_(torch.where(odd, kept, lower))
                 unsure = unsure if unsure is None else unsure[odd.view(-1)[unsure].logical_not_()]
@@ -300,9 +304,26 @@ class ExactSum:
         lower.copy_(sums.sub_(2 * margin))
         return differing(upper, lower, scratch.unequal)
 
+    def changing(self, stacks: Sequence[Stack], first: int, weight: Tensor, lower: Tensor) -> Tensor:
+        """The rows to which anything is added, as (n,) of bool; the others are put into `lower`."""
+        changing = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device)
+        for stack in stacks:
+            start, stop = max(first, stack.place.first), min(first + weight.shape[0], stack.place.stop)
+            lengths = stack.lengths[start - stack.place.first : stop - stack.place.first]
+            changing[start - first : stop - first] |= lengths != 0
+        still = changing.logical_not()
+        lower[still] = round_once(weight[still], self.target)
+        return changing
+
     def decide(self, after: Tensor, first: int, open_yet: Undecided) -> None:
         """Put the results of undecided elements into `after`, which holds rows from `first` on, flat."""
-        places, sums, weights = (torch.cat(each) for each in (open_yet.places, open_yet.sums, open_yet.weights))
+        every = (torch.cat(each) for each in (open_yet.places, open_yet.sums, open_yet.weights))
+        for pieces in zip(*(torch.split(each, DECIDED_TOGETHER) for each in every), strict=True):
+            self.decide_some(after, first, open_yet.margin, *pieces)
+
+    def decide_some(
+        self, after: Tensor, first: int, margin: float, places: Tensor, sums: Tensor, weights: Tensor
+    ) -> None:
         if self.target != torch.float64:
             rows = places // self.width
             columns = places - rows * self.width
@@ -312,7 +333,7 @@ class ExactSum:
             reach = sum(size for _, size in sizes)
             product = sum(terms * size for terms, size in sizes) * self.unit
             near = (self.step + 2 * self.unit) * (sums.abs() + reach)
-            error = product + near + (self.underflow + 16 * self.unit * open_yet.margin)
+            error = product + near + (self.underflow + 16 * self.unit * margin)
             result = round_once(sums - error, self.target)
             left = torch.nonzero(bits_of(result) != bits_of(round_once(sums + error, self.target))).flatten()
             after[places] = result

@@ -1,0 +1,191 @@
+"""Every element of a merge is the exact value rounded once: rational numbers are the oracle, on files and on sums."""
+
+from __future__ import annotations
+
+import json
+import math
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from exactly import exact_products, nearest_value, spelled
+from safetensors.torch import load_file, save_file
+
+import loratool
+from loratool.merging import resources
+from loratool.merging.exact_rows import ALL, ExactSum, Part, Place, Scratch
+
+needs_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device here, or LORATOOL_TEST_CUDA=1 is not set"
+)
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
+ROWS, COLUMNS = 24, 20
+
+
+def made(*shape: int, seed: int, size: float = 1.0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * size
+
+
+def some_parts(stored: torch.dtype, scale: float) -> list[Part]:
+    """Two products for all of the weight, one for every other column of some rows, and a difference in full."""
+    held = torch.float64 if stored == torch.float64 else torch.float32
+    up, down = made(ROWS, 4, seed=1, size=0.01).to(stored).to(held), made(4, COLUMNS, seed=2).to(stored).to(held)
+    up[0] = 0
+    everywhere = Place(0, ROWS, ALL, COLUMNS)
+    some = Place(5, 10, slice(0, None, 2), COLUMNS // 2)
+    return [
+        Part(everywhere, up, down, scale),
+        Part(everywhere, up.flip(0), down, 0.7 * scale),
+        Part(some, up[:10], down[:, : COLUMNS // 2].contiguous(), -scale),
+        Part(everywhere, made(ROWS, COLUMNS, seed=3, size=0.001).to(stored).to(held), None, scale),
+    ]
+
+
+def exact_change(parts: list[Part], row: int, column: int) -> Fraction:
+    total = Fraction(0)
+    for part in parts:
+        columns = list(range(COLUMNS))[part.place.columns]
+        if not (part.place.first <= row < part.place.first + part.place.rows and column in columns):
+            continue
+        own, across = row - part.place.first, columns.index(column)
+        if part.down is None:
+            total += Fraction(float(part.up[own, across])) * Fraction(part.scale)
+        else:
+            total += exact_products(part.up[own].tolist(), part.down[:, across].tolist(), part.scale)
+    return total
+
+
+def merged_rows(weight: torch.Tensor, parts: list[Part], target: torch.dtype, rows: int) -> torch.Tensor:
+    exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    total = ExactSum(parts, COLUMNS, target, exact)
+    after = torch.empty(ROWS, COLUMNS, dtype=target)
+    scratch = Scratch(torch.device("cpu"), ROWS * COLUMNS, 8)
+    for at in range(0, ROWS, 7):
+        total.merge(weight[at : at + 7], at, after[at : at + 7], scratch, rows)
+    return after
+
+
+@pytest.mark.parametrize("scale", [2.0, 0.3])
+@pytest.mark.parametrize("factors", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("target", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_every_element_is_the_exact_sum_rounded_once(
+    stored: torch.dtype, target: torch.dtype, factors: torch.dtype, scale: float
+) -> None:
+    parts = some_parts(factors, scale)
+    weight = made(ROWS, COLUMNS, seed=4, size=0.02).to(stored)
+    weight[0, :4] = torch.tensor([0.0, -0.0, 1e-40, -1e-30])
+    for column in range(COLUMNS):  # cancels but for what rounding took from it
+        weight[2, column] = -float(exact_change(parts, 2, column))
+    weight[1, :3] = torch.tensor([math.nan, math.inf, -math.inf])
+    got = merged_rows(weight, parts, target, rows=3)
+    for row in range(ROWS):
+        for column in range(COLUMNS):
+            before, value = float(weight[row, column]), float(got[row, column])
+            if not math.isfinite(before):
+                assert spelled(value) == spelled(before)
+                continue
+            exact = Fraction(before) + exact_change(parts, row, column)
+            wanted = nearest_value(exact, target) if exact else before if before == 0 else 0.0
+            assert spelled(value) == spelled(wanted), (row, column)
+    assert torch.equal(merged_rows(weight, parts, target, rows=1).view(torch.uint8), got.view(torch.uint8))
+
+
+def write_pair(
+    folder: Path, weight: torch.Tensor, up: torch.Tensor, down: torch.Tensor, alpha: float, rslora: bool = False
+) -> tuple[Path, Path]:
+    base, adapter = folder / "base", folder / "adapter"
+    for each in (base, adapter):
+        each.mkdir(parents=True)
+    save_file({"q.weight": weight}, base / "model.safetensors")
+    factors = {"base_model.model.q.lora_A.weight": down, "base_model.model.q.lora_B.weight": up}
+    save_file({name: tensor.contiguous() for name, tensor in factors.items()}, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": down.shape[0], "lora_alpha": alpha, "use_rslora": rslora}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    return base, adapter
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("factors", "rank", "alpha", "rslora", "weight"),
+    [
+        (torch.bfloat16, 1, 2, False, 1.0),
+        (torch.bfloat16, 16, 32, False, 1.0),
+        (torch.float32, 16, 24, True, 0.7),
+        (torch.float16, 3, 1, False, -1.5),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_merged_files_hold_the_exact_values_rounded_once(
+    tmp_path: Path,
+    dtype: torch.dtype,
+    factors: torch.dtype,
+    rank: int,
+    alpha: int,
+    rslora: bool,
+    weight: float,
+    device: str,
+) -> None:
+    """16-bit factors with a power of two for a scale make many exact ties."""
+    before = made(96, 64, seed=5, size=0.02).to(dtype)
+    up, down = made(96, rank, seed=6, size=0.01).to(factors), made(rank, 64, seed=7, size=0.1).to(factors)
+    base, adapter = write_pair(tmp_path, before, up, down, alpha, rslora)
+    loratool.merge(base, [adapter], tmp_path / "out", weights=[weight], device=device)
+    got = load_file(tmp_path / "out" / "model.safetensors")["q.weight"].double().tolist()
+    scale = alpha / (math.sqrt(rank) if rslora else rank) * weight
+    lefts, rights = up.double().tolist(), down.double().T.tolist()
+    for row in range(0, 96, 5):
+        for column in range(64):
+            exact = Fraction(float(before[row, column])) + exact_products(lefts[row], rights[column], scale)
+            assert got[row][column] == nearest_value(exact, dtype), (row, column)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_blocks_and_workers_do_not_show_in_the_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    before = made(370, 640, seed=5, size=0.02).bfloat16()
+    up, down = made(370, 16, seed=6, size=0.01), made(16, 640, seed=7, size=0.1)
+    base, adapter = write_pair(tmp_path, before, up, down, 32)
+    found = set()
+    for rows in (1, 37, 370):
+        for workers in (1, 16):
+            monkeypatch.setattr(resources, "CPU_BLOCK", rows * 640 * 2)
+            monkeypatch.setattr(resources, "CUDA_BLOCK", rows * 640 * 2)
+            out = tmp_path / f"out-{rows}-{workers}"
+            loratool.merge(base, [adapter], out, workers=workers, device=device)
+            found.add((out / "model.safetensors").read_bytes())
+    assert len(found) == 1
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_a_gpu_gives_the_bytes_of_a_cpu(tmp_path: Path, dtype: torch.dtype) -> None:
+    before = made(3000, 700, seed=5, size=0.02).to(dtype)
+    before[7, :2] = torch.tensor([math.nan, -0.0])
+    up, down = made(3000, 16, seed=6, size=0.01).bfloat16(), made(16, 700, seed=7, size=0.1).bfloat16()
+    base, adapter = write_pair(tmp_path, before, up, down, 32)
+    for device in ("cpu", "cuda"):
+        loratool.merge(base, [adapter], tmp_path / device, device=device)
+    one, other = ((tmp_path / device / "model.safetensors").read_bytes() for device in ("cpu", "cuda"))
+    assert one == other
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 8), (torch.float16, 11)])
+def test_two_million_elements_are_exact(tmp_path: Path, dtype: torch.dtype, bits: int, device: str) -> None:
+    """All numbers are multiples of powers of two, so that whole numbers of 64 bits hold every sum; many are ties."""
+    before = (made(2048, 1024, seed=8, size=0.02) * 2**18).round().div(2**18).to(dtype)
+    up = (made(2048, 8, seed=9, size=0.01) * 2**12).round()
+    down = (made(8, 1024, seed=10, size=0.1) * 2**16).round()
+    base, adapter = write_pair(tmp_path, before, up / 2**12, down / 2**16, 8)
+    loratool.merge(base, [adapter], tmp_path / "out", device=device)
+    got = load_file(tmp_path / "out" / "model.safetensors")["q.weight"]
+    exact = (before.double() * 2**28).long() + up.long() @ down.long()
+    size = exact.abs()
+    cut = (torch.frexp(size.double()).exponent - bits).clamp(min=28 - 24 if dtype == torch.float16 else 0).long()
+    kept, rest, half = size >> cut, size & ((1 << cut) - 1), (1 << cut) >> 1
+    kept += (rest > half) | ((rest == half) & (cut > 0) & (kept % 2 == 1))
+    assert int(((rest == half) & (cut > 0)).sum()) > 50
+    assert torch.equal(got.double(), (kept << cut).double() * exact.sign() / 2**28)
