@@ -126,7 +126,7 @@ class LoadedEdits:
         seen.largest = math.inf  # nobody looked
 
 
-def load_edits(span: Span, shelf: SharedUpdates, device: torch.device) -> LoadedEdits:
+def load_edits(span: Span, shared: SharedUpdates, device: torch.device) -> LoadedEdits:
     """Read the factors."""
     replacements, others = [], []
     exact = torch.float64 if span.weight.exact == "F64" else torch.float32
@@ -139,7 +139,7 @@ def load_edits(span: Span, shelf: SharedUpdates, device: torch.device) -> Loaded
             replacements.append(LoadedEdit(edit, update, 1.0))
             continue
         dtype = held_in(edit.update, torch.float32) if edit.update.adds_products else torch.float64
-        update = shelf.load(edit.update, device, dtype) if edit.shared else load_update(edit.update, device, dtype)
+        update = shared.load(edit.update, device, dtype) if edit.shared else load_update(edit.update, device, dtype)
         if update.needs_weight:
             update = update.prepared(partial(weight_rows, span, edit, device, dtype))
         others.append(LoadedEdit(edit, update, edit.strength))

@@ -25,8 +25,8 @@ from loratool.merging.totals import Totals
 class EditedSpan:
     """A span on its way through the workers, with its factors loaded once per device."""
 
-    def __init__(self, span: Span, totals: Totals, shelf: SharedUpdates) -> None:
-        self.span, self.totals, self.shelf = span, totals, shelf
+    def __init__(self, span: Span, totals: Totals, shared: SharedUpdates) -> None:
+        self.span, self.totals, self.shared = span, totals, shared
         self.lock = threading.Lock()
         self.loaded: dict[str, LoadedEdits] = {}
         self.squared = 0.0  # ‖W‖² of the rows seen so far
@@ -40,7 +40,7 @@ class EditedSpan:
         with self.lock:
             key = str(device)
             if key not in self.loaded:
-                self.loaded[key] = load_edits(self.span, self.shelf, device)
+                self.loaded[key] = load_edits(self.span, self.shared, device)
             return self.loaded[key]
 
     def look_for_effects(self, loaded: LoadedEdits, block: torch.Tensor, first: int) -> None:
