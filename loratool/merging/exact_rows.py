@@ -246,7 +246,7 @@ class ExactSum:
             scratch: memory.
             tile: rows that are computed at a time.
             substitute: puts other values into rows of W before anything is added; it takes their first row.
-            measure: whether ‖ΔW‖ is wanted.
+            measure: whether to measure ‖ΔW‖.
         """
         seen, open_yet = Seen(), Undecided()
         for at in range(0, before.shape[0], tile):
