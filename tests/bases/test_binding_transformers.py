@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from headers import Shape, adapter_of, base_of, experts, landed, lora
+from packaging.version import Version
 from torch import nn
 from transformers import conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
@@ -63,6 +64,12 @@ UNCOVERED: tuple[tuple[str, str, str], ...] = (
     ("mistral_large4", r"vision_tower\.transformer\.layers\.#\.attention\.[qk]_proj", REORDERED),
     ("qwen3_omni_moe_thinker", r"experts", "transformers writes one prefix twice when it saves this class"),
 )
+if Version(transformers.__version__) < Version("5.13"):
+    # these releases do not undo their renames exactly, so that they save names which no other release reads or writes
+    UNCOVERED += (
+        ("nemotron_h", r"embeddings\.weight", "saved as embedding.weight, without the s of the published base"),
+        ("deepseek_v4", r"compressor\.indexer\.(gate|kv)_proj", "saved with some of its renames undone only"),
+    )
 FEWEST = 60  # models that must have been built, lest the test says nothing
 
 
