@@ -61,6 +61,7 @@ class WholePlanKeywords(PlanKeywords, RunKeywords, OverwriteKeywords, total=Fals
     """Of MergeOptions."""
 
     sha256: bool
+    digests: str
 
 
 class SendKeywords(TypedDict, total=False):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
@@ -21,7 +21,7 @@ from loratool.errors import InputError, printable
 from loratool.files.inputs import open_regular
 from loratool.files.names import has_other_parts
 from loratool.files.process import cores
-from loratool.files.safefile import Identity, Layout, SafeFile, TensorInfo, read_safefile
+from loratool.files.safefile import Identity, Layout, LocalSource, SafeFile, TensorInfo, read_safefile
 
 if TYPE_CHECKING:
     from loratool.files.source import Source
@@ -63,24 +63,53 @@ def digest_of_part(part: bytes | memoryview, begin: Callable[[], State] = new_st
 
 
 @dataclass(frozen=True)
+class Reference:
+    """Where a tensor's bytes are from, for want of a digest of their own: a range of a file with a known SHA-256."""
+
+    file: str  # its name in the base
+    sha256: str  # of the whole file
+    start: int
+    stop: int
+
+    @property
+    def root(self) -> str:
+        """What it counts as in the root of a file."""
+        return digest_of_part(f"{self.sha256}:{self.start}:{self.stop}".encode())
+
+    def record(self) -> dict[str, Any]:
+        return {"file": self.file, "sha256": self.sha256, "range": [self.start, self.stop]}
+
+    @classmethod
+    def of_record(cls, entry: Mapping[str, Any]) -> Reference | None:
+        file, sha256, cut = entry.get("file"), entry.get("sha256"), entry.get("range")
+        if not is_plain(file) or not is_hex(sha256) or not isinstance(cut, list) or [*map(type, cut)] != [int, int]:
+            return None
+        return cls(str(file), str(sha256), *cut) if 0 <= cut[0] <= cut[1] else None
+
+
+Listed = tuple[str, ...] | Reference  # of a tensor: the digests of its chunks, or where its bytes are from
+Finder = Callable[[Reference], Path | None]  # tells the file that a reference names, where it is on this machine
+
+
+@dataclass(frozen=True)
 class Tree:
     """The digests of one weight file: of its header and of the chunks of its tensors, in hexadecimal."""
 
     root: str  # over the header's digest and the tensors' roots
     header: str  # of the length, the JSON and the padding
-    tensors: Mapping[str, tuple[str, ...]]  # of the chunks of each, by name, in the order of the file
+    tensors: Mapping[str, Listed]  # in the order of the file
     function: str = FUNCTION
 
     @classmethod
-    def of(cls, layout: Layout, chunks: Mapping[str, Sequence[str]]) -> Tree:
-        """The tree of a file, from the digests of its tensors' chunks."""
+    def of(cls, layout: Layout, listed: Mapping[str, Listed]) -> Tree:
+        """The tree of a file, from the digests of its tensors."""
         header = digest_of_part(layout.header)
-        tensors = {info.name: tuple(chunks[info.name]) for info in layout.in_order}
+        tensors = {info.name: listed[info.name] for info in layout.in_order}
         return cls(root_of(header, tensors.values(), new_state), header, tensors)
 
     def record(self) -> dict[str, Any]:
         """Its part of a record."""
-        tensors = {name: list(chunks) for name, chunks in self.tensors.items()}
+        tensors = {n: each.record() if isinstance(each, Reference) else list(each) for n, each in self.tensors.items()}
         return {"function": self.function, "root": self.root, "header": self.header, "tensors": tensors}
 
     @classmethod
@@ -89,9 +118,9 @@ class Tree:
         root, header, function, tensors = (entry.get(key) for key in ("root", "header", "function", "tensors"))
         if function not in FUNCTIONS or not is_hex(root) or not is_hex(header) or not isinstance(tensors, Mapping):
             return None
-        if not all(isinstance(chunks, list) and chunks and all(map(is_hex, chunks)) for chunks in tensors.values()):
-            return None
-        return cls(str(root), str(header), {name: tuple(chunks) for name, chunks in tensors.items()}, str(function))
+        read = {str(name): listed_of_record(entry) for name, entry in tensors.items()}
+        sound = {name: listed for name, listed in read.items() if listed is not None}
+        return cls(str(root), str(header), sound, str(function)) if sound.keys() == read.keys() else None
 
 
 @dataclass(frozen=True)
@@ -125,6 +154,13 @@ class Digest:
         return cls(size, sha256, tree)
 
 
+def listed_of_record(entry: object) -> Listed | None:
+    """What a record lists of a tensor; None for anything else."""
+    if isinstance(entry, Mapping):
+        return Reference.of_record(entry)
+    return tuple(entry) if isinstance(entry, list) and entry and all(map(is_hex, entry)) else None
+
+
 def is_hex(value: object) -> bool:
     """Whether a value is a digest of 32 bytes in hexadecimal."""
     return isinstance(value, str) and len(value) == 64 and HEX.issuperset(value)
@@ -141,9 +177,12 @@ def chunk_cuts(info: TensorInfo) -> list[int]:
     return [*range(0, info.nbytes, step or 1), info.nbytes] if info.nbytes else [0, 0]
 
 
-def root_of(header: str, tensors: Iterable[Sequence[str]], begin: Callable[[], State]) -> str:
-    """The root of a file, from the digests of its header and of its tensors' chunks, in the order of the file."""
-    roots = [digest_of_part(bytes.fromhex("".join(chunks)), begin) for chunks in tensors]
+def root_of(header: str, tensors: Iterable[Listed], begin: Callable[[], State]) -> str:
+    """The root of a file, from the digests of its header and of its tensors, in the order of the file."""
+    roots = [
+        listed.root if isinstance(listed, Reference) else digest_of_part(bytes.fromhex("".join(listed)), begin)
+        for listed in tensors
+    ]
     return digest_of_part(bytes.fromhex(header + "".join(roots)), begin)
 
 
@@ -206,17 +245,32 @@ def is_plain(name: object) -> bool:
     return not path.is_absolute() and ".." not in path.parts and path.as_posix() == name and name != "."
 
 
-def why_unlike(path: Path, wanted: Digest) -> str:
-    """Empty where a file holds what was written; else what is wrong. Its size is looked at first, which costs nothing."""
+def nowhere(_reference: Reference) -> None:
+    """A `Finder` that finds nothing."""
+
+
+def unproven(wanted: Digest, find: Finder) -> dict[str, Reference]:
+    """The tensors that `why_unlike` cannot compare, for the file that they are from is not there."""
+    if wanted.tree is None or wanted.sha256:
+        return {}
+    listed = wanted.tree.tensors.items()
+    return {name: each for name, each in listed if isinstance(each, Reference) and find(each) is None}
+
+
+def why_unlike(path: Path, wanted: Digest, find: Finder = nowhere) -> str:
+    """Empty where a file holds what was written; else what is wrong. Its size is looked at first, which costs nothing.
+
+    Tensors that are listed by a reference are compared with the file that `find` gives for it, where it gives one.
+    """
     try:
         size = path.stat().st_size
     except FileNotFoundError:
         return "is missing"
     if size != wanted.size:
         return f"has {size} bytes, but {wanted.size} were written"
-    if wanted.tree is None:
+    if wanted.tree is None or (wanted.sha256 and any(isinstance(e, Reference) for e in wanted.tree.tensors.values())):
         return "" if sha256_of(path) == wanted.sha256 else OTHER
-    return why_unchecked(wanted) or why_other_tree(path, wanted.tree)
+    return why_unchecked(wanted) or why_other_tree(path, wanted.tree, find)
 
 
 def why_unchecked(wanted: Digest) -> str:
@@ -226,7 +280,7 @@ def why_unchecked(wanted: Digest) -> str:
     return f"cannot be checked without the Python package {wanted.tree.function}, with which its digests were made"
 
 
-def why_other_tree(path: Path, wanted: Tree) -> str:
+def why_other_tree(path: Path, wanted: Tree, find: Finder) -> str:
     """Empty where a weight file has the digests of a tree; else what is wrong with it. The chunks are read in parallel."""
     begin = hash_function(wanted.function)
     assert begin is not None, "`why_unchecked` was not asked"
@@ -240,34 +294,56 @@ def why_other_tree(path: Path, wanted: Tree) -> str:
     order = file.layout.in_order
     if root_of(wanted.header, (wanted.tensors[info.name] for info in order), begin) != wanted.root:
         return "does not have the root digest that is listed for it"
-    unequal = dict.fromkeys(unequal_tensors(file, wanted, begin))
+    unequal = dict.fromkeys(unequal_tensors(file, wanted, begin, find))
     return (
         f"{OTHER} (tensor {', '.join(map(printable, [*unequal][:3]))}{', …' * (len(unequal) > 3)})" if unequal else ""
     )
 
 
-def unequal_tensors(file: SafeFile, wanted: Tree, begin: Callable[[], State]) -> list[str]:
-    """The tensors with a chunk that has another digest than it should."""
-    chunks: list[tuple[str, str, int, int]] = []
+def unequal_tensors(file: SafeFile, wanted: Tree, begin: Callable[[], State], find: Finder) -> list[str]:
+    """The tensors with a chunk that has another digest than it should, or other bytes than the file they are from."""
+    chunks: list[tuple[str, str | Reference, int, int]] = []
     unequal: list[str] = []
     for info in file.layout.in_order:
-        cuts, listed = chunk_cuts(info), wanted.tensors[info.name]
-        if len(cuts) - 1 != len(listed):
+        at, listed = file.position(info), wanted.tensors[info.name]
+        cuts = [0, info.nbytes] if isinstance(listed, Reference) else chunk_cuts(info)
+        each: list[str | Reference] = [listed] if isinstance(listed, Reference) else [*listed]
+        if len(cuts) - 1 != len(each):
             unequal.append(info.name)
             continue
-        at = file.position(info)
-        chunks += [(info.name, digest, at + a, at + b) for digest, (a, b) in zip(listed, pairwise(cuts), strict=True)]
+        chunks += [(info.name, one, at + a, at + b) for one, (a, b) in zip(each, pairwise(cuts), strict=True)]
 
     with file.open() as source, ThreadPoolExecutor(cores()) as pool:
 
-        def look(chunk: tuple[str, str, int, int]) -> str:
-            name, digest, start, stop = chunk
-            return "" if digest_of_range(source, start, stop, begin) == digest else name
+        def look(chunk: tuple[str, str | Reference, int, int]) -> str:
+            name, listed, start, stop = chunk
+            if isinstance(listed, Reference):
+                return "" if has_bytes(source, start, stop, listed, find) else name
+            return "" if digest_of_range(source, start, stop, begin) == listed else name
 
         unequal += filter(None, pool.map(look, chunks))
         file.check_unchanged(source)
         file.check_unchanged()
     return unequal
+
+
+def has_bytes(source: Source, start: int, stop: int, wanted: Reference, find: Finder) -> bool:
+    """Whether some bytes of a source are those of a reference; True too where the file that it names is not there."""
+    path = find(wanted)
+    if path is None:
+        return True
+    if stop - start != wanted.stop - wanted.start:
+        return False
+    ours, theirs = (memoryview(bytearray(min(PIECE, stop - start))) for _ in range(2))
+    with open(open_regular(path), "rb", buffering=0) as stream:
+        other = LocalSource(path, stream.fileno())
+        for done in range(0, stop - start, PIECE):
+            size = min(PIECE, stop - start - done)
+            source.read(start + done, size, ours)
+            other.read(wanted.start + done, size, theirs)
+            if ours[:size] != theirs[:size]:
+                return False
+    return True
 
 
 def digest_of_range(source: Source, start: int, stop: int, begin: Callable[[], State]) -> str:

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratool.errors import printable
+from loratool.lazy import hub_constants
 
 SNAPSHOT = re.compile(
     r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<commit>[0-9a-f]{40})(?:/(?P<inside>.+))?$"
 )
 
 
+SHA256 = re.compile(r"[0-9a-f]{64}")  # of smaller files the cache has SHA-1
 HUB_ID = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
 
 
@@ -61,3 +63,16 @@ def told_origin(path: Path) -> dict[str, str]:
     """The entry of provenance that tells the commit; empty for what is not from the Hub."""
     origin = origin_of(path)
     return {"hub": str(origin)} if origin else {}
+
+
+def sha256_of_link(path: Path) -> str:
+    """The SHA-256 of a weight file in a cache of the Hub, which names what it has of a file by it; empty elsewhere."""
+    if origin_of(path) is None or not path.is_symlink():
+        return ""
+    blob = Path(os.readlink(path))
+    return blob.name if blob.parent.name == "blobs" and SHA256.fullmatch(blob.name) else ""
+
+
+def find_blob(sha256: str) -> Path | None:
+    """A file with that SHA-256 by its name in the Hub's cache."""
+    return next(iter(Path(hub_constants.HF_HUB_CACHE).glob(f"models--*/blobs/{sha256}")), None)

@@ -12,7 +12,7 @@ from loratool.files.digests import Digest, digest_of_range
 from loratool.files.journal import FinishedShard
 from loratool.files.safefile import LocalSource, write_fully
 from loratool.files.sink import PAGE, Arrived, Memory, piece_of, pieces_of
-from loratool.files.system import NOT_DIRECT, create_file, open_direct, sync_bytes, sync_file
+from loratool.files.system import NOT_DIRECT, clone_range, create_file, open_direct, sync_bytes, sync_file
 
 if TYPE_CHECKING:
     import threading
@@ -72,6 +72,7 @@ class LocalFile:
         os.truncate(self.descriptor, layout.size)
         whole_pages = layout.size >= PAGE
         self.opened = self.direct = open_direct(path, self.descriptor, layout.size) if whole_pages else None
+        self.clones = True  # until the file system has refused to
         self.written = Arrived(stop)
         try:
             write_fully(self.descriptor, layout.header, 0)
@@ -157,15 +158,43 @@ class LocalPart:
         self.file.written.add(ready - begin)
 
     def copy(self, source: Source, start: int, count: int, look: Callable[[memoryview], None] | None) -> None:
-        """Copy inside the kernel where there are no direct writes and nobody looks; else by reading and writing."""
-        if look is None and self.file.opened is None and isinstance(source, LocalSource):
+        """Share the blocks of whole pages with the source, copy inside the kernel, or read and write, as can be.
+
+        The kernel copies through the page cache, so it does so where there are no direct writes, and nobody looks.
+        """
+        first = min(count, -self.at % PAGE)
+        pages = (count - first) // PAGE * PAGE
+        if self.clone(source, start + first, pages, self.at + first):
+            self.carry(source, start, first, look)
+            if look is not None:
+                for at, held in pieces_of(source, start + first, pages, self.at, self.file.memory):
+                    look(piece_of(held, at))
+            self.move_on(pages)
+            self.carry(source, start + first + pages, count - first - pages, look)
+        elif look is None and self.file.opened is None and isinstance(source, LocalSource):
             source.copy_to(self.file.descriptor, start, count, self.at)
-            self.at += count
-            self.file.written.add(count)
-            return
-        for held in pieces_of(source, start, count, self.at, self.file.memory):
+            self.move_on(count)
+        else:
+            self.carry(source, start, count, look)
+
+    def clone(self, source: Source, start: int, count: int, at: int) -> bool:
+        """Let the file system share whole pages; False where it does not."""
+        if not count or not self.file.clones or not isinstance(source, LocalSource) or start % PAGE:
+            return False
+        cloned = clone_range(source.descriptor, self.file.descriptor, count, start, at)
+        self.file.clones = self.file.clones and cloned
+        return cloned
+
+    def move_on(self, count: int) -> None:
+        """Account for bytes that have come without being put."""
+        self.at += count
+        self.file.written.add(count)
+
+    def carry(self, source: Source, start: int, count: int, look: Callable[[memoryview], None] | None) -> None:
+        """Read and write."""
+        for at, held in pieces_of(source, start, count, self.at, self.file.memory):
             if self.file.stop.is_set():
                 return
             if look is not None:
-                look(piece_of(held, self.at))
+                look(piece_of(held, at))
             self.put(held)

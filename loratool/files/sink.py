@@ -114,10 +114,13 @@ class Memory(threading.local):
         return self.held[:size]
 
 
-def pieces_of(source: Source, start: int, count: int, at: int, memory: Memory) -> Iterable[memoryview]:
-    """Some bytes of a source, read into `memory` piece by piece, as `Part.put` takes them for byte `at` and on."""
+def pieces_of(source: Source, start: int, count: int, at: int, memory: Memory) -> Iterable[tuple[int, memoryview]]:
+    """Some bytes of a source, read into `memory` piece by piece, as `Part.put` takes them for byte `at` and on.
+
+    Each comes with the byte of the file that it is for.
+    """
     for done in range(0, count, COPY_PIECE):
         size = min(COPY_PIECE, count - done)
         held = memory.of((at + done) % PAGE + size)
         source.read(start + done, size, piece_of(held, at + done))
-        yield held
+        yield at + done, held

@@ -20,7 +20,17 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from loratool.errors import LoratoolError, StorageError, UsageError, printable
-from loratool.files.digests import Digest, digest_of, digest_of_bytes, parts_of, sha256_of, why_unlike
+from loratool.files.digests import (
+    Digest,
+    Finder,
+    digest_of,
+    digest_of_bytes,
+    nowhere,
+    parts_of,
+    sha256_of,
+    unproven,
+    why_unlike,
+)
 from loratool.files.journal import (
     DISCARDED,
     FETCHED,
@@ -60,6 +70,7 @@ class Stage:
     finished: dict[str, FinishedShard] = field(default_factory=dict)  # of an earlier run and of this one
     files: dict[str, Digest] = field(default_factory=dict)  # every file of the output so far
     redone: dict[str, str] = field(default_factory=dict)  # finished by an earlier run, and why it is made again
+    find: Finder = nowhere  # of the inputs that finished shards may refer to
 
     @property
     def folder(self) -> Path:
@@ -149,7 +160,9 @@ class Stage:
         wanted, self.journal = self.journal, found
         for name, shard in found.finished.items():
             try:
-                reason = why_unlike(self.folder / name, shard.digest)
+                reason = why_unlike(self.folder / name, shard.digest, self.find)
+                if unproven(shard.digest, self.find):
+                    reason = reason or "can no longer be compared with its base"
             except (LoratoolError, OSError) as error:  # a disk with a bad block, say
                 reason = f"cannot be read: {error}"
             if reason:
@@ -227,7 +240,9 @@ class Stage:
 
 
 @contextmanager
-def staged(out: Path, wanted: Journal, needed: int, replaced: FileNames | None) -> Iterator[Stage]:
+def staged(
+    out: Path, wanted: Journal, needed: int, replaced: FileNames | None, find: Finder = nowhere
+) -> Iterator[Stage]:
     """A stage for `out`, published when the block ends well.
 
     An interrupt keeps the finished shards for the next run of the same work; any other failure leaves nothing of ours.
@@ -237,6 +252,7 @@ def staged(out: Path, wanted: Journal, needed: int, replaced: FileNames | None) 
         wanted: what is to be made: its fingerprint, its inputs, and as many of its files as are known.
         needed: bytes of the whole output.
         replaced: the files of what is at `out` and goes, by name; None where nothing may be there.
+        find: tells the inputs that finished shards may refer to.
 
     Raises:
         UsageError: another run is at work on it.
@@ -247,7 +263,7 @@ def staged(out: Path, wanted: Journal, needed: int, replaced: FileNames | None) 
         check_output_name(out)
         check_space(out.parent, needed - kept_size(check_stage(home), wanted))
         with locked(home) as owner:
-            stage, found = Stage(out, home, wanted), look(home, owner)
+            stage, found = Stage(out, home, wanted, find=find), look(home, owner)
             try:
                 if found is not None and continues(found, wanted) and stage.folder.is_dir():
                     stage.go_on(found)

@@ -159,9 +159,9 @@ class ComparedPart:
         self.at += len(piece)
 
     def copy(self, source: Source, start: int, count: int, look: Callable[[memoryview], None] | None) -> None:
-        for held in pieces_of(source, start, count, self.at, self.file.whole.ours):
+        for at, held in pieces_of(source, start, count, self.at, self.file.whole.ours):
             if look is not None:
-                look(piece_of(held, self.at))
+                look(piece_of(held, at))
             self.put(held)
 
 

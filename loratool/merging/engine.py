@@ -11,15 +11,16 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import chain, pairwise
+from itertools import chain, groupby, pairwise
 from typing import TYPE_CHECKING
 
 from loratool.devices import Runtime, exact_arithmetic, resident_memory
-from loratool.files.digests import Digest, Tree, chunk_cuts, digest_of_part, new_state
+from loratool.files.digests import Digest, Listed, Tree, chunk_cuts, digest_of_part, new_state
 from loratool.files.journal import Seen
+from loratool.files.known_digests import KnownDigests
 from loratool.files.open_sources import OpenSources
 from loratool.files.process import cores
 from loratool.files.sink import PAGE, Arrived, piece_of
@@ -40,6 +41,7 @@ from loratool.merging.totals import Effect, Totals
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+    from loratool.files.safefile import SafeFile
     from loratool.files.sink import Destination, Sink
     from loratool.merging.output_layout import ShardPlan, Span
     from loratool.merging.plan import MergePlan
@@ -57,7 +59,8 @@ class Output:
     sink: Sink
     sources: OpenSources
     hashed: Arrived  # bytes of tensors whose digests are known
-    chunks: dict[str, list[str]] = field(default_factory=dict)  # tensor → digests of its chunks, once they are known
+    known: dict[str, Listed] = field(default_factory=dict)  # tensor → what its digests are without hashing it
+    chunks: dict[str, list[str]] = field(default_factory=dict)  # tensor → digests of its chunks, once they are made
 
     def place(self, chunk: Chunk) -> int:
         """The byte of the file at which a chunk begins."""
@@ -73,7 +76,7 @@ class Output:
         layout = self.plan.layout
         if not self.hashed.wait_for(layout.size - layout.data_start):
             return None
-        return Digest(layout.size, tree=Tree.of(layout, self.chunks))
+        return Digest(layout.size, tree=Tree.of(layout, {n: tuple(c) for n, c in self.chunks.items()} | self.known))
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ class Copy:
 
     output: Output
     chunks: tuple[Chunk, ...]
+    known: bool  # whether they have digests already
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,9 @@ class Engine:
         workers: int | None,
         max_memory: int | None,
         progress: Callable[[int, int], None] | None,
+        known: KnownDigests | None = None,
     ) -> None:
+        self.known = known  # digests of tensors that need no hashing
         self.plan, self.destination, self.runtime = plan, destination, runtime
         self.workers, self.max_memory, self.progress = workers, max_memory, progress
         self.totals = Totals(changed=plan.replaces or any(shard.changed for shard in destination.finished.values()))
@@ -256,13 +262,24 @@ class Engine:
         empty = digest_of_part(b"")
         for span in plan.spans:
             output.chunks[span.placed.name] = [empty] * len(chunks[id(span)])
+            if (listed := self.known_of(span)) is not None:
+                output.known[span.placed.name] = listed
+                output.hashed.add(span.placed.nbytes)
         self.start(self.finish, output)
-        for run in runs([chunk for span in plan.spans if span.untouched for chunk in chunks[id(span)]]):
-            yield Copy(output, run)
+        untouched = [chunk for span in plan.spans if span.untouched for chunk in chunks[id(span)]]
+        for known, group in groupby(untouched, lambda chunk: chunk.span.placed.name in output.known):
+            yield from (Copy(output, run, known) for run in runs(group))
         for span in plan.spans:
             if not span.untouched:
                 work = EditedSpan(span, self.totals, self.shared)
                 yield from (Compute(output, work, chunk) for chunk in chunks[id(span)] if chunk.size)
+
+    def known_of(self, span: Span) -> Listed | None:
+        """What is known of the digests of an output tensor whose bytes are an input's."""
+        if self.known is None or not span.untouched or not span.placed.nbytes:
+            return None
+        (tensor,) = span.weight.tensors
+        return self.known.of(tensor.file, tensor.info) if tensor.info.shape == span.placed.shape else None
 
     def take(self, number: int) -> Task | None:
         """The next task for worker `number`; None when there is none for it."""
@@ -288,6 +305,11 @@ class Engine:
         """Carry a run of chunks over as they are."""
         output = task.output
         part = output.sink.part(output.place(task.chunks[0]), sum(chunk.size for chunk in task.chunks))
+        if task.known:
+            for file, start, count in ranges_of(task.chunks):
+                part.copy(output.sources.of(file), start, count, None)
+                self.tell(count)
+            return
         for chunk in task.chunks:
             (tensor,) = chunk.span.weight.tensors
             start, state = tensor.file.position(tensor.info) + chunk.start, new_state()
@@ -358,7 +380,24 @@ def chunks_of(span: Span) -> list[Chunk]:
     return [Chunk(span, number, *cut) for number, cut in enumerate(pairwise(chunk_cuts(span.placed)))]
 
 
-def runs(chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, ...]]:
+def ranges_of(chunks: Iterable[Chunk]) -> Iterator[tuple[SafeFile, int, int]]:
+    """Where untouched chunks lie in input files, as file, start and count; neighbours are one range."""
+    file: SafeFile | None = None
+    start = stop = 0
+    for chunk in chunks:
+        (tensor,) = chunk.span.weight.tensors
+        at = tensor.file.position(tensor.info) + chunk.start
+        if file is not None and (tensor.file is not file or at != stop):
+            yield file, start, stop - start
+            file = None
+        if file is None:
+            file, start = tensor.file, at
+        stop = at + chunk.size
+    if file is not None:
+        yield file, start, stop - start
+
+
+def runs(chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, ...]]:
     """Chunks in the order of a file, in groups that are next to each other in it."""
     run: list[Chunk] = []
     size = end = 0

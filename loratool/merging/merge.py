@@ -26,6 +26,7 @@ from loratool.files.checkpoint import PROVENANCE
 from loratool.files.digests import recorded
 from loratool.files.hub_cache import is_hub_id, told_origin
 from loratool.files.journal import Journal
+from loratool.files.known_digests import KnownDigests
 from loratool.files.outputs import check_stage, check_target, stage_of
 from loratool.files.process import peak_memory
 from loratool.files.shard_writer import LocalFolder
@@ -36,7 +37,7 @@ from loratool.merging.fingerprints import content_fingerprint, local_state
 from loratool.merging.planning import PlanOptions, plan_merge
 from loratool.merging.resources import RunOptions, choose_resources
 from loratool.notes import Note, as_records
-from loratool.options.described import FLAG, option
+from loratool.options.described import FLAG, Choice, option
 from loratool.options.shared import OverwriteOption
 from loratool.provenance.cards import CARD, card, command, is_nobodys, terms_of
 from loratool.results.base import Cost
@@ -66,6 +67,12 @@ class MergeOptions(PlanOptions, RunOptions, OverwriteOption):
         default=False,
         kind=FLAG,
     )
+    digests: str = option(
+        help="Which digests are computed: new leaves out tensors that are copied from a base whose digests are known "
+        "from its loratool.json or the Hub's cache.",
+        default="new",
+        kind=Choice(lambda: ("new", "full")),
+    )
 
 
 def merge(
@@ -82,17 +89,21 @@ def merge(
     try:
         check_values(plan)
         digests = [adapter.digests() for adapter in plan.adapters]
-        wanted = Journal(content_fingerprint(plan, digests), local_state(plan, options.device), output_names(plan))
+        known = KnownDigests(plan.base.root) if options.digests == "new" else None
+        state = {**local_state(plan, options.device), "digests": options.digests}
+        wanted = Journal(content_fingerprint(plan, digests), state, output_names(plan))
         workers, max_memory = options.workers, options.max_memory
         if max_memory is not None or check_stage(stage_of(target)) is not None:  # refused before anything is touched
             choose_resources(plan.spans, runtime.result().devices, workers, max_memory, resident_memory())
-        with staged(target, wanted, plan.bytes_written, replaceable(options.overwrite)) as stage:
+        with staged(
+            target, wanted, plan.bytes_written, replaceable(options.overwrite), KnownDigests(plan.base.root).find
+        ) as stage:
             if stage.finished:
                 stage.keep_only(kind_of(runtime.result().devices))
                 stage.keep_sha256(options.sha256)
             resumed = tuple(stage.finished)
             words = repeated(plan, paths, options)
-            engine = Engine(plan, LocalFolder(stage, options.sha256), runtime, workers, max_memory, progress)
+            engine = Engine(plan, LocalFolder(stage, options.sha256), runtime, workers, max_memory, progress, known)
             merged = make_weights(engine, digests, words, f"{printable(out)}: not written, {NOTHING}")
             write_small_files(stage, plan, plan.side_files, merged.table)
     except LoratoolError:

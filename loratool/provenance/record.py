@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from loratool.errors import InputError, LoratoolError, VerificationError, printable
 from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, walk
-from loratool.files.digests import Digest, read_recorded, why_unchecked, why_unlike
+from loratool.files.digests import (
+    Digest,
+    Finder,
+    Reference,
+    read_recorded,
+    sha256_of,
+    unproven,
+    why_unchecked,
+    why_unlike,
+)
+from loratool.files.hub_cache import find_blob
 from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.notes import Note
 
@@ -44,13 +56,19 @@ def compare(folder: Path, only: str = "") -> Comparison:
     listed = read_recorded(table)
     if only:
         listed = {name: digest for name, digest in listed.items() if name == only}
+    blobs = cache(sound_blob)
+
+    def find(reference: Reference) -> Path | None:
+        return blobs(reference.sha256)
+
     problems: list[str] = []
     notes = list(notes_of(folder, table, listed, only))
     for name, digest in sorted(listed.items()):
         if reason := why_unchecked(digest):
             notes.append(Note("not-checked", f"{printable(name)} {reason}"))
             continue
-        if not (reason := why_other(folder / name, digest)):
+        notes += unproven_notes(name, digest, find)
+        if not (reason := why_other(folder / name, digest, find)):
             continue
         if is_decisive(name):
             problems.append(f"{printable(name)}: {reason}")
@@ -73,14 +91,33 @@ def is_decisive(name: str) -> bool:
     return any(fnmatch(name.rpartition("/")[2], pattern) for pattern in DECISIVE)
 
 
-def why_other(path: Path, digest: Digest) -> str:
+def why_other(path: Path, digest: Digest, find: Finder) -> str:
     """Empty where a file holds what was written; else what is wrong with it."""
     try:
-        return why_unlike(path, digest)
+        return why_unlike(path, digest, find)
     except InputError:
         return "is not a regular file, or changed while it was being read"
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
+
+
+def sound_blob(sha256: str) -> Path | None:
+    """A file of the Hub's cache that has this SHA-256, all of which is read."""
+    with suppress(OSError, InputError):
+        path = find_blob(sha256)
+        return path if path and sha256_of(path) == sha256 else None
+    return None
+
+
+def unproven_notes(name: str, digest: Digest, find: Finder) -> Iterator[Note]:
+    """A note where tensors are recorded as bytes of a base that is not there to be compared with."""
+    if unknown := unproven(digest, find):
+        bases = sorted({f"{each.file} with SHA-256 {each.sha256[:16]}…" for each in unknown.values()})
+        yield Note(
+            "not-checked",
+            f"{printable(name)}: {len(unknown)} tensors are recorded as copies from {printable(', '.join(bases))}; "
+            "they were not checked, because that file is not in the Hub's cache",
+        )
 
 
 def notes_of(folder: Path, table: Mapping[str, Any], listed: Mapping[str, Digest], only: str) -> Iterator[Note]:

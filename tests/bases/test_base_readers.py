@@ -254,6 +254,7 @@ def test_only_readers_and_copies_know_where_the_bytes_of_a_tensor_lie() -> None:
         "adapters/adapter.py",  # StoredTensor.read, which reads for stored weights as well
         "files/safefile.py",  # a selection asks the file that it is of
         "files/digests.py",  # a chunk that is hashed
+        "files/known_digests.py",  # a range that is recorded
         "files/tensor_writer.py",  # a range that goes into an adapter as it is
         "merging/engine.py",  # a range that goes to a sink as it is
     }

@@ -7,6 +7,7 @@ that W + 2·BA is exact in float32, and there is one answer to the last bit.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import mmap
 import os
@@ -16,6 +17,7 @@ import struct
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,14 @@ class Model:
     wanted: dict[str, bytes]
     untouched: int  # bytes of the tensors that the adapter leaves alone
     wide: dict[str, bytes]  # every tensor when floats are written as float32
+
+    @contextmanager
+    def of_our_own(self) -> Iterator[None]:
+        """The base has a record, so that nothing has to be hashed that no edit touches."""
+        files = {path.name: entry_of(path.read_bytes(), digests.CHUNK) for path in self.base.glob("*.safetensors")}
+        (self.base / "loratool.json").write_text(json.dumps({"files": files}))
+        yield
+        (self.base / "loratool.json").unlink()
 
     def merge(self, out: Path, workers: int | None = None) -> None:
         """Merge into `out`; every file and its digest must be right."""
@@ -173,11 +183,13 @@ class System:
     refuses: range = range(0)  # which direct writes get EINVAL
     shortest: int = 1 << 30  # bytes after which a direct write ends
     copies: Callable[[int], int] | None = None  # how many bytes copy_file_range moves when asked for so many
+    shares: bool = False  # blocks between files
     lock: threading.Lock = field(default_factory=threading.Lock)
     direct: set[int] = field(default_factory=set)  # open descriptors
     written: list[tuple[int, int, int]] = field(default_factory=list)  # directly: position, bytes, address in memory
     buffered: int = 0  # bytes of ordinary writes
     copied: int = 0  # bytes that copy_file_range has moved
+    shared: list[tuple[int, int]] = field(default_factory=list)  # ranges of files: position, bytes
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         real_open, real_close, real_write, real_copy = os.open, os.close, os.pwrite, os.copy_file_range
@@ -212,6 +224,18 @@ class System:
             self.copied += moved
             return moved
 
+        def requesting(target: int, request: int, content: bytes) -> int:
+            assert request == 0x4020940D  # FICLONERANGE
+            source, start, count, at = struct.unpack("qQQQ", content)
+            if not self.shares:
+                raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+            if start % PAGE or count % PAGE or at % PAGE or not count:  # as a file system would
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            self.shared.append((at, count))
+            assert real_write(target, os.pread(source, count, start), at) == count
+            return 0
+
+        patch.setattr(fcntl, "ioctl", requesting)
         patch.setattr(os, "open", opening)
         patch.setattr(os, "close", closing)
         patch.setattr(os, "pwrite", writing)
@@ -228,6 +252,8 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "without direct writes or copies": {"opens": False, "copies": cannot_copy},
     "without direct writes, whose copies move nothing": {"opens": False, "copies": lambda count: 0},
     "without direct writes, whose copies fall short": {"opens": False, "copies": lambda count: 1 + count // 2},
+    "whose files share blocks": {"shares": True},
+    "whose files share blocks, without direct writes": {"shares": True, "opens": False},
     "that refuses the first direct write": {"refuses": range(1)},
     "that refuses direct writes": {"refuses": range(1 << 30)},
     "that refuses a later direct write": {"refuses": range(2, 3)},
@@ -262,7 +288,8 @@ def test_a_file_is_right_on_a_system(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str, workers: int
 ) -> None:
     System(**SYSTEMS[system]).install(monkeypatch)
-    model.merge(tmp_path / "out", workers)
+    with model.of_our_own() if "copies" in SYSTEMS[system] or "shares" in SYSTEMS[system] else nullcontext():
+        model.merge(tmp_path / "out", workers)
 
 
 @pytest.mark.parametrize("workers", [None, 1])
@@ -306,7 +333,8 @@ def test_a_file_is_right_whatever_its_tensors_and_its_parts_are(
     files.append(File([edited(999, 90, 90)]))
     model = make_model(tmp_path, files)
     System(**SYSTEMS[chance.choice(list(SYSTEMS))]).install(monkeypatch)
-    model.merge(tmp_path / "out", chance.choice([1, 2, 8]))
+    with model.of_our_own() if chance.random() < 0.5 else nullcontext():
+        model.merge(tmp_path / "out", chance.choice([1, 2, 8]))
 
 
 @pytest.fixture
@@ -373,6 +401,39 @@ def test_whole_pages_go_straight_to_the_disk_each_of_them_once(
     assert sum(count for _, count, _ in system.written) == len(pages) * PAGE
     assert sorted(at // PAGE + n for at, count, _ in system.written for n in range(count // PAGE)) == sorted(pages)
     assert system.buffered == sum(map(len, model.wanted.values())) - len(pages) * PAGE
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_without_direct_writes_the_kernel_copies_what_need_not_be_hashed(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system = System(opens=False)
+    system.install(monkeypatch)
+    with model.of_our_own():
+        model.merge(tmp_path / "out")
+    assert system.copied == model.untouched  # all on one file system
+    assert system.buffered == sum(map(len, model.wanted.values())) - model.untouched
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.usefixtures("small_pieces")
+def test_files_share_the_whole_pages_that_no_edit_touches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """Where they are as far from a page's start in both files; nothing of them is written, though it may be hashed."""
+    model = make_model(tmp_path, [File([plain(0, 30_000), edited(1, 40, 60), plain(2, 9000), plain(3, 9000)])])
+    system = System(shares=True)
+    system.install(monkeypatch)
+    with model.of_our_own() if known else nullcontext():
+        model.merge(tmp_path / "out")
+    (content,) = model.wanted.values()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    runs = [(begin, begin + 30_000), (begin + 30_000 + 40 * 60 * 2, len(content))]
+    pages = [n for start, stop in runs for n in range(-(-start // PAGE), stop // PAGE)]
+    shared = sorted(at // PAGE + n for at, count in system.shared for n in range(count // PAGE))
+    assert set(shared) <= set(pages)
+    assert len(shared) == len(set(shared)) >= len(pages) - (0 if known else 1)  # two tensors may meet in a page
+    assert system.buffered + sum(count for _, count, _ in system.written) == len(content) - len(shared) * PAGE
 
 
 @pytest.mark.parametrize("opens", [True, False], ids=["direct", "through the page cache"])

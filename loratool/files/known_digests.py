@@ -1,0 +1,53 @@
+"""What is known of a base's tensors before they are read: from its own `loratool.json`, or from the Hub's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from loratool.errors import LoratoolError
+from loratool.files.checkpoint import PROVENANCE
+from loratool.files.digests import FUNCTION, Listed, Reference, digest_of_part, read_recorded
+from loratool.files.hub_cache import sha256_of_link
+from loratool.files.inputs import LARGEST_RECORD, read_json
+from loratool.files.safefile import SafeFile, TensorInfo
+
+
+class KnownDigests:
+    """The digests of a base's tensors, so far as they need not be computed."""
+
+    def __init__(self, root: Path) -> None:
+        self.home = root if root.is_dir() else root.parent
+        self.files: dict[Path, tuple[Mapping[str, Listed], str]] = {}  # path → of its tensors, and of all of it
+
+    def of(self, file: SafeFile, info: TensorInfo) -> Listed | None:
+        """The digests of the chunks of a tensor, or a reference to its bytes; None where neither is known."""
+        if type(file) is not SafeFile or not file.path.is_relative_to(self.home):  # of an adapter, or not here yet
+            return None
+        if file.path not in self.files:
+            self.files[file.path] = self.recorded(file), sha256_of_link(file.path)
+        listed, sha256 = self.files[file.path]
+        start = file.position(info)
+        if info.name in listed or not sha256:
+            return listed.get(info.name)
+        return Reference(self.name(file), sha256, start, start + info.nbytes)
+
+    def find(self, reference: Reference) -> Path | None:
+        """The file of the base that a reference names."""
+        path = self.home / reference.file
+        return path if sha256_of_link(path) == reference.sha256 else None
+
+    def name(self, file: SafeFile) -> str:
+        return file.path.relative_to(self.home).as_posix()
+
+    def recorded(self, file: SafeFile) -> Mapping[str, Listed]:
+        """What the base's record lists of a file's tensors; nothing of a file that seems to have been changed since."""
+        try:
+            found = read_recorded(read_json(self.home / PROVENANCE, LARGEST_RECORD, lenient=True)).get(self.name(file))
+            changed = file.identity.modified > (self.home / PROVENANCE).stat().st_mtime_ns
+        except (LoratoolError, OSError):
+            return {}
+        if found is None or found.tree is None or found.size != file.layout.size or changed:
+            return {}
+        same = found.tree.function == FUNCTION and found.tree.header == digest_of_part(file.layout.header)
+        return found.tree.tensors if same else {}
