@@ -28,11 +28,8 @@ from loratool.merging.resources import (
     MOST_SHELVED,
     Resources,
     choose_resources,
-    itemsize,
     most_workers,
-    needs_float64,
     rows_of_block,
-    tile_elements,
 )
 from loratool.merging.row_blocks import EditedSpan, Worker
 from loratool.merging.shared_updates import SharedUpdates
@@ -298,7 +295,7 @@ class Engine:
             if isinstance(task, Copy):
                 self.copy(task)
             else:
-                worker = worker or self.make_worker(number)
+                worker = worker or Worker.of(self.plan.spans, self.resources(), number)
                 self.compute(worker, task)
 
     def copy(self, task: Copy) -> None:
@@ -339,14 +336,6 @@ class Engine:
             at += count * row
             self.tell(count * row)
         output.note(chunk, state.hexdigest())
-
-    def make_worker(self, number: int) -> Worker:
-        resources = self.resources()
-        touched = [span for span in self.plan.spans if not span.untouched]
-        elements = max(tile_elements(s, resources.block, resources.on_gpu) for s in touched)
-        raw = max(rows_of_block(s, resources.block) * s.width * itemsize(s) for s in touched)
-        wide = any(map(needs_float64, touched))
-        return Worker(resources.devices[number % len(resources.devices)], raw, elements, wide)
 
     def finish(self, output: Output) -> None:
         """See one output file to its end, then tell what was seen of it."""

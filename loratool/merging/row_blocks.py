@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+from loratool.adapters.adapter import StoredTensor
 from loratool.bases.weights import Room
 from loratool.errors import FitError, printable
 from loratool.files.open_sources import OpenSources
@@ -18,6 +21,7 @@ from loratool.lazy import torch
 from loratool.merging.exact_rows import Scratch, Seen
 from loratool.merging.loaded_edits import LoadedEdits, has_effect, load_edits, same_bits
 from loratool.merging.output_layout import Span
+from loratool.merging.resources import Resources, itemsize, needs_float64, rows_of_block, tile_elements
 from loratool.merging.shared_updates import SharedUpdates
 from loratool.merging.totals import Totals
 
@@ -82,39 +86,72 @@ class Worker:
         if not on_gpu:
             torch.set_num_threads(1)  # workers are the parallelism
 
+    @classmethod
+    def of(cls, spans: Sequence[Span], resources: Resources, number: int) -> Worker:
+        """Worker `number` of those that work on some spans."""
+        touched, block = [span for span in spans if not span.untouched], resources.block
+        elements = max((tile_elements(span, block, resources.on_gpu) for span in touched), default=0)
+        raw = max((rows_of_block(span, block) * span.width * itemsize(span) for span in touched), default=0)
+        wide = any(map(needs_float64, touched))
+        return cls(resources.devices[number % len(resources.devices)], max(raw, block), elements, wide)
+
     def merged_rows(self, work: EditedSpan, first: int, count: int, sources: OpenSources, shift: int) -> memoryview:
         """Rows `first` … `first + count` of a span as they are in the output.
 
         What comes back holds them from byte `shift` on, and begins with a page; the next call overwrites it.
         """
-        with torch.inference_mode(), torch.cuda.stream(self.stream):
-            return self._merged_rows(work, first, count, sources, shift)
-
-    def _merged_rows(self, work: EditedSpan, first: int, count: int, sources: OpenSources, shift: int) -> memoryview:
-        span = work.span
-        stored, rounded = (getattr(torch, FLOAT_NAMES[name]) for name in (span.weight.exact, span.placed.dtype))
-        written = count * span.width * rounded.itemsize
+        rounded: torch.dtype = getattr(torch, FLOAT_NAMES[work.span.placed.dtype])
+        written = count * work.span.width * rounded.itemsize
         ready = self.outgoing[shift : shift + written]
         in_place = self.stream is None and shift % rounded.itemsize == 0
+        with self.computing():
+            after = ready if in_place else self.merged[:written]
+            self.merge(work, first, sources, after.view(rounded).view(count, -1))
+            if not in_place:
+                ready.copy_(after, non_blocking=True)
+        return self.outgoing[: shift + written].numpy().data
 
-        before = span.matrix.rows(first, count, self.device, stored, Room(sources, self.host, self.twin))
-        after = (ready if in_place else self.merged[:written]).view(rounded).view(count, span.width)
+    def fill(self, work: EditedSpan, first: int, sources: OpenSources, rows: torch.Tensor) -> None:
+        """Put rows of a span, from row `first` on, into `rows`, (n, width) of the output's dtype on any device."""
+        with self.computing():
+            here = rows.device == self.device
+            after = rows if here else self.merged[: rows.nbytes].view(rows.dtype).view(rows.shape)
+            self.merge(work, first, sources, after)
+            if not here:
+                rows.copy_(after)
+
+    def carry(self, tensor: StoredTensor, start: int, sources: OpenSources, piece: torch.Tensor) -> None:
+        """Put bytes of a stored tensor, from byte `start` on, into `piece`, (n,) of uint8 on any device."""
+        held = piece if piece.device.type == "cpu" else self.host[: piece.numel()]
+        tensor.read(start, held.numpy().data, sources)
+        if held is not piece:
+            with self.computing():
+                piece.copy_(held, non_blocking=True)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Work on this worker's stream, which is done when this ends."""
+        with torch.inference_mode(), torch.cuda.stream(self.stream):
+            yield
+            if self.stream is not None:
+                self.stream.synchronize()
+
+    def merge(self, work: EditedSpan, first: int, sources: OpenSources, after: torch.Tensor) -> None:
+        """Put merged rows of a span, from row `first` on, into `after`, and account for them.
+
+        That comes before anybody has the bytes: a file whose bytes are all there is recorded with what was seen of it.
+        """
+        span, stored = work.span, getattr(torch, FLOAT_NAMES[work.span.weight.exact])
+        before = span.matrix.rows(first, len(after), self.device, stored, Room(sources, self.host, self.twin))
         loaded = work.edits_on(self.device)
         measured = loaded.is_bound and not loaded.replacements
         seen = loaded.merge(before, first, after, self.scratch, measured)
-        if not work.totals.changed and span.edits and not same_bits(before.to(rounded), after):
+        if not work.totals.changed and span.edits and not same_bits(before.to(after.dtype), after):
             work.totals.changed = True  # never set to False: another worker may have seen a change meanwhile
         if work.waiting:
             work.look_for_effects(loaded, before, first)
-        if not in_place:
-            ready.copy_(self.merged[:written], non_blocking=True)
-        if self.stream is not None:
-            self.stream.synchronize()
-        nonfinite = 0 if seen.largest <= torch.finfo(rounded).max else check_finite(span, before, after)
-        # before the bytes go: a file whose bytes are all there is recorded with what was seen of it
-        whole = math.inf if measured or loaded.replacements else loaded.norm
-        work.seen(count, seen, whole, nonfinite)
-        return self.outgoing[: shift + written].numpy().data
+        nonfinite = 0 if seen.largest <= torch.finfo(after.dtype).max else check_finite(span, before, after)
+        work.seen(len(after), seen, math.inf if measured or loaded.replacements else loaded.norm, nonfinite)
 
 
 def pages_of(memory: torch.Tensor) -> torch.Tensor:
