@@ -21,7 +21,7 @@ from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import torch
 from loratool.merging.exact_rows import ExactSum, Part, Scratch, Seen, convert, largest_of
 from loratool.merging.output_layout import Span
-from loratool.merging.resources import TILE
+from loratool.merging.resources import TILE, sums_products
 from loratool.merging.shared_updates import SharedUpdates
 from loratool.merging.totals import Effect
 
@@ -138,7 +138,7 @@ def load_edits(span: Span, shared: SharedUpdates, device: torch.device) -> Loade
                 update = load_update(update, device, held_in(update, torch.float32))
             replacements.append(LoadedEdit(edit, update, 1.0))
             continue
-        dtype = held_in(edit.update, torch.float32) if edit.update.adds_products else torch.float64
+        dtype = held_in(edit.update, torch.float32) if sums_products(span) else torch.float64
         update = shared.load(edit.update, device, dtype) if edit.shared else load_update(edit.update, device, dtype)
         if update.needs_weight:
             update = update.prepared(partial(weight_rows, span, edit, device, dtype))

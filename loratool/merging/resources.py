@@ -137,7 +137,7 @@ def update_memory(edit: Edit, span: Span) -> int:
     if isinstance(edit.update, Replace):
         return 0
     held = sum(tensor.info.elements for tensor in stored_tensors(edit.update))
-    wide = span.weight.exact == "F64" or not edit.update.adds_products
+    wide = span.weight.exact == "F64" or not sums_products(span)
     return max(held, edit.update.rank * (edit.rows + span.width)) * (8 if wide else 4)
 
 

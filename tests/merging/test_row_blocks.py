@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -63,6 +64,26 @@ def test_block_size_and_workers_do_not_show_in_the_result(
     loratool.merge(base, [adapter], tmp_path / "out", workers=workers)
     merged = load_file(tmp_path / "out" / "model.safetensors")["q.weight"]
     torch.testing.assert_close(merged, formula(base, adapter), rtol=3e-7, atol=1e-6)
+
+
+def test_lora_and_dora_of_one_weight_are_merged_one_after_the_other(tmp_path: Path) -> None:
+    base, lora = make_pair(tmp_path, dtype=torch.float32)
+    dora = tmp_path / "dora"
+    shutil.copytree(lora, dora)
+    factors = load_file(lora / "adapter_model.safetensors")
+    magnitude = torch.rand(96, generator=torch.Generator().manual_seed(1)) + 1
+    save_file({**factors, "base_model.model.q.lora_magnitude_vector": magnitude}, dora / "adapter_model.safetensors")
+    (dora / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 6, "use_dora": True})
+    )
+    loratool.merge(base, [lora, dora], tmp_path / "out", weights=[1.0, 0.5])
+    merged = load_file(tmp_path / "out" / "model.safetensors")["q.weight"]
+    weight = load_file(base / "model.safetensors")["q.weight"].double()
+    up, down = (factors[f"base_model.model.q.lora_{x}.weight"].double() for x in "BA")
+    first = weight + 6 / 4 * up @ down
+    norms = torch.linalg.vector_norm(weight + 6 / 4 * up @ down, dim=1)  # with the unmerged weight
+    wanted = first.lerp((first + 6 / 4 * up @ down) * (magnitude.double() / norms)[:, None], 0.5)
+    torch.testing.assert_close(merged, wanted.float(), rtol=3e-7, atol=1e-6)
 
 
 @pytest.mark.parametrize("first", range(7))
