@@ -56,6 +56,7 @@ CHANGES = (
     "cost",
     "seconds",
     "startup_seconds",
+    "profile",
     "peak_memory",
     "device",
     "schema",

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratool.errors import UsageError, printable
-from loratool.files import process
+from loratool.files import process, stopwatch
+from loratool.files.stopwatch import lap
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -30,6 +31,7 @@ class Runtime:
 
     devices: tuple[str, ...]
     seconds: float  # that the import and the devices took
+    watch: stopwatch.Stopwatch  # of the thread that did it
 
 
 def start_torch(device: str) -> Future[Runtime]:
@@ -43,7 +45,10 @@ def start_torch(device: str) -> Future[Runtime]:
         collecting = gc.isenabled()
         gc.disable()  # the import makes a million objects that all stay
         try:
-            future.set_result(Runtime(find_devices(device), time.monotonic() - started))
+            watch = stopwatch.begin("torch")
+            devices = find_devices(device)
+            lap("start-up")
+            future.set_result(Runtime(devices, time.monotonic() - started, watch))
         except BaseException as error:
             future.set_exception(error)
         finally:

@@ -16,6 +16,7 @@ from loratool.adapters.adapter import StoredTensor
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES, TensorInfo
+from loratool.files.stopwatch import lap
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -79,6 +80,7 @@ class Room:
 
         raw = torch.empty(count, dtype=torch.uint8) if self.host is None else self.host[:count]
         tensor.read(start, raw.numpy().data, self.sources)
+        lap("read", count)
         if self.twin is None:
             return raw.to(device)
         return self.twin[:count].copy_(raw, non_blocking=True)

@@ -109,7 +109,7 @@ def run(arguments: list[str]) -> int:
 
     With `-v`, stderr also says what this system lacks that the command would have used.
     """
-    verbose = bool({"-v", "--verbose"} & set(arguments))
+    verbose = bool({"-v", "-vv", "--verbose"} & set(arguments))
     lacking()  # what an earlier command of this process went without
     code = run_command(arguments, verbose)
     for sentence in lacking() if verbose else ():

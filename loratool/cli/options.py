@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from loratool.cli.screen import Screen
+from loratool.cli.screen import VERBOSITY, Screen
 from loratool.options.described import Flag, Option, Options, described_by
 
 Command = Callable[..., None]
@@ -126,15 +126,21 @@ def silence_client(_ctx: click.Context, _param: click.Parameter, quiet: bool) ->
     return quiet
 
 
+def note_verbosity(ctx: click.Context, _param: click.Parameter, count: int) -> None:
+    """Keep how often `-v` was given, which no command's function has to know."""
+    ctx.meta[VERBOSITY] = count
+
+
 def output_options(command: Command) -> Command:
     """`--json`, `-q` and `-v`, which every command has."""
     for option in (
         click.option(
             "-v",
             "--verbose",
-            is_flag=True,
+            count=True,
+            callback=note_verbosity,
             expose_value=False,
-            help="Show tracebacks of bugs, and which features this system lacks.",
+            help="Show tracebacks of bugs, and which features this system lacks; -vv also where a merge spends its time.",
         ),
         click.option("-q", "--quiet", is_flag=True, callback=silence_client, help="Print errors only."),
         click.option(

@@ -16,6 +16,9 @@ from loratool.errors import escaped
 Progress = Callable[[int, int], None]
 
 
+VERBOSITY = "loratool.verbosity"  # key of a context's `meta`: how often `-v` was given
+
+
 @dataclass(frozen=True)
 class Screen:
     """Where a command shows things, as `--json` and `-q` have it."""
@@ -31,6 +34,8 @@ class Screen:
             for note in getattr(result, "notes", ()):
                 if note.is_warning:
                     click.echo(f"warning: {note}", err=True)
+            if click.get_current_context().meta.get(VERBOSITY, 0) > 1 and hasattr(result, "profile"):
+                click.echo(f"{result.profile}\n", err=True)
         if self.as_json:
             table = result.to_dict() if isinstance(result, Result) else {"schema": SCHEMA, **plain(result)}
             click.echo(json.dumps(table, indent=2, allow_nan=False))

@@ -12,6 +12,7 @@ from loratool.files.digests import Digest, digest_of_range
 from loratool.files.journal import FinishedShard
 from loratool.files.safefile import LocalSource, write_fully
 from loratool.files.sink import PAGE, Arrived, Memory, piece_of, pieces_of
+from loratool.files.stopwatch import lap
 from loratool.files.system import NOT_DIRECT, clone_range, create_file, open_direct, sync_bytes, sync_file
 
 if TYPE_CHECKING:
@@ -116,11 +117,14 @@ class LocalFile:
         synced, size = 0, self.layout.size
         while synced < size and self.written.wait_for(min(synced + SYNC_CHUNK, size)):
             synced = self.written.count
+            lap("wait")
             if synced < size:
                 sync_bytes(self.descriptor)
+                lap("sync")
         if synced < size:
             return False
         sync_file(self.descriptor)
+        lap("sync")
         if self.stop.is_set():
             return False
         if self.wants_sha256:
@@ -156,6 +160,7 @@ class LocalPart:
         self.rest = bytes(memory[ready:])
         self.file.write(memory[begin:ready], start)
         self.file.written.add(ready - begin)
+        lap("write", ready - begin)
 
     def copy(self, source: Source, start: int, count: int, look: Callable[[memoryview], None] | None) -> None:
         """Share the blocks of whole pages with the source, copy inside the kernel, or read and write, as can be.
@@ -168,12 +173,14 @@ class LocalPart:
             self.carry(source, start, first, look)
             if look is not None:
                 for at, held in pieces_of(source, start + first, pages, self.at, self.file.memory):
+                    lap("read", len(piece_of(held, at)))
                     look(piece_of(held, at))
             self.move_on(pages)
             self.carry(source, start + first + pages, count - first - pages, look)
         elif look is None and self.file.opened is None and isinstance(source, LocalSource):
             source.copy_to(self.file.descriptor, start, count, self.at)
             self.move_on(count)
+            lap("copy", count)
         else:
             self.carry(source, start, count, look)
 
@@ -183,6 +190,7 @@ class LocalPart:
             return False
         cloned = clone_range(source.descriptor, self.file.descriptor, count, start, at)
         self.file.clones = self.file.clones and cloned
+        lap("share", count if cloned else 0)
         return cloned
 
     def move_on(self, count: int) -> None:
@@ -195,6 +203,7 @@ class LocalPart:
         for at, held in pieces_of(source, start, count, self.at, self.file.memory):
             if self.file.stop.is_set():
                 return
+            lap("read", len(piece_of(held, at)))
             if look is not None:
                 look(piece_of(held, at))
             self.put(held)

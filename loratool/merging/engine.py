@@ -18,12 +18,14 @@ from itertools import chain, groupby, pairwise
 from typing import TYPE_CHECKING
 
 from loratool.devices import Runtime, exact_arithmetic, resident_memory
+from loratool.files import stopwatch
 from loratool.files.digests import Digest, Listed, Tree, chunk_cuts, digest_of_part, new_state
 from loratool.files.journal import Seen
 from loratool.files.known_digests import KnownDigests
 from loratool.files.open_sources import OpenSources
 from loratool.files.process import cores
 from loratool.files.sink import PAGE, Arrived, piece_of
+from loratool.files.stopwatch import lap
 from loratool.merging.resources import (
     MOST_SHELVED,
     Resources,
@@ -145,6 +147,7 @@ class Engine:
         self.chosen: Resources | None = None
         self.precision = ExitStack()  # of all arithmetic, from that choice on
         self.failures: list[BaseException] = []
+        self.watches: list[stopwatch.Stopwatch] = []  # one a thread
         self.outputs: list[Output] = []
         self.ends: list[threading.Lock] = []  # one a thread, which holds it for as long as it runs
 
@@ -291,12 +294,17 @@ class Engine:
     def work(self, number: int) -> None:
         """A worker's life: take the next task until there are none."""
         worker: Worker | None = None
+        self.watches.append(stopwatch.begin(f"worker {number}"))
         while not self.stop.is_set() and (task := self.take(number)) is not None:
+            lap("wait")
             if isinstance(task, Copy):
                 self.copy(task)
             else:
-                worker = worker or Worker.of(self.plan.spans, self.resources(), number)
+                if worker is None:
+                    worker = Worker.of(self.plan.spans, self.resources(), number)
+                    lap("start-up")
                 self.compute(worker, task)
+        lap("wait")
 
     def copy(self, task: Copy) -> None:
         """Carry a run of chunks over as they are."""
@@ -313,6 +321,7 @@ class Engine:
 
             def look(piece: memoryview, update: Callable[[memoryview], object] = state.update) -> None:
                 update(piece)
+                lap("digest", len(piece))
                 self.tell(len(piece))
 
             part.copy(output.sources.of(tensor.file), start, chunk.size, look)
@@ -332,6 +341,7 @@ class Engine:
             count = min(step, last - first)
             memory = worker.merged_rows(task.work, first, count, output.sources, at % PAGE)
             state.update(piece_of(memory, at))
+            lap("digest", count * row)
             part.put(memory)
             at += count * row
             self.tell(count * row)
@@ -339,6 +349,7 @@ class Engine:
 
     def finish(self, output: Output) -> None:
         """See one output file to its end, then tell what was seen of it."""
+        self.watches.append(stopwatch.begin("files"))
         if not output.sink.finish() or (digest := output.digest()) is None:
             return  # stopped; inputs stay open: a worker may still be reading
         output.sources.check_unchanged()
@@ -357,6 +368,7 @@ class Engine:
             )
             output.sink.record(seen, digest)
         self.slots.release()
+        lap("record")
 
 
 def effects_in(shard: ShardPlan) -> set[Effect]:

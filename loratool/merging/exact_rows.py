@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from loratool.algebra.rounding import Term, bits_of, exact_sums, round_once
 from loratool.algebra.updates.base import Product
+from loratool.files.stopwatch import lap
 from loratool.lazy import Tensor, numpy, torch
 
 if TYPE_CHECKING:
@@ -254,6 +255,7 @@ class ExactSum:
             count, begin = stored.shape[0], first + at
             weight, change, upper = scratch.of(count, self.width, self.work, self.target)
             weight.copy_(stored)
+            lap("cast")
             seen.weight += float(torch.linalg.vector_norm(weight)) ** 2
             if substitute is not None:
                 substitute(weight, begin)
@@ -265,6 +267,7 @@ class ExactSum:
             stacks = [e for e in self.stacks if e.place.first < begin + count and e.place.stop > begin]
             largest = size + sum(stack.reach for stack in stacks)
             unsure = None
+            lap("measure")
             if not stacks:
                 lower.copy_(round_once(weight, self.target))
             else:
@@ -274,6 +277,7 @@ class ExactSum:
                 if measure:
                     seen.change += float(torch.linalg.vector_norm(change)) ** 2
                     change.add_(margin)
+                lap("product")
                 unsure = self.round(change.add_(weight), margin, lower, upper, scratch)
                 if len(unsure) > lower.numel() // MANY:
                     unsure = unsure[self.changing(stacks, begin, weight, lower)[unsure // self.width]]
@@ -287,8 +291,10 @@ class ExactSum:
                 open_yet.places.append(unsure + at * self.width)
                 open_yet.sums.append(change.view(-1)[unsure].add_(margin))
                 open_yet.weights.append(weight.view(-1)[unsure])
+            lap("round")
         if open_yet.places:
             self.decide(after.view(-1), first, open_yet)
+            lap("settle")
         return seen
 
     def margin(self, stacks: Sequence[Stack], largest: float) -> float:

@@ -22,6 +22,7 @@ from loratool.devices import Runtime, kind_of, resident_memory, start_torch
 from loratool.errors import FitError, LoratoolError, UsageError, printable
 from loratool.fetching import local
 from loratool.fetching.bases import AUTO, chosen_base
+from loratool.files import stopwatch
 from loratool.files.checkpoint import PROVENANCE
 from loratool.files.digests import recorded
 from loratool.files.hub_cache import is_hub_id, told_origin
@@ -31,6 +32,7 @@ from loratool.files.outputs import check_stage, check_target, stage_of
 from loratool.files.process import peak_memory
 from loratool.files.shard_writer import LocalFolder
 from loratool.files.staging import Stage, staged
+from loratool.files.stopwatch import lap
 from loratool.merging.effects import effect_notes, effects_of, size_notes
 from loratool.merging.engine import Engine
 from loratool.merging.fingerprints import content_fingerprint, local_state
@@ -42,6 +44,7 @@ from loratool.options.shared import OverwriteOption
 from loratool.provenance.cards import CARD, card, command, is_nobodys, terms_of
 from loratool.results.base import Cost
 from loratool.results.merge import AdapterEffect, MergeReport
+from loratool.results.profile import Profile
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -83,12 +86,14 @@ def merge(
     progress: Progress | None = None,
 ) -> MergeReport:
     """Write W' = W + Σ weight · ΔW as a complete model folder `out`; `loratool.commands.merge` says all of it."""
-    started = time.monotonic()
+    started, watch = time.monotonic(), stopwatch.begin("main")
     plan, target, paths = prepare(base, adapters, out, options)
+    lap("plan")
     runtime = start_torch(options.device)
     try:
         check_values(plan)
         digests = [adapter.digests() for adapter in plan.adapters]
+        lap("adapters")
         known = KnownDigests(plan.base.root) if options.digests == "new" else None
         state = {**local_state(plan, options.device), "digests": options.digests}
         wanted = Journal(content_fingerprint(plan, digests), state, output_names(plan))
@@ -104,11 +109,18 @@ def merge(
             resumed = tuple(stage.finished)
             words = repeated(plan, paths, options)
             engine = Engine(plan, LocalFolder(stage, options.sha256), runtime, workers, max_memory, progress, known)
+            engine.watches.append(watch)
+            lap("stage")
             merged = make_weights(engine, digests, words, f"{printable(out)}: not written, {NOTHING}")
+            lap("wait")
             write_small_files(stage, plan, plan.side_files, merged.table)
+        lap("publish")
     except LoratoolError:
         runtime.exception()  # wait for the import: a process that ends in the middle of it may crash
         raise
+    finally:
+        stopwatch.end()
+    merged.engine.watches.append(runtime.result().watch)
     return make_report(merged, stage, resumed, cost(runtime, started))
 
 
@@ -321,5 +333,6 @@ def make_report(merged: Merged, stage: Stage, resumed: tuple[str, ...], cost: Co
         left_out=plan.left_out,
         notes=(*plan.notes, *merged.notes, *of_resuming(stage)),
         digests={s.name: str(s.digest) for _, s in sorted(stage.finished.items())},
+        profile=Profile(stopwatch.together(merged.engine.watches)),
         cost=cost,
     )

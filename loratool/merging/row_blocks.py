@@ -17,6 +17,7 @@ from loratool.errors import FitError, printable
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.files.sink import PAGE
+from loratool.files.stopwatch import lap
 from loratool.lazy import torch
 from loratool.merging.exact_rows import Scratch, Seen
 from loratool.merging.loaded_edits import LoadedEdits, has_effect, load_edits, same_bits
@@ -135,6 +136,7 @@ class Worker:
             yield
             if self.stream is not None:
                 self.stream.synchronize()
+                lap("transfer")
 
     def merge(self, work: EditedSpan, first: int, sources: OpenSources, after: torch.Tensor) -> None:
         """Put merged rows of a span, from row `first` on, into `after`, and account for them.
@@ -143,13 +145,17 @@ class Worker:
         """
         span, stored = work.span, getattr(torch, FLOAT_NAMES[work.span.weight.exact])
         before = span.matrix.rows(first, len(after), self.device, stored, Room(sources, self.host, self.twin))
+        lap("decode")
         loaded = work.edits_on(self.device)
         measured = loaded.is_bound and not loaded.replacements
+        lap("factors")
         seen = loaded.merge(before, first, after, self.scratch, measured)
+        lap("formula" if loaded.sum is None else "round")
         if not work.totals.changed and span.edits and not same_bits(before.to(after.dtype), after):
             work.totals.changed = True  # never set to False: another worker may have seen a change meanwhile
         if work.waiting:
             work.look_for_effects(loaded, before, first)
+        lap("look")
         nonfinite = 0 if seen.largest <= torch.finfo(after.dtype).max else check_finite(span, before, after)
         work.seen(len(after), seen, math.inf if measured or loaded.replacements else loaded.norm, nonfinite)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from loratool.errors import printable
 from loratool.notes import Note
 from loratool.results.base import Written
+from loratool.results.profile import Profile
 from loratool.results.text import aligned, memory, size
 
 
@@ -45,6 +46,7 @@ class MergeReport(Written):
     left_out: tuple[str, ...]  # files of the base that are no part of the output
     notes: tuple[Note, ...]
     digests: dict[str, str]  # weight file → root of its digests
+    profile: Profile = field(default=Profile({}), compare=False)  # where the time went
 
     def text(self) -> str:
         """What a merge did, for people."""

@@ -17,7 +17,7 @@ import loratool
 from loratool import cli
 from loratool.demo import demo
 
-VOLATILE = {"seconds", "startup_seconds", "peak_memory"}  # another in each run
+VOLATILE = {"seconds", "startup_seconds", "peak_memory", "profile"}  # another in each run
 
 
 class Place:
