@@ -11,6 +11,7 @@ from typing import Any
 
 from loratool.commands.merge import MergeAndPushOptions
 from loratool.inspecting.inspect import InspectOptions
+from loratool.merging.in_memory import InMemoryOptions
 from loratool.merging.merge import MergeOptions
 from loratool.merging.planning import PlanOptions
 from loratool.options.described import Option, Options, described_by
@@ -28,6 +29,7 @@ COMMANDS: dict[str, type[Options]] = {
     "WholePlanKeywords": MergeOptions,
     "MergeKeywords": MergeAndPushOptions,
     "StreamKeywords": StreamOptions,
+    "InMemoryKeywords": InMemoryOptions,
     "RescaleKeywords": RescaleOptions,
     "ResizeKeywords": ResizeOptions,
     "CombineKeywords": CombineOptions,
@@ -43,6 +45,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
+
+from loratool.lazy import torch
 '''
 
 

@@ -29,6 +29,7 @@ EXPORTS = {
     "LoratoolError": "errors",
     "MergePlan": "merging.plan",
     "MergeReport": "results.merge",
+    "MergedWeights": "merging.in_memory",
     "Note": "notes",
     "PushReport": "results.push",
     "RescaleReport": "results.rescale",
@@ -43,7 +44,9 @@ EXPORTS = {
     "extract": "commands.extract",
     "html_page": "pictures.page",
     "inspect": "commands.inspect",
+    "iter_merged": "commands.in_memory",
     "merge": "commands.merge",
+    "merged": "commands.in_memory",
     "open_checkpoint": "bases.opening",
     "plan": "commands.merge",
     "plan_merge": "commands.merge",
@@ -63,6 +66,7 @@ if TYPE_CHECKING:
     from loratool.commands.compare import compare as compare
     from loratool.commands.estimate import estimate as estimate
     from loratool.commands.extract import extract as extract
+    from loratool.commands.in_memory import iter_merged as iter_merged, merged as merged
     from loratool.commands.inspect import inspect as inspect
     from loratool.commands.merge import merge as merge, plan as plan, plan_merge as plan_merge, stream as stream
     from loratool.commands.push import push as push
@@ -78,6 +82,7 @@ if TYPE_CHECKING:
         VerificationError as VerificationError,
     )
     from loratool.files.checkpoint import Checkpoint as Checkpoint
+    from loratool.merging.in_memory import MergedWeights as MergedWeights
     from loratool.merging.plan import MergePlan as MergePlan
     from loratool.notes import Note as Note
     from loratool.pictures.page import html_page as html_page

@@ -87,18 +87,40 @@ def find_devices(device: str) -> tuple[str, ...]:
     return devices
 
 
+@dataclass
+class Precision:
+    """What torch's settings were before the first of those who compute changed them."""
+
+    lock: threading.Lock
+    users: int = 0
+    before: str = ""
+    threads: int = 0
+
+
+PRECISION = Precision(threading.Lock())
+
+
 @contextmanager
 def exact_arithmetic() -> Iterator[None]:
-    """Float32 products in full float32, without TF32, for as long as this lasts."""
+    """Float32 products in full float32, without TF32, for as long as this lasts.
+
+    The setting is one for the whole process: the last of several who compute at the same time gives it back.
+    """
     import torch
 
-    before, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
-    torch.set_float32_matmul_precision("highest")
+    with PRECISION.lock:
+        if not PRECISION.users:
+            PRECISION.before, PRECISION.threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+        PRECISION.users += 1
+        torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
-        torch.set_num_threads(threads)  # workers set it to 1
+        with PRECISION.lock:
+            PRECISION.users -= 1
+            if not PRECISION.users:
+                torch.set_float32_matmul_precision(PRECISION.before)
+                torch.set_num_threads(PRECISION.threads)  # workers set it to 1
 
 
 def resident_memory() -> int:

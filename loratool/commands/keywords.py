@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
+from loratool.lazy import torch
+
 
 class NamingKeywords(TypedDict, total=False):
     """Of NamingOptions."""
@@ -27,21 +29,30 @@ class ReadingKeywords(TypedDict, total=False):
     input_alpha: Sequence[float] | float | None
 
 
-class PlanKeywords(NamingKeywords, OrientationKeywords, ReadingKeywords, total=False):
-    """Of PlanOptions."""
+class ChangeKeywords(NamingKeywords, OrientationKeywords, ReadingKeywords, total=False):
+    """Of ChangeOptions."""
 
     weights: Sequence[float] | float | None
-    dtype: str
-    shard_size: int | str | None
+    dtype: str | torch.dtype
     allow_new_tensors: bool
     also_load: Sequence[str | os.PathLike[str]] | str | os.PathLike[str] | None
     ignore_files: Sequence[str] | str | None
 
 
+class LayoutKeywords(TypedDict, total=False):
+    """Of LayoutOption."""
+
+    shard_size: int | str | None
+
+
+class PlanKeywords(ChangeKeywords, LayoutKeywords, total=False):
+    """Of PlanOptions."""
+
+
 class DeviceKeywords(TypedDict, total=False):
     """Of DeviceOption."""
 
-    device: str
+    device: str | torch.device
 
 
 class RunKeywords(DeviceKeywords, total=False):
@@ -101,6 +112,13 @@ class StreamKeywords(WholePlanKeywords, CommitKeywords, total=False):
     """Of StreamOptions."""
 
 
+class InMemoryKeywords(ChangeKeywords, RunKeywords, total=False):
+    """Of InMemoryOptions."""
+
+    device: str | torch.device
+    changed_only: bool
+
+
 class WritingKeywords(OverwriteKeywords, total=False):
     """Of WritingOptions."""
 
@@ -110,7 +128,7 @@ class WritingKeywords(OverwriteKeywords, total=False):
 class FactorKeywords(WritingKeywords, total=False):
     """Of FactorOptions."""
 
-    dtype: str
+    dtype: str | torch.dtype
 
 
 class RescaleKeywords(FactorKeywords, ReadingKeywords, PublishKeywords, total=False):

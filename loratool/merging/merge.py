@@ -166,15 +166,12 @@ def prepare(
 
     With a `stack` no weights of a base on the Hub are downloaded, and the plan holds until the stack is closed.
     """
-    words = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
+    words = several(adapters)
     replaced = replaceable(options.overwrite)
     check_target(Path(out), [Path(base), *map(Path, words)], replaced)  # before anything is downloaded
-    if not words and is_adapter(local(base, "any")):  # whose base is the one that it names
-        base, words = AUTO, [base]
     ways = options.readings(max(1, len(words)))
-    paths = [local(adapter, "adapter") for adapter in words]
-    base = chosen_base(base, paths)
-    if words and stack is not None:
+    base, paths = located(base, words)
+    if paths and stack is not None:
         from loratool.fetching.pieces import opened
 
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loratool-")))
@@ -183,8 +180,25 @@ def prepare(
         return planned(model, read_all(paths, ways), options), target, paths
     base = local(base, "model")
     target = check_target(Path(out), [base, *paths], replaced)
-    model, read = (open_checkpoint(base), read_all(paths, ways)) if words else unmerged(base, ways[0])
-    return planned(model, read, options), target, paths
+    return planned(*read_inputs(base, paths, ways), options), target, paths
+
+
+def several(adapters: Sequence[PathLike] | PathLike) -> Sequence[PathLike]:
+    """One adapter or several, as several."""
+    return [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
+
+
+def located(base: PathLike, adapters: Sequence[PathLike]) -> tuple[PathLike, list[Path]]:
+    """The base, and the places of the adapters on this disk; an adapter alone is merged into the base that it names."""
+    if not adapters and is_adapter(local(base, "any")):
+        base, adapters = AUTO, [base]
+    paths = [local(adapter, "adapter") for adapter in adapters]
+    return chosen_base(base, paths), paths
+
+
+def read_inputs(base: Path, paths: Sequence[Path], ways: Sequence[Reading]) -> tuple[Checkpoint, list[Adapter]]:
+    """The base and the adapters at some places; without adapters, what a model that was saved unmerged holds."""
+    return (open_checkpoint(base), read_all(paths, ways)) if paths else unmerged(base, ways[0])
 
 
 def read_all(paths: Sequence[Path], ways: Sequence[Reading]) -> list[Adapter]:

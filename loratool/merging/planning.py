@@ -34,7 +34,7 @@ from loratool.layouts.architectures import POOLED
 from loratool.merging.output_layout import Origin, check_names, plan_index, plan_shards
 from loratool.merging.plan import MergePlan
 from loratool.notes import Note
-from loratool.options.described import FLAG, NUMBER, SIZE, PathKind, dtypes, option
+from loratool.options.described import FLAG, NUMBER, SIZE, Options, PathKind, dtypes, option
 from loratool.options.shared import NamingOptions, OrientationOption
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ DTYPES = ("keep", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanOptions(NamingOptions, OrientationOption, ReadingOptions):
-    """What is merged, and how it is laid out."""
+class ChangeOptions(NamingOptions, OrientationOption, ReadingOptions):
+    """What is merged."""
 
     weights: tuple[float, ...] = option(
         "-w",
@@ -62,9 +62,6 @@ class PlanOptions(NamingOptions, OrientationOption, ReadingOptions):
         commas=True,
     )
     dtype: str = option(help="Dtype of all float tensors in the output.", default="keep", kind=dtypes(*DTYPES))
-    shard_size: int | None = option(
-        help="Largest size of an output shard, such as 5GB [default: the shards of BASE].", kind=SIZE
-    )
     allow_new_tensors: bool = option(
         help="Add tensors that an adapter saved but BASE lacks, such as a new head.", default=False, kind=FLAG
     )
@@ -80,6 +77,20 @@ class PlanOptions(NamingOptions, OrientationOption, ReadingOptions):
         many=True,
         metavar="NAME",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutOption(Options):
+    """How what is merged is laid out."""
+
+    shard_size: int | None = option(
+        help="Largest size of an output shard, such as 5GB [default: the shards of BASE].", kind=SIZE
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(ChangeOptions, LayoutOption):
+    """What is merged, and how it is laid out."""
 
 
 def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptions) -> MergePlan:

@@ -105,6 +105,12 @@ class Choice(Kind):
         return word
 
 
+class Dtype(Choice):
+    """The name of a dtype, or a dtype of torch."""
+
+    annotation = "str | torch.dtype"
+
+
 @dataclass(frozen=True)
 class Number(Kind):
     """A finite number; whole, and within bounds, where that is asked for."""
@@ -383,4 +389,4 @@ def keyword_options(options: type[Options]) -> Callable[[Function], Function]:
 
 def dtypes(*names: str) -> Choice:
     """A choice of dtypes, which may be spelled as users do, or be torch's own."""
-    return Choice(lambda: names, SHORT_DTYPES)
+    return Dtype(lambda: names, SHORT_DTYPES)

@@ -7,7 +7,7 @@ from typing import Any
 
 from loratool.devices import check_device
 from loratool.errors import UsageError
-from loratool.options.described import FLAG, SWITCH, TEXT, Options, option
+from loratool.options.described import FLAG, SWITCH, Kind, Options, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +29,24 @@ class WritingOptions(OverwriteOption):
     dry_run: bool = option(help="Compute and report, but write nothing.", default=False, kind=FLAG, recorded=False)
 
 
+@dataclass(frozen=True)
+class DeviceKind(Kind):
+    """The name of a device, or a device of torch."""
+
+    metavar = "auto|cpu|cuda|cuda:N"
+
+    annotation = "str | torch.device"
+
+    def taken(self, value: Any, flag: str) -> Any:  # noqa: ARG002 (the sentence names it)
+        check_device(word := str(value))
+        return word
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeviceOption(Options):
     """Of a command that computes."""
 
-    device: str = option(help="Device to compute on.", default="auto", kind=TEXT, metavar="auto|cpu|cuda|cuda:N")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_device(self.device)
+    device: str = option(help="Device to compute on.", default="auto", kind=DeviceKind())
 
 
 @dataclass(frozen=True, kw_only=True)

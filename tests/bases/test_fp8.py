@@ -22,6 +22,7 @@ from loratool.bases.weights import Room, Slice, weight_of
 from loratool.devices import start_torch
 from loratool.files.sink import Arrived, piece_of
 from loratool.merging.engine import Engine
+from loratool.merging.in_memory import InMemoryOptions, MergedWeights
 from loratool.merging.planning import PlanOptions, plan_merge
 
 if TYPE_CHECKING:
@@ -178,6 +179,17 @@ def made(base: Path, adapter: Path, options: PlanOptions) -> tuple[MergePlan, di
     destination = InMemory()
     Engine(plan, destination, start_torch("cpu"), 2, None, None).run()  # type: ignore[arg-type]
     return plan, {name: value for content in destination.files.values() for name, value in load(bytes(content)).items()}
+
+
+def test_packed_weights_are_merged_into_memory(base: Path, tmp_path: Path) -> None:
+    adapter, change = save_adapter(tmp_path / "adapter")
+    plan = plan_merge(decoded(open_checkpoint(base)), [read_adapter(adapter)], PlanOptions())
+    found = MergedWeights(plan, InMemoryOptions())
+    assert list(found) == [span.placed.name for span in plan.spans]
+    weight = PACKED[NAME].double() * blocks_of(POWERS[NAME].double(), (40, 70))
+    assert torch.equal(found[NAME], nearest(weight + change, torch.bfloat16))
+    other = PACKED[OTHER].double() * blocks_of(POWERS[OTHER].double(), (70, 40))
+    assert torch.equal(dict(found.items())[OTHER], nearest(other, torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", ["keep", "float32"])
