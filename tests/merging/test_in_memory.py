@@ -444,8 +444,11 @@ def test_tensors_on_a_gpu_are_those_of_the_files(inputs: tuple[Path, list[Path]]
 
 
 @needs_cuda
-def test_memory_of_a_gpu_that_is_used_again_is_written_after_its_last_use(tmp_path: Path) -> None:
+def test_memory_of_a_gpu_that_is_used_again_is_written_after_its_last_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The consumer's stream may still read a tensor that it has let go of when that memory becomes the next one."""
+    monkeypatch.setattr(in_memory, "AHEAD", 0)
     weights = {f"q{n}.weight": some(512, 512, seed=n) for n in range(40)}
     (tmp_path / "base").mkdir()
     save_file(weights, tmp_path / "base" / "model.safetensors")
