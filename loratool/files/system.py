@@ -97,6 +97,8 @@ def open_direct(path: Path, descriptor: int, size: int) -> int | None:
 
     The file's `size` in bytes is reserved on the disk.
     """
+    if is_in_memory(descriptor):  # where reserving fills all pages with zeros
+        return None
     if not hasattr(os, "O_DIRECT"):
         do_without("no direct disk writes on this system; output files are written through the page cache")
         return None
@@ -110,6 +112,18 @@ def open_direct(path: Path, descriptor: int, size: int) -> int | None:
         reserve = c_library().fallocate64
         reserve(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size))
     return direct
+
+
+IN_MEMORY = (0x01021994, 0x858458F6)  # what Linux calls tmpfs and ramfs
+
+
+def is_in_memory(descriptor: int) -> bool:
+    """Whether an open file is on a file system in memory; False where the system does not tell."""
+    import ctypes
+
+    status = getattr(c_library(), "fstatfs", None)
+    answer = (ctypes.c_long * 64)()
+    return status is not None and not status(descriptor, answer) and answer[0] & 0xFFFFFFFF in IN_MEMORY
 
 
 def c_library() -> Any:

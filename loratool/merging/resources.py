@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from loratool.merging.output_layout import Span
 
 CPU_BLOCK = 4 << 20  # bytes of weight: near a core's cache
+FEW_WORKERS = 4  # more of them take blocks of twice the size, so that they wait less for the interpreter's lock
 # bytes of weight: hides the latency of a transfer. Pinned memory comes in powers of two, and a block has pages around it
-CUDA_BLOCK = (4 << 20) - 2 * PAGE
+CUDA_BLOCK = (16 << 20) - 2 * PAGE
 MOST_SHELVED = 4  # updates that several spans share and that stay in memory for the next one
 SMALLEST_BLOCK = 64 << 10
 TILE = 1 << 18  # elements that are computed at a time on a CPU: they stay in a core's cache
@@ -30,8 +31,8 @@ FORMULA_BLOCK = 1 << 18  # elements of a block that no sum of products changes: 
 # another order give other last bits
 FORMULA_MEMORY = 80  # bytes of such an element while it is computed, in float64 with copies
 WAITING_WORKERS = 2  # for the disk, at any time
-MOST_WORKERS = 16  # more than this a disk seldom keeps up with
-GPU_WORKERS = 8  # per GPU: most of them wait for the disk
+MOST_WORKERS = 8  # more than this lose in waiting for the interpreter's lock what they gain, on 16 cores
+GPU_WORKERS = 16  # per GPU: most of them hash and write
 CUDA_MEMORY = 600 << 20  # bytes of host memory that the CUDA libraries take besides
 CUDA_WORKING_MEMORY = 512 << 20  # bytes of host memory that kernels take when they first run
 WORKING_MEMORY = 32 << 20  # bytes: hashing, small files and the libraries' own buffers
@@ -42,7 +43,7 @@ class RunOptions(DeviceOption):
     """Of a merge: what it may use."""
 
     workers: int | None = option(
-        help="Number of worker threads [default: the number of cores plus two, at most 16].",
+        help="Number of worker threads [default: the number of cores plus two, at most 8; on a GPU one per core, at most 16].",
         kind=Number(whole=True, low=1, high=1024),
         recorded=False,
     )
@@ -76,7 +77,7 @@ def choose_resources(
     """
     on_gpu = devices[0] != "cpu"
     chosen = workers or (min(cores(), GPU_WORKERS * len(devices)) if on_gpu else most_workers())
-    block = CUDA_BLOCK if on_gpu else CPU_BLOCK
+    block = CUDA_BLOCK if on_gpu else CPU_BLOCK * (1 if chosen <= FEW_WORKERS else 2)
     if max_memory is None:
         return Resources(devices, chosen, block)
     while (needed := used + work_memory(spans, chosen, block, on_gpu)) > max_memory:

@@ -36,6 +36,7 @@ from loratool.files import digests, sink
 from loratool.files.safefile import Layout
 from loratool.files.shard_writer import LocalFile
 from loratool.files.sink import Memory
+from loratool.files.system import create_file, open_direct
 from loratool.merging import engine, resources
 
 PAGE, SECTOR = max(4096, mmap.PAGESIZE), 512
@@ -354,6 +355,19 @@ def test_a_file_is_right_on_a_file_system_in_memory(
 ) -> None:
     System(**SYSTEMS[system]).install(monkeypatch)
     model.merge(memory_disk / "out")
+
+
+def test_a_file_system_in_memory_gets_no_direct_writes(memory_disk: Path) -> None:
+    """Reserving its pages would fill them with zeros first."""
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    if not any(place == "/dev/shm" and kind == "tmpfs" for _, place, kind, *_ in mounts):
+        pytest.skip("/dev/shm is no tmpfs here")
+    descriptor = create_file(memory_disk / "x")
+    try:
+        assert open_direct(memory_disk / "x", descriptor, 10 * PAGE) is None
+        assert os.fstat(descriptor).st_blocks == 0
+    finally:
+        os.close(descriptor)
 
 
 @pytest.fixture
