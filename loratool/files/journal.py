@@ -50,6 +50,7 @@ class Seen:
     changed: bool  # whether any weight, in this file or in one before it, differs from the base's
     device: str = ""  # the kind that edited weights were computed on; empty where there are none
     ratios: Mapping[str, float] = field(default_factory=dict)  # tensor → ‖ΔW‖/‖W‖, where nothing replaces W
+    kept: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # module → ⟨W' − W, ΔW⟩ and ‖ΔW‖², sampled
     nonfinite: Mapping[str, int] = field(default_factory=dict)  # edited tensor → NaN and inf that the base itself holds
     effective: Sequence[tuple[int, str]] = ()  # updates, as (adapter's number, target), that change an element
 
@@ -68,7 +69,12 @@ class FinishedShard(Seen):
 
     def record(self) -> dict[str, Any]:
         """Its entry of a journal."""
-        seen = {"ratios": dict(self.ratios), "nonfinite": dict(self.nonfinite), "effective": list(self.effective)}
+        seen = {
+            "ratios": dict(self.ratios),
+            "kept": dict(self.kept),
+            "nonfinite": dict(self.nonfinite),
+            "effective": list(self.effective),
+        }
         return {"name": self.name, **self.digest.record(), "changed": self.changed, "device": self.device, **seen}
 
     @classmethod
@@ -82,6 +88,7 @@ class FinishedShard(Seen):
             changed=bool(entry.get("changed")),
             device=str(entry.get("device", "")),
             ratios=numbers_in(entry.get("ratios")),
+            kept=pairs_in(entry.get("kept")),
             nonfinite=numbers_in(entry.get("nonfinite")),
             effective=updates_in(entry.get("effective")),
         )
@@ -91,6 +98,13 @@ def numbers_in(table: object) -> dict[str, Any]:
     """The entries of a table whose values are numbers, and no more."""
     entries = table.items() if isinstance(table, Mapping) else ()
     return {name: value for name, value in entries if type(value) in (int, float)}
+
+
+def pairs_in(table: object) -> dict[str, tuple[float, float]]:
+    """The entries of a table whose values are two numbers, and no more."""
+    entries = table.items() if isinstance(table, Mapping) else ()
+    pairs = ((name, value) for name, value in entries if isinstance(value, list) and len(value) == 2)
+    return {name: (one, other) for name, (one, other) in pairs if type(one) is float and type(other) is float}
 
 
 def updates_in(table: object) -> tuple[tuple[int, str], ...]:

@@ -271,7 +271,7 @@ class Engine:
             yield from (Copy(output, run, known) for run in runs(group))
         for span in plan.spans:
             if not span.untouched:
-                work = EditedSpan(span, self.totals, self.shared)
+                work = EditedSpan(span, self.totals, self.shared, self.plan.rounding)
                 yield from (Compute(output, work, chunk) for chunk in chunks[id(span)] if chunk.size)
 
     def known_of(self, span: Span) -> Listed | None:
@@ -363,6 +363,7 @@ class Engine:
                 changed=self.totals.changed,
                 device=device,
                 ratios=self.totals.ratios(names),
+                kept=self.totals.kept_in(names),
                 nonfinite=nonfinite,
                 effective=sorted(effects_in(output.plan) & self.totals.effective),
             )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -67,6 +68,7 @@ class Part:
     up: Tensor  # (rows, rank)
     down: Tensor | None  # (rank, columns); where there is none, `up` are the values
     scale: float  # strength included
+    module: str = ""  # the target of the update
 
     @classmethod
     def of(cls, product: Product, first: int, at: int, rows: int, columns: slice, strength: float) -> Part | None:
@@ -112,6 +114,7 @@ class Stack:
     spans: Tensor  # (columns,) lengths of the columns of `down`, in float64
     reach: float  # no element of the product is larger, and no sum of the sizes of what it is the sum of
     lifted: Tensor | None  # `down` with a row of ones, by which a constant is added in the product
+    module: str  # the target of the first part
 
     @classmethod
     def of(cls, parts: Sequence[Part], work: torch.dtype) -> Stack:
@@ -129,7 +132,7 @@ class Stack:
             lengths = torch.stack([each.abs().amax(1).double() for each in scaled]).sum(0)
             spans = torch.ones(up.shape[1], dtype=torch.float64, device=up.device)
         reach = float(lengths.max()) * float(spans.max()) * abs(scale) * GENEROUS
-        return cls(parts[0].place, up, down, scale, lengths, spans, reach, lifted)
+        return cls(parts[0].place, up, down, scale, lengths, spans, reach, lifted, parts[0].module)
 
     @property
     def terms(self) -> int:
@@ -170,6 +173,7 @@ class Seen:
     weight: float = 0.0  # ‖W‖²
     change: float = 0.0  # ‖ΔW‖²
     largest: float = 0.0  # no element of the result is larger in size
+    kept: dict[str, tuple[float, float]] = field(default_factory=dict)  # of sampled rows: module → as `Totals.kept`
 
 
 class Scratch:
@@ -296,6 +300,49 @@ class ExactSum:
             self.decide(after.view(-1), first, open_yet)
             lap("settle")
         return seen
+
+    @cached_property
+    def wide(self) -> ExactSum:
+        """The same, computed in float64."""
+        return ExactSum(self.parts, self.width, self.target, torch.float64)
+
+    def sums(self, weight: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """W + ΔW of some rows, from `first` on, in the working dtype, and how far each may be from the exact value."""
+        count = weight.shape[0]
+        stacks = [e for e in self.stacks if e.place.first < first + count and e.place.stop > first]
+        change, errors = torch.zeros_like(weight), torch.zeros_like(weight)
+        for stack in stacks:
+            stack.add_to(change, first)
+            start, stop = max(first, stack.place.first), min(first + count, stack.place.stop)
+            lengths = stack.lengths[start - stack.place.first : stop - stack.place.first]
+            part = errors[start - first : stop - first, stack.place.columns]
+            part += lengths[:, None] * stack.spans * (abs(stack.scale) * stack.terms * GENEROUS)
+        sizes = torch.where(errors != 0, weight.abs() + change.abs() + errors, 0)
+        errors = (errors + 4 * sizes) * (self.unit * GENEROUS) + (errors != 0) * self.underflow
+        return change.add_(weight), errors
+
+    def exact_value(self, weights: Tensor, start: int, at: int) -> Fraction:
+        """W + ΔW of one element: the one `at` places after place `start` of the flat weight, whose W is `weights[at]`."""
+        row, column = divmod(start + at, self.width)
+        rows, columns = (torch.tensor([each], device=weights.device) for each in (row, column))
+        value = Fraction(float(weights[at]))
+        for part in self.parts:
+            left, right = (factor[0].tolist() for factor in part.factors_at(rows, columns))
+            products = (Fraction(one) * Fraction(other) for one, other in zip(left, right, strict=True))
+            value += Fraction(part.scale) * sum(products, Fraction(0))
+        return value
+
+    def change_of(self, rows: Tensor) -> Tensor:
+        """ΔW of some rows, (n, width) in the working dtype; `rows` are their numbers."""
+        change = torch.zeros(len(rows), self.width, dtype=self.work, device=rows.device)
+        for stack in self.stacks:
+            inside = torch.nonzero((rows >= stack.place.first) & (rows < stack.place.stop)).flatten()
+            up = stack.up[rows[inside] - stack.place.first]
+            part = up if stack.down is None else up @ stack.down
+            change[inside[:, None], torch.arange(self.width, device=rows.device)[stack.place.columns]] += (
+                part * stack.scale
+            )
+        return change
 
     def margin(self, stacks: Sequence[Stack], largest: float) -> float:
         """How far a sum in the working dtype may be from the exact value, both ends' own roundings included."""
@@ -447,3 +494,28 @@ def differing(one: Tensor, other: Tensor, room: NDArray[numpy.bool_]) -> Tensor:
     found = numpy.flatnonzero(numpy.not_equal(*eights, out=room[: eights[0].size]))
     unequal = numpy.flatnonzero((eights[0][found] ^ eights[1][found]).view(first.dtype))
     return torch.from_numpy(found[unequal // each] * each + unequal % each)
+
+
+def measure_kept(
+    before: Tensor, change: Tensor, after: Tensor, rows: Tensor, modules: Iterable[tuple[str, Place]], times: int
+) -> dict[str, tuple[float, float]]:
+    """⟨W' − W, ΔW⟩ and ‖ΔW‖² of each module on sampled rows, `times` as much.
+
+    Args:
+        before: (n, width) of W.
+        change: (n, width) of ΔW, in float32 or float64.
+        after: (n, width) of W'.
+        rows: (n,) their numbers in the weight.
+        modules: each with its place in the weight.
+        times: how many rows each stands for.
+    """
+    applied = after.to(change.dtype) - before.to(change.dtype)
+    found: dict[str, tuple[float, float]] = {}
+    for module, place in modules:
+        inside = (rows >= place.first) & (rows < place.stop)
+        wanted, got = change[inside][:, place.columns].double(), applied[inside][:, place.columns].double()
+        product, squared = float((wanted * got).sum()) * times, float(wanted.square().sum()) * times
+        if math.isfinite(product) and math.isfinite(squared):
+            one, other = found.get(module, (0.0, 0.0))
+            found[module] = one + product, other + squared
+    return found

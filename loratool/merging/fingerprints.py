@@ -48,7 +48,7 @@ def content_fingerprint(plan: MergePlan, digests: Sequence[Mapping[str, str]], b
     def add(fact: object) -> None:
         state.update(json.dumps(fact, sort_keys=True).encode() + b"\n")
 
-    add(["loratool", __version__, plan.dtype, plan.weights, plan.naming])
+    add(["loratool", __version__, plan.dtype, plan.weights, plan.naming, plan.rounding])
     add(["base", list(base) or [sampled(shard) for shard in plan.base.shards], plan.base.config])
     add(["adapters", [sorted(files.values()) for files in digests], [adapter.config for adapter in plan.adapters]])
     for shard in plan.shards:

@@ -6,8 +6,9 @@ Sums of products come out exactly (`exact_rows`); every other update is its form
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property, partial
 
 from loratool.adapters.adapter import Derived, fields_of, load_rows, load_update, stored_tensors
@@ -19,14 +20,17 @@ from loratool.bases.weights import Room
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import torch
-from loratool.merging.exact_rows import ExactSum, Part, Scratch, Seen, convert, largest_of
+from loratool.merging.compensating import compensate
+from loratool.merging.exact_rows import ExactSum, Part, Place, Scratch, Seen, convert, largest_of, measure_kept
 from loratool.merging.output_layout import Span
 from loratool.merging.resources import TILE, sums_products
 from loratool.merging.shared_updates import SharedUpdates
+from loratool.merging.stochastic import random_numbers, round_at_random
 from loratool.merging.totals import Effect
 
 LOOKED_AT = 1 << 19  # elements in which the effect of an update is looked for at a time
 LOOKED_AT_FIRST = 1 << 14  # elements in which it is looked for at first; most show it there
+SAMPLED = 1 << 18  # elements of a weight whose rounding is looked at: gains are right to 0.01 and better
 READ_AT_ONCE = 16 << 20  # bytes of a weight that is looked at before it is edited
 
 
@@ -64,10 +68,25 @@ class LoadedEdits:
 
     replacements: tuple[LoadedEdit, ...]  # they come first
     others: tuple[LoadedEdit, ...]
-    width: int  # of the weight
+    rows: int  # of the weight
+    width: int
     target: torch.dtype
     exact: torch.dtype  # holds every element of the weight, and of what replaces it, as it is
     norm: float  # ‖ΔW‖ of all but replacements; no element changes by more; infinite where that depends on the weight
+    name: str  # of the tensor in the output
+    rounding: str = "nearest"
+    read: Callable[[torch.Tensor], torch.Tensor] | None = None  # rows of the weight for their numbers, on the CPU
+
+    @cached_property
+    def rounded(self) -> ExactSum | None:
+        """What is added and rounded to the nearest: `sum`, or what makes up for what rounding takes from it."""
+        if self.sum is None or self.rounding != "compensated" or self.read is None or self.target.itemsize != 2:
+            return self.sum
+        on_cpu = [moved(part) for part in self.sum.parts]
+        whole = ExactSum(on_cpu, self.width, self.target, self.exact)
+        device = self.sum.parts[0].up.device if self.sum.parts else torch.device("cpu")
+        parts = [moved(part, device) for part in compensate(whole, on_cpu, self.read)]
+        return ExactSum(parts, self.width, self.target, self.exact)
 
     @cached_property
     def sum(self) -> ExactSum | None:
@@ -89,7 +108,7 @@ class LoadedEdits:
     def only(self, effect: Effect) -> LoadedEdits:
         """The edits of one update."""
         chosen = [tuple(e for e in edits if e.effect == effect) for edits in (self.replacements, self.others)]
-        return replace(self, replacements=chosen[0], others=chosen[1])
+        return replace(self, replacements=chosen[0], others=chosen[1], rounding="nearest")
 
     def merge(self, before: torch.Tensor, first: int, after: torch.Tensor, scratch: Scratch, measure: bool) -> Seen:
         """Put rows from `first` on, with all edits, into `after`; `before` has them as they are stored.
@@ -105,8 +124,45 @@ class LoadedEdits:
         else:
             tile = before.shape[0] if before.is_cuda else max(1, TILE // self.width)
             substitute = self.substitute if self.replacements else None
-            return self.sum.merge(before, first, after, scratch, tile, substitute, measure)
+            total = self.rounded or self.sum
+            seen = total.merge(before, first, after, scratch, tile, substitute, measure)
+            if self.at_random:
+                self.round_sums(before, first, after)
+            rows = self.sampled(first, before)
+            if len(rows) and not self.replacements:
+                modules = [(stack.module, stack.place) for stack in self.sum.stacks]
+                at, change = rows - first, self.sum.change_of(rows)
+                seen.kept = measure_kept(before[at], change, after[at], rows, modules, self.every)
         return seen
+
+    @property
+    def at_random(self) -> bool:
+        return self.rounding == "stochastic" and self.target.itemsize == 2
+
+    def round_sums(self, before: torch.Tensor, first: int, after: torch.Tensor) -> None:
+        """Round the exact sums of some rows at random, in place of `after`; what is not finite stays as it is."""
+        assert self.sum is not None
+        step = max(1, TILE // self.width)
+        for at in range(0, before.shape[0], step):
+            weight = before[at : at + step].double()
+            self.substitute(weight, first + at)
+            finite = weight.isfinite()
+            values, errors = self.sum.wide.sums(weight.masked_fill(~finite, 0), first + at)
+            start, flat = (first + at) * self.width, weight.flatten()
+            numbers = random_numbers(self.name, start, flat.numel())
+            exact = partial(self.sum.exact_value, flat, start)
+            rounded = round_at_random(values.flatten(), errors.flatten(), numbers, after.dtype, exact).view_as(weight)
+            part = after[at : at + step]
+            part.copy_(torch.where(finite & ((values != 0) | (weight != 0)), rounded, part))
+
+    @property
+    def every(self) -> int:
+        """Of so many rows one is looked at for what rounding leaves of the update."""
+        return max(1, self.rows * self.width // SAMPLED)
+
+    def sampled(self, first: int, block: torch.Tensor) -> torch.Tensor:
+        """The numbers of such rows among those of a block that begins at row `first`."""
+        return torch.arange(first + -first % self.every, first + block.shape[0], self.every, device=block.device)
 
     def substitute(self, rows: torch.Tensor, first: int) -> None:
         """Put what replaces some rows of the weight, from row `first` on, in their place."""
@@ -121,12 +177,30 @@ class LoadedEdits:
         base = block.clone()
         for each in self.others:
             each.apply(block, first, base)
-        after.copy_(convert(block, after.dtype, math.isfinite(largest_of(block))))
+        if self.at_random and math.isfinite(largest_of(block)):
+            numbers = random_numbers(self.name, first * self.width, block.numel())
+            flat = block.flatten()
+            rounded = round_at_random(flat, flat * 0, numbers, after.dtype, lambda at: Fraction(float(flat[at])))
+            after.copy_(rounded.view_as(after))
+        else:
+            after.copy_(convert(block, after.dtype, math.isfinite(largest_of(block))))
         seen.change = float(torch.linalg.vector_norm(block.sub_(base))) ** 2
+        rows = self.sampled(first, before)
+        if len(rows) and not self.replacements:
+            edits = [(each.edit.target, each.edit) for each in self.others]
+            modules = [(target, Place(e.first_row, e.rows, e.columns, self.width)) for target, e in edits]
+            at = rows - first
+            seen.kept = measure_kept(before[at], block[at], after[at], rows, modules, self.every)
         seen.largest = math.inf  # nobody looked
 
 
-def load_edits(span: Span, shared: SharedUpdates, device: torch.device) -> LoadedEdits:
+def moved(part: Part, device: torch.device | None = None) -> Part:
+    """The same part on a device, on the CPU where none is named."""
+    place = device or torch.device("cpu")
+    return replace(part, up=part.up.to(place), down=None if part.down is None else part.down.to(place))
+
+
+def load_edits(span: Span, shared: SharedUpdates, device: torch.device, rounding: str = "nearest") -> LoadedEdits:
     """Read the factors."""
     replacements, others = [], []
     exact = torch.float64 if span.weight.exact == "F64" else torch.float32
@@ -145,11 +219,33 @@ def load_edits(span: Span, shared: SharedUpdates, device: torch.device) -> Loade
         others.append(LoadedEdit(edit, update, edit.strength))
     norm = sum(each.update.norm() * abs(each.strength) for each in others)
     target = getattr(torch, FLOAT_NAMES[span.placed.dtype])
-    loaded = LoadedEdits(tuple(replacements), tuple(others), span.width, target, exact, norm)
-    assert loaded.sum is None or loaded.sum.work  # made here, where other workers wait
+    read = partial(read_rows, span, exact, tuple(replacements))
+    shape = span.rows, span.width
+    loaded = LoadedEdits(
+        tuple(replacements), tuple(others), *shape, target, exact, norm, span.placed.name, rounding, read
+    )
+    assert loaded.rounded is None or loaded.rounded.work  # made here, where other workers wait
     if device.type == "cuda":  # the factors must be complete for the streams of other workers too
         torch.cuda.current_stream(device).synchronize()
     return loaded
+
+
+def read_rows(span: Span, dtype: torch.dtype, replacements: Sequence[LoadedEdit], rows: torch.Tensor) -> torch.Tensor:
+    """Rows of a weight for their numbers, which rise, (n, width) on the CPU, with what replaces some of them in place."""
+    stored, cpu, numbers = getattr(torch, FLOAT_NAMES[span.weight.exact]), torch.device("cpu"), rows.tolist()
+    result = torch.empty(len(numbers), span.width, dtype=dtype)
+    with OpenSources() as sources:
+        at = 0
+        while at < len(numbers):
+            count = 1
+            while at + count < len(numbers) and numbers[at + count] == numbers[at] + count:
+                count += 1
+            part = result[at : at + count]
+            part.copy_(span.matrix.rows(numbers[at], count, cpu, stored, Room(sources)))
+            for each in replacements:
+                each.apply(part, numbers[at], part)
+            at += count
+    return result
 
 
 def held_in(update: Update, least: torch.dtype) -> torch.dtype:
@@ -165,7 +261,7 @@ def parts_of_edit(loaded: LoadedEdit, width: int) -> Iterator[Part]:
     for product in loaded.update.products(len(range(*edit.columns.indices(width)))):
         part = Part.of(product, edit.first_row, edit.update_row, edit.rows, edit.columns, loaded.strength)
         if part is not None:
-            yield part
+            yield replace(part, module=edit.target)
 
 
 def has_effect(edits: LoadedEdits, block: torch.Tensor, first: int) -> bool:

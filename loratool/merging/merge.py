@@ -33,11 +33,12 @@ from loratool.files.process import peak_memory
 from loratool.files.shard_writer import LocalFolder
 from loratool.files.staging import Stage, staged
 from loratool.files.stopwatch import lap
-from loratool.merging.effects import effect_notes, effects_of, size_notes
+from loratool.merging.effects import Gains, effect_notes, effects_of, gain_notes, size_notes
 from loratool.merging.engine import Engine
 from loratool.merging.fingerprints import content_fingerprint, local_state
 from loratool.merging.planning import PlanOptions, plan_merge
 from loratool.merging.resources import RunOptions, choose_resources
+from loratool.merging.totals import summed
 from loratool.notes import Note, as_records
 from loratool.options.described import FLAG, Choice, option
 from loratool.options.shared import OverwriteOption
@@ -131,6 +132,7 @@ class Merged:
     engine: Engine
     effects: tuple[AdapterEffect, ...]
     ratios: dict[str, float]  # tensor → ‖ΔW‖/‖W‖
+    gains: Gains
     notes: tuple[Note, ...]  # besides those of the plan
     table: dict[str, Any]  # `loratool.json`, but for "files"
 
@@ -148,11 +150,12 @@ def make_weights(engine: Engine, digests: Sequence[Mapping[str, str]], words: st
     if not (plan.replaces or any(shard.changed for shard in finished.values())):
         raise FitError(unchanged)
     effects = effects_of(plan, totals)
-    notes = tuple(effect_notes(effects))
+    gains = Gains.of(summed(finished[shard.name].kept for shard in plan.shards))
+    notes = (*effect_notes(effects), *gain_notes(plan, gains))
     told = dataclasses.replace(plan, notes=(*plan.notes, *notes))
     table = provenance(told, digests, effects, engine.resources().on_gpu, words)
     ratios = {name: ratio for shard in plan.shards for name, ratio in finished[shard.name].ratios.items()}
-    return Merged(engine, effects, ratios, (*notes, *size_notes(plan, ratios)), table)
+    return Merged(engine, effects, ratios, gains, (*notes, *size_notes(plan, ratios)), table)
 
 
 def prepare(
@@ -343,6 +346,8 @@ def make_report(merged: Merged, stage: Stage, resumed: tuple[str, ...], cost: Co
         gpu_memory=merged.engine.totals.gpu_memory,
         resumed=resumed,
         relative_norms=merged.ratios,
+        gain=merged.gains.total,
+        gains=merged.gains.modules,
         nonfinite={name: count for shard in finished for name, count in shard.nonfinite.items()},
         left_out=plan.left_out,
         notes=(*plan.notes, *merged.notes, *of_resuming(stage)),

@@ -36,6 +36,7 @@ class MergePlan(Result):
     left_out: tuple[str, ...]
     notes: tuple[Note, ...]
     naming: tuple[object, ...] = ()  # what the caller said about names and orientation
+    rounding: str = "nearest"
 
     def to_dict(
         self, device: str = "auto", workers: int | None = None, max_memory: int | None = None

@@ -34,7 +34,7 @@ from loratool.layouts.architectures import POOLED
 from loratool.merging.output_layout import Origin, check_names, plan_index, plan_shards
 from loratool.merging.plan import MergePlan
 from loratool.notes import Note
-from loratool.options.described import FLAG, NUMBER, SIZE, Options, PathKind, dtypes, option
+from loratool.options.described import FLAG, NUMBER, SIZE, Choice, Options, PathKind, dtypes, option
 from loratool.options.shared import NamingOptions, OrientationOption
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from loratool.bases.binding import Place
     from loratool.bases.trained_view import Binder
 
+ROUNDINGS = ("nearest", "compensated", "stochastic")
 DTYPES = ("keep", "float32", "bfloat16", "float16")
 
 
@@ -62,6 +63,12 @@ class ChangeOptions(NamingOptions, OrientationOption, ReadingOptions):
         commas=True,
     )
     dtype: str = option(help="Dtype of all float tensors in the output.", default="keep", kind=dtypes(*DTYPES))
+    rounding: str = option(
+        help="How elements of an output narrower than float32 are rounded: to the nearest value; compensated, so that "
+        "the rounded weight holds the whole update; or up and down at random, unbiased.",
+        default="nearest",
+        kind=Choice(lambda: ROUNDINGS),
+    )
     allow_new_tensors: bool = option(
         help="Add tensors that an adapter saved but BASE lacks, such as a new head.", default=False, kind=FLAG
     )
@@ -116,7 +123,16 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptio
     check_names([PROVENANCE, *(s.name for s in shards), *files])
     naming = (*options.maps, options.fan_in_fan_out, *(a.packing for a in adapters))
     return MergePlan(
-        base, tuple(adapters), strengths, options.dtype, shards, side_files, tuple(left_out), tuple(notes), naming
+        base,
+        tuple(adapters),
+        strengths,
+        options.dtype,
+        shards,
+        side_files,
+        tuple(left_out),
+        tuple(notes),
+        naming,
+        options.rounding,
     )
 
 

@@ -24,14 +24,14 @@ from loratool.merging.loaded_edits import LoadedEdits, has_effect, load_edits, s
 from loratool.merging.output_layout import Span
 from loratool.merging.resources import Resources, itemsize, needs_float64, rows_of_block, tile_elements
 from loratool.merging.shared_updates import SharedUpdates
-from loratool.merging.totals import Totals
+from loratool.merging.totals import Totals, summed
 
 
 class EditedSpan:
     """A span on its way through the workers, with its factors loaded once per device."""
 
-    def __init__(self, span: Span, totals: Totals, shared: SharedUpdates) -> None:
-        self.span, self.totals, self.shared = span, totals, shared
+    def __init__(self, span: Span, totals: Totals, shared: SharedUpdates, rounding: str = "nearest") -> None:
+        self.span, self.totals, self.shared, self.rounding = span, totals, shared, rounding
         self.lock = threading.Lock()
         self.loaded: dict[str, LoadedEdits] = {}
         self.squared = 0.0  # ‖W‖² of the rows seen so far
@@ -45,7 +45,7 @@ class EditedSpan:
         with self.lock:
             key = str(device)
             if key not in self.loaded:
-                self.loaded[key] = load_edits(self.span, self.shared, device)
+                self.loaded[key] = load_edits(self.span, self.shared, device, self.rounding)
             return self.loaded[key]
 
     def look_for_effects(self, loaded: LoadedEdits, block: torch.Tensor, first: int) -> None:
@@ -63,6 +63,7 @@ class EditedSpan:
             self.squared += block.weight
             self.changed += block.change
             self.rows_left -= rows
+            self.totals.kept[name] = summed([self.totals.kept.get(name, {}), block.kept])
             if nonfinite:
                 self.totals.nonfinite[name] = self.totals.nonfinite.get(name, 0) + nonfinite
             if not self.rows_left and self.span.edits:

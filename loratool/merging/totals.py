@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 Effect = tuple[int, str]  # an update: the number of its adapter, and its target
@@ -18,6 +18,8 @@ class Totals:
     nonfinite: dict[str, int] = field(default_factory=dict)  # NaN and inf that the base itself holds
     measured: set[Effect] = field(default_factory=set)  # the updates that were looked at
     effective: set[Effect] = field(default_factory=set)  # those of them that change an element by themselves
+    # of sampled rows of every edited tensor, by module: ⟨W' − W, ΔW⟩ and ‖ΔW‖², whose ratio is the gain
+    kept: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
     changed: bool = False
     gpu_memory: int = 0  # bytes
 
@@ -29,3 +31,17 @@ class Totals:
             for name, (delta, weight) in found.items()
             if math.isfinite(delta) and math.isfinite(weight) and weight > 0
         }
+
+    def kept_in(self, names: Iterable[str]) -> dict[str, tuple[float, float]]:
+        """The same by module alone, of some tensors."""
+        return summed(self.kept.get(name, {}) for name in names)
+
+
+def summed(tables: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
+    """Pairs of numbers of the same name, added up."""
+    found: dict[str, tuple[float, float]] = {}
+    for table in tables:
+        for name, (one, other) in table.items():
+            before = found.get(name, (0.0, 0.0))
+            found[name] = before[0] + one, before[1] + other
+    return found

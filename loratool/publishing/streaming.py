@@ -35,6 +35,7 @@ from loratool.files.open_sources import OpenSources
 from loratool.files.outputs import check_stage
 from loratool.files.shard_writer import LocalFolder
 from loratool.files.staging import Stage, check_space, workplace
+from loratool.merging.effects import Gains
 from loratool.merging.engine import Engine
 from loratool.merging.fingerprints import content_fingerprint, installed
 from loratool.merging.merge import (
@@ -121,11 +122,12 @@ def stream(
         there = Repository(repo, options.revision, plan, name, stage())
         done = there.begin(options.overwrite)
         effects: tuple[AdapterEffect, ...] = ()
+        gains = Gains(None, {})
         resumed = tuple(sorted(there.finished))
         if done is None:
             engine = Engine(plan, there, runtime, workers, max_memory, progress)
             merged = make_weights(engine, digests, told, f"{printable(repo)}: not completed, {NOTHING}; {COPIES}")
-            notes, effects = [*notes, *merged.notes], merged.effects
+            notes, effects, gains = [*notes, *merged.notes], merged.effects, merged.gains
             last = others(there.stage, merged.table | {"plan": name})
             done = there.end(last, options.message or "Merge with loratool")
         return replace(
@@ -136,6 +138,8 @@ def stream(
             adapters=effects,
             resumed=resumed,
             most_on_disk=there.most,
+            gain=gains.total,
+            gains=gains.modules,
             notes=tuple(notes),
             digests={s.name: str(s.digest) for _, s in sorted(there.finished.items())},
             cost=cost(runtime, started),
@@ -156,6 +160,8 @@ def expected(plan: MergePlan, repo: str, options: StreamOptions, notes: Sequence
         bytes_written=plan.bytes_written,
         resumed=(),
         most_on_disk=most_on_disk(plan, plan.shards),
+        gain=None,
+        gains={},
         left_out=(*plan.left_out, *kept_back(plan, options.exclude)),
         notes=tuple(notes),
         digests={},

@@ -42,6 +42,8 @@ class MergeReport(Written):
     gpu_memory: int
     resumed: tuple[str, ...]  # output files that an earlier, interrupted run had finished
     relative_norms: dict[str, float]  # tensor → ‖ΔW‖/‖W‖, where nothing replaces W
+    gain: float | None  # the part of all updates that rounding leaves: ⟨W' − W, ΔW⟩ / ‖ΔW‖², on sampled rows
+    gains: dict[str, float]  # the same of each module, where nothing replaces W
     nonfinite: dict[str, int]  # edited tensor → NaN and inf that the base itself holds
     left_out: tuple[str, ...]  # files of the base that are no part of the output
     notes: tuple[Note, ...]
@@ -75,6 +77,11 @@ class MergeReport(Written):
             ordered = sorted(self.relative_norms.items(), key=lambda item: item[1])
             for label, (name, ratio) in (("largest ‖ΔW‖/‖W‖", ordered[-1]), ("smallest ‖ΔW‖/‖W‖", ordered[0])):
                 rows.append((label, f"{ratio:.3g}  {printable(name)}"))
+        if self.gain is not None:
+            module, least = min(self.gains.items(), key=lambda item: item[1])
+            rows.append(
+                ("gain", f"{self.gain:.3f} of the update after rounding; least {least:.3f}  {printable(module)}")
+            )
         if self.nonfinite:
             total = sum(self.nonfinite.values())
             rows.append(("NaN/inf in base", f"{total} values in {len(self.nonfinite)} edited tensors, kept unchanged"))

@@ -26,6 +26,8 @@ class StreamReport(Result):
     bytes_written: int
     resumed: tuple[str, ...]  # output files that were there already
     most_on_disk: int  # bytes of weight files that were on this disk at one time
+    gain: float | None  # the part of all updates that rounding leaves: ⟨W' − W, ΔW⟩ / ‖ΔW‖², on sampled rows
+    gains: dict[str, float]  # the same of each module
     left_out: tuple[str, ...]
     notes: tuple[Note, ...]
     digests: dict[str, str]  # weight file → root of its digests
@@ -41,6 +43,8 @@ class StreamReport(Result):
             ("on this disk", f"at most {size(self.most_on_disk)} of weights at a time"),
             ("device", self.cost.device),
         ]
+        if self.gain is not None:
+            rows.append(("gain", f"{self.gain:.3f} of the update after rounding"))
         if self.resumed:
             rows.append(("continued", f"{len(self.resumed)} files were already uploaded"))
         rows += [("left out", printable(line)) for line in self.left_out]
