@@ -13,10 +13,10 @@ from dataclasses import replace
 from loratool.lazy import Tensor, torch
 from loratool.merging.exact_rows import ExactSum, Part
 
-SAMPLED = 1 << 19  # elements of a weight that a core is corrected on
+SAMPLED = 1 << 20  # elements of a weight that a core is corrected on
 RUN = 8  # rows of the sample that lie next to each other
 MOST_PASSES = 8
-CLOSE = 2e-3  # of the core's size: nearer to what is meant than the noise of the sample
+CLOSE = 2e-3  # of what is meant, along it: nearer than the noise of the sample
 
 
 def compensate(total: ExactSum, parts: Sequence[Part], read: Callable[[Tensor], Tensor]) -> list[Part]:
@@ -63,7 +63,7 @@ def corrected(total: ExactSum, group: Sequence[Part], read: Callable[[Tensor], T
         if not bool(missing.isfinite().all()):
             break  # beyond the range of the dtype; the merge will tell
         core += missing
-        if float(torch.linalg.vector_norm(missing)) <= CLOSE * float(torch.linalg.vector_norm(wanted)):
+        if abs(float((missing * wanted).sum())) <= CLOSE * float(wanted.square().sum()):
             break
     device = group[0].up.device
     factors = (left @ core).float().to(device), right.T.float().contiguous().to(device)

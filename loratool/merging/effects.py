@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratool.measuring.delta_statistics import LARGEST_RATIO, larger
@@ -52,33 +51,3 @@ def size_notes(plan: MergePlan, ratios: Mapping[str, float]) -> Iterator[Note]:
     large = {name: ratios[name] for name in matrices if ratios.get(name, 0) > LARGEST_RATIO}
     if large:
         yield Note("update-larger-than-weight", larger(large))
-
-
-LEAST_GAIN = 0.9  # less than this of an update is worth a warning
-
-
-@dataclass(frozen=True)
-class Gains:
-    """The part of an update that rounding leaves: ⟨W' − W, ΔW⟩ / ‖ΔW‖², on sampled rows."""
-
-    total: float | None  # of all that was sampled; None where nothing was
-    modules: dict[str, float]
-
-    @classmethod
-    def of(cls, kept: Mapping[str, tuple[float, float]]) -> Gains:
-        """From both numbers of every module."""
-        products, squares = sum(one for one, _ in kept.values()), sum(other for _, other in kept.values())
-        modules = {name: product / squared for name, (product, squared) in kept.items() if squared}
-        return cls(products / squares if squares else None, modules)
-
-
-def gain_notes(plan: MergePlan, gains: Gains) -> Iterator[Note]:
-    """A warning where rounding takes much of the update away."""
-    low = {module: gain for module, gain in gains.modules.items() if gain < LEAST_GAIN}
-    if low and gains.total is not None:
-        way = "--dtype float32" if plan.rounding == "compensated" else "--rounding compensated, or --dtype float32,"
-        text = (
-            f"rounding keeps {100 * gains.total:.0f} % of the update in all, and less than {100 * LEAST_GAIN:.0f} % in "
-            f"{len(low)} of {len(gains.modules)} modules: {listed(low)}; pass {way} to keep it"
-        )
-        yield Note("update-lost-in-rounding", text)

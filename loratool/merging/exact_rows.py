@@ -494,28 +494,3 @@ def differing(one: Tensor, other: Tensor, room: NDArray[numpy.bool_]) -> Tensor:
     found = numpy.flatnonzero(numpy.not_equal(*eights, out=room[: eights[0].size]))
     unequal = numpy.flatnonzero((eights[0][found] ^ eights[1][found]).view(first.dtype))
     return torch.from_numpy(found[unequal // each] * each + unequal % each)
-
-
-def measure_kept(
-    before: Tensor, change: Tensor, after: Tensor, rows: Tensor, modules: Iterable[tuple[str, Place]], times: int
-) -> dict[str, tuple[float, float]]:
-    """⟨W' − W, ΔW⟩ and ‖ΔW‖² of each module on sampled rows, `times` as much.
-
-    Args:
-        before: (n, width) of W.
-        change: (n, width) of ΔW, in float32 or float64.
-        after: (n, width) of W'.
-        rows: (n,) their numbers in the weight.
-        modules: each with its place in the weight.
-        times: how many rows each stands for.
-    """
-    applied = after.to(change.dtype) - before.to(change.dtype)
-    found: dict[str, tuple[float, float]] = {}
-    for module, place in modules:
-        inside = (rows >= place.first) & (rows < place.stop)
-        wanted, got = change[inside][:, place.columns].double(), applied[inside][:, place.columns].double()
-        product, squared = float((wanted * got).sum()) * times, float(wanted.square().sum()) * times
-        if math.isfinite(product) and math.isfinite(squared):
-            one, other = found.get(module, (0.0, 0.0))
-            found[module] = one + product, other + squared
-    return found

@@ -248,7 +248,9 @@ class MergedWeights(Shown, Mapping[str, Tensor]):
             sources, mine = OpenSources(), list(group)
             files.callback(sources.close)
             for span in mine:
-                filling = Filling(EditedSpan(span, totals, self.shared), sources, span is mine[-1], device)
+                filling = Filling(
+                    EditedSpan(span, totals, self.shared, self.plan.rounding), sources, span is mine[-1], device
+                )
                 filling.begin()
                 started.append(filling)
                 yield filling, 0, 0

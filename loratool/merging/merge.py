@@ -33,9 +33,10 @@ from loratool.files.process import peak_memory
 from loratool.files.shard_writer import LocalFolder
 from loratool.files.staging import Stage, staged
 from loratool.files.stopwatch import lap
-from loratool.merging.effects import Gains, effect_notes, effects_of, gain_notes, size_notes
+from loratool.merging.effects import effect_notes, effects_of, size_notes
 from loratool.merging.engine import Engine
 from loratool.merging.fingerprints import content_fingerprint, local_state
+from loratool.merging.gain import Gains, gain_notes
 from loratool.merging.planning import PlanOptions, plan_merge
 from loratool.merging.resources import RunOptions, choose_resources
 from loratool.merging.totals import summed

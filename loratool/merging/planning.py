@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from loratool.adapters.adapter import StoredTensor, same_values
 from loratool.adapters.reading import ReadingOptions
+from loratool.algebra.updates.additive import Add
 from loratool.algebra.updates.compound import images_in, with_weight
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.bases.binding import bind, tell
@@ -31,11 +32,12 @@ from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.files.checkpoint import PROVENANCE, Checkpoint
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.layouts.architectures import POOLED
-from loratool.merging.output_layout import Origin, check_names, plan_index, plan_shards
+from loratool.merging.output_layout import Origin, ShardPlan, check_names, plan_index, plan_shards
 from loratool.merging.plan import MergePlan
 from loratool.notes import Note
 from loratool.options.described import FLAG, NUMBER, SIZE, Choice, Options, PathKind, dtypes, option
 from loratool.options.shared import NamingOptions, OrientationOption
+from loratool.templates import listed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -121,6 +123,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptio
         files[index.name] = index
     side_files = tuple(files[name] for name in sorted(files))
     check_names([PROVENANCE, *(s.name for s in shards), *files])
+    notes += rounding_notes(shards, options.rounding)
     naming = (*options.maps, options.fan_in_fan_out, *(a.packing for a in adapters))
     return MergePlan(
         base,
@@ -134,6 +137,19 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptio
         naming,
         options.rounding,
     )
+
+
+def rounding_notes(shards: Sequence[ShardPlan], rounding: str) -> list[Note]:
+    """A note on updates that are no products of factors, where rounding is to make up for what it takes from those."""
+    if rounding != "compensated":
+        return []
+    edits = [edit for shard in shards for span in shard.spans for edit in span.edits if not edit.update.replaces]
+    others = {e.target for e in edits if isinstance(e.update, Add) or not e.update.adds_products}
+    if not others:
+        return []
+    return [
+        Note("rounded-to-nearest", f"not products of two factors, so rounded to the nearest value: {listed(others)}")
+    ]
 
 
 def strengths_of(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[float, ...]:

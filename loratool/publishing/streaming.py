@@ -35,9 +35,9 @@ from loratool.files.open_sources import OpenSources
 from loratool.files.outputs import check_stage
 from loratool.files.shard_writer import LocalFolder
 from loratool.files.staging import Stage, check_space, workplace
-from loratool.merging.effects import Gains
 from loratool.merging.engine import Engine
 from loratool.merging.fingerprints import content_fingerprint, installed
+from loratool.merging.gain import Gains
 from loratool.merging.merge import (
     NOTHING,
     MergeOptions,

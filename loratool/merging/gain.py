@@ -1,0 +1,67 @@
+"""The part of an update that rounding leaves, measured on sampled rows while they are rounded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from loratool.lazy import Tensor
+from loratool.merging.exact_rows import Place
+from loratool.merging.plan import MergePlan
+from loratool.notes import Note
+from loratool.templates import listed
+
+LEAST_GAIN = 0.9  # less than this of an update is worth a warning
+
+
+def measure_kept(
+    before: Tensor, change: Tensor, after: Tensor, rows: Tensor, modules: Iterable[tuple[str, Place]], times: int
+) -> dict[str, tuple[float, float]]:
+    """⟨W' − W, ΔW⟩ and ‖ΔW‖² of each module on sampled rows, `times` as much.
+
+    Args:
+        before: (n, width) of W.
+        change: (n, width) of ΔW, in float32 or float64.
+        after: (n, width) of W'.
+        rows: (n,) their numbers in the weight.
+        modules: each with its place in the weight.
+        times: how many rows each stands for.
+    """
+    applied = after.to(change.dtype) - before.to(change.dtype)
+    found: dict[str, tuple[float, float]] = {}
+    for module, place in modules:
+        inside = (rows >= place.first) & (rows < place.stop)
+        wanted, got = change[inside][:, place.columns].double(), applied[inside][:, place.columns].double()
+        product, squared = float((wanted * got).sum()) * times, float(wanted.square().sum()) * times
+        if math.isfinite(product) and math.isfinite(squared):
+            one, other = found.get(module, (0.0, 0.0))
+            found[module] = one + product, other + squared
+    return found
+
+
+@dataclass(frozen=True)
+class Gains:
+    """The part of an update that rounding leaves: ⟨W' − W, ΔW⟩ / ‖ΔW‖², on sampled rows."""
+
+    total: float | None  # of all that was sampled; None where nothing was
+    modules: dict[str, float]
+
+    @classmethod
+    def of(cls, kept: Mapping[str, tuple[float, float]]) -> Gains:
+        """From both numbers of every module."""
+        products, squares = sum(one for one, _ in kept.values()), sum(other for _, other in kept.values())
+        modules = {name: product / squared for name, (product, squared) in kept.items() if squared}
+        return cls(products / squares if squares else None, modules)
+
+
+def gain_notes(plan: MergePlan, gains: Gains) -> Iterator[Note]:
+    """A warning where rounding takes much of the update away."""
+    low = {module: gain for module, gain in gains.modules.items() if gain < LEAST_GAIN}
+    if low and gains.total is not None:
+        way = "--dtype float32" if plan.rounding == "compensated" else "--rounding compensated, or --dtype float32,"
+        text = (
+            f"rounding keeps {100 * gains.total:.0f} % of the update in all, and less than {100 * LEAST_GAIN:.0f} % in "
+            f"{len(low)} of {len(gains.modules)} modules: {listed(low)}; pass {way} to keep it"
+        )
+        yield Note("update-lost-in-rounding", text)

@@ -1,0 +1,164 @@
+"""What rounding leaves of an update: stated by every report, made up for, or random without bias."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from exactly import exact_products
+from safetensors.torch import load_file, save_file
+
+import loratool
+from loratool.merging import resources
+
+RANK = 8
+SHAPES = {"q": (512, 384), "k": (192, 384)}
+
+
+def made(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def write_pair(folder: Path, ratio: float, dtype: torch.dtype, fused: bool = False) -> tuple[Path, Path]:
+    """A base and an adapter whose ‖ΔW‖/‖W‖ is `ratio` in both modules, which may be one tensor of the base."""
+    weights, factors = {}, {}
+    for seed, (name, (rows, columns)) in enumerate(SHAPES.items()):
+        weight, up, down = made(rows, columns, seed=seed) * 0.02, made(rows, RANK, seed=9), made(RANK, columns, seed=8)
+        size = math.sqrt(ratio * float(weight.norm() / (up @ down).norm()))
+        module = f"layers.0.self_attn.{name}_proj"
+        weights[f"model.{module}.weight"] = weight.to(dtype)
+        factors[f"base_model.model.model.{module}.lora_A.weight"] = down * size
+        factors[f"base_model.model.model.{module}.lora_B.weight"] = up * size
+    for each in ("base", "adapter"):
+        (folder / each).mkdir(parents=True)
+    save_file(weights, folder / "base" / "model.safetensors")
+    save_file(factors, folder / "adapter" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK}
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    return folder / "base", folder / "adapter"
+
+
+def kept(base: Path, adapter: Path, out: Path) -> dict[str, tuple[float, float]]:
+    """Module → gain and ‖W' − W − ΔW‖/‖ΔW‖, from the files in float64."""
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, out))
+    factors = {name: tensor.double() for name, tensor in load_file(adapter / "adapter_model.safetensors").items()}
+    found = {}
+    for name in before:
+        module = name.removesuffix(".weight")
+        up, down = (factors[f"base_model.model.{module}.lora_{x}.weight"] for x in "BA")
+        change, applied = up @ down, after[name].double() - before[name].double()
+        gain = float((change * applied).sum() / change.square().sum())
+        found[module] = gain, float((applied - change).norm() / change.norm())
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rounding", ["nearest", "compensated", "stochastic"])
+def test_a_report_tells_what_rounding_leaves_of_each_module(tmp_path: Path, rounding: str, dtype: torch.dtype) -> None:
+    base, adapter = write_pair(tmp_path, 1e-3, dtype)
+    report = loratool.merge(base, adapter, tmp_path / "out", rounding=rounding)
+    wanted = kept(base, adapter, tmp_path / "out")
+    assert {f"{module}.weight" for module in wanted} == set(report.gains)
+    for module, (gain, _) in wanted.items():
+        assert report.gains[f"{module}.weight"] == pytest.approx(gain, abs=0.01)
+    assert report.gain == pytest.approx(np.mean([gain for gain, _ in wanted.values()]), abs=0.1)
+    assert report.to_dict()["gain"] == report.gain
+    assert f"{report.gain:.3f} of the update" in str(report)
+
+
+def test_an_update_that_rounding_takes_away_is_warned_of_with_the_way_out(tmp_path: Path) -> None:
+    base, adapter = write_pair(tmp_path, 1e-3, torch.bfloat16)
+    report = loratool.merge(base, adapter, tmp_path / "out")
+    (note,) = (note for note in report.notes if note.code == "update-lost-in-rounding")
+    assert "--rounding compensated" in note.text
+    assert "2 of 2 modules" in note.text
+    large = loratool.merge(*write_pair(tmp_path / "large", 0.05, torch.bfloat16), tmp_path / "other")
+    assert "update-lost-in-rounding" not in {note.code for note in large.notes}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ratio", "more"), [(torch.bfloat16, 1e-3, 1.2), (torch.bfloat16, 5e-4, 1.5), (torch.float16, 2e-4, 1.2)]
+)
+def test_compensated_rounding_keeps_the_whole_update(
+    tmp_path: Path, dtype: torch.dtype, ratio: float, more: float
+) -> None:
+    base, adapter = write_pair(tmp_path, ratio, dtype)
+    for rounding in ("nearest", "compensated"):
+        loratool.merge(base, adapter, tmp_path / rounding, rounding=rounding)
+    nearest, compensated = (kept(base, adapter, tmp_path / each) for each in ("nearest", "compensated"))
+    for module, (gain, error) in compensated.items():
+        assert gain == pytest.approx(1, abs=0.01)
+        assert nearest[module][0] < 0.9
+        assert error <= more * nearest[module][1]
+
+
+def test_compensated_rounding_leaves_float32_as_it_is(tmp_path: Path) -> None:
+    base, adapter = write_pair(tmp_path, 1e-4, torch.float32)
+    for rounding in ("nearest", "compensated", "stochastic"):
+        loratool.merge(base, adapter, tmp_path / rounding, rounding=rounding)
+    assert (
+        len({(tmp_path / r / "model.safetensors").read_bytes() for r in ("nearest", "compensated", "stochastic")}) == 1
+    )
+
+
+def test_an_update_that_is_no_product_is_told_to_be_rounded_to_the_nearest(tmp_path: Path) -> None:
+    base, adapter = write_pair(tmp_path, 1e-2, torch.bfloat16)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    factors = load_file(adapter / "adapter_model.safetensors")
+    weights = load_file(base / "model.safetensors")
+    for name, weight in weights.items():
+        module = name.removesuffix(".weight")
+        factors[f"base_model.model.{module}.lora_magnitude_vector"] = weight.float().norm(dim=1) * 1.01
+    save_file(factors, adapter / "adapter_model.safetensors")
+    report = loratool.merge(base, adapter, tmp_path / "out", rounding="compensated")
+    assert "rounded-to-nearest" in {note.code for note in report.notes}
+    loratool.merge(base, adapter, tmp_path / "nearest")
+    one, other = ((tmp_path / each / "model.safetensors").read_bytes() for each in ("out", "nearest"))
+    assert one == other
+
+
+@pytest.mark.parametrize("rounding", ["compensated", "stochastic"])
+def test_blocks_and_workers_do_not_show_in_the_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounding: str
+) -> None:
+    base, adapter = write_pair(tmp_path, 1e-3, torch.bfloat16)
+    found = set()
+    for rows, workers in ((1, 16), (37, 3), (512, 1)):
+        monkeypatch.setattr(resources, "CPU_BLOCK", rows * 384 * 2)
+        out = tmp_path / f"out-{rows}"
+        loratool.merge(base, adapter, out, rounding=rounding, workers=workers, device="cpu")
+        found.add((out / "model.safetensors").read_bytes())
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_stochastic_rounding_is_what_its_description_says(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Philox of the tensor's name and the element's place; floor(|v|/u + (2R + 1)/2³³) · u with rational numbers."""
+    base, adapter = write_pair(tmp_path, 1e-3, dtype)
+    name = "model.layers.0.self_attn.k_proj.weight"
+    weights = load_file(base / "model.safetensors")
+    weights[name][0, :5] = torch.tensor([0.0, -0.0, 1e-7, -3e-6, 6e-8]).to(dtype)
+    save_file(weights, base / "model.safetensors")
+    loratool.merge(base, adapter, tmp_path / "out", rounding="stochastic")
+    after = load_file(tmp_path / "out" / "model.safetensors")[name].double()
+    factors = load_file(adapter / "adapter_model.safetensors")
+    stem = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+    up, down = factors[f"{stem}B.weight"].tolist(), factors[f"{stem}A.weight"].T.tolist()
+    key = np.frombuffer(hashlib.sha256(name.encode()).digest()[:16], "<u8")
+    words = np.random.Philox(key=key).random_raw(192 * 384 // 2)
+    about = torch.finfo(dtype)
+    bits, lowest = round(-math.log2(about.eps)), round(math.log2(about.smallest_normal * about.eps))
+    for at in [*range(40), *range(40, 192 * 384, 97)]:
+        row, column = divmod(at, 384)
+        exact = Fraction(float(weights[name][row, column])) + exact_products(up[row], down[column], 1.0)
+        number = (int(words[at // 2]) >> (32 * (at % 2))) & 0xFFFFFFFF
+        unit = Fraction(2) ** max(math.frexp(float(exact))[1] - 1 - bits, lowest)
+        count = math.floor(abs(exact) / unit + Fraction(2 * number + 1, 2**33))
+        assert Fraction(float(after[row, column])) == count * unit * (1 if exact > 0 else -1), at
