@@ -170,7 +170,7 @@ def test_digests_are_compared_on_resuming_only(merge: Merge, monkeypatch: pytest
     """A merge that nobody interrupts reads no output file back."""
     read: list[str] = []
 
-    def noting(path: Path, _wanted: object) -> str:
+    def noting(path: Path, *_: object) -> str:
         read.append(path.name)
         return ""
 
