@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import sysconfig
 import tempfile
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -47,3 +49,9 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+else:  # `cProfile` of another script here means Python's own module of this name
+    own = spec_from_file_location("profile", Path(sysconfig.get_path("stdlib"), "profile.py"))
+    assert own is not None
+    assert own.loader is not None
+    sys.modules["profile"] = module_from_spec(own)
+    own.loader.exec_module(sys.modules["profile"])

@@ -10,6 +10,7 @@ from pathlib import Path
 from loratool.adapters.formats import OUTPUT_FILES, WRITTEN
 from loratool.adapters.layers import Kind
 from loratool.adapters.training import Training
+from loratool.algebra.rounding import round_once
 from loratool.errors import UsageError, VerificationError, printable
 from loratool.files.outputs import replaceable_files
 from loratool.lazy import Tensor, torch
@@ -162,7 +163,7 @@ def check(home: Path, report: MergeReport) -> DemoResult:
             copied += 1
             continue
         down, up = adapter[f"{key}.lora_A.weight"].double(), adapter[f"{key}.lora_B.weight"].double()
-        wanted = (before.double() + ALPHA / RANK * (up @ down)).to(before.dtype)
+        wanted = round_once(before.double() + ALPHA / RANK * (up @ down), before.dtype)
         steps = (ordered(after) - ordered(wanted)).abs()
         if int(steps.max()) > 1:
             raise VerificationError(f"{name}: differs from the formula by more than the last bit")

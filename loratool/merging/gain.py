@@ -61,7 +61,7 @@ def gain_notes(plan: MergePlan, gains: Gains) -> Iterator[Note]:
     if low and gains.total is not None:
         way = "--dtype float32" if plan.rounding == "compensated" else "--rounding compensated, or --dtype float32,"
         text = (
-            f"rounding keeps {100 * gains.total:.0f} % of the update in all, and less than {100 * LEAST_GAIN:.0f} % in "
+            f"rounding keeps {100 * gains.total:.0f} % of the update in total, and less than {100 * LEAST_GAIN:.0f} % in "
             f"{len(low)} of {len(gains.modules)} modules: {listed(low)}; pass {way} to keep it"
         )
         yield Note("update-lost-in-rounding", text)
