@@ -22,11 +22,18 @@ import loratool
 from loratool.files import digests
 from loratool.merging import in_memory, resources
 from loratool.merging.in_memory import Filling
+from loratool.merging.planning import DTYPES, ChangeOptions
+from loratool.options.described import Choice, described_by
 
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device here, or LORATOOL_TEST_CUDA=1 is not set"
 )
-DTYPES = ("keep", "float32", "bfloat16", "float16")
+CHOICES = [  # every option that is one of some words
+    (name, value)
+    for name, (described, _) in described_by(ChangeOptions).items()
+    if isinstance(described.kind, Choice) and not described.many
+    for value in described.kind.names()
+]
 LAYER = "model.layers.0"
 EXPERTS, INNER, HIDDEN, VOCABULARY = 3, 24, 40, 50
 FILES = ("model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors")
@@ -138,14 +145,15 @@ def assert_equal(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> N
         assert same_bits(tensor.cpu(), wanted[name]), name
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("option", "value"), CHOICES)
 def test_tensors_are_those_of_the_files_in_their_order(
-    inputs: tuple[Path, list[Path]], tmp_path: Path, dtype: str
+    inputs: tuple[Path, list[Path]], tmp_path: Path, option: str, value: str
 ) -> None:
-    wanted = written(*inputs, tmp_path / "out", dtype=dtype, **OPTIONS)
+    options: dict[str, Any] = {**OPTIONS, option: value}
+    wanted = written(*inputs, tmp_path / "out", **options)
     assert len(wanted) == 15
-    assert_equal(dict(loratool.iter_merged(*inputs, dtype=dtype, **OPTIONS)), wanted)
-    mapping = loratool.merged(*inputs, dtype=dtype, **OPTIONS)
+    assert_equal(dict(loratool.iter_merged(*inputs, **options)), wanted)
+    mapping = loratool.merged(*inputs, **options)
     assert_equal(dict(mapping.items()), wanted)
     assert_equal({name: mapping[name] for name in mapping}, wanted)
 
