@@ -31,8 +31,9 @@ def iter_merged(
     yielded, the next one, and two blocks of 4 MiB for each worker; blocks are computed while the consumer uses what
     it has. Each tensor is the consumer's own. Close the generator, or drop it, to stop early.
 
-    An adapter that changes nothing, because its B is still 0 or rounding removes every change, causes a warning after
-    the last tensor. Until then torch computes float32 products in full float32, without TF32, in the whole process.
+    After the last tensor come warnings of adapters that change nothing, because their B is still 0 for example, and of
+    updates of which rounding removes more than a tenth. Until then torch computes float32 products in full float32,
+    without TF32, in the whole process.
 
     Args:
         base: a model folder or one `.safetensors` file, or a repository on the Hub.

@@ -26,6 +26,7 @@ from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, torch
 from loratool.merging.effects import effect_notes, effects_of
+from loratool.merging.gain import Gains, gain_notes
 from loratool.merging.merge import PathLike, Progress, located, planned, read_inputs, several
 from loratool.merging.planning import ChangeOptions, PlanOptions
 from loratool.merging.resources import (
@@ -204,9 +205,9 @@ class MergedWeights(Shown, Mapping[str, Tensor]):
         """Names and tensors, in the order of the base; after the last one, warnings of what is probably not meant."""
         totals = Totals()
         yield from self.stream(self.spans.values(), totals, progress)
-        for note in (*self.plan.notes, *effect_notes(effects_of(self.plan, totals))):
-            if note.is_warning:
-                warnings.warn(str(note), stacklevel=2)
+        notes = [n for n in (*self.plan.notes, *effect_notes(effects_of(self.plan, totals))) if n.is_warning]
+        for note in (*notes, *gain_notes(self.plan, Gains.of(totals.kept_in(self.spans)))):
+            warnings.warn(str(note), stacklevel=2)
 
     def stream(
         self, spans: Iterable[Span], totals: Totals, progress: Progress | None = None

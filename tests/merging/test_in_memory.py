@@ -199,7 +199,7 @@ def test_blocks_chunks_and_workers_do_not_show(
 def test_a_tensor_is_the_formula_rounded_once(inputs: tuple[Path, list[Path]]) -> None:
     base, (lora, *_) = inputs
     name = f"{LAYER}.self_attn.k_proj"
-    found = dict(loratool.iter_merged(base, lora, allow_new_tensors=True, dtype=torch.float32))
+    found = loratool.merged(base, lora, allow_new_tensors=True, dtype=torch.float32)
     weight = load_file(base / FILES[0])[f"{name}.weight"].double()
     stored = load_file(lora / "adapter_model.safetensors")
     up, down = (stored[f"base_model.model.{name}.lora_{x}.weight"].double() for x in "BA")
@@ -380,6 +380,17 @@ def test_an_adapter_without_effect_is_warned_of_and_gives_the_base(tmp_path: Pat
     with pytest.warns(UserWarning, match="adapter: changes no element of the base in any of its 1 modules"):
         found = dict(loratool.iter_merged(base, adapter))
     assert_equal(found, {"z": torch.arange(5), "q.weight": weight})
+
+
+def test_an_update_that_rounding_removes_is_warned_of(tmp_path: Path) -> None:
+    """Next to 1, bfloat16 has steps of 2⁻⁸ below and 2⁻⁷ above: a change by 2⁻¹¹ is lost in full."""
+    weight = torch.ones(64, 64, dtype=torch.bfloat16)
+    weight[0] = 2.0**-9  # where it is not lost
+    base, adapter = small(tmp_path, weight, torch.full((64, 1), 2.0**-11))
+    with pytest.warns(UserWarning, match=r"rounding keeps 2 % of the update"):
+        found = dict(loratool.iter_merged(base, adapter))
+    assert torch.equal(found["q.weight"][1:], weight[1:])
+    assert not torch.equal(found["q.weight"][0], weight[0])
 
 
 def test_no_warning_comes_from_an_adapter_with_an_effect(tmp_path: Path) -> None:
