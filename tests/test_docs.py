@@ -265,6 +265,9 @@ def test_numbers_in_the_text_are_the_code_s() -> None:
     more = ("no", "one", "two", "three")[resources.WAITING_WORKERS]
     assert f"{more} more workers than cores, at most {resources.MOST_WORKERS}," in text
     assert f"one per core, at most {resources.GPU_WORKERS} per GPU" in text
+    text = " ".join((ROOT / "docs" / "in-memory.md").read_text(encoding="utf-8").split())
+    sizes = resources.CPU_BLOCK >> 20, round(resources.CUDA_BLOCK / (1 << 20))
+    assert "block is {} MiB of weight on a CPU and {} MiB on a GPU".format(*sizes) in text
 
 
 def test_the_changelog_begins_with_this_version() -> None:

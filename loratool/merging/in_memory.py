@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from loratool.merging.output_layout import Span
     from loratool.merging.plan import MergePlan
 
-AHEAD = 2  # blocks for each worker that are computed before their tensor is asked for
+AHEAD = 1  # blocks for each worker that are computed before their tensor is asked for
 # Every dtype of a file that torch has too, if its release does.
 DTYPES: Mapping[str, str] = {
     **FLOAT_NAMES,

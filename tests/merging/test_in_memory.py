@@ -268,7 +268,7 @@ def test_work_is_only_a_few_blocks_ahead_of_the_consumer(
     monkeypatch.setattr(Filling, "fill", noted)
     monkeypatch.setattr(resources, "CPU_BLOCK", 400)
     mapping = loratool.merged(base, [lora, rest], workers=2, **{**OPTIONS, "weights": None})
-    assert mapping.ahead == 2 * 2 * 400
+    assert mapping.ahead == 2 * 400
     with closing(mapping.every()) as tensors:
         taken = 0
         for _, tensor in tensors:
