@@ -27,6 +27,7 @@ EXPORTS = {
     "HubError": "errors",
     "InputError": "errors",
     "LoratoolError": "errors",
+    "MergeManyReport": "results.merge_many",
     "MergePlan": "merging.plan",
     "MergeReport": "results.merge",
     "MergedWeights": "merging.in_memory",
@@ -46,6 +47,7 @@ EXPORTS = {
     "inspect": "commands.inspect",
     "iter_merged": "commands.in_memory",
     "merge": "commands.merge",
+    "merge_many": "commands.merge",
     "merged": "commands.in_memory",
     "open_checkpoint": "bases.opening",
     "plan": "commands.merge",
@@ -68,7 +70,13 @@ if TYPE_CHECKING:
     from loratool.commands.extract import extract as extract
     from loratool.commands.in_memory import iter_merged as iter_merged, merged as merged
     from loratool.commands.inspect import inspect as inspect
-    from loratool.commands.merge import merge as merge, plan as plan, plan_merge as plan_merge, stream as stream
+    from loratool.commands.merge import (
+        merge as merge,
+        merge_many as merge_many,
+        plan as plan,
+        plan_merge as plan_merge,
+        stream as stream,
+    )
     from loratool.commands.push import push as push
     from loratool.commands.rescale import rescale as rescale
     from loratool.commands.resize import resize as resize
@@ -91,6 +99,7 @@ if TYPE_CHECKING:
     from loratool.results.extract import ExtractReport as ExtractReport
     from loratool.results.facts import AdapterFacts as AdapterFacts, CheckpointFacts as CheckpointFacts
     from loratool.results.merge import MergeReport as MergeReport
+    from loratool.results.merge_many import MergeManyReport as MergeManyReport
     from loratool.results.push import PushReport as PushReport
     from loratool.results.rescale import RescaleReport as RescaleReport
     from loratool.results.resize import ResizeReport as ResizeReport

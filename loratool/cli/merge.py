@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,8 +15,12 @@ from loratool.cli.options import BASE, BYTES, OPERAND, PATH, click_options, outp
 from loratool.cli.screen import Screen
 from loratool.commands.merge import MergeAndPushOptions
 from loratool.commands.publish import with_push
-from loratool.errors import UsageError
+from loratool.errors import UsageError, escaped, printable
 from loratool.options.described import FLAG, option
+
+if TYPE_CHECKING:
+    from loratool.merging.plan import MergePlan
+    from loratool.results.merge_many import MergeManyReport, ResultsOfOutputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +49,13 @@ class MergeWords(MergeAndPushOptions):
     metavar="BASE",
     help="BASE as an option; every operand is then an ADAPTER. auto means the base that the adapters name.",
 )
+@click.option(
+    "--also",
+    multiple=True,
+    metavar="OUT=ADAPTER",
+    help="Also write the merge of BASE and ADAPTER as another output, at the same reading of BASE; may be repeated. "
+    "The ADAPTERs of one OUT are merged together.",
+)
 @click_options(MergeWords)
 @output_options
 def merge(
@@ -50,6 +63,7 @@ def merge(
     adapters: tuple[Path, ...],
     out: Path | None,
     named_base: Path | None,
+    also: tuple[str, ...],
     options: MergeWords,
     screen: Screen,
 ) -> None:
@@ -67,11 +81,14 @@ def merge(
       loratool merge ./merged ./my-adapter -w -1 -o ./base-again
       loratool merge ./base ./my-adapter -o ./merged --map '^model[.]text[.]=model.'
       loratool merge ./saved-unmerged -o ./merged --input-alpha 16
+      loratool merge ./base ./style -o ./styled --also ./chatty=./chat --also ./both=./style --also ./both=./chat
       loratool merge auto me/my-adapter -o ./merged --push-to-hub me/merged
       loratool merge meta-llama/Llama-3.1-70B me/my-adapter --stream --push-to-hub me/merged
     """
     if named_base is not None:  # then BASE is an ADAPTER too
         base, adapters = named_base, (base, *adapters)
+    if also and (options.stream or options.push_to_hub is not None):
+        raise UsageError("--also cannot be used with --stream or --push-to-hub; push each output with `loratool push`")
     if options.stream:
         stream_to_hub(base, adapters, out, options, screen)
         return
@@ -79,6 +96,9 @@ def merge(
         raise missing("out")
     if options.card:
         raise UsageError("--card needs --stream; without it, run `loratool push --card`")
+    if also:
+        merge_several(base, outputs_of(out, adapters, also), options, screen)
+        return
     from loratool.merging.merge import merge, prepare
 
     if options.dry_run:
@@ -92,6 +112,41 @@ def merge(
     with screen.bar("merging", **BYTES) as progress, screen.bar("pushing", **BYTES) as push_progress:
         report = with_push(merge, (base, adapters, out), options, progress, push_progress)
     screen.show(report)
+
+
+def outputs_of(out: Path, adapters: tuple[Path, ...], also: tuple[str, ...]) -> dict[Path, list[Path]]:
+    """The adapters of every output, from the words of `--also`."""
+    outputs = {out: [*adapters]}  # by the folder's name; one that is named twice gets both adapters
+    for word in also:
+        name, sign, adapter = word.partition("=")
+        if not (name and sign and adapter):
+            raise UsageError(f"--also takes OUT=ADAPTER (got {printable(repr(word))})")
+        other = Path(name)
+        if os.path.realpath(other) == os.path.realpath(out):
+            raise UsageError(f"--also {printable(word)}: OUT is the same as that of -o; pass its ADAPTERs as arguments")
+        outputs.setdefault(other, []).append(OPERAND.convert(adapter, None, None))
+    return outputs
+
+
+def merge_several(base: Path, outputs: dict[Path, list[Path]], options: MergeWords, screen: Screen) -> None:
+    """`--also`: all outputs, or their plans; ends with the highest exit code of those that fail."""
+    from loratool.merging.merge_many import merge_many, plan_many
+
+    if options.weights:
+        raise UsageError(
+            "-w cannot be used with --also; in Python, loratool.merge_many takes a weight for each adapter"
+        )
+    result: MergeManyReport | ResultsOfOutputs[MergePlan]
+    if options.dry_run:
+        result = plan_many(base, outputs, options)
+    else:
+        with screen.bar("merging", **BYTES) as progress:
+            result = merge_many(base, outputs, options, progress)
+    if result.reports or screen.as_json:
+        screen.show(result, "\n\n".join(map(str, result.reports.values())))
+    for name, error in result.errors.items():
+        click.echo(escaped(f"Error: {printable(name)}: {error}", keep="\n"), err=True)
+    click.get_current_context().exit(result.exit_code)
 
 
 def missing(name: str) -> click.MissingParameter:

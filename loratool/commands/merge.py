@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from loratool.adapters.adapter import Adapter
 from loratool.commands.publish import with_push
 from loratool.files.checkpoint import Checkpoint
-from loratool.merging import merge as merging, planning
+from loratool.merging import merge as merging, merge_many as many, planning
 from loratool.merging.merge import MergeOptions, PathLike, Progress
+from loratool.merging.merge_many import Outputs
 from loratool.merging.plan import MergePlan
 from loratool.merging.planning import PlanOptions
 from loratool.options.described import keyword_options, made_of, option
@@ -18,6 +19,7 @@ from loratool.options.shared import PublishOptions
 from loratool.publishing import streaming
 from loratool.publishing.streaming import StreamOptions
 from loratool.results.merge import MergeReport
+from loratool.results.merge_many import MergeManyReport
 from loratool.results.stream import StreamReport
 
 if TYPE_CHECKING:
@@ -79,6 +81,33 @@ def merge(
     """
     options = made_of(MergeAndPushOptions, keywords, "merge")
     return with_push(merging.merge, (base, adapters, out), options, progress, push_progress)
+
+
+@keyword_options(MergeOptions)
+def merge_many(
+    base: PathLike,
+    outputs: Outputs,
+    *,
+    progress: Progress | None = None,
+    **keywords: Unpack[WholePlanKeywords],
+) -> MergeManyReport:
+    """Merge adapters into one base for several outputs, and read the base once for all of them.
+
+    Each output is what `merge` makes of the same adapters and options, byte for byte, and is continued like it after an
+    interruption. An output that fails is left as it was, and the others are completed: its error is in `errors` of the
+    result, and is raised by `result[out]`.
+
+    Args:
+        base: as for `merge`; "auto" for the base that all adapters name.
+        outputs: for each output folder its adapter, or a sequence of adapters, any of which may be a pair (adapter,
+            weight).
+        progress: called with (bytes done, total bytes) of all outputs, from any thread, one call at a time.
+
+    Raises:
+        UsageError: `weights` is given, there are no outputs, or one of them is another or inside another.
+        LoratoolError: the base cannot be merged into.
+    """
+    return many.merge_many(base, outputs, made_of(MergeOptions, keywords, "merge_many"), progress)
 
 
 @keyword_options(MergeOptions)

@@ -18,6 +18,7 @@ from loratool.files.inputs import open_regular
 from loratool.files.safefile import LocalSource
 from loratool.files.sink import Arrived, Memory, piece_of, pieces_of
 from loratool.merging.engine import Engine
+from loratool.merging.tasks import Job
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -53,7 +54,7 @@ def verify(plan: MergePlan, folder: Path, device: str = "auto") -> tuple[Differe
     not looked at.
     """
     comparison = Comparison(folder)
-    Engine(plan, comparison, start_torch(device), None, None, None).run()
+    Engine([Job(plan, comparison)], start_torch(device), None, None, None).run()
     return tuple(sorted(comparison.differences.values()))
 
 

@@ -163,7 +163,8 @@ class LoadedEdits:
 
     def sampled(self, first: int, block: torch.Tensor) -> torch.Tensor:
         """The numbers of such rows among those of a block that begins at row `first`."""
-        return torch.arange(first + -first % self.every, first + block.shape[0], self.every, device=block.device)
+        stop = first + block.shape[0]
+        return torch.arange(min(first + -first % self.every, stop), stop, self.every, device=block.device)
 
     def substitute(self, rows: torch.Tensor, first: int) -> None:
         """Put what replaces some rows of the weight, from row `first` on, in their place."""

@@ -8,7 +8,8 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,8 @@ from loratool.merging.engine import Engine
 from loratool.merging.fingerprints import content_fingerprint, local_state
 from loratool.merging.gain import Gains, gain_notes
 from loratool.merging.planning import PlanOptions, plan_merge
-from loratool.merging.resources import RunOptions, choose_resources
+from loratool.merging.resources import Resources, RunOptions, choose_resources
+from loratool.merging.tasks import Job
 from loratool.merging.totals import summed
 from loratool.notes import Note, as_records
 from loratool.options.described import FLAG, Choice, option
@@ -89,48 +91,110 @@ def merge(
 ) -> MergeReport:
     """Write W' = W + Σ weight · ΔW as a complete model folder `out`; `loratool.commands.merge` says all of it."""
     started, watch = time.monotonic(), stopwatch.begin("main")
-    plan, target, paths = prepare(base, adapters, out, options)
-    lap("plan")
-    runtime = start_torch(options.device)
     try:
-        check_values(plan)
-        digests = [adapter.digests() for adapter in plan.adapters]
-        lap("adapters")
-        known = KnownDigests(plan.base.root) if options.digests == "new" else None
-        state = {**local_state(plan, options.device), "digests": options.digests}
-        wanted = Journal(content_fingerprint(plan, digests), state, output_names(plan))
-        workers, max_memory = options.workers, options.max_memory
-        if max_memory is not None or check_stage(stage_of(target)) is not None:  # refused before anything is touched
-            choose_resources(plan.spans, runtime.result().devices, workers, max_memory, resident_memory())
-        with staged(
-            target, wanted, plan.bytes_written, replaceable(options.overwrite), KnownDigests(plan.base.root).find
-        ) as stage:
-            if stage.finished:
-                stage.keep_only(kind_of(runtime.result().devices))
-                stage.keep_sha256(options.sha256)
-            resumed = tuple(stage.finished)
-            words = repeated(plan, paths, options)
-            engine = Engine(plan, LocalFolder(stage, options.sha256), runtime, workers, max_memory, progress, known)
-            engine.watches.append(watch)
-            lap("stage")
-            merged = make_weights(engine, digests, words, f"{printable(out)}: not written, {NOTHING}")
-            lap("wait")
-            write_small_files(stage, plan, plan.side_files, merged.table)
-        lap("publish")
-    except LoratoolError:
-        runtime.exception()  # wait for the import: a process that ends in the middle of it may crash
-        raise
+        prepared = prepare(base, adapters, out, options)
+        lap("plan")
+        runtime = start_torch(options.device)
+        (report,) = make_all([making(prepared, out, options, runtime, started)], options, runtime, progress, watch)
     finally:
         stopwatch.end()
-    merged.engine.watches.append(runtime.result().watch)
-    return make_report(merged, stage, resumed, cost(runtime, started))
+    if isinstance(report, Exception):
+        raise report
+    return report
+
+
+def making(
+    prepared: tuple[MergePlan, Path, list[Path]],
+    out: PathLike,
+    options: MergeOptions,
+    runtime: Future[Runtime],
+    started: float,
+) -> Making:
+    """Make one output, as a generator: it gives its job, and is to be sent the engine that has run it."""
+    plan, target, paths = prepared
+    check_values(plan)
+    digests = [adapter.digests() for adapter in plan.adapters]
+    lap("adapters")
+    known = KnownDigests(plan.base.root) if options.digests == "new" else None
+    state = {**local_state(plan, options.device), "digests": options.digests}
+    wanted = Journal(content_fingerprint(plan, digests), state, output_names(plan))
+    workers, max_memory = options.workers, options.max_memory
+    if max_memory is not None or check_stage(stage_of(target)) is not None:  # refused before anything is touched
+        choose_resources(plan.spans, runtime.result().devices, workers, max_memory, resident_memory())
+    with staged(
+        target, wanted, plan.bytes_written, replaceable(options.overwrite), KnownDigests(plan.base.root).find
+    ) as stage:
+        if stage.finished:
+            stage.keep_only(kind_of(runtime.result().devices))
+            stage.keep_sha256(options.sha256)
+        resumed = tuple(stage.finished)
+        words = repeated(plan, paths, options)
+        job = Job(plan, LocalFolder(stage, options.sha256), known)
+        engine = yield job
+        if job.failure is not None:
+            raise job.failure
+        unchanged = f"{printable(out)}: not written, {NOTHING}"
+        merged = describe(job, engine.resources(), digests, words, unchanged)
+        write_small_files(stage, plan, plan.side_files, merged.table)
+    lap("publish")
+    return make_report(merged, engine, stage, resumed, cost(runtime, started))
+
+
+Making = Generator["Job", "Engine", MergeReport]
+
+
+def make_all(
+    makings: Sequence[Making],
+    options: MergeOptions,
+    runtime: Future[Runtime],
+    progress: Progress | None,
+    watch: stopwatch.Stopwatch,
+) -> list[MergeReport | Exception]:
+    """Make several outputs at one reading of their base: of each the report, or what went wrong with it alone.
+
+    After an interrupt, each of them keeps the files that it has finished.
+    """
+    results: dict[int, MergeReport | Exception] = {}
+    jobs: dict[int, Job] = {}
+    try:
+        for number, each in enumerate(makings):
+            try:
+                jobs[number] = next(each)
+            except Exception as error:
+                results[number] = error
+        engine = Engine([*jobs.values()], runtime, options.workers, options.max_memory, progress)
+        engine.watches.append(watch)
+        lap("stage")
+        try:
+            if jobs:
+                engine.run()
+            engine.watches.append(runtime.result().watch)
+        except Exception as error:
+            for job in jobs.values():
+                job.failure = job.failure or error
+        lap("wait")
+        for number in jobs:
+            try:
+                makings[number].send(engine)
+            except StopIteration as done:
+                results[number] = done.value
+            except Exception as error:
+                results[number] = error
+    except BaseException as error:
+        for each in makings:
+            with suppress(BaseException):
+                each.throw(error)
+        raise
+    if any(isinstance(result, LoratoolError) for result in results.values()):
+        runtime.exception()  # wait for the import: a process that ends in the middle of it may crash
+    return [results[number] for number in range(len(makings))]
 
 
 @dataclass(frozen=True)
 class Merged:
     """The weights of a merge are made; this is what is to be said of them."""
 
-    engine: Engine
+    job: Job
     effects: tuple[AdapterEffect, ...]
     ratios: dict[str, float]  # tensor → ‖ΔW‖/‖W‖
     gains: Gains
@@ -138,25 +202,28 @@ class Merged:
     table: dict[str, Any]  # `loratool.json`, but for "files"
 
 
-def make_weights(engine: Engine, digests: Sequence[Mapping[str, str]], words: str, unchanged: str) -> Merged:
-    """Make the weight files that the destination of an engine has not.
+def describe(
+    job: Job, resources: Resources, digests: Sequence[Mapping[str, str]], words: str, unchanged: str
+) -> Merged:
+    """What is to be said of weight files that are all made.
 
     Args:
-        engine: of the plan and its destination.
+        job: it has been run.
+        resources: what it was run with.
         digests: of each adapter's files, for the record.
         words: the command that repeats the merge, for the record.
         unchanged: the text of the `FitError` that is raised where no weight differs from the base's.
     """
-    plan, totals, finished = engine.plan, engine.run(), engine.destination.finished
+    plan, totals, finished = job.plan, job.totals, job.destination.finished
     if not (plan.replaces or any(shard.changed for shard in finished.values())):
         raise FitError(unchanged)
     effects = effects_of(plan, totals)
     gains = Gains.of(summed(finished[shard.name].kept for shard in plan.shards))
     notes = (*effect_notes(effects), *gain_notes(plan, gains))
     told = dataclasses.replace(plan, notes=(*plan.notes, *notes))
-    table = provenance(told, digests, effects, engine.resources().on_gpu, words)
+    table = provenance(told, digests, effects, resources.on_gpu, words)
     ratios = {name: ratio for shard in plan.shards for name, ratio in finished[shard.name].ratios.items()}
-    return Merged(engine, effects, ratios, gains, (*notes, *size_notes(plan, ratios)), table)
+    return Merged(job, effects, ratios, gains, (*notes, *size_notes(plan, ratios)), table)
 
 
 def prepare(
@@ -332,8 +399,8 @@ def cost(runtime: Future[Runtime], started: float) -> Cost:
     return Cost(", ".join(ready.devices), time.monotonic() - started, ready.seconds, peak_memory())
 
 
-def make_report(merged: Merged, stage: Stage, resumed: tuple[str, ...], cost: Cost) -> MergeReport:
-    plan = merged.engine.plan
+def make_report(merged: Merged, engine: Engine, stage: Stage, resumed: tuple[str, ...], cost: Cost) -> MergeReport:
+    plan = merged.job.plan
     finished = [stage.finished[shard.name] for shard in plan.shards]
     return MergeReport(
         out=stage.out,
@@ -343,8 +410,8 @@ def make_report(merged: Merged, stage: Stage, resumed: tuple[str, ...], cost: Co
         converted=sum(not span.edits and not span.untouched for span in plan.spans),
         bytes_read=plan.bytes_read,
         bytes_written=plan.bytes_written,
-        workers=merged.engine.resources().workers,
-        gpu_memory=merged.engine.totals.gpu_memory,
+        workers=engine.resources().workers,
+        gpu_memory=merged.job.totals.gpu_memory,
         resumed=resumed,
         relative_norms=merged.ratios,
         gain=merged.gains.total,
@@ -353,6 +420,6 @@ def make_report(merged: Merged, stage: Stage, resumed: tuple[str, ...], cost: Co
         left_out=plan.left_out,
         notes=(*plan.notes, *merged.notes, *of_resuming(stage)),
         digests={s.name: str(s.digest) for _, s in sorted(stage.finished.items())},
-        profile=Profile(stopwatch.together(merged.engine.watches)),
+        profile=Profile(stopwatch.together(engine.watches)),
         cost=cost,
     )

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from loratool.adapters.adapter import StoredTensor
-from loratool.bases.weights import Room
+from loratool.bases.weights import Room, StoredWeight
 from loratool.errors import FitError, printable
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
@@ -85,6 +85,7 @@ class Worker:
         self.twin = torch.empty(raw_bytes, dtype=torch.uint8, device=self.device) if on_gpu else None
         self.merged = torch.empty(raw_bytes, dtype=torch.uint8, device=self.device)
         self.scratch = Scratch(self.device, elements, 8 if wide else 4)
+        self.read: tuple[StoredWeight, int, torch.Tensor] | None = None  # rows that are in memory, from which one on
         if not on_gpu:
             torch.set_num_threads(1)  # workers are the parallelism
 
@@ -124,7 +125,7 @@ class Worker:
 
     def carry(self, tensor: StoredTensor, start: int, sources: OpenSources, piece: torch.Tensor) -> None:
         """Put bytes of a stored tensor, from byte `start` on, into `piece`, (n,) of uint8 on any device."""
-        held = piece if piece.device.type == "cpu" else self.host[: piece.numel()]
+        self.read, held = None, piece if piece.device.type == "cpu" else self.host[: piece.numel()]
         tensor.read(start, held.numpy().data, sources)
         if held is not piece:
             with self.computing():
@@ -144,9 +145,8 @@ class Worker:
 
         That comes before anybody has the bytes: a file whose bytes are all there is recorded with what was seen of it.
         """
-        span, stored = work.span, getattr(torch, FLOAT_NAMES[work.span.weight.exact])
-        before = span.matrix.rows(first, len(after), self.device, stored, Room(sources, self.host, self.twin))
-        lap("decode")
+        span = work.span
+        before = self.stored_rows(span.matrix, first, len(after), sources)
         loaded = work.edits_on(self.device)
         measured = loaded.is_bound and not loaded.replacements
         lap("factors")
@@ -159,6 +159,24 @@ class Worker:
         lap("look")
         nonfinite = 0 if seen.largest <= torch.finfo(after.dtype).max else check_finite(span, before, after)
         work.seen(len(after), seen, math.inf if measured or loaded.replacements else loaded.norm, nonfinite)
+
+    def stored_rows(self, weight: StoredWeight, first: int, count: int, sources: OpenSources) -> torch.Tensor:
+        """Rows of a weight as they are stored, read once for all outputs that ask for them in turn.
+
+        The files are among `sources` in any case, where they are found to be unchanged in the end.
+        """
+        for tensor in weight.tensors:
+            sources.of(tensor.file)
+        if self.read is not None:
+            held, start, rows = self.read
+            if start <= first and first + count <= start + len(rows) and held == weight:
+                return rows[first - start : first - start + count]
+        stored, room = getattr(torch, FLOAT_NAMES[weight.exact]), Room(sources, self.host, self.twin)
+        self.read = None  # its memory is used again
+        rows = weight.rows(first, count, self.device, stored, room)
+        self.read = weight, first, rows
+        lap("decode")
+        return rows
 
 
 def pages_of(memory: torch.Tensor) -> torch.Tensor:

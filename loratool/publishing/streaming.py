@@ -46,13 +46,14 @@ from loratool.merging.merge import (
     as_text,
     check_values,
     cost,
-    make_weights,
+    describe,
     planned,
     read_all,
     repeated,
     write_small_files,
 )
 from loratool.merging.resources import choose_resources
+from loratool.merging.tasks import Job
 from loratool.provenance.cards import CARD
 from loratool.publishing.committing import REMOTE_JOURNAL, Commit, Upload, check, commit, files_of, full_name, open_repo
 from loratool.publishing.options import CommitOptions
@@ -125,8 +126,11 @@ def stream(
         gains = Gains(None, {})
         resumed = tuple(sorted(there.finished))
         if done is None:
-            engine = Engine(plan, there, runtime, workers, max_memory, progress)
-            merged = make_weights(engine, digests, told, f"{printable(repo)}: not completed, {NOTHING}; {COPIES}")
+            job = Job(plan, there)
+            engine = Engine([job], runtime, workers, max_memory, progress)
+            engine.run()
+            unchanged = f"{printable(repo)}: not completed, {NOTHING}; {COPIES}"
+            merged = describe(job, engine.resources(), digests, told, unchanged)
             notes, effects, gains = [*notes, *merged.notes], merged.effects, merged.gains
             last = others(there.stage, merged.table | {"plan": name})
             done = there.end(last, options.message or "Merge with loratool")

@@ -257,4 +257,5 @@ def test_only_readers_and_copies_know_where_the_bytes_of_a_tensor_lie() -> None:
         "files/known_digests.py",  # a range that is recorded
         "files/tensor_writer.py",  # a range that goes into an adapter as it is
         "merging/engine.py",  # a range that goes to a sink as it is
+        "merging/tasks.py",  # the same, where tensors are neighbours
     }

@@ -24,6 +24,7 @@ from loratool.files.sink import Arrived, piece_of
 from loratool.merging.engine import Engine
 from loratool.merging.in_memory import InMemoryOptions, MergedWeights
 from loratool.merging.planning import PlanOptions, plan_merge
+from loratool.merging.tasks import Job
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -177,7 +178,7 @@ def made(base: Path, adapter: Path, options: PlanOptions) -> tuple[MergePlan, di
     """The plan of a merge into the decoded base, and the tensors that it gives."""
     plan = plan_merge(decoded(open_checkpoint(base)), [read_adapter(adapter)], options)
     destination = InMemory()
-    Engine(plan, destination, start_torch("cpu"), 2, None, None).run()  # type: ignore[arg-type]
+    Engine([Job(plan, destination)], start_torch("cpu"), 2, None, None).run()  # type: ignore[arg-type]
     return plan, {name: value for content in destination.files.values() for name, value in load(bytes(content)).items()}
 
 

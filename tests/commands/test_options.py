@@ -98,7 +98,7 @@ def test_each_option_is_a_flag_of_the_command_and_a_keyword_of_the_function(comm
 def test_the_commands_have_no_options_that_the_library_has_not() -> None:
     """Apart from those that belong to a terminal, and from the ways of a merge that are functions of their own."""
     alone = {
-        "merge": {"named_base", "dry_run", "stream", "card", "out"},  # plan(), stream()
+        "merge": {"named_base", "dry_run", "stream", "card", "out", "also"},  # plan(), stream(), merge_many()
         "inspect": {"html", "overwrite"},  # html_page()
         "demo": {"overwrite"},
     }

@@ -37,7 +37,7 @@ from loratool.files.safefile import Layout
 from loratool.files.shard_writer import LocalFile
 from loratool.files.sink import Memory
 from loratool.files.system import create_file, open_direct
-from loratool.merging import engine, resources
+from loratool.merging import resources, tasks
 
 PAGE, SECTOR = max(4096, mmap.PAGESIZE), 512
 BF16, F16, F32, F64, U8 = torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.uint8
@@ -279,7 +279,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def small_parts(monkeypatch: pytest.MonkeyPatch, small_pieces: None) -> None:
     """Chunks of a few pages too, so that parts meet within a tensor."""
     monkeypatch.setattr(digests, "CHUNK", 7000)
-    monkeypatch.setattr(engine, "RUN", 9000)
+    monkeypatch.setattr(tasks, "RUN", 9000)
 
 
 @pytest.mark.parametrize("workers", [1, 8])
@@ -316,7 +316,7 @@ def test_a_file_is_right_whatever_its_tensors_and_its_parts_are(
     monkeypatch.setattr(resources, "CPU_BLOCK", chance.choice([1, 100, 4096, 5000, 20_000]))
     monkeypatch.setattr(sink, "COPY_PIECE", chance.choice([100, 4096, 4097, 20_000]))
     monkeypatch.setattr(digests, "CHUNK", chance.choice([1, 3000, 8192, 50_000, 1 << 26]))
-    monkeypatch.setattr(engine, "RUN", chance.choice([1, 3000, 8192, 1 << 26]))
+    monkeypatch.setattr(tasks, "RUN", chance.choice([1, 3000, 8192, 1 << 26]))
     sizes = (1, 2, 5, 30, 100, 190)
     files = [
         File(

@@ -1,0 +1,204 @@
+"""`merge_many()`: several outputs at one reading of their base, each as its own merge would make it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import permutations
+from pathlib import Path
+
+from loratool.adapters.formats import replaceable
+from loratool.bases.opening import open_checkpoint
+from loratool.devices import start_torch
+from loratool.errors import LoratoolError, StorageError, UsageError, printable
+from loratool.fetching import local
+from loratool.fetching.bases import chosen_base
+from loratool.files import stopwatch
+from loratool.files.outputs import check_stage, check_target, stage_of
+from loratool.files.stopwatch import lap
+from loratool.files.system import free_space
+from loratool.merging.merge import (
+    MergeOptions,
+    PathLike,
+    Progress,
+    cost,
+    make_all,
+    making,
+    planned,
+    read_all,
+)
+from loratool.merging.plan import MergePlan
+from loratool.results.base import Cost
+from loratool.results.merge import MergeReport
+from loratool.results.merge_many import MergeManyReport, ResultsOfOutputs
+from loratool.results.profile import Profile
+
+Weighted = tuple[PathLike, float]  # an adapter with its weight
+Adapters = PathLike | Weighted | Sequence[PathLike | Weighted]  # of one output
+Outputs = Mapping[str, Adapters] | Mapping[Path, Adapters]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One output that is to be made."""
+
+    out: PathLike
+    adapters: tuple[PathLike, ...]
+    options: MergeOptions  # with the weights of its adapters
+
+    @property
+    def key(self) -> str:
+        return os.fspath(self.out)
+
+    @property
+    def place(self) -> Path:
+        return Path(os.path.realpath(self.out))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One output whose plan is made."""
+
+    wanted: Wanted
+    plan: MergePlan
+    target: Path
+    paths: list[Path]  # of its adapters
+
+
+def merge_many(
+    base: PathLike, outputs: Outputs, options: MergeOptions, progress: Progress | None = None
+) -> MergeManyReport:
+    """Merge adapters into a base for several outputs; `loratool.commands.merge_many` says all of it."""
+    started, watch = time.monotonic(), stopwatch.begin("main")
+    wanted = wanted_outputs(outputs, options)
+    reports: dict[str, MergeReport] = {}
+    errors: dict[str, LoratoolError] = {}
+    try:
+        ready = prepare_many(base, wanted, errors)
+        check_space(ready, errors)
+        ready = [each for each in ready if each.wanted.key not in errors]
+        lap("plan")
+        runtime = start_torch(options.device)
+        makings = [
+            making((each.plan, each.target, each.paths), each.wanted.out, each.wanted.options, runtime, started)
+            for each in ready
+        ]
+        results = make_all(makings, options, runtime, progress, watch)
+    finally:
+        stopwatch.end()
+    for each, result in zip(ready, results, strict=True):
+        if isinstance(result, LoratoolError):
+            errors[each.wanted.key] = result
+        elif isinstance(result, Exception):
+            raise result  # out of memory, or a bug; the others are complete by now
+        else:
+            reports[each.wanted.key] = result
+    return MergeManyReport(
+        reports=reports,
+        errors={each.key: errors[each.key] for each in wanted if each.key in errors},
+        profile=Profile(stopwatch.together([watch])) if not reports else next(iter(reports.values())).profile,
+        cost=cost(runtime, started) if reports else Cost(),
+    )
+
+
+def plan_many(base: PathLike, outputs: Outputs, options: MergeOptions) -> ResultsOfOutputs[MergePlan]:
+    """The plans of several outputs, and what is wrong with those that have none; nothing is written."""
+    errors: dict[str, LoratoolError] = {}
+    ready = prepare_many(base, wanted_outputs(outputs, options), errors)
+    return ResultsOfOutputs({each.wanted.key: each.plan for each in ready}, errors)
+
+
+def wanted_outputs(outputs: Outputs, options: MergeOptions) -> list[Wanted]:
+    """What each output is to be made of. Raises `UsageError` where outputs cannot be made together."""
+    if not outputs:
+        raise UsageError("merge_many needs at least one output")
+    if options.weights:
+        raise UsageError(
+            "weights are given with the adapters of each output, as (adapter, weight); weights= is for loratool.merge"
+        )
+    wanted = [wanted_output(out, adapters, options) for out, adapters in outputs.items()]
+    for one, other in permutations(wanted, 2):
+        if one.place == other.place:
+            raise UsageError(f"{printable(one.key)} and {printable(other.key)} are the same folder")
+        if any(one.place.is_relative_to(folder) for folder in (other.place, stage_of(other.place))):
+            raise UsageError(f"{printable(one.key)} is inside {printable(other.key)}, which is another output")
+    return wanted
+
+
+def wanted_output(out: PathLike, adapters: Adapters, options: MergeOptions) -> Wanted:
+    """One output, whose adapters may be given with weights."""
+    pairs = [*weighted(adapters)]
+    if not pairs:
+        raise UsageError(f"{printable(out)}: an output needs at least one adapter")
+    weights = tuple(weight for _, weight in pairs)
+    given = any(weight is not None for weight in weights)
+    own = tuple(1.0 if weight is None else float(weight) for weight in weights) if given else ()
+    return Wanted(out, tuple(adapter for adapter, _ in pairs), dataclasses.replace(options, weights=own))
+
+
+def weighted(adapters: Adapters) -> Iterator[tuple[PathLike, float | None]]:
+    """Adapters with their weights, where those are given."""
+    if isinstance(adapters, (str, os.PathLike)):
+        yield adapters, None
+    elif isinstance(adapters, tuple) and len(adapters) == 2 and isinstance(adapters[1], (int, float)):
+        yield adapters
+    else:
+        for each in adapters:
+            yield from weighted(each)
+
+
+def prepare_many(base: PathLike, wanted: Sequence[Wanted], errors: dict[str, LoratoolError]) -> list[Prepared]:
+    """The plans of outputs for one base, which is opened once; what is wrong with an output goes to `errors`."""
+    inputs = [Path(base), *(Path(adapter) for each in wanted for adapter in each.adapters)]
+    places: dict[str, list[Path]] = {}
+    for each in wanted:
+        with attempt(each, errors):
+            check_target(Path(each.out), inputs, replaceable(each.options.overwrite))  # before anything is downloaded
+            places[each.key] = [local(adapter, "adapter") for adapter in each.adapters]
+    if not places:
+        return []
+    every = [path for paths in places.values() for path in paths]
+    model = open_checkpoint(local(chosen_base(base, every), "model"))
+    ready: list[Prepared] = []
+    for each in wanted:
+        if each.key in places:
+            with attempt(each, errors):
+                paths = places[each.key]
+                target = check_target(Path(each.out), [model.root, *every], replaceable(each.options.overwrite))
+                adapters = read_all(paths, each.options.readings(len(paths)))
+                ready.append(Prepared(each, planned(model, adapters, each.options), target, paths))
+    return ready
+
+
+@contextmanager
+def attempt(wanted: Wanted, errors: dict[str, LoratoolError]) -> Iterator[None]:
+    """Keep an error that concerns one output alone."""
+    try:
+        yield
+    except LoratoolError as error:
+        errors[wanted.key] = error
+    except OSError as error:
+        where = f"{printable(error.filename)}: " if error.filename else ""
+        errors[wanted.key] = StorageError(f"{where}{error.strerror or error}")
+
+
+def check_space(ready: Iterable[Prepared], errors: dict[str, LoratoolError]) -> None:
+    """Put an error where the disk has room for an output, but not for those before it as well."""
+    promised: Counter[int] = Counter()
+    for each in ready:
+        with attempt(each.wanted, errors):
+            disk, free = each.target.parent.stat().st_dev, free_space(each.target.parent)
+            found = check_stage(stage_of(each.target))
+            kept = sum(shard.size for shard in found.finished.values()) if found else 0
+            needed = max(0, each.plan.bytes_written - kept)
+            if free is not None and promised[disk] and free < promised[disk] + needed:
+                raise StorageError(
+                    f"{printable(each.wanted.key)}: the output needs {needed / 1e9:.2f} GB of disk, but only "
+                    f"{free / 1e9:.2f} GB are free, of which {promised[disk] / 1e9:.2f} GB are for other outputs"
+                )
+            promised[disk] += needed

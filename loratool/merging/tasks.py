@@ -1,0 +1,254 @@
+"""What the threads of an engine do: jobs with their output files, and tasks, grouped by the bytes that they read."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from loratool.files.digests import Digest, Listed, Tree, chunk_cuts, digest_of_part
+from loratool.files.known_digests import KnownDigests
+from loratool.files.open_sources import OpenSources
+from loratool.files.sink import Arrived
+from loratool.merging.resources import MOST_SHELVED
+from loratool.merging.row_blocks import EditedSpan
+from loratool.merging.shared_updates import SharedUpdates
+from loratool.merging.totals import Effect, Totals
+
+if TYPE_CHECKING:
+    from loratool.files.safefile import SafeFile
+    from loratool.files.sink import Destination, Sink
+    from loratool.merging.output_layout import ShardPlan, Span
+    from loratool.merging.plan import MergePlan
+
+RUN = 64 << 20  # bytes of small tensors that one worker copies
+
+
+@dataclass(eq=False)
+class Job:
+    """One plan on its way to one destination. A failure stops its own work, and that of no other job."""
+
+    plan: MergePlan
+    destination: Destination
+    known: KnownDigests | None = None  # digests of tensors that need no hashing
+    stop: threading.Event = field(default_factory=threading.Event)  # set when its work is to end early
+    shared: SharedUpdates = field(default_factory=lambda: SharedUpdates(MOST_SHELVED))
+    outputs: list[Output] = field(default_factory=list)
+    failure: Exception | None = None  # the first
+
+    totals: Totals = field(init=False)  # what was seen so far, by an earlier run too
+    todo: dict[str, ShardPlan] = field(init=False)  # the files that the destination has not when the work begins
+
+    def __post_init__(self) -> None:
+        finished = self.destination.finished
+        self.todo = {shard.name: shard for shard in self.plan.shards if shard.name not in finished}
+        self.totals = Totals(changed=self.plan.replaces or any(shard.changed for shard in finished.values()))
+        for shard in self.plan.shards:
+            if shard.name in finished:
+                measured = effects_in(shard)
+                self.totals.measured |= measured
+                self.totals.effective |= measured & {*finished[shard.name].effective}
+
+    def rounds(self) -> Iterator[Sequence[ShardPlan]]:
+        """The files to make, in the rounds in which the destination takes them."""
+        for names in self.destination.rounds(tuple(self.todo)):
+            yield [self.todo[name] for name in names]
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Keep an error, and stop the job for it; an interrupt is for all jobs."""
+        try:
+            yield
+        except Exception as error:
+            self.failure = self.failure or error
+            self.stop.set()
+
+    def close(self) -> None:
+        """Close all files, once no thread is at work on them any more. Some systems remove no file that is open."""
+        for output in self.outputs:
+            output.sink.close()
+            output.sources.close()
+
+    def known_of(self, span: Span) -> Listed | None:
+        """What is known of the digests of an output tensor whose bytes are an input's."""
+        if self.known is None or not span.untouched or not span.placed.nbytes:
+            return None
+        (tensor,) = span.weight.tensors
+        return self.known.of(tensor.file, tensor.info) if tensor.info.shape == span.placed.shape else None
+
+
+@dataclass(eq=False)
+class Output:
+    """One output file on its way."""
+
+    job: Job
+    plan: ShardPlan
+    sink: Sink
+    sources: OpenSources
+    hashed: Arrived  # bytes of tensors whose digests are known
+    known: dict[str, Listed] = field(default_factory=dict)  # tensor → what its digests are without hashing it
+    chunks: dict[str, list[str]] = field(default_factory=dict)  # tensor → digests of its chunks, once they are made
+
+    @classmethod
+    def of(cls, job: Job, plan: ShardPlan) -> Output:
+        """A file of a job that nothing was written to so far."""
+        sink = job.destination.open(plan.name, plan.layout, job.stop)
+        output = cls(job, plan, sink, OpenSources(), Arrived(job.stop))
+        job.outputs.append(output)
+        empty = digest_of_part(b"")
+        for span in plan.spans:
+            output.chunks[span.placed.name] = [empty] * len(chunks_of(span))
+            if (listed := job.known_of(span)) is not None:
+                output.known[span.placed.name] = listed
+                output.hashed.add(span.placed.nbytes)
+        return output
+
+    def place(self, chunk: Chunk) -> int:
+        """The byte of the file at which a chunk begins."""
+        return self.plan.layout.data_start + chunk.span.placed.start + chunk.start
+
+    def note(self, chunk: Chunk, digest: str) -> None:
+        """Keep the digest of a chunk."""
+        self.chunks[chunk.span.placed.name][chunk.number] = digest
+        self.hashed.add(chunk.size)
+
+    def digest(self) -> Digest | None:
+        """Of the whole file, once the digests of all chunks are there; None when the work is being stopped."""
+        layout = self.plan.layout
+        if not self.hashed.wait_for(layout.size - layout.data_start):
+            return None
+        return Digest(layout.size, tree=Tree.of(layout, {n: tuple(c) for n, c in self.chunks.items()} | self.known))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Bytes of an output tensor that have a digest of their own."""
+
+    span: Span
+    number: int
+    start: int  # byte of the tensor
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def origin(self) -> Hashable:
+        """What chunks have in common that are made of the same bytes."""
+        tensor, placed = self.span.weight.tensors[0], self.span.placed
+        return id(tensor.file), tensor.info.name, placed.dtype, self.start, self.stop
+
+
+Cell = list[tuple[Output, Chunk]]  # chunks that are made of the same bytes
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Neighbouring chunks that no edit touches."""
+
+    output: Output
+    chunks: tuple[Chunk, ...]
+    known: bool  # whether they have digests already
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A chunk of an edited or converted span."""
+
+    output: Output
+    work: EditedSpan
+    chunk: Chunk
+
+
+Task = Copy | Compute
+
+
+def effects_in(shard: ShardPlan) -> set[Effect]:
+    """The updates that change something in a file."""
+    return {(edit.adapter, edit.target) for span in shard.spans for edit in span.edits}
+
+
+def chunks_of(span: Span) -> list[Chunk]:
+    """The chunks of an output tensor."""
+    return [Chunk(span, number, *cut) for number, cut in enumerate(pairwise(chunk_cuts(span.placed)))]
+
+
+def tasks_on(outputs: Sequence[Output]) -> Iterator[tuple[Task, ...]]:
+    """All tasks of some output files; those on the same bytes of an input come together, for one worker.
+
+    What needs no arithmetic comes first, for torch may still be on its way.
+    """
+    cells: dict[Hashable, Cell] = {}
+    for output in outputs:
+        for span in output.plan.spans:
+            for chunk in chunks_of(span):
+                if chunk.size:
+                    cells.setdefault(chunk.origin, []).append((output, chunk))
+    untouched = {key: all(chunk.span.untouched for _, chunk in cell) for key, cell in cells.items()}
+    for run in runs(cell for key, cell in cells.items() if untouched[key]):
+        yield tuple(copy_of(column) for column in zip(*run, strict=True))
+    begun: dict[tuple[int, int], EditedSpan] = {}  # by output and span
+    for key, cell in cells.items():
+        if not untouched[key]:
+            yield tuple(copy_of([each]) if each[1].span.untouched else compute_of(*each, begun) for each in cell)
+
+
+def copy_of(chunks: Sequence[tuple[Output, Chunk]]) -> Copy:
+    """The task for neighbouring chunks of one output."""
+    output, first = chunks[0]
+    return Copy(output, tuple(chunk for _, chunk in chunks), first.span.placed.name in output.known)
+
+
+def compute_of(output: Output, chunk: Chunk, begun: dict[tuple[int, int], EditedSpan]) -> Compute:
+    """The task for a chunk; all chunks of a span share its loaded factors, which go with the last of them."""
+    span, job, key = chunk.span, output.job, (id(output), id(chunk.span))
+    work = begun.pop(key, None) or EditedSpan(span, job.totals, job.shared, job.plan.rounding)
+    if chunk.stop < span.placed.nbytes:
+        begun[key] = work
+    return Compute(output, work, chunk)
+
+
+def runs(cells: Iterable[Cell]) -> Iterator[list[Cell]]:
+    """Cells in the order of a file, in groups that are next to each other in every output."""
+    run: list[Cell] = []
+    size = 0
+    for cell in cells:
+        count = cell[0][1].size
+        if run and (size + count > RUN or not is_next(run[-1], cell)):
+            yield run
+            run, size = [], 0
+        run.append(cell)
+        size += count
+    if run:
+        yield run
+
+
+def is_next(before: Cell, cell: Cell) -> bool:
+    """Whether the chunks of a cell follow those of another one, each in the same file, with digests or without alike."""
+    return len(before) == len(cell) and all(
+        one is other
+        and one.place(left) + left.size == other.place(right)
+        and (left.span.placed.name in one.known) == (right.span.placed.name in one.known)
+        for (one, left), (other, right) in zip(before, cell, strict=True)
+    )
+
+
+def ranges_of(chunks: Iterable[Chunk]) -> Iterator[tuple[SafeFile, int, int]]:
+    """Where untouched chunks lie in input files, as file, start and count; neighbours are one range."""
+    file: SafeFile | None = None
+    start = stop = 0
+    for chunk in chunks:
+        (tensor,) = chunk.span.weight.tensors
+        at = tensor.file.position(tensor.info) + chunk.start
+        if file is not None and (tensor.file is not file or at != stop):
+            yield file, start, stop - start
+            file = None
+        if file is None:
+            file, start = tensor.file, at
+        stop = at + chunk.size
+    if file is not None:
+        yield file, start, stop - start
