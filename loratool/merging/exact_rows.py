@@ -30,6 +30,8 @@ MOST_VIEWS = 64
 ROUNDOFF = {4: 2.0**-24, 8: 2.0**-53}  # by bytes of the dtype: half the distance from 1 to the next number
 TINIEST = {4: 2.0**-124, 8: 2.0**-960}  # more than underflow takes from a number
 GENEROUS = 1 + 2.0**-10  # times a bound: for the roundings in computing the bound itself
+TIES = {True: 0x8000, False: 0x1000}  # last bits of a float32 that is half-way between two of bfloat16, or of float16
+NORMAL = 2.0**-14  # the smallest size of which that is true for float16
 WORKABLE = 2.0**-60, 2.0**60  # sizes of scales and sums that float32 computes with
 
 
@@ -112,6 +114,7 @@ class Stack:
     scale: float
     lengths: Tensor  # (rows,) of the rows of `up`, in float64; their largest elements where there is no `down`
     spans: Tensor  # (columns,) lengths of the columns of `down`, in float64
+    sizes: tuple[Tensor, Tensor]  # both in the working dtype
     reach: float  # no element of the product is larger, and no sum of the sizes of what it is the sum of
     lifted: Tensor | None  # `down` with a row of ones, by which a constant is added in the product
     module: str  # the target of the first part
@@ -132,7 +135,8 @@ class Stack:
             lengths = torch.stack([each.abs().amax(1).double() for each in scaled]).sum(0)
             spans = torch.ones(up.shape[1], dtype=torch.float64, device=up.device)
         reach = float(lengths.max()) * float(spans.max()) * abs(scale) * GENEROUS
-        return cls(parts[0].place, up, down, scale, lengths, spans, reach, lifted, parts[0].module)
+        sizes = lengths.to(work), spans.to(work)
+        return cls(parts[0].place, up, down, scale, lengths, spans, sizes, reach, lifted, parts[0].module)
 
     @property
     def terms(self) -> int:
@@ -162,8 +166,9 @@ class Stack:
     def sizes_at(self, rows: Tensor, columns: Tensor) -> Tensor:
         """What no single element of the product exceeds, nor the sum of the sizes of what it is the sum of."""
         own, across, inside = self.place.own(rows, columns)
-        sizes = self.lengths[own] * self.spans[across] * (abs(self.scale) * GENEROUS)
-        return sizes if inside is None else sizes * inside
+        lengths, spans = self.sizes
+        sizes = lengths.index_select(0, own).mul_(spans.index_select(0, across)).mul_(abs(self.scale) * GENEROUS)
+        return sizes if inside is None else sizes.mul_(inside)
 
 
 @dataclass
@@ -336,6 +341,9 @@ class ExactSum:
         """ΔW of some rows, (n, width) in the working dtype; `rows` are their numbers."""
         change = torch.zeros(len(rows), self.width, dtype=self.work, device=rows.device)
         for stack in self.stacks:
+            if stack.down is not None and stack.covers(int(rows[0]), int(rows[-1]) - int(rows[0]) + 1):
+                change.addmm_(stack.up.index_select(0, rows - stack.place.first), stack.down, alpha=stack.scale)
+                continue
             inside = torch.nonzero((rows >= stack.place.first) & (rows < stack.place.stop)).flatten()
             up = stack.up[rows[inside] - stack.place.first]
             part = up if stack.down is None else up @ stack.down
@@ -381,12 +389,10 @@ class ExactSum:
             rows = places // self.width
             columns = places - rows * self.width
             rows += first
-            sizes = [(stack.terms, stack.sizes_at(rows, columns)) for stack in self.near(rows)]
-            sums = sums.double()
-            reach = sum(size for _, size in sizes)
-            product = sum(terms * size for terms, size in sizes) * self.unit
-            near = (self.step + 2 * self.unit) * (sums.abs() + reach)
-            error = product + near + (self.underflow + 16 * self.unit * margin)
+            near = (self.step + 2 * self.unit) * GENEROUS
+            error = sums.abs().mul_(near).add_((self.underflow + 16 * self.unit * margin) * GENEROUS)
+            for stack in self.near(rows):
+                error.add_(stack.sizes_at(rows, columns), alpha=(stack.terms * self.unit + near) * GENEROUS)
             result = round_once(sums - error, self.target)
             left = torch.nonzero(bits_of(result) != bits_of(round_once(sums + error, self.target))).flatten()
             after[places] = result
@@ -418,17 +424,15 @@ class ExactSum:
         lowest, highest = int(rows.min()), int(rows.max())
         parts = [part for part in self.parts if part.place.first <= highest and part.place.stop > lowest]
         factors = [(*part.factors_at(rows, columns), part.scale) for part in parts]
-        value, sizes = weights.clone(), weights.abs()
+        value, added = weights.clone(), torch.zeros_like(weights)
         for stack in self.near(rows):
-            sizes += stack.sizes_at(rows, columns)
+            added += stack.sizes_at(rows, columns)
         for left, right, scale in factors:
-            value += (left * right).sum(1) * scale
+            value.add_((left * right).sum(1), alpha=scale)
         terms = sum(left.shape[1] + 4 for left, _, _ in factors) + 4
-        error = sizes * (terms * ROUNDOFF[8] * GENEROUS) + terms * TINIEST[8]
-        result, upper = round_once(value - error, self.target), round_once(value + error, self.target)
-        still = sizes == weights.abs()  # nothing is added
-        result = torch.where(still, round_once(weights, self.target), result)
-        open_yet = torch.nonzero((bits_of(result) != bits_of(upper)) & ~still).flatten()
+        slack = terms * (TINIEST[8] + self.underflow)
+        error = added.add_(weights.abs()).mul_(terms * ROUNDOFF[8] * GENEROUS).add_(slack)
+        result, open_yet = round_within(value, error, self.target)
         if len(open_yet):
             terms_there: list[Term] = [
                 (left[open_yet].T.cpu().numpy(), right[open_yet].T.cpu().numpy(), scale)
@@ -437,6 +441,24 @@ class ExactSum:
             exact = exact_sums(weights[open_yet].cpu().numpy(), terms_there, self.target)
             result[open_yet] = exact.to(result.device)
         return result
+
+
+def round_within(values: Tensor, errors: Tensor, target: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Values in float64, each give or take its error, rounded once; and the places of those that may go either way."""
+    if target.itemsize != 2:
+        result = round_once(values - errors, target)
+        return result, torch.nonzero(bits_of(result) != bits_of(round_once(values + errors, target))).flatten()
+    single = values.to(torch.float32)
+    result, tie = single.to(target), TIES[target == torch.bfloat16]
+    # whatever float32 is not at a tie is half a step of float32 away from one, and more than its error
+    near = (bits_of(single) & (2 * tie - 1)) == tie
+    near |= (errors > single.abs().double() * 2.0**-26) | (single.abs() < NORMAL)
+    few = torch.nonzero(near).flatten()
+    if not len(few):
+        return result, few
+    lower, upper = round_once(values[few] - errors[few], target), round_once(values[few] + errors[few], target)
+    result[few] = lower
+    return result, few[bits_of(lower) != bits_of(upper)]
 
 
 def add(stacks: Sequence[Stack], change: Tensor, first: int, lift: float) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from loratool.lazy import Tensor
+from loratool.lazy import Tensor, torch
 from loratool.merging.exact_rows import Place
 from loratool.merging.plan import MergePlan
 from loratool.notes import Note
@@ -32,8 +32,10 @@ def measure_kept(
     found: dict[str, tuple[float, float]] = {}
     for module, place in modules:
         inside = (rows >= place.first) & (rows < place.stop)
-        wanted, got = change[inside][:, place.columns].double(), applied[inside][:, place.columns].double()
-        product, squared = float((wanted * got).sum()) * times, float(wanted.square().sum()) * times
+        whole = bool(inside.all()) and place.columns == slice(None)
+        wanted, got = (e if whole else e[inside][:, place.columns] for e in (change, applied))
+        product = float((wanted * got).sum(dtype=torch.float64)) * times
+        squared = float(torch.linalg.vector_norm(wanted)) ** 2 * times
         if math.isfinite(product) and math.isfinite(squared):
             one, other = found.get(module, (0.0, 0.0))
             found[module] = one + product, other + squared

@@ -132,8 +132,9 @@ class LoadedEdits:
             rows = self.sampled(first, before)
             if len(rows) and not self.replacements:
                 modules = [(stack.module, stack.place) for stack in self.sum.stacks]
-                at, change = rows - first, self.sum.change_of(rows)
-                seen.kept = measure_kept(before[at], change, after[at], rows, modules, self.every)
+                some = slice(int(rows[0]) - first, None, self.every)
+                change = self.sum.change_of(rows)
+                seen.kept = measure_kept(before[some], change, after[some], rows, modules, self.every)
         return seen
 
     @property
@@ -191,8 +192,8 @@ class LoadedEdits:
         if len(rows) and not self.replacements:
             edits = [(each.edit.target, each.edit) for each in self.others]
             modules = [(target, Place(e.first_row, e.rows, e.columns, self.width)) for target, e in edits]
-            at = rows - first
-            seen.kept = measure_kept(before[at], block[at], after[at], rows, modules, self.every)
+            some = slice(int(rows[0]) - first, None, self.every)
+            seen.kept = measure_kept(before[some], block[some], after[some], rows, modules, self.every)
         seen.largest = math.inf  # nobody looked
 
 
