@@ -185,6 +185,7 @@ class Scratch:
     """Memory for some rows after the other."""
 
     def __init__(self, device: torch.device, elements: int, itemsize: int) -> None:
+        self.elements = elements
         every = (elements * itemsize, elements * itemsize, elements * 4)
         self.weight, self.change, self.upper = (torch.empty(n, dtype=torch.uint8, device=device) for n in every)
         self.unequal = numpy.empty(elements if device.type == "cpu" else 0, numpy.bool_)

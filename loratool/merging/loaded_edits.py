@@ -24,7 +24,7 @@ from loratool.merging.compensating import compensate
 from loratool.merging.exact_rows import ExactSum, Part, Place, Scratch, Seen, convert, largest_of
 from loratool.merging.gain import measure_kept
 from loratool.merging.output_layout import Span
-from loratool.merging.resources import TILE, sums_products
+from loratool.merging.resources import sums_products
 from loratool.merging.shared_updates import SharedUpdates
 from loratool.merging.stochastic import random_numbers, round_at_random
 from loratool.merging.totals import Effect
@@ -32,6 +32,7 @@ from loratool.merging.totals import Effect
 LOOKED_AT = 1 << 19  # elements in which the effect of an update is looked for at a time
 LOOKED_AT_FIRST = 1 << 14  # elements in which it is looked for at first; most show it there
 SAMPLED = 1 << 18  # elements of a weight whose rounding is looked at: gains are right to 0.01 and better
+AT_RANDOM = 1 << 18  # elements that are rounded at random at a time
 READ_AT_ONCE = 16 << 20  # bytes of a weight that is looked at before it is edited
 
 
@@ -123,7 +124,7 @@ class LoadedEdits:
         elif self.sum is None:
             self.merge_formulas(before, first, after, seen)
         else:
-            tile = before.shape[0] if before.is_cuda else max(1, TILE // self.width)
+            tile = max(1, scratch.elements // self.width)
             substitute = self.substitute if self.replacements else None
             total = self.rounded or self.sum
             seen = total.merge(before, first, after, scratch, tile, substitute, measure)
@@ -144,7 +145,7 @@ class LoadedEdits:
     def round_sums(self, before: torch.Tensor, first: int, after: torch.Tensor) -> None:
         """Round the exact sums of some rows at random, in place of `after`; what is not finite stays as it is."""
         assert self.sum is not None
-        step = max(1, TILE // self.width)
+        step = max(1, AT_RANDOM // self.width)
         for at in range(0, before.shape[0], step):
             weight = before[at : at + step].double()
             self.substitute(weight, first + at)

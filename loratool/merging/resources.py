@@ -26,7 +26,8 @@ FEW_WORKERS = 4  # more of them take blocks of twice the size, so that they wait
 CUDA_BLOCK = (16 << 20) - 2 * PAGE
 MOST_SHELVED = 4  # updates that several spans share and that stay in memory for the next one
 SMALLEST_BLOCK = 64 << 10
-TILE = 1 << 18  # elements that are computed at a time on a CPU: they stay in a core's cache
+TILE = 1 << 18  # elements that are computed at a time on a CPU: they stay in a core's cache; with larger blocks
+LARGE_TILE = 1 << 20  # these, in fewer calls
 FORMULA_BLOCK = 1 << 18  # elements of a block that no sum of products changes: whatever a merge may use, for sums in
 # another order give other last bits
 FORMULA_MEMORY = 80  # bytes of such an element while it is computed, in float64 with copies
@@ -156,8 +157,8 @@ def sums_products(span: Span) -> bool:
 
 def tile_elements(span: Span, block: int, on_gpu: bool) -> int:
     """Elements of a block that are computed at a time."""
-    rows = rows_of_block(span, block)
-    return (rows if on_gpu else min(rows, max(1, TILE // max(1, span.width)))) * span.width
+    rows, most = rows_of_block(span, block), TILE if block <= CPU_BLOCK else LARGE_TILE
+    return (rows if on_gpu else min(rows, max(1, most // max(1, span.width)))) * span.width
 
 
 def needs_float64(span: Span) -> bool:
