@@ -12,7 +12,14 @@ from loratool.errors import escaped
 
 # Codes of notes that the command line prints on stderr as warnings too.
 WARNINGS = frozenset(
-    {"adapter-without-effect", "alpha-is-zero", "expert-layout-assumed", "file-not-used", "peft-loses-layers"}
+    {
+        "adapter-without-effect",
+        "alpha-is-zero",
+        "expert-layout-assumed",
+        "file-not-used",
+        "peft-loses-layers",
+        "update-lost-in-rounding",
+    }
 )
 
 

@@ -15,160 +15,21 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from loratool.algebra.rounding import Term, bits_of, exact_sums, round_once
-from loratool.algebra.updates.base import Product
 from loratool.files.stopwatch import lap
 from loratool.lazy import Tensor, numpy, torch
+from loratool.merging.parts import GENEROUS, TINIEST, Part, Stack
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-ALL = slice(None)
 TOGETHER = 1 << 18  # products that are computed anew at a time
 DECIDED_TOGETHER = 1 << 16  # elements
 MANY = 16  # where more than one of so many elements is undecided, it is asked whether anything is added to them
 MOST_VIEWS = 64
 ROUNDOFF = {4: 2.0**-24, 8: 2.0**-53}  # by bytes of the dtype: half the distance from 1 to the next number
-TINIEST = {4: 2.0**-124, 8: 2.0**-960}  # more than underflow takes from a number
-GENEROUS = 1 + 2.0**-10  # times a bound: for the roundings in computing the bound itself
 TIES = {True: 0x8000, False: 0x1000}  # last bits of a float32 that is half-way between two of bfloat16, or of float16
 NORMAL = 2.0**-14  # the smallest size of which that is true for float16
 WORKABLE = 2.0**-60, 2.0**60  # sizes of scales and sums that float32 computes with
-
-
-@dataclass(frozen=True)
-class Place:
-    """Some rows and columns of a weight, which something has for its own."""
-
-    first: int  # row of the weight
-    rows: int
-    columns: slice  # of the weight
-    width: int  # how many those are
-
-    @property
-    def stop(self) -> int:
-        return self.first + self.rows
-
-    def own(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Own rows and columns of single elements, and which elements are in here; None where all are."""
-        own, inside = rows - self.first, None
-        if int(own.min()) < 0 or int(own.max()) >= self.rows:
-            inside = (own >= 0) & (own < self.rows)
-            own = own.clamp(0, self.rows - 1)
-        if self.columns == ALL:
-            return own, columns, inside
-        start, step = self.columns.start or 0, self.columns.step or 1
-        across = ((columns - start) // step).clamp(0, self.width - 1)
-        met = across * step + start == columns
-        return own, across, met if inside is None else inside & met
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one product adds to some rows and columns of a weight."""
-
-    place: Place
-    up: Tensor  # (rows, rank)
-    down: Tensor | None  # (rank, columns); where there is none, `up` are the values
-    scale: float  # strength included
-    module: str = ""  # the target of the update
-
-    @classmethod
-    def of(cls, product: Product, first: int, at: int, rows: int, columns: slice, strength: float) -> Part | None:
-        """The part of a product that goes to `rows` rows of a weight from `first` on, which are the update's from `at` on."""
-        start = max(product.first, at)
-        stop = min(product.first + product.up.shape[0], at + rows)
-        if start >= stop:
-            return None
-        up = product.up[start - product.first : stop - product.first]
-        width = (up if product.down is None else product.down).shape[1]
-        return cls(Place(first + start - at, len(up), columns, width), up, product.down, product.scale * strength)
-
-    @property
-    def rank(self) -> int:
-        return self.up.shape[1] if self.down is not None else 1
-
-    @cached_property
-    def turned(self) -> Tensor:
-        """`down`, (columns, rank), whose rows are gathered quickly."""
-        assert self.down is not None
-        return self.down.T.contiguous()
-
-    def factors_at(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Both factors of single elements in float64, (count, rank) each; zero for elements that are not this part's."""
-        own, across, inside = self.place.own(rows, columns)
-        if self.down is None:
-            left = self.up[own, across].double()[:, None]
-            right = torch.ones_like(left)
-        else:
-            left, right = self.up.index_select(0, own).double(), self.turned.index_select(0, across).double()
-        return left if inside is None else left * inside[:, None], right
-
-
-@dataclass(frozen=True)
-class Stack:
-    """The parts of one place as one product in the working dtype, with the lengths that bound its error."""
-
-    place: Place
-    up: Tensor  # (rows, rank)
-    down: Tensor | None
-    scale: float
-    lengths: Tensor  # (rows,) of the rows of `up`, in float64; their largest elements where there is no `down`
-    spans: Tensor  # (columns,) lengths of the columns of `down`, in float64
-    sizes: tuple[Tensor, Tensor]  # both in the working dtype
-    reach: float  # no element of the product is larger, and no sum of the sizes of what it is the sum of
-    lifted: Tensor | None  # `down` with a row of ones, by which a constant is added in the product
-    module: str  # the target of the first part
-
-    @classmethod
-    def of(cls, parts: Sequence[Part], work: torch.dtype) -> Stack:
-        """One product of parts of the same place; each factor is rounded once at most."""
-        scale = parts[0].scale if len(parts) == 1 else 1.0
-        scaled = [part.up if len(parts) == 1 else (part.up.double() * part.scale) for part in parts]
-        downs = [part.down for part in parts if part.down is not None]
-        if downs:
-            ones = torch.ones_like(downs[0][:1])
-            up, lifted = torch.cat(scaled, 1).to(work), torch.cat([*downs, ones], 0).to(work)
-            down = lifted[:-1]
-            lengths, spans = (torch.linalg.vector_norm(f.double(), dim=d) for f, d in ((up, 1), (down, 0)))
-        else:
-            up, down, lifted = sum(scaled[1:], scaled[0]).to(work), None, None
-            lengths = torch.stack([each.abs().amax(1).double() for each in scaled]).sum(0)
-            spans = torch.ones(up.shape[1], dtype=torch.float64, device=up.device)
-        reach = float(lengths.max()) * float(spans.max()) * abs(scale) * GENEROUS
-        sizes = lengths.to(work), spans.to(work)
-        return cls(parts[0].place, up, down, scale, lengths, spans, sizes, reach, lifted, parts[0].module)
-
-    @property
-    def terms(self) -> int:
-        """Roundings in an element, at most."""
-        return 5 + (1 if self.down is None else self.up.shape[1])
-
-    @property
-    def underflow(self) -> float:
-        """What underflow may take from an element."""
-        unit = TINIEST[self.up.dtype.itemsize]
-        return self.terms * unit * (1 + abs(self.scale)) * (1 + float(self.spans.max()))
-
-    def covers(self, first: int, count: int) -> bool:
-        """Whether all of some rows of the weight are in here."""
-        return self.place.first <= first and self.place.stop >= first + count and self.place.columns == ALL
-
-    def add_to(self, rows: Tensor, first: int) -> None:
-        """Add some rows of the product to `rows`, which begin at row `first`."""
-        start, stop = max(first, self.place.first), min(first + rows.shape[0], self.place.stop)
-        up = self.up[start - self.place.first : stop - self.place.first]
-        part = rows[start - first : stop - first, self.place.columns]
-        if self.down is None:
-            part.add_(up, alpha=self.scale)
-        else:
-            part.addmm_(up, self.down, alpha=self.scale)
-
-    def sizes_at(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """What no single element of the product exceeds, nor the sum of the sizes of what it is the sum of."""
-        own, across, inside = self.place.own(rows, columns)
-        lengths, spans = self.sizes
-        sizes = lengths.index_select(0, own).mul_(spans.index_select(0, across)).mul_(abs(self.scale) * GENEROUS)
-        return sizes if inside is None else sizes.mul_(inside)
 
 
 @dataclass
@@ -225,7 +86,7 @@ class ExactSum:
 
     def __init__(self, parts: Iterable[Part], width: int, target: torch.dtype, exact: torch.dtype) -> None:
         """`width` is that of the weight; `exact` a dtype that holds every element of W as it is, float32 or float64."""
-        self.parts, self.width, self.target = tuple(parts), width, target
+        self.parts, self.width, self.target, self.exact = tuple(parts), width, target, exact
         self.work = working_dtype(self.parts, target, exact)
         groups: dict[tuple[object, ...], list[Part]] = {}
         for part in self.parts:

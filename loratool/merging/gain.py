@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from loratool.lazy import Tensor, torch
-from loratool.merging.exact_rows import Place
+from loratool.merging.parts import Place
 from loratool.merging.plan import MergePlan
 from loratool.notes import Note
 from loratool.templates import listed

@@ -21,9 +21,10 @@ from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import torch
 from loratool.merging.compensating import compensate
-from loratool.merging.exact_rows import ExactSum, Part, Place, Scratch, Seen, convert, largest_of
+from loratool.merging.exact_rows import ExactSum, Scratch, Seen, convert, largest_of
 from loratool.merging.gain import measure_kept
 from loratool.merging.output_layout import Span
+from loratool.merging.parts import Part, Place
 from loratool.merging.resources import sums_products
 from loratool.merging.shared_updates import SharedUpdates
 from loratool.merging.stochastic import random_numbers, round_at_random

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import loratool
 from loratool.merging import resources
-from loratool.merging.exact_rows import ALL, ExactSum, Part, Place, Scratch
+from loratool.merging.exact_rows import ExactSum, Scratch
+from loratool.merging.parts import ALL, Part, Place
 
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device here, or LORATOOL_TEST_CUDA=1 is not set"
