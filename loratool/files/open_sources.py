@@ -30,7 +30,9 @@ class OpenSources:
 
     def check_unchanged(self) -> None:
         """Raise `InputError` when a file was changed or cut while it was open."""
-        for file, source in self.opened.values():
+        with self.lock:
+            opened = list(self.opened.values())  # another thread may open one meanwhile
+        for file, source in opened:
             file.check_unchanged(source)
 
     def __enter__(self) -> OpenSources:
