@@ -30,10 +30,12 @@ def measure_kept(
     """
     applied = after.to(change.dtype) - before.to(change.dtype)
     found: dict[str, tuple[float, float]] = {}
+    lowest, highest = int(rows[0]), int(rows[-1])
     for module, place in modules:
-        inside = (rows >= place.first) & (rows < place.stop)
-        whole = bool(inside.all()) and place.columns == slice(None)
-        wanted, got = (e if whole else e[inside][:, place.columns] for e in (change, applied))
+        wanted, got = change, applied
+        if place.first > lowest or place.stop <= highest or place.columns != slice(None):
+            inside = (rows >= place.first) & (rows < place.stop)
+            wanted, got = (each[inside][:, place.columns] for each in (change, applied))
         product = float((wanted * got).sum(dtype=torch.float64)) * times
         squared = float(torch.linalg.vector_norm(wanted)) ** 2 * times
         if math.isfinite(product) and math.isfinite(squared):
