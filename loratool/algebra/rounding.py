@@ -148,13 +148,18 @@ def decided(high: Numbers, low: Numbers, rest: Numbers, dtype: torch.dtype) -> t
     return result, sure & numpy.isfinite(values)
 
 
+def exponent_of(size: Fraction) -> int:
+    """That of a positive number: 2 ** exponent ≤ size < 2 ** (exponent + 1)."""
+    exponent = size.numerator.bit_length() - size.denominator.bit_length()
+    return exponent - (size < Fraction(2) ** exponent)
+
+
 def nearest(value: Fraction, dtype: torch.dtype) -> float:
     """The number of `dtype` next to `value`, ties to even; infinite beyond the largest one."""
     size, about = abs(value), torch.finfo(dtype)
     if size == 0:
         return 0.0
-    exponent = size.numerator.bit_length() - size.denominator.bit_length()
-    exponent -= size < Fraction(2) ** exponent  # 2 ** exponent ≤ size < 2 ** (exponent + 1)
+    exponent = exponent_of(size)
     finest = int(math.log2(about.eps))  # the step at 1, as a power of two
     unit = max(exponent, int(math.log2(about.smallest_normal))) + finest
     count = round(size / Fraction(2) ** unit)  # ties to even

@@ -137,7 +137,7 @@ class Rounding:
         return self.product / self.squared if self.squared and math.isfinite(self.product) else None
 
     def try_on(self, place: Place, weight: Slice, device: torch.device, entries: int) -> None:
-        """Round some rows of a place, in the float32 arithmetic of a merge."""
+        """Round some rows of a place, in float32."""
         import torch
 
         update = low_rank(place.update) or place.update

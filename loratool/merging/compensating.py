@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from loratool.lazy import Tensor, torch
 from loratool.merging.exact_rows import ExactSum
-from loratool.merging.parts import Part
+from loratool.merging.parts import Part, by_place
 
 SAMPLED = 1 << 20  # elements of a weight that a core is corrected on
 RUN = 8  # rows of the sample that lie next to each other
@@ -35,12 +35,8 @@ def compensate(total: ExactSum, parts: Sequence[Part], read: Callable[[Tensor], 
         parts: all of its parts.
         read: gives rows of W, (n, width) in float32 or float64, for their numbers.
     """
-    groups: dict[tuple[object, ...], list[Part]] = {}
-    for part in parts:
-        place = part.place
-        groups.setdefault((place.first, place.rows, str(place.columns), part.down is None), []).append(part)
     result: list[Part] = []
-    for group in groups.values():
+    for group in by_place(parts):
         result += [Compensation(total, group, read).corrected()] if group[0].down is not None else group
     return result
 

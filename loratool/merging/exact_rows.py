@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from loratool.algebra.rounding import Term, bits_of, exact_sums, round_once
 from loratool.files.stopwatch import lap
 from loratool.lazy import Tensor, numpy, torch
-from loratool.merging.parts import GENEROUS, TINIEST, Part, Stack
+from loratool.merging.parts import GENEROUS, TINIEST, Part, Stack, by_place
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -88,11 +88,7 @@ class ExactSum:
         """`width` is that of the weight; `exact` a dtype that holds every element of W as it is, float32 or float64."""
         self.parts, self.width, self.target, self.exact = tuple(parts), width, target, exact
         self.work = working_dtype(self.parts, target, exact)
-        groups: dict[tuple[object, ...], list[Part]] = {}
-        for part in self.parts:
-            place = part.place
-            groups.setdefault((place.first, place.rows, str(place.columns), part.down is None), []).append(part)
-        self.stacks = tuple(Stack.of(group, self.work) for group in groups.values())
+        self.stacks = tuple(Stack.of(group, self.work) for group in by_place(self.parts))
         self.unit = ROUNDOFF[self.work.itemsize]
         self.step = 2 * self.unit  # of a sum's size: what its rounding takes, and that of the other end
         if self.work == torch.float64 and target.itemsize == 2:  # torch goes by way of float32
@@ -135,7 +131,7 @@ class ExactSum:
             if odd is not None:
                 kept = convert(weight, self.target, finite=False)
                 size = largest_of(weight.masked_fill_(odd, 0))
-            stacks = [e for e in self.stacks if e.place.first < begin + count and e.place.stop > begin]
+            stacks = [each for each in self.stacks if each.place.meets(begin, begin + count)]
             largest = size + sum(stack.reach for stack in stacks)
             unsure = None
             lap("measure")
@@ -176,7 +172,7 @@ class ExactSum:
     def sums(self, weight: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """W + ΔW of some rows, from `first` on, in the working dtype, and how far each may be from the exact value."""
         count = weight.shape[0]
-        stacks = [e for e in self.stacks if e.place.first < first + count and e.place.stop > first]
+        stacks = [each for each in self.stacks if each.place.meets(first, first + count)]
         change, errors = torch.zeros_like(weight), torch.zeros_like(weight)
         for stack in stacks:
             stack.add_to(change, first)
@@ -267,7 +263,7 @@ class ExactSum:
         if len(self.stacks) == 1:
             return self.stacks
         lowest, highest = int(rows.min()), int(rows.max())
-        return [each for each in self.stacks if each.place.first <= highest and each.place.stop > lowest]
+        return [each for each in self.stacks if each.place.meets(lowest, highest + 1)]
 
     def settle(self, places: Tensor, weights: Tensor) -> Tensor:
         """The results of single elements, (count,) of the target dtype.
@@ -284,7 +280,7 @@ class ExactSum:
         rows = places // self.width
         columns = places - rows * self.width
         lowest, highest = int(rows.min()), int(rows.max())
-        parts = [part for part in self.parts if part.place.first <= highest and part.place.stop > lowest]
+        parts = [part for part in self.parts if part.place.meets(lowest, highest + 1)]
         factors = [(*part.factors_at(rows, columns), part.scale) for part in parts]
         value, added = weights.clone(), torch.zeros_like(weights)
         for stack in self.near(rows):

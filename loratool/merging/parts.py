@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,6 +26,10 @@ class Place:
     @property
     def stop(self) -> int:
         return self.first + self.rows
+
+    def meets(self, first: int, stop: int) -> bool:
+        """Whether any of some rows of the weight are in here."""
+        return self.first < stop and self.stop > first
 
     def own(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Own rows and columns of single elements, and which elements are in here; None where all are."""
@@ -81,6 +85,15 @@ class Part:
         else:
             left, right = self.up.index_select(0, own).double(), self.turned.index_select(0, across).double()
         return left if inside is None else left * inside[:, None], right
+
+
+def by_place(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    """The parts in groups, each of one place and of one kind: products of two factors, or values."""
+    groups: dict[tuple[object, ...], list[Part]] = {}
+    for part in parts:
+        place = part.place
+        groups.setdefault((place.first, place.rows, str(place.columns), part.down is None), []).append(part)
+    yield from groups.values()
 
 
 @dataclass(frozen=True)

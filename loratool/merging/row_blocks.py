@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from loratool.adapters.adapter import StoredTensor
+from loratool.algebra.rounding import round_once
 from loratool.bases.weights import Room, StoredWeight
 from loratool.errors import FitError, printable
 from loratool.files.open_sources import OpenSources
@@ -152,7 +153,7 @@ class Worker:
         lap("factors")
         seen = loaded.merge(before, first, after, self.scratch, measured)
         lap("formula" if loaded.sum is None else "round")
-        if not work.totals.changed and span.edits and not same_bits(before.to(after.dtype), after):
+        if not work.totals.changed and span.edits and not same_bits(round_once(before, after.dtype), after):
             work.totals.changed = True  # never set to False: another worker may have seen a change meanwhile
         if work.waiting:
             work.look_for_effects(loaded, before, first)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+from loratool.algebra.rounding import exponent_of
 from loratool.lazy import Tensor, numpy, torch
 
 if TYPE_CHECKING:
@@ -69,8 +70,6 @@ def exactly(value: Fraction, number: int, finest: int, lowest: int) -> float:
     size = abs(value)
     if not size:
         return 0.0
-    exponent = size.numerator.bit_length() - size.denominator.bit_length()
-    exponent -= size < Fraction(2) ** exponent
-    unit = max(exponent + finest, lowest)
+    unit = max(exponent_of(size) + finest, lowest)
     count = math.floor(size / Fraction(2) ** unit + Fraction(2 * number + 1, 2**33))
     return math.copysign(math.ldexp(count, unit), value)
