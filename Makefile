@@ -38,7 +38,8 @@ test-lowest: .venv-lowest/ready
 	$(subst {},.venv-lowest,$(PYTEST))
 
 test-cuda: .venv/development
-	LORATOOL_TEST_CUDA=1 $(BIN)/pytest tests/merging/test_row_blocks.py tests/algebra/test_cuda.py
+	LORATOOL_TEST_CUDA=1 $(BIN)/pytest tests/merging/test_row_blocks.py tests/merging/test_exact_rows.py \
+		tests/merging/test_in_memory.py tests/algebra/test_cuda.py tests/commands/test_several_devices.py
 
 benchmark: .venv/development
 	$(BIN)/python benchmarks/merge.py

@@ -21,8 +21,8 @@ RUNTIME_MEMORY = 256 << 20  # bytes: Python, torch and its libraries, before any
 
 
 def kind_of(devices: Sequence[str]) -> str:
-    """The kind of device that edited weights are computed on."""
-    return "cpu" if devices[0] == "cpu" else "cuda"
+    """The kind of device that edited weights are computed on; all of `devices` are of one kind."""
+    return devices[0].partition(":")[0]
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,19 @@ def start_torch(device: str) -> Future[Runtime]:
     return future
 
 
-def check_device(device: str) -> None:
-    """Raise `UsageError` where `device` is no name of one."""
-    if device not in ("auto", "cpu", "cuda") and not (device.startswith("cuda:") and device[5:].isdigit()):
-        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N (got {printable(repr(device))})")
+def check_device(device: str, several: bool = True) -> None:
+    """Raise `UsageError` where `device` names none, or more than one without `several`."""
+    numbered = device.split(",")
+    every = all(name.startswith("cuda:") and name[5:].isdigit() for name in numbered)
+    if device not in ("auto", "cpu", "cuda") and not (every and (several or len(numbered) == 1)):
+        more = ", or several such as cuda:0,cuda:1" if several else ""
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N{more} (got {printable(repr(device))})")
+    if twice := [name for name in numbered if numbered.count(name) > 1]:
+        raise UsageError(f"--device names {twice[0]} more than once")
 
 
 def find_devices(device: str) -> tuple[str, ...]:
-    """The devices that "auto", "cpu", "cuda" or "cuda:N" mean here, each ready for work."""
+    """The devices that "auto", "cpu", "cuda" or a list of "cuda:N" mean here, each ready for work."""
     import torch
 
     if device == "cpu":
@@ -79,12 +84,24 @@ def find_devices(device: str) -> tuple[str, ...]:
             f"--device {printable(device)}: torch {torch.__version__} finds no CUDA device on this machine"
         )
     every = tuple(f"cuda:{n}" for n in range(count))
-    if device.startswith("cuda:") and device not in every:
-        raise UsageError(f"--device {printable(device)}: no such device; available: {', '.join(every)}")
-    devices = (device,) if device.startswith("cuda:") else every
+    devices = tuple(device.split(",")) if device.startswith("cuda:") else every
+    if missing := [name for name in devices if name not in every]:
+        raise UsageError(f"--device {printable(missing[0])}: no such device; available: {', '.join(every)}")
     for name in devices:
         torch.zeros(1, device=name)
     return devices
+
+
+def load_linear_algebra(devices: Sequence[str]) -> None:
+    """Load what decompositions need on GPUs, before several threads ask for it.
+
+    Torch loads it at the first call, and two first calls at the same time fail: "lazy wrapper should be called at most
+    once" (pytorch issue 90613).
+    """
+    import torch
+
+    if kind_of(devices) == "cuda":
+        torch.linalg.inv(torch.ones(1, 1, device=devices[0]))
 
 
 @dataclass

@@ -155,6 +155,11 @@ def run_command(arguments: list[str], verbose: bool) -> int:
         complain(f"Error: {problem}")
         return failed(arguments, problem)
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU; its text says which one
+            what = printable(". ".join(str(error).split(". ")[:3]))
+            problem = StorageError(f"{what}; close other programs that use it, or pass --device cpu")
+            complain(f"Error: {problem}")
+            return failed(arguments, problem)
         if verbose:
             import traceback
 

@@ -1,20 +1,21 @@
-"""A stretch of work on factors: the device, the precision, what it cost, and how many layers go at a time."""
+"""A stretch of work on factors: the devices, the precision, what it cost, and how many layers go at a time."""
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, field
+from itertools import chain, count
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from loratool.adapters.writer import described
 from loratool.algebra.lowrank.products import working_dtype
-from loratool.devices import check_device, exact_arithmetic, start_torch
+from loratool.devices import check_device, exact_arithmetic, load_linear_algebra, start_torch
 from loratool.errors import LoratoolError
 from loratool.files.process import cores, peak_memory
 from loratool.results.base import Cost
@@ -33,31 +34,52 @@ CUDA_BATCH = 1 << 30
 MOST_WORKERS = 8  # on a CPU; each holds the factors of a batch
 
 
+class Own(threading.local):
+    """What a worker has for itself."""
+
+    device: torch.device | None = None
+
+
 @dataclass(frozen=True)
 class Session:
-    """Torch and a device, ready to work on the factors of some adapters."""
+    """Torch and some devices of one kind, ready to work on the factors of some adapters."""
 
-    device: torch.device
+    devices: tuple[torch.device, ...]
     dtype: torch.dtype  # to compute in
     startup_seconds: float
     origins: tuple[dict[str, Any], ...]  # the adapters, as provenance names them
+    own: Own = field(default_factory=Own)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the worker that asks, or the first one where no worker does."""
+        return self.own.device or self.devices[0]
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.devices[0].type == "cuda"
 
     @property
     def workers(self) -> int:
-        return min(cores(), MOST_WORKERS) if self.device.type == "cpu" else 1
+        """Threads: one for each core, or for each GPU."""
+        return len(self.devices) if self.on_gpu else max(len(self.devices), min(cores(), MOST_WORKERS))
 
     def spread(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """The results of all items in their order. On a CPU several threads work, each with one of its own.
+        """The results of all items in their order. Each worker takes the next item for its own device.
 
         Many small decompositions in threads of one core each are quicker than one after the other on all cores, and
-        far quicker on a machine that is busy: a library's threads wait for each other at every step.
+        far quicker on a machine that is busy: a library's threads wait for each other at every step. One core each
+        also makes results the same for any number of devices.
         """
-        import torch
+        numbers = count()
 
-        if self.workers == 1:
-            yield from map(work, items)
-            return
-        with ThreadPoolExecutor(self.workers, "loratool-work", torch.set_num_threads, (1,)) as pool:
+        def begin() -> None:
+            import torch
+
+            torch.set_num_threads(1)
+            self.own.device = self.devices[next(numbers) % len(self.devices)]
+
+        with ThreadPoolExecutor(self.workers, "loratool-work", begin) as pool:
             ahead: deque[Any] = deque()  # `pool.map` would take all items at once, before Python 3.14
             try:
                 for item in items:
@@ -73,30 +95,32 @@ class Session:
         self,
         work: Callable[[Item], Iterable[Result]],
         items: Iterable[Item],
-        count: int,
+        expected: int,
         progress: Progress | None,
         first: Iterable[Item] = (),
     ) -> Iterator[Result]:
-        """What `work` finds in every item, in their order; all threads work together on each of those that come `first`.
+        """What `work` finds in every item, in their order; all cores work together on each of those that come `first`.
 
-        `progress` is called with the number of results that were taken, of `count` that are expected.
+        GPUs share those too. `progress` is called with the number of results that were taken, of those `expected`.
         """
+        together, dealt = ((), chain(first, items)) if self.on_gpu else (first, items)
         done = 0
-        for found in chain(map(work, first), self.spread(work, items)):
+        for found in chain(map(work, together), self.spread(work, dealt)):
             for each in found:
                 yield each
                 done += 1
             if progress:
-                progress(done, max(done, count))
+                progress(done, max(done, expected))
 
     def told(self, started: float) -> dict[str, Any]:
         """What every report tells of the work that began at `started`."""
-        return {"cost": Cost(str(self.device), time.monotonic() - started, self.startup_seconds, peak_memory())}
+        devices = ", ".join(map(str, self.devices))
+        return {"cost": Cost(devices, time.monotonic() - started, self.startup_seconds, peak_memory())}
 
 
 @contextmanager
 def session(device: str, sources: Sequence[Contents]) -> Iterator[Session]:
-    """Import torch and wake the device, hashing the adapters meanwhile."""
+    """Import torch and wake the devices, hashing the adapters meanwhile."""
     check_device(device)
     runtime = start_torch(device)
     try:
@@ -104,9 +128,10 @@ def session(device: str, sources: Sequence[Contents]) -> Iterator[Session]:
         ready = runtime.result()
         import torch
 
-        place = torch.device(ready.devices[0])
+        devices = tuple(map(torch.device, ready.devices))
+        load_linear_algebra(ready.devices)
         with exact_arithmetic():
-            yield Session(place, working_dtype(place), ready.seconds, origins)
+            yield Session(devices, working_dtype(devices), ready.seconds, origins)
     except LoratoolError:
         runtime.exception()  # wait for the import: a process that ends in the middle of it may crash
         raise

@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING
 
-from loratool.devices import Runtime, exact_arithmetic, resident_memory
+from loratool.devices import Runtime, exact_arithmetic, load_linear_algebra, resident_memory
 from loratool.files import stopwatch
 from loratool.files.digests import new_state
 from loratool.files.journal import Seen
@@ -118,6 +118,8 @@ class Engine:
             if self.chosen is None:
                 devices = self.runtime.result().devices
                 self.precision.enter_context(exact_arithmetic())
+                if not all(map(sums_products, self.spans)):
+                    load_linear_algebra(devices)
                 used = resident_memory() + more_factors(self.jobs, self.workers or most_workers())
                 self.chosen = choose_resources(self.spans, devices, self.workers, self.max_memory, used)
             return self.chosen

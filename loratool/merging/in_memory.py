@@ -18,7 +18,7 @@ from itertools import count, groupby, pairwise
 from typing import TYPE_CHECKING
 
 from loratool.bases.binding.telling import nearest
-from loratool.devices import exact_arithmetic, find_devices, resident_memory
+from loratool.devices import exact_arithmetic, find_devices, load_linear_algebra, resident_memory
 from loratool.errors import InputError, printable
 from loratool.fetching import local
 from loratool.files.digests import chunk_cuts
@@ -35,6 +35,7 @@ from loratool.merging.resources import (
     RunOptions,
     choose_resources,
     rows_of_block,
+    sums_products,
     work_memory,
 )
 from loratool.merging.row_blocks import EditedSpan, Worker
@@ -72,7 +73,7 @@ class InMemoryOptions(ChangeOptions, RunOptions):
     device: str = option(
         help="Device that the tensors are on, and on which they are computed.",
         default="cpu",
-        kind=DeviceKind(),
+        kind=DeviceKind(several=False),
     )
     changed_only: bool = option(
         help="Give only the tensors that the adapters change, replace or add.", default=False, kind=FLAG
@@ -157,6 +158,8 @@ class MergedWeights(Shown, Mapping[str, Tensor]):
             raise InputError(f"{printable(self.plan.base.name)}: torch has no dtype for {', '.join(sorted(lacking))}")
         options, sizes = self.options, [0, *(span.placed.nbytes for span in self.spans.values()), 0]
         devices, used, limit = devices_of(options.device), resident_memory(), options.max_memory
+        if not all(map(sums_products, self.plan.spans)):
+            load_linear_algebra(devices)
         if devices[0] == "cpu":
             used += max(one + other for one, other in pairwise(sizes))  # the tensor that a consumer has, and the next
         chosen = choose_resources(self.plan.spans, devices, options.workers, limit, used)

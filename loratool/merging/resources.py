@@ -61,7 +61,7 @@ class Resources:
 
     @property
     def on_gpu(self) -> bool:
-        return self.devices[0] != "cpu"
+        return self.kind == "cuda"
 
     @property
     def kind(self) -> str:
@@ -76,7 +76,7 @@ def choose_resources(
 
     Raises `UsageError` with the smallest limit that would do.
     """
-    on_gpu = devices[0] != "cpu"
+    on_gpu = kind_of(devices) == "cuda"
     chosen = workers or (min(cores(), GPU_WORKERS * len(devices)) if on_gpu else most_workers())
     block = CUDA_BLOCK if on_gpu else CPU_BLOCK * (1 if chosen <= FEW_WORKERS else 2)
     if max_memory is None:
@@ -95,8 +95,9 @@ def choose_resources(
 
 def estimated_memory(spans: Sequence[Span], device: str, workers: int | None, max_memory: int | None) -> int:
     """Bytes that a merge is expected to keep resident, told without importing torch."""
-    devices = ("cuda:0",) if device.startswith("cuda") else ("cpu",)
-    used = RUNTIME_MEMORY + (CUDA_MEMORY if devices[0] != "cpu" else 0)
+    on_gpu = device.startswith("cuda")
+    devices = tuple(device.split(",")) if on_gpu else ("cpu",)
+    used = RUNTIME_MEMORY + (CUDA_MEMORY if on_gpu else 0)
     chosen = choose_resources(spans, devices, workers, max_memory, used)
     return used + work_memory(spans, chosen.workers, chosen.block, chosen.on_gpu)
 

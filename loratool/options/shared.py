@@ -31,14 +31,18 @@ class WritingOptions(OverwriteOption):
 
 @dataclass(frozen=True)
 class DeviceKind(Kind):
-    """The name of a device, or a device of torch."""
+    """The name of a device, of all GPUs or of several, or a device of torch."""
 
-    metavar = "auto|cpu|cuda|cuda:N"
+    several: bool = True
+
+    @property
+    def metavar(self) -> str:
+        return "auto|cpu|cuda|cuda:N[,cuda:N...]" if self.several else "auto|cpu|cuda|cuda:N"
 
     annotation = "str | torch.device"
 
     def taken(self, value: Any, flag: str) -> Any:  # noqa: ARG002 (the sentence names it)
-        check_device(word := str(value))
+        check_device(word := str(value), self.several)
         return word
 
 
@@ -46,7 +50,11 @@ class DeviceKind(Kind):
 class DeviceOption(Options):
     """Of a command that computes."""
 
-    device: str = option(help="Device to compute on.", default="auto", kind=DeviceKind())
+    device: str = option(
+        help="Device to compute on; cuda means all GPUs, cuda:0,cuda:1 two of them, and GPUs share the work.",
+        default="auto",
+        kind=DeviceKind(),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,10 +92,11 @@ def negligible(values: Tensor) -> float:
     return 1e-12 if values.element_size() == 8 else 1e-6
 
 
-def working_dtype(device: torch.device) -> torch.dtype:
-    """float64, but float32 on GPUs that compute in float64 at a small part of their speed."""
-    slow = device.type == "cuda" and torch.cuda.get_device_capability(device) not in FAST_FLOAT64
-    return torch.float32 if slow or device.type == "mps" else torch.float64
+def working_dtype(devices: Sequence[torch.device]) -> torch.dtype:
+    """float64, but float32 where one of the GPUs computes in float64 at a small part of its speed."""
+    gpus = [device for device in devices if device.type == "cuda"]
+    slow = any(torch.cuda.get_device_capability(gpu) not in FAST_FLOAT64 for gpu in gpus)
+    return torch.float32 if slow or any(device.type == "mps" for device in devices) else torch.float64
 
 
 def decompose(product: Product) -> Decomposition:

@@ -106,7 +106,7 @@ class Extractor(Maker[tuple[Change, ...], Outcome]):
     @property
     def room(self) -> int:
         """Bytes of a difference that may stay in memory."""
-        return HELD_ON_GPU if self.at_work.device.type == "cuda" else HELD // self.at_work.workers
+        return HELD_ON_GPU if self.at_work.on_gpu else HELD // self.at_work.workers
 
     def limit(self, change: Change) -> int:
         """The largest rank that a layer may have."""
