@@ -42,7 +42,7 @@ test-cuda: .venv/development
 		tests/merging/test_in_memory.py tests/algebra/test_cuda.py tests/commands/test_several_devices.py
 
 benchmark: .venv/development
-	$(BIN)/python benchmarks/merge.py
+	$(BIN)/python benchmarks/engine.py
 
 docs: .venv/development
 	$(BIN)/python docs/generate_cli.py

@@ -1,14 +1,15 @@
-"""A merged folder against W + (α/r)·BA in float64, rounded once: numpy only, nothing of loratool.
+"""A merged folder against W + s·BA: exact rational numbers on some elements, float64 on some rows. Nothing of loratool.
 
-python benchmarks/accuracy.py BASE ADAPTER MERGED    prints one JSON object
+Only numpy is used. s is α/r times the adapter's weight.
 """
 
 from __future__ import annotations
 
 import json
 import mmap
-import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,56 +18,85 @@ from numpy.typing import NDArray
 
 Stored = tuple[str, NDArray[Any]]  # dtype, values (bfloat16 as its bits)
 TYPES: dict[str, np.dtype[Any]] = {"BF16": np.dtype("<u2"), "F32": np.dtype("<f4")}
+ROWS = 512  # of each module that are looked at
+UNIT = 2.0**149  # every float32 and bfloat16 is a whole multiple of 1/UNIT
 
 
-@dataclass
-class Counts:
-    """What the comparison found. `equal`, `one_ulp` and `worse` count elements of edited weights."""
+@dataclass(frozen=True)
+class Module:
+    """One edited weight, before and after."""
 
-    edited: int = 0  # tensors
-    equal: int = 0
-    one_ulp: int = 0
-    worse: int = 0
-    cancelled: float = 0.0  # the largest |W′|/|W| among those worse: how far W and ΔW had to cancel
-    absolute: float = 0.0  # the largest |error|/|W| among those worse
-    largest: int = 0  # distance in steps of bfloat16
-    copied: int = 0  # tensors that no update touches and that are the same bytes
-    damaged: int = 0  # such tensors that are not
+    name: str
+    before: NDArray[np.uint16]  # (out, in), bits of bfloat16
+    after: NDArray[np.uint16]
+    up: NDArray[Any]  # (out, r), as stored
+    down: NDArray[Any]  # (r, in)
+    scale: float
 
 
-def compare(base: Path, adapter: Path, merged: Path) -> Counts:
+def modules(base: Path, adapter: Path, merged: Path, weight: float) -> Iterator[Module]:
+    """Every edited weight."""
     config = json.loads((adapter / "adapter_config.json").read_text())
-    scale = config["lora_alpha"] / config["r"]
+    scale = config["lora_alpha"] / config["r"] * weight
     before, factors, after = (read_folder(folder) for folder in (base, adapter, merged))
-    if before.keys() != after.keys():
-        raise SystemExit(f"tensors differ: {sorted(before.keys() ^ after.keys())[:5]}")
-    counts, used = Counts(), 0
-    for name, (dtype, weight) in before.items():
+    for name, (_, stored) in before.items():
         key = f"base_model.model.{name.removesuffix('.weight')}"
-        if f"{key}.lora_A.weight" not in factors:
-            same = after[name][0] == dtype and weight.shape == after[name][1].shape
-            same = same and weight.tobytes() == after[name][1].tobytes()
-            counts.copied += same
-            counts.damaged += not same
-            continue
-        used += 2
-        down, up = (factors[f"{key}.lora_{f}.weight"][1].astype(np.float64) for f in "AB")
-        old, found = widen(weight), after[name][1]
-        exact = old + scale * (up @ down)
-        steps = np.abs(ordered(found) - ordered(round_to_bf16(exact)))
-        counts.edited += 1
-        counts.equal += int((steps == 0).sum())
-        counts.one_ulp += int((steps == 1).sum())
-        if (worse := steps > 1).any():
-            counts.worse += int(worse.sum())
-            size = np.abs(old[worse])
-            with np.errstate(divide="ignore"):
-                counts.cancelled = max(counts.cancelled, float((np.abs(exact[worse]) / size).max()))
-                counts.absolute = max(counts.absolute, float((np.abs(widen(found[worse]) - exact[worse]) / size).max()))
-        counts.largest = max(counts.largest, int(steps.max()))
-    if used != len(factors):
-        raise SystemExit(f"{len(factors) - used} factors of the adapter belong to no weight of the base")
-    return counts
+        if f"{key}.lora_A.weight" in factors:
+            down, up = (widen(*factors[f"{key}.lora_{which}.weight"]) for which in "AB")
+            yield Module(name, stored, after[name][1], up, down, scale)
+
+
+def kept(base: Path, adapter: Path, merged: Path, weight: float) -> dict[str, Any]:
+    """What rounding leaves of the update: `gain` over all modules, those of each, and the `error` ‖W' − W − ΔW‖ / ‖ΔW‖.
+
+    On rows that are spread evenly over each weight.
+    """
+    gains: dict[str, float] = {}
+    product = size = error = 0.0
+    for each in modules(base, adapter, merged, weight):
+        rows = np.linspace(0, len(each.up) - 1, min(ROWS, len(each.up))).astype(int)
+        change = each.scale * (each.up[rows].astype(np.float64) @ each.down.astype(np.float64))
+        found = widen("BF16", each.after[rows]).astype(np.float64) - widen("BF16", each.before[rows])
+        inner, square, weight_of = float((found * change).sum()), float((change**2).sum()), len(each.up) / len(rows)
+        gains[each.name] = round(inner / square, 6)
+        product, size = product + inner * weight_of, size + square * weight_of
+        error += float(((found - change) ** 2).sum()) * weight_of
+    return {"gain": product / size, "gains": gains, "error": (error / size) ** 0.5}
+
+
+def exact(base: Path, adapter: Path, merged: Path, count: int, weight: float = 1.0) -> dict[str, int]:
+    """Of `count` elements at random places of all modules, how many are not the exact value, rounded once, ties to even."""
+    generator = np.random.default_rng(2)
+    every = list(modules(base, adapter, merged, weight))
+    sizes = np.array([each.before.size for each in every], float)
+    different = 0
+    for each, some in zip(every, generator.multinomial(count, sizes / sizes.sum()), strict=True):
+        places = generator.integers(0, each.before.size, some)
+        rows, columns = np.divmod(places, each.before.shape[1])
+        top, bottom = Fraction(each.scale).as_integer_ratio()
+        weights = whole_numbers(widen("BF16", each.before[rows, columns]))
+        left, right = whole_numbers(each.up[rows]), whole_numbers(each.down[:, columns].T)
+        for at, (row, column) in enumerate(zip(rows.tolist(), columns.tolist(), strict=True)):
+            added = sum(one * other for one, other in zip(left[at], right[at], strict=True))
+            value = Fraction(weights[at] * int(UNIT) * bottom + top * added, int(UNIT) ** 2 * bottom)
+            different += int(each.after[row, column]) != nearest_bf16(value)
+    return {"elements": count, "different": different}
+
+
+def whole_numbers(values: NDArray[Any]) -> Any:
+    """Each number times `UNIT`, as integers of any size."""
+    scaled = values.astype(np.float64) * UNIT
+    return [int(x) for x in scaled.tolist()] if scaled.ndim == 1 else [[int(x) for x in row] for row in scaled.tolist()]
+
+
+def nearest_bf16(value: Fraction) -> int:
+    """The bits of the bfloat16 number next to a value in the normal range, ties to even."""
+    size = abs(value)
+    near = int(np.float32(float(size)).view(np.uint32)) >> 16
+    candidates = range(max(0, near - 1), near + 3)
+    numbers = {bits: Fraction(float(np.uint32(bits << 16).view(np.float32))) for bits in candidates}
+    best = min(candidates, key=lambda bits: (abs(numbers[bits] - size), bits & 1))
+    return best | (0x8000 if value < 0 else 0)
 
 
 def read_folder(folder: Path) -> dict[str, Stored]:
@@ -85,31 +115,6 @@ def read_folder(folder: Path) -> dict[str, Stored]:
     return found
 
 
-def widen(bits: NDArray[np.uint16]) -> NDArray[np.float64]:
-    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-
-
-def round_to_bf16(values: NDArray[np.float64]) -> NDArray[np.uint16]:
-    """To the nearest bfloat16, ties to even, straight from float64.
-
-    By way of float32, as torch converts, the value would be rounded twice.
-    """
-    if np.any((np.abs(values) < 2.0**-126) & (values != 0)) or np.any(np.abs(values) > 3.0e38):
-        raise SystemExit("a value is outside the normal range, which this oracle is not made for")
-    bits = values.view(np.uint64)
-    dropped = np.uint64(52 - 7)  # bits of mantissa that bfloat16 has not
-    half = np.uint64((1 << 44) - 1)
-    nearest = (bits + half + (bits >> dropped & np.uint64(1))) >> dropped << dropped
-    narrow = nearest.view(np.float64).astype(np.float32).view(np.uint32)  # exact: 8 significant bits are left
-    result: NDArray[np.uint16] = (narrow >> 16).astype(np.uint16)
-    return result
-
-
-def ordered(bits: NDArray[np.uint16]) -> NDArray[np.int32]:
-    """bfloat16 values as integers in the order of their size, so that neighbours differ by 1."""
-    signed = bits.view(np.int16).astype(np.int32)
-    return np.where(signed < 0, -32768 - signed, signed)
-
-
-if __name__ == "__main__":
-    print(json.dumps(asdict(compare(*map(Path, sys.argv[1:4])))))
+def widen(dtype: str, stored: NDArray[Any]) -> NDArray[np.float32]:
+    """Numbers as float32, which holds them all."""
+    return stored if dtype == "F32" else (stored.astype(np.uint32) << 16).view(np.float32)

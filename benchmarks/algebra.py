@@ -17,28 +17,22 @@ import json
 import math
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import ParamSpec, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from algebra_inputs import Sizes, deltas, differences, linear_layers, write_adapter, write_pair, write_steep
-from findings import Finding, at_most, finding_table, megabytes, seconds
+from findings import Finding, at_least, at_most, finding_table, megabytes, multiple, seconds, write_result
 from machine import describe
-from running import HERE, Run, cost_of, run
+from running import HERE, Run, apart, cost_of, loratool_run, run, scratch
 from shapes import SHAPES, Shape
 from torch import Tensor
 
-P = ParamSpec("P")
-T = TypeVar("T")
 TIMED_BY_SVD = ((1024, 4096), (4096, 1024), (4096, 4096))  # (out, in) of the modules whose dense SVD is timed
 SAME = 1e-6  # two optimal cuts differ by the rounding of what is stored: an error is no larger when within this
 LONG = 10  # seconds of a peer's call, from which on one pair has to do
@@ -52,19 +46,9 @@ HOW_TO_GET_MERGEKIT = (
 )
 
 
-def apart(function: Callable[P, T], *words: P.args, **named: P.kwargs) -> T:
-    """What the function returns, from a process of its own, so that this one stays small."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *words, **named).result()
-
-
 def loratool(device: str, *words: str | Path) -> Run:
     """One command as a process, with its report."""
-    command = [sys.executable, "-m", "loratool", *map(str, words), "--device", device, "-q", "--json"]
-    measured, said, _ = run(command)
-    measured.report = json.loads(said)
-    measured.peak_memory = max(measured.peak_memory, cost_of(measured.report)["peak_memory"])
-    return measured
+    return loratool_run([sys.executable, "-m", "loratool", *map(str, words), "--device", device, "-q", "--json"])
 
 
 def working_seconds(measured: Run) -> float:
@@ -118,10 +102,8 @@ def resize(where: Path, device: str, pairs: int) -> list[Finding]:
     return found
 
 
-def beside(what: str, times: float, least: float, note: str) -> Finding:
-    return Finding(
-        what, f"{times:.0f}×" if times >= 20 else f"{times:.1f}×", times, f"≥ {least:.0f}×", times >= least, note
-    )
+def beside(what: str, value: float, least: float, note: str) -> Finding:
+    return at_least(what, value, least, multiple, note=note)
 
 
 def distances(adapters: Sequence[Path], folders: Sequence[Path]) -> list[float]:
@@ -156,7 +138,7 @@ def combine(where: Path, device: str, pairs: int, hidden: int) -> list[Finding]:
         ours.append(loratool(device, "combine", *adapters, "-o", where / f"ours{turn}", "--rank", "32"))
         for kind, taken in calls.items():
             out = where / f"peft-{kind}{turn}"
-            words = [sys.executable, str(HERE / "peft_combine.py"), str(config), str(out), "32", kind]
+            words = [sys.executable, str(HERE / "programs.py"), "peft-combine", str(config), str(out), "32", kind]
             measured, said, _ = run([*words, *map(str, adapters)])
             taken.append(float(json.loads(said.splitlines()[-1])["seconds"]))
             if kind == "full":
@@ -295,6 +277,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3, help="runs of every short command; medians count")
     parser.add_argument("--combine-on", default="1024,2048,4096", help="hidden sizes; PEFT takes minutes on 4096")
     parser.add_argument("--where", type=Path, help="a folder for the inputs, which take up to 6 GB")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     options = parser.parse_args()
     try:
         hiddens = [int(word) for word in options.combine_on.split(",")]
@@ -318,14 +301,16 @@ def main() -> None:
         parser.error("--pairs must be 1 or more")
     load = os.getloadavg()[0]
     found: list[Finding] = []
-    with tempfile.TemporaryDirectory(dir=options.where, prefix="loratool-algebra-") as folder:
+    with scratch(options.where, "algebra") as folder:
+        facts = describe(folder, load)
         for part in chosen:
             print(f"{part} …", file=sys.stderr, flush=True)
-            place = Path(folder, part)
+            place = folder / part
             place.mkdir()
             found += work[part](place)
-        for name, value in describe(Path(folder), load).items():
-            print(f"{name}: {value}")
+            write_result(options.json, facts, found)
+    for name, value in facts.items():
+        print(f"{name}: {value}")
     print(finding_table(found))
 
 

@@ -10,6 +10,7 @@ written. Each line is the best of several runs.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -19,6 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from findings import Finding, at_most, finding_table, seconds, write_result
+from machine import describe
 
 from loratool import plan_merge
 from loratool.adapters.adapter import Adapter, StoredTensor
@@ -163,7 +168,7 @@ def cases() -> Iterator[tuple[str, Base, Shapes]]:
     yield "MoE, adapter by expert of another model", base_of(split, **settings), lost
 
 
-def seconds(run: Callable[[], object], times: int) -> float:
+def shortest(run: Callable[[], object], times: int) -> float:
     best = float("inf")
     for _ in range(times):
         started = time.perf_counter()
@@ -175,23 +180,29 @@ def seconds(run: Callable[[], object], times: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--times", type=int, default=3, help="runs of which the best counts")
-    times = parser.parse_args().times
-    slowest = 0.0
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    arguments = parser.parse_args()
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
-        print(f"{'':48}  {'tensors':>7}  {'targets':>7}  {'places':>7}  {'bind':>7}  {'whole plan':>10}")
-        for name, base, targets in cases():
-            adapter = adapter_of(Path(folder), targets)
-            bound = bind(adapter, base)
-            places = sum(map(len, bound.places.values()))
-            assert len(bound.places) + len(bound.problems) == len(targets)
-            took = seconds(lambda adapter=adapter, base=base: bind(adapter, base), times)  # type: ignore[misc]
-            slowest = max(slowest, took)
-            whole = f"{len(tell(bound.problems)):>4} lines"
-            if not bound.problems:
-                whole = f"{seconds(lambda adapter=adapter, base=base: plan_merge(base, [adapter]), 1):>8.2f} s"  # type: ignore[misc]
-            print(f"{name:48}  {len(base.tensors):>7}  {len(targets):>7}  {places:>7}  {took:>5.2f} s  {whole:>10}")
-    verdict = "met" if slowest <= TARGET else "missed"
-    print(f"slowest binding {slowest:.2f} s, target {TARGET:.0f} s: {verdict}")
+        found, facts = list(findings(Path(folder), arguments.times)), describe(Path(folder), load)
+    write_result(arguments.json, facts, found)
+    print(finding_table(found))
+
+
+def findings(folder: Path, times: int) -> Iterator[Finding]:
+    for name, base, targets in cases():
+        adapter = adapter_of(folder, targets)
+        bound = bind(adapter, base)
+        places = sum(map(len, bound.places.values()))
+        assert len(bound.places) + len(bound.problems) == len(targets)
+        took = shortest(lambda adapter=adapter, base=base: bind(adapter, base), times)  # type: ignore[misc]
+        note = f"{len(base.tensors):,} tensors, {len(targets):,} targets, {places:,} places"
+        if bound.problems:
+            note += f"; no place, said in {len(tell(bound.problems))} lines"
+        else:
+            plan = shortest(lambda adapter=adapter, base=base: plan_merge(base, [adapter]), 1)  # type: ignore[misc]
+            note += f"; the whole plan takes {plan:.2f} s"
+        yield at_most(name, took, TARGET, seconds, note=note)
 
 
 if __name__ == "__main__":

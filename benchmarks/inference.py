@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from findings import Finding, finding_table
+from findings import Finding, finding_table, write_result
 from machine import describe
 from torch import Tensor, nn
 
@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=96)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     arguments = parser.parse_args()
     load = os.getloadavg()[0]
     dtype = getattr(torch, arguments.dtype)
@@ -120,6 +121,7 @@ def main() -> None:
     print(finding_table(result))
     with tempfile.TemporaryDirectory() as folder:
         facts = describe(Path(folder), load)
+    write_result(arguments.json, facts, result)
     print(", ".join(f"{name} {facts[name]}" for name in ("processor", "GPU", "torch", "load before")))
     sys.exit(any(found.met is False for found in result))
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +24,17 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from running import run, run_quickly
-from shapes import SHAPES, Shape, Tensor, adapter_config, nbytes, write_adapter, write_header, write_json
+from findings import Finding, at_most, finding_table, megabytes, seconds, write_result
+from machine import describe
+from running import run, run_quickly, say, scratch
+from shapes import SHAPES, Tensor, adapter_config, nbytes, write_adapter, write_header, write_json
 
 HEADERS, INDEX, VALUES, OPENED = 0.4, 1.0, 15.0, 2.0  # seconds
 MEMORY = 400e6  # bytes above the adapter's
 ACCURACY = 1e-6  # of the largest singular value
 RANK, ALPHA = 64, 128
 SHARDS = 30
-LARGE = Shape("llama-3-70b", 8192, 28672, 80, 64, 8, 128256, tied=False, shard_bytes=4_700_000_000)
+LARGE = SHAPES["llama-3-70b"]
 FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
@@ -43,30 +45,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--where", type=Path, help="folder for the files, 0.7 GB of them")
     parser.add_argument("--times", type=int, default=3, help="runs of which the best counts")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     arguments = parser.parse_args()
-    missed = []
-    with tempfile.TemporaryDirectory(prefix="loratool-inspect-", dir=arguments.where) as made:
-        folder, times = Path(made), arguments.times
-        adapter = make_adapter(folder / "adapter")
-        size = (adapter / "adapter_model.safetensors").stat().st_size
-        modules = len(SHAPES["llama-3-8b"].adapter) // 2
-        took = best(times, lambda: run_quickly(inspect(adapter))[0])
-        missed += told(f"headers of an adapter of {modules} modules", took, HEADERS, "s")
-        base = make_base(folder / "base")
-        took = best(times, lambda: run_quickly(inspect(base))[0])
-        missed += told(f"headers of a 70B checkpoint in {SHARDS} files", took, INDEX, "s")
-        runs = [run([sys.executable, *inspect(adapter), "--values", "--device", "cpu"])[0] for _ in range(times)]
-        took = min(each.wall - each.sync for each in runs)
-        missed += told(f"values of an adapter of rank {RANK}, {size / 1e9:.2f} GB", took, VALUES, "s")
-        above = max(each.peak_memory for each in runs) - size
-        missed += told("  resident memory less the adapter's size", above / 1e6, MEMORY / 1e6, "MB")
-        missed += told("singular values against dense float64, error / σ₁", accuracy(folder), ACCURACY, "")
-        page = folder / "page.html"
-        run_quickly([*inspect(adapter), "--html", str(page), "--device", "cpu"])
-        print(f"{'page of that adapter':58}  {page.stat().st_size / 1e6:>9.3g} MB")
-        if (seconds := opened(page, times)) is not None:
-            missed += told("  until it is drawn in chromium", seconds, OPENED, "s")
-    print("all targets met" if not missed else f"missed: {', '.join(missed)}")
+    load = os.getloadavg()[0]
+    with scratch(arguments.where, "inspect") as folder:
+        found, facts = list(findings(folder, arguments.times)), describe(folder, load)
+    write_result(arguments.json, facts, found)
+    print(finding_table(found))
+
+
+def findings(folder: Path, times: int) -> Iterator[Finding]:
+    adapter = make_adapter(folder / "adapter")
+    size = (adapter / "adapter_model.safetensors").stat().st_size
+    modules = len(SHAPES["llama-3-8b"].adapter) // 2
+    took = best(times, lambda: run_quickly(inspect(adapter))[0])
+    yield at_most(f"`inspect` of an adapter of {modules} modules", took, HEADERS, seconds)
+    base = make_base(folder / "base")
+    took = best(times, lambda: run_quickly(inspect(base))[0])
+    yield at_most(f"`inspect` of a 70B checkpoint in {SHARDS} files", took, INDEX, seconds)
+    runs = [run([sys.executable, *inspect(adapter), "--values", "--device", "cpu"])[0] for _ in range(times)]
+    took = min(each.wall - each.sync for each in runs)
+    what = f"`--values` of an adapter of rank {RANK} on all linear layers of an 8B model, {size / 1e6:.0f} MB"
+    yield at_most(what, took, VALUES, seconds)
+    above = max(each.peak_memory for each in runs) - size
+    yield at_most("peak memory of that, less the adapter's size", above, MEMORY, megabytes)
+    yield at_most("singular values against dense float64, error / σ₁", accuracy(folder), ACCURACY, "{:.0e}".format)
+    page = folder / "page.html"
+    run_quickly([*inspect(adapter), "--html", str(page), "--device", "cpu"])
+    if (drawn := opened(page, times)) is not None:
+        what = f"its HTML report of {page.stat().st_size / 1e6:.2f} MB, until it is drawn in chromium"
+        yield at_most(what, drawn, OPENED, seconds)
 
 
 def inspect(path: Path) -> list[str]:
@@ -75,13 +83,6 @@ def inspect(path: Path) -> list[str]:
 
 def best(times: int, once: Callable[[], float]) -> float:
     return min(once() for _ in range(times))
-
-
-def told(what: str, value: float, limit: float, unit: str) -> list[str]:
-    """Print a number beside its target; the name of it where that is missed."""
-    met = value <= limit
-    print(f"{what:58}  {value:>9.3g} {unit:3} target {limit:g} {unit}: {'met' if met else 'missed'}")
-    return [] if met else [what.strip()]
 
 
 def make_adapter(folder: Path) -> Path:
@@ -157,9 +158,9 @@ def opened(page: Path, times: int) -> float | None:
     except ImportError:
         chromium = None
     if chromium is None:
-        print("  until it is drawn: not measured, chromium and playwright are wanted for it")
+        say("until it is drawn: not measured, because chromium or playwright is missing")
         return None
-    seconds = math.inf
+    shortest = math.inf
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=FLAGS)
         for _ in range(times):
@@ -167,11 +168,11 @@ def opened(page: Path, times: int) -> float | None:
             started = time.perf_counter()
             tab.goto(page.as_uri())
             tab.wait_for_selector(".line.chosen[d]", state="attached")
-            seconds = min(seconds, time.perf_counter() - started)
+            shortest = min(shortest, time.perf_counter() - started)
             assert tab.locator(".cell").count() == 224
             tab.close()
         browser.close()
-    return seconds
+    return shortest
 
 
 if __name__ == "__main__":

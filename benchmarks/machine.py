@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import sys
+from contextlib import suppress
 from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+COMMIT = "LORATOOL_COMMIT"  # names the commit of a tree that has no git
+TORCH = """
+import torch
+settings = torch.__config__.show()
+blas = settings.partition("BLAS_INFO=")[2].partition(",")[0] or "unknown BLAS"
+print(f"{torch.__version__}, {blas}, {torch.backends.cpu.get_cpu_capability()}")
+"""
 
 
 def describe(folder: Path, load: float) -> dict[str, str]:
@@ -22,7 +32,8 @@ def describe(folder: Path, load: float) -> dict[str, str]:
         "Python": platform.python_version(),
         "load before": f"{load:.2f}",
     }
-    for package in ("torch", "peft", "transformers", "safetensors"):
+    facts["torch"] = first_line([sys.executable, "-c", TORCH])  # its import would make this process large
+    for package in ("peft", "transformers"):
         with suppress(importlib.metadata.PackageNotFoundError):
             facts[package] = importlib.metadata.version(package)
     return facts
@@ -74,23 +85,18 @@ def read(path: str) -> str:
     return ""
 
 
-@contextmanager
-def gpu_memory_samples() -> Iterator[list[int]]:
-    """Bytes in use on all GPUs together; the list is filled when the block ends, the first before it began."""
-    words = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    samples: list[int] = []
-    count = gpus = 0
-    with suppress(OSError, subprocess.CalledProcessError):
-        before = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
-        gpus, count = len(before), sum(map(int, before))
-    if not gpus:
-        yield samples
-        return
-    watcher = subprocess.Popen([*words, "-lms", "50"], stdout=subprocess.PIPE, text=True)
-    try:
-        yield samples
-    finally:
-        watcher.terminate()
-        lines = [int(line) for line in watcher.communicate()[0].split() if line.isdigit()]
-        rounds = [sum(lines[at : at + gpus]) for at in range(0, len(lines) - gpus + 1, gpus)]
-        samples += [value << 20 for value in (count, *rounds)]
+def commit() -> str:
+    """The commit that last changed `loratool/`; with "+" after it where the tree has other changes still."""
+    if named := os.environ.get(COMMIT):
+        return named
+    found = first_line(["git", "-C", str(REPOSITORY), "log", "-1", "--abbrev=10", "--format=%h", "--", "loratool"])
+    changes = first_line(["git", "-C", str(REPOSITORY), "status", "--porcelain", "--", "loratool"])
+    return found if changes == "unknown" else f"{found}+"
+
+
+def code() -> str:
+    """A digest of the source files of `loratool/`, which a tree without git has too."""
+    digest = hashlib.sha256()
+    for path in sorted((REPOSITORY / "loratool").rglob("*.py")):
+        digest.update(path.relative_to(REPOSITORY).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]

@@ -13,15 +13,13 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import sysconfig
-import tempfile
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from running import environment, make_model, set_cache
-from shapes import SHAPES
+from running import apart, environment, scratch, set_cache
+from shadowed import give_way
+from shapes import SHAPES, make
 
 
 def main() -> None:
@@ -35,11 +33,10 @@ def main() -> None:
     options, more = parser.parse_known_args()
     if (options.base is None) != (options.adapter is None):
         parser.error("--base and --adapter are given together")
-    with tempfile.TemporaryDirectory(dir=options.where, prefix="loratool-profile-") as folder:
-        home = Path(folder)
+    with scratch(options.where, "profile") as home:
         base, adapter = options.base, options.adapter
         if base is None:
-            make_model(options.shape, home)
+            apart(make, SHAPES[options.shape], home)
             base, adapter = home / "base", home / "adapter"
             set_cache(home, warm=not options.cold)
         words = ["merge", str(base), str(adapter), "-o", str(home / "out"), "-vv", *options.more, *more]
@@ -49,9 +46,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-else:  # `cProfile` of another script here means Python's own module of this name
-    own = spec_from_file_location("profile", Path(sysconfig.get_path("stdlib"), "profile.py"))
-    assert own is not None
-    assert own.loader is not None
-    sys.modules["profile"] = module_from_spec(own)
-    own.loader.exec_module(sys.modules["profile"])
+else:
+    give_way("profile")

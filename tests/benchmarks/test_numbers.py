@@ -1,0 +1,169 @@
+"""benchmarks/numbers.py writes the numbers of the pages from results of one commit, and finds those it did not write."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from paths import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import pages
+
+BLOCK = "<!-- numbers: {} -->\n<!-- end of numbers -->\n"
+
+
+def run(wall: float) -> dict[str, float]:
+    return {"wall": wall, "work": wall / 2, "startup": 0.25, "processor": 3.0, "peak_memory": 3e8, "gpu_memory": 0}
+
+
+def result(**changes: Any) -> dict[str, Any]:
+    """What engine.py writes, in short."""
+    finding = {"what": "rate", "measured": "1.75", "value": 1.75, "target": "≥ 1.60", "met": True, "note": "turns 1.75"}
+    merge = {"shape": "tiny", "bytes": 5 * 10**9, "runs": {"cp -r": [run(4)], "merge cpu": [run(1), run(5), run(3)]}}
+    facts = {"processor": "Abacus, 3 cores", "memory": "7.5 GiB", "GPU": "none", "file system": "ext4", "torch": "9.9"}
+    return {
+        "benchmark": "engine",
+        "command": "python benchmarks/engine.py --shape tiny",
+        "commit": "0123456789",
+        "code": "abc",
+        "machine": facts,
+        "rows": {"merge": merge, "peft": {"skipped": "needs peft"}},
+        "findings": [finding],
+        **changes,
+    }
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A repository with the three pages, and nothing in their blocks."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / pages.PERFORMANCE).write_text(f"# Performance\n\nFor `x = 3`.\n\n{BLOCK.format('performance')}\nEnd.\n")
+    (tmp_path / pages.README).write_text(
+        f"Merges.\n\n{BLOCK.format('merging')}\n{BLOCK.format('commands')}\nPython 3.10.\n"
+    )
+    (tmp_path / pages.ROUNDING).write_text(f"Below 10⁻², 7 of 8.\n\n{BLOCK.format('rounding')}")
+    return tmp_path
+
+
+def keep(folder: Path, **results: dict[str, Any]) -> list[str]:
+    paths = [folder / f"{name}.json" for name in results]
+    for path, each in zip(paths, results.values(), strict=True):
+        path.write_text(json.dumps(each))
+    return list(map(str, paths))
+
+
+def checked(root: Path) -> int:
+    with pytest.raises(SystemExit) as ended:
+        pages.main(["--check"], root)
+    return int(ended.value.code or 0)
+
+
+def test_pages_show_machine_commit_command_and_every_number(
+    root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """What a result holds stands in the blocks, medians included; text around them stays; the check then passes."""
+    pages.main(keep(tmp_path_factory.mktemp("results"), one=result()), root)
+    page = (root / pages.PERFORMANCE).read_text()
+    assert page.startswith("# Performance\n\nFor `x = 3`.\n\n<!-- numbers: performance -->\n\n")
+    assert page.endswith("\n\n<!-- end of numbers -->\n\nEnd.\n")
+    for text in (
+        "commit `0123456789`",
+        "## Abacus, 3 cores",
+        "7.5 GiB of memory, file system ext4, torch 9.9",
+        "```console\n$ python benchmarks/engine.py --shape tiny\n```",
+        "| rate | ≥ 1.60 | 1.75 (turns 1.75) | met |",
+        "| `merge` | merge cpu | 3.00 s | 0.25 s | 3.33 GB/s | 3.00 s | 300 MB |",
+        "Not measured on this machine: `peft`: needs peft.",
+    ):
+        assert text in page
+    expected = "| Abacus, 3 cores | tiny, 5.00 GB | 4.0 s | 3.0 s on cpu, of which 0.2 s start-up |  | 300 MB |"
+    assert expected in (root / pages.README).read_text()
+    assert checked(root) == 0
+
+
+def test_results_of_other_runs_are_dropped(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """New results take the place of all old ones, in the kept folder and on the pages."""
+    pages.main(keep(tmp_path_factory.mktemp("old"), old=result(commit="aaaaaaaaaa")), root)
+    pages.main(keep(tmp_path_factory.mktemp("new"), new=result()), root)
+    assert [path.name for path in (root / pages.RESULTS).iterdir()] == ["new.json"]
+    assert "aaaaaaaaaa" not in (root / pages.PERFORMANCE).read_text()
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"commit": "aaaaaaaaaa"}, "more than one commit"),
+        ({"code": "abd"}, "more than one commit"),
+        ({}, None),
+    ],
+)
+def test_a_mixture_of_commits_is_refused(
+    root: Path, tmp_path_factory: pytest.TempPathFactory, other: dict[str, str], message: str | None
+) -> None:
+    """Two results of one commit and one source are taken; any other two are not, and nothing is written."""
+    paths = keep(tmp_path_factory.mktemp("results"), one=result(), two=result(**other))
+    before = (root / pages.PERFORMANCE).read_text()
+    if message is None:
+        pages.main(paths, root)
+        return
+    with pytest.raises(SystemExit, match=message):
+        pages.main(paths, root)
+    assert (root / pages.PERFORMANCE).read_text() == before
+    assert not (root / pages.RESULTS).exists()
+
+
+@pytest.mark.parametrize("commit", ["unknown", "0123456789+"])
+def test_code_that_is_no_commit_is_refused(root: Path, tmp_path_factory: pytest.TempPathFactory, commit: str) -> None:
+    """A tree with changes of its own cannot be named on a page."""
+    with pytest.raises(SystemExit, match="commit it and measure again"):
+        pages.main(keep(tmp_path_factory.mktemp("results"), one=result(commit=commit)), root)
+
+
+@pytest.mark.parametrize(
+    ("page", "text", "line"),
+    [
+        (pages.PERFORMANCE, "It takes 3 s.", "It takes 3 s."),
+        (pages.README, "About 350 MB.", "About 350 MB."),
+        (pages.README, "| 12.8 s |", "| 12.8 s |"),
+        (pages.README, "Llama-3.2-1B in bf16 with Python 3.12 on an H100, see [this](docs/v2.md), `-w 0.7`.", None),
+        (pages.ROUNDING, "7 of 8.", None),
+    ],
+)
+def test_numbers_that_were_not_written_are_found(
+    root: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
+    page: str,
+    text: str,
+    line: str | None,
+) -> None:
+    """A number in the text of a guarded page fails the check; names, code, links and requirements are no numbers."""
+    pages.main(keep(tmp_path_factory.mktemp("results"), one=result()), root)
+    path = root / page
+    path.write_text(path.read_text() + f"\n{text}\n")
+    assert checked(root) == (line is not None)
+    assert (
+        line is None or f"{page}: a number that benchmarks/numbers.py did not write: {line}" in capsys.readouterr().out
+    )
+
+
+def test_a_number_that_was_changed_by_hand_is_found(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What stands in a block must be what the kept results say."""
+    pages.main(keep(tmp_path_factory.mktemp("results"), one=result()), root)
+    path = root / pages.PERFORMANCE
+    path.write_text(path.read_text().replace("1.75", "2.75"))
+    assert checked(root) == 1
+
+
+def test_the_pages_of_this_repository_hold_no_other_numbers() -> None:
+    """The command itself, as it is run."""
+    command = [sys.executable, str(ROOT / "benchmarks/numbers.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "every number is one of benchmarks/results")
