@@ -27,7 +27,7 @@ def kind_of(devices: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Runtime:
-    """Torch, ready to work."""
+    """The devices, ready to work, and torch with them."""
 
     devices: tuple[str, ...]
     seconds: float  # that the import and the devices took
@@ -56,6 +56,15 @@ def start_torch(device: str) -> Future[Runtime]:
                 gc.enable()
 
     threading.Thread(target=load, name="loratool-torch", daemon=True).start()
+    return future
+
+
+def without_torch() -> Future[Runtime]:
+    """What copies need: the CPU, and no torch."""
+    from concurrent.futures import Future
+
+    future: Future[Runtime] = Future()
+    future.set_result(Runtime(("cpu",), 0.0, stopwatch.Stopwatch("torch")))
     return future
 
 

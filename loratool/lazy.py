@@ -1,4 +1,4 @@
-"""Heavy packages, imported at their first use: help, `inspect` and plans wait for none of them.
+"""Heavy packages, imported at their first use: help, `inspect`, plans and copies wait for none of them.
 
     from loratool.lazy import Tensor, torch
 
@@ -8,9 +8,10 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["NDArray", "Tensor", "hub", "hub_constants", "hub_errors", "hub_utils", "numpy", "torch"]
+__all__ = ["NDArray", "Tensor", "hub", "hub_constants", "hub_errors", "hub_utils", "installed", "numpy", "torch"]
 
 if TYPE_CHECKING:
     import huggingface_hub as hub
@@ -37,3 +38,11 @@ else:
         Lazy(f"huggingface_hub.{name}") for name in ("constants", "errors", "utils")
     )
     Tensor = NDArray = Any
+
+
+def installed(package: str) -> str:
+    """The version of a package, which is not imported for it; empty where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

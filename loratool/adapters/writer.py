@@ -27,7 +27,7 @@ from loratool.files.outputs import check_target
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.files.staging import Stage, staged
 from loratool.files.tensor_writer import TensorFile, Triple, tensor_file
-from loratool.lazy import Tensor, torch
+from loratool.lazy import Tensor, installed, torch
 from loratool.notes import Note
 from loratool.options.described import dtypes, option
 from loratool.options.shared import WritingOptions
@@ -306,7 +306,7 @@ def told_beside(source: Contents, carried: Collection[str] | None = None) -> Ite
 
 
 def versions() -> dict[str, str]:
-    return {"loratool": __version__, "torch": str(torch.__version__)}
+    return {"loratool": __version__, "torch": installed("torch")}
 
 
 def described(source: Contents) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from loratool.merging.resources import (
     sums_products,
 )
 from loratool.merging.row_blocks import Worker
-from loratool.merging.tasks import Compute, Copy, Job, Output, Task, effects_in, ranges_of, tasks_on
+from loratool.merging.tasks import Compute, Copy, Job, Output, Task, compare_replaced, effects_in, ranges_of, tasks_on
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -117,7 +117,8 @@ class Engine:
         with self.choosing:
             if self.chosen is None:
                 devices = self.runtime.result().devices
-                self.precision.enter_context(exact_arithmetic())
+                if not all(span.carried for span in self.spans):
+                    self.precision.enter_context(exact_arithmetic())
                 if not all(map(sums_products, self.spans)):
                     load_linear_algebra(devices)
                 used = resident_memory() + more_factors(self.jobs, self.workers or most_workers())
@@ -233,6 +234,9 @@ class Engine:
     def copy(self, task: Copy, digests: list[str]) -> None:
         """Carry a run of chunks over as they are. `digests` has those of its chunks, or is empty and takes them."""
         output = task.output
+        for chunk in task.chunks:
+            if chunk.span.edits and not chunk.number:
+                compare_replaced(chunk.span, output.job.totals)
         part = output.sink.part(output.place(task.chunks[0]), sum(chunk.size for chunk in task.chunks))
         if task.known or len(digests) == len(task.chunks):
             for file, start, count in ranges_of(task.chunks):
@@ -244,7 +248,7 @@ class Engine:
             return
         digests.clear()  # of one that failed midway
         for chunk in task.chunks:
-            (tensor,) = chunk.span.weight.tensors
+            tensor = chunk.source
             start, state = tensor.file.position(tensor.info) + chunk.start, new_state()
 
             def look(piece: memoryview, update: Callable[[memoryview], object] = state.update) -> None:
@@ -311,7 +315,7 @@ class Engine:
         output.sources.close()
         with self.telling:
             spans, totals = output.plan.spans, output.job.totals
-            device = "" if all(span.untouched for span in spans) else self.resources().kind
+            device = "" if all(span.carried for span in spans) else self.resources().kind
             names = [span.placed.name for span in spans]
             seen = Seen(
                 changed=totals.changed,

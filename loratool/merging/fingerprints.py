@@ -13,7 +13,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from loratool.bases.weights import Plain
 from loratool.files.digests import sha256_of
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import Identity, SafeFile
+from loratool.lazy import installed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -70,14 +70,6 @@ def local_state(plan: MergePlan, device: str) -> dict[str, Any]:
     planned = {file.path: file.identity for file in (*base.shards, *weights)}
     states = [dataclasses.astuple(planned.get(path) or Identity.of(path.stat())) for path in files if path.exists()]
     return {"files": [list(state) for state in states], "device": device, "torch": installed("torch")}
-
-
-def installed(package: str) -> str:
-    """The version of a package, which is not imported for it."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def sampled(file: SafeFile) -> str:

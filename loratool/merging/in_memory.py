@@ -40,6 +40,7 @@ from loratool.merging.resources import (
 )
 from loratool.merging.row_blocks import EditedSpan, Worker
 from loratool.merging.shared_updates import SharedUpdates
+from loratool.merging.tasks import compare_replaced
 from loratool.merging.totals import Totals
 from loratool.options.described import FLAG, described_by, option
 from loratool.options.shared import DeviceKind
@@ -115,9 +116,9 @@ class Filling:
         if self.ready is not None and worker.stream is not None:
             worker.stream.wait_event(self.ready)
         span = self.work.span
-        if span.untouched:
+        if span.carried is not None:
             piece = self.tensor.view(-1).view(torch.uint8)[start:stop]
-            worker.carry(span.weight.tensors[0], start, self.sources, piece)
+            worker.carry(span.carried, start, self.sources, piece)
         else:
             row = span.placed.nbytes // span.rows
             rows = self.tensor.view(span.rows, span.width)[start // row : stop // row]
@@ -256,6 +257,8 @@ class MergedWeights(Shown, Mapping[str, Tensor]):
                     EditedSpan(span, totals, self.shared, self.plan.rounding), sources, span is mine[-1], device
                 )
                 filling.begin()
+                if span.carried is not None and span.edits:
+                    compare_replaced(span, totals)
                 started.append(filling)
                 yield filling, 0, 0
                 yield from ((filling, *cut) for cut in cuts_of(span, self.resources.block))
@@ -275,7 +278,7 @@ def cuts_of(span: Span, block: int) -> Iterator[tuple[int, int]]:
 
     They are those of the engine, because formulas that are not sums of products give other last bits in other blocks.
     """
-    step = block if span.untouched else rows_of_block(span, block) * (span.placed.nbytes // max(span.rows, 1))
+    step = block if span.carried is not None else rows_of_block(span, block) * (span.placed.nbytes // max(span.rows, 1))
     for start, stop in pairwise(chunk_cuts(span.placed)):
         for at in range(start, stop, max(step, 1)):
             yield at, min(at + step, stop)

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool import __version__
 from loratool.adapters.formats import WRITTEN, is_adapter, read_adapter, replaceable
+from loratool.adapters.writer import versions
 from loratool.bases.extra_weights import name_beside
 from loratool.bases.opening import open_checkpoint
 from loratool.bases.same_base import unlike_bases
-from loratool.devices import Runtime, kind_of, resident_memory, start_torch
+from loratool.devices import Runtime, kind_of, resident_memory
 from loratool.errors import FitError, LoratoolError, UsageError, printable
 from loratool.fetching import local
 from loratool.fetching.bases import AUTO, chosen_base
@@ -39,7 +39,7 @@ from loratool.merging.engine import Engine
 from loratool.merging.fingerprints import content_fingerprint, local_state
 from loratool.merging.gain import Gains, gain_notes
 from loratool.merging.planning import PlanOptions, plan_merge
-from loratool.merging.resources import Resources, RunOptions, choose_resources
+from loratool.merging.resources import Resources, RunOptions, choose_resources, runtime_for
 from loratool.merging.tasks import Job
 from loratool.merging.totals import summed
 from loratool.notes import Note, as_records
@@ -94,7 +94,7 @@ def merge(
     try:
         prepared = prepare(base, adapters, out, options)
         lap("plan")
-        runtime = start_torch(options.device)
+        runtime = runtime_for(prepared[0].spans, options.device)
         (report,) = make_all([making(prepared, out, options, runtime, started)], options, runtime, progress, watch)
     finally:
         stopwatch.end()
@@ -115,21 +115,19 @@ def making(
     check_values(plan)
     digests = [adapter.digests() for adapter in plan.adapters]
     lap("adapters")
-    known = KnownDigests(plan.base.root) if options.digests == "new" else None
+    known = KnownDigests(plan.base.root)
     state = {**local_state(plan, options.device), "digests": options.digests}
     wanted = Journal(content_fingerprint(plan, digests), state, output_names(plan))
     workers, max_memory = options.workers, options.max_memory
     if max_memory is not None or check_stage(stage_of(target)) is not None:  # refused before anything is touched
         choose_resources(plan.spans, runtime.result().devices, workers, max_memory, resident_memory())
-    with staged(
-        target, wanted, plan.bytes_written, replaceable(options.overwrite), KnownDigests(plan.base.root).find
-    ) as stage:
+    with staged(target, wanted, plan.bytes_written, replaceable(options.overwrite), known.find) as stage:
         if stage.finished:
             stage.keep_only(kind_of(runtime.result().devices))
             stage.keep_sha256(options.sha256)
         resumed = tuple(stage.finished)
         words = repeated(plan, paths, options)
-        job = Job(plan, LocalFolder(stage, options.sha256), known)
+        job = Job(plan, LocalFolder(stage, options.sha256), known if options.digests == "new" else None)
         engine = yield job
         if job.failure is not None:
             raise job.failure
@@ -341,14 +339,12 @@ def provenance(
     words: str,
 ) -> dict[str, Any]:
     """`loratool.json`, but for "files": what made this model. The same inputs and settings give the same bytes."""
-    import torch
-
     trained_on = {adapter.training.base for adapter in plan.adapters}
     named = {"id": name} if len(trained_on) == 1 and is_hub_id(name := trained_on.pop()) else {}
     return {
         "made_by": "loratool merge",
         "command": words,
-        "versions": {"loratool": __version__, "torch": str(torch.__version__)},
+        "versions": versions(),
         "base": {
             "name": plan.base.name,
             **told_origin(plan.base.root),

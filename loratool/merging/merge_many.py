@@ -14,7 +14,6 @@ from pathlib import Path
 
 from loratool.adapters.formats import replaceable
 from loratool.bases.opening import open_checkpoint
-from loratool.devices import start_torch
 from loratool.errors import LoratoolError, StorageError, UsageError, printable
 from loratool.fetching import local
 from loratool.fetching.bases import chosen_base
@@ -33,6 +32,7 @@ from loratool.merging.merge import (
     read_all,
 )
 from loratool.merging.plan import MergePlan
+from loratool.merging.resources import runtime_for
 from loratool.results.base import Cost
 from loratool.results.merge import MergeReport
 from loratool.results.merge_many import MergeManyReport, ResultsOfOutputs
@@ -83,7 +83,7 @@ def merge_many(
         check_space(ready, errors)
         ready = [each for each in ready if each.wanted.key not in errors]
         lap("plan")
-        runtime = start_torch(options.device)
+        runtime = runtime_for((span for each in ready for span in each.plan.spans), options.device)
         makings = [
             making((each.plan, each.target, each.paths), each.wanted.out, each.wanted.options, runtime, started)
             for each in ready

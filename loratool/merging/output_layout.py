@@ -9,6 +9,8 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from loratool.adapters.adapter import StoredTensor
+from loratool.algebra.updates.replacing import Replace
 from loratool.bases.side_files import OutputFile
 from loratool.bases.weights import weights_in
 from loratool.errors import InputError, printable
@@ -33,7 +35,25 @@ class Span:
     @property
     def untouched(self) -> bool:
         """Whether the bytes of the one tensor that it is made of go to the output as they are."""
-        return not self.edits and [tensor.info.dtype for tensor in self.weight.tensors] == [self.placed.dtype]
+        return not self.edits and self.carried is not None
+
+    @cached_property
+    def carried(self) -> StoredTensor | None:
+        """The tensor whose bytes go to the output as they are: its own, or the one that replaces all of it.
+
+        None where the output is computed.
+        """
+        if [tensor.info.dtype for tensor in self.weight.tensors] != [self.placed.dtype]:
+            return None
+        if not self.edits:
+            return self.weight.tensors[0]
+        edit = self.edits[0]
+        value: object = edit.update.value if isinstance(edit.update, Replace) else None
+        if len(self.edits) > 1 or not isinstance(value, StoredTensor) or value.transposed:
+            return None
+        whole = edit.rows == self.rows and edit.columns == slice(None)
+        same = (value.info.dtype, value.info.nbytes) == (self.placed.dtype, self.placed.nbytes)
+        return value if whole and same else None
 
     @property
     def source(self) -> SafeFile:

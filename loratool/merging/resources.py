@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import stored_tensors
 from loratool.algebra.updates.replacing import Replace
-from loratool.devices import RUNTIME_MEMORY, kind_of
+from loratool.devices import RUNTIME_MEMORY, Runtime, kind_of, start_torch, without_torch
 from loratool.errors import UsageError
 from loratool.files.process import cores
 from loratool.files.sink import COPY_PIECE, PAGE
@@ -15,7 +15,8 @@ from loratool.options.described import Number, Size, option
 from loratool.options.shared import DeviceOption
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
+    from concurrent.futures import Future
 
     from loratool.bases.edits import Edit
     from loratool.merging.output_layout import Span
@@ -67,6 +68,11 @@ class Resources:
     def kind(self) -> str:
         """The kind of device."""
         return kind_of(self.devices)
+
+
+def runtime_for(spans: Iterable[Span], device: str) -> Future[Runtime]:
+    """Torch on its way in the background, and not at all where every span is a copy."""
+    return without_torch() if all(span.carried for span in spans) else start_torch(device)
 
 
 def choose_resources(

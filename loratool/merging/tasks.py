@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from loratool.adapters.adapter import same_bytes
 from loratool.files.digests import Digest, Listed, Tree, chunk_cuts, digest_of_part
 from loratool.files.known_digests import KnownDigests
 from loratool.files.open_sources import OpenSources
@@ -19,6 +20,7 @@ from loratool.merging.shared_updates import SharedUpdates
 from loratool.merging.totals import Effect, Totals
 
 if TYPE_CHECKING:
+    from loratool.adapters.adapter import StoredTensor
     from loratool.files.safefile import SafeFile
     from loratool.files.sink import Destination, Sink
     from loratool.merging.output_layout import ShardPlan, Span
@@ -137,10 +139,14 @@ class Chunk:
         return self.stop - self.start
 
     @property
+    def source(self) -> StoredTensor:
+        """The tensor that it is a copy of, or is computed from."""
+        return self.span.carried or self.span.weight.tensors[0]
+
+    @property
     def origin(self) -> Hashable:
         """What chunks have in common that are made of the same bytes."""
-        tensor, placed = self.span.weight.tensors[0], self.span.placed
-        return id(tensor.file), tensor.info.name, placed.dtype, self.start, self.stop
+        return id(self.source.file), self.source.info.name, self.span.placed.dtype, self.start, self.stop
 
 
 Cell = list[tuple[Output, Chunk]]  # chunks that are made of the same bytes
@@ -148,7 +154,7 @@ Cell = list[tuple[Output, Chunk]]  # chunks that are made of the same bytes
 
 @dataclass(frozen=True)
 class Copy:
-    """Neighbouring chunks that no edit touches."""
+    """Neighbouring chunks whose bytes are those of a stored tensor."""
 
     output: Output
     chunks: tuple[Chunk, ...]
@@ -188,13 +194,23 @@ def tasks_on(outputs: Sequence[Output]) -> Iterator[tuple[Task, ...]]:
             for chunk in chunks_of(span):
                 if chunk.size:
                     cells.setdefault(chunk.origin, []).append((output, chunk))
-    untouched = {key: all(chunk.span.untouched for _, chunk in cell) for key, cell in cells.items()}
-    for run in runs(cell for key, cell in cells.items() if untouched[key]):
+    copied = {key: all(chunk.span.carried for _, chunk in cell) for key, cell in cells.items()}
+    for run in runs(cell for key, cell in cells.items() if copied[key]):
         yield tuple(copy_of(column) for column in zip(*run, strict=True))
     begun: dict[tuple[int, int], EditedSpan] = {}  # by output and span
     for key, cell in cells.items():
-        if not untouched[key]:
-            yield tuple(copy_of([each]) if each[1].span.untouched else compute_of(*each, begun) for each in cell)
+        if not copied[key]:
+            yield tuple(copy_of([each]) if each[1].span.carried else compute_of(*each, begun) for each in cell)
+
+
+def compare_replaced(span: Span, totals: Totals) -> None:
+    """Note whether a tensor that is copied from an adapter changes the base."""
+    (tensor,), (edit,) = span.weight.tensors, span.edits
+    effect = edit.adapter, edit.target
+    totals.measured.add(effect)
+    if span.carried is not None and not same_bytes(span.carried, tensor):
+        totals.effective.add(effect)
+        totals.changed = True
 
 
 def copy_of(chunks: Sequence[tuple[Output, Chunk]]) -> Copy:
@@ -238,11 +254,11 @@ def is_next(before: Cell, cell: Cell) -> bool:
 
 
 def ranges_of(chunks: Iterable[Chunk]) -> Iterator[tuple[SafeFile, int, int]]:
-    """Where untouched chunks lie in input files, as file, start and count; neighbours are one range."""
+    """Where chunks that are copied lie in input files, as file, start and count; neighbours are one range."""
     file: SafeFile | None = None
     start = stop = 0
     for chunk in chunks:
-        (tensor,) = chunk.span.weight.tensors
+        tensor = chunk.source
         at = tensor.file.position(tensor.info) + chunk.start
         if file is not None and (tensor.file is not file or at != stop):
             yield file, start, stop - start

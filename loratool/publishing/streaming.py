@@ -20,7 +20,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import stored_tensors
-from loratool.devices import resident_memory, start_torch
+from loratool.devices import resident_memory
 from loratool.errors import HubError, InputError, UsageError, VerificationError, printable
 from loratool.fetching import HubPath, local
 from loratool.fetching.bases import chosen_base
@@ -35,8 +35,9 @@ from loratool.files.open_sources import OpenSources
 from loratool.files.outputs import check_stage
 from loratool.files.shard_writer import LocalFolder
 from loratool.files.staging import Stage, check_space, workplace
+from loratool.lazy import installed
 from loratool.merging.engine import Engine
-from loratool.merging.fingerprints import content_fingerprint, installed
+from loratool.merging.fingerprints import content_fingerprint
 from loratool.merging.gain import Gains
 from loratool.merging.merge import (
     NOTHING,
@@ -52,7 +53,7 @@ from loratool.merging.merge import (
     repeated,
     write_small_files,
 )
-from loratool.merging.resources import choose_resources
+from loratool.merging.resources import choose_resources, runtime_for
 from loratool.merging.tasks import Job
 from loratool.provenance.cards import CARD
 from loratool.publishing.committing import REMOTE_JOURNAL, Commit, Upload, check, commit, files_of, full_name, open_repo
@@ -95,7 +96,6 @@ def stream(
     ways = options.readings(len(words))
     paths = [local(adapter, "adapter") for adapter in words]
     repo = repo if options.dry_run else full_name(repo)  # so that a long way is not gone in vain
-    runtime = start_torch(options.device)
     with ExitStack() as stack:
         home = Path.cwd() / f"{Path(repo).name or 'merged'}.streaming"
         check_stage(home)
@@ -105,6 +105,7 @@ def stream(
         stage = cache(lambda: draft if options.dry_run else stack.enter_context(workplace(home)))
         source = stack.enter_context(opened(chosen_base(base, paths), lambda name: stage().place_for(name)))
         plan = planned(source.checkpoint, read_all(paths, ways), options)
+        runtime = runtime_for(plan.spans, options.device)
         check_values(plan)
         told = f"{repeated(plan, paths, options, out=False)} --stream --push-to-hub {repo}"
         others = partial(small_files, plan, repo=repo, options=options)
