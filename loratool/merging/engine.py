@@ -281,13 +281,11 @@ class Engine:
         """Make the rows of a chunk in blocks of `step` rows; each True stands for the next `window` rows."""
         output, chunk, span = task.output, task.chunk, task.chunk.span
         row, at, state = span.placed.nbytes // span.rows, output.place(chunk), new_state()
-        part, last = output.sink.part(at, chunk.size), chunk.stop // row
-        for begin in range(chunk.start // row, last, window):
-            end = min(begin + window, last)
-            for first in range(begin, end, step):
+        part = output.sink.part(at, chunk.size)
+        for blocks in chunk.blocks(step, window):
+            for first, count in blocks:
                 if output.job.stop.is_set():
                     return
-                count = min(step, end - first)
                 memory = worker.merged_rows(task.work, first, count, output.sources, at % PAGE)
                 state.update(piece_of(memory, at))
                 lap("digest", count * row)

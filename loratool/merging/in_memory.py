@@ -14,14 +14,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import count, groupby, pairwise
+from itertools import chain, count, groupby, pairwise
 from typing import TYPE_CHECKING
 
 from loratool.bases.binding.telling import nearest
 from loratool.devices import exact_arithmetic, find_devices, load_linear_algebra, resident_memory
 from loratool.errors import InputError, printable
 from loratool.fetching import local
-from loratool.files.digests import chunk_cuts
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, torch
@@ -40,7 +39,7 @@ from loratool.merging.resources import (
 )
 from loratool.merging.row_blocks import EditedSpan, Worker
 from loratool.merging.shared_updates import SharedUpdates
-from loratool.merging.tasks import compare_replaced
+from loratool.merging.tasks import chunks_of, compare_replaced
 from loratool.merging.totals import Totals
 from loratool.options.described import FLAG, described_by, option
 from loratool.options.shared import DeviceKind
@@ -274,14 +273,14 @@ class Items(ItemsView[str, Tensor]):
 
 
 def cuts_of(span: Span, block: int) -> Iterator[tuple[int, int]]:
-    """Where blocks of a tensor begin and end, in bytes.
-
-    They are those of the engine, because formulas that are not sums of products give other last bits in other blocks.
-    """
-    step = block if span.carried is not None else rows_of_block(span, block) * (span.placed.nbytes // max(span.rows, 1))
-    for start, stop in pairwise(chunk_cuts(span.placed)):
-        for at in range(start, stop, max(step, 1)):
-            yield at, min(at + step, stop)
+    """Where blocks of a tensor begin and end, in bytes. Those that are computed have the rows that the engine gives them."""
+    for chunk in (each for each in chunks_of(span) if each.size):
+        if span.carried is not None:
+            yield from ((at, min(at + block, chunk.stop)) for at in range(chunk.start, chunk.stop, block))
+            continue
+        row, step = span.placed.nbytes // span.rows, rows_of_block(span, block)
+        for first, rows in chain.from_iterable(chunk.blocks(step, step)):
+            yield first * row, (first + rows) * row
 
 
 def devices_of(device: str) -> tuple[str, ...]:

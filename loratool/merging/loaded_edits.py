@@ -91,6 +91,10 @@ class LoadedEdits:
         parts = [moved(part, device) for part in compensate(whole, on_cpu, self.read)]
         return ExactSum(parts, self.width, self.target, self.exact)
 
+    def prepare(self) -> None:
+        """Make what every block needs, before several workers ask for it at the same time."""
+        _ = self.rounded
+
     @cached_property
     def sum(self) -> ExactSum | None:
         """The edits that are no replacements, where all of them are sums of products."""
@@ -229,7 +233,7 @@ def load_edits(span: Span, shared: SharedUpdates, device: torch.device, rounding
     loaded = LoadedEdits(
         tuple(replacements), tuple(others), *shape, target, exact, norm, span.placed.name, rounding, read
     )
-    assert loaded.rounded is None or loaded.rounded.work  # made here, where other workers wait
+    loaded.prepare()
     if device.type == "cuda":  # the factors must be complete for the streams of other workers too
         torch.cuda.current_stream(device).synchronize()
     return loaded

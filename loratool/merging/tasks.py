@@ -138,6 +138,14 @@ class Chunk:
     def size(self) -> int:
         return self.stop - self.start
 
+    def blocks(self, step: int, window: int) -> Iterator[list[tuple[int, int]]]:
+        """Its rows in blocks of `step` as (first row, rows), those of each next `window` rows together."""
+        row = self.span.placed.nbytes // self.span.rows
+        last = self.stop // row
+        for begin in range(self.start // row, last, window):
+            end = min(begin + window, last)
+            yield [(first, min(step, end - first)) for first in range(begin, end, step)]
+
     @property
     def source(self) -> StoredTensor:
         """The tensor that it is a copy of, or is computed from."""
