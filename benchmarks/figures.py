@@ -56,11 +56,11 @@ class Measured:
             speeds = ratios(runs, copies, "wall", "wall")
             limits = (2.0, 1.5) if small and cpu else (None, None)
             yield at_most(f"{what}: whole process over `cp -r` + `sync`", *first(speeds, limits), note=spread(speeds))
-            yield Finding(f"{what}: rate after start-up", rate(value := speed(row, runs)), value)
-            effort = self.effort(row, runs)
+            yield Finding(f"{what}: rate after start-up", rate(value := speed(runs)), value)
+            effort = self.effort(runs)
             yield Finding(f"{what}: CPU seconds a GB, without start-up", ratio(effort), effort)
             if (older := row["runs"].get("older cpu")) and cpu:
-                efforts = [self.effort(row, [one]) / self.effort(row, [old]) for one, old in both(runs, older)]
+                efforts = [self.effort([one]) / self.effort([old]) for one, old in both(runs, older)]
                 limits = (0.75, 0.6) if large else (None, None)
                 yield at_most(
                     f"{what}: CPU seconds a GB over those of {row['older']}",
@@ -105,10 +105,10 @@ class Measured:
     def of_large(self, row: Row) -> Iterator[Finding]:
         for name, runs in merges(row):
             what = f"{said(row, name)}, {row['bytes'] / 1e9:.0f} GB of it: rate after start-up"
-            yield Finding(what, rate(value := speed(row, runs)), value)
+            yield Finding(what, rate(value := speed(runs)), value)
             other = self.rows.get("merge", {})
             if name in other.get("runs", {}):
-                over = value / speed(other, other["runs"][name])
+                over = value / speed(other["runs"][name])
                 yield at_least(f"{what}, over that of {other['shape']}", over, 1.0, ratio)
 
     def of_batch(self, row: Row) -> Iterator[Finding]:
@@ -130,7 +130,7 @@ class Measured:
         for name, runs in row["runs"].items():
             if name.startswith("exact"):
                 plain = row["runs"][name.replace("exact", "float32")]
-                over = [self.effort(row, [one]) / self.effort(row, [other]) for one, other in both(runs, plain)]
+                over = [self.effort([one]) / self.effort([other]) for one, other in both(runs, plain)]
                 what = f"{row['shape']}, cpu, {name.removeprefix('exact, ')}: CPU seconds over the engine's in float32"
                 yield at_most(what, *first(over, (1.35, 1.2)), note=spread(over))
 
@@ -162,10 +162,10 @@ class Measured:
             what = f"one tensor of {row['bytes'] / 1e9:.2f} GB with all experts, {name.removeprefix('merge ')}: peak memory"
             yield at_most(what, peak, EXPERT_MEMORY, megabytes)
 
-    def effort(self, row: Row, runs: Sequence[Row]) -> float:
+    def effort(self, runs: Sequence[Row]) -> float:
         """Median of CPU seconds a GB of output, without those that starting takes."""
         idle = {one["program"]: self.startup.get(one["program"], {}).get("processor", 0.0) for one in runs}
-        return float(median((one["processor"] - idle[one["program"]]) / (row["bytes"] / 1e9) for one in runs))
+        return float(median((one["processor"] - idle[one["program"]]) / (one["bytes"] / 1e9) for one in runs))
 
 
 def merges(row: Row) -> Iterator[tuple[str, list[Row]]]:
@@ -198,6 +198,6 @@ def spread(values: Sequence[float]) -> str:
     return f"turns {', '.join(map(ratio, sorted(values)))}"
 
 
-def speed(row: Row, runs: Sequence[Row]) -> float:
+def speed(runs: Sequence[Row]) -> float:
     """Bytes a second after start-up."""
-    return float(row["bytes"] / median(one["work"] for one in runs))
+    return float(median(one["bytes"] / one["work"] for one in runs))

@@ -25,6 +25,7 @@ class Finding:
     target: str = ""
     met: bool | None = None  # None where nothing was promised
     note: str = ""
+    aimed: bool | None = None  # whether it reaches the aim too; None without one
 
 
 Show = Callable[[float], str]
@@ -46,8 +47,14 @@ def judged(what: str, value: float, limits: tuple[str, float | None, float | Non
     sign, limit, aim = limits
     if limit is None:
         return Finding(what, show(value), value, note=note)
-    target = f"{sign} {show(limit)}" + (f", aim {show(aim)}" if aim is not None else "")
-    return Finding(what, show(value), value, target, value <= limit if sign == "≤" else value >= limit, note)
+
+    def reaches(least: float) -> bool:
+        return value <= least if sign == "≤" else value >= least
+
+    if aim is None:
+        return Finding(what, show(value), value, f"{sign} {show(limit)}", reaches(limit), note)
+    target = f"{sign} {show(limit)}, aim {show(aim)}"
+    return Finding(what, show(value), value, target, reaches(limit), note, reaches(aim))
 
 
 def ratio(value: float) -> str:
@@ -77,13 +84,17 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def verdict(met: bool | None) -> str:
-    return {True: "met", False: "missed", None: ""}[met]
+def verdict(met: bool | None, aimed: bool | None = None) -> str:
+    if met is None:
+        return ""
+    return "aim met" if met and aimed else "met" if met else "missed"
 
 
 def finding_table(findings: Sequence[Finding]) -> str:
     rows = [("what", "target", "measured", "", "")]
-    rows += [(found.what, found.target, found.measured, verdict(found.met), found.note) for found in findings]
+    rows += [
+        (found.what, found.target, found.measured, verdict(found.met, found.aimed), found.note) for found in findings
+    ]
     return aligned(rows)
 
 

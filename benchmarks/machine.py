@@ -25,8 +25,8 @@ def describe(folder: Path, load: float) -> dict[str, str]:
     """What the numbers depend on; no names of hosts or folders."""
     facts = {
         "processor": f"{processor()}, {cores()} cores",
-        "memory": f"{memory_line('MemTotal') / 2**30:.1f} GiB",
-        "GPU": ", ".join(gpus()) or "none",
+        "memory": memory(),
+        "GPU": ", ".join(f"{gpus().count(name)} × {name}" for name in dict.fromkeys(gpus())) or "none",
         "file system": filesystem(folder),
         "system": f"{platform.system()} {platform.release()}, {first_line(['cp', '--version'])}",
         "Python": platform.python_version(),
@@ -50,6 +50,10 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def memory() -> str:
+    return f"{memory_line('MemTotal') / 2**30:.1f} GiB"
+
+
 def memory_line(name: str) -> int:
     """Bytes of one line of /proc/meminfo."""
     for line in read("/proc/meminfo").splitlines():
@@ -63,10 +67,10 @@ def available_memory() -> int:
 
 
 def gpus() -> list[str]:
-    line = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    line = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     with suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip().splitlines()
-    return ["of NVIDIA" for _ in Path("/dev").glob("nvidia[0-9]*")]  # without nvidia-smi: as many as there are
+    return ["GPU of NVIDIA" for _ in Path("/dev").glob("nvidia[0-9]*")]  # without nvidia-smi: as many as there are
 
 
 def filesystem(folder: Path) -> str:

@@ -93,7 +93,8 @@ def section(result: Result) -> Iterator[str]:
     """The command, the findings, and the runs that they are of."""
     yield f"```console\n$ {result['command']}\n```"
     rows = [
-        (each["what"].strip(), each["target"], with_note(each), verdict(each["met"])) for each in result["findings"]
+        (each["what"].strip(), each["target"], with_note(each), verdict(each["met"], each["aimed"]))
+        for each in result["findings"]
     ]
     if rows:
         yield table(("what", "target", "measured", ""), rows)
@@ -116,7 +117,7 @@ def run_rows(result: Result) -> Iterator[tuple[str, ...]]:
                 contender,
                 f"{middle(runs, 'wall'):.2f} s",
                 f"{middle(runs, 'startup'):.2f} s" if middle(runs, "startup") else "",
-                rate(speed(row, runs)),
+                rate(speed(runs)),
                 f"{middle(runs, 'processor'):.2f} s",
                 megabytes(peak) if (peak := max(one["peak_memory"] for one in runs)) else "",
             )
@@ -189,8 +190,7 @@ def markdown_of_rounding(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def machine_of(result: Result) -> str:
     facts = result["machine"]
-    gpu = "" if facts["GPU"] == "none" else f", {facts['GPU'].partition(',')[0]}"
-    return f"{facts['processor']}{gpu}"
+    return f"{facts['processor']}{'' if facts['GPU'] == 'none' else ', ' + facts['GPU']}"
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

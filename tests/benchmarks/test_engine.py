@@ -152,7 +152,7 @@ def test_start_up_is_taken_out_of_processor_time() -> None:
 
     def run(program: str, processor: float) -> dict[str, Any]:
         numbers = dict.fromkeys(("wall", "work", "sync", "startup", "peak_memory", "gpu_memory", "workers"), 1.0)
-        return {**numbers, "program": program, "processor": processor}
+        return {**numbers, "bytes": 10**9, "program": program, "processor": processor}
 
     runs = {"cp -r": [run("", 0)], "merge cpu": [run("merge cpu", 5)], "older cpu": [run("older cpu", 9)]}
     row = {"shape": "tiny", "bytes": 10**9, "runs": runs, "older": "0.2.0"}

@@ -13,18 +13,21 @@ from paths import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import findings
 import pages
 
 BLOCK = "<!-- numbers: {} -->\n<!-- end of numbers -->\n"
 
 
 def run(wall: float) -> dict[str, float]:
-    return {"wall": wall, "work": wall / 2, "startup": 0.25, "processor": 3.0, "peak_memory": 3e8, "gpu_memory": 0}
+    numbers = {"wall": wall, "work": wall / 2, "startup": 0.25, "processor": 3.0, "peak_memory": 3e8, "gpu_memory": 0}
+    return {**numbers, "bytes": 5e9}
 
 
 def result(**changes: Any) -> dict[str, Any]:
     """What engine.py writes, in short."""
-    finding = {"what": "rate", "measured": "1.75", "value": 1.75, "target": "≥ 1.60", "met": True, "note": "turns 1.75"}
+    judged = {"value": 1.75, "target": "≥ 1.60, aim 2.00", "met": True, "aimed": False}
+    finding = {"what": "rate", "measured": "1.75", "note": "turns 1.75", **judged}
     merge = {"shape": "tiny", "bytes": 5 * 10**9, "runs": {"cp -r": [run(4)], "merge cpu": [run(1), run(5), run(3)]}}
     facts = {"processor": "Abacus, 3 cores", "memory": "7.5 GiB", "GPU": "none", "file system": "ext4", "torch": "9.9"}
     return {
@@ -78,7 +81,7 @@ def test_pages_show_machine_commit_command_and_every_number(
         "## Abacus, 3 cores",
         "7.5 GiB of memory, file system ext4, torch 9.9",
         "```console\n$ python benchmarks/engine.py --shape tiny\n```",
-        "| rate | ≥ 1.60 | 1.75 (turns 1.75) | met |",
+        "| rate | ≥ 1.60, aim 2.00 | 1.75 (turns 1.75) | met |",
         "| `merge` | merge cpu | 3.00 s | 0.25 s | 3.33 GB/s | 3.00 s | 300 MB |",
         "Not measured on this machine: `peft`: needs peft.",
     ):
@@ -86,6 +89,17 @@ def test_pages_show_machine_commit_command_and_every_number(
     expected = "| Abacus, 3 cores | tiny, 5.00 GB | 4.0 s | 3.0 s on cpu, of which 0.2 s start-up |  | 300 MB |"
     assert expected in (root / pages.README).read_text()
     assert checked(root) == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "least", "most"), [(1.0, "missed", "aim met"), (1.5, "met", "met"), (2.5, "aim met", "missed")]
+)
+def test_a_number_is_judged_by_target_and_aim(value: float, least: str, most: str) -> None:
+    """With target 1.4 and aim 2, or for what is to be small with target 2 and aim 1.2."""
+    up = findings.at_least("x", value, 1.4, findings.ratio, 2.0)
+    down = findings.at_most("x", value, 2.0, findings.ratio, 1.2)
+    assert (findings.verdict(up.met, up.aimed), findings.verdict(down.met, down.aimed)) == (least, most)
+    assert (up.target, down.target) == ("≥ 1.40, aim 2.00", "≤ 2.00, aim 1.20")
 
 
 def test_results_of_other_runs_are_dropped(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
