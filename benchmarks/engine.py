@@ -42,6 +42,7 @@ BLOCKS = (1 << 16, 1 << 20, 1 << 24)  # bytes
 ADAPTERS = 4  # of a batch
 SAMPLED = 100_000  # elements compared with rational arithmetic
 FACTORS = ((16, "F32"), (16, "BF16"), (1, "F32"), (1, "BF16"))  # rank and dtype
+DTYPES = {"F32": "float32", "BF16": "bfloat16"}
 WEAK = STRENGTH / (DELTA_STD / WEIGHT_STD)  # weight at which an adapter has that strength
 LOADED = 0.5  # load a core from which a machine counts as busy
 
@@ -302,7 +303,7 @@ class Bench:
         contenders = []
         for rank, dtype in FACTORS:
             name = self.adapter(self.few, f"adapter-{rank}-{dtype}", rank=rank, dtype=dtype)
-            what = f"factors in {dtype.lower()}, r = {rank}"
+            what = f"factors in {DTYPES[dtype]}, r = {rank}"
             contenders.append(merge_by(f"exact, {what}", "cpu", adapter=name))
             contenders.append(altered(f"float32, {what}", "cpu", "--float32", adapter=name))
         return self.measured("exact", self.few.name, self.few.base_bytes, contenders)

@@ -195,7 +195,7 @@ def first(
 
 
 def spread(values: Sequence[float]) -> str:
-    return f"turns {', '.join(map(ratio, sorted(values)))}"
+    return f"turns {', '.join(map(ratio, sorted(values)))}" if len(values) > 1 else ""
 
 
 def speed(runs: Sequence[Row]) -> float:

@@ -117,12 +117,14 @@ def write_result(path: Path | None, facts: dict[str, str], findings: Sequence[Fi
 
 
 def command(words: Sequence[str]) -> str:
-    """The command line as a page shows it: without the file of the result, and with DIR for a folder of this machine."""
+    """The command line as a page shows it: without the file of the result, and without folders of this machine."""
     shown, rest = ["python", f"benchmarks/{Path(words[0]).name}"], list(words[1:])
     while rest:
         word = rest.pop(0)
         if word == "--json" and rest:
             rest.pop(0)
+        elif word == "--over" and rest:
+            shown += [word, Path(rest.pop(0)).name]
         elif not word.startswith("--json="):
             shown.append("DIR" if word.startswith("/") and word not in SHOWN_FOLDERS else word)
     return " ".join(shown)

@@ -74,16 +74,12 @@ def sections(results: Sequence[Result]) -> Iterator[str]:
         by_machine.setdefault(machine_of(each), []).append(each)
     for name, group in by_machine.items():
         facts = group[0]["machine"]
-        kept = ("memory", "file system", "Python", "torch", "peft")
-        yield (
-            f"## {name}\n\n"
-            + ", ".join(
-                f"{key} {facts[key]}" if key != "memory" else f"{facts[key]} of memory" for key in kept if key in facts
-            )
-            + "."
-        )
+        kept = ("file system", "Python", "torch", "peft", "load before")
+        others = [f"{key} {facts[key]}" for key in kept if key in facts]
+        yield f"## {name}"
+        yield ", ".join([f"{facts['memory']} of memory", *others]) + "."
         for benchmark in dict.fromkeys(each["benchmark"] for each in group):
-            yield f"### {TITLES.get(benchmark, benchmark)}\n"[:-1]
+            yield f"### {TITLES.get(benchmark, benchmark)}"
             for each in group:
                 if each["benchmark"] == benchmark:
                     yield from section(each)

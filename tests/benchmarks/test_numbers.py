@@ -181,3 +181,11 @@ def test_the_pages_of_this_repository_hold_no_other_numbers() -> None:
     command = [sys.executable, str(ROOT / "benchmarks/numbers.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "every number is one of benchmarks/results")
+
+
+def test_a_command_is_shown_without_folders_of_the_machine() -> None:
+    """Neither where the result went nor where models were made; an older commit keeps its name."""
+    words = "a/engine.py --rows merge --folder /mnt/x --json /tmp/r.json --over /mnt/old/0.2.0 --json=/tmp/s.json"
+    assert findings.command(words.split()) == "python benchmarks/engine.py --rows merge --folder DIR --over 0.2.0"
+    shown = "python benchmarks/engine.py --folder /dev/shm"
+    assert findings.command(["engine.py", "--folder", "/dev/shm"]) == shown
