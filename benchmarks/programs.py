@@ -72,6 +72,7 @@ def altered(*words: str) -> None:
     options, command = parser.parse_known_args(words)
     if options.float32:
         exact_rows.ExactSum.merge = merge_in_float32  # type: ignore[method-assign]
+        exact_rows.SMALL = 0  # weights that are computed in float64
     if options.block:
         resources.CPU_BLOCK = resources.CUDA_BLOCK = options.block
     sys.argv = ["loratool", *command]
@@ -97,7 +98,8 @@ def merge_in_float32(
     seen = Seen()
     for at in range(0, before.shape[0], tile):
         stored, rounded = before[at : at + tile], after[at : at + tile]
-        weight, change, _ = scratch.of(stored.shape[0], self.width, torch.float32, self.target)
+        room = scratch.of(stored.shape[0], self.width, self.work, self.target)
+        weight, change = room.weight, room.change
         weight.copy_(stored)
         lap("cast")
         seen.weight += float(torch.linalg.vector_norm(weight)) ** 2

@@ -22,6 +22,7 @@ Term = tuple["Numbers", "Numbers", float]  # (n, count) left, (n, count) right, 
 
 INTEGERS = {8: "int64", 4: "int32", 2: "int16"}  # by bytes
 SPLITTER = 2.0**27 + 1  # cuts a float64 into two halves of 26 bits
+FAR = 2.0**-26  # of a float32's size: less than half of its step
 SAFE = 2.0**-900, 2.0**900  # sizes of products that are error-free: nothing near overflow or underflow
 
 
@@ -29,6 +30,16 @@ def bits_of(values: Tensor) -> Tensor:
     """The numbers' bits as integers, in the same memory."""
     integers: torch.dtype = getattr(torch, INTEGERS[values.element_size()])
     return values.view(integers)
+
+
+def tie_of(dtype: torch.dtype) -> int:
+    """The last bits of a float32 that is half-way between two of a 16-bit dtype, if it is `alike_from` or more."""
+    return 0x8000 if dtype == torch.bfloat16 else 0x1000
+
+
+def alike_from(dtype: torch.dtype) -> float:
+    """The size from which on that is true: bfloat16 has the exponents of float32, and float16 has fewer."""
+    return 0.0 if dtype == torch.bfloat16 else 2.0**-14
 
 
 def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:

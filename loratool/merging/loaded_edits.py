@@ -19,6 +19,7 @@ from loratool.bases.edits import Edit
 from loratool.bases.weights import Room
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
+from loratool.files.stopwatch import lap
 from loratool.lazy import torch
 from loratool.merging.compensating import compensate
 from loratool.merging.exact_rows import ExactSum, Scratch, Seen, convert, largest_of
@@ -86,10 +87,10 @@ class LoadedEdits:
         if self.sum is None or self.rounding != "compensated" or self.read is None or self.target.itemsize != 2:
             return self.sum
         on_cpu = [moved(part) for part in self.sum.parts]
-        whole = ExactSum(on_cpu, self.width, self.target, self.exact)
+        whole = ExactSum(on_cpu, self.width, self.target, self.exact, self.rows)
         device = self.sum.parts[0].up.device if self.sum.parts else torch.device("cpu")
         parts = [moved(part, device) for part in compensate(whole, on_cpu, self.read)]
-        return ExactSum(parts, self.width, self.target, self.exact)
+        return ExactSum(parts, self.width, self.target, self.exact, self.rows)
 
     def prepare(self) -> None:
         """Make what every block needs, before several workers ask for it at the same time."""
@@ -105,6 +106,7 @@ class LoadedEdits:
             self.width,
             self.target,
             self.exact,
+            self.rows,
         )
 
     @property
@@ -141,6 +143,7 @@ class LoadedEdits:
                 some = slice(int(rows[0]) - first, None, self.every)
                 change = self.sum.change_of(rows)
                 seen.kept = measure_kept(before[some], change, after[some], rows, modules, self.every)
+                lap("gain")
         return seen
 
     @property
@@ -150,6 +153,7 @@ class LoadedEdits:
     def round_sums(self, before: torch.Tensor, first: int, after: torch.Tensor) -> None:
         """Round the exact sums of some rows at random, in place of `after`; what is not finite stays as it is."""
         assert self.sum is not None
+        singles = self.sum.singles
         step = max(1, AT_RANDOM // self.width)
         for at in range(0, before.shape[0], step):
             weight = before[at : at + step].double()
@@ -158,7 +162,10 @@ class LoadedEdits:
             values, errors = self.sum.wide.sums(weight.masked_fill(~finite, 0), first + at)
             start, flat = (first + at) * self.width, weight.flatten()
             numbers = random_numbers(self.name, start, flat.numel())
-            exact = partial(self.sum.exact_value, flat, start)
+
+            def exact(place: int, start: int = start, flat: torch.Tensor = flat) -> Fraction:
+                return singles.value(start + place, float(flat[place]))
+
             rounded = round_at_random(values.flatten(), errors.flatten(), numbers, after.dtype, exact).view_as(weight)
             part = after[at : at + step]
             part.copy_(torch.where(finite & ((values != 0) | (weight != 0)), rounded, part))
@@ -278,15 +285,27 @@ def has_effect(edits: LoadedEdits, block: torch.Tensor, first: int) -> bool:
 
     `block` holds rows from `first` on as they are stored. More of it is looked at only as long as nothing changes.
     """
-    at, count, width = 0, max(1, LOOKED_AT_FIRST // block.shape[1]), block.shape[1]
-    while at < block.shape[0]:
-        before = block[at : at + count]
+    for rows in looked_at(block):
+        before = block[rows]
         after = torch.empty(before.shape, dtype=edits.target, device=block.device)
-        edits.merge(before, first + at, after, Scratch(block.device, before.numel(), 8), measure=False)
+        edits.merge(before, first + rows.start, after, Scratch(block.device, before.numel(), 8), measure=False)
         if not same_bits(round_once(before, edits.target), after):
             return True
-        at, count = at + count, min(4 * count, max(1, LOOKED_AT // width))
     return False
+
+
+def is_changed(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Whether a block, (n, width), has become another one, after rounding."""
+    return any(not same_bits(round_once(before[rows], after.dtype), after[rows]) for rows in looked_at(before))
+
+
+def looked_at(block: torch.Tensor) -> Iterator[slice]:
+    """Rows to look at in turn, few of them at first."""
+    at, width = 0, max(1, block.shape[1])
+    count = max(1, LOOKED_AT_FIRST // width)
+    while at < block.shape[0]:
+        yield slice(at, at + count)
+        at, count = at + count, min(4 * count, max(1, LOOKED_AT // width))
 
 
 def weight_rows(span: Span, edit: Edit, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:

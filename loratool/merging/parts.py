@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from loratool.algebra.updates.base import Product
-from loratool.lazy import Tensor, torch
+from loratool.lazy import Tensor, numpy, torch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Mask = NDArray[numpy.bool_]
+    Numbers = NDArray[numpy.float64]
+    Places = NDArray[numpy.int64]
+    Values = NDArray[Any]  # of float32 or float64
 
 ALL = slice(None)
 GENEROUS = 1 + 2.0**-10  # times a bound: for the roundings in computing the bound itself
+ROUNDOFF = {4: 2.0**-24, 8: 2.0**-53}  # by bytes of the dtype: half the distance from 1 to the next number
 TINIEST = {4: 2.0**-124, 8: 2.0**-960}  # more than underflow takes from a number
 
 
@@ -31,16 +41,16 @@ class Place:
         """Whether any of some rows of the weight are in here."""
         return self.first < stop and self.stop > first
 
-    def own(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def own(self, rows: Places, columns: Places) -> tuple[Places, Places, Mask | None]:
         """Own rows and columns of single elements, and which elements are in here; None where all are."""
         own, inside = rows - self.first, None
-        if int(own.min()) < 0 or int(own.max()) >= self.rows:
+        if own.min() < 0 or own.max() >= self.rows:
             inside = (own >= 0) & (own < self.rows)
-            own = own.clamp(0, self.rows - 1)
+            own = own.clip(0, self.rows - 1)
         if self.columns == ALL:
             return own, columns, inside
         start, step = self.columns.start or 0, self.columns.step or 1
-        across = ((columns - start) // step).clamp(0, self.width - 1)
+        across = ((columns - start) // step).clip(0, self.width - 1)
         met = across * step + start == columns
         return own, across, met if inside is None else inside & met
 
@@ -71,19 +81,17 @@ class Part:
         return self.up.shape[1] if self.down is not None else 1
 
     @cached_property
-    def turned(self) -> Tensor:
-        """`down`, (columns, rank), whose rows are gathered quickly."""
-        assert self.down is not None
-        return self.down.T.contiguous()
+    def factors(self) -> tuple[Values, Values]:
+        """Both factors on the CPU, (rows, rank) and (columns, rank), whose rows are gathered quickly."""
+        up, down = self.up, torch.ones(1, self.up.shape[1], dtype=self.up.dtype) if self.down is None else self.down
+        return up.cpu().numpy(), numpy.ascontiguousarray(down.cpu().numpy().T)
 
-    def factors_at(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    def factors_at(self, rows: Places, columns: Places) -> tuple[Numbers, Numbers]:
         """Both factors of single elements in float64, (count, rank) each; zero for elements that are not this part's."""
         own, across, inside = self.place.own(rows, columns)
-        if self.down is None:
-            left = self.up[own, across].double()[:, None]
-            right = torch.ones_like(left)
-        else:
-            left, right = self.up.index_select(0, own).double(), self.turned.index_select(0, across).double()
+        up, turned = self.factors
+        right = turned.take(across, 0).astype(numpy.float64)
+        left = (up[own, across][:, None] if self.down is None else up.take(own, 0)).astype(numpy.float64)
         return left if inside is None else left * inside[:, None], right
 
 
@@ -104,10 +112,8 @@ class Stack:
     up: Tensor  # (rows, rank)
     down: Tensor | None
     scale: float
-    lengths: Tensor  # (rows,) of the rows of `up`, in float64; their largest elements where there is no `down`
-    spans: Tensor  # (columns,) lengths of the columns of `down`, in float64
-    sizes: tuple[Tensor, Tensor]  # both in the working dtype
-    reach: float  # no element of the product is larger, and no sum of the sizes of what it is the sum of
+    lengths: Numbers  # (rows,) of the rows of `up`; their largest elements where there is no `down`
+    spans: Numbers  # (columns,) lengths of the columns of `down`
     lifted: Tensor | None  # `down` with a row of ones, by which a constant is added in the product
     module: str  # the target of the first part
 
@@ -121,21 +127,30 @@ class Stack:
             ones = torch.ones_like(downs[0][:1])
             up, lifted = torch.cat(scaled, 1).to(work), torch.cat([*downs, ones], 0).to(work)
             down = lifted[:-1]
-            lengths, spans = (torch.linalg.vector_norm(f.double(), dim=d) for f, d in ((up, 1), (down, 0)))
+            lengths, spans = (torch.linalg.vector_norm(f, dim=d, dtype=torch.float64) for f, d in ((up, 1), (down, 0)))
         else:
             up, down, lifted = sum(scaled[1:], scaled[0]).to(work), None, None
             lengths = torch.stack([each.abs().amax(1).double() for each in scaled]).sum(0)
-            spans = torch.ones(up.shape[1], dtype=torch.float64, device=up.device)
-        reach = float(lengths.max()) * float(spans.max()) * abs(scale) * GENEROUS
-        sizes = lengths.to(work), spans.to(work)
-        return cls(parts[0].place, up, down, scale, lengths, spans, sizes, reach, lifted, parts[0].module)
+            spans = torch.ones(up.shape[1], dtype=torch.float64)
+        sizes = lengths.cpu().numpy(), spans.cpu().numpy()
+        return cls(parts[0].place, up, down, scale, *sizes, lifted, parts[0].module)
+
+    @cached_property
+    def span(self) -> float:
+        """The largest of `spans`, times the scale."""
+        return float(self.spans.max()) * abs(self.scale) * GENEROUS
+
+    @cached_property
+    def reach(self) -> float:
+        """No element of the product is larger, and no sum of the sizes of what it is the sum of."""
+        return float(self.lengths.max()) * self.span
 
     @property
     def terms(self) -> int:
-        """Roundings in an element, at most."""
-        return 5 + (1 if self.down is None else self.up.shape[1])
+        """Roundings of a term in an element, at most: of factors, products, sums, scaling, and a constant added."""
+        return 5 if self.down is None else self.up.shape[1] + 4
 
-    @property
+    @cached_property
     def underflow(self) -> float:
         """What underflow may take from an element."""
         unit = TINIEST[self.up.dtype.itemsize]
@@ -155,9 +170,16 @@ class Stack:
         else:
             part.addmm_(up, self.down, alpha=self.scale)
 
-    def sizes_at(self, rows: Tensor, columns: Tensor) -> Tensor:
+    def lengths_of(self, first: int, stop: int) -> Numbers:
+        """The lengths of some rows of the weight, all in here."""
+        return self.lengths[first - self.place.first : stop - self.place.first]
+
+    def errors(self, first: int, stop: int) -> Numbers:
+        """How far an element of some rows of the product, all in here, may be from the exact value: (rows,)."""
+        return self.lengths_of(first, stop) * (self.span * self.terms * ROUNDOFF[self.up.dtype.itemsize])
+
+    def sizes_at(self, rows: Places, columns: Places) -> Numbers:
         """What no single element of the product exceeds, nor the sum of the sizes of what it is the sum of."""
         own, across, inside = self.place.own(rows, columns)
-        lengths, spans = self.sizes
-        sizes = lengths.index_select(0, own).mul_(spans.index_select(0, across)).mul_(abs(self.scale) * GENEROUS)
-        return sizes if inside is None else sizes.mul_(inside)
+        sizes = self.lengths.take(own) * self.spans.take(across) * (abs(self.scale) * GENEROUS)
+        return sizes if inside is None else sizes * inside

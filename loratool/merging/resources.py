@@ -29,6 +29,7 @@ MOST_SHELVED = 4  # updates that several spans share and that stay in memory for
 SMALLEST_BLOCK = 64 << 10
 TILE = 1 << 18  # elements that are computed at a time on a CPU: they stay in a core's cache; with larger blocks
 LARGE_TILE = 1 << 20  # these, in fewer calls
+CUDA_TILE = 1 << 22  # on a GPU, in float64
 FORMULA_BLOCK = 1 << 18  # elements of a block that no sum of products changes: whatever a merge may use, for sums in
 # another order give other last bits
 FORMULA_MEMORY = 80  # bytes of such an element while it is computed, in float64 with copies
@@ -164,8 +165,8 @@ def sums_products(span: Span) -> bool:
 
 def tile_elements(span: Span, block: int, on_gpu: bool) -> int:
     """Elements of a block that are computed at a time."""
-    rows, most = rows_of_block(span, block), TILE if block <= CPU_BLOCK else LARGE_TILE
-    return (rows if on_gpu else min(rows, max(1, most // max(1, span.width)))) * span.width
+    most = CUDA_TILE if on_gpu else TILE if block <= CPU_BLOCK else LARGE_TILE
+    return min(rows_of_block(span, block), max(1, most // max(1, span.width))) * span.width
 
 
 def needs_float64(span: Span) -> bool:

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from loratool.adapters.adapter import StoredTensor
-from loratool.algebra.rounding import round_once
 from loratool.bases.weights import Room, StoredWeight
 from loratool.errors import FitError, printable
 from loratool.files.open_sources import OpenSources
@@ -21,7 +20,7 @@ from loratool.files.sink import PAGE
 from loratool.files.stopwatch import lap
 from loratool.lazy import torch
 from loratool.merging.exact_rows import Scratch, Seen
-from loratool.merging.loaded_edits import LoadedEdits, has_effect, load_edits, same_bits
+from loratool.merging.loaded_edits import LoadedEdits, has_effect, is_changed, load_edits
 from loratool.merging.output_layout import Span
 from loratool.merging.resources import Resources, itemsize, needs_float64, rows_of_block, tile_elements
 from loratool.merging.shared_updates import SharedUpdates
@@ -49,12 +48,16 @@ class EditedSpan:
                 self.loaded[key] = load_edits(self.span, self.shared, device, self.rounding)
             return self.loaded[key]
 
-    def look_for_effects(self, loaded: LoadedEdits, block: torch.Tensor, first: int) -> None:
-        """Note which updates change an element of `block`, which holds rows from `first` on as they are stored."""
+    def look_for_effects(self, loaded: LoadedEdits, before: torch.Tensor, first: int, after: torch.Tensor) -> None:
+        """Note which updates change an element of some rows, from `first` on, and whether all of them together do."""
         effective = self.totals.effective
         self.waiting = self.waiting - effective
+        alone = len(self.span.edits) == 1
+        changed = (alone or not self.totals.changed) and is_changed(before, after)
+        if changed:
+            self.totals.changed = True  # never set to False: another worker may have seen a change meanwhile
         for effect in self.waiting:
-            if effect not in effective and has_effect(loaded.only(effect), block, first):
+            if effect not in effective and (changed if alone else has_effect(loaded.only(effect), before, first)):
                 effective.add(effect)
 
     def seen(self, rows: int, block: Seen, whole: float, nonfinite: int) -> None:
@@ -96,7 +99,7 @@ class Worker:
         touched, block = [span for span in spans if not span.untouched], resources.block
         elements = max((tile_elements(span, block, resources.on_gpu) for span in touched), default=0)
         raw = max((rows_of_block(span, block) * span.width * itemsize(span) for span in touched), default=0)
-        wide = any(map(needs_float64, touched))
+        wide = resources.on_gpu or any(map(needs_float64, touched))
         return cls(resources.devices[number % len(resources.devices)], max(raw, block), elements, wide)
 
     def merged_rows(self, work: EditedSpan, first: int, count: int, sources: OpenSources, shift: int) -> memoryview:
@@ -153,10 +156,8 @@ class Worker:
         lap("factors")
         seen = loaded.merge(before, first, after, self.scratch, measured)
         lap("formula" if loaded.sum is None else "round")
-        if not work.totals.changed and span.edits and not same_bits(round_once(before, after.dtype), after):
-            work.totals.changed = True  # never set to False: another worker may have seen a change meanwhile
-        if work.waiting:
-            work.look_for_effects(loaded, before, first)
+        if span.edits and (work.waiting or not work.totals.changed):
+            work.look_for_effects(loaded, before, first, after)
         lap("look")
         nonfinite = 0 if seen.largest <= torch.finfo(after.dtype).max else check_finite(span, before, after)
         work.seen(len(after), seen, math.inf if measured or loaded.replacements else loaded.norm, nonfinite)

@@ -13,7 +13,7 @@ from exactly import exact_products, nearest_value, spelled
 from safetensors.torch import load_file, save_file
 
 import loratool
-from loratool.merging import resources
+from loratool.merging import exact_rows, resources
 from loratool.merging.exact_rows import ExactSum, Scratch
 from loratool.merging.parts import ALL, Part, Place
 
@@ -59,7 +59,7 @@ def exact_change(parts: list[Part], row: int, column: int) -> Fraction:
 
 def merged_rows(weight: torch.Tensor, parts: list[Part], target: torch.dtype, rows: int) -> torch.Tensor:
     exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    total = ExactSum(parts, COLUMNS, target, exact)
+    total = ExactSum(parts, COLUMNS, target, exact, ROWS)
     after = torch.empty(ROWS, COLUMNS, dtype=target)
     scratch = Scratch(torch.device("cpu"), ROWS * COLUMNS, 8)
     for at in range(0, ROWS, 7):
@@ -67,13 +67,27 @@ def merged_rows(weight: torch.Tensor, parts: list[Part], target: torch.dtype, ro
     return after
 
 
+FLOATS = torch.bfloat16, torch.float16, torch.float32, torch.float64
+KINDS = [(stored, target) for stored in FLOATS if stored != torch.float16 for target in FLOATS]
+NARROW = [(stored, target) for stored, target in KINDS if stored != torch.float64 and target.itemsize == 2]
+
+
 @pytest.mark.parametrize("scale", [2.0, 0.3])
 @pytest.mark.parametrize("factors", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("target", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("stored", "target", "small"), [(*kind, True) for kind in KINDS] + [(*kind, False) for kind in NARROW], ids=str
+)
 def test_every_element_is_the_exact_sum_rounded_once(
-    stored: torch.dtype, target: torch.dtype, factors: torch.dtype, scale: float
+    stored: torch.dtype,
+    target: torch.dtype,
+    factors: torch.dtype,
+    scale: float,
+    small: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Small weights are computed in float64, and larger ones in float32 where the output has 16 bits."""
+    if not small:
+        monkeypatch.setattr(exact_rows, "SMALL", 0)
     parts = some_parts(factors, scale)
     weight = made(ROWS, COLUMNS, seed=4, size=0.02).to(stored)
     weight[0, :4] = torch.tensor([0.0, -0.0, 1e-40, -1e-30])
