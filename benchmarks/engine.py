@@ -38,12 +38,13 @@ from shapes import DELTA_STD, EXPERT_BYTES, SHAPES, TINY, WEIGHT_STD, Shape, mak
 SPARE = 300_000_000  # bytes of disk to leave free
 PEFT_MEMORY = 1.4  # times the base: where less is free, PEFT is not started
 WORKERS = (1, 4, 16)
-BLOCKS = (1 << 16, 1 << 20, 1 << 24)  # bytes
+BLOCKS = (1 << 19, 3 << 20, 1 << 24)  # bytes
 ADAPTERS = 4  # of a batch
 SAMPLED = 100_000  # elements compared with rational arithmetic
 FACTORS = ((16, "F32"), (16, "BF16"), (1, "F32"), (1, "BF16"))  # rank and dtype
 DTYPES = {"F32": "float32", "BF16": "bfloat16"}
 WEAK = STRENGTH / (DELTA_STD / WEIGHT_STD)  # weight at which an adapter has that strength
+FAILED = "a program failed"
 LOADED = 0.5  # load a core from which a machine counts as busy
 
 
@@ -427,11 +428,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             except CannotMeasureError as reason:
                 bench.rows[row] = {"skipped": str(reason)}
                 say(f"{row}: left out: {reason}")
+            except SystemExit as failure:
+                bench.rows[row] = {"skipped": FAILED}
+                say(f"{row}: {failure}")
             findings = Measured(bench.rows, bench.startup, cores(), bool(gpus())).findings()
             facts["memory"] = memory()  # some machines' memory grows as it is used
             more = {"turns": options.turns, "startup": bench.startup, "rows": bench.rows}
             write_result(options.json, facts, findings, **more)
     print("\n\n".join([aligned(list(facts.items())), finding_table(findings)]))
+    if any(row.get("skipped") == FAILED for row in bench.rows.values()):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

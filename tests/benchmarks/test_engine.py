@@ -100,6 +100,25 @@ def test_what_a_cut_run_has_measured_is_kept_and_its_files_are_removed(
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
+@pytest.mark.usefixtures("in_this_process")
+def test_a_program_that_fails_costs_its_row_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later rows are measured, the result says which one is missing, and the exit code is 1."""
+
+    def fails(_bench: engine.Bench) -> None:
+        raise SystemExit("PEFT failed")
+
+    monkeypatch.setattr(engine.Bench, "row_peft", fails)
+    result = tmp_path / "result.json"
+    words = ["--shape", "tiny", "--rows", "peft,layer", "--turns", "1", "--folder", str(tmp_path)]
+    with pytest.raises(SystemExit) as ended:
+        engine.main([*words, "--json", str(result)])
+    assert ended.value.code == 1
+    rows = json.loads(result.read_text())["rows"]
+    assert list(rows) == ["peft", "layer"]
+    assert rows["peft"] == {"skipped": "a program failed"}
+    assert "runs" in rows["layer"]
+
+
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
