@@ -102,10 +102,11 @@ def merge(
     from loratool.merging.merge import merge, prepare
 
     if options.dry_run:
+        from loratool.merging.forecasting import with_forecast
         from loratool.merging.plan import plan_text
 
         with ExitStack() as stack:
-            plan = prepare(base, adapters, out, options, stack)[0]
+            plan = with_forecast(prepare(base, adapters, out, options, stack)[0])
             table = plan.to_dict(options.device, options.workers, options.max_memory)
             screen.show(table, plan_text(plan, table["peak_memory"]))
         return

@@ -10,6 +10,7 @@ from loratool.adapters.adapter import Adapter
 from loratool.commands.publish import with_push
 from loratool.files.checkpoint import Checkpoint
 from loratool.merging import merge as merging, merge_many as many, planning
+from loratool.merging.forecasting import with_forecast
 from loratool.merging.merge import MergeOptions, PathLike, Progress
 from loratool.merging.merge_many import Outputs
 from loratool.merging.plan import MergePlan
@@ -114,7 +115,7 @@ def merge_many(
 def plan(
     base: PathLike, adapters: Sequence[PathLike] | PathLike, out: PathLike, **keywords: Unpack[WholePlanKeywords]
 ) -> MergePlan:
-    """What `merge` with the same arguments would do; nothing is written.
+    """What `merge` with the same arguments would do, and the gain to be expected; nothing is written.
 
     Args:
         base: as for `merge`.
@@ -124,7 +125,7 @@ def plan(
     Raises:
         LoratoolError: as `merge` does.
     """
-    return merging.prepare(base, adapters, out, made_of(MergeOptions, keywords, "plan"))[0]
+    return with_forecast(merging.prepare(base, adapters, out, made_of(MergeOptions, keywords, "plan"))[0])
 
 
 @keyword_options(PlanOptions)

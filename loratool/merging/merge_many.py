@@ -21,6 +21,7 @@ from loratool.files import stopwatch
 from loratool.files.outputs import check_stage, check_target, stage_of
 from loratool.files.stopwatch import lap
 from loratool.files.system import free_space
+from loratool.merging.forecasting import with_forecast
 from loratool.merging.merge import (
     MergeOptions,
     PathLike,
@@ -110,7 +111,7 @@ def plan_many(base: PathLike, outputs: Outputs, options: MergeOptions) -> Result
     """The plans of several outputs, and what is wrong with those that have none; nothing is written."""
     errors: dict[str, LoratoolError] = {}
     ready = prepare_many(base, wanted_outputs(outputs, options), errors)
-    return ResultsOfOutputs({each.wanted.key: each.plan for each in ready}, errors)
+    return ResultsOfOutputs({each.wanted.key: with_forecast(each.plan) for each in ready}, errors)
 
 
 def wanted_outputs(outputs: Outputs, options: MergeOptions) -> list[Wanted]:

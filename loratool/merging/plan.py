@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from loratool.errors import printable
 from loratool.merging.resources import estimated_memory
 from loratool.results.base import SCHEMA, Result, plain
+from loratool.results.merge import gain_row
 from loratool.results.text import MOST_LINES, aligned, size
 from loratool.templates import grouped, template_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from loratool.adapters.adapter import Adapter
     from loratool.bases.edits import Edit
@@ -37,6 +38,8 @@ class MergePlan(Result):
     notes: tuple[Note, ...]
     naming: tuple[object, ...] = ()  # what the caller said about names and orientation
     rounding: str = "nearest"
+    gain_forecast: float | None = None  # the part of the updates that rounding is expected to leave; None: not forecast
+    gains_forecast: Mapping[str, float] = field(default_factory=dict)  # the same by module, of those looked at
 
     def to_dict(
         self, device: str = "auto", workers: int | None = None, max_memory: int | None = None
@@ -94,6 +97,8 @@ def plan_text(plan: MergePlan, memory: int) -> str:
         ("peak memory", f"about {size(memory)}"),
         ("disk needed", size(plan.bytes_written)),
     ]
+    if plan.gain_forecast is not None:
+        rows.append(gain_row("gain forecast", plan.gain_forecast, plan.gains_forecast))
     rows += [("left out", name) for name in plan.left_out]
     rows += [("note", note) for note in plan.notes]
     listing = edit_lines(plan)
@@ -162,6 +167,8 @@ def plan_data(plan: MergePlan, device: str, workers: int | None, max_memory: int
         "copied": plan.copied,
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
+        "gain_forecast": plan.gain_forecast,
+        "gains_forecast": dict(plan.gains_forecast),
         "peak_memory": estimated_memory(plan.spans, device, workers, max_memory),
         "files": {shard.name: shard.layout.size for shard in plan.shards},
         "side_files": [file.name for file in plan.side_files],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,16 +79,19 @@ class MergeReport(Written):
             for label, (name, ratio) in (("largest ‖ΔW‖/‖W‖", ordered[-1]), ("smallest ‖ΔW‖/‖W‖", ordered[0])):
                 rows.append((label, f"{ratio:.3g}  {printable(name)}"))
         if self.gain is not None:
-            module, least = min(self.gains.items(), key=lambda item: item[1])
-            rows.append(
-                ("gain", f"{self.gain:.3f} of the update after rounding; least {least:.3f}  {printable(module)}")
-            )
+            rows.append(gain_row("gain", self.gain, self.gains))
         if self.nonfinite:
             total = sum(self.nonfinite.values())
             rows.append(("NaN/inf in base", f"{total} values in {len(self.nonfinite)} edited tensors, kept unchanged"))
         rows += [("left out", name) for name in self.left_out]
         rows += [("note", note) for note in self.notes]
         return aligned(rows)
+
+
+def gain_row(label: str, gain: float, gains: Mapping[str, float]) -> tuple[str, object]:
+    """The part of an update that rounding leaves, in all and in the module with the least."""
+    module, least = min(gains.items(), key=lambda item: item[1])
+    return label, f"{gain:.3f} of the update after rounding; least {least:.3f}  {printable(module)}"
 
 
 def effect_line(effect: AdapterEffect) -> str:

