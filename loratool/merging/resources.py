@@ -46,7 +46,7 @@ class RunOptions(DeviceOption):
     """Of a merge: what it may use."""
 
     workers: int | None = option(
-        help="Number of worker threads [default: the number of cores plus two, at most 8; on a GPU one per core, at most 16].",
+        help="Number of worker threads [default: the number of cores plus two, at most 8; on GPUs one per core, at most 16 for each].",
         kind=Number(whole=True, low=1, high=1024),
         recorded=False,
     )
