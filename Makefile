@@ -28,8 +28,10 @@ demo: .venv/runtime
 test: .venv/development
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(subst {},.venv,$(PYTEST))
+	@# the types are checked by one process, while the tests run
+	$(BIN)/mypy > .venv/types.txt & types=$$!; \
+	$(subst {},.venv,$(PYTEST)); tested=$$?; \
+	wait $$types; checked=$$?; cat .venv/types.txt; exit $$((tested | checked))
 
 test-python: .venv-$(PY)/ready
 	$(subst {},.venv-$(PY),$(PYTEST))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -79,23 +80,30 @@ def errors() -> str:
 
 def codes_in(path: Path, makers: dict[str, tuple[int, int]]) -> Iterator[tuple[str, str]]:
     """(code, text) of every call in a file that gives a code; where it comes from a table, of the rows of that."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree, calls = calls_in(path)
     module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
     passed_on = False
-    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
-        for node in ast.walk(function):
-            name = called(node)
-            if name not in makers or not isinstance(node, ast.Call) or len(node.args) <= max(makers[name]):
-                continue
-            code, text = (node.args[at] for at in makers[name])
-            if isinstance(code, ast.Constant):
-                yield str(code.value), template(text, function)
-            elif isinstance(code, ast.Name) and code.id.isupper():
-                yield getattr(import_module(module), code.id), template(text, function)
-            elif isinstance(code, ast.Name):
-                passed_on = True
+    for function, node in calls:
+        name = called(node)
+        if name not in makers or len(node.args) <= max(makers[name]):
+            continue
+        code, text = (node.args[at] for at in makers[name])
+        if isinstance(code, ast.Constant):
+            yield str(code.value), template(text, function)
+        elif isinstance(code, ast.Name) and code.id.isupper():
+            yield getattr(import_module(module), code.id), template(text, function)
+        elif isinstance(code, ast.Name):
+            passed_on = True
     if passed_on:
         yield from dict.fromkeys(rows(tree))
+
+
+@cache
+def calls_in(path: Path) -> tuple[ast.Module, list[tuple[ast.FunctionDef, ast.Call]]]:
+    """A file, and the calls in its functions."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return tree, [(each, node) for each in functions for node in ast.walk(each) if isinstance(node, ast.Call)]
 
 
 def called(node: ast.AST) -> str:
