@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -40,8 +41,12 @@ else:
     Tensor = NDArray = Any
 
 
+@cache
 def installed(package: str) -> str:
-    """The version of a package, which is not imported for it; empty where it is not installed."""
+    """The version of a package, which is not imported for it; empty where it is not installed.
+
+    Remembered, as all of the package's metadata is parsed for it.
+    """
     try:
         return version(package)
     except PackageNotFoundError:

@@ -112,13 +112,24 @@ class Move:
     @cached_property
     def brings(self) -> frozenset[str]:
         """The components that a name has after it and need not have before."""
-        return components(self.new) - components(self.old)
+        return components(self.new) - self.takes
+
+    @cached_property
+    def takes(self) -> frozenset[str]:
+        """The components that a name must have before it."""
+        return components(self.old)
+
+    @cached_property
+    def first(self) -> str:
+        """The component that is looked for in a name."""
+        return self.old.split(".")[1]
 
 
 def components(dotted: str) -> frozenset[str]:
     return frozenset(dotted.split(".")) - {"", "#"}
 
 
+IN_PREFIXES = frozenset[str]().union(*map(components, PREFIXES))
 MOVES = tuple(
     Move(f".{old}.", f".{new}.", one.startswith("^"), ("renamed", f"renamed {old} → {new}"))
     for pair in RENAMES
@@ -140,9 +151,9 @@ class Moves:
             useful = [move for move in MOVES if move.brings <= wanted]
             index: dict[str, list[Move]] = {}
             for move in useful:
-                index.setdefault(move.old.split(".")[1], []).append(move)
+                index.setdefault(move.first, []).append(move)
             self.levels.append(index)
-            wanted = wanted.union(*(components(move.old) for move in useful), *map(components, PREFIXES))
+            wanted = wanted.union(*(move.takes for move in useful), IN_PREFIXES)
 
     def aliases(self, template: str) -> Iterator[list[Alias]]:
         """The templates that 0, 1, 2, … renames make of one, breadth first, each but once."""
