@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jinja2
 from hypothesis import settings
 
 # before transformers and torch are imported anywhere
@@ -47,6 +50,18 @@ if accessor := getattr(pathlib, "_normal_accessor", None):
     for name in set(dir(accessor)) & set(dir(os)):
         if getattr(accessor, name) is getattr(os, name):
             setattr(accessor, name, looked_up(name))
+
+# PEFT compiles the same template of a card at every save, which takes longer than the save.
+jinja2.Environment.compile = functools.cache(jinja2.Environment.compile)  # type: ignore[assignment]
+
+# Neither is what all tests import garbage, while it is imported or later.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
 
 # The same examples every time; HYPOTHESIS_PROFILE=default looks for new ones.
 settings.register_profile("repeatable", derandomize=True)

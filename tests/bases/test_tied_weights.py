@@ -34,11 +34,8 @@ from tiny_models import (
     output_of,
 )
 from torch import Tensor
-from transformers.initialization import no_init_weights
-from transformers.models.auto import modeling_auto
 
 import loratool
-from loratool.bases.tied_weights import find_ties
 from loratool.cli import run
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -644,80 +641,3 @@ def test_an_interrupted_merge_with_a_new_tensor_is_continued(tmp_path: Path) -> 
     assert report.resumed
     loratool.merge(case.base, [case.adapter], tmp_path / "fresh")
     assert raw_tensors(tmp_path / "out") == raw_tensors(tmp_path / "fresh")
-
-
-# -- the table of names ------------------------------------------------------------------------------
-
-# Classes that the table leaves out.
-NOT_COVERED = {
-    "BltForCausalLM": "its config never ties",
-    "FlavaForPreTraining": "biases of heads over other things than tokens",
-    "LukeForMaskedLM": "its head over entities",
-    "NeoMMEForMaskedLM": "two tensors make up its head: refused",
-    "T5Gemma2ForConditionalGeneration": "its embedding has more than a weight: refused",
-    "UdopForConditionalGeneration": "refused, since its config always ties",
-    "ZambaForCausalLM": "refused, since its layers are tied as well",
-    "Zamba2ForCausalLM": "refused, since its layers are tied as well",
-}
-if getattr(transformers.CpmAntForCausalLM, "_tied_weights_keys", None):
-    NOT_COVERED["CpmAntForCausalLM"] = "later releases of transformers do not tie it"
-ON_DISK = {"GPTNeoXForCausalLM": ("lm_head.", "embed_out.")}  # in memory, on disk
-LAYERS_OF_CONFIGS = ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers", "n_layers")
-MAPPINGS = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SPEECH_SEQ_2_SEQ", "PRETRAINING")
-
-
-def classes_that_tie() -> list[str]:
-    mappings = [getattr(modeling_auto, f"MODEL_FOR_{name}_MAPPING_NAMES") for name in MAPPINGS]
-    named = {n for mapping in mappings for v in mapping.values() for n in ([v] if isinstance(v, str) else v)}
-    return sorted(n for n in named if getattr(getattr(transformers, n, None), "_tied_weights_keys", None))
-
-
-def empty_model(name: str) -> Any:
-    """A model of few layers and no memory; None where its config wants more than defaults."""
-    made = getattr(transformers, name)
-    try:
-        config = made.config_class()
-        for part in filter(
-            None, (config, getattr(config, "text_config", None), getattr(config, "vision_config", None))
-        ):
-            part.tie_word_embeddings = True
-            for key in LAYERS_OF_CONFIGS:
-                if isinstance(getattr(part, key, None), int):
-                    setattr(part, key, 2)
-        with torch.device("meta"), no_init_weights():
-            return made(config)
-    except Exception:  # each config has checks of its own
-        return None
-
-
-def test_the_table_names_what_transformers_ties_in_every_class_with_a_head_over_tokens(tmp_path: Path) -> None:
-    wrong, built = {}, 0
-    for name in classes_that_tie():
-        if (model := empty_model(name)) is None:
-            continue
-        built += 1
-        ties = model.get_expanded_tied_weights_keys(all_submodels=True)
-        memory, disk = ON_DISK.get(name, ("", ""))
-        folder = tmp_path / name
-        folder.mkdir()
-        table = {
-            key: {"dtype": "F32", "shape": [0, *tensor.shape], "data_offsets": [0, 0]}
-            for key, tensor in model.state_dict().items()
-            if key not in ties
-        }
-        text = json.dumps(table).encode()
-        (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
-        config = {**json.loads(model.config.to_json_string()), "architectures": [name]}
-        (folder / "config.json").write_text(json.dumps(config))
-        found = find_ties(loratool.open_checkpoint(folder), [])
-        told = {tensor: group.names[0] for group in found.groups for tensor in group.missing}
-        wanted = {key.replace(memory, disk) if memory else key: source for key, source in ties.items()}
-        if told != wanted:
-            wrong[name] = {
-                key: source
-                for key, source in {**told, **wanted}.items()
-                if (key, source) not in told.items() & wanted.items()
-            }
-    assert built > 150
-    assert {name: ties for name, ties in wrong.items() if name not in NOT_COVERED} == {}
-    assert set(wrong) == {name for name in NOT_COVERED if hasattr(transformers, name)}

@@ -17,7 +17,7 @@ from workbench import snapshot, within
 from loratool.cli import run
 
 # of each kind of file; LORATOOL_MUTATIONS=5000 LORATOOL_SEED=7 pytest tests/files/test_fuzzing.py tries as many as wanted
-COUNT = int(os.environ.get("LORATOOL_MUTATIONS", "120"))
+COUNT = int(os.environ.get("LORATOOL_MUTATIONS", "60"))
 SEED = int(os.environ.get("LORATOOL_SEED", "11"))
 LONGEST = 20.0  # seconds until a command counts as hanging
 

@@ -1,4 +1,4 @@
-"""Signals, kills, rivals and full disks, as the system really deals them: a real process on 120 MB in 12 files.
+"""Signals, kills, rivals and full disks, as the system really deals them: a real process on 70 MB in 12 files.
 
 All of these processes but the first are forks of this one.
 """
@@ -29,7 +29,7 @@ from faults import Picture, picture
 from forks import Forked
 from safetensors.torch import load_file
 
-SHARDS, HIDDEN, RANK = 12, 1024, 64
+SHARDS, HIDDEN, RANK = 12, 768, 64
 OUT, PARTIAL = "out", "out.partial"
 SOON = 2.0  # seconds within which an interrupted run has to end; it promises one, on a machine that is not busy
 
@@ -73,8 +73,9 @@ class Workshop:
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
-    """A base of 120 MB; all of it goes when the tests are done."""
+    """A base of 70 MB; all of it goes when the tests are done."""
     home = tmp_path_factory.mktemp("interrupts")
+    faults.warm_up()
     faults.make_base(home / "inputs" / "base", shards=SHARDS, hidden=HIDDEN)
     faults.make_adapter(home / "inputs" / "adapter", layers=SHARDS, hidden=HIDDEN, rank=RANK)
     out = home / "reference" / OUT
@@ -352,9 +353,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(workshop: Workshop, tmp_path: Path) -> None:
-    end = merge_on_small_disk(workshop, tmp_path, 64_000_000)
+    end = merge_on_small_disk(workshop, tmp_path, 32_000_000)
     assert end.code == 6, end.errors
-    assert re.search(r"needs 0\.13 GB of disk, but only 0\.06 GB are free", end.errors)
+    assert re.search(r"needs 0\.07 GB of disk, but only 0\.03 GB are free", end.errors)
     assert end.files == {}
 
 

@@ -10,20 +10,23 @@ folders to compare.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import gc
 import hashlib
+import io
 import json
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib import import_module
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,9 +34,6 @@ import torch
 from safetensors.torch import save_file
 
 from loratool import cli
-
-for name in ("loratool.merging.merge", "loratool.results.text"):
-    import_module(name)  # here, so that no fork has to
 
 Mode = Literal[
     "ENOSPC",  # the call fails: the disk is full; later calls work again
@@ -168,10 +168,8 @@ class Injector:
                 originals[real] = self.wrapped(name, tracked_open if name == "open" else real)
                 self.replace(os, name, originals[real])
         self.replace(os, "close", tracked_close)
-        for module in [module for name, module in sys.modules.items() if name.startswith("loratool.")]:
-            for name, value in list(vars(module).items()):  # names such as `send = os.fsync` keep the real function
-                if callable(value) and value in originals:
-                    self.replace(module, name, originals[value])
+        for module, name, value in names_of(tuple(originals)):
+            self.replace(module, name, originals[value])
         self.replace(ctypes, "CDLL", Library)
         self.replace(threading.Thread, "start", self.thread_start(threading.Thread.start))
         sys.addaudithook(self.watch)
@@ -265,6 +263,18 @@ class Injector:
         return hit, hit or (self.count > self.fault.at and self.fault.mode.endswith("for good"))
 
 
+@cache
+def names_of(functions: tuple[Any, ...]) -> list[tuple[Any, str, Any]]:
+    """Where modules of the package have these under names of their own, as `send = os.fsync` does."""
+    return [
+        (module, name, value)
+        for key, module in list(sys.modules.items())
+        if key.startswith("loratool.")
+        for name, value in vars(module).items()
+        if callable(value) and value in functions
+    ]
+
+
 def strike_with(mode: Mode, name: str, real: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]) -> Any:
     """A file call that goes wrong."""
     match mode:
@@ -312,6 +322,7 @@ def merge(
     files = Files(scratch / "hit", scratch / "log", scratch / "output", scratch / "errors")
     for path in vars(files).values():
         path.write_bytes(b"")
+    warm_up()
     process = os.fork()
     if not process:
         code = 99
@@ -332,6 +343,19 @@ def merge(
         tuple(map(as_call, seen["calls"])),
         tuple(seen["opened"]),
     )
+
+
+@cache
+def warm_up() -> None:
+    """Merge in this process first, so that its forks find imported and worked out what any merge needs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    with tempfile.TemporaryDirectory() as home, contextlib.redirect_stdout(io.StringIO()) as said:
+        inputs = [str(make_base(Path(home, "base"))), str(make_adapter(Path(home, "adapter")))]
+        assert cli.run(["merge", *inputs, "-o", str(Path(home, "out")), "--device", "cpu", "--workers", "1"]) == 0
+    assert said.getvalue()
+    torch.set_num_threads(threads)
+    names_of(tuple(dict.fromkeys(real for name in TARGETS if (real := getattr(os, name, None)) is not None)))
 
 
 @dataclass(frozen=True)

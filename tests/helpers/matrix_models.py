@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from tiny_models import randomise
+from tiny_models import loaded_whole, randomise
 
 HIDDEN, MLP, EXPERT_MLP, LAYERS, HEADS, GROUPS, HEAD, VOCABULARY, EXPERTS = 32, 48, 24, 2, 4, 2, 8, 96, 4
 RANK, ALPHA = 4, 6.0
@@ -250,10 +250,7 @@ def save_base(folder: Path, architecture: Architecture) -> Any:
 
 
 def load(architecture: Architecture, folder: Path) -> Any:
-    model, info = architecture.cls.from_pretrained(folder, output_loading_info=True)
-    troubles = {kind: found for kind, found in info.items() if found}
-    assert not troubles, f"transformers does not load {folder}: {troubles}"
-    return model.eval()
+    return loaded_whole(architecture.cls, folder)
 
 
 def adapt(model: Any, **settings: Any) -> Any:

@@ -5,9 +5,11 @@ Nothing is downloaded. Every adapter's B is random, as if it had been trained.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -212,22 +214,53 @@ RENAMED: Mapping[str, Family] = {
 }
 
 
+SAVED: dict[tuple[str, ...], dict[str, bytes]] = {}  # what a model is made of → its files
+
+
 def build_base(folder: Path, family: Family, dtype: torch.dtype = torch.float32, model: str = "") -> Path:
-    """A model with random weights, saved by transformers."""
-    torch.manual_seed(11)
-    built = getattr(transformers, model or family.model)(family.config())
-    with torch.no_grad():
-        for parameter in built.parameters():  # norms and biases too: constant tensors hide mistakes
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    built.to(dtype).save_pretrained(folder, max_shard_size=family.shard_size)
+    """A model with random weights, saved by transformers; one that was made before is written again as it was."""
+    config = family.config()
+    key = (model or family.model, config.to_json_string(), str(dtype), family.shard_size)
+    if key not in SAVED:
+        torch.manual_seed(11)
+        built = getattr(transformers, key[0])(config)
+        with torch.no_grad():
+            for parameter in built.parameters():  # norms and biases too: constant tensors hide mistakes
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        built.to(dtype).save_pretrained(folder, max_shard_size=family.shard_size)
+        SAVED[key] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in SAVED[key].items():
+        (folder / name).write_bytes(content)
     return folder
 
 
+LOADED: dict[object, Any] = {}  # class, settings and files → the model, where it was asked for before
+MOST_LOADED = 16
+
+
 def load(family: Family, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    model, info = family.cls.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    missing = {k: v for k, v in info.items() if v}
-    assert not missing, f"transformers does not load {folder}: {missing}"
-    return model.eval()
+    """The model that transformers makes of all that is in a folder."""
+    return loaded_whole(family.cls, folder, dtype=dtype)
+
+
+def loaded_whole(cls: Any, folder: Path, **settings: Any) -> Any:
+    """What transformers loads, nothing missing and nothing left over; of the same files, a copy of what it loaded."""
+    files = sorted((p.name, hashlib.sha256(p.read_bytes()).digest()) for p in folder.iterdir() if p.is_file())
+    key = (cls, *settings.items(), *files)
+    if LOADED.get(key) is None:
+        model, info = cls.from_pretrained(folder, output_loading_info=True, **settings)
+        troubles = {kind: found for kind, found in info.items() if found}
+        assert not troubles, f"transformers does not load {folder}: {troubles}"
+        if key not in LOADED:  # most are loaded once
+            LOADED[key] = None
+            return model.eval()
+        LOADED[key] = model.eval()
+        if len(kept := [other for other, model in LOADED.items() if model is not None]) > MOST_LOADED:
+            del LOADED[kept[0]]
+    model = deepcopy(LOADED[key])
+    model.name_or_path = model.config.name_or_path = str(folder)
+    return model
 
 
 def adapt(model: Any, seed: int = 0, adapter_name: str = "default", **settings: Any) -> PeftModel:

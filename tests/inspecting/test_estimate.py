@@ -129,10 +129,10 @@ def test_from_a_config_it_counts_what_peft_counts(kind: str, changes: dict[str, 
     attention = {"gpt2": ["c_attn"], "phi3": ["qkv_proj"]}.get(kind, ["q_proj", "v_proj"])
     embedding = "wte" if kind == "gpt2" else "embed_tokens"
     for targets in ("all-linear", attention, [embedding], ["lm_head"], [*attention, embedding]):
+        wanted = [counted(build(config), rank, targets) for rank in (3, 8)]
         for path in (tmp_path, tmp_path / "config.json"):
             result = loratool.estimate(path, [3, 8], targets)
-            found = [(one.trainable, one.all_parameters) for one in result.ranks]
-            assert found == [counted(build(config), rank, targets) for rank in (3, 8)], targets
+            assert [(one.trainable, one.all_parameters) for one in result.ranks] == wanted, targets
 
 
 ON_DISK: list[tuple[str, dict[str, Any], str, list[Any]]] = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,13 @@ def exact_change(parts: list[Part], row: int, column: int) -> Fraction:
     return total
 
 
+@cache
+def changes(stored: torch.dtype, scale: float) -> list[list[Fraction]]:
+    """What `some_parts` add to each element."""
+    parts = some_parts(stored, scale)
+    return [[exact_change(parts, row, column) for column in range(COLUMNS)] for row in range(ROWS)]
+
+
 def merged_rows(weight: torch.Tensor, parts: list[Part], target: torch.dtype, rows: int) -> torch.Tensor:
     exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
     total = ExactSum(parts, COLUMNS, target, exact, ROWS)
@@ -88,11 +96,11 @@ def test_every_element_is_the_exact_sum_rounded_once(
     """Small weights are computed in float64, and larger ones in float32 where the output has 16 bits."""
     if not small:
         monkeypatch.setattr(exact_rows, "SMALL", 0)
-    parts = some_parts(factors, scale)
+    parts, change = some_parts(factors, scale), changes(factors, scale)
     weight = made(ROWS, COLUMNS, seed=4, size=0.02).to(stored)
     weight[0, :4] = torch.tensor([0.0, -0.0, 1e-40, -1e-30])
     for column in range(COLUMNS):  # cancels but for what rounding took from it
-        weight[2, column] = -float(exact_change(parts, 2, column))
+        weight[2, column] = -float(change[2][column])
     weight[1, :3] = torch.tensor([math.nan, math.inf, -math.inf])
     got = merged_rows(weight, parts, target, rows=3)
     for row in range(ROWS):
@@ -101,7 +109,7 @@ def test_every_element_is_the_exact_sum_rounded_once(
             if not math.isfinite(before):
                 assert spelled(value) == spelled(before)
                 continue
-            exact = Fraction(before) + exact_change(parts, row, column)
+            exact = Fraction(before) + change[row][column]
             wanted = nearest_value(exact, target) if exact else before if before == 0 else 0.0
             assert spelled(value) == spelled(wanted), (row, column)
     assert torch.equal(merged_rows(weight, parts, target, rows=1).view(torch.uint8), got.view(torch.uint8))

@@ -138,7 +138,7 @@ def test_a_memory_limit_that_cannot_be_kept_names_one_that_can(tmp_path: Path) -
 
 
 def test_a_process_stays_within_its_memory_limit(tmp_path: Path) -> None:
-    base, adapter = make_pair(tmp_path, rows=8192, columns=2048)
+    base, adapter = make_pair(tmp_path, rows=4096, columns=2048)
     words = [str(base), str(adapter), "-o", str(tmp_path / "out"), "--device", "cpu"]
     command = [sys.executable, "-m", "loratool", "merge", *words]
     refused = subprocess.run([*command, "--max-memory", "1kB"], capture_output=True, text=True, check=False)

@@ -36,7 +36,7 @@ from loratool.reworking.combine_options import CombineOptions, combination_of
 Array = NDArray[np.float64]
 ROUNDING = {torch.bfloat16: 2.4e-3, torch.float16: 3e-4, torch.float32: 1e-6}  # as measured on real adapters
 DTYPES = tuple(ROUNDING)
-SEEDS = int(os.environ.get("LORATOOL_SEEDS", "200"))
+SEEDS = int(os.environ.get("LORATOOL_SEEDS", "100"))
 METHOD: list[tuple[str, dict[str, Any]]] = [
     (name, {"space": space} if space else {})
     for name, row in METHODS.items()

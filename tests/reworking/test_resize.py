@@ -1112,8 +1112,8 @@ def is_lora(folder: Path) -> bool:
 PUBLISHED = sorted(f.name for f in REAL.iterdir() if is_lora(f) and f.name not in REFUSED) if REAL.is_dir() else []
 
 
-def dense_updates(folder: Path, most: int) -> dict[str, Tensor]:
-    """s·BA of some linear layers, from the files alone."""
+def stored_factors(folder: Path, most: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """s·B and A of some linear layers, from the files alone."""
     config = json.loads((folder / "adapter_config.json").read_text())
     assert not config.get("rank_pattern")
     assert not config.get("alpha_pattern")
@@ -1127,7 +1127,7 @@ def dense_updates(folder: Path, most: int) -> dict[str, Tensor]:
         down, up = tensors[name].double(), tensors[name.replace("lora_A", "lora_B")].double()
         if adaptive:
             down = down * tensors[name.replace("lora_A", "lora_E")].double()
-        found[name.removeprefix("base_model.model.").removesuffix(f".lora_A{end}")] = scale * up @ down
+        found[name.removeprefix("base_model.model.").removesuffix(f".lora_A{end}")] = (scale * up, down)
     return found
 
 
@@ -1138,15 +1138,15 @@ def test_every_published_adapter_is_cut_to_rank_2_as_its_dense_updates_are(name:
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (2, 2)
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    before = dense_updates(REAL / name, 2)
+    before = stored_factors(REAL / name, 2)
     assert before
-    for module, dense in before.items():
+    for module, (up, down) in before.items():
+        dense = up @ down
         start = f"base_model.model.{module}.lora_"
         found = tensors[f"{start}B.weight"].double() @ tensors[f"{start}A.weight"].double()
         layer = report.modules[f"{module}.weight"]
-        # singular values by the smaller Gram matrix of the dense update: a large SVD takes seconds
-        side = dense if dense.shape[0] <= dense.shape[1] else dense.T
-        squares = torch.linalg.eigvalsh(side @ side.T).flip(0).clamp_min(0)
+        # (BA)(BA)ᵀ has the eigenvalues of BᵀB AAᵀ besides zeros: those of the large matrix take seconds
+        squares = torch.linalg.eigvals((up.T @ up) @ (down @ down.T)).real.sort(descending=True).values.clamp_min(0)
         size = float(dense.norm())
         best = float(squares[2:].sum().sqrt()) / size
         left = float((dense - found).norm()) / size
