@@ -86,12 +86,12 @@ class Part:
         up, down = self.up, torch.ones(1, self.up.shape[1], dtype=self.up.dtype) if self.down is None else self.down
         return up.cpu().numpy(), numpy.ascontiguousarray(down.cpu().numpy().T)
 
-    def factors_at(self, rows: Places, columns: Places) -> tuple[Numbers, Numbers]:
-        """Both factors of single elements in float64, (count, rank) each; zero for elements that are not this part's."""
+    def factors_at(self, rows: Places, columns: Places) -> tuple[Values, Values]:
+        """Both factors of single elements as they are held, (count, rank) each; zero for elements that are not in here."""
         own, across, inside = self.place.own(rows, columns)
         up, turned = self.factors
-        right = turned.take(across, 0).astype(numpy.float64)
-        left = (up[own, across][:, None] if self.down is None else up.take(own, 0)).astype(numpy.float64)
+        right = turned.take(across, 0)
+        left = up[own, across][:, None] if self.down is None else up.take(own, 0)
         return left if inside is None else left * inside[:, None], right
 
 

@@ -73,7 +73,7 @@ class SingleElements:
         terms = 4
         for part in self.parts:
             left, right = part.factors_at(rows, columns)
-            values += numpy.einsum("ij,ij->i", left, right) * part.scale
+            values += numpy.einsum("ij,ij->i", left, right, dtype=numpy.float64) * part.scale
             terms += left.shape[1] + 4
         for stack in self.stacks:
             sizes += stack.sizes_at(rows, columns)
@@ -89,7 +89,7 @@ class SingleElements:
         terms: list[Term] = []
         for part in self.parts:
             left, right = part.factors_at(rows, columns)
-            terms.append((left.T, right.T, part.scale))
+            terms.append((left.T.astype(numpy.float64), right.T.astype(numpy.float64), part.scale))
         return exact_sums(weights.astype(numpy.float64), terms, self.target)
 
     def value(self, place: int, weight: float) -> Fraction:
@@ -119,9 +119,9 @@ def within(values: Numbers, errors: Numbers, target: torch.dtype) -> tuple[Tenso
     single = values.astype(numpy.float32)
     result, few = torch.from_numpy(single).to(target), numpy.arange(len(values))
     if target.itemsize == 2:
-        tie, size = tie_of(target), numpy.abs(single)
+        tie = tie_of(target)
         near = (single.view(numpy.int32) & (2 * tie - 1)) == tie
-        near |= (errors > size * FAR) | (size < alike_from(target))
+        near |= numpy.abs(values) < numpy.maximum(errors * (1.01 / FAR), alike_from(target))
         few = numpy.flatnonzero(near)
     if not len(few):
         return result, few
