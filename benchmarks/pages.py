@@ -31,6 +31,7 @@ WITHOUT = re.compile(  # what is not measured: code, links' targets, names (bf16
     r"```.*?```|`[^`\n]*`|\]\([^)]*\)|<!--.*?-->|\b[A-Za-z][\w.-]*\d[\w.-]*|Python \d+\.\d+|Apache \d\.\d|\b\d+-bit\b",
     re.DOTALL,
 )
+UNMEASURED = "Not measured yet with the current code."
 Result = Mapping[str, Any]
 
 
@@ -63,7 +64,7 @@ def blocks(results: Sequence[Result]) -> dict[str, str]:
 
 def intro(results: Sequence[Result]) -> str:
     if not results:
-        return "No results of the current code have been recorded yet."
+        return UNMEASURED
     return f"All numbers were measured at commit `{results[0]['commit']}`."
 
 
@@ -145,7 +146,7 @@ def merging_table(results: Sequence[Result]) -> str:
                 )
             )
     heads = ("machine", "shape of", "`cp -r` + `sync`", "`loratool merge`", "PEFT", "peak memory (PEFT's)")
-    return table(heads, rows) if rows else ""
+    return table(heads, rows) if rows else UNMEASURED
 
 
 def commands_table(results: Sequence[Result]) -> str:
