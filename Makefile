@@ -12,8 +12,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# two more than cores, for many tests wait
-WORKERS := $(shell $(PYTHON) -c 'import os; print(min(6, (os.cpu_count() or 1) + 2))')
+# one more than cores, for some tests wait; each takes twenty seconds of a core to import all that is tested
+WORKERS := $(shell $(PYTHON) -c 'import os; print(min(6, (os.cpu_count() or 1) + 1))')
 PIP := python -m pip install --disable-pip-version-check
 INSTALL := $(BIN)/$(PIP) --constraint constraints.txt
 # what is imported is compiled once, not by each of the processes that tests start
