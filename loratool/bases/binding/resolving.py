@@ -54,16 +54,25 @@ class Resolver:
         self.interleaved = fusing.is_interleaved(base.config)
         types = fusing.model_types(base.config)
         self.reordered = [name for kind, names in REORDERED if kind in types for name in names]
-        there = self.disk.components
-        self.splits = [f for f in self.fusions if all(components(part) <= there for part in f.parts)]
-        self.joins = [
-            (f, n, f".{part}.") for f in self.fusions if components(f.fused) <= there for n, part in enumerate(f.parts)
-        ]
-        wanted = there.union(
-            *(components(f.fused) for f in self.splits), *(components(part) for _, _, part in self.joins)
-        )
-        self.moves = Moves(wanted, self.disk.prefixes, DEEPEST)
         self.levels: dict[str, tuple[list[list[Way]], Iterator[list[Alias]]]] = {}
+
+    @cached_property
+    def splits(self) -> list[Fusion]:
+        """The fusions whose parts the base may have."""
+        return [f for f in self.fusions if all(components(part) <= self.disk.components for part in f.parts)]
+
+    @cached_property
+    def joins(self) -> list[tuple[Fusion, int, str]]:
+        """The parts, each with its number, of fusions whose fused tensor the base may have."""
+        there = [f for f in self.fusions if components(f.fused) <= self.disk.components]
+        return [(f, number, f".{part}.") for f in there for number, part in enumerate(f.parts)]
+
+    @cached_property
+    def moves(self) -> Moves:
+        """The renames that may lead to names of the base, or to those of a fusion; seldom needed."""
+        fused, parts = (f.fused for f in self.splits), (part for _, _, part in self.joins)
+        wanted = self.disk.components.union(*map(components, (*fused, *parts)))
+        return Moves(wanted, self.disk.prefixes, DEEPEST)
 
     def match(self, target: str, update: Update, renamings: Sequence[Renaming] = ()) -> Match:
         """The target's places; raises `Misfit` with the reason where there is none, or more than one."""
