@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -119,24 +120,36 @@ def imports(path: Path) -> Iterator[Import]:
             else:
                 yield from visit(child, function, only_types)
 
-    yield from visit(ast.parse(path.read_text(encoding="utf-8")), "", False)
+    yield from visit(tree_of(path), "", False)
 
 
-EVERY = [found for path in FILES if path != PACKAGE / "__init__.py" for found in imports(path)]
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    return list(ast.walk(tree_of(path)))
+
+
+@cache
+def every_import() -> list[Import]:
+    return [found for path in FILES if path != PACKAGE / "__init__.py" for found in imports(path)]
 
 
 def test_every_package_is_in_the_table_and_says_in_a_sentence_what_it_is() -> None:
     there = {path.stem for path in PACKAGE.glob("*.py")} | {path.parent.name for path in PACKAGE.glob("*/*.py")}
     assert set(PACKAGES) == there - {"__init__"}
     for folder in (path.parent for path in PACKAGE.rglob("__init__.py")):
-        assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))), folder
+        assert ast.get_docstring(tree_of(folder / "__init__.py")), folder
 
 
 def test_a_package_imports_only_from_those_before_it() -> None:
     """Imports inside functions and under TYPE_CHECKING count, and there is no exemption."""
     wrong = [
         str(found)
-        for found in EVERY
+        for found in every_import()
         if found.imported
         and found.imported != found.importer
         and found.name != "loratool.__version__"
@@ -191,7 +204,7 @@ def test_relative_imports_are_not_used() -> None:
     relative = [
         f"{path.name}:{node.lineno}"
         for path in FILES
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in nodes_of(path)
         if isinstance(node, ast.ImportFrom) and node.level
     ]
     assert relative == []
@@ -200,7 +213,7 @@ def test_relative_imports_are_not_used() -> None:
 def test_only_the_command_line_loads_a_foreign_package_before_it_is_used() -> None:
     foreign = {
         str(found)
-        for found in EVERY
+        for found in every_import()
         if not found.function
         and not found.only_types
         and found.name.split(".")[0] not in {*sys.stdlib_module_names, "loratool"}
@@ -211,13 +224,12 @@ def test_only_the_command_line_loads_a_foreign_package_before_it_is_used() -> No
 
 
 def test_nothing_imports_the_layers_of_torch() -> None:
-    assert [str(found) for found in EVERY if found.imported == "nn" and found.importer != "nn"] == []
+    assert [str(found) for found in every_import() if found.imported == "nn" and found.importer != "nn"] == []
 
 
 def uses_torch(path: Path) -> bool:
     """Whether a file names torch anywhere but in annotations."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    every = list(ast.walk(tree))
+    every = nodes_of(path)
     annotations = [getattr(node, name, None) for node in every for name in ("annotation", "returns")]
     types = {id(node) for found in annotations if found is not None for node in ast.walk(found)}
     return any(isinstance(node, ast.Name) and node.id == "torch" and id(node) not in types for node in every)
@@ -237,7 +249,7 @@ def test_modules_about_headers_and_names_never_use_torch() -> None:
 def test_algebra_knows_no_files_and_no_names() -> None:
     outside = {
         f.name.split(".")[0]
-        for f in EVERY
+        for f in every_import()
         if f.importer == "algebra" and f.imported not in ("algebra", "errors", "lazy")
     }
     pure = {
@@ -261,7 +273,7 @@ def test_no_module_is_longer_than_one_can_keep_in_mind(path: Path) -> None:
 
 def functions(path: Path) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, str]]:
     """Every function of a file, and where it stands."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes_of(path):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             yield node, f"{path.relative_to(PACKAGE)}:{node.lineno}: {node.name}"
 
