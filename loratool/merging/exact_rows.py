@@ -1,9 +1,9 @@
 """W + Σ scale · up @ down, each element the number next to the exact value: the same bytes on every machine.
 
-A product in the working dtype comes with a bound of its error. Where both ends of the interval that the exact value
-lies in round to the same number, that is the result; the few other elements are computed anew one by one
-(`single_elements`). The working dtype is float32 on a CPU, and float64 where that costs nothing: on a GPU, in small
-weights, and where the output is wider than 16 bits.
+A sum in the working dtype comes with a bound of its error. Where both ends of the interval that the exact value lies in
+round to the same number, that is the result; the few other elements are computed anew one by one (`single_elements`).
+One product on a CPU is computed in float32 (`kernels`), and everything else in float64: what small weights and GPUs
+lose by it is little, and sums of several places are rare.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loratool.algebra.rounding import FAR, alike_from, bits_of, round_once, tie_of
 from loratool.files.stopwatch import lap
@@ -23,9 +23,7 @@ from loratool.merging.single_elements import SingleElements
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    Values = NDArray[Any]  # of float32 or float64
     Numbers = NDArray[numpy.float64]
-    Places = NDArray[numpy.int64]
 
 MANY = 16  # where more than one of so many elements is undecided, it is asked whether anything is added to them
 MOST_VIEWS = 64
@@ -44,23 +42,13 @@ class Seen:
     kept: dict[str, tuple[float, float]] = field(default_factory=dict)  # of sampled rows: module → as `Totals.kept`
 
 
+@dataclass(frozen=True)
 class Tile:
-    """Memory for rows that are computed at a time, as matrices, and on a CPU as flat arrays too."""
+    """Memory for rows that are computed at a time."""
 
-    def __init__(self, weight: Tensor, change: Tensor, upper: Tensor) -> None:
-        """Of the weight and of the change, in the working dtype, and of one end of the result."""
-        self.weight, self.change, self.upper = weight, change, upper
-        self.arrays: tuple[Values, ...] = ()
-        if weight.device.type == "cpu":
-            self.arrays = tuple(each.view(-1).numpy() for each in (weight, change, bits_of(upper)))
-
-    def at(self, places: Places) -> tuple[Values, Values]:
-        """Single elements of the weight and of the change."""
-        if self.arrays:
-            return self.arrays[0].take(places), self.arrays[1].take(places)
-        there = torch.from_numpy(places).to(self.weight.device)
-        one, other = (each.view(-1)[there].cpu().numpy() for each in (self.weight, self.change))
-        return one, other
+    weight: Tensor  # in the working dtype
+    change: Tensor
+    upper: list[Tensor]  # one end of the result, `with_integers`
 
 
 class Scratch:
@@ -70,7 +58,6 @@ class Scratch:
         self.elements = elements
         every = (elements * itemsize, elements * itemsize, elements * 4)
         self.weight, self.change, self.upper = (torch.empty(n, dtype=torch.uint8, device=device) for n in every)
-        self.unequal = numpy.empty(elements if device.type == "cpu" else 0, numpy.bool_)
         self.tiles: dict[tuple[object, ...], Tile] = {}
 
     def of(self, rows: int, width: int, work: torch.dtype, target: torch.dtype) -> Tile:
@@ -79,8 +66,8 @@ class Scratch:
         if key not in self.tiles:
             if len(self.tiles) > MOST_VIEWS:
                 self.tiles.clear()
-            every = ((self.weight, work), (self.change, work), (self.upper, target))
-            self.tiles[key] = Tile(*(matrix_in(memory, rows, width, dtype) for memory, dtype in every))
+            weight, change = (matrix_in(memory, rows, width, work) for memory in (self.weight, self.change))
+            self.tiles[key] = Tile(weight, change, with_integers(matrix_in(self.upper, rows, width, target)))
         return self.tiles[key]
 
 
@@ -92,21 +79,36 @@ def matrix_in(memory: Tensor, rows: int, width: int, dtype: torch.dtype) -> Tens
     return memory[:size].view(dtype).view(rows, width)
 
 
+def with_integers(values: Tensor) -> list[Tensor]:
+    """A matrix; its bits as integers; and as integers of eight bytes, if its memory allows it."""
+    bits, each = bits_of(values), 8 // values.element_size()
+    fits = values.shape[-1] % each == 0 and values.storage_offset() % each == 0
+    return [values, bits, bits.view(torch.int64) if fits else bits]
+
+
 @dataclass
-class Undecided:
-    """Elements of some rows that may be rounded either way."""
+class Block:
+    """Rows on their way, and those of their elements that may be rounded either way."""
 
-    places: list[Places] = field(default_factory=list)  # in the flat rows
-    sums: list[Values] = field(default_factory=list)  # of W and ΔW, in the working dtype
-    weights: list[Values] = field(default_factory=list)  # of W
-    margins: list[Numbers] = field(default_factory=list)  # of the rows that they are in
+    before: Tensor  # (n, width) as they are stored
+    first: int  # their first row
+    after: Tensor  # (n, width) of the target dtype
+    measure: bool  # whether to measure ‖ΔW‖
+    seen: Seen = field(default_factory=Seen)
+    places: list[Tensor] = field(default_factory=list)  # in the flat rows
+    sums: list[Tensor] = field(default_factory=list)  # of W and ΔW, in the working dtype
+    weights: list[Tensor] = field(default_factory=list)  # of W
+    margins: list[Tensor] = field(default_factory=list)  # half the lengths of the intervals of the sums
 
-    def add(self, places: Places, start: int, room: Tile, margins: Numbers) -> None:
-        """Keep elements of a tile; it begins at place `start` of the rows."""
-        weights, sums = room.at(places)
-        for each, some in ((self.places, places + start), (self.sums, sums), (self.weights, weights)):
-            each.append(some)
-        self.margins.append(margins)
+    def doubt(self, places: Tensor, sums: Tensor, weights: Tensor, margins: Tensor) -> None:
+        """Keep undecided elements."""
+        for all_of, some in (
+            (self.places, places),
+            (self.sums, sums),
+            (self.weights, weights),
+            (self.margins, margins),
+        ):
+            all_of.append(some.cpu())
 
 
 class ExactSum:
@@ -141,104 +143,122 @@ class ExactSum:
             substitute: puts other values into rows of W before anything is added; it takes their first row.
             measure: whether to measure ‖ΔW‖.
         """
-        seen, undecided = Seen(), Undecided()
-        largest = math.inf if substitute else largest_of(before)
-        ready = self.ready(first, before.shape[0], largest, lifted=not measure)
-        for at in range(0, before.shape[0], tile):
-            stored, lower = before[at : at + tile], after[at : at + tile]
-            room, offset = scratch.of(stored.shape[0], self.width, self.work, self.target), at
-            room.weight.copy_(stored)
-            lap("cast")
-            seen.weight += float(torch.linalg.vector_norm(room.weight)) ** 2
-            odd = None
-            if not math.isfinite(largest):
-                if substitute is not None:
-                    substitute(room.weight, first + at)
-                size = largest_of(room.weight)
-                if not math.isfinite(size):
-                    odd, kept = room.weight.isfinite().logical_not_(), convert(room.weight, self.target, finite=False)
-                    size = largest_of(room.weight.masked_fill_(odd, 0))
-                ready, offset = self.ready(first + at, stored.shape[0], size, lifted=not measure), 0
+        block = Block(before, first, after, measure)
+        if self.work == torch.float32:
+            product, largest = self.only_product(first, len(before)), math.inf if substitute else largest_of(before)
             lap("measure")
-            ready.add(room.change, offset)
-            if measure:
-                seen.change += float(torch.linalg.vector_norm(room.change)) ** 2
+            if product is None or not math.isfinite(largest):
+                return self.wide.merge(before, first, after, scratch, max(1, tile // 2), substitute, measure)
+            self.merge_product(block, product, largest, scratch.of(tile, self.width, self.work, self.target))
             lap("product")
-            unsure = self.round(ready, offset, room, lower, scratch)
-            if odd is not None:
-                lower.copy_(torch.where(odd, kept, lower))
-                unsure = unsure[~odd.cpu().numpy().reshape(-1)[unsure]]
-            seen.largest = max(seen.largest, ready.largest if odd is None else math.inf)
-            if len(unsure):
-                undecided.add(unsure, at * self.width, room, ready.margins[offset + unsure // self.width])
-            lap("round")
-        if undecided.places:
-            self.decide(after, first, undecided)
+        else:
+            for at in range(0, len(before), tile):
+                self.merge_tile(block, at, min(tile, len(before) - at), scratch, substitute)
+        if block.places:
+            self.decide(block)
             lap("settle")
-        return seen
+        return block.seen
 
-    def ready(self, first: int, count: int, largest: float, lifted: bool) -> Ready:
-        """What is the same for so many rows from `first` on; no element of W is larger in size there.
-
-        Args:
-            first: the first row.
-            count: of rows.
-            largest: the size.
-            lifted: whether the change is to be the upper end of its interval, where it is computed in float32.
-        """
+    def only_product(self, first: int, count: int) -> Stack | None:
+        """The one product that is all that is added to so many rows from `first` on; None where it is not so simple."""
         stacks = [each for each in self.stacks if each.place.meets(first, first + count)]
-        largest += sum(stack.reach for stack in stacks)
-        margins = numpy.full(count, self.underflow + self.step * largest)
+        one = stacks[0] if len(stacks) == 1 and stacks[0].covers(first, count) else None
+        return None if one is None or one.lifted is None or abs(one.scale) < WORKABLE[0] else one
+
+    def merge_product(self, block: Block, product: Stack, largest: float, room: Tile) -> None:
+        """Put W and one product into the rows of a block, in float32; no element of W is larger in size."""
+        from loratool.merging.kernels import compiled, sum_and_round
+
+        assert product.lifted is not None
+        count, own = len(block.before), block.first - product.place.first
+        largest += product.reach
+        margins = torch.from_numpy((self.margin(largest) + product.errors(own, own + count)) * GENEROUS)
+        column = margins.to(self.work)[:, None]
+        up = torch.cat([product.up[own : own + count], column / product.scale], 1)
+        lower = with_integers(block.after)
+        upper = room.upper if lower[2] is not lower[1] else [room.upper[0], room.upper[1], room.upper[1]]
+        if upper[2] is upper[1]:
+            lower[2] = lower[1]
+        factors, memory = (up, product.lifted), (room.weight, room.change)
+        squared, changed, places, sums, weights = compiled(sum_and_round)(
+            block.before, factors, product.scale, column, lower, upper, memory, block.measure
+        )
+        block.seen.weight, block.seen.change, block.seen.largest = squared, changed, largest
+        if len(places) > block.after.numel() // MANY:
+            changing = torch.from_numpy(product.lengths[own : own + count] != 0)
+            keep_unchanged(block.before, block.after, changing)
+            some = changing[places // self.width]
+            places, sums, weights = places[some], sums[some], weights[some]
+        if len(places):
+            block.doubt(places, sums, weights, margins[places // self.width])
+
+    def merge_tile(
+        self, block: Block, at: int, count: int, scratch: Scratch, substitute: Callable[[Tensor, int], None] | None
+    ) -> None:
+        """Put W and everything that is added into some rows of a block, from the one at `at` on, in float64."""
+        first, lower = block.first + at, block.after[at : at + count]
+        room = scratch.of(count, self.width, self.work, self.target)
+        weight, change = room.weight, room.change
+        weight.copy_(block.before[at : at + count])
+        lap("cast")
+        block.seen.weight += float(torch.linalg.vector_norm(weight)) ** 2
+        if substitute is not None:
+            substitute(weight, first)
+        size, odd = largest_of(weight), None
+        if not math.isfinite(size):
+            odd, kept = weight.isfinite().logical_not_(), convert(weight, self.target, finite=False)
+            size = largest_of(weight.masked_fill_(odd, 0))
+        lap("measure")
+        stacks = [each for each in self.stacks if each.place.meets(first, first + count)]
+        self.add(stacks, change, first)
+        if block.measure:
+            block.seen.change += float(torch.linalg.vector_norm(change)) ** 2
+        lap("product")
+        size += sum(stack.reach for stack in stacks)
+        margin = self.margin(size) + sum(stack.most_error for stack in stacks)
+        places = rounded(change.add_(weight), margin * GENEROUS, lower, room.upper)
+        if len(places) > lower.numel() // MANY:
+            changing = self.changing(stacks, first, count).to(lower.device)
+            keep_unchanged(weight, lower, changing)
+            places = places[changing[places // self.width]]
+        if odd is not None:
+            lower.copy_(torch.where(odd, kept, lower))
+            places, size = places[~odd.view(-1)[places]], math.inf
+        block.seen.largest = max(block.seen.largest, size)
+        if len(places):
+            sums, weights = change.view(-1)[places], weight.view(-1)[places]
+            block.doubt(places + at * self.width, sums, weights, torch.full_like(sums, margin * GENEROUS))
+        lap("round")
+
+    def margin(self, largest: float) -> float:
+        """How far sums that are no larger may be from the exact values, apart from the errors of products."""
+        return self.underflow + self.step * largest
+
+    def add(self, stacks: Sequence[Stack], change: Tensor, first: int) -> None:
+        """Make `change` what is added to rows from `first` on."""
+        one = stacks[0] if len(stacks) == 1 and stacks[0].covers(first, len(change)) else None
+        if one is not None and one.down is not None:
+            own = first - one.place.first
+            change.addmm_(one.up[own : own + len(change)], one.down, beta=0, alpha=one.scale)
+            return
+        change.zero_()
+        for stack in stacks:
+            stack.add_to(change, first)
+
+    def changing(self, stacks: Sequence[Stack], first: int, count: int) -> Tensor:
+        """To which of so many rows from `first` on anything is added: (count,) of bool."""
+        changing = numpy.zeros(count, numpy.bool_)
         for stack in stacks:
             start, stop = max(first, stack.place.first), min(first + count, stack.place.stop)
-            margins[start - first : stop - first] += stack.errors(start, stop)
-        margins *= GENEROUS
-        return Ready(stacks, first, largest, margins, lifted and self.work == torch.float32)
+            changing[start - first : stop - first] |= stack.lengths_of(start, stop) != 0
+        return torch.from_numpy(changing)
 
-    def round(self, ready: Ready, offset: int, room: Tile, lower: Tensor, scratch: Scratch) -> Places:
-        """Round W and the change of a tile into `lower`, and tell in which places another result is possible.
-
-        In float32 the change becomes the lower end of the interval in which the sum is.
-        """
-        sums = room.change.add_(room.weight)
-        if self.target == torch.float64:
-            unsure: Places = numpy.arange(sums.numel())
-        elif self.work == torch.float64 and self.target.itemsize == 2:
-            unsure = rounded_by_way_of_float32(sums, float(ready.margins.max()), lower)
-        else:
-            margins = ready.column(sums)[offset : offset + len(sums)]
-            room.upper.copy_(sums if ready.lifted else sums + margins)
-            if self.work == torch.float32:
-                lower.copy_(sums.sub_(margins, alpha=2 if ready.lifted else 1))
-            else:
-                lower.copy_(sums - margins)
-            unsure = differing(room, lower, scratch.unequal)
-        if len(unsure) > lower.numel() // MANY:
-            changing = self.changing(ready.stacks, ready.first + offset, room.weight, lower)
-            unsure = unsure[changing[unsure // self.width]]
-        return unsure
-
-    def changing(self, stacks: Sequence[Stack], first: int, weight: Tensor, lower: Tensor) -> NDArray[numpy.bool_]:
-        """The rows to which anything is added, as (n,); the others are put into `lower`."""
-        changing = numpy.zeros(weight.shape[0], numpy.bool_)
-        for stack in stacks:
-            start, stop = max(first, stack.place.first), min(first + len(changing), stack.place.stop)
-            if start < stop:
-                changing[start - first : stop - first] |= stack.lengths_of(start, stop) != 0
-        still = torch.from_numpy(~changing).to(weight.device)
-        lower[still] = round_once(weight[still], self.target)
-        return changing
-
-    def decide(self, after: Tensor, first: int, undecided: Undecided) -> None:
-        """Put the results of undecided elements into `after`, which holds rows from `first` on."""
-        places, margins = numpy.concatenate(undecided.places), numpy.concatenate(undecided.margins)
-        sums = numpy.concatenate(undecided.sums)
-        weights = numpy.concatenate(undecided.weights)
-        result = self.singles.rounded(places + first * self.width, sums, weights, margins)
-        if after.device.type == "cpu":
-            bits_of(after).view(-1).numpy()[places] = bits_of(result).numpy()
-        else:
-            after.view(-1)[torch.from_numpy(places).to(after.device)] = result.to(after.device)
+    def decide(self, block: Block) -> None:
+        """Put the results of undecided elements into a block."""
+        every = (torch.cat(each) for each in (block.places, block.sums, block.weights, block.margins))
+        places, sums, weights, margins = every
+        result = self.singles.rounded(places + block.first * self.width, sums, weights, margins)
+        block.after.view(-1)[places.to(block.after.device)] = result.to(block.after.device)
 
     @cached_property
     def singles(self) -> SingleElements:
@@ -283,59 +303,37 @@ class ExactSum:
         return change
 
 
-class Ready:
-    """What is the same for all tiles of some rows."""
-
-    def __init__(self, stacks: Sequence[Stack], first: int, largest: float, margins: Numbers, lifted: bool) -> None:
-        """`margins`: how far the sums of each row may be from the exact values, roundings of the ends included."""
-        self.stacks, self.first, self.largest, self.margins, self.lifted = stacks, first, largest, margins, lifted
-        one = stacks[0] if len(stacks) == 1 and stacks[0].covers(first, len(margins)) else None
-        self.factors: tuple[Tensor, Tensor] | None = None  # of the one product that is all of the change
-        self.columns: Tensor | None = None
-        if one is not None and one.down is not None and one.lifted is not None and abs(one.scale) > WORKABLE[0]:
-            up = one.up[first - one.place.first :][: len(margins)]
-            self.factors = up, one.down
-            if lifted:
-                self.factors = torch.cat([up, self.column(up) / one.scale], 1), one.lifted
-
-    def column(self, like: Tensor) -> Tensor:
-        """The margins, (n, 1)."""
-        if self.columns is None:
-            self.columns = torch.from_numpy(self.margins).to(like)[:, None]
-        return self.columns
-
-    def add(self, change: Tensor, offset: int) -> None:
-        """Make `change` what is added to a tile's rows, from the one at `offset` on; lifted by their margins if asked."""
-        if self.factors is not None:
-            up, down = self.factors
-            change.addmm_(up[offset : offset + len(change)], down, beta=0, alpha=self.stacks[0].scale)
-            return
-        if self.lifted:
-            change.copy_(self.column(change)[offset : offset + len(change)].expand_as(change))
-        else:
-            change.zero_()
-        for stack in self.stacks:
-            if stack.place.meets(self.first + offset, self.first + offset + len(change)):
-                stack.add_to(change, self.first + offset)
+def keep_unchanged(weight: Tensor, after: Tensor, changing: Tensor) -> None:
+    """Put the rows that do not change into `after`."""
+    still = ~changing
+    after[still] = round_once(weight[still], after.dtype)
 
 
-def rounded_by_way_of_float32(sums: Tensor, margin: float, result: Tensor) -> Places:
-    """Round float64 to 16 bits into `result`, and tell where another result is possible, give or take a margin."""
+def rounded(sums: Tensor, margin: float, lower: Tensor, upper: list[Tensor]) -> Tensor:
+    """Round sums in float64 into `lower`, and tell where another result is possible, give or take a margin.
+
+    `upper` is memory, `with_integers`. What comes back are places in the flat order, on the device.
+    """
+    if lower.dtype == torch.float64:
+        return torch.arange(sums.numel(), device=sums.device)
+    if lower.dtype == torch.float32:
+        upper[0].copy_(sums + margin)
+        lower.copy_(sums - margin)
+        return places_of(upper[1] != bits_of(lower))
     single = sums.to(torch.float32)
-    result.copy_(single)
-    tie = tie_of(result.dtype)
+    lower.copy_(single)
+    tie = tie_of(lower.dtype)
     # whatever float32 is not at a tie is half a step of float32 away from one, and that is more than the margin
     near = (bits_of(single) & (2 * tie - 1)) == tie
-    near |= single.abs_() < max(margin / FAR, alike_from(result.dtype))
+    near |= single.abs_() < max(margin / FAR, alike_from(lower.dtype))
     return places_of(near)
 
 
-def places_of(found: Tensor) -> Places:
+def places_of(found: Tensor) -> Tensor:
     """Where a matrix is true, in its flat order."""
     if found.device.type == "cpu":
-        return numpy.flatnonzero(found.numpy())
-    places: Places = torch.nonzero(found.view(-1)).flatten().cpu().numpy()
-    return places
+        return torch.from_numpy(numpy.flatnonzero(found.numpy()))  # several times faster than torch's
+    return torch.nonzero(found.view(-1)).flatten()
 
 
 def convert(values: Tensor, dtype: torch.dtype, finite: bool) -> Tensor:
@@ -368,18 +366,3 @@ def working_dtype(parts: Sequence[Part], target: torch.dtype, exact: torch.dtype
         sizes += [float(f.abs().max()) for f in (part.up, part.down) if f is not None and f.numel()]
     small, large = WORKABLE
     return torch.float32 if all(size < large and (size > small or size == 0) for size in sizes) else torch.float64
-
-
-def differing(room: Tile, lower: Tensor, unequal: NDArray[numpy.bool_]) -> Places:
-    """Places in which the bits of the upper end of a tile are not those of the lower one; `unequal` is memory."""
-    if not room.arrays:
-        return places_of(bits_of(room.upper) != bits_of(lower))
-    first, second = room.arrays[2], bits_of(lower).numpy().reshape(-1)
-    each = 8 // first.itemsize
-    if first.size % each:
-        return numpy.flatnonzero(first != second)
-    eights = first.view(numpy.int64), second.view(numpy.int64)  # few differ: look at eight bytes at a time
-    found = numpy.flatnonzero(numpy.not_equal(*eights, out=unequal[: eights[0].size]))
-    others = numpy.flatnonzero((eights[0][found] ^ eights[1][found]).view(first.dtype))
-    places: Places = found[others // each] * each + others % each
-    return places

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loratool.algebra.updates.base import Product
 from loratool.lazy import Tensor, numpy, torch
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     Mask = NDArray[numpy.bool_]
     Numbers = NDArray[numpy.float64]
     Places = NDArray[numpy.int64]
-    Values = NDArray[Any]  # of float32 or float64
 
 ALL = slice(None)
 GENEROUS = 1 + 2.0**-10  # times a bound: for the roundings in computing the bound itself
@@ -40,6 +39,11 @@ class Place:
     def meets(self, first: int, stop: int) -> bool:
         """Whether any of some rows of the weight are in here."""
         return self.first < stop and self.stop > first
+
+    @property
+    def frame(self) -> list[int]:
+        """The first row, the rows, the first column, the step to the next one, the columns."""
+        return [self.first, self.rows, self.columns.start or 0, self.columns.step or 1, self.width]
 
     def own(self, rows: Places, columns: Places) -> tuple[Places, Places, Mask | None]:
         """Own rows and columns of single elements, and which elements are in here; None where all are."""
@@ -81,17 +85,20 @@ class Part:
         return self.up.shape[1] if self.down is not None else 1
 
     @cached_property
-    def factors(self) -> tuple[Values, Values]:
-        """Both factors on the CPU, (rows, rank) and (columns, rank), whose rows are gathered quickly."""
-        up, down = self.up, torch.ones(1, self.up.shape[1], dtype=self.up.dtype) if self.down is None else self.down
-        return up.cpu().numpy(), numpy.ascontiguousarray(down.cpu().numpy().T)
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Both factors on the CPU, (rows, rank) and (columns, rank); values, and nothing, where they are no product."""
+        turned = torch.empty(self.up.shape[1], 0) if self.down is None else self.down.cpu().T.contiguous()
+        return self.up.cpu(), turned
 
-    def factors_at(self, rows: Places, columns: Places) -> tuple[Values, Values]:
-        """Both factors of single elements as they are held, (count, rank) each; zero for elements that are not in here."""
+    def factors_at(self, rows: Places, columns: Places) -> tuple[Numbers, Numbers]:
+        """Both factors of single elements in float64, (count, rank) each; zero for elements that are not this part's."""
         own, across, inside = self.place.own(rows, columns)
-        up, turned = self.factors
-        right = turned.take(across, 0)
-        left = up[own, across][:, None] if self.down is None else up.take(own, 0)
+        up, turned = (factor.numpy() for factor in self.factors)
+        if self.down is None:
+            left = up[own, across][:, None].astype(numpy.float64)
+            right = numpy.ones_like(left)
+        else:
+            left, right = up.take(own, 0).astype(numpy.float64), turned.take(across, 0).astype(numpy.float64)
         return left if inside is None else left * inside[:, None], right
 
 
@@ -175,11 +182,10 @@ class Stack:
         return self.lengths[first - self.place.first : stop - self.place.first]
 
     def errors(self, first: int, stop: int) -> Numbers:
-        """How far an element of some rows of the product, all in here, may be from the exact value: (rows,)."""
-        return self.lengths_of(first, stop) * (self.span * self.terms * ROUNDOFF[self.up.dtype.itemsize])
+        """How far an element of some own rows of the product may be from the exact value: (stop − first,)."""
+        return self.lengths[first:stop] * (self.span * self.terms * ROUNDOFF[self.up.dtype.itemsize])
 
-    def sizes_at(self, rows: Places, columns: Places) -> Numbers:
-        """What no single element of the product exceeds, nor the sum of the sizes of what it is the sum of."""
-        own, across, inside = self.place.own(rows, columns)
-        sizes = self.lengths.take(own) * self.spans.take(across) * (abs(self.scale) * GENEROUS)
-        return sizes if inside is None else sizes * inside
+    @cached_property
+    def most_error(self) -> float:
+        """The same for all rows."""
+        return float(self.errors(0, len(self.lengths)).max())

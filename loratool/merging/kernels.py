@@ -1,0 +1,207 @@
+"""The arithmetic on many elements, as functions that TorchScript can run from their first line to their last.
+
+Python's threads take turns at its lock, and wait for it after every call into torch: on sixteen cores that takes longer
+than the arithmetic. TorchScript takes a whole function without the lock. Where it cannot (it is not maintained for
+Python 3.14 and later), the same functions are run as they are. This module alone imports torch when it is imported.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any, List, ParamSpec, Tuple, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that runs without Python's lock, if possible."""
+    script = script_of(function)
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.jit.optimized_execution(False):  # which takes longer than it saves, for shapes vary
+            result: R = script(*args, **kwargs)
+        return result
+
+    return function if script is None else run
+
+
+@cache
+def script_of(function: Callable[..., object]) -> Any:
+    """It as TorchScript; None where there is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of deprecation
+            return torch.jit.script(function)
+    except Exception:
+        return None
+
+
+def sum_and_round(
+    stored: Tensor,
+    factors: Tuple[Tensor, Tensor],
+    scale: float,
+    margins: Tensor,
+    lower: List[Tensor],
+    upper: List[Tensor],
+    memory: Tuple[Tensor, Tensor],
+    measure: bool,
+) -> Tuple[float, float, Tensor, Tensor, Tensor]:
+    """Round both ends of the intervals around W + scale · up @ down, some rows at a time, and tell where they differ.
+
+    Args:
+        stored: (n, width) W.
+        factors: up, (n, rank + 1), whose last column gives the margins; down, (rank + 1, width), whose last row is ones.
+        scale: of the product.
+        margins: (n, 1) half the lengths of the intervals.
+        lower: (n, width) of a 16-bit dtype, for the lower ends; the same memory as int16; and as integers of up to four
+            elements each.
+        upper: the same for the upper ends of (rows, width) elements.
+        memory: (rows, width) of float32 for W, and for the sums.
+        measure: whether to measure the product.
+
+    Returns:
+        ‖W‖², that of the product if it was to be measured, and of all elements that both ends leave undecided: their
+        places in the flat rows, the lower ends of their intervals in float32, and W.
+    """
+    squared, changed = 0.0, 0.0
+    up, down = factors
+    weight, change = memory
+    rank, width, tile = down.size(0) - 1, stored.size(1), weight.size(0)
+    all_places: List[Tensor] = []
+    all_sums: List[Tensor] = []
+    all_weights: List[Tensor] = []
+    lanes = width // lower[2].size(1)
+    for at in range(0, stored.size(0), tile):
+        rows = stored[at : at + tile]
+        count = rows.size(0)
+        w, c = weight[:count], change[:count]
+        margin, left = margins[at : at + tile], up[at : at + tile]
+        w.copy_(rows)
+        squared += float(torch.linalg.vector_norm(w)) ** 2
+        if measure:
+            c.addmm_(left[:, :rank], down[:rank], beta=0, alpha=scale)
+            changed += float(torch.linalg.vector_norm(c)) ** 2
+            c.add_(margin)
+        else:
+            c.addmm_(left, down, beta=0, alpha=scale)
+        c.add_(w)
+        upper[0][:count].copy_(c)
+        c.sub_(margin, alpha=2)
+        lower[0][at : at + tile].copy_(c)
+        # few differ: look at several at a time, and then at those that are found
+        found = torch.nonzero(upper[2][:count].reshape(-1) != lower[2][at : at + tile].reshape(-1))
+        places = (found * lanes + torch.arange(lanes)).view(-1)
+        first, second = upper[1][:count].view(-1), lower[1][at : at + tile].view(-1)
+        places = places[torch.nonzero(first[places] != second[places]).view(-1)]
+        all_sums.append(c.view(-1)[places])
+        all_weights.append(w.view(-1)[places])
+        all_places.append(places + at * width)
+    return squared, changed, torch.cat(all_places), torch.cat(all_sums), torch.cat(all_weights)
+
+
+def decide(
+    elements: List[Tensor],
+    like: Tensor,
+    width: int,
+    parts: List[Tuple[Tensor, Tensor, float, List[int]]],
+    groups: List[Tuple[Tensor, Tensor, float, float, List[int]]],
+    least: List[float],
+) -> Tuple[Tensor, Tensor]:
+    """Results of single elements by bounds of their own in float32, and then in float64.
+
+    A frame is a place in the weight: its first row, its rows, its first column, the step to the next one, its columns.
+
+    Args:
+        elements: places in the flat weight, (count,); in float32 the lower ends of the intervals around the sums, and W;
+            in float64 half the lengths of the intervals.
+        like: any tensor of the result's dtype, one of 16 bits.
+        width: of the weight.
+        parts: each with up, (rows, rank), down, (columns, rank), its scale and its frame; or a difference in full,
+            (rows, columns), with (columns, 0).
+        groups: parts of one place, with the lengths of rows and of columns that bound them, |scale|, the error in float32
+            relative to these three, and the frame.
+        least: what underflow may take in float32, and in float64.
+
+    Returns:
+        the results, (count,), and the numbers of those that are not decided.
+    """
+    places, lowest, weights, margins = elements[0], elements[1], elements[2], elements[3]
+    near = 2.0**-22  # of a size: the roundings of the sum, of its interval's lower end, and of both ends here
+    generous = 1 + 2.0**-10
+    row = ((places.double() + 0.5) * (1.0 / width)).long()  # faster than whole numbers, and never near the next one
+    column = places - row * width
+    sums = lowest.double().add_(margins)
+    errors = sums.abs().mul_(near).add_(least[0])
+    sizes = torch.zeros_like(sums)
+    for lengths, spans, scale, relative, frame in groups:
+        own, across, inside = within_frame(row, column, frame)
+        size = lengths.index_select(0, own).mul_(spans.index_select(0, across)).mul_(scale * generous)
+        if inside.numel() > 0:
+            size.mul_(inside)
+        sizes.add_(size)
+        errors.add_(size.add_(margins), alpha=relative + near)
+    result, left = either_way(sums, errors.mul_(generous), like)
+    if left.numel() == 0:
+        return result, left
+    row, column = row.index_select(0, left), column.index_select(0, left)
+    values = weights.index_select(0, left).double()
+    sizes = sizes.index_select(0, left).add_(values.abs())
+    terms = 4
+    for up, turned, scale, frame in parts:
+        own, across, inside = within_frame(row, column, frame)
+        if turned.size(1) > 0:
+            value = up.index_select(0, own).double().mul_(turned.index_select(0, across)).sum(1)
+        else:
+            value = up[own, across].double()
+        if inside.numel() > 0:
+            value.mul_(inside)
+        values.add_(value, alpha=scale)
+        terms += max(1, turned.size(1)) + 4
+    errors = sizes.mul_(terms * 2.0**-53 * generous).add_(terms * least[1])
+    # by way of float32 numbers are rounded twice, which is right at a distance of a step of float32 from a tie
+    settled, few = either_way(values, values.abs().mul_(2.0**-23 * generous).add_(errors), like)
+    if few.numel() > 0:
+        values, errors = values[few], errors[few]
+        low, high = rounded_once(values - errors, like), rounded_once(values + errors, like)
+        settled[few] = low
+        few = few[torch.nonzero(unlike(low, high) | low.isfinite().logical_not()).view(-1)]
+    result[left] = settled
+    return result, left[few]
+
+
+def rounded_once(values: Tensor, like: Tensor) -> Tensor:
+    """Finite float64 rounded once to a 16-bit dtype: a float32 at a tie goes where what it lost points to."""
+    single = values.float()
+    result = single.to(like.dtype)
+    beyond = single - result.float()
+    other = single + beyond  # at a tie the number on the other side
+    tie = (beyond != 0) & (other.to(like.dtype).float() == other)
+    return torch.where(tie & ((values - single) * beyond > 0), other.to(like.dtype), result)
+
+
+def within_frame(row: Tensor, column: Tensor, frame: List[int]) -> Tuple[Tensor, Tensor, Tensor]:
+    """Own rows and columns of single elements, and which elements are in a frame; nothing where all are."""
+    own, across, inside = row - frame[0], column, torch.zeros(0, dtype=torch.bool)
+    if int(own.min()) < 0 or int(own.max()) >= frame[1]:
+        inside = (own >= 0) & (own < frame[1])
+        own = own.clamp(0, frame[1] - 1)
+    if frame[2] != 0 or frame[3] != 1 or int(column.max()) >= frame[4]:
+        across = torch.div(column - frame[2], frame[3], rounding_mode="floor").clamp(0, frame[4] - 1)
+        met = across * frame[3] + frame[2] == column
+        inside = met if inside.numel() == 0 else inside & met
+    return own, across, inside
+
+
+def either_way(values: Tensor, errors: Tensor, like: Tensor) -> Tuple[Tensor, Tensor]:
+    """Values in float64, give or take an error, rounded; and the numbers of those that may be rounded either way."""
+    low, high = (values - errors).float().to(like.dtype), (values + errors).float().to(like.dtype)
+    return low, torch.nonzero(unlike(low, high)).view(-1)
+
+
+def unlike(one: Tensor, other: Tensor) -> Tensor:
+    """Where two are not the same number, −0 being another one than 0."""
+    return (one != other) | ((one == 0) & (one.signbit() != other.signbit()))
