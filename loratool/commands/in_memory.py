@@ -28,7 +28,7 @@ def iter_merged(
     """Yield the name and the tensor of every weight of the merged model, in the order of the base; nothing is written.
 
     Names, dtypes, shapes and bytes are those of the files that `merge` writes. In memory are the tensor that was
-    yielded, the next one, and a block ahead for each worker (4 MiB on a CPU, 16 MiB on a GPU), computed while the
+    yielded, the next one, and a block ahead for each worker (3 MiB on a CPU, 16 MiB on a GPU), computed while the
     consumer uses what it has. Each tensor is the consumer's own. Close the generator, or drop it, to stop early.
 
     After the last tensor come warnings of adapters that change nothing, because their B is still 0 for example, and of

@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from loratool.bases.edits import Edit
     from loratool.merging.output_layout import Span
 
-CPU_BLOCK = 4 << 20  # bytes of weight: near a core's cache
-FEW_WORKERS = 4  # more of them take blocks of twice the size, so that they wait less for the interpreter's lock
+CPU_BLOCK = 3 << 20  # bytes of weight: near a core's cache
+FEW_WORKERS = 4  # more of them take
+LARGE_BLOCK = 8 << 20  # bytes, so that they wait less for the interpreter's lock
 # bytes of weight: hides the latency of a transfer. Pinned memory comes in powers of two, and a block has pages around it
 CUDA_BLOCK = (16 << 20) - 2 * PAGE
 MOST_SHELVED = 4  # updates that several spans share and that stay in memory for the next one
 SMALLEST_BLOCK = 64 << 10
-TILE = 1 << 18  # elements that are computed at a time on a CPU: they stay in a core's cache; with larger blocks
-LARGE_TILE = 1 << 20  # these, in fewer calls
+TILE = 1 << 17  # elements that are computed at a time on a CPU: they stay in a core's cache
 CUDA_TILE = 1 << 22  # on a GPU, in float64
 FORMULA_BLOCK = 1 << 18  # elements of a block that no sum of products changes: whatever a merge may use, for sums in
 # another order give other last bits
 FORMULA_MEMORY = 80  # bytes of such an element while it is computed, in float64 with copies
 WAITING_WORKERS = 2  # for the disk, at any time
-MOST_WORKERS = 8  # more than this lose in waiting for the interpreter's lock what they gain, on 16 cores
+MOST_WORKERS = 16
 GPU_WORKERS = 16  # per GPU: most of them hash and write
 CUDA_MEMORY = 600 << 20  # bytes of host memory that the CUDA libraries take besides
 CUDA_WORKING_MEMORY = 512 << 20  # bytes of host memory that kernels take when they first run
@@ -46,7 +46,7 @@ class RunOptions(DeviceOption):
     """Of a merge: what it may use."""
 
     workers: int | None = option(
-        help="Number of worker threads [default: the number of cores plus two, at most 8; on GPUs one per core, at most 16 for each].",
+        help="Number of worker threads [default: the number of cores plus two, at most 16; on GPUs one per core, at most 16 for each].",
         kind=Number(whole=True, low=1, high=1024),
         recorded=False,
     )
@@ -85,7 +85,7 @@ def choose_resources(
     """
     on_gpu = kind_of(devices) == "cuda"
     chosen = workers or (min(cores(), GPU_WORKERS * len(devices)) if on_gpu else most_workers())
-    block = CUDA_BLOCK if on_gpu else CPU_BLOCK * (1 if chosen <= FEW_WORKERS else 2)
+    block = CUDA_BLOCK if on_gpu else CPU_BLOCK if chosen <= FEW_WORKERS else LARGE_BLOCK
     if max_memory is None:
         return Resources(devices, chosen, block)
     while (needed := used + work_memory(spans, chosen, block, on_gpu)) > max_memory:
@@ -165,7 +165,7 @@ def sums_products(span: Span) -> bool:
 
 def tile_elements(span: Span, block: int, on_gpu: bool) -> int:
     """Elements of a block that are computed at a time."""
-    most = CUDA_TILE if on_gpu else TILE if block <= CPU_BLOCK else LARGE_TILE
+    most = CUDA_TILE if on_gpu else TILE
     return min(rows_of_block(span, block), max(1, most // max(1, span.width))) * span.width
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     Numbers = NDArray[numpy.float64]
     Places = NDArray[numpy.int64]
 
-TOGETHER = 1 << 18  # products that are computed at a time
+TOGETHER = 1 << 17  # products that are computed at a time
 
 
 class SingleElements:
@@ -72,7 +72,8 @@ class SingleElements:
             for each in self.stacks
         ]
         like, least = torch.empty(0, dtype=self.target), [underflow, TINIEST[8] + underflow]
-        return lambda *elements: run(list(elements), like, self.width, parts, groups, least)
+        width = self.width  # nothing here refers to self, which would keep all factors until cycles are looked for
+        return lambda *elements: run(list(elements), like, width, parts, groups, least)
 
     @property
     def together(self) -> int:
