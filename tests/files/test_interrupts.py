@@ -194,7 +194,7 @@ def test_kills_at_random_moments_leave_the_output_absent_or_complete(workshop: W
     """6 kills, each of a run that goes on with what the one before has left."""
     chance = random.Random(0)
     inputs = picture(workshop.home / "inputs")
-    for _ in range(6):
+    for _ in range(4):
         process = workshop.begin(out)
         wait_for(out.with_name(PARTIAL), process)
         time.sleep(workshop.length * chance.random())

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import struct
 from fractions import Fraction
 
 import torch
 
+# by dtype: the struct formats of a number and of its bits, and the bits that bfloat16 lacks of a float32
+FORMS = {
+    torch.float64: ("<d", "<q", 0),
+    torch.float32: ("<f", "<i", 0),
+    torch.float16: ("<e", "<h", 0),
+    torch.bfloat16: ("<f", "<i", 16),
+}
+
 
 def nearest_value(value: Fraction, dtype: torch.dtype) -> float:
     """The number of `dtype` next to `value`, ties to even: the best of those about what float64 gives."""
-    try:
-        about = float(value)
-    except OverflowError:
-        about = float("inf")
-    guess = torch.tensor([about], dtype=torch.float64).abs().to(dtype)
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
-    bits = int(guess.view(integers))
+    form, whole, missing = FORMS[dtype]
+    limit = torch.finfo(dtype).max
+    about = float(min(abs(value), Fraction(limit)))
+    bits = struct.unpack(whole, struct.pack(form, about))[0] >> missing
     tried = []
     for each in range(max(0, bits - 2), bits + 3):
-        candidate = float(torch.tensor([each], dtype=integers).view(dtype).double())
+        candidate = struct.unpack(form, struct.pack(whole, each << missing))[0]
         size = Fraction(candidate) if candidate < float("inf") else beyond(dtype)
         if candidate == candidate:
             tried.append((abs(size - abs(value)), each % 2, candidate))
-    best = min(tried)[2]
+    best: float = min(tried)[2]
     return -best if value < 0 else best
 
 

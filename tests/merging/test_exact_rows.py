@@ -80,8 +80,11 @@ KINDS = [(stored, target) for stored in FLOATS if stored != torch.float16 for ta
 NARROW = [(stored, target) for stored, target in KINDS if stored != torch.float64 and target.itemsize == 2]
 
 
-@pytest.mark.parametrize("scale", [2.0, 0.3])
-@pytest.mark.parametrize("factors", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("factors", "scale"),
+    [(torch.bfloat16, 2.0), (torch.bfloat16, 0.3), (torch.float32, 0.3), (torch.float64, 0.3)],
+    ids=str,
+)
 @pytest.mark.parametrize(
     ("stored", "target", "small"), [(*kind, True) for kind in KINDS] + [(*kind, False) for kind in NARROW], ids=str
 )
