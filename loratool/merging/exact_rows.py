@@ -175,10 +175,9 @@ class ExactSum:
         margins = torch.from_numpy((self.margin(largest) + product.errors(own, own + count)) * GENEROUS)
         column = margins.to(self.work)[:, None]
         up = torch.cat([product.up[own : own + count], column / product.scale], 1)
-        lower = with_integers(block.after)
-        upper = room.upper if lower[2] is not lower[1] else [room.upper[0], room.upper[1], room.upper[1]]
-        if upper[2] is upper[1]:
-            lower[2] = lower[1]
+        lower, upper = with_integers(block.after), [*room.upper]
+        if lower[2] is lower[1] or upper[2] is upper[1]:  # both or none in eights
+            lower[2], upper[2] = lower[1], upper[1]
         factors, memory = (up, product.lifted), (room.weight, room.change)
         squared, changed, places, sums, weights = compiled(sum_and_round)(
             block.before, factors, product.scale, column, lower, upper, memory, block.measure

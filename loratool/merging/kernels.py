@@ -2,7 +2,8 @@
 
 Python's threads take turns at its lock, and wait for it after every call into torch: on sixteen cores that takes longer
 than the arithmetic. TorchScript takes a whole function without the lock. Where it cannot (it is not maintained for
-Python 3.14 and later), the same functions are run as they are. This module alone imports torch when it is imported.
+Python 3.14 and later), the same functions are run as they are. This module imports torch when it is imported, so it is
+imported where rows are computed.
 """
 
 import warnings
@@ -31,12 +32,12 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
 
 @cache
 def script_of(function: Callable[..., object]) -> Any:
-    """It as TorchScript; None where there is none."""
+    """It as TorchScript; None where this Python or an installation without sources has none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of deprecation
             return torch.jit.script(function)
-    except Exception:
+    except (RuntimeError, OSError, NotImplementedError):
         return None
 
 

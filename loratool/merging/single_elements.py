@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loratool.algebra.rounding import Term, bits_of, exact_sums, round_once
 from loratool.lazy import Tensor, numpy, torch
@@ -18,8 +18,6 @@ from loratool.merging.parts import ROUNDOFF, TINIEST, Part, Stack
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    Values = NDArray[Any]  # of float32 or float64
-    Numbers = NDArray[numpy.float64]
     Places = NDArray[numpy.int64]
 
 TOGETHER = 1 << 17  # products that are computed at a time

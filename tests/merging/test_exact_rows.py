@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -192,6 +193,15 @@ def test_blocks_and_workers_do_not_show_in_the_bytes(
             loratool.merge(base, [adapter], out, workers=workers, device=device)
             found.add((out / "model.safetensors").read_bytes())
     assert len(found) == 1
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="TorchScript is not maintained for this Python")
+def test_torchscript_takes_the_kernels() -> None:
+    """Otherwise a merge would be as right, and slower on many cores."""
+    from loratool.merging import kernels
+
+    for function in (kernels.sum_and_round, kernels.decide):
+        assert isinstance(kernels.script_of(function), torch.jit.ScriptFunction)
 
 
 def test_the_bytes_are_the_same_without_torchscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
