@@ -13,7 +13,8 @@ from typing import Any
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.training import Training
 from loratool.adapters.weight_files import module_files
-from loratool.bases.weights import Decoded
+from loratool.bases.decoded import Decoded
+from loratool.bases.packed import ENTRIES
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint, leaves
 from loratool.files.inputs import holds_text, special_files
@@ -72,7 +73,10 @@ def plan_side_files(
                 left_out.append(f"{name} (the adapter's tokenizer_config.json has its own)")
     edits = [*edits, *(dtype_edits(base.config, dtype) if dtype != "keep" else ())]
     if (edits or isinstance(base, Decoded)) and base.config:
-        files["config.json"] = OutputFile("config.json", content=edited_config(base.config, edits))
+        own = {
+            key: value for key, value in base.config.items() if not isinstance(base, Decoded) or key != ENTRIES[0][0]
+        }
+        files["config.json"] = OutputFile("config.json", content=edited_config(own, edits))
     elif edits:
         notes.append(Note("no-config", "the base has no config.json; if you add one to the output, it must contain:"))
     notes += [Note("config-edit", str(edit)) for edit in edits]

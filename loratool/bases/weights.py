@@ -1,32 +1,30 @@
 """`StoredWeight`: one weight of a model, however its values lie on disk. Whoever wants a base's rows asks one for them.
 
 `Plain` is a tensor of floats; `Slice` is some rows of another weight: a part of a fused one, or an expert of a stack.
-What decodes packed values is a stored weight as well, in `codecs`.
+What decodes packed values is a stored weight as well, in `packed`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from loratool.adapters.adapter import StoredTensor
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.open_sources import OpenSources
-from loratool.files.safefile import FLOAT_NAMES, TensorInfo
+from loratool.files.safefile import FLOAT_NAMES
 from loratool.files.stopwatch import lap
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Hashable
 
     import torch
     from torch import Tensor
 
-    from loratool.files.safefile import SafeFile
-
-PACKING = "quantization_config"  # the entry of config.json that tells how weights are packed
+Made = TypeVar("Made")
 
 
 class StoredWeight(Protocol):
@@ -66,6 +64,25 @@ class StoredWeight(Protocol):
         ...
 
 
+class Held:
+    """What is worked out once for a weight and used for all of its rows, by whichever thread comes first.
+
+    It holds the packed values where rows of a weight are columns on disk, and scales.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.made: dict[Hashable, Any] = {}
+
+    def of(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` gives, made once for each key."""
+        with self.lock:
+            if key not in self.made:
+                self.made[key] = make()
+            made: Made = self.made[key]
+            return made
+
+
 @dataclass
 class Room:
     """What `rows` may use again from call to call: open files, and memory for the bytes of one call."""
@@ -73,6 +90,7 @@ class Room:
     sources: OpenSources = field(default_factory=OpenSources)
     host: Tensor | None = None  # (bytes,) of uint8
     twin: Tensor | None = None  # the same on a device; bytes go there in the order of its current stream
+    held: Held = field(default_factory=Held)  # of the weight that is read, shared by all threads
 
     def read(self, tensor: StoredTensor, start: int, count: int, device: torch.device) -> Tensor:
         """Bytes `start` … `start + count` of a tensor, as (count,) of uint8."""
@@ -159,50 +177,6 @@ class Slice:
         if columns != self.shape[1]:
             raise ValueError(f"a slice of {self.shape[1]} columns cannot be reshaped to {columns} columns")
         return self
-
-
-@dataclass(frozen=True)
-class Decoded(Checkpoint):
-    """A checkpoint whose packed weights are seen as plain ones: each has its own name, its parts have none."""
-
-    weights: Mapping[str, StoredWeight] = field(default_factory=dict)  # by the name of the plain copy
-
-    @cached_property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        return {
-            name: weight.info if isinstance(weight, Plain) else TensorInfo(name, weight.dtype, weight.shape, 0, 0)
-            for shard in self.shards
-            for name, weight in weights_in(self, shard)
-        }
-
-    @cached_property
-    def packed(self) -> Mapping[str, str]:
-        """Tensor of a packed weight → the weight's name at the first of them, nothing at the others."""
-        return {
-            tensor.info.name: name if tensor is weight.tensors[0] else ""
-            for name, weight in self.weights.items()
-            for tensor in weight.tensors
-        }
-
-    @cached_property
-    def config(self) -> Mapping[str, Any]:
-        """`config.json` of the plain model."""
-        return {key: value for key, value in super().config.items() if key != PACKING}
-
-
-def weights_in(base: Checkpoint, shard: SafeFile) -> Iterator[tuple[str, StoredWeight]]:
-    """The weights of a shard with their names, in the order of their bytes; a packed one is where its first tensor is."""
-    for info in sorted(shard.tensors.values(), key=lambda info: (info.start, info.stop)):
-        if not isinstance(base, Decoded) or info.name not in base.packed:
-            yield info.name, Plain(shard, info)
-        elif name := base.packed[info.name]:
-            yield name, base.weights[name]
-
-
-def weight_of(base: Checkpoint, name: str) -> StoredWeight:
-    """A weight of a base, by the name that it has there."""
-    packed = base.weights.get(name) if isinstance(base, Decoded) else None
-    return packed or plain_of(base, name)
 
 
 def plain_of(base: Checkpoint, name: str) -> Plain:

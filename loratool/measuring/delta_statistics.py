@@ -11,8 +11,9 @@ from loratool.adapters.writer import torch_dtype
 from loratool.algebra.lowrank.products import Product, decompose
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.dora import Magnitude
+from loratool.bases.decoded import weight_of
 from loratool.bases.trained_view import held_by
-from loratool.bases.weights import Slice, weight_of
+from loratool.bases.weights import Slice
 from loratool.errors import printable
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.results.values import MeasuredOnBase

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import StoredTensor
 from loratool.algebra.updates.replacing import Replace
+from loratool.bases.decoded import Decoded, weights_in
 from loratool.bases.side_files import OutputFile
-from loratool.bases.weights import weights_in
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import INDEX_SUFFIX, NUMBERED, SINGLE, Checkpoint, index_text
 from loratool.files.safefile import FLOAT_NAMES, Layout, SafeFile, TensorInfo
@@ -113,9 +113,12 @@ def plan_shards(
     has not, which go to the end of its last file.
     """
     wanted = {name: key for key, name in FLOAT_NAMES.items()}.get(dtype)
+    plain = base.weights if isinstance(base, Decoded) else ()
     files: list[tuple[str, list[Origin]]] = []
     for shard in base.shards:
-        entries = [moved.get(name) or Origin(weight, name, weight.dtype) for name, weight in weights_in(base, shard)]
+        entries = [
+            moved.get(name) or Origin(weight, name, weight.dtype) for name, weight in weights_in(base, shard, plain)
+        ]
         files.append((shard_name(base, shard), entries))
     files[-1][1].extend(added)
     if shard_size is not None:

@@ -15,6 +15,7 @@ from loratool.algebra.updates.additive import Add
 from loratool.algebra.updates.compound import images_in, with_weight
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.bases.binding import bind, tell
+from loratool.bases.decoded import weight_of
 from loratool.bases.edits import Edit
 from loratool.bases.extra_weights import extras_of
 from loratool.bases.side_files import ConfigEdit, head_edits, plan_side_files, tie_edits, vocabulary_edits
@@ -27,7 +28,7 @@ from loratool.bases.trained_view import (
     unequal_vocabularies,
     usual_dtype,
 )
-from loratool.bases.weights import as_weight, plain_of, weight_of
+from loratool.bases.weights import as_weight, plain_of
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.files.checkpoint import PROVENANCE, Checkpoint
 from loratool.files.safefile import FLOAT_NAMES

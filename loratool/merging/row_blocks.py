@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from loratool.adapters.adapter import StoredTensor
-from loratool.bases.weights import Room, StoredWeight
+from loratool.bases.weights import Held, Room, StoredWeight
 from loratool.errors import FitError, printable
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
@@ -32,7 +32,7 @@ class EditedSpan:
 
     def __init__(self, span: Span, totals: Totals, shared: SharedUpdates, rounding: str = "nearest") -> None:
         self.span, self.totals, self.shared, self.rounding = span, totals, shared, rounding
-        self.lock = threading.Lock()
+        self.lock, self.held = threading.Lock(), Held()
         self.loaded: dict[str, LoadedEdits] = {}
         self.squared = 0.0  # ‖W‖² of the rows seen so far
         self.changed = 0.0  # ‖ΔW‖² of them, where it is not known beforehand
@@ -150,7 +150,7 @@ class Worker:
         That comes before anybody has the bytes: a file whose bytes are all there is recorded with what was seen of it.
         """
         span = work.span
-        before = self.stored_rows(span.matrix, first, len(after), sources)
+        before = self.stored_rows(work, first, len(after), sources)
         loaded = work.edits_on(self.device)
         measured = loaded.is_bound and not loaded.replacements
         lap("factors")
@@ -162,18 +162,19 @@ class Worker:
         nonfinite = 0 if seen.largest <= torch.finfo(after.dtype).max else check_finite(span, before, after)
         work.seen(len(after), seen, math.inf if measured or loaded.replacements else loaded.norm, nonfinite)
 
-    def stored_rows(self, weight: StoredWeight, first: int, count: int, sources: OpenSources) -> torch.Tensor:
-        """Rows of a weight as they are stored, read once for all outputs that ask for them in turn.
+    def stored_rows(self, work: EditedSpan, first: int, count: int, sources: OpenSources) -> torch.Tensor:
+        """Rows of a span's weight as they are stored, read once for all outputs that ask for them in turn.
 
         The files are among `sources` in any case, where they are found to be unchanged in the end.
         """
+        weight = work.span.matrix
         for tensor in weight.tensors:
             sources.of(tensor.file)
         if self.read is not None:
-            held, start, rows = self.read
-            if start <= first and first + count <= start + len(rows) and held == weight:
+            same, start, rows = self.read
+            if start <= first and first + count <= start + len(rows) and same == weight:
                 return rows[first - start : first - start + count]
-        stored, room = getattr(torch, FLOAT_NAMES[weight.exact]), Room(sources, self.host, self.twin)
+        stored, room = getattr(torch, FLOAT_NAMES[weight.exact]), Room(sources, self.host, self.twin, work.held)
         self.read = None  # its memory is used again
         rows = weight.rows(first, count, self.device, stored, room)
         self.read = weight, first, rows

@@ -1,16 +1,18 @@
-"""Packed weights: how each kind of quantised checkpoint is decoded. A kind is one module with one entry in `CODECS`."""
+"""Packed weights: how each kind of quantised checkpoint is read. A kind is one module with one entry in `CODECS`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from typing import Any
 
-from loratool.bases.codecs import fp8
-from loratool.bases.weights import Decoded, StoredWeight
+from loratool.bases.codecs.fp8 import Fp8
+from loratool.bases.decoded import Decoded
+from loratool.bases.packed import ENTRIES, TWINS, Codec, Setting, Settings
 from loratool.files.checkpoint import Checkpoint
+from loratool.files.inputs import read_json
 
-# What each kind finds in a checkpoint: the weights that it decodes, by the names of their plain copies.
-CODECS: tuple[Callable[[Checkpoint], Mapping[str, StoredWeight]], ...] = (fp8.weights,)
+CODECS: tuple[Codec, ...] = (Fp8(),)
 
 
 def decoded(base: Checkpoint) -> Checkpoint:
@@ -18,7 +20,22 @@ def decoded(base: Checkpoint) -> Checkpoint:
 
     Raises `InputError` where a packed weight is incomplete.
     """
-    found = {name: weight for find in CODECS for name, weight in find(base).items()}
-    if not found:
-        return base
-    return Decoded(**{each.name: getattr(base, each.name) for each in fields(Checkpoint)}, weights=found)
+    settings = Settings(tuple(settings_in(base)))
+    for codec in CODECS:
+        if (packing := codec.find(base, settings)) is not None:
+            own = {each.name: getattr(base, each.name) for each in fields(Checkpoint)}
+            return Decoded(**own, codec=codec, settings=settings, packing=packing)
+    return base
+
+
+def settings_in(base: Checkpoint) -> Iterator[Setting]:
+    """The places in which a checkpoint says how its weights are packed."""
+    for path in ENTRIES:
+        values: Any = base.config
+        for key in path:
+            values = values.get(key) if isinstance(values, Mapping) else None
+        if isinstance(values, Mapping):
+            yield Setting("config.json", path, values)
+    for name in TWINS:
+        if name in base.side_files:
+            yield Setting(name, (), read_json(base.root / name, repeated=True, lenient=True))

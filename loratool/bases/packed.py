@@ -1,0 +1,138 @@
+"""What a kind of packed weights is: `Codec` finds them in a checkpoint, `Packed` decodes rows of one of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from loratool.adapters.adapter import StoredTensor
+from loratool.bases.weights import Room
+from loratool.files.checkpoint import Checkpoint
+from loratool.files.open_sources import OpenSources
+from loratool.files.safefile import FLOAT_NAMES
+from loratool.lazy import Tensor, torch
+
+# Where a checkpoint says how its weights are packed: entries of config.json, and files that are about nothing else.
+ENTRIES = (
+    ("quantization_config",),
+    ("compression_config",),
+    ("text_config", "quantization_config"),
+    ("text_config", "compression_config"),
+)
+TWINS = ("quantize_config.json", "hf_quant_config.json", "quant_config.json")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One of the places in which a checkpoint says how its weights are packed."""
+
+    file: str
+    path: tuple[str, ...]  # keys that lead to `values` in the file; none where it is all of it
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a checkpoint's configs say of how its weights are packed; the first place is the one that counts."""
+
+    places: tuple[Setting, ...]
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """What counts; empty where nothing is said."""
+        return self.places[0].values if self.places else {}
+
+    @property
+    def method(self) -> str:
+        """`quant_method`; empty where none is named."""
+        value = self.values.get("quant_method")
+        return value if isinstance(value, str) else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """A weight whose values are decoded from packed ones: a `StoredWeight`, but for `decode`.
+
+    What is decoded are whole *lines*: rows of the matrix that the last dimension of the values and all others make.
+    """
+
+    shape: tuple[int, ...]  # of the values
+    line: int  # values in a line
+    dtype: str  # of the plain copy
+    tensors: tuple[StoredTensor, ...]
+    scheme: str  # what a person would call it, such as "nf4, blocks of 64"
+    exact: str = "F32"  # values are the float32 that the documented decoding of the format gives
+
+    @abstractmethod
+    def decode(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
+        """Lines `first` … `first + count`, (count, line) of float32 on `device`, in memory that is the caller's."""
+
+    def check(self, room: Room) -> str:  # noqa: ARG002 (what has nothing to check needs no room)
+        """What is wrong with the values of its scales, indices and the like; empty where nothing is.
+
+        It is asked once for each weight that is going to be decoded, before anything is written.
+        """
+        return ""
+
+    def rows(
+        self, first: int, count: int, device: torch.device, dtype: torch.dtype, room: Room | None = None
+    ) -> Tensor:
+        if room is None:
+            with OpenSources() as sources:
+                return self.rows(first, count, device, dtype, Room(sources))
+        lines = math.prod(self.shape[1:]) // max(self.line, 1)  # in a row
+        return self.decode(first * lines, count * lines, device, room).view(count, -1).to(dtype)
+
+    def matrix(self, columns: int) -> Packed:
+        """The same values as rows of so many columns. Raises `ValueError` where those are no whole lines."""
+        lines, rest = divmod(columns, max(self.line, 1))
+        rows = math.prod(self.shape) // max(columns, 1)
+        if rest or rows * lines * self.line != math.prod(self.shape):
+            raise ValueError(f"a packed weight in lines of {self.line} cannot be reshaped to {columns} columns")
+        shape = (rows, columns)
+        return self if shape == self.shape else dataclasses.replace(self, shape=shape)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What a codec found in a checkpoint."""
+
+    weights: Mapping[str, Packed]  # by the names of their plain copies
+    # tensors that go as well where a weight becomes plain, such as the scale of a layer's inputs: by the same names
+    leftovers: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
+class Codec(Protocol):
+    """One kind of packed weights. It reads, and it knows how the configs of that kind name plain weights."""
+
+    name: str  # in --json, such as "gptq"
+    title: str  # for a person, such as "GPTQ"
+
+    def find(self, base: Checkpoint, settings: Settings) -> Packing | None:
+        """The packed weights of a checkpoint; None where it is of another kind.
+
+        Only headers are read, and tensors that say how others are packed (a few bytes each). Raises `InputError` naming
+        every module that is incomplete or of an unknown scheme, each with its scheme and the way out.
+        """
+        ...
+
+    def left_plain(
+        self, setting: Setting, packing: Packing, plain: Collection[str], base: Checkpoint
+    ) -> Mapping[str, Any]:
+        """The values of one setting where the weights `plain` (their plain names) are not packed any more.
+
+        The spelling is what the loaders of that kind match. Nothing else of the values changes.
+        """
+        ...
+
+
+def plain_dtype(config: Mapping[str, Any]) -> str:
+    """The dtype of the model before it was packed, as its config tells; BF16 where it tells none."""
+    named = {name: dtype for dtype, name in FLOAT_NAMES.items()}
+    texts = [config, config.get("text_config")]
+    said = (part.get(key) for part in texts if isinstance(part, Mapping) for key in ("dtype", "torch_dtype"))
+    return next((named[name] for name in said if isinstance(name, str) and name in named), "BF16")
