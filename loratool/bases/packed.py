@@ -107,7 +107,10 @@ class Packing:
 
 
 class Codec(Protocol):
-    """One kind of packed weights. It reads, and it knows how the configs of that kind name plain weights."""
+    """One kind of packed weights. It reads, and it knows how the configs of that kind name plain weights.
+
+    A codec is a subclass, so that it has what most kinds have in common.
+    """
 
     name: str  # in --json, such as "gptq"
     title: str  # for a person, such as "GPTQ"
@@ -128,6 +131,15 @@ class Codec(Protocol):
         The spelling is what the loaders of that kind match. Nothing else of the values changes.
         """
         ...
+
+    def metadata(
+        self,
+        metadata: Mapping[str, str],
+        packing: Packing,  # noqa: ARG002 (most kinds say nothing there)
+        plain: Collection[str],  # noqa: ARG002
+    ) -> Mapping[str, str]:
+        """The metadata in the header of one file where the weights `plain` are not packed any more."""
+        return metadata
 
 
 def plain_dtype(config: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loratool.bases.packed import Packed, Packing, Setting, Settings, plain_dtype
+from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import Room, plain_of
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint
@@ -37,7 +37,7 @@ class BlockScaled(Packed):
         return decoded.mul_(scale.repeat_interleave(self.block[1], 1)[:, : self.line])
 
 
-class Fp8:
+class Fp8(Codec):
     """FP8 in the layout that DeepSeek-V3 and Qwen3-FP8 share."""
 
     name, title = "fp8", "FP8"
