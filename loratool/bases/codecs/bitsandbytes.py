@@ -1,0 +1,330 @@
+"""bitsandbytes: nf4, fp4 and int8, as transformers, QLoRA and unsloth save them.
+
+**4 bits.** `X` (two values a byte, the high nibble first), `X.absmax`, `X.quant_map` (16 values) and
+`X.quant_state.bitsandbytes__nf4` (or `fp4`), which is JSON. With the values numbered row by row,
+
+    W[i] = quant_map[nibble i] · absmax[i // blocksize]
+
+With nested statistics absmax is a byte for each block, and
+
+    absmax[j] = nested_quant_map[byte j] · nested_absmax[j // nested_blocksize] + nested_offset
+
+**int8.** `X.weight` and `X.SCB`, the largest magnitude of each row: W = (values · SCB) · (1/127), in this order.
+
+All in float32, an operation at a time, as bitsandbytes computes it (`functional.dequantize_4bit`,
+`int8_vectorwise_dequant`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeGuard
+
+from loratool.adapters.adapter import StoredTensor
+from loratool.bases.codecs.parts import Finder, held, read_whole, told, wrong_scales
+from loratool.bases.codecs.plain_modules import fused_modules, modules_of, plain_matrices
+from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
+from loratool.bases.weights import Plain, Room
+from loratool.errors import printable
+from loratool.files.checkpoint import Checkpoint
+from loratool.files.inputs import json_object
+from loratool.files.open_sources import OpenSources
+from loratool.layouts.architectures import CONV1D_TYPES
+from loratool.lazy import Tensor, torch
+
+STATE = ".quant_state.bitsandbytes__"
+KINDS = ("nf4", "fp4")
+LARGEST_STATE = 1 << 16  # bytes of JSON
+SKIPPED = "llm_int8_skip_modules"
+OF_127 = 7.874015718698502e-3  # what bitsandbytes multiplies by to divide by 127
+WAY_OUT = "save the model with bitsandbytes again, or pass the model before quantisation as BASE"
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the JSON of a weight says of how it is packed."""
+
+    block: int  # values that share an absmax
+    shape: tuple[int, ...]  # of the values
+    nested_block: int = 0  # absmaxes that share one of theirs; 0 where statistics are not packed themselves
+    offset: float = 0.0
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.elements // self.block)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FourBit(Packed):
+    """A weight of 4 bits a value. `tensors`: values, absmax, quant_map, JSON, and nested_absmax, nested_quant_map."""
+
+    statistics: Statistics
+
+    def decode(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
+        start, stop = first * self.line, (first + count) * self.line
+        odd = start % 2  # a line may begin in the middle of a byte
+        raw = room.read(self.tensors[0], start // 2, (stop + 1) // 2 - start // 2, device)
+        pairs = held("pairs", device, room, lambda: self.pairs(room))
+        values = pairs.index_select(0, raw.int()).view(torch.float32)[odd : odd + stop - start]
+        block = self.statistics.block
+        scale_blocks(values, self.absmax(start // block, -(-stop // block), device, room), start % block, block)
+        return values.view(count, self.line)
+
+    def pairs(self, room: Room) -> Tensor:
+        """The two values of each byte, as the bits of one number of 64 bits: one look-up gives both."""
+        values = read_whole(self.tensors[2], room)
+        return torch.stack([values.repeat_interleave(16), values.repeat(16)], 1).view(torch.int64).flatten()
+
+    def absmax(self, first: int, stop: int, device: torch.device, room: Room) -> Tensor:
+        """Those of blocks `first` … `stop`."""
+        size = 1 if self.statistics.nested_block else 4
+        raw = Room(room.sources).read(self.tensors[1], first * size, (stop - first) * size, device)
+        if not self.statistics.nested_block:
+            return raw.view(torch.float32)
+        table = held("nested_quant_map", device, room, lambda: read_whole(self.tensors[5], room))
+        outer = held("nested_absmax", device, room, lambda: read_whole(self.tensors[4], room))
+        block = self.statistics.nested_block
+        values = table.index_select(0, raw.int())
+        scale_blocks(values, outer[first // block :], first % block, block)
+        return values.add_(self.statistics.offset)
+
+    def check(self, room: Room) -> str:
+        # a nested absmax near zero may be decoded to a negative number
+        nested = bool(self.statistics.nested_block)
+        scales = self.tensors[4 if nested else 1]
+        maps = self.tensors[2::3]  # the quant_map, and the nested one
+        found = [wrong_scales(scales, room, 0.0), *(wrong_scales(each, room) for each in maps)]
+        return next(filter(None, found), "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8(Packed):
+    """A matrix of int8, with the largest magnitude of each row. `tensors`: values, SCB, perhaps weight_format."""
+
+    def decode(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
+        raw = room.read(self.tensors[0], first * self.line, count * self.line, device)
+        largest = Room(room.sources).read(self.tensors[1], first * 4, count * 4, device).view(torch.float32)
+        return raw.view(torch.int8).view(count, self.line).float().mul_(largest[:, None]).mul_(OF_127)
+
+    def check(self, room: Room) -> str:
+        return wrong_scales(self.tensors[1], room, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turned(Packed):
+    """The transpose of a packed matrix: bitsandbytes turns weights of Conv1D layers, which are (in, out), for packing.
+
+    Its rows are columns on disk, so all of it is decoded once and held, as float32.
+    """
+
+    whole: Packed
+
+    def decode(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
+        def turned() -> Tensor:
+            own = Room(room.sources)
+            return self.whole.rows(0, self.whole.shape[0], torch.device("cpu"), torch.float32, own).T.contiguous()
+
+        return held("turned", device, room, turned)[first : first + count].clone()
+
+    def check(self, room: Room) -> str:
+        return self.whole.check(room)
+
+    @classmethod
+    def of(cls, whole: Packed) -> Turned:
+        rows, columns = whole.shape
+        return cls(
+            shape=(columns, rows),
+            line=rows,
+            dtype=whole.dtype,
+            tensors=whole.tensors,
+            scheme=whole.scheme,
+            whole=whole,
+        )
+
+
+class BitsAndBytes(Codec):
+    """nf4, fp4 and int8 of bitsandbytes."""
+
+    name, title = "bitsandbytes", "bitsandbytes"
+
+    def find(self, base: Checkpoint, settings: Settings) -> Packing | None:
+        if settings.method not in ("", "bitsandbytes"):
+            return None
+        finder = Finder(base)
+        with OpenSources() as sources:
+            room = Room(sources)
+            found = {**dict(four_bit(finder, room)), **dict(int8(finder, room))}
+        if settings.method:
+            note_incomplete(finder, found)
+        finder.refuse(self.title, WAY_OUT)
+        turned = CONV1D_TYPES.get(base.model_type, frozenset())
+        for name, weight in found.items():
+            if name.removesuffix(".weight").rpartition(".")[2] in turned:
+                found[name] = Turned.of(weight)
+        return Packing(found) if found else None
+
+    def left_plain(
+        self, setting: Setting, packing: Packing, plain: Collection[str], base: Checkpoint
+    ) -> Mapping[str, Any]:
+        """`llm_int8_skip_modules` with the modules that are plain.
+
+        transformers takes an entry for a regular expression from the start of a name, or for the end of it
+        (`should_convert_module`); vLLM looks for its own, fused modules (`is_layer_skipped_bnb`). Where there is no
+        list, transformers leaves the head alone, and the layers that it finds in the file plain; where there is one,
+        it goes by it alone.
+        """
+        given = setting.values.get(SKIPPED)
+        listed = [entry for entry in given if isinstance(entry, str)] if isinstance(given, list) else []
+        packed = packing.weights.keys() - set(plain)
+        if given is None:
+            head = [] if any(name.endswith("lm_head.weight") for name in packed) else ["lm_head"]
+            listed = [*head, *plain_matrices(base, packing)]
+        edited = modules_of(plain)
+        return {**setting.values, SKIPPED: [*dict.fromkeys([*listed, *edited, *fused_modules(edited, base, packed)])]}
+
+
+def four_bit(finder: Finder, room: Room) -> Iterator[tuple[str, Packed]]:
+    """The weights that have a quant_state."""
+    for state in finder.base.tensors:
+        name, found, kind = state.partition(STATE)
+        if not found:
+            continue
+        if kind not in KINDS:
+            finder.note(name, f"is of the unknown kind {kind!a}; known are {' and '.join(KINDS)}")
+        elif (weight := four_bit_weight(finder, name, kind, room)) is not None:
+            yield name, weight
+
+
+def four_bit_weight(finder: Finder, name: str, kind: str, room: Room) -> FourBit | None:
+    """The weight of one quant_state; None where anything of it is wrong, which is noted."""
+    json = finder.part(f"{name}{STATE}{kind}", ["U8"])
+    if json is None:
+        return None
+    try:
+        said = statistics_of(json, kind, room)
+    except ValueError as error:
+        finder.note(json.info.name, f"{error}")
+        return None
+    nested, of = bool(said.nested_block), f"of {list(said.shape)}"
+    each = f"for blocks of {said.block} {of}"
+    parts = [
+        packed_bytes(finder, name, said),
+        finder.part(f"{name}.absmax", ["U8" if nested else "F32"], [said.blocks], each),
+        finder.part(f"{name}.quant_map", ["F32"], [16]),
+        json,
+    ]
+    if nested:
+        outer = -(-said.blocks // said.nested_block)
+        each = f"for blocks of {said.nested_block} of {said.blocks} statistics"
+        parts.append(finder.part(f"{name}.nested_absmax", ["F32"], [outer], each))
+        parts.append(finder.part(f"{name}.nested_quant_map", ["F32"], [256]))
+    tensors = tuple(part for part in parts if part is not None)
+    if len(tensors) < len(parts):
+        return None
+    return FourBit(
+        shape=said.shape,
+        line=said.shape[-1],
+        dtype=plain_dtype(finder.base.config),
+        tensors=tensors,
+        scheme=f"{kind}, blocks of {said.block}{', nested statistics' if nested else ''}",
+        statistics=said,
+    )
+
+
+def packed_bytes(finder: Finder, name: str, said: Statistics) -> Plain | None:
+    """The packed values, whatever dtype their bytes are stored as (`bnb_4bit_quant_storage`)."""
+    info, wanted = finder.base.tensors.get(name), (said.elements + 1) // 2
+    if info is not None and wanted <= info.nbytes < wanted + 8:  # filled up to a whole number of the dtype
+        return finder.part(name, [info.dtype])
+    found = f"it is {told(info)}, {info.nbytes} bytes" if info else "it is missing"
+    finder.note(name, f"must be {wanted} bytes for {list(said.shape)} at 4 bits a value, but {found}")
+    return None
+
+
+def statistics_of(json: StoredTensor, kind: str, room: Room) -> Statistics:
+    """What the JSON of a weight says. `ValueError` says what is wrong with it."""
+    if json.info.nbytes > LARGEST_STATE:
+        raise ValueError(f"is {json.info.nbytes} bytes of JSON, over the limit of {LARGEST_STATE}")
+    said = json_object(room.read(json, 0, json.info.nbytes, torch.device("cpu")).numpy().tobytes())
+    block, shape, inner = said.get("blocksize"), said.get("shape"), said.get("nested_blocksize")
+    if said.get("quant_type") != kind:
+        raise ValueError(f"quant_type must be {kind!a}, as in its name, but it is {shown(said.get('quant_type'))}")
+    if not is_count(block) or block % 2:
+        raise ValueError(f"blocksize must be an even number of values, but it is {shown(block)}")
+    if not isinstance(shape, list) or len(shape) < 2 or not all(map(is_count, shape)):
+        raise ValueError(f"shape must be a list of two or more sizes, but it is {shown(shape)}")
+    found = Statistics(block, tuple(shape))
+    if inner is None and "nested_offset" not in said:
+        return found
+    offset = said.get("nested_offset")
+    if not is_count(inner):
+        raise ValueError(f"nested_blocksize must be a number of values, but it is {shown(inner)}")
+    if not isinstance(offset, (int, float)) or isinstance(offset, bool) or not math.isfinite(offset):
+        raise ValueError(f"nested_offset must be a number, but it is {shown(offset)}")
+    return replace(found, nested_block=inner, offset=float(offset))
+
+
+def int8(finder: Finder, room: Room) -> Iterator[tuple[str, Packed]]:
+    """The weights that have an SCB."""
+    for scales in finder.base.tensors:
+        module, found, rest = scales.rpartition(".SCB")
+        if found and not rest and (weight := int8_weight(finder, module, room)) is not None:
+            yield f"{module}.weight", weight
+
+
+def int8_weight(finder: Finder, module: str, room: Room) -> Int8 | None:
+    """The weight of one SCB; None where anything of it is wrong, which is noted."""
+    name = f"{module}.weight"
+    values = finder.part(name, ["I8"])
+    if values is None:
+        return None
+    if len(values.info.shape) != 2:
+        finder.note(name, f"must be a matrix, but it is {told(values.info)}")
+        return None
+    scales = finder.part(f"{module}.SCB", ["F32"], [values.info.rows], f"for {list(values.info.shape)}")
+    tensors = [values, scales]
+    if f"{module}.weight_format" in finder.base.tensors:
+        form = finder.part(f"{module}.weight_format", ["U8"], [])
+        if form is not None and (said := int(read_whole(form, room))):
+            finder.note(form.info.name, f"must be 0, values row by row, but it is {said}, a layout for one kind of GPU")
+        tensors.append(form)
+    complete = tuple(tensor for tensor in tensors if tensor is not None)
+    if len(complete) < len(tensors):
+        return None
+    dtype = plain_dtype(finder.base.config)
+    return Int8(shape=values.info.shape, line=values.info.width, dtype=dtype, tensors=complete, scheme="int8, by row")
+
+
+def note_incomplete(finder: Finder, found: Collection[str]) -> None:
+    """Note the weights that bitsandbytes has packed, as their dtype shows, and that lack what says how."""
+    for name, info in finder.base.tensors.items():
+        if name.endswith(".weight") and info.dtype in ("U8", "I8") and name not in found:
+            noted = any(problem.startswith(name.removesuffix("weight")) for problem in finder.problems)
+            lacking = f"{name}{STATE}{KINDS[0]}" if info.dtype == "U8" else f"{name.removesuffix('weight')}SCB"
+            if not noted:
+                finder.note(name, f"is {told(info)}, but {printable(lacking)} is missing")
+
+
+def scale_blocks(values: Tensor, scales: Tensor, skipped: int, block: int) -> None:
+    """Multiply each value by the scale of its block, in place. Of the first block, `skipped` values are not there."""
+    head = min(-skipped % block, values.numel())
+    whole = (values.numel() - head) // block
+    first = int(head > 0)
+    values[:head].mul_(scales[0])
+    values[head : head + whole * block].view(-1, block).mul_(scales[first : first + whole, None])
+    if head + whole * block < values.numel():
+        values[head + whole * block :].mul_(scales[first + whole])
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    return type(value) is int and value > 0
+
+
+def shown(value: object) -> str:
+    return "missing" if value is None else printable(repr(value))

@@ -1,0 +1,73 @@
+"""The tensors that a packed weight is made of: found by name with the dtype and shape they must have, and read.
+
+What all kinds of packed weights share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from loratool.adapters.adapter import INTEGER_NAMES, StoredTensor
+from loratool.bases.weights import Plain, Room, plain_of
+from loratool.errors import InputError, printable
+from loratool.files.checkpoint import Checkpoint
+from loratool.files.safefile import FLOAT_NAMES, TensorInfo
+from loratool.lazy import Tensor, torch
+
+TORCH_NAMES = {**FLOAT_NAMES, **INTEGER_NAMES, "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+
+
+@dataclass
+class Finder:
+    """Finds the tensors of a base's packed weights, and collects what is wrong with them."""
+
+    base: Checkpoint
+    problems: list[str] = field(default_factory=list)
+
+    def part(self, name: str, dtypes: Sequence[str], shape: Sequence[int] | None = None, why: str = "") -> Plain | None:
+        """A tensor of one of these dtypes and of this shape (None: any); else None, and a problem is noted."""
+        info = self.base.tensors.get(name)
+        if info is not None and info.dtype in dtypes and (shape is None or info.shape == tuple(shape)):
+            return plain_of(self.base, name)
+        wanted = " or ".join(dtypes) + (f" {list(shape)}" if shape is not None else "")
+        found = f"it is {told(info)}" if info else "it is missing"
+        self.note(name, f"must be {wanted}{why and ' '}{why}, but {found}")
+        return None
+
+    def note(self, name: str, problem: str) -> None:
+        """Something that is wrong with a tensor."""
+        self.problems.append(f"{printable(name)}: {problem}")
+
+    def refuse(self, title: str, way_out: str) -> None:
+        """Raise `InputError` where anything is wrong, with all of it."""
+        if self.problems:
+            raise InputError(f"{self.base.name}: {title} weights that cannot be read; {way_out}:", self.problems)
+
+
+def told(info: TensorInfo) -> str:
+    """Dtype and shape of a tensor, for a person."""
+    return f"{info.dtype} {list(info.shape)}"
+
+
+def read_whole(tensor: StoredTensor, room: Room) -> Tensor:
+    """All values of a small tensor on the CPU, in the dtype and the shape they have on disk."""
+    raw = Room(room.sources).read(tensor, 0, tensor.info.nbytes, torch.device("cpu"))
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES[tensor.info.dtype])
+    return raw.view(dtype).view(tensor.info.shape)
+
+
+def held(name: str, device: torch.device, room: Room, make: Callable[[], Tensor]) -> Tensor:
+    """What `make` makes on the CPU, worked out once for a weight and kept on `device`, ready on each of its streams."""
+    return room.held.of((name, device), lambda: make().to(device))
+
+
+def wrong_scales(tensor: StoredTensor, room: Room, least: float = float("-inf")) -> str:
+    """What is wrong with scales: values that are not finite, or below `least`. Empty where nothing is."""
+    values = read_whole(tensor, room).float()
+    name = printable(tensor.info.name)
+    if broken := int((~values.isfinite()).sum()):
+        return f"{name}: {broken} of {values.numel()} values are NaN or infinite"
+    if low := int((values < least).sum()):
+        return f"{name}: {low} of {values.numel()} values are below {least:g}"
+    return ""

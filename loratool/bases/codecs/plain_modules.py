@@ -1,0 +1,51 @@
+"""How configs of quantised models name modules that are not quantised: what their loaders have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from loratool.bases.packed import Packing
+from loratool.files.checkpoint import Checkpoint
+from loratool.files.safefile import FLOAT_NAMES
+from loratool.layouts.architectures import INPUT_EMBEDDINGS
+
+# What vLLM makes one layer of: its name → the layers of the checkpoint that are its parts.
+SERVED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
+    "in_proj_ba": ("in_proj_b", "in_proj_a"),
+}
+
+
+def modules_of(weights: Collection[str]) -> list[str]:
+    """The modules of some weights, without repeats: a stack of experts is named by its parameter."""
+    return [*dict.fromkeys(name.removesuffix(".weight") for name in weights)]
+
+
+def fused_modules(modules: Sequence[str], base: Checkpoint, packed: Collection[str]) -> list[str]:
+    """The names of the layers that vLLM makes of some plain modules, where all of their parts are plain.
+
+    `packed` are the weights that stay packed. A name that the base has for a module of its own is not there.
+    """
+    found: dict[str, None] = {}
+    for module in modules:
+        parent, _, leaf = module.rpartition(".")
+        for fused, parts in SERVED.items():
+            stay = any(f"{parent}.{part}.weight" in packed for part in parts)
+            if leaf in parts and not stay and f"{parent}.{fused}.weight" not in base.tensors:
+                found[f"{parent}.{fused}"] = None
+    return [*found]
+
+
+def plain_matrices(base: Checkpoint, packing: Packing) -> list[str]:
+    """The modules whose weight is a plain matrix in a base, embeddings left out."""
+    return modules_of(
+        [
+            name
+            for name, info in base.tensors.items()
+            if name.endswith(".weight") and info.dtype in FLOAT_NAMES and len(info.shape) == 2
+            if name not in packing.weights and name.split(".")[-2] not in INPUT_EMBEDDINGS
+        ]
+    )

@@ -1,0 +1,90 @@
+"""Weights as bitsandbytes packs them, written and decoded one element at a time from its documented layout."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class FourBit:
+    """Random packed values with random statistics."""
+
+    shape: tuple[int, ...]
+    kind: str
+    block: int
+    nested: int  # statistics that share one of theirs; 0 for none
+    seed: int = 0
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    def tensors(self, name: str) -> dict[str, Array]:
+        """Those of a checkpoint, by name."""
+        numbers = np.random.default_rng(self.seed)
+        blocks = -(-self.elements // self.block)
+        said: dict[str, Any] = {"quant_type": self.kind, "blocksize": self.block, "dtype": "bfloat16"}
+        said["shape"] = list(self.shape)
+        found: dict[str, Array] = {
+            name: numbers.integers(0, 256, ((self.elements + 1) // 2, 1), np.uint8),
+            f"{name}.quant_map": numbers.standard_normal(16, np.float32),
+            f"{name}.absmax": numbers.random(blocks, np.float32),
+        }
+        if self.nested:
+            said |= {
+                "nested_blocksize": self.nested,
+                "nested_dtype": "float32",
+                "nested_offset": 0.1 + numbers.random(),
+            }
+            found[f"{name}.absmax"] = numbers.integers(0, 256, blocks, np.uint8)
+            found[f"{name}.nested_absmax"] = numbers.random(-(-blocks // self.nested), np.float32)
+            found[f"{name}.nested_quant_map"] = numbers.standard_normal(256, np.float32)
+        found[f"{name}.quant_state.bitsandbytes__{self.kind}"] = as_bytes(said)
+        return found
+
+    def values(self, name: str = "") -> Array:
+        """What they mean, in float32, element by element."""
+        stored = self.tensors(name)
+        decoded = np.empty(self.elements, np.float32)
+        for i in range(self.elements):
+            byte = int(stored[name].flat[i // 2])
+            nibble = byte % 16 if i % 2 else byte // 16
+            decoded[i] = stored[f"{name}.quant_map"][nibble] * self.absmax(stored, name, i // self.block)
+        return decoded.reshape(self.shape)
+
+    def absmax(self, stored: dict[str, Array], name: str, block: int) -> Any:
+        if not self.nested:
+            return stored[f"{name}.absmax"][block]
+        said = json.loads(stored[f"{name}.quant_state.bitsandbytes__{self.kind}"].tobytes())
+        scaled = stored[f"{name}.nested_quant_map"][stored[f"{name}.absmax"][block]]
+        scaled = scaled * stored[f"{name}.nested_absmax"][block // self.nested]
+        return scaled + np.float32(said["nested_offset"])
+
+
+def as_bytes(said: object) -> Array:
+    """JSON as a tensor."""
+    return np.frombuffer(json.dumps(said).encode(), np.uint8)
+
+
+def int8(shape: tuple[int, int], module: str, seed: int = 0) -> tuple[dict[str, Array], Array]:
+    """Random tensors of an int8 module, and what they mean in float32."""
+    numbers = np.random.default_rng(seed)
+    values = numbers.integers(-127, 128, shape, np.int8)
+    largest = numbers.random(shape[0], np.float32)
+    decoded = np.empty(shape, np.float32)
+    for row in range(shape[0]):
+        for column in range(shape[1]):
+            decoded[row, column] = np.float32(values[row, column]) * largest[row] * np.float32(1 / 127)
+    return {
+        f"{module}.weight": values,
+        f"{module}.SCB": largest,
+        f"{module}.weight_format": np.array(0, np.uint8),
+    }, decoded
