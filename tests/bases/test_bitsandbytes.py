@@ -12,32 +12,18 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from packed_bnb import FourBit, as_bytes, int8
-from packed_models import open_packed, save_packed
+from packed_models import check_rows, open_packed, save_packed
 
 import loratool
 from loratool.bases.weights import Room
 
 Array = NDArray[Any]
 
-CPU = torch.device("cpu")
 LAYER = "model.layers.0."
 NAME = f"{LAYER}self_attn.q_proj.weight"
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_skip_modules": None}
 INT8 = {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": None}
 PLAIN = {"model.norm.weight": np.ones(8, np.float32), "lm_head.weight": np.ones((4, 8), np.float32)}
-
-
-def check_rows(folder: Path, name: str, wanted: Array) -> None:
-    """Some rows from anywhere are those of the definition, with a buffer and without."""
-    weight = open_packed(folder).weights[name]
-    assert weight.shape == wanted.shape
-    flat = torch.from_numpy(wanted.reshape(len(wanted), -1))
-    for first, count in ((0, len(wanted)), (0, 1), (1, 1), (len(wanted) - 2, 2)):
-        room = Room(host=torch.empty(flat.numel() + 1, dtype=torch.uint8))
-        assert torch.equal(weight.rows(first, count, CPU, torch.float32, room), flat[first : first + count])
-        assert torch.equal(weight.rows(first, count, CPU, torch.float64), flat[first : first + count].double())
-        room.sources.close()
-    assert weight.check(Room()) == ""
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

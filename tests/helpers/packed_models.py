@@ -13,9 +13,12 @@ from safetensors.torch import save_file
 from loratool.bases.codecs import decoded
 from loratool.bases.decoded import Decoded
 from loratool.bases.opening import open_checkpoint
+from loratool.bases.weights import Room
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+CPU = torch.device("cpu")
 
 
 def save_packed(
@@ -41,3 +44,16 @@ def open_packed(folder: Path) -> Decoded:
     found = decoded(open_checkpoint(folder))
     assert isinstance(found, Decoded)
     return found
+
+
+def check_rows(folder: Path, name: str, wanted: NDArray[Any]) -> None:
+    """Some rows from anywhere are those of the definition, with a buffer and without."""
+    weight = open_packed(folder).weights[name]
+    assert weight.shape == wanted.shape
+    flat = torch.from_numpy(wanted.reshape(len(wanted), -1))
+    for first, count in ((0, len(wanted)), (0, 1), (1, 1), (len(wanted) - 2, 2)):
+        room = Room(host=torch.empty(flat.numel() + 1, dtype=torch.uint8))
+        assert torch.equal(weight.rows(first, count, CPU, torch.float32, room), flat[first : first + count])
+        assert torch.equal(weight.rows(first, count, CPU, torch.float64), flat[first : first + count].double())
+        room.sources.close()
+    assert weight.check(Room()) == ""

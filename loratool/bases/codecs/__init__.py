@@ -8,12 +8,13 @@ from typing import Any
 
 from loratool.bases.codecs.bitsandbytes import BitsAndBytes
 from loratool.bases.codecs.fp8 import Fp8
+from loratool.bases.codecs.hqq import HqqCodec
 from loratool.bases.decoded import Decoded
 from loratool.bases.packed import ENTRIES, TWINS, Codec, Setting, Settings
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.inputs import read_json
 
-CODECS: tuple[Codec, ...] = (Fp8(), BitsAndBytes())
+CODECS: tuple[Codec, ...] = (Fp8(), BitsAndBytes(), HqqCodec())
 
 
 def decoded(base: Checkpoint) -> Checkpoint:

@@ -20,10 +20,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeGuard
+from typing import Any
 
 from loratool.adapters.adapter import StoredTensor
-from loratool.bases.codecs.parts import Finder, held, read_whole, told, wrong_scales
+from loratool.bases.codecs.parts import Finder, held, in_blocks, is_count, read_whole, told, wrong_scales
 from loratool.bases.codecs.plain_modules import fused_modules, modules_of, plain_matrices
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import Plain, Room
@@ -73,7 +73,9 @@ class FourBit(Packed):
         pairs = held("pairs", device, room, lambda: self.pairs(room))
         values = pairs.index_select(0, raw.int()).view(torch.float32)[odd : odd + stop - start]
         block = self.statistics.block
-        scale_blocks(values, self.absmax(start // block, -(-stop // block), device, room), start % block, block)
+        absmax = self.absmax(start // block, -(-stop // block), device, room)
+        for part, which in in_blocks(values, start, block):
+            part.mul_(absmax[which, None])
         return values.view(count, self.line)
 
     def pairs(self, room: Room) -> Tensor:
@@ -91,7 +93,8 @@ class FourBit(Packed):
         outer = held("nested_absmax", device, room, lambda: read_whole(self.tensors[4], room))
         block = self.statistics.nested_block
         values = table.index_select(0, raw.int())
-        scale_blocks(values, outer[first // block :], first % block, block)
+        for part, which in in_blocks(values, first, block):
+            part.mul_(outer[first // block :][which, None])
         return values.add_(self.statistics.offset)
 
     def check(self, room: Room) -> str:
@@ -309,21 +312,6 @@ def note_incomplete(finder: Finder, found: Collection[str]) -> None:
             lacking = f"{name}{STATE}{KINDS[0]}" if info.dtype == "U8" else f"{name.removesuffix('weight')}SCB"
             if not noted:
                 finder.note(name, f"is {told(info)}, but {printable(lacking)} is missing")
-
-
-def scale_blocks(values: Tensor, scales: Tensor, skipped: int, block: int) -> None:
-    """Multiply each value by the scale of its block, in place. Of the first block, `skipped` values are not there."""
-    head = min(-skipped % block, values.numel())
-    whole = (values.numel() - head) // block
-    first = int(head > 0)
-    values[:head].mul_(scales[0])
-    values[head : head + whole * block].view(-1, block).mul_(scales[first : first + whole, None])
-    if head + whole * block < values.numel():
-        values[head + whole * block :].mul_(scales[first + whole])
-
-
-def is_count(value: object) -> TypeGuard[int]:
-    return type(value) is int and value > 0
 
 
 def shown(value: object) -> str:

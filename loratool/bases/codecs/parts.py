@@ -5,8 +5,9 @@ What all kinds of packed weights share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 from loratool.adapters.adapter import INTEGER_NAMES, StoredTensor
 from loratool.bases.weights import Plain, Room, plain_of
@@ -45,6 +46,11 @@ class Finder:
             raise InputError(f"{self.base.name}: {title} weights that cannot be read; {way_out}:", self.problems)
 
 
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether something that a file says is a whole number above 0."""
+    return type(value) is int and value > 0
+
+
 def told(info: TensorInfo) -> str:
     """Dtype and shape of a tensor, for a person."""
     return f"{info.dtype} {list(info.shape)}"
@@ -71,3 +77,34 @@ def wrong_scales(tensor: StoredTensor, room: Room, least: float = float("-inf"))
     if low := int((values < least).sum()):
         return f"{name}: {low} of {values.numel()} values are below {least:g}"
     return ""
+
+
+def in_blocks(values: Tensor, start: int, block: int) -> Iterator[tuple[Tensor, slice]]:
+    """Some values, the first of which is number `start`, as matrices of whole or cut blocks, a row for each block.
+
+    With each matrix comes the slice of its blocks, counted from the block that has the first value.
+    """
+    head, number = min(-start % block, values.numel()), 0
+    if head:
+        yield values[:head].view(1, -1), slice(0, number := 1)
+    whole = (values.numel() - head) // block
+    if whole:
+        yield values[head : head + whole * block].view(-1, block), slice(number, number + whole)
+    if head + whole * block < values.numel():
+        yield values[head + whole * block :].view(1, -1), slice(number + whole, number + whole + 1)
+
+
+def in_turns(values: Tensor, start: int, groups: int) -> Iterator[tuple[Tensor, slice]]:
+    """Some values, the first of which is number `start`, as matrices whose columns are groups: value i is of i % groups.
+
+    With each matrix comes the slice of its groups.
+    """
+    first = start % groups
+    head = min(groups - first, values.numel()) if first else 0
+    if head:
+        yield values[:head].view(1, -1), slice(first, first + head)
+    whole = (values.numel() - head) // groups
+    if whole:
+        yield values[head : head + whole * groups].view(-1, groups), slice(None)
+    if rest := values.numel() - head - whole * groups:
+        yield values[head + whole * groups :].view(1, -1), slice(rest)

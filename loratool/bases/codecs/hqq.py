@@ -1,0 +1,255 @@
+"""HQQ: `X.W_q` with 1 to 8 bits a value, `X.scale` and `X.zero`, and small tensors that say how (hqq 0.2).
+
+With the values numbered row by row and G groups of n/G values each, value i belongs to group i // (n/G) where `axis` is
+1, and to group i % G where it is 0. In float32, an operation at a time:
+
+    W[i] = (q[i] − zero[group]) · scale[group]
+
+A word of `W_q` holds values that lie far apart: with P words, value i is in word i % P, and the i // P -th from the top
+bits on (`core/bitpack.py`). Three bits are packed ten to an int32, whose two top bits are free, and the last words are
+filled up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loratool.bases.codecs.parts import (
+    TORCH_NAMES,
+    Finder,
+    held,
+    in_blocks,
+    in_turns,
+    is_count,
+    read_whole,
+    told,
+    wrong_scales,
+)
+from loratool.bases.codecs.plain_modules import fused_modules, modules_of
+from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
+from loratool.bases.weights import Plain, Room, plain_of
+from loratool.errors import printable
+from loratool.files.checkpoint import Checkpoint
+from loratool.files.open_sources import OpenSources
+from loratool.files.safefile import FLOAT_NAMES
+from loratool.lazy import Tensor, torch
+
+VALUES = ".W_q"
+SKIPPED = "skip_modules"
+LARGEST = 64  # bytes of a tensor that says something
+# What says how a weight is packed, and goes with it. Some of these are for training alone.
+ABOUT = (
+    *("nbits", "group_size", "shape", "axis", "packing", "unpack_view_dtype", "view_as_float", "quant_scale"),
+    *("quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config", "channel_wise"),
+    *("optimize", "round_zero"),
+)
+WAY_OUT = "save the model with hqq again, or pass the model before quantisation as BASE"
+
+
+@dataclass(frozen=True)
+class Word:
+    """How values are packed in a word: `count` of them, the first of which ends at bit `top`."""
+
+    bits: int
+    count: int
+    top: int
+    size: int = 1  # bytes
+
+    def shift(self, field: int) -> int:
+        """Bits below one of the values."""
+        return self.top - self.bits * (field + 1)
+
+
+WORDS = {
+    "8bit_u8": Word(8, 1, 8),
+    "4bit_u8": Word(4, 2, 8),
+    "3bit_32": Word(3, 10, 30, 4),
+    "2bit_u8": Word(2, 4, 8),
+    "1bit_u8": Word(1, 8, 8),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hqq(Packed):
+    """A matrix of unsigned values in groups, each with a scale and a zero. `tensors`: W_q, scale, zero, and others."""
+
+    word: Word
+    groups: int
+    axis: int
+
+    def decode(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
+        start, stop = first * self.line, (first + count) * self.line
+        values = torch.empty(stop - start, dtype=torch.float32, device=device)
+        words = self.tensors[0].info.nbytes // self.word.size
+        for field in range(start // words, (stop - 1) // words + 1):
+            low, high = max(start, field * words), min(stop, (field + 1) * words)
+            raw = self.words(low - field * words, high - low, device, room)
+            shifted = raw.bitwise_right_shift_(self.word.shift(field))
+            values[low - start : high - start] = shifted.bitwise_and_((1 << self.word.bits) - 1)
+        zeros, scales = (self.by_group(number, device, room) for number in (2, 1))
+        if self.axis:
+            size = math.prod(self.shape) // self.groups
+            zeros, scales = zeros[start // size :], scales[start // size :]
+            for part, which in in_blocks(values, start, size):
+                part.sub_(zeros[which, None]).mul_(scales[which, None])
+        else:
+            for part, which in in_turns(values, start, self.groups):
+                part.sub_(zeros[which]).mul_(scales[which])
+        return values.view(count, self.line)
+
+    def words(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
+        """Some words of `W_q`, in memory of their own: several pieces of it may be needed at a time."""
+        raw = Room(room.sources).read(self.tensors[0], first * self.word.size, count * self.word.size, device)
+        return raw if self.word.size == 1 else raw.view(torch.int32)
+
+    def by_group(self, number: int, device: torch.device, room: Room) -> Tensor:
+        """Scales or zeros, (groups) in float32."""
+        tensor = self.tensors[number]
+        return held(tensor.info.name, device, room, lambda: read_whole(tensor, room).float().flatten())
+
+    def check(self, room: Room) -> str:
+        return wrong_scales(self.tensors[1], room) or wrong_scales(self.tensors[2], room)
+
+
+class HqqCodec(Codec):
+    """HQQ as the hqq package and transformers save it."""
+
+    name, title = "hqq", "HQQ"
+
+    def find(self, base: Checkpoint, settings: Settings) -> Packing | None:
+        if settings.method not in ("", "hqq"):
+            return None
+        finder = Finder(base)
+        with OpenSources() as sources:
+            found = dict(weights(finder, Room(sources)))
+        finder.refuse(self.title, WAY_OUT)
+        return Packing(found) if found else None
+
+    def left_plain(
+        self, setting: Setting, packing: Packing, plain: Collection[str], base: Checkpoint
+    ) -> Mapping[str, Any]:
+        """`skip_modules` with the modules that are plain.
+
+        hqq itself packs a module whose `W_q` there is, and needs no list. transformers compares entries with names
+        without `model`, `layers` and numbers (`name_to_linear_tag`), and vLLM with single components of names
+        (`HQQMarlinConfig.is_layer_skipped`): neither can tell one layer from another, so these spellings are added
+        where all modules are plain that they stand for.
+        """
+        given = setting.values.get(SKIPPED)
+        listed = given if isinstance(given, list) else ["lm_head"]  # its default
+        packed = packing.weights.keys() - set(plain)
+        edited, every, still = (modules_of(names) for names in (plain, packing.weights, packed))
+        still += set(fused_modules(every, base, ())) - set(fused_modules(every, base, packed))
+        names = [*listed, *edited]
+        for spelt in (tag_of, leaf_of):
+            ambiguous = set(map(spelt, still))
+            served = edited if spelt is tag_of else [*edited, *fused_modules(edited, base, packed)]
+            names += [name for name in map(spelt, served) if name not in ambiguous]
+        return {**setting.values, SKIPPED: [*dict.fromkeys(names)]}
+
+
+def tag_of(module: str) -> str:
+    """A module's name as transformers compares it."""
+    return ".".join(part for part in module.split(".") if part not in ("model", "layers") and not part.isnumeric())
+
+
+def leaf_of(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
+def weights(finder: Finder, room: Room) -> Iterator[tuple[str, Packed]]:
+    """The weights that have a `W_q`."""
+    for name in finder.base.tensors:
+        module, found, rest = name.rpartition(VALUES)
+        if found and not rest and (weight := weight_of(finder, module, room)) is not None:
+            yield f"{module}.weight", weight
+
+
+def weight_of(finder: Finder, module: str, room: Room) -> Hqq | None:
+    """The weight of one module; None where anything of it is wrong, which is noted."""
+    if f"{module}.weight" in finder.base.tensors:
+        finder.note(
+            f"{module}.weight", f"is there as well as {printable(module + VALUES)}, and only one of them may be"
+        )
+        return None
+    said = said_of(finder, module, room)
+    scale = finder.part(f"{module}.scale", [*FLOAT_NAMES])
+    zero = finder.part(f"{module}.zero", [*FLOAT_NAMES], scale.info.shape if scale else None)
+    if said is None or scale is None or zero is None:
+        return None
+    elements, groups, word = math.prod(said.shape), scale.info.elements, WORDS[said.packing]
+    size = elements // max(groups, 1)
+    if elements != size * groups or (said.group or size) != size:
+        groups_of = f"groups of {said.group}" if said.group else "groups"
+        finder.note(
+            scale.info.name,
+            f"must have a value for each of the {groups_of} of {list(said.shape)}, but it is {told(scale.info)}",
+        )
+        return None
+    columns = size if said.axis else groups
+    wanted = -(-(elements // columns) // word.count) * columns * word.size
+    values = finder.base.tensors[module + VALUES]
+    if values.nbytes != wanted:
+        why = f"for {list(said.shape)} in groups of {size}, packed as {said.packing}"
+        finder.note(values.name, f"must be {wanted} bytes {why}, but it is {told(values)}, {values.nbytes} bytes")
+        return None
+    return Hqq(
+        shape=said.shape,
+        line=said.shape[1],
+        dtype=plain_dtype(finder.base.config),
+        tensors=(plain_of(finder.base, values.name), scale, zero, *said.tensors),
+        scheme=f"HQQ {word.bits}-bit, groups of {size} along axis {said.axis}",
+        word=word,
+        groups=groups,
+        axis=said.axis,
+    )
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the small tensors of a module say."""
+
+    shape: tuple[int, int]
+    axis: int
+    packing: str
+    group: int  # values in a group; 0 where nothing says so
+    tensors: tuple[Plain, ...]
+
+
+def said_of(finder: Finder, module: str, room: Room) -> Said | None:
+    """What the small tensors of a module say; None where one is missing or says what is not known, which is noted."""
+    there = {key: plain_of(finder.base, f"{module}.{key}") for key in ABOUT if f"{module}.{key}" in finder.base.tensors}
+    known: dict[str, Any] = {key: value_of(tensor, room) for key, tensor in there.items()}
+    wanted: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "shape": (lambda v: isinstance(v, list) and len(v) == 2 and all(map(is_count, v)), "hold two sizes"),
+        "axis": (lambda v: v in (0, 1), "be 0 or 1"),
+        "packing": (lambda v: text_of(v) in WORDS, f"be the text of one of {', '.join(WORDS)}"),
+        "quant_scale": (lambda v: not v, "be 0: scales that are packed themselves are not read"),
+        "quant_zero": (lambda v: not v, "be 0: zeros that are packed themselves are not read"),
+    }
+    wrong = [key for key, (is_right, _) in wanted.items() if not is_right(known.get(key))]
+    for key in wrong:
+        found = f"it is {printable(repr(known[key]))}" if key in known else "it is missing"
+        finder.note(f"{module}.{key}", f"must {wanted[key][1]}, but {found}")
+    if wrong:
+        return None
+    rows, columns = known["shape"]
+    group = known.get("group_size")
+    size = group if isinstance(group, int) else 0
+    return Said((rows, columns), known["axis"], text_of(known["packing"]), size, tuple(there.values()))
+
+
+def value_of(tensor: Plain, room: Room) -> object:
+    """A number, or a list of them; None of a tensor that is no small one."""
+    if tensor.info.nbytes > LARGEST or tensor.info.dtype not in TORCH_NAMES:
+        return None
+    return read_whole(tensor, room).tolist()
+
+
+def text_of(codes: object) -> str:
+    """Text that a tensor holds, a number for each letter; empty where it holds none."""
+    numbers = codes if isinstance(codes, list) else []
+    return "".join(chr(code) for code in numbers if is_count(code) and code < 128)
