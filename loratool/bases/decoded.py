@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from loratool.bases.packed import Codec, Packed, Packing, Settings
-from loratool.bases.weights import Plain, StoredWeight, plain_of
+from loratool.bases.weights import Plain, Room, StoredWeight, plain_of
+from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint
+from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import SafeFile, TensorInfo
 
 
@@ -41,6 +43,28 @@ class Decoded(Checkpoint):
             for name, weight in self.weights.items()
             for tensor in weight.tensors
         }
+
+    @cached_property
+    def parts(self) -> frozenset[str]:
+        """Tensors that packed weights are made of, and what goes along with those."""
+        return frozenset((*self.packed, *self.left_over(self.weights)))
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise `InputError` naming all weights whose scales or indices are not usable. Their values are read for it."""
+        with OpenSources() as sources:
+            problems = [
+                f"{printable(name)} ({self.weights[name].scheme}): {found}"
+                for name in names
+                if (found := self.weights[name].check(Room(sources)))
+            ]
+        if problems:
+            raise InputError(f"{self.name}: packed weights that cannot be decoded:", problems)
+
+    def metadata(self, said: Mapping[str, str] | None, plain: Collection[str]) -> Mapping[str, str] | None:
+        """The metadata of a file's header where some weights become plain."""
+        if said is None or self.codec is None or not plain:
+            return said
+        return self.codec.metadata(said, self.packing, plain)
 
     def left_over(self, plain: Collection[str]) -> frozenset[str]:
         """Tensors that go as well where some weights become plain."""

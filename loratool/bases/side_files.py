@@ -5,7 +5,7 @@ from __future__ import annotations
 import filecmp
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from loratool.adapters.adapter import Adapter
 from loratool.adapters.training import Training
 from loratool.adapters.weight_files import module_files
 from loratool.bases.decoded import Decoded
-from loratool.bases.packed import ENTRIES
+from loratool.bases.packed import TWINS, Setting
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint, leaves
 from loratool.files.inputs import holds_text, special_files
@@ -24,19 +24,27 @@ from loratool.layouts.ties import TEXT_CONFIGS, TIE_FLAGS
 from loratool.notes import Note
 
 MORE_TEMPLATES = "additional_chat_templates"
+ABOUT_PACKING = (*TWINS, "recipe.yaml")  # files that are about nothing but packed weights
 CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 
 @dataclass(frozen=True)
 class ConfigEdit:
-    """A value of `config.json` that the output has another for."""
+    """A value of a config that the output has another for."""
 
-    path: tuple[str, ...]  # keys from the top
-    value: Any
+    path: tuple[str, ...]  # keys from the top; none for all of the file
+    value: Any  # None removes the key
+    file: str = "config.json"
+    about: str = ""  # what changes, where the value is too long to be shown
 
     def __str__(self) -> str:
+        name = ".".join(map(printable, self.path))
+        if self.about:
+            return f"{self.file}: {self.about}"
+        if self.value is None:
+            return f"{self.file}: {name} removed"
         shown = json.dumps(self.value) if not isinstance(self.value, dict) else f"{len(self.value)} entries"
-        return f"config.json: {'.'.join(map(printable, self.path))} set to {shown}"
+        return f"{self.file}: {name} set to {shown}"
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,12 @@ class OutputFile:
 
 
 def plan_side_files(
-    base: Checkpoint, adapters: Sequence[Adapter], dtype: str, notes: list[Note], edits: Sequence[ConfigEdit] = ()
+    base: Checkpoint,
+    adapters: Sequence[Adapter],
+    dtype: str,
+    notes: list[Note],
+    edits: Sequence[ConfigEdit] = (),
+    plain: Collection[str] = (),
 ) -> tuple[dict[str, OutputFile], list[str]]:
     """The files of the output by name, and those left out: the base's, the adapters' tokenizer over them, config edits."""
     files = {name: OutputFile(name, base.root / name) for name in base.side_files}
@@ -72,12 +85,17 @@ def plan_side_files(
                 del files[name]
                 left_out.append(f"{name} (the adapter's tokenizer_config.json has its own)")
     edits = [*edits, *(dtype_edits(base.config, dtype) if dtype != "keep" else ())]
-    if (edits or isinstance(base, Decoded)) and base.config:
-        own = {
-            key: value for key, value in base.config.items() if not isinstance(base, Decoded) or key != ENTRIES[0][0]
-        }
-        files["config.json"] = OutputFile("config.json", content=edited_config(own, edits))
-    elif edits:
+    edits += packing_edits(base, plain)
+    for edit in (each for each in edits if not each.path):  # a file that is about nothing else
+        del files[edit.file]
+        if edit.value is None:
+            left_out.append(f"{printable(edit.file)} (describes packed weights, and none are left)")
+        else:
+            files[edit.file] = OutputFile(edit.file, content=json_bytes(edit.value))
+    inner = [edit for edit in edits if edit.path]
+    if inner and base.config:
+        files["config.json"] = OutputFile("config.json", content=edited_config(base.config, inner))
+    elif inner:
         notes.append(Note("no-config", "the base has no config.json; if you add one to the output, it must contain:"))
     notes += [Note("config-edit", str(edit)) for edit in edits]
     return files, left_out
@@ -133,10 +151,17 @@ def edited_config(config: Mapping[str, Any], edits: Sequence[ConfigEdit]) -> byt
 
     def put(node: Mapping[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
         key, *rest = path
+        if not rest and value is None:
+            return {name: other for name, other in node.items() if name != key}
         return {**node, key: put(node[key], tuple(rest), value) if rest else value}
 
     for edit in edits:
         config = put(config, edit.path, edit.value)
+    return json_bytes(config)
+
+
+def json_bytes(config: Mapping[str, Any]) -> bytes:
+    """A config as a file holds it."""
     text = json.dumps(config, indent=2, ensure_ascii=False)
     if any(
         "\ud800" <= character <= "\udfff" for character in text
@@ -153,6 +178,26 @@ def parts_of(
     for key, value in config.items():
         if isinstance(value, dict):
             yield from parts_of(value, (*path, key))
+
+
+def packing_edits(base: Checkpoint, plain: Collection[str]) -> list[ConfigEdit]:
+    """What configs must say of packed weights that are plain in the output."""
+    if not isinstance(base, Decoded) or not plain:
+        return []
+    if len(plain) == len(base.weights):
+        whole = [name for name in ABOUT_PACKING if name in base.side_files]
+        inside = [ConfigEdit(each.path, None) for each in base.settings.places if each.path]
+        return [*inside, *(ConfigEdit((), None, name) for name in whole)]
+    about = f"names {len(plain)} more weights that are not quantised"
+    return [
+        ConfigEdit(each.path, left_plain(base, each, plain), each.file, f"{'.'.join(each.path)} {about}".strip())
+        for each in base.settings.places
+    ]
+
+
+def left_plain(base: Decoded, setting: Setting, plain: Collection[str]) -> Mapping[str, Any]:
+    assert base.codec is not None, "a codec has found the packed weights"
+    return base.codec.left_plain(setting, base.packing, plain, base)
 
 
 def dtype_edits(config: Mapping[str, Any], dtype: str) -> list[ConfigEdit]:

@@ -14,8 +14,8 @@ from typing import Any
 from loratool.adapters.adapter import Adapter, Derived, StoredTensor, same_bytes, same_values
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import ReplaceRows
+from loratool.bases.decoded import weight_of
 from loratool.bases.edits import Edit
-from loratool.bases.weights import plain_of
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.layouts.architectures import GENERATIVE, INPUT_EMBEDDINGS, TASK_CLASSES
@@ -51,11 +51,11 @@ class Ties:
         if self.flag is False:
             return group.names[:1]
         tie = self.flag or self.base.model_type in TIED_BY_DEFAULT
-        first = plain_of(self.base, group.names[0])
+        first = weight_of(self.base, group.names[0]).tensors
         return group.names[:1] + tuple(
             name
             for name in group.names[1:]
-            if name in group.missing or (tie and same_bytes(first, plain_of(self.base, name)))
+            if name in group.missing or (tie and all(map(same_bytes, first, weight_of(self.base, name).tensors)))
         )
 
 

@@ -35,6 +35,7 @@ class ChangeKeywords(NamingKeywords, OrientationKeywords, ReadingKeywords, total
     weights: Sequence[float] | float | None
     dtype: str | torch.dtype
     rounding: str
+    dequantize: bool
     allow_new_tensors: bool
     also_load: Sequence[str | os.PathLike[str]] | str | os.PathLike[str] | None
     ignore_files: Sequence[str] | str | None

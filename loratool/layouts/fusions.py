@@ -112,6 +112,16 @@ FUSIONS: tuple[Fusion, ...] = (
     Fusion("experts.up_proj", ("experts.#.up_proj.weight",)),
 )
 
+# Modules beside each other that vLLM and SGLang hold as one: their weights must be stored in one way.
+SERVED_TOGETHER = (
+    *QKV,
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+)
+
 # Model types whose fused expert weights have gate and up in turns rather than one after the other.
 INTERLEAVED_EXPERTS = frozenset({"gpt_oss", "openai_privacy_filter"})
 # Model types whose experts PEFT 0.19 and later treats the other way round, since they are flagged as (in, out).

@@ -324,4 +324,5 @@ def open_merged(base: PathLike, adapters: Sequence[PathLike] | PathLike, options
     plan = planned(model, read, PlanOptions(**how))
     for adapter in plan.adapters:
         adapter.check_values()
+    plan.check_packed(plan.spans)
     return MergedWeights(plan, options)

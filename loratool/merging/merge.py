@@ -20,7 +20,7 @@ from loratool.bases.extra_weights import name_beside
 from loratool.bases.opening import open_checkpoint
 from loratool.bases.same_base import unlike_bases
 from loratool.devices import Runtime, kind_of, resident_memory
-from loratool.errors import FitError, LoratoolError, UsageError, printable
+from loratool.errors import FitError, LoratoolError, printable
 from loratool.fetching import local
 from loratool.fetching.bases import AUTO, chosen_base
 from loratool.files import stopwatch
@@ -113,6 +113,7 @@ def making(
     """Make one output, as a generator: it gives its job, and is to be sent the engine that has run it."""
     plan, target, paths = prepared
     check_values(plan)
+    plan.check_packed(plan.spans)
     digests = [adapter.digests() for adapter in plan.adapters]
     lap("adapters")
     known = KnownDigests(plan.base.root)
@@ -213,7 +214,7 @@ def describe(
         unchanged: the text of the `FitError` that is raised where no weight differs from the base's.
     """
     plan, totals, finished = job.plan, job.totals, job.destination.finished
-    if not (plan.replaces or any(shard.changed for shard in finished.values())):
+    if plan.adapters and not (plan.replaces or any(shard.changed for shard in finished.values())):
         raise FitError(unchanged)
     effects = effects_of(plan, totals)
     gains = Gains.of(summed(finished[shard.name].kept for shard in plan.shards))
@@ -267,7 +268,7 @@ def located(base: PathLike, adapters: Sequence[PathLike]) -> tuple[PathLike, lis
 
 def read_inputs(base: Path, paths: Sequence[Path], ways: Sequence[Reading]) -> tuple[Checkpoint, list[Adapter]]:
     """The base and the adapters at some places; without adapters, what a model that was saved unmerged holds."""
-    return (open_checkpoint(base), read_all(paths, ways)) if paths else unmerged(base, ways[0])
+    return (open_checkpoint(base), read_all(paths, ways)) if paths else alone(base, ways[0])
 
 
 def read_all(paths: Sequence[Path], ways: Sequence[Reading]) -> list[Adapter]:
@@ -280,14 +281,11 @@ def repeated(plan: MergePlan, paths: Sequence[Path], options: MergeOptions, out:
     return command("merge", [plan.base.root, *paths], dataclasses.replace(options, also_load=also_load), out)
 
 
-def unmerged(path: Path, reading: Reading) -> tuple[Checkpoint, list[Adapter]]:
-    """The base and the adapter in a model that was saved unmerged; raises `UsageError` for any other model."""
+def alone(path: Path, reading: Reading) -> tuple[Checkpoint, list[Adapter]]:
+    """A model by itself: the base and the adapter in one that was saved unmerged, or a base without any adapter."""
     model = open_checkpoint(path, unmerged=True)
     if not WRITTEN.unmerged_in(model.tensors):
-        shown = printable(path)
-        raise UsageError(
-            f"{shown}: a merge needs an ADAPTER as well as a BASE\nhint: loratool merge {shown} ADAPTER -o OUT"
-        )
+        return model, []
     base, adapter = WRITTEN.taken_apart(model, reading)
     return base, [adapter]
 
@@ -303,7 +301,7 @@ def check_values(plan: MergePlan) -> None:
     effective = [
         adapter.check_values() and bool(weight) for adapter, weight in zip(plan.adapters, plan.weights, strict=True)
     ]
-    if not any(effective):
+    if plan.adapters and not any(effective):
         raise FitError("nothing to merge: every update is zero (an untrained adapter has B = 0) or has the weight 0")
 
 

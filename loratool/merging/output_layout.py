@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import StoredTensor
 from loratool.algebra.updates.replacing import Replace
 from loratool.bases.decoded import Decoded, weights_in
 from loratool.bases.side_files import OutputFile
+from loratool.bases.weights import Plain
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import INDEX_SUFFIX, NUMBERED, SINGLE, Checkpoint, index_text
 from loratool.files.safefile import FLOAT_NAMES, Layout, SafeFile, TensorInfo
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from loratool.bases.edits import Edit
     from loratool.bases.weights import StoredWeight
@@ -43,10 +43,10 @@ class Span:
 
         None where the output is computed.
         """
-        if [tensor.info.dtype for tensor in self.weight.tensors] != [self.placed.dtype]:
+        if not isinstance(self.weight, StoredTensor) or self.weight.info.dtype != self.placed.dtype:
             return None
         if not self.edits:
-            return self.weight.tensors[0]
+            return self.weight
         edit = self.edits[0]
         value: object = edit.update.value if isinstance(edit.update, Replace) else None
         if len(self.edits) > 1 or not isinstance(value, StoredTensor) or value.transposed:
@@ -97,54 +97,74 @@ class Origin:
     weight: StoredWeight
     name: str  # in the output
     dtype: str  # in the output, where no dtype is asked for
+    packed: bool = False  # a part of a weight that stays packed, or of the layer's scales: its dtype stays
 
 
-def plan_shards(
-    base: Checkpoint,
-    edits: Mapping[str, tuple[Edit, ...]],
-    dtype: str,
-    shard_size: int | None,
-    moved: Mapping[str, Origin] = MappingProxyType({}),
-    added: Sequence[Origin] = (),
-) -> tuple[ShardPlan, ...]:
-    """Every tensor's place in the output.
+@dataclass(frozen=True)
+class OutputChanges:
+    """In what the output's tensors differ from those of the base."""
 
-    `moved` gives tensors of the base another source, with another shape perhaps; `added` are tensors that the base
-    has not, which go to the end of its last file.
-    """
+    edits: Mapping[str, tuple[Edit, ...]]
+    moved: Mapping[str, Origin] = field(default_factory=dict)  # tensors that have another source, and shape perhaps
+    added: Sequence[Origin] = ()  # tensors that the base has not, which go to the end of its last file
+    plain: Collection[str] = ()  # packed weights that are not packed any more
+
+
+def plan_shards(base: Checkpoint, changes: OutputChanges, dtype: str, shard_size: int | None) -> tuple[ShardPlan, ...]:
+    """Every tensor's place in the output."""
     wanted = {name: key for key, name in FLOAT_NAMES.items()}.get(dtype)
-    plain = base.weights if isinstance(base, Decoded) else ()
-    files: list[tuple[str, list[Origin]]] = []
-    for shard in base.shards:
-        entries = [
-            moved.get(name) or Origin(weight, name, weight.dtype) for name, weight in weights_in(base, shard, plain)
-        ]
-        files.append((shard_name(base, shard), entries))
-    files[-1][1].extend(added)
+    files, own = files_of_base(base, changes)
     if shard_size is not None:
         every = [entry for _, entries in files for entry in entries]
         files = repack(every, wanted, shard_size, stem_of(files[0][0]))
+        own = [None] * len(files)
+    elif len(files) < len(base.shards):
+        files = numbered(stem_of(files[0][0]), [entries for _, entries in files])
     plans: list[ShardPlan] = []
-    for name, entries in files:
-        head = [(e.name, new_dtype(e.dtype, wanted), e.weight.shape) for e in entries]
-        own = base.shards[len(plans)].layout if shard_size is None else None
-        if own is not None and head == [(t.name, t.dtype, t.shape) for t in own.in_order]:
-            layout = own
-        else:
-            files_of = [tensor.file for e in entries for tensor in e.weight.tensors]
-            own_shards = [file for file in files_of if any(file is shard for shard in base.shards)]
-            layout = Layout.of(head, own_shards[0].layout.metadata if own_shards else None)
-        spans = tuple(Span(e.weight, layout.tensors[e.name], edits.get(e.name, ())) for e in entries)
+    for (name, entries), shard in zip(files, own, strict=False):
+        head = [(e.name, new_dtype(e, wanted), e.weight.shape) for e in entries]
+        files_of = [tensor.file for e in entries for tensor in e.weight.tensors]
+        source = shard or next((file for file in files_of if any(file is each for each in base.shards)), None)
+        said = source.layout.metadata if source else None
+        metadata = base.metadata(said, changes.plain) if isinstance(base, Decoded) else said
+        same = shard is not None and head == [(t.name, t.dtype, t.shape) for t in shard.layout.in_order]
+        layout = shard.layout if shard is not None and same and metadata == said else Layout.of(head, metadata)
+        spans = tuple(Span(e.weight, layout.tensors[e.name], changes.edits.get(e.name, ())) for e in entries)
         plans.append(ShardPlan(name, layout, spans))
     return tuple(plans)
+
+
+def files_of_base(
+    base: Checkpoint, changes: OutputChanges
+) -> tuple[list[tuple[str, list[Origin]]], list[SafeFile | None]]:
+    """Name and tensors of each file that has any, and the files of the base that they take the place of."""
+    files: list[tuple[str, list[Origin]]] = []
+    own: list[SafeFile | None] = []
+    for each in base.shards:
+        entries = [
+            changes.moved.get(name) or Origin(weight, name, weight.dtype, is_part(base, name, weight))
+            for name, weight in weights_in(base, each, changes.plain)
+        ]
+        if entries or each is base.shards[-1]:  # scales may have had a file to themselves
+            files.append((shard_name(base, each), entries))
+            own.append(each)
+    files[-1][1].extend(changes.added)
+    if not files[-1][1] and len(files) > 1:
+        files.pop()
+    return files, own
 
 
 def shard_name(base: Checkpoint, shard: SafeFile) -> str:
     return shard.path.relative_to(base.root).as_posix() if base.root.is_dir() else shard.path.name
 
 
-def new_dtype(dtype: str, wanted: str | None) -> str:
-    return wanted if wanted and dtype in FLOAT_NAMES else dtype
+def is_part(base: Checkpoint, name: str, weight: StoredWeight) -> bool:
+    """Whether a tensor is one of several that a packed weight is made of, or that go with one."""
+    return isinstance(base, Decoded) and isinstance(weight, Plain) and name in base.parts
+
+
+def new_dtype(entry: Origin, wanted: str | None) -> str:
+    return wanted if wanted and entry.dtype in FLOAT_NAMES and not entry.packed else entry.dtype
 
 
 def repack(entries: Sequence[Origin], wanted: str | None, limit: int, stem: str) -> list[tuple[str, list[Origin]]]:
@@ -152,12 +172,17 @@ def repack(entries: Sequence[Origin], wanted: str | None, limit: int, stem: str)
     groups: list[list[Origin]] = [[]]
     filled = 0
     for entry in entries:
-        (placed,) = Layout.of([(entry.name, new_dtype(entry.dtype, wanted), entry.weight.shape)]).tensors.values()
+        (placed,) = Layout.of([(entry.name, new_dtype(entry, wanted), entry.weight.shape)]).tensors.values()
         if groups[-1] and filled + placed.nbytes > limit:
             groups.append([])
             filled = 0
         groups[-1].append(entry)
         filled += placed.nbytes
+    return numbered(stem, groups)
+
+
+def numbered(stem: str, groups: Sequence[list[Origin]]) -> list[tuple[str, list[Origin]]]:
+    """Files by the names that transformers gives to shards."""
     if len(groups) == 1:
         return [(f"{stem}.safetensors", groups[0])]
     return [(f"{stem}-{n:05d}-of-{len(groups):05d}.safetensors", group) for n, group in enumerate(groups, 1)]
@@ -183,7 +208,9 @@ def plan_index(base: Checkpoint, shards: Sequence[ShardPlan]) -> OutputFile | No
             return None
         if isinstance(count := metadata.get("total_parameters"), int):
             grown = sum(span.placed.elements for shard in shards for span in shard.spans)
-            metadata["total_parameters"] = count + grown - sum(info.elements for info in base.tensors.values())
+            metadata["total_parameters"] = (
+                count + grown - sum(t.elements for s in base.shards for t in s.tensors.values())
+            )
         same_files = set(weight_map.values()) == set(before.values())
         name = base.index.name if same_files else f"{stem_of(shards[0].name)}{INDEX_SUFFIX}"
         return OutputFile(name, content=index_text(weight_map, total, metadata))

@@ -6,15 +6,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from loratool.bases.decoded import Decoded
 from loratool.errors import printable
 from loratool.merging.resources import estimated_memory
 from loratool.results.base import SCHEMA, Result, plain
 from loratool.results.merge import gain_row
 from loratool.results.text import MOST_LINES, aligned, size
-from loratool.templates import grouped, template_of
+from loratool.templates import grouped, listed, template_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from loratool.adapters.adapter import Adapter
     from loratool.bases.edits import Edit
@@ -38,6 +39,7 @@ class MergePlan(Result):
     notes: tuple[Note, ...]
     naming: tuple[object, ...] = ()  # what the caller said about names and orientation
     rounding: str = "nearest"
+    plain: tuple[str, ...] = ()  # weights that are packed in the base and plain in the output
     gain_forecast: float | None = None  # the part of the updates that rounding is expected to leave; None: not forecast
     gains_forecast: Mapping[str, float] = field(default_factory=dict)  # the same by module, of those looked at
 
@@ -69,6 +71,12 @@ class MergePlan(Result):
         own = {id(shard) for shard in self.base.shards}
         return any(id(tensor.file) not in own for span in self.spans for tensor in span.weight.tensors)
 
+    def check_packed(self, spans: Iterable[Span]) -> None:
+        """Raise `InputError` naming those of some weights that cannot be decoded: of each its scales are read."""
+        if isinstance(self.base, Decoded):
+            names = (span.placed.name for span in spans if span.carried is None)
+            self.base.check(name for name in names if name in self.base.weights)
+
     @property
     def bytes_read(self) -> int:
         return sum(tensor.info.nbytes for span in self.spans for tensor in span.weight.tensors) + sum(
@@ -89,6 +97,7 @@ def plan_text(plan: MergePlan, memory: int) -> str:
             for a, w in zip(plan.adapters, plan.weights, strict=True)
         ),
         ("would edit", f"{len(plan.edited)} tensors, copy {plan.copied}"),
+        *packing_rows(plan),
         ("would read", size(plan.bytes_read)),
         (
             "would write",
@@ -105,6 +114,21 @@ def plan_text(plan: MergePlan, memory: int) -> str:
     if len(listing) > MOST_LINES:
         listing = [*listing[:MOST_LINES], f"… and {len(listing) - MOST_LINES} more patterns"]
     return "\n".join([aligned(rows), "edits:", *(f"  {line}" for line in listing)])
+
+
+def packing_rows(plan: MergePlan) -> list[tuple[str, object]]:
+    """What becomes of packed weights, where the base has any."""
+    if not isinstance(plan.base, Decoded):
+        return []
+    kept = len(plan.base.weights) - len(plan.plain)
+    title = plan.base.codec.title if plan.base.codec else "packed"
+    rows: list[tuple[str, object]] = [("quantised", f"{title}: {kept} weights stay as they are")]
+    dtypes: dict[str, list[str]] = {}
+    for span in plan.spans:
+        if span.placed.name in plan.base.weights and span.carried is None:
+            dtypes.setdefault(span.placed.dtype, []).append(span.placed.name)
+    rows += [("become plain", f"{len(names)} weights, in {dtype}: {listed(names)}") for dtype, names in dtypes.items()]
+    return rows
 
 
 def edit_lines(plan: MergePlan) -> list[str]:
@@ -165,6 +189,7 @@ def plan_data(plan: MergePlan, device: str, workers: int | None, max_memory: int
             for e in span.edits
         ],
         "copied": plan.copied,
+        "plain": list(plan.plain),
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "gain_forecast": plan.gain_forecast,

@@ -15,9 +15,11 @@ from loratool.algebra.updates.additive import Add
 from loratool.algebra.updates.compound import images_in, with_weight
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.bases.binding import bind, tell
-from loratool.bases.decoded import weight_of
+from loratool.bases.codecs import decoded
+from loratool.bases.decoded import Decoded, weight_of
 from loratool.bases.edits import Edit
 from loratool.bases.extra_weights import extras_of
+from loratool.bases.siblings import served_with
 from loratool.bases.side_files import ConfigEdit, head_edits, plan_side_files, tie_edits, vocabulary_edits
 from loratool.bases.tied_weights import Saved, Ties, find_ties, is_generative, settle
 from loratool.bases.trained_view import (
@@ -28,12 +30,12 @@ from loratool.bases.trained_view import (
     unequal_vocabularies,
     usual_dtype,
 )
-from loratool.bases.weights import as_weight, plain_of
+from loratool.bases.weights import Plain, StoredWeight, as_weight
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.files.checkpoint import PROVENANCE, Checkpoint
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.layouts.architectures import POOLED
-from loratool.merging.output_layout import Origin, ShardPlan, check_names, plan_index, plan_shards
+from loratool.merging.output_layout import Origin, OutputChanges, ShardPlan, check_names, plan_index, plan_shards
 from loratool.merging.plan import MergePlan
 from loratool.notes import Note
 from loratool.options.described import FLAG, NUMBER, SIZE, Choice, Options, PathKind, dtypes, option
@@ -71,6 +73,12 @@ class ChangeOptions(NamingOptions, OrientationOption, ReadingOptions):
         "the rounded weight holds the whole update; or up and down at random, unbiased.",
         default="nearest",
         kind=Choice(lambda: ROUNDINGS),
+    )
+    dequantize: bool = option(
+        help="Write all of a quantised BASE as plain weights, not only those that an adapter changes; with no ADAPTER "
+        "too.",
+        default=False,
+        kind=FLAG,
     )
     allow_new_tensors: bool = option(
         help="Add tensors that an adapter saved but BASE lacks, such as a new head.", default=False, kind=FLAG
@@ -111,15 +119,18 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptio
         InputError: an adapter uses a feature, or the base a dtype, that is not supported.
         FitError: an adapter tensor matches no weight of the base, or two match the same one.
     """
-    strengths = strengths_of(adapters, options.weights)
+    base = decoded(base)
+    strengths = strengths_of(base, adapters, options)
     binder = partial(bind, maps=options.maps, fan_in_fan_out=options.fan_in_fan_out)
     extras = extras_of(base, adapters, strengths, binder, options.also_load, options.ignore_files)
     adapters, strengths = [*adapters, *extras.loaded], (*strengths, *extras.strengths)
     check_supported(adapters)
     notes = [*base.notes, *(note.under(a.name) for a in adapters for note in a.notes), *extras.notes]
     changes = find_changes(base, adapters, strengths, binder, options.allow_new_tensors, notes, extras.problems)
-    shards = plan_shards(base, changes.edits, options.dtype, options.shard_size, changes.moved, changes.added)
-    files, left_out = plan_side_files(base, adapters, options.dtype, notes, changes.config)
+    plain = becoming_plain(base, changes, options.dequantize, notes)
+    layout = OutputChanges(changes.edits, changes.moved, changes.added, plain)
+    shards = plan_shards(base, layout, options.dtype, options.shard_size)
+    files, left_out = plan_side_files(base, adapters, options.dtype, notes, changes.config, plain)
     if (index := plan_index(base, shards)) is not None:
         files[index.name] = index
     side_files = tuple(files[name] for name in sorted(files))
@@ -137,6 +148,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptio
         tuple(notes),
         naming,
         options.rounding,
+        tuple(sorted(plain)),
     )
 
 
@@ -153,10 +165,33 @@ def rounding_notes(shards: Sequence[ShardPlan], rounding: str) -> list[Note]:
     ]
 
 
-def strengths_of(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[float, ...]:
+def becoming_plain(base: Checkpoint, changes: Changes, everything: bool, notes: list[Note]) -> frozenset[str]:
+    """The packed weights of a base that are plain in the output: those that change, with what is served with them."""
+    if not isinstance(base, Decoded):
+        return frozenset()
+    if everything:
+        return frozenset(base.weights)
+    touched = {name for name in (*changes.edits, *changes.moved) if name in base.weights}
+    touched |= {t.info.name for origin in changes.added for t in origin.weight.tensors if t.info.name in base.weights}
+    plain = served_with(touched, base.weights)
+    if along := sorted(plain - touched):
+        text = f"servers fuse these with edited weights, so they become plain as well: {listed(along)}"
+        notes.append(Note("siblings-plain", text))
+    return plain
+
+
+def strengths_of(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptions) -> tuple[float, ...]:
     """The weight of each adapter: 1, or what was given for it."""
+    weights = options.weights
+    if options.dequantize and not isinstance(base, Decoded):
+        raise UsageError(f"{base.name}: --dequantize is for a quantised BASE, and this one is not quantised")
+    if not adapters and options.dequantize and not weights:
+        return ()
     if not adapters:
-        raise UsageError("a merge needs at least one adapter")
+        shown = printable(base.root)
+        raise UsageError(
+            f"{shown}: a merge needs an ADAPTER as well as a BASE\nhint: loratool merge {shown} ADAPTER -o OUT"
+        )
     if weights and len(weights) != len(adapters):
         raise UsageError(
             f"got {len(weights)} weights for {len(adapters)} adapter{'s' * (len(adapters) != 1)}; pass one weight per "
@@ -246,7 +281,9 @@ class Draft:
         info = self.base.tensors.get(name)
         if not images or info is None or info.shape[1:] != images[0].vector.shape or info.dtype not in FLOAT_NAMES:
             return place
-        weight: Any = plain_of(self.base, name)
+        if not isinstance(weight_of(self.base, name), Plain):
+            return place
+        weight: Any = weight_of(self.base, name)
         return replace(place, update=with_weight(place.update, weight, place.first_row - place.update_row))
 
     def why_not(self, place: Place, trained: Trained, weight: float) -> str:
@@ -262,7 +299,7 @@ class Draft:
                 "the model before quantisation as BASE"
             )
         if images_in(place.update):
-            return f"depends on the weight of the same layer, but the base has no matching weight for {tensor}"
+            return f"depends on the weight of the same layer, but the base has no matching plain weight for {tensor}"
         if weight < 0 and (place.update.replaces or place.tensor in trained.saved):
             return f"replaces the base's weight, which a weight of {weight:g} cannot undo"
         return ""
@@ -301,14 +338,14 @@ class Draft:
                     f"{adapter.name}: {printable(target)}: was trained on a saved weight of shape {list(own.shape)}, "
                     f"but {printable(tensor)} is {list(shape)}"
                 )
-            elif not same_values(own, self.unedited(tensor)):
+            elif not (isinstance(before := self.unedited(tensor), Plain) and same_values(own, before)):
                 self.saved.setdefault(tensor, {})[number] = own
         self.edits.setdefault(tensor, []).append(edit)
 
-    def unedited(self, tensor: str) -> StoredTensor:
+    def unedited(self, tensor: str) -> StoredWeight:
         """What the base holds of a tensor, by the name of that or of what it is tied to."""
         tied = (group.names[0] for group in self.ties.groups if tensor in group.missing)
-        return plain_of(self.base, next(tied, tensor))
+        return weight_of(self.base, next(tied, tensor))
 
     def rivals(self) -> list[str]:
         """The tensors that more than one adapter replaces."""

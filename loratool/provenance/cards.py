@@ -40,6 +40,7 @@ OUT = "out"
 HERE = '"."  # this folder, or the repository\'s id'  # in a snippet, until it is known where it goes
 DONE = {
     "merge": "{base} with {adapters} merged into its weights.",
+    "dequantise": "{base} with its quantised weights written as plain ones.",
     "rescale": "A rescaled copy of {adapter}.",
     "combine": "A combination of {adapters}.",
     "resize": "A copy of {adapter} with different ranks.",
@@ -129,6 +130,7 @@ def card(provenance: Mapping[str, Any], about: Subject | Mapping[str, Any], term
     """README.md of a result. `about` is an adapter or a model's config.json, `place` what it is loaded from."""
     verb = str(provenance.get("made_by", "")).removeprefix("loratool ")
     adapters = [a for a in (provenance.get("adapters") or [provenance.get("adapter")]) if isinstance(a, Mapping)]
+    verb = "dequantise" if verb == "merge" and not adapters else verb
     plain_model = not verb and not isinstance(about, Subject)
     base = "" if plain_model else base_id(provenance, about)  # what a config calls itself is no base
     title = about.title if isinstance(about, Subject) else "Model" if plain_model else "Merged model"
@@ -184,7 +186,8 @@ def front(
     if base:
         parts = [str(adapter.get("hub", "")).split("@")[0] for adapter in adapters] if several else []
         fields["base_model"] = list(dict.fromkeys([base, *filter(is_hub_id, parts)]))
-        fields["base_model_relation"] = "adapter" if verb != "merge" else "merge" if several else "finetune"
+        if verb != "dequantise":
+            fields["base_model_relation"] = "adapter" if verb != "merge" else "merge" if several else "finetune"
     if isinstance(about, Subject):
         fields["library_name"], tags = about.library, about.tags
     else:

@@ -237,6 +237,7 @@ class Repository(LocalFolder):
                 with OpenSources() as sources:
                     for file in sources_of(self.plan, shard):
                         sources.of(file)  # which brings it here until nobody needs it
+                    self.plan.check_packed(shard.spans)
                     yield [shard.name]
                 self.send(shard.name, f"{number} of {len(self.plan.shards)}")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from oracle import nearest
-from safetensors.torch import load, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 import loratool
@@ -177,7 +177,7 @@ def save_adapter(folder: Path) -> tuple[Path, Tensor]:
 
 def made(base: Path, adapter: Path, options: PlanOptions) -> tuple[MergePlan, dict[str, Tensor]]:
     """The plan of a merge into the decoded base, and the tensors that it gives."""
-    plan = plan_merge(decoded(open_checkpoint(base)), [read_adapter(adapter)], options)
+    plan = plan_merge(open_checkpoint(base), [read_adapter(adapter)], options)
     destination = InMemory()
     Engine([Job(plan, destination)], start_torch("cpu"), 2, None, None).run()  # type: ignore[arg-type]
     return plan, {name: value for content in destination.files.values() for name, value in load(bytes(content)).items()}
@@ -185,7 +185,7 @@ def made(base: Path, adapter: Path, options: PlanOptions) -> tuple[MergePlan, di
 
 def test_packed_weights_are_merged_into_memory(base: Path, tmp_path: Path) -> None:
     adapter, change = save_adapter(tmp_path / "adapter")
-    plan = plan_merge(decoded(open_checkpoint(base)), [read_adapter(adapter)], PlanOptions())
+    plan = plan_merge(open_checkpoint(base), [read_adapter(adapter)], PlanOptions(dequantize=True))
     found = MergedWeights(plan, InMemoryOptions())
     assert list(found) == [span.placed.name for span in plan.spans]
     weight = PACKED[NAME].double() * blocks_of(POWERS[NAME].double(), (40, 70))
@@ -195,9 +195,9 @@ def test_packed_weights_are_merged_into_memory(base: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("dtype", ["keep", "float32"])
-def test_a_merge_into_packed_weights_gives_a_plain_model(base: Path, tmp_path: Path, dtype: str) -> None:
+def test_all_of_a_packed_base_becomes_plain_on_request(base: Path, tmp_path: Path, dtype: str) -> None:
     adapter, change = save_adapter(tmp_path / "adapter")
-    plan, found = made(base, adapter, PlanOptions(dtype=dtype))
+    plan, found = made(base, adapter, PlanOptions(dtype=dtype, dequantize=True))
     kept = torch.bfloat16 if dtype == "keep" else torch.float32
     weights = {
         name: PACKED[name].double() * blocks_of(POWERS[name].double(), tuple(PACKED[name].shape)) for name in POWERS
@@ -209,16 +209,18 @@ def test_a_merge_into_packed_weights_gives_a_plain_model(base: Path, tmp_path: P
     config = next(json.loads(file.content or b"") for file in plan.side_files if file.name == "config.json")
     assert config["model_type"] == "llama"
     assert "quantization_config" not in config
-    index = next(json.loads(file.content or b"") for file in plan.side_files if file.name.endswith("index.json"))
-    assert index["weight_map"].keys() == found.keys()
-    assert index["metadata"]["total_size"] == sum(value.nbytes for value in found.values())
+    assert [shard.name for shard in plan.shards] == ["model.safetensors"]  # the scales had a file to themselves
+    assert not any(file.name.endswith("index.json") for file in plan.side_files)
 
 
-def test_the_command_refuses_packed_targets_as_before(base: Path, tmp_path: Path) -> None:
-    """Writing a plain model of a packed one is not what a user asked for."""
-    adapter, _ = save_adapter(tmp_path / "adapter")
-    with pytest.raises(loratool.InputError, match="stored as F8_E4M3"):
-        loratool.merge(base, [adapter], tmp_path / "out", device="cpu")
+def test_a_base_alone_is_dequantised(base: Path, tmp_path: Path) -> None:
+    report = loratool.merge(base, [], tmp_path / "out", device="cpu", dequantize=True)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for name in POWERS:
+        weight = PACKED[name].double() * blocks_of(POWERS[name].double(), tuple(PACKED[name].shape))
+        assert torch.equal(found[name], nearest(weight, torch.bfloat16))
+    assert not report.adapters
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
 def test_scales_that_do_not_fit_are_all_told(tmp_path: Path) -> None:
