@@ -104,6 +104,8 @@ class Packing:
     weights: Mapping[str, Packed]  # by the names of their plain copies
     # tensors that go as well where a weight becomes plain, such as the scale of a layer's inputs: by the same names
     leftovers: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    # tensors on disk of weights that cannot be decoded → what packs them, such as "AQLM": they can be copied only
+    unread: Mapping[str, str] = field(default_factory=dict)
 
 
 class Codec(Protocol):

@@ -216,7 +216,7 @@ def test_int8_that_does_not_fit_is_refused_by_name(
     [
         ("absmax", np.nan, "1 of 6 values are NaN or infinite"),
         ("absmax", np.inf, "1 of 6 values are NaN or infinite"),
-        ("absmax", -1.0, "1 of 6 values are below 0"),
+        ("absmax", -1.0, "1 of 6 values are negative"),
         ("quant_map", np.nan, "1 of 16 values are NaN or infinite"),
         ("nested_absmax", np.nan, "1 of 2 values are NaN or infinite"),
         ("nested_quant_map", np.nan, "1 of 256 values are NaN or infinite"),

@@ -9,12 +9,13 @@ from typing import Any
 from loratool.bases.codecs.bitsandbytes import BitsAndBytes
 from loratool.bases.codecs.fp8 import Fp8
 from loratool.bases.codecs.hqq import HqqCodec
+from loratool.bases.codecs.torchao import TorchAo
 from loratool.bases.decoded import Decoded
 from loratool.bases.packed import ENTRIES, TWINS, Codec, Setting, Settings
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.inputs import read_json
 
-CODECS: tuple[Codec, ...] = (Fp8(), BitsAndBytes(), HqqCodec())
+CODECS: tuple[Codec, ...] = (Fp8(), BitsAndBytes(), HqqCodec(), TorchAo())
 
 
 def decoded(base: Checkpoint) -> Checkpoint:

@@ -23,8 +23,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapters.adapter import StoredTensor
-from loratool.bases.codecs.parts import Finder, held, in_blocks, is_count, read_whole, told, wrong_scales
-from loratool.bases.codecs.plain_modules import fused_modules, modules_of, plain_matrices
+from loratool.bases.codecs.parts import Finder, held, in_blocks, is_count, read_range, read_whole, told, wrong_scales
+from loratool.bases.codecs.plain_modules import grown
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import Plain, Room
 from loratool.errors import printable
@@ -85,14 +85,13 @@ class FourBit(Packed):
 
     def absmax(self, first: int, stop: int, device: torch.device, room: Room) -> Tensor:
         """Those of blocks `first` … `stop`."""
-        size = 1 if self.statistics.nested_block else 4
-        raw = Room(room.sources).read(self.tensors[1], first * size, (stop - first) * size, device)
+        absmax = read_range(self.tensors[1], first, stop, device, room)
         if not self.statistics.nested_block:
-            return raw.view(torch.float32)
+            return absmax
         table = held("nested_quant_map", device, room, lambda: read_whole(self.tensors[5], room))
         outer = held("nested_absmax", device, room, lambda: read_whole(self.tensors[4], room))
         block = self.statistics.nested_block
-        values = table.index_select(0, raw.int())
+        values = table.index_select(0, absmax.int())
         for part, which in in_blocks(values, first, block):
             part.mul_(outer[first // block :][which, None])
         return values.add_(self.statistics.offset)
@@ -102,7 +101,7 @@ class FourBit(Packed):
         nested = bool(self.statistics.nested_block)
         scales = self.tensors[4 if nested else 1]
         maps = self.tensors[2::3]  # the quant_map, and the nested one
-        found = [wrong_scales(scales, room, 0.0), *(wrong_scales(each, room) for each in maps)]
+        found = [wrong_scales(scales, room, "not negative"), *(wrong_scales(each, room) for each in maps)]
         return next(filter(None, found), "")
 
 
@@ -112,11 +111,11 @@ class Int8(Packed):
 
     def decode(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
         raw = room.read(self.tensors[0], first * self.line, count * self.line, device)
-        largest = Room(room.sources).read(self.tensors[1], first * 4, count * 4, device).view(torch.float32)
+        largest = read_range(self.tensors[1], first, first + count, device, room)
         return raw.view(torch.int8).view(count, self.line).float().mul_(largest[:, None]).mul_(OF_127)
 
     def check(self, room: Room) -> str:
-        return wrong_scales(self.tensors[1], room, 0.0)
+        return wrong_scales(self.tensors[1], room, "not negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,18 +177,9 @@ class BitsAndBytes(Codec):
         """`llm_int8_skip_modules` with the modules that are plain.
 
         transformers takes an entry for a regular expression from the start of a name, or for the end of it
-        (`should_convert_module`); vLLM looks for its own, fused modules (`is_layer_skipped_bnb`). Where there is no
-        list, transformers leaves the head alone, and the layers that it finds in the file plain; where there is one,
-        it goes by it alone.
+        (`should_convert_module`); vLLM looks for its own, fused modules (`is_layer_skipped_bnb`).
         """
-        given = setting.values.get(SKIPPED)
-        listed = [entry for entry in given if isinstance(entry, str)] if isinstance(given, list) else []
-        packed = packing.weights.keys() - set(plain)
-        if given is None:
-            head = [] if any(name.endswith("lm_head.weight") for name in packed) else ["lm_head"]
-            listed = [*head, *plain_matrices(base, packing)]
-        edited = modules_of(plain)
-        return {**setting.values, SKIPPED: [*dict.fromkeys([*listed, *edited, *fused_modules(edited, base, packed)])]}
+        return {**setting.values, SKIPPED: grown(setting.values.get(SKIPPED), base, packing, plain)}
 
 
 def four_bit(finder: Finder, room: Room) -> Iterator[tuple[str, Packed]]:

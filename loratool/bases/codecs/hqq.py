@@ -102,8 +102,9 @@ class Hqq(Packed):
 
     def words(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
         """Some words of `W_q`, in memory of their own: several pieces of it may be needed at a time."""
-        raw = Room(room.sources).read(self.tensors[0], first * self.word.size, count * self.word.size, device)
-        return raw if self.word.size == 1 else raw.view(torch.int32)
+        size = self.word.size
+        raw = Room(room.sources).read(self.tensors[0], first * size, count * size, device)
+        return raw if size == 1 else raw.view(torch.int32)
 
     def by_group(self, number: int, device: torch.device, room: Room) -> Tensor:
         """Scales or zeros, (groups) in float32."""
@@ -111,7 +112,7 @@ class Hqq(Packed):
         return held(tensor.info.name, device, room, lambda: read_whole(tensor, room).float().flatten())
 
     def check(self, room: Room) -> str:
-        return wrong_scales(self.tensors[1], room) or wrong_scales(self.tensors[2], room)
+        return wrong_scales(self.tensors[1], room, "positive") or wrong_scales(self.tensors[2], room)
 
 
 class HqqCodec(Codec):

@@ -56,11 +56,16 @@ def told(info: TensorInfo) -> str:
     return f"{info.dtype} {list(info.shape)}"
 
 
+def read_range(tensor: StoredTensor, start: int, stop: int, device: torch.device, room: Room) -> Tensor:
+    """Values `start` … `stop` of a tensor, numbered row by row, in the dtype they have on disk and memory of their own."""
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES[tensor.info.dtype])
+    size = dtype.itemsize
+    return Room(room.sources).read(tensor, start * size, (stop - start) * size, device).view(dtype)
+
+
 def read_whole(tensor: StoredTensor, room: Room) -> Tensor:
     """All values of a small tensor on the CPU, in the dtype and the shape they have on disk."""
-    raw = Room(room.sources).read(tensor, 0, tensor.info.nbytes, torch.device("cpu"))
-    dtype: torch.dtype = getattr(torch, TORCH_NAMES[tensor.info.dtype])
-    return raw.view(dtype).view(tensor.info.shape)
+    return read_range(tensor, 0, tensor.info.elements, torch.device("cpu"), room).view(tensor.info.shape)
 
 
 def held(name: str, device: torch.device, room: Room, make: Callable[[], Tensor]) -> Tensor:
@@ -68,15 +73,18 @@ def held(name: str, device: torch.device, room: Room, make: Callable[[], Tensor]
     return room.held.of((name, device), lambda: make().to(device))
 
 
-def wrong_scales(tensor: StoredTensor, room: Room, least: float = float("-inf")) -> str:
-    """What is wrong with scales: values that are not finite, or below `least`. Empty where nothing is."""
+def wrong_scales(tensor: StoredTensor, room: Room, sign: str = "any") -> str:
+    """What is wrong with scales, as a quantiser writes none: values that are not finite, or of another sign.
+
+    `sign` is "any", "not negative" or "positive". Empty where nothing is wrong.
+    """
     values = read_whole(tensor, room).float()
-    name = printable(tensor.info.name)
-    if broken := int((~values.isfinite()).sum()):
-        return f"{name}: {broken} of {values.numel()} values are NaN or infinite"
-    if low := int((values < least).sum()):
-        return f"{name}: {low} of {values.numel()} values are below {least:g}"
-    return ""
+    wrong = {"NaN or infinite": ~values.isfinite()}
+    wrong |= {"negative": values < 0} if sign != "any" else {}
+    wrong |= {"zero": values == 0} if sign == "positive" else {}
+    counts = {kind: int(which.sum()) for kind, which in wrong.items()}
+    found = [f"{count} of {values.numel()} values are {kind}" for kind, count in counts.items() if count]
+    return f"{printable(tensor.info.name)}: {', '.join(found)}" if found else ""
 
 
 def in_blocks(values: Tensor, start: int, block: int) -> Iterator[tuple[Tensor, slice]]:

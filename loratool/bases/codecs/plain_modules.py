@@ -49,3 +49,18 @@ def plain_matrices(base: Checkpoint, packing: Packing) -> list[str]:
             if name not in packing.weights and name.split(".")[-2] not in INPUT_EMBEDDINGS
         ]
     )
+
+
+def grown(given: object, base: Checkpoint, packing: Packing, plain: Collection[str]) -> list[str]:
+    """A list of modules that are not packed, with those of the weights `plain` in it.
+
+    Where there is none, transformers leaves the head as it is, and what is tied to it (`get_keys_to_not_convert`). That
+    no longer applies once there is a list, so a new one has the head, tied or not, and all that is plain in the base.
+    """
+    packed = packing.weights.keys() - set(plain)
+    listed = [entry for entry in given if isinstance(entry, str)] if isinstance(given, list) else []
+    if given is None:
+        head = [] if any(name.endswith("lm_head.weight") for name in packed) else ["lm_head"]
+        listed = [*head, *plain_matrices(base, packing)]
+    edited = modules_of(plain)
+    return [*dict.fromkeys([*listed, *edited, *fused_modules(edited, base, packed)])]
