@@ -78,6 +78,13 @@ class Packed:
         """
         return ""
 
+    def doubt(self, room: Room) -> str:  # noqa: ARG002 (most formats leave nothing open)
+        """What a user should know of values that tools read differently; empty where there is nothing.
+
+        It is asked when `check` is, and is no reason to refuse.
+        """
+        return ""
+
     def rows(
         self, first: int, count: int, device: torch.device, dtype: torch.dtype, room: Room | None = None
     ) -> Tensor:

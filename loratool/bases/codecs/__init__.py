@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
+from loratool.bases.codecs.awq import Awq
 from loratool.bases.codecs.bitsandbytes import BitsAndBytes
 from loratool.bases.codecs.fp8 import Fp8
+from loratool.bases.codecs.gptq import Gptq
 from loratool.bases.codecs.hqq import HqqCodec
 from loratool.bases.codecs.torchao import TorchAo
 from loratool.bases.decoded import Decoded
@@ -15,7 +17,7 @@ from loratool.bases.packed import ENTRIES, TWINS, Codec, Setting, Settings
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.inputs import read_json
 
-CODECS: tuple[Codec, ...] = (Fp8(), BitsAndBytes(), HqqCodec(), TorchAo())
+CODECS: tuple[Codec, ...] = (Fp8(), BitsAndBytes(), Gptq(), Awq(), HqqCodec(), TorchAo())
 
 
 def decoded(base: Checkpoint) -> Checkpoint:

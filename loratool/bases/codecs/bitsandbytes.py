@@ -23,8 +23,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapters.adapter import StoredTensor
-from loratool.bases.codecs.parts import Finder, held, in_blocks, is_count, read_range, read_whole, told, wrong_scales
+from loratool.bases.codecs.parts import (
+    Finder,
+    held,
+    in_blocks,
+    is_count,
+    read_range,
+    read_whole,
+    shown,
+    told,
+    wrong_scales,
+)
 from loratool.bases.codecs.plain_modules import grown
+from loratool.bases.codecs.turned import Turned
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import Plain, Room
 from loratool.errors import printable
@@ -116,38 +127,6 @@ class Int8(Packed):
 
     def check(self, room: Room) -> str:
         return wrong_scales(self.tensors[1], room, "not negative")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Turned(Packed):
-    """The transpose of a packed matrix: bitsandbytes turns weights of Conv1D layers, which are (in, out), for packing.
-
-    Its rows are columns on disk, so all of it is decoded once and held, as float32.
-    """
-
-    whole: Packed
-
-    def decode(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
-        def turned() -> Tensor:
-            own = Room(room.sources)
-            return self.whole.rows(0, self.whole.shape[0], torch.device("cpu"), torch.float32, own).T.contiguous()
-
-        return held("turned", device, room, turned)[first : first + count].clone()
-
-    def check(self, room: Room) -> str:
-        return self.whole.check(room)
-
-    @classmethod
-    def of(cls, whole: Packed) -> Turned:
-        rows, columns = whole.shape
-        return cls(
-            shape=(columns, rows),
-            line=rows,
-            dtype=whole.dtype,
-            tensors=whole.tensors,
-            scheme=whole.scheme,
-            whole=whole,
-        )
 
 
 class BitsAndBytes(Codec):
@@ -302,7 +281,3 @@ def note_incomplete(finder: Finder, found: Collection[str]) -> None:
             lacking = f"{name}{STATE}{KINDS[0]}" if info.dtype == "U8" else f"{name.removesuffix('weight')}SCB"
             if not noted:
                 finder.note(name, f"is {told(info)}, but {printable(lacking)} is missing")
-
-
-def shown(value: object) -> str:
-    return "missing" if value is None else printable(repr(value))

@@ -51,6 +51,11 @@ def is_count(value: object) -> TypeGuard[int]:
     return type(value) is int and value > 0
 
 
+def shown(value: object) -> str:
+    """A value of a config, for a person."""
+    return "missing" if value is None else printable(repr(value))
+
+
 def told(info: TensorInfo) -> str:
     """Dtype and shape of a tensor, for a person."""
     return f"{info.dtype} {list(info.shape)}"
@@ -76,12 +81,12 @@ def held(name: str, device: torch.device, room: Room, make: Callable[[], Tensor]
 def wrong_scales(tensor: StoredTensor, room: Room, sign: str = "any") -> str:
     """What is wrong with scales, as a quantiser writes none: values that are not finite, or of another sign.
 
-    `sign` is "any", "not negative" or "positive". Empty where nothing is wrong.
+    `sign` is "any", "not zero", "not negative" or "positive". Empty where nothing is wrong.
     """
     values = read_whole(tensor, room).float()
     wrong = {"NaN or infinite": ~values.isfinite()}
-    wrong |= {"negative": values < 0} if sign != "any" else {}
-    wrong |= {"zero": values == 0} if sign == "positive" else {}
+    wrong |= {"negative": values < 0} if sign in ("not negative", "positive") else {}
+    wrong |= {"zero": values == 0} if sign in ("not zero", "positive") else {}
     counts = {kind: int(which.sum()) for kind, which in wrong.items()}
     found = [f"{count} of {values.numel()} values are {kind}" for kind, count in counts.items() if count]
     return f"{printable(tensor.info.name)}: {', '.join(found)}" if found else ""

@@ -17,6 +17,7 @@ SERVED = {
     "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
     "in_proj_ba": ("in_proj_b", "in_proj_a"),
 }
+EXPERTS = ".experts."
 
 
 def modules_of(weights: Collection[str]) -> list[str]:
@@ -37,6 +38,13 @@ def fused_modules(modules: Sequence[str], base: Checkpoint, packed: Collection[s
             if leaf in parts and not stay and f"{parent}.{fused}.weight" not in base.tensors:
                 found[f"{parent}.{fused}"] = None
     return [*found]
+
+
+def expert_layers(modules: Sequence[str], packed: Collection[str]) -> list[str]:
+    """The layers of experts that vLLM makes of some plain experts, where none of theirs is among `packed` modules."""
+    stay = {name.partition(EXPERTS)[0] for name in packed if EXPERTS in name}
+    layers = dict.fromkeys(name.partition(EXPERTS)[0] for name in modules if EXPERTS in name)
+    return [f"{layer}{EXPERTS[:-1]}" for layer in layers if layer not in stay]
 
 
 def plain_matrices(base: Checkpoint, packing: Packing) -> list[str]:

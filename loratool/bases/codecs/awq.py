@@ -1,0 +1,144 @@
+"""AWQ in the layout `gemm`, as AutoAWQ and GPTQModel store it: `qweight`, `qzeros` and `scales` for each module.
+
+    W[o, i] = scales[i // group_size, o] · (q[o, i] − z[i // group_size, o])
+
+`qweight` is (inputs, outputs / 8) of int32 and `qzeros` (groups, outputs / 8): the four bits at 4n of word c, the lowest
+first, are those of output 8c + ORDER[n]. Zero points are stored as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loratool.bases.codecs.bit_fields import unpacked
+from loratool.bases.codecs.dynamic_rules import settings_by_module, with_plain
+from loratool.bases.codecs.gptq import SCALES, WAY_OUT, packed_modules
+from loratool.bases.codecs.grouped import Grouped
+from loratool.bases.codecs.parts import Finder, is_count, shown, told
+from loratool.bases.codecs.plain_modules import expert_layers, modules_of, plain_matrices
+from loratool.bases.packed import Codec, Packing, Setting, Settings, plain_dtype
+from loratool.files.checkpoint import Checkpoint
+from loratool.lazy import Tensor, torch
+
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of the outputs whose bits are in a word, from the lowest bits on
+PLACES = [ORDER.index(output) for output in range(8)]
+SKIPPED = "modules_to_not_convert"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AwqWeight(Grouped):
+    """A matrix (outputs, inputs) whose integers lie along rows of words, eight outputs in a word."""
+
+    def integers(self, words: Tensor, first: int, count: int) -> Tensor:
+        start, stop = first // 8, -(-(first + count) // 8)  # words
+        some = words[:, start:stop].contiguous().view(torch.uint8)  # in the cache, where turning it costs least
+        # byte 2h + l of a word has the outputs 4l + h and 4l + 2 + h
+        turned = some.T.contiguous().view(stop - start, 2, 2, self.line).transpose(1, 2)  # (words, l, h, inputs)
+        found = torch.empty(stop - start, 2, 2, 2, self.line, dtype=torch.uint8, device=words.device)
+        torch.bitwise_and(turned, 15, out=found[:, :, 0])
+        torch.bitwise_right_shift(turned, 4, out=found[:, :, 1])
+        return found.view(-1, self.line)[first - 8 * start :][:count]
+
+    def zero_points(self, words: Tensor) -> Tensor:
+        fields = unpacked(words.view(torch.uint8), 4).view(len(words), -1, 8)
+        return fields[:, :, PLACES].flatten(1)
+
+
+class Awq(Codec):
+    """AWQ in its layout gemm."""
+
+    name, title = "awq", "AWQ"
+
+    def find(self, base: Checkpoint, settings: Settings) -> Packing | None:
+        said = said_by(settings)
+        modules = packed_modules(base) if said is not None else []
+        if said is None or not modules:
+            return None
+        finder = Finder(base)
+        found: dict[str, AwqWeight] = {}
+        for module, group in settings_by_module(modules, said, finder, group_of).items():
+            if (weight := weight_of(finder, module, group)) is not None:
+                found[f"{module}.weight"] = weight
+        finder.refuse(self.title, WAY_OUT)
+        return Packing(found)
+
+    def left_plain(
+        self, setting: Setting, packing: Packing, plain: Collection[str], base: Checkpoint
+    ) -> Mapping[str, Any]:
+        """`modules_to_not_convert` with the modules that are plain, and the rules of GPTQModel where it has written any.
+
+        transformers takes an entry for a regular expression from the start of a name, or for the end of it
+        (`should_convert_module`); vLLM (`is_layer_skipped`) and AutoAWQ look for it anywhere in a name: so names are
+        whole. Where there is no list, vLLM goes by the dtypes in the files; where there is one, it must be complete.
+        """
+        gone = frozenset(plain)
+        kept = modules_of([name for name in packing.weights if name not in gone])
+        edited = modules_of([name for name in packing.weights if name in gone])
+        given = setting.values.get(SKIPPED)
+        listed = [entry for entry in given if isinstance(entry, str)] if isinstance(given, list) else []
+        skipped = [*(listed or plain_matrices(base, packing)), *edited, *expert_layers(edited, kept)]
+        values = {**setting.values, SKIPPED: [*dict.fromkeys(skipped)]}
+        if "dynamic" in values or "meta" in values:
+            values["dynamic"] = with_plain(values.get("dynamic"), edited, kept)
+        return values
+
+
+def said_by(settings: Settings) -> Mapping[str, Any] | None:
+    """What a checkpoint says of its packing, where it is AWQ."""
+    values = settings.values
+    method = values.get("quant_method", values.get("method"))
+    if method is None:  # the files of AutoAWQ and llm-awq name none
+        return values if "w_bit" in values and "q_group_size" in values else None
+    return values if isinstance(method, str) and method.lower() == "awq" else None
+
+
+def group_of(said: Mapping[str, Any]) -> int:
+    """The inputs in a group, -1 for all of them. `ValueError` says what is unknown."""
+    bits, group = said.get("bits", said.get("w_bit")), said.get("group_size", said.get("q_group_size", -1))
+    layouts = [
+        str(said[key]).lower() for key in ("version", "format", "checkpoint_format") if said.get(key) is not None
+    ]
+    if said.get("backend") == "llm-awq":
+        layouts.append("llm-awq")
+    if unknown := [layout for layout in layouts if layout != "gemm"]:
+        raise ValueError(f"the layout (version) must be gemm, but it is {shown(unknown[0])}")
+    if type(bits) is not int or bits != 4:
+        raise ValueError(f"bits must be 4, but it is {shown(bits)}")
+    if group != -1 and not is_count(group):
+        raise ValueError(f"group_size must be -1 or a number of inputs, but it is {shown(group)}")
+    return int(group)
+
+
+def weight_of(finder: Finder, module: str, size: int) -> AwqWeight | None:
+    """The weight of a module; None where anything of it is wrong, which is noted."""
+    info = finder.base.tensors
+    if f"{module}.weight" in info:
+        finder.note(f"{module}.weight", f"is there as well as {module}.qweight; a module must have one of them")
+        return None
+    values = info.get(f"{module}.qweight")
+    if values is not None and len(values.shape) != 2:
+        finder.note(values.name, f"must be a matrix, but it is {told(values)}")
+        return None
+    inputs, words = values.shape if values else (0, 0)
+    group = inputs if size == -1 else size
+    groups = -(-inputs // max(group, 1))
+    why = f"for {[8 * words, inputs]} in {f'groups of {group}' if groups > 1 else 'one group'}"
+    parts = [
+        finder.part(f"{module}.qweight", ["I32"], None, why),
+        finder.part(f"{module}.qzeros", ["I32"], [groups, words] if values else None, why),
+        finder.part(f"{module}.scales", SCALES, [groups, 8 * words] if values else None, why),
+    ]
+    tensors = tuple(part for part in parts if part is not None)
+    if len(tensors) < len(parts):
+        return None
+    return AwqWeight(
+        shape=(8 * words, inputs),
+        line=inputs,
+        dtype=plain_dtype(finder.base.config),
+        tensors=tensors,
+        scheme=f"AWQ, 4 bits, {'one group' if size == -1 else f'groups of {group}'}",
+        bits=4,
+        group=group,
+    )

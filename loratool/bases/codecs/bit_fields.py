@@ -1,0 +1,41 @@
+"""Integers of a few bits that lie one after the other in bytes, lowest bits first, made bytes of their own.
+
+That is how GPTQ packs 2, 3, 4 and 8 bits: along a column, in words of 32 bits. In memory such words are little-endian, so
+their bytes are one stream of bits, in which 3-bit integers cross the borders of words.
+"""
+
+from __future__ import annotations
+
+from math import gcd
+
+from loratool.lazy import Tensor, torch
+
+
+def unpacked(packed: Tensor, bits: int) -> Tensor:
+    """(rows, bytes) of uint8 → (rows, fields) of uint8, in memory of its own unless `bits` is 8, which is at most 4 else.
+
+    As many fields as fill whole bytes are one integer, with as many bytes as fields. Its upper half moves to the upper
+    half of those bytes, then the upper half of each half, and so on until each field has its byte: log2(fields) steps,
+    of shift, or and mask for all of them at once. What the last bytes lack to such an integer is read as 0.
+    """
+    fields = 8 // gcd(8, bits)  # in one integer
+    if fields == 1:
+        return packed
+    wide = {2: torch.int16, 4: torch.int32, 8: torch.int64}[fields]
+    size = bits * fields // 8  # bytes of such an integer
+    if lacking := -packed.shape[1] % size:
+        packed = torch.nn.functional.pad(packed, (0, lacking))
+    groups = packed.view(len(packed), -1, size)
+    spread = groups[:, :, 0].to(wide)
+    for place in range(1, size):
+        spread |= groups[:, :, place].to(wide) << 8 * place
+    while fields > 1:
+        fields //= 2
+        spread |= spread << fields * (8 - bits)
+        spread &= repeated((1 << fields * bits) - 1, 8 * fields, 8 * wide.itemsize)
+    return spread.view(torch.uint8)
+
+
+def repeated(mask: int, distance: int, width: int) -> int:
+    """A mask again at each distance, in an integer of `width` bits."""
+    return sum(mask << place for place in range(0, width, distance))

@@ -1,0 +1,214 @@
+"""GPTQ, as AutoGPTQ and GPTQModel store it: `qweight`, `qzeros`, `scales` and `g_idx` for each module.
+
+    W[o, i] = scales[g, o] · (q[o, i] − z[g, o]), where g = g_idx[i]
+
+`qweight` is (⌈inputs · bits / 32⌉, outputs) of int32: the integers of an output lie down its column, lowest bits first.
+`qzeros` is (groups, ⌈outputs · bits / 32⌉) likewise, along its rows. `g_idx`, (inputs,), is the group of each input: in
+any order where `desc_act` chose it, else i // group_size.
+
+Zero points have two versions. In version 2 (`gptq_v2`) they are stored as they are. In version 1 they are stored less 1,
+so a zero point of 0, which only asymmetric quantisation has, is stored as all ones, and tools differ in what becomes of
+the fields above it in its word:
+
+- GPTQModel subtracts 1 from every field of the word at once: fields of 2, 4 and 8 bits borrow from the next, and adding
+  as much to the word gives all of them back. It takes each of its 3-bit fields modulo 8.
+- AutoGPTQ fills the rest of the word with ones. The field itself is read modulo 2^bits, as 0; those above it are lost.
+
+Where no stored field is all ones, all of this is: stored + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loratool.bases.codecs.bit_fields import repeated, unpacked
+from loratool.bases.codecs.dynamic_rules import settings_by_module, with_plain
+from loratool.bases.codecs.grouped import Grouped
+from loratool.bases.codecs.parts import Finder, is_count, read_whole, shown, told
+from loratool.bases.codecs.plain_modules import expert_layers, fused_modules, modules_of
+from loratool.bases.codecs.turned import Turned
+from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
+from loratool.bases.weights import Room
+from loratool.files.checkpoint import Checkpoint
+from loratool.layouts.architectures import CONV1D_TYPES
+from loratool.lazy import Tensor, torch
+
+VERSIONS = {"gptq": 1, "gptq_v2": 2}  # of zero points, by the format of a checkpoint
+OTHER_FORMATS = ("marlin", "gptq_marlin", "bitblas", "gptq_bitblas")  # also written as if they were methods
+BITS = (2, 3, 4, 8)
+SCALES = ("F16", "BF16", "F32")
+KEPT = "modules_in_block_to_quantize"
+WAY_OUT = "download it again, or pass the model before quantisation as BASE"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How weights are packed."""
+
+    bits: int
+    group: int  # inputs in a group; -1: all of them
+    version: int  # of the zero points
+    borrows: bool  # whether zero points of version 1 are whole words less 1 in each field
+    any_order: bool  # whether groups may be in another order than their inputs
+
+    def __str__(self) -> str:
+        groups = "one group" if self.group == -1 else f"groups of {self.group}"
+        return f"GPTQ, {self.bits} bits, {groups}{', act-order' if self.any_order else ''}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GptqWeight(Grouped):
+    """A matrix (outputs, inputs) whose integers lie down columns of words."""
+
+    how: Scheme
+
+    def integers(self, words: Tensor, first: int, count: int) -> Tensor:
+        columns = words[:, first : first + count].contiguous()  # in the cache, where turning it costs least
+        return unpacked(columns.T.contiguous().view(torch.uint8), self.bits)[:, : self.line]
+
+    def zero_points(self, words: Tensor) -> Tensor:
+        in_words = self.how.version == 1 and self.how.borrows and self.bits != 3
+        if in_words:
+            words = words + repeated(1, self.bits, 32)
+        fields = unpacked(words.view(torch.uint8), self.bits)[:, : self.shape[0]]
+        if self.how.version == 1 and not in_words:
+            fields = (fields + 1).bitwise_and_((1 << self.bits) - 1)
+        return fields
+
+    def doubt(self, room: Room) -> str:
+        if self.how.version != 1:
+            return ""
+        fields = unpacked(read_whole(self.tensors[1], room).view(torch.uint8), self.bits)[:, : self.shape[0]]
+        if not (full := int((fields == (1 << self.bits) - 1).sum())):
+            return ""
+        writer = "GPTQModel" if self.how.borrows else "AutoGPTQ"
+        return (
+            f"{full} of {fields.numel()} zero points are stored as all ones, which tools write and read differently; "
+            f"they are read as {writer} does"
+        )
+
+
+class Gptq(Codec):
+    """GPTQ with 2, 3, 4 or 8 bits."""
+
+    name, title = "gptq", "GPTQ"
+
+    def find(self, base: Checkpoint, settings: Settings) -> Packing | None:
+        said = said_by(settings)
+        modules = packed_modules(base) if said is not None else []
+        if said is None or not modules:
+            return None
+        finder = Finder(base)
+        schemes = settings_by_module(modules, said, finder, scheme_of)
+        turned = CONV1D_TYPES.get(base.model_type, frozenset())
+        found: dict[str, Packed] = {}
+        for module, how in schemes.items():
+            if (weight := weight_of(finder, module, how)) is not None:
+                found[f"{module}.weight"] = Turned.of(weight) if module.rpartition(".")[2] in turned else weight
+        finder.refuse(self.title, WAY_OUT)
+        return Packing(found)
+
+    def left_plain(
+        self, setting: Setting, packing: Packing, plain: Collection[str], base: Checkpoint
+    ) -> Mapping[str, Any]:
+        """`dynamic` with rules for the modules that are plain, and the list of those that are not.
+
+        GPTQModel goes by `dynamic` alone (`QuantizeConfig.dynamic_get`); transformers by the list alone, which is one of
+        lists (optimum, `GPTQQuantizer.convert_model`: the end of a name); vLLM by both, by `dynamic` with the names of
+        its own, fused layers (`get_linear_quant_method`, `get_moe_quant_method`).
+        """
+        gone = frozenset(plain)
+        kept = modules_of([name for name in packing.weights if name not in gone])
+        edited = modules_of([name for name in packing.weights if name in gone])
+        served = [*fused_modules(edited, base, packing.weights.keys() - gone), *expert_layers(edited, kept)]
+        others = {*kept, *fused_modules(kept, base, ()), *expert_layers(kept, ())}
+        dynamic = with_plain(setting.values.get("dynamic"), [*edited, *served], others)
+        return {**setting.values, "dynamic": dynamic, KEPT: [kept]}
+
+
+def said_by(settings: Settings) -> Mapping[str, Any] | None:
+    """What a checkpoint says of its packing, where it is GPTQ."""
+    values = settings.values
+    method = values.get("quant_method", values.get("method"))
+    if method is None:  # AutoGPTQ's quantize_config.json names none
+        own = bool(settings.places) and settings.places[0].file == "quantize_config.json" and "bits" in values
+        return values if own else None
+    return values if isinstance(method, str) and method.lower() in ("gptq", *OTHER_FORMATS) else None
+
+
+def packed_modules(base: Checkpoint) -> list[str]:
+    """The modules that have tensors as GPTQ and AWQ name them."""
+    ends = (".qweight", ".qzeros", ".g_idx")  # not `.scales`, which an activation may have
+    return [*dict.fromkeys(name.rpartition(".")[0] for name in base.tensors if name.endswith(ends))]
+
+
+def scheme_of(said: Mapping[str, Any]) -> Scheme:
+    """How weights are packed. `ValueError` says what is unknown."""
+    bits, group = said.get("bits"), said.get("group_size", -1)
+    formats = formats_of(said)
+    if unknown := [each for each in formats if each not in VERSIONS]:
+        raise ValueError(f"the format {shown(unknown[0])} is unknown; known are {' and '.join(VERSIONS)}")
+    if len({*formats}) > 1:
+        raise ValueError("checkpoint_format and format disagree")
+    if said.get("pack_dtype", "int32") != "int32":
+        raise ValueError(f"pack_dtype must be int32, but it is {shown(said['pack_dtype'])}")
+    if type(bits) is not int or bits not in BITS:
+        raise ValueError(f"bits must be 2, 3, 4 or 8, but it is {shown(bits)}")
+    if group != -1 and not is_count(group):
+        raise ValueError(f"group_size must be -1 or a number of inputs, but it is {shown(group)}")
+    version = VERSIONS[formats[0]] if formats else 1
+    return Scheme(bits, group, version, "gptqmodel" in writer_of(said), bool(said.get("desc_act")))
+
+
+def formats_of(said: Mapping[str, Any]) -> list[str]:
+    """The formats that a config names, of which older tools know another word for one."""
+    named = [said.get("checkpoint_format"), said.get("format"), "marlin" if said.get("is_marlin_format") else None]
+    method = said.get("quant_method", said.get("method"))
+    if isinstance(method, str) and method.lower() in OTHER_FORMATS:
+        named.append(method)
+    return [str(each).lower() for each in named if each is not None]
+
+
+def writer_of(said: Mapping[str, Any]) -> str:
+    """The names of the tools that quantised, such as `gptqmodel:5.0.0`."""
+    meta = said.get("meta")
+    return str(meta.get("quantizer", "")).lower() if isinstance(meta, Mapping) else ""
+
+
+def weight_of(finder: Finder, module: str, how: Scheme) -> GptqWeight | None:
+    """The weight of a module; None where anything of it is wrong, which is noted."""
+    info = finder.base.tensors
+    if f"{module}.weight" in info:
+        finder.note(f"{module}.weight", f"is there as well as {module}.qweight; a module must have one of them")
+        return None
+    values, scales, order = (info.get(f"{module}.{part}") for part in ("qweight", "scales", "g_idx"))
+    if values is not None and len(values.shape) != 2:
+        finder.note(values.name, f"must be a matrix, but it is {told(values)}")
+        return None
+    outputs = values.shape[1] if values else scales.width if scales else 0
+    inputs = order.elements if order else values.shape[0] * 32 // how.bits if values else 0
+    group = inputs if how.group == -1 else how.group
+    groups = -(-inputs // max(group, 1))
+    why = f"for {how.bits} bits of {[outputs, inputs]} in {f'groups of {group}' if groups > 1 else 'one group'}"
+    parts = [
+        finder.part(f"{module}.qweight", ["I32"], [-(-inputs * how.bits // 32), outputs], why),
+        finder.part(f"{module}.qzeros", ["I32"], [groups, -(-outputs * how.bits // 32)], why),
+        finder.part(f"{module}.scales", SCALES, [groups, outputs], why),
+    ]
+    if order is not None:
+        parts.append(finder.part(order.name, ["I32", "I64"], [inputs], why))
+    tensors = tuple(part for part in parts if part is not None)
+    if len(tensors) < len(parts):
+        return None
+    return GptqWeight(
+        shape=(outputs, inputs),
+        line=inputs,
+        dtype=plain_dtype(finder.base.config),
+        tensors=tensors,
+        scheme=str(how),
+        bits=how.bits,
+        group=group,
+        how=how,
+    )
