@@ -8,16 +8,29 @@ from typing import Any
 
 from loratool.bases.codecs.awq import Awq
 from loratool.bases.codecs.bitsandbytes import BitsAndBytes
+from loratool.bases.codecs.compressed_tensors import CompressedTensors
 from loratool.bases.codecs.fp8 import Fp8
 from loratool.bases.codecs.gptq import Gptq
 from loratool.bases.codecs.hqq import HqqCodec
+from loratool.bases.codecs.modelopt import ModelOpt
+from loratool.bases.codecs.mxfp4 import Mxfp4
 from loratool.bases.codecs.torchao import TorchAo
 from loratool.bases.decoded import Decoded
 from loratool.bases.packed import ENTRIES, TWINS, Codec, Setting, Settings
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.inputs import read_json
 
-CODECS: tuple[Codec, ...] = (Fp8(), BitsAndBytes(), Gptq(), Awq(), HqqCodec(), TorchAo())
+CODECS: tuple[Codec, ...] = (
+    Fp8(),
+    BitsAndBytes(),
+    Gptq(),
+    Awq(),
+    HqqCodec(),
+    TorchAo(),
+    CompressedTensors(),
+    ModelOpt(),
+    Mxfp4(),
+)
 
 
 def decoded(base: Checkpoint) -> Checkpoint:

@@ -1,90 +1,158 @@
-"""FP8 with block scales, as DeepSeek-V3 and Qwen3-FP8 are stored: `X.weight` in e4m3 and `X.weight_scale_inv`.
+"""FP8: values of 8 bits with scales for blocks, rows or whole weights, as DeepSeek-V3, Qwen3-FP8 and fbgemm store them.
 
-W = values · scale, one scale for each block of the matrix: the name says inverse, and it multiplies. `config.json` names
-the block's rows and columns (`quantization_config.weight_block_size`); blocks at the edges may be cut.
+`X.weight` is in e4m3, and its scales lie in `X.weight_scale_inv` (they multiply, whatever the name says), `X.weight_scale`,
+`X.scale` (DeepSeek-V4) or `X.qscale_weight` (Mistral). W = values · scale, in float32. `config.json` names the rows and the
+columns of a block (`quantization_config.weight_block_size`); blocks at the edges may be cut. Scales may be powers of two,
+as bytes. A stack of experts is one tensor, such as `experts.gate_up_proj`, with its scales in `…_scale_inv`.
+
+DeepSeek-V4 has experts in FP4: two e2m1 values in each int8, and a scale for 32 of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from loratool.adapters.patterns import search_names
+from loratool.bases.codecs.byte_values import E2M1, e4m3, nibbles
+from loratool.bases.codecs.mixed import leftovers, note_unlisted, stacks_left, with_entries
+from loratool.bases.codecs.parts import Finder, told
+from loratool.bases.codecs.plain_modules import modules_of
+from loratool.bases.codecs.scaled import POWERS, SCALES, Numbers, Scaled, fits, scheme_of
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
-from loratool.bases.weights import Room, plain_of
+from loratool.bases.weights import plain_of
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint
-from loratool.lazy import Tensor, torch
+from loratool.files.safefile import FLOAT_NAMES, TensorInfo
+from loratool.lazy import Tensor
 
-SCALES = "_scale_inv"
+METHODS = ("fp8", "fbgemm_fp8")
+LISTS = ("modules_to_not_convert", "ignored_layers")  # of modules that are not quantised
+DEFAULT_BLOCK = (128, 128)  # of transformers, where a config names none
+WAY_OUT = "download the model again, or pass the model before quantisation as BASE"
+LEFTOVERS = ("input_scale", "activation_scale", "input_scale_ub")
+Block = tuple[int, int]
 
 
-@dataclass(frozen=True, kw_only=True)
-class BlockScaled(Packed):
-    """A matrix of e4m3 values, (rows, columns), with a float32 scale for each block, (⌈rows/b⌉, ⌈columns/b⌉)."""
+def floats_of_e2m1(packed: Tensor) -> Tensor:
+    return nibbles(packed, E2M1)
 
-    block: tuple[int, int]  # rows, columns
 
-    def decode(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
-        values, scales = self.tensors
-        across = scales.info.shape[1]
-        packed = room.read(values, first * self.line, count * self.line, device)
-        decoded = packed.view(torch.float8_e4m3fn).view(count, self.line).float()
-        blocks = torch.arange(first, first + count, device=device) // self.block[0]
-        top, bottom = first // self.block[0], (first + count - 1) // self.block[0] + 1
-        raw = Room(room.sources).read(scales, top * across * 4, (bottom - top) * across * 4, device)
-        scale = raw.view(torch.float32).view(-1, across)[blocks - top]
-        return decoded.mul_(scale.repeat_interleave(self.block[1], 1)[:, : self.line])
+FP8 = Numbers("FP8", e4m3)
+FP4 = Numbers("FP4", floats_of_e2m1)
 
 
 class Fp8(Codec):
-    """FP8 in the layout that DeepSeek-V3 and Qwen3-FP8 share."""
+    """FP8 as transformers writes it, and as fbgemm does."""
 
     name, title = "fp8", "FP8"
 
     def find(self, base: Checkpoint, settings: Settings) -> Packing | None:
-        block = block_of(settings)
-        return None if block is None else Packing(weights(base, block))
+        if settings.method not in METHODS:
+            return None
+        block = block_of(base, settings)
+        finder = Finder(base)
+        found: dict[str, Packed] = {}
+        for name, info in base.tensors.items():
+            if info.dtype in ("F8_E4M3", "I8") and len(info.shape) in (2, 3):
+                weight = weight_of(finder, name, info, block)
+                if weight is not None:
+                    found[name] = weight
+            elif info.dtype in FLOAT_NAMES and len(info.shape) > 1 and (scales := scales_of(base, name)):
+                finder.note(name, f"is {told(info)}, but {printable(scales)} is there as well: plain or packed?")
+        note_unlisted(finder, found, lambda modules: listed(settings, modules), LISTS[0])
+        finder.refuse(self.title, WAY_OUT)
+        return Packing(found, leftovers(base, found, LEFTOVERS))
 
     def left_plain(
-        self, setting: Setting, packing: Packing, plain: Collection[str], base: Checkpoint
+        self,
+        setting: Setting,
+        packing: Packing,
+        plain: Collection[str],
+        base: Checkpoint,  # noqa: ARG002 (packing says all of it)
     ) -> Mapping[str, Any]:
-        raise NotImplementedError
+        """The list names whole modules, as vLLM matches them (`is_layer_skipped`).
+
+        For transformers all experts of a layer are one module, and without a list it leaves the head out by itself, but
+        not with one (`HfQuantizer.get_modules_to_not_convert`).
+        """
+        names = [*modules_of(plain), *stacks_left(packing, plain)]
+        if not any(name.endswith("lm_head.weight") for name in packing.weights.keys() - set(plain)):
+            names.insert(0, "lm_head")
+        keys = [key for key in LISTS if setting.values.get(key)] or LISTS[:1]
+        return {**setting.values, **{key: with_entries(setting.values.get(key), names) for key in keys}}
 
 
-def weights(base: Checkpoint, block: tuple[int, int]) -> Mapping[str, Packed]:
-    """The weights of a base that are stored this way. Raises `InputError` naming all whose scales do not fit."""
-    found: dict[str, Packed] = {}
-    problems: list[str] = []
-    for name, info in base.tensors.items():
-        if info.dtype != "F8_E4M3" or not name.endswith(".weight"):
-            continue
-        scales = base.tensors.get(name + SCALES)
-        wanted = tuple(-(-size // each) for size, each in zip(info.shape, block, strict=False))
-        if scales is None or len(info.shape) != 2 or (scales.dtype, scales.shape) != ("F32", wanted):
-            there = f"{scales.dtype} {list(scales.shape)}" if scales else "missing"
-            problems.append(
-                f"{printable(name + SCALES)} must be F32 {list(wanted)} for {list(info.shape)}, but it is {there}"
-            )
-            continue
-        found[name] = BlockScaled(
-            shape=info.shape,
-            line=info.shape[1],
-            dtype=plain_dtype(base.config),
-            tensors=(plain_of(base, name), plain_of(base, name + SCALES)),
-            scheme=f"FP8, blocks of {block[0]} x {block[1]}",
-            block=block,
-        )
-    if problems:
-        raise InputError(f"{base.name}: FP8 weights whose block scales do not match:", problems)
-    return found
-
-
-def block_of(settings: Settings) -> tuple[int, int] | None:
-    """Rows and columns of a block, where a config says that weights are stored this way."""
-    if settings.method != "fp8":
-        return None
-    match settings.values.get("weight_block_size"):
+def block_of(base: Checkpoint, settings: Settings) -> Block | None:
+    """Rows and columns of a block by the config; None where it names none."""
+    match given := settings.values.get("weight_block_size"):
+        case None:
+            return None
         case [int(rows), int(columns)] if rows > 0 and columns > 0:
             return rows, columns
-    return None
+    raise InputError(
+        f"{base.name}: weight_block_size must be the rows and the columns of a block, but it is {printable(given)}"
+    )
+
+
+def weight_of(finder: Finder, name: str, info: TensorInfo, block: Block | None) -> Packed | None:
+    """The weight whose values a tensor holds; None where it holds none, or where something is wrong, which is noted."""
+    numbers = FP8 if info.dtype == "F8_E4M3" else FP4
+    scales = scales_of(finder.base, name)
+    if not scales:
+        if numbers is FP8:
+            finder.note(name, f"is {told(info)}, but its scales are missing: {printable(next(scale_names(name)))}")
+        return None
+    *matrices, rows, width = info.shape
+    line = width if numbers is FP8 else 2 * width
+    allowed = [(1, 32)] if numbers is FP4 else blocks(block, rows, line, bool(matrices))
+    there = finder.base.tensors[scales]
+    fitting = [each for each in allowed if fits(there.shape, tuple(matrices), rows, line, each)]
+    if not fitting or there.dtype not in (*SCALES, *POWERS) or not info.elements:
+        shapes = " or ".join(str([*matrices, -(-rows // down), -(-line // across)]) for down, across in allowed)
+        finder.note(scales, f"must be F32 {shapes} for {list(info.shape)}, but it is {told(there)}")
+        return None
+    parts = (plain_of(finder.base, name), plain_of(finder.base, scales))
+    return Scaled(
+        shape=(*matrices, rows, line),
+        line=line,
+        dtype=plain_dtype(finder.base.config),
+        tensors=parts,
+        scheme=scheme_of(numbers.title, fitting[0], rows, line),
+        numbers=numbers,
+        height=rows,
+        block=fitting[0],
+        scales=parts[1],
+    )
+
+
+def blocks(block: Block | None, rows: int, line: int, stacked: bool) -> list[Block]:
+    """The blocks that scales may be for. Gate and up of an expert, in one tensor, may have a scale each."""
+    if block is not None:
+        return [block, (rows // 2, block[1])] if stacked and rows % 2 == 0 and rows <= block[0] else [block]
+    of_stacks = [(rows, 1), (rows // 2, line)] if stacked and rows % 2 == 0 else []
+    return [(rows, line), (1, line), *of_stacks, DEFAULT_BLOCK]
+
+
+def scales_of(base: Checkpoint, name: str) -> str:
+    """The tensor with the scales of a weight; empty where there is none."""
+    return next((each for each in scale_names(name) if each in base.tensors), "")
+
+
+def scale_names(name: str) -> Iterator[str]:
+    yield f"{name}_scale_inv"
+    yield f"{name}_scale"
+    if name.endswith(".weight"):
+        yield f"{name.removesuffix('weight')}scale"
+        yield f"{name.removesuffix('weight')}qscale_weight"
+
+
+def listed(settings: Settings, modules: Collection[str]) -> Collection[str]:
+    """Those of some modules that the config names as not quantised, as transformers matches them.
+
+    An entry is a regular expression for the beginning of a name up to a dot, or the end of it (`should_convert_module`).
+    """
+    given = [entry for key in LISTS for entry in settings.values.get(key) or () if isinstance(entry, str)]
+    ends = {module for module in modules if module.endswith(tuple(given))}
+    found = search_names(given, set(modules) - ends, r"^(?:{})(?:(?<=\.)|(?=\.|$))")
+    return ends | {module for module, matching in found.items() if matching}

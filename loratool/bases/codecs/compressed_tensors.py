@@ -1,0 +1,364 @@
+"""compressed-tensors, as llm-compressor and vLLM's world write it.
+
+`config_groups` has schemes with the modules they are for: whole names, `re:` patterns, or classes such as `Linear`. A
+module X of group size g and b bits is, by the format that its tensors show:
+
+- pack-quantized: `X.weight_packed` (int32: integers of b bits one after the other, each row begins with a new word),
+  `X.weight_scale` (rows, groups), `X.weight_shape`, perhaps `X.weight_zero_point` (int32, packed along rows) and
+  `X.weight_g_idx` (the group of each column). Integers and zero points are stored with 2^(b−1) added.
+- int-, float- and naive-quantized: `X.weight` (int8 or e4m3), `X.weight_scale` for the whole weight, rows, groups or
+  blocks, perhaps `X.weight_zero_point` (int8). mxfp8: the same, with scales that are powers of two.
+- nvfp4: `X.weight_packed` (two e2m1 values a byte, the low nibble first), `X.weight_scale` (e4m3), and
+  `X.weight_global_scale`, which **divides** the scales. mxfp4, mxfp6 (e2m3): scales are powers of two.
+
+W = (number − zero) · scale, of nvfp4 number · (scale / global scale), in float32, an operation at a time. The library
+(`quantization/lifecycle/forward_helpers.py`, `_dequantize`) does the same in the dtype of the scales, so it may round more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from loratool.adapters.patterns import search_names
+from loratool.bases.codecs.byte_values import E2M3, bit_fields, looked_up
+from loratool.bases.codecs.fp8 import FP4, FP8, Block
+from loratool.bases.codecs.mixed import leftovers, note_unlisted, stacks_left, with_entries
+from loratool.bases.codecs.parts import Finder, read_whole, told
+from loratool.bases.codecs.plain_modules import modules_of
+from loratool.bases.codecs.scaled import POWERS, SCALES, Numbers, Scaled, fits, offset_integers, scheme_of
+from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
+from loratool.bases.weights import Plain, Room, plain_of
+from loratool.errors import InputError, printable
+from loratool.files.checkpoint import Checkpoint
+from loratool.files.open_sources import OpenSources
+from loratool.files.safefile import FLOAT_NAMES, TensorInfo
+from loratool.lazy import Tensor, torch
+
+FORMATS = (
+    *("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized"),
+    *("mxfp4-pack-quantized", "mxfp6-pack-quantized", "mxfp8-quantized", "mixed-precision", "dense"),
+)
+ENDINGS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape", "weight_global_scale")
+LEFTOVERS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
+WAY_OUT = "download the model again, or pass the model before quantisation as BASE"
+
+
+def bytes_of_int8(packed: Tensor) -> Tensor:
+    return packed.view(torch.int8).float()
+
+
+def floats_of_e2m3(packed: Tensor) -> Tensor:
+    return looked_up(bit_fields(packed, 6), E2M3)
+
+
+INT8 = Numbers("int8", bytes_of_int8)
+FP6 = Numbers("FP6", floats_of_e2m3)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a group of the config says of its modules' weights."""
+
+    targets: tuple[str, ...]
+    bits: int
+    kind: str  # int or float
+    strategy: str
+    group: int
+    structure: Block | None  # rows, columns of a block
+    symmetric: bool
+
+    def block(self, rows: int, line: int) -> Block:
+        """The sides of a block of values that share a scale."""
+        match self.strategy:
+            case "tensor":
+                return rows, line
+            case "channel":
+                return 1, line
+            case "block":
+                return self.structure or (rows, line)
+        return 1, self.group
+
+
+class CompressedTensors(Codec):
+    """The formats of compressed-tensors whose weights are dense."""
+
+    name, title = "compressed-tensors", "compressed-tensors"
+
+    def find(self, base: Checkpoint, settings: Settings) -> Packing | None:
+        if settings.method != self.name:
+            return None
+        refuse_unknown(base, settings.values)
+        schemes = [*schemes_of(base, settings.values)]
+        modules = modules_in(base)
+        finder = Finder(base)
+        schemes_by_module = candidates(schemes, modules)
+        found: dict[str, Packed] = {}
+        with OpenSources() as sources:
+            for module, parts in modules.items():
+                if (weight := weight_of(finder, module, parts, schemes_by_module[module], Room(sources))) is not None:
+                    found[f"{module}.weight"] = weight
+        note_unlisted(finder, found, lambda names: in_list(ignored(settings.values), names), "ignore")
+        finder.refuse(self.title, WAY_OUT)
+        return Packing(found, leftovers(base, found, LEFTOVERS))
+
+    def left_plain(
+        self,
+        setting: Setting,
+        packing: Packing,
+        plain: Collection[str],
+        base: Checkpoint,  # noqa: ARG002 (packing says all of it)
+    ) -> Mapping[str, Any]:
+        """`ignore` with whole names (`match_name`); all experts of a layer are one module for vLLM."""
+        names = [*modules_of(plain), *stacks_left(packing, plain)]
+        return {**setting.values, "ignore": with_entries(setting.values.get("ignore"), names)}
+
+
+def refuse_unknown(base: Checkpoint, values: Mapping[str, Any]) -> None:
+    """Raise `InputError` where something of a config is not known."""
+    groups = values.get("config_groups")
+    groups = groups if isinstance(groups, Mapping) else {}
+    formats = [values.get("format"), *(group.get("format") for group in groups.values() if isinstance(group, Mapping))]
+    problems = [
+        f"the format {printable(each)} cannot be read; known are {', '.join(FORMATS)}"
+        for each in dict.fromkeys(map(str, filter(None, formats)))
+        if each not in FORMATS
+    ]
+    sparsity = values.get("sparsity_config")
+    if isinstance(sparsity, Mapping) and sparsity.get("format") not in (None, "dense"):
+        problems.append(f"weights are sparse ({printable(sparsity.get('format'))}), which cannot be read")
+    if values.get("transform_config"):
+        problems.append("weights are rotated (transform_config), so an adapter of the model before does not fit them")
+    if problems:
+        raise InputError(
+            f"{base.name}: compressed-tensors weights that cannot be read; pass the model before quantisation as BASE:",
+            problems,
+        )
+
+
+def schemes_of(base: Checkpoint, values: Mapping[str, Any]) -> Iterator[Scheme]:
+    """The schemes of a config that are for weights. Raises `InputError` where one is not as it must be."""
+    groups = values.get("config_groups")
+    for name, group in groups.items() if isinstance(groups, Mapping) else ():
+        where = f"{base.name}: config_groups.{printable(name)}"
+        said = group.get("weights") if isinstance(group, Mapping) else None
+        targets = group.get("targets") if isinstance(group, Mapping) else None
+        if isinstance(group, Mapping) and said is None:
+            continue  # activations alone
+        if not isinstance(said, Mapping) or not isinstance(targets, list):
+            raise InputError(f"{where} must have targets and weights, but it is {printable(group)}")
+        yield scheme_from(where, said, tuple(target for target in targets if isinstance(target, str)))
+
+
+def scheme_from(where: str, said: Mapping[str, Any], targets: tuple[str, ...]) -> Scheme:
+    bits, kind, group, structure = (said.get(key) for key in ("num_bits", "type", "group_size", "block_structure"))
+    bits, kind = 8 if bits is None else bits, "int" if kind is None else kind
+    if type(bits) is not int or not 1 <= bits <= 8 or kind not in ("int", "float"):
+        raise InputError(f"{where}: weights of {printable(bits)} bits and type {printable(kind)} cannot be read")
+    if group is not None and (type(group) is not int or group < -1 or group == 0):
+        raise InputError(f"{where}: group_size must be a number of columns, but it is {printable(group)}")
+    strategy = said.get("strategy") or ("tensor" if group is None else "channel" if group == -1 else "group")
+    if strategy not in ("tensor", "channel", "group", "tensor_group", "block"):
+        raise InputError(f"{where}: the strategy {printable(strategy)} is not one for weights")
+    grouped = strategy in ("group", "tensor_group")
+    if grouped and (group is None or group < 1):
+        raise InputError(f"{where}: the strategy {strategy} needs a group_size, but it is {printable(group)}")
+    sides: Block | None = None
+    match [int(side) for side in structure.split("x") if side.isdigit()] if isinstance(structure, str) else structure:
+        case [int(rows), int(columns)] if rows > 0 and columns > 0:
+            sides = rows, columns
+        case _ if strategy == "block":
+            raise InputError(f"{where}: block_structure must be rows and columns, but it is {printable(structure)}")
+    symmetric = said.get("symmetric") is not False
+    return Scheme(targets, bits, kind, strategy, int(group or 0) if grouped else 0, sides, symmetric)
+
+
+def modules_in(base: Checkpoint) -> Mapping[str, Mapping[str, TensorInfo]]:
+    """Module → its tensors with one of the `ENDINGS`, of modules that have any, and its weight."""
+    found: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in base.tensors.items():
+        module, _, ending = name.rpartition(".")
+        if ending in ENDINGS or (ending == "weight" and info.dtype in ("I8", "F8_E4M3")):
+            found.setdefault(module, {})[ending] = info
+    for module, parts in found.items():
+        if f"{module}.weight" in base.tensors:
+            parts["weight"] = base.tensors[f"{module}.weight"]
+    return found
+
+
+def candidates(schemes: Sequence[Scheme], modules: Collection[str]) -> Mapping[str, Sequence[Scheme]]:
+    """Module → the schemes that may be its own: those that name it, else those that name classes.
+
+    Which class a module is of, no file tells. Where there are several such schemes, it is the one that its tensors fit.
+    """
+    of_classes = [scheme for scheme in schemes if any(target[:1].isupper() for target in scheme.targets)]
+    named = matching([target for scheme in schemes for target in scheme.targets], modules)
+    return {
+        module: [scheme for scheme in schemes if not targets.isdisjoint(scheme.targets)] or of_classes
+        for module, targets in named.items()
+    }
+
+
+def matching(entries: Collection[str], modules: Collection[str]) -> Mapping[str, set[str]]:
+    """Module → the entries that match it: its whole name, or `re:` and a regular expression from its beginning on."""
+    exact = {entry for entry in entries if not entry.startswith("re:")}
+    found = search_names({entry[3:] for entry in entries if entry.startswith("re:")}, modules, "^(?:{})")
+    return {
+        module: {f"re:{pattern}" for pattern in found[module]} | ({module} & exact) for module in dict.fromkeys(modules)
+    }
+
+
+def in_list(entries: Collection[str], modules: Collection[str]) -> Collection[str]:
+    """The modules that an entry matches."""
+    return {module for module, own in matching(entries, modules).items() if own}
+
+
+def ignored(values: Mapping[str, Any]) -> list[str]:
+    given = values.get("ignore")
+    return [entry for entry in given if isinstance(entry, str)] if isinstance(given, list) else []
+
+
+def weight_of(
+    finder: Finder, module: str, parts: Mapping[str, TensorInfo], schemes: Sequence[Scheme], room: Room
+) -> Packed | None:
+    """The weight of a module by the first scheme that fits its tensors; None where none does, which is noted."""
+    name = f"{module}.weight"
+    packed, plain = parts.get("weight_packed"), parts.get("weight")
+    if plain is not None and (packed is not None or plain.dtype in FLOAT_NAMES):
+        other = f"{module}.{next(part for part in parts if part != 'weight')}"
+        finder.note(name, f"is {told(plain)}, but {printable(other)} is there as well: plain or packed?")
+        return None
+    if packed is None and plain is None:
+        there = printable(f"{module}.{next(iter(parts))}")
+        finder.note(f"{name}_packed", f"is missing, but {there} is there")
+        return None
+    if not schemes:
+        finder.note(name, "is packed, but no group of config_groups is for it")
+    problems: list[str] = []
+    for scheme in schemes:
+        trial = Finder(finder.base)
+        weight = Parts(trial, module, parts, scheme).weight(room)
+        if weight is not None and not trial.problems:
+            return weight
+        problems = problems or trial.problems
+    finder.problems += problems
+    return None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The tensors of one module, seen as by one scheme."""
+
+    finder: Finder
+    module: str
+    parts: Mapping[str, TensorInfo]
+    scheme: Scheme
+
+    def weight(self, room: Room) -> Packed | None:
+        """The weight; None where something is wrong, which is noted."""
+        scheme, values = self.scheme, self.parts.get("weight_packed") or self.parts["weight"]
+        numbers = self.numbers(values)
+        if numbers is None:
+            return None
+        *matrices, rows, width = values.shape if len(values.shape) in (2, 3) else (0, 0)
+        line = self.columns(values, width, room)
+        if not (rows and line) or 0 in matrices:
+            self.finder.note(values.name, f"must be a matrix of values, but it is {told(values)}")
+            return None
+        if values.dtype == "I32" and width != -(-line * scheme.bits // 32):
+            wanted = f"I32 {[*matrices, rows, -(-line * scheme.bits // 32)]} for {line} columns of {scheme.bits} bits"
+            self.finder.note(values.name, f"must be {wanted}, but it is {told(values)}")
+            return None
+        block = scheme.block(rows, line)
+        stack = tuple(matrices)
+        scales = self.part("weight_scale", (*SCALES, *POWERS, "F8_E4M3"), stack, rows, line, block)
+        if scales is None:
+            return None
+        zeros = self.zeros(stack, rows, line, block)
+        return Scaled(
+            shape=(*stack, rows, line),
+            line=line,
+            dtype=plain_dtype(self.finder.base.config),
+            tensors=self.tensors,
+            scheme=scheme_of("NVFP4" if "weight_global_scale" in self.parts else numbers.title, block, rows, line),
+            numbers=numbers,
+            height=rows,
+            block=block,
+            scales=scales,
+            whole=self.whole(scales, stack, rows, line),
+            divides=True,
+            zeros=zeros,
+            zero_bits=scheme.bits if zeros is not None and zeros.info.dtype == "I32" else 0,
+            groups=self.optional("weight_g_idx", ["I32"], [line]),
+            values_shape=self.optional("weight_shape", ["I64", "I32"], [len(stack) + 2]),
+        )
+
+    @property
+    def tensors(self) -> tuple[Plain, ...]:
+        """All of them, the numbers first."""
+        names = ["weight_packed" if "weight_packed" in self.parts else "weight", *self.parts]
+        return tuple(plain_of(self.finder.base, f"{self.module}.{part}") for part in dict.fromkeys(names))
+
+    def numbers(self, values: TensorInfo) -> Numbers | None:
+        """How the values lie in their tensor; None where the scheme has no such numbers, which is noted."""
+        scheme = self.scheme
+        match values.dtype, scheme.kind, scheme.bits, "weight_packed" in self.parts:
+            case "I32", "int", bits, True:
+                return Numbers(f"int{bits}", partial(offset_integers, bits=bits))
+            case "U8", "float", 4, True:
+                return FP4
+            case "U8", "float", 6, True:
+                return FP6
+            case "I8", "int", _, False:
+                return INT8
+            case "F8_E4M3", "float", 8, False:
+                return FP8
+        self.finder.note(values.name, f"is {told(values)}, but by the config it is {scheme.kind} of {scheme.bits} bits")
+        return None
+
+    def columns(self, values: TensorInfo, width: int, room: Room) -> int:
+        """Values in a row; 0 where nothing tells."""
+        scales, scheme = self.parts.get("weight_scale"), self.scheme
+        if values.dtype == "U8":
+            return width * 8 // scheme.bits
+        if values.dtype != "I32":
+            return width
+        if scheme.group and scales is not None and scales.shape:
+            return scales.shape[-1] * scheme.group
+        told_again = self.finder.part(f"{self.module}.weight_shape", ["I64", "I32"], [len(values.shape)])
+        return int(read_whole(told_again, room)[-1]) if told_again is not None else 0
+
+    def part(
+        self, ending: str, dtypes: Sequence[str], stack: tuple[int, ...], rows: int, line: int, block: Block
+    ) -> Plain | None:
+        """A tensor with an entry for each block; None where it is not so, which is noted."""
+        info, name = self.parts.get(ending), f"{self.module}.{ending}"
+        if info is not None and info.dtype in dtypes and fits(info.shape, stack, rows, line, block):
+            return plain_of(self.finder.base, name)
+        wanted = [*stack, -(-rows // block[0]), -(-line // block[1])]
+        return self.finder.part(name, dtypes[:2], wanted, f"for {[*stack, rows, line]}")
+
+    def zeros(self, stack: tuple[int, ...], rows: int, line: int, block: Block) -> Plain | None:
+        """The zero points, where there are any or should be."""
+        info = self.parts.get("weight_zero_point")
+        if info is None and self.scheme.symmetric:
+            return None
+        if info is None or info.dtype != "I32":
+            return self.part("weight_zero_point", ["I8"], stack, rows, line, block)
+        words = -(-rows * self.scheme.bits // 32)
+        return self.finder.part(
+            info.name, ["I32"], [*stack, words, -(-line // block[1])], f"for {[*stack, rows, line]}"
+        )
+
+    def whole(self, scales: Plain, stack: tuple[int, ...], rows: int, line: int) -> Plain | None:
+        """The scale of the whole matrix, which scales in FP8 need."""
+        if "weight_global_scale" not in self.parts and scales.info.dtype != "F8_E4M3":
+            return None
+        return self.part("weight_global_scale", ["F32"], stack, rows, line, (rows, line))
+
+    def optional(self, ending: str, dtypes: Sequence[str], shape: Sequence[int]) -> Plain | None:
+        if ending not in self.parts:
+            return None
+        return self.finder.part(f"{self.module}.{ending}", dtypes, shape)

@@ -1,0 +1,152 @@
+"""MXFP4 experts, as gpt-oss stores them: e2m1 values in blocks of 32 that share a power of two.
+
+`X_blocks` is (experts, rows, blocks, 16) of bytes, two values a byte, the low nibble first; `X_scales` is (experts, rows,
+blocks) of bytes. The values, (experts, rows, 32 · blocks), are the **transpose** of the plain weight X of each expert:
+
+    X[e, 32 b + j, r] = e2m1(nibble j of blocks[e, r, b]) · 2^(scales[e, r, b] − 127)
+
+Every product is exact in float32. A row of X is a column of the file, so the packed values of one expert are held until
+all of its rows were read: rows · columns / 2 bytes and the scales, for each expert that is being worked on.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loratool.bases.codecs.byte_values import E2M1, e8m0, looked_up
+from loratool.bases.codecs.mixed import stacks_left, with_entries
+from loratool.bases.codecs.parts import Finder, told
+from loratool.bases.codecs.plain_modules import modules_of
+from loratool.bases.codecs.scaled import wrong
+from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
+from loratool.bases.weights import Room
+from loratool.errors import printable
+from loratool.files.checkpoint import Checkpoint
+from loratool.files.safefile import FLOAT_NAMES
+from loratool.lazy import Tensor, torch
+
+BLOCK = 32
+LIST = "modules_to_not_convert"
+LOW = tuple(E2M1[byte & 15] for byte in range(256))
+HIGH = tuple(E2M1[byte >> 4] for byte in range(256))
+WAY_OUT = "download the model again, or pass the model before quantisation as BASE"
+
+
+class Expert:
+    """The packed values of one expert, turned: there until all of its lines were asked for."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.parts: tuple[Tensor, Tensor] | None = None
+        self.left = 0
+
+    def take(self, lines: int, of: int, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Its values and scales, of which some of its lines are going to be decoded."""
+        with self.lock:
+            if self.parts is None:
+                self.parts, self.left = make(), of
+            taken = self.parts
+            self.left -= lines
+            if self.left <= 0:
+                self.parts = None
+            return taken
+
+
+@dataclass(frozen=True, kw_only=True)
+class TurnedExperts(Packed):
+    """A stack of experts, (experts, columns on disk, rows on disk). `tensors`: blocks, scales."""
+
+    def decode(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
+        lines = self.tensors[1].info.shape[2] * BLOCK  # of an expert
+        found = []
+        for expert in range(first // lines, (first + count - 1) // lines + 1):
+            start, stop = max(first - expert * lines, 0), min(first + count - expert * lines, lines)
+            held = room.held.of(("expert", expert, device), Expert)
+            values, scales = held.take(stop - start, lines, lambda expert=expert: self.turned(expert, device, room))  # type: ignore[misc]
+            found.append(self.decode_lines(values, scales, start, stop))
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def turned(self, expert: int, device: torch.device, room: Room) -> tuple[Tensor, Tensor]:
+        """The bytes of an expert's values as (columns/2, rows), and of its scales as (columns/32, rows)."""
+        parts = []
+        for tensor in self.tensors:
+            size = tensor.info.nbytes // tensor.info.shape[0]
+            raw = Room(room.sources).read(tensor, expert * size, size, device)
+            parts.append(raw.view(self.line, -1).T.contiguous())
+        return parts[0], parts[1]
+
+    def decode_lines(self, values: Tensor, scales: Tensor, start: int, stop: int) -> Tensor:
+        """Lines `start` … `stop` of an expert, (stop − start, line) of float32."""
+        top, bottom = start // 2, -(-stop // 2)
+        decoded = torch.empty(bottom - top, 2, self.line, device=values.device)
+        decoded[:, 0] = looked_up(values[top:bottom], LOW)
+        decoded[:, 1] = looked_up(values[top:bottom], HIGH)
+        rows = decoded.view(-1, self.line)[start - 2 * top :][: stop - start]
+        blocks = torch.arange(start, stop, device=values.device) // BLOCK
+        first = start // BLOCK
+        return rows.mul_(e8m0(scales[first : (stop - 1) // BLOCK + 1])[blocks - first])
+
+    def check(self, room: Room) -> str:
+        return wrong(self.tensors[1], room)
+
+
+class Mxfp4(Codec):
+    """The experts of gpt-oss."""
+
+    name, title = "mxfp4", "MXFP4"
+
+    def find(self, base: Checkpoint, settings: Settings) -> Packing | None:
+        if settings.method != self.name:
+            return None
+        finder = Finder(base)
+        found: dict[str, Packed] = {}
+        for blocks in base.tensors:
+            name, ending, rest = blocks.rpartition("_blocks")
+            if ending and not rest and (weight := weight_of(finder, name)) is not None:
+                found[name] = weight
+        for name, info in base.tensors.items():
+            whole = name.removesuffix("_scales")
+            if whole != name and f"{whole}_blocks" not in base.tensors:
+                finder.note(f"{whole}_blocks", f"is missing, but {printable(name)} is there")
+            if info.dtype in FLOAT_NAMES and name in found:
+                finder.note(name, f"is {told(info)}, but {printable(name)}_blocks is there as well: plain or packed?")
+        finder.refuse(self.title, WAY_OUT)
+        return Packing(found)
+
+    def left_plain(
+        self,
+        setting: Setting,
+        packing: Packing,
+        plain: Collection[str],
+        base: Checkpoint,  # noqa: ARG002 (packing says all of it)
+    ) -> Mapping[str, Any]:
+        """All experts of a layer are one module (`should_convert_module`); without a list, the head is left out too."""
+        names = [*modules_of(plain), *stacks_left(packing, plain)]
+        if setting.values.get(LIST) is None:
+            names.insert(0, "lm_head")
+        return {**setting.values, LIST: with_entries(setting.values.get(LIST), names)}
+
+
+def weight_of(finder: Finder, name: str) -> Packed | None:
+    """The stack of experts that is named so; None where something is wrong, which is noted."""
+    blocks = finder.part(f"{name}_blocks", ["U8"])
+    if blocks is None:
+        return None
+    shape = blocks.info.shape
+    if len(shape) != 4 or shape[3] != BLOCK // 2 or 0 in shape:
+        finder.note(blocks.info.name, f"must be [experts, rows, blocks, {BLOCK // 2}], but it is {told(blocks.info)}")
+        return None
+    scales = finder.part(f"{name}_scales", ["U8", "F8_E8M0"], shape[:3], f"for {list(shape)}")
+    if scales is None:
+        return None
+    experts, rows, groups, _ = shape
+    return TurnedExperts(
+        shape=(experts, groups * BLOCK, rows),
+        line=rows,
+        dtype=plain_dtype(finder.base.config),
+        tensors=(blocks, scales),
+        scheme=f"MXFP4, groups of {BLOCK}",
+    )
