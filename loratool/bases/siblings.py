@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 
 from loratool.layouts.fusions import SERVED_TOGETHER
 
-EXPERT = re.compile(r"^(?P<layer>.+\.experts)\.\d+\..+$")  # experts of a layer are one weight of a server
+EXPERT = re.compile(r"^(?P<layer>.+\.experts)\..+$")  # experts of a layer are one weight of a server
 LEAVES = {name: group for group in SERVED_TOGETHER for name in group}
 
 

@@ -23,7 +23,6 @@ from loratool.lazy import Tensor, torch
 
 POWERS = ("U8", "F8_E8M0")  # dtypes of scales that are powers of two
 SCALES = ("F32", "BF16", "F16")  # dtypes of other scales
-TINY = 1e-45  # the smallest float32 over zero: no quantiser writes a scale of zero
 
 
 @dataclass(frozen=True)
@@ -184,7 +183,7 @@ class Scaled(Packed):
 def wrong(scales: StoredTensor, room: Room) -> str:
     """What is wrong with the values of scales. Empty where nothing is."""
     if scales.info.dtype not in POWERS:
-        return wrong_scales(scales, room, TINY)
+        return wrong_scales(scales, room, "positive")
     count = int((Room(room.sources).read(scales, 0, scales.info.nbytes, torch.device("cpu")) == 255).sum())
     return f"{printable(scales.info.name)}: {count} of {scales.info.elements} values are NaN" if count else ""
 
