@@ -23,7 +23,7 @@ ENTRIES = (
     ("text_config", "quantization_config"),
     ("text_config", "compression_config"),
 )
-TWINS = ("quantize_config.json", "hf_quant_config.json", "quant_config.json")
+TWINS = ("quantize_config.json", "hf_quant_config.json", "quant_config.json", "quanto_qmap.json")
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,9 @@ TOWERS = {
 
 # What stands in the place of `X.weight` where X is quantised, and what the name of a packed parameter ends with.
 PACKED_WEIGHTS = ("qweight", "weight_packed", "W_q", "weight_qdata", "_weight_qdata")
+# The same in AQLM, VPTQ, SpQR, EXL2, EXL3 and QuIP#, in whose names plain models may have buffers.
+PACKED_CODES = ("codes", "indices", "dense_weights", "q_weight", "trellis", "Qidxs")
+PACKED_WITHIN = ".weight._data."  # of quanto, whose tensors have longer names
 PACKED_ENDS = ("_blocks",)
 
 # Modules that hold the input embedding, and those that turn hidden states into logits.

@@ -122,6 +122,15 @@ SERVED_TOGETHER = (
     ("in_proj_b", "in_proj_a"),
 )
 
+# What vLLM calls some of them in its own models, and in questions to a config's list of modules: its name → the parts.
+SERVED_AS = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
+    "in_proj_ba": ("in_proj_b", "in_proj_a"),
+}
+
 # Model types whose fused expert weights have gate and up in turns rather than one after the other.
 INTERLEAVED_EXPERTS = frozenset({"gpt_oss", "openai_privacy_filter"})
 # Model types whose experts PEFT 0.19 and later treats the other way round, since they are flagged as (in, out).

@@ -294,10 +294,14 @@ class Draft:
             same = stored.info.dtype == info.dtype and trained.base.tensors[place.tensor].shape == stored.shape
             return "" if same else f"is stored as {stored.info.dtype}, but {tensor} as {info.dtype}"
         if info.dtype not in FLOAT_NAMES:
-            self.unsupported.append(
-                f"{tensor} is stored as {info.dtype}; only {', '.join(FLOAT_NAMES)} weights can be edited, so pass "
-                "the model before quantisation as BASE"
+            unread = self.base.packing.unread if isinstance(self.base, Decoded) else {}
+            kind = unread.get(place.tensor)
+            found = (
+                f"is packed with {kind}, which loratool does not read"
+                if kind
+                else (f"is stored as {info.dtype}; only {', '.join(FLOAT_NAMES)} weights can be edited")
             )
+            self.unsupported.append(f"{tensor} {found}; pass the model before quantisation as BASE")
         if images_in(place.update):
             return f"depends on the weight of the same layer, but the base has no matching plain weight for {tensor}"
         if weight < 0 and (place.update.replaces or place.tensor in trained.saved):

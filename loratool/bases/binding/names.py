@@ -9,7 +9,15 @@ from functools import cached_property
 
 from loratool.bases.binding.places import Step
 from loratool.files.safefile import TensorInfo
-from loratool.layouts.architectures import LEADING_WRAPPERS, PACKED_ENDS, PACKED_WEIGHTS, PREFIXES, WRAPPERS
+from loratool.layouts.architectures import (
+    LEADING_WRAPPERS,
+    PACKED_CODES,
+    PACKED_ENDS,
+    PACKED_WEIGHTS,
+    PACKED_WITHIN,
+    PREFIXES,
+    WRAPPERS,
+)
 from loratool.layouts.renames import RENAMES
 from loratool.templates import Numbers, template_of
 
@@ -61,8 +69,10 @@ class Disk:
         found: dict[str, str] = {}
         for template in self.templates:
             module, _, leaf = template[:-1].rpartition(".")
-            if leaf in PACKED_WEIGHTS:
+            if leaf in PACKED_WEIGHTS or leaf in PACKED_CODES:
                 found[f"{module}.weight."] = template
+            if PACKED_WITHIN in template:
+                found[template.partition(PACKED_WITHIN)[0] + ".weight."] = template
             for end in PACKED_ENDS:
                 if leaf.endswith(end):
                     found[f"{module}.{leaf.removesuffix(end)}."] = template

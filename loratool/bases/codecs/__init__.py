@@ -14,7 +14,9 @@ from loratool.bases.codecs.gptq import Gptq
 from loratool.bases.codecs.hqq import HqqCodec
 from loratool.bases.codecs.modelopt import ModelOpt
 from loratool.bases.codecs.mxfp4 import Mxfp4
+from loratool.bases.codecs.quanto import Quanto
 from loratool.bases.codecs.torchao import TorchAo
+from loratool.bases.codecs.unreadable import Unreadable
 from loratool.bases.decoded import Decoded
 from loratool.bases.packed import ENTRIES, TWINS, Codec, Setting, Settings
 from loratool.files.checkpoint import Checkpoint
@@ -30,6 +32,8 @@ CODECS: tuple[Codec, ...] = (
     CompressedTensors(),
     ModelOpt(),
     Mxfp4(),
+    Quanto(),
+    Unreadable(),
 )
 
 

@@ -8,15 +8,8 @@ from loratool.bases.packed import Packing
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.layouts.architectures import INPUT_EMBEDDINGS
+from loratool.layouts.fusions import SERVED_AS
 
-# What vLLM makes one layer of: its name → the layers of the checkpoint that are its parts.
-SERVED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
-    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
-    "in_proj_ba": ("in_proj_b", "in_proj_a"),
-}
 EXPERTS = ".experts."
 
 
@@ -33,7 +26,7 @@ def fused_modules(modules: Sequence[str], base: Checkpoint, packed: Collection[s
     found: dict[str, None] = {}
     for module in modules:
         parent, _, leaf = module.rpartition(".")
-        for fused, parts in SERVED.items():
+        for fused, parts in SERVED_AS.items():
             stay = any(f"{parent}.{part}.weight" in packed for part in parts)
             if leaf in parts and not stay and f"{parent}.{fused}.weight" not in base.tensors:
                 found[f"{parent}.{fused}"] = None

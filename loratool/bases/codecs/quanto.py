@@ -1,0 +1,91 @@
+"""quanto of optimum, as `QuantizedModel.save_pretrained` writes it: `X.weight._data` and `X.weight._scale`.
+
+In float32, W = _data · _scale, with int8 or float8 values and a scale for each row (or column, or one for all). Which
+modules are packed is said in `quanto_qmap.json`. Values of 4 and 2 bits (`X.weight._data._data`) lie in groups, and no
+tensor says what shape the weight has, so these are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from loratool.bases.codecs.affine import Affine
+from loratool.bases.codecs.parts import Finder, told
+from loratool.bases.codecs.plain_modules import grown, modules_of
+from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
+from loratool.bases.weights import plain_of
+from loratool.errors import printable
+from loratool.files.checkpoint import Checkpoint
+from loratool.files.safefile import FLOAT_NAMES
+
+VALUES = ".weight._data"
+GROUPED = "._data"  # what comes after it in the names of 4 and 2 bits
+SCALES_OF_ACTIVATIONS = ("input_scale", "output_scale")
+MAP = "quanto_qmap.json"
+LISTED = "modules_to_not_convert"
+WAY_OUT = "save the model with optimum-quanto again, or pass the model before quantisation as BASE"
+
+
+class Quanto(Codec):
+    """quanto's int8 and float8."""
+
+    name, title = "quanto", "quanto"
+
+    def find(self, base: Checkpoint, settings: Settings) -> Packing | None:
+        if settings.method not in ("", "quanto"):
+            return None
+        finder = Finder(base)
+        found: dict[str, Packed] = {}
+        unread: dict[str, str] = {}
+        leftovers: dict[str, list[str]] = {}
+        for name in base.tensors:
+            module, is_packed, rest = name.rpartition(VALUES)
+            if is_packed and not rest and (weight := weight_of(finder, module)) is not None:
+                found[f"{module}.weight"] = weight
+                scales = (f"{module}.{scale}" for scale in SCALES_OF_ACTIVATIONS)
+                leftovers[f"{module}.weight"] = [scale for scale in scales if scale in base.tensors]
+            elif name.endswith(VALUES + GROUPED):
+                unread[name] = "quanto's groups of 4 or 2 bits"
+        finder.refuse(self.title, WAY_OUT)
+        return Packing(found, leftovers, unread) if found or unread else None
+
+    def left_plain(
+        self, setting: Setting, packing: Packing, plain: Collection[str], base: Checkpoint
+    ) -> Mapping[str, Any]:
+        """The map without the modules that are plain (`requantize` of quanto packs those in it), or the list with them."""
+        if setting.file == MAP:
+            gone = set(modules_of(plain))
+            return {module: said for module, said in setting.values.items() if module not in gone}
+        return {**setting.values, LISTED: grown(setting.values.get(LISTED), base, packing, plain)}
+
+
+def weight_of(finder: Finder, module: str) -> Affine | None:
+    """The weight of one module; None where anything of it is wrong, which is noted."""
+    name = f"{module}.weight"
+    if name in finder.base.tensors:
+        finder.note(name, f"is there as well as {printable(module + VALUES)}, and only one of them may be")
+        return None
+    values = finder.part(f"{module}{VALUES}", ["I8", "F8_E4M3", "F8_E5M2"])
+    scale = finder.part(f"{name}._scale", [*FLOAT_NAMES])
+    if values is None or scale is None:
+        return None
+    shape = values.info.shape
+    blocks = scale.info.shape or (1,) * len(shape)
+    if (
+        len(shape) != 2
+        or len(blocks) != 2
+        or any(here not in (1, size) for here, size in zip(blocks, shape, strict=True))
+    ):
+        wanted = f"one scale for each row or column of {list(shape)}, or one for all"
+        finder.note(scale.info.name, f"must hold {wanted}, but it is {told(scale.info)}")
+        return None
+    return Affine(
+        shape=shape,
+        line=shape[1],
+        dtype=plain_dtype(finder.base.config),
+        tensors=(plain_of(finder.base, values.info.name), scale),
+        scheme=f"quanto {'int8' if values.info.dtype == 'I8' else 'float8'}",
+        blocks=blocks,
+        sign="not negative",
+    )

@@ -1,0 +1,102 @@
+"""quanto: decoded rows are the documented formula, and a module that becomes plain leaves the map of packed ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from packed_models import check_rows, open_packed, save_packed
+
+import loratool
+from loratool.bases.weights import Room
+
+Array = NDArray[Any]
+
+MODULE = "model.layers.0.self_attn.q_proj"
+NAME = f"{MODULE}.weight"
+OTHER = "model.layers.0.mlp.up_proj"
+
+
+def tensors_of(module: str, scale: tuple[int, ...]) -> dict[str, Array]:
+    numbers = np.random.default_rng(0)
+    return {
+        f"{module}.weight._data": numbers.integers(-127, 128, (6, 32), np.int8),
+        f"{module}.weight._scale": numbers.random(scale, np.float32),
+        f"{module}.input_scale": np.ones((), np.float32),
+        f"{module}.output_scale": np.ones((), np.float32),
+    }
+
+
+def save_map(folder: Path, *modules: str) -> Path:
+    said = {module: {"weights": "qint8", "activations": "none"} for module in modules}
+    (folder / "quanto_qmap.json").write_text(json.dumps(said))
+    return folder
+
+
+@pytest.mark.parametrize("scale", [(6, 1), (1, 32), (1, 1), ()])
+@pytest.mark.parametrize("dtype", ["int8", "float8"])
+def test_values_are_scaled(tmp_path: Path, scale: tuple[int, ...], dtype: str) -> None:
+    tensors = tensors_of(MODULE, scale)
+    as_tensors = {name: torch.from_numpy(np.array(value)) for name, value in tensors.items()}
+    if dtype == "float8":
+        as_tensors[f"{NAME}._data"] = as_tensors[f"{NAME}._data"].float().to(torch.float8_e4m3fn)
+    values, factors = as_tensors[f"{NAME}._data"].float().numpy(), np.broadcast_to(tensors[f"{NAME}._scale"], (6, 32))
+    wanted = np.array([[v * f for v, f in zip(*rows, strict=True)] for rows in zip(values, factors, strict=True)])
+    check_rows(save_map(save_packed(tmp_path / "base", as_tensors, None), MODULE), NAME, wanted)
+
+
+def test_a_plain_module_leaves_the_map_and_its_other_scales_go(tmp_path: Path) -> None:
+    tensors = {**tensors_of(MODULE, (6, 1)), **tensors_of(OTHER, (6, 1))}
+    base = open_packed(save_map(save_packed(tmp_path / "base", tensors, None), MODULE, OTHER))
+    assert base.codec is not None
+    (place,) = base.settings.places
+    said = base.codec.left_plain(place, base.packing, [NAME], base)
+    assert said == {OTHER: {"weights": "qint8", "activations": "none"}}
+    assert base.left_over([NAME]) == {f"{MODULE}.input_scale", f"{MODULE}.output_scale"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        (
+            "weight._scale",
+            np.ones((5, 1), np.float32),
+            "one scale for each row or column of [6, 32], or one for all, but",
+        ),
+        ("weight._scale", None, "weight._scale: must be F64 or F32 or F16 or BF16, but it is missing"),
+        ("weight._data", np.ones((6, 32), np.int32), "weight._data: must be I8 or F8_E4M3 or F8_E5M2, but it is I32"),
+        (
+            "weight",
+            np.ones((6, 32), np.float32),
+            "weight: is there as well as model.layers.0.self_attn.q_proj.weight._d",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(tmp_path: Path, name: str, value: Array | None, problem: str) -> None:
+    tensors = tensors_of(MODULE, (6, 1))
+    tensors.pop(f"{MODULE}.{name}", None)
+    if value is not None:
+        tensors[f"{MODULE}.{name}"] = value
+    with pytest.raises(loratool.InputError) as caught:
+        open_packed(save_map(save_packed(tmp_path / "base", {**tensors, **broken()}, None)))
+    assert problem in str(caught.value)
+    assert f"{OTHER}.weight._scale: must be F64" in str(caught.value)
+
+
+def broken() -> dict[str, Array]:
+    tensors = tensors_of(OTHER, (6, 1))
+    tensors.pop(f"{OTHER}.weight._scale")
+    return tensors
+
+
+@pytest.mark.parametrize(("wrong", "problem"), [(np.nan, "NaN or infinite"), (-1, "negative")])
+def test_scales_that_no_quantiser_writes_are_told(tmp_path: Path, wrong: float, problem: str) -> None:
+    tensors = tensors_of(MODULE, (6, 1))
+    tensors[f"{NAME}._scale"][2] = wrong
+    weight = open_packed(save_packed(tmp_path / "base", tensors, None)).weights[NAME]
+    assert weight.check(Room()) == f"{NAME}._scale: 1 of 6 values are {problem}"
