@@ -227,11 +227,11 @@ def weight_of(
     name = f"{module}.weight"
     packed, plain = parts.get("weight_packed"), parts.get("weight")
     if plain is not None and (packed is not None or plain.dtype in FLOAT_NAMES):
-        other = f"{module}.{next(part for part in parts if part != 'weight')}"
-        finder.note(name, f"is {told(plain)}, but {printable(other)} is there as well: plain or packed?")
+        other = f"{module}.{next(ending for ending in ENDINGS if ending in parts)}"
+        finder.note(name, f"is {told(plain)}, but {printable(other)} exists too: it must be either plain or packed")
         return None
     if packed is None and plain is None:
-        there = printable(f"{module}.{next(iter(parts))}")
+        there = printable(f"{module}.{next(ending for ending in ENDINGS if ending in parts)}")
         finder.note(f"{name}_packed", f"is missing, but {there} is there")
         return None
     if not schemes:

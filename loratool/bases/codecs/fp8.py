@@ -59,7 +59,9 @@ class Fp8(Codec):
                 if weight is not None:
                     found[name] = weight
             elif info.dtype in FLOAT_NAMES and len(info.shape) > 1 and (scales := scales_of(base, name)):
-                finder.note(name, f"is {told(info)}, but {printable(scales)} is there as well: plain or packed?")
+                finder.note(
+                    name, f"is {told(info)}, but {printable(scales)} exists too: it must be either plain or packed"
+                )
         note_unlisted(finder, found, lambda modules: listed(settings, modules), LISTS[0])
         finder.refuse(self.title, WAY_OUT)
         return Packing(found, leftovers(base, found, LEFTOVERS))

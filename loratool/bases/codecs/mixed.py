@@ -35,7 +35,9 @@ def note_unlisted(
         if name.removesuffix(".weight") not in named:
             scheme = found[next(other for other in found if template_of(other)[0] == template_of(name)[0])].scheme
             said = told(finder.base.tensors[name])
-            finder.note(name, f"is {said}, but by the config it is packed ({scheme}): {where} does not name it")
+            finder.note(
+                name, f"is {said}, but the config says that it is packed ({scheme}): it is missing from {where}"
+            )
 
 
 def stacks_left(packing: Packing, plain: Collection[str]) -> list[str]:

@@ -93,7 +93,9 @@ class ModelOpt(Codec):
                 if weight is not None:
                     found[name] = weight
             elif info.dtype in FLOAT_NAMES and scales:
-                finder.note(name, f"is {told(info)}, but {printable(scales.name)} is there as well: plain or packed?")
+                finder.note(
+                    name, f"is {told(info)}, but {printable(scales.name)} exists too: it must be either plain or packed"
+                )
         note_unlisted(finder, found, lambda modules: in_lists(settings, modules), "ignore")
         finder.refuse(self.title, WAY_OUT)
         return Packing(found, leftovers(base, found, LEFTOVERS))

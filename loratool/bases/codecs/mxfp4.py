@@ -112,7 +112,9 @@ class Mxfp4(Codec):
             if whole != name and f"{whole}_blocks" not in base.tensors:
                 finder.note(f"{whole}_blocks", f"is missing, but {printable(name)} is there")
             if info.dtype in FLOAT_NAMES and name in found:
-                finder.note(name, f"is {told(info)}, but {printable(name)}_blocks is there as well: plain or packed?")
+                finder.note(
+                    name, f"is {told(info)}, but {printable(name)}_blocks exists too: it must be either plain or packed"
+                )
         finder.refuse(self.title, WAY_OUT)
         return Packing(found)
 
