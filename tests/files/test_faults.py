@@ -22,7 +22,6 @@ from tree_digests import root_of
 
 OUT, PARTIAL = "out", "out.partial"
 LAST_FILE = "fsync(out.partial/model/loratool.json)"
-KILLS = ("killed before", "killed after", "torn")
 
 
 @dataclass
@@ -85,7 +84,12 @@ class Scene:
             found.append(f"left over: {self.names()}")
         left = sorted(picture(self.root / PARTIAL))
         worth_keeping = mode.startswith("SIGINT") and any(name.endswith(".safetensors") for name in left)
-        if mode not in KILLS and PARTIAL in self.names() and not worth_keeping and not excuses(outcome.hit, left, mode):
+        if (
+            mode not in faults.KILLS
+            and PARTIAL in self.names()
+            and not worth_keeping
+            and not excuses(outcome.hit, left, mode)
+        ):
             found.append(f"left in OUT.partial: {left}")
         if picture(self.base.parent) != self.inputs:
             found.append("an input was changed")
@@ -107,7 +111,7 @@ class Scene:
 
 
 def expected_codes(mode: Mode) -> tuple[int, ...]:
-    if mode in KILLS:
+    if mode in faults.KILLS:
         return (-9,)
     if mode.startswith("SIGINT"):
         return (130,)
@@ -275,7 +279,7 @@ def test_without_an_exchange_of_names_the_old_output_is_still_never_lost(overwri
             if state in put_right:
                 continue
             put_right.add(state)
-            if mode in (*KILLS, "ENOSPC for good") and not (scene.root / OUT).exists():
+            if mode in (*faults.KILLS, "ENOSPC for good") and not (scene.root / OUT).exists():
                 refused = scene.merge("--overwrite", fault=Fault("ENOSPC", 1, path=".safetensors"), exchange=False)
                 found += [f"the next run, which cannot write, ends with {refused.code}"] * (refused.code != 6)
             out = picture(scene.root / OUT)

@@ -2,10 +2,11 @@
 
     outcome = merge(arguments, root=where_the_output_goes, fault=Fault("ENOSPC", 7), scratch=tmp_path)
 
-Everything loratool writes goes through `os.*`, and through `C_FUNCTIONS` by way of ctypes. The child replaces
+Everything loratool writes goes through `os.*`, and through `C_FUNCTIONS` by way of ctypes. The copy replaces
 those functions with counting ones: one counter for all threads, and only calls below `root` count; for an
-interrupt, the starts of threads do too. Also here: a small model and adapter to merge, and pictures of
-folders to compare.
+interrupt, the starts of threads do too. A job of `side_by_side` is in a copy already, where merge after merge
+runs in one process, as in a notebook, whatever goes wrong in them; only what kills forks again. Also here: a
+small model and adapter to merge, and pictures of folders to compare.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +48,8 @@ Mode = Literal[
     "SIGINT",  # as from Ctrl-C, just before the call
     "SIGINT, slowly",  # and then the call takes its time in its thread, and the process lives on like a notebook
 ]
+
+KILLS = ("killed before", "killed after", "torn")
 
 # Which argument says what a call touches: a path, or a descriptor opened before.
 TARGETS: dict[str, tuple[int, ...]] = {
@@ -140,6 +143,7 @@ class Injector:
         self.calls: list[Call] = []
         self.opened: list[str] = []
         self.paths: dict[int, str] = {}  # of open descriptors
+        self.replaced: list[tuple[Any, str, Any]] = []
 
     def install(self) -> None:
         real_open, real_close, real_cdll, injector = os.open, os.close, ctypes.CDLL, self
@@ -172,10 +176,16 @@ class Injector:
             self.replace(module, name, originals[value])
         self.replace(ctypes, "CDLL", Library)
         self.replace(threading.Thread, "start", self.thread_start(threading.Thread.start))
-        sys.addaudithook(self.watch)
+        at_work.append(self)
+        listen()
 
-    @staticmethod
-    def replace(module: Any, name: str, value: Any) -> None:
+    def uninstall(self) -> None:
+        at_work.remove(self)
+        for module, name, value in reversed(self.replaced):
+            setattr(module, name, value)
+
+    def replace(self, module: Any, name: str, value: Any) -> None:
+        self.replaced.append((module, name, getattr(module, name)))
         setattr(module, name, value)
 
     def watch(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -263,6 +273,20 @@ class Injector:
         return hit, hit or (self.count > self.fault.at and self.fault.mode.endswith("for good"))
 
 
+at_work: list[Injector] = []
+
+
+@cache
+def listen() -> None:
+    """Tell the injector at work what Python says of files; a process cannot undo this."""
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        for injector in at_work:
+            injector.watch(event, arguments)
+
+    sys.addaudithook(watch)
+
+
 @cache
 def names_of(functions: tuple[Any, ...]) -> list[tuple[Any, str, Any]]:
     """Where modules of the package have these under names of their own, as `send = os.fsync` does."""
@@ -312,37 +336,49 @@ def shortened(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
             raise NotImplementedError(f"{name} is new here: say how it falls short")
 
 
+copied: list[int] = []  # what this process is a forked copy of
+
+
+def fork(work: Callable[[], object]) -> int:
+    """A copy of this process that does some work and ends."""
+    warm_up()
+    tests = os.getpid()
+    if process := os.fork():
+        return process
+    try:
+        gc.freeze()
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+        copied.append(tests)
+        work()
+    except BaseException:
+        os.write(2, traceback.format_exc().encode())
+        os._exit(99)
+    os._exit(0)
+
+
 def merge(
     arguments: Sequence[str], root: Path, scratch: Path, fault: Fault | None = None, exchange: bool = True
 ) -> Outcome:
-    """`loratool ARGUMENTS` in a forked copy of this process, with a fault below `root`; `scratch` lies elsewhere.
+    """`loratool ARGUMENTS` with a fault below `root`, in a forked copy; `scratch` lies elsewhere.
 
     `exchange=False` is a system without `renameat2`.
     """
-    files = Files(scratch / "hit", scratch / "log", scratch / "output", scratch / "errors")
-    for path in vars(files).values():
-        path.write_bytes(b"")
-    warm_up()
-    process = os.fork()
-    if not process:
-        code = 99
-        try:
-            code = child(arguments, Injector(root, fault, exchange), files)
-        except BaseException:
-            os.write(2, traceback.format_exc().encode())
-        finally:
-            os._exit(code)
-    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    hit = files.hit.read_text()
-    seen = json.loads(files.log.read_text() or '{"calls": [], "opened": []}')
-    return Outcome(
-        status,
-        as_call(json.loads(hit)) if hit else None,
-        files.output.read_text(),
-        files.errors.read_text(),
-        tuple(map(as_call, seen["calls"])),
-        tuple(seen["opened"]),
-    )
+    injector, ending = Injector(root, fault, exchange), scratch / "ending"
+    if copied and not (fault and fault.mode in KILLS):
+        return run_with(injector, arguments, scratch)
+    for name in ("output", "errors", "hit"):
+        (scratch / name).write_bytes(b"")
+    process = fork(lambda: ending.write_text(json.dumps(asdict(run_with(injector, arguments, scratch)))))
+    if status := os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]):
+        return Outcome(status, hit_in(scratch), "", (scratch / "errors").read_text(), (), ())
+    told = json.loads(ending.read_text())
+    calls = tuple(map(as_call, told["calls"]))
+    return Outcome(**{**told, "hit": hit_in(scratch), "calls": calls, "opened": tuple(told["opened"])})
+
+
+def hit_in(scratch: Path) -> Call | None:
+    text = (scratch / "hit").read_text()
+    return as_call(json.loads(text)) if text else None
 
 
 @cache
@@ -358,28 +394,18 @@ def warm_up() -> None:
     names_of(tuple(dict.fromkeys(real for name in TARGETS if (real := getattr(os, name, None)) is not None)))
 
 
-@dataclass(frozen=True)
-class Files:
-    """What the child leaves for its parent to read."""
-
-    hit: Path
-    log: Path
-    output: Path
-    errors: Path
-
-
-def child(arguments: Sequence[str], injector: Injector, files: Files) -> int:
-    gc.freeze()
-    signal.alarm(60)  # a child that hangs ends, with status -14
+def run_with(injector: Injector, arguments: Sequence[str], scratch: Path) -> Outcome:
+    """`loratool ARGUMENTS` in this process, whose stdout and stderr become files."""
+    signal.alarm(60)  # one that hangs ends with status -14
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.dup2(os.open(files.output, os.O_WRONLY), 1)
-    os.dup2(os.open(files.errors, os.O_WRONLY), 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-    hit, write = os.open(files.hit, os.O_WRONLY), os.write
+    opened = [os.open(scratch / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for name in ("output", "errors", "hit")]
+    for number, descriptor in enumerate(opened[:2], 1):
+        os.dup2(descriptor, number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+    write = os.write
 
     def note(call: Call) -> None:
-        write(hit, json.dumps(asdict(call)).encode())
+        write(opened[2], json.dumps(asdict(call)).encode())
 
     injector.on_hit = note
     injector.install()
@@ -387,12 +413,17 @@ def child(arguments: Sequence[str], injector: Injector, files: Files) -> int:
         code = cli.run(list(arguments))
     except KeyboardInterrupt:
         code = 130
-    if injector.fault is not None and injector.fault.mode == "SIGINT, slowly":
-        time.sleep(0.3)
+    finally:
+        if injector.fault is not None and injector.fault.mode == "SIGINT, slowly":
+            time.sleep(0.3)
+        injector.uninstall()
+        signal.alarm(0)
     sys.stdout.flush()
     sys.stderr.flush()
-    files.log.write_text(json.dumps({"calls": [asdict(call) for call in injector.calls], "opened": injector.opened}))
-    return code
+    for descriptor in opened:
+        os.close(descriptor)
+    output, errors = (scratch / "output").read_text(), (scratch / "errors").read_text()
+    return Outcome(code, hit_in(scratch), output, errors, tuple(injector.calls), tuple(injector.opened))
 
 
 def as_call(table: dict[str, Any]) -> Call:
@@ -402,19 +433,17 @@ def as_call(table: dict[str, Any]) -> Call:
 def side_by_side(jobs: Sequence[Callable[[], list[str]]], scratch: Path) -> list[str]:
     """What all jobs found, each of them worked in a forked copy of this process; one that fails has found that."""
     results = [scratch / f"job-{number}" for number in range(len(jobs))]
-    processes: list[int] = []
-    for job, result in zip(jobs, results, strict=True):
-        process = os.fork()
-        if not process:
-            try:
-                found = job()
-            except BaseException:
-                found = [traceback.format_exc()]
-            result.write_text(json.dumps(found))
-            os._exit(0)
-        processes.append(process)
+
+    def work(job: Callable[[], list[str]], result: Path) -> None:
+        try:
+            found = job()
+        except BaseException:
+            found = [traceback.format_exc()]
+        result.write_text(json.dumps(found))
+
+    processes = [fork(partial(work, job, result)) for job, result in zip(jobs, results, strict=True)]
     for process in processes:
-        os.waitpid(process, 0)
+        assert os.waitpid(process, 0)[1] == 0
     return [problem for result in results for problem in json.loads(result.read_text())]
 
 
