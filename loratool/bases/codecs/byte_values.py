@@ -43,6 +43,14 @@ def e8m0(packed: Tensor) -> Tensor:
     return powers(packed.device).index_select(0, packed.reshape(-1).int()).view(packed.shape)
 
 
+def by_rows(packed: Tensor) -> Tensor:
+    """(rows, n) of uint8, two columns a byte → (⌈rows/2⌉, 2n), two rows a byte; the low nibble is the first one."""
+    packed = torch.nn.functional.pad(packed, (0, 0, 0, len(packed) % 2))
+    first, second = packed[::2], packed[1::2]
+    columns = (first & 15) | (second << 4), (first >> 4) | (second & 0xF0)
+    return torch.stack(columns, 2).view(len(first), -1)
+
+
 def bit_fields(packed: Tensor, bits: int) -> Tensor:
     """(n, bytes) of uint8 → (n, fields) of uint8: fields of `bits` that lie one after the other, the lowest bits first.
 

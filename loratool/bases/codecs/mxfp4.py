@@ -16,9 +16,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loratool.bases.codecs.byte_values import E2M1, e8m0, looked_up
+from loratool.bases.codecs.byte_values import E2M1, by_rows, e8m0, nibbles
 from loratool.bases.codecs.mixed import stacks_left, with_entries
-from loratool.bases.codecs.parts import Finder, told
+from loratool.bases.codecs.parts import Finder, in_blocks, told
 from loratool.bases.codecs.plain_modules import modules_of
 from loratool.bases.codecs.scaled import wrong
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
@@ -30,8 +30,6 @@ from loratool.lazy import Tensor, torch
 
 BLOCK = 32
 LIST = "modules_to_not_convert"
-LOW = tuple(E2M1[byte & 15] for byte in range(256))
-HIGH = tuple(E2M1[byte >> 4] for byte in range(256))
 WAY_OUT = "download the model again, or pass the model before quantisation as BASE"
 
 
@@ -70,24 +68,22 @@ class TurnedExperts(Packed):
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def turned(self, expert: int, device: torch.device, room: Room) -> tuple[Tensor, Tensor]:
-        """The bytes of an expert's values as (columns/2, rows), and of its scales as (columns/32, rows)."""
+        """An expert as its plain weight lies: values (columns, ⌈rows/2⌉), two rows a byte; scales (columns/32, rows)."""
         parts = []
         for tensor in self.tensors:
             size = tensor.info.nbytes // tensor.info.shape[0]
             raw = Room(room.sources).read(tensor, expert * size, size, device)
-            parts.append(raw.view(self.line, -1).T.contiguous())
-        return parts[0], parts[1]
+            parts.append(raw.view(self.line, -1))
+        return by_rows(parts[0]).T.contiguous(), parts[1].T.contiguous()
 
     def decode_lines(self, values: Tensor, scales: Tensor, start: int, stop: int) -> Tensor:
         """Lines `start` … `stop` of an expert, (stop − start, line) of float32."""
-        top, bottom = start // 2, -(-stop // 2)
-        decoded = torch.empty(bottom - top, 2, self.line, device=values.device)
-        decoded[:, 0] = looked_up(values[top:bottom], LOW)
-        decoded[:, 1] = looked_up(values[top:bottom], HIGH)
-        rows = decoded.view(-1, self.line)[start - 2 * top :][: stop - start]
-        blocks = torch.arange(start, stop, device=values.device) // BLOCK
-        first = start // BLOCK
-        return rows.mul_(e8m0(scales[first : (stop - 1) // BLOCK + 1])[blocks - first])
+        decoded = nibbles(values[start:stop], E2M1)
+        decoded = decoded if decoded.shape[1] == self.line else decoded[:, : self.line].contiguous()
+        powers = e8m0(scales[start // BLOCK : (stop - 1) // BLOCK + 1])
+        for lines, blocks in in_blocks(decoded.view(-1), start * self.line, BLOCK * self.line):
+            lines.view(len(lines), -1, self.line).mul_(powers[blocks, None])
+        return decoded
 
     def check(self, room: Room) -> str:
         return wrong(self.tensors[1], room)

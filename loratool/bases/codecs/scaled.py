@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from loratool.adapters.adapter import StoredTensor
+from loratool.bases.codecs.bit_fields import unpacked
 from loratool.bases.codecs.byte_values import OFFSET_INT4, bit_fields, e4m3, e8m0, nibbles
 from loratool.bases.codecs.parts import held, read_whole, wrong_scales
 from loratool.bases.packed import Packed
@@ -31,7 +32,7 @@ class Numbers:
 
     title: str  # such as "int4"
     floats: Callable[[Tensor], Tensor]  # (lines, bytes) of uint8 → (lines, numbers) of float32, perhaps some more
-    paired: bool = False  # a byte holds numbers of two lines, the low nibble that of the first
+    paired: bool = False  # a byte holds numbers of two lines, the low nibble that of the first, not of two columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +74,7 @@ class Scaled(Packed):
         raw = room.read(values, top * width, (bottom - top) * width, device)
         found = self.numbers.floats(raw.view(-1, width))
         if self.numbers.paired:
-            above_below = found.view(-1, width, 2).transpose(1, 2).contiguous().view(-1, width)
-            return above_below[first - top * pair :][:count]
+            found = found.view(-1, width, 2).transpose(1, 2).contiguous().view(-1, width)[first - top * pair :][:count]
         return found if found.shape[1] == self.line else found[:, : self.line].contiguous()
 
     def read_scales(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
@@ -204,7 +204,8 @@ def offset_integers(packed: Tensor, bits: int) -> Tensor:
         return nibbles(packed, OFFSET_INT4)
     if bits == 8:
         return packed.bitwise_xor(128).view(torch.int8).float()
-    return bit_fields(packed, bits).float().sub_(1 << bits - 1)
+    fields = unpacked(packed, bits) if bits < 4 and packed.shape[1] % bits == 0 else bit_fields(packed, bits)
+    return fields.float().sub_(1 << bits - 1)
 
 
 def fits(found: tuple[int, ...], matrices: tuple[int, ...], rows: int, line: int, block: tuple[int, int]) -> bool:
