@@ -104,6 +104,51 @@ class Packed:
         return self if shape == self.shape else dataclasses.replace(self, shape=shape)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Requantizable(Packed):
+    """A packed weight whose values can be packed anew, into tensors of the same names, dtypes and shapes.
+
+    `tensors[0]` holds the values, the others are its *parameters*, such as scales: by name, as they are stored. Values go
+    back to the nearest ones that the parameters give, which are the base's own or new ones, made of all the values:
+
+        own = weight.parameters(room)
+        new = weight.new_parameters(torch.cat([weight.measure(lines) for lines in …]), own)
+        packed = weight.encode(lines, first, own or new)            # bytes for `tensors[0]`
+        weight.decode_packed(packed, first, count, own or new)      # what `decode` will give of them
+
+    Lines come `together` at a time, or several times as many, but for the last ones. Any thread may call, on any device.
+    """
+
+    @property
+    def together(self) -> int:
+        """Lines that are packed together, as a block or a byte may hold values of several."""
+        return 1
+
+    @abstractmethod
+    def parameters(self, room: Room) -> Mapping[str, Tensor]:
+        """The base's own, of all tensors but the first, on the CPU in their dtypes and shapes on disk."""
+
+    @abstractmethod
+    def measure(self, values: Tensor) -> Tensor:
+        """What new parameters need to know of some lines of float32: (a number for each line, or for each block, …)."""
+
+    @abstractmethod
+    def new_parameters(self, measured: Tensor, own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The parameters with which all of the lines lose least, of what was measured of them, in order."""
+
+    @abstractmethod
+    def encode(self, values: Tensor, first: int, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Lines of float32 from line `first` on → (bytes,) of uint8, line after line."""
+
+    @abstractmethod
+    def decode_packed(self, packed: Tensor, first: int, count: int, parameters: Mapping[str, Tensor]) -> Tensor:
+        """What `encode` gave, as (count, line) of float32: the same bits that `decode` reads from an output."""
+
+    def laid_out(self, packed: Tensor) -> Tensor:
+        """The bytes of all lines, as they lie in `tensors[0]`: in the same order, but where lines are columns on disk."""
+        return packed
+
+
 @dataclass(frozen=True)
 class Packing:
     """What a codec found in a checkpoint."""

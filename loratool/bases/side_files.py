@@ -197,7 +197,8 @@ def packing_edits(base: Checkpoint, plain: Collection[str]) -> list[ConfigEdit]:
 
 def left_plain(base: Decoded, setting: Setting, plain: Collection[str]) -> Mapping[str, Any]:
     assert base.codec is not None, "a codec has found the packed weights"
-    return base.codec.left_plain(setting, base.packing, plain, base)
+    in_order = [name for name in base.weights if name in plain]  # that of the files, so that outputs are reproducible
+    return base.codec.left_plain(setting, base.packing, in_order, base)
 
 
 def dtype_edits(config: Mapping[str, Any], dtype: str) -> list[ConfigEdit]:

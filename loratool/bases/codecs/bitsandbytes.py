@@ -28,6 +28,9 @@ from loratool.bases.codecs.parts import (
     held,
     in_blocks,
     is_count,
+    largest_in_blocks,
+    nearest,
+    read_parameters,
     read_range,
     read_whole,
     shown,
@@ -36,7 +39,7 @@ from loratool.bases.codecs.parts import (
 )
 from loratool.bases.codecs.plain_modules import grown
 from loratool.bases.codecs.turned import Turned
-from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
+from loratool.bases.packed import Codec, Packed, Packing, Requantizable, Setting, Settings, plain_dtype
 from loratool.bases.weights import Plain, Room
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
@@ -72,27 +75,27 @@ class Statistics:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FourBit(Packed):
+class FourBit(Requantizable):
     """A weight of 4 bits a value. `tensors`: values, absmax, quant_map, JSON, and nested_absmax, nested_quant_map."""
 
     statistics: Statistics
 
     def decode(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
         start, stop = first * self.line, (first + count) * self.line
-        odd = start % 2  # a line may begin in the middle of a byte
         raw = room.read(self.tensors[0], start // 2, (stop + 1) // 2 - start // 2, device)
-        pairs = held("pairs", device, room, lambda: self.pairs(room))
-        values = pairs.index_select(0, raw.int()).view(torch.float32)[odd : odd + stop - start]
+        pairs = held("pairs", device, room, lambda: pairs_of(read_whole(self.tensors[2], room)))
         block = self.statistics.block
         absmax = self.absmax(start // block, -(-stop // block), device, room)
-        for part, which in in_blocks(values, start, block):
+        return self.scaled(raw, first, count, pairs, absmax)
+
+    def scaled(self, raw: Tensor, first: int, count: int, pairs: Tensor, absmax: Tensor) -> Tensor:
+        """Lines out of the bytes that hold them. `absmax` are those of their blocks."""
+        start, size = first * self.line, count * self.line
+        values = pairs.index_select(0, raw.int()).view(torch.float32)
+        values = values[start % 2 :][:size]  # a line may begin in the middle of a byte
+        for part, which in in_blocks(values, start, self.statistics.block):
             part.mul_(absmax[which, None])
         return values.view(count, self.line)
-
-    def pairs(self, room: Room) -> Tensor:
-        """The two values of each byte, as the bits of one number of 64 bits: one look-up gives both."""
-        values = read_whole(self.tensors[2], room)
-        return torch.stack([values.repeat_interleave(16), values.repeat(16)], 1).view(torch.int64).flatten()
 
     def absmax(self, first: int, stop: int, device: torch.device, room: Room) -> Tensor:
         """Those of blocks `first` … `stop`."""
@@ -101,6 +104,10 @@ class FourBit(Packed):
             return absmax
         table = held("nested_quant_map", device, room, lambda: read_whole(self.tensors[5], room))
         outer = held("nested_absmax", device, room, lambda: read_whole(self.tensors[4], room))
+        return self.unnested(absmax, first, outer, table)
+
+    def unnested(self, absmax: Tensor, first: int, outer: Tensor, table: Tensor) -> Tensor:
+        """The statistics of blocks from block `first` on, out of their bytes."""
         block = self.statistics.nested_block
         values = table.index_select(0, absmax.int())
         for part, which in in_blocks(values, first, block):
@@ -115,18 +122,93 @@ class FourBit(Packed):
         found = [wrong_scales(scales, room, "not negative"), *(wrong_scales(each, room) for each in maps)]
         return next(filter(None, found), "")
 
+    @property
+    def together(self) -> int:
+        return self.statistics.block // math.gcd(self.statistics.block, self.line)
+
+    def parameters(self, room: Room) -> Mapping[str, Tensor]:
+        return read_parameters(self.tensors[1:], room)
+
+    def measure(self, values: Tensor) -> Tensor:
+        """The largest magnitude in each block."""
+        return largest_in_blocks(values, self.statistics.block)
+
+    def new_parameters(self, measured: Tensor, own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The largest magnitudes; nested ones as bytes of the base's own map, around its own offset."""
+        absmax, _, _, *nested = (tensor.info.name for tensor in self.tensors[1:])
+        measured = measured.cpu()
+        if not nested:
+            return {**own, absmax: measured}
+        block = self.statistics.nested_block
+        centred = measured - self.statistics.offset
+        outer = largest_in_blocks(centred, block)
+        for part, which in in_blocks(centred, 0, block):
+            part.div_(outer[which, None])
+        return {**own, absmax: nearest(centred, own[nested[1]]), nested[0]: outer}
+
+    def encode(self, values: Tensor, first: int, parameters: Mapping[str, Tensor]) -> Tensor:
+        start, stop = first * self.line, first * self.line + values.numel()
+        flat = values.flatten().clone()
+        absmax = self.absmax_of(parameters, start, stop, values.device)
+        for part, which in in_blocks(flat, start, self.statistics.block):
+            part.div_(absmax[which, None])
+        codes = nearest(flat, parameters[self.tensors[2].info.name].to(values.device))
+        if codes.numel() % 2:
+            codes = torch.cat([codes, codes.new_zeros(1)])
+        return codes[::2].bitwise_left_shift(4).bitwise_or_(codes[1::2])
+
+    def decode_packed(self, packed: Tensor, first: int, count: int, parameters: Mapping[str, Tensor]) -> Tensor:
+        pairs = pairs_of(parameters[self.tensors[2].info.name]).to(packed.device)
+        absmax = self.absmax_of(parameters, first * self.line, (first + count) * self.line, packed.device)
+        return self.scaled(packed, first, count, pairs, absmax)
+
+    def absmax_of(self, parameters: Mapping[str, Tensor], start: int, stop: int, device: torch.device) -> Tensor:
+        """The statistics of the blocks of values `start` … `stop`."""
+        absmax, _, _, *nested = (parameters[tensor.info.name].to(device) for tensor in self.tensors[1:])
+        first = start // self.statistics.block
+        some = absmax[first : -(-stop // self.statistics.block)]
+        return self.unnested(some, first, *nested) if nested else some
+
+
+def pairs_of(values: Tensor) -> Tensor:
+    """The two values of each byte, as the bits of one number of 64 bits: one look-up gives both."""
+    return torch.stack([values.repeat_interleave(16), values.repeat(16)], 1).view(torch.int64).flatten()
+
 
 @dataclass(frozen=True, kw_only=True)
-class Int8(Packed):
+class Int8(Requantizable):
     """A matrix of int8, with the largest magnitude of each row. `tensors`: values, SCB, perhaps weight_format."""
 
     def decode(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
         raw = room.read(self.tensors[0], first * self.line, count * self.line, device)
-        largest = read_range(self.tensors[1], first, first + count, device, room)
+        return self.scaled(raw, count, read_range(self.tensors[1], first, first + count, device, room))
+
+    def scaled(self, raw: Tensor, count: int, largest: Tensor) -> Tensor:
+        """Lines out of their bytes, and the largest magnitude of each."""
         return raw.view(torch.int8).view(count, self.line).float().mul_(largest[:, None]).mul_(OF_127)
 
     def check(self, room: Room) -> str:
         return wrong_scales(self.tensors[1], room, "not negative")
+
+    def parameters(self, room: Room) -> Mapping[str, Tensor]:
+        return read_parameters(self.tensors[1:], room)
+
+    def measure(self, values: Tensor) -> Tensor:
+        return values.abs().amax(1)
+
+    def new_parameters(self, measured: Tensor, own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {**own, self.tensors[1].info.name: measured.cpu()}
+
+    def encode(self, values: Tensor, first: int, parameters: Mapping[str, Tensor]) -> Tensor:
+        steps = values * (127 / self.largest_of(parameters, first, len(values), values.device)[:, None])
+        codes = steps.nan_to_num_(0.0).round_().clamp_(-127, 127).to(torch.int8)  # 0 / 0 in a row of zeros
+        return codes.flatten().view(torch.uint8)
+
+    def decode_packed(self, packed: Tensor, first: int, count: int, parameters: Mapping[str, Tensor]) -> Tensor:
+        return self.scaled(packed, count, self.largest_of(parameters, first, count, packed.device))
+
+    def largest_of(self, parameters: Mapping[str, Tensor], first: int, count: int, device: torch.device) -> Tensor:
+        return parameters[self.tensors[1].info.name][first : first + count].to(device)
 
 
 class BitsAndBytes(Codec):

@@ -5,7 +5,7 @@ What all kinds of packed weights share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeGuard
 
@@ -73,6 +73,11 @@ def read_whole(tensor: StoredTensor, room: Room) -> Tensor:
     return read_range(tensor, 0, tensor.info.elements, torch.device("cpu"), room).view(tensor.info.shape)
 
 
+def read_parameters(tensors: Iterable[StoredTensor], room: Room) -> dict[str, Tensor]:
+    """Small tensors by name, as `read_whole` reads them."""
+    return {tensor.info.name: read_whole(tensor, room) for tensor in tensors}
+
+
 def held(name: str, device: torch.device, room: Room, make: Callable[[], Tensor]) -> Tensor:
     """What `make` makes on the CPU, worked out once for a weight and kept on `device`, ready on each of its streams."""
     return room.held.of((name, device), lambda: make().to(device))
@@ -121,3 +126,22 @@ def in_turns(values: Tensor, start: int, groups: int) -> Iterator[tuple[Tensor, 
         yield values[head : head + whole * groups].view(-1, groups), slice(None)
     if rest := values.numel() - head - whole * groups:
         yield values[head + whole * groups :].view(1, -1), slice(rest)
+
+
+def nearest(values: Tensor, table: Tensor) -> Tensor:
+    """Values → the number of the entry of `table`, (n,) in any order, that is nearest, as uint8; of NaN, that of 0."""
+    order = table.argsort()
+    between = table[order].double()
+    middles = ((between[1:] + between[:-1]) / 2).float()
+    found = torch.bucketize(values.nan_to_num(0.0), middles, out_int32=True)
+    return order.to(torch.uint8).index_select(0, found.flatten()).view(values.shape)
+
+
+def largest_in_blocks(values: Tensor, block: int) -> Tensor:
+    """The largest magnitude in each block of so many values, numbered row by row, (blocks,); the last may be cut."""
+    flat = values.flatten()
+    whole = flat.numel() // block
+    found = [flat[: whole * block].view(-1, block).abs().amax(1)]
+    if whole * block < flat.numel():
+        found.append(flat[whole * block :].abs().amax(0, keepdim=True))
+    return torch.cat(found)
