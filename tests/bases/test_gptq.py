@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from packed_grouped import Grouped, gptq_values
 from packed_models import open_packed, save_packed
+from quantised_models import MATRICES
 
 from loratool.bases.codecs import decoded
 from loratool.bases.opening import open_checkpoint
@@ -124,6 +125,14 @@ def test_three_bit_zero_points_of_0_are_taken_modulo_8(tmp_path: Path) -> None:
     assert not packed.drawn[1].all()
     folder = save_packed(tmp_path / "base", packed.gptq(MODULE), said(3, meta={"quantizer": ["gptqmodel:5.0.0"]}))
     check_rows(folder, NAME, packed.values())
+
+
+@pytest.mark.parametrize("family", MATRICES)
+def test_models_as_tools_write_them_are_decoded(tmp_path: Path, family: str) -> None:
+    made = MATRICES[family]({f"{LAYER}{name}.weight": torch.randn(32, 96) for name in ("up_proj", "down_proj")})
+    folder = save_packed(tmp_path / "base", made.tensors, made.config)
+    for name, values in made.values.items():
+        check_rows(folder, name, values.numpy())
 
 
 def test_dynamic_rules_change_single_modules_and_the_first_that_matches_counts(tmp_path: Path) -> None:

@@ -334,6 +334,88 @@ def gpt_oss(weights: Weights) -> Quantised:
     return made
 
 
+AWQ_OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)  # of the eight in a word of AWQ, from the lowest four bits on
+
+
+def in_grid(values: Array, group: int, bits: int, *, symmetric: bool) -> tuple[Array, Array, Array]:
+    """Unsigned integers, (groups, rows) of float16 scales and of zero points, by each group's smallest and largest value."""
+    top = 2**bits - 1
+    parts = values.reshape(len(values), -1, group)
+    high, low = np.maximum(parts.max(-1), 0), np.minimum(parts.min(-1), 0)
+    if symmetric:
+        high = np.maximum(high, -low)
+        low = -high
+    scales = (np.maximum(high - low, TINY) / np.float32(top)).astype(np.float16)
+    each = scales.astype(np.float32)[..., None]
+    zeros = np.full_like(high, 2 ** (bits - 1)) if symmetric else np.clip(np.rint(-low / each[..., 0]), 1, top)
+    integers = np.clip(np.rint(parts / each) + zeros[..., None], 0, top)
+    return integers.astype(np.int64).reshape(values.shape), scales.T, zeros.astype(np.int64).T
+
+
+def gptq(
+    weights: Weights,
+    bits: int = 4,
+    group: int = 128,
+    *,
+    version: int = 1,
+    order: bool = False,
+    symmetric: bool = True,
+    gptqmodel: bool = True,
+) -> Quantised:
+    """GPTQ as GPTQModel or AutoGPTQ writes it. `order`: inputs in any group, as act-order leaves them."""
+    said: dict[str, Any] = {"bits": bits, "group_size": group, "desc_act": order, "sym": symmetric}
+    made = Quantised({**said, "quant_method": "gptq"})
+    if gptqmodel:
+        form = "gptq" if version == 1 else "gptq_v2"
+        meta = {"quantizer": ["gptqmodel:7.3.4"], "uri": "https://github.com/modelcloud/gptqmodel"}
+        made.config |= {
+            "checkpoint_format": form,
+            "format": form,
+            "pack_dtype": "int32",
+            "lm_head": False,
+            "meta": meta,
+        }
+        said = made.config
+    made.files["quantize_config.json"] = said
+    for number, (name, weight) in enumerate(weights.items()):
+        values, columns = weight.float().numpy(), weight.shape[-1]
+        size = columns if group == -1 else group
+        index = np.arange(columns) // size
+        if order:
+            index = np.random.default_rng(number).permutation(index)
+        sorting = np.argsort(index, kind="stable")  # those of a group one after the other
+        sorted_, scales, zeros = in_grid(values[:, sorting], size, bits, symmetric=symmetric)
+        integers = np.empty_like(sorted_)
+        integers[:, sorting] = sorted_
+        made.add(
+            name,
+            (integers - zeros[index].T).astype(np.float32) * scales[index].T.astype(np.float32),
+            qweight=in_words(integers, bits).T.copy(),
+            qzeros=in_words(zeros - (2 - version), bits),
+            scales=scales,
+            g_idx=index.astype(np.int32),
+        )
+    return made
+
+
+def awq(weights: Weights, group: int = 128) -> Quantised:
+    """AWQ's layout gemm as AutoAWQ writes it."""
+    config = {"quant_method": "awq", "zero_point": True, "group_size": group, "bits": 4, "version": "gemm"}
+    made = Quantised({**config, "modules_to_not_convert": None})
+    for name, weight in weights.items():
+        values, columns = weight.float().numpy(), weight.shape[-1]
+        size = columns if group == -1 else group
+        integers, scales, zeros = in_grid(values, size, 4, symmetric=False)
+        index = np.arange(columns) // size
+        decoded = (integers - zeros[index].T).astype(np.float32) * scales[index].T.astype(np.float32)
+        words = [
+            in_words(part.reshape(len(part), -1, 8)[..., AWQ_OUTPUTS].reshape(part.shape), 4)
+            for part in (integers.T, zeros)
+        ]
+        made.add(name, decoded, qweight=words[0], qzeros=words[1], scales=scales)
+    return made
+
+
 FAMILIES: Mapping[str, Maker] = {
     "fp8 blocks": partial(fp8, block=(16, 24)),
     "fp8 blocks, powers of two": partial(fp8, block=(16, 32), powers=True),
@@ -361,6 +443,12 @@ FAMILIES: Mapping[str, Maker] = {
     "modelopt MXFP8": partial(modelopt_fp8, kind="mx"),
     "modelopt NVFP4": modelopt_nvfp4,
     "modelopt int4": modelopt_awq,
+}
+MATRICES: Mapping[str, Maker] = {  # those that are for matrices alone, AWQ for a multiple of 8 rows
+    **{f"GPTQ {bits} bits": partial(gptq, bits=bits, group=16) for bits in (2, 3, 4, 8)},
+    "GPTQ act-order": partial(gptq, group=16, order=True, symmetric=False, gptqmodel=False),
+    "GPTQ version 2": partial(gptq, group=-1, version=2, symmetric=False),
+    "AWQ": partial(awq, group=16),
 }
 STACKS: Mapping[str, Maker] = {  # those that are for stacks of experts alone
     "gpt-oss": gpt_oss,
