@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CPU = torch.device("cpu")
+DEVICES = [CPU, *([torch.device("cuda")] if torch.cuda.is_available() else [])]
 
 
 def save_packed(
@@ -47,13 +48,22 @@ def open_packed(folder: Path) -> Decoded:
 
 
 def check_rows(folder: Path, name: str, wanted: NDArray[Any]) -> None:
-    """Some rows from anywhere are those of the definition, with a buffer and without."""
+    """Some rows from anywhere are those of the definition, with a buffer and without, on a GPU too where there is one."""
     weight = open_packed(folder).weights[name]
     assert weight.shape == wanted.shape
     flat = torch.from_numpy(wanted.reshape(len(wanted), -1))
     for first, count in ((0, len(wanted)), (0, 1), (1, 1), (len(wanted) - 2, 2)):
-        room = Room(host=torch.empty(flat.numel() + 1, dtype=torch.uint8))
-        assert torch.equal(weight.rows(first, count, CPU, torch.float32, room), flat[first : first + count])
+        for device in DEVICES:
+            room = room_on(device, flat.numel() + 1)
+            found = weight.rows(first, count, device, torch.float32, room).cpu()
+            assert torch.equal(found, flat[first : first + count])
+            room.sources.close()
         assert torch.equal(weight.rows(first, count, CPU, torch.float64), flat[first : first + count].double())
-        room.sources.close()
     assert weight.check(Room()) == ""
+
+
+def room_on(device: torch.device, size: int) -> Room:
+    """Buffers of so many bytes as a worker has them."""
+    on_gpu = device.type == "cuda"
+    host = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
+    return Room(host=host, twin=torch.empty_like(host, device=device) if on_gpu else None)
