@@ -184,7 +184,7 @@ def packing_edits(base: Checkpoint, plain: Collection[str]) -> list[ConfigEdit]:
     """What configs must say of packed weights that are plain in the output."""
     if not isinstance(base, Decoded) or not plain:
         return []
-    if len(plain) == len(base.weights):
+    if len(plain) == len(base.weights) and not base.packing.unread:
         whole = [name for name in ABOUT_PACKING if name in base.side_files]
         inside = [ConfigEdit(each.path, None) for each in base.settings.places if each.path]
         return [*inside, *(ConfigEdit((), None, name) for name in whole)]

@@ -169,6 +169,11 @@ def becoming_plain(base: Checkpoint, changes: Changes, everything: bool, notes: 
     """The packed weights of a base that are plain in the output: those that change, with what is served with them."""
     if not isinstance(base, Decoded):
         return frozenset()
+    if everything and (unread := base.packing.unread):
+        problems = [
+            f"{printable(name)}: is packed with {kind}, which loratool does not read" for name, kind in unread.items()
+        ]
+        raise InputError(f"{base.name}: --dequantize must decode all of BASE, and cannot decode this:", problems)
     if everything:
         return frozenset(base.weights)
     touched = {name for name in (*changes.edits, *changes.moved) if name in base.weights}

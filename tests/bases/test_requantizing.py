@@ -121,6 +121,60 @@ def test_int8_rounds_to_the_nearest_step_of_its_row(tmp_path: Path) -> None:
     assert not decoded[2].any()
 
 
+def affine(tmp_path: Path, kind: str, block: tuple[int, int]) -> tuple[Requantizable, Array]:
+    """A weight of torchao, and all values that an element of it can have before zero and scale."""
+    numbers, stem = np.random.default_rng(0), NAME.replace(".weight", "._weight")
+    blocks = (6 // block[0], 32 // block[1])
+    codes = np.arange(-8, 8) if kind == "int4" else np.arange(-128, 128)
+    values = torch.from_numpy(numbers.choice(codes, (6, 32)).astype(np.int8))
+    tensors = {
+        f"{stem}_qdata": values,
+        f"{stem}_scale": torch.from_numpy(numbers.random(blocks, np.float32) / 40 + 0.01),
+    }
+    if kind == "fp8":
+        every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double().numpy()
+        codes, tensors[f"{stem}_qdata"] = every[np.isfinite(every)], values.to(torch.float8_e4m3fn)
+    else:
+        tensors[f"{stem}_zero_point"] = torch.from_numpy(numbers.integers(-3, 4, blocks, np.int8))
+    kinds = {"int8": "Int8Tensor", "int4": "IntxUnpackedToInt8Tensor", "fp8": "Float8Tensor"}
+    data = {"block_size": list(block), "target_dtype": {"_data": "int4" if kind == "int4" else "int8"}}
+    names = [name.removeprefix(f"{stem}_") for name in tensors]
+    said = json.dumps({"_type": kinds[kind], "_data": data, "_tensor_data_names": names})
+    folder = save_packed(tmp_path / "base", tensors, {"quant_method": "torchao"}, {NAME: said})
+    weight = open_packed(folder).weights[NAME]
+    assert isinstance(weight, Requantizable)
+    return weight, codes
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("block", [(1, 32), (1, 8), (3, 16)])
+@pytest.mark.parametrize("new", [False, True])
+def test_torchao_gets_the_nearest_value_that_its_block_has(
+    tmp_path: Path, kind: str, block: tuple[int, int], new: bool
+) -> None:
+    weight, codes = affine(tmp_path, kind, block)
+    own, stem = weight.parameters(Room()), NAME.replace(".weight", "._weight")
+    assert torch.equal(in_pieces(weight, lines_of(weight), own)[1], lines_of(weight))
+    values = torch.randn(6, 32, generator=torch.Generator().manual_seed(1))
+    values[:, -8:] = 0
+    parameters = new_parameters(weight, values) if new else own
+    _, decoded = in_pieces(weight, values, parameters)
+    assert torch.equal(weight.encode(values, 0, parameters), in_pieces(weight, values, parameters)[0])
+
+    def of_each(name: str) -> Array:
+        """The entry of each element's block."""
+        entries = parameters.get(f"{stem}_{name}", torch.zeros_like(own[f"{stem}_scale"])).double().numpy()
+        return np.kron(entries, np.ones(block))[:, :, None]
+
+    choices = (codes - of_each("zero_point")) * of_each("scale")
+    errors = np.abs(values.double().numpy()[:, :, None] - choices).min(2)
+    assert np.allclose(np.abs((values - decoded).double().numpy()), errors, rtol=1e-5, atol=1e-6)
+    if new:
+        largest = np.abs(values.numpy()).reshape(6 // block[0], block[0], 32 // block[1], block[1]).max((1, 3))
+        wanted = largest / codes.max()
+        assert np.allclose(parameters[f"{stem}_scale"].numpy(), wanted, rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
 def test_bitsandbytes_itself_packs_to_the_same_bytes(tmp_path: Path, kind: str) -> None:
     library: Any = pytest.importorskip("bitsandbytes.functional")

@@ -93,3 +93,24 @@ def test_an_edit_is_refused_by_the_name_of_the_kind_and_other_modules_can_be_edi
     assert not (tmp_path / "out").exists()
     loratool.merge(base, [save_adapter(tmp_path / "plain", PLAIN)], tmp_path / "out", device="cpu")
     assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+
+
+def test_what_is_not_read_cannot_be_dequantised_and_keeps_its_config(tmp_path: Path) -> None:
+    """Of a base of two kinds the one that is read may become plain; the config stays for the other."""
+    int8 = json.dumps(
+        {"_type": "Int8Tensor", "_data": {"block_size": [1, 8]}, "_tensor_data_names": ["qdata", "scale"]}
+    )
+    tensors: dict[str, Array] = {
+        f"{MODULE}._weight_qdata": np.zeros((1, 1, 32, 4), np.int32),
+        f"{PLAIN}._weight_qdata": np.ones((8, 8), np.int8),
+        f"{PLAIN}._weight_scale": np.ones((8, 1), np.float32),
+    }
+    metadata = {f"{MODULE}.weight": INT4, f"{PLAIN}.weight": int8}
+    base = save_packed(tmp_path / "base", tensors, {"quant_method": "torchao"}, metadata)
+    with pytest.raises(loratool.InputError) as caught:
+        loratool.merge(base, [], tmp_path / "out", device="cpu", dequantize=True)
+    assert f"{MODULE}._weight_qdata: is packed with torchao's Int4TilePackedTo4dTensor" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    loratool.merge(base, [save_adapter(tmp_path / "adapter", PLAIN)], tmp_path / "out", device="cpu")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config == {"quant_method": "torchao", "modules_to_not_convert": ["lm_head", PLAIN]}

@@ -2,47 +2,120 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from loratool.adapters.adapter import StoredTensor
-from loratool.bases.codecs.parts import TORCH_NAMES, read_range, wrong_scales
-from loratool.bases.packed import Packed
+from loratool.bases.codecs.byte_values import e4m3
+from loratool.bases.codecs.parts import TORCH_NAMES, read_parameters, read_range, wrong_scales
+from loratool.bases.packed import Requantizable
 from loratool.bases.weights import Room
 from loratool.lazy import Tensor, torch
 
+LIMITS = {"I8": (-128, 127), "F8_E4M3": (-448, 448), "F8_E5M2": (-57344, 57344)}  # of the values
+
 
 @dataclass(frozen=True, kw_only=True)
-class Affine(Packed):
-    """Values of 8 bits in blocks of any size. `tensors`: qdata, scale, and perhaps zero_point."""
+class Affine(Requantizable):
+    """Values of 8 bits in blocks of any size. `tensors`: qdata, scale, and perhaps zero_point, and others."""
 
     blocks: tuple[int, ...]  # along each dimension; a block has one scale
     has_zero: bool = False
     sign: str = "positive"  # that the scales have, as for `wrong_scales`
+    bits: int = 8  # of the values that are used
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The smallest and the largest value."""
+        low, high = LIMITS[self.tensors[0].info.dtype]
+        return (low, high) if self.bits == 8 else (-(1 << self.bits - 1), (1 << self.bits - 1) - 1)
+
+    @property
+    def values_shape(self) -> tuple[int, ...]:
+        """Of the values on disk, however they are seen."""
+        return self.tensors[0].info.shape
 
     def decode(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
-        qdata = self.tensors[0]
-        raw = room.read(qdata, first * self.line, count * self.line, device)
-        stored: torch.dtype = getattr(torch, TORCH_NAMES[qdata.info.dtype])
-        values = raw.view(stored).view(count, self.blocks[-1], -1).float()
+        raw = room.read(self.tensors[0], first * self.line, count * self.line, device)
         rows = self.scale_rows(first, count)
-        if self.has_zero:
-            values.sub_(self.of_blocks(self.tensors[2], rows, device, room))
-        return values.mul_(self.of_blocks(self.tensors[1], rows, device, room)).view(count, self.line)
+        across, low = self.blocks[-1], int(rows.min())
+
+        def of_blocks(tensor: StoredTensor) -> Tensor:
+            some = read_range(tensor, low * across, (int(rows.max()) + 1) * across, device, room)
+            return some.float().view(-1, across)[(rows - low).to(device)]
+
+        return self.scaled(
+            raw, count, of_blocks(self.tensors[1]), of_blocks(self.tensors[2]) if self.has_zero else None
+        )
+
+    def scaled(self, raw: Tensor, count: int, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """Lines out of their bytes, and the scales and zeros of their blocks, (lines, blocks of a line)."""
+        values = self.numbers(raw).view(count, self.blocks[-1], -1)
+        if zero is not None:
+            values.sub_(zero[:, :, None])
+        return values.mul_(scale[:, :, None]).view(count, self.line)
+
+    def numbers(self, raw: Tensor) -> Tensor:
+        dtype = self.tensors[0].info.dtype
+        if dtype == "F8_E4M3":
+            return e4m3(raw)
+        stored: torch.dtype = getattr(torch, TORCH_NAMES[dtype])
+        return raw.view(stored).float()
 
     def scale_rows(self, first: int, count: int) -> Tensor:
         """For each of some lines, which row of the scales is its own."""
         lines, found, step = torch.arange(first, first + count), torch.zeros(count, dtype=torch.long), 1
-        for size, blocks in zip(reversed(self.tensors[0].info.shape[:-1]), reversed(self.blocks[:-1]), strict=True):
+        for size, blocks in zip(reversed(self.values_shape[:-1]), reversed(self.blocks[:-1]), strict=True):
             found += lines % size // (size // blocks) * step
             lines, step = lines // size, step * blocks
         return found
 
-    def of_blocks(self, tensor: StoredTensor, rows: Tensor, device: torch.device, room: Room) -> Tensor:
-        """Scales or zeros of some lines, (lines, blocks of a line, 1) of float32."""
-        across, low = self.blocks[-1], int(rows.min())
-        some = read_range(tensor, low * across, (int(rows.max()) + 1) * across, device, room).float()
-        return some.view(-1, across)[(rows - low).to(device)][:, :, None]
-
     def check(self, room: Room) -> str:
         zeros = (wrong_scales(each, room) for each in self.tensors[2:3] if self.has_zero)
         return wrong_scales(self.tensors[1], room, self.sign) or next(filter(None, zeros), "")
+
+    def parameters(self, room: Room) -> Mapping[str, Tensor]:
+        return read_parameters(self.tensors[1:], room)
+
+    def measure(self, values: Tensor) -> Tensor:
+        """The largest magnitude in each block of each line: (lines, blocks of a line)."""
+        return values.reshape(len(values), self.blocks[-1], -1).abs().amax(2)
+
+    def new_parameters(self, measured: Tensor, own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Scales that spread the largest magnitudes over all values, around zeros of 0."""
+        name = self.tensors[1].info.name
+        rows = self.scale_rows(0, len(measured))
+        largest = torch.zeros(int(rows.max()) + 1, measured.shape[1])
+        largest.scatter_reduce_(0, rows[:, None].expand_as(measured), measured.cpu(), "amax")
+        scale = (largest / self.limits[1]).to(own[name].dtype)
+        smallest = torch.finfo(scale.dtype).tiny  # of a block of zeros, which have no scale
+        found = {**own, name: scale.clamp_(min=smallest).view(own[name].shape)}
+        if self.has_zero:
+            zero = self.tensors[2].info.name
+            found[zero] = torch.zeros_like(own[zero])
+        return found
+
+    def encode(self, values: Tensor, first: int, parameters: Mapping[str, Tensor]) -> Tensor:
+        scale, zero = self.of_lines(parameters, first, len(values), values.device)
+        steps = values.reshape(len(values), self.blocks[-1], -1) / scale[:, :, None]
+        if zero is not None:
+            steps.add_(zero[:, :, None])
+        steps.clamp_(*self.limits)
+        dtype = self.tensors[0].info.dtype
+        stored: torch.dtype = getattr(torch, TORCH_NAMES[dtype])
+        return (steps.round_() if dtype == "I8" else steps).to(stored).view(torch.uint8).flatten()
+
+    def decode_packed(self, packed: Tensor, first: int, count: int, parameters: Mapping[str, Tensor]) -> Tensor:
+        return self.scaled(packed, count, *self.of_lines(parameters, first, count, packed.device))
+
+    def of_lines(
+        self, parameters: Mapping[str, Tensor], first: int, count: int, device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scales and zeros of the blocks of some lines, (lines, blocks of a line) of float32."""
+        rows = self.scale_rows(first, count)
+        found = [
+            parameters[tensor.info.name].view(-1, self.blocks[-1])[rows.to(parameters[tensor.info.name].device)]
+            for tensor in self.tensors[1 : 2 + self.has_zero]
+        ]
+        scale, *zero = (each.float().to(device) for each in found)
+        return scale, zero[0] if zero else None

@@ -138,7 +138,15 @@ def weight_of(finder: Finder, name: str, said: Mapping[str, Any]) -> Affine | No
         scheme=f"torchao {said['_type']}, blocks of {' x '.join(map(str, sizes))}",
         blocks=blocks,
         has_zero=has_zero,
+        bits=bits_of(data),
     )
+
+
+def bits_of(data: object) -> int:
+    """The bits of the values of an IntxUnpackedToInt8Tensor, as in `{"target_dtype": {"_data": "int4"}}`; else 8."""
+    target = data.get("target_dtype") if isinstance(data, Mapping) else None
+    name = target.get("_data") if isinstance(target, Mapping) else None
+    return next((bits for bits in range(1, 9) if name == f"int{bits}"), 8)
 
 
 def note_undescribed(finder: Finder, known: Collection[str]) -> None:
