@@ -46,9 +46,18 @@ def e8m0(packed: Tensor) -> Tensor:
 def by_rows(packed: Tensor) -> Tensor:
     """(rows, n) of uint8, two columns a byte → (⌈rows/2⌉, 2n), two rows a byte; the low nibble is the first one."""
     packed = torch.nn.functional.pad(packed, (0, 0, 0, len(packed) % 2))
-    first, second = packed[::2], packed[1::2]
-    columns = (first & 15) | (second << 4), (first >> 4) | (second & 0xF0)
-    return torch.stack(columns, 2).view(len(first), -1)
+    return torch.stack(regrouped(packed[::2], packed[1::2]), 2).view(len(packed) // 2, -1)
+
+
+def by_columns(packed: Tensor) -> Tensor:
+    """(n, columns) of uint8, two rows a byte → (2n, ⌈columns/2⌉), two columns a byte; the low nibble is the first one."""
+    packed = torch.nn.functional.pad(packed, (0, packed.shape[1] % 2))
+    return torch.stack(regrouped(packed[:, ::2], packed[:, 1::2]), 1).view(2 * len(packed), -1)
+
+
+def regrouped(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """The low nibbles of two tensors of uint8 as one, and their high nibbles as one."""
+    return (first & 15) | (second << 4), (first >> 4) | (second & 0xF0)
 
 
 def bit_fields(packed: Tensor, bits: int) -> Tensor:
@@ -61,6 +70,20 @@ def bit_fields(packed: Tensor, bits: int) -> Tensor:
     places = [(field * bits // 8, field * bits % 8) for field in range(8)]
     fields = [groups[:, :, byte] >> shift | groups[:, :, byte + 1] << 8 - shift for byte, shift in places]
     return torch.stack(fields, 2).bitwise_and_((1 << bits) - 1).to(torch.uint8).view(len(packed), -1)
+
+
+def packed_fields(fields: Tensor, bits: int) -> Tensor:
+    """The other way: (n, fields) of uint8 → (n, bytes) of uint8, filled up with zeros to 8 fields."""
+    fields = torch.nn.functional.pad(fields, (0, -fields.shape[1] % 8)).view(len(fields), -1, 8).long()
+    whole = fields.bitwise_left_shift(torch.arange(8, device=fields.device) * bits).sum(2)
+    places = torch.arange(bits, device=fields.device) * 8
+    return (whole[:, :, None] >> places).bitwise_and_(255).to(torch.uint8).view(len(fields), -1)
+
+
+def packed_nibbles(codes: Tensor) -> Tensor:
+    """(n, columns) of uint8 → (n, ⌈columns/2⌉), two columns a byte; the low nibble is the first one."""
+    codes = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
+    return codes[:, ::2] | codes[:, 1::2] << 4
 
 
 def looked_up(codes: Tensor, values: tuple[float, ...]) -> Tensor:

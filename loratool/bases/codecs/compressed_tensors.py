@@ -19,23 +19,22 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from loratool.adapters.patterns import search_names
-from loratool.bases.codecs.byte_values import E2M3, bit_fields, looked_up
-from loratool.bases.codecs.fp8 import FP4, FP8, Block
+from loratool.bases.codecs.fp8 import Block
 from loratool.bases.codecs.mixed import leftovers, note_unlisted, stacks_left, with_entries
+from loratool.bases.codecs.numbers import FP4, FP6, FP8, INT8, Numbers, offset_integers
+from loratool.bases.codecs.parameters import POWERS, SCALES
 from loratool.bases.codecs.parts import Finder, read_whole, told
 from loratool.bases.codecs.plain_modules import modules_of
-from loratool.bases.codecs.scaled import POWERS, SCALES, Numbers, Scaled, fits, offset_integers, scheme_of
+from loratool.bases.codecs.scaled import Scaled, fits, scheme_of
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import Plain, Room, plain_of
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES, TensorInfo
-from loratool.lazy import Tensor, torch
 
 FORMATS = (
     *("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized"),
@@ -44,18 +43,6 @@ FORMATS = (
 ENDINGS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape", "weight_global_scale")
 LEFTOVERS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
 WAY_OUT = "download the model again, or pass the model before quantisation as BASE"
-
-
-def bytes_of_int8(packed: Tensor) -> Tensor:
-    return packed.view(torch.int8).float()
-
-
-def floats_of_e2m3(packed: Tensor) -> Tensor:
-    return looked_up(bit_fields(packed, 6), E2M3)
-
-
-INT8 = Numbers("int8", bytes_of_int8)
-FP6 = Numbers("FP6", floats_of_e2m3)
 
 
 @dataclass(frozen=True)
@@ -306,7 +293,7 @@ class Parts:
         scheme = self.scheme
         match values.dtype, scheme.kind, scheme.bits, "weight_packed" in self.parts:
             case "I32", "int", bits, True:
-                return Numbers(f"int{bits}", partial(offset_integers, bits=bits))
+                return offset_integers(bits)
             case "U8", "float", 4, True:
                 return FP4
             case "U8", "float", 6, True:

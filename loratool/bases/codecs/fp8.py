@@ -14,17 +14,17 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from loratool.adapters.patterns import search_names
-from loratool.bases.codecs.byte_values import E2M1, e4m3, nibbles
 from loratool.bases.codecs.mixed import leftovers, note_unlisted, stacks_left, with_entries
+from loratool.bases.codecs.numbers import FP4, FP8
+from loratool.bases.codecs.parameters import POWERS, SCALES
 from loratool.bases.codecs.parts import Finder, told
 from loratool.bases.codecs.plain_modules import modules_of
-from loratool.bases.codecs.scaled import POWERS, SCALES, Numbers, Scaled, fits, scheme_of
+from loratool.bases.codecs.scaled import Scaled, fits, scheme_of
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import plain_of
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import FLOAT_NAMES, TensorInfo
-from loratool.lazy import Tensor
 
 METHODS = ("fp8", "fbgemm_fp8")
 LISTS = ("modules_to_not_convert", "ignored_layers")  # of modules that are not quantised
@@ -32,14 +32,6 @@ DEFAULT_BLOCK = (128, 128)  # of transformers, where a config names none
 WAY_OUT = "download the model again, or pass the model before quantisation as BASE"
 LEFTOVERS = ("input_scale", "activation_scale", "input_scale_ub")
 Block = tuple[int, int]
-
-
-def floats_of_e2m1(packed: Tensor) -> Tensor:
-    return nibbles(packed, E2M1)
-
-
-FP8 = Numbers("FP8", e4m3)
-FP4 = Numbers("FP4", floats_of_e2m1)
 
 
 class Fp8(Codec):

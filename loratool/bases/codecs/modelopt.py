@@ -22,19 +22,18 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from loratool.bases.codecs.byte_values import SIGNED_INT4, nibbles
-from loratool.bases.codecs.compressed_tensors import INT8
-from loratool.bases.codecs.fp8 import FP4, FP8, Block
+from loratool.bases.codecs.fp8 import Block
 from loratool.bases.codecs.mixed import leftovers, note_unlisted, stacks_left, with_entries
+from loratool.bases.codecs.numbers import FP4, FP4_OF_TWO_ROWS, FP8, INT4_OF_TWO_ROWS, INT8, Numbers
+from loratool.bases.codecs.parameters import SCALES
 from loratool.bases.codecs.parts import Finder, told
 from loratool.bases.codecs.plain_modules import modules_of
-from loratool.bases.codecs.scaled import SCALES, Numbers, Scaled, fits, scheme_of
+from loratool.bases.codecs.scaled import Scaled, fits, scheme_of
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import Plain, plain_of
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import FLOAT_NAMES, TensorInfo
-from loratool.lazy import Tensor
 
 ALGORITHMS = (
     *("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "W4A8_NVFP4_FP8"),
@@ -43,14 +42,6 @@ ALGORITHMS = (
 PACKED = ("F8_E4M3", "U8", "I8")  # dtypes of packed values
 LEFTOVERS = ("input_scale", "output_scale")
 WAY_OUT = "download the model again, or pass the model before quantisation as BASE"
-
-
-def pairs_of_int4(packed: Tensor) -> Tensor:
-    return nibbles(packed, SIGNED_INT4)
-
-
-FP4_OF_TWO_ROWS = Numbers("FP4", FP4.floats, paired=True)
-INT4_OF_TWO_ROWS = Numbers("int4", pairs_of_int4, paired=True)
 
 
 @dataclass(frozen=True)

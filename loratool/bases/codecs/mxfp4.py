@@ -16,12 +16,15 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loratool.bases.codecs.byte_values import E2M1, by_rows, e8m0, nibbles
+from loratool.bases.codecs.byte_values import by_columns, by_rows, e8m0
 from loratool.bases.codecs.mixed import stacks_left, with_entries
+from loratool.bases.codecs.new_scales import stored_powers
+from loratool.bases.codecs.numbers import FP4
+from loratool.bases.codecs.parameters import as_stored
 from loratool.bases.codecs.parts import Finder, in_blocks, told
 from loratool.bases.codecs.plain_modules import modules_of
 from loratool.bases.codecs.scaled import wrong
-from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
+from loratool.bases.packed import Codec, Packed, Packing, Requantizable, Setting, Settings, plain_dtype
 from loratool.bases.weights import Room
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
@@ -54,7 +57,7 @@ class Expert:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TurnedExperts(Packed):
+class TurnedExperts(Requantizable):
     """A stack of experts, (experts, columns on disk, rows on disk). `tensors`: blocks, scales."""
 
     def decode(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
@@ -64,7 +67,8 @@ class TurnedExperts(Packed):
             start, stop = max(first - expert * lines, 0), min(first + count - expert * lines, lines)
             held = room.held.of(("expert", expert, device), Expert)
             values, scales = held.take(stop - start, lines, lambda expert=expert: self.turned(expert, device, room))  # type: ignore[misc]
-            found.append(self.decode_lines(values, scales, start, stop))
+            some = scales[start // BLOCK : (stop - 1) // BLOCK + 1]
+            found.append(self.scaled(values[start:stop], some, start))
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def turned(self, expert: int, device: torch.device, room: Room) -> tuple[Tensor, Tensor]:
@@ -76,14 +80,48 @@ class TurnedExperts(Packed):
             parts.append(raw.view(self.line, -1))
         return by_rows(parts[0]).T.contiguous(), parts[1].T.contiguous()
 
-    def decode_lines(self, values: Tensor, scales: Tensor, start: int, stop: int) -> Tensor:
-        """Lines `start` … `stop` of an expert, (stop − start, line) of float32."""
-        decoded = nibbles(values[start:stop], E2M1)
+    def scaled(self, values: Tensor, scales: Tensor, start: int) -> Tensor:
+        """Lines from `start` on, out of their bytes and the bytes of their blocks' scales."""
+        decoded = FP4.floats(values)
         decoded = decoded if decoded.shape[1] == self.line else decoded[:, : self.line].contiguous()
-        powers = e8m0(scales[start // BLOCK : (stop - 1) // BLOCK + 1])
+        powers = e8m0(scales)
         for lines, blocks in in_blocks(decoded.view(-1), start * self.line, BLOCK * self.line):
             lines.view(len(lines), -1, self.line).mul_(powers[blocks, None])
         return decoded
+
+    @property
+    def together(self) -> int:
+        return BLOCK
+
+    def parameters(self, room: Room) -> Mapping[str, Tensor]:
+        return {self.tensors[1].info.name: as_stored(self.tensors[1], room)}
+
+    def measure(self, values: Tensor) -> Tensor:
+        """The largest magnitude of each block, (blocks, line)."""
+        return values.abs().view(-1, BLOCK, self.line).amax(1)
+
+    def new_parameters(self, measured: Tensor, own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        experts, rows, groups = self.tensors[1].info.shape
+        powers = stored_powers(measured.cpu(), FP4).view(experts, groups, rows)
+        return {**own, self.tensors[1].info.name: powers.mT.contiguous()}
+
+    def encode(self, values: Tensor, first: int, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Lines as they are decoded, two values of a line a byte."""
+        scales = self.scales_of(parameters, first, len(values), values.device)
+        units = values.view(-1, BLOCK, self.line) / e8m0(scales)[:, None]
+        return FP4.bytes(FP4.clamped(units.view(-1, self.line))).flatten()
+
+    def decode_packed(self, packed: Tensor, first: int, count: int, parameters: Mapping[str, Tensor]) -> Tensor:
+        return self.scaled(packed.view(count, -1), self.scales_of(parameters, first, count, packed.device), 0)
+
+    def scales_of(self, parameters: Mapping[str, Tensor], first: int, count: int, device: torch.device) -> Tensor:
+        """The bytes of the scales of whole blocks of lines, (blocks, line)."""
+        turned = parameters[self.tensors[1].info.name].mT.reshape(-1, self.line)
+        return turned[first // BLOCK : -(-(first + count) // BLOCK)].to(device)
+
+    def laid_out(self, packed: Tensor) -> Tensor:
+        experts = packed.view(self.tensors[1].info.shape[0], -1, -(-self.line // 2))
+        return torch.cat([by_columns(expert.T.contiguous())[: self.line].flatten() for expert in experts])
 
     def check(self, room: Room) -> str:
         return wrong(self.tensors[1], room)

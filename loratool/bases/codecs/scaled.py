@@ -1,42 +1,34 @@
-"""Weights that are small numbers times scales: what FP8, compressed-tensors, ModelOpt and gpt-oss have in common.
+"""Weights that are small numbers times scales: what FP8, compressed-tensors and ModelOpt have in common.
 
 Formats differ in how numbers lie in bytes (`Numbers`), in the block of values that shares a scale, and in what else there
 is: a zero point for each block, a scale of the whole matrix, or scales of columns. In float32, an operation at a time:
 
     W = (number − zero) · (scale, divided by or times that of the whole matrix) · scale of the column
+
+The other way, a number is the nearest one to W / scale of the column / scale + zero.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from loratool.adapters.adapter import StoredTensor
-from loratool.bases.codecs.bit_fields import unpacked
-from loratool.bases.codecs.byte_values import OFFSET_INT4, bit_fields, e4m3, e8m0, nibbles
-from loratool.bases.codecs.parts import held, read_whole, wrong_scales
-from loratool.bases.packed import Packed
+from loratool.bases.codecs import new_scales
+from loratool.bases.codecs.byte_values import by_rows
+from loratool.bases.codecs.numbers import Numbers, offset_floats
+from loratool.bases.codecs.parameters import POWERS, InMemory, OnDisk, Parameters, as_float32, as_stored
+from loratool.bases.codecs.parts import read_whole, wrong_scales
+from loratool.bases.packed import Requantizable
 from loratool.bases.weights import Room
 from loratool.errors import printable
 from loratool.files.safefile import DTYPE_BITS
 from loratool.lazy import Tensor, torch
 
-POWERS = ("U8", "F8_E8M0")  # dtypes of scales that are powers of two
-SCALES = ("F32", "BF16", "F16")  # dtypes of other scales
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """How the numbers of a line lie in its bytes."""
-
-    title: str  # such as "int4"
-    floats: Callable[[Tensor], Tensor]  # (lines, bytes) of uint8 → (lines, numbers) of float32, perhaps some more
-    paired: bool = False  # a byte holds numbers of two lines, the low nibble that of the first, not of two columns
-
 
 @dataclass(frozen=True, kw_only=True)
-class Scaled(Packed):
+class Scaled(Requantizable):
     """A matrix of numbers, or a stack of matrices, whose blocks have scales.
 
     Of a matrix of (rows, line) values, scales are (⌈rows/b⌉, ⌈line/c⌉), b and c the sides of a block; blocks at the edges
@@ -55,70 +47,79 @@ class Scaled(Packed):
     values_shape: StoredTensor | None = None  # int64: the shape of the values, told again
     zero_bits: int = 0  # of zeros in int32
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Blocks of a matrix down and across."""
+        return -(-self.height // self.block[0]), -(-self.line // self.block[1])
+
     def decode(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
-        decoded = self.read_numbers(first, count, device, room)
-        groups = self.group_index(device, room)
+        lines = math.prod(self.shape) // self.line // self.together
+        width = self.tensors[0].info.nbytes // lines
+        top, bottom = first // self.together, -(-(first + count) // self.together)
+        raw = room.read(self.tensors[0], top * width, (bottom - top) * width, device)
+        return self.scaled(raw, first, count, OnDisk(device, room))
+
+    def decode_packed(self, packed: Tensor, first: int, count: int, parameters: Mapping[str, Tensor]) -> Tensor:
+        return self.scaled(packed, first, count, InMemory(packed.device, parameters))
+
+    def scaled(self, raw: Tensor, first: int, count: int, parameters: Parameters) -> Tensor:
+        """Lines out of the bytes that hold them, (count, line) of float32."""
+        decoded = self.read_numbers(raw, first, count)
+        groups = self.group_index(parameters)
         if self.zeros is not None:
-            self.by_block(decoded, self.read_zeros(first, count, device, room), groups, torch.Tensor.sub_)
-        self.by_block(decoded, self.read_scales(first, count, device, room), groups, torch.Tensor.mul_)
+            self.by_block(decoded, self.read_zeros(first, count, parameters), groups, torch.Tensor.sub_)
+        self.by_block(decoded, self.read_scales(first, count, parameters), groups, torch.Tensor.mul_)
         if self.columns is not None:
-            decoded.mul_(self.small(self.columns, device, room))
+            decoded.mul_(small(self.columns, parameters))
         return decoded
 
-    def read_numbers(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
+    def read_numbers(self, raw: Tensor, first: int, count: int) -> Tensor:
         """(count, line) of float32."""
-        values, pair = self.tensors[0], 2 if self.numbers.paired else 1
-        lines = math.prod(self.shape) // self.line // pair
-        width = values.info.nbytes // lines
-        top, bottom = first // pair, -(-(first + count) // pair)
-        raw = room.read(values, top * width, (bottom - top) * width, device)
-        found = self.numbers.floats(raw.view(-1, width))
+        top, bottom = first // self.together, -(-(first + count) // self.together)
+        found = self.numbers.floats(raw.view(bottom - top, -1))
         if self.numbers.paired:
-            found = found.view(-1, width, 2).transpose(1, 2).contiguous().view(-1, width)[first - top * pair :][:count]
+            lines = found.view(bottom - top, self.line, 2).transpose(1, 2).contiguous().view(-1, self.line)
+            return lines[first - top * 2 :][:count]
         return found if found.shape[1] == self.line else found[:, : self.line].contiguous()
 
-    def read_scales(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
-        """(count, blocks of a line) of float32."""
-        found = self.read_entries(self.scales, first, count, device, room)
+    def read_scales(self, first: int, count: int, parameters: Parameters) -> Tensor:
+        """(count, blocks across) of float32."""
+        found = self.read_entries(self.scales, first, count, parameters)
         if self.whole is None:
             return found
-        whole = self.small(self.whole, device, room)
-        each = (
-            whole[torch.arange(first, first + count, device=device) // self.height, None] if len(whole) > 1 else whole
-        )
+        each = small(self.whole, parameters)
+        if len(each) > 1:
+            each = each[torch.arange(first, first + count, device=each.device) // self.height, None]
         return found.div_(each) if self.divides else found.mul_(each)
 
-    def read_entries(self, tensor: StoredTensor, first: int, count: int, device: torch.device, room: Room) -> Tensor:
-        """Of a tensor with an entry for each block, those of some lines: (count, blocks of a line) of float32."""
-        tall, across = self.block[0], -(-self.line // self.block[1])
-        down = -(-self.height // tall)
-        lines = torch.arange(first, first + count, device=device)
-        top = self.row_of_blocks(first, down)
-        stop = self.row_of_blocks(first + count - 1, down) + 1
-        size = across * DTYPE_BITS[tensor.info.dtype] // 8
-        raw = Room(room.sources).read(tensor, top * size, (stop - top) * size, device)
-        entries = as_float32(raw, tensor.info.dtype).view(stop - top, across)
-        if tall == 1:
+    def read_entries(self, tensor: StoredTensor, first: int, count: int, parameters: Parameters) -> Tensor:
+        """Of a tensor with an entry for each block, those of some lines: (count, blocks across) of float32."""
+        top, bottom = self.row_of_blocks(first), self.row_of_blocks(first + count - 1) + 1
+        size = self.grid[1] * DTYPE_BITS[tensor.info.dtype] // 8
+        raw = parameters.read(tensor, top * size, (bottom - top) * size)
+        entries = as_float32(raw, tensor.info.dtype).view(bottom - top, -1)
+        if self.block[0] == 1:
             return entries
-        return entries[lines // self.height * down + lines % self.height // tall - top]
+        lines = torch.arange(first, first + count, device=entries.device)
+        return entries[lines // self.height * self.grid[0] + lines % self.height // self.block[0] - top]
 
-    def row_of_blocks(self, line: int, down: int) -> int:
-        """The row of the scales that goes with a line; each matrix has `down` of them."""
-        return line // self.height * down + line % self.height // self.block[0]
+    def row_of_blocks(self, line: int) -> int:
+        """The row of blocks that a line is in, over all matrices."""
+        return line // self.height * self.grid[0] + line % self.height // self.block[0]
 
-    def read_zeros(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
-        """(count, blocks of a line) of float32."""
+    def read_zeros(self, first: int, count: int, parameters: Parameters) -> Tensor:
+        """(count, blocks across) of float32."""
         assert self.zeros is not None
         if not self.zero_bits:
-            return self.read_entries(self.zeros, first, count, device, room)
-        across, words = -(-self.line // self.block[1]), -(-self.height * self.zero_bits // 32)  # of a matrix
+            return self.read_entries(self.zeros, first, count, parameters)
+        across, words = self.grid[1], -(-self.height * self.zero_bits // 32)  # of a matrix
         found = []
         for matrix, start, stop in self.within_matrices(first, count):
             top, bottom = start // 32 * self.zero_bits, min(-(-stop // 32) * self.zero_bits, words)
             size = 4 * across
-            raw = Room(room.sources).read(self.zeros, (matrix * words + top) * size, (bottom - top) * size, device)
+            raw = parameters.read(self.zeros, (matrix * words + top) * size, (bottom - top) * size)
             turned = raw.view(torch.int32).view(-1, across).T.contiguous().view(-1).view(torch.uint8).view(across, -1)
-            found.append(offset_integers(turned, self.zero_bits)[:, start % 32 :][:, : stop - start].T)
+            found.append(offset_floats(turned, self.zero_bits)[:, start % 32 :][:, : stop - start].T)
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def within_matrices(self, first: int, count: int) -> Iterator[tuple[int, int, int]]:
@@ -127,35 +128,97 @@ class Scaled(Packed):
             begin = matrix * self.height
             yield matrix, max(first - begin, 0), min(first + count - begin, self.height)
 
-    def group_index(self, device: torch.device, room: Room) -> Tensor | None:
-        """The column of scales for each column, where that is not in order. Older files fill it with −1: in order."""
-        if (groups := self.groups) is None:
+    def group_index(self, parameters: Parameters) -> Tensor | None:
+        """The column of scales for each column, where a tensor tells it. Older files fill it with −1: in order."""
+        if self.groups is None:
             return None
 
-        def read() -> Tensor | None:
-            index = read_whole(groups, room)
-            return None if bool((index < 0).all()) else index.to(device)
+        def made(raw: Tensor) -> Tensor:
+            index = raw.view(torch.int32)
+            in_order = torch.arange(self.line, dtype=torch.int32, device=raw.device) // self.block[1]
+            return torch.where((index < 0).all(), in_order, index)
 
-        return room.held.of(("groups", device), read)
+        return parameters.kept(self.groups, made)
 
     def by_block(
-        self, decoded: Tensor, entries: Tensor, groups: Tensor | None, change: Callable[[Tensor, Tensor], Tensor]
+        self, values: Tensor, entries: Tensor, groups: Tensor | None, change: Callable[[Tensor, Tensor], Tensor]
     ) -> None:
         """Change values in place, each by the entry of its block."""
         width = self.block[1]
         if groups is not None:
-            change(decoded, entries.index_select(1, groups))
+            change(values, entries.index_select(1, groups))
         elif width == 1 or entries.shape[1] == 1:
-            change(decoded, entries)
+            change(values, entries)
         else:
             whole = self.line // width
-            change(decoded[:, : whole * width].view(len(decoded), whole, width), entries[:, :whole, None])
+            change(values[:, : whole * width].view(len(values), whole, width), entries[:, :whole, None])
             if whole * width < self.line:
-                change(decoded[:, whole * width :], entries[:, whole:])
+                change(values[:, whole * width :], entries[:, whole:])
 
-    def small(self, tensor: StoredTensor, device: torch.device, room: Room) -> Tensor:
-        """The values of a small tensor as (n,) of float32, read once."""
-        return held(tensor.info.name, device, room, lambda: read_whole(tensor, room).float().flatten())
+    @property
+    def together(self) -> int:
+        return 2 if self.numbers.paired else 1
+
+    def parameters(self, room: Room) -> Mapping[str, Tensor]:
+        return {tensor.info.name: as_stored(tensor, room) for tensor in self.tensors[1:]}
+
+    def measure(self, values: Tensor) -> Tensor:
+        """The largest magnitude of each block, as far as it is in a line: (lines, blocks across).
+
+        With zero points, those of the negative values and, beside them, those of the others.
+        """
+        if self.columns is not None:
+            values = values / self.columns.load(values.device, torch.float32)
+        if self.zeros is None:
+            return self.largest(values.abs())
+        return torch.cat([self.largest(values.clamp_max(0).abs()), self.largest(values.clamp_min(0))], 1)
+
+    def largest(self, magnitudes: Tensor) -> Tensor:
+        """That of each block of a line."""
+        across, width = self.grid[1], self.block[1]
+        index = None if self.groups is None else self.groups.load(magnitudes.device, torch.float32).long()
+        if index is not None and int(index.min()) >= 0:
+            found = magnitudes.new_zeros(len(magnitudes), across)
+            return found.scatter_reduce_(1, index.expand(len(magnitudes), -1), magnitudes, "amax")
+        padded = torch.nn.functional.pad(magnitudes, (0, across * width - self.line))
+        return padded.view(len(magnitudes), across, width).amax(2)
+
+    def new_parameters(self, measured: Tensor, own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Scales for the largest magnitudes; that of a whole matrix stays where those of its blocks fit beside it."""
+        down, across = self.grid
+        lines = measured.cpu().view(-1, self.height, measured.shape[1])
+        lines = torch.nn.functional.pad(lines, (0, 0, 0, down * self.block[0] - self.height))
+        blocks = lines.view(len(lines), down, self.block[0], -1).amax(2)
+        below, above = blocks[..., :across], blocks[..., -across:]
+        largest = torch.maximum(below, above)
+        wanted = (largest if self.zeros is None else (below + above) / 2) / self.numbers.span
+        changed: dict[str, Tensor] = {}
+        if self.whole is not None:
+            before = own[self.whole.info.name]
+            second = new_scales.new_second(before.flatten(), largest.amax((1, 2)), self.numbers, self.divides)
+            changed[self.whole.info.name] = second.view(before.shape)
+            wanted = wanted * second.view(-1, 1, 1) if self.divides else wanted / second.view(-1, 1, 1)
+        before = own[self.scales.info.name]
+        if self.scales.info.dtype in POWERS:
+            scales = new_scales.stored_powers(largest, self.numbers)
+        else:
+            scales = new_scales.stored_scales(wanted, before.dtype)
+        changed[self.scales.info.name] = scales.view(before.shape)
+        if self.zeros is not None:
+            zeros = new_scales.zero_points(-below, scales.float(), self.numbers)
+            packed = new_scales.packed_zeros(zeros, self.zero_bits) if self.zero_bits else zeros.to(torch.int8)
+            changed[self.zeros.info.name] = packed.view(self.zeros.info.shape)
+        return {**own, **changed}
+
+    def encode(self, values: Tensor, first: int, parameters: Mapping[str, Tensor]) -> Tensor:
+        own = InMemory(values.device, parameters)
+        groups, count = self.group_index(own), len(values)
+        units = values / small(self.columns, own) if self.columns is not None else values.clone()
+        self.by_block(units, self.read_scales(first, count, own), groups, torch.Tensor.div_)
+        if self.zeros is not None:
+            self.by_block(units, self.read_zeros(first, count, own), groups, torch.Tensor.add_)
+        packed = self.numbers.bytes(self.numbers.clamped(units))
+        return (by_rows(packed)[:, : self.line] if self.numbers.paired else packed).flatten()
 
     def check(self, room: Room) -> str:
         scales = [each for each in (self.scales, self.whole, self.columns) if each is not None]
@@ -188,24 +251,9 @@ def wrong(scales: StoredTensor, room: Room) -> str:
     return f"{printable(scales.info.name)}: {count} of {scales.info.elements} values are NaN" if count else ""
 
 
-def as_float32(raw: Tensor, dtype: str) -> Tensor:
-    """Values of a tensor that lies in a file as (bytes,), as (n,) of float32 in memory of their own."""
-    if dtype in POWERS:
-        return e8m0(raw)
-    if dtype == "F8_E4M3":
-        return e4m3(raw)
-    stored = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8}[dtype]
-    return raw.view(stored).to(torch.float32, copy=True)
-
-
-def offset_integers(packed: Tensor, bits: int) -> Tensor:
-    """(n, bytes) of uint8 → (n, integers) of float32: unsigned ones that lie one after the other, less 2^(bits − 1)."""
-    if bits == 4:
-        return nibbles(packed, OFFSET_INT4)
-    if bits == 8:
-        return packed.bitwise_xor(128).view(torch.int8).float()
-    fields = unpacked(packed, bits) if bits < 4 and packed.shape[1] % bits == 0 else bit_fields(packed, bits)
-    return fields.float().sub_(1 << bits - 1)
+def small(tensor: StoredTensor, parameters: Parameters) -> Tensor:
+    """The values of a small tensor, as (n,) of float32."""
+    return parameters.kept(tensor, lambda raw: as_float32(raw, tensor.info.dtype))
 
 
 def fits(found: tuple[int, ...], matrices: tuple[int, ...], rows: int, line: int, block: tuple[int, int]) -> bool:
