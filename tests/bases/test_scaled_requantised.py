@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed_models import open_packed, save_packed
+from packed_models import DEVICES, open_packed, save_packed
 from quantised_models import FAMILIES, STACKS, Quantised
 from torch import Tensor
 
@@ -48,15 +48,15 @@ def lines_of(weight: Requantizable) -> Tensor:
 
 
 def packed_anew(weight: Requantizable, lines: Tensor, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The bytes of all lines, and what they are decoded to, a few lines at a time."""
+    """The bytes of all lines, and what they are decoded to, a few lines at a time; on a GPU where there is one."""
     step = weight.together * -(-9 // weight.together)
     starts = range(0, len(lines), step)
-    packed = [weight.encode(lines[first : first + step], first, parameters) for first in starts]
+    packed = [weight.encode(lines[first : first + step].to(DEVICES[-1]), first, parameters) for first in starts]
     back = [
         weight.decode_packed(part, first, min(step, len(lines) - first), parameters)
         for part, first in zip(packed, starts, strict=True)
     ]
-    return torch.cat(packed), torch.cat(back)
+    return torch.cat(packed).cpu(), torch.cat(back).cpu()
 
 
 @pytest.mark.parametrize("family", EVERY)
@@ -77,7 +77,7 @@ def test_new_parameters_and_values_are_decoded_from_a_file_to_what_was_promised(
     made = made_of(family, 2)
     weight = open_weight(tmp_path / "base", made, {})
     lines = lines_of(weight) * 1.3 + 0.02
-    measured = torch.cat([weight.measure(part) for part in torch.split(lines, weight.together * 5)])
+    measured = torch.cat([weight.measure(part.to(DEVICES[-1])) for part in torch.split(lines, weight.together * 5)])
     new = weight.new_parameters(measured, weight.parameters(Room()))
     packed, back = packed_anew(weight, lines, new)
     values = made.tensors[weight.tensors[0].info.name]

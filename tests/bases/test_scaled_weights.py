@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed_models import open_packed, save_packed
+from packed_models import DEVICES, open_packed, room_on, save_packed
 from quantised_models import FAMILIES, STACKS, Quantised
 from torch import Tensor
 
@@ -35,21 +35,22 @@ def save(folder: Path, made: Quantised, **tensors: Tensor) -> Path:
 
 
 def check_rows(folder: Path, made: Quantised) -> None:
-    """Rows from anywhere are those of the formula, with a buffer and without, and nothing is wrong with the scales."""
+    """Rows from anywhere are those of the formula, on a GPU too where there is one, and nothing is wrong with scales."""
     found = open_packed(folder).weights
     assert found.keys() == made.values.keys()
     for name, wanted in made.values.items():
         weight, flat = found[name], wanted.reshape(len(wanted), -1)
-        assert weight.shape == wanted.shape
-        room = Room(host=torch.empty(flat.numel(), dtype=torch.uint8))
-        for first, count in ((0, len(flat)), (0, 1), (1, 2), (len(flat) // 2, len(flat) - len(flat) // 2)):
-            assert torch.equal(weight.rows(first, count, CPU, torch.float32, room), flat[first : first + count])
         lines, matrix = wanted.reshape(-1, wanted.shape[-1]), weight.matrix(wanted.shape[-1])
-        for first, count in ((3, 1), (len(lines) // 3, len(lines) // 2), (len(lines) - 1, 1)):
-            assert torch.equal(
-                matrix.rows(first, count, CPU, torch.float64, room), lines[first : first + count].double()
-            )
-        room.sources.close()
+        assert weight.shape == wanted.shape
+        for device in DEVICES:
+            room = room_on(device, flat.numel())
+            for first, count in ((0, len(flat)), (0, 1), (1, 2), (len(flat) // 2, len(flat) - len(flat) // 2)):
+                rows = weight.rows(first, count, device, torch.float32, room).cpu()
+                assert torch.equal(rows, flat[first : first + count])
+            for first, count in ((3, 1), (len(lines) // 3, len(lines) // 2), (len(lines) - 1, 1)):
+                rows = matrix.rows(first, count, device, torch.float64, room).cpu()
+                assert torch.equal(rows, lines[first : first + count].double())
+            room.sources.close()
         assert weight.check(Room()) == ""
 
 
