@@ -3,6 +3,7 @@
 # make test-python PY=3.13   the tests alone on another Python, which is called python3.13
 # make test-lowest           the same with the lowest versions that pyproject.toml allows, on Python 3.10
 # make test-cuda  the tests of the CUDA path, on a machine that has a GPU
+# make acceptance the libraries and runtimes of quantised models read what loratool writes, and it reads what they write
 # make benchmark  what a merge costs on this machine
 # make docs       write docs/cli.md anew from the command line's own help, docs/supported.md from its table,
 #                 and the types of the library's keywords from the options
@@ -20,7 +21,7 @@ INSTALL := $(BIN)/$(PIP) --constraint constraints.txt
 PYTEST := PYTHONDONTWRITEBYTECODE= {}/bin/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 PY ?= 3.10
 
-.PHONY: demo test test-python test-lowest test-cuda benchmark docs
+.PHONY: demo test acceptance test-python test-lowest test-cuda benchmark docs
 
 demo: .venv/runtime
 	$(BIN)/loratool demo loratool-demo --overwrite
@@ -42,6 +43,9 @@ test-lowest: .venv-lowest/ready
 test-cuda: .venv/development
 	LORATOOL_TEST_CUDA=1 $(BIN)/pytest tests/merging/test_row_blocks.py tests/merging/test_exact_rows.py \
 		tests/merging/test_in_memory.py tests/algebra/test_cuda.py tests/commands/test_several_devices.py
+
+acceptance: .venv-acceptance/ready
+	$(subst {},.venv-acceptance,$(PYTEST)) tests/acceptance $$(grep -l importorskip tests/bases/*.py)
 
 benchmark: .venv/development
 	$(BIN)/python benchmarks/engine.py
@@ -70,6 +74,13 @@ docs: .venv/development
 	.venv-$(PY)/bin/$(PIP) --constraint constraints.txt torch
 	.venv-$(PY)/bin/$(PIP) --constraint constraints.txt hatchling editables
 	.venv-$(PY)/bin/$(PIP) --constraint constraints.txt --no-build-isolation --editable '.[test]'
+	touch $@
+
+.venv-acceptance/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-acceptance
+	.venv-acceptance/bin/$(PIP) --constraint constraints.txt torch
+	.venv-acceptance/bin/$(PIP) --constraint constraints.txt hatchling editables setuptools
+	.venv-acceptance/bin/$(PIP) --constraint constraints.txt --no-build-isolation --editable '.[acceptance]'
 	touch $@
 
 # "name>=1.2" of the dependencies becomes name==1.2; what results are compared with is as new as goes with those

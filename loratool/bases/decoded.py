@@ -12,6 +12,8 @@ from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import SafeFile, TensorInfo
+from loratool.notes import Note
+from loratool.templates import listed
 
 
 @dataclass(frozen=True, repr=False)
@@ -49,16 +51,23 @@ class Decoded(Checkpoint):
         """Tensors that packed weights are made of, and what goes along with those."""
         return frozenset((*self.packed, *self.left_over(self.weights)))
 
-    def check(self, names: Iterable[str]) -> None:
-        """Raise `InputError` naming all weights whose scales or indices are not usable. Their values are read for it."""
+    def check(self, names: Iterable[str]) -> list[Note]:
+        """Notes on weights that tools decode differently. The values of scales and indices are read for it.
+
+        Raises `InputError` naming all weights whose scales or indices are not usable.
+        """
+        problems: list[str] = []
+        doubts: dict[str, list[str]] = {}
         with OpenSources() as sources:
-            problems = [
-                f"{printable(name)} ({self.weights[name].scheme}): {found}"
-                for name in names
-                if (found := self.weights[name].check(Room(sources)))
-            ]
+            for name in names:
+                weight, room = self.weights[name], Room(sources)
+                if found := weight.check(room):
+                    problems += [f"{printable(name)} ({weight.scheme}): {found}"]
+                elif found := weight.doubt(room):
+                    doubts.setdefault(found, []).append(name)
         if problems:
             raise InputError(f"{self.name}: packed weights that cannot be decoded:", problems)
+        return [Note("decoding-doubtful", f"{listed(names)}: {found}") for found, names in doubts.items()]
 
     def metadata(self, said: Mapping[str, str] | None, plain: Collection[str]) -> Mapping[str, str] | None:
         """The metadata of a file's header where some weights become plain."""

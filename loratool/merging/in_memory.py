@@ -6,6 +6,7 @@ and a few of those after it, to a pool of workers. So a slow consumer stops the 
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import warnings
 from collections import deque
@@ -324,5 +325,5 @@ def open_merged(base: PathLike, adapters: Sequence[PathLike] | PathLike, options
     plan = planned(model, read, PlanOptions(**how))
     for adapter in plan.adapters:
         adapter.check_values()
-    plan.check_packed(plan.spans)
-    return MergedWeights(plan, options)
+    doubts = plan.check_packed(plan.spans)
+    return MergedWeights(dataclasses.replace(plan, notes=(*plan.notes, *doubts)), options)

@@ -113,7 +113,7 @@ def making(
     """Make one output, as a generator: it gives its job, and is to be sent the engine that has run it."""
     plan, target, paths = prepared
     check_values(plan)
-    plan.check_packed(plan.spans)
+    plan = dataclasses.replace(plan, notes=(*plan.notes, *plan.check_packed(plan.spans)))
     digests = [adapter.digests() for adapter in plan.adapters]
     lap("adapters")
     known = KnownDigests(plan.base.root)

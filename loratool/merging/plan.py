@@ -71,11 +71,15 @@ class MergePlan(Result):
         own = {id(shard) for shard in self.base.shards}
         return any(id(tensor.file) not in own for span in self.spans for tensor in span.weight.tensors)
 
-    def check_packed(self, spans: Iterable[Span]) -> None:
-        """Raise `InputError` naming those of some weights that cannot be decoded: of each its scales are read."""
-        if isinstance(self.base, Decoded):
-            names = (span.placed.name for span in spans if span.carried is None)
-            self.base.check(name for name in names if name in self.base.weights)
+    def check_packed(self, spans: Iterable[Span]) -> list[Note]:
+        """Notes on those of some weights that tools decode differently; of each packed one its scales are read.
+
+        Raises `InputError` naming all that cannot be decoded.
+        """
+        if not isinstance(self.base, Decoded):
+            return []
+        names = (span.placed.name for span in spans if span.carried is None)
+        return self.base.check(name for name in names if name in self.base.weights)
 
     @property
     def bytes_read(self) -> int:

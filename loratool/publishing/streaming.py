@@ -132,7 +132,7 @@ def stream(
             engine.run()
             unchanged = f"{printable(repo)}: not completed, {NOTHING}; {COPIES}"
             merged = describe(job, engine.resources(), digests, told, unchanged)
-            notes, effects, gains = [*notes, *merged.notes], merged.effects, merged.gains
+            notes, effects, gains = [*notes, *there.doubts, *merged.notes], merged.effects, merged.gains
             last = others(there.stage, merged.table | {"plan": name})
             done = there.end(last, options.message or "Merge with loratool")
         return replace(
@@ -226,6 +226,7 @@ class Repository(LocalFolder):
     def __init__(self, repo: str, revision: str | None, plan: MergePlan, plan_name: str, stage: Stage) -> None:
         super().__init__(stage)
         self.repo, self.revision, self.plan, self.plan_name = repo, revision, plan, plan_name
+        self.doubts: list[Note] = []  # about how packed weights are decoded
         self.most = 0  # bytes of weight files that were on this disk at one time
 
     def rounds(self, names: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -237,7 +238,7 @@ class Repository(LocalFolder):
                 with OpenSources() as sources:
                     for file in sources_of(self.plan, shard):
                         sources.of(file)  # which brings it here until nobody needs it
-                    self.plan.check_packed(shard.spans)
+                    self.doubts += self.plan.check_packed(shard.spans)
                     yield [shard.name]
                 self.send(shard.name, f"{number} of {len(self.plan.shards)}")
 

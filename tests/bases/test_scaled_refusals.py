@@ -91,7 +91,7 @@ REFUSED: list[tuple[str, Change, str]] = [
     ("int4 groups", said("transform_config", value={"config_groups": {}}), "weights are rotated (transform_config)"),
     ("int4 groups", said("config_groups", value={}), f"{X}.weight: is packed, but no group of config_groups is for it"),
     ("int4 groups", said("config_groups", "group_0", "targets", value=["re:.*mlp.*"]), "no group of config_groups is for it"),
-    ("int4 groups", without(f"{X}.weight_packed"), f"{X}.weight_packed: is missing, but {X}.weight_scale is there"),
+    ("int4 groups", without(f"{X}.weight_packed"), f"{X}.weight_packed: is missing, but {X}.weight_scale exists"),
     ("int4 groups", beside(weight=plain(3, 32, 96)), f"{X}.weight_packed exists too: it must be either plain or packed"),
     ("int4 groups", beside(weight_zero_point=torch.ones(4, 4).int()), f"{X}.weight_zero_point: must be I32 [4, 3]"),
     ("int4 act-order", beside(weight_g_idx=SHORT.int()), f"{X}.weight_g_idx: must be I32 [96], but it is I32 [3]"),
@@ -111,7 +111,7 @@ REFUSED: list[tuple[str, Change, str]] = [
     ("modelopt int4", beside(weight_scale_2=torch.ones(())), "is int4 made of FP8 (W4A8_AWQ), which cannot be read"),
     ("gpt-oss", cut(f"{EXPERTS}_scales"), f"{EXPERTS}_scales: must be U8 or F8_E8M0 [2, 10, 2]"),
     ("gpt-oss", without(f"{EXPERTS}_scales"), f"{EXPERTS}_scales: must be U8 or F8_E8M0 [2, 10, 2]"),
-    ("gpt-oss", without(f"{EXPERTS}_blocks"), f"{EXPERTS}_blocks: is missing, but {EXPERTS}_scales is there"),
+    ("gpt-oss", without(f"{EXPERTS}_blocks"), f"{EXPERTS}_blocks: is missing, but {EXPERTS}_scales exists"),
     ("gpt-oss", lambda tensors, _: tensors.update({EXPERTS: plain(3, 2, 64, 10)}), "must be either plain or packed"),
 ]  # fmt: skip
 

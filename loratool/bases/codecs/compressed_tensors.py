@@ -219,7 +219,7 @@ def weight_of(
         return None
     if packed is None and plain is None:
         there = printable(f"{module}.{next(ending for ending in ENDINGS if ending in parts)}")
-        finder.note(f"{name}_packed", f"is missing, but {there} is there")
+        finder.note(f"{name}_packed", f"is missing, but {there} exists")
         return None
     if not schemes:
         finder.note(name, "is packed, but no group of config_groups is for it")

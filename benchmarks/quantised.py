@@ -1,0 +1,135 @@
+"""What a merge into a quantised base costs, next to the same merge into a plain one; with `verify` next to `cat`.
+
+    python benchmarks/quantised.py                            1B shape: nf4, GPTQ, AWQ, FP8
+    python benchmarks/quantised.py --families nf4 --json result.json
+
+Bases, and an adapter on all of their linear layers, are made in a real model's shape, outside the repository. All
+contenders run turn by turn as whole processes that end in `sync`. All that was made is removed, after Ctrl-C too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from findings import Finding, aligned, at_most, finding_table, megabytes, ratio, seconds, write_result
+from machine import describe
+from packed_shapes import FAMILIES, make_packed
+from running import Run, apart, loratool_run, say, scratch
+from shapes import SHAPES, Shape, make
+
+PLAIN = "bf16"
+MORE_MEMORY = 60e6  # bytes
+LIMITS = {"nf4": (1.3, 2.0)}  # of touched-only and of --dequantize, over the merge into a plain base
+OTHERS = (1.5, 2.2)
+CAT = 2.5  # of verify, over reading the same files
+
+
+def command(folder: Path, family: str, *options: str) -> list[str]:
+    words = ["merge", str(folder / family), str(folder / PLAIN / "adapter"), "-o", str(folder / "out"), *options]
+    return [sys.executable, "-m", "loratool", *words, "--device", "cpu", "-q", "--json"]
+
+
+def prepare(folder: Path, shape: Shape, families: Sequence[str]) -> dict[str, list[str]]:
+    """Make all models; the command of each contender."""
+    say(f"making {shape.name} …")
+    apart(make, shape, folder / PLAIN)
+    contenders = {PLAIN: command(folder, f"{PLAIN}/base")}
+    for family in families:
+        say(f"making {shape.name} in {family} …")
+        apart(make_packed, shape, family, folder / family)
+        contenders[f"{family}, touched only"] = command(folder, family)
+        contenders[f"{family}, --dequantize"] = command(folder, family, "--dequantize")
+    return contenders
+
+
+def take_turns(folder: Path, contenders: dict[str, list[str]], turns: int) -> dict[str, list[Run]]:
+    runs: dict[str, list[Run]] = {name: [] for name in contenders}
+    for turn in range(turns):
+        names = list(contenders) if turn % 2 == 0 else list(reversed(contenders))
+        for name in names:
+            os.sync()
+            one = loratool_run(contenders[name])
+            runs[name].append(one)
+            shutil.rmtree(folder / "out")
+            say(f"turn {turn + 1}: {name} {one.wall:.2f} s, CPU {one.processor:.1f} s, {one.peak_memory / 1e6:.0f} MB")
+    return runs
+
+
+def verified(folder: Path, turns: int) -> list[Finding]:
+    """`verify` with base and adapter, over `cat` of the files that it reads."""
+    merged, base, adapter = folder / "out", folder / PLAIN / "base", folder / PLAIN / "adapter"
+    loratool_run(command(folder, f"{PLAIN}/base"))
+    files = [str(path) for place in (merged, base, adapter) for path in sorted(place.glob("*.safetensors"))]
+    words = ["verify", str(merged), "--base", str(base), "--adapter", str(adapter), "-q"]
+    check = [sys.executable, "-m", "loratool", *words]
+    read = ["sh", "-c", 'cat "$@" > /dev/null', "cat", *files]
+    wall: dict[str, list[float]] = {"cat": [], "verify": []}
+    for turn in range(turns):
+        for name, each in (("cat", read), ("verify", check)):
+            wall[name].append(loratool_run(each).wall)
+            say(f"turn {turn + 1}: {name} {wall[name][-1]:.2f} s")
+    shutil.rmtree(merged)
+    found = median(wall["verify"]) / median(wall["cat"])
+    return [
+        Finding("cat of merged model, base and adapter", seconds(median(wall["cat"])), median(wall["cat"])),
+        at_most("verify over cat", found, CAT, ratio),
+    ]
+
+
+def judge(runs: dict[str, list[Run]]) -> list[Finding]:
+    """Times and memory over those of the merge into a plain base."""
+
+    def wall(name: str) -> float:
+        return median(one.wall for one in runs[name])
+
+    def peak(name: str) -> int:
+        return max(one.peak_memory for one in runs[name])
+
+    found = [Finding("merge into the plain base", seconds(wall(PLAIN)), wall(PLAIN))]
+    for name in runs:
+        if name != PLAIN:
+            family, _, way = name.partition(", ")
+            limit = LIMITS.get(family, OTHERS)[way == "--dequantize"]
+            found.append(at_most(f"{name}: time over it", wall(name) / wall(PLAIN), limit, ratio))
+            found.append(at_most(f"{name}: memory above it", peak(name) - peak(PLAIN), MORE_MEMORY, megabytes))
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--shape", choices=list(SHAPES), default="llama-3.2-1b", help="[default: llama-3.2-1b]")
+    add("--families", default=",".join(FAMILIES), help=f"comma-separated [default: {','.join(FAMILIES)}]")
+    add("--turns", type=int, default=3, help="runs of each contender; medians count [default: 3]")
+    add("--no-verify", action="store_true", help="leave `verify` out")
+    add("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to make models [default: the system's]")
+    add("--json", type=Path, metavar="FILE", help="write all that was measured there too")
+    options = parser.parse_args(arguments)
+    families = options.families.split(",")
+    if unknown := sorted({*families} - {*FAMILIES}):
+        parser.error(f"--families: {', '.join(unknown)}: unknown; there are {', '.join(FAMILIES)}")
+    with scratch(options.folder, "quantised") as folder:
+        facts = describe(folder, os.getloadavg()[0])
+        contenders = prepare(folder, SHAPES[options.shape], families)
+        runs = take_turns(folder, contenders, options.turns)
+        findings = judge(runs)
+        if not options.no_verify:
+            findings += verified(folder, options.turns)
+        write_result(options.json, facts, findings, turns=options.turns, shape=options.shape)
+    print("\n\n".join([aligned(list(facts.items())), finding_table(findings)]))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,152 @@
+"""Merged models of quantised bases are loaded by transformers, and compute what the base does with the adapter.
+
+Needs what `make acceptance` installs.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from quantised_models import FAMILIES, Maker, Quantised, Weights, fp8
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import loratool
+
+transformers = pytest.importorskip("transformers")
+
+TARGETS = ["q_proj", "up_proj", "down_proj"]
+LAYERS = [1]  # so that each merged model is partly quantised
+IDS = torch.arange(1, 25).reshape(2, 12)
+
+
+def tiny_llama() -> Any:
+    """A Llama of 3 layers with random weights, whose widths are multiples of the blocks of all kinds."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=320,
+        tie_word_embeddings=False,
+        initializer_range=0.06,
+    )
+    return transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("plain")
+    tiny_llama().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("adapter")
+    model = transformers.AutoModelForCausalLM.from_pretrained(plain)
+    config = LoraConfig(r=8, lora_alpha=32, target_modules=TARGETS, layers_to_transform=LAYERS, task_type="CAUSAL_LM")
+    trained = get_peft_model(model, config)
+    torch.manual_seed(1)
+    for name, value in trained.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.05)
+    trained.save_pretrained(folder)
+    return folder
+
+
+def quantised_by(kind: str, plain: Path, folder: Path) -> Path:
+    """A base as the real tool writes it."""
+    if kind.startswith("bitsandbytes"):
+        pytest.importorskip("bitsandbytes")
+        four = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16}
+        how: dict[str, dict[str, Any]] = {
+            "bitsandbytes nf4": {**four, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+            "bitsandbytes fp4": {**four, "bnb_4bit_quant_type": "fp4"},
+            "bitsandbytes int8": {"load_in_8bit": True},
+        }
+        config = transformers.BitsAndBytesConfig(**how[kind])
+    else:
+        torchao = pytest.importorskip("torchao.quantization")
+        config = transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig(version=2))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        plain, quantization_config=config, dtype=torch.bfloat16, device_map="cpu"
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
+def ct_w8a8(weights: Weights) -> Quantised:
+    """int8 as it is served: activations are quantised too, token by token."""
+    made = FAMILIES["int8 (W8A8)"](weights)
+    inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    made.config["config_groups"]["group_0"]["input_activations"] = inputs
+    return made
+
+
+MADE: dict[str, Maker] = {  # by the names of `quantised_models`
+    "fp8 blocks": partial(fp8, block=(128, 128)),
+    "fp8 one scale": FAMILIES["fp8 one scale"],
+    "int4 groups": FAMILIES["int4 groups"],
+    "int8 (W8A8)": ct_w8a8,
+    "float8 one scale": FAMILIES["float8 one scale"],
+    "float8 rows": FAMILIES["float8 rows"],
+    "nvfp4": FAMILIES["nvfp4"],
+    "mxfp4": FAMILIES["mxfp4"],
+}
+
+
+def made_of(kind: str, plain: Path, folder: Path) -> Path:
+    """A base in the layout that a tool documents, for what needs a GPU to be made with it."""
+    if "fp8" not in kind:
+        pytest.importorskip("compressed_tensors")
+    tensors = load_file(plain / "model.safetensors")
+    linear = {name: value.float() for name, value in tensors.items() if "proj" in name}
+    made = MADE[kind](linear)
+    folder.mkdir()
+    rest = {name: value for name, value in tensors.items() if name not in linear}
+    save_file({**rest, **made.tensors}, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((plain / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": made.config}))
+    return folder
+
+
+def logits(model: Any) -> Tensor:
+    with torch.inference_mode():
+        found: Tensor = model.eval()(IDS).logits
+    return found.float()
+
+
+def loaded(folder: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map="cpu")
+
+
+BY_TOOLS = ("bitsandbytes nf4", "bitsandbytes fp4", "bitsandbytes int8", "torchao int8")
+QUANTISES_ACTIVATIONS = ("bitsandbytes int8", "int8 (W8A8)", "fp8 blocks")
+
+
+@pytest.mark.parametrize("kind", [*BY_TOOLS, *MADE])
+def test_a_merged_model_computes_what_the_base_does_with_the_adapter(
+    kind: str, plain: Path, adapter: Path, tmp_path: Path
+) -> None:
+    base = (quantised_by if kind in BY_TOOLS else made_of)(kind, plain, tmp_path / "base")
+    loratool.merge(base, [adapter], tmp_path / "merged", device="cpu")
+    loratool.merge(base, [], tmp_path / "plain", device="cpu", dequantize=True)
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["quantization_config"]
+    alone, merged = logits(loaded(tmp_path / "plain")), logits(loaded(tmp_path / "merged"))
+    wanted = logits(PeftModel.from_pretrained(loaded(tmp_path / "plain"), adapter))
+    change = (wanted - alone).norm()
+    near = 0.2 if kind in QUANTISES_ACTIVATIONS else 0.1
+    assert (merged - wanted).norm() < near * change
+    everything = loratool.merge(base, [adapter], tmp_path / "all", device="cpu", dequantize=True)
+    assert everything.edited == len(TARGETS)
+    assert (logits(loaded(tmp_path / "all")) - wanted).norm() < 0.1 * change
