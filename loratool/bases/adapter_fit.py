@@ -10,7 +10,7 @@ from pathlib import Path
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats import format_of
 from loratool.bases.binding import Place, bind, tell
-from loratool.bases.opening import open_checkpoint
+from loratool.bases.codecs import decoded
 from loratool.bases.same_base import unlike_bases
 from loratool.bases.shapes import Base, read_base
 from loratool.bases.tied_weights import Ties, find_ties
@@ -27,7 +27,7 @@ class Fit:
 
     base: BaseFacts
     adapter: str
-    checkpoint: Checkpoint | None = None  # as the adapter was trained on it
+    checkpoint: Checkpoint | None = None  # with its packed weights decoded
     ties: Ties | None = None
     places: Mapping[str, tuple[Place, ...]] = field(default_factory=dict)
     notes: tuple[Note, ...] = ()
@@ -48,19 +48,24 @@ class Fit:
 
 
 def fit_of(
-    adapter: Adapter, path: Path, weights: bool, maps: Sequence[str] = (), fan_in_fan_out: bool | None = None
+    adapter: Adapter,
+    path: Path,
+    checkpoint: Checkpoint | None,
+    maps: Sequence[str] = (),
+    fan_in_fan_out: bool | None = None,
 ) -> Fit:
-    """Hold `adapter` against the base at `path`, which holds `weights` or is a config alone.
+    """Hold `adapter` against the base at `path`: its `checkpoint`, or None where it is a config alone.
 
     `maps` and `fan_in_fan_out` are those of a merge.
 
-    Raises `InputError` where the base's shapes are not known: it is quantised, or a config of an unknown family.
+    Raises `InputError` where the base's shapes are not known: it is quantised in a way that is not read, or a config of
+    an unknown family.
     """
-    base = read_base(path)
-    if not weights:
+    checkpoint = decoded(checkpoint) if checkpoint is not None else None
+    base = read_base(path, checkpoint)
+    if checkpoint is None:
         trainable, more = format_of(adapter).parameters(adapter, set(base.weights))
         return Fit(base_facts(base, trainable, more, ()), adapter.name)
-    checkpoint = open_checkpoint(path)
     ties = find_ties(checkpoint, [adapter])
     trained = as_trained(adapter, checkpoint, ties, partial(bind, maps=maps, fan_in_fan_out=fan_in_fan_out), True)
     bound = trained.bound
@@ -69,7 +74,7 @@ def fit_of(
     trainable, more = format_of(adapter).parameters(adapter, known)
     facts = base_facts(base, trainable, more, problems)
     notes = (*bound.notes, *unlike_bases(checkpoint, [adapter]))
-    return Fit(facts, adapter.name, trained.base, ties, bound.places, notes)
+    return Fit(facts, adapter.name, checkpoint, ties, bound.places, notes)
 
 
 def base_facts(base: Base, trainable: int, more: int, problems: tuple[str, ...]) -> BaseFacts:

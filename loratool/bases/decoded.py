@@ -38,6 +38,11 @@ class Decoded(Checkpoint):
         }
 
     @cached_property
+    def stored(self) -> Mapping[str, TensorInfo]:
+        """The tensors on disk by name."""
+        return {name: info for shard in self.shards for name, info in shard.tensors.items()}
+
+    @cached_property
     def packed(self) -> Mapping[str, tuple[str, bool]]:
         """Tensor of a packed weight → the weight's name, and whether the tensor is the first of it."""
         return {
@@ -74,6 +79,11 @@ class Decoded(Checkpoint):
         if said is None or self.codec is None or not plain:
             return said
         return self.codec.metadata(said, self.packing, plain)
+
+    def bytes_of(self, name: str) -> int:
+        """Bytes of all tensors that go where a packed weight becomes plain."""
+        more = (self.stored[each] for each in self.packing.leftovers.get(name, ()) if each in self.stored)
+        return sum(info.nbytes for info in (*(tensor.info for tensor in self.weights[name].tensors), *more))
 
     def left_over(self, plain: Collection[str]) -> frozenset[str]:
         """Tensors that go as well where some weights become plain."""

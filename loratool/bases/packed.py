@@ -63,7 +63,7 @@ class Packed:
     shape: tuple[int, ...]  # of the values
     line: int  # values in a line
     dtype: str  # of the plain copy
-    tensors: tuple[StoredTensor, ...]
+    tensors: tuple[StoredTensor, ...]  # those on disk that it is made of; the first holds the packed values
     scheme: str  # what a person would call it, such as "nf4, blocks of 64"
     exact: str = "F32"  # values are the float32 that the documented decoding of the format gives
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from loratool.adapters.formats import FORMATS
+from loratool.bases.decoded import Decoded
 from loratool.bases.decoders import SHAPES
-from loratool.bases.opening import open_checkpoint
+from loratool.bases.siblings import served_with
 from loratool.bases.tied_weights import find_ties, tie_flag
 from loratool.errors import InputError, printable
-from loratool.files.checkpoint import Checkpoint, holds_weights
+from loratool.files.checkpoint import Checkpoint
 from loratool.files.inputs import read_json
 from loratool.files.safefile import DTYPE_BITS, FLOAT_NAMES
 from loratool.layouts.architectures import PACKED_WEIGHTS
@@ -24,7 +25,7 @@ from loratool.notes import Note
 Shape = tuple[int, ...]
 DTYPES = {name: dtype for dtype, name in FLOAT_NAMES.items()}  # float32 → F32
 BUFFERS = re.compile(  # kept in checkpoints, and no parameters
-    r"(?:.*\.)?(?:inv_freq|masked_bias|position_ids|token_type_ids|running_mean|running_var|num_batches_tracked)"
+    r"(?:.*\.)?(?:inv_freq|masked_bias|position_ids|token_type_ids|running_mean|running_var|num_batches_tracked|[kv]_scale)"
 )
 CAUSAL_MASK = re.compile(r"(?:.*\.)?attn\.bias")  # of four dimensions, in old checkpoints of GPT-2
 FACTORS = re.compile(r".*\.lora_(?:[AB]|embedding_[AB]|down|up|a|b)(?:\.|$)")
@@ -42,6 +43,8 @@ class Base:
     dtypes: Mapping[str, str]  # and its dtype
     shared: frozenset[str] = frozenset()  # those that are another one in memory, and counted there
     stored_bytes: int = 0  # of all tensors that files hold
+    packed: Mapping[str, int] = field(default_factory=dict)  # packed weight → bytes of the tensors that it is made of
+    packing: str = ""  # how those are packed, for a person
     notes: tuple[Note, ...] = ()
 
     @property
@@ -53,13 +56,19 @@ class Base:
         return sum(map(math.prod, self.counted.values()))
 
     def bytes_of(self, names: Iterable[str]) -> int:
+        """Bytes of weights as plain ones."""
         return sum(math.prod(self.weights[name]) * DTYPE_BITS[self.dtypes[name]] // 8 for name in names)
 
+    def merged_bytes(self, edited: Iterable[str]) -> int:
+        """Tensor data of a merged model: packed weights that are edited become plain."""
+        plain = served_with(self.packed.keys() & set(edited), self.packed)
+        return self.stored_bytes - sum(self.packed[name] for name in plain) + self.bytes_of(plain)
 
-def read_base(path: Path) -> Base:
-    """The base at `path`, from the headers of its files or from its config alone."""
-    if holds_weights(path):
-        return base_of_headers(open_checkpoint(path), path)
+
+def read_base(path: Path, checkpoint: Checkpoint | None) -> Base:
+    """The base at `path`: from the headers of its `checkpoint`, whose packed weights are decoded; else from its config."""
+    if checkpoint is not None:
+        return base_of_headers(checkpoint, path)
     return base_of_config(path / "config.json" if path.is_dir() else path)
 
 
@@ -67,15 +76,19 @@ def base_of_headers(checkpoint: Checkpoint, path: Path) -> Base:
     held = checkpoint.tensors
     if any(FACTORS.match(name) for name in held):
         raise InputError(f"{printable(path)}: this is an adapter; BASE must be the model it was trained on")
+    unread = checkpoint.packing.unread if isinstance(checkpoint, Decoded) else {}
     packed = [
         name
         for name, info in held.items()
-        if name.rpartition(".")[2] in PACKED_WEIGHTS or (is_matrix(name, info.shape) and info.dtype not in FLOAT_NAMES)
+        if name in unread
+        or name.rpartition(".")[2] in PACKED_WEIGHTS
+        or (is_matrix(name, info.shape) and info.dtype not in FLOAT_NAMES)
     ]
     if packed:
         raise InputError(
-            f"{printable(path)}: quantised ({printable(packed[0])} is {held[packed[0]].dtype}), so the stored shapes "
-            "are not those of the weights; pass the model before quantisation, or its config.json"
+            f"{printable(path)}: quantised in a way that is not read ({printable(packed[0])} is "
+            f"{held[packed[0]].dtype}), so the stored shapes are not those of the weights; pass the model before "
+            "quantisation, or its config.json"
         )
     tensors = {name: t for name, t in held.items() if t.dtype in FLOAT_NAMES and not is_buffer(name, t.shape)}
     shapes = {name: info.shape for name, info in tensors.items()}
@@ -97,9 +110,20 @@ def base_of_headers(checkpoint: Checkpoint, path: Path) -> Base:
         shapes,
         dtypes,
         frozenset(shared),
-        sum(info.nbytes for info in checkpoint.tensors.values()),
+        sum(info.nbytes for shard in checkpoint.shards for info in shard.tensors.values()),
+        *packed_in(checkpoint),
         checkpoint.notes,
     )
+
+
+def packed_in(checkpoint: Checkpoint) -> tuple[Mapping[str, int], str]:
+    """The bytes of each packed weight, and how they are packed."""
+    if not isinstance(checkpoint, Decoded):
+        return {}, ""
+    schemes = dict.fromkeys(weight.scheme for weight in checkpoint.weights.values())
+    title = checkpoint.codec.title if checkpoint.codec else "packed"
+    sizes = {name: checkpoint.bytes_of(name) for name in checkpoint.weights}
+    return sizes, f"{title}: {'; '.join(schemes)}"
 
 
 def is_buffer(name: str, shape: Shape) -> bool:
@@ -146,7 +170,7 @@ def base_of_config(path: Path) -> Base:
         dict.fromkeys(shapes, DTYPES[dtype]),
         shared,
         stored * DTYPE_BITS[DTYPES[dtype]] // 8,
-        tuple(notes),
+        notes=tuple(notes),
     )
 
 

@@ -10,20 +10,21 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from loratool.errors import HubError, StorageError, UsageError, printable
 from loratool.fetching.answers import commit_of
 from loratool.fetching.client import api, asking, is_offline, patiently
-from loratool.fetching.outline import Remote, Role, look_up, needed, outlined, put_headers
-from loratool.files.checkpoint import holds_weights
+from loratool.fetching.outline import Remote, Role, look_up, needed, outlined, put_headers, ranged_file
+from loratool.files.checkpoint import Checkpoint, holds_weights
 from loratool.files.digests import sha256_of
 from loratool.files.hub_names import PAGE, HubPath, parse, slashed
 from loratool.files.system import free_space
 from loratool.lazy import hub, hub_constants, hub_errors
 
-__all__ = ["HubPath", "Role", "headers", "local", "parse", "place_of"]
+__all__ = ["HubPath", "Located", "Role", "headers", "local", "parse", "place_of"]
 
 DOWNLOADERS = 8  # files that are downloaded at the same time
 
@@ -57,24 +58,44 @@ def local(operand: str | os.PathLike[str], role: Role = "any") -> Path:
     return cached(place) if is_offline() else download(place, role)
 
 
+@dataclass(frozen=True)
+class Located:
+    """Where an operand is: on this disk, or in an outline of a repository."""
+
+    path: Path
+    remote: Remote | None = None  # what the outline is of
+    root: Path = Path()  # of the outline
+
+    def checkpoint(self, unmerged: bool = False) -> Checkpoint:
+        """The model that is there, as `open_checkpoint` opens it."""
+        from loratool.bases.opening import open_checkpoint
+
+        found = open_checkpoint(self.path, unmerged)
+        if self.remote is None:
+            return found
+        return replace(found, shards=tuple(ranged_file(self.remote, self.root, shard) for shard in found.shards))
+
+
 @contextmanager
-def headers(operand: str | os.PathLike[str]) -> Iterator[Path]:
-    """A local operand itself; of a place on the Hub an outline with headers and configs, no tensor being moved.
+def headers(operand: str | os.PathLike[str]) -> Iterator[Located]:
+    """A local operand itself; of a place on the Hub an outline with headers and configs.
+
+    Small tensors are read by range requests, and no file of weights is downloaded.
 
     Raises as `local` does.
     """
     place = place_of(operand)
     if place is None:
-        yield Path(operand)
+        yield Located(Path(operand))
     elif is_offline():
-        yield cached(place)
+        yield Located(cached(place))
     else:
         remote = look_up(place)
         with outlined(remote, place) as location:
             root = root_of(location, place)
             if holds_weights(location):
                 put_headers(remote, root, needed(root, location, "any").weights)
-            yield location
+            yield Located(location, remote, root)
 
 
 def root_of(location: Path, place: HubPath) -> Path:

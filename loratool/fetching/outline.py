@@ -12,23 +12,25 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from loratool.adapters.formats import CONFIGS, FORMATS, format_at, has_adapter
+from loratool.bases.packed import TWINS
 from loratool.errors import HubError, InputError, LoratoolError, Problem, printable
 from loratool.fetching.answers import RemoteFile, check_range, commit_of, files_of
 from loratool.fetching.client import api, asking, patiently
+from loratool.fetching.ranges import READERS, Ranged, SmallTensors
 from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, choose_index, choose_shards, read_index, sort_side_files
 from loratool.files.hub_names import HubPath
 from loratool.files.inputs import LARGEST_CONFIG, LARGEST_INDEX, LARGEST_RECORD, check_bound
-from loratool.files.safefile import PREFIX, header_length
+from loratool.files.safefile import PREFIX, SafeFile, header_length
 from loratool.lazy import hub, hub_utils
 
 Role = Literal["model", "adapter", "any"]
 FIRST_READ = 8192  # bytes: a small header comes with the first request
 TIMEOUT = 30.0  # seconds without a byte
-READERS = 8  # headers that are asked for at the same time
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def small_files(location: Path) -> Iterator[str]:
     """What decides what else is needed, as paths from the parent of `location`: configs and indexes."""
     folder = location if location.is_dir() else location.parent
     for path in (*folder.iterdir(), *(found for name in CONFIGS for found in folder.glob(f"*/{name}"))):
-        if path.name in ("config.json", *CONFIGS) or path.name.endswith(INDEX_SUFFIX):
+        if path.name in ("config.json", *CONFIGS, *TWINS) or path.name.endswith(INDEX_SUFFIX):
             yield path.relative_to(location.parent).as_posix()
 
 
@@ -153,6 +155,12 @@ def put_headers(remote: Remote, root: Path, names: Iterable[str]) -> None:
 
     with ThreadPoolExecutor(READERS) as readers:
         list(readers.map(put, names))
+
+
+def ranged_file(remote: Remote, root: Path, file: SafeFile) -> Ranged:
+    """A file of the outline at `root`, with its small tensors read from where it is."""
+    read = partial(read_range, remote, file.path.relative_to(root).as_posix())
+    return Ranged(file.path, file.layout, file.identity, SmallTensors(file.layout, read))
 
 
 def read_small(remote: Remote, path: PurePath) -> bytes:

@@ -6,7 +6,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,8 @@ from loratool.bases.opening import open_checkpoint
 from loratool.errors import HubError, InputError, printable
 from loratool.fetching import HubPath, local, place_of, root_of
 from loratool.fetching.client import api, asking, is_offline, patiently
-from loratool.fetching.outline import Remote, look_up, needed, outlined, put_headers
+from loratool.fetching.outline import Remote, look_up, needed, outlined, put_headers, ranged_file
+from loratool.fetching.ranges import Ranged
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.digests import sha256_of
 from loratool.files.safefile import SafeFile, read_safefile
@@ -49,18 +50,44 @@ class Whole:
 
 
 @dataclass(frozen=True)
-class Shell(SafeFile):
-    """A weight file of which only the header is here, until somebody opens it."""
+class Shell(Ranged):
+    """A weight file of which only the header is here, until somebody reads more of it than small tensors."""
 
     whole: Whole
 
     @contextmanager
     def open(self) -> Iterator[Source]:
-        with self.whole.open() as source:
-            yield source
+        with ExitStack() as stack:
+            yield stack.enter_context(self.whole.open()) if self.whole.users else Awaited(self, stack)
 
     def check_unchanged(self, source: Source | None = None) -> None:
-        self.whole.file.check_unchanged(source)
+        if not isinstance(source, Awaited):
+            self.whole.file.check_unchanged(source)
+
+
+class Awaited:
+    """The bytes of a file that is not here: small tensors come by range requests, anything else brings the file."""
+
+    def __init__(self, shell: Shell, stack: ExitStack) -> None:
+        self.size, self.shell, self.stack, self.lock = shell.layout.size, shell, stack, threading.Lock()
+        self.file: Source | None = None
+
+    def read(self, start: int, count: int, into: memoryview) -> None:
+        if self.file is not None or not self.shell.small.read(start, count, into):
+            self.bring().read(start, count, into)
+
+    def bring(self) -> Source:
+        """The file, which stays here until nobody has it open."""
+        with self.lock:
+            if self.file is None:
+                self.file = self.stack.enter_context(self.shell.whole.open())
+            return self.file
+
+
+def bring(source: Source) -> None:
+    """Bring the file that a source is of, where it is not here."""
+    if isinstance(source, Awaited):
+        source.bring()
 
 
 @dataclass(frozen=True)
@@ -107,7 +134,8 @@ def on_the_hub(remote: Remote, place: HubPath, location: Path, home: Callable[[s
             raise InputError(f"{printable(file.path)}: its header changed while it was being fetched; start again")
         return file
 
-    shells = tuple(Shell(s.path, s.layout, s.identity, Whole(partial(fetch, s))) for s in checkpoint.shards)
+    ranged = (ranged_file(remote, root, shard) for shard in checkpoint.shards)
+    shells = tuple(Shell(s.path, s.layout, s.identity, s.small, Whole(partial(fetch, s))) for s in ranged)
     told = [remote.files[shard.path.relative_to(root).as_posix()] for shard in shells]
     return BaseFiles(replace(checkpoint, shards=shells), lambda: [each.sha256 or each.blob for each in told])
 

@@ -11,9 +11,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from loratool.bases.codecs import decoded
 from loratool.bases.shapes import DTYPES, Base, Shape, is_matrix, read_base, some
 from loratool.errors import FitError, UsageError, printable
 from loratool.fetching import headers
+from loratool.files.checkpoint import holds_weights
 from loratool.files.process import peak_memory
 from loratool.files.safefile import DTYPE_BITS, Layout
 from loratool.layouts.architectures import OUTPUT_HEADS
@@ -65,18 +67,21 @@ def estimate(base: str | os.PathLike[str], options: EstimateOptions) -> Estimate
     if not ranks or not targets:
         raise UsageError("pass at least one rank and one target, such as --rank 8 --target q_proj,v_proj")
     with headers(base) as location:
-        found = estimate_base(read_base(location), ranks, targets, options.dtype)
+        checkpoint = decoded(location.checkpoint()) if holds_weights(location.path) else None
+        found = estimate_base(read_base(location.path, checkpoint), ranks, targets, options.dtype)
     cost = Cost(seconds=time.monotonic() - started, peak_memory=peak_memory())
-    return replace(found, cost=cost, path=found.path.replace(printable(location), printable(base)))
+    return replace(found, cost=cost, path=found.path.replace(printable(location.path), printable(base)))
 
 
 def estimate_base(base: Base, ranks: Sequence[int], targets: Sequence[str], dtype: str) -> Estimate:
     chosen = choose(base, targets)
     linear = [name for name in base.counted if is_linear(name, base.weights[name])]
-    plain = base.counted.keys() - set(linear)
     weights, per_rank = base.bytes_of(base.counted), sum(map(rank_one, chosen.values()))
-    quantisable = sum(math.prod(base.weights[name]) for name in linear)
-    quantised = round(quantisable * QUANTISED_BITS / 8) + base.bytes_of(plain)
+    small = [name for name in base.counted if name in base.packed] or linear  # what QLoRA holds in a few bits
+    quantisable = sum(math.prod(base.weights[name]) for name in small)
+    stored = sum(base.packed.get(name, 0) for name in small)
+    bits = 8 * stored / quantisable if stored else QUANTISED_BITS
+    quantised = round(quantisable * bits / 8) + base.bytes_of(base.counted.keys() - set(small))
     size = DTYPE_BITS[DTYPES[dtype]] // 8
 
     def at(rank: int) -> RankEstimate:
@@ -107,8 +112,10 @@ def estimate_base(base: Base, ranks: Sequence[int], targets: Sequence[str], dtyp
         parameters=base.parameters,
         bytes=weights,
         dtypes=dict(dtypes.most_common()),
+        quantisation=base.packing,
         quantisable=quantisable,
-        merged_bytes=base.stored_bytes,
+        quantised_bits=bits,
+        merged_bytes=base.merged_bytes(chosen),
         dtype=dtype,
         targets=tuple(
             TargetEstimate(printable(name), shape, len(members), sum(map(rank_one, members)))

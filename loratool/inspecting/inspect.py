@@ -18,14 +18,14 @@ from loratool.adapters.weight_files import fates
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
-from loratool.bases.opening import open_checkpoint
 from loratool.errors import InputError, LoratoolError, UsageError, VerificationError, printable
-from loratool.fetching import Role, headers, local
+from loratool.fetching import Located, Role, headers, local
 from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, Checkpoint, holds_weights
 from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.process import peak_memory
 from loratool.files.safefile import SafeFile, TensorInfo
 from loratool.inspecting.health import examine, examine_model, tell_unreadable
+from loratool.inspecting.packing import unpacked
 from loratool.options.described import FLAG, PathKind, option
 from loratool.options.shared import DeviceOption, NamingOptions, OrientationOption
 from loratool.provenance import record
@@ -79,16 +79,17 @@ def inspect(
     (way,) = (way,) if way is not None else options.readings(1)
     with ExitStack() as stack:
 
-        def at(operand: PathLike, role: Role) -> Path:
+        def at(operand: PathLike, role: Role) -> Located:
             """Where it is; of a place on the Hub all that is needed comes here only for its values."""
-            return local(operand, role) if options.values or options.check else stack.enter_context(headers(operand))
+            whole = options.values or options.check
+            return Located(local(operand, role)) if whole else stack.enter_context(headers(operand))
 
         against = at(options.base, "model") if options.base is not None else None
         if options.base_config is not None:
             against = stack.enter_context(headers(options.base_config))
         location = at(path, "any")
         facts = look_at(location, path, against, options, progress, way)
-        facts = with_record(facts, location) if options.check else facts
+        facts = with_record(facts, location.path) if options.check else facts
         device = facts.values.cost.device if isinstance(facts, AdapterFacts) and facts.values else ""
         return replace(facts, cost=Cost(device, time.monotonic() - started, peak_memory=peak_memory()))
 
@@ -103,19 +104,19 @@ def with_record(facts: Facts, location: Path) -> Facts:
 
 
 def look_at(
-    location: Path,
+    place: Located,
     path: PathLike,
-    against: Path | None,
+    against: Located | None,
     options: InspectOptions,
     progress: Progress | None,
     way: Reading,
 ) -> Facts:
-    """What is at `location`, which was asked for as `path`; an adapter is held against the base at `against`."""
-    shown = Path(path)
+    """What is at a place, which was asked for as `path`; an adapter is held against the base at `against`."""
+    shown, location = Path(path), place.path
     if foreign := foreign_adapter(location):
         return foreign_facts(foreign, shown, options.tensors, options.check)
     if not is_adapter(location):
-        return look_at_checkpoint(location, shown, options.tensors, options.check)
+        return look_at_checkpoint(place, shown, options.tensors, options.check)
     problems: tuple[str, ...] = ()
     try:
         if options.check:
@@ -130,7 +131,8 @@ def look_at(
     if against:
         from loratool.bases.adapter_fit import fit_of
 
-        fit = fit_of(adapter, against, holds_weights(against), options.maps, options.fan_in_fan_out)
+        checkpoint = against.checkpoint() if holds_weights(against.path) else None
+        fit = fit_of(adapter, against.path, checkpoint, options.maps, options.fan_in_fan_out)
         if not options.check:
             fit.require()
     facts = adapter_facts(adapter, shown, fit)
@@ -315,14 +317,14 @@ def foreign_facts(foreign: Foreign, path: Path, tensors: bool, check: bool) -> A
     )
 
 
-def look_at_checkpoint(location: Path, path: Path, tensors: bool, check: bool) -> CheckpointFacts | UnreadableFacts:
+def look_at_checkpoint(place: Located, path: Path, tensors: bool, check: bool) -> CheckpointFacts | UnreadableFacts:
     try:
-        checkpoint = open_checkpoint(location, unmerged=True)
+        checkpoint = place.checkpoint(unmerged=True)
         facts = checkpoint_facts(checkpoint, path)
     except LoratoolError as error:
         if not check:
             raise
-        return UnreadableFacts("unreadable", printable(path), tell_unreadable(error, location))
+        return UnreadableFacts("unreadable", printable(path), tell_unreadable(error, place.path))
     if tensors:
         facts = replace(facts, listing=tuple(listed(checkpoint.shards)))
     if check:
@@ -332,20 +334,19 @@ def look_at_checkpoint(location: Path, path: Path, tensors: bool, check: bool) -
 
 def checkpoint_facts(checkpoint: Checkpoint, path: Path) -> CheckpointFacts:
     """What the headers of a model tell."""
+    seen, packing = unpacked(checkpoint)
     classes = checkpoint.architectures or (checkpoint.model_type,)
     groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
-    for name, info in checkpoint.tensors.items():
+    for name, info in seen.tensors.items():
         groups.setdefault((leaf(name), info.shape), []).append(info.elements)
-    quantised = checkpoint.config.get("quantization_config")
-    method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
     return CheckpointFacts(
         kind="checkpoint",
         path=printable(path),
         architecture=", ".join(printable(c) for c in classes if c),
         made_by=made_by(checkpoint),
-        quantisation=printable(method or "by a method that is not named") if quantised else "",
+        quantisation=packing.family if packing else "",
         tensors=len(checkpoint.tensors),
-        parameters=sum(t.elements for t in checkpoint.tensors.values()),
+        parameters=sum(t.elements for t in seen.tensors.values()),
         bytes=sum(t.nbytes for t in checkpoint.tensors.values()),
         dtypes=counts(t.dtype for t in checkpoint.tensors.values()),
         weights=weight_facts(groups),
@@ -353,6 +354,7 @@ def checkpoint_facts(checkpoint: Checkpoint, path: Path) -> CheckpointFacts:
         side_files=tuple(map(printable, checkpoint.side_files)),
         left_out=tuple(map(str, checkpoint.left_out)),
         notes=checkpoint.notes,
+        packing=packing,
     )
 
 

@@ -12,9 +12,9 @@ from loratool.algebra.lowrank.products import Product, decompose
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.dora import Magnitude
 from loratool.bases.decoded import weight_of
-from loratool.bases.trained_view import held_by
-from loratool.bases.weights import Slice
+from loratool.bases.weights import Held, Room, Slice
 from loratool.errors import printable
+from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.results.values import MeasuredOnBase
 from loratool.templates import listed
@@ -44,8 +44,7 @@ def measure_on_base(
     """
     import torch
 
-    held = held_by(base)
-    places = [place for place in places if place.tensor in held]
+    places = [place for place in places if place.tensor in base.tensors]
     stored = [rows_at(place, weight_of(base, place.tensor)) for place in places]
     if not places or any(each.dtype not in FLOAT_NAMES for each in stored):
         return None
@@ -53,11 +52,14 @@ def measure_on_base(
     whole = all(place.update is places[0].update and place.columns == places[0].columns for place in places)
     basis = subspaces(places[0].update) if whole else None
     squared, core = 0.0, torch.zeros((), dtype=torch.float64)
-    for place, weight in zip(places, stored, strict=True):
-        sums, part = pass_over(weight, place.update_row, basis, device)
-        squared += sums
-        core = core + part
-        rounding.try_on(place, weight, device, SAMPLED_ENTRIES // len(places))
+    held = {place.tensor: Held() for place in places}
+    with OpenSources() as sources:
+        for place, weight in zip(places, stored, strict=True):
+            room = Room(sources, held=held[place.tensor])
+            sums, part = pass_over(weight, place.update_row, basis, device, room)
+            squared += sums
+            core = core + part
+            rounding.try_on(place, weight, device, SAMPLED_ENTRIES // len(places), room)
     if not math.isfinite(squared):
         return None
     projected = float(core.square().sum()) if basis is not None else 0.0
@@ -105,7 +107,7 @@ def blocks(rows: int, width: int) -> Iterator[tuple[int, int]]:
 
 
 def pass_over(
-    weight: Slice, update_row: int, basis: tuple[Tensor, Tensor] | None, device: torch.device
+    weight: Slice, update_row: int, basis: tuple[Tensor, Tensor] | None, device: torch.device, room: Room
 ) -> tuple[float, Tensor]:
     """‖W0‖² and UᵀW0V of a weight; its first row is row `update_row` of the update."""
     import torch
@@ -113,7 +115,7 @@ def pass_over(
     squared, core = 0.0, torch.zeros((), dtype=torch.float64)
     left, right = (side.to(device) for side in basis) if basis else (None, None)
     for first, count in blocks(weight.count, weight.whole.shape[1]):
-        rows = weight.rows(first, count, device, torch.float32)
+        rows = weight.rows(first, count, device, torch.float32, room)
         squared += float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2
         if left is not None and right is not None:
             at = first + update_row
@@ -137,7 +139,7 @@ class Rounding:
         """The part of ΔW that comes through; None where ΔW is zero, or the sum leaves the dtype's range."""
         return self.product / self.squared if self.squared and math.isfinite(self.product) else None
 
-    def try_on(self, place: Place, weight: Slice, device: torch.device, entries: int) -> None:
+    def try_on(self, place: Place, weight: Slice, device: torch.device, entries: int, room: Room) -> None:
         """Round some rows of a place, in float32."""
         import torch
 
@@ -145,7 +147,7 @@ class Rounding:
         loaded = load_update(update, device, torch.float32)
         stored = torch_dtype(self.dtype)
         for first, count in sample(place.rows, max(1, entries // max(weight.whole.shape[1], 1))):
-            rows = weight.rows(first, count, device, torch.float32)
+            rows = weight.rows(first, count, device, torch.float32, room)
             delta = torch.zeros_like(rows)
             loaded.add_rows(delta, first + place.update_row, 1.0, rows)
             applied = ((rows + delta).to(stored).float() - rows).double()

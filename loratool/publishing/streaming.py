@@ -26,7 +26,7 @@ from loratool.fetching import HubPath, local
 from loratool.fetching.bases import chosen_base
 from loratool.fetching.client import endpoint
 from loratool.fetching.outline import Remote, look_up, read_small
-from loratool.fetching.pieces import BaseFiles, opened
+from loratool.fetching.pieces import BaseFiles, bring, opened
 from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, LeftOut
 from loratool.files.digests import read_recorded, why_unlike
 from loratool.files.inputs import json_object
@@ -237,7 +237,7 @@ class Repository(LocalFolder):
                 self.most = max(self.most, most_on_disk(self.plan, [shard]))
                 with OpenSources() as sources:
                     for file in sources_of(self.plan, shard):
-                        sources.of(file)  # which brings it here until nobody needs it
+                        bring(sources.of(file))  # until nobody needs it
                     self.doubts += self.plan.check_packed(shard.spans)
                     yield [shard.name]
                 self.send(shard.name, f"{number} of {len(self.plan.shards)}")

@@ -64,8 +64,10 @@ class Estimate(Result):
     parameters: int  # of the base
     bytes: int  # of the base's weights in memory
     dtypes: Mapping[str, int]  # of the base: dtype → parameters
-    quantisable: int  # parameters that QLoRA holds in 4 bits: all linear weights but the head
-    merged_bytes: int  # tensor data of the merged model, in the base's dtypes
+    quantisation: str  # how the base is stored, where it is quantised
+    quantisable: int  # parameters that QLoRA holds in a few bits: those quantised, or all linear weights but the head
+    quantised_bits: float  # of each of them: as the base is stored, or as QLoRA would store them
+    merged_bytes: int  # tensor data of the merged model: in the base's dtypes, what is edited plain
     dtype: str  # of the adapter
     targets: tuple[TargetEstimate, ...]
     per_rank: int  # parameters of the adapter at rank 1
@@ -80,6 +82,7 @@ class Estimate(Result):
             ("base", self.path),
             ("architecture", self.architecture or "unknown"),
             ("parameters", f"{self.parameters:,} in {dtypes}, {size(self.bytes)}"),
+            *([("quantised", quantised_line(self))] if self.quantisation else []),
             *(("target", target_line(t.name, t.shape, t.count, t.per_rank)) for t in self.targets),
             ("growth", growth(self)),
             *(("note", note) for note in self.notes),
@@ -91,6 +94,11 @@ class Estimate(Result):
 def target_line(name: str, shape: tuple[int, ...], count: int, per_rank: int) -> str:
     rows, columns = shape
     return f"{name}: {rows}×{columns} ×{count}, r·({rows} + {columns})·{count} = {per_rank:,}·r"
+
+
+def quantised_line(result: Estimate) -> str:
+    bits = result.quantised_bits
+    return f"{result.quantisation}; {result.quantisable:,} parameters in {bits:.2f} bits each, {size(result.quantisable * bits / 8)}"
 
 
 def growth(result: Estimate) -> str:
@@ -127,15 +135,16 @@ def memory_text(result: Estimate) -> str:
     """Where each kind of training spends its memory, with the formula."""
     each = f"{result.bytes / result.parameters:.3g}"
     small = BYTES[result.dtype]
+    where = "quantised, as they are stored" if result.quantisation else "in linear layers, stored in 4 bits"
     trained = f"T·{small}) + T·{small} + T·{ADAM_BYTES}"
     rows: list[tuple[str, object]] = [
         ("full fine-tuning", f"P·{each} + P·{each} + P·{ADAM_BYTES} = {sum_of(result.full)}"),
         ("LoRA", f"(P·{each} + {trained}"),
         *((f"  r = {one.rank}", sum_of(one.lora)) for one in result.ranks),
-        ("QLoRA", f"(Q·{QUANTISED_BITS / 8:.3f} + (P − Q)·{each} + {trained}"),
+        ("QLoRA", f"(Q·{result.quantised_bits / 8:.3f} + (P − Q)·{each} + {trained}"),
         *((f"  r = {one.rank}", sum_of(one.qlora)) for one in result.ranks),
         ("P", f"{result.parameters:,} parameters of the base"),
-        ("Q", f"{result.quantisable:,} of them in linear layers, stored in 4 bits"),
+        ("Q", f"{result.quantisable:,} of them {where}"),
         ("T", "parameters that LoRA trains"),
     ]
     return "memory: weights + gradients + the two moments of AdamW; activations not included\n" + aligned(rows)

@@ -140,6 +140,47 @@ class AdapterFacts(Result):
         return "\n\n".join(parts)
 
 
+@dataclass(frozen=True)
+class SchemeFacts:
+    """Packed weights of one scheme."""
+
+    scheme: str  # such as "nf4, blocks of 64"
+    weights: int
+    parameters: int  # the values that they stand for
+    packed_bytes: int  # of packed values
+    scale_bytes: int  # of scales, zero points, indices and the like
+    bits: float  # of both, for each parameter
+
+
+@dataclass(frozen=True)
+class PackingFacts:
+    """How a quantised checkpoint is stored, and whether an adapter can be merged into it."""
+
+    family: str  # such as "bitsandbytes"
+    schemes: tuple[SchemeFacts, ...]
+    parameters: int | None  # of all packed weights; None for all that follow where they cannot be decoded
+    packed_bytes: int | None
+    scale_bytes: int | None
+    plain_bytes: int | None  # of all other tensors
+    bits: float | None  # of packed values and scales together, for each parameter
+    plain: tuple[str, ...]  # matrices that are not quantised, with their numbers as ranges
+    mergeable: bool
+    reason: str  # what a merge does to it, or why there can be none
+
+    def rows(self) -> Iterable[tuple[str, object]]:
+        """Name and value of each line."""
+        yield "quantised", self.family
+        for each in self.schemes:
+            yield "scheme", f"{each.scheme} ×{each.weights}, {each.bits:.3f} bits a weight"
+        if self.packed_bytes is not None and self.scale_bytes is not None and self.plain_bytes is not None:
+            sizes = (self.packed_bytes, self.scale_bytes, self.plain_bytes)
+            told = zip(map(size, sizes), ("packed values", "scales and the like", "not quantised"), strict=True)
+            yield "bytes", ", ".join(f"{each} {what}" for each, what in told)
+        if self.plain:
+            yield "not quantised", ", ".join(shortened(self.plain, 8))
+        yield "merge into", f"{'yes' if self.mergeable else 'no'}: {self.reason}"
+
+
 @dataclass(frozen=True, repr=False)
 class CheckpointFacts(Result):
     """A checkpoint as its headers and config describe it."""
@@ -149,8 +190,8 @@ class CheckpointFacts(Result):
     architecture: str
     made_by: str  # where loratool made it: how, of what
     quantisation: str  # what its config says; empty for none
-    tensors: int
-    parameters: int
+    tensors: int  # on disk
+    parameters: int  # packed weights are counted as the values that they stand for
     bytes: int  # of tensor data
     dtypes: Mapping[str, int]
     weights: tuple[WeightFacts, ...]
@@ -158,6 +199,7 @@ class CheckpointFacts(Result):
     side_files: tuple[str, ...]
     left_out: tuple[str, ...]
     notes: tuple[Note, ...]
+    packing: PackingFacts | None = None  # where it is quantised
     listing: tuple[TensorFacts, ...] | None = None
     findings: tuple[Finding, ...] | None = None
 
@@ -167,7 +209,7 @@ class CheckpointFacts(Result):
             ("checkpoint", self.path),
             ("architecture", self.architecture or "not named"),
             *([("made by", self.made_by)] if self.made_by else []),
-            *([("quantised", self.quantisation)] if self.quantisation else []),
+            *(self.packing.rows() if self.packing else ()),
             ("tensors", f"{self.tensors:,}"),
             ("parameters", f"{self.parameters:,}"),
             ("size", size(self.bytes)),

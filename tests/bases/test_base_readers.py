@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from packed_bnb import FourBit
+from safetensors.torch import load_file, save_file
 
 import loratool
 from loratool.adapters.adapter import StoredTensor
@@ -136,7 +137,19 @@ def weights() -> dict[str, torch.Tensor]:
     return made
 
 
-def save_model(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+def packed_weights() -> dict[str, torch.Tensor]:
+    """The same model, its matrices in the attention packed to 4 bits, and a stack of experts as well."""
+    found: dict[str, torch.Tensor] = {}
+    for seed, (name, value) in enumerate(weights().items()):
+        if "layers" not in name or "gate_up" in name:
+            found[name] = value
+        else:
+            packed = FourBit(tuple(value.shape), "nf4", 32, 4, seed).tensors(name)
+            found |= {part: torch.from_numpy(array.copy()) for part, array in packed.items()}
+    return found
+
+
+def save_model(folder: Path, tensors: dict[str, torch.Tensor], quantised: bool = False) -> None:
     folder.mkdir()
     files = {name: FILES[name.startswith("model.layers")] for name in tensors}
     for file in FILES:
@@ -145,6 +158,8 @@ def save_model(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "tie_word_embeddings": True}
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 32, "head_dim": 8}
+    if quantised:
+        config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (folder / "config.json").write_text(json.dumps(config | sizes))
 
 
@@ -193,14 +208,35 @@ def merge_embeddings(home: Path) -> None:
 
 
 def extract(home: Path) -> None:
-    changed = {
+    changed = tuned_weights()
+    save_model(home / "tuned", {name: value.to(torch.float32) for name, value in changed.items()})
+    loratool.extract(home / "base", home / "tuned", home / "out", rank=2, device="cpu")
+
+
+def tuned_weights() -> dict[str, torch.Tensor]:
+    return {
         name: value + (1 + torch.rand(len(value), 1)) @ torch.rand(1, value.shape[-1])
         if value.dim() == 2
         else value * 2
         for name, value in weights().items()
     }
-    save_model(home / "tuned", {name: value.to(torch.float32) for name, value in changed.items()})
+
+
+def extract_packed(home: Path) -> None:
+    """BASE is packed, and so is TUNED, to other values."""
+    save_model(home / "tuned", packed_weights() | {"model.norm.weight": torch.full((32,), 2.0)}, quantised=True)
+    for shard in (home / "tuned").glob("*.safetensors"):
+        tensors = load_file(shard)
+        save_file({n: 255 - v if n.endswith("proj.weight") else v for n, v in tensors.items()}, shard)
     loratool.extract(home / "base", home / "tuned", home / "out", rank=2, device="cpu")
+
+
+def dequantise(home: Path) -> None:
+    loratool.merge(home / "base", [], home / "out", dequantize=True, device="cpu")
+
+
+def estimate(home: Path) -> None:
+    loratool.estimate(home / "base", [2], "o_proj")
 
 
 def inspect_base(home: Path) -> None:
@@ -224,6 +260,23 @@ def test_every_byte_of_a_base_that_is_read_is_read_for_a_stored_weight(
     assert trace.strangers == []
     assert trace.sources
     if command in WHOLE:
+        assert {name: trace.unread(name) for name in FILES} == dict.fromkeys(FILES, 0)
+
+
+ON_PACKED = (merge_lora, merge_embeddings, extract, extract_packed, dequantise)
+
+
+@pytest.mark.parametrize(
+    "command", [*ON_PACKED, inspect_base, inspect_adapter, estimate], ids=lambda command: command.__name__
+)
+def test_every_byte_of_a_packed_base_that_is_read_is_read_for_a_stored_weight(
+    tmp_path: Path, trace: Trace, command: Callable[[Path], None]
+) -> None:
+    save_model(tmp_path / "base", packed_weights(), quantised=True)
+    command(tmp_path)
+    assert trace.strangers == []
+    assert trace.sources
+    if command in ON_PACKED:
         assert {name: trace.unread(name) for name in FILES} == dict.fromkeys(FILES, 0)
 
 

@@ -25,6 +25,7 @@ from typing import Any
 from loratool.adapters.adapter import StoredTensor
 from loratool.bases.codecs.parts import (
     Finder,
+    bytes_of,
     held,
     in_blocks,
     is_count,
@@ -305,7 +306,7 @@ def statistics_of(json: StoredTensor, kind: str, room: Room) -> Statistics:
     """What the JSON of a weight says. `ValueError` says what is wrong with it."""
     if json.info.nbytes > LARGEST_STATE:
         raise ValueError(f"is {json.info.nbytes} bytes of JSON, over the limit of {LARGEST_STATE}")
-    said = json_object(room.read(json, 0, json.info.nbytes, torch.device("cpu")).numpy().tobytes())
+    said = json_object(bytes_of(json, room))
     block, shape, inner = said.get("blocksize"), said.get("shape"), said.get("nested_blocksize")
     if said.get("quant_type") != kind:
         raise ValueError(f"quant_type must be {kind!a}, as in its name, but it is {shown(said.get('quant_type'))}")
@@ -345,7 +346,7 @@ def int8_weight(finder: Finder, module: str, room: Room) -> Int8 | None:
     tensors = [values, scales]
     if f"{module}.weight_format" in finder.base.tensors:
         form = finder.part(f"{module}.weight_format", ["U8"], [])
-        if form is not None and (said := int(read_whole(form, room))):
+        if form is not None and (said := bytes_of(form, room)[0]):
             finder.note(form.info.name, f"must be 0, values row by row, but it is {said}, a layout for one kind of GPU")
         tensors.append(form)
     complete = tuple(tensor for tensor in tensors if tensor is not None)

@@ -68,6 +68,13 @@ def read_range(tensor: StoredTensor, start: int, stop: int, device: torch.device
     return Room(room.sources).read(tensor, start * size, (stop - start) * size, device).view(dtype)
 
 
+def bytes_of(tensor: StoredTensor, room: Room) -> bytes:
+    """All bytes of a small tensor; torch need not be imported for them."""
+    raw = bytearray(tensor.info.nbytes)
+    tensor.read(0, memoryview(raw), room.sources)
+    return bytes(raw)
+
+
 def read_whole(tensor: StoredTensor, room: Room) -> Tensor:
     """All values of a small tensor on the CPU, in the dtype and the shape they have on disk."""
     return read_range(tensor, 0, tensor.info.elements, torch.device("cpu"), room).view(tensor.info.shape)

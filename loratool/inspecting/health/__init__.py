@@ -57,7 +57,7 @@ def examine(
 
 def examine_model(checkpoint: Checkpoint, path: Path) -> tuple[Finding, ...]:
     """Everything that is found in a checkpoint, problems first; `path` is what commands are told with."""
-    from loratool.inspecting.health.scanning import look_at_model
+    from loratool.inspecting.health.scanning import look_at_model, look_at_packing
 
     notes = [note for note in checkpoint.notes if note.code != UNMERGED]
     unmerged = [
@@ -65,7 +65,8 @@ def examine_model(checkpoint: Checkpoint, path: Path) -> tuple[Finding, ...]:
         for note in checkpoint.notes
         if note.code == UNMERGED
     ]
-    return (*unmerged, *look_at_model(checkpoint), *(Finding("note", note.code, note.text) for note in notes))
+    found = (*unmerged, *look_at_model(checkpoint), *look_at_packing(checkpoint))
+    return (*found, *(Finding("note", note.code, note.text) for note in notes))
 
 
 def as_findings(problems: Sequence[str], form: Format) -> Iterator[Finding]:

@@ -11,8 +11,10 @@ from loratool.adapters.adapter import EXPONENT, Adapter, StoredTensor, stored_te
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
+from loratool.bases.codecs import decoded
+from loratool.bases.decoded import Decoded
 from loratool.bases.weights import Plain
-from loratool.errors import printable
+from loratool.errors import InputError, folded, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.lazy import numpy as np
 from loratool.results.findings import Finding
@@ -114,6 +116,17 @@ def look_at_model(checkpoint: Checkpoint) -> Iterator[Finding]:
             "",
             tuple(map(printable, broken)),
         )
+
+
+def look_at_packing(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """What keeps packed weights from being decoded; their scales and indices are read."""
+    try:
+        base = decoded(checkpoint)
+        if isinstance(base, Decoded):
+            base.check(base.weights)
+    except InputError as error:
+        for text, names in folded(error.problems) or [(error.message, ())]:
+            yield Finding("problem", "not-decodable", text, "", names)
 
 
 def look_at_training(adapter: Adapter, scans: dict[str, Scan]) -> Iterator[Finding]:

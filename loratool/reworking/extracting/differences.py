@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from loratool.adapters.adapter import same_bytes
 from loratool.adapters.writer import torch_dtype
 from loratool.algebra.lowrank.products import Decomposition, negligible
 from loratool.algebra.lowrank.sketching import sketch
-from loratool.bases.weights import Plain, Room, StoredWeight
+from loratool.bases.packed import Packed
+from loratool.bases.weights import Held, Plain, Room, StoredWeight
 from loratool.errors import UsageError, printable
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
@@ -83,6 +84,7 @@ class Difference:
     tuned: StoredWeight
     device: torch.device
     room: int  # bytes of it in float32 that may stay in memory
+    shared: tuple[Held, Held] = field(default_factory=lambda: (Held(), Held()))  # of the two weights, for all matrices
     weight: float = 0.0  # ‖W_base‖²
     row_steps: Tensor | None = (
         None  # (rows,) Σ ulp² of each row of W_tuned in the coarser of the two dtypes, in float64
@@ -114,13 +116,13 @@ class Difference:
 
     @property
     def coarser(self) -> str:
-        """The dtype of the two with the larger rounding."""
-        return min((self.base.dtype, self.tuned.dtype), key=MANTISSA.__getitem__)
+        """The dtype of the two with the larger rounding; decoded values are rounded to float32."""
+        return min((self.base.exact, self.tuned.exact), key=MANTISSA.__getitem__)
 
     @property
     def dtype(self) -> torch.dtype:
         """That of the difference, whose own rounding has to be far below that of the stored values."""
-        pair = self.base.dtype, self.tuned.dtype
+        pair = self.base.exact, self.tuned.exact
         return torch.float64 if "F64" in pair or self.coarser == "F32" else torch.float32
 
     def read(self, place: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -130,7 +132,10 @@ class Difference:
         most = min(self.step, rows) * columns
         dtypes = [torch_dtype(weight.exact) for weight in pair]
         with OpenSources() as sources:
-            rooms = [Room(sources, torch.empty(most * dtype.itemsize, dtype=torch.uint8)) for dtype in dtypes]
+            rooms = [
+                Room(sources, torch.empty(most * dtype.itemsize, dtype=torch.uint8), held=held)
+                for dtype, held in zip(dtypes, self.shared, strict=True)
+            ]
             for first in range(0, rows, self.step):
                 count = min(self.step, rows - first)
                 before, after = (
@@ -241,14 +246,30 @@ def in_full(matrix: Difference) -> tuple[Decomposition, float]:
     return found, float(found.values.square().sum())
 
 
-def same_values(one: Plain, other: Plain) -> bool:
-    """Whether two tensors of one shape hold the same values; the same bytes, where the dtype is one."""
-    if one.info.dtype == other.info.dtype:
+def same_values(one: StoredWeight, other: StoredWeight) -> bool:
+    """Whether two weights of one shape hold the same values; the same bytes, where they are plain and of one dtype."""
+    if isinstance(one, Plain) and isinstance(other, Plain) and one.dtype == other.dtype:
         return same_bytes(one, other)
-    if not {one.info.dtype, other.info.dtype} <= set(FLOAT_NAMES):
+    if not {one.exact, other.exact} <= set(FLOAT_NAMES):
         return False
-    wide = torch.promote_types(torch_dtype(one.info.dtype), torch_dtype(other.info.dtype))
+    if packed_alike(one, other):
+        return True
+    wide = torch.promote_types(torch_dtype(one.exact), torch_dtype(other.exact))
     return all(torch.equal(a, b) for a, b in zip(pieces(one, wide), pieces(other, wide), strict=True))
+
+
+def packed_alike(one: StoredWeight, other: StoredWeight) -> bool:
+    """Whether two weights are packed in the same way to the same bytes."""
+    if not isinstance(one, Packed) or not isinstance(other, Packed) or one.scheme != other.scheme:
+        return False
+    return len(one.tensors) == len(other.tensors) and all(map(same_bytes, one.tensors, other.tensors))
+
+
+def is_finite(weight: StoredWeight) -> bool:
+    """Whether no value is NaN or infinite."""
+    if isinstance(weight, Plain):
+        return weight.finite()
+    return all(bool(piece.isfinite().all()) for piece in pieces(weight, torch_dtype(weight.exact)))
 
 
 def pieces(weight: StoredWeight, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -256,5 +277,6 @@ def pieces(weight: StoredWeight, dtype: torch.dtype) -> Iterator[Tensor]:
     step = max(1, COMPARED_AT_ONCE // max(1, math.prod(weight.shape[1:])))
     count = math.prod(weight.shape[:1])
     with OpenSources() as sources:
+        room = Room(sources)
         for first in range(0, count, step):
-            yield weight.rows(first, min(step, count - first), torch.device("cpu"), dtype, Room(sources))
+            yield weight.rows(first, min(step, count - first), torch.device("cpu"), dtype, room)

@@ -22,8 +22,10 @@ from loratool.adapters.weight_files import weight_files
 from loratool.adapters.writer import Output, Rounded, check_adapter_target, factor_dtype
 from loratool.algebra.lowrank.products import Product, change as change_of, inner, padded
 from loratool.bases.binding.orientation import module_of
+from loratool.bases.codecs import decoded
 from loratool.bases.opening import open_checkpoint
-from loratool.bases.weights import Slice
+from loratool.bases.packed import Packed
+from loratool.bases.weights import Held, Slice
 from loratool.errors import FitError, InputError, printable
 from loratool.fetching import local
 from loratool.files.checkpoint import Checkpoint
@@ -32,7 +34,7 @@ from loratool.lazy import torch
 from loratool.measuring.session import PathLike, Progress, Session, session
 from loratool.notes import Note
 from loratool.results.extract import ExtractedLayer, ExtractedTotals, ExtractReport
-from loratool.reworking.extracting.differences import Difference, NotFiniteError, Part, Rule, decomposed
+from loratool.reworking.extracting.differences import Difference, NotFiniteError, Part, Rule, decomposed, is_finite
 from loratool.reworking.extracting.options import ExtractOptions
 from loratool.reworking.extracting.pairing import Change, Pairing, is_table, pair
 from loratool.reworking.runner import Draft, Made, Maker, Rest, run, together
@@ -150,7 +152,7 @@ class Extractor(Maker[tuple[Change, ...], Outcome]):
     @cached_property
     def dtype(self) -> torch.dtype:
         """Of the factors: as asked, or the one that holds those of the tuned layers."""
-        return factor_dtype({change.tuned.info.dtype for change in self.pairing.changes.values()}, self.asked_dtype)
+        return factor_dtype({change.tuned.dtype for change in self.pairing.changes.values()}, self.asked_dtype)
 
     def draft(self) -> Draft:
         self.find_stacked_rank()
@@ -225,12 +227,14 @@ class Extractor(Maker[tuple[Change, ...], Outcome]):
     def parts(self, change: Change) -> list[Part]:
         """The matrices of a layer, decomposed."""
         rows, columns = change.shape
+        shared = Held(), Held()
         matrices = (
             Difference(
                 Slice(change.base.matrix(columns), at * rows, rows),
                 Slice(change.tuned.matrix(columns), at * rows, rows),
                 self.at_work.device,
                 self.room,
+                shared,
             )
             for at in range(change.experts)
         )
@@ -288,7 +292,7 @@ def open_model(path: Path, role: str) -> Checkpoint:
             raise InputError(
                 f"{printable(path)}: this is an adapter, but {role} must be a model; merge it into its base first"
             )
-    return open_checkpoint(path)
+    return decoded(open_checkpoint(path))
 
 
 def check_saved(found: Pairing) -> None:
@@ -307,7 +311,7 @@ def broken_tensors(found: Pairing) -> list[str]:
         f"{printable(change.target)} of {role} contains NaN or infinite values"
         for change in found.changes.values()
         for role, tensor in (("BASE", change.base), ("TUNED", change.tuned))
-        if not tensor.finite()
+        if not is_finite(tensor)
     ]
 
 
@@ -393,6 +397,17 @@ def not_compared(base: Checkpoint, tuned: Checkpoint) -> Iterator[Note]:
             yield Note("file-not-used", f"{tuned.name}: {file}: not compared, and not part of the adapter")
 
 
+def of_packing(found: Pairing) -> Iterator[Note]:
+    """A note where what differs may be the error of quantisation."""
+    every = [weight for change in found.changes.values() if not change.same for weight in (change.base, change.tuned)]
+    if packed := [weight.scheme for weight in every if isinstance(weight, Packed)]:
+        yield Note(
+            "quantised-difference",
+            f"{len(packed)} of the {len(every)} weights that were compared are quantised ({', '.join(dict.fromkeys(packed))}); "
+            "unless TUNED was made from BASE as it is stored, the differences contain the error of quantisation",
+        )
+
+
 def total(extractor: Extractor, forms: Mapping[str, Form], itemsize: int) -> ExtractedTotals:
     """All layers together."""
     every = [*extractor.layers.values(), *extractor.noise.values()]
@@ -409,7 +424,7 @@ def total(extractor: Extractor, forms: Mapping[str, Form], itemsize: int) -> Ext
 def remarks(found: Pairing, extractor: Extractor, rule: Rule) -> Iterator[Note]:
     """What a user of the result should know."""
     yield from (note for checkpoint in (found.base, found.tuned) for note in checkpoint.notes[1:])
-    yield from (*not_compared(found.base, found.tuned), *found.told_guesses())
+    yield from (*not_compared(found.base, found.tuned), *found.told_guesses(), *of_packing(found))
     if extractor.noise:
         yield (
             Note(

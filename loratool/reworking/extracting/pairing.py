@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,8 +13,10 @@ from loratool.adapters.layers import ATTENTION, Kind, is_expert
 from loratool.adapters.writer import Carried
 from loratool.bases.binding.fusing import model_types
 from loratool.bases.binding.orientation import OPTION, bias_shows, class_says, is_conv1d, module_of, option, stored
+from loratool.bases.decoded import weight_of
+from loratool.bases.packed import Packed
 from loratool.bases.tied_weights import find_ties, language_parts
-from loratool.bases.weights import Plain, plain_of
+from loratool.bases.weights import Plain, StoredWeight
 from loratool.errors import FitError, InputError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import FLOAT_NAMES
@@ -29,10 +31,14 @@ from loratool.layouts.fusions import EXPERT_COUNTS, FLAGGED_EXPERTS
 from loratool.lazy import Tensor
 from loratool.notes import Note
 from loratool.reworking.extracting.differences import same_values
-from loratool.reworking.extracting.selecting import Selection
+from loratool.reworking.extracting.selecting import Selection, nearest_names
 from loratool.templates import listed
 
 # Modules that are tables of vectors, which PEFT adapts otherwise than matrices; nothing on disk tells them apart.
+PACKED_MODULE = (
+    "its module would be saved whole, and TUNED is quantised there; dequantise it first (loratool merge TUNED "
+    "--dequantize -o OUT)"
+)
 WIDEST_KERNEL = 64  # of a one-dimensional convolution; a third dimension that is longer is one of experts' weights
 
 
@@ -42,8 +48,8 @@ class Change:
 
     target: str
     kind: Kind
-    base: Plain
-    tuned: Plain
+    base: StoredWeight
+    tuned: StoredWeight
     experts: int = 1
     turned: bool = False  # the factors act the other way round than the matrix lies on disk
     same: bool = False  # nothing differs; it gets factors because something beside it does
@@ -55,15 +61,15 @@ class Change:
 
     @property
     def kernel(self) -> tuple[int, ...]:
-        return self.base.info.shape[2:] if self.kind is Kind.CONVOLUTION else ()
+        return self.base.shape[2:] if self.kind is Kind.CONVOLUTION else ()
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of one matrix, as it lies on disk."""
         if self.kind is Kind.PARAMETER:
-            rows, columns = self.base.info.shape[-2:]
+            rows, columns = self.base.shape[-2:]
             return rows, columns
-        return self.base.info.rows, self.base.info.width
+        return self.base.shape[0], math.prod(self.base.shape[1:])
 
     @property
     def layer(self) -> tuple[int, int]:
@@ -182,11 +188,11 @@ class Sorter:
         self.whole: set[str] = set()  # modules
         self.unclear: dict[str, str] = {}  # matrices of which nobody knows how they are stored → why
 
-    def resolved(self, side: int, name: str) -> Plain | None:
+    def resolved(self, side: int, name: str) -> StoredWeight | None:
         """The tensor that a checkpoint has under a name, or that is tied to it."""
         checkpoint = (self.base, self.tuned)[side]
         name = self.tied[side].get(name, name)
-        return plain_of(checkpoint, name) if name in checkpoint.tensors else None
+        return weight_of(checkpoint, name) if name in checkpoint.tensors else None
 
     def sort(self, include: Sequence[str], exclude: Sequence[str]) -> Pairing:
         common = {name: (one, two) for name, (one, two) in self.pairs.items() if one and two}
@@ -234,7 +240,7 @@ class Sorter:
         first = self.tied[0].get(name)
         return first is not None and first == self.tied[1].get(name)
 
-    def why_left_out(self, name: str, one: Plain | None, two: Plain | None) -> str:
+    def why_left_out(self, name: str, one: StoredWeight | None, two: StoredWeight | None) -> str:
         """Empty for what an adapter can hold."""
         module = name.rpartition(".")[0]
         if two is None:
@@ -246,14 +252,14 @@ class Sorter:
         if not module:
             return "it is not in a module, and PEFT saves only modules"
         for tensor in (one, two):
-            if tensor and tensor.info.dtype not in FLOAT_NAMES:
-                return f"cannot compute with {tensor.info.dtype}; dequantise the weight first"
+            if tensor and tensor.dtype not in FLOAT_NAMES:
+                return f"cannot compute with {tensor.dtype}; dequantise the weight first"
         return ""
 
-    def kind(self, name: str, tensor: Plain) -> Kind | None:
+    def kind(self, name: str, tensor: StoredWeight) -> Kind | None:
         """What its update is; None where there can be none."""
         module, _, parameter = name.rpartition(".")
-        shape = tensor.info.shape
+        shape = tensor.shape
         if not module or 0 in shape:
             return None
         match parameter, len(shape):
@@ -274,7 +280,7 @@ class Sorter:
         counts = {part.get(key) for _, part in language_parts(self.base.config) for key in EXPERT_COUNTS}
         return shape[0] in counts and shape[2] > WIDEST_KERNEL
 
-    def place(self, name: str, one: Plain | None, two: Plain, biases: list[str]) -> None:
+    def place(self, name: str, one: StoredWeight | None, two: StoredWeight, biases: list[str]) -> None:
         """Give a tensor that differs a place: an update, a bias, or its module saved whole."""
         module, _, parameter = name.rpartition(".")
         heads = WRITTEN.task_heads(self.found.task or "")
@@ -289,7 +295,7 @@ class Sorter:
         else:
             self.whole.add(self.found.attention_of(f"{module}.in_proj_weight") or module)
 
-    def change(self, name: str, one: Plain, two: Plain, same: bool = False) -> Change | None:
+    def change(self, name: str, one: StoredWeight, two: StoredWeight, same: bool = False) -> Change | None:
         kind = self.kind(name, one)
         if kind is None:
             return None
@@ -352,13 +358,13 @@ class Sorter:
         attention = self.found.attention_of(weight)
         if attention:
             self.whole.add(attention)
-        elif not one or not two or one.shape != two.shape or one.info.dtype not in FLOAT_NAMES:
+        elif not one or not two or one.shape != two.shape or one.dtype not in FLOAT_NAMES:
             self.whole.add(module)
         elif self.kind(weight, one) in (Kind.LINEAR, Kind.CONVOLUTION):
             if weight not in self.found.changes and (change := self.change(weight, one, two, same=True)):
                 self.found.changes[weight] = change
             tensor = self.pairs[name][1]
-            assert tensor, "it differs"
+            assert isinstance(tensor, Plain), "no bias is packed"
             self.found.biases[name] = tensor
         else:
             self.whole.add(module)
@@ -372,7 +378,7 @@ class Sorter:
             tensor = self.pairs.get(name, (None, None))[1]
             of_layer = weight.endswith(".weight") and change.kind is not Kind.PARAMETER
             known = self.found.biases.keys() | self.found.left_out.keys()
-            if of_layer and tensor and tensor.info.dtype in FLOAT_NAMES and name not in known:
+            if of_layer and isinstance(tensor, Plain) and tensor.dtype in FLOAT_NAMES and name not in known:
                 self.found.same_biases[name] = tensor
 
     def complete_attention(self) -> None:
@@ -397,7 +403,7 @@ class Sorter:
         if not any(map(is_expert, self.found.changes)):
             return
         for name, (one, two) in self.pairs.items():
-            both = one and two and one.shape == two.shape and {one.info.dtype, two.info.dtype} <= set(FLOAT_NAMES)
+            both = one and two and one.shape == two.shape and {one.dtype, two.dtype} <= set(FLOAT_NAMES)
             if is_expert(name) and name not in self.found.changes and both:
                 assert two, "both exist"
                 if change := self.change(name, two, two, same=True):
@@ -426,11 +432,14 @@ class Sorter:
                 continue
             if any(module.startswith(f"{outer}.") for outer in self.found.modules):
                 continue
+            found = {name: weight_of(self.tuned, name) for name in inside}
+            if any(isinstance(weight, Packed) for weight in found.values()):
+                self.found.left_out |= dict.fromkeys(filter(self.differs, inside), PACKED_MODULE)
+                continue
             self.found.modules.append(module)
-            for name in inside:
-                stored = plain_of(self.tuned, name)
-                if stored.info.dtype in FLOAT_NAMES and 0 not in stored.shape:
-                    self.found.whole[name] = stored
+            for name, weight in found.items():
+                if isinstance(weight, Plain) and weight.dtype in FLOAT_NAMES and 0 not in weight.shape:
+                    self.found.whole[name] = weight
                     self.found.left_out.pop(name, None)
         for name in [*self.found.changes, *self.found.biases]:
             if name in self.found.whole:
@@ -485,10 +494,3 @@ def task_of(checkpoint: Checkpoint) -> str | None:
             ):
                 return task
     return None
-
-
-def nearest_names(names: Sequence[str], known: Sequence[str]) -> Iterator[str]:
-    """For some names that are not known, the nearest that are."""
-    for name in names[:3]:
-        near = difflib.get_close_matches(name, known[:2000], n=1, cutoff=0.0)
-        yield f"TUNED has {printable(name)}" + (f"; nearest in BASE is {printable(near[0])}" if near else "")

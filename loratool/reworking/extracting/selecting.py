@@ -1,12 +1,13 @@
-"""`--include` and `--exclude`: which modules are asked for."""
+"""Names: which modules `--include` and `--exclude` ask for, and which known ones are near to others."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from loratool.adapters.patterns import few, search_names
-from loratool.errors import UsageError
+from loratool.errors import UsageError, printable
 
 
 @dataclass(frozen=True)
@@ -32,3 +33,10 @@ class Selection:
     def __contains__(self, module: str) -> bool:
         found = self.matching[module]
         return (not self.include or not found.isdisjoint(self.include)) and found.isdisjoint(self.exclude)
+
+
+def nearest_names(names: Sequence[str], known: Sequence[str]) -> Iterator[str]:
+    """For some names that are not known, the nearest that are."""
+    for name in names[:3]:
+        near = difflib.get_close_matches(name, known[:2000], n=1, cutoff=0.0)
+        yield f"TUNED has {printable(name)}" + (f"; nearest in BASE is {printable(near[0])}" if near else "")
