@@ -21,6 +21,7 @@ PACKAGE = PAGE.parent.parent / "loratool"
 NOTES = {"Note": (0, 1)}  # what is called → which of its arguments are the code and the text
 PROBLEMS = {"Problem": (1, 0), "UnusableError": (1, 0), "require": (2, 1)}
 FINDINGS = {"Finding": (1, 2)}
+DIAGNOSES = {"Diagnosis": (0, 1), "Guess": (0, 1)}
 MOST = 3  # texts of one code that are shown
 CODE = re.compile(r"[a-z0-9]+(-[a-z0-9]+)+")
 HEAD = """\
@@ -43,6 +44,11 @@ SECTIONS = (
         "The `findings` of `inspect --check`, besides notes and problems; [inspecting](inspecting.md) explains them. Those "
         f"about servers are {', '.join(f'`{code}`' for code in FACTS)}.",
         FINDINGS,
+    ),
+    (
+        "Diagnoses",
+        "The `diagnoses` of `verify`; [verifying](verifying.md) explains them.",
+        DIAGNOSES,
     ),
 )
 

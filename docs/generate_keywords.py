@@ -22,6 +22,7 @@ from loratool.reworking.compare import CompareOptions
 from loratool.reworking.extracting.options import ExtractOptions
 from loratool.reworking.rescale import RescaleOptions
 from loratool.reworking.resize import ResizeOptions
+from loratool.verifying.options import VerifyOptions
 
 PAGE = Path(__file__).parent.parent / "loratool" / "commands" / "keywords.py"
 COMMANDS: dict[str, type[Options]] = {
@@ -37,6 +38,7 @@ COMMANDS: dict[str, type[Options]] = {
     "CompareKeywords": CompareOptions,
     "InspectKeywords": InspectOptions,
     "PushKeywords": PushOptions,
+    "VerifyKeywords": VerifyOptions,
 }
 HEAD = '''"""The keywords of the library's functions, for type checkers: written by docs/generate_keywords.py."""
 

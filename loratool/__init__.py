@@ -38,6 +38,7 @@ EXPORTS = {
     "StorageError": "errors",
     "StreamReport": "results.stream",
     "UsageError": "errors",
+    "Verification": "results.verify",
     "VerificationError": "errors",
     "combine": "commands.combine",
     "compare": "commands.compare",
@@ -57,6 +58,7 @@ EXPORTS = {
     "rescale": "commands.rescale",
     "resize": "commands.resize",
     "stream": "commands.merge",
+    "verify": "commands.verify",
 }
 __all__ = [*EXPORTS, "__version__"]  # noqa: PLE0604 (every name of EXPORTS is resolved below)
 
@@ -80,6 +82,7 @@ if TYPE_CHECKING:
     from loratool.commands.push import push as push
     from loratool.commands.rescale import rescale as rescale
     from loratool.commands.resize import resize as resize
+    from loratool.commands.verify import verify as verify
     from loratool.errors import (
         FitError as FitError,
         HubError as HubError,
@@ -104,6 +107,7 @@ if TYPE_CHECKING:
     from loratool.results.rescale import RescaleReport as RescaleReport
     from loratool.results.resize import ResizeReport as ResizeReport
     from loratool.results.stream import StreamReport as StreamReport
+    from loratool.results.verify import Verification as Verification
 
 
 def __getattr__(name: str) -> Any:

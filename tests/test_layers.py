@@ -42,6 +42,7 @@ PACKAGES = (
     "fetching",
     "measuring",
     "merging",
+    "verifying",
     "reworking",
     "inspecting",
     "pictures",
@@ -57,6 +58,7 @@ PACKAGES = (
 WITHOUT_TORCH = (
     *("errors", "notes", "templates", "layouts", "files", "options", "results", "provenance", "bases", "fetching"),
     *("inspecting", "pictures", "commands", "cli", "__main__"),
+    *("verifying.options", "verifying.records", "verifying.verify"),
     *("adapters.reading", "adapters.ranks", "adapters.weight_files", "adapters.formats"),
     *("merging.plan", "merging.planning", "merging.output_layout", "merging.fingerprints"),
 )

@@ -31,6 +31,7 @@ class Terminated(KeyboardInterrupt):
 
 COMMANDS = {  # name, which is its module's too → what the list of commands says of it
     "merge": "Merge adapters into a base model, shard by shard.",
+    "verify": "Prove a merged model, whoever made it.",
     "inspect": "Show what adapters and checkpoints contain.",
     "rescale": "Change the strength of an adapter.",
     "combine": "Combine several adapters of one base into one.",

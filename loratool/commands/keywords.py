@@ -75,6 +75,7 @@ class WholePlanKeywords(PlanKeywords, RunKeywords, OverwriteKeywords, total=Fals
 
     sha256: bool
     digests: str
+    verify: bool
 
 
 class SendKeywords(TypedDict, total=False):
@@ -212,3 +213,9 @@ class PushKeywords(CommitKeywords, total=False):
 
     create_pr: bool
     include: Sequence[str] | str | None
+
+
+class VerifyKeywords(ChangeKeywords, RunKeywords, total=False):
+    """Of VerifyOptions."""
+
+    rounding: str

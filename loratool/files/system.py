@@ -213,6 +213,18 @@ def sync_bytes(descriptor: int) -> None:
     getattr(os, "fdatasync", os.fsync)(descriptor)
 
 
+def forget_cached(path: Path) -> None:
+    """Let the page cache drop what it has of a file, where it can, so that the next reading is one of the disk."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    descriptor = open_file(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable, where folders can be synced."""
     try:

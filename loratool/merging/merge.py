@@ -20,7 +20,7 @@ from loratool.bases.extra_weights import name_beside
 from loratool.bases.opening import open_checkpoint
 from loratool.bases.same_base import unlike_bases
 from loratool.devices import Runtime, kind_of, resident_memory
-from loratool.errors import FitError, LoratoolError, printable
+from loratool.errors import FitError, LoratoolError, VerificationError, printable
 from loratool.fetching import local
 from loratool.fetching.bases import AUTO, chosen_base
 from loratool.files import stopwatch
@@ -34,6 +34,7 @@ from loratool.files.process import peak_memory
 from loratool.files.shard_writer import LocalFolder
 from loratool.files.staging import Stage, staged
 from loratool.files.stopwatch import lap
+from loratool.files.system import forget_cached
 from loratool.merging.effects import effect_notes, effects_of, size_notes
 from loratool.merging.engine import Engine
 from loratool.merging.fingerprints import content_fingerprint, local_state
@@ -45,6 +46,7 @@ from loratool.merging.totals import summed
 from loratool.notes import Note, as_records
 from loratool.options.described import FLAG, Choice, option
 from loratool.options.shared import OverwriteOption
+from loratool.provenance import record
 from loratool.provenance.cards import CARD, card, command, is_nobodys, terms_of
 from loratool.results.base import Cost
 from loratool.results.merge import AdapterEffect, MergeReport
@@ -79,6 +81,12 @@ class MergeOptions(PlanOptions, RunOptions, OverwriteOption):
         "from its loratool.json or the Hub's cache.",
         default="new",
         kind=Choice(lambda: ("new", "full")),
+    )
+    verify: bool = option(
+        help="Read every file of the output again before it gets its name, and compare it with its digest.",
+        default=False,
+        kind=FLAG,
+        recorded=False,
     )
 
 
@@ -135,8 +143,11 @@ def making(
         unchanged = f"{printable(out)}: not written, {NOTHING}"
         merged = describe(job, engine.resources(), digests, words, unchanged)
         write_small_files(stage, plan, plan.side_files, merged.table)
+        if options.verify:
+            read_again(stage)
     lap("publish")
-    return make_report(merged, engine, stage, resumed, cost(runtime, started))
+    report = make_report(merged, engine, stage, resumed, cost(runtime, started))
+    return dataclasses.replace(report, verified=len(stage.files) if options.verify else 0)
 
 
 Making = Generator["Job", "Engine", MergeReport]
@@ -327,6 +338,22 @@ def write_small_files(
     if card and all(file.name != CARD or is_nobodys(file.source) for file in files):
         stage.write(CARD, merged_card(plan, table, place))
     stage.write(PROVENANCE, as_text({**table, "files": recorded(stage.files)}))
+
+
+def read_again(stage: Stage) -> None:
+    """Read every file of a stage from the disk, and compare it with what its record says was written.
+
+    Raises `VerificationError` naming every file and tensor that differs.
+    """
+    for name in stage.files:
+        forget_cached(stage.folder / name)
+    if problems := record.compare(stage.folder).problems:
+        raise VerificationError(
+            f"{printable(stage.out)}: not written, because what was read back is not what was written; the disk or the "
+            "memory of this machine may be faulty:",
+            problems,
+        )
+    lap("verify")
 
 
 def provenance(

@@ -50,6 +50,7 @@ class MergeReport(Written):
     notes: tuple[Note, ...]
     digests: dict[str, str]  # weight file → root of its digests
     profile: Profile = field(default=Profile({}), compare=False)  # where the time went
+    verified: int = 0  # files that were read again and compared with their digests
 
     def text(self) -> str:
         """What a merge did, for people."""
@@ -72,6 +73,8 @@ class MergeReport(Written):
                 memory(self.cost.peak_memory) + (f", GPU {size(self.gpu_memory)}" if self.gpu_memory else ""),
             ),
         ]
+        if self.verified:
+            rows.append(("verified", f"{self.verified} files read again, each as it was written"))
         if self.resumed:
             rows.append(("continued", f"{len(self.resumed)} finished files of an interrupted run were kept"))
         if self.relative_norms:

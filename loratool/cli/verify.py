@@ -1,0 +1,49 @@
+"""`loratool verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from loratool.cli.options import BYTES, OPERAND, click_options, output_options
+from loratool.cli.screen import Screen
+from loratool.errors import escaped, printable
+from loratool.verifying.options import VerifyOptions
+
+
+@click.command()
+@click.argument("merged", type=OPERAND)
+@click.option(
+    "--base", type=OPERAND, metavar="BASE", help="The model that MERGED was made of [default: the adapter names it]."
+)
+@click.option(
+    "--adapter",
+    "adapters",
+    type=OPERAND,
+    multiple=True,
+    metavar="ADAPTER",
+    help="An adapter that was merged into it; may be repeated.",
+)
+@click_options(VerifyOptions)
+@output_options
+def verify(merged: Path, base: Path | None, adapters: tuple[Path, ...], options: VerifyOptions, screen: Screen) -> None:
+    """Prove a merged model, whoever made it, and explain what is wrong.
+
+    With MERGED alone, every file is compared with its loratool.json. With BASE and ADAPTER, every tensor is compared
+    with the formula, in ulp; nothing is written. Exit code 0 means proven, 5 that the model is something else.
+
+    \b
+    Examples:
+      loratool verify ./merged
+      loratool verify ./merged --base ./Llama-3.2-1B --adapter ./my-adapter
+      loratool verify me/merged --adapter ./style -w 0.7 --adapter ./facts -w 1.2
+    """
+    from loratool.verifying.verify import verify
+
+    with screen.bar("verifying", **BYTES) as progress:
+        result = verify(merged, base, adapters, options, progress)
+    screen.show(result)
+    if result.exit_code:
+        click.echo(escaped(f"Error: {printable(merged)}: {result.sentence}"), err=True)
+        raise click.exceptions.Exit(result.exit_code)

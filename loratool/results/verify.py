@@ -1,0 +1,120 @@
+"""What `verify` found out about a merged model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratool.errors import VerificationError, printable
+from loratool.notes import Note
+from loratool.results.base import Result
+from loratool.results.text import MOST_LAYERS, aligned, cost_rows, figure, size, table
+
+AS_RECORDED, PROVEN, ROUNDED_TWICE, NOT_PROVEN = "as-recorded", "proven", "rounded-twice", "not-proven"
+SENTENCES = {
+    AS_RECORDED: "every file is what loratool.json says was written",
+    PROVEN: "proven: every tensor is what the formula gives, within 1 ulp",
+    ROUNDED_TWICE: "proven within 2 ulp: the update was rounded before it was added, so weights were rounded twice",
+    NOT_PROVEN: "not what the formula gives",
+}
+NOT_AS_RECORDED = "not what loratool.json says was written"
+
+
+@dataclass(frozen=True)
+class TensorProof:
+    """What one tensor of a merged model was found to be."""
+
+    status: str  # identical, proven, rounded-twice, different, missing or unknown
+    ulp: float | None = None  # largest distance from the formula, in ulp at the size of the operands
+    equal: float | None = None  # share of elements that are the formula's once rounded, bit for bit
+    factor: tuple[float | None, ...] = ()  # how much of each adapter is in it, in order; none if it has no part in it
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Why a merged model is not, or not quite, what the formula gives."""
+
+    code: str  # a constant in kebab-case, never derived from the text
+    text: str  # one sentence
+    modules: tuple[str, ...] = ()  # that it is about
+    numbers: Mapping[str, Any] | None = None  # of the sentence, for programs
+    passes: bool = False  # whether the model computes what was merged in spite of it
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, repr=False)
+class Verification(Result):
+    """What a merged model was found to be. Sizes are bytes, times seconds."""
+
+    merged: Path
+    verdict: str  # as-recorded, proven, rounded-twice or not-proven
+    diagnoses: tuple[Diagnosis, ...]
+    notes: tuple[Note, ...]
+    base: str = ""  # its name; empty where only the record was checked
+    adapters: tuple[str, ...] = ()
+    rounding: str = ""  # how edited tensors are rounded; empty where none of the known ways gives them
+    tensors: Mapping[str, TensorProof] | None = None  # by name
+    files: int = 0  # that a record lists and that were compared with it
+    bytes_read: int = 0
+
+    @property
+    def passes(self) -> bool:
+        """Whether the merged model is what it should be."""
+        return self.verdict != NOT_PROVEN
+
+    @property
+    def exit_code(self) -> int:
+        """What the command ends with."""
+        return 0 if self.passes else VerificationError.exit_code
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in words."""
+        return SENTENCES[self.verdict] if self.tensors is not None or self.passes else NOT_AS_RECORDED
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many tensors have each status."""
+        found: dict[str, int] = {}
+        for proof in (self.tensors or {}).values():
+            found[proof.status] = found.get(proof.status, 0) + 1
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "passes": self.passes, "counts": self.counts}
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, object]] = [(printable(self.merged), self.sentence)]
+        if self.base:
+            rows.append(("formula", " + ".join(map(printable, (self.base, *self.adapters)))))
+            rows.append(("tensors", ", ".join(f"{count} {status}" for status, count in self.counts.items())))
+        if self.rounding:
+            rows.append(("rounding", self.rounding))
+        if self.files:
+            rows.append(("files", f"{self.files} compared with loratool.json"))
+        rows += [("found" if not each.passes else "note", each) for each in self.diagnoses]
+        rows += [("note", note) for note in self.notes]
+        rows += [("read", size(self.bytes_read)), *cost_rows(self.cost)] if self.bytes_read else []
+        return "\n".join([aligned(rows), *(proof_lines(self.tensors) if self.tensors and not self.passes else ())])
+
+
+def proof_lines(proofs: Mapping[str, TensorProof]) -> list[str]:
+    """The tensors that are farthest from the formula."""
+    off = {name: proof for name, proof in proofs.items() if proof.status == "different" and proof.ulp is not None}
+    if not off:
+        return []
+    order = sorted(off, key=lambda name: -(off[name].ulp or 0.0))
+    rows = [
+        (
+            figure(off[name].ulp),
+            "–" if off[name].equal is None else f"{100 * (off[name].equal or 0):.1f} %",
+            ", ".join(figure(factor) for factor in off[name].factor),
+            name,
+        )
+        for name in order[:MOST_LAYERS]
+    ]
+    return table(("ulp", "equal", "factor", "tensor"), rows, len(order) - len(rows))

@@ -1,0 +1,248 @@
+"""What is wrong with a merged model as a whole, from what its tensors were found to be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loratool.errors import FitError, printable
+from loratool.results.verify import Diagnosis
+from loratool.templates import listed
+from loratool.verifying.causes import NOT_MERGED, Cause, causes_of
+from loratool.verifying.explaining import COARSE, ELEMENTS, FACTOR, GUESS, UNEXPLAINED, Explained
+from loratool.verifying.looking import SURE
+from loratool.verifying.options import TWICE
+
+if TYPE_CHECKING:
+    from loratool.bases.edits import Edit
+    from loratool.merging.plan import MergePlan
+    from loratool.verifying.distances import Distances
+    from loratool.verifying.pairing import Pairing
+    from loratool.verifying.untouched import Changed
+
+MOST_WORDS = 6  # causes that a sentence tells
+MOST_EQUAL = 0.99  # share of elements: where more are the base's, single elements differ
+
+
+@dataclass(frozen=True)
+class Part:
+    """One module of one adapter in one tensor, whose factor is not 1."""
+
+    adapter: int
+    target: str
+    factor: float
+    error: float
+    edit: Edit | None  # None where the modules of the tensor are not told apart
+
+
+def module_names(names: Iterable[str]) -> tuple[str, ...]:
+    """The modules of some tensors."""
+    return tuple(dict.fromkeys(name.removesuffix(".weight") for name in names))
+
+
+def counted(names: Sequence[str], noun: str = "module") -> str:
+    """`224 modules (model.layers.{0-31}.…)`."""
+    return f"{len(names)} {noun}{'s' * (len(names) != 1)} ({listed(names)})"
+
+
+def diagnose_edited(
+    plan: MergePlan, found: Mapping[str, Explained], distances: Mapping[str, Distances]
+) -> Iterator[Diagnosis]:
+    """What is wrong with the tensors that adapters change, but for what nothing known explains."""
+    yield from of_factors(plan, found)
+    guesses: dict[str, dict[str, list[str]]] = {}
+    for name, each in found.items():
+        if each.kind == GUESS and each.guess is not None:
+            guesses.setdefault(each.guess.code, {}).setdefault(each.guess.words, []).append(name)
+    for code, by_words in guesses.items():
+        names = module_names(name for names in by_words.values() for name in names)
+        words = next(iter(by_words)) + (f", and {len(by_words) - 1} other ways" if len(by_words) > 1 else "")
+        yield Diagnosis(code, f"{counted(names)}: {words}", names)
+    if odd := [name for name, each in found.items() if each.kind == ELEMENTS]:
+        count, farthest = sum(distances[name].beyond for name in odd), max(distances[name].ulp for name in odd)
+        names = module_names(odd)
+        text = (
+            f"{counted(names)}: off by up to {farthest:.3g} ulp in {count} single element{'s' * (count != 1)}; all others "
+            "are the formula's"
+        )
+        yield Diagnosis("elements-differ", text, names, {"elements": count, "ulp": farthest})
+    if twice := [name for name, each in found.items() if each.rounding == TWICE]:
+        names = module_names(twice)
+        text = f"{counted(names)}: the update was rounded before it was added, as with factors of 16 bits"
+        yield Diagnosis("rounded-twice", text, names, passes=True)
+    if coarse := [name for name, each in found.items() if each.kind == COARSE]:
+        names, farthest = module_names(coarse), max(distances[name].ulp for name in coarse)
+        dtype = plan_dtype(plan, coarse[0])
+        text = (
+            f"{counted(names)}: lora_A and lora_B were rounded to {dtype} before they were multiplied; elements are off "
+            f"by up to {farthest:.3g} ulp"
+        )
+        yield Diagnosis("factors-rounded", text, names, {"ulp": farthest})
+
+
+def plan_dtype(plan: MergePlan, name: str) -> str:
+    return next(span.placed.dtype for span in plan.edited if span.placed.name == name)
+
+
+def of_factors(plan: MergePlan, found: Mapping[str, Explained]) -> Iterator[Diagnosis]:
+    """Modules that contain more or less of an update than they should."""
+    edits = {(s.placed.name, e.adapter, e.target): e for s in plan.edited for e in s.edits if not e.update.replaces}
+    all_of: dict[int, int] = {}
+    parts: dict[int, list[Part]] = {}
+    for name, each in found.items():
+        for number, (adapter, target) in enumerate(each.modules):
+            all_of[adapter] = all_of.get(adapter, 0) + 1
+            if each.kind == FACTOR and each.fit is not None and not each.fit.is_one(number, 0.0):
+                edit = edits.get((name, adapter, target))
+                part = Part(adapter, target or name, each.fit.factors[number], each.fit.errors[number], edit)
+                parts.setdefault(adapter, []).append(part)
+    for adapter, some in parts.items():
+        rslora = plan.adapters[adapter].training.rslora
+        groups: dict[tuple[str, ...], list[tuple[Part, ...]]] = {}
+        for cluster in clusters(some):
+            causes = causes_in(cluster, rslora)
+            groups.setdefault(tuple(dict.fromkeys(cause.code for cause in causes)), []).append(cluster)
+        for codes, alike in groups.items():
+            words = dict.fromkeys(cause.words for cluster in alike for cause in causes_in(cluster, rslora))
+            whole = sum(map(len, alike)) == all_of[adapter]
+            yield of_factor(plan.adapters[adapter].name, codes, [*words], alike, whole)
+
+
+def clusters(parts: Sequence[Part]) -> list[tuple[Part, ...]]:
+    """Modules in groups of one factor, as far as their errors tell; what is known best comes first."""
+    found: list[list[Part]] = []
+    for part in sorted(parts, key=lambda part: part.error):
+        for cluster in found:
+            factor, error = pooled(cluster)
+            if abs(part.factor - factor) <= SURE * (part.error + error) + 1e-6:
+                cluster.append(part)
+                break
+        else:
+            found.append([part])
+    return [tuple(cluster) for cluster in found]
+
+
+def pooled(parts: Sequence[Part]) -> tuple[float, float]:
+    """The factor of several modules together, and its standard error."""
+    weights = [1 / max(part.error, 1e-12) ** 2 for part in parts]
+    total = sum(weights)
+    return sum(part.factor * weight for part, weight in zip(parts, weights, strict=True)) / total, 1 / math.sqrt(total)
+
+
+def causes_in(cluster: Sequence[Part], rslora: bool) -> list[Cause]:
+    """Every cause that gives the factor of some modules, for each of them."""
+    factor, error = pooled(cluster)
+    error = max(error, min(part.error for part in cluster) / 4)
+    every = [causes_of(factor, error, part.edit, rslora) for part in cluster if part.edit is not None]
+    shared = set.intersection(*({cause.code for cause in causes} for causes in every)) if every else set()
+    return [cause for causes in every for cause in causes if cause.code in shared]
+
+
+def of_factor(
+    adapter: str, codes: Sequence[str], words: Sequence[str], alike: Sequence[Sequence[Part]], whole: bool
+) -> Diagnosis:
+    """One sentence on modules whose factors have the same causes."""
+    parts = [part for cluster in alike for part in cluster]
+    names = module_names(part.target for part in parts)
+    factor, error = pooled(parts)
+    numbers = {"factor": factor, "error": error, "causes": [*codes]}
+    if NOT_MERGED in codes:
+        if whole:
+            return Diagnosis(NOT_MERGED, f"{adapter}: not merged into any of its {counted(names)}", names, numbers)
+        return Diagnosis("left-out", f"{adapter}: left out of {counted(names)}", names, numbers)
+    every = sorted(pooled(cluster)[0] for cluster in alike)
+    shown = f"{factor:.4g}" if len(every) == 1 else f"{every[0]:.4g} to {every[-1]:.4g}"
+    why = f": {', or '.join(words[:MOST_WORDS])}" if words else "; no known cause gives that"
+    text = f"{adapter}: {counted(names)} contain{'s' * (len(names) == 1)} {shown} times the update{why}"
+    return Diagnosis("factor", text, names, numbers)
+
+
+def diagnose_rest(
+    plan: MergePlan,
+    merged: str,
+    found: Mapping[str, Explained],
+    changed: Mapping[str, Changed],
+    untouched: int,
+    distances: Mapping[str, Distances],
+) -> Iterator[Diagnosis]:
+    """What differs without being explained by the adapters: another base, another adapter, or another module merged.
+
+    Raises `FitError` where the adapters are not those that were merged.
+    """
+    odd = [name for name, each in found.items() if each.kind == UNEXPLAINED]
+    if not changed and odd and len(odd) == len(found) and not any(has_update(found[name]) for name in odd):
+        whose = " + ".join(printable(adapter.name) for adapter in plan.adapters)
+        raise FitError(
+            f"{printable(merged)} was not made with {whose}: none of the {len(odd)} tensors that should contain its "
+            "updates does, and all of them differ from the base's; pass the adapter that was merged"
+        )
+    if changed and not odd and all(each.is_matrix and each.rank for each in changed.values()):
+        names = module_names(changed)
+        ranks = sorted({each.rank for each in changed.values()})
+        shown = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        text = f"{counted(names)}: changed by an update of rank {shown}, but no adapter has one for it"
+        yield Diagnosis("merged-besides", text, names, {"ranks": ranks})
+        return
+    few = {name: distances[name] for name in changed if distances[name].equal > MOST_EQUAL}
+    if changed and not odd and len(few) == len(changed) <= untouched / 2:
+        names, count = module_names(few), sum(each.unequal for each in few.values())
+        text = (
+            f"{counted(names)}: {count} single element{'s' * (count != 1)} not the base's, though no adapter changes it"
+        )
+        yield Diagnosis("elements-differ", text, names, {"elements": count})
+        return
+    if changed or (odd and len(odd) == len(found)):
+        far = max((each.relative for each in changed.values()), default=0.0)
+        parts = []
+        if changed:
+            parts.append(
+                f"{len(changed)} of {untouched} tensors that no adapter changes differ from the base's, by up to "
+                f"{far:.2g} of their norm ({listed(changed)})"
+            )
+        if odd:
+            most = max(found[name].residual for name in odd)
+            parts.append(f"{len(odd)} of {len(found)} edited ones by up to {most:.2g} besides the update")
+        text = f"another base: {', and '.join(parts)}"
+        numbers = {"tensors": len(changed), "of": untouched, "edited": len(odd), "relative": far}
+        yield Diagnosis("another-base", text, module_names([*changed, *odd]), numbers)
+    elif odd:
+        names, most = module_names(odd), max(found[name].residual for name in odd)
+        text = f"{counted(names)}: differ from the formula by up to {most:.2g} of ‖W‖; no known cause gives that"
+        yield Diagnosis("unexplained", text, names, {"relative": most})
+
+
+def has_update(each: Explained) -> bool:
+    """Whether an update is in a tensor, as far as its factor tells."""
+    return each.fit is not None and any(map(each.fit.has, range(len(each.modules))))
+
+
+def diagnose_pairing(pairing: Pairing, equal_heads: Mapping[str, bool], tie_changed: bool) -> Iterator[Diagnosis]:
+    """What names, shapes and dtypes tell."""
+    if pairing.missing:
+        names = tuple(pairing.missing)
+        yield Diagnosis("missing-tensors", f"{counted(names, 'tensor')} of the base missing", names)
+    if pairing.unknown:
+        names = tuple(pairing.unknown)
+        yield Diagnosis("unknown-tensors", f"{counted(names, 'tensor')} that the base does not have", names)
+    for name, (wanted, shape) in pairing.reshaped.items():
+        text = f"{printable(name)}: has shape {list(shape)}, not {list(wanted)}"
+        yield Diagnosis("shape-differs", text, (name,))
+    if pairing.resized:
+        names = module_names(pairing.resized)
+        sizes = dict.fromkeys(f"{theirs} rows, not {ours}" for ours, theirs in pairing.resized.values())
+        text = f"embeddings resized: {counted(names)} with {', '.join(sizes)}; the rows that both have were compared"
+        yield Diagnosis("embeddings-resized", text, names)
+    by_dtype: dict[tuple[str, str], list[str]] = {}
+    for name, dtypes in pairing.dtypes.items():
+        by_dtype.setdefault(dtypes, []).append(name)
+    for (ours, theirs), tensors in by_dtype.items():
+        text = f"dtype changed: {counted(tensors, 'tensor')} stored as {theirs}, not {ours}; compared as {theirs}"
+        yield Diagnosis("dtype-changed", text, tuple(tensors), {"from": ours, "to": theirs})
+    if pairing.untied:
+        names = tuple(pairing.untied)
+        same = all(equal_heads.values())
+        values = "the same values" if same else "other values"
+        text = f"{listed(names)}: stored with {values}, but the base ties it to {listed(pairing.untied.values())}"
+        yield Diagnosis("tied-weight-untied", text, names, passes=same and not tie_changed)

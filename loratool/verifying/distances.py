@@ -1,0 +1,153 @@
+"""How far elements of a merged weight are from the formula, in units in the last place at the size of the operands."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from loratool.algebra.rounding import bits_of
+from loratool.lazy import Tensor, numpy, torch
+
+if TYPE_CHECKING:
+    from loratool.merging.exact_rows import ExactSum
+
+DIGITS = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}  # binary ones of a significand
+MOST_ROWS = 32  # of a tensor, with elements that are farther than 1 ulp, that are remembered
+SINGLE = 2.0**-24  # half the distance from 1 to the next float32
+
+
+@dataclass
+class Distances:
+    """What was seen of one tensor, by all threads that look at its blocks."""
+
+    elements: int = 0
+    unequal: int = 0  # that are another number than the formula's once rounded
+    ulp: float = 0.0  # the largest distance
+    squared: float = 0.0  # Σ of squared distances from the formula
+    beyond: int = 0  # elements that are farther than 1 ulp
+    rows: list[int] = field(default_factory=list)  # of some of them
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def equal(self) -> float:
+        """The share of elements that are the formula's."""
+        return 1 - self.unequal / self.elements if self.elements else 1.0
+
+    def note(self, elements: int, found: Found | None) -> None:
+        """Account for a block."""
+        with self.lock:
+            self.elements += elements
+            if found is not None:
+                self.unequal += found.unequal
+                self.ulp = max(self.ulp, found.ulp)
+                self.squared += found.squared
+                self.beyond += found.beyond
+                self.rows = sorted({*self.rows, *found.rows})[:MOST_ROWS]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Of a block in which some elements differ."""
+
+    unequal: int
+    ulp: float
+    squared: float
+    beyond: int
+    rows: tuple[int, ...]
+
+
+def same(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two blocks of one dtype hold the same bits."""
+    if ours.is_cuda:
+        return bool(torch.equal(bits_of(ours), bits_of(theirs)))
+    one, other = (bits_of(each.contiguous()).numpy().reshape(-1) for each in (ours, theirs))
+    return numpy.array_equal(one, other)  # several times faster than torch's
+
+
+def differences(ours: Tensor, theirs: Tensor) -> Tensor:
+    """The places, in the flat order, of elements that are not the same number; −0 is 0, and a NaN is a NaN."""
+    one, other = (bits_of(each.contiguous()).view(-1) for each in (ours, theirs))
+    if ours.is_cuda:
+        places = torch.nonzero(one != other).view(-1)
+    else:
+        places = torch.from_numpy(numpy.flatnonzero(one.numpy() != other.numpy()))
+    first, second = ours.reshape(-1)[places], theirs.reshape(-1)[places]
+    return places[(first != second) & ~(first.isnan() & second.isnan())]
+
+
+def measure(before: Tensor, ours: Tensor, theirs: Tensor, first: int, total: ExactSum | None) -> Found | None:
+    """What differs between two blocks of rows of the same dtype; None where nothing does.
+
+    Args:
+        before: (n, width) W as it is stored.
+        ours: (n, width) W' as the formula gives it, rounded once.
+        theirs: (n, width) W' of the merged model.
+        first: the first row.
+        total: what was added, if it is a sum of products: what float32 may take from those does not count.
+    """
+    places = differences(ours, theirs)
+    elements = Elements(places, *(each.reshape(-1)[places] for each in (before, ours, theirs)))
+    return elements.measured(first, ours.shape[1], total)
+
+
+@dataclass(frozen=True)
+class Elements:
+    """Single elements of a block, on any device."""
+
+    places: Tensor  # (count,) in the flat rows
+    before: Tensor  # W
+    ours: Tensor  # W' as the formula gives it, rounded once
+    theirs: Tensor  # W' of the merged model, in the same dtype
+
+    def unequal(self) -> Elements:
+        """Those that are not the same number."""
+        odd = (self.ours != self.theirs) & ~(self.ours.isnan() & self.theirs.isnan())
+        return Elements(self.places[odd], self.before[odd], self.ours[odd], self.theirs[odd])
+
+    def measured(self, first: int, width: int, total: ExactSum | None) -> Found | None:
+        """How far they are apart; all of them are unequal. Arguments are as for `measure`."""
+        if not len(self.places):
+            return None
+        wide = torch.float32 if self.ours.element_size() == 2 and self.before.element_size() <= 4 else torch.float64
+        w, o, t = (each.to(wide) for each in (self.before, self.ours, self.theirs))
+        ulp = ulp_of(torch.maximum(torch.maximum(w.abs(), o.abs()), (o - w).abs()), self.ours.dtype)
+        apart = (t - o).abs()
+        distance = apart / ulp
+        far = distance > 1
+        if total is not None and bool(far.any()):
+            some = self.places[far]
+            slack = slack_of(total, first + some // width, some % width).to(distance)
+            less = (apart[far] - slack).clamp(min=0) / ulp[far]
+            distance[far] = torch.where(less <= 1, less, distance[far])
+        distance = distance.nan_to_num(torch.inf, torch.inf)
+        far = distance > 1
+        rows = (first + torch.unique(self.places[far] // width)[:MOST_ROWS]).tolist()
+        squared = float(apart.nan_to_num(0, 0).square().sum(dtype=torch.float64))
+        return Found(len(w), float(distance.max()), squared, int(far.sum()), tuple(rows))
+
+
+def ulp_of(sizes: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance between neighbouring numbers of a dtype at some sizes, in the dtype that those are given in."""
+    _, exponent = torch.frexp(sizes)
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    return torch.ldexp(torch.ones_like(sizes), exponent - digits_of(dtype)).clamp(min=smallest)
+
+
+def digits_of(dtype: torch.dtype) -> int:
+    return DIGITS[str(dtype).removeprefix("torch.")]
+
+
+def slack_of(total: ExactSum, rows: Tensor, columns: Tensor) -> Tensor:
+    """How far a product in float32 may be from the exact one at some places: γ Σ |up| · |down|, bounded by lengths.
+
+    Where W and ΔW are both small by cancellation within the product, that is many ulp (Higham, *Accuracy and Stability
+    of Numerical Algorithms*, section 3.1).
+    """
+    slack = torch.zeros(len(rows), dtype=torch.float64)
+    at, across = rows.cpu().numpy(), columns.cpu().numpy()
+    for stack in total.stacks:
+        own, own_columns, inside = stack.place.own(at, across)
+        size = stack.lengths[own] * stack.spans[own_columns] * (abs(stack.scale) * stack.terms * SINGLE)
+        slack += torch.from_numpy(size if inside is None else size * inside)
+    return slack

@@ -1,0 +1,137 @@
+"""What one tensor of a merged model is: the formula's, rounded in another way, or something that has a name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loratool.lazy import Tensor, torch
+from loratool.results.verify import TensorProof
+from loratool.verifying.causes import known_causes
+from loratool.verifying.guesses import Guess, guesses
+from loratool.verifying.looking import SURE, Agreement, Fit, Look
+from loratool.verifying.options import AUTO, TWICE
+from loratool.verifying.updates import modules_of
+
+if TYPE_CHECKING:
+    from loratool.merging.plan import MergePlan
+    from loratool.verifying.distances import Distances
+    from loratool.verifying.pairing import Pair
+
+NEAREST = "nearest"
+NEAR = 0.25  # of a factor: known ones that are no farther are tried as well
+FACTOR, GUESS, COARSE, ELEMENTS, UNEXPLAINED = "factor", "guess", "coarse", "elements", "unexplained"
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What was found out about an edited tensor."""
+
+    status: str  # as of `TensorProof`
+    kind: str = ""  # of what is wrong: factor, guess, coarse, elements or unexplained; empty where nothing is
+    rounding: str = NEAREST
+    modules: tuple[tuple[int, str], ...] = ()  # that have a factor: the adapter's number and the target
+    fit: Fit | None = None
+    guess: Guess | None = None
+    residual: float = 0.0  # ‖W' − W − Σ f ΔW‖ / ‖W‖
+
+    def factors(self, adapters: int) -> tuple[float | None, ...]:
+        """How much of each adapter is in the tensor, its modules together."""
+        found: list[float | None] = []
+        for adapter in range(adapters):
+            own = [number for number, (whose, _) in enumerate(self.modules) if whose == adapter]
+            if self.fit is None or not own:
+                found.append(None)
+                continue
+            weights = [1 / max(self.fit.errors[n], 1e-12) ** 2 for n in own]
+            total = sum(weights)
+            found.append(
+                sum(self.fit.factors[n] * w for n, w in zip(own, weights, strict=True)) / total if total else None
+            )
+        return tuple(found)
+
+    def proof(self, distances: Distances, adapters: int) -> TensorProof:
+        return TensorProof(self.status, distances.ulp, distances.equal, self.factors(adapters))
+
+
+def as_it_should(pair: Pair) -> Explained:
+    """Of a tensor all of whose elements are the formula's."""
+    modules = tuple(modules_of(pair.span.edits))
+    return Explained("proven", modules=modules, fit=Fit((1.0,) * len(modules), (0.0,) * len(modules)))
+
+
+def explain(pair: Pair, distances: Distances, plan: MergePlan, rounding: str) -> Explained:
+    """What a tensor is some of whose elements are not the formula's; some rows of it are read again."""
+    if not distances.unequal:
+        return as_it_should(pair)
+    look = Look(pair, distances.rows)
+    modules = tuple(look.modules)
+    fit = look.fit() if modules else None
+    once = look.agreement(look.once(look.weight, look.changes))
+    scaled = look.scaled(fit) if fit is not None else []
+    best = look.agreement(look.once(look.weight, scaled)) if fit is not None else once
+    if fit is None or all(map(fit.is_one, range(len(modules)))):
+        if found := as_meant(look, distances, fit, once, rounding):
+            return found
+        if once.holds and not best.is_better(once):
+            return Explained("different", ELEMENTS, "", modules, fit)
+    if guess := best_guess(look, plan, best):
+        return Explained("different", GUESS, "", modules, fit, guess)
+    if fit is not None and (known := known_fit(look, fit, best, plan)) is not None:
+        return Explained("different", FACTOR, "", modules, known)
+    return Explained("different", UNEXPLAINED, "", modules, fit, residual=residual(look, scaled))
+
+
+def as_meant(look: Look, distances: Distances, fit: Fit | None, once: Agreement, rounding: str) -> Explained | None:
+    """What a tensor is that contains each update once; None where rounding does not explain it."""
+    modules, how = tuple(look.modules), NEAREST
+    if modules and rounding == AUTO and look.target.itemsize == 2:  # wider ones differ by the arithmetic alone
+        twice = look.twice()
+        how = TWICE if twice.equal > once.equal else NEAREST
+        if how == TWICE and 1 < distances.ulp <= 2 and twice.ulp <= 2:
+            return Explained("rounded-twice", rounding=how, modules=modules, fit=fit)
+        if distances.ulp > 1 and look.twice(coarse=True).is_better(twice if how == TWICE else once):
+            return Explained("different", COARSE, "", modules, fit)
+    return Explained("proven", rounding=how, modules=modules, fit=fit) if distances.ulp <= 1 else None
+
+
+def best_guess(look: Look, plan: MergePlan, factor: Agreement) -> Guess | None:
+    """The guess that explains some rows better than any factor; None where none does."""
+    found, best = None, factor
+    for guess in guesses(look.span, plan):
+        agreement = look.agreement(look.once(*look.rows_with(guess.edits)))
+        if agreement.is_better(best):
+            found, best = guess, agreement
+    return found
+
+
+def known_fit(look: Look, fit: Fit, best: Agreement, plan: MergePlan) -> Fit | None:
+    """The factors that explain some rows, each a known one if that explains them as well; None where none do.
+
+    Where an update is smaller than a step of the dtype, many factors round to nearly the same numbers.
+    """
+    again = look.agreement(look.once(look.once(look.weight, look.changes), look.changes))
+    if again.holds and again.equal > best.equal:  # rounded in between
+        return Fit((2.0,) * len(fit.factors), fit.errors)
+    if not best.holds:
+        return None
+    edits = {(edit.adapter, edit.target): edit for edit in look.span.edits}
+    for number, module in enumerate(look.modules):
+        edit, factor = edits.get(module), fit.factors[number]
+        numbers = known_causes(edit, plan.adapters[module[0]].training.rslora) if edit else ()
+        for cause in sorted(numbers, key=lambda cause: abs(cause.factor - factor)):
+            if abs(cause.factor - factor) > max(SURE * fit.errors[number], NEAR * abs(factor)):
+                continue
+            snapped = Fit((*fit.factors[:number], cause.factor, *fit.factors[number + 1 :]), fit.errors)
+            agreement = look.agreement(look.once(look.weight, look.scaled(snapped)))
+            if agreement.holds and agreement.equal >= best.equal:
+                fit, best = snapped, agreement
+    return fit
+
+
+def residual(look: Look, scaled: list[Tensor]) -> float:
+    """What is left of W' − W, over ‖W‖, whatever part of the updates is taken away."""
+    size = float(torch.linalg.vector_norm(look.weight))
+    formulas = [look.once(look.weight, changes) for changes in (scaled, look.changes, [])]
+    left = min(float(torch.linalg.vector_norm(look.theirs - each)) for each in formulas)
+    return left / size if size else float("inf")

@@ -1,0 +1,179 @@
+"""A second look at some rows of a tensor that is not the formula's, to find out what it is instead."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from loratool.algebra.rounding import round_once
+from loratool.bases.weights import Room
+from loratool.files.open_sources import OpenSources
+from loratool.files.safefile import FLOAT_NAMES
+from loratool.lazy import Tensor, torch
+from loratool.measuring.delta_statistics import sample
+from loratool.verifying.distances import ulp_of
+from loratool.verifying.updates import MOST_MODULES, Updates, modules_of, rounded_twice
+
+if TYPE_CHECKING:
+    from loratool.bases.edits import Edit
+    from loratool.merging.output_layout import Span
+    from loratool.verifying.pairing import Pair
+
+SAMPLED = 1 << 16  # elements of a tensor that are looked at
+STEPS = 6  # of the fit, through the rounding
+SURE = 4.0  # standard errors
+SLACK = 0.01  # of a factor: what the ways to round differ in
+LITTLE = 0.1  # a factor of no more says that an update is not what changed a weight
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How near some rows are to what they would be."""
+
+    equal: float  # share of elements that are the same number
+    near: float  # share of those within 2 ulp
+    ulp: float  # the largest distance
+
+    @property
+    def holds(self) -> bool:
+        """Whether it explains nearly all elements."""
+        return self.near >= 0.99
+
+    def is_better(self, other: Agreement) -> bool:
+        """Whether it explains the rows and another does not, or clearly less of them."""
+        return self.holds and (not other.holds or 1 - self.equal < (1 - other.equal) / 2)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How much of each update is in some rows, by least squares."""
+
+    factors: tuple[float, ...]
+    errors: tuple[float, ...]  # standard errors
+
+    def is_one(self, number: int, slack: float = SLACK) -> bool:
+        """Whether an update is in it once, as far as the rows tell."""
+        return abs(self.factors[number] - 1) <= SURE * self.errors[number] + slack
+
+    def has(self, number: int) -> bool:
+        """Whether any of an update is in it for certain."""
+        return abs(self.factors[number]) > SURE * self.errors[number] + LITTLE
+
+
+class Look:
+    """Some rows of a tensor: W, W' of the merged model, and what each module adds."""
+
+    def __init__(self, pair: Pair, beyond: Sequence[int]) -> None:
+        """`beyond` are rows that are to be among them."""
+        self.pair, self.span = pair, pair.span
+        self.target: torch.dtype = getattr(torch, FLOAT_NAMES[pair.span.placed.dtype])
+        self.runs = [*runs_of(pair.span, pair.rows), *((row, 1) for row in beyond if row < pair.rows)]
+        self.stored, self.theirs = self.read()
+        self.scales: list[float] = []
+        self.weight, self.changes = self.rows_with(None)
+        self.modules = modules_of(pair.span.edits)
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """W as it is stored, and W' of the merged model, (n, width) in float64."""
+        span, cpu = self.span, torch.device("cpu")
+        exact: torch.dtype = getattr(torch, FLOAT_NAMES[span.weight.exact])
+        theirs = self.pair.theirs.matrix(span.width)
+        stored, others = [], []
+        with OpenSources() as sources:
+            room = Room(sources)
+            for first, count in self.runs:
+                stored.append(span.matrix.rows(first, count, cpu, exact, room).double())
+                others.append(theirs.rows(first, count, cpu, self.target, Room(sources, held=room.held)).double())
+        return torch.cat(stored), torch.cat(others)
+
+    def rows_with(self, edits: Sequence[Edit] | None, dtype: torch.dtype | None = None) -> tuple[Tensor, list[Tensor]]:
+        """W, with what replaces some of it, and what each module adds: the span's own edits, or others in their place.
+
+        `dtype` is one to which factors are rounded first.
+        """
+        updates = Updates(self.span, torch.device("cpu"), edits, dtype)
+        self.scales = updates.scales if edits is None else self.scales
+        weights: list[Tensor] = []
+        changes: list[list[Tensor]] = []
+        at = 0
+        for first, count in self.runs:
+            weights.append(updates.begin(self.stored[at : at + count], first))
+            changes.append(updates.changes(weights[-1], first))
+            at += count
+        return torch.cat(weights), [torch.cat(each) for each in zip(*changes, strict=True)]
+
+    def once(self, weight: Tensor, changes: Sequence[Tensor]) -> Tensor:
+        """W' rounded once, in float64."""
+        total = weight
+        for change in changes:
+            total = total + change
+        return round_once(total, self.target).double()
+
+    def twice(self, coarse: bool = False) -> Agreement:
+        """How near the merged model is to W' with each change rounded before it is added; `coarse`: factors were too."""
+        weight, changes = self.rows_with(None, self.target) if coarse else (self.weight, self.changes)
+        ways = [(), self.scales]
+        every = [self.agreement(rounded_twice(weight, changes, self.target, scales).double()) for scales in ways]
+        return max(every, key=lambda each: each.equal)
+
+    def agreement(self, formula: Tensor) -> Agreement:
+        """How near the merged model is to some values."""
+        weight = self.weight
+        size = torch.maximum(torch.maximum(weight.abs(), formula.abs()), (formula - weight).abs())
+        apart = (self.theirs - formula).abs()
+        distance = (apart / ulp_of(size, self.target)).nan_to_num(math.inf, math.inf)
+        distance[self.theirs.isnan() & formula.isnan()] = 0
+        count = distance.numel()
+        return Agreement(
+            float((distance == 0).sum()) / count, float((distance <= 2).sum()) / count, float(distance.max())
+        )
+
+    def scaled(self, fit: Fit) -> list[Tensor]:
+        """The changes, each as often as it was found to be in the merged model."""
+        return [change * factor for factor, change in zip(fit.factors, self.changes, strict=True)]
+
+    def fit(self) -> Fit:
+        """The factors f with which Σ f ΔW, added to W and rounded once, is nearest to the merged model.
+
+        Least squares on W' − W give f but for what rounding takes from small updates; so the same is done with what
+        rounding makes of W + Σ f ΔW, until both give the same. Errors are those of least squares whose residuals are
+        what is left, and what rounding leaves of any element.
+        """
+        design = torch.stack([change.view(-1) for change in self.changes], 1)
+        finite = self.theirs.isfinite().view(-1) & self.weight.isfinite().view(-1)
+        design, weight = design[finite], self.weight.view(-1)[finite]
+        applied = self.theirs.view(-1)[finite] - weight
+        gram = design.T @ design
+        inverse = torch.linalg.pinv(gram, hermitian=True)
+        wanted = design.T @ applied
+        factors = inverse @ wanted
+        best, left = factors, torch.full_like(factors, math.inf)
+        for _ in range(STEPS):
+            rounded = round_once(weight + design @ factors, self.target).double() - weight
+            step = inverse @ (wanted - design.T @ rounded)
+            if float(step.abs().max()) < float(left.abs().max()):
+                best, left = factors, step
+            factors = factors + step
+        rounded = round_once(weight + design @ best, self.target).double() - weight
+        noise = (applied - rounded).square() + ulp_of((applied + weight).abs(), self.target).square() / 12
+        spread = inverse @ (design.T @ (design * noise[:, None])) @ inverse
+        errors = spread.diagonal().clamp(min=0).sqrt() + torch.where(left.isfinite(), left.abs(), 0) + 1e-9
+        unknown = gram.diagonal() == 0
+        errors[unknown] = math.inf
+        return Fit(tuple(best.tolist()), tuple(errors.tolist()))
+
+
+def runs_of(span: Span, rows: int) -> Iterator[tuple[int, int]]:
+    """(first row, rows) of runs that are spread over what each edit covers, and over what none does."""
+    cuts = {0, rows}
+    for edit in span.edits:
+        cuts |= {min(edit.first_row, rows), min(edit.first_row + edit.rows, rows)}
+    edges = sorted(cuts) if len(cuts) <= MOST_MODULES + 1 else [0, rows]
+    wanted = max(1, SAMPLED // max(1, span.width) // (len(edges) - 1))
+    for start, stop in pairwise(edges):
+        for first, count in sample(stop - start, wanted):
+            if count:
+                yield start + first, count

@@ -1,0 +1,23 @@
+"""The options of `verify`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loratool.merging.planning import ROUNDINGS, ChangeOptions
+from loratool.merging.resources import RunOptions
+from loratool.options.described import Choice, option
+
+AUTO, TWICE = "auto", "twice"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(ChangeOptions, RunOptions):
+    """What was merged, and how the tool that merged it rounds."""
+
+    rounding: str = option(
+        help="How the tool that made MERGED rounds; twice means that updates are rounded before they are added. auto "
+        "recognises it.",
+        default=AUTO,
+        kind=Choice(lambda: (AUTO, *ROUNDINGS, TWICE)),
+    )

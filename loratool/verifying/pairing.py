@@ -1,0 +1,122 @@
+"""The tensors of a merged model beside those that a merge would give: names, shapes and dtypes, before any value is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from loratool.bases.decoded import weight_of
+from loratool.bases.tied_weights import find_ties
+from loratool.bases.trained_view import is_of_tokens
+from loratool.errors import FitError, printable
+from loratool.files.safefile import FLOAT_NAMES, TensorInfo
+
+if TYPE_CHECKING:
+    from loratool.bases.weights import StoredWeight
+    from loratool.files.checkpoint import Checkpoint
+    from loratool.merging.output_layout import Span
+    from loratool.merging.plan import MergePlan
+
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+# Buffers that a model makes itself when it is loaded, and that some releases save and others do not.
+BUFFERS = re.compile(r"(^|\.)(inv_freq|masked_bias|position_ids|attn\.bias|attention\.bias|token_type_ids)$")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A tensor of the merged model, and what it should be."""
+
+    span: Span  # with the dtype that the merged model has
+    theirs: StoredWeight
+    rows: int  # of the span's matrix that are compared: fewer than it has where a vocabulary was resized
+
+    @property
+    def name(self) -> str:
+        return self.span.placed.name
+
+    @property
+    def nbytes(self) -> int:
+        """That are read for it."""
+        return sum(tensor.info.nbytes for weight in (self.span.weight, self.theirs) for tensor in weight.tensors)
+
+
+@dataclass
+class Pairing:
+    """All tensors of a merged model and of the plan."""
+
+    pairs: list[Pair] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # of the plan, and not in the merged model
+    buffers: list[str] = field(default_factory=list)  # those of either side that no model needs
+    unknown: list[str] = field(default_factory=list)  # of the merged model, and not of the plan
+    reshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)  # ours, theirs
+    resized: dict[str, tuple[int, int]] = field(default_factory=dict)  # tokens: ours, theirs
+    dtypes: dict[str, tuple[str, str]] = field(default_factory=dict)  # ours, theirs
+    tied: list[str] = field(default_factory=list)  # missing, for they are tied to another tensor
+    untied: dict[str, str] = field(default_factory=dict)  # tensor that the base ties → the one that it is tied to
+
+
+def pair(plan: MergePlan, merged: Checkpoint) -> Pairing:
+    """Find what each tensor of a merged model should be.
+
+    Raises `FitError` where it is another model's.
+    """
+    spans = {span.placed.name: span for span in plan.spans}
+    check_same_model(plan, merged, spans)
+    ties = find_ties(plan.base, plan.adapters)
+    tied = {name: group.names[0] for group in ties.groups for name in group.names[1:]}
+    found = Pairing()
+    for name, span in spans.items():
+        if name not in merged.tensors:
+            if not span.edits and name in tied and ties.flag is not False:
+                found.tied.append(name)
+            else:
+                (found.buffers if BUFFERS.search(name) else found.missing).append(name)
+            continue
+        theirs, ours = merged.tensors[name], span.placed
+        rows = span.rows
+        if theirs.shape != ours.shape:
+            if theirs.shape[1:] != ours.shape[1:] or not is_of_tokens(name, ours.shape, ties):
+                found.reshaped[name] = ours.shape, theirs.shape
+                continue
+            found.resized[name] = ours.shape[0], theirs.shape[0]
+            rows = min(ours.shape[0], theirs.shape[0])
+        if theirs.dtype != ours.dtype:
+            found.dtypes[name] = ours.dtype, theirs.dtype
+            if not {theirs.dtype, ours.dtype} <= set(FLOAT_NAMES):
+                continue
+            found.pairs.append(Pair(in_dtype(span, theirs.dtype), weight_of(merged, name), rows))
+        else:
+            found.pairs.append(Pair(span, weight_of(merged, name), rows))
+    for name in merged.tensors:
+        if name not in spans:
+            if name in tied and tied[name] in merged.tensors:
+                found.untied[name] = tied[name]
+            else:
+                (found.buffers if BUFFERS.search(name) else found.unknown).append(name)
+    return found
+
+
+def in_dtype(span: Span, dtype: str) -> Span:
+    """The same span, written in another dtype of floats."""
+    placed = span.placed
+    size = placed.elements * BYTES[dtype]
+    return dataclasses.replace(span, placed=TensorInfo(placed.name, dtype, placed.shape, 0, size))
+
+
+def check_same_model(plan: MergePlan, merged: Checkpoint, spans: Mapping[str, Span]) -> None:
+    """Raise `FitError` where a merged model has few of the tensors that the base has."""
+    common = [name for name in merged.tensors if name in spans]
+    alike = [name for name in common if merged.tensors[name].shape == spans[name].shape]
+    if len(common) < len(spans) / 2 or len(alike) < len(common) / 2:
+        what = (
+            f"{len(common)} of {len(spans)} tensors of the base are in it"
+            if len(common) < len(spans) / 2
+            else f"{len(common) - len(alike)} of {len(common)} tensors have another shape than the base's"
+        )
+        raise FitError(
+            f"{printable(merged.name)} is not a model made of {printable(plan.base.name)}: {what}; pass the base that it "
+            "was made of"
+        )

@@ -1,0 +1,255 @@
+"""Every tensor of a merged model against the formula, block by block, in the memory and with the threads of a merge."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from loratool.bases.weights import Held, Plain, Room
+from loratool.devices import Runtime, exact_arithmetic, load_linear_algebra, resident_memory
+from loratool.files.open_sources import OpenSources
+from loratool.files.safefile import FLOAT_NAMES
+from loratool.lazy import Tensor, numpy, torch
+from loratool.merging.resources import MOST_SHELVED, Resources, choose_resources, rows_of_block, sums_products
+from loratool.merging.row_blocks import EditedSpan, Worker
+from loratool.merging.shared_updates import SharedUpdates
+from loratool.merging.totals import Totals
+from loratool.verifying import quick
+from loratool.verifying.distances import Distances, Found, measure, same
+from loratool.verifying.options import TWICE
+from loratool.verifying.pairing import Pair
+from loratool.verifying.quick import product_of
+from loratool.verifying.updates import Updates, rounded_twice
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from loratool.merging.merge import Progress
+    from loratool.verifying.options import VerifyOptions
+
+PIECE = 1 << 20  # bytes that are compared at a time
+RUN = 64 << 20  # bytes of a tensor that one thread compares
+Task = Callable[["Bench"], int]  # gives the bytes that it has read
+
+
+@dataclass
+class Bench:
+    """What one thread works with."""
+
+    proving: Proving
+    number: int
+    buffers: tuple[bytearray, bytearray] | None = None
+    worker: Worker | None = None
+    host: Tensor | None = None
+    twin: Tensor | None = None
+
+    def pieces(self) -> tuple[memoryview, memoryview]:
+        """Memory for bytes of both sides."""
+        if self.buffers is None:
+            self.buffers = bytearray(PIECE), bytearray(PIECE)
+        return memoryview(self.buffers[0]), memoryview(self.buffers[1])
+
+    def computing(self) -> Worker:
+        """The buffers in which a merge computes."""
+        if self.worker is None:
+            proving = self.proving
+            self.worker = Worker.of(proving.computed, proving.resources(), self.number)
+            size, on_gpu = self.worker.merged.numel(), self.worker.stream is not None
+            self.host = torch.empty(2 * size, dtype=torch.uint8, pin_memory=on_gpu)
+            self.twin = torch.empty(2 * size, dtype=torch.uint8, device=self.worker.device) if on_gpu else None
+        return self.worker
+
+
+@dataclass
+class Subject:
+    """An edited or converted tensor on its way through the threads."""
+
+    pair: Pair
+    work: EditedSpan
+    distances: Distances
+    held: Held = field(default_factory=Held)  # of the merged model's weight
+    updates: dict[str, Updates] = field(default_factory=dict)  # by device, where they are needed one by one
+
+    def updates_on(self, device: torch.device) -> Updates:
+        with self.work.lock:
+            if str(device) not in self.updates:
+                self.updates[str(device)] = Updates(self.pair.span, device)
+            return self.updates[str(device)]
+
+
+class Proving:
+    """Compares pairs of tensors; what it saw of each is in `distances`."""
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        runtime: Future[Runtime],
+        options: VerifyOptions,
+        rounding: str,
+        progress: Progress | None,
+    ) -> None:
+        self.pairs, self.runtime, self.options, self.rounding, self.progress = (
+            pairs,
+            runtime,
+            options,
+            rounding,
+            progress,
+        )
+        self.distances = {pair.name: Distances() for pair in pairs}
+        self.computed = [pair.span for pair in pairs if not self.is_copy(pair)]
+        self.totals, self.shared = Totals(), SharedUpdates(MOST_SHELVED)
+        self.sources = OpenSources()
+        self.lock, self.choosing, self.stop = threading.Lock(), threading.Lock(), threading.Event()
+        self.bytes_all, self.bytes_done = sum(pair.nbytes for pair in pairs), 0
+        self.chosen: Resources | None = None
+
+    @staticmethod
+    def is_copy(pair: Pair) -> bool:
+        """Whether its bytes are to be those of a tensor that is there."""
+        span, theirs = pair.span, pair.theirs
+        return span.carried is not None and isinstance(theirs, Plain) and theirs.dtype == span.carried.info.dtype
+
+    def resources(self) -> Resources:
+        """Decided once torch is there."""
+        with self.choosing:
+            if self.chosen is None:
+                devices = self.runtime.result().devices
+                if not all(map(sums_products, self.computed)):
+                    load_linear_algebra(devices)
+                options = self.options
+                self.chosen = choose_resources(
+                    self.computed, devices, options.workers, options.max_memory, resident_memory()
+                )
+            return self.chosen
+
+    def run(self, workers: int) -> None:
+        """Compare everything, in so many threads."""
+        tasks = iter(self.tasks())
+        with self.sources, ThreadPoolExecutor(workers, "loratool-verify") as pool:
+            futures = [pool.submit(self.work, tasks, number) for number in range(workers)]
+            try:
+                for future in futures:
+                    future.result()
+            finally:
+                self.stop.set()
+            self.sources.check_unchanged()
+
+    def work(self, tasks: Iterator[Task], number: int) -> None:
+        """A thread's life: take the next task until there is none."""
+        bench = Bench(self, number)
+        try:
+            while not self.stop.is_set():
+                with self.lock:
+                    task = next(tasks, None)
+                if task is None:
+                    return
+                self.tell(task(bench))
+        except BaseException:
+            self.stop.set()
+            raise
+
+    def tell(self, count: int) -> None:
+        with self.lock:
+            self.bytes_done += count
+            if self.progress is not None:
+                self.progress(self.bytes_done, self.bytes_all)
+
+    def tasks(self) -> Iterable[Task]:
+        """Copies first, while torch is on its way; then blocks of rows."""
+        for pair in self.pairs:
+            if self.is_copy(pair):
+                for start in range(0, max(1, pair.span.placed.nbytes), RUN):
+                    yield self.copies(pair, start)
+        for pair in self.pairs:
+            if not self.is_copy(pair):
+                work = EditedSpan(pair.span, self.totals, self.shared, self.plan_rounding)
+                subject = Subject(pair, work, self.distances[pair.name])
+                step = rows_of_block(pair.span, self.resources().block)
+                for first in range(0, pair.rows, step):
+                    yield self.blocks(subject, first, min(step, pair.rows - first))
+
+    @property
+    def plan_rounding(self) -> str:
+        return "nearest" if self.rounding == TWICE else self.rounding
+
+    def copies(self, pair: Pair, start: int) -> Task:
+        """Compare a run of bytes."""
+
+        def compare(bench: Bench) -> int:
+            ours, theirs = pair.span.carried, pair.theirs.tensors[0]
+            assert ours is not None
+            size = min(ours.info.nbytes, theirs.info.nbytes)
+            stop, (one, other) = min(start + RUN, size), bench.pieces()
+            itemsize = max(1, ours.info.nbytes // max(1, ours.info.elements))
+            for at in range(start, stop, PIECE):
+                count = min(PIECE, stop - at)
+                ours.read(at, one[:count], self.sources)
+                theirs.read(at, other[:count], self.sources)
+                found = (
+                    None if same_bytes(one[:count], other[:count]) else unequal(pair, one[:count], other[:count], at)
+                )
+                self.distances[pair.name].note(count // itemsize, found)
+            return 2 * max(0, stop - start)
+
+        return compare
+
+    def blocks(self, subject: Subject, first: int, count: int) -> Task:
+        """Compare a block of rows."""
+
+        def compare(bench: Bench) -> int:
+            worker, span = bench.computing(), subject.pair.span
+            target: torch.dtype = getattr(torch, FLOAT_NAMES[span.placed.dtype])
+            room = Room(self.sources, bench.host, bench.twin, subject.held)
+            with exact_arithmetic(), worker.computing():
+                loaded = subject.work.edits_on(worker.device)
+                product = None if self.rounding == TWICE else product_of(loaded, first, count)
+                theirs = subject.pair.theirs.matrix(span.width).rows(first, count, worker.device, target, room)
+                before = worker.stored_rows(subject.work, first, count, self.sources)
+                if product is not None and loaded.sum is not None:
+                    found = quick.compare(loaded.sum, product, before, theirs, first)
+                else:
+                    after = worker.merged[: count * span.width * target.itemsize].view(target).view(count, span.width)
+                    self.formula(worker, subject, first, before, after)
+                    found = None if same(after, theirs) else measure(before, after, theirs, first, loaded.sum)
+            subject.distances.note(count * span.width, found)
+            rows = max(1, span.rows)
+            return sum(t.info.nbytes for w in (span.weight, subject.pair.theirs) for t in w.tensors) * count // rows
+
+        return compare
+
+    def formula(self, worker: Worker, subject: Subject, first: int, before: Tensor, after: Tensor) -> None:
+        """Put rows of W' from `first` on as the formula gives them into `after`; `before` has those of W."""
+        if self.rounding == TWICE:
+            updates = subject.updates_on(worker.device)
+            weight = updates.begin(before, first)
+            after.copy_(rounded_twice(weight, updates.changes(weight, first), after.dtype))
+        else:
+            worker.merge(subject.work, first, self.sources, after)
+
+
+def same_bytes(one: memoryview, other: memoryview) -> bool:
+    """Whether two pieces of the same size are equal."""
+    kind = numpy.uint8 if len(one) % 8 else numpy.uint64  # many at a time
+    return numpy.array_equal(numpy.frombuffer(one, kind), numpy.frombuffer(other, kind))
+
+
+def unequal(pair: Pair, ours: memoryview, theirs: memoryview, at: int) -> Found | None:
+    """What differs between two pieces of a tensor that should be the same, from byte `at` of it on."""
+    info = pair.span.placed
+    if info.dtype not in FLOAT_NAMES:
+        itemsize = max(1, info.nbytes // max(1, info.elements))
+        raw = [numpy.frombuffer(each, numpy.uint8).reshape(-1, itemsize) for each in (ours, theirs)]
+        count = int((raw[0] != raw[1]).any(1).sum())
+        return Found(count, math.inf, 0.0, count, ())
+    dtype: torch.dtype = getattr(torch, FLOAT_NAMES[info.dtype])
+    one, other = (torch.frombuffer(each, dtype=dtype)[:, None] for each in (ours, theirs))
+    found = measure(one, one, other, 0, None)
+    if found is None:
+        return None
+    row = at // dtype.itemsize // max(1, info.width)
+    return dataclasses.replace(found, rows=(row,) if found.rows else ())

@@ -1,0 +1,53 @@
+"""A folder held to its own record: every file that `loratool.json` lists is read and compared."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from loratool.errors import InputError, UsageError, printable
+from loratool.fetching import local
+from loratool.files.checkpoint import PROVENANCE
+from loratool.files.digests import read_recorded
+from loratool.files.inputs import LARGEST_RECORD, read_json
+from loratool.files.process import peak_memory
+from loratool.merging.merge import PathLike
+from loratool.provenance import record
+from loratool.results.base import Cost
+from loratool.results.verify import AS_RECORDED, NOT_PROVEN, Diagnosis, Verification
+
+
+def verify_record(merged: PathLike) -> Verification:
+    """Every file of a folder, or one file of it, against the digests that were recorded when it was written."""
+    started = time.monotonic()
+    path = local(merged, "any")
+    folder, only = (path, "") if path.is_dir() else (path.parent, path.name)
+    if not path.exists():
+        raise InputError(f"{printable(path)}: no such file or folder")
+    if not (folder / PROVENANCE).is_file():
+        shown = printable(path)
+        raise UsageError(
+            f"{shown}: has no {PROVENANCE}, so there is nothing to compare it with; name what was merged\n"
+            f"hint: loratool verify {shown} --base BASE --adapter ADAPTER"
+        )
+    found = record.compare(folder, only)
+    files, size = listed_in(folder, only)
+    return Verification(
+        merged=path,
+        verdict=NOT_PROVEN if found.problems else AS_RECORDED,
+        diagnoses=tuple(Diagnosis("file-differs", problem) for problem in found.problems),
+        notes=found.notes,
+        files=files,
+        bytes_read=size,
+        cost=Cost("cpu", time.monotonic() - started, 0.0, peak_memory()),
+    )
+
+
+def listed_in(folder: Path, only: str) -> tuple[int, int]:
+    """How many files a record lists that are there, and their bytes."""
+    try:
+        names = read_recorded(read_json(folder / PROVENANCE, LARGEST_RECORD))
+    except InputError:
+        return 0, 0
+    there = [path for name in names if (not only or name == only) and (path := folder / name).is_file()]
+    return len(there), sum(path.stat().st_size for path in there)

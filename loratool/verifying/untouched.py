@@ -1,0 +1,57 @@
+"""Tensors that no adapter changes, and that differ from the base's: how far, and whether by an update of low rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loratool.files.safefile import FLOAT_NAMES
+from loratool.lazy import Tensor, torch
+from loratool.verifying.distances import ulp_of
+from loratool.verifying.looking import Look
+
+if TYPE_CHECKING:
+    from loratool.verifying.pairing import Pair
+
+MOST_ROWS = 256  # of a difference whose rank is looked at
+MOST_COLUMNS = 1024
+
+
+@dataclass(frozen=True)
+class Changed:
+    """How a tensor differs from the base's."""
+
+    relative: float  # ‖W' − W‖ / ‖W‖
+    is_matrix: bool
+    rank: int  # of what was added, as far as rounding leaves it to be seen; 0 where it is not low
+
+
+def look_at(pair: Pair) -> Changed:
+    """How a tensor of floats differs from the base's, by some of its rows."""
+    shape = pair.span.shape
+    if pair.span.placed.dtype not in FLOAT_NAMES:
+        return Changed(float("inf"), False, 0)
+    look = Look(pair, ())
+    difference = look.theirs - look.stored
+    size = float(torch.linalg.vector_norm(look.stored))
+    relative = float(torch.linalg.vector_norm(difference)) / size if size else float("inf")
+    is_matrix = len(shape) >= 2 and min(pair.span.rows, pair.span.width) > 1
+    return Changed(relative, is_matrix, low_rank(look, difference) if is_matrix else 0)
+
+
+def low_rank(look: Look, difference: Tensor) -> int:
+    """The rank of a difference, but for what rounding adds to it; 0 where that is more than half of the full rank."""
+    some = difference[:: max(1, len(difference) // MOST_ROWS)][:MOST_ROWS, :MOST_COLUMNS]
+    theirs = look.theirs[:: max(1, len(difference) // MOST_ROWS)][:MOST_ROWS, :MOST_COLUMNS]
+    if not bool(some.isfinite().all()):
+        return 0
+    noise = float((ulp_of(theirs.abs(), look.target).square() / 12).sum())
+    squares = torch.linalg.svdvals(some).square()
+    left = squares.flip(0).cumsum(0).flip(0)  # what the values from each on hold together
+    count = len(squares)
+    if float(left[0]) <= 8 * noise:  # too small to be told from rounding
+        return 0
+    for rank in range(1, count // 2 + 1):
+        if float(left[rank]) <= 2 * noise * (count - rank) / count + 1e-9 * float(left[0]):
+            return rank
+    return 0
