@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 from packed_grouped import Grouped
-from packed_models import open_packed, save_packed
+from packed_models import check_rows, open_packed, save_packed
 
 from loratool.bases.codecs import decoded
 from loratool.bases.opening import open_checkpoint
@@ -20,7 +19,6 @@ from loratool.bases.weights import Room
 from loratool.errors import InputError
 
 Array = NDArray[Any]
-CPU = torch.device("cpu")
 MODULE = "model.layers.0.self_attn.q_proj"
 NAME = f"{MODULE}.weight"
 PLAIN = {"model.norm.weight": np.ones(8, np.float32), "lm_head.weight": np.ones((4, 8), np.float32)}
@@ -30,19 +28,6 @@ def said(group: int = 16, **more: object) -> dict[str, Any]:
     """The config as AutoAWQ writes it."""
     found = {"quant_method": "awq", "zero_point": True, "group_size": group, "bits": 4, "version": "gemm"}
     return {**found, "modules_to_not_convert": None, **more}
-
-
-def check_rows(folder: Path, name: str, wanted: Array) -> None:
-    """Rows from anywhere are those of the definition; a word holds eight of them."""
-    weight = open_packed(folder).weights[name]
-    assert weight.shape == wanted.shape
-    expected = torch.from_numpy(wanted)
-    shared = Room()
-    for first, count in ((0, len(wanted)), (0, 1), (3, 2), (6, min(9, len(wanted) - 6)), (len(wanted) - 2, 2)):
-        assert torch.equal(weight.rows(first, count, CPU, torch.float32), expected[first : first + count])
-        assert torch.equal(weight.rows(first, count, CPU, torch.float32, shared), expected[first : first + count])
-    shared.sources.close()
-    assert weight.check(Room()) == ""
 
 
 @pytest.mark.parametrize(("inputs", "group"), [(96, -1), (96, 32), (64, 24), (33, 11)])

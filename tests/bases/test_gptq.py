@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from packed_grouped import Grouped, gptq_values
-from packed_models import open_packed, save_packed
+from packed_models import check_rows, open_packed, save_packed
 from quantised_models import MATRICES
 
 from loratool.bases.codecs import decoded
@@ -21,7 +21,6 @@ from loratool.bases.weights import Room
 from loratool.errors import InputError
 
 Array = NDArray[Any]
-CPU = torch.device("cpu")
 LAYER = "model.layers.0."
 MODULE = f"{LAYER}self_attn.q_proj"
 NAME = f"{MODULE}.weight"
@@ -31,19 +30,6 @@ PLAIN = {"model.norm.weight": np.ones(8, np.float32), "lm_head.weight": np.ones(
 def said(bits: int = 4, group: int = -1, **more: object) -> dict[str, Any]:
     """The config as AutoGPTQ and optimum write it."""
     return {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": False, "sym": False, **more}
-
-
-def check_rows(folder: Path, name: str, wanted: Array) -> None:
-    """Rows from anywhere are those of the definition."""
-    weight = open_packed(folder).weights[name]
-    assert weight.shape == wanted.shape
-    expected = torch.from_numpy(wanted)
-    shared = Room()
-    for first, count in ((0, len(wanted)), (0, 1), (3, 2), (len(wanted) - 2, 2)):
-        assert torch.equal(weight.rows(first, count, CPU, torch.float32), expected[first : first + count])
-        assert torch.equal(weight.rows(first, count, CPU, torch.float32, shared), expected[first : first + count])
-    shared.sources.close()
-    assert weight.check(Room()) == ""
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

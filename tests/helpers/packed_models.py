@@ -52,7 +52,7 @@ def check_rows(folder: Path, name: str, wanted: NDArray[Any]) -> None:
     weight = open_packed(folder).weights[name]
     assert weight.shape == wanted.shape
     flat = torch.from_numpy(wanted.reshape(len(wanted), -1))
-    for first, count in ((0, len(wanted)), (0, 1), (1, 1), (len(wanted) - 2, 2)):
+    for first, count in ((0, len(wanted)), (0, 1), (1, 1), (len(wanted) - 2, 2), (len(wanted) // 3, len(wanted) // 2)):
         for device in DEVICES:
             room = room_on(device, flat.numel() + 1)
             found = weight.rows(first, count, device, torch.float32, room).cpu()
