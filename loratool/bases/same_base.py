@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import Adapter
 from loratool.bases.binding.fusing import setting
+from loratool.bases.trained_packing import unlike_packing, unmarked
 from loratool.errors import LoratoolError, printable
 from loratool.files.hub_cache import origin_of
 from loratool.files.hub_names import parse
@@ -29,22 +30,28 @@ SIZES = {
 
 
 def unlike_bases(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[Note]:
-    """A note for each adapter that names another base: by its id on the Hub, or by what the other's config says."""
+    """A note for each adapter that was trained on another base, by its id on the Hub, its config, or how it is stored."""
     origin, written = origin_of(base.root), base.config.get("_name_or_path")
     known = origin.repo if origin else written if isinstance(written, str) else ""
     place = parse(known) if known and not os.path.lexists(known) else None
     for adapter in adapters:
         name = adapter.training.base
+        config = named_config(name) if name else {}
+        packing = unlike_packing(base, known or base.root.name, adapter, config)
+        if packing is not None:
+            yield packing.under(adapter.name)
         if not name:
             continue
         named = parse(name) if not os.path.lexists(name) else None
+        if packing and place and unmarked(name) == unmarked(place.repo):
+            continue  # it is the same model, stored in another way
         if named and place and named.repo.lower() != place.repo.lower():
             text = (
                 f"says it was trained on {printable(named.repo)}, but BASE is {printable(place.repo)}; on another "
                 "base the result is not what was trained"
             )
             yield Note("base-mismatch", text).under(adapter.name)
-        elif differing := unlike_shapes(named_config(name), base.config):
+        elif differing := unlike_shapes(config, base.config):
             text = f"says it was trained on {printable(name)}, whose config.json has {differing}"
             yield Note("base-mismatch", text).under(adapter.name)
 

@@ -16,6 +16,7 @@ from loratool.adapters.writer import factor_tensors, torch_dtype
 from loratool.algebra.lowrank.noise import floor_of
 from loratool.algebra.lowrank.products import singular_values
 from loratool.algebra.updates.additive import Add
+from loratool.bases.decoded import Decoded
 from loratool.errors import printable
 from loratool.measuring.delta_statistics import LARGEST_RATIO, larger, measure_on_base
 from loratool.measuring.session import Session, session
@@ -52,6 +53,7 @@ def measure(
             layers[target] = layer
         elif not update.replaces and not isinstance(update, Add) and target not in adapter.optional:
             skipped[target] = f"{type(update).__name__}: not a product of two factors"
+    doubts = check_packed(fit) if fit else []
     groups = fit.ties.groups if fit and fit.ties else ()
     tied = {name: group.names[0] for group in groups for name in group.missing}  # held under another name
     found: list[Measured] = []
@@ -80,9 +82,18 @@ def measure(
             suggestions=tuple(suggest(layers, energies, bytes_per_number(layers))),
             norm_base=math.sqrt(math.fsum(base_squared)) if base_squared else None,
             skipped={printable(target): why for target, why in skipped.items()},
-            notes=tuple(remarks(layers, found, rounded)),
+            notes=(*doubts, *remarks(layers, found, rounded)),
             **at_work.told(started),
         )
+
+
+def check_packed(fit: Fit) -> list[Note]:
+    """Notes on packed weights under an adapter. Raises `InputError` naming those that cannot be decoded."""
+    base = fit.checkpoint
+    if not isinstance(base, Decoded):
+        return []
+    changed = dict.fromkeys(place.tensor for places in fit.places.values() for place in places)
+    return base.check(name for name in changed if name in base.weights)
 
 
 def look_at(layer: Layer, at_work: Session) -> tuple[Measured, list[float], bool]:

@@ -32,10 +32,11 @@ def with_forecast(plan: MergePlan) -> MergePlan:
     """The plan with the gain that is to be expected, and a warning where it is small.
 
     Nothing is forecast, and torch not imported, where no update is rounded to the nearest of 16 bits, or where the
-    weights of the base are not on this disk.
+    weights of the base are not on this disk. Raises `InputError` naming packed weights that cannot be decoded.
     """
+    doubts = plan.check_packed(filter(is_here, plan.spans))
     gains = forecast_gains(plan)
-    notes = (*plan.notes, *gain_notes(plan, gains))
+    notes = (*plan.notes, *doubts, *gain_notes(plan, gains))
     return dataclasses.replace(plan, gain_forecast=gains.total, gains_forecast=gains.modules, notes=notes)
 
 
@@ -50,9 +51,13 @@ def forecast_gains(plan: MergePlan) -> Gains:
 
 def can_forecast(span: Span) -> bool:
     """Whether a few rows tell what rounding does: not where an update depends on all rows of the weight."""
-    here = all(tensor.file.path.is_file() for tensor in span.weight.tensors)
     each_row = not any(edit.update.replaces or edit.update.needs_weight for edit in span.edits)
-    return here and each_row and span.placed.dtype in FLOAT_NAMES and itemsize_of(span.placed.dtype) == 2
+    return is_here(span) and each_row and span.placed.dtype in FLOAT_NAMES and itemsize_of(span.placed.dtype) == 2
+
+
+def is_here(span: Span) -> bool:
+    """Whether the files of a weight are on this disk."""
+    return all(tensor.file.path.is_file() for tensor in span.weight.tensors)
 
 
 def kept_by(span: Span, shared: SharedUpdates) -> dict[str, tuple[float, float]]:

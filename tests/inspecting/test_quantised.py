@@ -14,6 +14,7 @@ import torch
 from packed_bnb import FourBit
 from packed_hqq import Hqq
 from packed_models import save_packed
+from quantised_models import FAMILIES, MATRICES
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -111,6 +112,27 @@ def test_weights_are_shown_with_the_shapes_of_their_values(base: Path) -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, *MATRICES])
+def test_every_kind_is_taken_apart_into_packed_values_scales_and_the_rest(tmp_path: Path, family: str) -> None:
+    numbers = torch.Generator().manual_seed(0)
+    shapes = {f"{ATTENTION}q_proj.weight": (48, 64), f"{ATTENTION}o_proj.weight": (64, 96)}
+    made = {**FAMILIES, **MATRICES}[family](
+        {name: torch.randn(*shape, generator=numbers) for name, shape in shapes.items()}
+    )
+    folder = save_packed(tmp_path / "base", {**made.tensors, **PLAIN}, made.config)
+    for name, content in made.files.items():
+        (folder / name).write_text(json.dumps(content))
+    found = packing_of(folder)
+    every = sum(tensor.nbytes for tensor in made.tensors.values())
+    assert found.packed_bytes + found.scale_bytes == every
+    assert found.packed_bytes > found.scale_bytes > 0
+    assert found.plain_bytes == sum(array.nbytes for array in PLAIN.values())
+    assert found.parameters == 48 * 64 + 64 * 96
+    assert found.mergeable
+    (rank,) = loratool.estimate(folder, [2], "q_proj").ranks
+    assert rank.qlora.weights == every + found.plain_bytes + 4 * rank.trainable
+
+
 def test_a_kind_that_nobody_reads_is_told_by_its_name(tmp_path: Path) -> None:
     tensors = {f"{ATTENTION}q_proj.codes": np.ones((4, 4, 2), np.int8), **PLAIN}
     found = packing_of(save_packed(tmp_path / "base", tensors, {"quant_method": "aqlm"}))
@@ -169,6 +191,21 @@ def test_an_estimate_of_what_nobody_reads_is_refused(tmp_path: Path) -> None:
     folder = save_packed(tmp_path / "base", tensors, {"quant_method": "aqlm"})
     with pytest.raises(loratool.InputError, match="is not read"):
         loratool.estimate(folder, [2], "q_proj")
+
+
+def test_a_dry_run_and_a_measurement_refuse_what_cannot_be_decoded(tmp_path: Path) -> None:
+    module = f"{ATTENTION}q_proj"
+    made = MATRICES["GPTQ act-order"]({f"{module}.weight": torch.ones(64, 32)})
+    made.tensors[f"{module}.g_idx"][3] = 77
+    folder = save_packed(tmp_path / "base", {**made.tensors, **PLAIN}, made.config)
+    adapter, _ = save_adapter(tmp_path / "adapter", module)
+    for command in (
+        lambda: loratool.plan(folder, [adapter], tmp_path / "out"),
+        lambda: loratool.inspect(adapter, base=str(folder), values=True, device="cpu"),
+    ):
+        with pytest.raises(loratool.InputError) as refused:
+            command()
+        assert f"{module}.g_idx" in str(refused.value)
 
 
 def test_an_adapter_is_measured_against_decoded_weights(base: Path, tmp_path: Path) -> None:

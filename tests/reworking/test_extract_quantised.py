@@ -135,4 +135,4 @@ def test_scales_that_are_not_finite_are_named(tmp_path: Path) -> None:
     base = save(tmp_path / "base", broken)
     with pytest.raises(loratool.InputError) as refused:
         loratool.extract(base, save(tmp_path / "tuned", VALUES), tmp_path / "out", rank=2, device="cpu")
-    assert f"{name} of BASE" in str(refused.value)
+    assert f"{name}.nested_absmax" in str(refused.value)

@@ -52,7 +52,7 @@ def examine(
         *look_at_servers(adapter, path, fit),
         *(Finding("note", note.code, note.text) for note in notes if note.code not in TOLD),
     ]
-    return tuple(sorted(found, key=lambda finding: finding.level != "problem"))
+    return tuple(sorted(found, key=is_note))
 
 
 def examine_model(checkpoint: Checkpoint, path: Path) -> tuple[Finding, ...]:
@@ -66,7 +66,12 @@ def examine_model(checkpoint: Checkpoint, path: Path) -> tuple[Finding, ...]:
         if note.code == UNMERGED
     ]
     found = (*unmerged, *look_at_model(checkpoint), *look_at_packing(checkpoint))
+    found = tuple(sorted(found, key=is_note))
     return (*found, *(Finding("note", note.code, note.text) for note in notes))
+
+
+def is_note(finding: Finding) -> bool:
+    return finding.level != "problem"
 
 
 def as_findings(problems: Sequence[str], form: Format) -> Iterator[Finding]:

@@ -123,7 +123,7 @@ def look_at_packing(checkpoint: Checkpoint) -> Iterator[Finding]:
     try:
         base = decoded(checkpoint)
         if isinstance(base, Decoded):
-            base.check(base.weights)
+            yield from (Finding("note", note.code, note.text) for note in base.check(base.weights))
     except InputError as error:
         for text, names in folded(error.problems) or [(error.message, ())]:
             yield Finding("problem", "not-decodable", text, "", names)

@@ -23,6 +23,7 @@ from loratool.adapters.writer import Output, Rounded, check_adapter_target, fact
 from loratool.algebra.lowrank.products import Product, change as change_of, inner, padded
 from loratool.bases.binding.orientation import module_of
 from loratool.bases.codecs import decoded
+from loratool.bases.decoded import Decoded
 from loratool.bases.opening import open_checkpoint
 from loratool.bases.packed import Packed
 from loratool.bases.weights import Held, Slice
@@ -53,8 +54,10 @@ def extract(
     paths = local(base, "model"), local(tuned, "model")
     target = check_adapter_target(out, paths, options)
     before, after = (open_model(path, role) for path, role in zip(paths, ("BASE", "TUNED"), strict=True))
+    doubts = check_packed((before, after))
     with session(options.device, []) as at_work:
         found = pair(before, after, options.include, options.exclude, options.fan_in_fan_out)
+        found.doubts += doubts
         check_saved(found)
         refuse_nothing(found)
         extractor = Extractor(found, rule, options.exact, options.seed, at_work, options.dtype)
@@ -295,6 +298,11 @@ def open_model(path: Path, role: str) -> Checkpoint:
     return decoded(open_checkpoint(path))
 
 
+def check_packed(models: Sequence[Checkpoint]) -> list[Note]:
+    """Notes on packed weights of some models. Raises `InputError` naming those that cannot be decoded."""
+    return [note for model in models if isinstance(model, Decoded) for note in model.check(model.weights)]
+
+
 def check_saved(found: Pairing) -> None:
     """Raise `InputError` naming what is to be saved whole and contains NaN or infinite values."""
     broken = [name for name, tensor in (found.whole | found.biases | found.same_biases).items() if not tensor.finite()]
@@ -424,7 +432,7 @@ def total(extractor: Extractor, forms: Mapping[str, Form], itemsize: int) -> Ext
 def remarks(found: Pairing, extractor: Extractor, rule: Rule) -> Iterator[Note]:
     """What a user of the result should know."""
     yield from (note for checkpoint in (found.base, found.tuned) for note in checkpoint.notes[1:])
-    yield from (*not_compared(found.base, found.tuned), *found.told_guesses(), *of_packing(found))
+    yield from (*not_compared(found.base, found.tuned), *found.told_guesses(), *found.doubts, *of_packing(found))
     if extractor.noise:
         yield (
             Note(

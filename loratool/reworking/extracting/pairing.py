@@ -93,6 +93,7 @@ class Pairing:
     identical: int = 0
     excluded: int = 0
     left_out: dict[str, str] = field(default_factory=dict)  # tensor → reason
+    doubts: list[Note] = field(default_factory=list)  # about packed weights
     guessed: dict[str, bool] = field(default_factory=dict)  # square matrices taken (in, out) or not, as others lie
 
     @property

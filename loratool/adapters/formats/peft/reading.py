@@ -13,7 +13,7 @@ from loratool.adapters.formats.peft.draft import Draft, Module
 from loratool.adapters.formats.peft.fields import wrong_fields
 from loratool.adapters.formats.peft.files import CONFIG, INDEX, WEIGHTS, open_weights, read_config
 from loratool.adapters.formats.peft.remarks import remark
-from loratool.adapters.formats.peft.training import training_of
+from loratool.adapters.formats.peft.training import quantised_in, training_of
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.adapters.weight_files import weight_files
 from loratool.errors import InputError, Problem, printable
@@ -72,7 +72,7 @@ def adapter_from(draft: Draft, folder: Path, config_file: Path) -> tuple[Adapter
         file=draft.file,
         config=draft.config,
         config_file=config_file,
-        training=training_of(draft.config),
+        training=replace(training_of(draft.config), quantised=quantised_in(packing.card(draft))),
         updates=draft.updates,
         bases=draft.bases,
         sources=draft.sources,

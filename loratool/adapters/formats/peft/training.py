@@ -11,6 +11,8 @@ from loratool.adapters.formats.peft import support
 from loratool.adapters.training import ExpertAxes, Targets, Training
 from loratool.notes import Note
 
+QUANTISED = "The following `bitsandbytes` quantization config was used during training:"  # of whatever kind it is
+SETTING = re.compile(r"^- (\w+): (\S+)$", re.MULTILINE)
 VERSION = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
 # Types whose files have the same tensors for two kinds of layers: their name, and the kind that is not linear.
 UNTOLD = {"ADALORA": ("AdaLoRA", "a Conv2d"), "TINYLORA": ("TinyLoRA", "an embedding")}
@@ -57,6 +59,20 @@ def training_of(config: Mapping[str, Any]) -> Training:
         release=text(config.get("peft_version")),
         notes_as_lora=notes_as_lora(method),
     )
+
+
+def quantised_in(card: str) -> str:
+    """How the model was quantised in training, as PEFT writes it into a card, a line for each setting; empty for none."""
+    _, found, listing = card.partition(QUANTISED)
+    if not found:
+        return ""
+    said = dict(SETTING.findall(listing.lstrip("\n").partition("\n\n")[0]))
+    if said.get("load_in_4bit") == "True":
+        return f"bitsandbytes {said.get('bnb_4bit_quant_type', '4-bit')}"
+    if said.get("load_in_8bit") == "True":
+        return "bitsandbytes int8"
+    method = said.get("quant_method", "").rpartition(".")[2].lower()  # an enumeration's member in some releases
+    return "" if method in ("bitsandbytes", "bits_and_bytes") else method
 
 
 def text(value: object) -> str:
