@@ -347,7 +347,7 @@ class Options:
 
 def described_by(options: type[Options]) -> dict[str, tuple[Option, Any]]:
     """Field → its option and its default, in the order of help: a class before its bases, these as they are named."""
-    return described_once(options)
+    return described_once(options)  # type: ignore[arg-type]  # mypy takes the hash of an instance for that of its class
 
 
 @cache
