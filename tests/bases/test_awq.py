@@ -95,7 +95,8 @@ def test_an_unknown_config_is_refused_with_what_was_found(
     [
         ("qweight", lambda _: None, "qweight: must be I32"),
         ("qweight", lambda a: a.astype(np.int16), "qweight: must be I32 for [8, 64] in groups of 16, but it is I16"),
-        ("qweight", lambda a: a[None], "qweight: must be a matrix, but it is I32 [1, 64, 1]"),
+        ("qweight", lambda a: a[None], "qweight: must be a matrix with values, but it is I32 [1, 64, 1]"),
+        ("qweight", lambda a: a[:0], "qweight: must be a matrix with values, but it is I32 [0, 1]"),
         ("qzeros", lambda _: None, "qzeros: must be I32 [4, 1] for [8, 64] in groups of 16, but it is missing"),
         (
             "scales",

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import nearest
 from packed_grouped import Grouped
 from packed_models import save_packed
 from safetensors.torch import load_file, save_file
@@ -29,12 +30,12 @@ EXPERTS = [f"mlp.experts.{expert}.{part}" for expert in (0, 1, 10) for part in (
 LAYERS = {layer: [*ATTENTION, *(EXPERTS if layer in (2, 3) else MLP)] for layer in (0, 1, 2, 3, 11, 21)}
 MODULES = [f"model.layers.{layer}.{part}" for layer, parts in LAYERS.items() for part in parts]
 SHAPE = (8, 32)  # of all of them
+PACKED = Grouped(*SHAPE, group=16)
 
 
 def base_of(folder: Path, kind: str) -> Path:
     """A model whose attention and MLP are packed, alike in all modules, and whose head and routers are plain."""
-    packed = Grouped(*SHAPE, group=16)
-    one = packed.gptq("") if kind == "gptq" else packed.awq("")
+    one = PACKED.gptq("") if kind == "gptq" else PACKED.awq("")
     tensors: dict[str, Any] = {f"{module}{part}": value for module in MODULES for part, value in one.items()}
     for layer in (2, 3):
         tensors[f"model.layers.{layer}.mlp.gate.weight"] = torch.randn(3, 32)
@@ -49,21 +50,32 @@ def base_of(folder: Path, kind: str) -> Path:
 
 
 def merged(base: Path, edited: Collection[str], out: Path) -> tuple[set[str], set[str]]:
-    """The modules that are plain and those that are packed in a merge with an adapter for some."""
-    factors = {}
-    for module in edited:
-        factors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(2, SHAPE[1])
-        factors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(SHAPE[0], 2)
+    """The modules that are plain and those that are packed in a merge with an adapter for some, whose values are right.
+
+    Plain ones are the exact sum rounded once: factors have so few bits that float64 holds it. All others are copies.
+    """
+    factors: dict[str, torch.Tensor] = {}
+    changes: dict[str, torch.Tensor] = {}
+    for number, module in enumerate(edited):
+        draws = torch.Generator().manual_seed(number)
+        down, up = (torch.randint(-8, 9, size, generator=draws) / 64 for size in ((2, SHAPE[1]), (SHAPE[0], 2)))
+        changes[module] = up.double() @ down.double()
+        factors |= {f"base_model.model.{module}.lora_A.weight": down, f"base_model.model.{module}.lora_B.weight": up}
     adapter = out.parent / "adapter"
     adapter.mkdir()
     save_file(factors, adapter / "adapter_model.safetensors")
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
     loratool.merge(base, [adapter], out)
-    names = load_file(out / "model.safetensors")
-    packed = {name.removesuffix(".qweight") for name in names if name.endswith(".qweight")}
-    plain = {name.removesuffix(".weight") for name in names if name.endswith("_proj.weight")}
+    found, before = load_file(out / "model.safetensors"), load_file(base / "model.safetensors")
+    packed = {name.removesuffix(".qweight") for name in found if name.endswith(".qweight")}
+    plain = {name.removesuffix(".weight") for name in found if name.endswith("_proj.weight")}
     assert plain | packed == {*MODULES}
     assert not plain & packed
+    for name in [name for name in found if name.rpartition(".")[0] not in plain]:
+        assert torch.equal(found[name], before[name])
+    weight = torch.from_numpy(PACKED.values()).double()
+    for module in plain:
+        assert torch.equal(found[f"{module}.weight"], nearest(weight + changes.get(module, 0), torch.bfloat16))
     assert {*edited} <= plain
     return plain, packed
 

@@ -131,8 +131,8 @@ def weight_of(finder: Finder, module: str, size: int) -> AwqWeight | None:
         finder.note(f"{module}.weight", f"is there as well as {module}.qweight; a module must have one of them")
         return None
     values = info.get(f"{module}.qweight")
-    if values is not None and len(values.shape) != 2:
-        finder.note(values.name, f"must be a matrix, but it is {told(values)}")
+    if values is not None and (len(values.shape) != 2 or not values.elements):
+        finder.note(values.name, f"must be a matrix with values, but it is {told(values)}")
         return None
     inputs, words = values.shape if values else (0, 0)
     group = inputs if size == -1 else size

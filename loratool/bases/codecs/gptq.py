@@ -190,8 +190,8 @@ def weight_of(finder: Finder, module: str, how: Scheme) -> GptqWeight | None:
         finder.note(f"{module}.weight", f"is there as well as {module}.qweight; a module must have one of them")
         return None
     values, scales, order = (info.get(f"{module}.{part}") for part in ("qweight", "scales", "g_idx"))
-    if values is not None and len(values.shape) != 2:
-        finder.note(values.name, f"must be a matrix, but it is {told(values)}")
+    if values is not None and (len(values.shape) != 2 or not values.elements):
+        finder.note(values.name, f"must be a matrix with values, but it is {told(values)}")
         return None
     outputs = values.shape[1] if values else scales.width if scales else 0
     inputs = order.elements if order else values.shape[0] * 32 // how.bits if values else 0
