@@ -182,7 +182,7 @@ class Slice:
 
 def plain_of(base: Checkpoint, name: str) -> Plain:
     """A tensor that a file of a base holds."""
-    home = next(shard for shard in base.shards if name in shard.tensors)
+    home = base.homes[name]
     return Plain(home, home.tensors[name])
 
 

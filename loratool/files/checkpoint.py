@@ -72,6 +72,11 @@ class Checkpoint(Shown):
         return {name: info for shard in self.shards for name, info in shard.tensors.items()}
 
     @cached_property
+    def homes(self) -> Mapping[str, SafeFile]:
+        """The file of every tensor."""
+        return {name: shard for shard in self.shards for name in shard.tensors}
+
+    @cached_property
     def config(self) -> Mapping[str, Any]:
         """`config.json`, or an empty mapping where there is none that can be read."""
         if "config.json" not in self.side_files:

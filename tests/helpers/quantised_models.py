@@ -137,9 +137,18 @@ def fbgemm(weights: Weights) -> Quantised:
 
 
 def scheme(form: str, **weights: object) -> dict[str, Any]:
-    """The config of compressed-tensors with one group."""
+    """The config of compressed-tensors with one group; the formats of 8 bits without packing are for inputs of 8 bits."""
     said = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False, **weights}
-    group = {"targets": ["Linear"], "weights": said, "input_activations": None, "output_activations": None}
+    static = {"strategy": "tensor", "dynamic": False}
+    inputs = static if said["strategy"] == "tensor" else {"strategy": "token", "dynamic": True}
+    inputs = {"num_bits": 8, "type": said["type"], "symmetric": True, **inputs}
+    group = {
+        "targets": ["Linear"],
+        "weights": said,
+        "input_activations": inputs if form in ("int-quantized", "float-quantized") else None,
+        "output_activations": None,
+        "format": form,
+    }
     return {
         "quant_method": "compressed-tensors",
         "format": form,

@@ -81,7 +81,10 @@ class CompressedTensors(Codec):
         schemes = [*schemes_of(base, settings.values)]
         modules = modules_in(base)
         finder = Finder(base)
-        schemes_by_module = candidates(schemes, modules)
+        try:
+            schemes_by_module = candidates(schemes, modules)
+        except ValueError as error:  # of a pattern
+            raise InputError(f"{base.name}: the targets of config_groups cannot be read: {error}") from None
         found: dict[str, Packed] = {}
         with OpenSources() as sources:
             for module, parts in modules.items():

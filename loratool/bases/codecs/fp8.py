@@ -97,12 +97,15 @@ def weight_of(finder: Finder, name: str, info: TensorInfo, block: Block | None) 
         if numbers is FP8:
             finder.note(name, f"is {told(info)}, but its scales are missing: {printable(next(scale_names(name)))}")
         return None
+    if not info.elements:
+        finder.note(name, f"must have values, but it is {told(info)}")
+        return None
     *matrices, rows, width = info.shape
     line = width if numbers is FP8 else 2 * width
     allowed = [(1, 32)] if numbers is FP4 else blocks(block, rows, line, bool(matrices))
     there = finder.base.tensors[scales]
     fitting = [each for each in allowed if fits(there.shape, tuple(matrices), rows, line, each)]
-    if not fitting or there.dtype not in (*SCALES, *POWERS) or not info.elements:
+    if not fitting or there.dtype not in (*SCALES, *POWERS):
         shapes = " or ".join(str([*matrices, -(-rows // down), -(-line // across)]) for down, across in allowed)
         finder.note(scales, f"must be F32 {shapes} for {list(info.shape)}, but it is {told(there)}")
         return None

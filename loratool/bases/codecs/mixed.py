@@ -30,7 +30,11 @@ def note_unlisted(
         for name, info in finder.base.tensors.items()
         if info.dtype in FLOAT_NAMES and len(info.shape) > 1 and name not in found and template_of(name)[0] in packed
     ]
-    named = listed(modules_of(plain)) if plain else ()
+    try:
+        named = listed(modules_of(plain)) if plain else ()
+    except ValueError as error:  # of a pattern
+        finder.note(where, f"cannot be read: {error}")
+        return
     for name in plain:
         if name.removesuffix(".weight") not in named:
             scheme = found[next(other for other in found if template_of(other)[0] == template_of(name)[0])].scheme

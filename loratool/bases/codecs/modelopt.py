@@ -175,12 +175,15 @@ def weight_of(finder: Finder, name: str, info: TensorInfo, group: int) -> Packed
     scales = finder.part(beside(name, "weight_scale"), [*SCALES, "F8_E4M3", "U8"])
     if scales is None:
         return None
+    if not info.elements:
+        finder.note(name, f"must have values, but it is {told(info)}")
+        return None
     *matrices, rows, width = info.shape
     stack = tuple(matrices)
     ways = [
         way for way in ways_of(info.dtype, scales.info.dtype, rows, width, group) if stack or way.block != (rows, 1)
     ]
-    fitting = [way for way in ways if way.fits(scales.info, stack) and rows and width]
+    fitting = [way for way in ways if way.fits(scales.info, stack)]
     if beside(name, "svdquant_lora_a") in base.tensors:
         finder.note(name, "has a low-rank part of its own (svdquant_lora_a), which cannot be read")
         return None
