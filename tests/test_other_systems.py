@@ -39,6 +39,8 @@ COMMANDS = [
     ["combine", "in/adapter", "made/scaled", "-o", "made/both", "-v"],
     ["extract", "in/base", "made/merged", "-o", "made/extracted", "--rank", "2", "-v"],
     ["compare", "in/adapter", "made/scaled", "-v"],
+    ["verify", "made/merged", "-v"],
+    ["verify", "made/merged", "--base", "in/base", "--adapter", "in/adapter", "-v"],
     ["inspect", "in/adapter", "made/merged", "--check", "--html", "made/page.html", "-v"],
     ["inspect", "in/adapter", "--base", "in/base", "--values", "-v"],
     ["estimate", "in/base", "--rank", "4", "--target", "q_proj", "-v"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class Diagnosis:
     code: str  # a constant in kebab-case, never derived from the text
     text: str  # one sentence
     modules: tuple[str, ...] = ()  # that it is about
-    numbers: Mapping[str, Any] | None = None  # of the sentence, for programs
+    numbers: Mapping[str, Any] = field(default_factory=dict)  # of the sentence, for programs
     passes: bool = False  # whether the model computes what was merged in spite of it
 
     def __str__(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from loratool.errors import LoratoolError, printable
@@ -17,16 +17,18 @@ from loratool.results.verify import Diagnosis
 if TYPE_CHECKING:
     from loratool.files.checkpoint import Checkpoint
     from loratool.merging.plan import MergePlan
+    from loratool.verifying.pairing import Pairing
 
 CONFIG = "config.json"
 # Keys that say who wrote the file, or from where; what is computed does not depend on them.
 ORIGINS = frozenset({"transformers_version", "_name_or_path", "_commit_hash", "_diffusers_version"})
 DTYPES = ("torch_dtype", "dtype")
+PACKINGS = ("quantization_config", "compression_config")
 MOST_SHOWN = 6
 MISSING = object()
 
 
-def compare_files(plan: MergePlan, merged: Checkpoint, explained: Collection[str]) -> Iterator[Note | Diagnosis]:
+def compare_files(plan: MergePlan, merged: Checkpoint, explained: frozenset[str]) -> Iterator[Note | Diagnosis]:
     """What differs in the small files. `explained` are keys of the config that another diagnosis is about."""
     wanted = {file.name: file for file in plan.side_files}
     config = wanted.pop(CONFIG, None)
@@ -53,7 +55,7 @@ def compare_files(plan: MergePlan, merged: Checkpoint, explained: Collection[str
         yield Note("side-files-differ", f"other bytes than those of the inputs: {', '.join(other[:MOST_SHOWN])}{more}")
 
 
-def compare_configs(ours: Any, merged: Checkpoint, explained: Collection[str]) -> Iterator[Note | Diagnosis]:
+def compare_configs(ours: Any, merged: Checkpoint, explained: frozenset[str]) -> Iterator[Note | Diagnosis]:
     """Shared keys must have the same values; keys that only one side has are noted."""
     if not isinstance(ours, Mapping) or not ours:
         return
@@ -63,8 +65,8 @@ def compare_configs(ours: Any, merged: Checkpoint, explained: Collection[str]) -
         return
     changed, added, gone = list[str](), list[str](), list[str]()
     for path, one, other in unlike(ours, merged.config):
-        key = path.rpartition(".")[2]
-        if key in ORIGINS or key in explained:
+        keys = path.split(".")
+        if keys[-1] in ORIGINS or not explained.isdisjoint(keys):
             continue
         if one is MISSING:
             added.append(path)
@@ -104,8 +106,13 @@ def short(value: object) -> str:
     return printable(text if len(text) <= 60 else f"{text[:57]}…")
 
 
-def keys_of(untied: bool, resized: bool, dtypes: bool) -> frozenset[str]:
+def keys_of(pairing: Pairing) -> frozenset[str]:
     """The keys of a config that change with the tensors, and are told with them."""
     return frozenset(
-        (*(TIE_FLAGS if untied else ()), *(("vocab_size",) if resized else ()), *(DTYPES if dtypes else ()))
+        (
+            *(TIE_FLAGS if pairing.untied else ()),
+            *(("vocab_size",) if pairing.resized else ()),
+            *(DTYPES if pairing.dtypes else ()),
+            *(PACKINGS if pairing.quantised else ()),
+        )
     )

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from loratool.merging.plan import MergePlan
     from loratool.verifying.distances import Distances
     from loratool.verifying.pairing import Pairing
+    from loratool.verifying.quantised import Survived
     from loratool.verifying.untouched import Changed
 
 MOST_WORDS = 6  # causes that a sentence tells
@@ -80,6 +81,33 @@ def diagnose_edited(
             f"by up to {farthest:.3g} ulp"
         )
         yield Diagnosis("factors-rounded", text, names, {"ulp": farthest})
+
+
+def diagnose_quantised(
+    pairing: Pairing, distances: Mapping[str, Distances], left: Mapping[str, Survived]
+) -> Iterator[Diagnosis]:
+    """What is quantised in the merged model and plain in the plan: whether it is the nearest, and what survived."""
+    if not pairing.quantised:
+        return
+    schemes = ", ".join(map(printable, dict.fromkeys(pairing.quantised.values())))
+    if odd := [name for name in pairing.quantised if name in distances and distances[name].unequal]:
+        names, count = module_names(odd), sum(distances[name].beyond for name in odd)
+        text = (
+            f"{counted(names)}: quantised ({schemes}), with {count} element{'s' * (count != 1)} farther than half a step "
+            "of the format from the formula"
+        )
+        yield Diagnosis("quantised-differently", text, names, {"elements": count})
+    if left:
+        gain = sum(each.gain for each in left.values()) / len(left)
+        worst = min(left, key=lambda name: left[name].gain)
+        names = module_names(left)
+        text = (
+            f"{counted(names)}: quantised ({schemes}); {100 * gain:.0f} % of the update survived on average, least in "
+            f"{printable(worst)} with {100 * left[worst].gain:.0f} %; the error added is up to "
+            f"{max(each.error for each in left.values()):.2g} of the update"
+        )
+        gains = {name: each.gain for name, each in left.items()}
+        yield Diagnosis("quantised", text, names, {"gain": gain, "gains": gains}, passes=True)
 
 
 def plan_dtype(plan: MergePlan, name: str) -> str:

@@ -11,6 +11,7 @@ from loratool.verifying.causes import known_causes
 from loratool.verifying.guesses import Guess, guesses
 from loratool.verifying.looking import SURE, Agreement, Fit, Look
 from loratool.verifying.options import AUTO, TWICE
+from loratool.verifying.quantised import is_quantised
 from loratool.verifying.updates import modules_of
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 NEAREST = "nearest"
 NEAR = 0.25  # of a factor: known ones that are no farther are tried as well
 FACTOR, GUESS, COARSE, ELEMENTS, UNEXPLAINED = "factor", "guess", "coarse", "elements", "unexplained"
+QUANTISED = "quantised"
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ def explain(pair: Pair, distances: Distances, plan: MergePlan, rounding: str) ->
     """What a tensor is some of whose elements are not the formula's; some rows of it are read again."""
     if not distances.unequal:
         return as_it_should(pair)
+    if is_quantised(pair.theirs):
+        return Explained("different", QUANTISED, "", tuple(modules_of(pair.span.edits)))
     look = Look(pair, distances.rows)
     modules = tuple(look.modules)
     fit = look.fit() if modules else None
@@ -113,8 +117,7 @@ def known_fit(look: Look, fit: Fit, best: Agreement, plan: MergePlan) -> Fit | N
     again = look.agreement(look.once(look.once(look.weight, look.changes), look.changes))
     if again.holds and again.equal > best.equal:  # rounded in between
         return Fit((2.0,) * len(fit.factors), fit.errors)
-    if not best.holds:
-        return None
+    found = fit if best.holds else None
     edits = {(edit.adapter, edit.target): edit for edit in look.span.edits}
     for number, module in enumerate(look.modules):
         edit, factor = edits.get(module), fit.factors[number]
@@ -124,9 +127,9 @@ def known_fit(look: Look, fit: Fit, best: Agreement, plan: MergePlan) -> Fit | N
                 continue
             snapped = Fit((*fit.factors[:number], cause.factor, *fit.factors[number + 1 :]), fit.errors)
             agreement = look.agreement(look.once(look.weight, look.scaled(snapped)))
-            if agreement.holds and agreement.equal >= best.equal:
-                fit, best = snapped, agreement
-    return fit
+            if agreement.holds and (found is None or agreement.equal >= best.equal):
+                fit, best, found = snapped, agreement, snapped
+    return found
 
 
 def residual(look: Look, scaled: list[Tensor]) -> float:

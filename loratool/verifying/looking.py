@@ -70,7 +70,9 @@ class Look:
         """`beyond` are rows that are to be among them."""
         self.pair, self.span = pair, pair.span
         self.target: torch.dtype = getattr(torch, FLOAT_NAMES[pair.span.placed.dtype])
-        self.runs = [*runs_of(pair.span, pair.rows), *((row, 1) for row in beyond if row < pair.rows)]
+        self.runs = [*runs_of(pair.span, pair.rows)]
+        seen = [range(first, first + count) for first, count in self.runs]
+        self.runs += [(row, 1) for row in beyond if row < pair.rows and not any(row in rows for rows in seen)]
         self.stored, self.theirs = self.read()
         self.scales: list[float] = []
         self.weight, self.changes = self.rows_with(None)

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from loratool.bases.decoded import weight_of
-from loratool.bases.tied_weights import find_ties
+from loratool.bases.decoded import Decoded
+from loratool.bases.tied_weights import Ties, find_ties
 from loratool.bases.trained_view import is_of_tokens
+from loratool.bases.weights import plain_of
 from loratool.errors import FitError, printable
 from loratool.files.safefile import FLOAT_NAMES, TensorInfo
 
@@ -56,6 +57,24 @@ class Pairing:
     dtypes: dict[str, tuple[str, str]] = field(default_factory=dict)  # ours, theirs
     tied: list[str] = field(default_factory=list)  # missing, for they are tied to another tensor
     untied: dict[str, str] = field(default_factory=dict)  # tensor that the base ties → the one that it is tied to
+    quantised: dict[str, str] = field(default_factory=dict)  # plain tensor of the plan → how the merged model packs it
+
+    def add(self, name: str, span: Span, merged: Checkpoint, ties: Ties) -> None:
+        """Pair a tensor that both have."""
+        plain, ours = plain_of(merged, name), span.placed
+        theirs, rows = plain.info, span.rows
+        if theirs.shape != ours.shape:
+            if theirs.shape[1:] != ours.shape[1:] or not is_of_tokens(name, ours.shape, ties):
+                self.reshaped[name] = ours.shape, theirs.shape
+                return
+            self.resized[name] = ours.shape[0], theirs.shape[0]
+            rows = min(ours.shape[0], theirs.shape[0])
+        if theirs.dtype == ours.dtype:
+            self.pairs.append(Pair(span, plain, rows))
+            return
+        self.dtypes[name] = ours.dtype, theirs.dtype
+        if {theirs.dtype, ours.dtype} <= set(FLOAT_NAMES):
+            self.pairs.append(Pair(in_dtype(span, theirs.dtype), plain, rows))
 
 
 def pair(plan: MergePlan, merged: Checkpoint) -> Pairing:
@@ -65,38 +84,40 @@ def pair(plan: MergePlan, merged: Checkpoint) -> Pairing:
     """
     spans = {span.placed.name: span for span in plan.spans}
     check_same_model(plan, merged, spans)
+    stored = merged.stored if isinstance(merged, Decoded) else merged.tensors
+    packed = merged.weights if isinstance(merged, Decoded) else {}
     ties = find_ties(plan.base, plan.adapters)
     tied = {name: group.names[0] for group in ties.groups for name in group.names[1:]}
     found = Pairing()
+    known = set(spans)
     for name, span in spans.items():
-        if name not in merged.tensors:
-            if not span.edits and name in tied and ties.flag is not False:
-                found.tied.append(name)
+        if span.placed.dtype in FLOAT_NAMES and name in packed:
+            weight = packed[name]
+            found.quantised[name] = weight.scheme
+            known |= {tensor.info.name for tensor in weight.tensors} | set(merged_leftovers(merged, name))
+            if weight.shape == span.shape:
+                found.pairs.append(Pair(in_dtype(span, "F32"), weight, span.rows))
             else:
-                (found.buffers if BUFFERS.search(name) else found.missing).append(name)
-            continue
-        theirs, ours = merged.tensors[name], span.placed
-        rows = span.rows
-        if theirs.shape != ours.shape:
-            if theirs.shape[1:] != ours.shape[1:] or not is_of_tokens(name, ours.shape, ties):
-                found.reshaped[name] = ours.shape, theirs.shape
-                continue
-            found.resized[name] = ours.shape[0], theirs.shape[0]
-            rows = min(ours.shape[0], theirs.shape[0])
-        if theirs.dtype != ours.dtype:
-            found.dtypes[name] = ours.dtype, theirs.dtype
-            if not {theirs.dtype, ours.dtype} <= set(FLOAT_NAMES):
-                continue
-            found.pairs.append(Pair(in_dtype(span, theirs.dtype), weight_of(merged, name), rows))
+                found.reshaped[name] = span.shape, weight.shape
+        elif name in stored:
+            found.add(name, span, merged, ties)
+        elif not span.edits and name in tied and ties.flag is not False:
+            found.tied.append(name)
         else:
-            found.pairs.append(Pair(span, weight_of(merged, name), rows))
-    for name in merged.tensors:
-        if name not in spans:
-            if name in tied and tied[name] in merged.tensors:
-                found.untied[name] = tied[name]
-            else:
-                (found.buffers if BUFFERS.search(name) else found.unknown).append(name)
+            (found.buffers if BUFFERS.search(name) else found.missing).append(name)
+    for name in stored:
+        if name in known:
+            continue
+        if name in tied and tied[name] in stored:
+            found.untied[name] = tied[name]
+        else:
+            (found.buffers if BUFFERS.search(name) else found.unknown).append(name)
     return found
+
+
+def merged_leftovers(merged: Checkpoint, name: str) -> tuple[str, ...]:
+    """Tensors that go along with a packed weight, such as the scale of a layer's inputs."""
+    return tuple(merged.packing.leftovers.get(name, ())) if isinstance(merged, Decoded) else ()
 
 
 def in_dtype(span: Span, dtype: str) -> Span:
@@ -108,8 +129,11 @@ def in_dtype(span: Span, dtype: str) -> Span:
 
 def check_same_model(plan: MergePlan, merged: Checkpoint, spans: Mapping[str, Span]) -> None:
     """Raise `FitError` where a merged model has few of the tensors that the base has."""
-    common = [name for name in merged.tensors if name in spans]
-    alike = [name for name in common if merged.tensors[name].shape == spans[name].shape]
+    shapes = {name: info.shape for name, info in merged.tensors.items()}
+    if isinstance(merged, Decoded):
+        shapes |= {name: info.shape for name, info in merged.stored.items() if name not in merged.weights}
+    common = [name for name in spans if name in shapes]
+    alike = [name for name in common if shapes[name] == spans[name].shape]
     if len(common) < len(spans) / 2 or len(alike) < len(common) / 2:
         what = (
             f"{len(common)} of {len(spans)} tensors of the base are in it"

@@ -23,6 +23,7 @@ from loratool.verifying import quick
 from loratool.verifying.distances import Distances, Found, measure, same
 from loratool.verifying.options import TWICE
 from loratool.verifying.pairing import Pair
+from loratool.verifying.quantised import aligned, beyond_half_step, is_quantised
 from loratool.verifying.quick import product_of
 from loratool.verifying.updates import Updates, rounded_twice
 
@@ -169,7 +170,7 @@ class Proving:
             if not self.is_copy(pair):
                 work = EditedSpan(pair.span, self.totals, self.shared, self.plan_rounding)
                 subject = Subject(pair, work, self.distances[pair.name])
-                step = rows_of_block(pair.span, self.resources().block)
+                step = aligned(pair.theirs, pair.span.width, rows_of_block(pair.span, self.resources().block))
                 for first in range(0, pair.rows, step):
                     yield self.blocks(subject, first, min(step, pair.rows - first))
 
@@ -215,7 +216,11 @@ class Proving:
                 else:
                     after = worker.merged[: count * span.width * target.itemsize].view(target).view(count, span.width)
                     self.formula(worker, subject, first, before, after)
-                    found = None if same(after, theirs) else measure(before, after, theirs, first, loaded.sum)
+                    if is_quantised(subject.pair.theirs):
+                        weight = subject.pair.theirs.matrix(span.width)
+                        found = beyond_half_step(weight, after, theirs, first, subject.held, Room(self.sources))
+                    else:
+                        found = None if same(after, theirs) else measure(before, after, theirs, first, loaded.sum)
             subject.distances.note(count * span.width, found)
             rows = max(1, span.rows)
             return sum(t.info.nbytes for w in (span.weight, subject.pair.theirs) for t in w.tensors) * count // rows

@@ -25,11 +25,13 @@ from loratool.options.described import described_by
 from loratool.results.base import Cost
 from loratool.results.verify import NOT_PROVEN, PROVEN, ROUNDED_TWICE, Diagnosis, TensorProof, Verification
 from loratool.verifying.configs import compare_files, keys_of
-from loratool.verifying.diagnosing import diagnose_edited, diagnose_pairing, diagnose_rest
+from loratool.verifying.diagnosing import diagnose_edited, diagnose_pairing, diagnose_quantised, diagnose_rest
 from loratool.verifying.explaining import Explained, as_it_should, explain
+from loratool.verifying.looking import Look
 from loratool.verifying.options import AUTO, TWICE, VerifyOptions
 from loratool.verifying.pairing import Pairing, pair
 from loratool.verifying.proving import Proving
+from loratool.verifying.quantised import Survived, is_quantised, survived
 from loratool.verifying.records import verify_record
 from loratool.verifying.untouched import Changed, look_at
 
@@ -57,8 +59,8 @@ def verify(
         if given := changed_options(options):
             raise UsageError(f"{', '.join(given)}: needs --adapter, and --base where the adapter does not name it")
         return verify_record(merged)
-    if not words:
-        raise UsageError("--base needs --adapter, once for each adapter that was merged")
+    if not words and not options.dequantize:
+        raise UsageError("--base needs --adapter, once for each adapter that was merged, or --dequantize")
     started = time.monotonic()
     plan = plan_of(AUTO_BASE if base is None else base, words, options)
     model = decoded(open_checkpoint(local(merged, "model")))
@@ -74,7 +76,7 @@ def changed_options(options: VerifyOptions) -> list[str]:
 
 def plan_of(base: PathLike, adapters: Sequence[PathLike], options: VerifyOptions) -> MergePlan:
     """What the merge would have been. Raises `FitError` in one sentence where an adapter is of another model."""
-    ways = options.readings(len(adapters))
+    ways = options.readings(max(1, len(adapters)))
     base, paths = located(base, adapters)
     known = described_by(PlanOptions)
     settings = {name: getattr(options, name) for name in known if hasattr(options, name)}
@@ -103,7 +105,11 @@ class Verifier:
             adapter.check_values()
         rounding, distances = self.prove_all()
         edited = [each for each in self.pairing.pairs if each.span.edits]
-        odd = [each for each in self.pairing.pairs if not each.span.edits and distances[each.name].unequal]
+        odd = [
+            each
+            for each in self.pairing.pairs
+            if not each.span.edits and distances[each.name].unequal and not is_quantised(each.theirs)
+        ]
         found = self.explain_all(edited, distances, rounding)
         changed = self.look_at_all(odd)
         diagnoses, notes = self.diagnose(found, changed, distances)
@@ -131,7 +137,7 @@ class Verifier:
         if self.options.rounding != AUTO:
             return rounding, distances
         edited = [each for each in self.pairing.pairs if each.span.edits]
-        odd = [each for each in edited if distances[each.name].equal < 0.995]
+        odd = [each for each in edited if distances[each.name].equal < 0.995 and not is_quantised(each.theirs)]
         smallest = min(odd, key=lambda each: each.span.placed.nbytes, default=None)
         for other in ("compensated", "stochastic") if smallest is not None else ():
             assert smallest is not None
@@ -165,6 +171,13 @@ class Verifier:
         with ThreadPoolExecutor(cores(), "loratool-look") as pool:
             return {each.name: one for each, one in zip(odd, pool.map(look_at, odd), strict=True)}
 
+    def left_of_updates(self, found: Mapping[str, Explained]) -> dict[str, Survived]:
+        """What survived of the updates of each quantised tensor."""
+        packed = [each for each in self.pairing.pairs if each.name in self.pairing.quantised and each.name in found]
+        with ThreadPoolExecutor(cores(), "loratool-look") as pool:
+            results = zip(packed, pool.map(lambda each: survived(Look(each, ())), packed), strict=True)
+            return {each.name: left for each, left in results if left is not None}
+
     def diagnose(
         self, found: Mapping[str, Explained], changed: Mapping[str, Changed], distances: Mapping[str, Distances]
     ) -> tuple[list[Diagnosis], list[Note]]:
@@ -174,13 +187,14 @@ class Verifier:
             name: same_bytes(plain_of(self.merged, name), plain_of(self.merged, first))
             for name, first in pairing.untied.items()
         }
-        explained = keys_of(bool(pairing.untied), bool(pairing.resized), bool(pairing.dtypes))
+        explained = keys_of(pairing)
         tie_changed = any(self.merged.config.get(key) is False for key in TIE_FLAGS)
         small = list(compare_files(plan, self.merged, explained))
         untouched = sum(1 for each in pairing.pairs if not each.span.edits)
         diagnoses = [
             *diagnose_edited(plan, found, distances),
             *diagnose_rest(plan, self.merged.name, found, changed, untouched, distances),
+            *diagnose_quantised(pairing, distances, self.left_of_updates(found)),
             *diagnose_pairing(pairing, heads, tie_changed),
             *(each for each in small if isinstance(each, Diagnosis)),
         ]

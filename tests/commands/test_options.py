@@ -28,6 +28,7 @@ from loratool.reworking.compare import CompareOptions
 from loratool.reworking.extracting.options import ExtractOptions
 from loratool.reworking.rescale import RescaleOptions
 from loratool.reworking.resize import ResizeOptions
+from loratool.verifying.options import VerifyOptions
 
 OPTIONS: dict[str, type[Options]] = {
     "merge": MergeAndPushOptions,
@@ -38,6 +39,7 @@ OPTIONS: dict[str, type[Options]] = {
     "compare": CompareOptions,
     "inspect": InspectOptions,
     "push": PushOptions,
+    "verify": VerifyOptions,
 }
 EVERY = [(command, name) for command, options in OPTIONS.items() for name in described_by(options)]
 OPERANDS: dict[str, list[Any]] = {
@@ -47,6 +49,7 @@ OPERANDS: dict[str, list[Any]] = {
     "compare": [["one", "two"]],
     "inspect": ["adapter"],
     "push": ["folder", "me/repo"],
+    "verify": ["merged"],
 }
 
 

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from loratool.results.verify import Diagnosis, Verification
+
 HIDDEN, INNER, KEYS, TOKENS, LAYERS = 48, 80, 24, 64, 3
 RANK, ALPHA = 5, 15.0  # of which √r, r, α, α/r and 1 over each are all different numbers
 TARGETS: Mapping[str, tuple[int, int]] = {
@@ -151,3 +153,14 @@ def scene(
         module = f"base_model.model.{name.removesuffix('.weight')}"
         exact[name] = tuple(stored[f"{module}.lora_{letter}.weight"].double() for letter in "AB")
     return Scene(home, weights, exact)  # type: ignore[arg-type]
+
+
+def codes(found: Verification) -> list[str]:
+    return [each.code for each in found.diagnoses]
+
+
+def only(found: Verification) -> Diagnosis:
+    """The one diagnosis of a model that is not proven."""
+    assert (found.verdict, found.exit_code) == ("not-proven", 5), str(found)
+    assert len(found.diagnoses) == 1, str(found)
+    return found.diagnoses[0]

@@ -84,6 +84,11 @@ COMMANDS: dict[str, Command] = {
         ("extract", "base", "tuned", "-o", "out", "--rank", "2", "--exclude", "norm"),
         lambda p: loratool.extract(p("base"), p("tuned"), p("out"), rank=2, exclude=["norm"]),
     ),
+    "verify": Command(
+        ("verify", "tuned", "--base", "base", "--adapter", "second", "--device", "cpu"),
+        lambda p: loratool.verify(p("tuned"), p("base"), [p("second")], device="cpu"),
+    ),
+    "verify a record": Command(("verify", "tuned"), lambda p: loratool.verify(p("tuned"))),
     "compare": Command(("compare", "adapter", "second"), lambda p: loratool.compare([p("adapter"), p("second")])),
     "estimate": Command(
         ("estimate", "base", "--rank", "2", "--rank", "4", "--target", "q_proj"),

@@ -63,6 +63,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "resize": lambda: loratool.resize("adapter", "out", rank=1, device="cpu"),
     "combine": lambda: loratool.combine(["adapter", "second"], "out", device="cpu"),
     "extract": lambda: loratool.extract("base", "tuned", "out", rank=1, device="cpu"),
+    "verify": lambda: loratool.verify("tuned", "base", "second", device="cpu"),
     "compare": lambda: loratool.compare(["adapter", "second"], device="cpu"),
     "inspect an adapter": lambda: loratool.inspect("adapter", values=True, check=True, device="cpu"),
     "inspect a model": lambda: loratool.inspect("base", tensors=True),
