@@ -45,8 +45,8 @@ def gptq(module: str, rows: int, columns: int, numbers: np.random.Generator) -> 
     """4 bits in groups of 128, zero points of v1."""
     return {
         f"{module}.qweight": bits(numbers, (columns // 8, rows), np.int32),
-        f"{module}.qzeros": np.full((columns // GROUP, rows // 8), 0x77777777, np.int32),
-        f"{module}.scales": np.full((columns // GROUP, rows), STEP, np.float16),
+        f"{module}.qzeros": np.full((-(-columns // GROUP), rows // 8), 0x77777777, np.int32),
+        f"{module}.scales": np.full((-(-columns // GROUP), rows), STEP, np.float16),
         f"{module}.g_idx": np.arange(columns, dtype=np.int32) // GROUP,
     }
 
@@ -55,8 +55,8 @@ def awq(module: str, rows: int, columns: int, numbers: np.random.Generator) -> T
     """4 bits in groups of 128, gemm."""
     return {
         f"{module}.qweight": bits(numbers, (columns, rows // 8), np.int32),
-        f"{module}.qzeros": np.full((columns // GROUP, rows // 8), 0x77777777, np.int32),
-        f"{module}.scales": np.full((columns // GROUP, rows), STEP, np.float16),
+        f"{module}.qzeros": np.full((-(-columns // GROUP), rows // 8), 0x77777777, np.int32),
+        f"{module}.scales": np.full((-(-columns // GROUP), rows), STEP, np.float16),
     }
 
 

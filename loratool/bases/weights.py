@@ -96,10 +96,11 @@ class Room:
         """Bytes `start` … `start + count` of a tensor, as (count,) of uint8."""
         import torch
 
-        raw = torch.empty(count, dtype=torch.uint8) if self.host is None else self.host[:count]
+        fits = self.host is not None and count <= self.host.numel()
+        raw = self.host[:count] if self.host is not None and fits else torch.empty(count, dtype=torch.uint8)
         tensor.read(start, raw.numpy().data, self.sources)
         lap("read", count)
-        if self.twin is None:
+        if self.twin is None or not fits:
             return raw.to(device)
         return self.twin[:count].copy_(raw, non_blocking=True)
 

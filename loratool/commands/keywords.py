@@ -50,6 +50,9 @@ class LayoutKeywords(TypedDict, total=False):
 class PlanKeywords(ChangeKeywords, LayoutKeywords, total=False):
     """Of PlanOptions."""
 
+    requantize: bool
+    accept_loss: bool
+
 
 class DeviceKeywords(TypedDict, total=False):
     """Of DeviceOption."""

@@ -276,6 +276,8 @@ def told_links(root: Path, names: list[str]) -> str:
 
 def leaves(root: Path, name: str) -> bool:
     """Whether the file `name` of `root` really lies elsewhere."""
+    if "/" not in name and not os.path.islink(os.path.join(root, name)):
+        return False
     home, target = root.resolve(), Path(os.path.realpath(root / name))
     if target.is_relative_to(home):
         return False

@@ -51,6 +51,7 @@ class Seen:
     device: str = ""  # the kind that edited weights were computed on; empty where there are none
     ratios: Mapping[str, float] = field(default_factory=dict)  # tensor → ‖ΔW‖/‖W‖, where nothing replaces W
     kept: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # module → ⟨W' − W, ΔW⟩ and ‖ΔW‖², sampled
+    lost: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # packed anew → ‖W' − (W + ΔW)‖² and ‖ΔW‖²
     nonfinite: Mapping[str, int] = field(default_factory=dict)  # edited tensor → NaN and inf that the base itself holds
     effective: Sequence[tuple[int, str]] = ()  # updates, as (adapter's number, target), that change an element
 
@@ -72,6 +73,7 @@ class FinishedShard(Seen):
         seen = {
             "ratios": dict(self.ratios),
             "kept": dict(self.kept),
+            "lost": dict(self.lost),
             "nonfinite": dict(self.nonfinite),
             "effective": list(self.effective),
         }
@@ -89,6 +91,7 @@ class FinishedShard(Seen):
             device=str(entry.get("device", "")),
             ratios=numbers_in(entry.get("ratios")),
             kept=pairs_in(entry.get("kept")),
+            lost=pairs_in(entry.get("lost")),
             nonfinite=numbers_in(entry.get("nonfinite")),
             effective=updates_in(entry.get("effective")),
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,8 +47,9 @@ def check_target(out: Path, inputs: Sequence[Path], replaced: FileNames | None, 
             raise StorageError(f"{shown}: {printable(out.parent)} is not a folder")
     except OSError as error:
         raise StorageError(f"{shown}: cannot create it in {printable(out.parent)}: {error.strerror}") from error
+    around = identities(out)
     for path in (each for given in inputs for each in (given, *links_in(given))):
-        if inside(out, path) or inside(path, out) or inside(path, stage_of(out)):
+        if identity(path) in around or inside(path, out) or inside(path, stage_of(out)):
             raise UsageError(
                 f"{shown}: OUT is, contains or is inside the input {printable(path)}, which loratool never writes to; "
                 "choose another OUT"
@@ -163,15 +163,22 @@ def stage_of(out: Path) -> Path:
 
 def inside(path: Path, folder: Path) -> bool:
     """Whether `path` is `folder`, or lies in it, whatever the links on the way."""
+    wanted = identity(folder)
+    return wanted is not None and wanted in identities(path)
+
+
+def identities(path: Path) -> set[tuple[int, int] | None]:
+    """What is at `path`, where something is, and the folders that it really lies in."""
+    return {identity(place) for place in (path, *Path(os.path.realpath(path)).parents)} - {None}
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    """What no two files or folders that are there have in common."""
     try:
-        wanted = folder.stat()
+        status = os.stat(path)
     except OSError:
-        return False
-    for place in (path, *Path(os.path.realpath(path)).parents):
-        with suppress(OSError):
-            if os.path.samestat(place.stat(), wanted):
-                return True
-    return False
+        return None
+    return status.st_dev, status.st_ino
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -24,6 +24,7 @@ from loratool.files.journal import Seen
 from loratool.files.process import cores
 from loratool.files.sink import PAGE, piece_of
 from loratool.files.stopwatch import lap
+from loratool.merging.repacking import pack_anew
 from loratool.merging.resources import (
     Resources,
     choose_resources,
@@ -33,7 +34,18 @@ from loratool.merging.resources import (
     sums_products,
 )
 from loratool.merging.row_blocks import Worker
-from loratool.merging.tasks import Compute, Copy, Job, Output, Task, compare_replaced, effects_in, ranges_of, tasks_on
+from loratool.merging.tasks import (
+    Compute,
+    Copy,
+    Job,
+    Output,
+    Repack,
+    Task,
+    compare_replaced,
+    effects_in,
+    ranges_of,
+    tasks_on,
+)
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -207,7 +219,7 @@ class Engine:
         """The next tasks for worker `number`; None when there are none for it."""
         with self.taking:
             tasks = next(self.tasks, None)
-        if tasks and any(isinstance(task, Compute) for task in tasks) and number >= self.resources().workers:
+        if tasks and any(not isinstance(task, Copy) for task in tasks) and number >= self.resources().workers:
             with self.taking:
                 self.tasks = chain([tasks], self.tasks)  # more threads can copy than can compute
             return None
@@ -224,6 +236,11 @@ class Engine:
                     worker = Worker.of(self.spans, self.resources(), number)
                     lap("start-up")
                 self.compute_all(worker, computed)
+            for task in tasks:
+                if isinstance(task, Repack):
+                    worker = worker or Worker.of(self.spans, self.resources(), number)
+                    with task.output.job.guarded():
+                        self.repack(worker, task)
             digests: list[str] = []
             for task in tasks:
                 if isinstance(task, Copy) and not task.output.job.stop.is_set():
@@ -295,6 +312,23 @@ class Engine:
             yield True
         output.note(chunk, state.hexdigest())
 
+    def repack(self, worker: Worker, task: Repack) -> None:
+        """Pack a weight anew, and write all of its tensors."""
+        output, most = task.output, self.resources().block
+        made = pack_anew(worker, task.work, output.sources, most, task.renew)
+        for chunk in task.chunks:
+            if output.job.stop.is_set():
+                return
+            at, state = output.place(chunk), new_state()
+            part, data = output.sink.part(at, chunk.size), made[chunk.span.placed.name][chunk.start : chunk.stop]
+            for piece in data.split(most):  # type: ignore[no-untyped-call]
+                memory = worker.lent(piece, at % PAGE)
+                state.update(piece_of(memory, at))
+                part.put(memory)
+                at += len(piece)
+                self.tell(len(piece))
+            output.note(chunk, state.hexdigest())
+
     def finish(self, output: Output) -> None:
         """See one output file to its end, then tell what was seen of it."""
         self.watches.append(stopwatch.begin("files"))
@@ -320,6 +354,7 @@ class Engine:
                 device=device,
                 ratios=totals.ratios(names),
                 kept=totals.kept_in(names),
+                lost={name: totals.lost[name] for name in names if name in totals.lost},
                 nonfinite={name: totals.nonfinite[name] for name in names if name in totals.nonfinite},
                 effective=sorted(effects_in(output.plan) & totals.effective),
             )

@@ -56,7 +56,7 @@ def content_fingerprint(plan: MergePlan, digests: Sequence[Mapping[str, str]], b
         for span in shard.spans:
             edits = [described(edit, roles) for edit in span.edits]
             stored = [(role(t.file, roles), t.info.name, t.info.dtype) for t in span.weight.tensors]
-            add([span.placed.name, *chain(*stored), edits])
+            add([span.placed.name, *chain(*stored), edits, *([span.packed] if span.packed else [])])
     return state.hexdigest()
 
 

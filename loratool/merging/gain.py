@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from loratool.errors import FitError, printable
 from loratool.lazy import Tensor, torch
 from loratool.merging.parts import Place
 from loratool.merging.plan import MergePlan
@@ -59,13 +60,47 @@ class Gains:
         return cls(products / squares if squares else None, modules)
 
 
+LEAST_KEPT, MOST_ADDED = 0.5, 1.0  # of an update that is packed anew: less, or more beside it, is a loss to agree to
+
+
+@dataclass(frozen=True)
+class Errors:
+    """The error that packing anew adds: ‖W' − (W + ΔW)‖ / ‖ΔW‖, of all weights that were, and of each tensor."""
+
+    total: float | None
+    tensors: dict[str, float]
+
+    @classmethod
+    def of(cls, lost: Mapping[str, tuple[float, float]]) -> Errors:
+        """From both numbers of every tensor, squared."""
+        errors, changes = (sum(pair[at] for pair in lost.values()) for at in (0, 1))
+        tensors = {name: math.sqrt(error / change) for name, (error, change) in lost.items() if change}
+        return cls(math.sqrt(errors / changes) if changes else None, tensors)
+
+
+def check_loss(plan: MergePlan, gains: Gains, errors: Errors) -> None:
+    """Raise `FitError` where packing anew takes more than half of an update away, or adds an error as large as it."""
+    if plan.accepts_loss or errors.total is None or gains.total is None:
+        return
+    if gains.total >= LEAST_KEPT and errors.total <= MOST_ADDED:
+        return
+    worst = sorted(errors.tensors, key=lambda name: -errors.tensors[name])
+    raise FitError(
+        f"requantised weights keep {100 * gains.total:.0f} % of the update and add an error of "
+        f"{100 * errors.total:.0f} % of its size; leave out --requantize to write edited weights plain, or pass "
+        "--accept-loss; tensors with the largest errors first:",
+        [f"{printable(name)}: {100 * errors.tensors[name]:.0f} %" for name in worst],
+    )
+
+
 def gain_notes(plan: MergePlan, gains: Gains) -> Iterator[Note]:
     """A warning where rounding takes much of the update away."""
     low = {module: gain for module, gain in gains.modules.items() if gain < LEAST_GAIN}
     if low and gains.total is not None:
         way = "--dtype float32" if plan.rounding == "compensated" else "--rounding compensated, or --dtype float32,"
+        way = "leave out --requantize" if plan.anew else f"pass {way}"
         text = (
             f"rounding keeps {100 * gains.total:.0f} % of the update in total, and less than {100 * LEAST_GAIN:.0f} % in "
-            f"{len(low)} of {len(gains.modules)} modules: {listed(low)}; pass {way} to keep it"
+            f"{len(low)} of {len(gains.modules)} modules: {listed(low)}; {way} to keep it"
         )
         yield Note("update-lost-in-rounding", text)

@@ -234,7 +234,7 @@ def load_edits(span: Span, shared: SharedUpdates, device: torch.device, rounding
             update = update.prepared(partial(weight_rows, span, edit, device, dtype))
         others.append(LoadedEdit(edit, update, edit.strength))
     norm = sum(each.update.norm() * abs(each.strength) for each in others)
-    target = getattr(torch, FLOAT_NAMES[span.placed.dtype])
+    target = getattr(torch, FLOAT_NAMES[span.computed])
     read = partial(read_rows, span, exact, tuple(replacements))
     shape = span.rows, span.width
     loaded = LoadedEdits(

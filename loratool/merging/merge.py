@@ -38,7 +38,7 @@ from loratool.files.system import forget_cached
 from loratool.merging.effects import effect_notes, effects_of, size_notes
 from loratool.merging.engine import Engine
 from loratool.merging.fingerprints import content_fingerprint, local_state
-from loratool.merging.gain import Gains, gain_notes
+from loratool.merging.gain import Errors, Gains, check_loss, gain_notes
 from loratool.merging.planning import PlanOptions, plan_merge
 from loratool.merging.resources import Resources, RunOptions, choose_resources, runtime_for
 from loratool.merging.tasks import Job
@@ -208,6 +208,7 @@ class Merged:
     effects: tuple[AdapterEffect, ...]
     ratios: dict[str, float]  # tensor → ‖ΔW‖/‖W‖
     gains: Gains
+    errors: Errors
     notes: tuple[Note, ...]  # besides those of the plan
     table: dict[str, Any]  # `loratool.json`, but for "files"
 
@@ -229,11 +230,13 @@ def describe(
         raise FitError(unchanged)
     effects = effects_of(plan, totals)
     gains = Gains.of(summed(finished[shard.name].kept for shard in plan.shards))
+    errors = Errors.of(summed(finished[shard.name].lost for shard in plan.shards))
+    check_loss(plan, gains, errors)
     notes = (*effect_notes(effects), *gain_notes(plan, gains))
     told = dataclasses.replace(plan, notes=(*plan.notes, *notes))
     table = provenance(told, digests, effects, resources.on_gpu, words)
     ratios = {name: ratio for shard in plan.shards for name, ratio in finished[shard.name].ratios.items()}
-    return Merged(job, effects, ratios, gains, (*notes, *size_notes(plan, ratios)), table)
+    return Merged(job, effects, ratios, gains, errors, (*notes, *size_notes(plan, ratios)), table)
 
 
 def prepare(
@@ -428,7 +431,7 @@ def make_report(merged: Merged, engine: Engine, stage: Stage, resumed: tuple[str
         edited=len(plan.edited),
         adapters=merged.effects,
         copied=plan.copied,
-        converted=sum(not span.edits and not span.untouched for span in plan.spans),
+        converted=sum(not (span.edits or span.untouched or span.packed) for span in plan.spans),
         bytes_read=plan.bytes_read,
         bytes_written=plan.bytes_written,
         workers=engine.resources().workers,
@@ -437,6 +440,8 @@ def make_report(merged: Merged, engine: Engine, stage: Stage, resumed: tuple[str
         relative_norms=merged.ratios,
         gain=merged.gains.total,
         gains=merged.gains.modules,
+        error_added=merged.errors.total,
+        errors_added=merged.errors.tensors,
         nonfinite={name: count for shard in finished for name, count in shard.nonfinite.items()},
         left_out=plan.left_out,
         notes=(*plan.notes, *merged.notes, *of_resuming(stage)),

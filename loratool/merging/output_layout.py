@@ -31,6 +31,12 @@ class Span:
     weight: StoredWeight
     placed: TensorInfo  # in the output
     edits: tuple[Edit, ...] = ()
+    packed: str = ""  # the weight that is packed anew, where this is one of its tensors
+
+    @property
+    def computed(self) -> str:
+        """The dtype that merged values are rounded to."""
+        return "F32" if self.packed else self.placed.dtype
 
     @property
     def untouched(self) -> bool:
@@ -43,7 +49,7 @@ class Span:
 
         None where the output is computed.
         """
-        if not isinstance(self.weight, StoredTensor) or self.weight.info.dtype != self.placed.dtype:
+        if self.packed or not isinstance(self.weight, StoredTensor) or self.weight.info.dtype != self.placed.dtype:
             return None
         if not self.edits:
             return self.weight
@@ -97,7 +103,15 @@ class Origin:
     weight: StoredWeight
     name: str  # in the output
     dtype: str  # in the output, where no dtype is asked for
-    packed: bool = False  # a part of a weight that stays packed, or of the layer's scales: its dtype stays
+    stored: TensorInfo | None = (
+        None  # a part of a weight that stays packed, or a scale of its layer: dtype and shape stay
+    )
+    packed: str = ""  # as in a span
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In the output."""
+        return self.weight.shape if self.stored is None else self.stored.shape
 
 
 @dataclass(frozen=True)
@@ -108,6 +122,7 @@ class OutputChanges:
     moved: Mapping[str, Origin] = field(default_factory=dict)  # tensors that have another source, and shape perhaps
     added: Sequence[Origin] = ()  # tensors that the base has not, which go to the end of its last file
     plain: Collection[str] = ()  # packed weights that are not packed any more
+    anew: Collection[str] = ()  # packed weights that are packed anew
 
 
 def plan_shards(base: Checkpoint, changes: OutputChanges, dtype: str, shard_size: int | None) -> tuple[ShardPlan, ...]:
@@ -122,16 +137,25 @@ def plan_shards(base: Checkpoint, changes: OutputChanges, dtype: str, shard_size
         files = numbered(stem_of(files[0][0]), [entries for _, entries in files])
     plans: list[ShardPlan] = []
     for (name, entries), shard in zip(files, own, strict=False):
-        head = [(e.name, new_dtype(e, wanted), e.weight.shape) for e in entries]
+        head = [(e.name, new_dtype(e, wanted), e.shape) for e in entries]
         files_of = [tensor.file for e in entries for tensor in e.weight.tensors]
         source = shard or next((file for file in files_of if any(file is each for each in base.shards)), None)
         said = source.layout.metadata if source else None
         metadata = base.metadata(said, changes.plain) if isinstance(base, Decoded) else said
         same = shard is not None and head == [(t.name, t.dtype, t.shape) for t in shard.layout.in_order]
         layout = shard.layout if shard is not None and same and metadata == said else Layout.of(head, metadata)
-        spans = tuple(Span(e.weight, layout.tensors[e.name], changes.edits.get(e.name, ())) for e in entries)
+        spans = tuple(span_of(e, layout.tensors[e.name], changes.edits) for e in entries)
         plans.append(ShardPlan(name, layout, spans))
     return tuple(plans)
+
+
+def span_of(entry: Origin, placed: TensorInfo, edits: Mapping[str, tuple[Edit, ...]]) -> Span:
+    """A tensor of the output with its edits: those of a weight that is packed anew are with its packed values."""
+    if entry.packed:
+        own = () if isinstance(entry.weight, Plain) else edits[entry.packed]
+        return Span(entry.weight, placed, own, entry.packed)
+    stays_packed = entry.stored is not None
+    return Span(entry.weight, placed, () if stays_packed else edits.get(entry.name, ()))
 
 
 def files_of_base(
@@ -142,7 +166,7 @@ def files_of_base(
     own: list[SafeFile | None] = []
     for each in base.shards:
         entries = [
-            changes.moved.get(name) or Origin(weight, name, weight.dtype, is_part(base, name, weight))
+            changes.moved.get(name) or origin_of(base, name, weight, changes.anew)
             for name, weight in weights_in(base, each, changes.plain)
         ]
         if entries or each is base.shards[-1]:  # scales may have had a file to themselves
@@ -158,13 +182,21 @@ def shard_name(base: Checkpoint, shard: SafeFile) -> str:
     return shard.path.relative_to(base.root).as_posix() if base.root.is_dir() else shard.path.name
 
 
-def is_part(base: Checkpoint, name: str, weight: StoredWeight) -> bool:
-    """Whether a tensor is one of several that a packed weight is made of, or that go with one."""
-    return isinstance(base, Decoded) and isinstance(weight, Plain) and name in base.parts
+def origin_of(base: Checkpoint, name: str, weight: StoredWeight, anew: Collection[str]) -> Origin:
+    """Where an output tensor comes from: a weight, or one of the tensors of a weight that is or stays packed."""
+    if not isinstance(base, Decoded) or not isinstance(weight, Plain) or name not in base.parts:
+        return Origin(weight, name, weight.dtype)
+    whole, is_first = base.packed.get(name, ("", False))
+    if whole not in anew:
+        return Origin(weight, name, weight.dtype, weight.info)
+    if is_first:
+        return Origin(base.weights[whole], name, weight.info.dtype, weight.info, whole)
+    beside = base.weights[whole].tensors[0].file is weight.file  # in another file, it is copied
+    return Origin(weight, name, weight.dtype, weight.info, whole if beside else "")
 
 
 def new_dtype(entry: Origin, wanted: str | None) -> str:
-    return wanted if wanted and entry.dtype in FLOAT_NAMES and not entry.packed else entry.dtype
+    return wanted if wanted and entry.dtype in FLOAT_NAMES and entry.stored is None else entry.dtype
 
 
 def repack(entries: Sequence[Origin], wanted: str | None, limit: int, stem: str) -> list[tuple[str, list[Origin]]]:
@@ -172,7 +204,7 @@ def repack(entries: Sequence[Origin], wanted: str | None, limit: int, stem: str)
     groups: list[list[Origin]] = [[]]
     filled = 0
     for entry in entries:
-        (placed,) = Layout.of([(entry.name, new_dtype(entry, wanted), entry.weight.shape)]).tensors.values()
+        (placed,) = Layout.of([(entry.name, new_dtype(entry, wanted), entry.shape)]).tensors.values()
         if groups[-1] and filled + placed.nbytes > limit:
             groups.append([])
             filled = 0

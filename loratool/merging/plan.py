@@ -40,6 +40,8 @@ class MergePlan(Result):
     naming: tuple[object, ...] = ()  # what the caller said about names and orientation
     rounding: str = "nearest"
     plain: tuple[str, ...] = ()  # weights that are packed in the base and plain in the output
+    anew: tuple[str, ...] = ()  # edited weights that are packed in the output too
+    accepts_loss: bool = False  # whether they may lose most of the update
     gain_forecast: float | None = None  # the part of the updates that rounding is expected to leave; None: not forecast
     gains_forecast: Mapping[str, float] = field(default_factory=dict)  # the same by module, of those looked at
 
@@ -124,13 +126,15 @@ def packing_rows(plan: MergePlan) -> list[tuple[str, object]]:
     """What becomes of packed weights, where the base has any."""
     if not isinstance(plan.base, Decoded):
         return []
-    kept = len(plan.base.weights) - len(plan.plain)
+    kept = len(plan.base.weights) - len(plan.plain) - len(plan.anew)
     title = plan.base.codec.title if plan.base.codec else "packed"
     rows: list[tuple[str, object]] = [("quantised", f"{title}: {kept} weights stay as they are")]
     dtypes: dict[str, list[str]] = {}
     for span in plan.spans:
-        if span.placed.name in plan.base.weights and span.carried is None:
+        if span.placed.name in plan.plain and span.carried is None:
             dtypes.setdefault(span.placed.dtype, []).append(span.placed.name)
+    if plan.anew:
+        rows.append(("requantised", f"{len(plan.anew)} weights: {listed(plan.anew)}"))
     rows += [("become plain", f"{len(names)} weights, in {dtype}: {listed(names)}") for dtype, names in dtypes.items()]
     return rows
 
@@ -194,6 +198,7 @@ def plan_data(plan: MergePlan, device: str, workers: int | None, max_memory: int
         ],
         "copied": plan.copied,
         "plain": list(plan.plain),
+        "requantized": list(plan.anew),
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "gain_forecast": plan.gain_forecast,

@@ -19,6 +19,7 @@ from loratool.bases.codecs import decoded
 from loratool.bases.decoded import Decoded, weight_of
 from loratool.bases.edits import Edit
 from loratool.bases.extra_weights import extras_of
+from loratool.bases.packed import Requantizable
 from loratool.bases.siblings import served_with
 from loratool.bases.side_files import ConfigEdit, head_edits, plan_side_files, tie_edits, vocabulary_edits
 from loratool.bases.tied_weights import Saved, Ties, find_ties, is_generative, settle
@@ -110,6 +111,17 @@ class LayoutOption(Options):
 class PlanOptions(ChangeOptions, LayoutOption):
     """What is merged, and how it is laid out."""
 
+    requantize: bool = option(
+        help="Write edited weights of a quantised BASE in its own format again, each value rounded to the nearest one.",
+        default=False,
+        kind=FLAG,
+    )
+    accept_loss: bool = option(
+        help="With --requantize: write the output even if most of the update is lost.",
+        default=False,
+        kind=FLAG,
+    )
+
 
 def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptions) -> MergePlan:
     """Plan `base` + Σ weight · adapter.
@@ -127,8 +139,9 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptio
     check_supported(adapters)
     notes = [*base.notes, *(note.under(a.name) for a in adapters for note in a.notes), *extras.notes]
     changes = find_changes(base, adapters, strengths, binder, options.allow_new_tensors, notes, extras.problems)
-    plain = becoming_plain(base, changes, options.dequantize, notes)
-    layout = OutputChanges(changes.edits, changes.moved, changes.added, plain)
+    anew = packed_anew(base, changes) if options.requantize else frozenset[str]()
+    plain = becoming_plain(base, changes, anew, options.dequantize, notes)
+    layout = OutputChanges(changes.edits, changes.moved, changes.added, plain, anew)
     shards = plan_shards(base, layout, options.dtype, options.shard_size)
     files, left_out = plan_side_files(base, adapters, options.dtype, notes, changes.config, plain)
     if (index := plan_index(base, shards)) is not None:
@@ -149,6 +162,8 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptio
         naming,
         options.rounding,
         tuple(sorted(plain)),
+        tuple(sorted(anew)),
+        options.accept_loss,
     )
 
 
@@ -165,7 +180,20 @@ def rounding_notes(shards: Sequence[ShardPlan], rounding: str) -> list[Note]:
     ]
 
 
-def becoming_plain(base: Checkpoint, changes: Changes, everything: bool, notes: list[Note]) -> frozenset[str]:
+def packed_anew(base: Checkpoint, changes: Changes) -> frozenset[str]:
+    """The edited weights of a base that go back into its format. Raises `InputError` naming those that cannot."""
+    weights = base.weights if isinstance(base, Decoded) else {}
+    edited = [name for name in changes.edits if name in weights and name not in changes.moved]
+    cannot = [f"{printable(n)} ({weights[n].scheme})" for n in edited if not isinstance(weights[n], Requantizable)]
+    if cannot:
+        way = "leave out --requantize, so that edited weights are written plain"
+        raise InputError(f"{base.name}: weights that loratool cannot write in the base's format; {way}:", cannot)
+    return frozenset(edited)
+
+
+def becoming_plain(
+    base: Checkpoint, changes: Changes, anew: frozenset[str], everything: bool, notes: list[Note]
+) -> frozenset[str]:
     """The packed weights of a base that are plain in the output: those that change, with what is served with them."""
     if not isinstance(base, Decoded):
         return frozenset()
@@ -176,7 +204,7 @@ def becoming_plain(base: Checkpoint, changes: Changes, everything: bool, notes: 
         raise InputError(f"{base.name}: --dequantize must decode all of BASE, and cannot decode this:", problems)
     if everything:
         return frozenset(base.weights)
-    touched = {name for name in (*changes.edits, *changes.moved) if name in base.weights}
+    touched = {name for name in (*changes.edits, *changes.moved) if name in base.weights and name not in anew}
     touched |= {t.info.name for origin in changes.added for t in origin.weight.tensors if t.info.name in base.weights}
     plain = served_with(touched, base.weights)
     if along := sorted(plain - touched):
@@ -188,8 +216,13 @@ def becoming_plain(base: Checkpoint, changes: Changes, everything: bool, notes: 
 def strengths_of(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptions) -> tuple[float, ...]:
     """The weight of each adapter: 1, or what was given for it."""
     weights = options.weights
-    if options.dequantize and not isinstance(base, Decoded):
-        raise UsageError(f"{base.name}: --dequantize is for a quantised BASE, and this one is not quantised")
+    if (options.dequantize or options.requantize) and not isinstance(base, Decoded):
+        flag = "--dequantize" if options.dequantize else "--requantize"
+        raise UsageError(f"{base.name}: {flag} is for a quantised BASE, and this one is not quantised")
+    if options.requantize and options.dequantize:
+        raise UsageError("--requantize and --dequantize exclude each other")
+    if options.requantize and options.rounding != "nearest":
+        raise UsageError("--requantize rounds to the nearest packed value, so --rounding cannot be used with it")
     if not adapters and options.dequantize and not weights:
         return ()
     if not adapters:

@@ -171,12 +171,12 @@ def tile_elements(span: Span, block: int, on_gpu: bool) -> int:
 
 def needs_float64(span: Span) -> bool:
     """Whether float32 is not enough to compute in."""
-    return span.weight.exact == "F64" or itemsize_of(span.placed.dtype) != 2
+    return span.weight.exact == "F64" or itemsize_of(span.computed) != 2
 
 
 def itemsize(span: Span) -> int:
     """Bytes of an element, as it is read or as it is written, whichever are more."""
-    return max(map(itemsize_of, (span.weight.exact, span.placed.dtype)))
+    return max(map(itemsize_of, (span.weight.exact, span.computed)))
 
 
 def itemsize_of(dtype: str) -> int:

@@ -60,6 +60,18 @@ class EditedSpan:
             if effect not in effective and (changed if alone else has_effect(loaded.only(effect), before, first)):
                 effective.add(effect)
 
+    def packed_anew(
+        self, kept: dict[str, tuple[float, float]], lost: float, change: float, weight: float, differs: bool
+    ) -> None:
+        """Account for a weight that was packed anew: ‖W' − (W + ΔW)‖², ‖ΔW‖², ‖W‖², and whether W' is not W."""
+        name = self.span.placed.name
+        with self.lock:
+            self.totals.kept[name], self.totals.lost[name] = kept, (lost, change)
+            self.totals.weight_norm[name], self.totals.delta_norm[name] = weight**0.5, change**0.5
+            if differs:
+                self.totals.changed = True
+                self.totals.effective |= {(edit.adapter, edit.target) for edit in self.span.edits}
+
     def seen(self, rows: int, block: Seen, whole: float, nonfinite: int) -> None:
         """Account for a block that has been written; `whole` is ‖ΔW‖ of all blocks, or infinite where nobody knows."""
         name = self.span.placed.name
@@ -117,6 +129,22 @@ class Worker:
             if not in_place:
                 ready.copy_(after, non_blocking=True)
         return self.outgoing[: shift + written].numpy().data
+
+    def both_rows(
+        self, work: EditedSpan, first: int, count: int, sources: OpenSources
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of a span's weight, and what its edits make of them, in float32 on this worker's device."""
+        with self.computing():
+            before = self.stored_rows(work, first, count, sources).float()
+            fits = before.nbytes <= self.merged.numel()  # several rows may have to come together
+            after = self.merged[: before.nbytes].view(torch.float32).view(before.shape) if fits else before.clone()
+            work.edits_on(self.device).merge(before, first, after, self.scratch, measure=False)
+        return before, after
+
+    def lent(self, data: torch.Tensor, shift: int) -> memoryview:
+        """Bytes of the host, (n,) of uint8 and no more than a block, as a sink takes them: as from `merged_rows`."""
+        self.outgoing[shift : shift + len(data)].copy_(data)
+        return self.outgoing[: shift + len(data)].numpy().data
 
     def fill(self, work: EditedSpan, first: int, sources: OpenSources, rows: torch.Tensor) -> None:
         """Put rows of a span, from row `first` on, into `rows`, (n, width) of the output's dtype on any device."""

@@ -178,7 +178,17 @@ class Compute:
     chunk: Chunk
 
 
-Task = Copy | Compute
+@dataclass(frozen=True)
+class Repack:
+    """All chunks of the tensors of a weight that is packed anew; `work` is that of its packed values."""
+
+    output: Output
+    work: EditedSpan
+    chunks: tuple[Chunk, ...]
+    renew: bool  # whether scales may be new, too
+
+
+Task = Copy | Compute | Repack
 
 
 def effects_in(shard: ShardPlan) -> set[Effect]:
@@ -199,16 +209,32 @@ def tasks_on(outputs: Sequence[Output]) -> Iterator[tuple[Task, ...]]:
     cells: dict[Hashable, Cell] = {}
     for output in outputs:
         for span in output.plan.spans:
-            for chunk in chunks_of(span):
+            for chunk in () if span.packed else chunks_of(span):
                 if chunk.size:
                     cells.setdefault(chunk.origin, []).append((output, chunk))
     copied = {key: all(chunk.span.carried for _, chunk in cell) for key, cell in cells.items()}
     for run in runs(cell for key, cell in cells.items() if copied[key]):
         yield tuple(copy_of(column) for column in zip(*run, strict=True))
+    for output in outputs:
+        for task in repacks_of(output):
+            yield (task,)
     begun: dict[tuple[int, int], EditedSpan] = {}  # by output and span
     for key, cell in cells.items():
         if not copied[key]:
             yield tuple(copy_of([each]) if each[1].span.carried else compute_of(*each, begun) for each in cell)
+
+
+def repacks_of(output: Output) -> Iterator[Repack]:
+    """The tasks for the weights of an output that are packed anew."""
+    groups: dict[str, list[Span]] = {}
+    for span in output.plan.spans:
+        if span.packed:
+            groups.setdefault(span.packed, []).append(span)
+    for spans in groups.values():
+        (values,) = (span for span in spans if span.edits)
+        work = EditedSpan(values, output.job.totals, output.job.shared)
+        chunks = tuple(chunk for span in spans for chunk in chunks_of(span) if chunk.size)
+        yield Repack(output, work, chunks, len(spans) == len(values.weight.tensors))
 
 
 def compare_replaced(span: Span, totals: Totals) -> None:

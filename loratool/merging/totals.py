@@ -20,6 +20,8 @@ class Totals:
     effective: set[Effect] = field(default_factory=set)  # those of them that change an element by themselves
     # of sampled rows of every edited tensor, by module: ⟨W' − W, ΔW⟩ and ‖ΔW‖², whose ratio is the gain
     kept: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+    # of every weight that was packed anew: ‖W' − (W + ΔW)‖² and ‖ΔW‖², whose ratio is the error added
+    lost: dict[str, tuple[float, float]] = field(default_factory=dict)
     changed: bool = False
     gpu_memory: int = 0  # bytes
 

@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -346,6 +347,11 @@ class Options:
 
 def described_by(options: type[Options]) -> dict[str, tuple[Option, Any]]:
     """Field → its option and its default, in the order of help: a class before its bases, these as they are named."""
+    return described_once(options)  # type: ignore[arg-type]  # mypy takes the hash of an instance for that of its class
+
+
+@cache
+def described_once(options: Any) -> dict[str, tuple[Option, Any]]:
     fields = {field.name: field for field in dataclasses.fields(options)}
     found: dict[str, tuple[Option, Any]] = {}
     for name in (

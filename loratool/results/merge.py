@@ -12,6 +12,8 @@ from loratool.results.base import Written
 from loratool.results.profile import Profile
 from loratool.results.text import aligned, memory, size
 
+MOST_WORST = 3  # tensors that are named
+
 
 @dataclass(frozen=True)
 class AdapterEffect:
@@ -45,6 +47,8 @@ class MergeReport(Written):
     relative_norms: dict[str, float]  # tensor → ‖ΔW‖/‖W‖, where nothing replaces W
     gain: float | None  # the part of all updates that rounding leaves: ⟨W' − W, ΔW⟩ / ‖ΔW‖², on sampled rows
     gains: dict[str, float]  # the same of each module, where nothing replaces W
+    error_added: float | None  # ‖W' − (W + ΔW)‖ / ‖ΔW‖ of all weights that were requantised; None where none was
+    errors_added: dict[str, float]  # the same of each of their tensors
     nonfinite: dict[str, int]  # edited tensor → NaN and inf that the base itself holds
     left_out: tuple[str, ...]  # files of the base that are no part of the output
     notes: tuple[Note, ...]
@@ -83,6 +87,8 @@ class MergeReport(Written):
                 rows.append((label, f"{ratio:.3g}  {printable(name)}"))
         if self.gain is not None:
             rows.append(gain_row("gain", self.gain, self.gains))
+        if self.error_added is not None:
+            rows += error_rows(self.error_added, self.errors_added)
         if self.nonfinite:
             total = sum(self.nonfinite.values())
             rows.append(("NaN/inf in base", f"{total} values in {len(self.nonfinite)} edited tensors, kept unchanged"))
@@ -95,6 +101,13 @@ def gain_row(label: str, gain: float, gains: Mapping[str, float]) -> tuple[str, 
     """The part of an update that rounding leaves, in all and in the module with the least."""
     module, least = min(gains.items(), key=lambda item: item[1])
     return label, f"{gain:.3f} of the update after rounding; least {least:.3f}  {printable(module)}"
+
+
+def error_rows(error: float, errors: Mapping[str, float]) -> list[tuple[str, object]]:
+    """The error that requantising adds, in all and in the tensors with most of it."""
+    worst = sorted(errors.items(), key=lambda item: -item[1])[:MOST_WORST]
+    first = ("error added", f"{error:.3f} of ‖ΔW‖, in {len(errors)} requantised weights; most of all:")
+    return [first, *(("", f"{value:.3f}  {printable(name)}") for name, value in worst)]
 
 
 def effect_line(effect: AdapterEffect) -> str:

@@ -180,7 +180,8 @@ def noise(count: int, dtype: torch.dtype, pool: dict[torch.dtype, Tensor]) -> Te
     """`count` values like those of a trained weight; the same ones again and again, for drawing them takes time."""
     if dtype not in pool:
         pool[dtype] = (torch.randn(5_000_011, generator=torch.Generator().manual_seed(3)) * 0.03).to(dtype)
-    return pool[dtype].repeat(-(-count // pool[dtype].numel()))[:count]
+    size = pool[dtype].numel()
+    return torch.cat([pool[dtype][: count - at] for at in range(0, count, size)])
 
 
 def shapes_of(base: Base) -> dict[str, tuple[int, ...]]:
@@ -209,7 +210,7 @@ def write_base(folder: Path, base: Base, pool: dict[torch.dtype, Tensor]) -> Pat
         tensors: dict[str, Tensor] = {}
         for name in names[number * step : (number + 1) * step]:
             count = torch.Size(shapes[name]).numel()
-            tensors[name] = noise(count, base.dtype, pool).reshape(shapes[name]).clone()
+            tensors[name] = noise(count, base.dtype, pool).reshape(shapes[name])
         file = base.file if base.shards == 1 else f"model-{number + 1:05d}-of-{base.shards:05d}.safetensors"
         save_file(tensors, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)

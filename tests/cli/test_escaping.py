@@ -311,7 +311,7 @@ def test_every_character_is_safe_or_escaped() -> None:
     """Over all of Unicode: what stays is visible, and what is visible stays, half surrogates included."""
     every = "".join(map(chr, range(0x110000)))
     unsafe = set(hidden(every))
-    assert hidden(escaped(every)) == []
+    assert hidden("".join(set(escaped(every)))) == []
     visible = "".join(c for c in every if unicodedata.category(c)[0] in "LNPS" and f"U+{ord(c):04X}" not in unsafe)
     assert escaped(visible) == visible
     assert escaped("aä中🙂 ‖ΔW‖ ❤️") == "aä中🙂 ‖ΔW‖ ❤️"

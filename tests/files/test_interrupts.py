@@ -29,7 +29,7 @@ from faults import Picture, picture
 from forks import Forked
 from safetensors.torch import load_file
 
-SHARDS, HIDDEN, RANK = 12, 768, 64
+SHARDS, HIDDEN, RANK = 12, 768, 8
 OUT, PARTIAL = "out", "out.partial"
 SOON = 2.0  # seconds within which an interrupted run has to end; it promises one, on a machine that is not busy
 

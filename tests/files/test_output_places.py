@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from forks import Forked
 from malformed import (
     ADAPTER,
     BASE,
@@ -239,13 +240,10 @@ def test_an_output_that_another_process_is_writing_is_refused_until_that_process
 def test_of_two_runs_at_once_one_wins_and_the_other_says_why(bench: Workbench) -> None:
     """The loser finds the output, the lock of the winner, or, having planned before the winner was done, an output that
     appeared meanwhile: it says which, and leaves it alone."""
-    runs = [
-        subprocess.Popen(merge_words(bench), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
+    runs = [Forked(["merge", str(bench.base), str(bench.adapter), "-o", str(bench.out)]) for _ in range(2)]
     said = [run.communicate(timeout=60) for run in runs]
     winner, loser = sorted(
-        (Outcome(run.returncode, out, err, 0.0) for run, (out, err) in zip(runs, said, strict=True)),
+        (Outcome(run.returncode or 0, out, err, 0.0) for run, (out, err) in zip(runs, said, strict=True)),
         key=lambda outcome: outcome.code,
     )
     assert winner.code == 0, winner

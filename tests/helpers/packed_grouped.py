@@ -55,11 +55,17 @@ class Grouped:
                 decoded[o, i] = np.float32(scales[g, o]) * np.float32(integers[o, i] - zeros[g, o])
         return decoded
 
+    def packed_integers(self, integers: Array, awq: bool) -> Array:
+        """(outputs, inputs) of integers in the layout of GPTQ's or AWQ's `qweight`."""
+        if awq:
+            return np.stack([by_eight(column) for column in integers.T])
+        return np.stack([stream(row, self.bits) for row in integers], 1)
+
     def gptq(self, module: str, less: int = 1, order: bool = True) -> dict[str, Array]:
         """Its tensors in GPTQ's layout; zero points are stored less so much."""
         integers, zeros, scales = self.drawn
         found = {
-            f"{module}.qweight": np.stack([stream(row, self.bits) for row in integers], 1),
+            f"{module}.qweight": self.packed_integers(integers, awq=False),
             f"{module}.qzeros": np.stack([stream(row - less, self.bits) for row in zeros]),
             f"{module}.scales": scales,
         }
@@ -69,7 +75,7 @@ class Grouped:
         """Its tensors in AWQ's layout gemm."""
         integers, zeros, scales = self.drawn
         return {
-            f"{module}.qweight": np.stack([by_eight(column) for column in integers.T]),
+            f"{module}.qweight": self.packed_integers(integers, awq=True),
             f"{module}.qzeros": np.stack([by_eight(row) for row in zeros]),
             f"{module}.scales": scales,
         }

@@ -12,10 +12,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loratool.bases.codecs.bit_fields import unpacked
+from loratool.bases.codecs.bit_fields import packed, unpacked
 from loratool.bases.codecs.dynamic_rules import settings_by_module, with_plain
 from loratool.bases.codecs.gptq import SCALES, WAY_OUT, packed_modules
-from loratool.bases.codecs.grouped import Grouped
+from loratool.bases.codecs.grouped import Grouped, rows_of
 from loratool.bases.codecs.parts import Finder, is_count, shown, told
 from loratool.bases.codecs.plain_modules import expert_layers, modules_of, plain_matrices
 from loratool.bases.packed import Codec, Packing, Setting, Settings, plain_dtype
@@ -33,7 +33,7 @@ class AwqWeight(Grouped):
 
     def integers(self, words: Tensor, first: int, count: int) -> Tensor:
         start, stop = first // 8, -(-(first + count) // 8)  # words
-        some = words[:, start:stop].contiguous().view(torch.uint8)  # in the cache, where turning it costs least
+        some = rows_of(words[:, start:stop]).view(torch.uint8)  # in the cache, where turning it costs least
         # byte 2h + l of a word has the outputs 4l + h and 4l + 2 + h
         turned = some.T.contiguous().view(stop - start, 2, 2, self.line).transpose(1, 2)  # (words, l, h, inputs)
         found = torch.empty(stop - start, 2, 2, 2, self.line, dtype=torch.uint8, device=words.device)
@@ -41,9 +41,22 @@ class AwqWeight(Grouped):
         torch.bitwise_right_shift(turned, 4, out=found[:, :, 1])
         return found.view(-1, self.line)[first - 8 * start :][:count]
 
+    @property
+    def together(self) -> int:
+        return 8
+
+    def words(self, integers: Tensor) -> Tensor:
+        found = torch.zeros(len(integers) // 8, self.line, dtype=torch.int32, device=integers.device)
+        for place, output in enumerate(ORDER):
+            found |= integers[output::8].int() << 4 * place
+        return found
+
     def zero_points(self, words: Tensor) -> Tensor:
         fields = unpacked(words.view(torch.uint8), 4).view(len(words), -1, 8)
         return fields[:, :, PLACES].flatten(1)
+
+    def stored_zeros(self, zeros: Tensor) -> Tensor:
+        return packed(zeros.view(len(zeros), -1, 8)[:, :, list(ORDER)].flatten(1), 4)
 
 
 class Awq(Codec):

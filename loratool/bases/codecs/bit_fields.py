@@ -36,6 +36,21 @@ def unpacked(packed: Tensor, bits: int) -> Tensor:
     return spread.view(torch.uint8)
 
 
+def packed(fields: Tensor, bits: int) -> Tensor:
+    """(rows, fields) of uint8 → (rows, words) of int32, the last of which is filled up with zeros: `unpacked`, back."""
+    rows, count = fields.shape
+    number = 8 // gcd(8, bits)  # in one integer
+    wide = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[number]
+    joined = torch.nn.functional.pad(fields, (0, -count % 32)).clone(memory_format=torch.contiguous_format).view(wide)
+    done = 1
+    while done < number:
+        joined |= joined >> done * (8 - bits)
+        done *= 2
+        joined &= repeated((1 << done * bits) - 1, 8 * done, 8 * wide.itemsize)
+    pieces = joined.view(torch.uint8).view(rows, -1, wide.itemsize)[:, :, : bits * number // 8]
+    return pieces.contiguous().view(rows, -1).view(torch.int32)[:, : -(-count * bits // 32)]
+
+
 def repeated(mask: int, distance: int, width: int) -> int:
     """A mask again at each distance, in an integer of `width` bits."""
     return sum(mask << place for place in range(0, width, distance))

@@ -23,9 +23,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loratool.bases.codecs.bit_fields import repeated, unpacked
+from loratool.bases.codecs.bit_fields import packed, repeated, unpacked
 from loratool.bases.codecs.dynamic_rules import settings_by_module, with_plain
-from loratool.bases.codecs.grouped import Grouped
+from loratool.bases.codecs.grouped import Grouped, rows_of
 from loratool.bases.codecs.parts import Finder, is_count, read_whole, shown, told
 from loratool.bases.codecs.plain_modules import expert_layers, fused_modules, modules_of
 from loratool.bases.codecs.turned import Turned
@@ -65,8 +65,11 @@ class GptqWeight(Grouped):
     how: Scheme
 
     def integers(self, words: Tensor, first: int, count: int) -> Tensor:
-        columns = words[:, first : first + count].contiguous()  # in the cache, where turning it costs least
-        return unpacked(columns.T.contiguous().view(torch.uint8), self.bits)[:, : self.line]
+        columns = rows_of(words[:, first : first + count])  # in the cache, where turning it costs least
+        return unpacked(rows_of(columns.T).view(torch.uint8), self.bits)[:, : self.line]
+
+    def words(self, integers: Tensor) -> Tensor:
+        return packed(integers, self.bits)
 
     def zero_points(self, words: Tensor) -> Tensor:
         in_words = self.how.version == 1 and self.how.borrows and self.bits != 3
@@ -76,6 +79,9 @@ class GptqWeight(Grouped):
         if self.how.version == 1 and not in_words:
             fields = (fields + 1).bitwise_and_((1 << self.bits) - 1)
         return fields
+
+    def stored_zeros(self, zeros: Tensor) -> Tensor:
+        return packed(zeros - (2 - self.how.version), self.bits)  # none of version 1 is 0
 
     def doubt(self, room: Room) -> str:
         if self.how.version != 1:
@@ -210,5 +216,6 @@ def weight_of(finder: Finder, module: str, how: Scheme) -> GptqWeight | None:
         scheme=str(how),
         bits=how.bits,
         group=group,
+        least_zero=2 - how.version,
         how=how,
     )

@@ -13,17 +13,28 @@ inputs) and zero points (0.5 MB). Each block cuts its columns out, and turns the
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from loratool.bases.codecs.parts import held, read_whole, wrong_scales
-from loratool.bases.packed import Packed
+from loratool.bases.codecs.parts import held, read_parameters, read_whole, wrong_scales
+from loratool.bases.packed import Requantizable
 from loratool.bases.weights import Room
 from loratool.errors import printable
+from loratool.files.open_sources import OpenSources
 from loratool.lazy import Tensor, torch
 
 
+class Grid(NamedTuple):
+    """What makes integers of some outputs values."""
+
+    scales: Tensor  # (outputs, groups) of float32
+    zeros: Tensor  # (outputs, groups) of uint8
+    groups: Tensor  # (inputs,) of int64, the group of each; empty where every so many inputs in a row are one
+
+
 @dataclass(frozen=True, kw_only=True)
-class Grouped(Packed):
+class Grouped(Requantizable):
     """A matrix (outputs, inputs).
 
     `tensors`: the packed values, their packed zero points, their scales (groups, outputs), and perhaps the group of each
@@ -32,42 +43,61 @@ class Grouped(Packed):
 
     bits: int
     group: int  # inputs in a group
+    least_zero: int = 0  # among new zero points
 
     @abstractmethod
     def integers(self, words: Tensor, first: int, count: int) -> Tensor:
         """Those of the outputs `first` … `first + count`, (count, inputs) of uint8, out of the packed values."""
 
     @abstractmethod
+    def words(self, integers: Tensor) -> Tensor:
+        """(outputs, inputs) of uint8 → the columns of packed values that they are, each a row, of int32."""
+
+    @abstractmethod
     def zero_points(self, words: Tensor) -> Tensor:
         """(groups, words) of int32 as stored → (groups, outputs) of uint8."""
 
+    @abstractmethod
+    def stored_zeros(self, zeros: Tensor) -> Tensor:
+        """(groups, outputs) of uint8 → (groups, words) of int32 as stored."""
+
     def decode(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
         words = held("values", device, room, lambda: read_whole(self.tensors[0], room))
+        scales = held("scales", device, room, lambda: self.scales_by_output(room))
+        zeros = held("zeros", device, room, lambda: self.zeros_by_output(room))
         groups = held("groups", device, room, lambda: self.groups(room))
-        integers = self.integers(words, first, count)
-        scale = held("scales", device, room, lambda: self.scales(room))[first : first + count].float()
-        zero = held("zeros", device, room, lambda: self.zeros(room))[first : first + count]
-        if len(groups):
-            scale = scale.index_select(1, groups)
-            zero = zero.gather(1, groups.expand(count, -1))
-        else:
-            integers = integers.view(count, -1, self.group)
-            scale, zero = scale[:, :, None], zero[:, :, None]
-        return difference(integers, zero, self.bits).mul_(scale).view(count, -1)
+        which = slice(first, first + count)
+        return self.scaled(self.integers(words, first, count), Grid(scales[which].float(), zeros[which], groups))
 
-    def scales(self, room: Room) -> Tensor:
+    def scales_by_output(self, room: Room) -> Tensor:
         """(outputs, groups), as stored."""
         return read_whole(self.tensors[2], room).T.contiguous()
 
-    def zeros(self, room: Room) -> Tensor:
+    def zeros_by_output(self, room: Room) -> Tensor:
         """(outputs, groups) of uint8."""
         return self.zero_points(read_whole(self.tensors[1], room)).T.contiguous()
 
     def groups(self, room: Room) -> Tensor:
         """The group of each input, (inputs,) of int64; none where every `group` inputs in a row are one."""
+        return self.in_turns(*(read_whole(tensor, room) for tensor in self.tensors[3:]))
+
+    def in_turns(self, *stored: Tensor) -> Tensor:
+        """The same of the groups as stored, if they are."""
         in_order = torch.arange(self.line) // self.group
-        groups = read_whole(self.tensors[3], room).long() if len(self.tensors) > 3 else in_order
+        groups = stored[0].long() if stored else in_order
         return groups[:0] if self.line % self.group == 0 and torch.equal(groups, in_order) else groups
+
+    def scaled(self, integers: Tensor, grid: Grid) -> Tensor:
+        """The values of some outputs, (count, inputs) of float32."""
+        parted, scales, zeros = self.parted(integers, grid)
+        return difference(parted, zeros, self.bits).mul_(scales).view(integers.shape)
+
+    def parted(self, values: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+        """Values of some outputs, (count, inputs), and scales and zero points, all of shapes that fit together."""
+        if len(grid.groups):
+            zeros = grid.zeros.gather(1, grid.groups.expand(len(values), -1))
+            return values, grid.scales.index_select(1, grid.groups), zeros
+        return values.view(len(values), -1, self.group), grid.scales[:, :, None], grid.zeros[:, :, None]
 
     def check(self, room: Room) -> str:
         scales = self.tensors[2]
@@ -82,6 +112,65 @@ class Grouped(Packed):
                     f"one of the {number} groups"
                 )
         return ""
+
+    def parameters(self, room: Room) -> Mapping[str, Tensor]:
+        return read_parameters(self.tensors[1:], room)
+
+    def measure(self, values: Tensor) -> Tensor:
+        """The smallest and the largest value of each group, 0 being one of each: (lines, groups, 2)."""
+        with OpenSources() as sources:
+            groups = self.groups(Room(sources)).to(values.device)
+        if not len(groups):
+            low, high = values.view(len(values), -1, self.group).aminmax(dim=2)
+            return torch.stack([low.clamp_(max=0), high.clamp_(min=0)], 2)
+        groups, size = groups.expand(len(values), -1), (len(values), self.tensors[2].info.shape[0])
+        ends = (values.new_zeros(size).scatter_reduce_(1, groups, values, which) for which in ("amin", "amax"))
+        return torch.stack([*ends], 2)
+
+    def new_parameters(self, measured: Tensor, own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Scales and zero points by each group's smallest and largest value, as the quantisers choose them.
+
+        Where all zero points of the base are in the middle, they stay there. A group without a range keeps its scale.
+        """
+        zeros, scales = (own[tensor.info.name] for tensor in self.tensors[1:3])
+        low, high = measured.cpu().float().permute(2, 1, 0)  # (groups, outputs) each
+        top, middle = (1 << self.bits) - 1, 1 << self.bits - 1
+        symmetric = bool((self.zero_points(zeros) == middle).all())
+        if symmetric:
+            high = torch.maximum(high, -low)
+            low = -high
+        found = ((high - low) / top).to(scales.dtype)
+        found = torch.where(found.isfinite() & (found != 0), found, scales)
+        parameters = {**own, self.tensors[2].info.name: found}
+        if not symmetric:
+            points = (-low / found.float()).round_().clamp_(self.least_zero, top).to(torch.uint8)
+            parameters[self.tensors[1].info.name] = self.stored_zeros(points)
+        return parameters
+
+    def encode(self, values: Tensor, first: int, parameters: Mapping[str, Tensor]) -> Tensor:
+        parted, scales, zeros = self.parted(values, self.grid(first, len(values), parameters, values.device))
+        integers = (parted / scales).round_().add_(zeros).clamp_(0, (1 << self.bits) - 1).to(torch.uint8)
+        return rows_of(self.words(integers.view(values.shape))).view(torch.uint8).flatten()
+
+    def decode_packed(self, packed: Tensor, first: int, count: int, parameters: Mapping[str, Tensor]) -> Tensor:
+        words = packed.view(torch.int32).view(-1, self.tensors[0].info.shape[0]).T
+        return self.scaled(self.integers(words, 0, count), self.grid(first, count, parameters, packed.device))
+
+    def laid_out(self, packed: Tensor) -> Tensor:
+        words = packed.view(torch.int32).view(-1, self.tensors[0].info.shape[0])
+        return rows_of(words.T).view(torch.uint8).flatten()
+
+    def grid(self, first: int, count: int, parameters: Mapping[str, Tensor], device: torch.device) -> Grid:
+        """The grid of some outputs, of parameters as they are stored."""
+        zeros, scales, *order = (parameters[tensor.info.name] for tensor in self.tensors[1:])
+        groups, which = self.in_turns(*order), slice(first, first + count)
+        parts = scales.T[which].float(), self.zero_points(zeros).T[which], groups
+        return Grid(*(part.to(device) for part in parts))
+
+
+def rows_of(matrix: Tensor) -> Tensor:
+    """A copy that can be viewed as bytes even where it has one column: `contiguous` leaves that as it is."""
+    return matrix.clone(memory_format=torch.contiguous_format)
 
 
 def difference(integers: Tensor, zeros: Tensor, bits: int) -> Tensor:

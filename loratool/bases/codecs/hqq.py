@@ -13,13 +13,14 @@ filled up.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from loratool.bases.codecs.parts import (
-    TORCH_NAMES,
     Finder,
+    bytes_of,
     held,
     in_blocks,
     in_turns,
@@ -46,6 +47,8 @@ ABOUT = (
     *("quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config", "channel_wise"),
     *("optimize", "round_zero"),
 )
+SAYING = ("shape", "axis", "packing", "group_size", "quant_scale", "quant_zero")  # those of them that are read
+NUMBERS = {"U8": "B", "I8": "b", "I16": "h", "I32": "i", "I64": "q", "F32": "f"}  # dtype → how `struct` names it
 WAY_OUT = "save the model with hqq again, or pass the model before quantisation as BASE"
 
 
@@ -140,7 +143,7 @@ class HqqCodec(Codec):
         where all modules are plain that they stand for.
         """
         given = setting.values.get(SKIPPED)
-        listed = given if isinstance(given, list) else ["lm_head"]  # its default
+        listed = [entry for entry in given if isinstance(entry, str)] if isinstance(given, list) else ["lm_head"]
         packed = packing.weights.keys() - set(plain)
         edited, every, still = (modules_of(names) for names in (plain, packing.weights, packed))
         still += set(fused_modules(every, base, ())) - set(fused_modules(every, base, packed))
@@ -223,7 +226,7 @@ class Said:
 def said_of(finder: Finder, module: str, room: Room) -> Said | None:
     """What the small tensors of a module say; None where one is missing or says what is not known, which is noted."""
     there = {key: plain_of(finder.base, f"{module}.{key}") for key in ABOUT if f"{module}.{key}" in finder.base.tensors}
-    known: dict[str, Any] = {key: value_of(tensor, room) for key, tensor in there.items()}
+    known: dict[str, Any] = {key: value_of(there[key], room) for key in SAYING if key in there}
     wanted: dict[str, tuple[Callable[[Any], bool], str]] = {
         "shape": (lambda v: isinstance(v, list) and len(v) == 2 and all(map(is_count, v)), "hold two sizes"),
         "axis": (lambda v: v in (0, 1), "be 0 or 1"),
@@ -244,10 +247,12 @@ def said_of(finder: Finder, module: str, room: Room) -> Said | None:
 
 
 def value_of(tensor: Plain, room: Room) -> object:
-    """A number, or a list of them; None of a tensor that is no small one."""
-    if tensor.info.nbytes > LARGEST or tensor.info.dtype not in TORCH_NAMES:
+    """A number, or a list of them; None of a tensor that is no small one of numbers."""
+    info = tensor.info
+    if info.nbytes > LARGEST or info.dtype not in NUMBERS:
         return None
-    return read_whole(tensor, room).tolist()
+    numbers = [*struct.unpack(f"<{info.elements}{NUMBERS[info.dtype]}", bytes_of(tensor, room))]
+    return numbers if info.shape else numbers[0]
 
 
 def text_of(codes: object) -> str:

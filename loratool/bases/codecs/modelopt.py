@@ -118,7 +118,10 @@ def without_schemes(values: Mapping[str, Any], modules: Collection[str]) -> dict
         changed["quantized_layers"] = {name: said for name, said in layers.items() if name not in gone}
     if isinstance(groups := values.get("config_groups"), Mapping):
         changed["config_groups"] = {
-            name: {**group, "targets": [target for target in group["targets"] if target not in gone]}
+            name: {
+                **group,
+                "targets": [each for each in group["targets"] if not isinstance(each, str) or each not in gone],
+            }
             if isinstance(group, Mapping) and isinstance(group.get("targets"), list)
             else group
             for name, group in groups.items()

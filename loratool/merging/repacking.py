@@ -1,0 +1,104 @@
+"""Edited weights packed anew in the format of the base: W + ΔW in float32, and each value put to the nearest packed one.
+
+That is done with the base's own scales and, where the weight's tensors lie in one output file, with new ones, made of the
+merged values; what is farther from W + ΔW, as the Frobenius norm tells, is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from loratool.bases.packed import Requantizable
+from loratool.bases.weights import Room
+from loratool.files.open_sources import OpenSources
+from loratool.files.stopwatch import lap
+from loratool.lazy import Tensor, torch
+from loratool.merging.gain import measure_kept
+from loratool.merging.parts import Place
+from loratool.merging.resources import rows_of_block
+from loratool.merging.row_blocks import EditedSpan, Worker
+from loratool.merging.totals import summed
+
+
+@dataclass
+class Attempt:
+    """A merged weight packed with certain parameters, as far as its lines have come, and what that loses."""
+
+    weight: Requantizable
+    parameters: Mapping[str, Tensor]
+    packed: list[Tensor] = field(default_factory=list)  # bytes, on the CPU
+    lost: float = 0.0  # ‖what the packed values are − (W + ΔW)‖²
+    change: float = 0.0  # ‖ΔW‖²
+    norm: float = 0.0  # ‖W‖²
+    kept: dict[str, tuple[float, float]] = field(default_factory=dict)  # as in `Totals.kept`
+    differs: bool = False  # whether any value is another one than the base's
+
+    def take(self, before: Tensor, after: Tensor, first: int, modules: list[tuple[str, Place]]) -> None:
+        """Pack some rows, (n, width) of float32, of which the first is row `first` of the weight."""
+        lines = before.shape[1] // self.weight.line  # in a row
+        packed = self.weight.encode(after.view(-1, self.weight.line), first * lines, self.parameters)
+        values = self.weight.decode_packed(packed, first * lines, len(after) * lines, self.parameters)
+        values = values.view(after.shape)
+        change = after - before
+        self.lost += float(torch.linalg.vector_norm(values - after)) ** 2
+        self.norm += float(torch.linalg.vector_norm(before)) ** 2
+        self.change += float(torch.linalg.vector_norm(change)) ** 2
+        rows = torch.arange(first, first + len(after), device=after.device)
+        self.kept = summed([self.kept, measure_kept(before, change, values, rows, modules, 1)])
+        self.differs = self.differs or not torch.equal(values, before)
+        self.packed.append(packed.cpu())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The bytes of each tensor of the weight, (bytes,) of uint8, by name."""
+        values = self.weight.tensors[0].info.name
+        others = {name: value.contiguous().flatten().view(torch.uint8) for name, value in self.parameters.items()}
+        return {**others, values: self.weight.laid_out(torch.cat(self.packed)).contiguous().flatten().view(torch.uint8)}
+
+
+def pack_anew(worker: Worker, work: EditedSpan, sources: OpenSources, block: int, renew: bool) -> dict[str, Tensor]:
+    """The bytes of all tensors of an edited weight, by name, accounted for in the totals.
+
+    Args:
+        worker: computes the merged rows.
+        work: the weight and its edits.
+        sources: the base's files.
+        block: bytes of rows that are computed at a time.
+        renew: whether new parameters may take the place of the base's own.
+    """
+    weight = work.span.matrix
+    assert isinstance(weight, Requantizable), "others are refused when the merge is planned"
+    modules = [
+        (edit.target, Place(edit.first_row, edit.rows, edit.columns, work.span.width)) for edit in work.span.edits
+    ]
+    own = weight.parameters(Room(sources, held=work.held))
+    chosen, measured = Attempt(weight, own), list[Tensor]()
+    for first, before, after in merged_rows(worker, work, sources, block):
+        chosen.take(before, after, first, modules)
+        if renew:
+            measured.append(weight.measure(after.view(-1, weight.line)))
+        lap("repack")
+    if renew:
+        new = weight.new_parameters(torch.cat(measured), own)
+        if any(not torch.equal(value, own[name]) for name, value in new.items()):
+            other = Attempt(weight, new)
+            for first, before, after in merged_rows(worker, work, sources, block):
+                other.take(before, after, first, modules)
+                lap("repack")
+            chosen = min(chosen, other, key=lambda each: each.lost)
+    work.packed_anew(chosen.kept, chosen.lost, chosen.change, chosen.norm, chosen.differs)
+    return chosen.tensors()
+
+
+def merged_rows(
+    worker: Worker, work: EditedSpan, sources: OpenSources, block: int
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """First row, W and W + ΔW of each block, (n, width) of float32; the next block overwrites them."""
+    span, weight = work.span, work.span.matrix
+    lines = span.width // weight.line if isinstance(weight, Requantizable) else 1
+    together = max(1, weight.together // lines) if isinstance(weight, Requantizable) else 1
+    step = max(1, rows_of_block(span, block) // together) * together
+    for first in range(0, span.rows, step):
+        count = min(step, span.rows - first)
+        before, after = worker.both_rows(work, first, count, sources)
+        yield first, before, after

@@ -1,0 +1,227 @@
+"""Merges into quantised bases of every kind: what is edited becomes plain or is packed anew, all else stays bit for bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from oracle import nearest
+from packed_models import open_packed, save_packed
+from quantised_models import FAMILIES, MATRICES, Quantised
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import loratool
+from loratool.bases.packed import Requantizable
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+ROWS, COLUMNS = 32, 64
+BLOCK = "model.layers.0"
+EDITED = f"{BLOCK}.mlp.down_proj.weight"
+OTHERS = tuple(f"model.layers.{layer}.{name}.weight" for layer, name in ((1, "mlp.down_proj"), (0, "self_attn.o_proj")))
+NORM = "model.norm.weight"
+KINDS = {**FAMILIES, **MATRICES}
+STRONG = 8.0  # makes ΔW as large as W, so that something is left of it in every format
+
+
+def plain_weights(*names: str) -> dict[str, Tensor]:
+    numbers = torch.Generator().manual_seed(0)
+    return {name: torch.randn(ROWS, COLUMNS, generator=numbers) * 0.05 for name in names}
+
+
+def save_base(folder: Path, kind: str, *names: str) -> Quantised:
+    made = KINDS[kind](plain_weights(*names))
+    rest = {NORM: torch.ones(COLUMNS).bfloat16()}
+    save_packed(folder, {**rest, **made.tensors}, made.config, tie_word_embeddings=False)
+    for name, content in made.files.items():
+        (folder / name).write_text(json.dumps(content))
+    return made
+
+
+def save_adapter(folder: Path, *targets: str) -> dict[str, Tensor]:
+    """An adapter of rank 2, and its changes in float64."""
+    numbers = torch.Generator().manual_seed(1)
+    folder.mkdir()
+    tensors: dict[str, Tensor] = {}
+    changes: dict[str, Tensor] = {}
+    for target in targets:
+        up, down = torch.randn(ROWS, 2, generator=numbers) / 16, torch.randn(2, COLUMNS, generator=numbers) / 16
+        module = f"base_model.model.{target.removesuffix('.weight')}"
+        tensors |= {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
+        changes[target] = up.double() @ down.double()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    return changes
+
+
+def same_bytes(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and raw(one) == raw(other)
+
+
+def raw(tensor: Tensor) -> bytes:
+    values: NDArray[Any] = tensor.contiguous().flatten().view(torch.uint8).numpy()
+    return values.tobytes()
+
+
+def config_in(folder: Path) -> Mapping[str, Any]:
+    config: Mapping[str, Any] = json.loads((folder / "config.json").read_text())
+    return config
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_what_is_edited_becomes_plain(kind: str, tmp_path: Path) -> None:
+    made = save_base(tmp_path / "base", kind, EDITED, *OTHERS)
+    changes = save_adapter(tmp_path / "adapter", EDITED)
+    report = loratool.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", device="cpu")
+    before = load_file(tmp_path / "base" / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert same_bytes(after.pop(EDITED), nearest(made.values[EDITED].double() + changes[EDITED], torch.bfloat16))
+    stem = EDITED.removesuffix("weight")
+    kept = {name for name in before if not name.startswith(stem)}
+    assert after.keys() == kept
+    assert all(same_bytes(after[name], before[name]) for name in kept)
+    assert report.edited == 1
+    base, merged = open_packed(tmp_path / "base"), open_packed(tmp_path / "out")
+    assert merged.weights.keys() == base.weights.keys() - {EDITED}
+    config = config_in(tmp_path / "out")
+    assert EDITED.removesuffix(".weight") in json.dumps(config["quantization_config"]).replace("\\\\.", ".")
+    assert {**config, "quantization_config": 0} == {**config_in(tmp_path / "base"), "quantization_config": 0}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_becomes_plain_on_request(kind: str, tmp_path: Path) -> None:
+    made = save_base(tmp_path / "base", kind, EDITED, *OTHERS)
+    loratool.merge(tmp_path / "base", [], tmp_path / "out", device="cpu", dequantize=True)
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert after.keys() == {NORM, EDITED, *OTHERS}
+    assert all(same_bytes(after[name], nearest(made.values[name].double(), torch.bfloat16)) for name in made.values)
+    assert "quantization_config" not in config_in(tmp_path / "out")
+    assert not {*made.files} & {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def can_pack(folder: Path) -> bool:
+    return all(isinstance(weight, Requantizable) for weight in open_packed(folder).weights.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_edited_weights_go_back_into_the_format_on_request(kind: str, tmp_path: Path) -> None:
+    save_base(tmp_path / "base", kind, EDITED, *OTHERS)
+    changes = save_adapter(tmp_path / "adapter", EDITED)
+    merge = {"weights": [STRONG], "device": "cpu", "requantize": True, "accept_loss": True}
+    inputs = tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out"
+    if not can_pack(tmp_path / "base"):
+        with pytest.raises(loratool.InputError, match=r"leave out --requantize[\s\S]*down_proj"):
+            loratool.merge(*inputs, **merge)  # type: ignore[arg-type]
+        return
+    report = loratool.merge(*inputs, **merge)  # type: ignore[arg-type]
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "out"))
+    assert [(n, t.dtype, t.shape) for n, t in after.items()] == [(n, t.dtype, t.shape) for n, t in before.items()]
+    stem = EDITED.removesuffix("weight")
+    assert all(same_bytes(after[name], before[name]) for name in before if not name.startswith(stem))
+    assert config_in(tmp_path / "out") == config_in(tmp_path / "base")
+    old, new = (
+        open_packed(tmp_path / name).weights[EDITED].rows(0, ROWS, torch.device("cpu"), torch.float64)
+        for name in ("base", "out")
+    )
+    change = STRONG * changes[EDITED]
+    wanted = old + change
+    assert (new - wanted).norm() < (old - wanted).norm()
+    gain = float(((new - old) * change).sum() / change.norm() ** 2)
+    assert report.gain == pytest.approx(gain, abs=1e-4)
+    error = float((new - wanted).norm() / change.norm())
+    assert report.error_added == pytest.approx(error, abs=1e-4)
+    assert list(report.errors_added.values()) == [report.error_added]
+
+
+def test_a_requantised_update_that_is_mostly_lost_is_refused(tmp_path: Path) -> None:
+    save_base(tmp_path / "base", "int4 groups", EDITED)
+    save_adapter(tmp_path / "adapter", EDITED)
+    inputs = tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out"
+    with pytest.raises(loratool.FitError, match=r"leave out --requantize[\s\S]*down_proj") as caught:
+        loratool.merge(*inputs, weights=[0.5], device="cpu", requantize=True)
+    assert caught.value.exit_code == 4
+    assert not (tmp_path / "out").exists()
+    report = loratool.merge(*inputs, weights=[0.5], device="cpu", requantize=True, accept_loss=True)
+    assert report.error_added is not None
+    assert report.error_added > 1 or (report.gain is not None and report.gain < 0.5)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_requantised_weight_has_the_same_bytes_for_any_workers_and_blocks(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_base(tmp_path / "base", "fp8 blocks", EDITED, *OTHERS)
+    save_adapter(tmp_path / "adapter", EDITED, *OTHERS)
+    outs = []
+    for name, block in (("whole", 1 << 20), ("small", 512)):
+        monkeypatch.setattr("loratool.merging.resources.CPU_BLOCK", block)
+        loratool.merge(
+            tmp_path / "base",
+            [tmp_path / "adapter"],
+            tmp_path / name,
+            device="cpu",
+            requantize=True,
+            workers=workers,
+            weights=[STRONG],
+        )
+        outs.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert outs[0] == outs[1]
+
+
+def test_siblings_that_servers_fuse_become_plain_together(tmp_path: Path) -> None:
+    names = [f"{BLOCK}.self_attn.{part}_proj.weight" for part in "qkvo"]
+    made = save_base(tmp_path / "base", "int4 groups", *names, EDITED)
+    save_adapter(tmp_path / "adapter", names[0])
+    report = loratool.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", device="cpu")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    for name in names[1:3]:
+        assert same_bytes(after[name], nearest(made.values[name].double(), torch.bfloat16))
+    assert {*open_packed(tmp_path / "out").weights} == {names[3], EDITED}
+    (note,) = (note for note in report.notes if note.code == "siblings-plain")
+    assert "k_proj" in str(note)
+    assert "v_proj" in str(note)
+
+
+def test_scales_of_what_stays_packed_keep_their_dtype(tmp_path: Path) -> None:
+    save_base(tmp_path / "base", "GPTQ 4 bits", EDITED, *OTHERS)
+    save_adapter(tmp_path / "adapter", EDITED)
+    loratool.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", device="cpu", dtype="float32")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert after[EDITED].dtype == after[NORM].dtype == torch.float32
+    assert after[f"{OTHERS[0].removesuffix('weight')}scales"].dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"dequantize": True, "requantize": True}, "exclude each other"),
+        ({"requantize": True, "rounding": "stochastic"}, "--rounding cannot be used"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options: dict[str, Any], told: str, tmp_path: Path) -> None:
+    save_base(tmp_path / "base", "int4 groups", EDITED)
+    save_adapter(tmp_path / "adapter", EDITED)
+    with pytest.raises(loratool.UsageError, match=told):
+        loratool.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", device="cpu", **options)
+
+
+def test_a_plain_base_is_not_dequantised(tmp_path: Path) -> None:
+    save_packed(tmp_path / "base", plain_weights(EDITED), None)
+    with pytest.raises(loratool.UsageError, match="is not quantised"):
+        loratool.merge(tmp_path / "base", [], tmp_path / "out", device="cpu", dequantize=True)
+
+
+def test_a_dry_run_names_what_becomes_plain(tmp_path: Path) -> None:
+    save_base(tmp_path / "base", "int4 groups", EDITED, *OTHERS)
+    save_adapter(tmp_path / "adapter", EDITED)
+    plan = loratool.plan(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    assert plan.plain == (EDITED,)
+    assert "2 weights stay as they are" in str(plan)
+    assert "1 weights, in BF16" in str(plan)
+    assert plan.to_dict()["plain"] == [EDITED]
