@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import torch
 from numpy.typing import NDArray
 from packed_grouped import Grouped, awq_values, gptq_values
 from packed_models import open_packed, save_packed
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import loratool
 from loratool.bases.packed import Requantizable
 from loratool.bases.weights import Room
 
@@ -132,3 +135,31 @@ def test_zero_points_in_the_middle_stay_there(tmp_path: Path) -> None:
     assert scales[1, 3] == own[f"{MODULE}.scales"][1, 3]  # a group without a range keeps its scale
     scales[1, 3] = 0
     assert torch.allclose(scales, largest, rtol=1e-3)
+
+
+@pytest.mark.parametrize("case", ["4 bits", "3 bits", "act-order", "AWQ"])
+def test_a_merge_packs_edited_weights_anew(tmp_path: Path, case: str) -> None:
+    """Read back element by element, each value is next to the exact sum, and the config says what it said."""
+    one = CASES[case]
+    base = tmp_path / "base"
+    opened(base, case)
+    draws = torch.Generator().manual_seed(3)
+    down, up = torch.randn(2, one.inputs, generator=draws) / 8, torch.randn(one.outputs, 2, generator=draws) / 8
+    factors = {f"base_model.model.{MODULE}.lora_{name}.weight": x for name, x in (("A", down), ("B", up))}
+    (tmp_path / "adapter").mkdir()
+    save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    loratool.merge(base, [tmp_path / "adapter"], tmp_path / "out", requantize=True, accept_loss=True)
+    found = stored_in(tmp_path / "out")
+    assert {name: (value.shape, value.dtype) for name, value in found.items()} == {
+        name: (value.shape, value.dtype) for name, value in stored_in(base).items()
+    }
+    exact = torch.from_numpy(one.values()).double() + up.double() @ down.double()
+    check_nearest(case, found, torch.from_numpy(stored_values(case, found)), exact)
+    said = [json.loads((folder / "config.json").read_text()) for folder in (base, tmp_path / "out")]
+    assert said[0]["quantization_config"] == said[1]["quantization_config"]
+
+
+def stored_in(folder: Path) -> dict[str, Array]:
+    return {name: value.numpy() for name, value in load_file(folder / "model.safetensors").items()}
