@@ -13,6 +13,7 @@ from typing import Any
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.training import Training
 from loratool.adapters.weight_files import module_files
+from loratool.bases.codecs.plain_modules import in_memory
 from loratool.bases.decoded import Decoded
 from loratool.bases.packed import TWINS, Setting
 from loratool.errors import InputError, printable
@@ -199,7 +200,7 @@ def packing_edits(base: Checkpoint, plain: Collection[str]) -> list[ConfigEdit]:
 def left_plain(base: Decoded, setting: Setting, plain: Collection[str]) -> Mapping[str, Any]:
     assert base.codec is not None, "a codec has found the packed weights"
     in_order = [name for name in base.weights if name in plain]  # that of the files, so that outputs are reproducible
-    return base.codec.left_plain(setting, base.packing, in_order, base)
+    return base.codec.left_plain(setting, base.packing, [*in_order, *in_memory(in_order, base)], base)
 
 
 def dtype_edits(config: Mapping[str, Any], dtype: str) -> list[ConfigEdit]:

@@ -306,3 +306,17 @@ RENAMES: tuple[tuple[str, str], ...] = (
     ("mlp.ff1", "mlp.fc2"),
     ("mlp.ff_out", "mlp.down_proj"),
 )
+
+# Of models of text and images or sound: what the names on disk begin with → what they begin with in memory, as
+# transformers 5 builds these models. Their loaders compare lists in a config with names in memory.
+IN_MEMORY: tuple[tuple[str, str], ...] = (
+    ("language_model.model.", "model.language_model."),
+    ("language_model.lm_head", "lm_head"),
+    ("model.layers.", "model.language_model.layers."),
+    ("visual.", "model.visual."),
+    ("vision_tower.vision_model.", "model.vision_tower."),
+    ("vision_tower.", "model.vision_tower."),
+    ("vision_model.", "model.vision_model."),
+    ("audio_tower.", "model.audio_tower."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+)

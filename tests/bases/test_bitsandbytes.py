@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from packed_bnb import FourBit, as_bytes, int8
 from packed_models import check_rows, open_packed, save_packed
+from safetensors.torch import save_file
 
 import loratool
 from loratool.bases.weights import Room
@@ -244,3 +245,25 @@ def test_bitsandbytes_itself_decodes_to_the_same_bits(tmp_path: Path, kind: str,
         wanted = library.dequantize_4bit(values, state)
     folder = save_packed(tmp_path / "base", tensors, INT8 if kind == "int8" else NF4)
     check_rows(folder, NAME, wanted.numpy())
+
+
+def test_models_of_text_and_images_are_listed_as_they_are_in_memory_too(tmp_path: Path) -> None:
+    """transformers renames their modules when it loads them, and compares the list with the new names."""
+    names = ("language_model.model.layers.0.mlp.down_proj", "vision_tower.vision_model.layers.1.fc1")
+    tensors: dict[str, Any] = {"language_model.lm_head.weight": np.ones((4, 8), np.float32)}
+    for name in (*names, "language_model.model.layers.1.mlp.down_proj"):  # which is not edited
+        tensors |= FourBit((4, 32), "nf4", 32, 0).tensors(f"{name}.weight")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    factors = {f"base_model.model.{name}.lora_{ab}.weight": size for name in names for ab, size in FACTORS.items()}
+    save_file({name: torch.ones(size) for name, size in factors.items()}, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    base = save_packed(tmp_path / "base", tensors, {**NF4, "llm_int8_skip_modules": ["lm_head"]}, text_config={})
+    loratool.merge(base, [adapter], tmp_path / "out", device="cpu")
+    said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["llm_int8_skip_modules"]
+    here = ["model.language_model.layers.0.mlp.down_proj", "model.vision_tower.layers.1.fc1"]
+    assert said[0] == "lm_head"
+    assert {*said} >= {"lm_head", *names, *here}
+
+
+FACTORS = {"A": (2, 32), "B": (4, 2)}

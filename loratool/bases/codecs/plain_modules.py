@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from loratool.bases.packed import Packing
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.layouts.architectures import INPUT_EMBEDDINGS
 from loratool.layouts.fusions import SERVED_AS
+from loratool.layouts.renames import IN_MEMORY
 
 EXPERTS = ".experts."
+PARTS_OF_MODELS = ("text_config", "vision_config", "audio_config", "thinker_config")  # of more than text
 
 
 def modules_of(weights: Collection[str]) -> list[str]:
     """The modules of some weights, without repeats: a stack of experts is named by its parameter."""
     return [*dict.fromkeys(name.removesuffix(".weight") for name in weights)]
+
+
+def in_memory(names: Sequence[str], base: Checkpoint) -> list[str]:
+    """Names that a loader may know some weights or modules by, where those are not the ones that they have on disk.
+
+    They differ in models of more than text. A name in a list that no module has does no harm.
+    """
+    if not any(isinstance(base.config.get(key), Mapping) for key in PARTS_OF_MODELS):
+        return []
+    found = (then + name.removeprefix(now) for name in names for now, then in IN_MEMORY if name.startswith(now))
+    return [*dict.fromkeys(found)]
 
 
 def fused_modules(modules: Sequence[str], base: Checkpoint, packed: Collection[str]) -> list[str]:
@@ -62,6 +75,7 @@ def grown(given: object, base: Checkpoint, packing: Packing, plain: Collection[s
     listed = [entry for entry in given if isinstance(entry, str)] if isinstance(given, list) else []
     if given is None:
         head = [] if any(name.endswith("lm_head.weight") for name in packed) else ["lm_head"]
-        listed = [*head, *plain_matrices(base, packing)]
+        matrices = plain_matrices(base, packing)
+        listed = [*head, *matrices, *in_memory(matrices, base)]
     edited = modules_of(plain)
     return [*dict.fromkeys([*listed, *edited, *fused_modules(edited, base, packed)])]
