@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,13 @@ def embed(model: Any, tokenizer: Any, sentences: list[str]) -> Tensor:
     return functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
 
 
-def train(home: Path, tokenizer: Any) -> Path:
+ALL_LINEAR = ("query", "key", "value", "dense")
+
+
+def train(home: Path, tokenizer: Any, base: str, modules: Sequence[str] = ALL_LINEAR) -> Path:
     torch.manual_seed(0)
-    modules = ["query", "key", "value", "dense"]
-    config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=modules, task_type="FEATURE_EXTRACTION")
-    model = peft.get_peft_model(transformers.AutoModel.from_pretrained(get_model_path()), config)
+    config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=[*modules], task_type="FEATURE_EXTRACTION")
+    model = peft.get_peft_model(transformers.AutoModel.from_pretrained(base), config)
     optimiser = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-3)
     for _ in range(STEPS):
         left, right = (embed(model, tokenizer, [pair[side] for pair in PAIRS]) for side in (0, 1))
@@ -84,7 +87,7 @@ def outputs(folder: Path, weights: dict[str, Tensor], tokenizer: Any) -> Tensor:
 
 def measure(home: Path) -> list[dict[str, Any]]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(get_model_path())
-    adapter, rows = train(home, tokenizer), []
+    adapter, rows = train(home, tokenizer, get_model_path()), []
     for dtype_name, dtype in DTYPES.items():
         base = home / dtype_name
         transformers.AutoModel.from_pretrained(get_model_path(), dtype=dtype).save_pretrained(base)
