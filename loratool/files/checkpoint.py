@@ -238,7 +238,8 @@ def read_index(path: Path) -> tuple[dict[str, str], Mapping[str, Any] | None]:
     weight_map = table.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{shown}: weight_map is missing, empty or not an object")
-    wrong = {repr(name): reason for name in weight_map.values() if (reason := why_no_shard_name(name))}
+    named = {repr(name): name for name in weight_map.values()}  # far fewer than tensors
+    wrong = {text: reason for text, name in named.items() if (reason := why_no_shard_name(name))}
     if wrong:
         raise InputError(
             f"{shown}: weight_map names files that cannot be shards of this model:",

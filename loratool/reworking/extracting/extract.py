@@ -409,10 +409,11 @@ def of_packing(found: Pairing) -> Iterator[Note]:
     """A note where what differs may be the error of quantisation."""
     every = [weight for change in found.changes.values() if not change.same for weight in (change.base, change.tuned)]
     if packed := [weight.scheme for weight in every if isinstance(weight, Packed)]:
+        kinds = ", ".join(dict.fromkeys(packed))
         yield Note(
             "quantised-difference",
-            f"{len(packed)} of the {len(every)} weights that were compared are quantised ({', '.join(dict.fromkeys(packed))}); "
-            "unless TUNED was made from BASE as it is stored, the differences contain the error of quantisation",
+            f"{len(packed)} of the {len(every)} weights compared are stored quantised ({kinds}); unless TUNED was made "
+            "from BASE as it is stored, the differences contain the error of quantisation",
         )
 
 
