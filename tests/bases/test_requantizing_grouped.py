@@ -24,13 +24,13 @@ Array = NDArray[Any]
 CPU = torch.device("cpu")
 MODULE = "model.layers.0.self_attn.q_proj"
 CASES = {
-    "4 bits": Grouped(16, 64, 4, 16),
-    "2 bits": Grouped(16, 64, 2, 64),
-    "3 bits": Grouped(32, 96, 3, 24),
-    "8 bits": Grouped(16, 64, 8, 16),
-    "act-order": Grouped(16, 64, 4, 16, shuffled=True),
-    "last group short": Grouped(16, 64, 4, 24),
-    "AWQ": Grouped(16, 64, 4, 16, lowest_zero=0),
+    "4 bits": Grouped(16, 32, 4, 8),
+    "2 bits": Grouped(16, 32, 2, 32),
+    "3 bits": Grouped(32, 32, 3, 8),
+    "8 bits": Grouped(16, 32, 8, 8),
+    "act-order": Grouped(16, 32, 4, 8, shuffled=True),
+    "last group short": Grouped(16, 32, 4, 12),
+    "AWQ": Grouped(16, 32, 4, 8, lowest_zero=0),
 }
 
 
