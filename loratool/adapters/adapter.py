@@ -78,11 +78,11 @@ class StoredTensor:
         stored = raw.view(getattr(torch, FLOAT_NAMES[self.info.dtype])).reshape(count, -1)
         return stored.to(device, dtype)
 
-    def bits(self) -> tuple[NDArray[Any], int]:
+    def bits(self, sources: OpenSources | None = None) -> tuple[NDArray[Any], int]:
         """The values as unsigned integers, and the mask of their exponent."""
         kind, mask = EXPONENT[self.info.dtype]
         raw = bytearray(self.info.nbytes)
-        self.read(0, memoryview(raw))
+        self.read(0, memoryview(raw), sources)
         return np.frombuffer(raw, dtype=kind), mask
 
     def finite(self) -> bool:
@@ -220,16 +220,19 @@ class Adapter(Shown):
         broken: list[str] = []
         effective = False
         zero: dict[str, bool] = {}  # tensor → whether all of it is zero; some are shared by all updates
-        for update in (*self.updates.values(), *self.bases.values()):
-            for tensor in stored_tensors(update):
-                if tensor.info.name in zero or tensor.info.dtype not in EXPONENT:  # or indices
-                    continue
-                bits, mask = tensor.bits()
-                if ((bits & mask) == mask).any():
-                    broken.append(f"{printable(tensor.info.name)} contains NaN or infinite values")
-                zero[tensor.info.name] = not (bits << 1).any()  # shifted, so that −0 is zero too
-            products = (update.up, update.down) if isinstance(update, LowRank) else ()
-            effective = effective or not any(all(zero.get(t.info.name) for t in stored_tensors(p)) for p in products)
+        with OpenSources() as sources:
+            for update in (*self.updates.values(), *self.bases.values()):
+                for tensor in stored_tensors(update):
+                    if tensor.info.name in zero or tensor.info.dtype not in EXPONENT:  # or indices
+                        continue
+                    bits, mask = tensor.bits(sources)
+                    if ((bits & mask) == mask).any():
+                        broken.append(f"{printable(tensor.info.name)} contains NaN or infinite values")
+                    zero[tensor.info.name] = not (bits << 1).any()  # shifted, so that −0 is zero too
+                products = (update.up, update.down) if isinstance(update, LowRank) else ()
+                effective = effective or not any(
+                    all(zero.get(t.info.name) for t in stored_tensors(p)) for p in products
+                )
         if broken:
             raise InputError(f"{printable(self.file.path)}: the adapter has values that are not finite:", broken)
         return effective
