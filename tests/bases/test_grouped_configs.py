@@ -178,3 +178,17 @@ def test_entries_that_a_config_has_stay(tmp_path: Path) -> None:
     assert {key: value for key, value in after.items() if key not in changed} == {
         key: value for key, value in before.items() if key not in changed
     }
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_models_of_text_and_images_are_listed_as_they_are_in_memory_too(tmp_path: Path, kind: str) -> None:
+    """transformers renames their modules when it loads them, and compares the lists with the new names."""
+    base = base_of(tmp_path / "base", kind)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "vision_config": {}}))
+    _, packed = merged(base, ["model.layers.1.self_attn.q_proj"], tmp_path / "out")
+    said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    for loader in (gptqmodel, optimum) if kind == "gptq" else (vllm_awq, transformers_awq):
+        for before in ("model.layers.", "model.language_model.layers."):
+            names = {module: module.replace("model.layers.", before) for module in MODULES}
+            assert {module for module, name in names.items() if loader(said, name)} == packed

@@ -17,7 +17,7 @@ from loratool.bases.codecs.dynamic_rules import settings_by_module, with_plain
 from loratool.bases.codecs.gptq import SCALES, WAY_OUT, packed_modules
 from loratool.bases.codecs.grouped import Grouped, rows_of
 from loratool.bases.codecs.parts import Finder, is_count, shown, told
-from loratool.bases.codecs.plain_modules import expert_layers, modules_of, plain_matrices
+from loratool.bases.codecs.plain_modules import expert_layers, in_memory, modules_of, plain_matrices
 from loratool.bases.packed import Codec, Packing, Setting, Settings, plain_dtype
 from loratool.files.checkpoint import Checkpoint
 from loratool.lazy import Tensor, torch
@@ -86,15 +86,17 @@ class Awq(Codec):
         (`should_convert_module`); vLLM (`is_layer_skipped`) and AutoAWQ look for it anywhere in a name: so names are
         whole. Where there is no list, vLLM goes by the dtypes in the files; where there is one, it must be complete.
         """
-        gone = frozenset(plain)
-        kept = modules_of([name for name in packing.weights if name not in gone])
-        edited = modules_of([name for name in packing.weights if name in gone])
+        gone = frozenset(plain)  # with the names that they have in memory
+        edited, kept = modules_of(plain), modules_of([name for name in packing.weights if name not in gone])
         given = setting.values.get(SKIPPED)
         listed = [entry for entry in given if isinstance(entry, str)] if isinstance(given, list) else []
-        skipped = [*(listed or plain_matrices(base, packing)), *edited, *expert_layers(edited, kept)]
+        if not listed:
+            listed = plain_matrices(base, packing)
+            listed += in_memory(listed, base)
+        skipped = [*listed, *edited, *expert_layers(edited, kept)]
         values = {**setting.values, SKIPPED: [*dict.fromkeys(skipped)]}
         if "dynamic" in values or "meta" in values:
-            values["dynamic"] = with_plain(values.get("dynamic"), edited, kept)
+            values["dynamic"] = with_plain(values.get("dynamic"), edited, [*kept, *in_memory(kept, base)])
         return values
 
 

@@ -27,7 +27,7 @@ from loratool.bases.codecs.bit_fields import packed, repeated, unpacked
 from loratool.bases.codecs.dynamic_rules import settings_by_module, with_plain
 from loratool.bases.codecs.grouped import Grouped, rows_of
 from loratool.bases.codecs.parts import Finder, is_count, read_whole, shown, told
-from loratool.bases.codecs.plain_modules import expert_layers, fused_modules, modules_of
+from loratool.bases.codecs.plain_modules import expert_layers, fused_modules, in_memory, modules_of
 from loratool.bases.codecs.turned import Turned
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import Room
@@ -125,9 +125,9 @@ class Gptq(Codec):
         lists (optimum, `GPTQQuantizer.convert_model`: the end of a name); vLLM by both, by `dynamic` with the names of
         its own, fused layers (`get_linear_quant_method`, `get_moe_quant_method`).
         """
-        gone = frozenset(plain)
-        kept = modules_of([name for name in packing.weights if name not in gone])
-        edited = modules_of([name for name in packing.weights if name in gone])
+        gone = frozenset(plain)  # with the names that they have in memory
+        edited, kept = modules_of(plain), modules_of([name for name in packing.weights if name not in gone])
+        kept += in_memory(kept, base)
         served = [*fused_modules(edited, base, packing.weights.keys() - gone), *expert_layers(edited, kept)]
         others = {*kept, *fused_modules(kept, base, ()), *expert_layers(kept, ())}
         dynamic = with_plain(setting.values.get("dynamic"), [*edited, *served], others)
