@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from quantised_models import FAMILIES, Maker, Quantised, Weights, fp8
+from quantised_models import FAMILIES, STACKS, Maker, Quantised, Weights, fp8
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -150,3 +150,45 @@ def test_a_merged_model_computes_what_the_base_does_with_the_adapter(
     everything = loratool.merge(base, [adapter], tmp_path / "all", device="cpu", dequantize=True)
     assert everything.edited == len(TARGETS)
     assert (logits(loaded(tmp_path / "all")) - wanted).norm() < 0.1 * change
+
+
+def test_a_merged_gpt_oss_computes_what_the_base_does_with_the_adapter(tmp_path: Path) -> None:
+    """Experts of one layer become plain; those of the others stay in MXFP4."""
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=320,
+        initializer_range=0.06,
+        layer_types=["full_attention"] * 2,
+    )
+    transformers.GptOssForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "plain")
+    tensors = load_file(tmp_path / "plain" / "model.safetensors")
+    experts = {n: v.float() for n, v in tensors.items() if n.endswith(("gate_up_proj", "experts.down_proj"))}
+    made = STACKS["gpt-oss"](experts)
+    base = tmp_path / "base"
+    base.mkdir()
+    rest = {name: value for name, value in tensors.items() if name not in experts}
+    save_file({**rest, **made.tensors}, base / "model.safetensors", {"format": "pt"})
+    said = json.loads((tmp_path / "plain" / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**said, "quantization_config": made.config}))
+    loratool.merge(base, [], tmp_path / "decoded", device="cpu", dequantize=True)
+    settings = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj"], "layers_to_transform": [1]}
+    parameters = ["1.mlp.experts.gate_up_proj"]
+    model = get_peft_model(loaded(tmp_path / "decoded"), LoraConfig(**settings, target_parameters=parameters))
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.05)
+    model.save_pretrained(tmp_path / "adapter")
+    wanted, alone = logits(model), logits(loaded(tmp_path / "decoded"))
+    loratool.merge(base, [tmp_path / "adapter"], tmp_path / "merged", device="cpu")
+    names = load_file(tmp_path / "merged" / "model.safetensors").keys()
+    assert "model.layers.0.mlp.experts.gate_up_proj_blocks" in names
+    assert "model.layers.1.mlp.experts.gate_up_proj" in names
+    assert (logits(loaded(tmp_path / "merged")) - wanted).norm() < 0.1 * (wanted - alone).norm()

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from oracle import nearest
+from packed_hqq import Hqq
 from packed_models import open_packed, save_packed
 from quantised_models import FAMILIES, MATRICES, Quantised
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
-from loratool.bases.packed import Requantizable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -105,8 +105,13 @@ def test_all_becomes_plain_on_request(kind: str, tmp_path: Path) -> None:
     assert not {*made.files} & {path.name for path in (tmp_path / "out").iterdir()}
 
 
-def can_pack(folder: Path) -> bool:
-    return all(isinstance(weight, Requantizable) for weight in open_packed(folder).weights.values())
+def test_a_format_that_cannot_be_packed_anew_is_refused_by_name(tmp_path: Path) -> None:
+    packed = Hqq((ROWS, COLUMNS), "4bit_u8", 16, 1)
+    save_packed(tmp_path / "base", packed.tensors(EDITED.removesuffix(".weight")), {"quant_method": "hqq"})
+    save_adapter(tmp_path / "adapter", EDITED)
+    with pytest.raises(loratool.InputError, match=r"leave out --requantize[\s\S]*down_proj.*HQQ"):
+        loratool.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", device="cpu", requantize=True)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -115,10 +120,6 @@ def test_edited_weights_go_back_into_the_format_on_request(kind: str, tmp_path: 
     changes = save_adapter(tmp_path / "adapter", EDITED)
     merge = {"weights": [STRONG], "device": "cpu", "requantize": True, "accept_loss": True}
     inputs = tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out"
-    if not can_pack(tmp_path / "base"):
-        with pytest.raises(loratool.InputError, match=r"leave out --requantize[\s\S]*down_proj"):
-            loratool.merge(*inputs, **merge)  # type: ignore[arg-type]
-        return
     report = loratool.merge(*inputs, **merge)  # type: ignore[arg-type]
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "out"))
     assert [(n, t.dtype, t.shape) for n, t in after.items()] == [(n, t.dtype, t.shape) for n, t in before.items()]
