@@ -226,3 +226,49 @@ def test_a_dry_run_names_what_becomes_plain(tmp_path: Path) -> None:
     assert "2 weights stay as they are" in str(plan)
     assert "1 weights, in BF16" in str(plan)
     assert plan.to_dict()["plain"] == [EDITED]
+
+
+def test_dora_takes_the_lengths_of_the_decoded_rows(tmp_path: Path) -> None:
+    """W' = m · (W + BA) / ‖W + BA‖ by rows, in float64 of what the format means."""
+    made = save_base(tmp_path / "base", "int4 groups", EDITED, *OTHERS)
+    changes = save_adapter(tmp_path / "adapter", EDITED)
+    lengths = torch.rand(ROWS, generator=torch.Generator().manual_seed(2)) + 0.5
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    module = f"base_model.model.{EDITED.removesuffix('.weight')}"
+    save_file({**load_file(path), f"{module}.lora_magnitude_vector": lengths}, path)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "use_dora": True}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    loratool.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", device="cpu")
+    summed = made.values[EDITED].double() + changes[EDITED]
+    wanted = lengths.double()[:, None] * summed / summed.norm(dim=1, keepdim=True)
+    found = load_file(tmp_path / "out" / "model.safetensors")[EDITED]
+    assert same_bytes(found, nearest(wanted, torch.bfloat16))
+
+
+@pytest.mark.parametrize("requantize", [False, True])
+def test_a_saved_head_takes_the_place_of_a_quantised_one(requantize: bool, tmp_path: Path) -> None:
+    """It is written as it was saved, or goes into the format as whatever else is edited."""
+    save_base(tmp_path / "base", "int8 packed, rows", "lm_head.weight", EDITED, *OTHERS)
+    save_adapter(tmp_path / "adapter", EDITED)
+    head = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(3)).bfloat16()
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({**load_file(path), "base_model.model.lm_head.weight": head}, path)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "modules_to_save": ["lm_head"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    loratool.merge(
+        tmp_path / "base",
+        [tmp_path / "adapter"],
+        tmp_path / "out",
+        device="cpu",
+        requantize=requantize,
+        accept_loss=requantize,
+    )
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    packed = open_packed(tmp_path / "out").weights
+    if requantize:
+        assert {*packed} == {"lm_head.weight", EDITED, *OTHERS}
+        stored = packed["lm_head.weight"].rows(0, ROWS, torch.device("cpu"), torch.float32)
+        assert (stored - head.float()).norm() < 0.01 * head.float().norm()  # 255 steps from the least to the largest
+    else:
+        assert {*packed} == {*OTHERS}
+        assert same_bytes(found["lm_head.weight"], head)
