@@ -104,6 +104,26 @@ def sum_and_round(
     return squared, changed, torch.cat(all_places), torch.cat(all_sums), torch.cat(all_weights)
 
 
+def round_sums(stored: Tensor, up: Tensor, down: Tensor, scale: float, memory: Tensor, rounded: Tensor) -> None:
+    """Put W + scale · up @ down, computed in float32, into `rounded`, some rows at a time.
+
+    Args:
+        stored: (n, width) W.
+        up: (n, rank).
+        down: (rank, width).
+        scale: of the product.
+        memory: (rows, width) of float32 for the sums.
+        rounded: (n, width) of a narrower dtype.
+    """
+    tile = memory.size(0)
+    for at in range(0, stored.size(0), tile):
+        rows = stored[at : at + tile]
+        sums = memory[: rows.size(0)]
+        sums.copy_(rows)
+        sums.addmm_(up[at : at + tile], down, alpha=scale)
+        rounded[at : at + tile].copy_(sums)
+
+
 def decide(
     elements: List[Tensor],
     like: Tensor,

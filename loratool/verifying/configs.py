@@ -110,7 +110,7 @@ def keys_of(pairing: Pairing) -> frozenset[str]:
     """The keys of a config that change with the tensors, and are told with them."""
     return frozenset(
         (
-            *(TIE_FLAGS if pairing.untied else ()),
+            *(TIE_FLAGS if pairing.untied or pairing.still_tied else ()),
             *(("vocab_size",) if pairing.resized else ()),
             *(DTYPES if pairing.dtypes else ()),
             *(PACKINGS if pairing.quantised else ()),

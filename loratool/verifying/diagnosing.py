@@ -268,6 +268,13 @@ def diagnose_pairing(pairing: Pairing, equal_heads: Mapping[str, bool], tie_chan
     for (ours, theirs), tensors in by_dtype.items():
         text = f"dtype changed: {counted(tensors, 'tensor')} stored as {theirs}, not {ours}; compared as {theirs}"
         yield Diagnosis("dtype-changed", text, tuple(tensors), {"from": ours, "to": theirs})
+    if pairing.still_tied:
+        names = tuple(pairing.still_tied)
+        text = (
+            f"{listed(names)}: not stored, so it changes with {listed(pairing.still_tied.values())}, which the adapter "
+            "changes alone"
+        )
+        yield Diagnosis("still-tied", text, names)
     if pairing.untied:
         names = tuple(pairing.untied)
         same = all(equal_heads.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 DIGITS = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}  # binary ones of a significand
 MOST_ROWS = 32  # of a tensor, with elements that are farther than 1 ulp, that are remembered
+TERMS = 8  # roundings of an element in float32 where an update is no sum of products, besides those of a row's norm
 SINGLE = 2.0**-24  # half the distance from 1 to the next float32
 
 
@@ -76,7 +78,9 @@ def differences(ours: Tensor, theirs: Tensor) -> Tensor:
     return places[(first != second) & ~(first.isnan() & second.isnan())]
 
 
-def measure(before: Tensor, ours: Tensor, theirs: Tensor, first: int, total: ExactSum | None) -> Found | None:
+def measure(
+    before: Tensor, ours: Tensor, theirs: Tensor, first: int, total: ExactSum | None = None, formula: bool = False
+) -> Found | None:
     """What differs between two blocks of rows of the same dtype; None where nothing does.
 
     Args:
@@ -85,10 +89,11 @@ def measure(before: Tensor, ours: Tensor, theirs: Tensor, first: int, total: Exa
         theirs: (n, width) W' of the merged model.
         first: the first row.
         total: what was added, if it is a sum of products: what float32 may take from those does not count.
+        formula: whether what was added is worked out in another way, such as by norms of rows: the same holds for it.
     """
     places = differences(ours, theirs)
     elements = Elements(places, *(each.reshape(-1)[places] for each in (before, ours, theirs)))
-    return elements.measured(first, ours.shape[1], total)
+    return elements.measured(first, ours.shape[1], total, formula)
 
 
 @dataclass(frozen=True)
@@ -105,19 +110,23 @@ class Elements:
         odd = (self.ours != self.theirs) & ~(self.ours.isnan() & self.theirs.isnan())
         return Elements(self.places[odd], self.before[odd], self.ours[odd], self.theirs[odd])
 
-    def measured(self, first: int, width: int, total: ExactSum | None) -> Found | None:
+    def measured(self, first: int, width: int, total: ExactSum | None, formula: bool = False) -> Found | None:
         """How far they are apart; all of them are unequal. Arguments are as for `measure`."""
         if not len(self.places):
             return None
         wide = torch.float32 if self.ours.element_size() == 2 and self.before.element_size() <= 4 else torch.float64
         w, o, t = (each.to(wide) for each in (self.before, self.ours, self.theirs))
-        ulp = ulp_of(torch.maximum(torch.maximum(w.abs(), o.abs()), (o - w).abs()), self.ours.dtype)
+        size = torch.maximum(torch.maximum(w.abs(), o.abs()), (o - w).abs())
+        ulp = ulp_of(size, self.ours.dtype)
         apart = (t - o).abs()
         distance = apart / ulp
         far = distance > 1
-        if total is not None and bool(far.any()):
+        if (total is not None or formula) and bool(far.any()):
             some = self.places[far]
-            slack = slack_of(total, first + some // width, some % width).to(distance)
+            if total is not None:
+                slack = slack_of(total, first + some // width, some % width).to(distance)
+            else:
+                slack = size[far] * (SINGLE * (TERMS + math.sqrt(width)))
             less = (apart[far] - slack).clamp(min=0) / ulp[far]
             distance[far] = torch.where(less <= 1, less, distance[far])
         distance = distance.nan_to_num(torch.inf, torch.inf)

@@ -56,6 +56,7 @@ class Pairing:
     resized: dict[str, tuple[int, int]] = field(default_factory=dict)  # tokens: ours, theirs
     dtypes: dict[str, tuple[str, str]] = field(default_factory=dict)  # ours, theirs
     tied: list[str] = field(default_factory=list)  # missing, for they are tied to another tensor
+    still_tied: dict[str, str] = field(default_factory=dict)  # of the plan, which unties it → what it is tied to
     untied: dict[str, str] = field(default_factory=dict)  # tensor that the base ties → the one that it is tied to
     quantised: dict[str, str] = field(default_factory=dict)  # plain tensor of the plan → how the merged model packs it
 
@@ -101,6 +102,8 @@ def pair(plan: MergePlan, merged: Checkpoint) -> Pairing:
                 found.reshaped[name] = span.shape, weight.shape
         elif name in stored:
             found.add(name, span, merged, ties)
+        elif not span.edits and name in tied and name not in plan.base.tensors:
+            found.still_tied[name] = tied[name]
         elif not span.edits and name in tied and ties.flag is not False:
             found.tied.append(name)
         else:

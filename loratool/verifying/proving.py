@@ -61,8 +61,8 @@ class Bench:
             proving = self.proving
             self.worker = Worker.of(proving.computed, proving.resources(), self.number)
             size, on_gpu = self.worker.merged.numel(), self.worker.stream is not None
-            self.host = torch.empty(2 * size, dtype=torch.uint8, pin_memory=on_gpu)
-            self.twin = torch.empty(2 * size, dtype=torch.uint8, device=self.worker.device) if on_gpu else None
+            self.host = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
+            self.twin = torch.empty(size, dtype=torch.uint8, device=self.worker.device) if on_gpu else None
         return self.worker
 
 
@@ -211,16 +211,18 @@ class Proving:
                 product = None if self.rounding == TWICE else product_of(loaded, first, count)
                 theirs = subject.pair.theirs.matrix(span.width).rows(first, count, worker.device, target, room)
                 before = worker.stored_rows(subject.work, first, count, self.sources)
+                after = worker.merged[: count * span.width * target.itemsize].view(target).view(count, span.width)
                 if product is not None and loaded.sum is not None:
-                    found = quick.compare(loaded.sum, product, before, theirs, first)
+                    found = quick.compare(loaded.sum, product, before, theirs, first, after)
                 else:
-                    after = worker.merged[: count * span.width * target.itemsize].view(target).view(count, span.width)
                     self.formula(worker, subject, first, before, after)
                     if is_quantised(subject.pair.theirs):
                         weight = subject.pair.theirs.matrix(span.width)
                         found = beyond_half_step(weight, after, theirs, first, subject.held, Room(self.sources))
                     else:
-                        found = None if same(after, theirs) else measure(before, after, theirs, first, loaded.sum)
+                        formula = loaded.sum is None and bool(loaded.others)
+                        alike = same(after, theirs)
+                        found = None if alike else measure(before, after, theirs, first, loaded.sum, formula)
             subject.distances.note(count * span.width, found)
             rows = max(1, span.rows)
             return sum(t.info.nbytes for w in (span.weight, subject.pair.theirs) for t in w.tensors) * count // rows
@@ -253,7 +255,7 @@ def unequal(pair: Pair, ours: memoryview, theirs: memoryview, at: int) -> Found 
         return Found(count, math.inf, 0.0, count, ())
     dtype: torch.dtype = getattr(torch, FLOAT_NAMES[info.dtype])
     one, other = (torch.frombuffer(each, dtype=dtype)[:, None] for each in (ours, theirs))
-    found = measure(one, one, other, 0, None)
+    found = measure(one, one, other, 0)
     if found is None:
         return None
     row = at // dtype.itemsize // max(1, info.width)

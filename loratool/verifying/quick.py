@@ -7,6 +7,7 @@ are decided exactly, as a merge does.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from loratool.algebra.rounding import bits_of, round_once
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from loratool.merging.loaded_edits import LoadedEdits
     from loratool.merging.parts import Stack
 
+MANY = 64  # where more than one of so many elements differs, float32 decides most of them
 TILE = 1 << 17  # elements that are computed at a time: they stay in a core's cache
 
 
@@ -30,7 +32,9 @@ def product_of(loaded: LoadedEdits, first: int, count: int) -> Stack | None:
     return None if loaded.at_random else total.only_product(first, count)
 
 
-def compare(total: ExactSum, product: Stack, before: Tensor, theirs: Tensor, first: int) -> Found | None:
+def compare(
+    total: ExactSum, product: Stack, before: Tensor, theirs: Tensor, first: int, rounded: Tensor
+) -> Found | None:
     """What differs between a block of the merged model and W + one product; None where nothing does.
 
     Args:
@@ -39,65 +43,72 @@ def compare(total: ExactSum, product: Stack, before: Tensor, theirs: Tensor, fir
         before: (n, width) W as it is stored.
         theirs: (n, width) W' of the merged model, of 16 bits.
         first: the first row.
+        rounded: memory of the shape and dtype of `theirs`.
     """
-    places, sums = unequal_sums(product, before, theirs.contiguous(), first - product.place.first)
+    from loratool.merging.kernels import compiled, round_sums as run
+
+    assert product.down is not None
+    own, (count, width) = first - product.place.first, before.shape
+    memory = torch.empty(min(count, max(1, TILE // width)), width)
+    compiled(run)(before, product.up[own : own + count], product.down, product.scale, memory, rounded)
+    places = unequal_places(rounded, theirs.contiguous())
     if not len(places):
         return None
-    weights = before.reshape(-1)[places]
-    ours = round_sums(total, product, places + first * total.width, sums, weights.float())
-    return Elements(places, weights, ours, theirs.reshape(-1)[places]).unequal().measured(first, total.width, total)
+    weights, every = before.reshape(-1)[places], places + first * width
+    if len(places) * MANY > before.numel():
+        ours = single_sums(total, product, every, weights.float(), sums_at(product, before, own, places, memory))
+    else:
+        ours = exact_sums(total, product, every, weights.float())
+    return Elements(places, weights, ours, theirs.reshape(-1)[places]).unequal().measured(first, width, total)
 
 
-def unequal_sums(product: Stack, before: Tensor, theirs: Tensor, own: int) -> tuple[Tensor, Tensor]:
-    """Where W + one product, computed in float32 and rounded, is not what the merged model has: places, and the sums.
+def sums_at(product: Stack, before: Tensor, own: int, places: Tensor, memory: Tensor) -> Tensor:
+    """W + ΔW in float32 at some places of a block, which rise, by way of all elements."""
+    assert product.down is not None
+    width, tile = before.shape[1], len(memory)
+    found = torch.empty(len(places))
+    edges = torch.searchsorted(places, torch.arange(0, len(before) + tile, tile) * width).tolist()
+    for number, (start, stop) in enumerate(pairwise(edges)):
+        rows = before[number * tile : (number + 1) * tile]
+        sums = memory[: len(rows)].copy_(rows)
+        at = own + number * tile
+        sums.addmm_(product.up[at : at + len(rows)], product.down, alpha=product.scale)
+        found[start:stop] = sums.view(-1)[places[start:stop] - number * tile * width]
+    return found
 
-    Rows of both are those of the product from `own` on. Numpy compares and finds several times faster than torch.
+
+def single_sums(total: ExactSum, product: Stack, places: Tensor, weights: Tensor, sums: Tensor) -> Tensor:
+    """W + ΔW of single elements rounded once, from what float32 gives; those next to a tie by `exact_sums`."""
+    margins = (weights.abs() + sums.abs()).add_(product.reach).mul_((product.terms + 4) * ROUNDOFF[4] * GENEROUS)
+    low, high = ((sums + sign * (margins + total.underflow)).to(total.target) for sign in (-1, 1))
+    near = (bits_of(low) != bits_of(high)) & weights.isfinite()
+    low[near] = exact_sums(total, product, places[near], weights[near])
+    return torch.where(weights.isfinite(), low, sums.to(total.target))
+
+
+def unequal_places(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Where two blocks of 16 bits differ, in the flat order. Numpy finds that several times faster than torch."""
+    one, two = (bits_of(each).numpy().reshape(-1) for each in (ours, theirs))
+    whole = len(one) % 4 == 0 and ours.storage_offset() % 4 == 0 and theirs.storage_offset() % 4 == 0
+    if not whole:
+        return torch.from_numpy(numpy.flatnonzero(one != two))
+    found = numpy.flatnonzero(one.view(numpy.uint64) != two.view(numpy.uint64))
+    found = (found[:, None] * 4 + numpy.arange(4)).reshape(-1)
+    return torch.from_numpy(found[one[found] != two[found]])
+
+
+def exact_sums(total: ExactSum, product: Stack, places: Tensor, weights: Tensor) -> Tensor:
+    """W + ΔW of single elements rounded once, in the target dtype: in float64, and without error next to a tie.
+
+    `places` are those in the whole weight.
     """
     assert product.down is not None
-    count, width = before.shape
-    tile = min(count, max(1, TILE // width))
-    memory, rounded = torch.empty(tile, width), torch.empty(tile, width, dtype=theirs.dtype)
-    kind = numpy.uint64 if width % 4 == 0 and theirs.storage_offset() % 4 == 0 else numpy.uint16
-    bits, other = (bits_of(each).numpy() for each in (rounded, theirs))
-    places, sums = [], []
-    for at in range(0, count, tile):
-        rows = before[at : at + tile]
-        some = memory[: len(rows)].copy_(rows)
-        some.addmm_(product.up[own + at : own + at + len(rows)], product.down, alpha=product.scale)
-        rounded[: len(rows)].copy_(some)
-        one, two = bits[: len(rows)], other[at : at + tile]
-        if len(found := numpy.flatnonzero(one.view(kind) != two.view(kind))):
-            if kind is numpy.uint64:
-                found = (found[:, None] * 4 + numpy.arange(4)).reshape(-1)
-                found = found[one.reshape(-1)[found] != two.reshape(-1)[found]]
-            here = torch.from_numpy(found)
-            places.append(here + at * width)
-            sums.append(some.view(-1)[here])
-    if not places:
-        return torch.zeros(0, dtype=torch.int64), torch.zeros(0)
-    return torch.cat(places), torch.cat(sums)
-
-
-def round_sums(total: ExactSum, product: Stack, places: Tensor, sums: Tensor, weights: Tensor) -> Tensor:
-    """W + ΔW of single elements rounded once, in the target dtype, from what float32 gives.
-
-    Those next to a tie are computed in float64, and those that it leaves open without any error. `places` are those in
-    the whole weight.
-    """
-    assert product.down is not None
-    sizes = (weights.abs() + sums.abs()).add_(product.reach)
-    steps = (product.terms + 4) * GENEROUS
-    low, high = (sums + sign * (sizes * (steps * ROUNDOFF[4]) + total.underflow) for sign in (-1, 1))
-    result = low.to(total.target)
-    near = torch.nonzero(bits_of(result) != bits_of(high.to(total.target))).view(-1)
-    if len(near):
-        rows, columns = places[near] // total.width - product.place.first, places[near] % total.width
-        left, right = product.up[rows].double(), product.down[:, columns].double().T
-        values = weights[near].double() + product.scale * (left * right).sum(1)
-        margins = sizes[near].double() * (steps * ROUNDOFF[8]) + total.underflow
-        below, above = round_once(values - margins, total.target), round_once(values + margins, total.target)
-        open_yet = bits_of(below) != bits_of(above)
-        if bool(open_yet.any()):
-            below[open_yet] = total.singles.exactly(places[near[open_yet]], weights[near[open_yet]])
-        result[near] = below
-    return torch.where(weights.isfinite(), result, sums.to(total.target))
+    rows, columns = places // total.width - product.place.first, places % total.width
+    left, right = product.up[rows].double(), product.down[:, columns].double().T
+    values = (left * right).sum(1).mul_(product.scale).add_(weights.double())
+    margins = (weights.double().abs() + values.abs() + product.reach) * ((product.terms + 4) * ROUNDOFF[8] * GENEROUS)
+    low, high = (round_once(values + sign * (margins + total.underflow), total.target) for sign in (-1, 1))
+    near = (bits_of(low) != bits_of(high)) & weights.isfinite()
+    if bool(near.any()):
+        low[near] = total.singles.exactly(places[near], weights[near])
+    return torch.where(weights.isfinite(), low, values.to(total.target))

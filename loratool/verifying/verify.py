@@ -199,6 +199,10 @@ class Verifier:
             *(each for each in small if isinstance(each, Diagnosis)),
         ]
         notes = [*plan.notes, *(each for each in small if isinstance(each, Note))]
+        edited = sum(1 for each in pairing.pairs if each.span.edits)
+        if len(found) < edited:
+            text = f"of {edited} edited tensors, {edited - len(found)} that differ were not looked at a second time"
+            notes.append(Note("looked-at-some", text))
         if pairing.buffers:
             text = f"on one side only, and made anew whenever a model is loaded: {len(pairing.buffers)} buffers"
             notes.append(Note("buffers-differ", text))
@@ -210,17 +214,22 @@ class Verifier:
     def proofs(self, found: Mapping[str, Explained], distances: Mapping[str, Distances]) -> dict[str, TensorProof]:
         """What each tensor is, in the order of the plan."""
         proofs: dict[str, TensorProof] = {}
-        adapters = len(self.plan.adapters)
+        adapters, twice = len(self.plan.adapters), any(each.rounding == TWICE for each in found.values())
         for each in self.pairing.pairs:
             seen = distances[each.name]
             if each.name in found:
                 proofs[each.name] = found[each.name].proof(seen, adapters)
             else:
-                alike = "proven" if each.span.edits and seen.ulp <= 1 else "identical"
-                status = "different" if (seen.unequal and alike == "identical") else alike
-                proofs[each.name] = TensorProof(status, seen.ulp, seen.equal)
+                proofs[each.name] = TensorProof(status_of(each, seen, twice), seen.ulp, seen.equal)
         gone = {**dict.fromkeys(self.pairing.missing, "missing"), **dict.fromkeys(self.pairing.unknown, "unknown")}
         return proofs | {name: TensorProof(status) for name, status in gone.items()}
+
+
+def status_of(pair: Pair, seen: Distances, twice: bool) -> str:
+    """What a tensor is by its distances alone; `twice` tells whether others like it were rounded twice."""
+    if not pair.span.edits:
+        return "different" if seen.unequal else "identical"
+    return "proven" if seen.ulp <= 1 else "rounded-twice" if twice and seen.ulp <= 2 else "different"
 
 
 def rounding_of(found: Iterable[Explained], rounding: str) -> str:
