@@ -165,7 +165,7 @@ class LocalPart:
     def copy(self, source: Source, start: int, count: int, look: Callable[[memoryview], None] | None) -> None:
         """Share the blocks of whole pages with the source, copy inside the kernel, or read and write, as can be.
 
-        The kernel copies through the page cache, so it does so where there are no direct writes, and nobody looks.
+        Copies go through the page cache, as those of `cp` do: the kernel sends them to the disk in its own time.
         """
         first = min(count, -self.at % PAGE)
         pages = (count - first) // PAGE * PAGE
@@ -177,7 +177,7 @@ class LocalPart:
                     look(piece_of(held, at))
             self.move_on(pages)
             self.carry(source, start + first + pages, count - first - pages, look)
-        elif look is None and self.file.opened is None and isinstance(source, LocalSource):
+        elif look is None and isinstance(source, LocalSource):
             source.copy_to(self.file.descriptor, start, count, self.at)
             self.move_on(count)
             lap("copy", count)
@@ -199,11 +199,18 @@ class LocalPart:
         self.file.written.add(count)
 
     def carry(self, source: Source, start: int, count: int, look: Callable[[memoryview], None] | None) -> None:
-        """Read and write."""
-        for at, held in pieces_of(source, start, count, self.at, self.file.memory):
+        """Read, and write or copy inside the kernel what was looked at."""
+        begin = self.at
+        for at, held in pieces_of(source, start, count, begin, self.file.memory):
             if self.file.stop.is_set():
                 return
-            lap("read", len(piece_of(held, at)))
+            piece = piece_of(held, at)
+            lap("read", len(piece))
             if look is not None:
-                look(piece_of(held, at))
-            self.put(held)
+                look(piece)
+            if isinstance(source, LocalSource):
+                source.copy_to(self.file.descriptor, start + at - begin, len(piece), at)
+            else:
+                write_fully(self.file.descriptor, piece, at)
+            self.move_on(len(piece))
+            lap("copy", len(piece))

@@ -382,27 +382,21 @@ def direct_disk(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def parts_of(content: bytes) -> Iterator[tuple[int, int]]:
-    """The bytes of a file that one worker writes: an edited tensor, or neighbours that no edit touches."""
+def computed_parts(content: bytes) -> Iterator[tuple[int, int]]:
+    """The bytes of a file that one worker computes: an edited tensor."""
     begin = 8 + int.from_bytes(content[:8], "little")
-    table = json.loads(content[8:begin])
-    start = stop = begin
-    for name in sorted(table, key=lambda name: table[name]["data_offsets"]):
-        first, last = (begin + at for at in table[name]["data_offsets"])
-        if name.endswith(".weight") and first < last:
-            yield start, stop
+    for name, entry in json.loads(content[8:begin]).items():
+        if name.endswith(".weight"):
+            first, last = (begin + at for at in entry["data_offsets"])
             yield first, last
-            start = last
-        stop = last
-    yield start, stop
 
 
 @pytest.mark.parametrize("workers", [1, 8])
 @pytest.mark.usefixtures("small_pieces")
-def test_whole_pages_go_straight_to_the_disk_each_of_them_once(
+def test_whole_computed_pages_go_straight_to_the_disk_each_of_them_once(
     model: Model, direct_disk: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    """Those in which two tensors meet that two workers may write, and the last one, go through the page cache."""
+    """Those in which two tensors meet that two workers may write go through the page cache, as do copies."""
     system = System()
     system.install(monkeypatch)
     model.merge(direct_disk / "out", workers)
@@ -411,12 +405,13 @@ def test_whole_pages_go_straight_to_the_disk_each_of_them_once(
     pages = [
         page
         for content in large
-        for start, stop in parts_of(content)
+        for start, stop in computed_parts(content)
         for page in range(-(-start // PAGE), stop // PAGE)
     ]
     assert sum(count for _, count, _ in system.written) == len(pages) * PAGE
     assert sorted(at // PAGE + n for at, count, _ in system.written for n in range(count // PAGE)) == sorted(pages)
-    assert system.buffered == sum(map(len, model.wanted.values())) - len(pages) * PAGE
+    assert system.copied == model.untouched
+    assert system.buffered == sum(map(len, model.wanted.values())) - len(pages) * PAGE - model.untouched
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -449,7 +444,8 @@ def test_files_share_the_whole_pages_that_no_edit_touches(
     shared = sorted(at // PAGE + n for at, count in system.shared for n in range(count // PAGE))
     assert set(shared) <= set(pages)
     assert len(shared) == len(set(shared)) >= len(pages) - (0 if known else 1)  # two tensors may meet in a page
-    assert system.buffered + sum(count for _, count, _ in system.written) == len(content) - len(shared) * PAGE
+    written = sum(count for _, count, _ in system.written)
+    assert system.buffered + system.copied + written == len(content) - len(shared) * PAGE
 
 
 @pytest.mark.parametrize("opens", [True, False], ids=["direct", "through the page cache"])
