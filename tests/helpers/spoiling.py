@@ -75,7 +75,7 @@ def first_is(value: float) -> Callable[[Tensor], Tensor]:
 
 def of_tensor(name: str, tensor: Tensor) -> Iterator[Spoiling]:
     """Ways to spoil one of the tensors of a packed weight."""
-    if not name.endswith(("g_idx", "pre_quant_scale")):  # without which a weight means something else
+    if not name.endswith(("weight_g_idx", "pre_quant_scale")):  # without which a weight means something else
         yield Spoiling(f"{name} is lost", lambda tensors, _: tensors.pop(name))
     if "quant_state" in name:
         yield put(name, "is broken JSON", lambda t: t[: len(t) // 2].clone())

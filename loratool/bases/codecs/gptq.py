@@ -203,6 +203,9 @@ def weight_of(finder: Finder, module: str, how: Scheme) -> GptqWeight | None:
         finder.part(f"{module}.qzeros", ["I32"], [groups, -(-outputs * how.bits // 32)], why),
         finder.part(f"{module}.scales", SCALES, [groups, outputs], why),
     ]
+    if order is None and how.any_order and groups > 1:
+        finder.note(f"{module}.g_idx", "is missing, and with desc_act nothing else has the groups of the inputs")
+        return None
     if order is not None:
         parts.append(finder.part(order.name, ["I32", "I64"], [inputs], why))
     tensors = tuple(part for part in parts if part is not None)
