@@ -213,4 +213,4 @@ class LocalPart:
             else:
                 write_fully(self.file.descriptor, piece, at)
             self.move_on(len(piece))
-            lap("copy", len(piece))
+            lap("write", len(piece))

@@ -46,6 +46,9 @@ WORDS = {
     ),
     "use_dora": ("a field of mlx-lm's own early configs", ("adapters/formats/mlx.py",)),
     "revision": ("part of a place on the Hub", ("files/hub_names.py",)),
+    "group_size": ("an entry of the config of a quantised base", ("bases/codecs/",)),
+    "block_size": ("the same, of torchao", ("bases/codecs/torchao.py",)),
+    "exclude_modules": ("the same, of ModelOpt", ("bases/codecs/modelopt.py",)),
     "hidden_size": ("a field of a model's config", ("bases/", "demo.py")),
     "num_layers": (
         "a field of a model's config, and one of mlx-lm's own",

@@ -21,8 +21,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from malformed import f32, safetensors_bytes, write_json
+from packed_models import save_packed
 from paths import ROOT
+from quantised_models import FAMILIES
 
 from loratool import cli
 from loratool.commands.merge import MergeAndPushOptions
@@ -36,6 +39,7 @@ from loratool.reworking.resize import ResizeOptions
 BASE, TUNED = "-a base's “ü” $HOME", "tuned `ls`; \\n & *"
 ADAPTERS = (f"it's one{'!' * 220}", '--two "b" \u00e9')
 WITH_MORE, WITH_HEAD, WITHOUT_ALPHA, SEVERAL = "with more", "{head}", "~α", "[both]"
+PACKED = "=8 bits"
 EXTRA = "2_Dense/-more, of it.safetensors"
 WEIGHTS, BY_PATTERN, GRAMS = "-list é.json", "{table}.json", "-calibration #1.safetensors"
 LAYERS, WIDE, NARROW = 1, 8, 6
@@ -62,6 +66,14 @@ def write_model(folder: Path, moved: float = 0.0) -> None:
     write_json(folder / "config.json", {"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
 
 
+def write_packed(folder: Path) -> None:
+    """The same model with its layers in 8 bits."""
+    plain = {f"{m}.weight": torch.from_numpy(normal(*shape, seed=n)) for n, (m, shape) in enumerate(MODULES.items())}
+    made = FAMILIES["int8 (W8A8)"](plain)
+    norm = {"model.norm.weight": torch.from_numpy(normal(WIDE, seed=90)).float()}
+    save_packed(folder, {**norm, **made.tensors}, made.config, architectures=["LlamaForCausalLM"])
+
+
 def write_adapter(
     folder: Path, seed: int = 7, more: Mapping[str, Any] = MappingProxyType({}), **config: object
 ) -> None:
@@ -83,6 +95,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("home with spaces")
     write_model(home / BASE)
     write_model(home / TUNED, moved=1.0)
+    write_packed(home / PACKED)
     for number, name in enumerate(ADAPTERS):
         write_adapter(home / name, 1000 * (number + 1))
     for name in ("default", "it's"):
@@ -146,6 +159,7 @@ COMMANDS = {
         needs={"also_load": ["--ignore-files", EXTRA.replace("2_", "1_")]},
         on={
             **{option: (BASE, *operands) for option, operands in READING.items()},
+            **dict.fromkeys(("dequantize", "requantize", "accept_loss"), (PACKED, *ADAPTERS)),
             "allow_new_tensors": (BASE, WITH_HEAD),
             "also_load": (BASE, WITH_MORE),
             "ignore_files": (BASE, WITH_MORE),
