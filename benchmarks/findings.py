@@ -111,8 +111,12 @@ def write_result(path: Path | None, facts: dict[str, str], findings: Sequence[Fi
         **more,
         "findings": [asdict(found) for found in findings],
     }
+    text = json.dumps(table, indent=1, ensure_ascii=False) + "\n"
+    if path.exists() and not path.is_file():  # a device or a pipe is written to, and never replaced
+        path.write_text(text, encoding="utf-8")
+        return
     part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 

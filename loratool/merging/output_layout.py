@@ -103,9 +103,7 @@ class Origin:
     weight: StoredWeight
     name: str  # in the output
     dtype: str  # in the output, where no dtype is asked for
-    stored: TensorInfo | None = (
-        None  # a part of a weight that stays packed, or a scale of its layer: dtype and shape stay
-    )
+    stored: TensorInfo | None = None  # of a part of a packed weight, whose dtype and shape stay
     packed: str = ""  # as in a span
 
     @property
@@ -144,14 +142,18 @@ def plan_shards(base: Checkpoint, changes: OutputChanges, dtype: str, shard_size
         metadata = base.metadata(said, changes.plain) if isinstance(base, Decoded) else said
         same = shard is not None and head == [(t.name, t.dtype, t.shape) for t in shard.layout.in_order]
         layout = shard.layout if shard is not None and same and metadata == said else Layout.of(head, metadata)
-        spans = tuple(span_of(e, layout.tensors[e.name], changes.edits) for e in entries)
+        here = {e.packed for e in entries if not isinstance(e.weight, Plain)}
+        spans = tuple(span_of(e, layout.tensors[e.name], changes.edits, here) for e in entries)
         plans.append(ShardPlan(name, layout, spans))
     return tuple(plans)
 
 
-def span_of(entry: Origin, placed: TensorInfo, edits: Mapping[str, tuple[Edit, ...]]) -> Span:
-    """A tensor of the output with its edits: those of a weight that is packed anew are with its packed values."""
-    if entry.packed:
+def span_of(entry: Origin, placed: TensorInfo, edits: Mapping[str, tuple[Edit, ...]], here: Collection[str]) -> Span:
+    """A tensor of the output with its edits: those of a weight that is packed anew are with its packed values.
+
+    Scales in another file than those, which has the weights `here`, are copied: they stay the base's own.
+    """
+    if entry.packed in here and entry.packed:
         own = () if isinstance(entry.weight, Plain) else edits[entry.packed]
         return Span(entry.weight, placed, own, entry.packed)
     stays_packed = entry.stored is not None
@@ -189,10 +191,7 @@ def origin_of(base: Checkpoint, name: str, weight: StoredWeight, anew: Collectio
     whole, is_first = base.packed.get(name, ("", False))
     if whole not in anew:
         return Origin(weight, name, weight.dtype, weight.info)
-    if is_first:
-        return Origin(base.weights[whole], name, weight.info.dtype, weight.info, whole)
-    beside = base.weights[whole].tensors[0].file is weight.file  # in another file, it is copied
-    return Origin(weight, name, weight.dtype, weight.info, whole if beside else "")
+    return Origin(base.weights[whole] if is_first else weight, name, weight.dtype, weight.info, whole)
 
 
 def new_dtype(entry: Origin, wanted: str | None) -> str:

@@ -175,6 +175,26 @@ def test_a_requantised_weight_has_the_same_bytes_for_any_workers_and_blocks(
     assert outs[0] == outs[1]
 
 
+@pytest.mark.parametrize("size", ["600B", "1kB", "3kB"])
+def test_a_requantised_weight_whose_scales_get_another_file_keeps_those(size: str, tmp_path: Path) -> None:
+    """Only what lies in one file with the packed values can be made anew with them."""
+    save_base(tmp_path / "base", "int4 groups", EDITED, *OTHERS)
+    save_adapter(tmp_path / "adapter", EDITED)
+    inputs = tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out"
+    report = loratool.merge(*inputs, weights=[STRONG], device="cpu", requantize=True, accept_loss=True, shard_size=size)
+    before = load_file(tmp_path / "base" / "model.safetensors")
+    files = [load_file(path) for path in sorted((tmp_path / "out").glob("*.safetensors"))]
+    after = {name: value for file in files for name, value in file.items()}
+    assert after.keys() == before.keys()
+    stem = EDITED.removesuffix("weight")
+    (home,) = (file for file in files if f"{stem}weight_packed" in file)
+    assert not same_bytes(home[f"{stem}weight_packed"], before[f"{stem}weight_packed"])
+    for name in before:
+        if not name.startswith(stem) or name not in home:
+            assert same_bytes(after[name], before[name])
+    assert report.error_added is not None
+
+
 def test_siblings_that_servers_fuse_become_plain_together(tmp_path: Path) -> None:
     names = [f"{BLOCK}.self_attn.{part}_proj.weight" for part in "qkvo"]
     made = save_base(tmp_path / "base", "int4 groups", *names, EDITED)
