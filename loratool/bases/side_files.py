@@ -189,7 +189,7 @@ def packing_edits(base: Checkpoint, plain: Collection[str]) -> list[ConfigEdit]:
         whole = [name for name in ABOUT_PACKING if name in base.side_files]
         inside = [ConfigEdit(each.path, None) for each in base.settings.places if each.path]
         return [*inside, *(ConfigEdit((), None, name) for name in whole)]
-    about = f"names {len(plain)} more weights that are not quantised"
+    about = f"names the weights that become plain, {len(plain)} in total"
     plain = [name for name in base.weights if name in plain]  # in the order of the model
     return [
         ConfigEdit(each.path, left_plain(base, each, plain), each.file, f"{'.'.join(each.path)} {about}".strip())

@@ -128,14 +128,14 @@ def packing_rows(plan: MergePlan) -> list[tuple[str, object]]:
         return []
     kept = len(plan.base.weights) - len(plan.plain) - len(plan.anew)
     title = plan.base.codec.title if plan.base.codec else "packed"
-    rows: list[tuple[str, object]] = [("quantised", f"{title}: {kept} weights stay as they are")]
+    rows: list[tuple[str, object]] = [("quantised", f"{title}; stay as they are: {kept}")]
     dtypes: dict[str, list[str]] = {}
     for span in plan.spans:
         if span.placed.name in plan.plain and span.carried is None:
             dtypes.setdefault(span.placed.dtype, []).append(span.placed.name)
     if plan.anew:
-        rows.append(("requantised", f"{len(plan.anew)} weights: {listed(plan.anew)}"))
-    rows += [("become plain", f"{len(names)} weights, in {dtype}: {listed(names)}") for dtype, names in dtypes.items()]
+        rows.append(("requantised", f"{len(plan.anew)}: {listed(plan.anew)}"))
+    rows += [("become plain", f"{len(names)} in {dtype}: {listed(names)}") for dtype, names in dtypes.items()]
     return rows
 
 

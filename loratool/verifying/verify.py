@@ -198,7 +198,8 @@ class Verifier:
             *diagnose_pairing(pairing, heads, tie_changed),
             *(each for each in small if isinstance(each, Diagnosis)),
         ]
-        notes = [*plan.notes, *(each for each in small if isinstance(each, Note))]
+        written = [note for note in plan.notes if note.code != "config-edit"]  # tells what a merge would write
+        notes = [*written, *(each for each in small if isinstance(each, Note))]
         edited = sum(1 for each in pairing.pairs if each.span.edits)
         if len(found) < edited:
             text = f"of {edited} edited tensors, {edited - len(found)} that differ were not looked at a second time"

@@ -243,8 +243,8 @@ def test_a_dry_run_names_what_becomes_plain(tmp_path: Path) -> None:
     save_adapter(tmp_path / "adapter", EDITED)
     plan = loratool.plan(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
     assert plan.plain == (EDITED,)
-    assert "2 weights stay as they are" in str(plan)
-    assert "1 weights, in BF16" in str(plan)
+    assert "stay as they are: 2" in str(plan)
+    assert f"1 in BF16: {EDITED}" in str(plan)
     assert plan.to_dict()["plain"] == [EDITED]
 
 
