@@ -13,7 +13,7 @@ from loratool.commands.merge import MergeAndPushOptions
 from loratool.inspecting.inspect import InspectOptions
 from loratool.merging.in_memory import InMemoryOptions
 from loratool.merging.merge import MergeOptions
-from loratool.merging.planning import PlanOptions
+from loratool.merging.options import PlanOptions
 from loratool.options.described import Option, Options, described_by
 from loratool.publishing.options import PushOptions
 from loratool.publishing.streaming import StreamOptions

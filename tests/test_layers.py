@@ -58,7 +58,7 @@ PACKAGES = (
 WITHOUT_TORCH = (
     *("errors", "notes", "templates", "layouts", "files", "options", "results", "provenance", "bases", "fetching"),
     *("inspecting", "pictures", "commands", "cli", "__main__"),
-    *("verifying.options", "verifying.records", "verifying.verify"),
+    *("verifying.options", "verifying.records", "verifying.verify", "verifying.verifier"),
     *("adapters.reading", "adapters.ranks", "adapters.weight_files", "adapters.formats"),
     *("merging.plan", "merging.planning", "merging.output_layout", "merging.fingerprints"),
 )

@@ -13,8 +13,8 @@ from loratool.merging import merge as merging, merge_many as many, planning
 from loratool.merging.forecasting import with_forecast
 from loratool.merging.merge import MergeOptions, PathLike, Progress
 from loratool.merging.merge_many import Outputs
+from loratool.merging.options import PlanOptions
 from loratool.merging.plan import MergePlan
-from loratool.merging.planning import PlanOptions
 from loratool.options.described import keyword_options, made_of, option
 from loratool.options.shared import PublishOptions
 from loratool.publishing import streaming

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from loratool.merging.merge import PathLike, Progress
 from loratool.options.described import keyword_options, made_of
 from loratool.results.verify import Verification
 from loratool.verifying import verify as verifying
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from loratool.commands.keywords import VerifyKeywords
+    from loratool.merging.merge import PathLike, Progress
 
 
 @keyword_options(VerifyOptions)

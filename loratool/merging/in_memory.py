@@ -28,11 +28,10 @@ from loratool.lazy import Tensor, torch
 from loratool.merging.effects import effect_notes, effects_of
 from loratool.merging.gain import Gains, gain_notes
 from loratool.merging.merge import PathLike, Progress, located, planned, read_inputs, several
-from loratool.merging.planning import ChangeOptions, PlanOptions
+from loratool.merging.options import ChangeOptions, PlanOptions, RunOptions
 from loratool.merging.resources import (
     MOST_SHELVED,
     Resources,
-    RunOptions,
     choose_resources,
     rows_of_block,
     sums_products,

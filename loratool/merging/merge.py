@@ -39,8 +39,9 @@ from loratool.merging.effects import effect_notes, effects_of, size_notes
 from loratool.merging.engine import Engine
 from loratool.merging.fingerprints import content_fingerprint, local_state
 from loratool.merging.gain import Errors, Gains, check_loss, gain_notes
-from loratool.merging.planning import PlanOptions, plan_merge
-from loratool.merging.resources import Resources, RunOptions, choose_resources, runtime_for
+from loratool.merging.options import PlanOptions, RunOptions
+from loratool.merging.planning import plan_merge
+from loratool.merging.resources import Resources, choose_resources, runtime_for
 from loratool.merging.tasks import Job
 from loratool.merging.totals import summed
 from loratool.notes import Note, as_records

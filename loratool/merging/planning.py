@@ -10,7 +10,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from loratool.adapters.adapter import StoredTensor, same_values
-from loratool.adapters.reading import ReadingOptions
 from loratool.algebra.updates.additive import Add
 from loratool.algebra.updates.compound import images_in, with_weight
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
@@ -39,8 +38,6 @@ from loratool.layouts.architectures import POOLED
 from loratool.merging.output_layout import Origin, OutputChanges, ShardPlan, check_names, plan_index, plan_shards
 from loratool.merging.plan import MergePlan
 from loratool.notes import Note
-from loratool.options.described import FLAG, NUMBER, SIZE, Choice, Options, PathKind, dtypes, option
-from loratool.options.shared import NamingOptions, OrientationOption
 from loratool.templates import listed
 
 if TYPE_CHECKING:
@@ -49,78 +46,7 @@ if TYPE_CHECKING:
     from loratool.adapters.adapter import Adapter
     from loratool.bases.binding import Place
     from loratool.bases.trained_view import Binder
-
-ROUNDINGS = ("nearest", "compensated", "stochastic")
-DTYPES = ("keep", "float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChangeOptions(NamingOptions, OrientationOption, ReadingOptions):
-    """What is merged."""
-
-    weights: tuple[float, ...] = option(
-        "-w",
-        "--weight",
-        help="Weight, once per adapter in order, or as a comma-separated list; a negative weight removes an adapter "
-        "that was merged earlier [default: 1].",
-        default=(),
-        kind=NUMBER,
-        many=True,
-        commas=True,
-    )
-    dtype: str = option(help="Dtype of all float tensors in the output.", default="keep", kind=dtypes(*DTYPES))
-    rounding: str = option(
-        help="How elements of an output narrower than float32 are rounded: to the nearest value; compensated, so that "
-        "the rounded weight holds the whole update; or up and down at random, unbiased.",
-        default="nearest",
-        kind=Choice(lambda: ROUNDINGS),
-    )
-    dequantize: bool = option(
-        help="Write all of a quantised BASE as plain weights, not only those that an adapter changes; with no ADAPTER "
-        "too.",
-        default=False,
-        kind=FLAG,
-    )
-    allow_new_tensors: bool = option(
-        help="Add tensors that an adapter saved but BASE lacks, such as a new head.", default=False, kind=FLAG
-    )
-    also_load: tuple[str, ...] = option(
-        help="Also merge the tensors of this safetensors file in an ADAPTER's folder; may be repeated.",
-        default=(),
-        kind=PathKind("FILE", beside=True),
-        many=True,
-    )
-    ignore_files: tuple[str, ...] = option(
-        help="Ignore this file in an ADAPTER's folder, even if it contains trained weights; may be repeated.",
-        default=(),
-        many=True,
-        metavar="NAME",
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayoutOption(Options):
-    """How what is merged is laid out."""
-
-    shard_size: int | None = option(
-        help="Largest size of an output shard, such as 5GB [default: the shards of BASE].", kind=SIZE
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanOptions(ChangeOptions, LayoutOption):
-    """What is merged, and how it is laid out."""
-
-    requantize: bool = option(
-        help="Write edited weights of a quantised BASE in its own format again, each value rounded to the nearest one.",
-        default=False,
-        kind=FLAG,
-    )
-    accept_loss: bool = option(
-        help="With --requantize: write the output even if most of the update is lost.",
-        default=False,
-        kind=FLAG,
-    )
+    from loratool.merging.options import PlanOptions
 
 
 def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptions) -> MergePlan:

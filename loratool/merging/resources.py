@@ -11,8 +11,6 @@ from loratool.devices import RUNTIME_MEMORY, Runtime, kind_of, start_torch, with
 from loratool.errors import UsageError
 from loratool.files.process import cores
 from loratool.files.sink import COPY_PIECE, PAGE
-from loratool.options.described import Number, Size, option
-from loratool.options.shared import DeviceOption
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -39,18 +37,6 @@ GPU_WORKERS = 16  # per GPU: most of them hash and write
 CUDA_MEMORY = 600 << 20  # bytes of host memory that the CUDA libraries take besides
 CUDA_WORKING_MEMORY = 512 << 20  # bytes of host memory that kernels take when they first run
 WORKING_MEMORY = 32 << 20  # bytes: hashing, small files and the libraries' own buffers
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOptions(DeviceOption):
-    """Of a merge: what it may use."""
-
-    workers: int | None = option(
-        help="Number of worker threads [default: the number of cores plus two, at most 16; on GPUs one per core, at most 16 for each].",
-        kind=Number(whole=True, low=1, high=1024),
-        recorded=False,
-    )
-    max_memory: int | None = option(help="Limit on resident memory, such as 400MB.", kind=Size("MB"), recorded=False)
 
 
 @dataclass(frozen=True)

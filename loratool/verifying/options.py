@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loratool.merging.planning import ROUNDINGS, ChangeOptions
-from loratool.merging.resources import RunOptions
+from loratool.merging.options import ROUNDINGS, ChangeOptions, RunOptions
 from loratool.options.described import Choice, option
 
 AUTO, TWICE = "auto", "twice"

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratool.errors import InputError, UsageError, printable
-from loratool.fetching import local
 from loratool.files.checkpoint import PROVENANCE
 from loratool.files.digests import read_recorded
 from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.process import peak_memory
-from loratool.merging.merge import PathLike
 from loratool.provenance import record
 from loratool.results.base import Cost
 from loratool.results.verify import AS_RECORDED, NOT_PROVEN, Diagnosis, Verification
+
+if TYPE_CHECKING:
+    from loratool.merging.merge import PathLike
 
 
 def verify_record(merged: PathLike) -> Verification:
     """Every file of a folder, or one file of it, against the digests that were recorded when it was written."""
     started = time.monotonic()
-    path = local(merged, "any")
+    path = Path(merged) if os.path.lexists(merged) else fetched(merged)
     folder, only = (path, "") if path.is_dir() else (path.parent, path.name)
     if not path.exists():
         raise InputError(f"{printable(path)}: no such file or folder")
@@ -41,6 +44,13 @@ def verify_record(merged: PathLike) -> Verification:
         bytes_read=size,
         cost=Cost("cpu", time.monotonic() - started, 0.0, peak_memory()),
     )
+
+
+def fetched(merged: PathLike) -> Path:
+    """What is not here, from the Hub: no local folder waits for the import of what fetches."""
+    from loratool.fetching import local
+
+    return local(merged, "any")
 
 
 def listed_in(folder: Path, only: str) -> tuple[int, int]:

@@ -2,48 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
 from typing import TYPE_CHECKING
 
-from loratool.adapters.adapter import same_bytes
-from loratool.bases.codecs import decoded
-from loratool.bases.opening import open_checkpoint
-from loratool.bases.weights import plain_of
-from loratool.errors import FitError, UsageError, printable
-from loratool.fetching import local
-from loratool.fetching.bases import AUTO as AUTO_BASE
-from loratool.files.process import cores, peak_memory
-from loratool.layouts.ties import TIE_FLAGS
-from loratool.merging.merge import PathLike, Progress, located, planned, read_inputs, several
-from loratool.merging.planning import PlanOptions
-from loratool.merging.resources import most_workers, runtime_for
-from loratool.notes import Note
+from loratool.errors import UsageError
 from loratool.options.described import described_by
-from loratool.results.base import Cost
-from loratool.results.verify import NOT_PROVEN, PROVEN, ROUNDED_TWICE, Diagnosis, TensorProof, Verification
-from loratool.verifying.configs import compare_files, keys_of
-from loratool.verifying.diagnosing import diagnose_edited, diagnose_pairing, diagnose_quantised, diagnose_rest
-from loratool.verifying.explaining import Explained, as_it_should, explain
-from loratool.verifying.looking import Look
-from loratool.verifying.options import AUTO, TWICE, VerifyOptions
-from loratool.verifying.pairing import Pairing, pair
-from loratool.verifying.proving import Proving
-from loratool.verifying.quantised import Survived, is_quantised, survived
+from loratool.verifying.options import VerifyOptions
 from loratool.verifying.records import verify_record
-from loratool.verifying.untouched import Changed, look_at
 
 if TYPE_CHECKING:
-    from loratool.files.checkpoint import Checkpoint
-    from loratool.merging.plan import MergePlan
-    from loratool.verifying.distances import Distances
-    from loratool.verifying.pairing import Pair
+    from collections.abc import Sequence
 
-MOST_LOOKED_AT = (
-    512  # tensors that differ and are looked at a second time; a model of many experts has tens of thousands
-)
+    from loratool.merging.merge import PathLike, Progress
+    from loratool.results.verify import Verification
 
 
 def verify(
@@ -54,188 +25,19 @@ def verify(
     progress: Progress | None = None,
 ) -> Verification:
     """Prove `merged`; `loratool.commands.verify` says all of it."""
-    words = several(adapters)
-    if not words and base is None:
+    named = isinstance(adapters, (str, os.PathLike)) or len(adapters) > 0
+    if not named and base is None:
         if given := changed_options(options):
             raise UsageError(f"{', '.join(given)}: needs --adapter, and --base where the adapter does not name it")
         return verify_record(merged)
-    if not words and not options.dequantize:
+    if not named and not options.dequantize:
         raise UsageError("--base needs --adapter, once for each adapter that was merged, or --dequantize")
-    started = time.monotonic()
-    plan = plan_of(AUTO_BASE if base is None else base, words, options)
-    model = decoded(open_checkpoint(local(merged, "model")))
-    found = Verifier(plan, model, options, progress).run()
-    return dataclasses.replace(found, cost=dataclasses.replace(found.cost, seconds=time.monotonic() - started))
+    from loratool.verifying.verifier import prove  # most of the library, which a record needs nothing of
+
+    return prove(merged, base, adapters, options, progress)
 
 
 def changed_options(options: VerifyOptions) -> list[str]:
     """The flags of options that say what was merged, which the check of a record has no use for."""
     every = described_by(VerifyOptions).items()
     return [each.flag for name, (each, default) in every if each.recorded and getattr(options, name) != default]
-
-
-def plan_of(base: PathLike, adapters: Sequence[PathLike], options: VerifyOptions) -> MergePlan:
-    """What the merge would have been. Raises `FitError` in one sentence where an adapter is of another model."""
-    ways = options.readings(max(1, len(adapters)))
-    base, paths = located(base, adapters)
-    known = described_by(PlanOptions)
-    settings = {name: getattr(options, name) for name in known if hasattr(options, name)}
-    settings["rounding"] = options.rounding if options.rounding not in (AUTO, TWICE) else "nearest"
-    try:
-        return planned(*read_inputs(local(base, "model"), paths, ways), PlanOptions(**settings))
-    except FitError as error:
-        if not error.problems:
-            raise
-        more = f", and {len(error.problems) - 1} more" if len(error.problems) > 1 else ""
-        raise FitError(f"{error.message.rstrip(':')}: {error.problems[0]}{more}") from None
-
-
-class Verifier:
-    """One merged model and the plan that it is held to."""
-
-    def __init__(self, plan: MergePlan, merged: Checkpoint, options: VerifyOptions, progress: Progress | None) -> None:
-        self.plan, self.merged, self.options, self.progress = plan, merged, options, progress
-        self.pairing: Pairing = pair(plan, merged)
-        self.runtime = runtime_for([each.span for each in self.pairing.pairs], options.device)
-        self.bytes_read = 0
-
-    def run(self) -> Verification:
-        """Compare everything, look again at what differs, and say what it is."""
-        for adapter in self.plan.adapters:
-            adapter.check_values()
-        rounding, distances = self.prove_all()
-        edited = [each for each in self.pairing.pairs if each.span.edits]
-        odd = [
-            each
-            for each in self.pairing.pairs
-            if not each.span.edits and distances[each.name].unequal and not is_quantised(each.theirs)
-        ]
-        found = self.explain_all(edited, distances, rounding)
-        changed = self.look_at_all(odd)
-        diagnoses, notes = self.diagnose(found, changed, distances)
-        tensors = self.proofs(found, distances)
-        twice = any(proof.status == "rounded-twice" for proof in tensors.values())
-        wrong = any(not each.passes for each in diagnoses) or any(p.status == "different" for p in tensors.values())
-        ready = self.runtime.result()
-        return Verification(
-            merged=self.merged.root,
-            verdict=NOT_PROVEN if wrong else ROUNDED_TWICE if twice else PROVEN,
-            diagnoses=tuple(diagnoses),
-            notes=tuple(notes),
-            base=self.plan.base.name,
-            adapters=tuple(adapter.name for adapter in self.plan.adapters),
-            rounding=rounding_of(found.values(), rounding),
-            tensors=tensors,
-            bytes_read=self.bytes_read,
-            cost=Cost(", ".join(ready.devices), 0.0, ready.seconds, peak_memory()),
-        )
-
-    def prove_all(self) -> tuple[str, dict[str, Distances]]:
-        """How every tensor was rounded, and how far it is from the formula rounded that way."""
-        rounding = "nearest" if self.options.rounding == AUTO else self.options.rounding
-        distances = self.prove(self.pairing.pairs, rounding)
-        if self.options.rounding != AUTO:
-            return rounding, distances
-        edited = [each for each in self.pairing.pairs if each.span.edits]
-        odd = [each for each in edited if distances[each.name].equal < 0.995 and not is_quantised(each.theirs)]
-        smallest = min(odd, key=lambda each: each.span.placed.nbytes, default=None)
-        for other in ("compensated", "stochastic") if smallest is not None else ():
-            assert smallest is not None
-            if not self.prove([smallest], other)[smallest.name].unequal:
-                return other, {**distances, **self.prove(edited, other)}
-        return AUTO, distances
-
-    def prove(self, pairs: Sequence[Pair], rounding: str) -> dict[str, Distances]:
-        """Compare some tensors with the formula."""
-        proving = Proving(pairs, self.runtime, self.options, rounding, self.progress)
-        proving.run(self.options.workers or most_workers())
-        self.bytes_read += proving.bytes_done
-        return proving.distances
-
-    def explain_all(
-        self, edited: Sequence[Pair], distances: Mapping[str, Distances], rounding: str
-    ) -> dict[str, Explained]:
-        """What each edited tensor is; of very many that differ, only some are looked at."""
-        odd = [each for each in edited if distances[each.name].unequal]
-        step = max(1, -(-len(odd) // MOST_LOOKED_AT))
-        with ThreadPoolExecutor(cores(), "loratool-explain") as pool:
-            results = pool.map(lambda each: explain(each, distances[each.name], self.plan, rounding), odd[::step])
-            found = {each.name: one for each, one in zip(odd[::step], results, strict=True)}
-        for each in edited:
-            if not distances[each.name].unequal:
-                found[each.name] = as_it_should(each)
-        return {each.name: found[each.name] for each in edited if each.name in found}
-
-    def look_at_all(self, odd: Sequence[Pair]) -> dict[str, Changed]:
-        """How the tensors differ that should be the base's."""
-        with ThreadPoolExecutor(cores(), "loratool-look") as pool:
-            return {each.name: one for each, one in zip(odd, pool.map(look_at, odd), strict=True)}
-
-    def left_of_updates(self, found: Mapping[str, Explained]) -> dict[str, Survived]:
-        """What survived of the updates of each quantised tensor."""
-        packed = [each for each in self.pairing.pairs if each.name in self.pairing.quantised and each.name in found]
-        with ThreadPoolExecutor(cores(), "loratool-look") as pool:
-            results = zip(packed, pool.map(lambda each: survived(Look(each, ())), packed), strict=True)
-            return {each.name: left for each, left in results if left is not None}
-
-    def diagnose(
-        self, found: Mapping[str, Explained], changed: Mapping[str, Changed], distances: Mapping[str, Distances]
-    ) -> tuple[list[Diagnosis], list[Note]]:
-        """All that is wrong, and all that should be known."""
-        pairing, plan = self.pairing, self.plan
-        heads = {
-            name: same_bytes(plain_of(self.merged, name), plain_of(self.merged, first))
-            for name, first in pairing.untied.items()
-        }
-        explained = keys_of(pairing)
-        tie_changed = any(self.merged.config.get(key) is False for key in TIE_FLAGS)
-        small = list(compare_files(plan, self.merged, explained))
-        untouched = sum(1 for each in pairing.pairs if not each.span.edits)
-        diagnoses = [
-            *diagnose_edited(plan, found, distances),
-            *diagnose_rest(plan, self.merged.name, found, changed, untouched, distances),
-            *diagnose_quantised(pairing, distances, self.left_of_updates(found)),
-            *diagnose_pairing(pairing, heads, tie_changed),
-            *(each for each in small if isinstance(each, Diagnosis)),
-        ]
-        written = [note for note in plan.notes if note.code != "config-edit"]  # tells what a merge would write
-        notes = [*written, *(each for each in small if isinstance(each, Note))]
-        edited = sum(1 for each in pairing.pairs if each.span.edits)
-        if len(found) < edited:
-            text = f"of {edited} edited tensors, {edited - len(found)} that differ were not looked at a second time"
-            notes.append(Note("looked-at-some", text))
-        if pairing.buffers:
-            text = f"on one side only, and made anew whenever a model is loaded: {len(pairing.buffers)} buffers"
-            notes.append(Note("buffers-differ", text))
-        if pairing.tied:
-            text = f"not stored, because tied to another tensor: {', '.join(map(printable, pairing.tied))}"
-            notes.append(Note("tied-weight-left-out", text))
-        return diagnoses, notes
-
-    def proofs(self, found: Mapping[str, Explained], distances: Mapping[str, Distances]) -> dict[str, TensorProof]:
-        """What each tensor is, in the order of the plan."""
-        proofs: dict[str, TensorProof] = {}
-        adapters, twice = len(self.plan.adapters), any(each.rounding == TWICE for each in found.values())
-        for each in self.pairing.pairs:
-            seen = distances[each.name]
-            if each.name in found:
-                proofs[each.name] = found[each.name].proof(seen, adapters)
-            else:
-                proofs[each.name] = TensorProof(status_of(each, seen, twice), seen.ulp, seen.equal)
-        gone = {**dict.fromkeys(self.pairing.missing, "missing"), **dict.fromkeys(self.pairing.unknown, "unknown")}
-        return proofs | {name: TensorProof(status) for name, status in gone.items()}
-
-
-def status_of(pair: Pair, seen: Distances, twice: bool) -> str:
-    """What a tensor is by its distances alone; `twice` tells whether others like it were rounded twice."""
-    if not pair.span.edits:
-        return "different" if seen.unequal else "identical"
-    return "proven" if seen.ulp <= 1 else "rounded-twice" if twice and seen.ulp <= 2 else "different"
-
-
-def rounding_of(found: Iterable[Explained], rounding: str) -> str:
-    """The one way in which all edited tensors are rounded; empty where they differ or are something else."""
-    if rounding != AUTO:
-        return rounding
-    every = {each.rounding for each in found}
-    return TWICE if every == {TWICE, "nearest"} else every.pop() if len(every) == 1 else ""

@@ -22,7 +22,7 @@ import loratool
 from loratool.files import digests
 from loratool.merging import in_memory, resources
 from loratool.merging.in_memory import Filling
-from loratool.merging.planning import DTYPES, ChangeOptions
+from loratool.merging.options import DTYPES, ChangeOptions
 from loratool.options.described import Choice, described_by
 
 needs_cuda = pytest.mark.skipif(
