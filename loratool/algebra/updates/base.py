@@ -145,6 +145,11 @@ class Wrapped(Update):
 
 
 def agree(wanted: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Whether a weight of `shape` is what an update of shape `wanted` is for."""
+    """Whether a weight of `shape` is what an update of shape `wanted` is for.
+
+    What has a kernel of 1 also fits a matrix, as some releases of a model have one where others have a convolution.
+    """
+    if len(shape) == 2 and set(wanted[2:]) == {1}:
+        wanted = wanted[:2]
     seen = (shape[0], math.prod(shape[1:])) if len(wanted) == 2 < len(shape) else shape
     return len(wanted) == len(seen) and all(size in (ANY, given) for size, given in zip(wanted, seen, strict=True))

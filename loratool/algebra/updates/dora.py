@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from loratool.algebra.updates.base import Update, WeightRows, Wrapped
@@ -13,13 +14,15 @@ class Magnitude(Wrapped):
     """W' = m/‖W + ΔW‖ ⊙ (W + ΔW): DoRA (Liu et al. 2024, arXiv:2402.09353), by composition.
 
     The norm is that of each row, or of each column (`by_column`) where the weight is stored (in, out) or is an
-    embedding table. It is taken with the unmerged weight, also where other updates came before. A row or column
-    of norm 0 stays 0. At another strength W' lies on the line from W through the result at strength 1.
+    embedding table, and as LyCORIS and OneTrainer train it too. A column of a convolution is an input channel. The norm
+    is taken with the unmerged weight, also where other updates came before. A row or column of norm 0 stays 0. At
+    another strength W' lies on the line from W through the result at strength 1.
     """
 
     magnitude: Tensor  # (rows,), or (columns,) by column
     by_column: bool = False
-    norms: Tensor | None = None  # (columns,) of W + ΔW, once prepared
+    repeat: int = 1  # columns of the matrix for one of `magnitude`, once fitted
+    norms: Tensor | None = None  # of W + ΔW by column, once prepared; as many as `magnitude`
 
     looks_at_base = True
 
@@ -35,7 +38,7 @@ class Magnitude(Wrapped):
         inner = self.inner.fit(shape)
         if inner is None or self.magnitude.shape[0] != (shape[1] if self.by_column else shape[0]):
             return None
-        return replace(self, inner=inner)
+        return replace(self, inner=inner, repeat=math.prod(shape[2:]))
 
     def prepared(self, weight: WeightRows) -> Update:
         inner = self.inner.prepared(weight) if self.inner.needs_weight else self.inner
@@ -48,23 +51,22 @@ class Magnitude(Wrapped):
             here = moved.double().square().sum(0)
             squared = here if squared is None else squared + here
         assert squared is not None, "a weight without rows has no update"
-        return replace(self, inner=inner, norms=squared.sqrt())
+        return replace(self, inner=inner, norms=squared.view(-1, self.repeat).sum(1).sqrt())
 
     def factor(self, norms: Tensor, magnitude: Tensor) -> Tensor:
         return (magnitude.to(norms.dtype) / norms).masked_fill(norms == 0, 0.0)
 
     def delta(self, weight: Tensor) -> Tensor:
-        moved = (weight + self.inner.delta(weight)).reshape(weight.shape[0], -1)
-        if self.by_column:
-            moved = moved * self.factor(moved.norm(dim=0), self.magnitude)
-        else:
-            moved = moved * self.factor(moved.norm(dim=1), self.magnitude)[:, None]
-        return moved.reshape(weight.shape) - weight
+        moved = weight + self.inner.delta(weight)
+        kept = 1 if self.by_column and weight.dim() > 1 else 0
+        norms = moved.transpose(0, kept).flatten(1).norm(dim=1)
+        factor = self.factor(norms, self.magnitude).reshape(*[1] * kept, -1, *[1] * (weight.dim() - 1 - kept))
+        return moved * factor - weight
 
     def add_rows(self, rows: Tensor, first_row: int, strength: float, base: Tensor) -> None:
         if self.by_column:
             assert self.norms is not None, "prepare the update first"
-            factor = self.factor(self.norms, self.magnitude).to(rows.dtype)
+            factor = self.factor(self.norms, self.magnitude).to(rows.dtype).repeat_interleave(self.repeat)
         else:
             moved = base.clone()
             self.inner.add_rows(moved, first_row, 1.0, base)

@@ -37,13 +37,13 @@ def product(one: Tensor, other: Tensor) -> Tensor:
 
 
 def along_kernel(core: Tensor, channels: Tensor) -> Tensor:
-    """Tucker core (r, r, *kernel) and (r, channels) as (r, channels · kernel): LoHa on a convolution."""
-    return torch.einsum("ijkl,jc->ickl", core, channels).flatten(1)
+    """Tucker core (p, r, *kernel) and (r, channels) as (p, channels · kernel): LoHa and LoRA on a convolution."""
+    return torch.einsum("ij...,jc->ic...", core, channels).flatten(1)
 
 
 def rebuilt(core: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Tucker core (r, r, *kernel), (r, p) and (r, q) as (p, q · kernel): LoKr on a convolution."""
-    return torch.einsum("ijkl,ip,jq->pqkl", core, left, right).flatten(1)
+    return torch.einsum("ij...,ip,jq->pq...", core, left, right).flatten(1)
 
 
 def diagonal(blocks: Iterable[Tensor]) -> Tensor:

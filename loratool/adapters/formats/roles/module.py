@@ -1,0 +1,163 @@
+"""`Module`: what a file holds of one module, and what is found in it."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from loratool.adapters.adapter import INTEGER_NAMES, StoredTensor
+from loratool.adapters.formats.roles.names import ALPHA, canonical
+from loratool.algebra.updates.base import Update
+from loratool.errors import Problem, printable
+from loratool.files.open_sources import OpenSources
+from loratool.files.safefile import FLOAT_NAMES
+from loratool.notes import Note
+
+MALFORMED, MISSING_PARTNER, SAVED_TWICE = "malformed", "missing-partner", "saved-twice"  # codes of problems
+LARGEST_SCALE = 3.4e38  # float32
+# How one number of a dtype is unpacked. BF16 is the upper half of an F32.
+NUMBERS = {
+    "F64": "<d",
+    "F32": "<f",
+    "F16": "<e",
+    "BF16": "<f",
+    "I64": "<q",
+    "I32": "<i",
+    "I16": "<h",
+    "I8": "<b",
+    "U8": "<B",
+    "BOOL": "<?",
+}
+
+
+class RoleProblem(Exception):  # noqa: N818 (it carries what a report calls problems)
+    """Everything that is wrong with the tensors of one module, each as a `Problem`."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__(*self.problems)
+
+
+@dataclass(frozen=True)
+class Module:
+    """What a file holds of one module."""
+
+    name: str  # in words of the file, for messages
+    roles: Mapping[str, StoredTensor]  # by role, in any spelling
+    alpha: float | None = None  # of a header or config, where the module has no tensor `alpha`
+    scale: float | None = None  # what multiplies as it is, where the dialect says so; then alpha is not used
+    table: bool = False  # an embedding, (rows, width), whose update is the transpose of the product
+    dim: int | None = None  # the rank that a header records, for comparison
+    constrained: bool = False  # alpha limits the rotation also where it is 0, as in kohya's OFT
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the tensors of one module come to, by parameter: `weight` or `bias`."""
+
+    updates: Mapping[str, Update]  # several changes of one parameter are one update
+    used: Mapping[str, tuple[str, ...]]  # the roles that each was made of, as the module spells them
+    rank: int = 0  # of its factors; 0 where it has none
+    notes: tuple[Note, ...] = ()  # what was assumed; the same note for every module of which the same is said
+    unsupported: tuple[str, ...] = ()  # what is recognised and not merged
+
+
+@dataclass
+class Slots:
+    """The tensors of a module by the one name of their role, and what has been found in them so far."""
+
+    module: Module
+    sources: OpenSources | None = None
+    spelled: dict[str, str] = field(default_factory=dict)  # role → as the module spells it
+    notes: list[Note] = field(default_factory=list)
+    unsupported: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for role in self.module.roles:
+            name = canonical(role)
+            if name in self.spelled:
+                both = f"{self.module.roles[self.spelled[name]].info.name} and {self.module.roles[role].info.name}"
+                self.fail(f"{printable(both)} are two spellings of the same tensor", SAVED_TWICE)
+            self.spelled[name] = role
+
+    def __contains__(self, role: object) -> bool:
+        return role in self.spelled
+
+    @property
+    def shown(self) -> str:
+        return printable(self.module.name)
+
+    def name(self, role: str) -> str:
+        """The name of the tensor of a role, for a message."""
+        return printable(self.module.roles[self.spelled[role]].info.name)
+
+    def fail(self, what: str, code: str = MALFORMED) -> None:
+        """Refuse the module."""
+        raise RoleProblem([Problem(f"{self.shown}: {what}", code)])
+
+    def require(self, condition: bool, what: str, code: str = MALFORMED) -> None:
+        """Refuse the module unless something holds."""
+        if not condition:
+            self.fail(what, code)
+
+    def remark(self, note: Note) -> None:
+        """Note something of this module, in words that serve for all modules of which it is true."""
+        if note not in self.notes:
+            self.notes.append(note)
+
+    def tensor(self, role: str, dimensions: Collection[int] = (2,), dtypes: Collection[str] = FLOAT_NAMES) -> Any:
+        """The tensor of a role, in any of some numbers of dimensions (none: in any)."""
+        if role not in self.spelled:
+            there = ", ".join(self.name(other) for other in self.spelled)
+            self.fail(f"{role} is missing (found only {there})", MISSING_PARTNER)
+        stored = self.module.roles[self.spelled[role]]
+        shape, dtype = stored.shape, stored.info.dtype
+        self.require(dtype in dtypes, f"{self.name(role)} is stored as {dtype}; expected {' or '.join(dtypes)}")
+        wanted = " or ".join(map(str, sorted(dimensions)))
+        fits = not dimensions or len(shape) in dimensions
+        self.require(fits, f"{self.name(role)} is {list(shape)}; expected {wanted} dimensions")
+        self.require(0 not in shape, f"{self.name(role)} is {list(shape)}, which has no elements")
+        return stored
+
+    def indices(self, role: str, dimensions: Collection[int]) -> Any:
+        """The tensor of a role that holds whole numbers."""
+        return self.tensor(role, dimensions, tuple(INTEGER_NAMES))
+
+    def number(self, role: str) -> float:
+        """The one finite number that the tensor of a role holds; its bytes are read."""
+        stored = self.tensor(role, (), tuple(NUMBERS))
+        self.require(math.prod(stored.shape) == 1, f"{self.name(role)} is {list(stored.shape)}; expected one number")
+        raw = bytearray(stored.info.nbytes)
+        stored.read(0, memoryview(raw), self.sources)
+        if stored.info.dtype == "BF16":
+            raw = bytearray(2) + raw
+        (value,) = struct.unpack(NUMBERS[stored.info.dtype], raw)
+        finite = math.isfinite(value) and abs(value) <= LARGEST_SCALE
+        self.require(finite, f"{self.name(role)} is {float(value):g}; expected a finite number")
+        return float(value)
+
+    @property
+    def alpha(self) -> float | None:
+        """α as the file or its header has it; None where neither does."""
+        if ALPHA in self:
+            value = self.number(ALPHA)
+            self.require(value >= 0, f"{self.name(ALPHA)} is {value:g}; expected a number that is not negative")
+            return value
+        return self.module.alpha
+
+    def scale(self, rank: int) -> float:
+        """What multiplies a product of a rank: α/r, and 1 without α."""
+        if self.module.scale is not None:
+            return self.module.scale
+        alpha = self.alpha
+        if alpha is None:
+            self.remark(
+                Note("alpha-missing", "modules without alpha are applied with scale 1, as if it was their rank")
+            )
+            return 1.0
+        if alpha == 0:
+            self.remark(Note("alpha-is-zero", "modules with alpha 0 are applied with scale 0, so they change nothing"))
+        return alpha / rank

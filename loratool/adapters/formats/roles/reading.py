@@ -1,0 +1,145 @@
+"""Which method the tensors of a module belong to, and the updates that they make together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from loratool.adapters.adapter import Derived, StoredTensor
+from loratool.adapters.formats.roles import names
+from loratool.adapters.formats.roles.factors import low_rank
+from loratool.adapters.formats.roles.module import MISSING_PARTNER, Found, Module, Slots
+from loratool.algebra.updates import formulas
+from loratool.algebra.updates.additive import Add
+from loratool.algebra.updates.base import Update
+from loratool.algebra.updates.compound import Both
+from loratool.algebra.updates.dora import Magnitude
+from loratool.files.open_sources import OpenSources
+
+
+@dataclass(frozen=True)
+class Family:
+    """A method: its roles, and what makes an update of the weight of them."""
+
+    name: str
+    roles: tuple[str, ...]
+    read: Callable[[Slots], Update]
+
+
+FAMILIES = (Family("LoRA", names.LORA, low_rank),)
+COMMON = (names.ALPHA, *names.MAGNITUDES, *names.SPARSE, *names.WHOLE)  # which go with any of them, or alone
+
+
+@dataclass
+class Changes:
+    """The changes of each parameter of a module, and the roles that each is made of."""
+
+    updates: dict[str, list[Update]] = field(default_factory=dict)
+    used: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, parameter: str, update: Update, *roles: str) -> None:
+        self.updates.setdefault(parameter, []).append(update)
+        self.used.setdefault(parameter, []).extend(roles)
+
+
+def found_in(module: Module, sources: OpenSources | None = None) -> Found:
+    """The updates that the tensors of a module make; `sources` keeps its file open for the scalars that are read.
+
+    Raises `RoleProblem` where a half is missing, shapes do not multiply, dtypes are no floats, or roles contradict
+    each other.
+    """
+    slots = Slots(module, sources)
+    if foreign := sorted({names.FOREIGN[role] for role in slots.spelled if role in names.FOREIGN}):
+        return Found({}, {}, unsupported=tuple(f"{name} ({slots.shown})" for name in foreign))
+    family, magnitude = family_of(slots), magnitude_role(slots)
+    changes, rank = Changes(), 0
+    if family is not None:
+        update = family.read(slots)
+        rank = update.rank
+        if magnitude is not None:
+            update = with_magnitude(slots, magnitude, update)
+        own = (*family.roles, names.ALPHA, magnitude)
+        changes.add("weight", update, *(role for role in own if role in slots.spelled and role != names.UP_BIAS))
+    elif magnitude is not None:
+        slots.fail(f"{slots.name(magnitude)} has no factors", MISSING_PARTNER)
+    add_whole(slots, changes)
+    add_bias(slots, changes, rank)
+    slots.require(
+        bool(changes.updates), f"{', '.join(map(slots.name, slots.spelled))} makes no update", MISSING_PARTNER
+    )
+    return Found(
+        {parameter: together(updates) for parameter, updates in changes.updates.items()},
+        {parameter: tuple(slots.spelled[role] for role in roles) for parameter, roles in changes.used.items()},
+        rank,
+        tuple(slots.notes),
+        tuple(slots.unsupported),
+    )
+
+
+def family_of(slots: Slots) -> Family | None:
+    """The method of a module; None where nothing but whole changes are there."""
+    there = [family for family in FAMILIES if any(role in slots for role in family.roles)]
+    roles: Mapping[str, str] = {role: family.name for family in FAMILIES for role in family.roles}
+    if len(there) > 1:
+        shown = " and ".join(
+            f"{family.name} ({slots.name(next(role for role in family.roles if role in slots))})" for family in there
+        )
+        slots.fail(f"has tensors of {shown}; expected those of one method")
+    strange = [role for role in slots.spelled if role not in roles and role not in COMMON]
+    slots.require(not strange, f"{', '.join(map(slots.name, strange))}: no method has such a tensor")
+    return there[0] if there else None
+
+
+def together(updates: list[Update]) -> Update:
+    """Several changes of one parameter as one."""
+    first, *others = updates
+    for other in others:
+        first = Both(first, other)
+    return first
+
+
+def add_whole(slots: Slots, changes: Changes) -> None:
+    """Changes that are stored in full."""
+    for role, parameter in (("diff", "weight"), ("w_norm", "weight"), ("diff_b", "bias"), ("b_norm", "bias")):
+        if role in slots:
+            changes.add(parameter, Add(slots.tensor(role, ())), role)
+
+
+def add_bias(slots: Slots, changes: Changes, rank: int) -> None:
+    """What the second factor adds to the output, scaled like its product."""
+    if names.UP_BIAS in slots:
+        bias = slots.tensor(names.UP_BIAS, (1,))
+        rows = slots.tensor(names.UP, ()).shape[0]
+        what = f"{slots.name(names.UP_BIAS)} has {bias.shape[0]} values; expected {rows}, one per row"
+        slots.require(bias.shape[0] == rows, what)
+        changes.add("bias", Add(bias, slots.scale(rank)), names.UP_BIAS)
+
+
+def magnitude_role(slots: Slots) -> str | None:
+    """The role of DoRA's lengths; None where it is not DoRA."""
+    there = [role for role in names.MAGNITUDES if role in slots]
+    shown = " and ".join(map(slots.name, there))
+    slots.require(len(there) < 2, f"{shown} are two spellings of the same tensor")
+    return there[0] if there else None
+
+
+def with_magnitude(slots: Slots, role: str, update: Update) -> Update:
+    """The update as DoRA applies it: with lengths of output rows, or of input columns, which their shape tells.
+
+    (rows, 1, …) are those of rows, (1, columns, 1, …) those of columns, and one dimension those of rows; PEFT keeps
+    those of a convolution's rows as (1, rows, 1, 1).
+    """
+    stored: StoredTensor = slots.tensor(role, (1, 2, 3, 4, 5))
+    rows, columns, *_ = update.shape
+    shape, count = stored.shape, max(stored.shape)
+    alone = sum(size > 1 for size in shape) <= 1
+    like_peft = role.startswith("lora_magnitude_vector") and len(shape) > 2
+    by_row = count == rows and (len(shape) == 1 or shape[0] == rows or (like_peft and shape[1] == rows))
+    # the columns of flat factors of a convolution are those of its kernel too
+    by_column = not by_row and len(shape) > 1 and shape[1] == count and columns % count == 0
+    slots.require(
+        alone and (by_row or by_column),
+        f"{slots.name(role)} is {list(shape)}; expected {rows} values for the rows, or {columns} for the columns",
+    )
+    lengths = Derived((count,), (stored,), formulas.flat)
+    return Magnitude(update, lengths, by_column)  # type: ignore[arg-type]  # loaded later
