@@ -67,6 +67,11 @@ class Packed:
     scheme: str  # what a person would call it, such as "nf4, blocks of 64"
     exact: str = "F32"  # values are the float32 that the documented decoding of the format gives
 
+    @property
+    def memory(self) -> int:
+        """Bytes of packed values that each thread holds from call to call."""
+        return 0
+
     @abstractmethod
     def decode(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
         """Lines `first` … `first + count`, (count, line) of float32 on `device`, in memory that is the caller's."""

@@ -64,15 +64,25 @@ class StoredWeight(Protocol):
         ...
 
 
-class Held:
-    """What is worked out once for a weight and used for all of its rows, by whichever thread comes first.
+@dataclass(frozen=True)
+class HeldPart:
+    """Packed values of some lines of a weight."""
 
-    It holds the packed values where rows of a weight are columns on disk, and scales.
+    first: int
+    stop: int
+    values: Tensor
+
+
+class Held:
+    """What is worked out once for a weight and used for all of its rows, by whichever thread comes first: scales, tables.
+
+    Where rows of a weight are columns on disk, it also holds a part of the packed values for each thread.
     """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.made: dict[Hashable, Any] = {}
+        self.parts: dict[int, HeldPart] = {}  # by thread
 
     def of(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """What `make` gives, made once for each key."""
@@ -81,6 +91,16 @@ class Held:
                 self.made[key] = make()
             made: Made = self.made[key]
             return made
+
+    def part(self, first: int, stop: int, device: torch.device, make: Callable[[], HeldPart]) -> HeldPart:
+        """A part that has the lines `first` … `stop`: any thread's, else what `make` gives, as this thread's only one."""
+        with self.lock:
+            for part in self.parts.values():
+                if part.first <= first and stop <= part.stop and part.values.device == device:
+                    return part
+            self.parts.pop(threading.get_ident(), None)  # its memory is free before more is taken
+            part = self.parts[threading.get_ident()] = make()
+            return part
 
 
 @dataclass

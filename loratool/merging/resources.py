@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import stored_tensors
 from loratool.algebra.updates.replacing import Replace
+from loratool.bases.packed import Packed
 from loratool.devices import RUNTIME_MEMORY, Runtime, kind_of, start_torch, without_torch
 from loratool.errors import UsageError
 from loratool.files.process import cores
@@ -104,16 +105,17 @@ def work_memory(spans: Sequence[Span], workers: int, block: int, on_gpu: bool) -
 
 
 def block_memory(span: Span, block: int, on_gpu: bool) -> int:
-    """Bytes of one worker's host buffers: the raw block, and on the CPU the merged block and what it is computed in.
+    """Bytes of one worker's host buffers: the raw block, and on the CPU the merged block, what it is computed in, and held.
 
     The merged block counts twice: at an odd byte of the file it takes a step in between.
     """
     raw = rows_of_block(span, block) * span.width * itemsize(span)
     if on_gpu:
         return raw
+    held = span.weight.memory if isinstance(span.weight, Packed) else 0
     if not sums_products(span):
-        return 3 * raw + FORMULA_MEMORY * (raw // itemsize(span))
-    return 3 * raw + tile_elements(span, block, on_gpu) * (21 if needs_float64(span) else 13)
+        return held + 3 * raw + FORMULA_MEMORY * (raw // itemsize(span))
+    return held + 3 * raw + tile_elements(span, block, on_gpu) * (21 if needs_float64(span) else 13)
 
 
 def factor_memory(spans: Sequence[Span], workers: int) -> int:

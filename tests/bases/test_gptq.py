@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from quantised_models import MATRICES
 
 from loratool.bases.codecs import decoded
 from loratool.bases.opening import open_checkpoint
-from loratool.bases.weights import Room
+from loratool.bases.weights import Held, Room
 from loratool.errors import InputError
+from loratool.files.open_sources import OpenSources
 
 Array = NDArray[Any]
 LAYER = "model.layers.0."
 MODULE = f"{LAYER}self_attn.q_proj"
 NAME = f"{MODULE}.weight"
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True}
 PLAIN = {"model.norm.weight": np.ones(8, np.float32), "lm_head.weight": np.ones((4, 8), np.float32)}
 
 
@@ -45,6 +48,29 @@ def test_integers_lie_down_columns_and_are_scaled_by_the_group_of_their_input(
     folder = save_packed(tmp_path / "base", {**packed.gptq(MODULE, less=2 - version), **PLAIN}, config)
     check_rows(folder, NAME, packed.values())
     assert open_packed(folder).weights[NAME].doubt(Room()) == ""
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_a_thread_holds_some_columns_of_the_packed_values_whatever_rows_are_read(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each part is that of other threads too; a block may begin in the midst of one, and be larger than it."""
+    for limit, size in {"PART": 1000, "MOST_READINGS": 9, "PIECE": 700}.items():
+        monkeypatch.setattr(f"loratool.bases.codecs.grouped.{limit}", size)
+    packed = Grouped(120, 48, 4, 16)
+    tensors, config = (packed.gptq(MODULE), said(4, 16)) if kind == "gptq" else (packed.awq(MODULE), {**AWQ})
+    weight = open_packed(save_packed(tmp_path / "base", tensors, config)).weights[NAME]
+    held, wanted, cpu = Held(), packed.values(), torch.device("cpu")
+
+    def check(block: tuple[int, int]) -> None:
+        with OpenSources() as sources:
+            found = weight.rows(*block, cpu, torch.float32, Room(sources, held=held))
+        assert np.array_equal(found.numpy(), wanted[block[0] : sum(block)])
+
+    with ThreadPoolExecutor(3) as threads:
+        [*threads.map(check, [(first, 1 + first % 61) for first in [*range(0, 60, 7), 3, 0, 59, 1]])]
+    assert held.parts
+    assert all(part.stop - part.first < packed.outputs for part in held.parts.values())
 
 
 def test_scales_may_be_float32_and_bfloat16(tmp_path: Path) -> None:

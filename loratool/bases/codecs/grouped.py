@@ -5,9 +5,10 @@
 The difference is exact, so there is one rounding, that of the multiplication in float32; with scales of 16 bits and
 integers of at most 8 there is none.
 
-Rows of W are columns on disk. So all packed values of a module are held in memory while it is decoded, shared by all
-threads: `bits` / 8 bytes a value, which is 29 MB for 4096 x 14336 in 4 bits, with its scales (0.9 MB for groups of 128
-inputs) and zero points (0.5 MB). Each block cuts its columns out, and turns them while they are in the cache.
+Rows of W are columns on disk. So each thread reads all packed values of a module in passing and holds some columns: those
+of a block and of the next ones, 2 MB or an eighth of all, which is 3.7 MB for 4096 x 14336 in 4 bits. Scales (0.9 MB for
+groups of 128 inputs) and zero points (0.5 MB) are held whole, for all threads. Each block cuts its columns out, and turns
+them while they are in the cache.
 """
 
 from __future__ import annotations
@@ -19,10 +20,14 @@ from typing import NamedTuple
 
 from loratool.bases.codecs.parts import held, read_parameters, read_whole, wrong_scales
 from loratool.bases.packed import Requantizable
-from loratool.bases.weights import Room
+from loratool.bases.weights import HeldPart, Room
 from loratool.errors import printable
 from loratool.files.open_sources import OpenSources
 from loratool.lazy import Tensor, torch
+
+PART = 2 << 20  # bytes of packed values that a thread holds
+MOST_READINGS = 8  # of all packed values of a weight, each for a part of them; parts of large weights are larger for it
+PIECE = 1 << 20  # bytes that are read at a time, and stay in the cache
 
 
 class Grid(NamedTuple):
@@ -62,12 +67,31 @@ class Grouped(Requantizable):
         """(groups, outputs) of uint8 → (groups, words) of int32 as stored."""
 
     def decode(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
-        words = held("values", device, room, lambda: read_whole(self.tensors[0], room))
+        part = room.held.part(first, first + count, device, lambda: self.columns(first, count, device, room))
         scales = held("scales", device, room, lambda: self.scales_by_output(room))
         zeros = held("zeros", device, room, lambda: self.zeros_by_output(room))
         groups = held("groups", device, room, lambda: self.groups(room))
         which = slice(first, first + count)
-        return self.scaled(self.integers(words, first, count), Grid(scales[which].float(), zeros[which], groups))
+        integers = self.integers(part.values, first - part.first, count)
+        return self.scaled(integers, Grid(scales[which].float(), zeros[which], groups))
+
+    @property
+    def memory(self) -> int:
+        return min(self.tensors[0].info.nbytes, max(PART, self.tensors[0].info.nbytes // MOST_READINGS))
+
+    def columns(self, first: int, count: int, device: torch.device, room: Room) -> HeldPart:
+        """The packed values of some outputs and of those after them, (rows, columns) of int32 as they lie on disk."""
+        rows, width = self.tensors[0].info.shape
+        start, stop = first // self.together, -(-(first + count) // self.together)
+        more = max(stop, start + self.memory // (4 * rows))
+        stop = min(width, more) if device.type == "cpu" else width
+        found = torch.empty(rows, stop - start, dtype=torch.int32)
+        reading, cpu, step = Room(room.sources, room.host), torch.device("cpu"), max(1, PIECE // (4 * width))
+        for at in range(0, rows, step):
+            number = min(step, rows - at)
+            raw = reading.read(self.tensors[0], 4 * at * width, 4 * number * width, cpu)
+            found[at : at + number] = raw.view(torch.int32).view(number, width)[:, start:stop]
+        return HeldPart(start * self.together, stop * self.together, found.to(device))
 
     def scales_by_output(self, room: Room) -> Tensor:
         """(outputs, groups), as stored."""
