@@ -19,6 +19,7 @@ from loratool.publishing.options import PushOptions
 from loratool.publishing.streaming import StreamOptions
 from loratool.reworking.combine_options import CombineOptions
 from loratool.reworking.compare import CompareOptions
+from loratool.reworking.converting.convert import ConvertOptions
 from loratool.reworking.extracting.options import ExtractOptions
 from loratool.reworking.rescale import RescaleOptions
 from loratool.reworking.resize import ResizeOptions
@@ -34,6 +35,7 @@ COMMANDS: dict[str, type[Options]] = {
     "RescaleKeywords": RescaleOptions,
     "ResizeKeywords": ResizeOptions,
     "CombineKeywords": CombineOptions,
+    "ConvertKeywords": ConvertOptions,
     "ExtractKeywords": ExtractOptions,
     "CompareKeywords": CompareOptions,
     "InspectKeywords": InspectOptions,

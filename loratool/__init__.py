@@ -22,6 +22,7 @@ EXPORTS = {
     "CheckpointFacts": "results.facts",
     "CombineReport": "results.combine",
     "CompareReport": "results.compare",
+    "ConvertReport": "results.convert",
     "ExtractReport": "results.extract",
     "FitError": "errors",
     "HubError": "errors",
@@ -42,6 +43,7 @@ EXPORTS = {
     "VerificationError": "errors",
     "combine": "commands.combine",
     "compare": "commands.compare",
+    "convert": "commands.convert",
     "estimate": "commands.estimate",
     "extract": "commands.extract",
     "html_page": "pictures.page",
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
     from loratool.bases.opening import open_checkpoint as open_checkpoint
     from loratool.commands.combine import combine as combine
     from loratool.commands.compare import compare as compare
+    from loratool.commands.convert import convert as convert
     from loratool.commands.estimate import estimate as estimate
     from loratool.commands.extract import extract as extract
     from loratool.commands.in_memory import iter_merged as iter_merged, merged as merged
@@ -99,6 +102,7 @@ if TYPE_CHECKING:
     from loratool.pictures.page import html_page as html_page
     from loratool.results.combine import CombineReport as CombineReport
     from loratool.results.compare import CompareReport as CompareReport
+    from loratool.results.convert import ConvertReport as ConvertReport
     from loratool.results.extract import ExtractReport as ExtractReport
     from loratool.results.facts import AdapterFacts as AdapterFacts, CheckpointFacts as CheckpointFacts
     from loratool.results.merge import MergeReport as MergeReport

@@ -127,12 +127,21 @@ class Layer:
         up, down = (factor.load(device, dtype) for factor in self.factors)
         return self.product(up, down)
 
+    def load_factors(self, device: torch.device, dtype: torch.dtype) -> Product:
+        """The factors as they are stored, without the scale."""
+        up, down = (factor.load(device, dtype) for factor in self.factors)
+        return self.unscaled(up, down)
+
     def product(self, up: Tensor, down: Tensor) -> Product:
         """ΔW of the loaded factors."""
+        return self.unscaled(up, down).scaled(self.scale)
+
+    def unscaled(self, up: Tensor, down: Tensor) -> Product:
+        """ΔW of the loaded factors at a scale of 1."""
         if isinstance(self.update, ExpertFactors):
             up = ups(up, self.experts, self.update.grouped).expand(self.experts, -1, -1)
             down = downs(down, self.experts).expand(self.experts, -1, -1)
-        return Product(up, down, self.rounding).scaled(self.scale)
+        return Product(up, down, self.rounding)
 
     @property
     def rounding(self) -> float:

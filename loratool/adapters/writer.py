@@ -111,6 +111,16 @@ class Output:
             elif self.file is not None:
                 self.file.copy(name, tensor.file, tensor.info)
 
+    def complete(self, config: Mapping[str, Any]) -> Path | None:
+        """Finish the weights and write the config, after which the adapter can be read from this place."""
+        if self.stage is None or self.file is None:
+            return None
+        self.file.finish()
+        self.stage.add(self.names.form.weights_name)
+        if (name := self.names.form.config_name) and not self.stage.single:
+            self.stage.write(name, (json.dumps(config, indent=2) + "\n").encode())
+        return self.stage.folder / (self.names.form.weights_name if self.stage.single else "")
+
     def finish(
         self,
         config: Mapping[str, Any],
@@ -118,10 +128,8 @@ class Output:
         beside: Mapping[str, Path],
         inputs: Sequence[Path],
     ) -> None:
-        """Complete the weights, and write everything else; `beside` are files to copy, by name, `inputs` the folders with cards."""
-        if self.stage is not None and self.file is not None:
-            self.file.finish()
-            self.stage.add(self.names.form.weights_name)
+        """Write everything else; `beside` are files to copy, by name, `inputs` the folders with cards."""
+        if self.stage is not None and not self.stage.single:
             finish(self.stage, self.names.form, config, provenance, beside, inputs)
 
 
@@ -133,9 +141,8 @@ def finish(
     beside: Mapping[str, Path],
     inputs: Sequence[Path],
 ) -> None:
-    """Write the config, what lies beside an adapter, and how it was made."""
-    stage.expect([form.config_name, CARD, PROVENANCE, *beside])
-    stage.write(form.config_name, (json.dumps(config, indent=2) + "\n").encode())
+    """Write what lies beside an adapter, and how it was made."""
+    stage.expect([CARD, PROVENANCE, *beside])
     for name, path in beside.items():
         stage.copy(name, path)
     table = {**provenance, "versions": versions()}
@@ -144,9 +151,17 @@ def finish(
     stage.write(PROVENANCE, (json.dumps({**table, "files": recorded(stage.files)}, indent=2) + "\n").encode())
 
 
-def check_adapter_target(out: str | os.PathLike[str], inputs: Sequence[Path], options: WritingOptions) -> Path:
+def check_adapter_target(
+    out: str | os.PathLike[str], inputs: Sequence[Path], options: WritingOptions, form: Format = WRITTEN
+) -> Path:
     """`out` as it will be written, for an adapter, which replaces nothing but adapters; raises as `check_target` does."""
-    return check_target(Path(out), inputs, replaceable(options.overwrite or options.dry_run), WRITTEN.config_name)
+    replaced = replaceable(options.overwrite or options.dry_run)
+    return check_target(Path(out), inputs, replaced, form.config_name or form.weights_name, is_single(Path(out), form))
+
+
+def is_single(out: Path, form: Format) -> bool:
+    """Whether an output is one file, which formats without a config can be."""
+    return not form.config_name and out.suffix == Path(form.weights_name).suffix and not out.is_dir()
 
 
 @contextmanager
@@ -157,6 +172,7 @@ def adapter_output(
     dtype: torch.dtype,
     names: Spelling,
     options: WritingOptions,
+    header: Mapping[str, str] | None = None,
 ) -> Iterator[Output]:
     """The output of layers with `forms`, published under `out` when the block ends well. A dry run writes nothing.
 
@@ -169,12 +185,14 @@ def adapter_output(
     if options.dry_run:
         yield Output(None, None, names, forms, dtype)
         return
-    weights = names.form.weights_name
+    form, weights = names.form, names.form.weights_name
     announced = [*announced_factors(names, forms, dtype), *carried.announced()]
     needed = sum(math.prod(shape) * (8 if d == "F64" else 4) for _, d, shape in announced)
+    wanted = Journal(os.urandom(16).hex(), files={weights})
+    single = weights if is_single(out, form) else ""
     with (
-        staged(out, Journal(os.urandom(16).hex(), files={weights}), needed, replaceable(options.overwrite)) as stage,
-        tensor_file(stage.folder / weights, announced) as file,
+        staged(out, wanted, needed, replaceable(options.overwrite), single=single) as stage,
+        form.container(stage.folder / weights, announced, header or {}) as file,
     ):
         yield Output(file, stage, names, forms, dtype)
 
@@ -197,6 +215,7 @@ def copied_output(
                 file.finish()
             stage.add(form.weights_name)
         weights.check_unchanged()
+        stage.write(form.config_name, (json.dumps(config, indent=2) + "\n").encode())
         finish(stage, form, config, provenance, files_beside(source), [source.adapter.folder])
 
 

@@ -36,6 +36,7 @@ COMMANDS = {  # name, which is its module's too → what the list of commands sa
     "rescale": "Change the strength of an adapter.",
     "combine": "Combine several adapters of one base into one.",
     "resize": "Change the ranks of an adapter by SVD.",
+    "convert": "Write an adapter in the dialect of another tool.",
     "extract": "Extract an adapter from a full fine-tune.",
     "compare": "Measure how similar adapters are and how much they interfere.",
     "estimate": "Estimate an adapter's size and training memory before training it.",

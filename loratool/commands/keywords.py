@@ -185,6 +185,13 @@ class CombineKeywords(FactorKeywords, ReadingKeywords, DeviceKeywords, PublishKe
     saved: str
 
 
+class ConvertKeywords(FactorKeywords, ReadingKeywords, PublishKeywords, total=False):
+    """Of ConvertOptions."""
+
+    to: str | None
+    accept_loss: bool
+
+
 class ExtractKeywords(OrientationKeywords, FactorKeywords, DeviceKeywords, PublishKeywords, total=False):
     """Of ExtractOptions."""
 

@@ -14,6 +14,7 @@ from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.journal import REPLACED, ForeignError, Journal, look, walk
 from loratool.files.locks import is_locked
 from loratool.files.names import is_unusual, refused_name
+from loratool.files.safefile import read_safefile
 from loratool.files.system import create_file, sync_file
 
 if TYPE_CHECKING:
@@ -24,14 +25,20 @@ if TYPE_CHECKING:
 BUSY = "another run is writing this output; wait for it to end"
 
 
-def check_target(out: Path, inputs: Sequence[Path], replaced: FileNames | None, config: str = "") -> Path:
+MADE_HERE = "loratool"  # the key of a file's metadata that says how it was made, where it stands alone
+
+
+def check_target(
+    out: Path, inputs: Sequence[Path], replaced: FileNames | None, config: str = "", single: bool = False
+) -> Path:
     """`out` as it will be written, after every check that can be made before any work. Nothing is changed.
 
     Args:
-        out: the output folder.
+        out: the output folder, or file.
         inputs: what it must keep away from.
         replaced: the files that a folder of that name may hold and be replaced; None where it may not be there.
         config: for an adapter, the file that another folder must have to be replaced by it.
+        single: whether it is a file.
 
     Raises:
         UsageError: it exists and nothing is to be replaced, it holds what may not be replaced, or it is, holds or lies in
@@ -39,7 +46,7 @@ def check_target(out: Path, inputs: Sequence[Path], replaced: FileNames | None, 
         StorageError: its parent is missing or cannot be written, or the folder it is staged in holds what is not ours.
     """
     shown = printable(out)
-    if out.suffix == ".safetensors":
+    if out.suffix == ".safetensors" and not single:
         raise UsageError(f"{shown}: OUT must be a folder, such as {printable(out.with_suffix(''))}")
     try:
         out = Path(os.path.realpath(out))
@@ -55,7 +62,10 @@ def check_target(out: Path, inputs: Sequence[Path], replaced: FileNames | None, 
                 "choose another OUT"
             )
     try:
-        check_place(out, shown, replaced, config)
+        if single:
+            check_file_place(out, shown, replaced is not None)
+        else:
+            check_place(out, shown, replaced, config)
     except OSError as error:
         raise (refused_name(out) if is_unusual(out.name) else StorageError(f"{shown}: {error.strerror}")) from error
     check_stage(stage_of(out))
@@ -89,6 +99,22 @@ def check_place(out: Path, shown: str, replaced: FileNames | None, config: str) 
     names = replaceable_files(out, shown, replaced)
     if config and names and (config not in names or "config.json" in names):
         raise UsageError(f"{shown} is not an adapter, so --overwrite does not replace it with one; remove it yourself")
+
+
+def check_file_place(out: Path, shown: str, replace: bool) -> None:
+    """Raise `UsageError` where what is at `out` may not be replaced by a file: anything but a file that was made here."""
+    if not os.path.lexists(out):
+        return
+    if not out.is_file():
+        raise UsageError(f"{shown} exists and is not a file; choose another OUT")
+    if not replace:
+        raise UsageError(f"{shown} already exists; pass --overwrite to replace it")
+    try:
+        metadata = read_safefile(out).layout.metadata or {}
+    except LoratoolError:
+        metadata = {}
+    if MADE_HERE not in metadata:
+        raise UsageError(f"{shown} was not made by loratool, so --overwrite does not replace it; remove it yourself")
 
 
 def replaceable_files(folder: Path, shown: str, known: FileNames) -> list[str]:

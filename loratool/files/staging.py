@@ -71,6 +71,7 @@ class Stage:
     files: dict[str, Digest] = field(default_factory=dict)  # every file of the output so far
     redone: dict[str, str] = field(default_factory=dict)  # finished by an earlier run, and why it is made again
     find: Finder = nowhere  # of the inputs that finished shards may refer to
+    single: str = ""  # the only file of it that is published, as `out`
 
     @property
     def folder(self) -> Path:
@@ -210,7 +211,13 @@ class Stage:
         check_owned(
             self.home, self.journal, walk(self.home), self.home.stat().st_uid
         )  # what others put into it meanwhile is not published
-        if os.path.lexists(self.out):
+        if self.single:
+            if os.path.lexists(self.out) and replaced is None:
+                raise UsageError(
+                    f"{printable(self.out)}: was created by something else in the meantime, and is left unchanged"
+                )
+            os.replace(self.folder / self.single, self.out)
+        elif os.path.lexists(self.out):
             if replaced is None:
                 raise UsageError(
                     f"{printable(self.out)}: was created by something else in the meantime, and is left unchanged"
@@ -241,7 +248,7 @@ class Stage:
 
 @contextmanager
 def staged(
-    out: Path, wanted: Journal, needed: int, replaced: FileNames | None, find: Finder = nowhere
+    out: Path, wanted: Journal, needed: int, replaced: FileNames | None, find: Finder = nowhere, single: str = ""
 ) -> Iterator[Stage]:
     """A stage for `out`, published when the block ends well.
 
@@ -253,6 +260,7 @@ def staged(
         needed: bytes of the whole output.
         replaced: the files of what is at `out` and goes, by name; None where nothing may be there.
         find: tells the inputs that finished shards may refer to.
+        single: the only file of the stage that is published, as `out`, where that is a file.
 
     Raises:
         UsageError: another run is at work on it.
@@ -263,7 +271,7 @@ def staged(
         check_output_name(out)
         check_space(out.parent, needed - kept_size(check_stage(home), wanted))
         with locked(home) as owner:
-            stage, found = Stage(out, home, wanted, find=find), look(home, owner)
+            stage, found = Stage(out, home, wanted, find=find, single=single), look(home, owner)
             try:
                 if found is not None and continues(found, wanted) and stage.folder.is_dir():
                     stage.go_on(found)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from loratool.files.safefile import Layout, SafeFile, TensorInfo, copy_range, write_fully
+from loratool.files.safefile import Layout, SafeFile, TensorInfo, copy_range, read_exactly, write_fully
 from loratool.files.system import open_file, sync_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
 Triple = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
+OF_DATA = "0" * 64  # among the metadata: stands for the SHA-256 of all tensors' bytes
+PIECE = 4 << 20  # bytes that are hashed at a time
 
 
 @dataclass
@@ -24,6 +27,7 @@ class TensorFile:
     path: Path
     descriptor: int
     reserved: int  # bytes before the first tensor
+    metadata: Mapping[str, str]
     written: list[Triple] = field(default_factory=list)
     at: int = 0
 
@@ -42,19 +46,32 @@ class TensorFile:
 
     def finish(self) -> None:
         """Write the header and make the file durable."""
-        layout = Layout.of(self.written, {"format": "pt"}, self.reserved)
+        metadata = {key: self.digest() if value == OF_DATA else value for key, value in self.metadata.items()}
+        layout = Layout.of(self.written, metadata, self.reserved)
         assert layout.data_start == self.reserved, "tensors were announced smaller than they are"
         write_fully(self.descriptor, layout.header, 0)
         sync_file(self.descriptor)
 
+    def digest(self) -> str:
+        """SHA-256 of the bytes of all tensors, in their order."""
+        state, buffer = hashlib.sha256(), memoryview(bytearray(PIECE))
+        for at in range(0, self.at, PIECE):
+            piece = buffer[: min(PIECE, self.at - at)]
+            read_exactly(self.descriptor, piece, self.reserved + at, self.path)
+            state.update(piece)
+        return state.hexdigest()
+
 
 @contextmanager
-def tensor_file(path: Path, announced: Iterable[Triple]) -> Iterator[TensorFile]:
+def tensor_file(
+    path: Path, announced: Iterable[Triple], metadata: Mapping[str, str] | None = None
+) -> Iterator[TensorFile]:
     """A file to append to, until it is finished; `announced` are all tensors that may come, none smaller than it will be."""
-    reserved = room_for(Layout.of(announced, {"format": "pt"}))
+    told = {"format": "pt", **(metadata or {})}
+    reserved = room_for(Layout.of(announced, told))
     descriptor = open_file(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     try:
-        yield TensorFile(path, descriptor, reserved)
+        yield TensorFile(path, descriptor, reserved, told)
     finally:
         os.close(descriptor)
 

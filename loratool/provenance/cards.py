@@ -44,6 +44,7 @@ DONE = {
     "rescale": "A rescaled copy of {adapter}.",
     "combine": "A combination of {adapters}.",
     "resize": "A copy of {adapter} with different ranks.",
+    "convert": "A copy of {adapter} in another dialect.",
     "extract": "An adapter extracted from a fine-tuned model.",
 }
 MEASURED = {
@@ -59,6 +60,7 @@ MEASURED = {
     "bytes": "bytes of factors",
     "norm_ratio": "norm of the result / own norm",
     "all": "in total",
+    "worst_error": "‖ΔW − ΔW'‖ / ‖ΔW‖ of the worst layer",
     "energy_kept": "fraction of ‖ΔW‖² kept",
 }
 

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -35,6 +35,7 @@ class Draft:
     names: Spelling
     dtype: torch.dtype
     carried: Carried  # what stands beside the factors
+    header: Mapping[str, str] = field(default_factory=dict)  # what the header of the file of tensors says besides
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,10 @@ class Maker(ABC, Generic[Task, Told]):
     def rest(self, draft: Draft) -> Rest:
         """What is known when all layers are done; refuses a result that is nothing."""
 
+    def prove(self, place: Path, rest: Rest) -> Rest:  # noqa: ARG002 (most are measured as they are made)
+        """Look at the adapter that was written to a place, before it is published; what it shows goes into the record."""
+        return rest
+
 
 def run(
     maker: Maker[Task, Told],
@@ -97,7 +102,7 @@ def run(
 ) -> Rest:
     """Write what `maker` makes of `inputs` under `target`; after a dry run nothing is there. `progress` counts layers."""
     draft = maker.draft()
-    with adapter_output(target, draft.forms, draft.carried, draft.dtype, draft.names, options) as output:
+    with adapter_output(target, draft.forms, draft.carried, draft.dtype, draft.names, options, draft.header) as output:
         work, count = partial(maker.work, output), len(draft.forms)
         for made in maker.at_work.through(work, maker.tasks(), count, progress, maker.large_tasks()):
             maker.take(made)
@@ -105,6 +110,8 @@ def run(
                 output.add(factors)
         output.carry(draft.carried)
         rest = maker.rest(draft)
+        if place := output.complete(rest.config):
+            rest = maker.prove(place, rest)
         measured = {"measured": dataclasses.asdict(rest.totals)} if rest.totals is not None else {}
         record = record_of(maker.command, inputs, options, {**rest.facts, **measured}, rest.notes)
         output.finish(rest.config, record, rest.files, rest.folders)

@@ -217,7 +217,9 @@ def write_as_mlx(source: Path, out: Path) -> None:
             output.add(output.rounded(target, padded(product, rank)))
         output.carry(carried)
         parts = Parts(dict.fromkeys(contents.layers, rank), dora=contents.dora)
-        output.finish(names.describe([contents.adapter], parts), {"made_by": "loratool test"}, {}, [])
+        config = names.describe([contents.adapter], parts)
+        output.complete(config)
+        output.finish(config, {"made_by": "loratool test"}, {}, [])
 
 
 def peft_adapter(folder: Path, **config: Any) -> Path:

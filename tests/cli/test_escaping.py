@@ -111,6 +111,7 @@ def commands(home: Path, out: Path) -> Iterator[tuple[str, list[str]]]:
     yield "merge", ["merge", base, one, two, "-o", str(out / "merge"), "--device", "cpu"]
     yield "rescale", ["rescale", one, "-o", str(out / "rescale"), "--scale", "0.5"]
     yield "combine", ["combine", one, two, "-o", str(out / "combine"), "--device", "cpu"]
+    yield "convert", ["convert", one, "-o", str(out / "convert"), "--to", "mlx"]
     yield "resize", ["resize", one, "-o", str(out / "resize"), "--rank", "1", "--device", "cpu"]
     yield "extract", ["extract", base, str(out / "merge"), "-o", str(out / "extract"), "--rank", "2", "--device", "cpu"]
     yield "verify", ["verify", str(out / "merge"), "--base", base, "--adapter", one, "--device", "cpu"]
@@ -139,7 +140,19 @@ def test_no_command_shows_or_writes_hostile_text_as_more_than_text(
             ] == []
         assert code != 1, (name, shown.err)
         done[name] = code
-    must = ("inspect", "page", "plan", "merge", "rescale", "combine", "resize", "compare", "push", "push of a merge")
+    must = (
+        "inspect",
+        "page",
+        "plan",
+        "merge",
+        "rescale",
+        "combine",
+        "convert",
+        "resize",
+        "compare",
+        "push",
+        "push of a merge",
+    )
     assert {name: done[name] for name in must} == dict.fromkeys(must, 0)
     cards = sorted(tmp_path.glob("*/README.md"))
     assert len(cards) >= 4

@@ -25,6 +25,7 @@ from loratool.options.described import SIZE, Choice, Flag, Number, Option, Optio
 from loratool.publishing.options import PushOptions
 from loratool.reworking.combine_options import CombineOptions
 from loratool.reworking.compare import CompareOptions
+from loratool.reworking.converting.convert import ConvertOptions
 from loratool.reworking.extracting.options import ExtractOptions
 from loratool.reworking.rescale import RescaleOptions
 from loratool.reworking.resize import ResizeOptions
@@ -35,6 +36,7 @@ OPTIONS: dict[str, type[Options]] = {
     "rescale": RescaleOptions,
     "resize": ResizeOptions,
     "combine": CombineOptions,
+    "convert": ConvertOptions,
     "extract": ExtractOptions,
     "compare": CompareOptions,
     "inspect": InspectOptions,

@@ -31,6 +31,7 @@ from loratool import cli
 from loratool.commands.merge import MergeAndPushOptions
 from loratool.options.described import Choice, Flag, Number, Option, Options, Size, described_by
 from loratool.reworking.combine_options import CombineOptions
+from loratool.reworking.converting.convert import ConvertOptions
 from loratool.reworking.extracting.options import ExtractOptions
 from loratool.reworking.rescale import RescaleOptions
 from loratool.reworking.resize import ResizeOptions
@@ -145,6 +146,7 @@ VALUES: Mapping[str, Sequence[str]] = {
     "outliers": ("0.1", "0.05"),
     "rank": ("1", "2", "4"),
     "ratio": ("2", "10.5"),
+    "to": ("peft", "mlx"),
     "weights": ("0.5", "-1.25", "1e-3", "2"),
     "weights_file": (WEIGHTS,),
     "window": ("0.1", "0.25"),
@@ -184,6 +186,7 @@ COMMANDS = {
         },
         on={option: (*operands, ADAPTERS[1]) for option, operands in READING.items()},
     ),
+    "convert": Command(ConvertOptions, ADAPTERS[:1], ["--to", "mlx"], on=READING),
     "extract": Command(ExtractOptions, (BASE, TUNED)),
 }
 

@@ -80,6 +80,10 @@ COMMANDS: dict[str, Command] = {
         ("combine", "adapter", "second", "-o", "out", "--method", "ties", "--density", "0.5"),
         lambda p: loratool.combine([p("adapter"), p("second")], p("out"), method="ties", density=0.5),
     ),
+    "convert": Command(
+        ("convert", "adapter", "-o", "out", "--to", "mlx"),
+        lambda p: loratool.convert(p("adapter"), p("out"), to="mlx"),
+    ),
     "extract": Command(
         ("extract", "base", "tuned", "-o", "out", "--rank", "2", "--exclude", "norm"),
         lambda p: loratool.extract(p("base"), p("tuned"), p("out"), rank=2, exclude=["norm"]),

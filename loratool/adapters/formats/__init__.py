@@ -24,6 +24,7 @@ from loratool.provenance.cards import Subject
 
 FORMATS: tuple[Format, ...] = (PEFT, MLX)  # of several that may be meant, the first that claims a tensor is
 WRITTEN = PEFT  # what is made here is written in
+DIALECTS = {word: form for form in FORMATS for word in form.dialects}  # what adapters are converted into → its format
 OUTPUT_FILES = reduce(or_, (form.file_names for form in FORMATS), MODEL_FILES)  # what `--overwrite` may replace
 CONFIGS = tuple(dict.fromkeys(form.config_name for form in FORMATS))  # what their configs are called
 # How tensors of formats that are not read are spelled, so that a refusal can name the format.

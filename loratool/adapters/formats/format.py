@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +20,7 @@ from loratool.errors import InputError, Problem, UsageError, printable
 from loratool.files.checkpoint import sort_side_files
 from loratool.files.model_files import FileNames
 from loratool.files.safefile import SafeFile
+from loratool.files.tensor_writer import TensorFile, Triple, tensor_file
 from loratool.lazy import Tensor
 from loratool.notes import Note
 from loratool.provenance.cards import Subject
@@ -33,11 +36,17 @@ class Parts:
     """What an adapter that is made here consists of, for its config."""
 
     ranks: Mapping[str, int]  # by target
+    scales: Mapping[str, float] = field(default_factory=dict)  # by target: what multiplies the factors, where not 1
     whole_names: bool = False  # whether the sources' own words for what is adapted mean more than that
     dropped: tuple[str, ...] = ()  # targets of the sources that are not in it
     dora: bool = False
     lora_bias: bool = False
     tokens: Mapping[str, Sequence[int]] = field(default_factory=dict)  # target → rows that are replaced
+
+
+def most_common(scales: Iterable[float]) -> float:
+    """The scale that most layers have, 1 where there is none; of several the first."""
+    return next((scale for scale, _ in Counter(scales).most_common(1)), 1.0)
 
 
 class Spelling(Protocol):
@@ -82,6 +91,15 @@ class Spelling(Protocol):
 
     def of_one_rank(self) -> Sequence[tuple[str, ...]]:
         """Groups of targets to which it gives one rank."""
+
+    def scales(self, wanted: Mapping[str, float]) -> Mapping[str, float]:
+        """What its files can say that the factors of each target are multiplied by; the factors take the rest."""
+
+    def strengths(self, parts: Parts) -> Mapping[str, Tensor]:
+        """The tensors that say it, where tensors do."""
+
+    def header(self, sources: Sequence[Adapter], parts: Parts) -> Mapping[str, str]:
+        """What the header of the file of tensors says besides."""
 
     def describe(self, sources: Sequence[Adapter], parts: Parts) -> Config:
         """The config of an adapter that is made of others."""
@@ -185,17 +203,28 @@ class Format(Protocol):
 
     # What it can write.
 
+    def container(
+        self, path: Path, announced: Iterable[Triple], metadata: Mapping[str, str]
+    ) -> AbstractContextManager[TensorFile]:
+        """The file of its tensors, to be written tensor by tensor; `announced` are all that may come."""
+        return tensor_file(path, announced, metadata)
+
+    dialects: Sequence[str] = ()  # the words that name how it spells adapters that it writes
+
     @property
     def newest(self) -> str:
         """The release of its library that adapters are written for that are made of no other."""
         return ""
 
-    def spelling(self, kinds: Mapping[str, Kind], release: str = "") -> Spelling:  # noqa: ARG002
-        """How an adapter of some layers is written, for a release of the library that reads it; by default the oldest."""
+    def spelling(self, kinds: Mapping[str, Kind], release: str = "", dialect: str = "") -> Spelling:  # noqa: ARG002
+        """How an adapter of some layers is written, for a release of the library that reads it; by default the oldest.
+
+        `dialect` is one of `dialects`, the first by default.
+        """
         raise UsageError(f"{self.name} adapters can be read but not written")
 
-    def losses(self, adapter: Adapter) -> tuple[Note, ...]:  # noqa: ARG002
-        """What of an adapter this format cannot say."""
+    def losses(self, adapter: Adapter, dialect: str = "") -> tuple[Note, ...]:  # noqa: ARG002
+        """What of an adapter this format cannot say in a dialect."""
         return ()
 
     def was_inside(self, adapter: Adapter, target: str) -> bool:  # noqa: ARG002

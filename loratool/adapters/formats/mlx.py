@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Adapter, StoredTensor
-from loratool.adapters.formats.format import Config, Format, Parts
+from loratool.adapters.formats.format import Config, Format, Parts, most_common
 from loratool.adapters.layers import Contents, Form, Kind
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.adapters.training import Training
@@ -157,6 +157,7 @@ class Mlx(Format):
     name = "mlx"
     config_name = CONFIG
     weights_name = WEIGHTS
+    dialects = ("mlx",)
 
     def recognises(self, path: Path) -> bool:
         if path.suffix == ".safetensors":
@@ -218,10 +219,10 @@ class Mlx(Format):
             ],
         )
 
-    def spelling(self, kinds: Mapping[str, Kind], release: str = "") -> MlxNames:  # noqa: ARG002 (all read the same)
+    def spelling(self, kinds: Mapping[str, Kind], release: str = "", dialect: str = "") -> MlxNames:  # noqa: ARG002 (all read the same)
         return MlxNames(self, kinds)
 
-    def losses(self, adapter: Adapter) -> tuple[Note, ...]:
+    def losses(self, adapter: Adapter, dialect: str = "") -> tuple[Note, ...]:  # noqa: ARG002 (there is one)
         lost: dict[str, list[str]] = {}
         for target, update in (*adapter.updates.items(), *adapter.bases.items()):
             if (what := unspeakable(update)) is not None:
@@ -312,6 +313,15 @@ class MlxNames:
     def of_one_rank(self) -> list[tuple[str, ...]]:
         return [tuple(self.kinds)]
 
+    def scales(self, wanted: Mapping[str, float]) -> dict[str, float]:
+        return dict.fromkeys(wanted, most_common(wanted.values()))
+
+    def strengths(self, parts: Parts) -> dict[str, Tensor]:  # noqa: ARG002 (the config says it)
+        return {}
+
+    def header(self, sources: Sequence[Adapter], parts: Parts) -> dict[str, str]:  # noqa: ARG002 (nothing)
+        return {}
+
     def describe(self, sources: Sequence[Adapter], parts: Parts) -> dict[str, Any]:
         return self.describe_new(sources[0].training, parts)
 
@@ -322,7 +332,7 @@ class MlxNames:
                 "dropout": 0.0,
                 "keys": sorted({inside_layer(target) for target in self.kinds}),
                 "rank": max(parts.ranks.values()),
-                "scale": 1.0,
+                "scale": most_common(parts.scales.values()),
             },
             "model": training.base,
             "num_layers": -1,  # all of them; a factor that is not in the file is zero

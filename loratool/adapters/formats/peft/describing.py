@@ -46,9 +46,9 @@ def describe(
         if (value := next((c[name] for c in configs if c.get(name) is not None), None)) is not None:
             config[name] = value
     own = {target: adapted_module(target, kind) for target, kind in kinds.items() if target not in inside}
-    stacked = stacked_by_peft(ranks)  # whose rank PEFT takes from `r`, not from a pattern
-    usual = ranks[stacked[0]] if stacked else None
-    config.update(scaling_fields({own[t]: rank for t, rank in ranks.items() if t in own}, usual))
+    stacked = stacked_by_peft(ranks)  # whose rank and α PEFT takes from `r` and `lora_alpha`, not from patterns
+    strengths = {own[t]: (rank, alpha_at(rank, parts.scales.get(t, 1.0))) for t, rank in ranks.items() if t in own}
+    config.update(scaling_fields(strengths, strengths[own[stacked[0]]] if stacked else None))
     layers = [module for target, module in own.items() if kinds[target] is not Kind.PARAMETER]
     config.update({"target_modules": sorted(layers) or None} if whole_names else target_fields(configs, layers))
     gone = [target.removesuffix(".weight") for target in parts.dropped]
@@ -79,11 +79,21 @@ def texts(value: str | Sequence[str] | None) -> Sequence[str]:
     return [value] if isinstance(value, str) else value or []
 
 
-def scaling_fields(ranks: Mapping[str, int], usual: int | None = None) -> dict[str, Any]:
-    """Rank and α, the same number everywhere: the usual or most frequent one, and patterns for the others."""
-    usual = usual or (Counter(ranks.values()).most_common(1)[0][0] if ranks else 1)
-    others = {anchored(module, ranks): rank for module, rank in sorted(ranks.items()) if rank != usual}
-    return {"r": usual, "lora_alpha": usual, "rank_pattern": others, "alpha_pattern": dict(others)}
+def alpha_at(rank: int, scale: float) -> float | int:
+    """α with which a rank has a scale: a whole number where it is one."""
+    alpha = rank * scale
+    return round(alpha) if abs(alpha - round(alpha)) <= 1e-12 * abs(alpha) else alpha
+
+
+def scaling_fields(
+    strengths: Mapping[str, tuple[int, float]], usual: tuple[int, float] | None = None
+) -> dict[str, Any]:
+    """Rank and α by module: the usual or most frequent ones, and patterns for the others."""
+    most = usual or (Counter(strengths.values()).most_common(1)[0][0] if strengths else (1, 1))
+    rank, alpha = most
+    ranks = {anchored(module, strengths): r for module, (r, _) in sorted(strengths.items()) if r != rank}
+    alphas = {anchored(module, strengths): a for module, (_, a) in sorted(strengths.items()) if a != alpha}
+    return {"r": rank, "lora_alpha": alpha, "rank_pattern": ranks, "alpha_pattern": alphas}
 
 
 def anchored(module: str, every: Collection[str]) -> str:

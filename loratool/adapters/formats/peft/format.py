@@ -33,6 +33,7 @@ class Peft(Format):
     weights_name = files.WEIGHTS
     file_names = files.NAMES
     newest = "0.21.2"
+    dialects = ("peft",)
     repairs = health.REPAIRS
 
     recognises = staticmethod(files.recognises)
@@ -74,7 +75,7 @@ class Peft(Format):
             else ""
         )
 
-    def spelling(self, kinds: Mapping[str, Kind], release: str = "") -> Names:
+    def spelling(self, kinds: Mapping[str, Kind], release: str = "", dialect: str = "") -> Names:  # noqa: ARG002
         return Names(self, kinds, release)
 
     def task_heads(self, task: str) -> tuple[str, ...]:

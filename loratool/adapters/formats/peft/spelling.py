@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from loratool.adapters.adapter import Adapter, StoredTensor
-from loratool.adapters.formats.format import Format, Parts
+from loratool.adapters.formats.format import Format, Parts, most_common
 from loratool.adapters.formats.peft import keys
 from loratool.adapters.formats.peft.describing import config_of, describe
 from loratool.adapters.formats.peft.experts import stacked_by_peft
@@ -68,6 +68,17 @@ class Names:
         """The targets that PEFT gives one rank: those of an nn.MultiheadAttention, and experts that it stacks."""
         experts = stacked_by_peft(self.kinds)
         return [*self.attention_pairs(), *([experts] if experts else [])]
+
+    def scales(self, wanted: Mapping[str, float]) -> dict[str, float]:
+        """α/r of every module; what PEFT gives one α is the most frequent of those that it should have."""
+        one = {target: most_common(wanted[t] for t in group) for group in self.of_one_rank() for target in group}
+        return {**wanted, **one}
+
+    def strengths(self, parts: Parts) -> dict[str, Tensor]:  # noqa: ARG002 (the config says it)
+        return {}
+
+    def header(self, sources: Sequence[Adapter], parts: Parts) -> dict[str, str]:  # noqa: ARG002 (nothing)
+        return {}
 
     def path(self, target: str) -> str:
         """The module that PEFT saves the factors of a target under."""

@@ -1,0 +1,143 @@
+"""`loratool convert`: the same ΔW in another dialect, by the formulas of the dialects, or nothing at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import loratool
+from loratool.adapters.formats import mlx
+from loratool.errors import FitError, LoratoolError
+from loratool.reworking.converting import rows
+
+RANK = 2
+SHAPES = {"model.layers.0.self_attn.q_proj": (6, 4), "model.layers.0.mlp.down_proj": (4, 8)}
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def numbers(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def write(folder: Path, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
+    """An adapter of PEFT's at α 1 and rank 2, so that a scale that is forgotten or doubled shows."""
+    folder.mkdir()
+    tensors = {}
+    for n, (module, (out, inputs)) in enumerate(SHAPES.items()):
+        rank = config.get("rank_pattern", {}).get(module, RANK)
+        tensors[f"base_model.model.{module}.lora_A.weight"] = numbers(rank, inputs, seed=n).to(dtype)
+        tensors[f"base_model.model.{module}.lora_B.weight"] = numbers(out, rank, seed=n + 9).to(dtype)
+        if config.get("use_dora"):
+            tensors[f"base_model.model.{module}.lora_magnitude_vector"] = numbers(out, seed=n + 20).abs()
+    save_file(tensors, folder / WEIGHTS)
+    table = {"peft_type": "LORA", "r": RANK, "lora_alpha": 1, "base_model_name_or_path": "org/base", **config}
+    (folder / CONFIG).write_text(json.dumps(table))
+    return folder
+
+
+def delta(folder: Path, module: str, scale: float) -> Tensor:
+    """ΔW by PEFT's formula."""
+    tensors = load_file(folder / WEIGHTS)
+    a, b = (tensors[f"base_model.model.{module}.lora_{which}.weight"].double() for which in "AB")
+    return scale * (b @ a)
+
+
+def mlx_delta(folder: Path, module: str) -> Tensor:
+    """ΔW by mlx-lm's formula, scale · (a @ b)ᵀ."""
+    tensors = load_file(folder / "adapters.safetensors")
+    scale = json.loads((folder / CONFIG).read_text())["lora_parameters"]["scale"]
+    a, b = (tensors[f"{module}.lora_{which}"].double() for which in "ab")
+    found: Tensor = scale * (a @ b).T
+    return found
+
+
+def test_an_adapter_keeps_its_bytes_on_the_way_to_mlx_and_back(tmp_path: Path) -> None:
+    adapter = write(tmp_path / "adapter")
+    there = loratool.convert(adapter, tmp_path / "mlx", to="mlx")
+    back = loratool.convert(tmp_path / "mlx", tmp_path / "back", to="peft")
+    for module in SHAPES:
+        torch.testing.assert_close(mlx_delta(tmp_path / "mlx", module), delta(adapter, module, 0.5), rtol=0, atol=0)
+    before, after = load_file(adapter / WEIGHTS), load_file(tmp_path / "back" / WEIGHTS)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    config = json.loads((tmp_path / "back" / CONFIG).read_text())
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (2, 1, "org/base")
+    assert [layer.error for report in (there, back) for layer in report.modules.values()] == [0.0] * 4
+
+
+def test_scales_that_one_number_cannot_hold_go_into_the_factors(tmp_path: Path) -> None:
+    """mlx-lm has one scale and one rank: the others are multiplied into B, and padded with zeros."""
+    down = "model.layers.0.mlp.down_proj"
+    adapter = write(tmp_path / "adapter", rank_pattern={down: 3}, alpha_pattern={down: 6})
+    report = loratool.convert(adapter, tmp_path / "mlx", to="mlx")
+    for module, scale in zip(SHAPES, (0.5, 2.0), strict=True):
+        torch.testing.assert_close(mlx_delta(tmp_path / "mlx", module), delta(adapter, module, scale), rtol=0, atol=0)
+    assert set(report.ranks.values()) == {3}
+    assert {layer.factor for layer in report.modules.values()} == {1.0, 0.25}
+    assert {note.code for note in report.notes} == {"one-rank"}
+
+
+def test_rslora_becomes_an_alpha(tmp_path: Path) -> None:
+    """α/√r is written as α/r with another α, in 16 bits too, where a factor in B would be rounded."""
+    adapter = write(tmp_path / "adapter", torch.bfloat16, use_rslora=True)
+    loratool.convert(adapter, tmp_path / "plain", to="peft")
+    config = json.loads((tmp_path / "plain" / CONFIG).read_text())
+    assert config["use_rslora"] is False
+    assert config["lora_alpha"] == pytest.approx(2**0.5, rel=1e-15)
+    before, after = load_file(adapter / WEIGHTS), load_file(tmp_path / "plain" / WEIGHTS)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_a_dialect_cannot_say_is_refused_by_name_and_left_out_on_request(tmp_path: Path) -> None:
+    adapter = write(tmp_path / "adapter", modules_to_save=["head"])
+    tensors = load_file(adapter / WEIGHTS) | {"base_model.model.head.weight": numbers(3, 4, seed=5)}
+    save_file(tensors, adapter / WEIGHTS)
+    with pytest.raises(FitError, match="whole saved tensors"):
+        loratool.convert(adapter, tmp_path / "mlx", to="mlx")
+    assert not (tmp_path / "mlx").exists()
+    report = loratool.convert(adapter, tmp_path / "mlx", to="mlx", accept_loss=True)
+    assert [note.code for note in report.lost] == ["not-in-mlx"]
+    assert len(load_file(tmp_path / "mlx" / "adapters.safetensors")) == 4
+
+
+def test_dora_keeps_its_magnitudes(tmp_path: Path) -> None:
+    adapter = write(tmp_path / "adapter", use_dora=True)
+    loratool.convert(adapter, tmp_path / "mlx", to="mlx")
+    loratool.convert(tmp_path / "mlx", tmp_path / "back", to="peft")
+    before, after = load_file(adapter / WEIGHTS), load_file(tmp_path / "back" / WEIGHTS)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_an_output_that_differs_is_a_bug_and_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proof reads the file: an error in what is written, or in its config, does not pass."""
+    adapter = write(tmp_path / "adapter")
+    kept = mlx.MlxNames.stored
+
+    def wrong(self: Any, form: Any, found: Any) -> Any:
+        a, b = kept(self, form, found)
+        return a, b * (1 + 1e-5)
+
+    monkeypatch.setattr(mlx.MlxNames, "stored", wrong)
+    with pytest.raises(LoratoolError, match="differs from what was read") as refusal:
+        loratool.convert(adapter, tmp_path / "mlx", to="mlx")
+    assert refusal.value.exit_code == 1
+    monkeypatch.setattr(mlx.MlxNames, "stored", kept)
+    monkeypatch.setattr(rows, "times", lambda product, factor: product)
+    down = "model.layers.0.mlp.down_proj"
+    other = write(tmp_path / "other", alpha_pattern={down: 3})
+    with pytest.raises(LoratoolError, match="q_proj"):
+        loratool.convert(other, tmp_path / "mlx", to="mlx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "other"]
+
+
+def test_a_dry_run_writes_nothing_and_proves_nothing(tmp_path: Path) -> None:
+    report = loratool.convert(write(tmp_path / "adapter"), tmp_path / "mlx", to="mlx", dry_run=True)
+    assert "not read back" in str(report)
+    assert not (tmp_path / "mlx").exists()
