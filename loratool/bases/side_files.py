@@ -87,6 +87,8 @@ def plan_side_files(
                 left_out.append(f"{name} (the adapter's tokenizer_config.json has its own)")
     edits = [*edits, *(dtype_edits(base.config, dtype) if dtype != "keep" else ())]
     edits += packing_edits(base, plain)
+    if base.config and "config.json" not in base.side_files:  # the weights' own file says what it says of the model
+        edits = []
     for edit in (each for each in edits if not each.path):  # a file that is about nothing else
         del files[edit.file]
         if edit.value is None:

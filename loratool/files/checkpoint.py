@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from loratool.errors import InputError, printable
 from loratool.files.containers import PICKLES, foreign_file, is_pointer, sharded_folder
+from loratool.files.gguf_splits import gguf_in, read_splits
 from loratool.files.hub_cache import name_of
 from loratool.files.inputs import LARGEST_INDEX, read_json, special_files, unreadable
 from loratool.files.names import has_other_parts
@@ -54,6 +55,8 @@ class LeftOut(NamedTuple):
 class Checkpoint(Shown):
     """A model on disk. Headers are read, tensors are not."""
 
+    is_linear: ClassVar[bool] = False  # all of its matrices are (out, in), whatever the class of the model does
+
     root: Path
     shards: tuple[SafeFile, ...]  # in file order
     index: Path | None = None
@@ -78,9 +81,9 @@ class Checkpoint(Shown):
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        """`config.json`, or an empty mapping where there is none that can be read."""
+        """`config.json`, or what the weights' own file says, or an empty mapping where there is nothing that can be read."""
         if "config.json" not in self.side_files:
-            return {}
+            return self.shards[0].config if self.shards else {}
         return read_json(self.root / "config.json", repeated=True, lenient=True)
 
     @property
@@ -114,10 +117,21 @@ def open_files(root: Path, is_adapter: Callable[[Path], bool]) -> Checkpoint:
         refuse_pickle(root)
         return Checkpoint(
             root,
-            (read_safefile(root),),
+            read_splits(root) if root.suffix == ".gguf" else (read_safefile(root),),
             notes=(Note("single-file", "BASE is a single file, so only weights are written"),),
         )
+    if (alone := gguf_alone(root)) is not None:
+        return open_files(alone, is_adapter)
     return open_folder(root, None, is_adapter)
+
+
+def gguf_alone(folder: Path) -> Path | None:
+    """The GGUF model in a folder that holds weights in no other format; None where there is none."""
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise unreadable(folder, error) from error
+    return None if any(name.endswith(".safetensors") for name in names) else gguf_in(folder)
 
 
 def open_folder(root: Path, index: Path | None, is_adapter: Callable[[Path], bool]) -> Checkpoint:

@@ -21,7 +21,8 @@ from loratool.errors import InputError, printable
 from loratool.files.inputs import open_regular
 from loratool.files.names import has_other_parts
 from loratool.files.process import cores
-from loratool.files.safefile import Identity, Layout, LocalSource, SafeFile, TensorInfo, read_safefile
+from loratool.files.safefile import Identity, Layout, LocalSource, SafeFile, TensorInfo
+from loratool.files.weight_formats import read_weight_file
 
 if TYPE_CHECKING:
     from loratool.files.source import Source
@@ -286,7 +287,7 @@ def why_other_tree(path: Path, wanted: Tree, find: Finder) -> str:
     assert begin is not None, "`why_unchecked` was not asked"
     os.close(open_regular(path))  # what is no regular file is said to be none, rather than no weight file
     try:
-        file = read_safefile(path)
+        file = read_weight_file(path)
     except InputError:
         return f"{OTHER} (its header cannot be read)"
     if digest_of_part(file.layout.header, begin) != wanted.header or file.tensors.keys() != wanted.tensors.keys():

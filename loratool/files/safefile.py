@@ -64,7 +64,7 @@ FOREIGN_STARTS = (
     (b"<!doctype", "an HTML page, probably an error page saved by a download; download the file again"),
     (b"<html", "an HTML page, probably an error page saved by a download; download the file again"),
     (b"\x1f\x8b", "gzip-compressed; unpack it first"),
-    (b"GGUF", "a GGUF file; loratool reads safetensors"),
+    (b"GGUF", "a GGUF file under the wrong name; rename it to end in .gguf"),
     (b"PK\x03\x04", "a zip archive, probably a torch checkpoint under the wrong name; loratool never unpickles it"),
     (b"\x80\x02", "a Python pickle; loratool never unpickles it"),
     (b"\x80\x03", "a Python pickle; loratool never unpickles it"),
@@ -139,6 +139,17 @@ class Layout:
         """The tensors in the order of their bytes."""
         return sorted(self.tensors.values(), key=lambda t: (t.start, t.stop))
 
+    @property
+    def padding(self) -> int:
+        """Bytes of data that belong to no tensor, which are zero."""
+        return 0
+
+    def like(
+        self, tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+    ) -> Layout:
+        """That of an output of the same format, which holds (name, dtype, shape) triples in the given order."""
+        return Layout.of(tensors, metadata)
+
     @classmethod
     def of(
         cls,
@@ -194,6 +205,11 @@ class SafeFile:
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self.layout.tensors
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What the file itself says of a model, in the words of a config of transformers."""
+        return {}
 
     @contextmanager
     def open(self) -> Iterator[Source]:
@@ -298,9 +314,8 @@ def header_length(path: Path, head: bytes, size: int) -> int:
     if size == 0:
         raise InputError(f"{shown}: the file is empty, probably after a failed download or a full disk")
     begins_as_ours = head[PREFIX : PREFIX + 1] == b"{"  # a length of 640 reads like the start of a pickle
-    for start, what in () if begins_as_ours else FOREIGN_STARTS:
-        if head.startswith(start) or head.lstrip().lower().startswith(start):
-            raise InputError(f"{shown}: not a safetensors file: it is {what}")
+    if not begins_as_ours and (what := foreign_start(head)):
+        raise InputError(f"{shown}: not a safetensors file: it is {what}")
     if size < PREFIX:
         raise InputError(
             f"{shown}: the file is truncated: {size} bytes are too few for a safetensors header; copy or download it again"
@@ -319,6 +334,14 @@ def header_length(path: Path, head: bytes, size: int) -> int:
             "download it again"
         )
     return length
+
+
+def foreign_start(head: bytes) -> str:
+    """What a file is that begins as no file of weights does; empty where that is not known."""
+    return next(
+        (what for start, what in FOREIGN_STARTS if head.startswith(start) or head.lstrip().lower().startswith(start)),
+        "",
+    )
 
 
 def parse_header(path: Path, raw: bytes, data_size: int) -> tuple[dict[str, TensorInfo], Mapping[str, str] | None]:

@@ -80,7 +80,7 @@ class LocalFile:
         except BaseException:
             self.close()
             raise
-        self.written.add(len(layout.header))
+        self.written.add(len(layout.header) + layout.padding)  # padding is zero, as the whole file is so far
 
     def part(self, at: int, count: int) -> LocalPart:
         return LocalPart(self, at, at + count)

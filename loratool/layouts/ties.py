@@ -24,6 +24,7 @@ PREFIXED = r"(?:\w+\.)?embeddings\.word_embeddings"
 
 # The first row that matches an embedding's name counts.
 TIES: tuple[Tie, ...] = (
+    Tie(r"token_embd", ("output",)),  # of GGUF files
     # families that call them as others do, and tie something else
     Tie(PREFIXED, ("cls.predictions.decoder",), types=("lxmert",)),
     Tie(PREFIXED, ("lm_head.decoder",), bias="lm_head.bias", types=("bert-generation",)),

@@ -15,6 +15,7 @@ from loratool.bases.side_files import OutputFile
 from loratool.bases.weights import Plain
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import INDEX_SUFFIX, NUMBERED, SINGLE, Checkpoint, index_text
+from loratool.files.gguf import GgufFile
 from loratool.files.safefile import FLOAT_NAMES, Layout, SafeFile, TensorInfo
 
 if TYPE_CHECKING:
@@ -141,7 +142,8 @@ def plan_shards(base: Checkpoint, changes: OutputChanges, dtype: str, shard_size
         said = source.layout.metadata if source else None
         metadata = base.metadata(said, changes.plain) if isinstance(base, Decoded) else said
         same = shard is not None and head == [(t.name, t.dtype, t.shape) for t in shard.layout.in_order]
-        layout = shard.layout if shard is not None and same and metadata == said else Layout.of(head, metadata)
+        kept = shard is not None and same and metadata == said
+        layout = shard.layout if shard is not None and kept else base.shards[0].layout.like(head, metadata)
         here = {e.packed for e in entries if not isinstance(e.weight, Plain)}
         spans = tuple(span_of(e, layout.tensors[e.name], changes.edits, here) for e in entries)
         plans.append(ShardPlan(name, layout, spans))
@@ -171,7 +173,8 @@ def files_of_base(
             changes.moved.get(name) or origin_of(base, name, weight, changes.anew)
             for name, weight in weights_in(base, each, changes.plain)
         ]
-        if entries or each is base.shards[-1]:  # scales may have had a file to themselves
+        # scales may have had a file to themselves; a split GGUF may begin with a file of metadata
+        if entries or each is base.shards[-1] or is_gguf(base):
             files.append((shard_name(base, each), entries))
             own.append(each)
     files[-1][1].extend(changes.added)
@@ -226,6 +229,8 @@ def stem_of(name: str) -> str:
 
 def plan_index(base: Checkpoint, shards: Sequence[ShardPlan]) -> OutputFile | None:
     """The output's index: the base's bytes where they still hold, a new one, or None for a single file."""
+    if is_gguf(base):
+        return None
     weight_map = {span.placed.name: shard.name for shard in shards for span in shard.spans}
     total = sum(span.placed.nbytes for shard in shards for span in shard.spans)
     if base.index is None and len(shards) == 1:
@@ -248,6 +253,11 @@ def plan_index(base: Checkpoint, shards: Sequence[ShardPlan]) -> OutputFile | No
     if unwritable := {s.name for s in shards if not s.name.isprintable() and not is_utf8(s.name)}:
         raise InputError("an index cannot contain file names that are not UTF-8:", map(printable, sorted(unwritable)))
     return OutputFile(f"{stem_of(shards[0].name)}{INDEX_SUFFIX}", content=index_text(weight_map, total, None))
+
+
+def is_gguf(base: Checkpoint) -> bool:
+    """Whether it is a GGUF model, whose files stay as many as they are."""
+    return isinstance(base.shards[0], GgufFile)
 
 
 def is_utf8(name: str) -> bool:

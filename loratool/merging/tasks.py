@@ -120,7 +120,7 @@ class Output:
     def digest(self) -> Digest | None:
         """Of the whole file, once the digests of all chunks are there; None when the work is being stopped."""
         layout = self.plan.layout
-        if not self.hashed.wait_for(layout.size - layout.data_start):
+        if not self.hashed.wait_for(layout.size - layout.data_start - layout.padding):
             return None
         return Digest(layout.size, tree=Tree.of(layout, {n: tuple(c) for n, c in self.chunks.items()} | self.known))
 

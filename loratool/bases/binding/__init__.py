@@ -16,6 +16,7 @@ from loratool.algebra.updates.base import Update
 from loratool.bases.binding.checking import found_otherwise, holes, overlap, rivals, uncut
 from loratool.bases.binding.flattened import look_up
 from loratool.bases.binding.fusing import Misfit
+from loratool.bases.binding.named import named
 from loratool.bases.binding.orientation import Orientation, module_of
 from loratool.bases.binding.places import ALL, Bound, Match, Place
 from loratool.bases.binding.proposing import proposals
@@ -40,6 +41,8 @@ def bind(adapter: Adapter, base: Checkpoint, *, maps: Sequence[str] = (), fan_in
         fan_in_fan_out: whether square --layer-weights that may be Conv1D are stored (in, out); by default the class of
             the model decides, then the config of the adapter.
     """
+    if (view := named(base)) is not None:
+        return view.in_file(bind(adapter, view, maps=maps, fan_in_fan_out=fan_in_fan_out))
     renamings = read_maps(maps)
     mapped = {t for t in adapter.updates for pattern, _ in renamings if pattern.search(t)}
     names, reasons = look_up([t for t in adapter.updates if t not in mapped], base.tensors)

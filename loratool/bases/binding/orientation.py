@@ -94,7 +94,7 @@ class Orientation:
         return self.given if meant else None
 
     def said_by_class(self, leaf: str) -> bool | None:
-        return class_says(self.base.config, leaf, self.adapter.training.model_class)
+        return False if self.base.is_linear else class_says(self.base.config, leaf, self.adapter.training.model_class)
 
     def said_by_config(self, leaf: str) -> bool | None:
         return self.adapter.training.in_out if self.is_meant(leaf) else None

@@ -10,6 +10,7 @@ from loratool.bases.codecs.awq import Awq
 from loratool.bases.codecs.bitsandbytes import BitsAndBytes
 from loratool.bases.codecs.compressed_tensors import CompressedTensors
 from loratool.bases.codecs.fp8 import Fp8
+from loratool.bases.codecs.gguf import Gguf
 from loratool.bases.codecs.gptq import Gptq
 from loratool.bases.codecs.hqq import HqqCodec
 from loratool.bases.codecs.modelopt import ModelOpt
@@ -23,6 +24,7 @@ from loratool.files.checkpoint import Checkpoint
 from loratool.files.inputs import read_json
 
 CODECS: tuple[Codec, ...] = (
+    Gguf(),
     Fp8(),
     BitsAndBytes(),
     Gptq(),

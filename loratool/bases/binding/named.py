@@ -1,0 +1,136 @@
+"""A base whose file has names and an order of rows of its own, seen as transformers has it: GGUF.
+
+Targets are bound in that view. What binding finds is then told in the names of the file, with rows in its order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+
+from loratool.algebra.updates.compound import images_in
+from loratool.algebra.updates.reordered import Reordered, RowOrder
+from loratool.bases.binding.places import ALL, Bound, Place
+from loratool.errors import InputError, printable
+from loratool.files.checkpoint import Checkpoint
+from loratool.files.gguf import GgufFile
+from loratool.files.safefile import TensorInfo
+from loratool.layouts.gguf import ARCHITECTURES, HEADS, STACKS, Architecture, Rows
+
+BLOCK = re.compile(r"blk\.(?P<layer>\d+)\.(?P<module>.+)")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a tensor of the file is in the model."""
+
+    name: str
+    order: RowOrder | None = None
+    shifted: bool = False  # it holds 1 + w
+
+
+@dataclass(frozen=True, repr=False)
+class Named(Checkpoint):
+    """A base under the names of transformers. All of its matrices are (out, in)."""
+
+    rows: Mapping[str, Row] = field(default_factory=dict)  # by the names of the file
+    held: Mapping[str, TensorInfo] = field(default_factory=dict)  # by the same names
+
+    is_linear = True
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return {self.rows[name].name: replace(info, name=self.rows[name].name) for name, info in self.held.items()}
+
+    @cached_property
+    def stored(self) -> Mapping[str, str]:
+        """Name in transformers → name in the file."""
+        return {row.name: name for name, row in self.rows.items()}
+
+    def in_file(self, bound: Bound) -> Bound:
+        """What binding found in this view, in the names and the order of the file."""
+        places: dict[str, tuple[Place, ...]] = {}
+        problems = dict(bound.problems)
+        for target, every in bound.places.items():
+            reasons = [why for place in every if (why := self.why_not(place))]
+            if reasons:
+                problems[target] = reasons[0]
+            else:
+                places[target] = tuple(map(self.place, every))
+        return replace(bound, places=places, problems=problems)
+
+    def why_not(self, place: Place) -> str:
+        """Empty where an update can be put into the file's order; else the reason it cannot."""
+        name = self.stored[place.tensor]
+        row, info = self.rows[name], self.held[name]
+        where = f"a GGUF file stores {printable(name)}"
+        if row.shifted and place.update.replaces:
+            return f"it is saved whole, but {where} with 1 added to it, which is not supported"
+        if row.order is None:
+            return ""
+        if place.update.replaces or images_in(place.update):
+            return f"it is no sum of products, but {where} with rows in another order, which is not supported"
+        if (place.first_row, place.rows, place.columns, place.fold) != (0, info.rows, ALL, 1):
+            return f"it is a part of the weight, but {where} with rows in another order, which is not supported"
+        if not row.order.fits(info.rows):
+            return f"{where} in {info.rows} rows, which do not fit the {row.order.groups} heads of its metadata"
+        return ""
+
+    def place(self, place: Place) -> Place:
+        """The same place in the file."""
+        name = self.stored[place.tensor]
+        order = self.rows[name].order
+        if order is None:
+            return replace(place, tensor=name)
+        update = Reordered(place.update, order, place.rows, place.update_row)
+        return replace(place, tensor=name, update=update, update_row=0)
+
+
+def named(base: Checkpoint) -> Named | None:
+    """A base with names of its own under those of transformers; None for any other base.
+
+    Raises `InputError` where it is of an architecture that is not known here.
+    """
+    first = base.shards[0] if base.shards else None
+    if not isinstance(first, GgufFile) or isinstance(base, Named):
+        return None
+    kind = first.text("general.architecture")
+    if (architecture := ARCHITECTURES.get(kind)) is None:
+        known = ", ".join(ARCHITECTURES)
+        raise InputError(
+            f"{printable(first.path)}: a GGUF file of the architecture {printable(repr(kind))}, whose names are not known; "
+            f"known: {known}"
+        )
+    rows = {name: row_of(name, kind, architecture, first) for name in base.tensors}
+    own = {each.name: getattr(base, each.name) for each in fields(Checkpoint)}
+    return Named(**own, rows=rows, held=base.tensors)
+
+
+def row_of(name: str, kind: str, architecture: Architecture, file: GgufFile) -> Row:
+    """What a tensor is in the model; one that no table knows keeps its name."""
+    module, _, parameter = name.rpartition(".")
+    if (match := BLOCK.fullmatch(module)) is None:
+        there = architecture.outside.get(module)
+        shifted = architecture.norms_shifted and module.endswith("norm")
+        return Row(f"{there}.{parameter}" if there else name, shifted=shifted)
+    layer, inner = match["layer"], match["module"]
+    at = f"{architecture.layers}.{layer}"
+    if inner in STACKS and parameter == "weight":
+        return Row(f"{at}.{STACKS[inner]}")
+    if inner not in architecture.modules:
+        return Row(name)
+    rows = architecture.rows.get(inner)
+    order = None if rows is None else order_of(rows, int(layer), kind, file)
+    shifted = architecture.norms_shifted and inner.endswith("norm")
+    return Row(f"{at}.{architecture.modules[inner]}.{parameter}", order, shifted)
+
+
+def order_of(rows: Rows, layer: int, kind: str, file: GgufFile) -> RowOrder:
+    """An entry of the table with the numbers of heads of a model; it fits nothing where the file tells none."""
+    heads = file.number(f"{kind}.attention.head_count", layer)
+    key_heads = file.number(f"{kind}.attention.head_count_kv", layer) or heads
+    groups = heads if rows.groups == HEADS else key_heads
+    parts = tuple(count or heads // max(key_heads, 1) for count in rows.parts)
+    return RowOrder(groups, parts)
