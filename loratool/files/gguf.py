@@ -312,7 +312,7 @@ class Reader:
         elif math.prod(size or 1 for size in shape) > LARGEST:  # a 0 among them hides nothing
             why = f"has more elements than 63 bits can count: {list(shape)}"
         elif (shape[-1] if shape else 1) % TYPES[dtype].values:
-            why = f"has rows of {shape[-1] if shape else 1} values, which are no whole blocks of {dtype}"
+            why = f"has rows of {shape[-1] if shape else 1} values, not a multiple of a block of {dtype}"
         elif start % alignment:
             why = f"begins at byte {start}, which is no multiple of {alignment}"
         else:
