@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -64,6 +64,8 @@ class Checkpoint(Shown):
     side_files: tuple[str, ...] = ()  # carried into a merged model; paths relative to `root`
     left_out: tuple[LeftOut, ...] = ()  # seen and not carried over
     notes: tuple[Note, ...] = ()
+    # of a pipeline: folder → the checkpoint in it; `tensors` have the names in these, each behind its folder and a dot
+    components: Mapping[str, Checkpoint] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

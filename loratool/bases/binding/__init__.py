@@ -8,17 +8,20 @@ all of it together, and `telling` puts it in words.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from loratool.adapters.adapter import Adapter, adds_zero
 from loratool.algebra.updates.base import Update
+from loratool.bases.binding.aliases import match_of
 from loratool.bases.binding.checking import found_otherwise, holes, overlap, rivals, uncut
+from loratool.bases.binding.components import Component, components_of
+from loratool.bases.binding.distributing import distribute
 from loratool.bases.binding.flattened import look_up
 from loratool.bases.binding.fusing import Misfit
 from loratool.bases.binding.named import named
 from loratool.bases.binding.orientation import Orientation, module_of
-from loratool.bases.binding.places import ALL, Bound, Match, Place
+from loratool.bases.binding.places import ALL, Bound, Match, Place, Rule
 from loratool.bases.binding.proposing import proposals
 from loratool.bases.binding.resolving import Renaming, Resolver
 from loratool.bases.binding.telling import Nearest, tell
@@ -44,7 +47,87 @@ def bind(adapter: Adapter, base: Checkpoint, *, maps: Sequence[str] = (), fan_in
     if (view := named(base)) is not None:
         return view.in_file(bind(adapter, view, maps=maps, fan_in_fan_out=fan_in_fan_out))
     renamings = read_maps(maps)
-    mapped = {t for t in adapter.updates for pattern, _ in renamings if pattern.search(t)}
+    if parts := components_of(base):
+        bound = bind_components(adapter, base, parts, renamings, fan_in_fan_out)
+    else:
+        bound = bind_model(adapter, base, renamings, fan_in_fan_out)
+    notes = list(bound.notes)
+    mapped = mapped_of(adapter.updates, renamings)
+    for text, (pattern, _) in zip(maps, renamings, strict=True):
+        if not any(map(pattern.search, mapped)):
+            notes.append(
+                Note(
+                    "map-unused",
+                    f"--map {printable(repr(text))} matches no weight name of this adapter; names are matched without PEFT's prefix",
+                )
+            )
+    template_of.cache_clear()
+    return replace(bound, notes=tuple(notes))
+
+
+def mapped_of(targets: Iterable[str], renamings: Sequence[Renaming]) -> set[str]:
+    """The targets whose name a `--map` matches."""
+    return {t for t in targets for pattern, _ in renamings if pattern.search(t)}
+
+
+def bind_components(
+    adapter: Adapter,
+    base: Checkpoint,
+    parts: Sequence[Component],
+    renamings: Sequence[Renaming],
+    fan_in_fan_out: bool | None,
+) -> Bound:
+    """Bind the targets of each component in it; those that a `--map` renames, and those of no component, in the base."""
+    mapped = mapped_of(adapter.updates, renamings)
+    spread = distribute([t for t in adapter.updates if t not in mapped], parts, base.tensors)
+    bound = Bound({}, spread.reasons)
+    own = {target: target for target in (*mapped, *spread.rest)}
+    shares = [("", own, bind_model(portion_of(adapter, own), base, renamings, fan_in_fan_out))] if own else []
+    for part in parts:
+        if share := spread.shares.get(part.prefix):
+            found = bind_model(portion_of(adapter, share), part.model, (), fan_in_fan_out, part)
+            shares.append((part.prefix, share, replace(found, notes=tuple(n.under(part.name) for n in found.notes))))
+    for prefix, share, found in shares:
+        bound = joined(bound, found, prefix, share)
+    problems = dict(bound.problems)
+    places = dict(bound.places)
+    for target, (tensor, other) in rivals(places).items():
+        del places[target]
+        problems[target] = f"{printable(tensor)} is already edited by {printable(other)}"
+    ordered = {target: places[target] for target in adapter.updates if target in places}
+    return replace(bound, places=ordered, problems={t: problems[t] for t in sorted(problems)})
+
+
+def portion_of(adapter: Adapter, share: Mapping[str, str]) -> Adapter:
+    """The adapter with some of its updates, under other names."""
+    optional = frozenset(name for name, target in share.items() if target in adapter.optional)
+    return replace(adapter, updates={n: adapter.updates[t] for n, t in share.items()}, optional=optional)
+
+
+def joined(bound: Bound, found: Bound, prefix: str, share: Mapping[str, str]) -> Bound:
+    """`bound` with what was found in a component, whose names stand behind `prefix` in the base."""
+    places = {
+        share[name]: tuple(replace(place, tensor=prefix + place.tensor) for place in every)
+        for name, every in found.places.items()
+    }
+    return Bound(
+        {**bound.places, **places},
+        {**bound.problems, **{share[name]: why for name, why in found.problems.items()}},
+        (*bound.notes, *found.notes),
+        {**bound.missing, **{share[name]: kind for name, kind in found.missing.items()}},
+        bound.proposed | {share[name] for name in found.proposed},
+    )
+
+
+def bind_model(
+    adapter: Adapter,
+    base: Checkpoint,
+    renamings: Sequence[Renaming],
+    fan_in_fan_out: bool | None,
+    part: Component | None = None,
+) -> Bound:
+    """The same in a model of one kind, or in one `part` of a model."""
+    mapped = mapped_of(adapter.updates, renamings)
     names, reasons = look_up([t for t in adapter.updates if t not in mapped], base.tensors)
     own = {name: target for target, name in names.items()}
     adapter = replace(
@@ -58,7 +141,10 @@ def bind(adapter: Adapter, base: Checkpoint, *, maps: Sequence[str] = (), fan_in
         if target in reasons:
             continue
         try:
-            matches[target] = resolver.match(target, update, renamings)
+            if part is not None and (pieces := part.aliases.names.get(target)) and target not in base.tensors:
+                matches[target] = match_of(pieces, update, base.tensors, Rule(("other-layout", part.layout)))
+            else:
+                matches[target] = resolver.match(target, update, renamings)
         except Misfit as misfit:
             # a combined adapter has zeros for the biases of layers without one
             if str(misfit) or not (target in adapter.optional or adds_zero(update)):
@@ -73,7 +159,8 @@ def bind(adapter: Adapter, base: Checkpoint, *, maps: Sequence[str] = (), fan_in
     near = Nearest(resolver.disk.templates, base.tensors)
     lost = {t: adapter.updates[t] for t, why in reasons.items() if not why}
     taken = {place.tensor for every in places.values() for place in every}
-    proposed = proposals(lost, places, resolver.disk, taken)
+    # a --map is for whole names, and those of a component are without the beginning
+    proposed = proposals(lost, places, resolver.disk, taken) if part is None else {}
     problems = {
         own.get(t, t): reasons[t]
         or elsewhere
@@ -82,15 +169,6 @@ def bind(adapter: Adapter, base: Checkpoint, *, maps: Sequence[str] = (), fan_in
         for t in sorted(reasons)
     }
     notes += [*found_otherwise(places), *holes(adapter, places, base.tensors)]
-    for text, (pattern, _) in zip(maps, renamings, strict=True):
-        if not any(map(pattern.search, mapped)):
-            notes.append(
-                Note(
-                    "map-unused",
-                    f"--map {printable(repr(text))} matches no weight name of this adapter; names are matched without PEFT's prefix",
-                )
-            )
-    template_of.cache_clear()
     placed = {own.get(t, t): places[t] for t in adapter.updates if t in places}
     return Bound(placed, problems, tuple(notes), missing, frozenset(proposed))
 

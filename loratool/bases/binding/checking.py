@@ -66,6 +66,7 @@ def uncut(places: Sequence[Place]) -> str:
 STEPS = {
     "map-used": "weights were renamed by --map",
     "renamed": "weights were matched under the names that other releases use for the same layers",
+    "other-layout": "weights were found under the names that they have in other layouts of the model",
     "prefix-dropped": "weights have a shorter prefix in the base",
     "prefix-added": "weights have a longer prefix in the base",
     "part-of-fused": "weights are parts of fused tensors of the base",

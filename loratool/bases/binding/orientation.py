@@ -239,6 +239,8 @@ def class_says(config: Mapping[str, Any], module: str, trained: str = "") -> boo
         module: the last component of its name.
         trained: the class that was trained, where the adapter names it.
     """
+    if "_class_name" in config:  # of diffusers, all of whose layers are nn.Linear
+        return False
     types = all_types(config)
     classes = config.get("architectures") or ([trained] if trained else [])
     if not types and isinstance(classes, list):

@@ -1,0 +1,44 @@
+"""One row of a table of names, and how rows within a block are written down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Row:
+    """A module, or a tensor, of the original layout and what diffusers makes of it.
+
+    `#` stands for a number, `*` at the end of both for whatever follows. Several parts hold its rows one after the
+    other.
+    """
+
+    original: str
+    parts: tuple[str, ...]  # in diffusers
+    # a letter for each part: `h` has as many rows as the weight has columns, the others have equal numbers of the rest
+    sizes: str = ""
+    swapped: bool = False  # the halves of (shift, scale) change places; of a weight with more such blocks they stay
+    transposed: bool = False
+
+
+def rows(*pairs: tuple[str, str] | tuple[str, str, str]) -> tuple[Row, ...]:
+    """Rows from (original, parts with spaces between them), with the sizes of the parts where they differ."""
+    return tuple(Row(original, tuple(parts.split()), "".join(sizes)) for original, parts, *sizes in pairs)
+
+
+def within(original: str, diffusers: str, inner: Iterable[Row]) -> tuple[Row, ...]:
+    """The same rows in a block."""
+    return tuple(
+        replace(row, original=f"{original}.{row.original}", parts=tuple(f"{diffusers}.{part}" for part in row.parts))
+        for row in inner
+    )
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models that share one table. They are known by their names: all of one of `marks`, in either layout."""
+
+    name: str
+    rows: tuple[Row, ...]
+    marks: tuple[tuple[str, ...], ...]  # modules with # for numbers
