@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from findings import Finding, aligned, at_most, finding_table, megabytes, ratio, seconds, write_result
 from machine import describe
 from packed_shapes import FAMILIES, make_packed
-from running import Run, apart, loratool_run, say, scratch
+from running import Run, apart, loratool_run, say, scratch, set_cache
 from shapes import SHAPES, Shape, make
 
 PLAIN = "bf16"
@@ -65,24 +66,30 @@ def take_turns(folder: Path, contenders: dict[str, list[str]], turns: int) -> di
 
 
 def verified(folder: Path, turns: int) -> list[Finding]:
-    """`verify` with base and adapter, over `cat` of the files that it reads."""
+    """`verify` over `cat` of the files that it reads: all of them in the page cache before each run, or none."""
     merged, base, adapter = folder / "out", folder / PLAIN / "base", folder / PLAIN / "adapter"
     loratool_run(command(folder, f"{PLAIN}/base"))
-    files = [str(path) for place in (merged, base, adapter) for path in sorted(place.glob("*.safetensors"))]
-    words = ["verify", str(merged), "--base", str(base), "--adapter", str(adapter), "-q"]
-    check = [sys.executable, "-m", "loratool", *words]
-    read = ["sh", "-c", 'cat "$@" > /dev/null', "cat", *files]
-    wall: dict[str, list[float]] = {"cat": [], "verify": []}
-    for turn in range(turns):
-        for name, each in (("cat", read), ("verify", check)):
-            wall[name].append(loratool_run(each).wall)
-            say(f"turn {turn + 1}: {name} {wall[name][-1]:.2f} s")
+    check = [sys.executable, "-m", "loratool", "verify", str(merged), "-q"]
+    ways = {
+        "verify with base and adapter": ((merged, base, adapter), ["--base", str(base), "--adapter", str(adapter)]),
+        "verify by the record": ((merged,), []),
+    }
+    found: list[Finding] = []
+    for (name, (places, words)), warm in product(ways.items(), (True, False)):
+        files = [str(path) for place in places for path in sorted(place.glob("*.safetensors"))]
+        contenders = {"cat": ["sh", "-c", 'cat "$@" > /dev/null', "cat", *files], name: [*check, *words]}
+        cache = "warm cache" if warm else "cold cache"
+        wall: dict[str, list[float]] = {each: [] for each in contenders}
+        for turn, (each, command_line) in product(range(turns), contenders.items()):
+            for place in (folder, folder / PLAIN):
+                set_cache(place, warm)
+            wall[each].append(loratool_run(command_line).wall)
+            say(f"turn {turn + 1}: {each}, {cache} {wall[each][-1]:.2f} s")
+        reading, taken = (median(wall[each]) for each in contenders)
+        found.append(Finding(f"{name}, {cache}: cat of the files read", seconds(reading), reading))
+        found.append(at_most(f"{name}, {cache}: over cat", taken / reading, CAT, ratio))
     shutil.rmtree(merged)
-    found = median(wall["verify"]) / median(wall["cat"])
-    return [
-        Finding("cat of merged model, base and adapter", seconds(median(wall["cat"])), median(wall["cat"])),
-        at_most("verify over cat", found, CAT, ratio),
-    ]
+    return found
 
 
 def judge(runs: dict[str, list[Run]]) -> list[Finding]:

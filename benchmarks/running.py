@@ -64,9 +64,10 @@ class Contender:
 
 
 def environment(tree: Path = REPOSITORY) -> dict[str, str]:
-    """Loratool is that of a source tree, and nobody asks the network."""
+    """Loratool is that of a source tree, compiled once as an installed one is, and nobody asks the network."""
     paths = [str(tree), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {**kept, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
 
 
 def run(words: Sequence[str], tree: Path = REPOSITORY) -> tuple[Run, str, str]:

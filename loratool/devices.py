@@ -68,6 +68,24 @@ def without_torch() -> Future[Runtime]:
     return future
 
 
+class Awaited:
+    """Torch on the requested devices, on its way from the first need of it on."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.lock = device, threading.Lock()
+        self.future: Future[Runtime] | None = None
+
+    def start(self) -> Future[Runtime]:
+        with self.lock:
+            if self.future is None:
+                self.future = start_torch(self.device)
+            return self.future
+
+    def used(self) -> Runtime:
+        """What was started: the CPU alone where nothing needed torch."""
+        return (self.future or without_torch()).result()
+
+
 def check_device(device: str, several: bool = True) -> None:
     """Raise `UsageError` where `device` names none, or more than one without `several`."""
     numbered = device.split(",")

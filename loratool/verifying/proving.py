@@ -11,11 +11,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from loratool.bases.weights import Held, Plain, Room
-from loratool.devices import Runtime, exact_arithmetic, load_linear_algebra, resident_memory
+from loratool.devices import Awaited, exact_arithmetic, load_linear_algebra, resident_memory
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, numpy, torch
-from loratool.merging.resources import MOST_SHELVED, Resources, choose_resources, rows_of_block, sums_products
+from loratool.merging.resources import (
+    MOST_SHELVED,
+    Resources,
+    choose_resources,
+    most_workers,
+    rows_of_block,
+    sums_products,
+)
 from loratool.merging.row_blocks import EditedSpan, Worker
 from loratool.merging.shared_updates import SharedUpdates
 from loratool.merging.totals import Totals
@@ -26,15 +33,15 @@ from loratool.verifying.pairing import Pair
 from loratool.verifying.quantised import aligned, beyond_half_step, is_quantised
 from loratool.verifying.quick import product_of
 from loratool.verifying.updates import Updates, rounded_twice
+from loratool.verifying.without_torch import Added, Tile, suffices
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
     from loratool.merging.merge import Progress
     from loratool.verifying.options import VerifyOptions
 
 PIECE = 1 << 20  # bytes that are compared at a time
 RUN = 64 << 20  # bytes of a tensor that one thread compares
+TOGETHER = 1 << 21  # elements that one thread compares by numpy
 Task = Callable[["Bench"], int]  # gives the bytes that it has read
 
 
@@ -48,6 +55,13 @@ class Bench:
     worker: Worker | None = None
     host: Tensor | None = None
     twin: Tensor | None = None
+    tile: Tile | None = None
+
+    def tile_of(self, width: int) -> Tile:
+        """Memory in which numpy computes."""
+        if self.tile is None or self.tile.width != width:
+            self.tile = Tile(width, self.proving.workers)
+        return self.tile
 
     def pieces(self) -> tuple[memoryview, memoryview]:
         """Memory for bytes of both sides."""
@@ -75,12 +89,21 @@ class Subject:
     distances: Distances
     held: Held = field(default_factory=Held)  # of the merged model's weight
     updates: dict[str, Updates] = field(default_factory=dict)  # by device, where they are needed one by one
+    added: Added | None = None
+    odd: bool = False  # whether numpy left some of it to torch
 
     def updates_on(self, device: torch.device) -> Updates:
         with self.work.lock:
             if str(device) not in self.updates:
                 self.updates[str(device)] = Updates(self.pair.span, device)
             return self.updates[str(device)]
+
+    def added_by_numpy(self) -> Added:
+        with self.work.lock:
+            if self.added is None:
+                self.added = Added.by(self.pair)
+                self.odd = not self.added.is_workable
+            return self.added
 
 
 class Proving:
@@ -89,7 +112,7 @@ class Proving:
     def __init__(
         self,
         pairs: Sequence[Pair],
-        runtime: Future[Runtime],
+        runtime: Awaited,
         options: VerifyOptions,
         rounding: str,
         progress: Progress | None,
@@ -102,7 +125,12 @@ class Proving:
             progress,
         )
         self.distances = {pair.name: Distances() for pair in pairs}
-        self.computed = [pair.span for pair in pairs if not self.is_copy(pair)]
+        computed = [pair for pair in pairs if not self.is_copy(pair)]
+        self.computed = [pair.span for pair in computed]
+        self.by_numpy = rounding == "nearest" and suffices(computed, options.device)
+        if computed and not self.by_numpy:
+            runtime.start()
+        self.workers = options.workers or most_workers()
         self.totals, self.shared = Totals(), SharedUpdates(MOST_SHELVED)
         self.sources = OpenSources()
         self.lock, self.choosing, self.stop = threading.Lock(), threading.Lock(), threading.Event()
@@ -119,7 +147,7 @@ class Proving:
         """Decided once torch is there."""
         with self.choosing:
             if self.chosen is None:
-                devices = self.runtime.result().devices
+                devices = self.runtime.start().result().devices
                 if not all(map(sums_products, self.computed)):
                     load_linear_algebra(devices)
                 options = self.options
@@ -128,8 +156,9 @@ class Proving:
                 )
             return self.chosen
 
-    def run(self, workers: int) -> None:
-        """Compare everything, in so many threads."""
+    def run(self) -> None:
+        """Compare everything."""
+        workers = self.workers
         tasks = iter(self.tasks())
         with self.sources, ThreadPoolExecutor(workers, "loratool-verify") as pool:
             futures = [pool.submit(self.work, tasks, number) for number in range(workers)]
@@ -170,9 +199,33 @@ class Proving:
             if not self.is_copy(pair):
                 work = EditedSpan(pair.span, self.totals, self.shared, self.plan_rounding)
                 subject = Subject(pair, work, self.distances[pair.name])
-                step = aligned(pair.theirs, pair.span.width, rows_of_block(pair.span, self.resources().block))
-                for first in range(0, pair.rows, step):
-                    yield self.blocks(subject, first, min(step, pair.rows - first))
+                if self.by_numpy:
+                    step = max(1, TOGETHER // max(1, pair.span.width))
+                    for first in range(0, pair.rows, step):
+                        yield self.blocks_by_numpy(subject, first, min(step, pair.rows - first))
+                else:
+                    yield from self.all_blocks(subject, 0, pair.rows)
+
+    def all_blocks(self, subject: Subject, first: int, stop: int) -> Iterator[Task]:
+        """Compare some rows in blocks."""
+        pair = subject.pair
+        step = aligned(pair.theirs, pair.span.width, rows_of_block(pair.span, self.resources().block))
+        for at in range(first, stop, step):
+            yield self.blocks(subject, at, min(step, stop - at))
+
+    def blocks_by_numpy(self, subject: Subject, first: int, count: int) -> Task:
+        """Compare some rows, with torch where numpy does not settle them, and from then on all of that tensor."""
+
+        def compare(bench: Bench) -> int:
+            pair, width = subject.pair, subject.pair.span.width
+            added = subject.added_by_numpy()
+            if not subject.odd and bench.tile_of(width).settled(pair, added, first, count, self.sources):
+                subject.distances.note(count * width, None)
+                return pair.nbytes * count // max(1, pair.span.rows)
+            subject.odd = True
+            return sum(task(bench) for task in self.all_blocks(subject, first, first + count))
+
+        return compare
 
     @property
     def plan_rounding(self) -> str:

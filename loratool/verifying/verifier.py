@@ -12,6 +12,7 @@ from loratool.adapters.adapter import same_bytes
 from loratool.bases.codecs import decoded
 from loratool.bases.opening import open_checkpoint
 from loratool.bases.weights import plain_of
+from loratool.devices import Awaited
 from loratool.errors import FitError, printable
 from loratool.fetching import local
 from loratool.fetching.bases import AUTO as AUTO_BASE
@@ -19,7 +20,6 @@ from loratool.files.process import cores, peak_memory
 from loratool.layouts.ties import TIE_FLAGS
 from loratool.merging.merge import PathLike, Progress, located, planned, read_inputs, several
 from loratool.merging.options import PlanOptions
-from loratool.merging.resources import most_workers, runtime_for
 from loratool.notes import Note
 from loratool.options.described import described_by
 from loratool.results.base import Cost
@@ -82,7 +82,7 @@ class Verifier:
     def __init__(self, plan: MergePlan, merged: Checkpoint, options: VerifyOptions, progress: Progress | None) -> None:
         self.plan, self.merged, self.options, self.progress = plan, merged, options, progress
         self.pairing: Pairing = pair(plan, merged)
-        self.runtime = runtime_for([each.span for each in self.pairing.pairs], options.device)
+        self.runtime = Awaited(options.device)
         self.bytes_read = 0
 
     def run(self) -> Verification:
@@ -102,7 +102,7 @@ class Verifier:
         tensors = self.proofs(found, distances)
         twice = any(proof.status == "rounded-twice" for proof in tensors.values())
         wrong = any(not each.passes for each in diagnoses) or any(p.status == "different" for p in tensors.values())
-        ready = self.runtime.result()
+        ready = self.runtime.used()
         return Verification(
             merged=self.merged.root,
             verdict=NOT_PROVEN if wrong else ROUNDED_TWICE if twice else PROVEN,
@@ -134,7 +134,7 @@ class Verifier:
     def prove(self, pairs: Sequence[Pair], rounding: str) -> dict[str, Distances]:
         """Compare some tensors with the formula."""
         proving = Proving(pairs, self.runtime, self.options, rounding, self.progress)
-        proving.run(self.options.workers or most_workers())
+        proving.run()
         self.bytes_read += proving.bytes_done
         return proving.distances
 
