@@ -11,6 +11,7 @@ from typing import Any
 
 from loratool.adapters.adapter import Adapter, stored_tensors
 from loratool.adapters.training import Training
+from loratool.adapters.unsettled import Unsettled, open_question
 from loratool.algebra.lowrank.products import ROUNDING, Product
 from loratool.algebra.updates.additive import Add, LowRank
 from loratool.algebra.updates.base import Update
@@ -287,6 +288,8 @@ def kind_of(update: LowRank) -> Kind:
 def why_not(update: Update, verb: str) -> str:
     """Why an update that is not low-rank stays as it is, and what to do."""
     inner = update.inner if isinstance(update, Magnitude) else update
+    if isinstance(inner, Unsettled):
+        return open_question(inner, {})
     if isinstance(inner, ExpertFactors):
         return "neither its factors nor its config says how many experts it has"
     if isinstance(inner, Residual):

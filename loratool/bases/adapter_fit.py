@@ -9,6 +9,7 @@ from pathlib import Path
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats import format_of
+from loratool.adapters.unsettled import settled
 from loratool.bases.binding import Place, bind, tell
 from loratool.bases.codecs import decoded
 from loratool.bases.same_base import unlike_bases
@@ -66,6 +67,7 @@ def fit_of(
     if checkpoint is None:
         trainable, more = format_of(adapter).parameters(adapter, set(base.weights))
         return Fit(base_facts(base, trainable, more, ()), adapter.name)
+    adapter = settled(adapter, checkpoint.config)
     ties = find_ties(checkpoint, [adapter])
     trained = as_trained(adapter, checkpoint, ties, partial(bind, maps=maps, fan_in_fan_out=fan_in_fan_out), True)
     bound = trained.bound

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import Adapter
-from loratool.bases.binding.fusing import setting
+from loratool.adapters.model_settings import setting
 from loratool.bases.trained_packing import unlike_packing, unmarked
 from loratool.errors import LoratoolError, printable
 from loratool.files.hub_cache import origin_of

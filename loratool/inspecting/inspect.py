@@ -14,6 +14,7 @@ from loratool.adapters.adapter import Adapter, stored_tensors
 from loratool.adapters.formats import Foreign, find_foreign, format_at, is_adapter, looks_foreign
 from loratool.adapters.layers import Layer, layer_of
 from loratool.adapters.reading import Reading, ReadingOptions
+from loratool.adapters.unsettled import settled
 from loratool.adapters.weight_files import fates
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
@@ -132,6 +133,7 @@ def look_at(
         from loratool.bases.adapter_fit import fit_of
 
         checkpoint = against.checkpoint() if holds_weights(against.path) else None
+        adapter = settled(adapter, checkpoint.config) if checkpoint else adapter
         fit = fit_of(adapter, against.path, checkpoint, options.maps, options.fan_in_fan_out)
         if not options.check:
             fit.require()

@@ -30,7 +30,11 @@ class Fusion:
 
 
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
-KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num", "n_head_kv")
+KEY_HEADS = (
+    *("num_key_value_heads", "num_kv_heads", "multi_query_group_num", "n_head_kv", "num_query_groups"),
+    "n_query_groups",
+)
+ONE_KEY_HEAD = "multi_query"  # in whose stead configs may tell whether there is one for all
 LINEAR_KEY_HEADS = ("linear_num_key_heads",)
 
 # Spellings of the three projections of attention.

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from loratool.adapters.adapter import StoredTensor, same_values
+from loratool.adapters.unsettled import settled
 from loratool.algebra.updates.additive import Add
 from loratool.algebra.updates.compound import images_in, with_weight
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
@@ -58,6 +59,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptio
         FitError: an adapter tensor matches no weight of the base, or two match the same one.
     """
     base = decoded(base)
+    adapters = [settled(adapter, base.config) for adapter in adapters]
     strengths = strengths_of(base, adapters, options)
     binder = partial(bind, maps=options.maps, fan_in_fan_out=options.fan_in_fan_out)
     extras = extras_of(base, adapters, strengths, binder, options.also_load, options.ignore_files)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import TYPE_CHECKING
 
+from loratool.adapters.model_settings import setting
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update, Wrapped
 from loratool.algebra.updates.experts import ExpertLowRank
-from loratool.bases.binding.fusing import setting
 from loratool.layouts.fusions import FUSIONS, HEADS, KEY_HEADS
 
 if TYPE_CHECKING:

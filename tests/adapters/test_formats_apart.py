@@ -18,7 +18,15 @@ REGISTRY = "adapters/formats/__init__.py"  # the one file that may import the fo
 
 # Ordinary words that are fields of PEFT's configs too: the word, what it means where it stands, and where that is.
 WORDS = {
-    "r": ("the mode of torch.linalg.qr that gives R alone", ("algebra/", "reworking/extracting/differences.py")),
+    "r": (
+        "the mode of torch.linalg.qr that gives R alone, or a field of torchtune's own config",
+        ("algebra/", "reworking/extracting/differences.py", "adapters/formats/torchtune.py"),
+    ),
+    "lora_alpha": (
+        "a setting of the trainers' own",
+        ("adapters/formats/torchtune.py", "adapters/formats/litgpt.py"),
+    ),
+    "base_model_name_or_path": ("a field of torchtune's own config", ("adapters/formats/torchtune.py",)),
     "bias": (
         "the parameter of a module",
         (

@@ -12,8 +12,11 @@ from pathlib import Path
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.format import Format
+from loratool.adapters.formats.litgpt import LITGPT
 from loratool.adapters.formats.mlx import MLX
 from loratool.adapters.formats.peft import PEFT
+from loratool.adapters.formats.torchtune import TORCHTUNE
+from loratool.adapters.formats.trainer import MODEL_CONFIG
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.errors import InputError, LoratoolError, printable
 from loratool.files.containers import foreign_file, instead_of_weights
@@ -22,7 +25,8 @@ from loratool.files.model_files import MODEL_FILES, FileNames
 from loratool.files.safefile import SafeFile, read_safefile
 from loratool.provenance.cards import Subject
 
-FORMATS: tuple[Format, ...] = (PEFT, MLX)  # of several that may be meant, the first that claims a tensor is
+# Of several that may be meant, the first that claims a tensor is: PEFT claims `.lora_A` whatever the module.
+FORMATS: tuple[Format, ...] = (LITGPT, PEFT, MLX, TORCHTUNE)
 WRITTEN = PEFT  # what is made here is written in
 DIALECTS = {word: form for form in FORMATS for word in form.dialects}  # what adapters are converted into → its format
 OUTPUT_FILES = reduce(or_, (form.file_names for form in FORMATS), MODEL_FILES)  # what `--overwrite` may replace
@@ -76,9 +80,20 @@ def format_of(adapter: Adapter) -> Format:
 def is_adapter(path: Path) -> bool:
     """Whether a path is an adapter, and no model with one beside it."""
     if path.is_dir():
-        return any(form.recognises(path) for form in FORMATS) and not (path / "config.json").exists()
+        return any(form.recognises(path) for form in FORMATS) and not holds_model(path)
+    if not (path.is_file() and path.suffix == ".safetensors"):
+        return False
     beside = any((path.parent / form.config_name).is_file() for form in FORMATS)
-    return path.is_file() and path.suffix == ".safetensors" and beside
+    return beside or any(form.claims(head) for head in heads_at(path) for form in FORMATS if form is not WRITTEN)
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a folder is a model's: with a config, which trainers also put beside an adapter, and with weights of one."""
+    if not (folder / MODEL_CONFIG).exists():
+        return False
+    own = [form for form in FORMATS if form is not WRITTEN and form.recognises(folder)]
+    heads = list(heads_at(folder)) if own else []
+    return not heads or not all(any(form.claims(head) for form in own) for head in heads)
 
 
 def has_adapter(folder: Path) -> bool:

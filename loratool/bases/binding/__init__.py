@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from loratool.adapters.adapter import Adapter, adds_zero
+from loratool.adapters.unsettled import Unsettled, open_question
 from loratool.algebra.updates.base import Update
 from loratool.bases.binding.aliases import match_of
 from loratool.bases.binding.checking import found_otherwise, holes, overlap, rivals, uncut
@@ -136,6 +137,9 @@ def bind_model(
         optional=frozenset(names.get(t, t) for t in adapter.optional),
     )
     resolver = Resolver(base)
+    reasons |= {
+        t: open_question(update, base.config) for t, update in adapter.updates.items() if isinstance(update, Unsettled)
+    }
     matches: dict[str, Match] = {}
     for target, update in adapter.updates.items():
         if target in reasons:

@@ -3,39 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from loratool.adapters.model_settings import model_types, setting
 from loratool.algebra.updates.base import ANY, Update
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.bases.binding.places import ALL, Match, Place, Rule
 from loratool.files.safefile import TensorInfo
 from loratool.layouts.fusions import EXPERT_COUNTS, FUSIONS, INTERLEAVED_EXPERTS, Fusion
 
-NESTED = ("text_config", "llm_config", "language_config", "thinker_config", "attn_config", "ffn_config")
-
 
 class Misfit(Exception):  # noqa: N818  (no error by itself: another way may fit)
     """Why an update does not fit where its name leads."""
-
-
-def setting(config: Mapping[str, Any], names: Iterable[str]) -> int | None:
-    """The first of several config fields that is a positive whole number, nested configs included."""
-    tables = [config, *(t for t in map(config.get, NESTED) if isinstance(t, dict))]
-    tables += [t for outer in tables[1:] for t in map(outer.get, NESTED) if isinstance(t, dict)]
-    names = tuple(names)
-    for table in tables:
-        for name in names:
-            value = table.get(name)
-            if type(value) is int and value > 0:
-                return value
-    return None
-
-
-def model_types(config: Mapping[str, Any]) -> frozenset[str]:
-    """The model types that a config names, those of nested configs included."""
-    tables = [config, *(t for t in map(config.get, NESTED) if isinstance(t, dict))]
-    return frozenset(t["model_type"] for t in tables if isinstance(t.get("model_type"), str))
 
 
 def fusions_of(config: Mapping[str, Any]) -> tuple[Fusion, ...]:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import Adapter
+from loratool.adapters.model_settings import model_types
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.experts import ExpertFactors
-from loratool.bases.binding.fusing import model_types
 from loratool.bases.binding.places import Match
 from loratool.files.safefile import TensorInfo
 from loratool.layouts.architectures import CONV1D_CLASSES, CONV1D_MODULES, CONV1D_TYPES, LINEAR_TYPES

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from loratool.adapters.model_settings import model_types
 from loratool.algebra.updates.base import Update
 from loratool.bases.binding import fusing
 from loratool.bases.binding.fusing import Misfit
@@ -52,7 +53,7 @@ class Resolver:
         self.disk = Disk(base.tensors)
         self.fusions = fusing.fusions_of(base.config)
         self.interleaved = fusing.is_interleaved(base.config)
-        types = fusing.model_types(base.config)
+        types = model_types(base.config)
         self.reordered = [name for kind, names in REORDERED if kind in types for name in names]
         self.levels: dict[str, tuple[list[list[Way]], Iterator[list[Alias]]]] = {}
 

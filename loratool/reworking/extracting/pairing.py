@@ -10,8 +10,8 @@ from functools import cached_property
 from loratool.adapters.adapter import StoredTensor
 from loratool.adapters.formats import WRITTEN
 from loratool.adapters.layers import ATTENTION, Kind, is_expert
+from loratool.adapters.model_settings import model_types
 from loratool.adapters.writer import Carried
-from loratool.bases.binding.fusing import model_types
 from loratool.bases.binding.orientation import OPTION, bias_shows, class_says, is_conv1d, module_of, option, stored
 from loratool.bases.decoded import weight_of
 from loratool.bases.packed import Packed

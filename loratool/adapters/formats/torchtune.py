@@ -1,0 +1,149 @@
+"""torchtune's own layout: `layers.0.attn.q_proj.lora_a.weight` (rank, in), `….lora_b.weight` (out, rank), `….magnitude`.
+
+Beside it lies an `adapter_config.json` with r and lora_alpha; scaling is their quotient. torchtune computes rotary
+positions of some models on interleaved pairs, as Meta's code does, and permutes the rows of queries and keys for
+it. B and DoRA's lengths have the rows of the weight, so both are permuted back here. (torchtune's own export to PEFT
+leaves the lengths as they are.) Facts: torchtune 0.6.1, `models/convert_weights.py` and the `_convert_weights.py` of
+other models.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loratool.adapters.formats import rows
+from loratool.adapters.formats.format import Config
+from loratool.adapters.formats.trainer import Found, TrainerFormat, modules_with, text_in, whole_in
+from loratool.adapters.model_settings import attention_heads, model_types
+from loratool.adapters.training import Training
+from loratool.adapters.unsettled import WAY_OUT, Unsettled
+from loratool.algebra.updates.additive import LowRank
+from loratool.algebra.updates.base import Update
+from loratool.algebra.updates.dora import Magnitude
+from loratool.errors import printable
+from loratool.files.safefile import SafeFile
+
+A, B, M = ".lora_a.weight", ".lora_b.weight", ".magnitude"
+LAYER = re.compile(r"(?P<start>(?:decoder\.)?layers\.\d+)\.(?P<leaf>attn\.\w+|mlp\.\w+)")
+NAMES = {
+    "attn.q_proj": "self_attn.q_proj",
+    "attn.k_proj": "self_attn.k_proj",
+    "attn.v_proj": "self_attn.v_proj",
+    "attn.output_proj": "self_attn.o_proj",
+    "mlp.w1": "mlp.gate_proj",
+    "mlp.w2": "mlp.down_proj",
+    "mlp.w3": "mlp.up_proj",
+}
+ROTATED = {"q_proj", "k_proj"}
+# Model types by transformers' names → whether torchtune permutes the rows of queries and keys.
+PERMUTED = {
+    **dict.fromkeys(("llama", "mistral", "gemma", "gemma2"), True),
+    **dict.fromkeys(("qwen2", "qwen3", "phi3"), False),
+}
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What becomes of factors of queries or keys on a model."""
+
+    target: str
+    update: LowRank | Magnitude
+    keys: bool
+
+    def __call__(self, config: Mapping[str, Any]) -> Mapping[str, Update]:
+        known = sorted(PERMUTED.keys() & model_types(config))
+        heads = attention_heads(config)
+        if len(known) != 1 or heads is None:
+            raise ValueError(
+                "torchtune orders the rows of queries and keys by model and by heads, which takes the model's config "
+                f"(model_type {', '.join(PERMUTED)}, with its number of heads); {WAY_OUT}"
+            )
+        if not PERMUTED[known[0]]:
+            return {self.target: self.update}
+        count = heads.keys if self.keys else heads.queries
+        inner: Any = self.update.inner if isinstance(self.update, Magnitude) else self.update
+        out = inner.up.shape[0]
+        if out % (2 * count):
+            raise ValueError(f"its {out} rows are not those of {count} heads")
+        formula = rows.FromPairs(count)
+        plain = LowRank(rows.derived(out, inner.up, formula), inner.down, inner.scale, turnable=True)
+        if not isinstance(self.update, Magnitude):
+            return {self.target: plain}
+        lengths: Any = self.update.magnitude
+        return {self.target: Magnitude(plain, rows.derived(out, lengths, formula))}
+
+
+class Torchtune(TrainerFormat):
+    """Adapters as torchtune trains them, before it exports them."""
+
+    name = "torchtune"
+    title = "torchtune"
+    config_name = "adapter_config.json"
+    weights_name = "adapter_model.safetensors"
+    settings = ("adapter_config.json",)
+
+    def claims(self, file: SafeFile) -> frozenset[str]:
+        modules = set(modules_with(file, (A, B)))
+        return frozenset(n for n in file.tensors if n.endswith((A, B)) or n.removesuffix(M) in modules)
+
+    def training_of(self, config: Config) -> Training:
+        return Training(
+            base=text_in(config, "base_model_name_or_path"),
+            task="CAUSAL_LM",
+            rank=whole_in(config, "r"),
+            zero_alpha=config.get("lora_alpha") == 0,
+            in_out=False,
+        )
+
+    def take(self, found: Found, config: Config) -> None:
+        alpha = found.alpha(config.get("lora_alpha"), f"lora_alpha in {self.config_name}")
+        ranks: set[int] = set()
+        for module in modules_with(found.file, (A, B)):
+            if (pair := found.pair(module, A, B)) is None:
+                continue
+            down, up = pair
+            if down.shape[0] != up.shape[1]:
+                found.refuse(
+                    module, f"lora_a has {down.shape[0]} rows and lora_b {up.shape[1]} columns; both are the rank"
+                )
+                continue
+            ranks.add(down.shape[0])
+            if (target := target_of(module)) is None:
+                found.unsupported.append(f"torchtune's module {printable(module)} has no known name in transformers")
+                continue
+            self.place(found, module, target, alpha / down.shape[0])
+        rank = whole_in(config, "r")
+        if rank is not None and ranks - {rank}:
+            found.refuse(
+                self.config_name, f"r is {rank}, but the factors have rank {', '.join(map(str, sorted(ranks)))}"
+            )
+
+    def place(self, found: Found, module: str, target: str, scale: float) -> None:
+        """Take up the factors of one module."""
+        down, up = found.stored(module + A), found.stored(module + B)
+        update: Any = LowRank(up, down, scale, turnable=True)  # type: ignore[arg-type]  # loaded later
+        names = [module + A, module + B]
+        lengths = found.lengths(module + M, up.shape[0])
+        if lengths is not None:
+            update = Magnitude(update, lengths)  # type: ignore[arg-type]  # the same
+            names.append(module + M)
+        leaf = target.removesuffix(".weight").rpartition(".")[2]
+        if leaf in ROTATED:
+            update = Unsettled(up, down, scale, Placed(target, update, leaf == "k_proj"), lengths)
+        found.add(target, update, names)
+
+
+def target_of(module: str) -> str | None:
+    """The name that transformers gives the weight of a module; None where it is not known."""
+    if module in ("output", "decoder.output"):
+        return "lm_head.weight"
+    match = LAYER.fullmatch(module)
+    if match is None or match["leaf"] not in NAMES:
+        return None
+    return f"model.{match['start'].removeprefix('decoder.')}.{NAMES[match['leaf']]}.weight"
+
+
+TORCHTUNE = Torchtune()

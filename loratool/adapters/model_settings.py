@@ -1,0 +1,52 @@
+"""What a model's config says that the layout of an adapter may depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loratool.layouts.fusions import HEADS, KEY_HEADS, ONE_KEY_HEAD
+
+NESTED = ("text_config", "llm_config", "language_config", "thinker_config", "attn_config", "ffn_config")
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of attention: those of queries, and those of keys, each of which several of the former share."""
+
+    queries: int
+    keys: int
+
+    @property
+    def each(self) -> int:
+        """Heads of queries in a group, which has one head of keys and one of values."""
+        return self.queries // self.keys
+
+
+def setting(config: Mapping[str, Any], names: Iterable[str]) -> int | None:
+    """The first of several config fields that is a positive whole number, nested configs included."""
+    tables = [config, *(t for t in map(config.get, NESTED) if isinstance(t, dict))]
+    tables += [t for outer in tables[1:] for t in map(outer.get, NESTED) if isinstance(t, dict)]
+    names = tuple(names)
+    for table in tables:
+        for name in names:
+            value = table.get(name)
+            if type(value) is int and value > 0:
+                return value
+    return None
+
+
+def model_types(config: Mapping[str, Any]) -> frozenset[str]:
+    """The model types that a config names, those of nested configs included."""
+    tables = [config, *(t for t in map(config.get, NESTED) if isinstance(t, dict))]
+    return frozenset(t["model_type"] for t in tables if isinstance(t.get("model_type"), str))
+
+
+def attention_heads(config: Mapping[str, Any]) -> Heads | None:
+    """The heads of a model; None where its config does not tell them, or not in a way that is known."""
+    queries, keys = setting(config, HEADS), setting(config, KEY_HEADS)
+    if queries is None or (keys is None and ONE_KEY_HEAD in config):
+        return None
+    keys = keys or queries
+    return Heads(queries, keys) if queries % keys == 0 else None
