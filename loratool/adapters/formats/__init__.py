@@ -61,7 +61,8 @@ def format_at(location: Path) -> Format:
     found = [form for form in FORMATS if form.recognises(location)]
     if len(found) > 1:
         heads = list(heads_at(location))  # none on the Hub, where names alone decide
-        found = [form for form in found if any(map(form.claims, heads))] or found
+        claiming = [form for form in found if any(map(form.claims, heads))]
+        found = claiming or [form for form in found if form is WRITTEN] or found
     return found[0] if found else WRITTEN
 
 
