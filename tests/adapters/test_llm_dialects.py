@@ -228,8 +228,8 @@ def litgpt_deltas(parts: str) -> dict[str, Tensor]:
         deltas[f"{LAYER}.self_attn.{part}_proj"] = product(rows, a[RANK * number : RANK * (number + 1)], SCALE)
         at += PART_ROWS[part]
     for theirs, ours in LIT.items():
-        pair = (tensors[f"transformer.h.0.{theirs}.lora_{side}"] for side in "BA")
-        deltas[f"{LAYER}.{ours}"] = product(*pair, SCALE)
+        up, down = (tensors[f"transformer.h.0.{theirs}.lora_{side}"] for side in "BA")
+        deltas[f"{LAYER}.{ours}"] = product(up, down, SCALE)
     return deltas
 
 
