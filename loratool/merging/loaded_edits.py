@@ -308,8 +308,10 @@ def looked_at(block: torch.Tensor) -> Iterator[slice]:
         at, count = at + count, min(4 * count, max(1, LOOKED_AT // width))
 
 
-def weight_rows(span: Span, edit: Edit, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
-    """The rows that an edit covers as no update but a replacement has left them, block by block."""
+def weight_rows(
+    span: Span, edit: Edit, device: torch.device, dtype: torch.dtype, first: int = 0, count: int | None = None
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Some of the rows that an edit covers, by default all, as no update but a replacement has left them."""
     stored = getattr(torch, FLOAT_NAMES[span.weight.exact])
     step = max(1, READ_AT_ONCE // (span.width * stored.itemsize))
     before = [
@@ -320,12 +322,13 @@ def weight_rows(span: Span, edit: Edit, device: torch.device, dtype: torch.dtype
         if other.update.replaces
     ]
     with OpenSources() as sources:
-        for first in range(edit.first_row, edit.first_row + edit.rows, step):
-            count = min(step, edit.first_row + edit.rows - first)
-            block = span.matrix.rows(first, count, device, stored, Room(sources)).to(dtype)
+        start = edit.first_row + first - edit.update_row if count is not None else edit.first_row
+        stop = edit.first_row + edit.rows if count is None else start + count
+        for at in range(start, stop, step):
+            block = span.matrix.rows(at, min(step, stop - at), device, stored, Room(sources)).to(dtype)
             for replacement in before:
-                replacement.apply(block, first, block)
-            yield first - edit.first_row + edit.update_row, block[:, edit.columns]
+                replacement.apply(block, at, block)
+            yield at - edit.first_row + edit.update_row, block[:, edit.columns]
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

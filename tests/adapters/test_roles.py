@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -274,10 +275,288 @@ def test_factors_and_a_full_change_of_one_weight_add_up(module_of: Any) -> None:
     assert found.updates["weight"].adds_products
 
 
+TUCKER_HALVES = {
+    "hada_w1_a": random(2, 6, seed=1),
+    "hada_w1_b": random(2, 4, seed=2),
+    "hada_w2_a": random(2, 6, seed=3),
+    "hada_w2_b": random(2, 4, seed=4),
+}
+
+
+def loha_factors(columns: int) -> dict[str, Tensor]:
+    return {
+        "hada_w1_a": random(6, 2, seed=1),
+        "hada_w1_b": random(2, columns, seed=2),
+        "hada_w2_a": random(6, 2, seed=3),
+        "hada_w2_b": random(2, columns, seed=4),
+        "alpha": ALPHA,
+    }
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (6, 4, 3, 3), (6, 4, 3)])
+def test_loha_is_the_product_of_two_products(module_of: Any, shape: tuple[int, ...]) -> None:
+    roles, weight = loha_factors(math.prod(shape[1:])), random(*shape, seed=9)
+    one = role_formulas.product_of(roles["hada_w1_a"], roles["hada_w1_b"])
+    other = role_formulas.product_of(roles["hada_w2_a"], roles["hada_w2_b"])
+    found = found_in(module_of(roles))
+    close(merged(found, weight), weight.double() + (0.5 * one * other).reshape(shape))
+    assert (found.rank, found.used["weight"]) == (2, tuple(roles))
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (3,)])
+def test_loha_with_cores_has_its_first_factors_transposed(module_of: Any, kernel: tuple[int, ...]) -> None:
+    cores = {f"hada_t{side}": random(2, 2, *kernel, seed=int(side)) for side in "12"}
+    roles, weight = {**TUCKER_HALVES, **cores, "alpha": ALPHA}, random(6, 4, *kernel, seed=9)
+    halves = [
+        role_formulas.tucker(roles[f"hada_t{side}"], roles[f"hada_w{side}_a"], roles[f"hada_w{side}_b"])
+        for side in "12"
+    ]
+    close(merged(found_in(module_of(roles)), weight), weight.double() + 0.5 * halves[0] * halves[1])
+
+
+W1, W1_A, W1_B = random(2, 2, seed=1), random(2, 1, seed=2), random(1, 2, seed=3)
+W2, W2_A, W2_B = random(3, 2, seed=4), random(3, 2, seed=5), random(2, 2, seed=6)
+# tensors, the two halves, the rank that divides α (0: there is none)
+LOKR: dict[str, tuple[dict[str, Tensor], Tensor, Tensor, int]] = {
+    "second half a product": (
+        {"lokr_w1": W1, "lokr_w2_a": W2_A, "lokr_w2_b": W2_B},
+        W1,
+        role_formulas.product_of(W2_A, W2_B),
+        2,
+    ),
+    "both halves products": (
+        {"lokr_w1_a": W1_A, "lokr_w1_b": W1_B, "lokr_w2_a": W2_A[:, :1], "lokr_w2_b": W2_B[:1]},
+        role_formulas.product_of(W1_A, W1_B),
+        role_formulas.product_of(W2_A[:, :1], W2_B[:1]),
+        1,
+    ),
+    "first half a product": (
+        {"lokr_w1_a": W1_A, "lokr_w1_b": W1_B, "lokr_w2": W2},
+        role_formulas.product_of(W1_A, W1_B),
+        W2,
+        1,
+    ),
+    "both halves whole": ({"lokr_w1": W1, "lokr_w2": W2}, W1, W2, 0),
+    "kernels": (
+        {"lokr_w1": W1, "lokr_w2": random(3, 2, 3, 3)},
+        W1,
+        random(3, 2, 3, 3),
+        0,
+    ),
+    "kernels of one dimension": ({"lokr_w1": W1, "lokr_w2": random(3, 2, 3)}, W1, random(3, 2, 3), 0),
+    "flat kernels": (
+        {"lokr_w1": W1, "lokr_w2_a": random(3, 1), "lokr_w2_b": random(1, 18)},
+        W1,
+        role_formulas.product_of(random(3, 1), random(1, 18)).reshape(3, 2, 3, 3),
+        1,
+    ),
+    "a core": (
+        {"lokr_w1": W1, "lokr_t2": random(2, 2, 3, 3), "lokr_w2_a": random(2, 3), "lokr_w2_b": random(2, 2, seed=8)},
+        W1,
+        role_formulas.tucker(random(2, 2, 3, 3), random(2, 3), random(2, 2, seed=8)),
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LOKR)
+def test_lokr_is_a_kronecker_product(module_of: Any, case: str) -> None:
+    roles, left, right, rank = LOKR[case]
+    alpha = torch.tensor(3.0)
+    found = found_in(module_of({**roles, "alpha": alpha}))
+    change = role_formulas.kronecker(left, right, 3.0 / rank if rank else 1.0)
+    weight = random(*change.shape, seed=9)
+    close(merged(found, weight), weight.double() + change)
+    assert found.rank == rank
+    assert (found.notes == ()) == (alpha > 1 or rank > 0)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "dim", "told"),
+    [(1.0, None, True), (1.0, 32, True), (32.0, 32, False), (16.0, None, False), (0.5, None, True), (1.0, 1, False)],
+)
+def test_an_alpha_that_whole_lokr_does_not_use_is_told_where_it_may_have_meant_something(
+    module_of: Any, alpha: float, dim: int | None, told: bool
+) -> None:
+    """LyCORIS stores the configured rank there; another number was perhaps divided by it in training."""
+    found = found_in(module_of({"lokr_w1": W1, "lokr_w2": W2, "alpha": torch.tensor(alpha)}, dim=dim))
+    assert [note.code for note in found.notes] == (["lokr-alpha-ignored"] if told else [])
+    close(merged(found, W), W.double() + role_formulas.kronecker(W1, W2, 1.0))
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (6, 4, 3, 3)])
+@pytest.mark.parametrize("of_inputs", [0, 1])
+def test_ia3_adds_its_share_of_each_row_or_column(module_of: Any, shape: tuple[int, ...], of_inputs: int) -> None:
+    count, weight = shape[of_inputs], random(*shape, seed=9)
+    factors = random(count)
+    stored = factors if len(shape) == 2 else factors.reshape(1, count, 1, 1)
+    found = found_in(module_of({"weight": stored, "on_input": torch.tensor(of_inputs)}))
+    wanted = weight.double()
+    for at in range(count):
+        if of_inputs:
+            wanted[:, at] *= 1 + factors[at].double()
+        else:
+            wanted[at] *= 1 + factors[at].double()
+    close(merged(found, weight), wanted)
+    assert found.used == {"weight": ("weight", "on_input")}
+
+
+GLORA = (random(4, 2), random(2, 4), random(6, 2, seed=1), random(2, 4, seed=2))
+ORDER = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_glora_changes_the_weight_and_what_it_is_given(module_of: Any, older: bool) -> None:
+    """An older LyCORIS multiplies the factors in the other order, which their shapes show."""
+    a1, a2, b1, b2 = GLORA
+    stored = (a2, a1, b2, b1) if older else GLORA
+    found = found_in(module_of({**dict(zip(ORDER, stored, strict=True)), "alpha": ALPHA}))
+    close(merged(found, W), role_formulas.glora(W, GLORA, 0.5))
+    assert [note.code for note in found.notes] == (["glora-older-order"] if older else [])
+
+
+def test_glora_of_a_convolution_changes_input_channels(module_of: Any) -> None:
+    a1, a2, b1 = random(4, 2, 1, 1), random(2, 4, 1, 1), random(6, 2, 1, 1)
+    factors, weight = (a1, a2, b1, random(2, 4, 3, 3)), random(6, 4, 3, 3, seed=9)
+    found = found_in(module_of({**dict(zip(ORDER, factors, strict=True)), "alpha": ALPHA}))
+    close(merged(found, weight), role_formulas.glora(weight, factors, 0.5))
+
+
+def test_glora_of_a_square_weight_is_read_in_the_order_of_the_smaller_rank(module_of: Any) -> None:
+    factors, weight = (random(4, 2), random(2, 4), random(4, 2, seed=1), random(2, 4, seed=2)), random(4, 4)
+    found = found_in(module_of({**dict(zip(ORDER, factors, strict=True)), "alpha": ALPHA}))
+    close(merged(found, weight), role_formulas.glora(weight, factors, 0.5))
+    a1, a2, b1, b2 = factors
+    found = found_in(module_of({**dict(zip(ORDER, (a2, a1, b2, b1), strict=True)), "alpha": ALPHA}))
+    close(merged(found, weight), role_formulas.glora(weight, factors, 0.5))
+
+
+@pytest.mark.parametrize("shape", [(12, 5), (12, 2, 3, 3)])
+@pytest.mark.parametrize("rescaled", [False, True])
+@pytest.mark.parametrize("alpha", [None, 0.0, 0.05, 9.0])
+def test_oft_rotates_blocks_of_outputs(
+    module_of: Any, shape: tuple[int, ...], rescaled: bool, alpha: float | None
+) -> None:
+    """α times the number of outputs limits the rotation, and 0 does not."""
+    blocks, weight = random(3, 4, 4), random(*shape, seed=9)
+    rescale = random(12, *[1] * (len(shape) - 1), seed=7) if rescaled else None
+    roles = {"oft_blocks": blocks}
+    roles |= {"rescale": rescale} if rescale is not None else {}
+    roles |= {"alpha": torch.tensor(alpha)} if alpha is not None else {}
+    found = found_in(module_of(roles))
+    wanted = role_formulas.oft(weight, blocks, alpha * 12 if alpha else None, rescale)
+    close(merged(found, weight), wanted)
+    close(merged(found, weight, strength=0.5), 0.5 * weight.double() + 0.5 * wanted)
+    assert found.notes == ()
+
+
+def test_oft_of_kohya_is_limited_by_any_alpha(module_of: Any) -> None:
+    blocks, weight = random(3, 2, 2), random(6, 4, seed=9)
+    roles = {"oft_blocks": blocks, "alpha": torch.tensor(1e-3)}
+    close(merged(found_in(module_of(roles, constrained=True)), weight), role_formulas.oft(weight, blocks, 6e-3))
+    roles["alpha"] = torch.tensor(0.0)
+    close(merged(found_in(module_of(roles, constrained=True)), weight), weight.double())
+    with pytest.raises(RoleProblem, match=r"x: alpha is missing, which limits the rotation"):
+        found_in(module_of({"oft_blocks": blocks}, constrained=True))
+
+
+@pytest.mark.parametrize("alpha", [None, 0.05])
+@pytest.mark.parametrize(("shape", "stages", "size"), [((8, 3), 3, 2), ((24, 2, 1, 1), 2, 4), ((24, 3), 3, 4)])
+def test_boft_mixes_rows_ever_further_apart(
+    module_of: Any, shape: tuple[int, ...], stages: int, size: int, alpha: float | None
+) -> None:
+    blocks = random(stages, shape[0] // size, size, size)
+    weight, rescale = random(*shape, seed=9), random(shape[0], *[1] * (len(shape) - 1))
+    roles = {"oft_blocks": blocks, "rescale": rescale}
+    if stages == 3 and size == 4:  # 24 rows make groups of 8, and none of 16
+        with pytest.raises(RoleProblem, match=r"\[3, 6, 4, 4\], which makes no butterfly"):
+            found_in(module_of(roles))
+        return
+    roles |= {"alpha": torch.tensor(alpha)} if alpha is not None else {}
+    found = found_in(module_of(roles))
+    close(merged(found, weight), role_formulas.boft(weight, blocks, alpha and alpha * shape[0], rescale))
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (5, 3, 2, 2)])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_oft_of_inputs_rotates_what_a_layer_is_given(
+    module_of: Any, shape: tuple[int, ...], count: int, scaled: bool
+) -> None:
+    upper, weight = random(count, 6) / 9, random(*shape, seed=9)
+    roles = {"oft_R.weight": upper} | ({"oft_R.scaled_oft": torch.tensor(True)} if scaled else {})
+    found = found_in(module_of(roles))
+    close(merged(found, weight), role_formulas.oft_of_inputs(weight, upper, scaled))
+    assert [note.code for note in found.notes] == ["oft-series"]
+
+
+@pytest.mark.parametrize("method", ["loha", "lokr"])
+@pytest.mark.parametrize("by_column", [False, True])
+def test_other_products_are_held_at_lengths_too(module_of: Any, method: str, by_column: bool) -> None:
+    lengths = random(1, 4).abs() + 1 if by_column else random(6, 1).abs() + 1
+    roles, left, right, _ = LOKR["second half a product"]
+    change = role_formulas.kronecker(left, right, 0.5)
+    if method == "loha":
+        roles = loha_factors(4)
+        halves = [role_formulas.product_of(roles[f"hada_w{n}_a"], roles[f"hada_w{n}_b"]) for n in "12"]
+        change = 0.5 * halves[0] * halves[1]
+    found = found_in(module_of({**roles, "alpha": ALPHA, "dora_scale": lengths}))
+    close(merged(found, W), role_formulas.dora(W, change, lengths, by_column))
+
+
+def test_lengths_of_input_channels_go_with_flat_factors_of_a_convolution(module_of: Any) -> None:
+    roles, left, right, _ = LOKR["flat kernels"]
+    lengths, change = random(1, 4, 1, 1).abs() + 1, role_formulas.kronecker(left, right, 1.0)
+    weight = random(6, 4, 3, 3, seed=9)
+    found = found_in(module_of({**roles, "alpha": ALPHA, "dora_scale": lengths}))
+    close(merged(found, weight), role_formulas.dora(weight, change, lengths, by_column=True))
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (6, 2, 2, 1)])
+def test_single_elements_are_added_to_what_factors_make(module_of: Any, shape: tuple[int, ...]) -> None:
+    """Their places are stored in 16 bits with a sign, which places from 32768 on lose."""
+    index, values = torch.tensor([[0, 5, 2], [3, 1, 3]], dtype=torch.int16), random(3)
+    sparse = {"bias_indices": index, "bias_values": values, "bias_size": torch.tensor([6, 4], dtype=torch.int16)}
+    weight = random(*shape, seed=9)
+    wanted = weight.double().flatten(1) + role_formulas.lora(UP, DOWN, 0.5)
+    for row, column, value in zip(*index.tolist(), values.tolist(), strict=True):
+        wanted[row, column] += value
+    found = found_in(module_of({**LORA, **sparse}))
+    close(merged(found, weight), wanted.reshape(shape))
+    assert set(found.used["weight"]) == {*LORA, *sparse}
+
+
+def test_places_beyond_15_bits_are_those_that_were_meant(module_of: Any) -> None:
+    index, weight = torch.tensor([[1], [40000]]).to(torch.int16), torch.zeros(2, 40001)
+    roles = {"lora_down.weight": torch.zeros(2, 40001), "lora_up.weight": torch.zeros(2, 2), "alpha": ALPHA}
+    found = found_in(module_of({**roles, "bias_indices": index, "bias_values": torch.ones(1)}))
+    after = merged(found, weight)
+    assert after.nonzero().tolist() == [[1, 40000]]
+
+
+def test_a_saved_value_takes_the_place_of_the_weight(module_of: Any) -> None:
+    found = found_in(module_of({"set_weight": random(6, seed=3)}))
+    close(merged(found, random(6)), random(6, seed=3))
+
+
+FOREIGN = {
+    "T-LoRA": {"lambda_layer": random(1, 2), "p_layer.weight": random(6, 2), "q_layer.weight": random(2, 4)},
+    "AdaLoRA": {"lora_A": DOWN, "lora_B": UP, "lora_E": random(2, 1)},
+    "VeRA": {"vera_lambda_b": random(6), "vera_lambda_d": random(2)},
+}
+
+
+@pytest.mark.parametrize("method", FOREIGN)
+def test_methods_that_are_not_merged_are_named(module_of: Any, method: str) -> None:
+    found = found_in(module_of({**FOREIGN[method], "alpha": ALPHA}))
+    assert found.updates == {}
+    assert found.unsupported[0].startswith(f"{method} (x); ")
+
+
 BROKEN: dict[str, tuple[dict[str, Tensor], str]] = {
     "no up": ({"lora_down.weight": DOWN, "alpha": ALPHA}, r"x: lora_up.weight is missing .*x\.lora_down\.weight"),
     "no down": ({"lora_up.weight": UP}, r"x: lora_down.weight is missing"),
-    "alpha alone": ({"alpha": ALPHA}, r"x\.alpha makes no update"),
+    "alpha alone": ({"alpha": ALPHA}, r"x: x\.alpha: nothing in the module"),
     "ranks differ": ({**LORA, "lora_up.weight": random(6, 3)}, r"x\.lora_up\.weight is \[6, 3\].*ranks differ"),
     "alpha is NaN": ({**LORA, "alpha": torch.tensor(float("nan"))}, r"x\.alpha is nan; expected a finite number"),
     "alpha is infinite": ({**LORA, "alpha": torch.tensor(float("inf"))}, r"x\.alpha is inf"),
@@ -289,12 +568,51 @@ BROKEN: dict[str, tuple[dict[str, Tensor], str]] = {
     "two spellings": ({**LORA, "lora_A.weight": DOWN}, r"are two spellings of the same tensor"),
     "lengths of nothing": ({**LORA, "dora_scale": random(5, 1)}, r"x\.dora_scale is \[5, 1\]; expected 6 values"),
     "two lengths": ({**LORA, "dora_scale": random(6, 1), "magnitude": random(6)}, r"two spellings"),
-    "lengths alone": ({"dora_scale": random(6, 1)}, r"x\.dora_scale has no factors"),
+    "lengths alone": ({"dora_scale": random(6, 1)}, r"x: x\.dora_scale: nothing in the module"),
     "bias of another size": ({**LORA, "lora_up.bias": random(5)}, r"x\.lora_up\.bias has 5 values; expected 6"),
     "core of another rank": (
         {**KERNELS, "lora_down.weight": random(2, 4, 1, 1), "lora_mid.weight": random(3, 2, 3, 3)},
         r"x\.lora_mid\.weight, \[3, 2, 3, 3\]",
     ),
+    "two methods": ({**LORA, **loha_factors(4)}, r"x: has tensors of LoRA \(x\.lora_\w+\.weight\) and LoHa \(x\.hada"),
+    "a half of LoHa": (
+        {k: v for k, v in loha_factors(4).items() if k != "hada_w2_b"},
+        r"hada_w2_b is missing \(found only x\.hada_w1_a",
+    ),
+    "LoHa of two shapes": ({**loha_factors(4), "hada_w2_b": random(2, 5)}, r"different shapes: \[6, 4\] and \[6, 5\]"),
+    "LoHa of two ranks": ({**loha_factors(4), "hada_w1_b": random(3, 4)}, r"hada_w1_b have different ranks"),
+    "a core of LoHa": (
+        {**TUCKER_HALVES, "hada_t1": random(3, 2, 3, 3), "hada_t2": random(2, 2, 3, 3)},
+        r"hada_t1 is \[3, 2, 3, 3\]; the rank is 2",
+    ),
+    "a half of LoKr": ({"lokr_w1": W1, "lokr_w2_a": W2_A}, r"lokr_w2_b is missing"),
+    "whole and product": ({"lokr_w1": W1, "lokr_w1_a": W1_A, "lokr_w2": W2}, r"lokr_w1 is stored both whole and"),
+    "LoKr of two ranks": (
+        {"lokr_w1_a": W1_A, "lokr_w1_b": W1_B, "lokr_w2_a": W2_A, "lokr_w2_b": W2_B},
+        r"lokr_w1_b and lokr_w2_b have different ranks: 1 and 2",
+    ),
+    "IA3 without its factors": ({"on_input": torch.tensor(1)}, r"weight is missing"),
+    "IA3 on neither": ({"weight": random(6), "on_input": torch.tensor(2)}, r"x\.on_input is 2; expected 0 or 1"),
+    "IA3 of a matrix": ({"weight": random(2, 3, 1), "on_input": torch.tensor(1)}, r"x\.weight is \[2, 3, 1\]"),
+    "GLoRA that does not multiply": (
+        dict(zip(ORDER, (DOWN, DOWN, UP, UP), strict=True)),
+        r"do not multiply: a1.weight",
+    ),
+    "GLoRA that is all square": (dict.fromkeys(ORDER, random(3, 3)), r"factors are all square"),
+    "OFT of blocks that are not square": ({"oft_blocks": random(3, 4, 5)}, r"\[3, 4, 5\]; expected square blocks"),
+    "BOFT of odd blocks": ({"oft_blocks": random(1, 2, 3, 3)}, r"makes no butterfly"),
+    "OFT of no triangle": ({"oft_R.weight": random(3, 5)}, r"x\.oft_R\.weight is \[3, 5\]; no square matrix"),
+    "rescale of another size": ({"oft_blocks": random(3, 4, 4), "rescale": random(5, 1)}, r"x\.rescale is \[5, 1\]"),
+    "places without values": ({**LORA, "bias_indices": torch.zeros(2, 1).short()}, r"bias_values is missing"),
+    "places as floats": (
+        {**LORA, "bias_indices": random(2, 3), "bias_values": random(3)},
+        r"x\.bias_indices is stored as F32",
+    ),
+    "more values than places": (
+        {**LORA, "bias_indices": torch.zeros(2, 1).short(), "bias_values": random(3)},
+        r"x\.bias_indices is \[2, 1\] for 3 values",
+    ),
+    "a value that others change": ({**LORA, "set_weight": W}, r"x\.set_weight replaces what others change"),
 }
 
 

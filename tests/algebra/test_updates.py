@@ -13,11 +13,19 @@ from torch import Tensor
 
 from loratool.algebra.updates import formulas, residual
 from loratool.algebra.updates.additive import Add, LowRank, stack
-from loratool.algebra.updates.base import ANY, Update
+from loratool.algebra.updates.base import ANY, Update, WeightRows
 from loratool.algebra.updates.compound import Both, Chain, Fill, Image
 from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.experts import ExpertFactors, ExpertLowRank
-from loratool.algebra.updates.multiplying import BlockAffine, Modulated, Reflections, Rotation, Scale
+from loratool.algebra.updates.multiplying import (
+    BlockAffine,
+    InputMap,
+    Modulated,
+    Reflections,
+    Rotation,
+    RowRotation,
+    Scale,
+)
 from loratool.algebra.updates.products import Bases, Circulant, Grid, Hadamard, Kronecker, Pooled, Shared, Tiled
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.algebra.updates.residual import Residual
@@ -103,6 +111,13 @@ KINDS: dict[str, Kind] = {
         lambda d, n, m, r: (Magnitude(LowRank(d(n, r), d(r, m * 4), 1.0, kernel=(2, 2)), d(n)), (n, m, 2, 2)),
         of_base=True,
     ),
+    "Magnitude by input channel": Kind(
+        lambda d, n, m, r: (Magnitude(LowRank(d(n, r), d(r, m * 6), 1.0, kernel=(2, 3)), d(m), True), (n, m, 2, 3)),
+        of_base=True,
+    ),
+    "LowRank of a kernel of 1 on a matrix": Kind(
+        lambda d, n, m, r: (LowRank(d(n, r), d(r, m), 1.0, kernel=(1, 1)), (n, m))
+    ),
     "Hadamard": Kind(lambda d, n, m, r: (Hadamard(d(n, r), d(r, m), d(n, 2), d(2, m), 1.3), (n, m))),
     "Hadamard of a convolution": Kind(
         lambda d, n, m, r: (Hadamard(d(n, r), d(r, m * 6), d(n, 2), d(2, m * 6), 1.3, kernel=(3, 2)), (n, m, 3, 2))
@@ -137,6 +152,19 @@ KINDS: dict[str, Kind] = {
     "Rotation": Kind(lambda d, n, m, r: (Rotation(d(m, r, r)), (n, m * r))),
     "Rotation by one block": Kind(lambda d, n, m, r: (Rotation(d(1, r, r), shared=True), (n, m * r))),
     "Rotation of a convolution": Kind(lambda d, n, m, r: (Rotation(d(2 * m, r, r)), (n, m * r, 2, 1))),
+    "Rotation of a convolution's matrix": Kind(
+        lambda d, n, m, r: (Rotation(d(2 * m, r, r), of_matrix=True), (n, m * r, 2, 1))
+    ),
+    "RowRotation": Kind(lambda d, n, m, r: (RowRotation(d(1, n, r, r)), (n * r, m)), of_base=True),
+    "RowRotation with lengths, of a convolution": Kind(
+        lambda d, n, m, r: (RowRotation(d(1, n, r, r), d(n * r)), (n * r, m, 2, 1)), of_base=True
+    ),
+    "RowRotation in a butterfly": Kind(
+        lambda d, n, m, r: (RowRotation(d(3, 4 * n, 2, 2), d(8 * n), butterfly=True), (8 * n, m)), of_base=True
+    ),
+    "InputMap": Kind(lambda d, n, m, r: (InputMap(d(m, r), d(r, m), 0.4), (n, m)), of_base=True),
+    "InputMap of a convolution": Kind(lambda d, n, m, r: (InputMap(d(m, r), d(r, m), 0.4), (n, m, 2, 3)), of_base=True),
+    "Scatter on a convolution": Kind(lambda d, n, m, r: (scatter(d, n, m * 6), (n, m, 2, 3))),
     "Reflections": Kind(lambda d, n, m, r: (Reflections(formulas.units(d(m, r))), (n, m))),
     "Chain": Kind(lambda d, n, m, r: (Chain(Rotation(d(m, r, r)), Scale(d(n))), (n, m * r))),
     "Both": Kind(lambda d, n, m, r: (Both(scatter(d, n, m), low_rank(d, n, m, r)), (n, m))),
@@ -170,9 +198,14 @@ KINDS: dict[str, Kind] = {
 SIZES = st.integers(1, 5)
 
 
-def blocks_of(weight: Tensor, fold: int, size: int) -> Callable[[], Iterator[tuple[int, Tensor]]]:
+def blocks_of(weight: Tensor, fold: int, size: int) -> WeightRows:
     matrix = as_matrix(weight, fold)
-    return lambda: ((first, matrix[first : first + size]) for first in range(0, matrix.shape[0], size))
+
+    def rows(first: int = 0, count: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        stop = matrix.shape[0] if count is None else first + count
+        return ((at, matrix[at : min(at + size, stop)]) for at in range(first, stop, size))
+
+    return rows
 
 
 def as_matrix(weight: Tensor, fold: int) -> Tensor:
@@ -210,10 +243,9 @@ def test_rows_change_as_the_definition_says(
 def dora(update: Magnitude, base: Tensor, weight: Tensor) -> Tensor:
     """m/‖W + ΔW‖ ⊙ (weight + ΔW), the norm being that of the unmerged W."""
     change = update.inner.delta(base)
-    moved, matrix = (base + change).reshape(base.shape[0], -1), (weight + change).reshape(base.shape[0], -1)
-    norms = moved.norm(dim=0 if update.by_column else 1)
-    factors: Tensor = update.magnitude / norms
-    return (matrix * (factors if update.by_column else factors[:, None])).reshape(base.shape)
+    moved, axis = base + change, 1 if update.by_column else 0
+    norms = moved.square().sum(dim=[at for at in range(base.dim()) if at != axis], keepdim=True).sqrt()
+    return (weight + change) * update.magnitude.reshape(norms.shape) / norms
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -221,7 +253,7 @@ def test_an_update_fits_no_weight_of_another_size(name: str) -> None:
     given, shape = KINDS[name].make(random(1), 4, 3, 2)
     assert given.fit(shape) is not None
     assert given.fit(()) is None
-    for at, size in enumerate(given.shape):
+    for at, size in enumerate(given.shape[: len(shape)]):
         if size != ANY and name != "Pooled that is plain":
             changed = (*shape[:at], shape[at] + 1, *shape[at + 1 :])
             assert given.fit(changed) is None, changed

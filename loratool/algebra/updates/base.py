@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from loratool.lazy import Tensor
 
 ANY = -1  # a size that the weight decides
 
-# Calls give the rows of the unmerged weight again and again, as (first row, block of rows).
-WeightRows = Callable[[], "Iterator[tuple[int, Tensor]]"]
+
+class WeightRows(Protocol):
+    """The rows of the unmerged weight, which are read anew at every call."""
+
+    def __call__(self, first: int = 0, count: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Some of the rows, by default all, as (first row, block of rows)."""
 
 
 class Update:
@@ -149,7 +153,7 @@ def agree(wanted: tuple[int, ...], shape: tuple[int, ...]) -> bool:
 
     What has a kernel of 1 also fits a matrix, as some releases of a model have one where others have a convolution.
     """
-    if len(shape) == 2 and set(wanted[2:]) == {1}:
+    if len(shape) == 2 and wanted[2:] and set(wanted[2:]) <= {1, ANY}:
         wanted = wanted[:2]
     seen = (shape[0], math.prod(shape[1:])) if len(wanted) == 2 < len(shape) else shape
     return len(wanted) == len(seen) and all(size in (ANY, given) for size, given in zip(wanted, seen, strict=True))

@@ -42,8 +42,8 @@ def along_kernel(core: Tensor, channels: Tensor) -> Tensor:
 
 
 def rebuilt(core: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Tucker core (r, r, *kernel), (r, p) and (r, q) as (p, q · kernel): LoKr on a convolution."""
-    return torch.einsum("ij...,ip,jq->pq...", core, left, right).flatten(1)
+    """Tucker core (r, r, *kernel), (r, p) and (r, q) as (p, q, *kernel): LoKr on a convolution."""
+    return torch.einsum("ij...,ip,jq->pq...", core, left, right)
 
 
 def diagonal(blocks: Iterable[Tensor]) -> Tensor:
@@ -142,6 +142,19 @@ def cayley(skewed: Tensor) -> Tensor:
     return result
 
 
+def output_rotations(generators: Tensor, limit: float | None, inverse: bool) -> Tensor:
+    """(I + Q)(I − Q)⁻¹ of Q = X − Xᵀ as (stages, n, size, size), or its `inverse`: OFT of LyCORIS and kohya.
+
+    `limit` is the most that all Q together may measure.
+    """
+    skewed = generators.double()
+    skewed = skewed - transpose(skewed)
+    norm = float(skewed.norm())
+    if limit is not None and norm > limit:
+        skewed = skewed * (limit / norm)
+    return cayley(skewed if inverse else -skewed).reshape(-1, *generators.shape[-3:])
+
+
 def neumann(skewed: Tensor, terms: int) -> Tensor:
     """I + 2Q + 2Q² + … + Q^(terms − 1): the Cayley transform by a truncated Neumann series, its last term once.
 
@@ -208,6 +221,16 @@ def orthogonal_units(vectors: Tensor) -> Tensor:
 
 def same(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def one_more(vector: Tensor) -> Tensor:
+    """(1, n, 1, …) as (n,), each number greater by 1."""
+    return flat(vector) + 1
+
+
+def unsigned(index: Tensor) -> Tensor:
+    """Whole numbers of 16 bits as they were before they were stored as signed ones."""
+    return index.long() % (1 << 16)
 
 
 def positive(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from loratool.algebra.updates.base import ANY, Update, Wrapped
+from loratool.algebra.updates.base import ANY, Update, WeightRows, Wrapped
 from loratool.algebra.updates.formulas import diagonal
 from loratool.lazy import Tensor, torch
 
@@ -83,6 +83,7 @@ class Rotation(Update):
 
     blocks: Tensor  # (n, size, size)
     shared: bool = False  # one block serves for all
+    of_matrix: bool = False  # a convolution is multiplied by the transposes: OneTrainer rotates its weight, not inputs
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -94,7 +95,9 @@ class Rotation(Update):
         return self.blocks.shape[2]
 
     def fit(self, shape: tuple[int, ...]) -> Update | None:
-        return super().fit(shape) if math.prod(shape[1:]) % self.blocks.shape[1] == 0 else None
+        if math.prod(shape[1:]) % self.blocks.shape[1] or super().fit(shape) is None:
+            return None
+        return replace(self, blocks=self.blocks.mT, of_matrix=False) if self.of_matrix and len(shape) > 2 else self
 
     def delta(self, weight: Tensor) -> Tensor:
         matrix = weight.reshape(weight.shape[0], -1)
@@ -107,6 +110,109 @@ class Rotation(Update):
         parts = rows.view(rows.shape[0], -1, size).transpose(0, 1)  # (blocks of columns, rows, size)
         turned = parts @ self.blocks
         rows.lerp_(turned.transpose(0, 1).reshape(rows.shape), strength)
+
+
+@dataclass(frozen=True)
+class RowRotation(Update):
+    """W' = diag(lengths) · Q W of the unmerged W, Q being a product of stages: OFT of the outputs.
+
+    One stage has its blocks on its diagonal (diag-OFT). In a `butterfly` (BOFT, Liu et al. 2023, arXiv:2311.06243) stage
+    i, from 0 on, takes rows in groups of size · 2^i, those of the first half of a group in turn with those of the second.
+    """
+
+    blocks: Tensor  # (stages, n, size, size), each of which multiplies its rows from the left
+    lengths: Tensor | None = None  # (rows,)
+    butterfly: bool = False
+    weight: WeightRows | None = None  # once prepared
+
+    needs_weight = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.blocks.shape[1] * self.blocks.shape[2], ANY)
+
+    @property
+    def rank(self) -> int:
+        return self.blocks.shape[0] * self.blocks.shape[2]
+
+    def prepared(self, weight: WeightRows) -> Update:
+        return replace(self, weight=weight)
+
+    def orders(self, rows: int) -> list[Tensor]:
+        """For each stage the rows in the order in which its blocks take them."""
+        natural = torch.arange(rows, device=self.blocks.device)
+        if not self.butterfly:
+            return [natural] * self.blocks.shape[0]
+        halves = [self.blocks.shape[2] // 2 * 2**stage for stage in range(self.blocks.shape[0])]
+        return [natural.view(-1, 2, half).transpose(1, 2).flatten() for half in halves]
+
+    def rows_of(self, first: int, count: int, dtype: torch.dtype) -> Tensor:
+        """Rows of diag(lengths) · Q, (count, rows)."""
+        result = torch.zeros(count, self.shape[0], dtype=dtype, device=self.blocks.device)
+        result.diagonal(first).fill_(1)
+        for stage, order in reversed([*enumerate(self.orders(self.shape[0]))]):
+            parts = result[:, order].view(count, *self.blocks.shape[1:3]).transpose(0, 1)  # (n, count, size)
+            reached, turned = parts.flatten(1).any(1), torch.zeros_like(parts)
+            turned[reached] = parts[reached] @ self.blocks[stage][reached].to(dtype)
+            result = torch.empty_like(result).index_copy_(1, order, turned.transpose(0, 1).reshape(count, -1))
+        return result if self.lengths is None else result * self.lengths[first : first + count, None].to(dtype)
+
+    def delta(self, weight: Tensor) -> Tensor:
+        matrix = weight.flatten(1)
+        for stage, order in enumerate(self.orders(matrix.shape[0])):
+            blocks = self.blocks[stage].to(weight.dtype)
+            turned = (blocks @ matrix[order].view(*blocks.shape[:2], -1)).flatten(0, 1)
+            matrix = torch.empty_like(turned).index_copy_(0, order, turned)
+        if self.lengths is not None:
+            matrix = matrix * self.lengths[:, None].to(weight.dtype)
+        return matrix.reshape(weight.shape) - weight
+
+    def add_rows(self, rows: Tensor, first_row: int, strength: float, base: Tensor) -> None:
+        assert self.weight is not None, "prepare the update first"
+        factors = self.rows_of(first_row, rows.shape[0], rows.dtype)
+        used = factors.any(0).nonzero()
+        change = -base
+        if used.numel():
+            start, stop = int(used[0]), int(used[-1]) + 1
+            for first, block in self.weight(start, stop - start):
+                change = change.addmm(factors[:, first : first + block.shape[0]], block.to(rows.dtype))
+        rows.add_(change, alpha=strength)
+
+
+@dataclass(frozen=True)
+class InputMap(Update):
+    """ΔW = scale · W @ left @ right of the unmerged W: the part of GLoRA (Chavan et al. 2023, arXiv:2306.07967) that
+    changes what a layer is given. A column of a convolution is an input channel.
+    """
+
+    left: Tensor  # (columns, rank)
+    right: Tensor  # (rank, columns)
+    scale: float
+    repeat: int = 1  # columns of the matrix for one of `left`, once fitted
+
+    looks_at_base = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (ANY, self.left.shape[0])
+
+    @property
+    def rank(self) -> int:
+        return self.right.shape[0]
+
+    def fit(self, shape: tuple[int, ...]) -> Update | None:
+        fits = len(shape) > 1 and shape[1] == self.left.shape[0]
+        return replace(self, repeat=math.prod(shape[2:])) if fits else None
+
+    def delta(self, weight: Tensor) -> Tensor:
+        seen = weight.reshape(*weight.shape[:2], -1)
+        change = torch.einsum("oik,ij->ojk", seen, self.left.to(weight.dtype) @ self.right.to(weight.dtype))
+        return (self.scale * change).reshape(weight.shape)
+
+    def add_rows(self, rows: Tensor, first_row: int, strength: float, base: Tensor) -> None:  # noqa: ARG002
+        seen = base.view(base.shape[0], -1, self.repeat).transpose(1, 2)  # (rows, repeat, columns)
+        change = (seen @ self.left @ self.right).transpose(1, 2).reshape(rows.shape)
+        rows.add_(change, alpha=self.scale * strength)
 
 
 @dataclass(frozen=True)

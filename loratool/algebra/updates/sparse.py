@@ -30,7 +30,7 @@ class Scatter(Update):
     def prepared(self, weight: WeightRows) -> Update:  # noqa: ARG002
         """The same by rows and columns, with every index checked to be inside of the weight."""
         rows, columns = self.places()
-        for at, size in ((rows, self.size[0]), (columns, self.size[1])):
+        for at, size in ((rows, self.size[0]), (columns, self.columns)):
             if at.numel() and not 0 <= int(at.min()) <= int(at.max()) < size:
                 raise FitError(
                     f"the adapter changes single elements {int(at.min())} to {int(at.max())} of a dimension of size "
@@ -43,12 +43,17 @@ class Scatter(Update):
         index = self.index.long()
         if len(index.shape) == 2:
             return index[0], index[1]
-        return index.div(self.size[1], rounding_mode="floor"), index % self.size[1]
+        return index.div(self.columns, rounding_mode="floor"), index % self.columns
+
+    @property
+    def columns(self) -> int:
+        """Of the weight as a matrix."""
+        return math.prod(self.size[1:])
 
     def delta(self, weight: Tensor) -> Tensor:
-        result = weight * 0
+        result = (weight * 0).flatten(1)
         rows, columns = self.places()
-        return result.index_put((rows, columns), self.values.to(weight.dtype), accumulate=True)
+        return result.index_put((rows, columns), self.values.to(weight.dtype), accumulate=True).reshape(weight.shape)
 
     def add_rows(self, rows: Tensor, first_row: int, strength: float, base: Tensor) -> None:  # noqa: ARG002
         own, columns = self.places()

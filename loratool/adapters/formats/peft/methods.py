@@ -16,6 +16,7 @@ from loratool.adapters.formats.peft.draft import Draft, Module, UnsupportedError
 from loratool.adapters.formats.peft.files import AGAINST_TENSORS, CONFIG
 from loratool.adapters.formats.peft.method import MERGE_IN_PEFT, Method, Updates, always, low_rank, save_again, scaled
 from loratool.adapters.formats.peft.scaling import Scaling
+from loratool.adapters.formats.roles.products import as_matrix, hadamard_factor, kronecker_factor, kronecker_rank
 from loratool.adapters.patterns import match_patterns
 from loratool.algebra.updates import formulas
 from loratool.algebra.updates.additive import Add, LowRank
@@ -28,6 +29,7 @@ from loratool.algebra.updates.sparse import Scatter, Spectrum
 from loratool.errors import Problem, printable
 
 SMALL = 1e-5  # that AdaLoRA adds to its rank
+CORES = (4,)  # dimensions of a Tucker core of LoHa or LoKr
 
 
 def adalora(module: Module) -> Updates:
@@ -46,58 +48,19 @@ def adalora(module: Module) -> Updates:
 
 
 def loha(module: Module, scaling: Scaling) -> Updates:
-    (up1, down1), (up2, down2) = (hadamard_factor(module, side) for side in "12")
+    (up1, down1, _), (up2, down2, _) = (hadamard_factor(module, side, CORES) for side in "12")
     sides = [up1.shape[0], down1.shape[1]], [up2.shape[0], down2.shape[1]]
     module.require(sides[0] == sides[1], f"its two products have different shapes: {sides[0]} and {sides[1]}")
     return {"weight": Hadamard(up1, down1, up2, down2, scaling.scale(module.name, down1.shape[0]))}
 
 
-def hadamard_factor(module: Module, side: str) -> tuple[Any, Any]:
-    """One of the two products of LoHa, as two matrices."""
-    a, b, core = module.tensor(f"hada_w{side}_a"), module.tensor(f"hada_w{side}_b"), f"hada_t{side}"
-    if core in module:
-        t = module.tensor(core, (4,))
-        agree = (t.shape[0], t.shape[1]) == (a.shape[0], b.shape[0])
-        module.require(agree, f"{core} is {list(t.shape)}; the rank is {a.shape[0]}")
-        columns = b.shape[1] * math.prod(t.shape[2:])
-        a, b = a.T, derived((a.shape[0], columns), formulas.along_kernel, t, b)
-    module.require(a.shape[1] == b.shape[0], f"hada_w{side}_a and hada_w{side}_b have different ranks")
-    return a, b
-
-
 def lokr(module: Module, scaling: Scaling) -> Updates:
-    left, right = (kronecker_factor(module, side) for side in ("1", "2"))
-    rank = next(
-        (module.tensor(s).shape[0] for s in ("lokr_w1_b", "lokr_w2_b", "lokr_w2_a") if rank_first(module, s)), 0
-    )
-    ranks = scaling.expected(module.name)
+    left, right = (kronecker_factor(module, side, CORES) for side in "12")
+    if len(right.shape) != 3:  # which `Kronecker` takes in an order of PEFT's own
+        right = as_matrix(right)
+    rank, ranks = kronecker_rank(module), scaling.expected(module.name)
     module.agree(bool(rank or ranks), f"{CONFIG} has no r, and neither factor is a product")
     return {"weight": Kronecker(left, right, scaling.scale(module.name, rank or next(iter(ranks))))}
-
-
-def rank_first(module: Module, slot: str) -> bool:
-    """Whether the first size of a LoKr tensor is the rank."""
-    return slot in module and (slot != "lokr_w2_a" or "lokr_t2" in module)
-
-
-def kronecker_factor(module: Module, side: str) -> Any:
-    """w1 or w2 of LoKr: stored whole, as a product, or as a Tucker core and two matrices."""
-    whole, a, b = f"lokr_w{side}", f"lokr_w{side}_a", f"lokr_w{side}_b"
-    if whole in module:
-        module.require(a not in module and b not in module, f"{whole} is stored both whole and as a product")
-        factor = module.tensor(whole, (2,) if side == "1" else (2, 3, 4))
-        if len(factor.shape) == 4:
-            return derived((factor.shape[0], math.prod(factor.shape[1:])), formulas.as_matrix, factor)
-        return factor
-    left, right = module.tensor(a), module.tensor(b)
-    if side == "2" and "lokr_t2" in module:
-        core = module.tensor("lokr_t2", (4,))
-        agree = (core.shape[0], core.shape[1]) == (left.shape[0], right.shape[0])
-        module.require(agree, f"lokr_t2 is {list(core.shape)}; the rank is {left.shape[0]}")
-        shape = (left.shape[1], right.shape[1] * math.prod(core.shape[2:]))
-        return derived(shape, formulas.rebuilt, core, left, right)
-    module.require(left.shape[1] == right.shape[0], f"{a} and {b} have different ranks")
-    return derived((left.shape[0], right.shape[1]), formulas.product, left, right)
 
 
 def ia3(module: Module, feedforward: Callable[[str], bool]) -> Updates:

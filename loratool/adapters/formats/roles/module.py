@@ -74,6 +74,7 @@ class Slots:
     spelled: dict[str, str] = field(default_factory=dict)  # role → as the module spells it
     notes: list[Note] = field(default_factory=list)
     unsupported: list[str] = field(default_factory=list)
+    rank: int = 0  # that α was divided by
 
     def __post_init__(self) -> None:
         for role in self.module.roles:
@@ -150,6 +151,7 @@ class Slots:
 
     def scale(self, rank: int) -> float:
         """What multiplies a product of a rank: α/r, and 1 without α."""
+        self.rank = rank
         if self.module.scale is not None:
             return self.module.scale
         alpha = self.alpha

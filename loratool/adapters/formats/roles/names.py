@@ -34,6 +34,7 @@ OFT = ("oft_blocks", "rescale")
 OFT_OF_INPUTS = ("oft_R.weight", "oft_R.scaled_oft")
 SPARSE = ("bias_indices", "bias_values", "bias_size")
 WHOLE = ("diff", "diff_b", "set_weight", "reshape_weight", "w_norm", "b_norm")
+WITHOUT_CHANGE = (ALPHA, "reshape_weight")  # which change nothing alone
 # Roles of methods that are recognised and not merged.
 FOREIGN: Mapping[str, str] = {
     "lambda_layer": "T-LoRA",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from loratool.adapters.adapter import Derived, StoredTensor
-from loratool.adapters.formats.roles import names
+from loratool.adapters.formats.roles import lycoris, names
 from loratool.adapters.formats.roles.factors import low_rank
 from loratool.adapters.formats.roles.module import MISSING_PARTNER, Found, Module, Slots
 from loratool.algebra.updates import formulas
@@ -14,6 +14,8 @@ from loratool.algebra.updates.additive import Add
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.compound import Both
 from loratool.algebra.updates.dora import Magnitude
+from loratool.algebra.updates.replacing import Replace
+from loratool.algebra.updates.sparse import Scatter
 from loratool.files.open_sources import OpenSources
 
 
@@ -26,7 +28,15 @@ class Family:
     read: Callable[[Slots], Update]
 
 
-FAMILIES = (Family("LoRA", names.LORA, low_rank),)
+FAMILIES = (
+    Family("LoRA", names.LORA, low_rank),
+    Family("LoHa", names.LOHA, lycoris.loha),
+    Family("LoKr", names.LOKR, lycoris.lokr),
+    Family("(IA)³", names.IA3, lycoris.ia3),
+    Family("GLoRA", names.GLORA, lycoris.glora),
+    Family("OFT", names.OFT, lycoris.oft),
+    Family("OFT of inputs", names.OFT_OF_INPUTS, lycoris.oft_of_inputs),
+)
 COMMON = (names.ALPHA, *names.MAGNITUDES, *names.SPARSE, *names.WHOLE)  # which go with any of them, or alone
 
 
@@ -50,27 +60,27 @@ def found_in(module: Module, sources: OpenSources | None = None) -> Found:
     """
     slots = Slots(module, sources)
     if foreign := sorted({names.FOREIGN[role] for role in slots.spelled if role in names.FOREIGN}):
-        return Found({}, {}, unsupported=tuple(f"{name} ({slots.shown})" for name in foreign))
-    family, magnitude = family_of(slots), magnitude_role(slots)
-    changes, rank = Changes(), 0
+        way_out = "merge it with the tool that trained it, then extract LoRA from the merged model"
+        return Found({}, {}, unsupported=tuple(f"{name} ({slots.shown}); {way_out}" for name in foreign))
+    family, changes = family_of(slots), Changes()
     if family is not None:
-        update = family.read(slots)
-        rank = update.rank
-        if magnitude is not None:
+        update, own = family.read(slots), [role for role in family.roles if role in slots and role != names.UP_BIAS]
+        if (magnitude := magnitude_role(slots)) is not None:
             update = with_magnitude(slots, magnitude, update)
-        own = (*family.roles, names.ALPHA, magnitude)
-        changes.add("weight", update, *(role for role in own if role in slots.spelled and role != names.UP_BIAS))
-    elif magnitude is not None:
-        slots.fail(f"{slots.name(magnitude)} has no factors", MISSING_PARTNER)
+            own.append(magnitude)
+        changes.add("weight", update, *own)
     add_whole(slots, changes)
-    add_bias(slots, changes, rank)
-    slots.require(
-        bool(changes.updates), f"{', '.join(map(slots.name, slots.spelled))} makes no update", MISSING_PARTNER
-    )
+    add_bias(slots, changes)
+    used = {role for roles in changes.used.values() for role in roles}
+    idle = [role for role in slots.spelled if role not in used and role not in names.WITHOUT_CHANGE]
+    if idle or not changes.updates:
+        shown = ", ".join(map(slots.name, idle or slots.spelled))
+        slots.fail(f"{shown}: nothing in the module that this belongs to", MISSING_PARTNER)
+    next(iter(changes.used.values())).extend(role for role in slots.spelled if role not in used)
     return Found(
         {parameter: together(updates) for parameter, updates in changes.updates.items()},
         {parameter: tuple(slots.spelled[role] for role in roles) for parameter, roles in changes.used.items()},
-        rank,
+        slots.rank,
         tuple(slots.notes),
         tuple(slots.unsupported),
     )
@@ -103,16 +113,31 @@ def add_whole(slots: Slots, changes: Changes) -> None:
     for role, parameter in (("diff", "weight"), ("w_norm", "weight"), ("diff_b", "bias"), ("b_norm", "bias")):
         if role in slots:
             changes.add(parameter, Add(slots.tensor(role, ())), role)
+    if any(role in slots for role in names.SPARSE):
+        changes.add("weight", residual(slots), *(role for role in names.SPARSE if role in slots))
+    if "set_weight" in slots:
+        slots.require("weight" not in changes.updates, f"{slots.name('set_weight')} replaces what others change")
+        changes.add("weight", Replace(slots.tensor("set_weight", ())), "set_weight")
 
 
-def add_bias(slots: Slots, changes: Changes, rank: int) -> None:
+def residual(slots: Slots) -> Update:
+    """What LyCORIS keeps of the difference that its factors leave, where it was extracted: single elements of a matrix."""
+    index, values = slots.indices("bias_indices", (2,)), slots.tensor("bias_values", (1,))
+    fits = index.shape == (2, values.shape[0])
+    slots.require(fits, f"{slots.name('bias_indices')} is {list(index.shape)} for {values.shape[0]} values")
+    if index.info.dtype == "I16":
+        index = Derived(index.shape, (index,), formulas.unsigned)
+    return Scatter(index, values)
+
+
+def add_bias(slots: Slots, changes: Changes) -> None:
     """What the second factor adds to the output, scaled like its product."""
     if names.UP_BIAS in slots:
         bias = slots.tensor(names.UP_BIAS, (1,))
         rows = slots.tensor(names.UP, ()).shape[0]
         what = f"{slots.name(names.UP_BIAS)} has {bias.shape[0]} values; expected {rows}, one per row"
         slots.require(bias.shape[0] == rows, what)
-        changes.add("bias", Add(bias, slots.scale(rank)), names.UP_BIAS)
+        changes.add("bias", Add(bias, slots.scale(slots.rank)), names.UP_BIAS)
 
 
 def magnitude_role(slots: Slots) -> str | None:
