@@ -74,9 +74,10 @@ class Reordered(Wrapped):
         return self.inner.norm() if not self.start and self.inner.shape[0] == self.rows else math.inf
 
     def prepared(self, weight: WeightRows) -> Update:
-        def in_order() -> Iterator[tuple[int, Tensor]]:
+        def in_order(first: int = self.start, count: int | None = None) -> Iterator[tuple[int, Tensor]]:
             whole = torch.cat([block for _, block in weight()])
-            yield self.start, whole[self.order.back(self.rows).to(whole.device)]
+            some = slice(first - self.start, None if count is None else first - self.start + count)
+            yield first, whole[self.order.back(self.rows)[some].to(whole.device)]
 
         return replace(self, inner=self.inner.prepared(in_order))
 
