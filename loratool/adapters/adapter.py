@@ -200,6 +200,7 @@ class Adapter(Shown):
     sources: Mapping[str, tuple[str, ...]]  # target → the tensors of the file it was made of
     training: Training = field(default_factory=Training)
     bases: Mapping[str, Replace] = field(default_factory=dict)  # target → the weight its update was trained on top of
+    dialects: tuple[str, ...] = ()  # in which its tensors' names are spelled, where its format has several
     optional: frozenset[str] = frozenset()  # targets that a base may be without, as a layer without a bias is
     packing: str = ""  # how factors are packed in the file, where not as PEFT packs them
     unsupported: tuple[str, ...] = ()  # features that are recognised and not merged

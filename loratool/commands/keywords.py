@@ -213,6 +213,7 @@ class InspectKeywords(NamingKeywords, OrientationKeywords, ReadingKeywords, Devi
 
     base: str | os.PathLike[str] | None
     base_config: str | os.PathLike[str] | None
+    metadata: bool
     tensors: bool
     values: bool
     check: bool

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import Adapter, stored_tensors
-from loratool.adapters.formats import Foreign, find_foreign, format_at, is_adapter, looks_foreign
+from loratool.adapters.formats import format_at, is_adapter
 from loratool.adapters.layers import Layer, layer_of
 from loratool.adapters.reading import Reading, ReadingOptions
 from loratool.adapters.unsettled import settled
@@ -19,13 +19,14 @@ from loratool.adapters.weight_files import fates
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
-from loratool.errors import InputError, LoratoolError, UsageError, VerificationError, printable
+from loratool.errors import InputError, LoratoolError, UsageError, VerificationError, escaped, printable
 from loratool.fetching import Located, Role, headers, local
 from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, Checkpoint, holds_weights
 from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.process import peak_memory
 from loratool.files.safefile import SafeFile, TensorInfo
 from loratool.inspecting.health import examine, examine_model, tell_unreadable
+from loratool.inspecting.metadata import shortened_metadata
 from loratool.inspecting.packing import unpacked
 from loratool.options.described import FLAG, PathKind, option
 from loratool.options.shared import DeviceOption, NamingOptions, OrientationOption
@@ -61,6 +62,9 @@ class InspectOptions(NamingOptions, OrientationOption, ReadingOptions, DeviceOpt
     )
     base_config: str | None = option(
         help="Only the config.json of the base; adds total parameters, for known model families.", kind=PathKind()
+    )
+    metadata: bool = option(
+        help="Show what the training tool wrote into the header of an adapter's file.", default=False, kind=FLAG
     )
     tensors: bool = option(help="List every tensor.", default=False, kind=FLAG)
     values: bool = option(help="Measure every module of an adapter: norms, ranks, spectra.", default=False, kind=FLAG)
@@ -114,8 +118,6 @@ def look_at(
 ) -> Facts:
     """What is at a place, which was asked for as `path`; an adapter is held against the base at `against`."""
     shown, location = Path(path), place.path
-    if foreign := foreign_adapter(location):
-        return foreign_facts(foreign, shown, options.tensors, options.check)
     if not is_adapter(location):
         return look_at_checkpoint(place, shown, options.tensors, options.check)
     problems: tuple[str, ...] = ()
@@ -140,6 +142,8 @@ def look_at(
     facts = adapter_facts(adapter, shown, fit)
     if options.tensors:
         facts = replace(facts, tensors=tuple(listed([adapter.file])))
+    if options.metadata:
+        facts = replace(facts, shown_metadata=shortened_metadata(adapter.file.layout.metadata or {}))
     if options.check:
         facts = replace(facts, findings=examine(adapter, problems, shown, fit, facts.notes))
     if options.values:
@@ -156,17 +160,6 @@ def exit_code_of(facts: Facts) -> int:
     """
     codes = {finding.code for finding in facts.findings or () if finding.level == "problem"}
     return VerificationError.exit_code if NOT_AS_WRITTEN in codes else InputError.exit_code if codes else 0
-
-
-def foreign_adapter(location: Path) -> Foreign | None:
-    """The adapter of a format that is not read, where its tensors are an adapter's."""
-    if (location / "config.json").is_file():  # a model
-        return None
-    try:
-        found = find_foreign(location)
-    except LoratoolError:
-        return None
-    return found if found and looks_foreign(found.file) else None
 
 
 def adapter_facts(adapter: Adapter, path: Path, fit: Fit | None = None) -> AdapterFacts:
@@ -186,7 +179,7 @@ def adapter_facts(adapter: Adapter, path: Path, fit: Fit | None = None) -> Adapt
     return AdapterFacts(
         kind="adapter",
         path=printable(path),
-        format=adapter.format,
+        format=told_format(adapter),
         peft_type=printable(training.method),
         variants=training.variants,
         base=printable(training.base),
@@ -214,8 +207,20 @@ def adapter_facts(adapter: Adapter, path: Path, fit: Fit | None = None) -> Adapt
             *fates(adapter.beside, otherwise="not part of the adapter"),
             *(fit.notes if fit else ()),
         ),
+        metadata={escaped(key): escaped(value) for key, value in (adapter.file.layout.metadata or {}).items()},
         against=fit.base if fit else None,
     )
+
+
+def told_format(adapter: Adapter) -> str | tuple[str, ...]:
+    """The dialect of its names, or all of them where it has several; else its format."""
+    match tuple(map(printable, adapter.dialects)):
+        case ():
+            return adapter.format
+        case (dialect,):
+            return dialect
+        case dialects:
+            return dialects
 
 
 def module_facts(
@@ -239,6 +244,7 @@ def module_facts(
     parameters = sum(adapter.file.tensors[name].elements for name in names if name not in counted)
     counted.update(names)
     return ModuleFacts(
+        name=printable(target.removesuffix(".weight")),
         target=printable(target),
         kind=kind_of(update, layer),
         shape=shape,
@@ -282,41 +288,6 @@ def kind_of(update: Update, layer: Layer | None) -> str:
         return "low-rank"
     names = {Replace: "saved whole", ReplaceRows: "token rows", LowRank: "low-rank"}
     return names.get(type(update), type(update).__name__)
-
-
-def foreign_facts(foreign: Foreign, path: Path, tensors: bool, check: bool) -> AdapterFacts:
-    """What the header alone tells of an adapter of a format that is not read."""
-    file = foreign.file
-    return AdapterFacts(
-        kind="adapter",
-        path=printable(path),
-        format=foreign.form,
-        peft_type="",
-        variants=(),
-        base="",
-        task="",
-        initialisation="",
-        ranks={},
-        alphas={},
-        scalings={},
-        rslora=False,
-        dora=False,
-        rank_pattern={},
-        alpha_pattern={},
-        modules_to_save=(),
-        bias="none",
-        targets=(),
-        saved=(),
-        parameters=sum(t.elements for t in file.tensors.values()),
-        bytes=file.layout.size,
-        dtypes=counts(t.dtype for t in file.tensors.values()),
-        modules=(),
-        rest={printable(name): "spelled as a format that is not read" for name in file.tensors},
-        unsupported=(foreign.reason,),
-        notes=(),
-        tensors=tuple(listed([file])) if tensors else None,
-        findings=(Finding("note", "format", foreign.reason),) if check else None,
-    )
 
 
 def look_at_checkpoint(place: Located, path: Path, tensors: bool, check: bool) -> CheckpointFacts | UnreadableFacts:
@@ -395,6 +366,7 @@ def weight_facts(groups: Mapping[tuple[str, tuple[int, ...]], list[int]]) -> tup
 
 
 def leaf(name: str) -> str:
-    """`model.layers.0.self_attn.q_proj.weight` → `q_proj`; a bias keeps its word."""
+    """`model.layers.0.self_attn.q_proj.weight` → `q_proj`; a bias keeps its word, and a number what it counts."""
     parts = name.removesuffix(".weight").split(".")
-    return ".".join(parts[-2:]) if parts[-1] == "bias" and len(parts) > 1 else parts[-1]
+    short = parts[-1] == "bias" or parts[-1].isdecimal()
+    return ".".join(parts[-2:]) if short and len(parts) > 1 else parts[-1]

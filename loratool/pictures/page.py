@@ -109,7 +109,7 @@ def adapter_data(facts: AdapterFacts) -> dict[str, Any]:
         "title": name_of(facts.path),
         "facts": [
             ["path", facts.path],
-            ["format", ", ".join(filter(None, [facts.format, facts.peft_type, *facts.variants]))],
+            ["format", ", ".join(filter(None, [*facts.formats, facts.peft_type, *facts.variants]))],
             ["base", facts.base or "not named"],
             *([["task", facts.task]] if facts.task else []),
             *([["saved whole", ", ".join(facts.saved)]] if facts.saved else []),

@@ -65,6 +65,7 @@ class PlaceFacts:
 class ModuleFacts:
     """What an adapter does to one weight."""
 
+    name: str  # of the module: the target without `.weight`
     target: str  # the weight, as the model that was trained calls it
     kind: str  # "low-rank", "saved whole", "token rows", or the class of any other update
     shape: tuple[int, ...] | None  # of the weight, where the factors tell
@@ -82,7 +83,7 @@ class AdapterFacts(Result):
 
     kind: Literal["adapter"]
     path: str
-    format: str
+    format: str | tuple[str, ...]  # several where names are spelled in several dialects
     peft_type: str
     variants: tuple[str, ...]
     base: str
@@ -106,16 +107,22 @@ class AdapterFacts(Result):
     rest: Mapping[str, str]  # tensors that no module is made of → why; with the modules they are all there is
     unsupported: tuple[str, ...]
     notes: tuple[Note, ...]
+    metadata: Mapping[str, str]  # what the tool wrote into the header of the file, whole
     against: BaseFacts | None = None  # with a base, or a config of one
     tensors: tuple[TensorFacts, ...] | None = None
+    shown_metadata: Mapping[str, str] | None = None  # long values shortened
     values: Values | None = None
     findings: tuple[Finding, ...] | None = None
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        return (self.format,) if isinstance(self.format, str) else self.format
 
     def __str__(self) -> str:
         """What is in an adapter, for people."""
         rows: list[tuple[str, object]] = [
             ("adapter", self.path),
-            ("format", ", ".join(filter(None, [self.format, self.peft_type, *self.variants]))),
+            ("format", ", ".join(filter(None, [*self.formats, self.peft_type, *self.variants]))),
             ("base", self.base or "not named"),
             *([("task", self.task)] if self.task else []),
             *([("initialised", self.initialisation)] if self.initialisation else []),
@@ -131,6 +138,8 @@ class AdapterFacts(Result):
         parts = [wrapped(rows)]
         if self.against:
             parts += base_text(self.against, self.modules)
+        if self.shown_metadata is not None:
+            parts.append(metadata_text(self.shown_metadata))
         if self.values:
             parts.append(str(self.values))
         if self.tensors is not None:
@@ -296,6 +305,11 @@ def matching_lines(matched: Sequence[tuple[str, PlaceFacts]]) -> list[str]:
         lines.append(fill(text, "  ", "    "))
     template_of.cache_clear()
     return shortened(lines)
+
+
+def metadata_text(metadata: Mapping[str, str]) -> str:
+    """What the header holds besides tensors, a line for each entry."""
+    return wrapped([*metadata.items()]) if metadata else "no metadata in the header"
 
 
 def tensors_text(tensors: Sequence[TensorFacts]) -> str:

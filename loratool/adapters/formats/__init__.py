@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -14,6 +12,7 @@ from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.format import Format
 from loratool.adapters.formats.litgpt import LITGPT
 from loratool.adapters.formats.mlx import MLX
+from loratool.adapters.formats.named import Named
 from loratool.adapters.formats.peft import PEFT
 from loratool.adapters.formats.torchtune import TORCHTUNE
 from loratool.adapters.formats.trainer import MODEL_CONFIG
@@ -26,20 +25,12 @@ from loratool.files.safefile import SafeFile, read_safefile
 from loratool.provenance.cards import Subject
 
 # Of several that may be meant, the first that claims a tensor is: PEFT claims `.lora_A` whatever the module.
-FORMATS: tuple[Format, ...] = (LITGPT, PEFT, MLX, TORCHTUNE)
-WRITTEN = PEFT  # what is made here is written in
+NAMED = Named(PEFT)
+FORMATS: tuple[Format, ...] = (NAMED, LITGPT, PEFT, MLX, TORCHTUNE)
+WRITTEN = PEFT  # what is made here is written in, and what a file counts as that none of them claims
 DIALECTS = {word: form for form in FORMATS for word in form.dialects}  # what adapters are converted into → its format
 OUTPUT_FILES = reduce(or_, (form.file_names for form in FORMATS), MODEL_FILES)  # what `--overwrite` may replace
-CONFIGS = tuple(dict.fromkeys(form.config_name for form in FORMATS))  # what their configs are called
-# How tensors of formats that are not read are spelled, so that a refusal can name the format.
-FOREIGN = (
-    (re.compile(r"\.(lokr|hada|glora|oft|boft)_\w+"), "LyCORIS"),
-    (re.compile(r"^lora_(unet|te\d?|transformer)_"), "kohya"),
-    (
-        re.compile(r"\.processor\.|\.lora_linear_layer\.|\.lora\.(up|down)\.|^(unet|text_encoder|transformer)\."),
-        "diffusers",
-    ),
-)
+CONFIGS = tuple(dict.fromkeys(filter(None, (form.config_name for form in FORMATS))))  # what their configs are called
 
 
 def read_adapter(path: str | Path, reading: Reading = AS_STORED) -> Adapter:
@@ -49,8 +40,6 @@ def read_adapter(path: str | Path, reading: Reading = AS_STORED) -> Adapter:
     contains no adapter, a malformed one, or one in a format that is not supported.
     """
     location = Path(path)
-    if foreign := find_foreign(location):
-        raise InputError(f"{printable(foreign.file.path)}: {foreign.reason}")
     if not any(form.recognises(location) for form in FORMATS):
         raise not_an_adapter(location)
     return format_at(location).read(location, reading)
@@ -84,7 +73,7 @@ def is_adapter(path: Path) -> bool:
         return any(form.recognises(path) for form in FORMATS) and not holds_model(path)
     if not (path.is_file() and path.suffix == ".safetensors"):
         return False
-    beside = any((path.parent / form.config_name).is_file() for form in FORMATS)
+    beside = any((path.parent / name).is_file() for name in CONFIGS)
     return beside or any(form.claims(head) for head in heads_at(path) for form in FORMATS if form is not WRITTEN)
 
 
@@ -99,7 +88,7 @@ def holds_model(folder: Path) -> bool:
 
 def has_adapter(folder: Path) -> bool:
     """Whether a file of an adapter is in a folder, under the name that its format gives it."""
-    return any((folder / name).exists() for form in FORMATS for name in (form.config_name, form.weights_name))
+    return any((folder / name).exists() for name in (*CONFIGS, *(form.weights_name for form in FORMATS)))
 
 
 def replaceable(overwrite: bool) -> FileNames | None:
@@ -110,6 +99,8 @@ def replaceable(overwrite: bool) -> FileNames | None:
 def subject_at(folder: Path) -> Subject | None:
     """What a card says of the adapter in a folder; None where no config says that there is one."""
     form = format_at(folder)
+    if not form.config_name:
+        return form.subject({}) if form.recognises(folder) else None
     path = folder / form.config_name
     return form.subject(read_json(path, repeated=True, lenient=True)) if path.is_file() else None
 
@@ -129,43 +120,3 @@ def not_an_adapter(path: Path) -> LoratoolError:
     return InputError(
         f"{printable(path)}: not an adapter: it contains neither {WRITTEN.config_name} nor {WRITTEN.weights_name}"
     )
-
-
-@dataclass(frozen=True)
-class Foreign:
-    """An adapter whose tensors are spelled as a format that is not read."""
-
-    file: SafeFile
-    form: str
-    tensor: str  # that is spelled so
-
-    @property
-    def reason(self) -> str:
-        return (
-            f"this looks like a {self.form} adapter (tensor {printable(self.tensor)}); this version reads PEFT's "
-            f"layout, {WRITTEN.config_name} with {WRITTEN.weights_name}"
-        )
-
-
-ADAPTER_TENSOR = re.compile(r"lora|\.(hada|lokr|glora|oft|boft)_")
-
-
-def looks_foreign(file: SafeFile) -> bool:
-    """Whether the tensors of a file are those of an adapter; a model's may be spelled `transformer.` too."""
-    return any(map(ADAPTER_TENSOR.search, file.tensors))
-
-
-def find_foreign(location: Path) -> Foreign | None:
-    """The adapter at `location` where its format is one that is known and not read."""
-    if location.is_dir():
-        files = [] if (location / WRITTEN.weights_name).exists() else sorted(location.glob("*.safetensors"))[:1]
-    else:
-        files = [location] if location.suffix == ".safetensors" and location.name != WRITTEN.weights_name else []
-    for path in filter(Path.is_file, files):
-        file = read_safefile(path)
-        others = frozenset[str]().union(*(form.claims(file) for form in FORMATS if form is not WRITTEN))
-        for pattern, form in FOREIGN:
-            for name in file.tensors:
-                if name not in others and pattern.search(name):
-                    return Foreign(file, form, name)
-    return None

@@ -34,7 +34,7 @@ def distribute(targets: Iterable[str], parts: Sequence[Component], names: Mappin
                 if (owner := share.setdefault(name, target)) is not target:
                     found.reasons[target] = f"{printable(prefix + name)} is edited by {printable(owner)} already"
             case []:
-                why = why_nowhere(target, parts)
+                why = "" if target in names else why_nowhere(target, parts)
                 if why:
                     found.reasons[target] = why
                 else:
@@ -47,7 +47,7 @@ def distribute(targets: Iterable[str], parts: Sequence[Component], names: Mappin
 def meanings(target: str, parts: Sequence[Component], names: Mapping[str, object]) -> Iterator[tuple[Component, str]]:
     """The components, and names in them, that a target may mean: the most literal reading that there is."""
     if not isinstance(target, Flattened) and target in names:
-        yield next((part, target[len(part.prefix) :]) for part in parts if target.startswith(part.prefix))
+        yield from [(part, target[len(part.prefix) :]) for part in parts if target.startswith(part.prefix)][:1]
         return
     unknown: list[tuple[Component, str]] = []
     for part, rest, word in readings(target, parts):

@@ -287,7 +287,7 @@ def told(parts: Sequence[Part], rank: int, rounding: float) -> ExtractedLayer:
 
 def open_model(path: Path, role: str) -> Checkpoint:
     """The checkpoint at `path`; raises `InputError` where that is an adapter."""
-    here = [form for form in FORMATS if path.is_dir() and (path / form.config_name).exists()]
+    here = [form for form in FORMATS if path.is_dir() and (path / form.config_name).is_file()]
     if here:
         own = {form.weights_name for form in here}
         others = {entry.name for entry in os.scandir(path) if entry.name.endswith(".safetensors")} - own

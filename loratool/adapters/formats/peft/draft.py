@@ -88,6 +88,7 @@ class Draft:
     notes: list[Note]
     reading: Reading = AS_STORED
     packing: str = ""  # how factors are packed, where not as PEFT packs them
+    where: str = CONFIG  # what holds the config, for messages
     modules: dict[str, Module] = field(default_factory=dict)  # path → what a method has on it
     saved: dict[str, Saved] = field(default_factory=dict)  # target → tensor
     updates: dict[str, Update] = field(default_factory=dict)
@@ -271,7 +272,7 @@ class Draft:
         """A field of the config, checked; `default` is PEFT's own for a config that is without."""
         value = self.config.get(name, default)
         if not valid(value):
-            text = f"{CONFIG}: {name} is {printable(repr(value))}; expected {wanted}"
+            text = f"{self.where}: {name} is {printable(repr(value))}; expected {wanted}"
             raise UnusableError(text, AGAINST_TENSORS)
         return value
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.format import Format
-from loratool.adapters.formats.peft import counting, experts, files, health, keys, strength
+from loratool.adapters.formats.peft import counting, experts, files, health, keys, scaling, strength
 from loratool.adapters.formats.peft.card import subject
 from loratool.adapters.formats.peft.describing import plain_config
 from loratool.adapters.formats.peft.parameters import REGISTERED
@@ -47,6 +47,8 @@ class Peft(Format):
     rank_notes = staticmethod(experts.rank_notes)
     subject = staticmethod(subject)
     plain_config = staticmethod(plain_config)
+    training_of = staticmethod(training_of)
+    scales = staticmethod(scaling.scales_in)  # of a config that another format holds
 
     def claims(self, file: SafeFile) -> frozenset[str]:
         from loratool.adapters.formats.peft import unmerged  # which needs every method

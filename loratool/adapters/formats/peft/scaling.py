@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from loratool.adapters.formats.peft.draft import Draft, UnusableError, is_number, is_whole
-from loratool.adapters.formats.peft.files import AGAINST_TENSORS, CONFIG
+from loratool.adapters.formats.peft.files import AGAINST_TENSORS
 from loratool.adapters.patterns import match_patterns
 from loratool.errors import Problem, printable
+from loratool.files.safefile import SafeFile
 from loratool.notes import Note
 
 
@@ -43,12 +44,14 @@ class Scaling:
             draft.problems.append(Problem(*error.args))
             return
         except ValueError as error:
-            draft.problems.append(Problem(f"{CONFIG}: rank_pattern or alpha_pattern: {error}", AGAINST_TENSORS))
+            draft.problems.append(
+                Problem(f"{self.draft.where}: rank_pattern or alpha_pattern: {error}", AGAINST_TENSORS)
+            )
             return
         self.valid = True
         used = set[str]().union(*self.found.values())
         if idle := ", ".join(printable(repr(p)) for p in self.ranks if p not in used):
-            text = f"{CONFIG}: patterns in rank_pattern that match no module of the adapter: {idle}"
+            text = f"{self.draft.where}: patterns in rank_pattern that match no module of the adapter: {idle}"
             draft.problems.append(Problem(text, AGAINST_TENSORS))
         if idle := ", ".join(printable(repr(p)) for p in self.alphas if p not in used):
             draft.notes.append(
@@ -60,11 +63,11 @@ class Scaling:
         """`rank_pattern` or `alpha_pattern`, checked."""
         table = self.draft.config.get(name) or {}
         if not isinstance(table, dict):
-            raise UnusableError(f"{CONFIG}: {name} is not an object", AGAINST_TENSORS)
+            raise UnusableError(f"{self.draft.where}: {name} is not an object", AGAINST_TENSORS)
         for pattern, value in table.items():
             if not valid(value):
                 raise UnusableError(
-                    f"{CONFIG}: {name}: {printable(repr(pattern))} has the value {printable(repr(value))}",
+                    f"{self.draft.where}: {name}: {printable(repr(pattern))} has the value {printable(repr(value))}",
                     AGAINST_TENSORS,
                 )
         return table
@@ -105,7 +108,22 @@ class Scaling:
         ranks = self.expected(path)
         if ranks and rank not in ranks:
             raise UnusableError(
-                f"{printable(path)}: {CONFIG} says r = {next(iter(ranks))}, but the tensors have rank {rank}",
+                f"{printable(path)}: {self.draft.where} says r = {next(iter(ranks))}, but the tensors have rank {rank}",
                 AGAINST_TENSORS,
             )
         return self.alpha(path) / (math.sqrt(rank) if self.rslora else rank)
+
+
+def scales_in(
+    file: SafeFile, config: Mapping[str, Any], ranks: Mapping[str, int], where: str
+) -> tuple[dict[str, float], list[Note], list[Problem]]:
+    """The scaling of modules by their ranks, under a config that is not in a file of its own but `where`."""
+    draft = Draft(file, config, [], where=where)
+    scaling = Scaling(draft, ranks)
+    found: dict[str, float] = {}
+    for path, rank in ranks.items():
+        try:
+            found[path] = scaling.scale(path, rank)
+        except UnusableError as error:
+            draft.problems.append(Problem(*error.args))
+    return found, draft.notes, draft.problems

@@ -1,0 +1,135 @@
+"""`Named`: the format as others see it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from loratool.adapters.adapter import Adapter
+from loratool.adapters.formats.format import Config, Format
+from loratool.adapters.formats.named import header, refused
+from loratool.adapters.formats.named.dialects import spelling_of
+from loratool.adapters.formats.named.reading import Configs, Reader
+from loratool.adapters.formats.roles import grouped
+from loratool.adapters.reading import AS_STORED, Reading
+from loratool.adapters.training import Training
+from loratool.adapters.weight_files import weight_files
+from loratool.errors import InputError, LoratoolError, Problem, printable
+from loratool.files.checkpoint import NUMBERED, sort_side_files
+from loratool.files.hub_cache import name_of
+from loratool.files.safefile import SafeFile, read_safefile
+from loratool.provenance.cards import Subject
+
+WEIGHTS = "pytorch_lora_weights.safetensors"  # as diffusers saves them
+OF_MODELS = ("config.json", "model_index.json")  # with one of them a folder is a model
+
+
+class Named(Format):
+    """Adapters that are read by the names of their tensors, and by nothing else."""
+
+    name = "named"
+    config_name = ""  # there is none
+    weights_name = WEIGHTS
+
+    def __init__(self, configs: Configs) -> None:
+        """`configs` reads what diffusers puts into headers; a file of its own in the same folder comes before the names."""
+        self.configs = configs
+
+    def recognises(self, path: Path) -> bool:
+        if path.suffix == ".safetensors":
+            return path.is_file() and not NUMBERED.match(path.name)
+        if not path.is_dir() or any((path / name).is_file() for name in (*OF_MODELS, self.configs.config_name)):
+            return False
+        return (path / WEIGHTS).is_file() or any(self.adapters_in(path))
+
+    def claims(self, file: SafeFile) -> frozenset[str]:
+        sure = not (file.path.parent / self.configs.config_name).is_file() or header.CONFIGS in (
+            file.layout.metadata or {}
+        )
+        parts = grouped(file.tensors)
+        found, rest = set[str](), list(parts.rest)
+        for module, roles in parts.modules.items():
+            spelled = spelling_of(module)
+            if spelled is not None and (sure or spelled[0].alone):
+                found.update(roles.values())
+            else:
+                rest += roles.values()
+        return frozenset(found).union(name for name, row in refused.refused(rest) if row.alone or found)
+
+    def adapters_in(self, folder: Path) -> Iterator[SafeFile]:
+        """The files of a folder that are such adapters, by their heads."""
+        for path in sorted(folder.glob("*.safetensors")):
+            with suppress(LoratoolError):
+                if not NUMBERED.match(path.name) and self.claims(file := read_safefile(path)):
+                    yield file
+
+    def file_at(self, path: Path) -> SafeFile:
+        """The file of the adapter at a place."""
+        if not path.is_dir():
+            return read_safefile(path)
+        if (path / WEIGHTS).is_file():
+            return read_safefile(path / WEIGHTS)
+        match list(self.adapters_in(path)):
+            case [file]:
+                return file
+            case files:
+                names = ", ".join(printable(file.path.name) for file in files)
+                raise InputError(f"{printable(path)}: contains several adapters ({names}); pass the path of one")
+
+    def is_config(self, config: Mapping[str, Any]) -> bool:  # noqa: ARG002 (there is none)
+        return False
+
+    def training_at(self, path: Path) -> Training:
+        return self.training_in(header.Header.of(self.file_at(path)))
+
+    def training_in(self, found: header.Header) -> Training:
+        """What the header of a file says of the training; of several configs in it the denoiser's."""
+        configs = found.configs([])
+        config = next((configs[word] for word in ("unet", "transformer", "prior", "") if word in configs), None)
+        training = self.configs.training_of(config) if config is not None else Training()
+        return replace(training, base=training.base or found.base, rank=training.rank or found.rank)
+
+    def needed(self, location: Path) -> tuple[list[str], list[str]]:
+        weights = [WEIGHTS] if (location / WEIGHTS).is_file() else [self.file_at(location).path.name]
+        return weights, sort_side_files(location, {*weights})[0]
+
+    def read_leniently(self, path: Path, reading: Reading = AS_STORED) -> tuple[Adapter, tuple[Problem, ...]]:
+        file = self.file_at(path)
+        found = Reader(file, reading, self.configs)
+        found.read()
+        folder = file.path.parent
+        alone = path.is_file()
+        if not (found.updates or found.problems or found.unsupported):
+            found.problems.append(Problem("it contains no adapter tensors"))
+        adapter = Adapter(
+            name=name_of(path).removesuffix(".safetensors") if alone else name_of(folder),
+            format=self.name,
+            folder=folder,
+            file=file,
+            config=file.layout.metadata or {},
+            config_file=file.path,
+            updates=found.updates,
+            sources=found.sources,
+            training=self.training_in(found.header),
+            dialects=tuple(found.dialects),
+            unsupported=tuple(dict.fromkeys(found.unsupported)),
+            unused=tuple(found.unused),
+            notes=(*found.notes, *reading.unused_name()),
+            beside=() if alone else weight_files(folder, file, {file.path.name}),
+            alone=alone,
+        )
+        return adapter, tuple(found.problems)
+
+    def subject(self, config: Config) -> Subject:  # noqa: ARG002 (the header may hold anything)
+        return Subject(
+            title="LoRA adapter",
+            trained_with="a tool for image models",
+            library="diffusers",
+            tags=("lora",),
+            base="",
+            ranks=(),
+            snippet=lambda base, where: [],  # noqa: ARG005
+        )
