@@ -90,8 +90,17 @@ def diagnose_quantised(
     if not pairing.quantised:
         return
     schemes = ", ".join(map(printable, dict.fromkeys(pairing.quantised.values())))
-    if odd := [name for name in pairing.quantised if name in distances and distances[name].unequal]:
-        names, count = module_names(odd), sum(distances[name].beyond for name in odd)
+    odd = [name for name in pairing.quantised if name in distances and distances[name].unequal]
+    if unknown := [name for name in odd if name in pairing.unpackable]:
+        names, formats = module_names(unknown), dict.fromkeys(pairing.quantised[name] for name in unknown)
+        text = (
+            f"{counted(names)}: quantised ({', '.join(map(printable, formats))}), which loratool reads but does not write, "
+            "so it cannot tell whether these are the nearest values to the formula; it can prove a model in which they are "
+            "plain"
+        )
+        yield Diagnosis("quantised-unproven", text, names)
+    if far := [name for name in odd if name not in pairing.unpackable]:
+        names, count = module_names(far), sum(distances[name].beyond for name in far)
         text = (
             f"{counted(names)}: quantised ({schemes}), with {count} element{'s' * (count != 1)} farther than half a step "
             "of the format from the formula"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from loratool.bases.decoded import Decoded
+from loratool.bases.packed import Requantizable
 from loratool.bases.tied_weights import Ties, find_ties
 from loratool.bases.trained_view import is_of_tokens
 from loratool.bases.weights import plain_of
@@ -59,6 +60,7 @@ class Pairing:
     still_tied: dict[str, str] = field(default_factory=dict)  # of the plan, which unties it → what it is tied to
     untied: dict[str, str] = field(default_factory=dict)  # tensor that the base ties → the one that it is tied to
     quantised: dict[str, str] = field(default_factory=dict)  # plain tensor of the plan → how the merged model packs it
+    unpackable: set[str] = field(default_factory=set)  # those of a format that is only read
 
     def add(self, name: str, span: Span, merged: Checkpoint, ties: Ties) -> None:
         """Pair a tensor that both have."""
@@ -95,6 +97,8 @@ def pair(plan: MergePlan, merged: Checkpoint) -> Pairing:
         if span.placed.dtype in FLOAT_NAMES and name in packed:
             weight = packed[name]
             found.quantised[name] = weight.scheme
+            if not isinstance(weight, Requantizable):
+                found.unpackable.add(name)
             known |= {tensor.info.name for tensor in weight.tensors} | set(merged_leftovers(merged, name))
             if weight.shape == span.shape:
                 found.pairs.append(Pair(in_dtype(span, "F32"), weight, span.rows))

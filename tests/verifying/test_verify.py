@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from merged_models import ALPHA, HIDDEN, RANK, TOKENS, Scene, Tensors, codes, only, rounded, scene, write_adapter
+from safetensors.torch import save_file
 from torch import Tensor
 
 import loratool
@@ -228,6 +229,12 @@ def test_rslora_that_was_read_as_lora_is_told(tmp_path: Path) -> None:
     assert (told.code, told.numbers["causes"]) == ("factor", ["rslora-read-as-lora"])
 
 
+def test_a_weight_that_was_applied_twice_is_told(small: Scene, tmp_path: Path) -> None:
+    tensors = small.merged(lambda name, w: rounded(w.double() + 0.7**2 * small.change(name), w.dtype))
+    told = only(verified(small, tensors, tmp_path, weights=[0.7]))
+    assert (told.code, told.numbers["causes"]) == ("factor", ["weight-squared"])
+
+
 def test_a_factor_without_a_known_cause_is_told_as_a_number(small: Scene, tmp_path: Path) -> None:
     tensors = small.merged(lambda name, w: rounded(w.double() + 1.37 * small.change(name), w.dtype))
     told = only(verified(small, tensors, tmp_path))
@@ -349,6 +356,18 @@ def unknown(of: Scene, tensors: Tensors, pick: random.Random) -> set[str]:
     return {"model.extra.weight"}
 
 
+def other_shape(of: Scene, tensors: Tensors, pick: random.Random) -> set[str]:
+    name = pick.choice([edited(of, pick, "down_proj"), untouched(of, pick, "k_proj")])
+    tensors[name] = tensors[name].reshape(-1, HIDDEN // 2)
+    return {name}
+
+
+def damaged(of: Scene, tensors: Tensors, pick: random.Random) -> set[str]:
+    name = edited(of, pick)
+    tensors[name] = rounded(tensors[name].double() + random_like(tensors[name], 0.02), tensors[name].dtype)
+    return {name}
+
+
 FAULTS: Mapping[str, tuple[str, Fault, Mapping[str, Any]]] = {
     "a module left out": ("left-out", left_out, {}),
     "one module twice": ("factor", twice_in_one, {}),
@@ -361,6 +380,8 @@ FAULTS: Mapping[str, tuple[str, Fault, Mapping[str, Any]]] = {
     "dtype changed": ("dtype-changed", other_dtype, {"torch_dtype": "float32"}),
     "a bit flipped": ("elements-differ", flipped, {}),
     "a bit flipped where nothing is merged": ("elements-differ", flipped_elsewhere, {}),
+    "a tensor of another shape": ("shape-differs", other_shape, {}),
+    "noise in an edited tensor": ("unexplained", damaged, {}),
     "a tensor missing": ("missing-tensors", missing, {}),
     "a tensor too many": ("unknown-tensors", unknown, {}),
 }
@@ -403,6 +424,67 @@ def test_a_head_with_the_values_that_it_is_tied_to_is_only_noted(small: Scene, t
     assert (found.exit_code, codes(found)) == (0, ["tied-weight-untied"])
 
 
+def test_a_head_that_still_changes_with_the_embedding_is_told(tmp_path: Path) -> None:
+    """In PEFT, an update of the embedding changes no logits by way of the head, so the head must be stored."""
+    plain, generator = scene(tmp_path / "scene"), torch.Generator().manual_seed(1)
+    down, up = torch.randn(RANK, TOKENS, generator=generator), torch.randn(HIDDEN, RANK, generator=generator) * 0.1
+    adapter, module_name = tmp_path / "adapter", "base_model.model.model.embed_tokens"
+    write_adapter(adapter, {}, target_modules=["embed_tokens"])
+    save_file(
+        {f"{module_name}.lora_embedding_A": down, f"{module_name}.lora_embedding_B": up},
+        adapter / "adapter_model.safetensors",
+    )
+    changed = plain.weights[EMBEDDING].double() + (up.double() @ down.double()).T * SCALE
+    tensors = {**plain.weights, EMBEDDING: rounded(changed, torch.bfloat16)}
+    told = only(loratool.verify(plain.write(tensors, tmp_path / "tied"), plain.base, adapter, device="cpu"))
+    assert (told.code, told.modules) == ("still-tied", (HEAD,))
+    tensors[HEAD] = plain.weights[EMBEDDING].clone()
+    out = plain.write(tensors, tmp_path / "untied", {"tie_word_embeddings": False})
+    assert_proven(loratool.verify(out, plain.base, adapter, device="cpu"))
+
+
+def test_a_head_that_is_left_out_because_it_is_tied_is_noted(small: Scene, tmp_path: Path) -> None:
+    stored = {**small.weights, HEAD: small.weights[EMBEDDING].clone()}
+    base = small.write(stored, tmp_path / "base")
+    found = loratool.verify(small.write(small.merged(), tmp_path / "merged"), base, small.adapter, device="cpu")
+    assert_proven(found)
+    assert [note.code for note in found.notes] == ["tied-weight-left-out"]
+
+
+def test_buffers_that_one_side_has_are_noted(small: Scene, tmp_path: Path) -> None:
+    tensors = {**small.merged(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}
+    found = verified(small, tensors, tmp_path)
+    assert_proven(found)
+    assert [note.code for note in found.notes] == ["buffers-differ"]
+
+
+def test_side_files_with_other_bytes_are_noted(small: Scene, tmp_path: Path) -> None:
+    base = small.write(small.weights, tmp_path / "base")
+    for name in ("tokenizer.json", "merges.txt"):
+        (base / name).write_text("{}")
+    out = small.write(small.merged(), tmp_path / "merged")
+    (out / "tokenizer.json").write_text("{ }")
+    found = loratool.verify(out, base, small.adapter, device="cpu")
+    assert_proven(found)
+    (note,) = found.notes
+    assert (note.code, note.text) == (
+        "side-files-differ",
+        "other bytes than those of the inputs: merges.txt (missing), tokenizer.json",
+    )
+
+
+def test_of_very_many_tensors_that_differ_some_are_looked_at_and_a_note_says_how_many_are_not(
+    small: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loratool.verifying.verifier.MOST_LOOKED_AT", 3)
+    tensors = small.merged(lambda name, w: rounded(w.double() + 2 * small.change(name), w.dtype))
+    found = verified(small, tensors, tmp_path)
+    assert only(found).numbers["causes"] == ["merged-twice"]
+    (note,) = found.notes
+    assert note.code == "looked-at-some"
+    assert f"{len(small.factors)} edited tensors, {len(small.factors) - 3} that differ" in note.text
+
+
 def test_a_dtype_that_was_asked_for_is_no_fault(small: Scene, tmp_path: Path) -> None:
     tensors = {name: weight.float() for name, weight in small.weights.items()}
     tensors |= {name: (small.weights[name].double() + small.change(name)).float() for name in small.factors}
@@ -424,6 +506,12 @@ def test_a_changed_key_of_the_config_is_a_fault_and_an_added_one_is_not(
 ) -> None:
     found = verified(small, small.merged(), tmp_path, config)
     assert (found.exit_code, codes(found)) == ((5, [code]) if code else (0, []))
+
+
+def test_a_model_without_its_config_is_told(small: Scene, tmp_path: Path) -> None:
+    out = small.write(small.merged(), tmp_path / "merged")
+    (out / "config.json").unlink()
+    assert only(loratool.verify(out, small.base, small.adapter, device="cpu")).code == "config-missing"
 
 
 # ---------------------------------------------------------------- wrong inputs

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from merged_models import CONFIG, Scene, Tensors, codes, only, rounded, scene
+from packed_hqq import Hqq
 from quantised_models import Quantised, ct_packed, fp8
 from safetensors.torch import save_file
 
@@ -105,3 +106,18 @@ def test_a_merged_model_that_was_quantised_passes_where_every_element_is_the_nea
     wrong = loratool.verify(out, plain.base, plain.adapter, device=CPU)
     assert (wrong.exit_code, codes(wrong)) == (5, ["quantised-differently", "quantised"]), str(wrong)
     assert wrong.diagnoses[0].modules == (name.removesuffix(".weight"),)
+
+
+def test_a_format_that_is_only_read_is_not_proven_and_the_sentence_says_why(tmp_path: Path) -> None:
+    plain = scene(tmp_path / "scene", size=0.5)
+    name = random.Random(7).choice([*plain.factors])
+    tensors, module = plain.merged(), name.removesuffix(".weight")
+    packed = Hqq((len(tensors[name]), tensors.pop(name).shape[1]), "4bit_u8", 16, 1)
+    made = Quantised({"quant_method": "hqq", "quant_config": {}, "skip_modules": []})
+    made.tensors.update({part: torch.from_numpy(value.copy()) for part, value in packed.tensors(module).items()})
+    found = loratool.verify(written(tmp_path / "merged", made, tensors), plain.base, plain.adapter, device=CPU)
+    assert (found.exit_code, codes(found)) == (5, ["quantised-unproven", "quantised"]), str(found)
+    wrong = found.diagnoses[0]
+    assert wrong.modules == (module,)
+    assert "HQQ 4-bit" in wrong.text
+    assert "reads but does not write" in wrong.text
