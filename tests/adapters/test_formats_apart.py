@@ -24,7 +24,7 @@ WORDS = {
     ),
     "lora_alpha": (
         "a setting of the trainers' own",
-        ("adapters/formats/torchtune.py", "adapters/formats/litgpt.py"),
+        tuple(f"adapters/formats/{name}.py" for name in ("torchtune", "litgpt", "loralib")),
     ),
     "base_model_name_or_path": ("a field of torchtune's own config", ("adapters/formats/torchtune.py",)),
     "bias": (

@@ -11,6 +11,8 @@ from pathlib import Path
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.format import Format
 from loratool.adapters.formats.litgpt import LITGPT
+from loratool.adapters.formats.loralib import LORALIB
+from loratool.adapters.formats.megatron import MEGATRON
 from loratool.adapters.formats.mlx import MLX
 from loratool.adapters.formats.named import Named
 from loratool.adapters.formats.peft import PEFT
@@ -19,14 +21,14 @@ from loratool.adapters.formats.trainer import MODEL_CONFIG
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.errors import InputError, LoratoolError, printable
 from loratool.files.containers import foreign_file, instead_of_weights
-from loratool.files.inputs import read_json, unreadable
+from loratool.files.inputs import unreadable
 from loratool.files.model_files import MODEL_FILES, FileNames
 from loratool.files.safefile import SafeFile, read_safefile
 from loratool.provenance.cards import Subject
 
 # Of several that may be meant, the first that claims a tensor is: PEFT claims `.lora_A` whatever the module.
 NAMED = Named(PEFT)
-FORMATS: tuple[Format, ...] = (NAMED, LITGPT, PEFT, MLX, TORCHTUNE)
+FORMATS: tuple[Format, ...] = (NAMED, LITGPT, LORALIB, PEFT, MLX, TORCHTUNE, MEGATRON)
 WRITTEN = PEFT  # what is made here is written in, and what a file counts as that none of them claims
 DIALECTS = {word: form for form in FORMATS for word in form.dialects}  # what adapters are converted into → its format
 OUTPUT_FILES = reduce(or_, (form.file_names for form in FORMATS), MODEL_FILES)  # what `--overwrite` may replace
@@ -102,7 +104,7 @@ def subject_at(folder: Path) -> Subject | None:
     if not form.config_name:
         return form.subject({}) if form.recognises(folder) else None
     path = folder / form.config_name
-    return form.subject(read_json(path, repeated=True, lenient=True)) if path.is_file() else None
+    return form.subject(form.read_config(path)) if path.is_file() else None
 
 
 def not_an_adapter(path: Path) -> LoratoolError:

@@ -18,6 +18,7 @@ from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.errors import InputError, Problem, UsageError, printable
 from loratool.files.checkpoint import sort_side_files
+from loratool.files.inputs import read_json
 from loratool.files.model_files import FileNames
 from loratool.files.safefile import SafeFile
 from loratool.files.tensor_writer import TensorFile, Triple, tensor_file
@@ -139,6 +140,10 @@ class Format(Protocol):
 
     def is_config(self, config: Config) -> bool:
         """Whether a table is one of its configs."""
+
+    def read_config(self, path: Path) -> Config:
+        """The config in a file. Raises `InputError` where it cannot be read."""
+        return read_json(path, repeated=True, lenient=True)
 
     def training_at(self, path: Path) -> Training:
         """What its config says, without a look at the weights. Raises `InputError` where it cannot be read."""

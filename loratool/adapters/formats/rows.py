@@ -80,3 +80,27 @@ class InParts:
         for at, part in enumerate(part for part, on in enumerate(self.enabled) if on):
             whole[part * rows : (part + 1) * rows, at * rank : (at + 1) * rank] = next(blocks)
         return whole
+
+
+@dataclass(frozen=True)
+class JoinedRows:
+    """Each `count` rows as one: (n · count, columns) becomes (n, count · columns)."""
+
+    count: int
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return rows.reshape(rows.shape[0] // self.count, -1)
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A matrix `count` times on the diagonal of a larger one."""
+
+    count: int
+
+    def __call__(self, matrix: Tensor) -> Tensor:
+        rows, columns = matrix.shape
+        whole = matrix.new_zeros(self.count * rows, self.count * columns)
+        for at in range(self.count):
+            whole[at * rows : (at + 1) * rows, at * columns : (at + 1) * columns] = matrix
+        return whole

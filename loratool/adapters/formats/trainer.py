@@ -50,14 +50,14 @@ class Found:
         home = self.file.home(name)
         return StoredTensor(home, home.tensors[name])
 
-    def pair(self, module: str, a: str, b: str, rank_first: int = 0) -> tuple[StoredTensor, StoredTensor] | None:
-        """(A, B) of a module by the ends of their names, both matrices of floats; None where a problem was told.
+    def pair(self, module: str, a: str, b: str, dimensions: int = 2) -> tuple[StoredTensor, StoredTensor] | None:
+        """(A, B) of a module by the ends of their names, both of floats; None where a problem was told.
 
         Args:
             module: the beginning of both names.
-            a: the end of the name of A, (rank, in); it may hold several such, one below the other.
-            b: the end of the name of B, (out, rank).
-            rank_first: the dimension of A that is the rank.
+            a: the end of the name of A, (…, rank, in); it may hold several such, one below the other.
+            b: the end of the name of B, (…, out, rank).
+            dimensions: of both.
         """
         names = (module + a, module + b)
         there = [name for name in names if name in self.file.tensors]
@@ -67,17 +67,16 @@ class Found:
             self.refuse(module, f"{printable(missing)} is missing", MISSING_PARTNER)
             return None
         first, last = map(self.stored, names)
+        shapes = f"{a.strip('.')} is {list(first.shape)}, {b.strip('.')} is {list(last.shape)}"
         if {first.info.dtype, last.info.dtype} - FLOAT_NAMES.keys():
             self.refuse(module, f"stored as {first.info.dtype} and {last.info.dtype}; expected floats")
-            return None
-        shapes = f"{a.strip('.')} is {list(first.shape)}, {b.strip('.')} is {list(last.shape)}"
-        if len(first.shape) != 2 or len(last.shape) != 2 or 0 in first.shape + last.shape:
-            self.refuse(module, f"{shapes}; expected two matrices")
-            return None
-        if first.shape[rank_first] % last.shape[1]:
+        elif {len(first.shape), len(last.shape)} != {dimensions} or 0 in first.shape + last.shape:
+            self.refuse(module, f"{shapes}; expected {dimensions} dimensions")
+        elif first.shape[-2] % last.shape[-1]:
             self.refuse(module, f"{shapes}; expected one rank")
-            return None
-        return first, last
+        else:
+            return first, last
+        return None
 
     def lengths(self, name: str, rows: int) -> StoredTensor | None:
         """DoRA's lengths of `rows` rows; None where there are none, or a problem was told."""
