@@ -32,6 +32,7 @@ WORDS = {
         (
             *(
                 "bases/decoders.py",
+                "bases/binding/aliases.py",
                 "bases/trained_view.py",
                 "errors.py",
                 "merging/planning.py",
@@ -42,8 +43,11 @@ WORDS = {
         ),
     ),
     "alpha": (
-        "an option of rescale, a line of inspect, a field of mlx-lm's own config, or a tensor of other tools' files",
-        ("reworking/rescale.py", "results/facts.py", "adapters/formats/mlx.py", "adapters/formats/roles/"),
+        "an option of rescale, a line of inspect, a setting of other trainers, or a tensor of other tools' files",
+        (
+            *("reworking/rescale.py", "results/facts.py"),
+            *("adapters/formats/mlx.py", "adapters/formats/megatron.py", "adapters/formats/roles/"),
+        ),
     ),
     "scaling": ("a line of inspect and of rescale", ("results/facts.py", "results/rescale.py")),
     "rank_pattern": ("a line of inspect, and a field of its facts", ("results/facts.py",)),
@@ -57,12 +61,15 @@ WORDS = {
     "group_size": ("an entry of the config of a quantised base", ("bases/codecs/",)),
     "block_size": ("the same, of torchao", ("bases/codecs/torchao.py",)),
     "exclude_modules": ("the same, of ModelOpt", ("bases/codecs/modelopt.py",)),
-    "hidden_size": ("a field of a model's config", ("bases/", "demo.py")),
+    "hidden_size": ("a field of a model's config", ("bases/", "layouts/gguf.py", "demo.py")),
     "num_layers": (
         "a field of a model's config, and one of mlx-lm's own",
         ("bases/same_base.py", "adapters/formats/mlx.py"),
     ),
-    "num_attention_heads": ("a field of a model's config", ("bases/", "layouts/fusions.py", "demo.py")),
+    "num_attention_heads": (
+        "a field of a model's config",
+        ("bases/", "layouts/fusions.py", "layouts/gguf.py", "demo.py"),
+    ),
 }
 
 
