@@ -149,7 +149,7 @@ class Reader:
             text = f"{printable(group.name)}: has an alpha of its own, and {CONFIGS} in the header holds one, too"
             self.problems.append(Problem(text, CONTRADICTION))
         try:
-            found = found_in(Module(group.name, group.roles, self.reading.input_alpha, scale), sources)
+            found = found_in(self.module(group, scale), sources)
         except RoleProblem as error:
             self.problems += error.problems
             return
@@ -165,6 +165,13 @@ class Reader:
                 text = f"{printable(group.name)}: changes the same weight as {printable(self.sources[target][0])}"
                 self.problems.append(Problem(text, MERGED_TWICE))
             self.updates[target], self.sources[target] = update, names
+
+    def module(self, group: Group, scale: float | None) -> Module:
+        """A module with all that the header and its name say of it; only kohya's OFT has a prefix of its own."""
+        limited = group.name.startswith("oft_")
+        return Module(
+            group.name, group.roles, self.reading.input_alpha, scale, dim=self.header.rank, constrained=limited
+        )
 
     def tell(self) -> None:
         """What was assumed, once for all modules that it was assumed of."""

@@ -1,0 +1,150 @@
+"""Adapters of every method are merged as their formulas have it, with weights that take several blocks of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import pytest
+import role_formulas
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import loratool
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + 31 * sum(shape) + len(shape))
+    return torch.randn(*shape, generator=generator)
+
+
+ALPHA = torch.tensor(1.0)
+ROWS, COLUMNS = 520, 600  # of a weight that takes two blocks
+UP, DOWN = random(6, 2), random(2, 4)
+LENGTHS, TALL_UP, TALL_DOWN = random(1, COLUMNS).abs() + 1, random(ROWS, 1), random(1, COLUMNS)
+BLOCKS, GENERATORS = random(ROWS // 4, 4, 4), random(3, 8, 2, 2)
+GLORA = (random(4, 2), random(2, 4), random(6, 2, seed=1), random(2, 4, seed=2))
+# what a file has of a module
+MODULES: dict[str, dict[str, Tensor]] = {
+    "plain": {"lora_down.weight": DOWN, "lora_up.weight": UP, "alpha": ALPHA, "diff_b": random(6)},
+    "core": {
+        "lora_down.weight": random(2, 4, 1, 1),
+        "lora_up.weight": random(6, 2, 1, 1),
+        "lora_mid.weight": random(2, 2, 3, 3),
+        "alpha": ALPHA,
+    },
+    "hadamard": {
+        "hada_w1_a": UP,
+        "hada_w1_b": random(2, 36, seed=1),
+        "hada_w2_a": random(6, 2, seed=2),
+        "hada_w2_b": random(2, 36, seed=3),
+        "alpha": ALPHA,
+    },
+    "kronecker": {"lokr_w1": random(2, 2), "lokr_w2_a": random(3, 1), "lokr_w2_b": random(1, 18), "alpha": ALPHA},
+    "columns": {"lora_down.weight": TALL_DOWN, "lora_up.weight": TALL_UP, "dora_scale": LENGTHS, "alpha": ALPHA},
+    "rotated": {"oft_blocks": BLOCKS, "alpha": torch.tensor(0.01)},
+    "butterfly": {"oft_blocks": GENERATORS, "alpha": torch.tensor(0.0)},
+    "gated": {"weight": random(4), "on_input": torch.tensor(1)},
+    "general": {**dict(zip(("a1.weight", "a2.weight", "b1.weight", "b2.weight"), GLORA, strict=True)), "alpha": ALPHA},
+    "norm": {"w_norm": random(6), "b_norm": random(6, seed=1)},
+    "sparse": {
+        "lora_down.weight": DOWN,
+        "lora_up.weight": UP,
+        "alpha": ALPHA,
+        "bias_indices": torch.tensor([[5], [3]], dtype=torch.int16),
+        "bias_values": torch.ones(1),
+        "bias_size": torch.tensor([6, 4], dtype=torch.int16),
+    },
+}
+SHAPES = {
+    "core": (6, 4, 3, 3),
+    "hadamard": (6, 4, 3, 3),
+    "kronecker": (6, 4, 3, 3),
+    "columns": (ROWS, COLUMNS),
+    "rotated": (ROWS, COLUMNS),
+    "butterfly": (16, 5),
+    "norm": (6,),
+}
+BASE = {
+    **{f"diffusion_model.{name}.weight": random(*SHAPES.get(name, (6, 4)), seed=9) for name in MODULES},
+    "diffusion_model.plain.bias": random(6, seed=9),
+    "diffusion_model.norm.bias": random(6, seed=9),
+    "diffusion_model.untouched.weight": random(6, 4),
+}
+
+
+def weight(name: str) -> Tensor:
+    return BASE[f"diffusion_model.{name}.weight"].double()
+
+
+@cache
+def wanted() -> Mapping[str, Tensor]:
+    """W' of every weight, by the formulas."""
+    core, halves, kron = (MODULES[name] for name in ("core", "hadamard", "kronecker"))
+    mid = core["lora_mid.weight"]
+    one = role_formulas.product_of(halves["hada_w1_a"], halves["hada_w1_b"])
+    other = role_formulas.product_of(halves["hada_w2_a"], halves["hada_w2_b"])
+    right = role_formulas.product_of(kron["lokr_w2_a"], kron["lokr_w2_b"]).reshape(3, 2, 3, 3)
+    single = torch.zeros(6, 4, dtype=torch.float64)
+    single[5, 3] = 1
+    change, tall = role_formulas.lora(UP, DOWN, 0.5), TALL_UP.double() @ TALL_DOWN.double()
+    return {
+        "plain": weight("plain") + change,
+        "core": weight("core") + role_formulas.lora(core["lora_up.weight"], core["lora_down.weight"], 0.5, mid),
+        "hadamard": weight("hadamard") + (0.5 * one * other).reshape(6, 4, 3, 3),
+        "kronecker": weight("kronecker") + role_formulas.kronecker(kron["lokr_w1"], right, 1.0),
+        "columns": role_formulas.dora(weight("columns"), tall, LENGTHS, by_column=True),
+        "rotated": role_formulas.oft(weight("rotated"), BLOCKS, 0.01 * ROWS),
+        "butterfly": role_formulas.boft(weight("butterfly"), GENERATORS),
+        "gated": weight("gated") * (1 + MODULES["gated"]["weight"].double()),
+        "general": role_formulas.glora(weight("general"), GLORA, 0.5),
+        "norm": weight("norm") + MODULES["norm"]["w_norm"].double(),
+        "sparse": weight("sparse") + change + single,
+    }
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("roles")
+    tensors = {f"diffusion_model.{name}.{role}": t for name, roles in MODULES.items() for role, t in roles.items()}
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "adapter.safetensors")
+    save_file(BASE, folder / "base.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_every_method_is_merged_as_its_formula_has_it(files: Path, tmp_path: Path, strength: float) -> None:
+    """At another weight the result lies on the line from W through W'."""
+    out = tmp_path / "out"
+    report = loratool.merge(
+        files / "base.safetensors", files / "adapter.safetensors", out, weights=[strength], device="cpu"
+    )
+    merged = load_file(out / "base.safetensors")
+    for name, after in wanted().items():
+        line = weight(name).lerp(after, strength).float()
+        torch.testing.assert_close(merged[f"diffusion_model.{name}.weight"], line, rtol=3e-7, atol=3e-7, msg=name)
+    bias = BASE["diffusion_model.plain.bias"].double() + strength * MODULES["plain"]["diff_b"].double()
+    torch.testing.assert_close(merged["diffusion_model.plain.bias"].double(), bias)
+    bias = BASE["diffusion_model.norm.bias"].double() + strength * MODULES["norm"]["b_norm"].double()
+    torch.testing.assert_close(merged["diffusion_model.norm.bias"].double(), bias)
+    assert torch.equal(merged["diffusion_model.untouched.weight"], BASE["diffusion_model.untouched.weight"])
+    assert not [note for note in report.notes if note.code == "alpha-missing"]
+    assert loratool.verify(out, files / "base.safetensors", files / "adapter.safetensors", weights=[strength]).passes
+
+
+def test_oft_of_kohya_is_known_by_its_prefix(tmp_path: Path) -> None:
+    """Its α limits the rotation even where it is 0, unlike that of LyCORIS."""
+    blocks, base = random(3, 2, 2), random(6, 4, seed=9)
+    for alpha, limit in ((1e-3, 6e-3), (0.0, 0.0)):
+        folder = tmp_path / str(alpha)
+        folder.mkdir()
+        save_file({"unet.mid.proj.weight": base}, folder / "base.safetensors")
+        other = {"oft_unet_mid_other.oft_blocks": blocks.clone(), "oft_unet_mid_other.alpha": torch.tensor(1.0)}
+        save_file({"unet.mid.proj.weight": base, "unet.mid.other.weight": base.clone()}, folder / "base.safetensors")
+        tensors = {"oft_unet_mid_proj.oft_blocks": blocks, "oft_unet_mid_proj.alpha": torch.tensor(alpha), **other}
+        save_file(tensors, folder / "adapter.safetensors")
+        loratool.merge(folder / "base.safetensors", folder / "adapter.safetensors", folder / "out", device="cpu")
+        merged = load_file(folder / "out" / "base.safetensors")["unet.mid.proj.weight"]
+        torch.testing.assert_close(merged.double(), role_formulas.oft(base, blocks, limit), rtol=1e-6, atol=1e-6)
