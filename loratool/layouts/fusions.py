@@ -114,6 +114,13 @@ FUSIONS: tuple[Fusion, ...] = (
     Fusion("experts.down_proj", ("experts.#.fc2.weight",)),
     Fusion("experts.down_proj", ("experts.down_projs.#.weight",)),
     Fusion("experts.up_proj", ("experts.#.up_proj.weight",)),
+    # the same as MLX models have them
+    Fusion("switch_mlp.gate_proj.weight", ("experts.#.gate_proj.weight",)),
+    Fusion("switch_mlp.gate_proj.weight", ("experts.#.w1.weight",)),
+    Fusion("switch_mlp.down_proj.weight", ("experts.#.down_proj.weight",)),
+    Fusion("switch_mlp.down_proj.weight", ("experts.#.w2.weight",)),
+    Fusion("switch_mlp.up_proj.weight", ("experts.#.up_proj.weight",)),
+    Fusion("switch_mlp.up_proj.weight", ("experts.#.w3.weight",)),
 )
 
 # Modules beside each other that vLLM and SGLang hold as one: their weights must be stored in one way.

@@ -168,7 +168,16 @@ def test_tensors_decide_whose_adapter_a_file_is(tmp_path: Path) -> None:
         ({f"{QUERY}.lora_b": None}, "lora_b is missing"),
         ({f"{QUERY}.lora_b": numbers(3, 6)}, r"expected \(in, rank\) and \(rank, out\)"),
         ({f"{QUERY}.m": numbers(5)}, "expected 6 values"),
-        ({"a.switch_mlp.up_proj.lora_a": numbers(3, 2, 4), "a.switch_mlp.up_proj.lora_b": numbers(3, 6, 2)}, "experts"),
+        ({"a.mlp.up_proj.lora_a": numbers(3, 2, 4), "a.mlp.up_proj.lora_b": numbers(3, 6, 2)}, "not known to have any"),
+        (
+            {"a.switch_mlp.up_proj.lora_a": numbers(3, 2, 4), "a.switch_mlp.up_proj.lora_b": numbers(2, 6, 2)},
+            r"expected \(experts, rank, in\)",
+        ),
+        (
+            {"a.switch_mlp.up_proj.lora_a": numbers(3, 2, 4), "a.switch_mlp.up_proj.lora_b": numbers(3, 6, 2)}
+            | {"a.switch_mlp.up_proj.m": numbers(3, 6)},
+            "DoRA on experts",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_its_name(
@@ -186,6 +195,132 @@ def test_a_config_without_a_scale_is_refused(tmp_path: Path, parameters: object)
     folder = write(tmp_path / "adapter", factors(QUERY), lora_parameters=parameters)
     with pytest.raises(loratool.InputError, match=r"lora_parameters"):
         loratool.read_adapter(folder)
+
+
+EXPERTS, WIDE_EXPERT, NARROW = 3, 6, 4  # gate and up are (6, 4) each, down is (4, 6)
+SWITCH = {"gate_proj": (WIDE_EXPERT, NARROW), "up_proj": (WIDE_EXPERT, NARROW), "down_proj": (NARROW, WIDE_EXPERT)}
+
+
+def expert_factors(container: str) -> dict[str, Tensor]:
+    tensors = {}
+    for at, (leaf, (rows, columns)) in enumerate(SWITCH.items()):
+        tensors[f"{container}.{leaf}.lora_a"] = numbers(EXPERTS, RANK, columns, seed=at)
+        tensors[f"{container}.{leaf}.lora_b"] = numbers(EXPERTS, rows, RANK, seed=at + 9)
+    return tensors
+
+
+def expert_weight(leaf: str, expert: int) -> Tensor:
+    return numbers(*SWITCH[leaf], seed=10 * expert + len(leaf))
+
+
+def write_experts(folder: Path, kind: str) -> Path:
+    """A base with the experts of one layer: each a tensor, all in one as transformers 5 or as MLX has them, or Mixtral's."""
+    folder.mkdir()
+    start, old = "model.layers.0.mlp", "model.layers.0.block_sparse_moe.experts"
+    every = {leaf: [expert_weight(leaf, e) for e in range(EXPERTS)] for leaf in SWITCH}
+    tensors = {
+        "split": {f"{start}.experts.{e}.{leaf}.weight": every[leaf][e] for leaf in SWITCH for e in range(EXPERTS)},
+        "mixtral": {
+            f"{old}.{e}.{new}.weight": every[leaf][e]
+            for leaf, new in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
+            for e in range(EXPERTS)
+        },
+        "fused": {
+            f"{start}.experts.gate_up_proj": torch.stack(
+                [torch.cat(pair) for pair in zip(every["gate_proj"], every["up_proj"], strict=True)]
+            ),
+            f"{start}.experts.down_proj": torch.stack(every["down_proj"]),
+        },
+        "mlx": {f"{start}.switch_mlp.{leaf}.weight": torch.stack(every[leaf]) for leaf in SWITCH},
+    }[kind]
+    save_file(tensors, folder / "model.safetensors")
+    model = "mixtral" if kind == "mixtral" else "qwen3_moe"
+    (folder / "config.json").write_text(json.dumps({"model_type": model, "num_experts": EXPERTS}))
+    return folder
+
+
+def weight_of_expert(tensors: dict[str, Tensor], kind: str, leaf: str, expert: int) -> Tensor:
+    start, old = "model.layers.0.mlp", "model.layers.0.block_sparse_moe.experts"
+    match kind:
+        case "split":
+            return tensors[f"{start}.experts.{expert}.{leaf}.weight"]
+        case "mixtral":
+            return tensors[f"{old}.{expert}.{ {'gate_proj': 'w1', 'up_proj': 'w3', 'down_proj': 'w2'}[leaf] }.weight"]
+        case "mlx":
+            return tensors[f"{start}.switch_mlp.{leaf}.weight"][expert]
+    if leaf == "down_proj":
+        return tensors[f"{start}.experts.down_proj"][expert]
+    rows = slice(0, WIDE_EXPERT) if leaf == "gate_proj" else slice(WIDE_EXPERT, None)
+    return tensors[f"{start}.experts.gate_up_proj"][expert][rows]
+
+
+@pytest.mark.parametrize("kind", ["split", "fused", "mlx", "mixtral"])
+def test_factors_of_all_experts_are_merged_into_each_expert(tmp_path: Path, kind: str) -> None:
+    """However the base has them: ΔW of each is scale · b @ a, which are not transposed."""
+    base = write_experts(tmp_path / "base", kind)
+    container = f"model.layers.0.{'block_sparse_moe' if kind == 'mixtral' else 'mlp'}.switch_mlp"
+    tensors = expert_factors(container)
+    found = merged(base, write(tmp_path / "adapter", tensors), tmp_path / "out")
+    for leaf in SWITCH:
+        for expert in range(EXPERTS):
+            a, b = (tensors[f"{container}.{leaf}.lora_{side}"][expert].double() for side in "ab")
+            wanted = (expert_weight(leaf, expert).double() + SCALE * (b @ a)).float()
+            assert torch.equal(weight_of_expert(found, kind, leaf, expert), wanted), (leaf, expert)
+
+
+def test_experts_are_not_written_for_mlx_one_by_one(tmp_path: Path) -> None:
+    """mlx-lm has one tensor for all of them, so that it would not find these."""
+    adapter = loratool.read_adapter(write(tmp_path / "adapter", expert_factors("model.layers.0.mlp.switch_mlp")))
+    assert "single experts" in MLX.losses(adapter)[0].text
+    with pytest.raises(loratool.FitError, match="cannot adapt"):
+        MLX.spelling({target: layer.kind for target, layer in contents_of(adapter, "rewrite").layers.items()})
+
+
+@pytest.mark.parametrize("kind", ["split", "mlx"])
+def test_whole_weights_take_the_place_of_the_bases(tmp_path: Path, kind: str) -> None:
+    """`fine_tune_type` full: layers, norms and experts are saved as they became."""
+    base = write_experts(tmp_path / "base", kind)
+    stacked = numbers(EXPERTS, WIDE_EXPERT, NARROW, seed=77)
+    name = "model.layers.0.mlp.switch_mlp.up_proj.weight"
+    folder = write(tmp_path / "adapter", {name: stacked}, fine_tune_type="full", lora_parameters=None)
+    found = merged(base, folder, tmp_path / "out")
+    for expert in range(EXPERTS):
+        assert torch.equal(weight_of_expert(found, kind, "up_proj", expert), stacked[expert])
+        assert torch.equal(weight_of_expert(found, kind, "down_proj", expert), expert_weight("down_proj", expert))
+
+
+def test_a_layer_trained_whole_is_the_bases_weight_afterwards(base: Path, tmp_path: Path) -> None:
+    whole = numbers(*SHAPES[QUERY], seed=78)
+    folder = write(tmp_path / "adapter", {f"{QUERY}.weight": whole}, fine_tune_type="full")
+    check(merged(base, folder, tmp_path / "out"), {QUERY: whole.double()})
+    with pytest.raises(loratool.InputError, match="no update whose strength"):
+        loratool.rescale(folder, tmp_path / "half", scale=0.5)
+
+
+def test_the_only_checkpoint_of_a_run_is_read_and_of_several_one_is_to_be_named(base: Path, tmp_path: Path) -> None:
+    tensors = factors(QUERY)
+    folder = write(tmp_path / "adapter", tensors)
+    (folder / "adapters.safetensors").rename(folder / "0000100_adapters.safetensors")
+    report = loratool.merge(base, folder, tmp_path / "out", device="cpu")
+    assert "other-name" in [note.code for note in report.notes]
+    wanted = {QUERY: weight(base, QUERY) + delta(tensors, QUERY)}
+    check(load_file(tmp_path / "out" / "model.safetensors"), wanted)
+    save_file(factors(OUTPUT), folder / "0000200_adapters.safetensors")
+    with pytest.raises(loratool.InputError, match=r"0000100_adapters\.safetensors, 0000200_adapters\.safetensors"):
+        loratool.read_adapter(folder)
+    check(merged(base, folder / "0000100_adapters.safetensors", tmp_path / "second"), wanted)
+
+
+def test_factors_without_a_config_take_an_alpha(base: Path, tmp_path: Path) -> None:
+    """As they are after the early arrays of numpy were converted; alpha is divided by the rank."""
+    tensors = factors(QUERY, TABLE)
+    folder = write(tmp_path / "adapter", tensors)
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(loratool.InputError, match="--input-alpha"):
+        loratool.read_adapter(folder)
+    loratool.merge(base, folder, tmp_path / "out", device="cpu", input_alpha=SCALE * RANK)
+    wanted = {module: weight(base, module) + delta(tensors, module) for module in (QUERY, TABLE)}
+    check(load_file(tmp_path / "out" / "model.safetensors"), wanted)
 
 
 def test_rescaling_keeps_the_tensors_and_baking_writes_pefts_layout(base: Path, tmp_path: Path) -> None:

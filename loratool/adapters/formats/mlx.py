@@ -1,21 +1,24 @@
 """mlx-lm's layout: `adapters.safetensors` beside an `adapter_config.json` that holds the arguments of its training.
 
 Factors lie transposed, `….lora_a` (in, rank) and `….lora_b` (rank, out): ΔW = scale · (a @ b)ᵀ. Of an embedding they are
-(tokens, rank) and (rank, width), ΔW = scale · a @ b. `scale` multiplies as it is: it is no α. `….m` are DoRA's lengths
-of rows. Facts: mlx-lm of August 2026.
+(tokens, rank) and (rank, width), ΔW = scale · a @ b. Of experts, which mlx-lm has in one `switch_mlp`, they are (experts,
+rank, in) and (experts, out, rank), ΔW of each scale · b @ a. `scale` multiplies as it is: it is no α. `….m` are DoRA's
+lengths of rows. With `fine_tune_type` full the file holds whole weights. Facts: mlx-lm of August 2026, and of mlx-examples
+of 2024, whose `lora.py` wrote no config.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Adapter, StoredTensor
 from loratool.adapters.formats.format import Config, Format, Parts, most_common
-from loratool.adapters.layers import Contents, Form, Kind
+from loratool.adapters.formats.rows import entry_of
+from loratool.adapters.layers import Contents, Form, Kind, is_expert
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.adapters.training import Training
 from loratool.adapters.weight_files import weight_files
@@ -38,6 +41,11 @@ from loratool.results.repairs import some
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 A, B, M = ".lora_a", ".lora_b", ".m"
+CHECKPOINTS = "*_adapters.safetensors"  # which training leaves every so many steps: 0000100_adapters.safetensors
+EXPERT_CONTAINERS = ("switch_mlp", "experts")
+OLD_CONTAINER = "block_sparse_moe"  # whose experts transformers calls w1, w2 and w3
+EXPERT_LAYERS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+NO_SCALE = "pass --input-alpha, which is divided by the rank (releases that wrote no config multiplied by 20, the first ones by 2)"
 MISSING_PARTNER = "missing-partner"  # the code of a problem
 
 
@@ -46,7 +54,8 @@ class Reader:
     """One file on its way to an adapter."""
 
     file: SafeFile
-    scale: float
+    scale: float | None  # None where α alone is known
+    alpha: float = 0.0
     updates: dict[str, Update] = field(default_factory=dict)
     sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
@@ -54,13 +63,26 @@ class Reader:
     problems: list[Problem] = field(default_factory=list)
 
     def read(self) -> None:
-        """Take up every tensor of the file."""
+        """Take up every tensor of a file of factors."""
         modules = {name.rpartition(".")[0] for name in self.file.tensors if name.endswith((A, B))}
         for module in sorted(modules):
             self.take(module)
         used = {name for names in self.sources.values() for name in names}
         known = {f"{module}{slot}" for module in modules for slot in (A, B, M)}
         self.unused = [name for name in self.file.tensors if name not in used | known]
+
+    def read_whole(self) -> None:
+        """Take up every tensor of a file of whole weights."""
+        for name in self.file.tensors:
+            stored, experts = self.stored(name), experts_of(name.removesuffix(".weight"))
+            if stored.info.dtype not in FLOAT_NAMES or 0 in stored.shape:
+                text = f"{printable(name)}: is {stored.info.dtype} {list(stored.shape)}; expected floats"
+                self.problems.append(Problem(text))
+            elif experts and name.endswith(".weight") and len(stored.shape) == 3:
+                for at in range(stored.shape[0]):
+                    self.add(experts(at), Replace(entry_of(stored, at)), name)  # type: ignore[arg-type]  # loaded later
+            else:
+                self.add(name, Replace(stored), name)  # type: ignore[arg-type]  # the same
 
     def take(self, module: str) -> None:
         """The update of one module, or what is wrong with it."""
@@ -70,19 +92,20 @@ class Reader:
             return
         a, b = self.stored(module + A), self.stored(module + B)
         shapes = f"lora_a is {list(a.shape)}, lora_b is {list(b.shape)}"
-        if len(a.shape) == len(b.shape) == 3:
-            self.unsupported.append(f"LoRA on experts ({printable(module)}: {shapes}); fuse it with mlx_lm.fuse")
-            return
-        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[0] or 0 in a.shape + b.shape:
-            self.problems.append(Problem(f"{printable(module)}: {shapes}; expected (in, rank) and (rank, out)"))
-            return
         if {a.info.dtype, b.info.dtype} - FLOAT_NAMES.keys():
             dtypes = f"{a.info.dtype} and {b.info.dtype}"
             self.problems.append(Problem(f"{printable(module)}: stored as {dtypes}; expected floats"))
-            return
+        elif len(a.shape) == len(b.shape) == 3:
+            self.take_experts(module, a, b)
+        elif len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[0] or 0 in a.shape + b.shape:
+            self.problems.append(Problem(f"{printable(module)}: {shapes}; expected (in, rank) and (rank, out)"))
+        else:
+            self.take_layer(module, a, b)
+
+    def take_layer(self, module: str, a: StoredTensor, b: StoredTensor) -> None:
         up, down, table = (a, b, True) if is_embedding(module) else (b.T, a.T, False)
         # tensors in a file have a shape and are loaded later
-        update: Update = LowRank(up, down, self.scale, turnable=not table, table=table)  # type: ignore[arg-type]
+        update: Update = LowRank(up, down, self.scale_at(a.shape[1]), turnable=not table, table=table)  # type: ignore[arg-type]
         names = [module + A, module + B]
         if module + M in self.file.tensors:
             lengths = self.stored(module + M)
@@ -92,11 +115,47 @@ class Reader:
                 return
             update = Magnitude(update, lengths)  # type: ignore[arg-type]
             names.append(module + M)
-        self.updates[f"{module}.weight"] = update
-        self.sources[f"{module}.weight"] = tuple(names)
+        self.add(f"{module}.weight", update, *names)
+
+    def take_experts(self, module: str, a: StoredTensor, b: StoredTensor) -> None:
+        """The update of each expert's layer."""
+        experts = experts_of(module)
+        if a.shape[0] != b.shape[0] or a.shape[1] != b.shape[2] or 0 in a.shape + b.shape:
+            shapes = f"lora_a is {list(a.shape)}, lora_b is {list(b.shape)}"
+            text = f"{printable(module)}: {shapes}; expected (experts, rank, in) and (experts, out, rank)"
+            self.problems.append(Problem(text))
+        elif experts is None or module + M in self.file.tensors:
+            what = "DoRA on experts" if experts else "factors of experts on a module that is not known to have any"
+            self.unsupported.append(f"{what} ({printable(module)}); fuse it with mlx_lm.fuse")
+        else:
+            for at in range(a.shape[0]):
+                up, down = entry_of(b, at), entry_of(a, at)
+                update = LowRank(up, down, self.scale_at(a.shape[1]), turnable=True)  # type: ignore[arg-type]  # loaded later
+                self.add(experts(at), update, module + A, module + B)
+
+    def scale_at(self, rank: int) -> float:
+        """What multiplies the product of factors of a rank."""
+        return self.alpha / rank if self.scale is None else self.scale
+
+    def add(self, target: str, update: Update, *names: str) -> None:
+        self.updates[target] = update
+        self.sources[target] = names
 
     def stored(self, name: str) -> StoredTensor:
         return StoredTensor(self.file, self.file.tensors[name])
+
+
+def experts_of(module: str) -> Callable[[int], str] | None:
+    """What transformers calls the weight of an expert, by its number, of a layer of all experts; None for any other.
+
+    `….mlp.switch_mlp.up_proj` is `….mlp.experts.3.up_proj.weight`, and in Mixtral's `block_sparse_moe` `….experts.3.w3.weight`.
+    """
+    container, _, leaf = module.rpartition(".")
+    outer, _, last = container.rpartition(".")
+    if last not in EXPERT_CONTAINERS or leaf not in EXPERT_LAYERS:
+        return None
+    called = EXPERT_LAYERS[leaf] if outer.endswith(OLD_CONTAINER) else leaf
+    return lambda number: f"{outer}.experts.{number}.{called}.weight"
 
 
 def is_embedding(module: str) -> bool:
@@ -104,8 +163,8 @@ def is_embedding(module: str) -> bool:
     return module.rpartition(".")[2] in INPUT_EMBEDDINGS
 
 
-def scale_of(config: Mapping[str, Any], notes: list[Note]) -> float:
-    """What multiplies a @ b. Raises `InputError` where it is no number."""
+def scale_of(config: Mapping[str, Any], given: float | None, notes: list[Note]) -> float | None:
+    """What multiplies a @ b; None where it takes the α that is `given`. Raises `InputError` where it is no number."""
     table = config.get("lora_parameters")
     parameters = table if isinstance(table, Mapping) else {}
     numbers = {name: parameters[name] for name in ("scale", "alpha", "rank") if parameters.get(name) is not None}
@@ -115,8 +174,15 @@ def scale_of(config: Mapping[str, Any], notes: list[Note]) -> float:
         raise InputError(
             f"{CONFIG}: {bad[0]} of lora_parameters is {printable(repr(numbers[bad[0]]))}; expected a number"
         )
+    if "scale" not in numbers and given is not None:
+        return None
     if "scale" not in numbers:
-        raise InputError(f"{CONFIG}: lora_parameters has no scale, the factor its updates are multiplied by")
+        raise InputError(
+            f"{CONFIG}: lora_parameters has no scale, the factor its updates are multiplied by; {NO_SCALE}"
+        )
+    if given is not None:
+        text = f"its config contains the scale, so --input-alpha {given:g} is ignored"
+        notes.append(Note("input-alpha-not-used", text))
     scale = float(numbers["scale"])
     if "alpha" not in numbers:
         return scale
@@ -132,6 +198,29 @@ def scale_of(config: Mapping[str, Any], notes: list[Note]) -> float:
     )
     notes.append(Note("alpha-used", text))
     return float(found)
+
+
+def config_beside(file: Path) -> dict[str, Any]:
+    """The config in the folder of a file; empty where there is none."""
+    path = file.parent / CONFIG
+    return read_json(path, lenient=True) if path.is_file() else {}
+
+
+def is_full(config: Mapping[str, Any]) -> bool:
+    """Whether whole weights were trained."""
+    return config.get("fine_tune_type") == "full"
+
+
+def weights_in(folder: Path, notes: list[Note]) -> Path:
+    """The weights in a folder: the last ones, or those of the only checkpoint."""
+    if (folder / WEIGHTS).is_file():
+        return folder / WEIGHTS
+    found = sorted(folder.glob(CHECKPOINTS))
+    if len(found) != 1:
+        names = ", ".join(printable(path.name) for path in found)
+        raise InputError(f"{printable(folder)}: {WEIGHTS} is missing; pass the path of a checkpoint ({names})")
+    notes.append(Note("other-name", f"its weights were read from {printable(found[0].name)}; mlx-lm reads {WEIGHTS}"))
+    return found[0]
 
 
 def training_of(config: Mapping[str, Any]) -> Training:
@@ -162,10 +251,12 @@ class Mlx(Format):
     def recognises(self, path: Path) -> bool:
         if path.suffix == ".safetensors":
             return path.is_file() and not NUMBERED.match(path.name)
-        return (path / WEIGHTS).is_file()
+        return (path / WEIGHTS).is_file() or any(path.glob(CHECKPOINTS))
 
     def claims(self, file: SafeFile) -> frozenset[str]:
         names = file.tensors
+        if file.path.name.endswith(WEIGHTS) and is_full(config_beside(file.path)):
+            return frozenset(names)
         modules = {name.removesuffix(slot) for slot in (A, B) for name in names if name.endswith(slot)}
         return frozenset(name for name in names if name.removesuffix(M).removesuffix(A).removesuffix(B) in modules)
 
@@ -173,17 +264,21 @@ class Mlx(Format):
         return "lora_parameters" in config
 
     def training_at(self, path: Path) -> Training:
-        return training_of(read_json((path if path.is_dir() else path.parent) / CONFIG, lenient=True))
+        return training_of(config_beside(path / WEIGHTS if path.is_dir() else path))
 
     def read_leniently(self, path: Path, reading: Reading = AS_STORED) -> tuple[Adapter, tuple[Problem, ...]]:
         folder = path if path.is_dir() else path.parent
-        file = read_safefile(path / WEIGHTS if path.is_dir() else path)
-        config, notes = read_json(folder / CONFIG, lenient=True), list(reading.unused_name())
-        found = Reader(file, scale_of(config, notes))
-        found.read()
-        if reading.input_alpha is not None:
-            text = f"its config contains the scale, so --input-alpha {reading.input_alpha:g} is ignored"
-            notes.append(Note("input-alpha-not-used", text))
+        notes = list(reading.unused_name())
+        file = read_safefile(weights_in(path, notes) if path.is_dir() else path)
+        config, there = config_beside(file.path), (folder / CONFIG).is_file()
+        if not there and reading.input_alpha is None:
+            raise InputError(f"{printable(folder / CONFIG)} is missing, and with it the scale; {NO_SCALE}")
+        if is_full(config):
+            found = Reader(file, 1.0)
+            found.read_whole()
+        else:
+            found = Reader(file, scale_of(config, reading.input_alpha, notes), reading.input_alpha or 0.0)
+            found.read()
         alone = path.is_file() and path.name != WEIGHTS
         adapter = Adapter(
             name=name_of(folder),
@@ -191,7 +286,7 @@ class Mlx(Format):
             folder=folder,
             file=file,
             config=config,
-            config_file=folder / CONFIG,
+            config_file=folder / CONFIG if there else file.path,
             updates=found.updates,
             sources=found.sources,
             training=training_of(config),
@@ -225,7 +320,8 @@ class Mlx(Format):
     def losses(self, adapter: Adapter, dialect: str = "") -> tuple[Note, ...]:  # noqa: ARG002 (there is one)
         lost: dict[str, list[str]] = {}
         for target, update in (*adapter.updates.items(), *adapter.bases.items()):
-            if (what := unspeakable(update)) is not None:
+            what = "factors of single experts" if is_expert(target) else unspeakable(update)
+            if what is not None:
                 lost.setdefault(what, []).append(target)
         return tuple(Note("not-in-mlx", f"mlx-lm cannot store {what}: {some(t)}") for what, t in lost.items())
 
@@ -273,7 +369,7 @@ class MlxNames:
 
     def __init__(self, form: Mlx, kinds: Mapping[str, Kind]) -> None:
         self.form, self.kinds = form, kinds
-        if odd := [t for t, kind in kinds.items() if kind not in (Kind.LINEAR, Kind.EMBEDDING)]:
+        if odd := [t for t, kind in kinds.items() if kind not in (Kind.LINEAR, Kind.EMBEDDING) or is_expert(t)]:
             raise FitError("mlx-lm cannot adapt these layers:", map(printable, odd))
 
     def factors(self, target: str) -> tuple[str, str]:
