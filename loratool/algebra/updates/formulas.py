@@ -22,6 +22,11 @@ def flat(vector: Tensor) -> Tensor:
     return vector.reshape(-1)
 
 
+def part_of_rows(part: int, parts: int) -> Formula:
+    """The formula of one of several equal shares of a tensor's rows."""
+    return lambda factor: factor.chunk(parts, dim=0)[part]
+
+
 def scaled_columns(matrix: Tensor, factors: Tensor) -> Tensor:
     """The product matrix · diag(factors)."""
     return matrix * factors.reshape(1, -1)

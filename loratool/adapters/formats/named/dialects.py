@@ -11,8 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from loratool.adapters.adapter import Flattened
+from loratool.notes import Note
 
-ONE = "as the tools that read such files do"
+# (what matched, the rest of the module) → the modules of the trained model; its rows are theirs, in equal shares
+Naming = Callable[[str, str], "str | tuple[str, ...] | None"]
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,12 @@ class Spelling:
 
     dialect: str  # that is told, where the header names no tool
     begins: str  # a regular expression
-    target: Callable[[str, str], str]  # (what matched, the rest of the module) → the module of the trained model
-    rule: str = ONE  # why the scaling is 1 where there is no alpha, as the end of a sentence
+    target: Naming
+    rule: str  # by which the scaling is 1 where there is no alpha, as the end of a sentence
     plain: bool = True  # whether other tools write it as well, so that a header's tool is told in its place
     alone: bool = True  # whether the names suffice; else a config in the same folder is believed first
-    test: str = ""  # that holds it to the formula
+    constrained: bool = False  # whether alpha limits rotations also where it is 0
+    note: Note | None = None  # that is told of every file with such names
 
 
 def flat(component: str) -> Callable[[str, str], str]:
@@ -56,6 +59,22 @@ def of_comfy(start: str, path: str) -> str:
     return f"{component}.{inside.removeprefix('transformer.')}"
 
 
+XLABS = re.compile(r"(double|single)_blocks\.(\d+)\.processor\.(qkv|proj)(?:_lora([12]))?")
+
+
+def of_xlabs(_: str, path: str) -> str | tuple[str, ...] | None:
+    """Attention processors of Flux, on its original names; those of single blocks leave the rows of the MLP alone."""
+    match = XLABS.fullmatch(path)
+    if match is None or (match[1] == "double") != bool(match[4]):
+        return None
+    blocks, number, layer, stream = match.groups()
+    if blocks == "double":
+        return f"diffusion_model.double_blocks.{number}.{'img' if stream == '1' else 'txt'}_attn.{layer}"
+    if layer == "proj":
+        return f"diffusion_model.single_blocks.{number}.linear2"
+    return tuple(f"transformer.single_transformer_blocks.{number}.attn.to_{part}" for part in "qkv")
+
+
 def plain(path: str) -> str:
     """A path of a U-Net or a transformer as diffusers has it today: attention processors hold no weights of their own."""
     if ".processor." in path:
@@ -84,50 +103,67 @@ BFL = r"double_blocks|single_blocks|img_in|txt_in|time_in|vector_in|guidance_in|
 ORIGINAL = r"blocks\.\d+\.(?:self_attn|cross_attn|ffn|mlp_[xy]|mod_[xy]|attn\.(?:qkv|q|k|v|kv|proj)_[xy])|joint_blocks"
 LANGUAGE = r"(?!h\.\d|wte\.|wpe\.|word_embeddings|blocks\.\d+\.attn\.Wqkv)"  # GPT-2, BLOOM, MPT: they begin so, too
 
-TEST = "adapters/test_dialects.py::test_a_dialect_is_read_as_the_formula_has_it"
-DIFFUSERS = "as in diffusers"
+KOHYA, DIFFUSERS = "as in kohya's sd-scripts", "as in diffusers"
+STRENGTH = Note(
+    "default-strength",
+    "XLabs' own command line applies such adapters with a strength of 0.7 by default; -w 0.7 does the same",
+)
 
 SPELLINGS = (
-    Spelling("wan-fun", r"lora_unet__", flat("unet"), "as in VideoX-Fun", plain=False, test=TEST),
-    Spelling("onetrainer", r"lora_transformer_", flat("transformer"), "as in OneTrainer", test=TEST),
-    Spelling("lycoris", r"lycoris_", flat(""), "as in LyCORIS", test=TEST),
-    Spelling("kohya", r"(?:lora|oft)_unet_", flat("unet"), "as in kohya's sd-scripts", test=TEST),
-    Spelling("kohya", r"(?:lora|oft)_te[123]?_", text_encoder, "as in kohya's sd-scripts", test=TEST),
-    Spelling("kohya", r"lora_prior_unet_", flat("prior"), "as in kohya's sd-scripts", test=TEST),
-    Spelling("kohya", r"lora_prior_te_", flat("te"), "as in kohya's sd-scripts", test=TEST),
+    Spelling("wan-fun", r"lora_unet__", flat("unet"), "as in VideoX-Fun", plain=False),
+    Spelling("onetrainer", r"lora_transformer_", flat("transformer"), "as in OneTrainer"),
+    Spelling("lycoris", r"lycoris_", flat(""), "as in LyCORIS"),
+    Spelling("kohya", r"lora_unet_", flat("unet"), KOHYA),
+    Spelling("kohya", r"oft_unet_", flat("unet"), KOHYA, constrained=True),
+    Spelling("kohya", r"(?:lora|oft)_te[123]?_", text_encoder, KOHYA),
+    Spelling("kohya", r"lora_prior_unet_", flat("prior"), KOHYA),
+    Spelling("kohya", r"lora_prior_te_", flat("te"), KOHYA),
+    Spelling(
+        "xlabs",
+        r"(?:diffusion_model\.)?(?=(?:double|single)_blocks\.\d+\.processor\.)",
+        of_xlabs,
+        "as in XLabs' x-flux",
+        plain=False,
+        note=STRENGTH,
+    ),
     Spelling(
         "diffusers",
         rf"unet\.|prior\.|transformer(?:_2)?\.{LANGUAGE}|text_encoder(?:_[23])?\.",
         as_named,
         DIFFUSERS,
-        test=TEST,
     ),
-    Spelling("comfy", r"(?:model\.)?diffusion_model\.|text_encoders\.", of_comfy, "as in ComfyUI", test=TEST),
-    Spelling("peft", rf"base_model\.model\.(?=(?:{UNET})\b)", dotted("unet"), DIFFUSERS, alone=False, test=TEST),
-    Spelling("peft", rf"base_model\.model\.(?=(?:{DIT})\b)", dotted("transformer"), DIFFUSERS, alone=False, test=TEST),
+    Spelling("comfy", r"(?:model\.)?diffusion_model\.|text_encoders\.", of_comfy, "as in ComfyUI"),
+    Spelling("peft", rf"base_model\.model\.(?=(?:{UNET})\b)", dotted("unet"), DIFFUSERS, alone=False),
+    Spelling("peft", rf"base_model\.model\.(?=(?:{DIT})\b)", dotted("transformer"), DIFFUSERS, alone=False),
     Spelling(
         "peft",
-        rf"base_model\.model\.(?=(?:{BFL})\b|{ORIGINAL})",
+        rf"base_model\.model\.(?=(?:{BFL}|{ORIGINAL})\b)",
         dotted("diffusion_model"),
         DIFFUSERS,
         alone=False,
-        test=TEST,
     ),
-    Spelling("diffusers", rf"(?=(?:{UNET})\b)", dotted("unet"), DIFFUSERS, alone=False, test=TEST),
-    Spelling("diffusers", rf"(?=(?:{DIT})\b)", dotted("transformer"), DIFFUSERS, alone=False, test=TEST),
-    Spelling(
-        "bfl", rf"(?=(?:{BFL})\b)", dotted("diffusion_model"), "as in Black Forest Labs' code", alone=False, test=TEST
-    ),
-    Spelling("original", rf"(?=(?:{ORIGINAL})\b)", dotted("diffusion_model"), DIFFUSERS, alone=False, test=TEST),
+    Spelling("diffusers", rf"(?=(?:{UNET})\b)", dotted("unet"), DIFFUSERS, alone=False),
+    Spelling("diffusers", rf"(?=(?:{DIT})\b)", dotted("transformer"), DIFFUSERS, alone=False),
+    Spelling("bfl", rf"(?=(?:{BFL})\b)", dotted("diffusion_model"), "as in Black Forest Labs' flux", alone=False),
+    Spelling("original", rf"(?=(?:{ORIGINAL})\b)", dotted("diffusion_model"), DIFFUSERS, alone=False),
 )
 BEGINS = re.compile("|".join(f"(?P<s{number}>{row.begins})" for number, row in enumerate(SPELLINGS)))
+# Of Flux's control adapters: what they put in the place of the base's own.
+REPLACED = re.compile(r"(?:double|single)_blocks\.\d+\.(?:\w+\.)?norm\.(?:query|key)_norm\.scale")
 
 
-def spelling_of(module: str) -> tuple[Spelling, str] | None:
-    """How a module is spelled, and the module of the trained model that it means; None for one of no dialect."""
+def spelling_of(module: str) -> tuple[Spelling, tuple[str, ...]] | None:
+    """How a module is spelled, and the modules of the trained model that it means; None for one of no dialect."""
     match = BEGINS.match(module)
     if match is None:
         return None
     row = SPELLINGS[int(match.lastgroup[1:])]  # type: ignore[index]  # one group is always the last
     target = row.target(match[0], module[match.end() :])
-    return None if isinstance(target, Flattened) and "." in target else (row, target)
+    if not target or (isinstance(target, Flattened) and "." in target):
+        return None
+    return row, (target,) if isinstance(target, str) else target
+
+
+def replaced_by(name: str) -> str:
+    """The parameter whose value a tensor without a role is; empty where it is no such tensor."""
+    return f"diffusion_model.{name}" if REPLACED.fullmatch(name) else ""

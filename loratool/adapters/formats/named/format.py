@@ -113,7 +113,7 @@ class Named(Format):
             config_file=file.path,
             updates=found.updates,
             sources=found.sources,
-            training=self.training_in(found.header),
+            training=with_methods(self.training_in(found.header), found),
             dialects=tuple(found.dialects),
             unsupported=tuple(dict.fromkeys(found.unsupported)),
             unused=tuple(found.unused),
@@ -133,3 +133,9 @@ class Named(Format):
             ranks=(),
             snippet=lambda base, where: [],  # noqa: ARG005
         )
+
+
+def with_methods(training: Training, found: Reader) -> Training:
+    """What was trained, by the tensors that there are."""
+    method = " + ".join(sorted(found.methods)) or training.method
+    return replace(training, method=method, dora=found.dora, variants=("DoRA",) if found.dora else training.variants)

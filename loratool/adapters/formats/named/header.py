@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from loratool.errors import Problem, printable
 from loratool.files.inputs import json_object
 from loratool.files.safefile import SafeFile
+from loratool.notes import Note
 
 CONFIGS = "lora_adapter_metadata"  # of diffusers: PEFT's configs of all components, their fields as `unet.r`
 CONTRADICTION = "config-against-tensors"  # the code of a problem
@@ -26,6 +27,8 @@ TOOLS = (
         re.compile(r"networks\.lora_(?:wan|framepack|qwen_image|hv_1_5|kandinsky\w*|zimage|flux_2)\b"),
     ),
 )
+ALPHAS = re.compile(r"(?:lora_|network_|ss_network_)?alpha")  # entries of the header
+NUMBER = re.compile(r"\d{1,9}(?:\.\d{1,9})?")
 COMPONENT = re.compile(r"(unet|prior|transformer(?:_2)?|text_encoder(?:_[23])?)\.(.+)", re.DOTALL)
 
 
@@ -63,6 +66,21 @@ class Header:
         """The rank that was asked for; modules may have others."""
         text = self.metadata.get("ss_network_dim", "")
         return int(text) if text.isdecimal() and len(text) < 9 else None
+
+    @property
+    def splits_qkv(self) -> bool:
+        """Whether kohya's tools trained parts of fused layers apart."""
+        return (
+            re.search(r'"split_qkv"\s*:\s*"?true', self.metadata.get("ss_network_args", ""), re.IGNORECASE) is not None
+        )
+
+    def idle_alphas(self, ranks: Collection[int]) -> Iterator[Note]:
+        """A note for each entry with an alpha, of a file whose modules have none, that differs from one of their ranks."""
+        for key, text in self.metadata.items():
+            number = NUMBER.fullmatch(text) if ALPHAS.fullmatch(key) else None
+            if number and any(float(text) != rank for rank in ranks):
+                said = f"the header has {printable(key)} {text}, which tools that read such files do not apply"
+                yield Note("alpha-in-header-not-used", f"{said}; pass --input-alpha {text} to apply it")
 
     def configs(self, problems: list[Problem]) -> dict[str, dict[str, Any]]:
         """The configs of diffusers' header by component; that of a file without components is under an empty name."""

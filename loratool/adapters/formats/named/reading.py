@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
-from loratool.adapters.adapter import Flattened, StoredTensor
-from loratool.adapters.formats.named.dialects import Spelling, spelling_of
+from loratool.adapters.adapter import Derived, Flattened, StoredTensor
+from loratool.adapters.formats.named.dialects import Spelling, replaced_by, spelling_of
 from loratool.adapters.formats.named.header import CONFIGS, CONTRADICTION, Header
 from loratool.adapters.formats.named.refused import refused
 from loratool.adapters.formats.roles import Module, RoleProblem, found_in, grouped
-from loratool.adapters.formats.roles.names import ALPHA, DOWN, FOREIGN, canonical
+from loratool.adapters.formats.roles.names import ALPHA, DOWN, FOREIGN, MAGNITUDES, ON_INPUT, canonical
 from loratool.adapters.reading import Reading
 from loratool.adapters.training import Training
+from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
+from loratool.algebra.updates.formulas import part_of_rows
+from loratool.algebra.updates.replacing import Replace
 from loratool.errors import Problem, printable
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import SafeFile
@@ -26,6 +29,14 @@ from loratool.results.repairs import some
 LYCORIS = ("hada_", "lokr_", "oft_", "on_input", "a1.", "bm.", "bias_", "w_norm", "b_norm", "diff", "lora_mid")
 DENOISERS = frozenset({"unet", "prior", "transformer", "diffusion_model"})  # names of one component
 MERGED_TWICE = "same-weight-twice"  # the code of a problem
+MISSING = "alpha-missing"  # the code of a note, also of one that roles make
+# What roles of a method begin with, and what PEFT calls it.
+METHODS = (("hada_", "LOHA"), ("lokr_", "LOKR"), ("oft_", "OFT"), (ON_INPUT, "IA3"), ("a1.", "GLORA"))
+SPLIT = Note(
+    "split-qkv",
+    "factors of fused layers were trained apart (split_qkv) and keep the alpha of one part, so the file's scaling of "
+    "them is a third of training's, or a quarter; it is applied as it is, as by tools that merge such files",
+)
 
 
 class Configs(Protocol):
@@ -50,18 +61,39 @@ class Group:
 
     name: str  # in words of the file
     spelling: Spelling
-    target: str  # the module of the trained model
+    targets: tuple[str, ...]  # the modules of the trained model
     roles: Mapping[str, StoredTensor]
 
     @property
     def component(self) -> str:
         """The component that a dotted target begins with; empty for a name that is flattened."""
-        return "" if isinstance(self.target, Flattened) else self.target.partition(".")[0]
+        first = self.targets[0]
+        return "" if isinstance(first, Flattened) else first.partition(".")[0]
 
     @property
     def path(self) -> str:
-        """The target within its component."""
-        return self.target if isinstance(self.target, Flattened) else self.target.partition(".")[2]
+        """The first target within its component."""
+        first = self.targets[0]
+        return first if isinstance(first, Flattened) else first.partition(".")[2]
+
+    @property
+    def methods(self) -> set[str]:
+        """What PEFT calls the methods that its tensors are of."""
+        return {method for role in self.roles for start, method in METHODS if role.startswith(start)}
+
+    def parts(self, update: Update) -> Iterator[tuple[str, Update]]:
+        """The update by targets. Where there are several, each has an equal share of the rows."""
+        if len(self.targets) == 1:
+            yield self.targets[0], update
+            return
+        rows, uneven = divmod(update.shape[0], len(self.targets))
+        if uneven or not isinstance(update, LowRank):
+            what = f"{update.shape[0]} rows" if uneven else "tensors of another method than LoRA"
+            raise RoleProblem([Problem(f"{printable(self.name)}: has {what}, for {' + '.join(self.targets)}")])
+        for number, target in enumerate(self.targets):
+            own = part_of_rows(number, len(self.targets))
+            up: Any = Derived((rows, update.rank), (update.up,), own)  # type: ignore[arg-type]  # still on disk
+            yield target, replace(update, up=up)
 
     @cached_property
     def rank(self) -> int:
@@ -85,7 +117,8 @@ class Reader:
     problems: list[Problem] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
     told: Counter[Note] = field(default_factory=Counter)  # what was assumed of how many modules
-    unscaled: Counter[str] = field(default_factory=Counter)  # rule of a dialect → modules without alpha
+    unscaled: dict[str, list[int]] = field(default_factory=dict)  # rule of a dialect → ranks of modules without alpha
+    input_alpha_used: bool = False
 
     def read(self) -> None:
         """Take up every tensor of the file."""
@@ -96,8 +129,10 @@ class Reader:
             for group in groups:
                 self.dialects[self.dialect_of(group)] = None
                 self.take(group, scales.get(group.name), sources)
-        self.tell()
-        self.refuse(rest)
+        self.methods = set[str]().union(*(group.methods for group in groups))
+        self.dora = any(canonical(role) in MAGNITUDES for group in groups for role in group.roles)
+        self.tell(groups)
+        self.refuse(self.take_replacements(rest) if groups else rest)
         self.check_twice()
 
     def grouped(self) -> tuple[list[Group], list[str]]:
@@ -139,7 +174,7 @@ class Reader:
         """What the dialect of a module is called: by the tool where the header names it, else by names and roles."""
         if group.spelling.plain and self.header.tool:
             return self.header.tool
-        if group.spelling.dialect == "kohya":
+        if group.spelling.dialect == "kohya" and not group.spelling.constrained:
             return "lycoris" if self.header.is_lycoris or any(r.startswith(LYCORIS) for r in group.roles) else "kohya"
         return group.spelling.dialect
 
@@ -148,39 +183,61 @@ class Reader:
         if ALPHA in group.roles and scale is not None:
             text = f"{printable(group.name)}: has an alpha of its own, and {CONFIGS} in the header holds one, too"
             self.problems.append(Problem(text, CONTRADICTION))
+        given = self.reading.input_alpha
+        module = Module(
+            group.name, group.roles, given, scale, dim=self.header.rank, constrained=group.spelling.constrained
+        )
         try:
-            found = found_in(self.module(group, scale), sources)
+            found = found_in(module, sources)
+            parts = [(p, *part) for p, update in found.updates.items() for part in group.parts(update)]
         except RoleProblem as error:
             self.problems += error.problems
             return
-        missing = [note for note in found.notes if note.code == "alpha-missing"]
+        missing = [note for note in found.notes if note.code == MISSING]
         self.told.update(note for note in found.notes if note not in missing)
-        self.unscaled.update([group.spelling.rule] * bool(missing))
+        if missing:
+            self.unscaled.setdefault(group.spelling.rule, []).append(found.rank)
+        self.input_alpha_used |= given is not None and scale is None and ALPHA not in group.roles and bool(found.rank)
         self.unsupported += found.unsupported
-        for parameter, update in found.updates.items():
-            target = f"{group.target}.{parameter}"
-            target = Flattened(target) if isinstance(group.target, Flattened) else target
+        for parameter, module_name, update in parts:
+            target = f"{module_name}.{parameter}"
+            target = Flattened(target) if isinstance(module_name, Flattened) else target
             names = tuple(group.roles[role].info.name for role in found.used[parameter])
-            if target in self.updates:
-                text = f"{printable(group.name)}: changes the same weight as {printable(self.sources[target][0])}"
-                self.problems.append(Problem(text, MERGED_TWICE))
-            self.updates[target], self.sources[target] = update, names
+            self.add(target, update, names)
 
-    def module(self, group: Group, scale: float | None) -> Module:
-        """A module with all that the header and its name say of it; only kohya's OFT has a prefix of its own."""
-        limited = group.name.startswith("oft_")
-        return Module(
-            group.name, group.roles, self.reading.input_alpha, scale, dim=self.header.rank, constrained=limited
-        )
+    def add(self, target: str, update: Update, names: tuple[str, ...]) -> None:
+        if target in self.updates:
+            text = f"{printable(names[0])}: changes the same weight as {printable(self.sources[target][0])}"
+            self.problems.append(Problem(text, MERGED_TWICE))
+        self.updates[target], self.sources[target] = update, names
 
-    def tell(self) -> None:
+    def take_replacements(self, names: list[str]) -> list[str]:
+        """Take up tensors that replace the base's; those that do not are given back."""
+        others: list[str] = []
+        for name in names:
+            if target := replaced_by(name):
+                stored = StoredTensor(self.file, self.file.tensors[name])
+                self.add(target, Replace(stored), (name,))  # type: ignore[arg-type]  # loaded later
+            else:
+                others.append(name)
+        return others
+
+    def tell(self, groups: Iterable[Group]) -> None:
         """What was assumed, once for all modules that it was assumed of."""
+        self.notes += dict.fromkeys(group.spelling.note for group in groups if group.spelling.note)
         self.notes += [
             Note(n.code, f"{count} modules: {n.text}" if count > 1 else n.text) for n, count in self.told.items()
         ]
-        for rule, count in self.unscaled.items():
-            text = f"{count} modules have no alpha; their scaling is 1, {rule} (pass --input-alpha to set another)"
-            self.notes.append(Note("alpha-missing", text))
+        for rule, ranks in self.unscaled.items():
+            text = f"{len(ranks)} modules have no alpha; their scaling is 1, {rule} (pass --input-alpha to set another)"
+            self.notes.append(Note(MISSING, text))
+        unscaled = {rank for every in self.unscaled.values() for rank in every}
+        self.notes += self.header.idle_alphas(unscaled) if unscaled else ()
+        if self.reading.input_alpha is not None and not self.input_alpha_used:
+            text = f"no module takes it, as all have an alpha or need none, so --input-alpha {self.reading.input_alpha:g} is ignored"
+            self.notes.append(Note("input-alpha-not-used", text))
+        if self.header.splits_qkv:
+            self.notes.append(SPLIT)
 
     def refuse(self, rest: list[str]) -> None:
         """What is recognised of the other tensors, and left of them."""
