@@ -55,6 +55,7 @@ docs: .venv/development
 	$(BIN)/python docs/generate_supported.py
 	$(BIN)/python docs/generate_codes.py
 	$(BIN)/python docs/generate_keywords.py
+	$(BIN)/python docs/generate_servers.py
 
 # torch comes first and alone: with its version settled, nothing later can ask for another build of it
 .venv/runtime: pyproject.toml constraints.txt

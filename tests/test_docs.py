@@ -163,6 +163,11 @@ def test_the_page_of_codes_is_what_the_source_says_today() -> None:
     assert (ROOT / "docs" / "codes.md").read_text(encoding="utf-8") == fresh, "run `make docs`"
 
 
+def test_the_page_of_servers_is_what_the_table_says_today() -> None:
+    fresh = runpy.run_path(str(ROOT / "docs" / "generate_servers.py"))["page"]()
+    assert (ROOT / "docs" / "servers.md").read_text(encoding="utf-8") == fresh, "run `make docs`"
+
+
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))
 def test_every_command_and_option_is_documented_by_hand_too(command: str) -> None:
     """docs/cli.md has them all by construction; a person has to have said what they are good for."""

@@ -178,7 +178,8 @@ def adapter_output(
 
     Raises `InputError` where names of layers are flattened, for what is written has dots.
     """
-    if flat := [target for target in forms if isinstance(target, Flattened)]:
+    flat = [] if names.flattens else [target for target in forms if isinstance(target, Flattened)]
+    if flat:
         raise InputError(
             "cannot tell which underscores in these names are dots without the base:", map(printable, flat)
         )

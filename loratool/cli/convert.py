@@ -17,6 +17,8 @@ convert = library_command(
     \b
     Examples:
       loratool convert ./my-adapter -o ./for-mlx --to mlx
+      loratool convert ./style.safetensors -o ./for-diffusers --to diffusers
+      loratool convert ./my-adapter -o ./to-serve --for vllm
     """,
     progress=("converting", LAYERS),
     push_progress=PUSHING,

@@ -189,6 +189,10 @@ class ConvertKeywords(FactorKeywords, ReadingKeywords, PublishKeywords, total=Fa
     """Of ConvertOptions."""
 
     to: str | None
+    server: str | None
+    architecture: str | None
+    rank: int | None
+    energy: float | None
     accept_loss: bool
 
 

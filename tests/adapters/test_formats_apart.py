@@ -38,7 +38,12 @@ WORDS = {
                 "merging/planning.py",
                 "inspecting/inspect.py",
             ),
-            *("reworking/aligned_layers.py", "reworking/extracting/pairing.py", "adapters/writer.py"),
+            *(
+                "reworking/aligned_layers.py",
+                "reworking/converting/carrying.py",
+                "reworking/extracting/pairing.py",
+                "adapters/writer.py",
+            ),
             *("reworking/resize.py", "results/facts.py", "adapters/formats/roles/"),
         ),
     ),

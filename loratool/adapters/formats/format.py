@@ -38,6 +38,7 @@ class Parts:
 
     ranks: Mapping[str, int]  # by target
     scales: Mapping[str, float] = field(default_factory=dict)  # by target: what multiplies the factors, where not 1
+    architecture: str = ""  # of an image model, where it is known
     whole_names: bool = False  # whether the sources' own words for what is adapted mean more than that
     dropped: tuple[str, ...] = ()  # targets of the sources that are not in it
     dora: bool = False
@@ -76,6 +77,9 @@ class Spelling(Protocol):
     def magnitude(self, target: str) -> str:
         """The name of the lengths of rows that DoRA trains."""
 
+    def lengths(self, form: Form) -> Shape:
+        """The shape in which those of a layer are stored."""
+
     def whole(self, target: str, inside: bool) -> str:
         """The name of a tensor that is saved whole; `inside` a layer that is adapted too."""
 
@@ -90,14 +94,19 @@ class Spelling(Protocol):
     def times(self, target: str) -> float:
         """How often its reader applies the update of a target, whose factors hold that much less."""
 
+    @property
+    def flattens(self) -> bool:
+        """Whether names of modules have no dots, so that targets need none either."""
+        return False
+
     def of_one_rank(self) -> Sequence[tuple[str, ...]]:
         """Groups of targets to which it gives one rank."""
 
     def scales(self, wanted: Mapping[str, float]) -> Mapping[str, float]:
         """What its files can say that the factors of each target are multiplied by; the factors take the rest."""
 
-    def strengths(self, parts: Parts) -> Mapping[str, Tensor]:
-        """The tensors that say it, where tensors do."""
+    def strengths(self, parts: Parts) -> Mapping[str, float]:
+        """The numbers that say it, each a tensor of its own, as float32; none where something else says it."""
 
     def header(self, sources: Sequence[Adapter], parts: Parts) -> Mapping[str, str]:
         """What the header of the file of tensors says besides."""

@@ -347,7 +347,7 @@ def unspeakable(update: Update) -> str | None:
     inner = update.inner if isinstance(update, Magnitude) else update
     match inner:
         case LowRank(kernel=()):
-            return None
+            return "DoRA of columns" if isinstance(update, Magnitude) and update.by_column else None
         case LowRank():
             return "convolution factors"
         case ExpertFactors():
@@ -387,6 +387,9 @@ class MlxNames:
     def magnitude(self, target: str) -> str:
         return target.removesuffix(".weight") + M
 
+    def lengths(self, form: Form) -> tuple[int, ...]:
+        return (form.rows,)
+
     def bias(self, target: str) -> str:
         raise FitError(f"{printable(target)}: mlx-lm cannot store factor biases")
 
@@ -409,10 +412,12 @@ class MlxNames:
     def of_one_rank(self) -> list[tuple[str, ...]]:
         return [tuple(self.kinds)]
 
+    flattens = False
+
     def scales(self, wanted: Mapping[str, float]) -> dict[str, float]:
         return dict.fromkeys(wanted, most_common(wanted.values()))
 
-    def strengths(self, parts: Parts) -> dict[str, Tensor]:  # noqa: ARG002 (the config says it)
+    def strengths(self, parts: Parts) -> dict[str, float]:  # noqa: ARG002 (the config says it)
         return {}
 
     def header(self, sources: Sequence[Adapter], parts: Parts) -> dict[str, str]:  # noqa: ARG002 (nothing)

@@ -5,39 +5,44 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from loratool.adapters.formats import DIALECTS, format_of, read_adapter
 from loratool.adapters.formats.format import Format, Parts, Spelling
-from loratool.adapters.layers import Contents, Form, Layer, contents_of
-from loratool.adapters.ranks import evened
+from loratool.adapters.layers import Contents, Layer, contents_of
+from loratool.adapters.ranks import RankRule, evened
 from loratool.adapters.reading import ReadingOptions
 from loratool.adapters.writer import (
     FactorOptions,
     Output,
     Rounded,
-    carried_over,
     check_adapter_target,
     files_beside,
     kept_dtype,
     told_beside,
 )
-from loratool.algebra.lowrank.products import Product
+from loratool.algebra.lowrank.joint import truncated
+from loratool.algebra.lowrank.products import Product, negligible, padded, singular_values
 from loratool.errors import FitError, InputError, LoratoolError, UsageError, printable
 from loratool.fetching import local
 from loratool.files.outputs import MADE_HERE
+from loratool.layouts.diffusion.known import ARCHITECTURES
 from loratool.lazy import torch
 from loratool.measuring.session import PathLike, Progress, Session, session
 from loratool.notes import Note
-from loratool.options.described import FLAG, Choice, option
+from loratool.options.described import FLAG, Choice, Number, option
 from loratool.options.shared import PublishOptions
 from loratool.results.convert import ConvertedLayer, ConvertReport
+from loratool.reworking.converting.baking import baked, check_baked
+from loratool.reworking.converting.carrying import carried
 from loratool.reworking.converting.losing import without_losses
+from loratool.reworking.converting.naming import Wanted, hint_of, respelled
 from loratool.reworking.converting.proof import Compared, Comparison, places_of
-from loratool.reworking.converting.rows import Target, complete
+from loratool.reworking.converting.rows import narrowed
+from loratool.reworking.converting.servers import SERVERS, Server, server_for
 from loratool.reworking.runner import Draft, Made, Maker, Rest, record_of, run
 
 SAME = 1e-7  # a factor that differs from 1 by less is none: α is stored as a float32
@@ -48,9 +53,53 @@ class ConvertOptions(FactorOptions, ReadingOptions, PublishOptions):
     """Of `convert`."""
 
     to: str | None = option(help="Dialect to write.", kind=Choice(lambda: tuple(DIALECTS)))
+    server: str | None = option(
+        "--for",
+        help=f"Write what a server takes: {', '.join(SERVERS)}, or one of them with @RELEASE.",
+        metavar="SERVER",
+    )
+    architecture: str | None = option(
+        help="Architecture of an image or video model, where the names of modules fit several.",
+        kind=Choice(lambda: tuple(ARCHITECTURES)),
+    )
+    rank: int | None = option(
+        help="Approximate layers of a larger rank by this one; the report states the error.",
+        kind=Number(whole=True, low=1),
+    )
+    energy: float | None = option(
+        help="Approximate each layer by the smallest rank that keeps this fraction of ‖ΔW‖².",
+        kind=Number(above=0, high=1),
+    )
     accept_loss: bool = option(
         help="Leave out what the dialect cannot express; the report names it.", default=False, kind=FLAG
     )
+
+    @property
+    def shortens(self) -> bool:
+        """Whether layers may be approximated."""
+        return self.rank is not None or self.energy is not None
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is asked for."""
+
+    dialect: str
+    form: Format
+    server: Server | None
+
+    @classmethod
+    def of(cls, options: ConvertOptions) -> Goal:
+        """Raises `UsageError` where it is nothing, or two things."""
+        if (options.to is None) == (options.server is None):
+            raise UsageError(
+                f"pass either --to with one of {', '.join(DIALECTS)}, or --for with one of {', '.join(SERVERS)}"
+            )
+        server = server_for(options.server) if options.server is not None else None
+        dialect = server.dialect if server is not None else options.to or ""
+        if dialect not in DIALECTS:
+            raise UsageError(f"{server} reads {dialect}, which this version does not write")
+        return cls(dialect, DIALECTS[dialect], server)
 
 
 def convert(
@@ -58,19 +107,23 @@ def convert(
 ) -> ConvertReport:
     """Write the adapter in another dialect; `loratool.commands.convert` says all of it."""
     started = time.monotonic()
-    if options.to is None:
-        raise UsageError(f"pass --to with one of {', '.join(DIALECTS)}")
-    form = DIALECTS[options.to]
+    goal = Goal.of(options)
     (way,) = options.readings(1)
     path = local(adapter, "adapter")
-    target = check_adapter_target(out, [path], options, form)
-    found, lost = without_losses(read_adapter(path, way), form, options.to, options.accept_loss)
+    target = check_adapter_target(out, [path], options, goal.form)
+    given = read_adapter(path, way)
+    plain, kinds = baked(given, options.shortens)
+    found, lost = without_losses(plain, goal.form, goal.dialect, goal.server, options.accept_loss)
     contents = contents_of(found, "convert")
     if not contents.layers:
         raise InputError(f"{printable(contents.adapter.file.path)}: contains no low-rank update")
     with session("cpu", [contents]) as at_work:
-        targets = {name: Target.same(layer) for name, layer in contents.layers.items()}
-        made = Converter(contents, targets, at_work, form, options, lost, path)
+        for name in kinds:
+            check_baked(given, plain, name)
+        hint = options.architecture or hint_of(contents)
+        wanted = respelled(contents.layers, goal.dialect, options.architecture or "", hint)
+        made = Converter(contents, wanted, at_work, goal, options, kinds)
+        made.path, made.lost = path, lost
         rest = run(made, target, [path], options, progress)
     return made.report(target, rest, at_work.told(started))
 
@@ -79,61 +132,99 @@ class Converter(Maker[str, str]):
     """The layers of one adapter, as those of another."""
 
     command = "convert"
+    path: Path
+    lost: tuple[Note, ...]
 
     def __init__(
         self,
         contents: Contents,
-        targets: Mapping[str, Target],
+        wanted: Wanted,
         at_work: Session,
-        form: Format,
+        goal: Goal,
         options: ConvertOptions,
-        lost: tuple[Note, ...],
-        path: Path,
+        kinds: Mapping[str, str],  # of layers that were LoHa or LoKr
     ) -> None:
-        self.contents, self.targets, self.at_work, self.form, self.options = contents, targets, at_work, form, options
-        self.lost, self.path = lost, path
+        self.contents, self.wanted, self.at_work, self.goal, self.options = contents, wanted, at_work, goal, options
+        self.kinds = kinds
         self.dtype = kept_dtype([contents], options.dtype)
-        self.ranks: dict[str, int] = {}
+        self.own: dict[str, int] = {}  # the ranks that layers of the output have by themselves
+        self.cut: dict[str, int] = {}  # those to which they are approximated
+        self.ranks: dict[str, int] = {}  # those that they get
         self.factors: dict[str, dict[str, float]] = {}  # target of the output → of the input → what its rows take
         self.compared: dict[str, Compared] = {}
-        assert not complete(targets.values(), contents.layers), "each row has one place"
+        self.targets = narrowed(wanted.targets, contents.layers, self.load)
 
     def draft(self) -> Draft:
-        layers, kinds = self.contents.layers, {name: target.kind for name, target in self.targets.items()}
-        release = self.contents.training.release if self.form is format_of(self.contents.adapter) else ""
-        names = self.form.spelling(kinds, release, self.options.to or "")
-        own = {name: target.rank(layers) for name, target in self.targets.items()}
-        self.ranks = evened(own, names.of_one_rank())
+        layers, form = self.contents.layers, self.goal.form
+        release = self.contents.training.release if form is format_of(self.contents.adapter) else ""
+        kinds = {name: target.kind for name, target in self.targets.items()}
+        names = form.spelling(kinds, release, self.goal.dialect)
         scales = self.scales(names)
-        carried = carried_over(self.contents, names)
+        self.choose_ranks(names)
+        forms = {name: target.form(layers, self.ranks[name]) for name, target in self.targets.items()}
+        beside = carried(self.contents, self.targets, names, forms)
         parts = Parts(
             self.ranks,
             scales,
+            self.wanted.architecture,
             dora=self.contents.dora,
             lora_bias=bool(self.contents.biases),
-            tokens=carried.tokens,
+            tokens=beside.tokens,
         )
-        carried.tensors.update(names.strengths(parts))
+        for name, number in names.strengths(parts).items():
+            beside.tensors[name] = torch.tensor(number, dtype=torch.float32)
         self.config = dict(names.describe([self.contents.adapter], parts))
         header = dict(names.header([self.contents.adapter], parts))
-        if not self.form.config_name:
-            facts = {"adapter": self.at_work.origins[0], "to": self.options.to}
-            header[MADE_HERE] = json.dumps(record_of(self.command, [self.path], self.options, facts, ()))
-        self.notes = (
-            *self.contents.adapter.notes,
-            *self.form.rank_notes(own, self.ranks),
-            *told_beside(self.contents),
-        )
-        return Draft(self.forms(), names, self.dtype, carried, header)
+        if not form.config_name:
+            header[MADE_HERE] = json.dumps(record_of(self.command, [self.path], self.options, self.facts, ()))
+        self.notes = tuple(self.remarks())
+        return Draft(forms, names, self.dtype, beside, header)
 
-    def forms(self) -> dict[str, Form]:
-        return {name: target.form(self.contents.layers, self.ranks[name]) for name, target in self.targets.items()}
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a record says of it."""
+        server = {"for": str(self.goal.server)} if self.goal.server else {}
+        return {"adapter": self.at_work.origins[0], "to": self.goal.dialect, **server}
+
+    def remarks(self) -> Iterator[Note]:
+        """What a user of the output should know."""
+        yield from self.wanted.notes
+        yield from self.contents.adapter.notes
+        for kind in dict.fromkeys(self.kinds.values()):
+            count = sum(each == kind for each in self.kinds.values())
+            yield Note("written-as-lora", f"{count} layer{'s' * (count != 1)} of {kind} written as LoRA")
+        yield from self.goal.form.rank_notes(self.own, self.ranks)
+        yield from told_beside(self.contents)
+
+    def choose_ranks(self, names: Spelling) -> None:
+        """The rank of every layer that is written: its own, or one to which it is approximated, padded where asked for."""
+        self.own = {name: target.rank(self.contents.layers) for name, target in self.targets.items()}
+        if self.options.rank is not None:
+            self.cut = {name: self.options.rank for name, rank in self.own.items() if rank > self.options.rank}
+        if self.options.energy is not None:
+            rule = RankRule.of(None, self.options.energy, None, None, None)
+            enough = self.at_work.spread(lambda name: (name, max(1, rule.enough(self.energies(name)))), self.targets)
+            self.cut = {name: rank for name, rank in enough if rank < self.cut.get(name, self.own[name])} | self.cut
+        kept = {**self.own, **self.cut}
+        self.ranks = evened(kept, names.of_one_rank())
+        if self.goal.server is not None and self.goal.server.uniform:
+            self.ranks = dict.fromkeys(kept, self.goal.server.rank(max(kept.values())))
+
+    def energies(self, name: str) -> list[float]:
+        """Squares of the singular values of a layer of the output."""
+        product = self.targets[name].product(self.load_exactly, self.factors[name], self.own[name])
+        values = singular_values(product)
+        values = values * (values > negligible(values) * values[..., :1])
+        squares = values.square()
+        found: list[float] = (squares if squares.dim() == 1 else squares.sum(0)).tolist()
+        return found
 
     def scales(self, names: Spelling) -> dict[str, float]:
         """What the output says that its layers are multiplied by; the rest of each scale goes into its rows."""
         own = {target: layer.scale for target, layer in self.contents.layers.items()}
         wanted = {name: own[target.sources[0]] / names.times(name) for name, target in self.targets.items()}
-        said = names.scales(wanted)
+        plain = self.goal.server is not None and self.goal.server.plain
+        said = names.scales(dict.fromkeys(wanted, 1.0) if plain else wanted)
         self.factors = {
             name: {t: settled(own[t], said[name] * names.times(name)) for t in target.sources}
             for name, target in self.targets.items()
@@ -144,7 +235,12 @@ class Converter(Maker[str, str]):
         return self.targets
 
     def work(self, output: Output, task: str) -> list[Made[str]]:
-        product = self.targets[task].product(self.load, self.factors[task], self.ranks[task]).to(output.dtype)
+        target = self.targets[task]
+        if task in self.cut:
+            whole = target.product(self.load_exactly, self.factors[task], self.own[task])
+            product = padded(truncated(whole, self.cut[task])[0], self.ranks[task]).to(output.dtype)
+        else:
+            product = target.product(self.load, self.factors[task], self.ranks[task]).to(output.dtype)
         if not (bool(product.up.isfinite().all()) and bool(product.down.isfinite().all())):
             self.contents.adapter.check_values()
             dtype = str(output.dtype).removeprefix("torch.")
@@ -156,13 +252,16 @@ class Converter(Maker[str, str]):
         dtype = torch.promote_types(self.dtype, kept_dtype([self.contents], "keep"))
         return self.contents.layers[target].load_factors(torch.device("cpu"), dtype)
 
+    def load_exactly(self, target: str) -> Product:
+        return self.contents.layers[target].load_factors(torch.device("cpu"), torch.float64)
+
     def take(self, made: Made[str]) -> None:
         """Nothing is measured of a layer before all are written."""
 
     def rest(self, draft: Draft) -> Rest:  # noqa: ARG002 (known before)
         return Rest(
             config=self.config,
-            facts={"adapter": self.at_work.origins[0], "to": self.options.to},
+            facts=self.facts,
             notes=(*self.lost, *self.notes),
             files=files_beside(self.contents),
             folders=[self.contents.adapter.folder],
@@ -170,7 +269,7 @@ class Converter(Maker[str, str]):
 
     def prove(self, place: Path, rest: Rest) -> Rest:
         """Compare every layer with what its dialect's reader makes of the output. Raises `LoratoolError`: a bug."""
-        written = contents_of(self.form.read(place), "convert")
+        written = contents_of(self.goal.form.read(place), "convert")
         self.check_layers(written.layers)
         comparison = Comparison(self.contents.layers, written.layers, places_of(self.targets), self.dtype)
 
@@ -178,16 +277,26 @@ class Converter(Maker[str, str]):
             return target, comparison.compare(target)
 
         self.compared = dict(self.at_work.spread(work, self.contents.layers))
+        why = self.approximated(places_of(self.targets))
         wrong = [
             f"{printable(target)}: the error is {found.error:.3g}, and rounding makes {found.limit:.1g} at most"
             for target, found in self.compared.items()
-            if not found.error <= found.limit
+            if not found.error <= found.limit and target not in why
         ]
         if comparison.zeros():
             wrong.append("rows that the input does not change are not zero")
         if wrong:
             raise LoratoolError("this is a bug in loratool: what was written differs from what was read:", wrong)
         return replace(rest, totals=Proof(max((x.error for x in self.compared.values()), default=0.0)))
+
+    def approximated(self, places: Mapping[str, Any]) -> dict[str, str]:
+        """Layers of the input of which any row was approximated → how."""
+        return {
+            target: f"rank {self.own[name]} → {self.cut[name]}"
+            for target, held in places.items()
+            for name in {each.target for each in held}
+            if name in self.cut
+        }
 
     def check_layers(self, layers: Mapping[str, Layer]) -> None:
         """Raise `LoratoolError` where other layers were read back than were written."""
@@ -196,28 +305,33 @@ class Converter(Maker[str, str]):
 
     def report(self, out: Path, rest: Rest, told: Mapping[str, Any]) -> ConvertReport:
         """What was done."""
-        places = {t: tuple(dict.fromkeys(h.target for h in held)) for t, held in places_of(self.targets).items()}
+        held = places_of(self.targets)
+        places = {t: tuple(dict.fromkeys(h.target for h in held.get(t, ()))) for t in self.contents.layers}
+        why = self.approximated(held)
         modules = {
             target: ConvertedLayer(
                 written=places[target],
                 scale=layer.scale,
-                factor=self.factors[places[target][0]][target],
+                factor=next((self.factors[name][target] for name in places[target]), 1.0),
                 norm=self.compared[target].norm if target in self.compared else None,
                 error=self.compared[target].error if target in self.compared else None,
+                approximated=why.get(target, ""),
             )
             for target, layer in sorted(self.contents.layers.items())
         }
+        exact = [target for target in self.compared if target not in why] or list(self.compared)
+        adapter = self.contents.adapter
         return ConvertReport(
             out=out,
             written=not self.options.dry_run,
-            source=self.contents.adapter.format,
-            dialect=self.options.to or "",
-            server="",
+            source=", ".join(adapter.dialects) or adapter.format,
+            dialect=self.goal.dialect,
+            server=str(self.goal.server or ""),
             modules=modules,
             layers=len(self.targets),
             ranks=self.ranks,
             dtype=str(self.dtype).removeprefix("torch."),
-            worst=max(self.compared, key=lambda target: self.compared[target].error, default=""),
+            worst=max(exact, key=lambda target: self.compared[target].error, default=""),
             lost=self.lost,
             notes=tuple(note for note in rest.notes if note not in self.lost),
             **told,

@@ -1,4 +1,4 @@
-"""What a dialect cannot say: refused by name, or left out where that is accepted."""
+"""What a dialect cannot say, or a server refuses: told by name, or left out where that is accepted."""
 
 from __future__ import annotations
 
@@ -10,11 +10,25 @@ from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
 from loratool.errors import FitError, printable
 from loratool.notes import Note
+from loratool.results.repairs import some
+from loratool.reworking.converting.servers import Server
 
 
-def without_losses(adapter: Adapter, form: Format, dialect: str, accepted: bool) -> tuple[Adapter, tuple[Note, ...]]:
-    """The adapter without what a dialect cannot say, and what that was; raises `FitError` where it is not accepted."""
-    lost = form.losses(adapter, dialect)
+def losses_of(adapter: Adapter, form: Format, dialect: str, server: Server | None) -> tuple[Note, ...]:
+    """What of an adapter a dialect cannot say, or a server refuses."""
+    refused: dict[str, list[str]] = {}
+    for target, update in (*adapter.updates.items(), *adapter.bases.items()):
+        if server is not None and (what := server.refused(update)):
+            refused.setdefault(what, []).append(target)
+    notes = (Note("server-refuses", f"{server} does not take {what}: {some(t)}") for what, t in refused.items())
+    return (*form.losses(adapter, dialect), *notes)
+
+
+def without_losses(
+    adapter: Adapter, form: Format, dialect: str, server: Server | None, accepted: bool
+) -> tuple[Adapter, tuple[Note, ...]]:
+    """The adapter without all of that, and what it was; raises `FitError` where it is not accepted."""
+    lost = losses_of(adapter, form, dialect, server)
     if not lost:
         return adapter, ()
     if not accepted:
@@ -27,7 +41,8 @@ def without_losses(adapter: Adapter, form: Format, dialect: str, accepted: bool)
     for target, update in adapter.updates.items():
         plain = update.inner if isinstance(update, Magnitude) else update
         for each in (update, plain):
-            if not form.losses(replace(adapter, updates={target: each}, bases={}), dialect):
+            if not losses_of(replace(adapter, updates={target: each}, bases={}), form, dialect, server):
                 kept[target] = each
                 break
-    return replace(adapter, updates=kept, bases={}), lost
+    training = replace(adapter.training, dora=any(isinstance(update, Magnitude) for update in kept.values()))
+    return replace(adapter, updates=kept, bases={}, training=training), lost

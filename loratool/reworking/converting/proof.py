@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loratool.adapters.adapter import StoredTensor, same_values
 from loratool.adapters.layers import Layer
 from loratool.algebra.lowrank.products import Product, difference, inner, length
 from loratool.lazy import torch
-from loratool.reworking.converting.rows import Rows, Target, of_expert
+from loratool.reworking.converting.rows import Rows, Target
 
 # Half the distance of a number to the next, relative to it
 UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -64,14 +64,17 @@ class Comparison:
 
     def compare(self, target: str) -> Compared:
         """One layer of the input with what was written of it."""
-        layer, places = self.before[target], self.places[target]
+        layer, places = self.before[target], self.places.get(target, [])
         if self.is_as_it_was(layer, places):
             after = self.after[places[0].target]
             error = abs(1 - after.scale / layer.scale) if layer.scale else abs(after.scale)
             return Compared(None, error, EXACT)
         whole = loaded(layer)
         norm = length(whole)
-        lost = math.hypot(*(apart(one, other) for one, other in self.pairs(whole, places)))
+        lost = math.hypot(
+            *(apart(one, other) for one, other in self.pairs(whole, places)),
+            *map(length, self.left_out(layer, whole, places)),
+        )
         sizes = float(torch.linalg.vector_norm(whole.up) * torch.linalg.vector_norm(whole.down))
         unit = UNIT[str(self.dtype).removeprefix("torch.")]
         limit = max(EXACT, 4 * unit * max(1.0, sizes / norm)) if norm else 0.0
@@ -83,13 +86,23 @@ class Comparison:
         for place in places:
             if place.target not in opened:
                 opened[place.target] = loaded(self.after[place.target])
-            one = of_expert(whole, place.rows.expert)
             other = opened[place.target]
             other = other if other.up.dim() == 2 else other[place.expert]
-            yield (
-                Product(one.up[place.rows.first : place.rows.first + place.rows.count], one.down),
-                Product(other.up[place.first : place.first + place.rows.count], other.down),
-            )
+            there = Rows(place.target, place.first, place.rows.count)
+            yield replace(place.rows, components=None).cut(whole), there.cut(other)
+
+    def left_out(self, layer: Layer, whole: Product, places: list[Held]) -> Iterator[Product]:
+        """The rows of a layer that were not written."""
+        batch = whole.up.dim() == 3
+        for expert in range(layer.experts):
+            own = [place.rows for place in places if not batch or place.rows.expert == expert]
+            at = 0
+            for rows in sorted(own, key=lambda rows: rows.first):
+                if rows.first > at:
+                    yield Rows(layer.target, at, rows.first - at, expert if batch else None).cut(whole)
+                at = rows.first + rows.count
+            if at < layer.rows:
+                yield Rows(layer.target, at, layer.rows - at, expert if batch else None).cut(whole)
 
     def is_as_it_was(self, layer: Layer, places: list[Held]) -> bool:
         """Whether a layer is one of the output, with the same factors byte for byte."""

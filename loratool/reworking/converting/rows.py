@@ -1,9 +1,10 @@
 """Which rows of an adapter's layers the layers of another consist of.
 
 Dialects disagree about what is one layer: some have q, k and v apart, or each expert, others have them in one weight. Rows
-of a product are a product: those of `up` with the same `down`. So a layer is cut by cutting `up`, exactly. Layers become
-one, exactly too, with their `down` one below the other and their `up` as the blocks of a diagonal; where all of them have
-the same `down`, it is kept once, and the rank with it.
+of a product are a product: those of `up` with the same `down`. So a layer is cut by cutting `up`, exactly; components that
+these rows do not use go. Layers become one, exactly too, with their `down` one below the other and their `up` as the blocks
+of a diagonal; where all of them have the same `down`, it is kept once, and the rank with it. Cutting gives back what was put
+together.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from loratool.adapters.adapter import StoredTensor, same_values
 from loratool.adapters.layers import Form, Kind, Layer
 from loratool.algebra.lowrank.products import Product, padded
 from loratool.lazy import Tensor, torch
@@ -26,6 +28,16 @@ class Rows:
     first: int
     count: int
     expert: int | None = None  # of a parameter
+    components: tuple[int, ...] | None = None  # of the rank, those that these rows use; None for all
+
+    def cut(self, product: Product) -> Product:
+        """These rows of the layer."""
+        product = product if self.expert is None else product[self.expert]
+        up, down = product.up[self.first : self.first + self.count], product.down
+        if self.components is not None:
+            index = torch.tensor(self.components)
+            up, down = up.index_select(1, index), down.index_select(0, index)
+        return replace(product, up=up, down=down)
 
 
 @dataclass(frozen=True)
@@ -38,21 +50,27 @@ class Target:
     @classmethod
     def same(cls, layer: Layer) -> Target:
         """The layer as it is."""
-        batch = layer.kind is Kind.PARAMETER
-        every = range(layer.experts) if batch else (None,)
+        every = range(layer.experts) if layer.kind is Kind.PARAMETER else (None,)
         return cls(layer.kind, tuple((Rows(layer.target, 0, layer.rows, expert),) for expert in every))
+
+    @property
+    def parts(self) -> Iterable[Rows]:
+        """All of its rows that are not zeros."""
+        return (part for parts in self.experts for part in parts if part.target)
 
     @property
     def sources(self) -> tuple[str, ...]:
         """The layers that any of it comes from."""
-        return tuple(dict.fromkeys(part.target for parts in self.experts for part in parts if part.target))
+        return tuple(dict.fromkeys(part.target for part in self.parts))
+
+    def is_whole(self, layers: Mapping[str, Layer]) -> bool:
+        """Whether it is one layer, unchanged."""
+        only = self.sources[0] if len(self.sources) == 1 else ""
+        return bool(only) and replace(self, kind=layers[only].kind) == Target.same(layers[only])
 
     def rank(self, layers: Mapping[str, Layer]) -> int:
-        """The rank of `joined`, before it is known whether parts have the same `down`."""
-        return max(
-            sum(layers[target].rank for target in {part.target for part in parts if part.target})
-            for parts in self.experts
-        )
+        """The largest rank of its experts."""
+        return max(rank_of([part for part in parts if part.target], layers) for parts in self.experts)
 
     def form(self, layers: Mapping[str, Layer], rank: int) -> Form:
         """What is known of it before its factors are."""
@@ -68,36 +86,47 @@ class Target:
         return Product(torch.stack([p.up for p in every]), torch.stack([p.down for p in every]))
 
 
+def rank_of(parts: Sequence[Rows], layers: Mapping[str, Layer]) -> int:
+    """The rank of some rows together."""
+    distinct: list[Rows] = []
+    for part in parts:
+        if not any(same_down(part, other, layers) for other in distinct):
+            distinct.append(part)
+    return sum(layers[p.target].rank if p.components is None else len(p.components) for p in distinct)
+
+
+def same_down(one: Rows, other: Rows, layers: Mapping[str, Layer]) -> bool:
+    """Whether two parts have the same `down`, so that it is kept once."""
+    if (one.target, one.expert, one.components) == (other.target, other.expert, other.components):
+        return True
+    if one.components is not None or other.components is not None or one.expert is not None:
+        return False
+    first, second = layers[one.target].factors[1], layers[other.target].factors[1]
+    return isinstance(first, StoredTensor) and isinstance(second, StoredTensor) and same_values(first, second)
+
+
 def joined(parts: Sequence[Rows], load: Load, scales: Mapping[str, float]) -> Product:
     """Rows of several layers as one product."""
-    found = {(p.target, p.expert): of_expert(load(p.target), p.expert) for p in parts if p.target}
+    found = [(part, times(part.cut(load(part.target)), scales[part.target])) if part.target else None for part in parts]
+    only = [each for each in found if each]
+    if len(found) == len(only) == 1:
+        return only[0][1]
     distinct: list[Tensor] = []
-    place: dict[tuple[str, int | None], int] = {}
-    for key, product in found.items():
-        same = (n for n, down in enumerate(distinct) if torch.equal(down, product.down))
-        place[key] = next(same, len(distinct))
-        if place[key] == len(distinct):
-            distinct.append(product.down)
     starts = [0]
-    for down in distinct:
-        starts.append(starts[-1] + down.shape[0])
-    if len(parts) == 1 and parts[0].count == next(iter(found.values())).shape[0]:
-        return times(next(iter(found.values())), scales[parts[0].target])
-    like = next(iter(found.values()))
-    up = like.up.new_zeros(sum(p.count for p in parts), starts[-1])
+    places: list[tuple[int, int, Tensor]] = []  # row, distinct down, up
     at = 0
-    for part in parts:
-        if part.target:
-            key = (part.target, part.expert)
-            begin = starts[place[key]]
-            rows = times(found[key], scales[part.target]).up[part.first : part.first + part.count]
-            up[at : at + part.count, begin : begin + rows.shape[1]] = rows
+    for part, each in zip(parts, found, strict=True):
+        if each is not None:
+            place = next((n for n, down in enumerate(distinct) if torch.equal(down, each[1].down)), len(distinct))
+            if place == len(distinct):
+                distinct.append(each[1].down)
+                starts.append(starts[-1] + each[1].rank)
+            places.append((at, place, each[1].up))
         at += part.count
+    up = only[0][1].up.new_zeros(at, starts[-1])
+    for row, place, block in places:
+        up[row : row + block.shape[0], starts[place] : starts[place + 1]] = block
     return Product(up, torch.cat(distinct))
-
-
-def of_expert(product: Product, expert: int | None) -> Product:
-    return product if expert is None else product[expert]
 
 
 def times(product: Product, factor: float) -> Product:
@@ -107,10 +136,31 @@ def times(product: Product, factor: float) -> Product:
     return replace(product, up=(product.up.double() * factor).to(product.up.dtype))
 
 
-def complete(targets: Iterable[Target], layers: Mapping[str, Layer]) -> dict[str, int]:
-    """Layers whose rows are not all used just once → how many rows are used."""
-    used: dict[str, int] = dict.fromkeys(layers, 0)
-    for target in targets:
-        for part in (part for parts in target.experts for part in parts if part.target):
-            used[part.target] += part.count
-    return {target: count for target, count in used.items() if count != layers[target].rows * layers[target].experts}
+def narrowed(targets: Mapping[str, Target], layers: Mapping[str, Layer], load: Load) -> dict[str, Target]:
+    """The same layers, those that are parts of others without the components that are zero in their rows.
+
+    A part without any is left out, as one that the adapter does not change, unless the whole layer is zero.
+    """
+    found = dict(targets)
+    for name, target in targets.items():
+        part = target.experts[0][0]
+        if len(target.experts) > 1 or len(target.experts[0]) > 1 or part.count == layers[part.target].rows:
+            continue
+        whole = load(part.target)
+        used = part.cut(whole).up.any(0).nonzero().flatten().tolist()
+        if not used and bool(whole.up.any()):
+            del found[name]
+        elif 0 < len(used) < whole.rank:
+            found[name] = replace(target, experts=((replace(part, components=tuple(used)),),))
+    return found
+
+
+def gathered(parts: Sequence[Rows], values: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """One value for each row, of those of the layers that the rows come from; 0 where there is none."""
+    found = [
+        values[part.target][part.first : part.first + part.count].to(dtype)
+        if part.target in values
+        else torch.zeros(part.count, dtype=dtype)
+        for part in parts
+    ]
+    return torch.cat(found)

@@ -10,10 +10,11 @@ from typing import Any
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.format import Config, Format
-from loratool.adapters.formats.named import header, refused
+from loratool.adapters.formats.named import header, refused, writing
 from loratool.adapters.formats.named.dialects import spelling_of
 from loratool.adapters.formats.named.reading import Configs, Reader
 from loratool.adapters.formats.roles import grouped
+from loratool.adapters.layers import Kind
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.adapters.training import Training
 from loratool.adapters.weight_files import weight_files
@@ -21,6 +22,7 @@ from loratool.errors import InputError, LoratoolError, Problem, printable
 from loratool.files.checkpoint import NUMBERED, sort_side_files
 from loratool.files.hub_cache import name_of
 from loratool.files.safefile import SafeFile, read_safefile
+from loratool.notes import Note
 from loratool.provenance.cards import Subject
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # as diffusers saves them
@@ -33,6 +35,7 @@ class Named(Format):
     name = "named"
     config_name = ""  # there is none
     weights_name = WEIGHTS
+    dialects = tuple(writing.DIALECTS)
 
     def __init__(self, configs: Configs) -> None:
         """`configs` reads what diffusers puts into headers; a file of its own in the same folder comes before the names."""
@@ -122,6 +125,12 @@ class Named(Format):
             alone=alone,
         )
         return adapter, tuple(found.problems)
+
+    def spelling(self, kinds: Mapping[str, Kind], release: str = "", dialect: str = "") -> writing.NamedNames:  # noqa: ARG002
+        return writing.NamedNames(self, kinds, dialect)
+
+    def losses(self, adapter: Adapter, dialect: str = "") -> tuple[Note, ...]:
+        return writing.losses(adapter, dialect)
 
     def subject(self, config: Config) -> Subject:  # noqa: ARG002 (the header may hold anything)
         return Subject(

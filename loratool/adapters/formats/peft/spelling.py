@@ -69,12 +69,14 @@ class Names:
         experts = stacked_by_peft(self.kinds)
         return [*self.attention_pairs(), *([experts] if experts else [])]
 
+    flattens = False
+
     def scales(self, wanted: Mapping[str, float]) -> dict[str, float]:
         """α/r of every module; what PEFT gives one α is the most frequent of those that it should have."""
         one = {target: most_common(wanted[t] for t in group) for group in self.of_one_rank() for target in group}
         return {**wanted, **one}
 
-    def strengths(self, parts: Parts) -> dict[str, Tensor]:  # noqa: ARG002 (the config says it)
+    def strengths(self, parts: Parts) -> dict[str, float]:  # noqa: ARG002 (the config says it)
         return {}
 
     def header(self, sources: Sequence[Adapter], parts: Parts) -> dict[str, str]:  # noqa: ARG002 (nothing)
@@ -114,6 +116,12 @@ class Names:
     def magnitude(self, target: str) -> str:
         """The name of the lengths of rows that DoRA trains."""
         return f"{PREFIX}{self.path(target)}.lora_magnitude_vector"
+
+    def lengths(self, form: Form) -> tuple[int, ...]:
+        """The shape of these lengths; of an embedding they are of columns."""
+        if form.kind is Kind.CONVOLUTION:
+            return (1, form.rows, *(1 for _ in form.kernel))
+        return (form.columns if form.kind is Kind.EMBEDDING else form.rows,)
 
     def rows(self, target: str) -> str:
         """The name of the trained rows of an embedding."""

@@ -1,0 +1,213 @@
+"""How adapters of image and video models are written: the names of tensors, where the scale is, and the header.
+
+diffusers reads no α from tensors, and ComfyUI none from a header: what is written for either holds the scale in its
+factors, and both read it alike. All others have α as a tensor of each module.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from loratool.adapters.adapter import Adapter, StoredTensor
+from loratool.adapters.formats.format import Format, Parts, Shape
+from loratool.adapters.layers import Form, Kind
+from loratool.adapters.training import Training
+from loratool.algebra.lowrank.products import Product
+from loratool.algebra.updates.additive import Add, LowRank
+from loratool.algebra.updates.base import Update
+from loratool.algebra.updates.dora import Magnitude
+from loratool.errors import FitError, printable
+from loratool.files.outputs import MADE_HERE
+from loratool.files.tensor_writer import OF_DATA
+from loratool.lazy import Tensor
+from loratool.notes import Note
+from loratool.results.repairs import some
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One way to name tensors."""
+
+    name: str
+    down: str  # behind the name of a module
+    up: str
+    magnitude: str
+    alpha: bool  # whether it has α as a tensor
+    flat: bool  # whether names of modules have no dots
+    network: str = ""  # what kohya's tools call the kind of network
+    standard: bool = False  # whether magnitudes have a dimension for the weight's columns
+
+
+KOHYA = (".lora_down.weight", ".lora_up.weight", ".dora_scale", True, True)
+DIALECTS: Mapping[str, Dialect] = {
+    row.name: row
+    for row in (
+        Dialect("diffusers", ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", False, False),
+        Dialect("kohya", *KOHYA, network="networks.lora", standard=True),
+        Dialect("comfy", ".lora_down.weight", ".lora_up.weight", ".dora_scale", True, False, standard=True),
+        Dialect("lycoris", *KOHYA, network="lycoris.kohya", standard=True),
+    )
+}
+# What kohya's tools call the module that trains an architecture, where it is one of its own.
+NETWORKS = {"flux": "networks.lora_flux", "sd3": "networks.lora_sd3", "lumina2": "networks.lora_lumina"}
+# What they call the model.
+MODELS = {
+    "sd15": "sd_v1",
+    "sd2": "sd_v2",
+    "sdxl": "sdxl_base_v1-0",
+    "flux": "flux1",
+    "lumina2": "lumina2",
+}
+# Entries of a header that are true of one file alone; what they say is computed anew, or left out.
+OF_ONE_FILE = frozenset(
+    {
+        *("format", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "lora_adapter_metadata", MADE_HERE),
+        *("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args"),
+    }
+)
+# Entries that hold captions, paths and the names of data sets.
+TRAINING_DATA = frozenset(
+    {
+        *("ss_tag_frequency", "ss_dataset_dirs", "ss_reg_dataset_dirs", "ss_datasets", "ss_bucket_info"),
+        *("ss_training_comment", "ss_sd_model_name", "ss_vae_name", "ss_output_name", "ss_sample_prompts"),
+        *("ot_config", "training_info", "ss_session_id"),
+    }
+)
+OWN_WORDS = ("te_", "te1_", "te2_", "te3_", "unet_", "prior_")  # of components, which `lora_` comes before
+
+
+class NamedNames:
+    """Names and layouts of an adapter that is written in one of these dialects."""
+
+    def __init__(self, form: Format, kinds: Mapping[str, Kind], dialect: str) -> None:
+        self.form, self.kinds, self.dialect = form, kinds, DIALECTS[dialect or next(iter(DIALECTS))]
+        if odd := [t for t, kind in kinds.items() if kind not in (Kind.LINEAR, Kind.CONVOLUTION)]:
+            raise FitError(f"{dialect} cannot store LoRA of embeddings or experts:", map(printable, odd))
+
+    flattens = property(lambda self: self.dialect.flat)
+
+    def module(self, target: str) -> str:
+        """What the tensors of a module begin with."""
+        module = target.rpartition(".")[0]
+        if self.dialect.flat:
+            return f"lora_{module}" if module.startswith(OWN_WORDS) else f"lycoris_{module}"
+        if self.dialect.name == "comfy" and not module.startswith("diffusion_model."):
+            component, _, path = module.partition(".")
+            return f"text_encoders.{component}.transformer.{path}"
+        return module
+
+    def factors(self, target: str) -> tuple[str, str]:
+        return self.module(target) + self.dialect.down, self.module(target) + self.dialect.up
+
+    def shapes(self, form: Form) -> tuple[Shape, Shape]:
+        if form.kind is Kind.CONVOLUTION:
+            channels = form.columns // math.prod(form.kernel)
+            return (form.rank, channels, *form.kernel), (form.rows, form.rank, *(1 for _ in form.kernel))
+        return (form.rank, form.columns), (form.rows, form.rank)
+
+    def stored(self, form: Form, found: Product) -> tuple[Tensor, Tensor]:
+        of_a, of_b = self.shapes(replace(form, rank=found.rank))
+        return found.down.reshape(of_a).contiguous(), found.up.reshape(of_b).contiguous()
+
+    def magnitude(self, target: str) -> str:
+        return self.module(target) + self.dialect.magnitude
+
+    def lengths(self, form: Form) -> Shape:
+        ones = (1 for _ in form.kernel)
+        if self.dialect.standard:
+            return (form.rows, 1, *ones)
+        return (1, form.rows, *ones) if form.kernel else (form.rows,)
+
+    def bias(self, target: str) -> str:
+        return self.module(target) + (".lora_B.bias" if self.dialect.name == "diffusers" else ".diff_b")
+
+    def whole(self, target: str, inside: bool) -> str:  # noqa: ARG002 (nobody reads them)
+        raise FitError(f"{printable(target)}: {self.dialect.name} cannot store tensors saved whole")
+
+    def rows(self, target: str) -> str:
+        raise FitError(f"{printable(target)}: {self.dialect.name} cannot store token rows")
+
+    def second_copies(
+        self,
+        adapters: Iterable[Adapter],  # noqa: ARG002 (nobody asks for any)
+        tensors: Mapping[str, StoredTensor | Tensor],  # noqa: ARG002
+    ) -> dict[str, StoredTensor | Tensor]:
+        return {}
+
+    def times(self, target: str) -> float:  # noqa: ARG002 (all are applied once)
+        return 1.0
+
+    def of_one_rank(self) -> list[tuple[str, ...]]:
+        return []
+
+    def scales(self, wanted: Mapping[str, float]) -> dict[str, float]:
+        """α/r for each module, as a number that is not negative; or 1 for all."""
+        return {target: abs(scale) if self.dialect.alpha else 1.0 for target, scale in wanted.items()}
+
+    def strengths(self, parts: Parts) -> dict[str, float]:
+        """α of every module."""
+        if not self.dialect.alpha:
+            return {}
+        alphas = {target: rank * parts.scales.get(target, 1.0) for target, rank in parts.ranks.items()}
+        return {f"{self.module(target)}.alpha": alpha for target, alpha in alphas.items()}
+
+    def header(self, sources: Sequence[Adapter], parts: Parts) -> dict[str, str]:
+        """What the header of the first source says, as far as it is still true, and what kohya's tools want to know."""
+        own = sources[0].config if sources and sources[0].format == self.form.name else {}
+        kept = {key: value for key, value in own.items() if key not in OF_ONE_FILE}
+        if not self.dialect.network:
+            return kept
+        alphas = [rank * parts.scales.get(target, 1.0) for target, rank in parts.ranks.items()]
+        network = NETWORKS.get(parts.architecture, self.dialect.network)
+        told = {
+            "ss_network_module": self.dialect.network if self.dialect.name == "lycoris" else network,
+            "ss_network_dim": only(parts.ranks.values()),
+            "ss_network_alpha": only(alphas),
+            "sshs_model_hash": OF_DATA,
+        }
+        if model := MODELS.get(parts.architecture):
+            told |= {"ss_base_model_version": own.get("ss_base_model_version", model)}
+            told |= {"ss_v2": str(parts.architecture == "sd2")}
+        return {**kept, **told}
+
+    def describe(self, sources: Sequence[Adapter], parts: Parts) -> dict[str, Any]:  # noqa: ARG002 (it has no config)
+        return {}
+
+    def describe_new(self, training: Training, parts: Parts) -> dict[str, Any]:  # noqa: ARG002 (the same)
+        return {}
+
+
+def only(values: Iterable[float]) -> str:
+    """The one number that all are, else the word that kohya's tools have for several."""
+    found = Counter(values)
+    return f"{next(iter(found)):g}" if len(found) == 1 else "Dynamic"
+
+
+def losses(adapter: Adapter, dialect: str) -> tuple[Note, ...]:
+    """What of an adapter a dialect cannot hold."""
+    lost: dict[str, list[str]] = {}
+    for target, update in (*adapter.updates.items(), *adapter.bases.items()):
+        if what := unspeakable(update, dialect):
+            lost.setdefault(what, []).append(target)
+    return tuple(Note("not-in-dialect", f"{dialect} cannot store {what}: {some(t)}") for what, t in lost.items())
+
+
+def unspeakable(update: Update, dialect: str) -> str:
+    """What of an update a dialect cannot hold, in words; empty where it holds all of it."""
+    inner = update.inner if isinstance(update, Magnitude) else update
+    match inner:
+        case LowRank(table=False):
+            return "DoRA of input columns" if isinstance(update, Magnitude) and update.by_column else ""
+        case LowRank():
+            return "LoRA of embeddings"
+        case Add(value=value) if len(value.shape) == 1:
+            return "" if dialect != "kohya" else "changes of biases"
+    return {
+        "ExpertFactors": "LoRA of fused experts",
+        "Replace": "tensors saved whole",
+        "ReplaceRows": "token rows",
+    }.get(type(inner).__name__, "updates other than a product of two factors")

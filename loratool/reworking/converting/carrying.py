@@ -1,0 +1,77 @@
+"""What a conversion carries besides the factors: DoRA's lengths of rows, biases, and tensors saved whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from loratool.adapters.adapter import stored_tensors
+from loratool.adapters.formats import format_of
+from loratool.adapters.formats.format import Spelling
+from loratool.adapters.layers import Contents, Form, Kind
+from loratool.adapters.writer import Carried, add_missing_biases, torch_dtype
+from loratool.errors import FitError, printable
+from loratool.lazy import Tensor, torch
+from loratool.reworking.converting.rows import Target, gathered
+
+
+def carried(contents: Contents, targets: Mapping[str, Target], names: Spelling, forms: Mapping[str, Form]) -> Carried:
+    """Everything but the factors, under the names and by the rows of the layers that are written."""
+    contents.check_beside()
+    found = Carried()
+    for name, target in targets.items():
+        if (lengths := magnitudes(contents, name, target)) is not None:
+            found.tensors[names.magnitude(name)] = lengths.reshape(names.lengths(forms[name]))
+        if (bias := biases(contents, target)) is not None:
+            found.tensors[names.bias(name)] = bias
+    carry_whole(contents, names, found)
+    if contents.biases:
+        add_missing_biases(found, names, {name: form.rows for name, form in forms.items()}, torch.float32)
+    found.tensors.update(names.second_copies([contents.adapter], found.tensors))
+    return found
+
+
+def carry_whole(contents: Contents, names: Spelling, found: Carried) -> None:
+    """Tensors saved whole, and rows of tokens, as they are."""
+    adapter = contents.adapter
+    for target, replacement in (*contents.saved.items(), *contents.bases.items()):
+        inside = target in contents.bases or format_of(adapter).was_inside(adapter, target)
+        value: Any = replacement.value
+        found.tensors[names.whole(target, inside)] = value
+    for target, rows in contents.rows.items():
+        values: Any = rows.values
+        found.tensors[names.rows(target)] = values
+        found.tokens[target] = rows.index
+
+
+def magnitudes(contents: Contents, name: str, target: Target) -> Tensor | None:
+    """DoRA's lengths of the rows of a layer; None where it has none. Raises `FitError` where only a part of it does."""
+    own = {source: contents.layers[source].magnitude for source in target.sources}
+    if not any(own.values()):
+        return None
+    if target.kind is Kind.PARAMETER or not all(own.values()) or any(not p.target for p in target.experts[0]):
+        raise FitError(
+            f"{printable(name)}: it would hold layers with and without DoRA; convert to a dialect that has them apart"
+        )
+    loaded: dict[str, Tensor] = {}
+    dtypes: list[torch.dtype] = []
+    for source, magnitude in own.items():
+        stored: Any = magnitude.magnitude if magnitude else None
+        loaded[source] = stored.load(torch.device("cpu"), torch.float64)
+        dtypes += [torch_dtype(tensor.info.dtype) for tensor in stored_tensors(stored)]
+    dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
+    if target.is_whole(contents.layers):  # lengths of columns too
+        return loaded[target.sources[0]].to(dtype)
+    return gathered(target.experts[0], loaded, dtype)
+
+
+def biases(contents: Contents, target: Target) -> Tensor | None:
+    """What the second factor of a layer has as a bias, its scale in it; None where it has none."""
+    own = {
+        source: bias for source in target.sources if (bias := f"{source.removesuffix('weight')}bias") in contents.biases
+    }
+    if not own or target.kind is Kind.PARAMETER:
+        return None
+    values: list[Any] = [contents.biases[bias].value for bias in own.values()]
+    loaded = {source: contents.load_bias(bias) for source, bias in own.items()}
+    return gathered(target.experts[0], loaded, torch_dtype(values[0].info.dtype))

@@ -1,0 +1,344 @@
+"""The layers of an adapter of an image model, as a dialect names them and divides them.
+
+What a module is called, and whether q, k and v are one, depends on the dialect and on the architecture: kohya's tools have
+the names of diffusers for Stable Diffusion 1 and the authors' names for all else. `layouts.diffusion.known` lists every
+module of known architectures in both layouts, so that names without dots are looked up, and none is taken apart by guessing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from loratool.adapters.adapter import Flattened
+from loratool.adapters.layers import Contents, Kind, Layer
+from loratool.errors import FitError, InputError, printable
+from loratool.layouts.diffusion.components import DENOISER, SECOND_DENOISERS, TEXT_WORDS
+from loratool.layouts.diffusion.known import ARCHITECTURES, links
+from loratool.layouts.diffusion.rows import Row
+from loratool.notes import Note
+from loratool.reworking.converting.rows import Rows, Target
+
+ORIGINAL, DIFFUSERS = "original", "diffusers"  # layouts of names
+DENOISING = "denoiser"  # the component that is no text encoder
+# Which layout each dialect has the denoiser in; by architecture where that makes a difference.
+LAYOUTS: Mapping[str, Callable[[str], str]] = {
+    "kohya": lambda architecture: DIFFUSERS if architecture in ("sd15", "sd2") else ORIGINAL,
+    "lycoris": lambda architecture: DIFFUSERS if architecture in ("sd15", "sd2") else ORIGINAL,
+    "comfy": lambda architecture: ORIGINAL,  # noqa: ARG005
+    "diffusers": lambda architecture: DIFFUSERS,  # noqa: ARG005
+    "peft": lambda architecture: DIFFUSERS,  # noqa: ARG005
+}
+FLAT = ("kohya", "lycoris")
+# What kohya's tools call text encoders, of a model with several.
+KOHYA_TEXTS = {"clip_l": "te1", "clip_g": "te2", "t5xxl": "te3"}
+LAST = frozenset({"z-image"})  # architectures whose names in diffusers are the last of those of their family
+WORDS = tuple(sorted({*DENOISER, *SECOND_DENOISERS, *TEXT_WORDS}, key=len, reverse=True))
+
+
+@dataclass(frozen=True)
+class Known:
+    """A module of a known architecture."""
+
+    component: str  # DENOISING, or a text encoder by what it is
+    row: Row
+    part: int  # of the row's parts that its name is; −1 where it is the original
+
+
+@dataclass(frozen=True)
+class Names:
+    """The modules of one architecture by their names without dots, in one layout for each."""
+
+    architecture: str
+    original: Mapping[str, Known]
+    diffusers: Mapping[str, Known]
+
+    def side(self, layout: str) -> Mapping[str, Known]:
+        return self.original if layout == ORIGINAL else self.diffusers
+
+
+@cache
+def names_of(architecture: str, component: str) -> Names:
+    """The modules of a component of an architecture."""
+    rows = links(architecture if component == DENOISING else component)
+    rows = rows[::-1] if architecture in LAST else rows
+    original: dict[str, Known] = {}
+    diffusers: dict[str, Known] = {}
+    for row in rows:
+        if row.original.endswith("_bias"):
+            continue
+        original.setdefault(flat(row.original), Known(component, row, -1))
+        for number, part in enumerate(row.parts):
+            diffusers.setdefault(flat(part.removesuffix(".weight")), Known(component, row, number))
+    return Names(architecture, original, diffusers)
+
+
+def flat(module: str) -> str:
+    return module.replace(".", "_")
+
+
+def components_of(architecture: str) -> tuple[str, ...]:
+    return (DENOISING, *ARCHITECTURES[architecture].texts)
+
+
+def component_of(word: str, architecture: str) -> str:
+    """The component of an architecture that a word means; empty where it has no such."""
+    texts = ARCHITECTURES[architecture].texts
+    if word in DENOISER:
+        return DENOISING
+    if word in texts:
+        return word
+    if word in ("te", "text_encoder"):
+        return texts[0] if texts else ""
+    if word.startswith("text_encoder_"):
+        number = int(word.rpartition("_")[2]) - 1
+        return texts[number] if number < len(texts) else ""
+    by_kohya = {own: text for text, own in KOHYA_TEXTS.items() if text in texts}
+    if word in by_kohya:
+        return by_kohya[word]
+    return "t5xxl" if word in ("te2", "t5") and "t5xxl" in texts else ""  # OneTrainer counts the encoders of Flux
+
+
+def candidates(target: str) -> Iterator[tuple[str, str]]:
+    """(word for a component, module without dots) as which a target may be meant; an empty word where it names none."""
+    module, flattened = flat(target.rpartition(".")[0]), isinstance(target, Flattened)
+    if not flattened:
+        word, _, path = target.rpartition(".")[0].partition(".")
+        if word in WORDS:
+            yield word, flat(path)
+    else:
+        yield from ((word, module.removeprefix(f"{word}_")) for word in WORDS if module.startswith(f"{word}_"))
+    yield "", module
+
+
+def found_in(target: str, architecture: str, layout: str) -> Known | None:
+    """The module of an architecture that a target is, with the denoiser's names in a layout."""
+    for word, module in candidates(target):
+        components = (component_of(word, architecture),) if word else (DENOISING,)
+        for component in filter(None, components):
+            side = DIFFUSERS if component != DENOISING else layout
+            if known := names_of(architecture, component).side(side).get(module):
+                return known
+    return None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What all targets of an adapter are, in the first architecture and layout that has all of them."""
+
+    architecture: str
+    layout: str
+    modules: Mapping[str, Known]
+
+
+def readings(targets: Iterable[str], only: str = "") -> list[Reading]:
+    """The architectures that have all of some targets."""
+    every = list(targets)
+    found: list[Reading] = []
+    for architecture in (only,) if only else ARCHITECTURES:
+        for layout in (DIFFUSERS, ORIGINAL):
+            modules = {target: found_in(target, architecture, layout) for target in every[:1]}
+            if None not in modules.values():
+                modules = {target: found_in(target, architecture, layout) for target in every}
+            complete = {target: known for target, known in modules.items() if known is not None}
+            if len(complete) == len(every):
+                found.append(Reading(architecture, layout, complete))
+    return found
+
+
+def chosen(found: Sequence[Reading], layers: Mapping[str, Layer], hint: str) -> tuple[Reading, tuple[Note, ...]]:
+    """The reading that is meant: by the file's header, by the width of text that attention takes in, else the first."""
+    said = [reading for reading in found if reading.architecture == hint]
+    wide = [reading for reading in found if reading.architecture in by_width(layers)]
+    several = {reading.architecture for reading in found}
+    if said or wide or len(several) == 1:
+        return (said or wide or list(found))[0], ()
+    first = found[0]
+    text = (
+        f"its modules are those of {', '.join(sorted(several))}; {first.architecture} is assumed (--architecture sets "
+        "another)"
+    )
+    return first, (Note("architecture-assumed", text),)
+
+
+WIDTHS = {768: "sd15", 1024: "sd2", 2048: "sdxl"}  # of the text that cross-attention of a U-Net takes in
+
+
+def by_width(layers: Mapping[str, Layer]) -> set[str]:
+    """Architectures of U-Nets, by the columns of the keys of cross-attention."""
+    return {
+        WIDTHS[layer.columns]
+        for target, layer in layers.items()
+        if flat(target.rpartition(".")[0]).endswith(("attn2_to_k", "attn2_to_v")) and layer.columns in WIDTHS
+    }
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The layers that a dialect has for those of an adapter."""
+
+    targets: Mapping[str, Target]
+    architecture: str = ""  # where it is known
+    notes: tuple[Note, ...] = ()  # what was assumed
+
+
+def respelled(layers: Mapping[str, Layer], dialect: str, architecture: str, hint: str) -> Wanted:
+    """The layers of an adapter as a dialect divides and names them.
+
+    Raises `InputError` or `FitError` where names cannot be brought to the dialect.
+    """
+    found = readings(layers, architecture) if dialect in LAYOUTS else []
+    if not found:
+        return Wanted(unknown(layers, dialect))
+    reading, notes = chosen(found, layers, architecture or hint)
+    return Wanted(Divided(reading, dialect, layers).targets(), reading.architecture, notes)
+
+
+# How headers of kohya's tools begin to call architectures.
+HINTS = {
+    "sd_v1": "sd15",
+    "sd_1.5": "sd15",
+    "sd_v2": "sd2",
+    "sd_2": "sd2",
+    "sdxl": "sdxl",
+    "flux1": "flux",
+    "lumina2": "lumina2",
+}
+
+
+def hint_of(contents: Contents) -> str:
+    """The architecture that the header of an adapter names; empty for none."""
+    told = contents.adapter.file.layout.metadata or {}
+    said = told.get("ss_base_model_version", "")
+    return next((name for start, name in HINTS.items() if said.startswith(start)), "")
+
+
+def unknown(layers: Mapping[str, Layer], dialect: str) -> dict[str, Target]:
+    """The layers of no known architecture: as they are, under the dialect's word for their component."""
+    targets: dict[str, Target] = {}
+    odd: list[str] = []
+    for target, layer in layers.items():
+        if dialect not in LAYOUTS or dialect == "peft":
+            targets[target] = Target.same(layer)
+        elif (name := same_layout(target, dialect)) is not None:
+            targets[name] = Target.same(layer)
+        else:
+            odd.append(printable(target))
+    if odd:
+        raise InputError(
+            f"{dialect} names modules in the layout of its architecture, and these belong to none that is known "
+            f"({', '.join(ARCHITECTURES)}); pass --architecture, or choose another dialect:",
+            odd,
+        )
+    return targets
+
+
+def same_layout(target: str, dialect: str) -> str | None:
+    """The name of a module of an unknown architecture in a dialect of the same layout; None in any other."""
+    word, _, path = target.partition(".")
+    if isinstance(target, Flattened):
+        return target if dialect in FLAT else None
+    if word in TEXT_WORDS and (dialect == "diffusers") == word.startswith("text_encoder"):
+        return target if dialect not in FLAT else Flattened.of(target)
+    if word == "diffusion_model" and dialect != "diffusers":
+        return target if dialect == "comfy" else Flattened.of(f"unet.{path}")
+    return target if word in ("unet", "transformer", "prior", *SECOND_DENOISERS) and dialect == "diffusers" else None
+
+
+@dataclass(frozen=True)
+class Divided:
+    """The layers of a known architecture, divided as a dialect has them."""
+
+    reading: Reading
+    dialect: str
+    layers: Mapping[str, Layer]
+
+    def targets(self) -> dict[str, Target]:
+        targets: dict[str, Target] = {}
+        fused: dict[Row, dict[int, str]] = {}
+        layout = LAYOUTS[self.dialect](self.reading.architecture)
+        for target, known in self.reading.modules.items():
+            layer = self.layers[target]
+            if known.component != DENOISING or (known.part >= 0 and layout == DIFFUSERS):
+                targets[self.name(known.component, known.row.parts[known.part].removesuffix(".weight"))] = Target.same(
+                    layer
+                )
+            elif known.part < 0 and layout == ORIGINAL:
+                targets[self.name(known.component, known.row.original)] = Target.same(layer)
+            elif len(known.row.parts) > 1 and known.part >= 0:
+                fused.setdefault(known.row, {})[known.part] = target
+            else:
+                targets |= self.divided(known, layer)
+        for row, parts in fused.items():
+            targets[self.name(DENOISING, row.original)] = self.joined(row, parts)
+        self.check_one_component()
+        return targets
+
+    def name(self, component: str, module: str) -> str:
+        """The weight of a module as the dialect's reader has it."""
+        architecture = ARCHITECTURES[self.reading.architecture]
+        is_unet = architecture.family.name == "unet"
+        texts = architecture.texts
+        match self.dialect:
+            case "kohya" | "lycoris":
+                text = "te" if len(texts) == 1 else KOHYA_TEXTS.get(component, component)
+                return Flattened.of(f"{'unet' if component == DENOISING else text}.{module}.weight")
+            case "comfy":
+                return f"{'diffusion_model' if component == DENOISING else component}.{module}.weight"
+            case "peft":
+                return f"{module}.weight"
+        if component == DENOISING:
+            return f"{'unet' if is_unet else 'transformer'}.{module}.weight"
+        number = texts.index(component) + 1
+        return f"text_encoder{f'_{number}' if number > 1 else ''}.{module}.weight"
+
+    def check_one_component(self) -> None:
+        """Raise `FitError` where an adapter of PEFT's, which is of one model, would have several components."""
+        components = sorted({known.component for known in self.reading.modules.values()})
+        if self.dialect == "peft" and len(components) > 1:
+            raise FitError(
+                f"an adapter of PEFT's is of one model, and this one changes {', '.join(components)}; pass --only with "
+                "one of them"
+            )
+
+    def divided(self, known: Known, layer: Layer) -> dict[str, Target]:
+        """The layers that a layer of the other layout is in this one: several, or one with its halves in other places."""
+        row = known.row
+        if row.swapped and layer.rows == 2 * layer.columns:
+            half = layer.rows // 2
+            parts = (Rows(layer.target, half, half), Rows(layer.target, 0, half))
+            other = row.parts[0] if known.part < 0 else row.original
+            return {self.name(known.component, other): Target(layer.kind, (parts,))}
+        if len(row.parts) == 1:
+            other = row.parts[0] if known.part < 0 else row.original
+            return {self.name(known.component, other): Target.same(layer)}
+        found: dict[str, Target] = {}
+        at = 0
+        for part, size in zip(row.parts, sizes_of(row, layer.rows, layer.columns, layer.target), strict=True):
+            found[self.name(known.component, part)] = Target(layer.kind, ((Rows(layer.target, at, size),),))
+            at += size
+        return found
+
+    def joined(self, row: Row, parts: Mapping[int, str]) -> Target:
+        """One layer of several, with zeros for those that the adapter does not have."""
+        first = self.layers[next(iter(parts.values()))]
+        letters = row.sizes or "a" * len(row.parts)
+        known = {letters[number]: self.layers[target].rows for number, target in parts.items()}
+        known.setdefault("h", first.columns)
+        if unsure := [row.parts[n] for n in range(len(row.parts)) if letters[n] not in known]:
+            raise InputError(
+                f"{printable(row.original)}: how many rows {printable(unsure[0])} has is not known, which the adapter does "
+                f"not change; {self.dialect} has it in one layer with {printable(row.parts[next(iter(parts))])}"
+            )
+        rows = tuple(Rows(parts.get(number, ""), 0, known[letters[number]]) for number in range(len(row.parts)))
+        return Target(Kind.LINEAR, (rows,))
+
+
+def sizes_of(row: Row, rows: int, columns: int, target: str) -> list[int]:
+    """How many rows each part of a fused layer has."""
+    letters = row.sizes or "a" * len(row.parts)
+    rest, uneven = divmod(rows - letters.count("h") * columns, len(letters) - letters.count("h"))
+    if uneven or rest <= 0:
+        raise InputError(f"{printable(target)}: its {rows} rows cannot be those of {', '.join(row.parts)}")
+    return [columns if letter == "h" else rest for letter in letters]

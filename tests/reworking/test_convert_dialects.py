@@ -1,0 +1,394 @@
+"""Adapters of image models in other dialects: ΔW by the formula of each, under the names that its tools look for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from paths import ROOT
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import loratool
+from loratool.errors import FitError, InputError, LoratoolError, UsageError
+
+BLOCK = "down_blocks.1.attentions.0.transformer_blocks.1"  # of SDXL alone
+LDM = "input_blocks_4_1_transformer_blocks_1"
+Tensors = dict[str, Tensor]
+
+
+def numbers(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pair(out: int, inputs: int, seed: int, rank: int = 2) -> tuple[Tensor, Tensor]:
+    """A and B."""
+    return numbers(rank, inputs, seed=seed), numbers(out, rank, seed=seed + 50)
+
+
+def saved(path: Path, tensors: Tensors, **header: str) -> Path:
+    save_file(tensors, path, {"format": "pt", **header})
+    return path
+
+
+def in_diffusers(modules: Mapping[str, tuple[int, int]], path: Path, alpha: float | None = None) -> Path:
+    """A file as diffusers saves it, with α in the header or without; names begin with a component."""
+    tensors: Tensors = {}
+    for n, (module, (out, inputs)) in enumerate(modules.items()):
+        a, b = pair(out, inputs, seed=n)
+        tensors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+    header = {}
+    if alpha is not None:
+        components = {module.partition(".")[0] for module in modules}
+        table = {f"{c}.{key}": value for c in components for key, value in (("r", 2), ("lora_alpha", alpha))}
+        header = {"lora_adapter_metadata": json.dumps(table)}
+    return saved(path, tensors, **header)
+
+
+def delta(tensors: Mapping[str, Tensor], module: str) -> Tensor:
+    """ΔW of a module as kohya's tools and ComfyUI work it out: α/r · up @ down."""
+    down, up = (tensors[f"{module}.lora_{side}.weight"].double() for side in ("down", "up"))
+    alpha = float(tensors[f"{module}.alpha"])
+    return alpha / down.shape[0] * (up.flatten(1) @ down.flatten(1))
+
+
+def of_diffusers(tensors: Mapping[str, Tensor], module: str, scale: float = 1.0) -> Tensor:
+    a, b = (tensors[f"{module}.lora_{side}.weight"].double() for side in "AB")
+    return scale * (b.flatten(1) @ a.flatten(1))
+
+
+def header(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata())
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+
+
+SDXL = {
+    f"unet.{BLOCK}.attn2.to_k": (6, 2048),
+    "unet.mid_block.resnets.0.time_emb_proj": (6, 4),
+    "text_encoder.text_model.encoder.layers.0.mlp.fc1": (8, 4),
+    "text_encoder_2.text_model.encoder.layers.0.self_attn.out_proj": (4, 4),
+}
+KOHYA_SDXL = (
+    f"lora_unet_{LDM}_attn2_to_k",
+    "lora_unet_middle_block_0_emb_layers_1",
+    "lora_te1_text_model_encoder_layers_0_mlp_fc1",
+    "lora_te2_text_model_encoder_layers_0_self_attn_out_proj",
+)
+
+
+def test_kohya_has_the_authors_names_of_sdxl_and_alpha_as_a_tensor(tmp_path: Path) -> None:
+    """The header has the rank, α and the SHA-256 of the data, which kohya's tools compute from the file."""
+    source = in_diffusers(SDXL, tmp_path / "lora.safetensors", alpha=1)
+    out = tmp_path / "kohya.safetensors"
+    report = loratool.convert(source, out, to="kohya")
+    before, after = load_file(source), load_file(out)
+    assert len(after) == 12
+    for module, theirs in zip(SDXL, KOHYA_SDXL, strict=True):
+        close(delta(after, theirs), of_diffusers(before, module, 0.5))
+        assert torch.equal(after[f"{theirs}.lora_up.weight"], before[f"{module}.lora_B.weight"])
+    told, raw = header(out), out.read_bytes()
+    data = raw[8 + int.from_bytes(raw[:8], "little") :]
+    assert told["sshs_model_hash"] == hashlib.sha256(data).hexdigest()
+    assert (told["ss_network_dim"], told["ss_network_alpha"]) == ("2", "1")
+    assert told["ss_base_model_version"].startswith("sdxl")
+    assert not {"lora_adapter_metadata", "ss_network_args"} & told.keys()
+    assert {layer.error for layer in report.modules.values()} == {0.0}
+
+
+def test_comfy_has_paths_under_the_names_of_its_own_models(tmp_path: Path) -> None:
+    source = in_diffusers(SDXL, tmp_path / "lora.safetensors", alpha=1)
+    loratool.convert(source, tmp_path / "comfy.safetensors", to="comfy")
+    before, after = load_file(source), load_file(tmp_path / "comfy.safetensors")
+    theirs = (
+        "diffusion_model.input_blocks.4.1.transformer_blocks.1.attn2.to_k",
+        "diffusion_model.middle_block.0.emb_layers.1",
+        "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1",
+        "text_encoders.clip_g.transformer.text_model.encoder.layers.0.self_attn.out_proj",
+    )
+    for module, name in zip(SDXL, theirs, strict=True):
+        close(delta(after, name), of_diffusers(before, module, 0.5))
+
+
+def test_diffusers_gets_the_scale_in_its_factors_and_convolutions_as_they_are(tmp_path: Path) -> None:
+    """Neither α of a tensor nor of a header is read by all: without either, every tool applies a scale of 1."""
+    tensors: Tensors = {}
+    shapes = {
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q": ((2, 4), (6, 2)),
+        "lora_unet_down_blocks_0_attentions_0_proj_in": ((2, 4, 1, 1), (6, 2, 1, 1)),
+        "lora_unet_down_blocks_0_resnets_0_conv1": ((2, 4, 3, 3), (6, 2, 1, 1)),
+        "lora_te_text_model_encoder_layers_0_self_attn_q_proj": ((2, 4), (4, 2)),
+    }
+    for n, (module, (down, up)) in enumerate(shapes.items()):
+        tensors |= {
+            f"{module}.lora_down.weight": numbers(*down, seed=n),
+            f"{module}.lora_up.weight": numbers(*up, seed=n + 9),
+            f"{module}.alpha": torch.tensor(1.0),
+        }
+    source = saved(tmp_path / "kohya.safetensors", tensors, ss_base_model_version="sd_v1", ss_output_name="mine")
+    loratool.convert(source, tmp_path / "diffusers", to="diffusers")
+    written = tmp_path / "diffusers" / "pytorch_lora_weights.safetensors"
+    after = load_file(written)
+    names = (
+        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+        "unet.down_blocks.0.attentions.0.proj_in",
+        "unet.down_blocks.0.resnets.0.conv1",
+        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj",
+    )
+    for theirs, module in zip(names, shapes, strict=True):
+        close(of_diffusers(after, theirs), delta(tensors, module))
+        assert after[f"{theirs}.lora_A.weight"].shape == shapes[module][0]
+    assert len(after) == 8
+    assert header(written)["ss_output_name"] == "mine"
+    assert "ss_network_dim" not in header(written)
+
+
+FLUX = {
+    "transformer.transformer_blocks.0.attn.to_q": (4, 4),
+    "transformer.transformer_blocks.0.attn.to_k": (4, 4),
+    "transformer.transformer_blocks.0.attn.to_v": (4, 4),
+    "transformer.single_transformer_blocks.3.attn.to_k": (4, 4),
+    "transformer.single_transformer_blocks.3.proj_mlp": (16, 4),
+    "transformer.norm_out.linear": (8, 4),
+}
+
+
+def test_layers_that_flux_has_fused_are_joined_by_rows_and_come_apart_again(tmp_path: Path) -> None:
+    """Rows of q, k and v in their order, zeros for what is not adapted, and halves that change places."""
+    source = in_diffusers(FLUX, tmp_path / "lora.safetensors", alpha=1)
+    loratool.convert(source, tmp_path / "kohya.safetensors", to="kohya")
+    before, after = load_file(source), load_file(tmp_path / "kohya.safetensors")
+    own = [of_diffusers(before, module, 0.5) for module in FLUX]
+    close(delta(after, "lora_unet_double_blocks_0_img_attn_qkv"), torch.cat(own[:3]))
+    zero = torch.zeros(4, 4, dtype=torch.float64)
+    close(delta(after, "lora_unet_single_blocks_3_linear1"), torch.cat([zero, own[3], zero, own[4]]))
+    close(delta(after, "lora_unet_final_layer_adaLN_modulation_1"), torch.cat([own[5][4:], own[5][:4]]))
+    loratool.convert(tmp_path / "kohya.safetensors", tmp_path / "back", to="diffusers")
+    back = load_file(tmp_path / "back" / "pytorch_lora_weights.safetensors")
+    assert back.keys() == before.keys()
+    for module, wanted in zip(FLUX, own, strict=True):
+        assert torch.equal(back[f"{module}.lora_A.weight"], before[f"{module}.lora_A.weight"])
+        close(of_diffusers(back, module), wanted)
+
+
+def test_layers_with_one_down_are_joined_at_their_own_rank(tmp_path: Path) -> None:
+    tensors = load_file(in_diffusers(FLUX, tmp_path / "lora.safetensors"))
+    shared = tensors["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"]
+    for name in ("to_k", "to_v"):
+        tensors[f"transformer.transformer_blocks.0.attn.{name}.lora_A.weight"] = shared.clone()
+    source = saved(tmp_path / "shared.safetensors", tensors)
+    loratool.convert(source, tmp_path / "comfy.safetensors", to="comfy")
+    after, module = load_file(tmp_path / "comfy.safetensors"), "diffusion_model.double_blocks.0.img_attn.qkv"
+    assert torch.equal(after[f"{module}.lora_down.weight"], shared)
+    parts = [of_diffusers(tensors, f"transformer.transformer_blocks.0.attn.to_{part}") for part in "qkv"]
+    close(delta(after, module), torch.cat(parts))
+
+
+def test_loha_and_lokr_become_lora_of_the_rank_that_they_have(tmp_path: Path) -> None:
+    """Columns of both halves times each other; the Kronecker product of the factors. Both by their definitions."""
+    q, k = (f"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_{part}" for part in "qk")
+    halves = [numbers(*shape, seed=n) for n, shape in enumerate([(24, 2), (2, 20), (24, 2), (2, 20)])]
+    names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    tensors: Tensors = {f"{q}.{name}": half for name, half in zip(names, halves, strict=True)}
+    w1, w2_a, w2_b = numbers(2, 2, seed=10), numbers(12, 2, seed=11), numbers(2, 10, seed=12)
+    tensors |= {f"{k}.lokr_w1": w1, f"{k}.lokr_w2_a": w2_a, f"{k}.lokr_w2_b": w2_b}
+    tensors |= {f"{module}.alpha": torch.tensor(1.0) for module in (q, k)}
+    source = saved(tmp_path / "lycoris.safetensors", tensors)
+    report = loratool.convert(source, tmp_path / "kohya.safetensors", to="kohya")
+    after = load_file(tmp_path / "kohya.safetensors")
+    one, other = (halves[n].double() @ halves[n + 1].double() for n in (0, 2))
+    torch.testing.assert_close(delta(after, q), 0.5 * one * other, rtol=1e-6, atol=1e-6)
+    kron = 0.5 * torch.kron(w1.double(), w2_a.double() @ w2_b.double())
+    torch.testing.assert_close(delta(after, k), kron, rtol=1e-6, atol=1e-6)
+    assert set(report.ranks.values()) == {4}
+    notes = sorted(note.text for note in report.notes if note.code == "written-as-lora")
+    assert notes == ["1 layer of LoHa written as LoRA", "1 layer of LoKr written as LoRA"]
+
+
+def test_an_update_of_full_rank_is_approximated_on_request_with_its_error(tmp_path: Path) -> None:
+    q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    w1, w2 = numbers(2, 2, seed=1), numbers(3, 4, seed=2)
+    source = saved(tmp_path / "lokr.safetensors", {f"{q}.lokr_w1": w1, f"{q}.lokr_w2": w2})
+    with pytest.raises(InputError, match="pass --rank"):
+        loratool.convert(source, tmp_path / "out.safetensors", to="kohya")
+    report = loratool.convert(source, tmp_path / "out.safetensors", to="kohya", rank=3)
+    values = torch.linalg.svdvals(torch.kron(w1.double(), w2.double()))
+    wanted = float((values[3:].square().sum() / values.square().sum()).sqrt())
+    (layer,) = report.modules.values()
+    assert layer.error == pytest.approx(wanted, rel=1e-5)
+    assert layer.approximated == "rank 6 → 3"
+    assert "rank 6 → 3" in str(report)
+
+
+def test_names_that_fit_several_architectures_are_told_or_chosen(tmp_path: Path) -> None:
+    """The names of Stable Diffusion 1 and 2 are the same, those of XL are in part."""
+    module = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    source = in_diffusers({module: (4, 4)}, tmp_path / "lora.safetensors")
+    report = loratool.convert(source, tmp_path / "assumed.safetensors", to="kohya")
+    assert "architecture-assumed" in [note.code for note in report.notes]
+    assert "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q.alpha" in load_file(
+        tmp_path / "assumed.safetensors"
+    )
+    report = loratool.convert(source, tmp_path / "xl.safetensors", to="kohya", architecture="sdxl")
+    assert "architecture-assumed" not in [note.code for note in report.notes]
+    assert "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.alpha" in load_file(tmp_path / "xl.safetensors")
+
+
+def test_names_of_no_known_architecture_are_refused_rather_than_guessed(tmp_path: Path) -> None:
+    module = "lora_unet_some_block_0_to_q"
+    a, b = pair(4, 4, seed=1)
+    source = saved(tmp_path / "odd.safetensors", {f"{module}.lora_down.weight": a, f"{module}.lora_up.weight": b})
+    with pytest.raises(InputError, match="some_block"):
+        loratool.convert(source, tmp_path / "out", to="diffusers")
+    with pytest.raises(InputError, match="underscores"):
+        loratool.convert(source, tmp_path / "out", to="peft")
+    loratool.convert(source, tmp_path / "out.safetensors", to="lycoris")
+    assert torch.equal(load_file(tmp_path / "out.safetensors")[f"{module}.lora_up.weight"], b)
+
+
+def test_a_file_is_replaced_only_where_it_was_made_here(tmp_path: Path) -> None:
+    source = in_diffusers(FLUX, tmp_path / "lora.safetensors")
+    out, other = tmp_path / "out.safetensors", saved(tmp_path / "other.safetensors", {"x": torch.zeros(2)})
+    loratool.convert(source, out, to="comfy")
+    with pytest.raises(UsageError, match="--overwrite"):
+        loratool.convert(source, out, to="kohya")
+    loratool.convert(source, out, to="kohya", overwrite=True)
+    assert "sshs_model_hash" in header(out)
+    with pytest.raises(UsageError, match="not made by loratool"):
+        loratool.convert(source, other, to="kohya", overwrite=True)
+    with pytest.raises(UsageError, match="input"):
+        loratool.convert(source, source, to="kohya", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "lora.safetensors",
+        "other.safetensors",
+        "out.safetensors",
+    ]
+
+
+# ---- servers ----
+
+
+def peft_adapter(
+    folder: Path, modules: Mapping[str, tuple[int, int, int]], dtype: torch.dtype = torch.float32, **config: Any
+) -> Path:
+    """An adapter of PEFT's: (out, in, rank) by module."""
+    folder.mkdir()
+    tensors: Tensors = {}
+    for n, (module, (out, inputs, rank)) in enumerate(modules.items()):
+        a, b = pair(out, inputs, seed=n, rank=rank)
+        tensors |= {
+            f"base_model.model.{module}.lora_A.weight": a.to(dtype),
+            f"base_model.model.{module}.lora_B.weight": b.to(dtype),
+        }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 1, **config}))
+    return folder
+
+
+LAYERS = {"model.layers.0.self_attn.q_proj": (6, 4, 2), "model.layers.0.mlp.down_proj": (4, 8, 3)}
+PATTERNS: Mapping[str, Any] = {"rank_pattern": {"down_proj": 3}, "alpha_pattern": {"down_proj": 6}, "use_rslora": True}
+
+
+@pytest.mark.parametrize(("server", "rank"), [("vllm", 8), ("sglang", 3)])
+def test_a_server_gets_one_rank_and_an_alpha_that_is_the_rank(tmp_path: Path, server: str, rank: int) -> None:
+    """With lora_alpha / r alone, which servers read, every ΔW is what PEFT makes of patterns and rsLoRA."""
+    adapter = peft_adapter(tmp_path / "adapter", LAYERS, **PATTERNS)
+    report = loratool.convert(adapter, tmp_path / "out", server=server)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (rank, rank)
+    assert (config["rank_pattern"], config["alpha_pattern"], config["use_rslora"]) == ({}, {}, False)
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, tmp_path / "out"))
+    for module, scale in zip(LAYERS, (1 / 2**0.5, 6 / 3**0.5), strict=True):
+        wanted = of_diffusers(before, f"base_model.model.{module}", scale)
+        found = of_diffusers(after, f"base_model.model.{module}")
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-7
+        assert after[f"base_model.model.{module}.lora_A.weight"].shape[0] == rank
+    assert server in str(report).lower()
+
+
+def test_a_server_refuses_by_name_what_it_does_not_take(tmp_path: Path) -> None:
+    adapter = peft_adapter(tmp_path / "adapter", {"model.layers.0.self_attn.q_proj": (6, 4, 2)}, use_dora=True)
+    weights = adapter / "adapter_model.safetensors"
+    more = {"base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector": torch.ones(6)}
+    save_file(load_file(weights) | more, weights)
+    with pytest.raises(FitError, match=r"vLLM 0.*DoRA"):
+        loratool.convert(adapter, tmp_path / "out", server="vllm")
+    with pytest.raises(UsageError, match="ranks up to 512"):
+        loratool.convert(
+            peft_adapter(tmp_path / "big", {"model.layers.0.mlp.up_proj": (600, 600, 513)}, r=513),
+            tmp_path / "out",
+            server="vllm",
+        )
+    with pytest.raises(UsageError, match="one of vllm"):
+        loratool.convert(adapter, tmp_path / "out", server="vlm")
+    with pytest.raises(UsageError, match=r"before 0\.32"):
+        loratool.convert(adapter, tmp_path / "out", server="vllm@0.2")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- round trips ----
+
+WAYS = ("mlx", "diffusers", "comfy", "kohya", "lycoris")
+OF_UNET = {f"{BLOCK}.attn1.to_q": (4, 4, 2), f"{BLOCK}.attn2.to_k": (4, 2048, 2)}
+CASES: Mapping[str, dict[str, Any]] = {
+    "alpha = r": {"lora_alpha": 2},
+    "alpha / r a power of two": {"lora_alpha": 1},
+    "any alpha": {"lora_alpha": 3.3},
+    "alpha patterns": {"alpha_pattern": {"to_k": 5}},
+    "rsLoRA": {"use_rslora": True},
+    "bfloat16, any alpha": {"lora_alpha": 3, "dtype": torch.bfloat16},
+}
+
+
+def round_trip(home: Path, way: str, settings: Mapping[str, Any]) -> str:
+    """What is left of an adapter of PEFT's on the way there and back."""
+    names = {f"model.layers.0.{k.rpartition('.')[2]}": v for k, v in OF_UNET.items()} if way == "mlx" else OF_UNET
+    adapter = peft_adapter(home / "adapter", names, **settings)
+    reports = [
+        loratool.convert(adapter, home / "there", to=way),
+        loratool.convert(home / "there", home / "back", to="peft"),
+    ]
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, home / "back"))
+    assert before.keys() == after.keys()
+    errors = [layer.error or 0.0 for report in reports for layer in report.modules.values()]
+    if all(torch.equal(before[name], after[name]) for name in before):
+        assert max(errors) < 1e-7
+        return "same bytes"
+    scaled = [of_diffusers(t, n.removesuffix(".lora_A.weight")) for t in (before, after) for n in t if ".lora_A." in n]
+    assert len(scaled) == 4
+    return "same ΔW" if max(errors) == 0 else "B rounded once"
+
+
+def test_the_page_has_the_table_of_round_trips(tmp_path: Path) -> None:
+    """PEFT → dialect → PEFT, as it comes out."""
+    lines = [f"| | {' | '.join(WAYS)} |", f"|---{'|---' * len(WAYS)}|"]
+    for n, (case, settings) in enumerate(CASES.items()):
+        found = []
+        for way in WAYS:
+            home = tmp_path / f"{n} {way}"
+            home.mkdir()
+            found.append(round_trip(home, way, settings))
+        lines.append(f"| {case} | {' | '.join(found)} |")
+    table = "\n".join(lines)
+    assert table in (ROOT / "docs" / "converting.md").read_text(encoding="utf-8"), table
+
+
+def test_a_name_that_is_written_wrong_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from loratool.adapters.formats.named import writing
+
+    kept = writing.NamedNames.module
+    monkeypatch.setattr(writing.NamedNames, "module", lambda self, target: kept(self, target).replace("_q", "_r"))
+    source = in_diffusers(FLUX, tmp_path / "lora.safetensors")
+    with pytest.raises(LoratoolError) as refusal:
+        loratool.convert(source, tmp_path / "out.safetensors", to="kohya")
+    assert refusal.value.exit_code == 1
+    assert not (tmp_path / "out.safetensors").exists()
