@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 MOST = 1 << 31  # elements in all: of more of them, the import of torch is a small part of the time
 MANY = 64  # where more than one of so many elements differs, torch finds out what they are
-TILE = 1 << 16  # elements that are computed at a time: they stay in a core's cache
+TILE = 1 << 17  # elements that are computed at a time: of fewer, the calls take longer than the arithmetic
 LARGE_TILE = 1 << 18  # so that many threads wait less for the interpreter's lock
 FEW_WORKERS = 4
 ALONE = (

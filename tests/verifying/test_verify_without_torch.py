@@ -30,7 +30,7 @@ def of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
     home, generator = tmp_path_factory.mktemp("scene"), torch.Generator().manual_seed(3)
     weights: Tensors = {
         ODD: (torch.randn(70, 37, generator=generator) * 0.05).bfloat16(),
-        EVEN: (torch.randn(900, 130, generator=generator) * 0.05).bfloat16(),
+        EVEN: (torch.randn(1300, 130, generator=generator) * 0.05).bfloat16(),
         TIES: (1 + torch.rand(64, 128, generator=generator) / 2).bfloat16(),  # with a step of 2^-7
         "model.norm.weight": torch.ones(48).bfloat16(),
     }
