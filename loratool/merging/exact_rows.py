@@ -318,7 +318,7 @@ def rounded(sums: Tensor, margin: float, lower: Tensor, upper: list[Tensor]) -> 
     if lower.dtype == torch.float32:
         upper[0].copy_(sums + margin)
         lower.copy_(sums - margin)
-        return places_of(upper[1] != bits_of(lower))
+        return places_unlike(upper[1], bits_of(lower))
     single = sums.to(torch.float32)
     lower.copy_(single)
     tie = tie_of(lower.dtype)
@@ -326,6 +326,13 @@ def rounded(sums: Tensor, margin: float, lower: Tensor, upper: list[Tensor]) -> 
     near = (bits_of(single) & (2 * tie - 1)) == tie
     near |= single.abs_() < max(margin / FAR, alike_from(lower.dtype))
     return places_of(near)
+
+
+def places_unlike(one: Tensor, other: Tensor) -> Tensor:
+    """Where two matrices of integers differ, in their flat order."""
+    if one.device.type == "cpu":
+        return torch.from_numpy(numpy.flatnonzero(one.numpy() != other.numpy()))  # several times faster than torch's
+    return places_of(one != other)
 
 
 def places_of(found: Tensor) -> Tensor:

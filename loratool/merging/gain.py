@@ -29,7 +29,13 @@ def measure_kept(
         modules: each with its place in the weight.
         times: how many rows each stands for.
     """
-    applied = after.to(change.dtype) - before.to(change.dtype)
+    return kept_of(change, after.to(change.dtype) - before.to(change.dtype), rows, modules, times)
+
+
+def kept_of(
+    change: Tensor, applied: Tensor, rows: Tensor, modules: Iterable[tuple[str, Place]], times: int
+) -> dict[str, tuple[float, float]]:
+    """The same by W' − W, `applied`, in the dtype of ΔW."""
     found: dict[str, tuple[float, float]] = {}
     lowest, highest = int(rows[0]), int(rows[-1])
     for module, place in modules:
@@ -37,7 +43,7 @@ def measure_kept(
         if place.first > lowest or place.stop <= highest or place.columns != slice(None):
             inside = (rows >= place.first) & (rows < place.stop)
             wanted, got = (each[inside][:, place.columns] for each in (change, applied))
-        product = float((wanted * got).sum(dtype=torch.float64)) * times
+        product = float((wanted * got).sum(1).sum(dtype=torch.float64)) * times
         squared = float(torch.linalg.vector_norm(wanted)) ** 2 * times
         if math.isfinite(product) and math.isfinite(squared):
             one, other = found.get(module, (0.0, 0.0))

@@ -14,7 +14,7 @@ from loratool.bases.weights import Room
 from loratool.files.open_sources import OpenSources
 from loratool.files.stopwatch import lap
 from loratool.lazy import Tensor, torch
-from loratool.merging.gain import measure_kept
+from loratool.merging.gain import kept_of
 from loratool.merging.parts import Place
 from loratool.merging.resources import rows_of_block
 from loratool.merging.row_blocks import EditedSpan, Worker
@@ -40,13 +40,13 @@ class Attempt:
         packed = self.weight.encode(after.view(-1, self.weight.line), first * lines, self.parameters)
         values = self.weight.decode_packed(packed, first * lines, len(after) * lines, self.parameters)
         values = values.view(after.shape)
-        change = after - before
-        self.lost += float(torch.linalg.vector_norm(values - after)) ** 2
+        self.differs = self.differs or not torch.equal(values, before)
+        error, change = values.sub_(after), after - before
+        self.lost += float(torch.linalg.vector_norm(error)) ** 2
         self.norm += float(torch.linalg.vector_norm(before)) ** 2
         self.change += float(torch.linalg.vector_norm(change)) ** 2
         rows = torch.arange(first, first + len(after), device=after.device)
-        self.kept = summed([self.kept, measure_kept(before, change, values, rows, modules, 1)])
-        self.differs = self.differs or not torch.equal(values, before)
+        self.kept = summed([self.kept, kept_of(change, error.add_(change), rows, modules, 1)])
         self.packed.append(packed.cpu())
 
     def tensors(self) -> dict[str, Tensor]:

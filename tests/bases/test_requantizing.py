@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from packed_bnb import FourBit, int8
 from packed_models import open_packed, save_packed
 from torch import Tensor
 
+from loratool.bases.codecs.parts import nearest
 from loratool.bases.packed import Requantizable
 from loratool.bases.weights import Room
 
@@ -30,6 +32,31 @@ def opened(folder: Path, tensors: Mapping[str, Any]) -> Requantizable:
     weight = open_packed(save_packed(folder, tensors, CONFIG)).weights[NAME]
     assert isinstance(weight, Requantizable)
     return weight
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        NF4.tolist(),
+        [0, 0.01, 8, 12, 4, 6, 2, 3, -0.01, -8, -12, -4, -6, -2, -3],
+        np.linspace(-1, 1, 255).tolist(),
+        [0, 1e-9, 1.001e-9, 5],  # two edges next to each other
+    ],
+)
+def test_many_values_go_to_the_nearest_entry_of_a_table_in_any_order(entries: list[float]) -> None:
+    """The edges between entries are there too, with the numbers next to them. Of two entries as near, either is right."""
+    table = torch.tensor(entries)
+    ordered = table.sort().values.double()
+    edges = ((ordered[1:] + ordered[:-1]) / 2).float()
+    near = [torch.nextafter(edges, torch.full_like(edges, end)) for end in (-math.inf, math.inf)]
+    drawn = torch.from_numpy(np.random.default_rng(0).standard_normal(1 << 16, np.float32)) * table.abs().amax() / 2
+    values = torch.cat([drawn, edges, *near, torch.tensor([0.0, -0.0, 1e-45, -1e-45, math.inf, -math.inf, math.nan])])
+    wanted = values.nan_to_num(0.0).double()[:, None]
+    distances = (wanted - table.double()).abs()
+    found = nearest(values, table)
+    assert found.dtype == torch.uint8
+    rounding = wanted[:, 0].abs() * 2.0**-24 + 1e-45  # an edge is a float32
+    assert (distances.gather(1, found.long()[:, None])[:, 0] <= distances.amin(1) + 2 * rounding).all()
 
 
 def four_bit(tmp_path: Path, shape: tuple[int, ...], nested: int) -> Requantizable:

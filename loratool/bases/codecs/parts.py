@@ -5,9 +5,11 @@ What all kinds of packed weights share.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeGuard
+from functools import lru_cache
+from typing import NamedTuple, TypeGuard
 
 from loratool.adapters.adapter import INTEGER_NAMES, StoredTensor
 from loratool.bases.weights import Plain, Room, plain_of
@@ -16,6 +18,8 @@ from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import FLOAT_NAMES, TensorInfo
 from loratool.lazy import Tensor, torch
 
+TOGETHER = 1 << 16  # values that are looked up at a time, in the cache
+KEYS = 1 << 16  # upper halves of a float32
 TORCH_NAMES = {**FLOAT_NAMES, **INTEGER_NAMES, "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 
 
@@ -137,11 +141,52 @@ def in_turns(values: Tensor, start: int, groups: int) -> Iterator[tuple[Tensor, 
 
 def nearest(values: Tensor, table: Tensor) -> Tensor:
     """Values → the number of the entry of `table`, (n,) in any order, that is nearest, as uint8; of NaN, that of 0."""
+    flat = values.flatten()
+    order, middles = sorted_entries(table)
+    steps = steps_of(tuple(table.tolist()), table.device) if flat.numel() >= KEYS else None
+    found = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
+    size = TOGETHER if flat.device.type == "cpu" else max(1, flat.numel())
+    for some, into in zip(torch.split(flat, size), torch.split(found, size), strict=True):
+        finite = some.nan_to_num(0.0)
+        if steps is None:
+            into.copy_(torch.bucketize(finite, middles, out_int32=True))
+        else:
+            at = finite.view(torch.int32).bitwise_right_shift(16).add_(KEYS // 2)
+            torch.index_select(steps.below, 0, at, out=into)
+            into.add_((finite > steps.edges.index_select(0, at)).view(torch.uint8))
+    if steps is None or not steps.in_order:
+        found = order.index_select(0, found.int())
+    return found.view(values.shape)
+
+
+def sorted_entries(table: Tensor) -> tuple[Tensor, Tensor]:
+    """The numbers of a table's entries as uint8, the smallest entry first, and what lies midway between them."""
     order = table.argsort()
     between = table[order].double()
-    middles = ((between[1:] + between[:-1]) / 2).float()
-    found = torch.bucketize(values.nan_to_num(0.0), middles, out_int32=True)
-    return order.to(torch.uint8).index_select(0, found.flatten()).view(values.shape)
+    return order.to(torch.uint8), ((between[1:] + between[:-1]) / 2).float()
+
+
+class Steps(NamedTuple):
+    """For each upper half of a float32, (65536,) each: at most one edge that is there between two entries of a table."""
+
+    edges: Tensor  # float32; infinite where there is none
+    below: Tensor  # uint8, how many entries are smaller than those of numbers that are not above the edge
+    in_order: bool  # whether the table is sorted
+
+
+@lru_cache(8)
+def steps_of(entries: tuple[float, ...], device: torch.device) -> Steps | None:
+    """How the entries of a table are found by the upper half of a number; None where two edges are in one such half."""
+    order, middles = sorted_entries(torch.tensor(entries))
+    halves = torch.arange(-KEYS // 2, KEYS // 2, dtype=torch.int32) << 16
+    ends = torch.stack([halves, halves | 0xFFFF]).view(torch.float32)
+    ends = torch.where(ends.isfinite().all(0), ends, 0.0)  # others do not come
+    low, high = torch.bucketize(ends, middles).aminmax(dim=0)  # of negative numbers the first half is the higher end
+    if bool((high - low > 1).any()):
+        return None
+    edges = torch.cat([middles, middles.new_full((1,), math.inf)])[low]
+    in_order = bool((order == torch.arange(len(order))).all())
+    return Steps(edges.to(device), low.to(torch.uint8).to(device), in_order)
 
 
 def largest_in_blocks(values: Tensor, block: int) -> Tensor:
