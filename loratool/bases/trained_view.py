@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 from loratool.adapters.adapter import Adapter, Flattened, StoredTensor
+from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.bases.binding import Bound
@@ -66,6 +67,7 @@ class Trained:
     # tensor → what takes its place, being new or of another shape
     saved: Mapping[str, StoredTensor] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)  # target → why it may take nobody's place
+    widened: Mapping[str, Shape] = field(default_factory=dict)  # tensor → the shape it is filled up to with zeros
 
 
 def usual_dtype(tensors: Mapping[str, TensorInfo]) -> str:
@@ -99,9 +101,13 @@ def as_trained(adapter: Adapter, base: Checkpoint, ties: Ties, binder: Binder, n
     heads = {name: base.tensors[group.names[0]].shape for group in ties.groups for name in group.missing}
     seen = assume(base, heads)
     bound = without_rows(adapter, binder(adapter, seen), seen, ties, binder)
+    widened = widened_by(adapter, bound, seen, binder)
+    if widened:
+        seen = assume(base, {**heads, **widened})
+        bound = without_rows(adapter, binder(adapter, seen), seen, ties, binder)
     whole = {target: value for target in bound.problems if (value := saved_whole(adapter, target)) is not None}
     if not whole:
-        return Trained(seen, bound)
+        return Trained(seen, bound, widened=widened)
     loose = {target: AnySize(value) for target, value in whole.items()}  # type: ignore[arg-type]  # never loaded
     meant = binder(replace(adapter, updates={**adapter.updates, **loose}, bases={}), seen).places
     saved: dict[str, StoredTensor] = {}
@@ -125,13 +131,35 @@ def as_trained(adapter: Adapter, base: Checkpoint, ties: Ties, binder: Binder, n
             refused[target] = reason
         else:
             saved[name] = value
-    shapes = {name: value.shape for name, value in saved.items()}
+    shapes = {**widened, **{name: value.shape for name, value in saved.items()}}
     for group in ties.groups:  # what is tied to a grown tensor has grown with it
         if found := [shapes[name] for name in group.names if name in shapes]:
             for name in ties.together(group):
                 shapes.setdefault(name, found[0])
     seen = assume(base, {**heads, **shapes})
-    return Trained(seen, without_rows(adapter, binder(adapter, seen), seen, ties, binder), saved, refused)
+    return Trained(seen, without_rows(adapter, binder(adapter, seen), seen, ties, binder), saved, refused, widened)
+
+
+def widened_by(adapter: Adapter, bound: Bound, seen: Checkpoint, binder: Binder) -> dict[str, Shape]:
+    """The tensors that an adapter fills up with zeros before it changes them, with their new shapes.
+
+    A ControlNet's LoRA of Flux trains an input layer for twice the channels that the base has.
+    """
+    wide = {
+        target: update.shape
+        for target in bound.problems
+        if isinstance(update := adapter.updates.get(target), LowRank) and update.widens
+    }
+    if not wide:
+        return {}
+    loose = {target: AnySize(Sized(shape)) for target, shape in wide.items()}  # type: ignore[arg-type]  # never loaded
+    meant = binder(replace(adapter, updates={**adapter.updates, **loose}, bases={}), seen).places
+    return {
+        place.tensor: shape
+        for target, shape in wide.items()
+        for place in meant.get(target, ())
+        if all(before <= after for before, after in zip(seen.tensors[place.tensor].shape, shape, strict=True))
+    }
 
 
 def without_rows(adapter: Adapter, bound: Bound, seen: Checkpoint, ties: Ties, binder: Binder) -> Bound:

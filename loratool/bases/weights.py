@@ -200,6 +200,44 @@ class Slice:
         return self
 
 
+@dataclass(frozen=True)
+class Filled:
+    """A weight that is filled up with zeros to a larger shape, for more inputs or outputs."""
+
+    whole: StoredWeight
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        return self.whole.dtype
+
+    @property
+    def exact(self) -> str:
+        return self.whole.exact
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        return self.whole.tensors
+
+    def rows(
+        self, first: int, count: int, device: torch.device, dtype: torch.dtype, room: Room | None = None
+    ) -> Tensor:
+        import torch
+
+        result = torch.zeros(count, *self.shape[1:], dtype=dtype, device=device)
+        there = max(0, min(count, self.whole.shape[0] - first))
+        if there:
+            rows = self.whole.rows(first, there, device, dtype, room).view(there, *self.whole.shape[1:])
+            result[tuple(map(slice, rows.shape))] = rows
+        return result.view(count, -1)
+
+    def matrix(self, columns: int) -> StoredWeight:
+        """Itself: its rows are those of a matrix. Raises `ValueError` for another number of columns."""
+        if columns != math.prod(self.shape[1:]):
+            raise ValueError(f"a weight of rows of {math.prod(self.shape[1:])} cannot be reshaped to {columns} columns")
+        return self
+
+
 def plain_of(base: Checkpoint, name: str) -> Plain:
     """A tensor that a file of a base holds."""
     home = base.homes[name]

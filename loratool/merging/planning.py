@@ -31,7 +31,7 @@ from loratool.bases.trained_view import (
     unequal_vocabularies,
     usual_dtype,
 )
-from loratool.bases.weights import Plain, StoredWeight, as_weight
+from loratool.bases.weights import Filled, Plain, StoredWeight, as_weight
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.files.checkpoint import PROVENANCE, Checkpoint
 from loratool.files.safefile import FLOAT_NAMES
@@ -219,6 +219,7 @@ class Draft:
     notes: list[Note]
     edits: dict[str, list[Edit]] = field(default_factory=dict)  # tensor → its edits
     saved: Saved = field(default_factory=dict)  # tensor → adapter → what that adapter puts in its place to begin from
+    widened: dict[str, tuple[int, ...]] = field(default_factory=dict)  # tensor → its shape, once filled up with zeros
     problems: list[str] = field(default_factory=list)
     unsupported: list[str] = field(default_factory=list)
 
@@ -227,6 +228,11 @@ class Draft:
         adapter, bound = self.adapters[number], trained.bound
         self.notes += [note.under(adapter.name) for note in bound.notes]
         self.problems += [f"{adapter.name}: {line}" for line in tell({**bound.problems, **trained.refused})]
+        for tensor, shape in trained.widened.items() if weight else ():
+            if self.widened.setdefault(tensor, shape) != shape:
+                self.problems.append(
+                    f"{adapter.name}: {printable(tensor)}: several adapters fill it up to other shapes"
+                )
         for target, places in bound.places.items():
             for place in map(self.beside_weight, places):
                 if why := self.why_not(place, trained, weight):
@@ -387,6 +393,7 @@ class Draft:
                     f"{printable(name)}: written as a separate tensor; the base ties it to {printable(of)}",
                 )
             )
+        moved |= self.filled_up(first)
         for tensor, value in first.items():
             what = f"{printable(tensor)}: {list(value.shape)} as the adapter saved it"
             if tensor in base:
@@ -399,6 +406,20 @@ class Draft:
                 self.notes.append(Note("tensor-added", f"{what}, which the base lacks"))
         edits = {tensor: tuple(sorted(found, key=replaces_first)) for tensor, found in self.edits.items()}
         return Changes(edits, moved, added, config)
+
+    def filled_up(self, saved: Mapping[str, StoredTensor]) -> dict[str, Origin]:
+        """The tensors that begin as the base's with zeros around them, unless others see them as they were."""
+        found: dict[str, Origin] = {}
+        for tensor, shape in self.widened.items():
+            info = self.base.tensors[tensor]
+            if any(e.update.shape[1:] != shape[1:] for e in self.edits.get(tensor, ())) or tensor in saved:
+                self.problems.append(f"{printable(tensor)}: one adapter fills it up to {list(shape)}, others do not")
+            found[tensor] = Origin(Filled(self.unedited(tensor), shape), tensor, info.dtype)
+            sizes = f"from {list(info.shape)} to {list(shape)}"
+            self.notes.append(
+                Note("tensor-widened", f"{printable(tensor)}: filled up with zeros {sizes}, as it was trained")
+            )
+        return found
 
     def refuse(self) -> NoReturn:
         """Tell all misfits of all adapters in one error."""

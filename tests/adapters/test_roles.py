@@ -612,6 +612,11 @@ BROKEN: dict[str, tuple[dict[str, Tensor], str]] = {
         {**LORA, "bias_indices": torch.zeros(2, 1).short(), "bias_values": random(3)},
         r"x\.bias_indices is \[2, 1\] for 3 values",
     ),
+    "another shape to fill up": (
+        {**LORA, "reshape_weight": torch.tensor([6, 5])},
+        r"x\.reshape_weight says \[6, 5\]; its update is \[6, 4\]",
+    ),
+    "a shape alone": ({"reshape_weight": torch.tensor([6, 4])}, r"x\.reshape_weight: nothing in the module"),
     "a value that others change": ({**LORA, "set_weight": W}, r"x\.set_weight replaces what others change"),
 }
 

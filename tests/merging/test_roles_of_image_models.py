@@ -148,3 +148,61 @@ def test_oft_of_kohya_is_known_by_its_prefix(tmp_path: Path) -> None:
         loratool.merge(folder / "base.safetensors", folder / "adapter.safetensors", folder / "out", device="cpu")
         merged = load_file(folder / "out" / "base.safetensors")["unet.mid.proj.weight"]
         torch.testing.assert_close(merged.double(), role_formulas.oft(base, blocks, limit), rtol=1e-6, atol=1e-6)
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> Path:
+    """A base whose input layers have fewer columns, or channels, than an adapter was trained on."""
+    base = {
+        "diffusion_model.img_in.weight": random(4, 3, seed=9),
+        "diffusion_model.conv.weight": random(4, 3, 2, 2, seed=9),
+        "diffusion_model.other.weight": random(4, 3),
+    }
+    adapter = {
+        "diffusion_model.img_in.lora_A.weight": random(2, 6),
+        "diffusion_model.img_in.lora_B.weight": random(4, 2),
+        "diffusion_model.conv.lora_down.weight": random(2, 5, 2, 2),
+        "diffusion_model.conv.lora_up.weight": random(6, 2, 1, 1),
+        "diffusion_model.conv.reshape_weight": torch.tensor([6, 5, 2, 2]),
+    }
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(adapter, tmp_path / "adapter.safetensors")
+    return tmp_path
+
+
+def test_a_weight_is_filled_up_with_zeros_to_the_shape_that_was_trained(wide: Path) -> None:
+    """Input layers of ControlNets of Flux, and what `reshape_weight` says of any other weight."""
+    report = loratool.merge(wide / "base.safetensors", wide / "adapter.safetensors", wide / "out", device="cpu")
+    base, merged = load_file(wide / "base.safetensors"), load_file(wide / "out" / "base.safetensors")
+    for name, shape in (("img_in", (4, 6)), ("conv", (6, 5, 2, 2))):
+        filled = torch.zeros(*shape, dtype=torch.float64)
+        before = base[f"diffusion_model.{name}.weight"].double()
+        filled[tuple(map(slice, before.shape))] = before
+        up, down = (random(shape[0], 2), random(2, 6)) if name == "img_in" else (random(6, 2, 1, 1), random(2, 5, 2, 2))
+        wanted = (filled + role_formulas.lora(up, down, 1.0)).float()
+        torch.testing.assert_close(merged[f"diffusion_model.{name}.weight"], wanted, rtol=0, atol=0)
+    assert torch.equal(merged["diffusion_model.other.weight"], base["diffusion_model.other.weight"])
+    assert [note.code for note in report.notes].count("tensor-widened") == 2
+    assert loratool.verify(wide / "out", wide / "base.safetensors", wide / "adapter.safetensors").passes
+
+
+def test_adapters_that_see_a_weight_in_two_shapes_are_refused_together(wide: Path) -> None:
+    plain = {
+        "diffusion_model.img_in.lora_A.weight": random(2, 3),
+        "diffusion_model.img_in.lora_B.weight": random(4, 2),
+    }
+    save_file(plain, wide / "plain.safetensors")
+    adapters = [wide / "adapter.safetensors", wide / "plain.safetensors"]
+    with pytest.raises(loratool.FitError, match=r"img_in\.weight: one adapter fills it up to \[4, 6\], others do not"):
+        loratool.merge(wide / "base.safetensors", adapters, wide / "out", device="cpu")
+
+
+def test_a_smaller_update_is_not_filled_up(wide: Path) -> None:
+    """Zeros are added to the weight, never to factors."""
+    narrow = {
+        "diffusion_model.img_in.lora_A.weight": random(2, 2),
+        "diffusion_model.img_in.lora_B.weight": random(4, 2),
+    }
+    save_file(narrow, wide / "narrow.safetensors")
+    with pytest.raises(loratool.FitError, match=r"img_in\.weight.*\[4, 2\]|\(4, 2\)"):
+        loratool.merge(wide / "base.safetensors", wide / "narrow.safetensors", wide / "out", device="cpu")

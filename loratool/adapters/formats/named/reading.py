@@ -28,6 +28,7 @@ from loratool.results.repairs import some
 
 LYCORIS = ("hada_", "lokr_", "oft_", "on_input", "a1.", "bm.", "bias_", "w_norm", "b_norm", "diff", "lora_mid")
 DENOISERS = frozenset({"unet", "prior", "transformer", "diffusion_model"})  # names of one component
+WIDENED = ("img_in", "x_embedder")  # input layers of Flux, which its ControlNets feed twice the channels
 MERGED_TWICE = "same-weight-twice"  # the code of a problem
 MISSING = "alpha-missing"  # the code of a note, also of one that roles make
 # What roles of a method begin with, and what PEFT calls it.
@@ -185,7 +186,13 @@ class Reader:
             self.problems.append(Problem(text, CONTRADICTION))
         given = self.reading.input_alpha
         module = Module(
-            group.name, group.roles, given, scale, dim=self.header.rank, constrained=group.spelling.constrained
+            group.name,
+            group.roles,
+            given,
+            scale,
+            dim=self.header.rank,
+            constrained=group.spelling.constrained,
+            widens=group.name.rpartition(".")[2] in WIDENED,
         )
         try:
             found = found_in(module, sources)

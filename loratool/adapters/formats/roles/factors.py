@@ -8,7 +8,7 @@ from typing import Any
 
 from loratool.adapters.adapter import Derived
 from loratool.adapters.formats.roles.module import Slots
-from loratool.adapters.formats.roles.names import DOWN, EMBEDDING, MID, UP
+from loratool.adapters.formats.roles.names import DOWN, EMBEDDING, MID, RESHAPE, UP
 from loratool.adapters.formats.roles.products import as_matrix
 from loratool.algebra.updates import formulas
 from loratool.algebra.updates.additive import LowRank
@@ -26,7 +26,12 @@ def low_rank(slots: Slots) -> LowRank:
         matrices = f"{list(up.shape)} and {list(down.shape)}"
         slots.require(not update.kernel, f"its factors are {matrices}; expected two matrices, as it is an embedding")
         return replace(update, turnable=False, table=True).turned
-    return update
+    if RESHAPE in slots:
+        shape = slots.shape_in(RESHAPE)
+        slots.require(
+            shape == update.shape, f"{slots.name(RESHAPE)} says {list(shape)}; its update is {list(update.shape)}"
+        )
+    return replace(update, widens=RESHAPE in slots or slots.module.widens)
 
 
 def product_of(slots: Slots, up: Any, down: Any, scale: float, core: Any = None) -> LowRank:

@@ -52,6 +52,7 @@ class Module:
     table: bool = False  # an embedding, (rows, width), whose update is the transpose of the product
     dim: int | None = None  # the rank that a header records, for comparison
     constrained: bool = False  # alpha limits the rotation also where it is 0, as in kohya's OFT
+    widens: bool = False  # its factors may be of a larger shape than the base's weight, which has zeros there
 
 
 @dataclass(frozen=True)
@@ -127,12 +128,24 @@ class Slots:
         """The tensor of a role that holds whole numbers."""
         return self.tensor(role, dimensions, tuple(INTEGER_NAMES))
 
+    def shape_in(self, role: str) -> tuple[int, ...]:
+        """The shape that the tensor of a role holds in whole numbers; its bytes are read."""
+        stored = self.indices(role, (1,))
+        self.require(stored.shape[0] < 6, f"{self.name(role)} is {list(stored.shape)}; expected the sizes of a weight")
+        kind = NUMBERS[stored.info.dtype][1] * stored.shape[0]
+        return tuple(struct.unpack(f"<{kind}", self.bytes_of(stored)))
+
+    def bytes_of(self, stored: StoredTensor) -> bytearray:
+        """All of a small tensor."""
+        raw = bytearray(stored.info.nbytes)
+        stored.read(0, memoryview(raw), self.sources)
+        return raw
+
     def number(self, role: str) -> float:
         """The one finite number that the tensor of a role holds; its bytes are read."""
         stored = self.tensor(role, (), tuple(NUMBERS))
         self.require(math.prod(stored.shape) == 1, f"{self.name(role)} is {list(stored.shape)}; expected one number")
-        raw = bytearray(stored.info.nbytes)
-        stored.read(0, memoryview(raw), self.sources)
+        raw = self.bytes_of(stored)
         if stored.info.dtype == "BF16":
             raw = bytearray(2) + raw
         (value,) = struct.unpack(NUMBERS[stored.info.dtype], raw)

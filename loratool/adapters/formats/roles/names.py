@@ -33,8 +33,9 @@ GLORA = ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight")
 OFT = ("oft_blocks", "rescale")
 OFT_OF_INPUTS = ("oft_R.weight", "oft_R.scaled_oft")
 SPARSE = ("bias_indices", "bias_values", "bias_size")
-WHOLE = ("diff", "diff_b", "set_weight", "reshape_weight", "w_norm", "b_norm")
-WITHOUT_CHANGE = (ALPHA, "reshape_weight")  # which change nothing alone
+RESHAPE = "reshape_weight"  # the shape that the weight is filled up to with zeros first
+WHOLE = ("diff", "diff_b", "set_weight", RESHAPE, "w_norm", "b_norm")
+WITHOUT_CHANGE = (ALPHA, RESHAPE)  # which change nothing alone
 # Roles of methods that are recognised and not merged.
 FOREIGN: Mapping[str, str] = {
     "lambda_layer": "T-LoRA",
