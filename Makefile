@@ -82,6 +82,8 @@ docs: .venv/development
 	.venv-acceptance/bin/$(PIP) --constraint constraints.txt torch
 	.venv-acceptance/bin/$(PIP) --constraint constraints.txt hatchling editables setuptools
 	.venv-acceptance/bin/$(PIP) --constraint constraints.txt --no-build-isolation --editable '.[acceptance]'
+	@# single files of them are run, which need torch alone
+	.venv-acceptance/bin/$(PIP) --no-deps torchtune litgpt
 	touch $@
 
 # "name>=1.2" of the dependencies becomes name==1.2; what results are compared with is as new as goes with those

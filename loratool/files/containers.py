@@ -17,18 +17,24 @@ from loratool.files.safefile import start_of
 if TYPE_CHECKING:
     from pathlib import Path
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".lora")
+ARCHIVE = ".nemo"
+# Files that are told where safetensors are looked for: what only some tools write.
+TOLD = (".npz", ".lora", ARCHIVE)
+UNPACKED = "model_weights.ckpt"  # what is in such an archive
 POINTER = b"version https://git-lfs"
 
 
 def foreign_file(path: Path) -> str:
     """What a file of weights is, and how it becomes safetensors; empty for one that is no such file."""
-    if path.suffix not in (*PICKLES, ".npz"):
+    if path.suffix not in (*PICKLES, ".npz", ARCHIVE):
         return ""
     if is_pointer(path):
         return "a Git LFS pointer, not the file it points to; run `git lfs pull`"
     if path.suffix == ".npz":
         return f"numpy arrays, as old MLX releases saved them; {npz_conversion(path)}"
+    if path.suffix == ARCHIVE:
+        return f"a NeMo archive, which holds pickled weights; {unpacking(path)}"
     return f"loratool never loads pickled weights; {conversion(path)}"
 
 
@@ -63,6 +69,13 @@ def npz_conversion(path: Path) -> str:
         f"save_file(dict(numpy.load({path.name!r})), {path.stem + '.safetensors'!r})"
     )
     return f'convert them in their folder with: python -c "{printable_code(code)}"'
+
+
+def unpacking(path: Path) -> str:
+    """The commands that unpack an archive of NeMo next to it, and turn the state dict in it into safetensors."""
+    inside = path.parent / path.stem / UNPACKED
+    archive, folder = (shlex.quote(printable(name)) for name in (path.name, path.stem))
+    return f"unpack it in its folder with: mkdir {folder} && tar -xf {archive} -C {folder}. Then, {conversion(inside)}"
 
 
 def printable_code(code: str) -> str:
@@ -108,6 +121,6 @@ def instead_of_weights(folder: Path) -> str:
     if told := sharded_folder(folder):
         return told
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.suffix == ".npz":
+        if path.suffix in TOLD or path.name == UNPACKED:
             return f"{printable(path)}: {foreign_file(path)}"
     return ""

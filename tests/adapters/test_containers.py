@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import shlex
+import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,8 @@ from oracle import needs
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from workbench import Workbench, check_is_merged, tensors_of
+
+import loratool
 
 STEM = "adapter_model"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 4096\n"
@@ -176,6 +181,52 @@ def test_the_line_that_converts_arrays_of_numpy_works(
     follow(told, folder, monkeypatch)
     found = load_file(folder / "adapters.safetensors")
     assert all(np.array_equal(found[name].numpy(), array) for name, array in arrays.items())
+
+
+@pytest.mark.parametrize("operand", ["file", "folder"])
+def test_the_line_that_converts_litgpts_pickle_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operand: str
+) -> None:
+    """`lit_model.pth.lora` holds a state dict under "model"; what the line leaves is read with the settings beside it."""
+    tensors = {
+        "transformer.h.0.attn.proj.lora_A": torch.ones(2, 4),
+        "transformer.h.0.attn.proj.lora_B": torch.ones(4, 2),
+    }
+    torch.save({"model": tensors}, tmp_path / "lit_model.pth.lora")
+    (tmp_path / "hyperparameters.yaml").write_text("lora_r: 2\nlora_alpha: 4\n")
+    with pytest.raises(loratool.InputError, match="never loads pickled") as told:
+        loratool.read_adapter(tmp_path / "lit_model.pth.lora" if operand == "file" else tmp_path)
+    follow(str(told.value), tmp_path, monkeypatch)
+    found = loratool.inspect(tmp_path)
+    assert isinstance(found, loratool.AdapterFacts)
+    assert (found.format, found.scalings) == ("litgpt", {"2": 1})
+
+
+@pytest.mark.parametrize("operand", ["file", "folder"])
+def test_the_lines_that_unpack_and_convert_a_nemo_archive_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operand: str
+) -> None:
+    """The archive is a tar with a pickled state dict and the settings, which are read once they are unpacked."""
+    name = "model.decoder.layers.0.self_attention.adapter_layer.lora_dense_attention_adapter"
+    tensors = {f"{name}.linear_in.weight": torch.ones(2, 4), f"{name}.linear_out.weight": torch.ones(4, 2)}
+    torch.save(tensors, tmp_path / "model_weights.ckpt")
+    (tmp_path / "model_config.yaml").write_text("peft:\n  lora_tuning:\n    adapter_dim: 2\n    alpha: 4\n")
+    folder = tmp_path / "here"
+    folder.mkdir()
+    with tarfile.open(folder / "my lora.nemo", "w") as archive:
+        for part in ("model_weights.ckpt", "model_config.yaml"):
+            archive.add(tmp_path / part, part)
+    with pytest.raises(loratool.InputError, match="NeMo archive") as told:
+        loratool.read_adapter(folder / "my lora.nemo" if operand == "file" else folder)
+    line = re.search(r"with: (mkdir .*?)\. Then", str(told.value))
+    assert line is not None
+    subprocess.run(line[1], shell=True, cwd=folder, check=True)
+    with pytest.raises(loratool.InputError, match="never loads pickled"):
+        loratool.read_adapter(folder / "my lora")
+    follow(str(told.value), folder / "my lora", monkeypatch)
+    found = loratool.inspect(folder / "my lora")
+    assert isinstance(found, loratool.AdapterFacts)
+    assert (found.format, found.scalings) == ("megatron", {"2": 1})
 
 
 def save_distributed(folder: Path, tensors: dict[str, Tensor]) -> None:

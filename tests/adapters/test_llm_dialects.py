@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from checkpoints import save
+from paths import REAL
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trainer_layouts import (
     HEADS,
@@ -281,3 +284,57 @@ def test_litgpt_adapters_that_are_broken_are_refused(
     adapter = litgpt(tmp_path / "a", parts, settings, **change)
     with pytest.raises(loratool.LoratoolError, match=told):
         loratool.merge(base, adapter, tmp_path / "out", device="cpu")
+
+
+# published adapters
+
+LAYERS_OF_QWEN = {"q_proj": (896, 896), "v_proj": (128, 896)}  # of the last 4 layers
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"the published adapters are not here: {REAL} is missing")
+@pytest.mark.parametrize("file", ["adapters.safetensors", "0000100_adapters.safetensors"])
+def test_a_published_adapter_of_mlx_merges_to_the_formula(tmp_path: Path, file: str) -> None:
+    """The last weights, and a checkpoint by its own name; its config has an alpha that mlx-lm does not use."""
+    shapes = {f"model.layers.{n}.self_attn.{p}": shape for n in range(20, 24) for p, shape in LAYERS_OF_QWEN.items()}
+    base = save(tmp_path / "base", {f"{m}.weight": numbers(*s, seed=n) for n, (m, s) in enumerate(shapes.items())})
+    adapter = REAL / "mlx-qwen0.5b" / file
+    tensors = load_file(adapter)
+    scale = json.loads((adapter.parent / "adapter_config.json").read_text())["lora_parameters"]["scale"]
+    deltas = {m: product(tensors[f"{m}.lora_b"].T, tensors[f"{m}.lora_a"].T, scale) for m in shapes}
+    check_merged(merged(base, adapter, tmp_path / "out"), base, deltas)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"the published adapters are not here: {REAL} is missing")
+def test_published_arrays_of_numpy_are_read_once_the_line_has_converted_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(REAL / "mlx-npz" / "adapters.npz", tmp_path)
+    with pytest.raises(loratool.InputError, match="numpy arrays") as told:
+        loratool.read_adapter(tmp_path)
+    code = shlex.split(str(told.value).partition("python -c ")[2])[0]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "the line", "exec"), {})
+    facts = loratool.inspect(tmp_path, input_alpha=[80.0])
+    assert isinstance(facts, loratool.AdapterFacts)
+    assert (facts.format, facts.ranks, facts.scalings) == ("mlx", {"4": 32}, {"20": 32})
+
+
+def test_factors_that_are_numbered_in_the_order_of_a_model_are_refused_by_the_name_of_their_tool(
+    tmp_path: Path,
+) -> None:
+    """cloneofsimo/lora: nothing in its files says which layers they belong to."""
+    tensors = {
+        "unet:0:up": numbers(6, 2),
+        "unet:0:down": numbers(2, 4),
+        "unet:1:up": numbers(6, 2),
+        "unet:1:down": numbers(2, 4),
+    }
+    (tmp_path / "a").mkdir()
+    save_file(
+        tensors,
+        tmp_path / "a" / "lora.safetensors",
+        {"unet": '["CrossAttention"]', "unet:0:rank": "2", "unet:1:rank": "2"},
+    )
+    for place in (tmp_path / "a", tmp_path / "a" / "lora.safetensors"):
+        with pytest.raises(loratool.InputError, match="cloneofsimo"):
+            loratool.resize(place, tmp_path / "out", rank=1)
