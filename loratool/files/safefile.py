@@ -207,6 +207,11 @@ class SafeFile:
         return self.layout.tensors
 
     @property
+    def metadata(self) -> Mapping[str, str]:
+        """What the header holds besides; empty where it holds nothing."""
+        return self.layout.metadata or {}
+
+    @property
     def config(self) -> Mapping[str, Any]:
         """What the file itself says of a model, in the words of a config of transformers."""
         return {}

@@ -16,6 +16,7 @@ from loratool.adapters.formats.format import Format
 from loratool.adapters.training import Training
 from loratool.algebra.updates.additive import LowRank
 from loratool.errors import FitError, InputError
+from loratool.files.heads import HasNames
 from loratool.files.safefile import read_safefile
 from loratool.provenance.cards import Subject
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from loratool.adapters.formats.format import Config
     from loratool.adapters.reading import Reading
     from loratool.errors import Problem
-    from loratool.files.safefile import SafeFile
 
 SCALE = 0.5
 Q, UP = "model.layers.0.self_attn.q_proj.weight", "model.layers.10.mlp.up_proj.weight"
@@ -45,7 +45,7 @@ class Underscores(Format):
     def recognises(self, path: Path) -> bool:
         return (path / self.weights_name).is_file()
 
-    def claims(self, file: SafeFile) -> frozenset[str]:
+    def claims(self, file: HasNames) -> frozenset[str]:
         return frozenset(name for name in file.tensors if name.endswith((".up", ".down")))
 
     def is_config(self, config: Config) -> bool:

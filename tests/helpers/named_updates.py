@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from loratool.adapters.formats.format import Config
     from loratool.adapters.reading import Reading
     from loratool.errors import Problem
-    from loratool.files.safefile import SafeFile
+    from loratool.files.heads import HasNames
 
 SCALE = 0.5
 
@@ -38,7 +38,7 @@ class Targets(Format):
     def recognises(self, path: Path) -> bool:
         return (path / self.weights_name).is_file()
 
-    def claims(self, file: SafeFile) -> frozenset[str]:
+    def claims(self, file: HasNames) -> frozenset[str]:
         return frozenset(name for name in file.tensors if name.endswith((".up", ".down")))
 
     def is_config(self, config: Config) -> bool:

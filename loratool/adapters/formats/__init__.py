@@ -21,9 +21,9 @@ from loratool.adapters.formats.trainer import MODEL_CONFIG
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.errors import InputError, LoratoolError, printable
 from loratool.files.containers import foreign_file, instead_of_weights
+from loratool.files.heads import Head, read_head
 from loratool.files.inputs import unreadable
 from loratool.files.model_files import MODEL_FILES, FileNames
-from loratool.files.safefile import SafeFile, read_safefile
 from loratool.provenance.cards import Subject
 
 # Of several that may be meant, the first that claims a tensor is: PEFT claims `.lora_A` whatever the module.
@@ -52,16 +52,28 @@ def format_at(location: Path) -> Format:
     found = [form for form in FORMATS if form.recognises(location)]
     if len(found) > 1:
         heads = list(heads_at(location))  # none on the Hub, where names alone decide
-        claiming = [form for form in found if any(map(form.claims, heads))]
-        found = claiming or [form for form in found if form is WRITTEN] or found
+        claiming = next((form for form in found if any(map(form.claims, heads))), None)
+        return claiming or next((form for form in found if form is WRITTEN), found[0])
     return found[0] if found else WRITTEN
 
 
-def heads_at(location: Path) -> Iterator[SafeFile]:
+def dialects_at(path: Path) -> tuple[str, ...]:
+    """What the ways are called in which the names of a file are spelled; nothing where no format claims any.
+
+    Told by the head alone, in a fraction of the time that it takes to check it.
+    """
+    for head in heads_at(path):
+        for form in FORMATS:
+            if form.recognises(path) and form.claims(head):
+                return form.dialects_in(head)
+    return ()
+
+
+def heads_at(location: Path) -> Iterator[Head]:
     """The heads of the safetensors files at a place, as far as they can be read."""
     for path in sorted(location.glob("*.safetensors")) if location.is_dir() else [location]:
         with suppress(LoratoolError):
-            yield read_safefile(path)
+            yield read_head(path)
 
 
 def format_of(adapter: Adapter) -> Format:

@@ -18,9 +18,9 @@ from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.errors import InputError, Problem, UsageError, printable
 from loratool.files.checkpoint import sort_side_files
+from loratool.files.heads import HasNames
 from loratool.files.inputs import read_json
 from loratool.files.model_files import FileNames
-from loratool.files.safefile import SafeFile
 from loratool.files.tensor_writer import TensorFile, Triple, tensor_file
 from loratool.lazy import Tensor
 from loratool.notes import Note
@@ -144,8 +144,12 @@ class Format(Protocol):
     def recognises(self, path: Path) -> bool:
         """Whether a folder or file may hold such an adapter, by the names of files alone: on the Hub they are empty."""
 
-    def claims(self, file: SafeFile) -> frozenset[str]:
-        """The tensors of a file that are spelled as this format spells them."""
+    def claims(self, file: HasNames) -> frozenset[str]:
+        """The tensors of a file that are spelled as this format spells them; of those that differ in numbers one will do."""
+
+    def dialects_in(self, file: HasNames) -> tuple[str, ...]:  # noqa: ARG002 (most have but one)
+        """What the ways are called in which the names of a file are spelled that this format claims."""
+        return (self.name,)
 
     def is_config(self, config: Config) -> bool:
         """Whether a table is one of its configs."""

@@ -27,7 +27,7 @@ from loratool.adapters.unsettled import WAY_OUT, Unsettled
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
 from loratool.errors import InputError, printable
-from loratool.files.safefile import SafeFile
+from loratool.files.heads import HasNames
 
 A, B = ".lora_A", ".lora_B"
 SETTINGS, MODEL = "hyperparameters.yaml", "model_config.yaml"
@@ -90,7 +90,7 @@ class Litgpt(TrainerFormat):
     weights_name = "lit_model.lora.safetensors"
     settings = (SETTINGS,)
 
-    def claims(self, file: SafeFile) -> frozenset[str]:
+    def claims(self, file: HasNames) -> frozenset[str]:
         modules = [module for module in modules_with(file, (A, B)) if is_own(module)]
         if not any(LAYER.fullmatch(module) for module in modules):
             return frozenset()

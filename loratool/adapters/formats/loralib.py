@@ -24,7 +24,8 @@ from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import Replace
 from loratool.errors import printable
-from loratool.files.safefile import FLOAT_NAMES, SafeFile
+from loratool.files.heads import HasNames
+from loratool.files.safefile import FLOAT_NAMES
 from loratool.layouts.architectures import INPUT_EMBEDDINGS
 from loratool.notes import Note
 
@@ -69,7 +70,7 @@ class Loralib(TrainerFormat):
     def recognises(self, path: Path) -> bool:
         return super().recognises(path) and not (path.parent / PEFT_CONFIG).exists()
 
-    def claims(self, file: SafeFile) -> frozenset[str]:
+    def claims(self, file: HasNames) -> frozenset[str]:
         modules = set(modules_with(file, (A, B)))
         own = frozenset(n for n in file.tensors if n.endswith((A, B)) or n.removesuffix(BIAS) in modules)
         return own if modules and not any(name.startswith("base_model.") for name in own) else frozenset()

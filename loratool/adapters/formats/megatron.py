@@ -31,7 +31,7 @@ from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
 from loratool.errors import printable
-from loratool.files.safefile import SafeFile
+from loratool.files.heads import HasNames
 from loratool.notes import Note
 
 A, B, M = ".linear_in.weight", ".linear_out.weight", ".weight_magnitude"
@@ -113,7 +113,7 @@ class Megatron(TrainerFormat):
     weights_name = "adapter.safetensors"
     settings = (RUN, MODEL)
 
-    def claims(self, file: SafeFile) -> frozenset[str]:
+    def claims(self, file: HasNames) -> frozenset[str]:
         modules = [
             module for module in modules_with(file, (A, B)) if MODULE.fullmatch(module) or HEAD.fullmatch(module)
         ]

@@ -30,6 +30,7 @@ from loratool.algebra.updates.experts import ExpertFactors
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.errors import FitError, InputError, Problem, printable
 from loratool.files.checkpoint import NUMBERED
+from loratool.files.heads import HasNames
 from loratool.files.hub_cache import name_of
 from loratool.files.inputs import read_json
 from loratool.files.safefile import FLOAT_NAMES, SafeFile, read_safefile
@@ -253,7 +254,7 @@ class Mlx(Format):
             return path.is_file() and not NUMBERED.match(path.name)
         return (path / WEIGHTS).is_file() or any(path.glob(CHECKPOINTS))
 
-    def claims(self, file: SafeFile) -> frozenset[str]:
+    def claims(self, file: HasNames) -> frozenset[str]:
         names = file.tensors
         if file.path.name.endswith(WEIGHTS) and is_full(config_beside(file.path)):
             return frozenset(names)

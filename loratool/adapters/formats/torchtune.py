@@ -24,7 +24,7 @@ from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
 from loratool.errors import printable
-from loratool.files.safefile import SafeFile
+from loratool.files.heads import HasNames
 
 A, B, M = ".lora_a.weight", ".lora_b.weight", ".magnitude"
 LAYER = re.compile(r"(?P<start>(?:decoder\.)?layers\.\d+)\.(?P<leaf>attn\.\w+|mlp\.\w+)")
@@ -85,7 +85,7 @@ class Torchtune(TrainerFormat):
     weights_name = "adapter_model.safetensors"
     settings = ("adapter_config.json",)
 
-    def claims(self, file: SafeFile) -> frozenset[str]:
+    def claims(self, file: HasNames) -> frozenset[str]:
         modules = set(modules_with(file, (A, B)))
         return frozenset(n for n in file.tensors if n.endswith((A, B)) or n.removesuffix(M) in modules)
 

@@ -22,6 +22,7 @@ from loratool.adapters.weight_files import weight_files
 from loratool.algebra.updates.base import Update
 from loratool.errors import InputError, LoratoolError, Problem, printable
 from loratool.files.checkpoint import NUMBERED, sort_side_files
+from loratool.files.heads import HasNames
 from loratool.files.hub_cache import name_of
 from loratool.files.inputs import read_json
 from loratool.files.safefile import FLOAT_NAMES, SafeFile, read_safefile
@@ -237,6 +238,6 @@ def whole_in(config: Config, *path: str) -> int | None:
     return value if type(value) is int and value > 0 else None
 
 
-def modules_with(file: SafeFile, ends: Sequence[str]) -> Iterator[str]:
+def modules_with(file: HasNames, ends: Sequence[str]) -> Iterator[str]:
     """The modules that have a tensor whose name ends so, sorted."""
     yield from sorted({name.removesuffix(end) for name in file.tensors for end in ends if name.endswith(end)})

@@ -115,7 +115,7 @@ SPELLINGS = (
     Spelling("lycoris", r"lycoris_", flat(""), "as in LyCORIS"),
     Spelling("kohya", r"lora_unet_", flat("unet"), KOHYA),
     Spelling("kohya", r"oft_unet_", flat("unet"), KOHYA, constrained=True),
-    Spelling("kohya", r"(?:lora|oft)_te[123]?_", text_encoder, KOHYA),
+    Spelling("kohya", r"lora_te[123]?_", text_encoder, KOHYA),
     Spelling("kohya", r"lora_prior_unet_", flat("prior"), KOHYA),
     Spelling("kohya", r"lora_prior_te_", flat("te"), KOHYA),
     Spelling(

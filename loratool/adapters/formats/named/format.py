@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.format import Config, Format
 from loratool.adapters.formats.named import header, refused, writing
-from loratool.adapters.formats.named.dialects import spelling_of
-from loratool.adapters.formats.named.reading import Configs, Reader
-from loratool.adapters.formats.roles import grouped
+from loratool.adapters.formats.named.dialects import Spelling, spelling_of
+from loratool.adapters.formats.named.reading import Configs, Reader, dialect_of
+from loratool.adapters.formats.roles import split
 from loratool.adapters.layers import Kind
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.adapters.training import Training
 from loratool.adapters.weight_files import weight_files
 from loratool.errors import InputError, LoratoolError, Problem, printable
 from loratool.files.checkpoint import NUMBERED, sort_side_files
+from loratool.files.heads import HasNames, kinds_of, read_head
 from loratool.files.hub_cache import name_of
 from loratool.files.safefile import SafeFile, read_safefile
 from loratool.notes import Note
@@ -48,26 +50,30 @@ class Named(Format):
             return False
         return (path / WEIGHTS).is_file() or any(self.adapters_in(path))
 
-    def claims(self, file: SafeFile) -> frozenset[str]:
-        sure = not (file.path.parent / self.configs.config_name).is_file() or header.CONFIGS in (
-            file.layout.metadata or {}
-        )
-        parts = grouped(file.tensors)
-        found, rest = set[str](), list(parts.rest)
-        for module, roles in parts.modules.items():
-            spelled = spelling_of(module)
-            if spelled is not None and (sure or spelled[0].alone):
-                found.update(roles.values())
+    def claims(self, file: HasNames) -> frozenset[str]:
+        beside = (file.path.parent / self.configs.config_name).is_file()
+        sure = not beside or header.CONFIGS in file.metadata
+        found, rest = set[str](), list[str]()
+        for name in kinds_of(file).values():
+            own = spelling_in(name)
+            if own is not None and (sure or own[0].alone):
+                found.add(name)
             else:
-                rest += roles.values()
+                rest.append(name)
         return frozenset(found).union(name for name, row in refused.refused(rest) if row.alone or found)
 
-    def adapters_in(self, folder: Path) -> Iterator[SafeFile]:
+    def dialects_in(self, file: HasNames) -> tuple[str, ...]:
+        head = header.Header(file.metadata)
+        every = map(spelling_in, kinds_of(file).values())
+        found = dict.fromkeys(dialect_of(own[0], [own[1]], head) for own in every if own)
+        return tuple(found) or tuple(dict.fromkeys(row.name for _, row in refused.refused(file.tensors)))
+
+    def adapters_in(self, folder: Path) -> Iterator[Path]:
         """The files of a folder that are such adapters, by their heads."""
         for path in sorted(folder.glob("*.safetensors")):
             with suppress(LoratoolError):
-                if not NUMBERED.match(path.name) and self.claims(file := read_safefile(path)):
-                    yield file
+                if not NUMBERED.match(path.name) and self.claims(read_head(path)):
+                    yield path
 
     def file_at(self, path: Path) -> SafeFile:
         """The file of the adapter at a place."""
@@ -76,10 +82,10 @@ class Named(Format):
         if (path / WEIGHTS).is_file():
             return read_safefile(path / WEIGHTS)
         match list(self.adapters_in(path)):
-            case [file]:
-                return file
-            case files:
-                names = ", ".join(printable(file.path.name) for file in files)
+            case [only]:
+                return read_safefile(only)
+            case several:
+                names = ", ".join(printable(found.name) for found in several)
                 raise InputError(f"{printable(path)}: contains several adapters ({names}); pass the path of one")
 
     def is_config(self, config: Mapping[str, Any]) -> bool:  # noqa: ARG002 (there is none)
@@ -148,3 +154,11 @@ def with_methods(training: Training, found: Reader) -> Training:
     """What was trained, by the tensors that there are."""
     method = " + ".join(sorted(found.methods)) or training.method
     return replace(training, method=method, dora=found.dora, variants=("DoRA",) if found.dora else training.variants)
+
+
+@lru_cache(maxsize=2048)  # files of one architecture have the same names
+def spelling_in(name: str) -> tuple[Spelling, str] | None:
+    """How the name of a tensor is spelled, and its role; None for one of no dialect."""
+    parts = split(name)
+    spelled = spelling_of(parts[0]) if parts else None
+    return (spelled[0], parts[1]) if parts and spelled else None

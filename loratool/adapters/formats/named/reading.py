@@ -128,7 +128,7 @@ class Reader:
         scales = self.scales_of(groups)
         with OpenSources() as sources:
             for group in groups:
-                self.dialects[self.dialect_of(group)] = None
+                self.dialects[dialect_of(group.spelling, group.roles, self.header)] = None
                 self.take(group, scales.get(group.name), sources)
         self.methods = set[str]().union(*(group.methods for group in groups))
         self.dora = any(canonical(role) in MAGNITUDES for group in groups for role in group.roles)
@@ -170,14 +170,6 @@ class Reader:
                     Note("alpha-in-header", f"the scaling of {len(ranks)} modules ({told}) is from {where}")
                 )
         return found
-
-    def dialect_of(self, group: Group) -> str:
-        """What the dialect of a module is called: by the tool where the header names it, else by names and roles."""
-        if group.spelling.plain and self.header.tool:
-            return self.header.tool
-        if group.spelling.dialect == "kohya" and not group.spelling.constrained:
-            return "lycoris" if self.header.is_lycoris or any(r.startswith(LYCORIS) for r in group.roles) else "kohya"
-        return group.spelling.dialect
 
     def take(self, group: Group, scale: float | None, sources: OpenSources) -> None:
         """The updates of one module, or what is wrong with it."""
@@ -278,3 +270,12 @@ def common(target: str) -> str:
         if flattened.startswith(f"{word}_"):
             return flattened[len(word) + 1 :]
     return flattened
+
+
+def dialect_of(spelling: Spelling, roles: Iterable[str], header: Header) -> str:
+    """What the dialect of a module is called: by the tool where the header names it, else by names and roles."""
+    if spelling.plain and header.tool:
+        return header.tool
+    if spelling.dialect == "kohya" and not spelling.constrained:
+        return "lycoris" if header.is_lycoris or any(role.startswith(LYCORIS) for role in roles) else "kohya"
+    return spelling.dialect

@@ -22,7 +22,7 @@ from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
-from loratool.files.safefile import SafeFile
+from loratool.files.heads import HasNames
 
 
 class Peft(Format):
@@ -50,7 +50,7 @@ class Peft(Format):
     training_of = staticmethod(training_of)
     scales = staticmethod(scaling.scales_in)  # of a config that another format holds
 
-    def claims(self, file: SafeFile) -> frozenset[str]:
+    def claims(self, file: HasNames) -> frozenset[str]:
         from loratool.adapters.formats.peft import unmerged  # which needs every method
 
         found = {name: keys.split(name, unmerged.SLOTS) for name in file.tensors}
