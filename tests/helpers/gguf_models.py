@@ -18,11 +18,13 @@ Kind = gguf.GGMLQuantizationType
 HIDDEN, MLP, LAYERS, HEADS, KEY_HEADS, VOCABULARY = 64, 96, 2, 4, 2, 40
 
 
-def llama_weights(seed: int = 0, hidden: int = HIDDEN, mlp: int = MLP) -> dict[str, Tensor]:
+def llama_weights(
+    seed: int = 0, hidden: int = HIDDEN, mlp: int = MLP, vocabulary: int = VOCABULARY
+) -> dict[str, Tensor]:
     """The weights of a Llama by the names of transformers."""
     generator = torch.Generator().manual_seed(seed)
     kv = hidden // HEADS * KEY_HEADS
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (VOCABULARY, hidden), "lm_head": (VOCABULARY, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (vocabulary, hidden), "lm_head": (vocabulary, hidden)}
     for layer in range(LAYERS):
         at = f"model.layers.{layer}"
         shapes |= {f"{at}.self_attn.q_proj": (hidden, hidden), f"{at}.self_attn.o_proj": (hidden, hidden)}
@@ -86,6 +88,14 @@ SCALES = {
 }
 
 
+def vocabulary(count: int) -> tuple[list[str], list[int]]:
+    """So many tokens and their types; with the 256 bytes, without which no runtime loads a model, where there is room."""
+    special = ["<unk>", "<s>", "</s>"]
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)][: max(count - len(special), 0)]
+    words = [f"w{number}" for number in range(count - len(special) - len(bytes_))]
+    return [*special, *bytes_, *words], [2, 3, 3, *[6] * len(bytes_), *[1] * len(words)]
+
+
 def write_llama(
     path: Path,
     weights: Mapping[str, Tensor],
@@ -104,9 +114,11 @@ def write_llama(
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KEY_HEADS)
     writer.add_layer_norm_rms_eps(1e-6)
+    tokens, types = vocabulary(weights["model.embed_tokens.weight"].shape[0])
     writer.add_tokenizer_model("llama")
-    writer.add_token_list([f"<{number}>" for number in range(VOCABULARY)])
-    writer.add_token_scores([0.0] * VOCABULARY)
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * len(tokens))
+    writer.add_token_types(types)
     for name, weight in weights.items():
         if tied and name == "lm_head.weight":
             continue
