@@ -51,6 +51,7 @@ class PlanKeywords(ChangeKeywords, LayoutKeywords, total=False):
     """Of PlanOptions."""
 
     requantize: bool
+    gguf_type: str | None
     accept_loss: bool
 
 

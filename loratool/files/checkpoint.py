@@ -39,6 +39,18 @@ TWIN_FILES = (
 TRAINING_FOLDERS = ("checkpoint-*", "global_step*", "runs", "wandb", "logs", "__pycache__")
 TRAINING_FILES = ("optimizer*", "scheduler.pt", "rng_state*", "scaler.pt", "trainer_state.json", "*.pyc", "adapter_*")
 PROVENANCE = "loratool.json"
+WEIGHT_FILES = (".safetensors", ".gguf")  # the ends of their names
+
+
+def sidecar_of(path: Path) -> Path:
+    """The record of a weight file that stands alone, as an output of one file does."""
+    return path.with_name(f"{path.name}.{PROVENANCE}")
+
+
+def record_for(folder: Path, only: str = "") -> Path:
+    """The record of a folder, or of one file of it, which may have its own."""
+    sidecar = sidecar_of(folder / only) if only else folder / PROVENANCE
+    return sidecar if sidecar.is_file() else folder / PROVENANCE
 
 
 class LeftOut(NamedTuple):
@@ -117,9 +129,11 @@ def open_files(root: Path, is_adapter: Callable[[Path], bool]) -> Checkpoint:
         if root.name.endswith(INDEX_SUFFIX):
             return open_folder(root.parent, root, is_adapter)
         refuse_pickle(root)
+        if root.suffix == ".gguf":
+            return Checkpoint(root, read_splits(root))
         return Checkpoint(
             root,
-            read_splits(root) if root.suffix == ".gguf" else (read_safefile(root),),
+            (read_safefile(root),),
             notes=(Note("single-file", "BASE is a single file, so only weights are written"),),
         )
     if (alone := gguf_alone(root)) is not None:

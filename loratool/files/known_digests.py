@@ -8,6 +8,7 @@ from pathlib import Path
 from loratool.errors import LoratoolError
 from loratool.files.checkpoint import PROVENANCE
 from loratool.files.digests import FUNCTION, Listed, Reference, digest_of_part, read_recorded
+from loratool.files.gguf import GgufFile
 from loratool.files.hub_cache import sha256_of_link
 from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.safefile import SafeFile, TensorInfo
@@ -22,7 +23,9 @@ class KnownDigests:
 
     def of(self, file: SafeFile, info: TensorInfo) -> Listed | None:
         """The digests of the chunks of a tensor, or a reference to its bytes; None where neither is known."""
-        if type(file) is not SafeFile or not file.path.is_relative_to(self.home):  # of an adapter, or not here yet
+        if type(file) not in (SafeFile, GgufFile) or not file.path.is_relative_to(
+            self.home
+        ):  # of an adapter, or not here yet
             return None
         if file.path not in self.files:
             self.files[file.path] = self.recorded(file), sha256_of_link(file.path)

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.errors import LoratoolError, StorageError, UsageError, printable
-from loratool.files.checkpoint import PROVENANCE
+from loratool.files.checkpoint import PROVENANCE, WEIGHT_FILES, sidecar_of
 from loratool.files.digests import Digest, read_recorded, why_unlike
 from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.journal import REPLACED, ForeignError, Journal, look, walk
 from loratool.files.locks import is_locked
 from loratool.files.names import is_unusual, refused_name
-from loratool.files.safefile import read_safefile
 from loratool.files.system import create_file, sync_file
+from loratool.files.weight_formats import read_weight_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,7 +46,7 @@ def check_target(
         StorageError: its parent is missing or cannot be written, or the folder it is staged in holds what is not ours.
     """
     shown = printable(out)
-    if out.suffix == ".safetensors" and not single:
+    if out.suffix in WEIGHT_FILES and not single:
         raise UsageError(f"{shown}: OUT must be a folder, such as {printable(out.with_suffix(''))}")
     try:
         out = Path(os.path.realpath(out))
@@ -103,18 +103,25 @@ def check_place(out: Path, shown: str, replaced: FileNames | None, config: str) 
 
 def check_file_place(out: Path, shown: str, replace: bool) -> None:
     """Raise `UsageError` where what is at `out` may not be replaced by a file: anything but a file that was made here."""
-    if not os.path.lexists(out):
-        return
-    if not out.is_file():
-        raise UsageError(f"{shown} exists and is not a file; choose another OUT")
-    if not replace:
+    there = [path for path in (out, sidecar_of(out)) if os.path.lexists(path)]
+    if odd := next((path for path in there if not path.is_file()), None):
+        raise UsageError(f"{printable(odd)} exists and is not a file; choose another OUT")
+    if there and not replace:
+        shown = shown if out in there else printable(there[0])
         raise UsageError(f"{shown} already exists; pass --overwrite to replace it")
-    try:
-        metadata = read_safefile(out).layout.metadata or {}
-    except LoratoolError:
-        metadata = {}
-    if MADE_HERE not in metadata:
+    if there and not (made_here(out) if out in there else record_at(there[0])):
         raise UsageError(f"{shown} was not made by loratool, so --overwrite does not replace it; remove it yourself")
+
+
+def made_here(path: Path) -> bool:
+    """Whether a weight file says itself that it was made here, or is still what its own record lists."""
+    try:
+        if MADE_HERE in (read_weight_file(path).layout.metadata or {}):
+            return True
+        listed = record_at(sidecar_of(path)).get(path.name)
+        return listed is not None and not why_unlike(path, listed)
+    except LoratoolError:
+        return False
 
 
 def replaceable_files(folder: Path, shown: str, known: FileNames) -> list[str]:
@@ -159,7 +166,11 @@ def why_kept(folder: Path, path: str, status: os.stat_result, known: FileNames, 
 
 def record_of(folder: Path) -> dict[str, Digest]:
     """The files that the `loratool.json` of a folder lists; none where it cannot be read."""
-    path = folder / PROVENANCE
+    return record_at(folder / PROVENANCE)
+
+
+def record_at(path: Path) -> dict[str, Digest]:
+    """The files that a record lists; none where it cannot be read."""
     if path.is_symlink():
         return {}
     try:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from loratool.errors import LoratoolError, StorageError, UsageError, printable
+from loratool.files.checkpoint import PROVENANCE, sidecar_of
 from loratool.files.digests import (
     Digest,
     Finder,
@@ -71,7 +72,7 @@ class Stage:
     files: dict[str, Digest] = field(default_factory=dict)  # every file of the output so far
     redone: dict[str, str] = field(default_factory=dict)  # finished by an earlier run, and why it is made again
     find: Finder = nowhere  # of the inputs that finished shards may refer to
-    single: str = ""  # the only file of it that is published, as `out`
+    single: str = ""  # the file of it that is published as `out`, its record with it
 
     @property
     def folder(self) -> Path:
@@ -217,6 +218,8 @@ class Stage:
                     f"{printable(self.out)}: was created by something else in the meantime, and is left unchanged"
                 )
             os.replace(self.folder / self.single, self.out)
+            if (self.folder / PROVENANCE).is_file():
+                os.replace(self.folder / PROVENANCE, sidecar_of(self.out))
         elif os.path.lexists(self.out):
             if replaced is None:
                 raise UsageError(
@@ -260,7 +263,7 @@ def staged(
         needed: bytes of the whole output.
         replaced: the files of what is at `out` and goes, by name; None where nothing may be there.
         find: tells the inputs that finished shards may refer to.
-        single: the only file of the stage that is published, as `out`, where that is a file.
+        single: the file of the stage that is published as `out`, where that is a file; its record goes beside it.
 
     Raises:
         UsageError: another run is at work on it.

@@ -121,6 +121,9 @@ FUSIONS: tuple[Fusion, ...] = (
     Fusion("switch_mlp.down_proj.weight", ("experts.#.w2.weight",)),
     Fusion("switch_mlp.up_proj.weight", ("experts.#.up_proj.weight",)),
     Fusion("switch_mlp.up_proj.weight", ("experts.#.w3.weight",)),
+    # stacks of one part of all experts
+    Fusion("experts.gate_up_proj", ("experts.gate_proj", "experts.up_proj")),
+    Fusion("experts.gate_proj", ("experts.#.gate_proj.weight",)),
 )
 
 # Modules beside each other that vLLM and SGLang hold as one: their weights must be stored in one way.

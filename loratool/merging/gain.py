@@ -93,7 +93,7 @@ def check_loss(plan: MergePlan, gains: Gains, errors: Errors) -> None:
     worst = sorted(errors.tensors, key=lambda name: -errors.tensors[name])
     raise FitError(
         f"requantised weights keep {100 * gains.total:.0f} % of the update and add an error of "
-        f"{100 * errors.total:.0f} % of its size; leave out --requantize to write edited weights plain, or pass "
+        f"{100 * errors.total:.0f} % of its size; leave out {plan.packed_by} to write edited weights plain, or pass "
         "--accept-loss; tensors with the largest errors first:",
         [f"{printable(name)}: {100 * errors.tensors[name]:.0f} %" for name in worst],
     )
@@ -104,7 +104,7 @@ def gain_notes(plan: MergePlan, gains: Gains) -> Iterator[Note]:
     low = {module: gain for module, gain in gains.modules.items() if gain < LEAST_GAIN}
     if low and gains.total is not None:
         way = "--dtype float32" if plan.rounding == "compensated" else "--rounding compensated, or --dtype float32,"
-        way = "leave out --requantize" if plan.anew else f"pass {way}"
+        way = f"leave out {plan.packed_by}" if plan.anew else f"pass {way}"
         text = (
             f"rounding keeps {100 * gains.total:.0f} % of the update in total, and less than {100 * LEAST_GAIN:.0f} % in "
             f"{len(low)} of {len(gains.modules)} modules: {listed(low)}; {way} to keep it"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from loratool.bases.binding.telling import nearest
 from loratool.devices import exact_arithmetic, find_devices, load_linear_algebra, resident_memory
-from loratool.errors import InputError, printable
+from loratool.errors import InputError, UsageError, printable
 from loratool.fetching import local
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
@@ -29,6 +29,7 @@ from loratool.merging.effects import effect_notes, effects_of
 from loratool.merging.gain import Gains, gain_notes
 from loratool.merging.merge import PathLike, Progress, located, planned, read_inputs, several
 from loratool.merging.options import ChangeOptions, PlanOptions, RunOptions
+from loratool.merging.output_layout import is_gguf
 from loratool.merging.resources import (
     MOST_SHELVED,
     Resources,
@@ -322,6 +323,10 @@ def open_merged(base: PathLike, adapters: Sequence[PathLike] | PathLike, options
     model, read = read_inputs(local(base, "model"), paths, ways)
     how = {name: getattr(options, name) for name in described_by(ChangeOptions)}
     plan = planned(model, read, PlanOptions(**how))
+    if is_gguf(plan.base):
+        raise UsageError(
+            f"{plan.base.name}: a GGUF BASE is merged into a file, not into memory; pass a safetensors BASE"
+        )
     for adapter in plan.adapters:
         adapter.check_values()
     doubts = plan.check_packed(plan.spans)

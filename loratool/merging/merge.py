@@ -29,7 +29,7 @@ from loratool.files.digests import recorded
 from loratool.files.hub_cache import is_hub_id, told_origin
 from loratool.files.journal import Journal
 from loratool.files.known_digests import KnownDigests
-from loratool.files.outputs import check_stage, check_target, stage_of
+from loratool.files.outputs import check_stage, stage_of
 from loratool.files.process import peak_memory
 from loratool.files.shard_writer import LocalFolder
 from loratool.files.staging import Stage, staged
@@ -39,6 +39,7 @@ from loratool.merging.effects import effect_notes, effects_of, size_notes
 from loratool.merging.engine import Engine
 from loratool.merging.fingerprints import content_fingerprint, local_state
 from loratool.merging.gain import Errors, Gains, check_loss, gain_notes
+from loratool.merging.one_file import as_one_file, is_file, target_of
 from loratool.merging.options import PlanOptions, RunOptions
 from loratool.merging.planning import plan_merge
 from loratool.merging.resources import Resources, choose_resources, runtime_for
@@ -131,7 +132,8 @@ def making(
     workers, max_memory = options.workers, options.max_memory
     if max_memory is not None or check_stage(stage_of(target)) is not None:  # refused before anything is touched
         choose_resources(plan.spans, runtime.result().devices, workers, max_memory, resident_memory())
-    with staged(target, wanted, plan.bytes_written, replaceable(options.overwrite), known.find) as stage:
+    single = target.name if is_file(target) else ""
+    with staged(target, wanted, plan.bytes_written, replaceable(options.overwrite), known.find, single) as stage:
         if stage.finished:
             stage.keep_only(kind_of(runtime.result().devices))
             stage.keep_sha256(options.sha256)
@@ -143,7 +145,7 @@ def making(
             raise job.failure
         unchanged = f"{printable(out)}: not written, {NOTHING}"
         merged = describe(job, engine.resources(), digests, words, unchanged)
-        write_small_files(stage, plan, plan.side_files, merged.table)
+        write_small_files(stage, plan, () if single else plan.side_files, merged.table, card=not single)
         if options.verify:
             read_again(stage)
     lap("publish")
@@ -253,7 +255,7 @@ def prepare(
     """
     words = several(adapters)
     replaced = replaceable(options.overwrite)
-    check_target(Path(out), [Path(base), *map(Path, words)], replaced)  # before anything is downloaded
+    target_of(Path(out), [Path(base), *map(Path, words)], replaced)  # before anything is downloaded
     ways = options.readings(max(1, len(words)))
     base, paths = located(base, words)
     if paths and stack is not None:
@@ -261,11 +263,11 @@ def prepare(
 
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loratool-")))
         model = stack.enter_context(opened(base, lambda _name: home)).checkpoint
-        target = check_target(Path(out), [model.root, *paths], replaced)
-        return planned(model, read_all(paths, ways), options), target, paths
+        target = target_of(Path(out), [model.root, *paths], replaced)
+        return as_one_file(planned(model, read_all(paths, ways), options), target), target, paths
     base = local(base, "model")
-    target = check_target(Path(out), [base, *paths], replaced)
-    return planned(*read_inputs(base, paths, ways), options), target, paths
+    target = target_of(Path(out), [base, *paths], replaced)
+    return as_one_file(planned(*read_inputs(base, paths, ways), options), target), target, paths
 
 
 def several(adapters: Sequence[PathLike] | PathLike) -> Sequence[PathLike]:

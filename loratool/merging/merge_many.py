@@ -18,7 +18,7 @@ from loratool.errors import LoratoolError, StorageError, UsageError, printable
 from loratool.fetching import local
 from loratool.fetching.bases import chosen_base
 from loratool.files import stopwatch
-from loratool.files.outputs import check_stage, check_target, stage_of
+from loratool.files.outputs import check_stage, stage_of
 from loratool.files.stopwatch import lap
 from loratool.files.system import free_space
 from loratool.merging.forecasting import with_forecast
@@ -32,6 +32,7 @@ from loratool.merging.merge import (
     planned,
     read_all,
 )
+from loratool.merging.one_file import as_one_file, target_of
 from loratool.merging.plan import MergePlan
 from loratool.merging.resources import runtime_for
 from loratool.results.base import Cost
@@ -159,7 +160,7 @@ def prepare_many(base: PathLike, wanted: Sequence[Wanted], errors: dict[str, Lor
     places: dict[str, list[Path]] = {}
     for each in wanted:
         with attempt(each, errors):
-            check_target(Path(each.out), inputs, replaceable(each.options.overwrite))  # before anything is downloaded
+            target_of(Path(each.out), inputs, replaceable(each.options.overwrite))  # before anything is downloaded
             places[each.key] = [local(adapter, "adapter") for adapter in each.adapters]
     if not places:
         return []
@@ -170,9 +171,10 @@ def prepare_many(base: PathLike, wanted: Sequence[Wanted], errors: dict[str, Lor
         if each.key in places:
             with attempt(each, errors):
                 paths = places[each.key]
-                target = check_target(Path(each.out), [model.root, *every], replaceable(each.options.overwrite))
+                target = target_of(Path(each.out), [model.root, *every], replaceable(each.options.overwrite))
                 adapters = read_all(paths, each.options.readings(len(paths)))
-                ready.append(Prepared(each, planned(model, adapters, each.options), target, paths))
+                plan = as_one_file(planned(model, adapters, each.options), target)
+                ready.append(Prepared(each, plan, target, paths))
     return ready
 
 

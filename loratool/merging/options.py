@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loratool.adapters.reading import ReadingOptions
+from loratool.layouts.ggml import ENCODED
 from loratool.options.described import FLAG, NUMBER, SIZE, Choice, Number, Options, PathKind, Size, dtypes, option
 from loratool.options.shared import DeviceOption, NamingOptions, OrientationOption
 
 ROUNDINGS = ("nearest", "compensated", "stochastic")
 DTYPES = ("keep", "float32", "bfloat16", "float16")
+GGUF_FLOATS = ("f32", "f16", "bf16")
+GGUF_TYPES = (*GGUF_FLOATS, *sorted(map(str.lower, ENCODED), reverse=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,10 @@ class ChangeOptions(NamingOptions, OrientationOption, ReadingOptions):
         commas=True,
     )
     dtype: str = option(help="Dtype of all float tensors in the output.", default="keep", kind=dtypes(*DTYPES))
+    gguf_type: str | None = option(
+        help="Type of the matrices of a GGUF BASE that change [default: F32 or F16 where they are, else BF16].",
+        kind=Choice(lambda: GGUF_TYPES),
+    )
     rounding: str = option(
         help="How elements of an output narrower than float32 are rounded: to the nearest value; compensated, so that "
         "the rounded weight holds the whole update; or up and down at random, unbiased.",
@@ -75,7 +82,7 @@ class PlanOptions(ChangeOptions, LayoutOption):
         kind=FLAG,
     )
     accept_loss: bool = option(
-        help="With --requantize: write the output even if most of the update is lost.",
+        help="With --requantize or --gguf-type: write the output even if most of the update is lost.",
         default=False,
         kind=FLAG,
     )

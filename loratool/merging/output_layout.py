@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import StoredTensor
 from loratool.algebra.updates.replacing import Replace
+from loratool.bases.codecs.gguf import packed_info, repacked
 from loratool.bases.decoded import Decoded, weights_in
 from loratool.bases.side_files import OutputFile
 from loratool.bases.weights import Plain
@@ -17,6 +18,7 @@ from loratool.errors import InputError, printable
 from loratool.files.checkpoint import INDEX_SUFFIX, NUMBERED, SINGLE, Checkpoint, index_text
 from loratool.files.gguf import GgufFile
 from loratool.files.safefile import FLOAT_NAMES, Layout, SafeFile, TensorInfo
+from loratool.layouts.ggml import TYPES
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -122,6 +124,7 @@ class OutputChanges:
     added: Sequence[Origin] = ()  # tensors that the base has not, which go to the end of its last file
     plain: Collection[str] = ()  # packed weights that are not packed any more
     anew: Collection[str] = ()  # packed weights that are packed anew
+    kind: str = ""  # the type of edited matrices of a GGUF model; empty for what each is by itself
 
 
 def plan_shards(base: Checkpoint, changes: OutputChanges, dtype: str, shard_size: int | None) -> tuple[ShardPlan, ...]:
@@ -170,7 +173,7 @@ def files_of_base(
     own: list[SafeFile | None] = []
     for each in base.shards:
         entries = [
-            changes.moved.get(name) or origin_of(base, name, weight, changes.anew)
+            in_kind(changes.moved.get(name) or origin_of(base, name, weight, changes.anew), changes)
             for name, weight in weights_in(base, each, changes.plain)
         ]
         # scales may have had a file to themselves; a split GGUF may begin with a file of metadata
@@ -195,6 +198,19 @@ def origin_of(base: Checkpoint, name: str, weight: StoredWeight, anew: Collectio
     if whole not in anew:
         return Origin(weight, name, weight.dtype, weight.info)
     return Origin(base.weights[whole] if is_first else weight, name, weight.dtype, weight.info, whole)
+
+
+def in_kind(entry: Origin, changes: OutputChanges) -> Origin:
+    """An entry of a GGUF model in the type that was asked for, where it is a matrix that changes or becomes plain."""
+    changed = entry.name in changes.edits or entry.name in changes.moved or entry.name in changes.plain
+    if not changes.kind or not changed or len(entry.shape) < 2:
+        return entry
+    if changes.kind in FLOAT_NAMES:
+        return replace(entry, dtype=changes.kind)
+    if entry.shape[-1] % TYPES[changes.kind].values:
+        return entry
+    stored = packed_info(entry.name, changes.kind, entry.shape)
+    return Origin(repacked(entry.weight, changes.kind), entry.name, stored.dtype, stored, entry.name)
 
 
 def new_dtype(entry: Origin, wanted: str | None) -> str:

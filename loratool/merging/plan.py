@@ -42,6 +42,7 @@ class MergePlan(Result):
     plain: tuple[str, ...] = ()  # weights that are packed in the base and plain in the output
     anew: tuple[str, ...] = ()  # edited weights that are packed in the output too
     accepts_loss: bool = False  # whether they may lose most of the update
+    packed_by: str = "--requantize"  # the option that asked for it
     gain_forecast: float | None = None  # the part of the updates that rounding is expected to leave; None: not forecast
     gains_forecast: Mapping[str, float] = field(default_factory=dict)  # the same by module, of those looked at
 

@@ -36,7 +36,16 @@ from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.files.checkpoint import PROVENANCE, Checkpoint
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.layouts.architectures import POOLED
-from loratool.merging.output_layout import Origin, OutputChanges, ShardPlan, check_names, plan_index, plan_shards
+from loratool.merging.options import GGUF_FLOATS
+from loratool.merging.output_layout import (
+    Origin,
+    OutputChanges,
+    ShardPlan,
+    check_names,
+    is_gguf,
+    plan_index,
+    plan_shards,
+)
 from loratool.merging.plan import MergePlan
 from loratool.notes import Note
 from loratool.templates import listed
@@ -60,6 +69,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptio
     """
     base = decoded(base)
     adapters = [settled(adapter, base.config) for adapter in adapters]
+    check_container(base, options)
     strengths = strengths_of(base, adapters, options)
     binder = partial(bind, maps=options.maps, fan_in_fan_out=options.fan_in_fan_out)
     extras = extras_of(base, adapters, strengths, binder, options.also_load, options.ignore_files)
@@ -69,7 +79,8 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptio
     changes = find_changes(base, adapters, strengths, binder, options.allow_new_tensors, notes, extras.problems)
     anew = packed_anew(base, changes) if options.requantize else frozenset[str]()
     plain = becoming_plain(base, changes, anew, options.dequantize, notes)
-    layout = OutputChanges(changes.edits, changes.moved, changes.added, plain, anew)
+    kind = (options.gguf_type or "").upper()
+    layout = OutputChanges(changes.edits, changes.moved, changes.added, plain, anew, kind)
     shards = plan_shards(base, layout, options.dtype, options.shard_size)
     files, left_out = plan_side_files(base, adapters, options.dtype, notes, changes.config, plain)
     if (index := plan_index(base, shards)) is not None:
@@ -90,9 +101,28 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptio
         naming,
         options.rounding,
         tuple(sorted(plain)),
-        tuple(sorted(anew)),
+        tuple(sorted({span.packed for shard in shards for span in shard.spans if span.packed})),
         options.accept_loss,
+        f"--gguf-type {options.gguf_type}" if options.gguf_type else "--requantize",
     )
+
+
+def check_container(base: Checkpoint, options: PlanOptions) -> None:
+    """Raise `UsageError` for options that the format of BASE's files has no use for."""
+    if not is_gguf(base):
+        if options.gguf_type:
+            raise UsageError(f"{base.name}: --gguf-type is for a GGUF BASE, and this one is not GGUF")
+        return
+    if options.dtype != "keep":
+        raise UsageError(f"{base.name}: --dtype is not for a GGUF BASE; pass --gguf-type for the tensors that change")
+    if options.shard_size is not None:
+        raise UsageError(f"{base.name}: --shard-size is not for a GGUF BASE; use llama-gguf-split on the output")
+    if options.gguf_type and options.requantize:
+        raise UsageError("--gguf-type and --requantize exclude each other")
+    if options.gguf_type and options.gguf_type not in GGUF_FLOATS and options.rounding != "nearest":
+        raise UsageError(
+            f"--gguf-type {options.gguf_type} rounds to the nearest packed value, so --rounding cannot be used with it"
+        )
 
 
 def rounding_notes(shards: Sequence[ShardPlan], rounding: str) -> list[Note]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import InputError, LoratoolError, VerificationError, printable
-from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, walk
+from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, record_for, walk
 from loratool.files.digests import (
     Digest,
     Finder,
@@ -27,7 +27,7 @@ from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.notes import Note
 
 # What a model or an adapter computes depends on these; all others are files that people edit.
-DECISIVE = ("*.safetensors", f"*{INDEX_SUFFIX}", "config.json", "adapter_config.json")
+DECISIVE = ("*.safetensors", "*.gguf", f"*{INDEX_SUFFIX}", "config.json", "adapter_config.json")
 MOST_NAMED = 5  # files that a note repeats
 WAY_OUT = f"make it again, or, if the change was intended, delete {PROVENANCE}, which no longer describes it"
 
@@ -46,7 +46,7 @@ def compare(folder: Path, only: str = "") -> Comparison:
     A file that decides what is computed, and is missing or another than was written, is a problem; of any other it is a
     note, and so are files that the record does not list. `only` is the one file of the folder that is meant.
     """
-    record = folder / PROVENANCE
+    record = record_for(folder, only)
     if not record.is_file():
         return Comparison()
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.errors import InputError, UsageError, printable
-from loratool.files.checkpoint import PROVENANCE
+from loratool.files.checkpoint import PROVENANCE, record_for
 from loratool.files.digests import read_recorded
 from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.process import peak_memory
@@ -27,7 +27,7 @@ def verify_record(merged: PathLike) -> Verification:
     folder, only = (path, "") if path.is_dir() else (path.parent, path.name)
     if not path.exists():
         raise InputError(f"{printable(path)}: no such file or folder")
-    if not (folder / PROVENANCE).is_file():
+    if not record_for(folder, only).is_file():
         shown = printable(path)
         raise UsageError(
             f"{shown}: has no {PROVENANCE}, so there is nothing to compare it with; name what was merged\n"
@@ -56,7 +56,7 @@ def fetched(merged: PathLike) -> Path:
 def listed_in(folder: Path, only: str) -> tuple[int, int]:
     """How many files a record lists that are there, and their bytes."""
     try:
-        names = read_recorded(read_json(folder / PROVENANCE, LARGEST_RECORD))
+        names = read_recorded(read_json(record_for(folder, only), LARGEST_RECORD))
     except InputError:
         return 0, 0
     there = [path for name in names if (not only or name == only) and (path := folder / name).is_file()]

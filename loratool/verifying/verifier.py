@@ -19,7 +19,7 @@ from loratool.fetching.bases import AUTO as AUTO_BASE
 from loratool.files.process import cores, peak_memory
 from loratool.layouts.ties import TIE_FLAGS
 from loratool.merging.merge import PathLike, Progress, located, planned, read_inputs, several
-from loratool.merging.options import PlanOptions
+from loratool.merging.options import GGUF_FLOATS, PlanOptions
 from loratool.notes import Note
 from loratool.options.described import described_by
 from loratool.results.base import Cost
@@ -67,6 +67,8 @@ def plan_of(base: PathLike, adapters: Sequence[PathLike], options: VerifyOptions
     known = described_by(PlanOptions)
     settings = {name: getattr(options, name) for name in known if hasattr(options, name)}
     settings["rounding"] = options.rounding if options.rounding not in (AUTO, TWICE) else "nearest"
+    if options.gguf_type not in GGUF_FLOATS:  # packed tensors are recognised as what they are
+        settings["gguf_type"] = None
     try:
         return planned(*read_inputs(local(base, "model"), paths, ways), PlanOptions(**settings))
     except FitError as error:

@@ -126,11 +126,43 @@ def write_llama(
         own = Kind.F32 if rows.ndim == 1 else (kinds or {}).get(stored, kind)
         quantised = own not in (Kind.F32, Kind.F16)
         writer.add_tensor(stored, packed(rows, own), raw_dtype=own if quantised else None)
+    return written(writer, path)
+
+
+def write_tensors(path: Path, architecture: str, tensors: Mapping[str, Array]) -> Path:
+    """Some tensors in F32, and nothing that says more of the model than its architecture."""
+    writer = gguf.GGUFWriter(path, architecture)
+    for name, values in tensors.items():
+        writer.add_tensor(name, values)
+    return written(writer, path)
+
+
+def written(writer: Any, path: Path) -> Path:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def split(whole: Path, folder: Path, count: int = 3) -> Path:
+    """A model in several files, as `llama-gguf-split` makes them; the first of them has all of the metadata."""
+    folder.mkdir()
+    reader = gguf.GGUFReader(whole)
+    paths = [folder / f"model-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
+    for number, path in enumerate(paths):
+        writer = gguf.GGUFWriter(path, "llama")
+        for field in reader.fields.values() if number == 0 else ():
+            if not field.name.startswith(("GGUF.", "general.architecture")):
+                sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+                writer.add_key_value(field.name, field.contents(), field.types[0], sub_type)
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", count)
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        for tensor in reader.tensors[number::count]:
+            writer.add_tensor(tensor.name, tensor.data)
+        written(writer, path)
+    return paths[0]
 
 
 def read_back(path: Path) -> dict[str, Array]:

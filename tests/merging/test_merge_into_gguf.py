@@ -6,19 +6,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from merged_models import write_adapter
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
 
 pytest.importorskip("gguf")
-import numpy as np
+import gguf
+from gguf import quants
 from gguf_models import (
     HEADS,
     HIDDEN,
-    KEY_HEADS,
     LAYERS,
     Array,
     Kind,
@@ -27,14 +29,17 @@ from gguf_models import (
     permuted,
     raw_of,
     read_back,
+    split,
     write_llama,
+    write_tensors,
 )
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 RANK = 2
 WEIGHTS = llama_weights()
-QUANTISED = [Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.IQ4_NL, Kind.MXFP4]
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SUPER_BLOCKS = [Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.IQ4_XS]
+BLOCKS_OF_32 = [Kind.Q8_0, Kind.Q4_1, Kind.Q5_0, Kind.IQ4_NL, Kind.MXFP4]
 
 
 def factors(weights: Mapping[str, Tensor], *ends: str, size: float = 0.05) -> Factors:
@@ -75,7 +80,7 @@ def check(base: Path, out: Path, made: Factors, dtype: str) -> None:
         assert np.all(np.abs(values[name] - exact) <= steps * np.abs(exact) * (1 + 2.0**-10) + 2.0**-25)
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [(Kind.F16, "F16"), (Kind.F32, "F32"), *((k, "BF16") for k in QUANTISED)])
+@pytest.mark.parametrize(("kind", "dtype"), [(Kind.F16, "F16"), (Kind.F32, "F32"), (Kind.Q4_0, "BF16")])
 def test_queries_and_keys_take_an_update_in_the_order_of_their_rows(tmp_path: Path, kind: Any, dtype: str) -> None:
     base = write_llama(tmp_path / "base.gguf", WEIGHTS, kind)
     made = factors(WEIGHTS, "q_proj", "k_proj", "v_proj", "down_proj")
@@ -83,38 +88,197 @@ def test_queries_and_keys_take_an_update_in_the_order_of_their_rows(tmp_path: Pa
     check(base, tmp_path / "out" / "base.gguf", made, dtype)
 
 
-@pytest.mark.parametrize("kind", SUPER_BLOCKS)
-def test_blocks_of_256_values_are_decoded_as_the_package_does(tmp_path: Path, kind: Any) -> None:
+def test_every_type_of_blocks_is_decoded_as_the_package_does(tmp_path: Path) -> None:
+    """Each matrix is in a type of its own, so that one merge decodes them all."""
     weights = llama_weights(hidden=256, mlp=256)
-    base = write_llama(tmp_path / "base.gguf", weights, kind)
-    made = factors(weights, "q_proj", "o_proj")
-    loratool.merge(base, adapter(tmp_path / "adapter", made), tmp_path / "out")
-    check(base, tmp_path / "out" / "base.gguf", made, "BF16")
+    names = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
+    kinds = {f"blk.0.{name}.weight": kind for name, kind in zip(names, SUPER_BLOCKS, strict=False)}
+    kinds |= {f"blk.1.{name}.weight": kind for name, kind in zip(names, BLOCKS_OF_32, strict=False)}
+    base = write_llama(tmp_path / "base.gguf", weights, Kind.Q5_1, kinds)
+    made = factors(weights, *MODULES)
+    loratool.merge(base, adapter(tmp_path / "adapter", made), tmp_path / "out.gguf")
+    check(base, tmp_path / "out.gguf", made, "BF16")
 
 
-def test_a_merge_of_nothing_but_a_norm_keeps_every_other_byte_and_the_header(tmp_path: Path) -> None:
+def test_the_header_is_the_base_s_where_no_type_changes(tmp_path: Path) -> None:
     base = write_llama(tmp_path / "base.gguf", WEIGHTS, Kind.F16)
-    made = factors(WEIGHTS, "o_proj")
+    loratool.merge(base, adapter(tmp_path / "adapter", factors(WEIGHTS, "o_proj")), tmp_path / "out.gguf")
+    before, after = base.read_bytes(), (tmp_path / "out.gguf").read_bytes()
+    start = gguf.GGUFReader(base).data_offset
+    assert (len(before), before[:start]) == (len(after), after[:start])
+
+
+def test_metadata_are_the_same_bytes_where_a_type_changes(tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "base.gguf", WEIGHTS, Kind.Q8_0)
+    loratool.merge(base, adapter(tmp_path / "adapter", factors(WEIGHTS, "o_proj")), tmp_path / "out.gguf")
+    before, after = base.read_bytes(), (tmp_path / "out.gguf").read_bytes()
+    stop = min(before.index(name.encode()) for name in raw_of(base))  # of the list of tensors, which comes last
+    assert before[:stop] == after[:stop]
+
+
+def test_an_output_of_one_file_has_its_record_beside_it(tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "base.gguf", WEIGHTS, Kind.F16)
+    folder, out = adapter(tmp_path / "adapter", factors(WEIGHTS, "q_proj")), tmp_path / "out.gguf"
+    loratool.merge(base, folder, out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base.gguf", "out.gguf", "out.gguf.loratool.json"]
+    assert loratool.verify(out).exit_code == 0
+    assert loratool.verify(out, base=base, adapters=folder).exit_code == 0
+    with pytest.raises(loratool.UsageError, match="already exists"):
+        loratool.merge(base, folder, out)
+    loratool.merge(base, folder, out, weights=[2.0], overwrite=True)
+    raw = bytearray(out.read_bytes())
+    raw[-1] ^= 1
+    out.write_bytes(raw)
+    assert loratool.verify(out).exit_code == 5
+    with pytest.raises(loratool.UsageError, match="was not made by loratool"):
+        loratool.merge(base, folder, out, overwrite=True)
+    assert out.read_bytes() == raw
+
+
+def test_an_output_of_one_file_takes_a_base_of_one_file_of_its_format(tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "base.gguf", WEIGHTS, Kind.F16)
+    folder = adapter(tmp_path / "adapter", factors(WEIGHTS, "q_proj"))
+    with pytest.raises(loratool.UsageError, match=r"OUT must end in \.gguf"):
+        loratool.merge(base, folder, tmp_path / "out.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base.gguf"]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("f32", "F32"), ("f16", "F16")])
+def test_the_type_of_edited_matrices_may_be_chosen(tmp_path: Path, kind: str, dtype: str) -> None:
+    base = write_llama(tmp_path / "base.gguf", WEIGHTS, Kind.Q8_0)
+    made = factors(WEIGHTS, "k_proj")
+    folder = adapter(tmp_path / "adapter", made)
+    loratool.merge(base, folder, tmp_path / "out.gguf", gguf_type=kind)
+    check(base, tmp_path / "out.gguf", made, dtype)
+    assert loratool.verify(tmp_path / "out.gguf", base=base, adapters=folder, gguf_type=kind).exit_code == 0
+
+
+@pytest.mark.parametrize(("kind", "options"), [(Kind.F16, {"gguf_type": "q8_0"}), (Kind.Q8_0, {"requantize": True})])
+def test_edited_matrices_may_be_packed_as_the_package_packs_them(
+    tmp_path: Path, kind: Any, options: dict[str, Any]
+) -> None:
+    base = write_llama(tmp_path / "base.gguf", WEIGHTS, kind)
+    made = factors(WEIGHTS, "q_proj", size=0.5)
+    folder = adapter(tmp_path / "adapter", made)
+    report = loratool.merge(base, folder, tmp_path / "out.gguf", **options)
+    before, after, exact = raw_of(base), raw_of(tmp_path / "out.gguf"), expected(made, read_back(base))
+    assert {name for name in before if before[name] != after[name]} == exact.keys()
+    for name, values in exact.items():
+        assert after[name] == ("Q8_0", quants.quantize(values.astype(np.float32), Kind.Q8_0).tobytes())
+    unedited, merged = read_back(base), read_back(tmp_path / "out.gguf")
+    lost = sum(float(np.sum((merged[name] - values) ** 2)) for name, values in exact.items())
+    changed = sum(float(np.sum((values - unedited[name]) ** 2)) for name, values in exact.items())
+    assert report.error_added == pytest.approx((lost / changed) ** 0.5, rel=1e-3)
+    assert loratool.verify(tmp_path / "out.gguf", base=base, adapters=folder).exit_code == 0
+
+
+def test_packing_that_loses_the_update_is_refused_unless_it_is_accepted(tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "base.gguf", WEIGHTS, Kind.F16)
+    folder = adapter(tmp_path / "adapter", factors(WEIGHTS, "q_proj", size=1e-3))
+    with pytest.raises(loratool.FitError, match="leave out --gguf-type q4_0"):
+        loratool.merge(base, folder, tmp_path / "out.gguf", gguf_type="q4_0")
+    assert not (tmp_path / "out.gguf").exists()
+    loratool.merge(base, folder, tmp_path / "out.gguf", gguf_type="q4_0", accept_loss=True)
+
+
+def test_options_that_are_not_for_gguf_are_refused(tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "base.gguf", WEIGHTS, Kind.F16)
+    folder = adapter(tmp_path / "adapter", factors(WEIGHTS, "q_proj"))
+    refused: list[dict[str, Any]] = [
+        {"dtype": "float32"},
+        {"shard_size": 10**9},
+        {"gguf_type": "q8_0", "rounding": "stochastic"},
+        {"gguf_type": "q8_0", "requantize": True},
+    ]
+    for options in refused:
+        with pytest.raises(loratool.UsageError):
+            loratool.merge(base, folder, tmp_path / "out.gguf", **options)
+
+
+def test_a_split_model_stays_split(tmp_path: Path) -> None:
+    whole = write_llama(tmp_path / "whole.gguf", WEIGHTS, Kind.F16)
+    base = split(whole, tmp_path / "base")
+    made = factors(WEIGHTS, "q_proj", "down_proj")
     loratool.merge(base, adapter(tmp_path / "adapter", made), tmp_path / "out")
-    before, after = base.read_bytes(), (tmp_path / "out" / "base.gguf").read_bytes()
-    assert len(before) == len(after)
-    start = before.index(b"blk.0.attn_q.weight")
-    assert before[:start] == after[:start]
+    names = sorted(path.name for path in base.parent.iterdir())
+    assert len(names) == 3
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.gguf")) == names
+    merged = {name: raw for part in names for name, raw in raw_of(tmp_path / "out" / part).items()}
+    before, wanted = raw_of(whole), expected(made, read_back(whole))
+    assert {name for name in before if before[name] != merged[name]} == wanted.keys()
+    for name in names:
+        stop = gguf.GGUFReader(base.parent / name).data_offset
+        assert (tmp_path / "out" / name).read_bytes()[:stop] == (base.parent / name).read_bytes()[:stop]
+    with pytest.raises(loratool.UsageError, match="OUT must be a folder"):
+        loratool.merge(base, tmp_path / "adapter", tmp_path / "out.gguf")
+
+
+def test_parts_that_are_missing_or_of_another_model_are_refused(tmp_path: Path) -> None:
+    base = split(write_llama(tmp_path / "whole.gguf", WEIGHTS, Kind.F16), tmp_path / "base")
+    second, third = sorted(base.parent.iterdir())[1:]
+    kept = second.read_bytes()
+    second.write_bytes(third.read_bytes())
+    with pytest.raises(loratool.InputError, match="do not belong together") as refused:
+        loratool.inspect(base)
+    assert any("split.no is 2, but must be 1" in problem for problem in refused.value.problems)
+    second.unlink()
+    with pytest.raises(loratool.InputError, match="1 of its 3 parts are missing"):
+        loratool.inspect(base)
+    second.write_bytes(kept)
+    third.unlink()
+    third.symlink_to(third)
+    with pytest.raises(loratool.InputError, match="leads to itself"):
+        loratool.inspect(base)
+
+
+def test_a_head_of_its_own_becomes_a_tensor_where_the_base_ties_it(tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "base.gguf", WEIGHTS, Kind.F16, tied=True)
+    made = factors(WEIGHTS, "lm_head")
+    loratool.merge(base, adapter(tmp_path / "adapter", made), tmp_path / "out.gguf")
+    before, after = raw_of(base), raw_of(tmp_path / "out.gguf")
+    assert after.keys() - before.keys() == {"output.weight"}
+    assert all(after[name] == before[name] for name in before)
+    down, up = made["lm_head.weight"]
+    exact = read_back(base)["token_embd.weight"] + (0.5 * up.double() @ down.double()).numpy()
+    assert np.allclose(read_back(tmp_path / "out.gguf")["output.weight"], exact, rtol=2.0**-10, atol=1e-6)
+
+
+def test_experts_of_an_adapter_find_their_rows_of_a_stack(tmp_path: Path) -> None:
+    """An adapter names each expert; the file has a stack of all of them for each part."""
+    experts, mlp, hidden = 3, 32, 64
+    generator = torch.Generator().manual_seed(2)
+    shapes = {"gate": (experts, mlp, hidden), "up": (experts, mlp, hidden), "down": (experts, hidden, mlp)}
+    stacks = {part: torch.randn(shape, generator=generator) / 8 for part, shape in shapes.items()}
+    tensors = {f"blk.0.ffn_{part}_exps.weight": stack.numpy() for part, stack in stacks.items()}
+    base = write_tensors(tmp_path / "base.gguf", "qwen3moe", tensors)
+    made = {
+        f"model.layers.0.mlp.experts.{expert}.{part}_proj.weight": (
+            torch.randn(RANK, stack.shape[2], generator=generator),
+            torch.randn(stack.shape[1], RANK, generator=generator),
+        )
+        for expert in range(experts)
+        for part, stack in stacks.items()
+    }
+    loratool.merge(base, write_adapter(tmp_path / "adapter", made, r=RANK, lora_alpha=1), tmp_path / "out.gguf")
+    found = read_back(tmp_path / "out.gguf")
+    for part, stack in stacks.items():
+        for expert in range(experts):
+            down, up = made[f"model.layers.0.mlp.experts.{expert}.{part}_proj.weight"]
+            exact = stack[expert].double() + 0.5 * up.double() @ down.double()
+            assert np.allclose(found[f"blk.0.ffn_{part}_exps.weight"][expert], exact.numpy(), rtol=1e-6, atol=1e-6)
 
 
 def test_dora_on_queries_has_the_norms_of_their_own_rows(tmp_path: Path) -> None:
     base = write_llama(tmp_path / "base.gguf", WEIGHTS, Kind.F32)
     made = factors(WEIGHTS, "q_proj")
     folder = adapter(tmp_path / "adapter", made, use_dora=True)
-    from safetensors.torch import load_file, save_file
-
     stored = load_file(folder / "adapter_model.safetensors")
     magnitudes = {name: 0.5 + torch.rand(HIDDEN, generator=torch.Generator().manual_seed(1)) for name in made}
     for name, magnitude in magnitudes.items():
         stored[f"base_model.model.{name.removesuffix('.weight')}.lora_magnitude_vector"] = magnitude
     save_file(stored, folder / "adapter_model.safetensors")
-    loratool.merge(base, folder, tmp_path / "out")
-    values = read_back(tmp_path / "out" / "base.gguf")
+    loratool.merge(base, folder, tmp_path / "out.gguf")
+    values = read_back(tmp_path / "out.gguf")
     for layer in range(LAYERS):
         name = f"model.layers.{layer}.self_attn.q_proj.weight"
         down, up = made[name]
@@ -126,14 +290,14 @@ def test_dora_on_queries_has_the_norms_of_their_own_rows(tmp_path: Path) -> None
 
 def test_weights_in_a_type_that_is_not_decoded_are_copied_and_refused_where_they_change(tmp_path: Path) -> None:
     weights = llama_weights(hidden=256, mlp=256)
-    kinds = {"blk.0.ffn_down.weight": Kind.IQ2_XXS}
-    base = write_llama(tmp_path / "base.gguf", weights, Kind.F16, kinds)
-    made = factors(weights, "q_proj")
-    loratool.merge(base, adapter(tmp_path / "adapter", made), tmp_path / "out")
-    check(base, tmp_path / "out" / "base.gguf", made, "F16")
+    base = write_llama(tmp_path / "base.gguf", weights, Kind.F16, {"blk.0.ffn_down.weight": Kind.IQ2_XXS})
+    folder = adapter(tmp_path / "adapter", factors(weights, "q_proj"))
+    loratool.merge(base, folder, tmp_path / "out.gguf")
+    name = "blk.0.ffn_down.weight"
+    assert raw_of(tmp_path / "out.gguf")[name] == raw_of(base)[name]
     with pytest.raises(loratool.InputError, match="packed with IQ2_XXS, which loratool does not read"):
-        loratool.merge(base, adapter(tmp_path / "other", factors(weights, "down_proj")), tmp_path / "none")
-    assert not (tmp_path / "none").exists()
+        loratool.merge(base, adapter(tmp_path / "other", factors(weights, "down_proj")), tmp_path / "none.gguf")
+    assert not (tmp_path / "none.gguf").exists()
 
 
 def test_heads_that_do_not_divide_the_rows_are_refused(tmp_path: Path) -> None:
@@ -142,8 +306,10 @@ def test_heads_that_do_not_divide_the_rows_are_refused(tmp_path: Path) -> None:
     at = raw.index(b"llama.attention.head_count\x04\0\0\0") + len("llama.attention.head_count") + 4
     base.write_bytes(raw[:at] + (7).to_bytes(4, "little") + raw[at + 4 :])
     with pytest.raises(loratool.FitError, match="do not fit the 7 heads"):
-        loratool.merge(base, adapter(tmp_path / "adapter", factors(WEIGHTS, "q_proj")), tmp_path / "out")
+        loratool.merge(base, adapter(tmp_path / "adapter", factors(WEIGHTS, "q_proj")), tmp_path / "out.gguf")
 
 
-def test_key_heads_are_those_of_keys() -> None:
-    assert KEY_HEADS != HEADS
+def test_an_architecture_that_no_table_has_is_refused_by_its_name(tmp_path: Path) -> None:
+    base = write_tensors(tmp_path / "base.gguf", "rwkv7", {"token_embd.weight": np.ones((8, 32), np.float32)})
+    with pytest.raises(loratool.InputError, match="architecture 'rwkv7'"):
+        loratool.merge(base, adapter(tmp_path / "adapter", factors(WEIGHTS, "q_proj")), tmp_path / "out.gguf")
