@@ -34,6 +34,7 @@ class ChangeKeywords(NamingKeywords, OrientationKeywords, ReadingKeywords, total
 
     weights: Sequence[float] | float | None
     dtype: str | torch.dtype
+    gguf_type: str | None
     rounding: str
     dequantize: bool
     allow_new_tensors: bool
@@ -51,7 +52,6 @@ class PlanKeywords(ChangeKeywords, LayoutKeywords, total=False):
     """Of PlanOptions."""
 
     requantize: bool
-    gguf_type: str | None
     accept_loss: bool
 
 

@@ -33,7 +33,7 @@ def as_one_file(plan: MergePlan, target: Path) -> MergePlan:
     """
     if not is_file(target):
         return plan
-    shown, folder = printable(target.name), printable(target.with_suffix("").name)
+    shown, folder = printable(target), printable(target.with_suffix(""))
     if plan.base.root.is_dir() or len(plan.shards) > 1:
         raise UsageError(f"{shown}: OUT must be a folder, such as {folder}, because BASE is not a single file")
     (shard,) = plan.shards

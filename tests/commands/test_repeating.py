@@ -19,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import gguf_bytes
 import numpy as np
 import pytest
 import torch
@@ -40,7 +41,7 @@ from loratool.reworking.resize import ResizeOptions
 BASE, TUNED = "-a base's “ü” $HOME", "tuned `ls`; \\n & *"
 ADAPTERS = (f"it's one{'!' * 220}", '--two "b" \u00e9')
 WITH_MORE, WITH_HEAD, WITHOUT_ALPHA, SEVERAL = "with more", "{head}", "~α", "[both]"
-PACKED = "=8 bits"
+PACKED, IN_GGUF = "=8 bits", "~model?.gguf"
 EXTRA = "2_Dense/-more, of it.safetensors"
 WEIGHTS, BY_PATTERN, GRAMS = "-list é.json", "{table}.json", "-calibration #1.safetensors"
 LAYERS, WIDE, NARROW = 1, 8, 6
@@ -75,6 +76,20 @@ def write_packed(folder: Path) -> None:
     save_packed(folder, {**norm, **made.tensors}, made.config, architectures=["LlamaForCausalLM"])
 
 
+def write_gguf(path: Path) -> None:
+    """The same model as llama.cpp has it; queries in heads of 2, so that their rows stay in order."""
+    names = {"q_proj": "attn_q", "v_proj": "attn_v", "down_proj": "ffn_down"}
+    tensors = {}
+    for n, (module, shape) in enumerate(MODULES.items()):
+        layer, leaf = module.split(".")[2], module.rpartition(".")[2]
+        tensors[f"blk.{layer}.{names[leaf]}.weight"] = normal(*shape, seed=n)
+    entries = (
+        gguf_bytes.words("general.architecture", "llama"),
+        gguf_bytes.number("llama.attention.head_count", WIDE // 2),
+    )
+    path.write_bytes(gguf_bytes.whole_file(entries, tensors))
+
+
 def write_adapter(
     folder: Path, seed: int = 7, more: Mapping[str, Any] = MappingProxyType({}), **config: object
 ) -> None:
@@ -97,6 +112,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(home / BASE)
     write_model(home / TUNED, moved=1.0)
     write_packed(home / PACKED)
+    write_gguf(home / IN_GGUF)
     for number, name in enumerate(ADAPTERS):
         write_adapter(home / name, 1000 * (number + 1))
     for name in ("default", "it's"):
@@ -136,6 +152,7 @@ VALUES: Mapping[str, Sequence[str]] = {
     "energy": ("0.5", "0.875"),
     "error": ("0.5", "0.125"),
     "exclude": ("v_proj", r"mlp\.(down|up)"),
+    "gguf_type": ("f16", "bf16", "f32"),
     "ignore_files": ("*, of it.safetensors",),
     "include": (r"(q|v)_proj|down", "layers[.]"),
     "layer_weights": (BY_PATTERN,),
@@ -163,6 +180,7 @@ COMMANDS = {
         on={
             **{option: (BASE, *operands) for option, operands in READING.items()},
             **dict.fromkeys(("dequantize", "requantize", "accept_loss"), (PACKED, *ADAPTERS)),
+            "gguf_type": (IN_GGUF, *ADAPTERS),
             "allow_new_tensors": (BASE, WITH_HEAD),
             "also_load": (BASE, WITH_MORE),
             "ignore_files": (BASE, WITH_MORE),

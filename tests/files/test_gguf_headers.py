@@ -8,24 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf_bytes import ARRAY, BOOL, F32, I32, STRING, U8, U32, U64, entry, tensor, text
 
 from loratool.errors import InputError
 from loratool.files.gguf import Array, read_gguf
 from loratool.layouts import ggml
-
-U8, U32, I32, F32, BOOL, STRING, ARRAY, U64 = 0, 4, 5, 6, 7, 8, 9, 10
-
-
-def text(value: str) -> bytes:
-    return struct.pack("<Q", len(value.encode())) + value.encode()
-
-
-def entry(key: str, code: int, value: bytes) -> bytes:
-    return text(key) + struct.pack("<I", code) + value
-
-
-def tensor(name: str, shape: tuple[int, ...], code: int = 0, at: int = 0) -> bytes:
-    return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], code, at)
 
 
 def file_of(
