@@ -25,6 +25,7 @@ TITLES = {
     "inspecting": "Inspecting",
     "algebra": "Adapter algebra",
     "binding": "Finding the weights of an adapter",
+    "quantised": "Quantised bases",
     "inference": "One layer at inference",
 }
 WITHOUT = re.compile(  # what is not measured: code, links' targets, names (bf16, 16-bit, Llama-3.2-1B), requirements

@@ -52,6 +52,12 @@ def prepare(folder: Path, shape: Shape, families: Sequence[str]) -> dict[str, li
     return contenders
 
 
+def shown(one: Run, size: int) -> dict[str, float]:
+    """What the pages show of a run that writes so many bytes."""
+    own = {"wall": one.wall, "work": one.work, "startup": one.startup, "processor": one.processor}
+    return {**own, "peak_memory": one.peak_memory, "bytes": size}
+
+
 def take_turns(folder: Path, contenders: dict[str, list[str]], turns: int) -> dict[str, list[Run]]:
     runs: dict[str, list[Run]] = {name: [] for name in contenders}
     for turn in range(turns):
@@ -131,7 +137,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         findings = judge(runs)
         if not options.no_verify:
             findings += verified(folder, options.turns)
-        write_result(options.json, facts, findings, turns=options.turns, shape=options.shape)
+        size = SHAPES[options.shape].base_bytes
+        every = {name: [shown(one, size) for one in each] for name, each in runs.items()}
+        rows = {"merge into": {"shape": options.shape, "bytes": size, "runs": every}}
+        write_result(options.json, facts, findings, turns=options.turns, rows=rows)
     print("\n\n".join([aligned(list(facts.items())), finding_table(findings)]))
 
 

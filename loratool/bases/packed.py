@@ -173,6 +173,8 @@ class Codec(Protocol):
 
     name: str  # in --json, such as "gptq"
     title: str  # for a person, such as "GPTQ"
+    # what it reads, for a person, with the class of such weights: docs/supported.md is made of it
+    kinds: tuple[tuple[str, type[Packed]], ...] = ()
 
     def find(self, base: Checkpoint, settings: Settings) -> Packing | None:
         """The packed weights of a checkpoint; None where it is of another kind.

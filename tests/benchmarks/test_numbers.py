@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import findings
 import pages
+import quantised
+from running import Run
 
 BLOCK = "<!-- numbers: {} -->\n<!-- end of numbers -->\n"
 
@@ -66,6 +69,25 @@ def checked(root: Path) -> int:
     with pytest.raises(SystemExit) as ended:
         pages.main(["--check"], root)
     return int(ended.value.code or 0)
+
+
+def test_merges_into_quantised_bases_have_a_section_with_every_run(
+    root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """As quantised.py writes it: ratios as findings, and what each contender took."""
+    runs = [Run(wall, 0.5, 6.0, peak_memory=4 * 10**8, report={"startup_seconds": 1}) for wall in (9, 7, 8)]
+    plain = [Run(4.0, 0.5, 5.0, peak_memory=3 * 10**8) for _ in range(3)]
+    both = {"bf16": plain, "gptq, touched only": runs}
+    findings = [asdict(found) for found in quantised.judge(both)]
+    rows = {name: [quantised.shown(one, 10**9) for one in each] for name, each in both.items()}
+    row = {"shape": "tiny", "bytes": 10**9, "runs": rows}
+    one = result(benchmark="quantised", findings=findings, rows={"merge into": row})
+    pages.main(keep(tmp_path_factory.mktemp("results"), one=one), root)
+    page = (root / pages.PERFORMANCE).read_text()
+    assert "### Quantised bases" in page
+    assert "| gptq, touched only: time over it | ≤ 1.50 | 2.00 | missed |" in page
+    assert "| gptq, touched only: memory above it | ≤ 60 MB | 100 MB | missed |" in page
+    assert "| `merge into` | gptq, touched only | 8.00 s | 1.00 s |" in page
 
 
 def test_pages_show_machine_commit_command_and_every_number(

@@ -75,6 +75,15 @@ def config_in(folder: Path) -> Mapping[str, Any]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_what_is_found_is_listed_on_the_page_of_what_is_supported(kind: str, tmp_path: Path) -> None:
+    """docs/supported.md has a row for each class of weights that a codec names, and says by it what can be packed anew."""
+    save_base(tmp_path / "base", kind, EDITED)
+    base = open_packed(tmp_path / "base")
+    assert base.codec is not None
+    assert {type(weight) for weight in base.weights.values()} <= {each for _, each in base.codec.kinds}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_only_what_is_edited_becomes_plain(kind: str, tmp_path: Path) -> None:
     made = save_base(tmp_path / "base", kind, EDITED, *OTHERS)
     changes = save_adapter(tmp_path / "adapter", EDITED)

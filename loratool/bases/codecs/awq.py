@@ -63,6 +63,7 @@ class Awq(Codec):
     """AWQ in its layout gemm."""
 
     name, title = "awq", "AWQ"
+    kinds = (("4 bits, version gemm", AwqWeight),)
 
     def find(self, base: Checkpoint, settings: Settings) -> Packing | None:
         said = said_by(settings)

@@ -217,6 +217,11 @@ class BitsAndBytes(Codec):
     """nf4, fp4 and int8 of bitsandbytes."""
 
     name, title = "bitsandbytes", "bitsandbytes"
+    kinds = (
+        ("nf4 and fp4, also with nested statistics", FourBit),
+        ("int8", Int8),
+        ("nf4 and fp4 of Conv1D layers", Turned),
+    )
 
     def find(self, base: Checkpoint, settings: Settings) -> Packing | None:
         if settings.method not in ("", "bitsandbytes"):

@@ -73,6 +73,12 @@ class CompressedTensors(Codec):
     """The formats of compressed-tensors whose weights are dense."""
 
     name, title = "compressed-tensors", "compressed-tensors"
+    kinds = (
+        (
+            "`pack-quantized` of 3 to 8 bits, `int-quantized`, `float-quantized`, `naive-quantized`, nvfp4, mxfp4, mxfp6, mxfp8",
+            Scaled,
+        ),
+    )
 
     def find(self, base: Checkpoint, settings: Settings) -> Packing | None:
         if settings.method != self.name:

@@ -38,6 +38,7 @@ class Fp8(Codec):
     """FP8 as transformers writes it, and as fbgemm does."""
 
     name, title = "fp8", "FP8"
+    kinds = (("a scale for each block, row or weight; FP4 experts of DeepSeek-V4", Scaled),)
 
     def find(self, base: Checkpoint, settings: Settings) -> Packing | None:
         if settings.method not in METHODS:

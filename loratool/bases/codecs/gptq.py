@@ -100,6 +100,10 @@ class Gptq(Codec):
     """GPTQ with 2, 3, 4 or 8 bits."""
 
     name, title = "gptq", "GPTQ"
+    kinds = (
+        ("2, 3, 4 and 8 bits, also act-order, zero points of v1 and v2", GptqWeight),
+        ("the same of Conv1D layers", Turned),
+    )
 
     def find(self, base: Checkpoint, settings: Settings) -> Packing | None:
         said = said_by(settings)

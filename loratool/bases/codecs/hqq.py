@@ -122,6 +122,7 @@ class HqqCodec(Codec):
     """HQQ as the hqq package and transformers save it."""
 
     name, title = "hqq", "HQQ"
+    kinds = (("1, 2, 3, 4 and 8 bits", Hqq),)
 
     def find(self, base: Checkpoint, settings: Settings) -> Packing | None:
         if settings.method not in ("", "hqq"):

@@ -67,6 +67,7 @@ class ModelOpt(Codec):
     """The formats of ModelOpt that its unified export writes."""
 
     name, title = "modelopt", "ModelOpt"
+    kinds = (("FP8, MXFP8, NVFP4, MXFP4, int8, W4A16_AWQ", Scaled),)
 
     def find(self, base: Checkpoint, settings: Settings) -> Packing | None:
         if not any(is_own(place.values) for place in settings.places):

@@ -131,6 +131,7 @@ class Mxfp4(Codec):
     """The experts of gpt-oss."""
 
     name, title = "mxfp4", "MXFP4"
+    kinds = (("experts of gpt-oss", TurnedExperts),)
 
     def find(self, base: Checkpoint, settings: Settings) -> Packing | None:
         if settings.method != self.name:

@@ -31,6 +31,7 @@ class Quanto(Codec):
     """quanto's int8 and float8."""
 
     name, title = "quanto", "quanto"
+    kinds = (("int8, float8", Affine),)
 
     def find(self, base: Checkpoint, settings: Settings) -> Packing | None:
         if settings.method not in ("", "quanto"):

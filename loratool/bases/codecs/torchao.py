@@ -43,6 +43,7 @@ class TorchAo(Codec):
     """torchao's tensors of 8 bits a value."""
 
     name, title = "torchao", "torchao"
+    kinds = (("Int8Tensor, IntxUnpackedToInt8Tensor, Float8Tensor", Affine),)
 
     def find(self, base: Checkpoint, settings: Settings) -> Packing | None:
         if settings.method not in ("", "torchao"):
