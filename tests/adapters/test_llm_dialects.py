@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import save
+from hub_client import Client
+from hub_server import HubServer
 from paths import REAL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -133,7 +135,10 @@ def test_commands_without_a_base_take_the_heads_from_the_model_config_in_the_fol
     loratool.rescale(adapter, tmp_path / "double", scale=2.0, bake=True)
     loratool.resize(adapter, tmp_path / "same", rank=RANK)
     loratool.combine([adapter, adapter], tmp_path / "twice", weights=[0.5, 0.5])
-    for name, times in (("double", 2.0), ("same", 1.0), ("twice", 1.0)):
+    loratool.convert(adapter, tmp_path / "mlx", to="mlx")
+    (totals,) = loratool.compare([adapter, tmp_path / "mlx"]).totals.values()
+    assert totals.cosine == pytest.approx(1.0)
+    for name, times in (("double", 2.0), ("same", 1.0), ("twice", 1.0), ("mlx", 1.0)):
         found = weights(merged(base, tmp_path / name, tmp_path / f"{name}-out"))
         for module, delta in torchtune_deltas(scale=SCALE * times).items():
             torch.testing.assert_close(found[module], weights(base)[module] + delta, rtol=1e-5, atol=1e-5)
@@ -252,6 +257,20 @@ def test_litgpt_heads_stand_in_the_model_config_that_it_writes(base: Path, tmp_p
     found = weights(merged(base, tmp_path / "same", tmp_path / "out"))
     for module, delta in litgpt_deltas("qv").items():
         torch.testing.assert_close(found[module], weights(base)[module] + delta, rtol=1e-5, atol=1e-5)
+
+
+def test_litgpt_adapters_on_the_hub_bring_the_files_that_tell_how_to_read_them(base: Path, tmp_path: Path) -> None:
+    """Their settings and the model's config, without which the parts of attention are not known."""
+    adapter = litgpt(tmp_path / "a", "qv")
+    (adapter / "model_config.yaml").write_text(f"n_head: {HEADS}\nn_query_groups: {KEY_HEADS}\n")
+    with HubServer() as server:
+        server.add("org/lit", adapter)
+        client = Client(server, tmp_path / "home")
+        assert "litgpt, LORA" in client.works("inspect", "org/lit").out
+        client.works("resize", "org/lit", "--rank", RANK, "-o", tmp_path / "same")
+        client.works("merge", base, "org/lit", "-o", tmp_path / "out", "--device", "cpu")
+    check_merged(tmp_path / "out", base, litgpt_deltas("qv"))
+    assert loratool.read_adapter(tmp_path / "same").updates.keys() == {f"{m}.weight" for m in litgpt_deltas("qv")}
 
 
 @pytest.mark.parametrize(

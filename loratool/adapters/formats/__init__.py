@@ -32,7 +32,7 @@ FORMATS: tuple[Format, ...] = (NAMED, LITGPT, LORALIB, PEFT, MLX, TORCHTUNE, MEG
 WRITTEN = PEFT  # what is made here is written in, and what a file counts as that none of them claims
 DIALECTS = {word: form for form in FORMATS for word in form.dialects}  # what adapters are converted into → its format
 OUTPUT_FILES = reduce(or_, (form.file_names for form in FORMATS), MODEL_FILES)  # what `--overwrite` may replace
-CONFIGS = tuple(dict.fromkeys(filter(None, (form.config_name for form in FORMATS))))  # what their configs are called
+CONFIGS = tuple(dict.fromkeys(name for form in FORMATS for name in form.config_names))  # what their configs are called
 
 
 def read_adapter(path: str | Path, reading: Reading = AS_STORED) -> Adapter:
@@ -87,7 +87,7 @@ def is_adapter(path: Path) -> bool:
         return any(form.recognises(path) for form in FORMATS) and not holds_model(path)
     if not (path.is_file() and path.suffix == ".safetensors"):
         return False
-    beside = any((path.parent / name).is_file() for name in CONFIGS)
+    beside = (path.parent / WRITTEN.config_name).is_file()
     return beside or any(form.claims(head) for head in heads_at(path) for form in FORMATS if form is not WRITTEN)
 
 

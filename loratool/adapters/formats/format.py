@@ -137,6 +137,11 @@ class Format(Protocol):
         """The file of its tensors."""
 
     @property
+    def config_names(self) -> tuple[str, ...]:
+        """All files beside the weights that say how an adapter is to be read; on the Hub they are looked at first."""
+        return (self.config_name,) if self.config_name else ()
+
+    @property
     def file_names(self) -> FileNames:
         """What its files may be called where `--overwrite` replaces an adapter that no `loratool.json` lists; none by default."""
         return FileNames()

@@ -89,6 +89,7 @@ class Litgpt(TrainerFormat):
     config_name = SETTINGS
     weights_name = "lit_model.lora.safetensors"
     settings = (SETTINGS,)
+    models = (MODEL,)
 
     def claims(self, file: HasNames) -> frozenset[str]:
         modules = [module for module in modules_with(file, (A, B)) if is_own(module)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from loratool.adapters.training import Training
 from loratool.adapters.unsettled import settled
 from loratool.adapters.weight_files import weight_files
 from loratool.algebra.updates.base import Update
-from loratool.errors import InputError, LoratoolError, Problem, printable
+from loratool.errors import InputError, Problem, printable
 from loratool.files.checkpoint import NUMBERED, sort_side_files
 from loratool.files.heads import HasNames
 from loratool.files.hub_cache import name_of
@@ -130,6 +129,11 @@ class TrainerFormat(Format):
 
     title: str  # of the trainer, in sentences
     settings: tuple[str, ...] = ()  # the files that may tell how an adapter was trained, the first one first
+    models: tuple[str, ...] = ()  # those that may tell what model was trained, besides its config
+
+    @property
+    def config_names(self) -> tuple[str, ...]:
+        return (*self.settings, *self.models)
 
     @abstractmethod
     def take(self, found: Found, config: Config) -> None:
@@ -149,8 +153,8 @@ class TrainerFormat(Format):
 
     def needed(self, location: Path) -> tuple[list[str], list[str]]:
         weights = sorted(path.name for path in location.glob("*.safetensors"))
-        own = [name for name in (*self.settings, MODEL_CONFIG) if (location / name).is_file()]
-        return weights, [*own, *sort_side_files(location, {*weights})[0]]
+        own = [name for name in (*self.config_names, MODEL_CONFIG) if (location / name).is_file()]
+        return weights, list(dict.fromkeys([*own, *sort_side_files(location, {*weights})[0]]))
 
     def config_at(self, folder: Path) -> Path | None:
         """The file of settings in a folder."""
@@ -192,9 +196,7 @@ class TrainerFormat(Format):
     def model_at(self, folder: Path, config: Config) -> Mapping[str, Any]:  # noqa: ARG002
         """The config of the model that was trained, as far as an adapter's folder tells it."""
         path = folder / MODEL_CONFIG
-        with suppress(LoratoolError):
-            return read_json(path, lenient=True) if path.is_file() else {}
-        return {}
+        return read_json(path, lenient=True) if path.is_file() else {}
 
     def weights_in(self, folder: Path) -> SafeFile:
         """The one file of a folder whose tensors are named as this format names them."""
