@@ -56,7 +56,7 @@ def write(folder: Path, stored: Tensors, container: str = "mlp.experts", rank: i
     tensors: Tensors = {}
     for key, tensor in stored.items():
         layer, name, side = key.split(".")
-        tensors[f"{start}{layer}.{container}.{name}.lora_{side}.weight"] = tensor
+        tensors[f"{start}{layer}.{container}.{name.replace('/', '.')}.lora_{side}.weight"] = tensor.contiguous()
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": SCALE * rank, "target_modules": "all-linear"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -145,6 +145,39 @@ def test_stacked_factors_are_merged_into_every_kind_of_checkpoint(
     assert set(found) == set(wanted)
     for name, tensor in wanted.items():
         assert float((found[name].double() - tensor).abs().max()) <= 1e-6, name
+
+
+def numbered_apart(stored: Tensors) -> Tensors:
+    """Sides of each expert as matrices with its number in their names; those that all share stay as they are."""
+    found: Tensors = {}
+    for key, tensor in stored.items():
+        layer, name, side = key.split(".")
+        each = {f"{layer}.{number}/{name}.{side}": t for number, t in enumerate(tensor)}
+        found |= {key: tensor} if tensor.shape[0] == 1 else each
+    return found
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_a_side_that_all_experts_share_goes_with_those_that_have_a_number(tmp_path: Path, kind: str) -> None:
+    """As Megatron-Bridge writes them for SGLang: `experts.up_proj.lora_A` (1, r, in) and `experts.3.up_proj.lora_B`."""
+    base, weights = write_base(tmp_path / "base", kind)
+    stored = factors("by layer", "the outer sides")
+    adapter = write(tmp_path / "adapter", numbered_apart(stored))
+    loratool.merge(base, [adapter], tmp_path / "out")
+    loratool.rescale(adapter, tmp_path / "plain", scale=1.0)
+    loratool.merge(base, [tmp_path / "plain"], tmp_path / "second")
+    for found in map(read_tensors, (tmp_path / "out", tmp_path / "second")):
+        for layer in range(LAYERS):
+            for name, delta in BASES[kind][1](layer, *changes(stored, "by layer", layer)).items():
+                assert float((found[name].double() - weights[name].double() - delta).abs().max()) <= 1e-6, name
+
+
+def test_an_expert_without_its_side_is_named(tmp_path: Path) -> None:
+    base, _ = write_base(tmp_path / "base", "one for all")
+    stored = numbered_apart(factors("by layer", "the outer sides"))
+    del stored["0.1/up_proj.B"]
+    with pytest.raises(loratool.InputError, match=r"layers\.0\.mlp\.experts\.up_proj: expert 1 has no factors"):
+        loratool.merge(base, [write(tmp_path / "adapter", stored)], tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", ["one for all", "one for all, in turns"])

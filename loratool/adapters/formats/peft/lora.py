@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loratool.adapters.formats.peft import parameters, stacked, support
+from loratool.adapters.formats.peft import parameters, shared, stacked, support
 from loratool.adapters.formats.peft.draft import TOKENS, Draft, Module, UnsupportedError, UnusableError, derived
 from loratool.adapters.formats.peft.files import CONFIG
 from loratool.adapters.formats.peft.parameters import rank_is_one
@@ -36,6 +36,11 @@ def read_lora(draft: Draft) -> None:
     layers = [m for m in draft.modules.values() if m.name not in experts and set(m.slots) != {TOKENS}]
     scaling = Scaling(draft, [*(m.name for m in layers), *parameters.paths(draft, experts)])
     parameters.read_parameters(draft, experts, scaling)
+    sides = shared.shared_sides(draft)
+    shared.read_shared(draft, sides, scaling)
+    if apart := {m.path for side, experts in sides.values() for m in (side, *experts.values())}:
+        draft.packing = stacked.PACKING
+        layers = [m for m in layers if m.path not in apart]
     stacks = stacked.stacks(draft)
     stacked.read_stacks(draft, stacks, scaling)
     if taken := {module.path for leaves in stacks.values() for module in leaves.values()}:
