@@ -10,20 +10,28 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import role_formulas
 import torch
+from paths import REAL, ROOT
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
-from loratool.adapters.adapter import Flattened
-from loratool.adapters.formats import read_adapter
+from loratool.adapters.adapter import Flattened, load_update
+from loratool.adapters.formats import dialects_at, read_adapter
+from loratool.adapters.formats.named.dialects import SPELLINGS
+from loratool.adapters.formats.named.format import spelling_in
 from loratool.adapters.reading import Reading
+from loratool.cli import run
 from loratool.results.facts import AdapterFacts
 
+real = pytest.mark.skipif(not REAL.is_dir(), reason=f"the published adapters are not here: {REAL} is missing")
+SCHEMA: dict[str, Any] = json.loads((ROOT / "docs" / "inspect.schema.json").read_text("utf-8"))
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 FLAT = ATTENTION.replace(".", "_")
 ENCODER = "text_encoder.text_model.encoder.layers.0.self_attn"
@@ -175,6 +183,24 @@ TOYS = {
         {"diffusion_model.blocks.0.attn.qkv_x.weight": 1.0},
         codes=("alpha-missing",),
     ),
+    "stable cascade, text encoder": Toy(
+        "kohya",
+        of_kohya("lora_prior_te_text_model_encoder_layers_0_mlp_fc1"),
+        {"te.text_model.encoder.layers.0.mlp.fc1.weight": 0.5},
+        flat=True,
+    ),
+    "a U-Net of PEFT without its config": Toy(
+        "peft",
+        of_peft(f"base_model.model.{ATTENTION}.to_q"),
+        {f"unet.{ATTENTION}.to_q.weight": 1.0},
+        codes=("alpha-missing",),
+    ),
+    "hunyuan": Toy(
+        "peft",
+        of_peft("base_model.model.double_blocks.0.img_attn_qkv"),
+        {"diffusion_model.double_blocks.0.img_attn_qkv.weight": 1.0},
+        codes=("alpha-missing",),
+    ),
     "fal": Toy(
         "peft",
         of_peft("base_model.model.transformer_blocks.0.attn.to_q"),
@@ -312,9 +338,28 @@ def factors(toy: Toy) -> list[tuple[Tensor, Tensor]]:
     return list(zip(matrices[::2], matrices[1::2], strict=True))
 
 
+def hold_json(table: Any, toy: Toy) -> None:
+    """Hold what `inspect --json` prints of a toy to its schema, and to the toy."""
+    if find_spec("jsonschema") is not None:
+        import jsonschema
+
+        jsonschema.Draft202012Validator(SCHEMA).validate(table)
+    (found,) = table["results"]
+    assert found["format"] == (toy.dialect if isinstance(toy.dialect, str) else list(toy.dialect))
+    assert found["metadata"] == dict(toy.metadata)
+    assert found["shown_metadata"].keys() == toy.metadata.keys()
+    assert sorted(module["scaling"] for module in found["modules"]) == sorted(toy.scales.values())
+    power = 0.5 if found["rslora"] else 1
+    assert all(module["alpha"] == module["scaling"] * module["rank"] ** power for module in found["modules"])
+    assert all(f"{module['name']}.weight" == module["target"] for module in found["modules"])
+
+
 @pytest.mark.parametrize("name", TOYS)
-def test_a_dialect_is_read_as_the_formula_has_it(name: str, tmp_path: Path) -> None:
-    """The file is recognised, every target is named, and merging gives W + scale · up @ down, rounded once."""
+def test_a_dialect_is_read_as_the_formula_has_it(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file is recognised, every target is named, and merging gives W + scale · up @ down, rounded once.
+
+    `inspect --json` tells the dialect, several as a list, and of each module all that its schema names.
+    """
     toy = TOYS[name]
     path = written(toy, tmp_path)
     adapter = read_adapter(path)
@@ -323,9 +368,9 @@ def test_a_dialect_is_read_as_the_formula_has_it(name: str, tmp_path: Path) -> N
     expected = {Flattened.of(target) for target in toy.scales} if toy.flat else set(toy.scales)
     assert flattened | dotted == expected or name == "two dialects"
     assert adapter.unused == ()
-    facts = loratool.inspect(path)
-    assert isinstance(facts, AdapterFacts)
-    assert facts.format == toy.dialect
+    assert dialects_at(path) == adapter.dialects
+    assert run(["inspect", str(path), "--json", "--metadata"]) == 0
+    hold_json(json.loads(capsys.readouterr().out), toy)
     assert tuple(note.code for note in adapter.notes) == toy.codes
     base = {
         target: eighths(up.shape[0], down.shape[1], seed=9)
@@ -508,6 +553,29 @@ def test_control_adapters_of_flux_replace_the_scales_of_norms_and_add_biases(tmp
 # The scale
 
 
+def test_every_spelling_of_the_table_is_held_by_a_toy() -> None:
+    """A row that no file of these tests is read by would be a row that nobody has seen to work."""
+    seen = {spelling_in(name) for toy in TOYS.values() for name in toy.tensors}
+    seen |= {spelling_in(f"oft_unet_{FLAT}_to_q.oft_blocks")}  # of the methods below
+    rows = {found[0] for found in seen if found}
+    assert [row.begins for row in SPELLINGS if row not in rows] == []
+
+
+def test_long_values_of_the_header_are_shortened_for_people_and_whole_for_programs(tmp_path: Path) -> None:
+    tags = {f"tag {number}": {"word": number} for number in range(50)}
+    metadata = {"ss_tag_frequency": json.dumps(tags), "ss_training_comment": "x" * 1000, "short": "as it is"}
+    save_file(of_kohya(KOHYA), tmp_path / "toy.safetensors", metadata)
+    facts = loratool.inspect(tmp_path / "toy.safetensors", metadata=True)
+    assert isinstance(facts, AdapterFacts)
+    assert facts.metadata == metadata
+    assert facts.shown_metadata is not None
+    assert facts.shown_metadata["short"] == "as it is"
+    assert facts.shown_metadata["ss_tag_frequency"].startswith("tag 0: {1 entries}, tag 1: ")
+    assert facts.shown_metadata["ss_tag_frequency"].endswith("… and 44 more")
+    assert facts.shown_metadata["ss_training_comment"].endswith("… (1,000 characters)")
+    assert all(len(text) < 400 for text in facts.shown_metadata.values())
+
+
 def test_an_alpha_that_is_said_serves_for_modules_without_one(tmp_path: Path) -> None:
     path = written(TOYS["kohya-noalpha"], tmp_path)
     adapter = read_adapter(path, Reading(input_alpha=8.0))
@@ -521,3 +589,84 @@ def test_an_alpha_that_no_module_takes_is_told(tmp_path: Path) -> None:
     (update,) = adapter.updates.values()
     assert update.scale == 0.5  # type: ignore[attr-defined]
     assert [note.code for note in adapter.notes] == ["input-alpha-not-used"]
+
+
+# What people published
+
+
+def factors_of(path: Path, down: str, up: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module → its (down, up), by the ends of their names."""
+    tensors = load_file(path)
+    modules = [name.removesuffix(down) for name in tensors if name.endswith(down)]
+    return {module: (tensors[module + down], tensors[module + up]) for module in modules}
+
+
+@real
+def test_attention_processors_of_2023_merge_to_the_formula(tmp_path: Path) -> None:
+    """Modules of a U-Net without prefix and without alpha; some of the 128 are merged into zeros in float16."""
+    path = REAL / "sd-diffusers-old-processor-pokemon"
+    every = factors_of(path / "pytorch_lora_weights.safetensors", "_lora.down.weight", "_lora.up.weight")
+    assert len(every) == len(read_adapter(path).updates) == 128
+    pairs = dict(list(every.items())[::16])
+    stored = {
+        f"{module}_lora.{half}.weight": tensor
+        for module, pair in pairs.items()
+        for half, tensor in zip(("down", "up"), pair, strict=True)
+    }
+    save_file(stored, tmp_path / "some.safetensors")
+    names = {
+        module: module.replace(".processor.", ".") + (".0.weight" if module.endswith("to_out") else ".weight")
+        for module in pairs
+    }
+    base = {
+        names[module]: torch.zeros(up.shape[0], down.shape[1], dtype=torch.float16)
+        for module, (down, up) in pairs.items()
+    }
+    save_file(base, tmp_path / "base.safetensors")
+    report = loratool.merge(
+        tmp_path / "base.safetensors", tmp_path / "some.safetensors", tmp_path / "out", device="cpu"
+    )
+    assert report.edited == len(pairs) == 8
+    merged = load_file(tmp_path / "out" / "base.safetensors")
+    for module, (down, up) in pairs.items():
+        exact = up.double() @ down.double()
+        error = (merged[names[module]].double() - exact).abs()
+        assert bool((error <= exact.abs() * 2**-11 + 2**-25).all()), module
+
+
+@real
+def test_a_config_in_the_header_gives_what_the_config_file_of_the_same_factors_gives() -> None:
+    """One training run, saved once by PEFT and once by diffusers: alpha 16 at rank 4, which is lost with the header."""
+    by_peft = read_adapter(REAL / "sd-peft-unet-anime")
+    by_header = read_adapter(REAL / "sd-peft-unet-anime" / "pytorch_lora_weights.safetensors")
+    assert {target.removeprefix("unet.") for target in by_header.updates} == set(by_peft.updates)
+    assert {update.scale for update in by_header.updates.values()} == {4.0}  # type: ignore[attr-defined]
+    assert by_header.dialects == ("diffusers",)
+    assert by_header.unused == by_header.unsupported == ()
+
+
+@real
+def test_lokr_of_kohya_names_is_the_kronecker_product_that_its_factors_make() -> None:
+    """Both halves factored, alpha 4 at rank 4 in float16: 350 modules, of which some are compared in full."""
+    path = REAL / "sd-lycoris-lokr-4" / "smart_falcon_4_lokr.safetensors"
+    adapter, stored = read_adapter(path), load_file(path)
+    assert (len(adapter.updates), adapter.dialects, adapter.unused) == (350, ("lycoris",), ())
+    assert adapter.training.method == "LOKR"
+    for module in ("lora_te_text_model_encoder_layers_0_mlp_fc1", "lora_unet_down_blocks_0_resnets_0_conv1"):
+        target = Flattened(f"{module.removeprefix('lora_')}.weight")
+        update = load_update(adapter.updates[target], torch.device("cpu"), torch.float64)
+        t = {role: stored[f"{module}.{role}"].double() for role in ("lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b")}
+        left, right = t["lokr_w1_a"] @ t["lokr_w1_b"], t["lokr_w2_a"] @ t["lokr_w2_b"]
+        scale = float(stored[f"{module}.alpha"]) / 4
+        columns = left.shape[1] * right.shape[1]
+        found = update.delta(torch.zeros(left.shape[0] * right.shape[0], columns, dtype=torch.float64))
+        torch.testing.assert_close(found, scale * torch.kron(left, right))
+
+
+@real
+def test_flux_of_ai_toolkit_is_read_with_scale_one() -> None:
+    adapter = read_adapter(REAL / "flux-aitoolkit-transformer")
+    assert adapter.dialects == ("ai-toolkit",)
+    assert all(target.startswith("transformer.single_transformer_blocks.") for target in adapter.updates)
+    assert {update.scale for update in adapter.updates.values()} == {1.0}  # type: ignore[attr-defined]
+    assert [note.code for note in adapter.notes] == ["alpha-missing"]

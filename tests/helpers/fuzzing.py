@@ -34,6 +34,7 @@ from malformed import (
     write_adapter,
     write_sharded,
 )
+from safetensors.numpy import save
 from workbench import is_clean, tensors_of
 
 HUGE = "<a number of four hundred digits>"  # what JSON can say and the writer cannot: put into its text afterwards
@@ -127,8 +128,32 @@ def write_inputs(root: Path) -> None:
         (root / name / "tokenizer_config.json").write_text(json.dumps(TOKENIZER))
         (root / name / "README.md").write_bytes(CARD)
     write_adapter(root / "scaled", SCALED, peft_type="IA3", feedforward_modules=["down_proj"], fan_in_fan_out=False)
+    write_dialects(root)
     for name in ("base", "adapter"):
         (root / name / "loratool.json").write_text(json.dumps(RECORD))
+
+
+def write_dialects(root: Path) -> None:
+    """A file that names modules in several dialects, with what its tools write into the header, and the base it fits."""
+    query, flat = "unet.mid_block.attn1.to_q", "lora_unet_mid_block_attn1_to_k"
+    tensors = {
+        f"{query}.lora_A.weight": values(2, 8, seed=1),
+        f"{query}.lora_B.weight": values(8, 2, seed=2),
+        f"{flat}.lora_down.weight": values(2, 8, seed=3),
+        f"{flat}.lora_up.weight": values(8, 2, seed=4),
+        f"{flat}.alpha": np.array(1.0),
+    }
+    metadata = {
+        "lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 4, "unet.rank_pattern": {}}),
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": "2",
+        "ss_network_args": '{"split_qkv": "True"}',
+    }
+    (root / "dialects").mkdir()
+    (root / "dialects" / DIALECTS).write_bytes(save(tensors, metadata))
+    (root / "painter").mkdir()
+    names = {f"unet.mid_block.attn1.to_{part}.weight": values(8, 8, seed=9) for part in "qkv"}
+    (root / "painter" / "model.safetensors").write_bytes(save(names))
 
 
 def places(table: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -234,7 +259,8 @@ class Kind:
     commands: tuple[str, ...]
 
 
-OUT = "-o OUT"
+OUT, DIALECTS = "-o OUT", "lora.safetensors"
+NAMES = ("base", "tuned", "adapter", "second", "scaled", "dialects", "painter", "base/config.json")
 ADAPTER_COMMANDS = (
     *("inspect adapter --json", "inspect adapter --check --json", "inspect adapter --base base --check"),
     *(f"merge base adapter {OUT}", f"merge base adapter {OUT} --dry-run --json", f"rescale adapter {OUT} --scale 2"),
@@ -249,6 +275,15 @@ MODEL_COMMANDS = (
         f"merge base adapter {OUT} --dry-run",
         f"extract tuned base {OUT} --rank 1",
     ),
+)
+DIALECT_COMMANDS = (
+    *("inspect dialects --json", "inspect dialects --check --metadata --json", f"merge painter dialects {OUT}"),
+    *(
+        f"merge painter dialects {OUT} --dry-run --json",
+        f"rescale dialects {OUT} --scale 2",
+        f"resize dialects {OUT} --rank 1",
+    ),
+    *(f"convert dialects {OUT} --to kohya", f"combine dialects dialects {OUT}", "push dialects org/name --dry-run"),
 )
 SCALED_COMMANDS = tuple(command.replace(" adapter", " scaled") for command in ADAPTER_COMMANDS[:-2])
 KINDS: Mapping[str, Kind] = {
@@ -265,6 +300,7 @@ KINDS: Mapping[str, Kind] = {
     "index": Kind(f"base/{INDEX}", json_file(*INDEX_FIELDS), MODEL_COMMANDS),
     "header of the base": Kind(f"base/{SHARDS[0]}", header, MODEL_COMMANDS),
     "header of the adapter": Kind(f"adapter/{ADAPTER}", header, ADAPTER_COMMANDS),
+    "header of dialects": Kind(f"dialects/{DIALECTS}", header, DIALECT_COMMANDS),
     "record of the base": Kind("base/loratool.json", json_file(*RECORD_FIELDS), MODEL_COMMANDS),
     "record of the adapter": Kind("adapter/loratool.json", json_file(*RECORD_FIELDS), ADAPTER_COMMANDS),
     "config of another method": Kind(
@@ -297,7 +333,7 @@ def mutations(kind: str, count: int, seed: int, sound: bytes) -> list[Mutation]:
 
 
 def words_of(command: str, root: Path, out: Path) -> list[str]:
-    places = {name: str(root / name) for name in ("base", "tuned", "adapter", "second", "scaled", "base/config.json")}
+    places = {name: str(root / name) for name in NAMES}
     return [{**places, "OUT": str(out)}.get(word, word) for word in command.split()]
 
 

@@ -166,9 +166,7 @@ class Reader:
             found |= {own[path].name: scale for path, scale in scales.items()}
             if ranks:
                 told = ", ".join(dict.fromkeys(f"{scale:g}" for scale in scales.values()))
-                self.notes.append(
-                    Note("alpha-in-header", f"the scaling of {len(ranks)} modules ({told}) is from {where}")
-                )
+                self.notes.append(Note("alpha-in-header", f"scaling {told} of modules ({len(ranks)}) is from {where}"))
         return found
 
     def take(self, group: Group, scale: float | None, sources: OpenSources) -> None:
@@ -228,7 +226,7 @@ class Reader:
             Note(n.code, f"{count} modules: {n.text}" if count > 1 else n.text) for n, count in self.told.items()
         ]
         for rule, ranks in self.unscaled.items():
-            text = f"{len(ranks)} modules have no alpha; their scaling is 1, {rule} (pass --input-alpha to set another)"
+            text = f"modules without alpha: {len(ranks)}; their scaling is 1, {rule} (pass --input-alpha for another)"
             self.notes.append(Note(MISSING, text))
         unscaled = {rank for every in self.unscaled.values() for rank in every}
         self.notes += self.header.idle_alphas(unscaled) if unscaled else ()
@@ -253,23 +251,27 @@ class Reader:
         self.unused = [name for name in rest if name not in known]
 
     def check_twice(self) -> None:
-        """Find names that differ, and flatten to one weight."""
+        """Find names that differ, and mean one weight: under two words for a component, or with and without dots."""
         owners: dict[str, str] = {}
-        for target in self.updates:
-            key = common(target)
-            if (owner := owners.setdefault(key, target)) is not target:
+        flat: dict[str, str] = {}  # names with dots, without them
+        for target in sorted(self.updates, key=lambda target: isinstance(target, Flattened)):
+            name = within_denoiser(target)
+            owner = owners.setdefault(name, target)
+            if isinstance(target, Flattened):
+                owner = flat.get(name, owner)
+            else:
+                flat.setdefault(Flattened.of(name), target)
+            if owner is not target:
                 one, other = self.sources[owner][0], self.sources[target][0]
-                text = f"{printable(other)}: means the same weight as {printable(one)}, which another dialect names"
+                text = f"{printable(other)}: means the same weight as {printable(one)}, which is spelled otherwise"
                 self.problems.append(Problem(text, MERGED_TWICE))
 
 
-def common(target: str) -> str:
-    """What all ways to write a target have in common: it is flattened, its component one of several synonyms."""
-    flattened = str(Flattened.of(target))
-    for word in DENOISERS:
-        if flattened.startswith(f"{word}_"):
-            return flattened[len(word) + 1 :]
-    return flattened
+def within_denoiser(target: str) -> str:
+    """A target without the word for the denoiser, which has several."""
+    joint = "_" if isinstance(target, Flattened) else "."
+    word, found, rest = target.partition(joint)
+    return rest if found and word in DENOISERS else target  # no dialect without dots has a word of two
 
 
 def dialect_of(spelling: Spelling, roles: Iterable[str], header: Header) -> str:
