@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
 from loratool.adapters.adapter import Adapter, stored_tensors
+from loratool.adapters.as_lora import as_product
 from loratool.adapters.training import Training
 from loratool.adapters.unsettled import Unsettled, open_question
 from loratool.algebra.lowrank.products import ROUNDING, Product
@@ -224,8 +225,11 @@ class Contents:
         return loaded
 
 
-def contents_of(adapter: Adapter, verb: str) -> Contents:
-    """The adapter, sorted; raises `InputError` or `FitError` naming all that `verb` cannot be done to."""
+def contents_of(adapter: Adapter, verb: str, as_products: bool = False) -> Contents:
+    """The adapter, sorted; raises `InputError` or `FitError` naming all that `verb` cannot be done to.
+
+    `as_products` takes LoHa and LoKr as the LoRA that they are, whose factors are computed.
+    """
     shown = printable(adapter.file.path)
     if adapter.unsupported:
         raise InputError(f"{shown}: cannot {verb} this adapter:", adapter.unsupported)
@@ -245,7 +249,7 @@ def contents_of(adapter: Adapter, verb: str) -> Contents:
             case ReplaceRows():
                 rows[target] = update
             case _:
-                if layer := layer_of(target, update):
+                if layer := layer_of(target, as_product(update) if as_products else update):
                     layers[target] = layer
                 else:
                     problems.setdefault(why_not(update, verb), []).append(target)
@@ -257,6 +261,10 @@ def contents_of(adapter: Adapter, verb: str) -> Contents:
                 for reason, targets in problems.items()
             ),
         )
+    if made := [t for t, layer in layers.items() if innermost(adapter.updates[t]) is not layer.update]:
+        ranks = ", ".join(map(str, sorted({layers[target].rank for target in made})))
+        text = f"{len(made)} updates are LoHa or LoKr; they are taken as the LoRA that equals them, of rank {ranks}"
+        adapter = replace(adapter, notes=(*adapter.notes, Note("taken-as-lora", text)))
     return Contents(adapter, layers, biases, saved, dict(adapter.bases), rows)
 
 
@@ -285,9 +293,14 @@ def kind_of(update: LowRank) -> Kind:
     return Kind.EMBEDDING if update.table else Kind.LINEAR
 
 
+def innermost(update: Update) -> Update:
+    """An update without the lengths that DoRA puts around it."""
+    return update.inner if isinstance(update, Magnitude) else update
+
+
 def why_not(update: Update, verb: str) -> str:
     """Why an update that is not low-rank stays as it is, and what to do."""
-    inner = update.inner if isinstance(update, Magnitude) else update
+    inner = innermost(update)
     if isinstance(inner, Unsettled):
         return open_question(inner, {})
     if isinstance(inner, ExpertFactors):

@@ -48,7 +48,7 @@ def contents_apart(paths: Sequence[Path], ways: Sequence[Reading], command: str)
     seen: Counter[str] = Counter()
     found = []
     for path, way in zip(paths, ways, strict=True):
-        source = contents_of(read_adapter(path, way), command)
+        source = contents_of(read_adapter(path, way), command, as_products=True)
         seen[source.name] += 1
         more = f" ({seen[source.name]})" if seen[source.name] > 1 else ""
         found.append(dataclasses.replace(source, adapter=dataclasses.replace(source.adapter, name=source.name + more)))

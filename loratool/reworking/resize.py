@@ -98,7 +98,7 @@ def resize(adapter: PathLike, out: PathLike, options: ResizeOptions, progress: P
     calibration = [Path(options.calibration)] if options.calibration is not None else []
     inputs = [local(adapter, "adapter"), *calibration]
     target = check_adapter_target(out, inputs, options)
-    contents = contents_of(read_adapter(inputs[0], way), "resize")
+    contents = contents_of(read_adapter(inputs[0], way), "resize", as_products=True)
     if not contents.layers:
         raise InputError(f"{printable(contents.adapter.file.path)}: contains no low-rank update")
     grams = read_calibration(calibration[0], contents) if calibration else {}

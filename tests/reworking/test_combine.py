@@ -892,10 +892,9 @@ def test_a_bias_above_what_its_dtype_holds_is_refused(bench: Bench) -> None:
 
 def test_an_adapter_that_is_not_low_rank_is_refused_by_name(bench: Bench) -> None:
     module = f"{START}{QUERY}"
-    sides = {"hada_w1_a": (20, 2), "hada_w1_b": (2, 20), "hada_w2_a": (20, 2), "hada_w2_b": (2, 20)}
-    tensors = {f"{module}.{side}": draw(at, *size) for at, (side, size) in enumerate(sides.items())}
-    loha = write(bench.root / "in" / "loha", tensors, r=2, alpha=4, target_modules=["q_proj"], peft_type="LOHA")
-    bench.refuses(told=["loha", "cannot combine", "loratool extract BASE MERGED"], code=3, adapters=[bench.one, loha])
+    config = {"target_modules": ["q_proj"], "peft_type": "HRA", "apply_GS": False}
+    hra = write(bench.root / "in" / "hra", {f"{module}.hra_u": draw(0, 20, 2)}, r=2, **config)
+    bench.refuses(told=["hra", "cannot combine", "loratool extract BASE MERGED"], code=3, adapters=[bench.one, hra])
 
 
 def test_nothing_is_given(bench: Bench) -> None:

@@ -1,0 +1,91 @@
+"""LoHa and LoKr as plain LoRA, computed when they are loaded.
+
+(U₁D₁) ∘ (U₂D₂) is the product of all products of a column of U₁ with one of U₂, and of a row of D₁ with one of D₂: a rank of
+r₁ · r₂. (U₁D₁) ⊗ (U₂D₂) = (U₁ ⊗ U₂)(D₁ ⊗ D₂), of the same rank; a factor that is stored whole is one with an identity,
+and one with a Tucker core has the rank of that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from loratool.adapters.adapter import Derived
+from loratool.algebra.updates import formulas
+from loratool.algebra.updates.additive import LowRank
+from loratool.algebra.updates.base import Update
+from loratool.algebra.updates.dora import Magnitude
+from loratool.algebra.updates.products import Hadamard, Kronecker
+from loratool.lazy import Tensor, torch
+
+
+def columnwise(one: Tensor, other: Tensor) -> Tensor:
+    """All products of a column of the one and a column of the other: (n, a), (n, b) → (n, a·b)."""
+    return (one[:, :, None] * other[:, None, :]).reshape(one.shape[0], -1)
+
+
+def rowwise(one: Tensor, other: Tensor) -> Tensor:
+    """The same of rows: (a, n), (b, n) → (a·b, n)."""
+    return columnwise(one.mT, other.mT).mT
+
+
+@dataclass(frozen=True)
+class Halves:
+    """A matrix as a product; None stands for an identity."""
+
+    up: Any
+    down: Any
+    rank: int
+
+    @classmethod
+    def of(cls, factor: Any) -> Halves:
+        if isinstance(factor, Derived):
+            if factor.formula is formulas.product:
+                up, down = factor.parts
+                return cls(up, down, down.shape[0])
+            inner = factor.parts[0]
+            if isinstance(inner, Derived) and inner.formula is formulas.rebuilt:  # with a Tucker core, as a matrix
+                core, left, right = inner.parts
+                down = Derived((core.shape[0], factor.shape[1]), (core, right), formulas.along_kernel)
+                return cls(left.T, down, core.shape[0])
+        rows, columns = factor.shape
+        return cls(None, factor, rows) if rows <= columns else cls(factor, None, columns)
+
+
+def kronecker(one: Any, other: Any, ranks: tuple[int, int], like: Any) -> Derived:
+    """The Kronecker product of two matrices, of which None is an identity of its rank, on the device of `like`."""
+    sides = [side.shape if side is not None else (rank, rank) for side, rank in zip((one, other), ranks, strict=True)]
+
+    def formula(*loaded: Tensor) -> Tensor:
+        rest, any_of = list(loaded), loaded[0]
+        first, second = (
+            rest.pop(0) if side is not None else torch.eye(rank, dtype=any_of.dtype, device=any_of.device)
+            for side, rank in zip((one, other), ranks, strict=True)
+        )
+        return torch.kron(first, second)
+
+    shape = (sides[0][0] * sides[1][0], sides[0][1] * sides[1][1])
+    return Derived(shape, tuple(side for side in (one, other) if side is not None) or (like,), formula)
+
+
+def as_lora(update: Update) -> LowRank | None:
+    """The same ΔW as a product of two factors, computed when they are loaded; None for other kinds of updates."""
+    match update:
+        case Hadamard(up1=up1, down1=down1, up2=up2, down2=down2):
+            rank = down1.shape[0] * down2.shape[0]
+            up: Any = Derived((up1.shape[0], rank), (up1, up2), columnwise)  # type: ignore[arg-type]  # stored tensors
+            down: Any = Derived((rank, down1.shape[1]), (down1, down2), rowwise)  # type: ignore[arg-type]
+            return LowRank(up, down, update.scale, kernel=update.kernel)
+        case Kronecker(left=left, right=right) if len(right.shape) == 2:
+            one, other = Halves.of(left), Halves.of(right)
+            up = kronecker(one.up, other.up, (one.rank, other.rank), left)
+            down = kronecker(one.down, other.down, (one.rank, other.rank), left)
+            return LowRank(up, down, update.scale, kernel=update.kernel)
+    return None
+
+
+def as_product(update: Update) -> Update:
+    """The same update with LoHa and LoKr as LoRA, within DoRA too; any other as it is."""
+    if isinstance(update, Magnitude):
+        return replace(update, inner=as_lora(update.inner) or update.inner)
+    return as_lora(update) or update
