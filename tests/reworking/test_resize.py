@@ -15,7 +15,7 @@ import torch
 from expert_models import BOTH, FUSED, INPUTS, Layers
 from oracle import picture, read_tensors, same_bits
 from paths import REAL
-from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftModel
+from peft import AdaLoraConfig, HRAConfig, LoraConfig, PeftModel
 from peft_zoo import TOKENS, Pair, make_zoo, train
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -388,7 +388,7 @@ def refused(adapter: Path, out: Path, kind: type[Exception], **options: Any) -> 
 def test_adapters_that_are_not_low_rank_are_refused_with_a_way_out(tmp_path: Path) -> None:
     pissa = set_config(write(tmp_path / "pissa"), init_lora_weights="pissa")
     assert "loratool extract BASE MERGED -o LORA" in refused(pissa, tmp_path / "out", InputError)
-    pair = train(tmp_path / "loha", make_zoo(), LoHaConfig(r=2, target_modules=["linear"]))
+    pair = train(tmp_path / "hra", make_zoo(), HRAConfig(r=2, target_modules=["linear"]))
     assert "loratool extract BASE MERGED -o LORA" in refused(pair.adapter, tmp_path / "out", InputError)
 
 
@@ -1051,7 +1051,7 @@ def test_words_that_cannot_be_meant_are_refused(bench: Workbench, options: list[
 def test_kinds_that_are_not_low_rank_are_refused_on_the_command_line(bench: Workbench) -> None:
     set_config(bench.adapter, init_lora_weights="pissa")
     bench.refuses("resize", bench.adapter, "-o", bench.out, *RANK, told=["loratool extract BASE MERGED"])
-    train(bench.inputs / "loha", make_zoo(), LoHaConfig(r=2, target_modules=["linear"]))
+    train(bench.inputs / "loha", make_zoo(), HRAConfig(r=2, target_modules=["linear"]))
     bench.refuses(
         "resize", bench.inputs / "loha" / "adapter", "-o", bench.out, *RANK, told=["loratool extract BASE MERGED"]
     )
