@@ -111,6 +111,11 @@ class GgufFile(SafeFile):
         assert isinstance(self.layout, GgufLayout)
         return self.layout.values
 
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The texts among the values."""
+        return {key: value for key, value in self.values.items() if isinstance(value, str)}
+
     def text(self, key: str) -> str:
         """A string of the metadata; empty where there is none of that name."""
         value = self.values.get(key)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.format import Format
+from loratool.adapters.formats.gguf import GGUF
 from loratool.adapters.formats.litgpt import LITGPT
 from loratool.adapters.formats.loralib import LORALIB
 from loratool.adapters.formats.megatron import MEGATRON
@@ -20,6 +21,7 @@ from loratool.adapters.formats.torchtune import TORCHTUNE
 from loratool.adapters.formats.trainer import MODEL_CONFIG
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.errors import InputError, LoratoolError, printable
+from loratool.files.checkpoint import WEIGHT_FILES
 from loratool.files.containers import foreign_file, instead_of_weights
 from loratool.files.heads import Head, read_head
 from loratool.files.inputs import unreadable
@@ -28,7 +30,7 @@ from loratool.provenance.cards import Subject
 
 # Of several that may be meant, the first that claims a tensor is: PEFT claims `.lora_A` whatever the module.
 NAMED = Named(PEFT)
-FORMATS: tuple[Format, ...] = (NAMED, LITGPT, LORALIB, PEFT, MLX, TORCHTUNE, MEGATRON)
+FORMATS: tuple[Format, ...] = (NAMED, LITGPT, LORALIB, PEFT, MLX, TORCHTUNE, MEGATRON, GGUF)
 WRITTEN = PEFT  # what is made here is written in, and what a file counts as that none of them claims
 DIALECTS = {word: form for form in FORMATS for word in form.dialects}  # what adapters are converted into → its format
 OUTPUT_FILES = reduce(or_, (form.file_names for form in FORMATS), MODEL_FILES)  # what `--overwrite` may replace
@@ -70,8 +72,9 @@ def dialects_at(path: Path) -> tuple[str, ...]:
 
 
 def heads_at(location: Path) -> Iterator[Head]:
-    """The heads of the safetensors files at a place, as far as they can be read."""
-    for path in sorted(location.glob("*.safetensors")) if location.is_dir() else [location]:
+    """The heads of the files of weights at a place, as far as they can be read."""
+    inside = (path for end in WEIGHT_FILES for path in sorted(location.glob(f"*{end}")))
+    for path in inside if location.is_dir() else [location]:
         with suppress(LoratoolError):
             yield read_head(path)
 
@@ -85,8 +88,10 @@ def is_adapter(path: Path) -> bool:
     """Whether a path is an adapter, and no model with one beside it."""
     if path.is_dir():
         return any(form.recognises(path) for form in FORMATS) and not holds_model(path)
-    if not (path.is_file() and path.suffix == ".safetensors"):
+    if not (path.is_file() and path.suffix in WEIGHT_FILES):
         return False
+    if path.suffix == ".gguf":
+        return any(map(GGUF.claims, heads_at(path)))
     beside = (path.parent / WRITTEN.config_name).is_file()
     return beside or any(form.claims(head) for head in heads_at(path) for form in FORMATS if form is not WRITTEN)
 

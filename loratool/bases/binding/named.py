@@ -5,11 +5,12 @@ Targets are bound in that view. What binding finds is then told in the names of 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
+from loratool.adapters.gguf_names import in_model, order_of
+from loratool.adapters.model_settings import Heads
 from loratool.algebra.updates.compound import images_in
 from loratool.algebra.updates.reordered import Reordered, RowOrder
 from loratool.bases.binding.places import ALL, Bound, Place
@@ -17,9 +18,7 @@ from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.gguf import GgufFile
 from loratool.files.safefile import TensorInfo
-from loratool.layouts.gguf import ARCHITECTURES, HEADS, STACKS, Architecture, Rows
-
-BLOCK = re.compile(r"blk\.(?P<layer>\d+)\.(?P<module>.+)")
+from loratool.layouts.gguf import ARCHITECTURES, Architecture
 
 
 @dataclass(frozen=True)
@@ -109,28 +108,11 @@ def named(base: Checkpoint) -> Named | None:
 
 
 def row_of(name: str, kind: str, architecture: Architecture, file: GgufFile) -> Row:
-    """What a tensor is in the model; one that no table knows keeps its name."""
-    module, _, parameter = name.rpartition(".")
-    if (match := BLOCK.fullmatch(module)) is None:
-        there = architecture.outside.get(module)
-        shifted = architecture.norms_shifted and module.endswith("norm")
-        return Row(f"{there}.{parameter}" if there else name, shifted=shifted)
-    layer, inner = match["layer"], match["module"]
-    at = f"{architecture.layers}.{layer}"
-    if inner in STACKS and parameter == "weight":
-        return Row(f"{at}.{STACKS[inner]}")
-    if inner not in architecture.modules:
-        return Row(name)
-    rows = architecture.rows.get(inner)
-    order = None if rows is None else order_of(rows, int(layer), kind, file)
-    shifted = architecture.norms_shifted and inner.endswith("norm")
-    return Row(f"{at}.{architecture.modules[inner]}.{parameter}", order, shifted)
-
-
-def order_of(rows: Rows, layer: int, kind: str, file: GgufFile) -> RowOrder:
-    """An entry of the table with the numbers of heads of a model; it fits nothing where the file tells none."""
-    heads = file.number(f"{kind}.attention.head_count", layer)
-    key_heads = file.number(f"{kind}.attention.head_count_kv", layer) or heads
-    groups = heads if rows.groups == HEADS else key_heads
-    parts = tuple(count or heads // max(key_heads, 1) for count in rows.parts)
-    return RowOrder(groups, parts)
+    """What a tensor of a base is in the model."""
+    found = in_model(name, architecture)
+    if found.rows is None:
+        return Row(found.name, shifted=found.shifted)
+    queries = file.number(f"{kind}.attention.head_count", found.layer)
+    keys = file.number(f"{kind}.attention.head_count_kv", found.layer) or queries
+    order = order_of(found.rows, Heads(queries, keys)) if keys else RowOrder(0)  # which fits nothing
+    return Row(found.name, order, found.shifted)
