@@ -84,6 +84,11 @@ docs: .venv/development
 	.venv-acceptance/bin/$(PIP) --constraint constraints.txt --no-build-isolation --editable '.[acceptance]'
 	@# single files of them are run, which need torch alone
 	.venv-acceptance/bin/$(PIP) --no-deps torchtune litgpt
+	@# llama.cpp: its converters and its runtime; tests of what is missing are skipped
+	-.venv-acceptance/bin/python -m pip download --no-deps --no-binary :all: --dest .venv-acceptance/llama.cpp \
+	  llama-cpp-python==0.3.36 && cd .venv-acceptance/llama.cpp && tar xzf *.tar.gz --strip-components 3 \
+	  --wildcards '*/vendor/llama.cpp/convert*' '*/vendor/llama.cpp/conversion/*' '*/vendor/llama.cpp/gguf-py/*'
+	-NODE_LLAMA_CPP_SKIP_DOWNLOAD=true npm install --prefix .venv-acceptance --ignore-scripts node-llama-cpp@3.22.1
 	touch $@
 
 # "name>=1.2" of the dependencies becomes name==1.2; what results are compared with is as new as goes with those

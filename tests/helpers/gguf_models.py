@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,20 @@ def random_blocks(shape: tuple[int, ...], kind: Any, seed: int = 5) -> Array:
     return blocks.reshape(*shape[:-1], -1)
 
 
+def q4_k_blocks(shape: tuple[int, ...]) -> Array:
+    """Blocks of Q4_K whose values are around 0, such as a model can compute with."""
+    generator = np.random.default_rng(shape[0])
+    count = int(np.prod(shape)) // 256
+    blocks = generator.integers(0, 256, (count, 144), dtype=np.uint8)
+    scale = np.float16(0.0007)
+    blocks[:, 0:4] = np.frombuffer(np.array([scale, scale * np.float16(7.5)]).tobytes(), np.uint8)
+    scales = generator.integers(0, 64, (count, 8), dtype=np.uint8)  # scales and minimums are equal: value = s (q − 7.5)
+    blocks[:, 4:8] = scales[:, :4] | scales[:, 4:] >> 4 << 6
+    blocks[:, 8:12] = blocks[:, 4:8]
+    blocks[:, 12:16] = scales[:, 4:] & 15 | (scales[:, 4:] & 15) << 4
+    return blocks.reshape(*shape[:-1], -1)
+
+
 # Where the float16 numbers of a block lie that its values are multiplied with.
 SCALES = {
     **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS"), (0,)),
@@ -102,11 +116,14 @@ def write_llama(
     kind: Any = Kind.F16,
     kinds: Mapping[str, Any] | None = None,
     tied: bool = False,
-    **more: Any,
+    blocks: Callable[[tuple[int, ...]], Array] | None = None,
 ) -> Path:
-    """A Llama as a GGUF file: matrices of a type, or of that which `kinds` has for their name here, and norms in F32."""
+    """A Llama as a GGUF file: matrices of a type, or of that which `kinds` has for their name here, and norms in F32.
+
+    `blocks` makes the bytes of packed matrices of a shape, whatever their weights.
+    """
     hidden = weights["model.norm.weight"].shape[0]
-    writer = gguf.GGUFWriter(path, "llama", **more)
+    writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(LAYERS)
     writer.add_context_length(128)
     writer.add_embedding_length(hidden)
@@ -125,13 +142,25 @@ def write_llama(
         stored, rows = as_llama_cpp(name, weight.float().numpy())
         own = Kind.F32 if rows.ndim == 1 else (kinds or {}).get(stored, kind)
         quantised = own not in (Kind.F32, Kind.F16)
-        writer.add_tensor(stored, packed(rows, own), raw_dtype=own if quantised else None)
+        values = blocks(rows.shape) if blocks and quantised else packed(rows, own)
+        writer.add_tensor(stored, values, raw_dtype=own if quantised else None)
     return written(writer, path)
 
 
 def write_tensors(path: Path, architecture: str, tensors: Mapping[str, Array]) -> Path:
     """Some tensors in F32, and nothing that says more of the model than its architecture."""
     writer = gguf.GGUFWriter(path, architecture)
+    for name, values in tensors.items():
+        writer.add_tensor(name, values)
+    return written(writer, path)
+
+
+def write_adapter_tensors(path: Path, tensors: Mapping[str, Array], alpha: float) -> Path:
+    """An adapter of llama.cpp's for a Llama."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", alpha)
     for name, values in tensors.items():
         writer.add_tensor(name, values)
     return written(writer, path)
