@@ -222,8 +222,8 @@ def test_llama_cpp_computes_with_a_merged_file_what_it_computes_with_the_adapter
 ) -> None:
     weights = llama_weights(hidden=SIZE, mlp=SIZE, vocabulary=TOKENS)
     weights = {name: w * 1.5 if w.ndim > 1 else 1 + w for name, w in weights.items()}
-    blocks = {"blocks": q4_k_blocks} if kind == "Q4_K" else {}
-    base = write_llama(tmp_path / "base.gguf", weights, Kind[kind], **blocks)
+    blocks = q4_k_blocks if kind == "Q4_K" else None
+    base = write_llama(tmp_path / "base.gguf", weights, Kind[kind], blocks=blocks)
     generator = torch.Generator().manual_seed(1)
     ends = tuple(f"{part}_proj.weight" for part in ("q", "k", "v", "o", "gate"))
     made = {

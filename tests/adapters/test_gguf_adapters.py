@@ -49,7 +49,8 @@ def random(*shape: int, seed: int = 0) -> Array:
 
 def to_pairs(rows: Array, heads: int) -> Array:
     """`LlamaModel.permute` of llama.cpp's converter."""
-    return rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    paired: Array = rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:]).swapaxes(1, 2)
+    return paired.reshape(rows.shape)
 
 
 def heads_of(name: str) -> int:
@@ -122,7 +123,8 @@ def test_an_adapter_merges_into_a_gguf_model_as_it_lies_there(tmp_path: Path) ->
     assert len(found) == len(wanted)
     start = len(wanted) - sum(w.nbytes for w in stored.values())  # all of them fill whole multiples of 32 bytes
     assert found[:start] == wanted[:start]
-    assert np.allclose(*(np.frombuffer(raw[start:], np.float32) for raw in (found, wanted)), rtol=1e-6, atol=1e-6)
+    merged, exactly = (np.frombuffer(raw[start:], np.float32) for raw in (found, wanted))
+    assert np.allclose(merged, exactly, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("alpha", [0.0, None])
