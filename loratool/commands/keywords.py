@@ -192,6 +192,7 @@ class ConvertKeywords(FactorKeywords, ReadingKeywords, PublishKeywords, total=Fa
     to: str | None
     server: str | None
     architecture: str | None
+    base: str | os.PathLike[str] | None
     rank: int | None
     energy: float | None
     accept_loss: bool

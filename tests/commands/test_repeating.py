@@ -163,6 +163,7 @@ VALUES: Mapping[str, Sequence[str]] = {
     "outliers": ("0.1", "0.05"),
     "rank": ("1", "2", "4"),
     "ratio": ("2", "10.5"),
+    "base": (BASE,),
     "server": ("vllm", "mlx", "sglang"),
     "to": ("peft", "mlx"),
     "weights": ("0.5", "-1.25", "1e-3", "2"),

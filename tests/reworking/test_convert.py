@@ -13,7 +13,7 @@ from torch import Tensor
 
 import loratool
 from loratool.adapters.formats import mlx
-from loratool.errors import FitError, LoratoolError
+from loratool.errors import FitError, InputError, LoratoolError
 from loratool.reworking.converting import rows
 
 RANK = 2
@@ -141,3 +141,76 @@ def test_a_dry_run_writes_nothing_and_proves_nothing(tmp_path: Path) -> None:
     report = loratool.convert(write(tmp_path / "adapter"), tmp_path / "mlx", to="mlx", dry_run=True)
     assert "not read back" in str(report)
     assert not (tmp_path / "mlx").exists()
+
+
+# ---- fused layers ----
+
+EXPERTS, INNER, HIDDEN = 3, 4, 6
+
+
+def moe_adapter(folder: Path) -> Path:
+    """LoRA on gate, up and down of every expert, and on q, k and v with fewer rows for k and v."""
+    folder.mkdir()
+    shapes = {"self_attn.q_proj": (8, HIDDEN), "self_attn.k_proj": (4, HIDDEN), "self_attn.v_proj": (4, HIDDEN)}
+    for expert in range(EXPERTS):
+        start = f"mlp.experts.{expert}"
+        shapes |= {f"{start}.{name}_proj": (INNER, HIDDEN) for name in ("gate", "up")}
+        shapes[f"{start}.down_proj"] = (HIDDEN, INNER)
+    tensors: dict[str, Tensor] = {}
+    for n, (module, (out, inputs)) in enumerate(shapes.items()):
+        start = f"base_model.model.model.layers.0.{module}.lora_"
+        tensors |= {
+            f"{start}A.weight": numbers(RANK, inputs, seed=n),
+            f"{start}B.weight": numbers(out, RANK, seed=n + 50),
+        }
+    save_file(tensors, folder / WEIGHTS)
+    table = {"peft_type": "LORA", "r": RANK, "lora_alpha": 1, "target_modules": ["q_proj"]}
+    (folder / CONFIG).write_text(json.dumps(table))
+    return folder
+
+
+def test_experts_and_projections_become_one_layer_and_come_apart_again(tmp_path: Path) -> None:
+    """PEFT's packing of experts: rows e·r + k of A, columns k·E + e of B; ΔW of an expert is α/r · B_e A_e."""
+    adapter = moe_adapter(tmp_path / "adapter")
+    loratool.convert(adapter, tmp_path / "fused", to="peft-fused")
+    before, after = load_file(adapter / WEIGHTS), load_file(tmp_path / "fused" / WEIGHTS)
+    assert len(after) == 6
+    config = json.loads((tmp_path / "fused" / CONFIG).read_text())
+    assert len(config["target_parameters"]) == 2
+    whole = delta(tmp_path / "fused", "model.layers.0.self_attn.qkv_proj", 0.5)
+    own = [delta(adapter, f"model.layers.0.self_attn.{name}_proj", 0.5) for name in "qkv"]
+    torch.testing.assert_close(whole, torch.cat(own), rtol=1e-12, atol=1e-14)
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({"model.norm.weight": numbers(HIDDEN, seed=1)}, base / "model.safetensors")
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "model_type": "qwen3_moe"}
+    (base / "config.json").write_text(json.dumps(heads))
+    with pytest.raises(InputError, match="pass --base"):
+        loratool.convert(tmp_path / "fused", tmp_path / "split", to="peft-split")
+    loratool.convert(tmp_path / "fused", tmp_path / "split", to="peft-split", base=base)
+    back = load_file(tmp_path / "split" / WEIGHTS)
+    assert back.keys() == before.keys()
+    assert all(torch.equal(back[name], before[name]) for name in before)
+
+
+def test_experts_in_one_parameter_have_the_change_of_each(tmp_path: Path) -> None:
+    adapter = moe_adapter(tmp_path / "adapter")
+    report = loratool.convert(adapter, tmp_path / "fused", to="peft-fused")
+    after = load_file(tmp_path / "fused" / WEIGHTS)
+    names = sorted({name.partition(".lora_")[0] for name in after if ".experts" in name})
+    sizes = {2 * INNER: ("gate", "up"), HIDDEN: ("down",)}
+    assert len(names) == 2
+    config = json.loads((tmp_path / "fused" / CONFIG).read_text())
+    ranks, alphas = config["rank_pattern"], config["alpha_pattern"]
+    assert config["lora_alpha"] / config["r"] == 0.5
+    assert {name: rank / 2 for name, rank in ranks.items()} == alphas
+    for name in names:
+        a, b = (after[f"{name}.lora_{side}.weight"].double() for side in "AB")
+        rank = a.shape[0] // EXPERTS
+        for expert in range(EXPERTS):
+            own = b[:, expert::EXPERTS] @ a[expert * rank : (expert + 1) * rank]
+            parts = [
+                delta(adapter, f"model.layers.0.mlp.experts.{expert}.{part}_proj", 0.5) for part in sizes[b.shape[0]]
+            ]
+            torch.testing.assert_close(0.5 * own, torch.cat(parts), rtol=1e-12, atol=1e-14)
+    assert max(layer.error or 0.0 for layer in report.modules.values()) < 1e-12

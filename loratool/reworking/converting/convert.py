@@ -15,6 +15,7 @@ from loratool.adapters.formats.format import Format, Parts, Spelling
 from loratool.adapters.layers import Contents, Layer, contents_of
 from loratool.adapters.ranks import RankRule, evened
 from loratool.adapters.reading import ReadingOptions
+from loratool.adapters.unsettled import settled as on_model
 from loratool.adapters.writer import (
     FactorOptions,
     Output,
@@ -26,6 +27,7 @@ from loratool.adapters.writer import (
 )
 from loratool.algebra.lowrank.joint import truncated
 from loratool.algebra.lowrank.products import Product, negligible, padded, singular_values
+from loratool.bases.opening import open_checkpoint
 from loratool.errors import FitError, InputError, LoratoolError, UsageError, printable
 from loratool.fetching import local
 from loratool.files.outputs import MADE_HERE
@@ -33,7 +35,7 @@ from loratool.layouts.diffusion.known import ARCHITECTURES
 from loratool.lazy import torch
 from loratool.measuring.session import PathLike, Progress, Session, session
 from loratool.notes import Note
-from loratool.options.described import FLAG, Choice, Number, option
+from loratool.options.described import FLAG, Choice, Number, PathKind, option
 from loratool.options.shared import PublishOptions
 from loratool.results.convert import ConvertedLayer, ConvertReport
 from loratool.reworking.converting.baking import baked, check_baked
@@ -61,6 +63,10 @@ class ConvertOptions(FactorOptions, ReadingOptions, PublishOptions):
     architecture: str | None = option(
         help="Architecture of an image or video model, where the names of modules fit several.",
         kind=Choice(lambda: tuple(ARCHITECTURES)),
+    )
+    base: str | None = option(
+        help="Base model of the adapter, where its names or its config tell what the adapter does not.",
+        kind=PathKind("BASE"),
     )
     rank: int | None = option(
         help="Approximate layers of a larger rank by this one; the report states the error.",
@@ -110,8 +116,11 @@ def convert(
     goal = Goal.of(options)
     (way,) = options.readings(1)
     path = local(adapter, "adapter")
-    target = check_adapter_target(out, [path], options, goal.form)
-    given = read_adapter(path, way)
+    home = local(options.base, "model") if options.base is not None else None
+    inputs = [path, *([home] if home else [])]
+    target = check_adapter_target(out, inputs, options, goal.form)
+    base = open_checkpoint(home) if home else None
+    given = on_model(read_adapter(path, way), base.config if base is not None else {})
     plain, kinds = baked(given, options.shortens)
     found, lost = without_losses(plain, goal.form, goal.dialect, goal.server, options.accept_loss)
     contents = contents_of(found, "convert")
@@ -121,7 +130,7 @@ def convert(
         for name in kinds:
             check_baked(given, plain, name)
         hint = options.architecture or hint_of(contents)
-        wanted = respelled(contents.layers, goal.dialect, options.architecture or "", hint)
+        wanted = respelled(contents.layers, goal.dialect, options.architecture or "", hint, base)
         made = Converter(contents, wanted, at_work, goal, options, kinds)
         made.path, made.lost = path, lost
         rest = run(made, target, [path], options, progress)

@@ -14,10 +14,12 @@ from functools import cache
 from loratool.adapters.adapter import Flattened
 from loratool.adapters.layers import Contents, Kind, Layer
 from loratool.errors import FitError, InputError, printable
+from loratool.files.checkpoint import Checkpoint
 from loratool.layouts.diffusion.components import DENOISER, SECOND_DENOISERS, TEXT_WORDS
 from loratool.layouts.diffusion.known import ARCHITECTURES, links
 from loratool.layouts.diffusion.rows import Row
 from loratool.notes import Note
+from loratool.reworking.converting.fusing import fused, split
 from loratool.reworking.converting.rows import Rows, Target
 
 ORIGINAL, DIFFUSERS = "original", "diffusers"  # layouts of names
@@ -183,14 +185,22 @@ class Wanted:
     notes: tuple[Note, ...] = ()  # what was assumed
 
 
-def respelled(layers: Mapping[str, Layer], dialect: str, architecture: str, hint: str) -> Wanted:
-    """The layers of an adapter as a dialect divides and names them.
+def respelled(
+    layers: Mapping[str, Layer], dialect: str, architecture: str, hint: str, base: Checkpoint | None = None
+) -> Wanted:
+    """The layers of an adapter as a dialect divides and names them; `base` tells what neither names nor tables do.
 
     Raises `InputError` or `FitError` where names cannot be brought to the dialect.
     """
+    config = base.config if base is not None else {}
+    if dialect == "peft-split":
+        apart, told = split(layers, config)
+        return Wanted(apart, notes=told)
+    if dialect == "peft-fused":
+        return Wanted(fused(layers))
     found = readings(layers, architecture) if dialect in LAYOUTS else []
     if not found:
-        return Wanted(unknown(layers, dialect))
+        return Wanted(unknown(layers, dialect, dotted(base)))
     reading, notes = chosen(found, layers, architecture or hint)
     return Wanted(Divided(reading, dialect, layers).targets(), reading.architecture, notes)
 
@@ -214,11 +224,21 @@ def hint_of(contents: Contents) -> str:
     return next((name for start, name in HINTS.items() if said.startswith(start)), "")
 
 
-def unknown(layers: Mapping[str, Layer], dialect: str) -> dict[str, Target]:
-    """The layers of no known architecture: as they are, under the dialect's word for their component."""
+def dotted(base: Checkpoint | None) -> dict[str, str]:
+    """The names of a base's weights by what they are without dots, also without a prefix that all of them have."""
+    names = list(base.tensors) if base is not None else []
+    return {Flattened.of(name.removeprefix(start)): name for start in ("model.diffusion_model.", "") for name in names}
+
+
+def unknown(layers: Mapping[str, Layer], dialect: str, names: Mapping[str, str]) -> dict[str, Target]:
+    """The layers of no known architecture: as they are, under the dialect's word for their component.
+
+    Names without dots are looked up among `names` of a base.
+    """
     targets: dict[str, Target] = {}
     odd: list[str] = []
-    for target, layer in layers.items():
+    for given, layer in layers.items():
+        target = looked_up(given, names) if isinstance(given, Flattened) and dialect not in FLAT else given
         if dialect not in LAYOUTS or dialect == "peft":
             targets[target] = Target.same(layer)
         elif (name := same_layout(target, dialect)) is not None:
@@ -232,6 +252,11 @@ def unknown(layers: Mapping[str, Layer], dialect: str) -> dict[str, Target]:
             odd,
         )
     return targets
+
+
+def looked_up(target: str, names: Mapping[str, str]) -> str:
+    """The name of a base that a target without dots means; the target itself where there is none."""
+    return next((names[f"{path}.weight"] for _, path in candidates(target) if f"{path}.weight" in names), target)
 
 
 def same_layout(target: str, dialect: str) -> str | None:

@@ -33,7 +33,7 @@ class Peft(Format):
     weights_name = files.WEIGHTS
     file_names = files.NAMES
     newest = "0.21.2"
-    dialects = ("peft",)
+    dialects = ("peft", "peft-fused", "peft-split")
     repairs = health.REPAIRS
 
     recognises = staticmethod(files.recognises)
