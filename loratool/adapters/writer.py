@@ -7,14 +7,14 @@ import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from loratool import __version__
 from loratool.adapters.adapter import Flattened, StoredTensor, stored_tensors
 from loratool.adapters.formats import WRITTEN, format_of, replaceable
-from loratool.adapters.formats.format import Format, Spelling
+from loratool.adapters.formats.format import Format, Parts, Spelling
 from loratool.adapters.layers import Contents, Form, Layer
 from loratool.adapters.weight_files import fates, module_files
 from loratool.algebra.lowrank.products import Product
@@ -79,6 +79,8 @@ class Output:
     names: Spelling
     forms: Mapping[str, Form]
     dtype: torch.dtype
+    scales: Mapping[str, float] = field(default_factory=dict)  # what the output says multiplies factors, where not 1
+    ranks: dict[str, int] = field(default_factory=dict)  # of the layers that were written
 
     def rounded(self, target: str, found: Product) -> Rounded:
         """The factors of a layer as they will be stored; raises `FitError` where the dtype cannot hold them."""
@@ -92,7 +94,10 @@ class Output:
         return Rounded(target, factors, factors.to(torch.float64).scaled(1 / factor))
 
     def add(self, found: Rounded) -> None:
-        """Write the factors of a layer."""
+        """Write the factors of a layer, and what says their scale where a tensor does."""
+        self.ranks[found.target] = found.factors.rank
+        for name, number in self.names.strengths(Parts({found.target: found.factors.rank}, self.scales)).items():
+            self.write(name, torch.tensor(number, dtype=torch.float32))
         if self.file is not None:
             tensors = self.names.stored(self.forms[found.target], found.factors)
             for name, tensor in zip(self.names.factors(found.target), tensors, strict=True):
@@ -110,6 +115,11 @@ class Output:
                 self.write(name, tensor)
             elif self.file is not None:
                 self.file.copy(name, tensor.file, tensor.info)
+
+    def tell(self, header: Mapping[str, str]) -> None:
+        """Write into the header of the file of tensors what is known now."""
+        if self.file is not None:
+            self.file.metadata = {**self.file.metadata, **header}
 
     def complete(self, config: Mapping[str, Any]) -> Path | None:
         """Finish the weights and write the config, after which the adapter can be read from this place."""
@@ -173,6 +183,7 @@ def adapter_output(
     names: Spelling,
     options: WritingOptions,
     header: Mapping[str, str] | None = None,
+    scales: Mapping[str, float] | None = None,
 ) -> Iterator[Output]:
     """The output of layers with `forms`, published under `out` when the block ends well. A dry run writes nothing.
 
@@ -184,10 +195,12 @@ def adapter_output(
             "cannot tell which underscores in these names are dots without the base:", map(printable, flat)
         )
     if options.dry_run:
-        yield Output(None, None, names, forms, dtype)
+        yield Output(None, None, names, forms, dtype, scales or {})
         return
     form, weights = names.form, names.form.weights_name
-    announced = [*announced_factors(names, forms, dtype), *carried.announced()]
+    every = Parts({target: f.rank for target, f in forms.items()}, scales or {})
+    strengths = [(name, "F32", ()) for name in names.strengths(every)]
+    announced = [*announced_factors(names, forms, dtype), *strengths, *carried.announced()]
     needed = sum(math.prod(shape) * (8 if d == "F64" else 4) for _, d, shape in announced)
     wanted = Journal(os.urandom(16).hex(), files={weights})
     single = weights if is_single(out, form) else ""
@@ -195,7 +208,7 @@ def adapter_output(
         staged(out, wanted, needed, replaceable(options.overwrite), single=single) as stage,
         form.container(stage.folder / weights, announced, header or {}) as file,
     ):
-        yield Output(file, stage, names, forms, dtype)
+        yield Output(file, stage, names, forms, dtype, scales or {})
 
 
 def copied_output(
@@ -238,7 +251,8 @@ def carried_over(source: Contents, names: Spelling, factors: Mapping[str, float]
     for target, layer in source.layers.items():
         if layer.magnitude is not None and target in names.kinds:
             (stored,) = stored_tensors(layer.magnitude.magnitude)
-            carried.tensors[names.magnitude(target)] = stored
+            shape = names.lengths(Form.of(layer, layer.rank))
+            carried.tensors[names.magnitude(target)] = replace(stored, info=replace(stored.info, shape=shape))
     for target, bias in source.biases.items():
         weight = f"{target.removesuffix('bias')}weight"
         if weight not in names.kinds:

@@ -138,7 +138,13 @@ class FactorKeywords(WritingKeywords, total=False):
     dtype: str | torch.dtype
 
 
-class RescaleKeywords(FactorKeywords, ReadingKeywords, PublishKeywords, total=False):
+class DialectKeywords(TypedDict, total=False):
+    """Of DialectOption."""
+
+    to: str | None
+
+
+class RescaleKeywords(FactorKeywords, DialectKeywords, ReadingKeywords, PublishKeywords, total=False):
     """Of RescaleOptions."""
 
     scale: float | None
@@ -150,7 +156,7 @@ class RescaleKeywords(FactorKeywords, ReadingKeywords, PublishKeywords, total=Fa
     bake: bool
 
 
-class ResizeKeywords(FactorKeywords, ReadingKeywords, DeviceKeywords, PublishKeywords, total=False):
+class ResizeKeywords(FactorKeywords, DialectKeywords, ReadingKeywords, DeviceKeywords, PublishKeywords, total=False):
     """Of ResizeOptions."""
 
     rank: int | None
@@ -163,7 +169,7 @@ class ResizeKeywords(FactorKeywords, ReadingKeywords, DeviceKeywords, PublishKey
     uniform: bool
 
 
-class CombineKeywords(FactorKeywords, ReadingKeywords, DeviceKeywords, PublishKeywords, total=False):
+class CombineKeywords(FactorKeywords, DialectKeywords, ReadingKeywords, DeviceKeywords, PublishKeywords, total=False):
     """Of CombineOptions."""
 
     method: str

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Triple = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 OF_DATA = "0" * 64  # among the metadata: stands for the SHA-256 of all tensors' bytes
 PIECE = 4 << 20  # bytes that are hashed at a time
+SLACK = 64  # bytes of metadata that may be added before the end
 
 
 @dataclass
@@ -68,7 +69,7 @@ def tensor_file(
 ) -> Iterator[TensorFile]:
     """A file to append to, until it is finished; `announced` are all tensors that may come, none smaller than it will be."""
     told = {"format": "pt", **(metadata or {})}
-    reserved = room_for(Layout.of(announced, told))
+    reserved = room_for(Layout.of(announced, told)) + (SLACK if metadata else 0)
     descriptor = open_file(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     try:
         yield TensorFile(path, descriptor, reserved, told)

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from loratool.adapters.formats import WRITTEN
 from loratool.adapters.formats.format import Parts
 from loratool.adapters.layers import ROUNDING_ONLY, Contents, Form, Kind
 from loratool.adapters.ranks import evened, told_of_cuts
@@ -37,6 +36,7 @@ from loratool.results.combine import CombinedLayer, CombinedTotals, CombineRepor
 from loratool.reworking.aligned_layers import AlignedLayer, Beside, align_layers, contents_apart
 from loratool.reworking.combine_options import CombineOptions, combination_of, told
 from loratool.reworking.compare import meetings
+from loratool.reworking.dialects import Manner, in_manner
 from loratool.reworking.runner import Draft, Made, Maker, Rest, run, together
 from loratool.templates import listed
 
@@ -50,12 +50,12 @@ def combine(
     combination = combination_of(options, len(paths))
     weights = options.adapter_weights(len(paths))
     ways = options.readings(len(paths))
-    target = check_adapter_target(out, paths, options)
-    sources = contents_apart(paths, ways, "combine")
+    sources, manner = in_manner(contents_apart(paths, ways, "combine"), options.to)
+    target = check_adapter_target(out, paths, options, manner.form)
     layers = align_layers(sources, weights)
     refuse(sources, layers, combination)
     with session(options.device, sources) as at_work:
-        combiner = Combiner(sources, layers, combination, at_work, options)
+        combiner = Combiner(sources, manner, layers, combination, at_work, options)
         rest = run(combiner, target, paths, options, progress)
     return CombineReport(
         out=target,
@@ -116,6 +116,7 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
     def __init__(
         self,
         sources: Sequence[Contents],
+        manner: Manner,
         layers: Mapping[str, Sequence[AlignedLayer]],
         combination: Combination,
         at_work: Session,
@@ -128,6 +129,7 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
             at_work,
             options,
         )
+        self.manner = manner
         self.dtype = kept_dtype(sources, options.dtype)
         self.weights = options.adapter_weights(len(sources))
         self.together = torch.zeros(
@@ -141,7 +143,7 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
 
     def draft(self) -> Draft:
         kinds = {t: found[0].layer.kind for t, found in self.layers.items()}
-        names = WRITTEN.spelling(kinds, self.sources[0].training.release)
+        names = self.manner.spelling(kinds, self.sources[0])
         mean = self.combination.setting.normalize and METHODS[self.combination.method].family == GRAM
         beside = Beside(self.sources, self.weights, names, self.options.saved, self.combination.factor, mean)
         carried = beside.collect()
@@ -153,7 +155,7 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
         self.ranks = evened(self.own, groups)
         self.grouped = {target for group in groups for target in group}
         forms = {t: Form.of(found[0].layer, self.ranks[t]) for t, found in self.layers.items()}
-        return Draft(forms, names, self.dtype, carried)
+        return self.manner.draft(forms, names, self.dtype, carried, self.sources)
 
     def tasks(self) -> Iterable[str]:
         return self.layers
@@ -184,7 +186,8 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
         notes = (
             *remarks(self.sources, self.layers, self.modules, self.beside_notes),
             *told_of_cuts(asked, {t: found[0].layer.most for t, found in self.layers.items()}, self.layers),
-            *WRITTEN.rank_notes(self.own, self.ranks),
+            *self.manner.form.rank_notes(self.own, self.ranks),
+            *self.manner.notes,
         )
         return Rest(
             config=draft.names.describe([source.adapter for source in self.sources], parts),

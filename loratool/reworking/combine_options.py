@@ -17,6 +17,7 @@ from loratool.files.inputs import json_value
 from loratool.options.described import FLAG, NUMBER, SWITCH, Choice, JsonFile, Kind, Number, option
 from loratool.options.shared import DeviceOption, PublishOptions
 from loratool.reworking.aligned_layers import SAVED, Weight
+from loratool.reworking.dialects import DialectOption
 
 MATCHES = ("none", "mean", "max", "sum")
 POLICIES = ("truncate", "ctm")
@@ -48,7 +49,7 @@ class WeightOf(Kind):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CombineOptions(FactorOptions, ReadingOptions, DeviceOption, PublishOptions):
+class CombineOptions(FactorOptions, DialectOption, ReadingOptions, DeviceOption, PublishOptions):
     """Of `combine`."""
 
     method: str = option(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import is_zero, stored_tensors
-from loratool.adapters.formats import WRITTEN, format_of, read_adapter
+from loratool.adapters.formats import format_of, read_adapter
 from loratool.adapters.formats.format import Parts, Spelling
 from loratool.adapters.layers import ROUNDING_ONLY, Contents, Form, Layer, contents_of
 from loratool.adapters.patterns import search_names
@@ -35,13 +35,14 @@ from loratool.notes import Note
 from loratool.options.described import FLAG, NUMBER, Pairs, option
 from loratool.options.shared import PublishOptions
 from loratool.results.rescale import RescaledLayer, RescaleReport
+from loratool.reworking.dialects import DialectOption, Manner, in_manner
 from loratool.reworking.runner import Draft, Made, Maker, Rest, record_of, run
 
 LARGEST_SCALE = 3.4e38  # of a float32
 
 
 @dataclass(frozen=True, kw_only=True)
-class RescaleOptions(FactorOptions, ReadingOptions, PublishOptions):
+class RescaleOptions(FactorOptions, DialectOption, ReadingOptions, PublishOptions):
     """Of `rescale`."""
 
     scale: float | None = option(help="Multiply every update by this.", kind=NUMBER)
@@ -79,11 +80,14 @@ def rescale(
     check(asked, factors, options.each, options.bake)
     (way,) = options.readings(1)
     path = local(adapter, "adapter")
-    target = check_adapter_target(out, [path], options)
     contents = contents_of(read_adapter(path, way), "rescale")
+    (contents,), manner = in_manner([contents], options.to)
+    target = check_adapter_target(out, [path], options, manner.form)
     if not contents.layers:
         raise InputError(f"{printable(contents.adapter.file.path)}: contains no update whose strength can be changed")
-    bake = options.bake or bool(contents.adapter.packing)  # what PEFT does not read is not copied
+    # what PEFT does not read is not copied, nor what holds its scale in tensors, nor what becomes another dialect
+    written = bool(contents.adapter.packing) or not manner.form.config_name or options.to is not None
+    bake = options.bake or written
     contents, asleep = awakened(contents, alpha) if alpha is not None else (contents, frozenset[str]())
     with session("cpu", [contents]) as at_work:
         norm: float | None = None
@@ -109,9 +113,8 @@ def rescale(
         told = {t: RescaledLayer(0.0, m.after, None) if t in asleep else m for t, m in modules.items()}
         notes = (*rounding_only(rounded, modules), *remarks(contents, told, bake))
         if bake:
-            notes += tuple(
-                WRITTEN.rank_notes({t: layer.rank for t, layer in contents.layers.items()}, ranks_of(contents))
-            )
+            own = {t: layer.rank for t, layer in contents.layers.items()}
+            notes += (*manner.form.rank_notes(own, ranks_of(contents, manner)), *manner.notes)
         facts = {
             "adapter": at_work.origins[0],
             "asked": {name: value for name, value in asked.items() if value is not None},
@@ -119,7 +122,7 @@ def rescale(
             "bake": bake,
         }
         if bake:
-            run(Baker(contents, modules, at_work, options.dtype, facts, notes), target, [path], options)
+            run(Baker(contents, manner, modules, at_work, options, facts, notes), target, [path], options)
         else:
             write_alphas(target, contents, modules, options, record_of("rescale", [path], options, facts, notes))
     return RescaleReport(
@@ -262,15 +265,15 @@ def write_alphas(
         copied_output(out, contents, config, provenance, options)
 
 
-def ranks_of(contents: Contents) -> dict[str, int]:
+def ranks_of(contents: Contents, manner: Manner) -> dict[str, int]:
     """The ranks of its layers, one for those to which the format gives one."""
     own = {target: layer.rank for target, layer in contents.layers.items()}
-    return evened(own, names_of(contents).of_one_rank())
+    return evened(own, names_of(contents, manner).of_one_rank())
 
 
-def names_of(contents: Contents) -> Spelling:
+def names_of(contents: Contents, manner: Manner) -> Spelling:
     """How its layers are written."""
-    return WRITTEN.spelling({t: layer.kind for t, layer in contents.layers.items()}, contents.training.release)
+    return manner.spelling({t: layer.kind for t, layer in contents.layers.items()}, contents)
 
 
 @dataclass
@@ -280,36 +283,44 @@ class Baker(Maker[str, None]):
     command = "rescale"
 
     contents: Contents
+    manner: Manner
     modules: Mapping[str, RescaledLayer]
     at_work: Session
-    dtype: str
+    options: RescaleOptions
     facts: Mapping[str, Any]
     notes: tuple[Note, ...]
 
     def draft(self) -> Draft:
-        names, ranks = names_of(self.contents), ranks_of(self.contents)
+        names, ranks = names_of(self.contents, self.manner), ranks_of(self.contents, self.manner)
         forms = {t: Form.of(layer, ranks[t]) for t, layer in self.contents.layers.items()}
         carried = carried_over(self.contents, names, {t: m.factor or 1.0 for t, m in self.modules.items()})
-        return Draft(forms, names, kept_dtype([self.contents], self.dtype), carried)
+        self.said = {} if self.options.bake else names.scales({t: m.after for t, m in self.modules.items()})
+        dtype = kept_dtype([self.contents], self.options.dtype)
+        return replace(self.manner.draft(forms, names, dtype, carried, [self.contents]), scales=self.said)
 
     def tasks(self) -> Iterable[str]:
         return self.modules
 
     def work(self, output: Output, task: str) -> list[Made[None]]:
         found = self.contents.load(task, self.at_work.device, self.at_work.dtype)
-        scaled = found.scaled(self.modules[task].factor or 1.0)
+        scaled = found.scaled(self.remaining(task))
         rounded = output.rounded(task, padded(scaled, output.forms[task].rank))
         if bool(found.up.any()) and not bool(rounded.factors.up.any()):
             dtype = str(output.dtype).removeprefix("torch.")
             raise FitError(f"{printable(task)}: all of B would be zero in {dtype}")
         return [Made((rounded,), None)]
 
+    def remaining(self, task: str) -> float:
+        """What the factors of a layer, the scale in them, are multiplied by, where the output says a scale of its own."""
+        return (self.modules[task].factor or 1.0) / (self.said.get(task) or 1.0)
+
     def take(self, made: Made[None]) -> None:
         """Nothing is measured of a layer."""
 
     def rest(self, draft: Draft) -> Rest:
         parts = Parts(
-            ranks_of(self.contents),
+            ranks_of(self.contents, self.manner),
+            self.said,
             dora=self.contents.dora,
             lora_bias=bool(self.contents.biases),
             tokens=draft.carried.tokens,

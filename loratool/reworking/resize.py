@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratool.adapters.adapter import StoredTensor
-from loratool.adapters.formats import WRITTEN, read_adapter
+from loratool.adapters.formats import read_adapter
 from loratool.adapters.formats.format import Parts
 from loratool.adapters.layers import ROUNDING_ONLY, Contents, Form, Kind, Layer, contents_of
 from loratool.adapters.ranks import Amount, RankRule, evened, told_of_cuts
@@ -46,6 +46,7 @@ from loratool.notes import Note
 from loratool.options.described import FLAG, NUMBER, JsonFile, Number, PathKind, option
 from loratool.options.shared import DeviceOption, PublishOptions
 from loratool.results.resize import ResizedLayer, ResizedTotals, ResizeReport
+from loratool.reworking.dialects import DialectOption, Manner, in_manner
 from loratool.reworking.runner import Draft, Made, Maker, Rest, run, together
 from loratool.templates import listed
 
@@ -56,7 +57,7 @@ ZERO = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResizeOptions(FactorOptions, ReadingOptions, DeviceOption, PublishOptions):
+class ResizeOptions(FactorOptions, DialectOption, ReadingOptions, DeviceOption, PublishOptions):
     """Of `resize`."""
 
     rank: int | None = option(
@@ -97,13 +98,14 @@ def resize(adapter: PathLike, out: PathLike, options: ResizeOptions, progress: P
     (way,) = options.readings(1)
     calibration = [Path(options.calibration)] if options.calibration is not None else []
     inputs = [local(adapter, "adapter"), *calibration]
-    target = check_adapter_target(out, inputs, options)
     contents = contents_of(read_adapter(inputs[0], way), "resize", as_products=True)
+    (contents,), manner = in_manner([contents], options.to)
+    target = check_adapter_target(out, inputs, options, manner.form)
     if not contents.layers:
         raise InputError(f"{printable(contents.adapter.file.path)}: contains no low-rank update")
     grams = read_calibration(calibration[0], contents) if calibration else {}
     with session(options.device, [contents]) as at_work:
-        resizer = Resizer(contents, grams, at_work, rule, options)
+        resizer = Resizer(contents, manner, grams, at_work, rule, options)
         rest = run(resizer, target, inputs[:1], options, progress)
     return ResizeReport(
         out=target,
@@ -141,12 +143,14 @@ class Resizer(Maker[Batch, tuple[str, ResizedLayer]]):
     def __init__(
         self,
         contents: Contents,
+        manner: Manner,
         grams: Mapping[str, Tensor],  # target → E[zzᵀ]
         at_work: Session,
         rule: RankRule,
         options: ResizeOptions,
     ) -> None:
         self.contents, self.grams, self.at_work, self.rule, self.options = contents, grams, at_work, rule, options
+        self.manner = manner
         self.dtype = kept_dtype([contents], options.dtype)
         self.modules: dict[str, ResizedLayer] = {}
         self.own: Mapping[str, int] = {}  # the rank that the rule gives each layer
@@ -158,14 +162,14 @@ class Resizer(Maker[Batch, tuple[str, ResizedLayer]]):
         energies = self.energies() if self.rule.needs_values else {}
         if energies and not self.grams and not any(map(any, energies.values())):
             raise FitError(ZERO)
-        groups = WRITTEN.spelling({t: layer.kind for t, layer in layers.items()}).of_one_rank()
+        groups = self.manner.spelling({t: layer.kind for t, layer in layers.items()}, self.contents).of_one_rank()
         self.own = self.rule.choose(layers, energies, self.dtype.itemsize, groups)
         chosen = evened(self.own, groups)
         self.ranks = {t: r for t, r in chosen.items() if r}
         self.dropped = tuple(t for t, r in chosen.items() if not r)
-        names = WRITTEN.spelling({t: layers[t].kind for t in self.ranks}, self.contents.training.release)
+        names = self.manner.spelling({t: layers[t].kind for t in self.ranks}, self.contents)
         forms = {t: Form.of(layers[t], r) for t, r in self.ranks.items()}
-        return Draft(forms, names, self.dtype, carried_over(self.contents, names))
+        return self.manner.draft(forms, names, self.dtype, carried_over(self.contents, names), [self.contents])
 
     def tasks(self) -> Iterator[Batch]:
         return batches({t: self.contents.layers[t] for t in self.ranks}, self.at_work.device)
@@ -200,7 +204,8 @@ class Resizer(Maker[Batch, tuple[str, ResizedLayer]]):
         notes = (
             *remarks(contents, self.modules, self.dropped),
             *told_of_cuts(asked, {t: contents.layers[t].most for t in ranks}, ranks),
-            *WRITTEN.rank_notes(self.own, ranks),
+            *self.manner.form.rank_notes(self.own, ranks),
+            *self.manner.notes,
         )
         return Rest(
             config=draft.names.describe([contents.adapter], parts),

@@ -6,6 +6,7 @@ A command's module is a `Maker`: what is particular to it.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,9 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from loratool.adapters.formats.format import Spelling
+from loratool.adapters.adapter import Adapter
+from loratool.adapters.formats.format import Parts, Spelling
 from loratool.adapters.layers import Form
 from loratool.adapters.writer import Carried, FactorOptions, Output, Rounded, adapter_output
+from loratool.files.outputs import MADE_HERE
 from loratool.lazy import torch
 from loratool.measuring.session import PathLike, Progress, Session
 from loratool.notes import Note, as_records
@@ -35,7 +38,13 @@ class Draft:
     names: Spelling
     dtype: torch.dtype
     carried: Carried  # what stands beside the factors
-    header: Mapping[str, str] = field(default_factory=dict)  # what the header of the file of tensors says besides
+    scales: Mapping[str, float] = field(default_factory=dict)  # what the output says multiplies factors, where not 1
+    sources: Sequence[Adapter] = ()  # whose headers are kept, as far as they stay true
+    architecture: str = ""  # of an image model, where it is known
+
+    def header(self, ranks: Mapping[str, int]) -> dict[str, str]:
+        """What the header of the file of tensors says besides."""
+        return dict(self.names.header(self.sources, Parts(ranks, self.scales, self.architecture)))
 
 
 @dataclass(frozen=True)
@@ -102,13 +111,20 @@ def run(
 ) -> Rest:
     """Write what `maker` makes of `inputs` under `target`; after a dry run nothing is there. `progress` counts layers."""
     draft = maker.draft()
-    with adapter_output(target, draft.forms, draft.carried, draft.dtype, draft.names, options, draft.header) as output:
+    header = draft.header({target: form.rank for target, form in draft.forms.items()})
+    if not draft.names.form.config_name:
+        made = record_of(maker.command, inputs, options, {"inputs": list(maker.at_work.origins)}, ())
+        header[MADE_HERE] = json.dumps(made)
+    with adapter_output(
+        target, draft.forms, draft.carried, draft.dtype, draft.names, options, header, draft.scales
+    ) as output:
         work, count = partial(maker.work, output), len(draft.forms)
-        for made in maker.at_work.through(work, maker.tasks(), count, progress, maker.large_tasks()):
-            maker.take(made)
-            for factors in made.factors:
+        for one in maker.at_work.through(work, maker.tasks(), count, progress, maker.large_tasks()):
+            maker.take(one)
+            for factors in one.factors:
                 output.add(factors)
         output.carry(draft.carried)
+        output.tell(draft.header(output.ranks))
         rest = maker.rest(draft)
         if place := output.complete(rest.config):
             rest = maker.prove(place, rest)

@@ -40,6 +40,7 @@ WORDS = {
             ),
             *(
                 "reworking/aligned_layers.py",
+                "reworking/dialects.py",
                 "reworking/converting/carrying.py",
                 "reworking/extracting/pairing.py",
                 "adapters/writer.py",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,7 +29,6 @@ from loratool.algebra.lowrank.products import Product, negligible, padded, singu
 from loratool.bases.opening import open_checkpoint
 from loratool.errors import FitError, InputError, LoratoolError, UsageError, printable
 from loratool.fetching import local
-from loratool.files.outputs import MADE_HERE
 from loratool.layouts.diffusion.known import ARCHITECTURES
 from loratool.lazy import torch
 from loratool.measuring.session import PathLike, Progress, Session, session
@@ -45,7 +43,7 @@ from loratool.reworking.converting.naming import Wanted, hint_of, respelled
 from loratool.reworking.converting.proof import Compared, Comparison, places_of
 from loratool.reworking.converting.rows import narrowed
 from loratool.reworking.converting.servers import SERVERS, Server, server_for
-from loratool.reworking.runner import Draft, Made, Maker, Rest, record_of, run
+from loratool.reworking.runner import Draft, Made, Maker, Rest, run
 
 SAME = 1e-7  # a factor that differs from 1 by less is none: α is stored as a float32
 
@@ -180,14 +178,10 @@ class Converter(Maker[str, str]):
             lora_bias=bool(self.contents.biases),
             tokens=beside.tokens,
         )
-        for name, number in names.strengths(parts).items():
-            beside.tensors[name] = torch.tensor(number, dtype=torch.float32)
         self.config = dict(names.describe([self.contents.adapter], parts))
-        header = dict(names.header([self.contents.adapter], parts))
-        if not form.config_name:
-            header[MADE_HERE] = json.dumps(record_of(self.command, [self.path], self.options, self.facts, ()))
         self.notes = tuple(self.remarks())
-        return Draft(forms, names, self.dtype, beside, header)
+        adapter = self.contents.adapter
+        return Draft(forms, names, self.dtype, beside, scales, [adapter], self.wanted.architecture)
 
     @property
     def facts(self) -> dict[str, Any]:

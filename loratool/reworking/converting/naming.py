@@ -114,6 +114,11 @@ def candidates(target: str) -> Iterator[tuple[str, str]]:
     yield "", module
 
 
+def names_component(target: str) -> bool:
+    """Whether a target may be more than the name of a weight of one model."""
+    return isinstance(target, Flattened) or target.partition(".")[0] in WORDS
+
+
 def found_in(target: str, architecture: str, layout: str) -> Known | None:
     """The module of an architecture that a target is, with the denoiser's names in a layout."""
     for word, module in candidates(target):
@@ -198,7 +203,10 @@ def respelled(
         return Wanted(apart, notes=told)
     if dialect == "peft-fused":
         return Wanted(fused(layers))
-    found = readings(layers, architecture) if dialect in LAYOUTS else []
+    own = dialect == "peft" and not any(
+        map(names_component, layers)
+    )  # PEFT has the names of the model that was trained
+    found = readings(layers, architecture) if dialect in LAYOUTS and not own else []
     if not found:
         return Wanted(unknown(layers, dialect, dotted(base)))
     reading, notes = chosen(found, layers, architecture or hint)

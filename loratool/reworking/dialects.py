@@ -1,0 +1,140 @@
+"""In which dialect a command writes an adapter that it makes of others: that of the first, unless another is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from loratool.adapters.adapter import Derived
+from loratool.adapters.formats import DIALECTS, WRITTEN, format_of
+from loratool.adapters.formats.format import Format, Spelling
+from loratool.adapters.layers import Contents, Form, Kind, Layer
+from loratool.adapters.writer import Carried
+from loratool.algebra.lowrank.products import Product, padded
+from loratool.algebra.updates.additive import LowRank
+from loratool.errors import FitError, printable
+from loratool.lazy import Tensor, torch
+from loratool.notes import Note
+from loratool.options.described import Choice, Options, option
+from loratool.reworking.converting.naming import LAYOUTS, hint_of, respelled
+from loratool.reworking.converting.rows import Target, joined
+from loratool.reworking.runner import Draft
+
+# Dialects that are read and not written → one that their tools read.
+NEAREST: Mapping[str, str] = {
+    "musubi": "kohya",
+    "onetrainer": "kohya",
+    "wan-fun": "kohya",
+    "ai-toolkit": "diffusers",
+    "simpletuner": "diffusers",
+    "xlabs": "comfy",
+    "bfl": "comfy",
+    "original": "comfy",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DialectOption(Options):
+    """Of a command that makes adapters of adapters."""
+
+    to: str | None = option(
+        help="Dialect of OUT, as for `loratool convert` [default: that of the first adapter].",
+        kind=Choice(lambda: tuple(DIALECTS)),
+    )
+
+
+@dataclass(frozen=True)
+class Manner:
+    """The dialect in which an adapter is written."""
+
+    form: Format
+    dialect: str
+    architecture: str = ""
+    notes: tuple[Note, ...] = ()
+
+    def spelling(self, kinds: Mapping[str, Kind], source: Contents) -> Spelling:
+        """How layers are written that come from an adapter."""
+        release = source.training.release if self.form is format_of(source.adapter) else ""
+        return self.form.spelling(kinds, release, self.dialect)
+
+    def draft(
+        self,
+        forms: Mapping[str, Form],
+        names: Spelling,
+        dtype: torch.dtype,
+        carried: Carried,
+        sources: Sequence[Contents],
+    ) -> Draft:
+        """What is written of layers whose scale is in their factors."""
+        adapters = [source.adapter for source in sources]
+        return Draft(forms, names, dtype, carried, sources=adapters, architecture=self.architecture)
+
+
+def dialect_of(source: Contents, asked: str | None) -> str:
+    """The dialect that is asked for, or that of an adapter, or one that the same tools read."""
+    if asked is not None:
+        return asked
+    own = next(iter(source.adapter.dialects), "")
+    found = NEAREST.get(own, own)
+    return found if found in LAYOUTS else WRITTEN.dialects[0]
+
+
+def in_manner(sources: Sequence[Contents], asked: str | None) -> tuple[list[Contents], Manner]:
+    """Adapters with their layers as one dialect has them, so that they can be compared and written.
+
+    Raises `FitError` where that dialect cannot express one of them.
+    """
+    dialect = dialect_of(sources[0], asked)
+    form = DIALECTS[dialect]
+    found: list[Contents] = []
+    manner = Manner(form, dialect)
+    for source in sources:
+        own = {target: layer.magnitude or layer.update for target, layer in source.layers.items()}
+        plain = replace(source.adapter, updates={**source.adapter.updates, **own})
+        if lost := form.losses(plain, dialect) if source.adapter.format != form.name or asked else ():
+            raise FitError(
+                f"{printable(source.adapter.file.path)}: {dialect} cannot express all of it:", [x.text for x in lost]
+            )
+        if source.adapter.dialects == (dialect,):
+            found.append(source)
+            continue
+        wanted = respelled(source.layers, dialect, manner.architecture, hint_of(source))
+        manner = replace(manner, architecture=wanted.architecture, notes=(*manner.notes, *wanted.notes))
+        found.append(renamed(source, wanted.targets))
+    return found, manner
+
+
+def renamed(source: Contents, targets: Mapping[str, Target]) -> Contents:
+    """An adapter with the layers that a dialect has; factors of those that are joined or cut are made when they are loaded."""
+    layers = {name: as_layer(name, target, source.layers) for name, target in targets.items()}
+    moved = {target.sources[0]: name for name, target in targets.items() if target.is_whole(source.layers)}
+    if torn := [t for t, layer in source.layers.items() if t not in moved and layer.magnitude]:
+        raise FitError("DoRA of layers that this dialect divides otherwise cannot be written:", map(printable, torn))
+    biases = {}
+    for target, bias in source.biases.items():
+        weight = f"{target.removesuffix('bias')}weight"
+        name = moved.get(weight, weight)
+        biases[f"{name.removesuffix('weight')}bias"] = bias
+    return replace(source, layers=layers, biases=biases)
+
+
+def as_layer(name: str, target: Target, layers: Mapping[str, Layer]) -> Layer:
+    """A layer of a dialect, its factors still on disk."""
+    if target.is_whole(layers):
+        return replace(layers[target.sources[0]], target=name)
+    own = [layers[source] for source in target.sources]
+    parts: tuple[Any, ...] = tuple(factor for layer in own for factor in layer.factors)
+    scales = {layer.target: layer.scale for layer in own}
+    rank, rows = target.rank(layers), sum(part.count for part in target.experts[0])
+
+    def product(*loaded: Tensor) -> Product:
+        pairs = zip(own, loaded[::2], loaded[1::2], strict=True)
+        found = {layer.target: layer.unscaled(up, down) for layer, up, down in pairs}
+        return padded(joined(target.experts[0], found.__getitem__, scales), rank)
+
+    if target.kind is Kind.PARAMETER:
+        raise FitError(f"{printable(name)}: experts are joined by `loratool convert` alone")
+    up: Any = Derived((rows, rank), parts, lambda *loaded: product(*loaded).up)
+    down: Any = Derived((rank, own[0].columns), parts, lambda *loaded: product(*loaded).down)
+    return Layer(name, target.kind, LowRank(up, down, 1.0, turnable=True, kernel=own[0].kernel))

@@ -1,0 +1,124 @@
+"""Commands that make adapters of adapters write the dialect of the first, or the one that is asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import loratool
+from loratool.errors import FitError
+
+Q = "input_blocks_4_1_transformer_blocks_1_attn1_to_q"  # of SDXL
+IN_DIFFUSERS = "unet.down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q"
+TE = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+
+
+def numbers(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def kohya(path: Path, seed: int = 1, alpha: float = 1.0, rank: int = 2) -> Path:
+    tensors: dict[str, Tensor] = {}
+    for n, (module, (out, inputs)) in enumerate({f"lora_unet_{Q}": (6, 4), TE: (8, 4)}.items()):
+        tensors |= {
+            f"{module}.lora_down.weight": numbers(rank, inputs, seed=seed + n),
+            f"{module}.lora_up.weight": numbers(out, rank, seed=seed + n + 50),
+            f"{module}.alpha": torch.tensor(alpha),
+        }
+    save_file(tensors, path, {"ss_network_dim": str(rank), "ss_output_name": "mine", "sshs_model_hash": "old"})
+    return path
+
+
+def delta(tensors: Mapping[str, Tensor], module: str) -> Tensor:
+    """α/r · up @ down."""
+    down, up = (tensors[f"{module}.lora_{side}.weight"].double() for side in ("down", "up"))
+    found: Tensor = float(tensors[f"{module}.alpha"]) / down.shape[0] * (up @ down)
+    return found
+
+
+def header(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata())
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_rescaling_changes_alpha_where_a_tensor_holds_it(tmp_path: Path) -> None:
+    source, out = kohya(tmp_path / "a.safetensors"), tmp_path / "half.safetensors"
+    loratool.rescale(source, out, scale=0.5)
+    before, after = load_file(source), load_file(out)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor * 0.5 if name.endswith(".alpha") else tensor)
+    assert (header(out)["ss_network_alpha"], header(out)["ss_output_name"]) == ("0.5", "mine")
+    assert header(out)["sshs_model_hash"] != "old"
+
+
+def test_resizing_a_kohya_file_gives_a_kohya_file_of_the_new_rank(tmp_path: Path) -> None:
+    """The best approximation of its rank, by the SVD of the whole matrix."""
+    source, out = kohya(tmp_path / "a.safetensors", rank=4), tmp_path / "small.safetensors"
+    loratool.resize(source, out, rank=2)
+    before, after = load_file(source), load_file(out)
+    for module in (f"lora_unet_{Q}", TE):
+        u, s, vt = torch.linalg.svd(delta(before, module), full_matrices=False)
+        close(delta(after, module), u[:, :2] * s[:2] @ vt[:2])
+    assert (header(out)["ss_network_dim"], header(out)["ss_network_alpha"]) == ("2", "2")
+
+
+def test_adapters_of_two_dialects_are_combined_in_that_of_the_first(tmp_path: Path) -> None:
+    one = kohya(tmp_path / "one.safetensors")
+    a, b = numbers(3, 4, seed=20), numbers(6, 3, seed=21)
+    other = {f"{IN_DIFFUSERS}.lora_A.weight": a, f"{IN_DIFFUSERS}.lora_B.weight": b}
+    save_file(other, tmp_path / "other.safetensors")
+    loratool.combine([one, tmp_path / "other.safetensors"], tmp_path / "both", weights=[1, 0.5])
+    after = load_file(tmp_path / "both" / "pytorch_lora_weights.safetensors")
+    before = load_file(one)
+    close(delta(after, f"lora_unet_{Q}"), delta(before, f"lora_unet_{Q}") + 0.5 * b.double() @ a.double())
+    close(delta(after, TE), delta(before, TE))
+
+
+def test_another_dialect_is_written_where_it_is_asked_for(tmp_path: Path) -> None:
+    source = kohya(tmp_path / "a.safetensors")
+    loratool.resize(source, tmp_path / "small.safetensors", rank=1, to="diffusers")
+    loratool.rescale(source, tmp_path / "half.safetensors", scale=0.5, to="comfy")
+    before, small = load_file(source), load_file(tmp_path / "small.safetensors")
+    u, s, vt = torch.linalg.svd(delta(before, f"lora_unet_{Q}"), full_matrices=False)
+    found = small[f"{IN_DIFFUSERS}.lora_B.weight"].double() @ small[f"{IN_DIFFUSERS}.lora_A.weight"].double()
+    close(found, u[:, :1] * s[:1] @ vt[:1])
+    half = load_file(tmp_path / "half.safetensors")
+    module = "diffusion_model.input_blocks.4.1.transformer_blocks.1.attn1.to_q"
+    close(delta(half, module), 0.5 * delta(before, f"lora_unet_{Q}"))
+
+
+def test_an_adapter_of_pefts_is_resized_into_mlx(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    start = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    a, b = numbers(3, 4, seed=1), numbers(6, 3, seed=2)
+    save_file({f"{start}A.weight": a, f"{start}B.weight": b}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 6}))
+    loratool.resize(folder, tmp_path / "mlx", rank=3, to="mlx")
+    tensors = load_file(tmp_path / "mlx" / "adapters.safetensors")
+    start = "model.layers.0.self_attn.q_proj.lora_"
+    close((tensors[f"{start}a"].double() @ tensors[f"{start}b"].double()).T, 2 * b.double() @ a.double())
+
+
+def test_what_the_dialect_cannot_express_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    start = "base_model.model.down_blocks.0.attentions.0.proj_in"
+    tensors = {f"{start}.lora_A.weight": numbers(2, 4, seed=1), f"{start}.lora_B.weight": numbers(6, 2, seed=2)}
+    save_file(tensors | {"base_model.model.conv_out.weight": torch.ones(2, 2)}, folder / "adapter_model.safetensors")
+    table = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "modules_to_save": ["conv_out"]}
+    (folder / "adapter_config.json").write_text(json.dumps(table))
+    with pytest.raises(FitError, match="saved whole"):
+        loratool.resize(folder, tmp_path / "out", rank=1, to="kohya")
