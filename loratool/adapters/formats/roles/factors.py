@@ -36,17 +36,20 @@ def low_rank(slots: Slots) -> LowRank:
 
 def product_of(slots: Slots, up: Any, down: Any, scale: float, core: Any = None) -> LowRank:
     """The product scale · up @ down, with the kernel of a convolution; a Tucker core goes into `down`, exactly."""
-    kernel = tuple(down.shape[2:])
-    shapes = " and ".join(f"{printable(each.info.name)} is {list(each.shape)}" for each in (up, down))
-    slots.require(set(up.shape[2:]) <= {1}, f"{shapes}; expected the first to have a kernel of 1")
-    left, right = as_matrix(up), as_matrix(down)
+    kernel, left, right = tuple(down.shape[2:]), as_matrix(up), as_matrix(down)
+    if not set(up.shape[2:]) <= {1}:
+        slots.fail(f"{shapes_of(up, down)}; expected the first to have a kernel of 1")
     if core is not None:
-        slots.require(
-            core.shape[:2] == (up.shape[1], down.shape[0]) and set(kernel) <= {1},
-            f"{shapes}, which does not fit {printable(core.info.name)}, {list(core.shape)}",
-        )
+        if core.shape[:2] != (up.shape[1], down.shape[0]) or not set(kernel) <= {1}:
+            slots.fail(f"{shapes_of(up, core, down)}, which do not go together")
         kernel = tuple(core.shape[2:])
         columns = right.shape[1] * math.prod(kernel)
         right = Derived((core.shape[0], columns), (core, right), formulas.along_kernel)
-    slots.require(left.shape[1] == right.shape[0], f"{shapes}; their ranks differ")
+    if left.shape[1] != right.shape[0]:
+        slots.fail(f"{shapes_of(up, down)}; their ranks differ")
     return LowRank(left, right, scale, turnable=not kernel, kernel=kernel)
+
+
+def shapes_of(*factors: Any) -> str:
+    """Stored tensors with their shapes, for a message."""
+    return " and ".join(f"{printable(each.info.name)} is {list(each.shape)}" for each in factors)

@@ -6,7 +6,7 @@ import math
 import struct
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from loratool.adapters.adapter import INTEGER_NAMES, StoredTensor
 from loratool.adapters.formats.roles.names import ALPHA, canonical
@@ -96,7 +96,7 @@ class Slots:
         """The name of the tensor of a role, for a message."""
         return printable(self.module.roles[self.spelled[role]].info.name)
 
-    def fail(self, what: str, code: str = MALFORMED) -> None:
+    def fail(self, what: str, code: str = MALFORMED) -> NoReturn:
         """Refuse the module."""
         raise RoleProblem([Problem(f"{self.shown}: {what}", code)])
 
@@ -117,11 +117,14 @@ class Slots:
             self.fail(f"{role} is missing (found only {there})", MISSING_PARTNER)
         stored = self.module.roles[self.spelled[role]]
         shape, dtype = stored.shape, stored.info.dtype
-        self.require(dtype in dtypes, f"{self.name(role)} is stored as {dtype}; expected {' or '.join(dtypes)}")
-        wanted = " or ".join(map(str, sorted(dimensions)))
-        fits = not dimensions or len(shape) in dimensions
-        self.require(fits, f"{self.name(role)} is {list(shape)}; expected {wanted} dimensions")
-        self.require(0 not in shape, f"{self.name(role)} is {list(shape)}, which has no elements")
+        # of thousands of tensors none is refused as a rule, so that messages are made for those alone that are
+        if dtype not in dtypes:
+            self.fail(f"{self.name(role)} is stored as {dtype}; expected {' or '.join(dtypes)}")
+        if dimensions and len(shape) not in dimensions:
+            wanted = " or ".join(map(str, sorted(dimensions)))
+            self.fail(f"{self.name(role)} is {list(shape)}; expected {wanted} dimensions")
+        if 0 in shape:
+            self.fail(f"{self.name(role)} is {list(shape)}, which has no elements")
         return stored
 
     def indices(self, role: str, dimensions: Collection[int]) -> Any:
@@ -144,13 +147,14 @@ class Slots:
     def number(self, role: str) -> float:
         """The one finite number that the tensor of a role holds; its bytes are read."""
         stored = self.tensor(role, (), tuple(NUMBERS))
-        self.require(math.prod(stored.shape) == 1, f"{self.name(role)} is {list(stored.shape)}; expected one number")
+        if math.prod(stored.shape) != 1:
+            self.fail(f"{self.name(role)} is {list(stored.shape)}; expected one number")
         raw = self.bytes_of(stored)
         if stored.info.dtype == "BF16":
             raw = bytearray(2) + raw
         (value,) = struct.unpack(NUMBERS[stored.info.dtype], raw)
-        finite = math.isfinite(value) and abs(value) <= LARGEST_SCALE
-        self.require(finite, f"{self.name(role)} is {float(value):g}; expected a finite number")
+        if not math.isfinite(value) or abs(value) > LARGEST_SCALE:
+            self.fail(f"{self.name(role)} is {float(value):g}; expected a finite number")
         return float(value)
 
     @property
@@ -158,7 +162,8 @@ class Slots:
         """α as the file or its header has it; None where neither does."""
         if ALPHA in self:
             value = self.number(ALPHA)
-            self.require(value >= 0, f"{self.name(ALPHA)} is {value:g}; expected a number that is not negative")
+            if value < 0:
+                self.fail(f"{self.name(ALPHA)} is {value:g}; expected a number that is not negative")
             return value
         return self.module.alpha
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from loratool.adapters.adapter import Derived, StoredTensor
@@ -37,6 +37,7 @@ FAMILIES = (
     Family("OFT", names.OFT, lycoris.oft),
     Family("OFT of inputs", names.OFT_OF_INPUTS, lycoris.oft_of_inputs),
 )
+METHODS = frozenset(role for family in FAMILIES for role in family.roles)
 COMMON = (names.ALPHA, *names.MAGNITUDES, *names.SPARSE, *names.WHOLE)  # which go with any of them, or alone
 
 
@@ -89,14 +90,13 @@ def found_in(module: Module, sources: OpenSources | None = None) -> Found:
 def family_of(slots: Slots) -> Family | None:
     """The method of a module; None where nothing but whole changes are there."""
     there = [family for family in FAMILIES if any(role in slots for role in family.roles)]
-    roles: Mapping[str, str] = {role: family.name for family in FAMILIES for role in family.roles}
     if len(there) > 1:
         shown = " and ".join(
             f"{family.name} ({slots.name(next(role for role in family.roles if role in slots))})" for family in there
         )
         slots.fail(f"has tensors of {shown}; expected those of one method")
-    strange = [role for role in slots.spelled if role not in roles and role not in COMMON]
-    slots.require(not strange, f"{', '.join(map(slots.name, strange))}: no method has such a tensor")
+    if strange := [role for role in slots.spelled if role not in METHODS and role not in COMMON]:
+        slots.fail(f"{', '.join(map(slots.name, strange))}: no method has such a tensor")
     return there[0] if there else None
 
 
@@ -143,8 +143,8 @@ def add_bias(slots: Slots, changes: Changes) -> None:
 def magnitude_role(slots: Slots) -> str | None:
     """The role of DoRA's lengths; None where it is not DoRA."""
     there = [role for role in names.MAGNITUDES if role in slots]
-    shown = " and ".join(map(slots.name, there))
-    slots.require(len(there) < 2, f"{shown} are two spellings of the same tensor")
+    if len(there) > 1:
+        slots.fail(f"{' and '.join(map(slots.name, there))} are two spellings of the same tensor")
     return there[0] if there else None
 
 
