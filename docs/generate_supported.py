@@ -10,6 +10,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING
 
 from loratool.adapters.formats.peft.support import INITIALISATIONS, OPTIONS, TYPES, Row
+from loratool.adapters.formats.roles.reading import FAMILIES
 from loratool.bases.codecs import CODECS
 from loratool.bases.codecs.unreadable import METHODS
 from loratool.bases.packed import Requantizable
@@ -37,6 +38,21 @@ output of the unmerged adapter.
 W is a weight of the base, stored (out, in), and s is the adapter's scaling. If a base stores it (in, out), everything is
 transposed. `-w` scales additive updates; for the others it interpolates or extrapolates linearly between W and the merge
 at weight 1.
+"""
+
+ROLES = """\
+## Methods of image models
+
+Adapters without a config say what they are by the names of their tensors. The two factors of LoRA have many spellings,
+such as `lora_A.weight` and `lora.down.weight`. `make acceptance` compares merged weights with the forward passes of
+lycoris-lora.
+"""
+
+BESIDE = """\
+With any of them go lengths that DoRA trains (`dora_scale`, `lora_magnitude_vector`, `magnitude`) for output rows or for
+input columns, as their shape tells; single elements (`bias_indices`, `bias_values`); changes in full (`diff`, `diff_b`,
+`w_norm`, `b_norm`), which are added without α; and `reshape_weight`, which fills the base's weight up with zeros first.
+`set_weight` replaces a weight.
 """
 
 TAIL = """\
@@ -86,6 +102,7 @@ def page() -> str:
         section("Types of adapter", "type", TYPES),
         section("Options of LoRA", "option", OPTIONS),
         section("Values of `init_lora_weights`", "value", INITIALISATIONS),
+        roles(),
         TAIL,
         BASES,
         bases(),
@@ -100,6 +117,15 @@ def section(title: str, what: str, rows: Mapping[str, Row]) -> str:
         test = f"`{row.test.partition('::')[2]}`" if row.test else ""
         lines.append(f"| `{name}` | {row.title} | {verdict} | {test} |".replace("|‖", "‖"))
     return "\n".join(lines) + "\n"
+
+
+def roles() -> str:
+    """The methods of adapters that are read by the names of their tensors."""
+    lines = ["| method | tensors | merged weight | test |", "|---|---|---|---|"]
+    for family in FAMILIES:
+        tensors = ", ".join(f"`{role}`" for role in family.roles)
+        lines.append(f"| {family.name} | {tensors} | {family.formula} | `{family.test}` |")
+    return "\n".join([ROLES, *lines, "", BESIDE])
 
 
 def bases() -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from loratool.adapters.adapter import StoredTensor, load_update
 from loratool.adapters.formats.roles import Found, Module, RoleProblem, found_in, grouped, split
+from loratool.adapters.formats.roles.reading import FAMILIES
 from loratool.algebra.updates.additive import LowRank
 from loratool.files.safefile import read_safefile
 
@@ -551,6 +552,11 @@ def test_methods_that_are_not_merged_are_named(module_of: Any, method: str) -> N
     found = found_in(module_of({**FOREIGN[method], "alpha": ALPHA}))
     assert found.updates == {}
     assert found.unsupported[0].startswith(f"{method} (x); ")
+
+
+def test_the_page_names_a_test_of_every_method() -> None:
+    """docs/supported.md is made of the table that reading goes by, and its last column of names of this file."""
+    assert [family.test for family in FAMILIES if family.test not in globals()] == []
 
 
 BROKEN: dict[str, tuple[dict[str, Tensor], str]] = {

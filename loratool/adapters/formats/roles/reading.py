@@ -21,21 +21,65 @@ from loratool.files.open_sources import OpenSources
 
 @dataclass(frozen=True)
 class Family:
-    """A method: its roles, and what makes an update of the weight of them."""
+    """A method: its roles, what makes an update of the weight of them, and what that is."""
 
     name: str
     roles: tuple[str, ...]
     read: Callable[[Slots], Update]
+    formula: str  # of the merged weight
+    test: str  # of tests/adapters/test_roles.py, that holds it to the formula
 
 
 FAMILIES = (
-    Family("LoRA", names.LORA, low_rank),
-    Family("LoHa", names.LOHA, lycoris.loha),
-    Family("LoKr", names.LOKR, lycoris.lokr),
-    Family("(IA)³", names.IA3, lycoris.ia3),
-    Family("GLoRA", names.GLORA, lycoris.glora),
-    Family("OFT", names.OFT, lycoris.oft),
-    Family("OFT of inputs", names.OFT_OF_INPUTS, lycoris.oft_of_inputs),
+    Family(
+        "LoRA",
+        names.LORA,
+        low_rank,
+        "W + α/r · BA, on convolutions too; a Tucker core becomes part of A",
+        "test_all_spellings_of_the_two_factors_are_lora",
+    ),
+    Family(
+        "LoHa",
+        names.LOHA,
+        lycoris.loha,
+        "W + α/r · (w1a·w1b) ⊙ (w2a·w2b), each with a Tucker core or without",
+        "test_loha_is_the_product_of_two_products",
+    ),
+    Family(
+        "LoKr",
+        names.LOKR,
+        lycoris.lokr,
+        "W + α/r · w1 ⊗ w2, each whole, a product, or with a Tucker core; without α where both are whole",
+        "test_lokr_is_a_kronecker_product",
+    ),
+    Family(
+        "(IA)³",
+        names.IA3,
+        lycoris.ia3,
+        "W + W ⊙ w, with a value for each output or each input",
+        "test_ia3_adds_its_share_of_each_row_or_column",
+    ),
+    Family(
+        "GLoRA",
+        names.GLORA,
+        lycoris.glora,
+        "W + α/r · (b1·b2 + W·a1·a2), or with both pairs swapped, as an older LyCORIS has them",
+        "test_glora_changes_the_weight_and_what_it_is_given",
+    ),
+    Family(
+        "OFT of outputs, BOFT",
+        names.OFT,
+        lycoris.oft,
+        "rescale ⊙ (Q·W), with blocks on the diagonal of Q or in a butterfly; α limits the rotation",
+        "test_oft_rotates_blocks_of_outputs",
+    ),
+    Family(
+        "OFT of inputs",
+        names.OFT_OF_INPUTS,
+        lycoris.oft_of_inputs,
+        "W · blockdiag(R)ᵀ, and W · blockdiag(R) for a convolution",
+        "test_oft_of_inputs_rotates_what_a_layer_is_given",
+    ),
 )
 METHODS = frozenset(role for family in FAMILIES for role in family.roles)
 COMMON = (names.ALPHA, *names.MAGNITUDES, *names.SPARSE, *names.WHOLE)  # which go with any of them, or alone
