@@ -26,6 +26,7 @@ TITLES = {
     "algebra": "Adapter algebra",
     "binding": "Finding the weights of an adapter",
     "quantised": "Quantised bases",
+    "dialects": "Other dialects",
     "inference": "One layer at inference",
 }
 WITHOUT = re.compile(  # what is not measured: code, links' targets, names (bf16, 16-bit, Llama-3.2-1B), requirements
