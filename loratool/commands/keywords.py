@@ -202,6 +202,7 @@ class ConvertKeywords(FactorKeywords, ReadingKeywords, PublishKeywords, total=Fa
     rank: int | None
     energy: float | None
     accept_loss: bool
+    strip_metadata: bool
 
 
 class ExtractKeywords(OrientationKeywords, FactorKeywords, DeviceKeywords, PublishKeywords, total=False):

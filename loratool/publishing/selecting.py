@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from loratool.adapters.formats import format_at, is_adapter, read_adapter, subject_at
+from loratool.adapters.training_data import training_data_in
 from loratool.adapters.weight_files import WeightFile, fates
 from loratool.bases.opening import open_checkpoint
 from loratool.errors import InputError, UsageError, printable
@@ -27,7 +28,7 @@ from loratool.files.checkpoint import (
 from loratool.files.digests import digest_of_bytes
 from loratool.files.inputs import LARGEST_RECORD, json_object, read_bounded
 from loratool.files.journal import MODEL, is_stage
-from loratool.files.safefile import PREFIX
+from loratool.files.safefile import PREFIX, read_safefile
 from loratool.notes import Note
 from loratool.provenance.cards import CARD, addressed, card_of, is_template
 from loratool.provenance.secrets import secrets_in
@@ -124,7 +125,7 @@ def select(
             left_out.append(LeftOut(name, reason))
     left_out = [file for file in left_out if file.name not in {*extra} & {*chosen}]
     uploads = {name: Upload(name, root / name) for name in chosen}
-    notes = [*fates(beside, carried=chosen, otherwise="not sent")]
+    notes = [*fates(beside, carried=chosen, otherwise="not sent"), *told_of_training(root, chosen)]
     if CARD not in uploads or card or is_template(root / CARD):
         if not matches(CARD, exclude):
             uploads[CARD] = Upload(CARD, content=card_of(root, place, subject_at(root)))
@@ -165,6 +166,17 @@ def listing(path: Path, name: str, content: bytes) -> bytes:
         return raw
     files = {**table["files"], name: digest_of_bytes(content).record()}
     return (json.dumps({**table, "files": dict(sorted(files.items()))}, indent=2) + "\n").encode()
+
+
+def told_of_training(root: Path, names: Iterable[str]) -> Iterator[Note]:
+    """A note for each file whose header holds captions, paths or names of data sets."""
+    for name in names:
+        if name.endswith(".safetensors") and (held := training_data_in(read_safefile(root / name).layout.metadata)):
+            yield Note(
+                "training-data-in-header",
+                f"{printable(name)}: the header contains {', '.join(held)}, with captions, paths or names of data sets; "
+                "`loratool convert --strip-metadata` removes them",
+            )
 
 
 def contents(

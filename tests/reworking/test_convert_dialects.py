@@ -392,3 +392,48 @@ def test_a_name_that_is_written_wrong_is_found_out(tmp_path: Path, monkeypatch: 
         loratool.convert(source, tmp_path / "out.safetensors", to="kohya")
     assert refusal.value.exit_code == 1
     assert not (tmp_path / "out.safetensors").exists()
+
+
+# ---- LyCORIS and headers ----
+
+
+def test_loha_and_lokr_keep_their_tensors_where_the_dialect_has_them(tmp_path: Path) -> None:
+    """Under other names; a LoKr of full rank too, which no LoRA of a small rank equals."""
+    q, k = (f"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_{part}" for part in "qk")
+    tensors: Tensors = {f"{k}.lokr_w1": numbers(2, 2, seed=1), f"{k}.lokr_w2": numbers(3, 4, seed=2)}
+    shapes = {"hada_w1_a": (24, 2), "hada_w1_b": (2, 20), "hada_w2_a": (24, 2), "hada_w2_b": (2, 20)}
+    tensors |= {f"{q}.{role}": numbers(*shape, seed=n) for n, (role, shape) in enumerate(shapes.items())}
+    tensors[f"{q}.alpha"] = torch.tensor(1.0, dtype=torch.bfloat16)
+    source = saved(tmp_path / "lycoris.safetensors", tensors)
+    report = loratool.convert(source, tmp_path / "comfy.safetensors", to="comfy")
+    after = load_file(tmp_path / "comfy.safetensors")
+    start = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_"
+    assert len(after) == len(tensors)
+    for name, tensor in tensors.items():
+        module, _, role = name.partition(".")
+        assert torch.equal(after[f"{start}{module[-1]}.{role}"], tensor)
+    assert {layer.error for layer in report.modules.values()} == {0.0}
+    assert "byte for byte" in str(report)
+
+
+def test_training_data_is_removed_on_request_and_push_tells_of_it(tmp_path: Path) -> None:
+    a, b = pair(4, 4, seed=1)
+    module = f"lora_unet_{LDM}_attn1_to_q"
+    told = {
+        "ss_tag_frequency": '{"10_me": {"a photo of me": 3}}',
+        "ss_dataset_dirs": '{"10_me": {}}',
+        "ss_learning_rate": "1e-4",
+    }
+    tensors = {f"{module}.lora_down.weight": a, f"{module}.lora_up.weight": b}
+    source = saved(tmp_path / "style.safetensors", tensors, **told)
+    loratool.convert(source, tmp_path / "kept", to="kohya")
+    loratool.convert(source, tmp_path / "stripped", to="kohya", strip_metadata=True)
+    kept, stripped = (header(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("kept", "stripped"))
+    assert told.items() <= kept.items()
+    assert told.keys() & stripped.keys() == {"ss_learning_rate"}
+    assert "photo" not in "".join(p.read_text(errors="replace") for p in (tmp_path / "stripped").iterdir())
+    notes = [
+        [note.code for note in loratool.push(tmp_path / name, "org/name", dry_run=True).notes]
+        for name in ("kept", "stripped")
+    ]
+    assert ["training-data-in-header" in codes for codes in notes] == [True, False]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats import DIALECTS, format_of, read_adapter
 from loratool.adapters.formats.format import Format, Parts, Spelling
-from loratool.adapters.layers import Contents, Layer, contents_of
+from loratool.adapters.layers import Contents, contents_of, innermost
 from loratool.adapters.ranks import RankRule, evened
 from loratool.adapters.reading import ReadingOptions
+from loratool.adapters.training_data import without_training_data
 from loratool.adapters.unsettled import settled as on_model
 from loratool.adapters.writer import (
     FactorOptions,
@@ -38,6 +40,7 @@ from loratool.options.shared import PublishOptions
 from loratool.results.convert import ConvertedLayer, ConvertReport
 from loratool.reworking.converting.baking import baked, check_baked
 from loratool.reworking.converting.carrying import carried
+from loratool.reworking.converting.keeping import can_keep, carry, is_same, kept
 from loratool.reworking.converting.losing import without_losses
 from loratool.reworking.converting.naming import Wanted, hint_of, respelled
 from loratool.reworking.converting.proof import Compared, Comparison, places_of
@@ -76,6 +79,10 @@ class ConvertOptions(FactorOptions, ReadingOptions, PublishOptions):
     )
     accept_loss: bool = option(
         help="Leave out what the dialect cannot express; the report names it.", default=False, kind=FLAG
+    )
+
+    strip_metadata: bool = option(
+        help="Remove captions, paths and names of data sets from the header.", default=False, kind=FLAG
     )
 
     @property
@@ -119,7 +126,8 @@ def convert(
     target = check_adapter_target(out, inputs, options, goal.form)
     base = open_checkpoint(home) if home else None
     given = on_model(read_adapter(path, way), base.config if base is not None else {})
-    plain, kinds = baked(given, options.shortens)
+    keeps = can_keep(given, goal.dialect) and not options.shortens
+    plain, kinds = baked(given, options.shortens or keeps)
     found, lost = without_losses(plain, goal.form, goal.dialect, goal.server, options.accept_loss)
     contents = contents_of(found, "convert")
     if not contents.layers:
@@ -130,7 +138,9 @@ def convert(
         hint = options.architecture or hint_of(contents)
         wanted = respelled(contents.layers, goal.dialect, options.architecture or "", hint, base)
         made = Converter(contents, wanted, at_work, goal, options, kinds)
-        made.path, made.lost = path, lost
+        made.lost = lost
+        if keeps:
+            made.keep(given)
         rest = run(made, target, [path], options, progress)
     return made.report(target, rest, at_work.told(started))
 
@@ -139,8 +149,8 @@ class Converter(Maker[str, str]):
     """The layers of one adapter, as those of another."""
 
     command = "convert"
-    path: Path
-    lost: tuple[Note, ...]
+    lost: tuple[Note, ...] = ()
+    given: Adapter  # with LoHa and LoKr as they are
 
     def __init__(
         self,
@@ -160,6 +170,16 @@ class Converter(Maker[str, str]):
         self.factors: dict[str, dict[str, float]] = {}  # target of the output → of the input → what its rows take
         self.compared: dict[str, Compared] = {}
         self.targets = narrowed(wanted.targets, contents.layers, self.load)
+        self.kept: dict[str, str] = {}  # layers of the output whose tensors are those of a layer of the input
+
+    def keep(self, given: Adapter) -> None:
+        """Write LoHa and LoKr as they are, where a layer stays one."""
+        self.given, layers = given, self.contents.layers
+        self.kept = kept(self.targets, self.kinds, layers)
+        self.targets = {name: target for name, target in self.targets.items() if name not in self.kept}
+        rest = {target: layer for target, layer in layers.items() if target not in self.kept.values()}
+        self.kinds = {target: kind for target, kind in self.kinds.items() if target in rest}
+        self.contents = replace(self.contents, layers=rest)
 
     def draft(self) -> Draft:
         layers, form = self.contents.layers, self.goal.form
@@ -181,6 +201,10 @@ class Converter(Maker[str, str]):
         self.config = dict(names.describe([self.contents.adapter], parts))
         self.notes = tuple(self.remarks())
         adapter = self.contents.adapter
+        if self.kept:
+            carry(beside, self.given, names, self.kept)
+        if self.options.strip_metadata:
+            adapter = replace(adapter, config=without_training_data(adapter.config))
         return Draft(forms, names, self.dtype, beside, scales, [adapter], self.wanted.architecture)
 
     @property
@@ -272,8 +296,13 @@ class Converter(Maker[str, str]):
 
     def prove(self, place: Path, rest: Rest) -> Rest:
         """Compare every layer with what its dialect's reader makes of the output. Raises `LoratoolError`: a bug."""
-        written = contents_of(self.goal.form.read(place), "convert")
-        self.check_layers(written.layers)
+        found = self.goal.form.read(place)
+        same = [
+            name for name, source in self.kept.items() if is_same(self.given.updates[source], found.updates.get(name))
+        ]
+        others = {target: update for target, update in found.updates.items() if target not in same}
+        written = contents_of(replace(found, updates=others), "convert")
+        self.check_layers({*written.layers, *same})
         comparison = Comparison(self.contents.layers, written.layers, places_of(self.targets), self.dtype)
 
         def work(target: str) -> tuple[str, Compared]:
@@ -301,9 +330,9 @@ class Converter(Maker[str, str]):
             if name in self.cut
         }
 
-    def check_layers(self, layers: Mapping[str, Layer]) -> None:
+    def check_layers(self, found: Set[str]) -> None:
         """Raise `LoratoolError` where other layers were read back than were written."""
-        if odd := sorted(layers.keys() ^ self.targets.keys()):
+        if odd := sorted(found ^ {*self.targets, *self.kept}):
             raise LoratoolError("this is a bug in loratool: these layers are not read back:", map(printable, odd))
 
     def report(self, out: Path, rest: Rest, told: Mapping[str, Any]) -> ConvertReport:
@@ -322,6 +351,10 @@ class Converter(Maker[str, str]):
             )
             for target, layer in sorted(self.contents.layers.items())
         }
+        for name, source in self.kept.items():
+            modules[source] = ConvertedLayer(
+                (name,), getattr(innermost(self.given.updates[source]), "scale", 1.0), 1.0, None, 0.0
+            )
         exact = [target for target in self.compared if target not in why] or list(self.compared)
         adapter = self.contents.adapter
         return ConvertReport(
@@ -331,10 +364,12 @@ class Converter(Maker[str, str]):
             dialect=self.goal.dialect,
             server=str(self.goal.server or ""),
             modules=modules,
-            layers=len(self.targets),
+            layers=len(self.targets) + len(self.kept),
             ranks=self.ranks,
             dtype=str(self.dtype).removeprefix("torch."),
-            worst=max(exact, key=lambda target: self.compared[target].error, default=""),
+            worst=max(
+                exact, key=lambda target: self.compared[target].error, default=next(iter(self.kept.values()), "")
+            ),
             lost=self.lost,
             notes=tuple(note for note in rest.notes if note not in self.lost),
             **told,

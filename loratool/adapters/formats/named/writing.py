@@ -69,14 +69,6 @@ OF_ONE_FILE = frozenset(
         *("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args"),
     }
 )
-# Entries that hold captions, paths and the names of data sets.
-TRAINING_DATA = frozenset(
-    {
-        *("ss_tag_frequency", "ss_dataset_dirs", "ss_reg_dataset_dirs", "ss_datasets", "ss_bucket_info"),
-        *("ss_training_comment", "ss_sd_model_name", "ss_vae_name", "ss_output_name", "ss_sample_prompts"),
-        *("ot_config", "training_info", "ss_session_id"),
-    }
-)
 OWN_WORDS = ("te_", "te1_", "te2_", "te3_", "unet_", "prior_")  # of components, which `lora_` comes before
 
 
