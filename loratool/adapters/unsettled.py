@@ -16,7 +16,10 @@ from loratool.algebra.updates.base import Update
 from loratool.lazy import Tensor
 
 Parts = Mapping[str, Update]  # by target
-WAY_OUT = "copy config.json of the model that was trained into the adapter's folder"
+WAY_OUT = (
+    "copy config.json of the model that was trained into the adapter's folder, or convert the adapter first: loratool "
+    "convert ADAPTER --base BASE -o OUT --to peft"
+)
 
 
 @dataclass(frozen=True)

@@ -259,6 +259,26 @@ def test_litgpt_heads_stand_in_the_model_config_that_it_writes(base: Path, tmp_p
         torch.testing.assert_close(found[module], weights(base)[module] + delta, rtol=1e-5, atol=1e-5)
 
 
+def test_a_conversion_takes_the_heads_of_its_base(base: Path, tmp_path: Path) -> None:
+    """Which the refusal without them names as a way out; what is written merges to the same weights."""
+    adapter = litgpt(tmp_path / "a", "qv")
+    with pytest.raises(loratool.InputError, match="convert ADAPTER --base BASE"):
+        loratool.convert(adapter, tmp_path / "peft", to="peft")
+    loratool.convert(adapter, tmp_path / "peft", to="peft", base=base)
+    found = weights(merged(base, tmp_path / "peft", tmp_path / "out"))
+    for module, delta in litgpt_deltas("qv").items():
+        torch.testing.assert_close(found[module], weights(base)[module] + delta, rtol=1e-5, atol=1e-5)
+
+
+def test_layouts_without_a_place_for_another_alpha_are_rescaled_as_plain_lora(tmp_path: Path) -> None:
+    """Their settings are no config that could be written anew; the refusal names the option."""
+    adapter = litgpt(tmp_path / "a", "k")
+    with pytest.raises(loratool.InputError, match="--bake"):
+        loratool.rescale(adapter, tmp_path / "half", scale=0.5)
+    loratool.rescale(adapter, tmp_path / "half", scale=0.5, bake=True)
+    assert loratool.read_adapter(tmp_path / "half").format == "peft"
+
+
 def test_litgpt_adapters_on_the_hub_bring_the_files_that_tell_how_to_read_them(base: Path, tmp_path: Path) -> None:
     """Their settings and the model's config, without which the parts of attention are not known."""
     adapter = litgpt(tmp_path / "a", "qv")
