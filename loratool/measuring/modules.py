@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.layers import ROUNDING_ONLY, Kind, Layer, layer_of
 from loratool.adapters.ranks import RankRule
+from loratool.adapters.unsettled import Unsettled, open_question
 from loratool.adapters.writer import factor_tensors, torch_dtype
 from loratool.algebra.lowrank.noise import floor_of
 from loratool.algebra.lowrank.products import singular_values
@@ -52,7 +53,8 @@ def measure(
         if layer := layer_of(target, update):
             layers[target] = layer
         elif not update.replaces and not isinstance(update, Add) and target not in adapter.optional:
-            skipped[target] = f"{type(update).__name__}: not a product of two factors"
+            why = open_question(update, {}) if isinstance(update, Unsettled) else ""
+            skipped[target] = why or f"{type(update).__name__}: not a product of two factors"
     doubts = check_packed(fit) if fit else []
     groups = fit.ties.groups if fit and fit.ties else ()
     tied = {name: group.names[0] for group in groups for name in group.missing}  # held under another name

@@ -129,6 +129,11 @@ def test_commands_without_a_base_take_the_heads_from_the_model_config_in_the_fol
     facts = loratool.inspect(adapter)
     assert isinstance(facts, loratool.AdapterFacts)
     assert (facts.format, facts.ranks, facts.scalings) == ("torchtune", {"2": 8}, {"0.5": 8})
+    measured = loratool.inspect(adapter, values=True)
+    assert isinstance(measured, loratool.AdapterFacts)
+    assert measured.values is not None
+    skipped = {target for target, why in measured.values.skipped.items() if "number of heads" in why}
+    assert skipped == {f"{LAYER}.self_attn.{part}_proj.weight" for part in "qk"}
     with pytest.raises(loratool.InputError, match=r"copy config\.json"):
         loratool.resize(adapter, tmp_path / "smaller", rank=1)
     shutil.copy(base / "config.json", adapter)
