@@ -56,6 +56,7 @@ docs: .venv/development
 	$(BIN)/python docs/generate_codes.py
 	$(BIN)/python docs/generate_keywords.py
 	$(BIN)/python docs/generate_servers.py
+	$(BIN)/python docs/generate_dialects.py
 
 # torch comes first and alone: with its version settled, nothing later can ask for another build of it
 .venv/runtime: pyproject.toml constraints.txt

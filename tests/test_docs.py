@@ -168,6 +168,13 @@ def test_the_page_of_servers_is_what_the_table_says_today() -> None:
     assert (ROOT / "docs" / "servers.md").read_text(encoding="utf-8") == fresh, "run `make docs`"
 
 
+def test_the_page_of_dialects_is_what_the_tables_say_today_and_its_tests_are_there() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "generate_dialects.py"))
+    assert (ROOT / "docs" / "dialects.md").read_text(encoding="utf-8") == made["page"](), "run `make docs`"
+    named = {test for row in made["ROWS"].values() for test in row.test.split(", ")}
+    assert [test for test in sorted(named) if not (ROOT / "tests" / test).is_file()] == []
+
+
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))
 def test_every_command_and_option_is_documented_by_hand_too(command: str) -> None:
     """docs/cli.md has them all by construction; a person has to have said what they are good for."""
