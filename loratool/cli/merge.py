@@ -41,7 +41,9 @@ class MergeWords(MergeAndPushOptions):
 @click.command()
 @BASE
 @click.argument("adapters", type=OPERAND, nargs=-1, metavar="ADAPTER...")
-@click.option("-o", "--output", "out", type=PATH, metavar="OUT", help="Output folder.")
+@click.option(
+    "-o", "--output", "out", type=PATH, metavar="OUT", help="Output folder, or a file for a BASE of one file."
+)
 @click.option(
     "--base",
     "named_base",

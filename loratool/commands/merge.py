@@ -69,7 +69,7 @@ def merge(
         base: a model folder or one `.safetensors` file.
         adapters: one or more adapter folders. Pass none if `base` is an adapter, which names its base, or a model saved
             with its adapter unmerged.
-        out: the output folder.
+        out: the output folder; for a base of one file also a file, whose record is written next to it.
         progress: called with (bytes done, total bytes), from any thread, one call at a time.
         push_progress: the same for the upload.
 

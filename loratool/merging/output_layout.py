@@ -144,6 +144,8 @@ def plan_shards(base: Checkpoint, changes: OutputChanges, dtype: str, shard_size
         source = shard or next((file for file in files_of if any(file is each for each in base.shards)), None)
         said = source.layout.metadata if source else None
         metadata = base.metadata(said, changes.plain) if isinstance(base, Decoded) else said
+        if any(e.name in changes.edits or e.name in changes.moved for e in entries):
+            metadata = still_true(metadata)
         same = shard is not None and head == [(t.name, t.dtype, t.shape) for t in shard.layout.in_order]
         kept = shard is not None and same and metadata == said
         layout = shard.layout if shard is not None and kept else base.shards[0].layout.like(head, metadata)
@@ -151,6 +153,18 @@ def plan_shards(base: Checkpoint, changes: OutputChanges, dtype: str, shard_size
         spans = tuple(span_of(e, layout.tensors[e.name], changes.edits, here) for e in entries)
         plans.append(ShardPlan(name, layout, spans))
     return tuple(plans)
+
+
+def still_true(metadata: Mapping[str, str] | None) -> Mapping[str, str] | None:
+    """A header's entries without the digests of values that are changed; the same mapping where there are none."""
+    if not any(map(is_digest, metadata or ())):
+        return metadata
+    return {key: value for key, value in (metadata or {}).items() if not is_digest(key)}
+
+
+def is_digest(key: str) -> bool:
+    """Whether a header's entry is a digest of the file's values, as trainers of image models write them."""
+    return key == "modelspec.hash_sha256" or key.startswith("sshs_")
 
 
 def span_of(entry: Origin, placed: TensorInfo, edits: Mapping[str, tuple[Edit, ...]], here: Collection[str]) -> Span:
