@@ -9,18 +9,20 @@ from pathlib import Path
 from loratool.adapters.formats import WRITTEN, has_adapter
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint, open_files
+from loratool.files.pipelines import is_pipeline, open_pipeline
 from loratool.notes import Note
 
 
 def open_checkpoint(path: str | Path, unmerged: bool = False) -> Checkpoint:
-    """Open a folder of shards with or without an index, or one `.safetensors` file.
+    """Open a folder of shards with or without an index, a pipeline of diffusers, or one `.safetensors` file.
 
     `unmerged` takes a model that was saved with its adapter unmerged too, with a note that it is one.
 
     Raises `InputError` when there are no weights, when a shard is malformed or missing, when the index and the shards
     disagree, or where an adapter is not merged: all faulty shards at once.
     """
-    checkpoint = open_files(Path(path), has_adapter)
+    root = Path(path)
+    checkpoint = open_pipeline(root, has_adapter) if is_pipeline(root) else open_files(root, has_adapter)
     if not (inside := WRITTEN.unmerged_in(checkpoint.tensors)):
         return checkpoint
     what = f"a model saved with its adapter unmerged: {inside}"

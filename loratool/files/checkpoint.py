@@ -22,7 +22,7 @@ from loratool.notes import Note
 from loratool.shown import Shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 
 INDEX_SUFFIX = ".safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -150,10 +150,12 @@ def gguf_alone(folder: Path) -> Path | None:
     return None if any(name.endswith(".safetensors") for name in names) else gguf_in(folder)
 
 
-def open_folder(root: Path, index: Path | None, is_adapter: Callable[[Path], bool]) -> Checkpoint:
+def open_folder(
+    root: Path, index: Path | None, is_adapter: Callable[[Path], bool], ignored: Collection[str] = ()
+) -> Checkpoint:
     notes: list[Note] = []
     try:
-        names = sorted(entry.name for entry in os.scandir(root) if not is_folder(entry))
+        names = sorted(entry.name for entry in os.scandir(root) if not is_folder(entry) and entry.name not in ignored)
     except OSError as error:
         raise unreadable(root, error) from error
     if index is None:

@@ -11,7 +11,7 @@ from loratool.files.digests import FUNCTION, Listed, Reference, digest_of_part, 
 from loratool.files.gguf import GgufFile
 from loratool.files.hub_cache import sha256_of_link
 from loratool.files.inputs import LARGEST_RECORD, read_json
-from loratool.files.safefile import SafeFile, TensorInfo
+from loratool.files.safefile import Member, SafeFile, TensorInfo
 
 
 class KnownDigests:
@@ -23,6 +23,8 @@ class KnownDigests:
 
     def of(self, file: SafeFile, info: TensorInfo) -> Listed | None:
         """The digests of the chunks of a tensor, or a reference to its bytes; None where neither is known."""
+        if isinstance(file, Member):
+            return self.of(file.original, file.original.tensors[file.names[info.name]])
         if type(file) not in (SafeFile, GgufFile) or not file.path.is_relative_to(
             self.home
         ):  # of an adapter, or not here yet

@@ -64,7 +64,8 @@ def local_state(plan: MergePlan, device: str) -> dict[str, Any]:
     """How the inputs are on this machine, and what else of it decides bytes: for a stage's journal and nothing else."""
     base = plan.base
     files = [shard.path for shard in base.shards]
-    files += [path for path in (base.index, base.root / "config.json") if path is not None and path.is_file()]
+    for model in (base, *base.components.values()):
+        files += [path for path in (model.index, model.root / "config.json") if path is not None and path.is_file()]
     weights = [file for adapter in plan.adapters for file in adapter.file.files]
     files += [*(file.path for file in weights), *(adapter.config_file for adapter in plan.adapters)]
     planned = {file.path: file.identity for file in (*base.shards, *weights)}

@@ -31,6 +31,7 @@ from loratool.files.journal import Journal
 from loratool.files.known_digests import KnownDigests
 from loratool.files.outputs import check_stage, stage_of
 from loratool.files.process import peak_memory
+from loratool.files.safefile import Member, SafeFile
 from loratool.files.shard_writer import LocalFolder
 from loratool.files.staging import Stage, staged
 from loratool.files.stopwatch import lap
@@ -41,6 +42,7 @@ from loratool.merging.fingerprints import content_fingerprint, local_state
 from loratool.merging.gain import Errors, Gains, check_loss, gain_notes
 from loratool.merging.one_file import as_one_file, is_file, target_of
 from loratool.merging.options import PlanOptions, RunOptions
+from loratool.merging.output_layout import shard_name
 from loratool.merging.planning import plan_merge
 from loratool.merging.resources import Resources, choose_resources, runtime_for
 from loratool.merging.tasks import Job
@@ -380,7 +382,7 @@ def provenance(
             "name": plan.base.name,
             **told_origin(plan.base.root),
             **named,
-            "files": {s.path.name: s.layout.size for s in plan.base.shards},
+            "files": {shard_name(plan.base, s): whole(s).layout.size for s in plan.base.shards},
         },
         "adapters": [
             {
@@ -401,6 +403,11 @@ def provenance(
         "tensors": {"edited": len(plan.edited), "copied": plan.copied, "all": len(plan.spans)},
         "notes": as_records(plan.notes),
     }
+
+
+def whole(file: SafeFile) -> SafeFile:
+    """The file itself, of one that is seen under a component's names."""
+    return file.original if isinstance(file, Member) else file
 
 
 def as_text(table: Mapping[str, Any]) -> bytes:

@@ -14,10 +14,10 @@ from loratool.bases.codecs.gguf import packed_info, repacked
 from loratool.bases.decoded import Decoded, weights_in
 from loratool.bases.side_files import OutputFile
 from loratool.bases.weights import Plain
-from loratool.errors import InputError, printable
+from loratool.errors import InputError, UsageError, printable
 from loratool.files.checkpoint import INDEX_SUFFIX, NUMBERED, SINGLE, Checkpoint, index_text
 from loratool.files.gguf import GgufFile
-from loratool.files.safefile import FLOAT_NAMES, Layout, SafeFile, TensorInfo
+from loratool.files.safefile import FLOAT_NAMES, Layout, Member, SafeFile, TensorInfo
 from loratool.layouts.ggml import TYPES
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ class ShardPlan:
     name: str
     layout: Layout
     spans: tuple[Span, ...]
+    prefix: str = ""  # of the tensors' names in the plan, where they are those of one component; the file has none
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,8 @@ def plan_shards(base: Checkpoint, changes: OutputChanges, dtype: str, shard_size
     """Every tensor's place in the output."""
     wanted = {name: key for key, name in FLOAT_NAMES.items()}.get(dtype)
     files, own = files_of_base(base, changes)
+    if shard_size is not None and base.components:
+        raise UsageError("--shard-size is for models in one folder, and BASE is a pipeline of several")
     if shard_size is not None:
         every = [entry for _, entries in files for entry in entries]
         files = repack(every, wanted, shard_size, stem_of(files[0][0]))
@@ -139,19 +142,23 @@ def plan_shards(base: Checkpoint, changes: OutputChanges, dtype: str, shard_size
         files = numbered(stem_of(files[0][0]), [entries for _, entries in files])
     plans: list[ShardPlan] = []
     for (name, entries), shard in zip(files, own, strict=False):
-        head = [(e.name, new_dtype(e, wanted), e.shape) for e in entries]
+        prefix, file = (shard.prefix, shard.original) if isinstance(shard, Member) else ("", shard)
+        head = [(e.name[len(prefix) :], new_dtype(e, wanted), e.shape) for e in entries]
         files_of = [tensor.file for e in entries for tensor in e.weight.tensors]
-        source = shard or next((file for file in files_of if any(file is each for each in base.shards)), None)
+        source = file or next((file for file in files_of if any(file is each for each in base.shards)), None)
         said = source.layout.metadata if source else None
         metadata = base.metadata(said, changes.plain) if isinstance(base, Decoded) else said
         if any(e.name in changes.edits or e.name in changes.moved for e in entries):
             metadata = still_true(metadata)
-        same = shard is not None and head == [(t.name, t.dtype, t.shape) for t in shard.layout.in_order]
-        kept = shard is not None and same and metadata == said
-        layout = shard.layout if shard is not None and kept else base.shards[0].layout.like(head, metadata)
+        same = file is not None and head == [(t.name, t.dtype, t.shape) for t in file.layout.in_order]
+        kept = file is not None and same and metadata == said
+        layout = file.layout if file is not None and kept else base.shards[0].layout.like(head, metadata)
         here = {e.packed for e in entries if not isinstance(e.weight, Plain)}
-        spans = tuple(span_of(e, layout.tensors[e.name], changes.edits, here) for e in entries)
-        plans.append(ShardPlan(name, layout, spans))
+        placed = [
+            replace(layout.tensors[own_name], name=e.name) for (own_name, _, _), e in zip(head, entries, strict=True)
+        ]
+        spans = tuple(span_of(e, at, changes.edits, here) for e, at in zip(entries, placed, strict=True))
+        plans.append(ShardPlan(name, layout, spans, prefix))
     return tuple(plans)
 
 
@@ -257,11 +264,24 @@ def stem_of(name: str) -> str:
     return match["stem"] if match else name.removesuffix(".safetensors")
 
 
+def plan_indexes(base: Checkpoint, shards: Sequence[ShardPlan]) -> list[OutputFile]:
+    """The indexes of the output: one, none, or those of a pipeline's components, each of its own files."""
+    if not base.components:
+        index = plan_index(base, shards)
+        return [index] if index else []
+    found: list[OutputFile] = []
+    for name, model in base.components.items():
+        own = [replace(s, name=s.name[len(name) + 1 :]) for s in shards if s.prefix == f"{name}."]
+        if (index := plan_index(model, own)) is not None:
+            found.append(replace(index, name=f"{name}/{index.name}"))
+    return found
+
+
 def plan_index(base: Checkpoint, shards: Sequence[ShardPlan]) -> OutputFile | None:
     """The output's index: the base's bytes where they still hold, a new one, or None for a single file."""
     if is_gguf(base):
         return None
-    weight_map = {span.placed.name: shard.name for shard in shards for span in shard.spans}
+    weight_map = {span.placed.name[len(shard.prefix) :]: shard.name for shard in shards for span in shard.spans}
     total = sum(span.placed.nbytes for shard in shards for span in shard.spans)
     if base.index is None and len(shards) == 1:
         return None

@@ -43,7 +43,7 @@ from loratool.merging.output_layout import (
     ShardPlan,
     check_names,
     is_gguf,
-    plan_index,
+    plan_indexes,
     plan_shards,
 )
 from loratool.merging.plan import MergePlan
@@ -83,8 +83,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptio
     layout = OutputChanges(changes.edits, changes.moved, changes.added, plain, anew, kind)
     shards = plan_shards(base, layout, options.dtype, options.shard_size)
     files, left_out = plan_side_files(base, adapters, options.dtype, notes, changes.config, plain)
-    if (index := plan_index(base, shards)) is not None:
-        files[index.name] = index
+    files |= {index.name: index for index in plan_indexes(base, shards)}
     side_files = tuple(files[name] for name in sorted(files))
     check_names([PROVENANCE, *(s.name for s in shards), *files])
     notes += rounding_notes(shards, options.rounding)

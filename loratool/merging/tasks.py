@@ -122,7 +122,9 @@ class Output:
         layout = self.plan.layout
         if not self.hashed.wait_for(layout.size - layout.data_start - layout.padding):
             return None
-        return Digest(layout.size, tree=Tree.of(layout, {n: tuple(c) for n, c in self.chunks.items()} | self.known))
+        every = {name: tuple(digests) for name, digests in self.chunks.items()} | self.known
+        own = {name[len(self.plan.prefix) :]: listed for name, listed in every.items()}
+        return Digest(layout.size, tree=Tree.of(layout, own))
 
 
 @dataclass(frozen=True)

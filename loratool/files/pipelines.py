@@ -1,0 +1,103 @@
+"""A pipeline as diffusers lays it out: `model_index.json`, and a folder for each component with weights of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from loratool.errors import InputError, printable
+from loratool.files.checkpoint import Checkpoint, LeftOut, open_folder, sort_side_files
+from loratool.files.inputs import read_json
+from loratool.files.safefile import Member
+from loratool.notes import Note
+
+MODEL_INDEX = "model_index.json"
+WEIGHTS = re.compile(r".+\.safetensors(?:\.index(?:\.[A-Za-z0-9_]+)?\.json)?")
+# model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, model-00001-of-00002.fp16.safetensors
+VARIANT = re.compile(r"[^.]+\.(?P<name>[A-Za-z0-9_]+)(?:-\d+-of-\d+)?\.safetensors")
+INDEX_OF_VARIANT = re.compile(r".+\.safetensors\.index\.(?P<name>[A-Za-z0-9_]+)\.json")
+
+
+def is_pipeline(root: Path) -> bool:
+    """Whether a folder is a pipeline, or what should be one."""
+    return (root / MODEL_INDEX).is_file()
+
+
+def open_pipeline(root: Path, is_adapter: Callable[[Path], bool]) -> Checkpoint:
+    """A pipeline as one checkpoint: the tensors of its components, each named behind its folder's name and a dot.
+
+    Raises `InputError` where no component has weights that are read, or one cannot be told.
+    """
+    components: dict[str, Checkpoint] = {}
+    left_out: list[LeftOut] = []
+    notes: list[Note] = []
+    for name in component_names(root):
+        index, others = chosen_files(root, name, notes)
+        component = open_folder(root / name, index, is_adapter, others)
+        components[name] = component
+        left_out += [LeftOut(f"{name}/{other}", "another variant of the same weights") for other in sorted(others)]
+        notes += [note.under(printable(name)) for note in component.notes]
+    if not components:
+        raise InputError(f"{printable(root)}: no component of this pipeline has .safetensors files")
+    shards = [Member.of(shard, f"{name}.") for name, model in components.items() for shard in model.shards]
+    weights = {shard.path.relative_to(root).as_posix() for shard in shards}
+    weights |= {model.index.relative_to(root).as_posix() for model in components.values() if model.index}
+    side_files, dropped = sort_side_files(root, weights)
+    unused = {str(other.name) for other in left_out}
+    return Checkpoint(
+        root,
+        tuple(shards),
+        side_files=tuple(name for name in side_files if name not in unused),
+        left_out=tuple(sorted({*dropped, *left_out}, key=str)),
+        notes=tuple(notes),
+        components=components,
+    )
+
+
+def component_names(root: Path) -> list[str]:
+    """The folders of a pipeline's components that hold weights to read, in the order of its index."""
+    table = read_json(root / MODEL_INDEX)
+    named = [name for name, value in table.items() if isinstance(value, list) and is_plain(name)]
+    return [name for name in named if any(n.endswith(".safetensors") for n in names_in(root / name))]
+
+
+def is_plain(name: str) -> bool:
+    """Whether it is a name that a component can have, which leads nowhere else."""
+    return name.isidentifier()
+
+
+def names_in(folder: Path) -> list[str]:
+    """The names of a folder's files; none where there is no folder."""
+    return sorted(os.listdir(folder)) if folder.is_dir() else []
+
+
+def chosen_files(root: Path, component: str, notes: list[Note]) -> tuple[Path | None, frozenset[str]]:
+    """The index of the weights that are read, where they have one of a variant, and the files of other variants.
+
+    Without a variant is what diffusers loads by default; the only one that is there is taken otherwise.
+    """
+    found: dict[str, list[str]] = {}
+    for name in names_in(root / component):
+        if WEIGHTS.fullmatch(name):
+            variant = INDEX_OF_VARIANT.fullmatch(name) or VARIANT.fullmatch(name)
+            found.setdefault(variant["name"] if variant else "", []).append(name)
+    weights = [variant for variant, names in found.items() if any(n.endswith(".safetensors") for n in names)]
+    if "" in weights:
+        chosen = ""
+    elif len(weights) == 1:
+        (chosen,) = weights
+        notes.append(
+            Note(
+                "variant-used", f"{printable(component)}: no weights without a variant, so {printable(chosen)} is used"
+            )
+        )
+    else:
+        raise InputError(
+            f"{printable(root / component)}: holds the variants {', '.join(map(printable, sorted(weights)))} and no "
+            "weights without one; keep those that are to be merged in a copy of the pipeline"
+        )
+    index = next((name for name in found[chosen] if chosen and INDEX_OF_VARIANT.fullmatch(name)), None)
+    others = frozenset(name for variant, names in found.items() if variant != chosen for name in names)
+    return root / component / index if index else None, others

@@ -1,0 +1,153 @@
+"""A pipeline of diffusers becomes a pipeline: each component's files keep their names, and the rest is copied."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from diffusion_models import WIDTH, clip, conv, linear, t5, values
+from named_updates import Targets, save_targets
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import loratool
+from loratool.adapters import formats
+from loratool.errors import InputError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+H = WIDTH
+BLOCK = "transformer_blocks.0.attn"
+SINGLE = "single_transformer_blocks.0"
+TRANSFORMER = {
+    **{f"{BLOCK}.{name}.weight": (H, H) for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")},
+    **{f"{SINGLE}.attn.{name}.weight": (H, H) for name in ("to_q", "to_k", "to_v")},
+    f"{SINGLE}.proj_mlp.weight": (4 * H, H),
+    **linear("x_embedder", H, H),
+}
+SHARDS = [f"diffusion_pytorch_model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+CONFIGS = {
+    "transformer": {"_class_name": "FluxTransformer2DModel"},
+    "text_encoder": {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"},
+    "text_encoder_2": {"architectures": ["T5EncoderModel"], "model_type": "t5"},
+    "vae": {"_class_name": "AutoencoderKL"},
+}
+
+
+@pytest.fixture(autouse=True)
+def targets_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, Targets()))
+
+
+def write_json(path: Path, table: object) -> None:
+    path.write_text(json.dumps(table))
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path) -> Path:
+    """Flux as diffusers saves it: a transformer of two shards, CLIP as a variant, T5 and a VAE."""
+    root = tmp_path / "pipeline"
+    for name, config in CONFIGS.items():
+        (root / name).mkdir(parents=True)
+        write_json(root / name / "config.json", config)
+    tensors = values(TRANSFORMER)
+    halves = [list(tensors)[:6], list(tensors)[6:]]
+    for file, names in zip(SHARDS, halves, strict=True):
+        save_file({name: tensors[name] for name in names}, root / "transformer" / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, names in zip(SHARDS, halves, strict=True) for name in names}
+    write_json(root / "transformer" / INDEX, {"metadata": {"total_size": 1}, "weight_map": weight_map})
+    save_file(values(clip()), root / "text_encoder" / "model.fp16.safetensors")
+    save_file(values(t5(), 2), root / "text_encoder_2" / "model.safetensors")
+    save_file(values(conv("decoder.conv_in")), root / "vae" / "diffusion_pytorch_model.safetensors")
+    (root / "tokenizer").mkdir()
+    (root / "tokenizer" / "merges.txt").write_text("a b")
+    (root / "flux1-dev.safetensors").write_bytes((root / "vae" / "diffusion_pytorch_model.safetensors").read_bytes())
+    index = {name: ["diffusers", "X"] for name in CONFIGS} | {"_class_name": "FluxPipeline", "scheduler": [None, None]}
+    write_json(root / "model_index.json", index | {"tokenizer": ["transformers", "CLIPTokenizer"]})
+    return root
+
+
+MODULES = {
+    "transformer.transformer_blocks.0.attn.to_q": (H, H),
+    "unet_single_blocks_0_linear1": (7 * H, H),
+    "te1_text_model_encoder_layers_0_mlp_fc1": (4 * H, H),
+    "te3_encoder_block_0_layer_0_SelfAttention_v": (H, H),
+    "text_encoder_2.encoder.block.0.layer.1.DenseReluDense.wo": (H, 2 * H),
+}
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def changes_of(base: Path, out: Path) -> dict[str, Tensor]:
+    """What a merge added to each tensor that it changed, by file and name."""
+    found: dict[str, Tensor] = {}
+    for path in base.rglob("*/*.safetensors"):
+        name = path.relative_to(base).as_posix()
+        before, after = load_file(path), load_file(out / name)
+        assert before.keys() == after.keys()
+        found |= {f"{name.partition('/')[0]}.{key}": after[key].double() - before[key].double() for key in before}
+    return {key: change for key, change in found.items() if change.any()}
+
+
+def test_a_pipeline_becomes_a_pipeline_with_the_same_files(pipeline: Path, tmp_path: Path) -> None:
+    changes = save_targets(tmp_path / "adapter", MODULES)
+    report = loratool.merge(pipeline, tmp_path / "adapter", tmp_path / "out", device="cpu")
+    to_q, linear1, fc1, v, wo = changes.values()
+    wanted = {
+        f"transformer.{BLOCK}.to_q.weight": to_q,
+        **{f"transformer.{SINGLE}.attn.to_{n}.weight": linear1[at * H : (at + 1) * H] for at, n in enumerate("qkv")},
+        f"transformer.{SINGLE}.proj_mlp.weight": linear1[3 * H :],
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1.weight": fc1,
+        "text_encoder_2.encoder.block.0.layer.0.SelfAttention.v.weight": v,
+        "text_encoder_2.encoder.block.0.layer.1.DenseReluDense.wo.weight": wo,
+    }
+    found = changes_of(pipeline, tmp_path / "out")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], change) for name, change in wanted.items())
+    before, after = files_of(pipeline), files_of(tmp_path / "out")
+    assert after.keys() - before.keys() == {"README.md", "loratool.json"}
+    assert before.keys() - after.keys() == {"flux1-dev.safetensors"}
+    same = {name for name in after if before.get(name) == after[name]}
+    assert same >= {"vae/diffusion_pytorch_model.safetensors", "model_index.json", "tokenizer/merges.txt"}
+    assert same >= {f"{name}/config.json" for name in CONFIGS}
+    index = json.loads(after[f"transformer/{INDEX}"])
+    assert index["weight_map"] == json.loads(before[f"transformer/{INDEX}"])["weight_map"]
+    with safe_open(tmp_path / "out" / "transformer" / SHARDS[0], "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert any(note.code == "variant-used" for note in report.notes)
+    record = json.loads(after["loratool.json"])
+    assert record["files"].keys() == after.keys() - {"loratool.json"}
+    assert f"transformer/{SHARDS[0]}" in record["base"]["files"]
+
+
+def test_verify_proves_a_merged_pipeline(pipeline: Path, tmp_path: Path) -> None:
+    save_targets(tmp_path / "adapter", MODULES)
+    loratool.merge(pipeline, tmp_path / "adapter", tmp_path / "out", device="cpu", verify=True)
+    assert loratool.verify(tmp_path / "out").passes
+    assert loratool.verify(tmp_path / "out", base=pipeline, adapters=tmp_path / "adapter").verdict == "proven"
+    path = tmp_path / "out" / "text_encoder" / "model.fp16.safetensors"
+    spoilt = bytearray(path.read_bytes())
+    spoilt[-1] ^= 1
+    path.write_bytes(spoilt)
+    assert "text_encoder/model.fp16.safetensors" in str(loratool.verify(tmp_path / "out"))
+
+
+def test_of_several_variants_the_default_is_taken(pipeline: Path, tmp_path: Path) -> None:
+    """Others would be stale. Where there are only others, nothing is guessed."""
+    vae = pipeline / "vae"
+    (vae / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"never read")
+    save_targets(tmp_path / "adapter", MODULES)
+    report = loratool.merge(pipeline, tmp_path / "adapter", tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out" / "vae" / "diffusion_pytorch_model.fp16.safetensors").exists()
+    assert "vae/diffusion_pytorch_model.fp16.safetensors (another variant of the same weights)" in report.left_out
+    (vae / "diffusion_pytorch_model.safetensors").rename(vae / "diffusion_pytorch_model.ema.safetensors")
+    with pytest.raises(InputError, match="holds the variants ema, fp16"):
+        loratool.merge(pipeline, tmp_path / "adapter", tmp_path / "out2", device="cpu")
