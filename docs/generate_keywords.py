@@ -79,7 +79,9 @@ def line(field: str, option: Option, default: Any) -> str:
     """One keyword with its type."""
     kind = option.kind.annotation
     if option.many:
-        kind = f"Sequence[{kind}] | {kind}" + (" | Mapping[str, float]" if field == "match" else "")
+        kind = f"Sequence[{kind}] | {kind}" + (
+            " | Mapping[str, float]" if field in ("match", "component_weights") else ""
+        )
     return f"    {field}: {kind}{' | None' if default is None or option.many else ''}"
 
 

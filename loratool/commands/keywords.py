@@ -33,6 +33,8 @@ class ChangeKeywords(NamingKeywords, OrientationKeywords, ReadingKeywords, total
     """Of ChangeOptions."""
 
     weights: Sequence[float] | float | None
+    only: Sequence[str] | str | None
+    component_weights: Sequence[str] | str | Mapping[str, float] | None
     dtype: str | torch.dtype
     gguf_type: str | None
     rounding: str

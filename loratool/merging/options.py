@@ -6,7 +6,19 @@ from dataclasses import dataclass
 
 from loratool.adapters.reading import ReadingOptions
 from loratool.layouts.ggml import ENCODED
-from loratool.options.described import FLAG, NUMBER, SIZE, Choice, Number, Options, PathKind, Size, dtypes, option
+from loratool.options.described import (
+    FLAG,
+    NUMBER,
+    SIZE,
+    Choice,
+    Number,
+    Options,
+    Pairs,
+    PathKind,
+    Size,
+    dtypes,
+    option,
+)
 from loratool.options.shared import DeviceOption, NamingOptions, OrientationOption
 
 ROUNDINGS = ("nearest", "compensated", "stochastic")
@@ -28,6 +40,21 @@ class ChangeOptions(NamingOptions, OrientationOption, ReadingOptions):
         kind=NUMBER,
         many=True,
         commas=True,
+    )
+    only: tuple[str, ...] = option(
+        help="Merge only what an ADAPTER changes in this component of an image model, such as unet or text_encoder; may "
+        "be repeated.",
+        default=(),
+        many=True,
+        metavar="COMPONENT",
+    )
+    component_weights: tuple[str, ...] = option(
+        "--component-weight",
+        help="Multiply the weights of all ADAPTERs within a component of an image model, as in unet=0.8; may be "
+        "repeated.",
+        default=(),
+        kind=Pairs("COMPONENT", "unet=0.8"),
+        many=True,
     )
     dtype: str = option(help="Dtype of all float tensors in the output.", default="keep", kind=dtypes(*DTYPES))
     gguf_type: str | None = option(

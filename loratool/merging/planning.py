@@ -36,6 +36,7 @@ from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.files.checkpoint import PROVENANCE, Checkpoint
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.layouts.architectures import POOLED
+from loratool.merging.components import Factors, factors_of, limited
 from loratool.merging.options import GGUF_FLOATS
 from loratool.merging.output_layout import (
     Origin,
@@ -68,7 +69,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptio
         FitError: an adapter tensor matches no weight of the base, or two match the same one.
     """
     base = decoded(base)
-    adapters = [settled(adapter, base.config) for adapter in adapters]
+    adapters = limited([settled(adapter, base.config) for adapter in adapters], base, options.only)
     check_container(base, options)
     strengths = strengths_of(base, adapters, options)
     binder = partial(bind, maps=options.maps, fan_in_fan_out=options.fan_in_fan_out)
@@ -76,7 +77,9 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptio
     adapters, strengths = [*adapters, *extras.loaded], (*strengths, *extras.strengths)
     check_supported(adapters)
     notes = [*base.notes, *(note.under(a.name) for a in adapters for note in a.notes), *extras.notes]
-    changes = find_changes(base, adapters, strengths, binder, options.allow_new_tensors, notes, extras.problems)
+    draft = Draft(base, adapters, find_ties(base, adapters), notes, problems=list(extras.problems))
+    draft.factors = factors_of(base, options.component_weights, notes)
+    changes = find_changes(draft, strengths, binder, options.allow_new_tensors, extras.problems)
     anew = packed_anew(base, changes) if options.requantize else frozenset[str]()
     plain = becoming_plain(base, changes, anew, options.dequantize, notes)
     kind = (options.gguf_type or "").upper()
@@ -214,21 +217,14 @@ class Changes:
 
 
 def find_changes(
-    base: Checkpoint,
-    adapters: Sequence[Adapter],
-    weights: Sequence[float],
-    binder: Binder,
-    new_tensors: bool,
-    notes: list[Note],
-    lost: Sequence[str] = (),
+    draft: Draft, weights: Sequence[float], binder: Binder, new_tensors: bool, lost: Sequence[str] = ()
 ) -> Changes:
     """Every edit and every new tensor. All misfits are told in one `FitError`, and with them what would be `lost`."""
-    draft = Draft(base, adapters, find_ties(base, adapters), notes, problems=list(lost))
     for number, weight in enumerate(weights):
-        draft.add(number, weight, as_trained(adapters[number], base, draft.ties, binder, new_tensors))
+        draft.add(number, weight, as_trained(draft.adapters[number], draft.base, draft.ties, binder, new_tensors))
     draft.problems += draft.rivals()
     if lost and draft.problems == [*lost] and not draft.unsupported:
-        owners = ", ".join(dict.fromkeys(adapter.name for adapter in adapters))
+        owners = ", ".join(dict.fromkeys(adapter.name for adapter in draft.adapters))
         raise FitError(f"{owners}: some trained weights would be lost:", lost)
     if draft.unsupported or draft.problems:
         draft.refuse()
@@ -251,6 +247,7 @@ class Draft:
     widened: dict[str, tuple[int, ...]] = field(default_factory=dict)  # tensor → its shape, once filled up with zeros
     problems: list[str] = field(default_factory=list)
     unsupported: list[str] = field(default_factory=list)
+    factors: Factors = field(default_factory=lambda: Factors({}))  # of the weight, by component
 
     def add(self, number: int, weight: float, trained: Trained) -> None:
         """Note the places of one adapter's targets, and every reason why one has none."""
@@ -264,10 +261,11 @@ class Draft:
                 )
         for target, places in bound.places.items():
             for place in map(self.beside_weight, places):
-                if why := self.why_not(place, trained, weight):
+                own = weight * self.factors.of(place.tensor)
+                if why := self.why_not(place, trained, own):
                     self.problems.append(f"{adapter.name}: {printable(target)}: {why}")
-                elif weight:
-                    self.put(number, target, place, weight, len(places) > 1, trained)
+                elif own:
+                    self.put(number, target, place, own, len(places) > 1, trained)
         if weight not in (0.0, 1.0) and any(isinstance(u, Replace) for u in adapter.updates.values()):
             self.notes.append(
                 Note(

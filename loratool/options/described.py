@@ -257,16 +257,25 @@ class JsonFile(Kind):
 
 @dataclass(frozen=True)
 class Pairs(Kind):
-    """Numbers by pattern, `REGEX=FACTOR` each; in Python also a mapping."""
+    """Numbers by pattern, `REGEX=FACTOR` each, or by another key; in Python also a mapping."""
 
-    metavar = "REGEX=FACTOR"
+    key: str = "REGEX"
+    example: str = "q_proj=0.5"
+
+    @property
+    def metavar(self) -> str:
+        return f"{self.key}=FACTOR"
+
+    @property
+    def noun(self) -> str:
+        return "pattern" if self.key == "REGEX" else self.key.lower()
 
     def taken(self, value: Any, flag: str) -> Any:
         pattern, _, number = value.rpartition("=") if isinstance(value, str) else ("", "", "")
         factor = NUMBER.number(number)
         if not pattern or factor is None or not math.isfinite(factor) or not factor:
             raise UsageError(
-                f"{flag} must be REGEX=FACTOR, a pattern and a finite number other than 0, such as 'q_proj=0.5' "
+                f"{flag} must be {self.metavar}, a {self.noun} and a finite number other than 0, such as '{self.example}' "
                 f"(got {printable(repr(value))})"
             )
         return value

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import loratool
 from loratool.adapters import formats
-from loratool.errors import InputError
+from loratool.errors import FitError, InputError, UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -151,3 +151,45 @@ def test_of_several_variants_the_default_is_taken(pipeline: Path, tmp_path: Path
     (vae / "diffusion_pytorch_model.safetensors").rename(vae / "diffusion_pytorch_model.ema.safetensors")
     with pytest.raises(InputError, match="holds the variants ema, fp16"):
         loratool.merge(pipeline, tmp_path / "adapter", tmp_path / "out2", device="cpu")
+
+
+def test_only_some_components_are_merged_and_the_rest_is_told(pipeline: Path, tmp_path: Path) -> None:
+    changes = save_targets(tmp_path / "adapter", MODULES)
+    report = loratool.merge(pipeline, tmp_path / "adapter", tmp_path / "out", only=["te1", "vae"], device="cpu")
+    found = changes_of(pipeline, tmp_path / "out")
+    fc1 = "text_encoder.text_model.encoder.layers.0.mlp.fc1.weight"
+    assert found.keys() == {fc1}
+    assert torch.equal(found[fc1], changes["te1_text_model_encoder_layers_0_mlp_fc1"])
+    (note,) = [note for note in report.notes if note.code == "component-left-out"]
+    assert "4 updates outside of text_encoder, vae are left out" in str(note)
+    with pytest.raises(UsageError, match="only transformer, text_encoder, text_encoder_2, vae"):
+        loratool.merge(pipeline, tmp_path / "adapter", tmp_path / "o", only="text_encoder_3", device="cpu")
+    with pytest.raises(FitError, match="--only vae leaves nothing of adapter"):
+        loratool.merge(pipeline, tmp_path / "adapter", tmp_path / "o", only="vae", device="cpu")
+
+
+def test_a_component_absent_from_the_base_is_left_out_by_only(pipeline: Path, tmp_path: Path) -> None:
+    save_targets(tmp_path / "adapter", MODULES)
+    alone = pipeline / "transformer"
+    with pytest.raises(FitError, match="the base has no component te1"):
+        loratool.merge(alone, tmp_path / "adapter", tmp_path / "out", device="cpu")
+    loratool.merge(alone, tmp_path / "adapter", tmp_path / "out", only="transformer", device="cpu")
+    assert (tmp_path / "out" / SHARDS[0]).is_file()
+
+
+def test_each_component_has_a_weight_of_its_own(pipeline: Path, tmp_path: Path) -> None:
+    changes = save_targets(tmp_path / "adapter", MODULES)
+    weights = {"unet": 0.5, "clip_l": -2}
+    out, adapter = tmp_path / "out", tmp_path / "adapter"
+    loratool.merge(pipeline, adapter, out, weights=2, component_weights=weights, device="cpu")
+    found = changes_of(pipeline, tmp_path / "out")
+    to_q, _, fc1, v, _ = changes.values()
+    assert torch.equal(found[f"transformer.{BLOCK}.to_q.weight"], to_q)
+    assert torch.equal(found["text_encoder.text_model.encoder.layers.0.mlp.fc1.weight"], -4 * fc1)
+    assert torch.equal(found["text_encoder_2.encoder.block.0.layer.0.SelfAttention.v.weight"], 2 * v)
+    command = json.loads((tmp_path / "out" / "loratool.json").read_text())["command"]
+    assert "--component-weight unet=0.5 --component-weight clip_l=-2" in command
+    with pytest.raises(UsageError, match="twice"):
+        loratool.merge(
+            pipeline, tmp_path / "adapter", tmp_path / "o", component_weights=["unet=1", "transformer=2"], device="cpu"
+        )
