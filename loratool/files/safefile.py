@@ -305,6 +305,11 @@ class Member(Selection):
         return cls(plain.path, plain.layout, plain.identity, original, names, prefix)
 
 
+def itself(file: SafeFile) -> SafeFile:
+    """The file as it is on disk, of one that is seen under a component's names."""
+    return file.original if isinstance(file, Member) else file
+
+
 def read_safefile(path: Path) -> SafeFile:
     """Read and check the header of one safetensors file; no tensor data is touched.
 

@@ -23,8 +23,9 @@ from loratool.errors import InputError, LoratoolError, UsageError, VerificationE
 from loratool.fetching import Located, Role, headers, local
 from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, Checkpoint, holds_weights
 from loratool.files.inputs import LARGEST_RECORD, read_json
+from loratool.files.pipelines import MODEL_INDEX
 from loratool.files.process import peak_memory
-from loratool.files.safefile import SafeFile, TensorInfo
+from loratool.files.safefile import SafeFile, TensorInfo, itself
 from loratool.inspecting.health import examine, examine_model, tell_unreadable
 from loratool.inspecting.metadata import shortened_metadata
 from loratool.inspecting.packing import unpacked
@@ -35,6 +36,7 @@ from loratool.results.base import Cost
 from loratool.results.facts import (
     AdapterFacts,
     CheckpointFacts,
+    ComponentFacts,
     Facts,
     ModuleFacts,
     PlaceFacts,
@@ -315,7 +317,7 @@ def checkpoint_facts(checkpoint: Checkpoint, path: Path) -> CheckpointFacts:
     return CheckpointFacts(
         kind="checkpoint",
         path=printable(path),
-        architecture=", ".join(printable(c) for c in classes if c),
+        architecture=", ".join(printable(c) for c in classes if c) or class_of_diffusers(checkpoint),
         made_by=made_by(checkpoint),
         quantisation=packing.family if packing else "",
         tensors=len(checkpoint.tensors),
@@ -323,12 +325,43 @@ def checkpoint_facts(checkpoint: Checkpoint, path: Path) -> CheckpointFacts:
         bytes=sum(t.nbytes for t in checkpoint.tensors.values()),
         dtypes=counts(t.dtype for t in checkpoint.tensors.values()),
         weights=weight_facts(groups),
-        files={printable(shard.path.name): shard.layout.size for shard in checkpoint.shards},
+        files={name_in(checkpoint, shard.path): itself(shard).layout.size for shard in checkpoint.shards},
         side_files=tuple(map(printable, checkpoint.side_files)),
         left_out=tuple(map(str, checkpoint.left_out)),
         notes=checkpoint.notes,
         packing=packing,
+        components=component_facts(checkpoint),
     )
+
+
+def name_in(checkpoint: Checkpoint, path: Path) -> str:
+    """A file's name within a model's folder."""
+    inside = path.is_relative_to(checkpoint.root) and path != checkpoint.root
+    return printable(path.relative_to(checkpoint.root).as_posix() if inside else path.name)
+
+
+def class_of_diffusers(checkpoint: Checkpoint) -> str:
+    """The class that a pipeline's index, or a component's config, names; empty where neither does."""
+    table = read_json(checkpoint.root / MODEL_INDEX) if checkpoint.components else checkpoint.config
+    named = table.get("_class_name")
+    return printable(named) if isinstance(named, str) else ""
+
+
+def component_facts(checkpoint: Checkpoint) -> tuple[ComponentFacts, ...]:
+    """What the components of an image or video model have."""
+    from loratool.bases.binding.components import components_of  # which loads all about bases
+
+    found: list[ComponentFacts] = []
+    for part in components_of(checkpoint):
+        infos = part.model.tensors.values()
+        config = part.model.config
+        classes = [config.get("_class_name"), *part.model.architectures, part.family.name if part.family else ""]
+        named = next((printable(name) for name in classes if isinstance(name, str) and name), "")
+        parameters = sum(info.elements for info in infos)
+        found.append(
+            ComponentFacts(printable(part.name), named, len(infos), parameters, counts(i.dtype for i in infos))
+        )
+    return tuple(found)
 
 
 def made_by(checkpoint: Checkpoint) -> str:

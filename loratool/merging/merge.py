@@ -31,7 +31,7 @@ from loratool.files.journal import Journal
 from loratool.files.known_digests import KnownDigests
 from loratool.files.outputs import check_stage, stage_of
 from loratool.files.process import peak_memory
-from loratool.files.safefile import Member, SafeFile
+from loratool.files.safefile import itself
 from loratool.files.shard_writer import LocalFolder
 from loratool.files.staging import Stage, staged
 from loratool.files.stopwatch import lap
@@ -382,7 +382,7 @@ def provenance(
             "name": plan.base.name,
             **told_origin(plan.base.root),
             **named,
-            "files": {shard_name(plan.base, s): whole(s).layout.size for s in plan.base.shards},
+            "files": {shard_name(plan.base, s): itself(s).layout.size for s in plan.base.shards},
         },
         "adapters": [
             {
@@ -403,11 +403,6 @@ def provenance(
         "tensors": {"edited": len(plan.edited), "copied": plan.copied, "all": len(plan.spans)},
         "notes": as_records(plan.notes),
     }
-
-
-def whole(file: SafeFile) -> SafeFile:
-    """The file itself, of one that is seen under a component's names."""
-    return file.original if isinstance(file, Member) else file
 
 
 def as_text(table: Mapping[str, Any]) -> bytes:

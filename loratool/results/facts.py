@@ -53,6 +53,17 @@ class WeightFacts:
 
 
 @dataclass(frozen=True)
+class ComponentFacts:
+    """A component of an image or video model."""
+
+    name: str  # what adapters and `--only` call it
+    architecture: str  # its class, or the family that its names show; empty where neither is known
+    tensors: int
+    parameters: int
+    dtypes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class PlaceFacts:
     """Where a base holds the weight that a module means."""
 
@@ -209,6 +220,7 @@ class CheckpointFacts(Result):
     left_out: tuple[str, ...]
     notes: tuple[Note, ...]
     packing: PackingFacts | None = None  # where it is quantised
+    components: tuple[ComponentFacts, ...] = ()  # of an image or video model
     listing: tuple[TensorFacts, ...] | None = None
     findings: tuple[Finding, ...] | None = None
 
@@ -223,6 +235,7 @@ class CheckpointFacts(Result):
             ("parameters", f"{self.parameters:,}"),
             ("size", size(self.bytes)),
             ("dtypes", counted(self.dtypes)),
+            *(("component", component_line(part)) for part in self.components),
             *(("weight", line) for line in shortened([weight_line(weight) for weight in self.weights])),
             *(("file", line) for line in shortened([f"{name}: {size(nbytes)}" for name, nbytes in self.files.items()])),
             *(("left out", name) for name in self.left_out),
@@ -234,6 +247,12 @@ class CheckpointFacts(Result):
         if self.findings is not None:
             parts.append(findings_text(self.findings))
         return "\n\n".join(parts)
+
+
+def component_line(part: ComponentFacts) -> str:
+    """A component, for people."""
+    named = f" ({part.architecture})" if part.architecture else ""
+    return f"{part.name}{named}: {part.parameters:,} parameters in {part.tensors:,} tensors, {counted(part.dtypes)}"
 
 
 @dataclass(frozen=True, repr=False)

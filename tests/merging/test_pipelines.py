@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import loratool
 from loratool.adapters import formats
 from loratool.errors import FitError, InputError, UsageError
+from loratool.results.facts import CheckpointFacts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -193,3 +194,17 @@ def test_each_component_has_a_weight_of_its_own(pipeline: Path, tmp_path: Path) 
         loratool.merge(
             pipeline, tmp_path / "adapter", tmp_path / "o", component_weights=["unet=1", "transformer=2"], device="cpu"
         )
+
+
+def test_inspect_tells_the_components_of_a_pipeline(pipeline: Path) -> None:
+    facts = loratool.inspect(pipeline)
+    assert isinstance(facts, CheckpointFacts)
+    assert facts.architecture == "FluxPipeline"
+    assert [(part.name, part.architecture, part.tensors) for part in facts.components] == [
+        ("transformer", "FluxTransformer2DModel", len(TRANSFORMER)),
+        ("text_encoder", "CLIPTextModel", len(clip())),
+        ("text_encoder_2", "T5EncoderModel", len(t5())),
+        ("vae", "AutoencoderKL", 2),
+    ]
+    assert facts.components[3].parameters == H * H * 9 + H
+    assert f"transformer/{SHARDS[1]}" in facts.files
