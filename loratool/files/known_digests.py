@@ -11,7 +11,8 @@ from loratool.files.digests import FUNCTION, Listed, Reference, digest_of_part, 
 from loratool.files.gguf import GgufFile
 from loratool.files.hub_cache import sha256_of_link
 from loratool.files.inputs import LARGEST_RECORD, read_json
-from loratool.files.safefile import Member, SafeFile, TensorInfo
+from loratool.files.pipelines import Member
+from loratool.files.safefile import SafeFile, TensorInfo
 
 
 class KnownDigests:

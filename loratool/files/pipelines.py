@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint, LeftOut, open_folder, sort_side_files
 from loratool.files.inputs import read_json
-from loratool.files.safefile import Member
+from loratool.files.safefile import SafeFile, Selection
 from loratool.notes import Note
 
 MODEL_INDEX = "model_index.json"
@@ -18,6 +19,25 @@ WEIGHTS = re.compile(r".+\.safetensors(?:\.index(?:\.[A-Za-z0-9_]+)?\.json)?")
 # model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, model-00001-of-00002.fp16.safetensors
 VARIANT = re.compile(r"[^.]+\.(?P<name>[A-Za-z0-9_]+)(?:-\d+-of-\d+)?\.safetensors")
 INDEX_OF_VARIANT = re.compile(r".+\.safetensors\.index\.(?P<name>[A-Za-z0-9_]+)\.json")
+
+
+@dataclass(frozen=True)
+class Member(Selection):
+    """A file of one component of a model: its tensors have their own names behind `prefix`."""
+
+    prefix: str
+
+    @classmethod
+    def of(cls, original: SafeFile, prefix: str) -> Member:  # type: ignore[override]
+        """All tensors of a component's file."""
+        names = {prefix + name: name for name in original.tensors}
+        plain = Selection.of(original, names)
+        return cls(plain.path, plain.layout, plain.identity, original, names, prefix)
+
+
+def itself(file: SafeFile) -> SafeFile:
+    """The file as it is on disk, of one that is seen under a component's names."""
+    return file.original if isinstance(file, Member) else file
 
 
 def is_pipeline(root: Path) -> bool:

@@ -291,25 +291,6 @@ class Selection(SafeFile):
         return self.original.position(self.original.tensors[self.names[tensor.name]])
 
 
-@dataclass(frozen=True)
-class Member(Selection):
-    """A file of one component of a model: its tensors have their own names behind `prefix`."""
-
-    prefix: str
-
-    @classmethod
-    def of(cls, original: SafeFile, prefix: str) -> Member:  # type: ignore[override]
-        """All tensors of a component's file."""
-        names = {prefix + name: name for name in original.tensors}
-        plain = Selection.of(original, names)
-        return cls(plain.path, plain.layout, plain.identity, original, names, prefix)
-
-
-def itself(file: SafeFile) -> SafeFile:
-    """The file as it is on disk, of one that is seen under a component's names."""
-    return file.original if isinstance(file, Member) else file
-
-
 def read_safefile(path: Path) -> SafeFile:
     """Read and check the header of one safetensors file; no tensor data is touched.
 

@@ -23,9 +23,9 @@ from loratool.errors import InputError, LoratoolError, UsageError, VerificationE
 from loratool.fetching import Located, Role, headers, local
 from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, Checkpoint, holds_weights
 from loratool.files.inputs import LARGEST_RECORD, read_json
-from loratool.files.pipelines import MODEL_INDEX
+from loratool.files.pipelines import MODEL_INDEX, itself
 from loratool.files.process import peak_memory
-from loratool.files.safefile import SafeFile, TensorInfo, itself
+from loratool.files.safefile import SafeFile, TensorInfo
 from loratool.inspecting.health import examine, examine_model, tell_unreadable
 from loratool.inspecting.metadata import shortened_metadata
 from loratool.inspecting.packing import unpacked

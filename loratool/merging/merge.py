@@ -30,8 +30,8 @@ from loratool.files.hub_cache import is_hub_id, told_origin
 from loratool.files.journal import Journal
 from loratool.files.known_digests import KnownDigests
 from loratool.files.outputs import check_stage, stage_of
+from loratool.files.pipelines import itself
 from loratool.files.process import peak_memory
-from loratool.files.safefile import itself
 from loratool.files.shard_writer import LocalFolder
 from loratool.files.staging import Stage, staged
 from loratool.files.stopwatch import lap

@@ -17,7 +17,8 @@ from loratool.bases.weights import Plain
 from loratool.errors import InputError, UsageError, printable
 from loratool.files.checkpoint import INDEX_SUFFIX, NUMBERED, SINGLE, Checkpoint, index_text
 from loratool.files.gguf import GgufFile
-from loratool.files.safefile import FLOAT_NAMES, Layout, Member, SafeFile, TensorInfo
+from loratool.files.pipelines import Member
+from loratool.files.safefile import FLOAT_NAMES, Layout, SafeFile, TensorInfo
 from loratool.layouts.ggml import TYPES
 
 if TYPE_CHECKING:

@@ -28,6 +28,10 @@ OPEN_CLIP = Family(
         ),
         Row("text_projection", ("text_projection.weight",), transposed=True),
     ),
-    (("transformer.resblocks.#.attn.out_proj",), ("text_model.encoder.layers.#.self_attn.q_proj",)),
+    (
+        ("transformer.resblocks.#.attn.out_proj",),
+        ("text_model.encoder.layers.#.self_attn.q_proj",),
+        ("encoder.layers.#.self_attn.q_proj", "embeddings.token_embedding"),  # transformers 5
+    ),
 )
 T5 = Family("t5", (), (("encoder.block.#.layer.#.SelfAttention.q",),))
