@@ -6,7 +6,7 @@ import filecmp
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,11 @@ def plan_side_files(
         files["config.json"] = OutputFile("config.json", content=edited_config(base.config, inner))
     elif inner:
         notes.append(Note("no-config", "the base has no config.json; if you add one to the output, it must contain:"))
+    for name, model in base.components.items():
+        file = f"{name}/config.json"
+        if own := [replace(edit, file=file) for edit in dtype_edits(model.config, dtype) if dtype != "keep"]:
+            files[file] = OutputFile(file, content=edited_config(model.config, own))
+            edits = [*edits, *own]
     notes += [Note("config-edit", str(edit)) for edit in edits]
     return files, left_out
 

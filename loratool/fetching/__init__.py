@@ -17,7 +17,7 @@ from pathlib import Path
 from loratool.errors import HubError, StorageError, UsageError, printable
 from loratool.fetching.answers import commit_of
 from loratool.fetching.client import api, asking, is_offline, patiently
-from loratool.fetching.outline import Remote, Role, look_up, needed, outlined, put_headers, ranged_file
+from loratool.fetching.outline import Remote, Role, look_up, needed, outlined, put_headers, ranged_member
 from loratool.files.checkpoint import Checkpoint, holds_weights
 from loratool.files.digests import sha256_of
 from loratool.files.hub_names import PAGE, HubPath, parse, slashed
@@ -73,7 +73,7 @@ class Located:
         found = open_checkpoint(self.path, unmerged)
         if self.remote is None:
             return found
-        return replace(found, shards=tuple(ranged_file(self.remote, self.root, shard) for shard in found.shards))
+        return replace(found, shards=tuple(ranged_member(self.remote, self.root, shard) for shard in found.shards))
 
 
 @contextmanager

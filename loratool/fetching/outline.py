@@ -22,9 +22,18 @@ from loratool.errors import HubError, InputError, LoratoolError, Problem, printa
 from loratool.fetching.answers import RemoteFile, check_range, commit_of, files_of
 from loratool.fetching.client import api, asking, patiently
 from loratool.fetching.ranges import READERS, Ranged, SmallTensors
-from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, choose_index, choose_shards, read_index, sort_side_files
+from loratool.files.checkpoint import (
+    INDEX_SUFFIX,
+    MODEL_INDEX,
+    PROVENANCE,
+    choose_index,
+    choose_shards,
+    read_index,
+    sort_side_files,
+)
 from loratool.files.hub_names import HubPath
 from loratool.files.inputs import LARGEST_CONFIG, LARGEST_INDEX, LARGEST_RECORD, check_bound
+from loratool.files.pipelines import Member, files_of as files_of_pipeline, is_pipeline, itself
 from loratool.files.safefile import PREFIX, SafeFile, header_length
 from loratool.lazy import hub, hub_utils
 
@@ -92,8 +101,12 @@ def outlined(remote: Remote, place: HubPath) -> Iterator[Path]:
 def small_files(location: Path) -> Iterator[str]:
     """What decides what else is needed, as paths from the parent of `location`: configs and indexes."""
     folder = location if location.is_dir() else location.parent
-    for path in (*folder.iterdir(), *(found for name in CONFIGS for found in folder.glob(f"*/{name}"))):
-        if path.name in ("config.json", *CONFIGS, *TWINS) or path.name.endswith(INDEX_SUFFIX):
+    inside = [found for name in CONFIGS for found in folder.glob(f"*/{name}")]
+    if is_pipeline(folder):
+        yield (folder / MODEL_INDEX).relative_to(location.parent).as_posix()
+        inside += [*folder.glob("*/config.json"), *folder.glob("*/*.index*.json")]
+    for path in (*folder.iterdir(), *inside):
+        if (path.parent != folder and is_pipeline(folder)) or path.name in ("config.json", *CONFIGS, *TWINS) or path.name.endswith(INDEX_SUFFIX):
             yield path.relative_to(location.parent).as_posix()
 
 
@@ -122,6 +135,8 @@ def choose(location: Path, role: Role) -> tuple[list[str], list[str]]:
             return shards, [name, *sort_side_files(folder, {*shards, name})[0]]
         beside = sort_side_files(folder, {name})[0] if role == "adapter" else []
         return [name], [*(n for n in CONFIGS if (folder / n).is_file()), *beside]
+    if is_pipeline(location):
+        return files_of_pipeline(location, has_adapter)
     names = sorted(path.name for path in location.iterdir() if not path.is_dir())
     adapter = any(form.recognises(location) for form in FORMATS)
     if adapter and (role == "adapter" or (role == "any" and "config.json" not in names)):
@@ -155,6 +170,12 @@ def put_headers(remote: Remote, root: Path, names: Iterable[str]) -> None:
 
     with ThreadPoolExecutor(READERS) as readers:
         list(readers.map(put, names))
+
+
+def ranged_member(remote: Remote, root: Path, file: SafeFile) -> SafeFile:
+    """The same under the names that its tensors have in a pipeline, where it is a file of one."""
+    ranged = ranged_file(remote, root, itself(file))
+    return Member.of(ranged, file.prefix) if isinstance(file, Member) else ranged
 
 
 def ranged_file(remote: Remote, root: Path, file: SafeFile) -> Ranged:

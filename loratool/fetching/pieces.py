@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from loratool.bases.opening import open_checkpoint
-from loratool.errors import HubError, InputError, printable
+from loratool.errors import HubError, InputError, UsageError, printable
 from loratool.fetching import HubPath, local, place_of, root_of
 from loratool.fetching.client import api, asking, is_offline, patiently
 from loratool.fetching.outline import Remote, look_up, needed, outlined, put_headers, ranged_file
@@ -124,6 +124,8 @@ def on_the_hub(remote: Remote, place: HubPath, location: Path, home: Callable[[s
         path.parent.rmdir()
     put_headers(remote, root, names.weights)
     checkpoint = open_checkpoint(location)
+    if checkpoint.components:
+        raise UsageError(f"{printable(place)}: a pipeline cannot be streamed; leave out --stream")
     for name in names.weights:
         (root / name).unlink()  # a hole of the file's size: nobody shall count it as a file
 

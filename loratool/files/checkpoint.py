@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 INDEX_SUFFIX = ".safetensors.index.json"
 SINGLE = "model.safetensors"
+MODEL_INDEX = "model_index.json"  # of a pipeline
 NUMBERED = re.compile(r"^(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors$")
 
 # Weights in another form than the shards that are merged: stale after a merge, so left out of it.
@@ -95,7 +96,9 @@ class Checkpoint(Shown):
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        """`config.json`, or what the weights' own file says, or an empty mapping where there is nothing that can be read."""
+        """`config.json`, a pipeline's index, or what the weights' own file says, or an empty mapping where there is nothing that can be read."""
+        if self.components:
+            return read_json(self.root / MODEL_INDEX)
         if "config.json" not in self.side_files:
             return self.shards[0].config if self.shards else {}
         return read_json(self.root / "config.json", repeated=True, lenient=True)

@@ -9,12 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratool.errors import InputError, printable
-from loratool.files.checkpoint import Checkpoint, LeftOut, open_folder, sort_side_files
+from loratool.files.checkpoint import (
+    MODEL_INDEX,
+    Checkpoint,
+    LeftOut,
+    choose_index,
+    choose_shards,
+    open_folder,
+    read_index,
+    sort_side_files,
+)
 from loratool.files.inputs import read_json
 from loratool.files.safefile import SafeFile, Selection
 from loratool.notes import Note
 
-MODEL_INDEX = "model_index.json"
 WEIGHTS = re.compile(r".+\.safetensors(?:\.index(?:\.[A-Za-z0-9_]+)?\.json)?")
 # model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, model-00001-of-00002.fp16.safetensors
 VARIANT = re.compile(r"[^.]+\.(?P<name>[A-Za-z0-9_]+)(?:-\d+-of-\d+)?\.safetensors")
@@ -74,6 +82,24 @@ def open_pipeline(root: Path, is_adapter: Callable[[Path], bool]) -> Checkpoint:
         notes=tuple(notes),
         components=components,
     )
+
+
+def files_of(root: Path, is_adapter: Callable[[Path], bool]) -> tuple[list[str], list[str]]:
+    """The weight files of a pipeline and its other files, as paths in it; only names and indexes are looked at."""
+    weights: list[str] = []
+    indexes: list[str] = []
+    unused: set[str] = set()
+    for name in component_names(root):
+        folder = root / name
+        index, others = chosen_files(root, name, [])
+        names = [each for each in names_in(folder) if each not in others and (folder / each).is_file()]
+        index = index or choose_index(folder, names, [])
+        own = list(dict.fromkeys(read_index(index)[0].values())) if index else []
+        weights += [f"{name}/{each}" for each in own or choose_shards(folder, names, [], is_adapter)]
+        indexes += [f"{name}/{index.name}"] if index else []
+        unused |= {f"{name}/{other}" for other in others}
+    rest = sort_side_files(root, {*weights, *indexes})[0]
+    return weights, [*indexes, *(name for name in rest if name not in unused)]
 
 
 def component_names(root: Path) -> list[str]:

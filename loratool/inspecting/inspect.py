@@ -23,7 +23,7 @@ from loratool.errors import InputError, LoratoolError, UsageError, VerificationE
 from loratool.fetching import Located, Role, headers, local
 from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, Checkpoint, holds_weights
 from loratool.files.inputs import LARGEST_RECORD, read_json
-from loratool.files.pipelines import MODEL_INDEX, itself
+from loratool.files.pipelines import itself
 from loratool.files.process import peak_memory
 from loratool.files.safefile import SafeFile, TensorInfo
 from loratool.inspecting.health import examine, examine_model, tell_unreadable
@@ -342,8 +342,7 @@ def name_in(checkpoint: Checkpoint, path: Path) -> str:
 
 def class_of_diffusers(checkpoint: Checkpoint) -> str:
     """The class that a pipeline's index, or a component's config, names; empty where neither does."""
-    table = read_json(checkpoint.root / MODEL_INDEX) if checkpoint.components else checkpoint.config
-    named = table.get("_class_name")
+    named = checkpoint.config.get("_class_name")
     return printable(named) if isinstance(named, str) else ""
 
 

@@ -196,6 +196,8 @@ def front(
         tags = ("lora", "merge") if verb == "merge" else ()
         if about.get("model_type") or about.get("architectures"):
             fields["library_name"] = "transformers"
+        elif "_diffusers_version" in about or "_class_name" in about:
+            fields["library_name"] = "diffusers"
     fields |= terms.fields
     fields["tags"] = ["loratool", *tags]
     for key, value in sorted(fields.items()):

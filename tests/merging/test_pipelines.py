@@ -208,3 +208,17 @@ def test_inspect_tells_the_components_of_a_pipeline(pipeline: Path) -> None:
     ]
     assert facts.components[3].parameters == H * H * 9 + H
     assert f"transformer/{SHARDS[1]}" in facts.files
+
+
+def test_another_dtype_is_told_in_the_configs_of_components(pipeline: Path, tmp_path: Path) -> None:
+    config = pipeline / "text_encoder" / "config.json"
+    write_json(config, {**json.loads(config.read_text()), "torch_dtype": "float32"})
+    save_targets(tmp_path / "adapter", MODULES)
+    loratool.merge(pipeline, tmp_path / "adapter", tmp_path / "out", dtype="float16", device="cpu")
+    for path in (tmp_path / "out").rglob("*.safetensors"):
+        assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
+    written = json.loads((tmp_path / "out" / "text_encoder" / "config.json").read_text())
+    assert written == {**json.loads(config.read_text()), "torch_dtype": "float16"}
+    for name in ("transformer", "vae", "text_encoder_2"):
+        assert json.loads((tmp_path / "out" / name / "config.json").read_text()) == CONFIGS[name]
+    assert '\nlibrary_name: "diffusers"\n' in (tmp_path / "out" / "README.md").read_text()
