@@ -106,7 +106,11 @@ def small_files(location: Path) -> Iterator[str]:
         yield (folder / MODEL_INDEX).relative_to(location.parent).as_posix()
         inside += [*folder.glob("*/config.json"), *folder.glob("*/*.index*.json")]
     for path in (*folder.iterdir(), *inside):
-        if (path.parent != folder and is_pipeline(folder)) or path.name in ("config.json", *CONFIGS, *TWINS) or path.name.endswith(INDEX_SUFFIX):
+        if (
+            (path.parent != folder and is_pipeline(folder))
+            or path.name in ("config.json", *CONFIGS, *TWINS)
+            or path.name.endswith(INDEX_SUFFIX)
+        ):
             yield path.relative_to(location.parent).as_posix()
 
 

@@ -42,6 +42,7 @@ BASE, TUNED = "-a base's “ü” $HOME", "tuned `ls`; \\n & *"
 ADAPTERS = (f"it's one{'!' * 220}", '--two "b" \u00e9')
 WITH_MORE, WITH_HEAD, WITHOUT_ALPHA, SEVERAL = "with more", "{head}", "~α", "[both]"
 PACKED, IN_GGUF = "=8 bits", "~model?.gguf"
+PIPELINE, OF_PIPELINE = "pipe | line", "<of it>.safetensors"
 EXTRA = "2_Dense/-more, of it.safetensors"
 WEIGHTS, BY_PATTERN, GRAMS = "-list é.json", "{table}.json", "-calibration #1.safetensors"
 LAYERS, WIDE, NARROW = 1, 8, 6
@@ -90,6 +91,23 @@ def write_gguf(path: Path) -> None:
     path.write_bytes(gguf_bytes.whole_file(entries, tensors))
 
 
+def write_pipeline(folder: Path, adapter: Path) -> None:
+    """A U-Net and a text encoder of one layer each, and an adapter of both as diffusers saves it."""
+    modules = {
+        "unet": "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+        "text_encoder": "text_model.encoder.layers.0.self_attn.q_proj",
+    }
+    factors = {}
+    for n, (name, module) in enumerate(modules.items()):
+        (folder / name).mkdir(parents=True)
+        weights = safetensors_bytes({f"{module}.weight": f32(normal(WIDE, WIDE, seed=n))})
+        (folder / name / "model.safetensors").write_bytes(weights)
+        for side, shape in (("A", (2, WIDE)), ("B", (WIDE, 2))):
+            factors[f"{name}.{module}.lora_{side}.weight"] = f32(normal(*shape, seed=n + 9))
+    write_json(folder / "model_index.json", {"_class_name": "X", **{name: ["diffusers", "Y"] for name in modules}})
+    adapter.write_bytes(safetensors_bytes(factors))
+
+
 def write_adapter(
     folder: Path, seed: int = 7, more: Mapping[str, Any] = MappingProxyType({}), **config: object
 ) -> None:
@@ -113,6 +131,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(home / TUNED, moved=1.0)
     write_packed(home / PACKED)
     write_gguf(home / IN_GGUF)
+    write_pipeline(home / PIPELINE, home / OF_PIPELINE)
     for number, name in enumerate(ADAPTERS):
         write_adapter(home / name, 1000 * (number + 1))
     for name in ("default", "it's"):
@@ -148,6 +167,7 @@ VALUES: Mapping[str, Sequence[str]] = {
     "also_load": (f"{WITH_MORE}/{EXTRA}", EXTRA),
     "budget": ("300", "2kB", "1.5k"),
     "calibration": (GRAMS,),
+    "component_weights": ("unet=0.5", "text_encoder=-1.25"),
     "device": ("cpu",),
     "energy": ("0.5", "0.875"),
     "error": ("0.5", "0.125"),
@@ -160,6 +180,7 @@ VALUES: Mapping[str, Sequence[str]] = {
     "maps": (r"^model\.(layers)=model.\1", rf"self_attn[.]([qv]|{'x' * 220})=self_attn.\1"),
     "match": ("q_proj=0.5", r"layers\.\d\.mlp=-1e-3", "(v|down)_proj=3"),
     "max_rank": ("1", "2"),
+    "only": ("unet", "te1"),
     "outliers": ("0.1", "0.05"),
     "rank": ("1", "2", "4"),
     "ratio": ("2", "10.5"),
@@ -182,6 +203,7 @@ COMMANDS = {
             **{option: (BASE, *operands) for option, operands in READING.items()},
             **dict.fromkeys(("dequantize", "requantize", "accept_loss"), (PACKED, *ADAPTERS)),
             "gguf_type": (IN_GGUF, *ADAPTERS),
+            **dict.fromkeys(("only", "component_weights"), (PIPELINE, OF_PIPELINE)),
             "allow_new_tensors": (BASE, WITH_HEAD),
             "also_load": (BASE, WITH_MORE),
             "ignore_files": (BASE, WITH_MORE),
