@@ -214,3 +214,45 @@ def test_experts_in_one_parameter_have_the_change_of_each(tmp_path: Path) -> Non
             ]
             torch.testing.assert_close(0.5 * own, torch.cat(parts), rtol=1e-12, atol=1e-14)
     assert max(layer.error or 0.0 for layer in report.modules.values()) < 1e-12
+
+
+def test_torchtune_gets_rows_of_queries_and_keys_in_its_order(tmp_path: Path) -> None:
+    """Meta's code turns pairs of neighbouring rows of a head, transformers' a row and the one half a head further."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    shapes = {
+        "self_attn.q_proj": (16, 4),
+        "self_attn.k_proj": (8, 4),
+        "self_attn.o_proj": (4, 16),
+        "mlp.up_proj": (6, 4),
+    }
+    tensors: dict[str, Tensor] = {}
+    for n, (module, (out, inputs)) in enumerate(shapes.items()):
+        start = f"base_model.model.model.layers.0.{module}.lora_"
+        tensors |= {
+            f"{start}A.weight": numbers(RANK, inputs, seed=n),
+            f"{start}B.weight": numbers(out, RANK, seed=n + 9),
+        }
+    save_file(tensors, adapter / WEIGHTS)
+    (adapter / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": 1}))
+    with pytest.raises(InputError, match="--base"):
+        loratool.convert(adapter, tmp_path / "out", to="torchtune")
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({"model.norm.weight": numbers(4, seed=1)}, base / "model.safetensors")
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "model_type": "llama"}
+    (base / "config.json").write_text(json.dumps(heads))
+    loratool.convert(adapter, tmp_path / "out", to="torchtune", base=base)
+    after = load_file(tmp_path / "out" / WEIGHTS)
+    names = {"self_attn.q_proj": "attn.q_proj", "self_attn.k_proj": "attn.k_proj"}
+    names |= {"self_attn.o_proj": "attn.output_proj", "mlp.up_proj": "mlp.w3"}
+    for module, theirs in names.items():
+        a, b = (tensors[f"base_model.model.model.layers.0.{module}.lora_{side}.weight"] for side in "AB")
+        count = {"self_attn.q_proj": 4, "self_attn.k_proj": 2}.get(module)
+        if count:  # (head, half, row) → (head, row, half)
+            b = b.reshape(count, 2, -1, RANK).transpose(1, 2).reshape(b.shape)
+        assert torch.equal(after[f"layers.0.{theirs}.lora_a.weight"], a)
+        assert torch.equal(after[f"layers.0.{theirs}.lora_b.weight"], b)
+    loratool.convert(tmp_path / "out", tmp_path / "back", to="peft", base=base)
+    back = load_file(tmp_path / "back" / WEIGHTS)
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())

@@ -226,6 +226,10 @@ class Format(Protocol):
 
     # What it can write.
 
+    def for_model(self, config: Mapping[str, Any]) -> Format:  # noqa: ARG002 (most are the same for all models)
+        """The format for adapters of a model with this config. Raises `InputError` where it takes another one."""
+        return self
+
     def container(
         self, path: Path, announced: Iterable[Triple], metadata: Mapping[str, str]
     ) -> AbstractContextManager[TensorFile]:

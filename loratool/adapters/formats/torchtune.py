@@ -10,21 +10,29 @@ other models.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats import rows
 from loratool.adapters.formats.format import Config
+from loratool.adapters.formats.torchtune_writing import TorchtuneNames, ordered_file
 from loratool.adapters.formats.trainer import Found, TrainerFormat, modules_with, text_in, whole_in
+from loratool.adapters.layers import Kind
 from loratool.adapters.model_settings import attention_heads, model_types
 from loratool.adapters.training import Training
 from loratool.adapters.unsettled import WAY_OUT, Unsettled
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
-from loratool.errors import printable
+from loratool.errors import InputError, printable
 from loratool.files.heads import HasNames
+from loratool.files.tensor_writer import TensorFile, Triple
+from loratool.notes import Note
+from loratool.results.repairs import some
 
 A, B, M = ".lora_a.weight", ".lora_b.weight", ".magnitude"
 LAYER = re.compile(r"(?P<start>(?:decoder\.)?layers\.\d+)\.(?P<leaf>attn\.\w+|mlp\.\w+)")
@@ -84,6 +92,43 @@ class Torchtune(TrainerFormat):
     config_name = "adapter_config.json"
     weights_name = "adapter_model.safetensors"
     settings = ("adapter_config.json",)
+    dialects = ("torchtune",)
+
+    def __init__(self, model: Mapping[str, Any] | None = None) -> None:
+        """`model` is the config of the one for which adapters are written, and read back."""
+        self.model = model
+
+    def for_model(self, config: Mapping[str, Any]) -> Torchtune:
+        return Torchtune(config)
+
+    def spelling(self, kinds: Mapping[str, Kind], release: str = "", dialect: str = "") -> TorchtuneNames:  # noqa: ARG002 (there is one)
+        self.heads()
+        modules = {target: module for target in kinds if (module := module_of(target)) is not None}
+        return TorchtuneNames(self, kinds, modules, settings_of)
+
+    def container(
+        self, path: Path, announced: Iterable[Triple], metadata: Mapping[str, str]
+    ) -> AbstractContextManager[TensorFile]:
+        return ordered_file(path, announced, metadata, self.heads())
+
+    def heads(self) -> dict[str, int]:
+        """The heads of modules whose rows are permuted, by the last part of their names. Raises `InputError`."""
+        known = sorted(PERMUTED.keys() & model_types(self.model or {}))
+        heads = attention_heads(self.model or {})
+        if len(known) != 1 or heads is None:
+            raise InputError(
+                "torchtune orders the rows of queries and keys by model and by heads; pass the model that was trained "
+                f"with --base (one of {', '.join(PERMUTED)})"
+            )
+        return {"q_proj": heads.queries, "k_proj": heads.keys} if PERMUTED[known[0]] else {}
+
+    def losses(self, adapter: Adapter, dialect: str = "") -> tuple[Note, ...]:  # noqa: ARG002 (there is one)
+        lost = [t for t, u in adapter.updates.items() if not isinstance(innermost_of(u), (LowRank, Unsettled))]
+        lost += adapter.bases
+        return (Note("not-in-torchtune", f"torchtune stores LoRA and DoRA alone: {some(lost)}"),) if lost else ()
+
+    def model_at(self, folder: Path, config: Config) -> Mapping[str, Any]:
+        return self.model if self.model is not None else super().model_at(folder, config)
 
     def claims(self, file: HasNames) -> frozenset[str]:
         modules = set(modules_with(file, (A, B)))
@@ -144,6 +189,28 @@ def target_of(module: str) -> str | None:
     if match is None or match["leaf"] not in NAMES:
         return None
     return f"model.{match['start'].removeprefix('decoder.')}.{NAMES[match['leaf']]}.weight"
+
+
+def module_of(target: str) -> str | None:
+    """What torchtune calls the module of a weight; None for one that it has not."""
+    if target == "lm_head.weight":
+        return "output"
+    match = re.fullmatch(r"model\.(layers\.\d+)\.(.+)\.weight", target)
+    found = [leaf for leaf, name in NAMES.items() if match and match[2] == name]
+    return f"{match[1]}.{found[0]}" if match and found else None
+
+
+def settings_of(rank: int, alpha: float, base: str) -> dict[str, Any]:
+    """The settings that are read back."""
+    return {
+        "r": rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "base_model_name_or_path": base or None,
+    }
+
+
+def innermost_of(update: Update) -> Update:
+    return update.inner if isinstance(update, Magnitude) else update
 
 
 TORCHTUNE = Torchtune()

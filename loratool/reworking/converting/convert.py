@@ -125,7 +125,9 @@ def convert(
     inputs = [path, *([home] if home else [])]
     target = check_adapter_target(out, inputs, options, goal.form)
     base = open_checkpoint(home) if home else None
-    given = on_model(read_adapter(path, way), base.config if base is not None else {})
+    config = base.config if base is not None else {}
+    goal = replace(goal, form=goal.form.for_model(config))
+    given = on_model(read_adapter(path, way), config)
     keeps = can_keep(given, goal.dialect) and not options.shortens
     plain, kinds = baked(given, options.shortens or keeps)
     found, lost = without_losses(plain, goal.form, goal.dialect, goal.server, options.accept_loss)
