@@ -201,6 +201,7 @@ class Adapter(Shown):
     training: Training = field(default_factory=Training)
     bases: Mapping[str, Replace] = field(default_factory=dict)  # target → the weight its update was trained on top of
     dialects: tuple[str, ...] = ()  # in which its tensors' names are spelled, where its format has several
+    component: str = ""  # of an image model that all targets are in, where the name of its folder is one
     optional: frozenset[str] = frozenset()  # targets that a base may be without, as a layer without a bias is
     packing: str = ""  # how factors are packed in the file, where not as PEFT packs them
     unsupported: tuple[str, ...] = ()  # features that are recognised and not merged

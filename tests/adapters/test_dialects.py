@@ -473,6 +473,7 @@ def test_a_method_of_lycoris_is_read_from_names_without_dots(name: str, tmp_path
     save_file(unflattened(module, tensors), tmp_path / "toy.safetensors")
     facts = loratool.inspect(tmp_path / "toy.safetensors")
     assert isinstance(facts, AdapterFacts)
+    assert dialects_at(tmp_path / "toy.safetensors") == (facts.format,)
     assert facts.format == ("kohya" if name in ("kohya-conv", "dora-out", "dora-in", "oft") else "lycoris")
     base = {f"unet.{ATTENTION}.to_q.weight": eighths(*shape, seed=9)}
     save_file(base, tmp_path / "base.safetensors")
@@ -548,6 +549,27 @@ def test_control_adapters_of_flux_replace_the_scales_of_norms_and_add_biases(tmp
     assert torch.equal(merged[f"{attention}.qkv.weight"], base[f"{attention}.qkv.weight"] + change)
     assert torch.equal(merged[f"{attention}.qkv.bias"], base[f"{attention}.qkv.bias"] + 0.5 * eighths(12))
     assert torch.equal(merged[f"{attention}.norm.query_norm.scale"], eighths(2))
+
+
+# PEFT's adapters of image models, which training scripts save in a folder for each component
+
+
+@pytest.mark.parametrize(("folder", "component"), [("text_encoder", "clip_l"), ("text_encoder_2", "clip_g")])
+def test_an_adapter_of_peft_in_the_folder_of_a_component_changes_that_component(
+    folder: str, component: str, tmp_path: Path
+) -> None:
+    """Both text encoders have a weight of this name, which the config does not tell apart."""
+    module = "text_model.encoder.layers.0.self_attn.q_proj"
+    (tmp_path / folder).mkdir()
+    save_file(of_peft(f"base_model.model.{module}"), tmp_path / folder / "adapter_model.safetensors")
+    (tmp_path / folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 1}))
+    base = {f"text_encoders.{name}.transformer.{module}.weight": eighths(6, 4, seed=4) for name in ("clip_l", "clip_g")}
+    save_file(base, tmp_path / "base.safetensors")
+    loratool.merge(tmp_path / "base.safetensors", tmp_path / folder, tmp_path / "out", device="cpu")
+    merged = load_file(tmp_path / "out" / "base.safetensors")
+    change = 0.5 * eighths(6, 2, seed=1) @ eighths(2, 4)
+    for name, weight in base.items():
+        assert torch.equal(merged[name], weight + change if f".{component}." in name else weight), name
 
 
 # The scale

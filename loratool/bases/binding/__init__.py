@@ -80,7 +80,8 @@ def bind_components(
 ) -> Bound:
     """Bind the targets of each component in it; those that a `--map` renames, and those of no component, in the base."""
     mapped = mapped_of(adapter.updates, renamings)
-    spread = distribute([t for t in adapter.updates if t not in mapped], parts, base.tensors)
+    meant = [part for part in parts if adapter.component in part.words] or parts
+    spread = distribute([t for t in adapter.updates if t not in mapped], meant, base.tensors)
     bound = Bound({}, spread.reasons)
     own = {target: target for target in (*mapped, *spread.rest)}
     shares = [("", own, bind_model(portion_of(adapter, own), base, renamings, fan_in_fan_out))] if own else []

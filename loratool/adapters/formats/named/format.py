@@ -28,6 +28,7 @@ from loratool.notes import Note
 from loratool.provenance.cards import Subject
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # as diffusers saves them
+DIGITS = str.maketrans("", "", "0123456789")
 OF_MODELS = ("config.json", "model_index.json")  # with one of them a folder is a model
 
 
@@ -64,8 +65,13 @@ class Named(Format):
 
     def dialects_in(self, file: HasNames) -> tuple[str, ...]:
         head = header.Header(file.metadata)
-        every = map(spelling_in, kinds_of(file).values())
-        found = dict.fromkeys(dialect_of(own[0], [own[1]], head) for own in every if own)
+        modules: dict[tuple[Spelling, str], list[str]] = {}  # the roles of modules that differ in numbers alone
+        for kind, name in kinds_of(file).items():
+            if own := spelling_in(name):
+                spelling, role = own
+                end = role.translate(DIGITS)
+                modules.setdefault((spelling, kind.removesuffix(end)), []).append(role)
+        found = dict.fromkeys(dialect_of(spelling, roles, head) for (spelling, _), roles in modules.items())
         return tuple(found) or tuple(dict.fromkeys(row.name for _, row in refused.refused(file.tensors)))
 
     def adapters_in(self, folder: Path) -> Iterator[Path]:

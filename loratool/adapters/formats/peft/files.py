@@ -97,7 +97,9 @@ def folder_of(path: Path, notes: list[Note], adapter_name: str | None) -> Path:
     if every and not inside:
         raise UsageError(f"{printable(path)}: has no adapter {printable(repr(adapter_name))}; it has {names}")
     if len(inside) > 1:
-        raise InputError(f"{printable(path)}: contains several adapters ({names}); pass the subfolder of one")
+        raise InputError(
+            f"{printable(path)}: contains several adapters ({names}); pass one of its subfolders, or each of them as an adapter of its own"
+        )
     if inside:
         notes.append(Note("subfolder", f"read from the subfolder {printable(inside[0].name)}"))
     return inside[0] if inside else path

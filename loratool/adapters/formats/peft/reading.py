@@ -19,11 +19,13 @@ from loratool.adapters.weight_files import weight_files
 from loratool.errors import InputError, Problem, printable
 from loratool.files.hub_cache import name_of
 from loratool.files.safefile import SafeFile, read_safefile
+from loratool.layouts.diffusion.components import DENOISER, SECOND_DENOISERS, TEXT_WORDS
 from loratool.notes import Note
 
 # Fields of a config that say what model was trained, not how.
 OF_THE_MODEL = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
 
+COMPONENTS = frozenset({*DENOISER, *SECOND_DENOISERS, *TEXT_WORDS})  # folders that diffusers' scripts save adapters in
 TENSORS = "tensors"  # the format of a file of whole tensors
 
 
@@ -41,7 +43,10 @@ def read_leniently(path: Path, reading: Reading = AS_STORED) -> tuple[Adapter, t
     alone = path.is_file() and path.name not in (WEIGHTS, INDEX)  # its folder may hold anything
     own = {part.path.relative_to(folder).as_posix() for part in file.files}
     adapter, problems = adapter_from(draft, folder, config_file)
-    return replace(adapter, alone=alone, beside=() if alone else weight_files(folder, file, own)), problems
+    component = folder.name if folder.name in COMPONENTS else ""
+    return replace(
+        adapter, component=component, alone=alone, beside=() if alone else weight_files(folder, file, own)
+    ), problems
 
 
 def draft_of(file: SafeFile, config: Mapping[str, Any], notes: list[Note], reading: Reading) -> Draft:
