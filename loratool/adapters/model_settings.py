@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loratool.layouts.fusions import HEADS, KEY_HEADS, ONE_KEY_HEAD
+from loratool.layouts.fusions import GROUPED, HEADS, KEY_HEADS, ONE_KEY_HEAD
 
 NESTED = ("text_config", "llm_config", "language_config", "thinker_config", "attn_config", "ffn_config")
 
@@ -44,9 +44,11 @@ def model_types(config: Mapping[str, Any]) -> frozenset[str]:
 
 
 def attention_heads(config: Mapping[str, Any]) -> Heads | None:
-    """The heads of a model; None where its config does not tell them, or not in a way that is known."""
+    """The heads of a model; None where its config does not tell them."""
     queries, keys = setting(config, HEADS), setting(config, KEY_HEADS)
-    if queries is None or (keys is None and ONE_KEY_HEAD in config):
+    if queries is None:
         return None
+    if config.get(ONE_KEY_HEAD) is True and config.get(GROUPED) is not True:
+        keys = 1  # whatever else is said of their number
     keys = keys or queries
     return Heads(queries, keys) if queries % keys == 0 else None

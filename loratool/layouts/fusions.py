@@ -34,7 +34,8 @@ KEY_HEADS = (
     *("num_key_value_heads", "num_kv_heads", "multi_query_group_num", "n_head_kv", "num_query_groups"),
     "n_query_groups",
 )
-ONE_KEY_HEAD = "multi_query"  # in whose stead configs may tell whether there is one for all
+# Falcon and GPT-BigCode have one head of keys where the first is set, but not where Falcon has groups as well.
+ONE_KEY_HEAD, GROUPED = "multi_query", "new_decoder_architecture"
 LINEAR_KEY_HEADS = ("linear_num_key_heads",)
 
 # Spellings of the three projections of attention.

@@ -125,6 +125,8 @@ RENAMES: tuple[tuple[str, str], ...] = (
     ("feed_forward.w2", "mlp.fc2"),
     ("feed_forward", "mlp"),
     ("self_attention.dense", "self_attn.o_proj"),
+    ("attention.dense", "self_attn.o_proj"),
+    ("self_attn.dense", "self_attn.o_proj"),
     ("mlp.dense_4h_to_h", "mlp.down_proj"),
     # transformers' vision encoders
     ("encoder.layer", "layers"),

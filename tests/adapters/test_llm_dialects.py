@@ -264,6 +264,44 @@ def test_litgpt_heads_stand_in_the_model_config_that_it_writes(base: Path, tmp_p
         torch.testing.assert_close(found[module], weights(base)[module] + delta, rtol=1e-5, atol=1e-5)
 
 
+FUSED_MODELS = {
+    "gpt_neox": ("gpt_neox.layers.0", "attention.query_key_value", "attention.dense", {}),
+    "falcon": ("transformer.h.0", "self_attention.query_key_value", "self_attention.dense", {"multi_query": False}),
+}
+
+
+@pytest.mark.parametrize("model", FUSED_MODELS)
+def test_litgpt_rows_go_to_bases_that_take_turns_by_head(tmp_path: Path, model: str) -> None:
+    """Its own parts lie one below the other; the base has queries, keys and values of one head, then of the next."""
+    start, fused, dense, settings = FUSED_MODELS[model]
+    sides = {"attn.qkv": (24, 8), "attn.proj": (8, 8), "mlp.fc": (32, 8), "mlp.proj": (8, 32)}
+    called = dict(zip(sides, (fused, dense, "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"), strict=True))
+    base_weights = {f"{start}.{called[name]}": numbers(*shape, seed=3) for name, shape in sides.items()}
+    config = {"model_type": model, "num_attention_heads": 2, **settings}
+    base = save(tmp_path / "base", {f"{name}.weight": tensor for name, tensor in base_weights.items()}, config)
+    tensors = {}
+    for name, (rows, columns) in sides.items():
+        ranks = 3 * RANK if name == "attn.qkv" else RANK
+        tensors[f"transformer.h.0.{name}.lora_A"] = numbers(ranks, columns, seed=5)
+        tensors[f"transformer.h.0.{name}.lora_B"] = numbers(rows, RANK, seed=6)
+    adapter = tmp_path / "a"
+    adapter.mkdir()
+    save_file(tensors, adapter / "w.safetensors")
+    (adapter / "hyperparameters.yaml").write_text(
+        "".join(f"{name}: true\n" for name in PARTS.values()) + "lora_alpha: 1\n"
+    )
+    deltas = {}
+    for name in sides:
+        a, b = (tensors[f"transformer.h.0.{name}.lora_{side}"] for side in "AB")
+        parts = [
+            product(rows, down, SCALE)
+            for rows, down in zip(b.chunk(len(a) // RANK), a.reshape(-1, RANK, a.shape[1]), strict=True)
+        ]
+        by_head = [part[head * 4 : head * 4 + 4] for head in range(2) for part in parts]
+        deltas[f"{start}.{called[name]}"] = torch.cat(by_head if name == "attn.qkv" else parts)
+    check_merged(merged(base, adapter, tmp_path / "out"), base, deltas)
+
+
 def test_a_conversion_takes_the_heads_of_its_base(base: Path, tmp_path: Path) -> None:
     """Which the refusal without them names as a way out; what is written merges to the same weights."""
     adapter = litgpt(tmp_path / "a", "qv")
