@@ -45,6 +45,7 @@ MOST_DIMENSIONS = 4
 LARGEST_ALIGNMENT = 1 << 20
 WINDOW = 1 << 20  # bytes that are read at first
 LARGEST = 2**63 - 1
+LENGTH = struct.Struct("<Q")
 KEY_OF_TYPE, KEY_OF_ALIGNMENT = "general.type", "general.alignment"
 
 
@@ -280,12 +281,22 @@ class Reader:
         start = self.need(length)
         return self.raw[start : start + min(length, LONGEST_KEPT)].decode(errors="replace")
 
+    def skip_texts(self, count: int) -> None:
+        """Move behind so many strings: a vocabulary has hundreds of thousands, so that each costs as little as can be."""
+        raw, at, unpack = self.raw, self.at, LENGTH.unpack_from
+        for _ in range(count):
+            if at + 8 > len(raw):
+                self.at = at
+                self.at, raw = self.need(8), self.raw
+            at += 8 + unpack(raw, at)[0]
+        self.at = at
+        self.need(0)
+
     def array(self, key: str) -> Array:
         code = self.number("I")
         if code == STRING:
             count = self.count(8, f"texts in {printable(key)}")
-            for _ in range(count):
-                self.need(self.count(1, f"bytes of {printable(key)}"))
+            self.skip_texts(count)
             return Array(code, count)
         if code not in NUMBERS:
             kind = "is an array of arrays" if code == ARRAY else f"is an array of an unknown type ({code})"
