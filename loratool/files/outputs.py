@@ -116,7 +116,7 @@ def check_file_place(out: Path, shown: str, replace: bool) -> None:
 def made_here(path: Path) -> bool:
     """Whether a weight file says itself that it was made here, or is still what its own record lists."""
     try:
-        if MADE_HERE in (read_weight_file(path).layout.metadata or {}):
+        if MADE_HERE in read_weight_file(path).metadata:
             return True
         listed = record_at(sidecar_of(path)).get(path.name)
         return listed is not None and not why_unlike(path, listed)

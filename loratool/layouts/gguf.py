@@ -209,6 +209,16 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
 }
 
+# Model types of transformers → the architecture that llama.cpp's converter makes of them.
+MODEL_TYPES: Mapping[str, str] = MappingProxyType(
+    {
+        **{architecture.model_type: name for name, architecture in ARCHITECTURES.items()},
+        **dict.fromkeys(("mistral", "mixtral", "internlm3"), "llama"),
+        "gemma3": "gemma3",
+        "deepseek_v2": "deepseek2",
+    }
+)
+
 # Entries of the metadata, after the architecture's name, and what configs of transformers call them.
 SIZES: Mapping[str, str] = MappingProxyType(
     {

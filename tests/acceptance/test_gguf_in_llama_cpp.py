@@ -25,6 +25,7 @@ from peft import LoraConfig, get_peft_model
 import loratool
 
 pytest.importorskip("gguf")
+import gguf
 from gguf_models import (
     Array,
     Kind,
@@ -153,6 +154,16 @@ def test_adapters_as_the_converter_writes_them_merge_into_both_kinds_of_base(con
     check_same(home, "by-gguf.gguf")
     loratool.merge(home / "base", home / "adapter.gguf", home / "by-gguf")
     assert loratool.verify(home / "by-gguf", base=home / "base", adapters=home / "adapter").exit_code == 0
+
+
+@pytest.mark.parametrize("case", ADAPTED)
+def test_adapters_are_written_as_the_converter_writes_them(converted: Path, case: str) -> None:
+    home = converted / case
+    loratool.convert(home / "adapter", home / "ours.gguf", to="gguf", base=home / "base")
+    assert raw_of(home / "ours.gguf") == raw_of(home / "adapter.gguf")
+    ours, theirs = (gguf.GGUFReader(home / name).fields for name in ("ours.gguf", "adapter.gguf"))
+    for key in ("general.architecture", "general.type", "adapter.type", "adapter.lora.alpha"):
+        assert ours[key].contents() == theirs[key].contents()
 
 
 def check_same(home: Path, out: str = "out.gguf") -> None:

@@ -12,13 +12,14 @@ import gguf_bytes
 import numpy as np
 import pytest
 import torch
-from merged_models import write_model
+from merged_models import write_adapter, write_model
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 import loratool
 from loratool.adapters.formats import is_adapter, read_adapter
 from loratool.adapters.reading import Reading
+from loratool.files.gguf import read_gguf
 
 Array = NDArray[Any]
 HIDDEN, HEADS, KEY_HEADS, VOCABULARY, RANK = 16, 4, 2, 10, 2
@@ -213,3 +214,78 @@ def test_a_model_is_not_an_adapter(tmp_path: Path) -> None:
     assert not is_adapter(tmp_path)
     with pytest.raises(loratool.InputError, match="so it is a model"):
         read_adapter(path)
+
+
+def peft_adapter(folder: Path, **settings: Any) -> Path:
+    made = {NAMES[name]: (torch.from_numpy(a), torch.from_numpy(b)) for name, (a, b) in factors().items()}
+    modules = ["q_proj", "k_proj", "down_proj"]
+    known = {"base_model_name_or_path": "some/model", "r": RANK, "lora_alpha": 1, "target_modules": modules}
+    return write_adapter(folder, made, **{**known, **settings})
+
+
+def model(folder: Path, **config: Any) -> Path:
+    weights = {NAMES[name]: torch.from_numpy(values) for name, values in base_weights().items()}
+    return write_model(folder, weights, {**CONFIG, **config})
+
+
+def test_an_adapter_is_written_as_the_formulas_of_the_converter_have_it_and_read_back_to_the_bit(
+    tmp_path: Path,
+) -> None:
+    base, adapter, out = model(tmp_path / "base"), peft_adapter(tmp_path / "peft"), tmp_path / "a.gguf"
+    loratool.convert(adapter, out, to="gguf", base=base)
+    written = read_gguf(out)
+    assert written.values["adapter.lora.alpha"] == 1.0
+    assert written.text("general.base_model.0.repo_url") == "https://huggingface.co/some/model"
+    wanted = tensors_of(factors())
+    assert written.tensors.keys() == wanted.keys()
+    raw = out.read_bytes()
+    for name, info in written.tensors.items():
+        at = written.position(info)
+        assert (info.dtype, info.shape, raw[at : at + info.nbytes]) == (
+            "F32",
+            wanted[name].shape,
+            wanted[name].tobytes(),
+        )
+    loratool.convert(out, tmp_path / "back", to="peft", base=base)
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    loratool.convert(adapter, out, to="gguf", base=base, overwrite=True)
+    assert out.read_bytes() == raw
+
+
+def test_a_file_has_one_alpha_so_that_patterns_and_a_scale_of_0_go_into_the_factors(tmp_path: Path) -> None:
+    base = model(tmp_path / "base")
+    adapter = peft_adapter(tmp_path / "peft", use_rslora=True, alpha_pattern={"down_proj": 8})
+    loratool.convert(adapter, tmp_path / "a.gguf", to="gguf", base=base)
+    written, raw = read_gguf(tmp_path / "a.gguf"), (tmp_path / "a.gguf").read_bytes()
+    alpha = written.values["adapter.lora.alpha"]
+    assert isinstance(alpha, float)
+    assert alpha != 0
+    for name, (a, b) in factors().items():
+        infos = [written.tensors[f"{name}{slot}"] for slot in (".lora_a", ".lora_b")]
+        starts = [written.position(info) for info in infos]
+        down, up = (
+            np.frombuffer(raw[at : at + info.nbytes], np.float32).reshape(info.shape).astype(np.float64)
+            for at, info in zip(starts, infos, strict=True)
+        )
+        scale = (8 if name == "blk.0.ffn_down.weight" else 1) / RANK**0.5
+        rows = to_pairs(b, heads_of(name)) if heads_of(name) else b
+        assert np.allclose(alpha / RANK * up @ down, scale * rows.astype(np.float64) @ a, rtol=1e-5, atol=1e-6)
+
+
+def test_what_llama_cpp_cannot_load_is_not_written(tmp_path: Path) -> None:
+    base, adapter = model(tmp_path / "base", tie_word_embeddings=True), peft_adapter(tmp_path / "peft")
+    with pytest.raises(loratool.InputError, match="--base"):
+        loratool.convert(adapter, tmp_path / "a.gguf", to="gguf")
+    with pytest.raises(loratool.InputError, match="--base"):
+        loratool.convert(adapter, tmp_path / "a.gguf", to="gguf", base=model(tmp_path / "other", model_type="rwkv"))
+    head = {"lm_head.weight": (torch.ones(RANK, HIDDEN), torch.ones(VOCABULARY, RANK))}
+    of_head = write_adapter(tmp_path / "head", head, r=RANK, lora_alpha=1, target_modules=["lm_head"])
+    with pytest.raises(loratool.FitError, match="ties its head"):
+        loratool.convert(of_head, tmp_path / "a.gguf", to="gguf", base=base)
+    strange = {"model.layers.0.mixer.weight": (torch.ones(RANK, HIDDEN), torch.ones(HIDDEN, RANK))}
+    unknown = write_adapter(tmp_path / "strange", strange, r=RANK, lora_alpha=1, target_modules=["mixer"])
+    with pytest.raises(loratool.FitError, match="no llama weights of these names"):
+        loratool.convert(unknown, tmp_path / "a.gguf", to="gguf", base=base)
+    assert not (tmp_path / "a.gguf").exists()

@@ -9,26 +9,31 @@ order, which takes the number of heads. A table of embeddings is a @ bᵀ. Facts
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Adapter, StoredTensor
 from loratool.adapters.formats.format import Config, Format
+from loratool.adapters.formats.gguf_writing import GgufNames, Model, losses
 from loratool.adapters.formats.rows import derived, entry_of
 from loratool.adapters.gguf_names import Back, InModel, in_model, order_of
+from loratool.adapters.layers import Kind
 from loratool.adapters.model_settings import attention_heads
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.adapters.training import Training
-from loratool.adapters.unsettled import WAY_OUT, Unsettled
+from loratool.adapters.unsettled import WAY_OUT, Unsettled, settled
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
 from loratool.errors import InputError, LoratoolError, Problem, printable
 from loratool.files.gguf import KEY_OF_TYPE, GgufFile, read_gguf
+from loratool.files.gguf_writer import gguf_tensor_file
 from loratool.files.heads import HasNames
 from loratool.files.hub_cache import name_of
 from loratool.files.safefile import FLOAT_NAMES
+from loratool.files.tensor_writer import TensorFile, Triple
 from loratool.layouts.gguf import ARCHITECTURES, Architecture, Rows
 from loratool.notes import Note
 from loratool.provenance.cards import Subject
@@ -138,6 +143,30 @@ class GgufAdapter(Format):
     name = "gguf"
     config_name = ""  # there is none
     weights_name = "adapter.gguf"
+    dialects = ("gguf",)
+
+    def __init__(self, model: Model | None = None) -> None:
+        """`model` is the one for which adapters are written, and read back."""
+        self.model = model
+
+    def for_model(self, config: Mapping[str, Any]) -> GgufAdapter:
+        """The same format, to write adapters of a model with this config; raises `InputError` for an unknown one."""
+        return GgufAdapter(Model.of(config))
+
+    def spelling(self, kinds: Mapping[str, Kind], release: str = "", dialect: str = "") -> GgufNames:  # noqa: ARG002 (there is one)
+        return GgufNames(self, kinds, self.model or Model.of({}))
+
+    def container(
+        self,
+        path: Path,
+        announced: Iterable[Triple],  # noqa: ARG002 (the data wait for the header)
+        metadata: Mapping[str, str],
+    ) -> AbstractContextManager[TensorFile]:
+        model = self.model or Model.of({})
+        return gguf_tensor_file(path, metadata, model.values, model.order)
+
+    def losses(self, adapter: Adapter, dialect: str = "") -> tuple[Note, ...]:  # noqa: ARG002 (there is one)
+        return losses(adapter)
 
     def recognises(self, path: Path) -> bool:
         if path.suffix == ".gguf":
@@ -202,6 +231,7 @@ class GgufAdapter(Format):
             notes=tuple(notes),
             alone=path.is_file(),
         )
+        adapter = settled(adapter, self.model.config) if self.model is not None else adapter
         return adapter, (*problems, *found.problems)
 
     def subject(self, config: Config) -> Subject:  # noqa: ARG002 (there is none)

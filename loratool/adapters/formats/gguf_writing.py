@@ -1,0 +1,192 @@
+"""How adapters are written for llama.cpp: `GgufNames` names factors for a model, whose config decides names and rows.
+
+    form = GGUF.for_model(config)        # of the base; raises `InputError` where it is none that llama.cpp's tables have
+    names = form.spelling(kinds)         # and `form.container(…)` puts rows into llama.cpp's order
+
+One α is for all layers, so that all get one rank; what α / rank cannot say is in the factors.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loratool.adapters.adapter import Adapter, StoredTensor
+from loratool.adapters.formats.format import Parts, Shape, most_common
+from loratool.adapters.gguf_names import in_model, order_of
+from loratool.adapters.layers import Form, Kind
+from loratool.adapters.model_settings import attention_heads, model_types
+from loratool.adapters.training import Training
+from loratool.algebra.lowrank.products import Product
+from loratool.algebra.updates.additive import Add, LowRank
+from loratool.algebra.updates.base import Update
+from loratool.algebra.updates.dora import Magnitude
+from loratool.algebra.updates.replacing import Replace
+from loratool.errors import FitError, InputError, printable
+from loratool.layouts.gguf import ARCHITECTURES, MODEL_TYPES, Architecture
+from loratool.lazy import Tensor
+from loratool.notes import Note
+from loratool.results.repairs import some
+
+if TYPE_CHECKING:
+    from loratool.adapters.formats.format import Format
+
+A, B = ".lora_a", ".lora_b"
+ALPHA, REPOSITORY, HUB = "adapter.lora.alpha", "general.base_model.0.repo_url", "https://huggingface.co/"
+HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Model:
+    """What of a model decides how an adapter of it is written."""
+
+    kind: str  # `general.architecture`
+    architecture: Architecture
+    config: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Model:
+        """Raises `InputError` where the config is of no model that llama.cpp's tables have."""
+        known = sorted(MODEL_TYPES.keys() & model_types(config))
+        if not known:
+            raise InputError(
+                "llama.cpp names weights by the architecture of the model, which takes the config of one of these types: "
+                f"{', '.join(MODEL_TYPES)}; pass the model that was trained with --base"
+            )
+        kind = MODEL_TYPES[known[0]]
+        return cls(kind, ARCHITECTURES[kind], config)
+
+    def name(self, target: str) -> str | None:
+        """What llama.cpp calls a weight; None for one that it has not."""
+        module, _, parameter = target.rpartition(".")
+        if parameter != "weight":
+            return None
+        for name, there in self.architecture.outside.items():
+            if there == module:
+                return f"{name}.weight"
+        match = re.fullmatch(rf"{re.escape(self.architecture.layers)}\.(?P<layer>\d+)\.(?P<module>.+)", module)
+        found = [name for name, there in self.architecture.modules.items() if match and there == match["module"]]
+        return f"blk.{match['layer']}.{found[0]}.weight" if match and found else None
+
+    def order(self, name: str, rows: int) -> list[int] | None:
+        """For each row of a factor as it is stored its number in the model; None where they are the same."""
+        if not name.endswith(B) or (wanted := in_model(name[: -len(B)], self.architecture).rows) is None:
+            return None
+        heads = attention_heads(self.config)
+        if heads is None or not (order := order_of(wanted, heads)).fits(rows):
+            raise FitError(f"{printable(name)}: {rows} rows do not fit the heads of the model's config")
+        found: list[int] = order.of(rows).tolist()
+        return found
+
+    def values(self, metadata: Mapping[str, str]) -> dict[str, str | float]:
+        """The metadata of a file; what is given besides are texts."""
+        fixed = {"general.architecture": self.kind, "general.type": "adapter", "adapter.type": "lora"}
+        base: dict[str, str | float] = {"general.base_model.count": 1} if REPOSITORY in metadata else {}
+        texts = {key: value for key, value in metadata.items() if key not in (ALPHA, "format")}
+        return {**fixed, ALPHA: float(metadata.get(ALPHA, 0.0)), **base, **texts}
+
+
+class GgufNames:
+    """Names and layouts of an adapter that is written for llama.cpp; `FitError` for what it cannot load."""
+
+    flattens = False
+
+    def __init__(self, form: Format, kinds: Mapping[str, Kind], model: Model) -> None:
+        self.form, self.kinds, self.model = form, kinds, model
+        self.names = {target: model.name(target) for target in kinds}
+        odd = [t for t, kind in kinds.items() if kind not in (Kind.LINEAR, Kind.EMBEDDING) or self.names[t] is None]
+        if odd:
+            raise FitError(f"llama.cpp has no {model.kind} weights of these names:", map(printable, odd))
+        if HEAD in kinds and model.config.get("tie_word_embeddings") is True:
+            raise FitError(f"{HEAD}: the model ties its head, so that llama.cpp has no weight of its own for it")
+
+    def factors(self, target: str) -> tuple[str, str]:
+        return f"{self.names[target]}{A}", f"{self.names[target]}{B}"
+
+    def shapes(self, form: Form) -> tuple[Shape, Shape]:
+        if form.kind is Kind.EMBEDDING:
+            return (form.rows, form.rank), (form.columns, form.rank)
+        return (form.rank, form.columns), (form.rows, form.rank)
+
+    def stored(self, form: Form, found: Product) -> tuple[Tensor, Tensor]:
+        a, b = (found.up, found.down.T) if form.kind is Kind.EMBEDDING else (found.down, found.up)
+        return a.contiguous(), b.contiguous()
+
+    def magnitude(self, target: str) -> str:
+        raise FitError(f"{printable(target)}: llama.cpp does not load DoRA")
+
+    def lengths(self, form: Form) -> Shape:
+        return (form.rows,)
+
+    def bias(self, target: str) -> str:
+        raise FitError(f"{printable(target)}: llama.cpp does not load factor biases")
+
+    def whole(self, target: str, inside: bool) -> str:  # noqa: ARG002 (neither is loaded)
+        raise FitError(f"{printable(target)}: llama.cpp does not load whole saved tensors")
+
+    def rows(self, target: str) -> str:
+        raise FitError(f"{printable(target)}: llama.cpp does not load token rows")
+
+    def second_copies(
+        self,
+        adapters: Iterable[Adapter],  # noqa: ARG002 (nothing is carried over)
+        tensors: Mapping[str, StoredTensor | Tensor],  # noqa: ARG002
+    ) -> dict[str, StoredTensor | Tensor]:
+        return {}
+
+    def times(self, target: str) -> float:  # noqa: ARG002 (all are applied once)
+        return 1.0
+
+    def of_one_rank(self) -> list[tuple[str, ...]]:
+        return [tuple(self.kinds)]
+
+    def scales(self, wanted: Mapping[str, float]) -> dict[str, float]:
+        """One for all, as α is; 1 where α would be 0, which llama.cpp takes for a scale of 1."""
+        return dict.fromkeys(wanted, most_common(scale for scale in wanted.values() if as_float32(scale) == scale != 0))
+
+    def strengths(self, parts: Parts) -> dict[str, float]:  # noqa: ARG002 (the metadata say it)
+        return {}
+
+    def header(self, sources: Sequence[Adapter], parts: Parts) -> dict[str, str]:
+        rank, scale = max(parts.ranks.values(), default=1), most_common(parts.scales.values())
+        base = next((source.training.base for source in sources if source.training.base), "")
+        place = {REPOSITORY: f"{HUB}{base}"} if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) else {}
+        return {ALPHA: repr(scale * rank), **place}
+
+    def describe(self, sources: Sequence[Adapter], parts: Parts) -> dict[str, Any]:  # noqa: ARG002 (it has no config)
+        return {}
+
+    def describe_new(self, training: Training, parts: Parts) -> dict[str, Any]:  # noqa: ARG002 (the same)
+        return {}
+
+
+def as_float32(value: float) -> float:
+    """The nearest float32."""
+    (found,) = struct.unpack("<f", struct.pack("<f", value))
+    return float(found)
+
+
+def losses(adapter: Adapter) -> tuple[Note, ...]:
+    """What of an adapter llama.cpp does not load."""
+    lost: dict[str, list[str]] = {}
+    for target, update in (*adapter.updates.items(), *adapter.bases.items()):
+        if what := unloadable(update):
+            lost.setdefault(what, []).append(target)
+    return tuple(Note("not-in-gguf", f"llama.cpp does not load {what}: {some(t)}") for what, t in lost.items())
+
+
+def unloadable(update: Update) -> str:
+    """What an update is called that is no plain LoRA; empty for one that is."""
+    match update:
+        case LowRank(kernel=()):
+            return ""
+        case Magnitude():
+            return "DoRA"
+        case Replace():
+            return "whole saved tensors"
+        case Add():
+            return "changes of biases"
+    return "updates that are not plain LoRA"
