@@ -116,10 +116,23 @@ ROWS = {
     "original": Row("blocks.0.attn.qkv_x.lora_B"),
     "mlx": Row("model.layers.0.self_attn.q_proj.lora_a", LANGUAGE, "mlx-lm's formula", "adapters/test_mlx.py"),
     "torchtune": Row(
-        "layers.0.attn.q_proj.lora_a.weight", LANGUAGE, "torchtune's formula", "adapters/test_llm_dialects.py"
+        "layers.0.attn.q_proj.lora_a.weight",
+        LANGUAGE,
+        "torchtune's converters",
+        "adapters/test_llm_dialects.py, acceptance/test_llm_trainers.py",
     ),
-    "litgpt": Row("transformer.h.0.attn.qkv.lora_A", LANGUAGE, "litgpt's formula", "adapters/test_llm_dialects.py"),
-    "loralib": Row("encoder.layers.0.attention.lora_A", LANGUAGE, "loralib", "adapters/test_megatron_and_loralib.py"),
+    "litgpt": Row(
+        "transformer.h.0.attn.qkv.lora_A",
+        LANGUAGE,
+        "litgpt's layers",
+        "adapters/test_llm_dialects.py, acceptance/test_llm_trainers.py",
+    ),
+    "loralib": Row(
+        "encoder.layers.0.attention.lora_A",
+        LANGUAGE,
+        "loralib's layers",
+        "adapters/test_megatron_and_loralib.py, acceptance/test_llm_trainers.py",
+    ),
     "megatron": Row(
         "decoder.layers.0.self_attention.linear_qkv.adapter.linear_in.weight",
         LANGUAGE,
