@@ -109,6 +109,7 @@ ROWS = {
     "comfy": Row("diffusion_model.double_blocks.0.img_attn.proj.lora_up.weight"),
     "ai-toolkit": Row("transformer.transformer_blocks.0.attn.to_q.lora_A.weight"),
     "onetrainer": Row("lora_transformer_single_transformer_blocks_0_proj_mlp.lora_down.weight"),
+    "simpletuner": Row("lycoris_transformer_blocks_0_attn_to_q.lokr_w1"),
     "musubi": Row("lora_unet_blocks_0_self_attn_q.lora_down.weight", IMAGE, OF_DIFFUSERS, CONVERTERS),
     "wan-fun": Row("lora_unet__blocks_0_cross_attn_k.lora_down.weight"),
     "xlabs": Row("double_blocks.0.processor.qkv_lora1.down.weight", IMAGE, OF_DIFFUSERS, CONVERTERS),

@@ -108,11 +108,18 @@ TOYS = {
         flat=True,
         metadata={"ot_revision": "abc"},
     ),
-    "simpletuner-lycoris": Toy(
+    "lycoris wrapper": Toy(
         "lycoris",
         of_kohya("lycoris_transformer_blocks_0_attn_to_q"),
         {"transformer_blocks.0.attn.to_q.weight": 0.5},
         flat=True,
+    ),
+    "simpletuner-lycoris": Toy(
+        "simpletuner",
+        of_kohya("lycoris_transformer_blocks_0_attn_to_q"),
+        {"transformer_blocks.0.attn.to_q.weight": 0.5},
+        flat=True,
+        metadata={"lycoris_config": "{}"},
     ),
     "diff-v1": Toy(
         "diffusers",

@@ -21,6 +21,7 @@ TOOLS = (
     ("onetrainer", "ot_revision", re.compile("")),
     ("onetrainer", "ot_branch", re.compile("")),
     ("onetrainer", "ot_config", re.compile("")),
+    ("simpletuner", "lycoris_config", re.compile("")),
     (
         "musubi",
         "ss_network_module",
