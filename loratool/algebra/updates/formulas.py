@@ -152,12 +152,16 @@ def output_rotations(generators: Tensor, limit: float | None, inverse: bool) -> 
 
     `limit` is the most that all Q together may measure.
     """
-    skewed = generators.double()
-    skewed = skewed - transpose(skewed)
-    norm = float(skewed.norm())
-    if limit is not None and norm > limit:
-        skewed = skewed * (limit / norm)
-    return cayley(skewed if inverse else -skewed).reshape(-1, *generators.shape[-3:])
+    blocks = generators.double().reshape(-1, *generators.shape[-2:])  # changed in place: they may be large
+    squared = 0.0
+    for block in blocks:
+        block.sub_(block.T.clone())
+        squared += float(block.square().sum())
+    norm = math.sqrt(squared)
+    factor = limit / norm if limit is not None and norm > limit else 1.0
+    for block in blocks:
+        block.copy_(cayley(block.mul_(factor if inverse else -factor)))
+    return blocks.reshape(-1, *generators.shape[-3:])
 
 
 def neumann(skewed: Tensor, terms: int) -> Tensor:

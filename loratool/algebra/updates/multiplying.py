@@ -148,13 +148,17 @@ class RowRotation(Update):
 
     def rows_of(self, first: int, count: int, dtype: torch.dtype) -> Tensor:
         """Rows of diag(lengths) · Q, (count, rows)."""
-        result = torch.zeros(count, self.shape[0], dtype=dtype, device=self.blocks.device)
-        result.diagonal(first).fill_(1)
-        for stage, order in reversed([*enumerate(self.orders(self.shape[0]))]):
+        orders, size = self.orders(self.shape[0]), self.blocks.shape[2]
+        at = orders[-1].argsort()[first : first + count]  # where the last stage has these rows
+        number = at.div(size, rounding_mode="floor")
+        turned = torch.zeros(count, *self.blocks.shape[1:3], dtype=dtype, device=self.blocks.device)
+        turned[torch.arange(count, device=at.device), number] = self.blocks[-1][number, at % size].to(dtype)
+        result = turned.view(count, -1)[:, orders[-1].argsort()]
+        for stage, order in reversed([*enumerate(orders[:-1])]):
             parts = result[:, order].view(count, *self.blocks.shape[1:3]).transpose(0, 1)  # (n, count, size)
             reached, turned = parts.flatten(1).any(1), torch.zeros_like(parts)
             turned[reached] = parts[reached] @ self.blocks[stage][reached].to(dtype)
-            result = torch.empty_like(result).index_copy_(1, order, turned.transpose(0, 1).reshape(count, -1))
+            result = turned.transpose(0, 1).reshape(count, -1)[:, order.argsort()]
         return result if self.lengths is None else result * self.lengths[first : first + count, None].to(dtype)
 
     def delta(self, weight: Tensor) -> Tensor:
