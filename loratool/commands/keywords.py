@@ -207,7 +207,9 @@ class ConvertKeywords(FactorKeywords, ReadingKeywords, PublishKeywords, total=Fa
     strip_metadata: bool
 
 
-class ExtractKeywords(OrientationKeywords, FactorKeywords, DeviceKeywords, PublishKeywords, total=False):
+class ExtractKeywords(
+    OrientationKeywords, FactorKeywords, DialectKeywords, DeviceKeywords, PublishKeywords, total=False
+):
     """Of ExtractOptions."""
 
     rank: int | Literal["auto"] | None

@@ -39,7 +39,7 @@ class DialectOption(Options):
     """Of a command that makes adapters of adapters."""
 
     to: str | None = option(
-        help="Dialect of OUT, as for `loratool convert` [default: that of the first adapter].",
+        help="Dialect of OUT, as for `loratool convert` [default: that of the first adapter, or PEFT's].",
         kind=Choice(lambda: tuple(DIALECTS)),
     )
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
-from loratool.errors import FitError
+from loratool.errors import FitError, UsageError
 
 Q = "input_blocks_4_1_transformer_blocks_1_attn1_to_q"  # of SDXL
 IN_DIFFUSERS = "unet.down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q"
@@ -122,3 +122,26 @@ def test_what_the_dialect_cannot_express_is_refused(tmp_path: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(table))
     with pytest.raises(FitError, match="saved whole"):
         loratool.resize(folder, tmp_path / "out", rank=1, to="kohya")
+
+
+def test_a_fine_tune_is_extracted_into_mlx_at_one_rank(tmp_path: Path) -> None:
+    """scale · (a @ b)ᵀ is the difference of the two models, where that has no more than the rank."""
+    before: dict[str, Tensor] = {}
+    after: dict[str, Tensor] = {}
+    shapes = {"self_attn.q_proj": (6, 8), "mlp.up_proj": (12, 8)}
+    for n, (name, (out, inputs)) in enumerate(shapes.items()):
+        target = f"model.layers.0.{name}.weight"
+        before[target] = numbers(out, inputs, seed=n)
+        after[target] = before[target] + numbers(out, n + 1, seed=n + 5) @ numbers(n + 1, inputs, seed=n + 9)
+    for folder, tensors in (("base", before), ("tuned", after)):
+        (tmp_path / folder).mkdir()
+        save_file(tensors, tmp_path / folder / "model.safetensors")
+        (tmp_path / folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    loratool.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "mlx", energy=0.999999, to="mlx")
+    tensors = load_file(tmp_path / "mlx" / "adapters.safetensors")
+    assert {t.shape[1] for name, t in tensors.items() if name.endswith("lora_a")} == {2}
+    for target, weight in before.items():
+        a, b = (tensors[f"{target.removesuffix('.weight')}.lora_{side}"] for side in "ab")
+        torch.testing.assert_close((a @ b).T, after[target] - weight, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UsageError, match="loratool convert"):
+        loratool.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "kohya", to="kohya")

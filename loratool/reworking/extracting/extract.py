@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from loratool.adapters.formats import FORMATS, WRITTEN
+from loratool.adapters.formats import DIALECTS, FORMATS, WRITTEN
 from loratool.adapters.formats.format import Config, Parts, Spelling
 from loratool.adapters.layers import ATTENTION, Form, Kind, adapted_module
 from loratool.adapters.ranks import told_of_cuts
@@ -27,7 +27,7 @@ from loratool.bases.decoded import Decoded
 from loratool.bases.opening import open_checkpoint
 from loratool.bases.packed import Packed
 from loratool.bases.weights import Held, Slice
-from loratool.errors import FitError, InputError, printable
+from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.fetching import local
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.hub_cache import origin_of, told_origin
@@ -35,6 +35,8 @@ from loratool.lazy import torch
 from loratool.measuring.session import PathLike, Progress, Session, session
 from loratool.notes import Note
 from loratool.results.extract import ExtractedLayer, ExtractedTotals, ExtractReport
+from loratool.reworking.converting.naming import LAYOUTS
+from loratool.reworking.dialects import Manner
 from loratool.reworking.extracting.differences import Difference, NotFiniteError, Part, Rule, decomposed, is_finite
 from loratool.reworking.extracting.options import ExtractOptions
 from loratool.reworking.extracting.pairing import Change, Pairing, is_table, pair
@@ -52,15 +54,16 @@ def extract(
     started = time.monotonic()
     rule = Rule.of(options.rank, options.energy, options.max_rank)
     paths = local(base, "model"), local(tuned, "model")
-    target = check_adapter_target(out, paths, options)
     before, after = (open_model(path, role) for path, role in zip(paths, ("BASE", "TUNED"), strict=True))
+    manner = manner_of(options.to, before.config)
+    target = check_adapter_target(out, paths, options, manner.form)
     doubts = check_packed((before, after))
     with session(options.device, []) as at_work:
         found = pair(before, after, options.include, options.exclude, options.fan_in_fan_out)
         found.doubts += doubts
         check_saved(found)
         refuse_nothing(found)
-        extractor = Extractor(found, rule, options.exact, options.seed, at_work, options.dtype)
+        extractor = Extractor(found, rule, options.exact, options.seed, at_work, options.dtype, manner)
         rest = run(extractor, target, paths, options, progress)
     return ExtractReport(
         out=target,
@@ -101,6 +104,7 @@ class Extractor(Maker[tuple[Change, ...], Outcome]):
     seed: int
     at_work: Session
     asked_dtype: str
+    manner: Manner
     layers: dict[str, ExtractedLayer] = field(default_factory=dict)
     noise: dict[str, ExtractedLayer] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)  # of all that is written
@@ -119,8 +123,15 @@ class Extractor(Maker[tuple[Change, ...], Outcome]):
 
     @cached_property
     def stacked(self) -> frozenset[str]:
-        """The changes that get one rank: experts that PEFT stacks, and routers beside them."""
-        return frozenset(WRITTEN.one_rank_experts(self.pairing.changes))
+        """The changes that get one rank: experts that PEFT stacks, and routers beside them; in some dialects all."""
+        if self.manner.form is WRITTEN:
+            return frozenset(WRITTEN.one_rank_experts(self.pairing.changes))
+        names = self.names({target: change.kind for target, change in self.pairing.changes.items()}, "")
+        return frozenset(target for group in names.of_one_rank() for target in group)
+
+    def names(self, kinds: Mapping[str, Kind], release: str) -> Spelling:
+        """How some layers are written."""
+        return self.manner.form.spelling(kinds, release, self.manner.dialect)
 
     def find_stacked_rank(self) -> None:
         """Decide the rank of the experts: the largest that one of them wants, for which all are looked at first."""
@@ -161,11 +172,12 @@ class Extractor(Maker[tuple[Change, ...], Outcome]):
         self.find_stacked_rank()
         forms = self.forms()
         kinds = {t: form.kind for t, form in forms.items()}
-        return Draft(forms, WRITTEN.spelling(kinds, self.release(forms)), self.dtype, self.pairing.carried)
+        names = self.names(kinds, self.release(forms))
+        return Draft(forms, names, self.dtype, self.pairing.carried(self.manner.form, self.manner.dialect))
 
     def release(self, forms: Mapping[str, Form]) -> str:
         """Whose way round the factors of experts are written; empty where there are none."""
-        return WRITTEN.newest if any(form.kind is Kind.PARAMETER for form in forms.values()) else ""
+        return self.manner.form.newest if any(form.kind is Kind.PARAMETER for form in forms.values()) else ""
 
     def large_tasks(self) -> list[tuple[Change, ...]]:
         return [g for g in self.pairing.groups if any(4 * math.prod(change.shape) > self.room for change in g)]
@@ -184,7 +196,7 @@ class Extractor(Maker[tuple[Change, ...], Outcome]):
         written = {target: draft.forms[target] for target in self.ranks}
         kinds = {t: form.kind for t, form in written.items()}
         return Rest(
-            config=config_of(self.pairing, kinds, self.ranks, self.release(draft.forms)),
+            config=config_of(self.pairing, kinds, self.ranks, self.release(draft.forms), self.manner),
             facts={
                 "base": origin(before),
                 "tuned": origin(after),
@@ -347,12 +359,22 @@ def nothing_left(noise: Mapping[str, ExtractedLayer], rule: Rule) -> str:
     )
 
 
-def config_of(found: Pairing, kinds: Mapping[str, Kind], ranks: Mapping[str, int], release: str) -> Config:
+def manner_of(asked: str | None, config: Mapping[str, Any]) -> Manner:
+    """The dialect that is asked for, for a base with a config. Raises `UsageError` for one of image models."""
+    dialect = asked or WRITTEN.dialects[0]
+    if dialect not in WRITTEN.dialects[:1] and (dialect in LAYOUTS or dialect in WRITTEN.dialects):
+        raise UsageError(f"extract does not write {dialect}; extract an adapter, then `loratool convert` it")
+    return Manner(DIALECTS[dialect].for_model(config), dialect)
+
+
+def config_of(
+    found: Pairing, kinds: Mapping[str, Kind], ranks: Mapping[str, int], release: str, manner: Manner
+) -> Config:
     """The config, for a release of the library that will read it."""
     base = found.base
     origin, named = origin_of(base.root), base.config.get("_name_or_path")
     written = named if isinstance(named, str) and named else base.root.resolve().name
-    names = WRITTEN.spelling(kinds, release)
+    names = manner.form.spelling(kinds, release, manner.dialect)
     training = Training(
         base=origin.repo if origin else written,
         task=found.task or "",
@@ -463,4 +485,6 @@ def remarks(found: Pairing, extractor: Extractor, rule: Rule) -> Iterator[Note]:
         )
     limits = {target: min(change.shape) for target, change in found.changes.items()}
     yield from told_of_cuts(None if rule.by_value else rule.most, limits, extractor.layers)
-    yield from WRITTEN.rank_notes({target: layer.rank for target, layer in extractor.layers.items()}, extractor.ranks)
+    yield from extractor.manner.form.rank_notes(
+        {target: layer.rank for target, layer in extractor.layers.items()}, extractor.ranks
+    )

@@ -9,6 +9,7 @@ from loratool.adapters.writer import FactorOptions
 from loratool.errors import UsageError, printable
 from loratool.options.described import FLAG, NUMBER, Kind, Number, option
 from loratool.options.shared import DeviceOption, OrientationOption, PublishOptions
+from loratool.reworking.dialects import DialectOption
 
 MOST_RANK = 32  # where no number is given: what servers take by their defaults or nearly so, and noise seldom fills
 
@@ -31,7 +32,7 @@ class RankOrAuto(Kind):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractOptions(OrientationOption, FactorOptions, DeviceOption, PublishOptions):
+class ExtractOptions(OrientationOption, FactorOptions, DialectOption, DeviceOption, PublishOptions):
     """Of `extract`."""
 
     rank: int | Literal["auto"] | None = option(

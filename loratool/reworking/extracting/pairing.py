@@ -9,6 +9,7 @@ from functools import cached_property
 
 from loratool.adapters.adapter import StoredTensor
 from loratool.adapters.formats import WRITTEN
+from loratool.adapters.formats.format import Format
 from loratool.adapters.layers import ATTENTION, Kind, is_expert
 from loratool.adapters.model_settings import model_types
 from loratool.adapters.writer import Carried
@@ -137,10 +138,9 @@ class Pairing:
                 )
                 yield Note("orientation-guessed", text)
 
-    @property
-    def carried(self) -> Carried:
+    def carried(self, form: Format, dialect: str) -> Carried:
         """What is written beside the factors."""
-        names = WRITTEN.spelling({target: change.kind for target, change in self.changes.items()})
+        names = form.spelling({target: change.kind for target, change in self.changes.items()}, dialect=dialect)
         tensors: dict[str, StoredTensor | Tensor] = {
             names.whole(target, False): tensor for target, tensor in self.whole.items()
         }
