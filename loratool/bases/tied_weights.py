@@ -18,7 +18,9 @@ from loratool.bases.decoded import weight_of
 from loratool.bases.edits import Edit
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
+from loratool.files.gguf import GgufFile
 from loratool.layouts.architectures import GENERATIVE, INPUT_EMBEDDINGS, TASK_CLASSES
+from loratool.layouts.gguf import ARCHITECTURES
 from loratool.layouts.ties import TEXT_CONFIGS, TIE_FLAGS, TIED_BY_DEFAULT, TIED_FOREVER, TIES, Tie
 
 Edits = dict[str, list["Edit"]]  # tensor → its edits
@@ -233,6 +235,14 @@ def same_change(one: object, other: object) -> bool:
 
 def untieable(ties: Ties, untied: Sequence[Group]) -> list[str]:
     """Why what must be untied cannot be."""
+    file = ties.base.shards[0] if ties.base.shards else None
+    kind = ARCHITECTURES.get(file.text("general.architecture")) if isinstance(file, GgufFile) else None
+    if kind is not None and not kind.has_head:
+        return [
+            f"the base ties {', '.join(map(printable, group.names))}; the adapter changes them differently, and "
+            f"llama.cpp does not load a {ties.base.model_type} model with a head of its own"
+            for group in untied
+        ]
     if ties.base.model_type not in TIED_FOREVER:
         return []
     return [

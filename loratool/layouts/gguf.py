@@ -39,6 +39,7 @@ class Architecture:
     outside: Mapping[str, str] = field(default_factory=dict)  # of the rest
     rows: Mapping[str, Rows] = field(default_factory=dict)  # of modules of a layer whose rows are in another order
     norms_shifted: bool = False  # norms hold 1 + w
+    has_head: bool = True  # llama.cpp loads a head that is not tied
 
 
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -123,6 +124,11 @@ GPT2_OUTSIDE = {
 }
 
 
+def without_ffn_norm(modules: Mapping[str, str]) -> dict[str, str]:
+    """The same where the norm before the MLP has another name."""
+    return {name: there for name, there in modules.items() if name != "ffn_norm"}
+
+
 def llama_like(model_type: str, **more: object) -> Architecture:
     """One whose modules have the names of Llama's."""
     return Architecture(model_type, modules=LLAMA, outside=OUTSIDE, **more)  # type: ignore[arg-type]
@@ -143,11 +149,15 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen3": llama_like("qwen3"),
     "qwen3moe": llama_like("qwen3_moe"),
     "olmoe": llama_like("olmoe"),
-    "seed_oss": llama_like("seed_oss"),
-    "command-r": llama_like("cohere"),
-    "cohere2": llama_like("cohere2"),
-    "gemma": llama_like("gemma", norms_shifted=True),
-    "gemma2": Architecture("gemma2", modules=GEMMA2, outside=OUTSIDE, norms_shifted=True),
+    "seed_oss": Architecture(
+        "seed_oss",
+        modules={**without_ffn_norm(LLAMA), "post_attention_norm": "post_attention_layernorm"},
+        outside=OUTSIDE,
+    ),
+    "command-r": llama_like("cohere", has_head=False),
+    "cohere2": llama_like("cohere2", has_head=False),
+    "gemma": llama_like("gemma", norms_shifted=True, has_head=False),
+    "gemma2": Architecture("gemma2", modules=GEMMA2, outside=OUTSIDE, norms_shifted=True, has_head=False),
     "gemma3": Architecture("gemma3_text", modules=GEMMA2, outside=OUTSIDE, norms_shifted=True),
     "olmo2": Architecture("olmo2", modules=OLMO2, outside=OUTSIDE),
     "exaone4": Architecture("exaone4", modules=OLMO2, outside=OUTSIDE),

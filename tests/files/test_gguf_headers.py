@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -145,3 +146,30 @@ def test_a_header_cut_anywhere_is_refused(tmp_path: Path) -> None:
         (tmp_path / "m.gguf").write_bytes(whole[:stop])
         with pytest.raises(InputError):
             read_gguf(tmp_path / "m.gguf")
+
+
+def test_mutated_headers_are_read_or_refused(tmp_path: Path) -> None:
+    """Seeded: single bytes, and lengths and counts of eight bytes, become others anywhere in the header."""
+    entries = (
+        entry("general.architecture", STRING, text("llama")),
+        entry("general.alignment", U32, struct.pack("<I", 32)),
+        entry("x.heads", ARRAY, struct.pack("<IQ3i", I32, 3, 4, 8, 4)),
+        entry("tokenizer.ggml.tokens", ARRAY, struct.pack("<IQ", STRING, 2) + text("a") + text("be")),
+    )
+    path = file_of(tmp_path / "m.gguf", entries, (tensor("a.weight", (2, 4)), tensor("b.weight", (2, 4), at=32)), 64)
+    whole, chance = path.read_bytes(), random.Random(7)
+    outcomes = set()
+    for _ in range(400):
+        raw = bytearray(whole)
+        at = chance.randrange(len(whole) - 72)
+        if chance.random() < 0.5:
+            raw[at] = chance.randrange(256)
+        else:
+            raw[at : at + 8] = struct.pack("<Q", chance.choice((0, 1, 2**31, 2**32, 2**60, 2**63, 2**64 - 1)))
+        path.write_bytes(raw)
+        try:
+            read_gguf(path)
+            outcomes.add("read")
+        except InputError:
+            outcomes.add("refused")
+    assert outcomes == {"read", "refused"}

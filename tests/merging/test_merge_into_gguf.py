@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
+from loratool.layouts.gguf import ARCHITECTURES
 
 pytest.importorskip("gguf")
 import gguf
@@ -241,6 +242,29 @@ def test_a_head_of_its_own_becomes_a_tensor_where_the_base_ties_it(tmp_path: Pat
     down, up = made["lm_head.weight"]
     exact = read_back(base)["token_embd.weight"] + (0.5 * up.double() @ down.double()).numpy()
     assert np.allclose(read_back(tmp_path / "out.gguf")["output.weight"], exact, rtol=2.0**-10, atol=1e-6)
+
+
+def test_architectures_without_a_head_are_those_of_the_package() -> None:
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    for name, architecture in ARCHITECTURES.items():
+        assert architecture.has_head == (gguf.MODEL_TENSOR.OUTPUT in gguf.MODEL_TENSORS[kinds[name]]), name
+
+
+def test_a_head_of_its_own_is_refused_where_llama_cpp_loads_none(tmp_path: Path) -> None:
+    embedding = WEIGHTS["model.embed_tokens.weight"].numpy()
+    base = write_tensors(tmp_path / "base.gguf", "gemma2", {"token_embd.weight": embedding})
+    with pytest.raises(loratool.FitError, match="does not load a gemma2 model with a head of its own"):
+        loratool.merge(base, adapter(tmp_path / "adapter", factors(WEIGHTS, "lm_head")), tmp_path / "out.gguf")
+
+
+def test_names_of_modules_are_those_that_the_package_maps() -> None:
+    """Each name of transformers in the tables is one that llama.cpp's converter gives the tensor's name."""
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    for kind, architecture in ARCHITECTURES.items():
+        names = gguf.get_tensor_name_map(kinds[kind], 1)
+        pairs = {f"blk.0.{name}": f"{architecture.layers}.0.{there}" for name, there in architecture.modules.items()}
+        for name, there in {**pairs, **architecture.outside}.items():
+            assert names.get_name(there) in (name, None), (kind, name, there)
 
 
 def test_experts_of_an_adapter_find_their_rows_of_a_stack(tmp_path: Path) -> None:

@@ -100,7 +100,8 @@ class GgufNames:
         odd = [t for t, kind in kinds.items() if kind not in (Kind.LINEAR, Kind.EMBEDDING) or self.names[t] is None]
         if odd:
             raise FitError(f"llama.cpp has no {model.kind} weights of these names:", map(printable, odd))
-        if HEAD in kinds and model.config.get("tie_word_embeddings") is True:
+        tied = model.config.get("tie_word_embeddings") is True or not model.architecture.has_head
+        if HEAD in kinds and tied:
             raise FitError(f"{HEAD}: the model ties its head, so that llama.cpp has no weight of its own for it")
 
     def factors(self, target: str) -> tuple[str, str]:
