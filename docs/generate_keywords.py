@@ -26,6 +26,7 @@ from loratool.reworking.resize import ResizeOptions
 from loratool.verifying.options import VerifyOptions
 
 PAGE = Path(__file__).parent.parent / "loratool" / "commands" / "keywords.py"
+LONGEST = 120  # columns of a line
 COMMANDS: dict[str, type[Options]] = {
     "PlanKeywords": PlanOptions,
     "WholePlanKeywords": MergeOptions,
@@ -69,7 +70,10 @@ def bodies(name: str, options: type[Options], made: dict[type[Options], str]) ->
             yield from bodies(f"{stem}Keywords", base, made)
     made[options] = name
     bases = [made[base] for base in options.__bases__ if base is not Options] or ["TypedDict"]
-    lines = [f"class {name}({', '.join(bases)}, total=False):", f'    """Of {options.__name__}."""']
+    head = f"class {name}({', '.join(bases)}, total=False):"
+    if len(head) > LONGEST:
+        head = f"class {name}(\n    {', '.join(bases)}, total=False\n):"
+    lines = [head, f'    """Of {options.__name__}."""']
     own = vars(options).get("__annotations__", ())
     lines += ["", *(line(field, *described) for field, described in described_by(options).items() if field in own)]
     yield "\n".join(lines).rstrip() + "\n"
