@@ -9,6 +9,12 @@ from typing import Any, Literal, TypedDict
 from loratool.lazy import torch
 
 
+class BlockKeywords(TypedDict, total=False):
+    """Of BlockOption."""
+
+    block_weights: Sequence[str] | str | None
+
+
 class NamingKeywords(TypedDict, total=False):
     """Of NamingOptions."""
 
@@ -29,7 +35,7 @@ class ReadingKeywords(TypedDict, total=False):
     input_alpha: Sequence[float] | float | None
 
 
-class ChangeKeywords(NamingKeywords, OrientationKeywords, ReadingKeywords, total=False):
+class ChangeKeywords(BlockKeywords, NamingKeywords, OrientationKeywords, ReadingKeywords, total=False):
     """Of ChangeOptions."""
 
     weights: Sequence[float] | float | None
@@ -146,7 +152,7 @@ class DialectKeywords(TypedDict, total=False):
     to: str | None
 
 
-class RescaleKeywords(FactorKeywords, DialectKeywords, ReadingKeywords, PublishKeywords, total=False):
+class RescaleKeywords(BlockKeywords, FactorKeywords, DialectKeywords, ReadingKeywords, PublishKeywords, total=False):
     """Of RescaleOptions."""
 
     scale: float | None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from loratool.adapters.blocks import BlockWeights
 from loratool.bases.binding.components import Component, components_of
 from loratool.bases.binding.distributing import distribute, first_word
 from loratool.errors import FitError, UsageError, printable
@@ -19,20 +20,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Factors:
-    """What the weights of adapters are multiplied by in each component."""
+    """What the weights of adapters are multiplied by in each component and each block."""
 
     by_prefix: Mapping[str, float]  # of tensors' names
+    blocks: BlockWeights = field(default_factory=lambda: BlockWeights({}))
 
     def of(self, tensor: str) -> float:
-        """The factor for a tensor: that of its component, 1 in any other."""
+        """The factor for a tensor: that of its component times that of its block."""
         prefix = max(filter(tensor.startswith, self.by_prefix), key=len, default=None)
-        return 1.0 if prefix is None else self.by_prefix[prefix]
+        return (1.0 if prefix is None else self.by_prefix[prefix]) * self.blocks.factor(tensor)
 
 
-def factors_of(base: Checkpoint, pairs: Sequence[str], notes: list[Note]) -> Factors:
-    """The factors that `COMPONENT=FACTOR` texts name. Raises `UsageError` for a component that the base has not."""
+def factors_of(base: Checkpoint, pairs: Sequence[str], words: Sequence[str], notes: list[Note]) -> Factors:
+    """The factors that `COMPONENT=FACTOR` texts and the words of --block-weights name.
+
+    Raises `UsageError` for a component that the base has not.
+    """
+    blocks = BlockWeights.of(words)
     if not pairs:
-        return Factors({})
+        return Factors({}, blocks)
     named = {word: float(number) for word, _, number in (text.rpartition("=") for text in pairs)}
     parts = components_of(base)
     found: dict[str, float] = {}
@@ -42,7 +48,7 @@ def factors_of(base: Checkpoint, pairs: Sequence[str], notes: list[Note]) -> Fac
             raise UsageError(f"--component-weight names {printable(part.name)} twice")
         found[part.prefix] = factor
         notes.append(Note("component-weight", f"weights are multiplied by {factor:g} in {printable(part.name)}"))
-    return Factors({part.prefix: found.get(part.prefix, 1.0) for part in parts})
+    return Factors({part.prefix: found.get(part.prefix, 1.0) for part in parts}, blocks)
 
 
 def component_named(word: str, parts: Sequence[Component], base: Checkpoint, flag: str) -> Component:

@@ -19,7 +19,7 @@ from loratool.options.described import (
     dtypes,
     option,
 )
-from loratool.options.shared import DeviceOption, NamingOptions, OrientationOption
+from loratool.options.shared import BlockOption, DeviceOption, NamingOptions, OrientationOption
 
 ROUNDINGS = ("nearest", "compensated", "stochastic")
 DTYPES = ("keep", "float32", "bfloat16", "float16")
@@ -28,7 +28,7 @@ GGUF_TYPES = (*GGUF_FLOATS, *sorted(map(str.lower, ENCODED), reverse=True))
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChangeOptions(NamingOptions, OrientationOption, ReadingOptions):
+class ChangeOptions(BlockOption, NamingOptions, OrientationOption, ReadingOptions):
     """What is merged."""
 
     weights: tuple[float, ...] = option(

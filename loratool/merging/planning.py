@@ -78,7 +78,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptio
     check_supported(adapters)
     notes = [*base.notes, *(note.under(a.name) for a in adapters for note in a.notes), *extras.notes]
     draft = Draft(base, adapters, find_ties(base, adapters), notes, problems=list(extras.problems))
-    draft.factors = factors_of(base, options.component_weights, notes)
+    draft.factors = factors_of(base, options.component_weights, options.block_weights, notes)
     changes = find_changes(draft, strengths, binder, options.allow_new_tensors, extras.problems)
     anew = packed_anew(base, changes) if options.requantize else frozenset[str]()
     plain = becoming_plain(base, changes, anew, options.dequantize, notes)
@@ -222,6 +222,7 @@ def find_changes(
     """Every edit and every new tensor. All misfits are told in one `FitError`, and with them what would be `lost`."""
     for number, weight in enumerate(weights):
         draft.add(number, weight, as_trained(draft.adapters[number], draft.base, draft.ties, binder, new_tensors))
+    draft.factors.blocks.check(draft.meant)
     draft.problems += draft.rivals()
     if lost and draft.problems == [*lost] and not draft.unsupported:
         owners = ", ".join(dict.fromkeys(adapter.name for adapter in draft.adapters))
@@ -247,7 +248,8 @@ class Draft:
     widened: dict[str, tuple[int, ...]] = field(default_factory=dict)  # tensor → its shape, once filled up with zeros
     problems: list[str] = field(default_factory=list)
     unsupported: list[str] = field(default_factory=list)
-    factors: Factors = field(default_factory=lambda: Factors({}))  # of the weight, by component
+    factors: Factors = field(default_factory=lambda: Factors({}))  # of the weight, by component and block
+    meant: set[str] = field(default_factory=set)  # tensors that have an update, whatever its weight
 
     def add(self, number: int, weight: float, trained: Trained) -> None:
         """Note the places of one adapter's targets, and every reason why one has none."""
@@ -262,6 +264,7 @@ class Draft:
         for target, places in bound.places.items():
             for place in map(self.beside_weight, places):
                 own = weight * self.factors.of(place.tensor)
+                self.meant.add(place.tensor)
                 if why := self.why_not(place, trained, own):
                     self.problems.append(f"{adapter.name}: {printable(target)}: {why}")
                 elif own:

@@ -58,6 +58,20 @@ class DeviceOption(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BlockOption(Options):
+    """Of a command that scales updates by block."""
+
+    block_weights: tuple[str, ...] = option(
+        help="Multiply updates by block: a preset such as OUTALL, a list of numbers, or BLOCK=FACTOR such as IN04=0.5, "
+        "OUT03-OUT05=0 or S=0.8.",
+        default=(),
+        many=True,
+        commas=True,
+        metavar="BLOCKS",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class NamingOptions(Options):
     """Of a command that looks for the weights of an adapter in a base."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import is_zero, stored_tensors
+from loratool.adapters.blocks import BlockWeights
 from loratool.adapters.formats import format_of, read_adapter
 from loratool.adapters.formats.format import Parts, Spelling
 from loratool.adapters.layers import ROUNDING_ONLY, Contents, Form, Layer, contents_of
@@ -33,7 +34,7 @@ from loratool.fetching import local
 from loratool.measuring.session import PathLike, Progress, Session, session
 from loratool.notes import Note
 from loratool.options.described import FLAG, NUMBER, Pairs, option
-from loratool.options.shared import PublishOptions
+from loratool.options.shared import BlockOption, PublishOptions
 from loratool.results.rescale import RescaledLayer, RescaleReport
 from loratool.reworking.dialects import DialectOption, Manner, in_manner
 from loratool.reworking.runner import Draft, Made, Maker, Rest, record_of, run
@@ -42,7 +43,7 @@ LARGEST_SCALE = 3.4e38  # of a float32
 
 
 @dataclass(frozen=True, kw_only=True)
-class RescaleOptions(FactorOptions, DialectOption, ReadingOptions, PublishOptions):
+class RescaleOptions(BlockOption, FactorOptions, DialectOption, ReadingOptions, PublishOptions):
     """Of `rescale`."""
 
     scale: float | None = option(help="Multiply every update by this.", kind=NUMBER)
@@ -76,8 +77,8 @@ def rescale(
     started = time.monotonic()
     alpha, frobenius, spectral = options.alpha, options.frobenius, options.spectral
     asked = {"scale": options.scale, "alpha": alpha, "frobenius": frobenius, "spectral": spectral}
-    factors = read_factors(options.match)
-    check(asked, factors, options.each, options.bake)
+    factors, blocks = read_factors(options.match), BlockWeights.of(options.block_weights)
+    check(asked, {**factors, **blocks.factors}, options.each, options.bake)
     (way,) = options.readings(1)
     path = local(adapter, "adapter")
     contents = contents_of(read_adapter(path, way), "rescale")
@@ -100,11 +101,11 @@ def rescale(
             wanted = {
                 t: to_alpha(contents, t, alpha) if alpha is not None else options.scale or 1.0 for t in contents.layers
             }
-        matched = by_search(factors, contents.layers)
+        matched = by_name(factors, blocks, contents.layers)
         modules = {
             t: RescaledLayer(layer.scale, layer.scale * f, f)
             for t, layer in contents.layers.items()
-            for f in [wanted[t] * matched.get(t, 1.0)]
+            for f in [wanted[t] * matched[t]]
         }
         if huge := [t for t, m in modules.items() if not bake and not abs(m.after) <= LARGEST_SCALE]:
             raise UsageError("the scale would overflow float32:", map(printable, huge))
@@ -147,7 +148,9 @@ def check(asked: Mapping[str, float | None], factors: Mapping[str, float], each:
     if len(given) > 1:
         raise UsageError(f"{' and '.join(f'--{name}' for name in given)} are mutually exclusive")
     if not given and not factors and not bake:
-        raise UsageError("nothing to do: pass --scale, --alpha, --frobenius, --spectral, --match or --bake")
+        raise UsageError(
+            "nothing to do: pass --scale, --alpha, --frobenius, --spectral, --match, --block-weights or --bake"
+        )
     if each and not {"frobenius", "spectral"} & set(given):
         raise UsageError("--each needs --frobenius or --spectral")
     for name, value in given.items():
@@ -155,6 +158,13 @@ def check(asked: Mapping[str, float | None], factors: Mapping[str, float], each:
         if value == 0 or (positive and value < 0):
             wanted = "above 0" if positive else "other than 0"
             raise UsageError(f"--{name} must be a finite number {wanted} (got {value:g})")
+
+
+def by_name(factors: Mapping[str, float], blocks: BlockWeights, layers: Mapping[str, Layer]) -> dict[str, float]:
+    """Target → the factor that patterns and blocks give it."""
+    blocks.check(layers)
+    matched = by_search(factors, layers)
+    return {target: matched.get(target, 1.0) * blocks.factor(target) for target in layers}
 
 
 def by_search(factors: Mapping[str, float], layers: Mapping[str, Layer]) -> dict[str, float]:

@@ -165,6 +165,7 @@ class Command:
 VALUES: Mapping[str, Sequence[str]] = {
     "adapter_name": ("default", "it's"),
     "also_load": (f"{WITH_MORE}/{EXTRA}", EXTRA),
+    "block_weights": ("L=0.5", "L00=-2"),
     "budget": ("300", "2kB", "1.5k"),
     "calibration": (GRAMS,),
     "component_weights": ("unet=0.5", "text_encoder=-1.25"),

@@ -35,7 +35,7 @@ def within(original: str, diffusers: str, inner: Iterable[Row]) -> tuple[Row, ..
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """Models that share one table. They are known by their names: all of one of `marks`, in either layout."""
 

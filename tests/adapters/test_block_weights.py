@@ -1,0 +1,136 @@
+"""Weights of blocks: names in both layouts and all dialects lie in the same block, and lists and presets mean what they
+mean in the tools that they come from.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from diffusion_models import WIDTH, clip, ldm_unet, under, values
+from safetensors.torch import load_file, save_file
+
+import loratool
+from loratool.adapters.blocks import BlockWeights, block_of
+from loratool.errors import UsageError
+from loratool.layouts.diffusion.known import links
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+H = WIDTH
+
+# Names of SD1.5, SDXL and Flux with their blocks, from the extension's table and the models' code.
+BLOCKS = {
+    "unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.weight": "IN01",
+    "unet.down_blocks.1.attentions.1.proj_in.weight": "IN05",
+    "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": "IN04",
+    "unet_down_blocks_0_downsamplers_0_conv.weight": "IN03",
+    "unet_mid_block_attentions_0_transformer_blocks_0_ff_net_2.weight": "MID",
+    "unet_up_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q.weight": "OUT03",
+    "unet_output_blocks_3_1_transformer_blocks_0_attn1_to_q.weight": "OUT03",
+    "unet.up_blocks.3.attentions.2.proj_out.weight": "OUT11",
+    "te_text_model_encoder_layers_3_self_attn_q_proj.weight": "BASE",
+    "text_encoder_2.text_model.encoder.layers.3.mlp.fc1.weight": "BASE",
+    "conditioner.embedders.1.model.transformer.resblocks.3.attn.in_proj_weight": "BASE",
+    "unet_double_blocks_7_img_attn_qkv.weight": "D07",
+    "transformer.transformer_blocks.7.attn.to_q.weight": "D07",
+    "transformer_single_transformer_blocks_37_proj_mlp.weight": "S37",
+    "unet_single_blocks_37_linear1.weight": "S37",
+    "unet_time_embed_0.weight": "BASE",
+    "model.layers.11.mlp.up_proj.weight": "L11",
+}
+
+
+def test_a_name_lies_in_its_block_in_whatever_dialect() -> None:
+    assert {name: block_of(name) for name in BLOCKS} == BLOCKS
+
+
+@pytest.mark.parametrize("model", ["sd15", "sdxl", "flux", "sd3", "wan-1.3b"])
+def test_both_layouts_of_a_module_lie_in_one_block(model: str) -> None:
+    for row in links(model):
+        block = block_of(f"{row.original}.weight")
+        assert all(block_of(f"{part}.weight") == block for part in row.parts), row
+
+
+def test_words_for_blocks_mean_their_factors() -> None:
+    outs = dict.fromkeys([f"OUT{n:02d}" for n in range(3, 12)], 1.0)
+    ins = dict.fromkeys(("IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "MID"), 0.0)
+    assert BlockWeights.of(["OUTALL"]).factors == {"BASE": 1.0, **ins, **outs}
+    assert BlockWeights.of(["IN04-IN06=0.5", "S=0", "MID=2"]).factors == {
+        **dict.fromkeys(("IN04", "IN05", "IN06"), 0.5),
+        "S": 0.0,
+        "MID": 2.0,
+    }
+    assert (
+        BlockWeights.of(["1", "0", "0", "0", "0", "0.5", "0", "0", "0", "0", "0", "2"]).factors["MID"] == 0.5
+    )  # SDXL's twelve
+    assert BlockWeights.of(["S=0", "S03=1"]).factor("unet_single_blocks_3_linear1") == 1.0
+    for words, told in (
+        (["1", "2"], "a list has"),
+        (["IN=x"], "IN=x"),
+        (["Q03=1"], "names no block"),
+        (["HM"], "preset"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            BlockWeights.of(words)
+
+
+MODULES = {
+    "unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q": 0.5,
+    "unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q": 1.0,
+    "unet_up_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q": 0.0,
+    "te_text_model_encoder_layers_0_self_attn_q_proj": -2.0,
+}
+WORDS = ["IN=0.5", "OUT03=0", "BASE=-2"]
+STORED = {
+    "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight": 0,
+    "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight": 1,
+    "model.diffusion_model.output_blocks.3.1.transformer_blocks.0.attn1.to_q.weight": 2,
+    "cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight": 3,
+}
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> tuple[Path, Path]:
+    """An SD1.5 file, and an adapter of kohya's of rank 2 whose ΔW is 2 everywhere."""
+    shapes = under("model.diffusion_model.", ldm_unet((1, 1, 1, 0), matrix_ends=False, added=False))
+    save_file(values(shapes | under("cond_stage_model.transformer.", clip())), tmp_path / "sd.safetensors")
+    tensors = {}
+    for module in MODULES:
+        tensors[f"lora_{module}.lora_down.weight"] = torch.ones(2, H)
+        tensors[f"lora_{module}.lora_up.weight"] = torch.ones(H, 2)
+        tensors[f"lora_{module}.alpha"] = torch.tensor(2.0)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    return tmp_path / "sd.safetensors", tmp_path / "lora.safetensors"
+
+
+def changes_in(before: Path, after: Path) -> dict[str, float]:
+    """What was added to each tensor that changed, the same everywhere."""
+    old, new = load_file(before), load_file(after)
+    found = {}
+    for name in old:
+        if not torch.equal(old[name], new[name]):
+            (found[name],) = set((new[name] - old[name]).flatten().tolist())
+    return found
+
+
+def test_a_merge_weighs_blocks(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = inputs
+    loratool.merge(base, adapter, tmp_path / "out.safetensors", weights=2, block_weights=WORDS, device="cpu")
+    factors = list(MODULES.values())
+    wanted = {name: 4 * factors[at] for name, at in STORED.items() if factors[at]}
+    assert changes_in(base, tmp_path / "out.safetensors") == wanted
+    with pytest.raises(UsageError, match="no adapted weight lies in D"):
+        loratool.merge(base, adapter, tmp_path / "o.safetensors", block_weights="D=0.5", device="cpu")
+
+
+def test_an_adapter_rescaled_by_block_merges_to_the_same(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = inputs
+    loratool.rescale(adapter, tmp_path / "scaled.safetensors", block_weights=WORDS)
+    loratool.merge(base, tmp_path / "scaled.safetensors", tmp_path / "out.safetensors", device="cpu")
+    factors = list(MODULES.values())
+    assert changes_in(base, tmp_path / "out.safetensors") == {
+        name: 2 * factors[at] for name, at in STORED.items() if factors[at]
+    }
