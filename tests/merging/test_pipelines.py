@@ -222,3 +222,15 @@ def test_another_dtype_is_told_in_the_configs_of_components(pipeline: Path, tmp_
     for name in ("transformer", "vae", "text_encoder_2"):
         assert json.loads((tmp_path / "out" / name / "config.json").read_text()) == CONFIGS[name]
     assert '\nlibrary_name: "diffusers"\n' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_what_is_extracted_from_a_merged_pipeline_merges_to_it_again(pipeline: Path, tmp_path: Path) -> None:
+    """Its weights have the names of components, which are found in the base again."""
+    changes = save_targets(tmp_path / "adapter", MODULES)
+    loratool.merge(pipeline, tmp_path / "adapter", tmp_path / "out", device="cpu")
+    loratool.extract(pipeline, tmp_path / "out", tmp_path / "extracted", rank=2, device="cpu")
+    loratool.merge(pipeline, tmp_path / "extracted", tmp_path / "again", device="cpu")
+    first, second = (changes_of(pipeline, tmp_path / name) for name in ("out", "again"))
+    assert first.keys() == second.keys()
+    assert len(first) == len(changes) + 3  # a fused one is four
+    assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
