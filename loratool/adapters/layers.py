@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -99,7 +99,12 @@ class Layer:
 
     @property
     def form(self) -> tuple[object, ...]:
-        """What layers of several adapters must have in common to be one: all but the rank."""
+        """What layers of several adapters must have in common to be one: all but the rank.
+
+        A convolution of single pixels is a linear layer, as which some releases of models have it.
+        """
+        if self.kind is Kind.CONVOLUTION and math.prod(self.kernel) == 1:
+            return (Kind.LINEAR, self.experts, self.rows, self.columns, ())
         return (self.kind, self.experts, self.rows, self.columns, self.kernel)
 
     @property
@@ -178,6 +183,7 @@ class Contents:
     saved: Mapping[str, Replace]  # whole
     bases: Mapping[str, Replace]  # weights that an update was trained on top of
     rows: Mapping[str, ReplaceRows]  # of tokens
+    changes: Mapping[str, Add] = field(default_factory=dict)  # stored in full, of weights and biases without a layer
 
     @property
     def name(self) -> str:
@@ -205,7 +211,7 @@ class Contents:
 
     def check_beside(self) -> None:
         """Raise `InputError` naming every tensor that holds what is no number, where one beside the factors does."""
-        tables = (self.biases, self.saved, self.bases, self.rows)
+        tables = (self.biases, self.saved, self.bases, self.rows, self.changes)
         updates = [
             *(u for table in tables for u in table.values()),
             *(layer.magnitude for layer in self.layers.values()),
@@ -265,7 +271,9 @@ def contents_of(adapter: Adapter, verb: str, as_products: bool = False) -> Conte
         ranks = ", ".join(map(str, sorted({layers[target].rank for target in made})))
         text = f"{len(made)} updates are LoHa or LoKr; they are taken as the LoRA that equals them, of rank {ranks}"
         adapter = replace(adapter, notes=(*adapter.notes, Note("taken-as-lora", text)))
-    return Contents(adapter, layers, biases, saved, dict(adapter.bases), rows)
+    of_layers = {target: bias for target, bias in biases.items() if f"{target.removesuffix('bias')}weight" in layers}
+    changes = {target: change for target, change in biases.items() if target not in of_layers}
+    return Contents(adapter, layers, of_layers, saved, dict(adapter.bases), rows, changes)
 
 
 def layer_of(target: str, update: Update) -> Layer | None:

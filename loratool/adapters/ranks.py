@@ -15,7 +15,7 @@ from loratool.notes import Note
 from loratool.options.described import Kind, amount
 
 AMOUNT = "a number of parameters such as 4M, or of bytes such as 16MB"
-RULES = ("rank", "energy", "error", "ratio", "budget")
+RULES = ("rank", "energy", "error", "ratio", "cumulative", "budget")
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,12 @@ class RankRule:
     @classmethod
     def of(
         cls,
-        rank: int | None,
-        energy: float | None,
-        error: float | None,
-        ratio: float | None,
-        budget: int | str | None,
+        asked: Mapping[str, float | str | None],
         weights: Mapping[str, float] | None = None,
         uniform: bool = False,
     ) -> RankRule:
-        """The rule that was asked for; raises `UsageError` where that is none, several, or out of range."""
-        given = {k: v for k, v in zip(RULES, (rank, energy, error, ratio, budget), strict=True) if v is not None}
+        """The rule that was asked for, of `RULES`; raises `UsageError` where that is none, several, or out of range."""
+        given = {kind: value for kind in RULES if (value := asked.get(kind)) is not None}
         if len(given) != 1:
             said = " and ".join(f"--{kind}" for kind in given) or "none"
             raise UsageError(f"pass exactly one of {', '.join(f'--{kind}' for kind in RULES)} (got {said})")
@@ -68,6 +64,7 @@ class RankRule:
             "energy": 0 < number <= 1,
             "error": 0 <= number < 1,
             "ratio": number > 1,
+            "cumulative": 0 < number <= 1,
             "budget": number >= 1,
         }[kind]
         if not valid:
@@ -76,6 +73,7 @@ class RankRule:
                 "energy": "a fraction of ‖ΔW‖² in (0, 1]",
                 "error": "a relative error in [0, 1)",
                 "ratio": "a number above 1",
+                "cumulative": "a fraction of the sum of singular values in (0, 1]",
                 "budget": AMOUNT,
             }[kind]
             raise UsageError(f"--{kind} {printable(value)}: must be {wanted}")
@@ -119,10 +117,12 @@ class RankRule:
 
     def enough(self, energies: Sequence[float]) -> int:
         """The smallest rank that keeps to the rule."""
-        total = math.fsum(energies)
         if self.kind == "ratio":
             return sum(value > energies[0] / self.number**2 for value in energies)
-        allowed = (1 - self.number if self.kind == "energy" else self.number**2) * total
+        if self.kind == "cumulative":
+            energies = [math.sqrt(value) for value in energies]
+        total = math.fsum(energies)
+        allowed = (self.number**2 if self.kind == "error" else 1 - self.number) * total
         lost, rank = 0.0, len(energies)
         while rank and lost + energies[rank - 1] <= allowed * (1 + 1e-12):
             rank -= 1

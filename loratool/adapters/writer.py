@@ -14,7 +14,7 @@ from typing import Any
 from loratool import __version__
 from loratool.adapters.adapter import Flattened, StoredTensor, stored_tensors
 from loratool.adapters.formats import WRITTEN, format_of, replaceable
-from loratool.adapters.formats.format import Format, Parts, Spelling
+from loratool.adapters.formats.format import Format, Parts, Scaled, Spelling
 from loratool.adapters.layers import Contents, Form, Layer
 from loratool.adapters.weight_files import fates, module_files
 from loratool.algebra.lowrank.products import Product
@@ -23,7 +23,7 @@ from loratool.files.checkpoint import PROVENANCE, leaves, sort_side_files
 from loratool.files.digests import recorded
 from loratool.files.hub_cache import told_origin
 from loratool.files.journal import Journal
-from loratool.files.outputs import check_target
+from loratool.files.outputs import MADE_HERE, check_target
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.files.staging import Stage, staged
 from loratool.files.tensor_writer import TensorFile, Triple, tensor_file
@@ -233,6 +233,50 @@ def copied_output(
         finish(stage, form, config, provenance, files_beside(source), [source.adapter.folder])
 
 
+def scaled_output(
+    out: Path, source: Contents, scaled: Scaled, provenance: Mapping[str, Any], options: WritingOptions
+) -> None:
+    """An adapter without a config with the same tensors, but for some that are others."""
+    form, file = format_of(source.adapter), source.adapter.file
+    source.adapter.check_values()
+    if options.dry_run:
+        return
+    own = {info.name: (info.name, info.dtype, info.shape) for info in file.layout.in_order}
+    own |= {n: (n, "F32", file.tensors[n].shape if n in own else ()) for n in scaled.numbers}
+    header = {**scaled.header, MADE_HERE: json.dumps(provenance)}
+    single = form.weights_name if is_single(out, form) else ""
+    wanted = Journal(os.urandom(16).hex(), files={form.weights_name})
+    needed = file.layout.size + 512 * len(scaled.numbers)
+    with (
+        staged(out, wanted, needed, replaceable(options.overwrite), single=single) as stage,
+        form.container(stage.folder / form.weights_name, own.values(), header) as written,
+    ):
+        output = Output(written, stage, WRITTEN.spelling({}), {}, torch.float32)
+        for name, _, shape in own.values():
+            if name in scaled.numbers:
+                output.write(name, torch.full(shape, scaled.numbers[name], dtype=torch.float32))
+            elif name in scaled.factors:
+                output.write(name, times(source, name, scaled.factors[name]))
+            else:
+                written.copy(name, file, file.tensors[name])
+        written.finish()
+        file.check_unchanged()
+        stage.add(form.weights_name)
+        if not single:
+            finish(stage, form, {}, provenance, files_beside(source), [source.adapter.folder])
+
+
+def times(source: Contents, name: str, factor: float) -> Tensor:
+    """A tensor of a file multiplied by a number, rounded once. Raises `FitError` where its dtype cannot hold that."""
+    file = source.adapter.file
+    dtype = torch_dtype(file.tensors[name].dtype)
+    stored = StoredTensor(file, file.tensors[name]).load(torch.device("cpu"), torch.float64)
+    found: Tensor = (stored * factor).to(dtype)
+    if not bool(found.isfinite().all()):
+        raise FitError(f"{printable(name)}: times {factor:g} it overflows {str(dtype).removeprefix('torch.')}")
+    return found
+
+
 def announced_factors(names: Spelling, forms: Mapping[str, Form], dtype: torch.dtype) -> Iterator[Triple]:
     spelled = SPELLED[str(dtype).removeprefix("torch.")]
     for target, form in forms.items():
@@ -267,6 +311,12 @@ def carried_over(source: Contents, names: Spelling, factors: Mapping[str, float]
         inside = target in source.bases or format_of(adapter).was_inside(adapter, target)
         stored_value: Any = replacement.value
         carried.tensors[names.whole(target, inside)] = stored_value
+    for target, change in source.changes.items():
+        stored_change: Any = change.value
+        factor = (factors or {}).get(target, 1.0) * change.scale
+        dtype = torch_dtype(next(stored_tensors(change)).info.dtype)
+        scaled_change = (stored_change.load(torch.device("cpu"), torch.float64) * factor).to(dtype)
+        carried.tensors[names.change(target)] = stored_change if factor == 1 else scaled_change
     for target, rows in source.rows.items():
         values: Any = rows.values
         carried.tensors[names.rows(target)] = values

@@ -171,6 +171,7 @@ class ResizeKeywords(FactorKeywords, DialectKeywords, ReadingKeywords, DeviceKey
     energy: float | None
     error: float | None
     ratio: float | None
+    cumulative: float | None
     budget: int | str | None
     layer_weights: str | os.PathLike[str] | Mapping[str, Any] | None
     calibration: str | os.PathLike[str] | None

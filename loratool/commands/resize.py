@@ -29,7 +29,7 @@ def resize(
     """Write a copy of the adapter with different ranks: each layer gets the best approximation at its new rank (Eckart
     and Young 1936).
 
-    Pass one of `rank`, `energy`, `error`, `ratio` and `budget`. Tensors other than the factors, such as saved modules,
+    Pass one of `rank`, `energy`, `error`, `ratio`, `cumulative` and `budget`. Tensors other than the factors, such as saved modules,
     are copied. Alpha becomes the rank, so the scaling is 1; the singular values are split evenly between both factors.
     `layer_weights` is a mapping with patterns as in `rank_pattern`, or a JSON file of one. A `calibration` holds an (r,
     r) matrix for each module.

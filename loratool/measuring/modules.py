@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from loratool.adapters.as_lora import as_product
 from loratool.adapters.layers import ROUNDING_ONLY, Kind, Layer, layer_of
 from loratool.adapters.ranks import RankRule
 from loratool.adapters.unsettled import Unsettled, open_question
@@ -50,7 +51,7 @@ def measure(
     layers: dict[str, Layer] = {}
     skipped: dict[str, str] = {}
     for target, update in adapter.updates.items():
-        if layer := layer_of(target, update):
+        if layer := layer_of(target, as_product(update)):
             layers[target] = layer
         elif not update.replaces and not isinstance(update, Add) and target not in adapter.optional:
             why = open_question(update, {}) if isinstance(update, Unsettled) else ""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from loratool.notes import Note
 from loratool.results.base import Cost
+from loratool.results.blocks import bars, is_of_images
 from loratool.results.text import columns, cost_rows, figure, fill, percentage, size, wrapped
 
+LAST_WORDS = re.compile(r".*_\d+_(?=\D)|_\d+$")  # what of a name without dots tells where it is, not what
 MOST_MODULES = 12  # rows of the table of modules before the rest is counted
 
 
@@ -97,6 +100,8 @@ class Values:
         parts = [wrapped(rows)]
         if self.modules:
             parts += [by_name(self.modules), largest(self.modules)]
+            if is_of_images(m.target for m in self.modules):
+                parts.append(bars({m.target: m.norm or 0.0 for m in self.modules}))
         if weighed:
             parts.append(against_weights(self.modules))
         return "\n\n".join(parts)
@@ -172,7 +177,8 @@ def named(modules: Sequence[Measured]) -> dict[str, list[Measured]]:
     """Modules by the last part of their path."""
     found: dict[str, list[Measured]] = {}
     for m in modules:
-        found.setdefault(m.target.removesuffix(".weight").rpartition(".")[2], []).append(m)
+        module = m.target.removesuffix(".weight")
+        found.setdefault(module.rpartition(".")[2] if "." in module else LAST_WORDS.sub("", module), []).append(m)
     return found
 
 

@@ -23,6 +23,7 @@ from loratool.errors import FitError, UsageError, printable
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, torch
 from loratool.notes import Note
+from loratool.reworking.renaming import named_alike
 
 SAVED = ("refuse", "first", "mean")  # what to do where adapters have saved different values for one tensor
 Weight = float | Mapping[str, float]  # of an adapter; by pattern, with "default" for what none matches
@@ -52,7 +53,7 @@ def contents_apart(paths: Sequence[Path], ways: Sequence[Reading], command: str)
         seen[source.name] += 1
         more = f" ({seen[source.name]})" if seen[source.name] > 1 else ""
         found.append(dataclasses.replace(source, adapter=dataclasses.replace(source.adapter, name=source.name + more)))
-    return found
+    return named_alike(found)
 
 
 def align_layers(sources: Sequence[Contents], weights: Sequence[Weight]) -> dict[str, tuple[AlignedLayer, ...]]:

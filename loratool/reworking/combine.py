@@ -85,6 +85,12 @@ def refuse(sources: Sequence[Contents], layers: Mapping[str, Sequence[AlignedLay
                 "be summed. Instead, run `loratool merge` to apply several DoRA adapters to a base, and `loratool "
                 "extract` to get plain LoRA from the result"
             )
+    if whole := [f"{source.name}: {printable(target)}" for source in sources for target in source.changes]:
+        raise FitError(
+            "changes that are stored in full (diff, diff_b, w_norm, b_norm) are no products, and combine takes only "
+            "those; run `loratool merge` on the adapters instead:",
+            whole,
+        )
     if combination.method == "model_stock" and any(
         aligned.weight != 1 for found in layers.values() for aligned in found
     ):

@@ -133,6 +133,8 @@ class Comparer:
         for name in (name for name, norm in self.norms().items() if not norm):
             text = "every update is zero (an untrained adapter has B = 0, or alpha is 0)"
             yield Note("adapter-without-effect", text).under(name)
+        if whole := sum(len(source.changes) for source in self.sources):
+            yield Note("changes-left-out", f"{whole} changes that are stored in full (diff, w_norm) are not compared")
         if dora := [source.name for source in self.sources if source.dora]:
             text = f"{', '.join(dora)}: only ΔW = s·BA of DoRA is compared, not the magnitudes"
             yield Note("dora-magnitudes-left-out", text)

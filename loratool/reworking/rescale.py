@@ -25,6 +25,7 @@ from loratool.adapters.writer import (
     copied_output,
     files_beside,
     kept_dtype,
+    scaled_output,
     told_beside,
 )
 from loratool.algebra.lowrank.noise import floor_of
@@ -79,16 +80,15 @@ def rescale(
     asked = {"scale": options.scale, "alpha": alpha, "frobenius": frobenius, "spectral": spectral}
     factors, blocks = read_factors(options.match), BlockWeights.of(options.block_weights)
     check(asked, {**factors, **blocks.factors}, options.each, options.bake)
-    (way,) = options.readings(1)
     path = local(adapter, "adapter")
-    contents = contents_of(read_adapter(path, way), "rescale")
-    (contents,), manner = in_manner([contents], options.to)
+    contents, manner, in_place = opened(path, options)
     target = check_adapter_target(out, [path], options, manner.form)
-    if not contents.layers:
+    if not (contents.layers or contents.changes):
         raise InputError(f"{printable(contents.adapter.file.path)}: contains no update whose strength can be changed")
     # what PEFT does not read is not copied, nor what holds its scale in tensors, nor what becomes another dialect
     written = bool(contents.adapter.packing) or not manner.form.config_name or options.to is not None
-    bake = options.bake or written
+    bake = options.bake or (written and not in_place)
+    changes = dict.fromkeys(contents.changes, options.scale or 1.0)
     contents, asleep = awakened(contents, alpha) if alpha is not None else (contents, frozenset[str]())
     with session("cpu", [contents]) as at_work:
         norm: float | None = None
@@ -112,20 +112,19 @@ def rescale(
         if frobenius is not None:
             norm = math.sqrt(math.fsum((sizes[t] * m.after / m.before) ** 2 for t, m in modules.items() if m.before))
         told = {t: RescaledLayer(0.0, m.after, None) if t in asleep else m for t, m in modules.items()}
-        notes = (*rounding_only(rounded, modules), *remarks(contents, told, bake))
+        notes = (
+            *rounding_only(rounded, modules),
+            *remarks(contents, told, bake, len(changes) * (options.scale is None)),
+        )
         if bake:
             own = {t: layer.rank for t, layer in contents.layers.items()}
             notes += (*manner.form.rank_notes(own, ranks_of(contents, manner)), *manner.notes)
-        facts = {
-            "adapter": at_work.origins[0],
-            "asked": {name: value for name, value in asked.items() if value is not None},
-            "match": factors,
-            "bake": bake,
-        }
+        facts = {"adapter": at_work.origins[0], **facts_of(asked, factors, bake)}
         if bake:
-            run(Baker(contents, manner, modules, at_work, options, facts, notes), target, [path], options)
+            run(Baker(contents, manner, modules, at_work, options, facts, notes, changes), target, [path], options)
         else:
-            write_alphas(target, contents, modules, options, record_of("rescale", [path], options, facts, notes))
+            record = record_of("rescale", [path], options, facts, notes)
+            write_alphas(target, contents, modules, options, record, changes)
     return RescaleReport(
         out=target,
         written=not options.dry_run,
@@ -135,6 +134,23 @@ def rescale(
         notes=notes,
         **at_work.told(started),
     )
+
+
+def opened(path: Path, options: RescaleOptions) -> tuple[Contents, Manner, bool]:
+    """An adapter, how it is written, and whether its tensors stay but for those that hold its strength."""
+    (way,) = options.readings(1)
+    given = read_adapter(path, way)
+    contents = contents_of(given, "rescale", as_products=bool(given.dialects))
+    if format_of(given).rescales_tensors and not options.bake and options.to is None:
+        return replace(contents, adapter=given), Manner(format_of(given), ""), True  # LoHa and LoKr stay what they are
+    (contents,), manner = in_manner([contents], options.to)
+    return contents, manner, False
+
+
+def facts_of(asked: Mapping[str, float | None], factors: Mapping[str, float], bake: bool) -> dict[str, Any]:
+    """What a record says of the strength that was asked for."""
+    given = {name: value for name, value in asked.items() if value is not None}
+    return {"asked": given, "match": factors, "bake": bake}
 
 
 def read_factors(match: Sequence[str]) -> dict[str, float]:
@@ -265,9 +281,15 @@ def write_alphas(
     modules: Mapping[str, RescaledLayer],
     options: RescaleOptions,
     provenance: Mapping[str, Any],
+    changes: Mapping[str, float],
 ) -> None:
     """The same tensors under another α; one α for all gives up the patterns that there were."""
     factors = {target: layer.factor for target, layer in modules.items()}
+    if (form := format_of(contents.adapter)).rescales_tensors:
+        strengths = {**{t: f if f is not None else 1.0 for t, f in factors.items()}, **changes}
+        scaled = form.scaled(contents, strengths, {t: m.after for t, m in modules.items()})
+        scaled_output(out, contents, scaled, provenance, options)
+        return
     config = format_of(contents.adapter).rescaled(contents, factors, options.alpha is not None)
     if options.dry_run:
         contents.adapter.check_values()
@@ -299,11 +321,13 @@ class Baker(Maker[str, None]):
     options: RescaleOptions
     facts: Mapping[str, Any]
     notes: tuple[Note, ...]
+    changes: Mapping[str, float]  # target of a change that is stored in full → what multiplies it
 
     def draft(self) -> Draft:
         names, ranks = names_of(self.contents, self.manner), ranks_of(self.contents, self.manner)
         forms = {t: Form.of(layer, ranks[t]) for t, layer in self.contents.layers.items()}
-        carried = carried_over(self.contents, names, {t: m.factor or 1.0 for t, m in self.modules.items()})
+        factors = {**{t: m.factor or 1.0 for t, m in self.modules.items()}, **self.changes}
+        carried = carried_over(self.contents, names, factors)
         self.said = {} if self.options.bake else names.scales({t: m.after for t, m in self.modules.items()})
         dtype = kept_dtype([self.contents], self.options.dtype)
         return replace(self.manner.draft(forms, names, dtype, carried, [self.contents]), scales=self.said)
@@ -349,7 +373,7 @@ def rounding_only(rounded: Sequence[str], modules: Mapping[str, RescaledLayer]) 
         yield Note("update-is-rounding", f"{text}{ROUNDING_ONLY}, so scaling it to a norm would amplify noise")
 
 
-def remarks(contents: Contents, modules: Mapping[str, RescaledLayer], baked: bool) -> Iterator[Note]:
+def remarks(contents: Contents, modules: Mapping[str, RescaledLayer], baked: bool, unscaled: int = 0) -> Iterator[Note]:
     """What a user of the result should know."""
     if contents.adapter.packing:
         yield Note(
@@ -366,7 +390,7 @@ def remarks(contents: Contents, modules: Mapping[str, RescaledLayer], baked: boo
                 "m, and the effect is not proportional. For a proportional change use `loratool merge -w`",
             )
         )
-    whole = len(contents.saved) + len(contents.bases) + len(contents.rows)
+    whole = len(contents.saved) + len(contents.bases) + len(contents.rows) + unscaled
     if whole and changed:
         yield Note(
             "no-strength",

@@ -12,7 +12,7 @@ from loratool.adapters.adapter import StoredTensor
 from loratool.adapters.formats import read_adapter
 from loratool.adapters.formats.format import Parts
 from loratool.adapters.layers import ROUNDING_ONLY, Contents, Form, Kind, Layer, contents_of
-from loratool.adapters.ranks import Amount, RankRule, evened, told_of_cuts
+from loratool.adapters.ranks import RULES, Amount, RankRule, evened, told_of_cuts
 from loratool.adapters.reading import ReadingOptions
 from loratool.adapters.writer import (
     FactorOptions,
@@ -65,10 +65,17 @@ class ResizeOptions(FactorOptions, DialectOption, ReadingOptions, DeviceOption, 
         kind=Number(whole=True),
     )
     energy: float | None = option(
-        help="Fraction of ‖ΔW‖² that each layer keeps, such as 0.99.", kind=Number(above=0, high=1)
+        help="Fraction of ‖ΔW‖² that each layer keeps, such as 0.99 (kohya's sv_fro P is P²).",
+        kind=Number(above=0, high=1),
     )
     error: float | None = option(help="Largest relative error of each layer, such as 0.05.", kind=NUMBER)
-    ratio: float | None = option(help="Keep singular values larger than the largest one divided by this.", kind=NUMBER)
+    ratio: float | None = option(
+        help="Keep singular values larger than the largest one divided by this (kohya's sv_ratio).", kind=NUMBER
+    )
+    cumulative: float | None = option(
+        help="Fraction of the sum of singular values that each layer keeps, such as 0.9 (kohya's sv_cumulative).",
+        kind=Number(above=0, high=1),
+    )
     budget: str | None = option(
         help="Limit on the parameters (4M) or bytes (16MB) of all factors together.", kind=Amount(), metavar="SIZE"
     )
@@ -86,9 +93,7 @@ class ResizeOptions(FactorOptions, DialectOption, ReadingOptions, DeviceOption, 
 
     def rule(self) -> RankRule:
         """How ranks are chosen; raises `UsageError` where that is not said, or said twice."""
-        return RankRule.of(
-            self.rank, self.energy, self.error, self.ratio, self.budget, self.layer_weights, self.uniform
-        )
+        return RankRule.of({kind: getattr(self, kind) for kind in RULES}, self.layer_weights, self.uniform)
 
 
 def resize(adapter: PathLike, out: PathLike, options: ResizeOptions, progress: Progress | None = None) -> ResizeReport:

@@ -1035,11 +1035,12 @@ def test_tensors_that_cannot_be_resized_are_refused(
     [
         (["--rank", "0"], ["a whole number of at least 1"]),
         (["--rank", "-2"], ["a whole number of at least 1"]),
-        ([], ["one of --rank, --energy, --error, --ratio, --budget", "(got none)"]),
+        ([], ["one of --rank, --energy, --error, --ratio, --cumulative, --budget", "(got none)"]),
         (["--rank", "2", "--budget", "9", "--ratio", "3"], ["--rank and --ratio and --budget"]),
         (["--energy", "nan"], ["--energy must be above 0 and at most 1 (got nan)"]),
         (["--error", "1"], ["[0, 1)"]),
         (["--ratio", "1"], ["above 1"]),
+        (["--cumulative", "0"], ["--cumulative must be above 0"]),
         (["--budget", "many"], ["--budget many", "4M"]),
         (["--budget", "109"], ["--budget 109 parameters", "takes 110 parameters"]),
     ],

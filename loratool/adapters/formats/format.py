@@ -51,6 +51,15 @@ def most_common(scales: Iterable[float]) -> float:
     return next((scale for scale, _ in Counter(scales).most_common(1)), 1.0)
 
 
+@dataclass(frozen=True)
+class Scaled:
+    """What of a file changes where its updates become stronger."""
+
+    factors: Mapping[str, float]  # what multiplies a tensor
+    numbers: Mapping[str, float]  # tensors of one number, whether they are there or not
+    header: Mapping[str, str]
+
+
 class Spelling(Protocol):
     """How the tensors of a new adapter are named and laid out, which all of its layers together may decide."""
 
@@ -85,6 +94,9 @@ class Spelling(Protocol):
 
     def rows(self, target: str) -> str:
         """The name of the trained rows of an embedding."""
+
+    def change(self, target: str) -> str:
+        """The name of a change that is stored in full."""
 
     def second_copies(
         self, adapters: Iterable[Adapter], tensors: Mapping[str, StoredTensor | Tensor]
@@ -223,6 +235,12 @@ class Format(Protocol):
         """
         shown = printable(contents.adapter.file.path)
         raise InputError(f"{shown}: {self.name} has no alpha per module; pass --bake to write it as plain LoRA")
+
+    rescales_tensors: bool = False  # whether strengths are in its tensors, where those of others are in a config
+
+    def scaled(self, contents: Contents, factors: Mapping[str, float], scales: Mapping[str, float]) -> Scaled:  # noqa: ARG002
+        """The tensors under which updates are stronger by `factors` and layers have the scaling `scales`."""
+        raise InputError(f"{printable(contents.adapter.file.path)}: {self.name} has its strength in a config")
 
     # What it can write.
 

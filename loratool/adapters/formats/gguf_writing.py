@@ -128,6 +128,9 @@ class GgufNames:
     def whole(self, target: str, inside: bool) -> str:  # noqa: ARG002 (neither is loaded)
         raise FitError(f"{printable(target)}: llama.cpp does not load whole saved tensors")
 
+    def change(self, target: str) -> str:
+        raise FitError(f"{printable(target)}: this dialect cannot store a change of a weight in full")
+
     def rows(self, target: str) -> str:
         raise FitError(f"{printable(target)}: llama.cpp does not load token rows")
 

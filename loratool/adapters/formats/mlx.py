@@ -397,6 +397,9 @@ class MlxNames:
     def whole(self, target: str, inside: bool) -> str:  # noqa: ARG002 (neither has a place)
         raise FitError(f"{printable(target)}: mlx-lm cannot store whole saved tensors")
 
+    def change(self, target: str) -> str:
+        raise FitError(f"{printable(target)}: this dialect cannot store a change of a weight in full")
+
     def rows(self, target: str) -> str:
         raise FitError(f"{printable(target)}: mlx-lm cannot store token rows")
 

@@ -93,6 +93,9 @@ class TorchtuneNames:
     def whole(self, target: str, inside: bool) -> str:  # noqa: ARG002 (neither is read)
         raise FitError(f"{printable(target)}: torchtune cannot store whole saved tensors")
 
+    def change(self, target: str) -> str:
+        raise FitError(f"{printable(target)}: this dialect cannot store a change of a weight in full")
+
     def rows(self, target: str) -> str:
         raise FitError(f"{printable(target)}: torchtune cannot store token rows")
 

@@ -145,6 +145,8 @@ def innermost(update: Update) -> Update:
 def look_at_servers(adapter: Adapter, path: Path, fit: Fit | None) -> Iterator[Finding]:
     """What each server would do with it."""
     form = format_of(adapter)
+    if adapter.dialects:  # of an image model, which none of them serves
+        return
     if form is not WRITTEN:
         text = (
             f"vLLM, SGLang and llama.cpp's converter read adapters as PEFT saves them; this one is in the {form.name} "

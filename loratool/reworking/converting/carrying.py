@@ -32,7 +32,14 @@ def carried(contents: Contents, targets: Mapping[str, Target], names: Spelling, 
 
 
 def carry_whole(contents: Contents, names: Spelling, found: Carried) -> None:
-    """Tensors saved whole, and rows of tokens, as they are."""
+    """Tensors saved whole, and rows of tokens, as they are.
+
+    Raises `FitError` where weights without a layer are changed in full, whose names are not converted.
+    """
+    if contents.changes:
+        raise FitError(
+            "changes stored in full (diff, diff_b, w_norm, b_norm) are not converted:", map(printable, contents.changes)
+        )
     adapter = contents.adapter
     for target, replacement in (*contents.saved.items(), *contents.bases.items()):
         inside = target in contents.bases or format_of(adapter).was_inside(adapter, target)

@@ -231,7 +231,7 @@ class Converter(Maker[str, str]):
         if self.options.rank is not None:
             self.cut = {name: self.options.rank for name, rank in self.own.items() if rank > self.options.rank}
         if self.options.energy is not None:
-            rule = RankRule.of(None, self.options.energy, None, None, None)
+            rule = RankRule.of({"energy": self.options.energy})
             enough = self.at_work.spread(lambda name: (name, max(1, rule.enough(self.energies(name)))), self.targets)
             self.cut = {name: rank for name, rank in enough if rank < self.cut.get(name, self.own[name])} | self.cut
         kept = {**self.own, **self.cut}

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.formats.format import Config, Format
-from loratool.adapters.formats.named import header, refused, writing
+from loratool.adapters.formats.format import Config, Format, Scaled
+from loratool.adapters.formats.named import header, refused, strength, writing
 from loratool.adapters.formats.named.dialects import Spelling, spelling_of
 from loratool.adapters.formats.named.reading import Configs, Reader, dialect_of
 from loratool.adapters.formats.roles import split
-from loratool.adapters.layers import Kind
+from loratool.adapters.layers import Contents, Kind
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.adapters.training import Training
 from loratool.adapters.weight_files import weight_files
@@ -140,6 +140,14 @@ class Named(Format):
 
     def spelling(self, kinds: Mapping[str, Kind], release: str = "", dialect: str = "") -> writing.NamedNames:  # noqa: ARG002
         return writing.NamedNames(self, kinds, dialect)
+
+    rescales_tensors: bool = True
+
+    def alpha_of(self, contents: Contents, target: str) -> float:
+        return strength.alpha_of(contents, target)
+
+    def scaled(self, contents: Contents, factors: Mapping[str, float], scales: Mapping[str, float]) -> Scaled:
+        return strength.scaled(contents, factors, scales)
 
     def losses(self, adapter: Adapter, dialect: str = "") -> tuple[Note, ...]:
         return writing.losses(adapter, dialect)

@@ -120,6 +120,11 @@ class NamedNames:
     def whole(self, target: str, inside: bool) -> str:  # noqa: ARG002 (nobody reads them)
         raise FitError(f"{printable(target)}: {self.dialect.name} cannot store tensors saved whole")
 
+    def change(self, target: str) -> str:
+        if self.dialect.name == "diffusers":
+            raise FitError(f"{printable(target)}: diffusers reads no change of a weight in full")
+        return self.module(target) + (".diff_b" if target.endswith(".bias") else ".diff")
+
     def rows(self, target: str) -> str:
         raise FitError(f"{printable(target)}: {self.dialect.name} cannot store token rows")
 

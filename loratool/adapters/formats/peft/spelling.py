@@ -17,6 +17,7 @@ from loratool.adapters.formats.peft.parameters import REGISTERED
 from loratool.adapters.layers import ATTENTION, Form, Kind
 from loratool.adapters.training import Training
 from loratool.algebra.lowrank.products import Product
+from loratool.errors import FitError, printable
 from loratool.lazy import Tensor
 
 PREFIX = "base_model.model."
@@ -122,6 +123,9 @@ class Names:
         if form.kind is Kind.CONVOLUTION:
             return (1, form.rows, *(1 for _ in form.kernel))
         return (form.columns if form.kind is Kind.EMBEDDING else form.rows,)
+
+    def change(self, target: str) -> str:
+        raise FitError(f"{printable(target)}: this dialect cannot store a change of a weight in full")
 
     def rows(self, target: str) -> str:
         """The name of the trained rows of an embedding."""
