@@ -83,7 +83,7 @@ def header(adapter: Adapter, alphas: Mapping[str, float]) -> dict[str, str]:
     """What the header of the same file says of other strengths."""
     own = adapter.config
     kept = {key: value for key, value in own.items() if key not in HASHES}
-    if "ss_network_alpha" in own and alphas:
+    if alphas:
         kept["ss_network_alpha"] = only(alphas.values())
     if "sshs_model_hash" in own:
         kept["sshs_model_hash"] = OF_DATA
