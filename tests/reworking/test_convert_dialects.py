@@ -437,3 +437,14 @@ def test_training_data_is_removed_on_request_and_push_tells_of_it(tmp_path: Path
         for name in ("kept", "stripped")
     ]
     assert ["training-data-in-header" in codes for codes in notes] == [True, False]
+
+
+def test_language_models_and_image_models_are_told_apart(tmp_path: Path) -> None:
+    """GPT-2 has names that begin as those of diffusers do; experts and fused projections are of language models."""
+    gpt2 = peft_adapter(tmp_path / "gpt2", {"transformer.h.0.attn.c_proj": (4, 4, 2)})
+    with pytest.raises(InputError, match=r"h\.0"):
+        loratool.convert(gpt2, tmp_path / "out", to="diffusers")
+    flux = in_diffusers(FLUX, tmp_path / "lora.safetensors")
+    for dialect in ("mlx", "peft-fused"):
+        with pytest.raises(InputError, match="for language models"):
+            loratool.convert(flux, tmp_path / "out", to=dialect)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from loratool.adapters.adapter import Flattened
+from loratool.adapters.formats.named.dialects import spelling_of
 from loratool.adapters.layers import Contents, Kind, Layer
 from loratool.errors import FitError, InputError, printable
 from loratool.files.checkpoint import Checkpoint
@@ -198,6 +199,11 @@ def respelled(
     Raises `InputError` or `FitError` where names cannot be brought to the dialect.
     """
     config = base.config if base is not None else {}
+    if dialect not in LAYOUTS and any(map(names_component, layers)) and (image := readings(layers)):
+        raise InputError(
+            f"{dialect} is for language models, and these are modules of {image[0].architecture}; --to peft writes "
+            "adapters of image models for PEFT"
+        )
     if dialect == "peft-split":
         apart, told = split(layers, config)
         return Wanted(apart, notes=told)
@@ -270,6 +276,8 @@ def looked_up(target: str, names: Mapping[str, str]) -> str:
 def same_layout(target: str, dialect: str) -> str | None:
     """The name of a module of an unknown architecture in a dialect of the same layout; None in any other."""
     word, _, path = target.partition(".")
+    if dialect == "diffusers" and spelling_of(target.rpartition(".")[0]) is None:
+        return None  # `transformer.h.0…` is GPT-2's
     if isinstance(target, Flattened):
         return target if dialect in FLAT else None
     if word in TEXT_WORDS and (dialect == "diffusers") == word.startswith("text_encoder"):
@@ -331,8 +339,8 @@ class Divided:
         components = sorted({known.component for known in self.reading.modules.values()})
         if self.dialect == "peft" and len(components) > 1:
             raise FitError(
-                f"an adapter of PEFT's is of one model, and this one changes {', '.join(components)}; pass --only with "
-                "one of them"
+                f"an adapter of PEFT's is of one model, and this one changes {', '.join(components)}; choose "
+                "another dialect"
             )
 
     def divided(self, known: Known, layer: Layer) -> dict[str, Target]:
