@@ -105,11 +105,13 @@ def codes_in(path: Path, makers: dict[str, tuple[int, int]]) -> Iterator[tuple[s
 
 
 @cache
-def calls_in(path: Path) -> tuple[ast.Module, list[tuple[ast.FunctionDef, ast.Call]]]:
-    """A file, and the calls in its functions."""
+def calls_in(path: Path) -> tuple[ast.Module, list[tuple[ast.FunctionDef | None, ast.Call]]]:
+    """A file, and its calls, each with the function that it is in."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    return tree, [(each, node) for each in functions for node in ast.walk(each) if isinstance(node, ast.Call)]
+    places = [(None, node) for node in tree.body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    every = [*places, *((each, each) for each in functions)]
+    return tree, [(owner, node) for owner, place in every for node in ast.walk(place) if isinstance(node, ast.Call)]
 
 
 def called(node: ast.AST) -> str:

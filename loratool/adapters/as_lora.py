@@ -7,6 +7,7 @@ and one with a Tucker core has the rank of that.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,8 +16,10 @@ from loratool.algebra.updates import formulas
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
+from loratool.algebra.updates.experts import ExpertFactors
 from loratool.algebra.updates.products import Hadamard, Kronecker
 from loratool.lazy import Tensor, torch
+from loratool.notes import Note
 
 
 def columnwise(one: Tensor, other: Tensor) -> Tensor:
@@ -36,6 +39,7 @@ class Halves:
     up: Any
     down: Any
     rank: int
+    kernel: tuple[int, ...] = ()  # where a Tucker core tells it
 
     @classmethod
     def of(cls, factor: Any) -> Halves:
@@ -47,7 +51,7 @@ class Halves:
             if isinstance(inner, Derived) and inner.formula is formulas.rebuilt:  # with a Tucker core, as a matrix
                 core, left, right = inner.parts
                 down = Derived((core.shape[0], factor.shape[1]), (core, right), formulas.along_kernel)
-                return cls(left.T, down, core.shape[0])
+                return cls(left.T, down, core.shape[0], tuple(core.shape[2:]))
         rows, columns = factor.shape
         return cls(None, factor, rows) if rows <= columns else cls(factor, None, columns)
 
@@ -55,6 +59,7 @@ class Halves:
 def kronecker(one: Any, other: Any, ranks: tuple[int, int], like: Any) -> Derived:
     """The Kronecker product of two matrices, of which None is an identity of its rank, on the device of `like`."""
     sides = [side.shape if side is not None else (rank, rank) for side, rank in zip((one, other), ranks, strict=True)]
+    shape = (sides[0][0] * sides[1][0], sides[0][1] * sides[1][1])
 
     def formula(*loaded: Tensor) -> Tensor:
         rest, any_of = list(loaded), loaded[0]
@@ -62,10 +67,23 @@ def kronecker(one: Any, other: Any, ranks: tuple[int, int], like: Any) -> Derive
             rest.pop(0) if side is not None else torch.eye(rank, dtype=any_of.dtype, device=any_of.device)
             for side, rank in zip((one, other), ranks, strict=True)
         )
-        return torch.kron(first, second)
+        # torch.kron takes a view, which some strides of transposed factors do not allow
+        return (first[:, None, :, None] * second[None, :, None, :]).reshape(shape)
 
-    shape = (sides[0][0] * sides[1][0], sides[0][1] * sides[1][1])
     return Derived(shape, tuple(side for side in (one, other) if side is not None) or (like,), formula)
+
+
+def kind_unknown(updates: Iterable[LowRank | ExpertFactors]) -> tuple[Note, ...]:
+    """A note on LoRA made of LoHa and LoKr: of those without a kernel, nothing tells whether they are of a convolution."""
+    flat = sum(isinstance(update, LowRank) and not update.kernel for update in updates)
+    if not flat:
+        return ()
+    text = (
+        "LoHa and LoKr do not distinguish a convolution from a linear layer unless they have a Tucker core, so "
+        f"{flat} of them are written as linear layers. If one is a convolution, no tool can load the result; merge the "
+        "adapter instead and run `loratool extract` on the merged model"
+    )
+    return (Note("layer-kind-unknown", text),)
 
 
 def as_lora(update: Update) -> LowRank | None:
@@ -80,7 +98,7 @@ def as_lora(update: Update) -> LowRank | None:
             one, other = Halves.of(left), Halves.of(right)
             up = kronecker(one.up, other.up, (one.rank, other.rank), left)
             down = kronecker(one.down, other.down, (one.rank, other.rank), left)
-            return LowRank(up, down, update.scale, kernel=update.kernel)
+            return LowRank(up, down, update.scale, kernel=update.kernel or other.kernel)
     return None
 
 

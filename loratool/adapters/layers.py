@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Any
 
 from loratool.adapters.adapter import Adapter, stored_tensors
-from loratool.adapters.as_lora import as_product
+from loratool.adapters.as_lora import as_product, kind_unknown
 from loratool.adapters.training import Training
 from loratool.adapters.unsettled import Unsettled, open_question
 from loratool.algebra.lowrank.products import ROUNDING, Product
@@ -200,7 +200,8 @@ class Contents:
     @property
     def remarks(self) -> tuple[Note, ...]:
         """What a user of plain LoRA made of it should know."""
-        return (*self.adapter.notes, *self.training.notes_as_lora)
+        made = [u for t, layer in self.layers.items() if (u := layer.update) is not innermost(self.adapter.updates[t])]
+        return (*self.adapter.notes, *self.training.notes_as_lora, *kind_unknown(made))
 
     def check_finite(self, product: Product) -> Product:
         """The product; raises `InputError` naming every tensor of the adapter that holds what is no number."""

@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
-from loratool.adapters.formats import format_at, is_adapter, read_adapter, subject_at
+from loratool.adapters.formats import format_at, heads_at, is_adapter, read_adapter, subject_at
 from loratool.adapters.training_data import training_data_in
 from loratool.adapters.weight_files import WeightFile, fates
 from loratool.bases.opening import open_checkpoint
@@ -28,7 +28,7 @@ from loratool.files.checkpoint import (
 from loratool.files.digests import digest_of_bytes
 from loratool.files.inputs import LARGEST_RECORD, json_object, read_bounded
 from loratool.files.journal import MODEL, is_stage
-from loratool.files.safefile import PREFIX, read_safefile
+from loratool.files.safefile import PREFIX
 from loratool.notes import Note
 from loratool.provenance.cards import CARD, addressed, card_of, is_template
 from loratool.provenance.secrets import secrets_in
@@ -170,8 +170,9 @@ def listing(path: Path, name: str, content: bytes) -> bytes:
 
 def told_of_training(root: Path, names: Iterable[str]) -> Iterator[Note]:
     """A note for each file whose header holds captions, paths or names of data sets."""
-    for name in names:
-        if name.endswith(".safetensors") and (held := training_data_in(read_safefile(root / name).layout.metadata)):
+    heads = ((name, head) for name in names if name.endswith(".safetensors") for head in heads_at(root / name))
+    for name, head in heads:
+        if held := training_data_in(head.metadata):
             yield Note(
                 "training-data-in-header",
                 f"{printable(name)}: the header contains {', '.join(held)}, with captions, paths or names of data sets; "

@@ -324,8 +324,8 @@ MISFITS: dict[str, tuple[dict[str, Stored], str]] = {
     "out too large": (factors(A2, f32(values(9, 2, seed=6))), "[9, 8]"),
     "B of one row": (factors(A2, f32(values(1, 2, seed=6))), "[1, 8]"),
     "convolution kernels": (
-        factors(f32(values(2, HIDDEN, 1, seed=6)), f32(values(HIDDEN, 2, 1, seed=7))),
-        "[8, 8, 1]",
+        factors(f32(values(2, HIDDEN, 3, seed=6)), f32(values(HIDDEN, 2, 1, seed=7))),
+        "[8, 8, 3]",
     ),
     "A of one column": (factors(f32(values(2, 1, seed=6)), B2), "[8, 1]"),
 }

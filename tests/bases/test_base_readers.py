@@ -309,6 +309,7 @@ def test_only_readers_and_copies_know_where_the_bytes_of_a_tensor_lie() -> None:
         "files/digests.py",  # a chunk that is hashed
         "files/known_digests.py",  # a range that is recorded
         "files/tensor_writer.py",  # a range that goes into an adapter as it is
+        "files/gguf_writer.py",  # the same, into an adapter of llama.cpp
         "merging/engine.py",  # a range that goes to a sink as it is
         "merging/tasks.py",  # the same, where tensors are neighbours
     }

@@ -527,7 +527,7 @@ def test_json_of_every_published_adapter_is_as_the_schema_says() -> None:
         found = as_json(folder, "--values", "--check", "--tensors")
         validate(found)
         kinds.add(found["results"][0]["kind"])
-    assert kinds == {"adapter", "checkpoint", "unreadable"}
+    assert kinds == {"adapter", "unreadable"}
 
 
 def test_json_of_the_fixture_and_of_the_demo_is_as_the_schema_says(tmp_path: Path) -> None:

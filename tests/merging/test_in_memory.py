@@ -28,10 +28,10 @@ from loratool.options.described import Choice, described_by
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device here, or LORATOOL_TEST_CUDA=1 is not set"
 )
-CHOICES = [  # every option that is one of some words
+CHOICES = [  # every option that is one of some words, but that of GGUF, which is no model in memory
     (name, value)
     for name, (described, _) in described_by(ChangeOptions).items()
-    if isinstance(described.kind, Choice) and not described.many
+    if isinstance(described.kind, Choice) and not described.many and name != "gguf_type"
     for value in described.kind.names()
 ]
 LAYER = "model.layers.0"

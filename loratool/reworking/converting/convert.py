@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Adapter
+from loratool.adapters.as_lora import kind_unknown
 from loratool.adapters.formats import DIALECTS, format_of, read_adapter
 from loratool.adapters.formats.format import Format, Parts, Spelling
 from loratool.adapters.layers import Contents, contents_of, innermost
@@ -222,6 +223,7 @@ class Converter(Maker[str, str]):
         for kind in dict.fromkeys(self.kinds.values()):
             count = sum(each == kind for each in self.kinds.values())
             yield Note("written-as-lora", f"{count} layer{'s' * (count != 1)} of {kind} written as LoRA")
+        yield from kind_unknown(self.contents.layers[target].update for target in self.kinds)
         yield from self.goal.form.rank_notes(self.own, self.ranks)
         yield from told_beside(self.contents)
 
