@@ -1,7 +1,7 @@
 """GGUF: blocks of 32 or 256 values with their scales among them, as llama.cpp packs rows.
 
-Values are those that the `gguf` package (llama.cpp's own, in numpy) decodes, in float32. Types for which it has no
-encoder are read only; the others can be written too.
+Values are those that the `gguf` package (llama.cpp's own, in numpy) decodes, in float32; the common types are decoded
+without it, in `gguf_blocks`. Types for which it has no encoder are read only; the others can be written too.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from loratool.bases.codecs.gguf_blocks import DECODERS, decoded
 from loratool.bases.packed import Codec, Packed, Packing, Requantizable, Setting, Settings
 from loratool.bases.weights import Plain, Room, plain_of
 from loratool.errors import InputError
@@ -38,6 +39,8 @@ def package() -> Any:
 
 def unpacked(raw: Tensor, kind: str, line: int) -> Tensor:
     """(lines, line) of float32 on the device of `raw`, the bytes of whole lines of a type."""
+    if kind in DECODERS:
+        return decoded(raw, kind).view(-1, line)
     quants = package()
     rows = raw.cpu().numpy().reshape(-1, bytes_of(kind, (line,)))
     values = numpy.ascontiguousarray(quants.dequantize(rows, quants.GGMLQuantizationType[kind]))
@@ -52,7 +55,8 @@ class Blocks(Packed):
 
     def decode(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
         width = bytes_of(self.kind, (self.line,))
-        raw = room.read(self.tensors[0], first * width, count * width, torch.device("cpu"))
+        place = device if self.kind in DECODERS else torch.device("cpu")
+        raw = room.read(self.tensors[0], first * width, count * width, place)
         return unpacked(raw, self.kind, self.line).to(device)
 
 
