@@ -184,6 +184,7 @@ class Contents:
     bases: Mapping[str, Replace]  # weights that an update was trained on top of
     rows: Mapping[str, ReplaceRows]  # of tokens
     changes: Mapping[str, Add] = field(default_factory=dict)  # stored in full, of weights and biases without a layer
+    kinds_unknown: tuple[Note, ...] = ()  # where LoHa or LoKr is taken as LoRA
 
     @property
     def name(self) -> str:
@@ -200,8 +201,7 @@ class Contents:
     @property
     def remarks(self) -> tuple[Note, ...]:
         """What a user of plain LoRA made of it should know."""
-        made = [u for t, layer in self.layers.items() if (u := layer.update) is not innermost(self.adapter.updates[t])]
-        return (*self.adapter.notes, *self.training.notes_as_lora, *kind_unknown(made))
+        return (*self.adapter.notes, *self.training.notes_as_lora, *self.kinds_unknown)
 
     def check_finite(self, product: Product) -> Product:
         """The product; raises `InputError` naming every tensor of the adapter that holds what is no number."""
@@ -268,13 +268,15 @@ def contents_of(adapter: Adapter, verb: str, as_products: bool = False) -> Conte
                 for reason, targets in problems.items()
             ),
         )
-    if made := [t for t, layer in layers.items() if innermost(adapter.updates[t]) is not layer.update]:
+    made = [t for t, layer in layers.items() if innermost(adapter.updates[t]) is not layer.update]
+    if made:
         ranks = ", ".join(map(str, sorted({layers[target].rank for target in made})))
         text = f"{len(made)} updates are LoHa or LoKr; they are taken as the LoRA that equals them, of rank {ranks}"
         adapter = replace(adapter, notes=(*adapter.notes, Note("taken-as-lora", text)))
     of_layers = {target: bias for target, bias in biases.items() if f"{target.removesuffix('bias')}weight" in layers}
     changes = {target: change for target, change in biases.items() if target not in of_layers}
-    return Contents(adapter, layers, of_layers, saved, dict(adapter.bases), rows, changes)
+    unknown = kind_unknown(layers[target].update for target in made)
+    return Contents(adapter, layers, of_layers, saved, dict(adapter.bases), rows, changes, unknown)
 
 
 def layer_of(target: str, update: Update) -> Layer | None:
