@@ -77,6 +77,36 @@ def test_words_for_blocks_mean_their_factors() -> None:
             BlockWeights.of(words)
 
 
+def test_presets_are_those_of_the_extension() -> None:
+    """Each as its 17 numbers, of which the extension's own file has INS with IN04."""
+    ons = {block for block, factor in BlockWeights.of(["INS"]).factors.items() if factor}
+    assert ons == {"BASE", "IN01", "IN02", "IN04"}
+
+
+def test_a_block_that_a_list_leaves_out_is_asked_for() -> None:
+    """The tools that lists come from multiply what has no number by 0, and OUT00 of SDXL is not in the list of SD1.5."""
+    names = ["unet.up_blocks.0.attentions.0.proj_in.weight", "unet.down_blocks.1.attentions.0.proj_in.weight"]
+    with pytest.raises(UsageError, match=r"no number for OUT00.*add OUT00=0"):
+        BlockWeights.of(["ALL"]).check(names)
+    for more in ("OUT00=0.5", "OUT=0.5"):
+        weights = BlockWeights.of(["INALL", more])
+        weights.check(names)
+        assert [weights.factor(name) for name in names] == [0.5, 1.0]
+    BlockWeights.of(["1"] * 26).check(names)
+
+
+def test_later_words_count_over_earlier_ones_and_over_a_list() -> None:
+    name = "unet.up_blocks.1.attentions.0.proj_in.weight"
+    assert BlockWeights.of(["OUT03=2", "OUT=0.5"]).factor(name) == 0.5
+    assert BlockWeights.of(["OUT=0.5", "OUT03=2"]).factor(name) == 2
+    assert BlockWeights.of(["OUTALL", "OUT=0.5"]).factor(name) == 0.5
+    assert BlockWeights.of([*["1"] * 17, "OUT03=2"]).factor(name) == 2
+
+
+def test_a_range_may_be_given_backwards_and_the_middle_by_its_other_name() -> None:
+    assert BlockWeights.of(["OUT05-OUT04=0.5", "M00=2"]).factors == {"OUT04": 0.5, "OUT05": 0.5, "MID": 2.0}
+
+
 MODULES = {
     "unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q": 0.5,
     "unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q": 1.0,
