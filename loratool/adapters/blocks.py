@@ -1,4 +1,4 @@
-"""Weights of blocks: which block of an image model a weight lies in, by its name in any dialect, and its factor."""
+"""Weights of blocks: the factor of a weight of an image model, by the block that it lies in."""
 
 from __future__ import annotations
 
@@ -8,27 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from loratool.errors import UsageError, printable
-from loratool.layouts.diffusion.blocks import BASE, KINDS, LISTS, MID, PATTERNS, PRESETS, TEXT
+from loratool.layouts.diffusion.blocks import BASE, KINDS, LISTS, MID, PRESETS, block_of
 
-TEXT_NAME = re.compile(TEXT)
-NAMES = tuple((re.compile(pattern), kind, factors, first) for pattern, kind, factors, first in PATTERNS)
 BLOCK = re.compile(rf"(?P<kind>{'|'.join(KINDS)})(?P<number>\d{{1,4}})?")
 RANGE = re.compile(r"(?P<first>[A-Z]+\d+)-(?P<last>[A-Z]+\d+)")
 FLAG = "--block-weights"
 NUMBERED = frozenset(LISTS[26])  # all blocks of U-Nets
-
-
-def block_of(name: str) -> str:
-    """The block of a weight or module; BASE where it is in none."""
-    if TEXT_NAME.search(name):
-        return BASE
-    for pattern, kind, factors, first in NAMES:
-        if match := pattern.search(name):
-            numbers = map(int, match.groups())
-            return (
-                kind if kind == MID else f"{kind}{first + sum(map(math.prod, zip(factors, numbers, strict=True))):02d}"
-            )
-    return BASE
 
 
 @dataclass(frozen=True)

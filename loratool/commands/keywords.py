@@ -178,7 +178,9 @@ class ResizeKeywords(FactorKeywords, DialectKeywords, ReadingKeywords, DeviceKey
     uniform: bool
 
 
-class CombineKeywords(FactorKeywords, DialectKeywords, ReadingKeywords, DeviceKeywords, PublishKeywords, total=False):
+class CombineKeywords(
+    BlockKeywords, FactorKeywords, DialectKeywords, ReadingKeywords, DeviceKeywords, PublishKeywords, total=False
+):
     """Of CombineOptions."""
 
     method: str

@@ -6,37 +6,31 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
+from loratool.layouts.diffusion import blocks
+from loratool.layouts.diffusion.blocks import BASE, MID
 from loratool.layouts.diffusion.components import TEXT_WORDS
 from loratool.results.text import columns
 
-# Stacks of blocks in the order in which a model runs them, as both layouts call them; those in the middle of U-Nets are one.
-STACKS = (
-    *("input_blocks", "down_blocks", "middle_block", "mid_block", "output_blocks", "up_blocks", "double_blocks"),
-    *("joint_blocks", "noise_refiner", "context_refiner", "transformer_blocks", "single_transformer_blocks"),
-    *("single_blocks", "blocks", "layers"),
-)
-BLOCK = re.compile(rf"(?<![^._])(?:({'|'.join(STACKS)})[._](\d+)|(mid_block|middle_block))(?=[._])")
 TEXT = re.compile(rf"({'|'.join(sorted(TEXT_WORDS, key=len, reverse=True))})[._]")
 IMAGE = re.compile(r"(?:unet|prior|diffusion_model)[._]")
-MIDDLE = ("mid_block", "middle_block")
-OTHER = "other"
+ORDER = ("IN", MID, "OUT", "D", "S", "L", BASE)  # kinds of blocks as a model runs them; what is in no block is last
 WIDTH = 32  # characters of the longest bar
 
 
 def block_of(target: str) -> str:
-    """`down_blocks.0` of a target with dots or without, the word for a text encoder, or `other`."""
-    if match := TEXT.match(target):
-        return match[1]
-    if (found := BLOCK.search(target)) is None:
-        return OTHER
-    stack = found[3] or found[1]
-    return stack if stack in MIDDLE else f"{stack}.{found[2]}"
+    """The block of a target as --block-weights names it; of text encoders, which are all of its BASE, their word."""
+    match = TEXT.match(target)
+    return match[1] if match else blocks.block_of(target)
+
+
+def kind_of(block: str) -> str:
+    return block.rstrip("0123456789") if block[:1].isupper() else block
 
 
 def is_of_images(targets: Iterable[str]) -> bool:
     """Whether some target is one of an image model: by its component, or by blocks that models of language do not have."""
-    own = STACKS[: STACKS.index("blocks")]
-    return any(IMAGE.match(target) or block_of(target).startswith(own) for target in targets)
+    own = ORDER[: ORDER.index("L")]
+    return any(IMAGE.match(target) or kind_of(block_of(target)) in own for target in targets)
 
 
 def shares(norms: Mapping[str, float]) -> dict[str, tuple[float, int]]:
@@ -51,12 +45,10 @@ def shares(norms: Mapping[str, float]) -> dict[str, tuple[float, int]]:
     }
 
 
-def place(block: str) -> tuple[int, str, int]:
+def place(block: str) -> tuple[int, str]:
     """Where a block is in the order of a model: text encoders first, what is in no block last."""
-    stack, _, number = block.partition(".")
-    if stack in STACKS:
-        return STACKS.index(stack), "", int(number or 0)
-    return (len(STACKS), "", 0) if block == OTHER else (-1, block, 0)
+    kind = kind_of(block)
+    return (ORDER.index(kind) if kind in ORDER else -1), block
 
 
 def bars(norms: Mapping[str, float]) -> str:

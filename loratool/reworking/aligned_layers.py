@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,7 @@ class Beside:
     weights: Sequence[Weight]
     names: Spelling
     policy: str
-    factor: float = 1.0  # of sums of biases
+    factor: Callable[[str], float]  # of a sum of biases, by the weight beside it
     normalize: bool = False  # divide them by the weights of all that have the layer
     carried: Carried = field(default_factory=Carried)
     problems: list[str] = field(default_factory=list)
@@ -201,7 +201,7 @@ class Beside:
                 )
         for target, bias_sum in total.items():
             weight_target = f"{target.removesuffix('bias')}weight"
-            bias_whole = (bias_sum * self.factor / (divisors.get(target) or 1.0)).to(dtypes[target])
+            bias_whole = (bias_sum * self.factor(weight_target) / (divisors.get(target) or 1.0)).to(dtypes[target])
             if not bool(bias_whole.isfinite().all()):
                 dtype = str(dtypes[target]).removeprefix("torch.")
                 self.overflows.append(f"{printable(target)}: the sum of biases overflows {dtype}")

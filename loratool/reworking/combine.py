@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from loratool.adapters.blocks import BlockWeights
 from loratool.adapters.formats.format import Parts
 from loratool.adapters.layers import ROUNDING_ONLY, Contents, Form, Kind
 from loratool.adapters.ranks import evened, told_of_cuts
@@ -52,16 +53,17 @@ def combine(
     ways = options.readings(len(paths))
     sources, manner = in_manner(contents_apart(paths, ways, "combine"), options.to)
     target = check_adapter_target(out, paths, options, manner.form)
-    layers = align_layers(sources, weights)
-    refuse(sources, layers, combination)
+    layers, blocks = align_layers(sources, weights), BlockWeights.of(options.block_weights)
+    blocks.check(layers)
+    refuse(sources, layers, combination, blocks)
     with session(options.device, sources) as at_work:
-        combiner = Combiner(sources, manner, layers, combination, at_work, options)
+        combiner = Combiner(sources, manner, layers, combination, blocks, at_work, options)
         rest = run(combiner, target, paths, options, progress)
     return CombineReport(
         out=target,
         written=not options.dry_run,
         method=combination.method,
-        settings=told(combination, weights),
+        settings=told(combination, weights, blocks),
         adapters=tuple(source.name for source in sources),
         totals=rest.totals,
         modules=dict(sorted(combiner.modules.items())),
@@ -71,7 +73,12 @@ def combine(
     )
 
 
-def refuse(sources: Sequence[Contents], layers: Mapping[str, Sequence[AlignedLayer]], combination: Combination) -> None:
+def refuse(
+    sources: Sequence[Contents],
+    layers: Mapping[str, Sequence[AlignedLayer]],
+    combination: Combination,
+    blocks: BlockWeights,
+) -> None:
     """Raise for adapters that this cannot be done to."""
     if not layers:
         raise InputError("these adapters contain no low-rank update")
@@ -79,6 +86,7 @@ def refuse(sources: Sequence[Contents], layers: Mapping[str, Sequence[AlignedLay
         plain = combination.factor == 1 and combination.match == "none" and not combination.svc
         alone = len(sources) == 1 and METHODS[combination.method].family == GRAM and plain
         alone = alone and all(combination.rank is None or f[0].layer.rank <= combination.rank for f in layers.values())
+        alone = alone and all(blocks.factor(t) == 1 for t in layers)
         if not alone or any(aligned.weight != 1 for found in layers.values() for aligned in found):
             raise FitError(
                 f"{', '.join(dora)}: DoRA divides by the norm of W + ΔW, so its update depends on the base and cannot "
@@ -125,6 +133,7 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
         manner: Manner,
         layers: Mapping[str, Sequence[AlignedLayer]],
         combination: Combination,
+        blocks: BlockWeights,
         at_work: Session,
         options: CombineOptions,
     ) -> None:
@@ -135,7 +144,7 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
             at_work,
             options,
         )
-        self.manner = manner
+        self.manner, self.blocks = manner, blocks
         self.dtype = kept_dtype(sources, options.dtype)
         self.weights = options.adapter_weights(len(sources))
         self.together = torch.zeros(
@@ -151,7 +160,7 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
         kinds = {t: found[0].layer.kind for t, found in self.layers.items()}
         names = self.manner.spelling(kinds, self.sources[0])
         mean = self.combination.setting.normalize and METHODS[self.combination.method].family == GRAM
-        beside = Beside(self.sources, self.weights, names, self.options.saved, self.combination.factor, mean)
+        beside = Beside(self.sources, self.weights, names, self.options.saved, self.factor, mean)
         carried = beside.collect()
         self.beside_notes = beside.notes
         if self.sources[0].dora:  # it is the only one
@@ -197,12 +206,16 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
         )
         return Rest(
             config=draft.names.describe([source.adapter for source in self.sources], parts),
-            facts={"adapters": list(self.at_work.origins), **told(self.combination, self.weights)},
+            facts={"adapters": list(self.at_work.origins), **told(self.combination, self.weights, self.blocks)},
             notes=notes,
             files=common_files(self.sources),
             folders=[source.adapter.folder for source in self.sources],
             totals=self.totals(self.modules, self.dtype),
         )
+
+    def factor(self, target: str) -> float:
+        """What the result for a layer is multiplied by."""
+        return self.combination.factor * self.blocks.factor(target)
 
     def most(self, target: str) -> int:
         """The largest rank that the result of a layer may have."""
@@ -222,6 +235,7 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
         shared = joint([aligned.load(self.sources, self.at_work.device, self.at_work.dtype) for aligned in found])
         combination = dataclasses.replace(
             self.combination,
+            factor=self.factor(target),
             setting=dataclasses.replace(self.combination.setting, key=f"{self.combination.setting.key}/{target}"),
         )
         if METHODS[combination.method].family != FACTORWISE:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from loratool.adapters.blocks import BlockWeights
 from loratool.adapters.reading import ReadingOptions
 from loratool.adapters.writer import FactorOptions
 from loratool.algebra.methods.elementwise import Setting
@@ -15,7 +16,7 @@ from loratool.algebra.methods.table import ELEMENTWISE, FACTORWISE, GRAM, METHOD
 from loratool.errors import UsageError, printable
 from loratool.files.inputs import json_value
 from loratool.options.described import FLAG, NUMBER, SWITCH, Choice, JsonFile, Kind, Number, option
-from loratool.options.shared import DeviceOption, PublishOptions
+from loratool.options.shared import BlockOption, DeviceOption, PublishOptions
 from loratool.reworking.aligned_layers import SAVED, Weight
 from loratool.reworking.dialects import DialectOption
 
@@ -49,7 +50,7 @@ class WeightOf(Kind):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CombineOptions(FactorOptions, DialectOption, ReadingOptions, DeviceOption, PublishOptions):
+class CombineOptions(BlockOption, FactorOptions, DialectOption, ReadingOptions, DeviceOption, PublishOptions):
     """Of `combine`."""
 
     method: str = option(
@@ -219,7 +220,7 @@ def refuse_idle(options: CombineOptions) -> None:
             raise UsageError(f"{flag} applies only to {', '.join(methods)} (the method is {options.method})")
 
 
-def told(combination: Combination, weights: Sequence[Weight]) -> dict[str, Any]:
+def told(combination: Combination, weights: Sequence[Weight], blocks: BlockWeights) -> dict[str, Any]:
     """The settings, as the record and reports name them."""
     table: dict[str, Any] = {"method": combination.method, "weights": list(weights)}
     method = METHODS[combination.method]
@@ -239,6 +240,7 @@ def told(combination: Combination, weights: Sequence[Weight]) -> dict[str, Any]:
         "iso_beta": combination.iso_beta if combination.method == "iso_c" else None,
         "row_wise": combination.row_wise or None,
         "svc": combination.svc or None,
+        "block_weights": dict(blocks.factors) or None,
         "seed": combination.setting.key if combination.method.startswith(("dare", "della")) else None,
     }
     return table | {name: value for name, value in shown.items() if value is not None}

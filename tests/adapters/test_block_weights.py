@@ -12,8 +12,9 @@ from diffusion_models import WIDTH, clip, ldm_unet, under, values
 from safetensors.torch import load_file, save_file
 
 import loratool
-from loratool.adapters.blocks import BlockWeights, block_of
+from loratool.adapters.blocks import BlockWeights
 from loratool.errors import UsageError
+from loratool.layouts.diffusion.blocks import block_of
 from loratool.layouts.diffusion.known import links
 
 if TYPE_CHECKING:
@@ -164,3 +165,18 @@ def test_an_adapter_rescaled_by_block_merges_to_the_same(inputs: tuple[Path, Pat
     assert changes_in(base, tmp_path / "out.safetensors") == {
         name: 2 * factors[at] for name, at in STORED.items() if factors[at]
     }
+
+
+def test_a_combination_weighs_blocks(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """Also where weights are divided by their sum, in which a factor of an adapter's weight would cancel."""
+    base, adapter = inputs
+    factors = list(MODULES.values())
+    for name, keywords in (("sum", {"weights": [1, 0.5]}), ("mean", {"normalize": True})):
+        out = tmp_path / f"{name}.safetensors"
+        loratool.combine([adapter, adapter], out, block_weights=WORDS, device="cpu", **keywords)
+        loratool.merge(base, out, tmp_path / f"{name}-merged.safetensors", device="cpu")
+        whole = 3 if name == "sum" else 2
+        found = changes_in(base, tmp_path / f"{name}-merged.safetensors")
+        assert found == {tensor: whole * factors[at] for tensor, at in STORED.items() if factors[at]}
+    with pytest.raises(UsageError, match="no adapted weight lies in D"):
+        loratool.combine([adapter, adapter], tmp_path / "o.safetensors", block_weights="D=0.5", device="cpu")

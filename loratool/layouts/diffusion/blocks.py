@@ -6,6 +6,8 @@ encoders first of all. Lists and presets are those of the LoRA Block Weight exte
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 
 BASE, MID = "BASE", "MID"
@@ -54,3 +56,18 @@ PRESETS: Mapping[str, str] = {
     "OUTS": "1,0,0,0,0,0,0,0,0,0,0,0,1,1,1,1,1",
     "OUTALL": "1,0,0,0,0,0,0,0,1,1,1,1,1,1,1,1,1",
 }
+TEXT_NAME = re.compile(TEXT)
+NAMES = tuple((re.compile(pattern), kind, factors, first) for pattern, kind, factors, first in PATTERNS)
+
+
+def block_of(name: str) -> str:
+    """The block of a weight or module, by its name in any dialect; BASE where it is in none."""
+    if TEXT_NAME.search(name):
+        return BASE
+    for pattern, kind, factors, first in NAMES:
+        if match := pattern.search(name):
+            numbers = map(int, match.groups())
+            return (
+                kind if kind == MID else f"{kind}{first + sum(map(math.prod, zip(factors, numbers, strict=True))):02d}"
+            )
+    return BASE
