@@ -263,7 +263,7 @@ def scaled_output(
         file.check_unchanged()
         stage.add(form.weights_name)
         if not single:
-            finish(stage, form, {}, provenance, files_beside(source), [source.adapter.folder])
+            finish(stage, form, scaled.header, provenance, files_beside(source), [source.adapter.folder])
 
 
 def times(source: Contents, name: str, factor: float) -> Tensor:

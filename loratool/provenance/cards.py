@@ -71,11 +71,12 @@ class Subject:
 
     title: str
     trained_with: str
-    library: str  # that loads it, by its name on the Hub
+    library: str  # that loads it, by its name on the Hub; empty where the Hub has none
     tags: tuple[str, ...]
     base: str  # as its config names it
     ranks: tuple[int, ...]  # all that the config names, the smallest first
     snippet: Callable[[str, str], list[str]]  # Python that loads it, from a base and a place
+    prompt: str = ""  # that calls up what was trained, of an image model, where its files tell it
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,11 @@ def front(
         if verb != "dequantise":
             fields["base_model_relation"] = "adapter" if verb != "merge" else "merge" if several else "finetune"
     if isinstance(about, Subject):
-        fields["library_name"], tags = about.library, about.tags
+        tags = about.tags
+        if about.library:
+            fields["library_name"] = about.library
+        if about.prompt:
+            fields |= {"instance_prompt": about.prompt, "widget": [{"text": about.prompt}]}
     else:
         tags = ("lora", "merge") if verb == "merge" else ()
         if about.get("model_type") or about.get("architectures"):
@@ -203,9 +208,18 @@ def front(
     for key, value in sorted(fields.items()):
         if isinstance(value, list):
             yield f"{key}:"
-            yield from (f"- {quoted(item)}" for item in value)
+            yield from (f"- {entry(item)}" for item in value)
         else:
             yield f"{key}: {quoted(value)}"
+
+
+def entry(item: str | Mapping[str, str]) -> str:
+    """An item of a list: a scalar, or a mapping of one key."""
+    return (
+        ", ".join(f"{key}: {quoted(value)}" for key, value in item.items())
+        if isinstance(item, Mapping)
+        else quoted(item)
+    )
 
 
 def quoted(value: str) -> str:

@@ -12,12 +12,15 @@ from typing import Any
 import click
 import faults
 import pytest
+import torch
 from huggingface_hub import ModelCard, ModelCardData
 from paths import ROOT
+from safetensors.torch import save_file
 
 import loratool
 from loratool.adapters.formats.peft import PEFT
 from loratool.provenance.cards import CARD, MARK, Subject, card, card_of, command, terms_of
+from loratool.publishing.selecting import select
 from loratool.reworking.combine_options import CombineOptions
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -331,3 +334,78 @@ def test_the_command_of_a_card_is_one_that_the_command_line_takes(models: Path) 
     plain = shlex.split(words.replace("""-w '{"mlp": 0.5, "default": 1.0}'""", "-w 1"))
     parent = click.Context(cli.cli, info_name="loratool", **cli.cli.context_settings)
     assert cli.command("combine").make_context("combine", plain[2:], parent=parent).params["factor"] == "0.7"
+
+
+KOHYA = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+SDXL = {"ss_base_model_version": "sdxl_base_v1-0"}
+SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
+
+
+def image_adapter(folder: Path, header: Mapping[str, str]) -> Path:
+    folder.mkdir(parents=True)
+    factors = {"lora_down.weight": torch.ones(2, 4), "lora_up.weight": torch.ones(4, 2), "alpha": torch.tensor(1.0)}
+    tensors = {f"{KOHYA}.{role}": value for role, value in factors.items()}
+    save_file(tensors, folder / "style.safetensors", dict(header))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("header", "base", "tag"),
+    [
+        (SDXL | {"ss_sd_model_name": "sd_xl_base_1.0.safetensors"}, SDXL_BASE, "stable-diffusion-xl"),
+        (SDXL | {"ss_sd_model_name": "someone/mix"}, "someone/mix", "stable-diffusion-xl"),
+        (SDXL | {"ss_sd_model_name": "mix.safetensors"}, None, "stable-diffusion-xl"),
+        ({"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}, SDXL_BASE, "stable-diffusion-xl"),
+        ({"ss_base_model_version": "flux1"}, None, "flux"),
+        ({"ss_base_model_version": "sd_v1"}, None, "stable-diffusion"),
+        ({}, None, None),
+    ],
+)
+def test_the_card_of_an_image_adapter_is_what_the_hub_expects(
+    tmp_path: Path, header: dict[str, str], base: str | None, tag: str | None
+) -> None:
+    """With a prompt and a base where the header holds them, and where they are sure."""
+    folder = image_adapter(tmp_path / "style", header | {"modelspec.trigger_phrase": 'a "sks" dog: #1'})
+    sent = select_card(folder)
+    data = entries(ModelCard(sent))
+    own = ["text-to-image", "diffusers", "lora", "template:sd-lora", *([tag] if tag else [])]
+    wanted = {
+        "library_name": "diffusers",
+        "tags": ["loratool", *own],
+        "instance_prompt": 'a "sks" dog: #1',
+        "widget": [{"text": 'a "sks" dog: #1'}],
+    }
+    assert data == wanted | ({"base_model": [base], "base_model_relation": "adapter"} if base else {})
+
+
+def test_what_no_header_holds_is_in_no_card(tmp_path: Path) -> None:
+    data = entries(ModelCard(select_card(image_adapter(tmp_path / "one", {"ss_base_model_version": "wan2.1"}))))
+    assert data == {
+        "library_name": "diffusers",
+        "tags": ["loratool", "text-to-video", "diffusers", "lora", "template:sd-lora", "wan"],
+    }
+
+
+def select_card(folder: Path) -> str:
+    """The card that a push makes."""
+    made = {upload.name: upload.content for upload in select(folder, (), (), False, "me/style").uploads}
+    return (made[CARD] or b"").decode()
+
+
+@pytest.mark.parametrize("verb", ["rescale", "rescale --bake", "resize", "combine", "convert"])
+def test_commands_keep_the_prompt_of_an_image_adapter_in_the_card(tmp_path: Path, verb: str) -> None:
+    header = SDXL | {"modelspec.trigger_phrase": "sks dog"}
+    style, out = image_adapter(tmp_path / "style", header), tmp_path / "out"
+    match verb:
+        case "resize":
+            loratool.resize(style, out, rank=1, device="cpu")
+        case "combine":
+            loratool.combine([style, image_adapter(tmp_path / "other", SDXL)], out, device="cpu")
+        case "convert":
+            loratool.convert(style, out, to="diffusers", accept_loss=True)
+        case _:
+            loratool.rescale(style, out, scale=0.5, bake="bake" in verb)
+    data, _ = loaded(out)
+    assert data["base_model"] == [SDXL_BASE]
+    assert data["library_name"] == "diffusers"
+    assert data.get("instance_prompt") == (None if verb == "combine" else "sks dog")  # one of them has none

@@ -118,10 +118,8 @@ def replaceable(overwrite: bool) -> FileNames | None:
 def subject_at(folder: Path) -> Subject | None:
     """What a card says of the adapter in a folder; None where no config says that there is one."""
     form = format_at(folder)
-    if not form.config_name:
-        return form.subject({}) if form.recognises(folder) else None
-    path = folder / form.config_name
-    return form.subject(form.read_config(path)) if path.is_file() else None
+    config = form.card_config(folder)
+    return None if config is None else form.subject(config)
 
 
 def not_an_adapter(path: Path) -> LoratoolError:

@@ -184,6 +184,11 @@ class Format(Protocol):
     def subject(self, config: Config) -> Subject:
         """What a card says of an adapter with a config."""
 
+    def card_config(self, folder: Path) -> Config | None:
+        """The config of the adapter in a folder, as `subject` takes it; None where none is known to be there."""
+        path = folder / self.config_name
+        return self.read_config(path) if path.is_file() else None
+
     def read(self, path: Path, reading: Reading = AS_STORED) -> Adapter:
         """The adapter, its values still on disk. Raises `InputError` telling all that is wrong with it at once."""
         adapter, problems = self.read_leniently(path, reading)

@@ -234,13 +234,18 @@ class GgufAdapter(Format):
         adapter = settled(adapter, self.model.config) if self.model is not None else adapter
         return adapter, (*problems, *found.problems)
 
-    def subject(self, config: Config) -> Subject:  # noqa: ARG002 (there is none)
+    def card_config(self, folder: Path) -> Config | None:
+        """What the metadata tell of the base."""
+        return {REPOSITORY: self.file_at(folder).text(REPOSITORY)} if self.recognises(folder) else None
+
+    def subject(self, config: Config) -> Subject:
+        place = str(config.get(REPOSITORY, ""))
         return Subject(
             title="LoRA adapter",
             trained_with="a tool for llama.cpp",
-            library="gguf",
-            tags=("lora", "gguf"),
-            base="",
+            library="",
+            tags=("lora", "gguf", "llama-cpp"),
+            base=place.removeprefix(HUB) if place.startswith(HUB) else "",
             ranks=(),
             snippet=lambda base, where: [],  # noqa: ARG005
         )

@@ -160,8 +160,8 @@ class GgufNames:
         place = {REPOSITORY: f"{HUB}{base}"} if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) else {}
         return {ALPHA: repr(scale * rank), **place}
 
-    def describe(self, sources: Sequence[Adapter], parts: Parts) -> dict[str, Any]:  # noqa: ARG002 (it has no config)
-        return {}
+    def describe(self, sources: Sequence[Adapter], parts: Parts) -> dict[str, Any]:
+        return dict(self.header(sources, parts))
 
     def describe_new(self, training: Training, parts: Parts) -> dict[str, Any]:  # noqa: ARG002 (the same)
         return {}

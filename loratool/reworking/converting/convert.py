@@ -201,13 +201,13 @@ class Converter(Maker[str, str]):
             lora_bias=bool(self.contents.biases),
             tokens=beside.tokens,
         )
-        self.config = dict(names.describe([self.contents.adapter], parts))
-        self.notes = tuple(self.remarks())
         adapter = self.contents.adapter
-        if self.kept:
-            carry(beside, self.given, names, self.kept)
         if self.options.strip_metadata:
             adapter = replace(adapter, config=without_training_data(adapter.config))
+        self.config = dict(names.describe([adapter], parts))
+        self.notes = tuple(self.remarks())
+        if self.kept:
+            carry(beside, self.given, names, self.kept)
         return Draft(forms, names, self.dtype, beside, scales, [adapter], self.wanted.architecture)
 
     @property

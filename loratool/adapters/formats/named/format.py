@@ -11,7 +11,7 @@ from typing import Any
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.format import Config, Format, Scaled
-from loratool.adapters.formats.named import header, refused, strength, writing
+from loratool.adapters.formats.named import card, header, refused, strength, writing
 from loratool.adapters.formats.named.dialects import Spelling, spelling_of
 from loratool.adapters.formats.named.reading import Configs, Reader, dialect_of
 from loratool.adapters.formats.roles import split
@@ -152,16 +152,15 @@ class Named(Format):
     def losses(self, adapter: Adapter, dialect: str = "") -> tuple[Note, ...]:
         return writing.losses(adapter, dialect)
 
-    def subject(self, config: Config) -> Subject:  # noqa: ARG002 (the header may hold anything)
-        return Subject(
-            title="LoRA adapter",
-            trained_with="a tool for image models",
-            library="diffusers",
-            tags=("lora",),
-            base="",
-            ranks=(),
-            snippet=lambda base, where: [],  # noqa: ARG005
-        )
+    def subject(self, config: Config) -> Subject:
+        return card.subject(config, self.training_in(header.Header(config)))
+
+    def card_config(self, folder: Path) -> Config | None:
+        """The header of the file; of several files what all headers say."""
+        if not self.recognises(folder):
+            return None
+        files = [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else list(self.adapters_in(folder))
+        return card.common([read_head(path).metadata for path in files])
 
 
 def with_methods(training: Training, found: Reader) -> Training:

@@ -14,6 +14,7 @@ from typing import Any
 
 from loratool.adapters.adapter import Adapter, StoredTensor
 from loratool.adapters.formats.format import Format, Parts, Shape
+from loratool.adapters.formats.named.card import common
 from loratool.adapters.layers import Form, Kind
 from loratool.adapters.training import Training
 from loratool.algebra.lowrank.products import Product
@@ -172,7 +173,9 @@ class NamedNames:
         return {**kept, **told}
 
     def describe(self, sources: Sequence[Adapter], parts: Parts) -> dict[str, Any]:  # noqa: ARG002 (it has no config)
-        return {}
+        """What the headers of all sources say, for the card."""
+        own = [source.config if source.format == self.form.name else {} for source in sources]
+        return {key: value for key, value in common(own).items() if key not in OF_ONE_FILE}
 
     def describe_new(self, training: Training, parts: Parts) -> dict[str, Any]:  # noqa: ARG002 (the same)
         return {}

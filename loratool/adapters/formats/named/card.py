@@ -1,0 +1,81 @@
+"""What the card of an adapter of an image or video model says of it, from the header of its file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from loratool.adapters.training import Training
+from loratool.files.hub_cache import is_hub_id
+from loratool.provenance.cards import Subject
+
+TRIGGER = "modelspec.trigger_phrase"  # the words that call up what was trained
+MODELS = ("ss_base_model_version", "modelspec.architecture")  # entries that tell the architecture
+FILE = re.compile(r"\.(?:safetensors|ckpt|pth?|bin|gguf)$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models that the Hub has one tag for."""
+
+    said: re.Pattern[str]  # how the words begin that headers have for them
+    tags: tuple[str, ...] = ()
+    task: str = "text-to-image"
+    base: str = ""  # on the Hub, where these words mean one model
+    file: re.Pattern[str] | None = None  # what that model's file is called
+
+
+FAMILIES = (
+    Family(re.compile(r"sd_v[12]|sd_[12]\.|stable-diffusion-v[12]"), ("stable-diffusion",)),
+    Family(
+        re.compile(r"sdxl_base_v1-0|stable-diffusion-xl-v1-base(?:/|$)"),
+        ("stable-diffusion-xl",),
+        base="stabilityai/stable-diffusion-xl-base-1.0",
+        file=re.compile(r"sd_xl_base_1\.0(?:_0\.9vae)?\.safetensors"),
+    ),
+    Family(re.compile(r"sdxl|stable-diffusion-xl"), ("stable-diffusion-xl",)),
+    Family(re.compile(r"sd3|stable-diffusion-3"), ("sd3",)),
+    Family(re.compile(r"flux-1-schnell(?:/|$)"), ("flux",), base="black-forest-labs/FLUX.1-schnell"),
+    Family(re.compile(r"flux"), ("flux",)),  # dev or schnell: kohya's tools write one word for both
+    Family(re.compile(r"lumina-?2"), ("lumina2",)),
+    Family(re.compile(r"qwen-?_?image"), ("qwen-image",)),
+    Family(re.compile(r"wan[-_ ]?\d|wan(?:/|$)"), ("wan",), task="text-to-video"),
+    Family(re.compile(r"hunyuan[-_]?video|framepack|hv_1_5"), ("hunyuan-video",), task="text-to-video"),
+)
+UNKNOWN = Family(re.compile(""))
+
+
+def family_of(header: Mapping[str, str]) -> Family:
+    """The family of models that a header names."""
+    said = [str(header.get(key, "")).lower() for key in MODELS]
+    return next((family for text in said for family in FAMILIES if family.said.match(text)), UNKNOWN)
+
+
+def base_of(header: Mapping[str, str], named: str) -> str:
+    """The base's id on the Hub: the one that was named, else the family's, but not where another file was trained on."""
+    if is_hub_id(named) and not FILE.search(named):
+        return named
+    family = family_of(header)
+    return family.base if not named or (family.file and family.file.fullmatch(named)) else ""
+
+
+def subject(header: Mapping[str, str], training: Training) -> Subject:
+    """The adapter whose file has a header, which says this of its training."""
+    family = family_of(header)
+    return Subject(
+        title="LoRA adapter",
+        trained_with="a tool for image models",
+        library="diffusers",
+        tags=(family.task, "diffusers", "lora", "template:sd-lora", *family.tags),
+        base=base_of(header, training.base),
+        ranks=(training.rank,) if training.rank else (),
+        snippet=lambda base, where: [],  # noqa: ARG005
+        prompt=str(header.get(TRIGGER, "")).strip(),
+    )
+
+
+def common(headers: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The entries that all headers have alike."""
+    first = headers[0] if headers else {}
+    return {key: value for key, value in first.items() if all(other.get(key) == value for other in headers[1:])}
