@@ -39,7 +39,8 @@ class DialectOption(Options):
     """Of a command that makes adapters of adapters."""
 
     to: str | None = option(
-        help="Dialect of OUT, as for `loratool convert` [default: that of the first adapter, or PEFT's].",
+        help="Dialect of OUT, as for `loratool convert` [default: that of the first adapter; for `extract` diffusers' "
+        "of a pipeline, else PEFT's].",
         kind=Choice(lambda: tuple(DIALECTS)),
     )
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from loratool.adapters.formats import DIALECTS, FORMATS, WRITTEN
+from loratool.adapters.formats import FORMATS, WRITTEN
 from loratool.adapters.formats.format import Config, Parts, Spelling
 from loratool.adapters.layers import ATTENTION, Form, Kind, adapted_module
 from loratool.adapters.ranks import told_of_cuts
@@ -27,7 +27,7 @@ from loratool.bases.decoded import Decoded
 from loratool.bases.opening import open_checkpoint
 from loratool.bases.packed import Packed
 from loratool.bases.weights import Held, Slice
-from loratool.errors import FitError, InputError, UsageError, printable
+from loratool.errors import FitError, InputError, printable
 from loratool.fetching import local
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.hub_cache import origin_of, told_origin
@@ -35,9 +35,9 @@ from loratool.lazy import torch
 from loratool.measuring.session import PathLike, Progress, Session, session
 from loratool.notes import Note
 from loratool.results.extract import ExtractedLayer, ExtractedTotals, ExtractReport
-from loratool.reworking.converting.naming import LAYOUTS
 from loratool.reworking.dialects import Manner
 from loratool.reworking.extracting.differences import Difference, NotFiniteError, Part, Rule, decomposed, is_finite
+from loratool.reworking.extracting.naming import manner_of, named_as
 from loratool.reworking.extracting.options import ExtractOptions
 from loratool.reworking.extracting.pairing import Change, Pairing, is_table, pair
 from loratool.reworking.runner import Draft, Made, Maker, Rest, run, together
@@ -55,7 +55,7 @@ def extract(
     rule = Rule.of(options.rank, options.energy, options.max_rank)
     paths = local(base, "model"), local(tuned, "model")
     before, after = (open_model(path, role) for path, role in zip(paths, ("BASE", "TUNED"), strict=True))
-    manner = manner_of(options.to, before.config)
+    manner = manner_of(options.to, before)
     target = check_adapter_target(out, paths, options, manner.form)
     doubts = check_packed((before, after))
     with session(options.device, []) as at_work:
@@ -63,6 +63,7 @@ def extract(
         found.doubts += doubts
         check_saved(found)
         refuse_nothing(found)
+        manner = named_as(manner, found)
         extractor = Extractor(found, rule, options.exact, options.seed, at_work, options.dtype, manner)
         rest = run(extractor, target, paths, options, progress)
     return ExtractReport(
@@ -173,7 +174,8 @@ class Extractor(Maker[tuple[Change, ...], Outcome]):
         forms = self.forms()
         kinds = {t: form.kind for t, form in forms.items()}
         names = self.names(kinds, self.release(forms))
-        return Draft(forms, names, self.dtype, self.pairing.carried(self.manner.form, self.manner.dialect))
+        carried = self.pairing.carried(self.manner.form, self.manner.dialect)
+        return Draft(forms, names, self.dtype, carried, architecture=self.manner.architecture)
 
     def release(self, forms: Mapping[str, Form]) -> str:
         """Whose way round the factors of experts are written; empty where there are none."""
@@ -359,14 +361,6 @@ def nothing_left(noise: Mapping[str, ExtractedLayer], rule: Rule) -> str:
     )
 
 
-def manner_of(asked: str | None, config: Mapping[str, Any]) -> Manner:
-    """The dialect that is asked for, for a base with a config. Raises `UsageError` for one of image models."""
-    dialect = asked or WRITTEN.dialects[0]
-    if dialect not in WRITTEN.dialects[:1] and (dialect in LAYOUTS or dialect in WRITTEN.dialects):
-        raise UsageError(f"extract does not write {dialect}; extract an adapter, then `loratool convert` it")
-    return Manner(DIALECTS[dialect].for_model(config), dialect)
-
-
 def config_of(
     found: Pairing, kinds: Mapping[str, Kind], ranks: Mapping[str, int], release: str, manner: Manner
 ) -> Config:
@@ -455,6 +449,7 @@ def total(extractor: Extractor, forms: Mapping[str, Form], itemsize: int) -> Ext
 def remarks(found: Pairing, extractor: Extractor, rule: Rule) -> Iterator[Note]:
     """What a user of the result should know."""
     yield from (note for checkpoint in (found.base, found.tuned) for note in checkpoint.notes[1:])
+    yield from extractor.manner.notes
     yield from (*not_compared(found.base, found.tuned), *found.told_guesses(), *found.doubts, *of_packing(found))
     if extractor.noise:
         yield (
