@@ -83,7 +83,7 @@ def rescale(
     path = local(adapter, "adapter")
     contents, manner, in_place = opened(path, options)
     target = check_adapter_target(out, [path], options, manner.form)
-    if not (contents.layers or contents.changes):
+    if not contents.layers and not (contents.changes and manner.form.rescales_tensors):
         raise InputError(f"{printable(contents.adapter.file.path)}: contains no update whose strength can be changed")
     # what PEFT does not read is not copied, nor what holds its scale in tensors, nor what becomes another dialect
     written = bool(contents.adapter.packing) or not manner.form.config_name or options.to is not None

@@ -34,7 +34,7 @@ class Layer:
 
 def rule(**given_rule: Any) -> RankRule:
     words = {"rank": None, "energy": None, "error": None, "ratio": None, "budget": None, **given_rule}
-    return RankRule.of(**words)
+    return RankRule.of(words)
 
 
 def choose(found: RankRule, energies: dict[str, list[float]], sizes: dict[str, tuple[int, int]] | None = None) -> Any:
