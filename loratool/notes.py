@@ -17,6 +17,7 @@ WARNINGS = frozenset(
         "alpha-is-zero",
         "expert-layout-assumed",
         "file-not-used",
+        "fp8-cast",
         "peft-loses-layers",
         "update-lost-in-rounding",
     }

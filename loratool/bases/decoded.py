@@ -87,7 +87,8 @@ class Decoded(Checkpoint):
 
     def left_over(self, plain: Collection[str]) -> frozenset[str]:
         """Tensors that go as well where some weights become plain."""
-        return frozenset(name for weight in plain for name in self.packing.leftovers.get(weight, ()))
+        marks = self.packing.marks if self.weights.keys() <= set(plain) else ()
+        return frozenset((*marks, *(name for weight in plain for name in self.packing.leftovers.get(weight, ()))))
 
 
 def weights_in(base: Checkpoint, shard: SafeFile, plain: Collection[str]) -> Iterator[tuple[str, StoredWeight]]:

@@ -15,6 +15,7 @@ from loratool.files.checkpoint import Checkpoint
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, torch
+from loratool.notes import Note
 
 # Where a checkpoint says how its weights are packed: entries of config.json, and files that are about nothing else.
 ENTRIES = (
@@ -163,6 +164,7 @@ class Packing:
     leftovers: Mapping[str, Sequence[str]] = field(default_factory=dict)
     # tensors on disk of weights that cannot be decoded → what packs them, such as "AQLM": they can be copied only
     unread: Mapping[str, str] = field(default_factory=dict)
+    marks: Collection[str] = ()  # tensors that say that weights are packed: they go where all weights become plain
 
 
 class Codec(Protocol):
@@ -201,6 +203,14 @@ class Codec(Protocol):
     ) -> Mapping[str, str]:
         """The metadata in the header of one file where the weights `plain` are not packed any more."""
         return metadata
+
+    def notes(
+        self,
+        packing: Packing,  # noqa: ARG002 (most loaders keep plain weights as they are)
+        plain: Collection[str],  # noqa: ARG002
+    ) -> Sequence[Note]:
+        """What a user should know of a model where the weights `plain` are not packed any more, and others are."""
+        return ()
 
 
 def plain_dtype(config: Mapping[str, Any]) -> str:

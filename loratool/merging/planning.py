@@ -170,6 +170,7 @@ def becoming_plain(
     if along := sorted(plain - touched):
         text = f"servers fuse these with edited weights, so they become plain as well: {listed(along)}"
         notes.append(Note("siblings-plain", text))
+    notes += base.codec.notes(base.packing, plain) if base.codec else ()
     return plain
 
 

@@ -477,7 +477,7 @@ def test_two_edits_of_one_tensor_are_refused_with_both_names() -> None:
 
 @pytest.mark.parametrize(
     ("packed", "dtype"),
-    [("qweight", "I32"), ("weight_packed", "I32"), ("weight", "U8"), ("weight", "F8_E4M3")],
+    [("qweight", "I32"), ("weight_packed", "I32"), ("weight", "U8"), ("weight", "F8_E4M3FNUZ")],
 )
 def test_a_quantised_weight_is_refused_with_what_to_do(packed: str, dtype: str) -> None:
     module = "model.layers.0.self_attn.q_proj"

@@ -10,6 +10,7 @@ from loratool.bases.codecs.awq import Awq
 from loratool.bases.codecs.bitsandbytes import BitsAndBytes
 from loratool.bases.codecs.compressed_tensors import CompressedTensors
 from loratool.bases.codecs.fp8 import Fp8
+from loratool.bases.codecs.fp8_files import Fp8Files
 from loratool.bases.codecs.gguf import Gguf
 from loratool.bases.codecs.gptq import Gptq
 from loratool.bases.codecs.hqq import HqqCodec
@@ -36,6 +37,7 @@ CODECS: tuple[Codec, ...] = (
     Mxfp4(),
     Quanto(),
     Unreadable(),
+    Fp8Files(),
 )
 
 

@@ -47,6 +47,14 @@ def e4m3_bytes(values: Tensor) -> Tensor:
     return values.to(torch.float8_e4m3fn).view(torch.uint8)
 
 
+def e5m2_floats(packed: Tensor) -> Tensor:
+    return packed.view(torch.float8_e5m2).float()
+
+
+def e5m2_bytes(values: Tensor) -> Tensor:
+    return values.to(torch.float8_e5m2).view(torch.uint8)
+
+
 def int8_floats(packed: Tensor) -> Tensor:
     return packed.view(torch.int8).float()
 
@@ -119,6 +127,7 @@ def offset_integers(bits: int) -> Numbers:
 
 
 FP8 = Numbers("FP8", e4m3, e4m3_bytes, -448, 448)
+FP8_E5M2 = Numbers("FP8 E5M2", e5m2_floats, e5m2_bytes, -57344, 57344)
 FP6 = Numbers("FP6", e2m3_floats, e2m3_bytes, -7.5, 7.5)
 FP4 = Numbers("FP4", e2m1_floats, e2m1_bytes, -6, 6)
 INT8 = Numbers("int8", int8_floats, int8_bytes, -128, 127)
