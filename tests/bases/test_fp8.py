@@ -17,7 +17,7 @@ from torch import Tensor
 import loratool
 from loratool.adapters.formats import read_adapter
 from loratool.bases.codecs import decoded
-from loratool.bases.decoded import weight_of
+from loratool.bases.decoded import Decoded, weight_of
 from loratool.bases.opening import open_checkpoint
 from loratool.bases.weights import Room, Slice
 from loratool.devices import start_torch
@@ -237,4 +237,5 @@ def test_scales_that_do_not_fit_are_all_told(tmp_path: Path) -> None:
 def test_another_packing_is_left_alone(tmp_path: Path, packing: object) -> None:
     path = save_base(tmp_path / "base", POWERS, PACKED, quantization_config=packing)
     checkpoint = open_checkpoint(path)
-    assert decoded(checkpoint) is checkpoint
+    found = decoded(checkpoint)
+    assert found is checkpoint or (isinstance(found, Decoded) and not found.weights)
