@@ -44,8 +44,8 @@ def defined(codes: Tensor, kind: str) -> Tensor:
 
 def grid(kind: str) -> Tensor:
     """All finite numbers of a kind, in order."""
-    found = defined(torch.arange(256, dtype=torch.uint8), kind)
-    return found[found.abs() <= KINDS[kind][3]].unique()
+    found: NDArray[Any] = defined(torch.arange(256, dtype=torch.uint8), kind).numpy()
+    return torch.from_numpy(np.unique(found[np.abs(found) <= KINDS[kind][3]]))
 
 
 def distances(values: Tensor, kind: str) -> Tensor:
