@@ -32,9 +32,8 @@ class Layer:
         return min(self.rows, self.columns)
 
 
-def rule(**given_rule: Any) -> RankRule:
-    words = {"rank": None, "energy": None, "error": None, "ratio": None, "budget": None, **given_rule}
-    return RankRule.of(words)
+def rule(weights: dict[str, float] | None = None, uniform: bool = False, **asked: Any) -> RankRule:
+    return RankRule.of(asked, weights, uniform)
 
 
 def choose(found: RankRule, energies: dict[str, list[float]], sizes: dict[str, tuple[int, int]] | None = None) -> Any:
