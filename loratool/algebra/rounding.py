@@ -23,6 +23,8 @@ Term = tuple["Numbers", "Numbers", float]  # (n, count) left, (n, count) right, 
 INTEGERS = {8: "int64", 4: "int32", 2: "int16"}  # by bytes
 SPLITTER = 2.0**27 + 1  # cuts a float64 into two halves of 26 bits
 FAR = 2.0**-26  # of a float32's size: less than half of its step
+FEW = 64  # elements for which Python's own exact sums take less time than numpy's calls
+MIDDLING = 2.0**-200, 2.0**200  # sizes of float32 and of scales whose products float64 holds
 SAFE = 2.0**-900, 2.0**900  # sizes of products that are error-free: nothing near overflow or underflow
 
 
@@ -117,12 +119,16 @@ def exact_sums(start: Numbers, terms: Sequence[Term], dtype: torch.dtype) -> Ten
         dtype: of the result.
     """
     with numpy.errstate(all="ignore"):  # what overflows is found and left to fractions
-        sums = Accumulator(start)
-        for left, right, scale in terms:
-            for one, other in zip(left, right, strict=True):
-                sums.add_products(one, other, scale)
-        high, low = two_sum(sums.high, sums.low)
-        rounded, sure = decided(high, low, sums.rest * (1 + 2.0**-40), dtype)
+        if 0 < len(start) <= FEW and numpy.abs(start).max() < SAFE[1] and all(map(has_exact_products, terms)):
+            (high, low), rest = sums_of_few(start, terms), numpy.zeros_like(start)
+        else:
+            sums = Accumulator(start)
+            for left, right, scale in terms:
+                for one, other in zip(left, right, strict=True):
+                    sums.add_products(one, other, scale)
+            high, low = two_sum(sums.high, sums.low)
+            rest = sums.rest * (1 + 2.0**-40)
+        rounded, sure = decided(high, low, rest, dtype)
     rounded[torch.from_numpy((high == 0) & (start == 0) & numpy.signbit(start))] = -0.0
     for at in numpy.flatnonzero(~sure).tolist():
         exact = Fraction(float(start[at]))
@@ -133,6 +139,26 @@ def exact_sums(start: Numbers, terms: Sequence[Term], dtype: torch.dtype) -> Ten
             0.0, -1.0 if exact < 0 or is_minus_zero(start[at]) else 1.0
         )
     return rounded
+
+
+def has_exact_products(term: Term) -> bool:
+    """Whether float64 holds each scale · left · right: factors are float32 of middling sizes, the scale a power of two."""
+    left, right, scale = term
+    lowest, highest = MIDDLING
+    for each in (left, right, numpy.array([scale])):
+        size = numpy.abs(each)
+        if not (((size == 0) | ((size > lowest) & (size < highest))) & (each == each.astype(numpy.float32))).all():
+            return False
+    return abs(math.frexp(scale)[0]) == 0.5
+
+
+def sums_of_few(start: Numbers, terms: Sequence[Term]) -> tuple[Numbers, Numbers]:
+    """`exact_sums` as the next float64 and what that is off by, for which few elements make too little work for numpy."""
+    rows = [start[None], *(left * right * scale for left, right, scale in terms)]
+    every = numpy.concatenate(rows).T.tolist()
+    high = [math.fsum(numbers) for numbers in every]
+    low = [math.fsum((*numbers, -sum_)) for numbers, sum_ in zip(every, high, strict=True)]
+    return numpy.array(high) + 0.0, numpy.array(low)
 
 
 def is_minus_zero(value: float) -> bool:

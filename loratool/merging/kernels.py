@@ -61,7 +61,7 @@ def sum_and_round(
         lower: (n, width) of a 16-bit dtype, for the lower ends; the same memory as int16; and as integers of up to four
             elements each.
         upper: the same for the upper ends of (rows, width) elements.
-        memory: (rows, width) of float32 for W, and for the sums.
+        memory: (rows, width) of float32 for W where it is in another dtype, and for the sums.
         measure: whether to measure the product.
 
     Returns:
@@ -79,9 +79,9 @@ def sum_and_round(
     for at in range(0, stored.size(0), tile):
         rows = stored[at : at + tile]
         count = rows.size(0)
-        w, c = weight[:count], change[:count]
+        c = change[:count]
         margin, left = margins[at : at + tile], up[at : at + tile]
-        w.copy_(rows)
+        w = rows if rows.dtype == torch.float32 and rows.is_contiguous() else weight[:count].copy_(rows)
         squared += float(torch.linalg.vector_norm(w)) ** 2
         if measure:
             c.addmm_(left[:, :rank], down[:rank], beta=0, alpha=scale)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from exactly import exact_products, nearest_value, spelled
 
-from loratool.algebra.rounding import exact_sums, nearest, round_once
+from loratool.algebra.rounding import FEW, exact_sums, nearest, round_once
 
 NARROW = [torch.bfloat16, torch.float16]
 EVERY = [*NARROW, torch.float32, torch.float64]
@@ -95,7 +95,13 @@ def test_a_zero_keeps_its_sign_only_where_it_was_one() -> None:
 
 
 def check(start: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float, dtype: torch.dtype) -> None:
-    got = exact_sums(start.numpy(), [(left.numpy(), right.numpy(), scale)], dtype).double().tolist()
-    for at, value in enumerate(got):
+    """Few elements and many come by their sums in different ways."""
+    many = FEW // len(start) + 1
+    got = exact_sums(start.numpy(), [(left.numpy(), right.numpy(), scale)], dtype)
+    lefts, rights = (factor.repeat(1, many).numpy() for factor in (left, right))
+    again = exact_sums(start.repeat(many).numpy(), [(lefts, rights, scale)], dtype)
+    assert len(start) <= FEW < len(again)
+    assert torch.equal(again, got.repeat(many))
+    for at, value in enumerate(got.double().tolist()):
         exact = Fraction(float(start[at])) + exact_products(left[:, at].tolist(), right[:, at].tolist(), scale)
         assert value == nearest_value(exact, dtype), at
