@@ -207,14 +207,14 @@ def contents(
 
 
 def why_not(root: Path, name: str, include: Sequence[str], exclude: Sequence[str], weights: bool = False) -> str:
-    """Empty for a file that may be sent; else the reason it is not. Links of `weights` have been followed and read."""
+    """Empty for a file that may be sent; else the reason it is not. `weights`, of any kind, have been read through links."""
     if reason := never(name):
         return reason
     if not (root / name).is_file() or (leaves(root, name) and not weights):
         return "not a file of this folder"
     if matches(name, exclude):
         return "excluded"
-    return "" if matches(name, (*include, *KNOWN)) else f"{UNKNOWN}; pass --include to upload it"
+    return "" if weights or matches(name, (*include, *KNOWN)) else f"{UNKNOWN}; pass --include to upload it"
 
 
 def never(name: str) -> str:

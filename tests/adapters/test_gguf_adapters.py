@@ -12,6 +12,7 @@ import gguf_bytes
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from merged_models import write_adapter, write_model
 from numpy.typing import NDArray
 from safetensors.torch import load_file
@@ -20,6 +21,7 @@ import loratool
 from loratool.adapters.formats import is_adapter, read_adapter
 from loratool.adapters.reading import Reading
 from loratool.files.gguf import read_gguf
+from loratool.publishing.selecting import select
 
 Array = NDArray[Any]
 HIDDEN, HEADS, KEY_HEADS, VOCABULARY, RANK = 16, 4, 2, 10, 2
@@ -289,3 +291,19 @@ def test_what_llama_cpp_cannot_load_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(loratool.FitError, match="no llama weights of these names"):
         loratool.convert(unknown, tmp_path / "a.gguf", to="gguf", base=base)
     assert not (tmp_path / "a.gguf").exists()
+
+
+def test_the_card_links_the_base_that_the_file_names(tmp_path: Path) -> None:
+    """Of a folder that is pushed, and of one that is written; the Hub's client finds both sound."""
+    (tmp_path / "made").mkdir()
+    write(tmp_path / "made" / "adapter.gguf", tensors_of(factors()))
+    sent = {upload.name: upload for upload in select(tmp_path / "made", (), (), False, "me/made").uploads}
+    base, adapter = model(tmp_path / "base"), peft_adapter(tmp_path / "peft")
+    loratool.convert(adapter, tmp_path / "out", to="gguf", base=base)
+    for content in ((sent["README.md"].content or b"").decode(), (tmp_path / "out" / "README.md").read_text()):
+        found: dict[str, Any] = ModelCard(content).data.to_dict()  # type: ignore[no-untyped-call]
+        assert found == {
+            "base_model": ["some/model"],
+            "base_model_relation": "adapter",
+            "tags": ["loratool", "lora", "gguf", "llama-cpp"],
+        }
