@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 PathLike = str | os.PathLike[str]
 NOT_AS_WRITTEN = "not-as-written"  # the code of a finding
+NUMBERED = re.compile(r"(?<=_)[0-9]+(?=_)")  # in a name without dots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -398,7 +400,12 @@ def weight_facts(groups: Mapping[tuple[str, tuple[int, ...]], list[int]]) -> tup
 
 
 def leaf(name: str) -> str:
-    """`model.layers.0.self_attn.q_proj.weight` → `q_proj`; a bias keeps its word, and a number what it counts."""
+    """`model.layers.0.self_attn.q_proj.weight` → `q_proj`; a bias keeps its word, and a number what it counts.
+
+    A name without dots is kept, with # for its numbers: `unet_down_blocks_#_resnets_#_conv1`.
+    """
     parts = name.removesuffix(".weight").split(".")
+    if len(parts) == 1:
+        return NUMBERED.sub("#", name.removesuffix(".weight"))
     short = parts[-1] == "bias" or parts[-1].isdecimal()
     return ".".join(parts[-2:]) if short and len(parts) > 1 else parts[-1]

@@ -54,7 +54,8 @@ def in_dialect(source: Contents, dialect: str, architecture: str) -> Contents:
         return source.layers[target].load_factors(torch.device("cpu"), torch.float32)
 
     wanted = respelled(source.layers, dialect, architecture, architecture)
-    return renamed(source, narrowed(wanted.targets, source.layers, load))
+    found = renamed(source, narrowed(wanted.targets, source.layers, load))
+    return replace(found, adapter=replace(found.adapter, dialects=(dialect,)))
 
 
 def one_style(source: Contents, dialect: str) -> str:

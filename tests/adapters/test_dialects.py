@@ -699,3 +699,17 @@ def test_flux_of_ai_toolkit_is_read_with_scale_one() -> None:
     assert all(target.startswith("transformer.single_transformer_blocks.") for target in adapter.updates)
     assert {update.scale for update in adapter.updates.values()} == {1.0}  # type: ignore[attr-defined]
     assert [note.code for note in adapter.notes] == ["alpha-missing"]
+
+
+@pytest.mark.parametrize(
+    ("roles", "method"),
+    [
+        ({"diff": (4, 4)}, "FULL"),
+        ({"lora_down.weight": (2, 4), "lora_up.weight": (4, 2), "diff_b": (4,)}, "LORA"),
+        ({"hada_w1_a": (4, 1), "hada_w1_b": (1, 4), "hada_w2_a": (4, 1), "hada_w2_b": (1, 4)}, "LOHA"),
+    ],
+)
+def test_the_method_is_that_of_the_tensors(roles: dict[str, tuple[int, ...]], method: str, tmp_path: Path) -> None:
+    module = "lora_unet_mid_block_attentions_0_proj_in"
+    save_file({f"{module}.{role}": torch.ones(shape) for role, shape in roles.items()}, tmp_path / "a.safetensors")
+    assert read_adapter(tmp_path / "a.safetensors").training.method == method

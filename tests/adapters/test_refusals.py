@@ -361,3 +361,13 @@ def test_every_problem_of_an_adapter_is_told_at_once(tmp_path: Path, capsys: pyt
     assert code == 4
     assert "self_attn.q_proj" in message
     assert "mlp.up_proj" in message
+
+
+@pytest.mark.parametrize("name", ["config.json", "model_index.json"])
+def test_a_model_in_the_place_of_an_adapter_is_told_as_one(name: str, tmp_path: Path, capsys: Any) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / name).write_text('{"model_type": "llama"}')
+    save_file(llama(), model / "model.safetensors")
+    assert run(["rescale", str(model), "-o", str(tmp_path / "out"), "--scale", "2"]) == 3
+    assert "this is a model, not an adapter" in capsys.readouterr().err

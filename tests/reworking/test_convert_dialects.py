@@ -255,6 +255,19 @@ def test_names_of_no_known_architecture_are_refused_rather_than_guessed(tmp_path
     assert torch.equal(load_file(tmp_path / "out.safetensors")[f"{module}.lora_up.weight"], b)
 
 
+def test_of_a_known_architecture_only_the_modules_that_it_does_not_have_are_told(tmp_path: Path) -> None:
+    block = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to"
+    tensors = {}
+    for module in (f"{block}_q", f"{block}_k", f"{block}_v", "lora_unet_nonsense_to_q"):
+        down, up = pair(8, 8, seed=1)
+        tensors |= {f"{module}.lora_down.weight": down, f"{module}.lora_up.weight": up}
+    source = saved(tmp_path / "odd.safetensors", tensors)
+    with pytest.raises(InputError, match="The others are modules of sd15") as error:
+        loratool.convert(source, tmp_path / "out", to="diffusers")
+    assert "unet_nonsense_to_q" in str(error.value)
+    assert "down_blocks" not in str(error.value)
+
+
 def test_a_file_is_replaced_only_where_it_was_made_here(tmp_path: Path) -> None:
     source = in_diffusers(FLUX, tmp_path / "lora.safetensors")
     out, other = tmp_path / "out.safetensors", saved(tmp_path / "other.safetensors", {"x": torch.zeros(2)})

@@ -86,6 +86,24 @@ def test_adapters_of_two_dialects_are_combined_in_that_of_the_first(tmp_path: Pa
     close(delta(after, TE), delta(before, TE))
 
 
+@pytest.mark.parametrize("first", ["kohya", "diffusers"])
+def test_adapters_of_two_dialects_are_combined_in_another_that_is_asked_for(first: str, tmp_path: Path) -> None:
+    """Also in that of the second, whose layers were given the names of the first to be compared with them."""
+    one = kohya(tmp_path / "one.safetensors")
+    a, b = numbers(3, 4, seed=20), numbers(6, 3, seed=21)
+    other = tmp_path / "other.safetensors"
+    save_file({f"{IN_DIFFUSERS}.lora_A.weight": a, f"{IN_DIFFUSERS}.lora_B.weight": b}, other)
+    sources = [one, other] if first == "kohya" else [other, one]
+    for to in ("diffusers", "kohya", "comfy"):
+        loratool.combine(sources, tmp_path / f"{to}.safetensors", to=to)
+    wanted = delta(load_file(one), f"lora_unet_{Q}") + b.double() @ a.double()
+    after = load_file(tmp_path / "diffusers.safetensors")
+    close(after[f"{IN_DIFFUSERS}.lora_B.weight"].double() @ after[f"{IN_DIFFUSERS}.lora_A.weight"].double(), wanted)
+    close(delta(load_file(tmp_path / "kohya.safetensors"), f"lora_unet_{Q}"), wanted)
+    module = "diffusion_model.input_blocks.4.1.transformer_blocks.1.attn1.to_q"
+    close(delta(load_file(tmp_path / "comfy.safetensors"), module), wanted)
+
+
 def test_another_dialect_is_written_where_it_is_asked_for(tmp_path: Path) -> None:
     source = kohya(tmp_path / "a.safetensors")
     loratool.resize(source, tmp_path / "small.safetensors", rank=1, to="diffusers")

@@ -21,7 +21,7 @@ from loratool.adapters.formats.torchtune import TORCHTUNE
 from loratool.adapters.formats.trainer import MODEL_CONFIG
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.errors import InputError, LoratoolError, printable
-from loratool.files.checkpoint import WEIGHT_FILES
+from loratool.files.checkpoint import MODEL_INDEX, WEIGHT_FILES
 from loratool.files.containers import foreign_file, instead_of_weights
 from loratool.files.heads import Head, read_head
 from loratool.files.inputs import unreadable
@@ -134,6 +134,10 @@ def not_an_adapter(path: Path) -> LoratoolError:
         return InputError(f"{printable(path)}: not an adapter; {told}")
     if not path.is_dir():
         return InputError(f"{printable(path)}: not an adapter; expected its folder or its .safetensors file")
+    if any((path / name).is_file() for name in (MODEL_CONFIG, MODEL_INDEX)):
+        return InputError(
+            f"{printable(path)}: this is a model, not an adapter; commands that take both take the model first"
+        )
     return InputError(
         f"{printable(path)}: not an adapter: it contains neither {WRITTEN.config_name} nor {WRITTEN.weights_name}"
     )

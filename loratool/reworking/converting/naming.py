@@ -260,12 +260,30 @@ def unknown(layers: Mapping[str, Layer], dialect: str, names: Mapping[str, str])
         else:
             odd.append(printable(target))
     if odd:
+        nearest, strange = nearest_architecture(layers)
+        if 2 * len(strange) < len(layers):
+            raise InputError(
+                f"{dialect} names modules in the layout of their architecture. The others are modules of {nearest}, but "
+                "these are not; remove their tensors from the file if they do not belong there, or choose another dialect:",
+                map(printable, strange),
+            )
         raise InputError(
             f"{dialect} names modules in the layout of its architecture, and these belong to none that is known "
             f"({', '.join(ARCHITECTURES)}); pass --architecture, or choose another dialect:",
             odd,
         )
     return targets
+
+
+def nearest_architecture(targets: Iterable[str]) -> tuple[str, list[str]]:
+    """The architecture that has the most of some targets, and those that it has not."""
+    every = list(targets)
+    lacking = (
+        (name, [target for target in every if not found_in(target, name, layout)])
+        for name in ARCHITECTURES
+        for layout in (DIFFUSERS, ORIGINAL)
+    )
+    return min(lacking, key=lambda found: len(found[1]))
 
 
 def looked_up(target: str, names: Mapping[str, str]) -> str:
@@ -339,8 +357,8 @@ class Divided:
         components = sorted({known.component for known in self.reading.modules.values()})
         if self.dialect == "peft" and len(components) > 1:
             raise FitError(
-                f"an adapter of PEFT's is of one model, and this one changes {', '.join(components)}; choose "
-                "another dialect"
+                f"PEFT's adapters are for one model each, and this one changes {', '.join(components)}; "
+                "--to diffusers writes all of them into one file"
             )
 
     def divided(self, known: Known, layer: Layer) -> dict[str, Target]:

@@ -13,7 +13,7 @@ from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.format import Config, Format, Scaled
 from loratool.adapters.formats.named import card, header, refused, strength, writing
 from loratool.adapters.formats.named.dialects import Spelling, spelling_of
-from loratool.adapters.formats.named.reading import Configs, Reader, dialect_of
+from loratool.adapters.formats.named.reading import FULL, Configs, Reader, dialect_of
 from loratool.adapters.formats.roles import split
 from loratool.adapters.layers import Contents, Kind
 from loratool.adapters.reading import AS_STORED, Reading
@@ -165,7 +165,7 @@ class Named(Format):
 
 def with_methods(training: Training, found: Reader) -> Training:
     """What was trained, by the tensors that there are."""
-    method = " + ".join(sorted(found.methods)) or training.method
+    method = " + ".join(sorted(found.methods)) or (FULL if found.updates else training.method)
     return replace(training, method=method, dora=found.dora, variants=("DoRA",) if found.dora else training.variants)
 
 

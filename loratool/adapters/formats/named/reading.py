@@ -33,6 +33,7 @@ MERGED_TWICE = "same-weight-twice"  # the code of a problem
 MISSING = "alpha-missing"  # the code of a note, also of one that roles make
 # What roles of a method begin with, and what PEFT calls it.
 METHODS = (("hada_", "LOHA"), ("lokr_", "LOKR"), ("oft_", "OFT"), (ON_INPUT, "IA3"), ("a1.", "GLORA"))
+FULL = "FULL"  # what LyCORIS calls changes that are stored whole
 SPLIT = Note(
     "split-qkv",
     "factors of fused layers were trained apart (split_qkv) and keep the alpha of one part, so the file's scaling of "
@@ -80,7 +81,8 @@ class Group:
     @property
     def methods(self) -> set[str]:
         """What PEFT calls the methods that its tensors are of."""
-        return {method for role in self.roles for start, method in METHODS if role.startswith(start)}
+        found = {method for role in self.roles for start, method in METHODS if role.startswith(start)}
+        return found | {"LORA"} if self.rank else found
 
     def parts(self, update: Update) -> Iterator[tuple[str, Update]]:
         """The update by targets. Where there are several, each has an equal share of the rows."""
