@@ -418,6 +418,9 @@ def test_loha_and_lokr_keep_their_tensors_where_the_dialect_has_them(tmp_path: P
     tensors |= {f"{q}.{role}": numbers(*shape, seed=n) for n, (role, shape) in enumerate(shapes.items())}
     tensors[f"{q}.alpha"] = torch.tensor(1.0, dtype=torch.bfloat16)
     source = saved(tmp_path / "lycoris.safetensors", tensors)
+    planned = loratool.convert(source, tmp_path / "dry.safetensors", to="comfy", dry_run=True)
+    assert "not read back" in str(planned)
+    assert {layer.error for layer in planned.modules.values()} == {None}
     report = loratool.convert(source, tmp_path / "comfy.safetensors", to="comfy")
     after = load_file(tmp_path / "comfy.safetensors")
     start = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_"

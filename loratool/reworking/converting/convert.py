@@ -136,14 +136,14 @@ def convert(
     if not contents.layers:
         raise InputError(f"{printable(contents.adapter.file.path)}: contains no low-rank update")
     with session("cpu", [contents]) as at_work:
-        for name in kinds:
-            check_baked(given, plain, name)
         hint = options.architecture or hint_of(contents)
         wanted = respelled(contents.layers, goal.dialect, options.architecture or "", hint, base)
         made = Converter(contents, wanted, at_work, goal, options, kinds)
         made.lost = lost
         if keeps:
             made.keep(given)
+        for name in made.kinds:
+            check_baked(given, plain, name)
         rest = run(made, target, [path], options, progress)
     return made.report(target, rest, at_work.told(started))
 
@@ -357,7 +357,11 @@ class Converter(Maker[str, str]):
         }
         for name, source in self.kept.items():
             modules[source] = ConvertedLayer(
-                (name,), getattr(innermost(self.given.updates[source]), "scale", 1.0), 1.0, None, 0.0
+                (name,),
+                getattr(innermost(self.given.updates[source]), "scale", 1.0),
+                1.0,
+                None,
+                None if self.options.dry_run else 0.0,
             )
         exact = [target for target in self.compared if target not in why] or list(self.compared)
         adapter = self.contents.adapter
@@ -372,7 +376,9 @@ class Converter(Maker[str, str]):
             ranks=self.ranks,
             dtype=str(self.dtype).removeprefix("torch."),
             worst=max(
-                exact, key=lambda target: self.compared[target].error, default=next(iter(self.kept.values()), "")
+                exact,
+                key=lambda target: self.compared[target].error,
+                default="" if self.options.dry_run else next(iter(self.kept.values()), ""),
             ),
             lost=self.lost,
             notes=tuple(note for note in rest.notes if note not in self.lost),
