@@ -632,10 +632,12 @@ def test_a_folder_of_weights_without_a_config_is_not_sent_to_the_hub(
 
 def test_layers_without_dots_in_their_names_share_a_line(tmp_path: Path) -> None:
     """A kohya file of SDXL has 722 modules, and its targets should be a page."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for block in range(3):
         module = f"lora_unet_down_blocks_{block}_attentions_0_transformer_blocks_0_attn1_to_q"
         tensors |= {f"{module}.lora_down.weight": torch.ones(2, 4), f"{module}.lora_up.weight": torch.ones(4, 2)}
     save_file(tensors, tmp_path / "lora.safetensors")
-    (only,) = loratool.inspect(tmp_path / "lora.safetensors").targets
+    facts = loratool.inspect(tmp_path / "lora.safetensors")
+    assert isinstance(facts, AdapterFacts)
+    (only,) = facts.targets
     assert (only.name, only.count) == ("unet_down_blocks_#_attentions_#_transformer_blocks_#_attn1_to_q", 3)

@@ -257,7 +257,7 @@ def test_names_of_no_known_architecture_are_refused_rather_than_guessed(tmp_path
 
 def test_of_a_known_architecture_only_the_modules_that_it_does_not_have_are_told(tmp_path: Path) -> None:
     block = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to"
-    tensors = {}
+    tensors: Tensors = {}
     for module in (f"{block}_q", f"{block}_k", f"{block}_v", "lora_unet_nonsense_to_q"):
         down, up = pair(8, 8, seed=1)
         tensors |= {f"{module}.lora_down.weight": down, f"{module}.lora_up.weight": up}
