@@ -43,7 +43,6 @@ WORDS = {
                 "reworking/dialects.py",
                 "reworking/converting/carrying.py",
                 "reworking/extracting/pairing.py",
-                "adapters/layers.py",
                 "adapters/writer.py",
             ),
             *("reworking/resize.py", "results/facts.py", "adapters/formats/roles/"),
