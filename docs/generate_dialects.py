@@ -115,6 +115,12 @@ ROWS = {
     "xlabs": Row("double_blocks.0.processor.qkv_lora1.down.weight", IMAGE, OF_DIFFUSERS, CONVERTERS),
     "bfl": Row("double_blocks.0.img_attn.norm.query_norm.scale", IMAGE, OF_DIFFUSERS, CONVERTERS),
     "original": Row("blocks.0.attn.qkv_x.lora_B"),
+    "gguf": Row(
+        "blk.0.attn_q.weight.lora_a",
+        f"{LANGUAGE}; [GGUF models](gguf.md)",
+        "llama.cpp's converter, and llama.cpp itself",
+        "adapters/test_gguf_adapters.py, acceptance/test_gguf_in_llama_cpp.py",
+    ),
     "mlx": Row("model.layers.0.self_attn.q_proj.lora_a", LANGUAGE, "mlx-lm's formula", "adapters/test_mlx.py"),
     "torchtune": Row(
         "layers.0.attn.q_proj.lora_a.weight",
