@@ -16,7 +16,7 @@ from loratool.adapters.training import Training
 from loratool.algebra.lowrank.products import Product
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.experts import ExpertFactors
-from loratool.errors import InputError, Problem, UsageError, printable
+from loratool.errors import FitError, InputError, Problem, UsageError, printable
 from loratool.files.checkpoint import sort_side_files
 from loratool.files.heads import HasNames
 from loratool.files.inputs import read_json
@@ -128,6 +128,62 @@ class Spelling(Protocol):
 
     def describe_new(self, training: Training, parts: Parts) -> Config:
         """The config of an adapter that is made of none."""
+
+
+class FactorsOnly:
+    """A spelling of nothing but factors and lengths of rows, as most formats have it: all it has no place for is refused."""
+
+    reader: str  # what reads it, for messages
+    flattens = False
+    kinds: Mapping[str, Kind]
+
+    def lengths(self, form: Form) -> Shape:
+        return (form.rows,)
+
+    def bias(self, target: str) -> str:
+        raise FitError(f"{printable(target)}: {self.reader} reads no factor biases")
+
+    def magnitude(self, target: str) -> str:
+        raise FitError(f"{printable(target)}: {self.reader} reads no DoRA")
+
+    def whole(self, target: str, inside: bool) -> str:  # noqa: ARG002 (neither has a place)
+        raise FitError(f"{printable(target)}: {self.reader} reads no tensors that are saved whole")
+
+    def change(self, target: str) -> str:
+        raise FitError(f"{printable(target)}: {self.reader} reads no change of a weight that is stored in full")
+
+    def rows(self, target: str) -> str:
+        raise FitError(f"{printable(target)}: {self.reader} reads no token rows")
+
+    def second_copies(
+        self,
+        adapters: Iterable[Adapter],  # noqa: ARG002 (none is asked for)
+        tensors: Mapping[str, StoredTensor | Tensor],  # noqa: ARG002
+    ) -> dict[str, StoredTensor | Tensor]:
+        return {}
+
+    def times(self, target: str) -> float:  # noqa: ARG002 (all are applied once)
+        return 1.0
+
+    def of_one_rank(self) -> list[tuple[str, ...]]:
+        """All layers, as one config or header is for all."""
+        return [tuple(self.kinds)]
+
+    def scales(self, wanted: Mapping[str, float]) -> dict[str, float]:
+        """One for all layers, for the same reason."""
+        return dict.fromkeys(wanted, most_common(wanted.values()))
+
+    def strengths(self, parts: Parts) -> dict[str, float]:  # noqa: ARG002 (the config or header says it)
+        return {}
+
+    def header(self, sources: Sequence[Adapter], parts: Parts) -> dict[str, str]:  # noqa: ARG002 (nothing)
+        return {}
+
+    def describe(self, sources: Sequence[Adapter], parts: Parts) -> dict[str, Any]:
+        return self.describe_new(sources[0].training, parts)
+
+    def describe_new(self, training: Training, parts: Parts) -> dict[str, Any]:  # noqa: ARG002 (it has no config)
+        return {}
 
 
 class Format(Protocol):

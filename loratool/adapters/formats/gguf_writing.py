@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapters.adapter import Adapter, StoredTensor
-from loratool.adapters.formats.format import Parts, Shape, most_common
+from loratool.adapters.adapter import Adapter
+from loratool.adapters.formats.format import FactorsOnly, Parts, Shape, most_common
 from loratool.adapters.gguf_names import in_model, order_of
 from loratool.adapters.layers import Form, Kind
 from loratool.adapters.model_settings import attention_heads, model_types
-from loratool.adapters.training import Training
 from loratool.algebra.lowrank.products import Product
 from loratool.algebra.updates.additive import Add, LowRank
 from loratool.algebra.updates.base import Update
@@ -89,10 +88,10 @@ class Model:
         return {**fixed, ALPHA: float(metadata.get(ALPHA, 0.0)), **base, **texts}
 
 
-class GgufNames:
+class GgufNames(FactorsOnly):
     """Names and layouts of an adapter that is written for llama.cpp; `FitError` for what it cannot load."""
 
-    flattens = False
+    reader = "llama.cpp"
 
     def __init__(self, form: Format, kinds: Mapping[str, Kind], model: Model) -> None:
         self.form, self.kinds, self.model = form, kinds, model
@@ -116,43 +115,9 @@ class GgufNames:
         a, b = (found.up, found.down.T) if form.kind is Kind.EMBEDDING else (found.down, found.up)
         return a.contiguous(), b.contiguous()
 
-    def magnitude(self, target: str) -> str:
-        raise FitError(f"{printable(target)}: llama.cpp does not load DoRA")
-
-    def lengths(self, form: Form) -> Shape:
-        return (form.rows,)
-
-    def bias(self, target: str) -> str:
-        raise FitError(f"{printable(target)}: llama.cpp does not load factor biases")
-
-    def whole(self, target: str, inside: bool) -> str:  # noqa: ARG002 (neither is loaded)
-        raise FitError(f"{printable(target)}: llama.cpp does not load whole saved tensors")
-
-    def change(self, target: str) -> str:
-        raise FitError(f"{printable(target)}: this dialect cannot store a change of a weight in full")
-
-    def rows(self, target: str) -> str:
-        raise FitError(f"{printable(target)}: llama.cpp does not load token rows")
-
-    def second_copies(
-        self,
-        adapters: Iterable[Adapter],  # noqa: ARG002 (nothing is carried over)
-        tensors: Mapping[str, StoredTensor | Tensor],  # noqa: ARG002
-    ) -> dict[str, StoredTensor | Tensor]:
-        return {}
-
-    def times(self, target: str) -> float:  # noqa: ARG002 (all are applied once)
-        return 1.0
-
-    def of_one_rank(self) -> list[tuple[str, ...]]:
-        return [tuple(self.kinds)]
-
     def scales(self, wanted: Mapping[str, float]) -> dict[str, float]:
         """One for all, as α is; 1 where α would be 0, which llama.cpp takes for a scale of 1."""
         return dict.fromkeys(wanted, most_common(scale for scale in wanted.values() if as_float32(scale) == scale != 0))
-
-    def strengths(self, parts: Parts) -> dict[str, float]:  # noqa: ARG002 (the metadata say it)
-        return {}
 
     def header(self, sources: Sequence[Adapter], parts: Parts) -> dict[str, str]:
         rank, scale = max(parts.ranks.values(), default=1), most_common(parts.scales.values())
@@ -162,9 +127,6 @@ class GgufNames:
 
     def describe(self, sources: Sequence[Adapter], parts: Parts) -> dict[str, Any]:
         return dict(self.header(sources, parts))
-
-    def describe_new(self, training: Training, parts: Parts) -> dict[str, Any]:  # noqa: ARG002 (the same)
-        return {}
 
 
 def as_float32(value: float) -> float:

@@ -10,13 +10,13 @@ of 2024, whose `lora.py` wrote no config.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Adapter, StoredTensor
-from loratool.adapters.formats.format import Config, Format, Parts, most_common
+from loratool.adapters.formats.format import Config, FactorsOnly, Format, Parts, most_common
 from loratool.adapters.formats.rows import entry_of
 from loratool.adapters.layers import Contents, Form, Kind, is_expert
 from loratool.adapters.reading import AS_STORED, Reading
@@ -365,8 +365,10 @@ def unspeakable(update: Update) -> str | None:
 MLX = Mlx()
 
 
-class MlxNames:
+class MlxNames(FactorsOnly):
     """Names and layouts of an adapter that is written for mlx-lm; `FitError` for what it has no place for."""
+
+    reader = "mlx-lm"
 
     def __init__(self, form: Mlx, kinds: Mapping[str, Kind]) -> None:
         self.form, self.kinds = form, kinds
@@ -387,48 +389,6 @@ class MlxNames:
 
     def magnitude(self, target: str) -> str:
         return target.removesuffix(".weight") + M
-
-    def lengths(self, form: Form) -> tuple[int, ...]:
-        return (form.rows,)
-
-    def bias(self, target: str) -> str:
-        raise FitError(f"{printable(target)}: mlx-lm cannot store factor biases")
-
-    def whole(self, target: str, inside: bool) -> str:  # noqa: ARG002 (neither has a place)
-        raise FitError(f"{printable(target)}: mlx-lm cannot store whole saved tensors")
-
-    def change(self, target: str) -> str:
-        raise FitError(f"{printable(target)}: this dialect cannot store a change of a weight in full")
-
-    def rows(self, target: str) -> str:
-        raise FitError(f"{printable(target)}: mlx-lm cannot store token rows")
-
-    def second_copies(
-        self,
-        adapters: Iterable[Adapter],  # noqa: ARG002 (the same)
-        tensors: Mapping[str, StoredTensor | Tensor],  # noqa: ARG002 (none)
-    ) -> dict[str, StoredTensor | Tensor]:
-        return {}
-
-    def times(self, target: str) -> float:  # noqa: ARG002 (all are applied once)
-        return 1.0
-
-    def of_one_rank(self) -> list[tuple[str, ...]]:
-        return [tuple(self.kinds)]
-
-    flattens = False
-
-    def scales(self, wanted: Mapping[str, float]) -> dict[str, float]:
-        return dict.fromkeys(wanted, most_common(wanted.values()))
-
-    def strengths(self, parts: Parts) -> dict[str, float]:  # noqa: ARG002 (the config says it)
-        return {}
-
-    def header(self, sources: Sequence[Adapter], parts: Parts) -> dict[str, str]:  # noqa: ARG002 (nothing)
-        return {}
-
-    def describe(self, sources: Sequence[Adapter], parts: Parts) -> dict[str, Any]:
-        return self.describe_new(sources[0].training, parts)
 
     def describe_new(self, training: Training, parts: Parts) -> dict[str, Any]:
         return {

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapters.adapter import Adapter, StoredTensor
-from loratool.adapters.formats.format import Parts, Shape, most_common
+from loratool.adapters.formats.format import FactorsOnly, Parts, Shape, most_common
 from loratool.adapters.layers import Form, Kind
 from loratool.adapters.training import Training
 from loratool.algebra.lowrank.products import Product
@@ -55,10 +54,10 @@ def ordered_file(
         yield OrderedFile(file.path, file.descriptor, file.reserved, file.metadata, heads=heads)
 
 
-class TorchtuneNames:
+class TorchtuneNames(FactorsOnly):
     """Names of an adapter that is written for torchtune; `FitError` for what it has no module for."""
 
-    flattens = False
+    reader = "torchtune"
 
     def __init__(
         self,
@@ -83,47 +82,6 @@ class TorchtuneNames:
 
     def magnitude(self, target: str) -> str:
         return self.modules[target] + M
-
-    def lengths(self, form: Form) -> Shape:
-        return (form.rows,)
-
-    def bias(self, target: str) -> str:
-        raise FitError(f"{printable(target)}: torchtune cannot store factor biases")
-
-    def whole(self, target: str, inside: bool) -> str:  # noqa: ARG002 (neither is read)
-        raise FitError(f"{printable(target)}: torchtune cannot store whole saved tensors")
-
-    def change(self, target: str) -> str:
-        raise FitError(f"{printable(target)}: this dialect cannot store a change of a weight in full")
-
-    def rows(self, target: str) -> str:
-        raise FitError(f"{printable(target)}: torchtune cannot store token rows")
-
-    def second_copies(
-        self,
-        adapters: Iterable[Adapter],  # noqa: ARG002 (none)
-        tensors: Mapping[str, StoredTensor | Tensor],  # noqa: ARG002
-    ) -> dict[str, StoredTensor | Tensor]:
-        return {}
-
-    def times(self, target: str) -> float:  # noqa: ARG002 (all are applied once)
-        return 1.0
-
-    def of_one_rank(self) -> list[tuple[str, ...]]:
-        return [tuple(self.kinds)]
-
-    def scales(self, wanted: Mapping[str, float]) -> dict[str, float]:
-        """One for all: α / r."""
-        return dict.fromkeys(wanted, most_common(wanted.values()))
-
-    def strengths(self, parts: Parts) -> dict[str, float]:  # noqa: ARG002 (the config says it)
-        return {}
-
-    def header(self, sources: Sequence[Adapter], parts: Parts) -> dict[str, str]:  # noqa: ARG002 (nothing)
-        return {}
-
-    def describe(self, sources: Sequence[Adapter], parts: Parts) -> dict[str, Any]:
-        return self.describe_new(sources[0].training, parts)
 
     def describe_new(self, training: Training, parts: Parts) -> dict[str, Any]:
         rank = max(parts.ranks.values())

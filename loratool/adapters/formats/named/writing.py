@@ -12,11 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loratool.adapters.adapter import Adapter, StoredTensor
-from loratool.adapters.formats.format import Format, Parts, Shape
+from loratool.adapters.adapter import Adapter
+from loratool.adapters.formats.format import FactorsOnly, Format, Parts, Shape
 from loratool.adapters.formats.named.card import common
 from loratool.adapters.layers import Form, Kind
-from loratool.adapters.training import Training
 from loratool.algebra.lowrank.products import Product
 from loratool.algebra.updates.additive import Add, LowRank
 from loratool.algebra.updates.base import Update
@@ -73,15 +72,14 @@ OF_ONE_FILE = frozenset(
 OWN_WORDS = ("te_", "te1_", "te2_", "te3_", "unet_", "prior_")  # of components, which `lora_` comes before
 
 
-class NamedNames:
+class NamedNames(FactorsOnly):
     """Names and layouts of an adapter that is written in one of these dialects."""
 
     def __init__(self, form: Format, kinds: Mapping[str, Kind], dialect: str) -> None:
         self.form, self.kinds, self.dialect = form, kinds, DIALECTS[dialect or next(iter(DIALECTS))]
+        self.reader, self.flattens = self.dialect.name, self.dialect.flat
         if odd := [t for t, kind in kinds.items() if kind not in (Kind.LINEAR, Kind.CONVOLUTION)]:
             raise FitError(f"{dialect} cannot store LoRA of embeddings or experts:", map(printable, odd))
-
-    flattens = property(lambda self: self.dialect.flat)
 
     def module(self, target: str) -> str:
         """What the tensors of a module begin with."""
@@ -118,26 +116,10 @@ class NamedNames:
     def bias(self, target: str) -> str:
         return self.module(target) + (".lora_B.bias" if self.dialect.name == "diffusers" else ".diff_b")
 
-    def whole(self, target: str, inside: bool) -> str:  # noqa: ARG002 (nobody reads them)
-        raise FitError(f"{printable(target)}: {self.dialect.name} cannot store tensors saved whole")
-
     def change(self, target: str) -> str:
         if self.dialect.name == "diffusers":
-            raise FitError(f"{printable(target)}: diffusers reads no change of a weight in full")
+            return super().change(target)
         return self.module(target) + (".diff_b" if target.endswith(".bias") else ".diff")
-
-    def rows(self, target: str) -> str:
-        raise FitError(f"{printable(target)}: {self.dialect.name} cannot store token rows")
-
-    def second_copies(
-        self,
-        adapters: Iterable[Adapter],  # noqa: ARG002 (nobody asks for any)
-        tensors: Mapping[str, StoredTensor | Tensor],  # noqa: ARG002
-    ) -> dict[str, StoredTensor | Tensor]:
-        return {}
-
-    def times(self, target: str) -> float:  # noqa: ARG002 (all are applied once)
-        return 1.0
 
     def of_one_rank(self) -> list[tuple[str, ...]]:
         return []
@@ -176,9 +158,6 @@ class NamedNames:
         """What the headers of all sources say, for the card."""
         own = [source.config if source.format == self.form.name else {} for source in sources]
         return {key: value for key, value in common(own).items() if key not in OF_ONE_FILE}
-
-    def describe_new(self, training: Training, parts: Parts) -> dict[str, Any]:  # noqa: ARG002 (the same)
-        return {}
 
 
 def only(values: Iterable[float]) -> str:
