@@ -163,18 +163,10 @@ class Plain(StoredTensor):
 
 
 @dataclass(frozen=True)
-class Slice:
-    """Some rows of a weight, and some columns of them: a part of a fused weight, or an expert of a stack."""
+class OfAnother:
+    """A weight whose values are those of another one."""
 
     whole: StoredWeight
-    first: int
-    count: int
-    columns: slice = field(default_factory=lambda: slice(None))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        width = math.prod(self.whole.shape[1:])
-        return self.count, len(range(*self.columns.indices(width)))
 
     @property
     def dtype(self) -> str:
@@ -187,6 +179,20 @@ class Slice:
     @property
     def tensors(self) -> tuple[StoredTensor, ...]:
         return self.whole.tensors
+
+
+@dataclass(frozen=True)
+class Slice(OfAnother):
+    """Some rows of a weight, and some columns of them: a part of a fused weight, or an expert of a stack."""
+
+    first: int
+    count: int
+    columns: slice = field(default_factory=lambda: slice(None))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        width = math.prod(self.whole.shape[1:])
+        return self.count, len(range(*self.columns.indices(width)))
 
     def rows(
         self, first: int, count: int, device: torch.device, dtype: torch.dtype, room: Room | None = None
@@ -201,23 +207,10 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Filled:
+class Filled(OfAnother):
     """A weight that is filled up with zeros to a larger shape, for more inputs or outputs."""
 
-    whole: StoredWeight
     shape: tuple[int, ...]
-
-    @property
-    def dtype(self) -> str:
-        return self.whole.dtype
-
-    @property
-    def exact(self) -> str:
-        return self.whole.exact
-
-    @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
-        return self.whole.tensors
 
     def rows(
         self, first: int, count: int, device: torch.device, dtype: torch.dtype, room: Room | None = None
