@@ -41,8 +41,9 @@ from loratool.options.shared import PublishOptions
 from loratool.results.convert import ConvertedLayer, ConvertReport
 from loratool.reworking.converting.baking import baked, check_baked
 from loratool.reworking.converting.carrying import carried
+from loratool.reworking.converting.dora import Moved, as_lora, moved_by
 from loratool.reworking.converting.keeping import can_keep, carry, is_same, kept
-from loratool.reworking.converting.losing import without_losses
+from loratool.reworking.converting.losing import lengths_lost, without_losses
 from loratool.reworking.converting.naming import Wanted, hint_of, respelled
 from loratool.reworking.converting.proof import Compared, Comparison, places_of
 from loratool.reworking.converting.rows import narrowed
@@ -67,7 +68,7 @@ class ConvertOptions(FactorOptions, ReadingOptions, PublishOptions):
         kind=Choice(lambda: tuple(ARCHITECTURES)),
     )
     base: str | None = option(
-        help="Base model of the adapter, where its names or its config tell what the adapter does not.",
+        help="Base model of the adapter, whose names, config or weights tell what the adapter does not.",
         kind=PathKind("BASE"),
     )
     rank: int | None = option(
@@ -131,15 +132,19 @@ def convert(
     given = on_model(read_adapter(path, way), config)
     keeps = can_keep(given, goal.dialect) and not options.shortens
     plain, kinds = baked(given, options.shortens or keeps)
-    found, lost = without_losses(plain, goal.form, goal.dialect, goal.server, options.accept_loss)
-    contents = contents_of(found, "convert")
+    lengths = lengths_lost(plain, goal.form, goal.dialect, goal.server) if options.shortens and base else ()
+    moved, told = moved_by(plain, lengths, base) if base and lengths else ({}, ())
+    simple = replace(plain, updates={t: innermost(u) if t in moved else u for t, u in plain.updates.items()})
+    found, lost = without_losses(simple, goal.form, goal.dialect, goal.server, options.accept_loss)
+    contents = contents_of(replace(found, notes=(*found.notes, *told)), "convert")
     if not contents.layers:
         raise InputError(f"{printable(contents.adapter.file.path)}: contains no low-rank update")
     with session("cpu", [contents]) as at_work:
+        contents = as_lora(contents, moved, options.rank, options.energy, at_work)
         hint = options.architecture or hint_of(contents)
         wanted = respelled(contents.layers, goal.dialect, options.architecture or "", hint, base)
         made = Converter(contents, wanted, at_work, goal, options, kinds)
-        made.lost = lost
+        made.lost, made.moved = lost, moved
         if keeps:
             made.keep(given)
         for name in made.kinds:
@@ -154,6 +159,7 @@ class Converter(Maker[str, str]):
     command = "convert"
     lost: tuple[Note, ...] = ()
     given: Adapter  # with LoHa and LoKr as they are
+    moved: Mapping[str, Moved]  # what DoRA makes of layers that are written as LoRA
 
     def __init__(
         self,
@@ -234,7 +240,8 @@ class Converter(Maker[str, str]):
             self.cut = {name: self.options.rank for name, rank in self.own.items() if rank > self.options.rank}
         if self.options.energy is not None:
             rule = RankRule.of({"energy": self.options.energy})
-            enough = self.at_work.spread(lambda name: (name, max(1, rule.enough(self.energies(name)))), self.targets)
+            given = [name for name, target in self.targets.items() if not set(target.sources) <= self.moved.keys()]
+            enough = self.at_work.spread(lambda name: (name, max(1, rule.enough(self.energies(name)))), given)
             self.cut = {name: rank for name, rank in enough if rank < self.cut.get(name, self.own[name])} | self.cut
         kept = {**self.own, **self.cut}
         self.ranks = evened(kept, names.of_one_rank())
@@ -307,7 +314,7 @@ class Converter(Maker[str, str]):
         others = {target: update for target, update in found.updates.items() if target not in same}
         written = contents_of(replace(found, updates=others), "convert")
         self.check_layers({*written.layers, *same})
-        comparison = Comparison(self.contents.layers, written.layers, places_of(self.targets), self.dtype)
+        comparison = Comparison(self.contents.layers, written.layers, places_of(self.targets), self.dtype, self.moved)
 
         def work(target: str) -> tuple[str, Compared]:
             return target, comparison.compare(target)
@@ -327,12 +334,13 @@ class Converter(Maker[str, str]):
 
     def approximated(self, places: Mapping[str, Any]) -> dict[str, str]:
         """Layers of the input of which any row was approximated → how."""
-        return {
+        cut = {
             target: f"rank {self.own[name]} → {self.cut[name]}"
             for target, held in places.items()
             for name in {each.target for each in held}
             if name in self.cut
         }
+        return cut | {target: f"DoRA → rank {self.contents.layers[target].rank}" for target in self.moved}
 
     def check_layers(self, found: Set[str]) -> None:
         """Raise `LoratoolError` where other layers were read back than were written."""

@@ -24,6 +24,19 @@ def losses_of(adapter: Adapter, form: Format, dialect: str, server: Server | Non
     return (*form.losses(adapter, dialect), *notes)
 
 
+def lengths_lost(adapter: Adapter, form: Format, dialect: str, server: Server | None) -> tuple[str, ...]:
+    """The targets with DoRA that would be taken without it."""
+
+    def is_lost(target: str, update: Update) -> bool:
+        return bool(losses_of(replace(adapter, updates={target: update}, bases={}), form, dialect, server))
+
+    return tuple(
+        target
+        for target, update in adapter.updates.items()
+        if isinstance(update, Magnitude) and is_lost(target, update) and not is_lost(target, update.inner)
+    )
+
+
 def without_losses(
     adapter: Adapter, form: Format, dialect: str, server: Server | None, accepted: bool
 ) -> tuple[Adapter, tuple[Note, ...]]:
@@ -32,9 +45,11 @@ def without_losses(
     if not lost:
         return adapter, ()
     if not accepted:
+        dora = lengths_lost(adapter, form, dialect, server)
+        way_out = "; --base with --rank or --energy approximates DoRA by LoRA" if dora else ""
         raise FitError(
             f"{printable(adapter.file.path)}: {dialect} cannot express all of this adapter; pass --accept-loss to "
-            "leave it out, or merge it into its base with `loratool merge`:",
+            f"leave it out, or merge it into its base with `loratool merge`{way_out}:",
             [note.text for note in lost],
         )
     kept: dict[str, Update] = {}

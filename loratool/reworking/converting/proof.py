@@ -15,6 +15,7 @@ from loratool.adapters.adapter import StoredTensor, same_values
 from loratool.adapters.layers import Layer
 from loratool.algebra.lowrank.products import Product, difference, inner, length
 from loratool.lazy import torch
+from loratool.reworking.converting.dora import Moved
 from loratool.reworking.converting.rows import Rows, Target
 
 # Half the distance of a number to the next, relative to it
@@ -61,10 +62,14 @@ class Comparison:
     after: Mapping[str, Layer]
     places: Mapping[str, list[Held]]
     dtype: torch.dtype  # of the output's factors
+    moved: Mapping[str, Moved]  # what DoRA makes of layers that are written as LoRA
 
     def compare(self, target: str) -> Compared:
         """One layer of the input with what was written of it."""
         layer, places = self.before[target], self.places.get(target, [])
+        if target in self.moved:
+            norm, lost = self.moved[target].apart(self.written(places))
+            return Compared(norm, lost / norm if norm else lost, 0.0)
         if self.is_as_it_was(layer, places):
             after = self.after[places[0].target]
             error = abs(1 - after.scale / layer.scale) if layer.scale else abs(after.scale)
@@ -79,6 +84,12 @@ class Comparison:
         unit = UNIT[str(self.dtype).removeprefix("torch.")]
         limit = max(EXACT, 4 * unit * max(1.0, sizes / norm)) if norm else 0.0
         return Compared(norm, lost / norm if norm else lost, limit)
+
+    def written(self, places: list[Held]) -> Iterator[tuple[int, Product]]:
+        """Rows of a layer as they were written, each with the number of the first."""
+        for place in places:
+            whole = loaded(self.after[place.target])
+            yield place.rows.first, Rows(place.target, place.first, place.rows.count).cut(whole)
 
     def pairs(self, whole: Product, places: list[Held]) -> Iterator[tuple[Product, Product]]:
         """Rows as they were, and as they are."""

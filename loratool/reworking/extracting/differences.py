@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from loratool.adapters.adapter import same_bytes
 from loratool.adapters.writer import torch_dtype
 from loratool.algebra.lowrank.products import Decomposition, negligible
-from loratool.algebra.lowrank.sketching import sketch
+from loratool.algebra.lowrank.sketching import Rows, sketch
 from loratool.bases.packed import Packed
 from loratool.bases.weights import Held, Plain, Room, StoredWeight
 from loratool.errors import UsageError, printable
@@ -22,6 +22,7 @@ ITERATIONS = 2  # of the power method; more of them where the spectrum is flat
 MOST_ITERATIONS = 8
 SMALL = 256  # up to this many rows or columns a full decomposition is as fast as a sketch
 TILE = 8 << 20  # bytes of a difference that are worked on at a time
+HELD = 512 << 20  # bytes of differences that stay in memory; larger ones are read again for every pass
 MANTISSA = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7}  # bits
 COMPARED_AT_ONCE = 1 << 20  # values
 
@@ -190,8 +191,8 @@ class Part:
     energies: list[float]  # squares of singular values, in falling order; all there are where `complete`
     squared: float  # ‖M‖²
     complete: bool
-    above_noise: int
-    weight: float  # ‖W_base‖²
+    above_noise: int = 0
+    weight: float = 0.0  # ‖W_base‖²
 
     def lost(self, rank: int) -> float:
         """‖M − M_k‖²."""
@@ -202,18 +203,22 @@ class Part:
 
 def decomposed(matrix: Difference, limit: int, exact: bool, seed: int) -> Part:
     """The leading singular values and vectors: by a sketch, or in full where that is as fast or asked for."""
+    part = leading(matrix, limit, exact, seed)
+    return replace(part, above_noise=above_noise(part.found, matrix.edges(part.found)), weight=matrix.weight)
+
+
+def leading(matrix: Rows, limit: int, exact: bool, seed: int) -> Part:
+    """The same of any matrix, of which neither noise nor a base is known."""
     smaller = min(matrix.shape)
     if exact or smaller <= SMALL or 4 * limit > smaller:
         found, squared = in_full(matrix)
     else:
         sketched = sketch(matrix, limit, max(8, limit), ITERATIONS, seed, MOST_ITERATIONS)
         found, squared = sketched.found, sketched.squared
-    complete = found.values.shape[0] == smaller
-    energies = found.values.double().square().tolist()
     if not math.isfinite(squared):
         raise NotFiniteError
-    kept = found.truncated(limit)
-    return Part(kept, energies, squared, complete, above_noise(kept, matrix.edges(kept)), matrix.weight)
+    complete = found.values.shape[0] == smaller
+    return Part(found.truncated(limit), found.values.double().square().tolist(), squared, complete)
 
 
 def above_noise(found: Decomposition, edges: Tensor) -> int:
@@ -226,7 +231,7 @@ def above_noise(found: Decomposition, edges: Tensor) -> int:
     return int(above.nonzero().max()) + 1 if bool(above.any()) else 0
 
 
-def in_full(matrix: Difference) -> tuple[Decomposition, float]:
+def in_full(matrix: Rows) -> tuple[Decomposition, float]:
     """All singular values and vectors in float64, and ‖M‖². Of a tall matrix only the triangle of its QR is formed."""
     rows, columns = matrix.shape
     if rows < 4 * columns:

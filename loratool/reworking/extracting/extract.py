@@ -36,13 +36,20 @@ from loratool.measuring.session import PathLike, Progress, Session, session
 from loratool.notes import Note
 from loratool.results.extract import ExtractedLayer, ExtractedTotals, ExtractReport
 from loratool.reworking.dialects import Manner
-from loratool.reworking.extracting.differences import Difference, NotFiniteError, Part, Rule, decomposed, is_finite
+from loratool.reworking.extracting.differences import (
+    HELD,
+    Difference,
+    NotFiniteError,
+    Part,
+    Rule,
+    decomposed,
+    is_finite,
+)
 from loratool.reworking.extracting.naming import manner_of, named_as
 from loratool.reworking.extracting.options import ExtractOptions
 from loratool.reworking.extracting.pairing import Change, Pairing, is_table, pair
 from loratool.reworking.runner import Draft, Made, Maker, Rest, run, together
 
-HELD = 512 << 20  # bytes of differences that stay in memory; larger ones are read again for every pass
 HELD_ON_GPU = 4 << 30
 TERMS = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)[\w.-]*", re.ASCII)  # of a base, at its top
 
