@@ -9,6 +9,7 @@ import json
 import math
 import os
 from difflib import get_close_matches
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,44 +26,68 @@ from loratool.algebra.updates.additive import LowRank
 from loratool.errors import FitError, InputError, UsageError, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
+
+
+def also_called(**names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give parameters of a function a second name, by which they may be passed as keywords."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def called(*places: Any, **words: Any) -> None:
+            function(*places, **{names.get(word, word): value for word, value in words.items()})
+
+        return called
+
+    return decorate
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print how many parameters train, as PEFT's method of this name does for its models."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    every, trainable = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
+    print(f"trainable params: {trainable:,} || all params: {every:,} || trainable%: {100 * trainable / every:.4f}")  # noqa: T201
 
 
 class LoRALinear(nn.Module):
-    """A weight W₀ (out, in) that stays as it is, beside a product B A that is trained.
+    """A weight W₀ (d, k) that stays as it is, and a product B A that is trained: B (d, r), A (r, k).
 
-    y (…, out) = x W₀ᵀ + bias + s · dropout(x) Aᵀ Bᵀ for x (…, in). A is drawn from N(0, `sigma`²) or, without `sigma`,
-    from Kaiming's uniform distribution as in PEFT; B is zero, so that training starts from W₀. A and B are float32 or
-    wider. Raises `UsageError` for a rank below 1 and what else cannot be meant.
+    y (…, d) = x W₀ᵀ + bias + s · dropout(x) Aᵀ Bᵀ for x (…, k), with s = α/r. W₀ is `weight`, drawn as `nn.Linear`
+    draws it; A is `lora_A`, drawn from N(0, `sigma`²) or, without `sigma`, from Kaiming's uniform distribution as in
+    PEFT; B is `lora_B`, and zero, so that training starts from W₀. A and B are float32 or wider.
+
+    `LoRALinear(weight, bias)` adapts a weight that exists, and so does `from_linear`. `rank` is another name of r.
+    Raises `UsageError` for a rank below 1 and for other settings that make no layer.
     """
 
     unmerged: Tensor | None  # W₀ while the weight is W₀ + s·BA
 
+    @also_called(weight="d", bias="k", rank="r")
     def __init__(
         self,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        rank: int = 8,
+        d: int | Tensor,
+        k: int | Tensor | None = None,
+        r: int = 8,
         alpha: float = 16.0,
         dropout: float = 0.0,
         rslora: bool = False,
         sigma: float | None = None,
     ) -> None:
         super().__init__()
+        weight, bias = (d, k) if isinstance(d, Tensor) else (new_weight(d, k), None)
         matrix = weight.is_floating_point() and weight.dim() == 2
-        if rank < 1 or not 0 < alpha < math.inf or not 0 <= dropout < 1 or not matrix:
+        if r < 1 or not 0 < alpha < math.inf or not 0 <= dropout < 1 or not matrix:
             wanted = "expected rank >= 1, alpha > 0, 0 <= dropout < 1 and a float matrix"
             raise UsageError(
-                f"rank {rank}, alpha {alpha}, dropout {dropout}, weight {tuple(weight.shape)} of {weight.dtype}: {wanted}"
+                f"rank {r}, alpha {alpha}, dropout {dropout}, weight {tuple(weight.shape)} of {weight.dtype}: {wanted}"
             )
-        self.rank, self.alpha, self.rslora = rank, float(alpha), rslora
-        self.scale = alpha / (math.sqrt(rank) if rslora else rank)
-        self.dropout = nn.Dropout(dropout)
-        self.weight = nn.Parameter(weight.data, requires_grad=False)  # (out, in)
-        self.bias = None if bias is None else nn.Parameter(bias.data, requires_grad=False)
+        self.rank, self.alpha, self.rslora, self.dropout = r, float(alpha), rslora, nn.Dropout(dropout)
+        self.scale = alpha / (math.sqrt(r) if rslora else r)
+        self.weight = nn.Parameter(weight.data, requires_grad=False)  # (d, k)
+        self.bias = nn.Parameter(bias.data, requires_grad=False) if isinstance(bias, Tensor) else None
         wide = torch.promote_types(weight.dtype, torch.float32)
-        self.lora_A = nn.Parameter(weight.new_empty(rank, weight.shape[1], dtype=wide))  # (r, in)
-        self.lora_B = nn.Parameter(weight.new_zeros(weight.shape[0], rank, dtype=wide))  # (out, r)
+        self.lora_A = nn.Parameter(weight.new_empty(r, weight.shape[1], dtype=wide))  # (r, k)
+        self.lora_B = nn.Parameter(weight.new_zeros(weight.shape[0], r, dtype=wide))  # (d, r)
         if sigma is None:
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         else:
@@ -73,6 +98,11 @@ class LoRALinear(nn.Module):
     def from_linear(cls, linear: nn.Linear, **settings: Any) -> LoRALinear:
         """LoRA on the weight of `linear`, which is shared, not copied. `settings` are those of `LoRALinear`."""
         return cls(linear.weight, linear.bias, **settings)
+
+    @torch.no_grad()
+    def delta(self) -> Tensor:
+        """ΔW = s·BA (d, k), what merging adds to W₀."""
+        return self.scale * (self.lora_B @ self.lora_A)
 
     def forward(self, x: Tensor) -> Tensor:  # (…, in) → (…, out)
         y = functional.linear(x, self.weight, self.bias)
@@ -86,12 +116,21 @@ class LoRALinear(nn.Module):
         """Make W₀ + s·BA the weight, rounded once. W₀ is kept, so memory for one more weight is used."""
         if self.unmerged is None:
             self.unmerged = self.weight.data
-            self.weight.data = (self.unmerged + self.scale * (self.lora_B @ self.lora_A)).to(self.weight.dtype)
+            self.weight.data = (self.unmerged + self.delta()).to(self.weight.dtype)
 
     def unmerge(self) -> None:
         """Make W₀ the weight again: the one that was kept, for taking s·BA away would leave a rounding error."""
         if self.unmerged is not None:
             self.weight.data, self.unmerged = self.unmerged, None
+
+    print_trainable_parameters = print_trainable_parameters  # of this layer
+
+
+def new_weight(d: int, k: Any) -> Tensor:
+    """W₀ (d, k), with the values that a new `nn.Linear(k, d)` has."""
+    if not all(type(size) is int and size > 0 for size in (d, k)):
+        raise UsageError(f"d {d} and k {k} must be whole numbers of at least 1, or a weight and its bias")
+    return nn.Linear(k, d, bias=False).weight
 
 
 def apply_lora(model: nn.Module, targets: str | Iterable[str], **settings: Any) -> dict[str, LoRALinear]:
@@ -130,7 +169,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None) 
     """
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, LoRALinear)}
     home, one = Path(folder), next(iter(layers.values()), None)
-    there = any(os.path.lexists(home / name) for name in (WRITTEN.config_name, WRITTEN.weights_name))
+    there = os.path.lexists(home / WRITTEN.config_name) or os.path.lexists(home / WRITTEN.weights_name)
     if one is None or any(layer.rslora != one.rslora for layer in layers.values()) or there:
         wanted = "expected a model with LoRA layers, rsLoRA in all of them or in none, and a folder without an adapter"
         raise UsageError(f"{printable(home)}: {wanted}")

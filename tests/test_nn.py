@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch.nn import functional
 
 import loratool
 from loratool import FitError, InputError, UsageError, nn as lora
-from loratool.nn import LoRALinear, apply_lora, load_adapter, save_adapter
+from loratool.nn import LoRALinear, apply_lora, load_adapter, print_trainable_parameters, save_adapter
 
 WIDTH, OUT = 12, 7
 
@@ -145,6 +146,72 @@ def test_the_module_is_short_enough_to_be_read_in_one_sitting() -> None:
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
             told |= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
     assert sum(bool(line.strip()) and n not in told for n, line in enumerate(source.splitlines(), 1)) < 150
+
+
+# The lesson's own words
+
+
+def test_the_lesson_s_layer_is_d_by_k_starts_at_w0_and_trains_a_and_b() -> None:
+    """`LoRALinear(d, k, r, alpha)`: W₀ (d, k) frozen, A (r, k) random, B (d, r) zero, s = α/r."""
+    layer = LoRALinear(OUT, WIDTH, r=3, alpha=6)
+    shapes = {name: (tuple(p.shape), p.requires_grad) for name, p in layer.named_parameters()}
+    assert shapes == {
+        "weight": ((OUT, WIDTH), False),
+        "lora_A": ((3, WIDTH), True),
+        "lora_B": ((OUT, 3), True),
+    }
+    assert layer.lora_A.abs().min() > 0
+    x = inputs()
+    torch.testing.assert_close(layer(x), x @ layer.weight.T)
+    randomise({"": layer})
+    change = 6 / 3 * layer.lora_B.detach().double() @ layer.lora_A.detach().double()
+    torch.testing.assert_close(layer.delta().double(), change)
+    torch.testing.assert_close(layer(x).double(), x.double() @ (layer.weight.double() + change).T, rtol=1e-5, atol=1e-5)
+    default = LoRALinear(4096, 16)
+    assert (default.rank, default.alpha, default.scale) == (8, 16, 2)
+
+
+def test_its_w0_has_the_deviation_of_a_new_linear_layer() -> None:
+    torch.manual_seed(0)
+    assert LoRALinear(64, 1000).weight.std().item() == pytest.approx(nn.Linear(1000, 64).weight.std().item(), rel=0.05)
+
+
+def test_names_and_places_of_0_1_0_mean_what_they_meant() -> None:
+    weight, bias = torch.randn(OUT, WIDTH), torch.randn(OUT)
+    for layer in (
+        LoRALinear(weight, bias, 4, 12.0),
+        LoRALinear(weight=weight, bias=bias, rank=4, alpha=12),
+        LoRALinear(weight, bias=bias, r=4, alpha=12),
+    ):
+        assert (layer.rank, layer.scale) == (4, 3)
+        torch.testing.assert_close(layer(inputs()), functional.linear(inputs(), weight, bias))
+    assert LoRALinear(weight).bias is None
+
+
+@pytest.mark.parametrize("sizes", [(4,), (4, None), (0, 4), (4, -1), (4.0, 4), ("4", 4)])
+def test_sizes_that_make_no_weight_are_refused(sizes: tuple[Any, ...]) -> None:
+    with pytest.raises(UsageError, match=r"^d .* and k .* must be whole numbers of at least 1"):
+        LoRALinear(*sizes)
+
+
+def test_the_printed_line_is_peft_s_and_the_lesson_s(capsys: pytest.CaptureFixture[str]) -> None:
+    """On the real class of Llama-2-7B, without its values, r = 8 on q_proj and v_proj."""
+
+    def model() -> Any:
+        config = transformers.LlamaConfig(num_hidden_layers=32, vocab_size=32000, tie_word_embeddings=False)
+        with torch.device("meta"):
+            return transformers.LlamaForCausalLM(config)
+
+    theirs = get_peft_model(model(), LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
+    theirs.print_trainable_parameters()
+    wanted = capsys.readouterr().out
+    mine = model()
+    apply_lora(mine, ["q_proj", "v_proj"], r=8)
+    print_trainable_parameters(mine)
+    assert capsys.readouterr().out == wanted
+    assert wanted == "trainable params: 4,194,304 || all params: 6,742,609,920 || trainable%: 0.0622\n"
+    LoRALinear(6, 4, r=2).print_trainable_parameters()
+    assert capsys.readouterr().out == "trainable params: 20 || all params: 44 || trainable%: 45.4545\n"
 
 
 # Training

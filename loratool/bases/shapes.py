@@ -19,6 +19,7 @@ from loratool.files.checkpoint import Checkpoint
 from loratool.files.inputs import read_json
 from loratool.files.safefile import DTYPE_BITS, FLOAT_NAMES
 from loratool.layouts.architectures import PACKED_WEIGHTS
+from loratool.layouts.presets import PRESETS
 from loratool.layouts.ties import TIED_BY_DEFAULT
 from loratool.notes import Note
 
@@ -140,6 +141,17 @@ def base_of_config(path: Path) -> Base:
     config = read_json(path)
     if any(form.is_config(config) for form in FORMATS):
         raise InputError(f"{shown}: this is an adapter's config; BASE must be the model it was trained on")
+    return base_of_sizes(shown, config, Note("config-alone", "from the config alone"))
+
+
+def base_of_preset(name: str) -> Base:
+    """The shapes of a model in the table of known ones."""
+    preset = PRESETS[name]
+    return base_of_sizes(name, preset.config, Note("preset", f"sizes as in the config.json of {preset.source}"))
+
+
+def base_of_sizes(shown: str, config: Mapping[str, Any], note: Note) -> Base:
+    """The shapes that the fields of a config stand for; `note` says where they are from."""
     model_type = config.get("model_type")
     way_out = "pass the folder with the weights (only their headers are read)"
     if not isinstance(model_type, str) or model_type not in SHAPES:
@@ -155,7 +167,7 @@ def base_of_config(path: Path) -> Base:
             f"{shown}: can derive shapes for causal language models only, not for {some(classes)}; {way_out}"
         )
     shapes, tied = shapes_of(shown, model_type, config)
-    dtype, notes = config.get("dtype") or config.get("torch_dtype"), [Note("config-alone", "from the config alone")]
+    dtype, notes = config.get("dtype") or config.get("torch_dtype"), [note]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         dtype = "bfloat16"
         notes.append(Note("dtype-assumed", "the config names no float dtype; bfloat16 is assumed"))

@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 
 def estimate(
-    base: PathLike, ranks: int | Sequence[int], targets: str | Iterable[str], *, dtype: str = "float32"
+    base: PathLike | None = None,
+    ranks: int | Sequence[int] = (),
+    targets: str | Iterable[str] = (),
+    *,
+    preset: str | None = None,
+    dtype: str = "float32",
 ) -> Estimate:
     """Estimate the size and training memory of LoRA with each of `ranks` on `targets` of `base`. No tensor is read.
 
@@ -23,16 +28,19 @@ def estimate(
 
     Args:
         base: a model's folder or file, or a config.json (or a folder with nothing but one) of a family in
-            `loratool.bases.decoders`.
+            `loratool.bases.decoders`. None with `preset`.
         ranks: one rank or several.
         targets: names as PEFT's `target_modules` takes them, each the end of a module's path, separated by commas
             where they are one text; `all-linear` for every linear layer except the output head.
+        preset: a known model, such as "llama-2-7b", whose sizes are taken instead of those of `base`.
         dtype: of the adapter's parameters, "float32" (as PEFT trains and saves them), "bfloat16" or "float16".
 
     Raises:
-        UsageError: a rank below 1, no targets, or an unknown dtype.
+        UsageError: a rank below 1, no targets, both a base and a preset or neither, an unknown preset or dtype.
         InputError: the base is malformed, quantised, an adapter, or a config of an unknown family.
         FitError: a target names no weight, or one that is neither a linear layer nor an embedding.
     """
-    options = made_of(EstimateOptions, {"ranks": ranks, "targets": targets, "dtype": dtype}, "estimate")
+    options = made_of(
+        EstimateOptions, {"ranks": ranks, "targets": targets, "preset": preset, "dtype": dtype}, "estimate"
+    )
     return estimating.estimate(base, options)

@@ -10,23 +10,26 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from loratool.bases.codecs import decoded
-from loratool.bases.shapes import DTYPES, Base, Shape, is_matrix, read_base, some
+from loratool.bases.shapes import DTYPES, Base, Shape, base_of_preset, is_matrix, read_base, some
 from loratool.errors import FitError, UsageError, printable
 from loratool.fetching import headers
 from loratool.files.checkpoint import holds_weights
 from loratool.files.process import peak_memory
 from loratool.files.safefile import DTYPE_BITS, Layout
 from loratool.layouts.architectures import OUTPUT_HEADS
+from loratool.layouts.presets import PRESETS
 from loratool.notes import Note
-from loratool.options.described import Number, Options, dtypes, option
+from loratool.options.described import Choice, Number, Options, dtypes, option
 from loratool.results.base import Cost
 from loratool.results.estimate import ADAM_BYTES, QUANTISED_BITS, Estimate, Memory, RankEstimate, TargetEstimate
 
 ALL_LINEAR = "all-linear"
 
 
+REPOSITORIES = {word: name for name, p in PRESETS.items() for word in (p.source, p.source.partition("/")[2])}
 EMBEDDINGS = re.compile(r".*embed.*|wte|wpe|shared|relative_attention_bias|position_embeddings")
 HEADS = re.compile(rf"(?:.*\.)?(?:{'|'.join(sorted(OUTPUT_HEADS))}|(?:cls\.predictions|lm_head|predictions)\.decoder)")
 EXPERT = re.compile(r"(?:.*\.)?experts\.\d+\.")
@@ -54,23 +57,36 @@ class EstimateOptions(Options):
         metavar="NAME",
         required=True,
     )
+    preset: str | None = option(
+        help=f"Take the sizes of a known model instead of BASE: {', '.join(PRESETS)}.",
+        kind=Choice(lambda: tuple(PRESETS), REPOSITORIES),
+        metavar="NAME",
+    )
     dtype: str = option(
         help="Dtype of the adapter's parameters.", default="float32", kind=dtypes("float32", "bfloat16", "float16")
     )
 
 
-def estimate(base: str | os.PathLike[str], options: EstimateOptions) -> Estimate:
+def estimate(base: str | os.PathLike[str] | None, options: EstimateOptions) -> Estimate:
     """What LoRA of some ranks on some targets of `base` has and takes; `loratool.commands.estimate` says all of it."""
     started = time.monotonic()
     ranks = tuple(dict.fromkeys(options.ranks))
     targets = tuple(dict.fromkeys(name for part in options.targets for name in part.replace(",", " ").split()))
     if not ranks or not targets:
         raise UsageError("pass at least one rank and one target, such as --rank 8 --target q_proj,v_proj")
+    if (base is None) == (options.preset is None):
+        raise UsageError("pass either BASE or --preset NAME, such as --preset llama-2-7b")
+    shapes = base_of_preset(options.preset) if options.preset else base_at(base)
+    found = estimate_base(shapes, ranks, targets, options.dtype)
+    return replace(found, cost=Cost(seconds=time.monotonic() - started, peak_memory=peak_memory()))
+
+
+def base_at(base: Any) -> Base:
+    """The shapes of the weights at a path or on the Hub, under the name that was passed."""
     with headers(base) as location:
         checkpoint = decoded(location.checkpoint()) if holds_weights(location.path) else None
-        found = estimate_base(read_base(location.path, checkpoint), ranks, targets, options.dtype)
-    cost = Cost(seconds=time.monotonic() - started, peak_memory=peak_memory())
-    return replace(found, cost=cost, path=found.path.replace(printable(location.path), printable(base)))
+        found = read_base(location.path, checkpoint)
+    return replace(found, path=found.path.replace(printable(location.path), printable(base)))
 
 
 def estimate_base(base: Base, ranks: Sequence[int], targets: Sequence[str], dtype: str) -> Estimate:
