@@ -1,6 +1,7 @@
 """`StoredWeight`: one weight of a model, however its values lie on disk. Whoever wants a base's rows asks one for them.
 
-`Plain` is a tensor of floats; `Slice` is some rows of another weight: a part of a fused one, or an expert of a stack.
+`Plain` is a tensor of floats; `Slice` is some rows of another weight: a part of a fused one, or an expert of a stack;
+`Stacked` is rows of several.
 What decodes packed values is a stored weight as well, in `packed`.
 """
 
@@ -229,6 +230,67 @@ class Filled(OfAnother):
         if columns != math.prod(self.shape[1:]):
             raise ValueError(f"a weight of rows of {math.prod(self.shape[1:])} cannot be reshaped to {columns} columns")
         return self
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Rows of several weights of one width, one after the other: a layer that another layout has in parts."""
+
+    pieces: tuple[StoredWeight | int, ...]  # matrices; a number stands for so many rows of zeros
+    experts: int = 0  # matrices that it is a stack of; 0 for one matrix
+
+    @property
+    def weights(self) -> tuple[StoredWeight, ...]:
+        return tuple(piece for piece in self.pieces if not isinstance(piece, int))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows = sum(piece if isinstance(piece, int) else piece.shape[0] for piece in self.pieces)
+        width = self.weights[0].shape[1]
+        return (self.experts, rows // self.experts, width) if self.experts else (rows, width)
+
+    @property
+    def dtype(self) -> str:
+        return wider({weight.dtype for weight in self.weights})
+
+    @property
+    def exact(self) -> str:
+        return wider({weight.exact for weight in self.weights})
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        return tuple(tensor for weight in self.weights for tensor in weight.tensors)
+
+    def rows(
+        self, first: int, count: int, device: torch.device, dtype: torch.dtype, room: Room | None = None
+    ) -> Tensor:
+        import torch
+
+        each, width = math.prod(self.shape[1:-1]), self.shape[-1]
+        first, last = first * each, (first + count) * each
+        result = torch.zeros(last - first, width, dtype=dtype, device=device)
+        sources, start = room.sources if room else None, 0
+        for piece in self.pieces:
+            size = piece if isinstance(piece, int) else piece.shape[0]
+            begin, end = max(first, start), min(last, start + size)
+            if begin < end and not isinstance(piece, int):
+                own = Room(sources) if sources is not None else None  # what a room holds is of one weight
+                result[begin - first : end - first] = piece.rows(begin - start, end - begin, device, dtype, own)
+            start += size
+        return result.view(count, -1)
+
+    def matrix(self, columns: int) -> Stacked:
+        """All matrices as one. Raises `ValueError` for another number of columns."""
+        if columns != self.shape[-1]:
+            raise ValueError(f"rows of {self.shape[-1]} columns cannot be reshaped to {columns} columns")
+        return dataclasses.replace(self, experts=0)
+
+
+def wider(dtypes: set[str]) -> str:
+    """The dtype that holds what several do."""
+    if len(dtypes) == 1:
+        return next(iter(dtypes))
+    return "F64" if "F64" in dtypes else "F32"
 
 
 def plain_of(base: Checkpoint, name: str) -> Plain:

@@ -126,14 +126,55 @@ def test_what_a_dialect_cannot_hold_is_told_with_the_way_out(files: tuple[Path, 
     loratool.extract(
         base, tmp_path / "more.safetensors", tmp_path / "out", to="kohya", rank=1, exclude="norm", device="cpu"
     )
-    flux, fused = tmp_path / "flux.safetensors", "double_blocks.0.img_attn.qkv.weight"
-    save_file(values(bfl_flux()), flux)
-    changed(flux, tmp_path / "flux2.safetensors", fused)
-    with pytest.raises(FitError, match="divides these layers otherwise"):
-        loratool.extract(flux, tmp_path / "flux2.safetensors", tmp_path / "f", to="diffusers", rank=1, device="cpu")
     save_file({"model.layers.0.self_attn.q_proj.weight": torch.zeros(4, 4)}, tmp_path / "llm.safetensors")
     save_file({"model.layers.0.self_attn.q_proj.weight": torch.ones(4, 4)}, tmp_path / "llm2.safetensors")
     with pytest.raises(UsageError, match="kohya"):
         loratool.extract(
             tmp_path / "llm.safetensors", tmp_path / "llm2.safetensors", tmp_path / "o", to="kohya", device="cpu"
         )
+
+
+QKV, LINEAR1 = "double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"
+
+
+@pytest.mark.parametrize("dialect", ["diffusers", "kohya"])
+def test_layers_that_the_dialect_divides_otherwise_are_extracted_as_it_has_them(tmp_path: Path, dialect: str) -> None:
+    """Of a Flux file the fused projections, of which diffusers has the parts; the adapter merges to the fine-tune."""
+    base, tuned = tmp_path / "flux.safetensors", tmp_path / "tuned.safetensors"
+    save_file(values(bfl_flux()), base)
+    changed(base, tuned, QKV, LINEAR1)
+    report = loratool.extract(base, tuned, tmp_path / "out", rank=1, to=dialect, device="cpu")
+    if dialect == "diffusers":
+        names = {target.rpartition(".attn.")[2] for target in report.modules}
+        assert names == {
+            "to_q.weight",
+            "to_k.weight",
+            "to_v.weight",
+            "transformer.single_transformer_blocks.0.proj_mlp.weight",
+        }
+    loratool.merge(base, tmp_path / "out", tmp_path / "merged.safetensors", device="cpu")
+    wanted, found = load_file(tuned), load_file(tmp_path / "merged.safetensors")
+    assert all(torch.allclose(wanted[name], found[name], atol=1e-4) for name in wanted)
+
+
+def test_parts_of_a_pipeline_are_extracted_as_one_layer_where_the_dialect_has_one(tmp_path: Path) -> None:
+    """Of three projections two differ: the third has zero rows in kohya's one layer."""
+    attention = "transformer_blocks.0.attn"
+    shapes = {f"{attention}.{name}.weight": (H, H) for name in ("to_q", "to_k", "to_v")}
+    found = []
+    for name in ("base", "tuned"):
+        root = tmp_path / name
+        (root / "transformer").mkdir(parents=True)
+        (root / "transformer" / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
+        (root / "model_index.json").write_text(json.dumps({"_class_name": "X", "transformer": ["diffusers", "X"]}))
+        found.append(root / "transformer" / "diffusion_pytorch_model.safetensors")
+    save_file(values(shapes), found[0])
+    changed(found[0], found[1], f"{attention}.to_q.weight", f"{attention}.to_v.weight")
+    out = tmp_path / "out.safetensors"
+    loratool.extract(tmp_path / "base", tmp_path / "tuned", out, rank=2, to="kohya", device="cpu")
+    stored = load_file(out)
+    module = "lora_unet_double_blocks_0_img_attn_qkv"
+    up, down, alpha = (stored[f"{module}.{name}"] for name in ("lora_up.weight", "lora_down.weight", "alpha"))
+    before, after = load_file(found[0]), load_file(found[1])
+    differences = [after[name] - before[name] for name in shapes]
+    assert torch.allclose(alpha / 2 * up @ down, torch.cat(differences), atol=1e-4)

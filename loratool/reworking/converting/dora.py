@@ -21,7 +21,7 @@ from loratool.algebra.updates.dora import Magnitude
 from loratool.bases.adapter_fit import Fit, fit_of
 from loratool.bases.binding import Place
 from loratool.bases.decoded import weight_of
-from loratool.bases.weights import Room, Slice, StoredWeight
+from loratool.bases.weights import Room, Slice, Stacked, StoredWeight
 from loratool.errors import FitError, InputError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.open_sources import OpenSources
@@ -38,9 +38,9 @@ class Moved:
     """W' − W of one layer, seen some rows of the base's weight at a time, in float32 of a result in float64."""
 
     target: str
-    pieces: tuple[StoredWeight, ...]  # of the base, whose rows one after the other are the layer's
-    update: Update  # fitted to them
-    turned: bool  # whether they are stored (in, out)
+    weight: StoredWeight  # the base's, a matrix
+    update: Update  # fitted to it
+    turned: bool  # whether it is stored (in, out)
     room: int = 0  # bytes of it that may stay in memory
     held: Tensor | None = None
 
@@ -49,7 +49,8 @@ class Moved:
     @property
     def shape(self) -> tuple[int, int]:
         """As it is stored."""
-        return sum(piece.shape[0] for piece in self.pieces), self.pieces[0].shape[1]
+        rows, columns = self.weight.shape
+        return rows, columns
 
     @cached_property
     def loaded(self) -> Update:
@@ -59,14 +60,10 @@ class Moved:
     def base(self, first: int = 0, count: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """Rows of the base in float64."""
         rows, columns = self.shape
-        last = rows if count is None else first + count
-        step, start = max(1, TILE // (8 * columns)), 0
+        last, step = rows if count is None else first + count, max(1, TILE // (8 * columns))
         with OpenSources() as sources:
-            for piece in self.pieces:
-                for at in range(max(first, start), min(last, start + piece.shape[0]), step):
-                    size = min(step, last - at, start + piece.shape[0] - at)
-                    yield at, piece.rows(at - start, size, self.device, torch.float64, Room(sources))
-                start += piece.shape[0]
+            for at in range(first, last, step):
+                yield at, self.weight.rows(at, min(step, last - at), self.device, torch.float64, Room(sources))
 
     def tiles(self) -> Iterator[tuple[int, Tensor]]:
         rows, columns = self.shape
@@ -128,7 +125,7 @@ def moved(target: str, update: Update, fit: Fit) -> Moved:
     one_matrix = len({piece.shape[1] for piece in pieces}) == 1 and (len(pieces) == 1 or not turned)
     if not one_matrix or sum(piece.shape[0] for piece in pieces) != fitted.shape[0]:
         raise FitError(f"{printable(target)}: the base has it in parts, for which DoRA is not worked out; {WAY_OUT}")
-    return Moved(target, pieces, fitted, turned)
+    return Moved(target, pieces[0] if len(pieces) == 1 else Stacked(pieces), fitted, turned)
 
 
 def piece_of(place: Place, fit: Fit) -> StoredWeight:

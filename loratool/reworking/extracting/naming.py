@@ -1,21 +1,24 @@
-"""What is extracted from an image model, under the names of a dialect."""
+"""What is extracted from a model, as a dialect names and divides it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from loratool.adapters.adapter import Derived
 from loratool.adapters.formats import DIALECTS, WRITTEN
-from loratool.adapters.layers import Layer
+from loratool.adapters.layers import Kind, Layer
 from loratool.algebra.updates.additive import LowRank
+from loratool.algebra.updates.experts import ExpertFactors
 from loratool.bases.binding.components import components_of
+from loratool.bases.weights import Slice, Stacked, StoredWeight
 from loratool.errors import FitError, UsageError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.layouts.diffusion.components import TEXT_WORDS
 from loratool.lazy import Tensor
 from loratool.reworking.converting.naming import LAYOUTS, respelled
+from loratool.reworking.converting.rows import Target
 from loratool.reworking.dialects import Manner
 from loratool.reworking.extracting.pairing import Change, Pairing
 
@@ -33,27 +36,55 @@ def manner_of(asked: str | None, base: Checkpoint) -> Manner:
 
 
 def named_as(manner: Manner, found: Pairing) -> Manner:
-    """Give changes of an image model the names of the dialect, which may know the architecture then.
+    """Give changes the names of the dialect, which may know the architecture then, and divide them as it does.
 
-    Raises `FitError` for what the dialect cannot hold, and for layers that it divides otherwise.
+    Raises `FitError` for what the dialect cannot hold.
     """
-    if manner.form is WRITTEN or manner.dialect not in LAYOUTS:
+    if manner.form is WRITTEN:
         return manner
-    if beside := [*found.whole, *found.biases]:
+    of_images = manner.dialect in LAYOUTS
+    if of_images and (beside := [*found.whole, *found.biases]):
         raise FitError(
             f"{manner.dialect} cannot store these tensors, which are no matrices or belong to modules that are saved "
             "whole; leave them out with --include or --exclude, or pass --to peft:",
             map(printable, beside),
         )
-    called = words_of(found.base, found.changes)
-    layers = {called[target]: layer_of(called[target], change) for target, change in found.changes.items()}
+    called = words_of(found.base, found.changes) if of_images else {target: target for target in found.changes}
+    own = {called[target]: change for target, change in found.changes.items()}
+    layers = {name: layer_of(name, change) for name, change in own.items()}
     wanted = respelled(layers, manner.dialect, "", "", found.base)
-    own = {target.sources[0]: name for name, target in wanted.targets.items() if target.is_whole(layers)}
-    if others := [target for target, name in called.items() if name not in own]:
-        text = f"{manner.dialect} divides these layers otherwise; {WAY_OUT}:"
-        raise FitError(text, map(printable, others))
-    found.changes = {own[called[t]]: replace(change, target=own[called[t]]) for t, change in found.changes.items()}
+    if odd := [t for t, target in wanted.targets.items() if not target.is_whole(layers) and is_turned(target, own)]:
+        raise FitError(
+            f"{manner.dialect} divides these layers, which are stored (in, out); {WAY_OUT}:", map(printable, odd)
+        )
+    found.changes = {name: divided(name, target, own, layers) for name, target in wanted.targets.items()}
     return replace(manner, architecture=wanted.architecture, notes=wanted.notes)
+
+
+def is_turned(target: Target, changes: Mapping[str, Change]) -> bool:
+    return any(changes[source].turned for source in target.sources)
+
+
+def divided(name: str, target: Target, changes: Mapping[str, Change], layers: Mapping[str, Layer]) -> Change:
+    """The change of a layer of the dialect: a whole one of the model, or rows of some, as both models have them."""
+    if target.is_whole(layers):
+        return replace(changes[target.sources[0]], target=name)
+
+    def stacked(which: Callable[[Change], StoredWeight]) -> StoredWeight:
+        pieces: list[StoredWeight | int] = []
+        for rows in (rows for parts in target.experts for rows in parts):
+            if not rows.target:
+                pieces.append(rows.count)
+                continue
+            height, width = changes[rows.target].shape
+            first = rows.first + (rows.expert or 0) * height
+            pieces.append(Slice(which(changes[rows.target]).matrix(width), first, rows.count))
+        return Stacked(tuple(pieces), len(target.experts) if target.kind is Kind.PARAMETER else 0)
+
+    same = all(changes[source].same for source in target.sources)
+    return Change(
+        name, target.kind, stacked(lambda c: c.base), stacked(lambda c: c.tuned), len(target.experts), same=same
+    )
 
 
 def words_of(base: Checkpoint, targets: Mapping[str, Change]) -> dict[str, str]:
@@ -75,6 +106,10 @@ def layer_of(name: str, change: Change) -> Layer:
         raise AssertionError("it has no values yet")
 
     rows, columns = change.layer
+    if change.kind is Kind.PARAMETER:
+        a: Any = Derived((change.experts, 1, columns), (), none)
+        b: Any = Derived((change.experts, rows, 1), (), none)
+        return Layer(name, change.kind, ExpertFactors(a, b, 1.0), change.experts)
     up: Any = Derived((rows, 1), (), none)
     down: Any = Derived((1, columns), (), none)
     return Layer(name, change.kind, LowRank(up, down, 1.0, turnable=True, kernel=change.kernel))
