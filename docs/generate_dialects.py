@@ -114,6 +114,12 @@ ROWS = {
     "wan-fun": Row("lora_unet__blocks_0_cross_attn_k.lora_down.weight"),
     "xlabs": Row("double_blocks.0.processor.qkv_lora1.down.weight", IMAGE, OF_DIFFUSERS, CONVERTERS),
     "bfl": Row("double_blocks.0.img_attn.norm.query_norm.scale", IMAGE, OF_DIFFUSERS, CONVERTERS),
+    "cloneofsimo": Row(
+        "unet:0:up",
+        IMAGE,
+        "a walk through torch modules, and through those of diffusers",
+        "adapters/test_numbered_layers.py, acceptance/test_dialects_in_diffusers.py",
+    ),
     "original": Row("blocks.0.attn.qkv_x.lora_B"),
     "gguf": Row(
         "blk.0.attn_q.weight.lora_a",

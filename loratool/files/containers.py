@@ -51,12 +51,18 @@ def is_pointer(path: Path) -> bool:
 
 
 def conversion(path: Path) -> str:
-    """The command that turns a pickled state dict into safetensors, loading tensors only."""
+    """The command that turns a pickled state dict into safetensors, loading tensors only.
+
+    lora_diffusion pickles a list of factors instead, whose places in it become names as in its own safetensors.
+    """
+    component = "text_encoder" if path.stem.endswith(".text_encoder") else "unet"
     code = (
         "import torch; from safetensors.torch import save_file; "
         f"d = torch.load({path.name!r}, map_location='cpu', weights_only=True); "
+        f"d = {{'{component}:' + str(i // 2) + ':' + ('up', 'down')[i % 2]: v for i, v in enumerate(d)}} "
+        "if isinstance(d, list) else d; "
         "d = next((v for v in d.values() if isinstance(v, dict)), d); "
-        "save_file({k: v.clone().contiguous() for k, v in d.items() if torch.is_tensor(v)}, "
+        "save_file({k: v.detach().clone().contiguous() for k, v in d.items() if torch.is_tensor(v)}, "
         f"{path.stem + '.safetensors'!r})"
     )
     return f'if you trust the file, convert it in its folder with: python -c "{printable_code(code)}"'

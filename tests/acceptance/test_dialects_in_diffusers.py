@@ -214,3 +214,49 @@ def test_control_adapters_swap_halves_of_one_factor_alone(tmp_path: Path) -> Non
     for name, tensor in merged.items():
         wanted = {**expected, **replaced, **added}[name].double()
         torch.testing.assert_close(tensor.double(), wanted, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def met(model: torch.nn.Module, classes: set[str], kinds: tuple[type, ...]) -> dict[str, torch.nn.Module]:
+    """The layers of a model as lora_diffusion's `_find_modules` meets them."""
+    return {
+        f"{at}.{name}": layer
+        for at, ancestor in model.named_modules()
+        if type(ancestor).__name__ in classes
+        for name, layer in ancestor.named_modules()
+        if isinstance(layer, kinds)
+    }
+
+
+def test_layers_that_cloneofsimo_numbers_are_those_of_diffusers(tmp_path: Path) -> None:
+    """In a U-Net and a text encoder that diffusers and transformers make, narrow ones of Stable Diffusion's depth."""
+    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(4, 8, 12, 12), norm_num_groups=2, cross_attention_dim=6, attention_head_dim=2
+    )
+    config = transformers.CLIPTextConfig(
+        hidden_size=6, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, vocab_size=9
+    )
+    found = {
+        "unet": met(unet, {"ResnetBlock2D", "Attention", "GEGLU"}, (torch.nn.Linear, torch.nn.Conv2d)),
+        "text_encoder": met(transformers.CLIPTextModel(config), {"CLIPAttention"}, (torch.nn.Linear,)),
+    }
+    tensors: dict[str, Tensor] = {}
+    for component, layers in found.items():
+        for number, layer in enumerate(layers.values()):
+            shape = layer.weight.shape
+            tensors[f"{component}:{number}:down"] = torch.ones(1, *shape[1:])
+            tensors[f"{component}:{number}:up"] = torch.ones(shape[0], *(1 for _ in shape[1:]))
+    header = {"unet": '["ResnetBlock2D", "Attention", "GEGLU"]', "text_encoder": '["CLIPAttention"]'}
+    save_file(tensors, tmp_path / "lora.safetensors", header)
+    targets = list(loratool.read_adapter(tmp_path / "lora.safetensors").updates)
+    prefixes = ("text_model.", "")  # transformers 5 has none
+    wanted = [
+        f"{component}.{'text_model.' if component != 'unet' else ''}{name.removeprefix(prefixes[0])}.weight"
+        for component, layers in found.items()
+        for name in layers
+    ]
+    assert sorted(targets) == sorted(wanted)
+    by_source = {loratool.read_adapter(tmp_path / "lora.safetensors").sources[t][0]: t for t in targets}
+    for component, layers in found.items():
+        for number, name in enumerate(layers):
+            assert by_source[f"{component}:{number}:down"].endswith(f"{name}.weight")

@@ -28,6 +28,7 @@ class Spelling:
     plain: bool = True  # whether other tools write it as well, so that a header's tool is told in its place
     alone: bool = True  # whether the names suffice; else a config in the same folder is believed first
     constrained: bool = False  # whether alpha limits rotations also where it is 0
+    numbered: bool = False  # whether a module is a number, whose layer the other modules tell
     note: Note | None = None  # that is told of every file with such names
 
 
@@ -125,6 +126,14 @@ SPELLINGS = (
         "as in XLabs' x-flux",
         plain=False,
         note=STRENGTH,
+    ),
+    Spelling(
+        "cloneofsimo",
+        r"(?:unet|text_encoder(?:_2)?):(?=\d+$)",
+        lambda start, number: start + number,
+        "as in cloneofsimo's lora_diffusion",
+        plain=False,
+        numbered=True,
     ),
     Spelling(
         "diffusers",

@@ -11,9 +11,11 @@ from typing import Any, Protocol
 from loratool.adapters.adapter import Derived, Flattened, StoredTensor
 from loratool.adapters.formats.named.dialects import Spelling, replaced_by, spelling_of
 from loratool.adapters.formats.named.header import CONFIGS, CONTRADICTION, Header
+from loratool.adapters.formats.named.numbered import layers_of
 from loratool.adapters.formats.named.refused import refused
 from loratool.adapters.formats.roles import Module, RoleProblem, found_in, grouped
-from loratool.adapters.formats.roles.names import ALPHA, DOWN, FOREIGN, MAGNITUDES, ON_INPUT, canonical
+from loratool.adapters.formats.roles.module import MISSING_PARTNER
+from loratool.adapters.formats.roles.names import ALPHA, DOWN, FOREIGN, MAGNITUDES, ON_INPUT, UP, canonical
 from loratool.adapters.reading import Reading
 from loratool.adapters.training import Training
 from loratool.algebra.updates.additive import LowRank
@@ -98,6 +100,13 @@ class Group:
             up: Any = Derived((rows, update.rank), (update.up,), own)  # type: ignore[arg-type]  # still on disk
             yield target, replace(update, up=up)
 
+    @property
+    def factors(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """The shapes of its second and its first factor; None where one is missing, or no factor."""
+        shapes = {canonical(role): tensor.shape for role, tensor in self.roles.items()}
+        up, down = shapes.get(UP, ()), shapes.get(DOWN, ())
+        return (up, down) if len(up) == len(down) >= 2 else None
+
     @cached_property
     def rank(self) -> int:
         """The rank of its factors; 0 where it has none."""
@@ -150,7 +159,31 @@ class Reader:
                 continue
             stored = {role: StoredTensor(self.file, self.file.tensors[name]) for role, name in roles.items()}
             groups.append(Group(module, *spelled, stored))
-        return groups, rest
+        return self.with_layers(groups), rest
+
+    def with_layers(self, groups: list[Group]) -> list[Group]:
+        """The modules, with the layers that numbers mean; those of unknown ones are told, and left out."""
+        counted: dict[str, dict[int, Group]] = {}
+        for group in groups:
+            if group.spelling.numbered:
+                component, _, number = group.name.partition(":")
+                counted.setdefault(component, {})[int(number)] = group
+        lost: set[str] = set()
+        for component, own in counted.items():
+            shapes = [own[number].factors for number in sorted(own)]
+            gaps = set(range(len(own))) - own.keys()
+            if gaps:
+                self.problems.append(Problem(f"{component}:{min(gaps)} is missing", MISSING_PARTNER))
+            elif all(shapes):
+                layers = layers_of(component, [shape for shape in shapes if shape], self.header.metadata)
+                if isinstance(layers, str):
+                    self.unsupported.append(layers)
+                    lost.update(group.name for group in own.values())
+                    continue
+                self.notes.append(layers[1])
+                for number, layer in enumerate(layers[0]):
+                    own[number].targets = (f"{component}.{layer}",)
+        return [group for group in groups if group.name not in lost]
 
     def scales_of(self, groups: Iterable[Group]) -> dict[str, float]:
         """The scaling of modules that a config in the header holds, by their names."""

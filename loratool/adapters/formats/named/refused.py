@@ -58,13 +58,6 @@ REFUSALS = (
         "LoRA for ViT or SAM with numbered factors (w_a_000): nothing in the file says which layers they belong to",
     ),
     Refusal(
-        "cloneofsimo",
-        r"^(?:unet|text_encoder|text_encoder_2):\d+:(?:up|down)$",
-        "LoRA of cloneofsimo/lora (lora_diffusion), whose factors are numbered in the order in which its code meets the "
-        "layers of a model: nothing in the file says which layers they belong to; write them into a model with its "
-        "lora_add, then extract them: loratool extract BASE MODEL -o LORA",
-    ),
-    Refusal(
         "adalora",
         r"\.lora_E(?:\.weight)?$",
         "AdaLoRA (lora_E): its scale is in a config that the file does not contain; read it as PEFT saved it, with its "

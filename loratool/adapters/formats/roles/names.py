@@ -23,6 +23,7 @@ BARE = {"lora_A": DOWN, "lora_B": UP}  # without `.weight`: loralib, litgpt
 EMBEDDING = {"lora_embedding_A": DOWN, "lora_embedding_B": UP}  # of a table, as PEFT calls them
 NAMED = re.compile(r"lora_([AB])\.[^.]+\.(weight|bias)")  # with the name of an adapter in them
 NUMBERED = re.compile(r"(.+_lora\d)\.((?:down|up)\.weight)")  # XLabs: the number belongs to the module
+COUNTED = re.compile(r"(\w+:(?:0|[1-9]\d{0,5})):(down|up)")  # cloneofsimo: a layer is a number
 
 MAGNITUDES = ("dora_scale", "lora_magnitude_vector", "lora_magnitude_vector.weight", "magnitude")
 LORA = (DOWN, UP, MID, UP_BIAS)
@@ -69,7 +70,7 @@ def split(name: str) -> tuple[str, str] | None:
     The name is the two with a dot between them, or without where the role begins with `_`. The weight of (IA)³ has the
     name of any other weight; `grouped` finds it by its partner.
     """
-    if match := NUMBERED.fullmatch(name):
+    if match := NUMBERED.fullmatch(name) or COUNTED.fullmatch(name):
         return match[1], match[2]
     parts = name.split(".")
     for count in range(min(LONGEST + 1, len(parts) - 1), 0, -1):
@@ -86,7 +87,7 @@ def canonical(role: str) -> str:
     """The one name of a role, however it is spelled."""
     if match := NAMED.fullmatch(role):
         return canonical(f"lora_{match[1]}.{match[2]}")
-    numbered = {"down.weight": DOWN, "up.weight": UP}
+    numbered = {"down.weight": DOWN, "up.weight": UP, "down": DOWN, "up": UP}
     return numbered.get(role) or SPELLINGS.get(role, role)
 
 
