@@ -216,7 +216,7 @@ def test_control_adapters_swap_halves_of_one_factor_alone(tmp_path: Path) -> Non
         torch.testing.assert_close(tensor.double(), wanted, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def met(model: torch.nn.Module, classes: set[str], kinds: tuple[type, ...]) -> dict[str, torch.nn.Module]:
+def met(model: torch.nn.Module, classes: set[str], kinds: tuple[type, ...]) -> dict[str, Any]:
     """The layers of a model as lora_diffusion's `_find_modules` meets them."""
     return {
         f"{at}.{name}": layer

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
 WIDTHS, TEXT, TIME = (2, 4, 6, 6), 3, 5
 
@@ -41,7 +41,7 @@ class FeedForward(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, width: int, order: Collection[str]) -> None:
         super().__init__()
-        parts = {
+        parts: dict[str, Callable[[], nn.Module]] = {
             "attn1": lambda: CrossAttention(width, width),
             "attn2": lambda: CrossAttention(width, TEXT),
             "ff": lambda: FeedForward(width),

@@ -181,8 +181,8 @@ class Reader:
                     lost.update(group.name for group in own.values())
                     continue
                 self.notes.append(layers[1])
-                for number, layer in enumerate(layers[0]):
-                    own[number].targets = (f"{component}.{layer}",)
+                for at, layer in enumerate(layers[0]):
+                    own[at].targets = (f"{component}.{layer}",)
         return [group for group in groups if group.name not in lost]
 
     def scales_of(self, groups: Iterable[Group]) -> dict[str, float]:
