@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
-from loratool.bases.packed import Codec, Packed, Packing, Settings
+from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings
 from loratool.bases.weights import Plain, Room, StoredWeight, plain_of
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint
@@ -16,18 +17,61 @@ from loratool.notes import Note
 from loratool.templates import listed
 
 
+@dataclass(frozen=True)
+class PackedModel:
+    """A model with packed weights: all of a checkpoint, or a component of a pipeline, in which its names have a prefix."""
+
+    model: Checkpoint  # with its own names, and so are those in `packing`
+    packing: Packing
+    codec: Codec
+    settings: Settings = field(default_factory=lambda: Settings(()))
+    prefix: str = ""  # such as "transformer."
+
+    @property
+    def folder(self) -> str:
+        """Where its files are in the checkpoint: "transformer/", or nothing."""
+        return self.prefix.replace(".", "/")
+
+    def own(self, names: Iterable[str]) -> list[str]:
+        """Those of some names of the checkpoint that are the model's, as it has them."""
+        return [name[len(self.prefix) :] for name in names if name.startswith(self.prefix)]
+
+    def left_plain(self, setting: Setting, plain: Collection[str]) -> Mapping[str, Any]:
+        """The values of one of its settings where some of its weights are not packed any more."""
+        return self.codec.left_plain(setting, self.packing, plain, self.model)
+
+    def left_over(self, plain: Iterable[str]) -> Iterator[str]:
+        """Tensors of the checkpoint that go as well where some of its weights become plain."""
+        own = set(self.own(plain))
+        marks = self.packing.marks if own and self.packing.weights.keys() <= own else ()
+        along = (name for weight in own for name in self.packing.leftovers.get(weight, ()))
+        yield from (self.prefix + name for name in (*marks, *along))
+
+
 @dataclass(frozen=True, repr=False)
 class Decoded(Checkpoint):
     """A checkpoint whose packed weights are seen as plain ones: each has its own name, its parts have none."""
 
-    codec: Codec | None = None
-    settings: Settings = field(default_factory=lambda: Settings(()))
-    packing: Packing = field(default_factory=lambda: Packing({}))
+    models: tuple[PackedModel, ...] = ()
 
-    @property
+    @cached_property
     def weights(self) -> Mapping[str, Packed]:
         """The packed weights, by the names of their plain copies."""
-        return self.packing.weights
+        return {each.prefix + name: weight for each in self.models for name, weight in each.packing.weights.items()}
+
+    @cached_property
+    def unread(self) -> Mapping[str, str]:
+        """Tensor on disk of a weight that cannot be decoded → what packs it."""
+        return {each.prefix + name: kind for each in self.models for name, kind in each.packing.unread.items()}
+
+    @cached_property
+    def leftovers(self) -> Mapping[str, Sequence[str]]:
+        """Weight → the tensors that go as well where it becomes plain, of those that are there."""
+        return {
+            each.prefix + weight: [each.prefix + name for name in names if each.prefix + name in self.stored]
+            for each in self.models
+            for weight, names in each.packing.leftovers.items()
+        }
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -38,23 +82,28 @@ class Decoded(Checkpoint):
         }
 
     @cached_property
-    def stored(self) -> Mapping[str, TensorInfo]:
-        """The tensors on disk by name."""
-        return {name: info for shard in self.shards for name, info in shard.tensors.items()}
+    def made_of(self) -> Mapping[str, tuple[str, ...]]:
+        """Packed weight → the tensors on disk that it is made of."""
+        return {
+            each.prefix + name: tuple(each.prefix + tensor.info.name for tensor in weight.tensors)
+            for each in self.models
+            for name, weight in each.packing.weights.items()
+        }
 
     @cached_property
     def packed(self) -> Mapping[str, tuple[str, bool]]:
         """Tensor of a packed weight → the weight's name, and whether the tensor is the first of it."""
-        return {
-            tensor.info.name: (name, tensor is weight.tensors[0])
-            for name, weight in self.weights.items()
-            for tensor in weight.tensors
-        }
+        return {tensor: (name, tensor == made[0]) for name, made in self.made_of.items() for tensor in made}
 
     @cached_property
     def parts(self) -> frozenset[str]:
         """Tensors that packed weights are made of, and what goes along with those."""
         return frozenset((*self.packed, *self.left_over(self.weights)))
+
+    @property
+    def title(self) -> str:
+        """How the weights are packed, for a person."""
+        return " and ".join(dict.fromkeys(each.codec.title for each in self.models))
 
     def check(self, names: Iterable[str]) -> list[Note]:
         """Notes on weights that tools decode differently. The values of scales and indices are read for it.
@@ -74,21 +123,36 @@ class Decoded(Checkpoint):
             raise InputError(f"{self.name}: packed weights that cannot be decoded:", problems)
         return [Note("decoding-doubtful", f"{listed(names)}: {found}") for found, names in doubts.items()]
 
-    def metadata(self, said: Mapping[str, str] | None, plain: Collection[str]) -> Mapping[str, str] | None:
-        """The metadata of a file's header where some weights become plain."""
-        if said is None or self.codec is None or not plain:
-            return said
-        return self.codec.metadata(said, self.packing, plain)
+    def metadata(
+        self, said: Mapping[str, str] | None, plain: Collection[str], prefix: str = ""
+    ) -> Mapping[str, str] | None:
+        """The metadata of a file's header where some weights become plain; `prefix` is that of the file's component."""
+        for each in self.models:
+            if said is not None and each.prefix == prefix and (own := each.own(plain)):
+                return each.codec.metadata(said, each.packing, own)
+        return said
+
+    def notes_on(self, plain: Collection[str]) -> list[Note]:
+        """What a user should know of a model in which some weights are not packed any more."""
+        return [note for each in self.models for note in each.codec.notes(each.packing, each.own(plain))]
+
+    def named_too(self, plain: Collection[str]) -> frozenset[str]:
+        """Other packed weights that loaders take for plain where their lists name those of `plain`."""
+        return frozenset(
+            each.prefix + name
+            for each in self.models
+            if (own := each.own(plain))
+            for name in each.codec.named_too(each.packing, own, each.model)
+        )
 
     def bytes_of(self, name: str) -> int:
         """Bytes of all tensors that go where a packed weight becomes plain."""
-        more = (self.stored[each] for each in self.packing.leftovers.get(name, ()) if each in self.stored)
+        more = (self.stored[each] for each in self.leftovers.get(name, ()))
         return sum(info.nbytes for info in (*(tensor.info for tensor in self.weights[name].tensors), *more))
 
     def left_over(self, plain: Collection[str]) -> frozenset[str]:
         """Tensors that go as well where some weights become plain."""
-        marks = self.packing.marks if self.weights.keys() <= set(plain) else ()
-        return frozenset((*marks, *(name for weight in plain for name in self.packing.leftovers.get(weight, ()))))
+        return frozenset(name for each in self.models for name in each.left_over(plain))
 
 
 def weights_in(base: Checkpoint, shard: SafeFile, plain: Collection[str]) -> Iterator[tuple[str, StoredWeight]]:

@@ -195,6 +195,15 @@ class Codec(Protocol):
         """
         ...
 
+    def named_too(
+        self,
+        packing: Packing,  # noqa: ARG002 (most loaders match whole names)
+        plain: Collection[str],  # noqa: ARG002
+        base: Checkpoint,  # noqa: ARG002
+    ) -> Collection[str]:
+        """Other packed weights that a loader takes for plain where the list names those of `plain`."""
+        return ()
+
     def metadata(
         self,
         metadata: Mapping[str, str],
@@ -213,9 +222,13 @@ class Codec(Protocol):
         return ()
 
 
-def plain_dtype(config: Mapping[str, Any]) -> str:
-    """The dtype of the model before it was packed, as its config tells; BF16 where it tells none."""
+def plain_dtype(base: Checkpoint) -> str:
+    """The dtype of a model before it was packed, as its config tells.
+
+    Configs of diffusers name none: what is not packed has that dtype. BF16 where there is nothing to go by.
+    """
     named = {name: dtype for dtype, name in FLOAT_NAMES.items()}
-    texts = [config, config.get("text_config")]
+    texts = [base.config, base.config.get("text_config")]
     said = (part.get(key) for part in texts if isinstance(part, Mapping) for key in ("dtype", "torch_dtype"))
-    return next((named[name] for name in said if isinstance(name, str) and name in named), "BF16")
+    usual = base.usual_dtype if base.config else ""
+    return next((named[name] for name in said if isinstance(name, str) and name in named), usual or "BF16")

@@ -77,7 +77,7 @@ def base_of_headers(checkpoint: Checkpoint, path: Path) -> Base:
     held = checkpoint.tensors
     if any(FACTORS.match(name) for name in held):
         raise InputError(f"{printable(path)}: this is an adapter; BASE must be the model it was trained on")
-    unread = checkpoint.packing.unread if isinstance(checkpoint, Decoded) else {}
+    unread = checkpoint.unread if isinstance(checkpoint, Decoded) else {}
     packed = [
         name
         for name, info in held.items()
@@ -122,9 +122,8 @@ def packed_in(checkpoint: Checkpoint) -> tuple[Mapping[str, int], str]:
     if not isinstance(checkpoint, Decoded):
         return {}, ""
     schemes = dict.fromkeys(weight.scheme for weight in checkpoint.weights.values())
-    title = checkpoint.codec.title if checkpoint.codec else "packed"
     sizes = {name: checkpoint.bytes_of(name) for name in checkpoint.weights}
-    return sizes, f"{title}: {'; '.join(schemes)}"
+    return sizes, f"{checkpoint.title}: {'; '.join(schemes)}"
 
 
 def is_buffer(name: str, shape: Shape) -> bool:

@@ -6,7 +6,7 @@ import filecmp
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from loratool.adapters.adapter import Adapter
 from loratool.adapters.training import Training
 from loratool.adapters.weight_files import module_files
 from loratool.bases.codecs.plain_modules import in_memory
-from loratool.bases.decoded import Decoded
-from loratool.bases.packed import TWINS, Setting
+from loratool.bases.decoded import Decoded, PackedModel
+from loratool.bases.packed import TWINS
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint, leaves
 from loratool.files.inputs import holds_text, special_files
@@ -85,28 +85,32 @@ def plan_side_files(
             if name in files and files[name].source == base.root / name:
                 del files[name]
                 left_out.append(f"{name} (the adapter's tokenizer_config.json has its own)")
-    edits = [*edits, *(dtype_edits(base.config, dtype) if dtype != "keep" else ())]
-    edits += packing_edits(base, plain)
-    if base.config and "config.json" not in base.side_files:  # the weights' own file says what it says of the model
-        edits = []
+    configs = configs_of(base)
+    edits = [*(edit for edit in edits if edit.file in configs), *packing_edits(base, plain)]
+    if dtype != "keep":
+        edits += [edit for file, config in configs.items() for edit in dtype_edits(config, dtype, file)]
     for edit in (each for each in edits if not each.path):  # a file that is about nothing else
         del files[edit.file]
         if edit.value is None:
             left_out.append(f"{printable(edit.file)} (describes packed weights, and none are left)")
         else:
             files[edit.file] = OutputFile(edit.file, content=json_bytes(edit.value))
-    inner = [edit for edit in edits if edit.path]
-    if inner and base.config:
-        files["config.json"] = OutputFile("config.json", content=edited_config(base.config, inner))
-    elif inner:
-        notes.append(Note("no-config", "the base has no config.json; if you add one to the output, it must contain:"))
-    for name, model in base.components.items():
-        file = f"{name}/config.json"
-        if own := [replace(edit, file=file) for edit in dtype_edits(model.config, dtype) if dtype != "keep"]:
-            files[file] = OutputFile(file, content=edited_config(model.config, own))
-            edits = [*edits, *own]
+    for file, config in configs.items():
+        inner = [edit for edit in edits if edit.path and edit.file == file]
+        if inner and config:
+            files[file] = OutputFile(file, content=edited_config(config, inner))
+        elif inner:
+            text = "the base has no config.json; if you add one to the output, it must contain:"
+            notes.append(Note("no-config", text))
     notes += [Note("config-edit", str(edit)) for edit in edits]
     return files, left_out
+
+
+def configs_of(base: Checkpoint) -> dict[str, Mapping[str, Any]]:
+    """The configs of a model by file; none where the weights' own file says what a config says."""
+    if base.components:
+        return {f"{name}/config.json": model.config for name, model in base.components.items()}
+    return {"config.json": base.config} if not base.config or "config.json" in base.side_files else {}
 
 
 def tokenizer_files(adapters: Sequence[Adapter], notes: list[Note]) -> dict[str, Path]:
@@ -192,28 +196,31 @@ def packing_edits(base: Checkpoint, plain: Collection[str]) -> list[ConfigEdit]:
     """What configs must say of packed weights that are plain in the output."""
     if not isinstance(base, Decoded) or not plain:
         return []
-    if len(plain) == len(base.weights) and not base.packing.unread:
-        whole = [name for name in ABOUT_PACKING if name in base.side_files]
-        inside = [ConfigEdit(each.path, None) for each in base.settings.places if each.path]
-        return [*inside, *(ConfigEdit((), None, name) for name in whole)]
+    in_order = [name for name in base.weights if name in plain]  # that of the files, so that outputs are reproducible
+    return [edit for each in base.models if (own := each.own(in_order)) for edit in packing_edits_of(each, own)]
+
+
+def packing_edits_of(part: PackedModel, plain: Sequence[str]) -> list[ConfigEdit]:
+    """What the configs of one model must say, by its own names."""
+    places = part.settings.places
+    if len(plain) == len(part.packing.weights) and not part.packing.unread:
+        whole = [name for name in ABOUT_PACKING if name in part.model.side_files]
+        inside = [ConfigEdit(each.path, None, part.folder + each.file) for each in places if each.path]
+        return [*inside, *(ConfigEdit((), None, part.folder + name) for name in whole)]
     about = f"names the weights that become plain, {len(plain)} in total"
-    plain = [name for name in base.weights if name in plain]  # in the order of the model
+    named = [*plain, *in_memory(plain, part.model)]
     return [
-        ConfigEdit(each.path, left_plain(base, each, plain), each.file, f"{'.'.join(each.path)} {about}".strip())
-        for each in base.settings.places
+        ConfigEdit(
+            each.path, part.left_plain(each, named), part.folder + each.file, f"{'.'.join(each.path)} {about}".strip()
+        )
+        for each in places
     ]
 
 
-def left_plain(base: Decoded, setting: Setting, plain: Collection[str]) -> Mapping[str, Any]:
-    assert base.codec is not None, "a codec has found the packed weights"
-    in_order = [name for name in base.weights if name in plain]  # that of the files, so that outputs are reproducible
-    return base.codec.left_plain(setting, base.packing, [*in_order, *in_memory(in_order, base)], base)
-
-
-def dtype_edits(config: Mapping[str, Any], dtype: str) -> list[ConfigEdit]:
-    """Every entry that tells the dtype and tells another one."""
+def dtype_edits(config: Mapping[str, Any], dtype: str, file: str) -> list[ConfigEdit]:
+    """Every entry of a config that tells the dtype and tells another one."""
     return [
-        ConfigEdit((*path, key), dtype)
+        ConfigEdit((*path, key), dtype, file)
         for path, part in parts_of(config)
         for key in ("torch_dtype", "dtype")
         if isinstance(part.get(key), str) and part[key] != dtype

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import cached_property
@@ -17,7 +18,7 @@ from loratool.files.gguf_splits import gguf_in, read_splits
 from loratool.files.hub_cache import name_of
 from loratool.files.inputs import LARGEST_INDEX, read_json, special_files, unreadable
 from loratool.files.names import has_other_parts
-from loratool.files.safefile import SafeFile, TensorInfo, read_safefile
+from loratool.files.safefile import FLOAT_NAMES, SafeFile, TensorInfo, read_safefile
 from loratool.notes import Note
 from loratool.shown import Shown
 
@@ -85,9 +86,14 @@ class Checkpoint(Shown):
         return name_of(self.root)
 
     @cached_property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every tensor by name, shard after shard."""
+    def stored(self) -> Mapping[str, TensorInfo]:
+        """Every tensor on disk by name, shard after shard."""
         return {name: info for shard in self.shards for name, info in shard.tensors.items()}
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor by name, as it is seen: packed ones that can be decoded are seen as plain."""
+        return self.stored
 
     @cached_property
     def homes(self) -> Mapping[str, SafeFile]:
@@ -108,6 +114,15 @@ class Checkpoint(Shown):
         """The family that `config.json` names, such as "llama"; empty where it names none."""
         value = self.config.get("model_type")
         return value if isinstance(value, str) else ""
+
+    @cached_property
+    def usual_dtype(self) -> str:
+        """The dtype of floats that most values of weights and biases have; empty where none have any."""
+        values: Counter[str] = Counter()
+        for name, info in self.stored.items():
+            if info.dtype in FLOAT_NAMES and name.endswith((".weight", ".bias")):
+                values[info.dtype] += info.elements
+        return values.most_common(1)[0][0] if values else ""
 
     @property
     def architectures(self) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,11 @@ class Member(Selection):
 def itself(file: SafeFile) -> SafeFile:
     """The file as it is on disk, of one that is seen under a component's names."""
     return file.original if isinstance(file, Member) else file
+
+
+def identities(files: Iterable[SafeFile]) -> frozenset[int]:
+    """What tells whether a file is one of these, under whatever names its tensors are seen: `id(itself(file))`."""
+    return frozenset(id(itself(file)) for file in files)
 
 
 def is_pipeline(root: Path) -> bool:

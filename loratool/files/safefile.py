@@ -287,6 +287,14 @@ class Selection(SafeFile):
         layout = Layout.of(((n, i.dtype, i.shape) for n, i in infos.items()), original.layout.metadata)
         return cls(original.path, layout, original.identity, original, names)
 
+    @contextmanager
+    def open(self) -> Iterator[Source]:
+        with self.original.open() as source:
+            yield source
+
+    def check_unchanged(self, source: Source | None = None) -> None:
+        self.original.check_unchanged(source)
+
     def position(self, tensor: TensorInfo) -> int:
         return self.original.position(self.original.tensors[self.names[tensor.name]])
 

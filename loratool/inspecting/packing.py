@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from loratool.bases.codecs import decoded, settings_in
+from loratool.bases.codecs import decoded, models_in, settings_in
 from loratool.bases.decoded import Decoded
 from loratool.bases.packed import Packed
 from loratool.errors import InputError, folded, printable
@@ -30,7 +30,7 @@ def unpacked(checkpoint: Checkpoint) -> tuple[Checkpoint, PackingFacts | None]:
     except InputError as error:
         return checkpoint, cannot(method_of(checkpoint), why(error))
     if isinstance(seen, Decoded):
-        return seen, facts_of(seen) if seen.weights else cannot(method_of(seen), not_read(seen.packing.unread.values()))
+        return seen, facts_of(seen) if seen.weights else cannot(method_of(seen), not_read(seen.unread.values()))
     method = method_of(checkpoint)
     if any(map(looks_packed, checkpoint.tensors.values())):
         return checkpoint, cannot(method, not_read([method]))
@@ -51,11 +51,11 @@ def facts_of(base: Decoded) -> PackingFacts:
     )
     others = (info for name, info in base.tensors.items() if name not in base.weights)
     plain = [info.name for info in others if info.dtype in FLOAT_NAMES and len(info.shape) > 1]
-    unread = base.packing.unread
+    unread = base.unread
     except_for = f"; but {not_read(unread.values())}" if unread else ""
     dtypes = ", ".join(dict.fromkeys(weight.dtype for weight in base.weights.values()))
     return PackingFacts(
-        family=base.codec.name if base.codec else UNNAMED,
+        family=" and ".join(dict.fromkeys(each.codec.name for each in base.models)),
         schemes=schemes,
         parameters=parameters,
         packed_bytes=packed,
@@ -102,7 +102,7 @@ def why(error: InputError) -> str:
 def method_of(checkpoint: Checkpoint) -> str:
     """How a checkpoint's config says that it is quantised."""
     try:
-        said = [setting.values for setting in settings_in(checkpoint)]
+        said = [setting.values for _, model in models_in(checkpoint) for setting in settings_in(model)]
     except InputError:
         return UNNAMED
     names = (values.get(key) for values in said for key in ("quant_method", "quant_algo"))

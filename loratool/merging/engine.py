@@ -320,7 +320,10 @@ class Engine:
             if output.job.stop.is_set():
                 return
             at, state = output.place(chunk), new_state()
-            part, data = output.sink.part(at, chunk.size), made[chunk.span.placed.name][chunk.start : chunk.stop]
+            part, data = (
+                output.sink.part(at, chunk.size),
+                made[chunk.span.placed.name[len(output.plan.prefix) :]][chunk.start : chunk.stop],
+            )
             for piece in data.split(most):  # type: ignore[no-untyped-call]
                 memory = worker.lent(piece, at % PAGE)
                 state.update(piece_of(memory, at))

@@ -23,6 +23,7 @@ from loratool.devices import exact_arithmetic, find_devices, load_linear_algebra
 from loratool.errors import InputError, UsageError, printable
 from loratool.fetching import local
 from loratool.files.open_sources import OpenSources
+from loratool.files.pipelines import identities, itself
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, torch
 from loratool.merging.effects import effect_notes, effects_of
@@ -172,12 +173,12 @@ class MergedWeights(Shown, Mapping[str, Tensor]):
     @cached_property
     def spans(self) -> dict[str, Span]:
         """Every tensor's way from the files, by its name."""
-        own = {id(shard) for shard in self.plan.base.shards}
+        own = identities(self.plan.base.shards)
         changed_only = self.options.changed_only
         return {
             span.placed.name: span
             for span in self.plan.spans
-            if not changed_only or span.edits or any(id(t.file) not in own for t in span.weight.tensors)
+            if not changed_only or span.edits or any(id(itself(t.file)) not in own for t in span.weight.tensors)
         }
 
     @cached_property

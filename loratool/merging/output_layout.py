@@ -17,7 +17,7 @@ from loratool.bases.weights import Plain
 from loratool.errors import InputError, UsageError, printable
 from loratool.files.checkpoint import INDEX_SUFFIX, NUMBERED, SINGLE, Checkpoint, index_text
 from loratool.files.gguf import GgufFile
-from loratool.files.pipelines import Member
+from loratool.files.pipelines import Member, identities, itself
 from loratool.files.safefile import FLOAT_NAMES, Layout, SafeFile, TensorInfo
 from loratool.layouts.ggml import TYPES
 
@@ -142,13 +142,14 @@ def plan_shards(base: Checkpoint, changes: OutputChanges, dtype: str, shard_size
     elif len(files) < len(base.shards):
         files = numbered(stem_of(files[0][0]), [entries for _, entries in files])
     plans: list[ShardPlan] = []
+    of_base = identities(base.shards)
     for (name, entries), shard in zip(files, own, strict=False):
         prefix, file = (shard.prefix, shard.original) if isinstance(shard, Member) else ("", shard)
         head = [(e.name[len(prefix) :], new_dtype(e, wanted), e.shape) for e in entries]
         files_of = [tensor.file for e in entries for tensor in e.weight.tensors]
-        source = file or next((file for file in files_of if any(file is each for each in base.shards)), None)
+        source = file or next((itself(each) for each in files_of if id(itself(each)) in of_base), None)
         said = source.layout.metadata if source else None
-        metadata = base.metadata(said, changes.plain) if isinstance(base, Decoded) else said
+        metadata = base.metadata(said, changes.plain, prefix) if isinstance(base, Decoded) else said
         if any(e.name in changes.edits or e.name in changes.moved for e in entries):
             metadata = still_true(metadata)
         same = file is not None and head == [(t.name, t.dtype, t.shape) for t in file.layout.in_order]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.bases.decoded import Decoded
 from loratool.errors import printable
+from loratool.files.pipelines import identities, itself
 from loratool.merging.resources import estimated_memory
 from loratool.results.base import SCHEMA, Result, plain
 from loratool.results.merge import gain_row
@@ -71,8 +72,8 @@ class MergePlan(Result):
     @property
     def replaces(self) -> bool:
         """Whether a tensor begins as what an adapter saved, so that the output is not the base."""
-        own = {id(shard) for shard in self.base.shards}
-        return any(id(tensor.file) not in own for span in self.spans for tensor in span.weight.tensors)
+        own = identities(self.base.shards)
+        return any(id(itself(tensor.file)) not in own for span in self.spans for tensor in span.weight.tensors)
 
     def check_packed(self, spans: Iterable[Span]) -> list[Note]:
         """Notes on those of some weights that tools decode differently; of each packed one its scales are read.
@@ -128,8 +129,7 @@ def packing_rows(plan: MergePlan) -> list[tuple[str, object]]:
     if not isinstance(plan.base, Decoded):
         return []
     kept = len(plan.base.weights) - len(plan.plain) - len(plan.anew)
-    title = plan.base.codec.title if plan.base.codec else "packed"
-    rows: list[tuple[str, object]] = [("quantised", f"{title}; stay as they are: {kept}")]
+    rows: list[tuple[str, object]] = [("quantised", f"{plan.base.title}; stay as they are: {kept}")]
     dtypes: dict[str, list[str]] = {}
     for span in plan.spans:
         if span.placed.name in plan.plain and span.carried is None:

@@ -157,7 +157,7 @@ def becoming_plain(
     """The packed weights of a base that are plain in the output: those that change, with what is served with them."""
     if not isinstance(base, Decoded):
         return frozenset()
-    if everything and (unread := base.packing.unread):
+    if everything and (unread := base.unread):
         problems = [
             f"{printable(name)}: is packed with {kind}, which loratool does not read" for name, kind in unread.items()
         ]
@@ -165,12 +165,19 @@ def becoming_plain(
     if everything:
         return frozenset(base.weights)
     touched = {name for name in (*changes.edits, *changes.moved) if name in base.weights and name not in anew}
-    touched |= {t.info.name for origin in changes.added for t in origin.weight.tensors if t.info.name in base.weights}
+    begun = {id(origin.weight) for origin in changes.added}
+    touched |= {name for name, weight in base.weights.items() if id(weight) in begun}
     plain = served_with(touched, base.weights)
     if along := sorted(plain - touched):
         text = f"servers fuse these with edited weights, so they become plain as well: {listed(along)}"
         notes.append(Note("siblings-plain", text))
-    notes += base.codec.notes(base.packing, plain) if base.codec else ()
+    if also := base.named_too(plain):
+        text = (
+            f"a list that names edited weights names these, too, so they become plain as well: {listed(sorted(also))}"
+        )
+        notes.append(Note("siblings-plain", text))
+        plain |= also
+    notes += base.notes_on(plain)
     return plain
 
 
@@ -297,7 +304,7 @@ class Draft:
             same = stored.info.dtype == info.dtype and trained.base.tensors[place.tensor].shape == stored.shape
             return "" if same else f"is stored as {stored.info.dtype}, but {tensor} as {info.dtype}"
         if info.dtype not in FLOAT_NAMES:
-            unread = self.base.packing.unread if isinstance(self.base, Decoded) else {}
+            unread = self.base.unread if isinstance(self.base, Decoded) else {}
             kind = unread.get(place.tensor)
             found = (
                 f"is packed with {kind}, which loratool does not read"

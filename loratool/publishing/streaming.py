@@ -33,6 +33,7 @@ from loratool.files.inputs import json_object
 from loratool.files.journal import FETCHED, MODEL, FinishedShard
 from loratool.files.open_sources import OpenSources
 from loratool.files.outputs import check_stage
+from loratool.files.pipelines import identities, itself
 from loratool.files.shard_writer import LocalFolder
 from loratool.files.staging import Stage, check_space, workplace
 from loratool.lazy import installed
@@ -177,11 +178,12 @@ def expected(plan: MergePlan, repo: str, options: StreamOptions, notes: Sequence
 
 def sources_of(plan: MergePlan, shard: ShardPlan) -> list[SafeFile]:
     """The base's files that an output file is made of, those with a weight on which a bias depends among them."""
-    own = {id(file): file for file in plan.base.shards}
+    own = identities(plan.base.shards)
     edits = (edit for span in shard.spans for edit in span.edits)
     beside = (tensor for edit in edits for tensor in stored_tensors(edit.update))
     every = (*(tensor for span in shard.spans for tensor in span.weight.tensors), *beside)
-    return list({id(tensor.file): tensor.file for tensor in every if id(tensor.file) in own}.values())
+    files = {id(itself(tensor.file)): itself(tensor.file) for tensor in every}
+    return [file for key, file in files.items() if key in own]
 
 
 def most_on_disk(plan: MergePlan, shards: Iterable[ShardPlan]) -> int:

@@ -87,8 +87,7 @@ def pair(plan: MergePlan, merged: Checkpoint) -> Pairing:
     """
     spans = {span.placed.name: span for span in plan.spans}
     check_same_model(plan, merged, spans)
-    stored = merged.stored if isinstance(merged, Decoded) else merged.tensors
-    packed = merged.weights if isinstance(merged, Decoded) else {}
+    stored, packed = merged.stored, merged.weights if isinstance(merged, Decoded) else {}
     ties = find_ties(plan.base, plan.adapters)
     tied = {name: group.names[0] for group in ties.groups for name in group.names[1:]}
     found = Pairing()
@@ -99,7 +98,7 @@ def pair(plan: MergePlan, merged: Checkpoint) -> Pairing:
             found.quantised[name] = weight.scheme
             if not isinstance(weight, Requantizable):
                 found.unpackable.add(name)
-            known |= {tensor.info.name for tensor in weight.tensors} | set(merged_leftovers(merged, name))
+            known |= tensors_of(merged, name)
             if weight.shape == span.shape:
                 found.pairs.append(Pair(in_dtype(span, "F32"), weight, span.rows))
             else:
@@ -122,9 +121,9 @@ def pair(plan: MergePlan, merged: Checkpoint) -> Pairing:
     return found
 
 
-def merged_leftovers(merged: Checkpoint, name: str) -> tuple[str, ...]:
-    """Tensors that go along with a packed weight, such as the scale of a layer's inputs."""
-    return tuple(merged.packing.leftovers.get(name, ())) if isinstance(merged, Decoded) else ()
+def tensors_of(merged: Checkpoint, name: str) -> set[str]:
+    """The tensors of a packed weight, and those that go along with it, such as the scale of a layer's inputs."""
+    return {*merged.made_of[name], *merged.leftovers.get(name, ())} if isinstance(merged, Decoded) else set()
 
 
 def in_dtype(span: Span, dtype: str) -> Span:

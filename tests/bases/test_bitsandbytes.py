@@ -78,12 +78,11 @@ def projections(*names: str) -> dict[str, Any]:
 
 
 def listed(folder: Path, *plain: str) -> list[str]:
-    base = open_packed(folder)
-    assert base.codec is not None
+    (model,) = open_packed(folder).models
     names = [f"{LAYER}{name}.weight" for name in plain]
-    said = base.codec.left_plain(base.settings.places[0], base.packing, names, base)
+    said = model.left_plain(model.settings.places[0], names)
     assert {k: v for k, v in said.items() if k != "llm_int8_skip_modules"} == {
-        k: v for k, v in base.settings.values.items() if k != "llm_int8_skip_modules"
+        k: v for k, v in model.settings.values.items() if k != "llm_int8_skip_modules"
     }
     found: list[str] = said["llm_int8_skip_modules"]
     return found

@@ -49,10 +49,9 @@ def test_words_may_be_stored_as_floats(tmp_path: Path) -> None:
 
 
 def listed(folder: Path, *plain: str) -> list[str]:
-    base = open_packed(folder)
-    assert base.codec is not None
+    (model,) = open_packed(folder).models
     names = [f"model.layers.{name}.weight" for name in plain]
-    found: list[str] = base.codec.left_plain(base.settings.places[0], base.packing, names, base)["skip_modules"]
+    found: list[str] = model.left_plain(model.settings.places[0], names)["skip_modules"]
     return found
 
 

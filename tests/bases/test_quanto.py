@@ -53,9 +53,9 @@ def test_values_are_scaled(tmp_path: Path, scale: tuple[int, ...], dtype: str) -
 def test_a_plain_module_leaves_the_map_and_its_other_scales_go(tmp_path: Path) -> None:
     tensors = {**tensors_of(MODULE, (6, 1)), **tensors_of(OTHER, (6, 1))}
     base = open_packed(save_map(save_packed(tmp_path / "base", tensors, None), MODULE, OTHER))
-    assert base.codec is not None
-    (place,) = base.settings.places
-    said = base.codec.left_plain(place, base.packing, [NAME], base)
+    (model,) = base.models
+    (place,) = model.settings.places
+    said = model.left_plain(place, [NAME])
     assert said == {OTHER: {"weights": "qint8", "activations": "none"}}
     assert base.left_over([NAME]) == {f"{MODULE}.input_scale", f"{MODULE}.output_scale"}
 

@@ -31,9 +31,8 @@ def settings(folder: Path, made: Quantised, modules: Collection[str], **config: 
     path = save_packed(folder, made.tensors, {**made.config, **config})
     for name, content in made.files.items():
         (path / name).write_text(json.dumps(content))
-    base = open_packed(path)
-    assert base.codec is not None
-    return [base.codec.left_plain(place, base.packing, modules, base) for place in base.settings.places]
+    (model,) = open_packed(path).models
+    return [model.left_plain(place, modules) for place in model.settings.places]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +128,7 @@ def test_scales_of_inputs_go_and_those_of_the_cache_stay(tmp_path: Path) -> None
     more = {f"{name}.{ending}": torch.ones(1) for name in (Q, k, v) for ending in ("input_scale", "output_scale")}
     more[f"{Q.removesuffix('.q_proj')}.k_scale"] = torch.ones(1)
     path = save_packed(tmp_path / "base", {**made.tensors, **more}, made.config)
-    gone = open_packed(path).packing.leftovers
+    gone = open_packed(path).leftovers
     assert gone == {
         f"{Q}.weight": [f"{Q}.input_scale", f"{Q}.output_scale"],
         f"{k}.weight": [f"{k}.input_scale"],

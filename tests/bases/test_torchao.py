@@ -85,19 +85,17 @@ def test_values_are_scaled_by_block(
 def test_a_plain_module_is_described_as_a_tensor_in_every_file(tmp_path: Path) -> None:
     tensors, metadata, _ = packed("Int8Tensor", (6, 32), (1, 32), NAME)
     base = open_packed(save_packed(tmp_path / "base", tensors, CONFIG, metadata))
-    assert base.codec is not None
-    said = base.codec.metadata(metadata, base.packing, [NAME])
+    said = base.metadata(metadata, [NAME])
     assert said == {**metadata, NAME: '{"_type": "Tensor"}'}
-    assert base.codec.metadata(metadata, base.packing, []) == metadata
+    assert base.metadata(metadata, []) == metadata
 
 
 @pytest.mark.parametrize(("given", "wanted"), [(None, ["lm_head"]), (["lm_head", "x"], ["lm_head", "x"]), ([], [])])
 def test_plain_modules_are_listed(tmp_path: Path, given: list[str] | None, wanted: list[str]) -> None:
     tensors, metadata, _ = packed("Int8Tensor", (6, 32), (1, 32), NAME)
     config = {**CONFIG, "modules_to_not_convert": given}
-    base = open_packed(save_packed(tmp_path / "base", tensors, config, metadata))
-    assert base.codec is not None
-    said = base.codec.left_plain(base.settings.places[0], base.packing, [NAME], base)
+    (model,) = open_packed(save_packed(tmp_path / "base", tensors, config, metadata)).models
+    said = model.left_plain(model.settings.places[0], [NAME])
     module = NAME.removesuffix(".weight")
     listed = [*wanted, module, f"{LAYER}self_attn.qkv_proj"]
     assert said == {**config, "modules_to_not_convert": listed}
@@ -109,7 +107,7 @@ def test_classes_that_are_laid_out_for_a_gpu_are_found_and_not_decoded(tmp_path:
     other, metadata, wanted = packed("Int8Tensor", (6, 32), (1, 32), f"{LAYER}mlp.up_proj.weight")
     folder = save_packed(tmp_path / "base", {**tensors, **other}, CONFIG, {**metadata, NAME: said})
     base = open_packed(folder)
-    assert base.packing.unread == dict.fromkeys(tensors, "torchao's Int4TilePackedTo4dTensor")
+    assert base.unread == dict.fromkeys(tensors, "torchao's Int4TilePackedTo4dTensor")
     check_rows(folder, f"{LAYER}mlp.up_proj.weight", wanted)
 
 

@@ -99,7 +99,7 @@ def all_of(folder: Path) -> None:
     base = decoded(open_checkpoint(folder))
     if not isinstance(base, Decoded):
         return
-    assert base.codec is not None
+    (model,) = base.models
     for name, weight in base.weights.items():
         if weight.check(Room()):  # which a merge refuses
             continue
@@ -108,9 +108,9 @@ def all_of(folder: Path) -> None:
         if isinstance(weight, Requantizable):
             packed = weight.encode(lines, 0, weight.parameters(Room()))
             assert weight.laid_out(packed).nbytes == weight.tensors[0].info.nbytes
-        for place in base.settings.places:
-            json.dumps(base.codec.left_plain(place, base.packing, [name], base))
-        base.codec.metadata(base.shards[0].layout.metadata or {}, base.packing, [name])
+        for place in model.settings.places:
+            json.dumps(model.left_plain(place, [name]))
+        base.metadata(base.shards[0].layout.metadata or {}, [name])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -44,7 +44,7 @@ class Named(Checkpoint):
         return {self.rows[name].name: replace(info, name=self.rows[name].name) for name, info in self.held.items()}
 
     @cached_property
-    def stored(self) -> Mapping[str, str]:
+    def in_files(self) -> Mapping[str, str]:
         """Name in transformers → name in the file."""
         return {row.name: name for name, row in self.rows.items()}
 
@@ -62,7 +62,7 @@ class Named(Checkpoint):
 
     def why_not(self, place: Place) -> str:
         """Empty where an update can be put into the file's order; else the reason it cannot."""
-        name = self.stored[place.tensor]
+        name = self.in_files[place.tensor]
         row, info = self.rows[name], self.held[name]
         where = f"a GGUF file stores {printable(name)}"
         if row.shifted and place.update.replaces:
@@ -79,7 +79,7 @@ class Named(Checkpoint):
 
     def place(self, place: Place) -> Place:
         """The same place in the file."""
-        name = self.stored[place.tensor]
+        name = self.in_files[place.tensor]
         order = self.rows[name].order
         if order is None:
             return replace(place, tensor=name)

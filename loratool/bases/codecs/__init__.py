@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from loratool.bases.codecs.awq import Awq
@@ -19,10 +19,11 @@ from loratool.bases.codecs.mxfp4 import Mxfp4
 from loratool.bases.codecs.quanto import Quanto
 from loratool.bases.codecs.torchao import TorchAo
 from loratool.bases.codecs.unreadable import Unreadable
-from loratool.bases.decoded import Decoded
+from loratool.bases.decoded import Decoded, PackedModel
 from loratool.bases.packed import ENTRIES, TWINS, Codec, Setting, Settings
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.inputs import read_json
+from loratool.files.pipelines import Member, itself
 
 CODECS: tuple[Codec, ...] = (
     Gguf(),
@@ -46,16 +47,34 @@ def decoded(base: Checkpoint) -> Checkpoint:
 
     Raises `InputError` where a packed weight is incomplete.
     """
-    settings = Settings(tuple(settings_in(base)))
+    models = tuple(filter(None, (quantised(model, prefix) for prefix, model in models_in(base))))
+    if not models:
+        return base
+    own = {each.name: getattr(base, each.name) for each in fields(Checkpoint)}
+    return Decoded(**own, models=models)
+
+
+def quantised(model: Checkpoint, prefix: str) -> PackedModel | None:
+    """A model with what a codec finds in it; None where none knows any of its weights."""
+    settings = Settings(tuple(settings_in(model)))
     for codec in CODECS:
-        if (packing := codec.find(base, settings)) is not None:
-            own = {each.name: getattr(base, each.name) for each in fields(Checkpoint)}
-            return Decoded(**own, codec=codec, settings=settings, packing=packing)
-    return base
+        if (packing := codec.find(model, settings)) is not None:
+            return PackedModel(model, packing, codec, settings, prefix)
+    return None
+
+
+def models_in(base: Checkpoint) -> Iterator[tuple[str, Checkpoint]]:
+    """A checkpoint, or the components of a pipeline, each with the prefix of its names there."""
+    if not base.components:
+        yield "", base
+    for name, model in base.components.items():
+        prefix = f"{name}."
+        files = tuple(itself(shard) for shard in base.shards if isinstance(shard, Member) and shard.prefix == prefix)
+        yield prefix, replace(model, shards=files)  # which may be ones that are still on the Hub
 
 
 def settings_in(base: Checkpoint) -> Iterator[Setting]:
-    """The places in which a checkpoint says how its weights are packed."""
+    """The places in which the config of one model says how its weights are packed."""
     for path in ENTRIES:
         values: Any = base.config
         for key in path:

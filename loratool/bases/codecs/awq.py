@@ -152,7 +152,7 @@ def weight_of(finder: Finder, module: str, size: int) -> AwqWeight | None:
     return AwqWeight(
         shape=(8 * words, inputs),
         line=inputs,
-        dtype=plain_dtype(finder.base.config),
+        dtype=plain_dtype(finder.base),
         tensors=tensors,
         scheme=f"AWQ, 4 bits, {'one group' if size == -1 else f'groups of {group}'}",
         bits=4,

@@ -38,7 +38,7 @@ from loratool.bases.codecs.parts import (
     told,
     wrong_scales,
 )
-from loratool.bases.codecs.plain_modules import grown
+from loratool.bases.codecs.plain_modules import grown, last_name, matched_in_diffusers
 from loratool.bases.codecs.turned import Turned
 from loratool.bases.packed import Codec, Packed, Packing, Requantizable, Setting, Settings, plain_dtype
 from loratool.bases.weights import Plain, Room
@@ -249,6 +249,10 @@ class BitsAndBytes(Codec):
         """
         return {**setting.values, SKIPPED: grown(setting.values.get(SKIPPED), base, packing, plain)}
 
+    def named_too(self, packing: Packing, plain: Collection[str], base: Checkpoint) -> Collection[str]:
+        """In diffusers an entry is matched with the last part of a name as well (`_replace_with_bnb_linear`)."""
+        return matched_in_diffusers(packing, plain, base, lambda entry, module: entry == last_name(module))
+
 
 def four_bit(finder: Finder, room: Room) -> Iterator[tuple[str, Packed]]:
     """The weights that have a quant_state."""
@@ -291,7 +295,7 @@ def four_bit_weight(finder: Finder, name: str, kind: str, room: Room) -> FourBit
     return FourBit(
         shape=said.shape,
         line=said.shape[-1],
-        dtype=plain_dtype(finder.base.config),
+        dtype=plain_dtype(finder.base),
         tensors=tensors,
         scheme=f"{kind}, blocks of {said.block}{', nested statistics' if nested else ''}",
         statistics=said,
@@ -358,7 +362,7 @@ def int8_weight(finder: Finder, module: str, room: Room) -> Int8 | None:
     complete = tuple(tensor for tensor in tensors if tensor is not None)
     if len(complete) < len(tensors):
         return None
-    dtype = plain_dtype(finder.base.config)
+    dtype = plain_dtype(finder.base)
     return Int8(shape=values.info.shape, line=values.info.width, dtype=dtype, tensors=complete, scheme="int8, by row")
 
 

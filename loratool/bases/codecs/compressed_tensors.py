@@ -276,7 +276,7 @@ class Parts:
         return Scaled(
             shape=(*stack, rows, line),
             line=line,
-            dtype=plain_dtype(self.finder.base.config),
+            dtype=plain_dtype(self.finder.base),
             tensors=self.tensors,
             scheme=scheme_of("NVFP4" if "weight_global_scale" in self.parts else numbers.title, block, rows, line),
             numbers=numbers,

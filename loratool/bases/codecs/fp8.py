@@ -114,7 +114,7 @@ def weight_of(finder: Finder, name: str, info: TensorInfo, block: Block | None) 
     return Scaled(
         shape=(*matrices, rows, line),
         line=line,
-        dtype=plain_dtype(finder.base.config),
+        dtype=plain_dtype(finder.base),
         tensors=parts,
         scheme=scheme_of(numbers.title, fitting[0], rows, line),
         numbers=numbers,

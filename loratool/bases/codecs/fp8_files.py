@@ -154,7 +154,7 @@ class Fp8Files(Codec):
 def weight_of(finder: Finder, name: str, info: TensorInfo, scale: str) -> Packed | None:
     """The weight whose values a tensor holds; None where something is wrong with its scale, which is noted."""
     base, numbers = finder.base, NUMBERS[info.dtype]
-    values, dtype = plain_of(base, name), plain_dtype(base.config)
+    values, dtype = plain_of(base, name), plain_dtype(base)
     if not scale:
         line = info.shape[-1] if len(info.shape) > 1 else 1
         scheme = f"{numbers.title}, no scale"

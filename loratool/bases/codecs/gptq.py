@@ -218,7 +218,7 @@ def weight_of(finder: Finder, module: str, how: Scheme) -> GptqWeight | None:
     return GptqWeight(
         shape=(outputs, inputs),
         line=inputs,
-        dtype=plain_dtype(finder.base.config),
+        dtype=plain_dtype(finder.base),
         tensors=tensors,
         scheme=str(how),
         bits=how.bits,

@@ -204,7 +204,7 @@ def weight_of(finder: Finder, module: str, room: Room) -> Hqq | None:
     return Hqq(
         shape=said.shape,
         line=said.shape[1],
-        dtype=plain_dtype(finder.base.config),
+        dtype=plain_dtype(finder.base),
         tensors=(plain_of(finder.base, values.name), scale, zero, *said.tensors),
         scheme=f"HQQ {word.bits}-bit, groups of {size} along axis {said.axis}",
         word=word,

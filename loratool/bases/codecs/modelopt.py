@@ -212,7 +212,7 @@ def weight_of(finder: Finder, name: str, info: TensorInfo, group: int) -> Packed
     return Scaled(
         shape=(*stack, way.rows, way.line),
         line=way.line,
-        dtype=plain_dtype(base.config),
+        dtype=plain_dtype(base),
         tensors=tuple(part for part in parts if part is not None),
         scheme=scheme_of(way.title, way.block, way.rows, way.line),
         numbers=way.numbers,

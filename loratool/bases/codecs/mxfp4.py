@@ -183,7 +183,7 @@ def weight_of(finder: Finder, name: str) -> Packed | None:
     return TurnedExperts(
         shape=(experts, groups * BLOCK, rows),
         line=rows,
-        dtype=plain_dtype(finder.base.config),
+        dtype=plain_dtype(finder.base),
         tensors=(blocks, scales),
         scheme=f"MXFP4, groups of {BLOCK}",
     )

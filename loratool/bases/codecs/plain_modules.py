@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from loratool.bases.packed import Packing
 from loratool.files.checkpoint import Checkpoint
@@ -18,6 +18,31 @@ PARTS_OF_MODELS = ("text_config", "vision_config", "audio_config", "thinker_conf
 def modules_of(weights: Collection[str]) -> list[str]:
     """The modules of some weights, without repeats: a stack of experts is named by its parameter."""
     return [*dict.fromkeys(name.removesuffix(".weight") for name in weights)]
+
+
+def is_of_diffusers(base: Checkpoint) -> bool:
+    """Whether a model is loaded by diffusers, and not by transformers."""
+    return "_class_name" in base.config
+
+
+def matched_in_diffusers(
+    packing: Packing, plain: Collection[str], base: Checkpoint, matches: Callable[[str, str], bool]
+) -> frozenset[str]:
+    """The weights besides `plain` that a loader of diffusers takes for plain; `matches` has an entry and a module."""
+    if not is_of_diffusers(base):
+        return frozenset()
+    entries = modules_of(plain)
+    found = {
+        name
+        for name in packing.weights.keys() - set(plain)
+        if any(matches(entry, name.removesuffix(".weight")) for entry in entries)
+    }
+    return frozenset(found | matched_in_diffusers(packing, {*plain, *found}, base, matches) if found else found)
+
+
+def last_name(module: str) -> str:
+    """The last part of a module's name."""
+    return module.rpartition(".")[2]
 
 
 def in_memory(names: Sequence[str], base: Checkpoint) -> list[str]:
@@ -73,6 +98,8 @@ def grown(given: object, base: Checkpoint, packing: Packing, plain: Collection[s
     """
     packed = packing.weights.keys() - set(plain)
     listed = [entry for entry in given if isinstance(entry, str)] if isinstance(given, list) else []
+    if is_of_diffusers(base):  # which leaves nothing as it is
+        return [*dict.fromkeys([*listed, *modules_of(plain)])]
     if given is None:
         head = [] if any(name.endswith("lm_head.weight") for name in packed) else ["lm_head"]
         matrices = plain_matrices(base, packing)

@@ -12,7 +12,13 @@ from typing import Any
 
 from loratool.bases.codecs.affine import Affine
 from loratool.bases.codecs.parts import Finder, told
-from loratool.bases.codecs.plain_modules import grown, modules_of
+from loratool.bases.codecs.plain_modules import (
+    grown,
+    is_of_diffusers,
+    last_name,
+    matched_in_diffusers,
+    modules_of,
+)
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import plain_of
 from loratool.errors import printable
@@ -58,7 +64,13 @@ class Quanto(Codec):
         if setting.file == MAP:
             gone = set(modules_of(plain))
             return {module: said for module, said in setting.values.items() if module not in gone}
-        return {**setting.values, LISTED: grown(setting.values.get(LISTED), base, packing, plain)}
+        entries = grown(setting.values.get(LISTED), base, packing, plain)
+        named = map(last_name, entries) if is_of_diffusers(base) else entries
+        return {**setting.values, LISTED: [*dict.fromkeys(named)]}
+
+    def named_too(self, packing: Packing, plain: Collection[str], base: Checkpoint) -> Collection[str]:
+        """In diffusers an entry is matched with the last part of a name, and for nothing else (`_replace_with_quanto_layers`)."""
+        return matched_in_diffusers(packing, plain, base, lambda entry, module: last_name(entry) == last_name(module))
 
 
 def weight_of(finder: Finder, module: str) -> Affine | None:
@@ -84,7 +96,7 @@ def weight_of(finder: Finder, module: str) -> Affine | None:
     return Affine(
         shape=shape,
         line=shape[1],
-        dtype=plain_dtype(finder.base.config),
+        dtype=plain_dtype(finder.base),
         tensors=(plain_of(finder.base, values.info.name), scale),
         scheme=f"quanto {'int8' if values.info.dtype == 'I8' else 'float8'}",
         blocks=blocks,

@@ -20,7 +20,7 @@ from typing import Any
 
 from loratool.bases.codecs.affine import Affine
 from loratool.bases.codecs.parts import Finder, is_count
-from loratool.bases.codecs.plain_modules import grown
+from loratool.bases.codecs.plain_modules import grown, matched_in_diffusers
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import plain_of
 from loratool.errors import printable
@@ -69,6 +69,10 @@ class TorchAo(Codec):
         for it within the names of its own, fused modules (`should_skip`).
         """
         return {**setting.values, LISTED: grown(setting.values.get(LISTED), base, packing, plain)}
+
+    def named_too(self, packing: Packing, plain: Collection[str], base: Checkpoint) -> Collection[str]:
+        """In diffusers an entry is looked for anywhere in a name, up to a dot (`check_if_quantized_param`)."""
+        return matched_in_diffusers(packing, plain, base, lambda entry, module: f"{entry}." in f"{module}.")
 
     def metadata(self, metadata: Mapping[str, str], packing: Packing, plain: Collection[str]) -> Mapping[str, str]:
         """Each file describes all of the model, so weights of other files are plain in it, too."""
@@ -134,7 +138,7 @@ def weight_of(finder: Finder, name: str, said: Mapping[str, Any]) -> Affine | No
     return Affine(
         shape=shape,
         line=shape[-1],
-        dtype=plain_dtype(finder.base.config),
+        dtype=plain_dtype(finder.base),
         tensors=(*tensors, *(tensor for tensor in others if tensor.info.name not in read)),
         scheme=f"torchao {said['_type']}, blocks of {' x '.join(map(str, sizes))}",
         blocks=blocks,
