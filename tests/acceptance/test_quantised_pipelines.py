@@ -41,10 +41,9 @@ def how(kind: str) -> Any:
 
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-
+    quantizers = pytest.importorskip("diffusers.quantizers.auto").AUTO_QUANTIZER_MAPPING
     for kind in ("bitsandbytes_4bit", "bitsandbytes_8bit", "quanto"):
-        quantizer = AUTO_QUANTIZER_MAPPING[kind]
+        quantizer = quantizers[kind]
         monkeypatch.setattr(quantizer, "validate_environment", lambda *_, **__: None)
         monkeypatch.setattr(quantizer, "update_device_map", lambda _, given: given or {"": "cpu"})
 
@@ -80,7 +79,7 @@ def output_of(model: Any) -> Tensor:
         "pooled_projections": torch.randn(1, 32),
     }
     with torch.no_grad():
-        found = model(
+        found: Tensor = model(
             **{name: value.bfloat16() for name, value in inputs.items()},
             timestep=torch.tensor([0.5]).bfloat16(),
             img_ids=torch.zeros(6, 3),
