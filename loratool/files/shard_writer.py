@@ -74,6 +74,7 @@ class LocalFile:
         whole_pages = layout.size >= PAGE
         self.opened = self.direct = open_direct(path, self.descriptor, layout.size) if whole_pages else None
         self.clones = True  # until the file system has refused to
+        self.cached = 0  # bytes that went into the page cache; about right is enough
         self.written = Arrived(stop)
         try:
             write_fully(self.descriptor, layout.header, 0)
@@ -89,12 +90,12 @@ class LocalFile:
         """Write bytes, of which pages as a whole go straight to the disk if `memory` is aligned as the file is."""
         first, last = -(-at // PAGE) * PAGE, (at + len(memory)) // PAGE * PAGE
         if self.opened is None or first >= last:
-            write_fully(self.descriptor, memory, at)
+            self.write_cached(memory, at)
             return
         # a page that is shared with another part goes through the page cache, where both put their bytes together
-        write_fully(self.descriptor, memory[: first - at], at)
+        self.write_cached(memory[: first - at], at)
         self.write_pages(memory[first - at : last - at], first)
-        write_fully(self.descriptor, memory[last - at :], last)
+        self.write_cached(memory[last - at :], last)
 
     def write_pages(self, pages: memoryview, at: int) -> None:
         """Write straight to the disk, or through the page cache once the file system has refused that."""
@@ -107,21 +108,33 @@ class LocalFile:
                     raise
                 self.direct = direct = None
         if direct is None:
-            write_fully(self.descriptor, pages, at)
+            self.write_cached(pages, at)
+
+    def write_cached(self, memory: memoryview, at: int) -> None:
+        """Write through the page cache."""
+        write_fully(self.descriptor, memory, at)
+        self.cached += len(memory)
+
+    def copy_cached(self, source: LocalSource, start: int, count: int, at: int) -> None:
+        """Copy from another file through the page cache."""
+        source.copy_to(self.descriptor, start, count, at)
+        self.cached += count
 
     def finish(self) -> bool:
         """Bring the file to stable storage while it is being written, and all of it in the end; then close it.
 
+        Meanwhile only what is in the page cache is sent to the disk: a disk that syncs takes no direct writes.
         When the merge is being stopped the file may be gone, and stays open: a worker may still be writing.
         """
-        synced, size = 0, self.layout.size
-        while synced < size and self.written.wait_for(min(synced + SYNC_CHUNK, size)):
-            synced = self.written.count
+        synced, seen, size = 0, 0, self.layout.size
+        while seen < size and self.written.wait_for(min(seen + SYNC_CHUNK, size)):
+            seen, cached = self.written.count, self.cached
             lap("wait")
-            if synced < size:
+            if seen < size and cached - synced >= SYNC_CHUNK:
                 sync_bytes(self.descriptor)
+                synced = cached
                 lap("sync")
-        if synced < size:
+        if seen < size:
             return False
         sync_file(self.descriptor)
         lap("sync")
@@ -178,7 +191,7 @@ class LocalPart:
             self.move_on(pages)
             self.carry(source, start + first + pages, count - first - pages, look)
         elif look is None and isinstance(source, LocalSource):
-            source.copy_to(self.file.descriptor, start, count, self.at)
+            self.file.copy_cached(source, start, count, self.at)
             self.move_on(count)
             lap("copy", count)
         else:
@@ -209,8 +222,8 @@ class LocalPart:
             if look is not None:
                 look(piece)
             if isinstance(source, LocalSource):
-                source.copy_to(self.file.descriptor, start + at - begin, len(piece), at)
+                self.file.copy_cached(source, start + at - begin, len(piece), at)
             else:
-                write_fully(self.file.descriptor, piece, at)
+                self.file.write_cached(piece, at)
             self.move_on(len(piece))
             lap("write", len(piece))
