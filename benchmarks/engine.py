@@ -350,7 +350,20 @@ def plain(contender: Contender, runs: Sequence[Run]) -> dict[str, Any]:
         "peak_memory": max(one.peak_memory for one in runs),
         "gpu_memory": max(one.report.get("gpu_memory", 0) for one in runs),
         "workers": max(one.report.get("workers", 0) for one in runs),
+        "stages": stages_of(runs),
     }
+
+
+def stages_of(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
+    """Where the time of merges went: stage → seconds of processors and, of all threads together, of the clock."""
+    found: dict[str, dict[str, float]] = {}
+    for one in runs:
+        for stages in one.report.get("profile", {}).get("threads", {}).values():
+            for stage, spent in stages.items():
+                whole = found.setdefault(stage, {"processor": 0.0, "wall": 0.0})
+                for what in whole:
+                    whole[what] = round(whole[what] + spent[what], 4)
+    return found
 
 
 # name → the folder's models and outputs at a time, in bytes; those on the same model follow each other

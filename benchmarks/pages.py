@@ -100,6 +100,16 @@ def section(result: Result) -> Iterator[str]:
     if runs := list(run_rows(result)):
         yield "The runs, each the median of its turns:"
         yield table(("row", "contender", "wall time", "start-up", "rate", "CPU time", "peak memory"), runs)
+    profiles = profiles_of(result)
+    if profiles:
+        yield (
+            "Where the time of the merges went, for each the run with the median wall time: seconds of processor time / "
+            "seconds by the clock of all threads together."
+        )
+        stages = dict.fromkeys(stage for profile in profiles.values() for stage in profile)
+        yield table(
+            ("stage", *profiles), [(stage, *(spent(p.get(stage)) for p in profiles.values())) for stage in stages]
+        )
     if left_out := [f"`{name}`: {row['skipped']}" for name, row in result.get("rows", {}).items() if "skipped" in row]:
         yield f"Not measured on this machine: {'; '.join(left_out)}."
 
@@ -120,6 +130,24 @@ def run_rows(result: Result) -> Iterator[tuple[str, ...]]:
                 f"{middle(runs, 'processor'):.2f} s",
                 megabytes(peak) if (peak := max(one["peak_memory"] for one in runs)) else "",
             )
+
+
+PROFILED = ("merge", "layer", "single", "large")  # rows whose stages are shown
+
+
+def profiles_of(result: Result) -> dict[str, Mapping[str, Mapping[str, float]]]:
+    """Row and contender → stage → what it took in the run with the median wall time."""
+    found = {}
+    for name in PROFILED:
+        for contender, runs in result.get("rows", {}).get(name, {}).get("runs", {}).items():
+            one = sorted(runs, key=lambda each: each["wall"])[len(runs) // 2]
+            if one.get("stages"):
+                found[f"`{name}`, {contender}"] = one["stages"]
+    return found
+
+
+def spent(stage: Mapping[str, float] | None) -> str:
+    return f"{stage['processor']:.2f} / {stage['wall']:.2f}" if stage else ""
 
 
 def middle(runs: Sequence[Mapping[str, float]], what: str) -> float:
