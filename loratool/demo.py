@@ -76,7 +76,10 @@ def demo(folder: Path | str = "loratool-demo", *, overwrite: bool = False) -> De
 def clear(home: Path, overwrite: bool) -> None:
     """Remove what an earlier demo left; raises `UsageError` where anything else is there, and removes nothing then."""
     if not overwrite:
-        raise UsageError(f"{printable(home)} already exists; pass --overwrite to replace it, or choose another folder")
+        raise UsageError(
+            f"{printable(home)} already exists; pass --overwrite to replace it, or choose another folder",
+            hint="--overwrite",
+        )
     if not home.is_dir() or not {entry.name for entry in home.iterdir()} <= {"base", "adapter", "merged", "again"}:
         raise UsageError(f"{printable(home)}: contains files that no demo wrote; choose another folder")
     for path in home.iterdir():

@@ -133,14 +133,18 @@ class LoratoolError(Exception):
 
     `problems` are sentences too; each names the tensor or the field, what was found and what was
     wanted. Foreign text in either has been through `printable`.
+
+    `hint` is the next command to type, `loratool …`; or the words that the same command needs besides, such as
+    `--overwrite`. Where it is empty, the command line finds one.
     """
 
     code = "bug"  # for programs
     exit_code = 1
 
-    def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
+    def __init__(self, message: str, problems: Iterable[str] = (), hint: str = "") -> None:
         self.message = message
         self.problems = tuple(problems)
+        self.hint = hint
         super().__init__(message)
 
     def __str__(self) -> str:

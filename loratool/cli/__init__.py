@@ -7,13 +7,15 @@ import os
 import sys
 import warnings
 from contextlib import suppress
+from difflib import get_close_matches
+from functools import cache
 from importlib import import_module
-from io import StringIO
 from typing import NoReturn
 
 import click
 
 from loratool import __version__
+from loratool.cli.operands import forgiving, in_full, typed
 from loratool.errors import LoratoolError, StorageError, UsageError, code_of, escaped, printable, without_tokens
 from loratool.files.process import on_stop, prepare_streams, silence_stdout
 from loratool.files.system import lacking
@@ -45,10 +47,10 @@ COMMANDS = {  # name, which is its module's too → what the list of commands sa
 }
 
 
+@cache
 def command(name: str) -> click.Command:
     """A command by its name."""
-    found: click.Command = getattr(import_module(f"loratool.cli.{name}"), name)
-    return found
+    return forgiving(getattr(import_module(f"loratool.cli.{name}"), name))
 
 
 class Commands(click.Group):
@@ -122,19 +124,14 @@ def run(arguments: list[str]) -> int:
 def run_command(arguments: list[str], verbose: bool) -> int:
     """The exit code of one command; `verbose` shows the traceback of a bug."""
     try:
-        code = cli.main(args=arguments, prog_name="loratool", standalone_mode=False)
+        code = cli.main(args=arguments, prog_name="loratool", standalone_mode=False, obj=tuple(arguments))
         sys.stdout.flush()
         return code if isinstance(code, int) else 0  # what a command ended itself with
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:
-        text = StringIO()
-        error.show(text)
-        # the message may repeat a word with line breaks
-        complain(text.getvalue().replace(error.message, escaped(error.message)).removesuffix("\n"))
-        return failed(arguments, UsageError(error.format_message()))
+        return failed(arguments, UsageError(error.format_message(), hint=step_after(error)), usage_of(error))
     except LoratoolError as error:
-        complain(f"Error: {error}")
         return failed(arguments, error)
     except (KeyboardInterrupt, click.Abort) as error:
         cause = error.__cause__ or error  # Click passes every interrupt on as an Abort
@@ -147,36 +144,55 @@ def run_command(arguments: list[str], verbose: bool) -> int:
         return 141
     except OSError as error:
         where = f"{printable(error.filename)}: " if error.filename else ""
-        problem = StorageError(f"{where}{error.strerror or without_tokens(str(error))}")
-        complain(f"Error: {problem}")
-        code = failed(arguments, problem)
+        sentence = f"{where}{error.strerror or without_tokens(str(error))}"
+        code = failed(arguments, StorageError(sentence, hint=typed(*arguments)))
         silence_stdout()  # which may be what is full
         return code
     except MemoryError:
-        problem = StorageError("out of memory; lower --max-memory or --workers to make a merge use less")
-        complain(f"Error: {problem}")
-        return failed(arguments, problem)
+        sentence = "out of memory; lower --max-memory or --workers to make a merge use less"
+        return failed(arguments, StorageError(sentence, hint="--max-memory 2GB" if arguments[:1] == ["merge"] else ""))
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU; its text says which one
             what = printable(". ".join(str(error).split(". ")[:3]))
-            problem = StorageError(f"{what}; close other programs that use it, or pass --device cpu")
-            complain(f"Error: {problem}")
-            return failed(arguments, problem)
+            sentence = f"{what}; close other programs that use it, or pass --device cpu"
+            return failed(arguments, StorageError(sentence, hint="--device cpu"))
         if verbose:
             import traceback
 
             complain(without_tokens(traceback.format_exc()))
-        bug = LoratoolError(f"this is a bug in loratool: {type(error).__name__}: {without_tokens(printable(error))}")
-        complain(f"Error: {bug}")
-        complain("hint: run it again with -v for the traceback, and please report it")
-        return failed(arguments, bug)
+        sentence = f"this is a bug in loratool: {type(error).__name__}: {without_tokens(printable(error))}"
+        return failed(
+            arguments, LoratoolError(sentence, hint="run it again with -v for the traceback, and please report it")
+        )
 
 
-def failed(arguments: list[str], error: LoratoolError) -> int:
-    """The exit code of an error that was told; with `--json` it is the object on stdout, too."""
+def usage_of(error: click.ClickException) -> str:
+    """The line of a command's usage, where an error is about its words."""
+    context = getattr(error, "ctx", None)
+    return f"{context.get_usage()}\n\n" if context else ""
+
+
+def step_after(error: click.ClickException) -> str:
+    """The next command after words that Click does not take: the one that was meant, or its help."""
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context else "loratool"
+    if (
+        context
+        and context.parent is None
+        and (near := get_close_matches(str(error.message).split("'")[1:2][0], COMMANDS, 1))
+    ):
+        return f"loratool {near[0]} --help"
+    return f"{path} --help"
+
+
+def failed(arguments: list[str], error: LoratoolError, before: str = "") -> int:
+    """The exit code of an error, which is said with the next command; with `--json` it is the object on stdout, too."""
+    step = in_full(error.hint, arguments)
+    complain(f"{before}Error: {error}" + (f"\nhint: {step}" if step else ""))
     if "--json" in arguments:
         problems = [{"code": code_of(problem, error.code), "text": problem} for problem in error.problems]
         told = {"code": error.code, "exit_code": error.exit_code, "message": error.message, "problems": problems}
+        told["hint"] = escaped(step)
         with suppress(OSError):
             click.echo(json.dumps({"schema": SCHEMA, "error": told}, indent=2))
     return error.exit_code

@@ -2,7 +2,7 @@
 
 import click
 
-from loratool.cli.options import BASE, LAYERS, OPERAND, OUT, PUSHING, library_command
+from loratool.cli.options import A_MODEL, BASE, LAYERS, OUT, PUSHING, library_command
 from loratool.commands.extract import extract as function
 from loratool.reworking.extracting.options import ExtractOptions
 
@@ -10,7 +10,7 @@ extract = library_command(
     function,
     ExtractOptions,
     BASE,
-    click.argument("tuned", type=OPERAND),
+    click.argument("tuned", type=A_MODEL),
     OUT,
     help="""Extract an adapter from a full fine-tune: the difference TUNED − BASE, as closely as the ranks allow.
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loratool.cli.options import BASE, BYTES, OPERAND, PATH, click_options, output_options
+from loratool.cli.operands import Output, Place, without_output
+from loratool.cli.options import A_MODEL, AN_ADAPTER, BYTES, PATH, click_options, output_options
 from loratool.cli.screen import Screen
 from loratool.commands.merge import MergeAndPushOptions
 from loratool.commands.publish import with_push
@@ -39,15 +40,21 @@ class MergeWords(MergeAndPushOptions):
 
 
 @click.command()
-@BASE
-@click.argument("adapters", type=OPERAND, nargs=-1, metavar="ADAPTER...")
+@click.argument("base", type=Place("model", given="named_base", then="adapter"))
+@click.argument("adapters", type=AN_ADAPTER, nargs=-1, metavar="ADAPTER...")
 @click.option(
-    "-o", "--output", "out", type=PATH, metavar="OUT", help="Output folder, or a file for a BASE of one file."
+    "-o",
+    "--output",
+    "out",
+    type=PATH,
+    cls=Output,
+    metavar="OUT",
+    help="Output folder, or a file for a BASE of one file.",
 )
 @click.option(
     "--base",
     "named_base",
-    type=OPERAND,
+    type=A_MODEL,
     metavar="BASE",
     help="BASE as an option; every operand is then an ADAPTER. auto means the base that the adapters name.",
 )
@@ -95,9 +102,9 @@ def merge(
         stream_to_hub(base, adapters, out, options, screen)
         return
     if out is None:
-        raise missing("out")
+        raise without_output(click.get_current_context())
     if options.card:
-        raise UsageError("--card needs --stream; without it, run `loratool push --card`")
+        raise UsageError("--card needs --stream; without it, run `loratool push --card`", hint="loratool push --help")
     if also:
         merge_several(base, outputs_of(out, adapters, also), options, screen)
         return
@@ -127,7 +134,7 @@ def outputs_of(out: Path, adapters: tuple[Path, ...], also: tuple[str, ...]) -> 
         other = Path(name)
         if os.path.realpath(other) == os.path.realpath(out):
             raise UsageError(f"--also {printable(word)}: OUT is the same as that of -o; pass its ADAPTERs as arguments")
-        outputs.setdefault(other, []).append(OPERAND.convert(adapter, None, None))
+        outputs.setdefault(other, []).append(AN_ADAPTER.convert(adapter, None, None))
     return outputs
 
 
@@ -152,12 +159,6 @@ def merge_several(base: Path, outputs: dict[Path, list[Path]], options: MergeWor
     click.get_current_context().exit(result.exit_code)
 
 
-def missing(name: str) -> click.MissingParameter:
-    """The error for a parameter that only some ways of calling can do without."""
-    context = click.get_current_context()
-    return click.MissingParameter(ctx=context, param=next(p for p in context.command.params if p.name == name))
-
-
 def stream_to_hub(
     base: Path,
     adapters: tuple[Path, ...],
@@ -171,7 +172,7 @@ def stream_to_hub(
             "--stream writes no folder and keeps the base's shards, so it takes neither -o nor --shard-size"
         )
     if options.push_to_hub is None:
-        raise UsageError("--stream needs --push-to-hub REPO, the repository to upload to")
+        raise UsageError("--stream needs --push-to-hub REPO, the repository to upload to", hint="--push-to-hub REPO")
     from loratool.publishing.streaming import StreamOptions, stream
 
     known = {field.name for field in dataclasses.fields(StreamOptions)}

@@ -11,27 +11,21 @@ from typing import Any
 
 import click
 
+from loratool.cli.operands import Output, Place
 from loratool.cli.screen import VERBOSITY, Screen
-from loratool.options.described import Flag, Option, Options, described_by
+from loratool.options.described import Flag, Option, Options, PlaceKind, described_by
 
 Command = Callable[..., None]
 PATH = click.Path(path_type=Path, readable=False)  # what is wrong with a path, the library says better
 
 
-class Operand(click.Path):
-    """A path, or a place on the Hub. What begins with `./` is a path, which a relative `Path` does not show any more."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, str) and value.startswith(("./", f".{os.sep}")) and not os.path.lexists(value):
-            value = os.path.abspath(value)
-        return super().convert(value, param, ctx)
-
-
-OPERAND = Operand(path_type=Path, readable=False)
-BASE = click.argument("base", type=OPERAND)
-ADAPTER = click.argument("adapter", type=OPERAND)
-ADAPTERS = click.argument("adapters", type=OPERAND, nargs=-1, required=True, metavar="ADAPTER...")
-OUT = click.option("-o", "--output", "out", type=PATH, required=True, metavar="OUT", help="Output folder.")
+OPERAND = Place()  # an adapter or a model
+A_MODEL = Place("model")
+AN_ADAPTER = Place("adapter")
+BASE = click.argument("base", type=A_MODEL)
+ADAPTER = click.argument("adapter", type=AN_ADAPTER)
+ADAPTERS = click.argument("adapters", type=AN_ADAPTER, nargs=-1, required=True, metavar="ADAPTER...")
+OUT = click.option("-o", "--output", "out", type=PATH, cls=Output, required=True, metavar="OUT", help="Output folder.")
 
 
 LAYERS = {"unit": " layers"}  # how a bar counts
@@ -111,7 +105,7 @@ def click_option(name: str, described: Option, default: Any) -> Callable[[Comman
     return click.option(
         *described.flags,
         name,
-        type=click.UNPROCESSED,
+        type=Place(described.kind.role) if isinstance(described.kind, PlaceKind) else click.UNPROCESSED,
         multiple=described.many,
         required=described.required,
         metavar=described.metavar or described.kind.metavar,

@@ -2,15 +2,16 @@
 
 import click
 
-from loratool.cli.options import PATH, PUSHING, library_command
+from loratool.cli.operands import Place
+from loratool.cli.options import PUSHING, library_command
 from loratool.commands.push import push as function
 from loratool.publishing.options import PushOptions
 
 push = library_command(
     function,
     PushOptions,
-    click.argument("path", type=PATH),
-    click.argument("repo"),
+    click.argument("path", type=Place("folder")),
+    click.argument("repo", type=Place("repository")),
     help="""Upload a finished model or adapter to the Hub, then verify the uploaded files.
 
     REPO is org/name; it is created if missing: private, unless --public is given. Only the files of the model or

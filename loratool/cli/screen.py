@@ -12,10 +12,12 @@ from typing import Any
 import click
 
 from loratool.errors import escaped
+from loratool.notes import as_records
 
 Progress = Callable[[int, int], None]
 
 
+NOTES = "loratool.notes"  # key of a context's `meta`: notes of operands that were not read as they were typed
 VERBOSITY = "loratool.verbosity"  # key of a context's `meta`: how often `-v` was given
 
 
@@ -38,6 +40,8 @@ class Screen:
                 click.echo(f"{result.profile}\n", err=True)
         if self.as_json:
             table = result.to_dict() if isinstance(result, Result) else {"schema": SCHEMA, **plain(result)}
+            if notes := click.get_current_context().meta.get(NOTES):
+                table["operands"] = as_records(notes)
             click.echo(json.dumps(table, indent=2, allow_nan=False))
         elif not self.quiet:
             click.echo(escaped(str(result) if text is None else text, keep="\n"))

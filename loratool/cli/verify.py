@@ -6,21 +6,21 @@ from pathlib import Path
 
 import click
 
-from loratool.cli.options import BYTES, OPERAND, click_options, output_options
+from loratool.cli.options import A_MODEL, AN_ADAPTER, BYTES, click_options, output_options
 from loratool.cli.screen import Screen
 from loratool.errors import escaped, printable
 from loratool.verifying.options import VerifyOptions
 
 
 @click.command()
-@click.argument("merged", type=OPERAND)
+@click.argument("merged", type=A_MODEL)
 @click.option(
-    "--base", type=OPERAND, metavar="BASE", help="The model that MERGED was made of [default: the adapter names it]."
+    "--base", type=A_MODEL, metavar="BASE", help="The model that MERGED was made of [default: the adapter names it]."
 )
 @click.option(
     "--adapter",
     "adapters",
-    type=OPERAND,
+    type=AN_ADAPTER,
     multiple=True,
     metavar="ADAPTER",
     help="An adapter that was merged into it; may be repeated.",

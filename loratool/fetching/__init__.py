@@ -54,8 +54,13 @@ def local(operand: str | os.PathLike[str], role: Role = "any") -> Path:
     """
     place = place_of(operand)
     if place is None:
-        return Path(operand)
+        return at_home(operand)
     return cached(place) if is_offline() else download(place, role)
+
+
+def at_home(operand: str | os.PathLike[str]) -> Path:
+    """The path that an operand is, with `~` for the user's folder unless something here is called so."""
+    return Path(operand) if os.path.lexists(operand) else Path(os.path.expanduser(operand))
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ def headers(operand: str | os.PathLike[str]) -> Iterator[Located]:
     """
     place = place_of(operand)
     if place is None:
-        yield Located(Path(operand))
+        yield Located(at_home(operand))
     elif is_offline():
         yield Located(cached(place))
     else:

@@ -117,7 +117,7 @@ def asking(repo: str, revision: str | None = None, most: int = LARGEST_ANSWER) -
             if isinstance(each, hub_errors.HFValidationError):
                 raise HubError(f"{printable(repo)}: not a valid repository name: {told(each)}") from None
             if isinstance(each, hub_errors.HfHubHTTPError):
-                raise HubError(f"{printable(repo)}: {refusal(each, repo, revision)}") from None
+                raise HubError(f"{printable(repo)}: {refusal(each, repo, revision)}", hint=login_for(each)) from None
             if is_of_the_line(each) or isinstance(each, ConnectionError):
                 raise HubError(f"{printable(repo)}: {unreachable(each)}") from None
             if isinstance(each, hub_errors.LocalEntryNotFoundError) and each.__cause__ is None:
@@ -150,6 +150,13 @@ def unreachable(error: BaseException) -> str:
         f"{endpoint()} cannot be reached ({type(error).__name__}: {told(error)}); check the network and try "
         "again, or set HF_HUB_OFFLINE=1 to use only the cache"
     )
+
+
+def login_for(error: Any) -> str:
+    """The command after which the Hub may not refuse any more; empty where it is not about who asks."""
+    status = error.response.status_code if error.response is not None else 0
+    by_name = isinstance(error, hub_errors.RepositoryNotFoundError) and not isinstance(error, hub_errors.GatedRepoError)
+    return "hf auth login" if status in (401, 403) and not by_name else ""
 
 
 def refusal(error: Any, repo: str, revision: str | None) -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from loratool.files.model_files import FileNames
 
+ANOTHER_OUT = "-o"  # the hint of an error for an output that has to be somewhere else
 BUSY = "another run is writing this output; wait for it to end"
 
 
@@ -59,7 +60,8 @@ def check_target(
         if identity(path) in around or inside(path, out) or inside(path, stage_of(out)):
             raise UsageError(
                 f"{shown}: OUT is, contains or is inside the input {printable(path)}, which loratool never writes to; "
-                "choose another OUT"
+                "choose another OUT",
+                hint=ANOTHER_OUT,
             )
     try:
         if single:
@@ -93,9 +95,9 @@ def check_place(out: Path, shown: str, replaced: FileNames | None, config: str) 
             )
         return
     if not out.is_dir():
-        raise UsageError(f"{shown} exists and is not a folder; choose another OUT")
+        raise UsageError(f"{shown} exists and is not a folder; choose another OUT", hint=ANOTHER_OUT)
     if replaced is None:
-        raise UsageError(f"{shown} already exists; pass --overwrite to replace it")
+        raise UsageError(f"{shown} already exists; pass --overwrite to replace it", hint="--overwrite")
     names = replaceable_files(out, shown, replaced)
     if config and names and (config not in names or "config.json" in names):
         raise UsageError(f"{shown} is not an adapter, so --overwrite does not replace it with one; remove it yourself")
@@ -105,10 +107,10 @@ def check_file_place(out: Path, shown: str, replace: bool) -> None:
     """Raise `UsageError` where what is at `out` may not be replaced by a file: anything but a file that was made here."""
     there = [path for path in (out, sidecar_of(out)) if os.path.lexists(path)]
     if odd := next((path for path in there if not path.is_file()), None):
-        raise UsageError(f"{printable(odd)} exists and is not a file; choose another OUT")
+        raise UsageError(f"{printable(odd)} exists and is not a file; choose another OUT", hint=ANOTHER_OUT)
     if there and not replace:
         shown = shown if out in there else printable(there[0])
-        raise UsageError(f"{shown} already exists; pass --overwrite to replace it")
+        raise UsageError(f"{shown} already exists; pass --overwrite to replace it", hint="--overwrite")
     if there and not (made_here(out) if out in there else record_at(there[0])):
         raise UsageError(f"{shown} was not made by loratool, so --overwrite does not replace it; remove it yourself")
 

@@ -30,7 +30,7 @@ from loratool.files.safefile import SafeFile, TensorInfo
 from loratool.inspecting.health import examine, examine_model, tell_unreadable
 from loratool.inspecting.metadata import shortened_metadata
 from loratool.inspecting.packing import unpacked
-from loratool.options.described import FLAG, PathKind, option
+from loratool.options.described import FLAG, PlaceKind, option
 from loratool.options.shared import DeviceOption, NamingOptions, OrientationOption
 from loratool.provenance import record
 from loratool.results.base import Cost
@@ -62,10 +62,11 @@ class InspectOptions(NamingOptions, OrientationOption, ReadingOptions, DeviceOpt
     """Of `inspect`."""
 
     base: str | None = option(
-        help="Base model of the adapters; adds parameter counts, matching weights and sizes.", kind=PathKind("BASE")
+        help="Base model of the adapters; adds parameter counts, matching weights and sizes.", kind=PlaceKind()
     )
     base_config: str | None = option(
-        help="Only the config.json of the base; adds total parameters, for known model families.", kind=PathKind()
+        help="Only the config.json of the base; adds total parameters, for known model families.",
+        kind=PlaceKind("FILE", role="any"),
     )
     metadata: bool = option(
         help="Show what the training tool wrote into the header of an adapter's file.", default=False, kind=FLAG

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from loratool.errors import InputError, UsageError, escaped, printable
 from loratool.files.inputs import json_value, read_bounded
@@ -83,6 +83,14 @@ class PathKind(Kind):
 
     def word(self, value: Any) -> str:
         return escaped(value) if self.beside else local_word(value)
+
+
+@dataclass(frozen=True)
+class PlaceKind(PathKind):
+    """A path or a place on the Hub, of a model unless `role` says otherwise."""
+
+    name: str = "BASE"
+    role: Literal["model", "any"] = "model"
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def check_page(path: Path, overwrite: bool) -> None:
     if path.is_dir():
         raise UsageError(f"--html {printable(path)}: is a folder; expected a file")
     if os.path.lexists(path) and not overwrite:
-        raise UsageError(f"--html {printable(path)} already exists; pass --overwrite to replace it")
+        raise UsageError(f"--html {printable(path)} already exists; pass --overwrite to replace it", hint="--overwrite")
     if path.exists() and not is_page(path):
         raise UsageError(
             f"--html {printable(path)}: was not made by loratool, so --overwrite does not replace it; choose another "

@@ -272,7 +272,9 @@ class Repository(LocalFolder):
                 return Commit(head.commit, f"{endpoint()}/{self.repo}/commit/{head.commit}")
         model = [name for name in there if is_of_a_model(name)]
         if model and not journal and not overwrite:
-            raise UsageError(f"{self.repo}: already contains a model; pass --overwrite to replace it")
+            raise UsageError(
+                f"{self.repo}: already contains a model; pass --overwrite to replace it", hint="--overwrite"
+            )
         # config and index go first: at no time do they stand beside weights they do not belong to
         commit(self.repo, self.revision, [self.journal()], "Start a merge with loratool", delete=model)
         return None

@@ -185,7 +185,7 @@ def test_an_unknown_path_ends_with_3_and_is_named(
     assert cli.run(arguments) == 3
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert shown.err == "Error: nowhere: no such file or folder\n"
+    assert shown.err == "Error: nowhere: no such file or folder\nhint: loratool help operands\n"
 
 
 def test_json_is_one_object_on_stdout_and_nothing_else(

@@ -125,7 +125,7 @@ def test_a_wrong_value_is_refused_in_the_same_words_by_the_command_and_the_funct
     by_hand = capsys.readouterr().err
     with pytest.raises(UsageError) as caught:
         function(command)(*operands(command), **{name: value})
-    assert by_hand == f"Error: {caught.value}\n"
+    assert by_hand == f"Error: {caught.value}\nhint: loratool {command} --help\n"
     assert described.flag in by_hand
     assert value in by_hand
 

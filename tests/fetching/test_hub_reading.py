@@ -96,7 +96,7 @@ def test_what_begins_with_a_dot_is_never_asked_for(
     """A `Path` of ./org/name is org/name: a misspelt folder is none of the Hub's."""
     monkeypatch.chdir(tmp_path)
     assert cli.run([*words, "./runs/adaptor"]) == 3
-    assert capsys.readouterr().err == f"Error: {tmp_path}/runs/adaptor: no such file or folder\n"
+    assert capsys.readouterr().err.splitlines()[0] == f"Error: {tmp_path}/runs/adaptor: no such file or folder"
 
 
 def test_a_path_in_the_cache_tells_repository_and_commit(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_what_the_system_refuses_is_an_object_too(
     shown = capsys.readouterr()
     error = json.loads(shown.out)["error"]
     assert (error["code"], error["exit_code"], error["problems"]) == ("storage", 6, [])
-    assert shown.err == f"Error: {error['message']}\n"
+    assert shown.err == f"Error: {error['message']}\nhint: loratool inspect base\n"
     assert os.strerror(errno.EIO) in error["message"]
 
 

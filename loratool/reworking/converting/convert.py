@@ -36,7 +36,7 @@ from loratool.layouts.diffusion.known import ARCHITECTURES
 from loratool.lazy import torch
 from loratool.measuring.session import PathLike, Progress, Session, session
 from loratool.notes import Note
-from loratool.options.described import FLAG, Choice, Number, PathKind, option
+from loratool.options.described import FLAG, Choice, Number, PlaceKind, option
 from loratool.options.shared import PublishOptions
 from loratool.results.convert import ConvertedLayer, ConvertReport
 from loratool.reworking.converting.baking import baked, check_baked
@@ -69,7 +69,7 @@ class ConvertOptions(FactorOptions, ReadingOptions, PublishOptions):
     )
     base: str | None = option(
         help="Base model of the adapter, whose names, config or weights tell what the adapter does not.",
-        kind=PathKind("BASE"),
+        kind=PlaceKind(),
     )
     rank: int | None = option(
         help="Approximate layers of a larger rank by this one; the report states the error.",

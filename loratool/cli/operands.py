@@ -1,0 +1,260 @@
+"""The operands of a command: as they were typed, as they are meant, and what to type next where that was wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loratool.cli.screen import NOTES
+from loratool.errors import (
+    FitError,
+    HubError,
+    InputError,
+    LoratoolError,
+    StorageError,
+    UsageError,
+    VerificationError,
+    escaped,
+    printable,
+)
+from loratool.files.hub_names import parse, slashed
+from loratool.files.outputs import ANOTHER_OUT
+
+if TYPE_CHECKING:
+    from loratool.fetching.operands import Operand, Role
+
+OPERANDS = "loratool.operands"  # key of a context's `meta`: the operands as they are meant
+# What an output is called that was not named, from the names of the operands.
+NAMES = {
+    "merge": "{base}-{adapters}",
+    "rescale": "{adapter}-rescaled",
+    "resize": "{adapter}-resized",
+    "combine": "{adapters}",
+    "convert": "{adapter}-{dialect}{server}",
+    "extract": "{tuned}-adapter",
+}
+MOST_NAMED = 3  # operands that such a name is made of
+FOR_PROGRAMS = ("--json", "-q", "--quiet")  # words that a command to be typed by a person does without
+
+
+class Place(click.Path):
+    """A path, or a place on the Hub. What begins with `./` is a path, which a relative `Path` does not show any more."""
+
+    def __init__(self, role: Role = "any", given: str = "", then: Role = "any") -> None:
+        """A place that is read as `role`; as `then` where the parameter `given` has a value."""
+        super().__init__(path_type=Path, readable=False)
+        self.role: Role = role
+        self.given, self.then = given, then
+
+    def role_in(self, words: Mapping[str, Any]) -> Role:
+        return self.then if words.get(self.given) is not None else self.role
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and value.startswith(("./", f".{os.sep}")) and not os.path.lexists(value):
+            value = os.path.abspath(value)
+        return super().convert(value, param, ctx)
+
+
+class Output(click.Option):
+    """`-o`, without which a name and the whole command are proposed."""
+
+    def value_is_missing(self, value: Any) -> bool:  # noqa: ARG002
+        """Never, for Click: what is missing is said with the operands in hand."""
+        return False
+
+
+def forgiving(command: click.Command) -> click.Command:
+    """The same command, called with its operands as they are meant; its errors end with the next command to type."""
+    run = command.callback
+    assert run is not None
+
+    @wraps(run)
+    def called(**words: Any) -> Any:
+        context = click.get_current_context()
+        operands: list[Operand] = []
+        try:
+            operands += read_operands(context, words)
+            check_output(context, words)
+            return run(**words)
+        except LoratoolError as error:
+            if error.hint == ANOTHER_OUT:
+                error.hint = f"-o {shlex.quote(free_name(context))}"
+            error.hint = next_step(error, context.find_root().obj or (), operands)
+            raise
+
+    command.callback = called
+    return command
+
+
+def read_operands(context: click.Context, words: dict[str, Any]) -> list[Operand]:
+    """The operands of a command, which are put into its words as they are meant; what was typed otherwise is said."""
+    context.meta[OPERANDS], context.meta[NOTES] = [], []
+    if not any(isinstance(parameter.type, Place) for parameter in context.command.params):
+        return []
+    from loratool.fetching.operands import understood
+
+    typed = operands_of(context.command, words)
+    meant, notes = understood(typed)
+    context.meta[OPERANDS], context.meta[NOTES] = meant, notes
+    for parameter in context.command.params:
+        if isinstance(parameter.type, Place) and words.get(str(parameter.name)) not in (None, ()):
+            own = [
+                found_path(old, new) for old, new in zip(typed, meant, strict=True) if old.parameter == parameter.name
+            ]
+            many = isinstance(words[str(parameter.name)], tuple)
+            words[str(parameter.name)] = tuple(own) if many else own[0]
+    for note in () if words.get("quiet") else notes:
+        click.echo(escaped(f"note: {note}"), err=True)
+    return meant
+
+
+def operands_of(command: click.Command, words: Mapping[str, Any]) -> list[Operand]:
+    """The operands as they were typed, in the order of the parameters; patterns that match something are expanded."""
+    from loratool.fetching.operands import Operand, expanded
+
+    found: list[Operand] = []
+    for parameter in command.params:
+        name, kind = str(parameter.name), parameter.type
+        value = words.get(name)
+        if isinstance(kind, Place) and value not in (None, ()):
+            many = isinstance(value, tuple)
+            every = [slashed(each) for each in (value if many else (value,))]
+            if many or len(expanded(every[0])) == 1:
+                every = [path for word in every for path in expanded(word)]
+            found += [Operand(word, kind.role_in(words), name) for word in every]
+    return found
+
+
+def found_path(typed: Operand, meant: Operand) -> Path | str:
+    """A value of an operand's parameter; the name of a repository stays text."""
+    return meant.word if typed.role == "repository" else Path(meant.word)
+
+
+def check_output(context: click.Context, words: dict[str, Any]) -> None:
+    """Raise `UsageError` with a name for the output where the command needs one and has none."""
+    for parameter in context.command.params:
+        if isinstance(parameter, Output) and parameter.required and words.get(str(parameter.name)) is None:
+            raise without_output(context)
+
+
+def without_output(context: click.Context) -> UsageError:
+    """The error for a command that has no OUT, with the whole command to type."""
+    return UsageError(
+        "Missing option '-o' / '--output', so nothing was written", hint=f"-o {shlex.quote(free_name(context))}"
+    )
+
+
+def free_name(context: click.Context) -> str:
+    """A name for the output of a command."""
+    return proposed_name(str(context.info_name), context.meta[OPERANDS], context.params)
+
+
+def proposed_name(command: str, operands: Sequence[Operand], words: Mapping[str, Any]) -> str:
+    """A name for the output that is not there yet; a file where the base is one."""
+    stems: dict[str, list[str]] = {}
+    for operand in operands:
+        stems.setdefault(operand.parameter, []).append(stem_of(operand.word))
+    parts = {name: "-".join(found[:MOST_NAMED]) for name, found in stems.items()}
+    parts = {"base": "", "adapters": "", "adapter": "", "tuned": "", "dialect": "", "server": "", **parts}
+    parts |= {
+        name: str(words.get(key) or "").partition("@")[0] for name, key in (("dialect", "to"), ("server", "server"))
+    }
+    if command == "merge" and not parts["adapters"]:
+        parts["adapters"] = "merged"
+    name = NAMES.get(command, "").format(**parts).strip("-") or f"{next(iter(parts.values()), '') or 'out'}-{command}"
+    base = next((operand.word for operand in operands if operand.parameter == "base"), "")
+    suffix = Path(base).suffix if command == "merge" and os.path.isfile(base) else ""
+    found, number = f"./{name}{suffix}", 2
+    while os.path.lexists(found):
+        found, number = f"./{name}-{number}{suffix}", number + 1
+    return found
+
+
+def stem_of(word: str) -> str:
+    """What an operand is called, for the name of a folder."""
+    if not os.path.lexists(word):
+        try:
+            place = parse(word)
+        except LoratoolError:
+            place = None
+        word = place.repo if place else word
+    path = Path(os.path.abspath(word))
+    return path.stem if path.is_file() else path.name
+
+
+def typed(*words: str) -> str:
+    """`loratool WORDS` as it is typed into the shell of this system."""
+    line = ["loratool", *(escaped(word) for word in words if word not in FOR_PROGRAMS)]
+    return subprocess.list2cmdline(line) if os.name == "nt" else shlex.join(line)
+
+
+def in_full(hint: str, arguments: Sequence[str]) -> str:
+    """The hint of an error; the whole command where it is only words that were missing from it."""
+    if hint.startswith("-o "):  # in the place of one that cannot be written
+        at = next((at for at, word in enumerate(arguments) if word in ("-o", "--output")), len(arguments))
+        arguments = [*arguments[:at], *arguments[at + 2 :]]
+    return f"{typed(*arguments)} {hint}" if hint.startswith("-") else hint
+
+
+def next_step(error: LoratoolError, arguments: Sequence[str], operands: Sequence[Operand] = ()) -> str:
+    """The command to type after an error: its own hint in full, a proposal for an operand, or what shows more."""
+    if error.hint:
+        return in_full(error.hint, arguments)
+    if any("\nhint: " in text for text in (error.message, *error.problems)):
+        return ""
+    if isinstance(error, (InputError, HubError, UsageError)):
+        for operand in operands:
+            if is_named(operand, error) and (proposed := again_with(operand, arguments)):
+                return proposed
+    return usual_step(error, arguments, operands)
+
+
+def is_named(operand: Operand, error: LoratoolError) -> bool:
+    """Whether an error is about an operand."""
+    shown = printable(Path(operand.word)), printable(operand.word)
+    return any(re.search(rf"(?<![\w/.-]){re.escape(each)}(?![\w-])", error.message) for each in shown)
+
+
+def again_with(operand: Operand, arguments: Sequence[str]) -> str:
+    """The same command with what may have been meant by an operand; empty where nothing is near."""
+    from loratool.fetching.operands import proposals
+
+    found = proposals(operand)
+    at = next((at for at, word in enumerate(arguments) if same_path(word, operand.word)), None)
+    if not found or at is None:
+        return ""
+    return typed(*arguments[:at], found[0], *arguments[at + 1 :])
+
+
+def same_path(one: str, other: str) -> bool:
+    return one == other or os.path.abspath(os.path.expanduser(one)) == os.path.abspath(os.path.expanduser(other))
+
+
+def usual_step(error: LoratoolError, arguments: Sequence[str], operands: Sequence[Operand]) -> str:
+    """What shows more about an error of this kind."""
+    command = arguments[0] if arguments else ""
+    models = [operand.word for operand in operands if operand.role == "model"]
+    adapters = [operand.word for operand in operands if operand.role == "adapter"]
+    if isinstance(error, FitError):
+        about = (adapters + models)[:1] or [operand.word for operand in operands][:1]
+        return typed("inspect", *about, *(["--base", models[-1]] if models and adapters else ()))
+    if isinstance(error, InputError):
+        about = [each.word for each in operands if is_named(each, error) and each.kind]
+        if about and command != "inspect" and not any(each.is_wrong for each in operands):
+            return typed("inspect", about[0], "--check")
+        return "loratool help operands"
+    if isinstance(error, VerificationError):
+        return "" if command == "verify" else "loratool help exit-codes"
+    if isinstance(error, (StorageError, HubError)):  # once what is in the way is gone
+        return typed(*arguments)
+    if isinstance(error, UsageError):
+        return f"loratool {command} --help"
+    return f"{typed(*arguments)} -v"
