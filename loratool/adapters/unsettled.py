@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loratool.adapters.adapter import Adapter, StoredTensor
+from loratool.adapters.adapter import Adapter, Derived, StoredTensor
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
 from loratool.lazy import Tensor
@@ -26,8 +26,8 @@ WAY_OUT = (
 class Unsettled(Update):
     """Factors of which `parts` makes updates, given the config of a model."""
 
-    b: StoredTensor  # (rows, rank)
-    a: StoredTensor  # (rank, columns), or more such, one below the other
+    b: StoredTensor | Derived  # (rows, rank)
+    a: StoredTensor | Derived  # (rank, columns), or more such, one below the other
     scale: float
     parts: Callable[[Mapping[str, Any]], Parts]  # raises `ValueError` with what the config does not tell
     magnitude: StoredTensor | None = None

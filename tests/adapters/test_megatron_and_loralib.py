@@ -126,6 +126,57 @@ def test_rows_of_grouped_queries_keys_and_values_are_told_apart(base: Path, tmp_
     check_merged(merged(base, adapter, tmp_path / "out"), base, megatron_deltas())
 
 
+def ranks(count: int) -> list[dict[str, Tensor]]:
+    """What each of so many processes holds of NeMo's adapter: its groups of heads, its rows of gate and of up, and of
+    the other two layers its columns; of A of the first two, and of B of the others, equal parts of the rows.
+    """
+    found: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    for name, tensor in megatron_tensors("nemo1").items():
+        rows = tensor.chunk(count)
+        if "hto4h_adapter.linear_out" in name:
+            gate, up = (half.chunk(count) for half in tensor.chunk(2))
+            rows = tuple(torch.cat(pair) for pair in zip(gate, up, strict=True))
+        elif "linear_in" in name and ("dense" in name or "4htoh" in name):
+            rows = tensor.chunk(count, dim=1)
+        for rank, part in enumerate(rows):
+            found[rank][name] = part.contiguous()
+    return found
+
+
+def write_ranks(folder: Path, parts: list[dict[str, Tensor]]) -> Path:
+    for rank, tensors in enumerate(parts):
+        (folder / f"mp_rank_{rank:02d}").mkdir(parents=True)
+        save_file(tensors, folder / f"mp_rank_{rank:02d}" / "model_weights.safetensors")
+    (folder / SETTINGS["nemo1"][0]).write_text(SETTINGS["nemo1"][1])
+    return folder
+
+
+def test_folders_of_tensor_parallel_ranks_are_one_adapter(base: Path, tmp_path: Path) -> None:
+    """With the alpha of the whole rank; and what is written of it is in one file."""
+    adapter = write_ranks(tmp_path / "a", ranks(2))
+    check_merged(merged(base, adapter, tmp_path / "out"), base, megatron_deltas())
+    loratool.resize(adapter, tmp_path / "same", rank=RANK)
+    found = weights(merged(base, tmp_path / "same", tmp_path / "again"))
+    for module, delta in megatron_deltas().items():
+        torch.testing.assert_close(found[module], weights(base)[module] + delta, rtol=1e-5, atol=1e-5)
+
+
+def test_ranks_that_do_not_go_together_are_refused(base: Path, tmp_path: Path) -> None:
+    name = f"{STYLES['nemo1']['fc2'].format(0)}.linear_in.weight"
+    first, second = ranks(2)
+    with pytest.raises(loratool.InputError, match=r"mp_rank_01/.*fc2|mp_rank_01/.*4htoh.*linear_in\.weight is missing"):
+        merged(
+            base, write_ranks(tmp_path / "a", [first, {n: t for n, t in second.items() if n != name}]), tmp_path / "out"
+        )
+    odd = {name: first[name][:, :-1].contiguous()}
+    with pytest.raises(loratool.InputError, match="expected one rank that 2 processes share"):
+        merged(base, write_ranks(tmp_path / "b", [first | odd, second]), tmp_path / "out")
+    folder = write_ranks(tmp_path / "c", [first, second])
+    (folder / "mp_rank_00").rename(folder / "mp_rank_02")
+    with pytest.raises(loratool.InputError, match="numbered from 0"):
+        merged(base, folder, tmp_path / "out")
+
+
 def test_all_layers_in_one_tensor_are_read_as_one_each(base: Path, tmp_path: Path) -> None:
     """As a distributed checkpoint holds them, which is gathered without the numbers of layers."""
     every = megatron_tensors("bridge")

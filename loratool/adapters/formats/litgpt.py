@@ -63,7 +63,7 @@ class Divided:
         found: dict[str, Update] = {}
         for number, (part, count) in enumerate(zip(self.parts, self.sizes(config), strict=True)):
             up, down = part_of(self.b, at, count), part_of(self.a, number * rank, rank)
-            found[f"{self.start}.{QKV[part]}.weight"] = LowRank(up, down, self.scale, turnable=True)  # type: ignore[arg-type]  # loaded later
+            found[f"{self.start}.{QKV[part]}.weight"] = LowRank(up, down, self.scale, turnable=True)
             at += count
         return found
 

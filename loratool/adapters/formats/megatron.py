@@ -4,6 +4,8 @@
     Bridge  decoder.layers.0.self_attention.linear_qkv.adapter.linear_in.weight
             decoder.layers.self_attention.…   all layers in one tensor, as distributed checkpoints hold them
 
+NeMo 1 may have a folder for each rank (`mp_rank_00`), in which each has a part of every factor (`tensor_ranks`).
+
 `linear_in` is (rank, in) and `linear_out` (out, rank), scaling α / rank, which stand in the settings of the run. Rows of the
 fused projection lie group by group: the group's heads of queries, a head of keys, one of values; a gated MLP's are
 those of the gate, then of up. "Canonical" adapters have a pair for each of them, with rows as transformers has them.
@@ -14,15 +16,24 @@ are.) Facts: Megatron-Bridge of August 2026, `peft/utils.py` and `models/convers
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratool.adapters.adapter import StoredTensor
+from loratool.adapters.adapter import Derived, StoredTensor
 from loratool.adapters.formats.format import Config
 from loratool.adapters.formats.rows import OfGroups, derived, entry_of, part_of
-from loratool.adapters.formats.trainer import Found, TrainerFormat, modules_with, text_in, value_in, whole_in
+from loratool.adapters.formats.tensor_ranks import DIVIDER, gathered, paths_of_ranks, read_ranks
+from loratool.adapters.formats.trainer import (
+    MISSING_PARTNER,
+    Found,
+    TrainerFormat,
+    modules_with,
+    text_in,
+    value_in,
+    whole_in,
+)
 from loratool.adapters.formats.yaml_lines import read_settings
 from loratool.adapters.model_settings import Heads, attention_heads
 from loratool.adapters.training import Training
@@ -32,6 +43,7 @@ from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
 from loratool.errors import printable
 from loratool.files.heads import HasNames
+from loratool.files.safefile import FLOAT_NAMES, SafeFile
 from loratool.notes import Note
 
 A, B, M = ".linear_in.weight", ".linear_out.weight", ".weight_magnitude"
@@ -53,6 +65,7 @@ LEAVES: dict[str, tuple[str, ...]] = {
     **{f"adapter_layer.lora_unfused_kqv_adapter.{name[0]}_adapter": (name,) for name in QKV},
     **{f"adapter_layer.lora_unfused_hto4h_adapter.{name.split('_')[0]}_adapter": (name,) for name in GATE_UP},
 }
+DIVIDED_COLUMNS = ("o_proj", "down_proj")  # what tensor parallelism divides by columns; the rest it divides by rows
 # Where the settings of each tool have α, and the rank; NeMo 1 takes the rank for an α that is not set.
 ALPHAS = (("peft", "alpha"), ("peft", "lora_tuning", "alpha"))
 RANKS = (("peft", "dim"), ("peft", "lora_tuning", "adapter_dim"))
@@ -62,8 +75,8 @@ RANKS = (("peft", "dim"), ("peft", "lora_tuning", "adapter_dim"))
 class Factors:
     """The factors of one module of one layer."""
 
-    a: StoredTensor
-    b: StoredTensor
+    a: StoredTensor | Derived
+    b: StoredTensor | Derived
     scale: float
     magnitude: StoredTensor | None = None
 
@@ -119,6 +132,13 @@ class Megatron(TrainerFormat):
         ]
         return frozenset(name for module in modules for end in (A, B, M) if (name := module + end) in file.tensors)
 
+    def weights_at(self, folder: Path) -> list[Path]:
+        return super().weights_at(folder) or paths_of_ranks(folder)
+
+    def weights_in(self, folder: Path) -> SafeFile:
+        paths = self.weights_at(folder)
+        return super().weights_in(folder) if folder in {path.parent for path in paths} else read_ranks(folder, paths)
+
     def read_config(self, path: Path) -> Config:
         return read_settings(path)
 
@@ -137,16 +157,22 @@ class Megatron(TrainerFormat):
 
     def take(self, found: Found, config: Config) -> None:
         alpha = self.trained_alpha(found, config)
-        for module in modules_with(found.file, (A, B)):
+        ranks = list(dict.fromkeys(name.rpartition(DIVIDER)[0] for name in found.file.tensors))
+        divided = ranks != [""]
+        for module in dict.fromkeys(name.rpartition(DIVIDER)[2] for name in modules_with(found.file, (A, B))):
             match, head = MODULE.fullmatch(module), HEAD.fullmatch(module)
             parts = ("lm_head",) if head else LEAVES.get(match["leaf"], ()) if match else ()
-            if not parts:
-                found.told.update(n for end in (A, B, M) if (n := module + end) in found.file.tensors)
+            every = [f"{rank}{DIVIDER}{module}" for rank in ranks] if divided else [module]
+            names = tuple(n for each in every for end in (A, B, M) if (n := each + end) in found.file.tensors)
+            stacked = match is not None and match["layer"] is None
+            if not parts or (divided and stacked):
+                found.told.update(names)
                 found.unsupported.append(f"Megatron's module {printable(module)} has no known name in transformers")
                 continue
-            stacked = match is not None and match["layer"] is None
-            for layer, factors in layers_of(found, module, alpha, stacked):
-                names = tuple(n for end in (A, B, M) if (n := module + end) in found.file.tensors)
+            layers = (
+                layers_of_ranks(found, every, parts, alpha) if divided else layers_of(found, module, alpha, stacked)
+            )
+            for layer, factors in layers:
                 self.place(found, layer if stacked or match is None else match["layer"], parts, factors, names)
 
     def place(self, found: Found, layer: str, parts: tuple[str, ...], factors: Factors, names: tuple[str, ...]) -> None:
@@ -195,6 +221,32 @@ def layers_of(found: Found, module: str, alpha: float | None, stacked: bool) -> 
         found.unsupported.append(f"DoRA with all layers in one tensor ({printable(module + M)})")
     else:
         yield from ((str(at), factors(entry_of(a, at), entry_of(b, at), None)) for at in range(a.shape[0]))
+
+
+def layers_of_ranks(
+    found: Found, modules: Sequence[str], parts: tuple[str, ...], alpha: float | None
+) -> Iterator[tuple[str, Factors]]:
+    """The same of a module whose factors are divided among ranks; `modules` are its names there."""
+    every = [[each + end for each in modules] for end in (A, B)]
+    there = [name for names in every for name in names if name in found.file.tensors]
+    found.told.update(there)
+    if missing := [name for names in every for name in names if name not in found.file.tensors]:
+        found.refuse(modules[0], f"{printable(missing[0])} is missing", MISSING_PARTNER)
+        return
+    if any(each + M in found.file.tensors for each in modules):
+        found.unsupported.append(f"DoRA that is divided among ranks ({printable(modules[0] + M)})")
+        found.told.update(name for each in modules if (name := each + M) in found.file.tensors)
+        return
+    a, b = ([found.stored(name) for name in names] for names in every)
+    if odd := next((each for each in (*a, *b) if each.info.dtype not in FLOAT_NAMES or 0 in each.shape), None):
+        found.refuse(odd.info.name, f"is {odd.info.dtype} {list(odd.shape)}; expected floats")
+        return
+    pair = gathered(a, b, parts[0] not in DIVIDED_COLUMNS, len(parts) if parts == GATE_UP else 1)
+    if pair is None:
+        shown = f"linear_in is {list(a[0].shape)} and linear_out {list(b[0].shape)}"
+        found.refuse(modules[0], f"{shown}; expected one rank that {len(modules)} processes share")
+        return
+    yield "", Factors(*pair, 1.0 if alpha is None else alpha / pair[0].shape[0])
 
 
 MEGATRON = Megatron()

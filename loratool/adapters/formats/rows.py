@@ -11,8 +11,10 @@ from loratool.adapters.model_settings import Heads
 from loratool.lazy import Tensor
 
 
-def part_of(stored: StoredTensor, first: int, count: int) -> StoredTensor:
+def part_of(stored: StoredTensor | Derived, first: int, count: int) -> Any:
     """Entries `first` … `first + count` of the first dimension, as a tensor of its own; it is not transposed."""
+    if isinstance(stored, Derived):
+        return derived(count, stored, Rows(first, count))
     info = stored.info
     size = info.nbytes // max(info.rows, 1)
     start = info.start + first * size
@@ -27,9 +29,20 @@ def entry_of(stored: StoredTensor, at: int) -> StoredTensor:
     return StoredTensor(part.file, replace(part.info, name=f"{stored.info.name}[{at}]", shape=stored.info.shape[1:]))
 
 
-def derived(rows: int, stored: StoredTensor, formula: Callable[[Tensor], Tensor]) -> Any:
+def derived(rows: int, stored: StoredTensor | Derived, formula: Callable[[Tensor], Tensor]) -> Any:
     """A factor, or lengths, of so many rows that `formula` makes of the stored one when it is loaded."""
     return Derived((rows, *stored.shape[1:]), (stored,), formula)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some of the rows."""
+
+    first: int
+    count: int
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return rows[self.first : self.first + self.count]
 
 
 @dataclass(frozen=True)

@@ -148,11 +148,15 @@ class TrainerFormat(Format):
 
     def recognises(self, path: Path) -> bool:
         if path.is_dir():
-            return any((path / name).is_file() for name in self.settings) and any(path.glob("*.safetensors"))
+            return any((path / name).is_file() for name in self.settings) and bool(self.weights_at(path))
         return path.suffix == ".safetensors" and path.is_file() and not NUMBERED.match(path.name)
 
+    def weights_at(self, folder: Path) -> list[Path]:
+        """The files of a folder that may hold its tensors."""
+        return sorted(folder.glob("*.safetensors"))
+
     def needed(self, location: Path) -> tuple[list[str], list[str]]:
-        weights = sorted(path.name for path in location.glob("*.safetensors"))
+        weights = [path.relative_to(location).as_posix() for path in self.weights_at(location)]
         own = [name for name in (*self.config_names, MODEL_CONFIG) if (location / name).is_file()]
         return weights, list(dict.fromkeys([*own, *sort_side_files(location, {*weights})[0]]))
 
@@ -188,7 +192,9 @@ class TrainerFormat(Format):
             unsupported=tuple(found.unsupported),
             unused=found.unused,
             notes=tuple(found.notes),
-            beside=weight_files(folder, file, {file.path.name}) if path.is_dir() else (),
+            beside=weight_files(folder, file, {part.path.relative_to(folder).as_posix() for part in file.files})
+            if path.is_dir()
+            else (),
             alone=not path.is_dir(),
         )
         return settled(adapter, self.model_at(folder, config)), tuple(found.problems)
@@ -200,7 +206,7 @@ class TrainerFormat(Format):
 
     def weights_in(self, folder: Path) -> SafeFile:
         """The one file of a folder whose tensors are named as this format names them."""
-        files = [read_safefile(path) for path in sorted(folder.glob("*.safetensors")) if path.is_file()]
+        files = [read_safefile(path) for path in self.weights_at(folder) if path.is_file()]
         found = [file for file in files if self.claims(file)]
         if len(found) != 1:
             names = ", ".join(printable(file.path.name) for file in found or files)
