@@ -29,7 +29,11 @@ EXPONENT = {
     "F32": ("<u4", 0x7F80_0000),
     "F16": ("<u2", 0x7C00),
     "BF16": ("<u2", 0x7F80),
+    "F8_E4M3": ("<u1", 0x7F),  # which has no infinity, and one NaN
+    "F8_E5M2": ("<u1", 0x7C),
 }
+# The dtypes that factors are stored in, by their names in torch.
+FACTOR_NAMES: Mapping[str, str] = {**FLOAT_NAMES, "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 PIECE = 4 << 20  # bytes that are looked at together
 INTEGER_NAMES = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}  # of indices
 
@@ -63,8 +67,8 @@ class StoredTensor:
         """The values, on `device` in `dtype` (whole numbers as they are), contiguous in the shape this has."""
         raw = torch.empty(self.info.nbytes, dtype=torch.uint8)
         self.read(0, raw.numpy().data)
-        if self.info.dtype in FLOAT_NAMES:
-            stored = raw.view(getattr(torch, FLOAT_NAMES[self.info.dtype])).reshape(self.info.shape)
+        if self.info.dtype in FACTOR_NAMES:
+            stored = raw.view(getattr(torch, FACTOR_NAMES[self.info.dtype])).reshape(self.info.shape)
             loaded = stored.to(device).to(dtype)  # in this order: fewer bytes travel
         else:
             loaded = raw.view(getattr(torch, INTEGER_NAMES[self.info.dtype])).reshape(self.info.shape).to(device)
@@ -75,7 +79,7 @@ class StoredTensor:
         row_bytes = self.info.nbytes // max(self.info.rows, 1)
         raw = torch.empty(count * row_bytes, dtype=torch.uint8)
         self.read(first * row_bytes, raw.numpy().data)
-        stored = raw.view(getattr(torch, FLOAT_NAMES[self.info.dtype])).reshape(count, -1)
+        stored = raw.view(getattr(torch, FACTOR_NAMES[self.info.dtype])).reshape(count, -1)
         return stored.to(device, dtype)
 
     def bits(self, sources: OpenSources | None = None) -> tuple[NDArray[Any], int]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
-from loratool.adapters.adapter import Adapter, stored_tensors
+from loratool.adapters.adapter import FACTOR_NAMES, Adapter, stored_tensors
 from loratool.adapters.as_lora import as_product, kind_unknown
 from loratool.adapters.training import Training
 from loratool.adapters.unsettled import Unsettled, open_question
@@ -21,7 +21,6 @@ from loratool.algebra.updates.experts import ExpertFactors, downs, ups
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.algebra.updates.residual import Residual
 from loratool.errors import FitError, InputError, printable
-from loratool.files.safefile import FLOAT_NAMES
 from loratool.layouts.fusions import FUSIONS
 from loratool.lazy import Tensor, torch
 from loratool.notes import Note
@@ -153,8 +152,8 @@ class Layer:
     @property
     def rounding(self) -> float:
         """The relative error of ΔW that comes of the dtype its factors are stored in; of several the largest."""
-        stored = (t.info.dtype for t in stored_tensors(self.update) if t.info.dtype in FLOAT_NAMES)  # and no indices
-        return max((ROUNDING[FLOAT_NAMES[dtype]] for dtype in stored), default=0.0)
+        stored = (t.info.dtype for t in stored_tensors(self.update) if t.info.dtype in FACTOR_NAMES)  # and no indices
+        return max((ROUNDING[FACTOR_NAMES[dtype]] for dtype in stored), default=0.0)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool import __version__
-from loratool.adapters.adapter import Flattened, StoredTensor, stored_tensors
+from loratool.adapters.adapter import FACTOR_NAMES, Flattened, StoredTensor, stored_tensors
 from loratool.adapters.formats import WRITTEN, format_of, replaceable
 from loratool.adapters.formats.format import Format, Parts, Scaled, Spelling
 from loratool.adapters.layers import Contents, Form, Layer
@@ -33,8 +33,9 @@ from loratool.options.described import dtypes, option
 from loratool.options.shared import WritingOptions
 from loratool.provenance.cards import CARD, card, is_nobodys, terms_of
 
-SPELLED = {name: dtype for dtype, name in FLOAT_NAMES.items()}  # float32 → F32
+SPELLED = {name: dtype for dtype, name in FACTOR_NAMES.items()}  # float32 → F32
 WIDTH = {"F64": 4, "F32": 3, "BF16": 2, "F16": 1}
+EIGHT_BITS = {"F8_E4M3": "BF16", "F8_E5M2": "BF16"}  # which holds all that they do
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,7 +270,7 @@ def scaled_output(
 def times(source: Contents, name: str, factor: float) -> Tensor:
     """A tensor of a file multiplied by a number, rounded once. Raises `FitError` where its dtype cannot hold that."""
     file = source.adapter.file
-    dtype = torch_dtype(file.tensors[name].dtype)
+    dtype: torch.dtype = getattr(torch, FACTOR_NAMES[file.tensors[name].dtype])
     stored = StoredTensor(file, file.tensors[name]).load(torch.device("cpu"), torch.float64)
     found: Tensor = (stored * factor).to(dtype)
     if not bool(found.isfinite().all()):
@@ -343,7 +344,7 @@ def factor_dtype(stored: Set[str], asked: str) -> torch.dtype:
     if asked != "keep":
         dtype: torch.dtype = getattr(torch, asked)
         return dtype
-    found = stored & WIDTH.keys()
+    found = {EIGHT_BITS.get(name, name) for name in stored} & WIDTH.keys()
     return torch.float32 if found == {"BF16", "F16"} else torch_dtype(max(found, key=WIDTH.__getitem__, default="F32"))
 
 
@@ -353,8 +354,8 @@ def factor_tensors(layer: Layer) -> Iterator[StoredTensor]:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """F32 → torch.float32."""
-    dtype: torch.dtype = getattr(torch, FLOAT_NAMES[name])
+    """F32 → torch.float32; one of 8 bits → the dtype that holds its numbers."""
+    dtype: torch.dtype = getattr(torch, FLOAT_NAMES[EIGHT_BITS.get(name, name)])
     return dtype
 
 

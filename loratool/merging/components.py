@@ -45,9 +45,9 @@ def factors_of(base: Checkpoint, pairs: Sequence[str], words: Sequence[str], not
     for word, factor in named.items():
         part = component_named(word, parts, base, "--component-weight")
         if part.prefix in found:
-            raise UsageError(f"--component-weight names {printable(part.name)} twice")
+            raise UsageError(f"--component-weight names {printable(part.shown)} twice")
         found[part.prefix] = factor
-        notes.append(Note("component-weight", f"weights are multiplied by {factor:g} in {printable(part.name)}"))
+        notes.append(Note("component-weight", f"weights are multiplied by {factor:g} in {printable(part.shown)}"))
     return Factors({part.prefix: found.get(part.prefix, 1.0) for part in parts}, blocks)
 
 
@@ -58,7 +58,7 @@ def component_named(word: str, parts: Sequence[Component], base: Checkpoint, fla
     for part in parts:
         if word == part.name or word in part.words:
             return part
-    there = ", ".join(printable(part.name) for part in parts)
+    there = ", ".join(printable(part.shown) for part in parts)
     raise UsageError(f"{flag}: {base.name} has no component {printable(repr(word))}, only {there}")
 
 
@@ -88,7 +88,7 @@ def within(adapter: Adapter, base: Checkpoint, parts: Sequence[Component], chose
     dropped |= {target for target in spread.reasons if (word := first_word(target)) and word not in words}
     if not dropped:
         return adapter
-    names = ", ".join(printable(part.name) for part in chosen)
+    names = ", ".join(printable(part.shown) for part in chosen)
     note = Note("component-left-out", f"{len(dropped)} updates outside of {names} are left out: {listed(dropped)}")
     return replace(
         adapter,

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratool.adapters.adapter import Derived, StoredTensor
+from loratool.adapters.adapter import FACTOR_NAMES, Derived, StoredTensor
 from loratool.adapters.formats.format import Config
 from loratool.adapters.formats.rows import OfGroups, derived, entry_of, part_of
 from loratool.adapters.formats.tensor_ranks import DIVIDER, gathered, paths_of_ranks, read_ranks
@@ -43,7 +43,7 @@ from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
 from loratool.errors import printable
 from loratool.files.heads import HasNames
-from loratool.files.safefile import FLOAT_NAMES, SafeFile
+from loratool.files.safefile import SafeFile
 from loratool.notes import Note
 
 A, B, M = ".linear_in.weight", ".linear_out.weight", ".weight_magnitude"
@@ -238,7 +238,7 @@ def layers_of_ranks(
         found.told.update(name for each in modules if (name := each + M) in found.file.tensors)
         return
     a, b = ([found.stored(name) for name in names] for names in every)
-    if odd := next((each for each in (*a, *b) if each.info.dtype not in FLOAT_NAMES or 0 in each.shape), None):
+    if odd := next((each for each in (*a, *b) if each.info.dtype not in FACTOR_NAMES or 0 in each.shape), None):
         found.refuse(odd.info.name, f"is {odd.info.dtype} {list(odd.shape)}; expected floats")
         return
     pair = gathered(a, b, parts[0] not in DIVIDED_COLUMNS, len(parts) if parts == GATE_UP else 1)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratool.adapters.adapter import Adapter, StoredTensor
+from loratool.adapters.adapter import FACTOR_NAMES, Adapter, StoredTensor
 from loratool.adapters.formats.format import Config, Format
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.adapters.training import Training
@@ -24,7 +24,7 @@ from loratool.files.checkpoint import NUMBERED, sort_side_files
 from loratool.files.heads import HasNames
 from loratool.files.hub_cache import name_of
 from loratool.files.inputs import read_json
-from loratool.files.safefile import FLOAT_NAMES, SafeFile, read_safefile
+from loratool.files.safefile import SafeFile, read_safefile
 from loratool.notes import Note
 from loratool.provenance.cards import Subject
 
@@ -68,7 +68,7 @@ class Found:
             return None
         first, last = map(self.stored, names)
         shapes = f"{a.strip('.')} is {list(first.shape)}, {b.strip('.')} is {list(last.shape)}"
-        if {first.info.dtype, last.info.dtype} - FLOAT_NAMES.keys():
+        if {first.info.dtype, last.info.dtype} - FACTOR_NAMES.keys():
             self.refuse(module, f"stored as {first.info.dtype} and {last.info.dtype}; expected floats")
         elif {len(first.shape), len(last.shape)} != {dimensions} or 0 in first.shape + last.shape:
             self.refuse(module, f"{shapes}; expected {dimensions} dimensions")
@@ -84,7 +84,7 @@ class Found:
             return None
         self.told.add(name)
         stored = self.stored(name)
-        if stored.shape != (rows,) or stored.info.dtype not in FLOAT_NAMES:
+        if stored.shape != (rows,) or stored.info.dtype not in FACTOR_NAMES:
             found = f"is {stored.info.dtype} {list(stored.shape)}"
             self.refuse(name, f"{found}; expected {rows} floats")
             return None

@@ -12,7 +12,14 @@ from loratool.lazy import Tensor, torch
 
 # Relative error of up @ down by the dtype its factors are stored in: of 16 bits as measured on trained adapters, of
 # wider ones with room for factors that were computed, rotated or decomposed in that dtype
-ROUNDING = {"bfloat16": 2.4e-3, "float16": 3e-4, "float32": 1e-6, "float64": 1e-12}
+ROUNDING = {
+    "float8_e5m2": 7.6e-2,
+    "float8_e4m3fn": 3.8e-2,
+    "bfloat16": 2.4e-3,
+    "float16": 3e-4,
+    "float32": 1e-6,
+    "float64": 1e-12,
+}
 FAST_FLOAT64 = frozenset({(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)})  # compute capabilities of data-centre GPUs
 SMALL_CORE = 512  # up to this size the processor decomposes a core faster than a GPU
 

@@ -26,7 +26,8 @@ from loratool.bases.binding.places import ALL, Bound, Match, Place, Rule
 from loratool.bases.binding.proposing import proposals
 from loratool.bases.binding.resolving import Renaming, Resolver
 from loratool.bases.binding.telling import Nearest, tell
-from loratool.errors import UsageError, printable
+from loratool.bases.binding.unlike import unlike_kinds
+from loratool.errors import FitError, UsageError, printable
 from loratool.files.checkpoint import NUMBERED, Checkpoint
 from loratool.layouts.architectures import INPUT_EMBEDDINGS, OUTPUT_HEADS
 from loratool.notes import Note
@@ -44,6 +45,9 @@ def bind(adapter: Adapter, base: Checkpoint, *, maps: Sequence[str] = (), fan_in
         maps: `REGEX=TEMPLATE` each; the first whose pattern is found in a target's name gives it another name.
         fan_in_fan_out: whether square --layer-weights that may be Conv1D are stored (in, out); by default the class of
             the model decides, then the config of the adapter.
+
+    Raises:
+        FitError: the adapter is of another kind of model than the base.
     """
     if (view := named(base)) is not None:
         return view.in_file(bind(adapter, view, maps=maps, fan_in_fan_out=fan_in_fan_out))
@@ -52,6 +56,8 @@ def bind(adapter: Adapter, base: Checkpoint, *, maps: Sequence[str] = (), fan_in
         bound = bind_components(adapter, base, parts, renamings, fan_in_fan_out)
     else:
         bound = bind_model(adapter, base, renamings, fan_in_fan_out)
+    if bound.problems and (why := unlike_kinds(adapter, base, parts)):
+        raise FitError(f"{adapter.name}: {why}")
     notes = list(bound.notes)
     mapped = mapped_of(adapter.updates, renamings)
     for text, (pattern, _) in zip(maps, renamings, strict=True):
@@ -88,7 +94,7 @@ def bind_components(
     for part in parts:
         if share := spread.shares.get(part.prefix):
             found = bind_model(portion_of(adapter, share), part.model, (), fan_in_fan_out, part)
-            shares.append((part.prefix, share, replace(found, notes=tuple(n.under(part.name) for n in found.notes))))
+            shares.append((part.prefix, share, replace(found, notes=tuple(n.under(part.shown) for n in found.notes))))
     for prefix, share, found in shares:
         bound = joined(bound, found, prefix, share)
     problems = dict(bound.problems)

@@ -25,6 +25,7 @@ from loratool.layouts.diffusion.components import (
     TEXT_WORDS,
 )
 from loratool.layouts.diffusion.rows import Family
+from loratool.layouts.diffusion.unet import UNET
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,13 @@ class Component:
     @property
     def is_denoiser(self) -> bool:
         return self.family in DENOISERS or self.name in ("denoiser", *DENOISER)  # of a family that no table has, too
+
+    @property
+    def shown(self) -> str:
+        """What people call it, which is also a word for it: as diffusers does."""
+        if self.name == "denoiser":
+            return "unet" if self.family is UNET else "transformer"
+        return next((word for word in self.words if word.startswith("text_encoder")), self.name)
 
     @property
     def layout(self) -> str:

@@ -94,8 +94,11 @@ def why_nowhere(target: str, parts: Sequence[Component]) -> str:
     """Why no component has a target that begins as those of components do; empty where that is left to other rules."""
     word = first_word(target)
     if word and not any(word in part.words for part in parts):
-        there = ", ".join(part.name for part in parts)
-        return f"the base has no component {printable(word)}, only {printable(there)}; --only leaves the others out"
+        there = [part.shown for part in parts]
+        return (
+            f"the base has no component {printable(word)}, only {printable(', '.join(there))}; pass --only "
+            f"{printable(' or --only '.join(there[:2]))} to leave it out"
+        )
     if not isinstance(target, Flattened):
         return ""
     near = next((part for part in parts if word in part.words), None) or next(iter(parts))

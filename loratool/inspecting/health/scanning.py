@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import EXPONENT, Adapter, StoredTensor, stored_tensors
+from loratool.adapters.formats.roles.module import of_e4m3
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
@@ -56,6 +57,10 @@ def value_of(bits: int, dtype: str) -> float:
     """The float that some bits are."""
     if dtype == "BF16":
         return float(np.uint32(bits << 16).view(np.float32))
+    if dtype == "F8_E4M3":
+        return of_e4m3(bits)
+    if dtype == "F8_E5M2":  # the upper half of an F16
+        bits, dtype = bits << 8, "F16"
     kinds: dict[str, tuple[Any, Any]] = {
         "F16": (np.uint16, np.float16),
         "F32": (np.uint32, np.float32),

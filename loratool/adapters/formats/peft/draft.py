@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from loratool.adapters.adapter import INTEGER_NAMES, Derived, StoredTensor
+from loratool.adapters.adapter import FACTOR_NAMES, INTEGER_NAMES, Derived, StoredTensor
 from loratool.adapters.formats.peft import keys
 from loratool.adapters.formats.peft.files import AGAINST_TENSORS, CONFIG
 from loratool.adapters.reading import AS_STORED, Reading
@@ -60,7 +60,9 @@ class Module:
     def __contains__(self, slot: object) -> bool:
         return slot in self.slots
 
-    def tensor(self, slot: str, dimensions: Collection[int] = (2,), dtypes: Collection[str] = FLOAT_NAMES) -> Any:
+    def tensor(
+        self, slot: str, dimensions: Collection[int] = (2,), dtypes: Collection[str] = tuple(FACTOR_NAMES)
+    ) -> Any:
         """The tensor of a slot, in any of some numbers of dimensions; raises `UnusableError` where it is none."""
         if slot not in self.slots:
             there = ", ".join(printable(tensor) for tensor in self.slots.values())
@@ -68,7 +70,7 @@ class Module:
         return self.draft.stored(self.slots[slot], dimensions, dtypes)
 
     def indices(self, slot: str, dimensions: Collection[int]) -> Any:
-        return self.tensor(slot, dimensions, (*INTEGER_NAMES, *FLOAT_NAMES))
+        return self.tensor(slot, dimensions, (*INTEGER_NAMES, *FACTOR_NAMES))
 
     def require(self, condition: bool, what: str, code: str = "malformed") -> None:
         if not condition:

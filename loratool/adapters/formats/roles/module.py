@@ -8,12 +8,11 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from loratool.adapters.adapter import INTEGER_NAMES, StoredTensor
+from loratool.adapters.adapter import FACTOR_NAMES, INTEGER_NAMES, StoredTensor
 from loratool.adapters.formats.roles.names import ALPHA, canonical
 from loratool.algebra.updates.base import Update
 from loratool.errors import Problem, printable
 from loratool.files.open_sources import OpenSources
-from loratool.files.safefile import FLOAT_NAMES
 from loratool.notes import Note
 
 MALFORMED, MISSING_PARTNER, SAVED_TWICE = "malformed", "missing-partner", "saved-twice"  # codes of problems
@@ -24,6 +23,8 @@ NUMBERS = {
     "F32": "<f",
     "F16": "<e",
     "BF16": "<f",
+    "F8_E5M2": "<e",
+    "F8_E4M3": "",
     "I64": "<q",
     "I32": "<i",
     "I16": "<h",
@@ -31,6 +32,15 @@ NUMBERS = {
     "U8": "<B",
     "BOOL": "<?",
 }
+
+
+def of_e4m3(byte: int) -> float:
+    """The number that a byte is with 4 bits of exponent and 3 of fraction, without infinities."""
+    exponent, fraction = byte >> 3 & 15, byte & 7
+    if byte & 127 == 127:
+        return math.nan
+    size = math.ldexp(fraction, -9) if exponent == 0 else math.ldexp(8 + fraction, exponent - 10)
+    return -size if byte & 128 else size
 
 
 class RoleProblem(Exception):  # noqa: N818 (it carries what a report calls problems)
@@ -110,7 +120,9 @@ class Slots:
         if note not in self.notes:
             self.notes.append(note)
 
-    def tensor(self, role: str, dimensions: Collection[int] = (2,), dtypes: Collection[str] = FLOAT_NAMES) -> Any:
+    def tensor(
+        self, role: str, dimensions: Collection[int] = (2,), dtypes: Collection[str] = tuple(FACTOR_NAMES)
+    ) -> Any:
         """The tensor of a role, in any of some numbers of dimensions (none: in any)."""
         if role not in self.spelled:
             there = ", ".join(self.name(other) for other in self.spelled)
@@ -152,7 +164,11 @@ class Slots:
         raw = self.bytes_of(stored)
         if stored.info.dtype == "BF16":
             raw = bytearray(2) + raw
-        (value,) = struct.unpack(NUMBERS[stored.info.dtype], raw)
+        elif stored.info.dtype == "F8_E5M2":  # the upper half of an F16
+            raw = bytearray(1) + raw
+        (value,) = (
+            [of_e4m3(raw[0])] if stored.info.dtype == "F8_E4M3" else struct.unpack(NUMBERS[stored.info.dtype], raw)
+        )
         if not math.isfinite(value) or abs(value) > LARGEST_SCALE:
             self.fail(f"{self.name(role)} is {float(value):g}; expected a finite number")
         return float(value)

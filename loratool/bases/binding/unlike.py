@@ -1,0 +1,45 @@
+"""Whether an adapter is of another kind of model than a base, which is then said in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from loratool.adapters.adapter import Adapter, Flattened
+from loratool.bases.binding.components import Component
+from loratool.files.checkpoint import Checkpoint
+from loratool.layouts.diffusion.kinds import LANGUAGE, OF_LANGUAGE, models_of
+
+
+def unlike_kinds(adapter: Adapter, base: Checkpoint, parts: Sequence[Component]) -> str:
+    """That an adapter is of another kind than a base, and the way out; empty where it is not known to be.
+
+    Told by names, and for versions of Stable Diffusion by the width of their text.
+    """
+    own, there = kinds_of_adapter(adapter), kinds_of_base(base, parts)
+    if not own or not there or own & there:
+        return ""
+    return (
+        f"this is an adapter of {said(own)}, but BASE is {said(there)}; pass the model that it was trained on, or one made "
+        "from that"
+    )
+
+
+def said(models: Collection[str]) -> str:
+    return " or ".join(sorted(models))
+
+
+def kinds_of_adapter(adapter: Adapter) -> frozenset[str]:
+    """The models that an adapter may be of; none where its names do not tell."""
+    found = models_of((t, update.shape, isinstance(t, Flattened)) for t, update in adapter.updates.items())
+    if found or adapter.format == "named" or adapter.component:
+        return found
+    return frozenset({LANGUAGE}) if any(map(OF_LANGUAGE.match, adapter.updates)) else found
+
+
+def kinds_of_base(base: Checkpoint, parts: Sequence[Component]) -> frozenset[str]:
+    """The models that a base may be; none where its names do not tell."""
+    for part in parts:
+        if part.is_denoiser:
+            return models_of((name, info.shape, False) for name, info in part.model.tensors.items())
+    is_language = not parts and any(map(OF_LANGUAGE.match, base.tensors))
+    return frozenset({LANGUAGE}) if is_language else frozenset()

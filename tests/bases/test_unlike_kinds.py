@@ -1,0 +1,118 @@
+"""An adapter of another kind of model ends in one sentence that names both kinds, whatever is in common."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from diffusion_models import WIDTH, bfl_flux, clip, ldm_unet, sd3, under, values, wan
+from safetensors.torch import save_file
+
+import loratool
+from loratool.cli import run
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+H = WIDTH
+SPATIAL = "down_blocks_1_attentions_0_transformer_blocks_0"
+
+
+def unet(text: int) -> dict[str, tuple[int, ...]]:
+    """A narrow U-Net of LDM whose text has the width of a release."""
+    shapes = ldm_unet((1, 1, 1, 0), matrix_ends=False, added=False)
+    wide = {name: (H, text) for name in shapes if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))}
+    return under("model.diffusion_model.", shapes | wide)
+
+
+LANGUAGE = {f"model.layers.{n}.self_attn.{p}_proj.weight": (H, H) for n in range(2) for p in ("q", "k", "v", "o")}
+BASES: dict[str, dict[str, tuple[int, ...]]] = {
+    "SD 1.5": unet(768) | under("cond_stage_model.transformer.", clip()),
+    "SDXL": unet(2048),
+    "Flux": under("model.diffusion_model.", bfl_flux()),
+    "SD3": under("model.diffusion_model.", sd3()),
+    "Wan": wan(),
+    "language": LANGUAGE,
+}
+NAMES = {"SD 1.5": "Stable Diffusion 1", "language": "a language model or another one of Transformers"}
+# (modules with columns) of adapters in several dialects
+ADAPTERS = {
+    "SD 1.5": {f"lora_unet_{SPATIAL}_attn2_to_k": 768, "lora_te_text_model_encoder_layers_0_mlp_fc1": H},
+    "SDXL": {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k": 2048, "lora_te2_text_model_x": H},
+    "Flux": {f"transformer.single_transformer_blocks.{n}.proj_mlp": H for n in range(38)}
+    | {f"transformer.transformer_blocks.{n}.ff.net.0.proj": H for n in range(19)},
+    "SD3": {f"lora_unet_joint_blocks_{n}_x_block_attn_qkv": H for n in range(24)},
+    "Wan": {f"diffusion_model.blocks.{n}.self_attn.q": H for n in range(30)},
+    "language": {f"base_model.model.model.layers.{n}.self_attn.q_proj": H for n in range(24)},
+}
+
+
+def adapter_of(kind: str, folder: Path) -> Path:
+    ends = ("lora_A.weight", "lora_B.weight") if kind == "language" else ("lora_down.weight", "lora_up.weight")
+    tensors: dict[str, torch.Tensor] = {}
+    for module, columns in ADAPTERS[kind].items():
+        tensors |= {f"{module}.{ends[0]}": torch.ones(2, columns), f"{module}.{ends[1]}": torch.ones(H, 2)}
+    if kind != "language":
+        save_file(tensors, folder / "lora.safetensors")
+        return folder / "lora.safetensors"
+    (folder / "lora").mkdir()
+    save_file(tensors, folder / "lora" / "adapter_model.safetensors")
+    (folder / "lora" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    return folder / "lora"
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("bases")
+    for number, shapes in enumerate(BASES.values()):
+        save_file(values(shapes), root / f"{number}.safetensors")
+    return {kind: root / f"{number}.safetensors" for number, kind in enumerate(BASES)}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_adapter_of_another_kind_of_model_ends_in_one_sentence(
+    bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    adapter = adapter_of(kind, tmp_path)
+    for other, base in bases.items():
+        if other == kind:
+            continue
+        assert run(["merge", str(base), str(adapter), "-o", str(tmp_path / "out")]) == 4, other
+        told = " ".join(capsys.readouterr().err.split())
+        assert "this is an adapter of " in told
+        own = "Flux or HunyuanVideo" if kind == "Flux" else NAMES.get(kind, kind)
+        assert f"an adapter of {own}, but BASE is {NAMES.get(other, other)};" in told
+        assert len(told) < 250
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_the_same_kind_is_told_what_the_base_lacks(
+    bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = adapter_of("Wan", tmp_path)
+    assert run(["merge", str(bases["Wan"]), str(adapter), "-o", str(tmp_path / "out")]) == 4
+    assert "diffusion_model.blocks." in capsys.readouterr().err
+
+
+def test_inspecting_with_a_base_of_another_kind_says_so_too(bases: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(loratool.FitError, match=r"^lora: this is an adapter of SD3, but BASE is Flux"):
+        loratool.inspect(adapter_of("SD3", tmp_path), base=bases["Flux"])
+
+
+def test_components_are_called_what_diffusers_calls_them(
+    bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The words are those that --only takes."""
+    modules = (f"lora_unet_{SPATIAL}_attn2_to_k", "lora_te2_text_model_encoder_layers_0_mlp_fc1")
+    tensors = {f"{m}.{end}": torch.ones(2, 2) for m in modules for end in ("lora_down.weight", "lora_up.weight")}
+    tensors[f"{modules[0]}.lora_down.weight"] = torch.ones(2, 768)
+    tensors[f"{modules[0]}.lora_up.weight"] = torch.ones(H, 2)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    words = ["merge", str(bases["SD 1.5"]), str(tmp_path / "lora.safetensors"), "-o", str(tmp_path / "out.safetensors")]
+    assert run(words) == 4
+    told = " ".join(capsys.readouterr().err.split())
+    assert "the base has no component te2, only unet, text_encoder; pass --only unet" in told
+    assert run([*words, "--only", "unet"]) == 0
+    assert "outside of unet" in " ".join(capsys.readouterr().out.split())
