@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from loratool.errors import UsageError, printable
-from loratool.layouts.diffusion.blocks import BASE, KINDS, LISTS, MID, PRESETS, block_of
+from loratool.layouts.diffusion.blocks import BASE, CLIP, KINDS, LISTS, MID, PRESETS, T5, WIDER, block_of
 
 BLOCK = re.compile(rf"(?P<kind>{'|'.join(KINDS)})(?P<number>\d{{1,4}})?")
 RANGE = re.compile(r"(?P<first>[A-Z]+\d+)-(?P<last>[A-Z]+\d+)")
 FLAG = "--block-weights"
-NUMBERED = frozenset(LISTS[26])  # all blocks of U-Nets
+ALONE = {name: name for name in (BASE, MID, CLIP, T5)} | {"M00": MID}  # names without numbers, and what they mean
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class BlockWeights:
     """A factor for some blocks, by their names; 1 for all others."""
 
     factors: Mapping[str, float]
-    listed: bool = False  # whether a list or preset is among them that is for U-Nets
+    listed: frozenset[str] = frozenset()  # those that a list or preset is for
+    spelled: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # other word → the blocks that it names
 
     @classmethod
     def of(cls, words: Sequence[str]) -> BlockWeights:
@@ -35,21 +36,26 @@ class BlockWeights:
             raise UsageError(f"{FLAG}: a list has {', '.join(map(str, LISTS))} numbers (got {len(values)})")
         blocks = LISTS[len(numbers)] if numbers else ()
         found = {block: number_in(word, word) for block, word in zip(blocks, numbers, strict=True)}
-        listed = bool(NUMBERED.intersection(blocks))
+        listed, spelled = set(blocks), dict[str, tuple[str, ...]]()
         for word in words:
             name, divided, factor = (part.strip() for part in word.partition("="))
             if divided:
-                named = blocks_named(name.upper(), word)
-                found = {block: number for block, number in found.items() if kind_of(block) not in named}
+                named = spelled[word] = tuple(blocks_named(name.upper(), word))
+                again = {CLIP, T5, *listed} if BASE in named else set()  # of what BASE counts for as well
+                found = {
+                    block: number
+                    for block, number in found.items()
+                    if kind_of(block) not in named and not (block in again and block in WIDER)
+                }
                 found |= dict.fromkeys(named, number_in(factor, word))
             elif name.upper() in PRESETS:
                 found |= zip(LISTS[17], map(float, PRESETS[name.upper()].split(",")), strict=True)
-                listed = True
-        return cls(found, listed)
+                listed.update(LISTS[17])
+        return cls(found, frozenset(listed), spelled)
 
     def named(self, block: str) -> float | None:
-        """The factor of a block, or of all blocks of its kind; None where it has none."""
-        return self.factors.get(block, self.factors.get(kind_of(block)))
+        """The factor of a block, of all blocks of its kind, or of what it is a part of; None where it has none."""
+        return next((self.factors[name] for name in names_of(block) if name in self.factors), None)
 
     def factor(self, name: str) -> float:
         """The factor for a weight or module."""
@@ -57,21 +63,36 @@ class BlockWeights:
         return 1.0 if found is None else found
 
     def check(self, names: Iterable[str]) -> None:
-        """Raise `UsageError` where none of some weights lies in a block that has a factor, or a list leaves out its block."""
+        """Raise `UsageError` where a word names no block of some weights, or a list leaves one of their blocks out."""
         there = {block_of(name) for name in names}
-        left = sorted(block for block in there & NUMBERED if self.named(block) is None)
+        known = {name for block in there for name in names_of(block)}
+        shown = ", ".join(sorted(there)[:12])
+        if idle := [word for word, blocks in self.spelled.items() if known.isdisjoint(blocks)]:
+            raise UsageError(
+                f"{FLAG}: no adapted weight lies in {', '.join(map(printable, idle))}; they are in {shown}"
+            )
+        own = {block for blocks in self.spelled.values() for block in blocks}
+        covered = {
+            block for block in there if self.listed.intersection((block, WIDER.get(block))) or own & {*names_of(block)}
+        }
+        left = sorted(block for block in there - covered if block != BASE)
         if self.listed and left:
             raise UsageError(
                 f"{FLAG}: the list has no number for {', '.join(left)}, where adapted weights lie; the tools that such "
                 f"lists come from multiply these by 0: add {','.join(f'{block}=0' for block in left)}, or other factors"
             )
         if self.factors and all(self.named(block) is None for block in there):
-            found = ", ".join(sorted(there)[:12])
-            raise UsageError(f"{FLAG}: no adapted weight lies in {', '.join([*self.factors][:6])}; they are in {found}")
+            raise UsageError(f"{FLAG}: no adapted weight lies in {', '.join([*self.factors][:6])}; they are in {shown}")
 
 
 def kind_of(block: str) -> str:
-    return block.rstrip("0123456789")
+    """The kind of a numbered block; T5 is a name."""
+    return block if block == T5 else block.rstrip("0123456789")
+
+
+def names_of(block: str) -> tuple[str, ...]:
+    """The names under which a block may have a factor, the one that counts first."""
+    return (block, kind_of(block), WIDER.get(block, block))
 
 
 def number_in(text: str, word: str) -> float:
@@ -90,8 +111,8 @@ def number_in(text: str, word: str) -> float:
 
 def blocks_named(name: str, word: str) -> list[str]:
     """The blocks that a name or a range stands for; a kind stands for all of its blocks."""
-    if name in (BASE, MID, "M00"):
-        return [BASE if name == BASE else MID]
+    if name in ALONE:
+        return [ALONE[name]]
     if match := RANGE.fullmatch(name):
         first, last = (BLOCK.fullmatch(match[end]) for end in ("first", "last"))
         if first and last and first["kind"] == last["kind"]:
@@ -100,5 +121,5 @@ def blocks_named(name: str, word: str) -> list[str]:
     elif match := BLOCK.fullmatch(name):
         return [f"{match['kind']}{int(match['number']):02d}" if match["number"] else match["kind"]]
     raise UsageError(
-        f"{FLAG}: {printable(repr(word))} names no block; they are {BASE}, {MID} and {', '.join(KINDS)} with numbers"
+        f"{FLAG}: {printable(repr(word))} names no block; they are {BASE}, {CLIP}, {T5}, {MID} and {', '.join(KINDS)} with numbers"
     )

@@ -32,9 +32,17 @@ BLOCKS = {
     "unet_up_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q.weight": "OUT03",
     "unet_output_blocks_3_1_transformer_blocks_0_attn1_to_q.weight": "OUT03",
     "unet.up_blocks.3.attentions.2.proj_out.weight": "OUT11",
-    "te_text_model_encoder_layers_3_self_attn_q_proj.weight": "BASE",
-    "text_encoder_2.text_model.encoder.layers.3.mlp.fc1.weight": "BASE",
-    "conditioner.embedders.1.model.transformer.resblocks.3.attn.in_proj_weight": "BASE",
+    "te_text_model_encoder_layers_3_self_attn_q_proj.weight": "CLIP",
+    "text_encoder_2.text_model.encoder.layers.3.mlp.fc1.weight": "CLIP",
+    "conditioner.embedders.1.model.transformer.resblocks.3.attn.in_proj_weight": "CLIP",
+    "te3_encoder_block_0_layer_0_SelfAttention_q.weight": "T5",
+    "text_encoder_2.encoder.block.23.layer.1.DenseReluDense.wo.weight": "T5",
+    "te_model_layers_3_mlp_up_proj.weight": "BASE",
+    "unet_img_in.weight": "IN",
+    "transformer.time_text_embed.timestep_embedder.linear_1.weight": "IN",
+    "model.diffusion_model.final_layer.linear.weight": "OUT",
+    "transformer.proj_out.weight": "OUT",
+    "transformer.single_transformer_blocks.3.proj_out.weight": "S03",
     "unet_double_blocks_7_img_attn_qkv.weight": "D07",
     "transformer.transformer_blocks.7.attn.to_q.weight": "D07",
     "transformer_single_transformer_blocks_37_proj_mlp.weight": "S37",
@@ -94,6 +102,38 @@ def test_a_block_that_a_list_leaves_out_is_asked_for() -> None:
         weights.check(names)
         assert [weights.factor(name) for name in names] == [0.5, 1.0]
     BlockWeights.of(["1"] * 26).check(names)
+
+
+def test_sixty_one_numbers_are_those_of_the_extension_for_flux() -> None:
+    """Text encoders and what comes before and after the blocks have numbers of their own."""
+    order = ["CLIP", "T5", "IN", *(f"D{n:02d}" for n in range(19)), *(f"S{n:02d}" for n in range(38)), "OUT"]
+    weights = BlockWeights.of([str(number) for number in range(61)])
+    names = {
+        "te1_text_model_encoder_layers_0_mlp_fc1": "CLIP",
+        "te2_encoder_block_0_layer_0_SelfAttention_q": "T5",
+        "unet_guidance_in_in_layer": "IN",
+        "unet_double_blocks_18_img_attn_qkv": "D18",
+        "unet_single_blocks_0_linear1": "S00",
+        "unet_final_layer_linear": "OUT",
+    }
+    weights.check(names)
+    assert {name: weights.factor(name) for name in names} == {n: order.index(block) for n, block in names.items()}
+    with pytest.raises(UsageError, match="no number for IN04"):
+        weights.check(["unet_input_blocks_4_1_proj_in"])
+
+
+def test_what_has_no_factor_of_its_own_has_that_of_the_rest() -> None:
+    names = ("te1_text_model_x", "unet_img_in", "unet_final_layer_linear", "unet_double_blocks_0_img_attn_qkv")
+    assert [BlockWeights.of(["BASE=0.5", "CLIP=2"]).factor(name) for name in names] == [2, 0.5, 0.5, 1]
+    assert [BlockWeights.of(["CLIP=2", "BASE=0.5"]).factor(name) for name in names] == [0.5, 0.5, 0.5, 1]
+
+
+@pytest.mark.parametrize("word", ["IN40=0.5", "S=0.5", "D30-D40=0", "T5=1"])
+def test_a_block_that_no_weight_lies_in_is_refused_next_to_others_that_are_there(word: str) -> None:
+    names = ["unet.up_blocks.1.attentions.0.proj_in.weight", "te_text_model_encoder_layers_3_self_attn_q_proj.weight"]
+    with pytest.raises(UsageError, match=f"no adapted weight lies in {word}; they are in CLIP, OUT03"):
+        BlockWeights.of(["OUT03=0.5", word]).check(names)
+    BlockWeights.of(["OUT00-OUT05=0.5", "BASE=2", "OUT=1"]).check(names)
 
 
 def test_later_words_count_over_earlier_ones_and_over_a_list() -> None:

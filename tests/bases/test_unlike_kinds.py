@@ -27,7 +27,9 @@ def unet(text: int) -> dict[str, tuple[int, ...]]:
     return under("model.diffusion_model.", shapes | wide)
 
 
-LANGUAGE = {f"model.layers.{n}.self_attn.{p}_proj.weight": (H, H) for n in range(2) for p in ("q", "k", "v", "o")}
+LANGUAGE: dict[str, tuple[int, ...]] = {
+    f"model.layers.{n}.self_attn.{p}_proj.weight": (H, H) for n in range(2) for p in ("q", "k", "v", "o")
+}
 BASES: dict[str, dict[str, tuple[int, ...]]] = {
     "SD 1.5": unet(768) | under("cond_stage_model.transformer.", clip()),
     "SDXL": unet(2048),

@@ -10,30 +10,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Derived, StoredTensor
+from loratool.algebra.updates import formulas
 from loratool.errors import InputError, printable
 from loratool.files.safefile import SafeFile, SafeFiles, Selection, read_safefile
-from loratool.lazy import Tensor, torch
 
 FOLDER = re.compile(r"(?:mp_rank|tp_rank)_(\d{1,4})(?:_pp_rank_(\d{1,4}))?")
 DIVIDER = "/"  # between the folder of a rank and a tensor's name
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """The parts of all ranks as one tensor: along `dimension`, of rows part by part of each rank's `parts`."""
-
-    dimension: int
-    parts: int = 1
-
-    def __call__(self, *ranks: Tensor) -> Tensor:
-        if self.parts == 1:
-            return torch.cat(ranks, self.dimension)
-        return torch.cat([rank.chunk(self.parts)[part] for part in range(self.parts) for rank in ranks])
 
 
 def paths_of_ranks(folder: Path) -> list[Path]:
@@ -83,6 +69,6 @@ def gathered(a: Sequence[StoredTensor], b: Sequence[StoredTensor], by_rows: bool
         return None
     whole_a = (rank, columns) if by_rows else (rank, columns * count)
     return (
-        Derived(whole_a, tuple(a), Gathered(0 if by_rows else 1)),
-        Derived((rows * count, rank), tuple(b), Gathered(0, parts)),
+        Derived(whole_a, tuple(a), formulas.of_ranks(0 if by_rows else 1)),
+        Derived((rows * count, rank), tuple(b), formulas.of_ranks(0, parts)),
     )

@@ -27,6 +27,15 @@ def part_of_rows(part: int, parts: int) -> Formula:
     return lambda factor: factor.chunk(parts, dim=0)[part]
 
 
+def of_ranks(dimension: int, parts: int = 1) -> Formula:
+    """The formula of a tensor of which processes hold slices along a dimension; of several parts each holds its own slice."""
+
+    def formula(*ranks: Tensor) -> Tensor:
+        return torch.cat([rank.chunk(parts, dimension)[part] for part in range(parts) for rank in ranks], dimension)
+
+    return formula
+
+
 def scaled_columns(matrix: Tensor, factors: Tensor) -> Tensor:
     """The product matrix · diag(factors)."""
     return matrix * factors.reshape(1, -1)
