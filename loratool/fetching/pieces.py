@@ -12,13 +12,14 @@ from functools import partial
 from pathlib import Path
 
 from loratool.bases.opening import open_checkpoint
-from loratool.errors import HubError, InputError, UsageError, printable
+from loratool.errors import HubError, InputError, printable
 from loratool.fetching import HubPath, local, place_of, root_of
 from loratool.fetching.client import api, asking, is_offline, patiently
 from loratool.fetching.outline import Remote, look_up, needed, outlined, put_headers, ranged_file
 from loratool.fetching.ranges import Ranged
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.digests import sha256_of
+from loratool.files.pipelines import Member, itself
 from loratool.files.safefile import SafeFile, read_safefile
 from loratool.files.source import Source
 from loratool.lazy import hub
@@ -124,8 +125,6 @@ def on_the_hub(remote: Remote, place: HubPath, location: Path, home: Callable[[s
         path.parent.rmdir()
     put_headers(remote, root, names.weights)
     checkpoint = open_checkpoint(location)
-    if checkpoint.components:
-        raise UsageError(f"{printable(place)}: a pipeline cannot be streamed; leave out --stream")
     for name in names.weights:
         (root / name).unlink()  # a hole of the file's size: nobody shall count it as a file
 
@@ -136,8 +135,12 @@ def on_the_hub(remote: Remote, place: HubPath, location: Path, home: Callable[[s
             raise InputError(f"{printable(file.path)}: its header changed while it was being fetched; start again")
         return file
 
-    ranged = (ranged_file(remote, root, shard) for shard in checkpoint.shards)
-    shells = tuple(Shell(s.path, s.layout, s.identity, s.small, Whole(partial(fetch, s))) for s in ranged)
+    def shell(file: SafeFile) -> SafeFile:
+        seen = ranged_file(remote, root, itself(file))
+        found = Shell(seen.path, seen.layout, seen.identity, seen.small, Whole(partial(fetch, seen)))
+        return Member.of(found, file.prefix) if isinstance(file, Member) else found
+
+    shells = tuple(map(shell, checkpoint.shards))
     told = [remote.files[shard.path.relative_to(root).as_posix()] for shard in shells]
     return BaseFiles(replace(checkpoint, shards=shells), lambda: [each.sha256 or each.blob for each in told])
 

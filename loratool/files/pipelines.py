@@ -10,6 +10,7 @@ from pathlib import Path
 
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import (
+    INDEX_SUFFIX,
     MODEL_INDEX,
     Checkpoint,
     LeftOut,
@@ -51,6 +52,11 @@ def itself(file: SafeFile) -> SafeFile:
 def identities(files: Iterable[SafeFile]) -> frozenset[int]:
     """What tells whether a file is one of these, under whatever names its tensors are seen: `id(itself(file))`."""
     return frozenset(id(itself(file)) for file in files)
+
+
+def is_index(name: str) -> bool:
+    """Whether a file is the index of some shards, perhaps of a variant."""
+    return name.endswith(INDEX_SUFFIX) or INDEX_OF_VARIANT.fullmatch(name) is not None
 
 
 def is_pipeline(root: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,18 +15,20 @@ from loratool.bases.codecs.gguf import packed_info, repacked
 from loratool.bases.decoded import Decoded, weights_in
 from loratool.bases.side_files import OutputFile
 from loratool.bases.weights import Plain
-from loratool.errors import InputError, UsageError, printable
-from loratool.files.checkpoint import INDEX_SUFFIX, NUMBERED, SINGLE, Checkpoint, index_text
+from loratool.errors import InputError, printable
+from loratool.files.checkpoint import INDEX_SUFFIX, SINGLE, Checkpoint, index_text
 from loratool.files.gguf import GgufFile
 from loratool.files.pipelines import Member, identities, itself
 from loratool.files.safefile import FLOAT_NAMES, Layout, SafeFile, TensorInfo
 from loratool.layouts.ggml import TYPES
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from loratool.bases.edits import Edit
     from loratool.bases.weights import StoredWeight
+
+NUMBER = re.compile(r"-\d+-of-\d+(?=$|\.)")  # in the name of a shard, before what tells a variant in old ones
 
 
 @dataclass(frozen=True)
@@ -129,22 +132,23 @@ class OutputChanges:
     kind: str = ""  # the type of edited matrices of a GGUF model; empty for what each is by itself
 
 
+@dataclass(frozen=True)
+class FileDraft:
+    """An output file before its bytes are placed."""
+
+    name: str
+    entries: Sequence[Origin]
+    prefix: str = ""  # as in a `ShardPlan`
+    replaced: SafeFile | None = None  # the file of the base that it takes the place of
+
+
 def plan_shards(base: Checkpoint, changes: OutputChanges, dtype: str, shard_size: int | None) -> tuple[ShardPlan, ...]:
     """Every tensor's place in the output."""
     wanted = {name: key for key, name in FLOAT_NAMES.items()}.get(dtype)
-    files, own = files_of_base(base, changes)
-    if shard_size is not None and base.components:
-        raise UsageError("--shard-size is for models in one folder, and BASE is a pipeline of several")
-    if shard_size is not None:
-        every = [entry for _, entries in files for entry in entries]
-        files = repack(every, wanted, shard_size, stem_of(files[0][0]))
-        own = [None] * len(files)
-    elif len(files) < len(base.shards):
-        files = numbered(stem_of(files[0][0]), [entries for _, entries in files])
-    plans: list[ShardPlan] = []
     of_base = identities(base.shards)
-    for (name, entries), shard in zip(files, own, strict=False):
-        prefix, file = (shard.prefix, shard.original) if isinstance(shard, Member) else ("", shard)
+    plans: list[ShardPlan] = []
+    for draft in drafts_of(base, changes, wanted, shard_size):
+        prefix, file, entries = draft.prefix, draft.replaced, draft.entries
         head = [(e.name[len(prefix) :], new_dtype(e, wanted), e.shape) for e in entries]
         files_of = [tensor.file for e in entries for tensor in e.weight.tensors]
         source = file or next((itself(each) for each in files_of if id(itself(each)) in of_base), None)
@@ -160,8 +164,31 @@ def plan_shards(base: Checkpoint, changes: OutputChanges, dtype: str, shard_size
             replace(layout.tensors[own_name], name=e.name) for (own_name, _, _), e in zip(head, entries, strict=True)
         ]
         spans = tuple(span_of(e, at, changes.edits, here) for e, at in zip(entries, placed, strict=True))
-        plans.append(ShardPlan(name, layout, spans, prefix))
+        plans.append(ShardPlan(draft.name, layout, spans, prefix))
     return tuple(plans)
+
+
+def drafts_of(
+    base: Checkpoint, changes: OutputChanges, wanted: str | None, shard_size: int | None
+) -> Iterator[FileDraft]:
+    """The files of the output: those of the base where the same ones have anything, else new ones, of each component."""
+    files = files_of_base(base, changes)
+    for prefix in dict.fromkeys(prefix_of(shard) for shard in base.shards):
+        own = [file for file in files if file.prefix == prefix]
+        if shard_size is not None and own:
+            every = [entry for file in own for entry in file.entries]
+            groups = numbered(stem_of(own[0].name), filled(every, wanted, shard_size))
+            yield from (FileDraft(name, entries, prefix) for name, entries in groups)
+        elif own and len(own) < sum(prefix_of(shard) == prefix for shard in base.shards):
+            groups = numbered(stem_of(own[0].name), [file.entries for file in own])
+            yield from (replace(file, name=name) for file, (name, _) in zip(own, groups, strict=True))
+        else:
+            yield from own
+
+
+def prefix_of(shard: SafeFile) -> str:
+    """What the names of a file's tensors have in front in a pipeline; nothing elsewhere."""
+    return shard.prefix if isinstance(shard, Member) else ""
 
 
 def still_true(metadata: Mapping[str, str] | None) -> Mapping[str, str] | None:
@@ -188,12 +215,9 @@ def span_of(entry: Origin, placed: TensorInfo, edits: Mapping[str, tuple[Edit, .
     return Span(entry.weight, placed, () if stays_packed else edits.get(entry.name, ()))
 
 
-def files_of_base(
-    base: Checkpoint, changes: OutputChanges
-) -> tuple[list[tuple[str, list[Origin]]], list[SafeFile | None]]:
-    """Name and tensors of each file that has any, and the files of the base that they take the place of."""
-    files: list[tuple[str, list[Origin]]] = []
-    own: list[SafeFile | None] = []
+def files_of_base(base: Checkpoint, changes: OutputChanges) -> list[FileDraft]:
+    """The files of the base that have any tensor of the output."""
+    files: list[FileDraft] = []
     for each in base.shards:
         entries = [
             in_kind(changes.moved.get(name) or origin_of(base, name, weight, changes.anew), changes)
@@ -201,12 +225,11 @@ def files_of_base(
         ]
         # scales may have had a file to themselves; a split GGUF may begin with a file of metadata
         if entries or each is base.shards[-1] or is_gguf(base):
-            files.append((shard_name(base, each), entries))
-            own.append(each)
-    files[-1][1].extend(changes.added)
-    if not files[-1][1] and len(files) > 1:
+            files.append(FileDraft(shard_name(base, each), entries, prefix_of(each), itself(each)))
+    files[-1] = replace(files[-1], entries=[*files[-1].entries, *changes.added])
+    if not files[-1].entries and len(files) > 1:
         files.pop()
-    return files, own
+    return files
 
 
 def shard_name(base: Checkpoint, shard: SafeFile) -> str:
@@ -240,8 +263,8 @@ def new_dtype(entry: Origin, wanted: str | None) -> str:
     return wanted if wanted and entry.dtype in FLOAT_NAMES and entry.stored is None else entry.dtype
 
 
-def repack(entries: Sequence[Origin], wanted: str | None, limit: int, stem: str) -> list[tuple[str, list[Origin]]]:
-    """Fill files up to `limit` bytes in the given order; a larger tensor gets a file of its own."""
+def filled(entries: Sequence[Origin], wanted: str | None, limit: int) -> list[list[Origin]]:
+    """The tensors of files that are filled up to `limit` bytes in the given order; a larger one is alone in its file."""
     groups: list[list[Origin]] = [[]]
     filled = 0
     for entry in entries:
@@ -251,19 +274,25 @@ def repack(entries: Sequence[Origin], wanted: str | None, limit: int, stem: str)
             filled = 0
         groups[-1].append(entry)
         filled += placed.nbytes
-    return numbered(stem, groups)
+    return groups
 
 
-def numbered(stem: str, groups: Sequence[list[Origin]]) -> list[tuple[str, list[Origin]]]:
-    """Files by the names that transformers gives to shards."""
+def numbered(stem: str, groups: Sequence[Sequence[Origin]]) -> list[tuple[str, Sequence[Origin]]]:
+    """Files by the names that transformers and diffusers give to shards."""
     if len(groups) == 1:
         return [(f"{stem}.safetensors", groups[0])]
     return [(f"{stem}-{n:05d}-of-{len(groups):05d}.safetensors", group) for n, group in enumerate(groups, 1)]
 
 
 def stem_of(name: str) -> str:
-    match = NUMBERED.match(name)
-    return match["stem"] if match else name.removesuffix(".safetensors")
+    """The name of a weight file without its number: `model.fp16` of a variant."""
+    return NUMBER.sub("", name.removesuffix(".safetensors"))
+
+
+def index_name(shard: str, variants: bool) -> str:
+    """The name of the index of some shards; `variants` may be in their names, as in pipelines."""
+    stem, dot, variant = stem_of(shard).rpartition(".")
+    return f"{stem}.safetensors.index.{variant}.json" if variants and dot else f"{stem_of(shard)}{INDEX_SUFFIX}"
 
 
 def plan_indexes(base: Checkpoint, shards: Sequence[ShardPlan]) -> list[OutputFile]:
@@ -274,12 +303,12 @@ def plan_indexes(base: Checkpoint, shards: Sequence[ShardPlan]) -> list[OutputFi
     found: list[OutputFile] = []
     for name, model in base.components.items():
         own = [replace(s, name=s.name[len(name) + 1 :]) for s in shards if s.prefix == f"{name}."]
-        if (index := plan_index(model, own)) is not None:
+        if own and (index := plan_index(model, own, component=True)) is not None:
             found.append(replace(index, name=f"{name}/{index.name}"))
     return found
 
 
-def plan_index(base: Checkpoint, shards: Sequence[ShardPlan]) -> OutputFile | None:
+def plan_index(base: Checkpoint, shards: Sequence[ShardPlan], component: bool = False) -> OutputFile | None:
     """The output's index: the base's bytes where they still hold, a new one, or None for a single file."""
     if is_gguf(base):
         return None
@@ -292,7 +321,7 @@ def plan_index(base: Checkpoint, shards: Sequence[ShardPlan]) -> OutputFile | No
         before = {t: shard_name(base, s) for s in base.shards for t in s.tensors}
         if weight_map == before and metadata.get("total_size") == total:
             return OutputFile(base.index.name, base.index)
-        if len(shards) == 1 and shards[0].name == SINGLE:
+        if len(shards) == 1 and (shards[0].name == SINGLE or (component and not NUMBER.search(shards[0].name))):
             return None
         if isinstance(count := metadata.get("total_parameters"), int):
             grown = sum(span.placed.elements for shard in shards for span in shard.spans)
@@ -300,11 +329,11 @@ def plan_index(base: Checkpoint, shards: Sequence[ShardPlan]) -> OutputFile | No
                 count + grown - sum(t.elements for s in base.shards for t in s.tensors.values())
             )
         same_files = set(weight_map.values()) == set(before.values())
-        name = base.index.name if same_files else f"{stem_of(shards[0].name)}{INDEX_SUFFIX}"
+        name = base.index.name if same_files else index_name(shards[0].name, component)
         return OutputFile(name, content=index_text(weight_map, total, metadata))
     if unwritable := {s.name for s in shards if not s.name.isprintable() and not is_utf8(s.name)}:
         raise InputError("an index cannot contain file names that are not UTF-8:", map(printable, sorted(unwritable)))
-    return OutputFile(f"{stem_of(shards[0].name)}{INDEX_SUFFIX}", content=index_text(weight_map, total, None))
+    return OutputFile(index_name(shards[0].name, component), content=index_text(weight_map, total, None))
 
 
 def is_gguf(base: Checkpoint) -> bool:

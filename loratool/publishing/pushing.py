@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.files.checkpoint import INDEX_SUFFIX
+from loratool.files.checkpoint import MODEL_INDEX
+from loratool.files.pipelines import is_index
 from loratool.files.process import peak_memory
 from loratool.notes import Note
 from loratool.provenance import record
@@ -76,19 +77,28 @@ def push(
 
 
 def outdated(selection: Selection, there: set[str]) -> list[str]:
-    """Weights of another model at the top of the repository, which loaders would take for this one's.
+    """Weights of another model at the top of the repository or beside ours, which loaders would take for this one's.
 
     A journal of a streaming merge goes too, for that merge would go on over this model.
     """
     if selection.kind != "model":
         return []
     names = {upload.name for upload in selection.uploads}
-    return sorted(
-        name
-        for name in there - names
-        if ("/" not in name and name.endswith((".safetensors", INDEX_SUFFIX)) and not name.startswith("adapter_"))
-        or name == REMOTE_JOURNAL
-    )
+    folders = {"", *(folder_of(name) for name in names if name.endswith(".safetensors"))}
+
+    def is_stale(name: str) -> bool:
+        folder, _, file = name.rpartition("/")
+        weights = file.endswith(".safetensors") or is_index(file)
+        return name in (REMOTE_JOURNAL, MODEL_INDEX) or (
+            folder in folders and weights and not file.startswith("adapter_")
+        )
+
+    return sorted(filter(is_stale, there - names))
+
+
+def folder_of(name: str) -> str:
+    """The folder of a file in a repository; nothing at its top."""
+    return name.rpartition("/")[0]
 
 
 def report(

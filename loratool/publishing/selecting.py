@@ -200,7 +200,8 @@ def contents(
     else:
         checkpoint = open_checkpoint(root)
         needed = [shard.path.relative_to(root).as_posix() for shard in checkpoint.shards]
-        needed += [checkpoint.index.name] if checkpoint.index else []
+        indexes = [model.index for model in (checkpoint, *checkpoint.components.values()) if model.index]
+        needed += [index.relative_to(root).as_posix() for index in indexes]
         kept, left_out, kind = [*checkpoint.side_files, PROVENANCE], list(checkpoint.left_out), "model"
     left_out = [file for file in left_out if file.name not in (*needed, *kept)]
     return kind, needed, [name for name in kept if (root / name).is_file()], left_out, beside

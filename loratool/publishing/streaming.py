@@ -27,13 +27,13 @@ from loratool.fetching.bases import chosen_base
 from loratool.fetching.client import endpoint
 from loratool.fetching.outline import Remote, look_up, read_small
 from loratool.fetching.pieces import BaseFiles, bring, opened
-from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, LeftOut
+from loratool.files.checkpoint import MODEL_INDEX, PROVENANCE, LeftOut
 from loratool.files.digests import read_recorded, why_unlike
 from loratool.files.inputs import json_object
 from loratool.files.journal import FETCHED, MODEL, FinishedShard
 from loratool.files.open_sources import OpenSources
 from loratool.files.outputs import check_stage
-from loratool.files.pipelines import identities, itself
+from loratool.files.pipelines import identities, is_index, itself
 from loratool.files.shard_writer import LocalFolder
 from loratool.files.staging import Stage, check_space, workplace
 from loratool.lazy import installed
@@ -270,7 +270,7 @@ class Repository(LocalFolder):
                 self.keep(found)
                 head = self.head()
                 return Commit(head.commit, f"{endpoint()}/{self.repo}/commit/{head.commit}")
-        model = [name for name in there if is_of_a_model(name)]
+        model = [name for name in there if self.is_of_a_model(name)]
         if model and not journal and not overwrite:
             raise UsageError(
                 f"{self.repo}: already contains a model; pass --overwrite to replace it", hint="--overwrite"
@@ -278,6 +278,13 @@ class Repository(LocalFolder):
         # config and index go first: at no time do they stand beside weights they do not belong to
         commit(self.repo, self.revision, [self.journal()], "Start a merge with loratool", delete=model)
         return None
+
+    def is_of_a_model(self, name: str) -> bool:
+        """Whether a file is what a loader takes for a model: at the top of the repository, or in a component's folder."""
+        folder, _, file = name.rpartition("/")
+        return folder in ("", *self.plan.base.components) and (
+            file in ("config.json", MODEL_INDEX) or file.endswith(".safetensors") or is_index(file)
+        )
 
     def keep(self, found: Mapping[str, FinishedShard]) -> None:
         """Count files that are there already."""
@@ -308,7 +315,7 @@ class Repository(LocalFolder):
         """The commit that makes a model of the weights, and a look at all that is there."""
         there = files_of(self.repo, self.revision)
         names = {*self.finished, *(upload.name for upload in uploads)}
-        stale = [name for name in there if name not in names and (is_of_a_model(name) or name == REMOTE_JOURNAL)]
+        stale = [n for n in there if n not in names and (self.is_of_a_model(n) or n == REMOTE_JOURNAL)]
         done = commit(self.repo, self.revision, uploads, message, delete=stale)
         check(self.repo, done.oid, uploads)
         there = files_of(self.repo, done.oid)
@@ -316,11 +323,6 @@ class Repository(LocalFolder):
         if missing := sorted(set(self.finished) - set(found)):
             raise HubError(f"{self.repo}: uploaded weights are missing or have changed:", map(printable, missing))
         return done
-
-
-def is_of_a_model(name: str) -> bool:
-    """Whether a file at the top of a repository is what a loader takes for a model."""
-    return "/" not in name and (name == "config.json" or name.endswith((".safetensors", INDEX_SUFFIX)))
 
 
 def finished_in(table: object, there: Mapping[str, RemoteFile]) -> dict[str, FinishedShard]:

@@ -234,3 +234,34 @@ def test_what_is_extracted_from_a_merged_pipeline_merges_to_it_again(pipeline: P
     assert first.keys() == second.keys()
     assert len(first) == len(changes) + 3  # a fused one is four
     assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
+
+
+def test_shards_of_another_size_are_those_of_each_component(pipeline: Path, tmp_path: Path) -> None:
+    """A variant stays in the names, as diffusers and transformers spell them: its index has it before `.json`."""
+    changes = save_targets(tmp_path / "adapter", MODULES)
+    out = tmp_path / "out"
+    size = 4 * H * H * 4  # bytes of the largest weight
+    loratool.merge(pipeline, tmp_path / "adapter", out, shard_size=size, device="cpu")
+    loratool.merge(pipeline, tmp_path / "adapter", tmp_path / "whole", shard_size="1GB", device="cpu")
+    for folder, stem, end in (
+        ("transformer", "diffusion_pytorch_model", "json"),
+        ("text_encoder", "model", "fp16.json"),
+        ("text_encoder_2", "model", "json"),
+    ):
+        table = json.loads((out / folder / f"{stem}.safetensors.index.{end}").read_text())
+        shards = {path.name: load_file(path) for path in (out / folder).glob("*.safetensors")}
+        assert table["weight_map"] == {name: file for file, tensors in shards.items() for name in tensors}
+        count, variant = len(shards), "fp16-" if end.startswith("fp16") else "-"
+        stem += "." * (variant != "-") + variant
+        assert count > 1
+        assert set(shards) == {f"{stem}{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)}
+        assert all(sum(t.nbytes for t in tensors.values()) <= size or len(tensors) == 1 for tensors in shards.values())
+        (one,) = (tmp_path / "whole" / folder).glob("*.safetensors")
+        assert not list((tmp_path / "whole" / folder).glob("*.index*.json"))
+        before = {n: t for path in (pipeline / folder).glob("*.safetensors") for n, t in load_file(path).items()}
+        every = {name: tensor for tensors in shards.values() for name, tensor in tensors.items()}
+        assert every.keys() == load_file(one).keys() == before.keys()
+        assert all(torch.equal(every[name], tensor) for name, tensor in load_file(one).items())
+        changed = sum(not torch.equal(every[name], before[name]) for name in before)
+        assert changed > 0
+    assert len(changes) == len(MODULES)
