@@ -20,6 +20,9 @@ from loratool.results.merge import MergeReport
 
 HIDDEN, MLP, LAYERS, VOCABULARY, HEADS = 256, 688, 6, 2048, 4
 RANK, ALPHA, SHARDS = 8, 16, 3
+MADE = frozenset({"base", "adapter", "merged", "again"}) | {  # folders of a demo, and of its lesson
+    *("matrix", "matrix-adapter", "matrix-merged", "small", "half", "merged-half", "unmerged")
+}
 TARGETS = {
     "self_attn.q_proj": (HIDDEN, HIDDEN),
     "self_attn.k_proj": (HIDDEN // 2, HIDDEN),
@@ -80,7 +83,7 @@ def clear(home: Path, overwrite: bool) -> None:
             f"{printable(home)} already exists; pass --overwrite to replace it, or choose another folder",
             hint="--overwrite",
         )
-    if not home.is_dir() or not {entry.name for entry in home.iterdir()} <= {"base", "adapter", "merged", "again"}:
+    if not home.is_dir() or not {entry.name for entry in home.iterdir()} <= MADE:
         raise UsageError(f"{printable(home)}: contains files that no demo wrote; choose another folder")
     for path in home.iterdir():
         if path.is_symlink() or not path.is_dir():

@@ -98,7 +98,8 @@ def names(pages: list[Path]) -> list[Any]:
 
 EXAMPLES = [pytest.param(e, id=f"{label(page)}: {e}") for page in PAGES for e in examples(page)]
 RUN_PAGES = [page for page in PAGES if any(works_in_the_demo(e) for e in examples(page))]
-PYTHON_PAGES = [page for page in PAGES if any(DEMO in block for block in fences(page, "python"))]
+RUN_BLOCKS = DEMO, "from loratool.nn import"  # a block of Python that names one of them needs nothing else
+PYTHON_PAGES = [page for page in PAGES if any(word in block for block in fences(page, "python") for word in RUN_BLOCKS)]
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +218,7 @@ def test_shown_commands_print_what_is_shown(
     for module in ("loratool.merging.engine", "loratool.merging.merge"):
         monkeypatch.setattr(f"{module}.resident_memory", lambda: devices.RUNTIME_MEMORY)
     shown = examples(page)
-    if any(parse(example) and example.words[0] == "demo" for example in shown):
+    if any(example.words[0] == "demo" and works_in_the_demo(example) for example in shown):
         shutil.rmtree(reader / DEMO)  # the page makes its own
     for example in filter(works_in_the_demo, shown):
         code = cli.run(example.words)
@@ -252,7 +253,9 @@ def test_python_examples_on_the_demo_run(page: Path, reader: Path, monkeypatch: 
     monkeypatch.setattr(formats, "FORMATS", formats.FORMATS)  # to which an example adds its own
     namespace: dict[str, Any] = {"__name__": "example"}
     for block in fences(page, "python"):
-        if DEMO in block or page.parent.name == "extending":  # whose examples are of several blocks
+        if (
+            any(word in block for word in RUN_BLOCKS) or page.parent.name == "extending"
+        ):  # whose examples are of several blocks
             exec(compile(block, str(page), "exec", dont_inherit=True), namespace)
 
 

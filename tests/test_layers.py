@@ -49,6 +49,7 @@ PACKAGES = (
     "publishing",
     "nn",
     "demo",
+    "lesson",
     "commands",
     "cli",
     "__main__",
