@@ -11,6 +11,7 @@ from typing import Any
 
 from loratool.commands.merge import MergeAndPushOptions
 from loratool.inspecting.inspect import InspectOptions
+from loratool.lineage.recording import RecordOptions
 from loratool.merging.in_memory import InMemoryOptions
 from loratool.merging.merge import MergeOptions
 from loratool.merging.options import PlanOptions
@@ -42,6 +43,7 @@ COMMANDS: dict[str, type[Options]] = {
     "InspectKeywords": InspectOptions,
     "PushKeywords": PushOptions,
     "VerifyKeywords": VerifyOptions,
+    "RecordKeywords": RecordOptions,
 }
 HEAD = '''"""The keywords of the library's functions, for type checkers: written by docs/generate_keywords.py."""
 

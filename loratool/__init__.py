@@ -34,6 +34,7 @@ EXPORTS = {
     "MergedWeights": "merging.in_memory",
     "Note": "notes",
     "PushReport": "results.push",
+    "Record": "results.record",
     "RescaleReport": "results.rescale",
     "ResizeReport": "results.resize",
     "StorageError": "errors",
@@ -57,6 +58,7 @@ EXPORTS = {
     "plan_merge": "commands.merge",
     "push": "commands.push",
     "read_adapter": "adapters.formats",
+    "record": "commands.record",
     "rescale": "commands.rescale",
     "resize": "commands.resize",
     "stream": "commands.merge",
@@ -83,6 +85,7 @@ if TYPE_CHECKING:
         stream as stream,
     )
     from loratool.commands.push import push as push
+    from loratool.commands.record import record as record
     from loratool.commands.rescale import rescale as rescale
     from loratool.commands.resize import resize as resize
     from loratool.commands.verify import verify as verify
@@ -108,6 +111,7 @@ if TYPE_CHECKING:
     from loratool.results.merge import MergeReport as MergeReport
     from loratool.results.merge_many import MergeManyReport as MergeManyReport
     from loratool.results.push import PushReport as PushReport
+    from loratool.results.record import Record as Record
     from loratool.results.rescale import RescaleReport as RescaleReport
     from loratool.results.resize import ResizeReport as ResizeReport
     from loratool.results.stream import StreamReport as StreamReport

@@ -12,7 +12,26 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["NDArray", "Tensor", "hub", "hub_constants", "hub_errors", "hub_utils", "installed", "numpy", "torch"]
+__all__ = [
+    "NDArray",
+    "Tensor",
+    "cyclonedx",
+    "cyclonedx_bom",
+    "cyclonedx_component",
+    "cyclonedx_ids",
+    "cyclonedx_json",
+    "cyclonedx_license",
+    "hub",
+    "hub_constants",
+    "hub_errors",
+    "hub_utils",
+    "installed",
+    "numpy",
+    "purls",
+    "spdx",
+    "torch",
+    "yaml",
+]
 
 if TYPE_CHECKING:
     import huggingface_hub as hub
@@ -21,6 +40,16 @@ if TYPE_CHECKING:
     from huggingface_hub import constants as hub_constants, errors as hub_errors, utils as hub_utils
     from numpy.typing import NDArray
     from torch import Tensor
+
+    cyclonedx: Any
+    cyclonedx_bom: Any
+    cyclonedx_component: Any
+    cyclonedx_ids: Any
+    cyclonedx_json: Any
+    cyclonedx_license: Any
+    purls: Any
+    spdx: Any
+    yaml: Any
 else:
 
     class Lazy:
@@ -38,6 +67,11 @@ else:
     hub_constants, hub_errors, hub_utils = (
         Lazy(f"huggingface_hub.{name}") for name in ("constants", "errors", "utils")
     )
+    cyclonedx_bom, cyclonedx_component, cyclonedx_license = (
+        Lazy(f"cyclonedx.model.{name}") for name in ("bom", "component", "license")
+    )
+    cyclonedx, cyclonedx_ids, cyclonedx_json = map(Lazy, ("cyclonedx.model", "cyclonedx.spdx", "cyclonedx.output.json"))
+    purls, spdx, yaml = map(Lazy, ("packageurl", "spdx_python_model.bindings.v3_0_1", "yaml"))
     Tensor = NDArray = Any
 
 

@@ -47,6 +47,7 @@ PACKAGES = (
     "inspecting",
     "pictures",
     "publishing",
+    "lineage",
     "nn",
     "demo",
     "lesson",

@@ -58,7 +58,7 @@ class StoredTensor:
         """Fill `into` with the tensor's bytes from `start` on; everything that is read of it comes this way."""
         at = self.file.position(self.info) + start
         if sources is not None:
-            sources.of(self.file).read(at, len(into), into)
+            sources.read(self.file, at, into)
             return
         with self.file.open() as source:
             source.read(at, len(into), into)

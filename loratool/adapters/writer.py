@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool import __version__
-from loratool.adapters.adapter import FACTOR_NAMES, Flattened, StoredTensor, stored_tensors
+from loratool.adapters.adapter import FACTOR_NAMES, Adapter, Flattened, StoredTensor, stored_tensors
 from loratool.adapters.formats import WRITTEN, format_of, replaceable
 from loratool.adapters.formats.format import Format, Parts, Scaled, Spelling
 from loratool.adapters.layers import Contents, Form, Layer
@@ -21,7 +21,6 @@ from loratool.algebra.lowrank.products import Product
 from loratool.errors import FitError, InputError, printable
 from loratool.files.checkpoint import PROVENANCE, leaves, sort_side_files
 from loratool.files.digests import recorded
-from loratool.files.hub_cache import told_origin
 from loratool.files.journal import Journal
 from loratool.files.outputs import MADE_HERE, check_target
 from loratool.files.safefile import FLOAT_NAMES
@@ -32,6 +31,7 @@ from loratool.notes import Note
 from loratool.options.described import dtypes, option
 from loratool.options.shared import WritingOptions
 from loratool.provenance.cards import CARD, card, is_nobodys, terms_of
+from loratool.provenance.inputs import told_adapter
 
 SPELLED = {name: dtype for dtype, name in FACTOR_NAMES.items()}  # float32 → F32
 WIDTH = {"F64": 4, "F32": 3, "BF16": 2, "F16": 1}
@@ -396,9 +396,10 @@ def versions() -> dict[str, str]:
 
 def described(source: Contents) -> dict[str, Any]:
     """An input, as provenance names it."""
-    return {
-        "name": source.name,
-        **told_origin(source.adapter.folder),
-        "format": source.adapter.format,
-        "sha256": source.adapter.digests(),
-    }
+    return as_input(source.adapter, source.name, source.adapter.digests())
+
+
+def as_input(adapter: Adapter, name: str, digests: Mapping[str, str]) -> dict[str, Any]:
+    """An adapter, as provenance names it, with the digests of its files."""
+    alone = adapter.file if adapter.alone else None
+    return told_adapter(name, adapter.folder, adapter.format, digests, alone)

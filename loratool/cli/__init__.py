@@ -42,6 +42,7 @@ COMMANDS = {  # name, which is its module's too → what the list of commands sa
     "extract": "Extract an adapter from a full fine-tune.",
     "compare": "Measure how similar adapters are and how much they interfere.",
     "estimate": "Estimate an adapter's size and training memory before training it.",
+    "record": "Print what an output was made of, as a bill of materials.",
     "push": "Upload a finished model or adapter to the Hub.",
     "demo": "Build a small base and adapter, merge them and check the result.",
 }

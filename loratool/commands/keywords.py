@@ -256,3 +256,9 @@ class VerifyKeywords(ChangeKeywords, RunKeywords, total=False):
     """Of VerifyOptions."""
 
     rounding: str
+
+
+class RecordKeywords(TypedDict, total=False):
+    """Of RecordOptions."""
+
+    format: str

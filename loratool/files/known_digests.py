@@ -7,7 +7,16 @@ from pathlib import Path
 
 from loratool.errors import LoratoolError
 from loratool.files.checkpoint import PROVENANCE
-from loratool.files.digests import FUNCTION, Listed, Reference, digest_of_part, read_recorded
+from loratool.files.digests import (
+    FUNCTION,
+    Digest,
+    Listed,
+    Reference,
+    digest_of_part,
+    hash_function,
+    new_state,
+    read_recorded,
+)
 from loratool.files.gguf import GgufFile
 from loratool.files.hub_cache import sha256_of_link
 from loratool.files.inputs import LARGEST_RECORD, read_json
@@ -31,7 +40,7 @@ class KnownDigests:
         ):  # of an adapter, or not here yet
             return None
         if file.path not in self.files:
-            self.files[file.path] = self.recorded(file), sha256_of_link(file.path)
+            self.files[file.path] = self.tensors(file), sha256_of_link(file.path)
         listed, sha256 = self.files[file.path]
         start = file.position(info)
         if info.name in listed or not sha256:
@@ -46,14 +55,28 @@ class KnownDigests:
     def name(self, file: SafeFile) -> str:
         return file.path.relative_to(self.home).as_posix()
 
-    def recorded(self, file: SafeFile) -> Mapping[str, Listed]:
-        """What the base's record lists of a file's tensors; nothing of a file that seems to have been changed since."""
+    def whole(self, file: SafeFile) -> Digest | None:
+        """The digest of a weight file of the base; None where it is not known."""
+        if found := self.recorded(file):
+            return found
+        sha256 = sha256_of_link(file.path)
+        return Digest(file.layout.size, sha256) if sha256 else None
+
+    def tensors(self, file: SafeFile) -> Mapping[str, Listed]:
+        """What the base's record lists of a file's tensors."""
+        found = self.recorded(file)
+        return found.tree.tensors if found and found.tree and found.tree.function == FUNCTION else {}
+
+    def recorded(self, file: SafeFile) -> Digest | None:
+        """What the base's record lists of a file; nothing of a file that seems to have been changed since."""
+        if not file.path.is_relative_to(self.home):  # not here yet
+            return None
         try:
             found = read_recorded(read_json(self.home / PROVENANCE, LARGEST_RECORD, lenient=True)).get(self.name(file))
             changed = file.identity.modified > (self.home / PROVENANCE).stat().st_mtime_ns
         except (LoratoolError, OSError):
-            return {}
+            return None
         if found is None or found.tree is None or found.size != file.layout.size or changed:
-            return {}
-        same = found.tree.function == FUNCTION and found.tree.header == digest_of_part(file.layout.header)
-        return found.tree.tensors if same else {}
+            return None
+        header = digest_of_part(file.layout.header, hash_function(found.tree.function) or new_state)
+        return found if found.tree.header == header else None

@@ -10,13 +10,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from loratool.files.safefile import SafeFile
+    from loratool.files.seen_digests import SeenDigests
     from loratool.files.source import Source
 
 
 class OpenSources:
     """Files that stay open for reading, each opened once, whichever thread asks for it first."""
 
-    def __init__(self) -> None:
+    def __init__(self, seen: SeenDigests | None = None) -> None:
+        """`seen` is told what is read."""
+        self.seen = seen
         self.lock = threading.Lock()
         self.stack = ExitStack()
         self.opened: dict[Path, tuple[SafeFile, Source]] = {}
@@ -27,6 +30,12 @@ class OpenSources:
             if file.path not in self.opened:
                 self.opened[file.path] = file, self.stack.enter_context(file.open())
             return self.opened[file.path][1]
+
+    def read(self, file: SafeFile, at: int, into: memoryview) -> None:
+        """Fill `into` with bytes of a file, from byte `at` on."""
+        self.of(file).read(at, len(into), into)
+        if self.seen is not None:
+            self.seen.saw(file, at, into)
 
     def check_unchanged(self) -> None:
         """Raise `InputError` when a file was changed or cut while it was open."""

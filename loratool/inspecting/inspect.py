@@ -33,6 +33,8 @@ from loratool.inspecting.packing import unpacked
 from loratool.options.described import FLAG, PlaceKind, option
 from loratool.options.shared import DeviceOption, NamingOptions, OrientationOption
 from loratool.provenance import record
+from loratool.provenance.history import history_of
+from loratool.provenance.inputs import weights_of
 from loratool.results.base import Cost
 from loratool.results.facts import (
     AdapterFacts,
@@ -144,7 +146,9 @@ def look_at(
         fit = fit_of(adapter, against.path, checkpoint, options.maps, options.fan_in_fan_out)
         if not options.check:
             fit.require()
-    facts = adapter_facts(adapter, shown, fit)
+    weights = tuple(file.path.name for file in adapter.file.files)
+    made = history_of(adapter.file.path, weights, adapter.file.metadata) if adapter.alone else None
+    facts = replace(adapter_facts(adapter, shown, fit), history=made or history_of(adapter.folder, weights))
     if options.tensors:
         facts = replace(facts, tensors=tuple(listed([adapter.file])))
     if options.metadata:
@@ -298,7 +302,9 @@ def kind_of(update: Update, layer: Layer | None) -> str:
 def look_at_checkpoint(place: Located, path: Path, tensors: bool, check: bool) -> CheckpointFacts | UnreadableFacts:
     try:
         checkpoint = place.checkpoint(unmerged=True)
-        facts = checkpoint_facts(checkpoint, path)
+        facts = replace(
+            checkpoint_facts(checkpoint, path), history=history_of(checkpoint.root, tuple(weights_of(checkpoint)))
+        )
     except LoratoolError as error:
         if not check:
             raise

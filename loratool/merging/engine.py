@@ -261,7 +261,7 @@ class Engine:
                 self.tell(count)
             if not output.job.stop.is_set():
                 for chunk, digest in () if task.known else zip(task.chunks, digests, strict=True):
-                    output.note(chunk, digest)
+                    output.note_copy(chunk, digest)
             return
         digests.clear()  # of one that failed midway
         for chunk in task.chunks:
@@ -277,7 +277,7 @@ class Engine:
             if output.job.stop.is_set():
                 return
             digests.append(state.hexdigest())
-            output.note(chunk, digests[-1])
+            output.note_copy(chunk, digests[-1])
 
     def compute_all(self, worker: Worker, tasks: Sequence[Compute]) -> None:
         """Make the same chunk for several outputs; rows are read for the largest block, and serve the smaller ones."""

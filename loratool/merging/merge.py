@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.formats import WRITTEN, is_adapter, read_adapter, replaceable
-from loratool.adapters.writer import versions
+from loratool.adapters.writer import as_input, versions
 from loratool.bases.extra_weights import name_beside
 from loratool.bases.opening import open_checkpoint
 from loratool.bases.same_base import unlike_bases
@@ -26,11 +26,10 @@ from loratool.fetching.bases import AUTO, chosen_base
 from loratool.files import stopwatch
 from loratool.files.checkpoint import PROVENANCE
 from loratool.files.digests import recorded
-from loratool.files.hub_cache import is_hub_id, told_origin
+from loratool.files.hub_cache import is_hub_id
 from loratool.files.journal import Journal
 from loratool.files.known_digests import KnownDigests
 from loratool.files.outputs import check_stage, stage_of
-from loratool.files.pipelines import itself
 from loratool.files.process import peak_memory
 from loratool.files.shard_writer import LocalFolder
 from loratool.files.staging import Stage, staged
@@ -42,7 +41,6 @@ from loratool.merging.fingerprints import content_fingerprint, local_state
 from loratool.merging.gain import Errors, Gains, check_loss, gain_notes
 from loratool.merging.one_file import as_one_file, is_file, target_of
 from loratool.merging.options import PlanOptions, RunOptions
-from loratool.merging.output_layout import shard_name
 from loratool.merging.planning import plan_merge
 from loratool.merging.resources import Resources, choose_resources, runtime_for
 from loratool.merging.tasks import Job
@@ -51,7 +49,9 @@ from loratool.notes import Note, as_records
 from loratool.options.described import FLAG, Choice, option
 from loratool.options.shared import OverwriteOption
 from loratool.provenance import record
-from loratool.provenance.cards import CARD, card, command, is_nobodys, terms_of
+from loratool.provenance.cards import CARD, card, is_nobodys, terms_of
+from loratool.provenance.inputs import ModelDigests, told_input, told_model
+from loratool.provenance.invocations import invocation
 from loratool.results.base import Cost
 from loratool.results.merge import AdapterEffect, MergeReport
 from loratool.results.profile import Profile
@@ -68,6 +68,7 @@ if TYPE_CHECKING:
 
 PathLike = str | os.PathLike[str]  # what every path argument takes
 Progress = Callable[[int, int], None]
+GAIN_DIGITS = 3  # of it in a record: it is measured on a sample, and threads add in any order
 NOTHING = "because every weight rounds back to its old value; the updates are zero or too small for the dtype"
 
 
@@ -81,8 +82,8 @@ class MergeOptions(PlanOptions, RunOptions, OverwriteOption):
         kind=FLAG,
     )
     digests: str = option(
-        help="Which digests are computed: new leaves out tensors that are copied from a base whose digests are known "
-        "from its loratool.json or the Hub's cache.",
+        help="Which digests are computed: new leaves out BASE, and tensors that are copied from it if their digests "
+        "are known from its loratool.json or the Hub's cache; full computes them all.",
         default="new",
         kind=Choice(lambda: ("new", "full")),
     )
@@ -128,7 +129,7 @@ def making(
     plan = dataclasses.replace(plan, notes=(*plan.notes, *plan.check_packed(plan.spans)))
     digests = [adapter.digests() for adapter in plan.adapters]
     lap("adapters")
-    known = KnownDigests(plan.base.root)
+    known, full = KnownDigests(plan.base.root), options.digests == "full"
     state = {**local_state(plan, options.device), "digests": options.digests}
     wanted = Journal(content_fingerprint(plan, digests), state, output_names(plan))
     workers, max_memory = options.workers, options.max_memory
@@ -140,13 +141,15 @@ def making(
             stage.keep_only(kind_of(runtime.result().devices))
             stage.keep_sha256(options.sha256)
         resumed = tuple(stage.finished)
-        words = repeated(plan, paths, options)
-        job = Job(plan, LocalFolder(stage, options.sha256), known if options.digests == "new" else None)
+        invoked = repeated(plan, paths, options)
+        of_base = ModelDigests.of(plan.base, compute=full)
+        job = Job(plan, LocalFolder(stage, options.sha256), None if full else known, of_base.seen)
         engine = yield job
         if job.failure is not None:
             raise job.failure
         unchanged = f"{printable(out)}: not written, {NOTHING}"
-        merged = describe(job, engine.resources(), digests, words, unchanged)
+        merged = describe(job, engine.resources(), digests, invoked, unchanged)
+        merged.table["base"] |= told_model(plan.base, of_base)
         write_small_files(stage, plan, () if single else plan.side_files, merged.table, card=not single)
         if options.verify:
             read_again(stage)
@@ -177,6 +180,8 @@ def make_all(
                 jobs[number] = next(each)
             except Exception as error:
                 results[number] = error
+        for job in jobs.values():
+            job.share_seen(next(iter(jobs.values())))
         engine = Engine([*jobs.values()], runtime, options.workers, options.max_memory, progress)
         engine.watches.append(watch)
         lap("stage")
@@ -219,7 +224,7 @@ class Merged:
 
 
 def describe(
-    job: Job, resources: Resources, digests: Sequence[Mapping[str, str]], words: str, unchanged: str
+    job: Job, resources: Resources, digests: Sequence[Mapping[str, str]], invoked: Mapping[str, Any], unchanged: str
 ) -> Merged:
     """What is to be said of weight files that are all made.
 
@@ -227,7 +232,7 @@ def describe(
         job: it has been run.
         resources: what it was run with.
         digests: of each adapter's files, for the record.
-        words: the command that repeats the merge, for the record.
+        invoked: what repeats the merge, for the record.
         unchanged: the text of the `FitError` that is raised where no weight differs from the base's.
     """
     plan, totals, finished = job.plan, job.totals, job.destination.finished
@@ -239,7 +244,8 @@ def describe(
     check_loss(plan, gains, errors)
     notes = (*effect_notes(effects), *gain_notes(plan, gains))
     told = dataclasses.replace(plan, notes=(*plan.notes, *notes))
-    table = provenance(told, digests, effects, resources.on_gpu, words)
+    table = provenance(told, digests, effects, resources.on_gpu, invoked)
+    table |= {"gain": round(gains.total, GAIN_DIGITS)} if gains.total is not None else {}
     ratios = {name: ratio for shard in plan.shards for name, ratio in finished[shard.name].ratios.items()}
     return Merged(job, effects, ratios, gains, errors, (*notes, *size_notes(plan, ratios)), table)
 
@@ -294,10 +300,12 @@ def read_all(paths: Sequence[Path], ways: Sequence[Reading]) -> list[Adapter]:
     return [read_adapter(path, way) for path, way in zip(paths, ways, strict=True)]
 
 
-def repeated(plan: MergePlan, paths: Sequence[Path], options: MergeOptions, out: bool = True) -> str:
-    """The command line that repeats a merge, whose adapters are at `paths`."""
+def repeated(plan: MergePlan, paths: Sequence[Path], options: MergeOptions, stream: str = "") -> dict[str, Any]:
+    """What repeats a merge, whose adapters are at `paths`; `stream` are the words that send it elsewhere than to OUT."""
     also_load = tuple(name_beside(plan.adapters, each) for each in options.also_load)
-    return command("merge", [plan.base.root, *paths], dataclasses.replace(options, also_load=also_load), out)
+    options = dataclasses.replace(options, also_load=also_load)
+    found = invocation("merge", [plan.base.root, *paths], options, out=not stream)
+    return {**found, "command": found["command"] + stream}
 
 
 def alone(path: Path, reading: Reading) -> tuple[Checkpoint, list[Adapter]]:
@@ -369,31 +377,23 @@ def provenance(
     digests: Sequence[Mapping[str, str]],
     effects: Sequence[AdapterEffect],
     on_gpu: bool,
-    words: str,
+    invoked: Mapping[str, Any],
 ) -> dict[str, Any]:
     """`loratool.json`, but for "files": what made this model. The same inputs and settings give the same bytes."""
     trained_on = {adapter.training.base for adapter in plan.adapters}
     named = {"id": name} if len(trained_on) == 1 and is_hub_id(name := trained_on.pop()) else {}
     return {
         "made_by": "loratool merge",
-        "command": words,
+        **invoked,
         "versions": versions(),
-        "base": {
-            "name": plan.base.name,
-            **told_origin(plan.base.root),
-            **named,
-            "files": {shard_name(plan.base, s): itself(s).layout.size for s in plan.base.shards},
-        },
+        "base": {"name": plan.base.name, **told_input(plan.base.root), **named},
         "adapters": [
             {
-                "name": adapter.name,
-                **told_origin(adapter.folder),
-                "format": adapter.format,
+                **as_input(adapter, adapter.name, files),
                 "weight": weight,
                 "rank": adapter.training.rank,
                 "modules": effect.modules,
                 "unchanged": len(effect.unchanged),
-                "sha256": files,
             }
             for adapter, weight, files, effect in zip(plan.adapters, plan.weights, digests, effects, strict=True)
         ],

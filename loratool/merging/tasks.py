@@ -13,6 +13,7 @@ from loratool.adapters.adapter import same_bytes
 from loratool.files.digests import Digest, Listed, Tree, chunk_cuts, digest_of_part
 from loratool.files.known_digests import KnownDigests
 from loratool.files.open_sources import OpenSources
+from loratool.files.seen_digests import SeenDigests
 from loratool.files.sink import Arrived
 from loratool.merging.resources import MOST_SHELVED
 from loratool.merging.row_blocks import EditedSpan
@@ -36,6 +37,7 @@ class Job:
     plan: MergePlan
     destination: Destination
     known: KnownDigests | None = None  # digests of tensors that need no hashing
+    seen: SeenDigests | None = None  # is told what is read of the base
     stop: threading.Event = field(default_factory=threading.Event)  # set when its work is to end early
     shared: SharedUpdates = field(default_factory=lambda: SharedUpdates(MOST_SHELVED))
     outputs: list[Output] = field(default_factory=list)
@@ -74,6 +76,11 @@ class Job:
             output.sink.close()
             output.sources.close()
 
+    def share_seen(self, other: Job) -> None:
+        """Take what another job reads of the same base for read; rows are read once for both."""
+        if self.seen is not None and other.seen is not None:
+            self.seen.share(other.seen)
+
     def known_of(self, span: Span) -> Listed | None:
         """What is known of the digests of an output tensor whose bytes are an input's."""
         if self.known is None or not span.untouched or not span.placed.nbytes:
@@ -98,7 +105,7 @@ class Output:
     def of(cls, job: Job, plan: ShardPlan) -> Output:
         """A file of a job that nothing was written to so far."""
         sink = job.destination.open(plan.name, plan.layout, job.stop)
-        output = cls(job, plan, sink, OpenSources(), Arrived(job.stop))
+        output = cls(job, plan, sink, OpenSources(job.seen), Arrived(job.stop))
         job.outputs.append(output)
         empty = digest_of_part(b"")
         for span in plan.spans:
@@ -111,6 +118,13 @@ class Output:
     def place(self, chunk: Chunk) -> int:
         """The byte of the file at which a chunk begins."""
         return self.plan.layout.data_start + chunk.span.placed.start + chunk.start
+
+    def note_copy(self, chunk: Chunk, digest: str) -> None:
+        """Keep the digest of a chunk that has the bytes of a stored tensor."""
+        self.note(chunk, digest)
+        if self.job.seen is not None:
+            tensor = chunk.source
+            self.job.seen.note(tensor.file, tensor.file.position(tensor.info) + chunk.start, chunk.size, digest)
 
     def note(self, chunk: Chunk, digest: str) -> None:
         """Keep the digest of a chunk."""

@@ -57,6 +57,10 @@ class Kind:
         """The value as a word of a command line, which `taken` understands."""
         return escaped(str(value))
 
+    def plain(self, value: Any) -> Any:
+        """The value as JSON holds it, which `taken` understands too."""
+        return value
+
 
 def local_word(path: str | os.PathLike[str]) -> str:
     """A path as a record names it: by its last name, for a card tells nobody's folders."""
@@ -83,6 +87,9 @@ class PathKind(Kind):
 
     def word(self, value: Any) -> str:
         return escaped(value) if self.beside else local_word(value)
+
+    def plain(self, value: Any) -> Any:
+        return self.word(value)
 
 
 @dataclass(frozen=True)
@@ -335,6 +342,10 @@ class Option:
         for each in value if self.many else (value,):
             yield from (self.flags[0], self.kind.word(each))
 
+    def plain(self, value: Any) -> Any:
+        """The value as JSON holds it."""
+        return [*map(self.kind.plain, value)] if self.many else self.kind.plain(value)
+
 
 def split(word: Any) -> list[Any]:
     """The parts of a comma list; an object of JSON is one part."""
@@ -360,6 +371,12 @@ class Options:
         """The words of a command line that say what is not so by default, and decides what is written."""
         every = described_by(type(self)).items()
         return [w for name, (o, default) in every if o.recorded for w in o.words(getattr(self, name), default)]
+
+    def keywords(self) -> dict[str, Any]:
+        """What `words` says, as keywords of the library and as JSON holds them."""
+        chosen = {name: (o, getattr(self, name)) for name, (o, d) in described_by(type(self)).items() if o.recorded}
+        defaults = {name: default for name, (_, default) in described_by(type(self)).items()}
+        return {n: o.plain(value) for n, (o, value) in chosen.items() if value is not None and value != defaults[n]}
 
 
 def described_by(options: type[Options]) -> dict[str, tuple[Option, Any]]:

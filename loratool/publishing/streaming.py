@@ -28,7 +28,7 @@ from loratool.fetching.client import endpoint
 from loratool.fetching.outline import Remote, look_up, read_small
 from loratool.fetching.pieces import BaseFiles, bring, opened
 from loratool.files.checkpoint import MODEL_INDEX, PROVENANCE, LeftOut
-from loratool.files.digests import read_recorded, why_unlike
+from loratool.files.digests import Digest, is_hex, read_recorded, why_unlike
 from loratool.files.inputs import json_object
 from loratool.files.journal import FETCHED, MODEL, FinishedShard
 from loratool.files.open_sources import OpenSources
@@ -57,6 +57,7 @@ from loratool.merging.merge import (
 from loratool.merging.resources import choose_resources, runtime_for
 from loratool.merging.tasks import Job
 from loratool.provenance.cards import CARD
+from loratool.provenance.inputs import ModelDigests, told_model, weights_of
 from loratool.publishing.committing import REMOTE_JOURNAL, Commit, Upload, check, commit, files_of, full_name, open_repo
 from loratool.publishing.options import CommitOptions
 from loratool.publishing.selecting import KNOWN, UNKNOWN, check_message, check_secrets, matches, never
@@ -108,10 +109,10 @@ def stream(
         plan = planned(source.checkpoint, read_all(paths, ways), options)
         runtime = runtime_for(plan.spans, options.device)
         check_values(plan)
-        told = f"{repeated(plan, paths, options, out=False)} --stream --push-to-hub {repo}"
+        invoked = repeated(plan, paths, options, f" --stream --push-to-hub {repo}")
         others = partial(small_files, plan, repo=repo, options=options)
         headers = [Upload(shard.name, content=shard.layout.header) for shard in plan.shards]
-        early = [*others(draft, {"command": told}), *headers]  # a secret is found before anything is sent
+        early = [*others(draft, invoked), *headers]  # a secret is found before anything is sent
         notes = [*plan.notes, *check_secrets(plan.base.name, early, options.allow_secret)]
         digests = [adapter.digests() for adapter in plan.adapters]
         check_space(Path.cwd(), most_on_disk(plan, plan.shards))
@@ -132,9 +133,9 @@ def stream(
             engine = Engine([job], runtime, workers, max_memory, progress)
             engine.run()
             unchanged = f"{printable(repo)}: not completed, {NOTHING}; {COPIES}"
-            merged = describe(job, engine.resources(), digests, told, unchanged)
+            merged = describe(job, engine.resources(), digests, invoked, unchanged)
             notes, effects, gains = [*notes, *there.doubts, *merged.notes], merged.effects, merged.gains
-            last = others(there.stage, merged.table | {"plan": name})
+            last = others(there.stage, with_base(merged.table, source) | {"plan": name})
             done = there.end(last, options.message or "Merge with loratool")
         return replace(
             report,
@@ -150,6 +151,16 @@ def stream(
             digests={s.name: str(s.digest) for _, s in sorted(there.finished.items())},
             cost=cost(runtime, started),
         )
+
+
+def with_base(table: Mapping[str, Any], source: BaseFiles) -> dict[str, Any]:
+    """A record with the entry of a base whose files come one by one; the Hub tells the SHA-256 of each."""
+    model = source.checkpoint
+    told = told_model(model, ModelDigests.of(model, compute=False))
+    for (name, file), sha256 in zip(weights_of(model).items(), source.contents(), strict=True):
+        if is_hex(sha256):
+            told["files"][name] = Digest(file.layout.size, sha256).record()
+    return {**table, "base": {**table["base"], **told}}
 
 
 def expected(plan: MergePlan, repo: str, options: StreamOptions, notes: Sequence[Note], cost: Cost) -> StreamReport:

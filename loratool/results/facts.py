@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from loratool.notes import Note
 from loratool.results.base import Result
 from loratool.results.findings import Finding, findings_text
+from loratool.results.history import Ancestor, history_text
 from loratool.results.text import columns, counted, fill, shortened, size, spread, wrapped
 from loratool.templates import grouped, template_of
 
@@ -124,6 +125,7 @@ class AdapterFacts(Result):
     shown_metadata: Mapping[str, str] | None = None  # long values shortened
     values: Values | None = None
     findings: tuple[Finding, ...] | None = None
+    history: Ancestor | None = None  # where loratool made it
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -147,6 +149,8 @@ class AdapterFacts(Result):
             *(("note", note) for note in self.notes if self.findings is None),  # else a finding is made of it
         ]
         parts = [wrapped(rows)]
+        if self.history:
+            parts.append(history_text(self.history))
         if self.against:
             parts += base_text(self.against, self.modules)
         if self.shown_metadata is not None:
@@ -223,13 +227,14 @@ class CheckpointFacts(Result):
     components: tuple[ComponentFacts, ...] = ()  # of an image or video model
     listing: tuple[TensorFacts, ...] | None = None
     findings: tuple[Finding, ...] | None = None
+    history: Ancestor | None = None  # where loratool made it
 
     def __str__(self) -> str:
         """What is in a checkpoint, for people."""
         rows: list[tuple[str, object]] = [
             ("checkpoint", self.path),
             ("architecture", self.architecture or "not named"),
-            *([("made by", self.made_by)] if self.made_by else []),
+            *([("made by", self.made_by)] if self.made_by and not self.history else []),
             *(self.packing.rows() if self.packing else ()),
             ("tensors", f"{self.tensors:,}"),
             ("parameters", f"{self.parameters:,}"),
@@ -242,6 +247,8 @@ class CheckpointFacts(Result):
             *(("note", note) for note in self.notes if self.findings is None),
         ]
         parts = [wrapped(rows)]
+        if self.history:
+            parts.append(history_text(self.history))
         if self.listing is not None:
             parts.append(tensors_text(self.listing))
         if self.findings is not None:

@@ -24,7 +24,7 @@ from loratool.lazy import torch
 from loratool.measuring.session import PathLike, Progress, Session
 from loratool.notes import Note, as_records
 from loratool.options.described import Options
-from loratool.provenance.cards import command
+from loratool.provenance.invocations import invocation
 
 Task = TypeVar("Task")
 Told = TypeVar("Told")
@@ -147,7 +147,7 @@ def record_of(
     """What `loratool.json` tells of a command that made an adapter."""
     return {
         "made_by": f"loratool {name}",
-        "command": command(name, inputs, options),
+        **invocation(name, inputs, options),
         **facts,
         "notes": as_records(notes),
     }

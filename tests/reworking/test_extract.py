@@ -558,6 +558,6 @@ def test_a_dry_run_tells_the_same_and_writes_nothing_and_a_second_run_gives_the_
     one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "again"))
     assert one == two
     origin = json.loads((tmp_path / "out" / "loratool.json").read_text())
-    assert origin["base"]["files"] == {"model.safetensors": (base / "model.safetensors").stat().st_size}
+    assert origin["base"]["files"]["model.safetensors"]["size"] == (base / "model.safetensors").stat().st_size
     assert "extracted into" in str(wet)
     assert "would write" in str(dry)

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from loratool.adapters.formats import FORMATS, WRITTEN
 from loratool.adapters.formats.format import Config, Parts, Spelling
@@ -30,10 +29,11 @@ from loratool.bases.weights import Held, Slice
 from loratool.errors import FitError, InputError, printable
 from loratool.fetching import local
 from loratool.files.checkpoint import Checkpoint
-from loratool.files.hub_cache import origin_of, told_origin
+from loratool.files.hub_cache import origin_of
 from loratool.lazy import torch
 from loratool.measuring.session import PathLike, Progress, Session, session
 from loratool.notes import Note
+from loratool.provenance.inputs import told_model
 from loratool.results.extract import ExtractedLayer, ExtractedTotals, ExtractReport
 from loratool.reworking.dialects import Manner
 from loratool.reworking.extracting.differences import (
@@ -207,8 +207,8 @@ class Extractor(Maker[tuple[Change, ...], Outcome]):
         return Rest(
             config=config_of(self.pairing, kinds, self.ranks, self.release(draft.forms), self.manner),
             facts={
-                "base": origin(before),
-                "tuned": origin(after),
+                "base": told_model(before),
+                "tuned": told_model(after),
                 "rule": self.rule.told,
                 "exact": self.exact,
                 "seed": self.seed,
@@ -409,12 +409,6 @@ def target_words(found: Pairing, names: Spelling) -> tuple[str, ...]:
 def terms(base: Checkpoint) -> dict[str, Path]:
     """The files with the base's licence, which hold for its adapters too and which their cards may link."""
     return {name: base.root / name for name in base.side_files if TERMS.fullmatch(name)}
-
-
-def origin(checkpoint: Checkpoint) -> dict[str, Any]:
-    """A checkpoint, as provenance names it."""
-    files = {shard.path.name: shard.identity.size for shard in checkpoint.shards}
-    return {"name": checkpoint.name, **told_origin(checkpoint.root), "files": files}
 
 
 def not_compared(base: Checkpoint, tuned: Checkpoint) -> Iterator[Note]:

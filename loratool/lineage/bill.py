@@ -1,0 +1,153 @@
+"""A bill of materials: an output, what it was made of, and how, as its record and its files tell."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loratool.errors import InputError, VerificationError, escaped, printable
+from loratool.files.checkpoint import record_for
+from loratool.files.digests import Digest, is_hex, is_plain, read_recorded, sha256_of
+from loratool.files.hub_cache import HUB_ID
+from loratool.files.process import cores
+from loratool.provenance import record
+from loratool.provenance.recorded import inputs_of, record_at
+
+LARGEST_NUMBER = 1e30  # of a record; none of ours comes near
+
+
+@dataclass(frozen=True)
+class Content:
+    """A file, and what is known of its bytes; digests are in hexadecimal, and empty where they are not known."""
+
+    name: str
+    size: int | None
+    sha256: str  # of all of it
+    root: str = ""  # over the digests of its tensors (docs/provenance.md)
+    header: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A model or an adapter in a bill, and what it was made of. Texts are as records have them, but printable."""
+
+    role: str  # output, base, tuned or adapter
+    name: str
+    kind: str  # model or adapter
+    repo: str  # on the Hub; empty where it was a local one
+    revision: str  # its commit
+    license: str
+    license_link: str
+    weight: float | None  # of an adapter that was merged
+    files: tuple[Content, ...]
+    command: str  # that made it; empty where loratool did not
+    versions: Mapping[str, str]
+    options: Mapping[str, Any]
+    gain: float | None  # the part of the updates that rounding left
+    inputs: tuple[Part, ...]
+
+    @property
+    def all(self) -> list[Part]:
+        """Itself, and everything that it was made of, each before what that was made of."""
+        return [self, *(each for part in self.inputs for each in part.all)]
+
+
+def bill_of(place: Path) -> Part:
+    """The bill of an output, with the SHA-256 of each of its files, which are read for it.
+
+    Raises:
+        InputError: it has no record.
+        VerificationError: its files are not those of the record.
+    """
+    table = record_at(place)
+    folder, only = (place, "") if place.is_dir() else (place.parent, place.name)
+    if problems := record.compare(folder, only).problems:
+        raise VerificationError(f"{printable(place)}: is not what its record says; {record.WAY_OUT}:", problems)
+    listed: Mapping[str, Digest | None] = read_recorded(table) or {place.name: None}
+    path = record_for(folder, only)
+    names = [*listed, *([path.name] if path.is_file() else [])]
+    with ThreadPoolExecutor(cores()) as pool:
+        known = {name: digest.sha256 for name, digest in listed.items() if digest and digest.sha256}
+        found = dict(zip(names, pool.map(lambda n: known.get(n) or whole(folder / n), names), strict=True))
+    files = tuple(
+        Content(printable(n), (folder / n).stat().st_size, found[n], tree.root, tree.header)
+        if (digest := listed.get(n)) and (tree := digest.tree)
+        else Content(printable(n), (folder / n).stat().st_size, found[n])
+        for n in names
+        if found[n]
+    )
+    made = str(table.get("made_by", ""))
+    part = part_of("output", {"name": os.path.basename(os.path.abspath(place)), "made": table})
+    return replace(part, kind="model" if made == "loratool merge" else "adapter", files=files)
+
+
+def whole(path: Path) -> str:
+    """SHA-256 of a file; empty where it is not there, which its comparison with the record has said."""
+    try:
+        return sha256_of(path)
+    except InputError:
+        if path.exists():
+            raise
+        return ""
+
+
+def part_of(role: str, entry: Mapping[str, Any]) -> Part:
+    """An entry of a record about an input, as a part; everything in it may have been written by anybody."""
+    made = table_of(entry.get("made"))
+    repo, _, revision = text_of(entry.get("hub")).partition("@")
+    sound = bool(HUB_ID.fullmatch(repo))
+    return Part(
+        role=role,
+        name=text_of(entry.get("hub") or entry.get("name")) or "unnamed",
+        kind="adapter" if role == "adapter" else "model",
+        repo=repo if sound else "",
+        revision=revision.partition(":")[0] if sound else "",
+        license=text_of(entry.get("license_name")) or text_of(entry.get("license")),
+        license_link=text_of(entry.get("license_link")),
+        weight=number_of(entry.get("weight")),
+        files=contents_of(entry),
+        command=text_of(made.get("command"), whole=True),
+        versions={printable(k): text_of(v) for k, v in table_of(made.get("versions")).items()},
+        options=table_of(made.get("options")),
+        gain=number_of(made.get("gain")),
+        inputs=tuple(part_of(role, each) for role, each in inputs_of(made)),
+    )
+
+
+def contents_of(entry: Mapping[str, Any]) -> tuple[Content, ...]:
+    """The files of an entry: those of a model with their digests, or those of an adapter with their SHA-256."""
+    files = table_of(entry.get("files"))
+    plain = {name: {"sha256": sha256} for name, sha256 in table_of(entry.get("sha256")).items()}
+    return tuple(
+        Content(
+            name=printable(name),
+            size=size if type(size := facts.get("size")) is int and size >= 0 else None,
+            sha256=hex_of(facts.get("sha256")),
+            root=hex_of(facts.get("root")),
+            header=hex_of(facts.get("header")),
+        )
+        for name, facts in {**files, **plain}.items()
+        if is_plain(name) and isinstance(facts, Mapping)
+    )
+
+
+def hex_of(value: object) -> str:
+    return str(value) if is_hex(value) else ""
+
+
+def table_of(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def text_of(value: object, whole: bool = False) -> str:
+    """A text of a record; a command is shown in any length."""
+    return (escaped(value) if whole else printable(value)) if isinstance(value, str) else ""
+
+
+def number_of(value: object) -> float | None:
+    """A number of a record that may be written anywhere."""
+    return float(value) if isinstance(value, (int, float)) and abs(value) < LARGEST_NUMBER else None

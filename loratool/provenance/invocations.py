@@ -1,0 +1,24 @@
+"""The run that made an output, as `loratool.json` holds it: for people as a command line, for programs as keywords."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from loratool.options.described import Options
+from loratool.provenance.cards import command, operand
+
+
+def invocation(
+    name: str, inputs: Sequence[str | os.PathLike[str]], options: Options, out: bool = True
+) -> dict[str, Any]:
+    """The entries "command", "operands" and "options" of a record: `name` on these inputs, with these options.
+
+    `loratool reproduce` calls the library with the operands and the options; the command line says the same.
+    """
+    from loratool.provenance.secrets import without_secrets
+
+    words = without_secrets(json.dumps({"operands": [*map(operand, inputs)], "options": options.keywords()}))
+    return {"command": command(name, inputs, options, out), **json.loads(words)}
