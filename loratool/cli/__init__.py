@@ -45,6 +45,8 @@ COMMANDS = {  # name, which is its module's too → what the list of commands sa
     "record": "Print what an output was made of, as a bill of materials.",
     "push": "Upload a finished model or adapter to the Hub.",
     "demo": "Build a small base and adapter, merge them and check the result.",
+    "help": "Explain a topic, such as operands, memory or exit-codes.",
+    "completion": "Complete words in bash, zsh or fish.",
 }
 
 
@@ -114,6 +116,10 @@ def run(arguments: list[str]) -> int:
 
     With `-v`, stderr also says what this system lacks that the command would have used.
     """
+    if instruction := os.environ.get("_LORATOOL_COMPLETE"):
+        from loratool.cli.completion import completed
+
+        return completed(cli, instruction)
     verbose = bool({"-v", "-vv", "--verbose"} & set(arguments))
     lacking()  # what an earlier command of this process went without
     code = run_command(arguments, verbose)

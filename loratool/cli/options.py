@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ def library_command(
     options: type[Options],
     *operands: Callable[[Command], Command],
     help: str,
+    name: str = "",
     **bars: tuple[str, Mapping[str, Any]],
 ) -> click.Command:
     """The command that calls a function of the library with its words, and shows the result.
@@ -47,6 +48,7 @@ def library_command(
         options: the dataclass that describes the options.
         operands: what is on the command line besides options, as Click's decorators.
         help: the text for `--help`.
+        name: of the command, where it is not that of the function.
         bars: keyword of the function that is called with progress → the word before its bar, and what the bar counts.
     """
 
@@ -60,7 +62,7 @@ def library_command(
     command = output_options(run)
     for decorate in (described_options(options), *reversed(operands)):
         command = decorate(command)
-    return click.command(function.__name__, help=help)(command)
+    return click.command(name or function.__name__, help=help)(command)
 
 
 def given(words: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,7 +112,18 @@ def click_option(name: str, described: Option, default: Any) -> Callable[[Comman
         required=described.required,
         metavar=described.metavar or described.kind.metavar,
         help=help,
+        shell_complete=partial(words_for, described) if described.values is not None else None,
     )
+
+
+def words_for(described: Option, context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+    """The values of an option that begin as what is typed; of a comma list the last one is completed."""
+    before, comma, begun = incomplete.rpartition(",") if described.commas else ("", "", incomplete)
+    assert described.values is not None
+    # Click has not given the words before an option without a value to the operands yet
+    names = [str(each.name) for each in context.command.params if isinstance(each, click.Argument)]
+    operands = {**dict(zip(names, context.args, strict=False)), **given(context.params)}
+    return [f"{before}{comma}{word}" for word in described.values(operands) if word.startswith(begun)]
 
 
 def silence_client(_ctx: click.Context, _param: click.Parameter, quiet: bool) -> bool:

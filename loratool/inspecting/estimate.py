@@ -9,12 +9,14 @@ import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.bases.codecs import decoded
+from loratool.bases.opening import open_checkpoint
 from loratool.bases.shapes import DTYPES, Base, Shape, base_of_preset, is_matrix, read_base, some
-from loratool.errors import FitError, UsageError, printable
+from loratool.errors import FitError, LoratoolError, UsageError, printable
 from loratool.fetching import headers
 from loratool.files.checkpoint import holds_weights
 from loratool.files.process import peak_memory
@@ -33,6 +35,16 @@ REPOSITORIES = {word: name for name, p in PRESETS.items() for word in (p.source,
 EMBEDDINGS = re.compile(r".*embed.*|wte|wpe|shared|relative_attention_bias|position_embeddings")
 HEADS = re.compile(rf"(?:.*\.)?(?:{'|'.join(sorted(OUTPUT_HEADS))}|(?:cls\.predictions|lm_head|predictions)\.decoder)")
 EXPERT = re.compile(r"(?:.*\.)?experts\.\d+\.")
+
+
+def target_names(operands: Mapping[str, Any]) -> list[str]:
+    """What `--target` may be for a base on this disk: the last names of its matrices, by their headers."""
+    found: dict[str, None] = {}
+    with suppress(LoratoolError, OSError):
+        for name, info in open_checkpoint(operands["base"]).tensors.items() if operands.get("base") else ():
+            if name.endswith(".weight") and len(info.shape) == 2:
+                found[name.removesuffix(".weight").rpartition(".")[2]] = None
+    return [ALL_LINEAR, *found]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +66,10 @@ class EstimateOptions(Options):
         help="Target modules, such as q_proj,v_proj or all-linear; may be repeated.",
         default=(),
         many=True,
+        commas=True,
         metavar="NAME",
         required=True,
+        values=target_names,
     )
     preset: str | None = option(
         help=f"Take the sizes of a known model instead of BASE: {', '.join(PRESETS)}.",

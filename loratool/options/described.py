@@ -15,7 +15,7 @@ import math
 import operator
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -115,8 +115,7 @@ class Choice(Kind):
         word = str(value).removeprefix("torch.")
         word = self.synonyms.get(word, word)
         if word not in (names := self.names()):
-            near = get_close_matches(word, names, 1)
-            meant = f"; did you mean {near[0]!r}?" if near else ""
+            meant = f"; did you mean {near!r}?" if (near := nearest(word, names)) else ""
             raise UsageError(f"{flag} must be one of {', '.join(names)} (got {printable(repr(value))}){meant}")
         return word
 
@@ -201,6 +200,11 @@ class Flag(Kind):
         if not isinstance(value, bool):
             raise UsageError(f"{flag} must be true or false (got {printable(repr(value))})")
         return value
+
+
+def nearest(word: str, names: Iterable[str]) -> str:
+    """The name that a word was probably meant to be; empty where none is near."""
+    return next(iter(get_close_matches(word, [*names], 1)), "")
 
 
 def amount(text: str) -> tuple[float, bool] | None:
@@ -312,6 +316,9 @@ class Option:
     metavar: str = ""  # where the kind's is not the right one
     recorded: bool = True  # whether what is written depends on it
     required: bool = False
+    values: Callable[[Mapping[str, Any]], Iterable[str]] | None = (
+        None  # by the operands: what a shell may complete it to
+    )
 
     @property
     def flag(self) -> str:
@@ -393,8 +400,14 @@ def described_once(options: Any) -> dict[str, tuple[Option, Any]]:
     ):
         described: Option = fields[name].metadata["option"]
         flags = described.flags or (f"--{name.replace('_', '-')}",)
-        found.setdefault(name, (dataclasses.replace(described, flags=flags), fields[name].default))
+        values = described.values or words_of(described.kind)
+        found.setdefault(name, (dataclasses.replace(described, flags=flags, values=values), fields[name].default))
     return found
+
+
+def words_of(kind: Kind) -> Callable[[Mapping[str, Any]], Iterable[str]] | None:
+    """The words of a choice, for completion; they depend on no operand."""
+    return (lambda _operands: kind.names()) if isinstance(kind, Choice) else None
 
 
 def made_of(options: type[Own], keywords: Mapping[str, Any], caller: str) -> Own:
@@ -402,8 +415,7 @@ def made_of(options: type[Own], keywords: Mapping[str, Any], caller: str) -> Own
     known = described_by(options)
     for name in keywords:
         if name not in known:
-            near = get_close_matches(name, known, 1)
-            meant = f"; did you mean {near[0]!r}?" if near else ""
+            meant = f"; did you mean {near!r}?" if (near := nearest(name, known)) else ""
             raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}{meant}")
     return options(**keywords)
 

@@ -62,6 +62,7 @@ class ConvertOptions(FactorOptions, ReadingOptions, PublishOptions):
         "--for",
         help=f"Write what a server takes: {', '.join(SERVERS)}, or one of them with @RELEASE.",
         metavar="SERVER",
+        values=lambda _operands: SERVERS,
     )
     architecture: str | None = option(
         help="Architecture of an image or video model, where the names of modules fit several.",
