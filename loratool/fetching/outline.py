@@ -21,16 +21,19 @@ from loratool.bases.packed import TWINS
 from loratool.errors import HubError, InputError, LoratoolError, Problem, printable
 from loratool.fetching.answers import RemoteFile, check_range, commit_of, files_of
 from loratool.fetching.client import api, asking, patiently
-from loratool.fetching.ranges import READERS, Ranged, SmallTensors
+from loratool.fetching.ranges import READERS, Ranged, RangedGguf, SmallTensors
 from loratool.files.checkpoint import (
     INDEX_SUFFIX,
     MODEL_INDEX,
     PROVENANCE,
     choose_index,
     choose_shards,
+    gguf_alone,
     read_index,
     sort_side_files,
 )
+from loratool.files.gguf import GgufFile, gguf_layout
+from loratool.files.gguf_splits import names_of_parts
 from loratool.files.hub_names import HubPath
 from loratool.files.inputs import LARGEST_CONFIG, LARGEST_INDEX, LARGEST_RECORD, check_bound
 from loratool.files.pipelines import Member, files_of as files_of_pipeline, is_pipeline, itself
@@ -138,10 +141,14 @@ def choose(location: Path, role: Role) -> tuple[list[str], list[str]]:
             shards = list(dict.fromkeys(read_index(location)[0].values()))
             return shards, [name, *sort_side_files(folder, {*shards, name})[0]]
         beside = sort_side_files(folder, {name})[0] if role == "adapter" else []
+        if name.endswith(".gguf"):
+            return names_of_parts(name), beside
         return [name], [*(n for n in CONFIGS if (folder / n).is_file()), *beside]
     if is_pipeline(location):
         return files_of_pipeline(location, has_adapter)
     names = sorted(path.name for path in location.iterdir() if not path.is_dir())
+    if role != "adapter" and (alone := gguf_alone(location)) is not None:
+        return names_of_parts(alone.name), []
     adapter = any(form.recognises(location) for form in FORMATS)
     if adapter and (role == "adapter" or (role == "any" and "config.json" not in names)):
         return format_at(location).needed(location)
@@ -164,6 +171,11 @@ def put_headers(remote: Remote, root: Path, names: Iterable[str]) -> None:
 
     def put(name: str) -> None:
         size = remote.files[name].size
+        if name.endswith(".gguf"):
+            head = gguf_layout(root / name, size, partial(read_range, remote, name)).header
+            (root / name).write_bytes(head)
+            os.truncate(root / name, size)
+            return
         head = read_range(remote, name, 0, min(FIRST_READ, size))
         length = PREFIX + header_length(root / name, head, size)
         head += read_range(remote, name, len(head), length - len(head)) if length > len(head) else b""
@@ -185,7 +197,8 @@ def ranged_member(remote: Remote, root: Path, file: SafeFile) -> SafeFile:
 def ranged_file(remote: Remote, root: Path, file: SafeFile) -> Ranged:
     """A file of the outline at `root`, with its small tensors read from where it is."""
     read = partial(read_range, remote, file.path.relative_to(root).as_posix())
-    return Ranged(file.path, file.layout, file.identity, SmallTensors(file.layout, read))
+    kind = RangedGguf if isinstance(file, GgufFile) else Ranged
+    return kind(file.path, file.layout, file.identity, SmallTensors(file.layout, read))
 
 
 def read_small(remote: Remote, path: PurePath) -> bytes:

@@ -19,6 +19,7 @@ from loratool.fetching.outline import Remote, look_up, needed, outlined, put_hea
 from loratool.fetching.ranges import Ranged
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.digests import sha256_of
+from loratool.files.gguf import GgufFile, read_gguf
 from loratool.files.pipelines import Member, itself
 from loratool.files.safefile import SafeFile, read_safefile
 from loratool.files.source import Source
@@ -64,6 +65,11 @@ class Shell(Ranged):
     def check_unchanged(self, source: Source | None = None) -> None:
         if not isinstance(source, Awaited):
             self.whole.file.check_unchanged(source)
+
+
+@dataclass(frozen=True)
+class ShellGguf(Shell, GgufFile):
+    """The same of a GGUF file."""
 
 
 class Awaited:
@@ -130,14 +136,16 @@ def on_the_hub(remote: Remote, place: HubPath, location: Path, home: Callable[[s
 
     def fetch(shard: SafeFile) -> SafeFile:
         name = shard.path.relative_to(root).as_posix()
-        file = read_safefile(fetch_file(remote, name, home(name)))
+        path = fetch_file(remote, name, home(name))
+        file = read_gguf(path) if isinstance(shard, GgufFile) else read_safefile(path)
         if file.layout.header != shard.layout.header:
             raise InputError(f"{printable(file.path)}: its header changed while it was being fetched; start again")
         return file
 
     def shell(file: SafeFile) -> SafeFile:
         seen = ranged_file(remote, root, itself(file))
-        found = Shell(seen.path, seen.layout, seen.identity, seen.small, Whole(partial(fetch, seen)))
+        kind = ShellGguf if isinstance(seen, GgufFile) else Shell
+        found = kind(seen.path, seen.layout, seen.identity, seen.small, Whole(partial(fetch, seen)))
         return Member.of(found, file.prefix) if isinstance(file, Member) else found
 
     shells = tuple(map(shell, checkpoint.shards))

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from loratool.files.gguf import GgufFile
 from loratool.files.safefile import Layout, SafeFile, TensorInfo
 from loratool.files.source import Source
 
@@ -101,3 +102,8 @@ class Ranged(SafeFile):
 
     def check_unchanged(self, source: Source | None = None) -> None:
         """Nothing: it is a file of one commit."""
+
+
+@dataclass(frozen=True)
+class RangedGguf(Ranged, GgufFile):
+    """The same of a GGUF file."""

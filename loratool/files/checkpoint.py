@@ -486,7 +486,8 @@ def holds_weights(path: Path) -> bool:
     """Whether a base is more than a config."""
     if path.suffix == ".json" and not path.name.endswith(INDEX_SUFFIX):
         return False
-    return not (path.is_dir() and (path / "config.json").is_file() and not any(path.glob("*.safetensors")))
+    weights = (found for end in WEIGHT_FILES for found in path.glob(f"*{end}"))
+    return not (path.is_dir() and (path / "config.json").is_file() and not any(weights))
 
 
 def index_text(weight_map: Mapping[str, str], total_size: int, metadata: Mapping[str, Any] | None) -> bytes:

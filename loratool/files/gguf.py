@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +29,6 @@ from loratool.files.safefile import (
     TensorInfo,
     foreign_start,
     read_exactly,
-    start_of,
 )
 from loratool.layouts.ggml import ARRAY, BY_CODE, NUMBERS, STRING, TYPES
 from loratool.layouts.gguf import ARCHITECTURES, SIZES
@@ -43,7 +42,7 @@ LONGEST_KEPT = 4096  # bytes of a string, and numbers of an array, that are kept
 LONGEST_NAME = 4096  # bytes
 MOST_DIMENSIONS = 4
 LARGEST_ALIGNMENT = 1 << 20
-WINDOW = 1 << 20  # bytes that are read at first
+WINDOW = 1 << 18  # bytes that are read at first
 LARGEST = 2**63 - 1
 LENGTH = struct.Struct("<Q")
 KEY_OF_TYPE, KEY_OF_ALIGNMENT = "general.type", "general.alignment"
@@ -159,7 +158,13 @@ def read_gguf(path: Path) -> GgufFile:
     descriptor = open_regular(path)
     try:
         status = os.fstat(descriptor)
-        layout = Reader(path, descriptor, status.st_size).layout()
+
+        def read(start: int, count: int) -> bytes:
+            buffer = bytearray(count)
+            read_exactly(descriptor, memoryview(buffer), start, path)
+            return bytes(buffer)
+
+        layout = gguf_layout(path, status.st_size, read)
     except OSError as error:
         raise unreadable(path, error) from error
     finally:
@@ -167,11 +172,16 @@ def read_gguf(path: Path) -> GgufFile:
     return GgufFile(path, layout, Identity.of(status))
 
 
+def gguf_layout(path: Path, size: int, read: Callable[[int, int], bytes]) -> GgufLayout:
+    """The header of a file of so many bytes, of which `read` gives some: (first byte, how many). Raises as `read_gguf`."""
+    return Reader(path, size, read).layout()
+
+
 class Reader:
     """The bytes of a header, read as they are asked for and never beyond the bound."""
 
-    def __init__(self, path: Path, descriptor: int, size: int) -> None:
-        self.path, self.descriptor, self.size = path, descriptor, size
+    def __init__(self, path: Path, size: int, read: Callable[[int, int], bytes]) -> None:
+        self.path, self.size, self.read = path, size, read
         self.raw, self.at = b"", 0
 
     def refuse(self, what: str) -> InputError:
@@ -186,9 +196,8 @@ class Reader:
         if self.at > LONGEST_HEADER:
             raise self.refuse(f"its header is over the limit of {LONGEST_HEADER} bytes")
         if self.at > len(self.raw):
-            buffer = bytearray(min(self.size, LONGEST_HEADER, max(WINDOW, 2 * len(self.raw), self.at)))
-            read_exactly(self.descriptor, memoryview(buffer), 0, self.path)
-            self.raw = bytes(buffer)
+            stop = min(self.size, LONGEST_HEADER, max(WINDOW, 2 * len(self.raw), self.at))
+            self.raw += self.read(len(self.raw), stop - len(self.raw))
         return start
 
     def number(self, kind: str) -> Any:
@@ -237,7 +246,7 @@ class Reader:
 
     def check_start(self) -> None:
         """Magic and version."""
-        head = start_of(self.descriptor, 64)
+        head = self.read(0, min(64, self.size))
         if not head.startswith(MAGIC):
             if not head:
                 raise self.refuse("the file is empty, probably after a failed download or a full disk")

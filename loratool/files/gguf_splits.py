@@ -28,7 +28,7 @@ def read_splits(path: Path) -> tuple[GgufFile, ...]:
         raise InputError(
             f"{printable(path)}: is one of {count} parts by its metadata, but its name does not end in -00001-of-{count:05d}.gguf"
         )
-    names = [f"{match['stem']}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
+    names = names_of_parts(path.name)
     if missing := [name for name in names if not os.path.lexists(path.parent / name)]:
         raise InputError(
             f"{printable(path)}: {len(missing)} of its {count} parts are missing:", map(printable, missing)
@@ -40,6 +40,14 @@ def read_splits(path: Path) -> tuple[GgufFile, ...]:
     if problems:
         raise InputError(f"{printable(path)}: its parts do not belong together:", problems)
     return parts
+
+
+def names_of_parts(name: str) -> list[str]:
+    """The files of the model that a file is, or is one of, by its name."""
+    match = PART.fullmatch(name)
+    if match is None or int(match["count"]) > MOST_PARTS:
+        return [name]
+    return [f"{match['stem']}-{number:05d}-of-{match['count']}.gguf" for number in range(1, int(match["count"]) + 1)]
 
 
 def unlike(part: GgufFile, number: int, parts: tuple[GgufFile, ...]) -> list[str]:

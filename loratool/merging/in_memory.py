@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from loratool.bases.binding.telling import nearest
 from loratool.devices import exact_arithmetic, find_devices, load_linear_algebra, resident_memory
-from loratool.errors import InputError, UsageError, printable
+from loratool.errors import InputError, printable
 from loratool.fetching import local
 from loratool.files.open_sources import OpenSources
 from loratool.files.pipelines import identities, itself
@@ -66,6 +66,12 @@ DTYPES: Mapping[str, str] = {
     "F8_E4M3FNUZ": "float8_e4m3fnuz",
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }
+
+
+WAYS_OF_GGUF = (
+    "; pass dequantize=True for all tensors as plain ones (with gguf_type='f32' in float32), or changed_only=True for "
+    "those that change"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +163,10 @@ class MergedWeights(Shown, Mapping[str, Tensor]):
         """Raises `InputError` and `UsageError`."""
         lacking = {span.placed.dtype for span in self.spans.values() if not hasattr(torch, torch_name(span.placed))}
         if lacking:
-            raise InputError(f"{printable(self.plan.base.name)}: torch has no dtype for {', '.join(sorted(lacking))}")
+            way = WAYS_OF_GGUF if is_gguf(self.plan.base) else ""
+            raise InputError(
+                f"{printable(self.plan.base.name)}: torch has no dtype for {', '.join(sorted(lacking))}{way}"
+            )
         options, sizes = self.options, [0, *(span.placed.nbytes for span in self.spans.values()), 0]
         devices, used, limit = devices_of(options.device), resident_memory(), options.max_memory
         if not all(map(sums_products, self.plan.spans)):
@@ -324,10 +333,6 @@ def open_merged(base: PathLike, adapters: Sequence[PathLike] | PathLike, options
     model, read = read_inputs(local(base, "model"), paths, ways)
     how = {name: getattr(options, name) for name in described_by(ChangeOptions)}
     plan = planned(model, read, PlanOptions(**how))
-    if is_gguf(plan.base):
-        raise UsageError(
-            f"{plan.base.name}: a GGUF BASE is merged into a file, not into memory; pass a safetensors BASE"
-        )
     for adapter in plan.adapters:
         adapter.check_values()
     doubts = plan.check_packed(plan.spans)

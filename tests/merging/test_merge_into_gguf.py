@@ -337,3 +337,21 @@ def test_an_architecture_that_no_table_has_is_refused_by_its_name(tmp_path: Path
     base = write_tensors(tmp_path / "base.gguf", "rwkv7", {"token_embd.weight": np.ones((8, 32), np.float32)})
     with pytest.raises(loratool.InputError, match="architecture 'rwkv7'"):
         loratool.merge(base, adapter(tmp_path / "adapter", factors(WEIGHTS, "q_proj")), tmp_path / "out.gguf")
+
+
+def test_packed_tensors_come_into_memory_decoded_or_not_at_all(tmp_path: Path) -> None:
+    """torch has no dtype for blocks, so it takes `dequantize`, or `changed_only`, which leaves out what stays packed."""
+    base = write_llama(tmp_path / "base.gguf", WEIGHTS, Kind.Q4_0)
+    made = factors(WEIGHTS, "q_proj", "down_proj")
+    trained = adapter(tmp_path / "adapter", made)
+    with pytest.raises(loratool.InputError, match=r"no dtype for Q4_0; pass dequantize=True .* changed_only=True"):
+        loratool.merged(base, trained)
+    wanted = expected(made, values := read_back(base))
+    found = loratool.merged(base, trained, dequantize=True, gguf_type="f32")
+    assert found.keys() == values.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == torch.float32
+        exact = torch.from_numpy(np.asarray(wanted.get(name, values[name]), np.float64))
+        assert torch.equal(tensor, exact.float())
+    changed = loratool.merged(base, trained, changed_only=True)
+    assert {name: tensor.dtype for name, tensor in changed.items()} == dict.fromkeys(wanted, torch.bfloat16)
