@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,8 +28,7 @@ if TYPE_CHECKING:
 
 PIECE = 1 << 20  # bytes that are read at a time
 CHUNK = 64 << 20  # bytes of a tensor that have a digest of their own, in whole rows
-FUNCTION = "sha256"  # of the digests that are made
-FUNCTIONS = ("sha256", "blake3")  # of those that are read; both have 32 bytes
+FUNCTION = "blake3"  # of the digests that are made
 HEX = frozenset("0123456789abcdef")
 OTHER = "differs from the bytes that were written"
 
@@ -43,18 +41,14 @@ class State(Protocol):
     def hexdigest(self) -> str: ...
 
 
-new_state: Callable[[], State] = hashlib.sha256  # of `FUNCTION`
+def new_state() -> State:
+    """What begins a digest of `FUNCTION`."""
+    from blake3 import blake3
+
+    return blake3()
 
 
-def hash_function(name: str) -> Callable[[], State] | None:
-    """What begins a digest of that name; None where it needs a package that is not installed."""
-    if name == FUNCTION:
-        return new_state
-    try:
-        begin: Callable[[], State] = import_module(name).blake3
-    except (ImportError, AttributeError):
-        return None
-    return begin
+HASHES: dict[str, Callable[[], State]] = {FUNCTION: new_state, "sha256": hashlib.sha256}  # all give 32 bytes
 
 
 def digest_of_part(part: bytes | memoryview, begin: Callable[[], State] = new_state) -> str:
@@ -72,10 +66,9 @@ class Reference:
     start: int
     stop: int
 
-    @property
-    def root(self) -> str:
+    def root(self, begin: Callable[[], State]) -> str:
         """What it counts as in the root of a file."""
-        return digest_of_part(f"{self.sha256}:{self.start}:{self.stop}".encode())
+        return digest_of_part(f"{self.sha256}:{self.start}:{self.stop}".encode(), begin)
 
     def record(self) -> dict[str, Any]:
         return {"file": self.file, "sha256": self.sha256, "range": [self.start, self.stop]}
@@ -117,11 +110,13 @@ class Tree:
     def of_record(cls, entry: Mapping[str, Any]) -> Tree | None:
         """The tree that an entry of a record holds; None where it holds none that can be read."""
         root, header, function, tensors = (entry.get(key) for key in ("root", "header", "function", "tensors"))
-        if function not in FUNCTIONS or not is_hex(root) or not is_hex(header) or not isinstance(tensors, Mapping):
+        if not isinstance(function, str) or function not in HASHES:
+            return None
+        if not is_hex(root) or not is_hex(header) or not isinstance(tensors, Mapping):
             return None
         read = {str(name): listed_of_record(entry) for name, entry in tensors.items()}
         sound = {name: listed for name, listed in read.items() if listed is not None}
-        return cls(str(root), str(header), sound, str(function)) if sound.keys() == read.keys() else None
+        return cls(str(root), str(header), sound, function) if sound.keys() == read.keys() else None
 
 
 @dataclass(frozen=True)
@@ -181,7 +176,7 @@ def chunk_cuts(info: TensorInfo) -> list[int]:
 def root_of(header: str, tensors: Iterable[Listed], begin: Callable[[], State]) -> str:
     """The root of a file, from the digests of its header and of its tensors, in the order of the file."""
     roots = [
-        listed.root if isinstance(listed, Reference) else digest_of_part(bytes.fromhex("".join(listed)), begin)
+        listed.root(begin) if isinstance(listed, Reference) else digest_of_part(bytes.fromhex("".join(listed)), begin)
         for listed in tensors
     ]
     return digest_of_part(bytes.fromhex(header + "".join(roots)), begin)
@@ -271,20 +266,12 @@ def why_unlike(path: Path, wanted: Digest, find: Finder = nowhere) -> str:
         return f"has {size} bytes, but {wanted.size} were written"
     if wanted.tree is None or (wanted.sha256 and any(isinstance(e, Reference) for e in wanted.tree.tensors.values())):
         return "" if sha256_of(path) == wanted.sha256 else OTHER
-    return why_unchecked(wanted) or why_other_tree(path, wanted.tree, find)
-
-
-def why_unchecked(wanted: Digest) -> str:
-    """Empty where a digest can be compared with a file here; else the reason."""
-    if wanted.tree is None or hash_function(wanted.tree.function) is not None:
-        return ""
-    return f"cannot be checked without the Python package {wanted.tree.function}, with which its digests were made"
+    return why_other_tree(path, wanted.tree, find)
 
 
 def why_other_tree(path: Path, wanted: Tree, find: Finder) -> str:
     """Empty where a weight file has the digests of a tree; else what is wrong with it. The chunks are read in parallel."""
-    begin = hash_function(wanted.function)
-    assert begin is not None, "`why_unchecked` was not asked"
+    begin = HASHES[wanted.function]
     os.close(open_regular(path))  # what is no regular file is said to be none, rather than no weight file
     try:
         file = read_weight_file(path)

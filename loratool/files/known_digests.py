@@ -9,12 +9,11 @@ from loratool.errors import LoratoolError
 from loratool.files.checkpoint import PROVENANCE
 from loratool.files.digests import (
     FUNCTION,
+    HASHES,
     Digest,
     Listed,
     Reference,
     digest_of_part,
-    hash_function,
-    new_state,
     read_recorded,
 )
 from loratool.files.gguf import GgufFile
@@ -78,5 +77,5 @@ class KnownDigests:
             return None
         if found is None or found.tree is None or found.size != file.layout.size or changed:
             return None
-        header = digest_of_part(file.layout.header, hash_function(found.tree.function) or new_state)
+        header = digest_of_part(file.layout.header, HASHES[found.tree.function])
         return found if found.tree.header == header else None

@@ -19,7 +19,6 @@ from loratool.files.digests import (
     read_recorded,
     sha256_of,
     unproven,
-    why_unchecked,
     why_unlike,
 )
 from loratool.files.hub_cache import find_blob
@@ -64,9 +63,6 @@ def compare(folder: Path, only: str = "") -> Comparison:
     problems: list[str] = []
     notes = list(notes_of(folder, table, listed, only))
     for name, digest in sorted(listed.items()):
-        if reason := why_unchecked(digest):
-            notes.append(Note("not-checked", f"{printable(name)} {reason}"))
-            continue
         notes += unproven_notes(name, digest, find)
         if not (reason := why_other(folder / name, digest, find)):
             continue

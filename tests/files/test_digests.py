@@ -1,4 +1,4 @@
-"""Digests of weight files: by the definition in docs/provenance.md, made and compared; the oracle is hashlib."""
+"""Digests of weight files: by the definition in docs/provenance.md, made and compared; the oracle is the definition, on whole files."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import hashlib
 import json
 import math
 import struct
-import sys
-import types
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 
 import faults
 import pytest
-from tree_digests import entry_of, file_entry
+from tree_digests import entry_of, file_entry, sha256
 from workbench import interrupted
 
 import loratool
@@ -23,7 +21,6 @@ from loratool import cli
 from loratool.files import digests
 from loratool.files.digests import Digest, Tree, chunk_cuts, why_unlike
 from loratool.files.safefile import TensorInfo
-from loratool.provenance import record
 
 SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {
     "a scalar": ("F32", ()),
@@ -142,38 +139,21 @@ def test_an_entry_that_is_none_is_not_read(change: dict[str, object]) -> None:
     assert Digest.of_record({**entry, **change}) is None
 
 
-def in_blake3(content: bytes) -> Digest:
-    """A file's digest by another function, which here is a stand-in."""
-    table = json.loads(json.dumps(entry_of(content)))
-
-    def of(raw: bytes) -> bytes:
-        return hashlib.blake2s(raw).digest()
-
-    begin = 8 + int.from_bytes(content[:8], "little")
-    header, chunk = of(content[:begin]), of(content[begin:])
-    root = of(header + of(chunk)).hex()
-    table |= {"function": "blake3", "header": header.hex(), "tensors": {"x": [chunk.hex()]}, "root": root}
-    return digest_of_entry(table)
-
-
-def test_digests_by_blake3_are_compared_where_the_package_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Elsewhere that they are not is said in a note, and nothing is called damaged."""
-    content = weight_file({"x": ("U8", (40,))})
+def test_digests_by_sha256_of_earlier_releases_are_compared(tmp_path: Path) -> None:
+    """Those of chunks, and of a tensor that is a range of a file with a known SHA-256."""
+    content = weight_file({"x": ("U8", (40,)), "y": ("U8", (9,))})
     path = tmp_path / "model.safetensors"
-    digest = in_blake3(content)
-    (tmp_path / "loratool.json").write_text(json.dumps({"files": {path.name: digest.record()}}))
-    path.write_bytes(content)
-    monkeypatch.setitem(sys.modules, "blake3", None)  # not installed
-    (note,) = record.check(tmp_path)
-    assert note.code == "not-checked"
-    assert "blake3" in note.text
-    stand_in = types.SimpleNamespace(blake3=hashlib.blake2s)
-    monkeypatch.setitem(sys.modules, "blake3", stand_in)
-    assert record.check(tmp_path) == ()
-    path.write_bytes(content[:-1] + b"\xff")
-    assert "tensor x" in why_unlike(path, digest)
+    entry = entry_of(content, digest=sha256)
+    reference = {"file": "base.safetensors", "sha256": "0" * 64, "range": [100, 109]}
+    counted = sha256(f"{'0' * 64}:100:109".encode())
+    root = sha256(bytes.fromhex(entry["header"]) + sha256(bytes.fromhex(entry["tensors"]["x"][0])) + counted).hex()
+    by_reference = {**entry, "tensors": {**entry["tensors"], "y": reference}, "root": root}
+    for each in (entry, by_reference):
+        assert each["function"] == "sha256"
+        path.write_bytes(content)
+        assert why_unlike(path, digest_of_entry(each)) == ""
+        path.write_bytes(content[:-49] + b"\xfe" + content[-48:])
+        assert "tensor x" in why_unlike(path, digest_of_entry(each))
 
 
 def test_a_plain_record_of_an_earlier_release_is_compared(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
-"""The digests of a weight file by their definition (docs/provenance.md), with hashlib on the bytes of a whole file."""
+"""The digests of a weight file by their definition (docs/provenance.md), on the bytes of a whole file."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from typing import Any
+
+from blake3 import blake3
 
 CHUNK = 64 * 1024 * 1024
 BITS = {"U8": 8, "F16": 16, "BF16": 16, "I32": 32, "F32": 32, "I64": 64, "F64": 64, "F8_E4M3": 8, "F4": 4}
@@ -15,7 +18,11 @@ def sha256(content: bytes) -> bytes:
     return hashlib.sha256(content).digest()
 
 
-def entry_of(content: bytes, chunk: int = CHUNK) -> dict[str, Any]:
+def blake(content: bytes) -> bytes:
+    return blake3(content).digest()
+
+
+def entry_of(content: bytes, chunk: int = CHUNK, digest: Callable[[bytes], bytes] = blake) -> dict[str, Any]:
     """The entry of a weight file with this content in `loratool.json`."""
     begin = 8 + int.from_bytes(content[:8], "little")
     table = json.loads(content[8:begin])
@@ -31,13 +38,13 @@ def entry_of(content: bytes, chunk: int = CHUNK) -> dict[str, Any]:
             together = max(1, chunk // (bits // 8))  # rows of a chunk
             pieces = [data[at * bits // 8 : (at + together) * bits // 8] for at in range(0, rows, together)]
         assert b"".join(pieces) == data
-        tensors[name] = [sha256(piece) for piece in pieces]
-    roots = b"".join(sha256(b"".join(chunks)) for chunks in tensors.values())
+        tensors[name] = [digest(piece) for piece in pieces]
+    roots = b"".join(digest(b"".join(chunks)) for chunks in tensors.values())
     return {
         "size": len(content),
-        "function": "sha256",
-        "root": sha256(sha256(content[:begin]) + roots).hex(),
-        "header": sha256(content[:begin]).hex(),
+        "function": "blake3" if digest is blake else digest.__name__,
+        "root": digest(digest(content[:begin]) + roots).hex(),
+        "header": digest(content[:begin]).hex(),
         "tensors": {name: [each.hex() for each in chunks] for name, chunks in tensors.items()},
     }
 
