@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.commands.merge import MergeAndPushOptions
+from loratool.inspecting.fleet.indexing import IndexOptions
 from loratool.inspecting.inspect import InspectOptions
 from loratool.lineage.recording import RecordOptions
 from loratool.merging.in_memory import InMemoryOptions
@@ -40,6 +41,7 @@ COMMANDS: dict[str, type[Options]] = {
     "ConvertKeywords": ConvertOptions,
     "ExtractKeywords": ExtractOptions,
     "CompareKeywords": CompareOptions,
+    "IndexKeywords": IndexOptions,
     "InspectKeywords": InspectOptions,
     "PushKeywords": PushOptions,
     "VerifyKeywords": VerifyOptions,

@@ -25,7 +25,9 @@ EXPORTS = {
     "ConvertReport": "results.convert",
     "ExtractReport": "results.extract",
     "FitError": "errors",
+    "FleetFacts": "results.fleet",
     "HubError": "errors",
+    "IndexReport": "results.index",
     "InputError": "errors",
     "LoratoolError": "errors",
     "MergeManyReport": "results.merge_many",
@@ -48,6 +50,7 @@ EXPORTS = {
     "estimate": "commands.estimate",
     "extract": "commands.extract",
     "html_page": "pictures.page",
+    "index": "commands.index",
     "inspect": "commands.inspect",
     "iter_merged": "commands.in_memory",
     "merge": "commands.merge",
@@ -76,6 +79,7 @@ if TYPE_CHECKING:
     from loratool.commands.estimate import estimate as estimate
     from loratool.commands.extract import extract as extract
     from loratool.commands.in_memory import iter_merged as iter_merged, merged as merged
+    from loratool.commands.index import index as index
     from loratool.commands.inspect import inspect as inspect
     from loratool.commands.merge import (
         merge as merge,
@@ -108,6 +112,8 @@ if TYPE_CHECKING:
     from loratool.results.convert import ConvertReport as ConvertReport
     from loratool.results.extract import ExtractReport as ExtractReport
     from loratool.results.facts import AdapterFacts as AdapterFacts, CheckpointFacts as CheckpointFacts
+    from loratool.results.fleet import FleetFacts as FleetFacts
+    from loratool.results.index import IndexReport as IndexReport
     from loratool.results.merge import MergeReport as MergeReport
     from loratool.results.merge_many import MergeManyReport as MergeManyReport
     from loratool.results.push import PushReport as PushReport

@@ -35,6 +35,7 @@ COMMANDS = {  # name, which is its module's too → what the list of commands sa
     "merge": "Merge adapters into a base model, shard by shard.",
     "verify": "Prove a merged model, whoever made it.",
     "inspect": "Show what adapters and checkpoints contain.",
+    "index": "Keep sketches of many adapters in one file, to find the nearest.",
     "rescale": "Change the strength of an adapter.",
     "combine": "Combine several adapters of one base into one.",
     "resize": "Change the ranks of an adapter by SVD.",

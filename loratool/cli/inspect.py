@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,26 +10,117 @@ import click
 
 from loratool.cli.options import LAYERS, OPERAND, PATH, click_options, output_options
 from loratool.cli.screen import Screen
+from loratool.commands.inspect import is_table
+from loratool.errors import LoratoolError, UsageError, printable
 from loratool.inspecting.inspect import InspectOptions
+from loratool.results.facts import OneFacts, UnreadableFacts
+
+MOST_IN_FULL = 3  # paths that are described one by one; more of them are a table
 
 
 @click.command()
-@click.argument("paths", type=OPERAND, nargs=-1, required=True, metavar="PATH...")
+@click.argument("paths", type=OPERAND, nargs=-1, metavar="PATH...")
+@click.option("--from-file", type=PATH, metavar="LIST", help="Also the paths in a file, one a line; - is stdin.")
 @click_options(InspectOptions)
 @click.option("--html", type=PATH, metavar="FILE", help="Write an HTML report with figures; implies --values.")
 @click.option("--overwrite", is_flag=True, help="Replace FILE if it was written by inspect --html.")
+@click.option("--csv", "as_csv", is_flag=True, help="Of several adapters, print the table as CSV.")
+@click.option(
+    "--jsonl", "as_lines", is_flag=True, help="Of several adapters, print one JSON object a line, as they are read."
+)
 @output_options
 def inspect(
-    paths: tuple[Path, ...], html: Path | None, overwrite: bool, options: InspectOptions, screen: Screen
+    paths: tuple[Path, ...],
+    from_file: Path | None,
+    html: Path | None,
+    overwrite: bool,
+    as_csv: bool,
+    as_lines: bool,
+    options: InspectOptions,
+    screen: Screen,
 ) -> None:
     """Show what adapters and checkpoints contain, by default from their headers only.
+
+    A folder of adapters, a quoted pattern such as './runs/*/final', or more than three paths are shown as a table.
 
     \b
     Examples:
       loratool inspect ./my-adapter ./Llama-3.2-1B
       loratool inspect ./my-adapter --base ./Llama-3.2-1B --values --check
+      loratool inspect ./adapters --where "rank>16 and base~llama" --sort -bytes
       loratool inspect ./my-adapter --html my-adapter.html
     """
+    if sum((as_csv, as_lines, screen.as_json)) > 1:
+        raise UsageError("--json, --jsonl and --csv are mutually exclusive")
+    every: list[Path] = [*paths, *(named_in(from_file) if from_file is not None else ())]
+    if not every:
+        raise UsageError("nothing to inspect; pass a path, or --from-file LIST")
+    if as_csv or as_lines or from_file is not None or shown_as_table(every, options, screen, html):
+        if html is not None:
+            raise UsageError("--html: for adapters in full, not for a table; name the adapters themselves")
+        code = show_lines(every, options, screen) if as_lines else show_table(every, options, screen, as_csv)
+    else:
+        code = show_in_full(every, options, screen, html, overwrite)
+    if code:
+        raise click.exceptions.Exit(code)
+
+
+def named_in(file: Path) -> list[Path]:
+    from loratool.inspecting.fleet.members import listed
+
+    return list(map(Path, listed(str(file))))
+
+
+def shown_as_table(paths: Sequence[Path], options: InspectOptions, screen: Screen, html: Path | None) -> bool:
+    """Whether paths are a table: several adapters are meant by one of them, or they are too many to be read in full."""
+    apart = any(len(values) > 1 for values in (options.expert_layout, options.adapter_name, options.input_alpha))
+    in_full = screen.as_json or html is not None or options.tensors or options.metadata or apart
+    return is_table(paths, options) or (len(paths) > MOST_IN_FULL and not in_full)
+
+
+def show_table(paths: Sequence[Path], options: InspectOptions, screen: Screen, as_csv: bool) -> int:
+    """Print a table of adapters; the exit code is the worst of them."""
+    from loratool.inspecting.fleet.table import table_of
+    from loratool.results.fleet import csv_lines
+
+    with screen.bar("reading", unit=" adapters") as progress:
+        found = table_of(paths, options, progress)
+    if as_csv:
+        for line in csv_lines(found.adapters):
+            click.echo(line)
+    else:
+        screen.show({"results": [found]}, str(found))
+    tell_bad([row.exit_code for row in found.adapters])
+    return found.exit_code
+
+
+def show_lines(paths: Sequence[Path], options: InspectOptions, screen: Screen) -> int:
+    """Print an object for each adapter as soon as it is read."""
+    import json
+
+    from loratool.inspecting.fleet.table import rows_of
+    from loratool.results.base import plain
+    from loratool.results.fleet import worst
+
+    codes = []
+    with screen.bar("reading", unit=" adapters") as progress:
+        for row in rows_of(paths, options, progress):
+            codes.append(row.exit_code)
+            click.echo(json.dumps(plain(row), allow_nan=False))
+    tell_bad(codes)
+    return worst(codes)
+
+
+def tell_bad(codes: Sequence[int]) -> None:
+    """Say on stderr why the command fails; the table has the reasons."""
+    if bad := sum(map(bool, codes)):
+        click.echo(f"Error: {bad} of {len(codes)} adapters cannot be used; their reasons are in the table", err=True)
+
+
+def show_in_full(
+    paths: Sequence[Path], options: InspectOptions, screen: Screen, html: Path | None, overwrite: bool
+) -> int:
+    """Print all about each path. One of several that cannot be read is told on stderr, and the others are shown."""
     from loratool.inspecting.inspect import exit_code_of, inspect
 
     if html is not None:
@@ -36,14 +128,30 @@ def inspect(
 
         check_page(html, overwrite)
         options = replace(options, values=True)
-    facts = []
+    facts: list[OneFacts] = []
+    codes: list[int] = []
     for path, way in zip(paths, options.readings(len(paths)), strict=True):
-        with screen.bar("measuring", **LAYERS) as progress:
-            facts.append(inspect(path, options, progress, way))
+        try:
+            with screen.bar("measuring", **LAYERS) as progress:
+                facts.append(inspect(path, options, progress, way))
+            codes.append(exit_code_of(facts[-1]))
+        except LoratoolError as error:
+            if len(paths) == 1:
+                raise
+            click.echo(f"Error: {error}", err=True)
+            facts.append(unreadable(path, error))
+            codes.append(error.exit_code)
     if html is not None:
         from loratool.pictures.page import write_page
 
         write_page(facts, html, overwrite)
-    screen.show({"results": facts}, "\n\n".join(map(str, facts)))
-    if codes := [code for code in map(exit_code_of, facts) if code]:
-        raise click.exceptions.Exit(min(codes))
+    told = [each for each in facts if options.check or not isinstance(each, UnreadableFacts)]
+    screen.show({"results": facts}, "\n\n".join(map(str, told)))
+    return min((code for code in codes if code), default=0)
+
+
+def unreadable(path: Path, error: LoratoolError) -> UnreadableFacts:
+    """What `--json` has in the place of a path that cannot be read."""
+    from loratool.inspecting.health import tell_unreadable
+
+    return UnreadableFacts("unreadable", printable(path), tell_unreadable(error, path))

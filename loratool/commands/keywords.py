@@ -234,6 +234,13 @@ class CompareKeywords(ReadingKeywords, DeviceKeywords, total=False):
     """Of CompareOptions."""
 
 
+class IndexKeywords(TypedDict, total=False):
+    """Of IndexOptions."""
+
+    base: str | os.PathLike[str] | None
+    overwrite: bool
+
+
 class InspectKeywords(NamingKeywords, OrientationKeywords, ReadingKeywords, DeviceKeywords, total=False):
     """Of InspectOptions."""
 
@@ -243,6 +250,10 @@ class InspectKeywords(NamingKeywords, OrientationKeywords, ReadingKeywords, Devi
     tensors: bool
     values: bool
     check: bool
+    near: str | os.PathLike[str] | None
+    top: int
+    where: str | None
+    sort: str | None
 
 
 class PushKeywords(CommitKeywords, total=False):

@@ -30,7 +30,8 @@ from loratool.files.safefile import SafeFile, TensorInfo
 from loratool.inspecting.health import examine, examine_model, tell_unreadable
 from loratool.inspecting.metadata import shortened_metadata
 from loratool.inspecting.packing import unpacked
-from loratool.options.described import FLAG, PlaceKind, option
+from loratool.notes import Note
+from loratool.options.described import FLAG, Number, PathKind, PlaceKind, option
 from loratool.options.shared import DeviceOption, NamingOptions, OrientationOption
 from loratool.provenance import record
 from loratool.provenance.history import history_of
@@ -40,8 +41,8 @@ from loratool.results.facts import (
     AdapterFacts,
     CheckpointFacts,
     ComponentFacts,
-    Facts,
     ModuleFacts,
+    OneFacts,
     PlaceFacts,
     TensorFacts,
     UnreadableFacts,
@@ -76,11 +77,24 @@ class InspectOptions(NamingOptions, OrientationOption, ReadingOptions, DeviceOpt
     tensors: bool = option(help="List every tensor.", default=False, kind=FLAG)
     values: bool = option(help="Measure every module of an adapter: norms, ranks, spectra.", default=False, kind=FLAG)
     check: bool = option(help="Check for problems; exit with 3 or 5 if there are any.", default=False, kind=FLAG)
+    near: str | None = option(
+        help="List the adapters of an index, made by `loratool index`, that are nearest to this one.",
+        kind=PathKind("INDEX"),
+    )
+    top: int = option(help="How many of the nearest to list.", default=10, kind=Number(whole=True, low=1))
+    where: str | None = option(
+        help='Of several adapters, list those that meet conditions, such as "rank>16 and base~llama".',
+        metavar="CONDITIONS",
+    )
+    sort: str | None = option(
+        help="Of several adapters, sort by these fields, separated by commas; - before one has the largest first.",
+        metavar="FIELD",
+    )
 
 
 def inspect(
     path: PathLike, options: InspectOptions, progress: Progress | None = None, way: Reading | None = None
-) -> Facts:
+) -> OneFacts:
     """Describe the adapter or checkpoint at `path`; `loratool.commands.inspect` says all of it.
 
     `way` is how it is read, where `options` speak of several adapters.
@@ -88,12 +102,14 @@ def inspect(
     started = time.monotonic()
     if options.base is not None and options.base_config is not None:
         raise UsageError("--base and --base-config are mutually exclusive")
+    if alone := [name for name in ("where", "sort") if getattr(options, name) is not None]:
+        raise UsageError(f"--{' and --'.join(alone)}: for several adapters; this is one")
     (way,) = (way,) if way is not None else options.readings(1)
     with ExitStack() as stack:
 
         def at(operand: PathLike, role: Role) -> Located:
             """Where it is; of a place on the Hub all that is needed comes here only for its values."""
-            whole = options.values or options.check
+            whole = options.values or options.check or options.near is not None
             return Located(local(operand, role)) if whole else stack.enter_context(headers(operand))
 
         against = at(options.base, "model") if options.base is not None else None
@@ -106,7 +122,7 @@ def inspect(
         return replace(facts, cost=Cost(device, time.monotonic() - started, peak_memory=peak_memory()))
 
 
-def with_record(facts: Facts, location: Path) -> Facts:
+def with_record(facts: OneFacts, location: Path) -> OneFacts:
     """What a check found, and whether the files are still those that loratool wrote, where it did."""
     whole = location.is_dir() or location.name.endswith(INDEX_SUFFIX)
     found = record.compare(location if location.is_dir() else location.parent, "" if whole else location.name)
@@ -122,10 +138,12 @@ def look_at(
     options: InspectOptions,
     progress: Progress | None,
     way: Reading,
-) -> Facts:
+) -> OneFacts:
     """What is at a place, which was asked for as `path`; an adapter is held against the base at `against`."""
     shown, location = Path(path), place.path
     if not is_adapter(location):
+        if options.near is not None:
+            raise InputError(f"{printable(shown)}: not an adapter, which --near is for")
         return look_at_checkpoint(place, shown, options.tensors, options.check)
     problems: tuple[str, ...] = ()
     try:
@@ -159,10 +177,35 @@ def look_at(
         from loratool.measuring.modules import measure
 
         facts = replace(facts, values=measure(adapter, fit, options.device, progress))
+    if options.values or options.near is not None:
+        facts = with_sketch(facts, adapter, fit, options)
     return facts
 
 
-def exit_code_of(facts: Facts) -> int:
+def with_sketch(facts: AdapterFacts, adapter: Adapter, fit: Fit | None, options: InspectOptions) -> AdapterFacts:
+    """The facts with a sketch, and with what is nearest to it in an index.
+
+    Raises `LoratoolError` where there is no sketch to look for.
+    """
+    from loratool.inspecting.neighbours import nearest, read_index
+    from loratool.reworking.sketches import sketch_of
+
+    index = read_index(Path(options.near)) if options.near is not None else None
+    try:
+        sketch = sketch_of(adapter, fit.checkpoint if fit else None)
+    except LoratoolError as error:
+        if index is not None:
+            raise
+        reason = error.problems[0] if error.problems else error.message
+        return replace(facts, notes=(*facts.notes, Note("not-sketched", f"no sketch: {reason}")))
+    facts = replace(facts, sketch=sketch.numbers, sketched=sketch.facts)
+    if index is None:
+        return facts
+    near, notes = nearest(index, sketch, options.top)
+    return replace(facts, near=near, notes=(*facts.notes, *notes))
+
+
+def exit_code_of(facts: OneFacts) -> int:
     """What a check comes to: 0 where it found notes alone, 5 where a file is not what was written, 3 for any other problem.
 
     A file that was damaged may be malformed as well, and that it was damaged says more.

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Literal
 from loratool.notes import Note
 from loratool.results.base import Result
 from loratool.results.findings import Finding, findings_text
+from loratool.results.fleet import FleetFacts
 from loratool.results.history import Ancestor, history_text
+from loratool.results.sketch import Neighbour, SketchFacts, neighbours_text
 from loratool.results.text import columns, counted, fill, shortened, size, spread, wrapped
 from loratool.templates import grouped, template_of
 
@@ -126,6 +128,9 @@ class AdapterFacts(Result):
     values: Values | None = None
     findings: tuple[Finding, ...] | None = None
     history: Ancestor | None = None  # where loratool made it
+    sketch: tuple[float, ...] | None = None  # with values
+    sketched: SketchFacts | None = None
+    near: tuple[Neighbour, ...] | None = None  # with an index
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -161,6 +166,8 @@ class AdapterFacts(Result):
             parts.append(tensors_text(self.tensors))
         if self.findings is not None:
             parts.append(findings_text(self.findings))
+        if self.near is not None:
+            parts.append(f"nearest in the index\n{neighbours_text(self.near)}")
         return "\n\n".join(parts)
 
 
@@ -275,7 +282,8 @@ class UnreadableFacts(Result):
         return f"{wrapped([('path', self.path)])}\n\n{findings_text(self.findings)}"
 
 
-Facts = AdapterFacts | CheckpointFacts | UnreadableFacts
+OneFacts = AdapterFacts | CheckpointFacts | UnreadableFacts  # of one path
+Facts = OneFacts | FleetFacts
 
 
 def low_rank_rows(facts: AdapterFacts) -> Iterable[tuple[str, object]]:

@@ -122,7 +122,7 @@ def test_the_module_runs_as_the_command_does() -> None:
         (["merge", "base"], "Missing option '-o' / '--output'"),
         (["merge", "base", "-o", "out"], "a merge needs an ADAPTER as well as a BASE"),
         (["merge", "base", "adapter"], "Missing option '-o' / '--output'"),
-        (["inspect"], "Missing argument 'PATH...'"),
+        (["inspect"], "nothing to inspect; pass a path, or --from-file LIST"),
         (["estimate", "base", "--target", "layer"], "Missing option '--rank'"),
         (["estimate", "base", "--rank", "8"], "Missing option '--target'"),
         (

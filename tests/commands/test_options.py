@@ -20,6 +20,7 @@ from loratool.algebra.methods.table import METHODS
 from loratool.commands import keywords
 from loratool.commands.merge import MergeAndPushOptions
 from loratool.errors import LoratoolError, UsageError
+from loratool.inspecting.fleet.indexing import IndexOptions
 from loratool.inspecting.inspect import InspectOptions
 from loratool.options.described import SIZE, Choice, Flag, Number, Option, Options, Size, described_by, dtypes, made_of
 from loratool.publishing.options import PushOptions
@@ -39,6 +40,7 @@ OPTIONS: dict[str, type[Options]] = {
     "convert": ConvertOptions,
     "extract": ExtractOptions,
     "compare": CompareOptions,
+    "index": IndexOptions,
     "inspect": InspectOptions,
     "push": PushOptions,
     "verify": VerifyOptions,
@@ -49,6 +51,7 @@ OPERANDS: dict[str, list[Any]] = {
     "combine": [["one", "two"], "out"],
     "extract": ["base", "tuned", "out"],
     "compare": [["one", "two"]],
+    "index": [["one", "two"], "out"],
     "inspect": ["adapter"],
     "push": ["folder", "me/repo"],
     "verify": ["merged"],
@@ -104,7 +107,7 @@ def test_the_commands_have_no_options_that_the_library_has_not() -> None:
     """Apart from those that belong to a terminal, and from the ways of a merge that are functions of their own."""
     alone = {
         "merge": {"named_base", "dry_run", "stream", "card", "out", "also"},  # plan(), stream(), merge_many()
-        "inspect": {"html", "overwrite"},  # html_page()
+        "inspect": {"html", "overwrite", "from_file", "as_csv", "as_lines"},  # html_page(), lists of paths, FleetFacts
         "demo": {"overwrite"},
     }
     for command in cli.COMMANDS:

@@ -1,0 +1,34 @@
+"""`loratool index`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from loratool.cli.options import OPERAND, PATH, click_options, output_options
+from loratool.cli.screen import Screen
+from loratool.inspecting.fleet.indexing import IndexOptions
+
+
+@click.command()
+@click.argument("paths", type=OPERAND, nargs=-1, required=True, metavar="PATH...")
+@click.option("-o", "--output", "out", type=PATH, required=True, metavar="INDEX", help="File to write.")
+@click_options(IndexOptions)
+@output_options
+def index(paths: tuple[Path, ...], out: Path, options: IndexOptions, screen: Screen) -> None:
+    """Keep a sketch of every adapter in one file, for `loratool inspect ADAPTER --near INDEX`.
+
+    \b
+    Examples:
+      loratool index ./adapters -o adapters.index
+      loratool inspect ./my-adapter --near adapters.index
+    """
+    from loratool.inspecting.fleet.indexing import index
+
+    with screen.bar("reading", unit=" adapters") as progress:
+        report = index(paths, out, options, progress)
+    screen.show(report)
+    if report.exit_code:
+        click.echo(f"Error: {len(report.failed)} adapters are not in the index", err=True)
+        raise click.exceptions.Exit(report.exit_code)

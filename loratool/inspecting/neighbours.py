@@ -1,0 +1,156 @@
+"""Sketches of many adapters in one file, and the nearest of them to another adapter.
+
+The file is a safetensors file: a tensor `sketches`, float32, a row of 1024 numbers for each adapter; its metadata say what the
+rows are. Adapters are compared by the file alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from loratool.algebra.sketching import SIZE, VERSION, spread
+from loratool.errors import InputError, UsageError, printable
+from loratool.files.inputs import json_value
+from loratool.files.outputs import write_file
+from loratool.files.safefile import Layout, read_safefile
+from loratool.inspecting.twins import is_same
+from loratool.lazy import NDArray, numpy as np
+from loratool.notes import Note
+from loratool.results.sketch import Neighbour, SketchFacts
+from loratool.reworking.sketches import Sketch
+
+FORMAT = "loratool-index"  # in the metadata, with the version of the sketch as its value
+TENSOR = "sketches"
+TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("name", "path", "base", "names", "saved"), str),
+    **dict.fromkeys(("norm", "rounding"), (int, float)),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What an index has of an adapter besides its sketch."""
+
+    name: str
+    path: str
+    base: str
+    names: str  # as `SketchFacts` has these
+    norm: float
+    rounding: float
+    saved: str
+
+    def facts(self) -> SketchFacts:
+        names = "base" if self.names == "base" else "as stored"
+        return SketchFacts(names, self.norm, self.rounding, spread(SIZE), self.saved)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Index:
+    """All of an index."""
+
+    entries: tuple[Entry, ...]
+    sketches: NDArray[Any]  # (entries, SIZE), float32
+
+
+def write_index(path: Path, entries: Sequence[Entry], sketches: Sequence[NDArray[Any]]) -> None:
+    """Write an index, under its name only when all of it is there."""
+    told = {FORMAT: VERSION, "adapters": json.dumps([asdict(entry) for entry in entries])}
+    layout = Layout.of([(TENSOR, "F32", (len(entries), SIZE))], told)
+    values = np.stack(sketches) if sketches else np.zeros((0, SIZE))
+    write_file(path, layout.header + np.ascontiguousarray(values, dtype="<f4").tobytes())
+
+
+def check_index(path: Path, overwrite: bool) -> None:
+    """Raise `UsageError` where an index may not be written to `path`; nothing but an index is replaced."""
+    shown = printable(path)
+    if path.is_dir():
+        raise UsageError(f"-o {shown}: is a folder; expected a file")
+    if path.exists() or path.is_symlink():
+        if not overwrite:
+            raise UsageError(f"-o {shown} already exists; pass --overwrite to replace it")
+        try:
+            read_index(path)
+        except InputError:
+            raise UsageError(
+                f"-o {shown}: is no index made by loratool, so --overwrite does not replace it; choose another name"
+            ) from None
+    if not path.parent.is_dir():
+        raise UsageError(f"-o {shown}: the folder {printable(path.parent)} does not exist")
+
+
+def read_index(path: Path) -> Index:
+    """The index in a file. Raises `InputError` where it is none, or is malformed."""
+    file = read_safefile(path)
+    shown = printable(path)
+    version = file.metadata.get(FORMAT)
+    if version is None:
+        raise InputError(f"{shown}: is no index of adapters; `loratool index DIR -o INDEX` makes one")
+    if version != VERSION:
+        raise InputError(
+            f"{shown}: its sketches are {printable(version)}, and this release computes {VERSION}; make the index again "
+            "with `loratool index DIR -o INDEX --overwrite`"
+        )
+    entries = tuple(entries_in(file.metadata.get("adapters", ""), shown))
+    info = file.tensors.get(TENSOR)
+    if info is None or info.dtype != "F32" or info.shape != (len(entries), SIZE):
+        raise InputError(f"{shown}: malformed index: expected a tensor {TENSOR} of F32 {[len(entries), SIZE]}")
+    raw = bytearray(info.nbytes)
+    with file.open() as source:
+        source.read(file.position(info), len(raw), memoryview(raw))
+    return Index(entries, np.frombuffer(raw, dtype="<f4").reshape(info.shape))
+
+
+def entries_in(text: str, shown: str) -> Iterable[Entry]:
+    """The adapters that the metadata list."""
+    try:
+        table = json_value(text.encode("utf-8", "surrogatepass"))
+    except ValueError as error:
+        raise InputError(f"{shown}: malformed index: its list of adapters is {error}") from None
+    if not isinstance(table, list):
+        raise InputError(f"{shown}: malformed index: its adapters must be a list")
+    for number, row in enumerate(table):
+        if not isinstance(row, dict) or any(
+            not isinstance(row.get(key), kind) or isinstance(row.get(key), bool) for key, kind in TYPES.items()
+        ):
+            raise InputError(f"{shown}: malformed index: adapter {number} must have {', '.join(TYPES)}")
+        yield Entry(**{key: row[key] for key in TYPES})
+
+
+def nearest(index: Index, sketch: Sketch, most: int) -> tuple[tuple[Neighbour, ...], tuple[Note, ...]]:
+    """The adapters of an index that are nearest to another one, by their estimated distances."""
+    kept = [at for at, entry in enumerate(index.entries) if entry.names == sketch.names]
+    notes: tuple[Note, ...] = ()
+    if apart := len(index.entries) - len(kept):
+        text = (
+            f"{apart} of {len(index.entries)} adapters of the index are not compared: the names of their weights are "
+            + (
+                "those that are stored, not the base's"
+                if sketch.names == "base"
+                else "the base's, not those that are stored"
+            )
+        )
+        notes = (Note("names-of-another-kind", text),)
+    if not kept:
+        return (), notes
+    values = index.sketches[kept].astype(np.float64) - sketch.values.astype(np.float32).astype(np.float64)
+    distances = np.sqrt((values * values).sum(1))
+    order = np.argsort(distances, kind="stable")[:most]
+    return tuple(neighbour(index.entries[kept[at]], sketch, float(distances[at])) for at in map(int, order)), notes
+
+
+def neighbour(entry: Entry, sketch: Sketch, distance: float) -> Neighbour:
+    facts = entry.facts()
+    same = is_same(facts, sketch.facts, distance)
+    larger = max(entry.norm, sketch.norm)
+    return Neighbour(
+        name=printable(entry.name),
+        distance=distance,
+        error=distance * spread(SIZE),
+        relative=distance / larger if larger else 0.0,
+        same="" if not same else "same update" if entry.saved == sketch.saved else "same update, other saved tensors",
+        path=printable(entry.path),
+    )

@@ -1,0 +1,212 @@
+"""A folder of adapters as a table: one row each, those that cannot be read too."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from loratool.results.base import Result
+from loratool.results.findings import Finding
+from loratool.results.history import Ancestor
+from loratool.results.sketch import Neighbour, SketchFacts, neighbours_text
+from loratool.results.text import figure, fill, shortened, size, table as lines_of
+
+OK = "ok"
+MANY = 2  # different ranks or scales that a cell lists before it has their range
+LONGEST_TARGETS = 20  # characters of a cell of targets
+LONGEST_BASE = 24
+
+
+@dataclass(frozen=True)
+class FleetRow:
+    """One adapter of several; what it has several of, each different one once."""
+
+    name: str  # its path in the folder that was named
+    path: str
+    dialect: tuple[str, ...] = ()
+    method: str = ""  # LORA, LOHA …
+    base: str = ""
+    rank: tuple[int, ...] = ()
+    alpha: tuple[float, ...] = ()
+    scale: tuple[float, ...] = ()  # α/r or α/√r
+    targets: tuple[str, ...] = ()  # kinds of modules
+    modules: int = 0
+    parameters: int = 0
+    bytes: int = 0
+    dtype: tuple[str, ...] = ()
+    date: str = ""  # of the file of weights, in UTC, as ISO 8601
+    health: str = OK  # else the code of the first problem
+    reason: str = ""  # the first problem in a sentence
+    exit_code: int = 0  # what it alone would end the command with
+    norm: float | None = None  # ‖ΔW‖; this and all that follows with `values`
+    sketch: tuple[float, ...] | None = None
+    sketched: SketchFacts | None = None
+    same_as: tuple[str, ...] | None = None  # names of those with the same update and the same other tensors
+    same_update_as: tuple[str, ...] | None = None  # of those whose other tensors differ
+    near: tuple[Neighbour, ...] | None = None  # with an index
+    findings: tuple[Finding, ...] | None = None  # of a check
+
+
+FIELDS = tuple(each.name for each in fields(FleetRow))
+OF_VALUES = ("norm", "same_as", "same_update_as")
+LISTED = (*FIELDS[: FIELDS.index("exit_code")], *OF_VALUES)  # what people filter and sort by, and the columns of CSV
+
+
+@dataclass(frozen=True, repr=False)
+class FleetFacts(Result):
+    """A table of adapters."""
+
+    kind: Literal["fleet"]
+    path: str  # what was named
+    adapters: tuple[FleetRow, ...]
+    left_out: tuple[str, ...]  # models and other files of weights that are no adapters
+    filtered: int = 0  # rows that a condition leaves out
+    sorted_by: str = field(default="", compare=False)
+
+    @property
+    def findings(self) -> tuple[Finding, ...] | None:
+        """Those of all adapters, of a check."""
+        if all(row.findings is None for row in self.adapters):
+            return None
+        return tuple(finding for row in self.adapters for finding in row.findings or ())
+
+    @property
+    def history(self) -> Ancestor | None:
+        """Of a table none is told; that of each adapter is told of it alone."""
+        return None
+
+    @property
+    def exit_code(self) -> int:
+        """The worst of all rows, which is the smallest other than 0."""
+        return worst(row.exit_code for row in self.adapters)
+
+    def __str__(self) -> str:
+        """The table, grouped by base where no order was asked for, then what is wrong and what is twice there."""
+        parts: list[str] = []
+        if self.sorted_by:
+            parts.append(table(self.adapters, with_base=True))
+        else:
+            for base, rows in by_base(self.adapters).items():
+                parts.append(f"{base or 'base not named'}: {counted_adapters(len(rows))}\n{table(rows)}")
+        bad = [row for row in self.adapters if row.reason]
+        if bad:
+            parts.append("\n".join(fill(f"{row.name}: {row.reason}", "", "    ") for row in bad))
+        if same := list(twins_text(self.adapters)):
+            parts.append("\n".join(same))
+        parts += [near_text(row) for row in self.adapters if row.near is not None]
+        parts.append("\n".join(self.summary()))
+        return "\n\n".join(parts)
+
+    def summary(self) -> Iterator[str]:
+        """How many there are."""
+        bad = sum(row.health != OK for row in self.adapters)
+        total = size(sum(row.bytes for row in self.adapters))
+        told = f"{counted_adapters(len(self.adapters))}, {total}"
+        yield (
+            told
+            + (f", {bad} with problems" if bad else "")
+            + (f"; {self.filtered} filtered out" if self.filtered else "")
+        )
+        if self.left_out:
+            yield fill(", ".join(shortened(self.left_out, 4)), f"not adapters ({len(self.left_out)}): ", "    ")
+
+
+def worst(codes: Any) -> int:
+    return min((code for code in codes if code), default=0)
+
+
+def counted_adapters(count: int) -> str:
+    return f"{count:,} adapter{'s' * (count != 1)}"
+
+
+def by_base(rows: Sequence[FleetRow]) -> Mapping[str, list[FleetRow]]:
+    """Rows by the base that they name, those that name none last."""
+    found: dict[str, list[FleetRow]] = {}
+    for row in rows:
+        found.setdefault(row.base, []).append(row)
+    return {base: found[base] for base in sorted(found, key=lambda base: (not base, base))}
+
+
+def table(rows: Sequence[FleetRow], with_base: bool = False) -> str:
+    """A line for each adapter, its name last and whole."""
+    norms = any(row.norm is not None for row in rows)
+    header = ["rank", "alpha", "scale", "targets", "params", "size", "date", *(["‖ΔW‖"] if norms else []), "health"]
+    cells = []
+    for row in rows:
+        line = [several(row.rank), several(row.alpha), several(row.scale), target_cell(row.targets)]
+        line += [short_count(row.parameters), size(row.bytes) if row.bytes else "–", row.date[:10] or "–"]
+        line += [figure(row.norm)] if norms else []
+        line += [row.health, "+".join(row.dialect) or "–"]
+        cells.append([*line, *([base_cell(row.base)] if with_base else []), row.name])
+    return "\n".join(lines_of([*header, "dialect", *(["base"] if with_base else []), "name"], cells, 0))
+
+
+def several(values: Sequence[float]) -> str:
+    """`16`, `8,16`, or the range of many."""
+    if not values:
+        return "–"
+    ordered = sorted(values)
+    if len(ordered) > MANY:
+        return f"{ordered[0]:.4g}–{ordered[-1]:.4g}"
+    return ",".join(f"{value:.4g}" for value in ordered)
+
+
+def target_cell(targets: Sequence[str]) -> str:
+    """The kinds of modules, or how many kinds there are where their names take too much room."""
+    text = ",".join(name.removesuffix("_proj") for name in targets)
+    return (text if len(text) <= LONGEST_TARGETS else f"{len(targets)} kinds") or "–"
+
+
+def base_cell(base: str) -> str:
+    name = base.rpartition("/")[2] or "–"
+    return name if len(name) <= LONGEST_BASE else f"…{name[1 - LONGEST_BASE :]}"
+
+
+def short_count(count: int) -> str:
+    """A number of parameters: 221952 → 222k."""
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= limit:
+            return f"{count / limit:.3g}{unit}"
+    return str(count) if count else "–"
+
+
+def twins_text(rows: Sequence[FleetRow]) -> Iterator[str]:
+    """A line for each set of adapters that are the same update."""
+    told = set[frozenset[str]]()
+    for row in rows:
+        groups = (("same update", row.same_as), ("same update, other saved tensors", row.same_update_as))
+        for word, names in groups:
+            members = frozenset([row.name, *(names or ())])
+            if len(members) > 1 and members not in told:
+                told.add(members)
+                yield fill(" = ".join(sorted(members)), f"{word}: ", "    ")
+
+
+def near_text(row: FleetRow) -> str:
+    return f"nearest to {row.name}\n{neighbours_text(row.near or ())}"
+
+
+def csv_lines(rows: Sequence[FleetRow]) -> Iterator[str]:
+    """The table as CSV, a line at a time; what a row has several of is joined by semicolons."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="")
+    for line in (LISTED, *(csv_row(row) for row in rows)):
+        writer.writerow(line)
+        yield buffer.getvalue()
+        buffer.seek(0)
+        buffer.truncate()
+
+
+def csv_row(row: FleetRow) -> list[object]:
+    values = (getattr(row, name) for name in LISTED)
+    return [
+        ";".join(f"{v:g}" if isinstance(v, float) else str(v) for v in value)
+        if isinstance(value, tuple)
+        else ""
+        if value is None
+        else value
+        for value in values
+    ]
