@@ -4,6 +4,7 @@
 # make test-lowest           the same with the lowest versions that pyproject.toml allows, on Python 3.10
 # make test-cuda  the tests of the CUDA path, on a machine that has a GPU
 # make acceptance the libraries and runtimes of quantised models read what loratool writes, and it reads what they write
+# make wheel-test the wheel and the sdist, built, installed into empty environments and tried; the steps of the Dockerfile
 # make benchmark  what a merge costs on this machine
 # make docs       write docs/cli.md anew from the command line's own help, docs/supported.md from its table,
 #                 and the types of the library's keywords from the options
@@ -21,7 +22,7 @@ INSTALL := $(BIN)/$(PIP) --constraint constraints.txt
 PYTEST := PYTHONDONTWRITEBYTECODE= {}/bin/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 PY ?= 3.10
 
-.PHONY: demo test acceptance test-python test-lowest test-cuda benchmark docs
+.PHONY: demo test acceptance wheel-test test-python test-lowest test-cuda benchmark docs
 
 demo: .venv/runtime
 	$(BIN)/loratool demo loratool-demo --overwrite
@@ -46,6 +47,9 @@ test-cuda: .venv/development
 
 acceptance: .venv-acceptance/ready
 	$(subst {},.venv-acceptance,$(PYTEST)) tests/acceptance $$(grep -l importorskip tests/bases/*.py)
+
+wheel-test: .venv/development
+	LORATOOL_TEST_WHEEL=1 $(BIN)/pytest tests/packaging
 
 benchmark: .venv/development
 	$(BIN)/python benchmarks/engine.py

@@ -2,14 +2,14 @@
 
 import click
 
-from loratool.cli.options import OPERAND, library_command
+from loratool.cli.options import A_MODEL, library_command
 from loratool.commands.estimate import estimate as function
 from loratool.inspecting.estimate import EstimateOptions
 
 estimate = library_command(
     function,
     EstimateOptions,
-    click.argument("base", type=OPERAND, required=False),
+    click.argument("base", type=A_MODEL, required=False),
     help="""Estimate the parameters, sizes and training memory of an adapter before training it.
 
     BASE is a model folder, a file or a Hub id (only headers are read), or the config.json of a decoder. With
