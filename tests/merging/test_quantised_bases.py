@@ -114,13 +114,21 @@ def test_all_becomes_plain_on_request(kind: str, tmp_path: Path) -> None:
     assert not {*made.files} & {path.name for path in (tmp_path / "out").iterdir()}
 
 
-def test_a_format_that_cannot_be_packed_anew_is_refused_by_name(tmp_path: Path) -> None:
-    packed = Hqq((ROWS, COLUMNS), "4bit_u8", 16, 1)
+def test_hqq_is_packed_anew(tmp_path: Path) -> None:
+    packed = Hqq((ROWS, COLUMNS), "8bit_u8", 16, 1)
     save_packed(tmp_path / "base", packed.tensors(EDITED.removesuffix(".weight")), {"quant_method": "hqq"})
-    save_adapter(tmp_path / "adapter", EDITED)
-    with pytest.raises(loratool.InputError, match=r"leave out --requantize[\s\S]*down_proj.*HQQ"):
-        loratool.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", device="cpu", requantize=True)
-    assert not (tmp_path / "out").exists()
+    change = save_adapter(tmp_path / "adapter", EDITED)[EDITED]
+    inputs = tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out"
+    report = loratool.merge(*inputs, weights=[100.0], device="cpu", requantize=True)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "out"))
+    assert [(n, t.dtype, t.shape) for n, t in after.items()] == [(n, t.dtype, t.shape) for n, t in before.items()]
+    stem = EDITED.removesuffix("weight")
+    scale, zero = (after[f"{stem}{part}"].double() for part in ("scale", "zero"))
+    found = ((after[f"{stem}W_q"].double().view(-1, 16) - zero) * scale).view(ROWS, COLUMNS)
+    exact = torch.from_numpy(packed.values()).double() + 100 * change
+    error = torch.linalg.vector_norm(found - exact) / torch.linalg.vector_norm(100 * change)
+    assert error == pytest.approx(report.error_added, rel=1e-3)
+    assert error < 0.5
 
 
 @pytest.mark.parametrize("kind", KINDS)

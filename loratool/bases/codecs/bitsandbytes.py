@@ -40,7 +40,7 @@ from loratool.bases.codecs.parts import (
 )
 from loratool.bases.codecs.plain_modules import grown, last_name, matched_in_diffusers
 from loratool.bases.codecs.turned import Turned
-from loratool.bases.packed import Codec, Packed, Packing, Requantizable, Setting, Settings, plain_dtype
+from loratool.bases.packed import Codec, Packing, Requantizable, Setting, Settings, plain_dtype
 from loratool.bases.weights import Plain, Room
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
@@ -229,7 +229,7 @@ class BitsAndBytes(Codec):
         finder = Finder(base)
         with OpenSources() as sources:
             room = Room(sources)
-            found = {**dict(four_bit(finder, room)), **dict(int8(finder, room))}
+            found: dict[str, Requantizable] = {**dict(four_bit(finder, room)), **dict(int8(finder, room))}
         if settings.method:
             note_incomplete(finder, found)
         finder.refuse(self.title, WAY_OUT)
@@ -254,7 +254,7 @@ class BitsAndBytes(Codec):
         return matched_in_diffusers(packing, plain, base, lambda entry, module: entry == last_name(module))
 
 
-def four_bit(finder: Finder, room: Room) -> Iterator[tuple[str, Packed]]:
+def four_bit(finder: Finder, room: Room) -> Iterator[tuple[str, FourBit]]:
     """The weights that have a quant_state."""
     for state in finder.base.tensors:
         name, found, kind = state.partition(STATE)
@@ -335,7 +335,7 @@ def statistics_of(json: StoredTensor, kind: str, room: Room) -> Statistics:
     return replace(found, nested_block=inner, offset=float(offset))
 
 
-def int8(finder: Finder, room: Room) -> Iterator[tuple[str, Packed]]:
+def int8(finder: Finder, room: Room) -> Iterator[tuple[str, Int8]]:
     """The weights that have an SCB."""
     for scales in finder.base.tensors:
         module, found, rest = scales.rpartition(".SCB")

@@ -25,12 +25,13 @@ from loratool.bases.codecs.parts import (
     in_blocks,
     in_turns,
     is_count,
+    read_parameters,
     read_whole,
     told,
     wrong_scales,
 )
 from loratool.bases.codecs.plain_modules import fused_modules, modules_of
-from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
+from loratool.bases.packed import Codec, Packed, Packing, Requantizable, Setting, Settings, plain_dtype
 from loratool.bases.weights import Plain, Room, plain_of
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
@@ -47,8 +48,10 @@ ABOUT = (
     *("quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config", "channel_wise"),
     *("optimize", "round_zero"),
 )
-SAYING = ("shape", "axis", "packing", "group_size", "quant_scale", "quant_zero")  # those of them that are read
+SAYING = ("nbits", "shape", "axis", "packing", "group_size", "quant_scale", "quant_zero")  # those of them that are read
 NUMBERS = {"U8": "B", "I8": "b", "I16": "h", "I32": "i", "I64": "q", "F32": "f"}  # dtype → how `struct` names it
+# of hqq: the range below which a group has steps of 1, and the most steps in a range of 1
+SMALLEST_RANGE, MOST_STEPS = 1e-4, 2e4
 WAY_OUT = "save the model with hqq again, or pass the model before quantisation as BASE"
 
 
@@ -76,12 +79,13 @@ WORDS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hqq(Packed):
+class Hqq(Requantizable):
     """A matrix of unsigned values in groups, each with a scale and a zero. `tensors`: W_q, scale, zero, and others."""
 
     word: Word
     groups: int
     axis: int
+    most: int  # the largest of the unsigned values
 
     def decode(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
         start, stop = first * self.line, (first + count) * self.line
@@ -93,15 +97,31 @@ class Hqq(Packed):
             shifted = raw.bitwise_right_shift_(self.word.shift(field))
             values[low - start : high - start] = shifted.bitwise_and_((1 << self.word.bits) - 1)
         zeros, scales = (self.by_group(number, device, room) for number in (2, 1))
+        return self.scaled(values, first, zeros, scales)
+
+    def scaled(self, values: Tensor, first: int, zeros: Tensor, scales: Tensor) -> Tensor:
+        """Lines from line `first` on, out of their unsigned values in float32, which are changed in place."""
+        for part, zero, scale in self.in_groups(values, first, zeros, scales):
+            part.sub_(zero).mul_(scale)
+        return values.view(-1, self.line)
+
+    @property
+    def size(self) -> int:
+        """Values in a group."""
+        return math.prod(self.shape) // self.groups
+
+    def in_groups(
+        self, values: Tensor, first: int, zeros: Tensor, scales: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The values of lines from line `first` on in parts, each with the zeros and the scales of its groups."""
+        start, size = first * self.line, self.size
         if self.axis:
-            size = math.prod(self.shape) // self.groups
             zeros, scales = zeros[start // size :], scales[start // size :]
             for part, which in in_blocks(values, start, size):
-                part.sub_(zeros[which, None]).mul_(scales[which, None])
+                yield part, zeros[which, None], scales[which, None]
         else:
             for part, which in in_turns(values, start, self.groups):
-                part.sub_(zeros[which]).mul_(scales[which])
-        return values.view(count, self.line)
+                yield part, zeros[which], scales[which]
 
     def words(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
         """Some words of `W_q`, in memory of their own: several pieces of it may be needed at a time."""
@@ -116,6 +136,55 @@ class Hqq(Packed):
 
     def check(self, room: Room) -> str:
         return wrong_scales(self.tensors[1], room, "positive") or wrong_scales(self.tensors[2], room)
+
+    @property
+    def together(self) -> int:
+        """Lines after which a group ends, or all groups have had their turn."""
+        values = self.size if self.axis else self.groups
+        return values // math.gcd(values, self.line)
+
+    def parameters(self, room: Room) -> Mapping[str, Tensor]:
+        return read_parameters(self.tensors[1:], room)
+
+    def measure(self, values: Tensor) -> Tensor:
+        """The least and the largest value of each group: (groups, 2), or (1, groups, 2) where all groups take turns."""
+        grouped = values.reshape(-1, self.size) if self.axis else values.reshape(1, -1, self.groups)
+        return torch.stack([grouped.amin(1), grouped.amax(1)], -1)
+
+    def new_parameters(self, measured: Tensor, own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Those that hqq begins with (`Quantizer.quantize`): all of a group's range. 4 bits have whole zeros there."""
+        lowest, largest = measured.cpu().unbind(-1)
+        if not self.axis:
+            lowest, largest = lowest.amin(0), largest.amax(0)
+        steps = (self.most / (largest - lowest)).where(largest - lowest > SMALLEST_RANGE, 1.0).clamp_max_(MOST_STEPS)
+        zeros = -lowest * steps
+        found = (1 / steps, zeros.round() if self.word.bits == 4 else zeros)
+        names = [tensor.info.name for tensor in self.tensors[1:3]]
+        new = {name: made.view(own[name].shape).to(own[name].dtype) for name, made in zip(names, found, strict=True)}
+        return {**own, **new}
+
+    def encode(self, values: Tensor, first: int, parameters: Mapping[str, Tensor]) -> Tensor:
+        """A byte for each value."""
+        flat = values.flatten().clone()
+        for part, zero, scale in self.in_groups(flat, first, *self.numbers_in(parameters, values.device)):
+            part.div_(scale).add_(zero)
+        return flat.round_().clamp_(0, self.most).to(torch.uint8)
+
+    def decode_packed(self, packed: Tensor, first: int, count: int, parameters: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
+        return self.scaled(packed.float(), first, *self.numbers_in(parameters, packed.device))
+
+    def numbers_in(self, parameters: Mapping[str, Tensor], device: torch.device) -> Iterator[Tensor]:
+        """Zeros and scales, (groups) in float32."""
+        return (parameters[self.tensors[number].info.name].to(device).float().flatten() for number in (2, 1))
+
+    def laid_out(self, packed: Tensor) -> Tensor:
+        """The words: each has values that lie far apart."""
+        count = self.tensors[0].info.nbytes // self.word.size
+        words = torch.zeros(count, dtype=torch.int32)
+        for field, first in enumerate(range(0, len(packed), count)):
+            part = packed[first : first + count].to(torch.int32)
+            words[: len(part)] |= part << self.word.shift(field)
+        return words if self.word.size == 4 else words.to(torch.uint8)
 
 
 class HqqCodec(Codec):
@@ -210,6 +279,7 @@ def weight_of(finder: Finder, module: str, room: Room) -> Hqq | None:
         word=word,
         groups=groups,
         axis=said.axis,
+        most=min(round(2**said.bits - 1), 2**word.bits - 1) if said.bits else 2**word.bits - 1,
     )
 
 
@@ -221,6 +291,7 @@ class Said:
     axis: int
     packing: str
     group: int  # values in a group; 0 where nothing says so
+    bits: float  # which may be fewer than are stored; 0 where nothing says so
     tensors: tuple[Plain, ...]
 
 
@@ -244,7 +315,9 @@ def said_of(finder: Finder, module: str, room: Room) -> Said | None:
     rows, columns = known["shape"]
     group = known.get("group_size")
     size = group if isinstance(group, int) else 0
-    return Said((rows, columns), known["axis"], text_of(known["packing"]), size, tuple(there.values()))
+    bits = known.get("nbits")
+    fewer = float(bits) if isinstance(bits, (int, float)) and 0 < bits <= 8 else 0.0
+    return Said((rows, columns), known["axis"], text_of(known["packing"]), size, fewer, tuple(there.values()))
 
 
 def value_of(tensor: Plain, room: Room) -> object:

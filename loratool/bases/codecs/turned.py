@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from loratool.bases.codecs.parts import held
-from loratool.bases.packed import Packed
+from loratool.bases.packed import Requantizable
 from loratool.bases.weights import Room
 from loratool.lazy import Tensor, torch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Turned(Packed):
+class Turned(Requantizable):
     """The transpose of a packed matrix: bitsandbytes and GPTQ turn weights of Conv1D layers, (in, out), for packing.
 
-    Its rows are columns on disk, so all of it is decoded once and held, as float32.
+    Its rows are columns on disk, so all of it is decoded once and held, as float32, and packed anew all at once.
     """
 
-    whole: Packed
+    whole: Requantizable
 
     def decode(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
         def turned() -> Tensor:
@@ -32,8 +33,30 @@ class Turned(Packed):
     def doubt(self, room: Room) -> str:
         return self.whole.doubt(room)
 
+    @property
+    def together(self) -> int:
+        return self.shape[0]
+
+    def parameters(self, room: Room) -> Mapping[str, Tensor]:
+        return self.whole.parameters(room)
+
+    def measure(self, values: Tensor) -> Tensor:
+        return self.whole.measure(values.T.contiguous())
+
+    def new_parameters(self, measured: Tensor, own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return self.whole.new_parameters(measured, own)
+
+    def encode(self, values: Tensor, first: int, parameters: Mapping[str, Tensor]) -> Tensor:
+        return self.whole.encode(values.T.contiguous(), first, parameters)
+
+    def decode_packed(self, packed: Tensor, first: int, count: int, parameters: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
+        return self.whole.decode_packed(packed, first, self.whole.shape[0], parameters).T.contiguous()
+
+    def laid_out(self, packed: Tensor) -> Tensor:
+        return self.whole.laid_out(packed)
+
     @classmethod
-    def of(cls, whole: Packed) -> Turned:
+    def of(cls, whole: Requantizable) -> Turned:
         rows, columns = whole.shape
         return cls(
             shape=(columns, rows),
