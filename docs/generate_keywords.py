@@ -21,8 +21,10 @@ from loratool.publishing.options import PushOptions
 from loratool.publishing.streaming import StreamOptions
 from loratool.reworking.combine_options import CombineOptions
 from loratool.reworking.compare import CompareOptions
+from loratool.reworking.compressing.options import CompressOptions, ExpandOptions
 from loratool.reworking.converting.convert import ConvertOptions
 from loratool.reworking.extracting.options import ExtractOptions
+from loratool.reworking.rebasing.rebase import RebaseOptions
 from loratool.reworking.rescale import RescaleOptions
 from loratool.reworking.resize import ResizeOptions
 from loratool.verifying.options import VerifyOptions
@@ -38,6 +40,9 @@ COMMANDS: dict[str, type[Options]] = {
     "RescaleKeywords": RescaleOptions,
     "ResizeKeywords": ResizeOptions,
     "CombineKeywords": CombineOptions,
+    "CompressKeywords": CompressOptions,
+    "ExpandKeywords": ExpandOptions,
+    "RebaseKeywords": RebaseOptions,
     "ConvertKeywords": ConvertOptions,
     "ExtractKeywords": ExtractOptions,
     "CompareKeywords": CompareOptions,

@@ -22,7 +22,9 @@ EXPORTS = {
     "CheckpointFacts": "results.facts",
     "CombineReport": "results.combine",
     "CompareReport": "results.compare",
+    "CompressReport": "results.compress",
     "ConvertReport": "results.convert",
+    "ExpandReport": "results.compress",
     "ExtractReport": "results.extract",
     "FitError": "errors",
     "FleetFacts": "results.fleet",
@@ -36,6 +38,7 @@ EXPORTS = {
     "MergedWeights": "merging.in_memory",
     "Note": "notes",
     "PushReport": "results.push",
+    "RebaseReport": "results.rebase",
     "Record": "results.record",
     "RescaleReport": "results.rescale",
     "ResizeReport": "results.resize",
@@ -46,8 +49,10 @@ EXPORTS = {
     "VerificationError": "errors",
     "combine": "commands.combine",
     "compare": "commands.compare",
+    "compress": "commands.compress",
     "convert": "commands.convert",
     "estimate": "commands.estimate",
+    "expand": "commands.expand",
     "extract": "commands.extract",
     "html_page": "pictures.page",
     "index": "commands.index",
@@ -61,6 +66,7 @@ EXPORTS = {
     "plan_merge": "commands.merge",
     "push": "commands.push",
     "read_adapter": "adapters.formats",
+    "rebase": "commands.rebase",
     "record": "commands.record",
     "rescale": "commands.rescale",
     "resize": "commands.resize",
@@ -75,8 +81,10 @@ if TYPE_CHECKING:
     from loratool.bases.opening import open_checkpoint as open_checkpoint
     from loratool.commands.combine import combine as combine
     from loratool.commands.compare import compare as compare
+    from loratool.commands.compress import compress as compress
     from loratool.commands.convert import convert as convert
     from loratool.commands.estimate import estimate as estimate
+    from loratool.commands.expand import expand as expand
     from loratool.commands.extract import extract as extract
     from loratool.commands.in_memory import iter_merged as iter_merged, merged as merged
     from loratool.commands.index import index as index
@@ -89,6 +97,7 @@ if TYPE_CHECKING:
         stream as stream,
     )
     from loratool.commands.push import push as push
+    from loratool.commands.rebase import rebase as rebase
     from loratool.commands.record import record as record
     from loratool.commands.rescale import rescale as rescale
     from loratool.commands.resize import resize as resize
@@ -109,6 +118,7 @@ if TYPE_CHECKING:
     from loratool.pictures.page import html_page as html_page
     from loratool.results.combine import CombineReport as CombineReport
     from loratool.results.compare import CompareReport as CompareReport
+    from loratool.results.compress import CompressReport as CompressReport, ExpandReport as ExpandReport
     from loratool.results.convert import ConvertReport as ConvertReport
     from loratool.results.extract import ExtractReport as ExtractReport
     from loratool.results.facts import AdapterFacts as AdapterFacts, CheckpointFacts as CheckpointFacts
@@ -117,6 +127,7 @@ if TYPE_CHECKING:
     from loratool.results.merge import MergeReport as MergeReport
     from loratool.results.merge_many import MergeManyReport as MergeManyReport
     from loratool.results.push import PushReport as PushReport
+    from loratool.results.rebase import RebaseReport as RebaseReport
     from loratool.results.record import Record as Record
     from loratool.results.rescale import RescaleReport as RescaleReport
     from loratool.results.resize import ResizeReport as ResizeReport

@@ -261,11 +261,13 @@ def test_algebra_knows_no_files_and_no_names() -> None:
     }
     pure = {
         "__future__",
+        "bisect",
         "collections",
         "dataclasses",
         "fractions",
         "functools",
         "hashlib",
+        "heapq",
         "itertools",
         "math",
         "typing",

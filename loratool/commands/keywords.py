@@ -184,6 +184,7 @@ class CombineKeywords(
     """Of CombineOptions."""
 
     method: str
+    rule: str
     weights: Sequence[float | Mapping[str, float]] | float | Mapping[str, float] | None
     weights_file: str | os.PathLike[str] | Sequence[Any] | None
     space: str | None
@@ -201,6 +202,27 @@ class CombineKeywords(
     svc: bool
     seed: int
     saved: str
+
+
+class CompressKeywords(FactorKeywords, ReadingKeywords, DeviceKeywords, total=False):
+    """Of CompressOptions."""
+
+    rank: int | None
+    energy: float | None
+    budget: int | str | None
+    into: str | os.PathLike[str] | None
+
+
+class ExpandKeywords(FactorKeywords, PublishKeywords, total=False):
+    """Of ExpandOptions."""
+
+
+class RebaseKeywords(NamingKeywords, WritingKeywords, ReadingKeywords, DeviceKeywords, PublishKeywords, total=False):
+    """Of RebaseOptions."""
+
+    base: str | os.PathLike[str] | None
+    onto: str | os.PathLike[str] | None
+    force: bool
 
 
 class ConvertKeywords(FactorKeywords, ReadingKeywords, PublishKeywords, total=False):

@@ -62,7 +62,7 @@ def combine(
     return CombineReport(
         out=target,
         written=not options.dry_run,
-        method=combination.method,
+        method=combination.name,
         settings=told(combination, weights, blocks),
         adapters=tuple(source.name for source in sources),
         totals=rest.totals,

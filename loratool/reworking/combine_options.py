@@ -12,7 +12,7 @@ from loratool.adapters.reading import ReadingOptions
 from loratool.adapters.writer import FactorOptions
 from loratool.algebra.methods.elementwise import Setting
 from loratool.algebra.methods.mixture import WEIGHTED_SUMS, Combination
-from loratool.algebra.methods.table import ELEMENTWISE, FACTORWISE, GRAM, METHODS, SPACES
+from loratool.algebra.methods.table import ELEMENTWISE, FACTORWISE, GRAM, METHODS, PICO, RULES, SPACES
 from loratool.errors import UsageError, printable
 from loratool.files.inputs import json_value
 from loratool.options.described import FLAG, NUMBER, SWITCH, Choice, JsonFile, Kind, Number, option
@@ -59,6 +59,12 @@ class CombineOptions(BlockOption, FactorOptions, DialectOption, ReadingOptions, 
         kind=Choice(lambda: tuple(METHODS)),
         metavar="METHOD",
     )
+    rule: str = option(
+        help="pico: method that combines the updates afterwards.",
+        default=RULES[0],
+        kind=Choice(lambda: RULES),
+        metavar="METHOD",
+    )
     weights: tuple[Weight, ...] = option(
         "-w",
         "--weight",
@@ -98,7 +104,8 @@ class CombineOptions(BlockOption, FactorOptions, DialectOption, ReadingOptions, 
     )
     factor: float = option("--lambda", help="Multiply the result by this.", default=1.0, kind=NUMBER)
     match_norm: str = option(
-        help="Rescale each layer to the mean, max or sum of the weighted updates' norms.",
+        help="Rescale each layer to the mean, max or sum of the weighted updates' norms (pico: mean unless another is "
+        "given).",
         default=MATCHES[0],
         kind=Choice(lambda: MATCHES),
     )
@@ -137,6 +144,11 @@ class CombineOptions(BlockOption, FactorOptions, DialectOption, ReadingOptions, 
             object.__setattr__(self, "weights", tuple(weight.taken(each, "--weights") for each in self.weights_file))
             object.__setattr__(self, "weights_file", None)
 
+    @property
+    def combining(self) -> str:
+        """The method that makes one update of several: of Pico its rule."""
+        return self.rule if self.method == PICO else self.method
+
     def adapter_weights(self, count: int) -> list[Weight]:
         """The weight of each of `count` adapters."""
         if self.weights and len(self.weights) != count:
@@ -148,7 +160,7 @@ class CombineOptions(BlockOption, FactorOptions, DialectOption, ReadingOptions, 
 
 def combination_of(options: CombineOptions, count: int) -> Combination:
     """What the options mean for `count` adapters; raises `UsageError` for the first that means nothing."""
-    method = options.method
+    method, pico = options.combining, options.method == PICO
     row = METHODS[method]
     if not row.least <= count <= row.most:
         wanted = str(row.least) if row.least == row.most else f"{row.least} or more"
@@ -177,16 +189,17 @@ def combination_of(options: CombineOptions, count: int) -> Combination:
         rank=options.rank,
         ctm=options.rank_policy == "ctm",
         svc=options.svc,
+        pico=pico,
         iso_beta=options.iso_beta,
         row_wise=options.row_wise,
         factor=options.factor,
-        match=options.match_norm,
+        match="mean" if pico and options.match_norm == MATCHES[0] else options.match_norm,
     )
 
 
 def refuse_at_odds(options: CombineOptions) -> None:
     """Raise `UsageError` for options that the method cannot go with, or that would change nothing."""
-    method, row = options.method, METHODS[options.method]
+    method, row = options.combining, METHODS[options.combining]
     if options.space and row.family != ELEMENTWISE:
         raise UsageError(f"--space does not apply to {method}, only to elementwise methods")
     if options.rank_policy == "ctm" and (
@@ -206,6 +219,8 @@ def refuse_at_odds(options: CombineOptions) -> None:
 
 def refuse_idle(options: CombineOptions) -> None:
     """Raise `UsageError` for an option that was set and would change nothing."""
+    if options.rule != RULES[0] and options.method != PICO:
+        raise UsageError(f"--rule applies only to {PICO} (the method is {options.method})")
     elected = [name for name in METHODS if name.startswith(("ties", "dare_ties", "della", "sce"))]
     divided = [name for name, row in METHODS.items() if row.family == ELEMENTWISE or name in WEIGHTED_SUMS]
     for flag, is_set, methods in (
@@ -216,19 +231,20 @@ def refuse_idle(options: CombineOptions) -> None:
         ("--iso-beta", options.iso_beta != Combination.iso_beta, ["iso_c"]),
         ("--row-wise", options.row_wise, ["nuslerp"]),
     ):
-        if is_set and options.method not in methods:
-            raise UsageError(f"{flag} applies only to {', '.join(methods)} (the method is {options.method})")
+        if is_set and options.combining not in methods:
+            raise UsageError(f"{flag} applies only to {', '.join(methods)} (the method is {options.combining})")
 
 
 def told(combination: Combination, weights: Sequence[Weight], blocks: BlockWeights) -> dict[str, Any]:
     """The settings, as the record and reports name them."""
-    table: dict[str, Any] = {"method": combination.method, "weights": list(weights)}
+    table: dict[str, Any] = {"method": combination.name, "weights": list(weights)}
     method = METHODS[combination.method]
     if method.family == ELEMENTWISE:
         table["space"] = combination.space
     if method.density is not None:
         table["density"] = combination.setting.density
     shown = {
+        "rule": combination.method if combination.pico else None,
         "rank": combination.rank,
         "rank_policy": "ctm" if combination.ctm else None,
         "window": combination.setting.window if combination.method == "della" else None,

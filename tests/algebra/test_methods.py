@@ -24,6 +24,7 @@ from loratool.algebra.methods.chance import uniform
 from loratool.algebra.methods.mixture import Combination, Mixture, mix, mix_factors
 from loratool.algebra.methods.stacks import Formed, Held
 from loratool.algebra.methods.table import ELEMENTWISE, FACTORWISE, METHODS
+from loratool.errors import UsageError
 from loratool.reworking.combine_options import CombineOptions, combination_of
 
 Array = NDArray[np.float64]
@@ -563,12 +564,28 @@ def iso_cts(deltas: Sequence[Array], weights: Sequence[float]) -> Array:
     return merged
 
 
+def pico(deltas: Sequence[Array], weights: Sequence[float], rule: Callable[..., Array] = sum_of) -> Array:
+    """Directions of [w ΔW …] divided by 1 + (n − 1) of their part of its energy, then any rule at the mean norm."""
+    each = [w * d for w, d in zip(weights, deltas, strict=True)]
+    u, s, _ = np.linalg.svd(np.concatenate(each, 1))
+    part = np.zeros(ROWS)
+    part[: len(s)] = s**2 / (s**2).sum()
+    less = u @ np.diag(1 / (1 + (len(each) - 1) * part)) @ u.T
+    down = [less @ d for d in deltas]
+    merged = rule(weights, down) if rule is sum_of else rule(down, weights)
+    scaled: Array = merged * (np.mean([np.linalg.norm(d) for d in each]) / np.linalg.norm(merged))
+    return scaled
+
+
 SPECTRA: dict[str, tuple[Callable[[Sequence[Array], Sequence[float]], Array], str, dict[str, Any]]] = {
     "tsv": (tsv, "tsv", {}),
     "iso_c": (iso_c, "iso_c", {}),
     "iso_c, half of the way": (lambda d, w: iso_c(d, w, 0.5), "iso_c", {"iso_beta": 0.5}),
     "iso_c, no step": (lambda d, w: sum_of(w, d), "iso_c", {"iso_beta": 0.0}),
     "iso_cts": (iso_cts, "iso_cts", {}),
+    "pico": (pico, "pico", {}),
+    "pico, then tsv": (lambda d, w: pico(d, w, tsv), "pico", {"rule": "tsv"}),
+    "pico, then iso_c": (lambda d, w: pico(d, w, iso_c), "pico", {"rule": "iso_c"}),
 }
 
 
@@ -580,6 +597,19 @@ def test_spectral_methods_are_what_they_are_on_the_whole_weight(name: str, weigh
     found = mixed(method, products, WEIGHTS[weights], **dials)
     assert off(written_out([found.product])[0], rule(written_out(products), WEIGHTS[weights])) < 1e-10
     assert found.product.rank <= sum(RANKS)
+
+
+def test_pico_does_not_depend_on_how_a_product_is_shared_by_its_factors() -> None:
+    products = some(41, sizes=(1.0, 2.0, 0.7))
+    turned = [Product(p.up @ g, torch.linalg.inv(g) @ p.down) for p in products for g in [draw(7, p.rank, p.rank)]]
+    assert off(result("pico", turned), result("pico", products)) < 1e-10
+
+
+def test_pico_takes_no_rule_on_factors_and_a_rule_needs_pico() -> None:
+    with pytest.raises(UsageError, match="--rule must be one of"):
+        combination_for("pico", 2, rule="ties-factors")
+    with pytest.raises(UsageError, match="--rule applies only to pico"):
+        combination_for("linear", 2, rule="tsv")
 
 
 def test_tsv_shares_the_room_equally_where_ranks_are_more_than_the_weight_has() -> None:
@@ -695,7 +725,7 @@ def test_what_ctm_loses_is_told_of_the_whole_result() -> None:
 # ---- what holds for all methods ----
 
 ALIKE: dict[str, dict[str, Any]] = {  # dials at which one adapter with weight 1 comes out as it went in
-    **{name: {} for name in ("linear", "cat", "svd", "tsv")},
+    **{name: {} for name in ("linear", "cat", "svd", "tsv", "pico")},
     "iso_c": {"iso_beta": 0.0},
     **{name: {"density": 1.0} for name in ("ties", "dare_linear", "dare_ties", "sce", "magnitude_prune")},
     "della": {"density": 1.0, "window": 0.0},

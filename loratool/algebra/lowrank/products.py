@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from loratool.lazy import Tensor, torch
 
@@ -191,6 +192,11 @@ def change(before: Product, after: Product) -> Product:
     Its norm may be taken by `inner`, for nothing in it cancels.
     """
     return side_by_side([Product(after.up - before.up, after.down), Product(before.up, after.down - before.down)])
+
+
+def by_ranks(matrix: Any, ranks: Sequence[int], along: int = -1) -> tuple[Tensor, ...]:
+    """The columns (or the rows, `along` 0) of a matrix that belong to each of several products of these `ranks`."""
+    return tuple(matrix.split(list(ranks), along))
 
 
 def padded(product: Product, rank: int) -> Product:

@@ -23,7 +23,7 @@ from loratool.algebra.lowrank.sketching import sketch
 from loratool.algebra.methods import coefficients, elementwise, factorwise, spectral
 from loratool.algebra.methods.elementwise import Merged, Setting
 from loratool.algebra.methods.stacks import Formed, Held
-from loratool.algebra.methods.table import ELEMENTWISE, FACTORWISE, GRAM, METHODS, SPECTRAL
+from loratool.algebra.methods.table import ELEMENTWISE, FACTORWISE, GRAM, METHODS, PICO, SPECTRAL
 from loratool.lazy import Tensor, torch
 
 SKETCH_STEPS = 2
@@ -43,10 +43,16 @@ class Combination:
     rank: int | None = None  # of the result; None for what the method gives
     ctm: bool = False  # choose the directions before the method, not after it
     svc: bool = False
+    pico: bool = False  # turn down shared directions before the method
     iso_beta: float = 1.0
     row_wise: bool = False
     factor: float = 1.0  # λ
     match: str = "none"  # the norm of the result: none, or the mean, max or sum of those of the weighted updates
+
+    @property
+    def name(self) -> str:
+        """What `--method` was given."""
+        return PICO if self.pico else self.method
 
     @property
     def divides(self) -> bool:
@@ -83,7 +89,7 @@ def mix(shared: Joint, weights: Sequence[float], combination: Combination) -> Mi
         return cancelled(shared, share, combination, left)
     if combination.method not in SUMS:
         shared = silenced(shared)
-    found = made(shared, share, combination, noise)
+    found = made(spectral.pico(shared, weights) if combination.pico else shared, share, combination, noise)
     factor, told = matching(found.product, shared, share, combination, noise)
     whole = abs(combination.factor * factor) * found.whole
     return Mixture(found.product.scaled(combination.factor * factor), found.lost, whole, found.cancels or told)

@@ -7,10 +7,12 @@ directions that hold no more than `noise`, the floor of `loratool.algebra.lowran
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from loratool.algebra.lowrank.core import Core
+from loratool.algebra.lowrank.joint import Joint, added
 from loratool.algebra.lowrank.noise import floor_of
-from loratool.algebra.lowrank.products import Decomposition, Product, negligible
+from loratool.algebra.lowrank.products import Decomposition, Product, by_ranks, negligible
 from loratool.lazy import Tensor, torch
 
 COMMON_PART = 0.8  # of the rank that Iso-CTS gives to what all have in common
@@ -118,6 +120,31 @@ def svc(
     values = s * torch.where(known, counted.sum(0) / believed.clamp_min(1e-300), 1.0)
     order = values.argsort(descending=True, stable=True)
     return Decomposition(u[:, order], values[order], vt[order])
+
+
+def pico(shared: Joint, weights: Sequence[float]) -> Joint:
+    """Pico (arXiv:2604.16826): the same updates with the output directions that many of them share turned down.
+
+    With U σ Vᵀ = [w₁ΔW₁ … wₙΔWₙ] and pⱼ = σⱼ² / Σσ², each becomes (I + U diag(α − 1) Uᵀ) ΔWᵢ, αⱼ = 1 / (1 + (n − 1) pⱼ).
+    ΔWᵢ = upᵢ downᵢ and downᵢᵀ = Qᵢ Cᵢᵀ, so upᵢ Cᵢ has the singular vectors of ΔWᵢ, however its factors share it.
+    """
+    cores = [torch.linalg.qr(small.down.double().mT, mode="r").R.mT for small in shared.small]
+    parts = [w * (small.up.double() @ c) for w, small, c in zip(weights, shared.small, cores, strict=True)]
+    stacked = torch.cat(parts, 1)
+    if not bool(stacked.any()):
+        return shared
+    u, s, vt = compact(stacked)
+    less = 1 / (1 + (len(weights) - 1) * s.square() / stacked.square().sum()) - 1  # α − 1
+    back = zip(weights, shared.products, cores, by_ranks(vt.mT / s, [p.shape[1] for p in parts], 0), strict=True)
+    basis = added([w * (p.up @ (c @ turned).to(p.up)) for w, p, c, turned in back])  # U, of the whole weight
+
+    def turned_down(whole: Product, small: Product) -> tuple[Product, Product]:
+        change = less[:, None] * (u.mT @ small.up.double())
+        up, core = whole.up + basis @ change.to(whole.up), small.up + (u @ change).to(small.up)
+        return replace(whole, up=up), replace(small, up=core)
+
+    pairs = [turned_down(whole, small) for whole, small in zip(shared.products, shared.small, strict=True)]
+    return Joint(tuple(whole for whole, _ in pairs), tuple(small for _, small in pairs))
 
 
 def reduced(core: Core, rank: int, balance: float = CTM_BALANCE) -> Core:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 GRAM, SPECTRAL, ELEMENTWISE, FACTORWISE = "gram", "spectral", "elementwise", "factorwise"
 SPACES = ("dense", "core", "knots")  # in which elementwise methods may work
 
+PICO = "pico"  # a step before another method, its rule
+
 
 @dataclass(frozen=True)
 class Method:
@@ -40,9 +42,11 @@ METHODS: dict[str, Method] = {
     "tsv": Method(SPECTRAL, "singular vectors of all adapters, orthogonalised"),
     "iso_c": Method(SPECTRAL, "the sum with equal singular values; --iso-beta below 1 equalises them in part"),
     "iso_cts": Method(SPECTRAL, "common directions and each adapter's own, all equally strong", 2),
+    "pico": Method(GRAM, "the same as --rule after turning down the output directions that many share"),
     "linear-factors": Method(FACTORWISE, "PEFT's linear: sums of A and of B, with cross terms"),
     "ties-factors": Method(FACTORWISE, "PEFT's ties", 1, 1000, 0.2),
     "dare_linear-factors": Method(FACTORWISE, "PEFT's dare_linear", 1, 1000, 0.9),
     "dare_ties-factors": Method(FACTORWISE, "PEFT's dare_ties", 1, 1000, 0.9),
     "magnitude_prune-factors": Method(FACTORWISE, "PEFT's magnitude_prune", 1, 1000, 0.2),
 }
+RULES = tuple(name for name, row in METHODS.items() if name != PICO and row.family != FACTORWISE)  # of Pico

@@ -1,0 +1,22 @@
+"""`loratool expand`."""
+
+import click
+
+from loratool.cli.options import LAYERS, OPERAND, OUT, PUSHING, library_command
+from loratool.commands.expand import expand as function
+from loratool.reworking.compressing.options import ExpandOptions
+
+expand = library_command(
+    function,
+    ExpandOptions,
+    click.argument("shared", type=OPERAND, metavar="FLEET"),
+    click.argument("name", metavar="NAME"),
+    OUT,
+    help="""Write one of the adapters that `loratool compress` put into FLEET as a plain adapter.
+
+    \b
+    Example: loratool expand ./fleet style -o ./style
+    """,
+    progress=("expanding", LAYERS),
+    push_progress=PUSHING,
+)

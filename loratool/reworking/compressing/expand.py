@@ -1,0 +1,102 @@
+"""`expand()`: one adapter out of a folder that `compress` made, as plain LoRA."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from loratool.adapters.adapter import StoredTensor
+from loratool.adapters.formats import DIALECTS
+from loratool.adapters.layers import Form
+from loratool.adapters.writer import Carried, adapter_output, check_adapter_target
+from loratool.algebra.lowrank.joint import truncated
+from loratool.algebra.lowrank.products import Product, padded
+from loratool.errors import InputError, printable
+from loratool.fetching import local
+from loratool.lazy import torch
+from loratool.measuring.session import PathLike, Progress, session
+from loratool.notes import Note
+from loratool.results.compress import ExpandReport
+from loratool.reworking.compressing.files import OTHER, SHARED, Opened, expanded, form_of, open_member, open_shared
+from loratool.reworking.compressing.options import ExpandOptions
+from loratool.reworking.runner import record_of
+
+
+def expand(
+    shared: PathLike, name: str, out: PathLike, options: ExpandOptions, progress: Progress | None = None
+) -> ExpandReport:
+    """Write one of the adapters; `loratool.commands.expand` says all of it."""
+    started = time.monotonic()
+    folder = local(shared, "any")
+    bases = open_shared(folder)
+    folder = folder.parent if folder.name == SHARED else folder
+    member = open_member(folder, name, bases)
+    forms = forms_of(member)
+    about = member.about
+    try:
+        form = DIALECTS[about["dialect"]]
+        names = form.spelling({t: f.kind for t, f in forms.items()}, about["release"], about["dialect"])
+        config, header = dict(about["config"]), {str(k): str(v) for k, v in about["header"].items()}
+        stored_dtype = str(about["dtype"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise broken(member, f"{type(error).__name__}: {error}") from None
+    dtype = getattr(torch, stored_dtype if options.dtype == "keep" else options.dtype)
+    target = check_adapter_target(out, [folder], options, form)
+    carried = Carried(
+        {
+            n.removeprefix(OTHER): StoredTensor(member.file, i)
+            for n, i in member.file.tensors.items()
+            if n.startswith(OTHER)
+        }
+    )
+    with session("cpu", ()) as at_work:
+        with adapter_output(target, forms, carried, dtype, names, options, header) as output:
+            for done, (layer, shape) in enumerate(forms.items()):
+                output.add(output.rounded(layer, at_rank(bases, member, layer, shape)))
+                if progress:
+                    progress(done + 1, len(forms))
+            output.carry(carried)
+            output.complete(config)
+            facts: Mapping[str, Any] = {"adapter": {"name": about.get("name", name)}, "shared": bases.digest}
+            record = record_of("expand", [folder, name], options, facts, ())
+            output.finish(config, record, {}, [])
+        cost = at_work.told(started)
+    return ExpandReport(
+        out=target,
+        written=not options.dry_run,
+        name=str(about.get("name", name)),
+        dialect=about["dialect"],
+        ranks={layer: shape.rank for layer, shape in sorted(forms.items())},
+        dtype=str(dtype).removeprefix("torch."),
+        notes=tuple(notes(member)),
+        **cost,
+    )
+
+
+def at_rank(bases: Opened, member: Opened, layer: str, shape: Form) -> Product:
+    """ΔW of a layer at the rank that its file states, the singular values shared by both factors."""
+    if layer not in member.clusters:
+        raise broken(member, f"nothing is stored for {printable(layer)}")
+    found = expanded(bases, member, layer, torch.device("cpu"))
+    if found.shape != (shape.rows, shape.columns):
+        raise broken(member, f"{printable(layer)} is {found.shape}, and its header says {(shape.rows, shape.columns)}")
+    return padded(truncated(found, min(shape.rank, found.rank))[0], shape.rank)
+
+
+def forms_of(member: Opened) -> dict[str, Form]:
+    """The layers that the header of a small file describes."""
+    try:
+        return {str(target): form_of(record) for target, record in member.about["layers"].items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise broken(member, f"{type(error).__name__}: {error}") from None
+
+
+def broken(member: Opened, why: str) -> InputError:
+    return InputError(f"{printable(member.file.path)}: its metadata do not describe an adapter ({printable(why)})")
+
+
+def notes(member: Opened) -> list[Note]:
+    """What a user of the adapter should know."""
+    base = member.about.get("base")
+    return [] if base else [Note("base-unknown", "the adapter did not say which base it belongs to")]

@@ -1,0 +1,103 @@
+"""What the small file of an adapter says and carries besides its cores, so that `expand` needs nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loratool.adapters.adapter import StoredTensor
+from loratool.adapters.formats import format_of
+from loratool.adapters.formats.format import Parts
+from loratool.adapters.layers import Contents, Form
+from loratool.adapters.ranks import evened
+from loratool.adapters.writer import Carried, carried_over, dtype_name, files_beside
+from loratool.files.tensor_writer import TensorFile, Triple
+from loratool.lazy import Tensor, torch
+from loratool.notes import Note
+from loratool.reworking.compressing.files import ABOUT, DIGEST, MARK, OTHER, VERSION, form_record
+from loratool.reworking.dialects import Manner, dialect_of
+from loratool.templates import listed
+
+NO_DIGEST = "0" * 64  # until that of the shared file is known
+
+
+@dataclass(frozen=True)
+class Member:
+    """An adapter on its way into its small file."""
+
+    source: Contents
+    about: Mapping[str, Any]
+    carried: Carried
+    notes: tuple[Note, ...]
+
+    @classmethod
+    def of(
+        cls, source: Contents, before: Contents, manner: Manner, ranks: Mapping[str, int], dtype: torch.dtype
+    ) -> Member:
+        """The adapter `source`, as `before` it took the names of its fleet, with layers of these ranks, 0 for none."""
+        dropped = tuple(target for target, rank in ranks.items() if not rank)
+        kinds = {target: source.layers[target].kind for target, rank in ranks.items() if rank}
+        names = manner.spelling(kinds, source)
+        kept = evened({target: ranks[target] for target in kinds}, names.of_one_rank())
+        carried = carried_over(source, names)
+        forms = {target: Form.of(source.layers[target], rank) for target, rank in kept.items()}
+        parts = Parts(
+            kept,
+            whole_names=bool(dropped),
+            dropped=dropped,
+            dora=source.dora,
+            lora_bias=bool(source.biases),
+            tokens=carried.tokens,
+        )
+        about = {
+            "name": source.name,
+            "base": source.training.base,
+            "dialect": manner.dialect,
+            "release": source.training.release if manner.form is format_of(source.adapter) else "",
+            "dtype": str(dtype).removeprefix("torch."),
+            "layers": {target: form_record(form) for target, form in forms.items()},
+            "config": names.describe([source.adapter], parts),
+            "header": manner.draft(forms, names, dtype, carried, [source]).header(kept),
+        }
+        return cls(source, about, carried, tuple(remarks(source, before, manner, dropped)))
+
+    def announced(self) -> Iterator[Triple]:
+        for name, dtype, shape in self.carried.announced():
+            yield OTHER + name, dtype, shape
+
+    def metadata(self) -> dict[str, str]:
+        return {MARK: VERSION, DIGEST: NO_DIGEST, ABOUT: json.dumps(self.about)}
+
+    def carry(self, file: TensorFile) -> None:
+        """Write all that is not a factor."""
+        for name, tensor in self.carried.tensors.items():
+            if isinstance(tensor, StoredTensor):
+                file.copy(OTHER + name, tensor.file, tensor.info)
+            else:
+                add(file, OTHER + name, tensor)
+
+
+def add(file: TensorFile, name: str, tensor: Tensor) -> None:
+    """Append a tensor."""
+    content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    file.add(name, dtype_name(tensor), tuple(tensor.shape), content)
+
+
+def remarks(source: Contents, before: Contents, manner: Manner, dropped: tuple[str, ...]) -> Iterator[Note]:
+    """What is not in the small file as it was."""
+    for note in source.remarks:
+        yield note.under(source.name)
+    if dropped:
+        text = f"{len(dropped)} layers get no directions and are left out: {listed(dropped)}"
+        yield Note("layers-left-out", text).under(source.name)
+    if source.dora:
+        text = "DoRA: the error of ΔW does not bound that of the merged weight; its magnitudes are kept"
+        yield Note("dora-error-unbounded", text).under(source.name)
+    if (own := dialect_of(before, None)) != manner.dialect:
+        text = f"is {own}, and expand writes it as {manner.dialect}, the dialect of the fleet"
+        yield Note("expands-in-another-dialect", text).under(source.name)
+    if files := files_beside(source):
+        text = f"other files in its folder are not kept: {listed(sorted(files))}"
+        yield Note("files-not-kept", text).under(source.name)
