@@ -13,6 +13,8 @@ from loratool.commands.merge import MergeAndPushOptions
 from loratool.inspecting.fleet.indexing import IndexOptions
 from loratool.inspecting.inspect import InspectOptions
 from loratool.lineage.recording import RecordOptions
+from loratool.lineage.reproducing import ReproduceOptions
+from loratool.lineage.running import ManifestOptions
 from loratool.merging.in_memory import InMemoryOptions
 from loratool.merging.merge import MergeOptions
 from loratool.merging.options import PlanOptions
@@ -51,6 +53,8 @@ COMMANDS: dict[str, type[Options]] = {
     "PushKeywords": PushOptions,
     "VerifyKeywords": VerifyOptions,
     "RecordKeywords": RecordOptions,
+    "ReproduceKeywords": ReproduceOptions,
+    "ManifestKeywords": ManifestOptions,
 }
 HEAD = '''"""The keywords of the library's functions, for type checkers: written by docs/generate_keywords.py."""
 

@@ -40,8 +40,10 @@ EXPORTS = {
     "PushReport": "results.push",
     "RebaseReport": "results.rebase",
     "Record": "results.record",
+    "ReproduceReport": "results.reproduce",
     "RescaleReport": "results.rescale",
     "ResizeReport": "results.resize",
+    "RunReport": "results.run",
     "StorageError": "errors",
     "StreamReport": "results.stream",
     "UsageError": "errors",
@@ -68,8 +70,10 @@ EXPORTS = {
     "read_adapter": "adapters.formats",
     "rebase": "commands.rebase",
     "record": "commands.record",
+    "reproduce": "commands.reproduce",
     "rescale": "commands.rescale",
     "resize": "commands.resize",
+    "run": "commands.run",
     "stream": "commands.merge",
     "verify": "commands.verify",
 }
@@ -99,8 +103,10 @@ if TYPE_CHECKING:
     from loratool.commands.push import push as push
     from loratool.commands.rebase import rebase as rebase
     from loratool.commands.record import record as record
+    from loratool.commands.reproduce import reproduce as reproduce
     from loratool.commands.rescale import rescale as rescale
     from loratool.commands.resize import resize as resize
+    from loratool.commands.run import run as run
     from loratool.commands.verify import verify as verify
     from loratool.errors import (
         FitError as FitError,
@@ -129,8 +135,10 @@ if TYPE_CHECKING:
     from loratool.results.push import PushReport as PushReport
     from loratool.results.rebase import RebaseReport as RebaseReport
     from loratool.results.record import Record as Record
+    from loratool.results.reproduce import ReproduceReport as ReproduceReport
     from loratool.results.rescale import RescaleReport as RescaleReport
     from loratool.results.resize import ResizeReport as ResizeReport
+    from loratool.results.run import RunReport as RunReport
     from loratool.results.stream import StreamReport as StreamReport
     from loratool.results.verify import Verification as Verification
 

@@ -47,6 +47,8 @@ COMMANDS = {  # name, which is its module's too → what the list of commands sa
     "compare": "Measure how similar adapters are and how much they interfere.",
     "estimate": "Estimate an adapter's size and training memory before training it.",
     "record": "Print what an output was made of, as a bill of materials.",
+    "reproduce": "Repeat the run that made an output, and compare all bytes.",
+    "run": "Do the steps of a manifest, as far as they are not up to date.",
     "push": "Upload a finished model or adapter to the Hub.",
     "demo": "Build a small base and adapter, merge them and check the result.",
     "help": "Explain a topic, such as operands, memory or exit-codes.",
@@ -54,10 +56,13 @@ COMMANDS = {  # name, which is its module's too → what the list of commands sa
 }
 
 
+MODULES = {"run": "manifest"}  # of commands whose module has another name
+
+
 @cache
 def command(name: str) -> click.Command:
     """A command by its name."""
-    return forgiving(getattr(import_module(f"loratool.cli.{name}"), name))
+    return forgiving(getattr(import_module(f"loratool.cli.{MODULES.get(name, name)}"), name))
 
 
 class Commands(click.Group):

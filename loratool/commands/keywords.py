@@ -295,3 +295,15 @@ class RecordKeywords(TypedDict, total=False):
     """Of RecordOptions."""
 
     format: str
+
+
+class ReproduceKeywords(OverwriteKeywords, total=False):
+    """Of ReproduceOptions."""
+
+    folders: Sequence[str | os.PathLike[str]] | str | os.PathLike[str] | None
+
+
+class ManifestKeywords(TypedDict, total=False):
+    """Of ManifestOptions."""
+
+    dry_run: bool

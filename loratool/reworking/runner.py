@@ -109,7 +109,7 @@ def run(
     options: FactorOptions,
     progress: Progress | None = None,
 ) -> Rest:
-    """Write what `maker` makes of `inputs` under `target`; after a dry run nothing is there. `progress` counts layers."""
+    """Write what `maker` makes of `inputs` under `target`; after a dry run nothing is written. `progress` counts layers."""
     draft = maker.draft()
     header = draft.header({target: form.rank for target, form in draft.forms.items()})
     if not draft.names.form.config_name:

@@ -1,0 +1,39 @@
+"""`loratool run`: the steps of a manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from loratool.commands.makers import MAKERS
+from loratool.lineage import running
+from loratool.lineage.running import ManifestOptions
+from loratool.options.described import keyword_options, made_of
+from loratool.results.run import RunReport, StepReport
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from loratool.commands.keywords import ManifestKeywords
+    from loratool.measuring.session import PathLike
+
+
+@keyword_options(ManifestOptions)
+def run(
+    manifest: PathLike, *, progress: Callable[[StepReport], None] | None = None, **keywords: Unpack[ManifestKeywords]
+) -> RunReport:
+    """Do the steps of a manifest, a YAML file, as far as their outputs are not what they would be.
+
+    A step is up to date if its output has the digests of its record, and the record has the options of the step and the
+    digests of its inputs. After an interruption, the same call continues.
+
+    Args:
+        manifest: the file; paths in it start from its folder.
+        progress: called with the report of each step when it is done.
+
+    Raises:
+        UsageError: an output exists that loratool did not make.
+        InputError: the manifest is malformed; the message names line and step.
+        LoratoolError: as the command of a step.
+    """
+    return running.run(manifest, made_of(ManifestOptions, keywords, "run"), MAKERS, progress)

@@ -1,0 +1,136 @@
+"""`run()`: the steps of a manifest, of which only those are done whose output is not what it would be."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from loratool.errors import InputError, LoratoolError, UsageError, printable
+from loratool.fetching import local
+from loratool.fetching.bases import AUTO
+from loratool.files.digests import read_recorded
+from loratool.files.process import peak_memory
+from loratool.lineage.locating import Wanted, why_unlike_facts
+from loratool.lineage.makers import Makers
+from loratool.lineage.manifest import Step, read_manifest
+from loratool.options.described import FLAG, Options, option
+from loratool.provenance import record as records
+from loratool.provenance.invocations import invocation
+from loratool.provenance.recorded import inputs_of, record_at
+from loratool.results.base import Cost
+from loratool.results.run import MADE, TO_MAKE, TO_SEE, UP_TO_DATE, RunReport, StepReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManifestOptions(Options):
+    """Of `run`."""
+
+    dry_run: bool = option(
+        help="Show which steps would be done, and why; write nothing.", default=False, kind=FLAG, recorded=False
+    )
+
+
+def run(
+    manifest: str | os.PathLike[str],
+    options: ManifestOptions,
+    makers: Makers,
+    told: Callable[[StepReport], None] | None = None,
+) -> RunReport:
+    """Do what is stale of a manifest; `loratool.commands.run` says all of it. `told` is called after each step."""
+    started = time.monotonic()
+    path = Path(manifest)
+    steps = read_manifest(path, makers)
+    check_outputs(steps)
+    done: list[StepReport] = []
+    for step in steps:
+        pending = {each.out for each in done if each.status in (TO_MAKE, TO_SEE)}
+        done.append(looked_at(step, pending) if options.dry_run else seen_to(step))
+        if told is not None:
+            told(done[-1])
+    cost = Cost("", time.monotonic() - started, peak_memory=peak_memory())
+    return RunReport(manifest=path, steps=tuple(done), dry_run=options.dry_run, cost=cost)
+
+
+def check_outputs(steps: Collection[Step]) -> None:
+    """Raise `UsageError` where outputs are there that no step may replace, before anything is done."""
+    foreign = [step for step in steps if os.path.lexists(step.out) and not made_here(step.out)]
+    if foreign:
+        raise UsageError(
+            "these outputs exist and were not made by loratool, so no step replaces them:",
+            (f"{step.where}: {printable(step.out)}" for step in foreign),
+        )
+
+
+def made_here(out: Path) -> bool:
+    try:
+        return isinstance(record_at(out).get("made_by"), str)
+    except LoratoolError:
+        return False
+
+
+def looked_at(step: Step, pending: Collection[Path]) -> StepReport:
+    """What would be done of a step; `pending` are outputs of earlier steps that may come out different."""
+    waits = [each for each in step.inputs if Path(each) in pending]
+    reason = "" if waits and os.path.lexists(step.out) else "its output is missing" if waits else why_stale(step)
+    status = TO_MAKE if reason else TO_SEE if waits else UP_TO_DATE
+    return report(step, status, reason)
+
+
+def seen_to(step: Step) -> StepReport:
+    """A step, done where it is stale."""
+    reason = why_stale(step)
+    if reason:
+        try:
+            step.make(overwrite=os.path.lexists(step.out))
+        except LoratoolError as error:
+            raise type(error)(f"{step.where}: {error.message}", error.problems, error.hint) from None
+    return report(step, MADE if reason else UP_TO_DATE, reason)
+
+
+def report(step: Step, status: str, reason: str) -> StepReport:
+    try:
+        digests = {printable(name): str(digest) for name, digest in read_recorded(record_at(step.out)).items()}
+    except LoratoolError:
+        digests = {}
+    return StepReport(step.number, step.command, step.out, status, reason, digests)
+
+
+def why_stale(step: Step) -> str:
+    """Empty where the output of a step is what the step would make of its inputs as they are; else what is not."""
+    try:
+        record = record_at(step.out)
+    except InputError:
+        return "its output is missing"
+    wanted = invocation(step.command, [resolved(step, word) for word in step.inputs], step.options)
+    if record.get("made_by") != f"loratool {step.command}":
+        return f"its output was made by {printable(record.get('made_by'))}"
+    before, now = record.get("options"), wanted["options"]
+    if not isinstance(before, dict):
+        return "its record has no options"
+    if keys := sorted(key for key in {*before, *now} if before.get(key) != now.get(key)):
+        return f"changed: {', '.join(map(printable, keys))}"
+    if AUTO not in step.inputs and record.get("operands") != wanted["operands"]:
+        return "it has other inputs"
+    for word, (role, entry) in zip(step.inputs, inputs_of(record), strict=False):
+        if word == AUTO:
+            continue  # which the adapters name
+        place = resolved(step, word)
+        home = place if place.is_dir() else place.parent
+        for name, facts in Wanted(word, role, entry).files.items():
+            if reason := why_unlike_facts(home / name, facts):
+                return f"{printable(word)}: {printable(name)} {reason}"
+    folder, only = (step.out.parent, step.out.name) if step.out.is_file() else (step.out, "")
+    if problems := records.compare(folder, only).problems:
+        return f"its output was changed: {problems[0]}"
+    return ""
+
+
+def resolved(step: Step, word: str) -> Path:
+    """An input's place on this disk."""
+    if word == AUTO or os.path.lexists(word):
+        return Path(word)
+    is_model = "base" in step.maker.operands and word == step.inputs[0]
+    return local(word, "model" if is_model else "any")

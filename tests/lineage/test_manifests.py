@@ -1,0 +1,192 @@
+"""`loratool run` does the steps of a manifest, and of those only what is not up to date by digests."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from malformed import write_adapter, write_base
+
+import loratool
+from loratool import cli
+from loratool.results.run import RunReport
+
+MANIFEST = """\
+# half of a style, in a base
+steps:
+- rescale: {adapter: ./style, scale: 0.5, output: ./half}
+- merge: {base: ./base, adapters: [./half], output: ./made}
+- resize:
+    adapter: ./half
+    rank: 1
+    output: ./small
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A manifest whose steps have been done, from another folder."""
+    home = tmp_path_factory.mktemp("manifest")
+    write_base(home / "base")
+    write_adapter(home / "style")
+    (home / "models.yaml").write_text(MANIFEST)
+    report = loratool.run(home / "models.yaml")
+    assert statuses(report) == ["made"] * 3
+    return home
+
+
+@pytest.fixture
+def home(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(finished, tmp_path / "home")
+
+
+def statuses(report: RunReport) -> list[str]:
+    return [step.status for step in report.steps]
+
+
+def files(home: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file with its inode, which another file of the same name does not have."""
+    every = (path for path in home.rglob("*") if path.is_file())
+    return {path.relative_to(home).as_posix(): (path.stat().st_ino, path.read_bytes()) for path in every}
+
+
+def test_the_outputs_are_those_of_the_library(finished: Path, tmp_path: Path) -> None:
+    loratool.rescale(finished / "style", tmp_path / "half", scale=0.5)
+    loratool.merge(finished / "base", [tmp_path / "half"], tmp_path / "made", digests="full")
+    for name in ("half", "made"):
+        made = {path.name: path.read_bytes() for path in (finished / name).iterdir()}
+        assert made == {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+
+
+def test_what_is_up_to_date_is_left_as_it_is(home: Path) -> None:
+    before = files(home)
+    report = loratool.run(home / "models.yaml")
+    assert statuses(report) == ["up-to-date"] * 3
+    assert files(home) == before
+    roots = json.loads((home / "made" / "loratool.json").read_bytes())["files"]["model.safetensors"]["root"]
+    assert report.steps[1].digests["model.safetensors"] == roots
+
+
+def test_a_change_of_an_option_reaches_all_that_is_made_of_it(home: Path) -> None:
+    manifest = home / "models.yaml"
+    manifest.write_text(MANIFEST.replace("scale: 0.5", "scale: 2"))
+    before = files(home)
+    plan = loratool.run(manifest, dry_run=True)
+    assert statuses(plan) == ["to-make", "to-see", "to-see"]
+    assert plan.steps[0].reason == "changed: scale"
+    assert files(home) == before
+    report = loratool.run(manifest)
+    assert statuses(report) == ["made"] * 3
+    assert "half: adapter_config.json differs" in report.steps[1].reason
+    assert statuses(loratool.run(manifest)) == ["up-to-date"] * 3
+
+
+def test_only_what_depends_on_an_input_that_changed_is_done_again(home: Path) -> None:
+    """One bit of the base is another; its header is the same."""
+    raw = bytearray((home / "base" / "model.safetensors").read_bytes())
+    raw[-2] ^= 1
+    (home / "base" / "model.safetensors").write_bytes(raw)
+    report = loratool.run(home / "models.yaml")
+    assert statuses(report) == ["up-to-date", "made", "up-to-date"]
+    assert "base: model.safetensors differs" in report.steps[1].reason
+
+
+def test_a_step_that_comes_out_the_same_again_makes_nothing_else_stale(home: Path) -> None:
+    shutil.rmtree(home / "half")
+    assert statuses(loratool.run(home / "models.yaml", dry_run=True)) == ["to-make", "to-see", "to-see"]
+    assert statuses(loratool.run(home / "models.yaml")) == ["made", "up-to-date", "up-to-date"]
+
+
+def test_an_output_that_was_damaged_is_made_again(home: Path) -> None:
+    before = files(home)
+    (home / "small" / "adapter_model.safetensors").write_bytes(b"")
+    report = loratool.run(home / "models.yaml")
+    assert statuses(report) == ["up-to-date", "up-to-date", "made"]
+    assert {name: content for name, (_, content) in files(home).items()} == {n: c for n, (_, c) in before.items()}
+
+
+def test_after_a_step_that_fails_the_next_run_continues_with_it(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(home / "half")
+    shutil.rmtree(home / "made")
+    config = (home / "base" / "model.safetensors").read_bytes()
+    (home / "base" / "model.safetensors").write_bytes(b"damaged")
+    assert cli.run(["run", str(home / "models.yaml")]) == 3
+    assert "step 2 (merge)" in capsys.readouterr().err
+    (home / "base" / "model.safetensors").write_bytes(config)
+    assert statuses(loratool.run(home / "models.yaml")) == ["up-to-date", "made", "up-to-date"]
+
+
+def test_what_loratool_did_not_make_is_never_replaced(home: Path) -> None:
+    shutil.rmtree(home / "small")
+    shutil.copytree(home / "style", home / "small")
+    (home / "models.yaml").write_text(MANIFEST.replace("scale: 0.5", "scale: 3"))
+    before = files(home)
+    with pytest.raises(loratool.UsageError, match="not made by loratool"):
+        loratool.run(home / "models.yaml")
+    assert files(home) == before
+
+
+WRONG = {
+    "no YAML": ("steps: [", "line 1"),
+    "empty": ("", "is empty"),
+    "no steps": ("models: []", "unknown keys: models"),
+    "an unknown command": ("steps:\n- mrege: {}", "line 2, step 1: unknown command mrege"),
+    "two commands": ("steps:\n- {merge: {}, rescale: {}}", "must have one command"),
+    "an unknown keyword": (
+        "steps:\n- rescale: {adapter: ./style, scael: 2, output: ./x}",
+        "unknown keyword 'scael'; did you mean 'scale'",
+    ),
+    "a bad value": ("steps:\n- resize: {adapter: ./style, rank: many, output: ./x}", "--rank must be"),
+    "no output": ("steps:\n- rescale: {adapter: ./style, scale: 2}", "output is missing"),
+    "no operand": ("steps:\n- rescale: {scale: 2, output: ./x}", "adapter must be a path"),
+    "ours": ("steps:\n- rescale: {adapter: ./style, scale: 2, output: ./x, overwrite: true}", "is decided by"),
+    "a key twice": ("steps:\n- rescale: {adapter: ./style, scale: 2, scale: 3, output: ./x}", "is duplicated"),
+    "code": (
+        "steps:\n- rescale: {adapter: !!python/object/apply:os.system [x], output: ./x}",
+        "could not determine a constructor",
+    ),
+    "a missing input": (
+        "steps:\n- rescale: {adapter: ./nowhere, scale: 2, output: ./x}",
+        "nowhere: no such file or folder",
+    ),
+    "one output twice": (
+        "steps:\n- rescale: {adapter: ./style, scale: 2, output: ./x}\n- rescale: {adapter: ./style, scale: 3, output: ./x}",
+        "step 2 has the output of step 1",
+    ),
+    "the wrong order": (
+        "steps:\n- rescale: {adapter: ./x, scale: 2, output: ./y}\n- rescale: {adapter: ./style, scale: 3, output: ./x}",
+        "step 1 needs",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_manifest_that_is_wrong_is_refused_with_line_and_step_before_anything_is_done(
+    case: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, told = WRONG[case]
+    before = files(finished)
+    manifest = finished / "wrong.yaml"
+    manifest.write_text(text)
+    try:
+        assert cli.run(["run", str(manifest)]) == 3
+        error = capsys.readouterr().err
+        assert "wrong.yaml" in error
+        assert told in error
+    finally:
+        manifest.unlink()
+    assert files(finished) == before
+
+
+def test_everything_that_is_wrong_is_told_at_once(finished: Path) -> None:
+    manifest = finished / "wrong.yaml"
+    manifest.write_text("steps:\n- mrege: {}\n- rescale: {adapter: ./style}\n")
+    try:
+        with pytest.raises(loratool.InputError) as caught:
+            loratool.run(manifest)
+    finally:
+        manifest.unlink()
+    assert len(caught.value.problems) == 2

@@ -1,0 +1,144 @@
+"""`loratool reproduce` does what a record says again, from inputs with the digests of the record and no others."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from malformed import f32, safetensors_bytes, write_adapter, write_base, write_json
+
+import loratool
+from loratool import cli
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, an adapter and a tuned model, and an output of each command."""
+    home = tmp_path_factory.mktemp("runs")
+    write_base(home / "base")
+    write_adapter(home / "adapter")
+    write_adapter(home / "other", lora_alpha=2)
+    loratool.merge(home / "base", home / "adapter", home / "merge", weights=0.5, digests="full", device="cpu")
+    loratool.merge(home / "base", home / "adapter", home / "quick", device="cpu")
+    loratool.rescale(home / "adapter", home / "rescale", scale=0.5, match={"q_proj": 2})
+    loratool.resize(home / "adapter", home / "resize", rank=1, device="cpu")
+    loratool.combine([home / "adapter", home / "other"], home / "combine", weights=[1, -2], device="cpu")
+    loratool.convert(home / "adapter", home / "convert", to="mlx")
+    loratool.extract(home / "base", home / "merge", home / "extract", rank=2, device="cpu")
+    return home
+
+
+@pytest.mark.parametrize("name", ["merge", "quick", "rescale", "resize", "combine", "convert", "extract"])
+def test_every_command_is_repeated_from_inputs_next_to_its_output(name: str, home: Path, tmp_path: Path) -> None:
+    found = loratool.reproduce(home / name, tmp_path / "again")
+    assert (found.passes, found.differences) == (True, ())
+    assert content(tmp_path / "again") == content(home / name)
+    weak = [note.code for note in found.notes]
+    assert weak == (["input-known-by-header"] if name == "quick" else [])
+
+
+def test_inputs_are_found_by_their_digests_under_other_names_and_the_bytes_are_the_same(
+    home: Path, tmp_path: Path
+) -> None:
+    """The record names the inputs, so they get their old names for the run."""
+    shutil.copytree(home / "base", tmp_path / "store" / "models" / "renamed")
+    (tmp_path / "store" / "loras").mkdir()
+    shutil.copy(home / "adapter" / "adapter_model.safetensors", tmp_path / "store" / "loras" / "style.safetensors")
+    shutil.copy(home / "adapter" / "adapter_config.json", tmp_path / "store" / "loras" / "style.json")
+    shutil.copytree(home / "merge", tmp_path / "made")
+    with pytest.raises(loratool.InputError, match="not found"):
+        loratool.reproduce(tmp_path / "made", tmp_path / "again")
+    found = loratool.reproduce(tmp_path / "made", tmp_path / "again", folders=tmp_path / "store")
+    assert found.passes
+    assert [each.how.rpartition(", ")[2] for each in found.inputs] == ["under another name"] * 2
+    assert content(tmp_path / "again") == content(home / "merge")
+
+
+@pytest.mark.parametrize("changed", ["base/model.safetensors", "base/config.json", "adapter/adapter_model.safetensors"])
+def test_an_input_with_other_digests_is_refused_and_nothing_is_written(
+    changed: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("base", "adapter", "merge"):
+        shutil.copytree(home / name, tmp_path / name)
+    raw = bytearray((tmp_path / changed).read_bytes())
+    raw[-2] ^= 1
+    (tmp_path / changed).write_bytes(raw)
+    assert cli.run(["reproduce", str(tmp_path / "merge"), "-o", str(tmp_path / "again")]) == 3
+    told = capsys.readouterr().err
+    assert f"{Path(changed).name} differs from the bytes" in told
+    assert "--from FOLDER" in told
+    assert not (tmp_path / "again").exists()
+
+
+def test_what_differs_is_named(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Here the record claims that another release wrote another config, and a file was edited since."""
+    shutil.copytree(home / "rescale", tmp_path / "rescale")
+    table = json.loads((tmp_path / "rescale" / "loratool.json").read_bytes())
+    table["versions"]["torch"] = "1.0"
+    table["files"]["adapter_config.json"]["sha256"] = "0" * 64
+    write_json(tmp_path / "rescale" / "loratool.json", table)
+    shutil.copytree(home / "adapter", tmp_path / "adapter")
+    words = ["reproduce", str(tmp_path / "rescale"), "-o", str(tmp_path / "again")]
+    assert cli.run([*words, "--json"]) == 5
+    found = json.loads(capsys.readouterr().out)
+    reasons = [(each["name"].rpartition("/")[2], each["reason"]) for each in found["differences"]]
+    assert ("adapter_config.json", "differs from the bytes that were written") in reasons
+    assert ("loratool.json", "differs in versions") in reasons
+    assert any(name == "rescale" and "no longer what its record says" in reason for name, reason in reasons)
+
+
+HOSTILE: dict[str, dict[str, Any]] = {
+    "an option that sends": {"options": {"push_to_hub": "evil/repo"}},
+    "an option that replaces": {"options": {"overwrite": True}},
+    "a file outside": {"options": {"also_load": ["../../secret.safetensors"]}},
+    "an unknown command": {"made_by": "loratool push"},
+    "no options": {"options": None},
+    "more operands than inputs": {"operands": ["./base", "./adapter", "./third"]},
+    "an input without digests": {"base": {"name": "base"}},
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_record_that_asks_for_more_than_a_run_is_refused(case: str, home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "merge", tmp_path / "merge")
+    table = json.loads((tmp_path / "merge" / "loratool.json").read_bytes())
+    write_json(tmp_path / "merge" / "loratool.json", {**table, **HOSTILE[case]})
+    with pytest.raises(loratool.InputError):
+        loratool.reproduce(tmp_path / "merge", tmp_path / "again", folders=home)
+    assert not (tmp_path / "again").exists()
+
+
+def test_the_recorded_command_and_the_recorded_keywords_say_the_same(home: Path) -> None:
+    """Click's reading of the command line is compared with the options and operands of the record."""
+    for name in ("merge", "rescale", "resize", "combine", "convert", "extract"):
+        table = json.loads((home / name / "loratool.json").read_bytes())
+        words = shlex.split(table["command"])
+        context = cli.command(name).make_context(name, words[2:])
+        given = {key: value for key, value in context.params.items() if value not in (None, (), False)}
+        options = {key: value for key, value in given.items() if key in table["options"]}
+        assert options.keys() == table["options"].keys(), name
+        assert [word for word in words[2:] if word in table["operands"]] == table["operands"]
+
+
+def test_a_file_that_stands_alone_is_repeated_by_the_record_in_its_header(tmp_path: Path) -> None:
+
+    module = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    factors = {
+        f"{module}.lora_down.weight": f32(np.ones((2, 4))),
+        f"{module}.lora_up.weight": f32(np.ones((6, 2))),
+        f"{module}.alpha": f32(np.array(2.0)),
+    }
+    (tmp_path / "one.safetensors").write_bytes(safetensors_bytes(factors))
+    loratool.rescale(tmp_path / "one.safetensors", tmp_path / "two.safetensors", scale=2)
+    found = loratool.reproduce(tmp_path / "two.safetensors", tmp_path / "again.safetensors")
+    assert found.passes
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
