@@ -41,7 +41,7 @@ def inspect(
 ) -> None:
     """Show what adapters and checkpoints contain, by default from their headers only.
 
-    A folder of adapters, a quoted pattern such as './runs/*/final', or more than three paths are shown as a table.
+    A folder of adapters, or more than three paths, are shown as a table.
 
     \b
     Examples:
