@@ -31,9 +31,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(models: Path) -> Iterator[HubServer]:
+    """A server that has each folder of `models` as a repository: a test file may have models of its own."""
     with HubServer() as server:
-        server.add("org/base", models / "base")
-        server.add("org/adapter", models / "adapter")
+        for folder in models.iterdir():
+            server.add(f"org/{folder.name}", folder)
         yield server
 
 

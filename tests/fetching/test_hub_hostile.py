@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     faults.make_base(home / "base", shards=SHARDS, hidden=HIDDEN)
     faults.make_adapter(home / "adapter", layers=SHARDS, hidden=HIDDEN, rank=4)
     return home
-
-
-@pytest.fixture
-def hub(models: Path) -> Iterator[HubServer]:
-    with HubServer() as server:
-        server.add("org/base", models / "base")
-        server.add("org/adapter", models / "adapter")
-        yield server
 
 
 @pytest.fixture

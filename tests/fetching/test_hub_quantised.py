@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,14 +50,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(factors, home / "adapter" / "adapter_model.safetensors")
     (home / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
     return home
-
-
-@pytest.fixture
-def hub(models: Path) -> Iterator[HubServer]:
-    with HubServer() as server:
-        server.add("org/base", models / "base")
-        server.add("org/adapter", models / "adapter")
-        yield server
 
 
 @pytest.fixture

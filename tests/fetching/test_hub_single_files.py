@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,14 +40,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.fixture(scope="module")
-def hub(models: Path) -> Iterator[HubServer]:
-    with HubServer() as server:
-        for name in ("gguf", "split", "file"):
-            server.add(f"org/{name}", models / name)
-        yield server
-
-
 @pytest.fixture
 def client(hub: HubServer, tmp_path: Path) -> Client:
     return Client(hub, tmp_path / "home", WRITER)
@@ -61,38 +52,29 @@ def sent(hub: HubServer, repo: str) -> int:
     return sum(each.sent for each in asked if f"/{repo}/" in each.path or each.path.split("/")[2] in blobs)
 
 
-@pytest.mark.parametrize(
-    ("repo", "inside", "files"),
-    [
-        ("org/gguf", ":model-Q8_0.gguf", ["model-Q8_0.gguf"]),
-        ("org/split", "", [f"model-{n:05d}-of-00003.gguf" for n in (1, 2, 3)]),
-        ("org/file", ":model-bf16.safetensors", ["model-bf16.safetensors"]),
-    ],
-)
-def test_a_model_on_the_hub_is_inspected_by_its_header_and_merged(
-    hub: HubServer, client: Client, models: Path, tmp_path: Path, repo: str, inside: str, files: list[str]
+@pytest.mark.parametrize(("repo", "inside"), [("org/gguf", ":model-Q8_0.gguf"), ("org/split", "")])
+def test_a_gguf_model_is_inspected_by_its_header(
+    hub: HubServer, client: Client, models: Path, repo: str, inside: str
 ) -> None:
-    folder = models / repo.removeprefix("org/")
-    base = folder / inside.removeprefix(":")
     told = json.loads(client.works("inspect", repo + inside, "--json").out)["results"][0]
+    base = models / repo.removeprefix("org/") / inside.removeprefix(":")
     here = loratool.inspect(base).to_dict()
-    assert {k: v for k, v in told.items() if k not in ("path", "cost")} == {
-        k: here[k] for k in told if k not in ("path", "cost")
-    }
-    size = sum((folder / name).stat().st_size for name in files)
+    assert {**told, "path": "", "cost": ""} == {**{key: here[key] for key in told}, "path": "", "cost": ""}
+    size = sum(path.stat().st_size for path in ([base] if inside else base.glob("*.gguf")))
     assert sent(hub, repo) < size / 2
-    out = f"out{Path(files[0]).suffix}" if inside else "out"
-    client.works("merge", repo + inside, models / "adapter", "-o", tmp_path / out)
-    assert {name for name in downloaded(hub, repo) if name.endswith((".gguf", ".safetensors"))} == {*files}
-    loratool.merge(base, models / "adapter", tmp_path / f"here{out.removeprefix('out')}", device="cpu")
-    for found in (tmp_path / out).glob("*.gguf") if not inside else [tmp_path / out]:
-        other = tmp_path / f"here{out.removeprefix('out')}" / (found.name if not inside else "")
-        assert found.read_bytes() == other.read_bytes()
 
 
-def test_a_repository_of_several_gguf_models_is_refused_with_the_files(client: Client, models: Path) -> None:
-    told = client.refused("merge", "org/gguf", models / "adapter", "-o", "out", code=3)
-    assert "several GGUF models (model-F16.gguf, model-Q8_0.gguf)" in told
+@pytest.mark.parametrize("place", ["org/gguf:model-Q8_0.gguf", "org/file:model-bf16.safetensors"])
+def test_a_file_of_a_repository_is_merged_into_a_file(
+    hub: HubServer, client: Client, models: Path, tmp_path: Path, place: str
+) -> None:
+    """No other file of the repository is downloaded."""
+    repo, _, name = place.partition(":")
+    out, here = (tmp_path / (which + Path(name).suffix) for which in ("out", "here"))
+    client.works("merge", place, models / "adapter", "-o", out)
+    assert {each for each in downloaded(hub, repo) if each.endswith((".gguf", ".safetensors"))} == {name}
+    loratool.merge(models / repo.removeprefix("org/") / name, models / "adapter", here, device="cpu")
+    assert out.read_bytes() == here.read_bytes()
 
 
 def test_a_gguf_model_is_streamed(hub: HubServer, client: Client, models: Path, tmp_path: Path) -> None:

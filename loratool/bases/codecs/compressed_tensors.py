@@ -23,7 +23,7 @@ from typing import Any
 
 from loratool.adapters.patterns import search_names
 from loratool.bases.codecs.fp8 import Block
-from loratool.bases.codecs.mixed import leftovers, note_unlisted, stacks_left, with_entries
+from loratool.bases.codecs.mixed import complete, note_unlisted, stacks_left, with_entries
 from loratool.bases.codecs.numbers import FP4, FP6, FP8, INT8, Numbers, offset_integers
 from loratool.bases.codecs.parameters import POWERS, SCALES
 from loratool.bases.codecs.parts import Finder, read_whole, told
@@ -97,8 +97,7 @@ class CompressedTensors(Codec):
                 if (weight := weight_of(finder, module, parts, schemes_by_module[module], Room(sources))) is not None:
                     found[f"{module}.weight"] = weight
         note_unlisted(finder, found, lambda names: in_list(ignored(settings.values), names), "ignore")
-        finder.refuse(self.title, WAY_OUT)
-        return Packing(found, leftovers(base, found, LEFTOVERS))
+        return complete(finder, found, LEFTOVERS, self.title, WAY_OUT)
 
     def left_plain(
         self,
@@ -224,7 +223,7 @@ def weight_of(
     packed, plain = parts.get("weight_packed"), parts.get("weight")
     if plain is not None and (packed is not None or plain.dtype in FLOAT_NAMES):
         other = f"{module}.{next(ending for ending in ENDINGS if ending in parts)}"
-        finder.note(name, f"is {told(plain)}, but {printable(other)} exists too: it must be either plain or packed")
+        finder.note_both(name, other)
         return None
     if packed is None and plain is None:
         there = printable(f"{module}.{next(ending for ending in ENDINGS if ending in parts)}")

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from loratool.adapters.patterns import search_names
-from loratool.bases.codecs.mixed import leftovers, note_unlisted, stacks_left, with_entries
+from loratool.bases.codecs.mixed import complete, note_unlisted, stacks_left, with_entries
 from loratool.bases.codecs.numbers import FP4, FP8
 from loratool.bases.codecs.parameters import POWERS, SCALES
 from loratool.bases.codecs.parts import Finder, told
@@ -52,12 +52,9 @@ class Fp8(Codec):
                 if weight is not None:
                     found[name] = weight
             elif info.dtype in FLOAT_NAMES and len(info.shape) > 1 and (scales := scales_of(base, name)):
-                finder.note(
-                    name, f"is {told(info)}, but {printable(scales)} exists too: it must be either plain or packed"
-                )
+                finder.note_both(name, scales)
         note_unlisted(finder, found, lambda modules: listed(settings, modules), LISTS[0])
-        finder.refuse(self.title, WAY_OUT)
-        return Packing(found, leftovers(base, found, LEFTOVERS))
+        return complete(finder, found, LEFTOVERS, self.title, WAY_OUT)
 
     def left_plain(
         self,

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.bases.codecs.fp8 import scale_names
-from loratool.bases.codecs.mixed import leftovers
+from loratool.bases.codecs.mixed import complete
 from loratool.bases.codecs.numbers import FP8, FP8_E5M2, Numbers
 from loratool.bases.codecs.parameters import SCALES
 from loratool.bases.codecs.parts import Finder, bytes_of, told
@@ -95,8 +95,7 @@ class Fp8Files(Codec):
             layer, scale = name.removesuffix(".weight"), scale_of(base, name)
             said = formats.get(layer, "") if layer != name else ""
             if info.dtype in FLOAT_NAMES and (more := scale or (f"{layer}.{SAYS}" if said else "")):
-                text = f"is {told(info)}, but {printable(more)} exists too: it must be either plain or packed"
-                finder.note(name, text)
+                finder.note_both(name, more)
             elif said and FORMATS.get(said) != info.dtype:
                 unread[name] = f"ComfyUI's {printable(said)}"
             elif said and not scale:
@@ -107,9 +106,8 @@ class Fp8Files(Codec):
                 unread[name] = OTHER_SCALES
             elif info.dtype in NUMBERS and (weight := weight_of(finder, name, info, scale)) is not None:
                 found[name] = weight
-        finder.refuse(self.title, WAY_OUT)
         marks = [name for name in base.tensors if name.rpartition(".")[2] == MARK]
-        packing = Packing(found, leftovers(base, found, LEFTOVERS), unread, marks)
+        packing = replace(complete(finder, found, LEFTOVERS, self.title, WAY_OUT), unread=unread, marks=marks)
         return packing if found or unread else None
 
     def left_plain(

@@ -44,6 +44,12 @@ def note_unlisted(
             )
 
 
+def complete(finder: Finder, found: Mapping[str, Packed], endings: Sequence[str], title: str, way_out: str) -> Packing:
+    """What was found, with the tensors beside it that have these endings. Raises `InputError` where anything is wrong."""
+    finder.refuse(title, way_out)
+    return Packing(found, leftovers(finder.base, found, endings))
+
+
 def stacks_left(packing: Packing, plain: Collection[str]) -> list[str]:
     """The modules of a layer's experts, `….mlp.experts`, of which no weight stays packed where those in `plain` do not."""
     left = {stack_of(name) for name in plain} - {stack_of(name) for name in packing.weights.keys() - set(plain)}

@@ -23,7 +23,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from loratool.bases.codecs.fp8 import Block
-from loratool.bases.codecs.mixed import leftovers, note_unlisted, stacks_left, with_entries
+from loratool.bases.codecs.mixed import complete, note_unlisted, stacks_left, with_entries
 from loratool.bases.codecs.numbers import FP4, FP4_OF_TWO_ROWS, FP8, INT4_OF_TWO_ROWS, INT8, Numbers
 from loratool.bases.codecs.parameters import SCALES
 from loratool.bases.codecs.parts import Finder, told
@@ -85,12 +85,9 @@ class ModelOpt(Codec):
                 if weight is not None:
                     found[name] = weight
             elif info.dtype in FLOAT_NAMES and scales:
-                finder.note(
-                    name, f"is {told(info)}, but {printable(scales.name)} exists too: it must be either plain or packed"
-                )
+                finder.note_both(name, scales.name)
         note_unlisted(finder, found, lambda modules: in_lists(settings, modules), "ignore")
-        finder.refuse(self.title, WAY_OUT)
-        return Packing(found, leftovers(base, found, LEFTOVERS))
+        return complete(finder, found, LEFTOVERS, self.title, WAY_OUT)
 
     def left_plain(
         self,

@@ -147,9 +147,7 @@ class Mxfp4(Codec):
             if whole != name and f"{whole}_blocks" not in base.tensors:
                 finder.note(f"{whole}_blocks", f"is missing, but {printable(name)} exists")
             if info.dtype in FLOAT_NAMES and name in found:
-                finder.note(
-                    name, f"is {told(info)}, but {printable(name)}_blocks exists too: it must be either plain or packed"
-                )
+                finder.note_both(name, f"{name}_blocks")
         finder.refuse(self.title, WAY_OUT)
         return Packing(found)
 

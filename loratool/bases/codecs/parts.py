@@ -44,6 +44,11 @@ class Finder:
         """Something that is wrong with a tensor."""
         self.problems.append(f"{printable(name)}: {problem}")
 
+    def note_both(self, name: str, other: str) -> None:
+        """A tensor is plain, and what packed ones have is there as well."""
+        found = told(self.base.tensors[name])
+        self.note(name, f"is {found}, but {printable(other)} exists too: it must be either plain or packed")
+
     def refuse(self, title: str, way_out: str) -> None:
         """Raise `InputError` where anything is wrong, with all of it."""
         if self.problems:
