@@ -40,6 +40,7 @@ NAMES = {
     "combine": "{adapters}",
     "convert": "{adapter}-{dialect}{server}",
     "extract": "{tuned}-adapter",
+    "reproduce": "again",
 }
 MOST_NAMED = 3  # operands that such a name is made of
 FOR_PROGRAMS = ("--json", "-q", "--quiet")  # words that a command to be typed by a person does without

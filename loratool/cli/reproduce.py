@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from loratool.cli.options import PATH, click_options, output_options
+from loratool.cli.options import OUT, PATH, click_options, output_options
 from loratool.cli.screen import Screen
 from loratool.errors import escaped, printable
 from loratool.lineage.reproducing import ReproduceOptions
@@ -14,7 +14,7 @@ from loratool.lineage.reproducing import ReproduceOptions
 
 @click.command()
 @click.argument("made", type=PATH)
-@click.option("-o", "--output", "out", type=PATH, required=True, metavar="OUT", help="Output folder.")
+@OUT
 @click_options(ReproduceOptions)
 @output_options
 def reproduce(made: Path, out: Path, options: ReproduceOptions, screen: Screen) -> None:

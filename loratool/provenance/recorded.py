@@ -30,10 +30,10 @@ KEPT_OF_INPUT = ("name", "hub", "id", *LICENCE, "format", "weight", "rank", "sha
 def record_at(place: Path) -> dict[str, Any]:
     """The record of a folder or of one file; raises `InputError` where there is none that can be read."""
     folder, only = (place, "") if place.is_dir() else (place.parent, place.name)
-    path = place if place.suffix == ".json" and place.is_file() else record_for(folder, only)
+    path = record_for(folder, only)
     if path.is_file():
         return read_json(path, LARGEST_RECORD)
-    if only and place.is_file() and place.suffix != ".json" and (told := in_header(place)):
+    if only and place.is_file() and (told := in_header(place)):
         return told
     if not place.exists():
         raise InputError(f"{printable(place)}: no such file or folder")
