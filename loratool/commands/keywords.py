@@ -152,7 +152,15 @@ class DialectKeywords(TypedDict, total=False):
     to: str | None
 
 
-class RescaleKeywords(BlockKeywords, FactorKeywords, DialectKeywords, ReadingKeywords, PublishKeywords, total=False):
+class OutputDialectKeywords(DialectKeywords, total=False):
+    """Of OutputDialect."""
+
+    base: str | os.PathLike[str] | None
+
+
+class RescaleKeywords(
+    BlockKeywords, FactorKeywords, OutputDialectKeywords, ReadingKeywords, PublishKeywords, total=False
+):
     """Of RescaleOptions."""
 
     scale: float | None
@@ -164,7 +172,9 @@ class RescaleKeywords(BlockKeywords, FactorKeywords, DialectKeywords, ReadingKey
     bake: bool
 
 
-class ResizeKeywords(FactorKeywords, DialectKeywords, ReadingKeywords, DeviceKeywords, PublishKeywords, total=False):
+class ResizeKeywords(
+    FactorKeywords, OutputDialectKeywords, ReadingKeywords, DeviceKeywords, PublishKeywords, total=False
+):
     """Of ResizeOptions."""
 
     rank: int | None
@@ -179,7 +189,7 @@ class ResizeKeywords(FactorKeywords, DialectKeywords, ReadingKeywords, DeviceKey
 
 
 class CombineKeywords(
-    BlockKeywords, FactorKeywords, DialectKeywords, ReadingKeywords, DeviceKeywords, PublishKeywords, total=False
+    BlockKeywords, FactorKeywords, OutputDialectKeywords, ReadingKeywords, DeviceKeywords, PublishKeywords, total=False
 ):
     """Of CombineOptions."""
 

@@ -37,7 +37,8 @@ class ConvertReport(Written):
     layers: int  # of the output
     ranks: Mapping[str, int]  # of the output's layers
     dtype: str
-    worst: str  # the target with the largest error; empty where none was measured
+    beside: Mapping[str, float]  # the same error of what is no layer: biases, tensors saved whole, token rows
+    worst: str  # the target with the largest error, of either; empty where none was measured
     lost: tuple[Note, ...]  # what the output does not hold
     notes: tuple[Note, ...]
 
@@ -67,9 +68,10 @@ class ConvertReport(Written):
         """The worst layer, as it was read back."""
         if not self.worst:
             return [("proof", "not read back, for nothing was written")]
-        layer, exact = self.modules[self.worst], [x for x in self.modules.values() if x.norm is None and not x.error]
-        error = f"‖ΔW − ΔW'‖ / ‖ΔW‖ = {layer.error:.2g}, at {printable(self.worst)}"
-        if len(exact) == len(self.modules):
+        layers = self.modules.values()
+        largest = self.beside[self.worst] if self.worst in self.beside else self.modules[self.worst].error
+        error = f"‖ΔW − ΔW'‖ / ‖ΔW‖ = {largest:.2g}, at {printable(self.worst)}"
+        if all(layer.norm is None and not layer.error for layer in layers) and not any(self.beside.values()):
             error = "every layer has the same factors, byte for byte, and the same scale"
         return [("proof", f"read back: {error}")]
 

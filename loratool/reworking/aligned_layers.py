@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from loratool.adapters.adapter import StoredTensor, same_values
@@ -16,6 +17,7 @@ from loratool.adapters.formats.format import Spelling
 from loratool.adapters.layers import Contents, Kind, Layer, contents_of
 from loratool.adapters.ranks import by_pattern
 from loratool.adapters.reading import Reading
+from loratool.adapters.unsettled import settled
 from loratool.adapters.writer import Carried, add_missing_biases, torch_dtype
 from loratool.algebra.lowrank.products import Product
 from loratool.algebra.methods.coefficients import cancel
@@ -25,6 +27,7 @@ from loratool.lazy import Tensor, torch
 from loratool.notes import Note
 from loratool.reworking.renaming import named_alike
 
+NONE: Mapping[str, Any] = MappingProxyType({})
 SAVED = ("refuse", "first", "mean")  # what to do where adapters have saved different values for one tensor
 Weight = float | Mapping[str, float]  # of an adapter; by pattern, with "default" for what none matches
 
@@ -44,12 +47,17 @@ class AlignedLayer:
         return Product(found.down.mT, found.up.mT, found.rounding) if self.turned else found
 
 
-def contents_apart(paths: Sequence[Path], ways: Sequence[Reading], command: str) -> list[Contents]:
-    """What adapters hold, for a command that takes several, with names that tell them apart; raises as reading them does."""
+def contents_apart(
+    paths: Sequence[Path], ways: Sequence[Reading], command: str, config: Mapping[str, Any] = NONE
+) -> list[Contents]:
+    """What adapters of a model with a config hold, for a command that takes several, with names that tell them apart.
+
+    Raises as reading them does.
+    """
     seen: Counter[str] = Counter()
     found = []
     for path, way in zip(paths, ways, strict=True):
-        source = contents_of(read_adapter(path, way), command, as_products=True)
+        source = contents_of(settled(read_adapter(path, way), config), command, as_products=True)
         seen[source.name] += 1
         more = f" ({seen[source.name]})" if seen[source.name] > 1 else ""
         found.append(dataclasses.replace(source, adapter=dataclasses.replace(source.adapter, name=source.name + more)))

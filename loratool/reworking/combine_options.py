@@ -18,7 +18,7 @@ from loratool.files.inputs import json_value
 from loratool.options.described import FLAG, NUMBER, SWITCH, Choice, JsonFile, Kind, Number, option
 from loratool.options.shared import BlockOption, DeviceOption, PublishOptions
 from loratool.reworking.aligned_layers import SAVED, Weight
-from loratool.reworking.dialects import DialectOption
+from loratool.reworking.dialects import OutputDialect
 
 MATCHES = ("none", "mean", "max", "sum")
 POLICIES = ("truncate", "ctm")
@@ -50,7 +50,7 @@ class WeightOf(Kind):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CombineOptions(BlockOption, FactorOptions, DialectOption, ReadingOptions, DeviceOption, PublishOptions):
+class CombineOptions(BlockOption, FactorOptions, OutputDialect, ReadingOptions, DeviceOption, PublishOptions):
     """Of `combine`."""
 
     method: str = option(

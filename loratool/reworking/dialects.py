@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,14 +12,18 @@ from loratool.adapters.formats import DIALECTS, WRITTEN, format_of
 from loratool.adapters.formats.format import Format, Spelling
 from loratool.adapters.layers import Contents, Form, Kind, Layer
 from loratool.adapters.writer import Carried
-from loratool.algebra.lowrank.products import Product, padded
+from loratool.algebra.lowrank.products import Product
 from loratool.algebra.updates.additive import LowRank
-from loratool.errors import FitError, printable
+from loratool.algebra.updates.experts import ExpertFactors
+from loratool.bases.opening import open_checkpoint
+from loratool.errors import FitError, InputError, printable
+from loratool.fetching import local
+from loratool.files.checkpoint import Checkpoint
 from loratool.lazy import Tensor, torch
 from loratool.notes import Note
-from loratool.options.described import Choice, Options, option
-from loratool.reworking.converting.naming import LAYOUTS, hint_of, respelled
-from loratool.reworking.converting.rows import Target, joined
+from loratool.options.described import Choice, Options, PathKind, option
+from loratool.reworking.converting.naming import hint_of, respelled
+from loratool.reworking.converting.rows import Target
 from loratool.reworking.runner import Draft
 
 # Dialects that are read and not written → one that their tools read.
@@ -72,24 +77,59 @@ class Manner:
         return Draft(forms, names, dtype, carried, sources=adapters, architecture=self.architecture)
 
 
-def dialect_of(source: Contents, asked: str | None) -> str:
-    """The dialect that is asked for, or that of an adapter, or one that the same tools read."""
-    if asked is not None:
-        return asked
-    own = next(iter(source.adapter.dialects), "")
+@dataclass(frozen=True, kw_only=True)
+class OutputDialect(DialectOption):
+    """Of a command whose adapters may be those of a model that the dialect of OUT depends on."""
+
+    base: str | None = option(
+        help="Base model of the adapters, whose config decides names and rows in some dialects (gguf, torchtune).",
+        kind=PathKind("BASE"),
+    )
+
+    def model(self) -> Checkpoint | None:
+        """The base; None where none is given."""
+        return open_checkpoint(local(self.base, "model")) if self.base is not None else None
+
+
+def dialect_of(source: Contents) -> str:
+    """The dialect of an adapter, or one that the same tools read; empty where it is not written."""
+    own = next(iter(source.adapter.dialects or format_of(source.adapter).dialects), "")
     found = NEAREST.get(own, own)
-    return found if found in LAYOUTS else WRITTEN.dialects[0]
+    return found if found in DIALECTS else ""
 
 
-def in_manner(sources: Sequence[Contents], asked: str | None) -> tuple[list[Contents], Manner]:
+def manner_of(source: Contents, asked: str | None, config: Mapping[str, Any]) -> Manner:
+    """The dialect that is asked for, else that of an adapter, else PEFT's.
+
+    Raises `InputError` where the one that is asked for takes a model with another config.
+    """
+    if asked is not None:
+        return Manner(DIALECTS[asked].for_model(config), asked)
+    own = next(iter(source.adapter.dialects), source.adapter.format)
+    plain, why = Manner(WRITTEN, WRITTEN.dialects[0]), "which is read and not written"
+    if dialect := dialect_of(source):
+        with suppress(InputError):
+            manner = Manner(DIALECTS[dialect].for_model(config), dialect)
+            manner.form.spelling({}, dialect=dialect)
+            if dialect == own:
+                return manner
+            text = f"the output is in the dialect {dialect}, which tools that read {own} take"
+            return replace(manner, notes=(Note("layout-changed", text),))
+        why = "which takes the model to write (pass --base)"
+    text = f"the output is in PEFT's layout; {source.name} is in that of {own}, {why}"
+    return replace(plain, notes=(Note("layout-changed", text),))
+
+
+def in_manner(
+    sources: Sequence[Contents], asked: str | None, base: Checkpoint | None = None
+) -> tuple[list[Contents], Manner]:
     """Adapters with their layers as one dialect has them, so that they can be compared and written.
 
     Raises `FitError` where that dialect cannot express one of them.
     """
-    dialect = dialect_of(sources[0], asked)
-    form = DIALECTS[dialect]
+    manner = manner_of(sources[0], asked, base.config if base is not None else {})
+    form, dialect = manner.form, manner.dialect
     found: list[Contents] = []
-    manner = Manner(form, dialect)
     for source in sources:
         own = {target: layer.magnitude or layer.update for target, layer in source.layers.items()}
         plain = replace(source.adapter, updates={**source.adapter.updates, **own})
@@ -100,7 +140,7 @@ def in_manner(sources: Sequence[Contents], asked: str | None) -> tuple[list[Cont
         if source.adapter.dialects == (dialect,):
             found.append(source)
             continue
-        wanted = respelled(source.layers, dialect, manner.architecture, hint_of(source))
+        wanted = respelled(source.layers, dialect, manner.architecture, hint_of(source), base)
         manner = replace(manner, architecture=wanted.architecture, notes=(*manner.notes, *wanted.notes))
         found.append(renamed(source, wanted.targets))
     return found, manner
@@ -121,21 +161,23 @@ def renamed(source: Contents, targets: Mapping[str, Target]) -> Contents:
 
 
 def as_layer(name: str, target: Target, layers: Mapping[str, Layer]) -> Layer:
-    """A layer of a dialect, its factors still on disk."""
+    """A layer of a dialect, its factors still on disk; those of one scale keep it."""
     if target.is_whole(layers):
         return replace(layers[target.sources[0]], target=name)
     own = [layers[source] for source in target.sources]
+    scale = own[0].scale if len({layer.scale for layer in own}) == 1 else 1.0
+    scales = {layer.target: layer.scale / scale if scale else 1.0 for layer in own}
     parts: tuple[Any, ...] = tuple(factor for layer in own for factor in layer.factors)
-    scales = {layer.target: layer.scale for layer in own}
-    rank, rows = target.rank(layers), sum(part.count for part in target.experts[0])
+    form = target.form(layers, target.rank(layers))
 
     def product(*loaded: Tensor) -> Product:
         pairs = zip(own, loaded[::2], loaded[1::2], strict=True)
         found = {layer.target: layer.unscaled(up, down) for layer, up, down in pairs}
-        return padded(joined(target.experts[0], found.__getitem__, scales), rank)
+        return target.product(found.__getitem__, scales, form.rank)
 
-    if target.kind is Kind.PARAMETER:
-        raise FitError(f"{printable(name)}: experts are joined by `loratool convert` alone")
-    up: Any = Derived((rows, rank), parts, lambda *loaded: product(*loaded).up)
-    down: Any = Derived((rank, own[0].columns), parts, lambda *loaded: product(*loaded).down)
-    return Layer(name, target.kind, LowRank(up, down, 1.0, turnable=True, kernel=own[0].kernel))
+    stack = (form.experts,) if target.kind is Kind.PARAMETER else ()
+    up: Any = Derived((*stack, form.rows, form.rank), parts, lambda *loaded: product(*loaded).up)
+    down: Any = Derived((*stack, form.rank, form.columns), parts, lambda *loaded: product(*loaded).down)
+    if stack:
+        return Layer(name, target.kind, ExpertFactors(down, up, scale * form.rank), form.experts)
+    return Layer(name, target.kind, LowRank(up, down, scale, turnable=True, kernel=own[0].kernel))

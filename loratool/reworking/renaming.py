@@ -15,9 +15,11 @@ from loratool.errors import FitError, printable
 from loratool.layouts.diffusion.known import ARCHITECTURES
 from loratool.lazy import torch
 from loratool.notes import Note
-from loratool.reworking.converting.naming import Reading, by_width, hint_of, readings, respelled, same_layout
+from loratool.reworking.converting.naming import LAYOUTS, Reading, by_width, hint_of, readings, respelled, same_layout
 from loratool.reworking.converting.rows import narrowed
 from loratool.reworking.dialects import dialect_of, renamed
+
+OF_IMAGES = LAYOUTS.keys() - {"peft"}
 
 
 def named_alike(sources: Sequence[Contents]) -> list[Contents]:
@@ -25,8 +27,8 @@ def named_alike(sources: Sequence[Contents]) -> list[Contents]:
 
     Raises `FitError` where these are not known: no architecture has the weights of all.
     """
-    dialects = [dialect_of(source, None) for source in sources]
-    if "peft" in dialects:  # whose targets are the names of one model in memory
+    dialects = [dialect_of(source) for source in sources]
+    if not set(dialects) <= OF_IMAGES:  # targets of others are the names of one model in memory
         return list(sources)
     known = [readings(source.layers) for source in sources]
     styles = {

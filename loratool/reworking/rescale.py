@@ -17,6 +17,7 @@ from loratool.adapters.layers import ROUNDING_ONLY, Contents, Form, Layer, conte
 from loratool.adapters.patterns import search_names
 from loratool.adapters.ranks import evened
 from loratool.adapters.reading import ReadingOptions
+from loratool.adapters.unsettled import settled
 from loratool.adapters.writer import (
     FactorOptions,
     Output,
@@ -37,14 +38,14 @@ from loratool.notes import Note
 from loratool.options.described import FLAG, NUMBER, Pairs, option
 from loratool.options.shared import BlockOption, PublishOptions
 from loratool.results.rescale import RescaledLayer, RescaleReport
-from loratool.reworking.dialects import DialectOption, Manner, in_manner
+from loratool.reworking.dialects import Manner, OutputDialect, in_manner
 from loratool.reworking.runner import Draft, Made, Maker, Rest, record_of, run
 
 LARGEST_SCALE = 3.4e38  # of a float32
 
 
 @dataclass(frozen=True, kw_only=True)
-class RescaleOptions(BlockOption, FactorOptions, DialectOption, ReadingOptions, PublishOptions):
+class RescaleOptions(BlockOption, FactorOptions, OutputDialect, ReadingOptions, PublishOptions):
     """Of `rescale`."""
 
     scale: float | None = option(help="Multiply every update by this.", kind=NUMBER)
@@ -139,12 +140,22 @@ def rescale(
 def opened(path: Path, options: RescaleOptions) -> tuple[Contents, Manner, bool]:
     """An adapter, how it is written, and whether its tensors stay but for those that hold its strength."""
     (way,) = options.readings(1)
-    given = read_adapter(path, way)
+    base = options.model()
+    given = settled(read_adapter(path, way), base.config if base else {})
     contents = contents_of(given, "rescale", as_products=bool(given.dialects))
     if format_of(given).rescales_tensors and not options.bake and options.to is None:
         return replace(contents, adapter=given), Manner(format_of(given), ""), True  # LoHa and LoKr stay what they are
-    (contents,), manner = in_manner([contents], options.to)
+    if is_copied(contents, options):
+        return contents, Manner(format_of(given), ""), False
+    (contents,), manner = in_manner([contents], options.to, base)
     return contents, manner, False
+
+
+def is_copied(contents: Contents, options: RescaleOptions) -> bool:
+    """Whether the same tensors get another config: that of a dialect which PEFT or another reads as they are packed."""
+    return not (options.bake or options.to or contents.adapter.packing) and bool(
+        format_of(contents.adapter).config_name
+    )
 
 
 def facts_of(asked: Mapping[str, float | None], factors: Mapping[str, float], bake: bool) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from loratool.adapters.formats.format import Parts
 from loratool.adapters.layers import ROUNDING_ONLY, Contents, Form, Kind, Layer, contents_of
 from loratool.adapters.ranks import RULES, Amount, RankRule, evened, told_of_cuts
 from loratool.adapters.reading import ReadingOptions
+from loratool.adapters.unsettled import settled
 from loratool.adapters.writer import (
     FactorOptions,
     Output,
@@ -46,7 +47,7 @@ from loratool.notes import Note
 from loratool.options.described import FLAG, NUMBER, JsonFile, Number, PathKind, option
 from loratool.options.shared import DeviceOption, PublishOptions
 from loratool.results.resize import ResizedLayer, ResizedTotals, ResizeReport
-from loratool.reworking.dialects import DialectOption, Manner, in_manner
+from loratool.reworking.dialects import Manner, OutputDialect, in_manner
 from loratool.reworking.runner import Draft, Made, Maker, Rest, run, together
 from loratool.templates import listed
 
@@ -57,7 +58,7 @@ ZERO = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResizeOptions(FactorOptions, DialectOption, ReadingOptions, DeviceOption, PublishOptions):
+class ResizeOptions(FactorOptions, OutputDialect, ReadingOptions, DeviceOption, PublishOptions):
     """Of `resize`."""
 
     rank: int | None = option(
@@ -103,8 +104,9 @@ def resize(adapter: PathLike, out: PathLike, options: ResizeOptions, progress: P
     (way,) = options.readings(1)
     calibration = [Path(options.calibration)] if options.calibration is not None else []
     inputs = [local(adapter, "adapter"), *calibration]
-    contents = contents_of(read_adapter(inputs[0], way), "resize", as_products=True)
-    (contents,), manner = in_manner([contents], options.to)
+    base = options.model()
+    given = settled(read_adapter(inputs[0], way), base.config if base else {})
+    (contents,), manner = in_manner([contents_of(given, "resize", as_products=True)], options.to, base)
     target = check_adapter_target(out, inputs, options, manner.form)
     if not contents.layers:
         raise InputError(f"{printable(contents.adapter.file.path)}: contains no low-rank update")

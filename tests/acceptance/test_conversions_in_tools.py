@@ -123,6 +123,29 @@ def test_diffusers_applies_a_converted_adapter_of_flux(tmp_path: Path, way: tupl
     check(model, before, deltas)
 
 
+def test_mlx_applies_converted_factors_of_experts(tmp_path: Path) -> None:
+    """Its layer of all experts, fused: W_e + scale · b_e @ a_e."""
+    mx = pytest.importorskip("mlx.core")
+    lora = pytest.importorskip("mlx_lm.tuner.lora")
+    switch = pytest.importorskip("mlx_lm.models.switch_layers")
+    modules = [f"model.layers.0.mlp.experts.{expert}.up_proj" for expert in range(3)]
+    weights = {module: numbers(6, 4, seed=n) for n, module in enumerate(modules)}
+    deltas = trained(tmp_path / "adapter", weights)
+    loratool.convert(tmp_path / "adapter", tmp_path / "mlx", to="mlx")
+    config = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())["lora_parameters"]
+    linear = switch.SwitchLinear(4, 6, 3, bias=False)
+    linear.weight = mx.array(torch.stack(list(weights.values())).numpy())
+    layer = lora.LoRASwitchLinear.from_base(linear, r=config["rank"], scale=config["scale"])
+    own = {f"model.layers.0.mlp.switch_mlp.up_proj.{name}": name for name in ("lora_a", "lora_b")}
+    tensors = load_file(tmp_path / "mlx" / "adapters.safetensors")
+    assert tensors.keys() == own.keys()
+    assert {name: tuple(layer[own[name]].shape) for name in own} == {n: tuple(t.shape) for n, t in tensors.items()}
+    layer.update({own[name]: mx.array(tensor.numpy()) for name, tensor in tensors.items()})
+    found = torch.tensor(layer.fuse().weight.tolist())
+    wanted = torch.stack([weights[module] + deltas[module] for module in modules])
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_mlx_applies_a_converted_adapter(tmp_path: Path) -> None:
     """As its own layers multiply, scale · (x @ a) @ b."""
     mx = pytest.importorskip("mlx.core")

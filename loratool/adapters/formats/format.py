@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -98,6 +98,9 @@ class Spelling(Protocol):
     def change(self, target: str) -> str:
         """The name of a change that is stored in full."""
 
+    def read_as(self, target: str) -> Callable[[int], str] | None:
+        """What its reader calls each expert of a layer of all, by its number; None where it reads one layer."""
+
     def second_copies(
         self, adapters: Iterable[Adapter], tensors: Mapping[str, StoredTensor | Tensor]
     ) -> dict[str, StoredTensor | Tensor]:
@@ -154,6 +157,9 @@ class FactorsOnly:
 
     def rows(self, target: str) -> str:
         raise FitError(f"{printable(target)}: {self.reader} reads no token rows")
+
+    def read_as(self, target: str) -> Callable[[int], str] | None:  # noqa: ARG002 (as it is)
+        return None
 
     def second_copies(
         self,
@@ -328,6 +334,10 @@ class Format(Protocol):
         `dialect` is one of `dialects`, the first by default.
         """
         raise UsageError(f"{self.name} adapters can be read but not written")
+
+    def stack_of(self, target: str, config: Config) -> tuple[str, int] | None:  # noqa: ARG002 (most have experts apart)
+        """The layer of all experts that it has for that of one, and the number of that one; None where it has none."""
+        return None
 
     def losses(self, adapter: Adapter, dialect: str = "") -> tuple[Note, ...]:  # noqa: ARG002
         """What of an adapter this format cannot say in a dialect."""

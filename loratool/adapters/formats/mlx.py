@@ -10,6 +10,7 @@ of 2024, whose `lora.py` wrote no config.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from loratool.adapters.adapter import Adapter, StoredTensor
 from loratool.adapters.formats.format import Config, FactorsOnly, Format, Parts, most_common
 from loratool.adapters.formats.rows import entry_of
 from loratool.adapters.layers import Contents, Form, Kind, is_expert
+from loratool.adapters.model_settings import model_types
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.adapters.training import Training
 from loratool.adapters.weight_files import weight_files
@@ -43,9 +45,14 @@ from loratool.results.repairs import some
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 A, B, M = ".lora_a", ".lora_b", ".m"
 CHECKPOINTS = "*_adapters.safetensors"  # which training leaves every so many steps: 0000100_adapters.safetensors
-EXPERT_CONTAINERS = ("switch_mlp", "experts")
+EXPERT_CONTAINERS = ("switch_mlp", "experts", "switch_glu")
 OLD_CONTAINER = "block_sparse_moe"  # whose experts transformers calls w1, w2 and w3
 EXPERT_LAYERS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+# Model types whose layers of all experts are in another container than the first.
+CONTAINERS = {
+    **dict.fromkeys(("llama4", "llama4_text", "dots1", "afmoe", "Klear", "gpt_oss"), "experts"),
+    **dict.fromkeys(("gemma4", "gemma4_text"), "switch_glu"),
+}
 NO_SCALE = "pass --input-alpha, which is divided by the rank (releases that wrote no config multiplied by 20, the first ones by 2)"
 MISSING_PARTNER = "missing-partner"  # the code of a problem
 
@@ -159,6 +166,18 @@ def experts_of(module: str) -> Callable[[int], str] | None:
     return lambda number: f"{outer}.experts.{number}.{called}.weight"
 
 
+def stack_of(target: str, config: Mapping[str, Any]) -> tuple[str, int] | None:
+    """The weight of all experts that mlx-lm has for the weight of one, and the number of that one; None for any other."""
+    match = re.fullmatch(r"(.+)\.experts\.(\d+)\.(\w+)\.weight", target)
+    called = {**{name: name for name in EXPERT_LAYERS}, **{old: name for name, old in EXPERT_LAYERS.items()}}
+    if match is None or match[3] not in called:
+        return None
+    container = next(
+        (CONTAINERS[kind] for kind in sorted(model_types(config)) if kind in CONTAINERS), EXPERT_CONTAINERS[0]
+    )
+    return f"{match[1]}.{container}.{called[match[3]]}.weight", int(match[2])
+
+
 def is_embedding(module: str) -> bool:
     """Whether a module is a table of vectors, which only its name tells."""
     return module.rpartition(".")[2] in INPUT_EMBEDDINGS
@@ -237,7 +256,6 @@ def training_of(config: Mapping[str, Any]) -> Training:
         dropout=float(dropout) if isinstance(dropout, (int, float)) else 0.0,
         zero_alpha=parameters.get("scale") == 0,
         in_out=False,
-        notes_as_lora=(Note("layout-changed", "the output is in PEFT's layout, which mlx-lm cannot read"),),
     )
 
 
@@ -318,10 +336,15 @@ class Mlx(Format):
     def spelling(self, kinds: Mapping[str, Kind], release: str = "", dialect: str = "") -> MlxNames:  # noqa: ARG002 (all read the same)
         return MlxNames(self, kinds)
 
+    def stack_of(self, target: str, config: Config) -> tuple[str, int] | None:
+        return stack_of(target, config)
+
     def losses(self, adapter: Adapter, dialect: str = "") -> tuple[Note, ...]:  # noqa: ARG002 (there is one)
         lost: dict[str, list[str]] = {}
         for target, update in (*adapter.updates.items(), *adapter.bases.items()):
-            what = "factors of single experts" if is_expert(target) else unspeakable(update)
+            what = unspeakable(update)
+            if is_expert(target) and isinstance(update, Magnitude):
+                what = "DoRA of experts"
             if what is not None:
                 lost.setdefault(what, []).append(target)
         return tuple(Note("not-in-mlx", f"mlx-lm cannot store {what}: {some(t)}") for what, t in lost.items())
@@ -336,7 +359,7 @@ class Mlx(Format):
         scales = {(factor or 1.0) * contents.layers[target].scale for target, factor in factors.items()}
         if max(scales) - min(scales) > 1e-9 * abs(max(scales, key=abs)):
             raise InputError(
-                "mlx-lm uses one scale for all modules, but these need several; pass --bake to write PEFT's layout"
+                "mlx-lm uses one scale for all modules, but these need several; pass --bake to multiply them into the factors"
             )
         parameters = {**contents.adapter.config["lora_parameters"], "scale": scales.pop()}
         parameters.pop("alpha", None)  # which multiplied too, in early releases
@@ -352,7 +375,7 @@ def unspeakable(update: Update) -> str | None:
         case LowRank():
             return "convolution factors"
         case ExpertFactors():
-            return "expert factors as PEFT stacks them"
+            return None
         case Add():
             return "factor biases"
         case Replace():
@@ -372,7 +395,7 @@ class MlxNames(FactorsOnly):
 
     def __init__(self, form: Mlx, kinds: Mapping[str, Kind]) -> None:
         self.form, self.kinds = form, kinds
-        if odd := [t for t, kind in kinds.items() if kind not in (Kind.LINEAR, Kind.EMBEDDING) or is_expert(t)]:
+        if odd := [t for t, kind in kinds.items() if kind is Kind.CONVOLUTION or is_expert(t) or is_unnamed(t, kind)]:
             raise FitError("mlx-lm cannot adapt these layers:", map(printable, odd))
 
     def factors(self, target: str) -> tuple[str, str]:
@@ -380,15 +403,22 @@ class MlxNames(FactorsOnly):
         return module + A, module + B
 
     def shapes(self, form: Form) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        if form.kind is Kind.PARAMETER:
+            return (form.experts, form.rank, form.columns), (form.experts, form.rows, form.rank)
         first, last = (form.rows, form.columns) if form.kind is Kind.EMBEDDING else (form.columns, form.rows)
         return (first, form.rank), (form.rank, last)
 
     def stored(self, form: Form, found: Product) -> tuple[Tensor, Tensor]:
+        if form.kind is Kind.PARAMETER:
+            return found.down.contiguous(), found.up.contiguous()
         a, b = (found.up, found.down) if form.kind is Kind.EMBEDDING else (found.down.T, found.up.T)
         return a.contiguous(), b.contiguous()
 
     def magnitude(self, target: str) -> str:
         return target.removesuffix(".weight") + M
+
+    def read_as(self, target: str) -> Callable[[int], str] | None:
+        return experts_of(target.removesuffix(".weight")) if self.kinds[target] is Kind.PARAMETER else None
 
     def describe_new(self, training: Training, parts: Parts) -> dict[str, Any]:
         return {
@@ -402,6 +432,11 @@ class MlxNames(FactorsOnly):
             "model": training.base,
             "num_layers": -1,  # all of them; a factor that is not in the file is zero
         }
+
+
+def is_unnamed(target: str, kind: Kind) -> bool:
+    """Whether a parameter of experts has no name in mlx-lm."""
+    return kind is Kind.PARAMETER and experts_of(target.removesuffix(".weight")) is None
 
 
 def inside_layer(target: str) -> str:

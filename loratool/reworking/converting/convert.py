@@ -45,8 +45,8 @@ from loratool.reworking.converting.dora import Moved, as_lora, moved_by
 from loratool.reworking.converting.keeping import can_keep, carry, is_same, kept
 from loratool.reworking.converting.losing import lengths_lost, without_losses
 from loratool.reworking.converting.naming import Wanted, hint_of, respelled
-from loratool.reworking.converting.proof import Compared, Comparison, places_of
-from loratool.reworking.converting.rows import narrowed
+from loratool.reworking.converting.proof import Compared, Comparison, places_of, read_back
+from loratool.reworking.converting.rows import Target, narrowed
 from loratool.reworking.converting.servers import SERVERS, Server, server_for
 from loratool.reworking.runner import Draft, Made, Maker, Rest, run
 
@@ -178,7 +178,9 @@ class Converter(Maker[str, str]):
         self.cut: dict[str, int] = {}  # those to which they are approximated
         self.ranks: dict[str, int] = {}  # those that they get
         self.factors: dict[str, dict[str, float]] = {}  # target of the output → of the input → what its rows take
+        self.as_read: Mapping[str, Target] = {}  # the targets as the dialect's reader calls them
         self.compared: dict[str, Compared] = {}
+        self.beside: dict[str, float] = {}  # the errors of what is no layer
         self.targets = narrowed(wanted.targets, contents.layers, self.load)
         self.kept: dict[str, str] = {}  # layers of the output whose tensors are those of a layer of the input
 
@@ -196,6 +198,7 @@ class Converter(Maker[str, str]):
         release = self.contents.training.release if form is format_of(self.contents.adapter) else ""
         kinds = {name: target.kind for name, target in self.targets.items()}
         names = form.spelling(kinds, release, self.goal.dialect)
+        self.as_read = read_back(self.targets, names)
         scales = self.scales(names)
         self.choose_ranks(names)
         forms = {name: target.form(layers, self.ranks[name]) for name, target in self.targets.items()}
@@ -315,7 +318,8 @@ class Converter(Maker[str, str]):
         others = {target: update for target, update in found.updates.items() if target not in same}
         written = contents_of(replace(found, updates=others), "convert")
         self.check_layers({*written.layers, *same})
-        comparison = Comparison(self.contents.layers, written.layers, places_of(self.targets), self.dtype, self.moved)
+        places = places_of(self.as_read)
+        comparison = Comparison(self.contents, written, places, self.dtype, self.moved)
 
         def work(target: str) -> tuple[str, Compared]:
             return target, comparison.compare(target)
@@ -327,11 +331,19 @@ class Converter(Maker[str, str]):
             for target, found in self.compared.items()
             if not found.error <= found.limit and target not in why
         ]
+        self.beside = comparison.beside()
+        wrong += [
+            f"{printable(t)}: the error is {error:.3g}"
+            for t, error in self.beside.items()
+            if not error <= comparison.limit(t)
+        ]
         if comparison.zeros():
             wrong.append("rows that the input does not change are not zero")
         if wrong:
             raise LoratoolError("this is a bug in loratool: what was written differs from what was read:", wrong)
-        return replace(rest, totals=Proof(max((x.error for x in self.compared.values()), default=0.0)))
+        return replace(
+            rest, totals=Proof(max((*(x.error for x in self.compared.values()), *self.beside.values()), default=0.0))
+        )
 
     def approximated(self, places: Mapping[str, Any]) -> dict[str, str]:
         """Layers of the input of which any row was approximated → how."""
@@ -345,7 +357,7 @@ class Converter(Maker[str, str]):
 
     def check_layers(self, found: Set[str]) -> None:
         """Raise `LoratoolError` where other layers were read back than were written."""
-        if odd := sorted(found ^ {*self.targets, *self.kept}):
+        if odd := sorted(found ^ {*self.as_read, *self.kept}):
             raise LoratoolError("this is a bug in loratool: these layers are not read back:", map(printable, odd))
 
     def report(self, out: Path, rest: Rest, told: Mapping[str, Any]) -> ConvertReport:
@@ -372,7 +384,8 @@ class Converter(Maker[str, str]):
                 None,
                 None if self.options.dry_run else 0.0,
             )
-        exact = [target for target in self.compared if target not in why] or list(self.compared)
+        errors = {t: found.error for t, found in self.compared.items() if t not in why} | self.beside
+        errors = errors or {target: found.error for target, found in self.compared.items()}
         adapter = self.contents.adapter
         return ConvertReport(
             out=out,
@@ -384,9 +397,10 @@ class Converter(Maker[str, str]):
             layers=len(self.targets) + len(self.kept),
             ranks=self.ranks,
             dtype=str(self.dtype).removeprefix("torch."),
+            beside=dict(sorted(self.beside.items())),
             worst=max(
-                exact,
-                key=lambda target: self.compared[target].error,
+                errors,
+                key=errors.__getitem__,
                 default="" if self.options.dry_run else next(iter(self.kept.values()), ""),
             ),
             lost=self.lost,

@@ -10,10 +10,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from loratool.adapters.formats.format import Format
 from loratool.adapters.layers import Kind, Layer
-from loratool.adapters.model_settings import attention_heads, model_types
+from loratool.adapters.model_settings import attention_heads, model_types, setting
 from loratool.errors import FitError, InputError, printable
-from loratool.layouts.fusions import FUSIONS, INTERLEAVED_EXPERTS, Fusion
+from loratool.layouts.fusions import EXPERT_COUNTS, FUSIONS, INTERLEAVED_EXPERTS, Fusion
 from loratool.notes import Note
 from loratool.reworking.converting.rows import Rows, Target
 
@@ -37,14 +38,18 @@ def part_of(target: str, fusion: Fusion) -> tuple[str, int, int] | None:
     return None
 
 
-def split(layers: Mapping[str, Layer], config: Mapping[str, Any]) -> tuple[dict[str, Target], tuple[Note, ...]]:
-    """The layers with fused ones apart. Raises `InputError` where it takes the base to know their rows."""
+def split(
+    layers: Mapping[str, Layer], config: Mapping[str, Any], experts_only: bool = False
+) -> tuple[dict[str, Target], tuple[Note, ...]]:
+    """The layers with fused ones apart, or `experts_only`.
+
+    Raises `InputError` where it takes the base to know their rows.
+    """
     found: dict[str, Target] = {}
     notes: dict[str, Note] = {}
     for target, layer in layers.items():
-        fusion = next(
-            (f for f in USUAL if ends(target, f.fused) and f.of_experts == (layer.kind is Kind.PARAMETER)), None
-        )
+        own = (f for f in USUAL if ends(target, f.fused) and f.of_experts == (layer.kind is Kind.PARAMETER))
+        fusion = next((f for f in own if f.of_experts or not experts_only), None)
         if fusion is None:
             found[target] = Target.same(layer)
             continue
@@ -56,7 +61,7 @@ def split(layers: Mapping[str, Layer], config: Mapping[str, Any]) -> tuple[dict[
         for part, size in zip(fusion.parts, sizes_of(target, layer, fusion, config), strict=True):
             for expert in range(layer.experts):
                 name = start + (part.replace("#", str(expert)) if fusion.of_experts else f"{part}.weight")
-                rows = Rows(target, at, size, expert if fusion.of_experts else None)
+                rows = Rows(layer.target, at, size, expert if fusion.of_experts else None)
                 found[name] = Target(Kind.LINEAR, ((rows,),))
             at += size
     return found, tuple(notes.values())
@@ -127,6 +132,39 @@ def fused(layers: Mapping[str, Layer]) -> dict[str, Target]:
             ),
         )
     return found
+
+
+def stacked(
+    layers: Mapping[str, Layer], form: Format, config: Mapping[str, Any]
+) -> tuple[dict[str, Target], tuple[Note, ...]]:
+    """The layers with those of experts as a format stacks them, which takes factors for all; zeros where there are none.
+
+    Raises `FitError` where those of one stack differ in shape.
+    """
+    apart, notes = split(layers, config, experts_only=True)
+    own_names = {layer.target: layer for layer in layers.values()}
+    stacks: dict[str, dict[int, tuple[Rows, ...]]] = {}
+    found: dict[str, Target] = {}
+    for name, target in apart.items():
+        if (place := form.stack_of(name, config)) is None:
+            found[name] = target
+        else:
+            stacks.setdefault(place[0], {})[place[1]] = target.experts[0]
+    if not stacks:
+        return {target: Target.same(layer) for target, layer in layers.items()}, ()
+    counted = setting(config, EXPERT_COUNTS)
+    count = max(counted or 0, *(expert + 1 for own in stacks.values() for expert in own))
+    for name, own in stacks.items():
+        shapes = {(sum(rows.count for rows in parts), own_names[parts[0].target].columns) for parts in own.values()}
+        if len(shapes) > 1:
+            raise FitError(f"{printable(name)}: its experts differ in shape: {', '.join(map(str, sorted(shapes)))}")
+        ((size, _),) = shapes
+        none = (Rows("", 0, size),)
+        found[name] = Target(Kind.PARAMETER, tuple(own.get(expert, none) for expert in range(count)))
+    if counted is None and any(len(own) < count for own in stacks.values()):
+        text = f"the model is taken to have {count} experts, of which the adapter changes some; pass --base to be sure"
+        notes = (*notes, Note("experts-counted", text))
+    return found, notes
 
 
 def rows_of(

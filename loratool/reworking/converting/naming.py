@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from loratool.adapters.adapter import Flattened
+from loratool.adapters.formats import DIALECTS
 from loratool.adapters.formats.named.dialects import spelling_of
 from loratool.adapters.layers import Contents, Kind, Layer
 from loratool.errors import FitError, InputError, printable
@@ -20,7 +21,7 @@ from loratool.layouts.diffusion.components import DENOISER, SECOND_DENOISERS, TE
 from loratool.layouts.diffusion.known import ARCHITECTURES, links
 from loratool.layouts.diffusion.rows import Row
 from loratool.notes import Note
-from loratool.reworking.converting.fusing import fused, split
+from loratool.reworking.converting.fusing import fused, split, stacked
 from loratool.reworking.converting.rows import Rows, Target
 
 ORIGINAL, DIFFUSERS = "original", "diffusers"  # layouts of names
@@ -209,6 +210,12 @@ def respelled(
         return Wanted(apart, notes=told)
     if dialect == "peft-fused":
         return Wanted(fused(layers))
+    if dialect not in LAYOUTS:
+        named = {
+            target: looked_up(target, dotted(base)) if isinstance(target, Flattened) else target for target in layers
+        }
+        whole, told = stacked({named[target]: layer for target, layer in layers.items()}, DIALECTS[dialect], config)
+        return Wanted(whole, notes=told)
     own = dialect == "peft" and not any(
         map(names_component, layers)
     )  # PEFT has the names of the model that was trained

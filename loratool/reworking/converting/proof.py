@@ -1,5 +1,6 @@
 """What was written is read again, and held against what was read first: ‖ΔW − ΔW'‖ / ‖ΔW‖ of every layer, in float64.
 
+DoRA's lengths, biases, tensors saved whole and token rows are compared in the same way, by their values.
 Nothing that made the output is used: the file goes through the reader of its dialect. No ΔW is formed: the difference of two
 products is a product, whose norm takes a QR of its factors. Where both have the same `down`, which is the usual case, it is
 the difference of their `up` times that, and no QR is needed.
@@ -10,11 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
-from loratool.adapters.adapter import StoredTensor, same_values
-from loratool.adapters.layers import Layer
+from loratool.adapters.adapter import StoredTensor, same_values, stored_tensors
+from loratool.adapters.formats.format import Spelling
+from loratool.adapters.layers import Contents, Kind, Layer
 from loratool.algebra.lowrank.products import Product, difference, inner, length
-from loratool.lazy import torch
+from loratool.files.safefile import FLOAT_NAMES
+from loratool.lazy import Tensor, torch
 from loratool.reworking.converting.dora import Moved
 from loratool.reworking.converting.rows import Rows, Target
 
@@ -54,18 +58,102 @@ def places_of(targets: Mapping[str, Target]) -> dict[str, list[Held]]:
     return found
 
 
+def read_back(targets: Mapping[str, Target], names: Spelling) -> dict[str, Target]:
+    """The layers of an output as its dialect's reader calls them: of a stack of experts one for each."""
+    found: dict[str, Target] = {}
+    for name, target in targets.items():
+        if (called := names.read_as(name)) is None:
+            found[name] = target
+        else:
+            found |= {
+                called(n): replace(target, kind=Kind.LINEAR, experts=(own,)) for n, own in enumerate(target.experts)
+            }
+    return found
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """The layers of the input, and those of the output as they were read back."""
+    """The input, and the output as it was read back."""
 
-    before: Mapping[str, Layer]
-    after: Mapping[str, Layer]
+    given: Contents
+    found: Contents
     places: Mapping[str, list[Held]]
     dtype: torch.dtype  # of the output's factors
     moved: Mapping[str, Moved]  # what DoRA makes of layers that are written as LoRA
 
+    @property
+    def before(self) -> Mapping[str, Layer]:
+        return self.given.layers
+
+    @property
+    def after(self) -> Mapping[str, Layer]:
+        return self.found.layers
+
     def compare(self, target: str) -> Compared:
-        """One layer of the input with what was written of it."""
+        """One layer of the input with what was written of it, its lengths of rows included."""
+        found = self.compare_products(target)
+        lost = self.lengths_lost(target)
+        if not lost:
+            return found
+        return Compared(found.norm or length(loaded(self.before[target])), max(lost, found.error), found.limit)
+
+    def lengths_lost(self, target: str) -> float:
+        """The relative error of the lengths of rows that DoRA gives a layer; infinite where one side alone has any."""
+        own, places = self.before[target].magnitude, self.places.get(target, [])
+        others = [self.after[place.target].magnitude for place in places]
+        if own is None or None in others:
+            return 0.0 if own is None and not any(others) else math.inf
+        if any(other.by_column != own.by_column for other in others if other):
+            return math.inf
+        wanted, lost = values_of(own.magnitude).flatten(), 0.0
+        for place, other in zip(places, others, strict=True):
+            assert other is not None, "all have one"
+            found = values_of(other.magnitude).flatten()
+            if own.by_column:
+                part, there = wanted, found
+            else:
+                part = wanted[place.rows.first : place.rows.first + place.rows.count]
+                there = found[place.first : place.first + place.rows.count]
+            lost = math.inf if part.shape != there.shape else math.hypot(lost, float((part - there).norm()))
+        return relative(lost, float(wanted.norm()))
+
+    def beside(self) -> dict[str, float]:
+        """The relative error of everything that is no layer: biases of factors, tensors saved whole, rows of tokens.
+
+        Those that the output alone has must be zeros, as PEFT asks for a bias of every layer.
+        """
+        errors = self.bias_errors()
+        for one, other in ((self.given.saved, self.found.saved), (self.given.bases, self.found.bases)):
+            for target in (*one, *(other.keys() - one.keys())):
+                own, there = (table[target].value if target in table else None for table in (one, other))
+                errors[target] = apart_from(own, there)
+        for target in (*self.given.rows, *(self.found.rows.keys() - self.given.rows.keys())):
+            first, second = (contents.rows.get(target) for contents in (self.given, self.found))
+            same = first is not None and second is not None and first.index == second.index
+            errors[target] = apart_from(first.values, second.values) if same and first and second else math.inf
+        return errors
+
+    def limit(self, target: str) -> float:
+        """The largest error that rounding may have made of what is no layer: biases alone have a scale put in."""
+        stored = [each.info.dtype for each in stored_tensors(self.given.biases.get(target))]
+        return max([EXACT, *(2 * UNIT[FLOAT_NAMES[dtype]] for dtype in stored)])
+
+    def bias_errors(self) -> dict[str, float]:
+        rest = {bias: self.found.load_bias(bias) for bias in self.found.biases}
+        errors: dict[str, float] = {}
+        for bias in self.given.biases:
+            own, weight = self.given.load_bias(bias), f"{bias.removesuffix('bias')}weight"
+            lost = own.clone()
+            for place in self.places.get(weight, []):
+                if (there := rest.get(f"{place.target.removesuffix('weight')}bias")) is not None:
+                    rows = slice(place.first, place.first + place.rows.count)
+                    lost[place.rows.first : place.rows.first + place.rows.count] -= there[rows]
+                    there[rows] = 0.0
+            errors[bias] = relative(float(lost.norm()), float(own.norm()))
+        return errors | {bias: math.inf for bias, values in rest.items() if bool(values.any())}
+
+    def compare_products(self, target: str) -> Compared:
+        """ΔW of one layer of the input with what was written of it."""
         layer, places = self.before[target], self.places.get(target, [])
         if target in self.moved:
             norm, lost = self.moved[target].apart(self.written(places))
@@ -141,6 +229,26 @@ class Comparison:
             product = product if product.up.dim() == 2 else product[place.expert]
             sizes.append(length(Product(product.up[place.first : place.first + place.rows.count], product.down)))
         return max(sizes)
+
+
+def values_of(stored: Any) -> Tensor:
+    """The values of a tensor on disk, in float64."""
+    found: Tensor = stored.load(torch.device("cpu"), torch.float64)
+    return found
+
+
+def relative(lost: float, size: float) -> float:
+    return lost / size if size else lost
+
+
+def apart_from(one: Any, other: Any) -> float:
+    """‖one − other‖ / ‖one‖ of two tensors on disk; infinite where one is missing, or has another shape."""
+    if one is None or other is None or tuple(one.shape) != tuple(other.shape):
+        return math.inf
+    if isinstance(one, StoredTensor) and isinstance(other, StoredTensor) and same_values(one, other):
+        return 0.0
+    wanted = values_of(one).double()
+    return relative(float((wanted - values_of(other)).norm()), float(wanted.norm()))
 
 
 def loaded(layer: Layer) -> Product:

@@ -80,9 +80,16 @@ class Target:
 
     def product(self, load: Load, scales: Mapping[str, float], rank: int) -> Product:
         """Its factors, multiplied by `scales` of the layers that they come from."""
-        every = [padded(joined(parts, load, scales), rank) for parts in self.experts]
         if self.kind is not Kind.PARAMETER:
-            return every[0]
+            return padded(joined(self.experts[0], load, scales), rank)
+        there = [any(rows.target for rows in parts) for parts in self.experts]
+        own = [
+            padded(joined(parts, load, scales), rank)
+            for parts, any_rows in zip(self.experts, there, strict=True)
+            if any_rows
+        ]
+        zero, rest = own[0].scaled(0.0), iter(own)
+        every = [next(rest) if any_rows else zero for any_rows in there]
         return Product(torch.stack([p.up for p in every]), torch.stack([p.down for p in every]))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -171,6 +171,9 @@ class Names:
         return dict(
             sorted({"task_type": None, **describe(self.kinds, self.inside, [config_of(training)], parts)}.items())
         )
+
+    def read_as(self, target: str) -> Callable[[int], str] | None:  # noqa: ARG002 (a parameter is one layer)
+        return None
 
     def second_copies(
         self, adapters: Iterable[Adapter], tensors: Mapping[str, StoredTensor | Tensor]
