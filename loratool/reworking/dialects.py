@@ -32,6 +32,7 @@ NEAREST: Mapping[str, str] = {
     "onetrainer": "kohya",
     "wan-fun": "kohya",
     "ai-toolkit": "diffusers",
+    "cloneofsimo": "diffusers",
     "simpletuner": "diffusers",
     "xlabs": "comfy",
     "bfl": "comfy",
@@ -113,7 +114,7 @@ def manner_of(source: Contents, asked: str | None, config: Mapping[str, Any]) ->
             manner.form.spelling({}, dialect=dialect)
             if dialect == own:
                 return manner
-            text = f"the output is in the dialect {dialect}, which tools that read {own} take"
+            text = f"the output is in the dialect {dialect}, as {own} is read and not written"
             return replace(manner, notes=(Note("layout-changed", text),))
         why = "which takes the model to write (pass --base)"
     text = f"the output is in PEFT's layout; {source.name} is in that of {own}, {why}"

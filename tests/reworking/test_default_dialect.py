@@ -56,6 +56,11 @@ LITGPT = f"checkpoint_dir: org/base\nlora_r: {RANK}\nlora_alpha: 1\nlora_project
 MEGATRON = (
     f"model:\n  num_attention_heads: 4\npeft:\n  _target_: megatron.bridge.peft.lora.LoRA\n  dim: {RANK}\n  alpha: 1\n"
 )
+CLONEOFSIMO = {
+    f"text_encoder:{at}:{side}": numbers(*shape, seed=at)
+    for at in range(8)  # of two layers, which number their projections as a walk meets them
+    for side, shape in (("up", (3, RANK)), ("down", (RANK, 3)))
+}
 INPUTS = {
     "peft": Input(of_peft(f"base_model.model.{O_PROJ}"), "peft", {"adapter_config.json": PEFT}, name="adapter_model.safetensors"),
     "mlx": Input(
@@ -88,6 +93,7 @@ INPUTS = {
     "musubi": Input(of_kohya("lora_unet_blocks_0_self_attn_q"), "kohya", header={"ss_network_module": "networks.lora_wan"}),
     "diffusers": Input(of_peft(f"unet.{UNET}"), "diffusers"),
     "ai-toolkit": Input(of_peft("transformer.transformer_blocks.0.attn.to_q"), "diffusers", header={"software": '{"name": "ai-toolkit"}'}),
+    "cloneofsimo": Input(CLONEOFSIMO, "diffusers", header={"text_encoder": '["CLIPAttention"]'}),
     "comfy": Input(of_kohya("diffusion_model.double_blocks.0.img_attn.proj"), "comfy"),
     "bfl": Input(of_peft("final_layer.adaLN_modulation.1"), "comfy"),
     "xlabs": Input(pair("double_blocks.0.processor.qkv_lora1.down.weight", "double_blocks.0.processor.qkv_lora1.up.weight", 48), "comfy"),
