@@ -25,8 +25,8 @@ taken to be like the newest one in the table.
 def page() -> str:
     """The whole page."""
     rows = [
-        "| `--for` | seen in | dialect | ranks | scale | refused | why |",
-        "|---|---|---|---|---|---|---|",
+        "| `--for` | seen in | dialect | ranks | scale | experts in one parameter | refused | why |",
+        "|---|---|---|---|---|---|---|---|",
         *(row(word, server, n) for word, servers in SERVERS.items() for n, server in enumerate(servers)),
     ]
     return "\n".join([HEAD, *rows, ""])
@@ -37,12 +37,14 @@ def row(word: str, server: Server, number: int) -> str:
     ranks = "one for all layers" if server.uniform else "any"
     if server.ranks:
         ranks += f", of {', '.join(map(str, server.ranks))}"
+    listed = ", ".join(sorted(server.fused))
     cells = (
         f"`{word}`" if not number else f"`{word}@{server.release}`",
         str(server),
         f"`{server.dialect}`",
         ranks,
         "in the factors, alpha = r" if server.plain else "as the dialect has it",
+        "as they are" if not server.apart else f"cut{f', except in {listed}' if listed else ''}",
         ", ".join(WORDS[kind] for kind in server.refuses),
         server.why,
     )

@@ -193,6 +193,30 @@ def test_experts_and_projections_become_one_layer_and_come_apart_again(tmp_path:
     assert all(torch.equal(back[name], before[name]) for name in before)
 
 
+@pytest.mark.parametrize("server", ["vllm", "sglang"])
+def test_a_server_that_misreads_experts_in_one_parameter_gets_them_apart(tmp_path: Path, server: str) -> None:
+    """But of a class of models that vLLM reads so, which the base tells."""
+    adapter = moe_adapter(tmp_path / "adapter")
+    loratool.convert(adapter, tmp_path / "fused", to="peft-fused")
+    report = loratool.convert(tmp_path / "fused", tmp_path / "apart", server=server)
+    assert {"experts-cut", "gate-then-up"} <= {note.code for note in report.notes}
+    config = json.loads((tmp_path / "apart" / CONFIG).read_text())
+    assert config["r"] == config["lora_alpha"]
+    assert not config.get("target_parameters")
+    for expert in range(EXPERTS):
+        for part in ("gate", "up", "down"):
+            module = f"model.layers.0.mlp.experts.{expert}.{part}_proj"
+            found, wanted = delta(tmp_path / "apart", module, 1.0), delta(adapter, module, 0.5)
+            torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({"model.norm.weight": numbers(HIDDEN, seed=1)}, base / "model.safetensors")
+    (base / "config.json").write_text(json.dumps({"model_type": "qwen3_vl_moe"}))
+    loratool.convert(tmp_path / "fused", tmp_path / "of-base", server=server, base=base)
+    config = json.loads((tmp_path / "of-base" / CONFIG).read_text())
+    assert bool(config.get("target_parameters")) == (server == "vllm")
+
+
 def test_experts_in_one_parameter_have_the_change_of_each(tmp_path: Path) -> None:
     adapter = moe_adapter(tmp_path / "adapter")
     report = loratool.convert(adapter, tmp_path / "fused", to="peft-fused")

@@ -44,7 +44,7 @@ from loratool.reworking.converting.carrying import carried
 from loratool.reworking.converting.dora import Moved, as_lora, moved_by
 from loratool.reworking.converting.keeping import can_keep, carry, is_same, kept
 from loratool.reworking.converting.losing import lengths_lost, without_losses
-from loratool.reworking.converting.naming import Wanted, hint_of, respelled
+from loratool.reworking.converting.naming import Wanted, hint_of, respelled, with_experts_apart
 from loratool.reworking.converting.proof import Compared, Comparison, places_of, read_back
 from loratool.reworking.converting.rows import Target, narrowed
 from loratool.reworking.converting.servers import SERVERS, Server, server_for
@@ -144,6 +144,8 @@ def convert(
         contents = as_lora(contents, moved, options.rank, options.energy, at_work)
         hint = options.architecture or hint_of(contents)
         wanted = respelled(contents.layers, goal.dialect, options.architecture or "", hint, base)
+        if goal.server is not None and goal.server.splits(config):
+            wanted = with_experts_apart(wanted, contents.layers, config, str(goal.server))
         made = Converter(contents, wanted, at_work, goal, options, kinds)
         made.lost, made.moved = lost, moved
         if keeps:

@@ -8,13 +8,15 @@ module of known architectures in both layouts, so that names without dots are lo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 from loratool.adapters.adapter import Flattened
 from loratool.adapters.formats import DIALECTS
 from loratool.adapters.formats.named.dialects import spelling_of
 from loratool.adapters.layers import Contents, Kind, Layer
+from loratool.adapters.model_settings import model_types
 from loratool.errors import FitError, InputError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.layouts.diffusion.components import DENOISER, SECOND_DENOISERS, TEXT_WORDS
@@ -224,6 +226,25 @@ def respelled(
         return Wanted(unknown(layers, dialect, dotted(base)))
     reading, notes = chosen(found, layers, architecture or hint)
     return Wanted(Divided(reading, dialect, layers).targets(), reading.architecture, notes)
+
+
+def with_experts_apart(wanted: Wanted, layers: Mapping[str, Layer], config: Mapping[str, Any], server: str) -> Wanted:
+    """The layers with factors for each expert by itself, where an adapter has one parameter for all of them."""
+    fused = {
+        name: layers[t.sources[0]]
+        for name, t in wanted.targets.items()
+        if t.kind is Kind.PARAMETER and t.is_whole(layers)
+    }
+    apart, told = split(fused, config, experts_only=True)
+    cut = {name for name in fused if name not in apart}
+    if not cut:
+        return wanted
+    others = {name: target for name, target in wanted.targets.items() if name not in fused}
+    count = f"{len(cut)} parameter{'s' * (len(cut) != 1)} of experts"
+    text = f"{count} cut into a layer for each: {server} misreads them in one"
+    if not model_types(config):
+        text += ", except in a few models; pass --base to be sure"
+    return replace(wanted, targets={**others, **apart}, notes=(*wanted.notes, *told, Note("experts-cut", text)))
 
 
 # How headers of kohya's tools begin to call architectures.

@@ -8,7 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from loratool.adapters.model_settings import model_types
 from loratool.algebra.updates.additive import Add
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
@@ -35,6 +37,8 @@ class Server:
     plain: bool = False  # whether α must be the rank, so that the scale is in the factors
     ranks: tuple[int, ...] = ()  # that can be asked of it; any where there are none
     refuses: tuple[type[Update], ...] = ()
+    apart: bool = False  # whether it reads LoRA on experts one by one
+    fused: frozenset[str] = frozenset()  # model types whose experts it reads in one parameter all the same
     why: str = ""  # what it makes of adapters that are written otherwise
 
     def __str__(self) -> str:
@@ -48,6 +52,10 @@ class Server:
         if not fitting:
             raise UsageError(f"{self} takes ranks up to {self.ranks[-1]}, and this adapter has {largest}; pass --rank")
         return fitting[0]
+
+    def splits(self, config: Mapping[str, Any]) -> bool:
+        """Whether experts of a model with this config, or of an unknown one, have to be apart for it."""
+        return self.apart and not self.fused & model_types(config)
 
     def refused(self, update: Update) -> str:
         """What of an update it refuses, in words; empty for nothing."""
@@ -67,6 +75,12 @@ SERVERS: Mapping[str, tuple[Server, ...]] = {
             plain=True,
             ranks=(8, 16, 32, 64, 128, 256, 320, 512),
             refuses=NOT_LORA,
+            apart=True,
+            # classes with `is_3d_moe_weight`
+            fused=frozenset(
+                {"gpt_oss", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_vl_moe", "qwen3_vl_moe_text"}
+                | {"qwen3_omni_moe", "qwen3_omni_moe_thinker", "interns1_pro"}
+            ),
             why="older releases ignore rank and alpha patterns; it refuses DoRA, saved modules and biases",
         ),
     ),
@@ -79,6 +93,7 @@ SERVERS: Mapping[str, tuple[Server, ...]] = {
             uniform=True,
             plain=True,
             refuses=NOT_LORA,
+            apart=True,
             why="it scales by lora_alpha / r whatever rsLoRA and patterns say",
         ),
     ),
