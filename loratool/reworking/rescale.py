@@ -337,9 +337,10 @@ class Baker(Maker[str, None]):
     def draft(self) -> Draft:
         names, ranks = names_of(self.contents, self.manner), ranks_of(self.contents, self.manner)
         forms = {t: Form.of(layer, ranks[t]) for t, layer in self.contents.layers.items()}
-        factors = {**{t: m.factor or 1.0 for t, m in self.modules.items()}, **self.changes}
-        carried = carried_over(self.contents, names, factors)
         self.said = {} if self.options.bake else names.scales({t: m.after for t, m in self.modules.items()})
+        said = self.said if names.scales_biases else {}
+        factors = {t: (m.factor or 1.0) / (said.get(t) or 1.0) for t, m in self.modules.items()}
+        carried = carried_over(self.contents, names, {**factors, **self.changes})
         dtype = kept_dtype([self.contents], self.options.dtype)
         return replace(self.manner.draft(forms, names, dtype, carried, [self.contents]), scales=self.said)
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 import loratool
 from loratool.adapters.formats import mlx
+from loratool.adapters.formats.peft.spelling import Names
+from loratool.adapters.writer import Output
 from loratool.errors import FitError, InputError, LoratoolError
 from loratool.reworking.converting import rows
 
@@ -135,6 +137,43 @@ def test_an_output_that_differs_is_a_bug_and_is_not_published(tmp_path: Path, mo
     with pytest.raises(LoratoolError, match="q_proj"):
         loratool.convert(other, tmp_path / "mlx", to="mlx")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "other"]
+
+
+def with_tensors_beside(folder: Path) -> Path:
+    """DoRA's lengths, biases of factors, and two modules that are saved whole."""
+    adapter = write(folder, use_dora=True, lora_bias=True, lora_alpha=3, modules_to_save=["head", "tail"])
+    tensors = load_file(adapter / WEIGHTS)
+    for module, (out, _) in SHAPES.items():
+        tensors[f"base_model.model.{module}.lora_B.bias"] = numbers(out, seed=31)
+    tensors |= {
+        f"base_model.model.{name}.weight": numbers(3, 4, seed=n + 40) for n, name in enumerate(("head", "tail"))
+    }
+    save_file(tensors, adapter / WEIGHTS)
+    return adapter
+
+
+@pytest.mark.parametrize("part", ["lora_magnitude_vector", "lora_B.bias", "head"])
+def test_the_proof_covers_what_is_no_factor(tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths, biases and tensors saved whole that are written wrong are found out, and the target is named."""
+    adapter = with_tensors_beside(tmp_path / "adapter")
+    report = loratool.convert(adapter, tmp_path / "right", to="peft")
+    assert set(report.beside) == {"head.weight", "tail.weight", *(f"{module}.bias" for module in SHAPES)}
+    assert set(report.beside.values()) == {0.0}
+    kept, whole = Output.write, Names.whole
+    if part == "head":  # which are copied: the one under the name of the other
+        other = {"head.weight": "tail.weight", "tail.weight": "head.weight"}
+        monkeypatch.setattr(Names, "whole", lambda self, target, inside: whole(self, other[target], inside))
+    else:
+        monkeypatch.setattr(
+            Output, "write", lambda self, name, tensor: kept(self, name, tensor * 1.001 if part in name else tensor)
+        )
+    with pytest.raises(LoratoolError, match="differs from what was read") as refusal:
+        loratool.convert(adapter, tmp_path / "wrong", to="peft")
+    assert any(
+        {"lora_magnitude_vector": "q_proj.weight", "lora_B.bias": "q_proj.bias", "head": "head.weight"}[part] in p
+        for p in refusal.value.problems
+    )
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_a_dry_run_writes_nothing_and_proves_nothing(tmp_path: Path) -> None:

@@ -350,49 +350,111 @@ def test_a_server_refuses_by_name_what_it_does_not_take(tmp_path: Path) -> None:
 
 # ---- round trips ----
 
-WAYS = ("mlx", "diffusers", "comfy", "kohya", "lycoris")
+WAYS = ("mlx", "torchtune", "gguf", "diffusers", "comfy", "kohya", "lycoris")
 OF_UNET = {f"{BLOCK}.attn1.to_q": (4, 4, 2), f"{BLOCK}.attn2.to_k": (4, 2048, 2)}
+OF_LLAMA = {"model.layers.0.self_attn.q_proj": (4, 4, 2), "model.layers.0.self_attn.k_proj": (4, 4, 2)}
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "num_attention_heads": 2,
+    "hidden_size": 4,
+    "tie_word_embeddings": False,
+}
 CASES: Mapping[str, dict[str, Any]] = {
     "alpha = r": {"lora_alpha": 2},
     "alpha / r a power of two": {"lora_alpha": 1},
     "any alpha": {"lora_alpha": 3.3},
-    "alpha patterns": {"alpha_pattern": {"to_k": 5}},
+    "alpha patterns": {"alpha_pattern": {"to_k": 5, "k_proj": 5}},
     "rsLoRA": {"use_rslora": True},
     "bfloat16, any alpha": {"lora_alpha": 3, "dtype": torch.bfloat16},
+    "DoRA": {"use_dora": True},
+    "experts": {},
+    "biases of factors": {"lora_bias": True},
+    "modules saved whole": {"modules_to_save": ["head"]},
 }
 
 
-def round_trip(home: Path, way: str, settings: Mapping[str, Any]) -> str:
+def tensors_beside(case: str, modules: Mapping[str, tuple[int, int, int]]) -> Tensors:
+    """What an adapter has besides factors."""
+    start = "base_model.model."
+    match case:
+        case "DoRA":
+            return {
+                f"{start}{m}.lora_magnitude_vector": pair(out, 1, 9)[1][:, 0].abs()
+                for m, (out, _, _) in modules.items()
+            }
+        case "biases of factors":
+            return {f"{start}{m}.lora_B.bias": pair(out, 1, 9)[1][:, 0].clone() for m, (out, _, _) in modules.items()}
+        case "modules saved whole":
+            return {f"{start}head.weight": torch.ones(3, 4)}
+    return {}
+
+
+def round_trip(home: Path, way: str, case: str, base: Path) -> str:
     """What is left of an adapter of PEFT's on the way there and back."""
-    names = {f"model.layers.0.{k.rpartition('.')[2]}": v for k, v in OF_UNET.items()} if way == "mlx" else OF_UNET
+    settings, of_images = CASES[case], way not in ("mlx", "torchtune", "gguf")
+    names = OF_UNET if of_images else OF_LLAMA
+    if case == "experts":
+        names = {f"model.layers.0.mlp.experts.{n}.up_proj": (6, 4, 2) for n in range(3)}
     adapter = peft_adapter(home / "adapter", names, **settings)
-    reports = [
-        loratool.convert(adapter, home / "there", to=way),
-        loratool.convert(home / "there", home / "back", to="peft"),
-    ]
+    weights = adapter / "adapter_model.safetensors"
+    save_file(load_file(weights) | tensors_beside(case, names), weights)
+    model = base if way in ("torchtune", "gguf") else None
+    try:
+        reports = [loratool.convert(adapter, home / "there", to=way, base=model)]
+    except (FitError, InputError):
+        assert not (home / "there").exists()
+        return "refused"
+    reports.append(loratool.convert(home / "there", home / "back", to="peft", base=model))
     before, after = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, home / "back"))
     assert before.keys() == after.keys()
     errors = [layer.error or 0.0 for report in reports for layer in report.modules.values()]
+    assert not any(error for report in reports for error in report.beside.values())
     if all(torch.equal(before[name], after[name]) for name in before):
         assert max(errors) < 1e-7
         return "same bytes"
-    scaled = [of_diffusers(t, n.removesuffix(".lora_A.weight")) for t in (before, after) for n in t if ".lora_A." in n]
-    assert len(scaled) == 4
+    assert all(torch.equal(before[name], after[name]) for name in before if ".lora_A." in name)
+    assert all(torch.equal(before[name], after[name]) for name in before if ".lora_" not in name or "magnitude" in name)
     return "same ΔW" if max(errors) == 0 else "B rounded once"
 
 
 def test_the_page_has_the_table_of_round_trips(tmp_path: Path) -> None:
-    """PEFT → dialect → PEFT, as it comes out."""
+    """PEFT → dialect → PEFT, as it comes out: the same bytes, or what the dialect cannot say is refused."""
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps(LLAMA))
+    save_file(
+        {f"{module}.weight": torch.ones(out, inputs) for module, (out, inputs, _) in OF_LLAMA.items()},
+        base / "model.safetensors",
+    )
     lines = [f"| | {' | '.join(WAYS)} |", f"|---{'|---' * len(WAYS)}|"]
-    for n, (case, settings) in enumerate(CASES.items()):
+    for n, case in enumerate(CASES):
         found = []
         for way in WAYS:
             home = tmp_path / f"{n} {way}"
             home.mkdir()
-            found.append(round_trip(home, way, settings))
+            found.append(round_trip(home, way, case, base))
         lines.append(f"| {case} | {' | '.join(found)} |")
     table = "\n".join(lines)
     assert table in (ROOT / "docs" / "converting.md").read_text(encoding="utf-8"), table
+
+
+def test_biases_hold_the_scale_that_their_reader_does_not_apply(tmp_path: Path) -> None:
+    """`diff_b` is added as it is, PEFT's lora_B.bias times α/r: rounded once in bfloat16, and the same bytes from PEFT to PEFT."""
+    adapter = peft_adapter(tmp_path / "adapter", OF_UNET, torch.bfloat16, lora_alpha=3, lora_bias=True)
+    weights = adapter / "adapter_model.safetensors"
+    biases = {name: t.bfloat16() for name, t in tensors_beside("biases of factors", OF_UNET).items()}
+    save_file(load_file(weights) | biases, weights)
+    report = loratool.convert(adapter, tmp_path / "there", to="lycoris")
+    found = load_file(tmp_path / "there" / "pytorch_lora_weights.safetensors")
+    wanted = [(1.5 * bias.double()).bfloat16() for bias in biases.values()]
+    changed = [tensor for name, tensor in found.items() if name.endswith(".diff_b")]
+    assert len(changed) == 2
+    assert all(any(torch.equal(one, other) for other in changed) for one in wanted)
+    assert 0 < max(report.beside.values()) < 2**-8
+    loratool.convert(adapter, tmp_path / "same", to="peft")
+    kept = load_file(tmp_path / "same" / "adapter_model.safetensors")
+    assert all(torch.equal(kept[name], bias) for name, bias in biases.items())
 
 
 def test_a_name_that_is_written_wrong_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

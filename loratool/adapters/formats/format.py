@@ -83,6 +83,11 @@ class Spelling(Protocol):
     def bias(self, target: str) -> str:
         """The name of what B adds to the output, for the target of the weight."""
 
+    @property
+    def scales_biases(self) -> bool:
+        """Whether its reader multiplies these by the scale of their layer."""
+        return False
+
     def magnitude(self, target: str) -> str:
         """The name of the lengths of rows that DoRA trains."""
 
@@ -138,6 +143,7 @@ class FactorsOnly:
 
     reader: str  # what reads it, for messages
     flattens = False
+    scales_biases = False
     kinds: Mapping[str, Kind]
 
     def lengths(self, form: Form) -> Shape:

@@ -15,14 +15,24 @@ from loratool.lazy import Tensor, torch
 from loratool.reworking.converting.rows import Target, gathered
 
 
-def carried(contents: Contents, targets: Mapping[str, Target], names: Spelling, forms: Mapping[str, Form]) -> Carried:
-    """Everything but the factors, under the names and by the rows of the layers that are written."""
+def carried(
+    contents: Contents,
+    targets: Mapping[str, Target],
+    names: Spelling,
+    forms: Mapping[str, Form],
+    scales: Mapping[str, float],
+) -> Carried:
+    """Everything but the factors, under the names and by the rows of the layers that are written.
+
+    `scales` are those that the output says of its layers, which some readers apply to biases too.
+    """
     contents.check_beside()
     found = Carried()
     for name, target in targets.items():
         if (lengths := magnitudes(contents, name, target)) is not None:
             found.tensors[names.magnitude(name)] = lengths.reshape(names.lengths(forms[name]))
-        if (bias := biases(contents, target)) is not None:
+        scale = scales.get(name, 1.0) if names.scales_biases else 1.0
+        if (bias := biases(contents, target, scale)) is not None:
             found.tensors[names.bias(name)] = bias
     carry_whole(contents, names, found)
     if contents.biases:
@@ -72,13 +82,13 @@ def magnitudes(contents: Contents, name: str, target: Target) -> Tensor | None:
     return gathered(target.experts[0], loaded, dtype)
 
 
-def biases(contents: Contents, target: Target) -> Tensor | None:
-    """What the second factor of a layer has as a bias, its scale in it; None where it has none."""
+def biases(contents: Contents, target: Target, scale: float) -> Tensor | None:
+    """What the second factor of a layer has as a bias, for a reader who multiplies it by `scale`; None where it has none."""
     own = {
         source: bias for source in target.sources if (bias := f"{source.removesuffix('weight')}bias") in contents.biases
     }
     if not own or target.kind is Kind.PARAMETER:
         return None
     values: list[Any] = [contents.biases[bias].value for bias in own.values()]
-    loaded = {source: contents.load_bias(bias) for source, bias in own.items()}
+    loaded = {source: contents.load_bias(bias) / (scale or 1.0) for source, bias in own.items()}
     return gathered(target.experts[0], loaded, torch_dtype(values[0].info.dtype))

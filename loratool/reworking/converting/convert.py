@@ -204,7 +204,7 @@ class Converter(Maker[str, str]):
         scales = self.scales(names)
         self.choose_ranks(names)
         forms = {name: target.form(layers, self.ranks[name]) for name, target in self.targets.items()}
-        beside = carried(self.contents, self.targets, names, forms)
+        beside = carried(self.contents, self.targets, names, forms, scales)
         parts = Parts(
             self.ranks,
             scales,

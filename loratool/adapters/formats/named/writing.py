@@ -78,6 +78,7 @@ class NamedNames(FactorsOnly):
     def __init__(self, form: Format, kinds: Mapping[str, Kind], dialect: str) -> None:
         self.form, self.kinds, self.dialect = form, kinds, DIALECTS[dialect or next(iter(DIALECTS))]
         self.reader, self.flattens = self.dialect.name, self.dialect.flat
+        self.scales_biases = self.dialect.name == "diffusers"
         if odd := [t for t, kind in kinds.items() if kind not in (Kind.LINEAR, Kind.CONVOLUTION)]:
             raise FitError(f"{dialect} cannot store LoRA of embeddings or experts:", map(printable, odd))
 

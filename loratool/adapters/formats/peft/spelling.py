@@ -26,6 +26,8 @@ PREFIX = "base_model.model."
 class Names:
     """The tensors of each adapted weight, as all adapted weights together determine them."""
 
+    scales_biases = True
+
     def __init__(self, form: Format, kinds: Mapping[str, Kind], release: str = "") -> None:
         self.form, self.kinds = form, kinds
         self.doubles = doubles(release)
