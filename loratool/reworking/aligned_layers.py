@@ -25,7 +25,6 @@ from loratool.errors import FitError, UsageError, printable
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, torch
 from loratool.notes import Note
-from loratool.reworking.renaming import named_alike
 
 NONE: Mapping[str, Any] = MappingProxyType({})
 SAVED = ("refuse", "first", "mean")  # what to do where adapters have saved different values for one tensor
@@ -61,7 +60,7 @@ def contents_apart(
         seen[source.name] += 1
         more = f" ({seen[source.name]})" if seen[source.name] > 1 else ""
         found.append(dataclasses.replace(source, adapter=dataclasses.replace(source.adapter, name=source.name + more)))
-    return named_alike(found)
+    return found
 
 
 def align_layers(sources: Sequence[Contents], weights: Sequence[Weight]) -> dict[str, tuple[AlignedLayer, ...]]:

@@ -25,6 +25,7 @@ from loratool.options.shared import DeviceOption
 from loratool.results.compare import CompareReport, Meeting, PairTotals
 from loratool.results.text import mean_of
 from loratool.reworking.aligned_layers import AlignedLayer, align_layers, contents_apart
+from loratool.reworking.renaming import named_alike
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ def compare(adapters: Sequence[PathLike], options: CompareOptions, progress: Pro
     paths = [local(path, "adapter") for path in adapters]
     if len(paths) < 2:
         raise UsageError("compare needs at least two adapters")
-    sources = contents_apart(paths, ways, "compare")
+    sources = named_alike(contents_apart(paths, ways, "compare"))
     layers = align_layers(sources, [1.0] * len(sources))
     if not any(len(found) > 1 for found in layers.values()):
         raise FitError(

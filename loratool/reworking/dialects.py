@@ -7,37 +7,20 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loratool.adapters.adapter import Derived
 from loratool.adapters.formats import DIALECTS, WRITTEN, format_of
 from loratool.adapters.formats.format import Format, Spelling
-from loratool.adapters.layers import Contents, Form, Kind, Layer
+from loratool.adapters.layers import Contents, Form, Kind
 from loratool.adapters.writer import Carried
-from loratool.algebra.lowrank.products import Product
-from loratool.algebra.updates.additive import LowRank
-from loratool.algebra.updates.experts import ExpertFactors
 from loratool.bases.opening import open_checkpoint
 from loratool.errors import FitError, InputError, printable
 from loratool.fetching import local
 from loratool.files.checkpoint import Checkpoint
-from loratool.lazy import Tensor, torch
+from loratool.lazy import torch
 from loratool.notes import Note
 from loratool.options.described import Choice, Options, PathKind, option
 from loratool.reworking.converting.naming import hint_of, respelled
-from loratool.reworking.converting.rows import Target
+from loratool.reworking.renaming import dialect_of, named_alike, renamed
 from loratool.reworking.runner import Draft
-
-# Dialects that are read and not written → one that their tools read.
-NEAREST: Mapping[str, str] = {
-    "musubi": "kohya",
-    "onetrainer": "kohya",
-    "wan-fun": "kohya",
-    "ai-toolkit": "diffusers",
-    "cloneofsimo": "diffusers",
-    "simpletuner": "diffusers",
-    "xlabs": "comfy",
-    "bfl": "comfy",
-    "original": "comfy",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +75,6 @@ class OutputDialect(DialectOption):
         return open_checkpoint(local(self.base, "model")) if self.base is not None else None
 
 
-def dialect_of(source: Contents) -> str:
-    """The dialect of an adapter, or one that the same tools read; empty where it is not written."""
-    own = next(iter(source.adapter.dialects or format_of(source.adapter).dialects), "")
-    found = NEAREST.get(own, own)
-    return found if found in DIALECTS else ""
-
-
 def manner_of(source: Contents, asked: str | None, config: Mapping[str, Any]) -> Manner:
     """The dialect that is asked for, else that of an adapter, else PEFT's.
 
@@ -131,7 +107,7 @@ def in_manner(
     manner = manner_of(sources[0], asked, base.config if base is not None else {})
     form, dialect = manner.form, manner.dialect
     found: list[Contents] = []
-    for source in sources:
+    for source in named_alike(sources, dialect):
         own = {target: layer.magnitude or layer.update for target, layer in source.layers.items()}
         plain = replace(source.adapter, updates={**source.adapter.updates, **own})
         if lost := form.losses(plain, dialect) if source.adapter.format != form.name or asked else ():
@@ -145,40 +121,3 @@ def in_manner(
         manner = replace(manner, architecture=wanted.architecture, notes=(*manner.notes, *wanted.notes))
         found.append(renamed(source, wanted.targets))
     return found, manner
-
-
-def renamed(source: Contents, targets: Mapping[str, Target]) -> Contents:
-    """An adapter with the layers that a dialect has; factors of those that are joined or cut are made when they are loaded."""
-    layers = {name: as_layer(name, target, source.layers) for name, target in targets.items()}
-    moved = {target.sources[0]: name for name, target in targets.items() if target.is_whole(source.layers)}
-    if torn := [t for t, layer in source.layers.items() if t not in moved and layer.magnitude]:
-        raise FitError("DoRA of layers that this dialect divides otherwise cannot be written:", map(printable, torn))
-    biases = {}
-    for target, bias in source.biases.items():
-        weight = f"{target.removesuffix('bias')}weight"
-        name = moved.get(weight, weight)
-        biases[f"{name.removesuffix('weight')}bias"] = bias
-    return replace(source, layers=layers, biases=biases)
-
-
-def as_layer(name: str, target: Target, layers: Mapping[str, Layer]) -> Layer:
-    """A layer of a dialect, its factors still on disk; those of one scale keep it."""
-    if target.is_whole(layers):
-        return replace(layers[target.sources[0]], target=name)
-    own = [layers[source] for source in target.sources]
-    scale = own[0].scale if len({layer.scale for layer in own}) == 1 else 1.0
-    scales = {layer.target: layer.scale / scale if scale else 1.0 for layer in own}
-    parts: tuple[Any, ...] = tuple(factor for layer in own for factor in layer.factors)
-    form = target.form(layers, target.rank(layers))
-
-    def product(*loaded: Tensor) -> Product:
-        pairs = zip(own, loaded[::2], loaded[1::2], strict=True)
-        found = {layer.target: layer.unscaled(up, down) for layer, up, down in pairs}
-        return target.product(found.__getitem__, scales, form.rank)
-
-    stack = (form.experts,) if target.kind is Kind.PARAMETER else ()
-    up: Any = Derived((*stack, form.rows, form.rank), parts, lambda *loaded: product(*loaded).up)
-    down: Any = Derived((*stack, form.rank, form.columns), parts, lambda *loaded: product(*loaded).down)
-    if stack:
-        return Layer(name, target.kind, ExpertFactors(down, up, scale * form.rank), form.experts)
-    return Layer(name, target.kind, LowRank(up, down, scale, turnable=True, kernel=own[0].kernel))

@@ -6,45 +6,76 @@ layers are cut and joined as `converting.rows` has it, exactly.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
-from loratool.adapters.layers import Contents
+from loratool.adapters.adapter import Derived
+from loratool.adapters.formats import DIALECTS, format_of
+from loratool.adapters.layers import Contents, Kind, Layer
 from loratool.algebra.lowrank.products import Product
+from loratool.algebra.updates.additive import LowRank
+from loratool.algebra.updates.experts import ExpertFactors
 from loratool.errors import FitError, printable
 from loratool.layouts.diffusion.known import ARCHITECTURES
-from loratool.lazy import torch
+from loratool.lazy import Tensor, torch
 from loratool.notes import Note
 from loratool.reworking.converting.naming import LAYOUTS, Reading, by_width, hint_of, readings, respelled, same_layout
-from loratool.reworking.converting.rows import narrowed
-from loratool.reworking.dialects import dialect_of, renamed
+from loratool.reworking.converting.rows import Target, narrowed
+
+# Dialects that are read and not written → one that their tools read.
+NEAREST: Mapping[str, str] = {
+    "musubi": "kohya",
+    "onetrainer": "kohya",
+    "wan-fun": "kohya",
+    "ai-toolkit": "diffusers",
+    "cloneofsimo": "diffusers",
+    "simpletuner": "diffusers",
+    "xlabs": "comfy",
+    "bfl": "comfy",
+    "original": "comfy",
+}
+
 
 OF_IMAGES = LAYOUTS.keys() - {"peft"}
 
 
-def named_alike(sources: Sequence[Contents]) -> list[Contents]:
-    """The same adapters, all in the names of the first one's dialect.
+def dialect_of(source: Contents) -> str:
+    """The dialect of an adapter, or one that the same tools read; empty where it is not written."""
+    own = next(iter(source.adapter.dialects or format_of(source.adapter).dialects), "")
+    found = NEAREST.get(own, own)
+    return found if found in DIALECTS else ""
+
+
+def named_alike(sources: Sequence[Contents], dialect: str = "") -> list[Contents]:
+    """The same adapters, all of several in the names of one dialect: that of the first, where none is given.
 
     Raises `FitError` where these are not known: no architecture has the weights of all.
     """
     dialects = [dialect_of(source) for source in sources]
-    if not set(dialects) <= OF_IMAGES:  # targets of others are the names of one model in memory
+    wanted = dialect or dialects[0]
+    if (
+        len(sources) == 1 or not {*dialects, wanted} <= OF_IMAGES
+    ):  # targets of others are the names of one model in memory
         return list(sources)
     known = [readings(source.layers) for source in sources]
     styles = {
-        (one_style(source, dialect), found[0].layout if found else "")
-        for source, dialect, found in zip(sources, dialects, known, strict=True)
+        (one_style(source, own), found[0].layout if found else "")
+        for source, own, found in zip(sources, dialects, known, strict=True)
     }
-    if len(styles) == 1 and next(iter(styles))[0] != "":
+    alike = next(iter(styles))[0] if len(styles) == 1 else ""
+    if alike == wanted:
         return list(sources)
     architecture, notes = common(sources, known)
+    if not architecture and alike:
+        return list(sources)
     if not architecture:
         raise FitError(
             "these names of weights are of several dialects, and no architecture that is known "
             f"({', '.join(ARCHITECTURES)}) has all of them:",
             (f"{source.name}: {printable(next(iter(source.layers), 'no low-rank update'))}" for source in sources),
         )
-    found = [in_dialect(source, dialects[0], architecture) for source in sources]
+    found = [in_dialect(source, wanted, architecture) for source in sources]
     first = found[0].adapter
     return [replace(found[0], adapter=replace(first, notes=(*first.notes, *notes))), *found[1:]]
 
@@ -76,3 +107,40 @@ def common(sources: Sequence[Contents], known: Sequence[Sequence[Reading]]) -> t
         return (sure or names or [""])[0], ()
     text = f"their modules are those of {', '.join(names)}; {names[0]} is assumed"
     return names[0], (Note("architecture-assumed", text),)
+
+
+def renamed(source: Contents, targets: Mapping[str, Target]) -> Contents:
+    """An adapter with the layers that a dialect has; factors of those that are joined or cut are made when they are loaded."""
+    layers = {name: as_layer(name, target, source.layers) for name, target in targets.items()}
+    moved = {target.sources[0]: name for name, target in targets.items() if target.is_whole(source.layers)}
+    if torn := [t for t, layer in source.layers.items() if t not in moved and layer.magnitude]:
+        raise FitError("DoRA of layers that this dialect divides otherwise cannot be written:", map(printable, torn))
+    biases = {}
+    for target, bias in source.biases.items():
+        weight = f"{target.removesuffix('bias')}weight"
+        name = moved.get(weight, weight)
+        biases[f"{name.removesuffix('weight')}bias"] = bias
+    return replace(source, layers=layers, biases=biases)
+
+
+def as_layer(name: str, target: Target, layers: Mapping[str, Layer]) -> Layer:
+    """A layer of a dialect, its factors still on disk; those of one scale keep it."""
+    if target.is_whole(layers):
+        return replace(layers[target.sources[0]], target=name)
+    own = [layers[source] for source in target.sources]
+    scale = own[0].scale if len({layer.scale for layer in own}) == 1 else 1.0
+    scales = {layer.target: layer.scale / scale if scale else 1.0 for layer in own}
+    parts: tuple[Any, ...] = tuple(factor for layer in own for factor in layer.factors)
+    form = target.form(layers, target.rank(layers))
+
+    def product(*loaded: Tensor) -> Product:
+        pairs = zip(own, loaded[::2], loaded[1::2], strict=True)
+        found = {layer.target: layer.unscaled(up, down) for layer, up, down in pairs}
+        return target.product(found.__getitem__, scales, form.rank)
+
+    stack = (form.experts,) if target.kind is Kind.PARAMETER else ()
+    up: Any = Derived((*stack, form.rows, form.rank), parts, lambda *loaded: product(*loaded).up)
+    down: Any = Derived((*stack, form.rank, form.columns), parts, lambda *loaded: product(*loaded).down)
+    if stack:
+        return Layer(name, target.kind, ExpertFactors(down, up, scale * form.rank), form.experts)
+    return Layer(name, target.kind, LowRank(up, down, scale, turnable=True, kernel=own[0].kernel))

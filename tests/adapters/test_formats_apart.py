@@ -40,8 +40,9 @@ WORDS = {
             ),
             *(
                 "reworking/aligned_layers.py",
-                "reworking/dialects.py",
+                "reworking/renaming.py",
                 "reworking/converting/carrying.py",
+                "reworking/converting/proof.py",
                 "reworking/extracting/pairing.py",
                 "adapters/writer.py",
             ),

@@ -18,7 +18,7 @@ Naming = Callable[[str, str], "str | tuple[str, ...] | None"]
 
 
 @dataclass(frozen=True)
-class Spelling:
+class ModuleSpelling:
     """One way to name modules."""
 
     dialect: str  # that is told, where the header names no tool
@@ -111,15 +111,15 @@ STRENGTH = Note(
 )
 
 SPELLINGS = (
-    Spelling("wan-fun", r"lora_unet__", flat("unet"), "as in VideoX-Fun", plain=False),
-    Spelling("onetrainer", r"lora_transformer_", flat("transformer"), "as in OneTrainer"),
-    Spelling("lycoris", r"lycoris_", flat(""), "as in LyCORIS"),
-    Spelling("kohya", r"lora_unet_", flat("unet"), KOHYA),
-    Spelling("kohya", r"oft_unet_", flat("unet"), KOHYA, constrained=True),
-    Spelling("kohya", r"lora_te[123]?_", text_encoder, KOHYA),
-    Spelling("kohya", r"lora_prior_unet_", flat("prior"), KOHYA),
-    Spelling("kohya", r"lora_prior_te_", flat("te"), KOHYA),
-    Spelling(
+    ModuleSpelling("wan-fun", r"lora_unet__", flat("unet"), "as in VideoX-Fun", plain=False),
+    ModuleSpelling("onetrainer", r"lora_transformer_", flat("transformer"), "as in OneTrainer"),
+    ModuleSpelling("lycoris", r"lycoris_", flat(""), "as in LyCORIS"),
+    ModuleSpelling("kohya", r"lora_unet_", flat("unet"), KOHYA),
+    ModuleSpelling("kohya", r"oft_unet_", flat("unet"), KOHYA, constrained=True),
+    ModuleSpelling("kohya", r"lora_te[123]?_", text_encoder, KOHYA),
+    ModuleSpelling("kohya", r"lora_prior_unet_", flat("prior"), KOHYA),
+    ModuleSpelling("kohya", r"lora_prior_te_", flat("te"), KOHYA),
+    ModuleSpelling(
         "xlabs",
         r"(?:diffusion_model\.)?(?=(?:double|single)_blocks\.\d+\.processor\.)",
         of_xlabs,
@@ -127,7 +127,7 @@ SPELLINGS = (
         plain=False,
         note=STRENGTH,
     ),
-    Spelling(
+    ModuleSpelling(
         "cloneofsimo",
         r"(?:unet|text_encoder(?:_2)?):(?=\d+$)",
         lambda start, number: start + number,
@@ -135,33 +135,33 @@ SPELLINGS = (
         plain=False,
         numbered=True,
     ),
-    Spelling(
+    ModuleSpelling(
         "diffusers",
         rf"unet\.|prior\.|transformer(?:_2)?\.{LANGUAGE}|text_encoder(?:_[23])?\.",
         as_named,
         DIFFUSERS,
     ),
-    Spelling("comfy", r"(?:model\.)?diffusion_model\.|text_encoders\.", of_comfy, "as in ComfyUI"),
-    Spelling("peft", rf"base_model\.model\.(?=(?:{UNET})\b)", dotted("unet"), DIFFUSERS, alone=False),
-    Spelling("peft", rf"base_model\.model\.(?=(?:{DIT})\b)", dotted("transformer"), DIFFUSERS, alone=False),
-    Spelling(
+    ModuleSpelling("comfy", r"(?:model\.)?diffusion_model\.|text_encoders\.", of_comfy, "as in ComfyUI"),
+    ModuleSpelling("peft", rf"base_model\.model\.(?=(?:{UNET})\b)", dotted("unet"), DIFFUSERS, alone=False),
+    ModuleSpelling("peft", rf"base_model\.model\.(?=(?:{DIT})\b)", dotted("transformer"), DIFFUSERS, alone=False),
+    ModuleSpelling(
         "peft",
         rf"base_model\.model\.(?=(?:{BFL}|{ORIGINAL})\b)",
         dotted("diffusion_model"),
         DIFFUSERS,
         alone=False,
     ),
-    Spelling("diffusers", rf"(?=(?:{UNET})\b)", dotted("unet"), DIFFUSERS, alone=False),
-    Spelling("diffusers", rf"(?=(?:{DIT})\b)", dotted("transformer"), DIFFUSERS, alone=False),
-    Spelling("bfl", rf"(?=(?:{BFL})\b)", dotted("diffusion_model"), "as in Black Forest Labs' flux", alone=False),
-    Spelling("original", rf"(?=(?:{ORIGINAL})\b)", dotted("diffusion_model"), DIFFUSERS, alone=False),
+    ModuleSpelling("diffusers", rf"(?=(?:{UNET})\b)", dotted("unet"), DIFFUSERS, alone=False),
+    ModuleSpelling("diffusers", rf"(?=(?:{DIT})\b)", dotted("transformer"), DIFFUSERS, alone=False),
+    ModuleSpelling("bfl", rf"(?=(?:{BFL})\b)", dotted("diffusion_model"), "as in Black Forest Labs' flux", alone=False),
+    ModuleSpelling("original", rf"(?=(?:{ORIGINAL})\b)", dotted("diffusion_model"), DIFFUSERS, alone=False),
 )
 BEGINS = re.compile("|".join(f"(?P<s{number}>{row.begins})" for number, row in enumerate(SPELLINGS)))
 # Of Flux's control adapters: what they put in the place of the base's own.
 REPLACED = re.compile(r"(?:double|single)_blocks\.\d+\.(?:\w+\.)?norm\.(?:query|key)_norm\.scale")
 
 
-def spelling_of(module: str) -> tuple[Spelling, tuple[str, ...]] | None:
+def spelling_of(module: str) -> tuple[ModuleSpelling, tuple[str, ...]] | None:
     """How a module is spelled, and the modules of the trained model that it means; None for one of no dialect."""
     match = BEGINS.match(module)
     if match is None:

@@ -12,7 +12,7 @@ from typing import Any
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.format import Config, Format, Scaled
 from loratool.adapters.formats.named import card, header, refused, strength, writing
-from loratool.adapters.formats.named.dialects import Spelling, spelling_of
+from loratool.adapters.formats.named.dialects import ModuleSpelling, spelling_of
 from loratool.adapters.formats.named.reading import FULL, Configs, Reader, dialect_of
 from loratool.adapters.formats.roles import split
 from loratool.adapters.layers import Contents, Kind
@@ -65,7 +65,7 @@ class Named(Format):
 
     def dialects_in(self, file: HasNames) -> tuple[str, ...]:
         head = header.Header(file.metadata)
-        modules: dict[tuple[Spelling, str], list[str]] = {}  # the roles of modules that differ in numbers alone
+        modules: dict[tuple[ModuleSpelling, str], list[str]] = {}  # the roles of modules that differ in numbers alone
         for kind, name in kinds_of(file).items():
             if own := spelling_in(name):
                 spelling, role = own
@@ -170,7 +170,7 @@ def with_methods(training: Training, found: Reader) -> Training:
 
 
 @lru_cache(maxsize=2048)  # files of one architecture have the same names
-def spelling_in(name: str) -> tuple[Spelling, str] | None:
+def spelling_in(name: str) -> tuple[ModuleSpelling, str] | None:
     """How the name of a tensor is spelled, and its role; None for one of no dialect."""
     parts = split(name)
     spelled = spelling_of(parts[0]) if parts else None

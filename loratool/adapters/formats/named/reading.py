@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from loratool.adapters.adapter import Derived, Flattened, StoredTensor
-from loratool.adapters.formats.named.dialects import Spelling, replaced_by, spelling_of
+from loratool.adapters.formats.named.dialects import ModuleSpelling, replaced_by, spelling_of
 from loratool.adapters.formats.named.header import CONFIGS, CONTRADICTION, Header
 from loratool.adapters.formats.named.numbered import layers_of
 from loratool.adapters.formats.named.refused import refused
@@ -64,7 +64,7 @@ class Group:
     """The tensors of one module."""
 
     name: str  # in words of the file
-    spelling: Spelling
+    spelling: ModuleSpelling
     targets: tuple[str, ...]  # the modules of the trained model
     roles: Mapping[str, StoredTensor]
 
@@ -309,7 +309,7 @@ def within_denoiser(target: str) -> str:
     return rest if found and word in DENOISERS else target  # no dialect without dots has a word of two
 
 
-def dialect_of(spelling: Spelling, roles: Iterable[str], header: Header) -> str:
+def dialect_of(spelling: ModuleSpelling, roles: Iterable[str], header: Header) -> str:
     """What the dialect of a module is called: by the tool where the header names it, else by names and roles."""
     if spelling.plain and header.tool:
         return header.tool
