@@ -17,7 +17,8 @@ from loratool.files.tensor_writer import TensorFile, Triple
 from loratool.lazy import Tensor, torch
 from loratool.notes import Note
 from loratool.reworking.compressing.files import ABOUT, DIGEST, MARK, OTHER, VERSION, form_record
-from loratool.reworking.dialects import Manner, dialect_of
+from loratool.reworking.dialects import Manner
+from loratool.reworking.renaming import dialect_of
 from loratool.templates import listed
 
 NO_DIGEST = "0" * 64  # until that of the shared file is known
@@ -95,7 +96,7 @@ def remarks(source: Contents, before: Contents, manner: Manner, dropped: tuple[s
     if source.dora:
         text = "DoRA: the error of ΔW does not bound that of the merged weight; its magnitudes are kept"
         yield Note("dora-error-unbounded", text).under(source.name)
-    if (own := dialect_of(before, None)) != manner.dialect:
+    if (own := dialect_of(before) or before.adapter.format) != manner.dialect:
         text = f"is {own}, and expand writes it as {manner.dialect}, the dialect of the fleet"
         yield Note("expands-in-another-dialect", text).under(source.name)
     if files := files_beside(source):
