@@ -61,6 +61,7 @@ docs: .venv/development
 	$(BIN)/python docs/generate_keywords.py
 	$(BIN)/python docs/generate_servers.py
 	$(BIN)/python docs/generate_dialects.py
+	$(BIN)/python docs/generate_schemas.py
 
 # torch comes first and alone: with its version settled, nothing later can ask for another build of it
 .venv/runtime: pyproject.toml constraints.txt

@@ -16,10 +16,11 @@ import click
 
 from loratool import __version__
 from loratool.cli.operands import forgiving, in_full, typed
-from loratool.errors import LoratoolError, StorageError, UsageError, code_of, escaped, printable, without_tokens
+from loratool.errors import LoratoolError, StorageError, UsageError, escaped, printable, without_tokens
 from loratool.files.process import on_stop, prepare_streams, silence_stdout
 from loratool.files.system import lacking
 from loratool.results.base import SCHEMA
+from loratool.results.failure import error_data
 
 EXIT_CODES = """\b
 Exit codes: 0 done · 1 a bug · 2 wrong usage · 3 an input is malformed or unsupported ·
@@ -79,12 +80,32 @@ class Commands(click.Group):
             formatter.write_dl([*COMMANDS.items()])
 
 
+def show_schema(context: click.Context, _parameter: click.Parameter, name: str | None) -> None:
+    """The schema of a command, and the end."""
+    if name is None or context.resilient_parsing:
+        return
+    from loratool.cli.schemas import schema_of_command
+
+    if name not in COMMANDS:
+        raise UsageError(f"--json-schema takes a command: {', '.join(COMMANDS)} (got {printable(repr(name))})")
+    click.echo(json.dumps(schema_of_command(name, command(name)), indent=2, ensure_ascii=False))
+    context.exit()
+
+
 @click.group(
     cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=EXIT_CODES,
 )
 @click.version_option(__version__, prog_name="loratool")
+@click.option(
+    "--json-schema",
+    metavar="COMMAND",
+    is_eager=True,
+    expose_value=False,
+    callback=show_schema,
+    help="Print the JSON Schema of what COMMAND prints with --json.",
+)
 def cli() -> None:
     """Merge, inspect, resize, combine and publish LoRA adapters on checkpoint files, without loading the model.
 
@@ -206,11 +227,8 @@ def failed(arguments: list[str], error: LoratoolError, before: str = "") -> int:
     step = in_full(error.hint, arguments)
     complain(f"{before}Error: {error}" + (f"\nhint: {step}" if step else ""))
     if "--json" in arguments:
-        problems = [{"code": code_of(problem, error.code), "text": problem} for problem in error.problems]
-        told = {"code": error.code, "exit_code": error.exit_code, "message": error.message, "problems": problems}
-        told["hint"] = escaped(step)
         with suppress(OSError):
-            click.echo(json.dumps({"schema": SCHEMA, "error": told}, indent=2))
+            click.echo(json.dumps({"schema": SCHEMA, "error": error_data(error, step)}, indent=2))
     return error.exit_code
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from loratool.cli.operands import Output
 from loratool.cli.options import OPERAND, PATH, click_options, output_options
 from loratool.cli.screen import Screen
 from loratool.inspecting.fleet.indexing import IndexOptions
@@ -13,7 +14,7 @@ from loratool.inspecting.fleet.indexing import IndexOptions
 
 @click.command()
 @click.argument("paths", type=OPERAND, nargs=-1, required=True, metavar="PATH...")
-@click.option("-o", "--output", "out", type=PATH, required=True, metavar="INDEX", help="File to write.")
+@click.option("-o", "--output", "out", type=PATH, cls=Output, required=True, metavar="INDEX", help="File to write.")
 @click_options(IndexOptions)
 @output_options
 def index(paths: tuple[Path, ...], out: Path, options: IndexOptions, screen: Screen) -> None:

@@ -41,6 +41,10 @@ NAMES = {
     "convert": "{adapter}-{dialect}{server}",
     "extract": "{tuned}-adapter",
     "reproduce": "again",
+    "index": "{paths}.index",
+    "compress": "{adapters}-compressed",
+    "expand": "{name}",
+    "rebase": "{adapter}-rebased",
 }
 MOST_NAMED = 3  # operands that such a name is made of
 FOR_PROGRAMS = ("--json", "-q", "--quiet")  # words that a command to be typed by a person does without
@@ -128,7 +132,7 @@ def operands_of(command: click.Command, words: Mapping[str, Any]) -> list[Operan
         if isinstance(kind, Place) and value not in (None, ()):
             many = isinstance(value, tuple)
             every = [slashed(each) for each in (value if many else (value,))]
-            if many or len(expanded(every[0])) == 1:
+            if kind.role != "any" and (many or len(expanded(every[0])) == 1):  # of "any", a pattern means a table
                 every = [path for word in every for path in expanded(word)]
             found += [Operand(word, kind.role_in(words), name) for word in every]
     return found
@@ -164,9 +168,20 @@ def proposed_name(command: str, operands: Sequence[Operand], words: Mapping[str,
     for operand in operands:
         stems.setdefault(operand.parameter, []).append(stem_of(operand.word))
     parts = {name: "-".join(found[:MOST_NAMED]) for name, found in stems.items()}
-    parts = {"base": "", "adapters": "", "adapter": "", "tuned": "", "dialect": "", "server": "", **parts}
+    parts = {
+        "base": "",
+        "adapters": "",
+        "adapter": "",
+        "paths": "",
+        "tuned": "",
+        "dialect": "",
+        "server": "",
+        "name": "",
+        **parts,
+    }
     parts |= {
-        name: str(words.get(key) or "").partition("@")[0] for name, key in (("dialect", "to"), ("server", "server"))
+        name: str(words.get(key) or "").partition("@")[0]
+        for name, key in (("dialect", "to"), ("server", "server"), ("name", "name"))
     }
     if command == "merge" and not parts["adapters"]:
         parts["adapters"] = "merged"

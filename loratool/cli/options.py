@@ -33,6 +33,12 @@ BYTES = {"unit": "B", "unit_scale": True}
 PUSHING = ("pushing", BYTES)
 
 
+class LibraryCommand(click.Command):
+    """A command that prints what one function of the library returns."""
+
+    function: Callable[..., Any]
+
+
 def library_command(
     function: Callable[..., Any],
     options: type[Options],
@@ -62,7 +68,9 @@ def library_command(
     command = output_options(run)
     for decorate in (described_options(options), *reversed(operands)):
         command = decorate(command)
-    return click.command(name or function.__name__, help=help)(command)
+    made = click.command(name or function.__name__, cls=LibraryCommand, help=help)(command)
+    made.function = function
+    return made
 
 
 def given(words: Mapping[str, Any]) -> dict[str, Any]:

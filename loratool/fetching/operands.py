@@ -117,7 +117,7 @@ def expanded(word: str) -> list[str]:
     home = os.path.expanduser(word)
     if os.path.lexists(word) or os.path.lexists(home) or not WILD.search(word):
         return [word]
-    return sorted(glob.glob(home)) or [word]
+    return sorted(glob.glob(home) or glob.glob(home.replace("\\", "/"))) or [word]
 
 
 def read_as(operand: Operand) -> tuple[Operand, Note | None]:

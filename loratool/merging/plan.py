@@ -12,6 +12,7 @@ from loratool.files.pipelines import identities, itself
 from loratool.merging.resources import estimated_memory
 from loratool.results.base import SCHEMA, Result, plain
 from loratool.results.merge import gain_row
+from loratool.results.plan import PlanTable
 from loratool.results.text import MOST_LINES, aligned, size
 from loratool.templates import grouped, listed, template_of
 
@@ -179,8 +180,7 @@ def part_of(edit: Edit, span: Span) -> str:
 
 def plan_data(plan: MergePlan, device: str, workers: int | None, max_memory: int | None) -> dict[str, Any]:
     """What a merge would do, for scripts."""
-    return {
-        "schema": SCHEMA,
+    table: PlanTable = {
         "base": plan.base.name,
         "adapters": [
             {"name": a.name, "weight": w, "updates": len(a.updates)}
@@ -210,3 +210,4 @@ def plan_data(plan: MergePlan, device: str, workers: int | None, max_memory: int
         "left_out": list(plan.left_out),
         "notes": plain(plan.notes),
     }
+    return {"schema": SCHEMA, **table}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from loratool.notes import Note
 from loratool.results.base import Result
@@ -284,6 +284,12 @@ class UnreadableFacts(Result):
 
 OneFacts = AdapterFacts | CheckpointFacts | UnreadableFacts  # of one path
 Facts = OneFacts | FleetFacts
+
+
+class InspectTable(TypedDict):
+    """One result per path, in order."""
+
+    results: list[Facts]
 
 
 def low_rank_rows(facts: AdapterFacts) -> Iterable[tuple[str, object]]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypedDict, TypeVar
 
-from loratool.errors import LoratoolError, code_of, printable
+from loratool.errors import LoratoolError, printable
 from loratool.notes import Note
-from loratool.results.base import SCHEMA, Result, plain
+from loratool.results.base import SCHEMA, Cost, Result, plain
+from loratool.results.failure import ErrorData, error_data
 from loratool.results.merge import MergeReport
+from loratool.results.plan import PlannedOutput
 from loratool.results.profile import Profile
 
 Each = TypeVar("Each", bound=Result)
@@ -54,14 +56,22 @@ class ResultsOfOutputs(Result, Generic[Each]):
         return "\n\n".join([*map(str, self.reports.values()), *failed])
 
 
+class FailedOutput(TypedDict):
+    """An output that could not be made."""
+
+    out: str
+    error: ErrorData
+
+
+class OutputsTable(TypedDict):
+    """What several merges did, or would do."""
+
+    outputs: list[MergeReport | PlannedOutput | FailedOutput]
+    cost: Cost
+
+
 @dataclass(frozen=True, repr=False)
 class MergeManyReport(ResultsOfOutputs[MergeReport]):
     """The reports of several merges, and the errors of those that failed, by the names of the outputs."""
 
     profile: Profile = field(default=Profile({}), compare=False)  # where the time of all of them went
-
-
-def error_data(error: LoratoolError) -> dict[str, Any]:
-    """An error as `--json` shows it."""
-    problems = [{"code": code_of(problem, error.code), "text": str(problem)} for problem in error.problems]
-    return {"code": error.code, "exit_code": error.exit_code, "message": error.message, "problems": problems}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from loratool.errors import VerificationError, printable
 from loratool.notes import Note
@@ -46,6 +46,13 @@ class Diagnosis:
         return self.text
 
 
+class Verdict(TypedDict):
+    """What `--json` has besides the fields."""
+
+    passes: bool
+    counts: dict[str, int]  # how many tensors have each status
+
+
 @dataclass(frozen=True, repr=False)
 class Verification(Result):
     """What a merged model was found to be. Sizes are bytes, times seconds."""
@@ -84,8 +91,11 @@ class Verification(Result):
             found[proof.status] = found.get(proof.status, 0) + 1
         return found
 
+    Besides = Verdict
+
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "passes": self.passes, "counts": self.counts}
+        verdict: Verdict = {"passes": self.passes, "counts": self.counts}
+        return {**super().to_dict(), **verdict}
 
     def __str__(self) -> str:
         rows: list[tuple[str, object]] = [(printable(self.merged), self.sentence)]

@@ -31,7 +31,7 @@ from loratool.cli import run
 from loratool.results.facts import AdapterFacts
 
 real = pytest.mark.skipif(not REAL.is_dir(), reason=f"the published adapters are not here: {REAL} is missing")
-SCHEMA: dict[str, Any] = json.loads((ROOT / "docs" / "inspect.schema.json").read_text("utf-8"))
+SCHEMA: dict[str, Any] = json.loads((ROOT / "docs" / "schemas" / "inspect.schema.json").read_text("utf-8"))
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 FLAT = ATTENTION.replace(".", "_")
 ENCODER = "text_encoder.text_model.encoder.layers.0.self_attn"

@@ -21,7 +21,7 @@ from loratool.errors import InputError, UsageError
 from loratool.results.fleet import LISTED, FleetFacts, FleetRow
 
 MODULES = {"self_attn.q_proj": (8, 8), "mlp.down_proj": (8, 12)}
-DESCRIBED: dict[str, Any] = json.loads((ROOT / "docs" / "inspect.schema.json").read_text("utf-8"))
+DESCRIBED: dict[str, Any] = json.loads((ROOT / "docs" / "schemas" / "inspect.schema.json").read_text("utf-8"))
 
 
 def write_peft(folder: Path, rank: int, seed: int, base: str = "org/llama-8b", **config: Any) -> Path:

@@ -23,7 +23,7 @@ import loratool
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-DESCRIBED = json.loads((Path(__file__).parents[2] / "docs" / "inspect.schema.json").read_text("utf-8"))
+DESCRIBED = json.loads((Path(__file__).parents[2] / "docs" / "schemas" / "inspect.schema.json").read_text("utf-8"))
 LAYER = "model.layers.0."
 ATTENTION = f"{LAYER}self_attn."
 PACKED = {
