@@ -15,7 +15,7 @@ from typing import Any
 from loratool.algebra.sketching import SIZE, VERSION, spread
 from loratool.errors import InputError, UsageError, printable
 from loratool.files.inputs import json_value
-from loratool.files.outputs import write_file
+from loratool.files.outputs import ANOTHER_OUT, write_file
 from loratool.files.safefile import Layout, read_safefile
 from loratool.inspecting.twins import is_same
 from loratool.lazy import NDArray, numpy as np
@@ -68,15 +68,16 @@ def check_index(path: Path, overwrite: bool) -> None:
     """Raise `UsageError` where an index may not be written to `path`; nothing but an index is replaced."""
     shown = printable(path)
     if path.is_dir():
-        raise UsageError(f"-o {shown}: is a folder; expected a file")
+        raise UsageError(f"-o {shown}: is a folder; expected a file", hint=ANOTHER_OUT)
     if path.exists() or path.is_symlink():
         if not overwrite:
-            raise UsageError(f"-o {shown} already exists; pass --overwrite to replace it")
+            raise UsageError(f"-o {shown} already exists; pass --overwrite to replace it", hint="--overwrite")
         try:
             read_index(path)
         except InputError:
             raise UsageError(
-                f"-o {shown}: is no index made by loratool, so --overwrite does not replace it; choose another name"
+                f"-o {shown}: is no index made by loratool, so --overwrite does not replace it; choose another name",
+                hint=ANOTHER_OUT,
             ) from None
     if not path.parent.is_dir():
         raise UsageError(f"-o {shown}: the folder {printable(path.parent)} does not exist")
