@@ -7,7 +7,8 @@ and one with a Tucker core has the rank of that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.algebra.updates.products import Hadamard, Kronecker
+from loratool.layouts.diffusion.kernels import kernel_of
 from loratool.lazy import Tensor, torch
 from loratool.notes import Note
 
@@ -73,14 +75,22 @@ def kronecker(one: Any, other: Any, ranks: tuple[int, int], like: Any) -> Derive
     return Derived(shape, tuple(side for side in (one, other) if side is not None) or (like,), formula)
 
 
-def kind_unknown(updates: Iterable[LowRank | ExpertFactors]) -> tuple[Note, ...]:
-    """A note on LoRA made of LoHa and LoKr: of those without a kernel, nothing tells whether they are of a convolution."""
-    flat = sum(isinstance(update, LowRank) and not update.kernel for update in updates)
+def kind_unknown(
+    updates: Mapping[str, LowRank | ExpertFactors], kernels: Mapping[str, tuple[int, ...]] | None = None
+) -> tuple[Note, ...]:
+    """A note on LoRA made of LoHa and LoKr, by target: on those of which nothing tells whether they are of a convolution.
+
+    `kernels` are those that a base tells.
+    """
+    flat = sum(
+        isinstance(update, LowRank) and not update.kernel and told_kernel(target, kernels or {}) is None
+        for target, update in updates.items()
+    )
     if not flat:
         return ()
     text = (
-        "LoHa and LoKr do not distinguish a convolution from a linear layer unless they have a Tucker core, so "
-        f"{flat} of them are written as linear layers. If one is a convolution, no tool can load the result; merge the "
+        "LoHa and LoKr do not distinguish a convolution from a linear layer unless they have a Tucker core, and the names "
+        f"of {flat} layers do not either, so these are written as linear layers. If one is a convolution, no tool can load the result; merge the "
         "adapter instead and run `loratool extract` on the merged model"
     )
     return (Note("layer-kind-unknown", text),)
@@ -102,8 +112,22 @@ def as_lora(update: Update) -> LowRank | None:
     return None
 
 
-def as_product(update: Update) -> Update:
-    """The same update with LoHa and LoKr as LoRA, within DoRA too; any other as it is."""
-    if isinstance(update, Magnitude):
-        return replace(update, inner=as_lora(update.inner) or update.inner)
-    return as_lora(update) or update
+def told_kernel(target: str, kernels: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
+    """The kernel of a target's layer: the one that a base tells, or its name; None where neither does."""
+    found = kernels.get(target)
+    return kernel_of(target.rpartition(".")[0]) if found is None else found
+
+
+def as_product(update: Update, target: str, kernels: Mapping[str, tuple[int, ...]] | None = None) -> Update:
+    """The same update with LoHa and LoKr as LoRA, within DoRA too; any other as it is.
+
+    Without a Tucker core they are those of a convolution where `kernels`, by target, or the target's name says so.
+    """
+    inner = update.inner if isinstance(update, Magnitude) else update
+    plain = as_lora(inner)
+    if plain is None:
+        return update
+    kernel = told_kernel(target, kernels or {})
+    if kernel and not plain.kernel and plain.down.shape[1] % math.prod(kernel) == 0:
+        plain = replace(plain, kernel=kernel)
+    return replace(update, inner=plain) if isinstance(update, Magnitude) else plain

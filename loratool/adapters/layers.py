@@ -255,7 +255,7 @@ def contents_of(adapter: Adapter, verb: str, as_products: bool = False) -> Conte
             case ReplaceRows():
                 rows[target] = update
             case _:
-                if layer := layer_of(target, as_product(update) if as_products else update):
+                if layer := layer_of(target, as_product(update, target) if as_products else update):
                     layers[target] = layer
                 else:
                     problems.setdefault(why_not(update, verb), []).append(target)
@@ -274,7 +274,7 @@ def contents_of(adapter: Adapter, verb: str, as_products: bool = False) -> Conte
         adapter = replace(adapter, notes=(*adapter.notes, Note("taken-as-lora", text)))
     of_layers = {target: bias for target, bias in biases.items() if f"{target.rpartition('.')[0]}.weight" in layers}
     changes = {target: change for target, change in biases.items() if target not in of_layers}
-    unknown = kind_unknown(layers[target].update for target in made)
+    unknown = kind_unknown({target: layers[target].update for target in made})
     return Contents(adapter, layers, of_layers, saved, dict(adapter.bases), rows, changes, unknown)
 
 

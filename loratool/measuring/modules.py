@@ -51,7 +51,7 @@ def measure(
     layers: dict[str, Layer] = {}
     skipped: dict[str, str] = {}
     for target, update in adapter.updates.items():
-        if layer := layer_of(target, as_product(update)):
+        if layer := layer_of(target, as_product(update, target)):
             layers[target] = layer
         elif not update.replaces and not isinstance(update, Add) and target not in adapter.optional:
             why = open_question(update, {}) if isinstance(update, Unsettled) else ""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusion_models
 import pytest
 import role_formulas
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
+from loratool.layouts.diffusion.kernels import kernel_of
 
 TARGET = "model.layers.0.self_attn.q_proj"
 KERNEL = "model.conv"
@@ -138,3 +140,53 @@ def test_they_are_combined_with_lora_and_compared(tmp_path: Path) -> None:
     (found,) = pairs.values()
     inner = float((0.5 * loha_change() * whole).sum() / (0.5 * loha_change().norm() * whole.norm()))
     assert found.cosine == pytest.approx(inner, abs=1e-6)
+
+
+CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
+
+
+def convolution(path: Path, module: str = CONV) -> Tensor:
+    """LoKr of a 3 × 3 convolution of 10 channels, whose second factor is a product; ΔW as a matrix."""
+    w1, a, b = random(3, 2, seed=1), random(4, 1, seed=2), random(1, 5 * 9, seed=3)
+    tensors = {f"{module}.lokr_w1": w1, f"{module}.lokr_w2_a": a, f"{module}.lokr_w2_b": b}
+    save_file({**tensors, f"{module}.alpha": torch.tensor(1.0)}, path)
+    return role_formulas.kronecker(w1, role_formulas.product_of(a, b), 1.0)
+
+
+def test_the_name_of_a_layer_tells_that_it_is_a_convolution(tmp_path: Path) -> None:
+    delta = convolution(tmp_path / "lokr.safetensors")
+    report = loratool.resize(tmp_path / "lokr.safetensors", tmp_path / "lora.safetensors", rank=2)
+    assert "layer-kind-unknown" not in [note.code for note in report.notes]
+    found = load_file(tmp_path / "lora.safetensors")
+    up, down, alpha = (found[f"{CONV}.{role}"] for role in ("lora_up.weight", "lora_down.weight", "alpha"))
+    assert (down.shape, up.shape) == ((2, 10, 3, 3), (12, 2, 1, 1))
+    product = alpha.double() / 2 * up.flatten(1).double() @ down.flatten(1).double()
+    torch.testing.assert_close(product, delta, rtol=1e-5, atol=1e-5)
+
+
+def test_a_base_tells_that_a_layer_is_a_convolution_where_its_name_does_not(tmp_path: Path) -> None:
+    module = "lora_unet_mid_block_attentions_0_proj_in"
+    w1, a, b = random(3, 2, seed=1), random(4, 1, seed=2), random(1, 5, seed=3)
+    tensors = {f"{module}.lokr_w1": w1, f"{module}.lokr_w2_a": a, f"{module}.lokr_w2_b": b}
+    save_file({**tensors, f"{module}.alpha": torch.tensor(1.0)}, tmp_path / "lokr.safetensors")
+    weights = {
+        "mid_block.attentions.0.proj_in.weight": random(12, 10, 1, 1),
+        "mid_block.resnets.0.conv1.weight": random(9),
+    }
+    more = {"down_blocks.0.resnets.0.conv1.weight": random(4, 4, 3, 3)}
+    save_file(weights | more, tmp_path / "unet.safetensors")
+    for base, kernel in ((None, ()), (tmp_path / "unet.safetensors", (1, 1))):
+        out = tmp_path / f"{base is None}.safetensors"
+        report = loratool.convert(tmp_path / "lokr.safetensors", out, to="kohya", base=base)
+        assert ("layer-kind-unknown" in [note.code for note in report.notes]) == (base is None)
+        assert load_file(out)[f"{module}.lora_down.weight"].shape[2:] == kernel
+
+
+@pytest.mark.parametrize("model", ["sd15_file", "sdxl_file", "bfl_flux", "sd3", "wan", "lumina", "open_clip", "t5"])
+def test_kernels_that_names_tell_are_those_of_the_weights(model: str) -> None:
+    found = {
+        name: kernel
+        for name, shape in getattr(diffusion_models, model)().items()
+        if len(shape) > 1 and (kernel := kernel_of(name.removesuffix(".weight"))) is not None and kernel != shape[2:]
+    }
+    assert found == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 from loratool.adapters.adapter import Adapter, load_update
@@ -10,16 +11,20 @@ from loratool.adapters.as_lora import as_lora, as_product
 from loratool.adapters.layers import innermost, layer_of
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
-from loratool.algebra.updates.products import Hadamard
+from loratool.algebra.updates.products import Hadamard, Kronecker
+from loratool.bases.binding import bind
 from loratool.errors import InputError, LoratoolError, printable
+from loratool.files.checkpoint import Checkpoint
 from loratool.lazy import torch
 
 BLOCK = 1 << 22  # elements of ΔW that are looked at together
 EXACT = 1e-12  # the error that float64 makes of it
 
 
-def baked(adapter: Adapter, shortened: bool) -> tuple[Adapter, dict[str, str]]:
-    """The adapter with LoHa and LoKr as LoRA, and what each of these was; `shortened` where ranks are cut later.
+def baked(adapter: Adapter, shortened: bool, kernels: Mapping[str, tuple[int, ...]]) -> tuple[Adapter, dict[str, str]]:
+    """The adapter with LoHa and LoKr as LoRA, and what each of these was.
+
+    `shortened` where ranks are cut later; `kernels` are those of the layers of a base, by target.
 
     Raises `InputError` where the rank would be so large that factors are no smaller than the matrix.
     """
@@ -38,10 +43,18 @@ def baked(adapter: Adapter, shortened: bool) -> tuple[Adapter, dict[str, str]]:
                 f"{printable(target)}: {kinds[target]} of {rows} × {columns} is LoRA of rank {plain.rank}, which is no "
                 "smaller than the matrix"
             )
-        updates[target] = as_product(update)
+        updates[target] = as_product(update, target, kernels)
     if problems:
         raise InputError("these updates have no small rank; pass --rank or --energy to approximate them:", problems)
     return replace(adapter, updates=updates), kinds
+
+
+def kernels_in(adapter: Adapter, base: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """The kernels of a base's layers that LoHa and LoKr of an adapter change, by target; nothing of a linear layer."""
+    plain = {t: innermost(update) for t, update in adapter.updates.items()}
+    asked = {t: adapter.updates[t] for t, update in plain.items() if isinstance(update, (Hadamard, Kronecker))}
+    places = bind(replace(adapter, updates=asked), base).places if asked else {}
+    return {t: base.tensors[every[0].tensor].shape[2:] for t, every in places.items() if len(every) == 1}
 
 
 def check_baked(before: Adapter, after: Adapter, target: str) -> None:

@@ -39,7 +39,7 @@ from loratool.notes import Note
 from loratool.options.described import FLAG, Choice, Number, PlaceKind, option
 from loratool.options.shared import PublishOptions
 from loratool.results.convert import ConvertedLayer, ConvertReport
-from loratool.reworking.converting.baking import baked, check_baked
+from loratool.reworking.converting.baking import baked, check_baked, kernels_in
 from loratool.reworking.converting.carrying import carried
 from loratool.reworking.converting.dora import Moved, as_lora, moved_by
 from loratool.reworking.converting.keeping import can_keep, carry, is_same, kept
@@ -132,7 +132,8 @@ def convert(
     goal = replace(goal, form=goal.form.for_model(config))
     given = on_model(read_adapter(path, way), config)
     keeps = can_keep(given, goal.dialect) and not options.shortens
-    plain, kinds = baked(given, options.shortens or keeps)
+    kernels = kernels_in(given, base) if base is not None else {}
+    plain, kinds = baked(given, options.shortens or keeps, kernels)
     lengths = lengths_lost(plain, goal.form, goal.dialect, goal.server) if options.shortens and base else ()
     moved, told = moved_by(plain, lengths, base) if base and lengths else ({}, ())
     simple = replace(plain, updates={t: innermost(u) if t in moved else u for t, u in plain.updates.items()})
@@ -147,7 +148,7 @@ def convert(
         if goal.server is not None and goal.server.splits(config):
             wanted = with_experts_apart(wanted, contents.layers, config, str(goal.server))
         made = Converter(contents, wanted, at_work, goal, options, kinds)
-        made.lost, made.moved = lost, moved
+        made.lost, made.moved, made.kernels = lost, moved, kernels
         if keeps:
             made.keep(given)
         for name in made.kinds:
@@ -162,6 +163,7 @@ class Converter(Maker[str, str]):
     command = "convert"
     lost: tuple[Note, ...] = ()
     given: Adapter  # with LoHa and LoKr as they are
+    kernels: Mapping[str, tuple[int, ...]]  # of the base's layers
     moved: Mapping[str, Moved]  # what DoRA makes of layers that are written as LoRA
 
     def __init__(
@@ -235,7 +237,8 @@ class Converter(Maker[str, str]):
         for kind in dict.fromkeys(self.kinds.values()):
             count = sum(each == kind for each in self.kinds.values())
             yield Note("written-as-lora", f"{count} layer{'s' * (count != 1)} of {kind} written as LoRA")
-        yield from kind_unknown(self.contents.layers[target].update for target in self.kinds)
+        updates = {target: self.contents.layers[target].update for target in self.kinds}
+        yield from kind_unknown(updates, self.kernels)
         yield from self.goal.form.rank_notes(self.own, self.ranks)
         yield from told_beside(self.contents)
 
