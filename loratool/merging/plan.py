@@ -13,7 +13,7 @@ from loratool.merging.resources import estimated_memory
 from loratool.results.base import SCHEMA, Result, plain
 from loratool.results.merge import gain_row
 from loratool.results.plan import PlanTable
-from loratool.results.text import MOST_LINES, aligned, size
+from loratool.results.text import MOST_LINES, aligned, plural, size
 from loratool.templates import grouped, listed, template_of
 
 if TYPE_CHECKING:
@@ -100,12 +100,12 @@ class MergePlan(Result):
 def plan_text(plan: MergePlan, memory: int) -> str:
     """What a merge would do, for people."""
     rows: list[tuple[str, object]] = [
-        ("base", f"{plan.base.name}: {len(plan.base.shards)} files, {len(plan.spans)} tensors"),
+        ("base", f"{plan.base.name}: {plural(len(plan.base.shards), 'file')}, {plural(len(plan.spans), 'tensor')}"),
         *(
-            ("adapter", f"{a.name}: {len(a.updates)} updates, weight {w:g}")
+            ("adapter", f"{a.name}: {plural(len(a.updates), 'update')}, weight {w:g}")
             for a, w in zip(plan.adapters, plan.weights, strict=True)
         ),
-        ("would edit", f"{len(plan.edited)} tensors, copy {plan.copied}"),
+        ("would edit", f"{plural(len(plan.edited), 'tensor')}, copy {plan.copied}"),
         *packing_rows(plan),
         ("would read", size(plan.bytes_read)),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -107,6 +108,10 @@ def select(
         UsageError: no folder, or what makes it a model is excluded.
         InputError: neither a model nor an adapter, unfinished, or a file holds a secret.
     """
+    if root.is_file() and root.suffix == ".safetensors":
+        raise UsageError(
+            f"{printable(root)}: a repository holds a folder; put the file into one of its own: {alone(root, place)}"
+        )
     if not root.is_dir():
         raise UsageError(f"{printable(root)}: not a folder; PATH must be a model or adapter folder")
     if is_stage(root) or (root.name == MODEL and is_stage(root.parent)):
@@ -153,6 +158,14 @@ def select(
         )
     lines = {str(file) for file in (*left_out, *(LeftOut(name, "hidden") for name in hidden_files(root)))}
     return Selection(kind, tuple(uploads[n] for n in sorted(uploads)), (*sorted(lines),), tuple(notes))
+
+
+def alone(file: Path, place: str) -> str:
+    """The commands that push a file in a folder of its own, with its record if it has one."""
+    folder = file.with_suffix("")
+    record = file.with_name(f"{file.name}.{PROVENANCE}")
+    new, *sent = (shlex.quote(printable(p)) for p in (folder, file, *([record] if record.is_file() else [])))
+    return f"mkdir {new} && cp {' '.join(sent)} {new} && loratool push {new} {place}"
 
 
 def listing(path: Path, name: str, content: bytes) -> bytes:

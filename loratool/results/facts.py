@@ -12,7 +12,7 @@ from loratool.results.findings import Finding, findings_text
 from loratool.results.fleet import FleetFacts
 from loratool.results.history import Ancestor, history_text
 from loratool.results.sketch import Neighbour, SketchFacts, neighbours_text
-from loratool.results.text import columns, counted, fill, shortened, size, spread, wrapped
+from loratool.results.text import columns, counted, fill, plural, shortened, size, spread, wrapped
 from loratool.templates import grouped, template_of
 
 if TYPE_CHECKING:
@@ -266,7 +266,7 @@ class CheckpointFacts(Result):
 def component_line(part: ComponentFacts) -> str:
     """A component, for people."""
     named = f" ({part.architecture})" if part.architecture else ""
-    return f"{part.name}{named}: {part.parameters:,} parameters in {part.tensors:,} tensors, {counted(part.dtypes)}"
+    return f"{part.name}{named}: {plural(part.parameters, 'parameter')} in {plural(part.tensors, 'tensor')}, {counted(part.dtypes)}"
 
 
 @dataclass(frozen=True, repr=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from loratool.errors import printable
@@ -32,6 +32,7 @@ class RescaleReport(Written):
     modules: Mapping[str, RescaledLayer]  # by target
     norm: float | None  # ‖ΔW‖ of all layers after it, where norms were asked for
     notes: tuple[Note, ...]
+    changes: Mapping[str, float] = field(default_factory=dict)  # target of a change stored in full → its factor
 
     def text(self) -> str:
         """What `rescale` did."""
@@ -50,6 +51,11 @@ class RescaleReport(Written):
                 for (before, after, factor), count in alike.most_common(MOST_LAYERS)
             ),
             *([("", f"… and {len(alike) - MOST_LAYERS} more scalings")] if len(alike) > MOST_LAYERS else []),
+            *(
+                ("change" if count == 1 else "changes", f"× {factor:.6g} in {count} stored in full")
+                for factor, count in Counter(self.changes.values()).most_common()
+                if factor != 1
+            ),
             *([("‖ΔW‖", f"{self.norm:.6g}, all layers together")] if self.norm is not None else []),
             *(("note", note) for note in self.notes),
         ]

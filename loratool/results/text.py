@@ -57,6 +57,11 @@ def counts(values: Iterable[object]) -> dict[str, int]:
     return dict(Counter(map(str, values)).most_common())
 
 
+def plural(count: int, noun: str) -> str:
+    """1 tensor, 2 tensors."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def percent(part: float) -> str:
     """A relative error."""
     return f"{100 * part:.3g} %" if part >= 1e-5 or part == 0 else f"{part:.1e}"

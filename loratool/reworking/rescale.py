@@ -133,6 +133,7 @@ def rescale(
         modules=dict(sorted(told.items())),
         norm=norm,
         notes=notes,
+        changes=changes,
         **at_work.told(started),
     )
 

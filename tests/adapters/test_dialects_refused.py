@@ -203,5 +203,5 @@ def test_a_config_in_the_same_folder_is_believed_where_names_are_those_of_peft(t
 def test_several_adapters_in_one_folder_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("one", "two"):
         save(kohya(), tmp_path / f"{name}.safetensors")
-    assert run(["inspect", str(tmp_path)]) == 3
+    assert run(["rescale", str(tmp_path), "-o", str(tmp_path / "out"), "--scale", "2"]) == 3
     assert "one.safetensors, two.safetensors" in capsys.readouterr().err

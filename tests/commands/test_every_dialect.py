@@ -380,7 +380,8 @@ def test_alpha_is_set_for_every_module_whatever_its_method(tmp_path: Path) -> No
 def test_changes_in_full_are_rescaled_and_carried_but_not_combined(tmp_path: Path) -> None:
     tensors = {**of_kohya(KOHYA), f"{CONV}.diff": numbers(8, 4, 3, 3, seed=9), f"{CONV}.diff_b": numbers(8, seed=8)}
     save_file(tensors, tmp_path / "lora.safetensors")
-    loratool.rescale(tmp_path / "lora.safetensors", tmp_path / "scaled.safetensors", scale=2.0)
+    report = loratool.rescale(tmp_path / "lora.safetensors", tmp_path / "scaled.safetensors", scale=2.0)
+    assert "changes        × 2 in 2 stored in full" in str(report)
     loratool.rescale(tmp_path / "lora.safetensors", tmp_path / "baked.safetensors", scale=2.0, bake=True)
     loratool.resize(tmp_path / "lora.safetensors", tmp_path / "resized.safetensors", rank=1, device="cpu")
     for name, factor in (("scaled", 2), ("baked", 2), ("resized", 1)):

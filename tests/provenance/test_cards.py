@@ -355,7 +355,8 @@ def image_adapter(folder: Path, header: Mapping[str, str]) -> Path:
         (SDXL | {"ss_sd_model_name": "sd_xl_base_1.0.safetensors"}, SDXL_BASE, "stable-diffusion-xl"),
         (SDXL | {"ss_sd_model_name": "someone/mix"}, "someone/mix", "stable-diffusion-xl"),
         (SDXL | {"ss_sd_model_name": "mix.safetensors"}, None, "stable-diffusion-xl"),
-        ({"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}, SDXL_BASE, "stable-diffusion-xl"),
+        (SDXL, None, "stable-diffusion-xl"),  # or Pony, or another finetune
+        ({"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}, None, "stable-diffusion-xl"),
         ({"ss_base_model_version": "flux1"}, None, "flux"),
         ({"ss_base_model_version": "sd_v1"}, None, "stable-diffusion"),
         ({}, None, None),
@@ -394,13 +395,14 @@ def select_card(folder: Path) -> str:
 
 @pytest.mark.parametrize("verb", ["rescale", "rescale --bake", "resize", "combine", "convert"])
 def test_commands_keep_the_prompt_of_an_image_adapter_in_the_card(tmp_path: Path, verb: str) -> None:
-    header = SDXL | {"modelspec.trigger_phrase": "sks dog"}
+    trained_on = SDXL | {"ss_sd_model_name": "sd_xl_base_1.0.safetensors"}
+    header = trained_on | {"modelspec.trigger_phrase": "sks dog"}
     style, out = image_adapter(tmp_path / "style", header), tmp_path / "out"
     match verb:
         case "resize":
             loratool.resize(style, out, rank=1, device="cpu")
         case "combine":
-            loratool.combine([style, image_adapter(tmp_path / "other", SDXL)], out, device="cpu")
+            loratool.combine([style, image_adapter(tmp_path / "other", trained_on)], out, device="cpu")
         case "convert":
             loratool.convert(style, out, to="diffusers", accept_loss=True)
         case _:

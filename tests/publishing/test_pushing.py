@@ -6,15 +6,19 @@ import hashlib
 import json
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import faults
 import pytest
+import torch
 from hub_client import Client
 from hub_server import READER, STRANGER, WRITER, Fault, HubServer, tokens_on_other_origins
+from safetensors.torch import save_file
 
+import loratool
 from loratool.errors import InputError, UsageError
 from loratool.files.journal import Journal
 from loratool.publishing.selecting import select
@@ -541,3 +545,27 @@ def test_a_bug_s_traceback_shows_no_token(client: Client, models: Path, capsys: 
     assert "Traceback" in shown
     assert WRITER not in shown
     assert "<TOKEN>" in shown
+
+
+def test_a_single_file_is_refused_with_the_commands_that_push_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter's and a merged model's, the latter with its record; each is then a folder that can be pushed."""
+    module = "lora_unet_mid_block_attn_to_q"
+    factors = {f"{module}.lora_down.weight": torch.ones(2, 4), f"{module}.lora_up.weight": torch.ones(6, 2)}
+    save_file(factors, tmp_path / "lora.safetensors")
+    save_file({"unet.mid_block.attn.to_q.weight": torch.ones(6, 4)}, tmp_path / "base.safetensors")
+    merged = tmp_path / "merged.safetensors"
+    loratool.merge(tmp_path / "base.safetensors", tmp_path / "lora.safetensors", merged, device="cpu")
+    monkeypatch.chdir(tmp_path)
+    for name, kind, files in (
+        ("lora.safetensors", "adapter", {"README.md", "lora.safetensors"}),
+        ("merged.safetensors", "model", {"README.md", "merged.safetensors", "merged.safetensors.loratool.json"}),
+    ):
+        with pytest.raises(UsageError, match="put the file into one of its own") as caught:
+            select(Path(name), [], [], False, "me/style")
+        commands = str(caught.value).partition("own: ")[2]
+        assert commands.endswith(f"&& loratool push {Path(name).stem} me/style")
+        subprocess.run(commands.rpartition(" && ")[0], shell=True, check=True)
+        chosen = select(Path(Path(name).stem), [], [], False, "me/style")
+        assert (chosen.kind, {upload.name for upload in chosen.uploads}) == (kind, files)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ class Family:
     said: re.Pattern[str]  # how the words begin that headers have for them
     tags: tuple[str, ...] = ()
     task: str = "text-to-image"
-    base: str = ""  # on the Hub, where these words mean one model
-    file: re.Pattern[str] | None = None  # what that model's file is called
+    base: str = ""  # on the Hub, of those that these words and a file's name mean one model
+    file: re.Pattern[str] | None = None  # what that model's file is called; tools have the same words for its relatives
 
 
 FAMILIES = (
@@ -36,7 +37,12 @@ FAMILIES = (
     ),
     Family(re.compile(r"sdxl|stable-diffusion-xl"), ("stable-diffusion-xl",)),
     Family(re.compile(r"sd3|stable-diffusion-3"), ("sd3",)),
-    Family(re.compile(r"flux-1-schnell(?:/|$)"), ("flux",), base="black-forest-labs/FLUX.1-schnell"),
+    Family(
+        re.compile(r"flux-1-schnell(?:/|$)"),
+        ("flux",),
+        base="black-forest-labs/FLUX.1-schnell",
+        file=re.compile(r"flux1-schnell\.safetensors"),
+    ),
     Family(re.compile(r"flux"), ("flux",)),  # dev or schnell: kohya's tools write one word for both
     Family(re.compile(r"lumina-?2"), ("lumina2",)),
     Family(re.compile(r"qwen-?_?image"), ("qwen-image",)),
@@ -53,11 +59,14 @@ def family_of(header: Mapping[str, str]) -> Family:
 
 
 def base_of(header: Mapping[str, str], named: str) -> str:
-    """The base's id on the Hub: the one that was named, else the family's, but not where another file was trained on."""
+    """The base's id on the Hub: the one that was named, or that of the file that was; none where no model is named.
+
+    Finetunes such as Pony count as SDXL for the tools that write headers.
+    """
     if is_hub_id(named) and not FILE.search(named):
         return named
     family = family_of(header)
-    return family.base if not named or (family.file and family.file.fullmatch(named)) else ""
+    return family.base if family.file and family.file.fullmatch(os.path.basename(named)) else ""
 
 
 def subject(header: Mapping[str, str], training: Training) -> Subject:
