@@ -10,6 +10,7 @@ from diffusion_models import (
     bfl_flux,
     hunyuan_video,
     ldm_unet,
+    ldm_vae,
     lumina,
     numbered,
     open_clip,
@@ -21,6 +22,7 @@ from loratool.adapters.adapter import Flattened
 from loratool.bases.binding.aliases import aliases_of, family_of
 from loratool.files.safefile import TensorInfo
 from loratool.layouts.diffusion.components import DENOISERS, TEXT_ENCODERS
+from loratool.layouts.diffusion.vae import VAE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
 
-LDM, OPEN_CLIP = "model.diffusion_model.", "conditioner.embedders.1.model."
+LDM, OPEN_CLIP, FIRST_STAGE = "model.diffusion_model.", "conditioner.embedders.1.model.", "first_stage_model."
 
 
 def unet(tensors: dict[str, Tensor], added: bool = False) -> dict[str, Tensor]:
@@ -48,6 +50,14 @@ def clip_g(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
+def vae(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    config = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    converted: dict[str, Tensor] = single_file.convert_ldm_vae_checkpoint(
+        {FIRST_STAGE + n: t for n, t in tensors.items()}, config
+    )
+    return converted
+
+
 # The widths of Flux, HunyuanVideo and Lumina are written into their converters.
 MODELS: dict[str, tuple[Shapes, Any]] = {
     "sd15": (ldm_unet((1, 1, 1, 0), matrix_ends=False, added=False), unet),
@@ -59,7 +69,9 @@ MODELS: dict[str, tuple[Shapes, Any]] = {
     "wan": (wan(), single_file.convert_wan_transformer_to_diffusers),
     "hunyuan-video": (hunyuan_video(3072, 4 * 3072), single_file.convert_hunyuan_video_transformer_to_diffusers),
     "clip_g": (open_clip(), clip_g),
+    "vae": (ldm_vae(), vae),
 }
+FAMILIES = {"clip_g": TEXT_ENCODERS, "vae": (VAE,)}
 
 
 def rows_of(tensor: Tensor) -> Tensor:
@@ -72,7 +84,7 @@ def test_aliases_are_the_rows_that_the_converter_puts_there(model: str) -> None:
     shapes, convert = MODELS[model]
     original = dict(numbered(shapes))
     converted = convert(dict(original))
-    families = TEXT_ENCODERS if model == "clip_g" else DENOISERS
+    families = FAMILIES.get(model, DENOISERS)
     family = family_of(original, families)
     assert family is not None
     assert family_of(converted, families) is family

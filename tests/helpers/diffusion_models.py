@@ -216,6 +216,29 @@ def hunyuan_video(h: int = WIDTH, mlp: int = 4 * WIDTH) -> Shapes:
     return found
 
 
+def ldm_vae(h: int = WIDTH) -> Shapes:
+    """The autoencoder of LDM: a shortcut where the width changes, and attention of 1 × 1 convolutions in the middle."""
+
+    def layer(at: str, shortcut: bool = False) -> Shapes:
+        found = norm(f"{at}.norm1") | conv(f"{at}.conv1") | norm(f"{at}.norm2") | conv(f"{at}.conv2")
+        return found | (conv(f"{at}.nin_shortcut", size=1) if shortcut else {})
+
+    found: Shapes = {}
+    for side, inner, layers in (("encoder", "down", 2), ("decoder", "up", 3)):
+        found |= conv(f"{side}.conv_in") | norm(f"{side}.norm_out") | conv(f"{side}.conv_out")
+        for level in range(4):
+            for number in range(layers):
+                found |= layer(f"{side}.{inner}.{level}.block.{number}", number == 0 and level > 0)
+            if side == "encoder" and level < 3:
+                found |= conv(f"{side}.down.{level}.downsample.conv")
+            if side == "decoder" and level > 0:
+                found |= conv(f"{side}.up.{level}.upsample.conv")
+        found |= layer(f"{side}.mid.block_1") | layer(f"{side}.mid.block_2") | norm(f"{side}.mid.attn_1.norm")
+        for name in ("q", "k", "v", "proj_out"):
+            found |= conv(f"{side}.mid.attn_1.{name}", size=1)
+    return found | conv("quant_conv", size=1) | conv("post_quant_conv", size=1)
+
+
 def under(prefix: str, shapes: Shapes) -> Shapes:
     return {prefix + name: shape for name, shape in shapes.items()}
 

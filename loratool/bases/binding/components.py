@@ -26,6 +26,7 @@ from loratool.layouts.diffusion.components import (
 )
 from loratool.layouts.diffusion.rows import Family
 from loratool.layouts.diffusion.unet import UNET
+from loratool.layouts.diffusion.vae import VAE
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ def components_of(base: Checkpoint) -> tuple[Component, ...]:
         found = [(kind, prefix, {}) for prefix, kind in prefixes_of(base.tensors)]
         if not any(kind == "denoiser" for kind, _, _ in found) and family_of(base.tensors, DENOISERS):
             found = [("denoiser", "", base.config), *found]
+        if not found and family_of(base.tensors, (VAE,)):
+            found = [("vae", "", base.config)]
         if not found and family_of(base.tensors, TEXT_ENCODERS):
             found = [("text_encoder", "", base.config)]
     known = {prefix for _, prefix, _ in found if prefix}
@@ -113,7 +116,7 @@ def components_of(base: Checkpoint) -> tuple[Component, ...]:
             for local in [full[len(prefix) :]]
         }
         families = DENOISERS if name in ("denoiser", *DENOISER, *SECOND_DENOISERS) else TEXT_ENCODERS
-        family = None if name == "vae" else family_of(held, families)
+        family = family_of(held, (VAE,) if name == "vae" else families)
         settings = config or {"_class_name": family.name if family else ""}
         parts.append(Component(name, prefix, (), portion(base, held, settings), family))
     return with_words(parts)

@@ -137,10 +137,11 @@ SPELLINGS = (
     ),
     ModuleSpelling(
         "diffusers",
-        rf"unet\.|prior\.|transformer(?:_2)?\.{LANGUAGE}|text_encoder(?:_[23])?\.",
+        rf"unet\.|prior\.|transformer(?:_2)?\.{LANGUAGE}|text_encoder(?:_[23])?\.|vae\.",
         as_named,
         DIFFUSERS,
     ),
+    ModuleSpelling("comfy", r"first_stage_model\.", dotted("vae"), "as in ComfyUI"),
     ModuleSpelling("comfy", r"(?:model\.)?diffusion_model\.|text_encoders\.", of_comfy, "as in ComfyUI"),
     ModuleSpelling("peft", rf"base_model\.model\.(?=(?:{UNET})\b)", dotted("unet"), DIFFUSERS, alone=False),
     ModuleSpelling("peft", rf"base_model\.model\.(?=(?:{DIT})\b)", dotted("transformer"), DIFFUSERS, alone=False),
