@@ -21,6 +21,7 @@ NAMES = {
     "decoder.up_blocks.2.upsamplers.0.conv": "decoder.up.1.upsample.conv",
     "encoder.down_blocks.1.resnets.0.conv_shortcut": "encoder.down.1.block.0.nin_shortcut",
     "encoder.mid_block.attentions.0.to_q": "encoder.mid.attn_1.q",
+    "decoder.mid_block.resnets.0.conv1": "decoder.mid.block_1.conv1",
     "decoder.mid_block.resnets.1.conv2": "decoder.mid.block_2.conv2",
     "decoder.conv_in": "decoder.conv_in",
 }
