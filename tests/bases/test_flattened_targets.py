@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from named_updates import Targets, save_targets
 from safetensors.torch import load_file, save_file
 
 import loratool
 from loratool.adapters import formats
-from loratool.adapters.adapter import Adapter, Flattened, StoredTensor
-from loratool.adapters.formats.format import Format
-from loratool.adapters.training import Training
-from loratool.algebra.updates.additive import LowRank
 from loratool.errors import FitError, InputError
-from loratool.files.heads import HasNames
-from loratool.files.safefile import read_safefile
-from loratool.provenance.cards import Subject
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,48 +20,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from loratool.adapters.formats.format import Config
-    from loratool.adapters.reading import Reading
-    from loratool.errors import Problem
-
-SCALE = 0.5
 Q, UP = "model.layers.0.self_attn.q_proj.weight", "model.layers.10.mlp.up_proj.weight"
 NAMES = (Q, UP, "model.layers.1.self_attn.q_proj.weight", "a.b_c.weight", "a_b.c.weight")
-
-
-class Underscores(Format):
-    """`flat.safetensors`: `NAME.up` and `NAME.down`; a name without a dot is flattened."""
-
-    name = "underscores"
-    config_name = "flat.json"
-    weights_name = "flat.safetensors"
-
-    def recognises(self, path: Path) -> bool:
-        return (path / self.weights_name).is_file()
-
-    def claims(self, file: HasNames) -> frozenset[str]:
-        return frozenset(name for name in file.tensors if name.endswith((".up", ".down")))
-
-    def is_config(self, config: Config) -> bool:
-        return not config
-
-    def training_at(self, path: Path) -> Training:
-        return Training()
-
-    def read_leniently(self, path: Path, reading: Reading) -> tuple[Adapter, tuple[Problem, ...]]:
-        file = read_safefile(path / self.weights_name)
-        modules = sorted({name.rpartition(".")[0] for name in file.tensors})
-        targets = {m: f"{m}.weight" if "." in m else Flattened(f"{m}.weight") for m in modules}
-        stored: Any = {name: StoredTensor(file, info) for name, info in file.tensors.items()}
-        updates = {
-            targets[m]: LowRank(stored[f"{m}.up"], stored[f"{m}.down"], scale=SCALE, turnable=True) for m in modules
-        }
-        sources = {targets[m]: (f"{m}.up", f"{m}.down") for m in modules}
-        place = path / self.config_name
-        return Adapter(path.name, self.name, path, file, {}, place, updates, sources), ()
-
-    def subject(self, config: Config) -> Subject:
-        return Subject("LoRA adapter", "a test", "", ("lora",), "", (), lambda *_: [])
 
 
 def eighths(seed: int, *shape: int) -> Tensor:
@@ -77,7 +31,7 @@ def eighths(seed: int, *shape: int) -> Tensor:
 
 @pytest.fixture
 def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, Underscores()))
+    monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, Targets()))
     folder = tmp_path / "base"
     folder.mkdir()
     save_file({name: eighths(at, 6, 8) for at, name in enumerate(NAMES)}, folder / "model.safetensors")
@@ -87,14 +41,7 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def adapter_of(folder: Path, *modules: str) -> tuple[Path, Mapping[str, Tensor]]:
     """An adapter of these modules, and ΔW of each in float64."""
-    factors = {m: (eighths(2 * at + 10, 6, 2), eighths(2 * at + 11, 2, 8)) for at, m in enumerate(modules)}
-    folder.mkdir()
-    tensors = {
-        f"{m}.{end}": each for m, pair in factors.items() for end, each in zip(("up", "down"), pair, strict=True)
-    }
-    save_file(tensors, folder / "flat.safetensors")
-    (folder / "flat.json").write_text("{}")
-    return folder, {m: SCALE * up.double() @ down.double() for m, (up, down) in factors.items()}
+    return folder, save_targets(folder, dict.fromkeys(modules, (6, 8)))
 
 
 def test_a_flattened_name_is_the_weight_that_has_it_whatever_underscores_that_has(base: Path, tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from loratool.adapters.formats.named.dialects import ModuleSpelling, replaced_by
 from loratool.adapters.formats.named.header import CONFIGS, CONTRADICTION, Header
 from loratool.adapters.formats.named.numbered import layers_of
 from loratool.adapters.formats.named.refused import refused
-from loratool.adapters.formats.roles import Module, RoleProblem, found_in, grouped
+from loratool.adapters.formats.roles import Module, RoleProblem, found_in, grouped, methods_of
 from loratool.adapters.formats.roles.module import MISSING_PARTNER
-from loratool.adapters.formats.roles.names import ALPHA, DOWN, FOREIGN, MAGNITUDES, ON_INPUT, UP, canonical
+from loratool.adapters.formats.roles.names import ALPHA, DOWN, FOREIGN, MAGNITUDES, UP, canonical
 from loratool.adapters.reading import Reading
 from loratool.adapters.training import Training
 from loratool.algebra.updates.additive import LowRank
@@ -33,8 +33,6 @@ DENOISERS = frozenset({"unet", "prior", "transformer", "diffusion_model"})  # na
 WIDENED = ("img_in", "x_embedder")  # input layers of Flux, which its ControlNets feed twice the channels
 MERGED_TWICE = "same-weight-twice"  # the code of a problem
 MISSING = "alpha-missing"  # the code of a note, also of one that roles make
-# What roles of a method begin with, and what PEFT calls it.
-METHODS = (("hada_", "LOHA"), ("lokr_", "LOKR"), ("oft_", "OFT"), (ON_INPUT, "IA3"), ("a1.", "GLORA"))
 FULL = "FULL"  # what LyCORIS calls changes that are stored whole
 SPLIT = Note(
     "split-qkv",
@@ -79,12 +77,6 @@ class Group:
         """The first target within its component."""
         first = self.targets[0]
         return first if isinstance(first, Flattened) else first.partition(".")[2]
-
-    @property
-    def methods(self) -> set[str]:
-        """What PEFT calls the methods that its tensors are of."""
-        found = {method for role in self.roles for start, method in METHODS if role.startswith(start)}
-        return found | {"LORA"} if self.rank else found
 
     def parts(self, update: Update) -> Iterator[tuple[str, Update]]:
         """The update by targets. Where there are several, each has an equal share of the rows."""
@@ -141,7 +133,7 @@ class Reader:
             for group in groups:
                 self.dialects[dialect_of(group.spelling, group.roles, self.header)] = None
                 self.take(group, scales.get(group.name), sources)
-        self.methods = set[str]().union(*(group.methods for group in groups))
+        self.methods = set[str]().union(*(methods_of(group.roles) for group in groups))
         self.dora = any(canonical(role) in MAGNITUDES for group in groups for role in group.roles)
         self.tell(groups)
         self.refuse(self.take_replacements(rest) if groups else rest)

@@ -7,6 +7,6 @@ a module is, and asks `found_in` for the updates.
 
 from loratool.adapters.formats.roles.module import Found, Module, RoleProblem
 from loratool.adapters.formats.roles.names import Grouped, grouped, split
-from loratool.adapters.formats.roles.reading import found_in
+from loratool.adapters.formats.roles.reading import found_in, methods_of
 
-__all__ = ["Found", "Grouped", "Module", "RoleProblem", "found_in", "grouped", "split"]
+__all__ = ["Found", "Grouped", "Module", "RoleProblem", "found_in", "grouped", "methods_of", "split"]

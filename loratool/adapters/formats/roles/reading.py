@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from loratool.adapters.adapter import Derived, StoredTensor
@@ -24,6 +24,7 @@ class Family:
     """A method: its roles, what makes an update of the weight of them, and what that is."""
 
     name: str
+    method: str  # what PEFT calls it, or would
     roles: tuple[str, ...]
     read: Callable[[Slots], Update]
     formula: str  # of the merged weight
@@ -33,6 +34,7 @@ class Family:
 FAMILIES = (
     Family(
         "LoRA",
+        "LORA",
         names.LORA,
         low_rank,
         "W + α/r · BA, on convolutions too; a Tucker core becomes part of A",
@@ -40,6 +42,7 @@ FAMILIES = (
     ),
     Family(
         "LoHa",
+        "LOHA",
         names.LOHA,
         lycoris.loha,
         "W + α/r · (w1a·w1b) ⊙ (w2a·w2b), each with a Tucker core or without",
@@ -47,6 +50,7 @@ FAMILIES = (
     ),
     Family(
         "LoKr",
+        "LOKR",
         names.LOKR,
         lycoris.lokr,
         "W + α/r · w1 ⊗ w2, each whole, a product, or with a Tucker core; without α where both are whole",
@@ -54,6 +58,7 @@ FAMILIES = (
     ),
     Family(
         "(IA)³",
+        "IA3",
         names.IA3,
         lycoris.ia3,
         "W + W ⊙ w, with a value for each output or each input",
@@ -61,6 +66,7 @@ FAMILIES = (
     ),
     Family(
         "GLoRA",
+        "GLORA",
         names.GLORA,
         lycoris.glora,
         "W + α/r · (b1·b2 + W·a1·a2), or with both pairs swapped, as an older LyCORIS has them",
@@ -68,6 +74,7 @@ FAMILIES = (
     ),
     Family(
         "OFT of outputs, BOFT",
+        "OFT",
         names.OFT,
         lycoris.oft,
         "rescale ⊙ (Q·W), with blocks on the diagonal of Q or in a butterfly; α limits the rotation",
@@ -75,6 +82,7 @@ FAMILIES = (
     ),
     Family(
         "OFT of inputs",
+        "OFT",
         names.OFT_OF_INPUTS,
         lycoris.oft_of_inputs,
         "W · blockdiag(R)ᵀ, and W · blockdiag(R) for a convolution",
@@ -82,6 +90,14 @@ FAMILIES = (
     ),
 )
 METHODS = frozenset(role for family in FAMILIES for role in family.roles)
+
+
+def methods_of(roles: Iterable[str]) -> set[str]:
+    """What PEFT calls the methods that some roles belong to, however they are spelled."""
+    there = {names.canonical(role) for role in roles}
+    return {family.method for family in FAMILIES if not there.isdisjoint(family.roles)}
+
+
 COMMON = (names.ALPHA, *names.MAGNITUDES, *names.SPARSE, *names.WHOLE)  # which go with any of them, or alone
 
 
