@@ -14,6 +14,7 @@ from typing import Any
 
 from figures import COPY, merges, speed
 from findings import megabytes, rate, verdict
+from reasons import reasons
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = Path("benchmarks/results")
@@ -61,6 +62,7 @@ def blocks(results: Sequence[Result]) -> dict[str, str]:
         "merging": merging_table(results),
         "commands": commands_table(results),
         "rounding": rounding_table(results),
+        "reasons": reasons(results) or UNMEASURED,
     }
 
 
