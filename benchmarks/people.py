@@ -22,6 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from compressed_fleets import compress, compress_memory
 from findings import Finding, aligned, at_most, finding_table, megabytes, seconds, write_result
 from machine import describe
 from running import Run, apart, run, say, scratch
@@ -165,7 +166,13 @@ def sketch(folder: Path, options: argparse.Namespace) -> list[Finding]:
     return [Finding(what, seconds(median(took)), median(took))]
 
 
-ROWS: dict[str, Callable[[Path, argparse.Namespace], list[Finding]]] = {"table": table, "near": near, "sketch": sketch}
+ROWS: dict[str, Callable[[Path, argparse.Namespace], list[Finding]]] = {
+    "table": table,
+    "near": near,
+    "sketch": sketch,
+    "compress": compress,
+    "compress-memory": compress_memory,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

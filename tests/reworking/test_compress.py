@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor
 
 import loratool
 from loratool.cli import run
-from loratool.errors import InputError, UsageError
+from loratool.errors import FitError, InputError, UsageError
 from loratool.reworking.compressing import planning
 
 Array = NDArray[np.float64]
@@ -98,6 +99,16 @@ def unrelated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
+@pytest.fixture(scope="module")
+def compressed(fleet: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, loratool.CompressReport]:
+    """The related adapters in 12 kB."""
+    out = tmp_path_factory.mktemp("compressed") / "out"
+    return out, loratool.compress(fleet, out, budget="12kB")
+
+
+Compressed = tuple[Path, loratool.CompressReport]
+
+
 def expanded(folder: Path, name: str) -> dict[str, Array]:
     """ΔW by target, as docs/compressing.md says that anybody can."""
     shared, own = load_file(folder / "shared.safetensors"), load_file(folder / f"{name}.safetensors")
@@ -170,11 +181,11 @@ def test_shared_bases_have_the_size_of_the_formula(fleet: Path, tmp_path: Path) 
     assert report.totals.bytes == 4 * (9 * (ROWS + COLUMNS) * 4 + cores)
 
 
-def test_related_adapters_keep_more_than_by_truncation_at_the_same_bytes(fleet: Path, tmp_path: Path) -> None:
-    report = loratool.compress(fleet, tmp_path / "out", budget="12kB")
+def test_related_adapters_keep_more_than_by_truncation_at_the_same_bytes(compressed: Compressed) -> None:
+    out, report = compressed
     assert report.totals.pays
     assert report.totals.error < 0.5 * report.totals.truncated
-    with safe_open(tmp_path / "out" / "shared.safetensors", "pt") as file:
+    with safe_open(out / "shared.safetensors", "pt") as file:
         assert file.metadata()["loratool_compressed"] == "1"
 
 
@@ -197,11 +208,10 @@ def test_one_adapter_alone_is_what_resize_makes_of_it_at_the_same_budget(unrelat
     assert report.totals.bytes <= 3000
 
 
-def test_expand_gives_a_plain_adapter_with_all_that_is_beside_its_factors(fleet: Path, tmp_path: Path) -> None:
-    loratool.compress(fleet, tmp_path / "out", budget="12kB")
+def test_expand_gives_a_plain_adapter_with_all_that_is_beside_its_factors(fleet: Path, compressed: Compressed, tmp_path: Path) -> None:  # fmt: skip
     for name in ("a1", "a2"):
-        report = loratool.expand(tmp_path / "out", name, tmp_path / name)
-        wanted, found = expanded(tmp_path / "out", name), stored(tmp_path / name)
+        report = loratool.expand(compressed[0], name, tmp_path / name)
+        wanted, found = expanded(compressed[0], name), stored(tmp_path / name)
         assert found.keys() == wanted.keys()
         for target, delta in wanted.items():
             assert np.abs(found[target] - delta).max() < 1e-6 * np.abs(delta).max()
@@ -213,10 +223,10 @@ def test_expand_gives_a_plain_adapter_with_all_that_is_beside_its_factors(fleet:
     assert json.loads((tmp_path / "a2" / "adapter_config.json").read_text())["modules_to_save"] == ["lm_head"]
 
 
-def test_adding_one_leaves_every_other_file_as_it_was(fleet: Path, tmp_path: Path) -> None:
+def test_adding_one_leaves_every_other_file_as_it_was(compressed: Compressed, tmp_path: Path) -> None:
     """A relative gets a core in the shared bases, a stranger triples of its own."""
     out = tmp_path / "out"
-    loratool.compress(fleet, out, budget="12kB")
+    shutil.copytree(compressed[0], out)
     before = digests(out)
     write_adapter(tmp_path / "relative", factors_of(70_000, 4, shared_directions()))
     write_adapter(tmp_path / "stranger", factors_of(80_000, 4, None))
@@ -281,12 +291,11 @@ def test_image_adapters_come_back_in_their_own_dialect(tmp_path: Path) -> None:
     assert float((delta - wanted).norm() / wanted.norm()) < 0.04
 
 
-def test_streamed_modules_are_compressed_alike(fleet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = loratool.compress(fleet, tmp_path / "exact", budget="12kB")
+def test_streamed_modules_are_compressed_alike(fleet: Path, compressed: Compressed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setattr("loratool.algebra.lowrank.shared_bases.EXACT", 4)
     monkeypatch.setattr(planning, "WIDEST", 12)
     near = loratool.compress(fleet, tmp_path / "near", budget="12kB")
-    assert near.totals.error == pytest.approx(exact.totals.error, rel=0.05)
+    assert near.totals.error == pytest.approx(compressed[1].totals.error, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -316,8 +325,8 @@ def test_what_makes_no_sense_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_expand_says_which_adapters_there_are_and_refuses_files_of_other_bases(fleet: Path, unrelated: Path, tmp_path: Path) -> None:  # fmt: skip
-    loratool.compress(fleet, tmp_path / "out", rank=4)
+def test_expand_says_which_adapters_there_are_and_refuses_files_of_other_bases(compressed: Compressed, unrelated: Path, tmp_path: Path) -> None:  # fmt: skip
+    shutil.copytree(compressed[0], tmp_path / "out")
     with pytest.raises(UsageError, match="it has a0, a1, a2, a3"):
         loratool.expand(tmp_path / "out", "b", tmp_path / "b")
     loratool.compress(unrelated, tmp_path / "other", rank=4)
@@ -329,21 +338,19 @@ def test_expand_says_which_adapters_there_are_and_refuses_files_of_other_bases(f
         loratool.expand(tmp_path / "out", "a1", tmp_path / "b")
 
 
-def test_a_dry_run_says_the_same_and_writes_nothing(fleet: Path, tmp_path: Path) -> None:
-    wet = loratool.compress(fleet, tmp_path / "out", rank=5)
-    dry = loratool.compress(fleet, tmp_path / "dry", rank=5, dry_run=True)
+def test_a_dry_run_says_the_same_and_writes_nothing(fleet: Path, compressed: Compressed, tmp_path: Path) -> None:
+    dry = loratool.compress(fleet, tmp_path / "dry", budget="12kB", dry_run=True)
     assert not (tmp_path / "dry").exists()
-    assert dry.totals == wet.totals
-    assert dry.modules == wet.modules
+    assert dry.totals == compressed[1].totals
+    assert dry.modules == compressed[1].modules
 
 
-def test_the_same_bytes_come_out_twice_and_replace_what_was_there(fleet: Path, tmp_path: Path) -> None:
-    loratool.compress(fleet, tmp_path / "out", rank=5)
-    before = digests(tmp_path / "out")
+def test_the_same_bytes_come_out_twice_and_replace_what_was_there(fleet: Path, compressed: Compressed, tmp_path: Path) -> None:  # fmt: skip
+    shutil.copytree(compressed[0], tmp_path / "out")
     with pytest.raises(UsageError, match="already exists"):
-        loratool.compress(fleet, tmp_path / "out", rank=5)
-    loratool.compress(fleet, tmp_path / "out", rank=5, overwrite=True)
-    assert digests(tmp_path / "out") == before
+        loratool.compress(fleet, tmp_path / "out", budget="12kB")
+    loratool.compress(fleet, tmp_path / "out", budget="12kB", overwrite=True)
+    assert digests(tmp_path / "out") == digests(compressed[0])
 
 
 def test_bfloat16_adapters_keep_their_dtype_and_cores_are_float32(fleet: Path, tmp_path: Path) -> None:
@@ -358,3 +365,15 @@ def test_bfloat16_adapters_keep_their_dtype_and_cores_are_float32(fleet: Path, t
         wanted, found = stored(tmp_path / "in" / name), expanded(tmp_path / "out", name)
         lost = sum(np.linalg.norm(d - found[t]) ** 2 for t, d in wanted.items())
         assert told.error**2 == pytest.approx(lost / sum(np.linalg.norm(d) ** 2 for d in wanted.values()), rel=1e-5)
+
+
+def test_untrained_adapters_are_named_and_layers_without_directions_are_told_together(unrelated: Path, tmp_path: Path) -> None:  # fmt: skip
+    shutil.copytree(unrelated, tmp_path / "in")
+    write_adapter(tmp_path / "in" / "zero", {MODULES[0]: (torch.zeros(ROWS, 2), draw(2, 2, COLUMNS))})
+    with pytest.raises(FitError) as refused:
+        loratool.compress(tmp_path / "in", tmp_path / "out", energy=0.9)
+    assert refused.value.problems == ("zero",)
+    report = loratool.compress(unrelated, tmp_path / "out", budget="4kB")
+    (note,) = (note for note in report.notes if note.code == "layers-left-out")
+    lacking = [(m, name) for m, module in report.modules.items() for name, error in module.errors.items() if error == 1]
+    assert note.text.startswith(f"{len(lacking)} layers of {len({name for _, name in lacking})} adapters")

@@ -10,7 +10,7 @@ from loratool.lazy import Tensor, torch
 
 Clustering = tuple[tuple[int, ...], ...]  # the products of each cluster, by number
 GAPS = 2  # the largest steps between merges at which a clustering is a candidate
-LEAST_GAP = 0.05  # smaller steps are no sign of families
+LEAST_GAP = 0.5  # part of the affinity that a merge has to lose to the one after it; less is no sign of families
 
 
 def affinity(products: Sequence[Product]) -> Tensor:
@@ -41,7 +41,7 @@ def clusterings(alike: Tensor) -> Iterator[Clustering]:
     together = (tuple(range(count)),)
     yield together
     heights = [height for height, _ in merges]
-    steps = [(heights[at] - heights[at + 1], at) for at in range(len(heights) - 1)]  # of affinity, which falls
+    steps = [(1 - heights[at + 1] / heights[at], at) for at in range(len(heights) - 1) if heights[at] > 0]
     for step, at in sorted(steps, reverse=True)[:GAPS]:
         if step > LEAST_GAP:
             yield merges[at][1]

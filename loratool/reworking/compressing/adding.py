@@ -36,7 +36,7 @@ from loratool.measuring.session import PathLike, Progress, Session, session
 from loratool.results.compress import CompressedAdapter, CompressedModule, CompressedTotals, CompressReport
 from loratool.reworking.compressing.compress import adapters_at, file_name, stored_core
 from loratool.reworking.compressing.files import DIGEST, ENDING, OWN, SHARED, Opened, open_shared
-from loratool.reworking.compressing.members import Member, add
+from loratool.reworking.compressing.members import Member, add, told
 from loratool.reworking.compressing.options import CompressOptions
 from loratool.reworking.compressing.planning import alone_curve
 from loratool.reworking.dialects import Manner, in_manner
@@ -266,7 +266,7 @@ def reported(
     newcomers: Sequence[Newcomer],
     manner: Manner,
     options: CompressOptions,
-    told: Mapping[str, Any],
+    cost: Mapping[str, Any],
 ) -> CompressReport:
     """What became of the new adapters."""
     modules: dict[str, CompressedModule] = {}
@@ -306,7 +306,7 @@ def reported(
         pays=any(layer.cluster for newcomer in newcomers for layer in newcomer.layers.values()),
         price=newcomers[0].stated.price,
     )
-    notes = [note for newcomer in newcomers for note in newcomer.member(manner).notes]
+    notes = told([newcomer.member(manner) for newcomer in newcomers])
     return CompressReport(
         out=folder,
         written=not options.dry_run,
@@ -316,7 +316,7 @@ def reported(
         modules=dict(sorted(modules.items())),
         dtype=str(newcomers[0].stated.dtype).removeprefix("torch."),
         notes=(*notes, *manner.notes),
-        **told,
+        **cost,
     )
 
 

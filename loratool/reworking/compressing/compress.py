@@ -32,7 +32,7 @@ from loratool.notes import Note
 from loratool.results.compress import CompressReport
 from loratool.reworking.aligned_layers import align_layers, contents_apart
 from loratool.reworking.compressing.files import ABOUT, DIGEST, ENDING, MARK, OWN, SHARED, VERSION
-from loratool.reworking.compressing.members import Member, add
+from loratool.reworking.compressing.members import Member, add, told
 from loratool.reworking.compressing.options import CompressOptions
 from loratool.reworking.compressing.planning import CORE, Fleet, Module, Plan, Prices, look_at, plan, widest_of
 from loratool.reworking.compressing.reporting import Named, Outcome, reported
@@ -57,8 +57,12 @@ def compress(
     with session(options.device, sources) as at_work:
         fleet = Fleet(sources, layers, at_work)
         fleet.measure()
-        if not any(fleet.norms) and not fleet.kept:
-            raise FitError("nothing to compress: every update is zero (an untrained adapter has B = 0)")
+        adapted = {aligned.adapter for found in layers.values() for aligned in found}
+        kept = {aligned.adapter for target in fleet.kept for aligned in layers[target]}
+        if idle := [sources[at].name for at in sorted(adapted - kept) if not fleet.norms[at]]:
+            raise FitError(
+                "every update of these adapters is zero (an untrained adapter has B = 0); leave them out:", idle
+            )
         compressor = Compressor(fleet, before, manner, options, progress)
         compressor.prepare()
         record = record_of("compress", paths, options, {"adapters": list(at_work.origins)}, compressor.notes)
@@ -272,8 +276,8 @@ class Compressor:
             with ExitStack() as stack:
                 metadata = [self.about(), *(member.metadata() for member in self.members)]
                 files = [
-                    stack.enter_context(tensor_file(stage.folder / name, triples, told))
-                    for name, triples, told in zip(names, (shared, *own), metadata, strict=True)
+                    stack.enter_context(tensor_file(stage.folder / name, triples, header))
+                    for name, triples, header in zip(names, (shared, *own), metadata, strict=True)
                 ]
                 self.fill(files)
             finish(stage, names, record)
@@ -317,7 +321,7 @@ class Compressor:
     @property
     def notes(self) -> tuple[Note, ...]:
         """What a user of the files should know."""
-        found = [note for member in self.members for note in member.notes]
+        found = list(told(self.members))
         if not self.plan.pays:
             text = "sharing directions does not pay for these adapters: each is stored alone, truncated"
             found.append(Note("sharing-does-not-pay", text))
@@ -329,7 +333,7 @@ class Compressor:
             found.append(Note("base-mismatch", f"the adapters name different bases ({named}); their shapes agree"))
         return (*found, *self.manner.notes)
 
-    def report(self, target: Path, told: Mapping[str, Any]) -> CompressReport:
+    def report(self, target: Path, cost: Mapping[str, Any]) -> CompressReport:
         """What became of every module and adapter."""
         return CompressReport(
             out=target,
@@ -338,7 +342,7 @@ class Compressor:
             **reported(self.fleet, self.plan, self.outcomes),
             dtype=str(self.dtype).removeprefix("torch."),
             notes=self.notes,
-            **told,
+            **cost,
         )
 
 

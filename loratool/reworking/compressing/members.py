@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from loratool.adapters.formats.format import Parts
 from loratool.adapters.layers import Contents, Form
 from loratool.adapters.ranks import evened
 from loratool.adapters.writer import Carried, carried_over, dtype_name, files_beside
+from loratool.errors import printable
 from loratool.files.tensor_writer import TensorFile, Triple
 from loratool.lazy import Tensor, torch
 from loratool.notes import Note
@@ -32,6 +33,7 @@ class Member:
     about: Mapping[str, Any]
     carried: Carried
     notes: tuple[Note, ...]
+    dropped: tuple[str, ...]  # layers that get nothing
 
     @classmethod
     def of(
@@ -62,7 +64,7 @@ class Member:
             "config": names.describe([source.adapter], parts),
             "header": manner.draft(forms, names, dtype, carried, [source]).header(kept),
         }
-        return cls(source, about, carried, tuple(remarks(source, before, manner, dropped)))
+        return cls(source, about, carried, tuple(remarks(source, before, manner)), dropped)
 
     def announced(self) -> Iterator[Triple]:
         for name, dtype, shape in self.carried.announced():
@@ -86,19 +88,30 @@ def add(file: TensorFile, name: str, tensor: Tensor) -> None:
     file.add(name, dtype_name(tensor), tuple(tensor.shape), content)
 
 
-def remarks(source: Contents, before: Contents, manner: Manner, dropped: tuple[str, ...]) -> Iterator[Note]:
+def remarks(source: Contents, before: Contents, manner: Manner) -> Iterator[Note]:
     """What is not in the small file as it was."""
-    for note in source.remarks:
-        yield note.under(source.name)
-    if dropped:
-        text = f"{len(dropped)} layers get no directions and are left out: {listed(dropped)}"
-        yield Note("layers-left-out", text).under(source.name)
+    yield from source.remarks
     if source.dora:
         text = "DoRA: the error of ΔW does not bound that of the merged weight; its magnitudes are kept"
-        yield Note("dora-error-unbounded", text).under(source.name)
+        yield Note("dora-error-unbounded", text)
     if (own := dialect_of(before) or before.adapter.format) != manner.dialect:
         text = f"is {own}, and expand writes it as {manner.dialect}, the dialect of the fleet"
-        yield Note("expands-in-another-dialect", text).under(source.name)
+        yield Note("expands-in-another-dialect", text)
     if files := files_beside(source):
-        text = f"other files in its folder are not kept: {listed(sorted(files))}"
-        yield Note("files-not-kept", text).under(source.name)
+        yield Note("files-not-kept", f"other files in its folder are not kept: {listed(sorted(files))}")
+
+
+def told(members: Sequence[Member]) -> Iterator[Note]:
+    """The notes of all members: one for those that say the same, and one for all layers that are left out."""
+    alike: dict[Note, list[str]] = {}
+    for member in members:
+        for note in member.notes:
+            alike.setdefault(note, []).append(member.source.name)
+    for note, names in alike.items():
+        yield note.under(names[0]) if len(names) == 1 else Note(note.code, f"{len(names)} adapters: {note.text}")
+    if dropped := [(member.source.name, target) for member in members for target in member.dropped]:
+        name, target = dropped[0]
+        text = (
+            f"{len(dropped)} layers of {len({of for of, _ in dropped})} adapters get no directions and are left out, "
+        )
+        yield Note("layers-left-out", f"{text}such as {printable(target)} of {name}")
