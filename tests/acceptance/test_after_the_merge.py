@@ -5,7 +5,6 @@ As docs/after-the-merge.md shows it. What is not installed is skipped; `make acc
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import runpy
 import subprocess
@@ -107,14 +106,3 @@ def test_diffusers_loads_a_merged_pipeline_and_computes_what_the_base_does_with_
     with torch.no_grad():
         found = pipeline.unet.eval()(x, step).sample
     assert distance(found, wanted) < 1e-3 * distance(base, wanted)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-def test_vllm_loads_the_folder_and_continues_as_transformers_does(tiny: Path) -> None:
-    vllm = pytest.importorskip("vllm")
-    engine = vllm.LLM(str(tiny / "merged"), skip_tokenizer_init=True, enforce_eager=True, max_model_len=32)
-    settings = vllm.SamplingParams(temperature=0, max_tokens=4, detokenize=False)
-    found = engine.generate({"prompt_token_ids": TOKENS}, settings)[0].outputs[0].token_ids
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny / "merged").eval()
-    wanted = model.generate(torch.tensor([TOKENS]), max_new_tokens=4, do_sample=False)[0, len(TOKENS) :]
-    assert list(found) == wanted.tolist()
