@@ -396,8 +396,13 @@ def test_what_cannot_be_opened_is_a_finding_and_the_other_paths_are_told_all_the
     first, second = json.loads(shown.out)["results"]
     assert (first["kind"], second["kind"]) == ("unreadable", "adapter")
     assert UNREADABLE[spoil] in first["findings"][0]["message"]
+    assert cli.run(["inspect", str(sound)]) == 0
+    alone = capsys.readouterr().out
     assert cli.run(["inspect", str(broken), str(sound)]) == 3
-    assert capsys.readouterr().out == ""
+    shown = capsys.readouterr()
+    assert shown.out == alone
+    assert shown.err.startswith("Error: ")
+    assert UNREADABLE[spoil] in shown.err
 
 
 def test_weights_and_config_are_both_told_where_both_are_broken(tmp_path: Path) -> None:

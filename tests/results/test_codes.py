@@ -86,8 +86,9 @@ def test_codes_stay_the_same_when_every_sentence_is_another(
     def note(self: notes.Note) -> None:
         object.__setattr__(self, "text", f"dolor sit {next(numbers)}")
 
-    def error(self: errors.LoratoolError, _message: str, problems: object = ()) -> None:
+    def error(self: errors.LoratoolError, _message: str, problems: object = (), hint: str = "") -> None:
         self.message, self.problems = f"amet {next(numbers)}", tuple(problems)  # type: ignore[arg-type]
+        self.hint = hint
 
     monkeypatch.setattr(errors.Problem, "__new__", problem)
     monkeypatch.setattr(notes.Note, "__post_init__", note)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -188,7 +189,10 @@ BREAKS = {"adapter": (break_adapter, take_adapter), "base": (break_base, take_ba
 def test_errors_are_the_same_with_the_same_text(
     name: str, what: str, way: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What the library raises is what the command prints behind `Error:`, and ends with; with --check both tell it."""
+    """What the library raises is what the command prints between `Error:` and a line with the next command to type.
+
+    With --check both tell it.
+    """
     command = COMMANDS[name]
     if what not in command.words or (way == "malformed" and "--check" in command.words):
         return  # the command does not read it; or a check reports it, as the test above sees
@@ -203,7 +207,10 @@ def test_errors_are_the_same_with_the_same_text(
     capsys.readouterr()
     code = cli.run([*command.words])
     out, err = capsys.readouterr()
-    assert (code, out, err) == (raised.exit_code, "", f"Error: {raised}\n")
+    assert (code, out) == (raised.exit_code, "")
+    told, _, hint = err.rpartition("hint: ")
+    assert told == f"Error: {raised}\n"
+    assert re.fullmatch(r"loratool [^\n]+\n", hint)
 
 
 WRONG: dict[str, tuple[Sequence[str], Callable[[], Any]]] = {
