@@ -53,7 +53,8 @@ def is_pointer(path: Path) -> bool:
 def conversion(path: Path) -> str:
     """The command that turns a pickled state dict into safetensors, loading tensors only.
 
-    lora_diffusion pickles a list of factors instead, whose places in it become names as in its own safetensors.
+    The first trainer for Stable Diffusion pickles a list of factors instead, whose places in it become names as in its
+    own safetensors.
     """
     component = "text_encoder" if path.stem.endswith(".text_encoder") else "unet"
     code = (

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from loratool.adapters.adapter import StoredTensor
 from loratool.algebra.sketching import SIZE, VERSION, spread
 from loratool.errors import InputError, UsageError, printable
 from loratool.files.inputs import json_value
@@ -99,10 +100,8 @@ def read_index(path: Path) -> Index:
     info = file.tensors.get(TENSOR)
     if info is None or info.dtype != "F32" or info.shape != (len(entries), SIZE):
         raise InputError(f"{shown}: malformed index: expected a tensor {TENSOR} of F32 {[len(entries), SIZE]}")
-    raw = bytearray(info.nbytes)
-    with file.open() as source:
-        source.read(file.position(info), len(raw), memoryview(raw))
-    return Index(entries, np.frombuffer(raw, dtype="<f4").reshape(info.shape))
+    bits, _ = StoredTensor(file, info).bits()
+    return Index(entries, bits.view("<f4").reshape(info.shape))
 
 
 def entries_in(text: str, shown: str) -> Iterable[Entry]:

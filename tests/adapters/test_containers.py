@@ -96,10 +96,14 @@ def test_a_missing_part_is_named(bench: Workbench, index: bool) -> None:
     bench.refuses_to_merge(parts[0] if index else "shards [1] of the 2")
 
 
-def test_one_part_alone_is_refused(bench: Workbench) -> None:
-    """A part named as the operand is one of several files; their folder is the way out."""
-    part = cut(bench, index=True)[0]
-    bench.refuses("merge", bench.base, bench.adapter / part, "-o", bench.out, told=["one of", "folder"])
+@pytest.mark.parametrize("index", [True, False], ids=["index", "numbers alone"])
+def test_one_part_stands_for_all_of_them_and_that_is_told(bench: Workbench, index: bool) -> None:
+    """A part named as the operand can only mean the adapter in its folder; its factor alone is never merged."""
+    part = bench.adapter / cut(bench, index)[0]
+    outcome = bench.run("merge", bench.base, part, "-o", bench.out)
+    assert outcome.code == 0, outcome.err
+    assert outcome.err == f"note: {part}: a file of the adapter in {bench.adapter}, which is read\n"
+    check_is_merged(tensors_of(bench.out))
 
 
 def test_weights_under_another_name_are_read_and_told(bench: Workbench) -> None:

@@ -19,8 +19,8 @@ REGISTRY = "adapters/formats/__init__.py"  # the one file that may import the fo
 # Ordinary words that are fields of PEFT's configs too: the word, what it means where it stands, and where that is.
 WORDS = {
     "r": (
-        "the mode of torch.linalg.qr that gives R alone, or a field of torchtune's own config",
-        ("algebra/", "reworking/extracting/differences.py", "adapters/formats/torchtune.py"),
+        "the mode of torch.linalg.qr that gives R alone, the rank of `LoRALinear`, or a field of torchtune's own config",
+        ("nn.py", "algebra/", "reworking/extracting/differences.py", "adapters/formats/torchtune.py"),
     ),
     "lora_alpha": (
         "a setting of the trainers' own",
@@ -46,22 +46,28 @@ WORDS = {
                 "reworking/extracting/pairing.py",
                 "adapters/writer.py",
             ),
-            *("reworking/resize.py", "results/facts.py", "adapters/formats/roles/"),
+            *("reworking/resize.py", "reworking/sketches.py", "results/facts.py", "adapters/formats/roles/"),
         ),
     ),
     "alpha": (
-        "an option of rescale, a line of inspect, a setting of other trainers, or a tensor of other tools' files",
+        "an option of rescale, a line of inspect, a column of its table, a setting of other trainers, or a tensor of other tools' files",
         (
-            *("reworking/rescale.py", "results/facts.py"),
+            *("reworking/rescale.py", "results/facts.py", "results/fleet.py", "inspecting/fleet/conditions.py"),
             *("adapters/formats/mlx.py", "adapters/formats/megatron.py", "adapters/formats/roles/"),
         ),
     ),
-    "scaling": ("a line of inspect and of rescale", ("results/facts.py", "results/rescale.py")),
+    "scaling": (
+        "a line of inspect and of rescale, another word for a column",
+        ("results/facts.py", "results/rescale.py", "inspecting/fleet/conditions.py"),
+    ),
     "rank_pattern": ("a line of inspect, and a field of its facts", ("results/facts.py",)),
     "alpha_pattern": ("a line of inspect, and a field of its facts", ("results/facts.py",)),
     "adapters": (
-        "operands of the command line, and what a record lists",
-        ("cli/", "merging/", "provenance/", "inspecting/inspect.py", "reworking/combine.py"),
+        "operands of the command line, what a record or an index lists, and lines of compress and index",
+        (
+            *("cli/", "merging/", "provenance/", "inspecting/inspect.py", "inspecting/neighbours.py"),
+            *("reworking/combine.py", "reworking/compressing/", "results/compress.py", "results/index.py"),
+        ),
     ),
     "use_dora": ("a field of mlx-lm's own early configs", ("adapters/formats/mlx.py",)),
     "revision": ("part of a place on the Hub", ("files/hub_names.py",)),

@@ -306,7 +306,8 @@ MALFORMED_FACTORS: dict[str, dict[str, Stored]] = {
     "rank 0": factors(f32(np.zeros((0, HIDDEN))), f32(np.zeros((HIDDEN, 0)))),
     "A empty": factors(f32(np.zeros((0,))), B2),
     "whole numbers": factors(Stored("I32", (2, HIDDEN), bytes(64)), Stored("I32", (HIDDEN, 2), bytes(64))),
-    "float8": factors(Stored("F8_E4M3", (2, HIDDEN), bytes(16)), B2),
+    "exponents alone": factors(Stored("F8_E8M0", (2, HIDDEN), bytes(16)), B2),
+    "half bytes": factors(Stored("F4", (2, HIDDEN), bytes(8)), B2),
     "no tensors": {},
 }
 

@@ -1,4 +1,6 @@
-"""A base's bytes have one reader: a stored weight, or a sink that carries a range over as it is."""
+"""A base's bytes have one reader: a stored weight, or who takes them as they are: a sink that carries a range over, and
+the digests of a record, which count as reading nothing.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,13 @@ import loratool
 from loratool.adapters.adapter import StoredTensor
 from loratool.bases.weights import Plain
 from loratool.files import safefile
+from loratool.files.digests import digest_of_range
 from loratool.files.shard_writer import LocalPart
 from loratool.files.tensor_writer import TensorFile
 
 CARRIES = {LocalPart.copy.__code__, TensorFile.copy.__code__}  # a range goes over as it is
 CALLS = ("pread", "preadv", "read", "readv", "copy_file_range", "sendfile")
+DIGESTS = {digest_of_range.__code__}  # of the bytes of a chunk, whatever these mean
 
 
 @dataclass
@@ -42,7 +46,7 @@ class Trace:
 
     def note(self, path: Path, start: int, count: int) -> None:
         """A `Source` is asked for a range."""
-        if self.covers(path) and count:
+        if self.covers(path) and count and not in_stack(DIGESTS):
             with self.lock:
                 self.sources.setdefault(path.name, set()).add((start, start + count))
                 if not is_ours():
@@ -52,7 +56,7 @@ class Trace:
         """The system is asked for bytes; headers are read before there is any weight."""
         link = f"/proc/self/fd/{descriptor}"
         path = Path(os.readlink(link)) if os.path.islink(link) else Path()  # elsewhere only the sources are watched
-        if self.covers(path) and not is_ours() and not in_stack(HEADERS):
+        if self.covers(path) and not is_ours() and not in_stack(HEADERS | DIGESTS):
             self.strangers.append(f"{path.name}: {call}")
 
     def unread(self, name: str) -> int:
@@ -307,6 +311,7 @@ def test_only_readers_and_copies_know_where_the_bytes_of_a_tensor_lie() -> None:
         "adapters/adapter.py",  # StoredTensor.read, which reads for stored weights as well
         "files/safefile.py",  # a selection asks the file that it is of
         "files/digests.py",  # a chunk that is hashed
+        "files/seen_digests.py",  # a chunk of which some was read, and the rest is hashed
         "files/known_digests.py",  # a range that is recorded
         "files/tensor_writer.py",  # a range that goes into an adapter as it is
         "files/gguf_writer.py",  # the same, into an adapter of llama.cpp

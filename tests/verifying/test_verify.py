@@ -529,9 +529,10 @@ def test_an_adapter_of_another_model_ends_in_one_sentence(small: Scene, tmp_path
     other = write_adapter(tmp_path / "other", factors)
     out = small.write(small.merged(), tmp_path / "merged")
     assert cli.run(["verify", str(out), "--base", str(small.base), "--adapter", str(other), "--device", "cpu"]) == 4
-    told = capsys.readouterr().err.strip()
-    assert told.count("\n") == 0
+    told, hint = capsys.readouterr().err.splitlines()
+    assert told.startswith("Error: ")
     assert "does not fit" in told
+    assert hint.startswith("hint: ")
 
 
 def test_a_merged_model_of_another_kind_ends_in_one_sentence(small: Scene, tmp_path: Path) -> None:

@@ -309,6 +309,10 @@ class Format(Protocol):
         shown = printable(contents.adapter.file.path)
         raise InputError(f"{shown}: {self.name} has no alpha per module; pass --bake to write it as plain LoRA")
 
+    def renamed_base(self, config: Config, base: str) -> Config:  # noqa: ARG002 (most name none)
+        """A config that names another base, of no known commit, where it names one."""
+        return config
+
     rescales_tensors: bool = False  # whether strengths are in its tensors, where those of others are in a config
 
     def scaled(self, contents: Contents, factors: Mapping[str, float], scales: Mapping[str, float]) -> Scaled:  # noqa: ARG002

@@ -222,9 +222,8 @@ class Plain:
                 f"{printable(adapter.file.path)}: rebase writes only what has a config of its own",
                 hint="loratool convert ADAPTER -o ADAPTER-peft --to peft",
             )
-        config = dict(form.rescaled(self.contents, every, False) if scaled else adapter.config)
-        if "base_model_name_or_path" in config:
-            config = {**config, "base_model_name_or_path": self.base, "revision": None}
+        config = form.rescaled(self.contents, every, False) if scaled else adapter.config
+        config = dict(form.renamed_base(config, self.base))
         if options.dry_run:
             adapter.check_values()
         else:

@@ -95,6 +95,10 @@ class Peft(Format):
     def rescaled(self, contents: Contents, factors: Mapping[str, float | None], one_alpha: bool) -> dict[str, Any]:
         return strength.rescaled(contents, self.names_of(contents), factors, one_alpha)
 
+    def renamed_base(self, config: Mapping[str, Any], base: str) -> dict[str, Any]:
+        named = {"base_model_name_or_path": base, "revision": None} if "base_model_name_or_path" in config else {}
+        return {**config, **named}
+
     def names_of(self, contents: Contents) -> Names:
         """The names of an adapter's own layers."""
         return self.spelling({t: layer.kind for t, layer in contents.layers.items()}, contents.training.release)
