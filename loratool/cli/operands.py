@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import subprocess
 from collections.abc import Mapping, Sequence
 from functools import wraps
 from pathlib import Path
@@ -27,6 +26,7 @@ from loratool.errors import (
 )
 from loratool.files.hub_names import parse, slashed
 from loratool.files.outputs import ANOTHER_OUT
+from loratool.files.system import shell_line
 
 if TYPE_CHECKING:
     from loratool.fetching.operands import Operand, Role
@@ -208,8 +208,7 @@ def stem_of(word: str) -> str:
 
 def typed(*words: str) -> str:
     """`loratool WORDS` as it is typed into the shell of this system."""
-    line = ["loratool", *(escaped(word) for word in words if word not in FOR_PROGRAMS)]
-    return subprocess.list2cmdline(line) if os.name == "nt" else shlex.join(line)
+    return shell_line(["loratool", *(escaped(word) for word in words if word not in FOR_PROGRAMS)])
 
 
 def in_full(hint: str, arguments: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ from loratool.fetching.outline import Remote, Role, look_up, needed, outlined, p
 from loratool.files.checkpoint import Checkpoint, holds_weights
 from loratool.files.digests import sha256_of
 from loratool.files.hub_names import PAGE, HubPath, parse, slashed
+from loratool.files.names import at_home
 from loratool.files.system import free_space
 from loratool.lazy import hub, hub_constants, hub_errors
 
@@ -56,11 +57,6 @@ def local(operand: str | os.PathLike[str], role: Role = "any") -> Path:
     if place is None:
         return at_home(operand)
     return cached(place) if is_offline() else download(place, role)
-
-
-def at_home(operand: str | os.PathLike[str]) -> Path:
-    """The path that an operand is, with `~` for the user's folder unless something here is called so."""
-    return Path(operand) if os.path.lexists(operand) else Path(os.path.expanduser(operand))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from loratool.errors import LoratoolError, printable
 from loratool.fetching.bases import AUTO
 from loratool.files.checkpoint import INDEX_SUFFIX, MODEL_INDEX, NUMBERED, WEIGHT_FILES
 from loratool.files.hub_names import parse
+from loratool.files.names import at_home
 from loratool.notes import Note
 
 # What an operand is read as: "any" is an adapter or a model, "folder" one of them here, "repository" a name on the Hub.
@@ -34,8 +35,9 @@ FITTING: dict[Role, tuple[Kind, ...]] = {
     "repository": (),
 }
 EXCHANGEABLE: tuple[tuple[Role, Role], ...] = (("model", "adapter"), ("model", "any"), ("folder", "repository"))
-# Files by which a folder is somebody's model or adapter, whether it can be read or not.
-TELLING = ("*.safetensors", "*.gguf", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.npz", "config.json", "*_config.json")
+# Files by which a folder is somebody's model or adapter, whether it can be read or not: weights, and what describes them.
+WEIGHTS = ("*.safetensors", "*.gguf", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.npz", MODEL_INDEX)
+TELLING = (*WEIGHTS, "config.json", "*_config.json")
 WILD = re.compile(r"[*?\[]")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # a folder that transformers' Trainer writes
 MOST_ENTRIES = 10_000  # of a folder that is searched for near names
@@ -58,9 +60,9 @@ class Operand:
     def is_wrong(self) -> bool:
         """Whether it is certainly not what it is read as."""
         if self.role == "repository":
-            return os.path.isdir(os.path.expanduser(self.word))
+            return at_home(self.word).is_dir()
         if self.role == "folder":
-            return not os.path.lexists(os.path.expanduser(self.word))
+            return not os.path.lexists(at_home(self.word))
         return self.word != AUTO and self.kind in ("model", "adapter") and self.kind not in FITTING[self.role]
 
 
@@ -68,7 +70,7 @@ def kind_of(word: str) -> Kind:
     """What a word is the name of, as far as this disk knows."""
     if word == AUTO:
         return "model"
-    path = Path(word).expanduser()
+    path = at_home(word)
     if not os.path.lexists(path):
         return "unknown" if on_the_hub(word) else ""
     return kind_at(path)
@@ -88,7 +90,7 @@ def kind_at(path: Path) -> Kind:
         if path.is_dir():
             if is_adapter(path):
                 return "adapter"
-            return "model" if (path / MODEL_INDEX).is_file() or not is_bare(path) else ""
+            return "model" if not is_bare(path) else ""
         if path.suffix in WEIGHT_FILES:
             return "adapter" if is_adapter(path) else "model"
         return "model" if path.name.endswith(INDEX_SUFFIX) else ""
@@ -98,6 +100,11 @@ def kind_at(path: Path) -> Kind:
 def is_bare(folder: Path) -> bool:
     """Whether a folder has no file by which it would be a model or an adapter."""
     return not any(any(folder.glob(pattern)) for pattern in TELLING)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has a file of weights itself, or is a pipeline."""
+    return any(path.is_file() for pattern in WEIGHTS for path in folder.glob(pattern))
 
 
 def understood(operands: Sequence[Operand]) -> tuple[list[Operand], list[Note]]:
@@ -155,21 +162,21 @@ def nearby(path: Path, role: Role) -> Iterator[tuple[Path, str]]:
     if role == "any" or kind_of_its_own(path, role):
         return
     if not path.is_dir():
-        if fits(path.parent, role):
+        if path.is_file() and not is_bare(path.parent) and fits(path.parent, role):
             yield path.parent, f"a file of the {kind_at(path.parent)} in {printable(path.parent)}, which is read"
         return
     if len(inside := below(path, role)) == 1:
         yield inside[0], f"the {kind_at(inside[0])} is in its subfolder {printable(inside[0].name)}, which is read"
         return
     above = Path(os.path.abspath(path)).parent
-    if not inside and is_bare(path) and fits(above, role):
+    if not inside and is_bare(path) and has_weights(above) and fits(above, role):
         yield above, f"holds no weights; the {kind_at(above)} that it is a subfolder of is read"
 
 
 def kind_of_its_own(path: Path, role: Role) -> bool:
     """Whether a place is something by itself: what is due, or what is refused with a reason."""
     if path.is_dir():
-        return not is_bare(path) or (path / MODEL_INDEX).is_file() or kind_at(path) == "adapter"
+        return not is_bare(path) or kind_at(path) == "adapter"
     if role == "folder":
         return False
     match = NUMBERED.match(path.name)
@@ -252,7 +259,7 @@ def proposals(operand: Operand) -> list[str]:
     word, role = operand.word, operand.role
     if role == "repository" or word == AUTO:
         return []
-    path = Path(word).expanduser()
+    path = at_home(word)
     if os.path.lexists(path):
         if path.is_dir() and is_bare(path):
             hub = [f"hf://{word}"] if on_the_hub(word) else []

@@ -27,6 +27,11 @@ def has_other_parts(name: str) -> bool:
     return bool(path.drive) or path.parts != PurePosixPath(name).parts
 
 
+def at_home(operand: str | os.PathLike[str]) -> Path:
+    """The path that an operand is, with `~` at its start for the user's folder unless something here is called so."""
+    return Path(operand) if os.path.lexists(operand) else Path(os.path.expanduser(operand))
+
+
 def is_unusual(part: str) -> bool:
     """Whether some systems refuse a file or folder of that name."""
     return bool(DEVICES.fullmatch(part) or ODD.search(part))

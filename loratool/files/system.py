@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import shutil
 import stat
 import struct
+import subprocess
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -256,6 +259,14 @@ AT_FDCWD = -100
 ANYBODY = -1  # the owner of all files where files have none
 
 
+def link_or_copy(path: Path, place: Path) -> None:
+    """A file at another place: a link to it, or a copy where this user can make no links."""
+    try:
+        os.symlink(path.resolve(), place)
+    except OSError:
+        shutil.copyfile(path, place)
+
+
 def exchange(new: Path, old: Path, aside: Path) -> None:
     """Swap two folders' names in one step where the system can; else the old one steps `aside` first."""
     import ctypes
@@ -273,6 +284,11 @@ def exchange(new: Path, old: Path, aside: Path) -> None:
     )
     os.rename(old, aside)
     os.rename(new, old)
+
+
+def shell_line(words: Sequence[str]) -> str:
+    """Words as they are typed into the shell of this system; where paths have another separator, that is cmd.exe."""
+    return subprocess.list2cmdline(words) if os.altsep else shlex.join(words)
 
 
 def current_user() -> int:

@@ -16,6 +16,7 @@ from loratool.fetching import local
 from loratool.files.digests import OTHER, Digest, digest_of_part, is_hex, is_plain, sha256_of, why_unlike
 from loratool.files.hub_cache import sha256_of_link
 from loratool.files.hub_names import parse
+from loratool.files.system import link_or_copy
 from loratool.files.weight_formats import read_weight_file
 from loratool.provenance.record import sound_blob
 
@@ -187,4 +188,4 @@ def put(path: Path, place: Path) -> None:
     if size_of(path) <= LARGEST_COPY:
         shutil.copyfile(path, place)
     else:
-        os.symlink(path.resolve(), place)
+        link_or_copy(path, place)

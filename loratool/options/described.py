@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from loratool.errors import InputError, UsageError, escaped, printable
 from loratool.files.inputs import json_value, read_bounded
+from loratool.files.names import at_home
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 SMALLEST_BARE_SIZE = 10**6  # a number of bytes below it was meant in another unit
@@ -258,7 +258,7 @@ class JsonFile(Kind):
         shown = f"{flag}:"
         if isinstance(value, (str, os.PathLike)):
             shown = f"{printable(value)}: {flag}"
-            path = Path(value).expanduser()
+            path = at_home(value)
             own = isinstance(value, str) and value.lstrip().startswith(("{", "[")) and not os.path.lexists(path)
             try:
                 value = json_value(str(value).encode() if own else read_bounded(path))  # a record has the table itself

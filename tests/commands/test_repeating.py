@@ -216,6 +216,7 @@ COMMANDS = {
         CombineOptions,
         ADAPTERS,
         needs={
+            "rule": ["--method", "pico"],
             "space": ["--method", "ties"],
             "density": ["--method", "dare_ties"],
             "window": ["--method", "della", "--density", "0.5"],

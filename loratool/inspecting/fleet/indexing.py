@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from loratool.errors import InputError
+from loratool.files.names import at_home
 from loratool.files.process import peak_memory
 from loratool.inspecting.fleet.table import Fleet
 from loratool.inspecting.inspect import InspectOptions, PathLike, Progress
@@ -36,7 +36,7 @@ def index(
 ) -> IndexReport:
     """Sketch every adapter that some paths mean; `loratool.commands.index` says all of it."""
     started = time.monotonic()
-    target = Path(out).expanduser()
+    target = at_home(out)
     check_index(target, options.overwrite)
     fleet = Fleet(paths, InspectOptions(values=True, base=options.base))
     rows = list(fleet.rows(progress))
