@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from diffusion_models import WIDTH, bfl_flux, clip, ldm_unet, sd3, under, values, wan
+from diffusion_models import WIDTH, bfl_flux, clip, ldm_unet, lumina, sd3, under, values, wan
 from safetensors.torch import save_file
 
 import loratool
@@ -36,9 +36,11 @@ BASES: dict[str, dict[str, tuple[int, ...]]] = {
     "Flux": under("model.diffusion_model.", bfl_flux()),
     "SD3": under("model.diffusion_model.", sd3()),
     "Wan": wan(),
+    "Lumina or Z-Image": lumina(),
     "language": LANGUAGE,
 }
 NAMES = {"SD 1.5": "Stable Diffusion 1", "language": "a language model or another one of Transformers"}
+MODELS = {"Flux": "Flux or HunyuanVideo"}  # what the names of an adapter fit
 # (modules with columns) of adapters in several dialects
 ADAPTERS = {
     "SD 1.5": {f"lora_unet_{SPATIAL}_attn2_to_k": 768, "lora_te_text_model_encoder_layers_0_mlp_fc1": H},
@@ -47,16 +49,23 @@ ADAPTERS = {
     | {f"transformer.transformer_blocks.{n}.ff.net.0.proj": H for n in range(19)},
     "SD3": {f"lora_unet_joint_blocks_{n}_x_block_attn_qkv": H for n in range(24)},
     "Wan": {f"diffusion_model.blocks.{n}.self_attn.q": H for n in range(30)},
+    "Lumina or Z-Image": {f"diffusion_model.layers.{n}.attention.to_q": H for n in range(30)},
     "language": {f"base_model.model.model.layers.{n}.self_attn.q_proj": H for n in range(24)},
 }
+# Each kind once as the adapter and once as the base, and the two that differ in the width of their text alone.
+PAIRS = [*zip(ADAPTERS, [*[*ADAPTERS][1:], "SD 1.5"], strict=True), ("SDXL", "SD 1.5")]
 
 
 def adapter_of(kind: str, folder: Path) -> Path:
-    ends = ("lora_A.weight", "lora_B.weight") if kind == "language" else ("lora_down.weight", "lora_up.weight")
+    return saved(ADAPTERS[kind], folder, in_peft=kind == "language")
+
+
+def saved(modules: dict[str, int], folder: Path, in_peft: bool) -> Path:
+    ends = ("lora_A.weight", "lora_B.weight") if in_peft else ("lora_down.weight", "lora_up.weight")
     tensors: dict[str, torch.Tensor] = {}
-    for module, columns in ADAPTERS[kind].items():
+    for module, columns in modules.items():
         tensors |= {f"{module}.{ends[0]}": torch.ones(2, columns), f"{module}.{ends[1]}": torch.ones(H, 2)}
-    if kind != "language":
+    if not in_peft:
         save_file(tensors, folder / "lora.safetensors")
         return folder / "lora.safetensors"
     (folder / "lora").mkdir()
@@ -73,21 +82,32 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: root / f"{number}.safetensors" for number, kind in enumerate(BASES)}
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize(("kind", "other"), PAIRS)
 def test_an_adapter_of_another_kind_of_model_ends_in_one_sentence(
-    bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+    bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, other: str
 ) -> None:
     adapter = adapter_of(kind, tmp_path)
-    for other, base in bases.items():
-        if other == kind:
-            continue
-        assert run(["merge", str(base), str(adapter), "-o", str(tmp_path / "out")]) == 4, other
-        told = " ".join(capsys.readouterr().err.split())
-        assert "this is an adapter of " in told
-        own = "Flux or HunyuanVideo" if kind == "Flux" else NAMES.get(kind, kind)
-        assert f"an adapter of {own}, but BASE is {NAMES.get(other, other)};" in told
-        assert len(told) < 250
-        assert not (tmp_path / "out").exists()
+    assert run(["merge", str(bases[other]), str(adapter), "-o", str(tmp_path / "out")]) == 4
+    told, hint = capsys.readouterr().err.splitlines()
+    own = MODELS.get(kind, NAMES.get(kind, kind))
+    assert told.startswith(f"Error: lora: this is an adapter of {own}, but BASE is {NAMES.get(other, other)};")
+    assert len(told) < 250
+    assert hint.startswith("hint: ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("module", ["attention.wq", "attention.query", "attention.attention.query", "feed_forward.w1"])
+def test_names_that_models_of_language_have_too_are_no_sign_of_another_kind(
+    bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], module: str
+) -> None:
+    """Those of Llama as Meta saved it and of encoders in Transformers begin like those of Lumina."""
+    names = {f"base_model.model.layers.{n}.{module}": H for n in range(2)}
+    names["base_model.model.model.layers.0.self_attn.q_proj"] = H
+    adapter = saved(names, tmp_path, in_peft=True)
+    assert run(["merge", str(bases["language"]), str(adapter), "-o", str(tmp_path / "out")]) == 4
+    told = capsys.readouterr().err
+    assert "this is an adapter of" not in told
+    assert module in told
 
 
 def test_an_adapter_of_the_same_kind_is_told_what_the_base_lacks(

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from merged_models import CONFIG, Scene, Tensors, codes, only, rounded, scene
-from packed_hqq import Hqq
+from merged_models import CONFIG, RANK, Scene, Tensors, codes, only, rounded, scene, write_adapter
 from quantised_models import Quantised, ct_packed, fp8
 from safetensors.torch import save_file
 
@@ -109,15 +108,19 @@ def test_a_merged_model_that_was_quantised_passes_where_every_element_is_the_nea
 
 
 def test_a_format_that_is_only_read_is_not_proven_and_the_sentence_says_why(tmp_path: Path) -> None:
-    plain = scene(tmp_path / "scene", size=0.5)
-    name = random.Random(7).choice([*plain.factors])
-    tensors, module = plain.merged(), name.removesuffix(".weight")
-    packed = Hqq((len(tensors[name]), tensors.pop(name).shape[1]), "4bit_u8", 16, 1)
-    made = Quantised({"quant_method": "hqq", "quant_config": {}, "skip_modules": []})
-    made.tensors.update({part: torch.from_numpy(value.copy()) for part, value in packed.tensors(module).items()})
-    found = loratool.verify(written(tmp_path / "merged", made, tensors), plain.base, plain.adapter, device=CPU)
+    """Such as the K-quants of llama.cpp, which its `gguf` package does not write either."""
+    pytest.importorskip("gguf")
+    from gguf_models import Kind, llama_weights, write_llama
+
+    plain, module, numbers = llama_weights(hidden=256), "blk.1.attn_v", torch.Generator().manual_seed(7)
+    base = write_llama(tmp_path / "base.gguf", plain, Kind.F32)
+    merged = write_llama(tmp_path / "merged.gguf", plain, Kind.F32, kinds={f"{module}.weight": Kind.Q4_K})
+    name = "model.layers.1.self_attn.v_proj.weight"
+    factors = torch.randn(RANK, 256, generator=numbers), torch.randn(len(plain[name]), RANK, generator=numbers)
+    adapter = write_adapter(tmp_path / "adapter", {name: factors})
+    found = loratool.verify(merged, base, adapter, device=CPU)
     assert (found.exit_code, codes(found)) == (5, ["quantised-unproven", "quantised"]), str(found)
     wrong = found.diagnoses[0]
     assert wrong.modules == (module,)
-    assert "HQQ 4-bit" in wrong.text
+    assert "(Q4_K)" in wrong.text
     assert "reads but does not write" in wrong.text

@@ -13,7 +13,7 @@ from loratool.layouts.diffusion.components import DENOISER
 
 SD1, SD2, SDXL = "Stable Diffusion 1", "Stable Diffusion 2", "SDXL"
 UNETS = frozenset({SD1, SD2, SDXL})
-LANGUAGE = "a language model or another one of Transformers"
+LUMINA, LANGUAGE = "Lumina or Z-Image", "a language model or another one of Transformers"
 WIDTHS: Mapping[int, str] = {768: SD1, 1024: SD2, 2048: SDXL}  # of the text that attention is given
 # What a name begins with behind the word for the component, `.` for what divides its parts, and the models with such names.
 PATTERNS: tuple[tuple[str, frozenset[str]], ...] = (
@@ -29,10 +29,8 @@ PATTERNS: tuple[tuple[str, frozenset[str]], ...] = (
         frozenset({"Flux", "HunyuanVideo", "SD3", "Qwen-Image"}),
     ),
     (r"blocks.\d+.(?:self_attn|cross_attn|ffn|attn[12]).", frozenset({"Wan"})),
-    (
-        r"(?:layers|noise_refiner|context_refiner).\d+.(?:attention|attn|feed_forward).",
-        frozenset({"Lumina or Z-Image"}),
-    ),
+    (r"(?:noise_refiner|context_refiner).\d+.|layers.\d+.(?:attention|attn).to_(?:[qkv]|out).", frozenset({LUMINA})),
+    (r"layers.\d+.(?:attention.(?:qkv|out)|feed_forward.(?:w[123]|linear_[123])).", frozenset({LUMINA, LANGUAGE})),
 )
 TEXT_GIVEN = re.compile(r"attn2[._]to_[kv][._]")
 DOTTED, FLAT = (
