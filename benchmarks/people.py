@@ -1,6 +1,6 @@
-"""What it costs to look after many adapters: a table of a thousand, and the nearest of a thousand that are indexed.
+"""What it costs to look after many adapters: a table of a thousand, the nearest of a thousand, fifty compared.
 
-    python benchmarks/people.py                       all rows, about 200 MB below the temporary folder
+    python benchmarks/people.py                       all rows, up to 4.5 GB below the temporary folder
     python benchmarks/people.py --rows table --json result.json
 
 Adapters are made outside the repository, and removed afterwards, after Ctrl-C too. Those of the table have the headers of an
@@ -34,6 +34,7 @@ KINDS = (("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "o_proj"), ())  # 
 RANKS = (8, 16, 32, 64)
 SMALL = {"self_attn.q_proj": (64, 64), "self_attn.v_proj": (32, 64), "mlp.down_proj": (64, 128)}
 LAYERS, SMALL_RANK = 8, 4
+MATRIX = 50  # adapters that are compared with each other
 
 
 def loratool(*words: str | Path) -> list[str]:
@@ -166,12 +167,33 @@ def sketch(folder: Path, options: argparse.Namespace) -> list[Finding]:
     return [Finding(what, seconds(median(took)), median(took))]
 
 
+def make_values(folder: Path, count: int) -> None:
+    """Adapters of rank 16 on every linear layer of an 8B model, in bfloat16: 84 MB each."""
+    targets = sorted({name.rpartition(".")[2] for name in SHAPE.linear})
+    for number in range(count):
+        write_adapter(folder / f"adapter-{number:04d}", tensors_of(16, ()), targets, seed=number)
+
+
+def matrix(folder: Path, options: argparse.Namespace) -> list[Finding]:
+    apart(make_values, folder / "matrix", MATRIX)
+    adapters = sorted((folder / "matrix").iterdir())
+    runs = timed(loratool("compare", *adapters, "-q"), options.turns)
+    processor = median(each.processor for each in runs)
+    what = f"compare {MATRIX} adapters of rank 16 on {len(SHAPE.adapter) // 2} modules of an 8B model"
+    return [
+        at_most(what, wall(runs), 60.0, seconds),
+        Finding(f"{what}: processor", seconds(processor), processor),
+        at_most(f"{what}: peak memory", memory(runs), 1e9, megabytes),
+    ]
+
+
 ROWS: dict[str, Callable[[Path, argparse.Namespace], list[Finding]]] = {
     "table": table,
     "near": near,
     "sketch": sketch,
     "compress": compress,
     "compress-memory": compress_memory,
+    "matrix": matrix,
 }
 
 

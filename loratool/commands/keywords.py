@@ -265,6 +265,9 @@ class ExtractKeywords(
 class CompareKeywords(ReadingKeywords, DeviceKeywords, total=False):
     """Of CompareOptions."""
 
+    pairs: bool
+    rank: int | None
+
 
 class IndexKeywords(TypedDict, total=False):
     """Of IndexOptions."""

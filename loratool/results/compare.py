@@ -9,7 +9,17 @@ from loratool.algebra.lowrank.relations import Relation
 from loratool.errors import printable
 from loratool.notes import Note
 from loratool.results.base import Result
-from loratool.results.text import MOST_LAYERS, aligned, number, table
+from loratool.results.matrix import matrix_lines
+from loratool.results.text import MOST_LAYERS, aligned, kept, number, shortened, table
+
+FEW = 3  # up to this many adapters, every pair is shown
+LEAST_KEPT = 4  # adapters of which a forecast is shown
+REASONS = {
+    "same": "the same update but for rounding, cosine",
+    "opposed": "they undo each other, cosine",
+    "alike": "alike, cosine",
+    "shared-directions": "unlike, but in the same directions, overlap",
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,46 @@ class PairTotals:
     weighted_conflict: float | None
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """Measures of every two adapters, in the order of the report's `adapters`; None where there is no number."""
+
+    cosine: tuple[tuple[float | None, ...], ...]
+    overlap_out: tuple[tuple[float | None, ...], ...]
+    overlap_in: tuple[tuple[float | None, ...], ...]
+    interference: tuple[tuple[float | None, ...], ...]
+    sign_conflict: tuple[tuple[float | None, ...], ...]
+
+
+@dataclass(frozen=True)
+class Join:
+    """Two clusters that become one. Adapters are numbered from 0; the first join makes the next number, and so on."""
+
+    one: int
+    other: int
+    distance: float  # 1 − cosine, the mean over their pairs
+    adapters: int  # in both
+
+
+@dataclass(frozen=True)
+class Notable:
+    """A pair worth knowing about."""
+
+    pair: str
+    why: str  # a key of REASONS
+    value: float  # the cosine, or of shared-directions the overlap
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What the sum of all adapters with weight 1 would keep, without making it (`combine --method svd`)."""
+
+    rank: int | None  # that was asked for; None: in each layer the adapters' largest
+    energy_kept: Mapping[str, float | None]  # part of each adapter's ‖ΔW‖² in the spaces of the result
+    sum_kept: float | None  # part of the sum's own ‖ΔW‖²
+    interference: float | None  # of all together as TSV defines it, the mean over layers
+
+
 @dataclass(frozen=True, repr=False)
 class CompareReport(Result):
     """What `compare` found. Pairs are named "one × other"."""
@@ -50,16 +100,32 @@ class CompareReport(Result):
     adapters: tuple[str, ...]
     norms: Mapping[str, float]  # ‖ΔW‖ of each adapter, all layers together
     totals: Mapping[str, PairTotals]
-    modules: Mapping[str, Mapping[str, Relation]]  # target → pair
+    modules: Mapping[str, Mapping[str, Relation]]  # target → pair; empty for many adapters without `pairs`
     alone: Mapping[str, tuple[str, ...]]  # adapter → layers that no other has
+    matrix: Matrix
+    tree: tuple[Join, ...]  # how adapters cluster, by average linkage
+    notable: tuple[Notable, ...]
+    forecast: Forecast
     notes: tuple[Note, ...]
 
     def __str__(self) -> str:
-        """How adapters lie to each other: every pair in all, then the layers where they overlap most."""
-        rows: list[tuple[str, object]] = [("‖ΔW‖", f"{value:.4g}  {name}") for name, value in self.norms.items()]
-        rows += [("alone", f"{len(targets)} layers are in {name} only") for name, targets in self.alone.items()]
-        rows += [("note", note) for note in self.notes]
-        lines = [aligned(rows)]
+        """How adapters are related: a matrix of many, or every pair and the layers where they overlap most."""
+        rows: list[tuple[str, object]] = []
+        if self.modules:
+            rows += [("‖ΔW‖", f"{value:.4g}  {name}") for name, value in self.norms.items()]
+        alone = [f"{len(targets)} layers are in {name} only" for name, targets in self.alone.items()]
+        rows += [("alone", line) for line in shortened(alone, MOST_LAYERS)]
+        rows += [("note", line) for line in shortened(list(map(str, self.notes)), MOST_LAYERS)]
+        lines = [aligned(rows)] if rows else []
+        lines += [""] if rows else []
+        if self.modules:
+            lines += self.every_pair()
+        else:
+            lines += matrix_lines(self.adapters, self.matrix, self.tree, self.forecast.energy_kept)
+        return "\n".join([*lines, "", *self.closing()])
+
+    def every_pair(self) -> list[str]:
+        lines: list[str] = []
         header = ["cosine", "norms", "overlap out (random)", "in (random)", "interference", "signs", "layer"]
         for pair, totals in self.totals.items():
             cells = [
@@ -73,7 +139,25 @@ class CompareReport(Result):
                 ),
             ]
             lines += ["", pair, *table(header, cells, totals.layers - MOST_LAYERS)]
-        return "\n".join(lines)
+        return lines[1:]
+
+    def closing(self) -> list[str]:
+        """The pairs worth knowing about, and the forecast."""
+        found = self.forecast
+        rows: list[tuple[str, object]] = []
+        if len(self.adapters) > 2:
+            told = [f"{pair.pair}: {REASONS[pair.why]} {pair.value:.3f}" for pair in self.notable]
+            rows += [("pair", line) for line in shortened(told or ["none is alike, opposed, or shares directions"], 8)]
+        rank = "the adapters' rank" if found.rank is None else f"rank {found.rank}"
+        rows += [
+            ("interference", f"{number(found.interference)} of all together (0: no direction is shared)"),
+            ("sum", f"at {rank} would keep {kept(found.sum_kept)} of its own energy"),
+        ]
+        least = sorted((value, name) for name, value in found.energy_kept.items() if value is not None)
+        rows += [("keeps", f"{kept(value)} of {name}") for value, name in least[:LEAST_KEPT]]
+        if len(least) > LEAST_KEPT:
+            rows[-1] = ("keeps", f"more of the other {len(least) - LEAST_KEPT + 1}, up to {kept(least[-1][0])}")
+        return [aligned(rows)]
 
 
 def related_cells(found: Relation | PairTotals) -> list[str]:

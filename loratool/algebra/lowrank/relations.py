@@ -83,12 +83,17 @@ def interference(a: Decomposition, b: Decomposition, out: Tensor, into: Tensor) 
 
 def signs(one: Product, other: Product, sizes: list[float], seed: int) -> tuple[float, float]:
     """How often sampled entries have opposite signs, plainly and by size."""
-    rows, columns = one.shape
-    generator = torch.Generator().manual_seed(seed)
-    at = torch.randint(rows, (SAMPLES,), generator=generator).to(one.up.device)
-    to = torch.randint(columns, (SAMPLES,), generator=generator).to(one.up.device)
-    first, second = ((p.up[at].double() * p.down.mT[to].double()).sum(1) for p in (one, other))
+    first, second = sampled(one, seed), sampled(other, seed)
     opposite = first * second < 0
     smaller = torch.minimum(first.abs() / sizes[0], second.abs() / sizes[1])
     total = float(smaller.sum())
     return float(opposite.double().mean()), float(smaller[opposite].sum()) / total if total else 0.0
+
+
+def sampled(product: Product, seed: int) -> Tensor:
+    """SAMPLES entries of an update, (SAMPLES,) in float64, at places that depend on its shape and the seed."""
+    rows, columns = product.shape
+    generator = torch.Generator().manual_seed(seed)
+    at = torch.randint(rows, (SAMPLES,), generator=generator).to(product.up.device)
+    to = torch.randint(columns, (SAMPLES,), generator=generator).to(product.up.device)
+    return (product.up[at].double() * product.down.mT[to].double()).sum(1)
