@@ -32,10 +32,9 @@ def matrix_lines(
     few = len(groups) <= NUMBERS
     width = 30 if few else max(8, (COLUMNS - len(groups) - 8) // 3)
     room = COLUMNS - width - 2 if few else COLUMNS - len(groups) - width - 7
-    labels = [label(names, group) for group in groups]
+    labels = [label(names, group, room) for group in groups]
     starts = [
-        f"{fitted(name, room):<{room}} {branch}"
-        for name, branch in zip(labels, branches(clusters, tree, merged, width), strict=True)
+        f"{name:<{room}} {branch}" for name, branch in zip(labels, branches(clusters, tree, merged, width), strict=True)
     ]
     scale = f"dendrogram of 1 − cosine, 0 to {max(join.distance for join in tree):.3f}"
     if few:
@@ -59,10 +58,10 @@ def matrix_lines(
     return lines
 
 
-def label(names: Sequence[str], group: Group) -> str:
-    """An adapter, or how many there are and one of them."""
-    first = escaped(names[group[0]])
-    return first if len(group) == 1 else f"{len(group)} like {first}"
+def label(names: Sequence[str], group: Group, room: int) -> str:
+    """An adapter, or how many there are and one of them, in some columns."""
+    start = "" if len(group) == 1 else f"{len(group)} like "
+    return start + fitted(escaped(names[group[0]]), room - len(start))
 
 
 def grouped(count: int, tree: Sequence[Join], merged: int) -> list[tuple[int, Group]]:

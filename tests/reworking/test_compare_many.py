@@ -194,7 +194,7 @@ def test_fifty_adapters_fit_a_screen_and_every_pair_is_shown_on_request(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bench = Workbench(tmp_path / "bench", capsys)
-    paths = [tmp_path / f"adapter-with-a-rather-long-name-{at:02d}" for at in range(60)]
+    paths = [tmp_path / f"a-rather-long-name-{at:02d}" for at in range(60)]
     for at, path in enumerate(paths):
         write(path, {"a": factors(at // 2, 2, (12, 10))})
     for count in (50, 60):
