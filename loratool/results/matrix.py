@@ -30,7 +30,7 @@ def matrix_lines(
     merged = max(0, len(names) - MOST_ROWS)
     clusters, groups = zip(*grouped(len(names), tree, merged), strict=True)
     few = len(groups) <= NUMBERS
-    width = 30 if few else max(8, (COLUMNS - len(groups) - 8) // 3)
+    width = 30 if few else max(7, (COLUMNS - len(groups) - 8) // 3)
     room = COLUMNS - width - 2 if few else COLUMNS - len(groups) - width - 7
     labels = [label(names, group, room) for group in groups]
     starts = [
@@ -60,7 +60,7 @@ def matrix_lines(
 
 def label(names: Sequence[str], group: Group, room: int) -> str:
     """An adapter, or how many there are and one of them, in some columns."""
-    start = "" if len(group) == 1 else f"{len(group)} like "
+    start = "" if len(group) == 1 else f"{len(group)}× "
     return start + fitted(escaped(names[group[0]]), room - len(start))
 
 
