@@ -9,7 +9,7 @@ from loratool.algebra.lowrank.relations import Relation
 from loratool.errors import printable
 from loratool.notes import Note
 from loratool.results.base import Result
-from loratool.results.matrix import matrix_lines
+from loratool.results.matrix import Join, Matrix, matrix_lines
 from loratool.results.text import MOST_LAYERS, aligned, kept, number, shortened, table
 
 FEW = 3  # up to this many adapters, every pair is shown
@@ -51,27 +51,6 @@ class PairTotals:
     interference: float | None
     sign_conflict: float | None
     weighted_conflict: float | None
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """Measures of every two adapters, in the order of the report's `adapters`; None where there is no number."""
-
-    cosine: tuple[tuple[float | None, ...], ...]
-    overlap_out: tuple[tuple[float | None, ...], ...]
-    overlap_in: tuple[tuple[float | None, ...], ...]
-    interference: tuple[tuple[float | None, ...], ...]
-    sign_conflict: tuple[tuple[float | None, ...], ...]
-
-
-@dataclass(frozen=True)
-class Join:
-    """Two clusters that become one. Adapters are numbered from 0; the first join makes the next number, and so on."""
-
-    one: int
-    other: int
-    distance: float  # 1 − cosine, the mean over their pairs
-    adapters: int  # in both
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from loratool.errors import escaped
 from loratool.results.text import COLUMNS, fitted, mean_of
-
-if TYPE_CHECKING:
-    from loratool.results.compare import Join, Matrix
 
 MOST_ROWS = 50  # beyond, the nearest adapters share a row
 NUMBERS = 8  # up to this many rows, cells are numbers
@@ -21,6 +18,27 @@ TITLES = {
     "overlap_in": "overlap of inputs",
     "sign_conflict": "sign conflict",
 }
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Measures of every two adapters, in the order of the report's `adapters`; None where there is no number."""
+
+    cosine: tuple[tuple[float | None, ...], ...]
+    overlap_out: tuple[tuple[float | None, ...], ...]
+    overlap_in: tuple[tuple[float | None, ...], ...]
+    interference: tuple[tuple[float | None, ...], ...]
+    sign_conflict: tuple[tuple[float | None, ...], ...]
+
+
+@dataclass(frozen=True)
+class Join:
+    """Two clusters that become one. Adapters are numbered from 0; the first join makes the next number, and so on."""
+
+    one: int
+    other: int
+    distance: float  # 1 − cosine, the mean over their pairs
+    adapters: int  # in both
 
 
 def matrix_lines(

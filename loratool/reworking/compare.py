@@ -33,7 +33,8 @@ from loratool.measuring.session import PathLike, Progress, Session, session
 from loratool.notes import Note
 from loratool.options.described import FLAG, Number, option
 from loratool.options.shared import DeviceOption
-from loratool.results.compare import FEW, CompareReport, Forecast, Join, Matrix, Meeting, Notable, PairTotals
+from loratool.results.compare import FEW, CompareReport, Forecast, Meeting, Notable, PairTotals
+from loratool.results.matrix import Join, Matrix
 from loratool.results.text import mean_of
 from loratool.reworking.aligned_layers import AlignedLayer, align_layers, contents_apart
 from loratool.reworking.renaming import named_alike
