@@ -15,7 +15,7 @@ from loratool.results.text import MOST_LAYERS, aligned, kept, number, shortened,
 FEW = 3  # up to this many adapters, every pair is shown
 LEAST_KEPT = 4  # adapters of which a forecast is shown
 REASONS = {
-    "same": "the same update but for rounding, cosine",
+    "same": "the same update, cosine",
     "opposed": "they undo each other, cosine",
     "alike": "alike, cosine",
     "shared-directions": "unlike, but in the same directions, overlap",
