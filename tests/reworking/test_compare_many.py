@@ -93,10 +93,10 @@ def of_the_sum(deltas: list[Deltas], ranks: dict[str, int]) -> tuple[list[float]
     reached = whole = 0.0
     for module, rank in ranks.items():
         every = [delta.get(module, np.zeros(SHAPES[module])) for delta in deltas]
-        u, s, vt = spaces(sum(every), rank)
+        u, s, vt = spaces(np.sum(every, axis=0), rank)
         inside += [np.sum((u.T @ delta @ vt.T) ** 2) for delta in every]
         own += [np.sum(delta**2) for delta in every]
-        reached, whole = reached + np.sum(s**2), whole + np.sum(sum(every) ** 2)
+        reached, whole = reached + np.sum(s**2), whole + np.sum(np.sum(every, axis=0) ** 2)
     return list(inside / own), reached / whole
 
 
@@ -181,9 +181,9 @@ def test_adapters_of_a_sum_of_ranks_above_the_exact_limit_are_forecast_as_dense_
         paths.append(tmp_path / str(at))
         deltas.append(write(paths[-1], {"a": (up * weights, down)})["a"])
     report = loratool.compare(paths, rank=16, device="cpu")
-    u, s, vt = spaces(sum(deltas), 16)
+    u, s, vt = spaces(np.sum(deltas, axis=0), 16)
     inside = [np.sum((u.T @ delta @ vt.T) ** 2) / np.sum(delta**2) for delta in deltas]
-    assert report.forecast.sum_kept == pytest.approx(np.sum(s**2) / np.sum(sum(deltas) ** 2), rel=0.02)
+    assert report.forecast.sum_kept == pytest.approx(np.sum(s**2) / np.sum(np.sum(deltas, axis=0) ** 2), rel=0.02)
     assert list(report.forecast.energy_kept.values()) == pytest.approx(inside, abs=0.02)
     flat = np.stack([delta.ravel() for delta in deltas])
     flat /= np.linalg.norm(flat, axis=1, keepdims=True)

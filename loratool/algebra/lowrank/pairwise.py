@@ -43,7 +43,7 @@ class Stack:
     values: Tensor  # (R,): the singular values of all, in float64
     out: Tensor  # (R, R): inner products of the left singular vectors
     into: Tensor  # (R, R): of the right ones
-    entries: Tensor  # (n, SAMPLES) of the updates, in float64, at the same places of each
+    entries: Tensor  # (n, SAMPLES) of the updates, at the same places of each
     noise: tuple[int, ...]  # updates that are rounding
 
     def norms(self) -> Tensor:
@@ -74,7 +74,7 @@ def stacked(products: Iterable[Product], seed: int = 0) -> Stack:
         rounding = bool(is_noise(product, found.values.double().norm()))
         noise += [at] if rounding else []
         parts.append(found.truncated(0 if rounding else found.significant))
-        entries.append(sampled(product, seed).cpu() * (not rounding))
+        entries.append(sampled(product, seed).to(product.up.dtype).cpu() * (not rounding))
     return Stack(
         shape=shape,
         ranks=tuple(len(part.values) for part in parts),
@@ -113,7 +113,7 @@ def measures(stack: Stack) -> dict[str, Tensor]:
             for name, row in shared_by(stack, at, sums).items():
                 found[name][at] = row
             for name, row in opposite(stack.entries, norms, at).items():
-                found[name][at] = row
+                found[name][at, at:] = found[name][at:, at] = row
     for name, table in found.items():
         found[name] = torch.where(both, table, math.nan)
     larger = torch.maximum(ranks[:, None], ranks).double()
@@ -154,13 +154,15 @@ def shared_by(stack: Stack, at: int, sums: Tensor) -> dict[str, Tensor]:
 
 
 def opposite(entries: Tensor, norms: Tensor, at: int) -> dict[str, Tensor]:
-    """How often sampled entries have another sign than those of the update number `at`, plainly and by size, (n,)."""
-    against = entries * entries[at] < 0
-    smaller = torch.minimum(entries.abs() / norms[:, None], entries[at].abs() / norms[at])
-    weight = (smaller * against).sum(1) / smaller.sum(1)
+    """How often sampled entries of the update number `at` and of later ones differ in sign, plainly and by size, (n − at,)."""
+    parts = entries[at:] / norms[at:, None].to(entries.dtype)
+    against = parts * parts[0] < 0
+    smaller = torch.minimum(parts.abs(), parts[0].abs())
+    total = smaller.sum(1, dtype=torch.float64)
+    weight = (smaller * against).sum(1, dtype=torch.float64) / total
     return {
-        "sign_conflict": against.double().sum(1) / SAMPLES,
-        "weighted_conflict": torch.where(smaller.sum(1) > 0, weight, 0.0),
+        "sign_conflict": against.sum(1).double() / SAMPLES,
+        "weighted_conflict": torch.where(total > 0, weight, 0.0),
     }
 
 
@@ -222,7 +224,8 @@ def searched(stack: Stack, rank: int) -> Tensor:
     for _ in range(KRYLOV_STEPS):
         block = torch.linalg.qr(values * (stack.into @ (values * (stack.out @ block)))).Q
         blocks.append(block)
-    return torch.linalg.qr(torch.cat(blocks, 1)).Q
+    whole: Tensor = torch.linalg.qr(torch.cat(blocks, 1)).Q
+    return whole
 
 
 def applied(matrix: Tensor, to: Tensor) -> Tensor:
