@@ -14,7 +14,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 LONGEST_SHOWN = 200  # characters of a foreign name that a message repeats
 MOST_SHOWN = 20  # problems of one input that a message lists
@@ -135,11 +136,13 @@ class LoratoolError(Exception):
     wanted. Foreign text in either has been through `printable`.
 
     `hint` is the next command to type, `loratool …`; or the words that the same command needs besides, such as
-    `--overwrite`. Where it is empty, the command line finds one.
+    `--overwrite`. Where it is empty, the command line finds one. `about` is the path or the place on the Hub that it
+    was met in, as it was given; empty where it is of none, or of several.
     """
 
     code = "bug"  # for programs
     exit_code = 1
+    about = ""
 
     def __init__(self, message: str, problems: Iterable[str] = (), hint: str = "") -> None:
         self.message = message
@@ -155,6 +158,16 @@ class LoratoolError(Exception):
         if more:
             lines.append(f"  … and {more} more")
         return escaped("\n".join(lines), keep="\n")
+
+
+@contextmanager
+def about(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors within are about `path`; of several that enclose each other, the outermost is what was given."""
+    try:
+        yield
+    except LoratoolError as error:
+        error.about = os.fspath(path)
+        raise
 
 
 class UsageError(LoratoolError):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from loratool.adapters.formats import WRITTEN, has_adapter
-from loratool.errors import InputError, printable
+from loratool.errors import InputError, about, printable
 from loratool.files.checkpoint import Checkpoint, open_files
 from loratool.files.pipelines import is_pipeline, open_pipeline
 from loratool.notes import Note
@@ -22,14 +22,15 @@ def open_checkpoint(path: str | Path, unmerged: bool = False) -> Checkpoint:
     disagree, or where an adapter is not merged: all faulty shards at once.
     """
     root = Path(path)
-    checkpoint = open_pipeline(root, has_adapter) if is_pipeline(root) else open_files(root, has_adapter)
+    with about(path):
+        checkpoint = open_pipeline(root, has_adapter) if is_pipeline(root) else open_files(root, has_adapter)
     if not (inside := WRITTEN.unmerged_in(checkpoint.tensors)):
         return checkpoint
     what = f"a model saved with its adapter unmerged: {inside}"
     if not unmerged:
         shown = printable(path)
         raise InputError(
-            f"{shown}: {what}; merge it first\nhint: loratool merge {shlex.quote(shown)} -o OUT (add --input-alpha ALPHA "
-            "if no config in its folder records its alpha)"
+            f"{shown}: {what}; merge it first, with --input-alpha ALPHA if no config in its folder records its alpha",
+            hint=f"loratool merge {shlex.quote(shown)} -o OUT",
         )
     return replace(checkpoint, notes=(*checkpoint.notes, Note("unmerged-model", what)))

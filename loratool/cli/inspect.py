@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from loratool.cli.operands import complain_of
 from loratool.cli.options import LAYERS, OPERAND, PATH, click_options, output_options
 from loratool.cli.screen import Screen
 from loratool.commands.inspect import is_table
@@ -138,7 +139,7 @@ def show_in_full(
         except LoratoolError as error:
             if len(paths) == 1:
                 raise
-            click.echo(f"Error: {error}", err=True)
+            complain_of(error)
             facts.append(unreadable(path, error))
             codes.append(error.exit_code)
     if html is not None:

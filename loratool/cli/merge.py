@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loratool.cli.operands import Output, Place, without_output
+from loratool.cli.operands import Output, Place, complain_of, without_output
 from loratool.cli.options import A_MODEL, AN_ADAPTER, BYTES, PATH, click_options, output_options
 from loratool.cli.screen import Screen
 from loratool.commands.merge import MergeAndPushOptions
 from loratool.commands.publish import with_push
-from loratool.errors import UsageError, escaped, printable
+from loratool.errors import UsageError, printable
 from loratool.options.described import FLAG, option
 
 if TYPE_CHECKING:
@@ -152,10 +152,11 @@ def merge_several(base: Path, outputs: dict[Path, list[Path]], options: MergeWor
     else:
         with screen.bar("merging", **BYTES) as progress:
             result = merge_many(base, outputs, options, progress)
+    for out, adapters in outputs.items():
+        if error := result.errors.get(os.fspath(out)):
+            complain_of(error, os.fspath(out), adapters)
     if result.reports or screen.as_json:
         screen.show(result, "\n\n".join(map(str, result.reports.values())))
-    for name, error in result.errors.items():
-        click.echo(escaped(f"Error: {printable(name)}: {error}", keep="\n"), err=True)
     click.get_current_context().exit(result.exit_code)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from functools import wraps
@@ -84,26 +83,44 @@ def forgiving(command: click.Command) -> click.Command:
     @wraps(run)
     def called(**words: Any) -> Any:
         context = click.get_current_context()
-        operands: list[Operand] = []
         try:
-            operands += read_operands(context, words)
+            read_operands(context, words)
             check_output(context, words)
             return run(**words)
         except LoratoolError as error:
             if error.hint == ANOTHER_OUT:
                 error.hint = f"-o {shlex.quote(free_name(context))}"
-            error.hint = next_step(error, context.find_root().obj or (), operands)
+            error.hint = next_step(error, context.find_root().obj or (), context.meta[OPERANDS])
             raise
 
     command.callback = called
     return command
 
 
-def read_operands(context: click.Context, words: dict[str, Any]) -> list[Operand]:
-    """The operands of a command, which are put into its words as they are meant; what was typed otherwise is said."""
+def complain_of(error: LoratoolError, out: str | None = None, adapters: Sequence[Path] = ()) -> None:
+    """Say on stderr what went wrong with one of several paths, or outputs with adapters of their own; it goes on."""
+    context = click.get_current_context()
+    operands: Sequence[Operand] = context.meta[OPERANDS]
+    if out is not None:
+        from loratool.fetching.operands import Operand
+
+        operands = [
+            *(each for each in operands if each.role == "model"),
+            *(Operand(str(each), "adapter") for each in adapters),
+        ]
+    if error.hint == ANOTHER_OUT:  # which of several it is, `-o` does not say
+        error.hint = f"loratool {context.info_name} --help"
+    error.hint = next_step(error, context.find_root().obj or (), operands)
+    whose = "" if out is None else f"{printable(out)}: "
+    hint = f"\nhint: {error.hint}" if error.hint else ""
+    click.echo(escaped(f"Error: {whose}{error}{hint}", keep="\n"), err=True)
+
+
+def read_operands(context: click.Context, words: dict[str, Any]) -> None:
+    """Put the operands of a command into its words as they are meant; what was typed otherwise is said."""
     context.meta[OPERANDS], context.meta[NOTES] = [], []
     if not any(isinstance(parameter.type, Place) for parameter in context.command.params):
-        return []
+        return
     from loratool.fetching.operands import understood
 
     typed = operands_of(context.command, words)
@@ -118,7 +135,6 @@ def read_operands(context: click.Context, words: dict[str, Any]) -> list[Operand
             words[str(parameter.name)] = tuple(own) if many else own[0]
     for note in () if words.get("quiet") else notes:
         click.echo(escaped(f"note: {note}"), err=True)
-    return meant
 
 
 def operands_of(command: click.Command, words: Mapping[str, Any]) -> list[Operand]:
@@ -223,19 +239,16 @@ def next_step(error: LoratoolError, arguments: Sequence[str], operands: Sequence
     """The command to type after an error: its own hint in full, a proposal for an operand, or what shows more."""
     if error.hint:
         return in_full(error.hint, arguments)
-    if any("\nhint: " in text for text in (error.message, *error.problems)):
-        return ""
-    if isinstance(error, (InputError, HubError, UsageError)):
+    if isinstance(error, (InputError, HubError)):
         for operand in operands:
-            if is_named(operand, error) and (proposed := again_with(operand, arguments)):
+            if is_concerned(operand, error) and (proposed := again_with(operand, arguments)):
                 return proposed
     return usual_step(error, arguments, operands)
 
 
-def is_named(operand: Operand, error: LoratoolError) -> bool:
-    """Whether an error is about an operand."""
-    shown = printable(Path(operand.word)), printable(operand.word)
-    return any(re.search(rf"(?<![\w/.-]){re.escape(each)}(?![\w-])", error.message) for each in shown)
+def is_concerned(operand: Operand, error: LoratoolError) -> bool:
+    """Whether an error is about an operand; one that is about nothing may be about what is not here."""
+    return same_path(error.about, operand.word) if error.about else not os.path.lexists(operand.word)
 
 
 def again_with(operand: Operand, arguments: Sequence[str]) -> str:
@@ -262,7 +275,7 @@ def usual_step(error: LoratoolError, arguments: Sequence[str], operands: Sequenc
         about = (adapters + models)[:1] or [operand.word for operand in operands][:1]
         return typed("inspect", *about, *(["--base", models[-1]] if models and adapters else ()))
     if isinstance(error, InputError):
-        about = [each.word for each in operands if is_named(each, error) and each.kind]
+        about = [each.word for each in operands if is_concerned(each, error) and each.kind]
         if about and command != "inspect" and not any(each.is_wrong for each in operands):
             return typed("inspect", about[0], "--check")
         return "loratool help operands"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from loratool.errors import HubError, StorageError, UsageError, printable
+from loratool.errors import HubError, StorageError, UsageError, about, printable
 from loratool.fetching.answers import commit_of
 from loratool.fetching.client import api, asking, is_offline, patiently
 from loratool.fetching.outline import Remote, Role, look_up, needed, outlined, put_headers, ranged_member
@@ -53,10 +53,11 @@ def local(operand: str | os.PathLike[str], role: Role = "any") -> Path:
         StorageError: the cache has no room for it.
         HubError: missing, gated, private or out of reach; offline and not in the cache.
     """
-    place = place_of(operand)
-    if place is None:
-        return at_home(operand)
-    return cached(place) if is_offline() else download(place, role)
+    with about(operand):
+        place = place_of(operand)
+        if place is None:
+            return at_home(operand)
+        return cached(place) if is_offline() else download(place, role)
 
 
 @dataclass(frozen=True)
@@ -85,18 +86,19 @@ def headers(operand: str | os.PathLike[str]) -> Iterator[Located]:
 
     Raises as `local` does.
     """
-    place = place_of(operand)
-    if place is None:
-        yield Located(at_home(operand))
-    elif is_offline():
-        yield Located(cached(place))
-    else:
-        remote = look_up(place)
-        with outlined(remote, place) as location:
-            root = root_of(location, place)
-            if holds_weights(location):
-                put_headers(remote, root, needed(root, location, "any").weights)
-            yield Located(location, remote, root)
+    with about(operand):
+        place = place_of(operand)
+        if place is None:
+            yield Located(at_home(operand))
+        elif is_offline():
+            yield Located(cached(place))
+        else:
+            remote = look_up(place)
+            with outlined(remote, place) as location:
+                root = root_of(location, place)
+                if holds_weights(location):
+                    put_headers(remote, root, needed(root, location, "any").weights)
+                yield Located(location, remote, root)
 
 
 def root_of(location: Path, place: HubPath) -> Path:

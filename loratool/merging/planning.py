@@ -5,6 +5,7 @@ A plan is plain data, and making one writes nothing.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -196,7 +197,8 @@ def strengths_of(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOpt
     if not adapters:
         shown = printable(base.root)
         raise UsageError(
-            f"{shown}: a merge needs an ADAPTER as well as a BASE\nhint: loratool merge {shown} ADAPTER -o OUT"
+            f"{shown}: a merge needs an ADAPTER as well as a BASE",
+            hint=f"loratool merge {shlex.quote(shown)} ADAPTER -o OUT",
         )
     if weights and len(weights) != len(adapters):
         raise UsageError(

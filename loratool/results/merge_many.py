@@ -45,7 +45,7 @@ class ResultsOfOutputs(Result, Generic[Each]):
     def to_dict(self) -> dict[str, Any]:
         """What the command prints with `--json`: `outputs` has a report or an error for each output."""
         made = [(out, report.to_dict()) for out, report in self.reports.items()]
-        failed = [(out, {"error": error_data(error)}) for out, error in self.errors.items()]
+        failed = [(out, {"error": error_data(error, error.hint)}) for out, error in self.errors.items()]
         outputs = [{"out": os.path.realpath(out), **entry} for out, entry in (*made, *failed)]
         for entry in outputs:
             entry.pop("schema", None)

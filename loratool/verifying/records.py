@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,8 +31,8 @@ def verify_record(merged: PathLike) -> Verification:
     if not record_for(folder, only).is_file():
         shown = printable(path)
         raise UsageError(
-            f"{shown}: has no {PROVENANCE}, so there is nothing to compare it with; name what was merged\n"
-            f"hint: loratool verify {shown} --base BASE --adapter ADAPTER"
+            f"{shown}: has no {PROVENANCE}, so there is nothing to compare it with; name what was merged",
+            hint=f"loratool verify {shlex.quote(shown)} --base BASE --adapter ADAPTER",
         )
     found = record.compare(folder, only)
     files, size = listed_in(folder, only)

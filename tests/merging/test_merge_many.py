@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -237,7 +238,10 @@ FAILURES = (spoil_shape, spoil_values, spoil_effect, occupy, remove)
 def test_an_output_that_cannot_be_planned_fails_alone(
     home: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], None]
 ) -> None:
-    """The exit code is its own, its error is the one of its own merge, and `--json` has it in the list."""
+    """The exit code is its own, its error is the one of its own merge, and `--json` has it in the list.
+
+    The next command is that of its own merge too, but for `--overwrite`, which is added to the whole command.
+    """
     spoil(home)
     before = snapshot(home)
     words = ["merge", str(home / "base"), str(home / "plain"), "--device", "cpu", "--json"]
@@ -245,14 +249,18 @@ def test_an_output_that_cannot_be_planned_fails_alone(
     alone = json.loads(capsys.readouterr().out)["error"]
     assert ended == alone["exit_code"]
     assert snapshot(home) == before
-    ended = run([*words, "-o", str(home / "one"), "--also", f"{home / 'two'}={home / 'other'}"])
+    several = [*words, "-o", str(home / "one"), "--also", f"{home / 'two'}={home / 'other'}"]
+    ended = run(several)
     out, err = capsys.readouterr()
+    if spoil is occupy:
+        alone["hint"] = f"loratool {shlex.join(word for word in several if word != '--json')} --overwrite"
     made, failed = json.loads(out)["outputs"]
     assert (made["out"], failed["out"]) == (str(home / "one"), str(home / "two"))
     assert "error" not in made
     assert failed["error"] == alone
     assert ended == alone["exit_code"]
     assert f"Error: {home / 'two'}: {alone['message']}" in err
+    assert f"hint: {alone['hint']}\n" in err
     assert faults.picture(home / "one") == single(home, "alone", "plain")
 
 

@@ -50,15 +50,17 @@ FAULTS: dict[str, tuple[dict[str, Stored], dict[str, object]]] = {
 MLX = {f"{QUERY}.lora_a": FACTORS[A]}
 
 
-def codes_told(path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> tuple[set[tuple[str, str]], set[str]]:
-    """The findings of a check, as level and code, and the codes in the error object of a merge."""
+def codes_told(
+    path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> tuple[set[tuple[str, str]], set[str], str]:
+    """The findings of a check, as level and code, and the codes and the next command in the error object of a merge."""
     capsys.readouterr()
     cli.run(["inspect", str(path), "--check", "--json"])
     results = json.loads(capsys.readouterr().out)["results"]
     findings = {(found["level"], found["code"]) for found in results[0]["findings"]}
     cli.run(["merge", str(base), str(path), "-o", str(path.parent / "out"), "--dry-run", "--json"])
-    error = json.loads(capsys.readouterr().out).get("error", {"code": "", "problems": []})
-    return findings, {error["code"], *(problem["code"] for problem in error["problems"])}
+    error = json.loads(capsys.readouterr().out).get("error", {"code": "", "problems": [], "hint": ""})
+    return findings, {error["code"], *(problem["code"] for problem in error["problems"])}, error["hint"]
 
 
 @pytest.mark.parametrize("name", [*FAULTS, "mlx"])

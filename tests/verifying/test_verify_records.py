@@ -96,8 +96,9 @@ def test_the_records_of_the_first_release_are_read(merged: Path) -> None:
 
 
 def test_a_folder_without_a_record_needs_a_base_and_an_adapter(inputs: Path) -> None:
-    with pytest.raises(UsageError, match=r"loratool verify .* --base BASE --adapter ADAPTER"):
+    with pytest.raises(UsageError, match="name what was merged") as raised:
         loratool.verify(inputs / "base")
+    assert raised.value.hint == f"loratool verify {inputs / 'base'} --base BASE --adapter ADAPTER"
 
 
 def test_merge_verify_reads_everything_again_and_says_so(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from loratool.adapters.formats.peft import PEFT
 from loratool.adapters.formats.torchtune import TORCHTUNE
 from loratool.adapters.formats.trainer import MODEL_CONFIG
 from loratool.adapters.reading import AS_STORED, Reading
-from loratool.errors import InputError, LoratoolError, printable
+from loratool.errors import InputError, LoratoolError, about, printable
 from loratool.files.checkpoint import MODEL_INDEX, WEIGHT_FILES
 from loratool.files.containers import foreign_file, instead_of_weights
 from loratool.files.heads import Head, read_head
@@ -44,9 +44,10 @@ def read_adapter(path: str | Path, reading: Reading = AS_STORED) -> Adapter:
     contains no adapter, a malformed one, or one in a format that is not supported.
     """
     location = Path(path)
-    if not any(form.recognises(location) for form in FORMATS):
-        raise not_an_adapter(location)
-    return format_at(location).read(location, reading)
+    with about(path):
+        if not any(form.recognises(location) for form in FORMATS):
+            raise not_an_adapter(location)
+        return format_at(location).read(location, reading)
 
 
 def format_at(location: Path) -> Format:
