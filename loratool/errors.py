@@ -32,6 +32,8 @@ TENSOR_ENDS = frozenset({"weight", "bias"})
 FILE_ENDS = frozenset({"safetensors", "json"})
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
+ANOTHER_OUT = "-o"  # the hint of an error for an output that has to be somewhere else
+
 
 def printable(text: object) -> str:
     """`text` as it may safely be shown: control and unprintable characters escaped, length capped.

@@ -13,6 +13,7 @@ import click
 
 from loratool.cli.screen import NOTES
 from loratool.errors import (
+    ANOTHER_OUT,
     FitError,
     HubError,
     InputError,
@@ -24,7 +25,6 @@ from loratool.errors import (
     printable,
 )
 from loratool.files.hub_names import parse, slashed
-from loratool.files.outputs import ANOTHER_OUT
 from loratool.files.system import shell_line
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.errors import LoratoolError, StorageError, UsageError, printable
+from loratool.errors import ANOTHER_OUT, LoratoolError, StorageError, UsageError, printable
 from loratool.files.checkpoint import PROVENANCE, WEIGHT_FILES, sidecar_of
 from loratool.files.digests import Digest, read_recorded, why_unlike
 from loratool.files.inputs import LARGEST_RECORD, read_json
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from loratool.files.model_files import FileNames
 
-ANOTHER_OUT = "-o"  # the hint of an error for an output that has to be somewhere else
 BUSY = "another run is writing this output; wait for it to end"
 
 

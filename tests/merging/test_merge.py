@@ -38,7 +38,7 @@ from oracle import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tree_digests import file_entry, root_of
+from tree_digests import entry_of, file_entry, root_of
 
 import loratool
 from loratool.cli import run
@@ -619,7 +619,13 @@ def test_provenance_names_every_input_and_output_with_its_digest(base: Path, ada
     assert report.digests == {s.name: root_of(s.read_bytes()) for s in shards}
     assert table["base"] == {
         "name": "base",
-        "files": {s.name: s.stat().st_size for s in sorted(base.glob("*.safetensors"))},
+        "files": {
+            **{p.name: file_entry(p.name, p.read_bytes()) for p in base.glob("*.json")},
+            **{
+                s.name: {key: entry_of(s.read_bytes())[key] for key in ("size", "function", "header")}
+                for s in base.glob("*.safetensors")
+            },
+        },
     }
     assert table["versions"]["loratool"] == loratool.__version__
     assert table["tensors"] == {"edited": 2, "copied": 3, "all": 5}

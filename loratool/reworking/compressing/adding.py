@@ -22,13 +22,13 @@ from loratool.algebra.lowrank.joint import truncated
 from loratool.algebra.lowrank.products import Product, difference, length, side_by_side, singular_values
 from loratool.algebra.lowrank.shared_bases import Fitter
 from loratool.algebra.lowrank.spending import Curve, spend
-from loratool.errors import FitError, InputError, UsageError, printable
+from loratool.errors import ANOTHER_OUT, FitError, InputError, UsageError, printable
 from loratool.fetching import local
 from loratool.files.checkpoint import PROVENANCE
 from loratool.files.digests import digest_of
 from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.journal import Journal
-from loratool.files.outputs import ANOTHER_OUT, write_file
+from loratool.files.outputs import write_file
 from loratool.files.staging import staged
 from loratool.files.tensor_writer import tensor_file
 from loratool.lazy import Tensor, torch
