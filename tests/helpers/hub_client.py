@@ -1,12 +1,13 @@
 """The command line as a process of its own that takes a test's server for the Hub.
 
-Each run is a fork of a process that has imported torch already, for that import takes longer than all else. The
-Hub's client is not imported there: it reads its settings when it is, which are those of the run.
+Each run is a fork of a process that has imported torch and the Hub's client already, for these imports take longer
+than all else. The client reads its settings when it is imported: a fork reads them anew, which are those of the run.
 """
 
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import sys
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import import_module
+from importlib import import_module, reload
 from pathlib import Path
 from pkgutil import walk_packages
 from typing import IO, TYPE_CHECKING, Any, NoReturn
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from hub_server import HubServer
 
 
-PRELOADED = ("safetensors", "torch", "tqdm.auto", "yaml", "concurrent.futures")
-# what some releases of the Hub's client are built on
+PRELOADED = ("safetensors", "torch", "tqdm.auto", "yaml", "concurrent.futures", "huggingface_hub.hf_api")
+# what some releases of the Hub's client are built on and import late
 CLIENTS = (
     *("httpx2", "httpx", "httpcore2", "httpcore", "h11", "anyio.streams.tls", "truststore", "hf_xet", "rich.console"),
     *("filelock", "configparser", "decimal", "hmac", "secrets", "stringprep", "encodings.idna"),
@@ -52,6 +53,7 @@ class Nursery:
             [sys.executable, __file__], env=own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.busy = False
+        atexit.register(self.process.wait)
         atexit.register(self.process.kill)
 
     @property
@@ -140,6 +142,17 @@ class Client:
         return ran.err
 
 
+def read_settings() -> None:
+    """Let the Hub's client have the settings of this process's environment, also where it keeps copies of them."""
+    from huggingface_hub import constants, hf_api
+
+    settings = vars(reload(constants))
+    for name, module in list(sys.modules.items()):
+        if name.startswith("huggingface_hub.") and module is not constants:
+            vars(module).update({key: settings[key] for key in vars(module).keys() & settings if key.isupper()})
+    hf_api.api.endpoint = constants.ENDPOINT
+
+
 def run_program(code: str) -> NoReturn:
     """Run a program and end the process as Python would."""
     failed = 0
@@ -163,12 +176,13 @@ def serve() -> None:
     for name in CLIENTS:
         with suppress(ImportError):
             import_module(name)
-    assert "huggingface_hub" not in sys.modules
+    gc.freeze()
     for line in sys.stdin:
         order = json.loads(line)
         pid = os.fork()
         if pid == 0:
             os.environ.update(order["settings"])
+            read_settings()
             os.chdir(order["cwd"])
             for number, name in ((1, "stdout"), (2, "stderr")):
                 file = os.open(Path(order["home"], name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
