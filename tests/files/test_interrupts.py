@@ -1,4 +1,4 @@
-"""Signals, kills, rivals and full disks, as the system really deals them: a real process on 70 MB in 12 files.
+"""Signals, kills, rivals and full disks, as the system really deals them: a real process on 32 MB in 12 files.
 
 All of these processes but the first are forks of this one.
 """
@@ -29,7 +29,7 @@ from faults import Picture, picture
 from forks import Forked
 from safetensors.torch import load_file
 
-SHARDS, HIDDEN, RANK = 12, 768, 8
+SHARDS, HIDDEN, RANK = 12, 512, 8
 OUT, PARTIAL = "out", "out.partial"
 SOON = 2.0  # seconds within which an interrupted run has to end; it promises one, on a machine that is not busy
 
@@ -73,7 +73,7 @@ class Workshop:
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
-    """A base of 70 MB; all of it goes when the tests are done."""
+    """A base of 32 MB; all of it goes when the tests are done."""
     home = tmp_path_factory.mktemp("interrupts")
     faults.warm_up()
     faults.make_base(home / "inputs" / "base", shards=SHARDS, hidden=HIDDEN)
@@ -283,7 +283,7 @@ def test_a_run_that_comes_later_is_told_of_the_one_at_work_and_does_not_disturb_
 
 def test_a_file_size_limit_is_told_and_leaves_nothing(workshop: Workshop, out: Path) -> None:
     """The kernel refuses to let a file grow: a real error of a write, without any privilege."""
-    process = workshop.begin(out, prepare=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, 4 << 20)))
+    process = workshop.begin(out, prepare=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, 2 << 20)))
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 6, errors
     assert errors.startswith("Error: ")
@@ -356,9 +356,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(workshop: Workshop, tmp_path: Path) -> None:
-    end = merge_on_small_disk(workshop, tmp_path, 32_000_000)
+    end = merge_on_small_disk(workshop, tmp_path, 16_000_000)
     assert end.code == 6, end.errors
-    assert re.search(r"needs 0\.07 GB of disk, but only 0\.03 GB are free", end.errors)
+    assert re.search(r"needs 0\.03 GB of disk, but only 0\.02 GB are free", end.errors)
     assert end.files == {}
 
 

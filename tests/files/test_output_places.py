@@ -626,56 +626,97 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 }
 
 
-def spell(bench: Workbench, words: tuple[str, ...]) -> list[str]:
-    places = {"BASE": bench.base, "ADAPTER": bench.adapter, "OUT": bench.out}
-    return command(*(places.get(word, word) for word in words))
+Prepare = Callable[[], None]
 
 
-def redirected(words: list[str], how: str) -> Outcome:
-    """The command with the redirections `how`, spelt as a shell does."""
-    return run_apart(["sh", "-c", f'exec "$@" {how}', "sh", *words])
+def full(*numbers: int) -> Prepare:
+    """These streams go to a device that is full."""
+
+    def prepare() -> None:
+        for number in numbers:
+            os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+
+    return prepare
 
 
-def into_a_pipe_that_is_closed(words: list[str]) -> Outcome:
+def closed(*numbers: int) -> Prepare:
+    """These streams are closed; Python has nothing in their places then."""
+
+    def prepare() -> None:
+        for number in numbers:
+            os.close(number)
+            setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+
+    return prepare
+
+
+def broken() -> None:
+    """Standard output is a pipe that nobody reads."""
     read, write = os.pipe()
     os.close(read)
-    try:
-        return run_apart(words, stdout=write)
-    finally:
-        os.close(write)
+    os.dup2(write, 1)
+
+
+def spell(bench: Workbench, words: tuple[str, ...]) -> list[str]:
+    places = {"BASE": bench.base, "ADAPTER": bench.adapter, "OUT": bench.out}
+    return [os.fspath(places.get(word, word)) for word in words]
+
+
+def redirected(words: list[str], prepare: Prepare) -> Outcome:
+    """The command with streams that `prepare` has changed, in a fork of this process."""
+    run = Forked(words, prepare)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode is not None
+    return Outcome(run.returncode, out, err, 0.0)
+
+
+def check_is_no_crash(outcome: Outcome) -> None:
+    assert "Traceback" not in outcome.err, outcome.err
+    assert "Exception ignored" not in outcome.err, outcome.err
+    assert "a bug" not in outcome.err, outcome.err
+    assert is_clean(outcome.err)
 
 
 @each(COMMANDS)
 def test_a_full_a_closed_and_a_broken_stdout_are_no_crash(bench: Workbench, case: tuple[str, ...]) -> None:
     """Row 61: no traceback, and a status that says so: 141 as a shell has it, 1, or 6."""
-    words = spell(bench, case)
     usual = 3 if "/nonexistent" in case else 0
-    full = redirected(words, "> /dev/full")
-    closed = redirected(words, ">&-")
-    broken = into_a_pipe_that_is_closed(words)
-    for outcome in (full, closed, broken):
-        assert "Traceback" not in outcome.err, outcome.err
-        assert "Exception ignored" not in outcome.err, outcome.err
-        assert "a bug" not in outcome.err, outcome.err
-        assert is_clean(outcome.err)
-    assert full.code == (usual or 6), full
-    assert broken.code == (usual or 141), broken
-    assert closed.code in (usual, 1, 6), closed
+    outcomes = [redirected(spell(bench, case), prepare) for prepare in (full(1), closed(1), broken)]
+    for outcome in outcomes:
+        check_is_no_crash(outcome)
+    assert outcomes[0].code == (usual or 6), outcomes[0]
+    assert outcomes[1].code in (usual, 1, 6), outcomes[1]
+    assert outcomes[2].code == (usual or 141), outcomes[2]
 
 
-@each({"stderr": "2>&-", "all": "<&- >&- 2>&-", "stderr full": "2> /dev/full"})
-def test_a_closed_stderr_is_no_crash(bench: Workbench, case: str) -> None:
+def test_a_process_of_its_own_ends_as_the_forks_do(bench: Workbench) -> None:
+    """Row 61: Python itself finds its streams like that, and flushes them at its end."""
+    words = command("inspect", bench.base)
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        outcomes = {141: run_apart(words, stdout=write)}
+    finally:
+        os.close(write)
+    for code, how in ((6, "> /dev/full"), (0, "<&- >&- 2>&-")):
+        outcomes[code] = run_apart(["sh", "-c", f'exec "$@" {how}', "sh", *words])
+    for code, outcome in outcomes.items():
+        check_is_no_crash(outcome)
+        assert outcome.code == code, outcome
+
+
+@each({"stderr": closed(2), "all": closed(0, 1, 2), "stderr full": full(2)})
+def test_a_closed_stderr_is_no_crash(bench: Workbench, case: Prepare) -> None:
     """Row 61."""
     assert redirected(spell(bench, ("inspect", "BASE")), case).code == 0
     assert redirected(spell(bench, ("inspect", "/nonexistent")), case).code == 3
 
 
-@each({"full": "> /dev/full", "closed": ">&- 2>&- <&-"})
-def test_a_merge_whose_report_cannot_be_shown_is_done_all_the_same(bench: Workbench, case: str) -> None:
+@each({"full": full(1), "closed": closed(0, 1, 2)})
+def test_a_merge_whose_report_cannot_be_shown_is_done_all_the_same(bench: Workbench, case: Prepare) -> None:
     """Row 61. Where standard streams are closed, the next file opened gets their number: no line may land in it."""
-    outcome = redirected(merge_words(bench), case)
+    outcome = redirected(spell(bench, ("merge", "BASE", "ADAPTER", "-o", "OUT")), case)
     assert outcome.code in (0, 1, 6, 141), outcome
-    assert "Traceback" not in outcome.err
-    assert "a bug" not in outcome.err
+    check_is_no_crash(outcome)
     check_is_merged(tensors_of(bench.out))
     assert os.listdir(bench.outputs) == ["merged"]
