@@ -142,6 +142,8 @@ def test_a_process_stays_within_its_memory_limit(tmp_path: Path) -> None:
     words = [str(base), str(adapter), "-o", str(tmp_path / "out"), "--device", "cpu"]
     command = [sys.executable, "-m", "loratool", "merge", *words]
     refused = subprocess.run([*command, "--max-memory", "1kB"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2, refused.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
     least = re.search(r"at least (\d+) MB", refused.stderr)
     assert least, refused.stderr
     limit = int(least[1]) + 5  # what torch itself takes varies a little from run to run
