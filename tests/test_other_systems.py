@@ -81,7 +81,7 @@ def make_inputs(folder: Path) -> None:
 def run_on(name: str, root: Path, commands: Sequence[Sequence[str]]) -> tuple[list[Ended], int]:
     """The commands on a simulated system, in one process; and how often a disk was told to empty its own cache."""
     settings = {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(HELPERS)]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(HELPERS), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep),
         "LC_ALL": "C",
         "PYTHONUTF8": "0",
         "PYTHONCOERCECLOCALE": "0",  # text is ASCII, where nobody says what it is

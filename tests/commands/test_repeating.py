@@ -332,7 +332,8 @@ def test_a_shell_runs_the_recorded_command_as_it_stands(
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m loratool "$@"\n')
     program.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    packages = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")
+    environment = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "PYTHONPATH": packages}
     line = recorded(tmp_path / "first").removesuffix("out") + shlex.quote(str(tmp_path / "again"))
     subprocess.run(["sh", "-c", line], env=environment, check=True, stdout=subprocess.DEVNULL)
     assert content(tmp_path / "again") == content(tmp_path / "first")
