@@ -106,8 +106,11 @@ def codes_in(path: Path, makers: dict[str, tuple[int, int]]) -> Iterator[tuple[s
 
 @cache
 def calls_in(path: Path) -> tuple[ast.Module, list[tuple[ast.FunctionDef | None, ast.Call]]]:
-    """A file, and its calls, each with the function that it is in."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    """A file, and its calls, each with the function that it is in; of a file that gives no code, nothing is parsed."""
+    source = path.read_text(encoding="utf-8")
+    if not any(f"{maker}(" in source for maker in NOTES | PROBLEMS | FINDINGS | DIAGNOSES):
+        return ast.Module([], []), []
+    tree = ast.parse(source)
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     places = [(None, node) for node in tree.body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     every = [*places, *((each, each) for each in functions)]
