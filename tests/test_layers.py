@@ -124,7 +124,7 @@ def imports(path: Path) -> Iterator[Import]:
                 yield from visit(child, child.name, only_types)
             elif isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
                 yield from visit(child, function, True)
-            else:
+            elif not isinstance(child, ast.expr):  # in which there is no statement
                 yield from visit(child, function, only_types)
 
     yield from visit(tree_of(path), "", False)

@@ -98,17 +98,17 @@ def exported() -> set[str]:
 
 def sentences_of(path: Path, public: set[str]) -> Iterator[Sentence]:
     """Every sentence of a module: strings with a space in them, and the docstrings of what is public."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
     docstrings: dict[int, bool] = {}
     inside: set[int] = set()
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and node.body:
             first = node.body[0]
             if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
                 docstrings[id(first.value)] = is_public(node) and getattr(node, "name", "") in public
         if isinstance(node, ast.JoinedStr):
             inside.update(map(id, node.values))
-    for node in ast.walk(tree):
+    for node in nodes:
         if not isinstance(node, ast.expr) or id(node) in inside or not docstrings.get(id(node), True):
             continue
         text = literal(node)
