@@ -46,7 +46,8 @@ test-cuda: .venv/development
 		tests/merging/test_in_memory.py tests/algebra/test_cuda.py tests/commands/test_several_devices.py
 
 acceptance: .venv-acceptance/ready
-	$(subst {},.venv-acceptance,$(PYTEST)) tests/acceptance $$(grep -l importorskip tests/bases/*.py)
+	LORATOOL_TEST_EVERY_CLASS=1 $(subst {},.venv-acceptance,$(PYTEST)) tests/acceptance \
+		tests/bases/test_binding_transformers.py $$(grep -l importorskip tests/bases/*.py)
 
 wheel-test: .venv/development
 	LORATOOL_TEST_WHEEL=1 $(BIN)/pytest tests/packaging

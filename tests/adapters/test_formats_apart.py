@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+from functools import cache
 from pathlib import Path
 
 import peft.tuners  # noqa: F401  # its subclasses exist once they are imported
@@ -100,13 +101,26 @@ def is_word(text: str, path: str) -> bool:
     return path.startswith(WORDS[text][1]) if text in WORDS else False
 
 
+@cache
+def strings_in(path: Path) -> list[ast.Constant]:
+    """All string constants of a file."""
+    return [node for node in nodes_of(path) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+
+
+@cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    """The constants and imports of a file, wherever they stand."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [node for node in ast.walk(tree) if isinstance(node, (ast.Constant, ast.Import, ast.ImportFrom))]
+
+
 def known_in(path: Path) -> set[str]:
     """What a file knows of PEFT's format: keys of its config, and names that it imports."""
     name = path.relative_to(PACKAGE).as_posix()
     found = set[str]()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if node.value in KEYS and not is_word(node.value, name):
+    for node in nodes_of(path):
+        if isinstance(node, ast.Constant):
+            if isinstance(node.value, str) and node.value in KEYS and not is_word(node.value, name):
                 found.add(f"{name}:{node.lineno}: {node.value!r}")
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             start = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
@@ -140,23 +154,15 @@ def test_files_know_neither_names_of_files_nor_of_tensors_of_any_format() -> Non
     found = [
         f"{path.name}:{node.lineno}: {match[0]}"
         for path in (PACKAGE / "files").glob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str)
-        if (match := pattern.search(node.value))
+        for node in strings_in(path)
+        if (match := pattern.search(str(node.value)))
     ]
     assert found == []
 
 
 def test_every_ordinary_word_is_still_one_where_it_is_allowed() -> None:
     """A word that nobody uses any more is taken off the list."""
-    texts = {
-        path.relative_to(PACKAGE).as_posix(): {
-            node.value
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-            if isinstance(node, ast.Constant) and isinstance(node.value, str)
-        }
-        for path in OUTSIDE
-    }
+    texts = {path.relative_to(PACKAGE).as_posix(): {node.value for node in strings_in(path)} for path in OUTSIDE}
     idle = {
         (word, place)
         for word, (_, places) in WORDS.items()

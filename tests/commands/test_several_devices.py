@@ -22,6 +22,7 @@ from workbench import snapshot
 import loratool
 from loratool import devices
 from loratool.cli import run
+from loratool.commands.merge import MergeAndPushOptions
 from loratool.errors import FitError, UsageError
 from loratool.measuring.session import Session
 from loratool.merging import resources
@@ -200,7 +201,7 @@ def test_after_an_interrupt_nothing_is_left_or_the_merge_continues(
 
 @pytest.mark.parametrize("devices", [("cuda:0",), ("cuda:0", "cuda:1")], ids=len)
 def test_a_memory_limit_holds_for_any_number_of_devices(devices: Sequence[str], inputs: Path, tmp_path: Path) -> None:
-    options = loratool.commands.merge.MergeAndPushOptions()
+    options = MergeAndPushOptions()
     spans = prepare(inputs / "base", inputs / "one", tmp_path / "out", options)[0].spans
     unlimited = choose_resources(spans, tuple(devices), 32, None, 0)
     most = work_memory(spans, unlimited.workers, unlimited.block, on_gpu=True)
