@@ -13,7 +13,6 @@ import shlex
 import shutil
 import stat
 import struct
-import subprocess
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -288,7 +287,11 @@ def exchange(new: Path, old: Path, aside: Path) -> None:
 
 def shell_line(words: Sequence[str]) -> str:
     """Words as they are typed into the shell of this system; where paths have another separator, that is cmd.exe."""
-    return subprocess.list2cmdline(words) if os.altsep else shlex.join(words)
+    if not os.altsep:
+        return shlex.join(words)
+    import subprocess  # here, so that help does not wait for it
+
+    return subprocess.list2cmdline(words)
 
 
 def current_user() -> int:
