@@ -13,7 +13,6 @@ import argparse
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,18 +25,15 @@ from algebra_inputs import linear_layers, write_adapter
 from dialect_shapes import DOUBLE, SINGLE, flux_modules, make_flux, make_gguf, make_kohya, make_mixture
 from findings import (
     Finding,
-    aligned,
     at_least,
     at_most,
-    finding_table,
     megabytes,
     multiple,
     ratio,
     seconds,
-    write_result,
 )
-from machine import describe
-from running import Run, apart, loratool_run, run, say, scratch
+from rows import measure, parser_of
+from running import Run, apart, loratool_run, run, say
 from shapes import SHAPES
 
 RANK, NEW_RANK = 64, 16
@@ -194,30 +190,7 @@ ROWS: dict[str, Callable[[Path, argparse.Namespace], list[Finding]]] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--rows", default=",".join(ROWS), help=f"comma-separated [default: {','.join(ROWS)}]")
-    add("--turns", type=int, default=3, help="runs of each contender; medians count [default: 3]")
-    add("--whole", action="store_true", help="merge into all of a Flux model, 24 GB")
-    add("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to make models [default: the system's]")
-    add("--json", type=Path, metavar="FILE", help="write all that was measured there too")
-    options = parser.parse_args(arguments)
-    rows = options.rows.split(",")
-    if unknown := sorted({*rows} - {*ROWS}):
-        parser.error(f"--rows: {', '.join(unknown)}: unknown; there are {', '.join(ROWS)}")
-    with scratch(options.folder, "dialects") as folder:
-        facts = describe(folder, os.getloadavg()[0])
-        findings = []
-        for row in rows:
-            say(f"{row} …")
-            findings += ROWS[row](folder, options)
-        write_result(options.json, facts, findings, turns=options.turns)
-    print("\n\n".join([aligned(list(facts.items())), finding_table(findings)]))
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    parser = parser_of(__doc__, ROWS)
+    parser.add_argument("--whole", action="store_true", help="merge into all of a Flux model, 24 GB")
+    measure(parser, ROWS, "dialects")

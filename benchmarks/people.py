@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -23,9 +21,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from compressed_fleets import compress, compress_memory
-from findings import Finding, aligned, at_most, finding_table, megabytes, seconds, write_result
-from machine import describe
-from running import Run, apart, run, say, scratch
+from findings import Finding, at_most, megabytes, seconds
+from rows import measure, parser_of
+from running import Run, apart, run, say
 from shapes import SHAPES, Tensor, adapter_config, nbytes, write_adapter, write_header, write_json
 
 SHAPE = SHAPES["llama-3-8b"]
@@ -197,30 +195,7 @@ ROWS: dict[str, Callable[[Path, argparse.Namespace], list[Finding]]] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--rows", default=",".join(ROWS), help=f"comma-separated [default: {','.join(ROWS)}]")
-    add("--turns", type=int, default=3, help="runs of each command; medians count [default: 3]")
-    add("--count", type=int, default=1000, help="adapters [default: 1000]")
-    add("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to make them [default: the system's]")
-    add("--json", type=Path, metavar="FILE", help="write all that was measured there too")
-    options = parser.parse_args(arguments)
-    rows = options.rows.split(",")
-    if unknown := sorted({*rows} - {*ROWS}):
-        parser.error(f"--rows: {', '.join(unknown)}: unknown; there are {', '.join(ROWS)}")
-    with scratch(options.folder, "people") as folder:
-        facts = describe(folder, os.getloadavg()[0])
-        findings = []
-        for row in rows:
-            say(f"{row} …")
-            findings += ROWS[row](folder, options)
-        write_result(options.json, facts, findings, turns=options.turns)
-    print("\n\n".join([aligned(list(facts.items())), finding_table(findings)]))
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    parser = parser_of(__doc__, ROWS)
+    parser.add_argument("--count", type=int, default=1000, help="adapters [default: 1000]")
+    measure(parser, ROWS, "people")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
@@ -81,6 +80,8 @@ def installed(package: str) -> str:
 
     Remembered, as all of the package's metadata is parsed for it.
     """
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(package)
     except PackageNotFoundError:

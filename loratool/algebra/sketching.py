@@ -45,7 +45,7 @@ def buckets(side: Side, name: str, values: NDArray[Any], size: int, first: int =
 
 
 class Sketcher:
-    """The sum of the sketches of some products, and of their squared norms."""
+    """The sum of the sketches of some products."""
 
     def __init__(self, size: int = SIZE) -> None:
         self.size = size

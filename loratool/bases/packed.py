@@ -155,6 +155,20 @@ class Requantizable(Packed):
         return packed
 
 
+@dataclass(frozen=True, kw_only=True)
+class WithoutParameters(Requantizable):
+    """One whose packed values are all that it has: scales, if any, are among them."""
+
+    def parameters(self, room: Room) -> Mapping[str, Tensor]:  # noqa: ARG002 (nothing is read)
+        return {}
+
+    def measure(self, values: Tensor) -> Tensor:
+        return values.new_zeros(0)
+
+    def new_parameters(self, measured: Tensor, own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:  # noqa: ARG002
+        return own
+
+
 @dataclass(frozen=True)
 class Packing:
     """What a codec found in a checkpoint."""

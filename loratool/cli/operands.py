@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import wraps
 from pathlib import Path
@@ -183,25 +184,14 @@ def proposed_name(command: str, operands: Sequence[Operand], words: Mapping[str,
     stems: dict[str, list[str]] = {}
     for operand in operands:
         stems.setdefault(operand.parameter, []).append(stem_of(operand.word))
-    parts = {name: "-".join(found[:MOST_NAMED]) for name, found in stems.items()}
-    parts = {
-        "base": "",
-        "adapters": "",
-        "adapter": "",
-        "paths": "",
-        "tuned": "",
-        "dialect": "",
-        "server": "",
-        "name": "",
-        **parts,
-    }
+    parts = defaultdict(str, {name: "-".join(found[:MOST_NAMED]) for name, found in stems.items()})
     parts |= {
         name: str(words.get(key) or "").partition("@")[0]
         for name, key in (("dialect", "to"), ("server", "server"), ("name", "name"))
     }
     if command == "merge" and not parts["adapters"]:
         parts["adapters"] = "merged"
-    name = NAMES.get(command, "").format(**parts).strip("-") or f"{next(iter(parts.values()), '') or 'out'}-{command}"
+    name = NAMES.get(command, "").format_map(parts).strip("-") or f"{next(iter(parts.values()), '') or 'out'}-{command}"
     base = next((operand.word for operand in operands if operand.parameter == "base"), "")
     suffix = Path(base).suffix if command == "merge" and os.path.isfile(base) else ""
     found, number = f"./{name}{suffix}", 2

@@ -13,7 +13,7 @@ from typing import Any
 
 from loratool.errors import HubError, InputError, LoratoolError, printable
 from loratool.fetching import local
-from loratool.files.digests import OTHER, Digest, digest_of_part, is_hex, is_plain, sha256_of, why_unlike
+from loratool.files.digests import HASHES, OTHER, Digest, digest_of_part, is_hex, is_plain, sha256_of, why_unlike
 from loratool.files.hub_cache import sha256_of_link
 from loratool.files.hub_names import parse
 from loratool.files.system import link_or_copy
@@ -175,8 +175,8 @@ def why_unlike_facts(path: Path, facts: Mapping[str, Any]) -> str:
             return why_unlike(path, digest, lambda reference: sound_blob(reference.sha256))
         if is_hex(sha256):
             return "" if sha256_of(path) == sha256 else OTHER
-        if is_hex(header):
-            return "" if digest_of_part(read_weight_file(path).layout.header) == header else "has another header"
+        if is_hex(header) and (begin := HASHES.get(str(facts.get("function")))) is not None:
+            return "" if digest_of_part(read_weight_file(path).layout.header, begin) == header else "has another header"
         return "has no digest in the record"
     except LoratoolError as error:
         return f"cannot be read ({error.message})"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from packed_anew import in_pieces
 from packed_bnb import FourBit, int8
 from packed_models import open_packed, save_packed
 from torch import Tensor
@@ -65,16 +66,6 @@ def four_bit(tmp_path: Path, shape: tuple[int, ...], nested: int) -> Requantizab
     if nested:  # a byte b means (b − 128) / 127, around an offset within the nested statistics
         tensors[f"{NAME}.nested_quant_map"] = (np.arange(256, dtype=np.float32) - 128) / 127
     return opened(tmp_path / "base", tensors)
-
-
-def in_pieces(weight: Requantizable, values: Tensor, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """What lines are packed to, as few as possible at a time, and what they are decoded to."""
-    packed, decoded = [], []
-    for first in range(0, len(values), weight.together):
-        lines = values[first : first + weight.together]
-        packed.append(weight.encode(lines, first, parameters))
-        decoded.append(weight.decode_packed(packed[-1], first, len(lines), parameters))
-    return torch.cat(packed), torch.cat(decoded)
 
 
 def new_parameters(weight: Requantizable, values: Tensor) -> Mapping[str, Tensor]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from packed_anew import in_pieces
 from packed_grouped import Grouped, awq_values, gptq_values
 from packed_models import open_packed, save_packed
 from safetensors.torch import load_file, save_file
@@ -46,16 +47,6 @@ def opened(folder: Path, case: str, version: int = 1) -> tuple[Requantizable, di
     weight = open_packed(save_packed(folder, tensors, config)).weights[f"{MODULE}.weight"]
     assert isinstance(weight, Requantizable)
     return weight, tensors
-
-
-def in_pieces(weight: Requantizable, values: Tensor, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """What lines are packed to, as few as possible at a time, and what they are decoded to."""
-    packed, decoded = [], []
-    for first in range(0, len(values), weight.together):
-        lines = values[first : first + weight.together]
-        packed.append(weight.encode(lines, first, parameters))
-        decoded.append(weight.decode_packed(packed[-1], first, len(lines), parameters))
-    return torch.cat(packed), torch.cat(decoded)
 
 
 def stored_values(case: str, tensors: Mapping[str, Array], version: int = 1) -> Array:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from packed_anew import in_pieces
 from packed_bnb import FourBit
 from packed_grouped import Grouped
 from packed_hqq import WORDS, Hqq
@@ -33,16 +34,6 @@ def opened(folder: Path, tensors: Mapping[str, Array], name: str = NAME) -> Requ
     weight = open_packed(save_packed(folder, tensors, {"quant_method": "hqq"})).weights[name]
     assert isinstance(weight, Requantizable)
     return weight
-
-
-def in_pieces(weight: Requantizable, values: Tensor, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The bytes of all lines, packed as few as possible at a time, and what these are decoded to."""
-    packed, decoded = [], []
-    for first in range(0, len(values), weight.together):
-        lines = values[first : first + weight.together]
-        packed.append(weight.encode(lines, first, parameters))
-        decoded.append(weight.decode_packed(packed[-1], first, len(lines), parameters))
-    return weight.laid_out(torch.cat(packed)).contiguous().view(torch.uint8), torch.cat(decoded)
 
 
 def measured(weight: Requantizable, values: Tensor) -> Tensor:
@@ -71,7 +62,7 @@ def test_values_of_the_base_keep_their_bytes(tmp_path: Path, packing: str, axis:
     values = torch.from_numpy(packed.values())
     found, decoded = in_pieces(weight, values, weight.parameters(Room()))
     assert torch.equal(decoded, values)
-    assert found.numpy().tobytes() == packed.tensors(MODULE)[f"{MODULE}.W_q"].tobytes()
+    assert weight.laid_out(found).contiguous().numpy().tobytes() == packed.tensors(MODULE)[f"{MODULE}.W_q"].tobytes()
 
 
 @pytest.mark.parametrize(("packing", "axis", "group"), CASES)
@@ -86,7 +77,8 @@ def test_new_parameters_span_each_group_and_each_value_becomes_the_nearest(
         n: (v.dtype, v.shape) for n, v in tensors.items() if not n.endswith("W_q")
     }
     found, decoded = in_pieces(weight, values, parameters)
-    integers = unpacked(found.numpy().view(tensors[f"{MODULE}.W_q"].dtype), packing, SHAPE, group, axis)
+    on_disk = weight.laid_out(found).contiguous().view(torch.uint8).numpy()
+    integers = unpacked(on_disk.view(tensors[f"{MODULE}.W_q"].dtype), packing, SHAPE, group, axis)
     scale, zero = (parameters[f"{MODULE}.{part}"].float().numpy().reshape(-1, 1) for part in ("scale", "zero"))
     wanted, grouped = in_groups(values.numpy(), group, axis), in_groups(decoded.numpy(), group, axis)
     assert np.array_equal(grouped, (integers.astype(np.float32) - zero) * scale)
@@ -114,7 +106,9 @@ def test_hqq_itself_packs_and_decodes_to_the_same_bits(tmp_path: Path, bits: flo
     found, decoded = in_pieces(weight, values, parameters)
     wanted = library.HQQLinear(plain, config, compute_dtype=torch.float32, device="cpu")
     assert torch.allclose(parameters[f"{MODULE}.scale"], wanted.meta["scale"], rtol=1e-6)
-    same = found == wanted.W_q.data.contiguous().flatten().view(torch.uint8)
+    same = weight.laid_out(found).contiguous().view(torch.uint8) == wanted.W_q.data.contiguous().flatten().view(
+        torch.uint8
+    )
     assert same.float().mean() > 0.999  # it multiplies where a division is nearer
     assert torch.allclose(decoded, wanted.dequantize(), atol=float(wanted.meta["scale"].max()) * 1.001)
 

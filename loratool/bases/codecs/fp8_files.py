@@ -25,7 +25,7 @@ from loratool.bases.codecs.numbers import FP8, FP8_E5M2, Numbers
 from loratool.bases.codecs.parameters import SCALES
 from loratool.bases.codecs.parts import Finder, bytes_of, told
 from loratool.bases.codecs.scaled import Scaled, scheme_of
-from loratool.bases.packed import Codec, Packed, Packing, Requantizable, Setting, Settings, plain_dtype
+from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, WithoutParameters, plain_dtype
 from loratool.bases.weights import Room, plain_of
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
@@ -49,7 +49,7 @@ OTHER_SCALES = "FP8 whose scales no config describes"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cast(Requantizable):
+class Cast(WithoutParameters):
     """A weight whose values were rounded to 8 bits as they are, without scales. A line is what the last dimension makes."""
 
     numbers: Numbers
@@ -57,15 +57,6 @@ class Cast(Requantizable):
     def decode(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
         raw = room.read(self.tensors[0], first * self.line, count * self.line, device)
         return self.numbers.floats(raw.view(count, self.line))
-
-    def parameters(self, room: Room) -> Mapping[str, Tensor]:  # noqa: ARG002 (there are none)
-        return {}
-
-    def measure(self, values: Tensor) -> Tensor:
-        return values.new_zeros(0)
-
-    def new_parameters(self, measured: Tensor, own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:  # noqa: ARG002
-        return own
 
     def encode(self, values: Tensor, first: int, parameters: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
         return self.numbers.bytes(self.numbers.clamped(values)).flatten()

@@ -12,7 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from loratool.bases.codecs.gguf_blocks import DECODERS, decoded
-from loratool.bases.packed import Codec, Packed, Packing, Requantizable, Setting, Settings
+from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, WithoutParameters
 from loratool.bases.weights import Plain, Room, plain_of
 from loratool.errors import InputError
 from loratool.files.checkpoint import Checkpoint
@@ -61,7 +61,7 @@ class Blocks(Packed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Repacked(Requantizable):
+class Repacked(WithoutParameters):
     """A weight whose output is in blocks of one of llama.cpp's types, whatever the type it is read from."""
 
     source: StoredWeight
@@ -69,15 +69,6 @@ class Repacked(Requantizable):
 
     def decode(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
         return self.source.matrix(self.line).rows(first, count, device, torch.float32, room)
-
-    def parameters(self, room: Room) -> Mapping[str, Tensor]:  # noqa: ARG002 (scales are among the values)
-        return {}
-
-    def measure(self, values: Tensor) -> Tensor:
-        return values.new_zeros(0)
-
-    def new_parameters(self, measured: Tensor, own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:  # noqa: ARG002
-        return own
 
     def encode(self, values: Tensor, first: int, parameters: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
         quants = package()
