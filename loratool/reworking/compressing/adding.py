@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from loratool.adapters.formats import DIALECTS, read_adapter, replaceable
-from loratool.adapters.layers import Contents, Kind, contents_of
+from loratool.adapters.formats import DIALECTS, replaceable
+from loratool.adapters.layers import Contents, Kind
 from loratool.adapters.writer import dtype_name, factor_tensors, versions
 from loratool.algebra.lowrank.joint import truncated
 from loratool.algebra.lowrank.products import Product, difference, length, side_by_side, singular_values
@@ -34,6 +34,7 @@ from loratool.files.tensor_writer import tensor_file
 from loratool.lazy import Tensor, torch
 from loratool.measuring.session import PathLike, Progress, Session, session
 from loratool.results.compress import CompressedAdapter, CompressedModule, CompressedTotals, CompressReport
+from loratool.reworking.aligned_layers import contents_apart
 from loratool.reworking.compressing.compress import adapters_at, file_name, stored_core
 from loratool.reworking.compressing.files import DIGEST, ENDING, OWN, SHARED, Opened, open_shared
 from loratool.reworking.compressing.members import Member, add, told
@@ -60,11 +61,7 @@ def add_to(
     bases = open_shared(folder)
     folder = folder.parent if folder.name == SHARED else folder
     prices = Stated.of(bases)
-    ways = options.readings(len(paths))
-    before = [
-        contents_of(read_adapter(path, way), "compress", as_products=True)
-        for path, way in zip(paths, ways, strict=True)
-    ]
+    before = contents_apart(paths, options.readings(len(paths)), "compress")
     sources, manner = in_manner(before, prices.dialect)
     check(sources, bases, folder, options)
     with session(options.device, sources) as at_work:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from loratool.adapters.formats import has_adapter, is_adapter, read_adapter, replaceable
-from loratool.adapters.layers import Contents, contents_of
+from loratool.adapters.formats import has_adapter, is_adapter, replaceable
+from loratool.adapters.layers import Contents
 from loratool.adapters.writer import kept_dtype, versions
 from loratool.algebra.lowrank.joint import truncated
 from loratool.algebra.lowrank.products import Product, inner
@@ -89,12 +89,8 @@ def adapters_at(operands: Sequence[PathLike] | PathLike) -> list[Path]:
 
 def fleet_of(paths: Sequence[Path], options: CompressOptions) -> tuple[list[Contents], list[Contents], Manner]:
     """The adapters under names that they have in common, as they were before that, and their dialect."""
-    ways = options.readings(len(paths))
-    before = [
-        contents_of(read_adapter(path, way), "compress", as_products=True)
-        for path, way in zip(paths, ways, strict=True)
-    ]
-    sources, manner = in_manner(contents_apart(paths, ways, "compress"), None)
+    before = contents_apart(paths, options.readings(len(paths)), "compress")
+    sources, manner = in_manner(before, None)
     sources = [replace(s, adapter=replace(s.adapter, name=file_name(s.name))) for s in sources]
     if again := sorted(
         {s.name for s in sources if sum(o.name == s.name for o in sources) > 1 or s.name + ENDING == SHARED}
