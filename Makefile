@@ -18,8 +18,10 @@ BIN := .venv/bin
 WORKERS := $(shell $(PYTHON) -c 'import os; print(min(6, (os.cpu_count() or 1) + 1))')
 PIP := python -m pip install --disable-pip-version-check
 INSTALL := $(BIN)/$(PIP) --constraint constraints.txt
+# a test that waits for what never comes fails with its stack, and does not hold the run up for ever
+PATIENCE := -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
 # what is imported is compiled once, not by each of the processes that tests start
-PYTEST := PYTHONDONTWRITEBYTECODE= {}/bin/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := PYTHONDONTWRITEBYTECODE= {}/bin/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(PATIENCE)
 PY ?= 3.10
 
 .PHONY: demo test acceptance wheel-test test-python test-lowest test-cuda benchmark docs

@@ -6,6 +6,7 @@ import functools
 import gc
 import os
 import pathlib
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests compare bytes, fork and count memory, which a CUDA context gets in the way of; those of CUDA ask for it.
 if not os.environ.get("LORATOOL_TEST_CUDA"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# A run in the background of a shell ignores interrupts, and so would all that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def at_ease(sync: Callable[[int], None]) -> Callable[[int], None]:
