@@ -1,10 +1,10 @@
-"""What a command shows: a bar on stderr while it works, and its result on stdout, as text or as JSON."""
+"""What a command shows: a bar on stderr while it works, and its result on stdout, as JSON or text with charts."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +45,7 @@ class Screen:
             click.echo(json.dumps(table, indent=2, allow_nan=False))
         elif not self.quiet:
             click.echo(escaped(str(result) if text is None else text, keep="\n"))
+            show_charts(result["results"] if isinstance(result, dict) and "results" in result else [result])
 
     @contextmanager
     def bar(self, word: str, **looks: Any) -> Iterator[Progress | None]:
@@ -70,3 +71,15 @@ class Screen:
         finally:
             for each in shown:
                 each.close()
+
+
+def show_charts(results: Iterable[Any]) -> None:
+    """What a terminal shows below the text of results: bars and heat maps; to a file or a pipe goes the text alone."""
+    if not sys.stdout.isatty():
+        return
+    from loratool.pictures.charts import charts_of
+    from loratool.pictures.terminal import drawn, terminal_of
+
+    charts = [chart for result in results for chart in charts_of(result)]
+    if charts and (terminal := terminal_of(sys.stdout)):
+        click.echo(f"\n{drawn(charts, terminal)}")

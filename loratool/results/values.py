@@ -177,9 +177,14 @@ def named(modules: Sequence[Measured]) -> dict[str, list[Measured]]:
     """Modules by the last part of their path."""
     found: dict[str, list[Measured]] = {}
     for m in modules:
-        module = m.target.removesuffix(".weight")
-        found.setdefault(module.rpartition(".")[2] if "." in module else LAST_WORDS.sub("", module), []).append(m)
+        found.setdefault(last_words(m.target), []).append(m)
     return found
+
+
+def last_words(target: str) -> str:
+    """The last part of a target's path, which says what it is and not where."""
+    module = target.removesuffix(".weight")
+    return module.rpartition(".")[2] if "." in module else LAST_WORDS.sub("", module)
 
 
 def middle(values: Sequence[float | None]) -> float | None:
