@@ -36,7 +36,8 @@ def factors(seed: int, layer: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
 
 def delta(seed: int, layer: int, kind: str) -> np.ndarray:
     down, up = factors(seed, layer, kind)
-    return up.astype(np.float64) @ down
+    product: np.ndarray = up.astype(np.float64) @ down
+    return product
 
 
 def write(folder: Path, seed: int) -> Path:
@@ -63,6 +64,11 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def chart(found: object, title: str) -> Chart:
     return next(chart for chart in charts_of(found) if chart.title.startswith(title))
+
+
+def shares(found: Chart) -> np.ndarray:
+    """(rows, cells)"""
+    return np.array([row.shares for row in found.rows], np.float64)
 
 
 Look = Callable[[list[str]], str]
@@ -209,7 +215,7 @@ def test_norms_are_cells_by_kind_and_layer_from_the_smallest_to_the_largest(adap
     norms = np.array([[np.linalg.norm(delta(0, layer, kind)) for layer in range(LAYERS)] for kind in KINDS])
     assert [row.name for row in found.rows] == [*KINDS]
     expected = (norms - norms.min()) / (norms.max() - norms.min())
-    np.testing.assert_allclose([row.shares for row in found.rows], expected, atol=1e-5)
+    np.testing.assert_allclose(shares(found), expected, atol=1e-5)
     assert [row.value for row in found.rows] == [f"{np.linalg.norm(row):.3g}" for row in norms]
 
 
@@ -218,7 +224,7 @@ def test_resize_shows_the_energy_that_each_layer_keeps(adapters: Path, tmp_path:
     found = chart(report, "energy kept by layer")
     squares = {(k, n): np.linalg.svd(delta(0, n, k))[1] ** 2 for k in KINDS for n in range(LAYERS)}
     kept = np.array([[squares[k, n][:2].sum() / squares[k, n].sum() for n in range(LAYERS)] for k in KINDS])
-    np.testing.assert_allclose([row.shares for row in found.rows], (kept - kept.min()) / (1 - kept.min()), atol=1e-4)
+    np.testing.assert_allclose(shares(found), (kept - kept.min()) / (1 - kept.min()), atol=1e-4)
 
 
 def test_compare_shows_cosines_by_layer_of_two_and_a_matrix_of_several(adapters: Path) -> None:
