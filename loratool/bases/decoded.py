@@ -77,8 +77,8 @@ class Decoded(Checkpoint):
     def tensors(self) -> Mapping[str, TensorInfo]:
         return {
             name: weight.info if isinstance(weight, Plain) else TensorInfo(name, weight.dtype, weight.shape, 0, 0)
-            for shard in self.shards
-            for name, weight in weights_in(self, shard, self.weights)
+            for _, weights in weights_by_shard(self, self.weights)
+            for name, weight in weights
         }
 
     @cached_property
@@ -155,13 +155,22 @@ class Decoded(Checkpoint):
         return frozenset(name for each in self.models for name in each.left_over(plain))
 
 
-def weights_in(base: Checkpoint, shard: SafeFile, plain: Collection[str]) -> Iterator[tuple[str, StoredWeight]]:
-    """The weights of a shard with their names, in the order of their bytes.
+def weights_by_shard(
+    base: Checkpoint, plain: Collection[str]
+) -> Iterator[tuple[SafeFile, Iterator[tuple[str, StoredWeight]]]]:
+    """Each shard with its weights and their names, in the order of their bytes.
 
     Of packed weights those in `plain` are decoded, each where the first of its tensors is; of all others, the tensors
     on disk are what comes.
     """
-    gone = base.left_over(plain) if isinstance(base, Decoded) else ()
+    gone = base.left_over(plain) if isinstance(base, Decoded) else frozenset[str]()
+    for shard in base.shards:
+        yield shard, weights_in(base, shard, plain, gone)
+
+
+def weights_in(
+    base: Checkpoint, shard: SafeFile, plain: Collection[str], gone: Collection[str]
+) -> Iterator[tuple[str, StoredWeight]]:
     for info in sorted(shard.tensors.values(), key=lambda info: (info.start, info.stop)):
         weight, is_first = base.packed.get(info.name, ("", False)) if isinstance(base, Decoded) else ("", False)
         if isinstance(base, Decoded) and weight in plain and weight:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from loratool.adapters.adapter import StoredTensor
 from loratool.algebra.updates.replacing import Replace
 from loratool.bases.codecs.gguf import packed_info, repacked
-from loratool.bases.decoded import Decoded, weights_in
+from loratool.bases.decoded import Decoded, weights_by_shard
 from loratool.bases.side_files import OutputFile
 from loratool.bases.weights import Plain
 from loratool.errors import InputError, printable
@@ -218,10 +218,10 @@ def span_of(entry: Origin, placed: TensorInfo, edits: Mapping[str, tuple[Edit, .
 def files_of_base(base: Checkpoint, changes: OutputChanges) -> list[FileDraft]:
     """The files of the base that have any tensor of the output."""
     files: list[FileDraft] = []
-    for each in base.shards:
+    for each, weights in weights_by_shard(base, changes.plain):
         entries = [
             in_kind(changes.moved.get(name) or origin_of(base, name, weight, changes.anew), changes)
-            for name, weight in weights_in(base, each, changes.plain)
+            for name, weight in weights
         ]
         # scales may have had a file to themselves; a split GGUF may begin with a file of metadata
         if entries or each is base.shards[-1] or is_gguf(base):
@@ -318,7 +318,7 @@ def plan_index(base: Checkpoint, shards: Sequence[ShardPlan], component: bool = 
         return None
     if base.index is not None:
         metadata = dict(base.index_metadata or {})
-        before = {t: shard_name(base, s) for s in base.shards for t in s.tensors}
+        before = {t: name for s in base.shards for name in (shard_name(base, s),) for t in s.tensors}
         if weight_map == before and metadata.get("total_size") == total:
             return OutputFile(base.index.name, base.index)
         if len(shards) == 1 and (shards[0].name == SINGLE or (component and not NUMBER.search(shards[0].name))):
