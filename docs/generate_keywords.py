@@ -15,6 +15,7 @@ from loratool.inspecting.inspect import InspectOptions
 from loratool.lineage.recording import RecordOptions
 from loratool.lineage.reproducing import ReproduceOptions
 from loratool.lineage.running import ManifestOptions
+from loratool.merging.dry_run import DryRunOptions
 from loratool.merging.in_memory import InMemoryOptions
 from loratool.merging.merge import MergeOptions
 from loratool.merging.options import PlanOptions
@@ -36,6 +37,7 @@ LONGEST = 120  # columns of a line
 COMMANDS: dict[str, type[Options]] = {
     "PlanKeywords": PlanOptions,
     "WholePlanKeywords": MergeOptions,
+    "DryRunKeywords": DryRunOptions,
     "MergeKeywords": MergeAndPushOptions,
     "StreamKeywords": StreamOptions,
     "InMemoryKeywords": InMemoryOptions,

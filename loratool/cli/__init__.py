@@ -47,6 +47,7 @@ COMMANDS = {  # name, which is its module's too → what the list of commands sa
     "extract": "Extract an adapter from a full fine-tune.",
     "compare": "Measure how similar adapters are and how much they interfere.",
     "estimate": "Estimate an adapter's size and training memory before training it.",
+    "plan": "Show what a merge would do, and how long N workers would take.",
     "record": "Print what an output was made of, as a bill of materials.",
     "reproduce": "Repeat the run that made an output, and compare all bytes.",
     "run": "Do the steps of a manifest, as far as they are not up to date.",

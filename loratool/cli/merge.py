@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -108,16 +107,12 @@ def merge(
     if also:
         merge_several(base, outputs_of(out, adapters, also), options, screen)
         return
-    from loratool.merging.merge import merge, prepare
+    from loratool.merging.merge import merge
 
     if options.dry_run:
-        from loratool.merging.forecasting import with_forecast
-        from loratool.merging.plan import plan_text
+        from loratool.merging.dry_run import dry_run
 
-        with ExitStack() as stack:
-            plan = with_forecast(prepare(base, adapters, out, options, stack)[0])
-            table = plan.to_dict(options.device, options.workers, options.max_memory)
-            screen.show(table, plan_text(plan, table["peak_memory"]))
+        screen.show(dry_run(base, adapters, out, options))
         return
     with screen.bar("merging", **BYTES) as progress, screen.bar("pushing", **BYTES) as push_progress:
         report = with_push(merge, (base, adapters, out), options, progress, push_progress)

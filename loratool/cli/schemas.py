@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Of the commands that are more than one function.
 PRINTED: dict[str, tuple[Any, ...]] = {
     "merge": (MergeReport, PlanTable, OutputsTable, StreamReport),
+    "plan": (PlanTable,),
     "inspect": (InspectTable,),
     "demo": (DemoResult, Lesson),
 }

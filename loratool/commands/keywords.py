@@ -90,6 +90,22 @@ class WholePlanKeywords(PlanKeywords, RunKeywords, OverwriteKeywords, total=Fals
     verify: bool
 
 
+class SimulationKeywords(TypedDict, total=False):
+    """Of SimulationOptions."""
+
+    simulate: Sequence[int] | int | None
+    bandwidth: int | str | None
+    store_bandwidth: int | str | None
+    compute_rate: int | str | None
+    copy_rate: int | str | None
+    startup: float
+    object_store: bool
+
+
+class DryRunKeywords(WholePlanKeywords, SimulationKeywords, total=False):
+    """Of DryRunOptions."""
+
+
 class SendKeywords(TypedDict, total=False):
     """Of SendOptions."""
 

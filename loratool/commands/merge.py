@@ -10,7 +10,7 @@ from loratool.adapters.adapter import Adapter
 from loratool.commands.publish import with_push
 from loratool.files.checkpoint import Checkpoint
 from loratool.merging import merge as merging, merge_many as many, planning
-from loratool.merging.forecasting import with_forecast
+from loratool.merging.dry_run import DryRunOptions, dry_run
 from loratool.merging.merge import MergeOptions, PathLike, Progress
 from loratool.merging.merge_many import Outputs
 from loratool.merging.options import PlanOptions
@@ -26,7 +26,13 @@ from loratool.results.stream import StreamReport
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from loratool.commands.keywords import MergeKeywords, PlanKeywords, StreamKeywords, WholePlanKeywords
+    from loratool.commands.keywords import (
+        DryRunKeywords,
+        MergeKeywords,
+        PlanKeywords,
+        StreamKeywords,
+        WholePlanKeywords,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,21 +117,27 @@ def merge_many(
     return many.merge_many(base, outputs, made_of(MergeOptions, keywords, "merge_many"), progress)
 
 
-@keyword_options(MergeOptions)
+@keyword_options(DryRunOptions)
 def plan(
-    base: PathLike, adapters: Sequence[PathLike] | PathLike, out: PathLike, **keywords: Unpack[WholePlanKeywords]
+    base: PathLike,
+    adapters: Sequence[PathLike] | PathLike,
+    out: PathLike | None = None,
+    **keywords: Unpack[DryRunKeywords],
 ) -> MergePlan:
     """What `merge` with the same arguments would do, and the gain to be expected; nothing is written.
 
+    With `simulate`, how long the merge would take with some numbers of workers, from headers alone; then no gain is
+    forecast.
+
     Args:
-        base: as for `merge`.
+        base: as for `merge`; of one on the Hub only headers are read.
         adapters: as for `merge`.
-        out: as for `merge`.
+        out: as for `merge`; None for a folder that is chosen later.
 
     Raises:
         LoratoolError: as `merge` does.
     """
-    return with_forecast(merging.prepare(base, adapters, out, made_of(MergeOptions, keywords, "plan"))[0])
+    return dry_run(base, adapters, out, made_of(DryRunOptions, keywords, "plan"))
 
 
 @keyword_options(PlanOptions)

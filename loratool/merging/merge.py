@@ -264,18 +264,23 @@ def prepare(
     words = several(adapters)
     replaced = replaceable(options.overwrite)
     target_of(Path(out), [Path(base), *map(Path, words)], replaced)  # before anything is downloaded
-    ways = options.readings(max(1, len(words)))
-    base, paths = located(base, words)
-    if paths and stack is not None:
-        from loratool.fetching.pieces import opened
+    model, read, paths = opened_inputs(base, words, options, stack)
+    target = target_of(Path(out), [model.root, *paths], replaced)
+    return as_one_file(planned(model, read, options), target), target, paths
 
-        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loratool-")))
-        model = stack.enter_context(opened(base, lambda _name: home)).checkpoint
-        target = target_of(Path(out), [model.root, *paths], replaced)
-        return as_one_file(planned(model, read_all(paths, ways), options), target), target, paths
-    base = local(base, "model")
-    target = target_of(Path(out), [base, *paths], replaced)
-    return as_one_file(planned(*read_inputs(base, paths, ways), options), target), target, paths
+
+def opened_inputs(
+    base: PathLike, adapters: Sequence[PathLike], options: PlanOptions, stack: ExitStack | None
+) -> tuple[Checkpoint, list[Adapter], list[Path]]:
+    """The base, the adapters, and where those are on this disk; `stack` is that of `prepare`."""
+    ways = options.readings(max(1, len(adapters)))
+    base, paths = located(base, adapters)
+    if not paths or stack is None:
+        return *read_inputs(local(base, "model"), paths, ways), paths
+    from loratool.fetching.pieces import opened
+
+    home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loratool-")))
+    return stack.enter_context(opened(base, lambda _name: home)).checkpoint, read_all(paths, ways), paths
 
 
 def several(adapters: Sequence[PathLike] | PathLike) -> Sequence[PathLike]:
@@ -320,7 +325,8 @@ def alone(path: Path, reading: Reading) -> tuple[Checkpoint, list[Adapter]]:
 def planned(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptions) -> MergePlan:
     """The plan, with what is to be said of the base that it has."""
     plan = plan_merge(base, adapters, options)
-    return dataclasses.replace(plan, notes=(*plan.notes, *unlike_bases(plan.base, plan.adapters)))
+    run = options if isinstance(options, RunOptions) else plan.run
+    return dataclasses.replace(plan, notes=(*plan.notes, *unlike_bases(plan.base, plan.adapters)), run=run)
 
 
 def check_values(plan: MergePlan) -> None:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 from loratool.bases.decoded import Decoded
 from loratool.errors import printable
 from loratool.files.pipelines import identities, itself
+from loratool.merging.options import RunOptions
 from loratool.merging.resources import estimated_memory
 from loratool.results.base import SCHEMA, Result, plain
 from loratool.results.merge import gain_row
 from loratool.results.plan import PlanTable
+from loratool.results.simulation import Simulation, simulation_text
 from loratool.results.text import MOST_LINES, aligned, plural, size
 from loratool.templates import grouped, listed, template_of
 
@@ -47,15 +49,20 @@ class MergePlan(Result):
     packed_by: str = "--requantize"  # the option that asked for it
     gain_forecast: float | None = None  # the part of the updates that rounding is expected to leave; None: not forecast
     gains_forecast: Mapping[str, float] = field(default_factory=dict)  # the same by module, of those looked at
+    run: RunOptions = field(default=RunOptions(), repr=False)  # what the merge may use
+    simulations: tuple[Simulation, ...] = ()  # how long it takes with some numbers of workers
 
-    def to_dict(
-        self, device: str = "auto", workers: int | None = None, max_memory: int | None = None
-    ) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """What `loratool merge --dry-run --json` prints; `peak_memory` is that of a merge with these settings."""
-        return plan_data(self, device, workers, max_memory)
+        return plan_data(self)
 
     def __str__(self) -> str:
-        return plan_text(self, estimated_memory(self.spans, "auto", None, None))
+        return plan_text(self)
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes that the merge is expected to keep resident."""
+        return estimated_memory(self.spans, self.run.device, self.run.workers, self.run.max_memory)
 
     @cached_property
     def spans(self) -> tuple[Span, ...]:
@@ -97,7 +104,7 @@ class MergePlan(Result):
         return sum(shard.layout.size for shard in self.shards) + sum(file.size for file in self.side_files)
 
 
-def plan_text(plan: MergePlan, memory: int) -> str:
+def plan_text(plan: MergePlan) -> str:
     """What a merge would do, for people."""
     rows: list[tuple[str, object]] = [
         ("base", f"{plan.base.name}: {plural(len(plan.base.shards), 'file')}, {plural(len(plan.spans), 'tensor')}"),
@@ -112,7 +119,7 @@ def plan_text(plan: MergePlan, memory: int) -> str:
             "would write",
             f"{size(plan.bytes_written)} in {len(plan.shards)} weight files and {len(plan.side_files)} other file{'s' * (len(plan.side_files) != 1)}",
         ),
-        ("peak memory", f"about {size(memory)}"),
+        ("peak memory", f"about {size(plan.peak_memory)}"),
         ("disk needed", size(plan.bytes_written)),
     ]
     if plan.gain_forecast is not None:
@@ -122,7 +129,8 @@ def plan_text(plan: MergePlan, memory: int) -> str:
     listing = edit_lines(plan)
     if len(listing) > MOST_LINES:
         listing = [*listing[:MOST_LINES], f"… and {len(listing) - MOST_LINES} more patterns"]
-    return "\n".join([aligned(rows), "edits:", *(f"  {line}" for line in listing)])
+    shown = "\n".join([aligned(rows), "edits:", *(f"  {line}" for line in listing)])
+    return f"{shown}\n\n{simulation_text(plan.simulations)}" if plan.simulations else shown
 
 
 def packing_rows(plan: MergePlan) -> list[tuple[str, object]]:
@@ -178,7 +186,7 @@ def part_of(edit: Edit, span: Span) -> str:
     return f"{rows or ':'}, {columns}"
 
 
-def plan_data(plan: MergePlan, device: str, workers: int | None, max_memory: int | None) -> dict[str, Any]:
+def plan_data(plan: MergePlan) -> dict[str, Any]:
     """What a merge would do, for scripts."""
     table: PlanTable = {
         "base": plan.base.name,
@@ -204,10 +212,11 @@ def plan_data(plan: MergePlan, device: str, workers: int | None, max_memory: int
         "bytes_written": plan.bytes_written,
         "gain_forecast": plan.gain_forecast,
         "gains_forecast": dict(plan.gains_forecast),
-        "peak_memory": estimated_memory(plan.spans, device, workers, max_memory),
+        "peak_memory": plan.peak_memory,
         "files": {shard.name: shard.layout.size for shard in plan.shards},
         "side_files": [file.name for file in plan.side_files],
         "left_out": list(plan.left_out),
+        "simulations": plain(plan.simulations),
         "notes": plain(plan.notes),
     }
     return {"schema": SCHEMA, **table}

@@ -8,7 +8,7 @@ from typing import Literal
 
 from loratool.notes import Note
 from loratool.results.base import Result
-from loratool.results.text import aligned, size
+from loratool.results.text import aligned, in_columns, size
 
 Shape = tuple[int, ...]
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of a parameter
@@ -120,15 +120,6 @@ def side_by_side(result: Estimate) -> list[list[str]]:
         ["training with QLoRA", *(size(one.qlora.total) for one in ranks)],
         ["full fine-tuning", *(size(result.full.total) for _ in ranks)],
     ]
-
-
-def in_columns(rows: list[list[str]]) -> str:
-    """Cells in columns, the first to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    )
 
 
 def memory_text(result: Estimate) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypedDict
 
 from loratool.notes import Note
+from loratool.results.simulation import Simulation
 
 
 class PlannedAdapter(TypedDict):
@@ -42,6 +43,7 @@ class PlanTable(TypedDict):
     files: dict[str, int]  # weight file → its size
     side_files: list[str]
     left_out: list[str]
+    simulations: list[Simulation]  # as many as numbers of workers were asked for
     notes: list[Note]
 
 

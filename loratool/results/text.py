@@ -135,6 +135,15 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]], more: int = 0)
     return "\n".join(table(header, rows, more, COLUMNS))
 
 
+def in_columns(rows: Sequence[Sequence[str]]) -> str:
+    """Cells in columns, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )
+
+
 def fitted(name: str, room: int) -> str:
     """A name in some columns: of one that is longer the end, which tells most."""
     return name if len(name) <= max(room, 12) else f"…{name[-(max(room, 12) - 1) :]}"

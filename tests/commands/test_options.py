@@ -25,6 +25,7 @@ from loratool.inspecting.inspect import InspectOptions
 from loratool.lineage.recording import RecordOptions
 from loratool.lineage.reproducing import ReproduceOptions
 from loratool.lineage.running import ManifestOptions
+from loratool.merging.dry_run import DryRunOptions
 from loratool.options.described import SIZE, Choice, Flag, Number, Option, Options, Size, described_by, dtypes, made_of
 from loratool.publishing.options import PushOptions
 from loratool.reworking.combine_options import CombineOptions
@@ -39,6 +40,7 @@ from loratool.verifying.options import VerifyOptions
 
 OPTIONS: dict[str, type[Options]] = {
     "merge": MergeAndPushOptions,
+    "plan": DryRunOptions,
     "rescale": RescaleOptions,
     "resize": ResizeOptions,
     "combine": CombineOptions,
@@ -61,6 +63,7 @@ LISTED_BY_HAND = {"estimate"}  # a function whose few keywords are in its own si
 EVERY = [(command, name) for command, options in OPTIONS.items() for name in described_by(options)]
 OPERANDS: dict[str, list[Any]] = {
     "merge": ["base", "adapter", "out"],
+    "plan": ["base", "adapter", "out"],
     "combine": [["one", "two"], "out"],
     "extract": ["base", "tuned", "out"],
     "compare": [["one", "two"]],

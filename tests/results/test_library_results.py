@@ -50,7 +50,11 @@ COMMANDS: dict[str, Command] = {
     ),
     "merge --dry-run": Command(
         ("merge", "base", "adapter", "-o", "out", "--dry-run", "--workers", "2"),
-        lambda p: loratool.plan(p("base"), p("adapter"), p("out")),
+        lambda p: loratool.plan(p("base"), p("adapter"), p("out"), workers=2),
+    ),
+    "plan": Command(
+        ("plan", "base", "adapter", "--simulate", "1,3", "--bandwidth", "2MB", "--workers", "2"),
+        lambda p: loratool.plan(p("base"), p("adapter"), simulate=[1, 3], bandwidth="2MB", workers=2),
     ),
     "merge --stream --dry-run": Command(
         ("merge", "base", "adapter", "--stream", "--push-to-hub", "org/name", "--dry-run"),

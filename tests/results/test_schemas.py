@@ -25,6 +25,8 @@ SCHEMAS = {path.name.partition(".")[0]: json.loads(path.read_text("utf-8")) for 
 PRINTED = {
     "merge": "merge base style -o out",
     "a plan": "merge base style -o out --dry-run",
+    "a plan without an output": "plan base style",
+    "a simulated plan": "plan base style --simulate 1,2 --object-store",
     "several merges": "merge base style -o out --also other=style",
     "several plans": "merge base style -o out --also other=style --dry-run",
     "a merge that streams": "merge base style --stream --push-to-hub me/merged --dry-run",

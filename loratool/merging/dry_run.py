@@ -1,0 +1,38 @@
+"""A plan without a merge: with the gain that is to be expected, or with the time that workers would take."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from loratool.errors import UsageError
+from loratool.merging.forecasting import with_forecast
+from loratool.merging.merge import MergeOptions, PathLike, opened_inputs, planned, prepare, several
+from loratool.merging.plan import MergePlan
+from loratool.merging.simulating import Rates, SimulationOptions, simulate
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRunOptions(MergeOptions, SimulationOptions):
+    """Of `plan`: those of the merge, and of its simulation."""
+
+
+def dry_run(
+    base: PathLike, adapters: Sequence[PathLike] | PathLike, out: PathLike | None, options: MergeOptions
+) -> MergePlan:
+    """What a merge would do; with `simulate`, from headers alone. Raises as `merge` does, and writes nothing."""
+    simulated = options if isinstance(options, DryRunOptions) else DryRunOptions()
+    rates = Rates.of(simulated)
+    if rates != Rates() and not simulated.simulate:
+        raise UsageError("rates and --object-store are for a simulation, and need --simulate", hint="--simulate 1,8,64")
+    with ExitStack() as stack:
+        if out is None:
+            model, read, _ = opened_inputs(base, several(adapters), options, stack)
+            plan = planned(model, read, options)
+        else:
+            plan, _, _ = prepare(base, adapters, out, options, stack)
+        if simulated.simulate:
+            return dataclasses.replace(plan, simulations=simulate(plan, simulated.simulate, rates))
+        return with_forecast(plan)
