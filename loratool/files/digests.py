@@ -101,6 +101,13 @@ class Tree:
         tensors = {info.name: listed[info.name] for info in layout.in_order}
         return cls(root_of(header, tensors.values(), new_state), header, tensors)
 
+    @classmethod
+    def of_part(cls, layout: Layout, listed: Mapping[str, Listed]) -> Tree:
+        """The tree of a part of a file, from the digests of the chunks that are in it."""
+        header = digest_of_part(layout.header)
+        tensors = {info.name: listed[info.name] for info in layout.in_order if listed.get(info.name)}
+        return cls(root_of(header, tensors.values(), new_state), header, tensors)
+
     def record(self) -> dict[str, Any]:
         """Its part of a record."""
         tensors = {n: each.record() if isinstance(each, Reference) else list(each) for n, each in self.tensors.items()}

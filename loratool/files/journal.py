@@ -6,6 +6,8 @@
     {"fetches": […]}     names of files that are fetched from the Hub into `fetched/`
     {"replaces": […]}    the old output's files, before it and the new one swap names
 
+The head of a stage that many workers write to has "parts" besides: those have a folder of their own, with their records.
+
 A line that a kill tore is passed over. A stage holds nothing but its journal and files that the journal names.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import stat
@@ -31,6 +34,9 @@ FORMAT = 2  # loratool 0.1.0 wrote journals without a number
 HEAD = "loratool_stage"
 JOURNAL = "journal"
 NEW_JOURNAL = "journal.new"  # until it is whole
+HEAD_DRAFT = re.compile(r"journal\.new(-[0-9a-f]{32})?")  # workers that begin a stage together have one each
+PARTS = "parts"
+PART_FILE = re.compile(r"(part|worker|finish)-[0-9a-f-]+\.json(\.[0-9a-f]{32}\.new)?")
 MODEL = "model"
 REPLACED = "replaced"  # the old output, whole, where names cannot be exchanged
 PROBE = "probe"  # names that may not be possible are tried here; as long as "model", for paths may be too long
@@ -49,11 +55,41 @@ class Seen:
 
     changed: bool  # whether any weight, in this file or in one before it, differs from the base's
     device: str = ""  # the kind that edited weights were computed on; empty where there are none
-    ratios: Mapping[str, float] = field(default_factory=dict)  # tensor → ‖ΔW‖/‖W‖, where nothing replaces W
+    norms: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # edited tensor → ‖W‖² and ‖ΔW‖²
     kept: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # module → ⟨W' − W, ΔW⟩ and ‖ΔW‖², sampled
     lost: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # packed anew → ‖W' − (W + ΔW)‖² and ‖ΔW‖²
     nonfinite: Mapping[str, int] = field(default_factory=dict)  # edited tensor → NaN and inf that the base itself holds
     effective: Sequence[tuple[int, str]] = ()  # updates, as (adapter's number, target), that change an element
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Tensor → ‖ΔW‖/‖W‖, where W is not zero; 0 where something replaces W."""
+        return {name: math.sqrt(change / weight) for name, (weight, change) in self.norms.items() if weight > 0}
+
+    def table(self) -> dict[str, Any]:
+        """All of it as JSON holds it."""
+        return {
+            "changed": self.changed,
+            "device": self.device,
+            "norms": dict(self.norms),
+            "kept": dict(self.kept),
+            "lost": dict(self.lost),
+            "nonfinite": dict(self.nonfinite),
+            "effective": list(self.effective),
+        }
+
+    @classmethod
+    def of_table(cls, entry: Mapping[str, Any]) -> Seen:
+        """What such a table says; what is none of it is passed over."""
+        return Seen(
+            changed=bool(entry.get("changed")),
+            device=str(entry.get("device", "")),
+            norms=pairs_in(entry.get("norms")),
+            kept=pairs_in(entry.get("kept")),
+            lost=pairs_in(entry.get("lost")),
+            nonfinite=numbers_in(entry.get("nonfinite")),
+            effective=updates_in(entry.get("effective")),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,31 +106,14 @@ class FinishedShard(Seen):
 
     def record(self) -> dict[str, Any]:
         """Its entry of a journal."""
-        seen = {
-            "ratios": dict(self.ratios),
-            "kept": dict(self.kept),
-            "lost": dict(self.lost),
-            "nonfinite": dict(self.nonfinite),
-            "effective": list(self.effective),
-        }
-        return {"name": self.name, **self.digest.record(), "changed": self.changed, "device": self.device, **seen}
+        return {"name": self.name, **self.digest.record(), **self.table()}
 
     @classmethod
     def of_record(cls, entry: Mapping[str, Any]) -> FinishedShard | None:
         name, digest = entry.get("name"), Digest.of_record(entry)
         if digest is None or not isinstance(name, str) or not is_plain(name):
             return None
-        return cls(
-            name=name,
-            digest=digest,
-            changed=bool(entry.get("changed")),
-            device=str(entry.get("device", "")),
-            ratios=numbers_in(entry.get("ratios")),
-            kept=pairs_in(entry.get("kept")),
-            lost=pairs_in(entry.get("lost")),
-            nonfinite=numbers_in(entry.get("nonfinite")),
-            effective=updates_in(entry.get("effective")),
-        )
+        return cls(name=name, digest=digest, **vars(Seen.of_table(entry)))
 
 
 def numbers_in(table: object) -> dict[str, Any]:
@@ -126,10 +145,12 @@ class Journal:
     finished: dict[str, FinishedShard] = field(default_factory=dict)
     fetches: set[str] = field(default_factory=set)
     replaces: set[str] | None = None  # names in the old output, once it is being replaced
+    parts: Mapping[str, Any] | None = None  # what all workers must agree on, where many write to the stage
 
     def head(self) -> bytes:
         """The first line of the journal."""
         table = {HEAD: FORMAT, "plan": self.plan, "inputs": self.inputs, "files": sorted(self.files)}
+        table |= {} if self.parts is None else {"parts": self.parts}
         return (json.dumps(table) + "\n").encode()
 
     def take(self, line: Mapping[str, Any]) -> bool:
@@ -150,8 +171,10 @@ class Journal:
     def owns(self, path: str) -> bool:
         """Whether the file `path` of the stage is one that the journal names."""
         folder, _, name = path.partition("/")
-        if folder in (JOURNAL, NEW_JOURNAL):
+        if folder == JOURNAL or HEAD_DRAFT.fullmatch(folder):
             return not name
+        if folder == PARTS:
+            return self.parts is not None and PART_FILE.fullmatch(name) is not None
         if folder == FETCHED:
             match = FETCHED_FOLDER.fullmatch(name)
             rest = (match["rest"] or "") if match and self.fetches else ""
@@ -164,7 +187,7 @@ class Journal:
         if folder == FETCHED:
             return bool(self.fetches) and (not name or FETCHED_FOLDER.fullmatch(name) is not None)
         if not name:
-            return folder in (MODEL, PROBE, REPLACED, DISCARDED)
+            return folder in (MODEL, PROBE, REPLACED, DISCARDED) or (folder == PARTS and self.parts is not None)
         return any(file.startswith(f"{name}/") for file in self.named(folder))
 
     def named(self, folder: str) -> set[str]:
@@ -191,7 +214,8 @@ def read_journal(home: Path, owner: int) -> Journal | None:
     plan, inputs, files = head.get("plan"), head.get("inputs"), head.get("files")
     if not isinstance(plan, str) or not isinstance(inputs, dict) or not isinstance(files, list):
         return None
-    journal = Journal(plan, inputs)
+    parts = head.get("parts")
+    journal = Journal(plan, inputs, parts=parts if isinstance(parts, dict) else None)
     return journal if journal.take({"files": files}) and all(map(journal.take, lines[1:])) else None
 
 
@@ -284,11 +308,14 @@ def why_odd(status: os.stat_result, owner: int, folder: bool = False) -> str:
 
 def is_torn_head(home: Path, path: str, owner: int) -> bool:
     """Whether an entry is the beginning of a journal that a kill kept from being finished."""
-    if path != NEW_JOURNAL or why_odd((home / path).lstat(), owner):
-        return False
     start = f'{{"{HEAD}": {FORMAT}, '.encode()
-    with open(home / path, "rb") as stream:
-        raw = stream.read(len(start))
+    try:
+        if not HEAD_DRAFT.fullmatch(path) or why_odd((home / path).lstat(), owner):
+            return False
+        with open(home / path, "rb") as stream:
+            raw = stream.read(len(start))
+    except FileNotFoundError:  # another worker has begun the stage just now
+        return True
     return raw == start[: len(raw)]
 
 

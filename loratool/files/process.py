@@ -49,6 +49,26 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def host_name() -> str:
+    """The name of this machine, as others may know it."""
+    import platform  # here, so that help does not wait for it
+
+    return platform.node() or "unknown"
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there on this machine; True where the system does not tell."""
+    if not hasattr(os, "getpgid"):  # elsewhere `os.kill` may end it
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def on_stop(handle: Callable[[bool], None]) -> None:
     """Call `handle` when this process is asked to stop: with True where it is asked to terminate, with False on Ctrl-C.
 

@@ -51,37 +51,22 @@ class LocalFolder:
         self.stage.record(FinishedShard(name=name, digest=digest, **vars(seen)))
 
 
-class LocalFile:
-    """The sink of one file on this machine.
+class OpenFile:
+    """A file of full length that is written at any places, `size` bytes in all.
 
     Where the file system allows, whole pages go straight to the disk (O_DIRECT): the page cache would take a copy of
-    every byte, and throw out the base for it. With `sha256` the file is read once more in the end, for its SHA-256.
+    every byte, and throw out the base for it.
     """
 
     def __init__(
-        self,
-        path: Path,
-        layout: Layout,
-        stop: threading.Event,
-        memory: Memory,
-        record: Callable[[Seen, Digest], None],
-        sha256: bool = False,
+        self, path: Path, descriptor: int, start: int, size: int, stop: threading.Event, memory: Memory
     ) -> None:
-        self.path, self.layout, self.stop, self.memory, self.recorder = path, layout, stop, memory, record
-        self.wants_sha256, self.sha256 = sha256, ""
-        self.descriptor = create_file(path)
-        os.truncate(self.descriptor, layout.size)
-        whole_pages = layout.size >= PAGE
-        self.opened = self.direct = open_direct(path, self.descriptor, layout.size) if whole_pages else None
+        """`start` is the first byte that is written; room for `size` bytes from there on is reserved."""
+        self.path, self.descriptor, self.size, self.stop, self.memory = path, descriptor, size, stop, memory
+        self.opened = self.direct = open_direct(path, descriptor, size, start) if size >= PAGE else None
         self.clones = True  # until the file system has refused to
         self.cached = 0  # bytes that went into the page cache; about right is enough
         self.written = Arrived(stop)
-        try:
-            write_fully(self.descriptor, layout.header, 0)
-        except BaseException:
-            self.close()
-            raise
-        self.written.add(len(layout.header) + layout.padding)  # padding is zero, as the whole file is so far
 
     def part(self, at: int, count: int) -> LocalPart:
         return LocalPart(self, at, at + count)
@@ -126,7 +111,7 @@ class LocalFile:
         Meanwhile only what is in the page cache is sent to the disk: a disk that syncs takes no direct writes.
         When the merge is being stopped the file may be gone, and stays open: a worker may still be writing.
         """
-        synced, seen, size = 0, 0, self.layout.size
+        synced, seen, size = 0, 0, self.size
         while seen < size and self.written.wait_for(min(seen + SYNC_CHUNK, size)):
             seen, cached = self.written.count, self.cached
             lap("wait")
@@ -140,10 +125,12 @@ class LocalFile:
         lap("sync")
         if self.stop.is_set():
             return False
-        if self.wants_sha256:
-            self.sha256 = digest_of_range(LocalSource(self.path, self.descriptor), 0, size, hashlib.sha256)
+        self.look_again()
         self.close()
         return True
+
+    def look_again(self) -> None:
+        """Called when all bytes are on stable storage, before the file is closed."""
 
     def close(self) -> None:
         """Close the file; where it is closed already, nothing happens."""
@@ -152,6 +139,34 @@ class LocalFile:
             if descriptor is not None and descriptor >= 0:
                 os.close(descriptor)
 
+
+class LocalFile(OpenFile):
+    """The sink of one file on this machine. With `sha256` it is read once more in the end, for its SHA-256."""
+
+    def __init__(
+        self,
+        path: Path,
+        layout: Layout,
+        stop: threading.Event,
+        memory: Memory,
+        record: Callable[[Seen, Digest], None],
+        sha256: bool = False,
+    ) -> None:
+        self.recorder, self.wants_sha256, self.sha256 = record, sha256, ""
+        descriptor = create_file(path)
+        os.truncate(descriptor, layout.size)
+        super().__init__(path, descriptor, 0, layout.size, stop, memory)
+        try:
+            write_fully(self.descriptor, layout.header, 0)
+        except BaseException:
+            self.close()
+            raise
+        self.written.add(len(layout.header) + layout.padding)  # padding is zero, as the whole file is so far
+
+    def look_again(self) -> None:
+        if self.wants_sha256:
+            self.sha256 = digest_of_range(LocalSource(self.path, self.descriptor), 0, self.size, hashlib.sha256)
+
     def record(self, seen: Seen, digest: Digest) -> None:
         self.recorder(seen, replace(digest, sha256=self.sha256))
 
@@ -159,7 +174,7 @@ class LocalFile:
 class LocalPart:
     """A part of a local file. What does not fill a page is kept, and written with the piece that comes next."""
 
-    def __init__(self, file: LocalFile, at: int, stop: int) -> None:
+    def __init__(self, file: OpenFile, at: int, stop: int) -> None:
         self.file, self.at, self.stop = file, at, stop
         self.rest = b""  # bytes before `at` that are not written yet, less than a page of them
 

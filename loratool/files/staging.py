@@ -270,6 +270,7 @@ def staged(
         StorageError: the disk or the file system said no, or the stage holds what is not ours.
     """
     home = stage_of(out)
+    refuse_parts(home)
     try:
         check_output_name(out)
         check_space(out.parent, needed - kept_size(check_stage(home), wanted))
@@ -314,6 +315,17 @@ def workplace(home: Path) -> Iterator[Stage]:
                 stage.remove()
     except OSError as error:
         raise storage_error(error, home, 0) from error
+
+
+def refuse_parts(home: Path) -> None:
+    """Raise `UsageError` where a stage is being written in parts, by workers who hold no lock."""
+    found = check_stage(home)
+    if found is not None and found.parts is not None:
+        raise UsageError(
+            f"{printable(home)}: contains a merge in parts, perhaps with workers writing it; complete it with --finish, or "
+            "delete that folder once no worker is running",
+            hint="--finish",
+        )
 
 
 def continues(found: Journal, wanted: Journal) -> bool:

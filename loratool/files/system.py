@@ -94,10 +94,10 @@ def refuse_link(path: Path) -> None:
 NOT_DIRECT = UNSUPPORTED | {errno.EFAULT}  # how a direct write is refused
 
 
-def open_direct(path: Path, descriptor: int, size: int) -> int | None:
+def open_direct(path: Path, descriptor: int, size: int, start: int = 0) -> int | None:
     """A second descriptor of an open file, which writes past the page cache; None where there is no such thing.
 
-    The file's `size` in bytes is reserved on the disk.
+    Room for the `size` bytes of the file from byte `start` on is reserved on the disk.
     """
     if is_in_memory(descriptor):  # where reserving fills all pages with zeros
         return None
@@ -112,7 +112,7 @@ def open_direct(path: Path, descriptor: int, size: int) -> int | None:
         return None
     with suppress(AttributeError, OSError):  # without blocks of its own each direct write would lock the whole file
         reserve = c_library().fallocate64
-        reserve(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size))
+        reserve(descriptor, 0, ctypes.c_int64(start), ctypes.c_int64(size))
     return direct
 
 

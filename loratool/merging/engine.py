@@ -41,6 +41,7 @@ from loratool.merging.tasks import (
     Output,
     Repack,
     Task,
+    bytes_in,
     compare_replaced,
     effects_in,
     ranges_of,
@@ -70,7 +71,7 @@ class Engine:
         self.jobs, self.runtime = jobs, runtime
         self.workers, self.max_memory, self.progress = workers, max_memory, progress
         self.spans = [span for job in jobs for span in job.plan.spans]
-        self.bytes_all = sum(span.placed.nbytes for span in self.spans)
+        self.bytes_all = sum(bytes_in(shard) for job in jobs for shard in job.plan.shards)
         self.bytes_done = 0
         self.lanes = max(1, min(MOST_LANES, cores() // 4))
         self.slots = threading.Semaphore((self.lanes + FINISHING_SHARDS) * len(jobs))
@@ -94,7 +95,7 @@ class Engine:
         Raises what stopped all jobs; what stopped some of them is their `failure`.
         """
         todo = [shard for job in self.jobs for shard in job.todo.values()]
-        self.tell(self.bytes_all - sum(span.placed.nbytes for shard in todo for span in shard.spans))
+        self.tell(self.bytes_all - sum(map(bytes_in, todo)))
         with self.precision:
             for shards in zip_longest(*(job.rounds() for job in self.jobs), fillvalue=()):
                 self.make([(job, shard) for job, some in zip(self.jobs, shards, strict=True) for shard in some])
@@ -253,7 +254,7 @@ class Engine:
         output = task.output
         for chunk in task.chunks:
             if chunk.span.edits and not chunk.number:
-                compare_replaced(chunk.span, output.job.totals)
+                compare_replaced(chunk.span, output.totals)
         part = output.sink.part(output.place(task.chunks[0]), sum(chunk.size for chunk in task.chunks))
         if task.known or len(digests) == len(task.chunks):
             for file, start, count in ranges_of(task.chunks):
@@ -349,13 +350,13 @@ class Engine:
         output.sources.check_unchanged()
         output.sources.close()
         with self.telling:
-            spans, totals = output.plan.spans, output.job.totals
+            spans, totals = output.plan.spans, output.totals
             device = "" if all(span.carried for span in spans) else self.resources().kind
             names = [span.placed.name for span in spans]
             seen = Seen(
                 changed=totals.changed,
                 device=device,
-                ratios=totals.ratios(names),
+                norms=totals.norms_of(names),
                 kept=totals.kept_in(names),
                 lost={name: totals.lost[name] for name in names if name in totals.lost},
                 nonfinite={name: totals.nonfinite[name] for name in names if name in totals.nonfinite},

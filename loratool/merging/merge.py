@@ -154,7 +154,8 @@ def making(
         if options.verify:
             read_again(stage)
     lap("publish")
-    report = make_report(merged, engine, stage, resumed, cost(runtime, started))
+    profile = Profile(stopwatch.together(engine.watches))
+    report = make_report(merged, stage, resumed, cost(runtime, started), engine.resources().workers, profile)
     return dataclasses.replace(report, verified=len(stage.files) if options.verify else 0)
 
 
@@ -434,7 +435,10 @@ def cost(runtime: Future[Runtime], started: float) -> Cost:
     return Cost(", ".join(ready.devices), time.monotonic() - started, ready.seconds, peak_memory())
 
 
-def make_report(merged: Merged, engine: Engine, stage: Stage, resumed: tuple[str, ...], cost: Cost) -> MergeReport:
+def make_report(
+    merged: Merged, stage: Stage, resumed: tuple[str, ...], cost: Cost, workers: int, profile: Profile
+) -> MergeReport:
+    """What is to be said of a merge that is published."""
     plan = merged.job.plan
     finished = [stage.finished[shard.name] for shard in plan.shards]
     return MergeReport(
@@ -445,7 +449,7 @@ def make_report(merged: Merged, engine: Engine, stage: Stage, resumed: tuple[str
         converted=sum(not (span.edits or span.untouched or span.packed) for span in plan.spans),
         bytes_read=plan.bytes_read,
         bytes_written=plan.bytes_written,
-        workers=engine.resources().workers,
+        workers=workers,
         gpu_memory=merged.job.totals.gpu_memory,
         resumed=resumed,
         relative_norms=merged.ratios,
@@ -457,6 +461,6 @@ def make_report(merged: Merged, engine: Engine, stage: Stage, resumed: tuple[str
         left_out=plan.left_out,
         notes=(*plan.notes, *merged.notes, *of_resuming(stage)),
         digests={s.name: str(s.digest) for _, s in sorted(stage.finished.items())},
-        profile=Profile(stopwatch.together(engine.watches)),
+        profile=profile,
         cost=cost,
     )

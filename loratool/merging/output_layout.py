@@ -102,6 +102,7 @@ class ShardPlan:
     layout: Layout
     spans: tuple[Span, ...]
     prefix: str = ""  # of the tensors' names in the plan, where they are those of one component; the file has none
+    cut: tuple[int, int] | None = None  # the bytes of the file that are made, where it is only a part of it
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,6 @@ class EditedSpan:
         self.span, self.totals, self.shared, self.rounding = span, totals, shared, rounding
         self.lock, self.held = threading.Lock(), Held()
         self.loaded: dict[str, LoadedEdits] = {}
-        self.squared = 0.0  # ‖W‖² of the rows seen so far
-        self.changed = 0.0  # ‖ΔW‖² of them, where it is not known beforehand
-        self.rows_left = span.rows
         self.waiting = {(edit.adapter, edit.target) for edit in span.edits}  # updates that have changed nothing so far
         totals.measured |= self.waiting
 
@@ -67,7 +64,7 @@ class EditedSpan:
         name = self.span.placed.name
         with self.lock:
             self.totals.kept[name], self.totals.lost[name] = kept, (lost, change)
-            self.totals.weight_norm[name], self.totals.delta_norm[name] = weight**0.5, change**0.5
+            self.totals.norms[name] = weight, change
             if differs:
                 self.totals.changed = True
                 self.totals.effective |= {(edit.adapter, edit.target) for edit in self.span.edits}
@@ -75,16 +72,14 @@ class EditedSpan:
     def seen(self, rows: int, block: Seen, whole: float, nonfinite: int) -> None:
         """Account for a block that has been written; `whole` is ‖ΔW‖ of all blocks, or infinite where nobody knows."""
         name = self.span.placed.name
+        change = whole**2 * rows / self.span.rows if math.isfinite(whole) else block.change
         with self.lock:
-            self.squared += block.weight
-            self.changed += block.change
-            self.rows_left -= rows
             self.totals.kept[name] = summed([self.totals.kept.get(name, {}), block.kept])
             if nonfinite:
                 self.totals.nonfinite[name] = self.totals.nonfinite.get(name, 0) + nonfinite
-            if not self.rows_left and self.span.edits:
-                self.totals.weight_norm[name] = self.squared**0.5
-                self.totals.delta_norm[name] = whole if math.isfinite(whole) else self.changed**0.5
+            if self.span.edits:
+                before = self.totals.norms.get(name, (0.0, 0.0))
+                self.totals.norms[name] = before[0] + block.weight, before[1] + change
 
 
 class Worker:

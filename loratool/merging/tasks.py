@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -38,6 +38,7 @@ class Job:
     destination: Destination
     known: KnownDigests | None = None  # digests of tensors that need no hashing
     seen: SeenDigests | None = None  # is told what is read of the base
+    apart: bool = False  # whether what is seen of each output is kept apart
     stop: threading.Event = field(default_factory=threading.Event)  # set when its work is to end early
     shared: SharedUpdates = field(default_factory=lambda: SharedUpdates(MOST_SHELVED))
     outputs: list[Output] = field(default_factory=list)
@@ -81,13 +82,6 @@ class Job:
         if self.seen is not None and other.seen is not None:
             self.seen.share(other.seen)
 
-    def known_of(self, span: Span) -> Listed | None:
-        """What is known of the digests of an output tensor whose bytes are an input's."""
-        if self.known is None or not span.untouched or not span.placed.nbytes:
-            return None
-        (tensor,) = span.weight.tensors
-        return self.known.of(tensor.file, tensor.info) if tensor.info.shape == span.placed.shape else None
-
 
 @dataclass(eq=False)
 class Output:
@@ -100,6 +94,10 @@ class Output:
     hashed: Arrived  # bytes of tensors whose digests are known
     known: dict[str, Listed] = field(default_factory=dict)  # tensor → what its digests are without hashing it
     chunks: dict[str, list[str]] = field(default_factory=dict)  # tensor → digests of its chunks, once they are made
+    totals: Totals = field(init=False)  # what is seen of its bytes
+
+    def __post_init__(self) -> None:
+        self.totals = Totals() if self.job.apart else self.job.totals
 
     @classmethod
     def of(cls, job: Job, plan: ShardPlan) -> Output:
@@ -110,7 +108,7 @@ class Output:
         empty = digest_of_part(b"")
         for span in plan.spans:
             output.chunks[span.placed.name] = [empty] * len(chunks_of(span))
-            if (listed := job.known_of(span)) is not None:
+            if (listed := known_of(job.known, span)) is not None:
                 output.known[span.placed.name] = listed
                 output.hashed.add(span.placed.nbytes)
         return output
@@ -132,13 +130,27 @@ class Output:
         self.hashed.add(chunk.size)
 
     def digest(self) -> Digest | None:
-        """Of the whole file, once the digests of all chunks are there; None when the work is being stopped."""
-        layout = self.plan.layout
-        if not self.hashed.wait_for(layout.size - layout.data_start - layout.padding):
+        """Of the file, or of the part that is made, once the digests of all chunks are there.
+
+        None when the work is being stopped.
+        """
+        layout, cut = self.plan.layout, self.plan.cut
+        if not self.hashed.wait_for(bytes_in(self.plan)):
             return None
+        if cut is not None:
+            parts = {
+                span.placed.name: tuple(
+                    self.chunks[span.placed.name][chunk.number] for chunk in chunks_in(self.plan, span)
+                )
+                for span in self.plan.spans
+            }
+            return Digest(cut[1] - cut[0], tree=Tree.of_part(layout, self.own_names(parts)))
         every = {name: tuple(digests) for name, digests in self.chunks.items()} | self.known
-        own = {name[len(self.plan.prefix) :]: listed for name, listed in every.items()}
-        return Digest(layout.size, tree=Tree.of(layout, own))
+        return Digest(layout.size, tree=Tree.of(layout, self.own_names(every)))
+
+    def own_names(self, listed: Mapping[str, Listed]) -> dict[str, Listed]:
+        """What is listed by the names that tensors have in the plan, by those that they have in the file."""
+        return {name[len(self.plan.prefix) :]: each for name, each in listed.items()}
 
 
 @dataclass(frozen=True)
@@ -217,6 +229,28 @@ def chunks_of(span: Span) -> list[Chunk]:
     return [Chunk(span, number, *cut) for number, cut in enumerate(pairwise(chunk_cuts(span.placed)))]
 
 
+def chunks_in(plan: ShardPlan, span: Span) -> list[Chunk]:
+    """Those of them that have bytes, and that are made where only a part of a file is."""
+    at, cut = plan.layout.data_start + span.placed.start, plan.cut
+    every = (chunk for chunk in chunks_of(span) if chunk.size)
+    return [chunk for chunk in every if cut is None or cut[0] <= at + chunk.start < cut[1]]
+
+
+def known_of(known: KnownDigests | None, span: Span) -> Listed | None:
+    """What is known of the digests of an output tensor whose bytes are an input's."""
+    if known is None or not span.untouched or not span.placed.nbytes:
+        return None
+    (tensor,) = span.weight.tensors
+    return known.of(tensor.file, tensor.info) if tensor.info.shape == span.placed.shape else None
+
+
+def bytes_in(plan: ShardPlan) -> int:
+    """Bytes of tensors that are made of a file."""
+    if plan.cut is None:
+        return sum(span.placed.nbytes for span in plan.spans)
+    return sum(chunk.size for span in plan.spans for chunk in chunks_in(plan, span))
+
+
 def tasks_on(outputs: Sequence[Output]) -> Iterator[tuple[Task, ...]]:
     """All tasks of some output files; those on the same bytes of an input come together, for one worker.
 
@@ -225,9 +259,8 @@ def tasks_on(outputs: Sequence[Output]) -> Iterator[tuple[Task, ...]]:
     cells: dict[Hashable, Cell] = {}
     for output in outputs:
         for span in output.plan.spans:
-            for chunk in () if span.packed else chunks_of(span):
-                if chunk.size:
-                    cells.setdefault(chunk.origin, []).append((output, chunk))
+            for chunk in () if span.packed else chunks_in(output.plan, span):
+                cells.setdefault(chunk.origin, []).append((output, chunk))
     copied = {key: all(chunk.span.carried for _, chunk in cell) for key, cell in cells.items()}
     for run in runs(cell for key, cell in cells.items() if copied[key]):
         yield tuple(copy_of(column) for column in zip(*run, strict=True))
@@ -248,8 +281,8 @@ def repacks_of(output: Output) -> Iterator[Repack]:
             groups.setdefault(span.packed, []).append(span)
     for spans in groups.values():
         (values,) = (span for span in spans if span.edits)
-        work = EditedSpan(values, output.job.totals, output.job.shared)
-        chunks = tuple(chunk for span in spans for chunk in chunks_of(span) if chunk.size)
+        work = EditedSpan(values, output.totals, output.job.shared)
+        chunks = tuple(chunk for span in spans for chunk in chunks_in(output.plan, span))
         yield Repack(output, work, chunks, len(spans) == len(values.weight.tensors))
 
 
@@ -272,7 +305,7 @@ def copy_of(chunks: Sequence[tuple[Output, Chunk]]) -> Copy:
 def compute_of(output: Output, chunk: Chunk, begun: dict[tuple[int, int], EditedSpan]) -> Compute:
     """The task for a chunk; all chunks of a span share its loaded factors, which go with the last of them."""
     span, job, key = chunk.span, output.job, (id(output), id(chunk.span))
-    work = begun.pop(key, None) or EditedSpan(span, job.totals, job.shared, job.plan.rounding)
+    work = begun.pop(key, None) or EditedSpan(span, output.totals, job.shared, job.plan.rounding)
     if chunk.stop < span.placed.nbytes:
         begun[key] = work
     return Compute(output, work, chunk)

@@ -373,8 +373,8 @@ def test_files_that_another_kind_of_device_has_computed_are_not_kept(merge: Merg
     interrupted(merge.base, merge.adapter, merge.out)
     journal = merge.model.parent / "journal"
     text = journal.read_text()
-    assert text.count('"device": "cpu", "ratios"') >= 1
-    journal.write_text(text.replace('"device": "cpu", "ratios"', '"device": "cuda", "ratios"'))
+    assert text.count('"device": "cpu", "norms"') >= 1
+    journal.write_text(text.replace('"device": "cpu", "norms"', '"device": "cuda", "norms"'))
     report = merge.check()
     assert report.resumed == ()
     assert any(note.code == "written-again" and "cuda" in note.text for note in report.notes)

@@ -1,0 +1,278 @@
+"""Parts of an output in a folder that many machines see: the stage `OUT.partial`, on NFS or any other file system.
+
+    OUT.partial/journal              what is being made; whoever comes first writes it, all others compare
+    OUT.partial/model/*              at full length; workers write their parts at their places
+    OUT.partial/parts/part-*.json    a record of each part whose bytes are on stable storage
+    OUT.partial/parts/worker-*.json  signs of life
+
+No lock is needed. A name appears whole or not at all, by a link or a rename. Machines whose page caches do not know of
+each other may write whole pages where only some bytes were changed, so a part is written without the pages that it shares
+with its neighbours: those few bytes are in its record, and `--finish` puts them in their place.
+"""
+
+from __future__ import annotations
+
+import os
+from base64 import b64decode, b64encode
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratool.errors import StorageError, UsageError, printable
+from loratool.files.digests import HASHES, PIECE, digest_of_part
+from loratool.files.journal import (
+    JOURNAL,
+    MODEL,
+    NEW_JOURNAL,
+    PARTS,
+    Journal,
+    Seen,
+    look,
+)
+from loratool.files.part_records import FilePart, PartRecord
+from loratool.files.presence import Presence, draft_of, put_new
+from loratool.files.safefile import LocalSource, read_exactly, write_fully
+from loratool.files.shard_writer import OpenFile
+from loratool.files.sink import PAGE, Memory
+from loratool.files.staging import write_durably
+from loratool.files.system import open_file, sync_file, sync_folder
+
+if TYPE_CHECKING:
+    import threading
+
+    from loratool.files.digests import Digest
+    from loratool.files.safefile import Layout
+
+LARGEST_PART_RECORD = 16 << 20  # bytes
+EDGES = "edges"  # key of a record's details: first byte in the file → bytes of a page that is shared, in base64
+
+
+class SharedFolder:
+    """A stage that many workers write to, as the place of their parts and records."""
+
+    def __init__(self, home: Path, journal: Journal, parts: Mapping[str, FilePart]) -> None:
+        """`journal` describes the output; all workers must have the same one."""
+        self.home, self.journal, self.parts = home, journal, parts
+        self.memory = Memory()
+        self.presence: Presence | None = None  # of this process, where it works
+        self.owner = -1  # the user to whom files that are made here belong
+
+    @property
+    def folder(self) -> Path:
+        """Where the output's files are."""
+        return self.home / MODEL
+
+    def record_path(self, name: str) -> Path:
+        return self.home / PARTS / f"{name}.json"
+
+    def claim(self) -> None:
+        """Begin the stage, or join those who are at work on it; raises `UsageError` where they make something else."""
+        with suppress(FileExistsError):
+            os.mkdir(self.home)
+        draft = self.home / f"{NEW_JOURNAL}-{os.urandom(16).hex()}"
+        write_durably(draft, self.journal.head(), os.O_EXCL)
+        try:
+            self.owner = draft.stat().st_uid
+            put_new(draft, self.home / JOURNAL)
+        finally:
+            draft.unlink(missing_ok=True)
+        found = self.check()
+        if found is None:
+            raise StorageError(f"{printable(self.home)}: keeps disappearing; is another run using it?")
+        for name in (MODEL, PARTS):
+            with suppress(FileExistsError):
+                os.mkdir(self.home / name)
+        sync_folder(self.home)
+
+    def check(self) -> Journal | None:
+        """The journal of the stage, which is that of this output; None where there is none.
+
+        Raises `UsageError` where it is of another output.
+        """
+        found = look(self.home, self.owner if self.owner >= 0 else None)
+        if found is None:
+            return None
+        if found.parts is None:
+            raise UsageError(
+                f"{printable(self.home)}: contains an interrupted merge that was not made in parts; continue it without "
+                "--part, or delete that folder"
+            )
+        if found.plan != self.journal.plan or found.parts != self.journal.parts:
+            raise UsageError(
+                f"{printable(self.home)}: contains parts of another merge (its fingerprint is {found.plan[:16]}, this "
+                f"one's is {self.journal.plan[:16]}): its inputs, options or version of loratool differ; pass the same ones "
+                "to every worker, choose another OUT, or delete that folder once no worker is running"
+            )
+        return found
+
+    def records(self) -> dict[str, PartRecord]:
+        """Every record that is published, by its part's name; what is no record of a part is passed over."""
+        found: dict[str, PartRecord] = {}
+        for name, part in self.parts.items():
+            record = self.read(name)
+            if record is not None and record.is_of(part, self.journal.plan):
+                found[name] = record
+        return found
+
+    def read(self, name: str) -> PartRecord | None:
+        """The record of that name, where there is one that can be read."""
+        try:
+            descriptor = open_file(self.record_path(name), os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        with open(descriptor, "rb") as stream:
+            return PartRecord.of_bytes(stream.read(LARGEST_PART_RECORD))
+
+    def problem(self, part: FilePart, record: PartRecord, layout: Layout) -> str:
+        """Empty where a part is what its record has the digests of; else what is wrong. All of its bytes are read."""
+        tree = record.digest.tree
+        edges = edges_of(record)
+        if tree is None or edges is None or not record.is_of(part, self.journal.plan):
+            return "has a record that cannot be read"
+        begin = HASHES[tree.function]
+        if digest_of_part(layout.header, begin) != tree.header:
+            return "has a record of another file"
+        path = self.folder / part.file
+        try:
+            descriptor = open_file(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return "is missing"
+        try:
+            if os.fstat(descriptor).st_size != layout.size:
+                return f"is in a file of {os.fstat(descriptor).st_size} bytes, which should have {layout.size}"
+            if part.start == 0 and not self.has_header(path, descriptor, layout):
+                return "has another header in its file"
+            for (_, at, size), digest in zip(part.chunks, record.chunk_digests(), strict=True):
+                state = begin()
+                for piece in pieces(path, descriptor, at, size, edges):
+                    state.update(piece)
+                if state.hexdigest() != digest:
+                    return "does not have the bytes that were written"
+        finally:
+            os.close(descriptor)
+        return ""
+
+    def has_header(self, path: Path, descriptor: int, layout: Layout) -> bool:
+        """Whether a file begins with its header, which the first part of it has written."""
+        found = memoryview(bytearray(len(layout.header)))
+        read_exactly(descriptor, found, 0, path)
+        return bytes(found) == layout.header
+
+    def open(self, part: FilePart, layout: Layout, stop: threading.Event) -> PartFile:
+        path = self.folder / part.file
+        if path.parent != self.folder:  # never the folder itself: the output may be published
+            path.parent.mkdir(parents=True, exist_ok=True)
+        if self.presence is not None:
+            self.presence.begin(part.name)
+        return PartFile(path, part, layout, stop, self)
+
+    def publish(self, part: FilePart, record: PartRecord, layout: Layout) -> None:
+        """Make a record known. One that another worker has published first stands, if its bytes are still there."""
+        path = self.record_path(part.name)
+        draft = draft_of(path)
+        write_durably(draft, record.to_bytes(), os.O_EXCL)
+        try:
+            while not put_new(draft, path):
+                theirs = self.read(part.name)
+                if theirs is not None and theirs.is_of(part, self.journal.plan):
+                    same = theirs.chunk_digests() == record.chunk_digests()
+                    if same or not self.problem(part, theirs, layout):
+                        break
+                self.forget(part.name)  # torn, or of bytes that this worker has overwritten
+        finally:
+            draft.unlink(missing_ok=True)
+        sync_folder(path.parent)
+        if self.presence is not None:
+            self.presence.end(part.name)
+
+    def forget(self, name: str) -> None:
+        self.record_path(name).unlink(missing_ok=True)
+
+    def put_edges(self, part: FilePart, record: PartRecord) -> None:
+        """Put the bytes that a record holds in their place; for one process, when no worker writes any more."""
+        descriptor = open_file(self.folder / part.file, os.O_WRONLY)
+        try:
+            for at, content in (edges_of(record) or {}).items():
+                write_fully(descriptor, content, at)
+            sync_file(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def edges_of(record: PartRecord) -> dict[int, bytes] | None:
+    """The bytes that a record holds, by the byte of the file at which they begin; None where that cannot be read."""
+    table = record.details.get(EDGES, {})
+    try:
+        return {int(at): b64decode(content, validate=True) for at, content in table.items()}
+    except (AttributeError, TypeError, ValueError):
+        return None
+
+
+def pieces(path: Path, descriptor: int, start: int, size: int, edges: Mapping[int, bytes]) -> Iterator[memoryview]:
+    """Bytes of a file, with those of `edges` in place of what is there."""
+    buffer = memoryview(bytearray(min(PIECE, size)))
+    for at in range(start, start + size, PIECE):
+        piece = buffer[: start + size - at]
+        read_exactly(descriptor, piece, at, path)
+        for first, content in edges.items():
+            low, high = max(first, at), min(first + len(content), at + len(piece))
+            if low < high:
+                piece[low - at : high - at] = content[low - first : high - first]
+        yield piece
+
+
+class PartFile(OpenFile):
+    """The sink of one part of a file, other parts of which are written by other processes at the same time."""
+
+    def __init__(self, path: Path, part: FilePart, layout: Layout, stop: threading.Event, store: SharedFolder) -> None:
+        self.filepart, self.layout, self.store = part, layout, store
+        # the pages that this part has to itself; the ends of the file are nobody else's
+        self.first = -(-part.start // PAGE) * PAGE
+        self.last = part.stop if part.stop == layout.size else max(part.stop // PAGE * PAGE, self.first)
+        inside = min(self.first, part.stop)
+        self.edges = {
+            at: bytearray(until - at)
+            for at, until in ((part.start, inside), (max(self.last, inside), part.stop))
+            if until > at
+        }
+        descriptor = open_file(path, os.O_RDWR | os.O_CREAT)
+        if os.fstat(descriptor).st_size != layout.size:
+            os.truncate(descriptor, layout.size)
+        super().__init__(path, descriptor, part.start, part.size, stop, store.memory)
+        if part.start == 0:
+            try:
+                self.write_cached(memoryview(layout.header), 0)
+            except BaseException:
+                self.close()
+                raise
+        self.written.add(part.size - part.payload)  # the header, and padding, which is zero
+
+    def shared(self, at: int, count: int) -> Iterator[tuple[int, int, bytearray | None, int]]:
+        """Some bytes of the part in up to three pieces, as (from, to, edge they are in if any, place in it)."""
+        cuts = sorted({at, at + count, *(each for each in (self.first, self.last) if at < each < at + count)})
+        for start, stop in pairwise(cuts):
+            edge = next(((a, held) for a, held in self.edges.items() if a <= start < a + len(held)), None)
+            yield (start, stop, None, 0) if edge is None else (start, stop, edge[1], start - edge[0])
+
+    def write_cached(self, memory: memoryview, at: int) -> None:
+        for start, stop, edge, place in self.shared(at, len(memory)):
+            if edge is None:
+                super().write_cached(memory[start - at : stop - at], start)
+            else:
+                edge[place : place + stop - start] = memory[start - at : stop - at]
+
+    def copy_cached(self, source: LocalSource, start: int, count: int, at: int) -> None:
+        for first, last, edge, place in self.shared(at, count):
+            if edge is None:
+                super().copy_cached(source, start + first - at, last - first, first)
+            else:
+                source.read(start + first - at, last - first, memoryview(edge)[place : place + last - first])
+
+    def record(self, seen: Seen, digest: Digest) -> None:
+        edges = {str(at): b64encode(held).decode() for at, held in self.edges.items()}
+        worker = self.store.presence.name if self.store.presence else ""
+        details: dict[str, Any] = {EDGES: edges} if edges else {}
+        record = PartRecord(self.filepart.name, self.store.journal.plan, digest, seen, worker, details)
+        self.store.publish(self.filepart, record, self.layout)

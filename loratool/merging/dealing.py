@@ -1,0 +1,165 @@
+"""The parts of a merge, and who does which: decided from the plan alone, alike on every machine.
+
+Parts do not depend on how many workers there are, so that work can go on with another number of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loratool.errors import UsageError
+from loratool.files.part_records import FilePart
+from loratool.merging.resources import itemsize_of, sums_products
+from loratool.merging.tasks import Chunk, chunks_of
+
+if TYPE_CHECKING:
+    from loratool.merging.output_layout import ShardPlan, Span
+    from loratool.merging.plan import MergePlan
+
+SMALLEST = 16 << 20  # bytes of a part: of outputs that would else be fewer parts than `FEWEST`
+SMALL = 256 << 20  # bytes of a part of any larger output
+LARGE = 1 << 30  # bytes that a part has at most, where it need not stay in one
+FEWEST = 64  # parts of a large enough output
+# How long a byte takes, by kind of work, where a byte that is copied takes 1
+COSTS = {"copy": 1.0, "convert": 1.5, "sum": 2.5, "formula": 16.0, "compensated": 8.0, "repack": 24.0}
+
+
+@dataclass(frozen=True)
+class Share:
+    """The work of one of several workers: number `index` of `count`, counted from 1."""
+
+    index: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or not 1 <= self.index <= self.count:
+            raise UsageError(
+                f"--part must be I/N with I from 1 to N (got {self.index}/{self.count}); the first of four is 1/4"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+def kind_of_work(span: Span, rounding: str) -> str:
+    """What has to be done for the bytes of an output tensor; a key of `COSTS`."""
+    if span.carried is not None:
+        return "copy"
+    if span.packed:
+        return "repack"
+    if not span.edits:
+        return "convert"
+    if not sums_products(span):
+        return "formula"
+    return "compensated" if is_compensated(span, rounding) else "sum"
+
+
+def is_compensated(span: Span, rounding: str) -> bool:
+    """Whether what is added to a weight depends on all of its rows."""
+    return rounding == "compensated" and bool(span.edits) and itemsize_of(span.computed) == 2
+
+
+def cost(part: FilePart) -> float:
+    """How long a part takes, against a byte that is copied."""
+    return sum(COSTS[kind] * size for kind, size in part.work.items())
+
+
+def parts_of(plan: MergePlan) -> tuple[FilePart, ...]:
+    """The parts of all weight files, in the order of files and bytes."""
+    size = part_size(sum(shard.layout.size for shard in plan.shards))
+    return tuple(part for number, shard in enumerate(plan.shards) for part in cut(plan, number, shard, size))
+
+
+def part_size(total: int) -> int:
+    """Bytes that a part of an output of so many should have at least."""
+    return min(SMALL, max(SMALLEST, total // FEWEST))
+
+
+def cut(plan: MergePlan, number: int, shard: ShardPlan, least: int) -> Iterator[FilePart]:
+    """The parts of output file `number`, of `least` bytes and up to `LARGE`, but the last.
+
+    One ends early where copies begin or end, unless it is less than half of that. Chunks that have to be made together
+    are in one part, however large it becomes.
+    """
+    chunks = sorted(
+        (chunk for span in shard.spans for chunk in chunks_of(span) if chunk.size),
+        key=lambda chunk: place(shard, chunk),
+    )
+    kinds = [kind_of_work(chunk.span, plan.rounding) for chunk in chunks]
+    tied = tied_chunks(chunks, plan.rounding)
+    firsts, size = [0], 0
+    for at in range(1, len(chunks)):
+        size += chunks[at - 1].size
+        turns = (kinds[at] == "copy") != (kinds[at - 1] == "copy")
+        full = size >= least or size + chunks[at].size > LARGE or (turns and 2 * size >= least)
+        if full and at not in tied:
+            firsts.append(at)
+            size = 0
+    for first, last in zip(firsts, [*firsts[1:], len(chunks)], strict=True):
+        start = place(shard, chunks[first]) if first else 0
+        stop = place(shard, chunks[last]) if last < len(chunks) else shard.layout.size
+        work: dict[str, int] = {}
+        for chunk, kind in zip(chunks[first:last], kinds[first:last], strict=True):
+            work[kind] = work.get(kind, 0) + chunk.size
+        own = tuple((own_name(shard, c.span), place(shard, c), c.size) for c in chunks[first:last])
+        yield FilePart(f"part-{number:05d}-{start:015d}", shard.name, start, stop, own, work)
+
+
+def place(shard: ShardPlan, chunk: Chunk) -> int:
+    """The byte of its file at which a chunk begins."""
+    return shard.layout.data_start + chunk.span.placed.start + chunk.start
+
+
+def own_name(shard: ShardPlan, span: Span) -> str:
+    """The name of a tensor in its file."""
+    return span.placed.name[len(shard.prefix) :]
+
+
+def tied_chunks(chunks: Sequence[Chunk], rounding: str) -> set[int]:
+    """The numbers of chunks that must be in one part with the chunk before them.
+
+    Those are all chunks from the first to the last of a weight that is made as a whole.
+    """
+    groups: dict[str, list[int]] = {}
+    for number, chunk in enumerate(chunks):
+        if chunk.span.packed:
+            groups.setdefault(f"packed {chunk.span.packed}", []).append(number)
+        elif is_compensated(chunk.span, rounding):
+            groups.setdefault(f"whole {chunk.span.placed.name}", []).append(number)
+    return {number for group in groups.values() for number in range(group[0] + 1, group[-1] + 1)}
+
+
+def deal(parts: Sequence[FilePart], count: int) -> list[list[FilePart]]:
+    """The share of each of `count` workers, so that all of them take about as long.
+
+    The part that takes longest goes first, to the worker who has the least to do so far.
+    """
+    shares: list[list[FilePart]] = [[] for _ in range(count)]
+    loads = [(0.0, number) for number in range(count)]
+    for part in sorted(parts, key=lambda part: (-cost(part), part.name)):
+        load, number = heapq.heappop(loads)
+        shares[number].append(part)
+        heapq.heappush(loads, (load + cost(part), number))
+    return [sorted(share, key=lambda part: part.name) for share in shares]
+
+
+def share_of(parts: Sequence[FilePart], share: Share) -> list[FilePart]:
+    """What one worker does."""
+    return deal(parts, share.count)[share.index - 1]
+
+
+def plan_of(plan: MergePlan, parts: Sequence[FilePart]) -> MergePlan:
+    """The plan of some parts alone: each is a file of it, under its own name."""
+    shards = {shard.name: shard for shard in plan.shards}
+    return dataclasses.replace(plan, shards=tuple(shard_of(shards[part.file], part) for part in parts))
+
+
+def shard_of(shard: ShardPlan, part: FilePart) -> ShardPlan:
+    """A part as a file of a plan, with the tensors that have bytes in it."""
+    names = {tensor for tensor, _, _ in part.chunks}
+    spans = tuple(span for span in shard.spans if own_name(shard, span) in names and span.placed.nbytes)
+    return dataclasses.replace(shard, name=part.name, spans=spans, cut=(part.start, part.stop))

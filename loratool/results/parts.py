@@ -1,0 +1,119 @@
+"""Of a merge that many machines make: what one worker did, how far all of them are, and what `--finish` did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from loratool.errors import printable
+from loratool.notes import Note
+from loratool.results.base import Result, Written
+from loratool.results.merge import MergeReport
+from loratool.results.text import aligned, plural, size
+
+MOST_NAMED = 5  # parts that are named
+
+
+@dataclass(frozen=True, repr=False)
+class PartReport(Result):
+    """What one worker did of a merge. Sizes are bytes."""
+
+    out: Path
+    share: str  # such as 3/8
+    plan: str  # the fingerprint of the merge, alike for all workers
+    made: tuple[str, ...]  # parts that were made now
+    kept: tuple[str, ...]  # parts of the share that were there already, with the bytes that their records list
+    redone: dict[str, str]  # of those made, the ones that had a record, and what was wrong
+    bytes_written: int
+    published: bool  # whether the output was complete already, so that there was nothing to do
+    notes: tuple[Note, ...]
+
+    def __str__(self) -> str:
+        if self.published:
+            return aligned([("output", f"{printable(self.out)} is complete already; nothing to do")])
+        rows: list[tuple[str, object]] = [
+            ("part", f"{self.share} of {printable(self.out)}"),
+            ("made", f"{plural(len(self.made), 'part')}, {size(self.bytes_written)} in {self.cost.seconds:.2f} s"),
+        ]
+        if self.kept:
+            rows.append(("kept", f"{plural(len(self.kept), 'part')} that were made before"))
+        rows += [("made again", f"{name}: {reason}") for name, reason in sorted(self.redone.items())]
+        rows += [("note", note) for note in self.notes]
+        rows.append(("next", "once all workers have ended: the same command with --finish in place of --part"))
+        return aligned(rows)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A process that makes parts, or finishes the output, as it said of itself."""
+
+    worker: str
+    share: str  # such as 3/8, or --finish
+    parts: tuple[str, ...]  # those that it is making
+    seconds: float  # since its last sign of life, of which there is one every ten seconds
+    alive: bool  # whether it seems to be running
+
+
+@dataclass(frozen=True, repr=False)
+class PartsStatus(Result):
+    """How far a merge in parts is, by its records; no data is read. Sizes are bytes."""
+
+    out: Path
+    plan: str
+    published: bool
+    parts: int
+    done: dict[str, str]  # part → the worker that made it
+    missing: tuple[str, ...]  # parts without a record
+    running: tuple[Running, ...]
+    bytes_done: int
+    bytes_all: int
+
+    def __str__(self) -> str:
+        if self.published:
+            return aligned([("output", f"{printable(self.out)} is complete")])
+        rows: list[tuple[str, object]] = [
+            ("output", printable(self.out)),
+            ("fingerprint", self.plan[:16]),
+            (
+                "done",
+                f"{len(self.done)} of {plural(self.parts, 'part')}, {size(self.bytes_done)} of {size(self.bytes_all)}",
+            ),
+        ]
+        making = {part for each in self.running if each.alive for part in each.parts}
+        rows += [("running", running_line(each)) for each in self.running]
+        if waiting := [name for name in self.missing if name not in making]:
+            more = f" and {len(waiting) - MOST_NAMED} more" if len(waiting) > MOST_NAMED else ""
+            rows.append(("missing", f"{', '.join(waiting[:MOST_NAMED])}{more}"))
+        if not self.missing:
+            rows.append(("next", "--finish"))
+        return aligned(rows)
+
+
+def running_line(each: Running) -> str:
+    """One worker, for people."""
+    parts = ", ".join(each.parts[:MOST_NAMED]) + (", …" if len(each.parts) > MOST_NAMED else "")
+    heard = f"last heard of {each.seconds:.0f} s ago" + ("" if each.alive else ", seems to be dead")
+    return f"{printable(each.worker)}: {printable(each.share)}, {heard}" + (f": {printable(parts)}" if parts else "")
+
+
+@dataclass(frozen=True, repr=False)
+class FinishReport(Written):
+    """What `--finish` did."""
+
+    out: Path
+    plan: str
+    parts: int
+    workers: tuple[str, ...]  # those who made the parts
+    published: bool  # by this run; otherwise the output was complete already
+    merge: MergeReport | None  # all that is to be said of the merge; None where it was not this run that published it
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        """Those of the merge."""
+        return self.merge.notes if self.merge else ()
+
+    def text(self) -> str:
+        if self.merge is None:
+            return aligned([("output", f"{printable(self.out)} is complete already; nothing was changed")])
+        first = aligned([("parts", f"{plural(self.parts, 'part')}, made by {plural(len(self.workers), 'process')}")])
+        return f"{first}\n{self.merge.text()}"
