@@ -76,6 +76,8 @@ EXPORTS = {
     "run": "commands.run",
     "stream": "commands.merge",
     "verify": "commands.verify",
+    "write_page": "pictures.writing",
+    "write_svgs": "pictures.writing",
 }
 __all__ = [*EXPORTS, "__version__"]  # noqa: PLE0604 (every name of EXPORTS is resolved below)
 
@@ -122,6 +124,7 @@ if TYPE_CHECKING:
     from loratool.merging.plan import MergePlan as MergePlan
     from loratool.notes import Note as Note
     from loratool.pictures.page import html_page as html_page
+    from loratool.pictures.writing import write_page as write_page, write_svgs as write_svgs
     from loratool.results.combine import CombineReport as CombineReport
     from loratool.results.compare import CompareReport as CompareReport
     from loratool.results.compress import CompressReport as CompressReport, ExpandReport as ExpandReport

@@ -17,7 +17,7 @@ from paths import ROOT
 
 NAMES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md", "fixtures/README.md")
 PAGES = (*(ROOT / name for name in NAMES), *sorted((ROOT / "docs").rglob("*.md")))
-REPORT = ROOT / "loratool" / "pictures" / "page.html"
+REPORTS = [ROOT / "loratool" / "pictures" / name for name in ("page.html", "page.js")]
 SOURCES = sorted((ROOT / "loratool").rglob("*.py"))
 CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 
@@ -141,9 +141,11 @@ def test_sentences_of_the_package_are_plain_english() -> None:
 
 
 def test_labels_of_the_html_report_are_plain_english() -> None:
-    words = re.findall(r'"([^"\n]* [^"\n]*)"', REPORT.read_text(encoding="utf-8").partition("<script>")[2])
+    page, script = (report.read_text(encoding="utf-8") for report in REPORTS)
+    words = re.findall(r">([^<@]+)<", page)
+    words += ["".join(pair) for pair in re.findall(r'"([^"\n]* [^"\n]*)"|`([^`\n]* [^`\n]*)`', script)]
     assert words
-    found = [line for each in words for line in refused(Sentence(REPORT.name, each))]
+    found = [line for each in words for line in refused(Sentence("the HTML report", each))]
     assert not found, "\n".join(found)
 
 

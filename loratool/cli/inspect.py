@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 
 from loratool.cli.operands import complain_of
-from loratool.cli.options import LAYERS, OPERAND, PATH, click_options, output_options
+from loratool.cli.options import LAYERS, OPERAND, PATH, click_options, output_options, with_pictures
+from loratool.cli.pictures import Pictures
 from loratool.cli.screen import Screen
 from loratool.commands.inspect import is_table
 from loratool.errors import LoratoolError, UsageError, printable
@@ -23,8 +24,7 @@ MOST_IN_FULL = 3  # paths that are described one by one; more of them are a tabl
 @click.argument("paths", type=OPERAND, nargs=-1, metavar="PATH...")
 @click.option("--from-file", type=PATH, metavar="LIST", help="Also the paths in a file, one a line; - is stdin.")
 @click_options(InspectOptions)
-@click.option("--html", type=PATH, metavar="FILE", help="Write an HTML report with figures; implies --values.")
-@click.option("--overwrite", is_flag=True, help="Replace FILE if it was written by inspect --html.")
+@with_pictures(InspectOptions)
 @click.option("--csv", "as_csv", is_flag=True, help="Of several adapters, print the table as CSV.")
 @click.option(
     "--jsonl", "as_lines", is_flag=True, help="Of several adapters, print one JSON object a line, as they are read."
@@ -33,12 +33,11 @@ MOST_IN_FULL = 3  # paths that are described one by one; more of them are a tabl
 def inspect(
     paths: tuple[Path, ...],
     from_file: Path | None,
-    html: Path | None,
-    overwrite: bool,
     as_csv: bool,
     as_lines: bool,
     options: InspectOptions,
     screen: Screen,
+    pictures: Pictures,
 ) -> None:
     """Show what adapters and checkpoints contain, by default from their headers only.
 
@@ -56,12 +55,12 @@ def inspect(
     every: list[Path] = [*paths, *(named_in(from_file) if from_file is not None else ())]
     if not every:
         raise UsageError("nothing to inspect; pass a path, or --from-file LIST")
-    if as_csv or as_lines or from_file is not None or shown_as_table(every, options, screen, html):
-        if html is not None:
-            raise UsageError("--html: for adapters in full, not for a table; name the adapters themselves")
+    if as_csv or as_lines or from_file is not None or shown_as_table(every, options, screen, pictures):
+        if pictures:
+            raise UsageError("--html and --svg: for adapters in full, not for a table; name the adapters themselves")
         code = show_lines(every, options, screen) if as_lines else show_table(every, options, screen, as_csv)
     else:
-        code = show_in_full(every, options, screen, html, overwrite)
+        code = show_in_full(every, options, screen, pictures)
     if code:
         raise click.exceptions.Exit(code)
 
@@ -72,10 +71,10 @@ def named_in(file: Path) -> list[Path]:
     return list(map(Path, listed(str(file))))
 
 
-def shown_as_table(paths: Sequence[Path], options: InspectOptions, screen: Screen, html: Path | None) -> bool:
+def shown_as_table(paths: Sequence[Path], options: InspectOptions, screen: Screen, pictures: Pictures) -> bool:
     """Whether paths are a table: several adapters are meant by one of them, or they are too many to be read in full."""
     apart = any(len(values) > 1 for values in (options.expert_layout, options.adapter_name, options.input_alpha))
-    in_full = screen.as_json or html is not None or options.tensors or options.metadata or apart
+    in_full = screen.as_json or pictures or options.tensors or options.metadata or apart
     return is_table(paths, options) or (len(paths) > MOST_IN_FULL and not in_full)
 
 
@@ -118,16 +117,11 @@ def tell_bad(codes: Sequence[int]) -> None:
         click.echo(f"Error: {bad} of {len(codes)} adapters cannot be used; their reasons are in the table", err=True)
 
 
-def show_in_full(
-    paths: Sequence[Path], options: InspectOptions, screen: Screen, html: Path | None, overwrite: bool
-) -> int:
+def show_in_full(paths: Sequence[Path], options: InspectOptions, screen: Screen, pictures: Pictures) -> int:
     """Print all about each path. One of several that cannot be read is told on stderr, and the others are shown."""
     from loratool.inspecting.inspect import exit_code_of, inspect
 
-    if html is not None:
-        from loratool.pictures.page import check_page
-
-        check_page(html, overwrite)
+    if pictures:
         options = replace(options, values=True)
     facts: list[OneFacts] = []
     codes: list[int] = []
@@ -142,12 +136,9 @@ def show_in_full(
             complain_of(error)
             facts.append(unreadable(path, error))
             codes.append(error.exit_code)
-    if html is not None:
-        from loratool.pictures.page import write_page
-
-        write_page(facts, html, overwrite)
     told = [each for each in facts if options.check or not isinstance(each, UnreadableFacts)]
     screen.show({"results": facts}, "\n\n".join(map(str, told)))
+    pictures.write(facts)
     return min((code for code in codes if code), default=0)
 
 

@@ -12,8 +12,10 @@ from typing import Any
 import click
 
 from loratool.cli.operands import Output, Place
+from loratool.cli.pictures import Pictures
 from loratool.cli.screen import VERBOSITY, Screen
 from loratool.options.described import Flag, Option, Options, PlaceKind, described_by
+from loratool.options.shared import PageOptions, PictureOptions
 
 Command = Callable[..., None]
 PATH = click.Path(path_type=Path, readable=False)  # what is wrong with a path, the library says better
@@ -45,6 +47,7 @@ def library_command(
     *operands: Callable[[Command], Command],
     help: str,
     name: str = "",
+    pictures: bool = False,
     **bars: tuple[str, Mapping[str, Any]],
 ) -> click.Command:
     """The command that calls a function of the library with its words, and shows the result.
@@ -55,17 +58,20 @@ def library_command(
         operands: what is on the command line besides options, as Click's decorators.
         help: the text for `--help`.
         name: of the command, where it is not that of the function.
+        pictures: whether the result has a page, which `--html` and `--svg` write.
         bars: keyword of the function that is called with progress → the word before its bar, and what the bar counts.
     """
 
-    def run(as_json: bool, quiet: bool, **words: Any) -> None:
+    def run(as_json: bool, quiet: bool, pictures: Pictures | None = None, **words: Any) -> None:
         screen = Screen(as_json, quiet)
         with ExitStack() as stack:
             shown = {name: stack.enter_context(screen.bar(word, **looks)) for name, (word, looks) in bars.items()}
             result = function(**given(words), **shown)
         screen.show(result)
+        if pictures is not None:
+            pictures.write(result)
 
-    command = output_options(run)
+    command = with_pictures(options)(output_options(run)) if pictures else output_options(run)
     for decorate in (described_options(options), *reversed(operands)):
         command = decorate(command)
     made = click.command(name or function.__name__, cls=LibraryCommand, help=help)(command)
@@ -91,6 +97,30 @@ def click_options(options: type[Options]) -> Callable[[Command], Command]:
             command(**words, options=options(**given(chosen)), screen=Screen(as_json, quiet))
 
         return described_options(options)(called)
+
+    return decorate
+
+
+def with_pictures(own: type[Options]) -> Callable[[Command], Command]:
+    """Give a command `--html` and `--svg`, as one object, `pictures`; they are checked before the command is called.
+
+    Args:
+        own: the command's other options, whose `--overwrite` is for pictures too; without one, the command gets it.
+    """
+    described = PictureOptions if "overwrite" in described_by(own) else PageOptions
+
+    def decorate(command: Command) -> Command:
+        @wraps(command)
+        def called(**words: Any) -> None:
+            chosen = described(**given({name: words.pop(name) for name in described_by(described)}))
+            own_overwrite = words.get("overwrite") or getattr(words.get("options"), "overwrite", False)
+            overwrite = chosen.overwrite if isinstance(chosen, PageOptions) else bool(own_overwrite)
+            html, svg = (None if path is None else Path(path) for path in (chosen.html, chosen.svg))
+            pictures = Pictures(html, svg, overwrite, str(click.get_current_context().command.name))
+            pictures.check(words.get("out"))
+            command(**words, pictures=pictures)
+
+        return described_options(described)(called)
 
     return decorate
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from loratool.devices import check_device
 from loratool.errors import UsageError
-from loratool.options.described import FLAG, SWITCH, Kind, Options, option
+from loratool.options.described import FLAG, SWITCH, Kind, Options, PathKind, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,27 @@ class WritingOptions(OverwriteOption):
     """Of a command that makes an adapter."""
 
     dry_run: bool = option(help="Compute and report, but write nothing.", default=False, kind=FLAG, recorded=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureOptions(Options):
+    """Of a command whose result has a page, and which writes an output."""
+
+    html: str | None = option(
+        help="Also write an HTML page with figures and tables.", kind=PathKind("FILE"), recorded=False
+    )
+    svg: str | None = option(
+        help="Also write the figures of that page as SVG files into a folder.", kind=PathKind("DIR"), recorded=False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageOptions(PictureOptions):
+    """Of a command whose result has a page, and which writes nothing else."""
+
+    overwrite: bool = option(
+        help="Replace FILE, and figures in DIR, if loratool made them.", default=False, kind=FLAG, recorded=False
+    )
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Figures of results, and the page that shows them."""
+"""Figures of results as SVG, and the pages that show them."""

@@ -191,23 +191,26 @@ def check_card(text: str) -> None:
 
 
 class Elements(HTMLParser):
-    """The elements of a page with their attributes, and what its scripts hold."""
+    """The elements of a page with the names of their attributes, and the values of these."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[tuple[str, tuple[tuple[str, str | None], ...]]] = []
+        self.found: list[tuple[str, tuple[str, ...]]] = []
+        self.values: list[str] = []
         self.comments = 0
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, tuple(attrs)))
+        self.found.append((tag, tuple(name for name, _ in attrs)))
+        self.values += [value or "" for _, value in attrs]
 
     def handle_comment(self, data: str) -> None:
         self.comments += 1
 
 
-def elements(page: str) -> tuple[list[tuple[str, tuple[tuple[str, str | None], ...]]], int]:
+def elements(page: str) -> tuple[list[tuple[str, tuple[str, ...]]], int]:
     parser = Elements()
     parser.feed(page)
+    assert [value for value in parser.values if "forged" in value] == []
     return parser.found, parser.comments
 
 
@@ -217,9 +220,7 @@ EXPECTED: list[Any] = []
 def check_page(page: str) -> None:
     assert hidden(page) == []
     assert "<script>forged" not in page
-    assert "onerror=forged" not in page.replace("&lt;img src=x onerror=forged", "").replace(
-        "\\u003cimg src=x onerror=forged", ""
-    )
+    assert "onerror=forged" not in page.replace("&lt;img src=x onerror=forged", "")
     assert elements(page) == EXPECTED[0]
 
 

@@ -1,0 +1,228 @@
+"""The page of `inspect`: what was measured of an adapter, or what is known of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from loratool.pictures.blocks import Block, Column, Facts, Group, Message, Messages, Shown, Table, Tiles
+from loratool.pictures.heat_map import HeatMap
+from loratool.pictures.lines import Axis, Line, Lines, counting, linear, logarithmic, thinned
+from loratool.pictures.modules import Places, bare, places_of
+from loratool.pictures.page import Page
+from loratool.results.facts import AdapterFacts, CheckpointFacts, OneFacts
+from loratool.results.findings import Finding
+from loratool.results.text import plural, size
+from loratool.results.values import Measured, Suggestion, Values
+
+MOST_POINTS = 30_000  # of the lines of a figure; of more, some are left out
+
+NORM = "‖ΔW‖"
+METRICS: tuple[tuple[str, str, Callable[[Measured], float | None]], ...] = (
+    ("rank", "rank of the factors", lambda m: m.rank),
+    (NORM, "Frobenius norm", lambda m: m.norm),
+    ("σ₁", "largest singular value", lambda m: m.spectral),
+    ("stable", "stable rank: ‖ΔW‖² / σ₁²", lambda m: m.stable_rank),
+    ("entropy", "entropy rank: exp(−Σ p ln p), p = σ/Σσ", lambda m: m.entropy_rank),
+    ("90 %", "smallest rank that keeps 90 % of ‖ΔW‖²", lambda m: m.energy_ranks[0] if m.energy_ranks else None),
+    ("95 %", "smallest rank that keeps 95 % of ‖ΔW‖²", lambda m: m.energy_ranks[1] if m.energy_ranks else None),
+    ("99 %", "smallest rank that keeps 99 % of ‖ΔW‖²", lambda m: m.energy_ranks[2] if m.energy_ranks else None),
+    ("dead", "components below 10⁻⁶ of σ₁", lambda m: m.dead),
+    ("‖B‖/‖A‖", "balance of the factors", lambda m: m.balance),
+    ("‖ΔW‖/‖W₀‖", "relative to the base weight", lambda m: m.weight.ratio if m.weight else None),
+    ("amplified", "‖ΔW‖ / ‖UᵀW₀V‖", lambda m: m.weight.amplification if m.weight else None),
+    (
+        "unchanged",
+        "fraction of the entries that rounding leaves unchanged",
+        lambda m: m.weight.unchanged if m.weight else None,
+    ),
+    ("gain", "fraction of ΔW that survives rounding", lambda m: m.weight.gain if m.weight else None),
+)
+
+
+def page_of(facts: OneFacts) -> Page:
+    """The page of one path."""
+    blocks = [*(adapter_blocks(facts) if isinstance(facts, AdapterFacts) else other_blocks(facts))]
+    return Page(last_name(facts.path), "inspect", tuple(blocks))
+
+
+def last_name(path: str) -> str:
+    """The last part of a path."""
+    return path.rstrip("/").rpartition("/")[2] or path
+
+
+def adapter_blocks(facts: AdapterFacts) -> Iterator[Block]:
+    values = facts.values
+    yield Tiles(adapter_tiles(facts))
+    if values and values.modules:
+        yield from module_blocks(values.modules, values.suggestions)
+    yield from found(facts.findings)
+    yield Facts(
+        "Facts",
+        [
+            ("path", facts.path),
+            ("format", ", ".join(filter(None, [*facts.formats, facts.peft_type, *facts.variants]))),
+            ("base", facts.base or "not named"),
+            *([("task", facts.task)] if facts.task else []),
+            *([("saved whole", ", ".join(facts.saved))] if facts.saved else []),
+            ("dtypes", ", ".join(f"{dtype} ×{count}" for dtype, count in facts.dtypes.items())),
+            *([("parameters", facts.against.line)] if facts.against else []),
+            *(("not mergeable", reason) for reason in facts.unsupported),
+            *(("note", note) for note in (*facts.notes, *(values.notes if values else ()))),
+            *not_measured(values),
+        ],
+    )
+
+
+def not_measured(values: Values | None) -> list[tuple[str, str]]:
+    return [("not measured", f"{target}: {why}") for target, why in (values.skipped if values else {}).items()]
+
+
+def adapter_tiles(facts: AdapterFacts) -> list[tuple[str, str]]:
+    """The numbers that a page begins with."""
+    tiles = []
+    if facts.ranks:
+        tiles += [(word, several(values)) for word, values in (("rank", facts.ranks), ("α", facts.alphas))]
+        tiles.append(("α/√r" if facts.rslora else "α/r", several(facts.scalings)))
+    tiles += [("parameters", f"{facts.parameters:,}"), ("size", size(facts.bytes))]
+    if facts.values:
+        tiles.append((NORM, f"{facts.values.norm:.4g}"))
+        if facts.values.norm_base:
+            tiles.append(("‖ΔW‖/‖W₀‖", f"{100 * facts.values.norm / facts.values.norm_base:.3g} %"))
+    if facts.against:
+        tiles.append(("trainable", f"{facts.against.percent:.4f} %"))
+    return tiles
+
+
+def several(values: Mapping[str, int]) -> str:
+    """One value, or the smallest and the largest of several."""
+    ordered = sorted(values, key=float)
+    return ordered[0] if len(ordered) == 1 else f"{ordered[0]} … {ordered[-1]}"
+
+
+def module_blocks(modules: Sequence[Measured], suggestions: Sequence[Suggestion]) -> Iterator[Block]:
+    """The map, the spectra and the table of an adapter's modules."""
+    places = places_of(m.target for m in modules)
+    by_target = {m.target: m for m in modules}
+    order = [by_target[target] for target in places.by_layer]
+    entries = {m.target: at for at, m in enumerate(order)}
+    yield Group("Layers and modules", "Frobenius norm", [norm_map(places, order, entries)], chooses=True)
+    yield Group(
+        "Spectra",
+        f"The largest update in front of those of all {plural(len(order), 'module')}",
+        spectra(order),
+    )
+    if suggestions:
+        yield what_resize_keeps(suggestions)
+    yield module_table(order)
+
+
+def norm_map(places: Places, order: Sequence[Measured], entries: Mapping[str, int]) -> HeatMap:
+    return HeatMap(
+        name="norm",
+        title="‖ΔW‖ by layer and module",
+        about="Frobenius norm of the update of every module; the table has the same numbers.",
+        rows=places.rows,
+        columns=places.columns,
+        cells=places.cells({m.target: m.norm for m in order}, entries),
+        what=NORM,
+    )
+
+
+def spectra(modules: Sequence[Measured]) -> tuple[Lines, Lines]:
+    """The singular values of every module, and how much of its energy the first of them hold."""
+    ranks = max([1, *(len(m.singular_values) for m in modules)])
+    most = max(4, MOST_POINTS // len(modules))
+    largest = max(range(len(modules)), key=lambda at: modules[at].norm or 0.0)
+    falling = logarithmic("singular value", [value for m in modules for value in m.singular_values])
+    values = Lines(
+        name="singular-values",
+        title="Singular values",
+        about="The singular values of the update of every module, on a logarithmic scale.",
+        x=counting("index", ranks),
+        y=falling,
+        lines=lines_of(modules, lambda m: thinned([*enumerate(m.singular_values, 1)], most)),
+        chosen=largest,
+        says="σ {x} = {y}",
+    )
+    energy = Lines(
+        name="energy",
+        title="Energy: the part of ‖ΔW‖² that a rank keeps",
+        about="For every module, the part of its squared norm that the best approximation of each rank keeps. Broken "
+        "lines are 90, 95 and 99 %.",
+        x=Axis("rank", 0, ranks, counting("", ranks).ticks),
+        y=linear("% of ‖ΔW‖²", 0, 100),
+        lines=lines_of(modules, lambda m: thinned(energy_of(m.singular_values), most)),
+        marks=(90, 95, 99),
+        chosen=largest,
+        says="rank {x} keeps {y} %",
+    )
+    return values, energy
+
+
+def lines_of(
+    modules: Sequence[Measured], points: Callable[[Measured], tuple[tuple[float, float], ...]]
+) -> tuple[Line, ...]:
+    return tuple(Line(bare(m.target), points(m), at) for at, m in enumerate(modules) if m.singular_values)
+
+
+def energy_of(values: Sequence[float]) -> list[tuple[float, float]]:
+    """(rank, percentage of the squares that so many values hold), from rank 0 on."""
+    whole, held, found = sum(value * value for value in values), 0.0, [(0.0, 0.0)]
+    for rank, value in enumerate(values, 1):
+        held += value * value
+        found.append((rank, 100 * held / whole if whole else 0.0))
+    return found
+
+
+def what_resize_keeps(suggestions: Sequence[Suggestion]) -> Table:
+    columns = ("energy", "one rank", "factors", "smaller", "rank per layer")
+    rows = [
+        (
+            f"{100 * s.energy:.0f} %",
+            s.rank,
+            Shown(size(s.bytes), s.bytes),
+            Shown(part_of(s.bytes, s.bytes_now), s.bytes / max(1, s.bytes_now)),
+            Shown(size(s.bytes_by_layer), s.bytes_by_layer),
+        )
+        for s in suggestions
+    ]
+    return Table("What resize would keep", [Column(name) for name in columns], rows, plain=True)
+
+
+def part_of(part: int, whole: int) -> str:
+    return f"−{100 * (1 - part / whole):.0f} %" if whole and part < whole else "unchanged"
+
+
+def module_table(modules: Sequence[Measured]) -> Table:
+    """All numbers of all modules; columns that no module has a number for are left out."""
+    shown = [(name, about, read) for name, about, read in METRICS if any(read(m) is not None for m in modules)]
+    columns = [Column("module"), *(Column(name, about) for name, about, _ in shown)]
+    rows = [(bare(m.target), *(read(m) for _, _, read in shown)) for m in modules]
+    return Table(plural(len(modules), "module"), columns, rows, linked=True)
+
+
+def found(findings: Sequence[Finding] | None) -> Iterator[Block]:
+    """What `--check` found, where it looked."""
+    if findings is None:
+        return
+    problems = sum(each.level == "problem" for each in findings)
+    title = f"Health: {plural(problems, 'problem')}, {plural(len(findings) - problems, 'note')}"
+    messages = [Message(f.level == "problem", f.code, f.message, f.repair or "") for f in findings]
+    yield Messages(title if findings else "Health: no problems found", messages)
+
+
+def other_blocks(facts: OneFacts) -> Iterator[Block]:
+    """What is known of a checkpoint, or of what cannot be read."""
+    told = [("path", facts.path)]
+    if isinstance(facts, CheckpointFacts):
+        yield Tiles(
+            [("parameters", f"{facts.parameters:,}"), ("size", size(facts.bytes)), ("tensors", f"{facts.tensors:,}")]
+        )
+        told += [("architecture", facts.architecture or "not named")]
+        told += [("made by", facts.made_by)] if facts.made_by else []
+        told += [("quantised", facts.quantisation)] if facts.quantisation else []
+        told += [("dtypes", ", ".join(f"{dtype} ×{count}" for dtype, count in facts.dtypes.items()))]
+        told += [("left out", name) for name in facts.left_out]
+        told += [("note", str(note)) for note in facts.notes]
+    yield from found(facts.findings)
+    yield Facts("Facts", told)
