@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from loratool.pictures.page import common, order_of, place_of
+from loratool.pictures.modules import common, order_of, place_of
 from loratool.pictures.terminal import Chart, Row
 from loratool.results.blocks import block_of, is_of_images, place
 from loratool.results.combine import CombineReport

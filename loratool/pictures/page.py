@@ -61,7 +61,11 @@ def html_page(results: Result | Sequence[Result]) -> str:
     Raises:
         UsageError: a result is of a kind that has no page.
     """
-    pages = pages_of(results)
+    return html_of(pages_of(results))
+
+
+def html_of(pages: Sequence[Page]) -> str:
+    """Pages one below the other as one HTML document."""
     title = ", ".join(page.title for page in pages) or "nothing"
     command = next((page.command for page in pages), "inspect")
     sections = "\n".join(section(page, f"p{at}") for at, page in enumerate(pages))
