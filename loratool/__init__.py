@@ -45,6 +45,7 @@ EXPORTS = {
     "ResizeReport": "results.resize",
     "RunReport": "results.run",
     "StorageError": "errors",
+    "StoreError": "errors",
     "StreamReport": "results.stream",
     "UsageError": "errors",
     "Verification": "results.verify",
@@ -116,6 +117,7 @@ if TYPE_CHECKING:
         InputError as InputError,
         LoratoolError as LoratoolError,
         StorageError as StorageError,
+        StoreError as StoreError,
         UsageError as UsageError,
         VerificationError as VerificationError,
     )

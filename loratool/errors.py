@@ -7,6 +7,7 @@ LoratoolError            1   (never raised itself: a bug is any other exception)
 ├── VerificationError    5   a file differs from its record, or a result from the formula
 ├── StorageError         6   a disk or file-system error
 └── HubError             7   the Hub is unreachable or refused the request
+    └── StoreError       7   the same of an object store
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ ALONE = re.compile(r"(?P<whose>)(?P<name>)(?P<said>.*)", re.DOTALL)  # one that 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer, within a name
 TENSOR_ENDS = frozenset({"weight", "bias"})
 FILE_ENDS = frozenset({"safetensors", "json"})
+shown_as: dict[str, str] = {}  # a folder of this disk → the place elsewhere that it stands for, as it is shown
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 ANOTHER_OUT = "-o"  # the hint of an error for an output that has to be somewhere else
@@ -41,6 +43,10 @@ def printable(text: object) -> str:
     Tensor names, paths and config values come from files that anyone may have written.
     """
     raw = os.fsdecode(text) if isinstance(text, (bytes, os.PathLike)) else str(text)
+    if raw.startswith("s3:/") and not raw.startswith("s3://"):
+        raw = raw.replace("/", "//", 1)  # of which a Path has one
+    for folder, place in shown_as.items():
+        raw = raw.replace(folder, place)
     if len(raw) > LONGEST_SHOWN:
         half = LONGEST_SHOWN // 2
         raw = f"{raw[:half]}…{raw[-half:]}"  # of a path the end tells most
@@ -212,3 +218,9 @@ class HubError(LoratoolError):
 
     code = "hub"  # for programs
     exit_code = 7
+
+
+class StoreError(HubError):
+    """An object store is unreachable or refused the request."""
+
+    code = "store"  # for programs

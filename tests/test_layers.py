@@ -32,6 +32,7 @@ PACKAGES = (
     "templates",
     "layouts",
     "files",
+    "stores",
     "devices",
     "options",
     "algebra",
@@ -58,7 +59,19 @@ PACKAGES = (
 
 # Those that work on headers and names, but for the reading of values below. They never use torch but in annotations.
 WITHOUT_TORCH = (
-    *("errors", "notes", "templates", "layouts", "files", "options", "results", "provenance", "bases", "fetching"),
+    *(
+        "errors",
+        "notes",
+        "templates",
+        "layouts",
+        "files",
+        "stores",
+        "options",
+        "results",
+        "provenance",
+        "bases",
+        "fetching",
+    ),
     *("inspecting", "pictures", "commands", "cli", "__main__"),
     *("verifying.options", "verifying.records", "verifying.verify", "verifying.verifier"),
     *("adapters.reading", "adapters.ranks", "adapters.weight_files", "adapters.formats"),

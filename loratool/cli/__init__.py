@@ -128,6 +128,8 @@ def main() -> None:
     code = run(sys.argv[1:])
     with suppress(OSError):
         sys.stderr.flush()
+    if (opened := sys.modules.get("loratool.files.stand_ins")) is not None:
+        opened.forget()
     os._exit(code)  # taking torch down in order costs half a second, and threads may be deep in a sync
 
 

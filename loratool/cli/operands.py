@@ -27,6 +27,7 @@ from loratool.errors import (
 )
 from loratool.files.hub_names import parse, slashed
 from loratool.files.system import shell_line
+from loratool.stores.names import is_in_store, parse_store
 
 if TYPE_CHECKING:
     from loratool.fetching.operands import Operand, Role
@@ -63,6 +64,8 @@ class Place(click.Path):
         return self.then if words.get(self.given) is not None else self.role
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and is_in_store(value):
+            parse_store(value)  # before a Path takes slashes away
         if isinstance(value, str) and value.startswith(("./", f".{os.sep}")) and not os.path.lexists(value):
             value = os.path.abspath(value)
         return super().convert(value, param, ctx)
@@ -204,10 +207,10 @@ def stem_of(word: str) -> str:
     """What an operand is called, for the name of a folder."""
     if not os.path.lexists(word):
         try:
-            place = parse(word)
+            place, stored = parse(word), parse_store(word)
         except LoratoolError:
-            place = None
-        word = place.repo if place else word
+            place = stored = None
+        word = place.repo if place else stored.name if stored else word
     path = Path(os.path.abspath(word))
     return path.stem if path.is_file() else path.name
 

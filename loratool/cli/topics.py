@@ -11,9 +11,10 @@ BASE is a model, ADAPTER what training saved. Each is one of
   ./folder                       as transformers, diffusers or PEFT save it
   ./file.safetensors, ./m.gguf   one file
   org/name[@revision][:folder]   a repository on the Hub, hf://org/name too
+  s3://bucket/prefix             in an object store (docs/object-stores.md)
   auto                           for BASE: the one that the adapter names
 
-What exists here wins over the Hub. `~` and patterns such as adapters/* are
+What exists here wins over the others. `~` and patterns such as adapters/* are
 expanded. Swapped operands, a folder too high or too low, a run folder with one
 checkpoint and a file where its folder is due are recognised, and a note says
 what was read. Where several things can be meant, the error ends with the
@@ -78,7 +79,7 @@ EXIT_CODES = """\
   4    the adapter does not fit the base, or more would be lost than allowed
   5    verification failed
   6    the disk or the file system refused
-  7    the Hub refused, or is out of reach
+  7    the Hub or a store refused, or is out of reach
   130  interrupted; 143 terminated; 141 nobody reads the output
 
 Errors go to stderr, all problems of an input at once, and end with the command

@@ -1,4 +1,4 @@
-"""Operands that name a place on the Hub become local folders, here and nowhere else.
+"""Operands that name a place on the Hub or in a store become local folders, here and nowhere else.
 
     local("org/name@main", "model")  → …/models--org--name/snapshots/COMMIT, with the files that are needed
 
@@ -18,22 +18,26 @@ from loratool.errors import HubError, StorageError, UsageError, about, printable
 from loratool.fetching.answers import commit_of
 from loratool.fetching.client import api, asking, is_offline, patiently
 from loratool.fetching.outline import Remote, Role, look_up, needed, outlined, put_headers, ranged_member
+from loratool.fetching.stores import brought
 from loratool.files.checkpoint import Checkpoint, holds_weights
 from loratool.files.digests import sha256_of
 from loratool.files.hub_names import PAGE, HubPath, parse, slashed
 from loratool.files.names import at_home
 from loratool.files.system import free_space
 from loratool.lazy import hub, hub_constants, hub_errors
+from loratool.stores.names import StorePath, parse_store
 
 __all__ = ["HubPath", "Located", "Role", "headers", "local", "parse", "place_of"]
 
 DOWNLOADERS = 8  # files that are downloaded at the same time
 
 
-def place_of(operand: str | os.PathLike[str]) -> HubPath | None:
-    """The place on the Hub that an operand names; None for one that is here, or can only be a path."""
+def place_of(operand: str | os.PathLike[str]) -> HubPath | StorePath | None:
+    """The place on the Hub or in a store that an operand names; None for one that is here, or can only be a path."""
     if os.path.lexists(operand):
         return None
+    if (stored := parse_store(operand)) is not None:
+        return stored
     if page := PAGE.match(slashed(operand)):
         address = printable(operand).replace(":/", "://", 1).replace(":///", "://")  # a Path keeps one slash
         raise UsageError(f"{address} is the address of a web page; use the repository id {page['repo']}")
@@ -41,10 +45,12 @@ def place_of(operand: str | os.PathLike[str]) -> HubPath | None:
 
 
 def local(operand: str | os.PathLike[str], role: Role = "any") -> Path:
-    """The folder or file that an operand means: itself, or a download of it that the Hub's cache keeps.
+    """The folder or file that an operand means: itself, a download of it that the Hub's cache keeps, or what stands for
+    a place in a store.
 
     Args:
-        operand: a path, or a place on the Hub. Its revision is resolved to a commit, which the result's path names.
+        operand: a path, or a place on the Hub or in a store. A revision is resolved to a commit, which the result's path
+            names.
         role: what it will be read as; of a repository that holds more than that the rest is not downloaded.
 
     Raises:
@@ -52,11 +58,14 @@ def local(operand: str | os.PathLike[str], role: Role = "any") -> Path:
         InputError: the repository holds no such thing.
         StorageError: the cache has no room for it.
         HubError: missing, gated, private or out of reach; offline and not in the cache.
+        StoreError: the same of a store.
     """
     with about(operand):
         place = place_of(operand)
         if place is None:
             return at_home(operand)
+        if isinstance(place, StorePath):
+            return brought(place, role)
         return cached(place) if is_offline() else download(place, role)
 
 
@@ -80,7 +89,7 @@ class Located:
 
 @contextmanager
 def headers(operand: str | os.PathLike[str]) -> Iterator[Located]:
-    """A local operand itself; of a place on the Hub an outline with headers and configs.
+    """A local operand itself; of a place on the Hub or in a store an outline with headers and configs.
 
     Small tensors are read by range requests, and no file of weights is downloaded.
 
@@ -90,6 +99,8 @@ def headers(operand: str | os.PathLike[str]) -> Iterator[Located]:
         place = place_of(operand)
         if place is None:
             yield Located(at_home(operand))
+        elif isinstance(place, StorePath):
+            yield Located(brought(place, None))
         elif is_offline():
             yield Located(cached(place))
         else:

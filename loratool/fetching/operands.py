@@ -23,6 +23,7 @@ from loratool.files.checkpoint import INDEX_SUFFIX, MODEL_INDEX, NUMBERED, WEIGH
 from loratool.files.hub_names import parse
 from loratool.files.names import at_home
 from loratool.notes import Note
+from loratool.stores.names import is_in_store
 
 # What an operand is read as: "any" is an adapter or a model, "folder" one of them here, "repository" a name on the Hub.
 Role = Literal["model", "adapter", "any", "folder", "repository"]
@@ -77,9 +78,9 @@ def kind_of(word: str) -> Kind:
 
 
 def on_the_hub(word: str) -> bool:
-    """Whether a word can be a place on the Hub."""
+    """Whether a word can be a place on the Hub, or in a store."""
     try:
-        return parse(word) is not None
+        return is_in_store(word) or parse(word) is not None
     except LoratoolError:
         return False
 

@@ -21,7 +21,7 @@ from loratool.bases.packed import TWINS
 from loratool.errors import HubError, InputError, LoratoolError, Problem, printable
 from loratool.fetching.answers import RemoteFile, check_range, commit_of, files_of
 from loratool.fetching.client import api, asking, patiently
-from loratool.fetching.ranges import READERS, Ranged, RangedGguf, SmallTensors
+from loratool.fetching.ranges import Ranged, RangedGguf
 from loratool.files.checkpoint import (
     INDEX_SUFFIX,
     MODEL_INDEX,
@@ -38,6 +38,7 @@ from loratool.files.hub_names import HubPath
 from loratool.files.inputs import LARGEST_CONFIG, LARGEST_INDEX, LARGEST_RECORD, check_bound
 from loratool.files.pipelines import Member, files_of as files_of_pipeline, is_pipeline, itself
 from loratool.files.safefile import PREFIX, SafeFile, header_length
+from loratool.files.small_tensors import READERS, SmallTensors
 from loratool.lazy import hub, hub_utils
 
 Role = Literal["model", "adapter", "any"]

@@ -23,6 +23,7 @@ from loratool.files.gguf import GgufFile, read_gguf
 from loratool.files.pipelines import Member, itself
 from loratool.files.safefile import SafeFile, read_safefile
 from loratool.files.source import Source
+from loratool.files.stand_ins import stand_in
 from loratool.lazy import hub
 
 MOST_TRIES = 3  # of a file that arrives damaged
@@ -112,13 +113,19 @@ def opened(base: str | os.PathLike[str], home: Callable[[str], Path]) -> Iterato
     `home` gives the folder into which a file of that name is fetched. Raises as `local` does.
     """
     place = place_of(base)
-    if place is None or is_offline():
+    if not isinstance(place, HubPath) or is_offline():
         checkpoint = open_checkpoint(local(base, "model"))
-        yield BaseFiles(checkpoint, lambda: [sha256_of(shard.path) for shard in checkpoint.shards])
+        yield BaseFiles(checkpoint, lambda: [content_of(shard) for shard in checkpoint.shards])
         return
     remote = look_up(place)
     with outlined(remote, place) as location:
         yield on_the_hub(remote, place, location, home)
+
+
+def content_of(shard: SafeFile) -> str:
+    """What tells the content of a weight file: its SHA-256, or what a store says of it."""
+    there = stand_in(shard.path)
+    return there.state if there else sha256_of(shard.path)
 
 
 def on_the_hub(remote: Remote, place: HubPath, location: Path, home: Callable[[str], Path]) -> BaseFiles:

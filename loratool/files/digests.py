@@ -14,17 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from loratool.errors import InputError, printable
 from loratool.files.inputs import open_regular
 from loratool.files.names import has_other_parts
 from loratool.files.process import cores
 from loratool.files.safefile import Identity, Layout, LocalSource, SafeFile, TensorInfo
+from loratool.files.source import Source, expect
+from loratool.files.stand_ins import stand_in
 from loratool.files.weight_formats import read_weight_file
-
-if TYPE_CHECKING:
-    from loratool.files.source import Source
 
 PIECE = 1 << 20  # bytes that are read at a time
 CHUNK = 64 << 20  # bytes of a tensor that have a digest of their own, in whole rows
@@ -191,12 +190,24 @@ def root_of(header: str, tensors: Iterable[Listed], begin: Callable[[], State]) 
 
 def parts_of(path: Path) -> Iterator[bytes]:
     """All bytes of a file in parts. Raises `InputError` where it is not a regular file, or changes meanwhile."""
+    if (there := stand_in(path)) is not None:
+        yield from pieces_of(there.source())
+        return
     with open(open_regular(path), "rb", buffering=0) as stream:
         before = Identity.of(os.fstat(stream.fileno()))
         while part := stream.read(PIECE):
             yield part
         if Identity.of(os.fstat(stream.fileno())) != before or Identity.of(path.stat()) != before:
             raise InputError(f"{printable(path)}: the file changed while it was being read; start again")
+
+
+def pieces_of(source: Source) -> Iterator[bytes]:
+    """All bytes of a source, piece by piece."""
+    expect(source, 0, source.size)
+    for at in range(0, source.size, PIECE):
+        piece = bytearray(min(PIECE, source.size - at))
+        source.read(at, len(piece), memoryview(piece))
+        yield bytes(piece)
 
 
 def digest_of(path: Path) -> Digest:
@@ -344,6 +355,7 @@ def has_bytes(source: Source, start: int, stop: int, wanted: Reference, find: Fi
 def digest_of_range(source: Source, start: int, stop: int, begin: Callable[[], State]) -> str:
     """The digest of some bytes of a source."""
     state, buffer = begin(), memoryview(bytearray(min(PIECE, stop - start)))
+    expect(source, start, stop - start)
     for at in range(start, stop, PIECE):
         piece = buffer[: stop - at]
         source.read(at, len(piece), piece)

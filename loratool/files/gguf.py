@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import InputError, printable
+from loratool.files.foreign_starts import foreign_start
 from loratool.files.inputs import open_regular, unreadable
 from loratool.files.safefile import (
     MOST_TENSORS,
@@ -27,9 +28,9 @@ from loratool.files.safefile import (
     Layout,
     SafeFile,
     TensorInfo,
-    foreign_start,
     read_exactly,
 )
+from loratool.files.stand_ins import told_identity
 from loratool.layouts.ggml import ARRAY, BY_CODE, NUMBERS, STRING, TYPES
 from loratool.layouts.gguf import ARCHITECTURES, SIZES
 
@@ -169,7 +170,7 @@ def read_gguf(path: Path) -> GgufFile:
         raise unreadable(path, error) from error
     finally:
         os.close(descriptor)
-    return GgufFile(path, layout, Identity.of(status))
+    return GgufFile(path, layout, told_identity(path) or Identity.of(status))
 
 
 def gguf_layout(path: Path, size: int, read: Callable[[int, int], bytes]) -> GgufLayout:

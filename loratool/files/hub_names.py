@@ -35,8 +35,9 @@ class HubPath:
 
 
 def slashed(operand: str | os.PathLike[str]) -> str:
-    """The text of an operand; a `Path` may hold the slashes of a Hub name turned round."""
-    return operand.as_posix() if isinstance(operand, PurePath) else os.fspath(operand)
+    """The text of an operand; a `Path` may hold the slashes of a name turned round, and has one of `s3://`."""
+    text = operand.as_posix() if isinstance(operand, PurePath) else os.fspath(operand)
+    return text.replace("/", "//", 1) if text.startswith("s3:/") and not text.startswith("s3://") else text
 
 
 def parse(operand: str | os.PathLike[str]) -> HubPath | None:

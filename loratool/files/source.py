@@ -16,3 +16,12 @@ class Source(Protocol):
     def read(self, start: int, count: int, into: memoryview) -> None:
         """Fill the first `count` bytes of `into` from byte `start` on. Raises `InputError` where the bytes end early."""
         ...
+
+
+def expect(source: Source, start: int, count: int) -> None:
+    """Say that this thread is about to read `count` bytes from byte `start` on, in their order, in pieces.
+
+    A source that is far away asks for many of them at a time, and for none that were not expected.
+    """
+    if (told := getattr(source, "expect", None)) is not None:
+        told(start, count)

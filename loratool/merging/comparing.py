@@ -17,6 +17,8 @@ from loratool.errors import InputError, printable
 from loratool.files.inputs import open_regular
 from loratool.files.safefile import LocalSource
 from loratool.files.sink import Arrived, Memory, piece_of, pieces_of
+from loratool.files.source import expect
+from loratool.files.stand_ins import stand_in
 from loratool.merging.engine import Engine
 from loratool.merging.tasks import Job
 
@@ -95,14 +97,16 @@ class ComparedFile:
             self.descriptor = open_regular(whole.folder / name)
         except InputError:
             self.descriptor = -1  # a file that is missing has no bytes
-        self.theirs = LocalSource(whole.folder / name, self.descriptor)
+        there = stand_in(whole.folder / name)
+        self.theirs = there.source(layout) if there else LocalSource(whole.folder / name, self.descriptor)
         self.there = self.theirs.size if self.descriptor >= 0 else 0
         if self.there > layout.size:
             self.note(layout.size)
         self.compare(memoryview(layout.header), 0)
         self.arrived.add(len(layout.header))
 
-    def part(self, at: int, count: int) -> ComparedPart:  # noqa: ARG002 (a part knows no end)
+    def part(self, at: int, count: int) -> ComparedPart:
+        expect(self.theirs, at, max(0, min(count, self.there - at)))
         return ComparedPart(self, at)
 
     def compare(self, part: memoryview, at: int) -> None:

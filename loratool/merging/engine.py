@@ -23,6 +23,7 @@ from loratool.files.digests import new_state
 from loratool.files.journal import Seen
 from loratool.files.process import cores
 from loratool.files.sink import PAGE, piece_of
+from loratool.files.source import expect
 from loratool.files.stopwatch import lap
 from loratool.merging.repacking import pack_anew
 from loratool.merging.resources import (
@@ -44,6 +45,7 @@ from loratool.merging.tasks import (
     bytes_in,
     compare_replaced,
     effects_in,
+    ranges_behind,
     ranges_of,
     tasks_on,
 )
@@ -256,8 +258,11 @@ class Engine:
             if chunk.span.edits and not chunk.number:
                 compare_replaced(chunk.span, output.totals)
         part = output.sink.part(output.place(task.chunks[0]), sum(chunk.size for chunk in task.chunks))
+        runs = [*ranges_of(task.chunks)]
+        for file, start, count in runs:
+            expect(output.sources.of(file), start, count)
         if task.known or len(digests) == len(task.chunks):
-            for file, start, count in ranges_of(task.chunks):
+            for file, start, count in runs:
                 part.copy(output.sources.of(file), start, count, None)
                 self.tell(count)
             if not output.job.stop.is_set():
@@ -300,6 +305,8 @@ class Engine:
         output, chunk, span = task.output, task.chunk, task.chunk.span
         row, at, state = span.placed.nbytes // span.rows, output.place(chunk), new_state()
         part = output.sink.part(at, chunk.size)
+        for file, start, count in ranges_behind(chunk):
+            expect(output.sources.of(file), start, count)
         for blocks in chunk.blocks(step, window):
             for first, count in blocks:
                 if output.job.stop.is_set():

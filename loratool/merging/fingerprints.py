@@ -23,6 +23,7 @@ from loratool.bases.weights import Plain
 from loratool.files.digests import sha256_of
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import Identity, SafeFile
+from loratool.files.stand_ins import stand_in, told_identity
 from loratool.lazy import installed
 
 if TYPE_CHECKING:
@@ -69,13 +70,22 @@ def local_state(plan: MergePlan, device: str) -> dict[str, Any]:
     weights = [file for adapter in plan.adapters for file in adapter.file.files]
     files += [*(file.path for file in weights), *(adapter.config_file for adapter in plan.adapters)]
     planned = {file.path: file.identity for file in (*base.shards, *weights)}
-    states = [dataclasses.astuple(planned.get(path) or Identity.of(path.stat())) for path in files if path.exists()]
+    states = [
+        dataclasses.astuple(planned.get(path) or told_identity(path) or Identity.of(path.stat()))
+        for path in files
+        if path.exists()
+    ]
     return {"files": [list(state) for state in states], "device": device, "torch": installed("torch")}
 
 
 def sampled(file: SafeFile) -> str:
-    """SHA-256 of a weight file's size, header, and a piece of every tensor at a place that header and name decide."""
+    """SHA-256 of a weight file's size, header, and a piece of every tensor at a place that header and name decide.
+
+    Of an object in a store what the store itself says of its content is taken, and nothing is read.
+    """
     header = hashlib.sha256(file.layout.header).digest()
+    if (there := stand_in(file.path)) is not None:
+        return hashlib.sha256(header + there.state.encode()).hexdigest()
     state = hashlib.sha256(header + file.layout.size.to_bytes(8, "little"))
     buffer = memoryview(bytearray(SAMPLE))
     with OpenSources() as sources:

@@ -336,6 +336,17 @@ def is_next(before: Cell, cell: Cell) -> bool:
     )
 
 
+def ranges_behind(chunk: Chunk) -> Iterator[tuple[SafeFile, int, int]]:
+    """Where the rows lie that a chunk is computed from, as file, start and count; nothing of a weight with other rows."""
+    span = chunk.span
+    row = span.placed.nbytes // span.rows
+    first, last = chunk.start // row, chunk.stop // row
+    for tensor in span.weight.tensors:
+        if tensor.info.rows == span.rows and tensor.info.nbytes % span.rows == 0:
+            stored = tensor.info.nbytes // span.rows
+            yield tensor.file, tensor.file.position(tensor.info) + first * stored, (last - first) * stored
+
+
 def ranges_of(chunks: Iterable[Chunk]) -> Iterator[tuple[SafeFile, int, int]]:
     """Where chunks that are copied lie in input files, as file, start and count; neighbours are one range."""
     file: SafeFile | None = None

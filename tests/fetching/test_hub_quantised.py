@@ -16,8 +16,8 @@ from packed_bnb import FourBit
 from safetensors.torch import save_file
 
 import loratool
-from loratool.fetching.ranges import GAP, SMALL, TINY, SmallTensors
 from loratool.files.safefile import Layout
+from loratool.files.small_tensors import GAP, SMALL, TINY, SmallTensors
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

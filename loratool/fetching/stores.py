@@ -1,0 +1,181 @@
+"""Operands that name a place in an object store become local folders, in which weights are stand-ins.
+
+As of a repository of the Hub, an outline of empty files decides what is needed (`fetching.outline`). Small files come
+whole, and so do the weights of adapters, all of which is read, more than once. Of a model's weights only headers come;
+their tensors are read from where they are, when they are needed. The folder goes when the process ends.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from loratool.adapters.formats import is_adapter
+from loratool.errors import InputError, StorageError, printable, shown_as
+from loratool.fetching.answers import why_no_name
+from loratool.fetching.outline import Role, needed, small_files
+from loratool.files import stand_ins
+from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, holds_weights, sidecar_of
+from loratool.files.gguf import gguf_layout
+from loratool.files.inputs import LARGEST_CONFIG, LARGEST_INDEX, LARGEST_RECORD
+from loratool.files.safefile import PREFIX, header_length
+from loratool.files.system import free_space
+from loratool.stores.client import connection
+from loratool.stores.names import StorePath
+from loratool.stores.objects import StoredObject, listed, whole
+
+LEAD = 1 << 16  # bytes of a header that come with the first request
+
+
+@dataclass
+class Folder:
+    """A folder of this disk that stands for one in a store, in the state in which it was listed."""
+
+    root: Path
+    objects: Mapping[str, StoredObject]  # by their names in it
+
+    def copy(self, names: Iterable[str]) -> None:
+        """Bring whole objects, a few at a time. Raises `StorageError` where they have no room."""
+        every = [name for name in names if os.fspath(self.root / name) not in stand_ins.copied]
+        size, free = sum(self.objects[name].size for name in every), free_space(self.root)
+        if free is not None and size > free:
+            raise StorageError(
+                f"{printable(self.root)}: needs {size} bytes in {tempfile.gettempdir()}, {free} are free"
+            )
+        list(connection().pool.map(self.copy_one, every))
+
+    def copy_one(self, name: str) -> None:
+        there, path = self.objects[name], self.root / name
+        source = there.source()
+        source.expect(0, there.size)
+        with open(path, "wb") as stream:
+            for at in range(0, there.size, 1 << 20):
+                piece = bytearray(min(1 << 20, there.size - at))
+                source.read(at, len(piece), memoryview(piece))
+                stream.write(piece)
+        self.mark(name)
+
+    def put(self, name: str, content: bytes) -> None:
+        """Give a file a content that was read."""
+        (self.root / name).write_bytes(content)
+        self.mark(name)
+
+    def mark(self, name: str) -> None:
+        """Let a copy tell what it is a copy of, and when that was written."""
+        there, path = self.objects[name], self.root / name
+        stand_ins.standing.pop(os.fspath(path), None)
+        stand_ins.copied[os.fspath(path)] = there.identity
+        os.utime(path, ns=(there.modified, there.modified))
+
+    def put_headers(self, names: Iterable[str]) -> None:
+        """Let weight files stand for their objects, with their headers: each takes one request, or two."""
+        list(connection().pool.map(self.put_header, names))
+
+    def put_header(self, name: str) -> None:
+        there, path = self.objects[name], self.root / name
+        if name.endswith(".gguf"):
+            head = gguf_layout(path, there.size, there.read).header
+        else:
+            lead = there.read(0, min(LEAD, there.size))
+            length = PREFIX + header_length(path, lead, there.size)
+            head = (lead + there.read(len(lead), length - len(lead)) if length > len(lead) else lead)[:length]
+        path.write_bytes(head)
+        os.truncate(path, there.size)
+        os.utime(path, ns=(there.modified, there.modified))
+        stand_ins.standing[os.fspath(path)] = there
+
+    def keep(self, names: Collection[str]) -> None:
+        """Remove the outline of everything else."""
+        for name in self.objects:
+            if name not in names:
+                (self.root / name).unlink(missing_ok=True)
+        for folder, below, files in os.walk(self.root, topdown=False):
+            if not below and not files and folder != os.fspath(self.root):
+                os.rmdir(folder)
+
+
+folders: dict[tuple[object, ...], tuple[Folder, Path]] = {}  # what was made already, and the place in it
+
+
+def brought(place: StorePath, role: Role | None) -> Path:
+    """The folder or file that stands for a place in a store.
+
+    Args:
+        place: what was asked for.
+        role: what it will be read as, so that the rest is not there; None for headers and all names.
+
+    Raises:
+        InputError: there is no such thing, or it is malformed.
+        StoreError: the store cannot be reached, or refuses.
+        StorageError: there is no room for an adapter.
+    """
+    root, inside, objects = look_up(place)
+    key = (str(place), role, frozenset((name, there.state) for name, there in objects.items()))
+    if key not in folders or not folders[key][1].exists():
+        folder = outlined(root, objects)
+        location = folder.root / inside if inside else folder.root
+        settle(folder, location, role)
+        folders[key] = folder, location
+    return folders[key][1]
+
+
+def look_up(place: StorePath) -> tuple[StorePath, str, dict[str, StoredObject]]:
+    """The folder that a place is, or is in; its name there, empty for all of it; and the objects."""
+    single = place.name.endswith((".safetensors", ".gguf", ".json"))
+    if not single and (objects := plain(listed(place))):
+        return place, "", objects
+    beside = plain(listed(place.parent, beside=True)) if place.key else {}
+    if place.name in beside:
+        return place.parent, place.name, beside
+    if single and (objects := plain(listed(place))):
+        return place, "", objects
+    raise InputError(f"{place}: no such object, and none below it")
+
+
+def plain(objects: Mapping[str, StoredObject]) -> dict[str, StoredObject]:
+    """The objects whose names can be those of files in a folder; a name that is a folder's too is none of a file."""
+    named = {name: there for name, there in objects.items() if not why_no_name(name)}
+    parents = {"/".join(parts[:n]) for name in named for parts in [name.split("/")] for n in range(1, len(parts))}
+    return {name: there for name, there in named.items() if name not in parents}
+
+
+def outlined(root: StorePath, objects: Mapping[str, StoredObject]) -> Folder:
+    """A new folder with an empty file for each object."""
+    home = tempfile.TemporaryDirectory(prefix="loratool-")
+    stand_ins.homes.append(home)  # it goes with the process
+    path = Path(os.path.realpath(home.name), root.name)
+    path.mkdir()
+    for name in objects:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).touch()
+    shown_as[os.fspath(path)] = str(root)
+    return Folder(path, objects)
+
+
+def settle(folder: Folder, location: Path, role: Role | None) -> None:
+    """Bring what a folder is read for, and leave nothing else in it but for `role` None."""
+    small = [Path(os.path.relpath(location.parent / name, folder.root)).as_posix() for name in small_files(location)]
+    records = [name for name in (PROVENANCE, sidecar_of(location).name) if name in folder.objects]
+    for name in dict.fromkeys([*small, *records]):
+        folder.put(name, whole(folder.objects[name], bound_of(name)))
+    if role is None:
+        if holds_weights(location):
+            folder.put_headers(needed(folder.root, location, "any").weights)
+        return
+    found = needed(folder.root, location, role)
+    folder.put_headers(found.weights)
+    if role == "adapter" or is_adapter(location):
+        folder.copy(found.names)
+    else:
+        folder.copy(found.others)
+    folder.keep({*found.names, *records})
+
+
+def bound_of(name: str) -> int:
+    """Bytes that a small file may have."""
+    if name.endswith(PROVENANCE):
+        return LARGEST_RECORD
+    return LARGEST_INDEX if name.endswith(INDEX_SUFFIX) else LARGEST_CONFIG
