@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import inspect
 import re
 import runpy
@@ -74,6 +75,8 @@ def parse(example: Example) -> click.Context | None:
     """The words as Click takes them, nothing run; None where they only ask for help."""
     name, *rest = example.words
     group = click.Context(cli.cli, info_name="loratool", **cli.cli.context_settings)
+    if any(name in option.opts for option in cli.cli.params):
+        return None
     try:
         return cli.command(name).make_context(name, rest, parent=group)
     except click.exceptions.Exit:
@@ -269,6 +272,59 @@ def test_python_examples_call_what_there_is_with_arguments_it_takes(page: Path) 
                 function = getattr(loratool, ast.unparse(node.func).removeprefix("loratool."))
                 keywords = {keyword.arg: None for keyword in node.keywords if keyword.arg}
                 inspect.signature(function).bind(*node.args, **keywords)
+
+
+def own_outputs(page: Path) -> Iterator[tuple[str, str]]:
+    """Every output in the demo's folder that an example of a page writes, with the example."""
+    for example in examples(page):
+        context = parse(example) if works_in_the_demo(example) else None
+        option = next((each for each in context.command.params if "-o" in each.opts), None) if context else None
+        if context and option and context.params[str(option.name)] and not context.params.get("dry_run"):
+            yield str(context.params[str(option.name)]), str(example)
+    for block in fences(page, "python"):
+        for call in (node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)):
+            name = ast.unparse(call.func).removeprefix("loratool.")
+            if ast.unparse(call.func).startswith("loratool.") and name != "plan":
+                keywords = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
+                words = inspect.signature(getattr(loratool, name)).bind(*call.args, **keywords).arguments
+                written = ast.unparse(words.get("out", ast.Constant(""))).strip("'")
+                if written.startswith(f"{DEMO}/"):
+                    yield written, ast.unparse(call)
+
+
+def test_the_examples_of_all_pages_can_be_run_in_one_folder() -> None:
+    """No two of them write the same output, so whoever follows the pages meets no output that exists."""
+    written: dict[str, list[str]] = {}
+    for page in PAGES:
+        for out, example in own_outputs(page):
+            written.setdefault(out, []).append(f"{label(page)}: {example}")
+    assert len(written) > 40
+    assert {out: found for out, found in written.items() if len(found) > 1} == {}
+
+
+@pytest.mark.parametrize("page", names([p for p in PAGES if p.parent.name == "docs" and p.name != "design.md"]))
+def test_a_page_whose_examples_use_the_demo_s_folder_says_how_it_is_made(page: Path) -> None:
+    """Readers come from a search or a link, not only from the page before."""
+    text = page.read_text(encoding="utf-8")
+    assert f"{DEMO}/" not in text or "loratool demo" in text
+
+
+@pytest.mark.parametrize("page", names([page for page in PAGES if fences(page, "python")]))
+def test_python_examples_of_a_page_import_what_they_use(page: Path) -> None:
+    """Whoever copies the blocks of a page into a notebook, in order, meets no name that is not there."""
+    known = {*dir(builtins), "model"}  # the reader's own
+    for block in fences(page, "python"):
+        every = list(ast.walk(ast.parse(block)))
+        for node in every:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                known |= {(each.asname or each.name).partition(".")[0] for each in node.names}
+            elif isinstance(node, ast.FunctionDef | ast.ClassDef | ast.ExceptHandler) and node.name:
+                known.add(node.name)
+            elif isinstance(node, ast.arg):
+                known.add(node.arg)
+        named = [node for node in every if isinstance(node, ast.Name)]
+        known |= {node.id for node in named if isinstance(node.ctx, ast.Store)}
+        assert {node.id for node in named if isinstance(node.ctx, ast.Load)} <= known
 
 
 def test_numbers_in_the_text_are_the_code_s() -> None:

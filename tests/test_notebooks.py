@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from contextlib import redirect_stdout
@@ -65,3 +66,14 @@ def test_the_lesson_s_notebook_has_the_steps_of_the_lesson() -> None:
     source = (ROOT / "loratool" / "cli" / "lesson.py").read_text(encoding="utf-8").lower()
     for title in re.findall(r"^## \d\. (.+)$", text, re.MULTILINE):
         assert f'"{title.lower()}"' in source
+
+
+def test_a_cell_of_the_notebook_can_be_run_again() -> None:
+    """Every call that writes replaces what the cell wrote before, as a reader runs a cell more than once."""
+    cells = notebook(ROOT / "docs" / "notebooks" / "lora.ipynb")["cells"]
+    source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    writing = [call for call in calls if re.fullmatch(r"loratool\.(merge|rescale|resize)", ast.unparse(call.func))]
+    assert len(writing) == 6
+    for call in writing:
+        assert {keyword.arg or ast.unparse(keyword.value) for keyword in call.keywords} & {"overwrite", "options"}
