@@ -4,6 +4,7 @@
 # make test-lowest           the same with the lowest versions that pyproject.toml allows, on Python 3.10
 # make test-cuda  the tests of the CUDA path, on a machine that has a GPU
 # make acceptance the libraries and runtimes of quantised models read what loratool writes, and it reads what they write
+# make distributed kill rounds, a Ray cluster and an object store, all on this machine, for at most a quarter of an hour
 # make wheel-test the wheel and the sdist, built, installed into empty environments and tried; the steps of the Dockerfile
 # make benchmark  what a merge costs on this machine
 # make docs       write docs/cli.md anew from the command line's own help, docs/supported.md from its table,
@@ -24,7 +25,7 @@ PATIENCE := -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
 PYTEST := PYTHONDONTWRITEBYTECODE= {}/bin/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(PATIENCE)
 PY ?= 3.10
 
-.PHONY: demo test acceptance wheel-test test-python test-lowest test-cuda benchmark docs
+.PHONY: demo test acceptance distributed wheel-test test-python test-lowest test-cuda benchmark docs
 
 demo: .venv/runtime
 	$(BIN)/loratool demo loratool-demo --overwrite
@@ -50,6 +51,11 @@ test-cuda: .venv/development
 acceptance: .venv-acceptance/ready
 	LORATOOL_TEST_EVERY_CLASS=1 $(subst {},.venv-acceptance,$(PYTEST)) tests/acceptance \
 		tests/bases/test_binding_transformers.py $$(grep -l importorskip tests/bases/*.py)
+
+# the tests start Ray and moto's server and stop them by process id, also when their time is over
+distributed: .venv-distributed/ready
+	LORATOOL_TEST_DISTRIBUTED=1 timeout --signal=INT --kill-after=60 900 \
+		.venv-distributed/bin/pytest -p no:cacheprovider tests/distributed
 
 wheel-test: .venv/development
 	LORATOOL_TEST_WHEEL=1 $(BIN)/pytest tests/packaging
@@ -98,6 +104,13 @@ docs: .venv/development
 	  llama-cpp-python==0.3.36 && cd .venv-acceptance/llama.cpp && tar xzf *.tar.gz --strip-components 3 \
 	  --wildcards '*/vendor/llama.cpp/convert*' '*/vendor/llama.cpp/conversion/*' '*/vendor/llama.cpp/gguf-py/*'
 	-NODE_LLAMA_CPP_SKIP_DOWNLOAD=true npm install --prefix .venv-acceptance --ignore-scripts node-llama-cpp@3.22.1
+	touch $@
+
+.venv-distributed/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-distributed
+	.venv-distributed/bin/$(PIP) --constraint constraints.txt torch
+	.venv-distributed/bin/$(PIP) --constraint constraints.txt hatchling editables
+	.venv-distributed/bin/$(PIP) --constraint constraints.txt --no-build-isolation --editable '.[distributed]'
 	touch $@
 
 # "name>=1.2" of the dependencies becomes name==1.2; what results are compared with is as new as goes with those

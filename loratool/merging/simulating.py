@@ -6,22 +6,21 @@ its parts. Nothing is measured here: what a worker and a store can do are number
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from loratool.adapters.adapter import stored_tensors
-from loratool.merging.tasks import Chunk, chunks_of
+from loratool.merging.dealing import deal, own_name, parts_of
 from loratool.options.described import FLAG, SIZE, Number, Options, option
 from loratool.results.simulation import Limit, Simulation
 
 if TYPE_CHECKING:
+    from loratool.files.part_records import FilePart
+    from loratool.merging.output_layout import Span
     from loratool.merging.plan import MergePlan
 
-PART = 512 << 20  # bytes of a part, at most
 GET = 16 << 20  # bytes that one request reads, at most
 MOST_COPIED = 5 << 30  # bytes that a store copies at one request: the limit of Amazon S3
 UPLOAD = 64 << 20  # bytes of an upload part
@@ -113,7 +112,7 @@ class Load:
         self.copied += other.copied
         self.copied_in_store += other.copied_in_store
         self.written += other.written
-        self.requests += other.requests
+        self.requests.update(other.requests)
 
     def seconds(self, rates: Rates, workers: int = 1) -> dict[Limit, float]:
         """What each of the things takes that are done at the same time, spread over some workers."""
@@ -129,26 +128,29 @@ class Load:
 
 def simulate(plan: MergePlan, workers: Sequence[int], rates: Rates) -> tuple[Simulation, ...]:
     """The merge with each of some numbers of workers."""
-    parts = [load_of(part, rates.objects) for part in parts_of(plan)]
-    return tuple(simulation(plan, parts, count, rates) for count in workers)
+    parts = parts_of(plan)
+    loads = loads_of(plan, parts, rates.objects)
+    return tuple(simulation(plan, parts, loads, count, rates) for count in workers)
 
 
-def simulation(plan: MergePlan, parts: Sequence[Load], workers: int, rates: Rates) -> Simulation:
-    shares = deal(parts, workers, rates)
-    total = summed(parts)
-    headers = len(plan.base.shards) + len(plan.adapters)
-    if rates.objects:  # every worker plans, and who finishes does too
-        total.requests["GET"] += 2 * headers * (workers + 1)
-        total.requests += Counter(POST=2 * len(plan.shards), LIST=len(plan.shards), PUT=len(plan.side_files) + 2)
+def simulation(
+    plan: MergePlan, parts: Sequence[FilePart], loads: Mapping[str, Load], workers: int, rates: Rates
+) -> Simulation:
+    shares = [summed(loads[part.name] for part in share) for share in deal(parts, workers) if share]
+    for share in shares:  # each reads the adapters
+        share.read += sum(adapter.file.layout.size for adapter in plan.adapters)
+        share.requests += Counter(GET=2 * (len(plan.base.shards) + len(plan.adapters)) if rates.objects else 0)
+    total = summed(shares)
     longest = max(max(share.seconds(rates).values()) for share in shares)
     limit, even = max(total.seconds(rates, workers).items(), key=lambda item: item[1])
-    work = max(longest, even)
-    finish = finishing(plan, rates)
+    work, finish = max(longest, even), finishing(plan, rates)
+    if rates.objects:
+        total.requests += requests_to_finish(plan)
     due: dict[Limit, float] = {
-        "start-up": rates.startup,
+        "start-up": 2 * rates.startup,
         limit: even,
         "largest part": work - even,
-        "finishing": finish,
+        "finishing": finish - rates.startup,
     }
     return Simulation(
         workers=workers,
@@ -160,21 +162,31 @@ def simulation(plan: MergePlan, parts: Sequence[Load], workers: int, rates: Rate
         finish_seconds=finish,
         parts=len(parts),
         busy=len(shares),
-        largest_part=max((max(part.seconds(rates).values()) for part in parts), default=0.0),
+        largest_part=max(max(load.seconds(rates).values()) for load in loads.values()),
         bytes_read=total.read,
         bytes_computed=total.computed,
         bytes_copied=total.copied,
         bytes_copied_in_store=total.copied_in_store,
         bytes_written=total.written,
-        requests=dict(sorted(total.requests.items())) if rates.objects else {},
-        dollars=sum(PRICES[kind] * count / 1000 for kind, count in total.requests.items()) if rates.objects else 0.0,
+        requests=dict(sorted(total.requests.items())),
+        dollars=sum(PRICES[kind] * count / 1000 for kind, count in total.requests.items()),
     )
 
 
 def finishing(plan: MergePlan, rates: Rates) -> float:
-    """Seconds that publishing takes when all parts are there."""
-    requests = 2 * len(plan.shards) + len(plan.side_files) + 2
-    return rates.startup + (requests * LATENCY / IN_FLIGHT if rates.objects else 0.0)
+    """Seconds until the output is published when all parts are there.
+
+    One process reads every byte again; those in an object store have checksums of the store.
+    """
+    if rates.objects:
+        return rates.startup + requests_to_finish(plan).total() * LATENCY / IN_FLIGHT
+    return rates.startup + plan.bytes_written / min(rates.bandwidth, rates.store)
+
+
+def requests_to_finish(plan: MergePlan) -> Counter[str]:
+    """Those of who publishes: the headers, one upload to begin, list and complete for each file, the small files."""
+    files, small = len(plan.shards), len(plan.side_files) + 2  # a card and the record
+    return Counter(GET=2 * (len(plan.base.shards) + len(plan.adapters)), POST=2 * files, LIST=files, PUT=small)
 
 
 def summed(loads: Iterable[Load]) -> Load:
@@ -184,63 +196,29 @@ def summed(loads: Iterable[Load]) -> Load:
     return total
 
 
-def deal(parts: Sequence[Load], workers: int, rates: Rates) -> list[Load]:
-    """Shares of workers, as equal in time as can be: the largest part first, always to who has least."""
-    times = [(max(part.seconds(rates).values()), number) for number, part in enumerate(parts)]
-    shares = [(0.0, number, Load()) for number in range(min(workers, len(parts)))]
-    for seconds, number in sorted(times, reverse=True):
-        busy, own, share = shares[0]
-        share.add(parts[number])
-        heapq.heapreplace(shares, (busy + seconds, own, share))
-    return [share for _, _, share in shares]
+def loads_of(plan: MergePlan, parts: Iterable[FilePart], objects: bool) -> dict[str, Load]:
+    """What each part takes, by its name; `objects` as in `Rates`."""
+    spans = {shard.name: {own_name(shard, span): span for span in shard.spans} for shard in plan.shards}
+    return {part.name: load_of(part, spans[part.file], objects) for part in parts}
 
 
-Part = list[Chunk]
-
-
-def parts_of(plan: MergePlan) -> Iterator[Part]:
-    """Chunks that follow each other in one file, all of them copied or all computed."""
-    for shard in plan.shards:
-        part: Part = []
-        for chunk in (chunk for span in shard.spans for chunk in chunks_of(span) if chunk.size):
-            turns = part and is_copy(chunk) != is_copy(part[-1])
-            if turns or sum(each.size for each in part) + chunk.size > PART:
-                yield part
-                part = []
-            part.append(chunk)
-        if part:
-            yield part
-
-
-def is_copy(chunk: Chunk) -> bool:
-    return chunk.span.carried is not None
-
-
-def load_of(part: Part, objects: bool) -> Load:
-    """What a part takes."""
+def load_of(part: FilePart, spans: Mapping[str, Span], objects: bool) -> Load:
+    """What a part takes of an output file that has these spans."""
     load = Load()
-    for copied, chunks in groupby(part, is_copy):
-        run = list(chunks)
-        size = sum(chunk.size for chunk in run)
+    for copied, chunks in groupby(part.chunks, lambda chunk: spans[chunk[0]].carried is not None):
+        sizes = [(spans[tensor], size) for tensor, _, size in chunks]
+        count = sum(size for _, size in sizes)
         if copied and objects:
-            load.add(Load(copied_in_store=size, requests=Counter(COPY=-(-size // MOST_COPIED))))
+            load.add(Load(copied_in_store=count, requests=Counter(COPY=-(-count // MOST_COPIED))))
         elif copied:
-            load.add(Load(read=size, copied=size, written=size))
+            load.add(Load(read=count, copied=count, written=count))
         else:
-            read = sum(read_for(chunk) for chunk in run)
-            requests = Counter(GET=-(-read // GET), PUT=-(-size // UPLOAD)) if objects else Counter[str]()
-            load.add(Load(read + factors_of(run), size, written=size, requests=requests))
+            read = sum(stored_bytes(span) * size // span.placed.nbytes for span, size in sizes)
+            requests = Counter(GET=-(-read // GET), PUT=-(-count // UPLOAD)) if objects else Counter[str]()
+            load.add(Load(read, computed=count, written=count, requests=requests))
     return load
 
 
-def read_for(chunk: Chunk) -> int:
-    """Bytes of the base that a chunk is computed from."""
-    span = chunk.span
-    stored = sum(tensor.info.nbytes for tensor in span.weight.tensors)
-    return stored * chunk.size // span.placed.nbytes
-
-
-def factors_of(part: Part) -> int:
-    """Bytes of the adapters that a part is computed with."""
-    updates = {id(edit.update): edit.update for chunk in part for edit in chunk.span.edits}
-    return sum(tensor.info.nbytes for update in updates.values() for tensor in stored_tensors(update))
+def stored_bytes(span: Span) -> int:
+    """Bytes in the base that an output tensor is computed from."""
+    return sum(tensor.info.nbytes for tensor in span.weight.tensors)
