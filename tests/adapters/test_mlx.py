@@ -7,6 +7,7 @@ lengths `m` each row of W' has the length that m says.
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -96,7 +97,7 @@ def test_a_merge_is_what_the_formula_says(base: Path, tmp_path: Path) -> None:
 
 
 def test_dora_gives_each_row_its_length(base: Path, tmp_path: Path) -> None:
-    tensors = factors(*SHAPES) | {f"{QUERY}.m": numbers(6, seed=4).abs()}
+    tensors = factors(QUERY) | {f"{QUERY}.m": numbers(6, seed=4).abs()}
     found = merged(base, write(tmp_path / "adapter", tensors, fine_tune_type="dora"), tmp_path / "out")
     whole = weight(base, QUERY) + delta(tensors, QUERY)
     lengths = tensors[f"{QUERY}.m"].double()[:, None]
@@ -168,6 +169,8 @@ def test_tensors_decide_whose_adapter_a_file_is(tmp_path: Path) -> None:
         ({f"{QUERY}.lora_b": None}, "lora_b is missing"),
         ({f"{QUERY}.lora_b": numbers(3, 6)}, r"expected \(in, rank\) and \(rank, out\)"),
         ({f"{QUERY}.m": numbers(5)}, "expected 6 values"),
+        ({f"{QUERY}.m": numbers(6).int()}, "expected 6 values that are floats"),
+        ({f"{QUERY}.m": numbers(6)}, "fine_tune_type is lora, for which mlx-lm leaves it out"),
         ({"a.mlp.up_proj.lora_a": numbers(3, 2, 4), "a.mlp.up_proj.lora_b": numbers(3, 6, 2)}, "not known to have any"),
         (
             {"a.switch_mlp.up_proj.lora_a": numbers(3, 2, 4), "a.switch_mlp.up_proj.lora_b": numbers(2, 6, 2)},
@@ -188,6 +191,16 @@ def test_what_cannot_be_read_is_refused_by_its_name(
     with pytest.raises(loratool.InputError, match=told):
         loratool.merge(base, folder, tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["dora", None])
+def test_dora_without_the_lengths_of_a_layer_is_refused_by_its_name(tmp_path: Path, kind: str | None) -> None:
+    """mlx-lm would take those of the base's rows; without them the layer would be read as LoRA."""
+    first, second = list(SHAPES)[:2]
+    tensors = factors(first, second) | {f"{first}.m": numbers(SHAPES[first][0])}
+    folder = write(tmp_path / "adapter", tensors, fine_tune_type=kind)
+    with pytest.raises(loratool.InputError, match=rf"{re.escape(second)}\.m is missing, although"):
+        loratool.read_adapter(folder)
 
 
 @pytest.mark.parametrize("parameters", [None, {}, {"scale": "ten"}, {"scale": 1.0, "alpha": True}])

@@ -317,19 +317,23 @@ KINDS: Mapping[str, Kind] = {
 class Mutation:
     """One mutated file and one command."""
 
-    kind: str
+    path: str
     content: bytes
     command: str
 
     def __str__(self) -> str:
-        return f"{self.command} with {KINDS[self.kind].path} = {self.content!r}"
+        return f"{self.command} with {self.path} = {self.content!r}"
 
 
 def mutations(kind: str, count: int, seed: int, sound: bytes) -> list[Mutation]:
     """The first mutations of a kind that a seed stands for."""
-    chance = random.Random(f"{seed} {kind}")
-    found = KINDS[kind]
-    return [Mutation(kind, found.spoil(sound, chance), chance.choice(found.commands)) for _ in range(count)]
+    return mutations_of(KINDS[kind], kind, count, seed, sound)
+
+
+def mutations_of(found: Kind, name: str, count: int, seed: int, sound: bytes) -> list[Mutation]:
+    """The first mutations of a kind that a seed and its name stand for."""
+    chance = random.Random(f"{seed} {name}")
+    return [Mutation(found.path, found.spoil(sound, chance), chance.choice(found.commands)) for _ in range(count)]
 
 
 def words_of(command: str, root: Path, out: Path) -> list[str]:
@@ -358,7 +362,7 @@ def check_outcome(mutation: Mutation, code: int, stdout: str, stderr: str, root:
         assert left == [], about
         assert code or "--check" not in mutation.command or stdout, about
         if code and "--check" not in mutation.command:
-            assert stderr.startswith(("Error: ", "Usage: ", "warning: ")), about
+            assert stderr.startswith(("Error: ", "Usage: ", "warning: ", "note: ")), about
             told = json.loads(stdout)["error"]["exit_code"] if "--json" in mutation.command else stdout
             assert told in (code, ""), about
 

@@ -494,6 +494,24 @@ def test_loha_and_lokr_keep_their_tensors_where_the_dialect_has_them(tmp_path: P
     assert "byte for byte" in str(report)
 
 
+def test_dora_of_some_layers_is_refused_where_one_setting_is_for_all(tmp_path: Path) -> None:
+    """Without the setting mlx-lm and PEFT would drop the lengths, with it they would make up those of other layers."""
+    tensors: Tensors = {}
+    for n, leaf in enumerate(("to_q", "to_k")):
+        a, b = pair(4, 4, seed=n)
+        start = f"unet.{BLOCK}.attn1.{leaf}"
+        tensors |= {f"{start}.lora_A.weight": a, f"{start}.lora_B.weight": b}
+    lengths = f"unet.{BLOCK}.attn1.to_q.lora_magnitude_vector"
+    source = saved(tmp_path / "style.safetensors", tensors | {lengths: numbers(4, seed=9).abs()})
+    with pytest.raises(FitError, match=rf"DoRA of some layers only: unet\.{BLOCK}\.attn1\.to_q"):
+        loratool.convert(source, tmp_path / "out", to="peft")
+    report = loratool.convert(source, tmp_path / "out", to="peft", accept_loss=True)
+    assert [note.code for note in report.lost] == ["dora-of-some"]
+    found = load_file(next((tmp_path / "out").glob("*.safetensors")))
+    assert len(found) == len(tensors)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text()).get("use_dora", False) is False
+
+
 def test_training_data_is_removed_on_request_and_push_tells_of_it(tmp_path: Path) -> None:
     a, b = pair(4, 4, seed=1)
     module = f"lora_unet_{LDM}_attn1_to_q"

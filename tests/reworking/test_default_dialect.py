@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
+from dialect_samples import DIALECTS, O_PROJ
 from paths import ROOT
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,107 +17,12 @@ from trainer_layouts import HIDDEN, RANK, numbers, write_base
 import loratool
 from loratool.results.facts import AdapterFacts
 
-O_PROJ = "model.layers.0.self_attn.o_proj"
-UNET = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 EXPERTS, INNER = 3, 4
-
-
-def pair(down: str, up: str, rows: int = 8) -> dict[str, Tensor]:
-    return {down: numbers(RANK, 16, seed=1), up: numbers(rows, RANK, seed=2)}
-
-
-@dataclass(frozen=True)
-class Input:
-    """An adapter of a dialect, and the dialect of what is made of it."""
-
-    tensors: Mapping[str, Tensor]
-    becomes: str
-    texts: Mapping[str, str] = field(default_factory=dict)  # files beside it
-    header: Mapping[str, str] = field(default_factory=dict)
-    name: str = "lora.safetensors"
-    alpha: float | None = None  # that the file does not tell
-
-
-def of_kohya(module: str) -> dict[str, Tensor]:
-    return {**pair(f"{module}.lora_down.weight", f"{module}.lora_up.weight"), f"{module}.alpha": torch.tensor(1.0)}
-
-
-def of_peft(module: str) -> dict[str, Tensor]:
-    return pair(f"{module}.lora_A.weight", f"{module}.lora_B.weight")
-
-
-LOKR = {"lokr_w1": numbers(2, 2, seed=1), "lokr_w2": numbers(4, 3, seed=2), "alpha": torch.tensor(9.0)}
-LYCORIS = "lycoris_transformer_blocks_0_attn_to_q"
-MLX = json.dumps({"fine_tune_type": "lora", "lora_parameters": {"rank": RANK, "scale": 3.0}, "num_layers": -1})
-PEFT = json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": 1, "target_modules": ["o_proj"]})
-MEGATRON_PROJ = "decoder.layers.0.self_attention.linear_proj.adapter"
-LITGPT = f"checkpoint_dir: org/base\nlora_r: {RANK}\nlora_alpha: 1\nlora_projection: true\n"
-MEGATRON = (
-    f"model:\n  num_attention_heads: 4\npeft:\n  _target_: megatron.bridge.peft.lora.LoRA\n  dim: {RANK}\n  alpha: 1\n"
-)
-CLONEOFSIMO = {
-    f"text_encoder:{at}:{side}": numbers(*shape, seed=at)
-    for at in range(8)  # of two layers, which number their projections as a walk meets them
-    for side, shape in (("up", (3, RANK)), ("down", (RANK, 3)))
-}
-INPUTS = {
-    "peft": Input(of_peft(f"base_model.model.{O_PROJ}"), "peft", {"adapter_config.json": PEFT}, name="adapter_model.safetensors"),
-    "mlx": Input(
-        {f"{O_PROJ}.lora_a": numbers(16, RANK, seed=1), f"{O_PROJ}.lora_b": numbers(RANK, 8, seed=2)},
-        "mlx",
-        {"adapter_config.json": MLX},
-        name="adapters.safetensors",
-    ),
-    "litgpt": Input(
-        pair("transformer.h.0.attn.proj.lora_A", "transformer.h.0.attn.proj.lora_B"),
-        "peft",
-        {"hyperparameters.yaml": LITGPT},
-        name="lit_model.lora.safetensors",
-    ),
-    "loralib": Input(pair(f"{O_PROJ}.lora_A", f"{O_PROJ}.lora_B"), "peft", alpha=1.0),
-    "megatron": Input(
-        pair(f"{MEGATRON_PROJ}.linear_in.weight", f"{MEGATRON_PROJ}.linear_out.weight"),
-        "peft",
-        {"run_config.yaml": MEGATRON},
-    ),
-    "torchtune": Input(pair("layers.0.attn.output_proj.lora_a.weight", "layers.0.attn.output_proj.lora_b.weight"), "torchtune", alpha=1.0),
-    "gguf": Input({}, "gguf"),
-    "kohya": Input(of_kohya(f"lora_unet_{UNET.replace('.', '_')}"), "kohya"),
-    "wan-fun": Input(of_kohya("lora_unet__blocks_0_cross_attn_k"), "kohya"),
-    "onetrainer": Input(of_kohya("lora_transformer_transformer_blocks_0_attn_to_out_0"), "kohya"),
-    "lycoris": Input({f"{LYCORIS}.{role}": tensor for role, tensor in LOKR.items()}, "lycoris"),
-    "simpletuner": Input(
-        {f"{LYCORIS}.{role}": tensor for role, tensor in LOKR.items()}, "diffusers", header={"lycoris_config": "{}"}
-    ),
-    "musubi": Input(of_kohya("lora_unet_blocks_0_self_attn_q"), "kohya", header={"ss_network_module": "networks.lora_wan"}),
-    "diffusers": Input(of_peft(f"unet.{UNET}"), "diffusers"),
-    "ai-toolkit": Input(of_peft("transformer.transformer_blocks.0.attn.to_q"), "diffusers", header={"software": '{"name": "ai-toolkit"}'}),
-    "cloneofsimo": Input(CLONEOFSIMO, "diffusers", header={"text_encoder": '["CLIPAttention"]'}),
-    "comfy": Input(of_kohya("diffusion_model.double_blocks.0.img_attn.proj"), "comfy"),
-    "bfl": Input(of_peft("final_layer.adaLN_modulation.1"), "comfy"),
-    "xlabs": Input(pair("double_blocks.0.processor.qkv_lora1.down.weight", "double_blocks.0.processor.qkv_lora1.up.weight", 48), "comfy"),
-    "original": Input(pair("blocks.0.self_attn.q.lora_A", "blocks.0.self_attn.q.lora_B"), "comfy"),
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_base(tmp_path_factory.mktemp("llama") / "base")
-
-
-def written(name: str, home: Path, base: Path) -> Path:
-    """The adapter of a dialect, on a disk."""
-    made = INPUTS[name]
-    folder = home / "adapter"
-    if name == "gguf":
-        plain = written("peft", home, base)
-        loratool.convert(plain, home / "adapter.gguf", to="gguf", base=base)
-        return home / "adapter.gguf"
-    folder.mkdir()
-    save_file(dict(made.tensors), folder / made.name, dict(made.header) or None)
-    for file, text in made.texts.items():
-        (folder / file).write_text(text)
-    return folder if made.texts else folder / made.name
 
 
 def format_of(path: Path, alpha: float | None = None) -> str:
@@ -131,13 +35,13 @@ def format_of(path: Path, alpha: float | None = None) -> str:
 def test_the_table_has_every_dialect_that_is_read() -> None:
     page = (ROOT / "docs" / "dialects.md").read_text(encoding="utf-8")
     table = page.partition("| dialect | a tensor |")[2].partition("\n\n")[0]
-    assert sorted(INPUTS) == sorted(re.findall(r"^\| ([\w-]+) \|", table, re.MULTILINE))
+    assert sorted(DIALECTS) == sorted(re.findall(r"^\| ([\w-]+) \|", table, re.MULTILINE))
 
 
-@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("name", DIALECTS)
 def test_an_output_is_in_the_dialect_of_the_input_or_a_note_says_which(name: str, base: Path, tmp_path: Path) -> None:
-    made = INPUTS[name]
-    adapter, out = written(name, tmp_path, base), tmp_path / "out"
+    made = DIALECTS[name]
+    adapter, out = made.write(tmp_path / "adapter"), tmp_path / "out"
     model = base if name in ("torchtune", "gguf") else None
     report = loratool.resize(adapter, out, rank=1, device="cpu", input_alpha=made.alpha, base=model)
     # the header still says which tool made the adapter, whose dialect has the same names
@@ -149,10 +53,9 @@ def test_an_output_is_in_the_dialect_of_the_input_or_a_note_says_which(name: str
 
 def test_what_takes_a_model_to_write_is_pefts_without_one_and_a_note_says_it(base: Path, tmp_path: Path) -> None:
     for name in ("torchtune", "gguf"):
-        (tmp_path / name).mkdir()
-        adapter = written(name, tmp_path / name, base)
+        adapter = DIALECTS[name].write(tmp_path / name)
         report = loratool.resize(
-            adapter, tmp_path / f"{name}-out", rank=1, device="cpu", input_alpha=INPUTS[name].alpha
+            adapter, tmp_path / f"{name}-out", rank=1, device="cpu", input_alpha=DIALECTS[name].alpha
         )
         assert format_of(tmp_path / f"{name}-out") == "peft"
         assert ["--base" in note.text for note in report.notes if note.code == "layout-changed"] == [True]
@@ -160,10 +63,7 @@ def test_what_takes_a_model_to_write_is_pefts_without_one_and_a_note_says_it(bas
 
 def test_adapters_of_two_dialects_are_combined_in_that_of_the_first(base: Path, tmp_path: Path) -> None:
     """PEFT's scale is 1/2, mlx-lm's 3: ΔW of the sum is that of the formulas."""
-    for name in ("peft", "mlx"):
-        (tmp_path / name).mkdir()
-        written(name, tmp_path / name, base)
-    folders = [tmp_path / name / "adapter" for name in ("mlx", "peft")]
+    folders = [DIALECTS[name].write(tmp_path / name) for name in ("mlx", "peft")]
     loratool.combine(folders, tmp_path / "sum", normalize=False, device="cpu")
     found = load_file(tmp_path / "sum" / "adapters.safetensors")
     scale = json.loads((tmp_path / "sum" / "adapter_config.json").read_text())["lora_parameters"]["scale"]

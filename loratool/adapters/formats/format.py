@@ -15,6 +15,7 @@ from loratool.adapters.reading import AS_STORED, Reading
 from loratool.adapters.training import Training
 from loratool.algebra.lowrank.products import Product
 from loratool.algebra.updates.additive import LowRank
+from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.errors import FitError, InputError, Problem, UsageError, printable
 from loratool.files.checkpoint import sort_side_files
@@ -30,6 +31,7 @@ from loratool.results.repairs import some
 
 Shape = tuple[int, ...]
 Config = Mapping[str, Any]  # opaque to all but the format that made it
+UNEVEN = "dora-of-some"  # the code of a note
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,15 @@ class Parts:
 def most_common(scales: Iterable[float]) -> float:
     """The scale that most layers have, 1 where there is none; of several the first."""
     return next((scale for scale, _ in Counter(scales).most_common(1)), 1.0)
+
+
+def uneven_dora(adapter: Adapter, reader: str) -> tuple[Note, ...]:
+    """What to say of DoRA in some layers where `reader` takes it in all of them or in none."""
+    lengths = [target for target, update in adapter.updates.items() if isinstance(update, Magnitude)]
+    plain = [target for target, update in adapter.updates.items() if isinstance(update, (LowRank, ExpertFactors))]
+    if not lengths or not plain:
+        return ()
+    return (Note(UNEVEN, f"{reader} cannot store DoRA of some layers only: {some(lengths)}"),)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Adapter, StoredTensor
-from loratool.adapters.formats.format import Config, FactorsOnly, Format, Parts, most_common
+from loratool.adapters.formats.format import Config, FactorsOnly, Format, Parts, most_common, uneven_dora
 from loratool.adapters.formats.rows import entry_of
 from loratool.adapters.layers import Contents, Form, Kind, is_expert
 from loratool.adapters.model_settings import model_types
@@ -54,7 +54,8 @@ CONTAINERS = {
     **dict.fromkeys(("gemma4", "gemma4_text"), "switch_glu"),
 }
 NO_SCALE = "pass --input-alpha, which is divided by the rank (releases that wrote no config multiplied by 20, the first ones by 2)"
-MISSING_PARTNER = "missing-partner"  # the code of a problem
+LARGEST = 3.4e38  # of a float32
+MISSING_PARTNER, AGAINST_TENSORS = "missing-partner", "config-against-tensors"  # codes of problems
 
 
 @dataclass
@@ -78,6 +79,25 @@ class Reader:
         used = {name for names in self.sources.values() for name in names}
         known = {f"{module}{slot}" for module in modules for slot in (A, B, M)}
         self.unused = [name for name in self.file.tensors if name not in used | known]
+
+    def check_lengths(self, kind: object) -> None:
+        """Find modules without DoRA's lengths where others have them, or all should by the `fine_tune_type`.
+
+        mlx-lm takes the lengths of the base's rows for those that it does not find, and leaves out those that it does
+        not expect, without a word.
+        """
+        lengths = [target for target, update in self.updates.items() if isinstance(update, Magnitude)]
+        plain = [target for target in self.updates if target not in set(lengths)]
+        if kind == "lora" and lengths:
+            what = "is there, but fine_tune_type is lora, for which mlx-lm leaves it out"
+            odd = [(self.sources[target][-1], what) for target in lengths]
+        elif lengths or kind == "dora":
+            why = "fine_tune_type is dora" if kind == "dora" else f"{printable(self.sources[lengths[0]][-1])} is there"
+            names = dict.fromkeys(self.sources[target][0].removesuffix(A) + M for target in plain)
+            odd = [(name, f"is missing, although {why}") for name in names]
+        else:
+            odd = []
+        self.problems += [Problem(f"{printable(name)} {what}", AGAINST_TENSORS) for name, what in odd]
 
     def read_whole(self) -> None:
         """Take up every tensor of a file of whole weights."""
@@ -117,8 +137,9 @@ class Reader:
         names = [module + A, module + B]
         if module + M in self.file.tensors:
             lengths = self.stored(module + M)
-            if lengths.shape != update.shape[:1]:
-                text = f"{printable(module + M)}: is {list(lengths.shape)}; expected {update.shape[0]} values"
+            if lengths.shape != update.shape[:1] or lengths.info.dtype not in FLOAT_NAMES:
+                found = f"is {lengths.info.dtype} {list(lengths.shape)}"
+                text = f"{printable(module + M)}: {found}; expected {update.shape[0]} values that are floats"
                 self.problems.append(Problem(text))
                 return
             update = Magnitude(update, lengths)  # type: ignore[arg-type]
@@ -183,17 +204,19 @@ def is_embedding(module: str) -> bool:
     return module.rpartition(".")[2] in INPUT_EMBEDDINGS
 
 
+def is_finite(value: object) -> bool:
+    """Whether a value of a config is a number of float32's range."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
+
+
 def scale_of(config: Mapping[str, Any], given: float | None, notes: list[Note]) -> float | None:
     """What multiplies a @ b; None where it takes the α that is `given`. Raises `InputError` where it is no number."""
     table = config.get("lora_parameters")
     parameters = table if isinstance(table, Mapping) else {}
     numbers = {name: parameters[name] for name in ("scale", "alpha", "rank") if parameters.get(name) is not None}
-    if bad := [
-        name for name, value in numbers.items() if not isinstance(value, (int, float)) or isinstance(value, bool)
-    ]:
-        raise InputError(
-            f"{CONFIG}: {bad[0]} of lora_parameters is {printable(repr(numbers[bad[0]]))}; expected a number"
-        )
+    if bad := [name for name, value in numbers.items() if not is_finite(value)]:
+        shown = printable(repr(numbers[bad[0]]))
+        raise InputError(f"{CONFIG}: {bad[0]} of lora_parameters is {shown}; expected a finite number")
     if "scale" not in numbers and given is not None:
         return None
     if "scale" not in numbers:
@@ -298,6 +321,7 @@ class Mlx(Format):
         else:
             found = Reader(file, scale_of(config, reading.input_alpha, notes), reading.input_alpha or 0.0)
             found.read()
+            found.check_lengths("dora" if config.get("use_dora") is True else config.get("fine_tune_type"))
         alone = path.is_file() and path.name != WEIGHTS
         adapter = Adapter(
             name=name_of(folder),
@@ -347,7 +371,8 @@ class Mlx(Format):
                 what = "DoRA of experts"
             if what is not None:
                 lost.setdefault(what, []).append(target)
-        return tuple(Note("not-in-mlx", f"mlx-lm cannot store {what}: {some(t)}") for what, t in lost.items())
+        notes = (Note("not-in-mlx", f"mlx-lm cannot store {what}: {some(t)}") for what, t in lost.items())
+        return (*notes, *uneven_dora(adapter, "mlx-lm"))
 
     def rank_notes(self, own: Mapping[str, int], ranks: Mapping[str, int]) -> Iterator[Note]:
         if filled := [target for target in ranks if own.get(target, 0) < ranks[target]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.formats.format import Format
+from loratool.adapters.formats.format import UNEVEN, Format
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
 from loratool.errors import FitError, printable
@@ -30,10 +30,11 @@ def lengths_lost(adapter: Adapter, form: Format, dialect: str, server: Server | 
     def is_lost(target: str, update: Update) -> bool:
         return bool(losses_of(replace(adapter, updates={target: update}, bases={}), form, dialect, server))
 
+    uneven = any(note.code == UNEVEN for note in form.losses(adapter, dialect))
     return tuple(
         target
         for target, update in adapter.updates.items()
-        if isinstance(update, Magnitude) and is_lost(target, update) and not is_lost(target, update.inner)
+        if isinstance(update, Magnitude) and (uneven or is_lost(target, update)) and not is_lost(target, update.inner)
     )
 
 
@@ -59,5 +60,7 @@ def without_losses(
             if not losses_of(replace(adapter, updates={target: each}, bases={}), form, dialect, server):
                 kept[target] = each
                 break
+    if losses_of(replace(adapter, updates=kept, bases={}), form, dialect, server):  # DoRA of some of the layers
+        kept = {target: u.inner if isinstance(u, Magnitude) else u for target, u in kept.items()}
     training = replace(adapter.training, dora=any(isinstance(update, Magnitude) for update in kept.values()))
     return replace(adapter, updates=kept, bases={}, training=training), lost

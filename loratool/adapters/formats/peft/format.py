@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.formats.format import Format
+from loratool.adapters.formats.format import Format, uneven_dora
 from loratool.adapters.formats.peft import counting, experts, files, health, keys, scaling, strength
 from loratool.adapters.formats.peft.card import subject
 from loratool.adapters.formats.peft.describing import plain_config
@@ -23,6 +23,7 @@ from loratool.algebra.updates.experts import ExpertFactors
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.heads import HasNames
+from loratool.notes import Note
 
 
 class Peft(Format):
@@ -79,6 +80,9 @@ class Peft(Format):
 
     def spelling(self, kinds: Mapping[str, Kind], release: str = "", dialect: str = "") -> Names:  # noqa: ARG002
         return Names(self, kinds, release)
+
+    def losses(self, adapter: Adapter, dialect: str = "") -> tuple[Note, ...]:  # noqa: ARG002 (all have one config)
+        return uneven_dora(adapter, "PEFT")
 
     def task_heads(self, task: str) -> tuple[str, ...]:
         return keys.HEADS.get(task, ())
