@@ -155,7 +155,7 @@ QUERIES_AND_VALUES = (HEADS + KEY_HEADS) * WIDTH
 # What the readers of LLM trainers do besides: several parts in one matrix, lengths of rows, experts, ranks.
 PARTS: Mapping[str, Sample] = {
     "mlx, DoRA": Sample(
-        DIALECTS["mlx"].tensors | {f"{O_PROJ}.m": numbers(HIDDEN, seed=3).abs()},
+        {**DIALECTS["mlx"].tensors, f"{O_PROJ}.m": numbers(HIDDEN, seed=3).abs()},
         "mlx",
         {"adapter_config.json": MLX.replace('"lora"', '"dora"')},
         name="adapters.safetensors",

@@ -76,9 +76,8 @@ class Reader:
         modules = {name.rpartition(".")[0] for name in self.file.tensors if name.endswith((A, B))}
         for module in sorted(modules):
             self.take(module)
-        used = {name for names in self.sources.values() for name in names}
         known = {f"{module}{slot}" for module in modules for slot in (A, B, M)}
-        self.unused = [name for name in self.file.tensors if name not in used | known]
+        self.unused = [name for name in self.file.tensors if name not in known]
 
     def check_lengths(self, kind: object) -> None:
         """Find modules without DoRA's lengths where others have them, or all should by the `fine_tune_type`.
@@ -87,7 +86,7 @@ class Reader:
         not expect, without a word.
         """
         lengths = [target for target, update in self.updates.items() if isinstance(update, Magnitude)]
-        plain = [target for target in self.updates if target not in set(lengths)]
+        plain = [target for target, update in self.updates.items() if not isinstance(update, Magnitude)]
         if kind == "lora" and lengths:
             what = "is there, but fine_tune_type is lora, for which mlx-lm leaves it out"
             odd = [(self.sources[target][-1], what) for target in lengths]

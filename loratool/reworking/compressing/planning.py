@@ -48,7 +48,8 @@ class Fleet:
     @property
     def kept(self) -> list[str]:
         """Those that every adapter keeps as they are."""
-        return [target for target in self.layers if target not in set(self.targets)]
+        shared = set(self.targets)
+        return [target for target in self.layers if target not in shared]
 
     def load(self, target: str) -> list[Product]:
         """The updates of a module, of each adapter that has it."""
@@ -66,8 +67,8 @@ class Fleet:
 
     def by_size(self) -> tuple[list[str], list[str]]:
         """Modules on which all cores work together, and those of which each core takes one."""
-        large = [target for target in self.targets if self.bytes_of(target) > ALL_CORES]
-        return large, [target for target in self.targets if target not in set(large)]
+        large = {target: self.bytes_of(target) > ALL_CORES for target in self.targets}
+        return [target for target in large if large[target]], [target for target in large if not large[target]]
 
     def measure(self) -> None:
         """Find the norms."""
