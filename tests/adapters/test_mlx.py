@@ -170,7 +170,7 @@ def test_tensors_decide_whose_adapter_a_file_is(tmp_path: Path) -> None:
         ({f"{QUERY}.lora_b": numbers(3, 6)}, r"expected \(in, rank\) and \(rank, out\)"),
         ({f"{QUERY}.m": numbers(5)}, "expected 6 values"),
         ({f"{QUERY}.m": numbers(6).int()}, "expected 6 values that are floats"),
-        ({f"{QUERY}.m": numbers(6)}, "fine_tune_type is lora, for which mlx-lm leaves it out"),
+        ({f"{QUERY}.m": numbers(6)}, "fine_tune_type is lora, for which mlx-lm ignores it"),
         ({"a.mlp.up_proj.lora_a": numbers(3, 2, 4), "a.mlp.up_proj.lora_b": numbers(3, 6, 2)}, "not known to have any"),
         (
             {"a.switch_mlp.up_proj.lora_a": numbers(3, 2, 4), "a.switch_mlp.up_proj.lora_b": numbers(2, 6, 2)},

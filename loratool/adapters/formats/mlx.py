@@ -88,10 +88,10 @@ class Reader:
         lengths = [target for target, update in self.updates.items() if isinstance(update, Magnitude)]
         plain = [target for target, update in self.updates.items() if not isinstance(update, Magnitude)]
         if kind == "lora" and lengths:
-            what = "is there, but fine_tune_type is lora, for which mlx-lm leaves it out"
+            what = "exists, but fine_tune_type is lora, for which mlx-lm ignores it"
             odd = [(self.sources[target][-1], what) for target in lengths]
         elif lengths or kind == "dora":
-            why = "fine_tune_type is dora" if kind == "dora" else f"{printable(self.sources[lengths[0]][-1])} is there"
+            why = "fine_tune_type is dora" if kind == "dora" else f"{printable(self.sources[lengths[0]][-1])} exists"
             names = dict.fromkeys(self.sources[target][0].removesuffix(A) + M for target in plain)
             odd = [(name, f"is missing, although {why}") for name in names]
         else:
