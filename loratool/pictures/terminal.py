@@ -1,8 +1,8 @@
-"""Charts for a terminal: rows of bars and of heat cells, as wide as there is room and in characters that it has.
+"""Bars and heat maps in characters: figures of a page as a terminal shows them, as wide as it is.
 
-A row's shares say what is drawn: one share is a bar, several are the cells of a heat map. Colours only repeat what the
-characters show, so that nothing is lost where there are none, or where the text is copied. Packages that draw in
-terminals bring a whole layout engine and take longer to import than most commands run.
+A row of a figure is a name, its shares of the scale and a number in words: one share is a bar, several are heat cells.
+Colours only repeat what the characters show, so that nothing is lost where there are none, or where the text is copied.
+Packages that draw in terminals bring a whole layout engine and take longer to import than most commands run.
 """
 
 from __future__ import annotations
@@ -10,16 +10,20 @@ from __future__ import annotations
 import os
 import shutil
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
 from loratool.errors import escaped
-from loratool.results.text import fitted
+from loratool.pictures.bars import Bars
+from loratool.pictures.drawing import Figure
+from loratool.pictures.heat_map import HeatMap
+from loratool.results.text import figure as in_digits, fitted, mean_of
 
 LEAST_NAME, LEAST_BAR, LONGEST_BAR = 12, 10, 48  # characters
 WIDEST_CELL = 4
-MOST_ROWS = 24  # of a chart before the rest is counted
+MOST_ROWS = 24  # of a figure before the rest is counted
+MOST_NUMBERS = 8  # columns of a map whose rows end with all their numbers
 SHADES = "·░▒▓█"
 EIGHTHS = "▏▎▍▌▋▊▉█"
 PLAIN_SHADES, PLAIN_BAR = ".:+*#", "#"  # of consoles without blocks, such as those with code page 1252
@@ -71,9 +75,39 @@ def terminal_of(stream: TextIO, environment: Mapping[str, str] = os.environ) -> 
     return Terminal(shutil.get_terminal_size().columns, colours, blocks)
 
 
-def drawn(charts: Sequence[Chart], terminal: Terminal) -> str:
-    """All charts as text, an empty line between two of them."""
-    return "\n\n".join("\n".join(lines_of(chart, terminal)) for chart in charts)
+def shown(figures: Iterable[Figure], terminal: Terminal) -> str:
+    """Those of some figures that characters can show, as text with an empty line between two of them."""
+    charts = (chart_of(each) for each in figures if isinstance(each, (Bars, HeatMap)))
+    return "\n\n".join("\n".join(lines_of(chart, terminal)) for chart in charts if chart.rows)
+
+
+def chart_of(figure: Bars | HeatMap) -> Chart:
+    """A figure as rows."""
+    if isinstance(figure, Bars):
+        whole = figure.longest or max((sum(bar.values) for bar in figure.bars), default=0.0) or 1.0
+        return Chart(figure.title, tuple(Row(bar.label, (sum(bar.values) / whole,), bar.text) for bar in figure.bars))
+    table: list[list[float | None]] = [[None] * len(figure.columns) for _ in figure.rows]
+    for cell in figure.cells:
+        table[cell.row][cell.column] = cell.value
+    low, high = figure.range()
+    if figure.scale == "both" or len(figure.columns) == 1:  # signs, or bars: both begin at 0
+        low = 0.0
+    rows = (
+        Row(
+            name,
+            tuple(None if value is None else (value - low) / ((high - low) or 1.0) for value in values),
+            numbers(values) if figure.numbers and len(values) <= MOST_NUMBERS else in_digits(mean_of(values)),
+        )
+        for name, values in zip(figure.rows, table, strict=True)
+    )
+    ends = (figure.columns[0], figure.columns[-1]) if len(figure.columns) > 1 else ()
+    across = f", {ends[0]} to {ends[1]}" if ends and all(end.isdigit() for end in ends) else ""
+    return Chart(figure.title + across, tuple(rows), in_digits(low), in_digits(high))
+
+
+def numbers(values: Sequence[float | None]) -> str:
+    """Numbers from −1 to 1, two digits each; there is no −0.00."""
+    return " ".join("    –" if value is None else f"{round(value, 2) + 0.0:5.2f}" for value in values)
 
 
 def lines_of(chart: Chart, terminal: Terminal) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from loratool.files.process import peak_memory
 from loratool.notes import Note
 from loratool.provenance import record
 from loratool.publishing.committing import REMOTE_JOURNAL, Commit, check_name, commit, differing, files_of, open_repo
+from loratool.publishing.illustrating import picture_of
 from loratool.publishing.selecting import Selection, check_message, select
 from loratool.results.base import Cost
 from loratool.results.push import PushReport
@@ -39,6 +40,7 @@ def push(
         list(options.exclude),
         options.card,
         allow_secret=list(options.allow_secret),
+        picture=cache(partial(picture_of, Path(path))),
     )
     selection = choice(place=repo)
     notes = [*selection.notes, *unlike]

@@ -6,9 +6,10 @@ import json
 import os
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +35,7 @@ from loratool.notes import Note
 from loratool.provenance.cards import CARD, addressed, card_of, is_template
 from loratool.provenance.secrets import secrets_in
 from loratool.publishing.committing import Upload
+from loratool.publishing.illustrating import PICTURE, NoPictureError, illustrated, picture_of
 
 # What a model or an adapter is made of beside its weights; anything else is sent only where --include names it.
 KNOWN = (
@@ -92,7 +94,13 @@ class Selection:
 
 
 def select(
-    root: Path, include: Sequence[str], exclude: Sequence[str], card: bool, place: str, allow_secret: Sequence[str] = ()
+    root: Path,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    card: bool,
+    place: str,
+    allow_secret: Sequence[str] = (),
+    picture: Callable[[], bytes] | None = None,
 ) -> Selection:
     """The files of a finished model or adapter.
 
@@ -103,6 +111,7 @@ def select(
         card: whether README.md is made from provenance though there is one.
         place: the repository, for a card that is made.
         allow_secret: patterns of files that hold no secret although it looks so.
+        picture: makes the picture of a card that is made; `picture_of` the folder where it is not given.
 
     Raises:
         UsageError: no folder, or what makes it a model is excluded.
@@ -131,22 +140,15 @@ def select(
     left_out = [file for file in left_out if file.name not in {*extra} & {*chosen}]
     uploads = {name: Upload(name, root / name) for name in chosen}
     notes = [*fates(beside, carried=chosen, otherwise="not sent"), *told_of_training(root, chosen)]
-    if CARD not in uploads or card or is_template(root / CARD):
-        if not matches(CARD, exclude):
-            uploads[CARD] = Upload(CARD, content=card_of(root, place, subject_at(root)))
-            notes.append(
-                Note(
-                    "card-made",
-                    f"{CARD} is generated from {PROVENANCE}" if (root / PROVENANCE).is_file() else f"{CARD} is made",
-                )
-            )
-    elif there := addressed(root / CARD, place):
-        uploads[CARD] = Upload(CARD, content=there)
-        notes.append(Note("card-made", f"{CARD} is generated, with code that loads {printable(place)}"))
-    else:
-        notes.append(Note("card-kept", f"{CARD} is kept unchanged; pass --card to upload one made from {PROVENANCE}"))
-    if CARD in uploads and (made := uploads[CARD].content) is not None and PROVENANCE in uploads:
-        uploads[PROVENANCE] = Upload(PROVENANCE, content=listing(root / PROVENANCE, CARD, made))
+    generate = CARD not in uploads or card or is_template(root / CARD)
+    if not matches(CARD, exclude) and (made := card_for(root, place, generate, notes)) is not None:
+        uploads[CARD] = Upload(CARD, content=made)
+        if kind == "adapter" and not matches(PICTURE, exclude) and may_be_replaced(root / PICTURE):
+            draw = picture or partial(picture_of, root)
+            uploads |= {file.name: file for file in with_picture(made, draw, notes)}
+    written = {name: file.content for name, file in uploads.items() if file.content is not None}
+    if written and PROVENANCE in uploads:
+        uploads[PROVENANCE] = Upload(PROVENANCE, content=listing(root / PROVENANCE, written))
     notes += check_secrets(printable(root), uploads.values(), allow_secret)
     if kind == "adapter" and os.path.isabs(base := named_base(root)):
         notes.append(
@@ -160,6 +162,38 @@ def select(
     return Selection(kind, tuple(uploads[n] for n in sorted(uploads)), (*sorted(lines),), tuple(notes))
 
 
+def card_for(root: Path, place: str, generate: bool, notes: list[Note]) -> bytes | None:
+    """The card that is uploaded in place of the one in the folder; None where that one is."""
+    if generate:
+        source = f"generated from {PROVENANCE}" if (root / PROVENANCE).is_file() else "made"
+        notes.append(Note("card-made", f"{CARD} is {source}"))
+        return card_of(root, place, subject_at(root))
+    if there := addressed(root / CARD, place):
+        notes.append(Note("card-made", f"{CARD} is generated, with code that loads {printable(place)}"))
+        return there
+    notes.append(Note("card-kept", f"{CARD} is kept unchanged; pass --card to upload one made from {PROVENANCE}"))
+    return None
+
+
+def may_be_replaced(path: Path) -> bool:
+    """Whether a file is a picture made here, or there is none of its name."""
+    from loratool.pictures.writing import is_figure
+
+    return not os.path.lexists(path) or is_figure(path)
+
+
+def with_picture(card: bytes, picture: Callable[[], bytes], notes: list[Note]) -> Iterator[Upload]:
+    """A card with its picture, where there can be one."""
+    try:
+        drawn = picture()
+    except NoPictureError as reason:
+        notes.append(Note("no-picture", f"{CARD} has no picture of the singular values: {reason}"))
+        return
+    notes.append(Note("picture-made", f"{PICTURE} is generated from the adapter's values, and {CARD} shows it"))
+    yield Upload(CARD, content=illustrated(card))
+    yield Upload(PICTURE, content=drawn)
+
+
 def alone(file: Path, place: str) -> str:
     """The commands that push a file in a folder of its own, with its record if it has one."""
     folder = file.with_suffix("")
@@ -168,8 +202,8 @@ def alone(file: Path, place: str) -> str:
     return f"mkdir {new} && cp {' '.join(sent)} {new} && loratool push {new} {place}"
 
 
-def listing(path: Path, name: str, content: bytes) -> bytes:
-    """A `loratool.json` that lists a file with andifferent content; as it is where it is none, or lists no side files."""
+def listing(path: Path, written: Mapping[str, bytes]) -> bytes:
+    """A `loratool.json` that lists files with other content; as it is where it is none, or lists no side files."""
     raw = read_bounded(path, LARGEST_RECORD)
     try:
         table = json_object(raw, lenient=True)
@@ -177,7 +211,7 @@ def listing(path: Path, name: str, content: bytes) -> bytes:
         return raw
     if not isinstance(table.get("files"), dict):
         return raw
-    files = {**table["files"], name: digest_of_bytes(content).record()}
+    files = table["files"] | {name: digest_of_bytes(content).record() for name, content in written.items()}
     return (json.dumps({**table, "files": dict(sorted(files.items()))}, indent=2) + "\n").encode()
 
 

@@ -78,6 +78,7 @@ class CompareReport(Result):
 
     adapters: tuple[str, ...]
     norms: Mapping[str, float]  # ‖ΔW‖ of each adapter, all layers together
+    spectra: Mapping[str, tuple[float, ...]]  # adapter → √Σσᵢ² over its layers, by i: what cuts to each rank would keep
     totals: Mapping[str, PairTotals]
     modules: Mapping[str, Mapping[str, Relation]]  # target → pair; empty for many adapters without `pairs`
     alone: Mapping[str, tuple[str, ...]]  # adapter → layers that no other has

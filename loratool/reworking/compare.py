@@ -24,7 +24,7 @@ from loratool.algebra.lowrank.pairwise import (
     stacked,
     working_precision,
 )
-from loratool.algebra.lowrank.products import Decomposition, Product, decompose
+from loratool.algebra.lowrank.products import Decomposition, Product, by_ranks, decompose
 from loratool.algebra.lowrank.relations import Relation, relate
 from loratool.errors import FitError, UsageError, printable
 from loratool.fetching import local
@@ -82,6 +82,7 @@ def compare(adapters: Sequence[PathLike], options: CompareOptions, progress: Pro
     return CompareReport(
         adapters=tuple(comparer.names),
         norms=comparer.sums.norms(comparer.names),
+        spectra=comparer.sums.spectra(comparer.names),
         totals=totals,
         modules={target: found for target, found in sorted(comparer.relations.items()) if comparer.in_full},
         alone=comparer.alone(),
@@ -101,7 +102,8 @@ class Found:
     target: str
     which: tuple[int, ...]
     products: torch.Tensor  # ⟨ΔWᵢ, ΔWⱼ⟩, (adapters, adapters) of those that have it
-    measures: Mapping[str, torch.Tensor]  # the same shape, NaN where there is no number
+    squares: tuple[torch.Tensor, ...]  # of each adapter's singular values, falling
+    measures: Mapping[str, torch.Tensor]  # of the shape of `products`, NaN where there is no number
     kept: tuple[Kept, ...]  # one for each expert
     relations: dict[str, Relation]  # "one × other"; empty where they are not asked for
     noise: tuple[int, ...]  # adapters whose update is rounding
@@ -130,6 +132,7 @@ class Comparer:
         aligned = self.layers[target]
         which = tuple(layer.adapter for layer in aligned)
         stacks = self.stacks(aligned)
+        squares = [by_ranks(stack.values.square(), stack.ranks) for stack in stacks]
         every = [measures(stack) for stack in stacks]
         cut = min(self.rank or max(layer.layer.rank for layer in aligned), aligned[0].layer.most)
         related: dict[str, Relation] = {}
@@ -141,6 +144,7 @@ class Comparer:
                 target,
                 which,
                 products=torch.stack([stack.products() for stack in stacks]).sum(0),
+                squares=tuple(map(added, zip(*squares, strict=True))),
                 measures={name: torch.stack([found[name] for found in every]).nanmean(0) for name in MEASURES},
                 kept=tuple(kept_at(stack, cut) for stack in stacks),
                 relations=related,
@@ -262,6 +266,7 @@ class Sums:
         self.layers = nothing(count, count)  # that both have
         self.measured = {name: nothing(count, count) for name in MEASURES}
         self.known = {name: nothing(count, count) for name in MEASURES}  # layers with a number
+        self.squares = [nothing(0) for _ in range(count)]  # Σσᵢ² over layers, by i
         self.kept = nothing(count)
         self.sum = self.of_sum = 0.0
         self.interference: list[float | None] = []
@@ -272,6 +277,8 @@ class Sums:
         self.products[at] += found.products
         self.sizes[at] += found.products.diagonal()[:, None]
         self.layers[at] += 1
+        for adapter, squares in zip(found.which, found.squares, strict=True):
+            self.squares[adapter] = added([self.squares[adapter], squares])
         for name, table in found.measures.items():
             self.measured[name][at] += table.nan_to_num(0.0)
             self.known[name][at] += (~table.isnan()).double()
@@ -297,6 +304,10 @@ class Sums:
         """‖ΔW‖ of each adapter, all its layers together."""
         return dict(zip(names, self.products.diagonal().clamp_min(0).sqrt().tolist(), strict=True))
 
+    def spectra(self, names: Sequence[str]) -> dict[str, tuple[float, ...]]:
+        """√Σσᵢ² over the layers of each adapter, by i."""
+        return {name: tuple(squares.sqrt().tolist()) for name, squares in zip(names, self.squares, strict=True)}
+
     def matrix(self) -> Matrix:
         tables = self.tables()
         return Matrix(**{field.name: tuple(map(tuple, tables[field.name])) for field in fields(Matrix)})
@@ -309,6 +320,12 @@ class Sums:
             for pair, (i, j) in pairs(range(len(names)), names).items()
             if layers[i][j]
         }
+
+
+def added(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of vectors of several lengths, the shorter ones as if zeros followed."""
+    found: torch.Tensor = torch.nn.utils.rnn.pad_sequence([*rows]).sum(1)
+    return found
 
 
 def tree(matrix: Matrix) -> tuple[Join, ...]:

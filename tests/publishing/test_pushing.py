@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import faults
 import pytest
@@ -202,7 +203,14 @@ def test_the_card_of_a_result_loads_it_from_where_it_was_pushed(
     client.works(*words)
     here, there = (tmp_path / "small" / "README.md").read_text(), held(hub, "alice/small")["README.md"].decode()
     assert 'place = "."  # this folder, or the repository\'s id\n' in here
-    assert there == here.replace('"."  # this folder, or the repository\'s id', '"alice/small"')
+    named = here.replace('"."  # this folder, or the repository\'s id', '"alice/small"')
+    picture = "## Spectrum\n\n![Singular values of the update by kind of module, on a logarithmic scale](loratool-spectrum.svg)\n"
+    assert there == named.replace("\n## Usage\n", f"\n{picture}\n## Usage\n")
+    svg = held(hub, "alice/small")["loratool-spectrum.svg"]
+    assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
+    listed = json.loads(held(hub, "alice/small")["loratool.json"])["files"]["loratool-spectrum.svg"]
+    assert listed["size"] == len(svg)
+    assert not (tmp_path / "small" / "loratool-spectrum.svg").exists()
     hub.log.clear()
     assert "nothing; all files were already there" in client.works("push", tmp_path / "small", "alice/small").out
     (tmp_path / "small" / "README.md").write_text('# mine\nplace = "."\n')
@@ -496,7 +504,12 @@ def test_functions_of_the_library_push_what_they_wrote(
     assert not hub.repos["alice/made"].private
     there = held(hub, "alice/made")
     assert set(report["pushed"]["files"]) == set(there)
-    own = {"README.md", "loratool.json"} if command == "extract" else set()  # a card of ours names the repository
+    ours = {
+        "README.md",
+        "loratool.json",
+        "loratool-spectrum.svg",
+    }  # a card of ours names the repository, and has a picture
+    own = ours if command == "extract" else set()
     assert all((out / name).read_bytes() == content for name, content in there.items() if name not in own)
     assert not own or b"alice/made" in there["README.md"]
     assert command != "merge" or "tokens.txt" not in there

@@ -1,0 +1,61 @@
+"""The picture of a generated card: the singular values of an adapter, as an SVG file that the card refers to by its name.
+
+The Hub serves such a file as an image where a page asks for one. It is drawn only where measuring takes seconds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from loratool.errors import LoratoolError
+from loratool.inspecting.inspect import InspectOptions, inspect
+from loratool.results.facts import AdapterFacts
+
+PICTURE = "loratool-spectrum.svg"
+USAGE = b"\n## Usage\n"  # the heading of a card before which the picture belongs
+SECTION = f"""
+## Spectrum
+
+![Singular values of the update by kind of module, on a logarithmic scale]({PICTURE})
+""".encode()
+MOST_WORK = 4e11  # multiplications of the decompositions, which are some seconds
+
+
+class NoPictureError(Exception):
+    """There is none; its text is the reason."""
+
+
+def picture_of(root: Path) -> bytes:
+    """The SVG of an adapter's singular values.
+
+    Raises:
+        NoPictureError: they are not measured for its kind, or measuring would take long.
+    """
+    from loratool.pictures.drawing import svg_file
+    from loratool.pictures.spectrum import spectrum_by_kind
+
+    try:
+        work = work_of(inspect(root, InspectOptions()))
+        if work > MOST_WORK:
+            raise NoPictureError("the adapter is so large that measuring it would take long")
+        facts = inspect(root, InspectOptions(values=True, device="cpu"))
+    except LoratoolError as error:
+        raise NoPictureError(error.message) from None
+    measured = facts.values.modules if isinstance(facts, AdapterFacts) and facts.values else ()
+    if not any(module.norm for module in measured):
+        raise NoPictureError("no update of its kind, or none but zero, is measured")
+    return svg_file(spectrum_by_kind(measured)).encode(errors="backslashreplace")
+
+
+def work_of(facts: object) -> float:
+    """Multiplications of the QR decompositions of all factors."""
+    modules = facts.modules if isinstance(facts, AdapterFacts) else ()
+    return sum(2.0 * sum(m.shape or ()) * (m.rank or 0) ** 2 for m in modules)
+
+
+def illustrated(card: bytes) -> bytes:
+    """A card with the picture, before the code that loads the adapter."""
+    if PICTURE.encode() in card:
+        return card
+    before, usage, after = card.partition(USAGE)
+    return before + SECTION + usage + after
