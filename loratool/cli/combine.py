@@ -22,6 +22,7 @@ combine = library_command(
       loratool combine ./a ./b ./c -o ./balanced --method pico --rule tsv
       loratool combine ./a ./b ./c -o ./ties --method ties --density 0.3 --space core
     """,
+    pictures=True,
     progress=("combining", LAYERS),
     push_progress=PUSHING,
 )

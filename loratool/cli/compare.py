@@ -15,5 +15,6 @@ compare = library_command(
     \b
     Example: loratool compare ./style ./facts
     """,
+    pictures=True,
     progress=("comparing", LAYERS),
 )

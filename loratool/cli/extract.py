@@ -19,6 +19,7 @@ extract = library_command(
       loratool extract ./base ./fine-tuned -o ./adapter
       loratool extract ./base ./fine-tuned -o ./adapter --rank 64 --exclude embed
     """,
+    pictures=True,
     progress=("extracting", LAYERS),
     push_progress=PUSHING,
 )

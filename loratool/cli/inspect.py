@@ -49,6 +49,7 @@ def inspect(
       loratool inspect ./my-adapter --base ./Llama-3.2-1B --values --check
       loratool inspect ./adapters --where "rank>16 and base~llama" --sort -bytes
       loratool inspect ./my-adapter --html my-adapter.html
+      loratool inspect ./adapters --html adapters.html
     """
     if sum((as_csv, as_lines, screen.as_json)) > 1:
         raise UsageError("--json, --jsonl and --csv are mutually exclusive")
@@ -56,9 +57,11 @@ def inspect(
     if not every:
         raise UsageError("nothing to inspect; pass a path, or --from-file LIST")
     if as_csv or as_lines or from_file is not None or shown_as_table(every, options, screen, pictures):
-        if pictures:
-            raise UsageError("--html and --svg: for adapters in full, not for a table; name the adapters themselves")
-        code = show_lines(every, options, screen) if as_lines else show_table(every, options, screen, as_csv)
+        if as_lines and pictures:
+            raise UsageError(
+                "--jsonl prints rows as they are read; --html and --svg need all of them: use --csv or --json"
+            )
+        code = show_lines(every, options, screen) if as_lines else show_table(every, options, screen, as_csv, pictures)
     else:
         code = show_in_full(every, options, screen, pictures)
     if code:
@@ -78,7 +81,7 @@ def shown_as_table(paths: Sequence[Path], options: InspectOptions, screen: Scree
     return is_table(paths, options) or (len(paths) > MOST_IN_FULL and not in_full)
 
 
-def show_table(paths: Sequence[Path], options: InspectOptions, screen: Screen, as_csv: bool) -> int:
+def show_table(paths: Sequence[Path], options: InspectOptions, screen: Screen, as_csv: bool, pictures: Pictures) -> int:
     """Print a table of adapters; the exit code is the worst of them."""
     from loratool.inspecting.fleet.table import table_of
     from loratool.results.fleet import csv_lines
@@ -90,6 +93,7 @@ def show_table(paths: Sequence[Path], options: InspectOptions, screen: Screen, a
             click.echo(line)
     else:
         screen.show({"results": [found]}, str(found))
+    pictures.write(found)
     tell_bad([row.exit_code for row in found.adapters])
     return found.exit_code
 

@@ -17,6 +17,7 @@ resize = library_command(
       loratool resize ./my-adapter -o ./small --energy 0.99 --uniform
       loratool resize ./my-adapter -o ./small --budget 16MB
     """,
+    pictures=True,
     progress=("resizing", LAYERS),
     push_progress=PUSHING,
 )

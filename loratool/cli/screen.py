@@ -78,8 +78,8 @@ def show_charts(results: Iterable[Any]) -> None:
     if not sys.stdout.isatty():
         return
     from loratool.pictures.charts import charts_of
-    from loratool.pictures.terminal import drawn, terminal_of
+    from loratool.pictures.terminal import shown, terminal_of
 
-    charts = [chart for result in results for chart in charts_of(result)]
-    if charts and (terminal := terminal_of(sys.stdout)):
-        click.echo(f"\n{drawn(charts, terminal)}")
+    terminal = terminal_of(sys.stdout)
+    if terminal and (text := shown((figure for result in results for figure in charts_of(result)), terminal)):
+        click.echo(f"\n{text}")

@@ -48,7 +48,13 @@ def blocks(report: ExtractReport) -> Iterator[Block]:
         yield layers.group(
             [
                 Map("difference", "‖M‖/‖W‖ by layer and module", "How much every weight was changed.", RELATIVE),
-                Map("energy", "Energy kept by layer and module", "The part of ‖M‖² that the adapter holds.", KEPT),
+                Map(
+                    "energy",
+                    "Energy kept by layer and module",
+                    "The part of ‖M‖² that the adapter holds.",
+                    KEPT,
+                    (None, 1.0),
+                ),
             ],
         )
         yield from rank_group(layers, lambda layer: layer.rank)

@@ -47,7 +47,7 @@ def figures_of(rows: Sequence[FleetRow]) -> Iterator[Bars]:
     """Bars of what differs."""
     ranks = counts(max(row.rank) for row in rows if row.rank)
     bases = counts(base_cell(row.base) for row in rows)
-    if len(ranks) > 1:
+    if ranks:
         in_order = {f"rank {rank}": ranks[rank] for rank in sorted(ranks, key=int)}
         yield counted("ranks", "Adapters by rank", in_order)
     if len(bases) > 1:

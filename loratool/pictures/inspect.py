@@ -9,6 +9,7 @@ from loratool.pictures.heat_map import HeatMap
 from loratool.pictures.lines import Axis, Line, Lines, counting, linear, logarithmic, thinned
 from loratool.pictures.modules import Places, bare, places_of
 from loratool.pictures.page import Page
+from loratool.pictures.spectrum import energy_by_rank
 from loratool.results.facts import AdapterFacts, CheckpointFacts, OneFacts
 from loratool.results.findings import Finding
 from loratool.results.text import plural, size
@@ -112,6 +113,8 @@ def module_blocks(modules: Sequence[Measured], suggestions: Sequence[Suggestion]
         spectra(order),
     )
     if suggestions:
+        energies = energy_by_rank(modules)
+        yield Group(energies.title, "", [energies])
         yield what_resize_keeps(suggestions)
     yield module_table(order)
 

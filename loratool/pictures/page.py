@@ -25,6 +25,11 @@ from loratool.results.base import Result
 MAKERS = {
     "AdapterFacts": "inspect",
     "CheckpointFacts": "inspect",
+    "CombineReport": "combine",
+    "CompareReport": "compare",
+    "ExtractReport": "extract",
+    "FleetFacts": "fleet",
+    "ResizeReport": "resize",
     "UnreadableFacts": "inspect",
 }
 

@@ -42,7 +42,7 @@ def blocks(report: ResizeReport) -> Iterator[Block]:
     if report.modules:
         layers = Layers(report.modules)
         about = "The part of the squared norm of every update that its new rank keeps; the table has the same numbers."
-        yield layers.group([Map("energy", "Energy kept by layer and module", about, KEPT)])
+        yield layers.group([Map("energy", "Energy kept by layer and module", about, KEPT, (None, 1.0))])
         yield from rank_group(layers, lambda layer: layer.rank)
         yield layers.table(MEASURES)
     yield Facts(

@@ -1,12 +1,14 @@
-"""The singular values of an adapter in one small figure, which a card has room for."""
+"""The singular values of all modules of an adapter together, in figures that a card or a terminal has room for."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
+from loratool.pictures.bars import Bar, Bars
 from loratool.pictures.colours import SERIES
 from loratool.pictures.lines import Line, Lines, counting, logarithmic
+from loratool.results.text import kept
 from loratool.results.values import Measured, named
 
 OTHERS = "others"  # kinds beyond those that have a colour
@@ -44,3 +46,21 @@ def root_mean_squares(modules: Sequence[Measured]) -> tuple[tuple[float, float],
         math.fsum(m.singular_values[at] ** 2 for m in modules if at < len(m.singular_values)) for at in range(ranks)
     ]
     return tuple((float(at), math.sqrt(value / len(modules))) for at, value in enumerate(sums, 1) if value > 0)
+
+
+def energy_by_rank(modules: Sequence[Measured]) -> Bars:
+    """How much of ‖ΔW‖² would be kept at smaller ranks, the same for every module."""
+    spectra = [[value**2 for value in m.singular_values] for m in modules if m.norm]
+    total = math.fsum(value for spectrum in spectra for value in spectrum)
+    largest = max(map(len, spectra), default=0)
+    bars = []
+    for rank in (2**at for at in range(largest.bit_length())) if total else ():
+        part = math.fsum(value for spectrum in spectra for value in spectrum[:rank]) / total
+        bars.append(Bar(f"rank {rank}", (part,), kept(part)))
+    return Bars(
+        name="energy-by-rank",
+        title="Energy kept at a smaller rank",
+        about="The part of ‖ΔW‖² of all modules together that is kept if every module gets the same rank.",
+        bars=tuple(bars),
+        longest=1.0,
+    )

@@ -8,6 +8,7 @@ Packages that draw in terminals bring a whole layout engine and take longer to i
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ LEAST_NAME, LEAST_BAR, LONGEST_BAR = 12, 10, 48  # characters
 WIDEST_CELL = 4
 MOST_ROWS = 24  # of a figure before the rest is counted
 MOST_NUMBERS = 8  # columns of a map whose rows end with all their numbers
+NUMBER = re.compile(r"\d+")
 SHADES = "·░▒▓█"
 EIGHTHS = "▏▎▍▌▋▊▉█"
 PLAIN_SHADES, PLAIN_BAR = ".:+*#", "#"  # of consoles without blocks, such as those with code page 1252
@@ -78,7 +80,12 @@ def terminal_of(stream: TextIO, environment: Mapping[str, str] = os.environ) -> 
 def shown(figures: Iterable[Figure], terminal: Terminal) -> str:
     """Those of some figures that characters can show, as text with an empty line between two of them."""
     charts = (chart_of(each) for each in figures if isinstance(each, (Bars, HeatMap)))
-    return "\n\n".join("\n".join(lines_of(chart, terminal)) for chart in charts if chart.rows)
+    return "\n\n".join("\n".join(lines_of(chart, terminal)) for chart in charts if worth(chart))
+
+
+def worth(chart: Chart) -> bool:
+    """Whether a chart compares anything."""
+    return len(chart.rows) > 1 or any(len(row.shares) > 1 for row in chart.rows)
 
 
 def chart_of(figure: Bars | HeatMap) -> Chart:
@@ -86,9 +93,6 @@ def chart_of(figure: Bars | HeatMap) -> Chart:
     if isinstance(figure, Bars):
         whole = figure.longest or max((sum(bar.values) for bar in figure.bars), default=0.0) or 1.0
         return Chart(figure.title, tuple(Row(bar.label, (sum(bar.values) / whole,), bar.text) for bar in figure.bars))
-    table: list[list[float | None]] = [[None] * len(figure.columns) for _ in figure.rows]
-    for cell in figure.cells:
-        table[cell.row][cell.column] = cell.value
     low, high = figure.range()
     if figure.scale == "both" or len(figure.columns) == 1:  # signs, or bars: both begin at 0
         low = 0.0
@@ -98,11 +102,22 @@ def chart_of(figure: Bars | HeatMap) -> Chart:
             tuple(None if value is None else (value - low) / ((high - low) or 1.0) for value in values),
             numbers(values) if figure.numbers and len(values) <= MOST_NUMBERS else in_digits(mean_of(values)),
         )
-        for name, values in zip(figure.rows, table, strict=True)
+        for name, values in rows_of(figure)
     )
-    ends = (figure.columns[0], figure.columns[-1]) if len(figure.columns) > 1 else ()
-    across = f", {ends[0]} to {ends[1]}" if ends and all(end.isdigit() for end in ends) else ""
+    ends = (figure.columns[0], figure.columns[-1])[: len(figure.columns)]
+    across = f", {ends[0]} to {ends[1]}" if len(ends) > 1 and all(end.isdigit() for end in ends) else ""
     return Chart(figure.title + across, tuple(rows), in_digits(low), in_digits(high))
+
+
+def rows_of(figure: HeatMap) -> Iterator[tuple[str, list[float | None]]]:
+    """The values of a map by row; of more rows than are shown, those of names that differ in numbers are one."""
+    together = len(figure.rows) > MOST_ROWS and not figure.numbers
+    found: dict[str, list[list[float | None]]] = {}
+    for cell in figure.cells:
+        name = NUMBER.sub("*", figure.rows[cell.row]) if together else figure.rows[cell.row]
+        found.setdefault(name, [[] for _ in figure.columns])[cell.column].append(cell.value)
+    for name, columns in found.items():
+        yield name, [mean_of(values) for values in columns]
 
 
 def numbers(values: Sequence[float | None]) -> str:

@@ -115,8 +115,8 @@ def test_everything_is_reached_and_named_without_a_pointer(opened: Opened) -> No
     opened.page.keyboard.press("Enter")
     assert opened.page.evaluate("document.querySelector(location.hash).tagName") == "H2"
     images = opened.page.locator("svg[role=img]")
-    assert images.count() == 3
-    for at in range(3):
+    assert images.count() == 4
+    for at in range(4):
         assert opened.page.evaluate(
             "at => document.getElementById(document.querySelectorAll('svg')[at].getAttribute('aria-labelledby')).innerText",
             at,

@@ -36,7 +36,7 @@ def titles(figure: Figure) -> list[str]:
 def test_the_figures_of_a_result_are_files_with_its_numbers(facts: AdapterFacts, tmp_path: Path) -> None:
     """Each names itself and what it shows; the map has the norm of every module as text, to four digits."""
     written = loratool.write_svgs(facts, tmp_path / "figures")
-    names = ["inspect-energy.svg", "inspect-norm.svg", "inspect-singular-values.svg"]
+    names = ["inspect-energy-by-rank.svg", "inspect-energy.svg", "inspect-norm.svg", "inspect-singular-values.svg"]
     assert (
         sorted(path.name for path in written) == names == sorted(path.name for path in (tmp_path / "figures").iterdir())
     )

@@ -33,7 +33,7 @@ def adapter(tmp_path: Path) -> Path:
 
 
 def write(folder: Path, scale: float = 1.0) -> Path:
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for layer in range(LAYERS):
         for kind in ("q_proj", "down_proj"):
             down, up = factors(layer, kind)
