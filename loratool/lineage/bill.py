@@ -15,7 +15,7 @@ from loratool.files.digests import Digest, is_hex, is_plain, read_recorded, sha2
 from loratool.files.hub_cache import HUB_ID
 from loratool.files.process import cores
 from loratool.provenance import record
-from loratool.provenance.recorded import inputs_of, record_at
+from loratool.provenance.recorded import ancestors_of, record_at
 
 LARGEST_NUMBER = 1e30  # of a record; none of ours comes near
 
@@ -35,7 +35,7 @@ class Content:
 class Part:
     """A model or an adapter in a bill, and what it was made of. Texts are as records have them, but printable."""
 
-    role: str  # output, base, tuned or adapter
+    role: str  # output, or what it was to a command: base, tuned, shared, adapter
     name: str
     kind: str  # model or adapter
     repo: str  # on the Hub; empty where it was a local one
@@ -103,7 +103,7 @@ def part_of(role: str, entry: Mapping[str, Any]) -> Part:
     return Part(
         role=role,
         name=text_of(entry.get("hub") or entry.get("name")) or "unnamed",
-        kind="adapter" if role == "adapter" else "model",
+        kind="adapter" if role in ("adapter", "shared") else "model",
         repo=repo if sound else "",
         revision=revision.partition(":")[0] if sound else "",
         license=text_of(entry.get("license_name")) or text_of(entry.get("license")),
@@ -114,7 +114,7 @@ def part_of(role: str, entry: Mapping[str, Any]) -> Part:
         versions={printable(k): text_of(v) for k, v in table_of(made.get("versions")).items()},
         options=table_of(made.get("options")),
         gain=number_of(made.get("gain")),
-        inputs=tuple(part_of(role, each) for role, each in inputs_of(made)),
+        inputs=tuple(part_of(role, each) for role, each in ancestors_of(made)),
     )
 
 

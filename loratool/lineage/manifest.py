@@ -31,14 +31,20 @@ class Step:
     where: str  # file, line, step and command, for messages
     command: str
     maker: Maker
-    inputs: tuple[str, ...]  # places, in the order of the operands
+    operands: tuple[str, ...]
     out: Path
     keywords: Mapping[str, Any]
     options: Options
 
+    @property
+    def inputs(self) -> list[str]:
+        """All places that it reads: operands, and models that options name."""
+        models = (getattr(self.options, name) for name in sorted(self.maker.models))
+        return [*self.maker.places(self.operands), *(each for each in models if each is not None)]
+
     def make(self, overwrite: bool) -> None:
         """Do it."""
-        self.maker.function(**self.maker.arguments(self.inputs), out=self.out, overwrite=overwrite, **self.keywords)
+        self.maker.function(**self.maker.arguments(self.operands), out=self.out, overwrite=overwrite, **self.keywords)
 
 
 def read_manifest(path: Path, makers: Makers) -> list[Step]:
@@ -115,7 +121,7 @@ def step_of(number: int, node: Any, path: Path, makers: Makers) -> Step:
     if not isinstance(out, str) or not out:
         raise InputError(f"{command}: output is missing")
     home = path.parent
-    inputs = [*operands(command, maker, values, home)]
+    given = [*operands(command, maker, values, home)]
     if own := [name for name in OURS if name in values]:
         raise InputError(f"{command}: {', '.join(own)} is decided by `loratool run`")
     known = described_by(maker.options)
@@ -128,7 +134,7 @@ def step_of(number: int, node: Any, path: Path, makers: Makers) -> Step:
     except TypeError as error:
         raise InputError(str(error).replace("() got an unexpected keyword argument", ": unknown keyword")) from None
     where = f"{printable(path)}, step {number} ({command})"
-    return Step(number, where, command, maker, tuple(inputs), place(out, home), values, options)
+    return Step(number, where, command, maker, tuple(given), place(out, home), values, options)
 
 
 def value_of(node: Any) -> Any:
@@ -141,8 +147,8 @@ def value_of(node: Any) -> Any:
 
 
 def operands(command: str, maker: Maker, values: dict[str, Any], home: Path) -> Iterator[str]:
-    """The places of the operands, which are taken out of the values."""
-    for name in maker.operands:
+    """The operands, places as paths, which are taken out of the values."""
+    for number, name in enumerate(maker.operands):
         key = name.removesuffix("*")
         given = values.pop(key, None)
         listed = given if isinstance(given, list) and name.endswith("*") else [given]
@@ -151,7 +157,7 @@ def operands(command: str, maker: Maker, values: dict[str, Any], home: Path) -> 
         for each in listed:
             if not isinstance(each, str) or not each:
                 raise InputError(f"{command}: {key} must be {'paths' if name.endswith('*') else 'a path'}")
-            yield operand(each, home)
+            yield each if maker.is_word(number) else operand(each, home)
 
 
 def operand(word: str, home: Path) -> str:
@@ -184,7 +190,13 @@ def misplaced(steps: Sequence[Step]) -> Iterator[str]:
         made.setdefault(step.out, step.number)
     for step in steps:
         for each in step.inputs:
-            if os.path.isabs(each) and not os.path.lexists(each) and Path(each) not in made:
+            makes = [number for out, number in made.items() if is_within(out, each)]
+            if os.path.isabs(each) and not os.path.lexists(each) and not makes:
                 yield f"step {step.number}: {printable(each)}: no such file or folder"
-            if made.get(Path(each), 0) >= step.number:
-                yield f"step {step.number} needs {printable(each)}, which step {made[Path(each)]} makes; put it first"
+            if makes and max(makes) >= step.number:
+                yield f"step {step.number} needs {printable(each)}, which step {max(makes)} makes; put it first"
+
+
+def is_within(out: Path, place: str) -> bool:
+    """Whether an output is an input of a step, or in a folder that is one."""
+    return Path(place) in (out, *out.parents)

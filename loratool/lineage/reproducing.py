@@ -20,7 +20,7 @@ from loratool.notes import Note
 from loratool.options.described import PathKind, option
 from loratool.options.shared import OverwriteOption
 from loratool.provenance import record as records
-from loratool.provenance.recorded import inputs_of, record_at
+from loratool.provenance.recorded import inputs_of, models_of, record_at
 from loratool.results.base import Cost
 from loratool.results.reproduce import Difference, FoundInput, ReproduceReport
 
@@ -46,7 +46,9 @@ class Run:
 
     maker: Maker
     command: str
-    inputs: tuple[Wanted, ...]
+    operands: tuple[str, ...]
+    inputs: tuple[Wanted, ...]  # those of the operands that are some
+    models: tuple[Wanted, ...]  # that options name, whose keywords are their roles
     keywords: Mapping[str, Any]
 
     @classmethod
@@ -69,11 +71,21 @@ class Run:
         for value in keywords.get("also_load", ()):  # a name in an adapter's folder, as every record has it
             if not is_plain(value):
                 raise InputError(f"{shown}: its record names {printable(value)}, which is outside the inputs")
-        entries = [*inputs_of(record)]
-        if len(words) > len(entries):
-            raise InputError(f"{shown}: its record has {len(words)} operands, but {len(entries)} inputs")
-        wanted = (Wanted(word, role, entry) for word, (role, entry) in zip(words, entries, strict=False))
-        return cls(maker, command, tuple(wanted), keywords)
+        entries, places = [*inputs_of(record)], maker.places(words)
+        if len(places) > len(entries):
+            raise InputError(f"{shown}: its record has {len(places)} operands, but {len(entries)} inputs")
+        wanted = tuple(Wanted(word, role, entry) for word, (role, entry) in zip(places, entries, strict=False))
+        models = tuple(
+            Wanted(keywords[name], name, entry)
+            for name, entry in models_of(record)
+            if name in maker.models and isinstance(keywords.get(name), str)
+        )
+        return cls(maker, command, tuple(words), wanted, models, keywords)
+
+    @property
+    def sought(self) -> tuple[Wanted, ...]:
+        """Everything that has to be found."""
+        return (*self.inputs, *self.models)
 
 
 def reproduce(out: PathLike, again: PathLike, options: ReproduceOptions, makers: Makers) -> ReproduceReport:
@@ -86,8 +98,13 @@ def reproduce(out: PathLike, again: PathLike, options: ReproduceOptions, makers:
     with tempfile.TemporaryDirectory(prefix="loratool-") as scratch:
         search = Search([*dict.fromkeys([Path(), home])], [*map(Path, options.folders)], Path(scratch))
         found = located(run, search)
-        arguments = run.maker.arguments([each.path for _, each in found])
-        run.maker.function(**arguments, out=target, overwrite=options.overwrite, **with_files(run, search))
+        paths = iter([each.path for _, each in found])
+        operands = [word if run.maker.is_word(n) else next(paths) for n, word in enumerate(run.operands)]
+        keywords = {
+            **with_files(run, search),
+            **{each.role: path for each, path in zip(run.models, paths, strict=True)},
+        }
+        run.maker.function(**run.maker.arguments(operands), out=target, overwrite=options.overwrite, **keywords)
     differences = tuple(compared(place, target, table))
     return ReproduceReport(
         out=target,
@@ -104,7 +121,7 @@ def located(run: Run, search: Search) -> list[tuple[Wanted, Found]]:
     """All inputs of a run. Raises `InputError` with all that are not found as they were."""
     found: list[tuple[Wanted, Found]] = []
     problems: list[str] = []
-    for each in run.inputs:
+    for each in run.sought:
         try:
             found.append((each, search.find(each)))
         except InputError as error:
@@ -117,7 +134,7 @@ def located(run: Run, search: Search) -> list[tuple[Wanted, Found]]:
 def with_files(run: Run, search: Search) -> dict[str, Any]:
     """The options of a run, with the places of files that they name: where they are beside its inputs."""
     found = dict(run.keywords)
-    for name in run.maker.paths & found.keys():
+    for name in (run.maker.paths & found.keys()) - {each.role for each in run.models}:
         word = str(found[name]).removeprefix("./").rpartition("/")[2]
         places = [folder / word for folder in (*search.near, *search.folders)]
         path = next((place for place in places if word and place.exists()), None)
@@ -152,7 +169,7 @@ def compared(place: Path, target: Path, table: Mapping[str, Any]) -> Iterator[Di
 
 def remarks(run: Run) -> Iterator[Note]:
     """What a reader of the result should know of the inputs."""
-    for each in run.inputs:
+    for each in run.sought:
         if weak := [name for name, facts in each.files.items() if not {"sha256", "root"} & facts.keys()]:
             yield Note(
                 "input-known-by-header",

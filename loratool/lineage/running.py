@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from loratool.errors import InputError, LoratoolError, UsageError, printable
 from loratool.fetching import local
@@ -15,11 +16,11 @@ from loratool.files.digests import read_recorded
 from loratool.files.process import peak_memory
 from loratool.lineage.locating import Wanted, why_unlike_facts
 from loratool.lineage.makers import Makers
-from loratool.lineage.manifest import Step, read_manifest
-from loratool.options.described import FLAG, Options, option
+from loratool.lineage.manifest import Step, is_within, read_manifest
+from loratool.options.described import FLAG, Options, option, place_word
 from loratool.provenance import record as records
 from loratool.provenance.invocations import invocation
-from loratool.provenance.recorded import inputs_of, record_at
+from loratool.provenance.recorded import inputs_of, models_of, record_at
 from loratool.results.base import Cost
 from loratool.results.run import MADE, TO_MAKE, TO_SEE, UP_TO_DATE, RunReport, StepReport
 
@@ -73,7 +74,7 @@ def made_here(out: Path) -> bool:
 
 def looked_at(step: Step, pending: Collection[Path]) -> StepReport:
     """What would be done of a step; `pending` are outputs of earlier steps that may come out different."""
-    waits = [each for each in step.inputs if Path(each) in pending]
+    waits = [each for each in step.inputs if any(is_within(out, each) for out in pending)]
     reason = "" if waits and os.path.lexists(step.out) else "its output is missing" if waits else why_stale(step)
     status = TO_MAKE if reason else TO_SEE if waits else UP_TO_DATE
     return report(step, status, reason)
@@ -104,7 +105,8 @@ def why_stale(step: Step) -> str:
         record = record_at(step.out)
     except InputError:
         return "its output is missing"
-    wanted = invocation(step.command, [resolved(step, word) for word in step.inputs], step.options)
+    operands, models = resolved(step)
+    wanted = invocation(step.command, operands, replace(step.options, **models))
     if record.get("made_by") != f"loratool {step.command}":
         return f"its output was made by {printable(record.get('made_by'))}"
     before, now = record.get("options"), wanted["options"]
@@ -112,25 +114,37 @@ def why_stale(step: Step) -> str:
         return "its record has no options"
     if keys := sorted(key for key in {*before, *now} if before.get(key) != now.get(key)):
         return f"changed: {', '.join(map(printable, keys))}"
-    if AUTO not in step.inputs and record.get("operands") != wanted["operands"]:
+    if AUTO not in step.operands and record.get("operands") != wanted["operands"]:
         return "it has other inputs"
-    for word, (role, entry) in zip(step.inputs, inputs_of(record), strict=False):
-        if word == AUTO:
+    inputs = zip(step.maker.places(operands), inputs_of(record), strict=False)
+    named = ((Path(models[name]), (name, entry)) for name, entry in models_of(record) if name in models)
+    for place, (role, entry) in (*inputs, *named):
+        if os.fspath(place) == AUTO:
             continue  # which the adapters name
-        place = resolved(step, word)
         home = place if place.is_dir() else place.parent
-        for name, facts in Wanted(word, role, entry).files.items():
+        for name, facts in Wanted(os.fspath(place), role, entry).files.items():
             if reason := why_unlike_facts(home / name, facts):
-                return f"{printable(word)}: {printable(name)} {reason}"
+                return f"{place_word(place)}: {printable(name)} {reason}"
     folder, only = (step.out.parent, step.out.name) if step.out.is_file() else (step.out, "")
     if problems := records.compare(folder, only).problems:
         return f"its output was changed: {problems[0]}"
     return ""
 
 
-def resolved(step: Step, word: str) -> Path:
+def resolved(step: Step) -> tuple[list[Any], dict[str, str]]:
+    """The operands as a record has them, places on this disk, and the models that options name, by keyword."""
+    maker = step.maker
+    given: list[Any] = [
+        word if maker.is_word(number) else on_disk(word, "base" in maker.operands and not number)
+        for number, word in enumerate(step.operands)
+    ]
+    options = {name: getattr(step.options, name) for name in maker.models}
+    models = {name: os.fspath(on_disk(word, True)) for name, word in options.items() if word is not None}
+    return list(maker.listed(given)), models
+
+
+def on_disk(word: str, is_model: bool) -> Path:
     """An input's place on this disk."""
     if word == AUTO or os.path.lexists(word):
         return Path(word)
-    is_model = "base" in step.maker.operands and word == step.inputs[0]
     return local(word, "model" if is_model else "any")

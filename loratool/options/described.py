@@ -19,9 +19,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from loratool.errors import InputError, UsageError, escaped, printable
+from loratool.files.hub_cache import origin_of
+from loratool.files.hub_names import parse
 from loratool.files.inputs import json_value, read_bounded
 from loratool.files.names import at_home
 
@@ -67,6 +70,14 @@ def local_word(path: str | os.PathLike[str]) -> str:
     return f"./{escaped(os.path.basename(os.path.abspath(path)))}"
 
 
+def place_word(place: str | os.PathLike[str]) -> str:
+    """An input as a record names it: with its commit if it is from the Hub, else by its last name."""
+    if origin := origin_of(Path(place)):
+        return str(origin)
+    named = None if os.path.lexists(place) else parse(place)
+    return escaped(str(named)) if named else local_word(place)
+
+
 @dataclass(frozen=True)
 class PathKind(Kind):
     """A path."""
@@ -98,6 +109,9 @@ class PlaceKind(PathKind):
 
     name: str = "BASE"
     role: Literal["model", "any"] = "model"
+
+    def word(self, value: Any) -> str:
+        return place_word(value)
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import escaped, printable
-from loratool.files.hub_cache import is_hub_id, origin_of
+from loratool.files.hub_cache import is_hub_id
 from loratool.files.inputs import LARGEST_RECORD, open_regular, read_json
-from loratool.options.described import Options, local_word
+from loratool.options.described import Options, place_word
 
 CARD = "README.md"
 MARK = "<!-- made by loratool from loratool.json; without this line it counts as written by hand -->"
@@ -46,6 +46,8 @@ DONE = {
     "resize": "A copy of {adapter} with different ranks.",
     "convert": "A copy of {adapter} in another dialect.",
     "extract": "An adapter extracted from a fine-tuned model.",
+    "expand": "An adapter expanded from {shared}, where it was compressed together with others.",
+    "rebase": "A copy of {adapter}, rebased onto {onto}.",
 }
 MEASURED = {
     "norm": "‖ΔW‖ (Frobenius)",
@@ -92,16 +94,10 @@ def command(name: str, inputs: Sequence[str | os.PathLike[str]], options: Option
 
     Inputs from the Hub are named with their commit, local ones by their last name: a card tells nobody's folders.
     """
-    words = ["loratool", name, *map(operand, inputs), *options.words(), *(("-o", OUT) if out else ())]
+    words = ["loratool", name, *map(place_word, inputs), *options.words(), *(("-o", OUT) if out else ())]
     from loratool.provenance.secrets import without_secrets
 
     return without_secrets(shlex.join(words))
-
-
-def operand(path: Any) -> str:
-    """An input as a card names it."""
-    origin = origin_of(Path(path))
-    return str(origin) if origin else local_word(path)
 
 
 def terms_of(*folders: Path) -> Terms:
@@ -134,6 +130,7 @@ def card(provenance: Mapping[str, Any], about: Subject | Mapping[str, Any], term
     verb = str(provenance.get("made_by", "")).removeprefix("loratool ")
     adapters = [a for a in (provenance.get("adapters") or [provenance.get("adapter")]) if isinstance(a, Mapping)]
     verb = "dequantise" if verb == "merge" and not adapters else verb
+    models = models_in(provenance)
     plain_model = not verb and not isinstance(about, Subject)
     base = "" if plain_model else base_id(provenance, about)  # what a config calls itself is no base
     title = about.title if isinstance(about, Subject) else "Model" if plain_model else "Merged model"
@@ -151,8 +148,10 @@ def card(provenance: Mapping[str, Any], about: Subject | Mapping[str, Any], term
             base=named(found) if isinstance(found := provenance.get("base"), Mapping) else "A base model",
             adapters=f"the adapter {named(adapters[0])}" if len(adapters) == 1 else f"{len(adapters)} adapters",
             adapter=named(adapters[0]) if adapters else "an adapter",
+            shared=named(models["shared"]) if "shared" in models else "a folder",
+            onto=named(models["onto"]) if "onto" in models else "another base",
         ),
-        *section("Inputs", lineage(provenance, adapters, base)),
+        *section("Inputs", lineage(provenance, models, adapters, base)),
         *section("How it was made", how(provenance)),
         *section("Measurements", measured(provenance, about)),
         *section("Usage", snippet(about, base, place)),
@@ -226,10 +225,22 @@ def quoted(value: str) -> str:
     return json.dumps(printable(value), ensure_ascii=False)
 
 
-def lineage(provenance: Mapping[str, Any], adapters: Sequence[Mapping[str, Any]], base: str) -> list[str]:
+def models_in(provenance: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The inputs that are no adapters, by what they were to the command."""
+    by_options = provenance.get("models")
+    found = {role: provenance.get(role) for role in ("base", "tuned", "shared")}
+    found |= by_options if isinstance(by_options, Mapping) else {}
+    return {str(role): entry for role, entry in found.items() if isinstance(entry, Mapping)}
+
+
+def lineage(
+    provenance: Mapping[str, Any],
+    models: Mapping[str, Mapping[str, Any]],
+    adapters: Sequence[Mapping[str, Any]],
+    base: str,
+) -> list[str]:
     """A table of all inputs with their commits and checksums."""
-    models = {role: provenance.get(role) for role in ("base", "tuned")}
-    rows = [f"| {role} | {named(entry)} | | | |" for role, entry in models.items() if isinstance(entry, Mapping)]
+    rows = [f"| {label(role)} | {named(entry)} | | | |" for role, entry in models.items()]
     if not rows and base:
         rows.append(f"| base | {cell(base)} | | | |")
     weights = provenance.get("weights")

@@ -9,7 +9,7 @@ from typing import Any
 
 from loratool.errors import printable
 from loratool.files.hub_cache import name_of
-from loratool.provenance.recorded import inputs_of, made_of
+from loratool.provenance.recorded import ancestors_of, made_of
 from loratool.results.history import Ancestor
 
 DIGESTS = ("sha256", "root", "header")  # of a file, the one that says most first
@@ -38,7 +38,7 @@ def ancestor_of(role: str, entry: Mapping[str, Any]) -> Ancestor:
         digests=digests_of(entry),
         made_by=text_of(made.get("made_by")).removeprefix("loratool ") or ("an earlier run" if made.get("cut") else ""),
         command=text_of(made.get("command")),
-        inputs=tuple(ancestor_of(role, each) for role, each in inputs_of(made)),
+        inputs=tuple(ancestor_of(role, each) for role, each in ancestors_of(made)),
     )
 
 

@@ -7,8 +7,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from loratool.options.described import Options
-from loratool.provenance.cards import command, operand
+from loratool.options.described import Options, place_word
+from loratool.provenance.cards import command
 
 
 def invocation(
@@ -20,5 +20,5 @@ def invocation(
     """
     from loratool.provenance.secrets import without_secrets
 
-    words = without_secrets(json.dumps({"operands": [*map(operand, inputs)], "options": options.keywords()}))
+    words = without_secrets(json.dumps({"operands": [*map(place_word, inputs)], "options": options.keywords()}))
     return {"command": command(name, inputs, options, out), **json.loads(words)}

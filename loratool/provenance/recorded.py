@@ -17,7 +17,7 @@ from loratool.files.inputs import LARGEST_RECORD, json_object, read_json
 from loratool.files.outputs import MADE_HERE
 from loratool.files.weight_formats import read_weight_file
 
-ROLES = ("base", "tuned", "adapter", "adapters", "inputs")  # of a record's entries about inputs
+ROLES = ("base", "tuned", "shared", "adapter", "adapters", "inputs")  # of a record's entries about operands
 LICENCE = ("license", "license_name", "license_link")  # as cards have it
 MOST_GENERATIONS = 24  # a text of JSON may have so many levels, and each generation takes a few
 MOST_ANCESTORS = 400
@@ -56,6 +56,20 @@ def inputs_of(record: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any
         for entry in entries if isinstance(entries, list) else [entries]:
             if isinstance(entry, Mapping):
                 yield {"adapters": "adapter", "inputs": "adapter"}.get(role, role), entry
+
+
+def models_of(record: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(keyword, entry) of each model that an option of the run named."""
+    table = record.get("models")
+    for keyword, entry in table.items() if isinstance(table, Mapping) else ():
+        if isinstance(entry, Mapping):
+            yield printable(keyword), entry
+
+
+def ancestors_of(record: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(role, entry) of everything that a record names as what its output was made of."""
+    yield from inputs_of(record)
+    yield from models_of(record)
 
 
 def made_of(place: Path, files: Mapping[str, str], metadata: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -107,6 +121,8 @@ def shortened(record: Mapping[str, Any], budget: Budget, generation: int = 1) ->
         kept = [entry_of(each, budget, generation) for each in listed if isinstance(each, Mapping) and budget.spend()]
         if kept:
             found[role] = kept if isinstance(entries, list) else kept[0]
+    if models := {k: entry_of(each, budget, generation) for k, each in models_of(record) if budget.spend()}:
+        found["models"] = models
     return found
 
 

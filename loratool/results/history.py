@@ -14,7 +14,7 @@ SHORT_COMMIT = 7  # characters of a commit that are shown
 class Ancestor:
     """A model or an adapter in a history, and what it was made of. All texts come from records, and are escaped."""
 
-    role: str  # base, tuned or adapter; empty for what is inspected itself
+    role: str  # base, tuned, shared, adapter; empty for what is inspected itself
     name: str
     hub: str  # org/name@commit; empty where it was a local one
     license: str  # as its card has it

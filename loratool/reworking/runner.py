@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 from loratool.adapters.adapter import Adapter
@@ -72,6 +73,7 @@ class Maker(ABC, Generic[Task, Told]):
 
     command: str  # its name
     at_work: Session
+    models: Mapping[str, Any] = MappingProxyType({})  # that options name, by keyword, as a record has them
 
     @abstractmethod
     def draft(self) -> Draft:
@@ -111,9 +113,10 @@ def run(
 ) -> Rest:
     """Write what `maker` makes of `inputs` under `target`; after a dry run nothing is written. `progress` counts layers."""
     draft = maker.draft()
+    models = {"models": dict(maker.models)} if maker.models else {}
     header = draft.header({target: form.rank for target, form in draft.forms.items()})
     if not draft.names.form.config_name:
-        made = record_of(maker.command, inputs, options, {"inputs": list(maker.at_work.origins)}, ())
+        made = record_of(maker.command, inputs, options, {"inputs": list(maker.at_work.origins), **models}, ())
         header[MADE_HERE] = json.dumps(made)
     with adapter_output(
         target, draft.forms, draft.carried, draft.dtype, draft.names, options, header, draft.scales
@@ -129,7 +132,7 @@ def run(
         if place := output.complete(rest.config):
             rest = maker.prove(place, rest)
         measured = {"measured": dataclasses.asdict(rest.totals)} if rest.totals is not None else {}
-        record = record_of(maker.command, inputs, options, {**rest.facts, **measured}, rest.notes)
+        record = record_of(maker.command, inputs, options, {**rest.facts, **models, **measured}, rest.notes)
         output.finish(rest.config, record, rest.files, rest.folders)
     return rest
 

@@ -190,3 +190,49 @@ def test_everything_that_is_wrong_is_told_at_once(finished: Path) -> None:
     finally:
         manifest.unlink()
     assert len(caught.value.problems) == 2
+
+
+COMPRESSED = """\
+steps:
+- rescale: {adapter: ./style, scale: 0.5, output: ./fleet/half}
+- rescale: {adapter: ./style, scale: 2, output: ./fleet/double}
+- compress: {adapters: ./fleet, rank: 2, output: ./small}
+- expand: {shared: ./small, name: half, output: ./back}
+- merge: {base: ./base, adapters: ./style, weights: 0.1, output: ./next}
+- rebase: {adapter: ./back, base: ./base, onto: ./next, force: true, output: ./moved}
+"""
+
+
+def test_compressed_and_rebased_adapters_are_up_to_date_or_not_like_all_others(finished: Path, tmp_path: Path) -> None:
+    """A folder of adapters, the name of one in it, and models that options name are inputs of steps."""
+    for name in ("base", "style"):
+        shutil.copytree(finished / name, tmp_path / name)
+    (tmp_path / "fleet").mkdir()
+    manifest = tmp_path / "models.yaml"
+    manifest.write_text(COMPRESSED)
+    assert statuses(loratool.run(manifest)) == ["made"] * 6
+    assert statuses(loratool.run(manifest, dry_run=True)) == ["up-to-date"] * 6
+    manifest.write_text(COMPRESSED.replace("weights: 0.1", "weights: 0.2"))
+    assert statuses(loratool.run(manifest, dry_run=True)) == ["up-to-date"] * 4 + ["to-make", "to-see"]
+    report = loratool.run(manifest)
+    assert statuses(report) == ["up-to-date"] * 4 + ["made"] * 2
+    assert report.steps[5].reason.startswith("./next: ")
+    manifest.write_text(COMPRESSED.replace("scale: 2", "scale: 3"))
+    assert statuses(loratool.run(manifest, dry_run=True)) == [
+        "up-to-date",
+        "to-make",  # twice the style
+        "to-see",
+        "to-see",
+        "to-make",  # whose weights are 0.1 again
+        "to-see",
+    ]
+
+
+def test_a_folder_of_adapters_comes_after_the_steps_that_fill_it(finished: Path, tmp_path: Path) -> None:
+    lines = COMPRESSED.splitlines()
+    (tmp_path / "models.yaml").write_text("\n".join([lines[0], lines[3], *lines[1:3]]))
+    shutil.copytree(finished / "style", tmp_path / "style")
+    with pytest.raises(loratool.InputError) as caught:
+        loratool.run(tmp_path / "models.yaml")
+    assert "step 1 needs" in str(caught.value)
+    assert "which step 3 makes; put it first" in str(caught.value)

@@ -34,16 +34,24 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     loratool.combine([home / "adapter", home / "other"], home / "combine", weights=[1, -2], device="cpu")
     loratool.convert(home / "adapter", home / "convert", to="mlx")
     loratool.extract(home / "base", home / "merge", home / "extract", rank=2, device="cpu")
+    loratool.compress([home / "adapter", home / "other"], home / "compress", rank=2)
+    loratool.expand(home / "compress", "other", home / "expand")
+    loratool.merge(home / "base", home / "other", home / "sibling", weights=0.1, device="cpu")
+    loratool.rebase(home / "adapter", home / "rebase", base=home / "base", onto=home / "sibling", force=True)
+    loratool.convert(home / "adapter", home / "with base", to="mlx", base=home / "base")
     return home
 
 
-@pytest.mark.parametrize("name", ["merge", "quick", "rescale", "resize", "combine", "convert", "extract"])
+EVERY = ("merge", "rescale", "resize", "combine", "convert", "extract", "compress", "expand", "rebase")
+
+
+@pytest.mark.parametrize("name", [*EVERY, "quick", "with base"])
 def test_every_command_is_repeated_from_inputs_next_to_its_output(name: str, home: Path, tmp_path: Path) -> None:
     found = loratool.reproduce(home / name, tmp_path / "again")
     assert (found.passes, found.differences) == (True, ())
     assert content(tmp_path / "again") == content(home / name)
     weak = [note.code for note in found.notes]
-    assert weak == (["input-known-by-header"] if name == "quick" else [])
+    assert weak == (["input-known-by-header"] if name in ("quick", "with base") else [])
 
 
 def test_inputs_are_found_by_their_digests_under_other_names_and_the_bytes_are_the_same(
@@ -63,16 +71,25 @@ def test_inputs_are_found_by_their_digests_under_other_names_and_the_bytes_are_t
     assert content(tmp_path / "again") == content(home / "merge")
 
 
-@pytest.mark.parametrize("changed", ["base/model.safetensors", "base/config.json", "adapter/adapter_model.safetensors"])
+CHANGED = {
+    "merge": ["base/model.safetensors", "base/config.json", "adapter/adapter_model.safetensors"],
+    "rebase": ["base/model.safetensors", "sibling/model.safetensors"],
+    "with base": ["base/config.json"],
+    "expand": ["compress/shared.safetensors", "compress/other.safetensors"],
+}
+
+
+@pytest.mark.parametrize(("output", "changed"), [(out, name) for out, names in CHANGED.items() for name in names])
 def test_an_input_with_other_digests_is_refused_and_nothing_is_written(
-    changed: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    output: str, changed: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("base", "adapter", "merge"):
+    """Models that options name are inputs, too."""
+    for name in ("base", "adapter", "sibling", "compress", output):
         shutil.copytree(home / name, tmp_path / name)
     raw = bytearray((tmp_path / changed).read_bytes())
     raw[-2] ^= 1
     (tmp_path / changed).write_bytes(raw)
-    assert cli.run(["reproduce", str(tmp_path / "merge"), "-o", str(tmp_path / "again")]) == 3
+    assert cli.run(["reproduce", str(tmp_path / output), "-o", str(tmp_path / "again")]) == 3
     told = capsys.readouterr().err
     assert f"{Path(changed).name} differs from the bytes" in told
     assert "--from FOLDER" in told
@@ -119,7 +136,7 @@ def test_a_record_that_asks_for_more_than_a_run_is_refused(case: str, home: Path
 
 def test_the_recorded_command_and_the_recorded_keywords_say_the_same(home: Path) -> None:
     """Click's reading of the command line is compared with the options and operands of the record."""
-    for name in ("merge", "rescale", "resize", "combine", "convert", "extract"):
+    for name in EVERY:
         table = json.loads((home / name / "loratool.json").read_bytes())
         words = shlex.split(table["command"])
         context = cli.command(name).make_context(name, words[2:])

@@ -35,13 +35,12 @@ from loratool.lazy import Tensor, torch
 from loratool.measuring.session import PathLike, Progress, Session, session
 from loratool.results.compress import CompressedAdapter, CompressedModule, CompressedTotals, CompressReport
 from loratool.reworking.aligned_layers import contents_apart
-from loratool.reworking.compressing.compress import adapters_at, file_name, stored_core
+from loratool.reworking.compressing.compress import adapters_at, as_typed, file_name, stored_core
 from loratool.reworking.compressing.files import DIGEST, ENDING, OWN, SHARED, Opened, open_shared
 from loratool.reworking.compressing.members import Member, add, told
 from loratool.reworking.compressing.options import CompressOptions
 from loratool.reworking.compressing.planning import alone_curve
 from loratool.reworking.dialects import Manner, in_manner
-from loratool.reworking.runner import record_of
 
 
 def add_to(
@@ -73,7 +72,7 @@ def add_to(
             if progress:
                 progress(done + 1, len(newcomers))
         if not options.dry_run:
-            list_files(folder, newcomers, record_of("compress", paths, options, {}, ())["command"])
+            list_files(folder, newcomers, as_typed(adapters, options)["command"])
         return reported(folder, newcomers, manner, options, at_work.told(started))
 
 

@@ -29,6 +29,7 @@ from loratool.files.tensor_writer import OF_DATA, TensorFile, Triple, tensor_fil
 from loratool.lazy import Tensor, torch
 from loratool.measuring.session import PathLike, Progress, session
 from loratool.notes import Note
+from loratool.provenance.cards import command
 from loratool.results.compress import CompressReport
 from loratool.reworking.aligned_layers import align_layers, contents_apart
 from loratool.reworking.compressing.files import ABOUT, DIGEST, ENDING, MARK, OWN, SHARED, VERSION
@@ -65,16 +66,26 @@ def compress(
             )
         compressor = Compressor(fleet, before, manner, options, progress)
         compressor.prepare()
-        record = record_of("compress", paths, options, {"adapters": list(at_work.origins)}, compressor.notes)
+        facts = {**as_typed(adapters, options), "adapters": list(at_work.origins)}
+        record = record_of("compress", paths, options, facts, compressor.notes)
         compressor.write(target, record)
         return compressor.report(target, at_work.told(started))
 
 
+def each_of(operands: Sequence[PathLike] | PathLike) -> list[PathLike]:
+    return [operands] if isinstance(operands, (str, os.PathLike)) else list(operands)
+
+
+def as_typed(operands: Sequence[PathLike] | PathLike, options: CompressOptions) -> dict[str, str]:
+    """The entry "command" of a record: with a folder of adapters as that folder, of which "operands" has each adapter."""
+    paths = [local(operand, "any") for operand in each_of(operands)]
+    return {"command": command("compress", paths, options, options.into is None)}
+
+
 def adapters_at(operands: Sequence[PathLike] | PathLike) -> list[Path]:
     """The adapters that some operands mean: each itself, or those in a folder of them."""
-    given = [operands] if isinstance(operands, (str, os.PathLike)) else list(operands)
     found: list[Path] = []
-    for operand in given:
+    for operand in each_of(operands):
         path = local(operand, "any")
         inside = sorted(path.iterdir()) if path.is_dir() and not has_adapter(path) else []
         found += [entry for entry in inside if is_adapter(entry)] or [path]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import StoredTensor
@@ -14,11 +15,24 @@ from loratool.algebra.lowrank.joint import truncated
 from loratool.algebra.lowrank.products import Product, padded
 from loratool.errors import InputError, printable
 from loratool.fetching import local
+from loratool.files.digests import sha256_of
+from loratool.files.hub_cache import name_of
 from loratool.lazy import torch
 from loratool.measuring.session import PathLike, Progress, session
 from loratool.notes import Note
+from loratool.provenance.inputs import told_input
+from loratool.provenance.recorded import made_of
 from loratool.results.compress import ExpandReport
-from loratool.reworking.compressing.files import OTHER, SHARED, Opened, expanded, form_of, open_member, open_shared
+from loratool.reworking.compressing.files import (
+    OTHER,
+    SHARED,
+    Opened,
+    expanded,
+    form_of,
+    member_name,
+    open_member,
+    open_shared,
+)
 from loratool.reworking.compressing.options import ExpandOptions
 from loratool.reworking.runner import record_of
 
@@ -31,6 +45,7 @@ def expand(
     folder = local(shared, "any")
     bases = open_shared(folder)
     folder = folder.parent if folder.name == SHARED else folder
+    name = member_name(name)
     member = open_member(folder, name, bases)
     forms = forms_of(member)
     about = member.about
@@ -58,7 +73,7 @@ def expand(
                     progress(done + 1, len(forms))
             output.carry(carried)
             output.complete(config)
-            facts: Mapping[str, Any] = {"adapter": {"name": about.get("name", name)}, "shared": bases.digest}
+            facts = {"shared": shared_input(folder, (bases, member))}
             record = record_of("expand", [folder, name], options, facts, ())
             output.finish(config, record, {}, [])
         cost = at_work.told(started)
@@ -72,6 +87,12 @@ def expand(
         notes=tuple(notes(member)),
         **cost,
     )
+
+
+def shared_input(folder: Path, files: Sequence[Opened]) -> dict[str, Any]:
+    """The folder as provenance names it, with the files that an adapter is made of."""
+    digests = {each.file.path.name: sha256_of(each.file.path) for each in files}
+    return {"name": name_of(folder), **told_input(folder), "sha256": digests, **made_of(folder, digests)}
 
 
 def at_rank(bases: Opened, member: Opened, layer: str, shape: Form) -> Product:

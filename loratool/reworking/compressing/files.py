@@ -97,6 +97,11 @@ def members(folder: Path) -> list[str]:
     return sorted(path.name.removesuffix(ENDING) for path in folder.glob(f"*{ENDING}") if path.name != SHARED)
 
 
+def member_name(word: str) -> str:
+    """The name of an adapter, which may be typed as the file that it is: `./NAME`, `NAME.safetensors`."""
+    return word.removeprefix("./").removesuffix(ENDING)
+
+
 def open_member(folder: Path, name: str, shared: Opened) -> Opened:
     """The small file of an adapter; raises `UsageError` where there is none, `InputError` where it is of other bases."""
     path = folder / f"{name}{ENDING}"

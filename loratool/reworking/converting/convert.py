@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ from loratool.measuring.session import PathLike, Progress, Session, session
 from loratool.notes import Note
 from loratool.options.described import FLAG, Choice, Number, PlaceKind, option
 from loratool.options.shared import PublishOptions
+from loratool.provenance.inputs import ModelDigests, told_model
 from loratool.results.convert import ConvertedLayer, ConvertReport
 from loratool.reworking.converting.baking import baked, check_baked, kernels_in
 from loratool.reworking.converting.carrying import carried
@@ -125,6 +127,7 @@ def convert(
     (way,) = options.readings(1)
     path = local(adapter, "adapter")
     home = local(options.base, "model") if options.base is not None else None
+    options = replace(options, base=os.fspath(home) if home else None)  # a record names its commit
     inputs = [path, *([home] if home else [])]
     target = check_adapter_target(out, inputs, options, goal.form)
     base = open_checkpoint(home) if home else None
@@ -149,6 +152,7 @@ def convert(
             wanted = with_experts_apart(wanted, contents.layers, config, str(goal.server))
         made = Converter(contents, wanted, at_work, goal, options, kinds)
         made.lost, made.moved, made.kernels = lost, moved, kernels
+        made.models = {"base": told_model(base, ModelDigests.of(base, compute=False))} if base is not None else {}
         if keeps:
             made.keep(given)
         for name in made.kinds:

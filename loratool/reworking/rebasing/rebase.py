@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats import format_of, read_adapter
@@ -25,6 +27,7 @@ from loratool.measuring.session import PathLike, Progress, session
 from loratool.notes import Note
 from loratool.options.described import FLAG, PlaceKind, option
 from loratool.options.shared import DeviceOption, NamingOptions, PublishOptions, WritingOptions
+from loratool.provenance.inputs import ModelDigests, told_model
 from loratool.results.rebase import BasePair, RebasedBase, RebaseReport
 from loratool.reworking.rebasing.drift import Drift, drift_of
 from loratool.reworking.rebasing.surroundings import changed_beside
@@ -58,6 +61,7 @@ def rebase(adapter: PathLike, out: PathLike, options: RebaseOptions, progress: P
     if options.base is None or options.onto is None:
         raise UsageError("rebase needs the old base, --from, and the new one, --onto")
     path, first, second = local(adapter, "adapter"), local(options.base, "model"), local(options.onto, "model")
+    options = replace(options, base=os.fspath(first), onto=os.fspath(second))  # a record names their commits
     given = read_adapter(path, way)
     form = format_of(given)
     contents = contents_of(given, "rebase", as_products=bool(given.dialects))
@@ -78,10 +82,12 @@ def rebase(adapter: PathLike, out: PathLike, options: RebaseOptions, progress: P
         names = [printable(base_name(base)) for base in bases]
         told = tuple(RebasedBase(name, digests(base)) for name, base in zip(names, bases, strict=True))
         notes = tuple(remarks(contents, fits, total, differing, factor))
+        entries = [
+            recorded(open_checkpoint(place), one.sha256) for place, one in zip((first, second), told, strict=True)
+        ]
         facts = {
             "adapter": at_work.origins[0],
-            "from": {"name": names[0], "sha256": told[0].sha256},
-            "onto": {"name": names[1], "sha256": told[1].sha256},
+            "models": {"base": entries[0], "onto": entries[1]},
             "measured": {"c": differing.c, "z": differing.z, "cosine": total.cosine, "factor": factor},
         }
         record = record_of("rebase", [path], options, facts, notes)
@@ -193,6 +199,14 @@ def base_name(base: Checkpoint) -> str:
 def digests(base: Checkpoint) -> dict[str, str]:
     """The SHA-256 of every weight file of a base."""
     return {shard.path.name: sha256_of_link(shard.path) or sha256_of(shard.path) for shard in base.shards}
+
+
+def recorded(base: Checkpoint, sha256: Mapping[str, str]) -> dict[str, Any]:
+    """A base as provenance names it, with the digests of its weight files, which were computed."""
+    entry = told_model(base, ModelDigests.of(base, compute=False))
+    sizes = {name: facts["size"] for name, facts in entry["files"].items()}
+    whole = {name: {"size": sizes[name], "sha256": digest} for name, digest in sha256.items() if name in sizes}
+    return {**entry, "files": {**entry["files"], **whole}}
 
 
 @dataclass(frozen=True)
