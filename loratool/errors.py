@@ -34,6 +34,7 @@ FILE_ENDS = frozenset({"safetensors", "json"})
 shown_as: dict[str, str] = {}  # a folder of this disk → the place elsewhere that it stands for, as it is shown
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
+BAKE = "--bake"  # the hint where no config can say how strong an update has to be
 ANOTHER_OUT = "-o"  # the hint of an error for an output that has to be somewhere else
 
 
@@ -144,19 +145,31 @@ class LoratoolError(Exception):
     wanted. Foreign text in either has been through `printable`.
 
     `hint` is the next command to type, `loratool …`; or the words that the same command needs besides, such as
-    `--overwrite`. Where it is empty, the command line finds one. `about` is the path or the place on the Hub that it
-    was met in, as it was given; empty where it is of none, or of several.
+    `--overwrite`. Where nothing was given, it is `next_step`, which the function or the command that failed adds, or
+    what helps with most errors of this kind. `about` is the path or the place on the Hub that it was met in, as it was
+    given; empty where it is of none, or of several.
     """
 
     code = "bug"  # for programs
     exit_code = 1
     about = ""
+    next_step = ""  # by the operands of the call that failed
+    usual_hint = "loratool --help"
 
     def __init__(self, message: str, problems: Iterable[str] = (), hint: str = "") -> None:
         self.message = message
         self.problems = tuple(problems)
-        self.hint = hint
+        self.own_hint = hint
         super().__init__(message)
+
+    @property
+    def hint(self) -> str:
+        """The next command to type."""
+        return self.own_hint or self.next_step or self.usual_hint
+
+    @hint.setter
+    def hint(self, command: str) -> None:
+        self.own_hint = command
 
     def __str__(self) -> str:
         every = [text for text, _ in folded(self.problems)]
@@ -189,6 +202,7 @@ class InputError(LoratoolError):
     """An input is malformed or not supported."""
 
     code = "unusable-input"  # for programs
+    usual_hint = "loratool help operands"
     exit_code = 3
 
 
@@ -196,6 +210,7 @@ class FitError(LoratoolError):
     """The adapter does not fit the base, cannot be merged completely, or changes nothing."""
 
     code = "does-not-fit"  # for programs
+    usual_hint = "loratool help operands"
     exit_code = 4
 
 
@@ -203,6 +218,7 @@ class VerificationError(LoratoolError):
     """A file differs from its record, or a merged model from the formula."""
 
     code = "not-verified"  # for programs
+    usual_hint = "loratool help exit-codes"
     exit_code = 5
 
 
@@ -210,6 +226,7 @@ class StorageError(LoratoolError):
     """A disk or file-system error."""
 
     code = "storage"  # for programs
+    usual_hint = "loratool help exit-codes"
     exit_code = 6
 
 
@@ -217,6 +234,7 @@ class HubError(LoratoolError):
     """The Hub is unreachable or refused the request."""
 
     code = "hub"  # for programs
+    usual_hint = "loratool help hub"
     exit_code = 7
 
 

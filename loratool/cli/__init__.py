@@ -10,12 +10,12 @@ from contextlib import suppress
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from loratool import __version__
-from loratool.cli.operands import forgiving, in_full, typed
+from loratool.cli.operands import forgiving
 from loratool.errors import LoratoolError, StorageError, UsageError, escaped, printable, without_tokens
 from loratool.files.process import on_stop, prepare_streams, silence_stdout
 from loratool.files.system import lacking
@@ -58,13 +58,16 @@ COMMANDS = {  # name, which is its module's too → what the list of commands sa
 }
 
 
+HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 MODULES = {"run": "manifest"}  # of commands whose module has another name
 
 
 @cache
 def command(name: str) -> click.Command:
     """A command by its name."""
-    return forgiving(getattr(import_module(f"loratool.cli.{MODULES.get(name, name)}"), name))
+    found: click.Command = getattr(import_module(f"loratool.cli.{MODULES.get(name, name)}"), name)
+    found.context_settings = {**HELP, **found.context_settings}  # Click keeps what the first context had
+    return forgiving(found)
 
 
 class Commands(click.Group):
@@ -95,7 +98,7 @@ def show_schema(context: click.Context, _parameter: click.Parameter, name: str |
 
 @click.group(
     cls=Commands,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={**HELP, "max_content_width": 100},
     epilog=EXIT_CODES,
 )
 @click.version_option(__version__, prog_name="loratool")
@@ -185,12 +188,15 @@ def run_command(arguments: list[str], verbose: bool) -> int:
     except OSError as error:
         where = f"{printable(error.filename)}: " if error.filename else ""
         sentence = f"{where}{error.strerror or without_tokens(str(error))}"
-        code = failed(arguments, StorageError(sentence, hint=typed(*arguments)))
+        code = failed(arguments, StorageError(sentence, hint=same_command(arguments)))
         silence_stdout()  # which may be what is full
         return code
     except MemoryError:
         sentence = "out of memory; lower --max-memory or --workers to make a merge use less"
-        return failed(arguments, StorageError(sentence, hint="--max-memory 2GB" if arguments[:1] == ["merge"] else ""))
+        return failed(
+            arguments,
+            StorageError(sentence, hint="--max-memory 2GB" if arguments[:1] == ["merge"] else same_command(arguments)),
+        )
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU; its text says which one
             what = printable(". ".join(str(error).split(". ")[:3]))
@@ -201,9 +207,14 @@ def run_command(arguments: list[str], verbose: bool) -> int:
 
             complain(without_tokens(traceback.format_exc()))
         sentence = f"this is a bug in loratool: {type(error).__name__}: {without_tokens(printable(error))}"
-        return failed(
-            arguments, LoratoolError(sentence, hint="run it again with -v for the traceback, and please report it")
-        )
+        return failed(arguments, LoratoolError(f"{sentence}; please report it with the traceback", hint="-v"))
+
+
+def same_command(arguments: list[str]) -> str:
+    """The same command."""
+    from loratool.fetching.next_steps import typed
+
+    return typed(*arguments)
 
 
 def usage_of(error: click.ClickException) -> str:
@@ -227,8 +238,10 @@ def step_after(error: click.ClickException) -> str:
 
 def failed(arguments: list[str], error: LoratoolError, before: str = "") -> int:
     """The exit code of an error, which is said with the next command; with `--json` it is the object on stdout, too."""
+    from loratool.fetching.next_steps import in_full
+
     step = in_full(error.hint, arguments)
-    complain(f"{before}Error: {error}" + (f"\nhint: {step}" if step else ""))
+    complain(f"{before}Error: {error}\nhint: {step}")
     if "--json" in arguments:
         with suppress(OSError):
             click.echo(json.dumps({"schema": SCHEMA, "error": error_data(error, step)}, indent=2))

@@ -13,20 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loratool.cli.screen import NOTES
-from loratool.errors import (
-    ANOTHER_OUT,
-    FitError,
-    HubError,
-    InputError,
-    LoratoolError,
-    StorageError,
-    UsageError,
-    VerificationError,
-    escaped,
-    printable,
-)
+from loratool.errors import ANOTHER_OUT, LoratoolError, UsageError, escaped, printable
 from loratool.files.hub_names import parse, slashed
-from loratool.files.system import shell_line
 from loratool.stores.names import is_in_store, parse_store
 
 if TYPE_CHECKING:
@@ -48,7 +36,6 @@ NAMES = {
     "rebase": "{adapter}-rebased",
 }
 MOST_NAMED = 3  # operands that such a name is made of
-FOR_PROGRAMS = ("--json", "-q", "--quiet")  # words that a command to be typed by a person does without
 
 
 class Place(click.Path):
@@ -92,7 +79,9 @@ def forgiving(command: click.Command) -> click.Command:
             check_output(context, words)
             return run(**words)
         except LoratoolError as error:
-            if error.hint == ANOTHER_OUT:
+            from loratool.fetching.next_steps import next_step
+
+            if error.own_hint == ANOTHER_OUT:
                 error.hint = f"-o {shlex.quote(free_name(context))}"
             error.hint = next_step(error, context.find_root().obj or (), context.meta[OPERANDS])
             raise
@@ -103,21 +92,21 @@ def forgiving(command: click.Command) -> click.Command:
 
 def complain_of(error: LoratoolError, out: str | None = None, adapters: Sequence[Path] = ()) -> None:
     """Say on stderr what went wrong with one of several paths, or outputs with adapters of their own; it goes on."""
+    from loratool.fetching.next_steps import next_step
+    from loratool.fetching.operands import Operand
+
     context = click.get_current_context()
     operands: Sequence[Operand] = context.meta[OPERANDS]
     if out is not None:
-        from loratool.fetching.operands import Operand
-
         operands = [
             *(each for each in operands if each.role == "model"),
             *(Operand(str(each), "adapter") for each in adapters),
         ]
-    if error.hint == ANOTHER_OUT:  # which of several it is, `-o` does not say
+    if error.own_hint == ANOTHER_OUT:  # which of several it is, `-o` does not say
         error.hint = f"loratool {context.info_name} --help"
     error.hint = next_step(error, context.find_root().obj or (), operands)
     whose = "" if out is None else f"{printable(out)}: "
-    hint = f"\nhint: {error.hint}" if error.hint else ""
-    click.echo(escaped(f"Error: {whose}{error}{hint}", keep="\n"), err=True)
+    click.echo(escaped(f"Error: {whose}{error}\nhint: {error.hint}", keep="\n"), err=True)
 
 
 def read_operands(context: click.Context, words: dict[str, Any]) -> None:
@@ -213,69 +202,3 @@ def stem_of(word: str) -> str:
         word = place.repo if place else stored.name if stored else word
     path = Path(os.path.abspath(word))
     return path.stem if path.is_file() else path.name
-
-
-def typed(*words: str) -> str:
-    """`loratool WORDS` as it is typed into the shell of this system."""
-    return shell_line(["loratool", *(escaped(word) for word in words if word not in FOR_PROGRAMS)])
-
-
-def in_full(hint: str, arguments: Sequence[str]) -> str:
-    """The hint of an error; the whole command where it is only words that were missing from it."""
-    if hint.startswith("-o "):  # in the place of one that cannot be written
-        at = next((at for at, word in enumerate(arguments) if word in ("-o", "--output")), len(arguments))
-        arguments = [*arguments[:at], *arguments[at + 2 :]]
-    return f"{typed(*arguments)} {hint}" if hint.startswith("-") else hint
-
-
-def next_step(error: LoratoolError, arguments: Sequence[str], operands: Sequence[Operand] = ()) -> str:
-    """The command to type after an error: its own hint in full, a proposal for an operand, or what shows more."""
-    if error.hint:
-        return in_full(error.hint, arguments)
-    if isinstance(error, (InputError, HubError)):
-        for operand in operands:
-            if is_concerned(operand, error) and (proposed := again_with(operand, arguments)):
-                return proposed
-    return usual_step(error, arguments, operands)
-
-
-def is_concerned(operand: Operand, error: LoratoolError) -> bool:
-    """Whether an error is about an operand; one that is about nothing may be about what is not here."""
-    return same_path(error.about, operand.word) if error.about else not os.path.lexists(operand.word)
-
-
-def again_with(operand: Operand, arguments: Sequence[str]) -> str:
-    """The same command with what may have been meant by an operand; empty where nothing is near."""
-    from loratool.fetching.operands import proposals
-
-    found = proposals(operand)
-    at = next((at for at, word in enumerate(arguments) if same_path(word, operand.word)), None)
-    if not found or at is None:
-        return ""
-    return typed(*arguments[:at], found[0], *arguments[at + 1 :])
-
-
-def same_path(one: str, other: str) -> bool:
-    return one == other or os.path.abspath(os.path.expanduser(one)) == os.path.abspath(os.path.expanduser(other))
-
-
-def usual_step(error: LoratoolError, arguments: Sequence[str], operands: Sequence[Operand]) -> str:
-    """What shows more about an error of this kind."""
-    command = arguments[0] if arguments else ""
-    models = [operand.word for operand in operands if operand.role == "model"]
-    adapters = [operand.word for operand in operands if operand.role == "adapter"]
-    if isinstance(error, FitError):
-        about = (adapters + models)[:1] or [operand.word for operand in operands][:1]
-        return typed("inspect", *about, *(["--base", models[-1]] if models and adapters else ()))
-    if isinstance(error, InputError):
-        about = [each.word for each in operands if is_concerned(each, error) and each.kind]
-        if about and command != "inspect" and not any(each.is_wrong for each in operands):
-            return typed("inspect", about[0], "--check")
-        return "loratool help operands"
-    if isinstance(error, VerificationError):
-        return "" if command == "verify" else "loratool help exit-codes"
-    if isinstance(error, (StorageError, HubError)):  # once what is in the way is gone
-        return typed(*arguments)
-    if isinstance(error, UsageError):
-        return f"loratool {command} --help"
-    return f"{typed(*arguments)} -v"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from loratool.commands.library import library_function
 from loratool.commands.publish import with_push
 from loratool.measuring.session import PathLike, Progress
-from loratool.options.described import keyword_options, made_of
+from loratool.options.described import made_of
 from loratool.results.combine import CombineReport
 from loratool.reworking import combine as combining
 from loratool.reworking.combine_options import CombineOptions
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from loratool.commands.keywords import CombineKeywords
 
 
-@keyword_options(CombineOptions)
+@library_function(CombineOptions)
 def combine(
     adapters: Sequence[PathLike] | PathLike,
     out: PathLike,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from loratool.commands.library import library_function
 from loratool.measuring.session import PathLike, Progress
-from loratool.options.described import keyword_options, made_of
+from loratool.options.described import made_of
 from loratool.results.compare import CompareReport
 from loratool.reworking import compare as comparing
 from loratool.reworking.compare import CompareOptions
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from loratool.commands.keywords import CompareKeywords
 
 
-@keyword_options(CompareOptions)
+@library_function(CompareOptions)
 def compare(
     adapters: Sequence[PathLike], *, progress: Progress | None = None, **keywords: Unpack[CompareKeywords]
 ) -> CompareReport:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from loratool.commands.library import library_function
 from loratool.measuring.session import PathLike, Progress
-from loratool.options.described import keyword_options, made_of
+from loratool.options.described import made_of
 from loratool.results.compress import CompressReport
 from loratool.reworking.compressing import adding, compress as compressing
 from loratool.reworking.compressing.options import CompressOptions
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from loratool.commands.keywords import CompressKeywords
 
 
-@keyword_options(CompressOptions)
+@library_function(CompressOptions)
 def compress(
     adapters: Sequence[PathLike] | PathLike,
     out: PathLike | None = None,

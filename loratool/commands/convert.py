@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from loratool.commands.library import library_function
 from loratool.commands.publish import with_push
 from loratool.measuring.session import PathLike, Progress
-from loratool.options.described import keyword_options, made_of
+from loratool.options.described import made_of
 from loratool.results.convert import ConvertReport
 from loratool.reworking.converting import convert as converting
 from loratool.reworking.converting.convert import ConvertOptions
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from loratool.commands.keywords import ConvertKeywords
 
 
-@keyword_options(ConvertOptions)
+@library_function(ConvertOptions)
 def convert(
     adapter: PathLike,
     out: PathLike,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from loratool.commands.library import with_next_step
 from loratool.inspecting import estimate as estimating
 from loratool.inspecting.estimate import EstimateOptions
 from loratool.options.described import made_of
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from loratool.measuring.session import PathLike
 
 
+@with_next_step(EstimateOptions)
 def estimate(
     base: PathLike | None = None,
     ranks: int | Sequence[int] = (),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from loratool.commands.library import library_function
 from loratool.commands.publish import with_push
 from loratool.measuring.session import PathLike, Progress
-from loratool.options.described import keyword_options, made_of
+from loratool.options.described import made_of
 from loratool.results.compress import ExpandReport
 from loratool.reworking.compressing import expand as expanding
 from loratool.reworking.compressing.options import ExpandOptions
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from loratool.commands.keywords import ExpandKeywords
 
 
-@keyword_options(ExpandOptions)
+@library_function(ExpandOptions)
 def expand(
     shared: PathLike,
     name: str,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from loratool.commands.library import library_function
 from loratool.commands.publish import with_push
 from loratool.measuring.session import PathLike, Progress
-from loratool.options.described import keyword_options, made_of
+from loratool.options.described import made_of
 from loratool.results.extract import ExtractReport
 from loratool.reworking.extracting import extract as extracting
 from loratool.reworking.extracting.options import ExtractOptions
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from loratool.commands.keywords import ExtractKeywords
 
 
-@keyword_options(ExtractOptions)
+@library_function(ExtractOptions)
 def extract(
     base: PathLike,
     tuned: PathLike,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
+from loratool.commands.library import library_function
 from loratool.lazy import Tensor
 from loratool.merging import in_memory
 from loratool.merging.in_memory import InMemoryOptions, MergedWeights
 from loratool.merging.merge import PathLike, Progress
-from loratool.options.described import keyword_options, made_of
+from loratool.options.described import made_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from loratool.commands.keywords import InMemoryKeywords
 
 
-@keyword_options(InMemoryOptions)
+@library_function(InMemoryOptions, "merge")
 def iter_merged(
     base: PathLike,
     adapters: Sequence[PathLike] | PathLike,
@@ -50,7 +51,7 @@ def iter_merged(
     return in_memory.open_merged(base, adapters, options).every(progress)
 
 
-@keyword_options(InMemoryOptions)
+@library_function(InMemoryOptions, "merge")
 def merged(
     base: PathLike, adapters: Sequence[PathLike] | PathLike, **keywords: Unpack[InMemoryKeywords]
 ) -> MergedWeights:

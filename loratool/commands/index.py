@@ -6,9 +6,10 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from loratool.commands.library import library_function
 from loratool.inspecting.fleet import indexing
 from loratool.inspecting.fleet.indexing import IndexOptions
-from loratool.options.described import keyword_options, made_of
+from loratool.options.described import made_of
 from loratool.results.index import IndexReport
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from loratool.measuring.session import PathLike, Progress
 
 
-@keyword_options(IndexOptions)
+@library_function(IndexOptions)
 def index(
     paths: PathLike | Sequence[PathLike],
     out: PathLike,

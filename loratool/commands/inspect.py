@@ -6,9 +6,10 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from loratool.commands.library import library_function
 from loratool.inspecting import inspect as inspecting
 from loratool.inspecting.inspect import InspectOptions
-from loratool.options.described import keyword_options, made_of
+from loratool.options.described import made_of
 from loratool.results.facts import Facts
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from loratool.measuring.session import PathLike, Progress
 
 
-@keyword_options(InspectOptions)
+@library_function(InspectOptions)
 def inspect(
     path: PathLike | Sequence[PathLike], *, progress: Progress | None = None, **keywords: Unpack[InspectKeywords]
 ) -> Facts:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import Adapter
+from loratool.commands.library import library_function
 from loratool.commands.publish import with_push
 from loratool.files.checkpoint import Checkpoint
 from loratool.merging import merge as merging, merge_many as many, planning
@@ -15,7 +16,7 @@ from loratool.merging.merge import MergeOptions, PathLike, Progress
 from loratool.merging.merge_many import Outputs
 from loratool.merging.options import PlanOptions
 from loratool.merging.plan import MergePlan
-from loratool.options.described import keyword_options, made_of, option
+from loratool.options.described import made_of, option
 from loratool.options.shared import PublishOptions
 from loratool.publishing import streaming
 from loratool.publishing.streaming import StreamOptions
@@ -56,7 +57,7 @@ class MergeAndPushOptions(MergeOptions, PublishModelOptions):
     """Of `merge`."""
 
 
-@keyword_options(MergeAndPushOptions)
+@library_function(MergeAndPushOptions)
 def merge(
     base: PathLike,
     adapters: Sequence[PathLike] | PathLike,
@@ -90,7 +91,7 @@ def merge(
     return with_push(merging.merge, (base, adapters, out), options, progress, push_progress)
 
 
-@keyword_options(MergeOptions)
+@library_function(MergeOptions, "merge")
 def merge_many(
     base: PathLike,
     outputs: Outputs,
@@ -117,7 +118,7 @@ def merge_many(
     return many.merge_many(base, outputs, made_of(MergeOptions, keywords, "merge_many"), progress)
 
 
-@keyword_options(DryRunOptions)
+@library_function(DryRunOptions, "merge")
 def plan(
     base: PathLike,
     adapters: Sequence[PathLike] | PathLike,
@@ -140,7 +141,7 @@ def plan(
     return dry_run(base, adapters, out, made_of(DryRunOptions, keywords, "plan"))
 
 
-@keyword_options(PlanOptions)
+@library_function(PlanOptions, "merge")
 def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], **keywords: Unpack[PlanKeywords]) -> MergePlan:
     """Plan `base` + Σ weight · adapter for a checkpoint and adapters that are already open.
 
@@ -156,7 +157,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], **keywords: Unpack
     return planning.plan_merge(base, adapters, made_of(PlanOptions, keywords, "plan_merge"))
 
 
-@keyword_options(StreamOptions)
+@library_function(StreamOptions, "merge")
 def stream(
     base: PathLike,
     adapters: Sequence[PathLike] | PathLike,

@@ -45,7 +45,9 @@ def published(report: Report, options: PublishOptions, progress: Progress | None
     try:
         pushed = push(report.out, repo, PushOptions(**options.for_push()), progress)  # type: ignore[attr-defined]
     except LoratoolError as error:
-        raise type(error)(f"{error.message} ({again})", error.problems) from None
+        raise type(error)(
+            f"{error.message} ({again})", error.problems, f"loratool push {out} {printable(repo)}"
+        ) from None
     except KeyboardInterrupt as error:
         error.args = (again,)
         raise

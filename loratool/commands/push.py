@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loratool.options.described import keyword_options, made_of
+from loratool.commands.library import library_function
+from loratool.options.described import made_of
 from loratool.publishing import pushing
 from loratool.publishing.options import PushOptions
 from loratool.results.push import PushReport
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from loratool.measuring.session import PathLike, Progress
 
 
-@keyword_options(PushOptions)
+@library_function(PushOptions)
 def push(
     path: PathLike, repo: str, *, progress: Progress | None = None, **keywords: Unpack[PushKeywords]
 ) -> PushReport:

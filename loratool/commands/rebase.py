@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from loratool.commands.library import library_function
 from loratool.commands.publish import with_push
 from loratool.measuring.session import PathLike, Progress
-from loratool.options.described import keyword_options, made_of
+from loratool.options.described import made_of
 from loratool.results.rebase import RebaseReport
 from loratool.reworking.rebasing import rebase as rebasing
 from loratool.reworking.rebasing.rebase import RebaseOptions
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from loratool.commands.keywords import RebaseKeywords
 
 
-@keyword_options(RebaseOptions)
+@library_function(RebaseOptions)
 def rebase(
     adapter: PathLike,
     out: PathLike,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from loratool.commands.library import library_function
 from loratool.lineage import recording
 from loratool.lineage.recording import RecordOptions
-from loratool.options.described import keyword_options, made_of
+from loratool.options.described import made_of
 from loratool.results.record import Record
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from loratool.measuring.session import PathLike
 
 
-@keyword_options(RecordOptions)
+@library_function(RecordOptions)
 def record(out: PathLike, **keywords: Unpack[RecordKeywords]) -> Record:
     """The bill of materials of an output: its files, what it was made of, and how.
 

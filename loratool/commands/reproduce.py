@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from loratool.commands.library import library_function
 from loratool.commands.makers import MAKERS
 from loratool.lineage import reproducing
 from loratool.lineage.reproducing import ReproduceOptions
-from loratool.options.described import keyword_options, made_of
+from loratool.options.described import made_of
 from loratool.results.reproduce import ReproduceReport
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from loratool.measuring.session import PathLike
 
 
-@keyword_options(ReproduceOptions)
+@library_function(ReproduceOptions)
 def reproduce(made: PathLike, out: PathLike, **keywords: Unpack[ReproduceKeywords]) -> ReproduceReport:
     """Repeat the run that made `made`, and compare the bytes of all files.
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from loratool.commands.library import library_function
 from loratool.commands.publish import with_push
 from loratool.measuring.session import PathLike, Progress
-from loratool.options.described import keyword_options, made_of
+from loratool.options.described import made_of
 from loratool.results.rescale import RescaleReport
 from loratool.reworking import rescale as rescaling
 from loratool.reworking.rescale import RescaleOptions
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from loratool.commands.keywords import RescaleKeywords
 
 
-@keyword_options(RescaleOptions)
+@library_function(RescaleOptions)
 def rescale(
     adapter: PathLike,
     out: PathLike,

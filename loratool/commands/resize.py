@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from loratool.commands.library import library_function
 from loratool.commands.publish import with_push
 from loratool.measuring.session import PathLike, Progress
-from loratool.options.described import keyword_options, made_of
+from loratool.options.described import made_of
 from loratool.results.resize import ResizeReport
 from loratool.reworking import resize as resizing
 from loratool.reworking.resize import ResizeOptions
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from loratool.commands.keywords import ResizeKeywords
 
 
-@keyword_options(ResizeOptions)
+@library_function(ResizeOptions)
 def resize(
     adapter: PathLike,
     out: PathLike,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from loratool.commands.library import library_function
 from loratool.commands.makers import MAKERS
 from loratool.lineage import running
 from loratool.lineage.running import ManifestOptions
-from loratool.options.described import keyword_options, made_of
+from loratool.options.described import made_of
 from loratool.results.run import RunReport, StepReport
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from loratool.measuring.session import PathLike
 
 
-@keyword_options(ManifestOptions)
+@library_function(ManifestOptions)
 def run(
     manifest: PathLike, *, progress: Callable[[StepReport], None] | None = None, **keywords: Unpack[ManifestKeywords]
 ) -> RunReport:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from loratool.options.described import keyword_options, made_of
+from loratool.commands.library import library_function
+from loratool.options.described import made_of
 from loratool.results.verify import Verification
 from loratool.verifying import verify as verifying
 from loratool.verifying.options import VerifyOptions
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from loratool.merging.merge import PathLike, Progress
 
 
-@keyword_options(VerifyOptions)
+@library_function(VerifyOptions)
 def verify(
     merged: PathLike,
     base: PathLike | None = None,

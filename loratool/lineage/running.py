@@ -87,7 +87,7 @@ def seen_to(step: Step) -> StepReport:
         try:
             step.make(overwrite=os.path.lexists(step.out))
         except LoratoolError as error:
-            raise type(error)(f"{step.where}: {error.message}", error.problems, error.hint) from None
+            raise type(error)(f"{step.where}: {error.message}", error.problems, error.own_hint) from None
     return report(step, MADE if reason else UP_TO_DATE, reason)
 
 

@@ -88,6 +88,40 @@ def test_an_update_that_cannot_be_reworked_is_once_it_was_merged_and_extracted(
     assert_close(read_tensors(tmp_path / "again"), pair)
 
 
+# Types with factors, but no α per module that could say how strong they are.
+WITHOUT_ALPHA = ("DELORA", "TINYLORA", "UNILORA", "VBLORA")
+REBASED: dict[str, Callable[[], Any]] = {**REWORKED, "LORA": lambda: LoraConfig(target_modules=ONE, r=3)}
+
+
+@pytest.mark.parametrize("name", REBASED)
+def test_an_adapter_of_any_type_is_rebased_or_refused_with_a_way_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Onto a base that holds 3/10 of the update; what is written makes of it what the adapter makes of its own base.
+
+    Where the update cannot be rebased, the target and the kind of update are named, and no file is written; where only
+    its strength has no place, the hint is a command that makes an adapter of it that is rebased.
+    """
+    pair = train(tmp_path, make_zoo(), REBASED[name]())
+    loratool.merge(pair.base, pair.adapter, tmp_path / "next", weights=0.3)
+    words = ["--from", str(pair.base), "--onto", str(tmp_path / "next"), "--force", "-o", str(tmp_path / "out")]
+    adapter = pair.adapter
+    if code := run(["rebase", str(adapter), *words]):
+        assert code == 3
+        assert not (tmp_path / "out").exists()
+        said, _, hint = capsys.readouterr().err.rpartition("hint: ")
+        if name not in WITHOUT_ALPHA:
+            assert "cannot rebase this adapter" in said
+            assert "linear.weight" in said
+            return
+        adapter = tmp_path / "lora"
+        assert run([str(adapter) if word == "LORA" else word for word in shlex.split(hint)[1:]]) == 0
+        assert run(["rebase", str(adapter), *words]) == 0
+    assert name in (*WITHOUT_ALPHA, "LORA", "ADALORA")
+    loratool.merge(tmp_path / "next", tmp_path / "out", tmp_path / "again")
+    assert_close(read_tensors(tmp_path / "again"), pair)
+
+
 def assert_close(found: dict[str, torch.Tensor], pair: Pair) -> None:
     for name, wanted in pair.merged.items():
         assert float((found[name] - wanted).abs().max()) <= 1e-4, name

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import stat
@@ -28,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 
 import loratool
+from loratool import cli
 from loratool.cli import run
 from loratool.files import staging
 
@@ -164,8 +166,20 @@ def check_refusal(outcome: Outcome, told: Sequence[str], code: int = 3) -> None:
     assert "a bug in loratool" not in outcome.err, outcome.err
     assert is_clean(outcome.err), ascii(outcome.err)
     assert len(outcome.err) < LONGEST_MESSAGE, len(outcome.err)
+    check_hint(outcome.err.splitlines()[-1].removeprefix("hint: "))
     for part in told:
         assert part in outcome.err, f"{part!r} is not told: {outcome.err}"
+
+
+def check_hint(hint: str) -> None:
+    """The last line of an error is a command: one of ours, with options that it has."""
+    program, name, *words = shlex.split(hint)
+    assert program == "loratool", hint
+    if name == "--help":
+        return
+    known = {flag for parameter in cli.command(name).params for flag in (*parameter.opts, *parameter.secondary_opts)}
+    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+    assert set(flags) <= {*known, "--help"}, hint
 
 
 def reference_takes(path: Path) -> bool:

@@ -212,6 +212,34 @@ def test_what_differs_around_the_adapter_is_said(home: Path, tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("held", [0.0, 0.3])
+def test_a_dora_keeps_its_magnitudes_and_its_product_loses_what_the_new_base_holds(
+    home: Path, tmp_path: Path, held: float
+) -> None:
+    """m · V/‖V‖ with V = W + s·BA: where W₂ = W₁ + γ·s·BA, (1 − γ)·s·BA makes the same V, so the same weights."""
+    adapter = tmp_path / "dora"
+    adapter.mkdir()
+    tensors = load_file(home / "adapter" / "adapter_model.safetensors")
+    magnitudes = {module: 1 + draw(at, shape[0]).abs() for at, (module, shape) in enumerate(MODULES.items())}
+    for module, magnitude in magnitudes.items():
+        tensors[f"base_model.model.{module}.lora_magnitude_vector"] = magnitude
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    config = json.loads((home / "adapter" / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    write_base(tmp_path / "new", moved(held=held))
+    report = loratool.rebase(adapter, tmp_path / "out", base=home / "old", onto=tmp_path / "new")
+    assert report.total.factor == pytest.approx(1 - held, rel=1e-9)
+    assert "dora-of-another-base" in [note.code for note in report.notes]
+    names = [place / "adapter_model.safetensors" for place in (adapter, tmp_path / "out")]
+    assert {n: t.tolist() for n, t in load_file(names[0]).items()} == {n: t.tolist() for n, t in load_file(names[1]).items()}  # fmt: skip
+    loratool.merge(tmp_path / "new", tmp_path / "out", tmp_path / "merged", device="cpu")
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    for module, magnitude in magnitudes.items():
+        v = weights()[f"{module}.weight"] + deltas()[f"{module}.weight"]
+        wanted = magnitude[:, None] * v / v.norm(dim=1, keepdim=True)
+        assert found[f"{module}.weight"].numpy() == pytest.approx(wanted.numpy(), rel=1e-9)
+
+
 class Toy(nn.Module):
     """Two residual blocks of 24 units; only the second weight of each is adapted."""
 

@@ -17,7 +17,7 @@ from loratool.algebra.lowrank.products import Product
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.experts import ExpertFactors
-from loratool.errors import FitError, InputError, Problem, UsageError, printable
+from loratool.errors import BAKE, FitError, InputError, Problem, UsageError, printable
 from loratool.files.checkpoint import sort_side_files
 from loratool.files.heads import HasNames
 from loratool.files.inputs import read_json
@@ -318,7 +318,9 @@ class Format(Protocol):
         With `one_alpha` all layers get one α. Raises `InputError` where no config does that.
         """
         shown = printable(contents.adapter.file.path)
-        raise InputError(f"{shown}: {self.name} has no alpha per module; pass --bake to write it as plain LoRA")
+        raise InputError(
+            f"{shown}: {self.name} has no alpha per module; pass --bake to write it as plain LoRA", hint=BAKE
+        )
 
     def renamed_base(self, config: Config, base: str) -> Config:  # noqa: ARG002 (most name none)
         """A config that names another base, of no known commit, where it names one."""

@@ -30,7 +30,7 @@ from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
-from loratool.errors import FitError, InputError, Problem, printable
+from loratool.errors import BAKE, FitError, InputError, Problem, printable
 from loratool.files.checkpoint import NUMBERED
 from loratool.files.heads import HasNames
 from loratool.files.hub_cache import name_of
@@ -383,7 +383,8 @@ class Mlx(Format):
         scales = {(factor or 1.0) * contents.layers[target].scale for target, factor in factors.items()}
         if max(scales) - min(scales) > 1e-9 * abs(max(scales, key=abs)):
             raise InputError(
-                "mlx-lm uses one scale for all modules, but these need several; pass --bake to multiply them into the factors"
+                "mlx-lm uses one scale for all modules, but these need several; pass --bake to multiply them into the factors",
+                hint=BAKE,
             )
         parameters = {**contents.adapter.config["lora_parameters"], "scale": scales.pop()}
         parameters.pop("alpha", None)  # which multiplied too, in early releases

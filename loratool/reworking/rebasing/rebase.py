@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,14 +12,14 @@ from typing import Any
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats import format_of, read_adapter
-from loratool.adapters.formats.format import Scaled
+from loratool.adapters.formats.format import Config, Format, Scaled
 from loratool.adapters.layers import Contents, contents_of
 from loratool.adapters.reading import ReadingOptions
 from loratool.adapters.writer import check_adapter_target, copied_output, scaled_output, told_beside
 from loratool.bases.adapter_fit import Fit, fit_of
 from loratool.bases.binding import Place
 from loratool.bases.opening import open_checkpoint
-from loratool.errors import FitError, InputError, UsageError, printable
+from loratool.errors import BAKE, FitError, InputError, UsageError, printable
 from loratool.fetching import local
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.digests import sha256_of
@@ -236,12 +237,28 @@ class Plain:
                 f"{printable(adapter.file.path)}: rebase writes only what has a config of its own",
                 hint="loratool convert ADAPTER -o ADAPTER-peft --to peft",
             )
-        config = form.rescaled(self.contents, every, False) if scaled else adapter.config
+        config = self.rescaled(form, every) if scaled else adapter.config
         config = dict(form.renamed_base(config, self.base))
         if options.dry_run:
             adapter.check_values()
         else:
             copied_output(out, self.contents, config, record, options)
+
+    def rescaled(self, form: Format, factors: Mapping[str, float]) -> Config:
+        """The config with other strengths; raises `InputError` with a way on where none says that."""
+        try:
+            return form.rescaled(self.contents, factors, False)
+        except InputError as error:
+            if error.own_hint != BAKE:
+                raise
+            path = printable(self.contents.adapter.file.path)
+            numbers = " or ".join(f"{factor:.4g}" for factor in sorted(set(factors.values())))
+            raise InputError(
+                f"{path}: its update has to be multiplied by {numbers}, which no config of this kind can say; write it "
+                "as plain LoRA first, and rebase that",
+                error.problems,
+                hint=f"loratool rescale {shlex.quote(os.fspath(self.contents.adapter.folder))} -o LORA --bake",
+            ) from None
 
 
 def remarks(contents: Contents, fits: Sequence[Fit], total: Drift, differing: Drift, factor: float) -> Iterator[Note]:

@@ -10,7 +10,7 @@ from loratool.adapters.formats.named.header import CONFIGS
 from loratool.adapters.formats.named.writing import only
 from loratool.adapters.formats.roles.names import ALPHA, DOWN, UP, UP_BIAS, canonical, split
 from loratool.adapters.layers import Contents
-from loratool.errors import InputError, printable
+from loratool.errors import BAKE, InputError, printable
 from loratool.files.outputs import MADE_HERE
 from loratool.files.tensor_writer import OF_DATA
 
@@ -56,7 +56,7 @@ def scaled(contents: Contents, factors: Mapping[str, float], scales: Mapping[str
         odd += [printable(name) for name, number in own.items() if found.get(name, number) != number]
         found |= own
     if odd:
-        raise InputError("layers that share these tensors cannot have different strengths; pass --bake:", odd)
+        raise InputError("layers that share these tensors cannot have different strengths; pass --bake:", odd, BAKE)
     alphas = {name: number for name, number in found.items() if is_alpha(name)}
     times = {name: number for name, number in found.items() if not is_alpha(name) and number != 1}
     return Scaled(times, alphas, header(contents.adapter, alphas))

@@ -15,7 +15,7 @@ from loratool.adapters.formats.peft.spelling import Names
 from loratool.adapters.layers import Contents, Layer, adapted_module
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.experts import ExpertFactors
-from loratool.errors import InputError, printable
+from loratool.errors import BAKE, InputError, printable
 
 
 def with_alpha(contents: Contents, names: Names, layer: Layer, alpha: float) -> LowRank | ExpertFactors:
@@ -49,7 +49,8 @@ def rescaled(contents: Contents, names: Names, factors: Mapping[str, float | Non
     if kind != "LORA" and (kind != "ADALORA" or uneven):
         raise InputError(
             f"{printable(contents.adapter.file.path)}: peft_type {printable(kind)} has no alpha per module; pass "
-            "--bake to write it as plain LoRA"
+            "--bake to write it as plain LoRA",
+            hint=BAKE,
         )
     config = {name: value for name, value in contents.adapter.config.items() if name not in packing.FIELDS}
     patterns = config.get("alpha_pattern") or {}
@@ -72,12 +73,14 @@ def rescaled(contents: Contents, names: Names, factors: Mapping[str, float | Non
             "PEFT has one alpha for all weights of a module, but these need different ones; pass --bake "
             "to put the strength into the factors:",
             torn,
+            BAKE,
         )
     stacked = {alphas[adapted_module(t, contents.layers[t].kind)] for t in stacked_by_peft(contents.layers)}
     if len(stacked) > 1:
         raise InputError(
             f"PEFT has one alpha for all experts of a model, but these need {len(stacked)} different ones; pass "
-            "--bake to put the strength into the factors"
+            "--bake to put the strength into the factors",
+            hint=BAKE,
         )
     usual = stacked.pop() if stacked else Counter(alphas.values()).most_common(1)[0][0]
     config["lora_alpha"] = usual

@@ -1,0 +1,93 @@
+"""What the functions of the library have in common: their options as keywords, and the next command in their errors."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from loratool.errors import LoratoolError
+from loratool.options.described import Option, Options, PathKind, described_by, keyword_options
+
+if TYPE_CHECKING:
+    from loratool.fetching.operands import Operand, Role
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+# What an argument is read as, by its name; of any other, what it is named after.
+ROLES: Mapping[str, Role] = {
+    "base": "model",
+    "tuned": "model",
+    "merged": "model",
+    "adapter": "adapter",
+    "adapters": "adapter",
+}
+
+
+# Functions whose output is not `out`: the argument that is, and the words before it.
+OUTPUTS = {"reproduce": ("again", ["-o"]), "record": ("", []), "stream": ("repo", ["--stream", "--push-to-hub"])}
+
+
+def library_function(options: type[Options], command: str = "") -> Callable[[Function], Function]:
+    """For a function of the library that takes the options of a command as keywords; see `with_next_step`."""
+    return lambda function: keyword_options(options)(with_next_step(options, command)(function))
+
+
+def with_next_step(options: type[Options], command: str = "") -> Callable[[Function], Function]:
+    """For a function that does what a command does, of its own name unless another is given.
+
+    An error that leaves it has the command to type next, as it has on the command line.
+    """
+
+    def made(function: Function) -> Function:
+        signature = inspect.signature(function)
+        name = function.__name__
+
+        @wraps(function)
+        def called(*positional: Any, **keywords: Any) -> Any:
+            try:
+                return function(*positional, **keywords)
+            except LoratoolError as error:
+                with suppress(Exception):  # whatever the arguments are, it is this error that is told
+                    bound = dict(signature.bind_partial(*positional, **keywords).arguments)
+                    given = {**bound, **bound.pop("keywords", {})}
+                    output, words = OUTPUTS.get(name, ("out", ["-o"]))
+                    out = [*words, os.fspath(given.pop(output))] if given.get(output) is not None else []
+                    error.next_step = step_after(error, command or name, options, given, out)
+                raise
+
+        return cast("Function", called)
+
+    return made
+
+
+def step_after(
+    error: LoratoolError, command: str, options: type[Options], given: Mapping[str, Any], out: list[str]
+) -> str:
+    """The next command after an error of a command that was given these operands and options."""
+    from loratool.fetching.next_steps import next_step
+
+    known = described_by(options)
+    operands = [each for name, value in given.items() if name not in known for each in operands_in(name, value)]
+    words = [word for name, value in given.items() if name in known for word in option_words(*known[name], value)]
+    return next_step(error, [command, *(operand.word for operand in operands), *words, *out], operands)
+
+
+def operands_in(name: str, value: Any) -> Iterator[Operand]:
+    """The paths and names that an argument holds."""
+    from loratool.fetching.operands import Operand
+
+    one = isinstance(value, (str, os.PathLike))
+    for each in [value] if one else value if isinstance(value, (list, tuple)) else []:
+        if isinstance(each, (str, os.PathLike)):
+            yield Operand(os.fspath(each), ROLES.get(name, "any"), name)
+
+
+def option_words(described: Option, default: Any, value: Any) -> Iterator[str]:
+    """The words of a command line for an option, with paths as they were given."""
+    if isinstance(described.kind, PathKind) and isinstance(value, (str, os.PathLike)):
+        yield from (described.flags[0], os.fspath(value))
+    else:
+        yield from described.words(described.taken(value, default), default)

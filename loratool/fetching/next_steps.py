@@ -1,0 +1,85 @@
+"""The next command to type after an error, from the command that failed and its operands."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from loratool.errors import (
+    FitError,
+    HubError,
+    InputError,
+    LoratoolError,
+    StorageError,
+    UsageError,
+    VerificationError,
+    escaped,
+)
+from loratool.fetching.operands import Operand, proposals
+from loratool.files.system import shell_line
+
+FOR_PROGRAMS = ("--json", "-q", "--quiet")  # words that a command to be typed by a person does without
+
+
+def typed(*words: str) -> str:
+    """`loratool WORDS` as it is typed into the shell of this system."""
+    return shell_line(["loratool", *(escaped(word) for word in words if word not in FOR_PROGRAMS)])
+
+
+def in_full(hint: str, arguments: Sequence[str]) -> str:
+    """The hint of an error; the whole command where it is only words that were missing from it."""
+    if hint.startswith("-o "):  # in the place of one that cannot be written
+        at = next((at for at, word in enumerate(arguments) if word in ("-o", "--output")), len(arguments))
+        arguments = [*arguments[:at], *arguments[at + 2 :]]
+    return f"{typed(*arguments)} {hint}" if hint.startswith("-") else hint
+
+
+def next_step(error: LoratoolError, arguments: Sequence[str], operands: Sequence[Operand] = ()) -> str:
+    """The command to type after an error: its own hint in full, a proposal for an operand, or what shows more."""
+    if error.own_hint:
+        return in_full(error.own_hint, arguments)
+    if isinstance(error, (InputError, HubError)):
+        for operand in operands:
+            if is_concerned(operand, error) and (proposed := again_with(operand, arguments)):
+                return proposed
+    return usual_step(error, arguments, operands)
+
+
+def is_concerned(operand: Operand, error: LoratoolError) -> bool:
+    """Whether an error is about an operand; one that is about nothing may be about what is not here."""
+    return same_path(error.about, operand.word) if error.about else not os.path.lexists(operand.word)
+
+
+def again_with(operand: Operand, arguments: Sequence[str]) -> str:
+    """The same command with what may have been meant by an operand; empty where nothing is near."""
+    found = proposals(operand)
+    at = next((at for at, word in enumerate(arguments) if same_path(word, operand.word)), None)
+    if not found or at is None:
+        return ""
+    return typed(*arguments[:at], found[0], *arguments[at + 1 :])
+
+
+def same_path(one: str, other: str) -> bool:
+    return one == other or os.path.abspath(os.path.expanduser(one)) == os.path.abspath(os.path.expanduser(other))
+
+
+def usual_step(error: LoratoolError, arguments: Sequence[str], operands: Sequence[Operand]) -> str:
+    """What shows more about an error of this kind."""
+    command = arguments[0] if arguments else ""
+    models = [operand.word for operand in operands if operand.role == "model"]
+    adapters = [operand.word for operand in operands if operand.role == "adapter"]
+    if isinstance(error, FitError):
+        about = (adapters + models)[:1] or [operand.word for operand in operands][:1]
+        return typed("inspect", *about, *(["--base", models[-1]] if models and adapters else ()))
+    if isinstance(error, InputError):
+        about = [each.word for each in operands if is_concerned(each, error) and each.kind]
+        if about and command != "inspect" and not any(each.is_wrong for each in operands):
+            return typed("inspect", about[0], "--check")
+        return "loratool help operands"
+    if isinstance(error, VerificationError):
+        return "" if command == "verify" else "loratool help exit-codes"
+    if isinstance(error, (StorageError, HubError)):  # once what is in the way is gone
+        return typed(*arguments)
+    if isinstance(error, UsageError):
+        return f"loratool {command} --help"
+    return f"{typed(*arguments)} -v"
