@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loratool.pictures.drawing import LETTER, Drawing, Figure, fitted, mark, safe
+from loratool.pictures.drawing import Drawing, Figure, fitted, mark, safe, widest, width_of
 
 WIDTH = 1080
 LONGEST = 44  # letters of a label
@@ -30,8 +30,8 @@ class Bars(Figure):
     longest: float | None = None  # the value of a full length; the largest of them where none is given
 
     def draw(self, alone: bool) -> Drawing:  # noqa: ARG002 (the same in both)
-        left = min(LONGEST, max((len(bar.label) for bar in self.bars), default=0)) * LETTER + 12
-        right = max((len(bar.text) for bar in self.bars), default=0) * LETTER + 12
+        left = widest((bar.label for bar in self.bars), LONGEST) + 12
+        right = widest((bar.text for bar in self.bars), LONGEST) + 12
         most = self.longest or max((sum(bar.values) for bar in self.bars), default=0.0) or 1.0
         room, top = WIDTH - left - right, 24.0 if self.series else 0.0
         parts = [self.legend()] if self.series else []
@@ -64,5 +64,5 @@ class Bars(Figure):
         for number, name in enumerate(self.series):
             parts.append(mark("rect", kind=f"s{number}", x=at, y=0, width=11, height=11, rx=2))
             parts.append(mark("text", safe(name), x=at + 17, y=10))
-            at += 17 + len(name) * LETTER + 20
+            at += 17 + width_of(name) + 20
         return "".join(parts)

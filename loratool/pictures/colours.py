@@ -51,6 +51,7 @@ svg text.n { fill: var(--ink); font-size: 12px; }
 svg text.h { fill: var(--ink); font-size: 13px; font-weight: 600; }
 svg text.i { fill: var(--card); }
 svg text.o { fill: var(--ink); }
+svg .ground { fill: var(--card); }
 svg .none { fill: var(--quiet); }
 svg .bad { fill: var(--bad); }
 svg .quiet { fill: var(--quiet); }

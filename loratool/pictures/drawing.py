@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
 
 from loratool import __version__
 from loratool.errors import escaped
 from loratool.pictures.colours import style_of_file
 
 MADE_HERE = "made by loratool"  # how a file's metadata begins
-LETTER = 6.3  # pixels of a letter in labels of 12 pixels, on the average of many fonts
+# Pixels of letters in labels of 12 pixels, in a wide font: others take less.
+LETTER, LETTERS = (
+    7.6,
+    {**dict.fromkeys("ijl.,:;|'!", 4.0), **dict.fromkeys("frt()[]-/ ", 5.0), **dict.fromkeys("mwMW@%×…‖", 11.8)},
+)
 PAD = 16  # pixels around a figure that is a file
 
 
@@ -39,6 +43,16 @@ def fitted(text: str, most: int) -> str:
     return text if len(text) <= most else f"…{text[-(most - 1) :]}"
 
 
+def width_of(text: str) -> float:
+    """Pixels that a label takes at most."""
+    return sum(LETTERS.get(letter, LETTER) for letter in text)
+
+
+def widest(texts: Iterable[str], most: int) -> float:
+    """Pixels that the longest of some labels takes at most, of which so many letters are shown."""
+    return max((width_of(fitted(text, most)) for text in texts), default=0.0)
+
+
 @dataclass(frozen=True)
 class Drawing:
     """What a figure looks like. Sizes are pixels at which its text is easily read."""
@@ -53,11 +67,14 @@ class Drawing:
 class Figure:
     """A figure as plain data; each kind of it draws itself."""
 
-    wide: ClassVar[bool] = True  # whether it takes the whole width of a page, or half of it
-
     name: str  # of its file, without suffix: lower case, digits and hyphens
     title: str
     about: str = ""  # what is shown, in a sentence
+
+    @property
+    def wide(self) -> bool:
+        """Whether it takes the whole width of a page, or half of it."""
+        return True
 
     def draw(self, alone: bool) -> Drawing:
         """What it looks like; `alone` in a file, where no table has the values."""
@@ -82,7 +99,10 @@ def svg_file(figure: Figure) -> str:
     top = PAD + 26
     width, height = (spelled(float(size)) for size in (drawn.width + 2 * PAD, drawn.height + top + PAD))
     heading = mark("text", safe(figure.title), kind="h", x=PAD, y=PAD + 12)
-    body = f'{heading}\n<g transform="translate({PAD} {top})">\n{drawn.markup}\n</g>'
+    ground = mark(
+        "rect", kind="ground", width="100%", height="100%"
+    )  # pages that show it may be dark where it is light
+    body = f'{ground}\n{heading}\n<g transform="translate({PAD} {top})">\n{drawn.markup}\n</g>'
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '

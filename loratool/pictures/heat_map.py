@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from loratool.pictures.colours import LEVELS
-from loratool.pictures.drawing import LETTER, Drawing, Figure, fitted, mark, safe
+from loratool.pictures.drawing import Drawing, Figure, fitted, mark, safe, widest, width_of
 from loratool.results.text import figure
 
-WIDTH = 1080  # pixels of a map with enough columns
+WIDTH, HALF = 1080, 520  # pixels of a map with enough columns, and of one that has another next to it
 LONGEST = 40  # letters of a label
 TALL = 40  # rows, from which they are lower
 ROOM = 34  # pixels of a cell in which a number can be read
@@ -44,24 +44,33 @@ class HeatMap(Figure):
 
     def draw(self, alone: bool) -> Drawing:
         low, high = self.range()
-        left = min(LONGEST, max(map(len, self.rows), default=0)) * LETTER + 14
-        wide = min(46.0, max(9.0, (WIDTH - left) / max(1, len(self.columns))))
-        tall = 24.0 if len(self.rows) <= TALL else max(6.0, 24 * TALL / len(self.rows))
-        if self.numbers:
-            wide, tall = max(wide, ROOM + 4.0), max(tall, 26.0)
-        lean = max(map(len, self.columns), default=0) * LETTER > 2 * wide  # names, which are longer than their columns
-        top = min(LONGEST, max(map(len, self.columns), default=0)) * LETTER * 0.72 + 14 if lean else 18.0
-        grid = Grid(left, top, wide, tall)
-        parts = [*row_labels(self.rows, grid), *column_labels(self.columns, grid, lean), '<g class="cells">']
+        grid = self.grid
+        parts = [*row_labels(self.rows, grid), *column_labels(self.columns, grid), '<g class="cells">']
         parts += [self.cell(cell, grid, low, high, alone) for cell in self.cells]
         parts.append("</g>")
         if self.numbers:
             parts += [self.number(cell, grid, low, high) for cell in self.cells if cell.value is not None]
-        bottom = top + tall * len(self.rows) + 14
+        bottom = grid.top + grid.tall * len(self.rows) + 14
         parts.append(self.states_legend(bottom) if self.states else self.legend(bottom, low, high))
-        lean_room = top if lean else 8.0
-        right = max(left + wide * len(self.columns) + lean_room, LEVELS * STEP + 140)
+        right = max(grid.right, LEVELS * STEP + 140)
         return Drawing(right, bottom + 16, "\n".join(parts), (("what", self.what),))
+
+    @property
+    def wide(self) -> bool:
+        """Whether it has more columns than half a page has room for."""
+        return self.grid.right > HALF
+
+    @property
+    def grid(self) -> Grid:
+        """Where the cells are. Columns with names that are longer than a cell is wide have them leaning."""
+        left, name = widest(self.rows, LONGEST) + 14, widest(self.columns, LONGEST)
+        lean = name > 40 and not all(column.isdigit() for column in self.columns)
+        room = name * 0.72 + 4 if lean else 8.0
+        wide = min(46.0, max(9.0, (WIDTH - left - room) / max(1, len(self.columns))))
+        tall = 24.0 if len(self.rows) <= TALL else max(6.0, 24 * TALL / len(self.rows))
+        if self.numbers:
+            wide, tall = max(wide, ROOM + 4.0), max(tall, 26.0)
+        return Grid(left, room + 10 if lean else 18.0, wide, tall, left + wide * len(self.columns) + room, lean)
 
     def range(self) -> tuple[float, float]:
         """The values of the first colour and the last."""
@@ -98,7 +107,7 @@ class HeatMap(Figure):
         x, y = grid.middle(cell.row, cell.column)
         return mark(
             "text",
-            f"{value:.2f}",
+            f"{round(value, 2) + 0.0:.2f}",  # no −0.00
             kind="i" if strong else "o",
             x=x,
             y=y + 4,
@@ -108,7 +117,7 @@ class HeatMap(Figure):
 
     def legend(self, top: float, low: float, high: float) -> str:
         """The scale, with the values at its ends."""
-        start, letter = len(figure(low, 4)) * LETTER + 8, "d" if self.scale == "both" else "q"
+        start, letter = width_of(figure(low, 4)) + 8, "d" if self.scale == "both" else "q"
         steps = "".join(
             mark("rect", kind=f"{letter}{at}", x=start + at * STEP, y=top, width=STEP + 0.3, height=9)
             for at in range(LEVELS)
@@ -122,7 +131,7 @@ class HeatMap(Figure):
         for name, kind in self.states:
             parts.append(mark("rect", kind=kind, x=at, y=top, width=11, height=11, rx=2))
             parts.append(mark("text", safe(name), x=at + 17, y=top + 10))
-            at += 17 + len(name) * LETTER + 20
+            at += 17 + width_of(name) + 20
         return "".join(parts)
 
 
@@ -134,6 +143,8 @@ class Grid:
     top: float
     wide: float
     tall: float
+    right: float  # of everything
+    lean: bool  # whether names of columns do
 
     def square(self, row: int, column: int) -> str:
         """The outline of a cell; a path is shorter than a rectangle of four attributes."""
@@ -163,16 +174,15 @@ def row_labels(names: tuple[str, ...], grid: Grid) -> list[str]:
     ]
 
 
-def column_labels(names: tuple[str, ...], grid: Grid, lean: bool) -> list[str]:
+def column_labels(names: tuple[str, ...], grid: Grid) -> list[str]:
     """Numbers upright and names leaning, as many as there is room for."""
-    longest = max(map(len, names), default=0)
-    every = max(1, -int(-(14 if lean else longest * LETTER + 6) // grid.wide))
+    every = max(1, -int(-(14 if grid.lean else widest(names, LONGEST) + 6) // grid.wide))
     found = []
     for at, name in enumerate(names):
         x = grid.left + (at + 0.5) * grid.wide
         if at % every:
             continue
-        if lean:
+        if grid.lean:
             turned = f"translate({x:.1f} {grid.top - 7:.1f}) rotate(-45)"
             found.append(mark("text", safe(fitted(name, LONGEST)), kind="n", transform=turned))
         else:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
 
 from loratool.pictures.colours import SERIES
 from loratool.pictures.drawing import Drawing, Figure, fitted, mark, safe
@@ -78,14 +77,16 @@ def counting(label: str, high: int, low: int = 1) -> Axis:
 class Lines(Figure):
     """Lines on two axes. Those of a linked table are faint, and the chosen one is in front; others have colours."""
 
-    wide: ClassVar[bool] = False
-
     x: Axis
     y: Axis
     lines: tuple[Line, ...]
     marks: tuple[float, ...] = ()  # values of y with a broken line
     chosen: int | None = None  # the entry of the line in front, of those that are linked
     says: str = ""  # what a tooltip says of a point, with {x} and {y} in it
+
+    @property
+    def wide(self) -> bool:
+        return False
 
     def draw(self, alone: bool) -> Drawing:
         parts = [*self.axes()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loratool.pictures.drawing import LETTER, Drawing, Figure, fitted, mark, safe
+from loratool.pictures.drawing import Drawing, Figure, fitted, mark, safe, widest
 from loratool.pictures.lines import Axis
 
 WIDTH = 1080
@@ -21,7 +21,7 @@ class Tree(Figure):
     axis: Axis
 
     def draw(self, alone: bool) -> Drawing:  # noqa: ARG002 (the same in both)
-        left = min(LONGEST, max(map(len, self.leaves), default=0)) * LETTER + 14
+        left = widest(self.leaves, LONGEST) + 14
         room, bottom = WIDTH - left - 20, TALL * len(self.leaves) + 6.0
         parts = []
         for value, text in self.axis.ticks:

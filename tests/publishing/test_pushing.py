@@ -572,7 +572,7 @@ def test_a_single_file_is_refused_with_the_commands_that_push_it(
     loratool.merge(tmp_path / "base.safetensors", tmp_path / "lora.safetensors", merged, device="cpu")
     monkeypatch.chdir(tmp_path)
     for name, kind, files in (
-        ("lora.safetensors", "adapter", {"README.md", "lora.safetensors"}),
+        ("lora.safetensors", "adapter", {"README.md", "loratool-spectrum.svg", "lora.safetensors"}),
         ("merged.safetensors", "model", {"README.md", "merged.safetensors", "merged.safetensors.loratool.json"}),
     ):
         with pytest.raises(UsageError, match="put the file into one of its own") as caught:
