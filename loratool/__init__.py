@@ -26,6 +26,7 @@ EXPORTS = {
     "ConvertReport": "results.convert",
     "ExpandReport": "results.compress",
     "ExtractReport": "results.extract",
+    "FinishReport": "results.parts",
     "FitError": "errors",
     "FleetFacts": "results.fleet",
     "HubError": "errors",
@@ -37,6 +38,8 @@ EXPORTS = {
     "MergeReport": "results.merge",
     "MergedWeights": "merging.in_memory",
     "Note": "notes",
+    "PartReport": "results.parts",
+    "PartsStatus": "results.parts",
     "PushReport": "results.push",
     "RebaseReport": "results.rebase",
     "Record": "results.record",
@@ -57,12 +60,15 @@ EXPORTS = {
     "estimate": "commands.estimate",
     "expand": "commands.expand",
     "extract": "commands.extract",
+    "finish_merge": "commands.parts",
     "html_page": "pictures.page",
     "index": "commands.index",
     "inspect": "commands.inspect",
     "iter_merged": "commands.in_memory",
     "merge": "commands.merge",
     "merge_many": "commands.merge",
+    "merge_part": "commands.parts",
+    "merge_status": "commands.parts",
     "merged": "commands.in_memory",
     "open_checkpoint": "bases.opening",
     "plan": "commands.merge",
@@ -103,6 +109,11 @@ if TYPE_CHECKING:
         plan_merge as plan_merge,
         stream as stream,
     )
+    from loratool.commands.parts import (
+        finish_merge as finish_merge,
+        merge_part as merge_part,
+        merge_status as merge_status,
+    )
     from loratool.commands.push import push as push
     from loratool.commands.rebase import rebase as rebase
     from loratool.commands.record import record as record
@@ -137,6 +148,11 @@ if TYPE_CHECKING:
     from loratool.results.index import IndexReport as IndexReport
     from loratool.results.merge import MergeReport as MergeReport
     from loratool.results.merge_many import MergeManyReport as MergeManyReport
+    from loratool.results.parts import (
+        FinishReport as FinishReport,
+        PartReport as PartReport,
+        PartsStatus as PartsStatus,
+    )
     from loratool.results.push import PushReport as PushReport
     from loratool.results.rebase import RebaseReport as RebaseReport
     from loratool.results.record import Record as Record

@@ -17,6 +17,7 @@ from loratool.commands.merge import MergeAndPushOptions
 from loratool.commands.publish import with_push
 from loratool.errors import UsageError, printable
 from loratool.options.described import FLAG, option
+from loratool.options.sharing import SHARE, Share
 
 if TYPE_CHECKING:
     from loratool.merging.plan import MergePlan
@@ -25,8 +26,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeWords(MergeAndPushOptions):
-    """Of the command, whose ways are functions of their own in the library: `merge`, `plan` and `stream`."""
+    """Of the command, whose ways are functions of their own in the library: `plan`, `stream`, `merge_part` and more."""
 
+    part: Share | None = option(  # noqa: RUF009 (it makes a field)
+        help="Do the work of worker I of N, counted from 1, in an OUT on a file system that all workers share; auto "
+        "takes both from SLURM_ARRAY_TASK_ID or RANK, auto/N takes I from JOB_COMPLETION_INDEX.",
+        kind=SHARE,
+        recorded=False,
+    )
+    finish: bool = option(
+        help="Once all workers have ended: check every part, write the small files and publish OUT.",
+        default=False,
+        kind=FLAG,
+        recorded=False,
+    )
+    status: bool = option(
+        help="Print which parts of OUT are done, missing and being made; write nothing.",
+        default=False,
+        kind=FLAG,
+        recorded=False,
+    )
     stream: bool = option(
         help="Without OUT: fetch, merge and upload file by file, with at most two files on disk.",
         default=False,
@@ -92,9 +111,12 @@ def merge(
       loratool merge ./base ./style -o ./styled --also ./chatty=./chat --also ./both=./style --also ./both=./chat
       loratool merge auto me/my-adapter -o ./merged --push-to-hub me/merged
       loratool merge meta-llama/Llama-3.1-70B me/my-adapter --stream --push-to-hub me/merged
+      loratool merge ./base ./my-adapter -o /shared/merged --part 3/8
+      loratool merge ./base ./my-adapter -o /shared/merged --finish
     """
     if named_base is not None:  # then BASE is an ADAPTER too
         base, adapters = named_base, (base, *adapters)
+    check_ways(also, options)
     if also and (options.stream or options.push_to_hub is not None):
         raise UsageError("--also cannot be used with --stream or --push-to-hub; push each output with `loratool push`")
     if options.stream:
@@ -107,6 +129,9 @@ def merge(
     if also:
         merge_several(base, outputs_of(out, adapters, also), options, screen)
         return
+    if options.part or options.finish or options.status:
+        merge_in_parts(base, adapters, out, options, screen)
+        return
     from loratool.merging.merge import merge
 
     if options.dry_run:
@@ -117,6 +142,32 @@ def merge(
     with screen.bar("merging", **BYTES) as progress, screen.bar("pushing", **BYTES) as push_progress:
         report = with_push(merge, (base, adapters, out), options, progress, push_progress)
     screen.show(report)
+
+
+def check_ways(also: tuple[str, ...], options: MergeWords) -> None:
+    """Raise `UsageError` where a merge in parts is to be another kind of merge, too."""
+    ways = {"--part": options.part is not None, "--finish": options.finish, "--status": options.status}
+    chosen = [flag for flag, given in ways.items() if given]
+    others = {"--also": bool(also), "--stream": options.stream, "--dry-run": options.dry_run, "--card": options.card}
+    others["--push-to-hub"] = options.push_to_hub is not None and chosen != ["--finish"]
+    if chosen and (beside := [*chosen[1:], *(flag for flag, given in others.items() if given)]):
+        more = "; pass --push-to-hub with --finish" if beside == ["--push-to-hub"] else ""
+        raise UsageError(f"{chosen[0]} and {beside[0]} are mutually exclusive{more}")
+
+
+def merge_in_parts(base: Path, adapters: tuple[Path, ...], out: Path, options: MergeWords, screen: Screen) -> None:
+    """`--part`, `--finish` and `--status`."""
+    from loratool.merging.in_parts import finish, merge_part, merge_status
+
+    if options.status:
+        screen.show(merge_status(base, adapters, out, options))
+    elif options.part is not None:
+        with screen.bar(f"merging {options.part}", **BYTES) as progress:
+            screen.show(merge_part(base, adapters, out, options, options.part, progress))
+    else:
+        with screen.bar("checking", **BYTES) as progress, screen.bar("pushing", **BYTES) as push_progress:
+            report = with_push(finish, (base, adapters, out), options, progress, push_progress)
+        screen.show(report)
 
 
 def outputs_of(out: Path, adapters: tuple[Path, ...], also: tuple[str, ...]) -> dict[Path, list[Path]]:

@@ -12,6 +12,7 @@ from loratool.results.facts import InspectTable
 from loratool.results.lesson import Lesson
 from loratool.results.merge import MergeReport
 from loratool.results.merge_many import OutputsTable
+from loratool.results.parts import FinishReport, PartReport, PartsStatus
 from loratool.results.plan import PlanTable
 from loratool.results.schemas import schema_of
 from loratool.results.stream import StreamReport
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 # Of the commands that are more than one function.
 PRINTED: dict[str, tuple[Any, ...]] = {
-    "merge": (MergeReport, PlanTable, OutputsTable, StreamReport),
+    "merge": (MergeReport, PlanTable, OutputsTable, StreamReport, PartReport, PartsStatus, FinishReport),
     "plan": (PlanTable,),
     "inspect": (InspectTable,),
     "demo": (DemoResult, Lesson),

@@ -191,8 +191,11 @@ class SharedFolder:
         self.record_path(name).unlink(missing_ok=True)
 
     def put_edges(self, part: FilePart, record: PartRecord) -> None:
-        """Put the bytes that a record holds in their place; for one process, when no worker writes any more."""
-        descriptor = open_file(self.folder / part.file, os.O_WRONLY)
+        """Put the bytes that a record holds in their place, where the file is there; for one process alone."""
+        try:
+            descriptor = open_file(self.folder / part.file, os.O_WRONLY)
+        except FileNotFoundError:
+            return
         try:
             for at, content in (edges_of(record) or {}).items():
                 write_fully(descriptor, content, at)

@@ -8,13 +8,12 @@ from __future__ import annotations
 import dataclasses
 import heapq
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratool.errors import UsageError
 from loratool.files.part_records import FilePart
 from loratool.merging.resources import itemsize_of, sums_products
 from loratool.merging.tasks import Chunk, chunks_of
+from loratool.options.sharing import Share
 
 if TYPE_CHECKING:
     from loratool.merging.output_layout import ShardPlan, Span
@@ -26,23 +25,6 @@ LARGE = 1 << 30  # bytes that a part has at most, where it need not stay in one
 FEWEST = 64  # parts of a large enough output
 # How long a byte takes, by kind of work, where a byte that is copied takes 1
 COSTS = {"copy": 1.0, "convert": 1.5, "sum": 2.5, "formula": 16.0, "compensated": 8.0, "repack": 24.0}
-
-
-@dataclass(frozen=True)
-class Share:
-    """The work of one of several workers: number `index` of `count`, counted from 1."""
-
-    index: int
-    count: int
-
-    def __post_init__(self) -> None:
-        if self.count < 1 or not 1 <= self.index <= self.count:
-            raise UsageError(
-                f"--part must be I/N with I from 1 to N (got {self.index}/{self.count}); the first of four is 1/4"
-            )
-
-    def __str__(self) -> str:
-        return f"{self.index}/{self.count}"
 
 
 def kind_of_work(span: Span, rounding: str) -> str:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +31,7 @@ from loratool.files.shared_folder import SharedFolder
 from loratool.files.sink import PAGE
 from loratool.files.staging import Stage, check_space, storage_error
 from loratool.files.system import forget_cached
-from loratool.merging.dealing import Share, parts_of, plan_of, share_of
+from loratool.merging.dealing import parts_of, plan_of, share_of
 from loratool.merging.engine import Engine
 from loratool.merging.fingerprints import content_fingerprint
 from loratool.merging.merge import (
@@ -52,6 +53,7 @@ from loratool.merging.one_file import is_file
 from loratool.merging.resources import Resources, runtime_for
 from loratool.merging.tasks import Job, known_of
 from loratool.merging.totals import summed
+from loratool.options.sharing import Share
 from loratool.provenance.cards import CARD
 from loratool.provenance.inputs import ModelDigests, told_model
 from loratool.results.base import Cost
@@ -291,17 +293,21 @@ def finish(
     done = FinishReport(merge.out, merge.fingerprint, len(merge.parts), (), False, None)
     folder = merge.store.home / PARTS
     try:
+        found = merge.store.check()
         if merge.published:
+            if found is not None:  # of a run that was killed after it had published
+                Stage(merge.out, merge.store.home, found).remove()
             return done
-        if merge.store.check() is None or not folder.is_dir():
+        if found is None or not folder.is_dir():
             raise VerificationError(f"{printable(out)}: no part of this merge has been made; run --part first")
         with Presence(folder, FINISHING) as presence, alone(folder, presence) as check_alone:
             records = complete(merge, progress)
-            stage = Stage(merge.out, merge.store.home, merge.store.journal, single=single_name(merge))
+            stage = Stage(merge.out, merge.store.home, found, single=single_name(merge))
             merged = put_together(merge, stage, records)
             check_alone()
             stage.publish(replaceable(options.overwrite))
-            report = make_report(merged, stage, (), spent(started), len(workers_of(records)), Profile({}))
+            took = Cost(kind_of_device(stage), time.monotonic() - started, peak_memory=peak_memory())
+            report = make_report(merged, stage, (), took, len(workers_of(records)), Profile({}))
             stage.remove()
     except OSError as error:
         if is_published(merge.out, merge.fingerprint):  # by another one, at the same time
@@ -310,9 +316,9 @@ def finish(
     return dataclasses.replace(done, workers=workers_of(records), published=True, merge=report, cost=report.cost)
 
 
-def spent(started: float) -> Cost:
-    """What a command that computes nothing has cost so far."""
-    return Cost(seconds=time.monotonic() - started, peak_memory=peak_memory())
+def kind_of_device(stage: Stage) -> str:
+    """The kind of device that edited weights were computed on: the GPU where any was."""
+    return "cuda" if any(shard.device == "cuda" for shard in stage.finished.values()) else "cpu"
 
 
 def single_name(merge: PartedMerge) -> str:
@@ -340,7 +346,8 @@ def complete(merge: PartedMerge, progress: Progress | None) -> dict[str, PartRec
     for part in merge.parts:
         merge.store.put_edges(part, records[part.name])
     for shard in merge.plan.shards:
-        forget_cached(merge.store.folder / shard.name)
+        with suppress(FileNotFoundError):  # which is told below
+            forget_cached(merge.store.folder / shard.name)
     damaged = {name: why for name, why in problems(merge, merge.parts, records, progress).items() if why}
     for name in damaged:
         merge.store.forget(name)
@@ -375,8 +382,7 @@ def put_together(merge: PartedMerge, stage: Stage, records: Mapping[str, PartRec
         sha256 = sha256_of(stage.folder / shard.name) if options.sha256 else ""
         stage.keep(dataclasses.replace(finished, digest=dataclasses.replace(finished.digest, sha256=sha256)))
     job = Job(plan, Joined(stage.finished), known)
-    on_gpu = any(shard.device == "cuda" for shard in stage.finished.values())
-    resources = Resources(("cuda:0",) if on_gpu else ("cpu",), len(workers_of(records)), 0)
+    resources = Resources((kind_of_device(stage),), len(workers_of(records)), 0)
     unchanged = f"{printable(merge.out)}: not written, {NOTHING}"
     merged = describe(job, resources, merge.digests, repeated(plan, merge.paths, options), unchanged)
     merged.table["base"] |= told_model(plan.base, ModelDigests.of(plan.base, compute=full))

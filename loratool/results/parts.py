@@ -36,7 +36,7 @@ class PartReport(Result):
             ("made", f"{plural(len(self.made), 'part')}, {size(self.bytes_written)} in {self.cost.seconds:.2f} s"),
         ]
         if self.kept:
-            rows.append(("kept", f"{plural(len(self.kept), 'part')} that were made before"))
+            rows.append(("kept", f"{plural(len(self.kept), 'part')}, made before and right"))
         rows += [("made again", f"{name}: {reason}") for name, reason in sorted(self.redone.items())]
         rows += [("note", note) for note in self.notes]
         rows.append(("next", "once all workers have ended: the same command with --finish in place of --part"))
@@ -115,5 +115,5 @@ class FinishReport(Written):
     def text(self) -> str:
         if self.merge is None:
             return aligned([("output", f"{printable(self.out)} is complete already; nothing was changed")])
-        first = aligned([("parts", f"{plural(self.parts, 'part')}, made by {plural(len(self.workers), 'process')}")])
+        first = aligned([("parts", f"{plural(self.parts, 'part')}, made by {plural(len(self.workers), 'worker')}")])
         return f"{first}\n{self.merge.text()}"

@@ -131,8 +131,8 @@ def test_every_command_is_here() -> None:
 
 def test_the_commands_have_no_options_that_the_library_has_not() -> None:
     """Apart from those that belong to a terminal, and from the ways of a merge that are functions of their own."""
-    alone = {
-        "merge": {"named_base", "dry_run", "stream", "card", "out", "also"},  # plan(), stream(), merge_many()
+    alone = {  # plan(), stream(), merge_many(), merge_part(), finish_merge(), merge_status()
+        "merge": {"named_base", "dry_run", "stream", "card", "out", "also", "part", "finish", "status"},
         "compare": {"overwrite"},  # write_page()
         "inspect": {"overwrite", "from_file", "as_csv", "as_lines"},  # write_page(), lists of paths, FleetFacts
     }

@@ -12,11 +12,11 @@ import torch
 from checkpoints import save
 
 import loratool
-from loratool.errors import UsageError
 from loratool.files import digests
 from loratool.files.part_records import FilePart
 from loratool.merging import dealing
 from loratool.merging.plan import MergePlan
+from loratool.options.sharing import Share
 
 MiB = 1 << 20
 Planned = Callable[..., MergePlan]
@@ -99,7 +99,7 @@ def test_compensated_weights_are_in_one_part_each(planned: Planned, small: None)
 @pytest.mark.parametrize("count", [1, 2, 7, 37])
 def test_every_part_is_dealt_to_one_worker(planned: Planned, small: None, count: int) -> None:
     parts = dealing.parts_of(planned())
-    shares = [dealing.share_of(parts, dealing.Share(number + 1, count)) for number in range(count)]
+    shares = [dealing.share_of(parts, Share(number + 1, count)) for number in range(count)]
     assert sorted(part.name for share in shares for part in share) == [part.name for part in parts]
 
 
@@ -114,9 +114,3 @@ def test_shares_are_equal_in_time_and_not_in_bytes() -> None:
     assert max(loads) <= 1.05 * sum(loads) / 5
     sizes = [sum(part.size for part in share) for share in dealing.deal(parts, 5)]
     assert max(sizes) > 1.05 * sum(sizes) / 5
-
-
-@pytest.mark.parametrize(("index", "count"), [(0, 4), (5, 4), (1, 0), (-1, 4)])
-def test_shares_that_there_are_not(index: int, count: int) -> None:
-    with pytest.raises(UsageError, match="from 1 to N"):
-        dealing.Share(index, count)
