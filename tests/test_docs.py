@@ -279,7 +279,8 @@ def own_outputs(page: Path) -> Iterator[tuple[str, str]]:
     for example in examples(page):
         context = parse(example) if works_in_the_demo(example) else None
         option = next((each for each in context.command.params if "-o" in each.opts), None) if context else None
-        if context and option and context.params[str(option.name)] and not context.params.get("dry_run"):
+        idle = context and any(context.params.get(word) for word in ("dry_run", "part", "status"))
+        if context and option and context.params[str(option.name)] and not idle:
             yield str(context.params[str(option.name)]), str(example)
     for block in fences(page, "python"):
         for call in (node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)):
