@@ -20,5 +20,7 @@ estimate = library_command(
       loratool estimate --preset llama-2-7b --rank 8 --target q_proj,v_proj
       loratool estimate ./Llama-3.2-1B --rank 8 --target q_proj,v_proj
       loratool estimate ./Llama-3.2-1B/config.json --rank 8 --rank 64 --target all-linear
+      loratool estimate --preset llama-2-7b --rank 8 --target q_proj,v_proj --html estimate.html
     """,
+    pictures=True,
 )

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.cli.operands import Output, Place, complain_of, without_output
-from loratool.cli.options import A_MODEL, AN_ADAPTER, BYTES, PATH, click_options, output_options
+from loratool.cli.options import A_MODEL, AN_ADAPTER, BYTES, PATH, click_options, output_options, with_pictures
+from loratool.cli.pictures import Pictures
 from loratool.cli.screen import Screen
 from loratool.commands.merge import MergeAndPushOptions
 from loratool.commands.publish import with_push
@@ -22,6 +23,7 @@ from loratool.options.sharing import SHARE, Share
 if TYPE_CHECKING:
     from loratool.merging.plan import MergePlan
     from loratool.results.merge_many import MergeManyReport, ResultsOfOutputs
+    from loratool.results.stream import StreamReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,7 @@ class MergeWords(MergeAndPushOptions):
     "The ADAPTERs of one OUT are merged together.",
 )
 @click_options(MergeWords)
+@with_pictures(MergeWords)
 @output_options
 def merge(
     base: Path,
@@ -93,6 +96,7 @@ def merge(
     also: tuple[str, ...],
     options: MergeWords,
     screen: Screen,
+    pictures: Pictures,
 ) -> None:
     """Merge adapters into a base model, shard by shard.
 
@@ -106,6 +110,7 @@ def merge(
       loratool merge ./Llama-3.2-1B ./my-adapter -o ./merged
       loratool merge ./base ./style ./facts -w 0.7 -w 1.2 -o ./merged --shard-size 5GB
       loratool merge ./merged ./my-adapter -w -1 -o ./base-again
+      loratool merge ./base ./my-adapter -o ./merged --html merged.html --svg ./figures
       loratool merge ./base ./my-adapter -o ./merged --map '^model[.]text[.]=model.'
       loratool merge ./saved-unmerged -o ./merged --input-alpha 16
       loratool merge ./base ./style -o ./styled --also ./chatty=./chat --also ./both=./style --also ./both=./chat
@@ -120,14 +125,14 @@ def merge(
     if also and (options.stream or options.push_to_hub is not None):
         raise UsageError("--also cannot be used with --stream or --push-to-hub; push each output with `loratool push`")
     if options.stream:
-        stream_to_hub(base, adapters, out, options, screen)
+        pictures.write(stream_to_hub(base, adapters, out, options, screen))
         return
     if out is None:
         raise without_output(click.get_current_context())
     if options.card:
         raise UsageError("--card needs --stream; without it, run `loratool push --card`", hint="loratool push --help")
     if also:
-        merge_several(base, outputs_of(out, adapters, also), options, screen)
+        merge_several(base, outputs_of(out, adapters, also), options, screen, pictures)
         return
     if options.part or options.finish or options.status:
         merge_in_parts(base, adapters, out, options, screen)
@@ -137,11 +142,13 @@ def merge(
     if options.dry_run:
         from loratool.merging.dry_run import dry_run
 
-        screen.show(dry_run(base, adapters, out, options))
+        screen.show(plan := dry_run(base, adapters, out, options))
+        pictures.write(plan)
         return
     with screen.bar("merging", **BYTES) as progress, screen.bar("pushing", **BYTES) as push_progress:
         report = with_push(merge, (base, adapters, out), options, progress, push_progress)
     screen.show(report)
+    pictures.write(report)
 
 
 def check_ways(also: tuple[str, ...], options: MergeWords) -> None:
@@ -184,7 +191,9 @@ def outputs_of(out: Path, adapters: tuple[Path, ...], also: tuple[str, ...]) -> 
     return outputs
 
 
-def merge_several(base: Path, outputs: dict[Path, list[Path]], options: MergeWords, screen: Screen) -> None:
+def merge_several(
+    base: Path, outputs: dict[Path, list[Path]], options: MergeWords, screen: Screen, pictures: Pictures
+) -> None:
     """`--also`: all outputs, or their plans; ends with the highest exit code of those that fail."""
     from loratool.merging.merge_many import merge_many, plan_many
 
@@ -192,6 +201,8 @@ def merge_several(base: Path, outputs: dict[Path, list[Path]], options: MergeWor
         raise UsageError(
             "-w cannot be used with --also; in Python, loratool.merge_many takes a weight for each adapter"
         )
+    for out in outputs:
+        pictures.check(out)
     result: MergeManyReport | ResultsOfOutputs[MergePlan]
     if options.dry_run:
         result = plan_many(base, outputs, options)
@@ -203,6 +214,8 @@ def merge_several(base: Path, outputs: dict[Path, list[Path]], options: MergeWor
             complain_of(error, os.fspath(out), adapters)
     if result.reports or screen.as_json:
         screen.show(result, "\n\n".join(map(str, result.reports.values())))
+    if result.reports:
+        pictures.write([*result.reports.values()])
     click.get_current_context().exit(result.exit_code)
 
 
@@ -212,7 +225,7 @@ def stream_to_hub(
     out: Path | None,
     options: MergeWords,
     screen: Screen,
-) -> None:
+) -> StreamReport:
     """`--stream`: no folder is made, and the files keep the base's sizes."""
     if out is not None or options.shard_size is not None:
         raise UsageError(
@@ -227,3 +240,4 @@ def stream_to_hub(
     with screen.bar("merging", **BYTES) as progress:
         report = stream(base, adapters, options.push_to_hub, StreamOptions(**shared), progress)
     screen.show(report)
+    return report

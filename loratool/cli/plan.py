@@ -25,5 +25,7 @@ plan = library_command(
       loratool plan ./Llama-3.2-1B ./my-adapter
       loratool plan org/large-model ./my-adapter --simulate 1,8,64
       loratool plan ./base ./my-adapter --simulate 16 --bandwidth 2.5GB --store-bandwidth 20GB
+      loratool plan ./base ./my-adapter --html plan.html
     """,
+    pictures=True,
 )

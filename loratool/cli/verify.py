@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from loratool.cli.options import A_MODEL, AN_ADAPTER, BYTES, click_options, output_options
+from loratool.cli.options import A_MODEL, AN_ADAPTER, BYTES, click_options, output_options, with_pictures
+from loratool.cli.pictures import Pictures
 from loratool.cli.screen import Screen
 from loratool.errors import escaped, printable
 from loratool.verifying.options import VerifyOptions
@@ -26,8 +27,16 @@ from loratool.verifying.options import VerifyOptions
     help="An adapter that was merged into it; may be repeated.",
 )
 @click_options(VerifyOptions)
+@with_pictures(VerifyOptions)
 @output_options
-def verify(merged: Path, base: Path | None, adapters: tuple[Path, ...], options: VerifyOptions, screen: Screen) -> None:
+def verify(
+    merged: Path,
+    base: Path | None,
+    adapters: tuple[Path, ...],
+    options: VerifyOptions,
+    screen: Screen,
+    pictures: Pictures,
+) -> None:
     """Prove a merged model, whoever made it, and explain what is wrong.
 
     With MERGED alone, every file is compared with its loratool.json. With BASE and ADAPTER, every tensor is compared
@@ -37,6 +46,7 @@ def verify(merged: Path, base: Path | None, adapters: tuple[Path, ...], options:
     Examples:
       loratool verify ./merged
       loratool verify ./merged --base ./Llama-3.2-1B --adapter ./my-adapter
+      loratool verify ./merged --base ./base --adapter ./my-adapter --html verified.html
       loratool verify me/merged --adapter ./style -w 0.7 --adapter ./facts -w 1.2
     """
     from loratool.verifying.verify import verify
@@ -44,6 +54,7 @@ def verify(merged: Path, base: Path | None, adapters: tuple[Path, ...], options:
     with screen.bar("verifying", **BYTES) as progress:
         result = verify(merged, base, adapters, options, progress)
     screen.show(result)
+    pictures.write(result)
     if result.exit_code:
         click.echo(escaped(f"Error: {printable(merged)}: {result.sentence}"), err=True)
         raise click.exceptions.Exit(result.exit_code)

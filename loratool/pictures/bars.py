@@ -49,9 +49,11 @@ class Bars(Figure):
             )
             for piece, value in enumerate(bar.values):
                 length = room * max(0.0, min(1.0, value / most))
+                if not length:
+                    continue
                 kind = bar.kind or f"s{piece}"
                 hint = mark("title", safe(f"{bar.label}: {bar.text}"))
-                parts.append(mark("rect", hint, kind=kind, x=x, y=y, width=max(length, 0.5), height=THICK, rx=1.5))
+                parts.append(mark("rect", hint, kind=kind, x=x, y=y, width=length, height=THICK, rx=1.5))
                 x += length
             parts.append(mark("text", safe(bar.text), kind="n", x=x + 8, y=y + THICK / 2 + 4))
         bottom = top + len(self.bars) * TALL

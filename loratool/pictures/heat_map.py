@@ -34,7 +34,7 @@ class HeatMap(Figure):
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     cells: tuple[Cell, ...]
-    scale: Literal["up", "both"] = "up"  # from the smallest to the largest value, or from −bound to bound
+    scale: Literal["up", "down", "both"] = "up"  # whether the largest value stands out, or the smallest, or both
     bounds: tuple[float, float] | None = None  # of the colours; those of the values where none are given
     states: tuple[
         tuple[str, str], ...
@@ -82,7 +82,8 @@ class HeatMap(Figure):
     def level(self, value: float, low: float, high: float) -> int:
         """Which of the colours a value has."""
         part = (value - low) / (high - low) if high > low else 0.5 if value else 0.0
-        return round(min(1.0, max(0.0, part)) * (LEVELS - 1))
+        level = round(min(1.0, max(0.0, part)) * (LEVELS - 1))
+        return LEVELS - 1 - level if self.scale == "down" else level
 
     def cell(self, cell: Cell, grid: Grid, low: float, high: float, alone: bool) -> str:
         if cell.value is None:
@@ -103,7 +104,7 @@ class HeatMap(Figure):
     def number(self, cell: Cell, grid: Grid, low: float, high: float) -> str:
         value = cell.value or 0.0
         level = self.level(value, low, high)
-        strong = level > LEVELS * 0.45 if self.scale == "up" else abs(level - LEVELS / 2) > LEVELS * 0.3
+        strong = level > LEVELS * 0.45 if self.scale != "both" else abs(level - LEVELS / 2) > LEVELS * 0.3
         x, y = grid.middle(cell.row, cell.column)
         return mark(
             "text",
@@ -118,9 +119,10 @@ class HeatMap(Figure):
     def legend(self, top: float, low: float, high: float) -> str:
         """The scale, with the values at its ends."""
         start, letter = width_of(figure(low, 4)) + 8, "d" if self.scale == "both" else "q"
+        levels = range(LEVELS - 1, -1, -1) if self.scale == "down" else range(LEVELS)
         steps = "".join(
-            mark("rect", kind=f"{letter}{at}", x=start + at * STEP, y=top, width=STEP + 0.3, height=9)
-            for at in range(LEVELS)
+            mark("rect", kind=f"{letter}{level}", x=start + at * STEP, y=top, width=STEP + 0.3, height=9)
+            for at, level in enumerate(levels)
         )
         ends = mark("text", figure(low, 4), kind="low", x=start - 8, y=top + 9, text_anchor="end")
         ends += mark("text", figure(high, 4), kind="high", x=start + LEVELS * STEP + 8, y=top + 9)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from loratool.pictures.blocks import Block, Column, Facts, Group, Message, Messages, Shown, Table, Tiles
+from loratool.pictures.blocks import MOST_ROWS, Block, Column, Facts, Group, Message, Messages, Shown, Table, Tiles
 from loratool.pictures.heat_map import HeatMap
 from loratool.pictures.lines import Axis, Line, Lines, counting, linear, logarithmic, thinned
 from loratool.pictures.modules import Places, bare, places_of
@@ -15,7 +15,8 @@ from loratool.results.findings import Finding
 from loratool.results.text import plural, size
 from loratool.results.values import Measured, Suggestion, Values
 
-MOST_POINTS = 30_000  # of the lines of a figure; of more, some are left out
+MOST_LINES = 2000  # of a figure; of more, every second, third … is drawn
+MOST_POINTS = 30_000  # of those lines; of more, some are left out
 
 NORM = "‖ΔW‖"
 METRICS: tuple[tuple[str, str, Callable[[Measured], float | None]], ...] = (
@@ -134,7 +135,7 @@ def norm_map(places: Places, order: Sequence[Measured], entries: Mapping[str, in
 def spectra(modules: Sequence[Measured]) -> tuple[Lines, Lines]:
     """The singular values of every module, and how much of its energy the first of them hold."""
     ranks = max([1, *(len(m.singular_values) for m in modules)])
-    most = max(4, MOST_POINTS // len(modules))
+    most = max(4, MOST_POINTS // min(len(modules), MOST_LINES))
     largest = max(range(len(modules)), key=lambda at: modules[at].norm or 0.0)
     falling = logarithmic("singular value", [value for m in modules for value in m.singular_values])
     values = Lines(
@@ -165,7 +166,9 @@ def spectra(modules: Sequence[Measured]) -> tuple[Lines, Lines]:
 def lines_of(
     modules: Sequence[Measured], points: Callable[[Measured], tuple[tuple[float, float], ...]]
 ) -> tuple[Line, ...]:
-    return tuple(Line(bare(m.target), points(m), at) for at, m in enumerate(modules) if m.singular_values)
+    drawn = [at for at, m in enumerate(modules[:MOST_ROWS]) if m.singular_values]
+    every = max(1, -(-len(drawn) // MOST_LINES))
+    return tuple(Line(bare(modules[at].target), points(modules[at]), at) for at in drawn[::every])
 
 
 def energy_of(values: Sequence[float]) -> list[tuple[float, float]]:

@@ -12,7 +12,7 @@ from loratool.pictures.drawing import Drawing, Figure, fitted, mark, safe
 from loratool.results.text import figure
 
 WIDTH, HEIGHT = 520, 262
-LEFT, RIGHT, TOP, BOTTOM = 56, 10, 10, 40  # pixels around the lines
+LEFT, RIGHT, TOP, BOTTOM = 64, 10, 10, 40  # pixels around the lines
 FINE = 10  # units of a pixel in which points are given
 LONGEST = 60  # letters of a name in the legend
 DECADES = 6  # that a logarithmic axis spans at most
@@ -121,7 +121,7 @@ class Lines(Figure):
         found.append(mark("text", safe(self.x.label), x=middle, y=HEIGHT - 5, text_anchor="middle"))
         if self.y.label:
             turned = f"translate(10 {(TOP + HEIGHT - BOTTOM) / 2:.1f}) rotate(-90)"
-            found.append(mark("text", safe(self.y.label), transform=turned, text_anchor="middle"))
+            found.append(mark("text", safe(self.y.label), kind="y", transform=turned, text_anchor="middle"))
         return found
 
     def across(self, value: float) -> float:

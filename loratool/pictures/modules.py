@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from loratool.pictures.blocks import MOST_ROWS
 from loratool.pictures.heat_map import Cell
+from loratool.results.text import mean_of
 
 LAYER = re.compile(r"(?<![^.])\d+(?![^.])")
+MOST_CELLS = 4000  # of a map; of more modules, those that differ in numbers only, such as experts, share one
 # Modules of one layer in the order in which they are computed.
 ORDER = (
     *(
@@ -36,13 +39,41 @@ class Places:
     columns: tuple[str, ...]  # layers
     of: Mapping[str, tuple[int, int]]  # target → row and column; in the order of rows, then of columns
 
-    def cells(self, values: Mapping[str, float | None], entries: Mapping[str, int] | None = None) -> tuple[Cell, ...]:
-        """The cells of a map: of each target its value, and the row of the linked table that it has."""
-        return tuple(
-            Cell(row, column, values[target], bare(target), entries[target] if entries else None)
-            for target, (row, column) in self.of.items()
-            if target in values
-        )
+    def cells(
+        self,
+        values: Mapping[str, float | None],
+        entries: Mapping[str, int] | None = None,
+        together: Callable[[list[float | None]], float | None] = mean_of,
+    ) -> tuple[Cell, ...]:
+        """The cells of a map.
+
+        Args:
+            values: those of the targets.
+            entries: of each target the row of the linked table that it has.
+            together: makes one value of those that share a place; their mean, unless something else is given.
+        """
+        at: dict[tuple[int, int], list[str]] = {}
+        for target, place in self.of.items():
+            if target in values:
+                at.setdefault(place, []).append(target)
+        return tuple(self.cell(*place, targets, values, entries or {}, together) for place, targets in at.items())
+
+    def cell(
+        self,
+        row: int,
+        column: int,
+        targets: Sequence[str],
+        values: Mapping[str, float | None],
+        entries: Mapping[str, int],
+        together: Callable[[list[float | None]], float | None],
+    ) -> Cell:
+        """The cell of the targets at one place."""
+        if len(targets) > 1:
+            label = f"{self.rows[row]} of layer {self.columns[column]}, {len(targets)} together"
+            return Cell(row, column, together([values[target] for target in targets]), label)
+        entry = entries.get(targets[0])
+        known = entry if entry is not None and entry < MOST_ROWS else None
+        return Cell(row, column, values[targets[0]], bare(targets[0]), known)
 
     @property
     def by_layer(self) -> list[str]:
@@ -53,8 +84,11 @@ class Places:
 def places_of(targets: Iterable[str]) -> Places:
     """The places of targets: layers in the order of their numbers, those without one last; attention first."""
     found = {target: place_of(target) for target in targets}
-    start = common([name for _, name in found.values()])
-    kinds = sorted({name for _, name in found.values()}, key=order_of)
+    if len(found) > MOST_CELLS:
+        found = {target: (layer, LAYER.sub("*", name)) for target, (layer, name) in found.items()}
+    layered = {name for layer, name in found.values() if layer is not None}
+    start = common([*(layered or {name for _, name in found.values()})])
+    kinds = sorted({name for _, name in found.values()}, key=lambda name: (name not in layered, *order_of(name)))
     layers = sorted({layer for layer, _ in found.values()}, key=lambda layer: (layer is None, layer or 0))
     places = {target: (kinds.index(name), layers.index(layer)) for target, (layer, name) in found.items()}
     return Places(
@@ -88,8 +122,8 @@ def common(names: Sequence[str]) -> str:
     return "".join(f"{part}." for part in shared)
 
 
-def order_of(name: str) -> tuple[bool, str, int, str]:
-    """Where a module comes among those of its layer: attention first."""
+def order_of(name: str) -> tuple[bool, bool, str, int, str]:
+    """Where a module comes among those of its layer: attention first, norms last."""
     parent, _, last = name.rpartition(".")
     rank = ORDER.index(last) if last in ORDER else len(ORDER)
-    return ("att" not in name.lower(), parent, rank, name)
+    return ("norm" in last, "att" not in name.lower(), parent, rank, name)

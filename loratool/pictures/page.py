@@ -27,10 +27,15 @@ MAKERS = {
     "CheckpointFacts": "inspect",
     "CombineReport": "combine",
     "CompareReport": "compare",
+    "Estimate": "estimate",
     "ExtractReport": "extract",
     "FleetFacts": "fleet",
+    "MergePlan": "plan",
+    "MergeReport": "merge",
     "ResizeReport": "resize",
+    "StreamReport": "merge",
     "UnreadableFacts": "inspect",
+    "Verification": "verify",
 }
 
 

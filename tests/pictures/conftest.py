@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 from browser import CHROMIUM, FLAGS
-from pictured import write_adapter
+from pictured import write_adapter, write_base
 
 import loratool
 from loratool.results.facts import AdapterFacts
+from loratool.results.merge import MergeReport
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +25,17 @@ def facts(adapter: Path) -> AdapterFacts:
     found = loratool.inspect(adapter, values=True, check=True, device="cpu")
     assert isinstance(found, AdapterFacts)
     return found
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("bases") / "base")
+
+
+@pytest.fixture(scope="session")
+def merged(base: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> MergeReport:
+    """A merge of the adapter, of which rounding to bfloat16 leaves nearly all."""
+    return loratool.merge(base, adapter, tmp_path_factory.mktemp("merges") / "merged", device="cpu")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,113 @@
+"""The page of a plan: what a merge would change and by which rule, what rounding would leave, and how long it would take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from loratool.merging.plan import MergePlan
+from loratool.pictures.bars import Bar, Bars
+from loratool.pictures.blocks import Block, Column, Facts, Group, Shown, Table, Tiles, Value
+from loratool.pictures.lines import Line, Lines, logarithmic
+from loratool.pictures.merge import GAIN, map_of, told
+from loratool.pictures.modules import bare, places_of
+from loratool.pictures.page import Page
+from loratool.results.simulation import Simulation, duration
+from loratool.results.text import plural, size
+
+MOST_FILES = 40  # that get a bar of their own
+
+
+def page_of(plan: MergePlan) -> Page:
+    """The page of one plan."""
+    return Page(f"{plan.base.name} + {' + '.join(a.name for a in plan.adapters)}", "plan", tuple(blocks_of(plan)))
+
+
+def blocks_of(plan: MergePlan) -> Iterator[Block]:
+    table = plan.to_dict()
+    yield Tiles(
+        [
+            ("updates", f"{len(table['edits']):,}"),
+            ("copied", f"{plan.copied:,}"),
+            *([("gain, forecast", f"{plan.gain_forecast:.4f}")] if plan.gain_forecast is not None else []),
+            ("to read", size(plan.bytes_read)),
+            ("to write", size(plan.bytes_written)),
+            ("peak memory", size(table["peak_memory"])),
+        ]
+    )
+    if plan.simulations:
+        yield from simulated(plan.simulations)
+    if plan.gains_forecast:
+        places = places_of(plan.gains_forecast)
+        yield Group("Gain to be expected", "", [map_of(GAIN, plan.gains_forecast, places)])
+    yield told(plan.notes)
+    if len(table["files"]) > 1:
+        yield Group("Weight files of the output", "", [files(table["files"])])
+    columns = [Column(name) for name in ("target", "tensor", "part", "rule", "adapter")]
+    rows = [(bare(e["target"]), e["tensor"], e["part"], e["rule"], e["adapter"]) for e in table["edits"]]
+    about = "The rule is how the weight was found in the base; the part is the rows and columns that are changed."
+    yield Table(plural(len(rows), "update"), columns, rows, about)
+    yield Facts(
+        "Facts",
+        [
+            ("base", plan.base.name),
+            *(("adapter", f"{a.name}, weight {w:g}") for a, w in zip(plan.adapters, plan.weights, strict=True)),
+            ("rounding", plan.rounding),
+            ("weight files", plural(len(table["files"]), "file")),
+            *(("written plain", name) for name in plan.plain),
+            *(("requantised", name) for name in plan.anew),
+            ("other files", ", ".join(table["side_files"]) or "none"),
+            *(("left out", name) for name in plan.left_out),
+        ],
+    )
+
+
+def files(sizes: dict[str, int]) -> Bars:
+    """The weight files by size; of many, the largest."""
+    largest = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))[:MOST_FILES]
+    return Bars(
+        name="files",
+        title="Weight files of the output",
+        about="The files with their sizes, the largest first."
+        + (f" {len(sizes) - len(largest)} smaller ones are left out." if len(sizes) > len(largest) else ""),
+        bars=tuple(Bar(name, (float(count),), size(count)) for name, count in largest),
+    )
+
+
+def simulated(simulations: Sequence[Simulation]) -> Iterator[Block]:
+    """How long some numbers of workers take."""
+    if len(simulations) > 1:
+        points = sorted((float(each.workers), each.seconds, each.work_seconds) for each in simulations)
+        seconds = [second for _, *both in points for second in both]
+        yield Group(
+            "Time by workers",
+            "",
+            [
+                Lines(
+                    name="workers",
+                    title="Time by number of workers",
+                    about="Seconds until the output is published, and those in which workers work, on logarithmic scales.",
+                    x=logarithmic("workers", [workers for workers, *_ in points]),
+                    y=logarithmic("seconds", seconds),
+                    lines=(
+                        Line("until the output is published", tuple((w, s) for w, s, _ in points)),
+                        Line("work", tuple((w, work) for w, _, work in points)),
+                    ),
+                )
+            ],
+        )
+    names = ("workers", "time", "limited by", "start-up", "work", "if even", "finishing", "parts", "read", "written")
+    rows: list[tuple[Value, ...]] = [
+        (
+            f"{each.workers:,}",
+            Shown(duration(each.seconds), each.seconds),
+            each.limit,
+            *(
+                Shown(duration(seconds), seconds)
+                for seconds in (each.startup_seconds, each.work_seconds, each.even_seconds, each.finish_seconds)
+            ),
+            each.parts,
+            *(Shown(size(count), count) for count in (each.bytes_read, each.bytes_written)),
+        )
+        for each in simulations
+    ]
+    yield Table("Simulated merges", [Column(name) for name in names], rows, plain=True)

@@ -1,0 +1,128 @@
+"""The page of a verification: the verdict, what every tensor is, and how far it is from the formula."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+
+from loratool.errors import printable
+from loratool.pictures.bars import Bar, Bars
+from loratool.pictures.blocks import Block, Column, Facts, Group, Message, Messages, Table, Tiles
+from loratool.pictures.heat_map import HeatMap
+from loratool.pictures.modules import bare, places_of
+from loratool.pictures.page import Page
+from loratool.results.text import figure, memory, plural, size
+from loratool.results.verify import TensorProof, Verification
+
+STATES = (  # of a tensor, and the class of its colour
+    ("identical", "quiet"),
+    ("proven", "s2"),
+    ("rounded-twice", "s1"),
+    ("unknown", "s5"),
+    ("missing", "s3"),
+    ("different", "bad"),
+)
+DISTANCES = (0.0, 0.5, 1.0, 2.0, 8.0, 64.0)  # in ulp: ends of the bars
+
+
+def page_of(result: Verification) -> Page:
+    """The page of one merged model."""
+    return Page(
+        os.path.basename(os.path.realpath(result.merged)) or str(result.merged), "verify", tuple(blocks_of(result))
+    )
+
+
+def blocks_of(result: Verification) -> Iterator[Block]:
+    yield Tiles(tiles_of(result))
+    yield found(result)
+    if result.tensors:
+        yield from tensor_blocks(result.tensors, result.adapters)
+    yield Facts(
+        "Facts",
+        [
+            ("merged", printable(result.merged)),
+            ("verdict", result.sentence),
+            *([("formula", " + ".join(map(printable, (result.base, *result.adapters))))] if result.base else []),
+            *([("rounding", result.rounding)] if result.rounding else []),
+            *([("files", f"{result.files} compared with loratool.json")] if result.files else []),
+            *([("device", result.cost.device)] if result.cost.device else []),
+            *([("peak memory", memory(result.cost.peak_memory))] if result.cost.peak_memory else []),
+        ],
+    )
+
+
+def tiles_of(result: Verification) -> list[tuple[str, str]]:
+    """The verdict, and the numbers that it is made of."""
+    tiles = [("verdict", result.verdict.replace("-", " "))]
+    tiles += [(status.replace("-", " "), f"{count:,}") for status, count in result.counts.items()]
+    distances = [proof.ulp for proof in (result.tensors or {}).values() if proof.ulp is not None]
+    if distances:
+        tiles.append(("largest distance", f"{figure(max(distances), 4)} ulp"))
+    if result.files:
+        tiles.append(("files as recorded", f"{result.files:,}"))
+    return [*tiles, *([("read", size(result.bytes_read))] if result.bytes_read else [])]
+
+
+def found(result: Verification) -> Messages:
+    """The verdict in words, and what explains it."""
+    messages = [Message(not each.passes, each.code, each.text) for each in result.diagnoses]
+    messages += [Message(note.is_warning, note.code, note.text) for note in result.notes]
+    return Messages(f"{result.sentence[0].upper()}{result.sentence[1:]}", messages)
+
+
+def tensor_blocks(tensors: Mapping[str, TensorProof], adapters: Sequence[str]) -> Iterator[Block]:
+    """Maps, distances and the table of all tensors."""
+    places = places_of(tensors)
+    entries = {name: at for at, name in enumerate(places.by_layer)}
+    states = [state for state in STATES if any(proof.status == state[0] for proof in tensors.values())]
+    numbers = {name: float(at) for at, (name, _) in enumerate(states)}
+    states_map = HeatMap(
+        name="states",
+        title="What every tensor is",
+        about="Identical to the base, proven to be what the formula gives, or something else.",
+        rows=places.rows,
+        columns=places.columns,
+        cells=places.cells({name: numbers[proof.status] for name, proof in tensors.items()}, entries, worst),
+        states=tuple(states),
+        what="status",
+    )
+    yield Group("Tensors", "", [states_map])
+    distances = [proof.ulp for proof in tensors.values() if proof.ulp is not None]
+    if distances:
+        yield Group("Distance from the formula", "", [distance_bars(distances)])
+    yield tensor_table(tensors, places.by_layer, adapters)
+
+
+def worst(states: Sequence[float | None]) -> float | None:
+    """The state to worry about most of several."""
+    return max(state for state in states if state is not None)
+
+
+def distance_bars(distances: Sequence[float]) -> Bars:
+    """How many tensors are how far from the formula."""
+    bars = []
+    for low, high in zip((None, *DISTANCES), (*DISTANCES, None), strict=True):
+        count = sum((low is None or each > low) and (high is None or each <= high) for each in distances)
+        name = "exactly" if low is None else f"above {low:g}" if high is None else f"up to {high:g}"
+        bars.append(Bar(name, (float(count),), f"{count:,}", "s2" if high is not None and high <= 2 else "bad"))
+    return Bars(
+        name="distances",
+        title="Distance from the formula",
+        about="How many edited tensors are how far from the formula where they are farthest, in ulp at the size of the "
+        "operands.",
+        bars=tuple(bars),
+    )
+
+
+def tensor_table(tensors: Mapping[str, TensorProof], order: Sequence[str], adapters: Sequence[str]) -> Table:
+    """Every tensor with what was found."""
+    columns = [
+        Column("tensor"),
+        Column("status"),
+        Column("ulp", "largest distance from the formula, in ulp at the size of the operands"),
+        Column("equal", "fraction of the elements that are the formula's, bit for bit"),
+        *(Column(f"factor of {name}", "how much of this adapter's update is in it") for name in adapters),
+    ]
+    blank = (None,) * len(adapters)
+    rows = [(bare(n), p.status, p.ulp, p.equal, *(p.factor or blank)) for n, p in ((n, tensors[n]) for n in order)]
+    return Table(plural(len(rows), "tensor"), columns, rows, linked=True)
