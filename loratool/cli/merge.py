@@ -121,7 +121,7 @@ def merge(
     """
     if named_base is not None:  # then BASE is an ADAPTER too
         base, adapters = named_base, (base, *adapters)
-    check_ways(also, options)
+    check_ways(also, options, pictures)
     if also and (options.stream or options.push_to_hub is not None):
         raise UsageError("--also cannot be used with --stream or --push-to-hub; push each output with `loratool push`")
     if options.stream:
@@ -151,11 +151,12 @@ def merge(
     pictures.write(report)
 
 
-def check_ways(also: tuple[str, ...], options: MergeWords) -> None:
+def check_ways(also: tuple[str, ...], options: MergeWords, pictures: Pictures) -> None:
     """Raise `UsageError` where a merge in parts is to be another kind of merge, too."""
     ways = {"--part": options.part is not None, "--finish": options.finish, "--status": options.status}
     chosen = [flag for flag, given in ways.items() if given]
     others = {"--also": bool(also), "--stream": options.stream, "--dry-run": options.dry_run, "--card": options.card}
+    others |= {"--html": pictures.html is not None, "--svg": pictures.svg is not None}
     others["--push-to-hub"] = options.push_to_hub is not None and chosen != ["--finish"]
     if chosen and (beside := [*chosen[1:], *(flag for flag, given in others.items() if given)]):
         more = "; pass --push-to-hub with --finish" if beside == ["--push-to-hub"] else ""
