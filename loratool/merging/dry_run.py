@@ -34,5 +34,8 @@ def dry_run(
         else:
             plan, _, _ = prepare(base, adapters, out, options, stack)
         if simulated.simulate:
-            return dataclasses.replace(plan, simulations=simulate(plan, simulated.simulate, rates))
-        return with_forecast(plan)
+            found = dataclasses.replace(plan, simulations=simulate(plan, simulated.simulate, rates))
+        else:
+            found = with_forecast(plan)
+        assert found.bytes_written >= 0, "counted now: files from the Hub are gone when the plan is printed"
+    return found
