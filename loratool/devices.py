@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from loratool.errors import UsageError, printable
 from loratool.files import process, stopwatch
+from loratool.files.process import without_collections
 from loratool.files.stopwatch import lap
 
 if TYPE_CHECKING:
@@ -42,18 +42,14 @@ def start_torch(device: str) -> Future[Runtime]:
 
     def load() -> None:
         started = time.monotonic()
-        collecting = gc.isenabled()
-        gc.disable()  # the import makes a million objects that all stay
         try:
-            watch = stopwatch.begin("torch")
-            devices = find_devices(device)
-            lap("start-up")
+            with without_collections():  # the import makes a million objects
+                watch = stopwatch.begin("torch")
+                devices = find_devices(device)
+                lap("start-up")
             future.set_result(Runtime(devices, time.monotonic() - started, watch))
         except BaseException as error:
             future.set_exception(error)
-        finally:
-            if collecting:
-                gc.enable()
 
     threading.Thread(target=load, name="loratool-torch", daemon=True).start()
     return future

@@ -5,12 +5,13 @@ psutil would be one more package to install, for two numbers.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -101,6 +102,18 @@ def prepare_streams() -> None:
         small = "utf" not in (getattr(stream, "encoding", None) or "utf").lower()
         if small and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Look for no garbage meanwhile: of many objects that all stay, the collector looks at each several times."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def silence_stdout() -> None:

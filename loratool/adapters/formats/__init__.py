@@ -26,6 +26,7 @@ from loratool.files.containers import foreign_file, instead_of_weights
 from loratool.files.heads import Head, read_head
 from loratool.files.inputs import unreadable
 from loratool.files.model_files import MODEL_FILES, FileNames
+from loratool.files.process import without_collections
 from loratool.provenance.cards import Subject
 
 # Of several that may be meant, the first that claims a tensor is: PEFT claims `.lora_A` whatever the module.
@@ -44,7 +45,7 @@ def read_adapter(path: str | Path, reading: Reading = AS_STORED) -> Adapter:
     contains no adapter, a malformed one, or one in a format that is not supported.
     """
     location = Path(path)
-    with about(path):
+    with about(path), without_collections():
         if not any(form.recognises(location) for form in FORMATS):
             raise not_an_adapter(location)
         return format_at(location).read(location, reading)

@@ -133,8 +133,9 @@ class Reader:
             for group in groups:
                 self.dialects[dialect_of(group.spelling, group.roles, self.header)] = None
                 self.take(group, scales.get(group.name), sources)
-        self.methods = set[str]().union(*(methods_of(group.roles) for group in groups))
-        self.dora = any(canonical(role) in MAGNITUDES for group in groups for role in group.roles)
+        roles = set[str]().union(*(group.roles for group in groups))
+        self.methods = methods_of(roles)
+        self.dora = any(canonical(role) in MAGNITUDES for role in roles)
         self.tell(groups)
         self.refuse(self.take_replacements(rest) if groups else rest)
         self.check_twice()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from loratool.adapters.adapter import FACTOR_NAMES, INTEGER_NAMES, Derived, StoredTensor
@@ -49,8 +50,9 @@ class Module:
     path: str  # with `base_layer` where PEFT wrapped a wrapper
     slots: dict[str, str] = field(default_factory=dict)  # slot → tensor
 
-    @property
+    @cached_property
     def name(self) -> str:
+        """The module as the model called it, once all tensors of the file are known."""
         return self.draft.paths.plain(self.path)
 
     @property
@@ -309,8 +311,8 @@ def derived(shape: tuple[int, ...], formula: Callable[..., Any], *parts: Any) ->
 def tell_spelling(draft: Draft, slots: Collection[str]) -> None:
     """Add a note for each way in which names of the file are not spelled as PEFT saves them, and are read all the same."""
     names = list(draft.file.tensors)
-    wrapped = [name for name in names if keys.wrappers_in(name)]
-    bare = [name for name in names if name not in wrapped and not name.startswith("base_model.")]
+    wrapped = dict.fromkeys(name for name in names if keys.wrappers_in(name))
+    bare = [name for name in names if not name.startswith("base_model.") and name not in wrapped]
     doubled = [name for name in names if keys.path_of(name)[:2] == list(keys.PREFIX)]
     named = [name for name in names if keys.named_in(name, slots)]
     for code, found, what in (
@@ -320,4 +322,5 @@ def tell_spelling(draft: Draft, slots: Collection[str]) -> None:
         ("adapter-name-in-names", named, "contain the adapter's name after the factor's, which is dropped"),
     ):
         if found:
-            draft.notes.append(Note(code, f"{len(found)} tensor names {what}, such as {printable(found[0])}"))
+            first = printable(next(iter(found)))
+            draft.notes.append(Note(code, f"{len(found)} tensor names {what}, such as {first}"))

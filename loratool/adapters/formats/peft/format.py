@@ -22,7 +22,7 @@ from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
-from loratool.files.heads import HasNames
+from loratool.files.heads import HasNames, kinds_of
 from loratool.notes import Note
 
 
@@ -54,7 +54,7 @@ class Peft(Format):
     def claims(self, file: HasNames) -> frozenset[str]:
         from loratool.adapters.formats.peft import unmerged  # which needs every method
 
-        found = {name: keys.split(name, unmerged.SLOTS) for name in file.tensors}
+        found = {name: keys.split(name, unmerged.SLOTS) for name in kinds_of(file).values()}
         return frozenset(name for name, key in found.items() if key is not None and key.slot)
 
     def is_config(self, config: Mapping[str, Any]) -> bool:

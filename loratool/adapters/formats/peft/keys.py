@@ -114,7 +114,9 @@ def named_in(name: str, slots: Collection[str]) -> bool:
 
 def path_of(name: str) -> list[str]:
     """The components of a name without wrappers and without PEFT's prefix."""
-    path = [part for part in name.split(".") if part not in WRAPPERS]
+    path = name.split(".")
+    if not WRAPPERS.isdisjoint(path):
+        path = [part for part in path if part not in WRAPPERS]
     while path[:1] == [LEADING] and len(path) > 1:
         del path[0]
     if tuple(path[:2]) == PREFIX:
@@ -125,7 +127,8 @@ def path_of(name: str) -> list[str]:
 def wrappers_in(name: str) -> set[str]:
     """The components of a name that wrappers of training put there."""
     parts = name.split(".")
-    return {part for part in parts if part in WRAPPERS} | ({LEADING} if parts[0] == LEADING else set())
+    found = WRAPPERS.intersection(parts)
+    return {*found, LEADING} if parts[0] == LEADING else {*found}
 
 
 def tails(module: str) -> set[str]:
@@ -165,7 +168,10 @@ class Paths:
     def plain(self, module: str) -> str:
         """The module as the model that was adapted called it."""
         kept: list[str] = []
-        for part in module.split("."):
+        parts = module.split(".")
+        if INNER.isdisjoint(parts):
+            return module
+        for part in parts:
             if part not in INNER or ".".join(kept) not in self.adapted:
                 kept.append(part)
         return ".".join(kept)
@@ -173,6 +179,8 @@ class Paths:
     def copied(self, module: str) -> str:
         """The module that another is PEFT's copy of, with factors of its own; empty for one that is no copy."""
         parts = module.split(".")
+        if COPIES[0] not in parts and COPIES[1] not in parts:
+            return ""
         for at, part in enumerate(parts):
             if part in COPIES:
                 head, rest = parts[:at], [p for p in parts[at + 1 :] if p != "default"]

@@ -49,5 +49,9 @@ def idle_targets(draft: Draft) -> list[str]:
     listed = draft.config.get("target_modules")
     if not isinstance(listed, list):
         return []
-    tails = set[str]().union(*(keys.tails(module.name) for module in draft.modules.values()))
-    return [entry for entry in listed if isinstance(entry, str) and entry not in tails]
+    idle = {entry for entry in listed if isinstance(entry, str)}
+    for module in draft.modules.values():
+        if not idle:
+            break
+        idle -= keys.tails(module.name)
+    return [entry for entry in listed if isinstance(entry, str) and entry in idle]

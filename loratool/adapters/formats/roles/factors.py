@@ -31,7 +31,7 @@ def low_rank(slots: Slots) -> LowRank:
         slots.require(
             shape == update.shape, f"{slots.name(RESHAPE)} says {list(shape)}; its update is {list(update.shape)}"
         )
-    return replace(update, widens=RESHAPE in slots or slots.module.widens)
+    return replace(update, widens=True) if RESHAPE in slots or slots.module.widens else update
 
 
 def product_of(slots: Slots, up: Any, down: Any, scale: float, core: Any = None) -> LowRank:

@@ -51,6 +51,11 @@ class RoleProblem(Exception):  # noqa: N818 (it carries what a report calls prob
         super().__init__(*self.problems)
 
 
+# The same for each of thousands of modules.
+NO_ALPHA = Note("alpha-missing", "modules without alpha are applied with scale 1, as if it was their rank")
+ZERO_ALPHA = Note("alpha-is-zero", "modules with alpha 0 are applied with scale 0, so they change nothing")
+
+
 @dataclass(frozen=True)
 class Module:
     """What a file holds of one module."""
@@ -190,10 +195,8 @@ class Slots:
             return self.module.scale
         alpha = self.alpha
         if alpha is None:
-            self.remark(
-                Note("alpha-missing", "modules without alpha are applied with scale 1, as if it was their rank")
-            )
+            self.remark(NO_ALPHA)
             return 1.0
         if alpha == 0:
-            self.remark(Note("alpha-is-zero", "modules with alpha 0 are applied with scale 0, so they change nothing"))
+            self.remark(ZERO_ALPHA)
         return alpha / rank

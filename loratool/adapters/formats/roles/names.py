@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 DOWN, UP, MID, UP_BIAS = "lora_down.weight", "lora_up.weight", "lora_mid.weight", "lora_up.bias"
 ALPHA = "alpha"
@@ -83,6 +84,7 @@ def split(name: str) -> tuple[str, str] | None:
     return None
 
 
+@lru_cache(maxsize=4096)  # of thousands of tensors few differ, but for names of adapters
 def canonical(role: str) -> str:
     """The one name of a role, however it is spelled."""
     if match := NAMED.fullmatch(role):

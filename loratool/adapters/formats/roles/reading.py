@@ -89,16 +89,17 @@ FAMILIES = (
         "test_oft_of_inputs_rotates_what_a_layer_is_given",
     ),
 )
-METHODS = frozenset(role for family in FAMILIES for role in family.roles)
+FAMILY_OF = {role: family for family in FAMILIES for role in family.roles}
 
 
 def methods_of(roles: Iterable[str]) -> set[str]:
     """What PEFT calls the methods that some roles belong to, however they are spelled."""
-    there = {names.canonical(role) for role in roles}
-    return {family.method for family in FAMILIES if not there.isdisjoint(family.roles)}
+    return {FAMILY_OF[role].method for role in map(names.canonical, roles) if role in FAMILY_OF}
 
 
-COMMON = (names.ALPHA, *names.MAGNITUDES, *names.SPARSE, *names.WHOLE)  # which go with any of them, or alone
+IN_FULL = frozenset((*names.SPARSE, *names.WHOLE))
+# What goes with any of them, or alone.
+COMMON = IN_FULL.union((names.ALPHA, *names.MAGNITUDES))
 
 
 @dataclass
@@ -149,15 +150,16 @@ def found_in(module: Module, sources: OpenSources | None = None) -> Found:
 
 def family_of(slots: Slots) -> Family | None:
     """The method of a module; None where nothing but whole changes are there."""
-    there = [family for family in FAMILIES if any(role in slots for role in family.roles)]
-    if len(there) > 1:
+    found = {family.name: family for role in slots.spelled if (family := FAMILY_OF.get(role)) is not None}
+    if len(found) > 1:
+        there = [family for family in FAMILIES if family.name in found]
         shown = " and ".join(
             f"{family.name} ({slots.name(next(role for role in family.roles if role in slots))})" for family in there
         )
         slots.fail(f"has tensors of {shown}; expected those of one method")
-    if strange := [role for role in slots.spelled if role not in METHODS and role not in COMMON]:
+    if strange := [role for role in slots.spelled if role not in FAMILY_OF and role not in COMMON]:
         slots.fail(f"{', '.join(map(slots.name, strange))}: no method has such a tensor")
-    return there[0] if there else None
+    return next(iter(found.values()), None)
 
 
 def together(updates: list[Update]) -> Update:
@@ -170,6 +172,8 @@ def together(updates: list[Update]) -> Update:
 
 def add_whole(slots: Slots, changes: Changes) -> None:
     """Changes that are stored in full."""
+    if IN_FULL.isdisjoint(slots.spelled):  # as in most modules
+        return
     for role, parameter in (("diff", "weight"), ("w_norm", "weight"), ("diff_b", "bias"), ("b_norm", "bias")):
         if role in slots:
             changes.add(parameter, Add(slots.tensor(role, ())), role)
