@@ -137,6 +137,7 @@ def merge(
     if options.part or options.finish or options.status:
         merge_in_parts(base, adapters, out, options, screen)
         return
+    from loratool.merging.in_store import merge_into_store
     from loratool.merging.merge import merge
 
     if options.dry_run:
@@ -146,7 +147,7 @@ def merge(
         pictures.write(plan)
         return
     with screen.bar("merging", **BYTES) as progress, screen.bar("pushing", **BYTES) as push_progress:
-        report = with_push(merge, (base, adapters, out), options, progress, push_progress)
+        report = with_push(merge, (base, adapters, out), options, progress, push_progress, merge_into_store)
     screen.show(report)
     pictures.write(report)
 

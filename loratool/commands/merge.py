@@ -12,6 +12,7 @@ from loratool.commands.publish import with_push
 from loratool.files.checkpoint import Checkpoint
 from loratool.merging import merge as merging, merge_many as many, planning
 from loratool.merging.dry_run import DryRunOptions, dry_run
+from loratool.merging.in_store import merge_into_store
 from loratool.merging.merge import MergeOptions, PathLike, Progress
 from loratool.merging.merge_many import Outputs
 from loratool.merging.options import PlanOptions
@@ -88,7 +89,7 @@ def merge(
         HubError: the output is complete, but the Hub refused the push.
     """
     options = made_of(MergeAndPushOptions, keywords, "merge")
-    return with_push(merging.merge, (base, adapters, out), options, progress, push_progress)
+    return with_push(merging.merge, (base, adapters, out), options, progress, push_progress, merge_into_store)
 
 
 @library_function(MergeOptions, "merge")

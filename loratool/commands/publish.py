@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from loratool.errors import LoratoolError, printable
+from loratool.errors import LoratoolError, UsageError, printable
 from loratool.options.shared import PublishOptions
 from loratool.publishing.options import PushOptions
+from loratool.stores.names import is_in_store
 
 if TYPE_CHECKING:
     from loratool.measuring.session import Progress
@@ -24,8 +25,22 @@ def with_push(
     options: PublishOptions,
     progress: Progress | None,
     push_progress: Progress | None,
+    into_store: Callable[..., Report] | None = None,
 ) -> Report:
-    """The report of `make(*operands, options, progress)`, whose output is pushed where that is asked for."""
+    """The report of `make(*operands, options, progress)`, whose output is pushed where that is asked for.
+
+    The last operand is OUT. Where that is in a store, `into_store` takes the place of `make`, if it is given.
+    """
+    if is_in_store(operands[-1]):
+        if options.destination is not None:
+            raise UsageError(
+                "--push-to-hub needs a local OUT; push it with `loratool push`", hint="loratool push --help"
+            )
+        if into_store is not None:
+            return into_store(*operands, options, progress)
+        from loratool.publishing.storing import made_in_store
+
+        return made_in_store(make, operands, options, progress)
     if options.destination is not None:  # that a push is possible is found out before the work for it is done
         from loratool.publishing.committing import full_name
 

@@ -23,6 +23,7 @@ from loratool.files.gguf import gguf_layout
 from loratool.files.inputs import LARGEST_CONFIG, LARGEST_INDEX, LARGEST_RECORD
 from loratool.files.safefile import PREFIX, header_length
 from loratool.files.system import free_space
+from loratool.stores.bucket import BEGIN, FOLDER
 from loratool.stores.client import connection
 from loratool.stores.names import StorePath
 from loratool.stores.objects import StoredObject, listed, whole
@@ -136,8 +137,17 @@ def look_up(place: StorePath) -> tuple[StorePath, str, dict[str, StoredObject]]:
 
 
 def plain(objects: Mapping[str, StoredObject]) -> dict[str, StoredObject]:
-    """The objects whose names can be those of files in a folder; a name that is a folder's too is none of a file."""
-    named = {name: there for name, there in objects.items() if not why_no_name(name)}
+    """The objects whose names can be those of files in a folder; a name that is a folder's too is none of a file.
+
+    Raises `InputError` where they are what an unfinished merge has left.
+    """
+    if f"{FOLDER}/{BEGIN}" in objects and PROVENANCE not in objects:
+        at = objects[f"{FOLDER}/{BEGIN}"].place.parent.parent
+        raise InputError(
+            f"{at}: contains an unfinished merge; run the same merge again to finish it, or with --abort to remove it"
+        )
+    own = f"{FOLDER}/"
+    named = {name: there for name, there in objects.items() if not (why_no_name(name) or name.startswith(own))}
     parents = {"/".join(parts[:n]) for name in named for parts in [name.split("/")] for n in range(1, len(parts))}
     return {name: there for name, there in named.items() if name not in parents}
 

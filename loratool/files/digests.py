@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -28,6 +29,8 @@ from loratool.files.weight_formats import read_weight_file
 PIECE = 1 << 20  # bytes that are read at a time
 CHUNK = 64 << 20  # bytes of a tensor that have a digest of their own, in whole rows
 FUNCTION = "blake3"  # of the digests that are made
+VERSION = re.compile(r'"[\x21\x23-\x7e]{1,200}"')  # an ETag
+MD5 = re.compile(r"[0-9a-f]{32}")
 HEX = frozenset("0123456789abcdef")
 OTHER = "differs from the bytes that were written"
 
@@ -58,26 +61,60 @@ def digest_of_part(part: bytes | memoryview, begin: Callable[[], State] = new_st
 
 @dataclass(frozen=True)
 class Reference:
-    """Where a tensor's bytes are from, for want of a digest of their own: a range of a file with a known SHA-256."""
+    """Where a tensor's bytes are from, for want of a digest of their own: a range of a file with a known SHA-256.
+
+    Of an object in a store its version is known instead.
+    """
 
     file: str  # its name in the base
     sha256: str  # of the whole file
     start: int
     stop: int
+    version: str = ""  # its ETag, where that is all that is known
 
     def root(self, begin: Callable[[], State]) -> str:
         """What it counts as in the root of a file."""
-        return digest_of_part(f"{self.sha256}:{self.start}:{self.stop}".encode(), begin)
+        return digest_of_part(f"{self.sha256 or self.version}:{self.start}:{self.stop}".encode(), begin)
 
     def record(self) -> dict[str, Any]:
-        return {"file": self.file, "sha256": self.sha256, "range": [self.start, self.stop]}
+        known = {"version": self.version} if self.version else {"sha256": self.sha256}
+        return {"file": self.file, **known, "range": [self.start, self.stop]}
 
     @classmethod
     def of_record(cls, entry: Mapping[str, Any]) -> Reference | None:
-        file, sha256, cut = entry.get("file"), entry.get("sha256"), entry.get("range")
-        if not is_plain(file) or not is_hex(sha256) or not isinstance(cut, list) or [*map(type, cut)] != [int, int]:
+        file, sha256, version, cut = (entry.get(key) for key in ("file", "sha256", "version", "range"))
+        if not is_plain(file) or not isinstance(cut, list) or [*map(type, cut)] != [int, int]:
             return None
-        return cls(str(file), str(sha256), *cut) if 0 <= cut[0] <= cut[1] else None
+        if not (is_hex(sha256) or (sha256 is None and isinstance(version, str) and VERSION.fullmatch(version))):
+            return None
+        start, stop = cut
+        return cls(str(file), str(sha256 or ""), start, stop, str(version or "")) if 0 <= start <= stop else None
+
+
+@dataclass(frozen=True)
+class CopiedRange:
+    """Bytes of a file in a store that the store itself copied from another one."""
+
+    start: int  # byte of the file
+    stop: int
+    source: Reference
+    md5: str = ""  # in hexadecimal, as the store told it; empty where it did not
+
+    def record(self) -> dict[str, Any]:
+        told = {"md5": self.md5} if self.md5 else {}
+        return {"range": [self.start, self.stop], "source": self.source.record(), **told}
+
+    @classmethod
+    def of_record(cls, entry: object) -> CopiedRange | None:
+        """What such an entry says; None for anything else."""
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("source"), Mapping):
+            return None
+        source, cut, md5 = Reference.of_record(entry["source"]), entry.get("range"), entry.get("md5", "")
+        sound = isinstance(cut, list) and [*map(type, cut)] == [int, int] and 0 <= cut[0] <= cut[1]
+        if source is None or not sound or not isinstance(md5, str) or (md5 and not MD5.fullmatch(md5)):
+            return None
+        start, stop = entry["range"]
+        return cls(start, stop, source, md5)
 
 
 Listed = tuple[str, ...] | Reference  # of a tensor: the digests of its chunks, or where its bytes are from
@@ -135,6 +172,7 @@ class Digest:
     size: int
     sha256: str = ""
     tree: Tree | None = None
+    copies: tuple[CopiedRange, ...] = ()  # what never passed through here
 
     def __str__(self) -> str:
         return self.tree.root if self.tree else self.sha256
@@ -142,7 +180,8 @@ class Digest:
     def record(self) -> dict[str, Any]:
         """The entry of this file in a journal or in `loratool.json`."""
         plain = {"sha256": self.sha256} if self.sha256 else {}
-        return {"size": self.size, **plain, **(self.tree.record() if self.tree else {})}
+        copies = {"copies": [each.record() for each in self.copies]} if self.copies else {}
+        return {"size": self.size, **plain, **(self.tree.record() if self.tree else {}), **copies}
 
     @classmethod
     def of_record(cls, entry: object) -> Digest | None:
@@ -153,7 +192,9 @@ class Digest:
         tree = Tree.of_record(entry) if "root" in entry else None
         if type(size) is not int or size < 0 or not (is_hex(sha256) or (tree and sha256 == "")):
             return None
-        return cls(size, sha256, tree)
+        told = entry.get("copies", [])
+        copies = [CopiedRange.of_record(each) for each in told] if isinstance(told, list) else []
+        return cls(size, sha256, tree, tuple(each for each in copies if each is not None and each.stop <= size))
 
 
 def listed_of_record(entry: object) -> Listed | None:
@@ -268,7 +309,7 @@ def unproven(wanted: Digest, find: Finder) -> dict[str, Reference]:
     if wanted.tree is None or wanted.sha256:
         return {}
     listed = wanted.tree.tensors.items()
-    return {name: each for name, each in listed if isinstance(each, Reference) and find(each) is None}
+    return {n: each for n, each in listed if isinstance(each, Reference) and not each.version and find(each) is None}
 
 
 def why_unlike(path: Path, wanted: Digest, find: Finder = nowhere) -> str:
@@ -284,10 +325,10 @@ def why_unlike(path: Path, wanted: Digest, find: Finder = nowhere) -> str:
         return f"has {size} bytes, but {wanted.size} were written"
     if wanted.tree is None or (wanted.sha256 and any(isinstance(e, Reference) for e in wanted.tree.tensors.values())):
         return "" if sha256_of(path) == wanted.sha256 else OTHER
-    return why_other_tree(path, wanted.tree, find)
+    return why_other_tree(path, wanted.tree, find, wanted.copies)
 
 
-def why_other_tree(path: Path, wanted: Tree, find: Finder) -> str:
+def why_other_tree(path: Path, wanted: Tree, find: Finder, copies: Sequence[CopiedRange] = ()) -> str:
     """Empty where a weight file has the digests of a tree; else what is wrong with it. The chunks are read in parallel."""
     begin = HASHES[wanted.function]
     os.close(open_regular(path))  # what is no regular file is said to be none, rather than no weight file
@@ -300,7 +341,7 @@ def why_other_tree(path: Path, wanted: Tree, find: Finder) -> str:
     order = file.layout.in_order
     if root_of(wanted.header, (wanted.tensors[info.name] for info in order), begin) != wanted.root:
         return "does not have the root digest that is listed for it"
-    unequal = dict.fromkeys(unequal_tensors(file, wanted, begin, find))
+    unequal = dict.fromkeys([*unequal_tensors(file, wanted, begin, find), *unequal_copies(file, copies)])
     return (
         f"{OTHER} (tensor {', '.join(map(printable, [*unequal][:3]))}{', …' * (len(unequal) > 3)})" if unequal else ""
     )
@@ -331,6 +372,24 @@ def unequal_tensors(file: SafeFile, wanted: Tree, begin: Callable[[], State], fi
         file.check_unchanged(source)
         file.check_unchanged()
     return unequal
+
+
+def unequal_copies(file: SafeFile, copies: Sequence[CopiedRange]) -> list[str]:
+    """The tensors with bytes in ranges that a store copied, and that do not have the MD5 that it told of them."""
+    with file.open() as source, ThreadPoolExecutor(cores()) as pool:
+
+        def look(copy: CopiedRange) -> bool:
+            return digest_of_range(source, copy.start, copy.stop, md5_state) != copy.md5
+
+        checked = [copy for copy in copies if copy.md5]
+        wrong = [copy for copy, other in zip(checked, pool.map(look, checked), strict=True) if other]
+    infos = [(file.position(info), info) for info in file.layout.in_order if info.nbytes]
+    return [i.name for c in wrong for at, i in infos if at < c.stop and at + i.nbytes > c.start]
+
+
+def md5_state() -> State:
+    """What begins an MD5, by which stores tell parts of objects."""
+    return hashlib.md5(usedforsecurity=False)
 
 
 def has_bytes(source: Source, start: int, stop: int, wanted: Reference, find: Finder) -> bool:

@@ -64,7 +64,9 @@ class KnownDigests:
     def tensors(self, file: SafeFile) -> Mapping[str, Listed]:
         """What the base's record lists of a file's tensors."""
         found = self.recorded(file)
-        return found.tree.tensors if found and found.tree and found.tree.function == FUNCTION else {}
+        listed = found.tree.tensors if found and found.tree and found.tree.function == FUNCTION else {}
+        # the version of an object is no digest of what it holds
+        return {n: each for n, each in listed.items() if not (isinstance(each, Reference) and each.version)}
 
     def recorded(self, file: SafeFile) -> Digest | None:
         """What the base's record lists of a file; nothing of a file that seems to have been changed since."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from loratool.errors import ANOTHER_OUT, LoratoolError, StorageError, UsageError, printable
 from loratool.files.checkpoint import PROVENANCE, WEIGHT_FILES, sidecar_of
 from loratool.files.digests import Digest, read_recorded, why_unlike
+from loratool.files.hub_names import slashed
 from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.journal import REPLACED, ForeignError, Journal, look, walk
 from loratool.files.locks import is_locked
@@ -46,6 +47,8 @@ def check_target(
         StorageError: its parent is missing or cannot be written, or the folder it is staged in holds what is not ours.
     """
     shown = printable(out)
+    if slashed(out).startswith("s3://"):
+        raise UsageError(f"{shown}: this command cannot write into a store; choose a local OUT", hint=ANOTHER_OUT)
     if out.suffix in WEIGHT_FILES and not single:
         raise UsageError(f"{shown}: OUT must be a folder, such as {printable(out.with_suffix(''))}")
     try:

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 from loratool.errors import UsageError
 from loratool.merging.forecasting import with_forecast
+from loratool.merging.in_store import checked_place
 from loratool.merging.merge import MergeOptions, PathLike, opened_inputs, planned, prepare, several
 from loratool.merging.plan import MergePlan
 from loratool.merging.simulating import Rates, SimulationOptions, simulate
+from loratool.stores.names import is_in_store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,9 @@ def dry_run(
     if rates != Rates() and not simulated.simulate:
         raise UsageError("rates and --object-store are for a simulation, and need --simulate", hint="--simulate 1,8,64")
     with ExitStack() as stack:
+        if out is not None and is_in_store(out):
+            checked_place(out, options)
+            out = None
         if out is None:
             model, read, _ = opened_inputs(base, several(adapters), options, stack)
             plan = planned(model, read, options)

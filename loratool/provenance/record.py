@@ -63,7 +63,7 @@ def compare(folder: Path, only: str = "") -> Comparison:
     problems: list[str] = []
     notes = list(notes_of(folder, table, listed, only))
     for name, digest in sorted(listed.items()):
-        notes += unproven_notes(name, digest, find)
+        notes += [*unproven_notes(name, digest, find), *copied_notes(name, digest)]
         if not (reason := why_other(folder / name, digest, find)):
             continue
         if is_decisive(name):
@@ -113,6 +113,19 @@ def unproven_notes(name: str, digest: Digest, find: Finder) -> Iterator[Note]:
             "not-checked",
             f"{printable(name)}: {len(unknown)} tensors are recorded as copies from {printable(', '.join(bases))}; "
             "they were not checked, because that file is not in the Hub's cache",
+        )
+
+
+def copied_notes(name: str, digest: Digest) -> Iterator[Note]:
+    """A note where a store copied bytes that loratool has never read before."""
+    if digest.copies:
+        size = sum(copy.stop - copy.start for copy in digest.copies)
+        told = sum(copy.stop - copy.start for copy in digest.copies if copy.md5)
+        sources = sorted({f"{copy.source.file} (version {copy.source.version})" for copy in digest.copies})
+        yield Note(
+            "copied-in-store",
+            f"{printable(name)}: {size} bytes were copied inside a store from {printable(', '.join(sources))}; {told} of "
+            "them were read now and compared with the MD5 that the store gave when it copied them",
         )
 
 

@@ -23,6 +23,7 @@ from loratool.stores.names import StorePath
 Result = TypeVar("Result")
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0, 8.0)  # seconds between tries, more or less
 FEW_WAITS = 4  # of them, where nothing listens at the other end
+THREADS = "loratool-store"  # the names of those of a connection begin with it
 MOST_REQUESTS = 32  # that are under way at the same time
 CONNECT, READ = 10, 60  # seconds without an answer, and without a byte of it
 NEEDED = 's3:// addresses need boto3: pip install "loratool[s3]"'
@@ -31,6 +32,7 @@ PASSING = {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", 
 PASSING_STATUS = {408, 429, 500, 502, 503, 504}
 EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
 UNKNOWN_KEYS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "InvalidClientTokenId"}
+GONE = {"NoSuchKey", "NoSuchUpload", "404"}
 ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"}
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
@@ -41,6 +43,10 @@ class PassingError(Exception):
 
 class ConditionError(StoreError):
     """The object is not, or is, as the request had it."""
+
+
+class GoneError(StoreError):
+    """There is no such object, or no such upload."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ def connected(_process: int, settings: frozenset[tuple[str, str]]) -> Connection
         client = session.client("s3", region_name=region, config=config)
     except Exception as error:
         raise StoreError(f"boto3 cannot be set up ({type(error).__name__}); check AWS_* and its config files") from None
-    pool = ThreadPoolExecutor(MOST_REQUESTS, thread_name_prefix="loratool-store")
+    pool = ThreadPoolExecutor(MOST_REQUESTS, thread_name_prefix=THREADS)
     return Connection(client, pool, without_tokens(str(client.meta.endpoint_url)))
 
 
@@ -147,6 +153,8 @@ def told(place: StorePath, error: Exception) -> Exception:
         code, status = code_of(error), status_of(error)
         if status == 412 or code in ("PreconditionFailed", "ConditionalRequestConflict"):
             return ConditionError(f"{place}: the object was written by something else in the meantime")
+        if code in GONE:
+            return GoneError(f"{place}: no longer there ({code})")
         return StoreError(f"{place}: {refusal(code, status, endpoint)}")
     if kinds & {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"} or any(
         "Token" in kind for kind in kinds

@@ -1,0 +1,124 @@
+"""Outputs that are built in a local stage and then put into a store, with the record last as their commit.
+
+Of a merge only small files are built here; adapters are small, and the commands that write them know folders.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from loratool.errors import InputError, StoreError, UsageError
+from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE
+from loratool.files.digests import sha256_of
+from loratool.merging.in_store import abort, apart_from_inputs, replaceable_in
+from loratool.merging.one_file import is_file
+from loratool.stores import uploads
+from loratool.stores.bucket import BEGIN, FINISH, FOLDER, Begun, Bucket, each_of, read_begun
+from loratool.stores.names import StorePath, parse_store
+from loratool.stores.objects import listed
+
+if TYPE_CHECKING:
+    from loratool.results.base import Written
+
+Report = TypeVar("Report", bound="Written")
+LOCAL = "local"  # in place of how files are cut: they are made anew each time
+PIECE = 64 << 20  # bytes of a part of an upload; a smaller file is sent whole
+
+
+def made_in_store(make: Callable[..., Report], operands: Sequence[Any], options: Any, progress: Any) -> Report:
+    """The report of `make(*operands, options, progress)`, whose output, the last operand, goes into a store.
+
+    Raises:
+        UsageError: what is below the prefix may not be replaced, or is an input.
+        StoreError: the store refuses, or is out of reach.
+    """
+    *inputs, out = operands
+    place = parse_store(out)
+    assert place is not None
+    if not place.key or is_file(Path(place.name)):
+        raise UsageError(f"{place}: OUT in a store must be a prefix in a bucket, such as s3://bucket/adapters/name")
+    apart_from_inputs(
+        place, [each for given in inputs for each in (given if isinstance(given, (list, tuple)) else [given])]
+    )
+    replaces = settled(place, getattr(options, "overwrite", False))
+    with tempfile.TemporaryDirectory(prefix="loratool-") as home:
+        folder = Path(os.path.realpath(home), place.name)
+        report = make(*inputs, folder, options, progress)
+        if folder.is_dir():  # nothing was written by a dry run
+            upload(folder, place, replaces)
+    return dataclasses.replace(report, out=Path(str(place)))  # type: ignore[call-arg]
+
+
+def settled(place: StorePath, overwrite: bool) -> tuple[str, ...]:
+    """The names of what is to be replaced below a prefix; raises `UsageError` where it may not be."""
+    if (begun := read_begun(place)) is not None:
+        if begun.parts != LOCAL:
+            raise UsageError(
+                f"{place}: contains an unfinished merge; finish it, or remove it with `loratool merge --abort`"
+            )
+        return begun.replaces
+    there = {name: each for name, each in listed(place).items() if not name.startswith(f"{FOLDER}/")}
+    if there and not overwrite:
+        raise UsageError(f"{place} already exists; pass --overwrite to replace it", hint="--overwrite")
+    return tuple(replaceable_in(place, there)) if there else ()
+
+
+def upload(folder: Path, place: StorePath, replaces: tuple[str, ...]) -> None:
+    """Put a folder below a prefix: weights first, then other files, its record last."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    if PROVENANCE not in files:
+        raise InputError(
+            f"{place}: this output has no {PROVENANCE}, so it cannot be put into a store; name a local OUT"
+        )
+    content = hashlib.sha256(
+        "".join(f"{name} {sha256_of(path)}\n" for name, path in files.items()).encode()
+    ).hexdigest()
+    large = tuple(name for name, path in files.items() if path.stat().st_size > PIECE)
+    begun = Begun(content, LOCAL, large, tuple(name for name in files if name not in large), replaces)
+    bucket = Bucket(place, begun, {})
+    if (earlier := read_begun(place)) is not None and earlier.plan != content:
+        abort(str(place))
+    if not uploads.put_new(bucket.home / BEGIN, begun.to_bytes()) and read_begun(place) != begun:
+        raise UsageError(f"{place}: another run is writing this output; wait for it to end")
+    uploads.put_new(bucket.home / FINISH, b"{}\n")
+    for name in sorted(replaces, key=lambda name: (name != PROVENANCE, not name.endswith(INDEX_SUFFIX))):
+        if name not in files or name == PROVENANCE:
+            uploads.remove(place / name)
+    for name in sorted(files, key=lambda name: (name not in large, name == PROVENANCE, name)):
+        if name in large:
+            send_large(files[name], place / name)
+        elif name != PROVENANCE:
+            uploads.put(place / name, files[name].read_bytes())
+    record = files[PROVENANCE].read_bytes()
+    if not uploads.put_new(place / PROVENANCE, record):
+        raise UsageError(f"{place / PROVENANCE}: was written by something else in the meantime")
+    bucket.clear()
+
+
+def send_large(path: Path, place: StorePath) -> None:
+    """Put a file that is sent in parts; what was sent of it goes where that fails."""
+    size = path.stat().st_size
+    piece = max(PIECE, -(-size // 9_000))
+    id_ = uploads.begin(place)
+    try:
+        tags = each_of(partial(send_piece, path, place, id_, piece), range(0, size, piece))
+        uploads.complete(place, id_, tags, size)
+    except BaseException:
+        uploads.abort(place, id_)
+        raise
+
+
+def send_piece(path: Path, place: StorePath, upload_id: str, piece: int, start: int) -> str:
+    with open(path, "rb") as stream:
+        stream.seek(start)
+        content = bytearray(stream.read(piece))
+    if not content:
+        raise StoreError(f"{place}: the file was cut while it was being sent; run the command again")
+    return uploads.send(place, upload_id, start // piece + 1, content)
