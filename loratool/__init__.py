@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 EXPORTS = {
+    "AbortReport": "results.abort",
     "Adapter": "adapters.adapter",
     "AdapterFacts": "results.facts",
     "Checkpoint": "files.checkpoint",
@@ -53,6 +54,7 @@ EXPORTS = {
     "UsageError": "errors",
     "Verification": "results.verify",
     "VerificationError": "errors",
+    "abort_merge": "commands.merge",
     "combine": "commands.combine",
     "compare": "commands.compare",
     "compress": "commands.compress",
@@ -103,6 +105,7 @@ if TYPE_CHECKING:
     from loratool.commands.index import index as index
     from loratool.commands.inspect import inspect as inspect
     from loratool.commands.merge import (
+        abort_merge as abort_merge,
         merge as merge,
         merge_many as merge_many,
         plan as plan,
@@ -138,6 +141,7 @@ if TYPE_CHECKING:
     from loratool.notes import Note as Note
     from loratool.pictures.page import html_page as html_page
     from loratool.pictures.writing import write_page as write_page, write_svgs as write_svgs
+    from loratool.results.abort import AbortReport as AbortReport
     from loratool.results.combine import CombineReport as CombineReport
     from loratool.results.compare import CompareReport as CompareReport
     from loratool.results.compress import CompressReport as CompressReport, ExpandReport as ExpandReport

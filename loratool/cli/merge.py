@@ -57,6 +57,11 @@ class MergeWords(MergeAndPushOptions):
         help="With --stream: write a generated README.md, even if BASE has one.", default=False, kind=FLAG
     )
     dry_run: bool = option(help="Print the plan; write nothing.", default=False, kind=FLAG)
+    abort: bool = option(
+        help="For OUT in a store: remove what an unfinished merge left there, and nothing else.",
+        default=False,
+        kind=FLAG,
+    )
 
 
 @click.command()
@@ -69,7 +74,7 @@ class MergeWords(MergeAndPushOptions):
     type=PATH,
     cls=Output,
     metavar="OUT",
-    help="Output folder, or a file for a BASE of one file.",
+    help="Output folder, or s3://bucket/prefix; a file for a BASE of one file.",
 )
 @click.option(
     "--base",
@@ -131,6 +136,11 @@ def merge(
         raise without_output(click.get_current_context())
     if options.card:
         raise UsageError("--card needs --stream; without it, run `loratool push --card`", hint="loratool push --help")
+    if options.abort:
+        from loratool.commands.merge import abort_merge
+
+        screen.show(abort_merge(out))
+        return
     if also:
         merge_several(base, outputs_of(out, adapters, also), options, screen, pictures)
         return

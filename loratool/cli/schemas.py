@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
 from loratool.cli.options import LibraryCommand
 from loratool.demo import DemoResult
+from loratool.results.abort import AbortReport
 from loratool.results.facts import InspectTable
 from loratool.results.lesson import Lesson
 from loratool.results.merge import MergeReport
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 # Of the commands that are more than one function.
 PRINTED: dict[str, tuple[Any, ...]] = {
-    "merge": (MergeReport, PlanTable, OutputsTable, StreamReport, PartReport, PartsStatus, FinishReport),
+    "merge": (MergeReport, PlanTable, OutputsTable, StreamReport, PartReport, PartsStatus, FinishReport, AbortReport),
     "plan": (PlanTable,),
     "inspect": (InspectTable,),
     "demo": (DemoResult, Lesson),

@@ -12,7 +12,7 @@ from loratool.commands.publish import with_push
 from loratool.files.checkpoint import Checkpoint
 from loratool.merging import merge as merging, merge_many as many, planning
 from loratool.merging.dry_run import DryRunOptions, dry_run
-from loratool.merging.in_store import merge_into_store
+from loratool.merging.in_store import abort, merge_into_store
 from loratool.merging.merge import MergeOptions, PathLike, Progress
 from loratool.merging.merge_many import Outputs
 from loratool.merging.options import PlanOptions
@@ -21,6 +21,7 @@ from loratool.options.described import made_of, option
 from loratool.options.shared import PublishOptions
 from loratool.publishing import streaming
 from loratool.publishing.streaming import StreamOptions
+from loratool.results.abort import AbortReport
 from loratool.results.merge import MergeReport
 from loratool.results.merge_many import MergeManyReport
 from loratool.results.stream import StreamReport
@@ -77,7 +78,8 @@ def merge(
         base: a model folder or one `.safetensors` file.
         adapters: one or more adapter folders. Pass none if `base` is an adapter, which names its base, or a model saved
             with its adapter unmerged.
-        out: the output folder; for a base of one file also a file, whose record is written next to it.
+        out: the output folder, or a prefix in a store, `s3://bucket/prefix`; for a base of one file also a file, whose
+            record is written next to it.
         progress: called with (bytes done, total bytes), from any thread, one call at a time.
         push_progress: the same for the upload.
 
@@ -90,6 +92,22 @@ def merge(
     """
     options = made_of(MergeAndPushOptions, keywords, "merge")
     return with_push(merging.merge, (base, adapters, out), options, progress, push_progress, merge_into_store)
+
+
+def abort_merge(out: PathLike) -> AbortReport:
+    """Remove what an unfinished merge left in a store.
+
+    Those are its uploads, the files that it has given names already, and what it keeps below `.loratool/`; nothing else
+    is touched. Of a merge that is complete only the last of these goes.
+
+    Args:
+        out: the prefix, `s3://bucket/prefix`.
+
+    Raises:
+        UsageError: there is no unfinished merge.
+        StoreError: the store refuses, or is out of reach.
+    """
+    return abort(out)
 
 
 @library_function(MergeOptions, "merge")

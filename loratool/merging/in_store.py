@@ -22,12 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.errors import FitError, InputError, StoreError, UsageError, VerificationError, printable
 from loratool.fetching import local
+from loratool.files import stopwatch
 from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE
 from loratool.files.digests import CopiedRange, Digest, Listed, Reference, Tree, digest_of_part, read_recorded
 from loratool.files.inputs import LARGEST_RECORD, json_object
 from loratool.files.journal import FinishedShard
 from loratool.files.known_digests import KnownDigests
 from loratool.files.part_records import PartRecord
+from loratool.files.process import peak_memory
 from loratool.files.staging import Stage, workplace
 from loratool.files.stand_ins import stand_in
 from loratool.merging.dealing import plan_of
@@ -58,6 +60,9 @@ from loratool.merging.tasks import Job, known_of
 from loratool.merging.upload_parts import upload_parts
 from loratool.notes import Note
 from loratool.provenance.inputs import ModelDigests, told_model
+from loratool.results.abort import AbortReport
+from loratool.results.base import Cost
+from loratool.results.merge import MergeReport
 from loratool.results.profile import Profile
 from loratool.stores import uploads
 from loratool.stores.bucket import FINISH, FOLDER, Begun, Bucket, changed, each_of, read_begun, remove_all
@@ -73,7 +78,6 @@ if TYPE_CHECKING:
     from loratool.devices import Runtime
     from loratool.merging.output_layout import ShardPlan
     from loratool.merging.plan import MergePlan
-    from loratool.results.merge import MergeReport
 
 MOST_TRIES = 3  # of parts that were found wrong when they were put together
 
@@ -103,10 +107,24 @@ def merge_into_store(
 ) -> MergeReport:
     """Merge into a prefix of a store; `loratool.commands.merge` says all of it."""
     merge = open_store(base, adapters, out, options)
+    if merge.committed:
+        return complete_already(merge)
     check_values(merge.plan)
     runtime = runtime_for(merge.plan.spans, options.device)
     merge.bucket.claim()
-    resumed = make(merge, merge.parts, runtime, progress)
+    try:
+        if is_committed(merge.place, merge.fingerprint):
+            return complete_already(merge)
+        return completed(merge, runtime, progress)
+    except (GoneError, VerificationError):
+        if is_committed(merge.place, merge.fingerprint):  # by another run, at the same time
+            return complete_already(merge)
+        raise
+
+
+def completed(merge: StoredMerge, runtime: Future[Runtime], progress: Progress | None) -> MergeReport:
+    """Make all parts, those again that are found wrong, and publish the output."""
+    made = make(merge, merge.parts, runtime, progress)
     for number in range(MOST_TRIES):
         wrong = wrong_parts(merge)
         if not wrong:
@@ -118,7 +136,7 @@ def merge_into_store(
         for name in wrong:
             merge.bucket.forget(name)
         make(merge, [merge.bucket.parts[name] for name in wrong], runtime, progress)
-    return finish(merge, runtime, resumed)
+    return finish(merge, runtime, made)
 
 
 def open_store(
@@ -233,33 +251,39 @@ def replaceable_in(place: StorePath, there: Mapping[str, StoredObject]) -> list[
     return [*there]
 
 
-def make(
-    merge: StoredMerge, parts: Sequence[UploadPart], runtime: Future[Runtime], progress: Progress | None
-) -> tuple[str, ...]:
-    """Make those of some parts that are not in the store; the names of files of which nothing was left to do."""
-    if merge.committed:
-        return ()
+@dataclass(frozen=True)
+class Made:
+    """What is to be said of the making of parts."""
+
+    resumed: tuple[str, ...]  # files of which nothing was left to do
+    workers: int
+    profile: Profile
+
+
+def make(merge: StoredMerge, parts: Sequence[UploadPart], runtime: Future[Runtime], progress: Progress | None) -> Made:
+    """Make those of some parts that are not in the store."""
     bucket, layouts = merge.bucket, {shard.name: shard.layout for shard in merge.plan.shards}
     records = bucket.records()
     todo = [part for part in parts if part.name not in records]
     plain = [part for part in todo if not part.chunks]
     each_of(lambda part: bucket.make_plain(part, layouts[part.file]), plain)
+    workers, profile = 0, Profile({})
     if computed := [part for part in todo if part.chunks]:
         plan = plan_of(merge.plan, computed)
         job = Job(plan, PartDestination(bucket, {part.name: part for part in computed}), apart=True)
         options = merge.options
-        Engine([job], runtime, options.workers, options.max_memory, progress).run()
+        engine = Engine([job], runtime, options.workers, options.max_memory, progress)
+        engine.run()
         if job.failure is not None:
             raise job.failure
+        workers, profile = engine.resources().workers, Profile(stopwatch.together(engine.watches))
     left = {part.file for part in todo}
-    return tuple(shard.name for shard in merge.plan.shards if shard.name not in left)
+    return Made(tuple(shard.name for shard in merge.plan.shards if shard.name not in left), workers, profile)
 
 
 def wrong_parts(merge: StoredMerge) -> dict[str, str]:
     """What is wrong with parts, by their names, from the store's own lists; else their records are kept for `finish`."""
     bucket = merge.bucket
-    if merge.committed:
-        return {}
     records = bucket.records()
     try:
         bucket.look()
@@ -277,10 +301,10 @@ def wrong_parts(merge: StoredMerge) -> dict[str, str]:
     return {name: f"{name}: {why}" for name, why in found.items() if why}
 
 
-def finish(merge: StoredMerge, runtime: Future[Runtime], resumed: tuple[str, ...]) -> MergeReport:
+def finish(merge: StoredMerge, runtime: Future[Runtime], made: Made) -> MergeReport:
     """Give the files of the output their names, its record last; then remove what only the making needed."""
     bucket, place = merge.bucket, merge.place
-    records = bucket.records() if merge.committed else bucket.made
+    records = bucket.made
     if missing := [part.name for part in merge.parts if part.name not in records]:
         raise VerificationError(
             f"{place}: not published: {len(missing)} of {len(merge.parts)} parts are not made:", missing
@@ -292,13 +316,40 @@ def finish(merge: StoredMerge, runtime: Future[Runtime], resumed: tuple[str, ...
         except FitError:  # which no other run could do anything about
             abort(str(place))
             raise
-        if not merge.committed:
-            publish(merge, stage)
+        publish(merge, stage)
         bucket.clear()
-        device = runtime.result().devices
-        report = make_report(merged, stage, resumed, cost(runtime, merge.started), len(device), Profile({}))
+        report = make_report(merged, stage, made.resumed, cost(runtime, merge.started), made.workers, made.profile)
     copied = sum(part.size for part in merge.parts if part.source is not None)
     return dataclasses.replace(report, out=Path(str(place)), notes=(*report.notes, *copied_notes(copied)))
+
+
+def complete_already(merge: StoredMerge) -> MergeReport:
+    """The report of a merge whose record is there, by an earlier run or by another one; what its making left goes."""
+    merge.bucket.clear()
+    plan, recorded = merge.plan, read_recorded(record_in(uploads.get(merge.place / PROVENANCE) or b""))
+    text = "another run had completed this output; only what its making left was removed"
+    return MergeReport(
+        out=Path(str(merge.place)),
+        edited=len(plan.edited),
+        adapters=(),
+        copied=plan.copied,
+        converted=sum(not (span.edits or span.untouched or span.packed) for span in plan.spans),
+        bytes_read=0,
+        bytes_written=0,
+        workers=0,
+        gpu_memory=0,
+        resumed=tuple(shard.name for shard in plan.shards),
+        relative_norms={},
+        gain=None,
+        gains={},
+        error_added=None,
+        errors_added={},
+        nonfinite={},
+        left_out=plan.left_out,
+        notes=(*plan.notes, Note("complete-already", text)),
+        digests={s.name: str(recorded[s.name]) for s in plan.shards if s.name in recorded},
+        cost=Cost(seconds=time.monotonic() - merge.started, peak_memory=peak_memory()),
+    )
 
 
 def copied_notes(size: int) -> Iterator[Note]:
@@ -408,25 +459,23 @@ def publish(merge: StoredMerge, stage: Stage) -> None:
         raise UsageError(f"{place / PROVENANCE}: was written by something else in the meantime")
 
 
-def abort(out: PathLike) -> list[str]:
-    """Remove what an unfinished merge left below a prefix; the names of what was removed.
-
-    Those are its uploads, the objects that it has given names already, and what it keeps below `.loratool/`. A merge that
-    has its record is complete, and only the last of these goes.
-
-    Raises `UsageError` where there is no unfinished merge.
-    """
+def abort(out: PathLike) -> AbortReport:
+    """Remove what an unfinished merge left below a prefix; `loratool.abort_merge` says all of it."""
     place = parse_store(out)
     begun = read_begun(place) if place is not None else None
     if place is None or begun is None:
-        raise UsageError(f"{printable(out)}: no unfinished merge there, so nothing was removed")
+        raise UsageError(f"{printable(out)}: no unfinished merge was found, so nothing was removed")
+    completed = is_committed(place, begun.plan)
     removed: list[str] = []
-    if not is_committed(place, begun.plan) and uploads.head(place / FOLDER / FINISH) is not None:
+    if not completed and uploads.head(place / FOLDER / FINISH) is not None:
         there = listed(place)
         removed = sorted(name for name in {*begun.weights, *begun.others, *begun.replaces} if name in there)
         remove_all(place, removed)
     bucket = Bucket(place, begun, {})
-    for name, upload in bucket.planned().items():
+    planned = bucket.planned()
+    for name, upload in planned.items():
         uploads.abort(place / name, upload)
-    bucket.clear()
-    return removed
+    ended = {*planned, *bucket.clear()}
+    return AbortReport(
+        Path(str(place)), begun.plan, completed, () if completed else tuple(sorted(ended)), tuple(removed)
+    )

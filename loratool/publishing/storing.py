@@ -20,7 +20,7 @@ from loratool.files.digests import sha256_of
 from loratool.merging.in_store import abort, apart_from_inputs, replaceable_in
 from loratool.merging.one_file import is_file
 from loratool.stores import uploads
-from loratool.stores.bucket import BEGIN, FINISH, FOLDER, Begun, Bucket, each_of, read_begun
+from loratool.stores.bucket import FINISH, FOLDER, Begun, Bucket, each_of, read_begun
 from loratool.stores.names import StorePath, parse_store
 from loratool.stores.objects import listed
 
@@ -85,7 +85,7 @@ def upload(folder: Path, place: StorePath, replaces: tuple[str, ...]) -> None:
     bucket = Bucket(place, begun, {})
     if (earlier := read_begun(place)) is not None and earlier.plan != content:
         abort(str(place))
-    if not uploads.put_new(bucket.home / BEGIN, begun.to_bytes()) and read_begun(place) != begun:
+    if not bucket.begin() and ((earlier := read_begun(place)) is None or earlier.plan != content):
         raise UsageError(f"{place}: another run is writing this output; wait for it to end")
     uploads.put_new(bucket.home / FINISH, b"{}\n")
     for name in sorted(replaces, key=lambda name: (name != PROVENANCE, not name.endswith(INDEX_SUFFIX))):

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loratool.errors import InputError, StoreError, UsageError, printable
@@ -36,7 +35,6 @@ FOLDER = ".loratool"
 FORMAT = 1
 HEAD = "loratool_upload"
 BEGIN, PLAN, FINISH = "begin.json", "plan.json", "finish.json"
-SLACK = timedelta(seconds=1)  # the times of a store have whole seconds
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,7 @@ class Begun:
     weights: tuple[str, ...]  # names of the files that are uploaded in parts
     others: tuple[str, ...]  # names of all other files
     replaces: tuple[str, ...] = ()  # names of what was there, and goes
+    before: tuple[str, ...] = ()  # uploads of these files that were there already, and are somebody else's
 
     def to_bytes(self) -> bytes:
         table = {HEAD: FORMAT, **vars(self)}
@@ -60,13 +59,13 @@ class Begun:
             table = json_object(raw)
         except (ValueError, InputError):
             return None
-        names = [table.get(key) for key in ("weights", "others", "replaces")]
+        names = [table.get(key) for key in ("weights", "others", "replaces", "before")]
         texts = [table.get(key) for key in ("plan", "parts")]
         lists = all(isinstance(each, list) and all(isinstance(name, str) for name in each) for each in names)
         if table.get(HEAD) != FORMAT or not lists or not all(isinstance(text, str) for text in texts):
             return None
-        weights, others, replaces = (tuple(map(str, each or ())) for each in names)
-        return cls(str(texts[0]), str(texts[1]), weights, others, replaces)
+        weights, others, replaces, before = (tuple(map(str, each or ())) for each in names)
+        return cls(str(texts[0]), str(texts[1]), weights, others, replaces, before)
 
     def keys(self, place: StorePath) -> dict[str, str]:
         """The names of weight files by their keys."""
@@ -94,13 +93,19 @@ class Bucket:
 
         Raises `UsageError` where they merge something else.
         """
-        if not uploads.put_new(self.home / BEGIN, self.begun.to_bytes()):
+        if not self.begin():
             found = read_begun(self.place)
             if found is None:
                 raise StoreError(f"{self.home / BEGIN}: keeps disappearing; is another run using it?")
             self.check(found)
             self.begun = found
         self.ids = self.planned() or self.make_uploads()
+
+    def begin(self) -> bool:
+        """Say what is being made; False where that was said already."""
+        there = uploads.uploads_of(self.place, self.begun.keys(self.place))
+        self.begun = replace(self.begun, before=tuple(sorted(upload for _, upload in there)))
+        return uploads.put_new(self.home / BEGIN, self.begun.to_bytes())
 
     def check(self, found: Begun) -> None:
         """Raise `UsageError` where what is being made is something else."""
@@ -213,12 +218,16 @@ class Bucket:
         tags = [tag for part in self.parts.values() if part.file == name for tag in tags_of(self.made[part.name])]
         uploads.complete(self.place / name, self.ids[name], tags, size)
 
-    def clear(self) -> None:
-        """Remove what only the making needed; what says that it has begun goes last."""
-        stray_uploads(self.place, self.begun, keep=())
+    def clear(self) -> list[str]:
+        """Remove what only the making needed; what says that it has begun goes last.
+
+        Gives the names of files that had uploads which no plan names.
+        """
+        strays = stray_uploads(self.place, self.begun)
         names = [name for name in listed(self.home) if is_ours(name) and name != BEGIN]
         each_of(lambda name: uploads.remove(self.home / name), names)
         uploads.remove(self.home / BEGIN)
+        return strays
 
 
 def each_of(call: Callable[[Any], Any], things: Iterable[Any]) -> list[Any]:
@@ -267,30 +276,16 @@ def read_plan(raw: bytes, plan: str) -> dict[str, str]:
     return {str(name): str(upload) for name, upload in found.items()}
 
 
-def begun_at(place: StorePath) -> datetime | None:
-    """When the making of an output began, by the clock of the store."""
-    found = listed(place / FOLDER).get(BEGIN)
-    return datetime.fromtimestamp(found.modified / 1e9).astimezone() if found else None
-
-
-def stray_uploads(place: StorePath, begun: Begun, keep: Sequence[str]) -> list[str]:
-    """End the uploads of the output's files that were begun since it was, but those to `keep`; the names of the files.
+def stray_uploads(place: StorePath, begun: Begun) -> list[str]:
+    """End the uploads of the output's files, but those that were there before it was begun; the names of the files.
 
     Workers that came at the same time have begun some that no plan names.
     """
-    since = begun_at(place)
-    if since is None:
-        return []
     keys = begun.keys(place)
-    found = [(at, upload) for at, upload in uploads.uploads_of(place, keys, since - SLACK) if upload not in keep]
+    found = [(at, upload) for at, upload in uploads.uploads_of(place, keys) if upload not in begun.before]
     for at, upload in found:
         uploads.abort(at, upload)
     return sorted({keys[at.key] for at, _ in found})
-
-
-def is_unfinished(place: StorePath) -> bool:
-    """Whether something is being made at a place."""
-    return uploads.head(place / FOLDER / BEGIN) is not None
 
 
 def remove_all(place: StorePath, names: Iterable[str]) -> None:

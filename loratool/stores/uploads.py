@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from loratool.errors import StoreError
@@ -167,13 +166,13 @@ def abort(place: StorePath, upload: str) -> None:
         ask("abort_multipart_upload", place, Key=place.key, UploadId=upload)
 
 
-def uploads_of(place: StorePath, keys: Mapping[str, object], since: datetime) -> Iterator[tuple[StorePath, str]]:
-    """The uploads under way of some objects, by their keys, that were begun since a time: object and id."""
+def uploads_of(place: StorePath, keys: Mapping[str, object]) -> Iterator[tuple[StorePath, str]]:
+    """The uploads under way of some objects below a place, by their keys: object and id."""
     words: dict[str, Any] = {"Prefix": place.prefix}
     while True:
         answer = ask("list_multipart_uploads", place, **words)
         for each in answer.get("Uploads", ()):
-            if each["Key"] in keys and each["Initiated"] >= since:
+            if each["Key"] in keys:
                 yield StorePath(place.bucket, str(each["Key"])), str(each["UploadId"])
         if not answer.get("IsTruncated"):
             return

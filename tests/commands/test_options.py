@@ -132,7 +132,7 @@ def test_every_command_is_here() -> None:
 def test_the_commands_have_no_options_that_the_library_has_not() -> None:
     """Apart from those that belong to a terminal, and from the ways of a merge that are functions of their own."""
     alone = {  # plan(), stream(), merge_many(), merge_part(), finish_merge(), merge_status()
-        "merge": {"named_base", "dry_run", "stream", "card", "out", "also", "part", "finish", "status"},
+        "merge": {"named_base", "dry_run", "stream", "card", "out", "also", "part", "finish", "status", "abort"},
         "inspect": {"from_file", "as_csv", "as_lines"},  # lists of paths, FleetFacts
     }
     for command in (*OPTIONS, *LISTED_BY_HAND):

@@ -13,10 +13,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
 import socket
 import struct
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -127,8 +129,7 @@ class StoreServer:
             time.sleep(0.3)
             fault = None
         if fault == "reset":
-            drop(connection)
-            return []
+            raise drop(connection)
         if fault is not None and fault not in ("short", "tag", "lost"):
             return self.refuse(asked, environ, start, fault)
         told: list[Any] = []
@@ -143,8 +144,7 @@ class StoreServer:
         with self.lock:
             self.requests.append(asked)
         if fault == "lost":
-            drop(connection)
-            return []
+            raise drop(connection)
         if fault == "tag":
             headers = [(n, '"00000000000000000000000000000000"' if n.lower() == "etag" else v) for n, v in headers]
         start(status, headers)
@@ -200,17 +200,37 @@ class StoreServer:
         return [each["Key"] for each in self.client.list_multipart_uploads(Bucket=bucket).get("Uploads", ())]
 
 
+def stormy(seed: int, lost: bool = False) -> Callable[[Asked], Fault]:
+    """Faults of every kind for a third of the requests, drawn by a seed; none fails more than three times.
+
+    With `lost`, some of them are done although no answer comes.
+    """
+    drawn, times, lock = random.Random(seed), Counter[tuple[str, str, str, str]](), threading.Lock()
+    kinds: list[Fault] = [503, 500, "short", "reset", "tag", "slow", *(["lost"] if lost else [])]
+
+    def fault(asked: Asked) -> Fault:
+        name = asked.method, asked.key, asked.query, asked.span
+        with lock:
+            if drawn.random() < 0.35 and times[name] < 3:
+                times[name] += 1
+                return drawn.choice(kinds)
+        return None
+
+    return fault
+
+
 def cut_off(body: bytes, connection: socket.socket) -> Iterator[bytes]:
     """Half of a body, and the end of the connection."""
     yield body[: len(body) // 2]
-    drop(connection)
+    raise drop(connection)
 
 
-def drop(connection: socket.socket) -> None:
-    """End a connection by a reset."""
+def drop(connection: socket.socket) -> ConnectionResetError:
+    """End a connection by a reset; the error that has the server forget it."""
     with suppress(OSError):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         connection.shutdown(socket.SHUT_RDWR)
+    return ConnectionResetError()
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import subprocess
 import sys
 import tempfile
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from safetensors.torch import load_file
-from store_server import BUCKET, KEYS, SHARDS, Asked, Fault, settled, tree
+from store_server import BUCKET, KEYS, SHARDS, Asked, Fault, settled, stormy, tree
 
 import loratool
 from loratool import cli
@@ -117,24 +116,10 @@ def test_expected_bytes_come_in_large_pieces_and_no_others(store: StoreServer, m
     assert AHEAD >= 5000
 
 
-def stormy(seed: int) -> object:
-    """Faults of every kind for a third of the requests, drawn by a seed; no request fails more than three times."""
-    drawn, times = random.Random(seed), Counter[tuple[str, str, str]]()
-
-    def fault(asked: Asked) -> Fault:
-        name = asked.method, asked.key, asked.span
-        if drawn.random() < 0.35 and times[name] < 3:
-            times[name] += 1
-            return drawn.choice((503, 500, "short", "reset", "tag", "slow"))
-        return None
-
-    return fault
-
-
 @pytest.mark.parametrize("seed", range(2))
 def test_faults_that_pass_change_nothing(store: StoreServer, merged: Path, tmp_path: Path, seed: int) -> None:
     """Refusals, bodies that end early, resets, slow answers and those of another object are asked for again."""
-    store.fault = stormy(seed)  # type: ignore[assignment]
+    store.fault = stormy(seed)
     loratool.merge(BASE, [ADAPTER], tmp_path / "out")
     for name, content in tree(tmp_path / "out").items():
         assert name == "loratool.json" or content == (merged / name).read_bytes()

@@ -1,0 +1,28 @@
+"""What `merge --abort` removed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from loratool.results.base import Result
+from loratool.results.text import aligned, plural
+
+
+@dataclass(frozen=True, repr=False)
+class AbortReport(Result):
+    """What an unfinished merge had left in a store."""
+
+    out: Path
+    plan: str  # the fingerprint of the merge
+    completed: bool  # whether its output was complete, and stays
+    uploads: tuple[str, ...]  # files whose uploads were ended
+    removed: tuple[str, ...]  # files that were removed
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, object]] = [("output", str(self.out).replace("s3:/", "s3://", 1))]
+        if self.completed:
+            rows.append(("complete", "only what its making left was removed"))
+        else:
+            rows.append(("removed", f"{plural(len(self.uploads), 'upload')} and {plural(len(self.removed), 'file')}"))
+        return aligned(rows)
