@@ -15,6 +15,7 @@ from loratool.files.inputs import open_regular
 from loratool.files.safefile import start_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".lora")
@@ -76,6 +77,18 @@ def npz_conversion(path: Path) -> str:
         f"save_file(dict(numpy.load({path.name!r})), {path.stem + '.safetensors'!r})"
     )
     return f'convert them in their folder with: python -c "{printable_code(code)}"'
+
+
+def taken_apart(path: Path, names: Sequence[str]) -> str:
+    """The command that saves tensors of a file each in one of its own, and all others with the metadata in another."""
+    stem = path.stem
+    code = (
+        "from safetensors import safe_open; from safetensors.torch import load_file, save_file; "
+        f"d = load_file({path.name!r}); m = safe_open({path.name!r}, 'pt').metadata(); names = {[*names]!r}; "
+        f"[save_file({{k: d.pop(k)}}, {stem + '-'!r} + str(i) + '.safetensors') for i, k in enumerate(names)]; "
+        f"save_file(d, {stem + '-lora.safetensors'!r}, {{k: v for k, v in (m or {{}}).items() if k not in names}})"
+    )
+    return f'save them apart in its folder with: python -c "{printable_code(code)}"'
 
 
 def unpacking(path: Path) -> str:

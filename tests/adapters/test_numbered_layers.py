@@ -145,3 +145,24 @@ def test_pickled_lists_are_refused_with_the_line_that_makes_them_readable(
     exec(code[1], {})
     adapter = read_adapter((tmp_path / name).with_suffix(".safetensors"))
     assert set(adapter.updates) == set(changes)
+
+
+def test_learned_tokens_of_pivotal_tuning_are_refused_with_the_line_that_saves_them_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The header marks them, whatever they are called; the LoRA is read without them, and diffusers loads each of them."""
+    tensors, changes = factors("text_encoder", dict(walk(TextEncoder(), ["CLIPAttention"], False)))
+    tokens = {"<s1>": torch.ones(8), "my style": torch.zeros(8)}
+    header = {"text_encoder": json.dumps(["CLIPAttention"]), **dict.fromkeys(tokens, "<embed>")}
+    save_file(tensors | tokens, tmp_path / "style.safetensors", header)
+    adapter = read_adapter(tmp_path / "style.safetensors")
+    assert (adapter.unused, set(adapter.updates)) == ((), set(changes))
+    (reason,) = adapter.unsupported
+    assert "new tokens" in reason
+    code = re.search(r'python -c "(.*)"', reason)
+    assert code
+    monkeypatch.chdir(tmp_path)
+    exec(code[1], {})
+    plain = read_adapter(tmp_path / "style-lora.safetensors")
+    assert (plain.unsupported, plain.unused, set(plain.updates)) == ((), (), set(changes))
+    assert [*load_file("style-0.safetensors"), *load_file("style-1.safetensors")] == [*tokens]

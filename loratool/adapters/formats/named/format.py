@@ -61,7 +61,7 @@ class Named(Format):
                 found.add(name)
             else:
                 rest.append(name)
-        return frozenset(found).union(name for name, row in refused.refused(rest) if row.alone or found)
+        return frozenset(found).union(name for name, row in refused.refused(rest, file.metadata) if row.alone or found)
 
     def dialects_in(self, file: HasNames) -> tuple[str, ...]:
         head = header.Header(file.metadata)
@@ -72,7 +72,7 @@ class Named(Format):
                 end = role.translate(DIGITS)
                 modules.setdefault((spelling, kind.removesuffix(end)), []).append(role)
         found = dict.fromkeys(dialect_of(spelling, roles, head) for (spelling, _), roles in modules.items())
-        return tuple(found) or tuple(dict.fromkeys(row.name for _, row in refused.refused(file.tensors)))
+        return tuple(found) or tuple(dict.fromkeys(row.name for _, row in refused.refused(file.tensors, file.metadata)))
 
     def adapters_in(self, folder: Path) -> Iterator[Path]:
         """The files of a folder that are such adapters, by their heads."""

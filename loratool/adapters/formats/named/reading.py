@@ -12,7 +12,7 @@ from loratool.adapters.adapter import Derived, Flattened, StoredTensor
 from loratool.adapters.formats.named.dialects import ModuleSpelling, replaced_by, spelling_of
 from loratool.adapters.formats.named.header import CONFIGS, CONTRADICTION, Header
 from loratool.adapters.formats.named.numbered import layers_of
-from loratool.adapters.formats.named.refused import refused
+from loratool.adapters.formats.named.refused import EMBEDDINGS, refused
 from loratool.adapters.formats.roles import Module, RoleProblem, found_in, grouped, methods_of
 from loratool.adapters.formats.roles.module import MISSING_PARTNER
 from loratool.adapters.formats.roles.names import ALPHA, DOWN, FOREIGN, MAGNITUDES, UP, canonical
@@ -23,6 +23,7 @@ from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.formulas import part_of_rows
 from loratool.algebra.updates.replacing import Replace
 from loratool.errors import Problem, printable
+from loratool.files.containers import taken_apart
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import SafeFile
 from loratool.notes import Note
@@ -268,11 +269,12 @@ class Reader:
         """What is recognised of the other tensors, and left of them."""
         found: dict[str, list[str]] = {}
         reasons: dict[str, str] = {}
-        for name, row in refused(rest):
+        for name, row in refused(rest, self.header.metadata):
             found.setdefault(row.name, []).append(name)
             reasons[row.name] = row.reason
         for kind, names in found.items():
-            self.unsupported.append(f"{reasons[kind]} ({some(names)})")
+            way_out = f"; {taken_apart(self.file.path, names)}" if self.updates and kind in EMBEDDINGS else ""
+            self.unsupported.append(f"{reasons[kind]} ({some(names)}){way_out}")
         if not self.updates and not self.problems:
             self.dialects |= dict.fromkeys(found)
         known = {name for names in found.values() for name in names}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Refusal:
     alone: bool = True  # whether such a name makes a file one of these, with nothing else to go by
 
 
+NOTHING: Mapping[str, str] = MappingProxyType({})
 CONTROL_LORA = "Control-LoRA: a ControlNet stored as differences from a U-Net, not an adapter of the U-Net itself"
 IP_ADAPTER = "IP-Adapter: layers of its own for an image prompt, which no weight of the base holds"
 T_LORA = (
@@ -72,11 +74,15 @@ REFUSALS = (
         alone=False,
     ),
 )
+EMBEDDINGS = ("textual-inversion", "embeddings")  # rows of the table that are no part of the base's weights
+FLAG = "<embed>"  # what cloneofsimo's lora_diffusion writes into the header under the name of each token
 ANY = re.compile("|".join(f"(?P<r{number}>{row.tensors})" for number, row in enumerate(REFUSALS)))
 
 
-def refused(names: Iterable[str]) -> Iterator[tuple[str, Refusal]]:
-    """Each name that a row of the table recognises, with that row."""
+def refused(names: Iterable[str], metadata: Mapping[str, str] = NOTHING) -> Iterator[tuple[str, Refusal]]:
+    """Each name that a row of the table, or an entry of the header, recognises, with that row."""
     for name in names:
-        if match := ANY.search(name):
+        if metadata.get(name) == FLAG:
+            yield name, REFUSALS[0]
+        elif match := ANY.search(name):
             yield name, REFUSALS[int(match.lastgroup[1:])]  # type: ignore[index]  # one group is always the last
