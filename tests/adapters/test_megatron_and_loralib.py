@@ -161,6 +161,40 @@ def test_folders_of_tensor_parallel_ranks_are_one_adapter(base: Path, tmp_path: 
         torch.testing.assert_close(found[module], weights(base)[module] + delta, rtol=1e-5, atol=1e-5)
 
 
+def write_stages(folder: Path, parts: list[dict[str, Tensor]], **settings: object) -> Path:
+    """The same with a layer in each stage of a pipeline, which numbers it 0."""
+    for rank, tensors in enumerate(parts):
+        for stage in range(LAYERS):
+            own = {n.replace(f"layers.{stage}.", "layers.0."): t for n, t in tensors.items() if f"layers.{stage}." in n}
+            home = folder / f"tp_rank_{rank:02d}_pp_rank_{stage:03d}"
+            home.mkdir(parents=True)
+            save_file(own, home / "model_weights.safetensors")
+    lines = "".join(f"{name}: {value}\n" for name, value in settings.items())
+    (folder / SETTINGS["nemo1"][0]).write_text(SETTINGS["nemo1"][1] + lines)
+    return folder
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_stages_of_a_pipeline_are_one_adapter(base: Path, tmp_path: Path, count: int) -> None:
+    """Each numbers its layers from 0, and has an equal share of `num_layers`."""
+    adapter = write_stages(tmp_path / "a", ranks(count), num_layers=LAYERS)
+    check_merged(merged(base, adapter, tmp_path / "out"), base, megatron_deltas())
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, "expected the number of all as num_layers"),
+        ({"num_layers": 3}, "3 layers .* among 2 pipeline stages"),
+        ({"num_layers": LAYERS, "virtual_pipeline_model_parallel_size": 2}, "take turns"),
+    ],
+)
+def test_stages_whose_layers_are_not_known_are_refused(tmp_path: Path, settings: dict[str, int], told: str) -> None:
+    adapter = write_stages(tmp_path / "a", ranks(1), **settings)
+    with pytest.raises(loratool.InputError, match=told):
+        loratool.read_adapter(adapter)
+
+
 def test_ranks_that_do_not_go_together_are_refused(base: Path, tmp_path: Path) -> None:
     name = f"{STYLES['nemo1']['fc2'].format(0)}.linear_in.weight"
     first, second = ranks(2)

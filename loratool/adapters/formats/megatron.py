@@ -4,7 +4,8 @@
     Bridge  decoder.layers.0.self_attention.linear_qkv.adapter.linear_in.weight
             decoder.layers.self_attention.…   all layers in one tensor, as distributed checkpoints hold them
 
-NeMo 1 may have a folder for each rank (`mp_rank_00`), in which each has a part of every factor (`tensor_ranks`).
+NeMo 1 may have a folder for each rank (`mp_rank_00`, `tp_rank_00_pp_rank_001`), in which each has a part of every
+factor, and of the layers (`tensor_ranks`).
 
 `linear_in` is (rank, in) and `linear_out` (out, rank), scaling α / rank, which stand in the settings of the run. Rows of the
 fused projection lie group by group: the group's heads of queries, a head of keys, one of values; a gated MLP's are
@@ -41,13 +42,14 @@ from loratool.adapters.unsettled import WAY_OUT, Unsettled
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
-from loratool.errors import printable
+from loratool.errors import InputError, printable
 from loratool.files.heads import HasNames
 from loratool.files.safefile import SafeFile
 from loratool.notes import Note
 
 A, B, M = ".linear_in.weight", ".linear_out.weight", ".weight_magnitude"
 RUN, MODEL = "run_config.yaml", "model_config.yaml"
+INTERLEAVED = "virtual_pipeline_model_parallel_size"
 MODULE = re.compile(
     r"(?:model\.|module\.)*(?:decoder|language_model\.encoder)\.layers\.(?:(?P<layer>\d+)\.)?"
     r"(?:self_attention|mlp)\.(?P<leaf>.*adapter.*)"
@@ -137,7 +139,16 @@ class Megatron(TrainerFormat):
 
     def weights_in(self, folder: Path) -> SafeFile:
         paths = self.weights_at(folder)
-        return super().weights_in(folder) if folder in {path.parent for path in paths} else read_ranks(folder, paths)
+        if folder in {path.parent for path in paths}:
+            return super().weights_in(folder)
+        settings = self.config_at(folder)
+        config = self.read_config(settings) if settings else {}
+        if (whole_in(config, INTERLEAVED) or 1) > 1:
+            raise InputError(
+                f"{printable(folder)}: its pipeline stages take turns ({INTERLEAVED}), so that nothing says which layers "
+                "each has; save it with a pipeline of one stage first"
+            )
+        return read_ranks(folder, paths, whole_in(config, "num_layers") or whole_in(config, "model", "num_layers"))
 
     def read_config(self, path: Path) -> Config:
         return read_settings(path)

@@ -3,6 +3,7 @@
 NeMo 1 saves a folder for each rank. Of a layer whose rows are divided (queries, keys and values, the first of an MLP),
 every rank has some rows of A and those rows of B that belong to its rows of the layer. Of a layer whose columns are
 divided (the output of attention, the second of an MLP), every rank has the columns of A for its inputs and some rows of B.
+With a pipeline the layers are divided among stages as well, and each stage numbers its own from 0.
 Facts: NeMo 1.23, `merge_lora_weights/merge.py` and `parallel_adapters.py`.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +21,74 @@ from loratool.errors import InputError, printable
 from loratool.files.safefile import SafeFile, SafeFiles, Selection, read_safefile
 
 FOLDER = re.compile(r"(?:mp_rank|tp_rank)_(\d{1,4})(?:_pp_rank_(\d{1,4}))?")
+LAYER = re.compile(r"(\blayers\.)(\d{1,6})\.")
 DIVIDER = "/"  # between the folder of a rank and a tensor's name
 
 
+@dataclass(frozen=True)
+class Rank:
+    """One process of a run, by the name of its folder."""
+
+    folder: str
+    tensor: int
+    stage: int  # of the pipeline; 0 where there is one
+
+    @classmethod
+    def of(cls, folder: str) -> Rank | None:
+        match = FOLDER.fullmatch(folder)
+        return Rank(folder, int(match[1]), int(match[2] or 0)) if match else None
+
+
 def paths_of_ranks(folder: Path) -> list[Path]:
-    """The file of every rank, in their order; none in a folder without such folders."""
-    found = sorted((int(match[1]), path) for path in folder.iterdir() if (match := FOLDER.fullmatch(path.name)))
-    return [file for _, path in found for file in sorted(path.glob("*.safetensors"))]
+    """The file of every rank, stage by stage in their order; none in a folder without such folders."""
+    found = [(rank.stage, rank.tensor, path) for path in folder.iterdir() if (rank := Rank.of(path.name))]
+    return [file for _, _, path in sorted(found) for file in sorted(path.glob("*.safetensors"))]
 
 
-def read_ranks(folder: Path, paths: Sequence[Path]) -> SafeFile:
-    """The files of all ranks as one, each tensor behind the name of its rank's folder.
+def read_ranks(folder: Path, paths: Sequence[Path], layers: int | None = None) -> SafeFile:
+    """The files of all ranks as one, each tensor behind the name of its rank's folder in the first stage.
 
-    Raises `InputError` where a rank is missing, has several files, or holds some of the layers only.
+    The layers of every stage are numbered from 0; here they have their number in the model, of which each stage has an
+    equal share of the `layers`. Raises `InputError` where a rank is missing, has several files, or where the number of
+    layers is not known.
     """
-    names = [path.parent.name for path in paths]
-    numbers = [match.groups() for name in names if (match := FOLDER.fullmatch(name))]
-    if any(stage and int(stage) for _, stage in numbers):
+    ranks = [rank for path in paths if (rank := Rank.of(path.parent.name))]
+    stages, count = 1 + max(rank.stage for rank in ranks), 1 + max(rank.tensor for rank in ranks)
+    if [(rank.stage, rank.tensor) for rank in ranks] != [(s, t) for s in range(stages) for t in range(count)]:
+        shown = ", ".join(printable(rank.folder) for rank in ranks)
         raise InputError(
-            f"{printable(folder)}: layers are divided among pipeline ranks; save it with a pipeline of 1 rank first"
+            f"{printable(folder)}: expected one file in a folder for every rank, numbered from 0 (found {shown})"
         )
-    if [int(rank) for rank, _ in numbers] != list(range(len(numbers))):
-        raise InputError(
-            f"{printable(folder)}: expected one file in a folder for every rank, numbered from 0 (found "
-            f"{', '.join(map(printable, names))})"
-        )
+    files = [read_safefile(path) for path in paths]
+    each = share_of(folder, stages, layers, files) if stages > 1 else 0
     parts = [
-        Selection.of(file, {f"{name}{DIVIDER}{tensor}": tensor for tensor in file.tensors})
-        for name, file in zip(names, map(read_safefile, paths), strict=True)
+        Selection.of(file, {placed(name, ranks[rank.tensor].folder, rank.stage * each): name for name in file.tensors})
+        for rank, file in zip(ranks, files, strict=True)
     ]
     return SafeFiles.of(paths[0], parts)
+
+
+def placed(name: str, folder: str, before: int) -> str:
+    """The name of a tensor of a rank in the model, `before` the layers of whose stage there are so many."""
+    return f"{folder}{DIVIDER}{LAYER.sub(lambda match: f'{match[1]}{int(match[2]) + before}.', name, count=1)}"
+
+
+def share_of(folder: Path, stages: int, layers: int | None, files: Sequence[SafeFile]) -> int:
+    """How many layers each of several stages has."""
+    highest = max(
+        (int(match[2]) for file in files for name in file.tensors if (match := LAYER.search(name))), default=0
+    )
+    if layers is None:
+        raise InputError(
+            f"{printable(folder)}: its layers are divided among {stages} pipeline stages, each of which numbers its own "
+            "from 0; expected the number of all as num_layers in model_config.yaml"
+        )
+    if layers % stages or highest >= layers // stages:
+        raise InputError(
+            f"{printable(folder)}: a stage has a layer of number {highest}, but {layers} layers (num_layers) are divided "
+            f"among {stages} pipeline stages"
+        )
+    return layers // stages
 
 
 def gathered(a: Sequence[StoredTensor], b: Sequence[StoredTensor], by_rows: bool, parts: int) -> tuple[Any, Any] | None:
