@@ -186,7 +186,7 @@ def test_stages_of_a_pipeline_are_one_adapter(base: Path, tmp_path: Path, count:
     [
         ({}, "expected the number of all as num_layers"),
         ({"num_layers": 3}, "3 layers .* among 2 pipeline stages"),
-        ({"num_layers": LAYERS, "virtual_pipeline_model_parallel_size": 2}, "take turns"),
+        ({"num_layers": LAYERS, "virtual_pipeline_model_parallel_size": 2}, "alternate"),
     ],
 )
 def test_stages_whose_layers_are_not_known_are_refused(tmp_path: Path, settings: dict[str, int], told: str) -> None:

@@ -145,7 +145,7 @@ class Megatron(TrainerFormat):
         config = self.read_config(settings) if settings else {}
         if (whole_in(config, INTERLEAVED) or 1) > 1:
             raise InputError(
-                f"{printable(folder)}: its pipeline stages take turns ({INTERLEAVED}), so that nothing says which layers "
+                f"{printable(folder)}: its pipeline stages alternate ({INTERLEAVED}), so that nothing says which layers "
                 "each has; save it with a pipeline of one stage first"
             )
         return read_ranks(folder, paths, whole_in(config, "num_layers") or whole_in(config, "model", "num_layers"))
