@@ -14,7 +14,7 @@ from loratool.cli.operands import Output, Place, complain_of, without_output
 from loratool.cli.options import A_MODEL, AN_ADAPTER, BYTES, PATH, click_options, output_options, with_pictures
 from loratool.cli.pictures import Pictures
 from loratool.cli.screen import Screen
-from loratool.commands.merge import MergeAndPushOptions
+from loratool.commands.merge import MergeAndPushOptions, merge_anywhere
 from loratool.commands.publish import with_push
 from loratool.errors import UsageError, printable
 from loratool.options.described import FLAG, option
@@ -148,7 +148,6 @@ def merge(
         merge_in_parts(base, adapters, out, options, screen)
         return
     from loratool.merging.in_store import merge_into_store
-    from loratool.merging.merge import merge
 
     if options.dry_run:
         from loratool.merging.dry_run import dry_run
@@ -157,7 +156,7 @@ def merge(
         pictures.write(plan)
         return
     with screen.bar("merging", **BYTES) as progress, screen.bar("pushing", **BYTES) as push_progress:
-        report = with_push(merge, (base, adapters, out), options, progress, push_progress, merge_into_store)
+        report = with_push(merge_anywhere, (base, adapters, out), options, progress, push_progress, merge_into_store)
     screen.show(report)
     pictures.write(report)
 

@@ -72,7 +72,7 @@ class DeviceKeywords(TypedDict, total=False):
 class RunKeywords(DeviceKeywords, total=False):
     """Of RunOptions."""
 
-    workers: int | None
+    workers: int | str | None
     max_memory: int | str | None
 
 
@@ -106,6 +106,13 @@ class DryRunKeywords(WholePlanKeywords, SimulationKeywords, total=False):
     """Of DryRunOptions."""
 
 
+class ClusterKeywords(TypedDict, total=False):
+    """Of ClusterOptions."""
+
+    num_cpus: int | None
+    num_gpus: int | None
+
+
 class SendKeywords(TypedDict, total=False):
     """Of SendOptions."""
 
@@ -125,7 +132,7 @@ class PublishModelKeywords(PublishKeywords, total=False):
     exclude: Sequence[str] | str | None
 
 
-class MergeKeywords(WholePlanKeywords, PublishModelKeywords, total=False):
+class MergeKeywords(WholePlanKeywords, ClusterKeywords, PublishModelKeywords, total=False):
     """Of MergeAndPushOptions."""
 
 

@@ -15,7 +15,7 @@ from loratool.merging.dry_run import DryRunOptions, dry_run
 from loratool.merging.in_store import abort, merge_into_store
 from loratool.merging.merge import MergeOptions, PathLike, Progress
 from loratool.merging.merge_many import Outputs
-from loratool.merging.options import PlanOptions
+from loratool.merging.options import ClusterOptions, PlanOptions
 from loratool.merging.plan import MergePlan
 from loratool.options.described import made_of, option
 from loratool.options.shared import PublishOptions
@@ -55,7 +55,7 @@ class PublishModelOptions(PublishOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeAndPushOptions(MergeOptions, PublishModelOptions):
+class MergeAndPushOptions(MergeOptions, ClusterOptions, PublishModelOptions):
     """Of `merge`."""
 
 
@@ -91,7 +91,7 @@ def merge(
         HubError: the output is complete, but the Hub refused the push.
     """
     options = made_of(MergeAndPushOptions, keywords, "merge")
-    return with_push(merging.merge, (base, adapters, out), options, progress, push_progress, merge_into_store)
+    return with_push(merge_anywhere, (base, adapters, out), options, progress, push_progress, merge_into_store)
 
 
 def abort_merge(out: PathLike) -> AbortReport:
@@ -108,6 +108,21 @@ def abort_merge(out: PathLike) -> AbortReport:
         StoreError: the store refuses, or is out of reach.
     """
     return abort(out)
+
+
+def merge_anywhere(
+    base: PathLike,
+    adapters: Sequence[PathLike] | PathLike,
+    out: PathLike,
+    options: MergeAndPushOptions,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Merge in this process, or by tasks of a cluster."""
+    if isinstance(options.workers, str):
+        from loratool.merging.on_ray import merge_on_ray
+
+        return merge_on_ray(base, adapters, out, options, options, progress)
+    return merging.merge(base, adapters, out, options, progress)
 
 
 @library_function(MergeOptions, "merge")

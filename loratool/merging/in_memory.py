@@ -173,7 +173,7 @@ class MergedWeights(Shown, Mapping[str, Tensor]):
             load_linear_algebra(devices)
         if devices[0] == "cpu":
             used += max(one + other for one, other in pairwise(sizes))  # the tensor that a consumer has, and the next
-        chosen = choose_resources(self.plan.spans, devices, options.workers, limit, used)
+        chosen = choose_resources(self.plan.spans, devices, options.threads, limit, used)
         self.resources, self.ahead = chosen, AHEAD * chosen.workers * chosen.block
         if limit is not None and not chosen.on_gpu:
             needed = used + work_memory(self.plan.spans, chosen.workers, chosen.block, chosen.on_gpu)

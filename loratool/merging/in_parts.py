@@ -9,7 +9,7 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -68,6 +68,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # of what workers share
 FINISHING = "--finish"
+Look = Callable[["PartedMerge", Sequence[FilePart], Mapping[str, PartRecord], Progress | None], dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ def made(
     runtime = runtime_for(plan.spans, merge.options.device)
     if todo:
         job = Job(plan, PartDestination(merge.store, {part.name: part for part in todo}), apart=True)
-        engine = Engine([job], runtime, merge.options.workers, merge.options.max_memory, progress)
+        engine = Engine([job], runtime, merge.options.threads, merge.options.max_memory, progress)
         engine.run()
         if job.failure is not None:
             raise job.failure
@@ -289,7 +290,11 @@ def finish(
 ) -> FinishReport:
     """Put the parts of a merge together and publish the output; `loratool.commands.merge` says all of it."""
     started = time.monotonic()
-    merge = open_parts(base, adapters, out, options)
+    return publish(open_parts(base, adapters, out, options), progress, started)
+
+
+def publish(merge: PartedMerge, progress: Progress | None, started: float, look: Look | None = None) -> FinishReport:
+    """Publish a merge from `open_parts`, which began at `started`; `look` reads all bytes in the place of `problems`."""
     done = FinishReport(merge.out, merge.fingerprint, len(merge.parts), (), False, None)
     folder = merge.store.home / PARTS
     try:
@@ -299,13 +304,13 @@ def finish(
                 Stage(merge.out, merge.store.home, found).remove()
             return done
         if found is None or not folder.is_dir():
-            raise VerificationError(f"{printable(out)}: no part of this merge has been made; run --part first")
+            raise VerificationError(f"{printable(merge.out)}: no part of this merge has been made; run --part first")
         with Presence(folder, FINISHING) as presence, alone(folder, presence) as check_alone:
-            records = complete(merge, progress)
+            records = complete(merge, progress, look or problems)
             stage = Stage(merge.out, merge.store.home, found, single=single_name(merge))
             merged = put_together(merge, stage, records)
             check_alone()
-            stage.publish(replaceable(options.overwrite))
+            stage.publish(replaceable(merge.options.overwrite))
             took = Cost(kind_of_device(stage), time.monotonic() - started, peak_memory=peak_memory())
             report = make_report(merged, stage, (), took, len(workers_of(records)), Profile({}))
             stage.remove()
@@ -330,7 +335,7 @@ def workers_of(records: Mapping[str, PartRecord]) -> tuple[str, ...]:
     return tuple(sorted({record.worker for record in records.values()}))
 
 
-def complete(merge: PartedMerge, progress: Progress | None) -> dict[str, PartRecord]:
+def complete(merge: PartedMerge, progress: Progress | None, look: Look) -> dict[str, PartRecord]:
     """The records of all parts, once every byte was read and found to be right.
 
     Raises `VerificationError` naming the parts that are missing, and those that are damaged, whose records go.
@@ -348,7 +353,7 @@ def complete(merge: PartedMerge, progress: Progress | None) -> dict[str, PartRec
     for shard in merge.plan.shards:
         with suppress(FileNotFoundError):  # which is told below
             forget_cached(merge.store.folder / shard.name)
-    damaged = {name: why for name, why in problems(merge, merge.parts, records, progress).items() if why}
+    damaged = {name: why for name, why in look(merge, merge.parts, records, progress).items() if why}
     for name in damaged:
         merge.store.forget(name)
     if damaged:

@@ -272,7 +272,7 @@ def make(merge: StoredMerge, parts: Sequence[UploadPart], runtime: Future[Runtim
         plan = plan_of(merge.plan, computed)
         job = Job(plan, PartDestination(bucket, {part.name: part for part in computed}), apart=True)
         options = merge.options
-        engine = Engine([job], runtime, options.workers, options.max_memory, progress)
+        engine = Engine([job], runtime, options.threads, options.max_memory, progress)
         engine.run()
         if job.failure is not None:
             raise job.failure

@@ -132,7 +132,7 @@ def making(
     known, full = KnownDigests(plan.base.root), options.digests == "full"
     state = {**local_state(plan, options.device), "digests": options.digests}
     wanted = Journal(content_fingerprint(plan, digests), state, output_names(plan))
-    workers, max_memory = options.workers, options.max_memory
+    workers, max_memory = options.threads, options.max_memory
     if max_memory is not None or check_stage(stage_of(target)) is not None:  # refused before anything is touched
         choose_resources(plan.spans, runtime.result().devices, workers, max_memory, resident_memory())
     single = target.name if is_file(target) else ""
@@ -183,7 +183,7 @@ def make_all(
                 results[number] = error
         for job in jobs.values():
             job.share_seen(next(iter(jobs.values())))
-        engine = Engine([*jobs.values()], runtime, options.workers, options.max_memory, progress)
+        engine = Engine([*jobs.values()], runtime, options.threads, options.max_memory, progress)
         engine.watches.append(watch)
         lap("stage")
         try:

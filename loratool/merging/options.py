@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from loratool.adapters.reading import ReadingOptions
+from loratool.errors import UsageError
 from loratool.layouts.ggml import ENCODED
 from loratool.options.described import (
     FLAG,
@@ -21,6 +23,7 @@ from loratool.options.described import (
 )
 from loratool.options.shared import BlockOption, DeviceOption, NamingOptions, OrientationOption
 
+RAY = "ray"
 ROUNDINGS = ("nearest", "compensated", "stochastic")
 DTYPES = ("keep", "float32", "bfloat16", "float16")
 GGUF_FLOATS = ("f32", "f16", "bf16")
@@ -115,13 +118,52 @@ class PlanOptions(ChangeOptions, LayoutOption):
     )
 
 
+@dataclass(frozen=True)
+class Workers(Number):
+    """A number of threads, or a Ray cluster."""
+
+    metavar = "INTEGER|ray"
+    annotation = "int | str"
+
+    def taken(self, value: Any, flag: str) -> Any:
+        if isinstance(value, str) and (value == RAY or value.startswith(f"{RAY}://")):
+            return value
+        return super().taken(value, flag)
+
+    def word(self, value: Any) -> str:
+        return str(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(DeviceOption):
     """Of a merge: what it may use."""
 
-    workers: int | None = option(
-        help="Number of worker threads [default: the number of cores plus two, at most 16; on GPUs one per core, at most 16 for each].",
-        kind=Number(whole=True, low=1, high=1024),
+    workers: int | str | None = option(
+        help="Number of worker threads [default: the number of cores plus two, at most 16; on GPUs one per core, at most 16 for each]; for merge also ray or ray://HOST:PORT, the tasks of a Ray cluster.",
+        kind=Workers(whole=True, low=1, high=1024),
         recorded=False,
     )
     max_memory: int | None = option(help="Limit on resident memory, such as 400MB.", kind=Size("MB"), recorded=False)
+
+    @property
+    def threads(self) -> int | None:
+        """The number of worker threads of one process. Raises `UsageError` where a cluster was asked for."""
+        if isinstance(self.workers, str):
+            raise UsageError(f"--workers {self.workers} is for `loratool merge` into a folder; pass a number of threads")
+        return self.workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterOptions(Options):
+    """Of a merge by the tasks of a cluster."""
+
+    num_cpus: int | None = option(
+        help="With --workers ray: cores of a task [default: 4, or those of the smallest node].",
+        kind=Number(whole=True, low=1, high=1024),
+        recorded=False,
+    )
+    num_gpus: int | None = option(
+        help="With --workers ray: GPUs of a task [default: one where the cluster has any, none with --device cpu].",
+        kind=Number(whole=True, low=0, high=64),
+        recorded=False,
+    )

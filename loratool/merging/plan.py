@@ -62,7 +62,8 @@ class MergePlan(Result):
     @property
     def peak_memory(self) -> int:
         """Bytes that the merge is expected to keep resident."""
-        return estimated_memory(self.spans, self.run.device, self.run.workers, self.run.max_memory)
+        workers = self.run.workers if isinstance(self.run.workers, int) else None
+        return estimated_memory(self.spans, self.run.device, workers, self.run.max_memory)
 
     @cached_property
     def spans(self) -> tuple[Span, ...]:

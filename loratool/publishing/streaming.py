@@ -119,7 +119,7 @@ def stream(
         report = expected(plan, repo, options, notes, cost(runtime, started))
         if options.dry_run:
             return report
-        workers, max_memory = options.workers, options.max_memory
+        workers, max_memory = options.threads, options.max_memory
         choose_resources(plan.spans, runtime.result().devices, workers, max_memory, resident_memory())
         private = open_repo(repo, options.public, options.revision, notes)[1]
         name = fingerprint(plan, source, digests, options.device)

@@ -130,7 +130,7 @@ class Proving:
         self.by_numpy = rounding == "nearest" and suffices(computed, options.device)
         if computed and not self.by_numpy:
             runtime.start()
-        self.workers = options.workers or most_workers()
+        self.workers = options.threads or most_workers()
         self.totals, self.shared = Totals(), SharedUpdates(MOST_SHELVED)
         self.sources = OpenSources()
         self.lock, self.choosing, self.stop = threading.Lock(), threading.Lock(), threading.Event()
@@ -152,7 +152,7 @@ class Proving:
                     load_linear_algebra(devices)
                 options = self.options
                 self.chosen = choose_resources(
-                    self.computed, devices, options.workers, options.max_memory, resident_memory()
+                    self.computed, devices, options.threads, options.max_memory, resident_memory()
                 )
             return self.chosen
 

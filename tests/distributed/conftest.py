@@ -35,11 +35,12 @@ def cluster() -> Iterator[Cluster]:
     words = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--node-ip-address", "127.0.0.1"]
     words += ["--port", str(port), "--ray-client-server-port", str(client), "--num-cpus", "2", "--temp-dir", str(home)]
     words += ["--include-dashboard", "false", "--disable-usage-stats"]
+    address = f"127.0.0.1:{port}"
     # which has Ray keep to the loopback address that it is given
     settings = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     try:
         with serving(words, client, **settings) as server:
-            yield Cluster(f"127.0.0.1:{port}", f"ray://127.0.0.1:{client}", server)
+            yield Cluster(address, f"ray://127.0.0.1:{client}", {**settings, "RAY_ADDRESS": address}, server)
     finally:
         shutil.rmtree(home, ignore_errors=True)
 

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ class Cluster:
 
     address: str  # for a driver on this machine
     client: str  # for a driver anywhere, ray://HOST:PORT
+    settings: Mapping[str, str]  # environment of a driver
     server: subprocess.Popen[bytes]
 
     @property

@@ -1,0 +1,260 @@
+"""`--workers ray` with a stand-in for Ray that runs each task at once; `make distributed` runs it on a cluster."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import loratool
+from loratool import cli
+from loratool.demo import demo
+from loratool.errors import StorageError, UsageError
+from loratool.merging import dealing, on_ray
+
+
+class RayError(Exception):
+    """What Ray raises."""
+
+
+class TaskError(RayError):
+    """What Ray raises for an error of a task."""
+
+    def __init__(self, cause: BaseException) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+class StandIn:
+    """What is used of Ray. Whatever a task gets and gives travels as bytes; results come in another order."""
+
+    exceptions = SimpleNamespace(RayError=RayError, RayTaskError=TaskError)
+
+    def __init__(self, *nodes: Mapping[str, float]) -> None:
+        self.resources = nodes
+        self.address = ""
+        self.limits: list[Mapping[str, Any]] = []
+        self.tasks: list[tuple[str, Sequence[str], str]] = []
+        self.open, self.cancelled = False, 0
+        self.lost: type[Exception] | None = None
+
+    def is_initialized(self) -> bool:
+        return self.open
+
+    def init(self, address: str, **_: Any) -> None:
+        if not self.resources:
+            raise ConnectionError("Could not find any running Ray instance")
+        self.address, self.open = address, True
+
+    def shutdown(self) -> None:
+        self.open = False
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": node} for node in self.resources]
+
+    def put(self, value: Any) -> Any:
+        return pickle.loads(pickle.dumps(value))
+
+    def remote(self, **limits: Any) -> Callable[[Callable[..., Any]], Any]:
+        self.limits.append(limits)
+        return lambda function: SimpleNamespace(remote=lambda *words: self.submit(function, *words))
+
+    def submit(self, function: Callable[..., Any], job: str, words: Any, names: Sequence[str], share: str) -> int:
+        self.tasks.append((function.__name__, names, share))
+        self.waiting = getattr(self, "waiting", {})
+        self.waiting[len(self.tasks)] = lambda: function(job, words, names, share)
+        return len(self.tasks)
+
+    def wait(self, pending: Sequence[int], timeout: float) -> tuple[list[int], list[int]]:
+        return [pending[-1]], [*pending[:-1]]
+
+    def get(self, task: int) -> Any:
+        if self.lost is not None:
+            raise self.lost("the worker died")
+        try:
+            return pickle.loads(pickle.dumps(self.waiting.pop(task)()))
+        except loratool.LoratoolError as error:
+            raise TaskError(pickle.loads(pickle.dumps(error))) from None
+
+    def cancel(self, _task: int, force: bool) -> None:
+        assert force
+        self.cancelled += 1
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """A cluster of two nodes, one of which is too small for what a task gets by default."""
+    made = StandIn({"CPU": 8.0}, {"CPU": 2.0})
+    monkeypatch.setitem(sys.modules, "ray", made)  # type: ignore[arg-type]
+    monkeypatch.setattr(dealing, "SMALLEST", 1 << 20)  # so that the demo's model is several parts
+    return made
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ray")
+    demo(folder / "demo")
+    loratool.merge(folder / "demo/base", folder / "demo/adapter", folder / "alone")
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "loratool.json"}
+
+
+def merged(home: Path, out: Path, **options: Any) -> Any:
+    return loratool.merge(home / "demo/base", home / "demo/adapter", out, **{"workers": "ray", **options})
+
+
+def test_the_output_is_that_of_one_process(
+    ray: StandIn, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file but the record is the same; operands may be relative to a folder in which no task is."""
+    monkeypatch.chdir(home)
+    seen: list[tuple[int, int]] = []
+    report = loratool.merge(
+        "demo/base", "demo/adapter", tmp_path / "out", workers="ray", progress=lambda *at: seen.append(at)
+    )
+    assert contents(tmp_path / "out") == contents(home / "alone")
+    assert report.edited > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not ray.open
+    assert ray.address == "auto"
+    assert seen == sorted(seen)
+    assert seen[-1][0] == seen[-1][1] > 0
+
+
+def test_every_part_is_made_by_one_task_and_read_again_by_another(ray: StandIn, home: Path, tmp_path: Path) -> None:
+    """There are at most four tasks for each that has room: four on the first node, one on the second."""
+    merged(home, tmp_path / "out", num_cpus=2)
+    plan = loratool.plan(home / "demo/base", home / "demo/adapter")
+    names = sorted(part.name for part in dealing.parts_of(plan))
+    assert len(names) > 5
+    for kind in ("make_share", "check_share"):
+        own = [found for name, found, _ in ray.tasks if name == kind]
+        assert sorted(name for found in own for name in found) == names
+        assert len(own) <= 4 * (4 + 1)
+    assert ray.limits == [{"num_cpus": 2, "num_gpus": 0, "max_retries": 8}] * 2
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "limits", "room"),
+    [
+        ([{"CPU": 64.0}], {}, (4, 0), 16),
+        ([{"CPU": 2.0}, {"CPU": 64.0}, {"memory": 1.0}], {}, (2, 0), 33),
+        ([{"CPU": 16.0, "GPU": 2.0}, {"CPU": 16.0}], {}, (4, 1), 2),
+        ([{"CPU": 16.0, "GPU": 2.0}], {"device": "cpu"}, (4, 0), 4),
+        ([{"CPU": 16.0, "GPU": 8.0}], {"num_gpus": 2, "num_cpus": 1}, (1, 2), 4),
+    ],
+)
+def test_what_a_task_gets_fits_the_nodes(
+    nodes: list[dict[str, float]],
+    options: dict[str, Any],
+    limits: tuple[int, int],
+    room: int,
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", StandIn(*nodes))  # type: ignore[arg-type]
+    chosen = loratool.commands.merge.MergeAndPushOptions(workers="ray", **options)  # type: ignore[attr-defined]
+    words = (str(home / "demo/base"), (str(home / "demo/adapter"),), str(tmp_path / "out"), chosen)
+    with on_ray.Tasks(words, chosen, chosen, None, 0) as tasks:
+        assert (tasks.limits["num_cpus"], tasks.limits["num_gpus"], tasks.room) == (*limits, room)
+
+
+def test_a_task_that_no_node_has_room_for_is_refused(ray: StandIn, home: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no node of the cluster has the 9 CPUs and 0 GPUs"):
+        merged(home, tmp_path / "out", num_cpus=9)
+    assert not ray.open
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_damaged_part_is_found_and_made_again(
+    ray: StandIn, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A byte that changes after it was written keeps the output from being published; the same command repairs it."""
+    once: list[Path] = []
+
+    def damaging(*words: Any) -> Any:
+        if not once:
+            once.append(next((tmp_path / "out.partial/model").glob("*.safetensors")))
+            raw = bytearray(once[0].read_bytes())
+            raw[len(raw) // 2] ^= 1
+            once[0].write_bytes(raw)
+        return check(*words)
+
+    check = on_ray.check_share
+    damaging.__name__ = check.__name__
+    monkeypatch.setattr(on_ray, "check_share", damaging)
+    with pytest.raises(loratool.VerificationError, match="damaged"):
+        merged(home, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    merged(home, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(home / "alone")
+
+
+def test_what_a_task_raises_is_raised_and_the_others_are_ended(
+    ray: StandIn, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> Any:
+        raise loratool.InputError("base: changed during the merge", ["problem"], hint="loratool inspect base")
+
+    failing.__name__ = "make_share"
+    monkeypatch.setattr(on_ray, "make_share", failing)
+    with pytest.raises(loratool.InputError, match="changed during the merge") as caught:
+        merged(home, tmp_path / "out")
+    assert (caught.value.problems, caught.value.hint) == (("problem",), "loratool inspect base")
+    assert ray.cancelled == len(ray.tasks)
+    assert not ray.open
+
+
+def test_a_cluster_that_loses_tasks_is_an_error_of_its_own(ray: StandIn, home: Path, tmp_path: Path) -> None:
+    ray.lost = RayError
+    with pytest.raises(StorageError, match="the worker died"):
+        merged(home, tmp_path / "out")
+
+
+def test_a_connection_of_the_caller_stays_open(ray: StandIn, home: Path, tmp_path: Path) -> None:
+    ray.init("local")
+    merged(home, tmp_path / "out")
+    assert (ray.open, ray.address) == (True, "local")
+
+
+def test_a_complete_output_is_not_made_again(ray: StandIn, home: Path, tmp_path: Path) -> None:
+    merged(home, tmp_path / "out")
+    with pytest.raises(UsageError, match="complete already"):
+        merged(home, tmp_path / "out")
+
+
+def test_without_a_cluster_or_without_ray_the_way_out_is_said(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["merge", str(home / "demo/base"), str(home / "demo/adapter"), "-o", str(tmp_path / "out"), "--workers"]
+    monkeypatch.setitem(sys.modules, "ray", StandIn())  # type: ignore[arg-type]
+    assert cli.run([*line, "ray://nowhere:10001"]) == 2
+    assert "no Ray cluster answers; start one with `ray start --head`" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert cli.run([*line, "ray"]) == 2
+    assert 'pip install "loratool[ray]"' in capsys.readouterr().err
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("wrong", ["rays", "0", "many", "dask://x"])
+def test_workers_are_a_number_or_ray(wrong: str, home: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--workers must be"):
+        merged(home, tmp_path / "out", workers=wrong)
+
+
+def test_other_commands_take_threads_alone(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="for `loratool merge` into a folder"):
+        loratool.verify(home / "alone", home / "demo/base", home / "demo/adapter", workers="ray")
+    with pytest.raises(UsageError, match="for `loratool merge` into a folder"):
+        loratool.merge_many(home / "demo/base", {tmp_path / "out": home / "demo/adapter"}, workers="ray")[
+            tmp_path / "out"
+        ]
