@@ -149,7 +149,9 @@ class RunOptions(DeviceOption):
     def threads(self) -> int | None:
         """The number of worker threads of one process. Raises `UsageError` where a cluster was asked for."""
         if isinstance(self.workers, str):
-            raise UsageError(f"--workers {self.workers} is for `loratool merge` into a folder; pass a number of threads")
+            raise UsageError(
+                f"--workers {self.workers} is for `loratool merge` into a folder; pass a number of threads"
+            )
         return self.workers
 
 

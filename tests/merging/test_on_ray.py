@@ -13,6 +13,7 @@ import pytest
 
 import loratool
 from loratool import cli
+from loratool.commands.merge import MergeAndPushOptions
 from loratool.demo import demo
 from loratool.errors import StorageError, UsageError
 from loratool.merging import dealing, on_ray
@@ -90,7 +91,7 @@ class StandIn:
 def ray(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     """A cluster of two nodes, one of which is too small for what a task gets by default."""
     made = StandIn({"CPU": 8.0}, {"CPU": 2.0})
-    monkeypatch.setitem(sys.modules, "ray", made)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "ray", made)
     monkeypatch.setattr(dealing, "SMALLEST", 1 << 20)  # so that the demo's model is several parts
     return made
 
@@ -161,8 +162,8 @@ def test_what_a_task_gets_fits_the_nodes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "ray", StandIn(*nodes))  # type: ignore[arg-type]
-    chosen = loratool.commands.merge.MergeAndPushOptions(workers="ray", **options)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "ray", StandIn(*nodes))
+    chosen = MergeAndPushOptions(workers="ray", **options)
     words = (str(home / "demo/base"), (str(home / "demo/adapter"),), str(tmp_path / "out"), chosen)
     with on_ray.Tasks(words, chosen, chosen, None, 0) as tasks:
         assert (tasks.limits["num_cpus"], tasks.limits["num_gpus"], tasks.room) == (*limits, room)
@@ -236,7 +237,7 @@ def test_without_a_cluster_or_without_ray_the_way_out_is_said(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = ["merge", str(home / "demo/base"), str(home / "demo/adapter"), "-o", str(tmp_path / "out"), "--workers"]
-    monkeypatch.setitem(sys.modules, "ray", StandIn())  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "ray", StandIn())
     assert cli.run([*line, "ray://nowhere:10001"]) == 2
     assert "no Ray cluster answers; start one with `ray start --head`" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "ray", None)
