@@ -12,6 +12,7 @@ from loratool.pictures.heat_map import Cell, HeatMap
 from loratool.pictures.layers import Layers, Map, Measure
 from loratool.pictures.lines import Axis, Line, Lines, counting, linear, logarithmic, thinned
 from loratool.pictures.page import Page
+from loratool.pictures.spectrum import energy_of
 from loratool.pictures.tree import Tree
 from loratool.results.compare import FEW, REASONS, CompareReport
 from loratool.results.matrix import Group as Adapters, grouped, groups_of
@@ -194,23 +195,27 @@ def layer_blocks(report: CompareReport) -> Iterator[Block]:
         for at, pair in enumerate(pairs, 1)
     ]
     yield layers.group(maps)
-    yield layers.table([measure for pair in pairs for measure in of_pair(pair, len(pairs) > 1)])
+    yield layers.table([measure for pair in pairs for measure in of_pair(pair, len(pairs) == 1)])
 
 
 PairRelations = Mapping[str, Relation]
 
 
-def of_pair(pair: str, named: bool) -> Sequence[Measure[PairRelations]]:
-    """The columns of one pair."""
-    end = f", {pair}" if named else ""
-    return [
+def of_pair(pair: str, alone: bool) -> Sequence[Measure[PairRelations]]:
+    """The columns of one pair; of several pairs each has fewer, under its name."""
+    end = "" if alone else f", {pair}"
+    found = [
         of_relation(pair, "cosine", f"cosine{end}", ""),
-        of_relation(pair, "norm_ratio", f"norms{end}", "‖second‖ / ‖first‖"),
         of_relation(pair, "overlap_out", f"overlap out{end}", "shared output directions"),
-        of_relation(pair, "overlap_in", f"overlap in{end}", "shared input directions"),
-        of_relation(pair, "interference", f"interference{end}", "singular task interference"),
-        of_relation(pair, "sign_conflict", f"signs{end}", "part of entries with opposite signs"),
     ]
+    if alone:
+        found += [
+            of_relation(pair, "overlap_in", "overlap in", "shared input directions"),
+            of_relation(pair, "norm_ratio", "norms", "‖second‖ / ‖first‖"),
+            of_relation(pair, "interference", "interference", "singular task interference"),
+            of_relation(pair, "sign_conflict", "signs", "part of entries with opposite signs"),
+        ]
+    return found
 
 
 def of_relation(pair: str, field: str, name: str, about: str) -> Measure[PairRelations]:
@@ -253,12 +258,3 @@ def facts(report: CompareReport) -> Iterator[tuple[str, object]]:
         yield "alone", f"{name}: {', '.join(targets[:MOST_ALONE])}{more}"
     yield from cost_rows(report.cost)
     yield from (("note", note) for note in report.notes)
-
-
-def energy_of(values: Sequence[float]) -> list[tuple[float, float]]:
-    """(rank, percentage of the squares that so many values hold), from rank 0 on."""
-    whole, held, found = sum(value * value for value in values), 0.0, [(0.0, 0.0)]
-    for rank, value in enumerate(values, 1):
-        held += value * value
-        found.append((rank, 100 * held / whole if whole else 0.0))
-    return found

@@ -46,7 +46,7 @@ def blocks(facts: FleetFacts) -> Iterator[Block]:
 def figures_of(rows: Sequence[FleetRow]) -> Iterator[Bars]:
     """Bars of what differs."""
     ranks = counts(max(row.rank) for row in rows if row.rank)
-    bases = counts(base_cell(row.base) for row in rows)
+    bases = counts(base_cell(row.base) if row.base else "not named" for row in rows)
     if ranks:
         in_order = {f"rank {rank}": ranks[rank] for rank in sorted(ranks, key=int)}
         yield counted("ranks", "Adapters by rank", in_order)

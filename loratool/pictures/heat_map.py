@@ -66,7 +66,7 @@ class HeatMap(Figure):
         left, name = widest(self.rows, LONGEST) + 14, widest(self.columns, LONGEST)
         lean = name > 40 and not all(column.isdigit() for column in self.columns)
         room = name * 0.72 + 4 if lean else 8.0
-        wide = min(46.0, max(9.0, (WIDTH - left - room) / max(1, len(self.columns))))
+        wide = min(46.0, max(7.0, (WIDTH - left - room) / max(1, len(self.columns))))
         tall = 24.0 if len(self.rows) <= TALL else max(6.0, 24 * TALL / len(self.rows))
         if self.numbers:
             wide, tall = max(wide, ROOM + 4.0), max(tall, 26.0)

@@ -9,7 +9,7 @@ from loratool.pictures.heat_map import HeatMap
 from loratool.pictures.lines import Axis, Line, Lines, counting, linear, logarithmic, thinned
 from loratool.pictures.modules import Places, bare, places_of
 from loratool.pictures.page import Page
-from loratool.pictures.spectrum import energy_by_rank
+from loratool.pictures.spectrum import energy_by_rank, energy_of
 from loratool.results.facts import AdapterFacts, CheckpointFacts, OneFacts
 from loratool.results.findings import Finding
 from loratool.results.text import plural, size
@@ -169,15 +169,6 @@ def lines_of(
     drawn = [at for at, m in enumerate(modules[:MOST_ROWS]) if m.singular_values]
     every = max(1, -(-len(drawn) // MOST_LINES))
     return tuple(Line(bare(modules[at].target), points(modules[at]), at) for at in drawn[::every])
-
-
-def energy_of(values: Sequence[float]) -> list[tuple[float, float]]:
-    """(rank, percentage of the squares that so many values hold), from rank 0 on."""
-    whole, held, found = sum(value * value for value in values), 0.0, [(0.0, 0.0)]
-    for rank, value in enumerate(values, 1):
-        held += value * value
-        found.append((rank, 100 * held / whole if whole else 0.0))
-    return found
 
 
 def what_resize_keeps(suggestions: Sequence[Suggestion]) -> Table:

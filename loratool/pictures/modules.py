@@ -5,13 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from loratool.layouts.diffusion.blocks import BASE
 from loratool.pictures.blocks import MOST_ROWS
 from loratool.pictures.heat_map import Cell
+from loratool.results.blocks import block_of, is_of_images, kind_of, place
 from loratool.results.text import mean_of
 
 LAYER = re.compile(r"(?<![^.])\d+(?![^.])")
 MOST_CELLS = 4000  # of a map; of more modules, those that differ in numbers only, such as experts, share one
+# Of names in image models: all up to what a module is called in its block, and the numbers of blocks within a block.
+BLOCK = re.compile(r".*(?:blocks?|layers|resnets|attentions|samplers)[._]\d+[._](?:\d+[._](?=[a-z]))?")
+INNER = re.compile(r"(?:transformer_blocks|resblocks|layers|block)[._](\d+)[._]")
+NO_LAYER = "–"  # the column of modules that are in no layer
+AT_END = {"OUT": 1, BASE: 2}  # OUT without a number is what follows all blocks
+NUMBERED = ("D", "S", "L")  # kinds of blocks whose own number says all
+Key = tuple[Any, ...]  # by which columns are sorted
 # Modules of one layer in the order in which they are computed.
 ORDER = (
     *(
@@ -82,20 +92,52 @@ class Places:
 
 
 def places_of(targets: Iterable[str]) -> Places:
-    """The places of targets: layers in the order of their numbers, those without one last; attention first."""
-    found = {target: place_of(target) for target in targets}
-    if len(found) > MOST_CELLS:
-        found = {target: (layer, LAYER.sub("*", name)) for target, (layer, name) in found.items()}
-    layered = {name for layer, name in found.values() if layer is not None}
-    start = common([*(layered or {name for _, name in found.values()})])
-    kinds = sorted({name for _, name in found.values()}, key=lambda name: (name not in layered, *order_of(name)))
-    layers = sorted({layer for layer, _ in found.values()}, key=lambda layer: (layer is None, layer or 0))
-    places = {target: (kinds.index(name), layers.index(layer)) for target, (layer, name) in found.items()}
+    """The places of targets: layers in the order of their numbers, those without one last; attention first.
+
+    Of image models, blocks are columns, in the order in which the model runs them.
+    """
+    every = list(targets)
+    find = image_place if is_of_images(every) else layer_place
+    together = len(every) > MOST_CELLS
+    found: dict[str, tuple[Key, str, str]] = {}  # target → key and label of its column, and name of its row
+    taken = set[tuple[Key, str]]()
+    for target in every:
+        key, label, name = find(target)
+        if together:
+            name = LAYER.sub("*", name)
+        elif (key, name) in taken:
+            name = bare(target)
+        found[target] = key, label, name
+        taken.add((key, name))
+    names = {name for _, _, name in found.values()}
+    layered = {name for _, label, name in found.values() if label not in (NO_LAYER, BASE)}
+    start = common([*(layered or names)])
+    kinds = sorted(names, key=lambda name: (name not in layered, *order_of(name)))
+    columns = dict(sorted({(key, label) for key, label, _ in found.values()}))
+    row = {name: at for at, name in enumerate(kinds)}
+    column = {key: at for at, key in enumerate(columns)}
+    places = {target: (row[name], column[key]) for target, (key, _, name) in found.items()}
     return Places(
         tuple(name.removeprefix(start) for name in kinds),
-        tuple("–" if layer is None else str(layer) for layer in layers),
+        tuple(columns.values()),
         dict(sorted(places.items(), key=lambda item: item[1])),
     )
+
+
+def layer_place(target: str) -> tuple[Key, str, str]:
+    """The layer of a module, by its number, and the module's name."""
+    layer, name = place_of(target)
+    return ((layer is None, layer or 0), NO_LAYER if layer is None else str(layer), name)
+
+
+def image_place(target: str) -> tuple[Key, str, str]:
+    """The block of a module of an image model, such as IN04.1 for a transformer in a block, and its name there."""
+    path, block = bare(target), block_of(target)
+    match = BLOCK.match(path)
+    inner = INNER.findall(match[0]) if match and kind_of(block) not in NUMBERED else []
+    number = int(inner[-1]) if inner else -1
+    label = f"{block}.{number}" if inner else block
+    return (AT_END.get(block, 0), place(block), number), label, path[match.end() :] if match else path
 
 
 def bare(target: str) -> str:

@@ -64,3 +64,12 @@ def energy_by_rank(modules: Sequence[Measured]) -> Bars:
         bars=tuple(bars),
         longest=1.0,
     )
+
+
+def energy_of(values: Sequence[float]) -> list[tuple[float, float]]:
+    """(rank, percentage of the squares that so many values hold), from rank 0 on."""
+    whole, held, found = sum(value * value for value in values), 0.0, [(0.0, 0.0)]
+    for rank, value in enumerate(values, 1):
+        held += value * value
+        found.append((rank, 100 * held / whole if whole else 0.0))
+    return found

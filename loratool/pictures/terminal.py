@@ -19,6 +19,7 @@ from loratool.errors import escaped
 from loratool.pictures.bars import Bars
 from loratool.pictures.drawing import Figure
 from loratool.pictures.heat_map import HeatMap
+from loratool.pictures.modules import NO_LAYER
 from loratool.results.text import figure as in_digits, fitted, mean_of
 
 LEAST_NAME, LEAST_BAR, LONGEST_BAR = 12, 10, 48  # characters
@@ -84,8 +85,10 @@ def shown(figures: Iterable[Figure], terminal: Terminal) -> str:
 
 
 def worth(chart: Chart) -> bool:
-    """Whether a chart compares anything."""
-    return len(chart.rows) > 1 or any(len(row.shares) > 1 for row in chart.rows)
+    """Whether a chart compares anything: it has several rows or cells, and cells of more than one density."""
+    cells = [share for row in chart.rows for share in row.shares if share is not None]
+    are_bars = all(len(row.shares) == 1 for row in chart.rows)
+    return len(cells) > 1 and (are_bars or len({step_of(share, len(SHADES)) for share in cells}) > 1)
 
 
 def chart_of(figure: Bars | HeatMap) -> Chart:
@@ -104,8 +107,8 @@ def chart_of(figure: Bars | HeatMap) -> Chart:
         )
         for name, values in rows_of(figure)
     )
-    ends = (figure.columns[0], figure.columns[-1])[: len(figure.columns)]
-    across = f", {ends[0]} to {ends[1]}" if len(ends) > 1 and all(end.isdigit() for end in ends) else ""
+    layers = [column for column in figure.columns if column != NO_LAYER]
+    across = f", {layers[0]} to {layers[-1]}" if len(layers) > 1 and not figure.numbers else ""
     return Chart(figure.title + across, tuple(rows), in_digits(low), in_digits(high))
 
 

@@ -121,7 +121,7 @@ def test_cells_are_denser_for_larger_values_and_blank_where_there_is_none() -> N
 
 def test_negative_cells_have_a_sign_and_numbers_next_to_them() -> None:
     assert shown([heat_map((1.0, -0.5), (-0.001, -1.0), numbers=True)], PLAIN).split("\n") == [
-        "Map, 0 to 1   0 ·░▒▓█ 1",
+        "Map   0 ·░▒▓█ 1",
         "row 0  ████-▒▒▒   1.00 -0.50",
         "row 1  ····-███   0.00 -1.00",
     ]
