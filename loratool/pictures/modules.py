@@ -63,10 +63,10 @@ class Places:
             together: makes one value of those that share a place; their mean, unless something else is given.
         """
         at: dict[tuple[int, int], list[str]] = {}
-        for target, place in self.of.items():
+        for target, cell in self.of.items():
             if target in values:
-                at.setdefault(place, []).append(target)
-        return tuple(self.cell(*place, targets, values, entries or {}, together) for place, targets in at.items())
+                at.setdefault(cell, []).append(target)
+        return tuple(self.cell(*cell, targets, values, entries or {}, together) for cell, targets in at.items())
 
     def cell(
         self,

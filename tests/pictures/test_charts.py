@@ -265,7 +265,7 @@ def test_a_terminal_gets_the_text_and_below_it_the_charts(
     assert "█" not in text
     assert "\x1b" not in text
     shown = look(arguments)
-    assert shown.startswith(text + "\nMemory for training")
+    assert shown.startswith(text + "\nMemory of training")
     assert ESCAPE.search(shown)
     monkeypatch.setenv("NO_COLOR", "1")
     assert look(arguments) == ESCAPE.sub("", shown)

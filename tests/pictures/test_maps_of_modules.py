@@ -12,8 +12,8 @@ def test_layers_are_columns_in_the_order_of_their_numbers_and_attention_comes_fi
     names = ["mlp.up_proj", "self_attn.v_proj", "self_attn.q_proj"]
     places = places_of([f"model.layers.{at}.{name}.weight" for at in (10, 2) for name in names] + ["lm_head.weight"])
     assert places.columns == ("2", "10", "–")
-    assert places.rows == ("self_attn.q_proj", "self_attn.v_proj", "lm_head", "mlp.up_proj")
-    assert places.of["model.layers.10.mlp.up_proj.weight"] == (3, 1)
+    assert places.rows == ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "lm_head")
+    assert places.of["model.layers.10.mlp.up_proj.weight"] == (2, 1)
 
 
 def test_transformers_within_a_block_of_sdxl_have_columns_of_their_own() -> None:
