@@ -33,6 +33,11 @@ WAY_OUT = (
 
 
 ATTENTION = ".in_proj_weight"  # of an nn.MultiheadAttention, which is adapted with its out_proj
+EXPERT_LAYERS = {
+    "gate_proj": "w1",
+    "down_proj": "w2",
+    "up_proj": "w3",
+}  # of one expert, as most models and Mixtral call them
 EXPERTS = re.compile(
     "|".join(
         rf"(?:.*\.)?{re.escape(part).replace(re.escape('#'), '[0-9]+')}"
@@ -326,3 +331,10 @@ def why_not(update: Update, verb: str) -> str:
 def is_expert(target: str) -> bool:
     """Whether a target is the weight of one expert, such as `….experts.3.w1.weight`."""
     return EXPERTS.fullmatch(target) is not None
+
+
+def expert_place(target: str) -> tuple[str, int, str] | None:
+    """What stands before the experts, the number of one, and its layer in today's words; None for any other weight."""
+    match = re.fullmatch(r"(.+)\.experts\.(\d+)\.(\w+)\.weight", target, re.ASCII)
+    leaf = next((new for new, old in EXPERT_LAYERS.items() if match and match[3] in (new, old)), "")
+    return (match[1], int(match[2]), leaf) if match and leaf else None

@@ -15,9 +15,11 @@ from torch import Tensor
 from trainer_layouts import HIDDEN, RANK, numbers, write_base
 
 import loratool
+from loratool.files.gguf import read_gguf
 from loratool.results.facts import AdapterFacts
 
 EXPERTS, INNER = 3, 4
+MIXTRAL = {"up_proj": "w3", "down_proj": "w2"}  # what it calls the layers of an expert
 
 
 @pytest.fixture(scope="module")
@@ -166,3 +168,83 @@ def test_experts_of_mlx_stay_in_one_tensor(verb: str, tmp_path: Path) -> None:
     for leaf in ("up_proj", "down_proj"):
         wanted = torch.stack([change(adapter, expert, leaf) for expert in range(EXPERTS)])
         torch.testing.assert_close(stacked(out, leaf), factor * wanted, rtol=1e-5, atol=1e-6)
+
+
+# ---- experts in llama.cpp's one tensor for all ----
+
+
+def gguf_stacks(path: Path) -> dict[str, Tensor]:
+    """ΔW of every stack as `llama-graph.cpp` computes it: α / rank · B_e A_e, of (experts, rank, in) and (experts, out, rank)."""
+    file = read_gguf(path)
+    raw = path.read_bytes()
+
+    def values(name: str) -> Tensor:
+        info = file.tensors[name]
+        at = file.position(info)
+        return torch.frombuffer(bytearray(raw[at : at + info.nbytes]), dtype=torch.float32).view(info.shape).double()
+
+    alpha = file.values["adapter.lora.alpha"]
+    names = [name.removesuffix(".lora_a") for name in file.tensors if name.endswith("_exps.weight.lora_a")]
+    pairs = {name: (values(f"{name}.lora_a"), values(f"{name}.lora_b")) for name in names}
+    return {name: alpha / a.shape[1] * (b @ a) for name, (a, b) in pairs.items()}
+
+
+def moe_model(folder: Path, kind: str) -> Path:
+    folder.mkdir()
+    save_file({"model.norm.weight": torch.ones(4)}, folder / "model.safetensors")
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    (folder / "config.json").write_text(json.dumps({"model_type": kind, "num_experts": 4, **heads}))
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "packed"), [("qwen3_moe", False), ("qwen3_moe", True), ("mixtral", False)])
+def test_experts_are_stacked_for_llama_cpp_and_come_apart_again(tmp_path: Path, kind: str, packed: bool) -> None:
+    """Those that the adapter does not change have zeros; PEFT's one parameter for gate and up is cut."""
+    model, given = moe_model(tmp_path / "model", kind), experts(tmp_path / "adapter", (0, 2))
+    adapter = given
+    if kind == "mixtral":
+        tensors = load_file(given / "adapter_model.safetensors")
+        old = {"mlp": "block_sparse_moe", **MIXTRAL}
+        named = {".".join(old.get(part, part) for part in name.split(".")): t for name, t in tensors.items()}
+        save_file(named, given / "adapter_model.safetensors")
+        config = json.loads((given / "adapter_config.json").read_text())
+        (given / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["w3", "w2"]}))
+    elif packed:
+        adapter = tmp_path / "packed"
+        loratool.convert(given, adapter, to="peft-fused")
+    loratool.convert(adapter, tmp_path / "a.gguf", to="gguf", base=model)
+    found = gguf_stacks(tmp_path / "a.gguf")
+    wanted = change if kind != "mixtral" else mixtral_change
+    for leaf, stack in {"up_proj": "blk.0.ffn_up_exps.weight", "down_proj": "blk.0.ffn_down_exps.weight"}.items():
+        assert found[stack].shape[0] == 4
+        assert not bool(found[stack][[1, 3]].any())
+        for expert in (0, 2):
+            torch.testing.assert_close(found[stack][expert], wanted(given, expert, leaf), rtol=1e-6, atol=1e-7)
+    loratool.convert(tmp_path / "a.gguf", tmp_path / "back", to="peft")
+    after = load_file(tmp_path / "back" / "adapter_model.safetensors")
+    assert "base_model.model.model.layers.0.mlp.experts.2.up_proj.lora_A.weight" in after
+
+
+def mixtral_change(adapter: Path, expert: int, leaf: str) -> Tensor:
+    """ΔW of an expert under Mixtral's names."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    start = f"base_model.model.model.layers.0.block_sparse_moe.experts.{expert}.{MIXTRAL[leaf]}.lora_"
+    a, b = (tensors[f"{start}{side}.weight"].double() for side in "AB")
+    return 0.5 * (b @ a)
+
+
+def test_a_gguf_adapter_of_experts_merges_to_what_it_was_made_of(tmp_path: Path) -> None:
+    """Written and read back, and merged into experts that are apart."""
+    given, model = experts(tmp_path / "adapter"), tmp_path / "model"
+    model.mkdir()
+    sizes = {"up_proj": (INNER, HIDDEN), "down_proj": (HIDDEN, INNER)}
+    names = {(n, leaf): f"model.layers.0.mlp.experts.{n}.{leaf}.weight" for n in range(EXPERTS) for leaf in sizes}
+    weights = {name: numbers(*sizes[leaf], seed=n) for (n, leaf), name in names.items()}
+    save_file(weights, model / "model.safetensors")
+    (model / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "num_experts": EXPERTS}))
+    loratool.convert(given, tmp_path / "a.gguf", to="gguf", base=model)
+    loratool.merge(model, tmp_path / "a.gguf", tmp_path / "out", device="cpu")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for (n, leaf), name in names.items():
+        wanted = (weights[name].double() + change(given, n, leaf)).float()
+        torch.testing.assert_close(merged[name], wanted, rtol=1e-6, atol=1e-6)

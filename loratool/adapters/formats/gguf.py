@@ -17,7 +17,7 @@ from typing import Any
 
 from loratool.adapters.adapter import Adapter, StoredTensor
 from loratool.adapters.formats.format import Config, Format
-from loratool.adapters.formats.gguf_writing import GgufNames, Model, losses
+from loratool.adapters.formats.gguf_writing import GgufNames, Model, losses, stack_of
 from loratool.adapters.formats.rows import derived, entry_of
 from loratool.adapters.gguf_names import Back, InModel, in_model, order_of
 from loratool.adapters.layers import Kind
@@ -164,6 +164,9 @@ class GgufAdapter(Format):
     ) -> AbstractContextManager[TensorFile]:
         model = self.model or Model.of({})
         return gguf_tensor_file(path, metadata, model.values, model.order)
+
+    def stack_of(self, target: str, config: Config) -> tuple[str, int] | None:  # noqa: ARG002 (all have one name for it)
+        return stack_of(target)
 
     def losses(self, adapter: Adapter, dialect: str = "") -> tuple[Note, ...]:  # noqa: ARG002 (there is one)
         return losses(adapter)

@@ -10,22 +10,23 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.format import FactorsOnly, Parts, Shape, most_common
 from loratool.adapters.gguf_names import in_model, order_of
-from loratool.adapters.layers import Form, Kind
+from loratool.adapters.layers import Form, Kind, expert_place
 from loratool.adapters.model_settings import attention_heads, model_types
 from loratool.algebra.lowrank.products import Product
 from loratool.algebra.updates.additive import Add, LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
+from loratool.algebra.updates.experts import ExpertFactors
 from loratool.algebra.updates.replacing import Replace
 from loratool.errors import FitError, InputError, printable
-from loratool.layouts.gguf import ARCHITECTURES, MODEL_TYPES, Architecture
+from loratool.layouts.gguf import ARCHITECTURES, MODEL_TYPES, STACKS, Architecture
 from loratool.lazy import Tensor
 from loratool.notes import Note
 from loratool.results.repairs import some
@@ -67,7 +68,8 @@ class Model:
             if there == module:
                 return f"{name}.weight"
         match = re.fullmatch(rf"{re.escape(self.architecture.layers)}\.(?P<layer>\d+)\.(?P<module>.+)", module)
-        found = [name for name, there in self.architecture.modules.items() if match and there == match["module"]]
+        names = {**self.architecture.modules, **STACKS}
+        found = [name for name, there in names.items() if match and there == match["module"]]
         return f"blk.{match['layer']}.{found[0]}.weight" if match and found else None
 
     def order(self, name: str, rows: int) -> list[int] | None:
@@ -96,7 +98,7 @@ class GgufNames(FactorsOnly):
     def __init__(self, form: Format, kinds: Mapping[str, Kind], model: Model) -> None:
         self.form, self.kinds, self.model = form, kinds, model
         self.names = {target: model.name(target) for target in kinds}
-        odd = [t for t, kind in kinds.items() if kind not in (Kind.LINEAR, Kind.EMBEDDING) or self.names[t] is None]
+        odd = [t for t, kind in kinds.items() if self.names[t] is None or not is_loaded(t, kind)]
         if odd:
             raise FitError(f"llama.cpp has no {model.kind} weights of these names:", map(printable, odd))
         tied = model.config.get("tie_word_embeddings") is True or not model.architecture.has_head
@@ -109,11 +111,19 @@ class GgufNames(FactorsOnly):
     def shapes(self, form: Form) -> tuple[Shape, Shape]:
         if form.kind is Kind.EMBEDDING:
             return (form.rows, form.rank), (form.columns, form.rank)
+        if form.kind is Kind.PARAMETER:
+            return (form.experts, form.rank, form.columns), (form.experts, form.rows, form.rank)
         return (form.rank, form.columns), (form.rows, form.rank)
 
     def stored(self, form: Form, found: Product) -> tuple[Tensor, Tensor]:
         a, b = (found.up, found.down.T) if form.kind is Kind.EMBEDDING else (found.down, found.up)
         return a.contiguous(), b.contiguous()
+
+    def read_as(self, target: str) -> Callable[[int], str] | None:
+        if not is_stack(target):
+            return None
+        layer, _, part = target.removesuffix(".weight").rpartition(".")
+        return lambda number: f"{layer}.{number}.{part}.weight"
 
     def scales(self, wanted: Mapping[str, float]) -> dict[str, float]:
         """One for all, as α is; 1 where α would be 0, which llama.cpp takes for a scale of 1."""
@@ -127,6 +137,26 @@ class GgufNames(FactorsOnly):
 
     def describe(self, sources: Sequence[Adapter], parts: Parts) -> dict[str, Any]:
         return dict(self.header(sources, parts))
+
+
+def is_stack(target: str) -> bool:
+    """Whether a target is the weight of all experts of a layer."""
+    return target.removesuffix(".weight").endswith(tuple(f".{there}" for there in STACKS.values()))
+
+
+def is_loaded(target: str, kind: Kind) -> bool:
+    """Whether llama.cpp loads factors of a kind of layer: of experts, as stacks alone."""
+    return kind is Kind.PARAMETER if is_stack(target) else kind in (Kind.LINEAR, Kind.EMBEDDING)
+
+
+def stack_of(target: str) -> tuple[str, int] | None:
+    """The weight of all experts that llama.cpp has for the weight of one, and the number of that one."""
+    if (place := expert_place(target)) is None:
+        return None
+    start, number, leaf = place
+    layer = re.match(r"(.+\.\d+)\.", start)
+    found = [there for there in STACKS.values() if there.rpartition(".")[2] == leaf]
+    return (f"{layer[1]}.{found[0]}.weight", number) if layer and found else None
 
 
 def as_float32(value: float) -> float:
@@ -147,7 +177,7 @@ def losses(adapter: Adapter) -> tuple[Note, ...]:
 def unloadable(update: Update) -> str:
     """What an update is called that is no plain LoRA; empty for one that is."""
     match update:
-        case LowRank(kernel=()):
+        case LowRank(kernel=()) | ExpertFactors():
             return ""
         case Magnitude():
             return "DoRA"

@@ -10,7 +10,6 @@ of 2024, whose `lora.py` wrote no config.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 from loratool.adapters.adapter import Adapter, StoredTensor
 from loratool.adapters.formats.format import Config, FactorsOnly, Format, Parts, most_common, uneven_dora
 from loratool.adapters.formats.rows import entry_of
-from loratool.adapters.layers import Contents, Form, Kind, is_expert
+from loratool.adapters.layers import EXPERT_LAYERS, Contents, Form, Kind, expert_place, is_expert
 from loratool.adapters.model_settings import model_types
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.adapters.training import Training
@@ -47,7 +46,6 @@ A, B, M = ".lora_a", ".lora_b", ".m"
 CHECKPOINTS = "*_adapters.safetensors"  # which training leaves every so many steps: 0000100_adapters.safetensors
 EXPERT_CONTAINERS = ("switch_mlp", "experts", "switch_glu")
 OLD_CONTAINER = "block_sparse_moe"  # whose experts transformers calls w1, w2 and w3
-EXPERT_LAYERS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 # Model types whose layers of all experts are in another container than the first.
 CONTAINERS = {
     **dict.fromkeys(("llama4", "llama4_text", "dots1", "afmoe", "Klear", "gpt_oss"), "experts"),
@@ -188,14 +186,13 @@ def experts_of(module: str) -> Callable[[int], str] | None:
 
 def stack_of(target: str, config: Mapping[str, Any]) -> tuple[str, int] | None:
     """The weight of all experts that mlx-lm has for the weight of one, and the number of that one; None for any other."""
-    match = re.fullmatch(r"(.+)\.experts\.(\d+)\.(\w+)\.weight", target)
-    called = {**{name: name for name in EXPERT_LAYERS}, **{old: name for name, old in EXPERT_LAYERS.items()}}
-    if match is None or match[3] not in called:
+    if (place := expert_place(target)) is None:
         return None
+    start, number, leaf = place
     container = next(
         (CONTAINERS[kind] for kind in sorted(model_types(config)) if kind in CONTAINERS), EXPERT_CONTAINERS[0]
     )
-    return f"{match[1]}.{container}.{called[match[3]]}.weight", int(match[2])
+    return f"{start}.{container}.{leaf}.weight", number
 
 
 def is_embedding(module: str) -> bool:
