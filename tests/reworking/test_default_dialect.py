@@ -183,7 +183,7 @@ def gguf_stacks(path: Path) -> dict[str, Tensor]:
         at = file.position(info)
         return torch.frombuffer(bytearray(raw[at : at + info.nbytes]), dtype=torch.float32).view(info.shape).double()
 
-    alpha = file.values["adapter.lora.alpha"]
+    alpha = float(str(file.values["adapter.lora.alpha"]))
     names = [name.removesuffix(".lora_a") for name in file.tensors if name.endswith("_exps.weight.lora_a")]
     pairs = {name: (values(f"{name}.lora_a"), values(f"{name}.lora_b")) for name in names}
     return {name: alpha / a.shape[1] * (b @ a) for name, (a, b) in pairs.items()}
