@@ -171,6 +171,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name in EXPORTS:
         return getattr(import_module(f"loratool.{EXPORTS[name]}"), name)
+    if name == "nn":  # a module of its own, as torch.nn is
+        return import_module("loratool.nn")
     raise AttributeError(f"module 'loratool' has no attribute {name!r}")
 
 

@@ -43,6 +43,11 @@ def test_all_is_the_exports_and_the_version_in_order() -> None:
     assert set(dir(loratool)) == set(loratool.__all__)
 
 
+def test_the_layers_are_an_attribute_as_those_of_torch_are() -> None:
+    """`import loratool` is enough for `loratool.nn.LoRALinear`, and does not import torch."""
+    assert loratool.nn.LoRALinear(4, 2, r=1).lora_B.shape == (4, 1)
+
+
 def test_a_star_import_gives_all_of_them() -> None:
     namespace: dict[str, object] = {}
     exec("from loratool import *", namespace)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import warnings
 from contextlib import suppress
@@ -59,6 +60,7 @@ COMMANDS = {  # name, which is its module's too → what the list of commands sa
 
 
 HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
+EXTRA = re.compile(r"unexpected extra arguments? \((.+)\)")  # Click's words
 MODULES = {"run": "manifest"}  # of commands whose module has another name
 
 
@@ -70,6 +72,11 @@ def command(name: str) -> click.Command:
     return forgiving(found)
 
 
+def near_command(word: str) -> str:
+    """The command that a word was probably meant to be; empty where none is near."""
+    return next(iter(get_close_matches(word, COMMANDS, 1)), "")
+
+
 class Commands(click.Group):
     """The commands, each imported when it is asked for: help and completion wait for none of them."""
 
@@ -78,6 +85,14 @@ class Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         return command(cmd_name) if cmd_name in COMMANDS else None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            meant = f"; did you mean {near!r}?" if (near := near_command(args[0])) else ""
+            ctx.fail(f"there is no command {printable(repr(args[0]))}{meant}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):
@@ -173,7 +188,7 @@ def run_command(arguments: list[str], verbose: bool) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:
-        return failed(arguments, UsageError(error.format_message(), hint=step_after(error)), usage_of(error))
+        return failed(arguments, UsageError(error.format_message(), hint=step_after(error, arguments)), usage_of(error))
     except LoratoolError as error:
         return failed(arguments, error)
     except (KeyboardInterrupt, click.Abort) as error:
@@ -223,17 +238,34 @@ def usage_of(error: click.ClickException) -> str:
     return f"{context.get_usage()}\n\n" if context else ""
 
 
-def step_after(error: click.ClickException) -> str:
+def step_after(error: click.ClickException, arguments: list[str]) -> str:
     """The next command after words that Click does not take: the one that was meant, or its help."""
+    from loratool.fetching.next_steps import typed
+
     context = getattr(error, "ctx", None)
-    path = context.command_path if context else "loratool"
+    word = next(iter(arguments), "")
+    if context and context.parent is None and (near := near_command(word)):
+        return typed(near, *arguments[1:])
     if (
         context
-        and context.parent is None
-        and (near := get_close_matches(str(error.message).split("'")[1:2][0], COMMANDS, 1))
+        and (match := EXTRA.search(error.format_message()))
+        and (step := with_extra(context, arguments, match[1]))
     ):
-        return f"loratool {near[0]} --help"
+        return step
+    path = context.command_path if context else " ".join(["loratool", *([word] if word in COMMANDS else ())])
     return f"{path} --help"
+
+
+def with_extra(context: click.Context, arguments: list[str], extra: str) -> str:
+    """The command with operands that it takes as options only: the output, or what `verify` compares with."""
+    from loratool.fetching.next_steps import typed
+
+    words = [word for word in arguments if word in extra.split()]
+    rest = [word for word in arguments if word not in words]
+    if context.info_name == "verify" and len(words) > 1 and "--base" not in rest:
+        return typed(*rest, "--base", words[0], *(each for word in words[1:] for each in ("--adapter", word)))
+    takes_output = any("-o" in option.opts for option in context.command.params)
+    return typed(*rest, "-o", *words) if takes_output and len(words) == 1 and not {"-o", "--output"} & {*rest} else ""
 
 
 def failed(arguments: list[str], error: LoratoolError, before: str = "") -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from loratool.cli.options import library_command
-from loratool.cli.topics import TOPICS, text_of
+from loratool.cli.topics import TOPICS, list_of_topics, text_of
 from loratool.errors import UsageError, printable
 from loratool.options.described import Options, nearest
 from loratool.results.texts import HelpText
@@ -27,7 +27,7 @@ def show_topic(topic: str = "") -> HelpText:
             f"there is no topic {printable(repr(topic))}; topics are {', '.join(TOPICS)}",
             hint=f"loratool help {meant}" if meant else "loratool help",
         )
-    return HelpText("", f"loratool help TOPIC, where TOPIC is a command or one of\n  {', '.join(TOPICS)}")
+    return HelpText("", list_of_topics())
 
 
 def commands_of(context: click.Context) -> dict[str, click.Command]:

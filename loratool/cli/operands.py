@@ -160,10 +160,15 @@ def check_output(context: click.Context, words: dict[str, Any]) -> None:
 
 
 def without_output(context: click.Context) -> UsageError:
-    """The error for a command that has no OUT, with the whole command to type."""
-    return UsageError(
-        "Missing option '-o' / '--output', so nothing was written", hint=f"-o {shlex.quote(free_name(context))}"
-    )
+    """The error for a command that has no OUT, with the whole command to type; the last word may have been meant as OUT."""
+    from loratool.fetching.next_steps import same_path, typed
+
+    sentence = "Missing option '-o' / '--output', so nothing was written"
+    arguments: Sequence[str] = context.find_root().obj or ()
+    *others, last = context.meta[OPERANDS] or [None]
+    if len([each for each in others if each.kind]) > 1 and not last.kind and same_path(arguments[-1], last.word):
+        return UsageError(sentence, hint=typed(*arguments[:-1], "-o", arguments[-1]))
+    return UsageError(sentence, hint=f"-o {shlex.quote(free_name(context))}")
 
 
 def free_name(context: click.Context) -> str:

@@ -125,6 +125,7 @@ LEARNING = """\
 LoRA trains W' = W + (alpha/r)·B·A, with B (out, r) and A (r, in) instead of W.
 
   loratool demo                         a base and an adapter, made and merged
+  loratool demo ./lesson --learn        six steps on files, explained
   loratool estimate ./base --rank 8 --target q_proj,v_proj
                                         parameters and memory before training
   loratool inspect ./my-adapter --values
@@ -166,6 +167,26 @@ TOPICS: Mapping[str, str | Callable[[], str]] = {
     "servers": known_servers,
     "learning": LEARNING,
 }
+
+
+SUMMARIES = {  # what a topic is about, in the list of topics
+    "operands": "what BASE and ADAPTER can be",
+    "dialects": "adapters of other tools: reading and writing them",
+    "quantised": "bases in 4 or 8 bits",
+    "memory": "how much a merge needs, and how to limit it",
+    "rounding": "small updates in 16-bit models",
+    "exit-codes": "for scripts",
+    "hub": "repositories, tokens and the cache",
+    "json": "results for programs",
+    "servers": "what vLLM, SGLang and others take",
+    "learning": "what LoRA is, shown on files",
+}
+
+
+def list_of_topics() -> str:
+    """The topics, each with what it is about."""
+    lines = [f"  {topic:<12}{about}" for topic, about in SUMMARIES.items()]
+    return "\n".join(["loratool help TOPIC, where TOPIC is a command or one of", *lines])
 
 
 def text_of(topic: str) -> str:

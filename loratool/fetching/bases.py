@@ -34,15 +34,15 @@ def base_of(adapters: Sequence[Path]) -> str:
     names = list(dict.fromkeys(named_base(path) for path in adapters))
     if "" in names or not names:
         raise UsageError(
-            "the adapter's config does not name its base (base_model_name_or_path); pass the base's path or Hub id as "
-            "BASE"
+            "the adapter's config does not name its base (base_model_name_or_path); name the base, by its path or Hub "
+            "id, with --base"
         )
     if len(names) > 1:
         raise UsageError(
-            f"the adapters name several bases ({', '.join(map(printable, names))}); pass one of them as BASE"
+            f"the adapters name several bases ({', '.join(map(printable, names))}); name one of them with --base"
         )
     if not os.path.lexists(names[0]) and parse(names[0]) is None:
         raise UsageError(
-            f"the adapter names its base {printable(names[0])}, which was not found; pass its path or Hub id as BASE"
+            f"the adapter names its base {printable(names[0])}, which was not found; name it, by its path or Hub id, with --base"
         )
     return names[0]

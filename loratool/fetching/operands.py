@@ -20,7 +20,7 @@ from loratool.adapters.formats import is_adapter
 from loratool.errors import LoratoolError, printable
 from loratool.fetching.bases import AUTO
 from loratool.files.checkpoint import INDEX_SUFFIX, MODEL_INDEX, NUMBERED, WEIGHT_FILES
-from loratool.files.hub_names import parse
+from loratool.files.hub_names import SCHEME, parse
 from loratool.files.names import at_home
 from loratool.notes import Note
 from loratool.stores.names import is_in_store
@@ -38,6 +38,7 @@ FITTING: dict[Role, tuple[Kind, ...]] = {
 EXCHANGEABLE: tuple[tuple[Role, Role], ...] = (("model", "adapter"), ("model", "any"), ("folder", "repository"))
 # Files by which a folder is somebody's model or adapter, whether it can be read or not: weights, and what describes them.
 WEIGHTS = ("*.safetensors", "*.gguf", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.npz", MODEL_INDEX)
+DESCRIPTIONS = ("config.json", "*_config.json", f"*{INDEX_SUFFIX}", MODEL_INDEX)
 TELLING = (*WEIGHTS, "config.json", "*_config.json")
 WILD = re.compile(r"[*?\[]")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # a folder that transformers' Trainer writes
@@ -103,6 +104,11 @@ def is_bare(folder: Path) -> bool:
     return not any(any(folder.glob(pattern)) for pattern in TELLING)
 
 
+def is_described(folder: Path) -> bool:
+    """Whether a folder has a config or an index, so that it is one model or adapter and not a place for many files."""
+    return any(any(folder.glob(pattern)) for pattern in DESCRIPTIONS)
+
+
 def has_weights(folder: Path) -> bool:
     """Whether a folder has a file of weights itself, or is a pipeline."""
     return any(path.is_file() for pattern in WEIGHTS for path in folder.glob(pattern))
@@ -163,14 +169,14 @@ def nearby(path: Path, role: Role) -> Iterator[tuple[Path, str]]:
     if role == "any" or kind_of_its_own(path, role):
         return
     if not path.is_dir():
-        if path.is_file() and not is_bare(path.parent) and fits(path.parent, role):
+        if path.is_file() and is_described(path.parent) and fits(path.parent, role):
             yield path.parent, f"a file of the {kind_at(path.parent)} in {printable(path.parent)}, which is read"
         return
     if len(inside := below(path, role)) == 1:
         yield inside[0], f"the {kind_at(inside[0])} is in its subfolder {printable(inside[0].name)}, which is read"
         return
     above = Path(os.path.abspath(path)).parent
-    if not inside and is_bare(path) and has_weights(above) and fits(above, role):
+    if not inside and is_bare(path) and has_weights(above) and is_described(above) and fits(above, role):
         yield above, f"holds no weights; the {kind_at(above)} that it is a subfolder of is read"
 
 
@@ -207,12 +213,14 @@ def step_of(folder: Path) -> int:
 
 
 def namesakes(operand: Operand) -> list[Note]:
-    """That a name on the Hub is that of a folder here, too, which is not read."""
-    folder = same_name(operand)
-    if folder is None:
+    """That a name on the Hub is that of a folder here, too, which is not read, or of something in a folder that lacks it."""
+    if (folder := same_name(operand)) is not None:
+        why = f"the folder ./{printable(folder)} here is not used"
+    elif (folder := parent_here(operand)) is not None:
+        why = f"the folder ./{printable(folder)} here does not contain it"
+    else:
         return []
-    said = f"{printable(operand.word)} is read from the Hub; the folder ./{printable(folder)} here is not used"
-    return [Note("operand-on-hub", said)]
+    return [Note("operand-on-hub", f"{printable(operand.word)} is read from the Hub; {why}")]
 
 
 def same_name(operand: Operand) -> str | None:
@@ -221,6 +229,15 @@ def same_name(operand: Operand) -> str | None:
         return None
     name = place.repo.rpartition("/")[2]
     return name if fits(Path(name), operand.role) else None
+
+
+def parent_here(operand: Operand) -> str | None:
+    """The folder here that a name on the Hub would be in, if it were a path."""
+    if operand.role in ("repository", "folder") or operand.kind != "unknown" or is_in_store(operand.word):
+        return None
+    place = parse(operand.word)
+    folder = place.repo.partition("/")[0] if place and not SCHEME.match(operand.word) else ""
+    return folder if folder and os.path.isdir(folder) else None
 
 
 def exchanged(operands: list[Operand], notes: list[Note]) -> tuple[list[Operand], list[Note]]:

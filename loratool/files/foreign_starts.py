@@ -22,3 +22,8 @@ def foreign_start(head: bytes) -> str:
         (what for start, what in FOREIGN_STARTS if head.startswith(start) or head.lstrip().lower().startswith(start)),
         "",
     )
+
+
+def is_text(head: bytes) -> bool:
+    """Whether a file begins with ASCII text, which no length of a header does: it has zeros."""
+    return bool(head) and head.isascii() and all(byte >= 32 or byte in b"\t\n\r" for byte in head)

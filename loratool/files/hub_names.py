@@ -18,6 +18,7 @@ URL = re.compile(rf"{ID}(?:@(?P<revision>refs/(?:pr|convert)/[^/:]+|[^/:@]+))?(?
 PAGE = re.compile(rf"https?:/{{1,2}}(?:huggingface\.co|hf\.co)/(?!datasets/|spaces/){ID}")
 # a name that Git takes, which becomes the name of a file in the Hub's cache
 REVISION = re.compile(r"(?!.*\.\.|.*//|.*/\.|[./-])[^\x00-\x20\x7f~^:?*\[\\]{1,200}(?<![./])")
+ONE_SLASH = re.compile(r"^(s3:|hf:)/(?!/)")
 SCHEME = re.compile(r"hf:/{1,2}")  # a Path has lost one of its slashes
 
 
@@ -35,9 +36,9 @@ class HubPath:
 
 
 def slashed(operand: str | os.PathLike[str]) -> str:
-    """The text of an operand; a `Path` may hold the slashes of a name turned round, and has one of `s3://`."""
+    """The text of an operand; a `Path` may hold the slashes of a name turned round, and has one of `s3://` or `hf://`."""
     text = operand.as_posix() if isinstance(operand, PurePath) else os.fspath(operand)
-    return text.replace("/", "//", 1) if text.startswith("s3:/") and not text.startswith("s3://") else text
+    return ONE_SLASH.sub(r"\1//", text)
 
 
 def parse(operand: str | os.PathLike[str]) -> HubPath | None:

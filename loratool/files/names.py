@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePath, PurePosixPath
 
-from loratool.errors import StorageError, printable
+from loratool.errors import ANOTHER_OUT, StorageError, printable
 from loratool.files.system import create_file
 
 DEVICES = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)\s*(?:\..*)?", re.IGNORECASE | re.DOTALL)
@@ -83,7 +83,9 @@ def check_output_name(out: Path) -> None:
 
 def refused_name(out: Path) -> StorageError:
     """The sentence for an output whose name cannot be that of a folder."""
-    return StorageError(f"{printable(out)}: this file system does not allow that folder name; choose another OUT")
+    return StorageError(
+        f"{printable(out)}: this file system does not allow that folder name; choose another OUT", hint=ANOTHER_OUT
+    )
 
 
 def unusual(names: Iterable[str]) -> Iterator[str]:

@@ -15,7 +15,7 @@ from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.journal import REPLACED, ForeignError, Journal, look, walk
 from loratool.files.locks import is_locked
 from loratool.files.names import is_unusual, refused_name
-from loratool.files.system import create_file, sync_file
+from loratool.files.system import create_file, shell_line, sync_file
 from loratool.files.weight_formats import read_weight_file
 
 if TYPE_CHECKING:
@@ -55,6 +55,11 @@ def check_target(
         out = Path(os.path.realpath(out))
         if not stat.S_ISDIR(out.parent.stat().st_mode):
             raise StorageError(f"{shown}: {printable(out.parent)} is not a folder")
+    except FileNotFoundError:
+        parents = ("mkdir", str(out.parent)) if os.altsep else ("mkdir", "-p", str(out.parent))
+        raise StorageError(
+            f"{shown}: the folder {printable(out.parent)} does not exist; create it first", hint=shell_line(parents)
+        ) from None
     except OSError as error:
         raise StorageError(f"{shown}: cannot create it in {printable(out.parent)}: {error.strerror}") from error
     around = identities(out)

@@ -5,6 +5,7 @@ psutil would be one more package to install, for two numbers.
 
 from __future__ import annotations
 
+import codecs
 import gc
 import os
 import signal
@@ -22,6 +23,16 @@ resource = system.optional("resource")
 STATUS = Path("/proc/self")  # where the kernel tells what it knows of this process
 # ru_maxrss is in KiB, but on kernels that count bytes; those have a clock of this name
 MAXRSS_UNIT = 1 if hasattr(time, "CLOCK_UPTIME_RAW") else 1024  # bytes
+
+# What a console prints in the place of a character that it lacks: one for one, so that columns stay in line.
+SPELLED_PLAINLY = "loratool-plain"  # the name of the error handler that does it
+PLAIN = dict(
+    zip(
+        "‖ΔαβσΣλ→←−–—⊙⊗√ᵀ₀₁₂⁻²³⁶≤≥≈⟨⟩×·±µ│─├└┘┐┤┬░▒▓█…“”‘’",
+        "|dabsSl><---*@vT012-236<>~<>x*~u|-+`'.++.:##.\"\"''",
+        strict=True,
+    )
+)
 
 
 def resident_memory() -> int | None:
@@ -52,9 +63,9 @@ def cores() -> int:
 
 def host_name() -> str:
     """The name of this machine, as others may know it."""
-    import platform  # here, so that help does not wait for it
+    import socket  # here, so that help does not wait for it
 
-    return platform.node() or "unknown"
+    return socket.gethostname() or "unknown"
 
 
 def is_running(pid: int) -> bool:
@@ -87,11 +98,21 @@ def on_stop(handle: Callable[[bool], None]) -> None:
             signal.signal(number, asked)
 
 
+def plainly(error: UnicodeError) -> tuple[str, int]:
+    """What a console prints for characters that it lacks: |dW| for ‖ΔW‖."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(PLAIN.get(each, "?") for each in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error(SPELLED_PLAINLY, plainly)
+
+
 def prepare_streams() -> None:
     """Make stdout and stderr fit to be written to.
 
     Streams that are closed get the null device; else the next file opened would get their number. Consoles with a small
-    character set get a question mark for what they do not have.
+    character set get the nearest characters that they have, as wide, and a question mark where there is none.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
@@ -101,7 +122,7 @@ def prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         small = "utf" not in (getattr(stream, "encoding", None) or "utf").lower()
         if small and hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors=SPELLED_PLAINLY)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from loratool.errors import InputError, printable
-from loratool.files.foreign_starts import foreign_start
+from loratool.files.foreign_starts import foreign_start, is_text
 from loratool.files.inputs import RepeatedKeyError, json_object, open_regular, unreadable
 from loratool.files.stand_ins import stand_in, told_identity
 from loratool.files.system import copy_in_kernel, read_at, write_at
@@ -324,6 +324,8 @@ def header_length(path: Path, head: bytes, size: int) -> int:
     begins_as_ours = head[PREFIX : PREFIX + 1] == b"{"  # a length of 640 reads like the start of a pickle
     if not begins_as_ours and (what := foreign_start(head)):
         raise InputError(f"{shown}: not a safetensors file: it is {what}")
+    if path.suffix != ".safetensors" and is_text(head) and not head.lstrip().startswith(b"{"):
+        raise InputError(f"{shown}: not a file of weights: it contains text")
     if size < PREFIX:
         raise InputError(
             f"{shown}: the file is truncated: {size} bytes are too few for a safetensors header; copy or download it again"

@@ -6,6 +6,7 @@ A plan is plain data, and making one writes nothing.
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -53,7 +54,7 @@ from loratool.notes import Note
 from loratool.templates import listed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from loratool.adapters.adapter import Adapter
     from loratool.bases.binding import Place
@@ -78,6 +79,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptio
     adapters, strengths = [*adapters, *extras.loaded], (*strengths, *extras.strengths)
     check_supported(adapters)
     notes = [*base.notes, *(note.under(a.name) for a in adapters for note in a.notes), *extras.notes]
+    notes += given_twice(adapters)
     draft = Draft(base, adapters, find_ties(base, adapters), notes, problems=list(extras.problems))
     draft.factors = factors_of(base, options.component_weights, options.block_weights, notes)
     changes = find_changes(draft, strengths, binder, options.allow_new_tensors, extras.problems)
@@ -180,6 +182,14 @@ def becoming_plain(
         plain |= also
     notes += base.notes_on(plain)
     return plain
+
+
+def given_twice(adapters: Sequence[Adapter]) -> Iterator[Note]:
+    """That the same file is merged more than once, which is rarely meant."""
+    times = Counter(adapter.file.path for adapter in adapters)
+    for path in (each for each, count in times.items() if count > 1):
+        (name, *_) = (adapter.name for adapter in adapters if adapter.file.path == path)
+        yield Note("adapter-repeated", f"{name}: given {times[path]} times, so its update is added {times[path]} times")
 
 
 def strengths_of(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptions) -> tuple[float, ...]:

@@ -160,7 +160,13 @@ class Number(Kind):
     def taken(self, value: Any, flag: str) -> Any:
         number = self.number(value)
         if number is None or not math.isfinite(number) or not self.has(number):
-            raise UsageError(f"{flag} must be {self.wanted} (got {printable(value)})")
+            part = (
+                number / 100
+                if number is not None and (self.above, self.high) == (0, 1) and 5 <= number <= 100
+                else None
+            )
+            meant = f"; did you mean {part:g}?" if part else ""
+            raise UsageError(f"{flag} must be {self.wanted} (got {printable(value)}){meant}")
         return number
 
     def number(self, value: Any) -> float | None:

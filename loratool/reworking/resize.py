@@ -377,6 +377,9 @@ def remarks(contents: Contents, modules: Mapping[str, ResizedLayer], dropped: Se
             f"{printable(noise[0])}: each is {ROUNDING_ONLY}"
         )
         yield Note("update-is-rounding", text)
+    if modules and all(m.rank > m.rank_before for m in modules.values()):
+        text = "every layer has a higher rank than before, which changes no update and makes the file larger"
+        yield Note("rank-not-needed", text)
     if len({m.rank for m in modules.values()}) > 1:
         most = max(m.rank for m in modules.values())
         yield (

@@ -39,7 +39,10 @@ def test_every_topic_is_a_screenful_whose_commands_click_takes(topic: str, capsy
 
 
 def test_the_list_of_topics_and_that_of_the_help_are_the_topics(capsys: pytest.CaptureFixture[str]) -> None:
-    assert ", ".join(TOPICS) in shown("help", capsys)
+    """The list says in a few words what each is about."""
+    _, *lines = shown("help", capsys).splitlines()
+    assert [line.split()[0] for line in lines] == [*TOPICS]
+    assert all(len(line.split()) > 2 and len(line) <= 80 for line in lines)
     assert f"TOPIC is {', '.join(TOPICS)}, or a command" in " ".join(shown("help --help", capsys).split())
 
 

@@ -118,7 +118,8 @@ def test_the_module_runs_as_the_command_does() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["bogus"], "No such command 'bogus'"),
+        (["bogus"], "there is no command 'bogus'\n"),
+        (["reszie"], "there is no command 'reszie'; did you mean 'resize'?"),
         (["merge", "base"], "Missing option '-o' / '--output'"),
         (["merge", "base", "-o", "out"], "a merge needs an ADAPTER as well as a BASE"),
         (["merge", "base", "adapter"], "Missing option '-o' / '--output'"),

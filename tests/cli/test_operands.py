@@ -180,7 +180,20 @@ PROPOSED = {
     ),
     "an output that is there": ("merge base style -o merged", 2, "merge base style -o merged --overwrite"),
     "an output that is an input": ("merge base style -o base", 2, "merge base style -o ./base-style"),
-    "an unknown command": ("marge base style", 2, "merge --help"),
+    "a command with a typing error": ("marge base style -o out", 2, "merge base style -o out"),
+    "an option without its value": ("merge base style -o", 2, "merge --help"),
+    "an output without -o": ("merge base style out", 2, "merge base style -o out"),
+    "an output without -o, where only one operand is taken": (
+        "rescale style out --scale 2",
+        2,
+        "rescale style --scale 2 -o out",
+    ),
+    "what verify compares with, as operands": (
+        "verify merged base style",
+        2,
+        "verify merged --base base --adapter style",
+    ),
+    "a folder in one that is not here": ("merge base style -o new/er/out", 6, ""),
     "an unknown option": ("merge base style -o out --nonsense", 2, "merge --help"),
     "an adapter of another model": ("merge base other -o out", 4, "inspect other --base base"),
 }
@@ -198,7 +211,40 @@ def test_an_error_ends_with_the_next_command(name: str, capsys: pytest.CaptureFi
     words, code, proposed = PROPOSED[name]
     assert cli.run(command(words)) == code
     *_, last = capsys.readouterr().err.splitlines()
-    assert last == f"hint: loratool {proposed}"
+    assert last == (f"hint: loratool {proposed}" if proposed else f"hint: mkdir -p {Path.cwd() / 'new' / 'er'}")
+
+
+ON_THE_HUB = {
+    "org/other": "org/other is read from the Hub; the folder ./org here does not contain it",
+    "org/style": "org/style is read from the Hub; the folder ./style here is not used",
+    "hf://me/style": "hf://me/style is read from the Hub; the folder ./style here is not used",
+    "hf://org/other": "",
+    "me/other": "",
+}
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("word", ON_THE_HUB)
+def test_a_name_on_the_hub_that_may_have_been_meant_as_a_path_is_said(
+    word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A network error alone would not tell somebody who mistyped a path that no such folder is here."""
+    Path("org").mkdir()
+    assert cli.run(["inspect", word]) == 7
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert notes == ([f"note: {ON_THE_HUB[word]}"] if ON_THE_HUB[word] else [])
+
+
+@pytest.mark.usefixtures("here")
+def test_a_file_or_folder_among_loose_adapters_is_not_read_as_one_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    """A working folder with a file of weights is no adapter, so what is in it is not taken for a part of one."""
+    os.mkdir("loose")
+    shutil.copy("style/adapter_model.safetensors", "loose/one.safetensors")
+    Path("loose/notes.txt").write_text("what I tried\n")
+    os.mkdir("loose/empty")
+    for word, told in (("loose/notes.txt", "loose/notes.txt: not an adapter"), ("loose/empty", "loose/empty: not an")):
+        assert cli.run(["merge", "base", word, "-o", "out"]) == 3
+        assert capsys.readouterr().err.startswith(f"Error: {told}")
 
 
 WITHOUT_OUT = {

@@ -478,7 +478,7 @@ def test_what_is_no_regular_file_is_refused_at_once(
     make, told = case
     path.unlink()
     make(path)
-    if make is missing and path.name == ADAPTER:
+    if make is missing and path.name in (ADAPTER, ADAPTER_CONFIG):
         told = "is missing"
     outcome = bench.refuses_to_merge(path.name, told)
     assert outcome.seconds < 2

@@ -627,7 +627,9 @@ def test_a_folder_of_weights_without_a_config_is_not_sent_to_the_hub(
     save_file({"base_model.model.q.lora_A.weight": torch.ones(2, 3)}, tmp_path / "folder" / "adapter_model.safetensors")
     monkeypatch.chdir(tmp_path)
     assert cli.run(["inspect", "folder"]) == 3
-    assert capsys.readouterr().err.splitlines()[0] == "Error: folder/adapter_config.json: no such file or folder"
+    assert capsys.readouterr().err.splitlines()[0] == (
+        "Error: folder/adapter_config.json is missing, and with it the rank and alpha; copy it from the training output"
+    )
 
 
 def test_layers_without_dots_in_their_names_share_a_line(tmp_path: Path) -> None:

@@ -126,6 +126,19 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
 
 
+def test_an_adapter_that_is_given_twice_is_merged_twice_and_said(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twice the update is rarely meant; the same bytes as with the weight 2."""
+    assert run(["merge", str(base), str(adapter), str(adapter), "-o", str(tmp_path / "twice")]) == 0
+    assert "adapter: given 2 times, so its update is added 2 times" in capsys.readouterr().err
+    assert run(["merge", str(base), str(adapter), "-w", "2", "-o", str(tmp_path / "double")]) == 0
+    assert capsys.readouterr().err == ""
+    weights = {name for name in files_of(base) if name.endswith(".safetensors")}
+    for name in weights:
+        assert (tmp_path / "twice" / name).read_bytes() == (tmp_path / "double" / name).read_bytes()
+
+
 # -- the bytes of the weights ------------------------------------------------------------------------
 
 # name, dtype, shape, data: one tensor to edit among one of every dtype that no float arithmetic knows

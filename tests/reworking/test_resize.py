@@ -446,6 +446,15 @@ def test_a_calibration_of_something_else_is_refused(grams: dict[str, Tensor], to
     assert told in message
 
 
+def test_a_rank_above_that_of_every_layer_is_noted(tmp_path: Path) -> None:
+    """The update stays what it was and the file grows, which somebody who types --rank 64 may not expect."""
+    adapter = write(tmp_path / "adapter")
+    most = max(layer.rank for layer in loratool.resize(adapter, tmp_path / "same", error=1e-7).modules.values())
+    for rank, noted in ((most + 2, True), (1, False)):
+        report = loratool.resize(adapter, tmp_path / f"rank-{rank}", rank=rank)
+        assert ("rank-not-needed" in {note.code for note in report.notes}) == noted
+
+
 def test_the_command_s_refusals_have_the_contract_s_exit_codes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -456,6 +465,7 @@ def test_the_command_s_refusals_have_the_contract_s_exit_codes(
         (["--rank", "2", "--energy", "0.9"], "--rank and --energy", 2),
         (["--rank", "0"], "a whole number of at least 1", 2),
         (["--energy", "2"], "--energy must be above 0 and at most 1 (got 2)", 2),
+        (["--energy", "90"], "--energy must be above 0 and at most 1 (got 90); did you mean 0.9?", 2),
         (["--budget", "9"], "is too small: even rank 1", 2),
         (["--rank", "2", "--calibration", str(tmp_path / "nowhere")], "no such file", 3),
         (["--budget", "99999", "--layer-weights", str(adapter / "adapter_model.safetensors")], "not UTF-8", 3),

@@ -137,9 +137,7 @@ def not_an_adapter(path: Path) -> LoratoolError:
     if not path.is_dir():
         return InputError(f"{printable(path)}: not an adapter; expected its folder or its .safetensors file")
     if any((path / name).is_file() for name in (MODEL_CONFIG, MODEL_INDEX)):
-        return InputError(
-            f"{printable(path)}: this is a model, not an adapter; commands that take both take the model first"
-        )
+        return InputError(f"{printable(path)}: this is a model; an adapter is expected here")
     return InputError(
         f"{printable(path)}: not an adapter: it contains neither {WRITTEN.config_name} nor {WRITTEN.weights_name}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,10 @@ def config_at(path: Path) -> Path:
 
 def read_config(path: Path) -> dict[str, Any]:
     """`adapter_config.json` as a dict. Problems are told without repeating the file's text."""
+    if not os.path.lexists(path) and path.parent.is_dir():
+        raise InputError(
+            f"{printable(path)} is missing, and with it the rank and alpha; copy it from the training output"
+        )
     config = read_json(path, lenient=True)
     if not {"peft_type", "r", "lora_alpha"} & set(config):
         raise InputError(f"{printable(path)}: not an adapter config: it has no peft_type, r or lora_alpha")
