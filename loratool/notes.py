@@ -13,7 +13,6 @@ from loratool.errors import escaped
 # Codes of notes that the command line prints on stderr as warnings too.
 WARNINGS = frozenset(
     {
-        "adapter-repeated",
         "adapter-without-effect",
         "alpha-is-zero",
         "expert-layout-assumed",
