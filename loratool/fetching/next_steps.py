@@ -18,6 +18,7 @@ from loratool.errors import (
 from loratool.fetching.operands import Operand, proposals
 from loratool.files.system import shell_line
 
+SINGLE = (("-o", "--output"), ("--html",), ("--svg",), ("--max-memory",), ("--device",))  # options with one value
 FOR_PROGRAMS = ("--json", "-q", "--quiet")  # words that a command to be typed by a person does without
 
 
@@ -28,8 +29,9 @@ def typed(*words: str) -> str:
 
 def in_full(hint: str, arguments: Sequence[str]) -> str:
     """The hint of an error; the whole command where it is only words that were missing from it."""
-    if hint.startswith("-o "):  # in the place of one that cannot be written
-        at = next((at for at, word in enumerate(arguments) if word in ("-o", "--output")), len(arguments))
+    flags = next((flags for flags in SINGLE if hint.startswith(f"{flags[0]} ")), ())
+    if flags:  # in the place of a value that will not do
+        at = next((at for at, word in enumerate(arguments) if word in flags), len(arguments))
         arguments = [*arguments[:at], *arguments[at + 2 :]]
     return f"{typed(*arguments)} {hint}" if hint.startswith("-") else hint
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Collection, Iterable, Iterator
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 
-from loratool.errors import ANOTHER_OUT, StorageError, printable
+from loratool.errors import ANOTHER_OUT, StorageError, UsageError, printable
 from loratool.files.system import create_file
 
 DEVICES = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)\s*(?:\..*)?", re.IGNORECASE | re.DOTALL)
@@ -63,6 +64,25 @@ def check_names(folder: Path, names: Collection[str], all_names: Iterable[str]) 
             "OUT elsewhere:",
             [f"{printable(name)}: {why}" for name, why in problems.items()],
         )
+
+
+def check_separators(out: Path, flag: str = "-o") -> None:
+    """Raise `UsageError` for an output that was typed as on Windows where a backslash is a letter like any other.
+
+    A folder of that name would lie in the working directory, hidden if it begins with a dot. An absolute path is what it
+    is, and so is a name that exists.
+    """
+    text = os.fspath(out)
+    if os.sep != "/" or "\\" not in text or "/" in text or os.path.lexists(out):
+        return
+    typed = PureWindowsPath(text)
+    last = text.rpartition("\\")[2]
+    meant = f"./{last if typed.drive or typed.root else typed.as_posix()}"
+    raise UsageError(
+        f"{printable(text)}: on this system folders are separated by '/', and a backslash would be part of the name, so "
+        "nothing was written",
+        hint=f"{flag} {shlex.quote(meant)}",
+    )
 
 
 def check_output_name(out: Path) -> None:

@@ -14,7 +14,7 @@ from loratool.files.hub_names import slashed
 from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.journal import REPLACED, ForeignError, Journal, look, walk
 from loratool.files.locks import is_locked
-from loratool.files.names import is_unusual, refused_name
+from loratool.files.names import check_separators, is_unusual, refused_name
 from loratool.files.system import create_file, shell_line, sync_file
 from loratool.files.weight_formats import read_weight_file
 
@@ -49,6 +49,7 @@ def check_target(
     shown = printable(out)
     if slashed(out).startswith("s3://"):
         raise UsageError(f"{shown}: this command cannot write into a store; choose a local OUT", hint=ANOTHER_OUT)
+    check_separators(out)
     if out.suffix in WEIGHT_FILES and not single:
         raise UsageError(f"{shown}: OUT must be a folder, such as {printable(out.with_suffix(''))}")
     try:

@@ -16,6 +16,7 @@ from loratool.adapters.adapter import StoredTensor
 from loratool.algebra.sketching import SIZE, VERSION, spread
 from loratool.errors import ANOTHER_OUT, InputError, UsageError, printable
 from loratool.files.inputs import json_value
+from loratool.files.names import check_separators
 from loratool.files.outputs import write_file
 from loratool.files.safefile import Layout, read_safefile
 from loratool.inspecting.twins import is_same
@@ -68,6 +69,7 @@ def write_index(path: Path, entries: Sequence[Entry], sketches: Sequence[NDArray
 def check_index(path: Path, overwrite: bool) -> None:
     """Raise `UsageError` where an index may not be written to `path`; nothing but an index is replaced."""
     shown = printable(path)
+    check_separators(path)
     if path.is_dir():
         raise UsageError(f"-o {shown}: is a folder; expected a file", hint=ANOTHER_OUT)
     if path.exists() or path.is_symlink():

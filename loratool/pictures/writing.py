@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from loratool.errors import StorageError, UsageError, printable
+from loratool.files.names import check_separators
 from loratool.files.outputs import write_file
 from loratool.pictures.drawing import MADE_HERE, svg_file
 from loratool.pictures.page import figures_of, html_page
@@ -83,6 +84,7 @@ def check_svgs(folder: Path, command: str, overwrite: bool) -> None:
 
 def check_folder(folder: Path) -> None:
     """Raise `UsageError` where there is no folder, and none can be made."""
+    check_separators(folder, "--svg")
     if os.path.lexists(folder) and not folder.is_dir():
         raise UsageError(f"--svg {printable(folder)}: is not a folder")
     if not folder.absolute().parent.is_dir():
@@ -91,6 +93,7 @@ def check_folder(folder: Path) -> None:
 
 def check_file(path: Path, flag: str, is_ours: Callable[[Path], bool], overwrite: bool) -> None:
     """Raise `UsageError` where a file may not be written, because of what is there."""
+    check_separators(path, flag)
     if path.is_dir():
         raise UsageError(f"{flag} {printable(path)}: is a folder; expected a file")
     if os.path.lexists(path) and not overwrite:

@@ -276,6 +276,34 @@ def test_without_an_output_a_name_and_the_whole_command_are_proposed(
         Path(name).mkdir(exist_ok=True)
 
 
+TYPED_AS_ON_WINDOWS = {
+    r"rescale style --scale 0.5 -o '.\again'": "rescale style --scale 0.5 -o ./again",
+    r"merge base style --output 'made\of it'": "merge base style -o './made/of it'",
+    r"merge base style -o 'C:\models\made'": "merge base style -o ./made",
+    r"index . -o '\\server\all.index'": "index . -o ./all.index",
+    r"inspect style --html '.\page.html'": "inspect style --html ./page.html",
+    r"inspect style --svg '.\figures'": "inspect style --svg ./figures",
+}
+
+
+@pytest.mark.skipif(os.sep == "\\", reason="backslashes separate folders on Windows")
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("words", TYPED_AS_ON_WINDOWS)
+def test_an_output_with_backslashes_is_no_hidden_folder_but_a_question(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command that is proposed has slashes; an absolute path, which nobody types by mistake, is what it is."""
+    before = sorted(os.listdir())
+    assert cli.run(command(words)) == 2
+    *said, last = capsys.readouterr().err.splitlines()
+    assert "separated by '/'" in "\n".join(said)
+    assert last == f"hint: loratool {TYPED_AS_ON_WINDOWS[words]}"
+    assert sorted(os.listdir()) == before
+    Path("made").mkdir()
+    assert cli.run([*command("rescale style --scale 0.5 -q -o"), os.path.abspath(r".\again")]) == 0
+    assert Path(r".\again").is_dir()
+
+
 @pytest.mark.parametrize("name", sorted(cli.COMMANDS))
 def test_every_output_is_one_that_is_proposed(name: str) -> None:
     """So that no command ends with Click's own sentence, which has no name."""
