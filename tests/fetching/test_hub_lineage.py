@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import pytest
+from hub_server import Blob
 
 if TYPE_CHECKING:
     from hub_client import Client
@@ -32,3 +36,53 @@ def test_a_merge_of_repositories_is_repeated_from_their_commits(
     ran = client.works("reproduce", tmp_path / "made", "-o", tmp_path / "again")
     assert "have the same bytes" in ran.out
     assert content(tmp_path / "again") == content(tmp_path / "made")
+
+
+def new_machine(client: Client) -> None:
+    """Whose cache is empty."""
+    client.home.rename(client.home.with_name(f"{client.home.name} of before"))
+    client.home.mkdir()
+
+
+COMMANDS = {
+    "convert": ("org/adapter", "--to", "mlx", "--base", "org/base"),
+    "rebase": ("org/adapter", "--from", "org/base", "--onto", "org/base@v2", "--force"),
+    "rescale": ("hf://org/adapter", "--scale", "0.5"),
+    "merge": ("auto", "org/adapter", "-w", "0.5"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_input_from_the_hub_is_taken_from_the_commit_that_it_was(
+    name: str, hub: HubServer, client: Client, models: Path, tmp_path: Path
+) -> None:
+    """Models that options name as well; the branches have moved on, and the second machine has an empty cache."""
+    hub.repos["org/base"].branches["v2"] = hub.repos["org/base"].branches["main"]
+    client.works(name, *COMMANDS[name], "-o", tmp_path / "made", "-q")
+    commits = {repo: hub.repos[repo].branches["main"] for repo in ("org/base", "org/adapter")}
+    command = json.loads((tmp_path / "made" / "loratool.json").read_bytes())["command"]
+    used = {repo for repo in commits if f"{repo}@{commits[repo]}" in command}
+    assert used == ({"org/adapter"} if name == "rescale" else set(commits))
+    for repo in ("adapter", "base"):
+        hub.add(f"org/{repo}", shutil.copytree(models / "adapter", tmp_path / repo))
+    new_machine(client)
+    client.works("reproduce", tmp_path / "made", "-o", tmp_path / "again", "-q")
+    assert content(tmp_path / "again") == content(tmp_path / "made")
+
+
+@pytest.mark.parametrize("name", ["convert", "rebase", "rescale"])
+def test_a_hub_that_has_other_bytes_under_a_commit_is_refused(
+    name: str, hub: HubServer, client: Client, models: Path, tmp_path: Path
+) -> None:
+    """A mirror that lies, or a repository that was rewritten: the digests of the record decide."""
+    hub.repos["org/base"].branches["v2"] = hub.repos["org/base"].branches["main"]
+    client.works(name, *COMMANDS[name], "-o", tmp_path / "made", "-q")
+    changed = "adapter" if name == "rescale" else "base"
+    config = "adapter_config.json" if name == "rescale" else "config.json"
+    table = json.loads((models / changed / config).read_bytes())
+    files = hub.repos[f"org/{changed}"].commits[hub.repos[f"org/{changed}"].branches["main"]]
+    files[config] = Blob(json.dumps({**table, "made_up": 1}).encode(), files[config].lfs)
+    new_machine(client)
+    told = client.refused("reproduce", tmp_path / "made", "-o", tmp_path / "again", code=3)
+    assert re.search(rf"{config} (differs from the bytes|has \d+ bytes, not \d+)", told), told
+    assert not (tmp_path / "again").exists()
