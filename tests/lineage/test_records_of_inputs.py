@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 from malformed import f32, safetensors_bytes, write_json
@@ -248,6 +250,22 @@ def test_a_bill_in_spdx_is_read_by_the_model_of_the_standard_with_the_ai_profile
         x.simplelicensing_licenseExpression for x in objects.foreach_type(spdx.simplelicensing_LicenseExpression)
     }
     assert expressions == {"Apache-2.0"}
+
+
+def test_a_bill_in_spdx_fulfils_the_json_schema_of_the_standard(home: Path) -> None:
+    """The schema of SPDX 3.0.1, which the package lib4sbom carries; nothing of that package is run."""
+    pytest.importorskip("spdx_python_model")
+    try:
+        place = distribution("lib4sbom").locate_file("lib4sbom/schemas/spdx/3.0-schema.json")
+    except PackageNotFoundError:
+        pytest.skip("lib4sbom, which has the schema, is not installed")
+    schema = json.loads(Path(str(place)).read_bytes())
+    assert schema["properties"]["@context"]["const"] == "https://spdx.org/rdf/3.0.1/spdx-context.jsonld"
+    validator = jsonschema.Draft202012Validator(schema)
+    found = json.loads(str(loratool.record(home / "back", format="spdx")))
+    assert [each.message for each in validator.iter_errors(found)] == []
+    package = next(each for each in found["@graph"] if each["type"] == "ai_AIPackage")
+    assert not validator.is_valid({**found, "@graph": [{**package, "ai_typeOfModels": ["model"]}]})
 
 
 @pytest.mark.parametrize("name", ["spdx", "cyclonedx"])
