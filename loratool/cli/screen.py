@@ -78,8 +78,9 @@ def show_charts(results: Iterable[Any]) -> None:
     if not sys.stdout.isatty():
         return
     from loratool.pictures.charts import charts_of
-    from loratool.pictures.terminal import shown, terminal_of
 
-    terminal = terminal_of(sys.stdout)
-    if terminal and (text := shown((figure for result in results for figure in charts_of(result)), terminal)):
-        click.echo(f"\n{text}")
+    if figures := [figure for result in results for figure in charts_of(result)]:
+        from loratool.pictures.terminal import shown, terminal_of
+
+        if (terminal := terminal_of(sys.stdout)) and (text := shown(figures, terminal)):
+            click.echo(f"\n{text}")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from loratool.pictures.drawing import Figure
-from loratool.pictures.heat_map import HeatMap
-from loratool.pictures.page import page_of
+if TYPE_CHECKING:
+    from loratool.pictures.drawing import Figure
 
 # The kind of a result → names of figures of its page, in the order in which a terminal shows them.
 SHOWN = {
@@ -23,12 +22,11 @@ SHOWN = {
 
 
 def charts_of(result: Any) -> Iterator[Figure]:
-    """The figures of one result; none where its kind has none for a terminal."""
-    if (kind := type(result).__name__) in SHOWN:
-        found = {figure.name: figure for figure in page_of(result).figures if not is_of_two(figure)}
-        yield from (found[name] for name in SHOWN[kind] if name in found)
+    """The figures of one result; none where its kind has none for a terminal, and of headers alone."""
+    kind = type(result).__name__
+    if kind not in SHOWN or getattr(result, "values", ...) is None:
+        return
+    from loratool.pictures.page import page_of  # which `inspect` of headers does not wait for
 
-
-def is_of_two(figure: Figure) -> bool:
-    """Whether it is the matrix of two adapters, which is one number."""
-    return isinstance(figure, HeatMap) and figure.numbers and len(figure.rows) < 3
+    found = {figure.name: figure for figure in page_of(result).figures}
+    yield from (found[name] for name in SHOWN[kind] if name in found)

@@ -80,8 +80,13 @@ def terminal_of(stream: TextIO, environment: Mapping[str, str] = os.environ) -> 
 
 def shown(figures: Iterable[Figure], terminal: Terminal) -> str:
     """Those of some figures that characters can show, as text with an empty line between two of them."""
-    charts = (chart_of(each) for each in figures if isinstance(each, (Bars, HeatMap)))
+    charts = (chart_of(each) for each in figures if isinstance(each, (Bars, HeatMap)) and not is_of_two(each))
     return "\n\n".join("\n".join(lines_of(chart, terminal)) for chart in charts if worth(chart))
+
+
+def is_of_two(figure: Figure) -> bool:
+    """Whether it is a matrix of two adapters, which is one number."""
+    return isinstance(figure, HeatMap) and figure.numbers and len(figure.rows) <= 2
 
 
 def worth(chart: Chart) -> bool:

@@ -120,11 +120,13 @@ def test_cells_are_denser_for_larger_values_and_blank_where_there_is_none() -> N
 
 
 def test_negative_cells_have_a_sign_and_numbers_next_to_them() -> None:
-    assert shown([heat_map((1.0, -0.5), (-0.001, -1.0), numbers=True)], PLAIN).split("\n") == [
+    assert shown([heat_map((1.0, -0.5), (-0.001, -1.0), (0.3, 1.0), numbers=True)], PLAIN).split("\n") == [
         "Map   0 ·░▒▓█ 1",
         "row 0  ████-▒▒▒   1.00 -0.50",
         "row 1  ····-███   0.00 -1.00",
+        "row 2  ░░░░████   0.30  1.00",
     ]
+    assert shown([heat_map((1.0, -0.5), (-0.5, 1.0), numbers=True)], PLAIN) == "", "of two there is one number"
 
 
 def test_colours_repeat_what_the_characters_show() -> None:
@@ -249,7 +251,7 @@ def test_every_result_that_has_charts_has_those_that_are_named(adapters: Path, t
     assert {name: [figure.name for figure in charts_of(found)] for name, found in names.items()} == {
         "resize": ["energy", "ranks"],
         "combine": ["energy-by-adapter", "energy"],
-        "pair": ["cosine-1"],
+        "pair": ["cosine-1", "cosine"],
         "three": ["cosine-1", "cosine-2", "cosine-3", "cosine"],
         "fleet": ["norms", "ranks"],
         "estimate": ["memory"],
