@@ -65,9 +65,9 @@ class Layers(Generic[Layer]):
         )
 
     def group(self, maps: Sequence[Map[Layer]]) -> Group:
-        """The maps under one heading; the reader may colour the first one by any column of the table."""
+        """The maps under one heading; the reader may colour the first one by any column, if no sign is shown by it."""
         title = maps[0].title if len(maps) == 1 else "Layers and modules"
-        return Group(title, "", [self.heat_map(each) for each in maps], chooses=True)
+        return Group(title, "", [self.heat_map(each) for each in maps], chooses=maps[0].scale == "up")
 
     def table(self, measures: Sequence[Measure[Layer]]) -> Table:
         """All numbers of all layers; columns that no layer has a number for are left out."""

@@ -67,10 +67,11 @@
     const table = article.querySelector("table.linked");
     if (!table) return;
     const rows = [...table.tBodies[0].rows], heads = [...table.tHead.rows[0].cells];
-    const charts = [...article.querySelectorAll("svg[data-says]")].map(chart);
     const maps = [...article.querySelectorAll("svg")].filter((svg) => svg.querySelector(".cells [data-e]"));
     const cells = maps.map((svg) => [...svg.querySelectorAll(".cells [data-e]")]);
     const name = (at) => rows[at].cells[0].textContent;
+    const where = maps.length ? "on the map or in the table" : "in the table";
+    const charts = [...article.querySelectorAll("svg[data-says]")].map((svg) => chart(svg, where));
 
     function choose(at) {
       rows.forEach((row, each) => row.classList.toggle("on", each === at));
@@ -146,7 +147,7 @@
   }
 
   // A chart with a line for each row: the chosen one in front, and the values of its points under the pointer.
-  function chart(svg) {
+  function chart(svg, where) {
     const NS = "http://www.w3.org/2000/svg", group = svg.querySelector(".lines");
     const hint = svg.closest(".card").querySelector(".hint");
     const [left, top, width, height] = svg.dataset.box.split(" ").map(Number);
@@ -191,7 +192,7 @@
     return {
       choose(at, name) {
         named = name;
-        hint.textContent = `${name} in front of all modules; choose another one on the map or in the table`;
+        hint.textContent = `${name} in front of the others; choose another one ${where}`;
         if (lines.has(at)) front.setAttribute("d", lines.get(at).getAttribute("d"));
         read();
       },

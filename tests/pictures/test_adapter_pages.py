@@ -254,6 +254,32 @@ def test_every_page_opens_without_a_complaint_or_a_request(
     opened.close()
 
 
+def test_of_many_adapters_the_one_that_is_chosen_in_the_table_is_in_front(
+    browser: Any, compared: CompareReport, tmp_path: Path
+) -> None:
+    found = many_adapters(compared, 12)
+    spectra = {name: tuple(1 / (at + 1) ** rank for rank in range(8)) for at, name in enumerate(found.adapters)}
+    loratool.write_page(replace(found, spectra=spectra), tmp_path / "page.html")
+    opened = Opened(browser, tmp_path / "page.html")
+    script = "document.querySelector('.lines .chosen').getAttribute('d') === [...document.querySelectorAll('.lines .l')][{}].getAttribute('d')"
+    assert opened.page.evaluate(script.format(0))
+    opened.page.locator(".linked tbody tr").nth(7).click()
+    assert opened.page.evaluate(script.format(7))
+    assert "a-team/with-a-run-0007 in front of the others; choose another one in the table" in opened.texts(".hint")
+    opened.close()
+
+
+def test_a_map_of_signs_keeps_its_colours(
+    browser: Any, pair: CompareReport, resized: ResizeReport, tmp_path: Path
+) -> None:
+    """Only maps from little to much can be coloured by another column."""
+    for name, report, chooses in (("pair", pair, 0), ("resized", resized, 1)):
+        loratool.write_page(report, tmp_path / f"{name}.html")
+        opened = Opened(browser, tmp_path / f"{name}.html")
+        assert opened.page.locator("select.metric:not([hidden])").count() == chooses
+        opened.close()
+
+
 def test_the_table_of_a_folder_is_sorted_by_keyboard(browser: Any, three: list[Path], tmp_path: Path) -> None:
     """`inspect DIR --html` writes the page of the table; ‖ΔW‖ in it is numpy's, and a heading sorts by it."""
     assert cli.run(["inspect", str(three[0].parent), "--values", "--html", str(tmp_path / "page.html"), "-q"]) == 0
