@@ -179,6 +179,26 @@ def test_a_console_with_few_characters_shows_the_nearest_that_it_has(windows: Si
         assert "?" not in each.out + each.err
 
 
+@pytest.mark.parametrize(
+    ("word", "typed"),
+    [
+        ("base", "base"),
+        (".\\my-adapter\\", ".\\my-adapter\\"),
+        ("My Models\\one", '"My Models\\one"'),
+        ("ends in\\", '"ends in\\\\"'),
+        (r"^decoder\.(\d+)\b=blocks.\1", r'"^decoder\.(\d+)\b=blocks.\1"'),
+        ("a&b", '"a&b"'),
+        ('say "so"', '"say \\"so\\""'),
+        ("", '""'),
+    ],
+)
+def test_a_hint_is_quoted_for_the_shell_of_windows(word: str, typed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cmd.exe passes single quotes on, and changes ^, & and parentheses outside of double ones."""
+    monkeypatch.setattr(os, "altsep", "/")
+    assert system.shell_word(word) == typed
+    assert system.shell_line(["loratool", "inspect", word]) == f"loratool inspect {typed}"
+
+
 # Inputs on a disk that can hold more: a copy of which, and the side files it has besides.
 ELSEWHERE = {"base": ["aux.txt"], "adapter": ["Notes.txt", "notes.txt"]}
 NO_FOLDER = "this file system does not allow that folder name"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from loratool.adapters.formats import WRITTEN, has_adapter
 from loratool.errors import InputError, about, printable
 from loratool.files.checkpoint import Checkpoint, open_files
 from loratool.files.pipelines import is_pipeline, open_pipeline
+from loratool.files.system import shell_word
 from loratool.notes import Note
 
 
@@ -31,6 +31,6 @@ def open_checkpoint(path: str | Path, unmerged: bool = False) -> Checkpoint:
         shown = printable(path)
         raise InputError(
             f"{shown}: {what}; merge it first, with --input-alpha ALPHA if no config in its folder records its alpha",
-            hint=f"loratool merge {shlex.quote(shown)} -o OUT",
+            hint=f"loratool merge {shell_word(shown)} -o OUT",
         )
     return replace(checkpoint, notes=(*checkpoint.notes, Note("unmerged-model", what)))

@@ -116,7 +116,7 @@ def merge(
       loratool merge ./base ./style ./facts -w 0.7 -w 1.2 -o ./merged --shard-size 5GB
       loratool merge ./merged ./my-adapter -w -1 -o ./base-again
       loratool merge ./base ./my-adapter -o ./merged --html merged.html --svg ./figures
-      loratool merge ./base ./my-adapter -o ./merged --map '^model[.]text[.]=model.'
+      loratool merge ./base ./my-adapter -o ./merged --map "^model[.]text[.]=model."
       loratool merge ./saved-unmerged -o ./merged --input-alpha 16
       loratool merge ./base ./style -o ./styled --also ./chatty=./chat --also ./both=./style --also ./both=./chat
       loratool merge auto me/my-adapter -o ./merged --push-to-hub me/merged

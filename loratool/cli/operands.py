@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import wraps
@@ -15,6 +14,7 @@ import click
 from loratool.cli.screen import NOTES
 from loratool.errors import ANOTHER_OUT, LoratoolError, UsageError, escaped, printable
 from loratool.files.hub_names import parse, slashed
+from loratool.files.system import shell_word
 from loratool.stores.names import is_in_store, parse_store
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def forgiving(command: click.Command) -> click.Command:
             from loratool.fetching.next_steps import next_step
 
             if error.own_hint == ANOTHER_OUT:
-                error.hint = f"-o {shlex.quote(free_name(context))}"
+                error.hint = f"-o {shell_word(free_name(context))}"
             error.hint = next_step(error, context.find_root().obj or (), context.meta[OPERANDS])
             raise
 
@@ -168,7 +168,7 @@ def without_output(context: click.Context) -> UsageError:
     *others, last = context.meta[OPERANDS] or [None]
     if len([each for each in others if each.kind]) > 1 and not last.kind and same_path(arguments[-1], last.word):
         return UsageError(sentence, hint=typed(*arguments[:-1], "-o", arguments[-1]))
-    return UsageError(sentence, hint=f"-o {shlex.quote(free_name(context))}")
+    return UsageError(sentence, hint=f"-o {shell_word(free_name(context))}")
 
 
 def free_name(context: click.Context) -> str:

@@ -21,7 +21,7 @@ push = library_command(
     Examples:
       loratool push ./my-adapter me/my-adapter --dry-run
       loratool push ./my-adapter me/my-adapter --public
-      loratool push ./merged me/merged --revision v2 --message 'Second try'
+      loratool push ./merged me/merged --revision v2 --message "Second try"
     """,
     progress=PUSHING,
 )

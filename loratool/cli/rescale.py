@@ -18,7 +18,7 @@ rescale = library_command(
     Examples:
       loratool rescale ./my-adapter -o ./weaker --scale 0.5
       loratool rescale ./my-adapter -o ./even --spectral 1 --each
-      loratool rescale ./my-adapter -o ./plain --bake --match 'mlp=0.8'
+      loratool rescale ./my-adapter -o ./plain --bake --match mlp=0.8
     """,
     progress=("measuring", LAYERS),
     push_progress=PUSHING,

@@ -7,12 +7,12 @@ checkpoints (FSDP) and of DeepSpeed hold a model in pieces, which the tool that 
 from __future__ import annotations
 
 import os
-import shlex
 from typing import TYPE_CHECKING
 
 from loratool.errors import LoratoolError, printable
 from loratool.files.inputs import open_regular
 from loratool.files.safefile import start_of
+from loratool.files.system import shell_word
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -94,7 +94,7 @@ def taken_apart(path: Path, names: Sequence[str]) -> str:
 def unpacking(path: Path) -> str:
     """The commands that unpack an archive of NeMo next to it, and turn the state dict in it into safetensors."""
     inside = path.parent / path.stem / UNPACKED
-    archive, folder = (shlex.quote(printable(name)) for name in (path.name, path.stem))
+    archive, folder = (shell_word(printable(name)) for name in (path.name, path.stem))
     return f"unpack it in its folder with: mkdir {folder} && tar -xf {archive} -C {folder}. Then, {conversion(inside)}"
 
 
@@ -117,7 +117,7 @@ def sharded_folder(folder: Path) -> str:
 
 
 def of_torch(place: Path) -> str:
-    shown = shlex.quote(printable(place))
+    shown = shell_word(printable(place))
     if "fsdp" in place.name:
         return f"{printable(place)} is a sharded FSDP checkpoint; gather it with: accelerate merge-weights {shown} OUT"
     return (
@@ -127,9 +127,9 @@ def of_torch(place: Path) -> str:
 
 
 def of_deepspeed(folder: Path) -> str:
-    shown = shlex.quote(printable(folder))
+    shown = shell_word(printable(folder))
     script = "zero_to_fp32.py" if (folder / "zero_to_fp32.py").is_file() else ""
-    tool = f"python {shlex.quote(printable(folder / script))}" if script else "python -m deepspeed.utils.zero_to_fp32"
+    tool = f"python {shell_word(printable(folder / script))}" if script else "python -m deepspeed.utils.zero_to_fp32"
     return (
         f"{printable(folder)} is a DeepSpeed checkpoint with a file per process; gather it with: {tool} {shown} OUT "
         "--safe_serialization"

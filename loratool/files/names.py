@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 
 from loratool.errors import ANOTHER_OUT, StorageError, UsageError, printable
-from loratool.files.system import create_file
+from loratool.files.system import create_file, shell_word
 
 DEVICES = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)\s*(?:\..*)?", re.IGNORECASE | re.DOTALL)
 ODD = re.compile(r'[<>:"|?*\\\x00-\x1f]|[. ]$')
@@ -81,7 +80,7 @@ def check_separators(out: Path, flag: str = "-o") -> None:
     raise UsageError(
         f"{printable(text)}: on this system folders are separated by '/', and a backslash would be part of the name, so "
         "nothing was written",
-        hint=f"{flag} {shlex.quote(meant)}",
+        hint=f"{flag} {shell_word(meant)}",
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shlex
 import shutil
 import stat
@@ -20,6 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+PLAIN_WORD = re.compile(r"[\w.:/\\=,@+~*?-]+")  # what cmd.exe passes on as it is typed
 UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}  # how a file system says that it cannot do something
 
 
@@ -287,11 +289,18 @@ def exchange(new: Path, old: Path, aside: Path) -> None:
 
 def shell_line(words: Sequence[str]) -> str:
     """Words as they are typed into the shell of this system; where paths have another separator, that is cmd.exe."""
+    return " ".join(map(shell_word, words))
+
+
+def shell_word(word: str) -> str:
+    """One word as it is typed into the shell of this system, in quotes where it needs them."""
     if not os.altsep:
-        return shlex.join(words)
+        return shlex.quote(word)
+    if PLAIN_WORD.fullmatch(word):
+        return word
     import subprocess  # here, so that help does not wait for it
 
-    return subprocess.list2cmdline(words)
+    return subprocess.list2cmdline([f" {word}"]).replace(" ", "", 1)  # a space makes it quote
 
 
 def current_user() -> int:

@@ -5,7 +5,6 @@ A plan is plain data, and making one writes nothing.
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -37,6 +36,7 @@ from loratool.bases.weights import Filled, Plain, StoredWeight, as_weight
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.files.checkpoint import PROVENANCE, Checkpoint
 from loratool.files.safefile import FLOAT_NAMES
+from loratool.files.system import shell_word
 from loratool.layouts.architectures import POOLED
 from loratool.merging.components import Factors, factors_of, limited
 from loratool.merging.options import GGUF_FLOATS
@@ -208,7 +208,7 @@ def strengths_of(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOpt
         shown = printable(base.root)
         raise UsageError(
             f"{shown}: a merge needs an ADAPTER as well as a BASE",
-            hint=f"loratool merge {shlex.quote(shown)} ADAPTER -o OUT",
+            hint=f"loratool merge {shell_word(shown)} ADAPTER -o OUT",
         )
     if weights and len(weights) != len(adapters):
         raise UsageError(

@@ -314,7 +314,7 @@ class Pairs(Kind):
         factor = NUMBER.number(number)
         if not pattern or factor is None or not math.isfinite(factor) or not factor:
             raise UsageError(
-                f"{flag} must be {self.metavar}, a {self.noun} and a finite number other than 0, such as '{self.example}' "
+                f"{flag} must be {self.metavar}, a {self.noun} and a finite number other than 0, such as {self.example} "
                 f"(got {printable(repr(value))})"
             )
         return value

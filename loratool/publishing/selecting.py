@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from loratool.files.digests import digest_of_bytes
 from loratool.files.inputs import LARGEST_RECORD, json_object, read_bounded
 from loratool.files.journal import MODEL, is_stage
 from loratool.files.safefile import PREFIX
+from loratool.files.system import shell_word
 from loratool.notes import Note
 from loratool.provenance.cards import CARD, addressed, card_of, is_template
 from loratool.provenance.secrets import secrets_in
@@ -198,7 +198,7 @@ def alone(file: Path, place: str) -> str:
     """The commands that push a file in a folder of its own, with its record if it has one."""
     folder = file.with_suffix("")
     record = file.with_name(f"{file.name}.{PROVENANCE}")
-    new, *sent = (shlex.quote(printable(p)) for p in (folder, file, *([record] if record.is_file() else [])))
+    new, *sent = (shell_word(printable(p)) for p in (folder, file, *([record] if record.is_file() else [])))
     return f"mkdir {new} && cp {' '.join(sent)} {new} && loratool push {new} {place}"
 
 

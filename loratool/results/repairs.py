@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from loratool.errors import printable
+from loratool.files.system import shell_word
 
 MOST_NAMED = 3  # names that a sentence repeats
 
@@ -24,4 +24,4 @@ def command(verb: str, path: Path, options: str = "", out: str = "OUT") -> str:
 
 def quoted(path: Path) -> str:
     """A path as a shell takes it; what is no printable text is shown as it would be elsewhere."""
-    return shlex.quote(printable(path))
+    return shell_word(printable(path))

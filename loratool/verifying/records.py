@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from loratool.files.checkpoint import PROVENANCE, record_for
 from loratool.files.digests import read_recorded
 from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.process import peak_memory
+from loratool.files.system import shell_word
 from loratool.provenance import record
 from loratool.results.base import Cost
 from loratool.results.verify import AS_RECORDED, NOT_PROVEN, Diagnosis, Verification
@@ -32,7 +32,7 @@ def verify_record(merged: PathLike) -> Verification:
         shown = printable(path)
         raise UsageError(
             f"{shown}: has no {PROVENANCE}, so there is nothing to compare it with; name what was merged",
-            hint=f"loratool verify {shlex.quote(shown)} --base BASE --adapter ADAPTER",
+            hint=f"loratool verify {shell_word(shown)} --base BASE --adapter ADAPTER",
         )
     found = record.compare(folder, only)
     files, size = listed_in(folder, only)

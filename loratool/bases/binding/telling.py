@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import shlex
 from collections.abc import Mapping, Sequence
 
 from loratool.errors import printable
 from loratool.files.safefile import TensorInfo
+from loratool.files.system import shell_word
 from loratool.templates import Numbers, grouped, template_of
 
 MOST_COMPARED = 500  # templates that a search for the nearest one looks at
@@ -24,9 +24,7 @@ class Nearest:
     def reason(self, target: str, proposal: str = "") -> str:
         """That the base has no such weight, with the `--map` that leads to one, or else the nearest that it has."""
         if proposal:
-            return (
-                f"the base has no such weight; if it is the same layer, pass --map {printable(shlex.quote(proposal))}"
-            )
+            return f"the base has no such weight; if it is the same layer, pass --map {printable(shell_word(proposal))}"
         template, numbers = template_of(target)
         if template not in self.found:
             searched = len(self.found) < MOST_SEARCHED

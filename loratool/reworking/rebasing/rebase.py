@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from loratool.fetching import local
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.digests import sha256_of
 from loratool.files.hub_cache import origin_of, sha256_of_link
+from loratool.files.system import shell_word
 from loratool.measuring.session import PathLike, Progress, session
 from loratool.notes import Note
 from loratool.options.described import FLAG, PlaceKind, option
@@ -257,7 +257,7 @@ class Plain:
                 f"{path}: its update has to be multiplied by {numbers}, which no config of this kind can say; write it "
                 "as plain LoRA first, and rebase that",
                 error.problems,
-                hint=f"loratool rescale {shlex.quote(os.fspath(self.contents.adapter.folder))} -o LORA --bake",
+                hint=f"loratool rescale {shell_word(os.fspath(self.contents.adapter.folder))} -o LORA --bake",
             ) from None
 
 
