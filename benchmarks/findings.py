@@ -69,6 +69,10 @@ def megabytes(value: float) -> str:
     return f"{value / 1e6:.0f} MB"
 
 
+def kilobytes(value: float) -> str:
+    return f"{value / 1e3:.0f} kB"
+
+
 def seconds(value: float) -> str:
     return f"{value:.2f} s"
 

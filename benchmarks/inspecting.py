@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from findings import Finding, at_most, finding_table, megabytes, seconds, write_result
 from machine import describe
-from running import run, run_quickly, say, scratch
+from painting import chromium
+from running import run, run_quickly, scratch
 from shapes import SHAPES, Tensor, adapter_config, nbytes, write_adapter, write_header, write_json
 
 HEADERS, INDEX, VALUES, OPENED = 0.4, 1.0, 15.0, 2.0  # seconds
@@ -35,10 +35,6 @@ ACCURACY = 1e-6  # of the largest singular value
 RANK, ALPHA = 64, 128
 SHARDS = 30
 LARGE = SHAPES["llama-3-70b"]
-FLAGS = [
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-]
 
 
 def main() -> None:
@@ -152,17 +148,10 @@ def write_small(folder: Path, up: np.ndarray, down: np.ndarray) -> None:
 
 def opened(page: Path, times: int) -> float | None:
     """Seconds from the navigation to the last cell, the browser running; None without one."""
-    chromium = shutil.which("chromium")
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        chromium = None
-    if chromium is None:
-        say("until it is drawn: not measured, because chromium or playwright is missing")
-        return None
-    shortest = math.inf
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium, args=FLAGS)
+    with chromium() as browser:
+        if browser is None:
+            return None
+        shortest = math.inf
         for _ in range(times):
             tab = browser.new_page()
             started = time.perf_counter()
@@ -171,7 +160,6 @@ def opened(page: Path, times: int) -> float | None:
             shortest = min(shortest, time.perf_counter() - started)
             assert tab.locator(".cell").count() == 224
             tab.close()
-        browser.close()
     return shortest
 
 

@@ -29,6 +29,7 @@ TITLES = {
     "quantised": "Quantised bases",
     "dialects": "Other dialects",
     "inference": "One layer at inference",
+    "people": "Many adapters, and pages",
 }
 WITHOUT = re.compile(  # what is not measured: code, links' targets, names (bf16, 16-bit, Llama-3.2-1B), requirements
     r"```.*?```|`[^`\n]*`|\]\([^)]*\)|<!--.*?-->|\b[A-Za-z][\w.-]*\d[\w.-]*|Python \d+\.\d+|Apache \d\.\d|\b\d+-bit\b",
@@ -61,6 +62,7 @@ def blocks(results: Sequence[Result]) -> dict[str, str]:
         "performance": "\n\n".join([intro(results), *sections(results)]),
         "merging": merging_table(results),
         "commands": commands_table(results),
+        "people": people_table(results),
         "rounding": rounding_table(results),
         "reasons": reasons(results) or UNMEASURED,
     }
@@ -191,6 +193,19 @@ def commands_table(results: Sequence[Result]) -> str:
         if not each["what"].startswith(" ")
     ]
     return f"Other commands:\n\n{table(('machine', 'what', 'measured'), rows)}" if rows else ""
+
+
+def people_table(results: Sequence[Result]) -> str:
+    """What it costs to look after many adapters, next to what was promised."""
+    rows = [
+        (machine_of(result), each["what"].strip(), each["target"], with_note(each), verdict(each["met"], each["aimed"]))
+        for result in results
+        if result["benchmark"] == "people"
+        for each in result["findings"]
+        if each["target"]
+    ]
+    heads = ("machine", "what", "target", "measured", "")
+    return f"Many adapters, and the pages of results:\n\n{table(heads, rows)}" if rows else ""
 
 
 def rounding_table(results: Sequence[Result]) -> str:

@@ -1,4 +1,4 @@
-"""What it costs to look after many adapters: a table of a thousand, the nearest of a thousand, fifty compared.
+"""What it costs to look after many adapters: a table of a thousand, the nearest of a thousand, fifty compared, pages.
 
     python benchmarks/people.py                       all rows, up to 4.5 GB below the temporary folder
     python benchmarks/people.py --rows table --json result.json
@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from compressed_fleets import compress, compress_memory
 from findings import Finding, at_most, megabytes, seconds
+from html_pages import pages
 from rows import measure, parser_of
 from running import Run, apart, run, say
 from shapes import SHAPES, Tensor, adapter_config, nbytes, write_adapter, write_header, write_json
@@ -192,6 +193,7 @@ ROWS: dict[str, Callable[[Path, argparse.Namespace], list[Finding]]] = {
     "compress": compress,
     "compress-memory": compress_memory,
     "matrix": matrix,
+    "pages": lambda folder, options: pages(folder, options, make_headers),
 }
 
 

@@ -90,6 +90,26 @@ def test_merges_into_quantised_bases_have_a_section_with_every_run(
     assert "| `merge into` | gptq, touched only | 8.00 s | 1.00 s |" in page
 
 
+def test_what_many_adapters_cost_is_a_table_of_its_own_next_to_what_was_promised(
+    root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """As people.py writes it: findings without a target stand in the machine's section only."""
+    page = root / pages.PERFORMANCE
+    page.write_text(f"# Performance\n\n{BLOCK.format('people')}\n{BLOCK.format('performance')}")
+    found = [
+        findings.at_most("a table of many", 2.5, 3.0, findings.seconds),
+        findings.Finding("a sketch", "9 ms", 0.009),
+    ]
+    people = result(benchmark="people", rows={}, findings=[asdict(each) for each in found])
+    pages.main(keep(tmp_path_factory.mktemp("results"), engine=result(), people=people), root)
+    table, _, sections = page.read_text().partition("<!-- numbers: performance -->")
+    assert "| Abacus, 3 cores | a table of many | ≤ 3.00 s | 2.50 s | met |" in table
+    assert "a sketch" not in table
+    assert "### Many adapters, and pages" in sections
+    assert "| a sketch |  | 9 ms |  |" in sections
+    assert checked(root) == 0
+
+
 def test_pages_show_machine_commit_command_and_every_number(
     root: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
