@@ -40,6 +40,7 @@ EXPORTS = {
     "MergedWeights": "merging.in_memory",
     "Note": "notes",
     "PartReport": "results.parts",
+    "PartialReport": "results.partial",
     "PartsStatus": "results.parts",
     "PushReport": "results.push",
     "RebaseReport": "results.rebase",
@@ -62,10 +63,15 @@ EXPORTS = {
     "estimate": "commands.estimate",
     "expand": "commands.expand",
     "extract": "commands.extract",
+    "extract_part": "commands.partial",
+    "finish_extract": "commands.partial",
+    "finish_inspect": "commands.partial",
     "finish_merge": "commands.parts",
+    "finish_verify": "commands.partial",
     "html_page": "pictures.page",
     "index": "commands.index",
     "inspect": "commands.inspect",
+    "inspect_part": "commands.partial",
     "iter_merged": "commands.in_memory",
     "merge": "commands.merge",
     "merge_many": "commands.merge",
@@ -85,6 +91,7 @@ EXPORTS = {
     "run": "commands.run",
     "stream": "commands.merge",
     "verify": "commands.verify",
+    "verify_part": "commands.partial",
     "write_page": "pictures.writing",
     "write_svgs": "pictures.writing",
 }
@@ -111,6 +118,14 @@ if TYPE_CHECKING:
         plan as plan,
         plan_merge as plan_merge,
         stream as stream,
+    )
+    from loratool.commands.partial import (
+        extract_part as extract_part,
+        finish_extract as finish_extract,
+        finish_inspect as finish_inspect,
+        finish_verify as finish_verify,
+        inspect_part as inspect_part,
+        verify_part as verify_part,
     )
     from loratool.commands.parts import (
         finish_merge as finish_merge,
@@ -152,6 +167,7 @@ if TYPE_CHECKING:
     from loratool.results.index import IndexReport as IndexReport
     from loratool.results.merge import MergeReport as MergeReport
     from loratool.results.merge_many import MergeManyReport as MergeManyReport
+    from loratool.results.partial import PartialReport as PartialReport
     from loratool.results.parts import (
         FinishReport as FinishReport,
         PartReport as PartReport,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
 
 from loratool.cli.operands import complain_of
 from loratool.cli.options import LAYERS, OPERAND, PATH, click_options, output_options, with_pictures
+from loratool.cli.partial import PartialWords, is_shared
 from loratool.cli.pictures import Pictures
 from loratool.cli.screen import Screen
 from loratool.commands.inspect import is_table
@@ -20,10 +21,15 @@ from loratool.results.facts import OneFacts, UnreadableFacts
 MOST_IN_FULL = 3  # paths that are described one by one; more of them are a table
 
 
+@dataclass(frozen=True, kw_only=True)
+class InspectWords(InspectOptions, PartialWords):
+    """Of the command, whose ways are functions of their own in the library."""
+
+
 @click.command()
 @click.argument("paths", type=OPERAND, nargs=-1, metavar="PATH...")
 @click.option("--from-file", type=PATH, metavar="LIST", help="Also the paths in a file, one a line; - is stdin.")
-@click_options(InspectOptions)
+@click_options(InspectWords)
 @with_pictures(InspectOptions)
 @click.option("--csv", "as_csv", is_flag=True, help="Of several adapters, print the table as CSV.")
 @click.option(
@@ -35,7 +41,7 @@ def inspect(
     from_file: Path | None,
     as_csv: bool,
     as_lines: bool,
-    options: InspectOptions,
+    options: InspectWords,
     screen: Screen,
     pictures: Pictures,
 ) -> None:
@@ -56,6 +62,9 @@ def inspect(
     every: list[Path] = [*paths, *(named_in(from_file) if from_file is not None else ())]
     if not every:
         raise UsageError("nothing to inspect; pass a path, or --from-file LIST")
+    if is_shared(options):
+        inspect_shared(every, options, screen, pictures)
+        return
     if as_csv or as_lines or from_file is not None or shown_as_table(every, options, screen, pictures):
         if as_lines and pictures:
             raise UsageError(
@@ -65,6 +74,25 @@ def inspect(
     else:
         code = show_in_full(every, options, screen, pictures)
     if code:
+        raise click.exceptions.Exit(code)
+
+
+def inspect_shared(paths: Sequence[Path], options: InspectWords, screen: Screen, pictures: Pictures) -> None:
+    """`--part` and `--finish`, of one adapter."""
+    from loratool.inspecting.in_parts import finish_inspect, inspect_part
+    from loratool.inspecting.inspect import exit_code_of
+
+    if len(paths) != 1:
+        raise UsageError("--part and --finish take one adapter")
+    into = options.into or ""
+    if options.part is not None:
+        with screen.bar(f"measuring {options.part}", unit=" units") as progress:
+            screen.show(inspect_part(paths[0], options, options.part, into, progress))
+        return
+    facts = finish_inspect(paths[0], options, into)
+    screen.show({"results": [facts]}, str(facts))
+    pictures.write([facts])
+    if code := exit_code_of(facts):
         raise click.exceptions.Exit(code)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from loratool.cli.operands import Output, Place
+from loratool.cli.partial import PartialWords, is_shared
 from loratool.cli.pictures import Pictures
 from loratool.cli.screen import VERBOSITY, Screen
 from loratool.options.described import Flag, Option, Options, PlaceKind, described_by
@@ -48,6 +49,7 @@ def library_command(
     help: str,
     name: str = "",
     pictures: bool = False,
+    shared: Callable[..., Any] | None = None,
     **bars: tuple[str, Mapping[str, Any]],
 ) -> click.Command:
     """The command that calls a function of the library with its words, and shows the result.
@@ -58,6 +60,7 @@ def library_command(
         operands: what is on the command line besides options, as Click's decorators.
         help: the text for `--help`.
         name: of the command, where it is not that of the function.
+        shared: does the work where it is shared by several workers, as `PartialWords` say; it gets those and all others.
         pictures: whether the result has a page, which `--html` and `--svg` write.
         bars: keyword of the function that is called with progress → the word before its bar, and what the bar counts.
     """
@@ -66,13 +69,18 @@ def library_command(
         screen = Screen(as_json, quiet)
         with ExitStack() as stack:
             shown = {name: stack.enter_context(screen.bar(word, **looks)) for name, (word, looks) in bars.items()}
-            result = function(**given(words), **shown)
+            chosen = PartialWords(**given({name: words.pop(name, None) for name in described_by(PartialWords)}))
+            if shared is not None and is_shared(chosen):
+                result = shared(chosen, **given(words), **shown)
+            else:
+                result = function(**given(words), **shown)
         screen.show(result)
-        if pictures is not None:
+        if pictures is not None and chosen.part is None:
             pictures.write(result)
 
     command = with_pictures(options)(output_options(run)) if pictures else output_options(run)
-    for decorate in (described_options(options), *reversed(operands)):
+    more = (described_options(PartialWords),) if shared else ()
+    for decorate in (*more, described_options(options), *reversed(operands)):
         command = decorate(command)
     made = click.command(name or function.__name__, cls=LibraryCommand, help=help)(command)
     made.function = function

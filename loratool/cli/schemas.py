@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 from loratool.cli.options import LibraryCommand
 from loratool.demo import DemoResult
 from loratool.results.abort import AbortReport
+from loratool.results.extract import ExtractReport
 from loratool.results.facts import InspectTable
 from loratool.results.lesson import Lesson
 from loratool.results.merge import MergeReport
 from loratool.results.merge_many import OutputsTable
+from loratool.results.partial import PartialReport
 from loratool.results.parts import FinishReport, PartReport, PartsStatus
 from loratool.results.plan import PlanTable
 from loratool.results.schemas import schema_of
 from loratool.results.stream import StreamReport
+from loratool.results.verify import Verification
 
 if TYPE_CHECKING:
     import click
@@ -25,7 +28,9 @@ if TYPE_CHECKING:
 PRINTED: dict[str, tuple[Any, ...]] = {
     "merge": (MergeReport, PlanTable, OutputsTable, StreamReport, PartReport, PartsStatus, FinishReport, AbortReport),
     "plan": (PlanTable,),
-    "inspect": (InspectTable,),
+    "inspect": (InspectTable, PartialReport),
+    "verify": (Verification, PartialReport),
+    "extract": (ExtractReport, PartialReport),
     "demo": (DemoResult, Lesson),
 }
 

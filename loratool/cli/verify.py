@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from loratool.cli.options import A_MODEL, AN_ADAPTER, BYTES, click_options, output_options, with_pictures
 from loratool.cli.pictures import Pictures
+from loratool.cli.partial import PartialWords, is_shared
 from loratool.cli.screen import Screen
 from loratool.errors import escaped, printable
 from loratool.verifying.options import VerifyOptions
+
+if TYPE_CHECKING:
+    from loratool.results.verify import Verification
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyWords(VerifyOptions, PartialWords):
+    """Of the command, whose ways are functions of their own in the library."""
 
 
 @click.command()
@@ -26,14 +37,14 @@ from loratool.verifying.options import VerifyOptions
     metavar="ADAPTER",
     help="An adapter that was merged into it; may be repeated.",
 )
-@click_options(VerifyOptions)
+@click_options(VerifyWords)
 @with_pictures(VerifyOptions)
 @output_options
 def verify(
     merged: Path,
     base: Path | None,
     adapters: tuple[Path, ...],
-    options: VerifyOptions,
+    options: VerifyWords,
     screen: Screen,
     pictures: Pictures,
 ) -> None:
@@ -49,12 +60,32 @@ def verify(
       loratool verify ./merged --base ./base --adapter ./my-adapter --html verified.html
       loratool verify me/merged --adapter ./style -w 0.7 --adapter ./facts -w 1.2
     """
-    from loratool.verifying.verify import verify
+    if is_shared(options):
+        result = shared(merged, base, adapters, options, screen)
+        if result is None:
+            return
+    else:
+        from loratool.verifying.verify import verify
 
-    with screen.bar("verifying", **BYTES) as progress:
-        result = verify(merged, base, adapters, options, progress)
+        with screen.bar("verifying", **BYTES) as progress:
+            result = verify(merged, base, adapters, options, progress)
     screen.show(result)
     pictures.write(result)
     if result.exit_code:
         click.echo(escaped(f"Error: {printable(merged)}: {result.sentence}"), err=True)
         raise click.exceptions.Exit(result.exit_code)
+
+
+def shared(
+    merged: Path, base: Path | None, adapters: tuple[Path, ...], options: VerifyWords, screen: Screen
+) -> Verification | None:
+    """`--part`, after which there is nothing more to say, and `--finish`."""
+    from loratool.verifying.in_parts import finish_verify, verify_part
+
+    into = options.into or ""
+    if options.part is None:
+        with screen.bar("verifying", **BYTES) as progress:
+            return finish_verify(merged, base, adapters, options, into, progress)
+    with screen.bar(f"verifying {options.part}", unit=" units") as progress:
+        screen.show(verify_part(merged, base, adapters, options, options.part, into, progress))
+    return None

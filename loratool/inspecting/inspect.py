@@ -50,11 +50,13 @@ from loratool.results.facts import (
 )
 from loratool.results.findings import Finding
 from loratool.results.text import counts
+from loratool.results.values import Values
 
 if TYPE_CHECKING:
     from loratool.bases.adapter_fit import Fit  # which loads all about bases
 
 Progress = Callable[[int, int], None]
+Measuring = Callable[[Adapter, "Fit | None", str, Progress | None], Values]
 PathLike = str | os.PathLike[str]
 NOT_AS_WRITTEN = "not-as-written"  # the code of a finding
 NUMBERED = re.compile(r"(?<=_)[0-9]+(?=_)")  # in a name without dots
@@ -93,11 +95,16 @@ class InspectOptions(NamingOptions, OrientationOption, ReadingOptions, DeviceOpt
 
 
 def inspect(
-    path: PathLike, options: InspectOptions, progress: Progress | None = None, way: Reading | None = None
+    path: PathLike,
+    options: InspectOptions,
+    progress: Progress | None = None,
+    way: Reading | None = None,
+    measured: Measuring | None = None,
 ) -> OneFacts:
     """Describe the adapter or checkpoint at `path`; `loratool.commands.inspect` says all of it.
 
-    `way` is how it is read, where `options` speak of several adapters.
+    `way` is how it is read, where `options` speak of several adapters; `measured` gives the values of an adapter, where
+    they come from elsewhere than from its tensors.
     """
     started = time.monotonic()
     if options.base is not None and options.base_config is not None:
@@ -116,7 +123,7 @@ def inspect(
         if options.base_config is not None:
             against = stack.enter_context(headers(options.base_config))
         location = at(path, "any")
-        facts = look_at(location, path, against, options, progress, way)
+        facts = look_at(location, path, against, options, progress, way, measured)
         facts = with_record(facts, location.path) if options.check else facts
         device = facts.values.cost.device if isinstance(facts, AdapterFacts) and facts.values else ""
         return replace(facts, cost=Cost(device, time.monotonic() - started, peak_memory=peak_memory()))
@@ -138,6 +145,7 @@ def look_at(
     options: InspectOptions,
     progress: Progress | None,
     way: Reading,
+    measured: Measuring | None = None,
 ) -> OneFacts:
     """What is at a place, which was asked for as `path`; an adapter is held against the base at `against`."""
     shown, location = Path(path), place.path
@@ -176,7 +184,7 @@ def look_at(
     if options.values:
         from loratool.measuring.modules import measure
 
-        facts = replace(facts, values=measure(adapter, fit, options.device, progress))
+        facts = replace(facts, values=(measured or measure)(adapter, fit, options.device, progress))
     if options.values or options.near is not None:
         facts = with_sketch(facts, adapter, fit, options)
     return facts

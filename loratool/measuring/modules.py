@@ -26,7 +26,7 @@ from loratool.notes import Note
 from loratool.results.values import Measured, Suggestion, Values
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -40,43 +40,33 @@ UNKNOWN = ("norm", "spectral", "stable_rank", "entropy_rank", "condition", "ener
 SPECTRUM = 1024  # singular values of a module that a report keeps
 
 
+Look = tuple[Measured, list[float], bool]  # at one module: what is told of it, its energies, whether it is rounding
+
+
 def measure(
-    adapter: Adapter, fit: Fit | None = None, device: str = "auto", progress: Callable[[int, int], None] | None = None
+    adapter: Adapter,
+    fit: Fit | None = None,
+    device: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+    known: Mapping[str, Look] | None = None,
 ) -> Values:
     """Measure every low-rank update, a module at a time on each core; with a `fit` also the base's weights.
 
     Decompositions are in float64 (float32 on GPUs without it). `progress` is called with (modules done, modules in all).
+    `known` has what was measured of all modules before.
     """
     started = time.monotonic()
-    layers: dict[str, Layer] = {}
-    skipped: dict[str, str] = {}
-    for target, update in adapter.updates.items():
-        if layer := layer_of(target, as_product(update, target)):
-            layers[target] = layer
-        elif not update.replaces and not isinstance(update, Add) and target not in adapter.optional:
-            why = open_question(update, {}) if isinstance(update, Unsettled) else ""
-            skipped[target] = why or f"{type(update).__name__}: not a product of two factors"
+    layers, skipped = layers_in(adapter)
     doubts = check_packed(fit) if fit else []
-    groups = fit.ties.groups if fit and fit.ties else ()
-    tied = {name: group.names[0] for group in groups for name in group.missing}  # held under another name
     found: list[Measured] = []
     energies: dict[str, list[float]] = {}
     rounded: list[str] = []  # targets whose update is rounding
     with session(device, ()) as at_work:
-
-        def work(target: str) -> list[tuple[Measured, list[float], bool]]:
-            told, squares, noise = look_at(layers[target], at_work)
-            if fit and fit.checkpoint and told.norm is not None:
-                places = [replace(p, tensor=tied.get(p.tensor, p.tensor)) for p in fit.places.get(target, ())]
-                told = replace(told, weight=measure_on_base(told.norm, places, fit.checkpoint, at_work.device))
-                if noise and told.weight:  # it points anywhere
-                    told = replace(told, weight=replace(told.weight, amplification=None))
-            return [(told, squares, noise)]
-
-        for told, squares, noise in at_work.through(work, layers, len(layers), progress):
+        looks = known.values() if known is not None else looked_at(layers, layers, fit, at_work, progress)
+        for target, (told, squares, noise) in zip(layers, looks, strict=True):
             if noise:
                 rounded.append(told.target)
-            energies[list(layers)[len(found)]] = squares
+            energies[target] = squares
             found.append(told)
         base_squared = [m.weight.norm**2 for m in found if m.weight]
         return Values(
@@ -90,6 +80,43 @@ def measure(
         )
 
 
+def layers_in(adapter: Adapter) -> tuple[dict[str, Layer], dict[str, str]]:
+    """The updates of an adapter that can be measured, and why others cannot."""
+    layers: dict[str, Layer] = {}
+    skipped: dict[str, str] = {}
+    for target, update in adapter.updates.items():
+        if layer := layer_of(target, as_product(update, target)):
+            layers[target] = layer
+        elif not update.replaces and not isinstance(update, Add) and target not in adapter.optional:
+            why = open_question(update, {}) if isinstance(update, Unsettled) else ""
+            skipped[target] = why or f"{type(update).__name__}: not a product of two factors"
+    return layers, skipped
+
+
+def looked_at(
+    layers: Mapping[str, Layer],
+    targets: Iterable[str],
+    fit: Fit | None,
+    at_work: Session,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Look]:
+    """What is measured of some of the layers, in their order."""
+    groups = fit.ties.groups if fit and fit.ties else ()
+    tied = {name: group.names[0] for group in groups for name in group.missing}  # held under another name
+
+    def work(target: str) -> list[Look]:
+        told, squares, noise = look_at(layers[target], at_work)
+        if fit and fit.checkpoint and told.norm is not None:
+            places = [replace(p, tensor=tied.get(p.tensor, p.tensor)) for p in fit.places.get(target, ())]
+            told = replace(told, weight=measure_on_base(told.norm, places, fit.checkpoint, at_work.device))
+            if noise and told.weight:  # it points anywhere
+                told = replace(told, weight=replace(told.weight, amplification=None))
+        return [(told, squares, noise)]
+
+    chosen = list(targets)
+    return at_work.through(work, chosen, len(chosen), progress)
+
+
 def check_packed(fit: Fit) -> list[Note]:
     """Notes on packed weights under an adapter. Raises `InputError` naming those that cannot be decoded."""
     base = fit.checkpoint
@@ -99,7 +126,7 @@ def check_packed(fit: Fit) -> list[Note]:
     return base.check(name for name in changed if name in base.weights)
 
 
-def look_at(layer: Layer, at_work: Session) -> tuple[Measured, list[float], bool]:
+def look_at(layer: Layer, at_work: Session) -> Look:
     """One module: what is told of it, σ² of its components, and whether all of it is rounding."""
     import torch
 

@@ -6,13 +6,13 @@ Parts do not depend on how many workers there are, so that work can go on with a
 from __future__ import annotations
 
 import dataclasses
-import heapq
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from loratool.files.part_records import FilePart
 from loratool.merging.resources import itemsize_of, sums_products
 from loratool.merging.tasks import Chunk, chunks_of
+from loratool.options import sharing
 from loratool.options.sharing import Share
 
 if TYPE_CHECKING:
@@ -116,17 +116,8 @@ def tied_chunks(chunks: Sequence[Chunk], rounding: str) -> set[int]:
 
 
 def deal(parts: Sequence[FilePart], count: int) -> list[list[FilePart]]:
-    """The share of each of `count` workers, so that all of them take about as long.
-
-    The part that takes longest goes first, to the worker who has the least to do so far.
-    """
-    shares: list[list[FilePart]] = [[] for _ in range(count)]
-    loads = [(0.0, number) for number in range(count)]
-    for part in sorted(parts, key=lambda part: (-cost(part), part.name)):
-        load, number = heapq.heappop(loads)
-        shares[number].append(part)
-        heapq.heappush(loads, (load + cost(part), number))
-    return [sorted(share, key=lambda part: part.name) for share in shares]
+    """The parts of each of `count` workers, so that all of them take about as long."""
+    return [[parts[number] for number in share] for share in sharing.deal([cost(part) for part in parts], count)]
 
 
 def share_of(parts: Sequence[FilePart], share: Share) -> list[FilePart]:

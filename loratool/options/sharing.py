@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,20 @@ class Share:
         if match["index"] == "auto":
             return of_kubernetes(environ, int(match["count"]))
         return cls(int(match["index"]), int(match["count"]))
+
+
+def deal(costs: Sequence[float], count: int) -> list[list[int]]:
+    """The numbers of what each of `count` workers does, so that all of them take about as long.
+
+    What takes longest goes first, to the worker who has the least to do so far.
+    """
+    shares: list[list[int]] = [[] for _ in range(count)]
+    loads = [(0.0, worker) for worker in range(count)]
+    for number in sorted(range(len(costs)), key=lambda each: (-costs[each], each)):
+        load, worker = heapq.heappop(loads)
+        shares[worker].append(number)
+        heapq.heappush(loads, (load + costs[number], worker))
+    return [sorted(share) for share in shares]
 
 
 def of_array(environ: Mapping[str, str]) -> Share:

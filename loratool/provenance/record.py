@@ -39,11 +39,22 @@ class Comparison:
     notes: tuple[Note, ...] = ()
 
 
-def compare(folder: Path, only: str = "") -> Comparison:
+def listed_files(folder: Path) -> dict[str, Digest]:
+    """The files that the record of a folder lists."""
+    return read_recorded(read_json(record_for(folder, ""), LARGEST_RECORD))
+
+
+def why_other_file(folder: Path, name: str) -> str:
+    """Empty where a file that the record of a folder lists is what it should be; else what is wrong with it."""
+    return why_other(folder / name, listed_files(folder)[name], lambda reference: sound_blob(reference.sha256))
+
+
+def compare(folder: Path, only: str = "", reasons: Mapping[str, str] | None = None) -> Comparison:
     """Every listed file of a folder, held to its digest; of a folder without a `loratool.json` there is nothing to say.
 
     A file that decides what is computed, and is missing or another than was written, is a problem; of any other it is a
-    note, and so are files that the record does not list. `only` is the one file of the folder that is meant.
+    note, and so are files that the record does not list. `only` is the one file of the folder that is meant; `reasons`
+    are what `why_other_file` says of every file, where that is known.
     """
     record = record_for(folder, only)
     if not record.is_file():
@@ -64,7 +75,7 @@ def compare(folder: Path, only: str = "") -> Comparison:
     notes = list(notes_of(folder, table, listed, only))
     for name, digest in sorted(listed.items()):
         notes += [*unproven_notes(name, digest, find), *copied_notes(name, digest)]
-        if not (reason := why_other(folder / name, digest, find)):
+        if not (reason := why_other(folder / name, digest, find) if reasons is None else reasons.get(name, "")):
             continue
         if is_decisive(name):
             problems.append(f"{printable(name)}: {reason}")

@@ -18,11 +18,16 @@ from loratool.results.base import Cost
 from loratool.results.verify import AS_RECORDED, NOT_PROVEN, Diagnosis, Verification
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from loratool.merging.merge import PathLike
 
 
-def verify_record(merged: PathLike) -> Verification:
-    """Every file of a folder, or one file of it, against the digests that were recorded when it was written."""
+def verify_record(merged: PathLike, reasons: Mapping[str, str] | None = None) -> Verification:
+    """Every file of a folder, or one file of it, against the digests that were recorded when it was written.
+
+    `reasons` tell what is wrong with each file, where that is known already.
+    """
     started = time.monotonic()
     path = Path(merged) if os.path.lexists(merged) else fetched(merged)
     folder, only = (path, "") if path.is_dir() else (path.parent, path.name)
@@ -34,7 +39,7 @@ def verify_record(merged: PathLike) -> Verification:
             f"{shown}: has no {PROVENANCE}, so there is nothing to compare it with; name what was merged",
             hint=f"loratool verify {shell_word(shown)} --base BASE --adapter ADAPTER",
         )
-    found = record.compare(folder, only)
+    found = record.compare(folder, only, reasons)
     files, size = listed_in(folder, only)
     return Verification(
         merged=path,

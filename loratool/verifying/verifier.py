@@ -54,10 +54,20 @@ def prove(
 ) -> Verification:
     """What `merged` is, held to `base` and `adapters`."""
     started = time.monotonic()
-    plan = plan_of(AUTO_BASE if base is None else base, several(adapters), options)
-    model = decoded(open_checkpoint(local(merged, "model")))
-    found = Verifier(plan, model, options, progress).run()
+    found = verifier_of(merged, base, adapters, options, progress).run()
     return dataclasses.replace(found, cost=dataclasses.replace(found.cost, seconds=time.monotonic() - started))
+
+
+def verifier_of(
+    merged: PathLike,
+    base: PathLike | None,
+    adapters: Sequence[PathLike] | PathLike,
+    options: VerifyOptions,
+    progress: Progress | None,
+) -> Verifier:
+    """What holds `merged` to `base` and `adapters`."""
+    plan = plan_of(AUTO_BASE if base is None else base, several(adapters), options)
+    return Verifier(plan, decoded(open_checkpoint(local(merged, "model"))), options, progress)
 
 
 def plan_of(base: PathLike, adapters: Sequence[PathLike], options: VerifyOptions) -> MergePlan:
@@ -80,6 +90,8 @@ def plan_of(base: PathLike, adapters: Sequence[PathLike], options: VerifyOptions
 
 class Verifier:
     """One merged model and the plan that it is held to."""
+
+    known: Mapping[str, Distances] | None = None  # of every tensor, where they have been measured before
 
     def __init__(self, plan: MergePlan, merged: Checkpoint, options: VerifyOptions, progress: Progress | None) -> None:
         self.plan, self.merged, self.options, self.progress = plan, merged, options, progress
@@ -120,8 +132,8 @@ class Verifier:
 
     def prove_all(self) -> tuple[str, dict[str, Distances]]:
         """How every tensor was rounded, and how far it is from the formula rounded that way."""
-        rounding = "nearest" if self.options.rounding == AUTO else self.options.rounding
-        distances = self.prove(self.pairing.pairs, rounding)
+        rounding = self.rounding
+        distances = dict(self.known) if self.known is not None else self.prove(self.pairing.pairs, rounding)
         if self.options.rounding != AUTO:
             return rounding, distances
         edited = [each for each in self.pairing.pairs if each.span.edits]
@@ -132,6 +144,11 @@ class Verifier:
             if not self.prove([smallest], other)[smallest.name].unequal:
                 return other, {**distances, **self.prove(edited, other)}
         return AUTO, distances
+
+    @property
+    def rounding(self) -> str:
+        """How the model is taken to be rounded before anything is known of it."""
+        return "nearest" if self.options.rounding == AUTO else self.options.rounding
 
     def prove(self, pairs: Sequence[Pair], rounding: str) -> dict[str, Distances]:
         """Compare some tensors with the formula."""

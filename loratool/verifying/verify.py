@@ -25,16 +25,23 @@ def verify(
     progress: Progress | None = None,
 ) -> Verification:
     """Prove `merged`; `loratool.commands.verify` says all of it."""
+    if by_record(base, adapters, options):
+        return verify_record(merged)
+    from loratool.verifying.verifier import prove  # most of the library, which a record needs nothing of
+
+    return prove(merged, base, adapters, options, progress)
+
+
+def by_record(base: PathLike | None, adapters: Sequence[PathLike] | PathLike, options: VerifyOptions) -> bool:
+    """Whether a model is held to its record alone. Raises `UsageError` where the arguments contradict each other."""
     named = isinstance(adapters, (str, os.PathLike)) or len(adapters) > 0
     if not named and base is None:
         if given := changed_options(options):
             raise UsageError(f"{', '.join(given)}: needs --adapter, and --base where the adapter does not name it")
-        return verify_record(merged)
+        return True
     if not named and not options.dequantize:
         raise UsageError("--base needs --adapter, once for each adapter that was merged, or --dequantize")
-    from loratool.verifying.verifier import prove  # most of the library, which a record needs nothing of
-
-    return prove(merged, base, adapters, options, progress)
+    return False
 
 
 def changed_options(options: VerifyOptions) -> list[str]:

@@ -133,7 +133,9 @@ def test_the_commands_have_no_options_that_the_library_has_not() -> None:
     """Apart from those that belong to a terminal, and from the ways of a merge that are functions of their own."""
     alone = {  # plan(), stream(), merge_many(), merge_part(), finish_merge(), merge_status()
         "merge": {"named_base", "dry_run", "stream", "card", "out", "also", "part", "finish", "status", "abort"},
-        "inspect": {"from_file", "as_csv", "as_lines"},  # lists of paths, FleetFacts
+        "verify": {"part", "finish", "into"},  # verify_part(), finish_verify()
+        "extract": {"part", "finish", "into"},
+        "inspect": {"part", "finish", "into", "from_file", "as_csv", "as_lines"},  # lists of paths, FleetFacts
     }
     for command in (*OPTIONS, *LISTED_BY_HAND):
         mine = {p.name for p in cli.command(command).params if isinstance(p, click.Option)}

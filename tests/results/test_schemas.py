@@ -34,6 +34,13 @@ PRINTED = {
     "a proof": "verify merged --base base --adapter style",
     "an adapter and a model": "inspect style base --values --check --tensors --metadata --base base",
     "what cannot be read": "inspect nowhere --check",
+    "a part of a merge": "merge base style -o parts --part 1/1",
+    "parts of a merge": "merge base style -o parts --status",
+    "a merge that is finished": "merge base style -o parts --finish",
+    "a part of a proof": "verify merged --base base --adapter style --part 1/2 --into proofs",
+    "a part of a record": "verify merged --part 1/2 --into records",
+    "a part of values": "inspect style --values --part 1/2 --into values",
+    "a part of an extraction": "extract base merged -o out --rank 1 --part 1/2 --into factors",
     "rescale": "rescale style -o out --scale 0.5",
     "resize": "resize style -o out --rank 1",
     "combine": "combine style style -o out",
@@ -58,6 +65,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_base(home / "base")
     write_adapter(home / "style")
     assert cli.run(["merge", str(home / "base"), str(home / "style"), "-o", str(home / "merged"), "-q"]) == 0
+    assert cli.run(["merge", str(home / "base"), str(home / "style"), "-o", str(home / "parts"), "--part", "1/1"]) == 0
     return home
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import filecmp
 import math
-import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from loratool.adapters.formats import FORMATS, WRITTEN
+from loratool.adapters.formats import WRITTEN
 from loratool.adapters.formats.format import Config, Parts, Spelling
 from loratool.adapters.layers import ATTENTION, Form, Kind, adapted_module
 from loratool.adapters.ranks import told_of_cuts
@@ -21,9 +20,6 @@ from loratool.adapters.weight_files import weight_files
 from loratool.adapters.writer import Output, Rounded, check_adapter_target, factor_dtype
 from loratool.algebra.lowrank.products import Product, change as change_of, inner, padded
 from loratool.bases.binding.orientation import module_of
-from loratool.bases.codecs import decoded
-from loratool.bases.decoded import Decoded
-from loratool.bases.opening import open_checkpoint
 from loratool.bases.packed import Packed
 from loratool.bases.weights import Held, Slice
 from loratool.errors import FitError, InputError, printable
@@ -36,6 +32,7 @@ from loratool.notes import Note
 from loratool.provenance.inputs import told_model
 from loratool.results.extract import ExtractedLayer, ExtractedTotals, ExtractReport
 from loratool.reworking.dialects import Manner
+from loratool.reworking.extracting.checking import broken_tensors, check_packed, check_saved, open_model, refuse_nothing
 from loratool.reworking.extracting.differences import (
     HELD,
     Difference,
@@ -43,7 +40,6 @@ from loratool.reworking.extracting.differences import (
     Part,
     Rule,
     decomposed,
-    is_finite,
 )
 from loratool.reworking.extracting.naming import manner_of, named_as
 from loratool.reworking.extracting.options import ExtractOptions
@@ -54,27 +50,30 @@ HELD_ON_GPU = 4 << 30
 TERMS = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)[\w.-]*", re.ASCII)  # of a base, at its top
 
 
+Gathered = Callable[["Extractor", tuple["Change", ...]], list["Outcome"]]  # what was made of some layers before
+
+
 def extract(
-    base: PathLike, tuned: PathLike, out: PathLike, options: ExtractOptions, progress: Progress | None = None
+    base: PathLike,
+    tuned: PathLike,
+    out: PathLike,
+    options: ExtractOptions,
+    progress: Progress | None = None,
+    gathered: Gathered | None = None,
 ) -> ExtractReport:
-    """Write the adapter that makes `tuned` of `base`; `loratool.commands.extract` says all of it."""
+    """Write the adapter that makes `tuned` of `base`; `loratool.commands.extract` says all of it.
+
+    `gathered` gives what was made of layers by other processes.
+    """
     started = time.monotonic()
-    rule = Rule.of(options.rank, options.energy, options.max_rank)
-    paths = local(base, "model"), local(tuned, "model")
-    before, after = (open_model(path, role) for path, role in zip(paths, ("BASE", "TUNED"), strict=True))
-    manner = manner_of(options.to, before)
-    target = check_adapter_target(out, paths, options, manner.form)
-    doubts = check_packed((before, after))
+    models = Models.of(base, tuned, out, options)
     with session(options.device, []) as at_work:
-        found = pair(before, after, options.include, options.exclude, options.fan_in_fan_out)
-        found.doubts += doubts
-        check_saved(found)
-        refuse_nothing(found)
-        manner = named_as(manner, found)
-        extractor = Extractor(found, rule, options.exact, options.seed, at_work, options.dtype, manner)
-        rest = run(extractor, target, paths, options, progress)
+        extractor = models.extractor(options, at_work)
+        extractor.gathered = gathered
+        rest = run(extractor, models.target, models.paths, options, progress)
+    found, rule = extractor.pairing, extractor.rule
     return ExtractReport(
-        out=target,
+        out=models.target,
         written=not options.dry_run,
         rule=rule.told,
         totals=rest.totals,
@@ -88,6 +87,37 @@ def extract(
         notes=rest.notes,
         **at_work.told(started),
     )
+
+
+@dataclass(frozen=True)
+class Models:
+    """Two models that are to be compared, and where the output goes."""
+
+    paths: tuple[Path, Path]
+    before: Checkpoint
+    after: Checkpoint
+    rule: Rule
+    manner: Manner
+    target: Path
+    doubts: list[Note]
+
+    @classmethod
+    def of(cls, base: PathLike, tuned: PathLike, out: PathLike, options: ExtractOptions) -> Models:
+        rule = Rule.of(options.rank, options.energy, options.max_rank)
+        paths = local(base, "model"), local(tuned, "model")
+        before, after = (open_model(path, role) for path, role in zip(paths, ("BASE", "TUNED"), strict=True))
+        manner = manner_of(options.to, before)
+        target = check_adapter_target(out, paths, options, manner.form)
+        return cls(paths, before, after, rule, manner, target, check_packed((before, after)))
+
+    def extractor(self, options: ExtractOptions, at_work: Session) -> Extractor:
+        """What goes through the layers that differ."""
+        found = pair(self.before, self.after, options.include, options.exclude, options.fan_in_fan_out)
+        found.doubts += self.doubts
+        check_saved(found)
+        refuse_nothing(found)
+        manner = named_as(self.manner, found)
+        return Extractor(found, self.rule, options.exact, options.seed, at_work, options.dtype, manner)
 
 
 @dataclass(frozen=True)
@@ -119,6 +149,7 @@ class Extractor(Maker[tuple[Change, ...], Outcome]):
     stacked_rank: int = 0  # of all experts that PEFT stacks
     mirrored: list[str] = field(default_factory=list)
     identical: int = 0  # which differ in the sign of zeros, say
+    gathered: Gathered | None = None
 
     @property
     def room(self) -> int:
@@ -196,7 +227,8 @@ class Extractor(Maker[tuple[Change, ...], Outcome]):
         return [group for group in self.pairing.groups if group not in large]
 
     def work(self, output: Output, task: tuple[Change, ...]) -> list[Made[Outcome]]:
-        return [Made(outcome.factors, outcome) for outcome in self.outcomes(output, task)]
+        outcomes = self.outcomes(output, task) if self.gathered is None else self.gathered(self, task)
+        return [Made(outcome.factors, outcome) for outcome in outcomes]
 
     def rest(self, draft: Draft) -> Rest:
         if not self.layers:
@@ -304,59 +336,6 @@ def told(parts: Sequence[Part], rank: int, rounding: float) -> ExtractedLayer:
         math.sqrt((lost + rounding) / squared),  # the one lies in the space that is kept, the other outside of it
         max(part.above_noise for part in parts),
     )
-
-
-def open_model(path: Path, role: str) -> Checkpoint:
-    """The checkpoint at `path`; raises `InputError` where that is an adapter."""
-    here = [form for form in FORMATS if path.is_dir() and (path / form.config_name).is_file()]
-    if here:
-        own = {form.weights_name for form in here}
-        others = {entry.name for entry in os.scandir(path) if entry.name.endswith(".safetensors")} - own
-        if not others:
-            raise InputError(
-                f"{printable(path)}: this is an adapter, but {role} must be a model; merge it into its base first"
-            )
-    return decoded(open_checkpoint(path))
-
-
-def check_packed(models: Sequence[Checkpoint]) -> list[Note]:
-    """Notes on packed weights of some models. Raises `InputError` naming those that cannot be decoded."""
-    return [note for model in models if isinstance(model, Decoded) for note in model.check(model.weights)]
-
-
-def check_saved(found: Pairing) -> None:
-    """Raise `InputError` naming what is to be saved whole and contains NaN or infinite values."""
-    broken = [name for name, tensor in (found.whole | found.biases | found.same_biases).items() if not tensor.finite()]
-    if broken:
-        raise InputError(
-            f"{found.tuned.name}: cannot make an adapter from these tensors:",
-            (f"{printable(name)} contains NaN or infinite values" for name in broken),
-        )
-
-
-def broken_tensors(found: Pairing) -> list[str]:
-    """Every tensor that was to be subtracted and holds what is no number."""
-    return [
-        f"{printable(change.target)} of {role} contains NaN or infinite values"
-        for change in found.changes.values()
-        for role, tensor in (("BASE", change.base), ("TUNED", change.tuned))
-        if not is_finite(tensor)
-    ]
-
-
-def refuse_nothing(found: Pairing) -> None:
-    """Raise `FitError` where there is no difference that a low-rank update can be made of."""
-    if found.changes:
-        return
-    if not (found.whole or found.left_out or found.excluded):
-        raise FitError(f"{found.base.name} and {found.tuned.name} are identical, so there is nothing to extract")
-    reasons = [f"{printable(name)}: {reason}" for name, reason in found.left_out.items()]
-    reasons += [
-        f"{printable(name)}: {'its module is saved whole' if len(tensor.shape) > 1 else 'not a matrix'}"
-        for name, tensor in found.whole.items()
-    ]
-    reasons += [f"{found.excluded} tensors that differ are excluded"] if found.excluded else []
-    raise FitError("no matrix differs, so there is nothing to extract:", reasons)
 
 
 def nothing_left(noise: Mapping[str, ExtractedLayer], rule: Rule) -> str:

@@ -1,0 +1,156 @@
+"""`verify` by many workers: what each measures of its tensors is added up in the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratool import __version__
+from loratool.errors import InputError, UsageError, printable
+from loratool.files.checkpoint import record_for
+from loratool.files.digests import sha256_of
+from loratool.files.process import peak_memory
+from loratool.measuring.partials import Partials
+from loratool.provenance import record
+from loratool.results.base import Cost
+from loratool.results.partial import PartialReport
+from loratool.verifying.records import fetched, verify_record
+from loratool.verifying.verify import by_record
+
+if TYPE_CHECKING:
+    from loratool.merging.merge import PathLike, Progress
+    from loratool.options.sharing import Share
+    from loratool.results.verify import Verification
+    from loratool.verifying.distances import Distances
+    from loratool.verifying.options import VerifyOptions
+    from loratool.verifying.pairing import Pair
+    from loratool.verifying.verifier import Verifier
+
+COMMAND = "verify"
+UNIT = 256 << 20  # bytes that are read for tensors that are compared together, at least
+
+
+def verify_part(
+    merged: PathLike,
+    base: PathLike | None,
+    adapters: Sequence[PathLike] | PathLike,
+    options: VerifyOptions,
+    share: Share,
+    into: PathLike,
+    progress: Progress | None = None,
+) -> PartialReport:
+    """Do one worker's share; `loratool.commands.partial` says all of it."""
+    started = time.monotonic()
+    tell = progress or (lambda _done, _all: None)
+    if by_record(base, adapters, options):
+        folder, names, partials = of_record(merged, into)
+
+        def work(unit: int) -> tuple[Mapping[str, Any], bytes]:
+            return {"reason": record.why_other_file(folder, names[unit])}, b""
+    else:
+        verifier, units, partials = of_tensors(merged, base, adapters, options, into)
+
+        def work(unit: int) -> tuple[Mapping[str, Any], bytes]:
+            before = verifier.bytes_read
+            found = verifier.prove(units[unit], verifier.rounding)
+            distances = {name: told(each) for name, each in found.items()}
+            return {"distances": distances, "bytes_read": verifier.bytes_read - before}, b""
+
+    made, kept = partials.do(share, work, tell)
+    cost = Cost(seconds=time.monotonic() - started, peak_memory=peak_memory())
+    return PartialReport(Path(into), str(share), made, kept, len(partials.costs), cost=cost)
+
+
+def finish_verify(
+    merged: PathLike,
+    base: PathLike | None,
+    adapters: Sequence[PathLike] | PathLike,
+    options: VerifyOptions,
+    into: PathLike,
+    progress: Progress | None = None,
+) -> Verification:
+    """What all workers found; `loratool.commands.partial` says all of it."""
+    started = time.monotonic()
+    if by_record(base, adapters, options):
+        _, names, partials = of_record(merged, into)
+        reasons = [table["reason"] for table, _ in partials.every()]
+        return verify_record(merged, dict(zip(names, reasons, strict=True)))
+    verifier, _, partials = of_tensors(merged, base, adapters, options, into)
+    verifier.progress = progress
+    tables = [table for table, _ in partials.every()]
+    verifier.known = {name: distances_of(each) for table in tables for name, each in table["distances"].items()}
+    verifier.bytes_read = sum(table["bytes_read"] for table in tables)
+    found = verifier.run()
+    return dataclasses.replace(found, cost=dataclasses.replace(found.cost, seconds=time.monotonic() - started))
+
+
+def of_record(merged: PathLike, into: PathLike) -> tuple[Path, list[str], Partials]:
+    """The folder of a model, the files that its record lists, and where what is found of them goes."""
+    folder = Path(merged) if Path(merged).exists() else fetched(merged)
+    if not folder.is_dir() or not record_for(folder, "").is_file():
+        raise UsageError(
+            f"{printable(folder)}: only a folder with a loratool.json is verified in parts by its record; name what was "
+            "merged, or leave out --part"
+        )
+    try:
+        listed = record.listed_files(folder)
+    except InputError:
+        listed = {}  # which `--finish` tells
+    names = sorted(listed)
+    fingerprint = sha256_of(record_for(folder, ""))
+    return folder, names, Partials(into, COMMAND, fingerprint, [listed[name].size for name in names])
+
+
+def of_tensors(
+    merged: PathLike,
+    base: PathLike | None,
+    adapters: Sequence[PathLike] | PathLike,
+    options: VerifyOptions,
+    into: PathLike,
+) -> tuple[Verifier, list[list[Pair]], Partials]:
+    """What compares a model, its tensors in units, and where what is found of them goes."""
+    from loratool.merging.fingerprints import content_fingerprint, sampled
+    from loratool.verifying.verifier import verifier_of
+
+    verifier = verifier_of(merged, base, adapters, options, None)
+    plan = verifier.plan
+    for adapter in plan.adapters:
+        adapter.check_values()
+    units = units_of(verifier.pairing.pairs)
+    facts = [
+        __version__,
+        content_fingerprint(plan, [adapter.digests() for adapter in plan.adapters]),
+        [sampled(shard) for shard in verifier.merged.shards],
+        dataclasses.replace(options, device="auto").words(),
+    ]
+    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return verifier, units, Partials(into, COMMAND, fingerprint, [sum(p.nbytes for p in unit) for unit in units])
+
+
+def units_of(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    """Tensors in the order of the plan, in units of some size; a large one is a unit by itself."""
+    units: list[list[Pair]] = []
+    size = UNIT
+    for pair in pairs:
+        if size >= UNIT:
+            units.append([])
+            size = 0
+        units[-1].append(pair)
+        size += pair.nbytes
+    return units
+
+
+def told(distances: Distances) -> dict[str, Any]:
+    """Distances as JSON."""
+    return {name: value for name, value in vars(distances).items() if name != "lock"}
+
+
+def distances_of(table: Mapping[str, Any]) -> Distances:
+    from loratool.verifying.distances import Distances
+
+    return Distances(**table)
