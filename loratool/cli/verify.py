@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.cli.options import A_MODEL, AN_ADAPTER, BYTES, click_options, output_options, with_pictures
-from loratool.cli.pictures import Pictures
 from loratool.cli.partial import PartialWords, is_shared
+from loratool.cli.pictures import Pictures
 from loratool.cli.screen import Screen
 from loratool.errors import escaped, printable
 from loratool.verifying.options import VerifyOptions

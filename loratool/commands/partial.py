@@ -145,7 +145,9 @@ def finish_extract(
         UsageError, InputError, FitError, StorageError, HubError: as for `extract`.
     """
     options = made_of(ExtractOptions, keywords, "finish_extract")
-    return with_push(partial(extracting.finish_extract, into=into), (base, tuned, out), options, progress, push_progress)
+    return with_push(
+        partial(extracting.finish_extract, into=into), (base, tuned, out), options, progress, push_progress
+    )
 
 
 @keyword_options(InspectOptions)

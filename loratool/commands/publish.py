@@ -45,7 +45,7 @@ def with_push(
         from loratool.publishing.committing import full_name
 
         full_name(options.destination)
-    return published(make(*operands, options, progress=progress, **more), options, push_progress)
+    return published(make(*operands, options, progress), options, push_progress)
 
 
 def published(report: Report, options: PublishOptions, progress: Progress | None) -> Report:
