@@ -69,7 +69,7 @@ def library_command(
         screen = Screen(as_json, quiet)
         with ExitStack() as stack:
             shown = {name: stack.enter_context(screen.bar(word, **looks)) for name, (word, looks) in bars.items()}
-            chosen = PartialWords(**given({name: words.pop(name, None) for name in described_by(PartialWords)}))
+            chosen = PartialWords(**given({name: words.pop(name) for name in described_by(PartialWords) if shared}))
             if shared is not None and is_shared(chosen):
                 result = shared(chosen, **given(words), **shown)
             else:
