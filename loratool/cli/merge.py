@@ -145,7 +145,7 @@ def merge(
         merge_several(base, outputs_of(out, adapters, also), options, screen, pictures)
         return
     if options.part or options.finish or options.status:
-        merge_in_parts(base, adapters, out, options, screen)
+        merge_in_parts(base, adapters, out, options, screen, pictures)
         return
     from loratool.merging.in_store import merge_into_store
 
@@ -166,14 +166,17 @@ def check_ways(also: tuple[str, ...], options: MergeWords, pictures: Pictures) -
     ways = {"--part": options.part is not None, "--finish": options.finish, "--status": options.status}
     chosen = [flag for flag, given in ways.items() if given]
     others = {"--also": bool(also), "--stream": options.stream, "--dry-run": options.dry_run, "--card": options.card}
-    others |= {"--html": pictures.html is not None, "--svg": pictures.svg is not None}
+    if chosen != ["--finish"]:
+        others |= {"--html": pictures.html is not None, "--svg": pictures.svg is not None}
     others["--push-to-hub"] = options.push_to_hub is not None and chosen != ["--finish"]
     if chosen and (beside := [*chosen[1:], *(flag for flag, given in others.items() if given)]):
         more = "; pass --push-to-hub with --finish" if beside == ["--push-to-hub"] else ""
         raise UsageError(f"{chosen[0]} and {beside[0]} are mutually exclusive{more}")
 
 
-def merge_in_parts(base: Path, adapters: tuple[Path, ...], out: Path, options: MergeWords, screen: Screen) -> None:
+def merge_in_parts(
+    base: Path, adapters: tuple[Path, ...], out: Path, options: MergeWords, screen: Screen, pictures: Pictures
+) -> None:
     """`--part`, `--finish` and `--status`."""
     from loratool.merging.in_parts import finish, merge_part, merge_status
 
@@ -186,6 +189,8 @@ def merge_in_parts(base: Path, adapters: tuple[Path, ...], out: Path, options: M
         with screen.bar("checking", **BYTES) as progress, screen.bar("pushing", **BYTES) as push_progress:
             report = with_push(finish, (base, adapters, out), options, progress, push_progress)
         screen.show(report)
+        if report.merge is not None:
+            pictures.write(report.merge)
 
 
 def outputs_of(out: Path, adapters: tuple[Path, ...], also: tuple[str, ...]) -> dict[Path, list[Path]]:

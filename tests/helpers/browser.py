@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import shutil
 from pathlib import Path
@@ -46,6 +47,31 @@ class Opened:
     def column(self, number: int, table: str = ".linked") -> list[str]:
         """The cells of a table's column, from 1, in the order in which they are shown."""
         return self.texts(f"{table} tbody tr > :nth-child({number})")
+
+
+ACROSS, DOWN = 62, 55  # blocks of a picture
+
+BLOCKS = """([url, across, down]) => new Promise((done) => {
+    const image = new Image();
+    image.onload = () => {
+        const canvas = new OffscreenCanvas(across, down).getContext("2d");
+        canvas.imageSmoothingQuality = "high";
+        canvas.drawImage(image, 0, 0, across, down);
+        const bytes = [...canvas.getImageData(0, 0, across, down).data];
+        done(Array.from({ length: across * down }, (_, at) => bytes.slice(4 * at, 4 * at + 3)));
+    };
+    image.src = url;
+})"""
+
+
+def blocks_of(browser: Any, png: bytes) -> list[list[int]]:
+    """A picture as few blocks of red, green and blue, from 0 to 255, row by row; the browser reads it."""
+    page = browser.new_page()
+    found: list[list[int]] = page.evaluate(
+        BLOCKS, [f"data:image/png;base64,{base64.b64encode(png).decode()}", ACROSS, DOWN]
+    )
+    page.close()
+    return found
 
 
 def luminance(colour: str) -> float:

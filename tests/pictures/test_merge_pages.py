@@ -220,14 +220,21 @@ def test_several_outputs_and_a_dry_run_have_pages_too(base: Path, adapter: Path,
     assert "· loratool plan</title>" in page.read_text("utf-8")
 
 
-@pytest.mark.parametrize("way", [["--part", "1/2"], ["--finish"], ["--status"]])
-def test_a_merge_in_parts_has_no_page(
+@pytest.mark.parametrize("way", [["--part", "1/2"], ["--status"]])
+def test_a_part_of_a_merge_has_no_page(
     way: list[str], base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["merge", str(base), str(adapter), "-o", str(tmp_path / "out"), *way, "--html", str(tmp_path / "page.html")]
     assert cli.run(words) == 2
     assert "and --html are mutually exclusive" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_end_of_a_merge_in_parts_has_the_page_of_the_merge(base: Path, adapter: Path, tmp_path: Path) -> None:
+    words = ["merge", str(base), str(adapter), "-o", str(tmp_path / "out"), "--device", "cpu", "-q"]
+    assert cli.run([*words, "--part", "1/1"]) == 0
+    assert cli.run([*words, "--finish", "--html", str(tmp_path / "page.html")]) == 0
+    assert len(table_of((tmp_path / "page.html").read_text("utf-8"), "weight")) == EDITED
 
 
 def test_verify_writes_its_page_whatever_the_verdict(
