@@ -1,14 +1,15 @@
-"""Take docs/pictures/inspect.png and inspect-dark.png anew: the report on an adapter in the shape of an 8B model's.
+"""Take docs/pictures/inspect.png, merge.png and their dark ones anew: pages about an adapter in the shape of an 8B model's.
 
 python docs/generate_pictures.py
 
-Its values are made up: norms that rise towards the middle layers, singular values that fall like a geometric sequence.
-It needs 1.5 GB of temporary disk, a minute or two, and a chromium that `tests/pictures` would use.
+Its values are made up: norms that rise towards the middle layers, singular values that fall like a geometric sequence; so
+are the numbers of the merge, which rounds small updates of the first layers away. It needs 1.5 GB of temporary disk, a minute or two, and a chromium that `tests/pictures` would use.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -18,6 +19,8 @@ from playwright.sync_api import sync_playwright
 from safetensors.torch import save_file
 
 import loratool
+from loratool.results.base import Cost
+from loratool.results.merge import AdapterEffect, MergeReport
 
 PICTURES = Path(__file__).parent / "pictures"
 RANK, LAYERS = 64, 32
@@ -51,17 +54,51 @@ def write_adapter(folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-def take(page: Path) -> None:
+def merge_of_8b() -> MergeReport:
+    """What a merge of such an adapter might have done."""
+    random = torch.Generator().manual_seed(1)
+    norms, gains = {}, {}
+    for layer in range(LAYERS):
+        for name, (_, _, large) in MODULES.items():
+            target = f"model.layers.{layer}.{name}.weight"
+            middle = math.exp(-(((layer - 16) / 9) ** 2) / 2)
+            norms[target] = 0.004 * large * (0.2 + 2 * middle) * (0.75 + float(torch.rand(1, generator=random)))
+            gains[target] = 1 - math.exp(-norms[target] * 4e3)  # updates below half a unit of rounding are lost
+    return MergeReport(
+        out=Path("style-8b-merged"),
+        edited=len(norms),
+        adapters=(AdapterEffect("style-8b", 1.0, len(norms), ()),),
+        copied=67,
+        converted=0,
+        bytes_read=16_396_000_000,
+        bytes_written=16_060_000_000,
+        workers=8,
+        gpu_memory=0,
+        resumed=(),
+        relative_norms=norms,
+        gain=0.991,
+        gains=gains,
+        error_added=None,
+        errors_added={},
+        nonfinite={},
+        left_out=(),
+        notes=(),
+        digests={},
+        cost=Cost("cpu", 8.1, 1.2, 900_000_000),
+    )
+
+
+def take(page: Path, name: str) -> None:
     """A picture in either scheme, with the pointer on a cell."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        for name, scheme in (("inspect", "light"), ("inspect-dark", "dark")):
+        for end, scheme in (("", "light"), ("-dark", "dark")):
             view = browser.new_page(viewport={"width": 1180, "height": 932}, color_scheme=scheme)  # type: ignore[arg-type]
             view.goto(page.as_uri())
             view.mouse.move(811, 444)
             view.wait_for_timeout(500)
-            view.screenshot(path=PICTURES / f"{name}.png")
+            view.screenshot(path=PICTURES / f"{name}{end}.png")
         browser.close()
 
 
@@ -70,8 +107,9 @@ def main() -> None:
         adapter = Path(folder) / "style-8b"
         write_adapter(adapter)
         page = Path(folder) / "report.html"
-        page.write_text(loratool.html_page([loratool.inspect(adapter, values=True)]), encoding="utf-8")
-        take(page)
+        for name, result in (("inspect", loratool.inspect(adapter, values=True)), ("merge", merge_of_8b())):
+            loratool.write_page(result, page, overwrite=True)
+            take(page, name)
 
 
 if __name__ == "__main__":
