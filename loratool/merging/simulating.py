@@ -9,21 +9,24 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratool.files.part_records import FilePart
 from loratool.merging.dealing import deal, own_name, parts_of
+from loratool.merging.upload_parts import upload_parts
 from loratool.options.described import FLAG, SIZE, Number, Options, option
 from loratool.results.simulation import Limit, Simulation
+from loratool.stores.limits import Limits
+from loratool.stores.names import StorePath
+from loratool.stores.objects import PIECE, StoredObject
+from loratool.stores.upload_part import UploadPart
 
 if TYPE_CHECKING:
-    from loratool.files.part_records import FilePart
     from loratool.merging.output_layout import Span
     from loratool.merging.plan import MergePlan
 
-GET = 16 << 20  # bytes that one request reads, at most
-MOST_COPIED = 5 << 30  # bytes that a store copies at one request: the limit of Amazon S3
-UPLOAD = 64 << 20  # bytes of an upload part
 # Amazon S3 Standard in us-east-1, for a thousand requests, in dollars (aws.amazon.com/s3/pricing, 2025)
 PRICES = {"GET": 0.0004, "LIST": 0.005, "PUT": 0.005, "COPY": 0.005, "POST": 0.005}
 LATENCY = 0.1  # seconds until a store begins to answer
@@ -128,8 +131,8 @@ class Load:
 
 def simulate(plan: MergePlan, workers: Sequence[int], rates: Rates) -> tuple[Simulation, ...]:
     """The merge with each of some numbers of workers."""
-    parts = parts_of(plan)
-    loads = loads_of(plan, parts, rates.objects)
+    parts: Sequence[FilePart] = upload_parts(plan, Limits(), in_a_bucket) if rates.objects else parts_of(plan)
+    loads = loads_of(plan, parts)
     return tuple(simulation(plan, parts, loads, count, rates) for count in workers)
 
 
@@ -143,9 +146,9 @@ def simulation(
     total = summed(shares)
     longest = max(max(share.seconds(rates).values()) for share in shares)
     limit, even = max(total.seconds(rates, workers).items(), key=lambda item: item[1])
-    work, finish = max(longest, even), finishing(plan, rates)
+    work, finish = max(longest, even), finishing(plan, len(parts), rates)
     if rates.objects:
-        total.requests += requests_to_finish(plan)
+        total.requests += requests_to_finish(plan, len(parts))
     due: dict[Limit, float] = {
         "start-up": 2 * rates.startup,
         limit: even,
@@ -173,20 +176,30 @@ def simulation(
     )
 
 
-def finishing(plan: MergePlan, rates: Rates) -> float:
+def finishing(plan: MergePlan, parts: int, rates: Rates) -> float:
     """Seconds until the output is published when all parts are there.
 
     One process reads every byte again; those in an object store have checksums of the store.
     """
     if rates.objects:
-        return rates.startup + requests_to_finish(plan).total() * LATENCY / IN_FLIGHT
+        return rates.startup + requests_to_finish(plan, parts).total() * LATENCY / IN_FLIGHT
     return rates.startup + plan.bytes_written / min(rates.bandwidth, rates.store)
 
 
-def requests_to_finish(plan: MergePlan) -> Counter[str]:
-    """Those of who publishes: the headers, one upload to begin, list and complete for each file, the small files."""
-    files, small = len(plan.shards), len(plan.side_files) + 2  # a card and the record
-    return Counter(GET=2 * (len(plan.base.shards) + len(plan.adapters)), POST=2 * files, LIST=files, PUT=small)
+def requests_to_finish(plan: MergePlan, parts: int) -> Counter[str]:
+    """Those of who publishes: headers, records of parts, an upload to begin, list and complete for each file, small files."""
+    files, small = (
+        len(plan.shards),
+        len(plan.side_files) + 4,
+    )  # a card, the record, and what says that a merge is at work
+    gets = 2 * (len(plan.base.shards) + len(plan.adapters)) + parts
+    return Counter(GET=gets, POST=2 * files, LIST=files + 1, PUT=small)
+
+
+@cache
+def in_a_bucket(path: Path) -> StoredObject:
+    """What a file of the base would be in an object store."""
+    return StoredObject(StorePath("bucket", path.as_posix()), 0, "", 0)
 
 
 def summed(loads: Iterable[Load]) -> Load:
@@ -196,26 +209,31 @@ def summed(loads: Iterable[Load]) -> Load:
     return total
 
 
-def loads_of(plan: MergePlan, parts: Iterable[FilePart], objects: bool) -> dict[str, Load]:
-    """What each part takes, by its name; `objects` as in `Rates`."""
+def loads_of(plan: MergePlan, parts: Iterable[FilePart]) -> dict[str, Load]:
+    """What each part takes, by its name."""
     spans = {shard.name: {own_name(shard, span): span for span in shard.spans} for shard in plan.shards}
-    return {part.name: load_of(part, spans[part.file], objects) for part in parts}
+    return {
+        part.name: uploaded(part, spans[part.file]) if isinstance(part, UploadPart) else load_of(part, spans[part.file])
+        for part in parts
+    }
 
 
-def load_of(part: FilePart, spans: Mapping[str, Span], objects: bool) -> Load:
+def load_of(part: FilePart, spans: Mapping[str, Span]) -> Load:
     """What a part takes of an output file that has these spans."""
-    load = Load()
-    for copied, chunks in groupby(part.chunks, lambda chunk: spans[chunk[0]].carried is not None):
-        sizes = [(spans[tensor], size) for tensor, _, size in chunks]
-        count = sum(size for _, size in sizes)
-        if copied and objects:
-            load.add(Load(copied_in_store=count, requests=Counter(COPY=-(-count // MOST_COPIED))))
-        elif copied:
-            load.add(Load(read=count, copied=count, written=count))
-        else:
-            read = sum(stored_bytes(span) * size // span.placed.nbytes for span, size in sizes)
-            requests = Counter(GET=-(-read // GET), PUT=-(-count // UPLOAD)) if objects else Counter[str]()
-            load.add(Load(read, computed=count, written=count, requests=requests))
+    copied = sum(size for tensor, _, size in part.chunks if spans[tensor].carried is not None)
+    read = sum(stored_bytes(spans[tensor]) * size // spans[tensor].placed.nbytes for tensor, _, size in part.chunks)
+    return Load(read, part.payload - copied, copied, written=part.payload)
+
+
+def uploaded(part: UploadPart, spans: Mapping[str, Span]) -> Load:
+    """What a part of an upload takes, its record included."""
+    pieces = len(part.pieces)
+    if part.source is not None:
+        return Load(copied_in_store=part.size, requests=Counter(COPY=pieces, PUT=1))
+    load = load_of(part, spans)
+    edges = sum(fringe.size for fringe in part.fringes)
+    load.add(Load(edges, copied=edges, written=edges))
+    load.requests.update(GET=-(-load.read // PIECE), PUT=pieces + 1)
     return load
 
 

@@ -6,8 +6,9 @@ edge between the two would leave a piece that is too small for the store, some n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.errors import UsageError, printable
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from loratool.merging.plan import MergePlan
 
 
+Find = Callable[[Path], object]  # tells the object that a file stands for
 MOST = 128 << 20  # bytes after which a part that is sent ends: its pieces may be in memory together
 
 
@@ -46,7 +48,7 @@ class Run:
         return self.source == other.source and other.source_start + other.size == self.source_start
 
 
-def upload_parts(plan: MergePlan, limits: Limits) -> tuple[UploadPart, ...]:
+def upload_parts(plan: MergePlan, limits: Limits, find: Find = stand_in) -> tuple[UploadPart, ...]:
     """The parts of all weight files, in the order of files and bytes.
 
     Raises `UsageError` for a file that would take more pieces than the store allows.
@@ -55,7 +57,7 @@ def upload_parts(plan: MergePlan, limits: Limits) -> tuple[UploadPart, ...]:
     found: list[UploadPart] = []
     for number, shard in enumerate(plan.shards):
         piece = limits.piece
-        parts = [*cut(plan, number, shard, limits, size)]
+        parts = [*cut(plan, number, shard, limits, size, find)]
         while sum(len(part.pieces) for part in parts) > limits.most:
             piece *= 2
             if piece > limits.largest:
@@ -63,15 +65,15 @@ def upload_parts(plan: MergePlan, limits: Limits) -> tuple[UploadPart, ...]:
                     f"{printable(shard.name)}: would take more than {limits.most} parts of an upload; pass --shard-size "
                     "to write smaller files"
                 )
-            parts = [*cut(plan, number, shard, replace(limits, piece=piece), size)]
+            parts = [*cut(plan, number, shard, replace(limits, piece=piece), size, find)]
         found += parts
     return tuple(found)
 
 
-def cut(plan: MergePlan, number: int, shard: ShardPlan, limits: Limits, least: int) -> Iterator[UploadPart]:
+def cut(plan: MergePlan, number: int, shard: ShardPlan, limits: Limits, least: int, find: Find) -> Iterator[UploadPart]:
     """The parts of output file `number`; those that are sent have `least` bytes or more, where there are so many."""
     chunks = sorted((c for s in shard.spans for c in chunks_of(s) if c.size), key=lambda c: place(shard, c))
-    origins = [*origins_of(plan, shard, chunks, limits)]
+    origins = [*origins_of(plan, shard, chunks, find if limits.copies else nowhere)]
     tied, first = tied_chunks(chunks, plan.rounding), 1
     for run in large_enough(joined(origins), limits.smallest):
         if run.source is not None:
@@ -101,36 +103,40 @@ def name_of(number: int, start: int) -> str:
     return f"part-{number:05d}-{start:015d}"
 
 
-def origins_of(plan: MergePlan, shard: ShardPlan, chunks: Sequence[Chunk], limits: Limits) -> Iterator[Run]:
+def nowhere(_path: Path) -> None:
+    """The object that a file stands for, where nothing is to be copied."""
+
+
+def origins_of(plan: MergePlan, shard: ShardPlan, chunks: Sequence[Chunk], find: Find) -> Iterator[Run]:
     """Where the bytes of a file are from, from its first to its last one."""
     at = shard.layout.data_start
-    yield Run(0, at, *(header_in(chunks, shard) if limits.copies else ()))
+    yield Run(0, at, *header_in(chunks, shard, find))
     for chunk in chunks:
         start = place(shard, chunk)
         if start > at:
             yield Run(at, start)
         at = start + chunk.size
-        there = stored_copy(chunk, plan) if limits.copies else None
+        there = stored_copy(chunk, plan, find)
         yield Run(start, at, *(there or ()))
     if at < shard.layout.size:
         yield Run(at, shard.layout.size)
 
 
-def stored_copy(chunk: Chunk, plan: MergePlan) -> tuple[StoredObject, int] | None:
+def stored_copy(chunk: Chunk, plan: MergePlan, find: Find) -> tuple[StoredObject, int] | None:
     """The object that a chunk is a range of, and its first byte there; None for one that is made here."""
     if kind_of_work(chunk.span, plan.rounding) != "copy":
         return None
     tensor = chunk.source
-    there = stand_in(tensor.file.path)
+    there = find(tensor.file.path)
     if not isinstance(there, StoredObject):
         return None
     return there, tensor.file.position(tensor.info) + chunk.start
 
 
-def header_in(chunks: Sequence[Chunk], shard: ShardPlan) -> tuple[StoredObject, int] | tuple[()]:
+def header_in(chunks: Sequence[Chunk], shard: ShardPlan, find: Find) -> tuple[StoredObject, int] | tuple[()]:
     """The object of the base that begins with the header of an output file."""
     for file in {id(chunk.source.file): chunk.source.file for chunk in chunks}.values():
-        there = stand_in(file.path)
+        there = find(file.path)
         if isinstance(there, StoredObject) and file.layout.header == shard.layout.header:
             return there, 0
     return ()
