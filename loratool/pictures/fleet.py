@@ -8,10 +8,11 @@ from loratool.pictures.bars import Bar, Bars
 from loratool.pictures.blocks import Block, Column, Facts, Group, Message, Messages, Shown, Table, Tiles, Value
 from loratool.pictures.page import Page
 from loratool.results.fleet import OK, FleetFacts, FleetRow, base_cell, several, short_count, target_cell
+from loratool.results.sketch import Neighbour
 from loratool.results.text import counts, figure, plural, size
 
 MOST_BARS = 16  # of one figure; the smallest counts are left out of more
-MOST_NORMS = 40  # adapters whose norms are shown as bars
+MOST_NORMS = 20  # adapters whose norms are shown as bars
 MOST_MESSAGES = 200
 MOST_NAMES = 100
 
@@ -33,11 +34,13 @@ def blocks(facts: FleetFacts) -> Iterator[Block]:
             *([("filtered out", f"{facts.filtered:,}")] if facts.filtered else []),
         ]
     )
-    if figures := [*figures_of(rows)]:
-        yield Group("What they have in common", "", figures)
     yield table(rows)
     if bad:
         yield problems(bad)
+    if figures := [*figures_of(rows)]:
+        yield Group("What they have in common", "", figures)
+    if neighbours := [(row.name, near) for row in rows for near in row.near or ()]:
+        yield nearest(neighbours)
     if twins := same(rows):
         yield Facts("The same update", twins)
     yield Facts("Facts", [("path", facts.path), *left_out(facts)])
@@ -70,14 +73,15 @@ def counted(name: str, title: str, found: Mapping[str, int]) -> Bars:
 def table(rows: Sequence[FleetRow]) -> Table:
     """All that the text has of an adapter, and its base."""
     norms = any(row.norm is not None for row in rows)
-    names = ["name", "base", "rank", "alpha", "scale", "targets", "parameters", "size", "date"]
-    columns = [Column(name) for name in (*names, *(["‖ΔW‖"] if norms else []), "health", "dialect")]
+    names = ["name", "health", "base", "rank", "alpha", "scale", "targets", "parameters", "size", "date"]
+    columns = [Column(name) for name in (*names, *(["‖ΔW‖"] if norms else []), "dialect")]
     return Table("Adapters", columns, [row_of(row, norms) for row in rows])
 
 
 def row_of(row: FleetRow, norms: bool) -> tuple[Value, ...]:
     return (
         row.name,
+        row.health,
         base_cell(row.base),
         *(Shown(several(values), max(values)) if values else None for values in (row.rank, row.alpha, row.scale)),
         target_cell(row.targets),
@@ -85,7 +89,6 @@ def row_of(row: FleetRow, norms: bool) -> tuple[Value, ...]:
         Shown(size(row.bytes), row.bytes),
         row.date[:10] or "–",
         *([row.norm] if norms else []),
-        row.health,
         "+".join(row.dialect) or "–",
     )
 
@@ -96,6 +99,18 @@ def problems(bad: Sequence[FleetRow]) -> Messages:
     title = f"{plural(len(bad), 'adapter')} with problems"
     more = f", the first {MOST_MESSAGES}" if len(bad) > MOST_MESSAGES else ""
     return Messages(title + more, messages)
+
+
+def nearest(neighbours: Sequence[tuple[str, Neighbour]]) -> Table:
+    """The adapters of an index that are nearest to each."""
+    columns = [
+        Column("adapter"),
+        Column("near", "an adapter of the index"),
+        Column("‖ΔW − ΔW'‖", "estimated from sketches"),
+        Column("of the larger ‖ΔW‖", "the distance over the larger of the two norms"),
+    ]
+    rows = [(name, near.name, near.distance, near.relative) for name, near in neighbours]
+    return Table("The nearest in the index", columns, rows)
 
 
 def same(rows: Sequence[FleetRow]) -> list[tuple[str, object]]:

@@ -28,6 +28,7 @@ from loratool.results.extract import ExtractReport
 from loratool.results.fleet import FleetFacts
 from loratool.results.matrix import Join, Matrix
 from loratool.results.resize import ResizeReport
+from loratool.results.sketch import Neighbour
 
 MOST_BYTES = 1_500_000
 TARGETS = [(layer, name) for layer in range(LAYERS) for name in NAMES]
@@ -278,6 +279,22 @@ def test_a_map_of_signs_keeps_its_colours(
         opened = Opened(browser, tmp_path / f"{name}.html")
         assert opened.page.locator("select.metric:not([hidden])").count() == chooses
         opened.close()
+
+
+def test_the_page_of_many_has_their_problems_twins_and_neighbours(fleet: FleetFacts) -> None:
+    one, three, two = fleet.adapters  # by name
+    near = Neighbour("old-run", 0.125, 0.01, 0.0625, "", "runs/old-run")
+    rows = (
+        replace(one, near=(near,)),
+        replace(two, same_as=("three",)),
+        replace(three, health="malformed", reason="the header is not JSON", exit_code=3, same_as=("two",)),
+    )
+    page = html_page(replace(fleet, adapters=rows, left_out=("model.safetensors",)))
+    text = re.sub(r"<[^>]*>", " ", page)
+    assert re.search(r"one\s+old-run\s+0\.125\s+0\.0625", text)
+    assert re.search(r"malformed\s+three: the header is not JSON", text)
+    assert text.count("three = two") == 1
+    assert "not an adapter  model.safetensors" in text
 
 
 def test_the_table_of_a_folder_is_sorted_by_keyboard(browser: Any, three: list[Path], tmp_path: Path) -> None:
