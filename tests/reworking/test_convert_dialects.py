@@ -512,6 +512,61 @@ def test_dora_of_some_layers_is_refused_where_one_setting_is_for_all(tmp_path: P
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text()).get("use_dora", False) is False
 
 
+PROJECTION = "down_blocks.1.attentions.0.proj_in"
+# text width of cross-attention, architecture that is asked for → the kernel that diffusers' U-Net has there
+FORMS = {"SD 1.5 by width": (768, None, (1, 1)), "SD 2 by width": (1024, None, ()), "SDXL, asked for": (0, "sdxl", ())}
+
+
+@pytest.mark.parametrize("kernel", [(), (1, 1)])
+@pytest.mark.parametrize("case", FORMS)
+def test_layers_around_attention_get_the_form_that_their_model_has(
+    case: str, kernel: tuple[int, ...], tmp_path: Path
+) -> None:
+    """A convolution of 1 × 1 in Stable Diffusion 1, linear since 2; a tool loads no other. The numbers are the same."""
+    width, architecture, wanted = FORMS[case]
+    a, b = pair(8, 8, seed=1)
+    tensors = {
+        f"unet.{PROJECTION}.lora_A.weight": a.view(2, 8, *kernel),
+        f"unet.{PROJECTION}.lora_B.weight": b.view(8, 2, *kernel),
+    }
+    if width:
+        key = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+        k, up = pair(8, width, seed=3)
+        tensors |= {f"{key}.lora_A.weight": k, f"{key}.lora_B.weight": up}
+    source = saved(tmp_path / "style.safetensors", tensors)
+    for to, start, names in (("diffusers", f"unet.{PROJECTION}.lora_", "AB"), ("kohya", "", ("down", "up"))):
+        loratool.convert(source, tmp_path / to, to=to, architecture=architecture)
+        found = load_file(next((tmp_path / to).glob("*.safetensors")))
+        if to == "kohya":
+            start = next(name for name in found if "proj_in" in name).partition(".")[0] + ".lora_"
+        down, up = (found[f"{start}{name}.weight"] for name in names)
+        assert (down.shape, up.shape) == ((2, 8, *wanted), (8, 2, *wanted))
+        assert torch.equal(down.flatten(), a.flatten())
+        assert torch.equal(up.flatten(), b.flatten())
+
+
+def test_a_base_tells_the_form_of_layers_around_attention_and_a_guess_does_not(tmp_path: Path) -> None:
+    a, b = pair(8, 8, seed=1)
+    tensors = {f"unet.{PROJECTION}.lora_A.weight": a, f"unet.{PROJECTION}.lora_B.weight": b}
+    source = saved(tmp_path / "style.safetensors", tensors)
+    save_file({f"unet.{PROJECTION}.weight": torch.ones(8, 8, 1, 1)}, tmp_path / "base.safetensors")
+    loratool.convert(source, tmp_path / "told", to="diffusers", base=tmp_path / "base.safetensors")
+    report = loratool.convert(source, tmp_path / "guessed", to="diffusers")
+    assert "architecture-assumed" in [note.code for note in report.notes]
+    shapes = [load_file(next((tmp_path / n).glob("*.safetensors"))).values() for n in ("told", "guessed")]
+    assert [{tensor.dim() for tensor in each} for each in shapes] == [{4}, {2}]
+
+
+def test_dora_of_columns_is_refused_by_name_for_peft(tmp_path: Path) -> None:
+    """PEFT takes lengths of rows, but for embeddings."""
+    a, b = pair(4, 4, seed=1)
+    module = f"lora_unet_{LDM}_attn1_to_q"
+    tensors = {f"{module}.lora_down.weight": a, f"{module}.lora_up.weight": b, f"{module}.dora_scale": torch.ones(1, 4)}
+    source = saved(tmp_path / "style.safetensors", {**tensors, f"{module}.dora_scale": torch.ones(1, 4)})
+    with pytest.raises(FitError, match="PEFT cannot store DoRA of input columns"):
+        loratool.convert(source, tmp_path / "out", to="peft")
+
+
 def test_training_data_is_removed_on_request_and_push_tells_of_it(tmp_path: Path) -> None:
     a, b = pair(4, 4, seed=1)
     module = f"lora_unet_{LDM}_attn1_to_q"

@@ -1,12 +1,13 @@
 """Which layers of known models are convolutions, and of what size: LoHa and LoKr do not say so of what they change.
 
-The layers before and after the attention of a U-Net are convolutions in Stable Diffusion 1, and linear since 2: they are
-not among these.
+The layers before and after the attention of a U-Net are convolutions in Stable Diffusion 1, and linear since 2, so that
+it takes the architecture to tell. Files have factors of either form for both, and tools load those of their model's alone.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 AT = r"(?:^|[._])"
 # (end of a module's name in either layout, with dots or underscores, kernel; none of a linear layer)
@@ -29,9 +30,18 @@ PATTERNS: tuple[tuple[str, tuple[int, ...]], ...] = (
     ),
     (r"block[._]\d+[._]layer[._]\d+[._].*", ()),
 )
+PROJECTION = re.compile(
+    rf"{AT}(?:attentions[._]\d+|(?:input|output)_blocks[._]\d+[._]1|middle_block[._]1)[._]proj_(?:in|out)$"
+)
+PROJECTIONS: Mapping[str, tuple[int, ...]] = {"sd15": (1, 1), "sd2": (), "sdxl": ()}  # by architecture: their kernel
 KNOWN = tuple((re.compile(rf"{AT}{pattern}$"), kernel) for pattern, kernel in PATTERNS)
 
 
 def kernel_of(module: str) -> tuple[int, ...] | None:
     """The kernel of a module by its name, nothing for a linear layer; None where the name does not tell."""
     return next((kernel for pattern, kernel in KNOWN if pattern.search(module)), None)
+
+
+def is_projection(module: str) -> bool:
+    """Whether a module is one of those before and after the attention of a U-Net."""
+    return PROJECTION.search(module) is not None

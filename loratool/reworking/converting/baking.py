@@ -15,6 +15,7 @@ from loratool.algebra.updates.products import Hadamard, Kronecker
 from loratool.bases.binding import bind
 from loratool.errors import InputError, LoratoolError, printable
 from loratool.files.checkpoint import Checkpoint
+from loratool.layouts.diffusion.kernels import is_projection
 from loratool.lazy import torch
 
 BLOCK = 1 << 22  # elements of ΔW that are looked at together
@@ -50,9 +51,15 @@ def baked(adapter: Adapter, shortened: bool, kernels: Mapping[str, tuple[int, ..
 
 
 def kernels_in(adapter: Adapter, base: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """The kernels of a base's layers that LoHa and LoKr of an adapter change, by target; nothing of a linear layer."""
-    plain = {t: innermost(update) for t, update in adapter.updates.items()}
-    asked = {t: adapter.updates[t] for t, update in plain.items() if isinstance(update, (Hadamard, Kronecker))}
+    """The kernels of a base's layers whose form an adapter does not tell, by target; nothing of a linear layer.
+
+    They are those that LoHa and LoKr change, and those before and after the attention of a U-Net.
+    """
+    asked = {
+        target: update
+        for target, update in adapter.updates.items()
+        if isinstance(innermost(update), (Hadamard, Kronecker)) or is_projection(target.rpartition(".")[0])
+    }
     places = bind(replace(adapter, updates=asked), base).places if asked else {}
     return {t: base.tensors[every[0].tensor].shape[2:] for t, every in places.items() if len(every) == 1}
 

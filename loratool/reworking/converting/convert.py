@@ -47,6 +47,7 @@ from loratool.reworking.converting.dora import Moved, as_lora, moved_by
 from loratool.reworking.converting.keeping import can_keep, carry, is_same, kept
 from loratool.reworking.converting.losing import lengths_lost, without_losses
 from loratool.reworking.converting.naming import Wanted, hint_of, respelled, with_experts_apart
+from loratool.reworking.converting.projections import in_their_form, projections
 from loratool.reworking.converting.proof import Compared, Comparison, places_of, read_back
 from loratool.reworking.converting.rows import Target, narrowed
 from loratool.reworking.converting.servers import SERVERS, Server, server_for
@@ -148,10 +149,14 @@ def convert(
         contents = as_lora(contents, moved, options.rank, options.energy, at_work)
         hint = options.architecture or hint_of(contents)
         wanted = respelled(contents.layers, goal.dialect, options.architecture or "", hint, base)
+        forms = projections(contents, kernels, "" if wanted.is_assumed else wanted.architecture)
+        if (shaped := in_their_form(contents, forms)) is not contents:
+            contents = shaped
+            wanted = respelled(contents.layers, goal.dialect, options.architecture or "", hint, base)
         if goal.server is not None and goal.server.splits(config):
             wanted = with_experts_apart(wanted, contents.layers, config, str(goal.server))
         made = Converter(contents, wanted, at_work, goal, options, kinds)
-        made.lost, made.moved, made.kernels = lost, moved, kernels
+        made.lost, made.moved, made.kernels = lost, moved, {**kernels, **forms}
         made.models = {"base": told_model(base, ModelDigests.of(base, compute=False))} if base is not None else {}
         if keeps:
             made.keep(given)

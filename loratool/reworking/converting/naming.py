@@ -170,9 +170,10 @@ def chosen(found: Sequence[Reading], layers: Mapping[str, Layer], hint: str) -> 
         f"its modules are those of {', '.join(sorted(several))}; {first.architecture} is assumed (--architecture sets "
         "another)"
     )
-    return first, (Note("architecture-assumed", text),)
+    return first, (Note(ASSUMED, text),)
 
 
+ASSUMED = "architecture-assumed"  # the code of a note
 WIDTHS = {768: "sd15", 1024: "sd2", 2048: "sdxl"}  # of the text that cross-attention of a U-Net takes in
 
 
@@ -192,6 +193,11 @@ class Wanted:
     targets: Mapping[str, Target]
     architecture: str = ""  # where it is known
     notes: tuple[Note, ...] = ()  # what was assumed
+
+    @property
+    def is_assumed(self) -> bool:
+        """Whether the architecture is one of several with such names."""
+        return any(note.code == ASSUMED for note in self.notes)
 
 
 def respelled(

@@ -19,11 +19,14 @@ from loratool.adapters.layers import Contents, Kind, Layer
 from loratool.adapters.reading import Reading
 from loratool.adapters.training import Training
 from loratool.algebra.updates.additive import LowRank
+from loratool.algebra.updates.base import Update
+from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.heads import HasNames, kinds_of
 from loratool.notes import Note
+from loratool.results.repairs import some
 
 
 class Peft(Format):
@@ -82,7 +85,9 @@ class Peft(Format):
         return Names(self, kinds, release)
 
     def losses(self, adapter: Adapter, dialect: str = "") -> tuple[Note, ...]:  # noqa: ARG002 (all have one config)
-        return uneven_dora(adapter, "PEFT")
+        columns = [target for target, update in adapter.updates.items() if is_by_column(update)]
+        notes = (Note("not-in-peft", f"PEFT cannot store DoRA of input columns: {some(columns)}"),) if columns else ()
+        return (*notes, *uneven_dora(adapter, "PEFT"))
 
     def task_heads(self, task: str) -> tuple[str, ...]:
         return keys.HEADS.get(task, ())
@@ -106,3 +111,10 @@ class Peft(Format):
     def names_of(self, contents: Contents) -> Names:
         """The names of an adapter's own layers."""
         return self.spelling({t: layer.kind for t, layer in contents.layers.items()}, contents.training.release)
+
+
+def is_by_column(update: Update) -> bool:
+    """Whether DoRA has the lengths of columns, as PEFT has them of an embedding alone."""
+    if not (isinstance(update, Magnitude) and update.by_column):
+        return False
+    return not (isinstance(update.inner, LowRank) and update.inner.table)
