@@ -23,7 +23,7 @@ from torch import Tensor
 
 import loratool
 from loratool.adapters.adapter import Flattened, load_update
-from loratool.adapters.formats import dialects_at, read_adapter
+from loratool.adapters.formats import read_adapter
 from loratool.adapters.formats.named.dialects import SPELLINGS
 from loratool.adapters.formats.named.format import spelling_in
 from loratool.adapters.reading import Reading
@@ -375,7 +375,6 @@ def test_a_dialect_is_read_as_the_formula_has_it(name: str, tmp_path: Path, caps
     expected = {Flattened.of(target) for target in toy.scales} if toy.flat else set(toy.scales)
     assert flattened | dotted == expected or name == "two dialects"
     assert adapter.unused == ()
-    assert dialects_at(path) == adapter.dialects
     assert run(["inspect", str(path), "--json", "--metadata"]) == 0
     hold_json(json.loads(capsys.readouterr().out), toy)
     assert tuple(note.code for note in adapter.notes) == toy.codes
@@ -480,7 +479,6 @@ def test_a_method_of_lycoris_is_read_from_names_without_dots(name: str, tmp_path
     save_file(unflattened(module, tensors), tmp_path / "toy.safetensors")
     facts = loratool.inspect(tmp_path / "toy.safetensors")
     assert isinstance(facts, AdapterFacts)
-    assert dialects_at(tmp_path / "toy.safetensors") == (facts.format,)
     assert facts.format == ("kohya" if name in ("kohya-conv", "dora-out", "dora-in", "oft") else "lycoris")
     base = {f"unet.{ATTENTION}.to_q.weight": eighths(*shape, seed=9)}
     save_file(base, tmp_path / "base.safetensors")

@@ -182,10 +182,9 @@ def test_a_model_whose_names_begin_as_those_of_dialects_is_no_adapter(tmp_path: 
     )
     save({name: torch.ones(2, 4) for name in names}, tmp_path / "model.safetensors")
     assert run(["inspect", str(tmp_path / "model.safetensors")]) == 0
-    from loratool.adapters.formats import dialects_at, is_adapter
+    from loratool.adapters.formats import is_adapter
 
     assert not is_adapter(tmp_path / "model.safetensors")
-    assert dialects_at(tmp_path / "model.safetensors") == ()
 
 
 def test_a_config_in_the_same_folder_is_believed_where_names_are_those_of_peft(tmp_path: Path) -> None:

@@ -61,18 +61,6 @@ def format_at(location: Path) -> Format:
     return found[0] if found else WRITTEN
 
 
-def dialects_at(path: Path) -> tuple[str, ...]:
-    """What the ways are called in which the names of a file are spelled; nothing where no format claims any.
-
-    Told by the head alone, in a fraction of the time that it takes to check it.
-    """
-    for head in heads_at(path):
-        for form in FORMATS:
-            if form.recognises(path) and form.claims(head):
-                return form.dialects_in(head)
-    return ()
-
-
 def heads_at(location: Path) -> Iterator[Head]:
     """The heads of the files of weights at a place, as far as they can be read."""
     inside = (path for end in WEIGHT_FILES for path in sorted(location.glob(f"*{end}")))

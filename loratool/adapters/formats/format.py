@@ -243,10 +243,6 @@ class Format(Protocol):
     def claims(self, file: HasNames) -> frozenset[str]:
         """The tensors of a file that are spelled as this format spells them; of those that differ in numbers one will do."""
 
-    def dialects_in(self, file: HasNames) -> tuple[str, ...]:  # noqa: ARG002 (most have but one)
-        """What the ways are called in which the names of a file are spelled that this format claims."""
-        return (self.name,)
-
     def is_config(self, config: Config) -> bool:
         """Whether a table is one of its configs."""
 

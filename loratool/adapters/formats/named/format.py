@@ -13,7 +13,7 @@ from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.format import Config, Format, Scaled
 from loratool.adapters.formats.named import card, header, refused, strength, writing
 from loratool.adapters.formats.named.dialects import ModuleSpelling, spelling_of
-from loratool.adapters.formats.named.reading import FULL, Configs, Reader, dialect_of
+from loratool.adapters.formats.named.reading import FULL, Configs, Reader
 from loratool.adapters.formats.roles import split
 from loratool.adapters.layers import Contents, Kind
 from loratool.adapters.reading import AS_STORED, Reading
@@ -28,7 +28,6 @@ from loratool.notes import Note
 from loratool.provenance.cards import Subject
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # as diffusers saves them
-DIGITS = str.maketrans("", "", "0123456789")
 OF_MODELS = ("config.json", "model_index.json")  # with one of them a folder is a model
 
 
@@ -62,17 +61,6 @@ class Named(Format):
             else:
                 rest.append(name)
         return frozenset(found).union(name for name, row in refused.refused(rest, file.metadata) if row.alone or found)
-
-    def dialects_in(self, file: HasNames) -> tuple[str, ...]:
-        head = header.Header(file.metadata)
-        modules: dict[tuple[ModuleSpelling, str], list[str]] = {}  # the roles of modules that differ in numbers alone
-        for kind, name in kinds_of(file).items():
-            if own := spelling_in(name):
-                spelling, role = own
-                end = role.translate(DIGITS)
-                modules.setdefault((spelling, kind.removesuffix(end)), []).append(role)
-        found = dict.fromkeys(dialect_of(spelling, roles, head) for (spelling, _), roles in modules.items())
-        return tuple(found) or tuple(dict.fromkeys(row.name for _, row in refused.refused(file.tensors, file.metadata)))
 
     def adapters_in(self, folder: Path) -> Iterator[Path]:
         """The files of a folder that are such adapters, by their heads."""
