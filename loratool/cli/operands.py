@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ NAMES = {
     "expand": "{name}",
     "rebase": "{adapter}-rebased",
 }
+MERGED = re.compile(rb'\{\s*"made_by": "loratool merge"')  # how the record of a merge begins
 MOST_NAMED = 3  # operands that such a name is made of
 
 
@@ -83,7 +85,7 @@ def forgiving(command: click.Command) -> click.Command:
 
             if error.own_hint == ANOTHER_OUT:
                 error.hint = f"-o {shell_word(free_name(context))}"
-            error.hint = next_step(error, context.find_root().obj or (), context.meta[OPERANDS])
+            error.hint = next_step(error, context.find_root().obj or (), meant_in(context))
             raise
 
     command.callback = called
@@ -96,7 +98,7 @@ def complain_of(error: LoratoolError, out: str | None = None, adapters: Sequence
     from loratool.fetching.operands import Operand
 
     context = click.get_current_context()
-    operands: Sequence[Operand] = context.meta[OPERANDS]
+    operands = meant_in(context)
     if out is not None:
         operands = [
             *(each for each in operands if each.role == "model"),
@@ -114,6 +116,9 @@ def read_operands(context: click.Context, words: dict[str, Any]) -> None:
     context.meta[OPERANDS], context.meta[NOTES] = [], []
     if not any(isinstance(parameter.type, Place) for parameter in context.command.params):
         return
+    if all(is_merged(each) for each in given_to(context.command, words)):  # which an index of formats adds nothing to
+        context.meta[OPERANDS] = None
+        return
     from loratool.fetching.operands import understood
 
     typed = operands_of(context.command, words)
@@ -128,6 +133,33 @@ def read_operands(context: click.Context, words: dict[str, Any]) -> None:
             words[str(parameter.name)] = tuple(own) if many else own[0]
     for note in () if words.get("quiet") else notes:
         click.echo(escaped(f"note: {note}"), err=True)
+
+
+def meant_in(context: click.Context) -> Sequence[Operand]:
+    """The operands of a command as they are meant."""
+    if context.meta[OPERANDS] is None:
+        context.meta[OPERANDS] = operands_of(context.command, context.params)
+    found: Sequence[Operand] = context.meta[OPERANDS]
+    return found
+
+
+def given_to(command: click.Command, words: Mapping[str, Any]) -> Iterator[tuple[str, Role]]:
+    """The operands of a command that were given, each with what it is read as."""
+    for parameter in command.params:
+        value = words.get(str(parameter.name))
+        if isinstance(parameter.type, Place) and value not in (None, ()):
+            role = parameter.type.role_in(words)
+            yield from ((str(each), role) for each in (value if isinstance(value, tuple) else (value,)))
+
+
+def is_merged(operand: tuple[str, Role]) -> bool:
+    """Whether an operand is a model that loratool merged, by its record: nothing else can be meant."""
+    word, role = operand
+    try:
+        with open(os.path.join(word, "loratool.json"), "rb") as record:
+            return role == "model" and MERGED.match(record.read(64)) is not None
+    except (OSError, ValueError):
+        return False
 
 
 def operands_of(command: click.Command, words: Mapping[str, Any]) -> list[Operand]:
@@ -165,7 +197,7 @@ def without_output(context: click.Context) -> UsageError:
 
     sentence = "Missing option '-o' / '--output', so nothing was written"
     arguments: Sequence[str] = context.find_root().obj or ()
-    *others, last = context.meta[OPERANDS] or [None]
+    *others, last = meant_in(context) or [None]  # type: ignore[list-item]  # and then there are no others
     if len([each for each in others if each.kind]) > 1 and not last.kind and same_path(arguments[-1], last.word):
         return UsageError(sentence, hint=typed(*arguments[:-1], "-o", arguments[-1]))
     return UsageError(sentence, hint=f"-o {shell_word(free_name(context))}")
@@ -173,7 +205,7 @@ def without_output(context: click.Context) -> UsageError:
 
 def free_name(context: click.Context) -> str:
     """A name for the output of a command."""
-    return proposed_name(str(context.info_name), context.meta[OPERANDS], context.params)
+    return proposed_name(str(context.info_name), meant_in(context), context.params)
 
 
 def proposed_name(command: str, operands: Sequence[Operand], words: Mapping[str, Any]) -> str:

@@ -77,8 +77,8 @@ WORDS = {
     "exclude_modules": ("the same, of ModelOpt", ("bases/codecs/modelopt.py",)),
     "hidden_size": ("a field of a model's config", ("bases/", "layouts/gguf.py", "demo.py")),
     "num_layers": (
-        "a field of a model's config, and one of mlx-lm's own",
-        ("bases/same_base.py", "adapters/formats/mlx.py"),
+        "a field of a model's config, and one of mlx-lm's and of NeMo's own",
+        ("bases/same_base.py", "adapters/formats/mlx.py", "adapters/formats/megatron.py"),
     ),
     "num_attention_heads": (
         "a field of a model's config",

@@ -22,6 +22,13 @@ found = loratool.verify(*sys.argv[1:])
 assert found.exit_code == 0, str(found)
 print(found.verdict, "torch" in sys.modules)
 """
+# The command, which reads no folder of a merge as something else that was meant.
+BY_COMMAND = """
+import sys
+from loratool.cli import run
+assert run(["verify", sys.argv[1], "-q"]) == 0
+print({"loratool.fetching", "loratool.adapters.formats"}.isdisjoint(sys.modules))
+"""
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16])
@@ -77,8 +84,8 @@ def test_a_record_is_checked_without_torch_and_numpy(tmp_path: Path) -> None:
     of = scene(tmp_path)
     loratool.merge(of.base, of.adapter, tmp_path / "merged", device="cpu")
     check = CHECK.replace('"torch" in sys.modules', '{"torch", "numpy"}.isdisjoint(sys.modules)')
-    done = run(check, tmp_path / "merged")
-    assert done == ["as-recorded", "True"]
+    done = run(f"{BY_COMMAND}{check}", tmp_path / "merged")
+    assert done == ["True", "as-recorded", "True"]
 
 
 @pytest.mark.parametrize(
