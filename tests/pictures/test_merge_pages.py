@@ -19,6 +19,7 @@ from loratool import cli
 from loratool.notes import Note
 from loratool.pictures.page import figures_of
 from loratool.results.merge import MergeReport
+from loratool.results.stream import StreamReport
 from loratool.results.verify import Verification
 
 EDITED = LAYERS * len(NAMES)
@@ -109,6 +110,19 @@ def test_a_loss_by_rounding_stands_out(merged: MergeReport) -> None:
     found = dict(re.findall(r'class="q(\d+)"[^>]*><title>([^:]+):', markup))
     assert {int(level) for level in found} == {0, 12, 23}
     assert found["23"] == first.removesuffix(".weight")
+
+
+def test_the_page_of_a_merge_to_the_hub_has_the_gains(merged: MergeReport) -> None:
+    report = StreamReport(
+        repo="me/merged", url="", commit="abc", private=True, edited=merged.edited, adapters=merged.adapters,
+        copied=merged.copied, files=2, bytes_written=5, resumed=(), most_on_disk=7, gain=merged.gain, gains=merged.gains,
+        left_out=(), notes=(), digests={}, dry_run=False,
+    )  # fmt: skip
+    rows = table_of(loratool.html_page(report), "weight")
+    assert {name: set(row) for name, row in rows.items()} == {
+        name.removesuffix(".weight"): {"weight", "gain"} for name in merged.gains
+    }
+    assert "merge-relative-norm" not in figures_of(report)
 
 
 # plan, verify, estimate
