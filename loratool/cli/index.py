@@ -9,7 +9,10 @@ import click
 from loratool.cli.operands import Output
 from loratool.cli.options import OPERAND, PATH, click_options, output_options
 from loratool.cli.screen import Screen
+from loratool.errors import escaped
+from loratool.files.system import shell_line
 from loratool.inspecting.fleet.indexing import IndexOptions
+from loratool.results.fleet import counted_adapters
 
 
 @click.command()
@@ -31,5 +34,6 @@ def index(paths: tuple[Path, ...], out: Path, options: IndexOptions, screen: Scr
         report = index(paths, out, options, progress)
     screen.show(report)
     if report.exit_code:
-        click.echo(f"Error: {len(report.failed)} adapters are not in the index", err=True)
+        hint = shell_line(["loratool", "inspect", *(escaped(str(path)) for path in paths)])
+        click.echo(f"Error: {counted_adapters(len(report.failed))} not in the index\nhint: {hint}", err=True)
         raise click.exceptions.Exit(report.exit_code)

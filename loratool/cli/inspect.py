@@ -14,7 +14,8 @@ from loratool.cli.partial import PartialWords, is_shared
 from loratool.cli.pictures import Pictures
 from loratool.cli.screen import Screen
 from loratool.commands.inspect import is_table
-from loratool.errors import LoratoolError, UsageError, printable
+from loratool.errors import LoratoolError, UsageError, escaped, printable
+from loratool.files.system import shell_line
 from loratool.inspecting.inspect import InspectOptions
 from loratool.results.facts import OneFacts, UnreadableFacts
 
@@ -122,7 +123,7 @@ def show_table(paths: Sequence[Path], options: InspectOptions, screen: Screen, a
     else:
         screen.show({"results": [found]}, str(found))
     pictures.write(found)
-    tell_bad([row.exit_code for row in found.adapters])
+    tell_bad([row.path for row in found.adapters if row.exit_code], len(found.adapters))
     return found.exit_code
 
 
@@ -134,19 +135,23 @@ def show_lines(paths: Sequence[Path], options: InspectOptions, screen: Screen) -
     from loratool.results.base import plain
     from loratool.results.fleet import worst
 
-    codes = []
+    codes, bad = [], []
     with screen.bar("reading", unit=" adapters") as progress:
         for row in rows_of(paths, options, progress):
             codes.append(row.exit_code)
+            bad += [row.path] if row.exit_code else []
             click.echo(json.dumps(plain(row), allow_nan=False))
-    tell_bad(codes)
+    tell_bad(bad, len(codes))
     return worst(codes)
 
 
-def tell_bad(codes: Sequence[int]) -> None:
+def tell_bad(bad: Sequence[str | Path], count: int) -> None:
     """Say on stderr why the command fails; the table has the reasons."""
-    if bad := sum(map(bool, codes)):
-        click.echo(f"Error: {bad} of {len(codes)} adapters cannot be used; their reasons are in the table", err=True)
+    if bad:
+        sentence = f"Error: {len(bad)} of {count} adapters cannot be used; their reasons are in the table"
+        click.echo(
+            f"{sentence}\nhint: {shell_line(['loratool', 'inspect', escaped(str(bad[0])), '--check'])}", err=True
+        )
 
 
 def show_in_full(paths: Sequence[Path], options: InspectOptions, screen: Screen, pictures: Pictures) -> int:

@@ -15,7 +15,7 @@ from loratool.errors import (
     VerificationError,
     escaped,
 )
-from loratool.fetching.operands import Operand, proposals
+from loratool.fetching.operands import Operand, is_list, proposals
 from loratool.files.system import shell_line
 
 SINGLE = (("-o", "--output"), ("--html",), ("--svg",), ("--max-memory",), ("--device",))  # options with one value
@@ -41,6 +41,9 @@ def next_step(error: LoratoolError, arguments: Sequence[str], operands: Sequence
     if error.own_hint:
         return in_full(error.own_hint, arguments)
     if isinstance(error, (InputError, HubError)):
+        lists = [operand.word for operand in operands if is_list(operand.word)]
+        if lists and arguments[0] == "inspect":
+            return typed(*(word for word in arguments if word not in lists), "--from-file", lists[0])
         for operand in operands:
             if is_concerned(operand, error) and (proposed := again_with(operand, arguments)):
                 return proposed

@@ -42,6 +42,7 @@ DESCRIPTIONS = ("config.json", "*_config.json", f"*{INDEX_SUFFIX}", MODEL_INDEX)
 TELLING = (*WEIGHTS, "config.json", "*_config.json")
 WILD = re.compile(r"[*?\[]")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # a folder that transformers' Trainer writes
+LONGEST_LINE = 4096  # bytes
 MOST_ENTRIES = 10_000  # of a folder that is searched for near names
 
 
@@ -270,6 +271,17 @@ def is_astray(operand: Operand, role: Role) -> bool:
 
 def said_of(role: Role) -> str:
     return {"model": "base", "adapter": "adapter", "any": "adapter", "folder": "path", "repository": "repository"}[role]
+
+
+def is_list(word: str) -> bool:
+    """Whether a word is a text file with a path in its first line."""
+    path = at_home(word)
+    with suppress(OSError, UnicodeDecodeError, ValueError):
+        if path.is_file():
+            with open(path, "rb") as stream:
+                first = stream.readline(LONGEST_LINE).decode().strip()
+            return bool(first) and os.path.lexists(at_home(first))
+    return False
 
 
 def proposals(operand: Operand) -> list[str]:

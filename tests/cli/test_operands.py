@@ -304,6 +304,30 @@ def test_an_output_with_backslashes_is_no_hidden_folder_but_a_question(
     assert Path(r".\again").is_dir()
 
 
+@pytest.mark.parametrize("words", ["inspect . --json", "inspect . --csv", "inspect . --jsonl", "index . -o all.index"])
+def test_what_fails_for_one_of_many_ends_with_a_command_that_shows_it(
+    here: Path, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others are told all the same."""
+    shutil.copytree("style", "broken style")
+    Path("broken style/adapter_model.safetensors").write_bytes(b"junk")
+    assert cli.run(command(words)) == 3
+    hint = capsys.readouterr().err.splitlines()[-1].removeprefix("hint: loratool ")
+    assert hint == ("inspect ." if words.startswith("index") else "inspect 'broken style' --check")
+    assert cli.run(command(hint)) == 3
+    shown = capsys.readouterr()
+    assert "too few for a safetensors header" in " ".join((shown.out + shown.err).split())
+
+
+@pytest.mark.usefixtures("here")
+def test_a_list_of_paths_is_inspected_by_the_option_that_is_proposed(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("names.txt").write_text("style\nmerged\n")
+    assert cli.run(command("inspect names.txt --sort rank")) == 3
+    hint = capsys.readouterr().err.splitlines()[-1].removeprefix("hint: loratool ")
+    assert hint == "inspect --sort rank --from-file names.txt"
+    assert cli.run(command(hint)) == 0
+
+
 @pytest.mark.parametrize("name", sorted(cli.COMMANDS))
 def test_every_output_is_one_that_is_proposed(name: str) -> None:
     """So that no command ends with Click's own sentence, which has no name."""
