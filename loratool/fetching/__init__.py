@@ -188,7 +188,7 @@ def cached(place: HubPath) -> Path:
         except hub_errors.LocalEntryNotFoundError:
             raise HubError(
                 f"{printable(place)}: no such folder or file, not in the Hub's cache, and HF_HUB_OFFLINE is set; "
-                f"unset it, or run `hf download {place.repo}` while online"
+                f"unset it, or run `hf download {place.repo}` while online",
             ) from None
     commit_of(place.repo, Path(snapshot).name)
     return Path(snapshot) / place.inside

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from loratool.errors import (
     FitError,
@@ -15,10 +15,11 @@ from loratool.errors import (
     VerificationError,
     escaped,
 )
+from loratool.fetching.client import is_offline
 from loratool.fetching.operands import Operand, is_list, proposals
 from loratool.files.system import shell_line
 
-SINGLE = (("-o", "--output"), ("--html",), ("--svg",), ("--max-memory",), ("--device",))  # options with one value
+REPEATED = ("--from",)  # options of which one more value is meant; of any other the value that was typed will not do
 FOR_PROGRAMS = ("--json", "-q", "--quiet")  # words that a command to be typed by a person does without
 
 
@@ -29,11 +30,16 @@ def typed(*words: str) -> str:
 
 def in_full(hint: str, arguments: Sequence[str]) -> str:
     """The hint of an error; the whole command where it is only words that were missing from it."""
-    flags = next((flags for flags in SINGLE if hint.startswith(f"{flags[0]} ")), ())
-    if flags:  # in the place of a value that will not do
-        at = next((at for at, word in enumerate(arguments) if word in flags), len(arguments))
-        arguments = [*arguments[:at], *arguments[at + 2 :]]
+    flag, space, _ = hint.partition(" ")
+    if space and hint.startswith("-") and flag not in REPEATED:
+        arguments = without_option(arguments, {flag, "--output"} if flag == "-o" else {flag})
     return f"{typed(*arguments)} {hint}" if hint.startswith("-") else hint
+
+
+def without_option(arguments: Sequence[str], flags: Collection[str]) -> list[str]:
+    """The words of a command without an option and its value."""
+    at = next((at for at, word in enumerate(arguments) if word.partition("=")[0] in flags), len(arguments))
+    return [*arguments[:at], *arguments[at + (1 if "=" in "".join(arguments[at : at + 1]) else 2) :]]
 
 
 def next_step(error: LoratoolError, arguments: Sequence[str], operands: Sequence[Operand] = ()) -> str:
@@ -83,6 +89,8 @@ def usual_step(error: LoratoolError, arguments: Sequence[str], operands: Sequenc
         return "loratool help operands"
     if isinstance(error, VerificationError):
         return "" if command == "verify" else "loratool help exit-codes"
+    if isinstance(error, HubError) and is_offline():
+        return "loratool help hub"
     if isinstance(error, (StorageError, HubError)):  # once what is in the way is gone
         return typed(*arguments)
     if isinstance(error, UsageError):

@@ -81,8 +81,10 @@ def choose_resources(
         elif chosen > 1:
             chosen -= 1
         else:
+            least = -(-needed // 10**6)
             raise UsageError(
-                f"--max-memory: {max_memory / 10**6:g} MB is too little; this merge needs at least {-(-needed // 10**6)} MB"
+                f"--max-memory: {max_memory / 10**6:g} MB is too little; this merge needs at least {least} MB",
+                hint=f"--max-memory {least}MB",
             )
     return Resources(devices, chosen, block)
 

@@ -130,7 +130,10 @@ class Choice(Kind):
         word = self.synonyms.get(word, word)
         if word not in (names := self.names()):
             meant = f"; did you mean {near!r}?" if (near := nearest(word, names)) else ""
-            raise UsageError(f"{flag} must be one of {', '.join(names)} (got {printable(repr(value))}){meant}")
+            raise UsageError(
+                f"{flag} must be one of {', '.join(names)} (got {printable(repr(value))}){meant}",
+                hint=f"{flag} {near}" if near else "",
+            )
         return word
 
 
@@ -253,7 +256,10 @@ class Size(Kind):
             raise UsageError(f"{flag} {printable(repr(value))} is not a size; write it like 5GB, 512MiB or 1000000")
         size = int(found[0])
         if isinstance(value, str) and text[-1].isdigit() and 0 < size < SMALLEST_BARE_SIZE:
-            raise UsageError(f"{flag} {text} would be {text} bytes; did you mean {text}{self.usual}?")
+            raise UsageError(
+                f"{flag} {text} would be {text} bytes; did you mean {text}{self.usual}?",
+                hint=f"{flag} {text}{self.usual}",
+            )
         if size <= 0:
             raise UsageError(f"{flag} must be larger than 0 bytes")
         return size

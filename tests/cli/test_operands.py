@@ -304,6 +304,25 @@ def test_an_output_with_backslashes_is_no_hidden_folder_but_a_question(
     assert Path(r".\again").is_dir()
 
 
+MEANT = {
+    "convert style -o out --to pefft": "convert style -o out --to peft",
+    "convert style --to=mlxx --dtype float32 -o out": "convert style --dtype float32 -o out --to mlx",
+    "merge base style -o out --max-memory 512 --dry-run": "merge base style -o out --dry-run --max-memory 512MB",
+    "estimate --preset llama-2-7B --rank 8 --target q_proj": "estimate --rank 8 --target q_proj --preset llama-2-7b",
+}
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("words", MEANT)
+def test_a_value_that_was_meant_is_in_the_command_that_is_proposed(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(command(words)) == 2
+    hint = capsys.readouterr().err.splitlines()[-1].removeprefix("hint: loratool ")
+    assert hint == MEANT[words]
+    assert cli.run(command(hint)) == 0
+
+
 @pytest.mark.parametrize("words", ["inspect . --json", "inspect . --csv", "inspect . --jsonl", "index . -o all.index"])
 def test_what_fails_for_one_of_many_ends_with_a_command_that_shows_it(
     here: Path, words: str, capsys: pytest.CaptureFixture[str]
