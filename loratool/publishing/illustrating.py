@@ -9,7 +9,7 @@ from pathlib import Path
 
 from loratool.errors import LoratoolError
 from loratool.inspecting.inspect import InspectOptions, inspect
-from loratool.results.facts import AdapterFacts
+from loratool.results.facts import AdapterFacts, OneFacts
 
 PICTURE = "loratool-spectrum.svg"
 USAGE = b"\n## Usage\n"  # the heading of a card before which the picture belongs
@@ -18,6 +18,7 @@ SECTION = f"""
 
 ![Singular values of the update by kind of module, on a logarithmic scale]({PICTURE})
 """.encode()
+MOST_MODULES = 5000
 MOST_WORK = 1e11  # multiplications of the decompositions: rank 128 on every layer of an 8B model, some seconds
 
 
@@ -35,8 +36,7 @@ def picture_of(root: Path) -> bytes:
     from loratool.pictures.spectrum import spectrum_by_kind
 
     try:
-        work = work_of(inspect(root, InspectOptions()))
-        if work > MOST_WORK:
+        if takes_long(inspect(root, InspectOptions())):
             raise NoPictureError("the adapter is so large that measuring it would take long")
         facts = inspect(root, InspectOptions(values=True, device="cpu"))
     except LoratoolError as error:
@@ -47,10 +47,11 @@ def picture_of(root: Path) -> bytes:
     return svg_file(spectrum_by_kind(measured)).encode(errors="backslashreplace")
 
 
-def work_of(facts: object) -> float:
-    """Multiplications of the QR decompositions of all factors."""
+def takes_long(facts: OneFacts) -> bool:
+    """Whether measuring an adapter takes more than some seconds, by its ranks and the number of its modules."""
     modules = facts.modules if isinstance(facts, AdapterFacts) else ()
-    return sum(2.0 * sum(m.shape or ()) * (m.rank or 0) ** 2 for m in modules)
+    work = sum(2.0 * m.parameters * (m.rank or 0) for m in modules)  # of QR decompositions
+    return work > MOST_WORK or len(modules) > MOST_MODULES
 
 
 def illustrated(card: bytes) -> bytes:
