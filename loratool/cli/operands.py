@@ -15,6 +15,7 @@ import click
 from loratool.cli.screen import NOTES
 from loratool.errors import ANOTHER_OUT, LoratoolError, UsageError, escaped, printable
 from loratool.files.hub_names import parse, slashed
+from loratool.files.names import at_home
 from loratool.files.system import shell_word
 from loratool.stores.names import is_in_store, parse_store
 
@@ -36,6 +37,7 @@ NAMES = {
     "expand": "{name}",
     "rebase": "{adapter}-rebased",
 }
+EMPTY = "it is empty; is a variable of the shell not set?"
 MERGED = re.compile(rb'\{\s*"made_by": "loratool merge"')  # how the record of a merge begins
 MOST_NAMED = 3  # operands that such a name is made of
 
@@ -55,6 +57,8 @@ class Place(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if isinstance(value, str) and is_in_store(value):
             parse_store(value)  # before a Path takes slashes away
+        if value == "":
+            self.fail(EMPTY, param, ctx)
         if isinstance(value, str) and value.startswith(("./", f".{os.sep}")) and not os.path.lexists(value):
             value = os.path.abspath(value)
         return super().convert(value, param, ctx)
@@ -66,6 +70,13 @@ class Output(click.Option):
     def value_is_missing(self, value: Any) -> bool:  # noqa: ARG002
         """Never, for Click: what is missing is said with the operands in hand."""
         return False
+
+    def process_value(self, ctx: click.Context, value: Any) -> Any:
+        """The path, `~` expanded: not every shell does it."""
+        if value == "":
+            raise click.BadParameter(EMPTY, ctx, self)
+        found = super().process_value(ctx, value)
+        return at_home(found) if isinstance(found, Path) else found
 
 
 def forgiving(command: click.Command) -> click.Command:

@@ -155,7 +155,7 @@ def merge_many(
 @library_function(DryRunOptions, "merge")
 def plan(
     base: PathLike,
-    adapters: Sequence[PathLike] | PathLike,
+    adapters: Sequence[PathLike] | PathLike = (),
     out: PathLike | None = None,
     **keywords: Unpack[DryRunKeywords],
 ) -> MergePlan:

@@ -97,6 +97,8 @@ def estimate(base: str | os.PathLike[str] | None, options: EstimateOptions) -> E
 
 def base_at(base: Any) -> Base:
     """The shapes of the weights at a path or on the Hub, under the name that was passed."""
+    if os.fspath(base) in PRESETS and not os.path.lexists(base):
+        raise UsageError(f"{printable(base)}: no such file or folder; for the known model, pass --preset {base}")
     with headers(base) as location:
         checkpoint = decoded(location.checkpoint()) if holds_weights(location.path) else None
         found = read_base(location.path, checkpoint)

@@ -93,7 +93,7 @@ def parsed(path: Path) -> Any:
 def entries(node: Any, shown: str) -> dict[str, Any]:
     """The nodes of a mapping by their keys, each of which is there once."""
     if not isinstance(node, yaml.MappingNode):
-        raise InputError(f"{shown}: must be a mapping")
+        raise InputError(f"{shown}: must have keys and values, such as `steps:` at the top of a manifest")
     found: dict[str, Any] = {}
     for key, value in node.value:
         name = str(key.value) if isinstance(key, yaml.ScalarNode) else ""

@@ -37,7 +37,7 @@ def record_at(place: Path) -> dict[str, Any]:
         return told
     if not place.exists():
         raise InputError(f"{printable(place)}: no such file or folder")
-    raise InputError(f"{printable(place)}: has no {PROVENANCE}, so loratool did not make it, or not as it is")
+    raise InputError(f"{printable(place)}: has no {PROVENANCE}: loratool did not make it, or the record was removed")
 
 
 def in_header(path: Path, metadata: Mapping[str, str] | None = None) -> dict[str, Any]:

@@ -89,7 +89,9 @@ def full_name(repo: str) -> str:
     """
     check_name(repo)
     if not hub.get_token():
-        raise HubError("pushing needs a token with write access: run `hf auth login`, or set HF_TOKEN")
+        raise HubError(
+            "pushing needs a token with write access: run `hf auth login`, or set HF_TOKEN", hint="hf auth login"
+        )
     with asking(repo):
         who: object = patiently(lambda: api().whoami())
     if inside(who, "auth", "accessToken", "role") == "read":

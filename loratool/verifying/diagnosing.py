@@ -240,7 +240,9 @@ def diagnose_rest(
             )
         if odd:
             most = max(found[name].residual for name in odd)
-            parts.append(f"{len(odd)} of {len(found)} edited ones by up to {most:.2g} besides the update")
+            parts.append(
+                f"{len(odd)} of {len(found)} edited tensors contain changes of up to {most:.2g} of their norm that are not the update"
+            )
         text = f"another base: {', and '.join(parts)}"
         numbers = {"tensors": len(changed), "of": untouched, "edited": len(odd), "relative": far}
         yield Diagnosis("another-base", text, module_names([*changed, *odd]), numbers)

@@ -214,6 +214,34 @@ def test_an_error_ends_with_the_next_command(name: str, capsys: pytest.CaptureFi
     assert last == (f"hint: loratool {proposed}" if proposed else f"hint: mkdir -p {Path.cwd() / 'new' / 'er'}")
 
 
+@pytest.mark.usefixtures("here")
+def test_an_output_in_the_user_s_folder_is_written_there(here: Path) -> None:
+    """Not every shell expands `~`, and a folder of that name is never meant."""
+    assert cli.run(command("rescale style --scale 2 -o ~/doubled -q")) == 0
+    assert (here / "doubled" / "adapter_config.json").is_file()
+    assert not Path("~").exists()
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("words", ["merge '' style -o out", "merge base '' -o out", "merge base style -o ''"])
+def test_an_empty_word_is_not_the_working_folder(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `merge $BASE style` is, where BASE is not set and in quotes."""
+    assert cli.run(command(words)) == 2
+    assert "it is empty; is a variable of the shell not set?" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("here")
+def test_a_known_model_that_is_named_without_its_option_is_recognised(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(command("estimate llama-2-7b --rank 8 --target q_proj")) == 2
+    assert "for the known model, pass --preset llama-2-7b" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("here")
+def test_a_plan_without_an_adapter_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(command("plan base")) == 2
+    assert "needs an ADAPTER as well as a BASE" in capsys.readouterr().err
+
+
 ON_THE_HUB = {
     "org/other": "org/other is read from the Hub; the folder ./org here does not contain it",
     "org/style": "org/style is read from the Hub; the folder ./style here is not used",

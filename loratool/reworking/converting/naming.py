@@ -25,6 +25,7 @@ from loratool.layouts.diffusion.rows import Row
 from loratool.notes import Note
 from loratool.reworking.converting.fusing import fused, split, stacked
 from loratool.reworking.converting.rows import Rows, Target
+from loratool.templates import grouped
 
 ORIGINAL, DIFFUSERS = "original", "diffusers"  # layouts of names
 DENOISING = "denoiser"  # the component that is no text encoder
@@ -304,7 +305,7 @@ def unknown(layers: Mapping[str, Layer], dialect: str, names: Mapping[str, str])
         raise InputError(
             f"{dialect} names modules in the layout of its architecture, and these belong to none that is known "
             f"({', '.join(ARCHITECTURES)}); pass --architecture, or choose another dialect:",
-            odd,
+            grouped(odd),
         )
     return targets
 
