@@ -164,6 +164,7 @@ def merge(
 def check_ways(also: tuple[str, ...], options: MergeWords, pictures: Pictures) -> None:
     """Raise `UsageError` where a merge in parts is to be another kind of merge, too."""
     ways = {"--part": options.part is not None, "--finish": options.finish, "--status": options.status}
+    ways |= {"--abort": options.abort}
     chosen = [flag for flag, given in ways.items() if given]
     others = {"--also": bool(also), "--stream": options.stream, "--dry-run": options.dry_run, "--card": options.card}
     if chosen != ["--finish"]:
@@ -178,7 +179,7 @@ def merge_in_parts(
     base: Path, adapters: tuple[Path, ...], out: Path, options: MergeWords, screen: Screen, pictures: Pictures
 ) -> None:
     """`--part`, `--finish` and `--status`."""
-    from loratool.merging.in_parts import finish, merge_part, merge_status
+    from loratool.merging.many_machines import finish, merge_part, merge_status
 
     if options.status:
         screen.show(merge_status(base, adapters, out, options))
@@ -187,7 +188,7 @@ def merge_in_parts(
             screen.show(merge_part(base, adapters, out, options, options.part, progress))
     else:
         with screen.bar("checking", **BYTES) as progress, screen.bar("pushing", **BYTES) as push_progress:
-            report = with_push(finish, (base, adapters, out), options, progress, push_progress)
+            report = with_push(finish, (base, adapters, out), options, progress, push_progress, finish)
         screen.show(report)
         if report.merge is not None:
             pictures.write(report.merge)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from loratool.commands.merge import MergeAndPushOptions
 from loratool.commands.publish import with_push
-from loratool.merging import in_parts
+from loratool.merging import many_machines
 from loratool.merging.merge import MergeOptions, PathLike, Progress
 from loratool.options.described import keyword_options, made_of
 from loratool.options.sharing import Share
@@ -29,7 +29,7 @@ def merge_part(
     progress: Progress | None = None,
     **keywords: Unpack[WholePlanKeywords],
 ) -> PartReport:
-    """Do one worker's share of a merge into `out`, on a file system that all workers share.
+    """Do one worker's share of a merge into `out`, on a file system that all workers share or in a store.
 
     Nothing appears at `out` before `finish_merge` is called. A worker that died is started again by the same call, or by
     one with another number of workers; what is there with the right bytes is kept.
@@ -48,7 +48,7 @@ def merge_part(
         StorageError: a disk or file-system error; what is done so far is kept.
     """
     share = part if isinstance(part, Share) else Share.of(part)
-    return in_parts.merge_part(base, adapters, out, made_of(MergeOptions, keywords, "merge_part"), share, progress)
+    return many_machines.merge_part(base, adapters, out, made_of(MergeOptions, keywords, "merge_part"), share, progress)
 
 
 @keyword_options(MergeAndPushOptions)
@@ -78,7 +78,9 @@ def finish_merge(
         StorageError: a disk or file-system error; the parts are kept.
     """
     options = made_of(MergeAndPushOptions, keywords, "finish_merge")
-    return with_push(in_parts.finish, (base, adapters, out), options, progress, push_progress)
+    return with_push(
+        many_machines.finish, (base, adapters, out), options, progress, push_progress, many_machines.finish
+    )
 
 
 @keyword_options(MergeOptions)
@@ -99,4 +101,4 @@ def merge_status(
         UsageError: another merge is at work on `out`.
         InputError, FitError: as for `merge`.
     """
-    return in_parts.merge_status(base, adapters, out, made_of(MergeOptions, keywords, "merge_status"))
+    return many_machines.merge_status(base, adapters, out, made_of(MergeOptions, keywords, "merge_status"))

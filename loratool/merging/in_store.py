@@ -15,7 +15,7 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,18 +24,16 @@ from loratool.errors import FitError, InputError, StoreError, UsageError, Verifi
 from loratool.fetching import local
 from loratool.files import stopwatch
 from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE
-from loratool.files.digests import CopiedRange, Digest, Listed, Reference, Tree, digest_of_part, read_recorded
+from loratool.files.digests import read_recorded
 from loratool.files.inputs import LARGEST_RECORD, json_object
-from loratool.files.journal import FinishedShard
 from loratool.files.known_digests import KnownDigests
 from loratool.files.part_records import PartRecord
 from loratool.files.process import peak_memory
 from loratool.files.staging import Stage, workplace
-from loratool.files.stand_ins import stand_in
 from loratool.merging.dealing import plan_of
 from loratool.merging.engine import Engine
 from loratool.merging.fingerprints import content_fingerprint
-from loratool.merging.in_parts import Joined, PartDestination, together
+from loratool.merging.in_parts import Joined, PartDestination
 from loratool.merging.merge import (
     NOTHING,
     Merged,
@@ -56,7 +54,8 @@ from loratool.merging.merge import (
 )
 from loratool.merging.one_file import is_file
 from loratool.merging.resources import Resources, runtime_for
-from loratool.merging.tasks import Job, known_of
+from loratool.merging.stored_records import whole_file
+from loratool.merging.tasks import Job
 from loratool.merging.upload_parts import upload_parts
 from loratool.notes import Note
 from loratool.provenance.inputs import ModelDigests, told_model
@@ -76,7 +75,6 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from loratool.devices import Runtime
-    from loratool.merging.output_layout import ShardPlan
     from loratool.merging.plan import MergePlan
 
 MOST_TRIES = 3  # of parts that were found wrong when they were put together
@@ -126,23 +124,30 @@ def completed(merge: StoredMerge, runtime: Future[Runtime], progress: Progress |
     """Make all parts, those again that are found wrong, and publish the output."""
     made = make(merge, merge.parts, runtime, progress)
     for number in range(MOST_TRIES):
-        wrong = wrong_parts(merge)
+        wrong = wrong_parts(merge, merge.parts)
         if not wrong:
             break
         if number == MOST_TRIES - 1:
             raise StoreError(
-                f"{merge.place}: parts of its uploads keep changing; is another run using it?", wrong.values()
+                f"{merge.place}: parts of its uploads keep changing; is another run using it?",
+                [f"{name}: {why}" for name, why in wrong.items()],
             )
         for name in wrong:
             merge.bucket.forget(name)
         make(merge, [merge.bucket.parts[name] for name in wrong], runtime, progress)
-    return finish(merge, runtime, made)
+    return finish(merge, lambda: cost(runtime, merge.started), made)
 
 
 def open_store(
-    base: PathLike, adapters: Sequence[PathLike] | PathLike, out: PathLike, options: MergeOptions
+    base: PathLike,
+    adapters: Sequence[PathLike] | PathLike,
+    out: PathLike,
+    options: MergeOptions,
+    joining: bool = False,
 ) -> StoredMerge:
     """The plan of a merge into a store with its parts; nothing is written.
+
+    With `joining`, one that is complete already is no output that is in the way.
 
     Raises:
         UsageError: what is below the prefix may not be replaced, is an input, or is a merge of something else.
@@ -166,6 +171,8 @@ def open_store(
     others = tuple(sorted(output_names(plan) - {*weights}))
     begun = Begun(fingerprint, hashlib.sha256(named).hexdigest(), weights, others)
     bucket = Bucket(place, begun, {part.name: part for part in parts})
+    if joining and read_begun(place) is None and is_committed(place, fingerprint):
+        return StoredMerge(plan, place, paths, digests, fingerprint, parts, bucket, options, True, started)
     begun, committed = settled(bucket, options.overwrite)
     bucket.begun = begun
     return StoredMerge(plan, place, paths, digests, fingerprint, parts, bucket, options, committed, started)
@@ -281,8 +288,8 @@ def make(merge: StoredMerge, parts: Sequence[UploadPart], runtime: Future[Runtim
     return Made(tuple(shard.name for shard in merge.plan.shards if shard.name not in left), workers, profile)
 
 
-def wrong_parts(merge: StoredMerge) -> dict[str, str]:
-    """What is wrong with parts, by their names, from the store's own lists; else their records are kept for `finish`."""
+def wrong_parts(merge: StoredMerge, parts: Sequence[UploadPart]) -> dict[str, str]:
+    """What is wrong with some parts, by their names, from the store's own lists; the records are kept for `finish`."""
     bucket = merge.bucket
     records = bucket.records()
     try:
@@ -295,13 +302,13 @@ def wrong_parts(merge: StoredMerge) -> dict[str, str]:
         part.name: bucket.problem(part, records[part.name], layouts[part.file])
         if part.name in records
         else "is not made"
-        for part in merge.parts
+        for part in parts
     }
     bucket.made = records
-    return {name: f"{name}: {why}" for name, why in found.items() if why}
+    return {name: why for name, why in found.items() if why}
 
 
-def finish(merge: StoredMerge, runtime: Future[Runtime], made: Made) -> MergeReport:
+def finish(merge: StoredMerge, spent: Callable[[], Cost], made: Made) -> MergeReport:
     """Give the files of the output their names, its record last; then remove what only the making needed."""
     bucket, place = merge.bucket, merge.place
     records = bucket.made
@@ -318,7 +325,7 @@ def finish(merge: StoredMerge, runtime: Future[Runtime], made: Made) -> MergeRep
             raise
         publish(merge, stage)
         bucket.clear()
-        report = make_report(merged, stage, made.resumed, cost(runtime, merge.started), made.workers, made.profile)
+        report = make_report(merged, stage, made.resumed, spent(), made.workers, made.profile)
     copied = sum(part.size for part in merge.parts if part.source is not None)
     return dataclasses.replace(report, out=Path(str(place)), notes=(*report.notes, *copied_notes(copied)))
 
@@ -387,59 +394,6 @@ def put_together(merge: StoredMerge, stage: Stage, records: Mapping[str, PartRec
     merged.table["plan"] = merge.fingerprint
     write_small_files(stage, plan, plan.side_files, merged.table)
     return merged
-
-
-def whole_file(
-    plan: MergePlan, shard: ShardPlan, parts: Sequence[tuple[UploadPart, PartRecord]], known: KnownDigests | None
-) -> FinishedShard:
-    """A weight file, from the records of all of its parts.
-
-    A tensor that did not pass through here whole is listed by where its bytes are from, unless its digests are known.
-    """
-    listed: dict[str, list[str]] = {}
-    for part, record in parts:
-        for (tensor, _, _), digest in zip(part.chunks, record.chunk_digests(), strict=True):
-            listed.setdefault(tensor, []).append(digest)
-    every: dict[str, Listed] = {}
-    for span in shard.spans:
-        name = span.placed.name[len(shard.prefix) :]
-        if not span.placed.nbytes:
-            every[name] = (digest_of_part(b""),)
-        elif name in listed:
-            every[name] = tuple(listed[name])
-        else:
-            every[name] = known_of(known, span) or version_of(plan, span.carried)
-    copies = tuple(copy for part, record in parts for copy in copies_in(plan, part, record))
-    whole = Digest(shard.layout.size, tree=Tree.of(shard.layout, every), copies=copies)
-    return FinishedShard(name=shard.name, digest=whole, **vars(together([record.seen for _, record in parts])))
-
-
-def version_of(plan: MergePlan, tensor: Any) -> Reference:
-    """Where the bytes of a tensor are from that is copied inside the store."""
-    there = stand_in(tensor.file.path)
-    assert isinstance(there, StoredObject)
-    start = tensor.file.position(tensor.info)
-    return Reference(name_in(plan, tensor.file.path), "", start, start + tensor.info.nbytes, there.tag)
-
-
-def name_in(plan: MergePlan, path: Path) -> str:
-    """The name of a file in the base."""
-    home = plan.base.root if plan.base.root.is_dir() else plan.base.root.parent
-    return path.relative_to(home).as_posix()
-
-
-def copies_in(plan: MergePlan, part: UploadPart, record: PartRecord) -> Iterator[CopiedRange]:
-    """The ranges of a file that a part copied, each with the checksum that the store told."""
-    if part.source is None:
-        return
-    files = {there: shard.path for shard in plan.base.shards if isinstance(there := stand_in(shard.path), StoredObject)}
-    name = name_in(plan, files[part.source])
-    told = record.details.get("copies")
-    md5s = {each[0]: str(each[2]) for each in told} if isinstance(told, list) else {}
-    for piece in part.pieces:
-        start = part.source_start + piece.start - part.start
-        reference = Reference(name, "", start, start + piece.size, part.source.tag)
-        yield CopiedRange(piece.start, piece.stop, reference, md5s.get(piece.start, ""))
 
 
 def publish(merge: StoredMerge, stage: Stage) -> None:

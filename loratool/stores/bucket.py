@@ -205,9 +205,13 @@ class Bucket:
         self.publish(part, empty, Seen(changed=False), {"tags": tags, "copies": copies})
 
     def publish(self, part: UploadPart, digest: Digest, seen: Seen, details: Mapping[str, Any]) -> None:
-        """Make a record known. One that another worker has published first stands."""
+        """Make a record known. One that another worker has published first stands, if it can be read."""
         record = PartRecord(part.name, self.begun.plan, digest, seen, host_name(), details)
-        uploads.put_new(self.home / f"{part.name}.json", record.to_bytes())
+        place = self.home / f"{part.name}.json"
+        if not uploads.put_new(place, record.to_bytes()):
+            theirs = PartRecord.of_bytes(uploads.get(place) or b"")
+            if theirs is None or not theirs.is_of(part, self.begun.plan):
+                uploads.put(place, record.to_bytes())
 
     def forget(self, name: str) -> None:
         """Withdraw a record that was found to be wrong."""

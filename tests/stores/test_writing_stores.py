@@ -271,3 +271,52 @@ def test_other_outputs_are_built_here_and_committed_by_their_record(
         assert cli.run(["inspect", out, "--check"]) == 0
         assert cli.run([*words, "-o", out]) == 2
         assert cli.run([*words, "-o", out, "--overwrite"]) == 0
+
+
+def test_workers_on_many_machines_make_one_output(store: StoreServer, models: Path) -> None:
+    """Any shares in any order; whoever finishes first publishes, and everybody else is told that it is complete."""
+    prefix = "out/shared"
+    out = f"s3://{BUCKET}/{prefix}"
+    assert cli.run(["merge", BASE, ADAPTER, "-o", out, "--finish"]) == 5
+    for share in ("3/3", "1/3"):
+        assert loratool.merge_part(BASE, [ADAPTER], out, share).made
+    status = loratool.merge_status(BASE, [ADAPTER], out)
+    assert not status.published
+    assert status.done
+    assert status.missing
+    assert cli.run(["merge", BASE, ADAPTER, "-o", out, "--finish"]) == 5
+    rest = loratool.merge_part(BASE, [ADAPTER], out, "1/1")
+    assert {*rest.made} == {*status.missing}
+    assert {*rest.kept} == {*status.done}
+    finished = loratool.finish_merge(BASE, [ADAPTER], out)
+    assert finished.published
+    assert finished.parts == status.parts
+    assert_same(store, prefix, models / "merged")
+    assert not loratool.finish_merge(BASE, [ADAPTER], out).published
+    assert loratool.merge_part(BASE, [ADAPTER], out, "2/3").published
+    assert loratool.merge_status(BASE, [ADAPTER], out).published
+    assert store.uploads(BUCKET) == []
+
+
+def test_a_part_that_is_not_what_its_record_says_is_made_again(store: StoreServer, models: Path) -> None:
+    """The store's list decides: a part that was sent anew with other bytes, and a record that is torn."""
+    prefix = "out/lied"
+    out = f"s3://{BUCKET}/{prefix}"
+    loratool.merge_part(BASE, [ADAPTER], out, "1/1")
+    left = store.objects(BUCKET, prefix)
+    uploads = json.loads(left[f"{FOLDER}/plan.json"])["uploads"]
+    name = "model-00002-of-00002.safetensors"
+    sent = store.client.list_parts(Bucket=BUCKET, Key=f"{prefix}/{name}", UploadId=uploads[name])["Parts"]
+    store.client.upload_part(
+        Bucket=BUCKET,
+        Key=f"{prefix}/{name}",
+        UploadId=uploads[name],
+        PartNumber=sent[-1]["PartNumber"],
+        Body=bytes(sent[-1]["Size"]),
+    )
+    records = sorted(each for each in left if each.startswith(f"{FOLDER}/part-00000-"))
+    store.client.put_object(Bucket=BUCKET, Key=f"{prefix}/{records[0]}", Body=left[records[0]][:-5])
+    assert cli.run(["merge", BASE, ADAPTER, "-o", out, "--finish"]) == 5
+    assert loratool.merge_part(BASE, [ADAPTER], out, "1/1").redone
+    assert loratool.finish_merge(BASE, [ADAPTER], out).published
+    assert_same(store, prefix, models / "merged")

@@ -1,0 +1,74 @@
+"""What is recorded of the weight files of a merge into a store: digests of what passed through here, versions of the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratool.files.digests import CopiedRange, Digest, Listed, Reference, Tree, digest_of_part
+from loratool.files.journal import FinishedShard
+from loratool.files.known_digests import KnownDigests
+from loratool.files.part_records import PartRecord
+from loratool.files.stand_ins import stand_in
+from loratool.merging.in_parts import together
+from loratool.merging.tasks import known_of
+from loratool.stores.objects import StoredObject
+from loratool.stores.upload_part import UploadPart
+
+if TYPE_CHECKING:
+    from loratool.merging.output_layout import ShardPlan
+    from loratool.merging.plan import MergePlan
+
+
+def whole_file(
+    plan: MergePlan, shard: ShardPlan, parts: Sequence[tuple[UploadPart, PartRecord]], known: KnownDigests | None
+) -> FinishedShard:
+    """A weight file, from the records of all of its parts.
+
+    A tensor that did not pass through here whole is listed by where its bytes are from, unless its digests are known.
+    """
+    listed: dict[str, list[str]] = {}
+    for part, record in parts:
+        for (tensor, _, _), digest in zip(part.chunks, record.chunk_digests(), strict=True):
+            listed.setdefault(tensor, []).append(digest)
+    every: dict[str, Listed] = {}
+    for span in shard.spans:
+        name = span.placed.name[len(shard.prefix) :]
+        if not span.placed.nbytes:
+            every[name] = (digest_of_part(b""),)
+        elif name in listed:
+            every[name] = tuple(listed[name])
+        else:
+            every[name] = known_of(known, span) or version_of(plan, span.carried)
+    copies = tuple(copy for part, record in parts for copy in copies_in(plan, part, record))
+    whole = Digest(shard.layout.size, tree=Tree.of(shard.layout, every), copies=copies)
+    return FinishedShard(name=shard.name, digest=whole, **vars(together([record.seen for _, record in parts])))
+
+
+def version_of(plan: MergePlan, tensor: Any) -> Reference:
+    """Where the bytes of a tensor are from that is copied inside the store."""
+    there = stand_in(tensor.file.path)
+    assert isinstance(there, StoredObject)
+    start = tensor.file.position(tensor.info)
+    return Reference(name_in(plan, tensor.file.path), "", start, start + tensor.info.nbytes, there.tag)
+
+
+def name_in(plan: MergePlan, path: Path) -> str:
+    """The name of a file in the base."""
+    home = plan.base.root if plan.base.root.is_dir() else plan.base.root.parent
+    return path.relative_to(home).as_posix()
+
+
+def copies_in(plan: MergePlan, part: UploadPart, record: PartRecord) -> Iterator[CopiedRange]:
+    """The ranges of a file that a part copied, each with the checksum that the store told."""
+    if part.source is None:
+        return
+    files = {there: shard.path for shard in plan.base.shards if isinstance(there := stand_in(shard.path), StoredObject)}
+    name = name_in(plan, files[part.source])
+    told = record.details.get("copies")
+    md5s = {each[0]: str(each[2]) for each in told} if isinstance(told, list) else {}
+    for piece in part.pieces:
+        start = part.source_start + piece.start - part.start
+        reference = Reference(name, "", start, start + piece.size, part.source.tag)
+        yield CopiedRange(piece.start, piece.stop, reference, md5s.get(piece.start, ""))
