@@ -147,8 +147,6 @@ def merge(
     if options.part or options.finish or options.status:
         merge_in_parts(base, adapters, out, options, screen, pictures)
         return
-    from loratool.merging.in_store import merge_into_store
-
     if options.dry_run:
         from loratool.merging.dry_run import dry_run
 
@@ -156,7 +154,7 @@ def merge(
         pictures.write(plan)
         return
     with screen.bar("merging", **BYTES) as progress, screen.bar("pushing", **BYTES) as push_progress:
-        report = with_push(merge_anywhere, (base, adapters, out), options, progress, push_progress, merge_into_store)
+        report = with_push(merge_anywhere, (base, adapters, out), options, progress, push_progress, merge_anywhere)
     screen.show(report)
     pictures.write(report)
 

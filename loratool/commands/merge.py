@@ -25,6 +25,7 @@ from loratool.results.abort import AbortReport
 from loratool.results.merge import MergeReport
 from loratool.results.merge_many import MergeManyReport
 from loratool.results.stream import StreamReport
+from loratool.stores.names import is_in_store
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -91,7 +92,7 @@ def merge(
         HubError: the output is complete, but the Hub refused the push.
     """
     options = made_of(MergeAndPushOptions, keywords, "merge")
-    return with_push(merge_anywhere, (base, adapters, out), options, progress, push_progress, merge_into_store)
+    return with_push(merge_anywhere, (base, adapters, out), options, progress, push_progress, merge_anywhere)
 
 
 def abort_merge(out: PathLike) -> AbortReport:
@@ -117,7 +118,9 @@ def merge_anywhere(
     options: MergeAndPushOptions,
     progress: Progress | None = None,
 ) -> MergeReport:
-    """Merge in this process, or by tasks of a cluster."""
+    """Merge in this process, into a folder or a store, or by tasks of a cluster."""
+    if is_in_store(out):
+        return merge_into_store(base, adapters, out, options, progress)
     if isinstance(options.workers, str):
         from loratool.merging.on_ray import merge_on_ray
 

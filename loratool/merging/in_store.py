@@ -187,6 +187,7 @@ def checked_place(out: PathLike, options: MergeOptions) -> StorePath:
         raise UsageError(f"{place}: OUT must be a prefix in a bucket, such as {place / 'merged'}")
     if is_file(Path(place.name)):
         raise UsageError(f"{place}: OUT in a store must be a prefix, such as {place.parent / Path(place.name).stem}")
+    _ = options.threads  # raises where a cluster was asked for
     if options.verify or options.sha256:
         raise UsageError(
             "--verify and --sha256 read a local output again; for OUT in a store, run `loratool verify OUT` after the merge"
