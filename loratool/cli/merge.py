@@ -230,7 +230,7 @@ def merge_several(
     if result.reports or screen.as_json:
         screen.show(result, "\n\n".join(map(str, result.reports.values())))
     if result.reports:
-        pictures.write([*result.reports.values()])
+        pictures.write(result)
     click.get_current_context().exit(result.exit_code)
 
 

@@ -20,6 +20,7 @@ from loratool.pictures.blocks import Block, Group, Table
 from loratool.pictures.colours import style_of_page
 from loratool.pictures.drawing import Figure, safe
 from loratool.results.base import Result
+from loratool.results.merge_many import ResultsOfOutputs
 
 # The kind of a result → the module of this package whose `page_of` makes its page.
 MAKERS = {
@@ -53,8 +54,11 @@ class Page:
 
 
 def pages_of(results: Result | Iterable[Result]) -> list[Page]:
-    """The page of each result; `UsageError` for a kind that has none."""
-    return [page_of(result) for result in ([results] if isinstance(results, Result) else results)]
+    """The page of each result, and of each output of a merge of several; `UsageError` for a kind that has none."""
+    every: list[Result] = []
+    for result in [results] if isinstance(results, Result) else results:
+        every += result.reports.values() if isinstance(result, ResultsOfOutputs) else [result]
+    return [page_of(result) for result in every]
 
 
 def page_of(result: Result) -> Page:

@@ -251,6 +251,13 @@ def test_the_end_of_a_merge_in_parts_has_the_page_of_the_merge(base: Path, adapt
     assert len(table_of((tmp_path / "page.html").read_text("utf-8"), "weight")) == EDITED
 
 
+def test_a_merge_of_several_outputs_has_a_page_with_all_of_them(base: Path, adapter: Path, tmp_path: Path) -> None:
+    outputs: dict[Path, Any] = {tmp_path / "one": adapter, tmp_path / "two": (adapter, 0.5)}
+    made = loratool.merge_many(base, outputs, device="cpu")
+    assert re.findall("<h1 [^>]*>([^<]+)<", loratool.html_page(made)) == ["one", "two"]
+    assert {"merge-1-gain", "merge-2-gain"} <= set(figures_of(made))
+
+
 def test_verify_writes_its_page_whatever_the_verdict(
     spoiled: Verification, base: Path, adapter: Path, tmp_path: Path
 ) -> None:
