@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,9 +107,10 @@ def cells(figure: object) -> np.ndarray:
 def test_resize_maps_the_energy_that_numpy_s_singular_values_give(resized: ResizeReport, three: list[Path]) -> None:
     figures = figures_of(resized)
     ranks, energies = cells(figures["resize-ranks"]), cells(figures["resize-energy"])
+    values = singular(three[0])
     for row, name in enumerate(NAMES):
         for layer in range(LAYERS):
-            squares = singular(three[0])[layer, name] ** 2
+            squares = values[layer, name] ** 2
             kept = squares.cumsum() / squares.sum()
             assert ranks[row, layer] == np.searchsorted(kept, 0.8) + 1
             assert energies[row, layer] == pytest.approx(kept[int(ranks[row, layer]) - 1], abs=1e-3)
@@ -239,11 +239,17 @@ def test_rows_of_several_adapters_are_leaves_of_the_dendrogram(compared: Compare
     assert sorted(at for one, other, _ in tree.joins for at in (one, other)) == [*range(2 * len(tree.leaves) - 2)]
 
 
-Given = Callable[..., Opened]
-
-
-@pytest.mark.parametrize("name", ["resized", "combined", "pair", "compared", "extracted", "fleet"])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        ("resized", "light"),
+        ("combined", "dark"),
+        ("pair", "light"),
+        ("compared", "dark"),
+        ("extracted", "light"),
+        ("fleet", "dark"),
+    ],
+)
 def test_every_page_opens_without_a_complaint_or_a_request(
     browser: Any, name: str, scheme: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
