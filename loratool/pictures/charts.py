@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 # The kind of a result → names of figures of its page, in the order in which a terminal shows them.
 SHOWN = {
     "AdapterFacts": ("energy-by-rank", "norm"),
+    "MergePlan": ("gain",),
     "MergeReport": ("tensors", "relative-norm", "gain"),
+    "StreamReport": ("tensors", "gain"),
     "ResizeReport": ("energy", "ranks"),
     "ExtractReport": ("energy", "difference"),
     "CombineReport": ("energy-by-adapter", "energy"),

@@ -8,6 +8,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,13 @@ def test_more_layers_than_columns_share_cells_and_the_title_says_how_many() -> N
 
 def test_modules_of_one_layer_are_bars_from_zero() -> None:
     assert shares(chart_of(heat_map((1.0,), (4.0,)))).tolist() == [[0.25], [1.0]]
+
+
+def test_a_map_of_one_density_is_left_out() -> None:
+    """As that of a gain of 1 in every module, which the text says in a line."""
+    gains = replace(heat_map((0.999, 1.0), (1.0, 0.998)), bounds=(0.5, 1.0))
+    assert shown([gains], PLAIN) == ""
+    assert shown([replace(gains, bounds=(0.998, 1.0))], PLAIN) != ""
 
 
 def test_of_many_rows_those_that_differ_in_numbers_are_one() -> None:
