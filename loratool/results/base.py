@@ -12,6 +12,7 @@ from typing import Any
 
 from loratool.shown import Shown
 
+LINES_IN_A_NOTEBOOK = 60
 SCHEMA = 1  # of the objects that `--json` prints; fields may be added without a new number
 
 
@@ -34,6 +35,17 @@ class Result(Shown):
     def to_dict(self) -> dict[str, Any]:
         """All of it in dicts, lists, text and numbers: the object that the command prints with `--json`."""
         return {"schema": SCHEMA, **plain(self)}
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # noqa: ARG002 (IPython's protocol)
+        """What a notebook shows of a cell that ends with this: the text, cut where it is long; among others, the `repr`."""
+        if len(printer.stack) > 1:
+            printer.text(repr(self))
+            return
+        lines = str(self).splitlines()
+        more = len(lines) - LINES_IN_A_NOTEBOOK
+        if more > 0:
+            lines[LINES_IN_A_NOTEBOOK:] = [f"… and {more} more lines; print() shows all of them"]
+        printer.text("\n".join(lines))
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

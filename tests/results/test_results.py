@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,34 @@ def test_a_plan_of_a_large_model_is_short_in_a_notebook_and_readable_as_text(pla
     assert len(repr(plan)) < 500
     assert 200 < len(str(plan)) < 20_000
     assert "model.layers.{0-31}.mlp.up_proj" in str(plan)
+
+
+class Printer:
+    """What IPython passes to `_repr_pretty_`: where the text goes, and what is being shown around it."""
+
+    def __init__(self, *around: object) -> None:
+        self.shown, self.stack = "", [*map(id, around), 0]
+
+    def text(self, words: str) -> None:
+        self.shown += words
+
+
+def test_a_cell_of_a_notebook_shows_the_text_of_a_result_cut_where_it_is_long(plan: MergePlan) -> None:
+    """Within a list the result is one line, as its `repr` is."""
+    whole, nested = Printer(), Printer([plan])
+    plan._repr_pretty_(whole, False)
+    assert whole.shown == str(plan)
+    plan._repr_pretty_(nested, False)
+    assert nested.shown == repr(plan)
+
+    @dataclass(frozen=True, kw_only=True, repr=False)
+    class Long(Result):
+        def __str__(self) -> str:
+            return "\n".join(map(str, range(100)))
+
+    cut = Printer()
+    Long()._repr_pretty_(cut, False)
+    assert cut.shown.splitlines() == [*map(str, range(60)), "… and 40 more lines; print() shows all of them"]
 
 
 CALLS: dict[str, Callable[[], Any]] = {
