@@ -299,7 +299,7 @@ def publish(merge: PartedMerge, progress: Progress | None, started: float, look:
     folder = merge.store.home / PARTS
     try:
         found = merge.store.check()
-        if merge.published:
+        if merge.published or is_published(merge.out, merge.fingerprint):  # perhaps since the merge was opened
             if found is not None:  # of a run that was killed after it had published
                 Stage(merge.out, merge.store.home, found).remove()
             return done

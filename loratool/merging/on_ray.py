@@ -11,6 +11,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from loratool.errors import LoratoolError, StorageError, UsageError, printable
@@ -80,8 +81,14 @@ def check_share(job: str, words: Words, names: Sequence[str], share: str) -> Map
     merge, wanted = opened(job, words), {*names}
     parts = [part for part in merge.parts if part.name in wanted]
     for name in {part.file for part in parts}:
-        forget_cached(merge.store.folder / name)
-    return problems(merge, parts, merge.store.records())
+        with suppress(FileNotFoundError):  # which is told of every part
+            forget_cached(merge.store.folder / name)
+    records = merge.store.records()
+    there = [part for part in parts if part.name in records]
+    return {
+        **dict.fromkeys(wanted - {part.name for part in there}, "its record is gone"),
+        **problems(merge, there, records),
+    }
 
 
 class Tasks:

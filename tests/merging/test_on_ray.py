@@ -200,6 +200,31 @@ def test_a_damaged_part_is_found_and_made_again(
     assert contents(tmp_path / "out") == contents(home / "alone")
 
 
+def test_an_output_that_another_run_publishes_in_the_meantime_is_left_alone(
+    ray: StandIn, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is complete by the time that all parts are made here."""
+    wait = ray.wait
+
+    def finishing(pending: Sequence[int], timeout: float) -> Any:
+        if len(pending) == 1 and ray.tasks[-1][0] == "make_share":
+            last = ray.waiting[pending[0]]
+
+            def then() -> Any:
+                table = last()
+                loratool.finish_merge(home / "demo/base", home / "demo/adapter", tmp_path / "out")
+                return table
+
+            ray.waiting[pending[0]] = then
+        return wait(pending, timeout)
+
+    monkeypatch.setattr(ray, "wait", finishing)
+    with pytest.raises(UsageError, match="another process published this output"):
+        merged(home, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(home / "alone")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_what_a_task_raises_is_raised_and_the_others_are_ended(
     ray: StandIn, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
