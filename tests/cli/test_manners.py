@@ -18,7 +18,7 @@ import loratool
 from loratool import cli
 
 COMMANDS = sorted(cli.COMMANDS)
-HEAVY = ("torch", "numpy", "huggingface_hub", "safetensors", "tqdm")
+HEAVY = ("torch", "numpy", "huggingface_hub", "safetensors", "tqdm", "boto3", "botocore", "ray")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,7 @@ def loaded_by(arguments: Sequence[str], folder: Path) -> set[str]:
         ["inspect", "--tensors", "--base", "base", "adapter"],
         ["estimate", "base", "--rank", "8", "--target", "layer"],
         ["merge", "base", "adapter", "-o", "out", "--dry-run"],
+        ["plan", "base", "adapter", "--simulate", "1,8", "--object-store"],
     ],
     ids=" ".join,
 )
