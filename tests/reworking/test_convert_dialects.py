@@ -567,6 +567,43 @@ def test_dora_of_columns_is_refused_by_name_for_peft(tmp_path: Path) -> None:
         loratool.convert(source, tmp_path / "out", to="peft")
 
 
+@pytest.mark.parametrize("way", ["resize", "combine", "kohya", "lycoris"])
+def test_dora_of_columns_keeps_its_lengths(way: str, tmp_path: Path) -> None:
+    """As OneTrainer trains it: a length for each input, of a convolution for each channel. W' = m/‖V‖ ⊙ V by columns."""
+    linear, conv = f"{BLOCK}.attn1.to_q", "down_blocks.1.resnets.0.conv1"
+    shapes = {linear: (6, 6), conv: (6, 4, 3, 3)}
+    tensors: Tensors = {}
+    for n, (module, (rows, columns, *kernel)) in enumerate(shapes.items()):
+        start, ones = f"lora_unet_{module.replace('.', '_')}", [1 for _ in kernel]
+        tensors |= {
+            f"{start}.lora_down.weight": numbers(2, columns, *kernel, seed=n),
+            f"{start}.lora_up.weight": numbers(rows, 2, *ones, seed=n + 9),
+            f"{start}.dora_scale": numbers(1, columns, *ones, seed=n + 19).abs() + 1,
+        }
+    source, out = saved(tmp_path / "style.safetensors", tensors), tmp_path / "out"
+    if way == "resize":
+        loratool.resize(source, out, rank=2, device="cpu")
+    elif way == "combine":
+        loratool.combine([source], out, normalize=False, device="cpu")
+    else:
+        loratool.convert(source, out, to=way, architecture="sdxl")
+    base = {f"unet.{module}.weight": numbers(*shape, seed=30) for module, shape in shapes.items()}
+    save_file(base, tmp_path / "base.safetensors")
+    found = {}
+    for name, adapter in (("before", source), ("after", out)):
+        loratool.merge(tmp_path / "base.safetensors", adapter, tmp_path / f"{name}.safetensors", device="cpu")
+        found[name] = load_file(tmp_path / f"{name}.safetensors")
+    for weight, tensor in base.items():
+        start = f"lora_unet_{weight.removeprefix('unet.').removesuffix('.weight').replace('.', '_')}"
+        down, up, lengths = (
+            tensors[f"{start}.{role}"].double() for role in ("lora_down.weight", "lora_up.weight", "dora_scale")
+        )
+        whole = tensor.double() + (up.flatten(1) @ down.flatten(1)).view(tensor.shape)
+        norms = whole.transpose(0, 1).flatten(1).norm(dim=1).view(lengths.shape)
+        for merged in found.values():
+            torch.testing.assert_close(merged[weight].double(), whole * lengths / norms, rtol=1e-5, atol=1e-6)
+
+
 def test_training_data_is_removed_on_request_and_push_tells_of_it(tmp_path: Path) -> None:
     a, b = pair(4, 4, seed=1)
     module = f"lora_unet_{LDM}_attn1_to_q"

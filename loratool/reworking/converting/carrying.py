@@ -30,7 +30,11 @@ def carried(
     found = Carried()
     for name, target in targets.items():
         if (lengths := magnitudes(contents, name, target)) is not None:
-            found.tensors[names.magnitude(name)] = lengths.reshape(names.lengths(forms[name]))
+            by_column = any(m.by_column for source in target.sources if (m := contents.layers[source].magnitude))
+            if by_column and not target.is_whole(contents.layers):
+                text = "its lengths are those of input columns of another layer"
+                raise FitError(f"{printable(name)}: {text}; convert to a dialect that has it whole")
+            found.tensors[names.magnitude(name)] = lengths.reshape(names.lengths(forms[name], by_column))
         scale = scales.get(name, 1.0) if names.scales_biases else 1.0
         if (bias := biases(contents, target, scale)) is not None:
             found.tensors[names.bias(name)] = bias

@@ -108,8 +108,12 @@ class NamedNames(FactorsOnly):
     def magnitude(self, target: str) -> str:
         return self.module(target) + self.dialect.magnitude
 
-    def lengths(self, form: Form) -> Shape:
+    def lengths(self, form: Form, by_column: bool = False) -> Shape:
         ones = (1 for _ in form.kernel)
+        if by_column and not self.dialect.standard:
+            return super().lengths(form, by_column)
+        if by_column:
+            return (1, form.columns // math.prod(form.kernel), *ones)
         if self.dialect.standard:
             return (form.rows, 1, *ones)
         return (1, form.rows, *ones) if form.kernel else (form.rows,)
@@ -181,7 +185,8 @@ def unspeakable(update: Update, dialect: str) -> str:
     inner = update.inner if isinstance(update, Magnitude) else update
     match inner:
         case LowRank(table=False):
-            return "DoRA of input columns" if isinstance(update, Magnitude) and update.by_column else ""
+            by_column = isinstance(update, Magnitude) and update.by_column
+            return "DoRA of input columns" if by_column and not DIALECTS[dialect].standard else ""
         case LowRank():
             return "LoRA of embeddings"
         case Add(value=value) if len(value.shape) == 1:
