@@ -570,7 +570,7 @@ def test_dora_of_columns_is_refused_by_name_for_peft(tmp_path: Path) -> None:
 @pytest.mark.parametrize("way", ["resize", "combine", "kohya", "lycoris"])
 def test_dora_of_columns_keeps_its_lengths(way: str, tmp_path: Path) -> None:
     """As OneTrainer trains it: a length for each input, of a convolution for each channel. W' = m/‖V‖ ⊙ V by columns."""
-    linear, conv = f"{BLOCK}.attn1.to_q", "down_blocks.1.resnets.0.conv1"
+    linear, conv = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", "down_blocks.1.resnets.0.conv1"
     shapes = {linear: (6, 6), conv: (6, 4, 3, 3)}
     tensors: Tensors = {}
     for n, (module, (rows, columns, *kernel)) in enumerate(shapes.items()):
@@ -586,7 +586,7 @@ def test_dora_of_columns_keeps_its_lengths(way: str, tmp_path: Path) -> None:
     elif way == "combine":
         loratool.combine([source], out, normalize=False, device="cpu")
     else:
-        loratool.convert(source, out, to=way, architecture="sdxl")
+        loratool.convert(source, out, to=way, architecture="sd15")
     base = {f"unet.{module}.weight": numbers(*shape, seed=30) for module, shape in shapes.items()}
     save_file(base, tmp_path / "base.safetensors")
     found = {}
