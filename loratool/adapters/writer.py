@@ -296,7 +296,8 @@ def carried_over(source: Contents, names: Spelling, factors: Mapping[str, float]
     for target, layer in source.layers.items():
         if layer.magnitude is not None and target in names.kinds:
             (stored,) = stored_tensors(layer.magnitude.magnitude)
-            shape = names.lengths(Form.of(layer, layer.rank), layer.magnitude.by_column)
+            columns = stored.info.elements if layer.magnitude.by_column else 0
+            shape = names.lengths(Form.of(layer, layer.rank), columns)
             assert math.prod(shape) == stored.info.elements, f"{target}: {stored.shape} lengths are no {shape}"
             carried.tensors[names.magnitude(target)] = replace(stored, info=replace(stored.info, shape=shape))
     for target, bias in source.biases.items():

@@ -102,8 +102,8 @@ class Spelling(Protocol):
     def magnitude(self, target: str) -> str:
         """The name of the lengths of rows that DoRA trains."""
 
-    def lengths(self, form: Form, by_column: bool = False) -> Shape:
-        """The shape in which those of a layer are stored, or those of its columns."""
+    def lengths(self, form: Form, columns: int = 0) -> Shape:
+        """The shape in which those of a layer's rows are stored, or of so many `columns`."""
 
     def whole(self, target: str, inside: bool) -> str:
         """The name of a tensor that is saved whole; `inside` a layer that is adapted too."""
@@ -157,8 +157,8 @@ class FactorsOnly:
     scales_biases = False
     kinds: Mapping[str, Kind]
 
-    def lengths(self, form: Form, by_column: bool = False) -> Shape:
-        if by_column:
+    def lengths(self, form: Form, columns: int = 0) -> Shape:
+        if columns:
             raise FitError(f"{self.reader} reads no DoRA of input columns")
         return (form.rows,)
 

@@ -34,7 +34,9 @@ def carried(
             if by_column and not target.is_whole(contents.layers):
                 text = "its lengths are those of input columns of another layer"
                 raise FitError(f"{printable(name)}: {text}; convert to a dialect that has it whole")
-            found.tensors[names.magnitude(name)] = lengths.reshape(names.lengths(forms[name], by_column))
+            found.tensors[names.magnitude(name)] = lengths.reshape(
+                names.lengths(forms[name], lengths.numel() if by_column else 0)
+            )
         scale = scales.get(name, 1.0) if names.scales_biases else 1.0
         if (bias := biases(contents, target, scale)) is not None:
             found.tensors[names.bias(name)] = bias

@@ -108,12 +108,12 @@ class NamedNames(FactorsOnly):
     def magnitude(self, target: str) -> str:
         return self.module(target) + self.dialect.magnitude
 
-    def lengths(self, form: Form, by_column: bool = False) -> Shape:
+    def lengths(self, form: Form, columns: int = 0) -> Shape:
         ones = (1 for _ in form.kernel)
-        if by_column and not self.dialect.standard:
-            return super().lengths(form, by_column)
-        if by_column:
-            return (1, form.columns // math.prod(form.kernel), *ones)
+        if columns and not self.dialect.standard:
+            return super().lengths(form, columns)
+        if columns:
+            return (1, columns, *ones)
         if self.dialect.standard:
             return (form.rows, 1, *ones)
         return (1, form.rows, *ones) if form.kernel else (form.rows,)

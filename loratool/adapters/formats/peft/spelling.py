@@ -120,7 +120,7 @@ class Names:
         """The name of the lengths of rows that DoRA trains."""
         return f"{PREFIX}{self.path(target)}.lora_magnitude_vector"
 
-    def lengths(self, form: Form, by_column: bool = False) -> tuple[int, ...]:  # noqa: ARG002 (the kind tells)
+    def lengths(self, form: Form, columns: int = 0) -> tuple[int, ...]:  # noqa: ARG002 (the kind tells)
         """The shape of these lengths; of an embedding they are of columns."""
         if form.kind is Kind.CONVOLUTION:
             return (1, form.rows, *(1 for _ in form.kernel))
