@@ -21,7 +21,7 @@ class Limits:
     smallest: int = 5 << 20  # of any but the last
     largest: int = 5 << 30
     most: int = 10_000  # parts of an object
-    piece: int = 32 << 20  # of a part that goes through this machine, which holds it in memory
+    piece: int = 16 << 20  # of a part that goes through this machine, which holds it in memory
     copies: bool = True  # whether a part can be a range of another object
     uniform: bool = False  # whether all parts but the last have to be of one size
 

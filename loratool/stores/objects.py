@@ -11,6 +11,7 @@ from typing import Any
 from loratool.errors import InputError, UsageError, printable
 from loratool.files.inputs import check_bound
 from loratool.files.safefile import Identity, Layout
+from loratool.files.sink import Memory
 from loratool.files.small_tensors import TINY, SmallTensors
 from loratool.stores.client import THREADS, ConditionError, GoneError, PassingError, ask, connection, patiently
 from loratool.stores.names import StorePath
@@ -104,6 +105,9 @@ class Window(threading.local):
     start = 0  # of `held`
     held = memoryview(b"")
 
+    def __init__(self) -> None:
+        self.memory = Memory()  # that `held` is in, again and again
+
 
 class StoreSource:
     """The bytes of an object, as a `Source`: more than is asked for comes only of what is expected."""
@@ -134,7 +138,8 @@ class StoreSource:
         """Hold the next bytes that are expected, from byte `start` on."""
         window = self.window
         count = min(max(AHEAD, least), window.stop - start)
-        held = memoryview(bytearray(count))
+        window.held = memoryview(b"")
+        held = window.memory.of(count)
         self.there.fill(start, held)
         window.start, window.held = start, held
 

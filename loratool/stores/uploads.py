@@ -89,7 +89,7 @@ def send(place: StorePath, upload: str, number: int, content: bytearray) -> str:
 
     def put_part() -> str:
         answer = client.upload_part(
-            Bucket=place.bucket, Key=place.key, UploadId=upload, PartNumber=number, Body=bytes(content)
+            Bucket=place.bucket, Key=place.key, UploadId=upload, PartNumber=number, Body=content
         )
         tag = str(answer.get("ETag", ""))
         match = MD5.fullmatch(tag)

@@ -200,8 +200,8 @@ class StoreServer:
         return [each["Key"] for each in self.client.list_multipart_uploads(Bucket=bucket).get("Uploads", ())]
 
 
-def stormy(seed: int, lost: bool = False) -> Callable[[Asked], Fault]:
-    """Faults of every kind for a third of the requests, drawn by a seed; none fails more than three times.
+def stormy(seed: int, lost: bool = False, share: float = 0.35, most: int = 3) -> Callable[[Asked], Fault]:
+    """Faults of every kind for a `share` of the requests, drawn by a seed; none fails more than `most` times.
 
     With `lost`, some of them are done although no answer comes.
     """
@@ -211,7 +211,7 @@ def stormy(seed: int, lost: bool = False) -> Callable[[Asked], Fault]:
     def fault(asked: Asked) -> Fault:
         name = asked.method, asked.key, asked.query, asked.span
         with lock:
-            if drawn.random() < 0.35 and times[name] < 3:
+            if drawn.random() < share and times[name] < most:
                 times[name] += 1
                 return drawn.choice(kinds)
         return None

@@ -94,7 +94,7 @@ def test_a_merge_of_70_b_takes_no_more_parts_than_edits_copies_and_limits_need(s
     assert sum(sizes(parts, copied=True)) + sum(sizes(parts, copied=False)) == sum(s.layout.size for s in stored.shards)
     islands = sum(1 for part in parts if part.source is None)
     assert len(sizes(parts, copied=True)) <= islands + len(stored.shards)
-    assert len(sizes(parts, copied=False)) <= edited // (16 << 20) + islands
+    assert len(sizes(parts, copied=False)) <= edited // (8 << 20) + islands
 
 
 @pytest.mark.parametrize(
