@@ -248,6 +248,8 @@ def look(home: Path, owner: int | None = None) -> Journal | None:
         raise foreign(home, [f"{printable(home.name)}: {reason}"])
     found = list(walk(home))  # before the journal, which names files before they are made
     journal = read_journal(home, owner) if found else None
+    if journal is None:
+        found = list(walk(home))  # another process may have published or removed all of it just now
     if journal is None and all(is_torn_head(home, path, owner) for path, _ in found):
         return None
     if journal is None:

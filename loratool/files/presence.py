@@ -92,14 +92,18 @@ class Presence:
 def write_whole(path: Path, content: bytes) -> None:
     """A small file, whole under its name at any time; it need not be there after a power cut."""
     draft = draft_of(path)
-    descriptor = create_file(draft)
     try:
-        with open(descriptor, "wb") as stream:
-            stream.write(content)
+        write_new(draft, content)
         os.replace(draft, path)
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """A small file that was not there."""
+    with open(create_file(path), "wb") as stream:
+        stream.write(content)
 
 
 def draft_of(path: Path) -> Path:
@@ -141,8 +145,8 @@ def alone(folder: Path, presence: Presence) -> Iterator[Callable[[], None]]:
         UsageError: another process is finishing it.
     """
     draft = draft_of(folder / f"{FINISH}000000.json")
-    write_whole(draft, json.dumps({"worker": presence.path.name}).encode())
     try:
+        write_new(draft, json.dumps({"worker": presence.path.name}).encode())
         own = folder / f"{FINISH}000000.json"
         while True:
             last = last_of(folder)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
 from loratool.errors import UsageError, printable
+from loratool.files.partials import Partials
 from loratool.files.process import peak_memory
 from loratool.inspecting.inspect import InspectOptions, PathLike, Progress, inspect
-from loratool.measuring.partials import Partials
+from loratool.measuring.shared_work import do_share
 from loratool.results.base import Cost
 from loratool.results.partial import PartialReport
 from loratool.results.values import Measured, MeasuredOnBase, Values
@@ -55,7 +56,7 @@ def inspect_part(
                 looks = looked_at(layers, units[unit], fit, at_work)
                 return {"modules": [told(look) for look in looks]}, b""
 
-            counts.extend((*partials.do(share, work, progress or (lambda _done, _all: None)), len(units)))
+            counts.extend((*do_share(partials, share, work, progress or (lambda _done, _all: None)), len(units)))
         raise MeasuredError
 
     try:

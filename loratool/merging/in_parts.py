@@ -314,10 +314,10 @@ def publish(merge: PartedMerge, progress: Progress | None, started: float, look:
             took = Cost(kind_of_device(stage), time.monotonic() - started, peak_memory=peak_memory())
             report = make_report(merged, stage, (), took, len(workers_of(records)), Profile({}))
             stage.remove()
-    except OSError as error:
+    except (OSError, LoratoolError) as error:
         if is_published(merge.out, merge.fingerprint):  # by another one, at the same time
             return done
-        raise storage_error(error, merge.out, 0) from error
+        raise storage_error(error, merge.out, 0) if isinstance(error, OSError) else error from None
     return dataclasses.replace(done, workers=workers_of(records), published=True, merge=report, cost=report.cost)
 
 

@@ -14,8 +14,9 @@ from loratool import __version__
 from loratool.errors import InputError, UsageError, printable
 from loratool.files.checkpoint import record_for
 from loratool.files.digests import sha256_of
+from loratool.files.partials import Partials
 from loratool.files.process import peak_memory
-from loratool.measuring.partials import Partials
+from loratool.measuring.shared_work import do_share
 from loratool.provenance import record
 from loratool.results.base import Cost
 from loratool.results.partial import PartialReport
@@ -61,7 +62,7 @@ def verify_part(
             distances = {name: told(each) for name, each in found.items()}
             return {"distances": distances, "bytes_read": verifier.bytes_read - before}, b""
 
-    made, kept = partials.do(share, work, tell)
+    made, kept = do_share(partials, share, work, tell)
     cost = Cost(seconds=time.monotonic() - started, peak_memory=peak_memory())
     return PartialReport(Path(into), str(share), made, kept, len(partials.costs), cost=cost)
 

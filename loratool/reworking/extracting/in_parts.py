@@ -17,10 +17,11 @@ from loratool import __version__
 from loratool.adapters.writer import Output, Rounded
 from loratool.algebra.lowrank.products import Product
 from loratool.errors import UsageError
+from loratool.files.partials import Partials
 from loratool.files.process import peak_memory
 from loratool.lazy import torch
-from loratool.measuring.partials import Partials
 from loratool.measuring.session import PathLike, Progress, session
+from loratool.measuring.shared_work import do_share
 from loratool.merging.fingerprints import sampled
 from loratool.results.base import Cost
 from loratool.results.extract import ExtractedLayer
@@ -69,7 +70,7 @@ def extract_part(
             every = map(outcomes, tasks) if len(tasks) == 1 else at_work.spread(outcomes, tasks)
             return packed([outcome for each in every for outcome in each])
 
-        made, kept = partials.do(share, work, progress or (lambda _done, _all: None))
+        made, kept = do_share(partials, share, work, progress or (lambda _done, _all: None))
     cost = Cost(", ".join(map(str, at_work.devices)), time.monotonic() - started, peak_memory=peak_memory())
     return PartialReport(Path(into), str(share), made, kept, len(units), cost=cost)
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from loratool.errors import StorageError, UsageError, VerificationError, printab
 from loratool.files.presence import draft_of, put_new
 from loratool.files.staging import write_durably
 from loratool.files.system import open_file, sync_folder
-from loratool.options.sharing import Share, deal
 
 RUN = "run.json"
 OURS = re.compile(r"(run\.json|partial-[0-9]{6}\.(json|bin))(\.[0-9a-f]{32}\.new)?")
@@ -67,10 +66,6 @@ class Partials:
                 "loratool; pass the same ones to every worker, or choose another folder for --into"
             )
 
-    def units_of(self, share: Share) -> list[int]:
-        """The units of one worker, whatever is done of them."""
-        return deal(self.costs, share.count)[share.index - 1]
-
     def publish(self, unit: int, table: Mapping[str, Any], content: bytes = b"") -> None:
         """Keep what came out for a unit; where another worker was first, its result stands."""
         name, sha256 = f"partial-{unit:06d}", hashlib.sha256(content).hexdigest()
@@ -101,21 +96,6 @@ class Partials:
                 "workers that are missing, or all that is left with --part 1/1"
             )
         return [each for each in found if each is not None]
-
-    def do(
-        self, share: Share, work: Callable[[int], tuple[Mapping[str, Any], bytes]], tell: Callable[[int, int], None]
-    ) -> tuple[int, int]:
-        """Do the units of a share that are not done; how many were done now, and how many before."""
-        self.claim()
-        units = self.units_of(share)
-        made = 0
-        for number, unit in enumerate(units):
-            if self.read(unit) is None:
-                self.forget(unit)
-                self.publish(unit, *work(unit))
-                made += 1
-            tell(number + 1, len(units))
-        return made, len(units) - made
 
     def forget(self, unit: int) -> None:
         """Remove a result that is damaged."""
