@@ -13,6 +13,7 @@ with its neighbours: those few bytes are in its record, and `--finish` puts them
 from __future__ import annotations
 
 import os
+import time
 from base64 import b64decode, b64encode
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -36,7 +37,7 @@ from loratool.files.presence import Presence, draft_of, put_new
 from loratool.files.safefile import LocalSource, read_exactly, write_fully
 from loratool.files.shard_writer import OpenFile
 from loratool.files.sink import PAGE, Memory
-from loratool.files.staging import write_durably
+from loratool.files.staging import Stage, write_durably
 from loratool.files.system import open_file, sync_file, sync_folder
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from loratool.files.safefile import Layout
 
 LARGEST_PART_RECORD = 16 << 20  # bytes
+GOING, GONE = 50, 0.1  # how often it is tried to remove a stage, and seconds in between
 EDGES = "edges"  # key of a record's details: first byte in the file → bytes of a page that is shared, in base64
 
 
@@ -202,6 +204,23 @@ class SharedFolder:
             sync_file(descriptor)
         finally:
             os.close(descriptor)
+
+
+def remove_stage(stage: Stage) -> None:
+    """Clear the stage of a published output away, once those who look at it meanwhile have let go of it.
+
+    Where somebody does not, what is left is still known as ours, and the next `--finish` clears it away.
+    """
+    for _ in range(GOING):
+        stage.clear()
+        try:
+            left = {entry.name for entry in os.scandir(stage.home)} - {JOURNAL}
+        except FileNotFoundError:
+            return
+        if not left:
+            stage.remove()
+            return
+        time.sleep(GONE)
 
 
 def edges_of(record: PartRecord) -> dict[int, bytes] | None:

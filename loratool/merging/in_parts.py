@@ -27,7 +27,7 @@ from loratool.files.outputs import stage_of
 from loratool.files.part_records import FilePart, PartRecord, PartStore
 from loratool.files.presence import Presence, alone, workers_in
 from loratool.files.process import cores, peak_memory
-from loratool.files.shared_folder import SharedFolder
+from loratool.files.shared_folder import SharedFolder, remove_stage
 from loratool.files.sink import PAGE
 from loratool.files.staging import Stage, check_space, storage_error
 from loratool.files.system import forget_cached
@@ -301,7 +301,7 @@ def publish(merge: PartedMerge, progress: Progress | None, started: float, look:
         found = merge.store.check()
         if merge.published or is_published(merge.out, merge.fingerprint):  # perhaps since the merge was opened
             if found is not None:  # of a run that was killed after it had published
-                Stage(merge.out, merge.store.home, found).remove()
+                remove_stage(Stage(merge.out, merge.store.home, found))
             return done
         if found is None or not folder.is_dir():
             raise VerificationError(f"{printable(merge.out)}: no part of this merge has been made; run --part first")
@@ -313,7 +313,7 @@ def publish(merge: PartedMerge, progress: Progress | None, started: float, look:
             stage.publish(replaceable(merge.options.overwrite))
             took = Cost(kind_of_device(stage), time.monotonic() - started, peak_memory=peak_memory())
             report = make_report(merged, stage, (), took, len(workers_of(records)), Profile({}))
-            stage.remove()
+            remove_stage(stage)
     except (OSError, LoratoolError) as error:
         if is_published(merge.out, merge.fingerprint):  # by another one, at the same time
             return done
