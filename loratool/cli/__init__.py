@@ -193,7 +193,7 @@ def run_command(arguments: list[str], verbose: bool) -> int:
         return failed(arguments, error)
     except (KeyboardInterrupt, click.Abort) as error:
         cause = error.__cause__ or error  # Click passes every interrupt on as an Abort
-        goes_on = arguments[:1] in (["merge"], ["push"])
+        goes_on = arguments[:1] in (["merge"], ["push"], ["run"])
         again = "run the same command again to continue" if goes_on else "nothing was written"
         complain(f"Interrupted; {cause.args[0] if cause.args else again}.")
         return 143 if isinstance(cause, Terminated) else 130
