@@ -30,6 +30,7 @@ from trainer_layouts import (
 )
 
 import loratool
+from loratool.results.facts import AdapterFacts
 
 ALPHA = 1
 SCALE = ALPHA / RANK
@@ -178,6 +179,9 @@ def write_stages(folder: Path, parts: list[dict[str, Tensor]], **settings: objec
 def test_stages_of_a_pipeline_are_one_adapter(base: Path, tmp_path: Path, count: int) -> None:
     """Each numbers its layers from 0, and has an equal share of `num_layers`."""
     adapter = write_stages(tmp_path / "a", ranks(count), num_layers=LAYERS)
+    facts = loratool.inspect(adapter)
+    assert isinstance(facts, AdapterFacts)
+    assert (facts.format, facts.modules[0].scaling) == ("megatron", SCALE)
     check_merged(merged(base, adapter, tmp_path / "out"), base, megatron_deltas())
 
 

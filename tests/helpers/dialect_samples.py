@@ -34,6 +34,7 @@ class Sample:
     header: Mapping[str, str] = field(default_factory=dict)
     name: str = "lora.safetensors"
     alpha: float | None = None  # that the file does not tell
+    others: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # files with more of its tensors
     weight: str = f"{O_PROJ}.weight"  # that it changes, where it changes one that is (HIDDEN, COLUMNS)
 
     def write(self, folder: Path) -> Path:
@@ -44,6 +45,9 @@ class Sample:
             (folder / self.name).write_bytes(gguf_of(self.tensors))
         else:
             save_file(dict(self.tensors), folder / self.name, dict(self.header) or None)
+        for file, tensors in self.others.items():
+            (folder / file).parent.mkdir(exist_ok=True)
+            save_file(dict(tensors), folder / file)
         for file, text in self.texts.items():
             (folder / file).write_text(text)
         return folder if self.texts else folder / self.name
@@ -150,6 +154,8 @@ def stacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.stack([tensor, tensor * 2]) for name, tensor in tensors.items()}
 
 
+NEMO_PROJ = "model.decoder.layers.0.self_attention.adapter_layer.lora_dense_attention_adapter"
+NEMO = f"num_layers: 2\npeft:\n  peft_scheme: lora\n  lora_tuning:\n    adapter_dim: {RANK}\n    alpha: 1\n"
 GROUPED = (HEADS + 2 * KEY_HEADS) * WIDTH  # rows of queries, keys and values of one layer
 QUERIES_AND_VALUES = (HEADS + KEY_HEADS) * WIDTH
 # What the readers of LLM trainers do besides: several parts in one matrix, lengths of rows, experts, ranks.
@@ -207,6 +213,17 @@ PARTS: Mapping[str, Sample] = {
         },
         "peft",
         {"run_config.yaml": MEGATRON},
+    ),
+    "megatron, stages": Sample(
+        pair(f"{NEMO_PROJ}.linear_in.weight", f"{NEMO_PROJ}.linear_out.weight"),
+        "peft",
+        {"model_config.yaml": NEMO},
+        name="tp_rank_00_pp_rank_000/model_weights.safetensors",
+        others={
+            "tp_rank_00_pp_rank_001/model_weights.safetensors": pair(
+                f"{NEMO_PROJ}.linear_in.weight", f"{NEMO_PROJ}.linear_out.weight"
+            )
+        },
     ),
     "gguf, rows": Sample(
         {
