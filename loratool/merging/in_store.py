@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from loratool.devices import Runtime
     from loratool.merging.plan import MergePlan
 
+MOST_LOOKS = 4  # at an object, until an answer has its ETag: one answer may be wrong
 MOST_TRIES = 3  # of parts that were found wrong when they were put together
 
 
@@ -373,8 +374,7 @@ def check_sources(parts: Sequence[UploadPart]) -> None:
     Some stores copy from whatever is there.
     """
     for source in {part.source for part in parts if part.source is not None}:
-        found = uploads.head(source.place)
-        if found is None or found[0] != source.tag:
+        if not any((uploads.head(source.place) or ("", 0))[0] == source.tag for _ in range(MOST_LOOKS)):
             raise changed(source)
 
 

@@ -182,6 +182,8 @@ def refusal(code: str, status: int, endpoint: str) -> str:
         return f"the store does not accept the credentials ({named}); check them and AWS_ENDPOINT_URL"
     if code in ELSEWHERE:
         return f"the bucket is in another region ({named}); set AWS_REGION"
+    if code == "RequestTimeTooSkewed":
+        return f"the clock of this machine differs from that of the store ({named}); set it"
     if status == 403:
         return f"the credentials do not allow this ({named}); use some that may read, or for OUT write and list, here"
     if code in PASSING or status in PASSING_STATUS:

@@ -39,7 +39,7 @@ KEYS = {"AWS_ACCESS_KEY_ID": "AKIAIOSFODNN7EXAMPLE", "AWS_SECRET_ACCESS_KEY": "w
 # What a fault does to an answer: "short" ends the body early, "reset" drops the connection, "tag" gives another ETag,
 # "slow" waits first, "lost" does what was asked and drops the answer; a number is a status; a text a refusal's code.
 Fault = int | str | None
-DENIED = {"AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
+DENIED = {"AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "RequestTimeTooSkewed", "SignatureDoesNotMatch"}
 
 
 @dataclass

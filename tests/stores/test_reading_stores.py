@@ -125,7 +125,9 @@ def test_faults_that_pass_change_nothing(store: StoreServer, merged: Path, tmp_p
         assert name == "loratool.json" or content == (merged / name).read_bytes()
 
 
-@pytest.mark.parametrize("fault", [503, "short", "reset", "tag", "AccessDenied", "ExpiredToken", "InvalidAccessKeyId"])
+@pytest.mark.parametrize(
+    "fault", [503, "short", "reset", "tag", "AccessDenied", "ExpiredToken", "RequestTimeTooSkewed"]
+)
 def test_a_fault_that_stays_ends_with_the_code_of_stores_and_shows_no_secret(
     store: StoreServer, tmp_path: Path, capfd: pytest.CaptureFixture[str], fault: int | str
 ) -> None:

@@ -320,3 +320,40 @@ def test_a_part_that_is_not_what_its_record_says_is_made_again(store: StoreServe
     assert loratool.merge_part(BASE, [ADAPTER], out, "1/1").redone
     assert loratool.finish_merge(BASE, [ADAPTER], out).published
     assert_same(store, prefix, models / "merged")
+
+
+def test_a_base_that_changes_while_it_is_copied_is_an_error_of_the_input(store: StoreServer, models: Path) -> None:
+    """Some stores copy from whatever is there: the source is looked at once more before anything gets its name."""
+    key = "team/other/model-00001-of-00002.safetensors"
+    changed: list[str] = []
+    for name, content in store.objects(BUCKET, "team/base").items():
+        store.client.put_object(Bucket=BUCKET, Key=f"team/other/{name}", Body=content)
+    raw = bytearray(store.client.get_object(Bucket=BUCKET, Key=key)["Body"].read())
+    raw[-1] ^= 1
+
+    def fault(asked: Asked) -> Fault:
+        if asked.kind == "complete" or (asked.kind == "list parts" and not changed):
+            changed.append(asked.kind)
+            store.client.put_object(Bucket=BUCKET, Key=key, Body=bytes(raw))
+        return None
+
+    store.fault = fault
+    out = f"s3://{BUCKET}/out/other"
+    with pytest.raises(InputError, match="changed while it was being read"):
+        loratool.merge(f"s3://{BUCKET}/team/other", [ADAPTER], out)
+    assert changed == ["list parts"]
+    loratool.abort_merge(out)
+    assert store.objects(BUCKET, "out/other") == {}
+
+
+@pytest.mark.parametrize(
+    "settings", [{"dtype": "float32"}, {"rounding": "compensated"}, {"shard_size": "100KB"}], ids=str
+)
+def test_other_kinds_of_work_are_made_in_parts_too(
+    store: StoreServer, models: Path, tmp_path: Path, settings: dict[str, str]
+) -> None:
+    """Weights that are converted, made as a whole, or in other files than those of the base."""
+    prefix = f"out/{next(iter(settings))}"
+    loratool.merge(models / "base", [models / "adapter"], tmp_path / "out", **settings)  # type: ignore[arg-type]
+    loratool.merge(BASE, [ADAPTER], f"s3://{BUCKET}/{prefix}", **settings)  # type: ignore[arg-type]
+    assert_same(store, prefix, tmp_path / "out")
