@@ -8,6 +8,7 @@ from pathlib import Path
 from loratool.adapters.formats import WRITTEN, has_adapter
 from loratool.errors import InputError, about, printable
 from loratool.files.checkpoint import Checkpoint, open_files
+from loratool.files.containers import refuse_compressed
 from loratool.files.pipelines import is_pipeline, open_pipeline
 from loratool.files.system import shell_word
 from loratool.notes import Note
@@ -23,6 +24,8 @@ def open_checkpoint(path: str | Path, unmerged: bool = False) -> Checkpoint:
     """
     root = Path(path)
     with about(path):
+        if root.is_dir():
+            refuse_compressed(root)
         checkpoint = open_pipeline(root, has_adapter) if is_pipeline(root) else open_files(root, has_adapter)
     if not (inside := WRITTEN.unmerged_in(checkpoint.tensors)):
         return checkpoint

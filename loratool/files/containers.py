@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from loratool.errors import LoratoolError, printable
+from loratool.errors import InputError, LoratoolError, escaped, printable
 from loratool.files.inputs import open_regular
-from loratool.files.safefile import start_of
-from loratool.files.system import shell_word
+from loratool.files.safefile import read_safefile, start_of
+from loratool.files.system import shell_line, shell_word
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +23,9 @@ ARCHIVE = ".nemo"
 # Files that are told where safetensors are looked for: what only some tools write.
 TOLD = (".npz", ".lora", ARCHIVE)
 UNPACKED = "model_weights.ckpt"  # what is in such an archive
+SHARED, ENDING = "shared.safetensors", ".safetensors"  # of adapters that are compressed together
+COMPRESSED = "loratool_compressed"  # in the metadata of each of their files
+FEW = 3  # names that a message repeats
 POINTER = b"version https://git-lfs"
 
 
@@ -100,6 +103,31 @@ def unpacking(path: Path) -> str:
 
 def printable_code(code: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in code)
+
+
+def compressed_in(folder: Path) -> list[str]:
+    """The names of the adapters that `compress` has put into a folder; none in any other."""
+    if not (folder / SHARED).is_file():
+        return []
+    try:
+        metadata = read_safefile(folder / SHARED).metadata
+    except LoratoolError:
+        return []
+    names = sorted(path.name.removesuffix(ENDING) for path in folder.glob(f"*{ENDING}") if path.name != SHARED)
+    return names if COMPRESSED in metadata else []
+
+
+def refuse_compressed(path: Path) -> None:
+    """Raise `InputError` where a path is a folder of compressed adapters, or one of its files."""
+    folder = path if path.is_dir() else path.parent
+    if not (names := compressed_in(folder)):
+        return
+    name = path.stem if path.stem in names else names[0]
+    listed = ", ".join(map(printable, names[:FEW])) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")
+    raise InputError(
+        f"{printable(path)}: holds compressed adapters ({listed}), each of which `loratool expand` makes a plain one again",
+        hint=shell_line(["loratool", "expand", escaped(os.fspath(folder)), escaped(name), "-o", f"./{escaped(name)}"]),
+    )
 
 
 def sharded_folder(folder: Path) -> str:

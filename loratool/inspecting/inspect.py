@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.errors import InputError, LoratoolError, UsageError, VerificationError, escaped, printable
 from loratool.fetching import Located, Role, headers, local
 from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, Checkpoint, holds_weights
+from loratool.files.containers import SHARED, compressed_in
 from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.pipelines import itself
 from loratool.files.process import peak_memory
@@ -51,6 +52,7 @@ from loratool.results.facts import (
 from loratool.results.findings import Finding
 from loratool.results.text import counts
 from loratool.results.values import Values
+from loratool.templates import listed as in_one_line
 
 if TYPE_CHECKING:
     from loratool.bases.adapter_fit import Fit  # which loads all about bases
@@ -152,6 +154,8 @@ def look_at(
     if not is_adapter(location):
         if options.near is not None:
             raise InputError(f"{printable(shown)}: not an adapter, which --near is for")
+        if names := compressed_in(location):
+            return look_at_compressed(place, shown, names, options)
         return look_at_checkpoint(place, shown, options.tensors, options.check)
     problems: tuple[str, ...] = ()
     try:
@@ -188,6 +192,17 @@ def look_at(
     if options.values or options.near is not None:
         facts = with_sketch(facts, adapter, fit, options)
     return facts
+
+
+def look_at_compressed(place: Located, path: Path, names: Sequence[str], options: InspectOptions) -> OneFacts:
+    """What is in a folder of compressed adapters: the file that all of them share, and their names."""
+    facts = look_at_checkpoint(replace(place, path=place.path / SHARED), path, options.tensors, options.check)
+    if isinstance(facts, UnreadableFacts):
+        return facts
+    text = (
+        f"{len(names)} adapters are compressed together: {in_one_line(names)}; `loratool expand` makes one plain again"
+    )
+    return replace(facts, notes=(Note("compressed-adapters", text),))
 
 
 def with_sketch(facts: AdapterFacts, adapter: Adapter, fit: Fit | None, options: InspectOptions) -> AdapterFacts:

@@ -338,6 +338,27 @@ def test_expand_says_which_adapters_there_are_and_refuses_files_of_other_bases(c
         loratool.expand(tmp_path / "out", "a1", tmp_path / "b")
 
 
+def test_a_folder_of_compressed_adapters_is_told_what_it_is_and_refused_elsewhere_with_the_command_that_helps(
+    compressed: Compressed, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`inspect` shows what it was made of; no other command takes it for an adapter or a model."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(compressed[0], "out")
+    facts = loratool.inspect("out")
+    assert isinstance(facts, loratool.CheckpointFacts)
+    (note,) = facts.notes
+    assert note.code == "compressed-adapters"
+    assert note.text.startswith("8 adapters are compressed together: a0, a1")
+    assert facts.history is not None
+    assert (facts.history.made_by, len(facts.history.inputs)) == ("compress", 8)
+    for words, name in ((["rescale", "out", "--scale", "2"], "a0"), (["rescale", "out/a3.safetensors", "--bake"], "a3"), (["merge", "out", "out"], "a0")):  # fmt: skip
+        assert run([*words, "-o", "made"]) == 3
+        told, _, hint = capsys.readouterr().err.rpartition("hint: loratool ")
+        assert "holds compressed adapters (a0, a1, a2 and 5 more)" in told
+        assert hint == f"expand out {name} -o ./{name}\n"
+    assert run(hint.split()) == 0
+
+
 def test_a_dry_run_says_the_same_and_writes_nothing(fleet: Path, compressed: Compressed, tmp_path: Path) -> None:
     dry = loratool.compress(fleet, tmp_path / "dry", budget="12kB", dry_run=True)
     assert not (tmp_path / "dry").exists()

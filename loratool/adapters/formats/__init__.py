@@ -22,7 +22,7 @@ from loratool.adapters.formats.trainer import MODEL_CONFIG
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.errors import InputError, LoratoolError, about, printable
 from loratool.files.checkpoint import MODEL_INDEX, WEIGHT_FILES
-from loratool.files.containers import foreign_file, instead_of_weights
+from loratool.files.containers import foreign_file, instead_of_weights, refuse_compressed
 from loratool.files.heads import Head, read_head
 from loratool.files.inputs import unreadable
 from loratool.files.model_files import MODEL_FILES, FileNames
@@ -52,7 +52,11 @@ def read_adapter(path: str | Path, reading: Reading = AS_STORED) -> Adapter:
 
 
 def format_at(location: Path) -> Format:
-    """The format of the adapter at a place, by the names of its files, then by the heads of those; else PEFT's."""
+    """The format of the adapter at a place, by the names of its files, then by the heads of those; else PEFT's.
+
+    Raises `InputError` where several adapters are compressed together there.
+    """
+    refuse_compressed(location)
     found = [form for form in FORMATS if form.recognises(location)]
     if len(found) > 1:
         heads = list(heads_at(location))  # none on the Hub, where names alone decide
@@ -118,6 +122,7 @@ def not_an_adapter(path: Path) -> LoratoolError:
         path.stat()
     except OSError as error:
         return unreadable(path, error)
+    refuse_compressed(path)
     if told := foreign_file(path):
         return InputError(f"{printable(path)}: {told}")
     if told := instead_of_weights(path):

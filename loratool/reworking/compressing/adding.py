@@ -25,6 +25,7 @@ from loratool.algebra.lowrank.spending import Curve, spend
 from loratool.errors import ANOTHER_OUT, FitError, InputError, UsageError, printable
 from loratool.fetching import local
 from loratool.files.checkpoint import PROVENANCE
+from loratool.files.containers import ENDING, SHARED
 from loratool.files.digests import digest_of
 from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.journal import Journal
@@ -36,7 +37,7 @@ from loratool.measuring.session import PathLike, Progress, Session, session
 from loratool.results.compress import CompressedAdapter, CompressedModule, CompressedTotals, CompressReport
 from loratool.reworking.aligned_layers import contents_apart
 from loratool.reworking.compressing.compress import adapters_at, as_typed, file_name, stored_core
-from loratool.reworking.compressing.files import DIGEST, ENDING, OWN, SHARED, Opened, open_shared
+from loratool.reworking.compressing.files import DIGEST, OWN, Opened, open_shared
 from loratool.reworking.compressing.members import Member, add, told
 from loratool.reworking.compressing.options import CompressOptions
 from loratool.reworking.compressing.planning import alone_curve

@@ -21,6 +21,7 @@ from loratool.algebra.lowrank.shared_bases import Fitter, frame, shared_bases
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.fetching import local
 from loratool.files.checkpoint import PROVENANCE
+from loratool.files.containers import ENDING, SHARED
 from loratool.files.digests import recorded
 from loratool.files.journal import Journal
 from loratool.files.outputs import check_target
@@ -32,7 +33,7 @@ from loratool.notes import Note
 from loratool.provenance.cards import command
 from loratool.results.compress import CompressReport
 from loratool.reworking.aligned_layers import align_layers, contents_apart
-from loratool.reworking.compressing.files import ABOUT, DIGEST, ENDING, MARK, OWN, SHARED, VERSION
+from loratool.reworking.compressing.files import ABOUT, DIGEST, MARK, OWN, VERSION
 from loratool.reworking.compressing.members import Member, add, told
 from loratool.reworking.compressing.options import CompressOptions
 from loratool.reworking.compressing.planning import CORE, Fleet, Module, Plan, Prices, look_at, plan, widest_of

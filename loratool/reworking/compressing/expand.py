@@ -15,6 +15,7 @@ from loratool.algebra.lowrank.joint import truncated
 from loratool.algebra.lowrank.products import Product, padded
 from loratool.errors import InputError, printable
 from loratool.fetching import local
+from loratool.files.containers import SHARED
 from loratool.files.digests import sha256_of
 from loratool.files.hub_cache import name_of
 from loratool.lazy import torch
@@ -23,16 +24,7 @@ from loratool.notes import Note
 from loratool.provenance.inputs import told_input
 from loratool.provenance.recorded import made_of
 from loratool.results.compress import ExpandReport
-from loratool.reworking.compressing.files import (
-    OTHER,
-    SHARED,
-    Opened,
-    expanded,
-    form_of,
-    member_name,
-    open_member,
-    open_shared,
-)
+from loratool.reworking.compressing.files import OTHER, Opened, expanded, form_of, member_name, open_member, open_shared
 from loratool.reworking.compressing.options import ExpandOptions
 from loratool.reworking.runner import record_of
 

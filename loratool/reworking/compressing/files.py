@@ -24,12 +24,11 @@ from loratool.adapters.adapter import StoredTensor
 from loratool.adapters.layers import Form, Kind
 from loratool.algebra.lowrank.products import Product, side_by_side
 from loratool.errors import InputError, UsageError, printable
+from loratool.files.containers import COMPRESSED, ENDING, SHARED
 from loratool.files.safefile import SafeFile, read_safefile
 from loratool.lazy import Tensor, torch
 
-SHARED = "shared.safetensors"
-ENDING = ".safetensors"
-MARK, ABOUT, DIGEST = "loratool_compressed", "about", "sha256_of_shared"
+MARK, ABOUT, DIGEST = COMPRESSED, "about", "sha256_of_shared"
 VERSION = "1"
 OTHER = "other/"
 OWN = "own"

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratool.adapters.writer import factor_tensors
+from loratool.files.containers import ENDING
 from loratool.lazy import Tensor
 from loratool.results.compress import CompressedAdapter, CompressedModule, CompressedTotals
-from loratool.reworking.compressing.files import ENDING
 from loratool.reworking.compressing.planning import Fleet, Plan
 
 Named = tuple[str, Tensor]
