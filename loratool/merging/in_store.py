@@ -115,9 +115,14 @@ def merge_into_store(
         if is_committed(merge.place, merge.fingerprint):
             return complete_already(merge)
         return completed(merge, runtime, progress)
-    except (GoneError, VerificationError):
+    except (GoneError, VerificationError) as error:
         if is_committed(merge.place, merge.fingerprint):  # by another run, at the same time
             return complete_already(merge)
+        if isinstance(error, GoneError):
+            raise StoreError(
+                f"{merge.place}: its uploads were removed by something else, such as a rule of the bucket; remove what is "
+                "left with --abort, then merge again"
+            ) from None
         raise
 
 

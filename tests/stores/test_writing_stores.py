@@ -357,3 +357,17 @@ def test_other_kinds_of_work_are_made_in_parts_too(
     loratool.merge(models / "base", [models / "adapter"], tmp_path / "out", **settings)  # type: ignore[arg-type]
     loratool.merge(BASE, [ADAPTER], f"s3://{BUCKET}/{prefix}", **settings)  # type: ignore[arg-type]
     assert_same(store, prefix, tmp_path / "out")
+
+
+def test_uploads_that_somebody_removed_are_said_and_can_be_cleared(store: StoreServer, models: Path) -> None:
+    """Buckets often have a rule that ends old uploads; after --abort the merge can be made anew."""
+    prefix = "out/expired"
+    out = f"s3://{BUCKET}/{prefix}"
+    interrupted(store, "part", 1, out)
+    store.fault = lambda asked: "NoSuchUpload" if asked.kind in ("part", "copy part", "list parts") else None
+    with pytest.raises(StoreError, match=r"removed by something else.*--abort"):
+        loratool.merge(BASE, [ADAPTER], out)
+    store.fault = lambda _asked: None
+    loratool.abort_merge(out)
+    loratool.merge(BASE, [ADAPTER], out)
+    assert_same(store, prefix, models / "merged")
