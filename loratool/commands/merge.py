@@ -119,12 +119,12 @@ def merge_anywhere(
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merge in this process, into a folder or a store, or by tasks of a cluster."""
-    if is_in_store(out):
-        return merge_into_store(base, adapters, out, options, progress)
     if isinstance(options.workers, str):
         from loratool.merging.on_ray import merge_on_ray
 
         return merge_on_ray(base, adapters, out, options, options, progress)
+    if is_in_store(out):
+        return merge_into_store(base, adapters, out, options, progress)
     return merging.merge(base, adapters, out, options, progress)
 
 

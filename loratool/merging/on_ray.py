@@ -17,12 +17,16 @@ from typing import Any
 from loratool.errors import LoratoolError, StorageError, UsageError, printable
 from loratool.files.part_records import FilePart, PartRecord
 from loratool.files.system import forget_cached
+from loratool.merging import parts_in_store
 from loratool.merging.dealing import deal
 from loratool.merging.in_parts import PartedMerge, make_parts, open_parts, problems, publish
+from loratool.merging.in_store import open_store
 from loratool.merging.merge import MergeOptions, PathLike, Progress, several
 from loratool.merging.options import RAY, ClusterOptions
 from loratool.merging.resources import WAITING_WORKERS
+from loratool.options.sharing import Share
 from loratool.results.merge import MergeReport
+from loratool.stores.names import is_in_store
 
 CPUS = 4  # of a task
 WAIT = 1.0  # seconds until an interrupt is noticed at the latest
@@ -43,17 +47,34 @@ def merge_on_ray(
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merge by tasks of the cluster that `options.workers` names. Raises as `merge` does, and what ended a task."""
-    started = time.monotonic()
-    merge = open_parts(base, adapters, out, dataclasses.replace(options, workers=None))
-    if merge.published:
-        raise UsageError(f"{printable(out)} is complete already; pass another -o, or remove it first")
-    words = (seen_by_all(base), tuple(map(seen_by_all, several(adapters))), os.path.abspath(out), merge.options)
-    with Tasks(words, options, cluster, progress, 2 * merge.size) as tasks:
-        tasks.run(make_share, merge.parts)
-        finished = publish(merge, None, started, tasks.look)
+    started, alone = time.monotonic(), dataclasses.replace(options, workers=None)
+    words = (
+        seen_by_all(base),
+        tuple(map(seen_by_all, several(adapters))),
+        os.fspath(out) if is_in_store(out) else os.path.abspath(out),
+        alone,
+    )
+    if is_in_store(out):
+        stored = open_store(base, adapters, out, alone, joining=True)
+        refuse_complete(out, stored.committed)
+        with Tasks(words, options, cluster, progress, sum(part.size for part in stored.parts)) as tasks:
+            tasks.run(make_share_in_store, stored.parts)
+            finished = parts_in_store.finish(base, adapters, out, alone)
+    else:
+        merge = open_parts(base, adapters, out, alone)
+        refuse_complete(out, merge.published)
+        with Tasks(words, options, cluster, progress, 2 * merge.size) as tasks:
+            tasks.run(make_share, merge.parts)
+            finished = publish(merge, None, started, tasks.look)
     if finished.merge is None:
         raise UsageError(f"{printable(out)}: another process published this output in the meantime")
     return finished.merge
+
+
+def refuse_complete(out: PathLike, complete: bool) -> None:
+    """Raise `UsageError` where nothing is left to be made."""
+    if complete:
+        raise UsageError(f"{printable(out)} is complete already; pass another -o, or remove it first")
 
 
 def seen_by_all(word: PathLike) -> str:
@@ -74,6 +95,11 @@ def make_share(job: str, words: Words, names: Sequence[str], share: str) -> Mapp
     """The task that makes some parts; a table of what it did."""
     merge, wanted = opened(job, words), {*names}
     return make_parts(merge, [part for part in merge.parts if part.name in wanted], share).to_dict()
+
+
+def make_share_in_store(job: str, words: Words, names: Sequence[str], share: str) -> Mapping[str, Any]:  # noqa: ARG001
+    """The same for an output in a store, where shares are known by their numbers."""
+    return parts_in_store.merge_part(*words, Share.of(share)).to_dict()
 
 
 def check_share(job: str, words: Words, names: Sequence[str], share: str) -> Mapping[str, str]:  # noqa: ARG001

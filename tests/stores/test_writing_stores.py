@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from ray_stand_in import StandIn
 from store_merges import PIECE, SMALLEST, assert_same, make_models, small_parts
 from store_server import BUCKET, Asked, Fault, stormy, tree
 
@@ -34,6 +36,21 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     small_parts(monkeypatch)
+
+
+@pytest.mark.parametrize("source", ["local", "store"])
+def test_tasks_of_a_cluster_make_the_same(
+    store: StoreServer, models: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    """Each task makes a share of the parts, and the command publishes the output; it is not made a second time."""
+    monkeypatch.setitem(sys.modules, "ray", ray := StandIn({"CPU": 2.0}))
+    base, adapter = (BASE, ADAPTER) if source == "store" else (models / "base", models / "adapter")
+    out = f"s3://{BUCKET}/tasks/{source}"
+    loratool.merge(base, [adapter], out, workers="ray", num_cpus=1)
+    assert len(ray.tasks) >= 2
+    assert_same(store, f"tasks/{source}", models / "merged")
+    with pytest.raises(UsageError, match="complete already"):
+        loratool.merge(base, [adapter], out, workers="ray", num_cpus=1)
 
 
 @pytest.mark.parametrize("source", ["local", "store"])
