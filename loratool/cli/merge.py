@@ -58,7 +58,7 @@ class MergeWords(MergeAndPushOptions):
     )
     dry_run: bool = option(help="Print the plan; write nothing.", default=False, kind=FLAG)
     abort: bool = option(
-        help="For OUT in a store: remove what an unfinished merge left there, and nothing else.",
+        help="Remove what an unfinished merge in parts, or into a store, left of OUT, and nothing else.",
         default=False,
         kind=FLAG,
     )

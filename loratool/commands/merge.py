@@ -12,7 +12,8 @@ from loratool.commands.publish import with_push
 from loratool.files.checkpoint import Checkpoint
 from loratool.merging import merge as merging, merge_many as many, planning
 from loratool.merging.dry_run import DryRunOptions, dry_run
-from loratool.merging.in_store import abort, merge_into_store
+from loratool.merging.in_store import merge_into_store
+from loratool.merging.many_machines import abort
 from loratool.merging.merge import MergeOptions, PathLike, Progress
 from loratool.merging.merge_many import Outputs
 from loratool.merging.options import ClusterOptions, PlanOptions
@@ -96,16 +97,17 @@ def merge(
 
 
 def abort_merge(out: PathLike) -> AbortReport:
-    """Remove what an unfinished merge left in a store.
+    """Remove what an unfinished merge left in a store, or one in parts of a local output.
 
-    Those are its uploads, the files that it has given names already, and what it keeps below `.loratool/`; nothing else
-    is touched. Of a merge that is complete only the last of these goes.
+    In a store those are its uploads, the files that it has given names already, and what it keeps below `.loratool/`;
+    nothing else is touched. Of a merge that is complete only the last of these goes. Locally it is `OUT.partial`.
 
     Args:
-        out: the prefix, `s3://bucket/prefix`.
+        out: the prefix, `s3://bucket/prefix`, or the output folder.
 
     Raises:
-        UsageError: there is no unfinished merge.
+        UsageError: there is no unfinished merge, or workers are running.
+        StorageError: `OUT.partial` contains files that loratool did not write.
         StoreError: the store refuses, or is out of reach.
     """
     return abort(out)

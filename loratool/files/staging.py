@@ -323,7 +323,7 @@ def refuse_parts(home: Path) -> None:
     if found is not None and found.parts is not None:
         raise UsageError(
             f"{printable(home)}: contains a merge in parts, perhaps with workers writing it; complete it with --finish, or "
-            "delete that folder once no worker is running",
+            "remove it with --abort",
             hint="--finish",
         )
 

@@ -21,9 +21,9 @@ from loratool.errors import LoratoolError, UsageError, VerificationError, printa
 from loratool.files.checkpoint import PROVENANCE, sidecar_of
 from loratool.files.digests import Digest, Listed, Reference, Tree, digest_of_part, sha256_of
 from loratool.files.inputs import LARGEST_RECORD, read_json
-from loratool.files.journal import PARTS, FinishedShard, Journal, Seen
+from loratool.files.journal import MODEL, PARTS, FinishedShard, Journal, Seen
 from loratool.files.known_digests import KnownDigests
-from loratool.files.outputs import stage_of
+from loratool.files.outputs import check_stage, stage_of
 from loratool.files.part_records import FilePart, PartRecord, PartStore
 from loratool.files.presence import Presence, alone, workers_in
 from loratool.files.process import cores, peak_memory
@@ -56,6 +56,7 @@ from loratool.merging.totals import summed
 from loratool.options.sharing import Share
 from loratool.provenance.cards import CARD
 from loratool.provenance.inputs import ModelDigests, told_model
+from loratool.results.abort import AbortReport
 from loratool.results.base import Cost
 from loratool.results.parts import FinishReport, PartReport, PartsStatus, Running
 from loratool.results.profile import Profile
@@ -430,3 +431,20 @@ def together(seen: Sequence[Seen]) -> Seen:
         nonfinite=nonfinite,
         effective=sorted({effect for each in seen for effect in each.effective}),
     )
+
+
+def abort(out: PathLike) -> AbortReport:
+    """Remove the stage of a merge in parts beside a local output; `loratool.abort_merge` says all of it."""
+    target = Path(os.path.realpath(out))
+    home = stage_of(target)
+    found = check_stage(home)
+    if found is None or found.parts is None:
+        raise UsageError(f"{printable(out)}: no unfinished merge in parts was found, so nothing was removed")
+    if alive := [worker for worker in workers_in(home / PARTS) if worker.alive]:
+        raise UsageError(
+            f"{printable(out)}: not aborted, because workers are running; stop them first: "
+            f"{', '.join(printable(str(worker)) for worker in alive)}"
+        )
+    removed = sorted(name for name in found.files if (home / MODEL / name).is_file())
+    remove_stage(Stage(target, home, found))
+    return AbortReport(target, found.plan, is_published(target, found.plan), (), tuple(removed))

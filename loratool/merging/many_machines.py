@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from loratool.merging import in_parts, parts_in_store
+from loratool.merging import in_parts, in_store, parts_in_store
 from loratool.merging.merge import MergeOptions, PathLike, Progress
 from loratool.stores.names import is_in_store
 
 if TYPE_CHECKING:
     from loratool.options.sharing import Share
+    from loratool.results.abort import AbortReport
     from loratool.results.parts import FinishReport, PartReport, PartsStatus
 
 
@@ -39,6 +40,11 @@ def finish(
     if is_in_store(out):
         return parts_in_store.finish(base, adapters, out, options, progress)
     return in_parts.finish(base, adapters, out, options, progress)
+
+
+def abort(out: PathLike) -> AbortReport:
+    """Remove what an unfinished merge left."""
+    return in_store.abort(out) if is_in_store(out) else in_parts.abort(out)
 
 
 def merge_status(

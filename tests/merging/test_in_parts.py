@@ -562,3 +562,23 @@ def test_links_are_not_needed(merge: Merge, monkeypatch: pytest.MonkeyPatch) -> 
     merge.part("1/1")
     merge.finish()
     merge.check()
+
+
+def test_abort_removes_the_stage_and_nothing_else(merge: Merge, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["merge", str(merge.base), str(merge.adapter), "-o", str(merge.out), "--abort"]
+    assert run(line) == 2
+    assert "no unfinished merge" in capsys.readouterr().err
+    merge.part("1/2")
+    worker = presence.Presence(merge.stage / "parts", "2/2")
+    worker.tell()
+    with pytest.raises(UsageError, match="workers are running"):
+        loratool.abort_merge(merge.out)
+    worker.path.unlink()
+    (merge.stage / "mine.txt").write_text("mine")
+    before = snapshot(merge.stage)
+    with pytest.raises(StorageError, match="did not write"):
+        loratool.abort_merge(merge.out)
+    assert snapshot(merge.stage) == before
+    (merge.stage / "mine.txt").unlink()
+    assert run(line) == 0
+    assert os.listdir(merge.out.parent) == []
