@@ -202,7 +202,8 @@ def test_offline_and_not_in_the_cache_is_told_with_the_way_out(hub: HubServer, c
 def test_offline_a_name_that_none_can_have_is_told_as_online(client: Client) -> None:
     told = client.refused("inspect", "org/na--me", HF_HUB_OFFLINE="1")
     assert "not a valid repository name" in told
-    assert told == client.refused("inspect", "org/na--me")
+    online = client.refused("inspect", "org/na--me")
+    assert told.partition("\nhint: ")[0] == online.partition("\nhint: ")[0]  # what to type next may differ
 
 
 def test_a_revision_is_pinned_to_its_commit(hub: HubServer, client: Client, models: Path, tmp_path: Path) -> None:
