@@ -36,6 +36,8 @@ EXPONENT = {
 FACTOR_NAMES: Mapping[str, str] = {**FLOAT_NAMES, "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 PIECE = 4 << 20  # bytes that are looked at together
 INTEGER_NAMES = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}  # of indices
+# of what is saved whole, a count of batches or a mask
+WHOLE_NAMES = {**INTEGER_NAMES, "U16": "uint16", "U32": "uint32", "U64": "uint64", "BOOL": "bool"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class StoredTensor:
             stored = raw.view(getattr(torch, FACTOR_NAMES[self.info.dtype])).reshape(self.info.shape)
             loaded = stored.to(device).to(dtype)  # in this order: fewer bytes travel
         else:
-            loaded = raw.view(getattr(torch, INTEGER_NAMES[self.info.dtype])).reshape(self.info.shape).to(device)
+            loaded = raw.view(getattr(torch, WHOLE_NAMES[self.info.dtype])).reshape(self.info.shape).to(device)
         return loaded.T.contiguous() if self.transposed else loaded
 
     def load_rows(self, first: int, count: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -222,7 +222,8 @@ def run_command(arguments: list[str], verbose: bool) -> int:
 
             complain(without_tokens(traceback.format_exc()))
         sentence = f"this is a bug in loratool: {type(error).__name__}: {without_tokens(printable(error))}"
-        return failed(arguments, LoratoolError(f"{sentence}; please report it with the traceback", hint="-v"))
+        way = "" if verbose else "-v"
+        return failed(arguments, LoratoolError(f"{sentence}; please report it with the traceback", hint=way))
 
 
 def same_command(arguments: list[str]) -> str:

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
+from loratool.adapters.reading import ReadingOptions
 from loratool.errors import UsageError, printable
 from loratool.files.partials import Partials
 from loratool.files.process import peak_memory
 from loratool.inspecting.inspect import InspectOptions, PathLike, Progress, inspect
 from loratool.measuring.shared_work import do_share
+from loratool.options.described import described_by
+from loratool.options.shared import NamingOptions, OrientationOption
 from loratool.results.base import Cost
 from loratool.results.partial import PartialReport
 from loratool.results.values import Measured, MeasuredOnBase, Values
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 
 COMMAND = "inspect"
 UNIT = 8  # modules that are measured together
+# options on which it depends what is measured
+DECISIVE = {name for kind in (NamingOptions, OrientationOption, ReadingOptions) for name in described_by(kind)}
 
 
 class MeasuredError(Exception):
@@ -102,7 +107,7 @@ def units_of(
         __version__,
         sorted(adapter.digests().values()),
         [sampled(shard) for shard in base.shards] if base else [],
-        {name: options.keywords().get(name) for name in ("maps", "fan_in_fan_out", "expert_layout", "adapter_name")},
+        {name: value for name, value in options.keywords().items() if name in DECISIVE},
         names,
     ]
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()

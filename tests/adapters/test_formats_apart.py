@@ -54,6 +54,7 @@ WORDS = {
         "an option of rescale, a line of inspect, a column of its table, a setting of other trainers, or a tensor of other tools' files",
         (
             *("reworking/rescale.py", "results/facts.py", "results/fleet.py", "inspecting/fleet/conditions.py"),
+            "pictures/fleet.py",
             *("adapters/formats/mlx.py", "adapters/formats/megatron.py", "adapters/formats/roles/"),
         ),
     ),
@@ -64,10 +65,19 @@ WORDS = {
     "rank_pattern": ("a line of inspect, and a field of its facts", ("results/facts.py",)),
     "alpha_pattern": ("a line of inspect, and a field of its facts", ("results/facts.py",)),
     "adapters": (
-        "operands of the command line, what a record or an index lists, and lines of compress and index",
+        "operands of commands, what a record or an index lists, and lines of compress and index",
         (
-            *("cli/", "merging/", "provenance/", "inspecting/inspect.py", "inspecting/neighbours.py"),
+            *(
+                "cli/",
+                "commands/library.py",
+                "fetching/next_steps.py",
+                "merging/",
+                "provenance/",
+                "inspecting/inspect.py",
+                "inspecting/neighbours.py",
+            ),
             *("reworking/combine.py", "reworking/compressing/", "results/compress.py", "results/index.py"),
+            "pictures/",
         ),
     ),
     "use_dora": ("a field of mlx-lm's own early configs", ("adapters/formats/mlx.py",)),

@@ -370,4 +370,4 @@ def test_a_model_in_the_place_of_an_adapter_is_told_as_one(name: str, tmp_path: 
     (model / name).write_text('{"model_type": "llama"}')
     save_file(llama(), model / "model.safetensors")
     assert run(["rescale", str(model), "-o", str(tmp_path / "out"), "--scale", "2"]) == 3
-    assert "this is a model, not an adapter" in capsys.readouterr().err
+    assert "this is a model; an adapter is expected here" in capsys.readouterr().err

@@ -134,7 +134,7 @@ def test_buffers_come_along_through_the_algebra(adapter: Path, tmp_path: Path, w
 
 def test_inspect_and_push_count_buffers_as_they_are(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """inspect lists buffers with what is saved whole, finds nothing wrong, and push would send them."""
-    assert run(["inspect", str(adapter), "--check", "--json"]) == 0
+    assert run(["inspect", str(adapter), "--check", "--values", "--json"]) == 0
     (facts,) = json.loads(capsys.readouterr().out)["results"]
     stored = load_file(adapter / "adapter_model.safetensors")
     assert facts["parameters"] == sum(tensor.numel() for tensor in stored.values())

@@ -609,9 +609,12 @@ def test_a_relative_output_lies_where_the_command_was_given(bench: Workbench, mo
     for out in ("merged", "./two/", "three//"):
         assert bench.run("merge", "../in/base", "../in/adapter", "-o", out).code == 0
     assert sorted(os.listdir(bench.outputs)) == ["merged", "three", "two"]
-    for out in (".", "", "/"):
+    for out in (".", "/"):
         outcome = bench.run("merge", "../in/base", "../in/adapter", "-o", out, "--overwrite")
         check_refusal(outcome, [], 2)
+    empty = bench.run("merge", "../in/base", "../in/adapter", "-o", "", "--overwrite")
+    assert (empty.code, empty.out) == (2, "")
+    assert "it is empty" in empty.err
     assert sorted(os.listdir(bench.outputs)) == ["merged", "three", "two"]
 
 

@@ -172,8 +172,10 @@ def check_refusal(outcome: Outcome, told: Sequence[str], code: int = 3) -> None:
 
 
 def check_hint(hint: str) -> None:
-    """The last line of an error is a command: one of ours, with options that it has."""
+    """The last line of an error is a command: one of ours, with options that it has, or one that makes a folder."""
     program, name, *words = shlex.split(hint)
+    if (program, name) == ("mkdir", "-p"):
+        return
     assert program == "loratool", hint
     if name == "--help":
         return

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from loratool.adapters.adapter import FACTOR_NAMES, INTEGER_NAMES, Derived, StoredTensor
+from loratool.adapters.adapter import FACTOR_NAMES, INTEGER_NAMES, WHOLE_NAMES, Derived, StoredTensor
 from loratool.adapters.formats.peft import keys
 from loratool.adapters.formats.peft.files import AGAINST_TENSORS, CONFIG
 from loratool.adapters.reading import AS_STORED, Reading
@@ -20,7 +20,7 @@ from loratool.notes import Note
 
 TOKENS = keys.TOKENS
 LEFT_BEHIND = frozenset({"trainable_tokens_original"})  # beside it in a raw state dict
-WHOLE = (*FLOAT_NAMES, *INTEGER_NAMES, "U16", "U32", "U64", "BOOL")  # what may be saved whole, a count of batches say
+WHOLE = (*FLOAT_NAMES, *WHOLE_NAMES)  # what may be saved whole, a count of batches say
 SHARDED = "an empty or flat tensor is a shard that ZeRO-3 or FSDP did not gather before saving"
 
 MISSING_PARTNER, SAVED_TWICE, UNGATHERED = "missing-partner", "saved-twice", "ungathered"  # codes of problems
