@@ -59,7 +59,8 @@ else:
 
         def __getattr__(self, name: str) -> Any:
             found = getattr(import_module(self.package), name)
-            setattr(self, name, found)  # the next look costs nothing
+            if not name.isupper():  # a setting may have another value by then
+                setattr(self, name, found)  # the next look costs nothing
             return found
 
     numpy, torch, hub = Lazy("numpy"), Lazy("torch"), Lazy("huggingface_hub")

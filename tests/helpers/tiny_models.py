@@ -255,6 +255,7 @@ def loaded_whole(cls: Any, folder: Path, **settings: Any) -> Any:
         if key not in LOADED:  # most are loaded once
             LOADED[key] = None
             return model.eval()
+        del LOADED[key]  # so that it comes last, and is the last to go
         LOADED[key] = model.eval()
         if len(kept := [other for other, model in LOADED.items() if model is not None]) > MOST_LOADED:
             del LOADED[kept[0]]
