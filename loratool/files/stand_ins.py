@@ -30,6 +30,11 @@ class StandIn(Protocol):
         ...
 
     @property
+    def ahead(self) -> int:
+        """Bytes that a thread may hold of it while it reads what it expects."""
+        ...
+
+    @property
     def state(self) -> str:
         """What tells its content, whoever asks from wherever; another content has another state."""
         ...

@@ -31,6 +31,7 @@ from loratool.merging.resources import (
     choose_resources,
     factor_memory,
     most_workers,
+    read_ahead,
     rows_of_block,
     sums_products,
 )
@@ -69,11 +70,13 @@ class Engine:
         workers: int | None,
         max_memory: int | None,
         progress: Callable[[int, int], None] | None,
+        sent: int = 0,  # bytes that a worker may hold of what it sends elsewhere
     ) -> None:
-        self.jobs, self.runtime = jobs, runtime
+        self.jobs, self.runtime, self.sent = jobs, runtime, sent
         self.workers, self.max_memory, self.progress = workers, max_memory, progress
         self.spans = [span for job in jobs for span in job.plan.spans]
         self.bytes_all = sum(bytes_in(shard) for job in jobs for shard in job.plan.shards)
+        self.counted = max_memory is not None and sent + read_ahead(self.spans) > 0  # the memory of those who copy, too
         self.bytes_done = 0
         self.lanes = max(1, min(MOST_LANES, cores() // 4))
         self.slots = threading.Semaphore((self.lanes + FINISHING_SHARDS) * len(jobs))
@@ -137,7 +140,7 @@ class Engine:
                 if not all(map(sums_products, self.spans)):
                     load_linear_algebra(devices)
                 used = resident_memory() + more_factors(self.jobs, self.workers or most_workers())
-                self.chosen = choose_resources(self.spans, devices, self.workers, self.max_memory, used)
+                self.chosen = choose_resources(self.spans, devices, self.workers, self.max_memory, used, self.sent)
             return self.chosen
 
     def tell(self, count: int) -> None:
@@ -222,7 +225,8 @@ class Engine:
         """The next tasks for worker `number`; None when there are none for it."""
         with self.taking:
             tasks = next(self.tasks, None)
-        if tasks and any(not isinstance(task, Copy) for task in tasks) and number >= self.resources().workers:
+        limited = self.counted or any(not isinstance(task, Copy) for task in tasks or ())
+        if tasks and limited and number >= self.resources().workers:
             with self.taking:
                 self.tasks = chain([tasks], self.tasks)  # more threads can copy than can compute
             return None

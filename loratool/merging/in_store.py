@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratool.devices import resident_memory
 from loratool.errors import FitError, InputError, StoreError, UsageError, VerificationError, printable
 from loratool.fetching import local
 from loratool.files import stopwatch
@@ -53,7 +54,7 @@ from loratool.merging.merge import (
     write_small_files,
 )
 from loratool.merging.one_file import is_file
-from loratool.merging.resources import Resources, runtime_for
+from loratool.merging.resources import Resources, choose_resources, runtime_for
 from loratool.merging.stored_records import whole_file
 from loratool.merging.tasks import Job
 from loratool.merging.upload_parts import upload_parts
@@ -108,8 +109,7 @@ def merge_into_store(
     merge = open_store(base, adapters, out, options)
     if merge.committed:
         return complete_already(merge)
-    check_values(merge.plan)
-    runtime = runtime_for(merge.plan.spans, options.device)
+    runtime = ready(merge)
     merge.bucket.claim()
     try:
         if is_committed(merge.place, merge.fingerprint):
@@ -124,6 +124,22 @@ def merge_into_store(
                 "left with --abort, then merge again"
             ) from None
         raise
+
+
+def ready(merge: StoredMerge) -> Future[Runtime]:
+    """What makes the parts, on its way; raises what stands against the merge before anything is written."""
+    plan, options = merge.plan, merge.options
+    check_values(plan)
+    runtime = runtime_for(plan.spans, options.device)
+    if (limit := options.max_memory) is not None:
+        devices = runtime.result().devices
+        choose_resources(plan.spans, devices, options.threads, limit, resident_memory(), most_sent(merge))
+    return runtime
+
+
+def most_sent(merge: StoredMerge) -> int:
+    """Bytes that a worker may hold of what it sends: the piece that it fills, and one that another one fills up."""
+    return 2 * max((piece.size for part in merge.parts if part.source is None for piece in part.pieces), default=0)
 
 
 def completed(merge: StoredMerge, runtime: Future[Runtime], progress: Progress | None) -> MergeReport:
@@ -286,7 +302,7 @@ def make(merge: StoredMerge, parts: Sequence[UploadPart], runtime: Future[Runtim
         plan = plan_of(merge.plan, computed)
         job = Job(plan, PartDestination(bucket, {part.name: part for part in computed}), apart=True)
         options = merge.options
-        engine = Engine([job], runtime, options.threads, options.max_memory, progress)
+        engine = Engine([job], runtime, options.threads, options.max_memory, progress, most_sent(merge))
         engine.run()
         if job.failure is not None:
             raise job.failure

@@ -18,10 +18,10 @@ from loratool.merging.in_store import (
     is_committed,
     make,
     open_store,
+    ready,
     wrong_parts,
 )
-from loratool.merging.merge import MergeOptions, PathLike, Progress, check_values, cost
-from loratool.merging.resources import runtime_for
+from loratool.merging.merge import MergeOptions, PathLike, Progress, cost
 from loratool.results.base import Cost
 from loratool.results.parts import FinishReport, PartReport, PartsStatus
 from loratool.results.profile import Profile
@@ -48,8 +48,7 @@ def merge_part(
     report = PartReport(place, str(share), merge.fingerprint, (), (), {}, 0, True, ())
     if merge.committed:
         return dataclasses.replace(report, cost=spent(merge))
-    check_values(merge.plan)
-    runtime = runtime_for(merge.plan.spans, options.device)
+    runtime = ready(merge)
     merge.bucket.claim()
     records = merge.bucket.records()
     there = [part for part in parts if part.name in records]

@@ -12,6 +12,7 @@ from loratool.devices import RUNTIME_MEMORY, Runtime, kind_of, start_torch, with
 from loratool.errors import UsageError
 from loratool.files.process import cores
 from loratool.files.sink import COPY_PIECE, PAGE
+from loratool.files.stand_ins import stand_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -64,10 +65,16 @@ def runtime_for(spans: Iterable[Span], device: str) -> Future[Runtime]:
 
 
 def choose_resources(
-    spans: Sequence[Span], devices: tuple[str, ...], workers: int | None, max_memory: int | None, used: int
+    spans: Sequence[Span],
+    devices: tuple[str, ...],
+    workers: int | None,
+    max_memory: int | None,
+    used: int,
+    sent: int = 0,
 ) -> Resources:
     """Workers and block size that keep the process within `max_memory` bytes, of which `used` are gone.
 
+    `sent` are bytes that each worker may hold of what it sends elsewhere.
     Raises `UsageError` with the smallest limit that would do.
     """
     on_gpu = kind_of(devices) == "cuda"
@@ -75,7 +82,7 @@ def choose_resources(
     block = CUDA_BLOCK if on_gpu else CPU_BLOCK if chosen <= FEW_WORKERS else LARGE_BLOCK
     if max_memory is None:
         return Resources(devices, chosen, block)
-    while (needed := used + work_memory(spans, chosen, block, on_gpu)) > max_memory:
+    while (needed := used + work_memory(spans, chosen, block, on_gpu, sent)) > max_memory:
         if block > SMALLEST_BLOCK:
             block //= 2
         elif chosen > 1:
@@ -98,12 +105,18 @@ def estimated_memory(spans: Sequence[Span], device: str, workers: int | None, ma
     return used + work_memory(spans, chosen.workers, chosen.block, chosen.on_gpu)
 
 
-def work_memory(spans: Sequence[Span], workers: int, block: int, on_gpu: bool) -> int:
+def work_memory(spans: Sequence[Span], workers: int, block: int, on_gpu: bool, sent: int = 0) -> int:
     """Bytes of host memory that `workers` need besides what Python and torch take."""
     touched = [span for span in spans if not span.untouched]
     buffers = max((block_memory(span, block, on_gpu) for span in touched), default=0)
     kept = WORKING_MEMORY + (CUDA_WORKING_MEMORY if on_gpu else 0)
-    return kept + workers * (COPY_PIECE + buffers) + factor_memory(touched, workers)
+    return kept + workers * (COPY_PIECE + buffers + read_ahead(spans) + sent) + factor_memory(touched, workers)
+
+
+def read_ahead(spans: Iterable[Span]) -> int:
+    """Bytes that a worker holds of what it reads from elsewhere."""
+    found = {tensor.file.path: stand_in(tensor.file.path) for span in spans for tensor in span.weight.tensors}
+    return max((there.ahead for there in found.values() if there is not None), default=0)
 
 
 def block_memory(span: Span, block: int, on_gpu: bool) -> int:

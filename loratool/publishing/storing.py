@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import mmap
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
 
 Report = TypeVar("Report", bound="Written")
 LOCAL = "local"  # in place of how files are cut: they are made anew each time
-PIECE = 64 << 20  # bytes of a part of an upload; a smaller file is sent whole
+PIECE = 16 << 20  # bytes of a part of an upload; a smaller file is sent whole
+SENDING = threading.Semaphore(4)  # such parts at a time: each is in memory
 
 
 def made_in_store(make: Callable[..., Report], operands: Sequence[Any], options: Any, progress: Any) -> Report:
@@ -105,7 +108,7 @@ def upload(folder: Path, place: StorePath, replaces: tuple[str, ...]) -> None:
 def send_large(path: Path, place: StorePath) -> None:
     """Put a file that is sent in parts; what was sent of it goes where that fails."""
     size = path.stat().st_size
-    piece = max(PIECE, -(-size // 9_000))
+    piece = PIECE * -(-size // (PIECE * 9_000))
     id_ = uploads.begin(place)
     try:
         tags = each_of(partial(send_piece, path, place, id_, piece), range(0, size, piece))
@@ -116,9 +119,9 @@ def send_large(path: Path, place: StorePath) -> None:
 
 
 def send_piece(path: Path, place: StorePath, upload_id: str, piece: int, start: int) -> str:
-    with open(path, "rb") as stream:
+    with SENDING, open(path, "rb") as stream:
+        content = mmap.mmap(-1, min(piece, path.stat().st_size - start))
         stream.seek(start)
-        content = bytearray(stream.read(piece))
-    if not content:
-        raise StoreError(f"{place}: the file was cut while it was being sent; run the command again")
-    return uploads.send(place, upload_id, start // piece + 1, content)
+        if stream.readinto(content) < len(content):
+            raise StoreError(f"{place}: the file was cut while it was being sent; run the command again")
+        return uploads.send(place, upload_id, start // piece + 1, content)

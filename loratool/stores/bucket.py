@@ -11,6 +11,7 @@ Nothing of an upload can be seen under the name of its object before it is compl
 from __future__ import annotations
 
 import json
+import mmap
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -179,7 +180,7 @@ class Bucket:
     def open(self, part: FilePart, layout: Layout, stop: threading.Event) -> UploadedPart:
         return UploadedPart(self, self.parts[part.name], layout, stop)
 
-    def send(self, part: UploadPart, piece: Piece, content: bytearray) -> str:
+    def send(self, part: UploadPart, piece: Piece, content: mmap.mmap) -> str:
         """Bring a piece of a part to the store; its ETag."""
         return uploads.send(self.place / part.file, self.ids[part.file], piece.number, content)
 

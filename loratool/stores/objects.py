@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import re
 import threading
 from dataclasses import dataclass, field
@@ -11,13 +12,13 @@ from typing import Any
 from loratool.errors import InputError, UsageError, printable
 from loratool.files.inputs import check_bound
 from loratool.files.safefile import Identity, Layout
-from loratool.files.sink import Memory
 from loratool.files.small_tensors import TINY, SmallTensors
 from loratool.stores.client import THREADS, ConditionError, GoneError, PassingError, ask, connection, patiently
 from loratool.stores.names import StorePath
 
-PIECE = 8 << 20  # bytes of one request
-AHEAD = 2 * PIECE  # bytes that are asked for together, where more are expected
+PIECE = 4 << 20  # bytes of one request
+AHEAD = 2 * PIECE  # bytes that are asked for together, where more are expected: each thread holds them
+STEP = 256 << 10  # bytes that the client is asked for at a time, which it copies several times
 MOST_OBJECTS = 100_000  # below one prefix
 TAG = re.compile(r'"[\x21\x23-\x7e]{1,200}"')
 
@@ -37,6 +38,10 @@ class StoredObject:
         name = f"{self.place} {self.tag}".encode(errors="surrogatepass")
         number = int.from_bytes(hashlib.sha256(name).digest()[:7], "little")
         return Identity(0, number, self.size, self.modified)
+
+    @property
+    def ahead(self) -> int:
+        return min(AHEAD, self.size)
 
     @property
     def state(self) -> str:
@@ -77,7 +82,7 @@ class StoredObject:
             )
             self.check(answer, start, stop)
             at = 0
-            for piece in answer["Body"].iter_chunks(1 << 20):
+            for piece in answer["Body"].iter_chunks(STEP):
                 if at + len(piece) > len(into):
                     raise PassingError("more bytes than were asked for")
                 into[at : at + len(piece)] = piece
@@ -103,10 +108,7 @@ class Window(threading.local):
 
     stop = 0  # of what is expected
     start = 0  # of `held`
-    held = memoryview(b"")
-
-    def __init__(self) -> None:
-        self.memory = Memory()  # that `held` is in, again and again
+    held = memoryview(b"")  # goes back to the system when it was read: a thread may have such a window of several files
 
 
 class StoreSource:
@@ -139,7 +141,7 @@ class StoreSource:
         window = self.window
         count = min(max(AHEAD, least), window.stop - start)
         window.held = memoryview(b"")
-        held = window.memory.of(count)
+        held = memoryview(mmap.mmap(-1, count))
         self.there.fill(start, held)
         window.start, window.held = start, held
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 from bisect import bisect_right
 from typing import TYPE_CHECKING, Protocol
@@ -24,7 +25,7 @@ class Sender(Protocol):
 
     memory: Memory
 
-    def send(self, part: UploadPart, piece: Piece, content: bytearray) -> str:
+    def send(self, part: UploadPart, piece: Piece, content: mmap.mmap) -> str:
         """Bring a piece of a part to the store; its ETag."""
         ...
 
@@ -41,7 +42,8 @@ class UploadedPart:
         self.arrived = Arrived(stop)  # bytes that are in the store
         self.pieces = part.pieces
         self.lock = threading.Lock()
-        self.held: dict[int, bytearray] = {}  # by number; those that have bytes
+        # by number, those that have bytes; of such memory only what was written to is resident, and it goes at once
+        self.held: dict[int, mmap.mmap] = {}
         self.missing = {piece.number: piece.size for piece in self.pieces}
         self.tags: dict[int, str] = {}
 
@@ -54,9 +56,9 @@ class UploadedPart:
             piece = self.pieces[bisect_right(self.upload.cuts, at) - 1]
             some = data[: piece.stop - at]
             with self.lock:
-                held = self.held.setdefault(piece.number, bytearray())
-                if not held:
-                    held += bytes(piece.size)
+                if piece.number not in self.held:
+                    self.held[piece.number] = mmap.mmap(-1, piece.size)
+                held = self.held[piece.number]
             held[at - piece.start : at - piece.start + len(some)] = some
             with self.lock:
                 self.missing[piece.number] -= len(some)
@@ -67,6 +69,7 @@ class UploadedPart:
                 self.tags[piece.number] = self.store.send(self.upload, piece, held)
                 self.arrived.add(piece.size)
                 lap("write", piece.size)
+            del held
             at, data = at + len(some), data[len(some) :]
 
     def finish(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -79,15 +80,17 @@ def begin(place: StorePath) -> str:
     return str(ask("create_multipart_upload", place, Key=place.key)["UploadId"])
 
 
-def send(place: StorePath, upload: str, number: int, content: bytearray) -> str:
+def send(place: StorePath, upload: str, number: int, content: mmap.mmap) -> str:
     """Bring one part of an upload to the store; its ETag.
 
+    The client reads memory that is a file, too, in small steps; of a `bytearray` it may make a copy.
     An ETag that is not the MD5 of what was sent is believed only if the store lists the part under it, as those do that
     encrypt.
     """
     client, wanted = connection().client, md5(content)
 
     def put_part() -> str:
+        content.seek(0)
         answer = client.upload_part(
             Bucket=place.bucket, Key=place.key, UploadId=upload, PartNumber=number, Body=content
         )
@@ -179,7 +182,7 @@ def uploads_of(place: StorePath, keys: Mapping[str, object]) -> Iterator[tuple[S
         words |= {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer.get("NextUploadIdMarker", "")}
 
 
-def md5(content: bytes | bytearray) -> str:
+def md5(content: bytes | mmap.mmap) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 

@@ -114,6 +114,7 @@ def test_expected_bytes_come_in_large_pieces_and_no_others(store: StoreServer, m
     assert bytes(into[:10]) == raw[9000:9010]
     assert [each.span for each in store.requests] == ["bytes=500-5499", "bytes=9000-9009"]
     assert AHEAD >= 5000
+    assert not len(source.window.held)  # a thread that has read its part of a file holds nothing of it
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 from collections import Counter
@@ -17,6 +18,8 @@ from store_server import BUCKET, Asked, Fault, stormy, tree
 import loratool
 from loratool import cli
 from loratool.errors import FitError, InputError, StoreError, UsageError
+from loratool.merging import in_store, resources
+from loratool.merging.merge import MergeOptions
 from loratool.stores.bucket import FOLDER
 
 if TYPE_CHECKING:
@@ -374,6 +377,33 @@ def test_other_kinds_of_work_are_made_in_parts_too(
     loratool.merge(models / "base", [models / "adapter"], tmp_path / "out", **settings)  # type: ignore[arg-type]
     loratool.merge(BASE, [ADAPTER], f"s3://{BUCKET}/{prefix}", **settings)  # type: ignore[arg-type]
     assert_same(store, prefix, tmp_path / "out")
+
+
+@pytest.mark.parametrize("command", ["merge", "part"])
+def test_a_limit_of_memory_counts_what_is_read_and_sent(
+    store: StoreServer, models: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """A limit that is too small is refused before anything is written; one that is just enough is enough."""
+    out = f"s3://{BUCKET}/out/limited-{command}"
+
+    def make(limit: int) -> None:
+        if command == "merge":
+            loratool.merge(BASE, [ADAPTER], out, max_memory=limit)
+        else:
+            loratool.merge_part(BASE, [ADAPTER], out, "1/1", max_memory=limit)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resources, "read_ahead", lambda _spans: 1 << 30)
+        patch.setattr(in_store, "most_sent", lambda _merge: 1 << 30)
+        with pytest.raises(UsageError, match=r"needs at least (2[1-9]|[3-9]\d)\d\d MB"):
+            make(1)
+    assert store.objects(BUCKET, f"out/limited-{command}") == {}
+    assert not any(each.kind == "create" for each in store.requests)
+    with pytest.raises(UsageError, match="needs at least") as caught:
+        make(1)
+    merge = in_store.open_store(BASE, [ADAPTER], out, MergeOptions())
+    make(int(re.findall(r"\d+", str(caught.value))[-1]) * 10**6 + 20_000_000)
+    assert in_store.most_sent(merge) == 2 * max(each.came for each in store.requests if each.kind == "part")
 
 
 def test_uploads_that_somebody_removed_are_said_and_can_be_cleared(store: StoreServer, models: Path) -> None:
