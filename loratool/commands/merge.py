@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.adapters.adapter import Adapter
 from loratool.commands.library import library_function
 from loratool.commands.publish import with_push
+from loratool.errors import UsageError
 from loratool.files.checkpoint import Checkpoint
 from loratool.merging import merge as merging, merge_many as many, planning
 from loratool.merging.dry_run import DryRunOptions, dry_run
@@ -125,6 +126,9 @@ def merge_anywhere(
         from loratool.merging.on_ray import merge_on_ray
 
         return merge_on_ray(base, adapters, out, options, options, progress)
+    for flag, value in (("--num-cpus", options.num_cpus), ("--num-gpus", options.num_gpus)):
+        if value is not None:
+            raise UsageError(f"{flag} needs --workers ray")
     if is_in_store(out):
         return merge_into_store(base, adapters, out, options, progress)
     return merging.merge(base, adapters, out, options, progress)

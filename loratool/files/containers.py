@@ -125,7 +125,7 @@ def refuse_compressed(path: Path) -> None:
     name = path.stem if path.stem in names else names[0]
     listed = ", ".join(map(printable, names[:FEW])) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")
     raise InputError(
-        f"{printable(path)}: holds compressed adapters ({listed}), each of which `loratool expand` makes a plain one again",
+        f"{printable(path)}: contains compressed adapters ({listed}); `loratool expand` makes one plain again",
         hint=shell_line(["loratool", "expand", escaped(os.fspath(folder)), escaped(name), "-o", f"./{escaped(name)}"]),
     )
 

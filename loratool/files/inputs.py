@@ -31,6 +31,7 @@ LONGEST_NUMBER = 4300  # digits, which is what Python itself reads; a number of 
 DEEPEST = 127  # levels of arrays and objects, as in the reference parser of safetensors
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # organisation/name
+ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:/)/?(?=.)")  # as a Path has it; one letter is a drive of Windows
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -83,6 +84,12 @@ def unreadable(path: Path, error: OSError) -> InputError | StorageError:
     match error.errno:
         case errno.ENOENT if path.is_symlink():
             return InputError(f"{shown}: is a link to {printable(os.readlink(path))}, which does not exist")
+        case errno.ENOENT | errno.ENOTDIR if address := ADDRESS.match(path.as_posix()):
+            scheme, rest = f"{address[1]}/", path.as_posix()[address.end() :]
+            return InputError(
+                f"{printable(scheme + rest)}: {scheme} addresses are not supported; expected s3://bucket/prefix, "
+                "hf://org/name, org/name or a local path"
+            )
         case errno.ENOENT | errno.ENOTDIR:
             named = HUB_ID.fullmatch(path.as_posix()) and not path.parent.exists()
             hint = f"; for a Hub repository run `hf download {path}` and pass the folder it prints"

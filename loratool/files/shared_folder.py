@@ -105,7 +105,7 @@ class SharedFolder:
             raise UsageError(
                 f"{printable(self.home)}: contains parts of another merge (its fingerprint is {found.plan[:16]}, this "
                 f"one's is {self.journal.plan[:16]}): its inputs, options or version of loratool differ; pass the same ones "
-                "to every worker, choose another OUT, or delete that folder once no worker is running"
+                "to every worker, choose another OUT, or remove the parts with --abort once no worker is running"
             )
         return found
 

@@ -79,7 +79,7 @@ def check_index(path: Path, overwrite: bool) -> None:
             read_index(path)
         except InputError:
             raise UsageError(
-                f"-o {shown}: is no index made by loratool, so --overwrite does not replace it; choose another name",
+                f"-o {shown} was not made by loratool index, so --overwrite does not replace it; choose another name",
                 hint=ANOTHER_OUT,
             ) from None
     if not path.parent.is_dir():
@@ -92,7 +92,7 @@ def read_index(path: Path) -> Index:
     shown = printable(path)
     version = file.metadata.get(FORMAT)
     if version is None:
-        raise InputError(f"{shown}: is no index of adapters; `loratool index DIR -o INDEX` makes one")
+        raise InputError(f"{shown}: not an index of adapters; `loratool index DIR -o INDEX` makes one")
     if version != VERSION:
         raise InputError(
             f"{shown}: its sketches are {printable(version)}, and this release computes {VERSION}; make the index again "

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratool.adapters.reading import ReadingOptions
-from loratool.errors import UsageError
+from loratool.errors import UsageError, printable
 from loratool.layouts.ggml import ENCODED
 from loratool.options.described import (
     FLAG,
@@ -128,6 +128,8 @@ class Workers(Number):
     def taken(self, value: Any, flag: str) -> Any:
         if isinstance(value, str) and (value == RAY or value.startswith(f"{RAY}://")):
             return value
+        if isinstance(value, str) and self.number(value) is None:
+            raise UsageError(f"{flag} must be {self.wanted}, {RAY}, or {RAY}://HOST:PORT (got {printable(value)})")
         return super().taken(value, flag)
 
     def word(self, value: Any) -> str:

@@ -27,9 +27,7 @@ class Share:
 
     def __post_init__(self) -> None:
         if self.count < 1 or not 1 <= self.index <= self.count:
-            raise UsageError(
-                f"--part must be I/N with I from 1 to N (got {self.index}/{self.count}); the first of four is 1/4"
-            )
+            raise UsageError(f"--part must be I/N with I from 1 to N (got {self.index}/{self.count})")
 
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
@@ -81,12 +79,18 @@ def of_array(environ: Mapping[str, str]) -> Share:
             )
         return Share(place + 1, count)
     if ranked:
-        return Share(number(environ, RANK) + 1, number(environ, WORLD_SIZE))
+        rank, count = number(environ, RANK), number(environ, WORLD_SIZE)
+        if not 0 <= rank < count:
+            raise UsageError(
+                f"--part auto: {RANK} must be from 0 to {WORLD_SIZE} - 1 (got {RANK}={rank}, {WORLD_SIZE}={count})"
+            )
+        return Share(rank + 1, count)
     if KUBERNETES in environ:
         raise UsageError(f"--part auto: Kubernetes sets {KUBERNETES} but not the number of workers; pass --part auto/N")
+    missing = [name for name in (RANK, WORLD_SIZE) if name not in environ]
+    unset = f"{missing[0]} is not set" if len(missing) == 1 else "none of them is set"
     raise UsageError(
-        f"--part auto needs {SLURM}, or {RANK} and {WORLD_SIZE}, in the environment, and none of them is set; pass --part "
-        "I/N"
+        f"--part auto needs {SLURM}, or {RANK} and {WORLD_SIZE}, in the environment, and {unset}; pass --part I/N"
     )
 
 

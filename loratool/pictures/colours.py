@@ -38,7 +38,7 @@ SERIES = (  # of bars, of lines that are compared, and of states
 # From little to much. On dark paper much is light, so that what stands out is the same.
 SEQUENTIAL = (
     ("#e9f4ea", "#bfe4c6", "#7fccb5", "#43aeb0", "#358aa5", "#38659c", "#413d7b", "#2c1b45"),
-    ("#20242f", "#332c55", "#3d4585", "#37659e", "#348fa7", "#40b7ad", "#8ad9b1", "#e2f6e8"),
+    ("#2a2b45", "#332c55", "#3d4585", "#37659e", "#348fa7", "#40b7ad", "#8ad9b1", "#e2f6e8"),
 )
 DIVERGING = (  # from −1 through 0 to 1
     ("#8f2d1c", "#c9654a", "#ecb29d", "#f2efe9", "#a9cbd8", "#4d8fac", "#1c4f70"),

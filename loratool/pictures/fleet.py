@@ -1,4 +1,4 @@
-"""The page of many adapters: a table that can be sorted, and what they have in common."""
+"""The page of many adapters: a table that can be sorted, and how they compare."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def blocks(facts: FleetFacts) -> Iterator[Block]:
     if bad:
         yield problems(bad)
     if figures := [*figures_of(rows)]:
-        yield Group("What they have in common", "", figures)
+        yield Group("How they compare", "", figures)
     if neighbours := [(row.name, near) for row in rows for near in row.near or ()]:
         yield nearest(neighbours)
     if twins := same(rows):

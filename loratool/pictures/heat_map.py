@@ -76,6 +76,8 @@ class HeatMap(Figure):
         """The values of the first colour and the last."""
         values = [cell.value for cell in self.cells if cell.value is not None]
         low, high = self.bounds or (min(values, default=0.0), max(values, default=0.0))
+        if figure(low, 4) == figure(high, 4):  # colours tell no differences that the numbers do not
+            high = low
         bound = max(abs(low), abs(high))
         return (-bound, bound) if self.scale == "both" else (low, high)
 

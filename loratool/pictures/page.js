@@ -136,7 +136,7 @@
       const low = known.length ? number(least) : 0, high = known.length ? number(most) : 0;
       cells.forEach((cell) => {
         const here = number(rows[cell.dataset.e].cells[shown.column]);
-        const part = high > low ? (here - low) / (high - low) : here ? .5 : 0;
+        const part = least.textContent !== most.textContent ? (here - low) / (high - low) : here ? .5 : 0;
         const on = cell.classList.contains("on") ? " on" : "";
         cell.setAttribute("class", (here === null ? "none" : `q${Math.round(part * (levels - 1))}`) + on);
       });

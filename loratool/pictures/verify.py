@@ -108,8 +108,8 @@ def distance_bars(distances: Sequence[float]) -> Bars:
     return Bars(
         name="distances",
         title="Distance from the formula",
-        about="How many edited tensors are how far from the formula where they are farthest, in ulp at the size of the "
-        "operands.",
+        about="Tensors by the largest distance of an element from the formula, in ulp at the size of the operands; "
+        "identical tensors count as exact.",
         bars=tuple(bars),
     )
 

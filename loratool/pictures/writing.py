@@ -96,12 +96,13 @@ def check_file(path: Path, flag: str, is_ours: Callable[[Path], bool], overwrite
     check_separators(path, flag)
     if path.is_dir():
         raise UsageError(f"{flag} {printable(path)}: is a folder; expected a file")
-    if os.path.lexists(path) and not overwrite:
-        raise UsageError(f"{flag} {printable(path)} already exists; pass --overwrite to replace it", hint="--overwrite")
     if path.exists() and not is_ours(path):
         raise UsageError(
-            f"{flag} {printable(path)}: was not made by loratool, so --overwrite does not replace it; choose another name"
+            f"{flag} {printable(path)} already exists and was not made by loratool, so it is never replaced; choose another "
+            "name"
         )
+    if os.path.lexists(path) and not overwrite:
+        raise UsageError(f"{flag} {printable(path)} already exists; pass --overwrite to replace it", hint="--overwrite")
 
 
 def is_page(path: Path) -> bool:

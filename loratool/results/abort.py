@@ -11,7 +11,7 @@ from loratool.results.text import aligned, plural
 
 @dataclass(frozen=True, repr=False)
 class AbortReport(Result):
-    """What an unfinished merge had left in a store."""
+    """What an unfinished merge had left in a store or next to a local output."""
 
     out: Path
     plan: str  # the fingerprint of the merge
@@ -20,9 +20,13 @@ class AbortReport(Result):
     removed: tuple[str, ...]  # files that were removed
 
     def __str__(self) -> str:
-        rows: list[tuple[str, object]] = [("output", str(self.out).replace("s3:/", "s3://", 1))]
+        out = str(self.out)
+        in_store = out.startswith("s3:/")
+        rows: list[tuple[str, object]] = [("output", out.replace("s3:/", "s3://", 1))]
+        if not in_store:
+            rows.append(("removed", f"{out}.partial"))
         if self.completed:
             rows.append(("complete", "only what its making left was removed"))
-        else:
+        elif in_store:
             rows.append(("removed", f"{plural(len(self.uploads), 'upload')} and {plural(len(self.removed), 'file')}"))
         return aligned(rows)

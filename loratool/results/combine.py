@@ -135,4 +135,8 @@ def met(report: CombineReport, pair: str) -> str:
 
 
 def plain_value(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
     return "/".join(map(plain_value, value)) if isinstance(value, (list, tuple)) else f"{value}"

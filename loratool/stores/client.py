@@ -161,10 +161,14 @@ def told(place: StorePath, error: Exception) -> Exception:
     ):
         return StoreError(
             f"{place}: no usable credentials ({type(error).__name__}); set AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or log in with the tool that your provider has for it"
+            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or log in with your provider's tool"
         )
     if passes(error):
         reason = str(error) if isinstance(error, PassingError) else type(error).__name__
+        if "EndpointConnectionError" in kinds:
+            return StoreError(
+                f"{place}: {endpoint} is unreachable; check AWS_ENDPOINT_URL and the network, then try again"
+            )
         return StoreError(f"{place}: {endpoint} did not answer as it should ({printable(reason)}); try again later")
     if "BotoCoreError" in kinds:
         return StoreError(f"{place}: boto3 cannot make this request ({type(error).__name__}); check AWS_*")

@@ -58,7 +58,9 @@ def parse_store(operand: str | os.PathLike[str]) -> StorePath | None:
     bucket, _, key = text[scheme.end() :].partition("/")
     key = key.removesuffix("/")
     if not BUCKET.fullmatch(bucket):
-        raise UsageError(f"{printable(operand)}: not a valid address; expected s3://bucket/prefix")
+        raise UsageError(
+            f"{printable(operand)}: {printable(repr(bucket))} is not the name of a bucket; expected s3://bucket/prefix"
+        )
     parts = key.split("/") if key else []
     if {"", ".", ".."} & set(parts) or len(key.encode(errors="surrogatepass")) > LONGEST_KEY:
         raise UsageError(f"{printable(operand)}: {printable(key)} is not a plain path inside a bucket")

@@ -176,6 +176,7 @@ def test_conditions_choose_rows(condition: str, expected: Any, zoo: Path) -> Non
         ("rank>2 or rank<1", "at 'or rank<1': conditions are joined by `and`"),
         ("rank>2 and", "is not understood at its end"),
         ("rnak>2", "unknown field 'rnak'; did you mean 'rank'? The fields are name, path, dialect"),
+        ("owner=me", "unknown field 'owner'. The fields are name, path, dialect"),
         ("rank>many", "rank is a number; compare it with"),
         ("rank~2", "rank is a number; compare it with"),
         ("base>a", "base is text; compare it with =, !=, ~ (contains) or !~"),
@@ -326,11 +327,11 @@ def dense_distance(*folders: Path) -> float:
 def test_an_index_replaces_nothing_but_an_index(zoo: Path, tmp_path: Path) -> None:
     other = write_peft(tmp_path / "adapter", 2, 0) / "adapter_model.safetensors"
     before = other.read_bytes()
-    for overwrite, sentence in ((False, "already exists; pass --overwrite"), (True, "is no index made by loratool")):
+    for overwrite, sentence in ((False, "already exists; pass --overwrite"), (True, "was not made by loratool index")):
         with pytest.raises(UsageError, match=sentence):
             loratool.index(zoo / "text/a00", other, overwrite=overwrite)
     assert other.read_bytes() == before
-    with pytest.raises(InputError, match="is no index of adapters; `loratool index DIR -o INDEX` makes one"):
+    with pytest.raises(InputError, match="not an index of adapters; `loratool index DIR -o INDEX` makes one"):
         loratool.inspect(zoo / "text/a00", near=other)
     loratool.index(zoo / "text/a00", tmp_path / "one.index")
     loratool.index(zoo / "text/a01", tmp_path / "one.index", overwrite=True)

@@ -580,5 +580,7 @@ def test_abort_removes_the_stage_and_nothing_else(merge: Merge, capsys: pytest.C
         loratool.abort_merge(merge.out)
     assert snapshot(merge.stage) == before
     (merge.stage / "mine.txt").unlink()
+    capsys.readouterr()
     assert run(line) == 0
+    assert capsys.readouterr().out.split() == ["output", str(merge.out), "removed", f"{merge.out}.partial"]
     assert os.listdir(merge.out.parent) == []

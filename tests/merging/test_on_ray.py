@@ -204,8 +204,17 @@ def test_without_a_cluster_or_without_ray_the_way_out_is_said(
 
 @pytest.mark.parametrize("wrong", ["rays", "0", "many", "dask://x"])
 def test_workers_are_a_number_or_ray(wrong: str, home: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--workers must be"):
+    """A word that is not a number is answered with the words that are taken."""
+    wanted = "from 1 to 1024" + ("" if wrong == "0" else ", ray, or ray://HOST:PORT")
+    with pytest.raises(UsageError, match=rf"--workers must be a whole number {wanted} \(got {wrong}\)"):
         merged(home, tmp_path / "out", workers=wrong)
+
+
+@pytest.mark.parametrize("name", ["num_cpus", "num_gpus"])
+def test_what_a_task_gets_is_for_ray_alone(name: str, home: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} needs --workers ray"):
+        merged(home, tmp_path / "out", workers=1, **{name: 1})
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_other_commands_take_threads_alone(home: Path, tmp_path: Path) -> None:

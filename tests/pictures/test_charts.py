@@ -157,6 +157,13 @@ def test_a_map_of_one_density_is_left_out() -> None:
     assert shown([replace(gains, bounds=(0.998, 1.0))], PLAIN) != ""
 
 
+def test_a_map_has_one_colour_where_its_numbers_are_equal_as_shown() -> None:
+    """Rounding errors of 1e-9 do not become the two ends of a scale from 1 to 1."""
+    equal = heat_map((1.0, 1.0 - 1e-9), (1.0 + 1e-9, 1.0))
+    assert len(set(re.findall(r'class="(q\d+)" d=', equal.draw(alone=True).markup))) == 1
+    assert shown([equal], PLAIN) == ""
+
+
 def test_of_many_rows_those_that_differ_in_numbers_are_one() -> None:
     """The experts of a layer share a cell, which is their mean."""
     figure = HeatMap(

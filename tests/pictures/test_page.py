@@ -273,10 +273,14 @@ def test_a_page_is_not_overwritten_unless_that_is_said(
     out.write_text("mine")
     words = ["inspect", str(adapter), "--html", str(out), "--device", "cpu", "-q"]
     assert cli.run(words) == 2
-    assert "--overwrite" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "is never replaced" in said
+    assert "--overwrite" not in said, "the hint would be refused, too"
     assert out.read_text() == "mine"
     out.unlink()
     assert cli.run(words) == 0
+    assert cli.run(words) == 2
+    assert "--overwrite" in capsys.readouterr().err
     assert cli.run([*words, "--overwrite"]) == 0
     assert out.read_text("utf-8").startswith("<!doctype html>")
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]

@@ -90,7 +90,7 @@ def test_only_figures_that_were_made_here_are_replaced(
     before = mine.read_text()
     words = ["inspect", str(adapter), "--svg", str(tmp_path / "figures"), "--device", "cpu"]
     assert cli.run(words) == 2
-    assert "pass --overwrite" in capsys.readouterr().err
+    assert "was not made by loratool, so it is never replaced" in capsys.readouterr().err
     assert cli.run([*words, "--overwrite"]) == 2
     shown = capsys.readouterr()
     assert "was not made by loratool" in shown.err

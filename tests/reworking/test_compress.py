@@ -354,7 +354,7 @@ def test_a_folder_of_compressed_adapters_is_told_what_it_is_and_refused_elsewher
     for words, name in ((["rescale", "out", "--scale", "2"], "a0"), (["rescale", "out/a3.safetensors", "--bake"], "a3"), (["merge", "out", "out"], "a0")):  # fmt: skip
         assert run([*words, "-o", "made"]) == 3
         told, _, hint = capsys.readouterr().err.rpartition("hint: loratool ")
-        assert "holds compressed adapters (a0, a1, a2 and 5 more)" in told
+        assert "contains compressed adapters (a0, a1, a2 and 5 more)" in told
         assert hint == f"expand out {name} -o ./{name}\n"
     assert run(hint.split()) == 0
 

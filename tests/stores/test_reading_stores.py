@@ -50,6 +50,21 @@ def test_what_an_address_names(operand: str, place: StorePath | None) -> None:
     assert parse_store(operand) == place
 
 
+@pytest.mark.parametrize("address", ["gs://bucket/a", "S3://bucket/a", "https://store.example/a"])
+def test_other_addresses_are_refused_as_such(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are not called missing files."""
+    assert cli.run(["inspect", address]) == 3
+    scheme = address.partition("//")[0] + "//"
+    said = f"{address}: {scheme} addresses are not supported; expected s3://bucket/prefix"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bucket", ["b", "bad bucket", "-a-"])
+def test_the_name_of_a_bucket_that_there_cannot_be_is_said(bucket: str) -> None:
+    with pytest.raises(UsageError, match=f"'{bucket}' is not the name of a bucket; expected s3://bucket/prefix"):
+        parse_store(f"s3://{bucket}/a")
+
+
 @pytest.mark.parametrize("operand", ["s3://", "s3://b", "s3://bucket//a", "s3://bucket/../a", "s3://bucket/a//b"])
 def test_an_address_that_can_name_nothing_is_wrong_usage(operand: str) -> None:
     with pytest.raises(UsageError):
@@ -146,7 +161,7 @@ def test_nobody_at_the_endpoint_or_no_credentials_is_exit_code_7(
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     assert cli.run(["inspect", BASE]) == 7
-    assert "127.0.0.1:9" in capfd.readouterr().err
+    assert "http://127.0.0.1:9 is unreachable; check AWS_ENDPOINT_URL" in capfd.readouterr().err
     monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)
     for name in KEYS:
         monkeypatch.delenv(name)

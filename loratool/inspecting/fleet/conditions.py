@@ -131,7 +131,7 @@ def field_named(word: str, flag: str, with_values: bool) -> str:
     name = SYNONYMS.get(word.lower(), word.lower())
     if name not in LISTED:
         near = get_close_matches(name, LISTED, 1)
-        meant = f"; did you mean {near[0]!r}?" if near else ""
+        meant = f"; did you mean {near[0]!r}?" if near else "."
         raise UsageError(f"{flag}: unknown field {printable(repr(word))}{meant} The fields are {', '.join(LISTED)}")
     if name in OF_VALUES and not with_values:
         raise UsageError(f"{flag}: {name} is known only with --values")

@@ -98,7 +98,7 @@ def remarks(source: Contents, before: Contents, manner: Manner) -> Iterator[Note
         text = f"is {own}, and expand writes it as {manner.dialect}, the dialect of the fleet"
         yield Note("expands-in-another-dialect", text)
     if files := files_beside(source):
-        yield Note("files-not-kept", f"other files in its folder are not kept: {listed(sorted(files))}")
+        yield Note("files-not-kept", f"files next to the weights are not kept: {listed(sorted(files))}")
 
 
 def told(members: Sequence[Member]) -> Iterator[Note]:

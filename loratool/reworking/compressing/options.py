@@ -53,10 +53,10 @@ class CompressOptions(FactorOptions, ReadingOptions, DeviceOption):
     def rule(self) -> str:
         """What was asked for, in words."""
         if self.into is not None:
-            return "the price that the shared file states"
+            return "the price of a byte in the shared file"
         if self.budget is not None:
             number, in_bytes = self.limit
-            return f"budget {number:g} {'bytes' if in_bytes else 'parameters'}"
+            return f"budget {number:,.0f} {'bytes' if in_bytes else 'parameters'}"
         return f"rank {self.rank}" if self.rank is not None else f"energy {self.energy:g}"
 
 
