@@ -12,7 +12,7 @@ from loratool.adapters.layers import Kind
 from loratool.adapters.training import Training
 from loratool.algebra.rounding import round_once
 from loratool.errors import UsageError, VerificationError, printable
-from loratool.files.outputs import replaceable_files
+from loratool.files.outputs import check_local, replaceable_files
 from loratool.lazy import Tensor, torch
 from loratool.merging.merge import MergeOptions, merge
 from loratool.results.base import Result
@@ -65,6 +65,7 @@ def demo(folder: Path | str = "loratool-demo", *, overwrite: bool = False) -> De
         VerificationError: the merged model is not what the formula says.
     """
     home = Path(folder)
+    check_local(home)
     if home.exists():
         clear(home, overwrite)
     base, adapter = home / "base", home / "adapter"

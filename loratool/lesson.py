@@ -13,6 +13,7 @@ from loratool.adapters.layers import Kind
 from loratool.adapters.training import Training
 from loratool.demo import clear, make_base, ordered, tensors_of
 from loratool.errors import VerificationError
+from loratool.files.outputs import check_local
 from loratool.lazy import Tensor, torch
 from loratool.results.lesson import Latency, Nearness
 
@@ -31,6 +32,7 @@ TOKENS, TIMINGS = 16, 400  # of the timing, which is short, so that other work o
 
 def prepare(home: Path, overwrite: bool) -> None:
     """Make `home` with the base, the trained adapter, and the matrix with its adapter in it."""
+    check_local(home)
     if home.exists():
         clear(home, overwrite)
     for name in ("matrix", "matrix-adapter", "base", "adapter"):

@@ -11,6 +11,7 @@ from loratool.options.described import made_of
 from loratool.results.compress import CompressReport
 from loratool.reworking.compressing import adding, compress as compressing
 from loratool.reworking.compressing.options import CompressOptions
+from loratool.stores.names import is_in_store
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -35,7 +36,7 @@ def compress(
 
     Args:
         adapters: a folder of adapters, or adapters, each a folder or a `.safetensors` file.
-        out: the output folder; none with `into`.
+        out: the output folder, or a prefix in a store, `s3://bucket/prefix`; none with `into`.
         progress: called with (layers done, total layers).
 
     Raises:
@@ -47,4 +48,8 @@ def compress(
     options = made_of(CompressOptions, keywords, "compress")
     if options.into is not None or out is None:
         return adding.add_to(adapters, out, options, progress)
+    if is_in_store(out):
+        from loratool.publishing.storing import made_in_store
+
+        return made_in_store(compressing.compress, (adapters, out), options, progress)
     return compressing.compress(adapters, out, options, progress)

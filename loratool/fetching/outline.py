@@ -34,7 +34,7 @@ from loratool.files.checkpoint import (
 )
 from loratool.files.gguf import GgufFile, gguf_layout
 from loratool.files.gguf_splits import names_of_parts
-from loratool.files.hub_names import HubPath
+from loratool.files.hub_names import HubPath, way_inside
 from loratool.files.inputs import LARGEST_CONFIG, LARGEST_INDEX, LARGEST_RECORD, check_bound
 from loratool.files.pipelines import Member, files_of as files_of_pipeline, is_pipeline, itself
 from loratool.files.safefile import PREFIX, SafeFile, header_length
@@ -157,7 +157,8 @@ def choose(location: Path, role: Role) -> tuple[list[str], list[str]]:
         found = [name for name in names if name.endswith(".safetensors")]
         if len(found) > 1:
             listed = ", ".join(map(printable, found))
-            raise InputError(f"{printable(location)}: contains several files ({listed}); name one after a colon")
+            shown = printable(location)
+            raise InputError(f"{shown}: contains several files ({listed}); name one{way_inside(shown, found[0])}")
         return found, sort_side_files(location, set(found))[0]
     index = choose_index(location, names, [])
     shards = (

@@ -41,6 +41,11 @@ def slashed(operand: str | os.PathLike[str]) -> str:
     return ONE_SLASH.sub(r"\1//", text)
 
 
+def way_inside(folder: str, name: str) -> str:
+    """How to name one of several things in a folder, as it is shown."""
+    return f", such as {folder}/{name}" if folder.startswith("s3://") else " after a colon"
+
+
 def parse(operand: str | os.PathLike[str]) -> HubPath | None:
     """The place on the Hub that a word names; None for a word that can only be a path.
 

@@ -29,6 +29,13 @@ BUSY = "another run is writing this output; wait for it to end"
 MADE_HERE = "loratool"  # the key of a file's metadata that says how it was made, where it stands alone
 
 
+def check_local(out: Path, flag: str = "") -> None:
+    """Raise `UsageError` for an address in a store, as an output that is written here only; `flag` is what names it."""
+    if slashed(out).startswith("s3://") and not os.path.lexists(out):
+        named = f"{flag} {printable(out)}" if flag else printable(out)
+        raise UsageError(f"{named}: this cannot be written into a store; choose a local path", hint=ANOTHER_OUT)
+
+
 def check_target(
     out: Path, inputs: Sequence[Path], replaced: FileNames | None, config: str = "", single: bool = False
 ) -> Path:
@@ -47,8 +54,7 @@ def check_target(
         StorageError: its parent is missing or cannot be written, or the folder it is staged in holds what is not ours.
     """
     shown = printable(out)
-    if slashed(out).startswith("s3://"):
-        raise UsageError(f"{shown}: this command cannot write into a store; choose a local OUT", hint=ANOTHER_OUT)
+    check_local(out)
     check_separators(out)
     if out.suffix in WEIGHT_FILES and not single:
         raise UsageError(f"{shown}: OUT must be a folder, such as {printable(out.with_suffix(''))}")

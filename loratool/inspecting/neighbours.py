@@ -17,7 +17,7 @@ from loratool.algebra.sketching import SIZE, VERSION, spread
 from loratool.errors import ANOTHER_OUT, InputError, UsageError, printable
 from loratool.files.inputs import json_value
 from loratool.files.names import check_separators
-from loratool.files.outputs import write_file
+from loratool.files.outputs import check_local, write_file
 from loratool.files.safefile import Layout, read_safefile
 from loratool.inspecting.twins import is_same
 from loratool.lazy import NDArray, numpy as np
@@ -82,6 +82,7 @@ def check_index(path: Path, overwrite: bool) -> None:
                 f"-o {shown} was not made by loratool index, so --overwrite does not replace it; choose another name",
                 hint=ANOTHER_OUT,
             ) from None
+    check_local(path, "-o")
     if not path.parent.is_dir():
         raise UsageError(f"-o {shown}: the folder {printable(path.parent)} does not exist")
 

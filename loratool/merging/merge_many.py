@@ -39,6 +39,7 @@ from loratool.results.base import Cost
 from loratool.results.merge import MergeReport
 from loratool.results.merge_many import MergeManyReport, ResultsOfOutputs
 from loratool.results.profile import Profile
+from loratool.stores.names import is_in_store
 
 Weighted = tuple[PathLike, float]  # an adapter with its weight
 Adapters = PathLike | Weighted | Sequence[PathLike | Weighted]  # of one output
@@ -124,6 +125,11 @@ def wanted_outputs(outputs: Outputs, options: MergeOptions) -> list[Wanted]:
             "weights are given with the adapters of each output, as (adapter, weight); weights= is for loratool.merge"
         )
     wanted = [wanted_output(out, adapters, options) for out, adapters in outputs.items()]
+    if stored := [each for each in wanted if is_in_store(each.out)]:
+        raise UsageError(
+            f"{printable(stored[0].key)}: several outputs at a time (--also) must be local; merge into a store with one "
+            "command for each output"
+        )
     for one, other in permutations(wanted, 2):
         if one.place == other.place:
             raise UsageError(f"{printable(one.key)} and {printable(other.key)} are the same folder")

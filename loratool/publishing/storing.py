@@ -27,9 +27,9 @@ from loratool.stores.names import StorePath, parse_store
 from loratool.stores.objects import listed
 
 if TYPE_CHECKING:
-    from loratool.results.base import Written
+    from loratool.results.base import Result
 
-Report = TypeVar("Report", bound="Written")
+Report = TypeVar("Report", bound="Result")
 LOCAL = "local"  # in place of how files are cut: they are made anew each time
 PIECE = 16 << 20  # bytes of a part of an upload; a smaller file is sent whole
 SENDING = threading.Semaphore(4)  # such parts at a time: each is in memory

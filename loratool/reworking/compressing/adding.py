@@ -23,7 +23,7 @@ from loratool.algebra.lowrank.products import Product, difference, length, side_
 from loratool.algebra.lowrank.shared_bases import Fitter
 from loratool.algebra.lowrank.spending import Curve, spend
 from loratool.errors import ANOTHER_OUT, FitError, InputError, UsageError, printable
-from loratool.fetching import local
+from loratool.fetching import local, place_of
 from loratool.files.checkpoint import PROVENANCE
 from loratool.files.containers import ENDING, SHARED
 from loratool.files.digests import digest_of
@@ -56,6 +56,11 @@ def add_to(
         raise UsageError("no output, so nothing was written; pass -o OUT, or --into SHARED", hint=ANOTHER_OUT)
     if out is not None:
         raise UsageError("-o and --into are mutually exclusive")
+    if place_of(options.into) is not None:
+        raise UsageError(
+            f"--into {printable(options.into)}: adapters can be added to a local folder only; copy it here first, or "
+            "compress all of them again with -o"
+        )
     paths = adapters_at(adapters)
     folder = local(options.into, "any")
     bases = open_shared(folder)

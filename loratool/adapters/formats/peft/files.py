@@ -19,6 +19,7 @@ from loratool.files.checkpoint import (
     sort_side_files,
 )
 from loratool.files.containers import foreign_file, instead_of_weights
+from loratool.files.hub_names import way_inside
 from loratool.files.inputs import read_json
 from loratool.files.model_files import FileNames
 from loratool.files.safefile import SafeFile, SafeFiles, read_safefile
@@ -161,7 +162,9 @@ def only_nested(folder: Path) -> str:
     found = [inside.name for inside in nested(folder)]
     if len(found) != 1:
         listed = ", ".join(map(printable, found))
-        raise InputError(f"{printable(folder)}: contains several adapters ({listed}); name one after a colon")
+        shown = printable(folder)
+        way = way_inside(shown, printable(found[0])) if found else ""
+        raise InputError(f"{shown}: contains several adapters ({listed}); name one{way}")
     return found[0]
 
 

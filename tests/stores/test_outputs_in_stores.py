@@ -1,0 +1,110 @@
+"""Outputs of the other commands in a store, and what cannot be there: refused before the store is asked anything."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from store_server import BUCKET, StoreServer, tree
+
+from loratool import cli
+
+BASE, ADAPTER = f"s3://{BUCKET}/team/base", f"s3://{BUCKET}/team/adapter"
+OUT = f"s3://{BUCKET}/out"
+
+
+@pytest.fixture(scope="module")
+def here(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two adapters in a folder, and the same compressed together."""
+    home = tmp_path_factory.mktemp("here")
+    for name in ("one", "two"):
+        shutil.copytree(models / "adapter", home / "fleet" / name)
+    assert cli.run(["compress", str(home / "fleet"), "-o", str(home / "shared"), "--rank", "2", "-q"]) == 0
+    return home
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["resize", ADAPTER, "--rank", "2"],
+        ["combine", ADAPTER, f"{BASE}-fleet/one"],
+        ["rebase", ADAPTER, "--from", BASE, "--onto", BASE],
+        ["compress", f"{BASE}-fleet/one", f"{BASE}-fleet/two", "--rank", "2"],
+        ["compress", "fleet", "--rank", "2"],
+        ["expand", f"{BASE}-shared", "two"],
+        ["expand", "shared", "two"],
+    ],
+    ids=" ".join,
+)
+def test_an_output_in_a_store_is_that_in_a_folder(
+    store: StoreServer, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: Sequence[str]
+) -> None:
+    """Every file but the record; the output is not replaced without being asked to, and nothing of its making is left."""
+    for name in ("fleet", "shared"):
+        store.put(BUCKET, here / name, f"team/base-{name}")
+    monkeypatch.chdir(here)
+    out, prefix = f"{OUT}/{words[0]}", f"out/{words[0]}"
+    assert cli.run([*words, "-o", out, "-q", "--overwrite"]) == 0
+    assert cli.run([*words, "-o", str(tmp_path / words[0]), "-q"]) == 0
+    there, local = store.objects(BUCKET, prefix), tree(tmp_path / words[0])
+    assert there.pop("loratool.json")
+    assert local.pop("loratool.json")
+    assert there == local
+    assert cli.run([*words, "-o", out, "-q"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("merge base adapter -o OUT --also OUT-2=adapter", "several outputs at a time"),
+        ("merge base adapter -o local --also OUT=adapter", "several outputs at a time"),
+        ("merge base adapter -o local --also OUT=adapter --dry-run", "several outputs at a time"),
+        ("merge base adapter -o OUT --verify", "run `loratool verify OUT` after"),
+        ("merge base adapter -o OUT --sha256", "run `loratool verify OUT` after"),
+        ("merge base adapter -o OUT --verify --part 1/2", "run `loratool verify OUT` after"),
+        ("merge base adapter -o OUT.safetensors", "must be a prefix"),
+        ("merge base adapter -o OUT --push-to-hub me/it", "needs a local OUT"),
+        ("merge base adapter -o OUT --html OUT.html", "cannot be written into a store"),
+        ("merge base adapter -o local --svg OUT", "cannot be written into a store"),
+        ("convert adapter -o OUT.safetensors --to kohya", "must be a prefix"),
+        ("resize adapter -o OUT.gguf --rank 2", "must be a prefix"),
+        ("resize adapter -o OUT --rank 2 --push-to-hub me/it", "needs a local OUT"),
+        ("compress adapter --into OUT", "local folder only"),
+        ("compress adapter --into org/name", "local folder only"),
+        ("index adapter -o OUT", "cannot be written into a store"),
+        ("demo OUT", "cannot be written into a store"),
+        ("demo OUT --learn", "cannot be written into a store"),
+    ],
+)
+def test_what_cannot_be_in_a_store_is_refused_before_any_request(
+    store: StoreServer,
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    words: str,
+    said: str,
+) -> None:
+    """In one sentence, and nothing is written here either."""
+    for name in ("base", "adapter"):
+        (tmp_path / name).symlink_to(models / name)
+    monkeypatch.chdir(tmp_path)
+    before = tree(models)
+    assert cli.run(words.replace("OUT", f"{OUT}/no").split()) == 2
+    told = capfd.readouterr().err
+    assert said in told
+    assert told.count("Error:") == 1
+    assert store.requests == []
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+    assert tree(models) == before
+
+
+def test_several_adapters_below_a_prefix_are_told_with_a_name_that_works(
+    store: StoreServer, here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store.put(BUCKET, here / "fleet", "team/fleet")
+    assert cli.run(["resize", f"s3://{BUCKET}/team/fleet", "--rank", "2", "-o", f"{OUT}/none"]) == 3
+    assert f"(one, two); name one, such as s3://{BUCKET}/team/fleet/one" in capfd.readouterr().err
+    assert cli.run(["inspect", f"s3://{BUCKET}/team/fleet/one", f"s3://{BUCKET}/team/fleet/two"]) == 0
