@@ -23,6 +23,8 @@ from loratool.files.system import lacking
 from loratool.results.base import SCHEMA
 from loratool.results.failure import error_data
 
+ESTIMATED = {"--rank": "8", "--target": "all-linear"}  # what `estimate` needs, with values to begin with
+
 EXIT_CODES = """\b
 Exit codes: 0 done · 1 a bug · 2 wrong usage · 3 an input is malformed or unsupported ·
 4 the adapter does not fit the base · 5 verification failed · 6 disk error ·
@@ -247,6 +249,9 @@ def step_after(error: click.ClickException, arguments: list[str]) -> str:
     word = next(iter(arguments), "")
     if context and context.parent is None and (near := near_command(word)):
         return typed(near, *arguments[1:])
+    if context and word == "estimate" and isinstance(error, click.MissingParameter):
+        given = {argument.partition("=")[0] for argument in arguments}
+        return typed(*arguments, *(each for pair in ESTIMATED.items() if pair[0] not in given for each in pair))
     if (
         context
         and (match := EXTRA.search(error.format_message()))

@@ -36,7 +36,7 @@ class PartReport(Result):
             ("made", f"{plural(len(self.made), 'part')}, {size(self.bytes_written)} in {self.cost.seconds:.2f} s"),
         ]
         if self.kept:
-            rows.append(("kept", f"{plural(len(self.kept), 'part')}, made before and right"))
+            rows.append(("kept", f"{plural(len(self.kept), 'part')}, made before and still correct"))
         rows += [("made again", f"{name}: {reason}") for name, reason in sorted(self.redone.items())]
         rows += [("note", note) for note in self.notes]
         rows.append(("next", "once all workers have ended: the same command with --finish in place of --part"))

@@ -68,7 +68,11 @@ def percent(part: float) -> str:
 
 
 def kept(part: float | None) -> str:
-    return "–" if part is None else f"{100 * part:.1f} %"
+    """A part of the energy; what is not all of it is not shown as 100.0 %, unless the rest is only rounding."""
+    if part is None:
+        return "–"
+    digits = 2 if 0.9995 <= part < 0.99995 else 1
+    return f"{100 * part:.{digits}f} %"
 
 
 def number(value: float | None) -> str:

@@ -117,6 +117,20 @@ def test_the_module_runs_as_the_command_does() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "added"),
+    [("", " --rank 8 --target all-linear"), (" --rank=4", " --target all-linear"), (" --target q_proj", " --rank 8")],
+)
+def test_an_estimate_of_nothing_in_particular_ends_with_one_that_runs(
+    given: str, added: str, folders: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that is missing is added at once."""
+    monkeypatch.chdir(folders)
+    assert cli.run(["estimate", "base", *given.split()]) == 2
+    assert f"hint: loratool estimate base{given}{added}\n" in capsys.readouterr().err
+    assert cli.run(["estimate", "base", "--rank", "8", "--target", "all-linear"]) == 0
+
+
+@pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["bogus"], "there is no command 'bogus'\n"),

@@ -21,6 +21,7 @@ from loratool.merging.options import PlanOptions
 from loratool.merging.planning import plan_merge
 from loratool.results.base import Cost, Result
 from loratool.results.push import PushReport
+from loratool.results.text import kept
 
 if TYPE_CHECKING:
     from loratool.merging.plan import MergePlan
@@ -195,3 +196,18 @@ def test_an_error_is_an_object_on_stdout_where_json_is_asked_for(
     assert table["error"]["message"].splitlines()[0] in shown.err
     assert shown.err == plain.err
     assert all(problem.keys() == {"code", "text"} for problem in table["error"]["problems"])
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        (0.9996, "99.96 %"),
+        (0.99951, "99.95 %"),
+        (0.9994, "99.9 %"),
+        (1 - 1e-9, "100.0 %"),
+        (1.0, "100.0 %"),
+        (None, "–"),
+    ],
+)
+def test_energy_that_is_not_all_of_it_is_not_called_all_of_it(part: float | None, said: str) -> None:
+    assert kept(part) == said
