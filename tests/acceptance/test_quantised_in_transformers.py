@@ -130,7 +130,6 @@ def loaded(folder: Path) -> Any:
 
 
 BY_TOOLS = ("bitsandbytes nf4", "bitsandbytes fp4", "bitsandbytes int8", "torchao int8")
-QUANTISES_ACTIVATIONS = ("bitsandbytes int8", "int8 (W8A8)", "fp8 blocks")
 
 
 @pytest.mark.parametrize("kind", [*BY_TOOLS, *MADE])
@@ -145,8 +144,9 @@ def test_a_merged_model_computes_what_the_base_does_with_the_adapter(
     alone, merged = logits(loaded(tmp_path / "plain")), logits(loaded(tmp_path / "merged"))
     wanted = logits(PeftModel.from_pretrained(loaded(tmp_path / "plain"), adapter))
     change = (wanted - alone).norm()
-    near = 0.2 if kind in QUANTISES_ACTIVATIONS else 0.1
-    assert (merged - wanted).norm() < near * change
+    noise = (logits(loaded(base)) - alone).norm()  # of kernels that quantise activations too
+    assert noise < 0.4 * change
+    assert (merged - wanted).norm() < 0.1 * change + 1.2 * noise
     everything = loratool.merge(base, [adapter], tmp_path / "all", device="cpu", dequantize=True)
     assert everything.edited == len(TARGETS)
     assert (logits(loaded(tmp_path / "all")) - wanted).norm() < 0.1 * change

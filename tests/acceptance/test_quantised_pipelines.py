@@ -50,17 +50,17 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Flux of two blocks of each kind, in bfloat16."""
+    """A Flux of two blocks of each kind, in bfloat16, of widths that kernels of 4 bits for CPUs take."""
     folder: Path = tmp_path_factory.mktemp("plain")
     torch.manual_seed(0)
     model = diffusers.FluxTransformer2DModel(
-        in_channels=16,
+        in_channels=64,
         num_layers=2,
         num_single_layers=2,
         attention_head_dim=16,
         num_attention_heads=4,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
+        joint_attention_dim=64,
+        pooled_projection_dim=64,
         axes_dims_rope=(4, 4, 8),
     )
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -74,9 +74,9 @@ def opened(folder: Path, **more: object) -> Any:
 def output_of(model: Any) -> Tensor:
     torch.manual_seed(1)
     inputs = {
-        "hidden_states": torch.randn(1, 6, 16),
-        "encoder_hidden_states": torch.randn(1, 4, 32),
-        "pooled_projections": torch.randn(1, 32),
+        "hidden_states": torch.randn(1, 6, 64),
+        "encoder_hidden_states": torch.randn(1, 4, 64),
+        "pooled_projections": torch.randn(1, 64),
     }
     with torch.no_grad():
         found: Tensor = model(
