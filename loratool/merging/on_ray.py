@@ -132,9 +132,10 @@ class Tasks:
         self.joined = not self.ray.is_initialized()
         try:
             if self.joined:
-                self.ray.init(address, log_to_driver=False, logging_level="ERROR")
+                self.connect(address)
         except (ConnectionError, ValueError) as error:
-            told = printable(str(error).partition("\n")[0])
+            lines = str(error).splitlines() or [""]
+            told = printable(" ".join(dict.fromkeys((lines[0].strip(), lines[-1].strip()))))
             raise UsageError(
                 f"--workers {self.options.workers}: no Ray cluster answers; start one with `ray start --head` ({told})"
             ) from None
@@ -144,6 +145,16 @@ class Tasks:
             self.__exit__()
             raise
         return self
+
+    def connect(self, address: str) -> None:
+        """Join the cluster, at the second attempt where a client's own server took longer to start than Ray waits."""
+        settings = {"log_to_driver": False, "logging_level": "ERROR"}
+        try:
+            self.ray.init(address, **settings)
+        except ConnectionError as error:
+            if "Initialization failure" not in str(error):
+                raise
+            self.ray.init(address, **settings)
 
     def __exit__(self, *_: object) -> None:
         if self.joined:

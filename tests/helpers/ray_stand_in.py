@@ -34,6 +34,7 @@ class StandIn:
         self.tasks: list[tuple[str, Sequence[str], str]] = []
         self.open, self.cancelled = False, 0
         self.lost: type[Exception] | None = None
+        self.refusals: list[str] = []  # of the next attempts to connect
 
     def is_initialized(self) -> bool:
         return self.open
@@ -41,6 +42,8 @@ class StandIn:
     def init(self, address: str, **_: Any) -> None:
         if not self.resources:
             raise ConnectionError("Could not find any running Ray instance")
+        if self.refusals:
+            raise ConnectionError(self.refusals.pop())
         self.address, self.open = address, True
 
     def shutdown(self) -> None:

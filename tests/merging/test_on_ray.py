@@ -202,6 +202,18 @@ def test_without_a_cluster_or_without_ray_the_way_out_is_said(
     assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_server_that_starts_slowly_is_asked_once_more(ray: StandIn, home: Path, tmp_path: Path, times: int) -> None:
+    """What it said last is told, without the stack above it."""
+    ray.refusals = ["Initialization failure from server:\nTraceback\n  File\nRuntimeError: not there yet\n"] * times
+    if times == 1:
+        assert merged(home, tmp_path / "out", workers="ray://somewhere:10001").edited > 0
+        return
+    with pytest.raises(UsageError, match=r"\(Initialization failure from server: RuntimeError: not there yet\)"):
+        merged(home, tmp_path / "out", workers="ray://somewhere:10001")
+    assert [*tmp_path.iterdir()] == []
+
+
 @pytest.mark.parametrize("wrong", ["rays", "0", "many", "dask://x"])
 def test_workers_are_a_number_or_ray(wrong: str, home: Path, tmp_path: Path) -> None:
     """A word that is not a number is answered with the words that are taken."""
