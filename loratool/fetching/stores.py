@@ -123,6 +123,21 @@ def brought(place: StorePath, role: Role | None) -> Path:
     return folders[key][1]
 
 
+def names_below(place: StorePath) -> Path | None:
+    """A folder of empty files with the names of what is below a place in a store; None for a place that is no prefix.
+
+    Raises as `brought` does.
+    """
+    root, inside, objects = look_up(place)
+    if inside:
+        return None
+    key = (str(place), "names", frozenset((name, there.state) for name, there in objects.items()))
+    if key not in folders or not folders[key][1].exists():
+        folder = outlined(root, objects)
+        folders[key] = folder, folder.root
+    return folders[key][1]
+
+
 def look_up(place: StorePath) -> tuple[StorePath, str, dict[str, StoredObject]]:
     """The folder that a place is, or is in; its name there, empty for all of it; and the objects."""
     single = place.name.endswith((".safetensors", ".gguf", ".json"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,3 +109,28 @@ def test_several_adapters_below_a_prefix_are_told_with_a_name_that_works(
     assert cli.run(["resize", f"s3://{BUCKET}/team/fleet", "--rank", "2", "-o", f"{OUT}/none"]) == 3
     assert f"(one, two); name one, such as s3://{BUCKET}/team/fleet/one" in capfd.readouterr().err
     assert cli.run(["inspect", f"s3://{BUCKET}/team/fleet/one", f"s3://{BUCKET}/team/fleet/two"]) == 0
+
+
+def test_a_prefix_of_adapters_is_a_table(
+    store: StoreServer, here: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The rows are those of the folder, but for paths and dates; of each file of weights the header is asked for once."""
+    shutil.copytree(here / "fleet", tmp_path / "fleet")
+    shutil.copytree(here / "fleet" / "one", tmp_path / "fleet" / "deep" / "three")
+    store.put(BUCKET, tmp_path / "fleet", "team/many")
+
+    def rows(operand: str, *more: str) -> list[dict[str, object]]:
+        assert cli.run(["inspect", operand, "--json", *more]) == 0
+        (found,) = json.loads(capfd.readouterr().out)["results"]
+        unlike = ("path", "date", "near")
+        return [{key: value for key, value in row.items() if key not in unlike} for row in found["adapters"]]
+
+    there = rows(f"s3://{BUCKET}/team/many")
+    assert [row["name"] for row in there] == ["deep/three", "one", "two"]
+    weights = [each for each in store.requests if each.kind == "get" and each.key.endswith(".safetensors")]
+    assert len(weights) == len(there)
+    assert there == rows(str(tmp_path / "fleet"))
+    values = rows(f"s3://{BUCKET}/team/many", "--values")
+    assert values == rows(str(tmp_path / "fleet"), "--values")
+    assert cli.run(["inspect", f"s3://{BUCKET}/team/*"]) == 2
+    assert "pass the prefix" in capfd.readouterr().err

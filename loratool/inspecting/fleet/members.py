@@ -13,9 +13,11 @@ from pathlib import Path
 from loratool.adapters.formats import FORMATS, NAMED
 from loratool.adapters.formats.tensor_ranks import Rank
 from loratool.adapters.formats.trainer import MODEL_CONFIG
-from loratool.errors import InputError, printable
+from loratool.errors import InputError, UsageError, printable
+from loratool.fetching.stores import names_below
 from loratool.files.checkpoint import INDEX_SUFFIX, MODEL_INDEX, NUMBERED, WEIGHT_FILES
 from loratool.files.inputs import read_bounded
+from loratool.stores.names import is_in_store, parse_store
 
 WILD = frozenset("*?[")
 # With one of these a folder is one adapter; named so by one format, whatever else is in it.
@@ -57,6 +59,10 @@ def meant_by(text: str) -> Iterator[Member]:
     if not is_pattern(text):
         yield from of_path(Path(text), named=True)
         return
+    if is_in_store(text):
+        raise UsageError(
+            f"{printable(text)}: wildcards are not matched in a store; pass the prefix that holds the adapters"
+        )
     matched = sorted(glob.glob(os.path.expanduser(text), recursive=True))
     if not matched:
         raise InputError(f"{printable(text)}: no file or folder matches this pattern")
@@ -71,11 +77,20 @@ def is_pattern(text: str) -> bool:
 
 
 def of_path(path: Path, named: bool) -> Iterator[Member]:
-    if path.is_dir() and holds_fleet(path):
-        for found in walk(path):
-            yield Member(found, found.relative_to(path).as_posix())
+    folder = folder_of(path)
+    if folder is not None and holds_fleet(folder):
+        for found in walk(folder):
+            name = found.relative_to(folder).as_posix()
+            yield Member(path / name, name)
     else:
         yield Member(path, path.as_posix(), named)
+
+
+def folder_of(path: Path) -> Path | None:
+    """The folder whose names tell what is there: a path itself, or an outline of a prefix in a store; None for a file."""
+    if is_in_store(path) and (place := parse_store(path)) is not None:
+        return names_below(place)
+    return path if path.is_dir() else None
 
 
 def listed(path: str) -> list[str]:
@@ -91,8 +106,10 @@ def listed(path: str) -> list[str]:
     return found
 
 
-def holds_fleet(folder: Path) -> bool:
+def holds_fleet(folder: Path | None) -> bool:
     """Whether a folder is no adapter and no model itself, and holds several adapters, or one further inside."""
+    if folder is None:
+        return False
     try:
         names = frozenset(os.listdir(folder))
     except OSError:
@@ -161,4 +178,4 @@ def lone(folder: Path, names: frozenset[str]) -> Iterator[Path]:
 
 def is_table(operands: Sequence[str | os.PathLike[str]]) -> bool:
     """Whether any of some operands means several adapters."""
-    return any(is_pattern(os.fspath(o)) or (os.path.isdir(o) and holds_fleet(Path(o))) for o in operands)
+    return any(is_pattern(os.fspath(o)) or holds_fleet(folder_of(Path(o))) for o in operands)
