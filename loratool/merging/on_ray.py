@@ -151,9 +151,7 @@ class Tasks:
         settings = {"log_to_driver": False, "logging_level": "ERROR"}
         try:
             self.ray.init(address, **settings)
-        except ConnectionError as error:
-            if "Initialization failure" not in str(error):
-                raise
+        except ConnectionAbortedError:  # a cluster that is not there is another error
             self.ray.init(address, **settings)
 
     def __exit__(self, *_: object) -> None:

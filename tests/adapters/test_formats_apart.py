@@ -70,7 +70,6 @@ WORDS = {
             *(
                 "cli/",
                 "commands/library.py",
-                "fetching/next_steps.py",
                 "merging/",
                 "provenance/",
                 "inspecting/inspect.py",

@@ -218,6 +218,7 @@ COMMANDS = {
             "also_load": (BASE, WITH_MORE),
             "ignore_files": (BASE, WITH_MORE),
         },
+        apart=frozenset({"num_cpus", "num_gpus"}),  # of a cluster
     ),
     "rescale": Command(RescaleOptions, ADAPTERS[:1], ["--scale", "0.3"], {"each": ["--spectral", "1.5"]}, on=READING),
     "resize": Command(ResizeOptions, ADAPTERS[:1], ["--rank", "2"], {"layer_weights": ["--budget", "300"]}, on=READING),

@@ -43,7 +43,7 @@ class StandIn:
         if not self.resources:
             raise ConnectionError("Could not find any running Ray instance")
         if self.refusals:
-            raise ConnectionError(self.refusals.pop())
+            raise ConnectionAbortedError(self.refusals.pop())
         self.address, self.open = address, True
 
     def shutdown(self) -> None:
