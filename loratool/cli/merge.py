@@ -126,6 +126,7 @@ def merge(
     """
     if named_base is not None:  # then BASE is an ADAPTER too
         base, adapters = named_base, (base, *adapters)
+    options.check_cluster()
     check_ways(also, options, pictures)
     if also and (options.stream or options.push_to_hub is not None):
         raise UsageError("--also cannot be used with --stream or --push-to-hub; push each output with `loratool push`")

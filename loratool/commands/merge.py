@@ -61,6 +61,12 @@ class PublishModelOptions(PublishOptions):
 class MergeAndPushOptions(MergeOptions, ClusterOptions, PublishModelOptions):
     """Of `merge`."""
 
+    def check_cluster(self) -> None:
+        """Raise `UsageError` for options of a cluster where none was asked for."""
+        for flag, value in (("--num-cpus", self.num_cpus), ("--num-gpus", self.num_gpus)):
+            if value is not None and not isinstance(self.workers, str):
+                raise UsageError(f"{flag} needs --workers ray")
+
 
 @library_function(MergeAndPushOptions)
 def merge(
@@ -122,13 +128,11 @@ def merge_anywhere(
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merge in this process, into a folder or a store, or by tasks of a cluster."""
+    options.check_cluster()
     if isinstance(options.workers, str):
         from loratool.merging.on_ray import merge_on_ray
 
         return merge_on_ray(base, adapters, out, options, options, progress)
-    for flag, value in (("--num-cpus", options.num_cpus), ("--num-gpus", options.num_gpus)):
-        if value is not None:
-            raise UsageError(f"{flag} needs --workers ray")
     if is_in_store(out):
         return merge_into_store(base, adapters, out, options, progress)
     return merging.merge(base, adapters, out, options, progress)

@@ -226,6 +226,9 @@ def test_workers_are_a_number_or_ray(wrong: str, home: Path, tmp_path: Path) -> 
 def test_what_a_task_gets_is_for_ray_alone(name: str, home: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} needs --workers ray"):
         merged(home, tmp_path / "out", workers=1, **{name: 1})
+    line = ["merge", str(home / "demo/base"), str(home / "demo/adapter"), "-o", str(tmp_path / "out")]
+    for way in (["--part", "1/2"], ["--finish"], ["--dry-run"]):
+        assert cli.run([*line, *way, f"--{name.replace('_', '-')}", "1"]) == 2
     assert [*tmp_path.iterdir()] == []
 
 
