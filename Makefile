@@ -125,7 +125,7 @@ docs: .venv/development
 # "name>=1.2" of the dependencies becomes name==1.2; what results are compared with is as new as goes with those
 .venv-lowest/ready: pyproject.toml
 	python$(PY) -m venv .venv-lowest
-	sed -n 's/^ *"\(click\|huggingface_hub\|numpy\|safetensors\|torch\|tqdm\)>=\([0-9.]*\).*/\1==\2/p' \
+	sed -n '/^dependencies = /,/^]/ s/^ *"\([a-z0-9_]*\)>=\([0-9.]*\).*/\1==\2/p' \
 	  pyproject.toml > .venv-lowest/constraints.txt
 	.venv-lowest/bin/$(PIP) --constraint .venv-lowest/constraints.txt torch
 	.venv-lowest/bin/$(PIP) hatchling editables
