@@ -73,17 +73,9 @@ def merge_of_8b() -> MergeReport:
         bytes_read=16_396_000_000,
         bytes_written=16_060_000_000,
         workers=8,
-        gpu_memory=0,
-        resumed=(),
         relative_norms=norms,
         gain=0.991,
         gains=gains,
-        error_added=None,
-        errors_added={},
-        nonfinite={},
-        left_out=(),
-        notes=(),
-        digests={},
         cost=Cost("cpu", 8.1, 1.2, 900_000_000),
     )
 

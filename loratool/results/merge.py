@@ -42,17 +42,17 @@ class MergeReport(Written):
     bytes_read: int
     bytes_written: int
     workers: int
-    gpu_memory: int
-    resumed: tuple[str, ...]  # output files that an earlier, interrupted run had finished
-    relative_norms: dict[str, float]  # tensor → ‖ΔW‖/‖W‖, where nothing replaces W
-    gain: float | None  # the part of all updates that rounding leaves: ⟨W' − W, ΔW⟩ / ‖ΔW‖², on sampled rows
-    gains: dict[str, float]  # the same of each module, where nothing replaces W
-    error_added: float | None  # ‖W' − (W + ΔW)‖ / ‖ΔW‖ of all weights that were requantised; None where none was
-    errors_added: dict[str, float]  # the same of each of their tensors
-    nonfinite: dict[str, int]  # edited tensor → NaN and inf that the base itself holds
-    left_out: tuple[str, ...]  # files of the base that are no part of the output
-    notes: tuple[Note, ...]
-    digests: dict[str, str]  # weight file → root of its digests
+    gpu_memory: int = 0
+    resumed: tuple[str, ...] = ()  # output files that an earlier, interrupted run had finished
+    relative_norms: dict[str, float] = field(default_factory=dict)  # tensor → ‖ΔW‖/‖W‖, where nothing replaces W
+    gain: float | None = None  # the part of all updates that rounding leaves: ⟨W' − W, ΔW⟩ / ‖ΔW‖², on sampled rows
+    gains: dict[str, float] = field(default_factory=dict)  # the same of each module, where nothing replaces W
+    error_added: float | None = None  # ‖W' − (W + ΔW)‖ / ‖ΔW‖ of all weights that were requantised; None where none was
+    errors_added: dict[str, float] = field(default_factory=dict)  # the same of each of their tensors
+    nonfinite: dict[str, int] = field(default_factory=dict)  # edited tensor → NaN and inf that the base itself holds
+    left_out: tuple[str, ...] = ()  # files of the base that are no part of the output
+    notes: tuple[Note, ...] = ()
+    digests: dict[str, str] = field(default_factory=dict)  # weight file → root of its digests
     profile: Profile = field(default=Profile({}), compare=False)  # where the time went
     verified: int = 0  # files that were read again and compared with their digests
 
