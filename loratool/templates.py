@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import takewhile
 
 from loratool.errors import printable
 
@@ -22,6 +23,12 @@ def template_of(name: str) -> tuple[str, Numbers]:
     """A name's template and its numbers."""
     dotted = f".{name}."
     return NUMBER.sub("#", dotted), tuple(NUMBER.findall(dotted))
+
+
+def common_start(names: Iterable[str]) -> str:
+    """The first parts of paths that all of them have, with the dot behind."""
+    columns = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return "".join(f"{parts[0]}." for parts in takewhile(lambda parts: len(set(parts)) == 1, columns))
 
 
 def fill(template: str, numbers: Numbers) -> str:

@@ -12,7 +12,7 @@ from loratool.cli.screen import Screen
 from loratool.errors import escaped
 from loratool.files.system import shell_line
 from loratool.inspecting.fleet.indexing import IndexOptions
-from loratool.results.fleet import counted_adapters
+from loratool.results.text import plural
 
 
 @click.command()
@@ -35,5 +35,5 @@ def index(paths: tuple[Path, ...], out: Path, options: IndexOptions, screen: Scr
     screen.show(report)
     if report.exit_code:
         hint = shell_line(["loratool", "inspect", *(escaped(str(path)) for path in paths)])
-        click.echo(f"Error: {counted_adapters(len(report.failed))} not in the index\nhint: {hint}", err=True)
+        click.echo(f"Error: {plural(len(report.failed), 'adapter')} not in the index\nhint: {hint}", err=True)
         raise click.exceptions.Exit(report.exit_code)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loratool.pictures.drawing import Drawing, Figure, fitted, mark, safe, widest, width_of
+from loratool.pictures.drawing import Drawing, Figure, legend, mark, safe, widest
+from loratool.results.text import fitted
 
 WIDTH = 1080
 LONGEST = 44  # letters of a label
@@ -34,7 +35,7 @@ class Bars(Figure):
         right = widest((bar.text for bar in self.bars), LONGEST) + 12
         most = self.longest or max((sum(bar.values) for bar in self.bars), default=0.0) or 1.0
         room, top = WIDTH - left - right, 24.0 if self.series else 0.0
-        parts = [self.legend()] if self.series else []
+        parts = [legend(((name, f"s{at}") for at, name in enumerate(self.series)), 0)] if self.series else []
         for at, bar in enumerate(self.bars):
             y, x = top + at * TALL, left
             parts.append(
@@ -59,12 +60,3 @@ class Bars(Figure):
         bottom = top + len(self.bars) * TALL
         parts.append(mark("path", kind="axis", d=f"M{left - 0.5:.1f} {top - 3:.1f}V{bottom - TALL + THICK + 3:.1f}"))
         return Drawing(WIDTH, bottom, "\n".join(parts))
-
-    def legend(self) -> str:
-        """A square of each piece's colour with its name."""
-        parts, at = [], 0.0
-        for number, name in enumerate(self.series):
-            parts.append(mark("rect", kind=f"s{number}", x=at, y=0, width=11, height=11, rx=2))
-            parts.append(mark("text", safe(name), x=at + 17, y=10))
-            at += 17 + width_of(name) + 20
-        return "".join(parts)

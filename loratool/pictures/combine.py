@@ -10,17 +10,15 @@ from loratool.pictures.heat_map import Cell, HeatMap
 from loratool.pictures.layers import Layers, Map, Measure, rank_group, ranks_of
 from loratool.pictures.page import Page
 from loratool.results.combine import CombinedLayer, CombineReport, met, plain_value
-from loratool.results.text import cost_rows, kept, number, percent, size, widest
+from loratool.results.text import cost_rows, kept, number, percent, size
 
 MOST_COLUMNS = 8  # adapters that get a column of their own
 MOST_MAPS, MOST_MODULES = 3, 500  # of those, that get a map, and modules up to which there is room for it
 
 
-def least(layer: CombinedLayer) -> float | None:
-    return min((part.energy_kept for part in layer.parts.values() if part.energy_kept is not None), default=None)
-
-
-LEAST = Measure[CombinedLayer]("least kept", "energy of the adapter of which the layer keeps least", least)
+LEAST = Measure[CombinedLayer](
+    "least kept", "energy of the adapter of which the layer keeps least", lambda each: each.least_kept
+)
 MEASURES = (
     Measure[CombinedLayer]("rank", "", lambda each: each.rank),
     Measure[CombinedLayer]("‖ΔW‖", "Frobenius norm of the result", lambda each: each.norm),
@@ -28,9 +26,7 @@ MEASURES = (
     Measure[CombinedLayer]("stored", "relative error of rounding", lambda each: each.stored),
     Measure[CombinedLayer]("error", "both together", lambda each: each.error),
     LEAST,
-    Measure[CombinedLayer](
-        "cosine", "of the two adapters that are least unrelated", lambda each: widest([m.cosine for m in each.meetings.values()])
-    ),
+    Measure[CombinedLayer]("cosine", "of the two adapters that are least unrelated", lambda each: each.widest_cosine),
 )  # fmt: skip
 
 
@@ -65,7 +61,7 @@ def blocks(report: CombineReport) -> Iterator[Block]:
     if report.modules:
         layers = Layers(report.modules)
         own = [kept_of(name) for name in report.adapters[:MOST_COLUMNS]]
-        shares = [share for layer in report.modules.values() if (share := least(layer)) is not None]
+        shares = [share for layer in report.modules.values() if (share := layer.least_kept) is not None]
         bounds = (min(shares, default=0.0), 1.0)
         about = "Of the adapter of which a layer keeps least, the part of its ‖ΔW‖² that the layer keeps."
         maps = [Map("energy", "Least energy kept by layer and module", about, LEAST, bounds)]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from loratool import __version__
 from loratool.errors import escaped
 from loratool.pictures.colours import style_of_file
+from loratool.results.text import fitted
 
 MADE_HERE = "made by loratool"  # how a file's metadata begins
 # Pixels of letters in labels of 12 pixels, in a wide font: others take less.
@@ -38,11 +39,6 @@ def spelled(value: object) -> str:
     return safe(value)
 
 
-def fitted(text: str, most: int) -> str:
-    """The end of a name that is too long, for it tells most."""
-    return text if len(text) <= most else f"…{text[-(most - 1) :]}"
-
-
 def width_of(text: str) -> float:
     """Pixels that a label takes at most."""
     return sum(LETTERS.get(letter, LETTER) for letter in text)
@@ -51,6 +47,16 @@ def width_of(text: str) -> float:
 def widest(texts: Iterable[str], most: int) -> float:
     """Pixels that the longest of some labels takes at most, of which so many letters are shown."""
     return max((width_of(fitted(text, most)) for text in texts), default=0.0)
+
+
+def legend(kinds: Iterable[tuple[str, str]], top: float) -> str:
+    """A square of each class with its name, one after the other; pairs are (name, class)."""
+    parts, at = [], 0.0
+    for name, kind in kinds:
+        parts.append(mark("rect", kind=kind, x=at, y=top, width=11, height=11, rx=2))
+        parts.append(mark("text", safe(name), x=at + 17, y=top + 10))
+        at += 17 + width_of(name) + 20
+    return "".join(parts)
 
 
 @dataclass(frozen=True)

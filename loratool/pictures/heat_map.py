@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from loratool.pictures.colours import LEVELS
-from loratool.pictures.drawing import Drawing, Figure, fitted, mark, safe, widest, width_of
-from loratool.results.text import figure
+from loratool.pictures.drawing import Drawing, Figure, legend, mark, safe, widest, width_of
+from loratool.results.text import figure, fitted
 
 WIDTH, HALF = 1080, 520  # pixels of a map with enough columns, and of one that has another next to it
 LONGEST = 40  # letters of a label
@@ -51,7 +51,7 @@ class HeatMap(Figure):
         if self.numbers:
             parts += [self.number(cell, grid, low, high) for cell in self.cells if cell.value is not None]
         bottom = grid.top + grid.tall * len(self.rows) + 14
-        parts.append(self.states_legend(bottom) if self.states else self.legend(bottom, low, high))
+        parts.append(legend(self.states, bottom) if self.states else self.legend(bottom, low, high))
         right = max(grid.right, LEVELS * STEP + 140)
         return Drawing(right, bottom + 16, "\n".join(parts), (("what", self.what),))
 
@@ -129,14 +129,6 @@ class HeatMap(Figure):
         ends = mark("text", figure(low, 4), kind="low", x=start - 8, y=top + 9, text_anchor="end")
         ends += mark("text", figure(high, 4), kind="high", x=start + LEVELS * STEP + 8, y=top + 9)
         return ends + steps
-
-    def states_legend(self, top: float) -> str:
-        parts, at = [], 0.0
-        for name, kind in self.states:
-            parts.append(mark("rect", kind=kind, x=at, y=top, width=11, height=11, rx=2))
-            parts.append(mark("text", safe(name), x=at + 17, y=top + 10))
-            at += 17 + width_of(name) + 20
-        return "".join(parts)
 
 
 @dataclass(frozen=True)

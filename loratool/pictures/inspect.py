@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from loratool.pictures.blocks import MOST_ROWS, Block, Column, Facts, Group, Message, Messages, Shown, Table, Tiles
-from loratool.pictures.heat_map import HeatMap
+from loratool.pictures.layers import Layers, Map, Measure
 from loratool.pictures.lines import Axis, Line, Lines, counting, linear, logarithmic, thinned
-from loratool.pictures.modules import Places, bare, places_of
+from loratool.pictures.modules import bare
 from loratool.pictures.page import Page
 from loratool.pictures.spectrum import energy_by_rank, energy_of
 from loratool.results.facts import AdapterFacts, CheckpointFacts, OneFacts
@@ -38,6 +38,13 @@ METRICS: tuple[tuple[str, str, Callable[[Measured], float | None]], ...] = (
         lambda m: m.weight.unchanged if m.weight else None,
     ),
     ("gain", "fraction of ΔW that survives rounding", lambda m: m.weight.gain if m.weight else None),
+)
+MEASURES = tuple(Measure(*each) for each in METRICS)
+NORMS = Map[Measured](
+    "norm",
+    "‖ΔW‖ by layer and module",
+    "Frobenius norm of the update of every module; the table has the same numbers.",
+    MEASURES[1],
 )
 
 
@@ -103,11 +110,9 @@ def several(values: Mapping[str, int]) -> str:
 
 def module_blocks(modules: Sequence[Measured], suggestions: Sequence[Suggestion]) -> Iterator[Block]:
     """The map, the spectra and the table of an adapter's modules."""
-    places = places_of(m.target for m in modules)
-    by_target = {m.target: m for m in modules}
-    order = [by_target[target] for target in places.by_layer]
-    entries = {m.target: at for at, m in enumerate(order)}
-    yield Group("Layers and modules", "Frobenius norm", [norm_map(places, order, entries)], chooses=True)
+    layers = Layers({m.target: m for m in modules})
+    order = [*layers.layers.values()]
+    yield Group("Layers and modules", "Frobenius norm", [layers.heat_map(NORMS)], chooses=True)
     yield Group(
         "Spectra",
         f"The largest update in front of those of all {plural(len(order), 'module')}",
@@ -117,19 +122,7 @@ def module_blocks(modules: Sequence[Measured], suggestions: Sequence[Suggestion]
         energies = energy_by_rank(modules)
         yield Group(energies.title, "", [energies])
         yield what_resize_keeps(suggestions)
-    yield module_table(order)
-
-
-def norm_map(places: Places, order: Sequence[Measured], entries: Mapping[str, int]) -> HeatMap:
-    return HeatMap(
-        name="norm",
-        title="‖ΔW‖ by layer and module",
-        about="Frobenius norm of the update of every module; the table has the same numbers.",
-        rows=places.rows,
-        columns=places.columns,
-        cells=places.cells({m.target: m.norm for m in order}, entries),
-        what=NORM,
-    )
+    yield layers.table(MEASURES)
 
 
 def spectra(modules: Sequence[Measured]) -> tuple[Lines, Lines]:
@@ -188,14 +181,6 @@ def what_resize_keeps(suggestions: Sequence[Suggestion]) -> Table:
 
 def part_of(part: int, whole: int) -> str:
     return f"−{100 * (1 - part / whole):.0f} %" if whole and part < whole else "unchanged"
-
-
-def module_table(modules: Sequence[Measured]) -> Table:
-    """All numbers of all modules; columns that no module has a number for are left out."""
-    shown = [(name, about, read) for name, about, read in METRICS if any(read(m) is not None for m in modules)]
-    columns = [Column("module"), *(Column(name, about) for name, about, _ in shown)]
-    rows = [(bare(m.target), *(read(m) for _, _, read in shown)) for m in modules]
-    return Table(plural(len(modules), "module"), columns, rows, linked=True)
 
 
 def found(findings: Sequence[Finding] | None) -> Iterator[Block]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from loratool.pictures.colours import SERIES
-from loratool.pictures.drawing import Drawing, Figure, fitted, mark, safe
-from loratool.results.text import figure
+from loratool.pictures.drawing import Drawing, Figure, mark, safe
+from loratool.results.text import figure, fitted
 
 WIDTH, HEIGHT = 520, 262
 LEFT, RIGHT, TOP, BOTTOM = 64, 10, 10, 40  # pixels around the lines

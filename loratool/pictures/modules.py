@@ -12,6 +12,7 @@ from loratool.pictures.blocks import MOST_ROWS
 from loratool.pictures.heat_map import Cell
 from loratool.results.blocks import block_of, is_of_images, kind_of, place
 from loratool.results.text import mean_of
+from loratool.templates import common_start
 
 LAYER = re.compile(r"(?<![^.])\d+(?![^.])")
 MOST_CELLS = 4000  # of a map; of more modules, those that differ in numbers only, such as experts, share one
@@ -111,7 +112,7 @@ def places_of(targets: Iterable[str]) -> Places:
         taken.add((key, name))
     names = {name for _, _, name in found.values()}
     layered = {name for _, label, name in found.values() if label not in (NO_LAYER, BASE)}
-    start = common([*(layered or names)])
+    start = common_start(layered or names)
     kinds = sorted(names, key=lambda name: (name not in layered, *order_of(name)))
     columns = dict(sorted({(key, label) for key, label, _ in found.values()}))
     row = {name: at for at, name in enumerate(kinds)}
@@ -152,16 +153,6 @@ def place_of(target: str) -> tuple[int | None, str]:
     if match is None:
         return None, path
     return int(match[0]), re.sub(r"\.+", ".", f"{path[: match.start()]}{path[match.end() :]}").strip(".")
-
-
-def common(names: Sequence[str]) -> str:
-    """The first parts of paths that all of them have, with the dot behind."""
-    shared = []
-    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared.append(parts[0])
-    return "".join(f"{part}." for part in shared)
 
 
 def order_of(name: str) -> tuple[bool, bool, str, int, str]:

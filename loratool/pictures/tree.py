@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loratool.pictures.drawing import Drawing, Figure, fitted, mark, safe, widest
+from loratool.pictures.drawing import Drawing, Figure, mark, safe, widest
 from loratool.pictures.lines import Axis
+from loratool.results.text import fitted
 
 WIDTH = 1080
 LONGEST = 44  # letters of a name

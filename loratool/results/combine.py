@@ -12,7 +12,6 @@ from loratool.notes import Note
 from loratool.results.base import Written
 from loratool.results.compare import Meeting
 from loratool.results.text import (
-    MOST_LAYERS,
     aligned,
     cost_rows,
     counts,
@@ -22,8 +21,8 @@ from loratool.results.text import (
     percent,
     size,
     spread,
-    table,
     widest,
+    worst_first,
 )
 
 
@@ -50,6 +49,16 @@ class CombinedLayer:
     parts: Mapping[str, Part]  # by adapter
     meetings: Mapping[str, Meeting]  # "one × other"
     cancels: str = ""  # "zero" or "unscaled": what became of a sum that is no more than the rounding of its factors
+
+    @property
+    def least_kept(self) -> float | None:
+        """The energy of the adapter of which it keeps least."""
+        return min((part.energy_kept for part in self.parts.values() if part.energy_kept is not None), default=None)
+
+    @property
+    def widest_cosine(self) -> float | None:
+        """That of the two adapters that are least unrelated."""
+        return widest([meeting.cosine for meeting in self.meetings.values()])
 
 
 @dataclass(frozen=True)
@@ -106,21 +115,20 @@ class CombineReport(Written):
             *cost_rows(self.cost),
             *(("note", note) for note in self.notes),
         ]  # fmt: skip
-        worst = sorted(self.modules.items(), key=lambda item: -item[1].error)
-        cells = [
-            [
+        layers = worst_first(
+            ["rank", "‖ΔW‖", "truncated", "stored", "least kept", "cosine", "layer"],
+            self.modules,
+            lambda layer: layer.error,
+            lambda layer: [
                 str(layer.rank),
                 f"{layer.norm:.3g}",
                 percent(layer.truncated),
                 percent(layer.stored),
-                kept(min((p.energy_kept for p in layer.parts.values() if p.energy_kept is not None), default=None)),
-                number(widest([m.cosine for m in layer.meetings.values()])),
-                printable(target.removesuffix(".weight")),
-            ]
-            for target, layer in worst[:MOST_LAYERS]
-        ]
-        header = ["rank", "‖ΔW‖", "truncated", "stored", "least kept", "cosine", "layer"]
-        return "\n".join([aligned(rows), *table(header, cells, len(worst) - MOST_LAYERS)])
+                kept(layer.least_kept),
+                number(layer.widest_cosine),
+            ],
+        )
+        return "\n".join([aligned(rows), *layers])
 
 
 def met(report: CombineReport, pair: str) -> str:

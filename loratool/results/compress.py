@@ -9,7 +9,7 @@ from pathlib import Path
 from loratool.errors import printable
 from loratool.notes import Note
 from loratool.results.base import Result, Written
-from loratool.results.text import MOST_LAYERS, aligned, cost_rows, counts, percent, size, spread, table
+from loratool.results.text import MOST_LAYERS, aligned, cost_rows, counts, percent, size, spread, table, worst_first
 
 
 @dataclass(frozen=True)
@@ -101,19 +101,17 @@ def module_lines(modules: Mapping[str, CompressedModule]) -> list[str]:
     def error(module: CompressedModule) -> float:
         return max(module.errors.values(), default=0.0)
 
-    worst = sorted(modules.items(), key=lambda item: -error(item[1]))
-    cells = [
-        [
+    return worst_first(
+        ["cluster sizes", "directions", "largest error", "truncated", "module"],
+        modules,
+        error,
+        lambda module: [
             spread(counts(map(len, module.clusters))),
             spread(counts(module.directions)),
             percent(error(module)),
             percent(max(module.truncated.values(), default=0.0)),
-            printable(target.removesuffix(".weight")),
-        ]
-        for target, module in worst[:MOST_LAYERS]
-    ]
-    header = ["cluster sizes", "directions", "largest error", "truncated", "module"]
-    return table(header, cells, len(worst) - MOST_LAYERS)
+        ],
+    )
 
 
 @dataclass(frozen=True, repr=False)

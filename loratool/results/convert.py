@@ -9,7 +9,7 @@ from pathlib import Path
 from loratool.errors import printable
 from loratool.notes import Note
 from loratool.results.base import Written
-from loratool.results.text import MOST_LAYERS, aligned, cost_rows, counts, percent, spread, table
+from loratool.results.text import aligned, cost_rows, counts, percent, spread, worst_first
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ConvertReport(Written):
             *(("note", note) for note in self.notes),
         ]
         approximated = {t: layer for t, layer in self.modules.items() if layer.approximated}
-        return "\n".join([aligned(rows), *approximated_lines(approximated)])
+        return "\n".join([aligned(rows), *(approximated_lines(approximated) if approximated else ())])
 
     @property
     def folded(self) -> str:
@@ -78,9 +78,9 @@ class ConvertReport(Written):
 
 def approximated_lines(modules: Mapping[str, ConvertedLayer]) -> list[str]:
     """A table of the layers that were approximated, those that lose most first."""
-    worst = sorted(modules.items(), key=lambda item: -(item[1].error or 0.0))
-    cells = [
-        [percent(layer.error or 0.0), layer.approximated, printable(target.removesuffix(".weight"))]
-        for target, layer in worst[:MOST_LAYERS]
-    ]
-    return table(["error", "why", "layer"], cells, len(worst) - MOST_LAYERS) if cells else []
+    return worst_first(
+        ["error", "why", "layer"],
+        modules,
+        lambda layer: layer.error or 0.0,
+        lambda layer: [percent(layer.error or 0.0), layer.approximated],
+    )

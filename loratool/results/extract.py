@@ -9,7 +9,7 @@ from pathlib import Path
 from loratool.errors import printable
 from loratool.notes import Note
 from loratool.results.base import Written
-from loratool.results.text import MOST_LAYERS, aligned, cost_rows, counts, percent, size, spread, table
+from loratool.results.text import MOST_LAYERS, aligned, cost_rows, counts, percent, shortened, size, spread, worst_first
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class ExtractReport(Written):
     def text(self) -> str:
         """What differs between two checkpoints, layer by layer."""
         totals = self.totals
+        left_out = [(printable(name), reason) for name, reason in self.left_out.items()]
         rows: list[tuple[str, object]] = [
             ("extracted into" if self.written else "would write", printable(self.out)),
             ("rule", self.rule),
@@ -62,35 +63,28 @@ class ExtractReport(Written):
             ("factors", f"{totals.parameters:,} parameters, {size(totals.bytes)}, {self.dtype}"),
             ("error", f"{percent(totals.achieved)} of ‖M‖ as stored, {percent(totals.predicted)} by truncation"),
             ("tensors", f"{self.identical} identical" + (f", {self.excluded} excluded" if self.excluded else "")),
-            *some("saved whole", [printable(name) for name in self.saved]),
-            *some("noise only", [printable(name) for name in self.noise]),
-            *some("left out", [f"{printable(name)}: {reason}" for name, reason in self.left_out.items()]),
+            *(("saved whole", line) for line in shortened([*map(printable, self.saved)], MOST_LAYERS)),
+            *(("noise only", line) for line in shortened([*map(printable, self.noise)], MOST_LAYERS)),
+            *(("left out", line) for line in shortened([*map(": ".join, left_out)], MOST_LAYERS)),
             *cost_rows(self.cost),
             *(("note", note) for note in self.notes),
         ]
         return "\n".join([aligned(rows), *extracted_lines(self.modules)])
 
 
-def some(label: str, lines: list[str]) -> list[tuple[str, object]]:
-    """A row for each of the first lines, and one that counts the others."""
-    rows: list[tuple[str, object]] = [(label, line) for line in lines[:MOST_LAYERS]]
-    return rows + ([(label, f"… and {len(lines) - MOST_LAYERS} more")] if len(lines) > MOST_LAYERS else [])
-
-
 def extracted_lines(modules: Mapping[str, ExtractedLayer]) -> list[str]:
     """A table of layers, those that lose most first."""
-    worst = sorted(modules.items(), key=lambda item: -item[1].achieved)
     header = ["rank", "‖M‖", "‖M‖/‖W‖", "by rank", "stored", "above noise", "layer"]
-    cells = [
-        [
+    return worst_first(
+        header,
+        modules,
+        lambda layer: layer.achieved,
+        lambda layer: [
             str(layer.rank),
             f"{layer.norm:.3g}",
             f"{layer.relative:.2g}",
             percent(layer.predicted),
             percent(layer.achieved),
             str(layer.above_noise),
-            printable(target.removesuffix(".weight")),
-        ]
-        for target, layer in worst[:MOST_LAYERS]
-    ]
-    return table(header, cells, len(worst) - MOST_LAYERS)
+        ],
+    )

@@ -12,7 +12,7 @@ from loratool.results.base import Result
 from loratool.results.findings import Finding
 from loratool.results.history import Ancestor
 from loratool.results.sketch import Neighbour, SketchFacts, neighbours_text
-from loratool.results.text import figure, fill, shortened, size, table as lines_of
+from loratool.results.text import figure, fill, fitted, plural, shortened, size, table as lines_of
 
 OK = "ok"
 MANY = 2  # different ranks or scales that a cell lists before it has their range
@@ -90,7 +90,7 @@ class FleetFacts(Result):
             parts.append(table(self.adapters, with_base=True))
         else:
             for base, rows in by_base(self.adapters).items():
-                parts.append(f"{base or 'base not named'}: {counted_adapters(len(rows))}\n{table(rows)}")
+                parts.append(f"{base or 'base not named'}: {plural(len(rows), 'adapter')}\n{table(rows)}")
         bad = [row for row in self.adapters if row.reason]
         if bad:
             parts.append("\n".join(fill(f"{row.name}: {row.reason}", "", "    ") for row in bad))
@@ -104,7 +104,7 @@ class FleetFacts(Result):
         """How many there are."""
         bad = sum(row.health != OK for row in self.adapters)
         total = size(sum(row.bytes for row in self.adapters))
-        told = f"{counted_adapters(len(self.adapters))}, {total}"
+        told = f"{plural(len(self.adapters), 'adapter')}, {total}"
         yield (
             told
             + (f", {bad} with problems" if bad else "")
@@ -116,10 +116,6 @@ class FleetFacts(Result):
 
 def worst(codes: Any) -> int:
     return min((code for code in codes if code), default=0)
-
-
-def counted_adapters(count: int) -> str:
-    return f"{count:,} adapter{'s' * (count != 1)}"
 
 
 def by_base(rows: Sequence[FleetRow]) -> Mapping[str, list[FleetRow]]:
@@ -161,8 +157,7 @@ def target_cell(targets: Sequence[str]) -> str:
 
 
 def base_cell(base: str) -> str:
-    name = base.rpartition("/")[2] or "–"
-    return name if len(name) <= LONGEST_BASE else f"…{name[1 - LONGEST_BASE :]}"
+    return fitted(base.rpartition("/")[2] or "–", LONGEST_BASE)
 
 
 def short_count(count: int) -> str:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratool.results.base import Result
-from loratool.results.fleet import counted_adapters
-from loratool.results.text import fill, memory, shortened, size, wrapped
+from loratool.results.text import fill, memory, plural, shortened, size, wrapped
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,7 +32,7 @@ class IndexReport(Result):
         parts = [wrapped(rows)]
         if self.failed:
             lines = [fill(f"{name}: {why}", "  ", "    ") for name, why in self.failed.items()]
-            parts.append("\n".join([f"{counted_adapters(len(lines))} not in the index:", *shortened(lines)]))
+            parts.append("\n".join([f"{plural(len(lines), 'adapter')} not in the index:", *shortened(lines)]))
         if self.left_out:
             parts.append(fill(", ".join(shortened(self.left_out, 4)), f"not adapters ({len(self.left_out)}): ", "    "))
         return "\n\n".join(parts)

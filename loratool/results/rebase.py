@@ -9,7 +9,7 @@ from pathlib import Path
 from loratool.errors import printable
 from loratool.notes import Note
 from loratool.results.base import Written
-from loratool.results.text import MOST_LAYERS, aligned, cost_rows, figure, table
+from loratool.results.text import aligned, cost_rows, figure, worst_first
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,11 @@ def lines_of(base: RebasedBase) -> str:
 
 def module_lines(modules: Mapping[str, BasePair]) -> list[str]:
     """A table of modules."""
-    worst = sorted(modules.items(), key=lambda item: -(item[1].relative or 0.0))
-    cells = [
-        [
+    return worst_first(
+        ["‖D‖/‖W‖", "‖D‖/‖ΔW‖", "cosine", "c", "z", "seen", "core", "module"],
+        modules,
+        lambda one: one.relative or 0.0,
+        lambda one: [
             figure(one.relative),
             figure(one.over_update),
             figure(one.cosine, 5),
@@ -85,9 +87,5 @@ def module_lines(modules: Mapping[str, BasePair]) -> list[str]:
             figure(one.z),
             figure(one.seen),
             figure(one.core),
-            printable(target.removesuffix(".weight")),
-        ]
-        for target, one in worst[:MOST_LAYERS]
-    ]
-    header = ["‖D‖/‖W‖", "‖D‖/‖ΔW‖", "cosine", "c", "z", "seen", "core", "module"]
-    return table(header, cells, len(worst) - MOST_LAYERS)
+        ],
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 from loratool.errors import printable
 from loratool.notes import Note
 from loratool.results.base import Written
-from loratool.results.text import MOST_LAYERS, aligned, cost_rows, counts, percent, size, spread, table
+from loratool.results.text import MOST_LAYERS, aligned, cost_rows, counts, percent, size, spread, worst_first
 
 
 @dataclass(frozen=True)
@@ -74,18 +74,17 @@ class ResizeReport(Written):
 
 def resized_lines(modules: Mapping[str, ResizedLayer]) -> list[str]:
     """A table of layers, those that lose most first."""
-    worst = sorted(modules.items(), key=lambda item: -item[1].achieved)
     weighed = any(layer.activations is not None for layer in modules.values())
     header = ["rank", "‖ΔW‖", "truncated", "stored", *(["outputs"] if weighed else []), "layer"]
-    cells = [
-        [
+    return worst_first(
+        header,
+        modules,
+        lambda layer: layer.achieved,
+        lambda layer: [
             f"{layer.rank_before} → {layer.rank}",
             f"{layer.norm:.3g}",
             percent(layer.predicted),
             percent(layer.achieved),
             *([percent(layer.activations or 0.0)] if weighed else []),
-            printable(target.removesuffix(".weight")),
-        ]
-        for target, layer in worst[:MOST_LAYERS]
-    ]
-    return table(header, cells, len(worst) - MOST_LAYERS)
+        ],
+    )

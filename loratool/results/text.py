@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
-from loratool.errors import escaped
+from loratool.errors import escaped, printable
 from loratool.results.base import Cost
 
+Layer = TypeVar("Layer")
 COLUMNS = 80
 MOST_LAYERS = 8  # rows of a table of layers before the rest is counted
 MOST_LINES = 40  # rows of a listing before the rest is counted
@@ -132,6 +134,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], more: int, room:
         for row in every
     ]
     return [*lines, *([f"… and {more} more"] if more > 0 else [])]
+
+
+def worst_first(
+    header: Sequence[str],
+    layers: Mapping[str, Layer],
+    loss: Callable[[Layer], float],
+    cells: Callable[[Layer], Sequence[str]],
+) -> list[str]:
+    """A table of layers, those that lose most first; the last column is their targets."""
+    worst = sorted(layers.items(), key=lambda item: -loss(item[1]))
+    rows = [[*cells(layer), printable(target.removesuffix(".weight"))] for target, layer in worst[:MOST_LAYERS]]
+    return table(header, rows, len(worst) - len(rows))
 
 
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]], more: int = 0) -> str:

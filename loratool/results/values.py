@@ -10,6 +10,7 @@ from loratool.notes import Note
 from loratool.results.base import Cost
 from loratool.results.blocks import bars, is_of_images
 from loratool.results.text import columns, cost_rows, figure, fill, percentage, size, wrapped
+from loratool.templates import common_start
 
 LAST_WORDS = re.compile(r".*_\d+_(?=\D)|_\d+$")  # what of a name without dots tells where it is, not what
 MOST_MODULES = 12  # rows of the table of modules before the rest is counted
@@ -150,17 +151,6 @@ def largest(modules: Sequence[Measured]) -> str:
     ]
     header = [*(h for h, _ in shown), "largest updates" + (f", in {start.rstrip('.')}" if start else "")]
     return columns(header, rows, len(modules) - len(ordered))
-
-
-def common_start(names: Sequence[str]) -> str:
-    """The first parts of paths that all of them have, with the dot behind."""
-    paths = [name.split(".")[:-1] for name in names]
-    shared = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared.append(parts[0])
-    return "".join(f"{part}." for part in shared)
 
 
 def against_weights(modules: Sequence[Measured]) -> str:

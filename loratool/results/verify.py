@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,10 +87,7 @@ class Verification(Result):
     @property
     def counts(self) -> dict[str, int]:
         """How many tensors have each status."""
-        found: dict[str, int] = {}
-        for proof in (self.tensors or {}).values():
-            found[proof.status] = found.get(proof.status, 0) + 1
-        return found
+        return dict(Counter(proof.status for proof in (self.tensors or {}).values()))
 
     Besides = Verdict
 
