@@ -49,6 +49,7 @@ class Tile:
     weight: Tensor  # in the working dtype
     change: Tensor
     upper: list[Tensor]  # one end of the result, `with_integers`
+    single: list[Tensor]  # float32, with its bits as integers
 
 
 class Scratch:
@@ -67,7 +68,8 @@ class Scratch:
             if len(self.tiles) > MOST_VIEWS:
                 self.tiles.clear()
             weight, change = (matrix_in(memory, rows, width, work) for memory in (self.weight, self.change))
-            self.tiles[key] = Tile(weight, change, with_integers(matrix_in(self.upper, rows, width, target)))
+            upper, single = (matrix_in(self.upper, rows, width, dtype) for dtype in (target, torch.float32))
+            self.tiles[key] = Tile(weight, change, with_integers(upper), [single, bits_of(single)])
         return self.tiles[key]
 
 
@@ -121,6 +123,7 @@ class ExactSum:
         self.stacks = tuple(Stack.of(group, self.work) for group in by_place(self.parts))
         self.step = 2 * ROUNDOFF[self.work.itemsize]  # of a sum's size: what its rounding takes, and that of an end
         self.underflow = sum(stack.underflow for stack in self.stacks)
+        self.kind = width, self.work, target  # of scratch memory
 
     def merge(
         self,
@@ -149,9 +152,9 @@ class ExactSum:
             lap("measure")
             if product is None or not math.isfinite(largest):
                 return self.wide.merge(before, first, after, scratch, max(1, tile // 2), substitute, measure)
-            self.merge_product(block, product, largest, scratch.of(tile, self.width, self.work, self.target))
+            self.merge_product(block, product, largest, scratch.of(tile, *self.kind))
             lap("product")
-        else:
+        elif substitute is not None or not self.merge_product_wide(block, scratch.of(tile, *self.kind)):
             for at in range(0, len(before), tile):
                 self.merge_tile(block, at, min(tile, len(before) - at), scratch, substitute)
         if block.places:
@@ -191,12 +194,58 @@ class ExactSum:
         if len(places):
             block.doubt(places, sums, weights, margins[places // self.width])
 
+    def merge_product_wide(self, block: Block, room: Tile) -> bool:
+        """Put W and the one product that is added into the rows of a block, in float64, with few calls into torch.
+
+        False where it is not so simple, or where there are too many elements for a CPU, on which numpy takes less time.
+        """
+        from loratool.merging.kernels import compiled, decide_wide, sum_and_round_wide
+
+        product, after = self.only_product(block.first, len(block.before)), block.after
+        small = after.is_cuda or self.rows * self.width <= SMALL
+        if product is None or product.down is None or self.target == torch.float64 or not small:
+            return False
+        own = block.first - product.place.first
+        up = product.up[own : own + len(after)]
+        bound = product.reach, self.step * GENEROUS, (self.underflow + product.most_error) * GENEROUS
+        near = (0, 0.0, 1.0) if after.element_size() == 4 else (tie_of(after.dtype), alike_from(after.dtype), FAR)
+        told, places = compiled(sum_and_round_wide)(
+            block.before,
+            (up, product.down),
+            product.scale,
+            bound,
+            near,
+            [after, bits_of(after)],
+            (room.weight, room.change),
+            room.single,
+            block.measure,
+        )
+        squared, changed, largest, margin = told[:4].tolist()
+        if not math.isfinite(largest):
+            return False
+        block.seen.weight, block.seen.change, block.seen.largest = squared, changed, largest
+        sums, weights = told[4:].chunk(2)
+        if len(places) > after.numel() // MANY:
+            changing = self.changing([product], block.first, len(after)).to(after.device)
+            keep_unchanged(block.before, after, changing)
+            some = changing[places // self.width]
+            places, sums, weights = places[some], sums[some.cpu()], weights[some.cpu()]
+        lap("product")
+        if len(places):
+            result, left = compiled(decide_wide)(sums, margin, torch.empty(0, dtype=after.dtype))
+            if len(left):
+                where = places[left.to(places.device)].cpu() + block.first * self.width
+                result[left] = self.singles.exactly(where, weights[left])
+            after.view(-1)[places] = result.to(after.device)
+            lap("settle")
+        return True
+
     def merge_tile(
         self, block: Block, at: int, count: int, scratch: Scratch, substitute: Callable[[Tensor, int], None] | None
     ) -> None:
         """Put W and everything that is added into some rows of a block, from the one at `at` on, in float64."""
         first, lower = block.first + at, block.after[at : at + count]
-        room = scratch.of(count, self.width, self.work, self.target)
+        room = scratch.of(count, *self.kind)
         weight, change = room.weight, room.change
         weight.copy_(block.before[at : at + count])
         lap("cast")

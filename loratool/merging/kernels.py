@@ -104,6 +104,108 @@ def sum_and_round(
     return squared, changed, torch.cat(all_places), torch.cat(all_sums), torch.cat(all_weights)
 
 
+def sum_and_round_wide(
+    stored: Tensor,
+    factors: Tuple[Tensor, Tensor],
+    scale: float,
+    bound: Tuple[float, float, float],
+    near: Tuple[int, float, float],
+    lower: List[Tensor],
+    memory: Tuple[Tensor, Tensor],
+    single: List[Tensor],
+    measure: bool,
+) -> Tuple[Tensor, Tensor]:
+    """Round W + scale · up @ down, computed in float64, some rows at a time, and tell what may be rounded either way.
+
+    Nothing is asked of a GPU before all of it is on its way, but how many elements are undecided.
+
+    Args:
+        stored: (n, width) W.
+        factors: up, (n, rank), and down, (rank, width), in float64.
+        scale: of the product.
+        bound: what no element of the product is larger than; the error of a sum relative to the largest size; and apart
+            from it.
+        near: half the step of the result's last bit in a float32's bits, 0 where the result is float32; the size from
+            which on that holds; and what a float32 is rounded by relative to its size.
+        lower: (n, width) of float32 or a 16-bit dtype, for the results; the same memory as integers.
+        memory: (rows, width) of float64, for W and for the sums.
+        single: (rows, width) of float32; the same memory as integers.
+        measure: whether to measure the product.
+
+    Returns:
+        in float64 on the CPU: ‖W‖², that of the product if it was to be measured, the largest size of a sum, not finite
+        where W is not, and half the length of the interval around each sum; then the sums of all undecided elements, and
+        then W. And their places in the flat rows, on the device.
+    """
+    up, down = factors
+    weight, change = memory
+    width, tile = stored.size(1), weight.size(0)
+    zero = torch.zeros([1], dtype=torch.float64, device=stored.device)
+    squared, changed, largest, most = zero, zero, zero, zero
+    places: List[Tensor] = []
+    sums: List[Tensor] = []
+    weights: List[Tensor] = []
+    for at in range(0, stored.size(0), tile):
+        rows = stored[at : at + tile]
+        count = rows.size(0)
+        w, c, result = weight[:count].copy_(rows), change[:count], lower[0][at : at + tile]
+        short, bits = single[0][:count], single[1][:count]
+        c.addmm_(up[at : at + tile], down, beta=0, alpha=scale)
+        squared = squared + torch.linalg.vector_norm(w).square()
+        if measure:
+            changed = changed + torch.linalg.vector_norm(c).square()
+        ends = torch.aminmax(w)
+        size = torch.maximum(-ends[0], ends[1]) + bound[0]
+        margin = size * bound[1] + bound[2]
+        c.add_(w)
+        if near[0] == 0:
+            result.copy_(c - margin)
+            short.copy_(c + margin)
+            unsure = bits != lower[1][at : at + tile]
+        else:
+            result.copy_(short.copy_(c))
+            # whatever float32 is not at a tie is half a step of float32 away from one, and that is more than the margin
+            unsure = (bits & (2 * near[0] - 1)) == near[0]
+            unsure |= short.abs_() < torch.clamp(margin / near[2], min=near[1])
+        found = torch.nonzero(unsure.view(-1)).view(-1)
+        places.append(found + at * width)
+        sums.append(c.view(-1)[found])
+        weights.append(w.view(-1)[found])
+        largest, most = torch.maximum(largest, size), torch.maximum(most, margin)
+    told = [squared, changed, largest.view(1), most.view(1)]
+    told.extend(sums)
+    told.extend(weights)
+    return torch.cat(told).cpu(), torch.cat(places)
+
+
+def decide_wide(sums: Tensor, margin: float, like: Tensor) -> Tuple[Tensor, Tensor]:
+    """Sums in float64, each give or take a margin, rounded once; and the numbers of those that may go either way.
+
+    `like` is any tensor of the result's dtype, of float32 or 16 bits.
+    """
+    if like.dtype == torch.float32:
+        low, high = (sums - margin).float(), (sums + margin).float()
+    else:
+        low, high = rounded_once(sums - margin, like), rounded_once(sums + margin, like)
+    return low, torch.nonzero(unlike(low, high)).view(-1)
+
+
+def kept_in_rows(before: Tensor, after: Tensor, factors: Tuple[Tensor, Tensor], scale: float) -> Tuple[float, float]:
+    """⟨W' − W, ΔW⟩ and ‖ΔW‖² of some rows.
+
+    Args:
+        before: (n, width) of W.
+        after: (n, width) of W'.
+        factors: up, (n, rank), and down, (rank, width), whose product times `scale` is ΔW.
+        scale: of the product.
+    """
+    change = torch.mm(factors[0], factors[1]).mul_(scale)
+    applied = after.to(change.dtype) - before.to(change.dtype)  # neither may be written to
+    squared = torch.linalg.vector_norm(change).double().square()
+    both = torch.stack([applied.mul_(change).sum(1).sum(dtype=torch.float64), squared]).cpu()
+    return float(both[0]), float(both[1])
+
+
 def round_sums(stored: Tensor, up: Tensor, down: Tensor, scale: float, memory: Tensor, rounded: Tensor) -> None:
     """Put W + scale · up @ down, computed in float32, into `rounded`, some rows at a time.
 

@@ -137,12 +137,10 @@ class LoadedEdits:
             seen = total.merge(before, first, after, scratch, tile, substitute, measure)
             if self.at_random:
                 self.round_sums(before, first, after)
-            rows = self.sampled(first, before)
-            if len(rows) and not self.replacements:
-                modules = [(stack.module, stack.place) for stack in self.sum.stacks]
-                some = slice(int(rows[0]) - first, None, self.every)
-                change = self.sum.change_of(rows)
-                seen.kept = measure_kept(before[some], change, after[some], rows, modules, self.every)
+            rows = self.sampled(first, len(before))
+            if rows and not self.replacements:
+                some = slice(rows[0] - first, None, self.every)
+                seen.kept = self.kept(self.sum, before[some], after[some], rows)
                 lap("gain")
         return seen
 
@@ -175,10 +173,28 @@ class LoadedEdits:
         """Of so many rows one is looked at for what rounding leaves of the update."""
         return max(1, self.rows * self.width // SAMPLED)
 
-    def sampled(self, first: int, block: torch.Tensor) -> torch.Tensor:
-        """The numbers of such rows among those of a block that begins at row `first`."""
-        stop = first + block.shape[0]
-        return torch.arange(min(first + -first % self.every, stop), stop, self.every, device=block.device)
+    def sampled(self, first: int, count: int) -> range:
+        """The numbers of such rows among `count` of them from row `first` on."""
+        return range(first + -first % self.every, first + count, self.every)
+
+    def kept(
+        self, total: ExactSum, before: torch.Tensor, after: torch.Tensor, rows: range
+    ) -> dict[str, tuple[float, float]]:
+        """What rounding leaves of the update in sampled rows, as `measure_kept` tells it."""
+        product = total.only_product(rows[0], rows[-1] + 1 - rows[0])
+        if product is not None and product.down is not None:
+            from loratool.merging.kernels import compiled, kept_in_rows
+
+            own = slice(rows[0] - product.place.first, rows[-1] + 1 - product.place.first, rows.step)
+            found = compiled(kept_in_rows)(before, after, (product.up[own], product.down), product.scale)
+            return (
+                {product.module: (found[0] * self.every, found[1] * self.every)}
+                if all(map(math.isfinite, found))
+                else {}
+            )
+        numbers = numbers_in(rows, before.device)
+        modules = [(stack.module, stack.place) for stack in total.stacks]
+        return measure_kept(before, total.change_of(numbers), after, numbers, modules, self.every)
 
     def substitute(self, rows: torch.Tensor, first: int) -> None:
         """Put what replaces some rows of the weight, from row `first` on, in their place."""
@@ -201,13 +217,19 @@ class LoadedEdits:
         else:
             after.copy_(convert(block, after.dtype, math.isfinite(largest_of(block))))
         seen.change = float(torch.linalg.vector_norm(block.sub_(base))) ** 2
-        rows = self.sampled(first, before)
-        if len(rows) and not self.replacements:
+        rows = self.sampled(first, len(before))
+        if rows and not self.replacements:
             edits = [(each.edit.target, each.edit) for each in self.others]
             modules = [(target, Place(e.first_row, e.rows, e.columns, self.width)) for target, e in edits]
-            some = slice(int(rows[0]) - first, None, self.every)
-            seen.kept = measure_kept(before[some], block[some], after[some], rows, modules, self.every)
+            some = slice(rows[0] - first, None, self.every)
+            there = numbers_in(rows, block.device)
+            seen.kept = measure_kept(before[some], block[some], after[some], there, modules, self.every)
         seen.largest = math.inf  # nobody looked
+
+
+def numbers_in(rows: range, device: torch.device) -> torch.Tensor:
+    """(n,) of them on a device."""
+    return torch.arange(rows.start, rows.stop, rows.step, device=device)
 
 
 def moved(part: Part, device: torch.device | None = None) -> Part:

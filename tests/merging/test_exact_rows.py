@@ -200,7 +200,13 @@ def test_torchscript_takes_the_kernels() -> None:
     """Otherwise a merge would be as right, and slower on many cores."""
     from loratool.merging import kernels
 
-    for function in (kernels.sum_and_round, kernels.decide):
+    for function in (
+        kernels.sum_and_round,
+        kernels.sum_and_round_wide,
+        kernels.decide,
+        kernels.decide_wide,
+        kernels.kept_in_rows,
+    ):
         assert isinstance(kernels.script_of(function), torch.jit.ScriptFunction)
 
 
