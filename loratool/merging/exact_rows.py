@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 MANY = 16  # where more than one of so many elements is undecided, it is asked whether anything is added to them
 MOST_VIEWS = 64
-CACHED = 1 << 18  # elements of 16 bits that stay in a core's cache
 SMALL = 1 << 15  # elements of a weight that are computed in float64, which takes fewer steps
 WORKABLE = 2.0**-60, 2.0**60  # sizes of scales and sums that float32 computes with
 
@@ -148,12 +147,8 @@ class ExactSum:
         """
         block = Block(before, first, after, measure)
         if self.work == torch.float32:
-            product, largest = self.only_product(first, len(before)), math.inf if substitute else largest_of(before)
-            lap("measure")
-            if product is None or not math.isfinite(largest):
+            if substitute is not None or not self.merge_product(block, scratch.of(tile, *self.kind)):
                 return self.wide.merge(before, first, after, scratch, max(1, tile // 2), substitute, measure)
-            self.merge_product(block, product, largest, scratch.of(tile, *self.kind))
-            lap("product")
         elif substitute is not None or not self.merge_product_wide(block, scratch.of(tile, *self.kind)):
             for at in range(0, len(before), tile):
                 self.merge_tile(block, at, min(tile, len(before) - at), scratch, substitute)
@@ -168,31 +163,43 @@ class ExactSum:
         one = stacks[0] if len(stacks) == 1 and stacks[0].covers(first, count) else None
         return None if one is None or one.lifted is None or abs(one.scale) < WORKABLE[0] else one
 
-    def merge_product(self, block: Block, product: Stack, largest: float, room: Tile) -> None:
-        """Put W and one product into the rows of a block, in float32; no element of W is larger in size."""
-        from loratool.merging.kernels import compiled, sum_and_round
+    def merge_product(self, block: Block, room: Tile) -> bool:
+        """Put W and the one product that is added into the rows of a block, in float32; False where it is not so simple."""
+        from loratool.merging.kernels import compiled, settle, sum_within_margins
 
-        assert product.lifted is not None
-        count, own = len(block.before), block.first - product.place.first
-        largest += product.reach
-        margins = torch.from_numpy((self.margin(largest) + product.errors(own, own + count)) * GENEROUS)
-        column = margins.to(self.work)[:, None]
-        up = torch.cat([product.up[own : own + count], column / product.scale], 1)
-        lower, upper = with_integers(block.after), [*room.upper]
+        count, after, singles = len(block.before), block.after, self.singles
+        if (product := self.only_product(block.first, count)) is None or product.lifted is None:
+            return False
+        own = slice(block.first - product.place.first, block.first - product.place.first + count)
+        lower, upper = with_integers(after), [*room.upper]
         if lower[2] is lower[1] or upper[2] is upper[1]:  # both or none in eights
             lower[2], upper[2] = lower[1], upper[1]
-        factors, memory = (up, product.lifted), (room.weight, room.change)
-        squared, changed, places, sums, weights = compiled(sum_and_round)(
-            block.before, factors, product.scale, column, lower, upper, memory, block.measure
+        told, found = compiled(sum_within_margins)(
+            block.before,
+            (product.up[own], product.lifted),
+            product.scale,
+            product.row_errors[own],
+            (self.underflow, self.step, product.reach),
+            lower,
+            upper,
+            (room.weight, room.change),
+            block.measure,
         )
-        block.seen.weight, block.seen.change, block.seen.largest = squared, changed, largest
-        if len(places) > block.after.numel() // MANY:
-            changing = torch.from_numpy(product.lengths[own : own + count] != 0)
-            keep_unchanged(block.before, block.after, changing)
-            some = changing[places // self.width]
-            places, sums, weights = places[some], sums[some], weights[some]
-        if len(places):
-            block.doubt(places, sums, weights, margins[places // self.width])
+        lap("product")
+        if not math.isfinite(told[0]):
+            return False
+        block.seen.largest, block.seen.weight, block.seen.change = told
+        if found and len(found[0]) > after.numel() // MANY:
+            changing = torch.from_numpy(product.lengths[own] != 0)
+            keep_unchanged(block.before, after, changing)
+            some = changing[found[0] // self.width]
+            found = [each[some] for each in found]
+        for elements in zip(*(torch.split(each, singles.together) for each in found), strict=True):
+            places, weights = compiled(settle)([*elements], block.first, self.width, after, *singles.bounds)
+            if len(places):
+                after.view(-1)[places] = singles.exactly(places + block.first * self.width, weights)
+        lap("settle")
+        return True
 
     def merge_product_wide(self, block: Block, room: Tile) -> bool:
         """Put W and the one product that is added into the rows of a block, in float64, with few calls into torch.
@@ -399,16 +406,8 @@ def convert(values: Tensor, dtype: torch.dtype, finite: bool) -> Tensor:
 
 def largest_of(values: Tensor) -> float:
     """The size of the largest; not finite where any is not."""
-    if values.is_cuda or values.element_size() != 2 or not values.is_contiguous():
-        lowest, highest = torch.aminmax(values)
-        return max(-float(lowest), float(highest))
-    positive = negative = 0
-    bits = bits_of(values).numpy().reshape(-1)  # numpy does this several times faster than torch on a CPU
-    for at in range(0, bits.size, CACHED):
-        some = bits[at : at + CACHED]
-        positive, negative = max(positive, int(some.max())), max(negative, int(some.view(numpy.uint16).max()))
-    size = max(positive, negative & 0x7FFF if negative >= 0x8000 else 0)  # the sign is the highest bit
-    return float(torch.tensor(size, dtype=torch.int16).view(values.dtype))
+    lowest, highest = torch.aminmax(values)
+    return max(-float(lowest), float(highest))
 
 
 def working_dtype(parts: Sequence[Part], target: torch.dtype, exact: torch.dtype, elements: int) -> torch.dtype:

@@ -6,6 +6,7 @@ Python 3.14 and later), the same functions are run as they are. This module impo
 imported where rows are computed.
 """
 
+import math
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -102,6 +103,75 @@ def sum_and_round(
         all_weights.append(w.view(-1)[places])
         all_places.append(places + at * width)
     return squared, changed, torch.cat(all_places), torch.cat(all_sums), torch.cat(all_weights)
+
+
+def sum_within_margins(
+    stored: Tensor,
+    factors: Tuple[Tensor, Tensor],
+    scale: float,
+    errors: Tensor,
+    bound: Tuple[float, float, float],
+    lower: List[Tensor],
+    upper: List[Tensor],
+    memory: Tuple[Tensor, Tensor],
+    measure: bool,
+) -> Tuple[List[float], List[Tensor]]:
+    """`sum_and_round`, with margins that follow from the sizes of the rows' elements.
+
+    Args:
+        stored: (n, width) W.
+        factors: up, (n, rank); down, (rank + 1, width), whose last row is ones.
+        scale: of the product.
+        errors: (n,) how far elements of the product may be from the exact values, in float64.
+        bound: what underflow takes at most; the error of a sum relative to the largest size; what no element of the
+            product is larger than.
+        lower: as `sum_and_round` takes it.
+        upper: likewise.
+        memory: likewise.
+        measure: likewise.
+
+    Returns:
+        the size that no element of the result is larger than, not finite where W is not, in which case nothing was
+        computed; ‖W‖², and that of the product if it was to be measured. Of the elements that are not decided: their
+        places in the flat rows, the lower ends of their intervals in float32, W, and half the lengths of the intervals
+        in float64; nothing where all are decided.
+    """
+    none: List[Tensor] = []
+    ends = torch.aminmax(stored)
+    largest = max(-float(ends[0]), float(ends[1]))
+    if not math.isfinite(largest):
+        return [largest, 0.0, 0.0], none
+    largest += bound[2]
+    margins = (errors + (bound[0] + bound[1] * largest)).mul_(1 + 2.0**-10)
+    column = margins.float().unsqueeze(1)
+    up = torch.cat([factors[0], column / scale], 1)
+    squared, changed, places, sums, weights = sum_and_round(
+        stored, (up, factors[1]), scale, column, lower, upper, memory, measure
+    )
+    told = [largest, squared, changed]
+    if places.numel() == 0:
+        return told, none
+    row = torch.div(places, stored.size(1), rounding_mode="floor")
+    return told, [places, sums, weights, margins.index_select(0, row)]
+
+
+def settle(
+    elements: List[Tensor],
+    first: int,
+    width: int,
+    result: Tensor,
+    parts: List[Tuple[Tensor, Tensor, float, List[int]]],
+    groups: List[Tuple[Tensor, Tensor, float, float, List[int]]],
+    least: List[float],
+) -> Tuple[Tensor, Tensor]:
+    """`decide` elements of a block that begins at row `first` of the weight, and put them into `result`, (n, width).
+
+    Returns the places in the flat rows of those that only exact arithmetic decides, and W.
+    """
+    flat = [elements[0] + first * width, elements[1], elements[2], elements[3]]
+    decided, left = decide(flat, result, width, parts, groups, least)
+    result.view(-1).index_copy_(0, elements[0], decided)
+    return elements[0][left], elements[2][left]
 
 
 def sum_and_round_wide(

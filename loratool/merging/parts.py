@@ -186,6 +186,11 @@ class Stack:
         return self.lengths[first:stop] * (self.span * self.terms * ROUNDOFF[self.up.dtype.itemsize])
 
     @cached_property
+    def row_errors(self) -> Tensor:
+        """The same for all rows, as a tensor."""
+        return torch.from_numpy(self.errors(0, len(self.lengths)))
+
+    @cached_property
     def most_error(self) -> float:
-        """The same for all rows."""
+        """The most of them."""
         return float(self.errors(0, len(self.lengths)).max())

@@ -6,7 +6,7 @@ In float32 each gets a bound of its own; what that leaves open is computed in fl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
     Places = NDArray[numpy.int64]
 
+# of `kernels.decide`
+Bounds = tuple[
+    list[tuple[Tensor, Tensor, float, list[int]]], list[tuple[Tensor, Tensor, float, float, list[int]]], list[float]
+]
 TOGETHER = 1 << 17  # products that are computed at a time
 
 
@@ -52,12 +56,15 @@ class SingleElements:
             result[left] = self.exactly(places[left], weights[left])
         return result
 
-    @cached_property
-    def decided(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def decided(self, *elements: Tensor) -> tuple[Tensor, Tensor]:
         """`kernels.decide` for this weight."""
         from loratool.merging.kernels import compiled, decide
 
-        run, underflow = compiled(decide), sum(each.underflow for each in self.stacks)
+        return compiled(decide)(list(elements), torch.empty(0, dtype=self.target), self.width, *self.bounds)
+
+    @cached_property
+    def bounds(self) -> Bounds:
+        """All parts and what bounds their errors, as the kernels take them."""
         parts = [(*part.factors, float(part.scale), part.place.frame) for part in self.parts]
         groups = [
             (
@@ -69,9 +76,8 @@ class SingleElements:
             )
             for each in self.stacks
         ]
-        like, least = torch.empty(0, dtype=self.target), [underflow, TINIEST[8] + underflow]
-        width = self.width  # nothing here refers to self, which would keep all factors until cycles are looked for
-        return lambda *elements: run(list(elements), like, width, parts, groups, least)
+        underflow = sum(each.underflow for each in self.stacks)
+        return parts, groups, [underflow, TINIEST[8] + underflow]
 
     @property
     def together(self) -> int:

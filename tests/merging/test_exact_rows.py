@@ -201,7 +201,8 @@ def test_torchscript_takes_the_kernels() -> None:
     from loratool.merging import kernels
 
     for function in (
-        kernels.sum_and_round,
+        kernels.sum_within_margins,
+        kernels.settle,
         kernels.sum_and_round_wide,
         kernels.decide,
         kernels.decide_wide,
