@@ -176,8 +176,7 @@ class ExactSum:
             lower[2], upper[2] = lower[1], upper[1]
         told, found = compiled(sum_within_margins)(
             block.before,
-            (product.up[own], product.lifted),
-            product.scale,
+            (product.up[own], product.lifted, product.scale),
             product.row_errors[own],
             (self.underflow, self.step, product.reach),
             lower,
@@ -218,8 +217,7 @@ class ExactSum:
         near = (0, 0.0, 1.0) if after.element_size() == 4 else (tie_of(after.dtype), alike_from(after.dtype), FAR)
         told, places = compiled(sum_and_round_wide)(
             block.before,
-            (up, product.down),
-            product.scale,
+            (up, product.down, product.scale),
             bound,
             near,
             [after, bits_of(after)],

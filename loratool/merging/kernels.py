@@ -107,8 +107,7 @@ def sum_and_round(
 
 def sum_within_margins(
     stored: Tensor,
-    factors: Tuple[Tensor, Tensor],
-    scale: float,
+    product: Tuple[Tensor, Tensor, float],
     errors: Tensor,
     bound: Tuple[float, float, float],
     lower: List[Tensor],
@@ -120,8 +119,7 @@ def sum_within_margins(
 
     Args:
         stored: (n, width) W.
-        factors: up, (n, rank); down, (rank + 1, width), whose last row is ones.
-        scale: of the product.
+        product: up, (n, rank); down, (rank + 1, width), whose last row is ones; and its scale.
         errors: (n,) how far elements of the product may be from the exact values, in float64.
         bound: what underflow takes at most; the error of a sum relative to the largest size; what no element of the
             product is larger than.
@@ -137,6 +135,7 @@ def sum_within_margins(
         in float64; nothing where all are decided.
     """
     none: List[Tensor] = []
+    own, down, scale = product
     ends = torch.aminmax(stored)
     largest = max(-float(ends[0]), float(ends[1]))
     if not math.isfinite(largest):
@@ -144,9 +143,9 @@ def sum_within_margins(
     largest += bound[2]
     margins = (errors + (bound[0] + bound[1] * largest)).mul_(1 + 2.0**-10)
     column = margins.float().unsqueeze(1)
-    up = torch.cat([factors[0], column / scale], 1)
+    up = torch.cat([own, column / scale], 1)
     squared, changed, places, sums, weights = sum_and_round(
-        stored, (up, factors[1]), scale, column, lower, upper, memory, measure
+        stored, (up, down), scale, column, lower, upper, memory, measure
     )
     told = [largest, squared, changed]
     if places.numel() == 0:
@@ -176,8 +175,7 @@ def settle(
 
 def sum_and_round_wide(
     stored: Tensor,
-    factors: Tuple[Tensor, Tensor],
-    scale: float,
+    product: Tuple[Tensor, Tensor, float],
     bound: Tuple[float, float, float],
     near: Tuple[int, float, float],
     lower: List[Tensor],
@@ -191,8 +189,7 @@ def sum_and_round_wide(
 
     Args:
         stored: (n, width) W.
-        factors: up, (n, rank), and down, (rank, width), in float64.
-        scale: of the product.
+        product: up, (n, rank), and down, (rank, width), in float64, and its scale.
         bound: what no element of the product is larger than; the error of a sum relative to the largest size; and apart
             from it.
         near: half the step of the result's last bit in a float32's bits, 0 where the result is float32; the size from
@@ -207,7 +204,7 @@ def sum_and_round_wide(
         where W is not, and half the length of the interval around each sum; then the sums of all undecided elements, and
         then W. And their places in the flat rows, on the device.
     """
-    up, down = factors
+    up, down, scale = product
     weight, change = memory
     width, tile = stored.size(1), weight.size(0)
     zero = torch.zeros([1], dtype=torch.float64, device=stored.device)
