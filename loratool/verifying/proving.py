@@ -60,7 +60,7 @@ class Bench:
     def tile_of(self, width: int) -> Tile:
         """Memory in which numpy computes."""
         if self.tile is None or self.tile.width != width:
-            self.tile = Tile(width, self.proving.workers)
+            self.tile = Tile(width)
         return self.tile
 
     def pieces(self) -> tuple[memoryview, memoryview]:

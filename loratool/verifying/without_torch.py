@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 
 MOST = 1 << 31  # elements in all: of more of them, the import of torch is a small part of the time
 MANY = 64  # where more than one of so many elements differs, torch finds out what they are
-TILE = 1 << 17  # elements that are computed at a time: of fewer, the calls take longer than the arithmetic
-LARGE_TILE = 1 << 18  # so that many threads wait less for the interpreter's lock
-FEW_WORKERS = 4
+TILE = 1 << 18  # elements that are computed at a time: of fewer, the calls take longer than the arithmetic
 ALONE = (
     1 << 18
 )  # multiplications of a product that OpenBLAS does on the calling thread: more of those are there already
@@ -114,14 +112,13 @@ class Added:
 class Tile:
     """Memory for some rows of a width: W and W' are read into it, and W + ΔW is computed there."""
 
-    def __init__(self, width: int, workers: int) -> None:
-        self.rows = max(1, (TILE if workers <= FEW_WORKERS else LARGE_TILE) // max(1, width))
+    def __init__(self, width: int) -> None:
+        self.rows = max(1, TILE // max(1, width))
         self.width = width
         self.lanes = 1 if width % 4 else 4  # elements that are compared at a time
         shape = self.rows, width
         self.stored, self.theirs, self.rounded = (numpy.empty(shape, numpy.uint16) for _ in range(3))
-        self.weight = numpy.zeros(shape, numpy.float32)  # whose lower halves stay zero
-        self.sums = numpy.empty(shape, numpy.float32)
+        self.weight, self.sums = (numpy.empty(shape, numpy.float32) for _ in range(2))
 
     def settled(self, pair: Pair, added: Added, first: int, count: int, sources: OpenSources) -> bool:
         """Whether all elements of some rows are found to be the formula's."""
@@ -144,13 +141,14 @@ class Tile:
             assert isinstance(weight, Plain)
             weight.read(first * self.width * 2, into[:count].data.cast("B"), sources)
         weights, sums = self.weight[:count], self.sums[:count]
-        upper_halves(weights)[:] = self.stored[:count]
+        widen(self.stored[:count], weights)
         parts = sums.reshape(count, len(added.cut), -1).transpose(1, 0, 2)
         numpy.matmul(added.up[first : first + count], added.cut, out=parts)
         numpy.add(sums, weights, out=sums)
         bits = sums.view(numpy.uint32)
         numpy.add(bits, HALF, out=bits)
-        self.rounded[:count] = upper_halves(sums)
+        numpy.right_shift(bits, 16, out=bits)
+        numpy.copyto(self.rounded[:count], bits, casting="unsafe")
 
     def unequal(self, first: int, count: int) -> tuple[NDArray[Any], ...]:
         """Elements in groups of `lanes` that have unequal ones: the numbers of those, (n,), W, W + ΔW and W', (n, lanes)."""
@@ -222,11 +220,13 @@ def values_of(tensor: StoredTensor) -> NDArray[Any]:
 
 def widened(stored: NDArray[Any]) -> NDArray[Any]:
     """The bits of bfloat16 as float32."""
-    values = numpy.zeros(stored.shape, numpy.float32)
-    upper_halves(values)[:] = stored
+    values = numpy.empty(stored.shape, numpy.float32)
+    widen(stored, values)
     return values
 
 
-def upper_halves(values: NDArray[Any]) -> NDArray[Any]:
-    """A view of the halves of float32 that are bfloat16."""
-    return values.view(numpy.uint16)[..., 1::2]
+def widen(stored: NDArray[Any], into: NDArray[Any]) -> None:
+    """Put the bits of bfloat16 into float32: whole numbers are shifted, for numpy is slow with every other half."""
+    bits = into.view(numpy.uint32)
+    numpy.copyto(bits, stored)
+    numpy.left_shift(bits, 16, out=bits)
