@@ -191,9 +191,10 @@ class LocalPart:
         lap("write", ready - begin)
 
     def copy(self, source: Source, start: int, count: int, look: Callable[[memoryview], None] | None) -> None:
-        """Share the blocks of whole pages with the source, copy inside the kernel, or read and write, as can be.
+        """Share the blocks of whole pages with the source, write what was read straight to the disk, or copy in the kernel.
 
-        Copies go through the page cache, as those of `cp` do: the kernel sends them to the disk in its own time.
+        The kernel copies by way of the page cache, whose fresh memory takes longer to get than the bytes to be read and
+        written; so it only does where there are no direct writes.
         """
         first = min(count, -self.at % PAGE)
         pages = (count - first) // PAGE * PAGE
@@ -205,7 +206,7 @@ class LocalPart:
                     look(piece_of(held, at))
             self.move_on(pages)
             self.carry(source, start + first + pages, count - first - pages, look)
-        elif look is None and isinstance(source, LocalSource):
+        elif look is None and isinstance(source, LocalSource) and self.file.opened is None:
             self.file.copy_cached(source, start, count, self.at)
             self.move_on(count)
             lap("copy", count)
@@ -236,9 +237,9 @@ class LocalPart:
             lap("read", len(piece))
             if look is not None:
                 look(piece)
-            if isinstance(source, LocalSource):
-                self.file.copy_cached(source, start + at - begin, len(piece), at)
+            if self.file.opened is not None or not isinstance(source, LocalSource):
+                self.put(held)
             else:
-                self.file.write_cached(piece, at)
-            self.move_on(len(piece))
-            lap("write", len(piece))
+                self.file.copy_cached(source, start + at - begin, len(piece), at)
+                self.move_on(len(piece))
+                lap("write", len(piece))
