@@ -2,9 +2,12 @@
 
     python benchmarks/distributed.py [--shape NAME] [--size BYTES] [--json FILE]
 
-The rates that a simulation needs come from merges by one process, in which nothing is dealt: one that edits every layer
-and one that edits a single layer give the rates of computing and of copying, and `verify` gives that of reading. All
-processes share the cores and the disk of this machine, so each of N has an N-th of these rates. The simulation then
+The rates that a simulation needs are those that single processes report of themselves: a merge of which every byte is
+copied gives that of copying, the merge of all layers that of computing, and `verify` by the record, with files that
+are not in the page cache, that of reading again. What a process takes besides comes from a tiny model, whose bytes cost
+nothing: a `--part 1/1` gives the start-up of a worker, and its `--finish` what that takes apart from reading.
+
+All processes share the cores and the disk of this machine, so each of N has an N-th of these rates. The simulation then
 has to foresee how long N processes take together, and the check of `--finish` after them.
 """
 
@@ -16,14 +19,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from findings import Finding, at_least, at_most, multiple, rate, ratio, seconds
+from findings import Finding, at_least, at_most, rate, ratio, seconds
+from machine import cores
 from rows import measure, parser_of
-from running import environment, loratool_run, say
-from shapes import SHAPES, make, make_adapter
+from running import Run, environment, loratool_run, say, set_cache
+from shapes import SHAPES, TINY, Shape, make, make_saved_norm
 
 import loratool
 from loratool.merging.simulating import Rates, simulate
@@ -35,73 +39,70 @@ FASTEST = 0.9  # N processes over one with the same cores
 
 @dataclass(frozen=True)
 class Known:
-    """What one process does on this machine, in bytes a second; and how long it takes to start."""
+    """What one process does on this machine, in bytes a second; and how long it takes to start, in seconds."""
 
     compute: float
     copy: float
     read: float
-    startup: float  # seconds until torch is there
-    plan: float  # seconds until headers are read
-    alone: float  # seconds of the merge of the whole model by one process
+    startup: float  # of a worker, until torch is there and headers are read
+    effort: float  # of that, seconds of processors, of which there are only so many
+    finish: float  # of `--finish`: headers, small files, publishing
+
+    @classmethod
+    def of(cls, runs: dict[str, list[Run]], computed: int, copied: int) -> Known:
+        """From the runs of one process, by name; the merge computes and copies so many bytes."""
+        size = computed + copied
+        copying = middle(one.work for one in runs["copy"]) / size
+        # bytes are copied while torch is imported
+        left = max(0.0, copied * copying - middle(one.startup for one in runs["merge"]))
+        computing = max(middle(one.work for one in runs["merge"]) - left, 1e-3) / computed
+        return cls(
+            1 / computing,
+            1 / copying,
+            size / middle(one.work for one in runs["verify"]),
+            middle(one.wall for one in runs["start"]),
+            middle(one.processor for one in runs["start"]),
+            middle(one.wall for one in runs["end"]),
+        )
 
     def shared(self, count: int) -> Rates:
         """What each of `count` processes can do, that run at the same time on the same cores and the same disk."""
-        startup = self.startup * max(1.0, count / (os.cpu_count() or 1))
-        return Rates(self.read, self.read, self.compute / count, self.copy / count, startup)
+        startup = max(self.startup, count * self.effort / cores())
+        return Rates(self.read, compute=self.compute / count, copy=self.copy / count, startup=startup)
 
 
-def command(*words: str | Path) -> list[str]:
+def middle(values: Iterable[float]) -> float:
+    return statistics.median(values)
+
+
+def merge(model: Path, *more: str | Path, adapter: str = "adapter") -> list[str]:
+    words = ["merge", model / "base", model / adapter, "-o", model / "out", "--device", "cpu", "--json", *more]
     return [sys.executable, "-m", "loratool", *map(str, words)]
 
 
-def merge(home: Path, adapter: str, *more: str | Path) -> list[str]:
-    return command("merge", home / "base", home / adapter, "-o", home / "out", "--device", "cpu", "--json", *more)
-
-
-def timed(words: Sequence[str]) -> float:
-    """Seconds of a process by the clock, its sync included."""
-    return loratool_run(words).wall
-
-
-def remove(home: Path) -> None:
-    subprocess.run(["rm", "-rf", home / "out", home / "out.partial"], check=True)
+def remove(model: Path) -> None:
+    subprocess.run(["rm", "-rf", model / "out", model / "out.partial"], check=True)
     os.sync()
 
 
-def rates_of(home: Path, turns: int) -> Known:
-    """What one process does on this machine."""
-    whole: list[float] = []
-    layer: list[float] = []
-    check, start, torch = [], [], []
-    for _ in range(turns):
-        start.append(timed(command("merge", home / "base", home / "adapter", "-o", home / "out", "--status", "-q")))
-        for times, adapter in ((layer, "layer"), (whole, "adapter")):
-            run = loratool_run(merge(home, adapter))
-            times.append(run.wall)
-            torch.append(run.startup)
-            check.append(timed(command("verify", home / "out", "-q")))
-            remove(home)
-    plan, full, some = statistics.median(start), statistics.median(whole), statistics.median(layer)
-    begin = plan + statistics.median(torch)
-    first, second = (
-        loratool.plan(home / "base", home / name, simulate=1).simulations[0] for name in ("adapter", "layer")
-    )
-    # full = computed/x + copied/y, and the same of the merge of one layer
-    one, other = max(full - begin, 1e-3), max(some - begin, 1e-3)
-    determinant = first.bytes_computed * second.bytes_copied - second.bytes_computed * first.bytes_copied
-    computing = (one * second.bytes_copied - other * first.bytes_copied) / determinant
-    copying = (other * first.bytes_computed - one * second.bytes_computed) / determinant
-    read = first.bytes_written / max(statistics.median(check) - plan, 1e-3)
-    return Known(1 / max(computing, 1e-12), 1 / max(copying, 1e-12), read, begin, plan, full)
+def alone(home: Path, tiny: Path) -> dict[str, Run]:
+    """What single processes take, once each."""
+    runs = {"start": loratool_run(merge(tiny, "--part", "1/1")), "end": loratool_run(merge(tiny, "--finish"))}
+    remove(tiny)
+    runs["copy"] = loratool_run(merge(home, adapter="norm"))
+    remove(home)
+    runs["merge"] = loratool_run(merge(home))
+    set_cache(home, warm=False, files="out/*.safetensors")
+    runs["verify"] = loratool_run([sys.executable, "-m", "loratool", "verify", str(home / "out"), "--json"])
+    remove(home)
+    return runs
 
 
 def together(home: Path, count: int) -> float:
     """Seconds until the last of `count` processes has done its share."""
     started = time.perf_counter()
     workers = [
-        subprocess.Popen(
-            merge(home, "adapter", "--part", f"{number}/{count}"), env=environment(), stdout=subprocess.DEVNULL
-        )
+        subprocess.Popen(merge(home, "--part", f"{number}/{count}"), env=environment(), stdout=subprocess.DEVNULL)
         for number in range(1, count + 1)
     ]
     try:
@@ -110,50 +111,74 @@ def together(home: Path, count: int) -> float:
     finally:
         for worker in workers:
             worker.kill()
+            worker.wait()
     return time.perf_counter() - started
 
 
-def simulation_rows(home: Path, options: argparse.Namespace) -> list[Finding]:
-    """What is foreseen and what is measured, side by side."""
+def chosen(options: argparse.Namespace) -> Shape:
+    """The shape that is asked for, with no more blocks than the size allows, in four files."""
     shape = SHAPES[options.shape]
-    if (shape := shape.cut(options.size) if options.size < shape.base_bytes else shape).layers < 2:
-        raise SystemExit(
-            f"--size {options.size} leaves {shape.name} a single block, and two are needed to tell rates apart"
-        )
-    shape = replace(shape, shard_bytes=min(shape.shard_bytes, max(1, shape.base_bytes // 4)))
+    shape = shape.cut(options.size) if options.size < shape.base_bytes else shape
+    return replace(shape, shard_bytes=min(shape.shard_bytes, max(1, shape.base_bytes // 4)))
+
+
+def simulation_rows(folder: Path, options: argparse.Namespace) -> list[Finding]:
+    """What is foreseen and what is measured, side by side."""
+    shape, home, tiny = chosen(options), folder / "model", folder / "tiny"
     make(shape, home)
-    make_adapter(shape, home / "layer", layers=1)
-    known = rates_of(home, options.turns)
-    size = f"{shape.base_bytes / 1e9:.2f} GB"
-    found = [
-        at_least(f"{shape.name}, {size}, one process: computing", known.compute, None, rate),
-        at_least(f"{shape.name}, {size}, one process: copying", known.copy, None, rate),
-        at_least(f"{shape.name}, {size}, one process: reading again", known.read, None, rate),
-        at_most(f"{shape.name}, {size}, one process: start-up", known.startup, None, seconds),
-        at_most(f"{shape.name}, {size}, one process: all of it", known.alone, None, seconds),
-    ]
+    make(TINY, tiny)
+    make_saved_norm(shape, home / "norm")
     plan = loratool.plan(home / "base", home / "adapter")
-    for count in COUNTS:
-        say(f"{count} processes …")
-        works, finishes = [], []
-        for _ in range(options.turns):
-            works.append(together(home, count))
-            finishes.append(timed(merge(home, "adapter", "--finish")))
+    (whole,) = simulate(plan, (1,), Rates())
+    single: dict[str, list[Run]] = {}
+    works: dict[int, list[float]] = {count: [] for count in COUNTS}
+    finishes: dict[int, list[float]] = {count: [] for count in COUNTS}
+    for turn in range(options.turns):
+        say(f"turn {turn + 1}: single processes …")
+        for name, one in alone(home, tiny).items():
+            single.setdefault(name, []).append(one)
+        for count in COUNTS:
+            say(f"turn {turn + 1}: {count} processes …")
+            works[count].append(together(home, count))
+            finishes[count].append(loratool_run(merge(home, "--finish")).wall)
             remove(home)
+    known, size = Known.of(single, whole.bytes_computed, whole.bytes_copied), f"{shape.base_bytes / 1e9:.2f} GB"
+    took = middle(one.wall for one in single["merge"])
+    found = [*known_findings(known, f"{shape.name}, {size}"), Finding("a merge by one process", seconds(took), took)]
+    for count in COUNTS:
         (foreseen,) = simulate(plan, (count,), known.shared(count))
-        (last,) = simulate(plan, (1,), replace(known.shared(1), startup=known.plan))
-        pairs = (
-            ("shares", foreseen.startup_seconds + foreseen.work_seconds, statistics.median(works)),
-            ("--finish", last.finish_seconds, statistics.median(finishes)),
-        )
-        for what, wanted, measured in pairs:
-            name = f"{count} processes, {what}"
-            found.append(at_most(f"{name}: simulated", wanted, None, seconds, note=f"limited by {foreseen.limit}"))
-            found.append(at_most(f"{name}: measured", measured, None, seconds))
-            found.append(at_most(f"{name}: off by", max(wanted, measured) / min(wanted, measured), TOLERANCE, ratio))
+        (last,) = simulate(plan, (1,), replace(known.shared(1), startup=known.finish))
+        work, finish = middle(works[count]), middle(finishes[count])
+        wanted = foreseen.startup_seconds + foreseen.work_seconds
+        what = f"{count} process{'es' if count > 1 else ''}"
+        found += compared(f"{what}, shares", wanted, work, foreseen.limit)
+        found += compared(f"{what}, --finish", last.finish_seconds, finish)
         if count > 1:
-            found.append(at_least(f"{count} processes over one", known.alone / pairs[0][2], FASTEST, multiple))
+            found.append(at_least(f"{what} over a merge by one", took / work, FASTEST, ratio))
     return found
+
+
+def known_findings(known: Known, what: str) -> list[Finding]:
+    """What the simulation starts from."""
+    return [
+        Finding(f"{what}, one process: {name}", show(value), value)
+        for name, value, show in (
+            ("computing", known.compute, rate),
+            ("copying", known.copy, rate),
+            ("reading again", known.read, rate),
+            ("start-up", known.startup, seconds),
+            ("--finish without reading", known.finish, seconds),
+        )
+    ]
+
+
+def compared(name: str, foreseen: float, measured: float, limit: str = "") -> list[Finding]:
+    """What was foreseen next to what was measured."""
+    return [
+        Finding(f"{name}: simulated", seconds(foreseen), foreseen, note=f"limited by {limit}" if limit else ""),
+        Finding(f"{name}: measured", seconds(measured), measured),
+        at_most(f"{name}: off by", max(foreseen, measured) / min(foreseen, measured), TOLERANCE, ratio),
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

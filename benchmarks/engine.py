@@ -18,7 +18,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -208,8 +208,8 @@ class Bench:
                 seen = partial(look, each.name) if look and turn == 0 else None
                 one = self.once(each, self.model, weights, seen)
                 runs[each.name].append(one)
-                speed = rate(one["bytes"] / one["work"])
-                say(f"  {row}, turn {turn + 1}: {each.name} {one['wall']:.2f} s, {speed}, CPU {one['processor']:.1f} s")
+                speed = f"{rate(one['bytes'] / one['work'])}, " if one["bytes"] else ""
+                say(f"  {row}, turn {turn + 1}: {each.name} {one['wall']:.2f} s, {speed}CPU {one['processor']:.1f} s")
         return runs
 
     def once(
@@ -223,7 +223,7 @@ class Bench:
         finally:
             shutil.rmtree(self.out, ignore_errors=True)
         os.sync()
-        return {**plain(contender, runs), "bytes": weights * contender.outputs}
+        return {**plain(contender, runs), "bytes": weights * (contender.outputs or 1)}
 
     def row_merge(self) -> dict[str, Any]:
         self.provide_shape(self.shape)
@@ -290,9 +290,7 @@ class Bench:
             contenders += [altered(f"{device}, blocks of {n >> 10} KiB", device, f"--block={n}") for n in BLOCKS]
 
         def look(name: str) -> None:
-            record = json.loads((self.out / "1/loratool.json").read_text())["files"]
-            found = "".join(record[file]["root"] for file in sorted(record) if file.endswith(".safetensors"))
-            roots[name] = hashlib.sha256(found.encode()).hexdigest()[:16]
+            roots[name] = root_of(self.out / "1")
             if not judged:
                 judged.update(apart(exact, self.model / "base", self.model / "adapter", self.out / "1", SAMPLED))
 
@@ -336,6 +334,13 @@ class Bench:
         limit = f"--max-memory={EXPERT_MEMORY:.0f}"
         contenders = [merge_by("merge cpu", "cpu"), merge_by(f"merge cpu, {limit}", "cpu", limit)]
         return self.measured("experts", "experts", EXPERT_BYTES, contenders, turns=1)
+
+
+def root_of(model: Path) -> str:
+    """One digest of all weight files of a model, from those in its record."""
+    record = json.loads((model / "loratool.json").read_text())["files"]
+    found = "".join(record[file]["root"] for file in sorted(record) if file.endswith(".safetensors"))
+    return hashlib.sha256(found.encode()).hexdigest()[:16]
 
 
 def plain(contender: Contender, runs: Sequence[Run]) -> dict[str, Any]:
@@ -408,10 +413,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def check_space(bench: Bench, rows: Sequence[str], folder: Path) -> None:
+def check_space(needs: Mapping[str, int], folder: Path) -> None:
+    """End this where a row needs more bytes than are free."""
     free = shutil.disk_usage(folder).free
-    needs = {row: NEEDS[row](bench) + SPARE for row in rows}
-    if large := {row: size for row, size in needs.items() if size > free}:
+    if large := {row: size + SPARE for row, size in needs.items() if size + SPARE > free}:
         told = ", ".join(f"{row} needs {size / 1e9:.1f} GB" for row, size in large.items())
         raise SystemExit(f"{free / 1e9:.1f} GB are free: {told}; choose other --rows, --shape or --folder")
 
@@ -432,22 +437,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
             int(options.large_size),
             filesystem(folder) == "tmpfs",
         )
-        check_space(bench, options.rows, folder)
-        facts = describe(folder, load)
-        findings: list[Finding] = []
-        for row in sorted(options.rows, key=list(NEEDS).index):
-            try:
-                bench.rows[row] = getattr(bench, f"row_{row}")()
-            except CannotMeasureError as reason:
-                bench.rows[row] = {"skipped": str(reason)}
-                say(f"{row}: left out: {reason}")
-            except SystemExit as failure:
-                bench.rows[row] = {"skipped": FAILED}
-                say(f"{row}: {failure}")
-            findings = Measured(bench.rows, bench.startup, cores(), bool(gpus())).findings()
-            facts["memory"] = memory()  # some machines' memory grows as it is used
-            more = {"turns": options.turns, "startup": bench.startup, "rows": bench.rows}
-            write_result(options.json, facts, findings, **more)
+        check_space({row: NEEDS[row](bench) for row in options.rows}, folder)
+        rows = sorted(options.rows, key=list(NEEDS).index)
+
+        def judge() -> list[Finding]:
+            return Measured(bench.rows, bench.startup, cores(), bool(gpus())).findings()
+
+        measure_rows(bench, rows, describe(folder, load), judge, options.json)
+
+
+def measure_rows(
+    bench: Bench, rows: Sequence[str], facts: dict[str, str], judge: Callable[[], list[Finding]], path: Path | None
+) -> None:
+    """Measure rows of a bench, write the result after each, and print what was found. One that fails costs only itself."""
+    findings: list[Finding] = []
+    for row in rows:
+        try:
+            bench.rows[row] = getattr(bench, f"row_{row}")()
+        except CannotMeasureError as reason:
+            bench.rows[row] = {"skipped": str(reason)}
+            say(f"{row}: left out: {reason}")
+        except SystemExit as failure:
+            bench.rows[row] = {"skipped": FAILED}
+            say(f"{row}: {failure}")
+        findings = judge()
+        facts["memory"] = memory()  # some machines' memory grows as it is used
+        write_result(path, facts, findings, turns=bench.turns, startup=bench.startup, rows=bench.rows)
     print("\n\n".join([aligned(list(facts.items())), finding_table(findings)]))
     if any(row.get("skipped") == FAILED for row in bench.rows.values()):
         sys.exit(1)

@@ -30,6 +30,8 @@ TITLES = {
     "dialects": "Other dialects",
     "inference": "One layer at inference",
     "people": "Many adapters, and pages",
+    "distributed": "Many processes, simulated and measured",
+    "several_gpus": "Several GPUs",
 }
 WITHOUT = re.compile(  # what is not measured: code, links' targets, names (bf16, 16-bit, Llama-3.2-1B), requirements
     r"```.*?```|`[^`\n]*`|\]\([^)]*\)|<!--.*?-->|\b[A-Za-z][\w.-]*\d[\w.-]*|Python \d+\.\d+|Apache \d\.\d|\b\d+-bit\b",
@@ -110,10 +112,8 @@ def section(result: Result) -> Iterator[str]:
             "Where the time of the merges went, for each the run with the median wall time: seconds of processor time / "
             "seconds by the clock of all threads together."
         )
-        stages = dict.fromkeys(stage for profile in profiles.values() for stage in profile)
-        yield table(
-            ("stage", *profiles), [(stage, *(spent(p.get(stage)) for p in profiles.values())) for stage in stages]
-        )
+        for at in range(0, len(profiles), COLUMNS):
+            yield profile_table(dict([*profiles.items()][at : at + COLUMNS]))
     if left_out := [f"`{name}`: {row['skipped']}" for name, row in result.get("rows", {}).items() if "skipped" in row]:
         yield f"Not measured on this machine: {'; '.join(left_out)}."
 
@@ -130,13 +130,21 @@ def run_rows(result: Result) -> Iterator[tuple[str, ...]]:
                 contender,
                 f"{middle(runs, 'wall'):.2f} s",
                 f"{middle(runs, 'startup'):.2f} s" if middle(runs, "startup") else "",
-                rate(speed(runs)),
+                rate(speed(runs)) if runs[0]["bytes"] else "",
                 f"{middle(runs, 'processor'):.2f} s",
                 megabytes(peak) if (peak := max(one["peak_memory"] for one in runs)) else "",
             )
 
 
-PROFILED = ("merge", "layer", "single", "large")  # rows whose stages are shown
+PROFILED = ("merge", "layer", "single", "large", "dequantize", "parts")  # rows whose stages are shown
+COLUMNS = 4  # merges in one table of stages
+
+
+def profile_table(profiles: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """A column for each merge."""
+    stages = dict.fromkeys(stage for profile in profiles.values() for stage in profile)
+    rows = [(stage, *(spent(profile.get(stage)) for profile in profiles.values())) for stage in stages]
+    return table(("stage", *profiles), rows)
 
 
 def profiles_of(result: Result) -> dict[str, Mapping[str, Mapping[str, float]]]:

@@ -3,12 +3,14 @@
 python benchmarks/programs.py peft-merge BASE ADAPTER OUT [DEVICE]
 python benchmarks/programs.py peft-combine CONFIG.json OUT RANK full|reduced ADAPTER...
 python benchmarks/programs.py altered [--float32] [--block BYTES] merge BASE ADAPTER -o OUT ...
+python benchmarks/programs.py in-parts DEVICE,DEVICE... merge BASE ADAPTER -o OUT ...
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -79,6 +81,36 @@ def altered(*words: str) -> None:
     main()
 
 
+def in_parts(devices: str, *command: str) -> None:
+    """A merge by one process for each device, all at the same time, and `--finish` after them.
+
+    Prints a report whose seconds are those of the worker that took longest, each without its start-up.
+    """
+    names = devices.split(",")
+    words = [sys.executable, "-m", "loratool", *command, "--json", "-q"]
+    shares = [[*words, "--device", name, "--part", f"{number}/{len(names)}"] for number, name in enumerate(names, 1)]
+    workers = [json.loads(said)["cost"] for said in at_once(shares)]
+    (last,) = (json.loads(said)["cost"] for said in at_once([[*words, "--finish"]]))
+    seconds = max(each["seconds"] - each["startup_seconds"] for each in workers)
+    memory = sum(each["peak_memory"] for each in workers)
+    cost = {"seconds": seconds, "startup_seconds": 0.0, "finish_seconds": last["seconds"], "peak_memory": memory}
+    print(json.dumps({"cost": cost}))
+
+
+def at_once(commands: Sequence[Sequence[str]]) -> list[str]:
+    """What some processes print that run at the same time; none is left when one fails."""
+    running = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for words in commands]
+    try:
+        said = [each.communicate()[0] for each in running]
+    finally:
+        for each in running:
+            each.kill()
+            each.wait()
+    if any(each.returncode for each in running):
+        raise SystemExit("one of several processes failed")
+    return said
+
+
 def merge_in_float32(
     self: ExactSum,
     before: Tensor,
@@ -128,6 +160,7 @@ def main(words: Sequence[str]) -> None:
         "peft-merge": peft_merge,
         "peft-combine": peft_combine,
         "altered": altered,
+        "in-parts": in_parts,
     }
     if not words or words[0] not in programs:
         sys.exit(__doc__)

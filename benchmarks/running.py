@@ -58,7 +58,7 @@ class Contender:
 
     name: str
     commands: Callable[[Path, Path], list[list[str]]]  # (folder of the model, folder for outputs) → words of each
-    outputs: int = 1
+    outputs: int = 1  # models that it makes; 0 where what it makes is no model
     program: str = ""  # contenders of the same one start alike; "" where starting costs nothing
     tree: Path = REPOSITORY  # source of the loratool that runs
 
@@ -113,15 +113,17 @@ def contend(contender: Contender, model: Path, out: Path, weights: int) -> list[
     runs = [loratool_run(words, contender.tree) for words in contender.commands(model, out)]
     found = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
     expected = contender.outputs * weights
-    if abs(found - expected) > 1_000_000 * contender.outputs:  # headers, and PEFT may cut other files
+    if (
+        contender.outputs and abs(found - expected) > 1_000_000 * contender.outputs
+    ):  # headers, and PEFT may cut other files
         raise SystemExit(f"{contender.name} left {found} bytes of weights where {expected} were expected")
     return runs
 
 
-def set_cache(model: Path, warm: bool) -> None:
-    """Read the inputs once, or have the kernel forget them."""
+def set_cache(model: Path, warm: bool, files: str = "*/*.safetensors") -> None:
+    """Read the inputs, or those files of the model's folder, once, or have the kernel forget them."""
     buffer = bytearray(4 << 20)
-    for path in sorted(model.glob("*/*.safetensors")):
+    for path in sorted(model.glob(files)):
         with open(path, "rb", buffering=0) as stream:
             if warm:
                 while stream.readinto(buffer):

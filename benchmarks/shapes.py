@@ -222,6 +222,15 @@ def make_adapter(
     write_json(folder / "adapter_config.json", config)
 
 
+def make_saved_norm(shape: Shape, folder: Path) -> None:
+    """An adapter that has saved a norm whole and changes nothing else, so that a merge copies every byte."""
+    folder.mkdir(parents=True)
+    with open(folder / "adapter_model.safetensors", "wb", buffering=0) as stream:
+        write_header(stream, [("base_model.model.model.norm.weight", "BF16", (shape.hidden,))])
+        write_all(stream, np.full(shape.hidden, 0x3FC0, np.uint16).data.cast("B"))  # 1.5
+    write_json(folder / "adapter_config.json", {**adapter_config([]), "modules_to_save": ["norm"]})
+
+
 def write_adapter(folder: Path, tensors: Sequence[Tensor], targets: Sequence[str], seed: int = 1) -> None:
     folder.mkdir(parents=True)
     generator = np.random.default_rng(seed)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import numpy
 import pytest
 from paths import ROOT
+from small_benchmarks import SMALL, run_here
 
 from loratool import cli
 
@@ -24,38 +23,14 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import accuracy
 import engine
 import figures
-import machine
 import programs
 import running
 import shapes
 
-SMALL = shapes.Shape("tiny", 64, 160, 2, 4, 2, 128, tied=False, shard_bytes=100_000)
-
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Loratool's commands run here, others as processes; nobody waits for the disk."""
-
-    def run(words: Sequence[str], tree: Path = ROOT) -> running.Run:
-        if words[1:3] != ["-m", "loratool"]:
-            return running.run(words, tree)[0]
-        capsys.readouterr()
-        assert cli.run(list(words[3:])) == 0
-        return running.Run(2.0, 0.5, 1.0, 10**8, json.loads(capsys.readouterr().out))
-
-    def here(function: Callable[..., Any], *words: Any, **named: Any) -> Any:
-        return function(*words, **named)
-
-    monkeypatch.setattr(running, "loratool_run", run)
-    monkeypatch.setattr(engine, "apart", here)
-    monkeypatch.setattr(engine, "TINY", SMALL)
-    monkeypatch.setattr(engine, "SHAPES", {**shapes.SHAPES, "tiny": SMALL})
-    monkeypatch.setattr(engine, "SAMPLED", 500)
-    monkeypatch.setattr(engine, "BLOCKS", ())
-    monkeypatch.setattr(engine, "WORKERS", (1, 3))
-    monkeypatch.setattr(engine, "gpus", list)
-    monkeypatch.setattr(machine, "TORCH", "print('torch')")
-    monkeypatch.setattr(os, "sync", lambda: None)
+    run_here(monkeypatch, capsys)
 
 
 @pytest.mark.usefixtures("in_this_process")
