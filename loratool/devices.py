@@ -32,6 +32,7 @@ class Runtime:
     devices: tuple[str, ...]
     seconds: float  # that the import and the devices took
     watch: stopwatch.Stopwatch  # of the thread that did it
+    has_torch: bool = True
 
 
 def start_torch(device: str) -> Future[Runtime]:
@@ -56,11 +57,11 @@ def start_torch(device: str) -> Future[Runtime]:
 
 
 def without_torch() -> Future[Runtime]:
-    """What copies need: the CPU, and no torch."""
+    """The CPU, and no torch: for copies, and for what numpy can compute."""
     from concurrent.futures import Future
 
     future: Future[Runtime] = Future()
-    future.set_result(Runtime(("cpu",), 0.0, stopwatch.Stopwatch("torch")))
+    future.set_result(Runtime(("cpu",), 0.0, stopwatch.Stopwatch("torch"), has_torch=False))
     return future
 
 
@@ -91,6 +92,11 @@ def check_device(device: str, several: bool = True) -> None:
         raise UsageError(f"--device must be auto, cpu, cuda or cuda:N{more} (got {printable(repr(device))})")
     if twice := [name for name in numbered if numbered.count(name) > 1]:
         raise UsageError(f"--device names {twice[0]} more than once")
+
+
+def means_cpu(device: str) -> bool:
+    """Whether `device` is the CPU for sure, told without torch."""
+    return device == "cpu" or (device == "auto" and process.has_no_gpu())
 
 
 def find_devices(device: str) -> tuple[str, ...]:

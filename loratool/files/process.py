@@ -21,6 +21,7 @@ from loratool.files import system
 resource = system.optional("resource")
 
 STATUS = Path("/proc/self")  # where the kernel tells what it knows of this process
+GPUS = ("/dev/nvidiactl", "/dev/nvhost-ctrl", "/dev/kfd", "/dev/dxg")  # of drivers, where there is one
 # ru_maxrss is in KiB, but on kernels that count bytes; those have a clock of this name
 MAXRSS_UNIT = 1 if hasattr(time, "CLOCK_UPTIME_RAW") else 1024  # bytes
 
@@ -59,6 +60,11 @@ def peak_memory() -> int:
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def has_no_gpu() -> bool:
+    """Whether this machine has no GPU that torch could use, for sure: False where the system does not tell."""
+    return sys.platform == "darwin" or (sys.platform == "linux" and not any(map(os.path.exists, GPUS)))
 
 
 def host_name() -> str:

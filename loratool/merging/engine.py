@@ -50,6 +50,7 @@ from loratool.merging.tasks import (
     ranges_of,
     tasks_on,
 )
+from loratool.merging.without_torch import NumpyWorker
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -135,7 +136,7 @@ class Engine:
         with self.choosing:
             if self.chosen is None:
                 devices = self.runtime.result().devices
-                if not all(span.carried for span in self.spans):
+                if self.runtime.result().has_torch:
                     self.precision.enter_context(exact_arithmetic())
                 if not all(map(sums_products, self.spans)):
                     load_linear_algebra(devices)
@@ -234,18 +235,19 @@ class Engine:
 
     def work(self, number: int) -> None:
         """A worker's life: take the next tasks until there are none."""
-        worker: Worker | None = None
+        worker: Worker | NumpyWorker | None = None
         self.watches.append(stopwatch.begin(f"worker {number}"))
         while not self.stopped and (tasks := self.take(number)) is not None:
             lap("wait")
             if computed := [task for task in tasks if isinstance(task, Compute)]:
                 if worker is None:
-                    worker = Worker.of(self.spans, self.resources(), number)
+                    worker = self.worker(number)
                     lap("start-up")
                 self.compute_all(worker, computed)
             for task in tasks:
                 if isinstance(task, Repack):
-                    worker = worker or Worker.of(self.spans, self.resources(), number)
+                    worker = worker or self.worker(number)
+                    assert isinstance(worker, Worker)
                     with task.output.job.guarded():
                         self.repack(worker, task)
             digests: list[str] = []
@@ -254,6 +256,12 @@ class Engine:
                     with task.output.job.guarded():
                         self.copy(task, digests)
         lap("wait")
+
+    def worker(self, number: int) -> Worker | NumpyWorker:
+        """The buffers of a thread."""
+        if self.runtime.result().has_torch:
+            return Worker.of(self.spans, self.resources(), number)
+        return NumpyWorker(self.spans, self.resources(), number)
 
     def copy(self, task: Copy, digests: list[str]) -> None:
         """Carry a run of chunks over as they are. `digests` has those of its chunks, or is empty and takes them."""
@@ -289,7 +297,7 @@ class Engine:
             digests.append(state.hexdigest())
             output.note_copy(chunk, digests[-1])
 
-    def compute_all(self, worker: Worker, tasks: Sequence[Compute]) -> None:
+    def compute_all(self, worker: Worker | NumpyWorker, tasks: Sequence[Compute]) -> None:
         """Make the same chunk for several outputs; rows are read for the largest block, and serve the smaller ones."""
         steps = [rows_of_block(task.chunk.span, self.resources().block) for task in tasks]
         fixed = [step for task, step in zip(tasks, steps, strict=True) if not sums_products(task.chunk.span)]
@@ -304,7 +312,7 @@ class Engine:
                 if not more:
                     making.remove((task, rows))
 
-    def compute(self, worker: Worker, task: Compute, step: int, window: int) -> Iterator[bool]:
+    def compute(self, worker: Worker | NumpyWorker, task: Compute, step: int, window: int) -> Iterator[bool]:
         """Make the rows of a chunk in blocks of `step` rows; each True stands for the next `window` rows."""
         output, chunk, span = task.output, task.chunk, task.chunk.span
         row, at, state = span.placed.nbytes // span.rows, output.place(chunk), new_state()

@@ -13,7 +13,13 @@ from loratool.merging.plan import MergePlan
 from loratool.notes import Note
 from loratool.templates import listed
 
+SAMPLED = 1 << 18  # elements of a weight whose rounding is looked at: gains are right to 0.01 and better
 LEAST_GAIN = 0.9  # less than this of an update is worth a warning
+
+
+def rows_apart(rows: int, width: int) -> int:
+    """Of so many rows of a weight one is looked at."""
+    return max(1, rows * width // SAMPLED)
 
 
 def measure_kept(

@@ -23,7 +23,7 @@ from loratool.files.stopwatch import lap
 from loratool.lazy import torch
 from loratool.merging.compensating import compensate
 from loratool.merging.exact_rows import ExactSum, Scratch, Seen, convert, largest_of
-from loratool.merging.gain import measure_kept
+from loratool.merging.gain import measure_kept, rows_apart
 from loratool.merging.output_layout import Span
 from loratool.merging.parts import Part, Place
 from loratool.merging.resources import sums_products
@@ -33,7 +33,6 @@ from loratool.merging.totals import Effect
 
 LOOKED_AT = 1 << 19  # elements in which the effect of an update is looked for at a time
 LOOKED_AT_FIRST = 1 << 14  # elements in which it is looked for at first; most show it there
-SAMPLED = 1 << 18  # elements of a weight whose rounding is looked at: gains are right to 0.01 and better
 AT_RANDOM = 1 << 18  # elements that are rounded at random at a time
 READ_AT_ONCE = 16 << 20  # bytes of a weight that is looked at before it is edited
 
@@ -171,7 +170,7 @@ class LoadedEdits:
     @property
     def every(self) -> int:
         """Of so many rows one is looked at for what rounding leaves of the update."""
-        return max(1, self.rows * self.width // SAMPLED)
+        return rows_apart(self.rows, self.width)
 
     def sampled(self, first: int, count: int) -> range:
         """The numbers of such rows among `count` of them from row `first` on."""

@@ -94,6 +94,11 @@ class MergeOptions(PlanOptions, RunOptions, OverwriteOption):
         recorded=False,
     )
 
+    @property
+    def is_simple(self) -> bool:
+        """Whether sums are rounded to the nearest, in any amount of memory."""
+        return self.rounding == "nearest" and self.max_memory is None
+
 
 def merge(
     base: PathLike,
@@ -107,7 +112,7 @@ def merge(
     try:
         prepared = prepare(base, adapters, out, options)
         lap("plan")
-        runtime = runtime_for(prepared[0].spans, options.device)
+        runtime = runtime_for(prepared[0].spans, options.device, options.is_simple)
         (report,) = make_all([making(prepared, out, options, runtime, started)], options, runtime, progress, watch)
     finally:
         stopwatch.end()

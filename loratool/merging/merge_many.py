@@ -86,7 +86,9 @@ def merge_many(
         check_space(ready, errors)
         ready = [each for each in ready if each.wanted.key not in errors]
         lap("plan")
-        runtime = runtime_for((span for each in ready for span in each.plan.spans), options.device)
+        spans = [span for each in ready for span in each.plan.spans]
+        simple = all(each.wanted.options.is_simple for each in ready)
+        runtime = runtime_for(spans, options.device, simple)
         makings = [
             making((each.plan, each.target, each.paths), each.wanted.out, each.wanted.options, runtime, started)
             for each in ready

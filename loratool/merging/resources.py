@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 from loratool.adapters.adapter import stored_tensors
 from loratool.algebra.updates.replacing import Replace
 from loratool.bases.packed import Packed
-from loratool.devices import RUNTIME_MEMORY, Runtime, kind_of, start_torch, without_torch
+from loratool.devices import RUNTIME_MEMORY, Runtime, kind_of, means_cpu, start_torch, without_torch
 from loratool.errors import UsageError
 from loratool.files.process import cores
 from loratool.files.sink import COPY_PIECE, PAGE
 from loratool.files.stand_ins import stand_in
+from loratool.merging.numpy_sums import suits
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 CPU_BLOCK = 3 << 20  # bytes of weight: near a core's cache
 FEW_WORKERS = 4  # more of them take
+FEW_ELEMENTS = 1 << 28  # which numpy has computed by the time that torch is imported
 LARGE_BLOCK = 8 << 20  # bytes, so that they wait less for the interpreter's lock
 # bytes of weight: hides the latency of a transfer. Pinned memory comes in powers of two, and a block has pages around it
 CUDA_BLOCK = (16 << 20) - 2 * PAGE
@@ -59,9 +61,19 @@ class Resources:
         return kind_of(self.devices)
 
 
-def runtime_for(spans: Iterable[Span], device: str) -> Future[Runtime]:
-    """Torch on its way in the background, and not at all where every span is a copy."""
-    return without_torch() if all(span.carried for span in spans) else start_torch(device)
+def runtime_for(spans: Iterable[Span], device: str, simple: bool = False) -> Future[Runtime]:
+    """Torch on its way in the background, and not at all where every span is a copy or numpy computes it.
+
+    `simple` tells whether sums are rounded to the nearest, in any amount of memory.
+    """
+    computed = [span for span in spans if not span.carried]
+    return without_torch() if not computed or (simple and by_numpy(computed, device)) else start_torch(device)
+
+
+def by_numpy(spans: Sequence[Span], device: str) -> bool:
+    """Whether numpy computes some spans: it can, and is not slower by what its threads wait for each other."""
+    few = most_workers() <= FEW_WORKERS or sum(span.placed.elements for span in spans) <= FEW_ELEMENTS
+    return few and means_cpu(device) and all(map(suits, spans))
 
 
 def choose_resources(

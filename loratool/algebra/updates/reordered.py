@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from loratool.algebra.updates.base import Product, Update, WeightRows, Wrapped
-from loratool.lazy import Tensor, torch
+from loratool.lazy import NDArray, Tensor, numpy, torch
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,16 @@ class RowOrder:
         """Whether so many rows can be ordered so."""
         return self.groups > 0 and rows % (self.groups * (sum(self.parts) or 2)) == 0
 
-    def of(self, rows: int) -> Tensor:
+    def numbers(self, rows: int) -> NDArray[numpy.int64]:
         """(rows,): for each stored row its number in the model."""
-        numbers = torch.arange(rows)
-        if not self.parts:
-            return numbers.view(self.groups, 2, -1).transpose(1, 2).reshape(-1)
-        split = torch.split(numbers.view(self.groups, sum(self.parts), -1), list(self.parts), dim=1)
-        return torch.cat([part.reshape(-1) for part in split])
+        numbers = numpy.arange(rows).reshape(self.groups, sum(self.parts) or 2, -1)
+        ends = [*accumulate(self.parts)][:-1]
+        split = numpy.split(numbers, ends, axis=1) if self.parts else [numbers.transpose(0, 2, 1)]
+        return numpy.concatenate([part.reshape(-1) for part in split])
+
+    def of(self, rows: int) -> Tensor:
+        """The same in torch."""
+        return torch.from_numpy(self.numbers(rows))
 
     def back(self, rows: int) -> Tensor:
         """(rows,): for each row of the model its number as it is stored."""

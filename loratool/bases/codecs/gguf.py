@@ -79,6 +79,12 @@ class Repacked(WithoutParameters):
         return unpacked(packed, self.kind, self.line)
 
 
+def type_of(weight: StoredWeight) -> str:
+    """The type of llama.cpp's in whose blocks a weight lies, row after row; empty for any other weight."""
+    read = weight.source if isinstance(weight, Repacked) else weight
+    return read.kind if isinstance(read, Blocks) else ""
+
+
 def blocks_of(tensor: Plain) -> Packed:
     """The weight that a tensor of a GGUF file holds."""
     info = tensor.info

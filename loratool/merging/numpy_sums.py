@@ -1,0 +1,350 @@
+"""W + scale · up @ down rounded once to bfloat16, by numpy: importing torch takes longer than most of these sums.
+
+The rule is that of `exact_rows`: a sum in float32 has a bound of its error, both ends of the interval are rounded, and
+where they differ an element is decided in float64 and then in error-free sums. What is rare is left to torch: weights
+that are not finite or out of range, and results near the smallest numbers. The bytes are the same.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from loratool.adapters.adapter import StoredTensor
+from loratool.algebra.rounding import FEW, Accumulator, has_exact_products, sums_of_few, two_sum
+from loratool.algebra.updates.additive import LowRank
+from loratool.algebra.updates.reordered import Reordered, RowOrder
+from loratool.bases.codecs.gguf import type_of
+from loratool.bases.codecs.gguf_blocks import DECODERS, decode_into
+from loratool.bases.weights import Plain
+from loratool.files.stopwatch import lap
+from loratool.lazy import NDArray, numpy
+from loratool.merging.parts import ALL, GENEROUS, ROUNDOFF, TINIEST
+
+if TYPE_CHECKING:
+    from loratool.bases.edits import Edit
+    from loratool.bases.weights import StoredWeight
+    from loratool.merging.output_layout import Span
+
+TILE = 1 << 17  # elements that are computed at a time: of fewer, the calls take longer than the arithmetic
+MANY = 16  # where more than one of so many elements is undecided, torch finds out why
+ALONE = 1 << 18  # multiplications of a product that OpenBLAS does on the calling thread: more threads are there already
+WORKABLE = 2.0**-60, 2.0**60  # sizes of factors and scales that float32 computes with
+LARGEST = 2.0**120  # of weights, so that no sum is near the largest number
+SMALLEST = 2.0**-120  # of results: bfloat16 has fewer digits from 2^-126 on
+PLAIN = ("BF16", "F16", "F32")
+HALF = 0x8000  # of the last bit of a bfloat16, in the bits of a float32
+LAST = 1 << 45  # the last bit of a bfloat16, in the bits of a float64
+
+
+def suits(span: Span) -> bool:
+    """Whether a span is a weight and its edit of the most common kind, which goes to the output in bfloat16."""
+    if len(span.edits) != 1 or span.packed or span.placed.dtype != "BF16" or not kind_of(span.weight):
+        return False
+    (edit,) = span.edits
+    update = update_of(edit)
+    if update is None or edit.shared or edit.columns != ALL or len(span.shape) != 2:
+        return False
+    up: object = update.up  # tensors are annotated, and files are planned with
+    down: object = update.down
+    if not isinstance(up, StoredTensor) or not isinstance(down, StoredTensor):
+        return False
+    whole = (edit.first_row, edit.update_row, edit.rows) == (0, 0, span.rows)
+    fits = (up.shape, down.shape) == ((span.rows, update.rank), (update.rank, span.width))
+    return up.info.dtype in PLAIN and down.info.dtype in PLAIN and whole and fits
+
+
+def kind_of(weight: StoredWeight) -> str:
+    """How the rows of a weight are stored, for `decode`; empty where numpy does not read them."""
+    kind = weight.info.dtype if isinstance(weight, Plain) else type_of(weight)
+    return kind if kind in PLAIN or kind in DECODERS else ""
+
+
+def update_of(edit: Edit) -> LowRank | None:
+    """The product that an edit adds, whose rows may be stored in another order; None for any other edit."""
+    update = edit.update
+    if isinstance(update, Reordered) and not update.start and update.shape[0] == update.inner.shape[0] == edit.rows:
+        update = update.inner
+    return update if isinstance(update, LowRank) else None
+
+
+def order_of(edit: Edit) -> RowOrder | None:
+    """The order in which the rows of an edit are stored."""
+    return edit.update.order if isinstance(edit.update, Reordered) else None
+
+
+@dataclass(frozen=True)
+class Added:
+    """scale · up @ down, with what bounds the error of computing it."""
+
+    up: NDArray[Any]  # (rows, rank) of float32
+    down: NDArray[Any]  # (rank, width) of float32
+    scale: float
+
+    @classmethod
+    def by(cls, edit: Edit) -> Added:
+        """What an edit adds."""
+        update, order = update_of(edit), order_of(edit)
+        assert update is not None
+        up: Any = update.up
+        down: Any = update.down
+        rows = values_of(up)
+        rows = rows if order is None else rows[order.numbers(len(rows))]
+        return cls(rows, values_of(down), update.scale * edit.strength)
+
+    @cached_property
+    def is_workable(self) -> bool:
+        """Whether float32 computes with its numbers."""
+        sizes = [abs(self.scale), *(float(numpy.abs(each).max(initial=0)) for each in (self.up, self.down))]
+        return self.scale != 0 and all(size == 0 or WORKABLE[0] < size < WORKABLE[1] for size in sizes)
+
+    @cached_property
+    def norm(self) -> float:
+        """‖ΔW‖, by products of r × r."""
+        up, down = self.up.astype(numpy.float64), self.down.astype(numpy.float64)
+        squared = float(((up.T @ up) * (down @ down.T)).sum())
+        return abs(self.scale) * math.sqrt(max(squared, 0.0))
+
+    @cached_property
+    def cut(self) -> NDArray[Any]:
+        """(parts, rank + 1, columns): scale · down with a row of ones, by which a constant is added, in parts of columns."""
+        rank, width = self.down.shape
+        columns = max(32, ALONE // ((rank + 1) * rows_of_tile(width)))
+        columns = math.gcd(width, 1 << columns.bit_length() - 1)
+        step = columns if columns >= 16 else width  # an odd one stays whole
+        scaled = numpy.ones((rank + 1, width), numpy.float32)
+        numpy.multiply(self.down, self.scale, out=scaled[:rank], casting="same_kind")
+        parts: NDArray[Any] = numpy.ascontiguousarray(scaled.reshape(rank + 1, -1, step).transpose(1, 0, 2))
+        return parts
+
+    @cached_property
+    def turned(self) -> NDArray[Any]:
+        """(width, rank): the columns of `down` as rows."""
+        return numpy.ascontiguousarray(self.down.T)
+
+    @cached_property
+    def lengths(self) -> NDArray[Any]:
+        """(rows,) of float64: no element of a row of ΔW is larger, nor any sum of the sizes of what it is the sum of."""
+        rows, columns = (
+            numpy.linalg.norm(f.astype(numpy.float64), axis=axis) for axis, f in ((1, self.up), (0, self.down))
+        )
+        found: NDArray[Any] = rows * (float(columns.max(initial=0)) * abs(self.scale) * GENEROUS)
+        return found
+
+    @cached_property
+    def margins(self) -> NDArray[Any]:
+        """(rows,) of float64: how far a computed element of ΔW may be from the exact value."""
+        terms = len(self.down) + 4  # roundings: of factors, products, sums, scaling, and a constant added
+        underflow = terms * TINIEST[4] * (1 + float(numpy.abs(self.up).max(initial=0)))
+        found: NDArray[Any] = self.lengths * (terms * ROUNDOFF[4]) + underflow
+        return found
+
+    def of_rows(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """(n, width) of float32: some rows of ΔW by their numbers."""
+        parts = numpy.matmul(self.up[rows], self.cut[:, :-1])
+        change: NDArray[Any] = parts.transpose(1, 0, 2).reshape(len(rows), -1)
+        return change
+
+    def elements(self, rows: NDArray[Any], columns: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """The factors of single elements, (count, rank) of float64 each."""
+        return self.up.take(rows, 0).astype(numpy.float64), self.turned.take(columns, 0).astype(numpy.float64)
+
+
+@dataclass
+class Measured:
+    """What was seen of some rows that were computed."""
+
+    weight: float = 0.0  # ‖W‖²
+    sampled: bool = False  # whether any of the rows was looked at for what rounding leaves of the update
+    kept: tuple[float, float] = 0.0, 0.0  # of those rows: ⟨W' − W, ΔW⟩ and ‖ΔW‖²
+    changed: bool = False  # whether any element is another one than W, where that was asked
+
+
+class Tiles:
+    """Memory for rows of one width, which are computed some at a time."""
+
+    def __init__(self, width: int) -> None:
+        self.width, self.rows = width, rows_of_tile(width)
+        shape = self.rows, width
+        self.weight, self.sums, self.low = (numpy.empty(shape, numpy.float32) for _ in range(3))
+        self.differ = numpy.empty(self.rows * width, numpy.bool_)
+
+    def merge(
+        self, added: Added, kind: str, raw: NDArray[Any], first: int, after: NDArray[Any], every: int, look: bool
+    ) -> Measured | None:
+        """Put W + ΔW of some rows into `after`; None where torch has to do it.
+
+        Args:
+            added: ΔW.
+            kind: how W is stored.
+            raw: (bytes,) of uint8: the rows of W from `first` on.
+            first: the first row.
+            after: (n, width) of uint16, for the bits of the result.
+            every: of so many rows one is looked at for what rounding leaves of the update.
+            look: whether it is asked if any element changes.
+        """
+        seen, each = Measured(), len(raw) // len(after)
+        odd: list[tuple[NDArray[Any], NDArray[Any]]] = []  # places of undecided elements, and W there
+        sampled: list[tuple[int, NDArray[Any]]] = []
+        with numpy.errstate(all="ignore"):  # of what is not finite
+            for at in range(0, len(after), self.rows):
+                count = min(self.rows, len(after) - at)
+                weight = self.weight[:count]
+                decode(weight.reshape(-1), raw[at * each : (at + count) * each], kind)
+                lap("decode")
+                largest = max(float(weight.max()), -float(weight.min()))
+                if not largest < LARGEST:
+                    return None
+                seen.weight += float(numpy.vdot(weight, weight))
+                lap("measure")
+                self.sum(added, weight, first + at, largest)
+                places = self.rounded(after[at : at + count])
+                if len(places) * MANY > weight.size:
+                    return None
+                odd.append((places + at * self.width, weight.reshape(-1)[places]))
+                lap("product")
+                start = at + -(first + at) % every
+                sampled += [(row, weight[row - at].copy()) for row in range(start, at + count, every)]
+                if look and not seen.changed:
+                    differ = changed(weight.reshape(-1), after[at : at + count].reshape(-1))
+                    differ[places] = False  # of which nobody knows yet
+                    seen.changed = bool(differ.any())
+                    lap("look")
+            places, weights = (numpy.concatenate(some) for some in zip(*odd, strict=True))
+            if not self.settle(added, places, weights, first, after):
+                return None
+            seen.changed = seen.changed or (look and bool(changed(weights, after.reshape(-1)[places]).any()))
+            lap("settle")
+            seen.sampled, seen.kept = bool(sampled), kept_of(added, first, sampled, after)
+            lap("gain")
+        return seen
+
+    def sum(self, added: Added, weight: NDArray[Any], first: int, largest: float) -> None:
+        """Put the ends of the intervals around W + ΔW of some rows into `sums`, the upper ones, and `low`."""
+        count, (parts, lifted, _) = len(weight), added.cut.shape
+        sums, low = self.sums[:count], self.low[:count]
+        own = slice(first, first + count)
+        # the sum's rounding, and that of an end
+        margins = (added.margins[own] + (largest + added.lengths[own]) * (2 * ROUNDOFF[4])) * GENEROUS
+        column = margins.astype(numpy.float32)[:, None]
+        up = numpy.empty((count, lifted), numpy.float32)
+        up[:, :-1], up[:, -1:] = added.up[own], column
+        numpy.matmul(up, added.cut, out=sums.reshape(count, parts, -1).transpose(1, 0, 2))
+        numpy.add(sums, weight, out=sums)
+        numpy.subtract(sums, 2 * column, out=low)
+
+    def rounded(self, after: NDArray[Any]) -> NDArray[Any]:
+        """Put lower ends as they are rounded into `after`; the flat places at which the upper ones are rounded otherwise.
+
+        A tie goes away from zero: it is an end, beyond which the exact value is.
+        """
+        count = len(after)
+        high, low = (each[:count].reshape(-1).view(numpy.uint32) for each in (self.sums, self.low))
+        numpy.add(high, HALF, out=high)
+        numpy.add(low, HALF, out=low)
+        numpy.bitwise_xor(high, low, out=high)
+        differ = numpy.greater(high, 0xFFFF, out=self.differ[: len(high)])
+        numpy.right_shift(low, 16, out=low)
+        numpy.copyto(after, low.reshape(after.shape), casting="unsafe")
+        return numpy.flatnonzero(differ)
+
+    def settle(
+        self, added: Added, places: NDArray[Any], weights: NDArray[Any], first: int, after: NDArray[Any]
+    ) -> bool:
+        """Put the results of undecided elements into `after`; whether all of them are known.
+
+        `places` are those in the flat rows, (count,), and `weights` their W.
+        """
+        rows, columns = numpy.divmod(places, self.width)
+        left, right = added.elements(rows + first, columns)
+        values = numpy.einsum("ij,ij->i", left, right) * added.scale + weights
+        reach = added.lengths[rows + first]
+        margins = (abs(weights) + abs(values) + reach) * ((len(added.down) + 8) * ROUNDOFF[8] * GENEROUS)
+        low, high = (rounded_once(each) for each in (values - margins, values + margins))
+        left_open = numpy.flatnonzero((low != high) | (abs(low) < SMALLEST))
+        if len(left_open):
+            low[left_open] = exactly(weights[left_open], left[left_open], right[left_open], added.scale)
+            if not ((abs(low) >= SMALLEST) | (low == 0)).all():
+                return False
+        after.reshape(-1)[places] = low.astype(numpy.float32).view(numpy.uint32) >> 16
+        return True
+
+
+def rows_of_tile(width: int) -> int:
+    return max(1, TILE // max(1, width))
+
+
+def decode(values: NDArray[Any], raw: NDArray[Any], kind: str) -> None:
+    """Put stored rows, (bytes,) of uint8, into (count,) of float32."""
+    if kind in DECODERS:
+        decode_into(values, raw, kind)
+    elif kind == "BF16":
+        bits = values.view(numpy.uint32)
+        bits[:] = raw.view(numpy.uint16)
+        numpy.left_shift(bits, 16, out=bits)
+    else:
+        values[:] = raw.view({"F16": numpy.float16, "F32": numpy.float32}[kind])
+
+
+def values_of(tensor: StoredTensor) -> NDArray[Any]:
+    """A factor in float32."""
+    raw = numpy.empty(tensor.info.nbytes, numpy.uint8)
+    tensor.read(0, raw.data)
+    values = numpy.empty(tensor.info.shape, numpy.float32)
+    decode(values.reshape(-1), raw, tensor.info.dtype)
+    return numpy.ascontiguousarray(values.T) if tensor.transposed else values
+
+
+def changed(weights: NDArray[Any], after: NDArray[Any]) -> NDArray[numpy.bool_]:
+    """Which results, (count,) of bits, are not those of W, (count,) of float32, rounded to the nearest, ties to even."""
+    bits = weights.view(numpy.uint32)
+    found: NDArray[numpy.bool_] = (bits + (HALF - 1) + (bits >> 16 & 1)) >> 16 != after
+    return found
+
+
+def kept_of(
+    added: Added, first: int, sampled: list[tuple[int, NDArray[Any]]], after: NDArray[Any]
+) -> tuple[float, float]:
+    """⟨W' − W, ΔW⟩ and ‖ΔW‖² of sampled rows, each with its number from `first` on and its W."""
+    if not sampled:
+        return 0.0, 0.0
+    rows = numpy.array([row for row, _ in sampled])
+    change = added.of_rows(rows + first)
+    applied = numpy.empty_like(change)
+    decode(applied.reshape(-1), after[rows].reshape(-1).view(numpy.uint8), "BF16")
+    applied -= numpy.stack([weight for _, weight in sampled])
+    applied *= change
+    product = float(applied.sum(1).sum(dtype=numpy.float64))
+    return product, float(numpy.vdot(change, change))
+
+
+def rounded_once(values: NDArray[Any]) -> NDArray[Any]:
+    """Float64 rounded to the digits of bfloat16, ties to even, whatever the exponent."""
+    bits = values.view(numpy.int64)
+    return ((bits + (LAST // 2 - 1) + (bits // LAST & 1)) & -LAST).view(numpy.float64)
+
+
+def exactly(weights: NDArray[Any], left: NDArray[Any], right: NDArray[Any], scale: float) -> NDArray[Any]:
+    """Single sums of exact arithmetic rounded once, which may be ties; a NaN for what is not known.
+
+    Args:
+        weights: (count,) of W.
+        left: (count, rank) of float64.
+        right: (count, rank) of float64.
+        scale: of the product.
+    """
+    start, term = weights.astype(numpy.float64), (left.T, right.T, scale)
+    if len(start) <= FEW and has_exact_products(term):
+        (near, rest), lost = sums_of_few(start, [term]), numpy.zeros_like(start)
+    else:
+        sums = Accumulator(start)
+        for one, other in zip(left.T, right.T, strict=True):
+            sums.add_products(one, other, scale)
+        (near, rest), lost = two_sum(sums.high, sums.low), sums.rest
+    tie = near.view(numpy.int64) & (LAST - 1) == LAST // 2
+    beyond = numpy.nextafter(near, numpy.copysign(numpy.inf, rest))
+    rounded = rounded_once(numpy.where(tie & (rest != 0), beyond, near))
+    zero = numpy.copysign(0.0, numpy.where(weights == 0, weights, 0.0))  # but where W is −0, an exact zero is +0
+    return numpy.where(lost == 0, numpy.where(near == 0, zero, rounded), numpy.nan)

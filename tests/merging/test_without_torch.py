@@ -1,0 +1,183 @@
+"""The most common edits are merged by numpy: exact values rounded once, and torch is not imported for them."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from exactly import exact_products, nearest_value, spelled
+from merged_models import CONFIG, Scene, rounded, scene, write_adapter, write_model
+from safetensors.torch import load_file
+
+import loratool
+from loratool.merging import numpy_sums, resources
+from loratool.merging.numpy_sums import Added, Tiles, decode
+
+ROWS, COLUMNS, RANK = 12, 32, 3
+ODD = "model.layers.0.self_attn.v_proj.weight"
+KINDS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+MERGE = """
+import sys, loratool
+report = loratool.merge(*sys.argv[1:3], sys.argv[3], device="cpu")
+print("torch" in sys.modules, report.gain)
+"""
+
+
+def numbers(*shape: int, seed: int, size: float = 1.0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * size
+
+
+def as_bits(values: torch.Tensor) -> np.ndarray:
+    found: np.ndarray = values.contiguous().view(torch.uint8).numpy().reshape(-1)
+    return found
+
+
+def merged(weight: torch.Tensor, kind: str, added: Added) -> torch.Tensor | None:
+    """W + ΔW in bfloat16, in blocks of some rows; None where numpy leaves it to torch."""
+    after, tiles = np.zeros(weight.shape, np.uint16), Tiles(weight.shape[1])
+    for first in range(0, len(weight), 5):
+        rows = weight[first : first + 5]
+        if tiles.merge(added, kind, as_bits(rows), first, after[first : first + 5], 2, look=True) is None:
+            return None
+    return torch.from_numpy(after.view(np.int16)).view(torch.bfloat16)
+
+
+@pytest.mark.parametrize("scale", [2.0, 0.3], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [0.01, 1e-7])
+def test_every_element_is_the_exact_sum_rounded_once(
+    kind: str, scale: float, size: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zeros, sums that cancel, ties, and what lies next to one are among them; a tile is two rows."""
+    monkeypatch.setattr(numpy_sums, "TILE", 2 * COLUMNS)
+    monkeypatch.setattr(numpy_sums, "MANY", 1)
+    up, down = numbers(ROWS, RANK, seed=1, size=size), numbers(RANK, COLUMNS, seed=2)
+    up[0], up[3:5], down[:, 0] = 0, torch.tensor([[2.0**-9, 2.0**-60, 0], [2.0**-9, -(2.0**-60), 0]]), 1
+    added = Added(up.numpy(), down.numpy(), scale)
+    weight = numbers(ROWS, COLUMNS, seed=3, size=0.02).to(KINDS[kind])
+    exact = [
+        [exact_products(up[row].tolist(), down[:, column].tolist(), scale) for column in range(COLUMNS)]
+        for row in range(ROWS)
+    ]
+    weight[0, :2] = torch.tensor([0.0, -0.0])
+    weight[3:5] = 1  # next to a tie by less than float64 keeps, where the scale is 2
+    for column in range(COLUMNS):
+        weight[5, column] = -float(exact[5][column])  # cancels but for what rounding took from it
+        weight[7, column] = float(Fraction(257, 256) - exact[7][column])  # next to a tie
+    got = merged(weight, kind, added)
+    assert got is not None
+    for row in range(ROWS):
+        for column in range(COLUMNS):
+            before = float(weight[row, column])
+            value = Fraction(before) + exact[row][column]
+            wanted = nearest_value(value, torch.bfloat16) if value else before if before == 0 else 0.0
+            assert spelled(float(got[row, column])) == spelled(wanted), (row, column)
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf, 3e38, 1e-39])
+def test_rare_weights_are_left_to_torch(odd: float) -> None:
+    weight = numbers(ROWS, COLUMNS, seed=3).bfloat16()
+    weight[4] = odd
+    added = Added(np.zeros((ROWS, RANK), np.float32), np.ones((RANK, COLUMNS), np.float32), 1.0)
+    assert merged(weight, "BF16", added) is None
+
+
+def test_bits_of_numbers_are_read_as_they_are() -> None:
+    for kind, dtype in KINDS.items():
+        values = torch.cat([numbers(500, seed=4), torch.tensor([0.0, -0.0, 1e-40, math.inf])]).to(dtype)
+        found = np.empty(len(values), np.float32)
+        decode(found, as_bits(values), kind)
+        assert np.array_equal(found.view(np.int32), values.float().numpy().view(np.int32))
+
+
+@pytest.fixture(scope="module")
+def of(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    return scene(tmp_path_factory.mktemp("scene"))
+
+
+def test_a_merge_takes_no_torch(of: Scene, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", MERGE, *map(str, (of.base, of.adapter, tmp_path / "merged"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert done[0] == "False"
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    wanted = of.merged()
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.equal(found[name].view(torch.int16), value.view(torch.int16)), name
+
+
+def both(base: Path, adapter: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[Any]:
+    """Reports of a merge as it is, and of one by torch."""
+    reports = [loratool.merge(base, adapter, out / "numpy", device="cpu", **options)]
+    monkeypatch.setattr(resources, "suits", lambda span: False)
+    return [*reports, loratool.merge(base, adapter, out / "torch", device="cpu", **options)]
+
+
+def test_both_ways_say_the_same_of_a_merge(of: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights of a layer whose update is zero do not change, in either report."""
+    one, other = both(of.base, of.adapter, tmp_path, monkeypatch)
+    assert one.digests == other.digests
+    assert one.gain == pytest.approx(other.gain, abs=1e-5)
+    assert one.gains == pytest.approx(other.gains, abs=1e-4)
+    assert one.relative_norms == pytest.approx(other.relative_norms, rel=1e-5)
+    assert one.adapters == other.adapters
+    records = [(tmp_path / each / "loratool.json").read_bytes() for each in ("numpy", "torch")]
+    assert records[0] == records[1]
+
+
+def test_weights_that_are_not_finite_are_carried_by_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One weight of several has a NaN; the merge counts it, as one by torch does."""
+    weights = {ODD: numbers(64, 48, seed=5).bfloat16(), ODD.replace("0", "1"): numbers(64, 48, seed=6).bfloat16()}
+    weights[ODD][3, 5] = math.nan
+    factors = {name: (numbers(RANK, 48, seed=7), numbers(64, RANK, seed=8, size=0.01)) for name in weights}
+    write_model(tmp_path / "base", weights, CONFIG)
+    write_adapter(tmp_path / "adapter", factors, torch.float32, r=RANK, lora_alpha=RANK, target_modules=["v_proj"])
+    one, other = both(tmp_path / "base", tmp_path / "adapter", tmp_path, monkeypatch)
+    assert (one.digests, one.nonfinite) == (other.digests, other.nonfinite)
+    assert one.nonfinite == {ODD: 1}
+    found = load_file(tmp_path / "numpy" / "model.safetensors")
+    for name, weight in weights.items():
+        down, up = factors[name]
+        wanted = rounded(weight.double() + up.double() @ down.double(), torch.bfloat16)
+        assert torch.equal(found[name].nan_to_num(0), wanted.nan_to_num(0))
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e12])
+def test_factors_beyond_what_float32_computes_with_are_left_to_torch(
+    size: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A and B are small and large for each other."""
+    weights = {ODD: numbers(64, 48, seed=5).bfloat16()}
+    factors = {ODD: (numbers(RANK, 48, seed=7) * size, numbers(64, RANK, seed=8) * (0.01 / size))}
+    write_model(tmp_path / "base", weights, CONFIG)
+    write_adapter(tmp_path / "adapter", factors, torch.float32, r=RANK, lora_alpha=RANK, target_modules=["v_proj"])
+    one, other = both(tmp_path / "base", tmp_path / "adapter", tmp_path, monkeypatch)
+    assert one.digests == other.digests
+
+
+def test_blocks_of_gguf_are_decoded_by_both_ways_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each matrix of a layer is in a type of its own; rows of queries and keys are stored in another order."""
+    pytest.importorskip("gguf")
+    from gguf_models import Kind, llama_weights, write_llama
+
+    weights = llama_weights(hidden=256, mlp=256)
+    types = {"attn_q": "Q4_K", "attn_k": "Q5_K", "attn_v": "Q6_K", "attn_output": "Q4_K", "ffn_down": "BF16"}
+    kinds = {f"blk.0.{name}.weight": Kind[kind] for name, kind in types.items()}
+    base = write_llama(tmp_path / "base.gguf", weights, Kind.Q8_0, kinds)
+    names = [name for name in weights if "self_attn" in name or "mlp" in name]
+    factors = {
+        name: (numbers(RANK, weights[name].shape[1], seed=7), numbers(len(weights[name]), RANK, seed=8, size=0.01))
+        for name in names
+    }
+    targets = sorted({name.split(".")[-2] for name in names})
+    write_adapter(tmp_path / "adapter", factors, torch.bfloat16, r=RANK, lora_alpha=RANK, target_modules=targets)
+    one, other = both(base, tmp_path / "adapter", tmp_path, monkeypatch)
+    assert one.digests == other.digests
+    assert one.relative_norms == pytest.approx(other.relative_norms, rel=1e-5)
