@@ -1,9 +1,10 @@
-"""What one worker of many takes in memory for large models, which are headers and holes of their full length."""
+"""Large models, which are headers and holes of their full length: memory of a worker, and what a page shows of them."""
 
 from __future__ import annotations
 
 import json
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,11 @@ from typing import Any
 import pytest
 from paths import ROOT
 
+from loratool import cli
+
 SHAPES = runpy.run_path(str(ROOT / "benchmarks" / "shapes.py"))
 HOLLOW = runpy.run_path(str(ROOT / "fixtures" / "make_headers.py"))["write_hollow"]
+SIMULATING = ROOT / "docs" / "simulating.md"
 MB = 10**6
 SHARE = 300 * MB  # of the output, which a worker makes
 MOST = 500 * MB  # that a merge by one process may take with the same settings
@@ -56,3 +60,25 @@ def test_a_worker_takes_as_much_memory_as_a_merge_by_one_process(name: str, tmp_
     assert computed  # at least one of them had weights to compute
     stage = sum(path.stat().st_blocks * 512 for path in (tmp_path / "out.partial").rglob("*") if path.is_file())
     assert stage < 10 * SHARE  # what the other workers have not made yet takes no room
+
+
+def test_the_page_of_simulations_shows_what_is_printed_for_a_terabyte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every `$ loratool plan kimi/…` of the page, after the command before them has made the headers."""
+    monkeypatch.chdir(tmp_path)
+    lines = iter(SIMULATING.read_text(encoding="utf-8").splitlines())
+    seen = 0
+    for line in lines:
+        match shlex.split(line.removeprefix("$ ")) if line.startswith("$ ") and "kimi" in line else ():
+            case ["python", script, *words]:
+                subprocess.run([sys.executable, str(ROOT / script), *words], check=True)
+            case ["loratool", *words]:
+                assert next(lines) == "…"
+                shown = []
+                while (row := next(lines)) != "```":
+                    shown.append(row)
+                assert cli.run(words) == 0
+                assert capsys.readouterr().out.splitlines()[-len(shown) :] == shown
+                seen += 1
+    assert seen == 2

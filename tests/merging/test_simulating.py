@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import runpy
 from collections import Counter
 from collections.abc import Mapping
@@ -144,6 +145,49 @@ def test_an_object_store_copies_what_stays_and_requests_have_a_price(hollow: Pat
     for found in (one, many):
         price = {"GET": 0.4e-6, "LIST": 5e-6, "PUT": 5e-6, "COPY": 5e-6, "POST": 5e-6}
         assert found.dollars == pytest.approx(sum(price[kind] * count for kind, count in found.requests.items()))
+
+
+def test_the_terabyte_of_the_page_is_what_its_shapes_and_the_default_rates_say() -> None:
+    """Sizes of Kimi-K2 and times of its merge as docs/simulating.md shows them, by hand from the shapes.
+
+    `make distributed` compares every line with what the command prints, which reads the headers of a terabyte.
+    """
+    local, stored = page_tables()
+    model, size = MADE["MODELS"]["kimi-k2"], MADE["size_of"]
+    attention = [tensor for tensor in model.tensors if ".self_attn." in tensor[0] and "layernorm" not in tensor[0]]
+    edited = sum(math.prod(shape) for _, dtype, shape in attention if dtype == "F8_E4M3")
+    kept = sum(map(size, model.tensors)) - sum(map(size, attention))
+    for table in (local, stored):
+        assert set(table["computed"]) == {f"{2 * edited / 1e9:.2f} GB"}
+        assert [seconds(word) for word in table["start-up"]] == [10] * 4
+        columns = (map(seconds, table[row]) for row in ("time", "start-up", "work", "finishing"))
+        for total, *steps in zip(*columns, strict=True):
+            assert total == pytest.approx(sum(steps), abs=2)
+    assert set(local["copied"]) == {f"{kept / 1e12:.2f} TB"}
+    assert set(local["written"]) == {f"{(kept + 2 * edited) / 1e12:.2f} TB"}
+    assert [seconds(word) for word in local["finishing"]] == pytest.approx([10 + (kept + 2 * edited) / 1e9] * 4, abs=1)
+    assert seconds(local["work"][0]) == pytest.approx((kept + 2 * edited) / 1e9, abs=1)  # slower than copying at 2 GB/s
+    for count, even in zip((1, 8, 64), local["if even"], strict=False):
+        assert seconds(even) == pytest.approx((kept + 2 * edited) / 1e9 / count, abs=1)
+
+
+def page_tables() -> list[dict[str, list[str]]]:
+    """The tables of docs/simulating.md: row → what it says for each number of workers."""
+    text = (ROOT / "docs" / "simulating.md").read_text(encoding="utf-8")
+    blocks = [block for block in text.split("```") if "kimi/base" in block and "\nworkers " in block]
+    return [
+        {
+            name: words
+            for name, *words in (re.split(r" {2,}", line.strip()) for line in block.splitlines() if "  " in line)
+        }
+        for block in blocks
+    ]
+
+
+def seconds(word: str) -> float:
+    """Of `5.2 s` or `3 min 20 s`."""
+    *minutes, rest = re.findall(r"[\d.]+", word)
+    return 60 * float(minutes[0] if minutes else 0) + float(rest)
 
 
 def test_the_command_prints_a_column_for_each_number_of_workers(
