@@ -178,7 +178,7 @@ def merge_in_parts(
     base: Path, adapters: tuple[Path, ...], out: Path, options: MergeWords, screen: Screen, pictures: Pictures
 ) -> None:
     """`--part`, `--finish` and `--status`."""
-    from loratool.merging.many_machines import finish, merge_part, merge_status
+    from loratool.merging.in_parts import finish, merge_part, merge_status
 
     if options.status:
         screen.show(merge_status(base, adapters, out, options))

@@ -13,8 +13,8 @@ from loratool.errors import UsageError
 from loratool.files.checkpoint import Checkpoint
 from loratool.merging import merge as merging, merge_many as many, planning
 from loratool.merging.dry_run import DryRunOptions, dry_run
+from loratool.merging.in_parts import abort
 from loratool.merging.in_store import merge_into_store
-from loratool.merging.many_machines import abort
 from loratool.merging.merge import MergeOptions, PathLike, Progress
 from loratool.merging.merge_many import Outputs
 from loratool.merging.options import ClusterOptions, PlanOptions

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from loratool.commands.merge import MergeAndPushOptions
 from loratool.commands.publish import with_push
-from loratool.merging import many_machines
+from loratool.merging import in_parts
 from loratool.merging.merge import MergeOptions, PathLike, Progress
 from loratool.options.described import keyword_options, made_of
 from loratool.options.sharing import Share
@@ -48,7 +48,7 @@ def merge_part(
         StorageError: a disk or file-system error; what is done so far is kept.
     """
     share = part if isinstance(part, Share) else Share.of(part)
-    return many_machines.merge_part(base, adapters, out, made_of(MergeOptions, keywords, "merge_part"), share, progress)
+    return in_parts.merge_part(base, adapters, out, made_of(MergeOptions, keywords, "merge_part"), share, progress)
 
 
 @keyword_options(MergeAndPushOptions)
@@ -78,9 +78,7 @@ def finish_merge(
         StorageError: a disk or file-system error; the parts are kept.
     """
     options = made_of(MergeAndPushOptions, keywords, "finish_merge")
-    return with_push(
-        many_machines.finish, (base, adapters, out), options, progress, push_progress, many_machines.finish
-    )
+    return with_push(in_parts.finish, (base, adapters, out), options, progress, push_progress, in_parts.finish)
 
 
 @keyword_options(MergeOptions)
@@ -101,4 +99,4 @@ def merge_status(
         UsageError: another merge is at work on `out`.
         InputError, FitError: as for `merge`.
     """
-    return many_machines.merge_status(base, adapters, out, made_of(MergeOptions, keywords, "merge_status"))
+    return in_parts.merge_status(base, adapters, out, made_of(MergeOptions, keywords, "merge_status"))

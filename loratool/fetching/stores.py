@@ -23,7 +23,7 @@ from loratool.files.gguf import gguf_layout
 from loratool.files.inputs import LARGEST_CONFIG, LARGEST_INDEX, LARGEST_RECORD
 from loratool.files.safefile import PREFIX, header_length
 from loratool.files.system import free_space
-from loratool.stores.bucket import BEGIN, FOLDER
+from loratool.stores.begun import BEGIN, FOLDER
 from loratool.stores.client import connection
 from loratool.stores.names import StorePath
 from loratool.stores.objects import StoredObject, listed, whole

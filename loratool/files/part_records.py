@@ -1,14 +1,14 @@
 """Parts of output files, which many machines make, and what is recorded of each: where bytes are, nobody here knows.
 
 A part is some neighbouring chunks of one output file. Whoever makes one publishes a record with the digests of its
-chunks; `PartStore` is where the bytes and the records live, a folder that all machines see or a bucket.
+chunks; the bytes and the records live in a `SharedOutput`, a folder that all machines see or a bucket.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,9 +19,13 @@ from loratool.files.journal import Seen
 
 if TYPE_CHECKING:
     import threading
+    from contextlib import AbstractContextManager
+    from pathlib import Path
 
-    from loratool.files.safefile import Layout
+    from loratool.files.presence import Worker
     from loratool.files.sink import Sink
+    from loratool.files.staging import Stage
+
 
 FORMAT = 1
 HEAD = "loratool_part"
@@ -114,16 +118,49 @@ class PartRecord:
         return [digest for each in self.digest.tree.tensors.values() if isinstance(each, tuple) for digest in each]
 
 
-class PartStore(Protocol):
-    """Where the parts of one output and their records live. Any number of workers use it at the same time.
+class PublishedError(Exception):
+    """Another process has published the output in the meantime, so nothing is left to do."""
+
+
+class SharedOutput(Protocol):
+    """An output that any number of workers make together: its parts, their records, and how it gets its name.
 
     Doing a part twice is allowed at any time: the first record that is published stands.
     """
 
-    def claim(self) -> None:
-        """Begin the output, or join those who are at work on it.
+    @property
+    def out(self) -> Path:
+        """The output, as people call it."""
+        ...
 
-        Raises `UsageError` where they merge something else.
+    @property
+    def plan(self) -> str:
+        """The fingerprint of what is made."""
+        ...
+
+    @property
+    def read_to_check(self) -> bool:
+        """Whether `problems` reads every byte, so that many workers should share it."""
+        ...
+
+    def is_published(self) -> bool:
+        """Whether the output is there, complete."""
+        ...
+
+    def is_begun(self) -> bool:
+        """Whether anybody works on it, or has; raises `UsageError` where something else is made there."""
+        ...
+
+    def workers(self) -> Sequence[Worker]:
+        """Who is at work, as far as that is known."""
+        ...
+
+    def at_work(self, share: str, parts: Sequence[FilePart]) -> AbstractContextManager[None]:
+        """Begin the output, or join those who are at work on it, to make some parts, which people know as `share`.
+
+        Raises:
+            UsageError: something else is made there.
+            PublishedError: it is complete by now.
         """
         ...
 
@@ -131,14 +168,57 @@ class PartStore(Protocol):
         """Every record that is published, by its part's name; what is no record of ours is passed over."""
         ...
 
-    def problem(self, part: FilePart, record: PartRecord, layout: Layout) -> str:
-        """Empty where the bytes of a part are those that its record has the digests of; else what is wrong."""
+    def forget(self, name: str) -> None:
+        """Withdraw a record that was found to be wrong."""
         ...
 
-    def open(self, part: FilePart, layout: Layout, stop: threading.Event) -> Sink:
+    def held(self, parts: Sequence[FilePart]) -> int:
+        """Bytes of some parts that each worker may hold until they are sent."""
+        ...
+
+    def make_alone(self, parts: Sequence[FilePart]) -> Sequence[FilePart]:
+        """Make those of some parts for which no bytes of tensors are needed here; gives the others."""
+        ...
+
+    def open(self, part: FilePart, stop: threading.Event) -> Sink:
         """What takes the bytes of a part. Its `record` publishes the part, once its bytes are on stable storage."""
         ...
 
-    def forget(self, name: str) -> None:
-        """Withdraw a record that was found to be wrong."""
+    def assemble(self, parts: Sequence[FilePart], records: Mapping[str, PartRecord]) -> None:
+        """Do what only the one process may do that finishes the output, before the parts are compared with their records."""
+        ...
+
+    def problems(
+        self,
+        parts: Sequence[FilePart],
+        records: Mapping[str, PartRecord],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> dict[str, str]:
+        """Of those of some parts whose bytes are not what their records say: name → what is wrong."""
+        ...
+
+    def finishing(self) -> AbstractContextManager[Stage]:
+        """Finish the output; gives the stage into which its small files go.
+
+        Raises:
+            VerificationError: nobody has begun the output.
+            UsageError: another process is finishing it.
+            PublishedError: another process has published it.
+        """
+        ...
+
+    def name_weights(self, stage: Stage, records: Mapping[str, PartRecord], read: bool) -> None:
+        """Put the weight files together of their parts; with `read`, so that they can be read in the stage."""
+        ...
+
+    def publish(self, stage: Stage) -> None:
+        """Make the output complete, with the other files of the stage."""
+        ...
+
+    def clear(self) -> None:
+        """Remove what only the making of a published output needed."""
+        ...
+
+    def abort(self) -> tuple[Sequence[str], Sequence[str]]:
+        """Give the output up; the files whose uploads were ended, and those that were removed."""
         ...

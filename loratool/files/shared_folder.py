@@ -13,16 +13,20 @@ with its neighbours: those few bytes are in its record, and `--finish` puts them
 from __future__ import annotations
 
 import os
+import threading
 import time
 from base64 import b64decode, b64encode
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool.errors import StorageError, UsageError, printable
+from loratool.errors import LoratoolError, StorageError, UsageError, VerificationError, printable
+from loratool.files.checkpoint import PROVENANCE, sidecar_of
 from loratool.files.digests import HASHES, PIECE, digest_of_part
+from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.journal import (
     JOURNAL,
     MODEL,
@@ -32,34 +36,63 @@ from loratool.files.journal import (
     Seen,
     look,
 )
-from loratool.files.part_records import FilePart, PartRecord
-from loratool.files.presence import Presence, draft_of, put_new
+from loratool.files.outputs import check_stage, stage_of
+from loratool.files.part_records import FilePart, PartRecord, PublishedError
+from loratool.files.presence import Presence, Worker, alone, draft_of, put_new, workers_in
+from loratool.files.process import cores
 from loratool.files.safefile import LocalSource, read_exactly, write_fully
 from loratool.files.shard_writer import OpenFile
 from loratool.files.sink import PAGE, Memory
-from loratool.files.staging import Stage, write_durably
-from loratool.files.system import open_file, sync_file, sync_folder
+from loratool.files.staging import Stage, check_space, storage_error, write_durably
+from loratool.files.system import forget_cached, open_file, sync_file, sync_folder
 
 if TYPE_CHECKING:
-    import threading
-
     from loratool.files.digests import Digest
+    from loratool.files.model_files import FileNames
     from loratool.files.safefile import Layout
 
 LARGEST_PART_RECORD = 16 << 20  # bytes
 GOING, GONE = 50, 0.1  # how often it is tried to remove a stage, and seconds in between
+FINISHING = "--finish"  # what a process does that finishes an output
 EDGES = "edges"  # key of a record's details: first byte in the file → bytes of a page that is shared, in base64
 
 
 class SharedFolder:
-    """A stage that many workers write to, as the place of their parts and records."""
+    """The output of many workers in a folder that all of them see, as a `SharedOutput`; in it, one file if `single`."""
 
-    def __init__(self, home: Path, journal: Journal, parts: Mapping[str, FilePart]) -> None:
-        """`journal` describes the output; all workers must have the same one."""
-        self.home, self.journal, self.parts = home, journal, parts
+    read_to_check = True
+
+    def __init__(
+        self,
+        out: Path,
+        journal: Journal,
+        parts: Mapping[str, FilePart],
+        layouts: Mapping[str, Layout],
+        replaced: FileNames | None = None,
+        single: bool = False,
+    ) -> None:
+        """`journal` describes the output; all workers must have the same one.
+
+        `layouts` are the headers of the weight files, and `replaced` the files of what is at `out` and goes, by name.
+        """
+        self.out, self.home, self.journal = out, stage_of(out), journal
+        self.parts, self.layouts, self.replaced, self.single = parts, layouts, replaced, single
         self.memory = Memory()
         self.presence: Presence | None = None  # of this process, where it works
         self.owner = -1  # the user to whom files that are made here belong
+        self.check_alone: Callable[[], None] = lambda: None  # raises where another process finishes the output, too
+
+    @classmethod
+    def unfinished(cls, out: Path, single: bool) -> SharedFolder:
+        """What workers have begun beside an output. Raises `UsageError` where there is no such thing."""
+        found = check_stage(stage_of(out))
+        if found is None or found.parts is None:
+            raise UsageError(f"{printable(out)}: no unfinished merge in parts was found, so nothing was removed")
+        return cls(out, found, {}, {}, single=single)
+
+    @property
+    def plan(self) -> str:
+        return self.journal.plan
 
     @property
     def folder(self) -> Path:
@@ -68,6 +101,41 @@ class SharedFolder:
 
     def record_path(self, name: str) -> Path:
         return self.home / PARTS / f"{name}.json"
+
+    def is_published(self) -> bool:
+        path = sidecar_of(self.out) if self.single else self.out / PROVENANCE
+        try:
+            return read_json(path, LARGEST_RECORD, lenient=True).get("plan") == self.plan
+        except LoratoolError:
+            return False
+
+    def is_begun(self) -> bool:
+        return self.check() is not None and (self.home / PARTS).is_dir()
+
+    def workers(self) -> list[Worker]:
+        return workers_in(self.home / PARTS)
+
+    @contextmanager
+    def told(self, needed: int) -> Iterator[None]:
+        """Tell an `OSError` in a sentence; whatever fails since the output is published meanwhile, as that."""
+        try:
+            yield
+        except (OSError, LoratoolError) as error:
+            if self.is_published():
+                raise PublishedError from error
+            raise storage_error(error, self.out, needed) if isinstance(error, OSError) else error from None
+
+    @contextmanager
+    def at_work(self, share: str, parts: Sequence[FilePart]) -> Iterator[None]:
+        needed = sum(part.size for part in parts if self.read(part.name) is None)
+        with self.told(needed):
+            check_space(self.out.parent, needed)
+            self.claim()
+            if self.is_published():  # since it was looked at last
+                self.clear()
+                raise PublishedError
+            with Presence(self.home / PARTS, share) as self.presence:
+                yield
 
     def claim(self) -> None:
         """Begin the stage, or join those who are at work on it; raises `UsageError` where they make something else."""
@@ -127,9 +195,43 @@ class SharedFolder:
         with open(descriptor, "rb") as stream:
             return PartRecord.of_bytes(stream.read(LARGEST_PART_RECORD))
 
-    def problem(self, part: FilePart, record: PartRecord, layout: Layout) -> str:
+    def held(self, parts: Sequence[FilePart]) -> int:  # noqa: ARG002 (nothing is sent)
+        return 0
+
+    def make_alone(self, parts: Sequence[FilePart]) -> Sequence[FilePart]:
+        """Everything is read here."""
+        return parts
+
+    def problems(
+        self,
+        parts: Sequence[FilePart],
+        records: Mapping[str, PartRecord],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> dict[str, str]:
+        """What is wrong with some parts, by name; all of their bytes are read from the disk, on all cores."""
+        total, done, lock = sum(part.size for part in parts), [0], threading.Lock()
+        for name in {part.file for part in parts}:
+            with suppress(FileNotFoundError):  # which is told of every part
+                forget_cached(self.folder / name)
+
+        def look_at(part: FilePart) -> str:
+            try:
+                reason = self.problem(part, records[part.name])
+            except (LoratoolError, OSError) as error:  # a disk with a bad block, say
+                reason = f"cannot be read: {error}"
+            with lock:
+                done[0] += part.size
+                if progress is not None:
+                    progress(done[0], total)
+            return reason
+
+        with ThreadPoolExecutor(cores()) as pool:
+            found = dict(zip((part.name for part in parts), pool.map(look_at, parts), strict=True))
+        return {name: reason for name, reason in found.items() if reason}
+
+    def problem(self, part: FilePart, record: PartRecord) -> str:
         """Empty where a part is what its record has the digests of; else what is wrong. All of its bytes are read."""
-        tree = record.digest.tree
+        tree, layout = record.digest.tree, self.layouts[part.file]
         edges = edges_of(record)
         if tree is None or edges is None or not record.is_of(part, self.journal.plan):
             return "has a record that cannot be read"
@@ -162,15 +264,15 @@ class SharedFolder:
         read_exactly(descriptor, found, 0, path)
         return bytes(found) == layout.header
 
-    def open(self, part: FilePart, layout: Layout, stop: threading.Event) -> PartFile:
+    def open(self, part: FilePart, stop: threading.Event) -> PartFile:
         path = self.folder / part.file
         if path.parent != self.folder:  # never the folder itself: the output may be published
             path.parent.mkdir(parents=True, exist_ok=True)
         if self.presence is not None:
             self.presence.begin(part.name)
-        return PartFile(path, part, layout, stop, self)
+        return PartFile(path, part, self.layouts[part.file], stop, self)
 
-    def publish(self, part: FilePart, record: PartRecord, layout: Layout) -> None:
+    def put_record(self, part: FilePart, record: PartRecord) -> None:
         """Make a record known. One that another worker has published first stands, if its bytes are still there."""
         path = self.record_path(part.name)
         draft = draft_of(path)
@@ -180,7 +282,7 @@ class SharedFolder:
                 theirs = self.read(part.name)
                 if theirs is not None and theirs.is_of(part, self.journal.plan):
                     same = theirs.chunk_digests() == record.chunk_digests()
-                    if same or not self.problem(part, theirs, layout):
+                    if same or not self.problem(part, theirs):
                         break
                 self.forget(part.name)  # torn, or of bytes that this worker has overwritten
         finally:
@@ -191,6 +293,11 @@ class SharedFolder:
 
     def forget(self, name: str) -> None:
         self.record_path(name).unlink(missing_ok=True)
+
+    def assemble(self, parts: Sequence[FilePart], records: Mapping[str, PartRecord]) -> None:
+        """Put the bytes of pages that parts share in their place."""
+        for part in parts:
+            self.put_edges(part, records[part.name])
 
     def put_edges(self, part: FilePart, record: PartRecord) -> None:
         """Put the bytes that a record holds in their place, where the file is there; for one process alone."""
@@ -204,6 +311,32 @@ class SharedFolder:
             sync_file(descriptor)
         finally:
             os.close(descriptor)
+
+    @contextmanager
+    def finishing(self) -> Iterator[Stage]:
+        with self.told(0):
+            folder, found = self.home / PARTS, self.check()
+            if found is None or not folder.is_dir():
+                raise VerificationError(f"{printable(self.out)}: no part of this merge has been made; run --part first")
+            with Presence(folder, FINISHING) as presence, alone(folder, presence) as self.check_alone:
+                yield Stage(self.out, self.home, found, single=self.out.name if self.single else "")
+
+    def name_weights(self, stage: Stage, records: Mapping[str, PartRecord], read: bool) -> None:
+        """They are in the stage."""
+
+    def publish(self, stage: Stage) -> None:
+        self.check_alone()
+        stage.publish(self.replaced)
+
+    def clear(self) -> None:
+        """Remove the stage, which may be there still after a kill."""
+        if (found := self.check()) is not None:
+            remove_stage(Stage(self.out, self.home, found))
+
+    def abort(self) -> tuple[Sequence[str], Sequence[str]]:
+        removed = sorted(name for name in self.journal.files if (self.folder / name).is_file())
+        remove_stage(Stage(self.out, self.home, self.journal))
+        return (), removed
 
 
 def remove_stage(stage: Stage) -> None:
@@ -297,4 +430,4 @@ class PartFile(OpenFile):
         worker = self.store.presence.name if self.store.presence else ""
         details: dict[str, Any] = {EDGES: edges} if edges else {}
         record = PartRecord(self.filepart.name, self.store.journal.plan, digest, seen, worker, details)
-        self.store.publish(self.filepart, record, self.layout)
+        self.store.put_record(self.filepart, record)

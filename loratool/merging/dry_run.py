@@ -6,11 +6,13 @@ import dataclasses
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 from loratool.errors import UsageError
 from loratool.merging.forecasting import with_forecast
-from loratool.merging.in_store import checked_place
 from loratool.merging.merge import MergeOptions, PathLike, opened_inputs, planned, prepare, several
+from loratool.merging.one_file import as_one_file
+from loratool.merging.parted_merge import checked_place
 from loratool.merging.plan import MergePlan
 from loratool.merging.simulating import Rates, SimulationOptions, simulate
 from loratool.stores.names import is_in_store
@@ -30,12 +32,11 @@ def dry_run(
     if rates != Rates() and not simulated.simulate:
         raise UsageError("rates and --object-store are for a simulation, and need --simulate", hint="--simulate 1,8,64")
     with ExitStack() as stack:
-        if out is not None and is_in_store(out):
-            checked_place(out, options)
-            out = None
-        if out is None:
+        stored = checked_place(out) if out is not None and is_in_store(out) else None
+        if out is None or stored is not None:
             model, read, _ = opened_inputs(base, several(adapters), options, stack)
             plan = planned(model, read, options)
+            plan = plan if stored is None else as_one_file(plan, Path(str(stored)))
         else:
             plan, _, _ = prepare(base, adapters, out, options, stack)
         if simulated.simulate:

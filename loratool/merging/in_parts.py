@@ -1,39 +1,34 @@
-"""A merge that many machines make together: each does its share of the parts, and one puts the whole together.
+"""A merge that many processes make together: each does its share of the parts, and one puts the whole together.
 
-`open_parts` plans, `make_parts` makes some parts, `finish` publishes. Where the bytes go is a `PartStore`'s business.
+    open_parts   plan, cut the weight files into parts, look at what is at the output      nothing is written
+    make_parts   those of some parts that are not there
+    publish      compare every part with its record, write the small files, give the output its name
+
+Any process may make any part, at any time, twice too. Where the bytes go, a `SharedOutput` knows: a folder that all see,
+or a store. After an interruption the same calls go on with what is there.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.adapters.formats import replaceable
-from loratool.errors import LoratoolError, UsageError, VerificationError, printable
-from loratool.files.checkpoint import PROVENANCE, sidecar_of
-from loratool.files.digests import Digest, Listed, Reference, Tree, digest_of_part, sha256_of
-from loratool.files.inputs import LARGEST_RECORD, read_json
-from loratool.files.journal import MODEL, PARTS, FinishedShard, Journal, Seen
+from loratool.devices import resident_memory
+from loratool.errors import UsageError, VerificationError, printable
+from loratool.files import stopwatch
+from loratool.files.checkpoint import PROVENANCE
+from loratool.files.digests import sha256_of
+from loratool.files.journal import FinishedShard
 from loratool.files.known_digests import KnownDigests
-from loratool.files.outputs import check_stage, stage_of
-from loratool.files.part_records import FilePart, PartRecord, PartStore
-from loratool.files.presence import Presence, alone, workers_in
-from loratool.files.process import cores, peak_memory
-from loratool.files.shared_folder import SharedFolder, remove_stage
-from loratool.files.sink import PAGE
-from loratool.files.staging import Stage, check_space, storage_error
-from loratool.files.system import forget_cached
-from loratool.merging.dealing import parts_of, plan_of, share_of
+from loratool.files.part_records import FilePart, PartRecord, PublishedError, SharedOutput
+from loratool.files.process import peak_memory
+from loratool.files.staging import Stage
+from loratool.merging.dealing import plan_of, share_of
 from loratool.merging.engine import Engine
-from loratool.merging.fingerprints import content_fingerprint
 from loratool.merging.merge import (
     NOTHING,
     Merged,
@@ -44,15 +39,16 @@ from loratool.merging.merge import (
     cost,
     describe,
     make_report,
-    output_names,
-    prepare,
+    read_again,
     repeated,
+    write_record,
     write_small_files,
 )
-from loratool.merging.one_file import is_file
-from loratool.merging.resources import Resources, runtime_for
-from loratool.merging.tasks import Job, known_of
-from loratool.merging.totals import summed
+from loratool.merging.parted_merge import PartedMerge, open_parts, unfinished
+from loratool.merging.resources import Resources, choose_resources, runtime_for
+from loratool.merging.tasks import Job
+from loratool.merging.whole_files import whole_file
+from loratool.notes import Note
 from loratool.options.sharing import Share
 from loratool.provenance.cards import CARD
 from loratool.provenance.inputs import ModelDigests, told_model
@@ -60,48 +56,25 @@ from loratool.results.abort import AbortReport
 from loratool.results.base import Cost
 from loratool.results.parts import FinishReport, PartReport, PartsStatus, Running
 from loratool.results.profile import Profile
+from loratool.stores.upload_part import UploadPart
 
 if TYPE_CHECKING:
     from loratool.files.safefile import Layout
     from loratool.files.sink import Sink
-    from loratool.merging.output_layout import ShardPlan
-    from loratool.merging.plan import MergePlan
 
-FORMAT = 1  # of what workers share
-FINISHING = "--finish"
-Look = Callable[["PartedMerge", Sequence[FilePart], Mapping[str, PartRecord], Progress | None], dict[str, str]]
+# tells what is wrong with some parts that have records, as `SharedOutput.problems` does
+Check = Callable[[Sequence[FilePart], Mapping[str, PartRecord], Progress | None], Mapping[str, str]]
 
 
-@dataclass(frozen=True)
-class PartedMerge:
-    """A merge that is planned, with its parts and the place where they go."""
-
-    plan: MergePlan
-    out: Path
-    paths: list[Path]  # of the adapters
-    digests: list[dict[str, str]]  # of each adapter's files
-    fingerprint: str
-    parts: tuple[FilePart, ...]
-    store: SharedFolder
-    options: MergeOptions
-    published: bool  # whether the output is there, complete
-
-    @property
-    def layouts(self) -> dict[str, Layout]:
-        """The headers of the weight files."""
-        return {shard.name: shard.layout for shard in self.plan.shards}
-
-    @property
-    def size(self) -> int:
-        """Bytes of the weight files."""
-        return sum(shard.layout.size for shard in self.plan.shards)
+class IncompleteError(VerificationError):
+    """Parts are missing or damaged; those that have no record any more can be made again."""
 
 
 @dataclass(frozen=True)
 class PartDestination:
     """Where the engine sends parts: each is a file of its plan."""
 
-    store: PartStore
+    output: SharedOutput
     parts: Mapping[str, FilePart]
 
     @property
@@ -111,8 +84,8 @@ class PartDestination:
     def rounds(self, names: Sequence[str]) -> Iterable[Sequence[str]]:
         return [names]
 
-    def open(self, name: str, layout: Layout, stop: threading.Event) -> Sink:
-        return self.store.open(self.parts[name], layout, stop)
+    def open(self, name: str, layout: Layout, stop: threading.Event) -> Sink:  # noqa: ARG002 (that of the whole file)
+        return self.output.open(self.parts[name], stop)
 
 
 @dataclass(frozen=True)
@@ -128,35 +101,6 @@ class Joined:
         raise NotImplementedError
 
 
-def open_parts(
-    base: PathLike, adapters: Sequence[PathLike] | PathLike, out: PathLike, options: MergeOptions
-) -> PartedMerge:
-    """The plan of a merge with its parts; nothing is written.
-
-    Raises as `merge` does.
-    """
-    plan, target, paths = prepare(base, adapters, out, dataclasses.replace(options, overwrite=True))
-    digests = [adapter.digests() for adapter in plan.adapters]
-    fingerprint = content_fingerprint(plan, digests)
-    published = is_published(target, fingerprint)
-    if os.path.lexists(target) and not published and not options.overwrite:
-        raise UsageError(f"{printable(out)} already exists; pass --overwrite to replace it", hint="--overwrite")
-    parts = parts_of(plan)
-    shared = {"format": FORMAT, "page": PAGE, "count": len(parts)}
-    journal = Journal(fingerprint, {}, output_names(plan), parts=shared)
-    store = SharedFolder(stage_of(target), journal, {part.name: part for part in parts})
-    return PartedMerge(plan, target, paths, digests, fingerprint, parts, store, options, published)
-
-
-def is_published(out: Path, fingerprint: str) -> bool:
-    """Whether an output was made by the merge of that fingerprint."""
-    path = sidecar_of(out) if is_file(out) else out / PROVENANCE
-    try:
-        return read_json(path, LARGEST_RECORD, lenient=True).get("plan") == fingerprint
-    except LoratoolError:
-        return False
-
-
 def merge_part(
     base: PathLike,
     adapters: Sequence[PathLike] | PathLike,
@@ -165,18 +109,13 @@ def merge_part(
     share: Share,
     progress: Progress | None = None,
 ) -> PartReport:
-    """Do one worker's share of a merge; `loratool.commands.merge` says all of it."""
-    started = time.monotonic()
+    """Do one worker's share of a merge; `loratool.merge_part` says all of it."""
     merge = open_parts(base, adapters, out, options)
-    return make_parts(merge, share_of(merge.parts, share), str(share), progress, started)
+    return make_parts(merge, share_of(merge.parts, share), str(share), progress)
 
 
 def make_parts(
-    merge: PartedMerge,
-    parts: Sequence[FilePart],
-    share: str,
-    progress: Progress | None = None,
-    started: float | None = None,
+    merge: PartedMerge, parts: Sequence[FilePart], share: str, progress: Progress | None = None
 ) -> PartReport:
     """Make some parts of a merge, each at most once; those that are there, with the right bytes, are kept.
 
@@ -185,81 +124,73 @@ def make_parts(
         parts: some of its parts.
         share: what they are called together, for people.
         progress: called with (bytes done, total bytes).
-        started: when the work began, by `time.monotonic`.
     """
-    started = time.monotonic() if started is None else started
-    report = PartReport(merge.out, share, merge.fingerprint, (), (), {}, 0, True, ())
-    if merge.published:
-        return dataclasses.replace(report, cost=Cost(seconds=time.monotonic() - started, peak_memory=peak_memory()))
-    check_values(merge.plan)
-    needed = sum(part.size for part in parts if merge.store.read(part.name) is None)
+    report = PartReport(merge.output.out, share, merge.output.plan, (), (), {}, 0, True, ())
     try:
-        check_space(merge.out.parent, needed)
-        merge.store.claim()
-        with Presence(merge.store.home / PARTS, share) as presence:
-            merge.store.presence = presence
-            return made(merge, parts, report, progress, started)
-    except FileNotFoundError as error:
-        if not is_published(merge.out, merge.fingerprint):
-            raise storage_error(error, merge.out, needed) from error
-        return dataclasses.replace(report, cost=Cost(seconds=time.monotonic() - started, peak_memory=peak_memory()))
-    except OSError as error:
-        raise storage_error(error, merge.out, needed) from error
-
-
-def made(
-    merge: PartedMerge, parts: Sequence[FilePart], report: PartReport, progress: Progress | None, started: float
-) -> PartReport:
-    """Make those of some parts that are not there."""
-    records = merge.store.records()
-    there = [part for part in parts if part.name in records]
-    redone = {name: reason for name, reason in problems(merge, there, records).items() if reason}
-    for name in redone:
-        merge.store.forget(name)
-    todo = [part for part in parts if part.name not in records or part.name in redone]
-    plan = plan_of(merge.plan, todo)
-    notes = tuple(plan.check_packed(plan.spans))
-    runtime = runtime_for(plan.spans, merge.options.device)
-    if todo:
-        job = Job(plan, PartDestination(merge.store, {part.name: part for part in todo}), apart=True)
-        engine = Engine([job], runtime, merge.options.threads, merge.options.max_memory, progress)
-        engine.run()
-        if job.failure is not None:
-            raise job.failure
+        made = make(merge, parts, share, progress)
+    except PublishedError:
+        return dataclasses.replace(report, cost=spent(merge))
     return dataclasses.replace(
         report,
-        made=tuple(part.name for part in todo),
-        kept=tuple(part.name for part in there if part.name not in redone),
-        redone=redone,
-        bytes_written=sum(part.size for part in todo),
+        made=tuple(part.name for part in made.made),
+        kept=made.kept,
+        redone=made.redone,
+        bytes_written=sum(part.size for part in made.made),
         published=False,
-        notes=notes,
-        cost=cost(runtime, started),
+        notes=made.notes,
+        cost=made.cost,
     )
 
 
-def problems(
-    merge: PartedMerge,
-    parts: Sequence[FilePart],
-    records: Mapping[str, PartRecord],
-    progress: Progress | None = None,
-) -> dict[str, str]:
-    """Of some parts that have records, by name: empty, or what is wrong. All of their bytes are read, on all cores."""
-    layouts, total, done, lock = merge.layouts, sum(part.size for part in parts), [0], threading.Lock()
+def spent(merge: PartedMerge) -> Cost:
+    """What a command that computes nothing has cost so far."""
+    return Cost(seconds=time.monotonic() - merge.started, peak_memory=peak_memory())
 
-    def look(part: FilePart) -> str:
-        try:
-            reason = merge.store.problem(part, records[part.name], layouts[part.file])
-        except (LoratoolError, OSError) as error:  # a disk with a bad block, say
-            reason = f"cannot be read: {error}"
-        with lock:
-            done[0] += part.size
-            if progress is not None:
-                progress(done[0], total)
-        return reason
 
-    with ThreadPoolExecutor(cores()) as pool:
-        return dict(zip((part.name for part in parts), pool.map(look, parts), strict=True))
+@dataclass(frozen=True)
+class Made:
+    """What one process did of a merge."""
+
+    made: Sequence[FilePart]
+    kept: tuple[str, ...]
+    redone: dict[str, str]  # of those made, the ones that had a record, and what was wrong
+    notes: tuple[Note, ...]
+    cost: Cost
+    workers: int  # threads
+    profile: Profile
+
+
+def make(merge: PartedMerge, parts: Sequence[FilePart], share: str, progress: Progress | None = None) -> Made:
+    """Make those of some parts that are not there; raises `PublishedError` where the output is complete."""
+    if merge.published:
+        raise PublishedError
+    output, options, limit = merge.output, merge.options, merge.options.max_memory
+    check_values(merge.plan)
+    sent = output.held(parts)
+    if limit is not None:  # refused before anything is written
+        spans = plan_of(merge.plan, parts).spans
+        devices = runtime_for(spans, options.device).result().devices
+        choose_resources(spans, devices, options.threads, limit, resident_memory(), sent)
+    with output.at_work(share, parts):
+        records = output.records()
+        there = [part for part in parts if part.name in records]
+        redone = output.problems(there, records)
+        for name in redone:
+            output.forget(name)
+        todo = [part for part in parts if part.name not in records or part.name in redone]
+        plan = plan_of(merge.plan, todo)
+        notes = tuple(plan.check_packed(plan.spans))
+        runtime = runtime_for(plan.spans, options.device)
+        workers, profile = 0, Profile({})
+        if computed := output.make_alone(todo):
+            job = Job(plan_of(merge.plan, computed), PartDestination(output, {p.name: p for p in computed}), apart=True)
+            engine = Engine([job], runtime, options.threads, limit, progress, sent)
+            engine.run()
+            if job.failure is not None:
+                raise job.failure
+            workers, profile = engine.resources().workers, Profile(stopwatch.together(engine.watches))
+    kept = tuple(part.name for part in there if part.name not in redone)
+    return Made(todo, kept, redone, notes, cost(runtime, merge.started), workers, profile)
 
 
 def merge_status(
@@ -267,17 +198,18 @@ def merge_status(
 ) -> PartsStatus:
     """How far a merge in parts is; nothing is written and no weights are read."""
     merge = open_parts(base, adapters, out, options)
-    records = {} if merge.published or merge.store.check() is None else merge.store.records()
-    running = [] if merge.published else workers_in(merge.store.home / PARTS)
+    output, published = merge.output, merge.published
+    records = {} if published or not output.is_begun() else output.records()
+    running = () if published else output.workers()
     return PartsStatus(
-        out=merge.out,
-        plan=merge.fingerprint,
-        published=merge.published,
+        out=output.out,
+        plan=output.plan,
+        published=published,
         parts=len(merge.parts),
         done={name: record.worker for name, record in records.items()},
-        missing=() if merge.published else tuple(part.name for part in merge.parts if part.name not in records),
+        missing=() if published else tuple(part.name for part in merge.parts if part.name not in records),
         running=tuple(Running(str(each), each.share, each.doing, each.seconds, each.alive) for each in running),
-        bytes_done=merge.size if merge.published else sum(p.size for p in merge.parts if p.name in records),
+        bytes_done=merge.size if published else sum(p.size for p in merge.parts if p.name in records),
         bytes_all=merge.size,
     )
 
@@ -289,37 +221,33 @@ def finish(
     options: MergeOptions,
     progress: Progress | None = None,
 ) -> FinishReport:
-    """Put the parts of a merge together and publish the output; `loratool.commands.merge` says all of it."""
-    started = time.monotonic()
-    return publish(open_parts(base, adapters, out, options), progress, started)
+    """Put the parts of a merge together and publish the output; `loratool.finish_merge` says all of it."""
+    return publish(open_parts(base, adapters, out, options), progress)
 
 
-def publish(merge: PartedMerge, progress: Progress | None, started: float, look: Look | None = None) -> FinishReport:
-    """Publish a merge from `open_parts`, which began at `started`; `look` reads all bytes in the place of `problems`."""
-    done = FinishReport(merge.out, merge.fingerprint, len(merge.parts), (), False, None)
-    folder = merge.store.home / PARTS
+def publish(merge: PartedMerge, progress: Progress | None = None, check: Check | None = None) -> FinishReport:
+    """Publish a merge from `open_parts`; `check` tells what is wrong with its parts, in the place of the output."""
+    output = merge.output
+    done = FinishReport(output.out, output.plan, len(merge.parts), (), False, None)
+    if merge.published or output.is_published():  # perhaps since the merge was opened
+        output.clear()  # of a run that was killed after it had published
+        return done
     try:
-        found = merge.store.check()
-        if merge.published or is_published(merge.out, merge.fingerprint):  # perhaps since the merge was opened
-            if found is not None:  # of a run that was killed after it had published
-                remove_stage(Stage(merge.out, merge.store.home, found))
-            return done
-        if found is None or not folder.is_dir():
-            raise VerificationError(f"{printable(merge.out)}: no part of this merge has been made; run --part first")
-        with Presence(folder, FINISHING) as presence, alone(folder, presence) as check_alone:
-            records = complete(merge, progress, look or problems)
-            stage = Stage(merge.out, merge.store.home, found, single=single_name(merge))
+        with output.finishing() as stage:
+            records = complete(merge, check or output.problems, progress)
             merged = put_together(merge, stage, records)
-            check_alone()
-            stage.publish(replaceable(merge.options.overwrite))
-            took = Cost(kind_of_device(stage), time.monotonic() - started, peak_memory=peak_memory())
-            report = make_report(merged, stage, (), took, len(workers_of(records)), Profile({}))
-            remove_stage(stage)
-    except (OSError, LoratoolError) as error:
-        if is_published(merge.out, merge.fingerprint):  # by another one, at the same time
-            return done
-        raise storage_error(error, merge.out, 0) if isinstance(error, OSError) else error from None
-    return dataclasses.replace(done, workers=workers_of(records), published=True, merge=report, cost=report.cost)
+            output.publish(stage)
+            output.clear()
+            workers = workers_of(records)
+            took = dataclasses.replace(spent(merge), device=kind_of_device(stage))
+            report = make_report(merged, stage, (), took, len(workers), Profile({}))
+    except PublishedError:  # by another one, at the same time
+        return done
+    verified = len(stage.files) if merge.options.verify and not output.read_to_check else 0
+    report = dataclasses.replace(
+        report, out=output.out, verified=verified, notes=(*report.notes, *copied_notes(merge.parts))
+    )
+    return dataclasses.replace(done, workers=workers, published=True, merge=report, cost=report.cost)
 
 
 def kind_of_device(stage: Stage) -> str:
@@ -327,39 +255,38 @@ def kind_of_device(stage: Stage) -> str:
     return "cuda" if any(shard.device == "cuda" for shard in stage.finished.values()) else "cpu"
 
 
-def single_name(merge: PartedMerge) -> str:
-    """The name of the file that is published, where the output is a file."""
-    return merge.out.name if is_file(merge.out) else ""
-
-
 def workers_of(records: Mapping[str, PartRecord]) -> tuple[str, ...]:
     return tuple(sorted({record.worker for record in records.values()}))
 
 
-def complete(merge: PartedMerge, progress: Progress | None, look: Look) -> dict[str, PartRecord]:
-    """The records of all parts, once every byte was read and found to be right.
+def copied_notes(parts: Sequence[FilePart]) -> Iterator[Note]:
+    """That bytes of the output were never read here."""
+    if size := sum(part.size for part in parts if isinstance(part, UploadPart) and part.source is not None):
+        text = f"{size} bytes were copied inside the store and not read here; `loratool verify` reads them"
+        yield Note("copied-in-store", text)
 
-    Raises `VerificationError` naming the parts that are missing, and those that are damaged, whose records go.
+
+def complete(merge: PartedMerge, check: Check, progress: Progress | None) -> Mapping[str, PartRecord]:
+    """The records of all parts, once each part was found to be what its record says.
+
+    Raises `IncompleteError` naming the parts that are missing, and those that are damaged, whose records go.
     """
-    records = merge.store.records()
-    if missing := [part.name for part in merge.parts if part.name not in records]:
-        raise VerificationError(
-            f"{printable(merge.out)}: not published: {len(missing)} of {len(merge.parts)} parts are not made; run the "
+    output, parts = merge.output, merge.parts
+    records = output.records()
+    if missing := [part.name for part in parts if part.name not in records]:
+        raise IncompleteError(
+            f"{printable(output.out)}: not published: {len(missing)} of {len(parts)} parts are not made; run the "
             "workers that are missing, or all that is left with --part 1/1; see --status:",
             missing,
         )
     refuse_strays(merge)
-    for part in merge.parts:
-        merge.store.put_edges(part, records[part.name])
-    for shard in merge.plan.shards:
-        with suppress(FileNotFoundError):  # which is told below
-            forget_cached(merge.store.folder / shard.name)
-    damaged = {name: why for name, why in look(merge, merge.parts, records, progress).items() if why}
+    output.assemble(parts, records)
+    damaged = check(parts, records, progress)
     for name in damaged:
-        merge.store.forget(name)
+        output.forget(name)
     if damaged:
-        raise VerificationError(
-            f"{printable(merge.out)}: not published: {len(damaged)} of {len(merge.parts)} parts are damaged; their records "
+        raise IncompleteError(
+            f"{printable(output.out)}: not published: {len(damaged)} of {len(parts)} parts are damaged; their records "
             "were removed, and --part 1/1 makes them again:",
             [f"{name}: {why}" for name, why in damaged.items()],
         )
@@ -369,82 +296,57 @@ def complete(merge: PartedMerge, progress: Progress | None, look: Look) -> dict[
 def refuse_strays(merge: PartedMerge) -> None:
     """Raise `UsageError` where a worker is still making a part whose bytes may come out differently."""
     inexact = {part.name for part in merge.parts if part.work.keys() & {"formula", "compensated", "repack"}}
-    for worker in workers_in(merge.store.home / PARTS):
+    for worker in merge.output.workers():
         if worker.alive and (again := inexact & {*worker.doing}):
             raise UsageError(
-                f"{printable(merge.out)}: {printable(str(worker))} is still making {', '.join(sorted(again))}; wait for it "
-                "to end, or stop it"
+                f"{printable(merge.output.out)}: {printable(str(worker))} is still making {', '.join(sorted(again))}; "
+                "wait for it to end, or stop it"
             )
 
 
 def put_together(merge: PartedMerge, stage: Stage, records: Mapping[str, PartRecord]) -> Merged:
-    """Write everything but the weights; what is to be said of the merge."""
-    plan, options = merge.plan, merge.options
+    """Give the weights their names, and write everything else into the stage; what is to be said of the merge."""
+    output, options = merge.output, merge.options
+    plan = dataclasses.replace(merge.plan, notes=(*merge.plan.notes, *merge.plan.check_packed(merge.plan.spans)))
     full = options.digests == "full"
     known = None if full else KnownDigests(plan.base.root)
     for shard in plan.shards:
         own = [(part, records[part.name]) for part in merge.parts if part.file == shard.name]
-        finished = joined(shard, own, known)
-        sha256 = sha256_of(stage.folder / shard.name) if options.sha256 else ""
-        stage.keep(dataclasses.replace(finished, digest=dataclasses.replace(finished.digest, sha256=sha256)))
-    job = Job(plan, Joined(stage.finished), known)
+        stage.keep(whole_file(plan, shard, own, known))
     resources = Resources((kind_of_device(stage),), len(workers_of(records)), 0)
-    unchanged = f"{printable(merge.out)}: not written, {NOTHING}"
-    merged = describe(job, resources, merge.digests, repeated(plan, merge.paths, options), unchanged)
+    unchanged = f"{printable(output.out)}: not written, {NOTHING}"
+    job, invoked = Job(plan, Joined(stage.finished), known), repeated(plan, merge.paths, options)
+    merged = describe(job, resources, merge.digests, invoked, unchanged)
     merged.table["base"] |= told_model(plan.base, ModelDigests.of(plan.base, compute=full))
-    merged.table["plan"] = merge.fingerprint
-    single = bool(stage.single)
+    merged.table["plan"] = output.plan
     for name in (PROVENANCE, CARD, *(file.name for file in plan.side_files)):  # of a run that was killed here
         (stage.folder / name).unlink(missing_ok=True)
-    write_small_files(stage, plan, () if single else plan.side_files, merged.table, card=not single)
+    files = () if merge.single else plan.side_files
+    write_small_files(stage, plan, files, merged.table, card=not merge.single)
+    output.name_weights(stage, records, options.sha256 or options.verify)
+    if options.sha256:
+        for shard in plan.shards:
+            finished = stage.finished[shard.name]
+            digest = dataclasses.replace(finished.digest, sha256=sha256_of(stage.folder / shard.name))
+            stage.keep(dataclasses.replace(finished, digest=digest))
+        write_record(stage, merged.table)
+    if options.verify and not output.read_to_check:
+        try:
+            read_again(stage)
+        except VerificationError:
+            output.abort()
+            raise
     return merged
 
 
-def joined(shard: ShardPlan, parts: Sequence[tuple[FilePart, PartRecord]], known: KnownDigests | None) -> FinishedShard:
-    """A weight file, from the records of all of its parts."""
-    empty = (digest_of_part(b""),)
-    listed: dict[str, list[str]] = {}
-    for part, record in parts:
-        for (tensor, _, _), own in zip(part.chunks, record.chunk_digests(), strict=True):
-            listed.setdefault(tensor, []).append(own)
-    every: dict[str, Listed] = {}
-    for span in shard.spans:
-        name = span.placed.name[len(shard.prefix) :]
-        reference = known_of(known, span)
-        every[name] = reference if isinstance(reference, Reference) else tuple(listed.get(name, ())) or empty
-    digest = Digest(shard.layout.size, tree=Tree.of(shard.layout, every))
-    return FinishedShard(name=shard.name, digest=digest, **vars(together([record.seen for _, record in parts])))
-
-
-def together(seen: Sequence[Seen]) -> Seen:
-    """What was seen of all parts of a file."""
-    nonfinite: dict[str, int] = {}
-    for each in seen:
-        for name, count in each.nonfinite.items():
-            nonfinite[name] = nonfinite.get(name, 0) + count
-    return Seen(
-        changed=any(each.changed for each in seen),
-        device=max((each.device for each in seen), default=""),  # "cuda" where any was
-        norms=summed(each.norms for each in seen),
-        kept=summed(each.kept for each in seen),
-        lost={name: pair for each in seen for name, pair in each.lost.items()},
-        nonfinite=nonfinite,
-        effective=sorted({effect for each in seen for effect in each.effective}),
-    )
-
-
 def abort(out: PathLike) -> AbortReport:
-    """Remove the stage of a merge in parts beside a local output; `loratool.abort_merge` says all of it."""
-    target = Path(os.path.realpath(out))
-    home = stage_of(target)
-    found = check_stage(home)
-    if found is None or found.parts is None:
-        raise UsageError(f"{printable(out)}: no unfinished merge in parts was found, so nothing was removed")
-    if alive := [worker for worker in workers_in(home / PARTS) if worker.alive]:
+    """Remove what an unfinished merge left; `loratool.abort_merge` says all of it."""
+    output = unfinished(out)
+    if alive := [worker for worker in output.workers() if worker.alive]:
         raise UsageError(
             f"{printable(out)}: not aborted, because workers are running; stop them first: "
             f"{', '.join(printable(str(worker)) for worker in alive)}"
         )
-    removed = sorted(name for name in found.files if (home / MODEL / name).is_file())
-    remove_stage(Stage(target, home, found))
-    return AbortReport(target, found.plan, is_published(target, found.plan), (), tuple(removed))
+    published = output.is_published()
+    uploads, removed = output.abort()
+    return AbortReport(output.out, output.plan, published, tuple(uploads), tuple(removed))

@@ -365,7 +365,13 @@ def write_small_files(
             stage.write(file.name, file.content or b"")
     if card and all(file.name != CARD or is_nobodys(file.source) for file in files):
         stage.write(CARD, merged_card(plan, table, place))
-    stage.write(PROVENANCE, as_text({**table, "files": recorded(stage.files)}))
+    write_record(stage, table)
+
+
+def write_record(stage: Stage, table: Mapping[str, Any]) -> None:
+    """The record of all other files of a stage, in place of one that was written before."""
+    files = {name: digest for name, digest in stage.files.items() if name != PROVENANCE}
+    stage.write(PROVENANCE, as_text({**table, "files": recorded(files)}))
 
 
 def read_again(stage: Stage) -> None:

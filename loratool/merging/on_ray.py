@@ -1,41 +1,26 @@
-"""A merge by the tasks of a Ray cluster: they make parts wherever Ray has room, and this process deals and publishes.
-
-All that goes through Ray is words, the names of parts and small tables. Bytes go from the base to the output directly,
-so every node has to see both under the same names. What a task leaves is what `--part` leaves: after an interruption the
-same command continues, and so do `--part` and `--finish`.
-"""
+"""A merge by the tasks of a Ray cluster: they make parts wherever Ray has room, and this process deals and publishes."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loratool.errors import LoratoolError, StorageError, UsageError, printable
-from loratool.files.part_records import FilePart, PartRecord
-from loratool.files.system import forget_cached
-from loratool.merging import parts_in_store
+from loratool.files.part_records import FilePart
+from loratool.merging.by_tasks import Task, Words, merge_by_tasks, words_of
 from loratool.merging.dealing import deal
-from loratool.merging.in_parts import PartedMerge, make_parts, open_parts, problems, publish
-from loratool.merging.in_store import open_store
-from loratool.merging.merge import MergeOptions, PathLike, Progress, several
+from loratool.merging.merge import MergeOptions, PathLike, Progress
 from loratool.merging.options import RAY, ClusterOptions
 from loratool.merging.resources import WAITING_WORKERS
-from loratool.options.sharing import Share
 from loratool.results.merge import MergeReport
-from loratool.stores.names import is_in_store
 
 CPUS = 4  # of a task
 WAIT = 1.0  # seconds until an interrupt is noticed at the latest
 RETRIES = 8  # of a task whose process or node died
 SHARES = 4  # for each task that can run at a time, so that little is lost with one that dies
-Words = tuple[str, tuple[str, ...], str, MergeOptions]  # base, adapters, OUT and options
-Task = Callable[[str, Words, Sequence[str], str], Mapping[str, Any]]
 NEEDED = '--workers ray needs Ray: pip install "loratool[ray]"'
-OPENED: dict[str, PartedMerge] = {}  # in a process of the cluster: the plan of the merge that it works for
 
 
 def merge_on_ray(
@@ -47,74 +32,8 @@ def merge_on_ray(
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merge by tasks of the cluster that `options.workers` names. Raises as `merge` does, and what ended a task."""
-    started, alone = time.monotonic(), dataclasses.replace(options, workers=None)
-    words = (
-        seen_by_all(base),
-        tuple(map(seen_by_all, several(adapters))),
-        os.fspath(out) if is_in_store(out) else os.path.abspath(out),
-        alone,
-    )
-    if is_in_store(out):
-        stored = open_store(base, adapters, out, alone, joining=True)
-        refuse_complete(out, stored.committed)
-        with Tasks(words, options, cluster, progress, sum(part.size for part in stored.parts)) as tasks:
-            tasks.run(make_share_in_store, stored.parts)
-            finished = parts_in_store.finish(base, adapters, out, alone)
-    else:
-        merge = open_parts(base, adapters, out, alone)
-        refuse_complete(out, merge.published)
-        with Tasks(words, options, cluster, progress, 2 * merge.size) as tasks:
-            tasks.run(make_share, merge.parts)
-            finished = publish(merge, None, started, tasks.look)
-    if finished.merge is None:
-        raise UsageError(f"{printable(out)}: another process published this output in the meantime")
-    return finished.merge
-
-
-def refuse_complete(out: PathLike, complete: bool) -> None:
-    """Raise `UsageError` where nothing is left to be made."""
-    if complete:
-        raise UsageError(f"{printable(out)} is complete already; pass another -o, or remove it first")
-
-
-def seen_by_all(word: PathLike) -> str:
-    """An operand as every process understands it, whatever its working folder is."""
-    path = os.path.expanduser(word)
-    return os.path.abspath(path) if os.path.lexists(path) else os.fspath(word)
-
-
-def opened(job: str, words: Words) -> PartedMerge:
-    """The merge that a job is about, planned once in each process."""
-    if job not in OPENED:
-        OPENED.clear()
-        OPENED[job] = open_parts(*words)
-    return OPENED[job]
-
-
-def make_share(job: str, words: Words, names: Sequence[str], share: str) -> Mapping[str, Any]:
-    """The task that makes some parts; a table of what it did."""
-    merge, wanted = opened(job, words), {*names}
-    return make_parts(merge, [part for part in merge.parts if part.name in wanted], share).to_dict()
-
-
-def make_share_in_store(job: str, words: Words, names: Sequence[str], share: str) -> Mapping[str, Any]:  # noqa: ARG001
-    """The same for an output in a store, where shares are known by their numbers."""
-    return parts_in_store.merge_part(*words, Share.of(share)).to_dict()
-
-
-def check_share(job: str, words: Words, names: Sequence[str], share: str) -> Mapping[str, str]:  # noqa: ARG001
-    """The task that reads some parts again; what is wrong with each, by its name."""
-    merge, wanted = opened(job, words), {*names}
-    parts = [part for part in merge.parts if part.name in wanted]
-    for name in {part.file for part in parts}:
-        with suppress(FileNotFoundError):  # which is told of every part
-            forget_cached(merge.store.folder / name)
-    records = merge.store.records()
-    there = [part for part in parts if part.name in records]
-    return {
-        **dict.fromkeys(wanted - {part.name for part in there}, "its record is gone"),
-        **problems(merge, there, records),
-    }
+    words = words_of(base, adapters, out, options)
+    return merge_by_tasks(words, lambda total: Tasks(words, options, cluster, progress, total))
 
 
 class Tasks:
@@ -196,16 +115,6 @@ class Tasks:
             for left in pending:
                 self.ray.cancel(left, force=True)
         return found
-
-    def look(
-        self,
-        merge: PartedMerge,  # noqa: ARG002 (each task opens it)
-        parts: Sequence[FilePart],
-        records: Mapping[str, PartRecord],  # noqa: ARG002 (the same)
-        progress: Progress | None,  # noqa: ARG002 (it has that of all tasks)
-    ) -> dict[str, str]:
-        """What is wrong with some parts, as `problems` tells it."""
-        return {name: reason for share in self.run(check_share, parts) for name, reason in share.items()}
 
 
 def imported() -> Any:

@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from loratool.errors import InputError, StoreError, UsageError
 from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE
 from loratool.files.digests import sha256_of
-from loratool.merging.in_store import abort, apart_from_inputs, replaceable_in
+from loratool.merging.in_parts import abort
 from loratool.merging.one_file import is_file
+from loratool.merging.parted_merge import apart_from_inputs
 from loratool.stores import uploads
-from loratool.stores.bucket import FINISH, FOLDER, Begun, Bucket, each_of, read_begun
+from loratool.stores.begun import FINISH, FOLDER, Begun, read_begun, replaceable_in
+from loratool.stores.bucket import Bucket, each_of, home_of
 from loratool.stores.names import StorePath, parse_store
 from loratool.stores.objects import listed
 
@@ -61,16 +63,16 @@ def made_in_store(make: Callable[..., Report], operands: Sequence[Any], options:
 
 def settled(place: StorePath, overwrite: bool) -> tuple[str, ...]:
     """The names of what is to be replaced below a prefix; raises `UsageError` where it may not be."""
-    if (begun := read_begun(place)) is not None:
+    if (begun := read_begun(home_of(place))) is not None:
         if begun.parts != LOCAL:
             raise UsageError(
                 f"{place}: contains an unfinished merge; finish it, or remove it with `loratool merge --abort`"
             )
         return begun.replaces
-    there = {name: each for name, each in listed(place).items() if not name.startswith(f"{FOLDER}/")}
+    there = {name: each.size for name, each in listed(place).items() if not name.startswith(f"{FOLDER}/")}
     if there and not overwrite:
         raise UsageError(f"{place} already exists; pass --overwrite to replace it", hint="--overwrite")
-    return tuple(replaceable_in(place, there)) if there else ()
+    return tuple(replaceable_in(place, there, place / PROVENANCE)) if there else ()
 
 
 def upload(folder: Path, place: StorePath, replaces: tuple[str, ...]) -> None:
@@ -85,10 +87,10 @@ def upload(folder: Path, place: StorePath, replaces: tuple[str, ...]) -> None:
     ).hexdigest()
     large = tuple(name for name, path in files.items() if path.stat().st_size > PIECE)
     begun = Begun(content, LOCAL, large, tuple(name for name in files if name not in large), replaces)
-    bucket = Bucket(place, begun, {})
-    if (earlier := read_begun(place)) is not None and earlier.plan != content:
+    bucket = Bucket(place, begun, {}, {})
+    if (earlier := read_begun(home_of(place))) is not None and earlier.plan != content:
         abort(str(place))
-    if not bucket.begin() and ((earlier := read_begun(place)) is None or earlier.plan != content):
+    if not bucket.begin() and ((earlier := read_begun(home_of(place))) is None or earlier.plan != content):
         raise UsageError(f"{place}: another run is writing this output; wait for it to end")
     uploads.put_new(bucket.home / FINISH, b"{}\n")
     for name in sorted(replaces, key=lambda name: (name != PROVENANCE, not name.endswith(INDEX_SUFFIX))):

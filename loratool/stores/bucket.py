@@ -1,105 +1,173 @@
-"""An output in a store while it is made: its uploads, and records of their parts, as any number of workers share them.
+"""An output in a store while it is made: its uploads, and records of their parts.
 
-    OUT/.loratool/begin.json   what is being made, by whoever came first: all others compare
-    OUT/.loratool/plan.json    the id of the upload of each weight file, created once
-    OUT/.loratool/part-*.json  a record of each part that is in the store
-    OUT/.loratool/finish.json  from here on files of the output get their names
-
-Nothing of an upload can be seen under the name of its object before it is completed.
+Nothing of an upload can be seen under the name of its object before it is completed. What whoever works on the output
+shares is below `.loratool/` (`begun`).
 """
 
 from __future__ import annotations
 
 import json
 import mmap
+import os
+import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from loratool.errors import InputError, StoreError, UsageError, printable
+from loratool.errors import InputError, StoreError, UsageError, VerificationError, printable
+from loratool.files import stand_ins
+from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE
 from loratool.files.digests import Digest, Tree
-from loratool.files.inputs import LARGEST_RECORD, check_bound, json_object
 from loratool.files.journal import Seen
-from loratool.files.part_records import FilePart, PartRecord
+from loratool.files.part_records import FilePart, PartRecord, PublishedError
+from loratool.files.presence import Worker
 from loratool.files.process import host_name
 from loratool.files.safefile import Layout
 from loratool.files.sink import Memory
+from loratool.files.staging import Stage, workplace
 from loratool.stores import uploads
-from loratool.stores.client import ConditionError, ask, connection
+from loratool.stores.begun import (
+    BEGIN,
+    FINISH,
+    FOLDER,
+    FORMAT,
+    HEAD,
+    PLAN,
+    Begun,
+    is_ours,
+    read_begun,
+    read_plan,
+    read_record,
+    replaceable_in,
+    stray_uploads,
+)
+from loratool.stores.client import ConditionError, GoneError, connection
 from loratool.stores.names import StorePath
 from loratool.stores.objects import StoredObject, listed
 from loratool.stores.upload_part import Piece, UploadPart
 from loratool.stores.uploading import UploadedPart
 
-FOLDER = ".loratool"
-FORMAT = 1
-HEAD = "loratool_upload"
-BEGIN, PLAN, FINISH = "begin.json", "plan.json", "finish.json"
-
-
-@dataclass(frozen=True)
-class Begun:
-    """What is being made below a prefix."""
-
-    plan: str  # the fingerprint of the merge
-    parts: str  # digest of how files are cut, on which all workers must agree
-    weights: tuple[str, ...]  # names of the files that are uploaded in parts
-    others: tuple[str, ...]  # names of all other files
-    replaces: tuple[str, ...] = ()  # names of what was there, and goes
-    before: tuple[str, ...] = ()  # uploads of these files that were there already, and are somebody else's
-
-    def to_bytes(self) -> bytes:
-        table = {HEAD: FORMAT, **vars(self)}
-        return (json.dumps(table, sort_keys=True) + "\n").encode()
-
-    @classmethod
-    def of_bytes(cls, raw: bytes) -> Begun | None:
-        """What was stored; None for anything else."""
-        try:
-            table = json_object(raw)
-        except (ValueError, InputError):
-            return None
-        names = [table.get(key) for key in ("weights", "others", "replaces", "before")]
-        texts = [table.get(key) for key in ("plan", "parts")]
-        lists = all(isinstance(each, list) and all(isinstance(name, str) for name in each) for each in names)
-        if table.get(HEAD) != FORMAT or not lists or not all(isinstance(text, str) for text in texts):
-            return None
-        weights, others, replaces, before = (tuple(map(str, each or ())) for each in names)
-        return cls(str(texts[0]), str(texts[1]), weights, others, replaces, before)
-
-    def keys(self, place: StorePath) -> dict[str, str]:
-        """The names of weight files by their keys."""
-        return {(place / name).key: name for name in self.weights}
+MOST_LOOKS = 4  # at an object, until an answer has its ETag: one answer may be wrong
 
 
 @dataclass
 class Bucket:
-    """The prefix of one output, as the place of its parts and records."""
+    """The output of many workers in a store, as a `SharedOutput`: a prefix, or one object and its record if `single`."""
 
-    place: StorePath
+    place: StorePath  # the prefix below which its files are
     begun: Begun
     parts: Mapping[str, UploadPart]  # by name
+    layouts: Mapping[str, Layout]  # of weight files, by name
+    single: str = ""  # the name of the one file
     ids: dict[str, str] = field(default_factory=dict)  # file → its upload
-    there: dict[str, dict[int, uploads.Sent]] = field(default_factory=dict)  # file → what was listed of its upload
-    made: dict[str, PartRecord] = field(default_factory=dict)  # the records of all parts, once they were found right
     memory: Memory = field(default_factory=Memory)
+    read_to_check = False  # the store has compared what came with checksums, and tells those
+
+    @classmethod
+    def unfinished(cls, place: StorePath, single: str) -> Bucket:
+        """What was begun at a place. Raises `UsageError` where there is no such thing."""
+        begun = read_begun(home_of(place, single))
+        if begun is None:
+            raise UsageError(
+                f"{place / single if single else place}: no unfinished merge was found, so nothing was removed"
+            )
+        return cls(place, begun, {}, {}, single)
 
     @property
     def home(self) -> StorePath:
-        return self.place / FOLDER
+        return home_of(self.place, self.single)
+
+    @property
+    def address(self) -> StorePath:
+        """The output, as people call it."""
+        return self.place / self.single if self.single else self.place
+
+    @property
+    def out(self) -> Path:
+        return Path(str(self.address))
+
+    @property
+    def plan(self) -> str:
+        return self.begun.plan
+
+    def path(self, name: str) -> StorePath:
+        """The place of a file of the output."""
+        return self.place / (f"{self.single}.{name}" if self.single and name == PROVENANCE else name)
+
+    def is_published(self) -> bool:
+        """Whether its record is there, which comes last."""
+        return read_record(self.path(PROVENANCE)).get("plan") == self.plan
+
+    def is_begun(self) -> bool:
+        return self.join()
+
+    def join(self) -> bool:
+        """Go on with what others have begun; False where nobody has."""
+        if (found := read_begun(self.home)) is None:
+            return False
+        self.check(found)
+        self.begun = found
+        return True
+
+    def settle(self, overwrite: bool, joining: bool) -> bool:
+        """Look at what is there: whether the output is complete already.
+
+        With `joining`, such an output is not in the way. Raises `UsageError` where what is there may not be replaced.
+        """
+        if self.join():
+            return self.is_published()
+        if joining and self.is_published():
+            return True
+        if self.single:
+            heads = {name: uploads.head(self.path(name)) for name in (self.single, PROVENANCE)}
+            there = {name: head[1] for name, head in heads.items() if head is not None}
+        else:
+            there = {name: each.size for name, each in listed(self.place).items() if not name.startswith(f"{FOLDER}/")}
+        if there and not overwrite:
+            raise UsageError(f"{self.address} already exists; pass --overwrite to replace it", hint="--overwrite")
+        if there:
+            names = replaceable_in(self.address, there, self.path(PROVENANCE))
+            self.begun = replace(self.begun, replaces=tuple(sorted(names)))
+        return False
+
+    def workers(self) -> list[Worker]:
+        """Nobody: a store does not know who is at work."""
+        return []
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Tell that uploads are gone; and whatever fails since the output is published meanwhile, as that."""
+        try:
+            yield
+        except (GoneError, VerificationError) as error:
+            if self.is_published():
+                raise PublishedError from error
+            if isinstance(error, GoneError):
+                raise StoreError(
+                    f"{self.address}: its uploads were removed by something else, such as a rule of the bucket; remove "
+                    "what is left with --abort, then merge again"
+                ) from None
+            raise
+
+    @contextmanager
+    def at_work(self, share: str, parts: Sequence[FilePart]) -> Iterator[None]:  # noqa: ARG002 (nobody looks)
+        with self.told():
+            self.claim()
+            if self.is_published():  # since it was looked at last
+                self.clear()
+                raise PublishedError
+            yield
 
     def claim(self) -> None:
         """Begin the output, or join those who are at work on it.
 
         Raises `UsageError` where they merge something else.
         """
-        if not self.begin():
-            found = read_begun(self.place)
-            if found is None:
-                raise StoreError(f"{self.home / BEGIN}: keeps disappearing; is another run using it?")
-            self.check(found)
-            self.begun = found
+        if not self.begin() and not self.join():
+            raise StoreError(f"{self.home / BEGIN}: keeps disappearing; is another run using it?")
         self.ids = self.planned() or self.make_uploads()
 
     def begin(self) -> bool:
@@ -112,13 +180,13 @@ class Bucket:
         """Raise `UsageError` where what is being made is something else."""
         if found.plan != self.begun.plan:
             raise UsageError(
-                f"{self.place}: contains an unfinished merge of other inputs or options (its fingerprint is "
+                f"{self.address}: contains an unfinished merge of other inputs or options (its fingerprint is "
                 f"{printable(found.plan[:16])}, this one's is {self.begun.plan[:16]}); finish that one, remove it with "
                 "--abort, or choose another OUT"
             )
         if found.parts != self.begun.parts:
             raise UsageError(
-                f"{self.place}: contains an unfinished merge that was begun with another LORATOOL_S3_PARTS or release "
+                f"{self.address}: contains an unfinished merge that was begun with another LORATOOL_S3_PARTS or release "
                 "of loratool; finish it with that one, or remove it with --abort"
             )
 
@@ -155,40 +223,46 @@ class Bucket:
         }
         return {name: record for name, record in found.items() if record.is_of(self.parts[name], self.begun.plan)}
 
-    def look(self) -> None:
-        """List what the store has of each upload."""
-        self.there = dict(
-            zip(
-                self.ids,
-                each_of(lambda name: uploads.sent_parts(self.place / name, self.ids[name]), self.ids),
-                strict=True,
-            )
-        )
+    def held(self, parts: Sequence[FilePart]) -> int:
+        """Twice the largest piece: one that a worker fills, and one that another worker fills up."""
+        sent = [part for each in parts if (part := self.parts[each.name]).source is None]
+        return 2 * max((piece.size for part in sent for piece in part.pieces), default=0)
 
-    def problem(self, part: FilePart, record: PartRecord, layout: Layout) -> str:  # noqa: ARG002
-        """Empty where a part is in the store as its record has it; else what is wrong.
+    def problems(
+        self,
+        parts: Sequence[FilePart],
+        records: Mapping[str, PartRecord],
+        progress: Callable[[int, int], None] | None = None,  # noqa: ARG002 (nothing is read)
+    ) -> dict[str, str]:
+        """What is wrong with some parts, by name.
 
-        The store's own list is looked at, and no bytes are read: it has checked those as they came.
+        The store's own lists are looked at, and no bytes are read: it has checked those as they came.
         """
-        upload = self.parts[part.name]
-        there = self.there.get(part.file, {})
-        sent = [there.get(piece.number) for piece in upload.pieces]
-        if None in sent or [each.size for each in sent if each] != [piece.size for piece in upload.pieces]:
-            return "is not in the store"
-        return "" if [each.tag for each in sent if each] == tags_of(record) else "was sent again by another worker"
+        names = sorted({part.file for part in parts})
+        try:
+            lists = each_of(lambda name: uploads.sent_parts(self.place / name, self.ids[name]), names)
+        except GoneError:  # another run completes them
+            return {}
+        there: dict[str, dict[int, uploads.Sent]] = dict(zip(names, lists, strict=True))
+        found = {p.name: why_unlike(self.parts[p.name], records[p.name], there[p.file]) for p in parts}
+        return {name: reason for name, reason in found.items() if reason}
 
-    def open(self, part: FilePart, layout: Layout, stop: threading.Event) -> UploadedPart:
-        return UploadedPart(self, self.parts[part.name], layout, stop)
+    def open(self, part: FilePart, stop: threading.Event) -> UploadedPart:
+        return UploadedPart(self, self.parts[part.name], self.layouts[part.file], stop)
 
     def send(self, part: UploadPart, piece: Piece, content: mmap.mmap) -> str:
         """Bring a piece of a part to the store; its ETag."""
         return uploads.send(self.place / part.file, self.ids[part.file], piece.number, content)
 
-    def make_plain(self, part: UploadPart, layout: Layout) -> None:
-        """Make a part with nothing to compute: have the store copy it, or send what is not of any tensor."""
-        empty = Digest(part.size, tree=Tree.of_part(layout, {}))
+    def make_alone(self, parts: Sequence[FilePart]) -> Sequence[FilePart]:
+        """Make those of some parts that have no chunk: have the store copy them, or send what is not of any tensor."""
+        each_of(self.make_plain, [self.parts[part.name] for part in parts if not part.chunks])
+        return [part for part in parts if part.chunks]
+
+    def make_plain(self, part: UploadPart) -> None:
+        empty = Digest(part.size, tree=Tree.of_part(self.layouts[part.file], {}))
         if part.source is None:
-            sink = self.open(part, layout, threading.Event())
+            sink = self.open(part, threading.Event())
             sink.finish()
             sink.record(Seen(changed=False), empty)
             return
@@ -203,9 +277,9 @@ class Bucket:
                 raise changed(part.source) from None
             tags.append(tag)
             copies.append([piece.start, piece.stop, md5])
-        self.publish(part, empty, Seen(changed=False), {"tags": tags, "copies": copies})
+        self.put_record(part, empty, Seen(changed=False), {"tags": tags, "copies": copies})
 
-    def publish(self, part: UploadPart, digest: Digest, seen: Seen, details: Mapping[str, Any]) -> None:
+    def put_record(self, part: UploadPart, digest: Digest, seen: Seen, details: Mapping[str, Any]) -> None:
         """Make a record known. One that another worker has published first stands, if it can be read."""
         record = PartRecord(part.name, self.begun.plan, digest, seen, host_name(), details)
         place = self.home / f"{part.name}.json"
@@ -218,12 +292,62 @@ class Bucket:
         """Withdraw a record that was found to be wrong."""
         uploads.remove(self.home / f"{name}.json")
 
-    def complete(self, name: str, size: int) -> None:
-        """Give a weight file its name."""
-        tags = [tag for part in self.parts.values() if part.file == name for tag in tags_of(self.made[part.name])]
-        uploads.complete(self.place / name, self.ids[name], tags, size)
+    def assemble(self, parts: Sequence[FilePart], records: Mapping[str, PartRecord]) -> None:  # noqa: ARG002
+        """Raise `InputError` where an object that was copied from is no longer the one that was listed.
 
-    def clear(self) -> list[str]:
+        Some stores copy from whatever is there.
+        """
+        for source in {there for part in parts if (there := self.parts[part.name].source) is not None}:
+            if not any((uploads.head(source.place) or ("", 0))[0] == source.tag for _ in range(MOST_LOOKS)):
+                raise changed(source)
+
+    @contextmanager
+    def finishing(self) -> Iterator[Stage]:
+        """Gives a stage on this disk; any number of processes may do the same."""
+        with self.told():
+            begun = self.join()
+            self.ids = self.planned() if begun else {}
+            if not begun or (self.begun.weights and not self.ids):
+                raise VerificationError(f"{self.address}: no part of this merge has been made; run --part first")
+            with tempfile.TemporaryDirectory(prefix="loratool-") as home, workplace(Path(home) / "merged") as stage:
+                try:
+                    yield stage
+                finally:
+                    for name in self.layouts:
+                        stand_ins.standing.pop(os.fspath(stage.folder / name), None)
+
+    def name_weights(self, stage: Stage, records: Mapping[str, PartRecord], read: bool) -> None:
+        """Complete the uploads; with `read`, files of the stage stand for their objects."""
+        uploads.put_new(self.home / FINISH, b"{}\n")
+        gone = [name for name in self.begun.replaces if name not in self.layouts]
+        for name in sorted(gone, key=lambda name: (name != PROVENANCE, not name.endswith(INDEX_SUFFIX))):
+            uploads.remove(self.path(name))
+        each_of(lambda name: self.complete(name, records), self.layouts)
+        for name, layout in self.layouts.items() if read else ():
+            tag, size = uploads.head(self.place / name) or ("", -1)
+            path = stage.way_to(name)
+            path.write_bytes(layout.header)
+            os.truncate(path, layout.size)
+            stand_ins.standing[os.fspath(path)] = StoredObject(self.place / name, size, tag, 0)
+
+    def complete(self, name: str, records: Mapping[str, PartRecord]) -> None:
+        """Give a weight file its name."""
+        tags = [tag for part in self.parts.values() if part.file == name for tag in tags_of(records[part.name])]
+        uploads.complete(self.place / name, self.ids[name], tags, self.layouts[name].size)
+
+    def publish(self, stage: Stage) -> None:
+        """Put the other files there, the index after them, and the record last of all."""
+        small = [name for name in stage.files if name not in self.layouts and name != PROVENANCE]
+        for name in sorted(small, key=lambda name: (name.endswith(INDEX_SUFFIX), name)):
+            uploads.put(self.path(name), (stage.folder / name).read_bytes())
+        record = self.path(PROVENANCE)
+        if not uploads.put_new(record, (stage.folder / PROVENANCE).read_bytes()) and not self.is_published():
+            raise UsageError(f"{record}: was written by something else in the meantime")
+
+    def clear(self) -> None:
+        self.sweep()
+
+    def sweep(self) -> list[str]:
         """Remove what only the making needed; what says that it has begun goes last.
 
         Gives the names of files that had uploads which no plan names.
@@ -233,6 +357,33 @@ class Bucket:
         each_of(lambda name: uploads.remove(self.home / name), names)
         uploads.remove(self.home / BEGIN)
         return strays
+
+    def abort(self) -> tuple[Sequence[str], Sequence[str]]:
+        """Give the output up; one that is complete stays."""
+        complete, removed = self.is_published(), list[str]()
+        if not complete and uploads.head(self.home / FINISH) is not None:
+            names = sorted({*self.begun.weights, *self.begun.others, *self.begun.replaces})
+            heads = each_of(lambda name: uploads.head(self.path(name)), names)
+            removed = [name for name, head in zip(names, heads, strict=True) if head is not None]
+            each_of(lambda name: uploads.remove(self.path(name)), removed)
+        planned = self.planned()
+        for name, upload in planned.items():
+            uploads.abort(self.place / name, upload)
+        ended = {*planned, *self.sweep()}
+        return () if complete else sorted(ended), removed
+
+
+def home_of(place: StorePath, single: str = "") -> StorePath:
+    """Where those who work on an output below a prefix share what they do."""
+    return place / FOLDER / single if single else place / FOLDER
+
+
+def why_unlike(part: UploadPart, record: PartRecord, there: Mapping[int, uploads.Sent]) -> str:
+    """Empty where a part is in the store as its record has it; else what is wrong."""
+    sent = [there.get(piece.number) for piece in part.pieces]
+    if None in sent or [each.size for each in sent if each] != [piece.size for piece in part.pieces]:
+        return "is not in the store"
+    return "" if [each.tag for each in sent if each] == tags_of(record) else "was sent again by another worker"
 
 
 def each_of(call: Callable[[Any], Any], things: Iterable[Any]) -> list[Any]:
@@ -248,51 +399,3 @@ def tags_of(record: PartRecord) -> list[str]:
     """The ETags of the pieces of a part, as its record has them."""
     tags = record.details.get("tags")
     return [str(tag) for tag in tags] if isinstance(tags, list) else []
-
-
-def is_ours(name: str) -> bool:
-    """Whether a name in the folder of an output that is made is one that is used here."""
-    return name in (BEGIN, PLAN, FINISH) or (name.startswith("part-") and name.endswith(".json") and "/" not in name)
-
-
-def read_begun(place: StorePath) -> Begun | None:
-    """What is being made at a place; None where nothing is.
-
-    Raises `UsageError` where what says so cannot be read.
-    """
-    raw = uploads.get(place / FOLDER / BEGIN)
-    if raw is None:
-        return None
-    check_bound(str(place / FOLDER / BEGIN), len(raw), LARGEST_RECORD)
-    if (found := Begun.of_bytes(raw)) is None:
-        raise UsageError(f"{place / FOLDER / BEGIN}: not written by this release of loratool; choose another OUT")
-    return found
-
-
-def read_plan(raw: bytes, plan: str) -> dict[str, str]:
-    """The uploads of a plan; empty where it is of another one, or cannot be read."""
-    try:
-        table = json_object(raw)
-    except (ValueError, InputError):
-        return {}
-    found = table.get("uploads")
-    if table.get("plan") != plan or not isinstance(found, dict):
-        return {}
-    return {str(name): str(upload) for name, upload in found.items()}
-
-
-def stray_uploads(place: StorePath, begun: Begun) -> list[str]:
-    """End the uploads of the output's files, but those that were there before it was begun; the names of the files.
-
-    Workers that came at the same time have begun some that no plan names.
-    """
-    keys = begun.keys(place)
-    found = [(at, upload) for at, upload in uploads.uploads_of(place, keys) if upload not in begun.before]
-    for at, upload in found:
-        uploads.abort(at, upload)
-    return sorted({keys[at.key] for at, _ in found})
-
-
-def remove_all(place: StorePath, names: Iterable[str]) -> None:
-    """Delete objects below a place, a few at a time."""
-    each_of(lambda name: ask("delete_object", place, Key=(place / name).key), names)

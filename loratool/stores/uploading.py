@@ -29,7 +29,7 @@ class Sender(Protocol):
         """Bring a piece of a part to the store; its ETag."""
         ...
 
-    def publish(self, part: UploadPart, digest: Digest, seen: Seen, details: Mapping[str, object]) -> None:
+    def put_record(self, part: UploadPart, digest: Digest, seen: Seen, details: Mapping[str, object]) -> None:
         """Make known that all of a part is there."""
         ...
 
@@ -90,7 +90,7 @@ class UploadedPart:
 
     def record(self, seen: Seen, digest: Digest) -> None:
         tags = [self.tags[piece.number] for piece in self.pieces]
-        self.store.publish(self.upload, digest, seen, {"tags": tags})
+        self.store.put_record(self.upload, digest, seen, {"tags": tags})
 
     def close(self) -> None:
         """Let go of what is in memory."""

@@ -23,7 +23,7 @@ from store_server import BUCKET, Asked, Fault, StoreServer, stormy
 import loratool
 from loratool.errors import HubError, InputError, LoratoolError
 from loratool.files import stand_ins
-from loratool.merging import in_store
+from loratool.merging import parted_merge
 from loratool.stores import client
 from loratool.stores.limits import limits
 
@@ -43,7 +43,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def of_tests() -> None:
     """Limits of a thousandth and waits of a tenth, in a process of its own."""
     own = limits
-    in_store.limits = lambda: dataclasses.replace(own(), smallest=SMALLEST, piece=PIECE)  # type: ignore[attr-defined]
+    parted_merge.limits = lambda: dataclasses.replace(own(), smallest=SMALLEST, piece=PIECE)  # type: ignore[attr-defined]
     client.WAITS = (0.1,) * len(client.WAITS)  # type: ignore[assignment]
 
 

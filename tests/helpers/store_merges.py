@@ -13,7 +13,7 @@ import faults
 from store_server import BUCKET, StoreServer, settled, tree
 
 from loratool.files.safefile import Layout
-from loratool.merging import in_store
+from loratool.merging import parted_merge
 from loratool.stores.limits import limits
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     def scaled() -> object:
         return dataclasses.replace(own(), smallest=SMALLEST, piece=PIECE)
 
-    monkeypatch.setattr(in_store, "limits", scaled)
+    monkeypatch.setattr(parted_merge, "limits", scaled)
     monkeypatch.setattr("moto.s3.models.S3_UPLOAD_PART_MIN_SIZE", SMALLEST)
 
 

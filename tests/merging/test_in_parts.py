@@ -25,7 +25,8 @@ from loratool.files import digests, presence, sink, staging
 from loratool.files.digests import Listed
 from loratool.files.journal import Journal
 from loratool.files.part_records import PartRecord
-from loratool.merging import dealing, in_parts
+from loratool.files.shared_folder import SharedFolder
+from loratool.merging import dealing, parted_merge
 from loratool.merging.merge import MergeOptions
 from loratool.results.parts import FinishReport, PartReport
 
@@ -202,7 +203,7 @@ def together(jobs: list[Callable[[], Any]]) -> list[Any]:
 def test_pages_that_parts_share_are_written_by_finish_alone(merge: Merge) -> None:
     """A machine may write a whole page where a part has some bytes of it, and so undo what another machine has written."""
     merge.part("1/1")
-    parts = in_parts.open_parts(merge.base, merge.adapter, merge.out, MergeOptions(device="cpu")).parts
+    parts = parted_merge.open_parts(merge.base, merge.adapter, merge.out, MergeOptions(device="cpu")).parts
     inner = [(part.file, part.start) for part in parts if part.start]
     assert len(inner) == 8
     before = {name: (merge.stage / "model" / name).read_bytes() for name, _ in inner}
@@ -353,15 +354,15 @@ def test_the_first_record_of_a_part_stands_if_its_bytes_are_still_there(merge: M
     name = sorted(merge.status().done)[1]
     path = record_of(merge, name)
     first = path.read_bytes()
-    opened = in_parts.open_parts(merge.base, merge.adapter, merge.out, MergeOptions(device="cpu"))
+    opened = parted_merge.open_parts(merge.base, merge.adapter, merge.out, MergeOptions(device="cpu"))
     (part,) = (part for part in opened.parts if part.name == name)
-    layout = opened.layouts[part.file]
     mine = PartRecord.of_bytes(first)
     assert mine is not None
-    opened.store.publish(part, dataclasses.replace(mine, worker="another"), layout)
+    assert isinstance(opened.output, SharedFolder)
+    opened.output.put_record(part, dataclasses.replace(mine, worker="another"))
     assert path.read_bytes() == first
     path.write_bytes(of_other_bytes(mine))  # what the first one wrote is there no more
-    opened.store.publish(part, dataclasses.replace(mine, worker="another"), layout)
+    opened.output.put_record(part, dataclasses.replace(mine, worker="another"))
     assert b'"worker": "another"' in path.read_bytes()
 
 

@@ -15,7 +15,7 @@ from loratool import cli
 from loratool.commands.merge import MergeAndPushOptions
 from loratool.demo import demo
 from loratool.errors import StorageError, UsageError
-from loratool.merging import dealing, on_ray
+from loratool.merging import by_tasks, dealing, on_ray
 
 
 @pytest.fixture
@@ -121,9 +121,9 @@ def test_a_damaged_part_is_found_and_made_again(
             once[0].write_bytes(raw)
         return check(*words)
 
-    check = on_ray.check_share
+    check = by_tasks.check_share
     damaging.__name__ = check.__name__
-    monkeypatch.setattr(on_ray, "check_share", damaging)
+    monkeypatch.setattr(by_tasks, "check_share", damaging)
     with pytest.raises(loratool.VerificationError, match="damaged"):
         merged(home, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -163,7 +163,7 @@ def test_what_a_task_raises_is_raised_and_the_others_are_ended(
         raise loratool.InputError("base: changed during the merge", ["problem"], hint="loratool inspect base")
 
     failing.__name__ = "make_share"
-    monkeypatch.setattr(on_ray, "make_share", failing)
+    monkeypatch.setattr(by_tasks, "make_share", failing)
     with pytest.raises(loratool.InputError, match="changed during the merge") as caught:
         merged(home, tmp_path / "out")
     assert (caught.value.problems, caught.value.hint) == (("problem",), "loratool inspect base")

@@ -18,9 +18,11 @@ from store_server import BUCKET, Asked, Fault, stormy, tree
 import loratool
 from loratool import cli
 from loratool.errors import FitError, InputError, StoreError, UsageError
-from loratool.merging import in_store, resources
+from loratool.merging import resources
 from loratool.merging.merge import MergeOptions
-from loratool.stores.bucket import FOLDER
+from loratool.merging.parted_merge import open_parts
+from loratool.stores.begun import FOLDER
+from loratool.stores.bucket import Bucket
 
 if TYPE_CHECKING:
     from store_server import StoreServer
@@ -249,7 +251,7 @@ def test_an_unfinished_merge_of_something_else_is_refused(store: StoreServer, mo
     ("out", "said"),
     [
         (f"s3://{BUCKET}", "OUT must be a prefix"),
-        (f"s3://{BUCKET}/out/x.safetensors", "OUT in a store must be a prefix"),
+        (f"s3://{BUCKET}/out/x.safetensors", f"OUT must be a folder, such as s3://{BUCKET}/out/x,"),
         (f"{BASE}/merged", "OUT is, contains or is inside the input"),
         (f"s3://{BUCKET}/team", "OUT is, contains or is inside the input"),
     ],
@@ -394,16 +396,16 @@ def test_a_limit_of_memory_counts_what_is_read_and_sent(
 
     with monkeypatch.context() as patch:
         patch.setattr(resources, "read_ahead", lambda _spans: 1 << 30)
-        patch.setattr(in_store, "most_sent", lambda _merge: 1 << 30)
+        patch.setattr(Bucket, "held", lambda _bucket, _parts: 1 << 30)
         with pytest.raises(UsageError, match=r"needs at least (2[1-9]|[3-9]\d)\d\d MB"):
             make(1)
     assert store.objects(BUCKET, f"out/limited-{command}") == {}
     assert not any(each.kind == "create" for each in store.requests)
     with pytest.raises(UsageError, match="needs at least") as caught:
         make(1)
-    merge = in_store.open_store(BASE, [ADAPTER], out, MergeOptions())
+    merge = open_parts(BASE, [ADAPTER], out, MergeOptions())
     make(int(re.findall(r"\d+", str(caught.value))[-1]) * 10**6 + 20_000_000)
-    assert in_store.most_sent(merge) == 2 * max(each.came for each in store.requests if each.kind == "part")
+    assert merge.output.held(merge.parts) == 2 * max(each.came for each in store.requests if each.kind == "part")
 
 
 def test_uploads_that_somebody_removed_are_said_and_can_be_cleared(store: StoreServer, models: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is recorded of the weight files of a merge into a store: digests of what passed through here, versions of the rest."""
+"""Weight files of the records of their parts: digests of what passed through here, versions of what a store copied."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.files.digests import CopiedRange, Digest, Listed, Reference, Tree, digest_of_part
-from loratool.files.journal import FinishedShard
+from loratool.files.journal import FinishedShard, Seen
 from loratool.files.known_digests import KnownDigests
-from loratool.files.part_records import PartRecord
+from loratool.files.part_records import FilePart, PartRecord
 from loratool.files.stand_ins import stand_in
-from loratool.merging.in_parts import together
 from loratool.merging.tasks import known_of
+from loratool.merging.totals import summed
 from loratool.stores.objects import StoredObject
 from loratool.stores.upload_part import UploadPart
 
@@ -22,28 +22,49 @@ if TYPE_CHECKING:
 
 
 def whole_file(
-    plan: MergePlan, shard: ShardPlan, parts: Sequence[tuple[UploadPart, PartRecord]], known: KnownDigests | None
+    plan: MergePlan, shard: ShardPlan, parts: Sequence[tuple[FilePart, PartRecord]], known: KnownDigests | None
 ) -> FinishedShard:
     """A weight file, from the records of all of its parts.
 
-    A tensor that did not pass through here whole is listed by where its bytes are from, unless its digests are known.
+    A tensor that did not pass through here whole is listed by where its bytes are from, unless its digests are known. In
+    a folder, so is one of a file in the Hub's cache, as in a merge by one process; in a store, by its own digests.
     """
+    local = not any(isinstance(part, UploadPart) for part, _ in parts)
     listed: dict[str, list[str]] = {}
     for part, record in parts:
         for (tensor, _, _), digest in zip(part.chunks, record.chunk_digests(), strict=True):
             listed.setdefault(tensor, []).append(digest)
     every: dict[str, Listed] = {}
     for span in shard.spans:
-        name = span.placed.name[len(shard.prefix) :]
-        if not span.placed.nbytes:
-            every[name] = (digest_of_part(b""),)
+        name, reference = span.placed.name[len(shard.prefix) :], known_of(known, span)
+        if isinstance(reference, Reference) and local:
+            every[name] = reference
         elif name in listed:
             every[name] = tuple(listed[name])
+        elif not span.placed.nbytes:
+            every[name] = (digest_of_part(b""),)
         else:
-            every[name] = known_of(known, span) or version_of(plan, span.carried)
+            every[name] = reference or version_of(plan, span.carried)
     copies = tuple(copy for part, record in parts for copy in copies_in(plan, part, record))
     whole = Digest(shard.layout.size, tree=Tree.of(shard.layout, every), copies=copies)
     return FinishedShard(name=shard.name, digest=whole, **vars(together([record.seen for _, record in parts])))
+
+
+def together(seen: Sequence[Seen]) -> Seen:
+    """What was seen of all parts of a file."""
+    nonfinite: dict[str, int] = {}
+    for each in seen:
+        for name, count in each.nonfinite.items():
+            nonfinite[name] = nonfinite.get(name, 0) + count
+    return Seen(
+        changed=any(each.changed for each in seen),
+        device=max((each.device for each in seen), default=""),  # "cuda" where any was
+        norms=summed(each.norms for each in seen),
+        kept=summed(each.kept for each in seen),
+        lost={name: pair for each in seen for name, pair in each.lost.items()},
+        nonfinite=nonfinite,
+        effective=sorted({effect for each in seen for effect in each.effective}),
+    )
 
 
 def version_of(plan: MergePlan, tensor: Any) -> Reference:
@@ -60,9 +81,9 @@ def name_in(plan: MergePlan, path: Path) -> str:
     return path.relative_to(home).as_posix()
 
 
-def copies_in(plan: MergePlan, part: UploadPart, record: PartRecord) -> Iterator[CopiedRange]:
-    """The ranges of a file that a part copied, each with the checksum that the store told."""
-    if part.source is None:
+def copies_in(plan: MergePlan, part: FilePart, record: PartRecord) -> Iterator[CopiedRange]:
+    """The ranges of a file that a store copied for a part, each with the checksum that the store told."""
+    if not isinstance(part, UploadPart) or part.source is None:
         return
     files = {there: shard.path for shard in plan.base.shards if isinstance(there := stand_in(shard.path), StoredObject)}
     name = name_in(plan, files[part.source])

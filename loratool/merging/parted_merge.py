@@ -1,0 +1,174 @@
+"""A merge that is planned to be made in parts, and the place of its output: a folder that all workers see, or a store."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratool.adapters.formats import replaceable
+from loratool.errors import UsageError, printable
+from loratool.fetching import local
+from loratool.files.journal import Journal
+from loratool.files.part_records import FilePart, SharedOutput
+from loratool.files.shared_folder import SharedFolder
+from loratool.files.sink import PAGE
+from loratool.merging.dealing import parts_of
+from loratool.merging.fingerprints import content_fingerprint
+from loratool.merging.merge import (
+    MergeOptions,
+    PathLike,
+    located,
+    output_names,
+    planned,
+    prepare,
+    read_inputs,
+    several,
+)
+from loratool.merging.one_file import as_one_file, is_file
+from loratool.merging.upload_parts import upload_parts
+from loratool.stores.begun import Begun
+from loratool.stores.bucket import Bucket
+from loratool.stores.limits import limits
+from loratool.stores.names import StorePath, is_in_store, parse_store
+
+if TYPE_CHECKING:
+    from loratool.merging.plan import MergePlan
+
+FORMAT = 1  # of what workers share
+
+
+@dataclass(frozen=True)
+class PartedMerge:
+    """A merge that is planned, with its parts and the place where they go."""
+
+    plan: MergePlan
+    paths: list[Path]  # of the adapters
+    digests: list[dict[str, str]]  # of each adapter's files
+    parts: tuple[FilePart, ...]
+    output: SharedOutput
+    options: MergeOptions
+    published: bool  # whether the output is there, complete
+    started: float  # when the work began, by `time.monotonic`
+
+    @property
+    def size(self) -> int:
+        """Bytes of the weight files."""
+        return sum(part.size for part in self.parts)
+
+    @property
+    def single(self) -> bool:
+        """Whether the output is one file."""
+        return is_file(self.output.out)
+
+
+def open_parts(
+    base: PathLike, adapters: Sequence[PathLike] | PathLike, out: PathLike, options: MergeOptions, joining: bool = True
+) -> PartedMerge:
+    """The plan of a merge with its parts; nothing is written.
+
+    With `joining`, an output in a store that this merge has made already is not in the way; in a folder it never is.
+
+    Raises:
+        UsageError: as `merge` does; what is at `out` may not be replaced, or another merge is at work on it.
+        StoreError: the store refuses, or is out of reach.
+        LoratoolError: as `merge` does.
+    """
+    started = time.monotonic()
+    _ = options.threads  # raises where a cluster was asked for
+    if is_in_store(out):
+        place = checked_place(out)
+        plan, paths = planned_for(place, base, several(adapters), options)
+    else:
+        plan, target, paths = prepare(base, adapters, out, dataclasses.replace(options, overwrite=True))
+    digests = [adapter.digests() for adapter in plan.adapters]
+    fingerprint = content_fingerprint(plan, digests)
+    if is_in_store(out):
+        bucket = bucket_of(plan, place, fingerprint)
+        parts: tuple[FilePart, ...] = tuple(bucket.parts.values())
+        return PartedMerge(
+            plan, paths, digests, parts, bucket, options, bucket.settle(options.overwrite, joining), started
+        )
+    folder = folder_of(plan, target, fingerprint, options.overwrite)
+    published, parts = folder.is_published(), tuple(folder.parts.values())
+    if os.path.lexists(target) and not published and not options.overwrite:
+        raise UsageError(f"{printable(out)} already exists; pass --overwrite to replace it", hint="--overwrite")
+    return PartedMerge(plan, paths, digests, parts, folder, options, published, started)
+
+
+def folder_of(plan: MergePlan, target: Path, fingerprint: str, overwrite: bool) -> SharedFolder:
+    """The output of a merge in a folder that all workers see."""
+    parts = parts_of(plan)
+    shared = {"format": FORMAT, "page": PAGE, "count": len(parts)}
+    journal = Journal(fingerprint, {}, output_names(plan), parts=shared)
+    layouts = {shard.name: shard.layout for shard in plan.shards}
+    named = {part.name: part for part in parts}
+    return SharedFolder(target, journal, named, layouts, replaceable(overwrite), is_file(target))
+
+
+def bucket_of(plan: MergePlan, place: StorePath, fingerprint: str) -> Bucket:
+    """The output of a merge in a store."""
+    parts = upload_parts(plan, limits())
+    named = json.dumps([[part.name, part.file, part.cuts, part.source is None] for part in parts]).encode()
+    layouts = {shard.name: shard.layout for shard in plan.shards}
+    begun = Begun(
+        fingerprint,
+        hashlib.sha256(named).hexdigest(),
+        tuple(layouts),
+        tuple(sorted(output_names(plan) - layouts.keys())),
+    )
+    prefix, single = split(place)
+    return Bucket(prefix, begun, {part.name: part for part in parts}, layouts, single)
+
+
+def split(place: StorePath) -> tuple[StorePath, str]:
+    """The prefix below which the files of an output are, and the name of its one file; empty where it is a prefix."""
+    return (place.parent, place.name) if is_file(Path(place.name)) else (place, "")
+
+
+def unfinished(out: PathLike) -> SharedOutput:
+    """What was begun at an output. Raises `UsageError` where there is no such thing."""
+    if not is_in_store(out):
+        return SharedFolder.unfinished(Path(os.path.realpath(out)), is_file(Path(out)))
+    return Bucket.unfinished(*split(checked_place(out)))
+
+
+def planned_for(
+    place: StorePath, base: PathLike, adapters: Sequence[PathLike], options: MergeOptions
+) -> tuple[MergePlan, list[Path]]:
+    """The plan of a merge into a store, and the adapters' places on this disk."""
+    ways = options.readings(max(1, len(adapters)))
+    apart_from_inputs(place, [base, *adapters])
+    base, paths = located(base, adapters)
+    apart_from_inputs(place, [base])
+    plan = planned(*read_inputs(local(base, "model"), paths, ways), options)
+    return as_one_file(plan, Path(str(place))), paths
+
+
+def checked_place(out: PathLike) -> StorePath:
+    """The place that an address of OUT names; raises `UsageError` for what no output can be."""
+    place = parse_store(out)
+    if place is None:
+        raise UsageError(f"{printable(out)}: not an address in a store")
+    if not place.key:
+        raise UsageError(f"{place}: OUT must be a prefix in a bucket, such as {place / 'merged'}")
+    return place
+
+
+def apart_from_inputs(place: StorePath, inputs: Sequence[PathLike]) -> None:
+    """Raise `UsageError` where an output is, contains or lies in an input."""
+    for each in inputs:
+        there = parse_store(each)
+        if there is None or there.bucket != place.bucket:
+            continue
+        if place.prefix.startswith(there.prefix) or there.prefix.startswith(place.prefix):
+            raise UsageError(
+                f"{place}: OUT is, contains or is inside the input {there}, which loratool never writes to; choose "
+                "another OUT"
+            )

@@ -1,0 +1,140 @@
+"""What is being made below a prefix of a store, as any number of workers share it, and what may be replaced there.
+
+    OUT/.loratool/begin.json   what is being made, by whoever came first: all others compare
+    OUT/.loratool/plan.json    the id of the upload of each weight file, created once
+    OUT/.loratool/part-*.json  a record of each part that is in the store
+    OUT/.loratool/finish.json  from here on files of the output get their names
+
+An output of one object has a folder of its own in the `.loratool` next to it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loratool.errors import InputError, UsageError, printable
+from loratool.files.checkpoint import PROVENANCE
+from loratool.files.digests import read_recorded
+from loratool.files.inputs import LARGEST_RECORD, check_bound, json_object
+from loratool.stores import uploads
+from loratool.stores.names import StorePath
+
+FOLDER = ".loratool"
+FORMAT = 1
+HEAD = "loratool_upload"
+BEGIN, PLAN, FINISH = "begin.json", "plan.json", "finish.json"
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What is being made below a prefix."""
+
+    plan: str  # the fingerprint of the merge
+    parts: str  # digest of how files are cut, on which all workers must agree
+    weights: tuple[str, ...]  # names of the files that are uploaded in parts
+    others: tuple[str, ...]  # names of all other files
+    replaces: tuple[str, ...] = ()  # names of what was there, and goes
+    before: tuple[str, ...] = ()  # uploads of these files that were there already, and are somebody else's
+
+    def to_bytes(self) -> bytes:
+        table = {HEAD: FORMAT, **vars(self)}
+        return (json.dumps(table, sort_keys=True) + "\n").encode()
+
+    @classmethod
+    def of_bytes(cls, raw: bytes) -> Begun | None:
+        """What was stored; None for anything else."""
+        try:
+            table = json_object(raw)
+        except (ValueError, InputError):
+            return None
+        names = [table.get(key) for key in ("weights", "others", "replaces", "before")]
+        texts = [table.get(key) for key in ("plan", "parts")]
+        lists = all(isinstance(each, list) and all(isinstance(name, str) for name in each) for each in names)
+        if table.get(HEAD) != FORMAT or not lists or not all(isinstance(text, str) for text in texts):
+            return None
+        weights, others, replaces, before = (tuple(map(str, each or ())) for each in names)
+        return cls(str(texts[0]), str(texts[1]), weights, others, replaces, before)
+
+    def keys(self, place: StorePath) -> dict[str, str]:
+        """The names of weight files by their keys."""
+        return {(place / name).key: name for name in self.weights}
+
+
+def read_begun(home: StorePath) -> Begun | None:
+    """What is being made by what is in a folder `.loratool`; None where nothing is.
+
+    Raises `UsageError` where what says so cannot be read.
+    """
+    raw = uploads.get(home / BEGIN)
+    if raw is None:
+        return None
+    check_bound(str(home / BEGIN), len(raw), LARGEST_RECORD)
+    if (found := Begun.of_bytes(raw)) is None:
+        raise UsageError(f"{home / BEGIN}: not written by this release of loratool; choose another OUT")
+    return found
+
+
+def read_plan(raw: bytes, plan: str) -> dict[str, str]:
+    """The uploads of a plan; empty where it is of another one, or cannot be read."""
+    try:
+        table = json_object(raw)
+    except (ValueError, InputError):
+        return {}
+    found = table.get("uploads")
+    if table.get("plan") != plan or not isinstance(found, dict):
+        return {}
+    return {str(name): str(upload) for name, upload in found.items()}
+
+
+def is_ours(name: str) -> bool:
+    """Whether a name in the folder of an output that is made is one that is used here."""
+    return name in (BEGIN, PLAN, FINISH) or (name.startswith("part-") and name.endswith(".json") and "/" not in name)
+
+
+def stray_uploads(place: StorePath, begun: Begun) -> list[str]:
+    """End the uploads of the output's files, but those that were there before it was begun; the names of the files.
+
+    Workers that came at the same time have begun some that no plan names.
+    """
+    keys = begun.keys(place)
+    found = [(at, upload) for at, upload in uploads.uploads_of(place, keys) if upload not in begun.before]
+    for at, upload in found:
+        uploads.abort(at, upload)
+    return sorted({keys[at.key] for at, _ in found})
+
+
+def read_record(place: StorePath) -> dict[str, Any]:
+    """The record of an output, which has that place; empty where there is none that can be read."""
+    raw = uploads.get(place) or b""
+    try:
+        return json_object(raw[: LARGEST_RECORD + 1], lenient=True)
+    except (ValueError, InputError):
+        return {}
+
+
+def replaceable_in(place: StorePath, there: Mapping[str, int], record: StorePath) -> list[str]:
+    """The names of all objects of an output, which its own record lists.
+
+    Args:
+        place: the output, for the sentence.
+        there: the sizes of its objects, by their names.
+        record: the place of its record, which is `loratool.json` among them.
+
+    Raises `UsageError` where it has no record, or has other objects too.
+    """
+    recorded = read_recorded(read_record(record))
+    odd = {
+        name: "not listed" if name not in recorded else "has another size than is listed"
+        for name, size in there.items()
+        if name != PROVENANCE and (name not in recorded or recorded[name].size != size)
+    }
+    if odd or PROVENANCE not in there:
+        raise UsageError(
+            f"{place}: contains objects that its own {PROVENANCE} does not list, so --overwrite does not replace it; "
+            "remove them, or choose another OUT:",
+            (f"{printable(name)}: {why}" for name, why in sorted(odd.items())),
+        )
+    return [*there]
