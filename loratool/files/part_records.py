@@ -147,10 +147,6 @@ class SharedOutput(Protocol):
         """Whether the output is there, complete."""
         ...
 
-    def is_begun(self) -> bool:
-        """Whether anybody works on it, or has; raises `UsageError` where something else is made there."""
-        ...
-
     def workers(self) -> Sequence[Worker]:
         """Who is at work, as far as that is known."""
         ...

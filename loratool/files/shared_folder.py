@@ -109,9 +109,6 @@ class SharedFolder:
         except LoratoolError:
             return False
 
-    def is_begun(self) -> bool:
-        return self.check() is not None and (self.home / PARTS).is_dir()
-
     def workers(self) -> list[Worker]:
         return workers_in(self.home / PARTS)
 

@@ -199,7 +199,7 @@ def merge_status(
     """How far a merge in parts is; nothing is written and no weights are read."""
     merge = open_parts(base, adapters, out, options)
     output, published = merge.output, merge.published
-    records = {} if published or not output.is_begun() else output.records()
+    records = {} if published else output.records()
     running = () if published else output.workers()
     return PartsStatus(
         out=output.out,

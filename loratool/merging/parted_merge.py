@@ -99,6 +99,8 @@ def open_parts(
     published, parts = folder.is_published(), tuple(folder.parts.values())
     if os.path.lexists(target) and not published and not options.overwrite:
         raise UsageError(f"{printable(out)} already exists; pass --overwrite to replace it", hint="--overwrite")
+    if not published:
+        folder.check()
     return PartedMerge(plan, paths, digests, parts, folder, options, published, started)
 
 

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from loratool.errors import InputError, StoreError, UsageError
-from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE
+from loratool.files.checkpoint import PROVENANCE
 from loratool.files.digests import sha256_of
 from loratool.merging.in_parts import abort
 from loratool.merging.one_file import is_file
 from loratool.merging.parted_merge import apart_from_inputs
 from loratool.stores import uploads
-from loratool.stores.begun import FINISH, FOLDER, Begun, read_begun, replaceable_in
+from loratool.stores.begun import FOLDER, Begun, read_begun, replaceable_in
 from loratool.stores.bucket import Bucket, each_of, home_of
 from loratool.stores.names import StorePath, parse_store
 from loratool.stores.objects import listed
@@ -70,9 +70,7 @@ def settled(place: StorePath, overwrite: bool) -> tuple[str, ...]:
             )
         return begun.replaces
     there = {name: each.size for name, each in listed(place).items() if not name.startswith(f"{FOLDER}/")}
-    if there and not overwrite:
-        raise UsageError(f"{place} already exists; pass --overwrite to replace it", hint="--overwrite")
-    return tuple(replaceable_in(place, there, place / PROVENANCE)) if there else ()
+    return replaceable_in(place, there, place / PROVENANCE, overwrite)
 
 
 def upload(folder: Path, place: StorePath, replaces: tuple[str, ...]) -> None:
@@ -92,18 +90,10 @@ def upload(folder: Path, place: StorePath, replaces: tuple[str, ...]) -> None:
         abort(str(place))
     if not bucket.begin() and ((earlier := read_begun(home_of(place))) is None or earlier.plan != content):
         raise UsageError(f"{place}: another run is writing this output; wait for it to end")
-    uploads.put_new(bucket.home / FINISH, b"{}\n")
-    for name in sorted(replaces, key=lambda name: (name != PROVENANCE, not name.endswith(INDEX_SUFFIX))):
-        if name not in files or name == PROVENANCE:
-            uploads.remove(place / name)
-    for name in sorted(files, key=lambda name: (name not in large, name == PROVENANCE, name)):
-        if name in large:
-            send_large(files[name], place / name)
-        elif name != PROVENANCE:
-            uploads.put(place / name, files[name].read_bytes())
-    record = files[PROVENANCE].read_bytes()
-    if not uploads.put_new(place / PROVENANCE, record):
-        raise UsageError(f"{place / PROVENANCE}: was written by something else in the meantime")
+    bucket.begin_naming(large)
+    for name in large:
+        send_large(files[name], place / name)
+    bucket.put_files(folder, files.keys() - {*large})
     bucket.clear()
 
 

@@ -115,16 +115,21 @@ def read_record(place: StorePath) -> dict[str, Any]:
         return {}
 
 
-def replaceable_in(place: StorePath, there: Mapping[str, int], record: StorePath) -> list[str]:
-    """The names of all objects of an output, which its own record lists.
+def replaceable_in(place: StorePath, there: Mapping[str, int], record: StorePath, overwrite: bool) -> tuple[str, ...]:
+    """The names of all objects that are at an output, which go.
 
     Args:
         place: the output, for the sentence.
-        there: the sizes of its objects, by their names.
-        record: the place of its record, which is `loratool.json` among them.
+        there: the sizes of the objects, by their names.
+        record: the place of the output's record, which is `loratool.json` among them.
+        overwrite: whether they may be replaced.
 
-    Raises `UsageError` where it has no record, or has other objects too.
+    Raises `UsageError` where there are any that may not be, or that the output's own record does not list.
     """
+    if not there:
+        return ()
+    if not overwrite:
+        raise UsageError(f"{place} already exists; pass --overwrite to replace it", hint="--overwrite")
     recorded = read_recorded(read_record(record))
     odd = {
         name: "not listed" if name not in recorded else "has another size than is listed"
@@ -137,4 +142,4 @@ def replaceable_in(place: StorePath, there: Mapping[str, int], record: StorePath
             "remove them, or choose another OUT:",
             (f"{printable(name)}: {why}" for name, why in sorted(odd.items())),
         )
-    return [*there]
+    return tuple(sorted(there))

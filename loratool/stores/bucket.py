@@ -11,7 +11,7 @@ import mmap
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -101,9 +101,6 @@ class Bucket:
         """Whether its record is there, which comes last."""
         return read_record(self.path(PROVENANCE)).get("plan") == self.plan
 
-    def is_begun(self) -> bool:
-        return self.join()
-
     def join(self) -> bool:
         """Go on with what others have begun; False where nobody has."""
         if (found := read_begun(self.home)) is None:
@@ -126,11 +123,8 @@ class Bucket:
             there = {name: head[1] for name, head in heads.items() if head is not None}
         else:
             there = {name: each.size for name, each in listed(self.place).items() if not name.startswith(f"{FOLDER}/")}
-        if there and not overwrite:
-            raise UsageError(f"{self.address} already exists; pass --overwrite to replace it", hint="--overwrite")
-        if there:
-            names = replaceable_in(self.address, there, self.path(PROVENANCE))
-            self.begun = replace(self.begun, replaces=tuple(sorted(names)))
+        names = replaceable_in(self.address, there, self.path(PROVENANCE), overwrite)
+        self.begun = replace(self.begun, replaces=names)
         return False
 
     def workers(self) -> list[Worker]:
@@ -318,10 +312,7 @@ class Bucket:
 
     def name_weights(self, stage: Stage, records: Mapping[str, PartRecord], read: bool) -> None:
         """Complete the uploads; with `read`, files of the stage stand for their objects."""
-        uploads.put_new(self.home / FINISH, b"{}\n")
-        gone = [name for name in self.begun.replaces if name not in self.layouts]
-        for name in sorted(gone, key=lambda name: (name != PROVENANCE, not name.endswith(INDEX_SUFFIX))):
-            uploads.remove(self.path(name))
+        self.begin_naming(self.layouts)
         each_of(lambda name: self.complete(name, records), self.layouts)
         for name, layout in self.layouts.items() if read else ():
             tag, size = uploads.head(self.place / name) or ("", -1)
@@ -330,18 +321,28 @@ class Bucket:
             os.truncate(path, layout.size)
             stand_ins.standing[os.fspath(path)] = StoredObject(self.place / name, size, tag, 0)
 
+    def begin_naming(self, first: Collection[str]) -> None:
+        """Say that files get their names from here on; of a replaced output all go but those with names of the `first` ones."""
+        uploads.put_new(self.home / FINISH, b"{}\n")
+        gone = [name for name in self.begun.replaces if name not in first]
+        for name in sorted(gone, key=lambda name: (name != PROVENANCE, not name.endswith(INDEX_SUFFIX))):
+            uploads.remove(self.path(name))
+
     def complete(self, name: str, records: Mapping[str, PartRecord]) -> None:
         """Give a weight file its name."""
         tags = [tag for part in self.parts.values() if part.file == name for tag in tags_of(records[part.name])]
         uploads.complete(self.place / name, self.ids[name], tags, self.layouts[name].size)
 
     def publish(self, stage: Stage) -> None:
-        """Put the other files there, the index after them, and the record last of all."""
-        small = [name for name in stage.files if name not in self.layouts and name != PROVENANCE]
+        self.put_files(stage.folder, [name for name in stage.files if name not in self.layouts])
+
+    def put_files(self, folder: Path, names: Iterable[str]) -> None:
+        """Put small files there, the index after the others, and the record last of all."""
+        small = [name for name in names if name != PROVENANCE]
         for name in sorted(small, key=lambda name: (name.endswith(INDEX_SUFFIX), name)):
-            uploads.put(self.path(name), (stage.folder / name).read_bytes())
+            uploads.put(self.path(name), (folder / name).read_bytes())
         record = self.path(PROVENANCE)
-        if not uploads.put_new(record, (stage.folder / PROVENANCE).read_bytes()) and not self.is_published():
+        if not uploads.put_new(record, (folder / PROVENANCE).read_bytes()) and not self.is_published():
             raise UsageError(f"{record}: was written by something else in the meantime")
 
     def clear(self) -> None:
