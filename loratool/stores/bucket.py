@@ -286,14 +286,8 @@ class Bucket:
         """Withdraw a record that was found to be wrong."""
         uploads.remove(self.home / f"{name}.json")
 
-    def assemble(self, parts: Sequence[FilePart], records: Mapping[str, PartRecord]) -> None:  # noqa: ARG002
-        """Raise `InputError` where an object that was copied from is no longer the one that was listed.
-
-        Some stores copy from whatever is there.
-        """
-        for source in {there for part in parts if (there := self.parts[part.name].source) is not None}:
-            if not any((uploads.head(source.place) or ("", 0))[0] == source.tag for _ in range(MOST_LOOKS)):
-                raise changed(source)
+    def assemble(self, parts: Sequence[FilePart], records: Mapping[str, PartRecord]) -> None:
+        """Nothing: any process may do what is left."""
 
     @contextmanager
     def finishing(self) -> Iterator[Stage]:
@@ -312,6 +306,7 @@ class Bucket:
 
     def name_weights(self, stage: Stage, records: Mapping[str, PartRecord], read: bool) -> None:
         """Complete the uploads; with `read`, files of the stage stand for their objects."""
+        self.check_sources()
         self.begin_naming(self.layouts)
         each_of(lambda name: self.complete(name, records), self.layouts)
         for name, layout in self.layouts.items() if read else ():
@@ -320,6 +315,15 @@ class Bucket:
             path.write_bytes(layout.header)
             os.truncate(path, layout.size)
             stand_ins.standing[os.fspath(path)] = StoredObject(self.place / name, size, tag, 0)
+
+    def check_sources(self) -> None:
+        """Raise `InputError` where an object that was copied from is no longer the one that was listed.
+
+        Some stores copy from whatever is there.
+        """
+        for source in {part.source for part in self.parts.values() if part.source is not None}:
+            if not any((uploads.head(source.place) or ("", 0))[0] == source.tag for _ in range(MOST_LOOKS)):
+                raise changed(source)
 
     def begin_naming(self, first: Collection[str]) -> None:
         """Say that files get their names from here on; of a replaced output all go but those with names of the `first` ones."""
