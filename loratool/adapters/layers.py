@@ -202,6 +202,11 @@ class Contents:
     def dora(self) -> bool:
         return any(layer.magnitude for layer in self.layers.values())
 
+    def is_norm(self, target: str) -> bool:
+        """Whether a change that is stored in full is that of a norm: its module's weight is a line of numbers."""
+        weight = self.changes.get(f"{target.rpartition('.')[0]}.weight")
+        return weight is not None and len(weight.shape) == 1
+
     @property
     def remarks(self) -> tuple[Note, ...]:
         """What a user of plain LoRA made of it should know."""

@@ -33,7 +33,7 @@ from loratool.options.shared import WritingOptions
 from loratool.provenance.cards import CARD, card, is_nobodys, terms_of
 from loratool.provenance.inputs import told_adapter
 
-SPELLED = {name: dtype for dtype, name in FACTOR_NAMES.items()}  # float32 → F32
+SPELLED = {name: dtype for dtype, name in {**FACTOR_NAMES, "I64": "int64"}.items()}  # float32 → F32
 WIDTH = {"F64": 4, "F32": 3, "BF16": 2, "F16": 1}
 EIGHT_BITS = {"F8_E4M3": "BF16", "F8_E5M2": "BF16"}  # which holds all that they do
 
@@ -319,7 +319,7 @@ def carried_over(source: Contents, names: Spelling, factors: Mapping[str, float]
         factor = (factors or {}).get(target, 1.0) * change.scale
         dtype = torch_dtype(next(stored_tensors(change)).info.dtype)
         scaled_change = (stored_change.load(torch.device("cpu"), torch.float64) * factor).to(dtype)
-        carried.tensors[names.change(target)] = stored_change if factor == 1 else scaled_change
+        carried.tensors[names.change(target, source.is_norm(target))] = stored_change if factor == 1 else scaled_change
     for target, rows in source.rows.items():
         values: Any = rows.values
         carried.tensors[names.rows(target)] = values

@@ -65,7 +65,7 @@ def base_names(contents: Contents, base: Checkpoint | None = None) -> BaseNames:
     if found:
         reading, _ = chosen(found, layers, hint_of(contents))
         try:
-            return BaseNames("base", tuple(parts_of(Divided(reading, DIFFUSERS, layers).targets())))
+            return BaseNames("base", tuple(parts_of(Divided(reading, DIFFUSERS, layers, frozenset(layers)).targets())))
         except LoratoolError:  # its rows are not those of the architecture
             return BaseNames("as stored", tuple(parts_of({t: Target.same(layer) for t, layer in layers.items()})))
     origin: Origin = "base"

@@ -19,6 +19,7 @@ from loratool.lazy import torch
 from loratool.notes import Note
 from loratool.options.described import Choice, Options, PathKind, option
 from loratool.reworking.converting.naming import hint_of, respelled
+from loratool.reworking.converting.wholes import outlines
 from loratool.reworking.renaming import dialect_of, named_alike, renamed
 from loratool.reworking.runner import Draft
 
@@ -117,7 +118,7 @@ def in_manner(
         if source.adapter.dialects == (dialect,):
             found.append(source)
             continue
-        wanted = respelled(source.layers, dialect, manner.architecture, hint_of(source), base)
+        wanted = respelled(source.layers, dialect, manner.architecture, hint_of(source), base, outlines(source))
         manner = replace(manner, architecture=wanted.architecture, notes=(*manner.notes, *wanted.notes))
-        found.append(renamed(source, wanted.targets))
+        found.append(renamed(source, wanted.targets, wanted.beside))
     return found, manner

@@ -14,14 +14,16 @@ from loratool.adapters.adapter import Derived
 from loratool.adapters.formats import DIALECTS, format_of
 from loratool.adapters.layers import Contents, Kind, Layer
 from loratool.algebra.lowrank.products import Product
-from loratool.algebra.updates.additive import LowRank
+from loratool.algebra.updates.additive import Add, LowRank
 from loratool.algebra.updates.experts import ExpertFactors
+from loratool.algebra.updates.replacing import Replace
 from loratool.errors import FitError, printable
 from loratool.layouts.diffusion.known import ARCHITECTURES
 from loratool.lazy import Tensor, torch
 from loratool.notes import Note
 from loratool.reworking.converting.naming import LAYOUTS, Reading, by_width, hint_of, readings, respelled, same_layout
 from loratool.reworking.converting.rows import Target, narrowed
+from loratool.reworking.converting.wholes import outlines, stored_in_full, update_of
 
 # Dialects that are read and not written → one that their tools read.
 NEAREST: Mapping[str, str] = {
@@ -86,8 +88,8 @@ def in_dialect(source: Contents, dialect: str, architecture: str) -> Contents:
     def load(target: str) -> Product:
         return source.layers[target].load_factors(torch.device("cpu"), torch.float32)
 
-    wanted = respelled(source.layers, dialect, architecture, architecture)
-    found = renamed(source, narrowed(wanted.targets, source.layers, load))
+    wanted = respelled(source.layers, dialect, architecture, architecture, beside=outlines(source))
+    found = renamed(source, narrowed(wanted.targets, source.layers, load), wanted.beside)
     return replace(found, adapter=replace(found.adapter, dialects=(dialect,)))
 
 
@@ -109,8 +111,11 @@ def common(sources: Sequence[Contents], known: Sequence[Sequence[Reading]]) -> t
     return names[0], (Note("architecture-assumed", text),)
 
 
-def renamed(source: Contents, targets: Mapping[str, Target]) -> Contents:
-    """An adapter with the layers that a dialect has; factors of those that are joined or cut are made when they are loaded."""
+def renamed(source: Contents, targets: Mapping[str, Target], beside: Mapping[str, Target]) -> Contents:
+    """An adapter with the layers that a dialect has, and what it stores in full (`beside`).
+
+    Factors of layers that are joined or cut are made when they are loaded.
+    """
     layers = {name: as_layer(name, target, source.layers) for name, target in targets.items()}
     moved = {target.sources[0]: name for name, target in targets.items() if target.is_whole(source.layers)}
     if torn := [t for t, layer in source.layers.items() if t not in moved and layer.magnitude]:
@@ -120,7 +125,11 @@ def renamed(source: Contents, targets: Mapping[str, Target]) -> Contents:
         weight = f"{target.removesuffix('bias')}weight"
         name = moved.get(weight, weight)
         biases[f"{name.removesuffix('weight')}bias"] = bias
-    return replace(source, layers=layers, biases=biases)
+    every = stored_in_full(source)
+    full = {name: update_of(name, target, every) for name, target in beside.items()}
+    changes = {name: update for name, update in full.items() if isinstance(update, Add)}
+    saved = {name: update for name, update in full.items() if isinstance(update, Replace)}
+    return replace(source, layers=layers, biases=biases, changes=changes, saved=saved)
 
 
 def as_layer(name: str, target: Target, layers: Mapping[str, Layer]) -> Layer:

@@ -350,9 +350,12 @@ def test_a_server_refuses_by_name_what_it_does_not_take(tmp_path: Path) -> None:
 
 # ---- round trips ----
 
-WAYS = ("mlx", "torchtune", "gguf", "diffusers", "comfy", "kohya", "lycoris")
+WAYS = ("peft-fused", "peft-split", "mlx", "torchtune", "gguf", "diffusers", "comfy", "kohya", "lycoris")
+BACK = {"peft-fused": "peft-split", "peft-split": "peft-fused"}  # of all others peft
+OF_IMAGES = ("diffusers", "comfy", "kohya", "lycoris")
 OF_UNET = {f"{BLOCK}.attn1.to_q": (4, 4, 2), f"{BLOCK}.attn2.to_k": (4, 2048, 2)}
-OF_LLAMA = {"model.layers.0.self_attn.q_proj": (4, 4, 2), "model.layers.0.self_attn.k_proj": (4, 4, 2)}
+OF_LLAMA = {f"model.layers.0.self_attn.{name}_proj": (4, 4, 2) for name in "qkv"}
+OF_PHI = {"model.layers.0.mlp.gate_up_proj": (8, 4, 2), "model.layers.0.mlp.down_proj": (4, 4, 2)}
 LLAMA = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -364,13 +367,17 @@ CASES: Mapping[str, dict[str, Any]] = {
     "alpha = r": {"lora_alpha": 2},
     "alpha / r a power of two": {"lora_alpha": 1},
     "any alpha": {"lora_alpha": 3.3},
-    "alpha patterns": {"alpha_pattern": {"to_k": 5, "k_proj": 5}},
+    "alpha patterns": {"alpha_pattern": {"to_k": 5, "k_proj": 5, "down_proj": 5}},
+    "several ranks": {},
     "rsLoRA": {"use_rslora": True},
     "bfloat16, any alpha": {"lora_alpha": 3, "dtype": torch.bfloat16},
     "DoRA": {"use_dora": True},
     "experts": {},
+    "convolutions": {},
+    "embeddings": {},
+    "token rows": {"trainable_token_indices": {"model.embed_tokens": [1, 3]}},
     "biases of factors": {"lora_bias": True},
-    "modules saved whole": {"modules_to_save": ["head"]},
+    "modules saved whole": {"modules_to_save": ["conv_out", "lm_head"]},
 }
 
 
@@ -386,33 +393,58 @@ def tensors_beside(case: str, modules: Mapping[str, tuple[int, int, int]]) -> Te
         case "biases of factors":
             return {f"{start}{m}.lora_B.bias": pair(out, 1, 9)[1][:, 0].clone() for m, (out, _, _) in modules.items()}
         case "modules saved whole":
-            return {f"{start}head.weight": torch.ones(3, 4)}
+            whole = {"conv_out": (3, 4, 3, 3)} if modules is OF_UNET else {"lm_head": (3, 4)}
+            return {f"{start}{name}.weight": numbers(*shape, seed=3) for name, shape in whole.items()}
+        case "embeddings":
+            a, b = pair(4, 9, seed=5)
+            start += "model.embed_tokens.lora_embedding_"
+            return {f"{start}A": a, f"{start}B": b}
+        case "convolutions":
+            module = f"{start}{'down_blocks.1.resnets.0.conv1' if modules is OF_UNET else 'vision.conv'}.lora_"
+            return {f"{module}A.weight": numbers(2, 4, 3, 3, seed=1), f"{module}B.weight": numbers(6, 2, 1, 1, seed=2)}
+        case "token rows":
+            return {f"{start}model.embed_tokens.token_adapter.trainable_tokens_delta": numbers(2, 4, seed=4)}
     return {}
 
 
 def round_trip(home: Path, way: str, case: str, base: Path) -> str:
     """What is left of an adapter of PEFT's on the way there and back."""
-    settings, of_images = CASES[case], way not in ("mlx", "torchtune", "gguf")
-    names = OF_UNET if of_images else OF_LLAMA
+    settings = CASES[case]
+    names = OF_UNET if way in OF_IMAGES else OF_PHI if way == "peft-split" else OF_LLAMA
+    if case == "several ranks":
+        last, (out, inputs, _) = list(names.items())[-1]
+        names = {**names, last: (out, inputs, 3)}
+        leaf = last.rpartition(".")[2]
+        settings = {"rank_pattern": {leaf: 3}, "alpha_pattern": {leaf: 1.5}}
     if case == "experts":
         names = {f"model.layers.0.mlp.experts.{n}.up_proj": (6, 4, 2) for n in range(3)}
+        if way == "peft-split":  # a parameter of three experts
+            names = {"model.layers.0.mlp.experts": (12, 4, 6)}
+            settings = {"target_parameters": ["mlp.experts.gate_up_proj"]}
     adapter = peft_adapter(home / "adapter", names, **settings)
     weights = adapter / "adapter_model.safetensors"
     save_file(load_file(weights) | tensors_beside(case, names), weights)
     model = base if way in ("torchtune", "gguf") else None
+    loratool.read_adapter(adapter)  # so that what is refused below is what the dialect cannot say
     try:
         reports = [loratool.convert(adapter, home / "there", to=way, base=model)]
     except (FitError, InputError):
         assert not (home / "there").exists()
         return "refused"
-    reports.append(loratool.convert(home / "there", home / "back", to="peft", base=model))
+    reports.append(loratool.convert(home / "there", home / "back", to=BACK.get(way, "peft"), base=model))
     before, after = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, home / "back"))
-    assert before.keys() == after.keys()
+    assert before.keys() == after.keys(), (way, case)
     errors = [layer.error or 0.0 for report in reports for layer in report.modules.values()]
     assert not any(error for report in reports for error in report.beside.values())
     if all(torch.equal(before[name], after[name]) for name in before):
         assert max(errors) < 1e-7
         return "same bytes"
+    if any(after[name].shape != tensor.shape for name, tensor in before.items()):
+        for name, tensor in before.items():
+            padded = torch.zeros_like(after[name])
+            padded[tuple(map(slice, tensor.shape))] = tensor
+            assert torch.equal(after[name], padded)
+        return "filled up with zeros"
     assert all(torch.equal(before[name], after[name]) for name in before if ".lora_A." in name)
     assert all(torch.equal(before[name], after[name]) for name in before if ".lora_" not in name or "magnitude" in name)
     return "same ΔW" if max(errors) == 0 else "B rounded once"

@@ -46,6 +46,7 @@ class Parts:
     dora: bool = False
     lora_bias: bool = False
     tokens: Mapping[str, Sequence[int]] = field(default_factory=dict)  # target → rows that are replaced
+    saved: tuple[str, ...] = ()  # modules saved whole, besides those that the sources name
 
 
 def most_common(scales: Iterable[float]) -> float:
@@ -111,8 +112,11 @@ class Spelling(Protocol):
     def rows(self, target: str) -> str:
         """The name of the trained rows of an embedding."""
 
-    def change(self, target: str) -> str:
-        """The name of a change that is stored in full."""
+    def widened(self, target: str) -> str:
+        """The name of the shape that a weight is filled up to with zeros before; empty where its reader sees that itself."""
+
+    def change(self, target: str, norm: bool = False) -> str:
+        """The name of a change that is stored in full, of a norm or of any other layer."""
 
     def read_as(self, target: str) -> Callable[[int], str] | None:
         """What its reader calls each expert of a layer of all, by its number; None where it reads one layer."""
@@ -171,11 +175,14 @@ class FactorsOnly:
     def whole(self, target: str, inside: bool) -> str:  # noqa: ARG002 (neither has a place)
         raise FitError(f"{printable(target)}: {self.reader} reads no tensors that are saved whole")
 
-    def change(self, target: str) -> str:
+    def change(self, target: str, norm: bool = False) -> str:  # noqa: ARG002 (none has a place)
         raise FitError(f"{printable(target)}: {self.reader} reads no change of a weight that is stored in full")
 
     def rows(self, target: str) -> str:
         raise FitError(f"{printable(target)}: {self.reader} reads no token rows")
+
+    def widened(self, target: str) -> str:  # noqa: ARG002 (none has a place)
+        return ""
 
     def read_as(self, target: str) -> Callable[[int], str] | None:  # noqa: ARG002 (as it is)
         return None

@@ -10,9 +10,11 @@ from loratool.adapters.formats import format_of
 from loratool.adapters.formats.format import Spelling
 from loratool.adapters.layers import Contents, Form, Kind
 from loratool.adapters.writer import Carried, add_missing_biases, torch_dtype
+from loratool.algebra.updates.additive import Add
 from loratool.errors import FitError, printable
 from loratool.lazy import Tensor, torch
 from loratool.reworking.converting.rows import Target, gathered
+from loratool.reworking.converting.wholes import stored_in_full, update_of, widens, written
 
 
 def carried(
@@ -21,10 +23,12 @@ def carried(
     names: Spelling,
     forms: Mapping[str, Form],
     scales: Mapping[str, float],
+    beside: Mapping[str, Target],
 ) -> Carried:
     """Everything but the factors, under the names and by the rows of the layers that are written.
 
-    `scales` are those that the output says of its layers, which some readers apply to biases too.
+    `scales` are those that the output says of its layers, which some readers apply to biases too; `beside` is what is
+    stored in full, by its target in the output.
     """
     contents.check_beside()
     found = Carried()
@@ -37,30 +41,32 @@ def carried(
             found.tensors[names.magnitude(name)] = lengths.reshape(
                 names.lengths(forms[name], lengths.numel() if by_column else 0)
             )
+        if widens(contents, target) and (called := names.widened(name)):
+            found.tensors[called] = torch.tensor([forms[name].rows, forms[name].columns])
         scale = scales.get(name, 1.0) if names.scales_biases else 1.0
         if (bias := biases(contents, target, scale)) is not None:
             found.tensors[names.bias(name)] = bias
-    carry_whole(contents, names, found)
+    carry_whole(contents, names, found, beside)
     if contents.biases:
         add_missing_biases(found, names, {name: form.rows for name, form in forms.items()}, torch.float32)
     found.tensors.update(names.second_copies([contents.adapter], found.tensors))
     return found
 
 
-def carry_whole(contents: Contents, names: Spelling, found: Carried) -> None:
-    """Tensors saved whole, and rows of tokens, as they are.
-
-    Raises `FitError` where weights without a layer are changed in full, whose names are not converted.
-    """
-    if contents.changes:
-        raise FitError(
-            "changes stored in full (diff, diff_b, w_norm, b_norm) are not converted:", map(printable, contents.changes)
-        )
+def carry_whole(contents: Contents, names: Spelling, found: Carried, beside: Mapping[str, Target]) -> None:
+    """What is stored in full, and rows of tokens."""
     adapter = contents.adapter
-    for target, replacement in (*contents.saved.items(), *contents.bases.items()):
-        inside = target in contents.bases or format_of(adapter).was_inside(adapter, target)
-        value: Any = replacement.value
-        found.tensors[names.whole(target, inside)] = value
+    every = stored_in_full(contents)
+    for name, divided in beside.items():
+        source, update = divided.sources[0], update_of(name, divided, every)
+        if isinstance(update, Add):
+            called = names.change(name, contents.is_norm(source))
+        else:
+            called = names.whole(name, format_of(adapter).was_inside(adapter, source))
+        found.tensors[called] = written(update)
+    for target, replacement in contents.bases.items():
+        below: Any = replacement.value
+        found.tensors[names.whole(target, True)] = below
     for target, rows in contents.rows.items():
         values: Any = rows.values
         found.tensors[names.rows(target)] = values

@@ -12,7 +12,7 @@ from typing import Any
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.as_lora import kind_unknown
-from loratool.adapters.formats import DIALECTS, format_of, read_adapter
+from loratool.adapters.formats import DIALECTS, NAMED, WRITTEN, format_of, read_adapter
 from loratool.adapters.formats.format import Format, Parts, Spelling
 from loratool.adapters.layers import Contents, contents_of, innermost
 from loratool.adapters.ranks import RankRule, evened
@@ -30,6 +30,7 @@ from loratool.adapters.writer import (
 )
 from loratool.algebra.lowrank.joint import truncated
 from loratool.algebra.lowrank.products import Product, negligible, padded, singular_values
+from loratool.algebra.updates.replacing import Replace
 from loratool.bases.opening import open_checkpoint
 from loratool.errors import FitError, InputError, LoratoolError, UsageError, printable
 from loratool.fetching import local
@@ -51,6 +52,7 @@ from loratool.reworking.converting.projections import in_their_form, projections
 from loratool.reworking.converting.proof import Compared, Comparison, places_of, read_back
 from loratool.reworking.converting.rows import Target, narrowed
 from loratool.reworking.converting.servers import SERVERS, Server, server_for
+from loratool.reworking.converting.wholes import check_norms, outlines, stored_in_full, with_biases_apart
 from loratool.reworking.runner import Draft, Made, Maker, Rest, run
 
 SAME = 1e-7  # a factor that differs from 1 by less is none: α is stored as a float32
@@ -143,16 +145,19 @@ def convert(
     simple = replace(plain, updates={t: innermost(u) if t in moved else u for t, u in plain.updates.items()})
     found, lost = without_losses(simple, goal.form, goal.dialect, goal.server, options.accept_loss)
     contents = contents_of(replace(found, notes=(*found.notes, *told)), "convert")
-    if not contents.layers:
+    contents = with_biases_apart(contents, kinds if keeps else ())
+    if not contents.layers and (goal.form is not NAMED or not stored_in_full(contents)):
         raise InputError(f"{printable(contents.adapter.file.path)}: contains no low-rank update")
     with session("cpu", [contents]) as at_work:
         contents = as_lora(contents, moved, options.rank, options.energy, at_work)
         hint = options.architecture or hint_of(contents)
-        wanted = respelled(contents.layers, goal.dialect, options.architecture or "", hint, base)
+        beside = outlines(contents)
+        wanted = respelled(contents.layers, goal.dialect, options.architecture or "", hint, base, beside)
         forms = projections(contents, kernels, "" if wanted.is_assumed else wanted.architecture)
         if (shaped := in_their_form(contents, forms)) is not contents:
             contents = shaped
-            wanted = respelled(contents.layers, goal.dialect, options.architecture or "", hint, base)
+            wanted = respelled(contents.layers, goal.dialect, options.architecture or "", hint, base, beside)
+        check_norms(contents, goal.dialect, wanted.architecture)
         if goal.server is not None and goal.server.splits(config):
             wanted = with_experts_apart(wanted, contents.layers, config, str(goal.server))
         made = Converter(contents, wanted, at_work, goal, options, kinds)
@@ -215,7 +220,7 @@ class Converter(Maker[str, str]):
         scales = self.scales(names)
         self.choose_ranks(names)
         forms = {name: target.form(layers, self.ranks[name]) for name, target in self.targets.items()}
-        beside = carried(self.contents, self.targets, names, forms, scales)
+        beside = carried(self.contents, self.targets, names, forms, scales, self.wanted.beside)
         parts = Parts(
             self.ranks,
             scales,
@@ -223,6 +228,7 @@ class Converter(Maker[str, str]):
             dora=self.contents.dora,
             lora_bias=bool(self.contents.biases),
             tokens=beside.tokens,
+            saved=tuple(self.newly_saved()),
         )
         adapter = self.contents.adapter
         if self.options.strip_metadata:
@@ -232,6 +238,16 @@ class Converter(Maker[str, str]):
         if self.kept:
             carry(beside, self.given, names, self.kept)
         return Draft(forms, names, self.dtype, beside, scales, [adapter], self.wanted.architecture)
+
+    def newly_saved(self) -> Iterator[str]:
+        """Modules that are saved whole, which a config of PEFT's does not name already."""
+        named = format_of(self.contents.adapter) is WRITTEN
+        every = stored_in_full(self.contents)
+        yield from (
+            name.rpartition(".")[0]
+            for name, target in self.wanted.beside.items()
+            if not named and isinstance(every[target.sources[0]], Replace)
+        )
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -333,7 +349,7 @@ class Converter(Maker[str, str]):
         written = contents_of(replace(found, updates=others), "convert")
         self.check_layers({*written.layers, *same})
         places = places_of(self.as_read)
-        comparison = Comparison(self.contents, written, places, self.dtype, self.moved)
+        comparison = Comparison(self.contents, written, places, self.dtype, self.moved, self.wanted.beside)
 
         def work(target: str) -> tuple[str, Compared]:
             return target, comparison.compare(target)

@@ -8,8 +8,9 @@ module of known architectures in both layouts, so that names without dots are lo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 from loratool.adapters.adapter import Flattened
@@ -24,7 +25,7 @@ from loratool.layouts.diffusion.known import ARCHITECTURES, links
 from loratool.layouts.diffusion.rows import Row
 from loratool.notes import Note
 from loratool.reworking.converting.fusing import fused, split, stacked
-from loratool.reworking.converting.rows import Rows, Target
+from loratool.reworking.converting.rows import Rows, Sized, Target
 from loratool.templates import grouped
 
 ORIGINAL, DIFFUSERS = "original", "diffusers"  # layouts of names
@@ -75,7 +76,7 @@ def names_of(architecture: str, component: str) -> Names:
     for row in rows:
         if row.original.endswith("_bias"):
             continue
-        original.setdefault(flat(row.original), Known(component, row, -1))
+        original.setdefault(flat(row.original.removesuffix(".scale")), Known(component, row, -1))
         for number, part in enumerate(row.parts):
             diffusers.setdefault(flat(part.removesuffix(".weight")), Known(component, row, number))
     return Names(architecture, original, diffusers)
@@ -192,6 +193,7 @@ class Wanted:
     """The layers that a dialect has for those of an adapter."""
 
     targets: Mapping[str, Target]
+    beside: Mapping[str, Target] = field(default_factory=dict)  # weights and biases that are stored in full
     architecture: str = ""  # where it is known
     notes: tuple[Note, ...] = ()  # what was assumed
 
@@ -202,9 +204,16 @@ class Wanted:
 
 
 def respelled(
-    layers: Mapping[str, Layer], dialect: str, architecture: str, hint: str, base: Checkpoint | None = None
+    layers: Mapping[str, Layer],
+    dialect: str,
+    architecture: str,
+    hint: str,
+    base: Checkpoint | None = None,
+    beside: Mapping[str, Sized] = MappingProxyType({}),
 ) -> Wanted:
-    """The layers of an adapter as a dialect divides and names them; `base` tells what neither names nor tables do.
+    """The layers of an adapter as a dialect divides and names them, and weights and biases `beside` that are stored in full.
+
+    `base` tells what neither names nor tables do. Dialects of language models have what is stored in full as it is.
 
     Raises `InputError` or `FitError` where names cannot be brought to the dialect.
     """
@@ -214,25 +223,32 @@ def respelled(
             f"{dialect} is for language models, and these are modules of {image[0].architecture}; --to peft writes "
             "adapters of image models for PEFT"
         )
+    whole = {target: Target.same(each) for target, each in beside.items()}
     if dialect == "peft-split":
         apart, told = split(layers, config)
-        return Wanted(apart, notes=told)
+        return Wanted(apart, whole, notes=told)
     if dialect == "peft-fused":
-        return Wanted(fused(layers))
+        return Wanted(fused(layers), whole)
     if dialect not in LAYOUTS:
         named = {
             target: looked_up(target, dotted(base)) if isinstance(target, Flattened) else target for target in layers
         }
-        whole, told = stacked({named[target]: layer for target, layer in layers.items()}, DIALECTS[dialect], config)
-        return Wanted(whole, notes=told)
-    own = dialect == "peft" and not any(
-        map(names_component, layers)
-    )  # PEFT has the names of the model that was trained
-    found = readings(layers, architecture) if dialect in LAYOUTS and not own else []
+        every, told = stacked({named[target]: layer for target, layer in layers.items()}, DIALECTS[dialect], config)
+        return Wanted(every, whole, notes=told)
+    both: dict[str, Sized] = {**layers, **beside}
+    own = dialect == "peft" and not any(map(names_component, both))  # PEFT has the names of the model that was trained
+    found = readings(both, architecture) if not own else []
     if not found:
-        return Wanted(unknown(layers, dialect, dotted(base)))
+        return apart_from_layers(unknown(both, dialect, dotted(base)), layers)
     reading, notes = chosen(found, layers, architecture or hint)
-    return Wanted(Divided(reading, dialect, layers).targets(), reading.architecture, notes)
+    wanted = apart_from_layers(Divided(reading, dialect, both, frozenset(layers)).targets(), layers)
+    return replace(wanted, architecture=reading.architecture, notes=notes)
+
+
+def apart_from_layers(targets: Mapping[str, Target], layers: Mapping[str, Layer]) -> Wanted:
+    """Layers, and what is stored in full."""
+    own = {name: target for name, target in targets.items() if target.sources[0] in layers}
+    return Wanted(own, {name: target for name, target in targets.items() if name not in own})
 
 
 def with_experts_apart(wanted: Wanted, layers: Mapping[str, Layer], config: Mapping[str, Any], server: str) -> Wanted:
@@ -279,7 +295,7 @@ def dotted(base: Checkpoint | None) -> dict[str, str]:
     return {Flattened.of(name.removeprefix(start)): name for start in ("model.diffusion_model.", "") for name in names}
 
 
-def unknown(layers: Mapping[str, Layer], dialect: str, names: Mapping[str, str]) -> dict[str, Target]:
+def unknown(layers: Mapping[str, Sized], dialect: str, names: Mapping[str, str]) -> dict[str, Target]:
     """The layers of no known architecture: as they are, under the dialect's word for their component.
 
     Names without dots are looked up among `names` of a base.
@@ -323,7 +339,8 @@ def nearest_architecture(targets: Iterable[str]) -> tuple[str, list[str]]:
 
 def looked_up(target: str, names: Mapping[str, str]) -> str:
     """The name of a base that a target without dots means; the target itself where there is none."""
-    return next((names[f"{path}.weight"] for _, path in candidates(target) if f"{path}.weight" in names), target)
+    leaf = target.rpartition(".")[2]
+    return next((names[f"{path}.{leaf}"] for _, path in candidates(target) if f"{path}.{leaf}" in names), target)
 
 
 def same_layout(target: str, dialect: str) -> str | None:
@@ -346,46 +363,58 @@ class Divided:
 
     reading: Reading
     dialect: str
-    layers: Mapping[str, Layer]
+    layers: Mapping[str, Sized]  # and what is stored in full
+    factored: frozenset[str]  # those of them that are products
 
     def targets(self) -> dict[str, Target]:
         targets: dict[str, Target] = {}
-        fused: dict[Row, dict[int, str]] = {}
+        fused: dict[tuple[Row, str, bool], dict[int, str]] = {}
         layout = LAYOUTS[self.dialect](self.reading.architecture)
         for target, known in self.reading.modules.items():
-            layer = self.layers[target]
+            layer, leaf = self.layers[target], leaf_of(target)
             if known.component != DENOISING or (known.part >= 0 and layout == DIFFUSERS):
-                targets[self.name(known.component, known.row.parts[known.part].removesuffix(".weight"))] = Target.same(
-                    layer
-                )
+                found = {self.name(known.component, known.row.parts[known.part], leaf): Target.same(layer)}
             elif known.part < 0 and layout == ORIGINAL:
-                targets[self.name(known.component, known.row.original)] = Target.same(layer)
+                found = {self.name(known.component, known.row.original, leaf): Target.same(layer)}
             elif len(known.row.parts) > 1 and known.part >= 0:
-                fused.setdefault(known.row, {})[known.part] = target
+                fused.setdefault((known.row, leaf, target in self.factored), {})[known.part] = target
+                continue
             else:
-                targets |= self.divided(known, layer)
-        for row, parts in fused.items():
-            targets[self.name(DENOISING, row.original)] = self.joined(row, parts)
+                found = self.divided(known, layer)
+            self.add(targets, found)
+        for (row, leaf, _), parts in fused.items():
+            self.add(targets, {self.name(DENOISING, row.original, leaf): self.joined(row, parts)})
         self.check_one_component()
         return targets
 
-    def name(self, component: str, module: str) -> str:
-        """The weight of a module as the dialect's reader has it."""
+    def add(self, targets: dict[str, Target], found: Mapping[str, Target]) -> None:
+        """Raise `FitError` where one weight of the dialect would be changed by factors and in full."""
+        if twice := sorted(targets.keys() & found.keys()):
+            raise FitError(
+                f"{self.dialect} has one weight for several of this adapter, of which some are changed by factors and "
+                "others in full; choose another dialect:",
+                map(printable, twice),
+            )
+        targets.update(found)
+
+    def name(self, component: str, module: str, leaf: str) -> str:
+        """The weight or bias of a module as the dialect's reader has it."""
+        module = f"{module.removesuffix('.weight').removesuffix('.scale')}.{leaf}"
         architecture = ARCHITECTURES[self.reading.architecture]
         is_unet = architecture.family.name == "unet"
         texts = architecture.texts
         match self.dialect:
             case "kohya" | "lycoris":
                 text = "te" if len(texts) == 1 else KOHYA_TEXTS.get(component, component)
-                return Flattened.of(f"{'unet' if component == DENOISING else text}.{module}.weight")
+                return Flattened.of(f"{'unet' if component == DENOISING else text}.{module}")
             case "comfy":
-                return f"{'diffusion_model' if component == DENOISING else component}.{module}.weight"
+                return f"{'diffusion_model' if component == DENOISING else component}.{module}"
             case "peft":
-                return f"{module}.weight"
+                return module
         if component == DENOISING:
-            return f"{'unet' if is_unet else 'transformer'}.{module}.weight"
+            return f"{'unet' if is_unet else 'transformer'}.{module}"
         number = texts.index(component) + 1
-        return f"text_encoder{f'_{number}' if number > 1 else ''}.{module}.weight"
+        return f"text_encoder{f'_{number}' if number > 1 else ''}.{module}"
 
     def check_one_component(self) -> None:
         """Raise `FitError` where an adapter of PEFT's, which is of one model, would have several components."""
@@ -396,21 +425,26 @@ class Divided:
                 "--to diffusers writes all of them into one file"
             )
 
-    def divided(self, known: Known, layer: Layer) -> dict[str, Target]:
+    def divided(self, known: Known, layer: Sized) -> dict[str, Target]:
         """The layers that a layer of the other layout is in this one: several, or one with its halves in other places."""
-        row = known.row
+        row, leaf = known.row, leaf_of(layer.target)
+        if not layer.columns and (row.swapped or "h" in row.sizes):
+            raise InputError(
+                f"{printable(layer.target)}: which of its rows go where is not known without its weight, which the "
+                f"adapter does not change; {self.dialect} has them in another order or in several biases"
+            )
         if row.swapped and layer.rows == 2 * layer.columns:
             half = layer.rows // 2
             parts = (Rows(layer.target, half, half), Rows(layer.target, 0, half))
             other = row.parts[0] if known.part < 0 else row.original
-            return {self.name(known.component, other): Target(layer.kind, (parts,))}
+            return {self.name(known.component, other, leaf): Target(layer.kind, (parts,))}
         if len(row.parts) == 1:
             other = row.parts[0] if known.part < 0 else row.original
-            return {self.name(known.component, other): Target.same(layer)}
+            return {self.name(known.component, other, leaf): Target.same(layer)}
         found: dict[str, Target] = {}
         at = 0
         for part, size in zip(row.parts, sizes_of(row, layer.rows, layer.columns, layer.target), strict=True):
-            found[self.name(known.component, part)] = Target(layer.kind, ((Rows(layer.target, at, size),),))
+            found[self.name(known.component, part, leaf)] = Target(layer.kind, ((Rows(layer.target, at, size),),))
             at += size
         return found
 
@@ -419,7 +453,8 @@ class Divided:
         first = self.layers[next(iter(parts.values()))]
         letters = row.sizes or "a" * len(row.parts)
         known = {letters[number]: self.layers[target].rows for number, target in parts.items()}
-        known.setdefault("h", first.columns)
+        if first.columns:
+            known.setdefault("h", first.columns)
         if unsure := [row.parts[n] for n in range(len(row.parts)) if letters[n] not in known]:
             raise InputError(
                 f"{printable(row.original)}: how many rows {printable(unsure[0])} has is not known, which the adapter does "
@@ -427,6 +462,11 @@ class Divided:
             )
         rows = tuple(Rows(parts.get(number, ""), 0, known[letters[number]]) for number in range(len(row.parts)))
         return Target(Kind.LINEAR, (rows,))
+
+
+def leaf_of(target: str) -> str:
+    """`weight` or `bias`; parameters that are named otherwise are weights to their tools."""
+    return "bias" if target.endswith(".bias") else "weight"
 
 
 def sizes_of(row: Row, rows: int, columns: int, target: str) -> list[int]:

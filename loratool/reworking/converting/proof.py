@@ -19,6 +19,7 @@ from loratool.adapters.layers import Contents, Kind, Layer
 from loratool.algebra.lowrank.products import Product, difference, inner, length
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, torch
+from loratool.reworking.converting import wholes
 from loratool.reworking.converting.dora import Moved
 from loratool.reworking.converting.rows import Rows, Target
 
@@ -80,6 +81,7 @@ class Comparison:
     places: Mapping[str, list[Held]]
     dtype: torch.dtype  # of the output's factors
     moved: Mapping[str, Moved]  # what DoRA makes of layers that are written as LoRA
+    full: Mapping[str, Target]  # where what is stored in full was written
 
     @property
     def before(self) -> Mapping[str, Layer]:
@@ -122,11 +124,11 @@ class Comparison:
 
         Those that the output alone has must be zeros, as PEFT asks for a bias of every layer.
         """
-        errors = self.bias_errors()
-        for one, other in ((self.given.saved, self.found.saved), (self.given.bases, self.found.bases)):
-            for target in (*one, *(other.keys() - one.keys())):
-                own, there = (table[target].value if target in table else None for table in (one, other))
-                errors[target] = apart_from(own, there)
+        errors = self.bias_errors() | wholes.lost(self.given, self.found, self.full)
+        one, other = self.given.bases, self.found.bases
+        for target in (*one, *(other.keys() - one.keys())):
+            own, there = (table[target].value if target in table else None for table in (one, other))
+            errors[target] = apart_from(own, there)
         for target in (*self.given.rows, *(self.found.rows.keys() - self.given.rows.keys())):
             first, second = (contents.rows.get(target) for contents in (self.given, self.found))
             same = first is not None and second is not None and first.index == second.index

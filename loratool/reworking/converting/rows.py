@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from loratool.adapters.adapter import StoredTensor, same_values
 from loratool.adapters.layers import Form, Kind, Layer
@@ -18,6 +19,26 @@ from loratool.algebra.lowrank.products import Product, padded
 from loratool.lazy import Tensor, torch
 
 Load = Callable[[str], Product]  # the factors of a layer by its target, without its scale, a batch of those of experts
+
+
+class Sized(Protocol):
+    """What of a layer, or of a weight or bias that is stored in full, says which rows go where."""
+
+    @property
+    def target(self) -> str: ...
+
+    @property
+    def kind(self) -> Kind: ...
+
+    @property
+    def experts(self) -> int: ...
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def columns(self) -> int:
+        """0 where they are not known, as of most biases."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +69,7 @@ class Target:
     experts: tuple[tuple[Rows, ...], ...]  # one for all that is no parameter
 
     @classmethod
-    def same(cls, layer: Layer) -> Target:
+    def same(cls, layer: Sized) -> Target:
         """The layer as it is."""
         every = range(layer.experts) if layer.kind is Kind.PARAMETER else (None,)
         return cls(layer.kind, tuple((Rows(layer.target, 0, layer.rows, expert),) for expert in every))
@@ -63,7 +84,7 @@ class Target:
         """The layers that any of it comes from."""
         return tuple(dict.fromkeys(part.target for part in self.parts))
 
-    def is_whole(self, layers: Mapping[str, Layer]) -> bool:
+    def is_whole(self, layers: Mapping[str, Sized]) -> bool:
         """Whether it is one layer, unchanged."""
         only = self.sources[0] if len(self.sources) == 1 else ""
         return bool(only) and replace(self, kind=layers[only].kind) == Target.same(layers[only])

@@ -158,8 +158,12 @@ SPELLINGS = (
     ModuleSpelling("original", rf"(?=(?:{ORIGINAL})\b)", dotted("diffusion_model"), DIFFUSERS, alone=False),
 )
 BEGINS = re.compile("|".join(f"(?P<s{number}>{row.begins})" for number, row in enumerate(SPELLINGS)))
-# Of Flux's control adapters: what they put in the place of the base's own.
-REPLACED = re.compile(r"(?:double|single)_blocks\.\d+\.(?:\w+\.)?norm\.(?:query|key)_norm\.scale")
+# The norms of Flux whose weights control adapters replace, in names of diffusers and in Flux' own.
+NORMS = r"(?:transformer\.)?(?:single_)?transformer_blocks\.\d+\.attn\.norm_(?:added_)?[qk]\.weight"
+ORIGINAL_NORMS = (
+    r"(?:diffusion_model\.)?(?:double|single)_blocks\.\d+\.(?:\w+\.)?norm\.(?:query|key)_norm\.(?:scale|weight)"
+)
+REPLACED = re.compile(rf"(?P<original>(?!diffusion_model){ORIGINAL_NORMS})|(?=transformer\.){NORMS}")
 
 
 def spelling_of(module: str) -> tuple[ModuleSpelling, tuple[str, ...]] | None:
@@ -176,4 +180,5 @@ def spelling_of(module: str) -> tuple[ModuleSpelling, tuple[str, ...]] | None:
 
 def replaced_by(name: str) -> str:
     """The parameter whose value a tensor without a role is; empty where it is no such tensor."""
-    return f"diffusion_model.{name}" if REPLACED.fullmatch(name) else ""
+    match = REPLACED.fullmatch(name)
+    return "" if match is None else f"diffusion_model.{name}" if match["original"] else name

@@ -226,7 +226,8 @@ class Reader:
         self.input_alpha_used |= given is not None and scale is None and ALPHA not in group.roles and bool(found.rank)
         self.unsupported += found.unsupported
         for parameter, module_name, update in parts:
-            target = f"{module_name}.{parameter}"
+            of_scale = module_name.endswith(".scale")  # a parameter of its own, as older releases of ComfyUI name norms
+            target = module_name if of_scale else f"{module_name}.{parameter}"
             target = Flattened(target) if isinstance(module_name, Flattened) else target
             names = tuple(group.roles[role].info.name for role in found.used[parameter])
             self.add(target, update, names)

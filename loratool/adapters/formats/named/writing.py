@@ -7,6 +7,7 @@ factors, and both read it alike. All others have α as a tensor of each module.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,11 +16,14 @@ from typing import Any
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.format import FactorsOnly, Format, Parts, Shape
 from loratool.adapters.formats.named.card import common
+from loratool.adapters.formats.named.dialects import NORMS, ORIGINAL_NORMS
+from loratool.adapters.formats.roles.names import RESHAPE, of_factors
 from loratool.adapters.layers import Form, Kind
 from loratool.algebra.lowrank.products import Product
 from loratool.algebra.updates.additive import Add, LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
+from loratool.algebra.updates.replacing import Replace
 from loratool.errors import FitError, printable
 from loratool.files.outputs import MADE_HERE
 from loratool.files.tensor_writer import OF_DATA
@@ -40,16 +44,37 @@ class Dialect:
     flat: bool  # whether names of modules have no dots
     network: str = ""  # what kohya's tools call the kind of network
     standard: bool = False  # whether magnitudes have a dimension for the weight's columns
+    biases: bool = True  # whether factors may have a bias
+    changes: bool = False  # whether a weight or bias may be changed in full
+    values: re.Pattern[str] | None = None  # the weights that may be replaced in full
 
 
 KOHYA = (".lora_down.weight", ".lora_up.weight", ".dora_scale", True, True)
 DIALECTS: Mapping[str, Dialect] = {
     row.name: row
     for row in (
-        Dialect("diffusers", ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", False, False),
-        Dialect("kohya", *KOHYA, network="networks.lora", standard=True),
-        Dialect("comfy", ".lora_down.weight", ".lora_up.weight", ".dora_scale", True, False, standard=True),
-        Dialect("lycoris", *KOHYA, network="lycoris.kohya", standard=True),
+        Dialect(
+            "diffusers",
+            ".lora_A.weight",
+            ".lora_B.weight",
+            ".lora_magnitude_vector",
+            False,
+            False,
+            values=re.compile(rf"(?:{NORMS}|{ORIGINAL_NORMS})"),
+        ),
+        Dialect("kohya", *KOHYA, network="networks.lora", standard=True, biases=False),
+        Dialect(
+            "comfy",
+            ".lora_down.weight",
+            ".lora_up.weight",
+            ".dora_scale",
+            True,
+            False,
+            standard=True,
+            changes=True,
+            values=re.compile(r"(?!.*\.bias$).*"),
+        ),
+        Dialect("lycoris", *KOHYA, network="lycoris.kohya", standard=True, changes=True),
     )
 }
 # What kohya's tools call the module that trains an architecture, where it is one of its own.
@@ -121,10 +146,25 @@ class NamedNames(FactorsOnly):
     def bias(self, target: str) -> str:
         return self.module(target) + (".lora_B.bias" if self.dialect.name == "diffusers" else ".diff_b")
 
-    def change(self, target: str) -> str:
+    def change(self, target: str, norm: bool = False) -> str:
+        """LyCORIS has roles of their own for norms; ComfyUI reads both.
+
+        Files with kohya's names have such changes too, which kohya's own tools do not read.
+        """
         if self.dialect.name == "diffusers":
-            return super().change(target)
-        return self.module(target) + (".diff_b" if target.endswith(".bias") else ".diff")
+            return super().change(target, norm)
+        of_norm = norm and self.dialect.name == "lycoris"
+        weight, bias = ("w_norm", "b_norm") if of_norm else ("diff", "diff_b")
+        return f"{self.module(target)}.{bias if target.endswith('.bias') else weight}"
+
+    def whole(self, target: str, inside: bool) -> str:
+        """ComfyUI's role, or the weight's own name for the norms that diffusers' Flux replaces."""
+        if inside or not self.dialect.values:
+            return super().whole(target, inside)
+        return target if self.dialect.name == "diffusers" else f"{self.module(target)}.set_weight"
+
+    def widened(self, target: str) -> str:
+        return f"{self.module(target)}.{RESHAPE}" if self.dialect.name == "comfy" else ""
 
     def of_one_rank(self) -> list[tuple[str, ...]]:
         return []
@@ -175,24 +215,29 @@ def losses(adapter: Adapter, dialect: str) -> tuple[Note, ...]:
     """What of an adapter a dialect cannot hold."""
     lost: dict[str, list[str]] = {}
     for target, update in (*adapter.updates.items(), *adapter.bases.items()):
-        if what := unspeakable(update, dialect):
+        if what := unspeakable(adapter, target, update, DIALECTS[dialect]):
             lost.setdefault(what, []).append(target)
     return tuple(Note("not-in-dialect", f"{dialect} cannot store {what}: {some(t)}") for what, t in lost.items())
 
 
-def unspeakable(update: Update, dialect: str) -> str:
+def unspeakable(adapter: Adapter, target: str, update: Update, dialect: Dialect) -> str:
     """What of an update a dialect cannot hold, in words; empty where it holds all of it."""
     inner = update.inner if isinstance(update, Magnitude) else update
     match inner:
         case LowRank(table=False):
             by_column = isinstance(update, Magnitude) and update.by_column
-            return "DoRA of input columns" if by_column and not DIALECTS[dialect].standard else ""
+            return "DoRA of input columns" if by_column and not dialect.standard else ""
         case LowRank():
             return "LoRA of embeddings"
-        case Add(value=value) if len(value.shape) == 1:
-            return "" if dialect != "kohya" else "changes of biases"
+        case Add() if of_factors(target, adapter.sources):
+            return "" if dialect.biases else "changes of biases"
+        case Add():
+            return "" if dialect.changes else "changes stored in full"
+        case Replace() if target not in adapter.bases and dialect.values and dialect.values.fullmatch(target):
+            return ""
+        case Replace():
+            return "tensors saved whole"
     return {
         "ExpertFactors": "LoRA of fused experts",
-        "Replace": "tensors saved whole",
         "ReplaceRows": "token rows",
     }.get(type(inner).__name__, "updates other than a product of two factors")

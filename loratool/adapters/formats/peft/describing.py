@@ -59,7 +59,7 @@ def describe(
     biases = {c.get("bias") or "none" for c in configs}
     config["bias"] = next((word for word in ("all", "lora_only") if word in biases), "none")
     modules = [name for c in configs for name in texts(c.get("modules_to_save"))]
-    config["modules_to_save"] = list(dict.fromkeys(modules)) or None
+    config["modules_to_save"] = list(dict.fromkeys((*modules, *parts.saved))) or None
     config["trainable_token_indices"] = {
         target.rpartition(".")[0]: list(rows) for target, rows in parts.tokens.items()
     } or None

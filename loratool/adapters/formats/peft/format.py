@@ -15,10 +15,11 @@ from loratool.adapters.formats.peft.parameters import REGISTERED
 from loratool.adapters.formats.peft.reading import read_leniently, read_saved
 from loratool.adapters.formats.peft.spelling import Names, was_inside
 from loratool.adapters.formats.peft.training import training_of
+from loratool.adapters.formats.roles.names import of_factors
 from loratool.adapters.layers import Contents, Kind, Layer
 from loratool.adapters.reading import Reading
 from loratool.adapters.training import Training
-from loratool.algebra.updates.additive import LowRank
+from loratool.algebra.updates.additive import Add, LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.experts import ExpertFactors
@@ -86,7 +87,9 @@ class Peft(Format):
 
     def losses(self, adapter: Adapter, dialect: str = "") -> tuple[Note, ...]:  # noqa: ARG002 (all have one config)
         columns = [target for target, update in adapter.updates.items() if is_by_column(update)]
-        notes = (Note("not-in-peft", f"PEFT cannot store DoRA of input columns: {some(columns)}"),) if columns else ()
+        full = [t for t, u in adapter.updates.items() if isinstance(u, Add) and not of_factors(t, adapter.sources)]
+        lost = {"DoRA of input columns": columns, "changes stored in full": full}
+        notes = (Note("not-in-peft", f"PEFT cannot store {what}: {some(t)}") for what, t in lost.items() if t)
         return (*notes, *uneven_dora(adapter, "PEFT"))
 
     def task_heads(self, task: str) -> tuple[str, ...]:

@@ -126,8 +126,11 @@ class Names:
             return (1, form.rows, *(1 for _ in form.kernel))
         return (form.columns if form.kind is Kind.EMBEDDING else form.rows,)
 
-    def change(self, target: str) -> str:
+    def change(self, target: str, norm: bool = False) -> str:  # noqa: ARG002 (none has a place)
         raise FitError(f"{printable(target)}: this dialect cannot store a change of a weight in full")
+
+    def widened(self, target: str) -> str:  # noqa: ARG002 (its model is made so)
+        return ""
 
     def rows(self, target: str) -> str:
         """The name of the trained rows of an embedding."""

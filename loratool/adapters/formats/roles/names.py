@@ -93,6 +93,13 @@ def canonical(role: str) -> str:
     return numbered.get(role) or SPELLINGS.get(role, role)
 
 
+def of_factors(target: str, sources: Mapping[str, Iterable[str]]) -> bool:
+    """Whether a target is the bias of a module whose weight has factors; `sources` are the tensors of all targets."""
+    names = sources.get(f"{target.removesuffix('bias')}weight", ()) if target.endswith(".bias") else ()
+    roles = [parts[1] for name in names if (parts := split(name))]
+    return bool(roles) and not any(role in WHOLE and role not in WITHOUT_CHANGE for role in roles)
+
+
 @dataclass(frozen=True)
 class Grouped:
     """The tensors of a file by module."""

@@ -1,0 +1,163 @@
+"""Weights and biases that an adapter stores in full, as a dialect names and divides them: changes of them, or new values.
+
+Dialects of image models have both for what is no layer, such as norms. Their rows are joined and cut as those of layers are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from loratool.adapters.adapter import Derived, StoredTensor, stored_tensors
+from loratool.adapters.layers import Contents, Kind, Layer
+from loratool.adapters.writer import torch_dtype
+from loratool.algebra.updates.additive import Add, LowRank
+from loratool.algebra.updates.replacing import Replace
+from loratool.errors import FitError, printable
+from loratool.lazy import Tensor, torch
+from loratool.reworking.converting.rows import Target
+
+Full = Add | Replace
+
+
+@dataclass(frozen=True)
+class Outline:
+    """The sides of a weight or bias that is stored in full."""
+
+    target: str
+    rows: int
+    columns: int  # 0 of a bias whose weight the adapter does not have
+    kind: Kind = Kind.LINEAR
+    experts: int = 1
+
+
+def stored_in_full(contents: Contents) -> dict[str, Full]:
+    """What an adapter stores in full, but for biases of its factors."""
+    return {**contents.changes, **contents.saved}
+
+
+def outlines(contents: Contents) -> dict[str, Outline]:
+    """The same by target, as naming takes it."""
+    every = stored_in_full(contents)
+    return {target: outline(target, update.shape, contents.layers, every) for target, update in every.items()}
+
+
+def outline(target: str, shape: tuple[int, ...], layers: Mapping[str, Layer], others: Mapping[str, Full]) -> Outline:
+    weight = f"{target.rpartition('.')[0]}.weight"
+    if len(shape) > 1:
+        columns = math.prod(shape[1:])
+    elif weight in layers:
+        columns = layers[weight].columns
+    else:
+        columns = math.prod(others[weight].shape[1:]) if weight in others and len(others[weight].shape) > 1 else 0
+    return Outline(target, shape[0] if shape else 1, columns)
+
+
+def with_biases_apart(contents: Contents, weights: Collection[str]) -> Contents:
+    """The contents with biases of some layers as changes, as these layers are written as they are."""
+    apart = {b: bias for b, bias in contents.biases.items() if f"{b.removesuffix('bias')}weight" in weights}
+    rest = {b: bias for b, bias in contents.biases.items() if b not in apart}
+    return replace(contents, biases=rest, changes={**contents.changes, **apart})
+
+
+def widens(contents: Contents, target: Target) -> bool:
+    """Whether a layer of the output changes a weight of more columns than the base's, as control adapters do.
+
+    Those replace norms, too; in any other the name alone says that it may.
+    """
+    updates = (contents.layers[source].update for source in target.sources)
+    return bool(contents.saved) and any(isinstance(update, LowRank) and update.widens for update in updates)
+
+
+def check_norms(contents: Contents, dialect: str, architecture: str) -> None:
+    """Raise `FitError` where norms are replaced that diffusers does not load from an adapter."""
+    if dialect == "diffusers" and contents.saved and architecture not in ("flux", ""):
+        raise FitError(
+            f"diffusers replaces norms of Flux alone, and these are of {architecture}:", map(printable, contents.saved)
+        )
+
+
+def update_of(name: str, target: Target, every: Mapping[str, Full]) -> Full:
+    """One weight or bias of the output, `every` being those of the input; rows that the adapter does not have are zeros.
+
+    Raises `FitError` where a part of a new value is missing.
+    """
+    parts, first = target.experts[0], every[target.sources[0]]
+    if any(type(every[source]) is not type(first) for source in target.sources):
+        raise FitError(f"{printable(name)}: some of its rows are changed and others replaced")
+    if isinstance(first, Replace) and not all(part.target for part in parts):
+        raise FitError(f"{printable(name)}: the adapter replaces only some of its rows")
+    if len(parts) == 1 and parts[0].first == 0 and (not first.shape or parts[0].count == first.shape[0]):
+        return first
+    stored: tuple[Any, ...] = tuple(every[source].value for source in target.sources)
+    scales = [getattr(every[source], "scale", 1.0) for source in target.sources]
+
+    def joined(*loaded: Tensor) -> Tensor:
+        own = {s: value * scale for s, value, scale in zip(target.sources, loaded, scales, strict=True)}
+        return torch.cat(
+            [
+                own[part.target][part.first : part.first + part.count]
+                if part.target
+                else loaded[0].new_zeros(part.count, *loaded[0].shape[1:])
+                for part in parts
+            ]
+        )
+
+    value: Any = Derived((sum(part.count for part in parts), *first.shape[1:]), stored, joined)
+    return Add(value) if isinstance(first, Add) else Replace(value)
+
+
+def written(update: Full) -> StoredTensor | Tensor:
+    """What is stored of it: the same bytes where it is as it was, else rounded once, to the widest dtype of its parts."""
+    stored: Any = update.value
+    if isinstance(stored, StoredTensor) and getattr(update, "scale", 1.0) == 1.0:
+        return stored
+    dtypes = [torch_dtype(tensor.info.dtype) for tensor in stored_tensors(update)]
+    return value_of(update).to(max(dtypes, key=lambda dtype: dtype.itemsize))
+
+
+def value_of(update: Full) -> Tensor:
+    """What is added or put in place, in float64."""
+    stored: Any = update.value
+    found: Tensor = stored.load(torch.device("cpu"), torch.float64)
+    return found * update.scale if isinstance(update, Add) else found
+
+
+def lost(given: Contents, found: Contents, beside: Mapping[str, Target]) -> dict[str, float]:
+    """‖one − other‖ / ‖one‖ of what the input and the output store in full, by target of the input.
+
+    Infinite where one side alone has something, or of another kind.
+    """
+    before, after = stored_in_full(given), stored_in_full(found)
+    errors = dict.fromkeys((name for name in after if name not in beside), math.inf)
+    distances: dict[str, float] = {}
+    for name, target in beside.items():
+        at = 0
+        for part in target.experts[0]:
+            there = rows_of(after.get(name), at, part.count)
+            if part.target:
+                apart = distance(rows_of(before[part.target], part.first, part.count), there)
+                same = type(after.get(name)) is type(before[part.target])
+                distances[part.target] = math.hypot(distances.get(part.target, 0.0), apart if same else math.inf)
+            elif there is None or bool(there.any()):
+                errors[name] = math.inf
+            at += part.count
+    sizes = {name: float(value_of(before[name]).norm()) for name in distances}
+    relative = {name: apart / sizes[name] if sizes[name] else apart for name, apart in distances.items()}
+    return errors | relative | dict.fromkeys(before.keys() - distances.keys(), math.inf)
+
+
+def rows_of(update: Full | None, first: int, count: int) -> Tensor | None:
+    """Some rows of what is stored in full."""
+    if update is None:
+        return None
+    value = value_of(update)
+    return value[first : first + count] if value.dim() else value
+
+
+def distance(one: Tensor | None, other: Tensor | None) -> float:
+    """‖one − other‖; infinite of two shapes."""
+    same = one is not None and other is not None and one.shape == other.shape
+    return float((one - other).norm()) if same and one is not None and other is not None else math.inf
