@@ -192,7 +192,7 @@ class ExactSum:
             changing = torch.from_numpy(product.lengths[own] != 0)
             keep_unchanged(block.before, after, changing)
             some = changing[found[0] // self.width]
-            found = [each[some] for each in found]
+            found = [each[some] for each in found] if some.any() else []
         for elements in zip(*(torch.split(each, singles.together) for each in found), strict=True):
             places, weights = compiled(settle)([*elements], block.first, self.width, after, *singles.bounds)
             if len(places):
