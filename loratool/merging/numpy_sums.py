@@ -202,6 +202,8 @@ class Tiles:
                 self.sum(added, weight, first + at, largest)
                 places = self.rounded(after[at : at + count])
                 if len(places) * MANY > weight.size:
+                    places = keep_unchanged(added, weight, first + at, after[at : at + count], places)
+                if len(places) * MANY > weight.size:
                     return None
                 odd.append((places + at * self.width, weight.reshape(-1)[places]))
                 lap("product")
@@ -297,10 +299,26 @@ def values_of(tensor: StoredTensor) -> NDArray[Any]:
     return numpy.ascontiguousarray(values.T) if tensor.transposed else values
 
 
+def keep_unchanged(
+    added: Added, weight: NDArray[Any], first: int, after: NDArray[Any], places: NDArray[Any]
+) -> NDArray[Any]:
+    """Put rows of W, from row `first` on, to which nothing is added into `after`; the flat places that are not in them."""
+    still = added.lengths[first : first + len(weight)] == 0
+    after[still] = nearest_bits(weight[still])
+    others: NDArray[Any] = places[~still[places // weight.shape[1]]]
+    return others
+
+
+def nearest_bits(values: NDArray[Any]) -> NDArray[Any]:
+    """Float32 rounded to bfloat16, ties to even, as bits in uint32."""
+    bits = values.view(numpy.uint32)
+    found: NDArray[Any] = (bits + (HALF - 1) + (bits >> 16 & 1)) >> 16
+    return found
+
+
 def changed(weights: NDArray[Any], after: NDArray[Any]) -> NDArray[numpy.bool_]:
-    """Which results, (count,) of bits, are not those of W, (count,) of float32, rounded to the nearest, ties to even."""
-    bits = weights.view(numpy.uint32)
-    found: NDArray[numpy.bool_] = (bits + (HALF - 1) + (bits >> 16 & 1)) >> 16 != after
+    """Which results, (count,) of bits, are not those of W, (count,) of float32."""
+    found: NDArray[numpy.bool_] = nearest_bits(weights) != after
     return found
 
 

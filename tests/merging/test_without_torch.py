@@ -85,8 +85,18 @@ def test_every_element_is_the_exact_sum_rounded_once(
 def test_rare_weights_are_left_to_torch(odd: float) -> None:
     weight = numbers(ROWS, COLUMNS, seed=3).bfloat16()
     weight[4] = odd
-    added = Added(np.zeros((ROWS, RANK), np.float32), np.ones((RANK, COLUMNS), np.float32), 1.0)
+    added = Added(np.full((ROWS, RANK), 1e-45, np.float32), np.ones((RANK, COLUMNS), np.float32), 1.0)
     assert merged(weight, "BF16", added) is None
+
+
+def test_rows_to_which_nothing_is_added_stay_as_they_are() -> None:
+    """Zeros of either sign and the smallest numbers among them, in float32 rounded to the nearest."""
+    weight, up = numbers(ROWS, COLUMNS, seed=3), numbers(ROWS, RANK, seed=1)
+    weight[2:9], up[2:9] = 0, 0
+    weight[3], weight[4], weight[5] = -0.0, 1e-45, 1 + 2.0**-8
+    got = merged(weight, "F32", Added(up.numpy(), numbers(RANK, COLUMNS, seed=2).numpy(), 1.0))
+    assert got is not None
+    assert torch.equal(got[2:9].view(torch.int16), weight[2:9].bfloat16().view(torch.int16))
 
 
 def test_bits_of_numbers_are_read_as_they_are() -> None:
