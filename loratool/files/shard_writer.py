@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,7 +17,6 @@ from loratool.files.stopwatch import lap
 from loratool.files.system import NOT_DIRECT, clone_range, create_file, open_direct, sync_bytes, sync_file
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
@@ -65,7 +65,8 @@ class OpenFile:
         self.path, self.descriptor, self.size, self.stop, self.memory = path, descriptor, size, stop, memory
         self.opened = self.direct = open_direct(path, descriptor, size, start) if size >= PAGE else None
         self.clones = True  # until the file system has refused to
-        self.cached = 0  # bytes that went into the page cache; about right is enough
+        self.cached = 0  # bytes that went into the page cache
+        self.turn = threading.Lock()  # of the page cache: a kernel lets one write into a file at a time, and others spin
         self.written = Arrived(stop)
 
     def part(self, at: int, count: int) -> LocalPart:
@@ -97,13 +98,15 @@ class OpenFile:
 
     def write_cached(self, memory: memoryview, at: int) -> None:
         """Write through the page cache."""
-        write_fully(self.descriptor, memory, at)
-        self.cached += len(memory)
+        with self.turn:
+            write_fully(self.descriptor, memory, at)
+            self.cached += len(memory)
 
     def copy_cached(self, source: LocalSource, start: int, count: int, at: int) -> None:
         """Copy from another file through the page cache."""
-        source.copy_to(self.descriptor, start, count, at)
-        self.cached += count
+        with self.turn:
+            source.copy_to(self.descriptor, start, count, at)
+            self.cached += count
 
     def finish(self) -> bool:
         """Bring the file to stable storage while it is being written, and all of it in the end; then close it.
