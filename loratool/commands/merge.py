@@ -87,8 +87,8 @@ def merge(
         base: a model folder or one `.safetensors` file.
         adapters: one or more adapter folders. Pass none if `base` is an adapter, which names its base, or a model saved
             with its adapter unmerged.
-        out: the output folder, or a prefix in a store, `s3://bucket/prefix`; for a base of one file also a file, whose
-            record is written next to it.
+        out: the output folder, or a prefix in a store, `s3://bucket/prefix`; for a base of one file also a file or an
+            object, whose record is written next to it.
         progress: called with (bytes done, total bytes), from any thread, one call at a time.
         push_progress: the same for the upload.
 
@@ -110,7 +110,7 @@ def abort_merge(out: PathLike) -> AbortReport:
     nothing else is touched. Of a merge that is complete only the last of these goes. Locally it is `OUT.partial`.
 
     Args:
-        out: the prefix, `s3://bucket/prefix`, or the output folder.
+        out: the output as it was given to `merge`.
 
     Raises:
         UsageError: there is no unfinished merge, or workers are running.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import sys
@@ -17,7 +18,7 @@ from store_server import BUCKET, Asked, Fault, stormy, tree
 
 import loratool
 from loratool import cli
-from loratool.errors import FitError, InputError, StoreError, UsageError
+from loratool.errors import FitError, InputError, StoreError, UsageError, VerificationError
 from loratool.merging import resources
 from loratool.merging.merge import MergeOptions
 from loratool.merging.parted_merge import open_parts
@@ -420,3 +421,39 @@ def test_uploads_that_somebody_removed_are_said_and_can_be_cleared(store: StoreS
     loratool.abort_merge(out)
     loratool.merge(BASE, [ADAPTER], out)
     assert_same(store, prefix, models / "merged")
+
+
+def test_weights_are_read_again_for_their_sha256_and_for_verify(store: StoreServer, models: Path) -> None:
+    """The record lists the SHA-256 of each object, workers' outputs too; the report counts the files that were read."""
+    prefix = "out/read-again"
+    loratool.merge_part(BASE, [ADAPTER], f"s3://{BUCKET}/{prefix}", "1/1")
+    finished = loratool.finish_merge(BASE, [ADAPTER], f"s3://{BUCKET}/{prefix}", sha256=True, verify=True)
+    there = store.objects(BUCKET, prefix)
+    files = json.loads(there["loratool.json"])["files"]
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        assert there[name] == (models / "merged" / name).read_bytes()
+        assert files[name]["sha256"] == hashlib.sha256(there[name]).hexdigest()
+    assert files.keys() == there.keys() - {"loratool.json"}
+    assert finished.merge is not None
+    assert finished.merge.verified == len(there)
+
+
+def test_an_output_that_a_store_damaged_is_taken_back_by_verify(store: StoreServer, models: Path) -> None:
+    """The file is named, and nothing of the output stays; without --verify the damage would be there."""
+    prefix = "out/damaged-there"
+    key = f"{prefix}/model-00001-of-00002.safetensors"
+
+    def fault(asked: Asked) -> Fault:
+        if asked.kind == "head" and asked.key == key:  # the first request for it once it has its name
+            raw = bytearray(store.client.get_object(Bucket=BUCKET, Key=key)["Body"].read())
+            raw[-1] ^= 1
+            store.client.put_object(Bucket=BUCKET, Key=key, Body=bytes(raw))
+        return None
+
+    store.fault = fault
+    with pytest.raises(VerificationError, match="what was read back is not what was written") as caught:
+        loratool.merge(models / "base", [ADAPTER], f"s3://{BUCKET}/{prefix}", verify=True)
+    store.fault = lambda _asked: None
+    assert "model-00001-of-00002" in str(caught.value.problems)
+    assert store.objects(BUCKET, prefix) == {}
+    assert not [key for key in store.uploads(BUCKET) if key.startswith(prefix)]
