@@ -209,47 +209,68 @@ def diagnose_rest(
     Raises `FitError` where the adapters are not those that were merged.
     """
     odd = [name for name, each in found.items() if each.kind == UNEXPLAINED]
-    if not changed and odd and len(odd) == len(found) and not any(has_update(found[name]) for name in odd):
+    besides, few, others = by_kind(changed, untouched, distances)
+    every_edited = bool(odd) and len(odd) == len(found)
+    if every_edited and not few and not others and not any(has_update(found[name]) for name in odd):
         whose = " + ".join(printable(adapter.name) for adapter in plan.adapters)
         raise FitError(
             f"{printable(merged)} was not made with {whose}: none of the {len(odd)} tensors that should contain its "
             "updates does, and all of them differ from the base's; pass the adapter that was merged"
         )
-    if changed and not odd and all(each.is_matrix and each.rank for each in changed.values()):
-        names = module_names(changed)
-        ranks = sorted({each.rank for each in changed.values()})
+    most_edited = every_edited or (bool(changed and odd) and len(odd) >= len(found) / 2)
+    if most_edited or (bool(others) and len(others) >= untouched / 2):
+        yield of_another_base(changed, {name: found[name].residual for name in odd}, untouched, len(found))
+        return
+    if besides:
+        names, ranks = module_names(besides), sorted({changed[name].rank for name in besides})
         shown = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         text = f"{counted(names)}: changed by an update of rank {shown}, but no adapter has one for it"
         yield Diagnosis("merged-besides", text, names, {"ranks": ranks})
-        return
-    few = {name: distances[name] for name in changed if distances[name].equal > MOST_EQUAL}
-    if changed and not odd and len(few) == len(changed) <= untouched / 2:
-        names, count = module_names(few), sum(each.unequal for each in few.values())
+    if few:
+        names, count = module_names(few), sum(distances[name].unequal for name in few)
         text = (
             f"{counted(names)}: {count} single element{'s' * (count != 1)} not the base's, though no adapter changes it"
         )
         yield Diagnosis("elements-differ", text, names, {"elements": count})
-        return
-    if changed or (odd and len(odd) == len(found)):
-        far = max((each.relative for each in changed.values()), default=0.0)
-        parts = []
-        if changed:
-            parts.append(
-                f"{len(changed)} of {untouched} tensors that no adapter changes differ from the base's, by up to "
-                f"{far:.2g} of their norm ({listed(changed)})"
-            )
-        if odd:
-            most = max(found[name].residual for name in odd)
-            parts.append(
-                f"{len(odd)} of {len(found)} edited tensors contain changes of up to {most:.2g} of their norm that are not the update"
-            )
-        text = f"another base: {', and '.join(parts)}"
-        numbers = {"tensors": len(changed), "of": untouched, "edited": len(odd), "relative": far}
-        yield Diagnosis("another-base", text, module_names([*changed, *odd]), numbers)
-    elif odd:
+    if others:
+        yield of_another_base({name: changed[name] for name in others}, {}, untouched, len(found))
+    if odd:
         names, most = module_names(odd), max(found[name].residual for name in odd)
         text = f"{counted(names)}: differ from the formula by up to {most:.2g} of ‖W‖; no known cause gives that"
         yield Diagnosis("unexplained", text, names, {"relative": most})
+
+
+def by_kind(
+    changed: Mapping[str, Changed], untouched: int, distances: Mapping[str, Distances]
+) -> tuple[list[str], list[str], list[str]]:
+    """Tensors that should be the base's: changed by an update of low rank, in single elements, or in another way."""
+    besides = [name for name, each in changed.items() if each.is_matrix and each.rank]
+    few = [name for name in changed if name not in besides and distances[name].equal > MOST_EQUAL]
+    if len(few) > untouched / 2:  # that many are no damage
+        few = []
+    return besides, few, [name for name in changed if name not in {*besides, *few}]
+
+
+def of_another_base(
+    changed: Mapping[str, Changed], residuals: Mapping[str, float], untouched: int, edited: int
+) -> Diagnosis:
+    """One sentence on tensors that differ from the base's, and on edited ones, by what is left of their difference."""
+    far = max((each.relative for each in changed.values()), default=0.0)
+    parts = []
+    if changed:
+        parts.append(
+            f"{len(changed)} of {untouched} tensors that no adapter changes differ from the base's, by up to "
+            f"{far:.2g} of their norm ({listed(changed)})"
+        )
+    if residuals:
+        parts.append(
+            f"{len(residuals)} of {edited} edited tensors contain changes of up to {max(residuals.values()):.2g} of their "
+            "norm that are not the update"
+        )
+    numbers = {"tensors": len(changed), "of": untouched, "edited": len(residuals), "relative": far}
+    return Diagnosis(
+        "another-base", f"another base: {', and '.join(parts)}", module_names([*changed, *residuals]), numbers
+    )
 
 
 def has_update(each: Explained) -> bool:

@@ -89,11 +89,17 @@ def measure(
         theirs: (n, width) W' of the merged model.
         first: the first row.
         total: what was added, if it is a sum of products: what float32 may take from those does not count.
-        formula: whether what was added is worked out in another way, such as by norms of rows: the same holds for it.
+        formula: whether what was added is worked out in another way, such as by norms of rows: the same holds for it,
+            at the size of most elements of a row, for they may be sums of all of them.
     """
-    places = differences(ours, theirs)
+    places, width = differences(ours, theirs), ours.shape[1]
     elements = Elements(places, *(each.reshape(-1)[places] for each in (before, ours, theirs)))
-    return elements.measured(first, ours.shape[1], total, formula)
+    if not formula:
+        return elements.measured(first, width, total)
+    rows, at = torch.unique(places // max(1, width), return_inverse=True)
+    w, o = before[rows].double(), ours[rows].double()
+    sizes = torch.stack([each.square().mean(1) for each in (w, o, o - w)]).amax(0).sqrt()[at]
+    return elements.measured(first, width, total, sizes)
 
 
 @dataclass(frozen=True)
@@ -110,8 +116,12 @@ class Elements:
         odd = (self.ours != self.theirs) & ~(self.ours.isnan() & self.theirs.isnan())
         return Elements(self.places[odd], self.before[odd], self.ours[odd], self.theirs[odd])
 
-    def measured(self, first: int, width: int, total: ExactSum | None, formula: bool = False) -> Found | None:
-        """How far they are apart; all of them are unequal. Arguments are as for `measure`."""
+    def measured(self, first: int, width: int, total: ExactSum | None, sizes: Tensor | None = None) -> Found | None:
+        """How far they are apart; all of them are unequal.
+
+        `first` and `total` are as for `measure`; `sizes`, (count,), are those of most elements of each one's row, where
+        float32 may take something from them.
+        """
         if not len(self.places):
             return None
         wide = torch.float32 if self.ours.element_size() == 2 and self.before.element_size() <= 4 else torch.float64
@@ -121,12 +131,12 @@ class Elements:
         apart = (t - o).abs()
         distance = apart / ulp
         far = distance > 1
-        if (total is not None or formula) and bool(far.any()):
+        if (total is not None or sizes is not None) and bool(far.any()):
             some = self.places[far]
             if total is not None:
                 slack = slack_of(total, first + some // width, some % width).to(distance)
-            else:
-                slack = size[far] * (SINGLE * (TERMS + math.sqrt(width)))
+            elif sizes is not None:
+                slack = torch.maximum(size[far], sizes[far].to(distance)) * (SINGLE * (TERMS + math.sqrt(width)))
             less = (apart[far] - slack).clamp(min=0) / ulp[far]
             distance[far] = torch.where(less <= 1, less, distance[far])
         distance = distance.nan_to_num(torch.inf, torch.inf)

@@ -46,15 +46,19 @@ def guesses(span: Span, plan: MergePlan) -> Iterator[Guess]:
         yield Guess(TRANSPOSED, "the update was added transposed", turned)
     if regrouped := all_turned(span.edits, regrouped_experts):
         yield Guess(EXPERT_MAJOR, "columns of lora_B were taken in the other order of ranks and experts", regrouped)
+    whole = any(
+        edit.update.needs_weight for edit in span.edits
+    )  # such as norms of columns: no rows stand for themselves
     parts = parts_of(span)
     if 2 <= len(parts) <= MOST_PARTS:
         for order in [*permutations(range(len(parts)))][1:]:
             yield Guess(FUSED_ORDER, order_words(parts, order), placed([parts[number] for number in order]))
         heads = setting(plan.base.config, HEADS)
-        if heads and all(part.edits and part.count % heads == 0 for part in parts):
+        if heads and not whole and all(part.edits and part.count % heads == 0 for part in parts):
             yield Guess(FUSED_ORDER, f"parts were put in turns, one for each of {heads} heads", in_turns(parts, heads))
-    yield from turned_halves(span, plan)
-    yield from other_slices(span, plan)
+    if not whole:
+        yield from turned_halves(span, plan)
+        yield from other_slices(span, plan)
 
 
 def all_turned(edits: Sequence[Edit], turn: object) -> tuple[Edit, ...]:

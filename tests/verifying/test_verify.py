@@ -399,6 +399,24 @@ def test_a_planted_fault_is_found_with_its_modules_and_nothing_else_is_named(
     assert {module(name) for name in told.modules} == {module(name) for name in names}
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("another module merged", "noise in an edited tensor"),
+        ("another module merged", "other untouched tensors"),
+        ("a bit flipped where nothing is merged", "a module left out"),
+    ],
+)
+def test_two_faults_are_told_apart(first: str, second: str, pick: random.Random, small: Scene, tmp_path: Path) -> None:
+    """Neither is taken for another base, of which most tensors would differ."""
+    tensors, wanted = small.merged(), {}
+    for fault in (first, second):
+        code, plant, _ = FAULTS[fault]
+        wanted[code] = {module(name) for name in plant(small, tensors, pick)}
+    found = verified(small, tensors, tmp_path)
+    assert {each.code: {*each.modules} for each in found.diagnoses} == wanted, str(found)
+
+
 @pytest.mark.parametrize("fault", ["a module left out", "another module merged", "transposed", "another base"])
 def test_a_fault_is_found_where_updates_are_smaller_than_a_step(fault: str, faint: Scene, tmp_path: Path) -> None:
     code, plant, config = FAULTS[fault]
@@ -522,6 +540,15 @@ def test_another_adapter_of_the_same_shapes_ends_in_one_sentence(small: Scene, t
     with pytest.raises(FitError, match="was not made with adapter") as caught:
         verified(small, tensors, tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_another_adapter_with_more_modules_ends_in_one_sentence(small: Scene, tmp_path: Path) -> None:
+    tensors = {**small.weights}
+    for name in [*small.factors, *(name for name in small.weights if "k_proj" in name)]:
+        weight = small.weights[name]
+        tensors[name] = rounded(weight.double() + random_like(weight, 0.005, RANK), weight.dtype)
+    with pytest.raises(FitError, match="was not made with"):
+        verified(small, tensors, tmp_path)
 
 
 def test_an_adapter_of_another_model_ends_in_one_sentence(small: Scene, tmp_path: Path, capsys: Any) -> None:
