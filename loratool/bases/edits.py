@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loratool.algebra.updates.base import Update
+from loratool.bases.binding.places import Place
+from loratool.bases.weights import Slice, Stacked, StoredWeight
+from loratool.errors import printable
 
 
 @dataclass(frozen=True)
@@ -24,3 +29,26 @@ class Edit:
     fold: int = 1  # leading dimensions of the weight that make up its rows
 
     shared: bool = False  # other edits take other rows of the same update
+    # all that the update covers, where it depends on all of it and this weight is a part
+    whole: StoredWeight | None = field(default=None, compare=False)
+
+
+def whole_of(places: Sequence[Place], weight_of: Callable[[str], StoredWeight]) -> StoredWeight | None:
+    """What an update covers that depends on all of it, as one matrix; None where one place is all, or it depends on none."""
+    if len(places) == 1 or not places[0].update.needs_weight:
+        return None
+    pieces: list[StoredWeight] = []
+    for place in sorted(places, key=lambda place: place.update_row):
+        weight = weight_of(place.tensor)
+        matrix = weight.matrix(math.prod(weight.shape[place.fold :]))
+        pieces.append(Slice(matrix, place.first_row, place.rows, place.columns))
+    return Stacked(tuple(pieces))
+
+
+def torn(edits: Mapping[str, Sequence[Edit]]) -> Iterator[str]:
+    """What is wrong with updates that depend on several weights, of which others are replaced."""
+    replaced = {name for name, own in edits.items() if any(edit.update.replaces for edit in own)}
+    for edit in (edit for own in edits.values() for edit in own if edit.whole is not None):
+        assert edit.whole is not None, "it was looked at"
+        others = {tensor.info.name for tensor in edit.whole.tensors} & replaced - {edit.weight}
+        yield from (f"{printable(edit.target)}: depends on {printable(other)}, which is replaced" for other in others)

@@ -332,9 +332,19 @@ def looked_at(block: torch.Tensor) -> Iterator[slice]:
 def weight_rows(
     span: Span, edit: Edit, device: torch.device, dtype: torch.dtype, first: int = 0, count: int | None = None
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Some of the rows that an edit covers, by default all, as no update but a replacement has left them."""
-    stored = getattr(torch, FLOAT_NAMES[span.weight.exact])
+    """Some of the rows that an edit covers, by default all, as no update but a replacement has left them.
+
+    Of an update that covers rows of several weights, those of all of them.
+    """
+    whole = edit.whole
+    stored = getattr(torch, FLOAT_NAMES[(whole or span.weight).exact])
     step = max(1, READ_AT_ONCE // (span.width * stored.itemsize))
+    if whole is not None:
+        with OpenSources() as sources:
+            stop = whole.shape[0] if count is None else first + count
+            for at in range(first, stop, step):
+                yield at, whole.rows(at, min(step, stop - at), device, stored, Room(sources)).to(dtype)
+        return
     before = [
         LoadedEdit(
             other, other.update if isinstance(other.update, Replace) else load_update(other.update, device, dtype), 1

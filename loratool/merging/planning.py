@@ -18,7 +18,7 @@ from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.bases.binding import bind, tell
 from loratool.bases.codecs import decoded
 from loratool.bases.decoded import Decoded, weight_of
-from loratool.bases.edits import Edit
+from loratool.bases.edits import Edit, torn, whole_of
 from loratool.bases.extra_weights import extras_of
 from loratool.bases.packed import Requantizable
 from loratool.bases.siblings import served_with
@@ -243,7 +243,7 @@ def find_changes(
     for number, weight in enumerate(weights):
         draft.add(number, weight, as_trained(draft.adapters[number], draft.base, draft.ties, binder, new_tensors))
     draft.factors.blocks.check(draft.meant)
-    draft.problems += draft.rivals()
+    draft.problems += [*draft.rivals(), *torn(draft.edits)]
     if lost and draft.problems == [*lost] and not draft.unsupported:
         owners = ", ".join(dict.fromkeys(adapter.name for adapter in draft.adapters))
         raise FitError(f"{owners}: some trained weights would be lost:", lost)
@@ -282,13 +282,14 @@ class Draft:
                     f"{adapter.name}: {printable(tensor)}: several adapters fill it up to other shapes"
                 )
         for target, places in bound.places.items():
+            whole = whole_of(places, self.unedited)
             for place in map(self.beside_weight, places):
                 own = weight * self.factors.of(place.tensor)
                 self.meant.add(place.tensor)
                 if why := self.why_not(place, trained, own):
                     self.problems.append(f"{adapter.name}: {printable(target)}: {why}")
                 elif own:
-                    self.put(number, target, place, own, len(places) > 1, trained)
+                    self.put(number, target, place, own, len(places) > 1, trained, whole)
         if weight not in (0.0, 1.0) and any(isinstance(u, Replace) for u in adapter.updates.values()):
             self.notes.append(
                 Note(
@@ -330,7 +331,16 @@ class Draft:
             return f"replaces the base's weight, which a weight of {weight:g} cannot undo"
         return ""
 
-    def put(self, number: int, target: str, place: Place, weight: float, shared: bool, trained: Trained) -> None:
+    def put(
+        self,
+        number: int,
+        target: str,
+        place: Place,
+        weight: float,
+        shared: bool,
+        trained: Trained,
+        whole: StoredWeight | None,
+    ) -> None:
         """Note an update at its place, and what the weight there was when it was trained."""
         adapter, tensor = self.adapters[number], place.tensor
         if isinstance(place.update, Replace) and trained.base.tensors[tensor].dtype not in FLOAT_NAMES:
@@ -352,6 +362,7 @@ class Draft:
             columns=place.columns,
             fold=place.fold,
             shared=shared,
+            whole=whole,
         )
         if tensor in trained.saved:
             self.saved.setdefault(tensor, {})[number] = trained.saved[tensor]

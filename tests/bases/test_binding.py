@@ -16,6 +16,7 @@ from loratool import plan_merge
 from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.bases.binding import Bound, bind, grouped, tell
+from loratool.bases.binding.checking import uncut
 from loratool.errors import FitError, InputError, UsageError
 
 if TYPE_CHECKING:
@@ -226,12 +227,19 @@ def test_a_fused_update_is_divided_among_the_parts_of_the_base(
     assert len({id(place.update) for place in bound.places[f"{fused}.weight"]}) == 1, "it is loaded once"
 
 
-def test_an_update_of_whole_columns_is_not_divided() -> None:
+def test_an_update_of_whole_columns_is_divided_among_all_parts_or_not_at_all() -> None:
+    """Its norms are those of all rows, which an edit of some columns does not see."""
     base = base_of({"m.gate_proj.weight": (24, H), "m.up_proj.weight": (24, H)})
     by_column = Magnitude(lora((48, H)), stored("m", (H,)), by_column=True)
     bound = bind(adapter_of({"m.gate_up_proj.weight": by_column}), base)
-    assert bound.places == {}
-    assert "cannot be split" in bound.problems["m.gate_up_proj.weight"]
+    labels = rows_from(bound, base, bound.places)
+    assert torch.equal(
+        torch.cat([labels[f"m.{part}.weight"][:, 0] for part in ("gate_proj", "up_proj")]), torch.arange(48) + 1000
+    )
+    places = bound.places["m.gate_up_proj.weight"]
+    assert uncut(places) == ""
+    for some in (places[1:], (dataclasses.replace(places[0], columns=slice(0, 4)), places[1])):
+        assert "cannot be applied to a part" in uncut(some)
 
 
 @pytest.mark.parametrize(

@@ -206,3 +206,80 @@ def test_a_smaller_update_is_not_filled_up(wide: Path) -> None:
     save_file(narrow, wide / "narrow.safetensors")
     with pytest.raises(loratool.FitError, match=r"img_in\.weight.*\[4, 2\]|\(4, 2\)"):
         loratool.merge(wide / "base.safetensors", wide / "narrow.safetensors", wide / "out", device="cpu")
+
+
+# ---- updates that depend on all of a weight, which the base has in parts ----
+
+HEAD = "transformer_blocks.0.attn"
+PARTS = ("to_q", "to_k", "to_v")
+QKV = {"lora_down.weight": random(1, 8), "lora_up.weight": random(24, 1), "alpha": ALPHA}
+OF_ALL_ROWS = {
+    "DoRA of columns": {**QKV, "dora_scale": random(1, 8, seed=5).abs() + 1},
+    "OFT": {"oft_blocks": random(2, 12, 12) / 4},  # blocks of rows that two parts share
+    "BOFT": {"oft_blocks": random(2, 6, 4, 4) / 4, "alpha": torch.tensor(0.0)},
+}
+
+
+@pytest.fixture
+def in_parts(tmp_path: Path) -> dict[str, Tensor]:
+    """Flux in diffusers' layout; of q, k and v one is stored in another dtype."""
+    base = {f"{HEAD}.{name}.weight": random(8, 8, seed=n) for n, name in enumerate(PARTS)}
+    base |= {f"{HEAD}.add_q_proj.weight": random(8, 8), "x_embedder.weight": random(8, 4)}
+    base |= {"context_embedder.weight": random(8, 8), f"{HEAD}.to_k.weight": base[f"{HEAD}.to_k.weight"].bfloat16()}
+    save_file(base, tmp_path / "base.safetensors")
+    return base
+
+
+def save_fused(tmp_path: Path, roles: Mapping[str, Tensor], module: str = "double_blocks_0_img_attn_qkv") -> Path:
+    tensors = {f"lora_unet_{module}.{role}": tensor.clone() for role, tensor in roles.items()}
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    return tmp_path / "adapter.safetensors"
+
+
+@pytest.mark.parametrize("method", OF_ALL_ROWS)
+def test_parts_of_a_fused_weight_see_each_other(method: str, in_parts: dict[str, Tensor], tmp_path: Path) -> None:
+    """Norms of columns, and rotations of rows, are those of q, k and v together, as they are one weight to the adapter."""
+    adapter, base, out = save_fused(tmp_path, OF_ALL_ROWS[method]), tmp_path / "base.safetensors", tmp_path / "out"
+    loratool.merge(base, adapter, out, device="cpu", weights=[0.5])
+    whole, roles = torch.cat([in_parts[f"{HEAD}.{name}.weight"].float() for name in PARTS]), OF_ALL_ROWS[method]
+    if method == "DoRA of columns":
+        change = role_formulas.lora(roles["lora_up.weight"], roles["lora_down.weight"], 1.0)
+        after = role_formulas.dora(whole, change, roles["dora_scale"], by_column=True)
+    elif method == "OFT":
+        after = role_formulas.oft(whole, roles["oft_blocks"])
+    else:
+        after = role_formulas.boft(whole, roles["oft_blocks"])
+    merged, wanted = load_file(out / "base.safetensors"), whole.double().lerp(after, 0.5)
+    for name, rows in zip(PARTS, wanted.view(3, 8, 8), strict=True):
+        found = merged[f"{HEAD}.{name}.weight"]
+        eps = 2**-8 if found.dtype == torch.bfloat16 else 3e-7
+        torch.testing.assert_close(found.double(), rows, rtol=eps, atol=eps)
+    assert loratool.verify(out, base, adapter, weights=[0.5]).passes
+
+
+def test_parts_that_another_adapter_replaces_are_told(in_parts: dict[str, Tensor], tmp_path: Path) -> None:
+    adapter = save_fused(tmp_path, OF_ALL_ROWS["DoRA of columns"])
+    save_file({f"transformer.{HEAD}.to_v.set_weight": random(8, 8)}, tmp_path / "other.safetensors")
+    with pytest.raises(loratool.FitError, match=r"img_attn_qkv\.weight: depends on .*to_v\.weight, which is replaced"):
+        loratool.merge(
+            tmp_path / "base.safetensors", [adapter, tmp_path / "other.safetensors"], tmp_path / "out", device="cpu"
+        )
+    assert len(in_parts) == 6
+
+
+def test_dora_of_columns_of_a_fused_weight_becomes_lora_of_its_parts(
+    in_parts: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """At full rank W' − W of q, k and v is that of the weight in which they are one."""
+    adapter, roles = save_fused(tmp_path, OF_ALL_ROWS["DoRA of columns"]), OF_ALL_ROWS["DoRA of columns"]
+    loratool.convert(
+        adapter, tmp_path / "lora", to="diffusers", base=tmp_path / "base.safetensors", rank=8, architecture="flux"
+    )
+    whole = torch.cat([in_parts[f"{HEAD}.{name}.weight"].float() for name in PARTS])
+    change = role_formulas.lora(roles["lora_up.weight"], roles["lora_down.weight"], 1.0)
+    wanted = role_formulas.dora(whole, change, roles["dora_scale"], by_column=True) - whole.double()
+    (file,) = (tmp_path / "lora").glob("*.safetensors")
+    found = load_file(file)
+    for name, rows in zip(PARTS, wanted.view(3, 8, 8), strict=True):
+        a, b = (found[f"transformer.{HEAD}.{name}.lora_{side}.weight"].double() for side in "AB")
+        torch.testing.assert_close(b @ a, rows, rtol=1e-5, atol=1e-5)

@@ -57,8 +57,16 @@ def uncut(places: Sequence[Place]) -> str:
         if update.looks_at_base and any(place.columns != ALL for place in places):
             return "an update that depends on whole rows of the weight cannot be applied to some of its columns only"
         return ""
-    if len(places) > 1 or places[0].update_row:
-        return "an update that depends on the whole weight cannot be split over several tensors"
+    if len(places) == 1 and not places[0].update_row:
+        return ""
+    rows = sorted((place.update_row, place.rows) for place in places)
+    gapless = all(start == sum(count for _, count in rows[:at]) for at, (start, _) in enumerate(rows))
+    if (
+        not gapless
+        or sum(count for _, count in rows) != update.shape[0]
+        or any(place.columns != ALL for place in places)
+    ):
+        return "an update that depends on the whole weight cannot be applied to a part of it"
     return ""
 
 
