@@ -66,7 +66,9 @@ class OpenFile:
         self.opened = self.direct = open_direct(path, descriptor, size, start) if size >= PAGE else None
         self.clones = True  # until the file system has refused to
         self.cached = 0  # bytes that went into the page cache
-        self.turn = threading.Lock()  # of the page cache: a kernel lets one write into a file at a time, and others spin
+        self.turn = (
+            threading.Lock()
+        )  # of the page cache: a kernel lets one write into a file at a time, and others spin
         self.written = Arrived(stop)
 
     def part(self, at: int, count: int) -> LocalPart:

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from loratool.lazy import Tensor, torch
+from loratool.merging.addends import Addend, by_place
 from loratool.merging.exact_rows import ExactSum
-from loratool.merging.parts import Part, by_place
 
 SAMPLED = 1 << 20  # elements of a weight that a core is corrected on
 RUN = 8  # rows of the sample that lie next to each other
@@ -25,7 +25,7 @@ MOST_PASSES = 8
 CLOSE = 2e-3  # of what is meant, along it: nearer than the noise of the sample
 
 
-def compensate(total: ExactSum, parts: Sequence[Part], read: Callable[[Tensor], Tensor]) -> list[Part]:
+def compensate(total: ExactSum, parts: Sequence[Addend], read: Callable[[Tensor], Tensor]) -> list[Addend]:
     """The parts of a sum with those of a place in one, which is corrected; differences in full stay as they are.
 
     It is done on the CPU and in one order, so that the result depends on nothing but the inputs and the machine.
@@ -35,7 +35,7 @@ def compensate(total: ExactSum, parts: Sequence[Part], read: Callable[[Tensor], 
         parts: all of its parts.
         read: gives rows of W, (n, width) in float32 or float64, for their numbers.
     """
-    result: list[Part] = []
+    result: list[Addend] = []
     for group in by_place(parts):
         result += [Compensation(total, group, read).corrected()] if group[0].down is not None else group
     return result
@@ -44,7 +44,7 @@ def compensate(total: ExactSum, parts: Sequence[Part], read: Callable[[Tensor], 
 class Compensation:
     """The update of one place on its way: U · liftᵀ + extra · Vᵀ in the dtype that W is read in."""
 
-    def __init__(self, total: ExactSum, group: Sequence[Part], read: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, total: ExactSum, group: Sequence[Addend], read: Callable[[Tensor], Tensor]) -> None:
         self.total, self.group, self.place, self.read = total, group, group[0].place, read
         up = torch.cat([part.up.double() * part.scale for part in group], 1)
         down = torch.cat([part.down.double() for part in group if part.down is not None], 0)
@@ -56,7 +56,7 @@ class Compensation:
         self.meant = (right @ self.core.T).to(work)  # what `lift` begins as
         self.lift, self.extra = self.meant.clone(), torch.zeros_like(self.left)
 
-    def corrected(self) -> Part:
+    def corrected(self) -> Addend:
         """The corrected update."""
         self.correct_core()
         self.correct_columns()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from loratool.algebra.rounding import FAR, alike_from, bits_of, round_once, tie_of
 from loratool.files.stopwatch import lap
 from loratool.lazy import Tensor, numpy, torch
-from loratool.merging.parts import GENEROUS, ROUNDOFF, Part, Stack, by_place
+from loratool.merging.addends import GENEROUS, ROUNDOFF, Addend, Stack, by_place
 from loratool.merging.single_elements import SingleElements
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class Block:
 class ExactSum:
     """All parts of one weight, ready on one device."""
 
-    def __init__(self, parts: Iterable[Part], width: int, target: torch.dtype, exact: torch.dtype, rows: int) -> None:
+    def __init__(self, parts: Iterable[Addend], width: int, target: torch.dtype, exact: torch.dtype, rows: int) -> None:
         """`rows` and `width` are those of the weight; `exact` is a dtype that holds every element of W as it is."""
         self.parts, self.rows, self.width, self.target, self.exact = tuple(parts), rows, width, target, exact
         self.work = working_dtype(self.parts, target, exact, rows * width)
@@ -408,7 +408,7 @@ def largest_of(values: Tensor) -> float:
     return max(-float(lowest), float(highest))
 
 
-def working_dtype(parts: Sequence[Part], target: torch.dtype, exact: torch.dtype, elements: int) -> torch.dtype:
+def working_dtype(parts: Sequence[Addend], target: torch.dtype, exact: torch.dtype, elements: int) -> torch.dtype:
     """Float32 where it holds every W as it is and is faster, the target is narrower, and no scale or factor is far from 1."""
     on_gpu = any(part.up.is_cuda for part in parts)
     if target.itemsize != 2 or exact == torch.float64 or on_gpu or elements <= SMALL:

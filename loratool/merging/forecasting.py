@@ -15,10 +15,10 @@ from loratool.files.process import cores
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import torch
 from loratool.measuring.delta_statistics import sample
+from loratool.merging.addends import Place
 from loratool.merging.gain import Gains, gain_notes, measure_kept
 from loratool.merging.loaded_edits import LoadedEdit
 from loratool.merging.output_layout import Span
-from loratool.merging.parts import Place
 from loratool.merging.plan import MergePlan
 from loratool.merging.resources import MOST_SHELVED, itemsize_of
 from loratool.merging.shared_updates import SharedUpdates

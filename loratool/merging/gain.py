@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from loratool.errors import FitError, printable
 from loratool.lazy import Tensor, torch
-from loratool.merging.parts import Place
+from loratool.merging.addends import Place
 from loratool.merging.plan import MergePlan
 from loratool.notes import Note
 from loratool.templates import listed

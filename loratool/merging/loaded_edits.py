@@ -21,11 +21,11 @@ from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.files.stopwatch import lap
 from loratool.lazy import torch
+from loratool.merging.addends import Addend, Place
 from loratool.merging.compensating import compensate
 from loratool.merging.exact_rows import ExactSum, Scratch, Seen, convert, largest_of
 from loratool.merging.gain import measure_kept, rows_apart
 from loratool.merging.output_layout import Span
-from loratool.merging.parts import Part, Place
 from loratool.merging.resources import sums_products
 from loratool.merging.shared_updates import SharedUpdates
 from loratool.merging.stochastic import random_numbers, round_at_random
@@ -101,7 +101,7 @@ class LoadedEdits:
         if not all(each.update.adds_products for each in self.others):
             return None
         return ExactSum(
-            (part for each in self.others for part in parts_of_edit(each, self.width)),
+            (part for each in self.others for part in addends_of_edit(each, self.width)),
             self.width,
             self.target,
             self.exact,
@@ -231,7 +231,7 @@ def numbers_in(rows: range, device: torch.device) -> torch.Tensor:
     return torch.arange(rows.start, rows.stop, rows.step, device=device)
 
 
-def moved(part: Part, device: torch.device | None = None) -> Part:
+def moved(part: Addend, device: torch.device | None = None) -> Addend:
     """The same part on a device, on the CPU where none is named."""
     place = device or torch.device("cpu")
     return replace(part, up=part.up.to(place), down=None if part.down is None else part.down.to(place))
@@ -292,11 +292,11 @@ def held_in(update: Update, least: torch.dtype) -> torch.dtype:
     return torch.float64 if wide else least
 
 
-def parts_of_edit(loaded: LoadedEdit, width: int) -> Iterator[Part]:
+def addends_of_edit(loaded: LoadedEdit, width: int) -> Iterator[Addend]:
     """What an edit adds, product by product."""
     edit = loaded.edit
     for product in loaded.update.products(len(range(*edit.columns.indices(width)))):
-        part = Part.of(product, edit.first_row, edit.update_row, edit.rows, edit.columns, loaded.strength)
+        part = Addend.of(product, edit.first_row, edit.update_row, edit.rows, edit.columns, loaded.strength)
         if part is not None:
             yield replace(part, module=edit.target)
 

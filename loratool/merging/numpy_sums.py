@@ -21,7 +21,7 @@ from loratool.bases.codecs.gguf_blocks import DECODERS, decode_into
 from loratool.bases.weights import Plain
 from loratool.files.stopwatch import lap
 from loratool.lazy import NDArray, numpy
-from loratool.merging.parts import ALL, GENEROUS, ROUNDOFF, TINIEST
+from loratool.merging.addends import ALL, GENEROUS, ROUNDOFF, TINIEST
 
 if TYPE_CHECKING:
     from loratool.bases.edits import Edit

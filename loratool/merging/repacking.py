@@ -14,8 +14,8 @@ from loratool.bases.weights import Room
 from loratool.files.open_sources import OpenSources
 from loratool.files.stopwatch import lap
 from loratool.lazy import Tensor, torch
+from loratool.merging.addends import Place
 from loratool.merging.gain import kept_of
-from loratool.merging.parts import Place
 from loratool.merging.resources import rows_of_block
 from loratool.merging.row_blocks import EditedSpan, Worker
 from loratool.merging.totals import summed

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from loratool.algebra.rounding import Term, bits_of, exact_sums, round_once
 from loratool.lazy import Tensor, numpy, torch
-from loratool.merging.parts import ROUNDOFF, TINIEST, Part, Stack
+from loratool.merging.addends import ROUNDOFF, TINIEST, Addend, Stack
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,7 +30,7 @@ TOGETHER = 1 << 17  # products that are computed at a time
 class SingleElements:
     """All parts of one weight, at single elements. A place is that of an element in the flat weight."""
 
-    def __init__(self, parts: Sequence[Part], stacks: Sequence[Stack], width: int, target: torch.dtype) -> None:
+    def __init__(self, parts: Sequence[Addend], stacks: Sequence[Stack], width: int, target: torch.dtype) -> None:
         self.parts, self.stacks, self.width, self.target = parts, stacks, width, target
         self.rank = sum(part.rank for part in parts)
 

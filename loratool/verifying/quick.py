@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 from loratool.algebra.rounding import bits_of, round_once
 from loratool.lazy import Tensor, numpy, torch
-from loratool.merging.parts import GENEROUS, ROUNDOFF
+from loratool.merging.addends import GENEROUS, ROUNDOFF
 from loratool.verifying.distances import Elements, Found
 
 if TYPE_CHECKING:
+    from loratool.merging.addends import Stack
     from loratool.merging.exact_rows import ExactSum
     from loratool.merging.loaded_edits import LoadedEdits
-    from loratool.merging.parts import Stack
 
 MANY = 64  # where more than one of so many elements differs, float32 decides most of them
 TILE = 1 << 17  # elements that are computed at a time: they stay in a core's cache

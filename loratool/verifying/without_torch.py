@@ -17,7 +17,7 @@ from loratool.algebra.rounding import Accumulator, two_sum
 from loratool.algebra.updates.additive import LowRank
 from loratool.bases.weights import Plain
 from loratool.lazy import NDArray, numpy
-from loratool.merging.parts import ALL, GENEROUS, ROUNDOFF
+from loratool.merging.addends import ALL, GENEROUS, ROUNDOFF
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

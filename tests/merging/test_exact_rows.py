@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import loratool
 from loratool.merging import exact_rows, resources
+from loratool.merging.addends import ALL, Addend, Place
 from loratool.merging.exact_rows import ExactSum, Scratch
-from loratool.merging.parts import ALL, Part, Place
 
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device here, or LORATOOL_TEST_CUDA=1 is not set"
@@ -30,7 +30,7 @@ def made(*shape: int, seed: int, size: float = 1.0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * size
 
 
-def some_parts(stored: torch.dtype, scale: float) -> list[Part]:
+def some_parts(stored: torch.dtype, scale: float) -> list[Addend]:
     """Two products for all of the weight, one for every other column of some rows, and a difference in full."""
     held = torch.float64 if stored == torch.float64 else torch.float32
     up, down = made(ROWS, 4, seed=1, size=0.01).to(stored).to(held), made(4, COLUMNS, seed=2).to(stored).to(held)
@@ -38,14 +38,14 @@ def some_parts(stored: torch.dtype, scale: float) -> list[Part]:
     everywhere = Place(0, ROWS, ALL, COLUMNS)
     some = Place(5, 10, slice(0, None, 2), COLUMNS // 2)
     return [
-        Part(everywhere, up, down, scale),
-        Part(everywhere, up.flip(0), down, 0.7 * scale),
-        Part(some, up[:10], down[:, : COLUMNS // 2].contiguous(), -scale),
-        Part(everywhere, made(ROWS, COLUMNS, seed=3, size=0.001).to(stored).to(held), None, scale),
+        Addend(everywhere, up, down, scale),
+        Addend(everywhere, up.flip(0), down, 0.7 * scale),
+        Addend(some, up[:10], down[:, : COLUMNS // 2].contiguous(), -scale),
+        Addend(everywhere, made(ROWS, COLUMNS, seed=3, size=0.001).to(stored).to(held), None, scale),
     ]
 
 
-def exact_change(parts: list[Part], row: int, column: int) -> Fraction:
+def exact_change(parts: list[Addend], row: int, column: int) -> Fraction:
     total = Fraction(0)
     for part in parts:
         columns = list(range(COLUMNS))[part.place.columns]
@@ -66,7 +66,7 @@ def changes(stored: torch.dtype, scale: float) -> list[list[Fraction]]:
     return [[exact_change(parts, row, column) for column in range(COLUMNS)] for row in range(ROWS)]
 
 
-def merged_rows(weight: torch.Tensor, parts: list[Part], target: torch.dtype, rows: int) -> torch.Tensor:
+def merged_rows(weight: torch.Tensor, parts: list[Addend], target: torch.dtype, rows: int) -> torch.Tensor:
     exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
     total = ExactSum(parts, COLUMNS, target, exact, ROWS)
     after = torch.empty(ROWS, COLUMNS, dtype=target)

@@ -60,7 +60,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Part:
+class Addend:
     """What one product adds to some rows and columns of a weight."""
 
     place: Place
@@ -70,8 +70,8 @@ class Part:
     module: str = ""  # the target of the update
 
     @classmethod
-    def of(cls, product: Product, first: int, at: int, rows: int, columns: slice, strength: float) -> Part | None:
-        """The part of a product that goes to `rows` rows of a weight from `first` on, which are the update's from `at` on."""
+    def of(cls, product: Product, first: int, at: int, rows: int, columns: slice, strength: float) -> Addend | None:
+        """The addend of a product that goes to `rows` rows of a weight from `first` on, which are the update's from `at` on."""
         start = max(product.first, at)
         stop = min(product.first + product.up.shape[0], at + rows)
         if start >= stop:
@@ -91,7 +91,7 @@ class Part:
         return self.up.cpu(), turned
 
     def factors_at(self, rows: Places, columns: Places) -> tuple[Numbers, Numbers]:
-        """Both factors of single elements in float64, (count, rank) each; zero for elements that are not this part's."""
+        """Both factors of single elements in float64, (count, rank) each; zero for elements that are not this addend's."""
         own, across, inside = self.place.own(rows, columns)
         up, turned = (factor.numpy() for factor in self.factors)
         if self.down is None:
@@ -102,18 +102,18 @@ class Part:
         return left if inside is None else left * inside[:, None], right
 
 
-def by_place(parts: Iterable[Part]) -> Iterator[list[Part]]:
-    """The parts in groups, each of one place and of one kind: products of two factors, or values."""
-    groups: dict[tuple[object, ...], list[Part]] = {}
-    for part in parts:
-        place = part.place
-        groups.setdefault((place.first, place.rows, str(place.columns), part.down is None), []).append(part)
+def by_place(addends: Iterable[Addend]) -> Iterator[list[Addend]]:
+    """The addends in groups, each of one place and of one kind: products of two factors, or values."""
+    groups: dict[tuple[object, ...], list[Addend]] = {}
+    for addend in addends:
+        place = addend.place
+        groups.setdefault((place.first, place.rows, str(place.columns), addend.down is None), []).append(addend)
     yield from groups.values()
 
 
 @dataclass(frozen=True)
 class Stack:
-    """The parts of one place as one product in the working dtype, with the lengths that bound its error."""
+    """The addends of one place as one product in the working dtype, with the lengths that bound its error."""
 
     place: Place
     up: Tensor  # (rows, rank)
@@ -122,14 +122,14 @@ class Stack:
     lengths: Numbers  # (rows,) of the rows of `up`; their largest elements where there is no `down`
     spans: Numbers  # (columns,) lengths of the columns of `down`
     lifted: Tensor | None  # `down` with a row of ones, by which a constant is added in the product
-    module: str  # the target of the first part
+    module: str  # the target of the first addend
 
     @classmethod
-    def of(cls, parts: Sequence[Part], work: torch.dtype) -> Stack:
-        """One product of parts of the same place; each factor is rounded once at most."""
-        scale = parts[0].scale if len(parts) == 1 else 1.0
-        scaled = [part.up if len(parts) == 1 else (part.up.double() * part.scale) for part in parts]
-        downs = [part.down for part in parts if part.down is not None]
+    def of(cls, addends: Sequence[Addend], work: torch.dtype) -> Stack:
+        """One product of addends of the same place; each factor is rounded once at most."""
+        scale = addends[0].scale if len(addends) == 1 else 1.0
+        scaled = [addend.up if len(addends) == 1 else (addend.up.double() * addend.scale) for addend in addends]
+        downs = [addend.down for addend in addends if addend.down is not None]
         if downs:
             ones = torch.ones_like(downs[0][:1])
             up, lifted = torch.cat(scaled, 1).to(work), torch.cat([*downs, ones], 0).to(work)
@@ -140,7 +140,7 @@ class Stack:
             lengths = torch.stack([each.abs().amax(1).double() for each in scaled]).sum(0)
             spans = torch.ones(up.shape[1], dtype=torch.float64)
         sizes = lengths.cpu().numpy(), spans.cpu().numpy()
-        return cls(parts[0].place, up, down, scale, *sizes, lifted, parts[0].module)
+        return cls(addends[0].place, up, down, scale, *sizes, lifted, addends[0].module)
 
     @cached_property
     def span(self) -> float:
@@ -171,11 +171,11 @@ class Stack:
         """Add some rows of the product to `rows`, which begin at row `first`."""
         start, stop = max(first, self.place.first), min(first + rows.shape[0], self.place.stop)
         up = self.up[start - self.place.first : stop - self.place.first]
-        part = rows[start - first : stop - first, self.place.columns]
+        inside = rows[start - first : stop - first, self.place.columns]
         if self.down is None:
-            part.add_(up, alpha=self.scale)
+            inside.add_(up, alpha=self.scale)
         else:
-            part.addmm_(up, self.down, alpha=self.scale)
+            inside.addmm_(up, self.down, alpha=self.scale)
 
     def lengths_of(self, first: int, stop: int) -> Numbers:
         """The lengths of some rows of the weight, all in here."""
