@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from loratool.merging.output_layout import Span
 
 TILE = 1 << 17  # elements that are computed at a time: of fewer, the calls take longer than the arithmetic
+TOGETHER = 1 << 16  # products of undecided elements that are computed at a time: more would take fresh memory each time
 MANY = 16  # where more than one of so many elements is undecided, torch finds out why
 ALONE = 1 << 18  # multiplications of a product that OpenBLAS does on the calling thread: more threads are there already
 WORKABLE = 2.0**-60, 2.0**60  # sizes of factors and scales that float32 computes with
@@ -215,8 +216,10 @@ class Tiles:
                     seen.changed = bool(differ.any())
                     lap("look")
             places, weights = (numpy.concatenate(some) for some in zip(*odd, strict=True))
-            if not self.settle(added, places, weights, first, after):
-                return None
+            step = max(1, TOGETHER // max(1, len(added.down)))
+            for at in range(0, len(places), step):
+                if not self.settle(added, places[at : at + step], weights[at : at + step], first, after):
+                    return None
             seen.changed = seen.changed or (look and bool(changed(weights, after.reshape(-1)[places]).any()))
             lap("settle")
             seen.sampled, seen.kept = bool(sampled), kept_of(added, first, sampled, after)
