@@ -91,8 +91,10 @@ class MergePlan(Result):
         """
         if not isinstance(self.base, Decoded):
             return []
+        base = self.base
         names = (span.placed.name for span in spans if span.carried is None)
-        return self.base.check(name for name in names if name in self.base.weights)
+        weights = (base.packed[name][0] if name in base.packed else name for name in names)  # of tensors packed anew
+        return base.check(name for name in dict.fromkeys(weights) if name in base.weights)
 
     @property
     def bytes_read(self) -> int:

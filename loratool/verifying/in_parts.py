@@ -120,8 +120,7 @@ def of_tensors(
 
     verifier = verifier_of(merged, base, adapters, options, None)
     plan = verifier.plan
-    for adapter in plan.adapters:
-        adapter.check_values()
+    verifier.check()
     units = units_of(verifier.pairing.pairs)
     facts = [
         __version__,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import same_bytes
 from loratool.bases.codecs import decoded
+from loratool.bases.decoded import Decoded
 from loratool.bases.opening import open_checkpoint
 from loratool.bases.weights import plain_of
 from loratool.devices import Awaited
@@ -99,10 +100,21 @@ class Verifier:
         self.runtime = Awaited(options.device)
         self.bytes_read = 0
 
-    def run(self) -> Verification:
-        """Compare everything, look again at what differs, and say what it is."""
+    def check(self) -> list[Note]:
+        """Notes on packed weights that tools decode differently.
+
+        Raises `InputError` where an adapter has values that are no numbers, or packed weights cannot be decoded.
+        """
         for adapter in self.plan.adapters:
             adapter.check_values()
+        notes = self.plan.check_packed(self.plan.spans)
+        if isinstance(self.merged, Decoded):
+            notes += self.merged.check(each.name for each in self.pairing.pairs if is_quantised(each.theirs))
+        return notes
+
+    def run(self) -> Verification:
+        """Compare everything, look again at what differs, and say what it is."""
+        doubts = self.check()
         rounding, distances = self.prove_all()
         edited = [each for each in self.pairing.pairs if each.span.edits]
         odd = [
@@ -121,7 +133,7 @@ class Verifier:
             merged=self.merged.root,
             verdict=NOT_PROVEN if wrong else ROUNDED_TWICE if twice else PROVEN,
             diagnoses=tuple(diagnoses),
-            notes=tuple(notes),
+            notes=(*doubts, *notes),
             base=self.plan.base.name,
             adapters=tuple(adapter.name for adapter in self.plan.adapters),
             rounding=rounding_of(found.values(), rounding),

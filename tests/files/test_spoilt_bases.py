@@ -52,5 +52,37 @@ def test_a_spoilt_base_is_refused_with_its_module_or_merges_to_the_same(
     assert not failures, "\n\n".join(failures)
 
 
+@pytest.mark.parametrize(
+    ("family", "told"),
+    [
+        ("GPTQ 4 bits", "g_idx is out of range"),
+        ("int4 groups, zero points", "weight_scale has a NaN"),
+        ("int7 rows", "weight_scale has a zero"),
+        ("HQQ", "scale has an infinity"),
+    ],
+)
+def test_scales_and_indices_that_mean_nothing_are_refused_wherever_they_are_decoded(
+    family: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a merge that packs weights anew, and by `verify` in either of its models."""
+    model, adapter = MODELS[family], str(write_adapter(tmp_path / "adapter"))
+    (spoiling,) = (each for each in spoilings(model, 10**6, SEED) if each.told == f"{MODULE}.{told}")
+    sound, spoilt = (str(write_spoilt(tmp_path / str(way), model, way)) for way in (None, spoiling))
+    merged, out = str(tmp_path / "merged"), str(tmp_path / "out")
+    assert run(["merge", sound, adapter, "-o", merged]) == 0
+    commands = [
+        ["merge", spoilt, adapter, "-o", out, "--requantize", "--accept-loss"],
+        ["verify", merged, "--base", spoilt, "--adapter", adapter],
+        ["verify", spoilt, "--base", merged, "--adapter", adapter],
+    ]
+    for command in commands:
+        capsys.readouterr()
+        assert run(command) == 3, command
+        error = capsys.readouterr().err
+        assert MODULE in error
+        assert "packed weights that cannot be decoded" in error
+    assert not (tmp_path / "out").exists()
+
+
 def left(out: Path) -> list[str]:
     return os.listdir(out.parent)
