@@ -14,7 +14,16 @@ from loratool.files.journal import FinishedShard
 from loratool.files.safefile import LocalSource, write_fully
 from loratool.files.sink import PAGE, Arrived, Memory, piece_of, pieces_of
 from loratool.files.stopwatch import lap
-from loratool.files.system import NOT_DIRECT, clone_range, create_file, open_direct, sync_bytes, sync_file
+from loratool.files.system import (
+    NOT_DIRECT,
+    clone_range,
+    create_file,
+    is_in_memory,
+    open_direct,
+    reserve,
+    sync_bytes,
+    sync_file,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +34,7 @@ if TYPE_CHECKING:
     from loratool.files.source import Source
     from loratool.files.staging import Stage
 
+RESERVED = 64 << 20  # bytes whose pages are taken at a time
 SYNC_CHUNK = 256 << 20  # bytes after which what lies in the page cache is sent to the disk
 
 
@@ -62,7 +72,8 @@ class OpenFile:
         self, path: Path, descriptor: int, start: int, size: int, stop: threading.Event, memory: Memory
     ) -> None:
         """`start` is the first byte that is written; room for `size` bytes from there on is reserved."""
-        self.path, self.descriptor, self.size, self.stop, self.memory = path, descriptor, size, stop, memory
+        self.path, self.descriptor, self.stop, self.memory = path, descriptor, stop, memory
+        self.start, self.size, self.in_memory = start, size, is_in_memory(descriptor)
         self.opened = self.direct = open_direct(path, descriptor, size, start) if size >= PAGE else None
         self.clones = True  # until the file system has refused to
         self.cached = 0  # bytes that went into the page cache
@@ -110,12 +121,25 @@ class OpenFile:
             source.copy_to(self.descriptor, start, count, at)
             self.cached += count
 
+    def reserve(self) -> None:
+        """Take the pages of a file that lies in memory, while the first bytes are read and computed.
+
+        A kernel takes pages for one file one after the other, and whoever writes would wait for them.
+        """
+        for at in range(self.start, self.start + self.size, RESERVED):
+            with self.turn:
+                if self.stop.is_set() or not reserve(self.descriptor, at, min(RESERVED, self.start + self.size - at)):
+                    break
+        lap("reserve")
+
     def finish(self) -> bool:
         """Bring the file to stable storage while it is being written, and all of it in the end; then close it.
 
         Meanwhile only what is in the page cache is sent to the disk: a disk that syncs takes no direct writes.
         When the merge is being stopped the file may be gone, and stays open: a worker may still be writing.
         """
+        if self.in_memory:
+            self.reserve()
         synced, seen, size = 0, 0, self.size
         while seen < size and self.written.wait_for(min(seen + SYNC_CHUNK, size)):
             seen, cached = self.written.count, self.cached

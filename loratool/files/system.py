@@ -101,21 +101,28 @@ def open_direct(path: Path, descriptor: int, size: int, start: int = 0) -> int |
 
     Room for the `size` bytes of the file from byte `start` on is reserved on the disk.
     """
-    if is_in_memory(descriptor):  # where reserving fills all pages with zeros
+    if is_in_memory(descriptor):
         return None
     if not hasattr(os, "O_DIRECT"):
         do_without("no direct disk writes on this system; output files are written through the page cache")
         return None
-    import ctypes
-
     try:
         direct = os.open(path, os.O_WRONLY | os.O_DIRECT | ALWAYS | getattr(os, "O_NOFOLLOW", 0))
     except OSError:
         return None
-    with suppress(AttributeError, OSError):  # without blocks of its own each direct write would lock the whole file
-        reserve = c_library().fallocate64
-        reserve(descriptor, 0, ctypes.c_int64(start), ctypes.c_int64(size))
+    reserve(descriptor, start, size)  # without blocks of its own each direct write would lock the whole file
     return direct
+
+
+def reserve(descriptor: int, start: int, size: int) -> bool:
+    """Reserve room for a range of an open file, in which bytes that are there stay as they are; False where it cannot.
+
+    Never by way of `posix_fallocate`: where a file system cannot, that writes zeros, also over what others write then.
+    """
+    import ctypes
+
+    call = getattr(c_library(), "fallocate64", None)
+    return call is not None and not call(descriptor, 0, ctypes.c_int64(start), ctypes.c_int64(size))
 
 
 IN_MEMORY = (0x01021994, 0x858458F6)  # what Linux calls tmpfs and ramfs

@@ -33,11 +33,11 @@ from tree_digests import entry_of
 from workbench import within
 
 import loratool
-from loratool.files import digests, sink
+from loratool.files import digests, shard_writer, sink
 from loratool.files.safefile import Layout
 from loratool.files.shard_writer import LocalFile
 from loratool.files.sink import Memory
-from loratool.files.system import create_file, open_direct
+from loratool.files.system import create_file, open_direct, reserve
 from loratool.merging import resources, tasks
 
 PAGE, SECTOR = max(4096, mmap.PAGESIZE), 512
@@ -281,6 +281,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch, small_pieces: None) -> None:
     """Chunks of a few pages too, so that parts meet within a tensor."""
     monkeypatch.setattr(digests, "CHUNK", 7000)
     monkeypatch.setattr(tasks, "RUN", 9000)
+    monkeypatch.setattr(shard_writer, "RESERVED", 5 * PAGE)
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -360,8 +361,23 @@ def test_a_file_is_right_on_a_file_system_in_memory(
     model.merge(memory_disk / "out")
 
 
+def test_reserving_takes_pages_and_keeps_the_bytes_that_are_there(memory_disk: Path) -> None:
+    descriptor = create_file(memory_disk / "x")
+    try:
+        os.truncate(descriptor, 10 * PAGE)
+        os.pwrite(descriptor, b"early", 3 * PAGE - 2)
+        if not reserve(descriptor, PAGE, 8 * PAGE):
+            pytest.skip("this system reserves nothing")
+        os.pwrite(descriptor, b"late", 8 * PAGE - 2)
+        assert os.fstat(descriptor).st_blocks * 512 >= 8 * PAGE
+        wanted = bytearray(10 * PAGE)
+        wanted[3 * PAGE - 2 : 3 * PAGE + 3], wanted[8 * PAGE - 2 : 8 * PAGE + 2] = b"early", b"late"
+        assert (memory_disk / "x").read_bytes() == wanted
+    finally:
+        os.close(descriptor)
+
+
 def test_a_file_system_in_memory_gets_no_direct_writes(memory_disk: Path) -> None:
-    """Reserving its pages would fill them with zeros first."""
     mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     if not any(place == "/dev/shm" and kind == "tmpfs" for _, place, kind, *_ in mounts):
         pytest.skip("/dev/shm is no tmpfs here")
